@@ -1,0 +1,157 @@
+"""The flat batch: what flows from the data to the loss, with shapes and units.
+
+A batch is ``n`` rows of (prompt, completion). A preference pair is two rows that name each other as
+``rival``; a mismatched pair (x_i, y_j) that only feeds the reference point is a row marked ``probe``.
+One forward path serves every loss because every loss sees rows and nothing else.
+
+Glossary (symbol in the paper, name here, unit):
+
+========  ====================  ==========================================================  =======
+r         ``reward``            implied reward l(y) * sum_t log pi_theta(y_t) / pi_ref(y_t)  nats
+z0        ``reference_point``   E_Q[r(x, y')], what an outcome is compared with              nats
+u         ``outcome``           r - z0: a gain where positive, a loss where negative         nats
+v         ``value``             value attributed to the outcome                              utility
+a         ``sign``              -1: raising the value lowers the loss; +1: the opposite      --
+w         ``weight``            weight of the row, at least 0                                --
+========  ====================  ==========================================================  =======
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective needs of the data and the models; a run pays only for what it uses.
+
+    Attributes:
+        reference: log-probs under the reference model.
+        rivals: rows come as pairs that name each other.
+        probes: mismatched rows (x_i, y_j), which feed the reference point and get no gradient.
+        undesirable: undesirable rows (a baseline that only imitates does not want them).
+        step_rewards: the reference point averages over the step's own rows, so all of them must have
+            been scored (without gradient) before the first row's loss is known.
+    """
+
+    reference: bool = False
+    rivals: bool = False
+    probes: bool = False
+    undesirable: bool = False
+    step_rewards: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(**{f.name: getattr(self, f.name) or getattr(other, f.name) for f in fields(self)})
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, list) and value and isinstance(value[0], Tensor):
+        return [v.to(device) for v in value]
+    return value
+
+
+@dataclass
+class FlatBatch:
+    """Token ids of one optimizer step's rows (this rank's share), free of any layout or padding.
+
+    Attributes:
+        prompts: distinct prompts, each a 1-D LongTensor of at least one token.
+        completions: one 1-D LongTensor of at least one token per row; ends in EOS unless truncated.
+        prompt: LongTensor [n], index of each row's prompt in ``prompts``.
+        desirable: BoolTensor [n].
+        rival: LongTensor [n], index in this batch of the pair's other completion, -1 where there is none.
+        probe: BoolTensor [n], True for mismatched rows: they feed z0 only and get no gradient.
+        row_ids: one name per row for messages and files, ``FILE:LINE`` and, for a pair, ``#chosen`` or
+            ``#rejected``; a probe's names both sides.
+    """
+
+    prompts: list[Tensor]
+    completions: list[Tensor]
+    prompt: Tensor
+    desirable: Tensor
+    rival: Tensor
+    probe: Tensor
+    row_ids: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def to(self, device: torch.device | str, **_: Any) -> FlatBatch:
+        """The same batch on ``device`` (Lightning moves batches with this)."""
+        return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
+
+    def select(self, index: Tensor) -> FlatBatch:
+        """The rows ``index`` (LongTensor [m]), with prompts and rivals renumbered.
+
+        A rival that is not among the selected rows becomes -1.
+        """
+        chosen = index.tolist()
+        old_prompts, prompt = torch.unique(self.prompt[index], return_inverse=True)
+        new_place = torch.full((len(self) + 1,), -1, dtype=torch.long, device=self.rival.device)
+        new_place[index] = torch.arange(len(chosen), device=self.rival.device)
+        return FlatBatch(
+            prompts=[self.prompts[i] for i in old_prompts.tolist()],
+            completions=[self.completions[i] for i in chosen],
+            prompt=prompt,
+            desirable=self.desirable[index],
+            rival=new_place[self.rival[index]],  # -1 reads the extra last place, which is -1
+            probe=self.probe[index],
+            row_ids=[self.row_ids[i] for i in chosen] if self.row_ids else [],
+        )
+
+
+@dataclass
+class Rows:
+    """What an objective sees: log-probs of the rows' completion tokens and who is who. No model, no text.
+
+    Attributes:
+        policy_logps: float32 [n, T], log pi_theta of each completion token, 0 where ``mask`` is False.
+        reference_logps: the same under the reference model, without gradient; None where nothing needs it.
+        mask: BoolTensor [n, T], True on completion tokens (never derived from values: a log-prob may be 0).
+        desirable: BoolTensor [n].
+        rival: LongTensor [n], -1 where there is none.
+        probe: BoolTensor [n].
+    """
+
+    policy_logps: Tensor
+    reference_logps: Tensor | None
+    mask: Tensor
+    desirable: Tensor
+    rival: Tensor
+    probe: Tensor
+
+    def __post_init__(self) -> None:
+        n = self.policy_logps.shape[0]
+        expected = {
+            "policy_logps": self.policy_logps.shape,
+            "mask": self.policy_logps.shape,
+            "desirable": (n,),
+            "rival": (n,),
+            "probe": (n,),
+        }
+        if self.reference_logps is not None:
+            expected["reference_logps"] = self.policy_logps.shape
+        for name, shape in expected.items():
+            # Said here once, because (B,) + (B, T) broadcasts to a wrong loss without a word.
+            if getattr(self, name).dim() == 0 or tuple(getattr(self, name).shape) != tuple(shape):
+                raise ValueError(f"Rows.{name} has shape {tuple(getattr(self, name).shape)}, not {tuple(shape)}")
+        if self.policy_logps.dim() != 2:
+            raise ValueError(f"Rows.policy_logps has shape {tuple(self.policy_logps.shape)}, not (rows, tokens)")
+
+    def __len__(self) -> int:
+        return self.policy_logps.shape[0]
+
+    @property
+    def train(self) -> Tensor:
+        """BoolTensor [n]: the rows that carry a loss."""
+        return ~self.probe
+
+    def detach(self) -> Rows:
+        """The same rows, cut off from the policy's graph."""
+        return replace(self, policy_logps=self.policy_logps.detach())
