@@ -56,6 +56,13 @@ def _moved(value: Any, device: torch.device | str) -> Any:
     return value
 
 
+def _renumbered(rival: Tensor, index: Tensor) -> Tensor:
+    """``rival[index]`` as places among the selected rows; -1 where the rival was not selected."""
+    place = torch.full((len(rival) + 1,), -1, dtype=torch.long, device=rival.device)
+    place[index] = torch.arange(len(index), device=rival.device)
+    return place[rival[index]]  # a rival of -1 reads the extra last place, which holds -1
+
+
 @dataclass
 class FlatBatch:
     """Token ids of one optimizer step's rows (this rank's share), free of any layout or padding.
@@ -93,14 +100,12 @@ class FlatBatch:
         """
         chosen = index.tolist()
         old_prompts, prompt = torch.unique(self.prompt[index], return_inverse=True)
-        new_place = torch.full((len(self) + 1,), -1, dtype=torch.long, device=self.rival.device)
-        new_place[index] = torch.arange(len(chosen), device=self.rival.device)
         return FlatBatch(
             prompts=[self.prompts[i] for i in old_prompts.tolist()],
             completions=[self.completions[i] for i in chosen],
             prompt=prompt,
             desirable=self.desirable[index],
-            rival=new_place[self.rival[index]],  # -1 reads the extra last place, which is -1
+            rival=_renumbered(self.rival, index),
             probe=self.probe[index],
             row_ids=[self.row_ids[i] for i in chosen] if self.row_ids else [],
         )
@@ -155,3 +160,14 @@ class Rows:
     def detach(self) -> Rows:
         """The same rows, cut off from the policy's graph."""
         return replace(self, policy_logps=self.policy_logps.detach())
+
+    def select(self, index: Tensor) -> Rows:
+        """The rows ``index`` (LongTensor [m]); a rival that is not among them becomes -1."""
+        return Rows(
+            policy_logps=self.policy_logps[index],
+            reference_logps=None if self.reference_logps is None else self.reference_logps[index],
+            mask=self.mask[index],
+            desirable=self.desirable[index],
+            rival=_renumbered(self.rival, index),
+            probe=self.probe[index],
+        )

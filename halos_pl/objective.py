@@ -1,0 +1,249 @@
+"""The objective: loss = sum_i w_i * (constant + t_i) / denominator, over plain tensors.
+
+t_i = -v(u_i) for a desirable row (a = -1). For an undesirable row (a = +1) there are two readings, and an
+objective says which it takes:
+
+* ``same``: +v(u_i), the a = +1 of the definition (Ethayarajh et al., ICML 2024, Def. 3.4);
+* ``reflect``: -v(-u_i), how the paper writes KTO (eq. 8): the person values z0 - r.
+
+They agree up to a constant exactly where v is point-symmetric (logistic, identity).
+
+Nothing in this file knows a model. An objective is an ``nn.Module`` over :class:`~halos_pl.outcomes.Rows`:
+
+>>> halo = HALO(reward=LogRatio(), reference_point=Zero(), value_function=Logistic(),
+...             feedback=Binary(), undesirable="reflect", constant=1.0)      # doctest: +SKIP
+>>> halo(rows).loss.backward()                                             # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from halos_pl.distributed import sum_over_ranks
+from halos_pl.feedback import Feedback
+from halos_pl.outcomes import Needs, Rows
+from halos_pl.reference_points import ReferencePoint
+from halos_pl.rewards import Reward
+from value_functions import ValueFunction
+
+
+class Context(Protocol):
+    """What an objective fixes once per optimizer step, before the first row's loss."""
+
+    def select(self, index: Tensor) -> Context:
+        """The context for the rows ``index`` (LongTensor [m]) of the step."""
+
+
+@dataclass(frozen=True)
+class TermContext:
+    """Context of a single term.
+
+    Attributes:
+        sign: float [n], a of each row of the step.
+        weight: float [n], w of each row, 0 for probes.
+        denominator: float scalar, over all ranks.
+        reference_point: z0 in nats, scalar or [n], without gradient; None where it is read off row by row.
+    """
+
+    sign: Tensor
+    weight: Tensor
+    denominator: Tensor
+    reference_point: Tensor | None = None
+
+    def select(self, index: Tensor) -> TermContext:
+        z0 = self.reference_point
+        return replace(
+            self,
+            sign=self.sign[index],
+            weight=self.weight[index],
+            reference_point=z0[index] if z0 is not None and z0.dim() else z0,
+        )
+
+
+@dataclass(frozen=True)
+class SumContext:
+    """Contexts of a sum's terms."""
+
+    parts: tuple[Context, ...]
+
+    def select(self, index: Tensor) -> SumContext:
+        return SumContext(tuple(part.select(index) for part in self.parts))
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What became of each row that carries a loss, without gradient.
+
+    Attributes:
+        reward, reference_point, outcome: r, z0 and u = r - z0 in nats, float [m].
+        perceived: what v was called with, nats, float [m]: u, or -u for a reflected row.
+        value: v(perceived), utility, float [m].
+        sign, weight: a and w, float [m].
+    """
+
+    reward: Tensor
+    reference_point: Tensor
+    outcome: Tensor
+    perceived: Tensor
+    value: Tensor
+    sign: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an objective says of some rows.
+
+    Attributes:
+        loss: float32 scalar with gradient. Over the micro-batches of a step and over all ranks the losses
+            *sum* to the loss of the step, because each was divided by the whole step's denominator.
+        outcomes: per row; None where no term is a HALO.
+        terms: the weighted summands of ``loss`` by name, detached; empty where there is only one.
+    """
+
+    loss: Tensor
+    outcomes: Outcomes | None = None
+    terms: dict[str, Tensor] | None = None
+
+
+class Objective(nn.Module, ABC):
+    """Anything that turns rows into a loss: ``prepare`` once per step, then ``judge`` once per micro-batch.
+
+    Called directly, ``objective(rows)``, it does both for a step that is not split.
+    """
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What the data and the models must provide."""
+
+    @abstractmethod
+    def prepare(self, rows: Rows) -> Context:
+        """Fixes what belongs to the whole step.
+
+        Args:
+            rows: all rows of this rank's share of the step, probes included, without gradient. Log-probs of
+                rows that ``needs`` does not ask to be scored first may be zeros.
+        """
+
+    @abstractmethod
+    def judge(self, rows: Rows, context: Any) -> Result:
+        """The loss of one micro-batch: ``rows`` holds no probes, ``context`` is that of the same rows."""
+
+    def forward(self, rows: Rows) -> Result:
+        """The loss of one whole step, probes included in ``rows``."""
+        context = self.prepare(rows.detach())
+        train = rows.train.nonzero().squeeze(1)
+        return self.judge(rows.select(train), context.select(train))
+
+
+class HALO(Objective):
+    """A human-aware loss, put together from its four independent parts.
+
+    Args:
+        reward: r(x, y).
+        reference_point: z0.
+        value_function: v.
+        feedback: a, w and the denominator.
+        undesirable: how a row with a = +1 is read, ``same`` or ``reflect`` (see the module's docstring).
+        constant: C of each row, in utility; it moves the loss, never its gradient. KTO is written with 1, so
+            that its loss lies between 0 and 1.
+
+    Raises:
+        ValueError: for any other value of ``undesirable``.
+    """
+
+    def __init__(
+        self,
+        *,
+        reward: Reward,
+        reference_point: ReferencePoint,
+        value_function: ValueFunction,
+        feedback: Feedback,
+        undesirable: Literal["same", "reflect"],
+        constant: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if undesirable not in ("same", "reflect"):
+            raise ValueError(f"undesirable is {undesirable!r}; say 'same' or 'reflect', there is no default reading")
+        self.reward = reward
+        self.reference_point = reference_point
+        self.value_function = value_function
+        self.feedback = feedback
+        self.undesirable = undesirable
+        self.constant = constant
+
+    @property
+    def needs(self) -> Needs:
+        return self.reward.needs | self.reference_point.needs | self.feedback.needs
+
+    @torch.no_grad()
+    def prepare(self, rows: Rows) -> TermContext:
+        sign, weight, denominator = self.feedback(rows)
+        z0 = self.reference_point(self.reward(rows), rows) if self.reference_point.scope == "step" else None
+        return TermContext(sign, weight, sum_over_ranks(denominator), z0)
+
+    def judge(self, rows: Rows, context: TermContext) -> Result:
+        reward = self.reward(rows)
+        z0 = context.reference_point
+        if z0 is None:
+            z0 = self.reference_point(reward, rows)
+        outcome = reward - z0
+        desirable = context.sign < 0
+        reflected = ~desirable if self.undesirable == "reflect" else torch.zeros_like(desirable)
+        perceived = torch.where(reflected, -outcome, outcome)
+        value = self.value_function(perceived)
+        judged = torch.where(desirable | reflected, -value, value)
+        loss = (context.weight * (self.constant + judged)).sum() / context.denominator
+        return Result(
+            loss,
+            Outcomes(
+                reward=reward.detach(),
+                reference_point=z0.detach().expand_as(reward),
+                outcome=outcome.detach(),
+                perceived=perceived.detach(),
+                value=value.detach(),
+                sign=context.sign,
+                weight=context.weight,
+            ),
+        )
+
+
+class Sum(Objective):
+    """A composite: the sum of terms, each with its own weights and denominator.
+
+    Args:
+        terms: at least one. The outcomes of the first HALO among them are the ones that are reported.
+
+    Raises:
+        ValueError: without terms.
+    """
+
+    def __init__(self, terms: Sequence[Objective]) -> None:
+        super().__init__()
+        if not terms:
+            raise ValueError("Sum: no terms")
+        self.terms = nn.ModuleList(terms)
+
+    @property
+    def needs(self) -> Needs:
+        return reduce(or_, (term.needs for term in self.terms))  # type: ignore[arg-type]
+
+    def prepare(self, rows: Rows) -> SumContext:
+        return SumContext(tuple(term.prepare(rows) for term in self.terms))  # type: ignore[operator]
+
+    def judge(self, rows: Rows, context: SumContext) -> Result:
+        results = [term.judge(rows, part) for term, part in zip(self.terms, context.parts, strict=True)]  # type: ignore[operator]
+        return Result(
+            loss=torch.stack([r.loss for r in results]).sum(),
+            outcomes=next((r.outcomes for r in results if r.outcomes is not None), None),
+            terms={f"{i}_{type(t).__name__}": r.loss.detach() for i, (t, r) in enumerate(zip(self.terms, results))},
+        )

@@ -1,0 +1,25 @@
+"""The risk-neutral value function."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from value_functions.base import ValueFunction
+
+
+class Identity(ValueFunction):
+    """v(u) = beta * u: risk-neutral, every nat of outcome is worth the same.
+
+    The paper's ablation "v = identity" (Ethayarajh et al., ICML 2024, Table 2). With it the reference point
+    is a baseline only: it cancels wherever it carries no gradient.
+
+    Args:
+        beta: value of one nat.
+    """
+
+    def __init__(self, *, beta: float = 0.1) -> None:
+        super().__init__()
+        self.beta = float(beta)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.beta * u

@@ -1,0 +1,62 @@
+"""The canonical value function of prospect theory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from value_functions.base import ValueFunction
+
+
+class KahnemanTversky(ValueFunction):
+    """With x = beta * u: v = x^alpha for gains, -loss_aversion * (-x)^loss_curvature for losses.
+
+    Tversky & Kahneman, "Advances in Prospect Theory" (1992), who fit alpha = loss_curvature = 0.88 and
+    loss_aversion = 2.25 to median choices between gambles; eq. 4 of Ethayarajh et al., ICML 2024.
+
+    |x|^alpha has an infinite slope at 0, and 0 is where every run starts (the policy equals its reference).
+    So each side is smoothed as (|x| + eps)^alpha - eps^alpha, which keeps v(0) = 0, monotonicity and the
+    curvature of either side, and makes the slope finite. At exactly 0 the gradient is that of gains.
+
+    Args:
+        alpha: curvature of gains, in (0, 1].
+        loss_curvature: curvature of losses, in (0, 1].
+        loss_aversion: how much more a loss weighs than a gain of the same size (lambda); above 0.
+        beta: outcomes are multiplied with it first, 1 / nats.
+        eps: width of the smoothing at 0, in units of x; above 0.
+
+    Raises:
+        ValueError: for a parameter outside its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 0.88,
+        loss_curvature: float = 0.88,
+        loss_aversion: float = 2.25,
+        beta: float = 0.1,
+        eps: float = 1e-3,
+    ) -> None:
+        super().__init__()
+        for name, curvature in (("alpha", alpha), ("loss_curvature", loss_curvature)):
+            if not 0 < curvature <= 1:
+                raise ValueError(f"KahnemanTversky: {name} is {curvature}; it must be in (0, 1]")
+        for name, positive in (("loss_aversion", loss_aversion), ("beta", beta), ("eps", eps)):
+            if not positive > 0:
+                raise ValueError(f"KahnemanTversky: {name} is {positive}; it must be above 0")
+        self.alpha = float(alpha)
+        self.loss_curvature = float(loss_curvature)
+        self.loss_aversion = float(loss_aversion)
+        self.beta = float(beta)
+        self.eps = float(eps)
+
+    def _power(self, size: Tensor, curvature: float) -> Tensor:
+        return (size + self.eps) ** curvature - self.eps**curvature
+
+    def forward(self, u: Tensor) -> Tensor:
+        x = self.beta * u
+        # Each branch is clamped to its own side, so that the one not taken has a finite gradient as well.
+        gain = self._power(x.clamp(min=0), self.alpha)
+        loss = -self.loss_aversion * self._power((-x).clamp(min=0), self.loss_curvature)
+        return torch.where(x >= 0, gain, loss)

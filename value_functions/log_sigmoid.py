@@ -1,0 +1,26 @@
+"""The log-sigmoid value function of DPO."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from value_functions.base import ValueFunction
+
+
+class LogSigmoid(ValueFunction):
+    """v(u) = log sigmoid(beta * u): concave everywhere, at most 0, about beta * u deep in losses.
+
+    The value function of DPO (Rafailov et al. 2023, eq. 7; shown to be a HALO in Ethayarajh et al., ICML
+    2024, Thm. 3.5) and, with an undesirable side, of the paper's ablation "v = log sigma".
+
+    Args:
+        beta: risk aversion, 1 / nats.
+    """
+
+    def __init__(self, *, beta: float = 0.1) -> None:
+        super().__init__()
+        self.beta = float(beta)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return F.logsigmoid(self.beta * u)

@@ -1,0 +1,26 @@
+"""The logistic value function of KTO."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from value_functions.base import ValueFunction
+
+
+class Logistic(ValueFunction):
+    """v(u) = sigmoid(beta * u): concave in gains, convex in losses, saturating on both sides.
+
+    The value function of KTO (Ethayarajh et al., ICML 2024, eq. 7). Rows far from the reference point get a
+    vanishing gradient, so extreme, possibly mislabelled rows are ignored (Prop. 4.1).
+
+    Args:
+        beta: risk aversion, 1 / nats. The higher, the sooner a gain saturates.
+    """
+
+    def __init__(self, *, beta: float = 0.1) -> None:
+        super().__init__()
+        self.beta = float(beta)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return torch.sigmoid(self.beta * u)
