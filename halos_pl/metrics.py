@@ -1,0 +1,101 @@
+"""What a step is described with: names and scales that TRL users know, and outcomes in nats.
+
+Every figure is kept as a sum and a count until it is read, so that micro-batches, batches and ranks of
+different sizes, a rank without a row of some class included, add up to the figure of the whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from halos_pl.distributed import sum_over_ranks
+from halos_pl.objective import Outcomes
+from halos_pl.outcomes import Rows
+from value_functions import ValueFunction
+
+Weighted = tuple[Tensor, Tensor]
+"""A sum and the count it is to be divided by, float scalars."""
+
+
+def over(values: Tensor, where: Tensor) -> Weighted:
+    """Sum and count of ``values`` [n] at the rows ``where`` (BoolTensor [n])."""
+    return torch.where(where, values.float(), 0.0).sum(), where.sum().float()
+
+
+class Means:
+    """Weighted means by name, summed over batches and, when read, over ranks."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, figures: dict[str, Weighted]) -> None:
+        """Adds sums and counts; every rank must add the same names in the same order."""
+        for name, pair in figures.items():
+            # float64 where the device has it: an epoch adds up very many float32 values.
+            here = torch.stack([p.detach() for p in pair]).to(torch.float32 if pair[0].is_mps else torch.float64)
+            self._sums[name] = self._sums[name] + here if name in self._sums else here
+
+    def compute(self) -> dict[str, float]:
+        """The means over all ranks; a name with nothing behind it is left out. Starts anew afterwards."""
+        if not self._sums:
+            return {}
+        names = list(self._sums)
+        totals = sum_over_ranks(torch.stack([self._sums[name] for name in names])).tolist()
+        self._sums = {}
+        return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count > 0}
+
+
+def saturation(value_function: ValueFunction, perceived: Tensor) -> Tensor:
+    """BoolTensor [n]: rows whose value has less than 1 % of its slope at the reference point.
+
+    Such rows have (next to) no gradient: Prop. 4.1 of Ethayarajh et al., ICML 2024, at work.
+    """
+    with torch.enable_grad():
+        u = torch.cat([perceived.detach(), perceived.new_zeros(1)]).requires_grad_()
+        (slope,) = torch.autograd.grad(value_function(u).sum(), u)
+    return slope[:-1].abs() < 0.01 * slope[-1].abs()
+
+
+def row_figures(rows: Rows, reward: Tensor, beta: float) -> dict[str, Weighted]:
+    """Figures by class of row, under TRL's names.
+
+    Args:
+        rows: n rows without probes.
+        reward: nats, [n].
+        beta: 1 / nats; rewards are shown as beta * r.
+    """
+    everywhere = torch.ones_like(rows.desirable)
+    desirable, undesirable = rows.desirable, ~rows.desirable
+    logps = rows.policy_logps.detach().sum(dim=1)
+    shown = beta * reward.detach()
+    paired = (rows.rival >= 0) & desirable
+    return {
+        "rewards/chosen": over(shown, desirable),
+        "rewards/rejected": over(shown, undesirable),
+        "rewards/accuracies": over(shown > shown[rows.rival], paired),
+        "logps/chosen": over(logps, desirable),
+        "logps/rejected": over(logps, undesirable),
+        "outcome/reward": over(reward.detach(), everywhere),
+    }
+
+
+def outcome_figures(outcomes: Outcomes, value_function: ValueFunction) -> dict[str, Weighted]:
+    """Figures in nats of how rows stand to the reference point."""
+    everywhere = torch.ones_like(outcomes.outcome, dtype=torch.bool)
+    figures = {
+        "z0": outcomes.reference_point,
+        "u": outcomes.outcome,
+        "value": outcomes.value,
+        "gains": outcomes.outcome > 0,
+        "saturation": saturation(value_function, outcomes.perceived),
+    }
+    return {f"outcome/{name}": over(values, everywhere) for name, values in figures.items()}
+
+
+def with_margin(means: dict[str, float], prefix: str = "") -> dict[str, float]:
+    """Adds ``rewards/margins``, the difference of the two class means, where both classes had rows."""
+    chosen, rejected = (means.get(f"{prefix}rewards/{side}") for side in ("chosen", "rejected"))
+    if chosen is not None and rejected is not None:
+        means[f"{prefix}rewards/margins"] = chosen - rejected
+    return means

@@ -1,0 +1,434 @@
+"""The LightningModule: four plug-ins, a policy, a reference, and one optimizer step per batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor, nn
+from torchmetrics.classification import BinaryAUROC
+from transformers import PreTrainedTokenizerBase, get_scheduler
+
+from halos_pl.distributed import sum_over_ranks, world_size
+from halos_pl.feedback import Feedback
+from halos_pl.metrics import Means, Weighted, outcome_figures, over, row_figures, with_margin
+from halos_pl.objective import HALO, Objective, Outcomes, Result, Sum
+from halos_pl.outcomes import FlatBatch, Rows
+from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
+from halos_pl.policy.logprobs import completion_kl, completion_logps, completion_mask
+from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel
+from halos_pl.reference_points import ReferencePoint
+from halos_pl.rewards import LogRatio, Reward
+from value_functions import ValueFunction
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss of a step is not a finite number; the message names its rows and the last checkpoint."""
+
+
+def build_objective(
+    *,
+    reward: Reward | None = None,
+    reference_point: ReferencePoint | None = None,
+    value_function: ValueFunction | None = None,
+    feedback: Feedback | None = None,
+    undesirable: Literal["same", "reflect"] | None = None,
+    constant: float = 0.0,
+    extra_terms: list[Objective] | None = None,
+) -> Objective:
+    """One objective from the plug-ins: a HALO, a sum with extra terms, or the extra terms alone.
+
+    Raises:
+        ValueError: where some, but not all, parts of a HALO are given, or nothing is.
+    """
+    parts = {
+        "reward": reward,
+        "reference_point": reference_point,
+        "value_function": value_function,
+        "feedback": feedback,
+        "undesirable": undesirable,
+    }
+    missing = [name for name, part in parts.items() if part is None]
+    terms = list(extra_terms or [])
+    if not missing:
+        halo = HALO(**parts, constant=constant)  # type: ignore[arg-type]
+        terms.insert(0, halo)
+    elif len(missing) < len(parts):
+        raise ValueError(
+            f"the objective lacks {', '.join(missing)}: a HALO is a reward, a reference_point, a value_function, a"
+            " feedback and a reading of undesirable rows (same or reflect); see experiments/objectives/"
+        )
+    if not terms:
+        raise ValueError(
+            "no objective: choose one with --config experiments/objectives/NAME.yaml, or set model.reward,"
+            " model.reference_point, model.value_function, model.feedback and model.undesirable"
+        )
+    return terms[0] if len(terms) == 1 else Sum(terms)
+
+
+class HALOModule(LightningModule):
+    """Aligns a language model with a human-aware loss.
+
+    A batch of the DataModule is one optimizer step. ``micro_batch_rows`` splits it when memory is short,
+    without changing the result: probes first, z0 once for the whole step and all ranks, then the rows with
+    gradient (a pair stays together), with one denominator for the step.
+
+    Args:
+        policy: the model to align.
+        reference_model: where log pi_ref comes from. Null: the policy with its adapter off under LoRA, else a
+            frozen copy; none is loaded where nothing needs it.
+        reward: r(x, y), in nats.
+        reference_point: z0, in nats.
+        value_function: v.
+        feedback: sign, weight and denominator of each row.
+        undesirable: how undesirable rows are read: ``same`` (+v(u)) or ``reflect`` (-v(-u)).
+        constant: C of each row, in utility; it moves the loss, never its gradient.
+        extra_terms: further terms of a composite; or the whole objective, where the above are null.
+        micro_batch_rows: rows that are forwarded with gradient at a time; null for all rows of the step.
+        optimizer: makes the optimizer from the trainable parameters.
+        lr_schedule: shape of the learning rate after warm-up; a name of ``transformers.get_scheduler``.
+        warmup_ratio: share of the run's optimizer steps during which the learning rate rises from 0.
+
+    Raises:
+        ValueError: for an incomplete objective or a number outside its range.
+    """
+
+    def __init__(
+        self,
+        policy: ModelSpec,
+        reference_model: ReferenceModel | None = None,
+        reward: Reward | None = None,
+        reference_point: ReferencePoint | None = None,
+        value_function: ValueFunction | None = None,
+        feedback: Feedback | None = None,
+        undesirable: Literal["same", "reflect"] | None = None,
+        constant: float = 0.0,
+        extra_terms: list[Objective] | None = None,
+        micro_batch_rows: int | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-6, weight_decay=0.0),
+        lr_schedule: Literal["constant_with_warmup", "linear", "cosine"] = "linear",
+        warmup_ratio: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if micro_batch_rows is not None and micro_batch_rows < 1:
+            raise ValueError(f"micro_batch_rows is {micro_batch_rows}; it must be at least 1, or null")
+        if not 0 <= warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio is {warmup_ratio}; it is a share of the run, between 0 and 1")
+        self.objective = build_objective(
+            reward=reward,
+            reference_point=reference_point,
+            value_function=value_function,
+            feedback=feedback,
+            undesirable=undesirable,
+            constant=constant,
+            extra_terms=extra_terms,
+        )
+        self.policy_spec = policy
+        self.micro_batch_rows = micro_batch_rows
+        self.make_optimizer = optimizer
+        self.lr_schedule = lr_schedule
+        self.warmup_ratio = warmup_ratio
+        self.policy: nn.Module | None = None
+        self._reference = reference_model or (AdapterOff() if policy.lora else FrozenCopy())
+        self._reference_bound = False
+        self._means = Means()
+        self._auroc = BinaryAUROC()
+        self._rng_states: list[dict[str, Any]] | None = None
+
+    # -- models ---------------------------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's tokenizer, loaded without the model."""
+        return load_tokenizer(self.policy_spec)
+
+    @property
+    def halo(self) -> HALO | None:
+        """The HALO whose outcomes are reported, None for a pure baseline."""
+        return next((m for m in self.objective.modules() if isinstance(m, HALO)), None)
+
+    def setup(self, stage: str) -> None:
+        """Refuses what would silently train something else."""
+        check_trainer(self.trainer)
+
+    def configure_model(self) -> None:
+        """Loads policy and reference, after the data have been validated."""
+        if self.policy is None:
+            self.policy = load_model(self.policy_spec)
+        # Testing measures the KL divergence, so there even a loss that needs no reference gets one.
+        wanted = self.objective.needs.reference or (
+            self.trainer.testing and not isinstance(self._reference, NoReference)
+        )
+        if wanted and not self._reference_bound:
+            self._reference.bind(self.policy, self.policy_spec)
+            self._reference_bound = True
+
+    # -- one step -------------------------------------------------------------------------------------
+
+    def _score(self, batch: FlatBatch, index: Tensor, *, gradient: bool) -> Rows:
+        """Log-probs of the rows ``index`` under policy and reference, padded to the whole batch's width."""
+        assert self.policy is not None
+        part = batch.select(index)
+        width = completion_mask(batch).shape[1]
+        with torch.set_grad_enabled(gradient):
+            policy = completion_logps(self.policy, part)
+        reference = None
+        if self._reference_bound:
+            with torch.no_grad(), self._reference.scoring(self.policy) as model:
+                reference = completion_logps(model, part)
+        pad = (0, width - policy.shape[1])
+        return Rows(
+            policy_logps=F.pad(policy, pad),
+            reference_logps=None if reference is None else F.pad(reference, pad),
+            mask=F.pad(completion_mask(part), pad),
+            desirable=part.desirable,
+            rival=part.rival,
+            probe=part.probe,
+        )
+
+    def _parts(self, index: Tensor, rival: Tensor) -> list[Tensor]:
+        """``index`` in parts of at most ``micro_batch_rows`` rows; a pair is never split."""
+        if self.micro_batch_rows is None or len(index) <= self.micro_batch_rows:
+            return [index]
+        units: dict[int, list[int]] = {}
+        for i, other in zip(index.tolist(), rival[index].tolist(), strict=True):
+            units.setdefault(min(i, other) if other >= 0 else i, []).append(i)
+        parts: list[list[int]] = [[]]
+        for unit in units.values():
+            if parts[-1] and len(parts[-1]) + len(unit) > self.micro_batch_rows:
+                parts.append([])
+            parts[-1].extend(unit)
+        return [torch.tensor(part, device=index.device) for part in parts]
+
+    def _step_rows(self, batch: FlatBatch) -> Rows:
+        """All rows of the step with log-probs of zero: labels and masks, and room for what is scored."""
+        mask = completion_mask(batch)
+        zeros = torch.zeros(mask.shape, device=mask.device)
+        return Rows(
+            policy_logps=zeros,
+            reference_logps=zeros.clone() if self._reference_bound else None,
+            mask=mask,
+            desirable=batch.desirable,
+            rival=batch.rival,
+            probe=batch.probe,
+        )
+
+    def _results(self, batch: FlatBatch, *, gradient: bool) -> Iterator[tuple[Tensor, Rows, Result]]:
+        """Yields (places in the batch, rows, result) for each micro-batch; the losses sum to the step's."""
+        train = (~batch.probe).nonzero().squeeze(1)
+        parts = self._parts(train, batch.rival)
+        step = self._step_rows(batch)
+
+        def keep(index: Tensor, rows: Rows) -> None:
+            step.policy_logps[index] = rows.policy_logps.detach()
+            if step.reference_logps is not None:
+                step.reference_logps[index] = cast(Tensor, rows.reference_logps)
+
+        probes = batch.probe.nonzero().squeeze(1)
+        if len(probes):
+            for index in self._parts(probes, batch.rival):
+                keep(index, self._score(batch, index, gradient=False))
+        scored: dict[int, Rows] = {}
+        if self.objective.needs.step_rewards:
+            # One part: the pass with gradient serves z0 as well. Several: a pass of its own, since the first
+            # part's loss already depends on the last part's rewards.
+            for number, index in enumerate(parts):
+                rows = self._score(batch, index, gradient=gradient and len(parts) == 1)
+                keep(index, rows)
+                if len(parts) == 1:
+                    scored[number] = rows
+        context = self.objective.prepare(step)
+        for number, index in enumerate(parts):
+            rows = scored.get(number) or self._score(batch, index, gradient=gradient)
+            yield index, rows, self.objective.judge(rows, context.select(index))
+
+    def training_step(self, batch: FlatBatch, batch_idx: int) -> Tensor:
+        """One optimizer step. All micro-batches but the last are back-propagated here, the last by Lightning."""
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        means = Means()
+        loss = torch.zeros((), device=self.device)
+        suspects: list[str] = []
+        pending: Tensor | None = None
+        for index, rows, result in self._results(batch, gradient=True):
+            if pending is not None:
+                self.trainer.strategy.backward(pending, None)
+            # DDP averages gradients over ranks, but the ranks' losses sum to the step's.
+            pending = result.loss * world_size()
+            loss += result.loss.detach()
+            finite = rows.policy_logps.detach().isfinite().all(dim=1)
+            suspects += [batch.row_ids[i] for i in index[~finite].tolist()]
+            means.add(self._figures(rows, result))
+        means.add({"loss": (loss, torch.tensor(float(self.global_rank == 0), device=self.device))})
+        figures = with_margin(means.compute())
+        if not torch.isfinite(torch.tensor(figures["loss"])):
+            raise NonFiniteLossError(self._non_finite(figures["loss"], batch, suspects))
+        shown = ("loss", "rewards/margins")
+        self.log_dict({k: v for k, v in figures.items() if k not in shown}, batch_size=len(batch))
+        self.log_dict({k: figures[k] for k in shown if k in figures}, prog_bar=True, batch_size=len(batch))
+        return cast(Tensor, pending)
+
+    def _figures(self, rows: Rows, result: Result) -> dict[str, Weighted]:
+        figures: dict[str, Weighted] = {}
+        one = torch.ones((), device=self.device)
+        n = one * len(rows)
+        halo, outcomes = self.halo, result.outcomes
+        reward = outcomes.reward if outcomes else self._implied_reward(rows)
+        if reward is not None:
+            figures |= row_figures(rows, reward, halo.value_function.beta if halo else 1.0)
+        if outcomes is not None and halo is not None:
+            figures |= outcome_figures(outcomes, halo.value_function)
+            diagnostics = halo.reference_point.diagnostics
+            figures |= {f"outcome/z0_{name}": (value * n, n) for name, value in diagnostics.items()}
+            if halo.needs.probes:
+                figures["kl"] = figures["outcome/z0"]
+        figures |= {f"loss/{name}": (value, one) for name, value in (result.terms or {}).items()}
+        return figures
+
+    def _implied_reward(self, rows: Rows) -> Tensor | None:
+        return None if rows.reference_logps is None else LogRatio()(rows).detach()
+
+    def _non_finite(self, loss: float, batch: FlatBatch, suspects: list[str]) -> str:
+        names = [row for row, probe in zip(batch.row_ids, batch.probe.tolist(), strict=True) if not probe]
+        checkpoint: Any = self.trainer.checkpoint_callback
+        path = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
+        return (
+            f"the loss is {loss} at optimizer step {self.global_step}, so the run stops before it takes that step.\n"
+            + (f"rows with non-finite log-probs: {', '.join(suspects)}\n" if suspects else "")
+            + f"rows of the step: {', '.join(names)}\n"
+            + f"last good checkpoint: {path or 'none was written yet'}"
+        )
+
+    def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: gradients of earlier micro-batches are already there; ``training_step`` has zeroed before."""
+
+    # -- evaluation -----------------------------------------------------------------------------------
+
+    def _evaluate(self, batch: FlatBatch) -> Iterator[tuple[Tensor, Rows, Result]]:
+        loss = torch.zeros((), device=self.device)
+        train_rows = (~batch.probe).sum().float()
+        for index, rows, result in self._results(batch, gradient=False):
+            loss += result.loss
+            self._means.add(self._figures(rows, result))
+            reward = result.outcomes.reward if result.outcomes else self._implied_reward(rows)
+            if reward is not None:
+                self._auroc.update(reward, rows.desirable.long())
+            yield index, rows, result
+        # Every step counts with its number of rows: summed over ranks this is loss * rows / rows.
+        self._means.add({"loss": (loss * sum_over_ranks(train_rows), train_rows)})
+
+    def _log_evaluation(self, prefix: str) -> None:
+        means = with_margin(self._means.compute())
+        labels = torch.cat([t for t in self._auroc.target]) if self._auroc.target else torch.zeros(0)  # type: ignore[union-attr]
+        both = sum_over_ranks(torch.stack([(labels == 0).sum(), (labels == 1).sum()]).float().to(self.device))
+        if bool((both > 0).all()):
+            means["rewards/auroc"] = float(self._auroc.compute())
+        self._auroc.reset()
+        # The figures are already those of all ranks.
+        self.log_dict({f"{prefix}/{k}": v for k, v in means.items()}, rank_zero_only=False)
+
+    def validation_step(self, batch: FlatBatch, batch_idx: int) -> None:
+        """Adds a batch to the held-out figures."""
+        for _ in self._evaluate(batch):
+            pass
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs them under ``val/``."""
+        self._log_evaluation("val")
+
+    def test_step(self, batch: FlatBatch, batch_idx: int) -> None:
+        """As in validation, and the exact token-level KL divergence along the held-out completions."""
+        for index, rows, _ in self._evaluate(batch):
+            if self._reference_bound:
+                assert self.policy is not None
+                part = batch.select(index)
+                kl = completion_kl(self.policy, self._reference.scoring(self.policy), part)
+                self._means.add(
+                    {
+                        "kl/sequence": (kl.sum(), kl.new_tensor(float(len(kl)))),
+                        "kl/token": (kl.sum(), rows.mask.sum().float()),
+                    }
+                )
+
+    def on_test_epoch_end(self) -> None:
+        """Logs under ``test/``."""
+        self._log_evaluation("test")
+
+    def predict_step(self, batch: FlatBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """One record per row: log-probs, r, z0, u (nats) and value."""
+        records: list[dict[str, Any]] = []
+        for index, rows, result in self._results(batch, gradient=False):
+            columns: dict[str, list[Any]] = {
+                "row": [batch.row_ids[i] for i in index.tolist()],
+                "desirable": rows.desirable.tolist(),
+                "tokens": rows.mask.sum(dim=1).tolist(),
+                "policy_logp": rows.policy_logps.sum(dim=1).tolist(),
+            }
+            if rows.reference_logps is not None:
+                columns["reference_logp"] = rows.reference_logps.sum(dim=1).tolist()
+            if result.outcomes is not None:
+                o = result.outcomes
+                columns |= {"r": o.reward.tolist(), "z0": o.reference_point.tolist()}
+                columns |= {"u": o.outcome.tolist(), "value": o.value.tolist()}
+            records += [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return records
+
+    # -- optimizer and checkpoints --------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over trainable parameters, and its schedule by optimizer step."""
+        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = get_scheduler(self.lr_schedule, optimizer, round(self.warmup_ratio * steps), steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves out what is not trained, and keeps the random state of every rank."""
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                checkpoint["state_dict"].pop(name, None)
+        states: list[Any] = [_collect_rng_states()]
+        if world_size() > 1:
+            states = [None] * world_size()
+            torch.distributed.all_gather_object(states, _collect_rng_states())
+        checkpoint["rng_states"] = states
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Puts back what was left out, from the policy that has just been loaded."""
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                checkpoint["state_dict"].setdefault(name, parameter.detach())
+        self._rng_states = checkpoint.get("rng_states")
+
+    def on_train_start(self) -> None:
+        """Restores the random state last, after everything that draws numbers while a run is set up."""
+        if self._rng_states and self.global_rank < len(self._rng_states):
+            _set_rng_states(self._rng_states[self.global_rank])
+        self._rng_states = None
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuses Trainer settings under which the loss would be another one than the config says.
+
+    Raises:
+        ValueError: naming the setting, the reason and what to do instead.
+    """
+    if trainer.accumulate_grad_batches > 1:
+        raise ValueError(
+            f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}: it would average losses with"
+            " different reference points and wrong weights. A batch is one optimizer step here: raise"
+            " data.batch_size, and set model.micro_batch_rows to what fits in memory"
+        )
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise ValueError(
+            f"trainer.strategy {type(trainer.strategy).__name__} is not supported: the reference model is kept out"
+            " of the strategy's sharding and the log-probs are read from the bare policy. Use a single device or"
+            " ddp; model.policy.lora and model.micro_batch_rows save memory"
+        )

@@ -1,0 +1,95 @@
+"""The log-prob engine: from a flat batch and a model to log-probs of completion tokens.
+
+Prompts are padded on the left and completions on the right, so that every completion starts in the same
+column and the model's head runs on completion positions only: no tensor of rows x length x vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import AbstractContextManager
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from halos_pl.outcomes import FlatBatch
+
+
+def completion_mask(batch: FlatBatch) -> Tensor:
+    """BoolTensor [n, T]: which places of the rows' completions, padded on the right to T, hold a token."""
+    lengths = torch.tensor([len(c) for c in batch.completions], device=batch.prompt.device)
+    return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+
+
+@cache
+def _accepts(model_class: type, name: str) -> bool:
+    return name in inspect.signature(model_class.forward).parameters
+
+
+def _completion_logits(model: nn.Module, batch: FlatBatch) -> tuple[Tensor, Tensor]:
+    """Logits float32 [n, T, V] that predict each completion token, and the tokens LongTensor [n, T]."""
+    targets = pad_sequence(batch.completions, batch_first=True)
+    mask = completion_mask(batch)
+    prompts = [batch.prompts[i] for i in batch.prompt.tolist()]
+    context = pad_sequence(prompts, batch_first=True, padding_side="left")
+    real = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left")
+    attention_mask = torch.cat([real, mask.long()], dim=1)
+    inputs: dict[str, Any] = {
+        "input_ids": torch.cat([context, targets], dim=1),
+        "attention_mask": attention_mask,
+        "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0),
+        "use_cache": False,
+    }
+    # The logits of a column predict the token of the next one.
+    first, count = context.shape[1] - 1, targets.shape[1]
+    columns = torch.arange(first, first + count, device=targets.device)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not _accepts(type(base), "position_ids"):
+        del inputs["position_ids"]
+    if _accepts(type(base), "logits_to_keep"):
+        logits = model(**inputs, logits_to_keep=columns).logits
+    else:
+        logits = model(**inputs).logits[:, columns]
+    return logits.float(), targets
+
+
+def completion_logps(model: nn.Module, batch: FlatBatch) -> Tensor:
+    """Log-probs of the completion tokens under ``model``.
+
+    Args:
+        model: a causal language model of transformers, or a peft model around one.
+        batch: n rows.
+
+    Returns:
+        float32 [n, T], whatever the model's dtype; 0 where a row has no token (see :func:`completion_mask`).
+    """
+    logits, targets = _completion_logits(model, batch)
+    logps = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    # where, not a product: a padded place may hold anything, and 0 * inf is not 0.
+    return torch.where(completion_mask(batch), logps, 0.0)
+
+
+@torch.no_grad()
+def completion_kl(policy: nn.Module, reference: AbstractContextManager[nn.Module], batch: FlatBatch) -> Tensor:
+    """KL(policy || reference) along given completions, summed over the whole vocabulary at each token.
+
+    Exact at every position given its prefix. Where the completions were sampled from the policy, the sum over
+    a completion's tokens is an unbiased, low-variance estimate of the sequences' KL divergence.
+
+    Args:
+        policy: the model whose expectation is taken.
+        reference: entered to get the other model; may be the policy with its adapter off.
+        batch: n rows.
+
+    Returns:
+        nats, float32 [n, T], 0 where a row has no token.
+    """
+    log_p = _completion_logits(policy, batch)[0].log_softmax(dim=-1)
+    with reference as model:
+        log_q = _completion_logits(model, batch)[0].log_softmax(dim=-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    return torch.where(completion_mask(batch), kl, 0.0)

@@ -1,0 +1,108 @@
+"""Reference models: where log pi_ref comes from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from halos_pl.policy.loading import ModelError, ModelSpec, load_model, load_tokenizer
+
+
+class ReferenceModel(ABC):
+    """Provides the model that log pi_ref is read from.
+
+    It is no submodule of the LightningModule: never trained, never wrapped by DDP, never written into a
+    checkpoint.
+    """
+
+    @abstractmethod
+    def bind(self, policy: nn.Module, spec: ModelSpec) -> None:
+        """Called once, when ``policy`` has just been loaded from ``spec`` and not been trained yet.
+
+        Raises:
+            ModelError: where this reference cannot serve that policy.
+        """
+
+    @contextmanager
+    @abstractmethod
+    def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """Yields the reference in eval mode on the policy's device."""
+
+
+class FrozenCopy(ReferenceModel):
+    """A second copy of the policy's initial weights, in the policy's dtype."""
+
+    def bind(self, policy: nn.Module, spec: ModelSpec) -> None:
+        copy = load_model(replace(spec, lora=None)) if spec.lora else deepcopy(policy)
+        self._model = copy.eval().requires_grad_(False)
+
+    @contextmanager
+    def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
+        # The policy's dtype may have been changed by the Trainer's precision. Another dtype here would make
+        # rewards differ from 0 at the first step.
+        like = next(policy.parameters())
+        yield self._model.to(device=like.device, dtype=like.dtype)
+
+
+class AdapterOff(ReferenceModel):
+    """The policy itself with its LoRA adapter switched off: no second copy in memory."""
+
+    def bind(self, policy: nn.Module, spec: ModelSpec) -> None:
+        if not hasattr(policy, "disable_adapter"):
+            raise ModelError(
+                "reference_model: AdapterOff needs a policy with an adapter; set model.policy.lora, or choose"
+                " reference_model: FrozenCopy"
+            )
+
+    @contextmanager
+    def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
+        training = policy.training
+        disable: Any = policy.disable_adapter
+        try:
+            with disable():
+                yield policy.eval()
+        finally:
+            policy.train(training)
+
+
+class OtherModel(ReferenceModel):
+    """Another model than the policy's own start, e.g. a larger one. It must share the policy's vocabulary.
+
+    Args:
+        model: what to load.
+    """
+
+    def __init__(self, model: ModelSpec) -> None:
+        self.spec = model
+
+    def bind(self, policy: nn.Module, spec: ModelSpec) -> None:
+        if load_tokenizer(spec).get_vocab() != load_tokenizer(self.spec).get_vocab():
+            raise ModelError(
+                f"reference_model: {self.spec.path} and the policy {spec.path} have different vocabularies, so"
+                " their log-probs of the same token ids cannot be compared"
+            )
+        self._model = load_model(self.spec).eval().requires_grad_(False)
+
+    @contextmanager
+    def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
+        yield self._model.to(next(policy.parameters()).device)
+
+
+class NoReference(ReferenceModel):
+    """None at all: an objective that needs one is refused."""
+
+    def bind(self, policy: nn.Module, spec: ModelSpec) -> None:
+        raise ModelError(
+            "reference_model is NoReference, but the reward needs log pi_ref; choose reward: LogProb, or a reference"
+        )
+
+    @contextmanager
+    def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
+        raise ModelError("NoReference has no model")
+        yield
