@@ -91,12 +91,13 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, comple
     """
     eos = _eos(tokenizer)
     if isinstance(prompt, str):
-        if not isinstance(completion, str):
+        if isinstance(completion, str):
+            text = completion
+        else:
             raise ValueError(
                 "The completion is a message list but the prompt is plain text: give both as messages "
                 'or both as text (a prompt as messages: [{"role": "user", "content": ...}]).'
             )
-        text = completion
     else:
         if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]

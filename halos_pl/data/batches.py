@@ -1,0 +1,332 @@
+"""From examples to the rows of an optimizer step, the mismatched ones included.
+
+A batch is one optimizer step over all ranks. What it holds is a function of (seed, epoch, step) and of
+nothing else: not of the number of workers, not of the number of ranks (each takes its share of the same
+step), not of what was drawn before. So a resumed run meets the rows that the uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from multiprocessing.reduction import ForkingPickler
+from random import Random
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, DistributedSampler
+
+from halos_pl.outcomes import FlatBatch
+
+
+class Step(NamedTuple):
+    """One optimizer step over all ranks: its place, and its examples by their index in the data set."""
+
+    epoch: int
+    index: int
+    examples: tuple[int, ...]
+
+
+def _draw(purpose: str, *numbers: int) -> Random:
+    """A generator that is a function of its arguments, on every rank, worker, platform and Python."""
+    return Random(":".join([purpose, *map(str, numbers)]))
+
+
+class StepSampler(DistributedSampler):
+    """Yields every example once an epoch, as ``Step`` s of ``batch_size`` examples over all ranks together.
+
+    It yields the same steps on every rank; ``StepDataset`` takes the rank's share. It is a
+    ``DistributedSampler`` only so that Lightning leaves it alone instead of splitting the steps over ranks.
+
+    The last step of an epoch may be smaller. Where it would have fewer examples than there are ranks, it is
+    merged into the step before, because a rank without a row could not take part in the step.
+
+    Attributes:
+        start: the first step to yield; for the next iterator only, which sets it back to 0.
+
+    Args:
+        size: number of examples.
+        batch_size: examples per step over all ranks, at least ``world_size``.
+        world_size: number of ranks.
+        seed: with the epoch, what the order depends on.
+        shuffle: False keeps the order of the data.
+        drop_last: leave out a smaller last step.
+        same_every_epoch: ignore ``set_epoch``, so that evaluations of different epochs see the same
+            mismatched rows and can be compared.
+
+    Raises:
+        ValueError: a batch size below ``world_size``, or no step at all.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        batch_size: int,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        same_every_epoch: bool = False,
+    ) -> None:
+        super().__init__(range(size), num_replicas=1, rank=0, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        if batch_size < world_size:
+            raise ValueError(
+                f"batch_size is {batch_size}, the examples of one step over all {world_size} ranks together, so some "
+                f"rank would have none; set it to {world_size} or more."
+            )
+        if size < world_size:
+            raise ValueError(
+                f"{size} examples are too few for {world_size} ranks; use more data or fewer devices."
+            )
+        if drop_last and size < batch_size:
+            raise ValueError(
+                f"With drop_last, {size} examples do not fill one step of batch_size {batch_size}; lower batch_size."
+            )
+        self.size, self.same_every_epoch, self.start = size, same_every_epoch, 0
+        self._bounds = list(range(0, size, batch_size)) + [size]
+        tail = size - self._bounds[-2]
+        if tail < batch_size and drop_last:
+            self._bounds.pop()
+        elif tail < world_size:
+            del self._bounds[-2]
+
+    def __len__(self) -> int:
+        """Steps in a whole epoch, whatever ``start`` is."""
+        return len(self._bounds) - 1
+
+    def set_epoch(self, epoch: int) -> None:
+        if not self.same_every_epoch:
+            super().set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Step]:
+        # Everything is read now and not at the first ``next``: workers fetch ahead of the epoch's hooks.
+        start, self.start = self.start, 0
+        order = list(range(self.size))
+        if self.shuffle:
+            _draw("order", self.seed, self.epoch).shuffle(order)
+        bounds = list(zip(self._bounds, self._bounds[1:], strict=False))
+        epoch = self.epoch
+        return (Step(epoch, i, tuple(order[a:b])) for i, (a, b) in enumerate(bounds) if i >= start)
+
+
+def mismatches(prompts: Sequence[int], draw: Random) -> list[int | None]:
+    """For each row i the place j of a row with another prompt; no j is used twice.
+
+    A permutation whenever there is one, that is, unless one prompt has more than half of the rows. Then the
+    other rows all find a place among that prompt's rows and the reverse, and the rest is None.
+
+    Args:
+        prompts: the prompt of each row; equal numbers are equal prompts.
+        draw: the source of randomness.
+    """
+    groups: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(row)
+    order = list(groups.values())
+    draw.shuffle(order)
+    for group in order:
+        draw.shuffle(group)
+    n, largest = len(prompts), max(map(len, order), default=0)
+    partner: list[int | None] = [None] * n
+    if 2 * largest <= n:
+        # With equal prompts side by side, a turn by at least the largest group, and by at most the rest,
+        # takes every row out of its own group.
+        rows = [row for group in order for row in group]
+        turn = draw.randint(largest, n - largest) if n else 0
+        for place, row in enumerate(rows):
+            partner[row] = rows[(place + turn) % n]
+    else:
+        most = max(order, key=len)
+        others = [row for group in order if group is not most for row in group]
+        for row, other in zip(most, others, strict=False):
+            partner[row] = other
+        draw.shuffle(most)
+        for row, other in zip(most, others, strict=False):
+            partner[other] = row
+    return partner
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tokenised row.
+
+    Attributes:
+        prompt: the prompt's number; equal prompts, by their uncut tokens, have equal numbers.
+        prompt_length: tokens of the prompt that are kept, counted from its end, at least 1.
+        completion: token ids, at least one.
+        desirable: the row's label.
+        row_id: its name in messages and files.
+    """
+
+    prompt: int
+    prompt_length: int
+    completion: tuple[int, ...]
+    desirable: bool
+    row_id: str
+
+
+class StepDataset(Dataset[FlatBatch]):
+    """Makes this rank's share of a ``Step`` into a ``FlatBatch``.
+
+    Args:
+        prompts: the distinct prompts, uncut, as token ids.
+        rows: the rows.
+        examples: the rows of each example: one, or the two of a pair, which name each other as rivals.
+        max_length: tokens of prompt and completion together.
+        probes: add, for each of the rank's rows (x_i, y_i), one mismatched row (x_i, y_j).
+        seed: with epoch and step, what the mismatches depend on.
+        rank, world_size: the share: every ``world_size``-th example of the step, from ``rank`` on.
+
+    The mismatches are drawn over the step's rows of all ranks: y_j never answers a prompt equal to x_i, and
+    the y_j of a step are its y, each once, wherever that is possible. Where a prompt has more than half of
+    the step's rows (a batch of one, say) the missing y_j come from the rest of the data set. A probe is
+    marked undesirable, though nobody judged it: it is feedback on nothing.
+
+    Raises:
+        ValueError: probes where all rows have the same prompt.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        rows: Sequence[Row],
+        examples: Sequence[tuple[int, ...]],
+        *,
+        max_length: int,
+        probes: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.prompts, self.rows, self.examples = prompts, rows, examples
+        self.max_length, self.probes, self.seed = max_length, probes, seed
+        self.rank, self.world_size = rank, world_size
+        # Rows by prompt, so that one with another prompt is drawn without searching for it.
+        self._by_prompt = sorted(range(len(rows)), key=lambda row: rows[row].prompt)
+        self._first: dict[int, int] = {}
+        self._count: dict[int, int] = {}
+        for place, row in enumerate(self._by_prompt):
+            self._first.setdefault(rows[row].prompt, place)
+            self._count[rows[row].prompt] = self._count.get(rows[row].prompt, 0) + 1
+        if probes and len(self._count) < 2:
+            raise ValueError(
+                "The objective's reference point needs mismatched rows (the prompt of one row, the completion of "
+                f"another), but all {len(rows)} rows have the same prompt. Use data with at least two distinct "
+                "prompts, or a reference point that needs no mismatched rows."
+            )
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, step: Step) -> FlatBatch:
+        batch = _Builder(self.prompts)
+        rows = [row for example in step.examples for row in self.examples[example]]
+        mine: list[int] = []  # places in ``rows``
+        place = 0
+        for i, example in enumerate(step.examples):
+            size = len(self.examples[example])
+            if i % self.world_size == self.rank:
+                first = len(mine)
+                for k in range(size):
+                    rival = first + (1 - k) if size == 2 else -1
+                    row = self.rows[rows[place + k]]
+                    batch.add(row, row.prompt_length, row.completion, row.desirable, rival, False, row.row_id)
+                    mine.append(place + k)
+            place += size
+        if self.probes:
+            partners = self._partners(step, rows)
+            for i in mine:
+                x, y = self.rows[rows[i]], self.rows[partners[i]]
+                length = min(x.prompt_length, self.max_length - len(y.completion))
+                batch.add(x, length, y.completion, False, -1, True, f"{x.row_id} with {y.row_id}")
+        return batch.build()
+
+    def _partners(self, step: Step, rows: list[int]) -> list[int]:
+        """For each row of the step, the row whose completion its probe takes."""
+        draw = _draw("mismatch", self.seed, step.epoch, step.index)
+        places = mismatches([self.rows[row].prompt for row in rows], draw)
+        missing = [i for i, place in enumerate(places) if place is None]
+        # Only rows of one prompt, the step's most frequent, can be without a partner.
+        extra = iter(
+            self._others(self.rows[rows[missing[0]]].prompt, len(missing), set(rows), draw) if missing else []
+        )
+        return [next(extra) if place is None else rows[place] for place in places]
+
+    def _others(self, prompt: int, number: int, in_step: set[int], draw: Random) -> list[int]:
+        """``number`` rows with another prompt: from outside the step and distinct as far as there are any."""
+        first, count = self._first[prompt], self._count[prompt]
+        available = len(self.rows) - count
+        drawn = draw.sample(range(available), min(available, number + len(in_step)))
+        candidates = [self._by_prompt[place if place < first else place + count] for place in drawn]
+        candidates.sort(key=in_step.__contains__)  # stable: those outside the step first
+        return [candidates[k % len(candidates)] for k in range(number)]
+
+
+class _Builder:
+    """Puts rows together; a prompt that several rows share is kept once."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
+        self._source = prompts
+        self._known: dict[tuple[int, int], int] = {}
+        self.prompts: list[Tensor] = []
+        self.columns: tuple[list[Any], ...] = ([], [], [], [], [], [])
+
+    def add(
+        self,
+        x: Row,
+        length: int,
+        completion: Sequence[int],
+        desirable: bool,
+        rival: int,
+        probe: bool,
+        name: str,
+    ) -> None:
+        key = (x.prompt, length)
+        if key not in self._known:
+            self._known[key] = len(self.prompts)
+            self.prompts.append(torch.tensor(self._source[x.prompt][-length:], dtype=torch.long))
+        row = (torch.tensor(completion, dtype=torch.long), self._known[key], desirable, rival, probe, name)
+        for column, value in zip(self.columns, row, strict=True):
+            column.append(value)
+
+    def build(self) -> FlatBatch:
+        completions, prompt, desirable, rival, probe, row_ids = self.columns
+        return FlatBatch(
+            prompts=self.prompts,
+            completions=completions,
+            prompt=torch.tensor(prompt, dtype=torch.long),
+            desirable=torch.tensor(desirable, dtype=torch.bool),
+            rival=torch.tensor(rival, dtype=torch.long),
+            probe=torch.tensor(probe, dtype=torch.bool),
+            row_ids=row_ids,
+        )
+
+
+def _as_arrays(value: Any) -> Any:
+    return (
+        [_as_arrays(v) for v in value]
+        if isinstance(value, list)
+        else (value.numpy() if isinstance(value, Tensor) else value)
+    )
+
+
+def _as_tensors(value: Any) -> Any:
+    return (
+        [_as_tensors(v) for v in value]
+        if isinstance(value, list)
+        else (torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
+    )
+
+
+def _rebuild(columns: list[Any]) -> FlatBatch:
+    return FlatBatch(*map(_as_tensors, columns))
+
+
+# A worker would otherwise send each of a batch's many small tensors through a file descriptor of its own,
+# and a large step would run into the limit of open files. Sent as arrays, they travel by value.
+ForkingPickler.register(
+    FlatBatch, lambda batch: (_rebuild, ([_as_arrays(getattr(batch, f.name)) for f in fields(batch)],))
+)
