@@ -394,10 +394,10 @@ class HALOModule(LightningModule):
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
                 checkpoint["state_dict"].pop(name, None)
-        states: list[Any] = [_collect_rng_states()]
+        states: list[Any] = [_rng_state()]
         if world_size() > 1:
             states = [None] * world_size()
-            torch.distributed.all_gather_object(states, _collect_rng_states())
+            torch.distributed.all_gather_object(states, _rng_state())
         checkpoint["rng_states"] = states
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -410,8 +410,17 @@ class HALOModule(LightningModule):
     def on_train_start(self) -> None:
         """Restores the random state last, after everything that draws numbers while a run is set up."""
         if self._rng_states and self.global_rank < len(self._rng_states):
-            _set_rng_states(self._rng_states[self.global_rank])
+            state = self._rng_states[self.global_rank]
+            name, keys, *rest = state["numpy"]
+            _set_rng_states({**state, "numpy": (name, keys.numpy().astype("uint32"), *rest)})
         self._rng_states = None
+
+
+def _rng_state() -> dict[str, Any]:
+    """This process's random state, in types that ``torch.load(weights_only=True)`` accepts."""
+    state = _collect_rng_states()
+    name, keys, *rest = state["numpy"]
+    return {**state, "numpy": (name, torch.from_numpy(keys.astype("int64")), *rest)}
 
 
 def check_trainer(trainer: Any) -> None:

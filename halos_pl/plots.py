@@ -1,0 +1,87 @@
+"""Pictures of a run."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from value_functions import ValueFunction
+
+DESIRABLE, UNDESIRABLE, NEUTRAL = "#1b7f5c", "#c2452d", "#4a4a4a"
+
+
+def _column(rows: list[dict[str, str]], name: str) -> tuple[list[int], list[float]]:
+    kept = [(int(row["step"]), float(row[name])) for row in rows if row.get(name)]
+    return [step for step, _ in kept], [value for _, value in kept]
+
+
+def plot_training(metrics: Path, out: Path) -> Path | None:
+    """Rewards by class and z0 over optimizer steps, and the loss below.
+
+    Args:
+        metrics: a run's ``metrics.csv``.
+        out: the PNG to write.
+
+    Returns:
+        ``out``, or None where the run logged no loss.
+    """
+    with metrics.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not _column(rows, "loss")[0]:
+        return None
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    for name, label, colour in (
+        ("rewards/chosen", "desirable: β·r", DESIRABLE),
+        ("rewards/rejected", "undesirable: β·r", UNDESIRABLE),
+        ("outcome/z0", "reference point z0 (nats)", NEUTRAL),
+    ):
+        steps, values = _column(rows, name)
+        if steps:
+            above.plot(steps, values, label=label, color=colour, linestyle="--" if name == "outcome/z0" else "-")
+    above.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+    if above.get_legend_handles_labels()[0]:
+        above.legend(frameon=False)
+    above.set_ylabel("reward")
+    below.plot(*_column(rows, "loss"), color=NEUTRAL)
+    below.set(xlabel="optimizer step", ylabel="loss")
+    figure.savefig(out, dpi=120)
+    return out
+
+
+def plot_value_function(
+    value_function: ValueFunction, outcomes: dict[str, tuple[Sequence[float], Sequence[bool]]], out: Path
+) -> Path:
+    """v over the outcomes of some rows, one histogram panel a moment.
+
+    Args:
+        value_function: drawn in the top panel.
+        outcomes: by moment (``before``, ``after``): outcomes u in nats, and whether each row is desirable.
+        out: the PNG to write.
+    """
+    everything = torch.tensor([u for us, _ in outcomes.values() for u in us] + [-1.0, 1.0])
+    # Half of the rows beyond either end of the axis would hide the rest, so it follows the bulk of them.
+    reach = 1.1 * float(everything.abs().quantile(0.99))
+    figure = Figure(figsize=(7, 2.4 + 1.6 * len(outcomes)), layout="constrained")
+    panels = figure.subplots(1 + len(outcomes), 1, sharex=True, height_ratios=[2.0, *[1.4] * len(outcomes)])
+    grid = torch.linspace(-reach, reach, 801)
+    with torch.no_grad():
+        panels[0].plot(grid, value_function(grid), color=NEUTRAL)
+    panels[0].set_ylabel("value v(u)")
+    panels[0].set_title(repr(value_function), fontsize=10)
+    bins = torch.linspace(-reach, reach, 61).tolist()
+    for panel, (moment, (us, desirable)) in zip(panels[1:], outcomes.items(), strict=True):
+        for wanted, label, colour in ((True, "desirable", DESIRABLE), (False, "undesirable", UNDESIRABLE)):
+            chosen = [min(max(u, -reach), reach) for u, d in zip(us, desirable, strict=True) if d is wanted]
+            panel.hist(chosen, bins=bins, alpha=0.6, label=label, color=colour)
+        panel.set_ylabel(f"rows {moment}")
+        panel.legend(frameon=False)
+    for panel in panels:
+        panel.axvline(0, color="0.8", linewidth=0.8, zorder=0)
+    panels[-1].set_xlabel("outcome u = r − z0 (nats)")
+    figure.savefig(out, dpi=120)
+    return out
