@@ -1,0 +1,32 @@
+"""Rows of random log-probs, for tests that need no model."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+
+from halos_pl.outcomes import Rows
+
+
+def random_rows(
+    seed: int, pairs: int, probes: int = 3, *, tokens: int = 5, dtype: torch.dtype = torch.float64, scale: float = 1.0
+) -> Rows:
+    """``pairs`` chosen and rejected rows, shuffled, then ``probes`` mismatched ones; lengths 1 to ``tokens``."""
+    g = torch.Generator().manual_seed(seed)
+    n = 2 * pairs + probes
+    lengths = torch.randint(1, tokens + 1, (n,), generator=g)
+    mask = torch.arange(tokens) < lengths[:, None]
+    order = torch.randperm(2 * pairs, generator=g)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(2 * pairs)
+    rival = torch.full((n,), -1)
+    rival[place[0::2]], rival[place[1::2]] = place[1::2], place[0::2]
+    desirable = torch.zeros(n, dtype=torch.bool)
+    desirable[place[0::2]] = True
+    probe = torch.arange(n) >= 2 * pairs
+    policy = -scale * torch.rand(n, tokens, generator=g, dtype=dtype) * mask
+    reference = -scale * torch.rand(n, tokens, generator=g, dtype=dtype) * mask
+    return Rows(policy.requires_grad_(), reference, mask, desirable, rival, probe)
+
+
+seeds = st.integers(0, 2**31 - 1)
