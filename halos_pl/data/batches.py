@@ -25,7 +25,7 @@ class Step(NamedTuple):
     """One optimizer step over all ranks: its place, and its examples by their index in the data set."""
 
     epoch: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody wants of a step
     examples: tuple[int, ...]
 
 
@@ -71,11 +71,12 @@ class StepSampler(DistributedSampler):
         drop_last: bool = False,
         same_every_epoch: bool = False,
     ) -> None:
-        super().__init__(range(size), num_replicas=1, rank=0, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        everything: Any = range(size)  # a stand-in: only its length is asked for
+        super().__init__(everything, num_replicas=1, rank=0, shuffle=shuffle, seed=seed)
         if batch_size < world_size:
             raise ValueError(
-                f"batch_size is {batch_size}, the examples of one step over all {world_size} ranks together, so some "
-                f"rank would have none; set it to {world_size} or more."
+                f"batch_size is {batch_size}, the examples of one step over all {world_size} ranks, so "
+                f"some rank would have none; set it to {world_size} or more."
             )
         if size < world_size:
             raise ValueError(
@@ -83,10 +84,11 @@ class StepSampler(DistributedSampler):
             )
         if drop_last and size < batch_size:
             raise ValueError(
-                f"With drop_last, {size} examples do not fill one step of batch_size {batch_size}; lower batch_size."
+                f"With drop_last, {size} examples do not fill one step of batch_size {batch_size}; "
+                "lower batch_size."
             )
         self.size, self.same_every_epoch, self.start = size, same_every_epoch, 0
-        self._bounds = list(range(0, size, batch_size)) + [size]
+        self._bounds = [*range(0, size, batch_size), size]
         tail = size - self._bounds[-2]
         if tail < batch_size and drop_last:
             self._bounds.pop()
@@ -213,9 +215,9 @@ class StepDataset(Dataset[FlatBatch]):
             self._count[rows[row].prompt] = self._count.get(rows[row].prompt, 0) + 1
         if probes and len(self._count) < 2:
             raise ValueError(
-                "The objective's reference point needs mismatched rows (the prompt of one row, the completion of "
-                f"another), but all {len(rows)} rows have the same prompt. Use data with at least two distinct "
-                "prompts, or a reference point that needs no mismatched rows."
+                "The objective's reference point needs mismatched rows (one row's prompt, another's "
+                f"completion), but all {len(rows)} rows have the same prompt. Use data with at least two "
+                "distinct prompts, or a reference point that needs no mismatched rows."
             )
 
     def __len__(self) -> int:
@@ -249,10 +251,10 @@ class StepDataset(Dataset[FlatBatch]):
         draw = _draw("mismatch", self.seed, step.epoch, step.index)
         places = mismatches([self.rows[row].prompt for row in rows], draw)
         missing = [i for i, place in enumerate(places) if place is None]
-        # Only rows of one prompt, the step's most frequent, can be without a partner.
-        extra = iter(
-            self._others(self.rows[rows[missing[0]]].prompt, len(missing), set(rows), draw) if missing else []
-        )
+        extra: Iterator[int] = iter(())
+        if missing:  # all of one prompt, the step's most frequent
+            prompt = self.rows[rows[missing[0]]].prompt
+            extra = iter(self._others(prompt, len(missing), set(rows), draw))
         return [next(extra) if place is None else rows[place] for place in places]
 
     def _others(self, prompt: int, number: int, in_step: set[int], draw: Random) -> list[int]:

@@ -125,7 +125,8 @@ def _completion(row: dict[str, Any], column: str, prompt: Prompt) -> Prompt:
     if isinstance(completion, list):
         if isinstance(prompt, str):
             raise _Fault(
-                f"column '{column}' is a message list but 'prompt' is plain text; give both as messages or both as text"
+                f"column '{column}' is a message list but 'prompt' is plain text; "
+                "give both as messages or both as text"
             )
         if completion[: len(prompt)] == prompt:  # the conversation repeated from its start
             if completion and len(completion) == len(prompt):
@@ -149,7 +150,8 @@ def _binary(row: dict[str, Any]) -> _Parsed:
     label = row["label"]
     if type(label) not in (bool, int) or label not in (0, 1):
         raise _Fault(
-            f"column 'label' is {_short(label)}; it must be true or 1 (desirable), or false or 0 (undesirable)"
+            f"column 'label' is {_short(label)}; it must be true or 1 (desirable), "
+            "or false or 0 (undesirable)"
         )
     prompt = _prompt(row)
     return prompt, (_completion(row, "completion", prompt),), (bool(label),)
@@ -208,7 +210,8 @@ def _decoded(raw: bytes) -> str:
 def _json_fault(error: Exception) -> _Fault:
     reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
     return _Fault(
-        f"invalid JSON ({reason}); write one JSON object on each line (or, in a .json file, one list of objects)"
+        f"invalid JSON ({reason}); write one JSON object on each line "
+        "(or, in a .json file, one list of objects)"
     )
 
 
@@ -231,7 +234,7 @@ def _json_lines(lines: Iterator[bytes]) -> Iterator[tuple[int, Any]]:
 
 
 def _json_list_or_lines(lines: Iterator[bytes]) -> Iterator[tuple[int, Any]]:
-    """As ``_json_lines``; a file that begins with ``[`` is one list, each row named by the line it begins on."""
+    """As ``_json_lines``; a file that begins with ``[`` is one list, and a row's line is its first."""
     whole = b"".join(lines).removeprefix(b"\xef\xbb\xbf")
     if not whole.lstrip().startswith(b"["):
         yield from _json_lines(iter(whole.splitlines(keepends=True)))
@@ -326,7 +329,8 @@ def _examples(path: str, faults: _Faults) -> list[Example]:
             first = first or (line, schema)
             if schema is not first[1]:
                 raise _Fault(
-                    f"a row of {schema}, but line {first[0]} is a row of {first[1]}; put the two kinds into two files"
+                    f"a row of {schema}, but line {first[0]} is a row of {first[1]}; "
+                    "put the two kinds into two files"
                 )
             examples.append(Example(*schema.parse(row), row_id=f"{path}:{line}"))
         except _Fault as fault:

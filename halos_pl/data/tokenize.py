@@ -116,14 +116,16 @@ def _rendered_completion(
     if not whole.startswith(before):
         same = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(whole))
         raise ValueError(
-            "The chat template does not continue the prompt when the completion is added: after the prompt it "
-            f"writes {before[same : same + 40]!r}, with the completion {whole[same : same + 40]!r} in its place. "
+            "The chat template does not continue the prompt when the completion is added: at the end of the "
+            f"prompt it writes {before[same : same + 40]!r}, and with the completion "
+            f"{whole[same : same + 40]!r} in its place. "
             "Use a template whose generation prompt is the start of an assistant message, or plain text."
         )
     text = whole[len(before) :]
     if not text:
         raise ValueError(
-            "The chat template writes nothing for the completion; its messages should have the role 'assistant'."
+            "The chat template writes nothing for the completion; "
+            "its messages should have the role 'assistant'."
         )
     eos_text: Any = tokenizer.eos_token
     ended = text.rstrip()  # ChatML writes "<|im_end|>\n"; generation stops at EOS, so nothing follows it
