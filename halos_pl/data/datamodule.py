@@ -100,8 +100,8 @@ class Table:
                     raise DataError(f"{example.row_id}: {error}") from error
                 if needs.rivals and not example.is_pair:
                     raise DataError(
-                        f"{example.row_id}: the objective compares the two completions of a pair, but this file "
-                        "has single completions with labels (prompt+completion+label). Use a file with "
+                        f"{example.row_id}: the objective compares the two completions of a pair, but this "
+                        "file has single completions with labels (prompt+completion+label). Use a file with "
                         "prompt+chosen+rejected, or an objective for binary feedback such as KTO."
                     )
                 self._add(example, prompt, completions, needs, counts, max_length, truncate_completions)
