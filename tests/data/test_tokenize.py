@@ -1,0 +1,232 @@
+"""Laws of tokenising, over tokenizers of several families trained on the spot."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+from conftest import CHATML, CORPUS, byte_level_tokenizer
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from halos_pl.data.tokenize import encode_completion, encode_prompt
+
+BOS_CHATML = "{{ bos_token }}" + CHATML
+SAY = [{"role": "user", "content": "Say something"}]
+
+
+def adds(tokenizer: Tokenizer, *, first: str | None = None, last: str | None = None) -> None:
+    """Let the tokenizer put ``first`` before and ``last`` after every text."""
+    around = [token for token in (first, last) if token]
+    template = [token for token in (first, "$A", last) if token]
+    tokenizer.post_processor = TemplateProcessing(
+        single=" ".join(template), special_tokens=[(token, tokenizer.token_to_id(token)) for token in around]
+    )
+
+
+def fast(tokenizer: Tokenizer, **options: Any) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **options)
+
+
+@cache
+def byte_level() -> PreTrainedTokenizerBase:
+    return byte_level_tokenizer()
+
+
+@cache
+def byte_level_bos() -> PreTrainedTokenizerBase:
+    base = byte_level_tokenizer().backend_tokenizer
+    base.add_special_tokens(["<s>"])
+    adds(base, first="<s>")
+    return fast(base, bos_token="<s>", eos_token="<|im_end|>", chat_template=BOS_CHATML)
+
+
+@cache
+def word_piece() -> PreTrainedTokenizerBase:
+    base = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    base.normalizer = normalizers.BertNormalizer(lowercase=True)
+    base.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    base.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    base.train_from_iterator(
+        CORPUS, trainers.WordPieceTrainer(vocab_size=200, special_tokens=special, show_progress=False)
+    )
+    adds(base, first="[CLS]", last="[SEP]")
+    return fast(base, cls_token="[CLS]", sep_token="[SEP]", eos_token="[SEP]", unk_token="[UNK]")
+
+
+def _metaspace(base: Tokenizer, trainer: Any) -> Tokenizer:
+    base.pre_tokenizer = pre_tokenizers.Metaspace()
+    base.decoder = decoders.Metaspace()
+    base.train_from_iterator(CORPUS, trainer)
+    return base
+
+
+@cache
+def metaspace_bpe() -> PreTrainedTokenizerBase:
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=special, show_progress=False)
+    base = _metaspace(Tokenizer(models.BPE(unk_token="<unk>")), trainer)
+    adds(base, first="<s>")
+    llama = (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+        "{% elif m['role'] == 'assistant' %} {{ m['content'] }} {{ eos_token }}"
+        "{% else %}{{ raise_exception('no such role') }}{% endif %}{% endfor %}"
+    )
+    return fast(base, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=llama)
+
+
+@cache
+def metaspace_unigram() -> PreTrainedTokenizerBase:
+    special = ["<unk>", "</s>"]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=120, special_tokens=special, unk_token="<unk>", show_progress=False
+    )
+    base = _metaspace(Tokenizer(models.Unigram()), trainer)
+    adds(base, last="</s>")
+    return fast(base, eos_token="</s>", unk_token="<unk>")
+
+
+ALL = [byte_level, byte_level_bos, word_piece, metaspace_bpe, metaspace_unigram]
+FIRST = {"byte_level_bos": "<s>", "word_piece": "[CLS]", "metaspace_bpe": "<s>"}  # what is put before a text
+LOSSLESS = [byte_level, byte_level_bos]
+CHAT = [byte_level, byte_level_bos, metaspace_bpe]
+
+letters = st.text(alphabet="abcdefgh ,.!\nABé水", min_size=1, max_size=40).filter(str.strip)
+
+
+@pytest.mark.parametrize("make", ALL)
+@given(text=letters)
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_text_prompt_has_the_tokenizers_bos_once_and_no_eos(make: Any, text: str) -> None:
+    tokenizer = make()
+    ids, plain = encode_prompt(tokenizer, text), tokenizer(text, add_special_tokens=False)["input_ids"]
+    first = FIRST.get(make.__name__)
+    assert ids == ([tokenizer.convert_tokens_to_ids(first)] if first else []) + plain
+    assert tokenizer.eos_token_id not in ids
+
+
+@pytest.mark.parametrize("make", ALL)
+@given(text=letters)
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_text_completion_is_tokenised_alone_and_ends_with_eos_once(make: Any, text: str) -> None:
+    tokenizer = make()
+    ids = encode_completion(tokenizer, "A prompt", text)
+    assert ids == [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert ids.count(tokenizer.eos_token_id) == 1
+    assert encode_completion(tokenizer, "A prompt", text + tokenizer.eos_token) == ids
+
+
+@pytest.mark.parametrize("make", LOSSLESS)
+@given(text=letters)
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_completions_are_lossless(make: Any, text: str) -> None:
+    tokenizer = make()
+    for prompt in ("A prompt", SAY):
+        assert tokenizer.decode(encode_completion(tokenizer, prompt, text)[:-1]) == text
+
+
+@pytest.mark.parametrize("make", CHAT)
+@given(text=letters)
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_messages_have_eos_once_and_the_templates_bos(make: Any, text: str) -> None:
+    tokenizer = make()
+    completion = [{"role": "assistant", "content": text}]
+    prompt, ids = encode_prompt(tokenizer, SAY), encode_completion(tokenizer, SAY, completion)
+    assert ids[-1] == tokenizer.eos_token_id
+    assert ids.count(tokenizer.eos_token_id) == 1
+    assert ids == encode_completion(tokenizer, SAY, text)  # text is one assistant message
+    if tokenizer.bos_token_id is not None:
+        assert prompt[0] == tokenizer.bos_token_id
+        assert (prompt + ids).count(tokenizer.bos_token_id) == 1
+    else:
+        in_use = tokenizer.apply_chat_template(SAY, add_generation_prompt=True, return_dict=False)
+        assert prompt == in_use
+
+
+def test_prompt_and_completion_are_what_the_template_writes_for_the_whole_conversation() -> None:
+    tokenizer = byte_level()
+    completion = [
+        {"role": "assistant", "content": "One."},
+        {"role": "user", "content": "More."},
+        {"role": "assistant", "content": "Two. "},
+    ]
+    ids = encode_prompt(tokenizer, SAY) + encode_completion(tokenizer, SAY, completion)
+    whole = tokenizer.apply_chat_template(SAY + completion, tokenize=False)
+    assert tokenizer.decode(ids) == whole.removesuffix("\n")
+
+
+def test_a_text_may_spell_its_bos_itself() -> None:
+    tokenizer = byte_level_bos()
+    assert encode_prompt(tokenizer, "<s>Hello") == encode_prompt(tokenizer, "Hello")
+
+
+def test_eos_is_added_where_the_template_ends_with_another_token() -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.eos_token = "<|pad|>"
+    assert tokenizer.decode(encode_completion(tokenizer, SAY, "Yes")) == "Yes<|im_end|>\n<|pad|>"
+
+
+@given(text=letters)
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_the_boundary_does_not_depend_on_the_completion(text: str) -> None:
+    assume(not text.startswith(" "))
+    tokenizer = byte_level()
+    together = encode_prompt(tokenizer, "The du") + encode_completion(tokenizer, "The du", text)
+    assert tokenizer.decode(together[:-1]) == "The du" + text
+
+
+# Errors
+
+
+def test_no_eos() -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"no EOS token.*set tokenizer\.eos_token"):
+        encode_completion(tokenizer, "a", "b")
+
+
+def test_no_chat_template() -> None:
+    tokenizer = byte_level_tokenizer(chat_template=None)
+    with pytest.raises(ValueError, match=r"no chat template.*instruct model"):
+        encode_prompt(tokenizer, SAY)
+    with pytest.raises(ValueError, match="no chat template"):
+        encode_completion(tokenizer, SAY, "b")
+
+
+def test_message_completion_after_a_text_prompt() -> None:
+    with pytest.raises(ValueError, match="prompt is plain text"):
+        encode_completion(byte_level(), "a", [{"role": "assistant", "content": "b"}])
+
+
+def test_template_that_does_not_continue_its_prompt() -> None:
+    tokenizer = byte_level_tokenizer(
+        CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif")
+    )
+    with pytest.raises(ValueError, match=r"does not continue the prompt.*<think>"):
+        encode_completion(tokenizer, SAY, "Yes")
+
+
+def test_template_that_refuses() -> None:
+    with pytest.raises(ValueError, match=r"refuses messages with the roles \['wizard'\]: no such role"):
+        encode_prompt(metaspace_bpe(), [{"role": "wizard", "content": "a"}])
+
+
+def test_template_that_ignores_the_completion() -> None:
+    with pytest.raises(ValueError, match="writes nothing for the completion"):
+        encode_completion(
+            byte_level_tokenizer(
+                "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+            ),
+            SAY,
+            "Yes",
+        )
+
+
+def test_prompt_without_tokens() -> None:
+    with pytest.raises(ValueError, match="gives no token"):
+        encode_prompt(byte_level(), "")
