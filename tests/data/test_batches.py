@@ -1,0 +1,293 @@
+"""Laws of steps and mismatches: what a batch holds depends on seed, epoch and step, and on nothing else."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import permutations
+from random import Random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from halos_pl.data.batches import Row, Step, StepDataset, StepSampler, mismatches
+from halos_pl.outcomes import FlatBatch
+
+law = settings(max_examples=60, deadline=None, derandomize=True)
+groups = st.lists(st.integers(0, 4), max_size=7)
+seeds = st.integers(0, 2**31)
+
+
+def dataset(
+    prompt_of: list[int],
+    *,
+    pairs: bool = False,
+    max_length: int = 16,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+) -> StepDataset:
+    """Row i has the prompt [p, p, p] and the completion [100 + i]; pairs are rows 2i and 2i + 1."""
+    prompts = sorted(set(prompt_of))
+    n = len(prompt_of)
+    rows = [Row(prompts.index(p), 3, (100 + i,), i % 2 == 0, f"f:{i}") for i, p in enumerate(prompt_of)]
+    examples = [(i, i + 1) for i in range(0, n, 2)] if pairs else [(i,) for i in range(n)]
+    return StepDataset(
+        [[p] * 3 for p in prompts],
+        rows,
+        examples,
+        max_length=max_length,
+        probes=True,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def table(batch: FlatBatch) -> list[tuple[tuple[int, ...], tuple[int, ...], bool, bool, str]]:
+    """(prompt, completion, desirable, probe, name) of each row."""
+    return [
+        (
+            tuple(batch.prompts[p].tolist()),
+            tuple(batch.completions[i].tolist()),
+            bool(batch.desirable[i]),
+            bool(batch.probe[i]),
+            batch.row_ids[i],
+        )
+        for i, p in enumerate(batch.prompt.tolist())
+    ]
+
+
+# Mismatches
+
+
+@given(prompts=groups, seed=seeds)
+@law
+def test_mismatches_are_a_permutation_exactly_when_there_is_one(prompts: list[int], seed: int) -> None:
+    n = len(prompts)
+    partner = mismatches(prompts, Random(seed))
+    exists = any(all(prompts[i] != prompts[j] for i, j in enumerate(p)) for p in permutations(range(n)))
+    assert (sorted(j for j in partner if j is not None) == list(range(n))) == exists
+    assert all(prompts[i] != prompts[j] for i, j in enumerate(partner) if j is not None)
+
+
+@given(prompts=st.lists(st.integers(0, 5), max_size=40), seed=seeds)
+@law
+def test_mismatches_are_as_many_as_can_be(prompts: list[int], seed: int) -> None:
+    used = [j for j in mismatches(prompts, Random(seed)) if j is not None]
+    most = max(Counter(prompts).values(), default=0)
+    assert len(used) == len(set(used)) == min(len(prompts), 2 * (len(prompts) - most))
+
+
+def test_mismatches_are_uniform_over_partners() -> None:
+    for prompts in ([0, 1, 2, 3, 4], [0, 0, 1, 1]):
+        draws = [mismatches(prompts, Random(seed))[0] for seed in range(4000)]
+        others = [j for j, p in enumerate(prompts) if p != prompts[0]]
+        counts = Counter(draws)
+        assert set(counts) == set(others)
+        for j in others:  # four standard deviations
+            share = 1 / len(others)
+            assert abs(counts[j] - 4000 * share) < 4 * (4000 * share * (1 - share)) ** 0.5
+
+
+# Batches
+
+
+@given(
+    prompt_of=st.lists(st.integers(0, 6), min_size=6, max_size=24).filter(lambda p: len(set(p)) > 1),
+    batch_size=st.integers(3, 9),
+    world_size=st.integers(1, 3),
+    pairs=st.booleans(),
+    seed=seeds,
+)
+@law
+def test_laws_of_a_step(
+    prompt_of: list[int], batch_size: int, world_size: int, pairs: bool, seed: int
+) -> None:
+    if pairs:
+        prompt_of = [p for p in prompt_of for _ in range(2)]
+    whole = dataset(prompt_of, pairs=pairs, seed=seed)
+    parts = [
+        dataset(prompt_of, pairs=pairs, rank=rank, world_size=world_size, seed=seed)
+        for rank in range(world_size)
+    ]
+    sampler = StepSampler(len(whole), batch_size=batch_size, world_size=world_size, seed=seed)
+    for step in sampler:
+        batch = whole[step]
+        rows, probes = [r for r in table(batch) if not r[3]], [r for r in table(batch) if r[3]]
+        # The step's rows, each with one probe that has its prompt and a completion of another.
+        assert len(rows) == len(probes) == sum(len(whole.examples[e]) for e in step.examples)
+        assert Counter(x for x, *_ in rows) == Counter(x for x, *_ in probes)
+        assert all(prompt_of[y[0] - 100] != x[0] for x, y, *_ in probes)
+        if 2 * max(Counter(x for x, *_ in rows).values()) <= len(rows):
+            assert Counter(y for _, y, *_ in rows) == Counter(y for _, y, *_ in probes)
+        # Names, labels, rivals, shared prompts.
+        assert all(name == f"f:{y[0] - 100}" and d == (y[0] % 2 == 0) for _, y, d, _, name in rows)
+        assert all(name.endswith(f" with f:{y[0] - 100}") and not d for _, y, d, _, name in probes)
+        assert len(batch.prompts) == len({tuple(p.tolist()) for p in batch.prompts})
+        rivals = batch.rival.tolist()
+        for i, rival in enumerate(rivals):
+            assert (rival == -1) == (not pairs or bool(batch.probe[i]))
+            if rival != -1:
+                assert rivals[rival] == i
+                assert abs(int(batch.completions[rival]) - int(batch.completions[i])) == 1
+                assert batch.prompt[rival] == batch.prompt[i]
+        # Ranks share the step among them and nobody is left without a row.
+        shares = [table(part[step]) for part in parts]
+        assert all(shares)
+        assert Counter(row for share in shares for row in share) == Counter(table(batch))
+
+
+@given(
+    prompts=st.lists(st.integers(0, 3), min_size=2, max_size=12).filter(lambda p: len(set(p)) > 1), seed=seeds
+)
+@law
+def test_steps_of_one_row_take_their_probe_from_the_data_set(prompts: list[int], seed: int) -> None:
+    data = dataset(prompts, seed=seed)
+    for step in StepSampler(len(prompts), batch_size=1, seed=seed):
+        (x, *_), (probe_x, probe_y, *_) = table(data[step])
+        assert x == probe_x
+        assert prompts[probe_y[0] - 100] != x[0]
+
+
+def test_missing_partners_come_from_outside_the_step_and_are_distinct_where_possible() -> None:
+    prompts = [0] * 6 + [1] * 8
+    probes = [r for r in table(dataset(prompts)[Step(0, 0, (0, 1, 2, 3, 6))]) if r[3]]
+    ys = [y for x, y, *_ in probes if x[0] == 0]
+    assert len(set(ys)) == 4
+    assert (106,) in ys
+
+
+def test_one_prompt_alone_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"all 3 rows have the same prompt.*at least two distinct prompts"):
+        dataset([1, 1, 1])
+
+
+def test_a_probe_fits_the_length() -> None:
+    rows = [Row(0, 5, (9,), True, "a:1"), Row(1, 2, (9, 8, 7, 6), True, "a:2")]
+    data = StepDataset([[1, 2, 3, 4, 5], [1, 2]], rows, [(0,), (1,)], max_length=6, probes=True)
+    by_probe: dict[bool, set[object]] = {False: set(), True: set()}
+    for x, y, _, probe, _ in table(data[Step(0, 0, (0, 1))]):
+        by_probe[probe].add((x, y))
+    assert by_probe[True] == {((4, 5), (9, 8, 7, 6)), ((1, 2), (9,))}
+    assert by_probe[False] == {((1, 2, 3, 4, 5), (9,)), ((1, 2), (9, 8, 7, 6))}
+
+
+def test_mismatches_differ_between_epochs_steps_and_seeds() -> None:
+    data, examples = dataset(list(range(20))), tuple(range(20))
+    first = table(data[Step(0, 0, examples)])
+    assert first == table(data[Step(0, 0, examples)])
+    assert first != table(data[Step(1, 0, examples)])
+    assert first != table(data[Step(0, 1, examples)])
+    assert first != table(dataset(list(range(20)), seed=1)[Step(0, 0, examples)])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_make_the_same_batches(workers: int) -> None:
+    data, sampler = dataset([i // 2 for i in range(22)]), StepSampler(22, batch_size=4, seed=3)
+    expected = [data[step] for step in sampler]
+    loaded = list(
+        DataLoader(data, batch_size=None, sampler=sampler, num_workers=workers, collate_fn=identity)
+    )
+    assert [table(batch) for batch in loaded] == [table(batch) for batch in expected]
+    for one, two in zip(loaded, expected, strict=True):
+        assert [t.dtype for t in one.prompts] == [t.dtype for t in two.prompts]
+        for name in ("prompt", "desirable", "rival", "probe"):
+            assert torch.equal(getattr(one, name), getattr(two, name))
+            assert getattr(one, name).dtype == getattr(two, name).dtype
+
+
+def test_a_large_step_from_a_worker_needs_few_open_files() -> None:
+    data = dataset(list(range(3000)))
+    loader = DataLoader(
+        data, batch_size=None, sampler=StepSampler(3000, batch_size=1500), num_workers=1, collate_fn=identity
+    )
+    assert [len(batch) for batch in loader] == [3000, 3000]
+
+
+def identity(batch: FlatBatch) -> FlatBatch:
+    return batch
+
+
+# Steps
+
+
+@given(
+    size=st.integers(1, 60),
+    batch_size=st.integers(1, 12),
+    world_size=st.integers(1, 4),
+    shuffle=st.booleans(),
+    drop_last=st.booleans(),
+    seed=seeds,
+)
+@law
+def test_laws_of_steps(
+    size: int, batch_size: int, world_size: int, shuffle: bool, drop_last: bool, seed: int
+) -> None:
+    def make(seed: int = seed) -> StepSampler:
+        return StepSampler(
+            size,
+            batch_size=batch_size,
+            world_size=world_size,
+            seed=seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+        )
+
+    if batch_size < world_size or size < world_size or (drop_last and size < batch_size):
+        with pytest.raises(ValueError, match=r"batch_size|too few"):
+            make()
+        return
+    sampler = make()
+    steps = list(sampler)
+    order = [example for step in steps for example in step.examples]
+    assert len(steps) == len(sampler)
+    assert [step.index for step in steps] == list(range(len(steps)))
+    assert len(set(order)) == len(order) == (size - size % batch_size if drop_last else size)
+    assert shuffle or order == sorted(order)
+    assert all(len(step.examples) == batch_size for step in steps[:-1]) or size % batch_size < world_size
+    assert all(world_size <= len(step.examples) < batch_size + world_size for step in steps)
+    # The same again, whatever happened before; another epoch and another seed are other orders.
+    assert list(sampler) == steps == list(make())
+    sampler.set_epoch(1)
+    again = list(sampler)
+    assert {step.epoch for step in again} == {1}
+    if shuffle and size > 20 and not drop_last:
+        assert [e for step in again for e in step.examples] != order
+        assert [e for step in make(seed + 1) for e in step.examples] != order
+    # A resumed epoch is the rest of the whole one, once.
+    sampler.set_epoch(0)
+    for start in range(len(steps) + 1):
+        sampler.start = start
+        assert list(sampler) == steps[start:]
+        assert sampler.start == 0
+        assert len(sampler) == len(steps)
+    assert list(sampler) == steps
+
+
+def test_seed_and_epoch_are_not_added() -> None:
+    one, two = StepSampler(40, batch_size=40, seed=1), StepSampler(40, batch_size=40, seed=0)
+    two.set_epoch(1)
+    assert next(iter(one)).examples != next(iter(two)).examples
+
+
+def test_a_small_tail_joins_the_step_before() -> None:
+    sizes = [len(step.examples) for step in StepSampler(10, batch_size=4, world_size=3)]
+    assert sizes == [4, 6]
+    assert [len(step.examples) for step in StepSampler(10, batch_size=4, world_size=2)] == [4, 4, 2]
+
+
+def test_evaluation_is_the_same_every_epoch() -> None:
+    sampler = StepSampler(5, batch_size=2, shuffle=False, same_every_epoch=True)
+    before = list(sampler)
+    sampler.set_epoch(3)
+    assert list(sampler) == before
+
+
+def test_an_iterator_keeps_the_epoch_it_was_made_in() -> None:
+    sampler = StepSampler(6, batch_size=2)
+    steps, waiting = list(sampler), iter(sampler)
+    sampler.set_epoch(1)
+    assert list(waiting) == steps
