@@ -14,13 +14,15 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
+import halos_pl.baselines  # noqa: F401  (so that its terms are found by their bare names)
 from halos_pl.callbacks import LAST, METRICS, LastCheckpoint, PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig
-from halos_pl.data import FeedbackDataModule
+from halos_pl.data import DataError, FeedbackDataModule
 from halos_pl.export import export
 from halos_pl.feedback import Feedback
 from halos_pl.generate import generate_file
-from halos_pl.module import HALOModule, check_trainer
+from halos_pl.module import HALOModule, NonFiniteLossError, check_trainer
 from halos_pl.objective import Objective
+from halos_pl.policy.loading import ModelError
 from halos_pl.policy.reference import ReferenceModel
 from halos_pl.reference_points import ReferencePoint
 from halos_pl.rewards import Reward
@@ -39,6 +41,10 @@ TOOLS: dict[str, Callable[..., None]] = {"export": export, "generate": generate_
 
 class RunError(RuntimeError):
     """The run's folder does not allow what was asked."""
+
+
+# What a user can mend is said in a line; a traceback is for what only we can.
+USER_ERRORS = (DataError, ModelError, RunError, NonFiniteLossError, FileExistsError, FileNotFoundError, ValueError)
 
 
 def _known_classes(base: type) -> list[str]:
@@ -76,7 +82,7 @@ class HalosCLI(LightningCLI):
     """
 
     def __init__(self, args: Any = None) -> None:
-        tools = "".join(f"\n  halos {name} --help" for name in TOOLS)
+        tools = ", ".join(f"halos {name}" for name in TOOLS)
         super().__init__(
             HALOModule,
             FeedbackDataModule,
@@ -89,7 +95,7 @@ class HalosCLI(LightningCLI):
                 "num_sanity_val_steps": 0,
             },
             seed_everything_default=0,
-            parser_kwargs={"description": f"Align language models with human-aware losses.\n\nBesides:{tools}"},
+            parser_kwargs={"description": f"Align language models with human-aware losses. Further commands, each with --help: {tools}."},
             parser_class=HalosParser,
             auto_configure_optimizers=False,
             args=args,

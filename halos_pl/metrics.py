@@ -57,26 +57,27 @@ def saturation(value_function: ValueFunction, perceived: Tensor) -> Tensor:
     return slope[:-1].abs() < 0.01 * slope[-1].abs()
 
 
-def row_figures(rows: Rows, reward: Tensor, beta: float) -> dict[str, Weighted]:
-    """Figures by class of row, under TRL's names.
+def logp_figures(rows: Rows) -> dict[str, Weighted]:
+    """Log-probs by class of row, nats, of n rows without probes."""
+    logps = rows.policy_logps.detach().sum(dim=1)
+    return {"logps/chosen": over(logps, rows.desirable), "logps/rejected": over(logps, ~rows.desirable)}
+
+
+def reward_figures(rows: Rows, reward: Tensor, beta: float) -> dict[str, Weighted]:
+    """Rewards by class of row, under TRL's names.
 
     Args:
         rows: n rows without probes.
-        reward: nats, [n].
+        reward: nats, [n], without gradient.
         beta: 1 / nats; rewards are shown as beta * r.
     """
-    everywhere = torch.ones_like(rows.desirable)
-    desirable, undesirable = rows.desirable, ~rows.desirable
-    logps = rows.policy_logps.detach().sum(dim=1)
-    shown = beta * reward.detach()
-    paired = (rows.rival >= 0) & desirable
+    shown = beta * reward
+    paired = (rows.rival >= 0) & rows.desirable
     return {
-        "rewards/chosen": over(shown, desirable),
-        "rewards/rejected": over(shown, undesirable),
+        "rewards/chosen": over(shown, rows.desirable),
+        "rewards/rejected": over(shown, ~rows.desirable),
         "rewards/accuracies": over(shown > shown[rows.rival], paired),
-        "logps/chosen": over(logps, desirable),
-        "logps/rejected": over(logps, undesirable),
-        "outcome/reward": over(reward.detach(), everywhere),
+        "outcome/reward": over(reward, torch.ones_like(rows.desirable)),
     }
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from halos_pl.distributed import sum_over_ranks, world_size
 from halos_pl.feedback import Feedback
-from halos_pl.metrics import Means, Weighted, outcome_figures, over, row_figures, with_margin
+from halos_pl.metrics import Means, Weighted, logp_figures, outcome_figures, reward_figures, with_margin
 from halos_pl.objective import HALO, Objective, Outcomes, Result, Sum
 from halos_pl.outcomes import FlatBatch, Rows
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
@@ -161,7 +161,8 @@ class HALOModule(LightningModule):
     def configure_model(self) -> None:
         """Loads policy and reference, after the data have been validated."""
         if self.policy is None:
-            self.policy = load_model(self.policy_spec)
+            # transformers loads in eval mode; the only difference here is gradient checkpointing (dropout is off).
+            self.policy = load_model(self.policy_spec).train()
         # Testing measures the KL divergence, so there even a loss that needs no reference gets one.
         wanted = self.objective.needs.reference or (
             self.trainer.testing and not isinstance(self._reference, NoReference)
@@ -276,18 +277,18 @@ class HALOModule(LightningModule):
         return cast(Tensor, pending)
 
     def _figures(self, rows: Rows, result: Result) -> dict[str, Weighted]:
-        figures: dict[str, Weighted] = {}
+        figures = logp_figures(rows)
         one = torch.ones((), device=self.device)
         n = one * len(rows)
         halo, outcomes = self.halo, result.outcomes
         reward = outcomes.reward if outcomes else self._implied_reward(rows)
         if reward is not None:
-            figures |= row_figures(rows, reward, halo.value_function.beta if halo else 1.0)
+            figures |= reward_figures(rows, reward, halo.value_function.beta if halo else 1.0)
         if outcomes is not None and halo is not None:
             figures |= outcome_figures(outcomes, halo.value_function)
             diagnostics = halo.reference_point.diagnostics
             figures |= {f"outcome/z0_{name}": (value * n, n) for name, value in diagnostics.items()}
-            if halo.needs.probes:
+            if halo.needs.probes and halo.needs.reference:
                 figures["kl"] = figures["outcome/z0"]
         figures |= {f"loss/{name}": (value, one) for name, value in (result.terms or {}).items()}
         return figures
