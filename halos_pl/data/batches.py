@@ -44,7 +44,7 @@ class StepSampler(DistributedSampler):
     merged into the step before, because a rank without a row could not take part in the step.
 
     Attributes:
-        start: the first step to yield; for the next iterator only, which sets it back to 0.
+        start: the first step to yield; once an iterator yields from there, it is back at 0.
 
     Args:
         size: number of examples.
@@ -104,14 +104,17 @@ class StepSampler(DistributedSampler):
             super().set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Step]:
-        # Everything is read now and not at the first ``next``: workers fetch ahead of the epoch's hooks.
-        start, self.start = self.start, 0
+        # Read now and not at the first ``next``: workers fetch ahead of the epoch's hooks.
+        return self._steps(self.epoch, self.start)
+
+    def _steps(self, epoch: int, start: int) -> Iterator[Step]:
+        # Not when the iterator is made: a loader with workers makes two and uses the second.
+        self.start = 0
         order = list(range(self.size))
         if self.shuffle:
-            _draw("order", self.seed, self.epoch).shuffle(order)
-        bounds = list(zip(self._bounds, self._bounds[1:], strict=False))
-        epoch = self.epoch
-        return (Step(epoch, i, tuple(order[a:b])) for i, (a, b) in enumerate(bounds) if i >= start)
+            _draw("order", self.seed, epoch).shuffle(order)
+        for index in range(start, len(self)):
+            yield Step(epoch, index, tuple(order[self._bounds[index] : self._bounds[index + 1]]))
 
 
 def mismatches(prompts: Sequence[int], draw: Random) -> list[int | None]:

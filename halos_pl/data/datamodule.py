@@ -204,10 +204,6 @@ class FeedbackDataModule(LightningDataModule):
         one_completion_per_prompt: train on one row, drawn with the seed, of each distinct prompt.
         num_workers: processes that make batches; the batches do not depend on it.
         seed: what order and mismatches depend on; default the global seed (``seed_everything``), else 0.
-
-    Attributes:
-        resume_step: the step at which the next training epoch begins, for that epoch only. Set it to go on in
-            the middle of an epoch.
     """
 
     def __init__(
@@ -250,8 +246,7 @@ class FeedbackDataModule(LightningDataModule):
         self.num_workers, self.seed = num_workers, seed
         self._examples: dict[str, list[Example]] = {}  # by file, each read once a process
         self._tables: dict[str, Table] = {}
-        self._resume_step = 0
-        self._train_sampler: StepSampler | None = None
+        self._resume = (0, 0)
 
     # Reading ---------------------------------------------------------------------------------------
 
@@ -320,7 +315,7 @@ class FeedbackDataModule(LightningDataModule):
             rank_zero_info(f"{split} data {path}: {counts}")
         if not table.rows:
             raise DataError(
-                f"{', '.join(self.files[split])}: no row is left to use for {split}, see the counts above."
+                f"{', '.join(self.files[split])}: no row is left for {split}, see the counts above."
             )
         return table
 
@@ -365,7 +360,9 @@ class FeedbackDataModule(LightningDataModule):
         except ValueError as error:
             raise DataError(f"{split} data ({', '.join(self.files[split])}): {error}") from error
         if train:
-            sampler.start, self._train_sampler = self._resume_step, sampler
+            # Lightning makes the first iterator before it tells the sampler the epoch.
+            epoch, sampler.start = self._resume
+            sampler.set_epoch(epoch)
         return DataLoader(
             dataset,
             batch_size=None,
@@ -375,19 +372,13 @@ class FeedbackDataModule(LightningDataModule):
             collate_fn=_identity,
         )
 
-    @property
-    def resume_step(self) -> int:
-        return self._train_sampler.start if self._train_sampler else self._resume_step
-
-    @resume_step.setter
-    def resume_step(self, step: int) -> None:
-        self._resume_step = step
-        if self._train_sampler:
-            self._train_sampler.start = step
+    def resume_at(self, epoch: int, step: int) -> None:
+        """Make the next training loader begin with this epoch's batch ``step``; the epochs after it are whole."""
+        self._resume = (epoch, step)
 
     def train_dataloader(self) -> DataLoader[FlatBatch]:
         loader = self._loader("train")
-        self._resume_step = 0
+        self._resume = (0, 0)
         return loader
 
     def val_dataloader(self) -> DataLoader[FlatBatch] | list[Any]:

@@ -1,0 +1,436 @@
+"""The DataModule with real files, under a Trainer and alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import byte_level_tokenizer, write_jsonl
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from halos_pl.data import DataError, FeedbackDataModule
+from halos_pl.outcomes import FlatBatch, Needs
+
+KTO = Needs(reference=True, probes=True, undesirable=True)
+DPO = Needs(reference=True, rivals=True, undesirable=True)
+SFT = Needs()
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerBase:
+    return byte_level_tokenizer()
+
+
+def binary(n: int = 10, prompts: int = 10) -> list[dict[str, Any]]:
+    return [{"prompt": f"p{i % prompts}", "completion": f"c{i}", "label": i % 3 > 0} for i in range(n)]
+
+
+def pairs(n: int = 10) -> list[dict[str, Any]]:
+    return [{"prompt": f"p{i}", "chosen": f"good{i}", "rejected": f"bad{i}"} for i in range(n)]
+
+
+def set_up(
+    needs: Needs, stage: str = "fit", rank: int = 0, world_size: int = 1, **options: Any
+) -> FeedbackDataModule:
+    data = FeedbackDataModule(**options)
+    trainer: Any = SimpleNamespace(
+        lightning_module=SimpleNamespace(tokenizer=tokenizer(), objective=SimpleNamespace(needs=needs)),
+        distributed_sampler_kwargs={"num_replicas": world_size, "rank": rank},
+        state=SimpleNamespace(fn=None),
+    )
+    data.trainer = trainer
+    data.setup(stage)
+    return data
+
+
+def text(ids: Tensor) -> str:
+    return tokenizer().decode(ids)
+
+
+def train_rows(data: FeedbackDataModule, epoch: int = 0) -> list[list[tuple[str, str, bool, bool, str]]]:
+    """(prompt, completion, desirable, probe, name) of every row of every step of an epoch."""
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+    return [rows(batch) for batch in loader]
+
+
+def rows(batch: FlatBatch) -> list[tuple[str, str, bool, bool, str]]:
+    return [
+        (
+            text(batch.prompts[int(batch.prompt[i])]),
+            text(batch.completions[i]),
+            bool(batch.desirable[i]),
+            bool(batch.probe[i]),
+            batch.row_ids[i],
+        )
+        for i in range(len(batch))
+    ]
+
+
+# What enters
+
+
+def test_binary_rows_enter_once_an_epoch(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", binary())
+    data = set_up(KTO, train=path, batch_size=4)
+    steps = train_rows(data)
+    assert [len(step) for step in steps] == [8, 8, 4]
+    own = [row for step in steps for row in step if not row[3]]
+    assert sorted(own, key=lambda row: int(row[4].rpartition(":")[2])) == [
+        (row["prompt"], row["completion"] + "<|im_end|>", row["label"], False, f"{path}:{i}")
+        for i, row in enumerate(binary(), start=1)
+    ]
+    assert train_rows(data) == steps
+    assert train_rows(data, epoch=1) != steps
+
+
+def test_pairs_without_rivals_are_unpaired_before_shuffling(tmp_path: Path) -> None:
+    data = set_up(KTO, train=write_jsonl(tmp_path / "a.jsonl", pairs(64)), batch_size=16)
+    steps = [[row for row in step if not row[3]] for step in train_rows(data)]
+    assert [len(step) for step in steps] == [16] * 8
+    assert all(0 < sum(row[2] for row in step) < 16 for step in steps)  # every step has both classes
+    apart = [len({row[0] for row in step}) for step in steps]
+    assert max(apart) > 8  # the two rows of a pair do not travel together
+    assert Counter(row[4].rpartition("#")[2] for step in steps for row in step) == {
+        "chosen": 64,
+        "rejected": 64,
+    }
+
+
+def test_pairs_with_rivals_stay_together(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", pairs())
+    data = set_up(DPO | Needs(probes=True), train=path, batch_size=4)
+    sizes = []
+    for batch in data.train_dataloader():
+        n = int((~batch.probe).sum())
+        sizes.append(n)
+        assert batch.rival.tolist() == [i ^ 1 for i in range(n)] + [-1] * n
+        assert batch.desirable.tolist() == [True, False] * (n // 2) + [False] * n
+        assert batch.row_ids[0].removesuffix("#chosen") == batch.row_ids[1].removesuffix("#rejected")
+    assert sizes == [8, 8, 4]
+    assert data.counts()["train"][path]["pairs"] == 10
+
+
+def test_binary_data_do_not_suit_an_objective_with_rivals(tmp_path: Path) -> None:
+    good, bad = write_jsonl(tmp_path / "a.jsonl", pairs()), write_jsonl(tmp_path / "b.jsonl", binary())
+    with pytest.raises(DataError, match=r"b\.jsonl:1: .*single completions.*prompt\+chosen\+rejected"):
+        set_up(DPO, train=[good, bad])
+
+
+def test_only_desirable_rows_where_no_others_are_wanted(tmp_path: Path) -> None:
+    paths = [write_jsonl(tmp_path / "a.jsonl", binary()), write_jsonl(tmp_path / "b.jsonl", pairs(5))]
+    data = set_up(SFT, train=paths)
+    assert all(row[2] for step in train_rows(data) for row in step)
+    counts = data.counts()["train"]
+    assert [counts[path]["dropped_undesirable"] for path in paths] == [4, 5]
+    assert [(counts[path]["rows"], counts[path]["desirable"], counts[path]["pairs"]) for path in paths] == [
+        (6, 6, 0),
+        (5, 5, 0),
+    ]
+
+
+def test_no_row_left(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{**row, "label": 0} for row in binary()])
+    with pytest.raises(DataError, match=r"a\.jsonl: no row is left for train"):
+        set_up(SFT, train=path)
+
+
+def test_one_completion_per_prompt(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", binary(30, prompts=10))
+    kept = {}
+    for seed in range(3):
+        data = set_up(KTO, train=path, one_completion_per_prompt=True, seed=seed)
+        own = [row for step in train_rows(data) for row in step if not row[3]]
+        assert sorted(row[0] for row in own) == [f"p{i}" for i in range(10)]
+        counts = data.counts()["train"][path]
+        assert (counts["rows"], counts["dropped_same_prompt"]) == (10, 20)
+        assert counts["desirable"] == sum(row[2] for row in own)
+        kept[seed] = {row[4] for row in own}
+    assert len({frozenset(names) for names in kept.values()}) == 3
+    with pytest.raises(ValueError, match="one_completion_per_prompt would tear pairs apart"):
+        set_up(DPO, train=write_jsonl(tmp_path / "b.jsonl", pairs()), one_completion_per_prompt=True)
+
+
+# Lengths
+
+
+def test_lengths(tmp_path: Path) -> None:
+    at = tokenizer()("q", add_special_tokens=False)["input_ids"]
+    assert len(at) == 1
+    lengths = [
+        (9, 3),
+        (4, 5),
+        (20, 9),
+        (3, 30),
+    ]  # (prompt, completion) without EOS; q and z are one token each
+    path = write_jsonl(
+        tmp_path / "a.jsonl",
+        [
+            {"prompt": "a" * i + "q" * p, "completion": "z" * c, "label": 1}
+            for i, (p, c) in enumerate(lengths)
+        ],
+    )
+    data = set_up(KTO, train=path, max_length=10, batch_size=4, shuffle=False)
+    [batch] = data.train_dataloader()
+    shapes = [
+        (len(batch.prompts[p]), len(c)) for p, c in zip(batch.prompt.tolist(), batch.completions, strict=True)
+    ]
+    assert shapes[:4] == [(6, 4), (4, 6) if shapes[1] == (4, 6) else shapes[1], (1, 9), (1, 9)]
+    assert all(p >= 1 and c >= 1 and p + c <= 10 for p, c in shapes)
+    assert [c[-1] == tokenizer().eos_token_id for c in batch.completions[:4]] == [True, True, False, False]
+    counts = data.counts()["train"][path]
+    assert (counts["prompts_cut"], counts["completions_cut"]) == (3 + (shapes[1][0] < 5), 2)
+    dropped = set_up(SFT, train=path, max_length=10, truncate_completions=False).counts()["train"][path]
+    assert (dropped["rows"], dropped["dropped_too_long"], dropped["completions_cut"]) == (2, 2, 0)
+
+
+def test_a_pair_is_cut_and_dropped_as_one(tmp_path: Path) -> None:
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [{"prompt": "q" * 8, "chosen": "z", "rejected": "z" * 5}] + pairs(2)
+    )
+    [batch, _] = (
+        set_up(
+            DPO, train=path, max_length=10, batch_size=1, shuffle=False, drop_last=True
+        ).train_dataloader(),
+        0,
+    )
+    first = next(iter(batch))
+    assert first.prompt.tolist() == [0, 0]
+    assert len(first.prompts[0]) == 4  # what the longer completion leaves
+    for needs, rows_left in ((DPO, 0), (KTO, 1)):
+        path = write_jsonl(
+            tmp_path / "b.jsonl", [{"prompt": "q", "chosen": "z", "rejected": "z" * 50}, *pairs(2)]
+        )
+        data = set_up(needs, train=path, max_length=20, truncate_completions=False)
+        assert data.counts()["train"][path]["rows"] == 4 + rows_left
+        assert data.counts()["train"][path]["dropped_too_long"] == 2 - rows_left
+
+
+# Independence
+
+
+@pytest.mark.parametrize("needs", [KTO, DPO | Needs(probes=True)])
+@pytest.mark.parametrize("size", [7, 10])
+def test_ranks_and_workers_do_not_change_a_step(tmp_path: Path, needs: Needs, size: int) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", pairs(size))
+    whole = train_rows(set_up(needs, train=path, batch_size=4))
+    assert train_rows(set_up(needs, train=path, batch_size=4, num_workers=2)) == whole
+    for world_size in (2, 3):
+        ranks = [
+            train_rows(set_up(needs, train=path, batch_size=4, rank=r, world_size=world_size))
+            for r in range(world_size)
+        ]
+        together = [Counter(row for part in parts for row in part) for parts in zip(*ranks, strict=True)]
+        assert together[0] == Counter(whole[0])
+        assert all(all(part) for part in zip(*ranks, strict=True))
+        own = Counter(name for step in together for *_, probe, name in step.elements() if not probe)
+        assert own == Counter(name for step in whole for *_, probe, name in step if not probe)
+
+
+def test_global_seed_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", binary())
+    monkeypatch.setenv("PL_GLOBAL_SEED", "5")
+    assert train_rows(set_up(KTO, train=path)) == train_rows(set_up(KTO, train=path, seed=5))
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    assert train_rows(set_up(KTO, train=path)) == train_rows(set_up(KTO, train=path, seed=0))
+
+
+@pytest.mark.parametrize("before_loader", [True, False])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_step_holds_for_one_epoch(tmp_path: Path, before_loader: bool, workers: int) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", binary())
+    data = set_up(KTO, train=path, batch_size=2, num_workers=workers)
+    whole = train_rows(data)
+    if before_loader:
+        data.resume_step = 3
+    loader = data.train_dataloader()
+    if not before_loader:
+        data.resume_step = 3
+    assert len(loader) == 5
+    assert data.resume_step == 3
+    assert [rows(batch) for batch in loader] == whole[3:]
+    assert data.resume_step == 0
+    assert [rows(batch) for batch in loader] == whole
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", binary())
+    options: dict[str, Any] = {"train": path, "batch_size": 4, "seed": 1}
+    state = set_up(KTO, **options).state_dict()
+    set_up(KTO, **options).load_state_dict(state)
+    set_up(KTO, **{**options, "num_workers": 2}).load_state_dict(state)
+    moved = write_jsonl(tmp_path / "b.jsonl", binary())
+    set_up(KTO, **{**options, "train": moved}).load_state_dict(state)
+    set_up(KTO, stage="test", test=path).load_state_dict(state)  # nothing is trained on
+    other = write_jsonl(tmp_path / "c.jsonl", [*binary(9), {**binary()[9], "completion": "!"}])
+    for change, name in (
+        ({"train": other}, "training data"),
+        ({"batch_size": 5}, r"batch_size \(saved 4, now 5\)"),
+        ({"seed": 2}, r"seed \(saved 1, now 2\)"),
+        ({"shuffle": False}, r"shuffle \(saved True, now False\)"),
+        ({"max_length": 3}, "training data"),
+    ):
+        with pytest.raises(ValueError, match=f"other data or batches: {name}"):
+            set_up(KTO, **{**options, **change}).load_state_dict(state)
+    with pytest.raises(ValueError, match="objective's needs"):
+        set_up(KTO | Needs(step_rewards=True), **options).load_state_dict(state)
+
+
+# Errors and stages
+
+
+def test_settings_are_checked() -> None:
+    for name, value in (("batch_size", 0), ("eval_batch_size", 0), ("max_length", 1), ("num_workers", -1)):
+        options: dict[str, Any] = {name: value}
+        with pytest.raises(ValueError, match=rf"data\.{name} is {value}; it must be at least"):
+            FeedbackDataModule("a.jsonl", **options)
+
+
+def test_errors_name_the_file(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", binary(prompts=1))
+    with pytest.raises(DataError, match=r"train data \(.*a\.jsonl\): .*same prompt"):
+        set_up(KTO, train=path).train_dataloader()
+    with pytest.raises(DataError, match=r"batch_size is 2.*3 ranks"):
+        set_up(SFT, train=path, batch_size=2, world_size=3).train_dataloader()
+    with pytest.raises(ValueError, match=r"No train data: set data\.train"):
+        set_up(KTO, validation=path)
+    messages = write_jsonl(
+        tmp_path / "m.jsonl", [{"prompt": [{"role": "user", "content": "a"}], "completion": "b", "label": 1}]
+    )
+    data = FeedbackDataModule(messages)
+    bare: Any = SimpleNamespace(
+        lightning_module=SimpleNamespace(
+            tokenizer=byte_level_tokenizer(None), objective=SimpleNamespace(needs=KTO)
+        )
+    )
+    data.trainer = bare
+    with pytest.raises(DataError, match=r"m\.jsonl:1: .*no chat template"):
+        data.setup("fit")
+
+
+def test_each_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from halos_pl.data import datamodule, read
+
+    read_paths: list[str] = []
+
+    def counted(paths: list[str]) -> Any:
+        read_paths.extend(paths)
+        return read.read_files(paths)
+
+    monkeypatch.setattr(datamodule, "read_files", counted)
+    path = write_jsonl(tmp_path / "a.jsonl", binary())
+    data = FeedbackDataModule(path, path)
+    data.prepare_data()
+    assert read_paths == [path]
+    stand_in: Any = SimpleNamespace(
+        lightning_module=SimpleNamespace(tokenizer=tokenizer(), objective=SimpleNamespace(needs=KTO))
+    )
+    data.trainer = stand_in
+    data.setup("fit")
+    assert read_paths == [path]
+
+
+class Recorder(LightningModule):
+    """Keeps the names of the rows that it meets."""
+
+    def __init__(self, needs: Needs) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.tokenizer, self.objective = tokenizer(), SimpleNamespace(needs=needs)
+        self.seen: dict[str, list[list[str]]] = {"train": [], "validation": [], "test": []}
+
+    def training_step(self, batch: FlatBatch, batch_idx: int) -> Tensor:
+        self.seen["train"].append(batch.row_ids)
+        return self.weight * len(batch)
+
+    def validation_step(self, batch: FlatBatch, batch_idx: int) -> None:
+        self.seen["validation"].append(batch.row_ids)
+
+    def test_step(self, batch: FlatBatch, batch_idx: int) -> None:
+        self.seen["test"].append(batch.row_ids)
+
+    def predict_step(self, batch: FlatBatch, batch_idx: int) -> list[str]:
+        return batch.row_ids
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def run(**options: Any) -> Trainer:
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+    }
+    return Trainer(**{**quiet, "enable_checkpointing": False, "num_sanity_val_steps": 0, **options})
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers|.*Couldn't infer the batch indices")
+def test_every_stage_under_a_trainer(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", binary())
+    data = FeedbackDataModule(path, batch_size=4)
+    alone = Recorder(KTO)
+    run(max_epochs=2).fit(alone, data)  # without validation data
+    assert len(alone.seen["train"]) == 6
+    assert alone.seen["train"][:3] == [[row[4] for row in step] for step in train_rows(data)]
+    assert alone.seen["train"][3:] == [[row[4] for row in step] for step in train_rows(data, epoch=1)]
+
+    data = FeedbackDataModule(path, path, path, batch_size=4, eval_batch_size=3)
+    module = Recorder(KTO)
+    run(max_epochs=2).fit(module, data)
+    assert module.seen["train"] == alone.seen["train"]
+    names = [f"{path}:{i}" for i in range(1, 11)]
+    epochs = module.seen["validation"][:4], module.seen["validation"][4:]
+    assert epochs[0] == epochs[1]  # mismatches too, so that epochs can be compared
+    assert [name for batch in epochs[0] for name in batch if " with " not in name] == names
+    run().test(module, data, verbose=False)
+    assert module.seen["test"] == epochs[0]
+    predicted = run().predict(module, data)
+    assert predicted is not None
+    assert [name for batch in predicted for name in batch] == names
+
+
+def test_bad_data_are_refused_before_setup(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p"}])
+
+    class Never(Recorder):
+        def configure_model(self) -> None:
+            raise AssertionError("a model was made before the data were read")
+
+    with pytest.raises(DataError, match=r"a\.jsonl:1: the row lacks"):
+        run(max_epochs=1).fit(Never(KTO), FeedbackDataModule(path))
+
+
+def test_files_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from halos_pl.data import datamodule
+
+    lines: list[str] = []
+    monkeypatch.setattr(datamodule, "rank_zero_info", lines.append)
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [*binary(), {"prompt": "p", "completion": "z" * 99, "label": False}]
+    )
+    set_up(SFT, train=path, validation=path, max_length=20)
+    assert lines[0] == (
+        f"train data {path}: 11 examples, 6 rows (6 desirable, 0 undesirable), 0 pairs; "
+        "5 rows dropped: undesirable, which the objective does not use"
+    )
+    assert len(lines) == 2
+
+
+def test_real_data(shared_data: Path) -> None:
+    path = str(shared_data / "feedback" / "hh_rlhf_train.jsonl.gz")
+    data = set_up(KTO, train=path, batch_size=64, max_length=256)
+    batch = next(iter(data.train_dataloader()))
+    assert len(batch) == 128
+    assert data.counts()["train"][path]["desirable"] == data.counts()["train"][path]["undesirable"] == 2898
