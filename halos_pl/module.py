@@ -12,6 +12,7 @@ from lightning import LightningModule
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics.classification import BinaryAUROC
 from transformers import PreTrainedTokenizerBase, get_scheduler
@@ -25,6 +26,7 @@ from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
 from halos_pl.policy.logprobs import completion_kl, completion_logps, completion_mask
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel
 from halos_pl.reference_points import ReferencePoint
+from halos_pl.resume import settle_progress
 from halos_pl.rewards import LogRatio, Reward
 from value_functions import ValueFunction
 
@@ -407,6 +409,11 @@ class HALOModule(LightningModule):
             if not parameter.requires_grad:
                 checkpoint["state_dict"].setdefault(name, parameter.detach())
         self._rng_states = checkpoint.get("rng_states")
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            epoch, step = settle_progress(checkpoint["loops"]["fit_loop"])
+            resume_at = getattr(self.trainer.datamodule, "resume_at", None)  # type: ignore[attr-defined]
+            if resume_at is not None:
+                resume_at(epoch, step)
 
     def on_train_start(self) -> None:
         """Restores the random state last, after everything that draws numbers while a run is set up."""

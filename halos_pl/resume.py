@@ -1,0 +1,37 @@
+"""Where a killed run goes on: the one place that knows how Lightning counts its progress.
+
+A batch is a function of (seed, epoch, step), so going on exactly takes the right epoch and step, and nothing
+of the data loader's state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def settle_progress(fit_loop: dict[str, Any]) -> tuple[int, int]:
+    """Reads epoch and step off a checkpoint's loop state, and mends the state after an epoch's last step.
+
+    A checkpoint that is written when an epoch's last step is done, but before the epoch is closed, sends
+    Lightning 2.6 into the next epoch without counting it, and that epoch is lost. Such a state is rewritten
+    here to what it means: the epoch is over, nothing of the next has begun. (Had the epoch's validation not
+    run yet when the process died, it is not made up for.)
+
+    Args:
+        fit_loop: ``checkpoint["loops"]["fit_loop"]``; changed in place.
+
+    Returns:
+        The epoch (from 0) and the number of its steps that have been taken.
+    """
+    epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
+    begun = epochs["current"]["ready"]
+    if not batches["is_last_batch"]:
+        return max(begun - 1, 0), batches["current"]["ready"]
+    for key in ("total", "current"):
+        epochs[key] = dict.fromkeys(epochs[key], epochs[key]["ready"])
+    steps = batches["total"]["ready"]
+    batches["total"] = dict.fromkeys(batches["total"], steps)
+    batches["current"] = dict.fromkeys(batches["current"], 0)
+    batches["is_last_batch"] = False
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = steps
+    return begun, 0
