@@ -29,7 +29,7 @@ class Step(NamedTuple):
     examples: tuple[int, ...]
 
 
-def _draw(purpose: str, *numbers: int) -> Random:
+def seeded(purpose: str, *numbers: int) -> Random:
     """A generator that is a function of its arguments, on every rank, worker, platform and Python."""
     return Random(":".join([purpose, *map(str, numbers)]))
 
@@ -112,7 +112,7 @@ class StepSampler(DistributedSampler):
         self.start = 0
         order = list(range(self.size))
         if self.shuffle:
-            _draw("order", self.seed, epoch).shuffle(order)
+            seeded("order", self.seed, epoch).shuffle(order)
         for index in range(start, len(self)):
             yield Step(epoch, index, tuple(order[self._bounds[index] : self._bounds[index + 1]]))
 
@@ -251,7 +251,7 @@ class StepDataset(Dataset[FlatBatch]):
 
     def _partners(self, step: Step, rows: list[int]) -> list[int]:
         """For each row of the step, the row whose completion its probe takes."""
-        draw = _draw("mismatch", self.seed, step.epoch, step.index)
+        draw = seeded("mismatch", self.seed, step.epoch, step.index)
         places = mismatches([self.rows[row].prompt for row in rows], draw)
         missing = [i for i, place in enumerate(places) if place is None]
         extra: Iterator[int] = iter(())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -15,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from halos_pl.data.batches import Row, StepDataset, StepSampler, _draw
+from halos_pl.data.batches import Row, StepDataset, StepSampler, seeded
 from halos_pl.data.read import DataError, Example, read_files
 from halos_pl.data.tokenize import encode_completion, encode_prompt
 from halos_pl.outcomes import FlatBatch, Needs
@@ -153,7 +154,7 @@ class Table:
         by_prompt: dict[int, list[int]] = {}
         for place, row in enumerate(self.rows):
             by_prompt.setdefault(row.prompt, []).append(place)
-        draw = _draw("one completion per prompt", seed)
+        draw = seeded("one completion per prompt", seed)
         chosen = {draw.choice(places) for places in by_prompt.values()}
         for place, row in enumerate(self.rows):
             if place not in chosen:
@@ -235,9 +236,13 @@ class FeedbackDataModule(LightningDataModule):
         files = {"train": train, "validation": validation, "test": test}
         files["predict"] = predict or test or validation
         self.files: dict[str, list[str]] = {
-            split: [value] if isinstance(value, str) else list(dict.fromkeys(value or []))
-            for split, value in files.items()
+            split: [value] if isinstance(value, str) else list(value or []) for split, value in files.items()
         }
+        for split, paths in self.files.items():
+            if twice := [path for path in dict.fromkeys(paths) if paths.count(path) > 1]:
+                raise ValueError(
+                    f"data.{split} lists {', '.join(twice)} more than once; list each file once."
+                )
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.max_length, self.truncate_completions = max_length, truncate_completions
@@ -250,13 +255,15 @@ class FeedbackDataModule(LightningDataModule):
 
     # Reading ---------------------------------------------------------------------------------------
 
-    def _splits(self, stage: str | None) -> tuple[str, ...]:
-        return {
-            "fit": ("train", "validation"),
-            "validate": ("validation",),
-            "test": ("test",),
-            "predict": ("predict",),
-        }.get(stage or "", SPLITS)
+    def _splits(self, stage: str | None) -> list[str]:
+        """The splits of the stage that have files; every split where no stage is named."""
+        required = {"fit": "train", "validate": "validation", "test": "test", "predict": "predict"}.get(
+            stage or ""
+        )
+        if required and not self.files[required]:
+            raise ValueError(f"No {required} data: set data.{required} to a file or a list of files.")
+        wanted = SPLITS if required is None else (required, *(["validation"] if stage == "fit" else []))
+        return [split for split in wanted if self.files[split]]
 
     def _read(self, splits: Sequence[str]) -> None:
         paths = dict.fromkeys(path for split in splits for path in self.files[split])
@@ -278,13 +285,9 @@ class FeedbackDataModule(LightningDataModule):
                 "FeedbackDataModule.setup needs a Trainer and a module: use it with Trainer.fit."
             )
         splits = self._splits(stage)
-        for split in splits:
-            if not self.files[split] and (split != "validation" or stage == "validate") and stage is not None:
-                raise ValueError(f"No {split} data: set data.{split} to a file or a list of files.")
         self._read(splits)
         for split in splits:
-            if self.files[split]:
-                self._tables[split] = self._table(split)
+            self._tables[split] = self._table(split)
 
     def _needs(self, split: str) -> Needs:
         module: Any = self.trainer.lightning_module if self.trainer else None
@@ -373,7 +376,7 @@ class FeedbackDataModule(LightningDataModule):
         )
 
     def resume_at(self, epoch: int, step: int) -> None:
-        """Make the next training loader begin with this epoch's batch ``step``; the epochs after it are whole."""
+        """Let the next training loader begin at step ``step`` of ``epoch``; the epochs after it are whole."""
         self._resume = (epoch, step)
 
     def train_dataloader(self) -> DataLoader[FlatBatch]:
@@ -382,7 +385,11 @@ class FeedbackDataModule(LightningDataModule):
         return loader
 
     def val_dataloader(self) -> DataLoader[FlatBatch] | list[Any]:
-        return self._loader("validation") if self.files["validation"] else []
+        if not self.files["validation"]:
+            # None is meant, so Lightning's "make sure this was your intention" would only worry the user.
+            warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
+            return []
+        return self._loader("validation")
 
     def test_dataloader(self) -> DataLoader[FlatBatch]:
         return self._loader("test")
