@@ -57,6 +57,16 @@ def saturation(value_function: ValueFunction, perceived: Tensor) -> Tensor:
     return slope[:-1].abs() < 0.01 * slope[-1].abs()
 
 
+def into_unit_interval(reward: Tensor) -> Tensor:
+    """A strictly increasing map of rewards into (0, 1), float64 [n].
+
+    torchmetrics takes scores outside [0, 1] for logits, batch by batch, and would apply a sigmoid to some
+    batches and not to others; and a sigmoid would make large rewards equal.
+    """
+    reward = reward.double()
+    return 0.5 + 0.5 * reward / (1 + reward.abs())
+
+
 def logp_figures(rows: Rows) -> dict[str, Weighted]:
     """Log-probs by class of row, nats, of n rows without probes."""
     logps = rows.policy_logps.detach().sum(dim=1)

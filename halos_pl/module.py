@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from halos_pl.distributed import sum_over_ranks, world_size
 from halos_pl.feedback import Feedback
-from halos_pl.metrics import Means, Weighted, logp_figures, outcome_figures, reward_figures, with_margin
+from halos_pl.metrics import Means, Weighted, into_unit_interval, logp_figures, outcome_figures, reward_figures, with_margin
 from halos_pl.objective import HALO, Objective, Outcomes, Result, Sum
 from halos_pl.outcomes import FlatBatch, Rows
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
@@ -322,7 +322,7 @@ class HALOModule(LightningModule):
             self._means.add(self._figures(rows, result))
             reward = result.outcomes.reward if result.outcomes else self._implied_reward(rows)
             if reward is not None:
-                self._auroc.update(reward, rows.desirable.long())
+                self._auroc.update(into_unit_interval(reward), rows.desirable.long())
             yield index, rows, result
         # Every step counts with its number of rows: summed over ranks this is loss * rows / rows.
         self._means.add({"loss": (loss * sum_over_ranks(train_rows), train_rows)})
@@ -334,8 +334,8 @@ class HALOModule(LightningModule):
         if bool((both > 0).all()):
             means["rewards/auroc"] = float(self._auroc.compute())
         self._auroc.reset()
-        # The figures are already those of all ranks.
-        self.log_dict({f"{prefix}/{k}": v for k, v in means.items()}, rank_zero_only=False)
+        # The figures are those of all ranks already: the same on each, and their mean with them.
+        self.log_dict({f"{prefix}/{k}": v for k, v in means.items()}, sync_dist=True)
 
     def validation_step(self, batch: FlatBatch, batch_idx: int) -> None:
         """Adds a batch to the held-out figures."""
