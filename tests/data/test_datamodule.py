@@ -391,6 +391,9 @@ def test_every_stage_under_a_trainer(tmp_path: Path) -> None:
     epochs = module.seen["validation"][:4], module.seen["validation"][4:]
     assert epochs[0] == epochs[1]  # mismatches too, so that epochs can be compared
     assert [name for batch in epochs[0] for name in batch if " with " not in name] == names
+    loader: Any = data.val_dataloader()
+    loader.sampler.set_epoch(7)
+    assert [batch.row_ids for batch in loader] == epochs[0]
     run().test(module, data, verbose=False)
     assert module.seen["test"] == epochs[0]
     predicted = run().predict(module, data)
