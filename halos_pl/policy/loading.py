@@ -1,0 +1,215 @@
+"""Loading policies: a hub name, a local folder or a GGUF file; dropout off; LoRA."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded, or not be used as asked."""
+
+
+@dataclass
+class LoRASpec:
+    """A low-rank adapter (peft): only it is trained.
+
+    Attributes:
+        r: rank.
+        alpha: scale; the adapter's output is multiplied with alpha / r.
+        dropout: probability of dropout before the adapter, in training.
+        target_modules: names of the layers that get one, or ``all-linear``.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+
+@dataclass
+class ModelSpec:
+    """Which model, and how it is loaded.
+
+    Attributes:
+        path: a hub name, a local folder, or ``package:NAME`` for a folder that an installed Python package
+            ships.
+        gguf_file: a GGUF file in that folder. It may be left out where the folder holds exactly one and no
+            ``config.json``.
+        revision: branch, tag or commit of a hub name.
+        dtype: of the weights. Log-probs and losses are computed in float32 whatever it is.
+        attn_implementation: as transformers takes it.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+        dropout: keep the model's dropout. Off, every dropout probability is set to 0 (GPT-2 ships with 0.1),
+            so that rewards start at exactly 0.
+        lora: train an adapter instead of the whole model.
+        trust_remote_code: run code that the model's repository ships.
+    """
+
+    path: str
+    gguf_file: str | None = None
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attn_implementation: str = "sdpa"
+    gradient_checkpointing: bool = False
+    dropout: bool = False
+    lora: LoRASpec | None = None
+    trust_remote_code: bool = False
+
+
+def _folder_of_package(name: str) -> Path:
+    # Found, not imported: the package may be a plug-in of a program that is not installed.
+    found = importlib.util.find_spec(name)
+    if found is None or not found.submodule_search_locations:
+        raise ModelError(f"model.policy.path: no package {name!r} is installed here; pip install it, or name a folder")
+    return Path(found.submodule_search_locations[0])
+
+
+def _resolve(spec: ModelSpec) -> tuple[str, str | None]:
+    """The name or folder to load from, and the GGUF file in it, None for the usual format."""
+    path = spec.path
+    if path.startswith("package:"):
+        path = str(_folder_of_package(path.removeprefix("package:")))
+    folder = Path(path)
+    if not folder.is_dir():
+        if spec.gguf_file is None and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
+            raise ModelError(f"model.policy.path: {path} is no folder here, and no name on the hub (those are OWNER/NAME)")
+        return path, spec.gguf_file
+    files = sorted(p.name for p in folder.glob("*.gguf"))
+    if spec.gguf_file is not None:
+        if spec.gguf_file not in files:
+            raise ModelError(f"{folder} holds no {spec.gguf_file}; its GGUF files: {', '.join(files) or 'none'}")
+        return path, spec.gguf_file
+    if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+        return path, None
+    if len(files) != 1:
+        raise ModelError(
+            f"{folder} holds neither config.json nor exactly one GGUF file (found: {', '.join(files) or 'none'});"
+            " name another folder, or say which with gguf_file"
+        )
+    return path, files[0]
+
+
+def _cache_root() -> Path:
+    return Path(os.environ.get("HALOS_CACHE", "~/.cache/halos_pl")).expanduser()
+
+
+@cache
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _converted(folder: Path, gguf_file: str) -> Path:
+    """The Hugging Face folder with a GGUF file's dequantised weights, made on first use and then kept.
+
+    Kept by content below ``$HALOS_CACHE`` (default ``~/.cache/halos_pl``): reading it takes a second where
+    dequantising takes a quarter of a minute. It appears under its name only when it is complete.
+    """
+    target = _cache_root() / f"gguf-{_digest(folder / gguf_file)[:32]}"
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
+            # The weights are plain float32 now; the marks of quantisation would keep them from being saved.
+            model.hf_quantizer = None
+            model.is_quantized = False
+            del model.config.quantization_config
+            model.config.dtype = torch.float32
+            model.save_pretrained(beside)
+            AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file).save_pretrained(beside)
+            os.rename(beside, target)
+        except OSError:
+            if not target.is_dir():  # otherwise another process was faster, and its folder is as good
+                raise
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    return target
+
+
+def _source(spec: ModelSpec) -> str:
+    path, gguf_file = _resolve(spec)
+    if gguf_file is None:
+        return path
+    if not Path(path).is_dir():
+        raise ModelError(f"{path}: a GGUF file is read from a local folder; download {gguf_file} first")
+    return str(_converted(Path(path), gguf_file))
+
+
+def _loaded(loader: Any, spec: ModelSpec, **options: Any) -> Any:
+    source = _source(spec)
+    try:
+        return loader.from_pretrained(
+            source, revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code, **options
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(f"{spec.path} could not be loaded: {first}") from error
+
+
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, without the model.
+
+    Raises:
+        ModelError: where there is none.
+    """
+    tokenizer: PreTrainedTokenizerBase = _loaded(AutoTokenizer, spec)
+    if tokenizer.pad_token_id is None:
+        # Padding is masked wherever it occurs, so any token serves.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(spec: ModelSpec) -> PreTrainedModel:
+    """The causal language model of ``spec``, on the CPU; a peft model around it under LoRA.
+
+    Raises:
+        ModelError: where it cannot be loaded.
+    """
+    model: Any = _loaded(
+        AutoModelForCausalLM, spec, dtype=getattr(torch, spec.dtype), attn_implementation=spec.attn_implementation
+    )
+    if not spec.dropout:
+        _switch_dropout_off(model)
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if spec.lora is not None:
+        config = LoraConfig(
+            r=spec.lora.r,
+            lora_alpha=spec.lora.alpha,
+            lora_dropout=spec.lora.dropout,
+            target_modules=spec.lora.target_modules,
+            task_type="CAUSAL_LM",
+        )
+        try:
+            model = get_peft_model(model, config)
+        except ValueError as error:
+            raise ModelError(f"model.policy.lora: {error}") from error
+    return model
+
+
+def _switch_dropout_off(model: nn.Module) -> None:
+    """Sets every dropout probability to 0: modules', and those that attention code reads off the config or itself."""
+    config: Any = model.config
+    for name, value in vars(config).items():
+        if isinstance(value, float) and ("dropout" in name or name.endswith(("pdrop", "_drop"))):
+            setattr(config, name, 0.0)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and "dropout" in name:
+                setattr(module, name, 0.0)
