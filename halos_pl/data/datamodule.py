@@ -191,8 +191,8 @@ class FeedbackDataModule(LightningDataModule):
 
     Args:
         train, validation, test, predict: a file or a list of files (``.jsonl``, ``.json``, either with
-            ``.gz``) for each stage. ``predict`` falls back to ``test``, then to ``validation``. It takes
-            every row, without mismatched ones, and as rivals only where the data are pairs.
+            ``.gz``) for each stage. ``predict`` falls back to ``test``, then to ``validation``. All but
+            ``train`` keep every row, and pairs as rivals, whatever the objective needs.
         batch_size: examples (rows; pairs where the objective needs rivals) of one optimizer step over all
             ranks together.
         eval_batch_size: the same for the other stages; default ``batch_size``.
@@ -292,10 +292,11 @@ class FeedbackDataModule(LightningDataModule):
     def _needs(self, split: str) -> Needs:
         module: Any = self.trainer.lightning_module if self.trainer else None
         needs: Needs = module.objective.needs
-        if split == "predict":
-            pairs = all(example.is_pair for path in self.files[split] for example in self._examples[path])
-            return replace(needs, probes=False, undesirable=True, rivals=needs.rivals and pairs)
-        return needs
+        if split == "train":
+            return needs
+        # What is held out is measured on every row, and on pairs as pairs, whatever the loss is made from.
+        pairs = all(example.is_pair for path in self.files[split] for example in self._examples[path])
+        return replace(needs, undesirable=True, rivals=needs.rivals or pairs)
 
     def _table(self, split: str) -> Table:
         module: Any = self.trainer.lightning_module if self.trainer else None

@@ -357,7 +357,7 @@ class Recorder(LightningModule):
         self.seen["test"].append(batch.row_ids)
 
     def predict_step(self, batch: FlatBatch, batch_idx: int) -> list[str]:
-        return batch.row_ids
+        return [name for name, probe in zip(batch.row_ids, batch.probe, strict=True) if not probe]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
