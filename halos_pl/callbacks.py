@@ -6,9 +6,10 @@ import csv
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
@@ -19,8 +20,9 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_info
 
+from halos_pl.objective import HALO
 from halos_pl.outcomes import FlatBatch
-from halos_pl.plots import plot_training
+from halos_pl.plots import plot_training, plot_value_function
 
 METRICS = "metrics.csv"
 CONFIG = "config.yaml"
@@ -95,10 +97,10 @@ class RunCSVLogger(CSVLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:
+    def experiment(self) -> _AppendingWriter:  # type: ignore[override]
         if self._experiment is None:
             self._experiment = _AppendingWriter(log_dir=self.log_dir)
-        return self._experiment
+        return cast(_AppendingWriter, self._experiment)
 
     def drop_from(self, step: int) -> None:
         """Drops lines of optimizer step ``step`` and later: a resumed run will write them again."""
@@ -117,22 +119,46 @@ class RunCSVLogger(CSVLogger):
         os.replace(beside, path)
 
 
+def move_aside(run_dir: Path) -> None:
+    """Renames the folder of an earlier run, if it holds one, to the first free ``NAME.1``, ``NAME.2``, ..."""
+    if not any((run_dir / mark).exists() for mark in (LAST, METRICS)):
+        return
+    number = 1
+    while (aside := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
+        number += 1
+    os.rename(run_dir, aside)
+    rank_zero_info(f"halos: {run_dir} held an earlier run, which is now {aside} (--ckpt_path last would go on with it)")
+
+
 class SaveRunConfig(SaveConfigCallback):
-    """``config.yaml`` in the run's folder: the resolved config, which ``halos`` takes back with ``--config``."""
+    """``config.yaml`` in the run's folder: the resolved config, which ``halos`` takes back with ``--config``.
+
+    A new run's folder begins here, when the data have been found good: a run that was there is moved aside.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / CONFIG
+            if not self.config.get("ckpt_path"):
+                move_aside(path.parent)
             path.parent.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
 
 
 class RunReport(Callback):
-    """Rows per second in the progress bar; at the end a summary file, a plot, and a line that says where."""
+    """Rows per second in the progress bar; at the end a summary file, plots, and a line that says where.
+
+    The outcomes of the first and of the last rows are kept for a plot. In a run's first epoch each row is
+    measured before it is learned from, so the plot shows rows that the policy has not been trained on.
+    """
+
+    ROWS_IN_PLOT = 256
 
     def __init__(self) -> None:
         self._began = 0.0
         self._step_began = 0.0
+        self._first: list[tuple[float, bool]] = []
+        self._last: deque[tuple[float, bool]] = deque(maxlen=self.ROWS_IN_PLOT)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.monotonic()
@@ -148,6 +174,10 @@ class RunReport(Callback):
     ) -> None:
         rows = int((~batch.probe).sum()) * trainer.world_size
         pl_module.log("rows/s", rows / (time.monotonic() - self._step_began), prog_bar=True)
+        if "outcome" in outputs:
+            seen = list(zip(outputs["outcome"].tolist(), outputs["desirable"].tolist(), strict=True))
+            self._first = self._first or seen
+            self._last.extend(seen)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -155,7 +185,8 @@ class RunReport(Callback):
         for logger in trainer.loggers:
             logger.save()
         folder = Path(trainer.default_root_dir)
-        counts = getattr(trainer.datamodule, "counts", dict)()  # type: ignore[attr-defined]
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        counts = datamodule.counts() if hasattr(datamodule, "counts") else {}
         summary = {
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
@@ -169,6 +200,10 @@ class RunReport(Callback):
             said.append(METRICS)
             plot = plot_training(folder / METRICS, folder / "training.png")
             said += [plot.name] if plot else []
+        halo: HALO | None = getattr(pl_module, "halo", None)
+        if halo is not None and self._last:
+            moments = {"at the first step": self._first, f"last {len(self._last)}": list(self._last)}
+            said.append(plot_value_function(halo.value_function, moments, folder / "value_function.png").name)
         rank_zero_info(
             f"halos: {trainer.global_step} optimizer steps in {summary['wall_seconds']:.0f} s; {folder}/ holds "
             + ", ".join(said)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
+import inspect
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_only
 
 import halos_pl.baselines  # noqa: F401  (so that its terms are found by their bare names)
-from halos_pl.callbacks import LAST, METRICS, LastCheckpoint, PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig
+from halos_pl.callbacks import LAST, LastCheckpoint, PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig
 from halos_pl.data import DataError, FeedbackDataModule
 from halos_pl.export import export
 from halos_pl.feedback import Feedback
@@ -43,6 +43,15 @@ class RunError(RuntimeError):
     """The run's folder does not allow what was asked."""
 
 
+# What other libraries say to their own developers, not to our users.
+NOISE = (
+    r".*isinstance\(treespec, LeafSpec\)",
+    r".*is_gradient_checkpointing",
+    r".*Couldn't infer the batch indices",
+    r".*does not have many workers",
+    r".*Experiment logs directory",
+)
+
 # What a user can mend is said in a line; a traceback is for what only we can.
 USER_ERRORS = (DataError, ModelError, RunError, NonFiniteLossError, FileExistsError, FileNotFoundError, ValueError)
 
@@ -50,8 +59,9 @@ USER_ERRORS = (DataError, ModelError, RunError, NonFiniteLossError, FileExistsEr
 def _known_classes(base: type) -> list[str]:
     """Names of the concrete subclasses of ``base`` that have been imported, base classes of users included."""
     found: set[str] = set()
-    todo = [base]
+    todo: list[type] = [base]
     while todo:
+        cls: type
         for cls in todo.pop().__subclasses__():
             todo.append(cls)
             if not getattr(cls, "__abstractmethods__", None):
@@ -95,7 +105,9 @@ class HalosCLI(LightningCLI):
                 "num_sanity_val_steps": 0,
             },
             seed_everything_default=0,
-            parser_kwargs={"description": f"Align language models with human-aware losses. Further commands, each with --help: {tools}."},
+            parser_kwargs={
+                "description": f"Align language models with human-aware losses. Further commands, each with --help: {tools}."
+            },
             parser_class=HalosParser,
             auto_configure_optimizers=False,
             args=args,
@@ -126,39 +138,33 @@ class HalosCLI(LightningCLI):
         config = self.config[self.subcommand]
         if config.trainer.logger in (None, True):
             kwargs["logger"] = RunCSVLogger(config.run_dir) if self.subcommand == "fit" else False
-        trainer = super().instantiate_trainer(**kwargs)
+        trainer: Any = super().instantiate_trainer(**kwargs)
         trainer.callbacks.extend([RunReport(), PredictionWriter()])
         check_trainer(trainer)
         return trainer
 
-    def before_fit(self) -> None:
-        if not self.config.fit.ckpt_path:
-            move_aside(Path(self.config.fit.run_dir))
 
-
-@rank_zero_only
-def move_aside(run_dir: Path) -> None:
-    """Renames the folder of an earlier run to the first free ``NAME.1``, ``NAME.2``, ..."""
-    if not any((run_dir / mark).exists() for mark in (LAST, METRICS)):
-        return
-    number = 1
-    while (aside := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
-        number += 1
-    os.rename(run_dir, aside)
-    print(f"halos: {run_dir} held an earlier run; it is now {aside} (--ckpt_path last would have gone on with it)")
+def run_tool(name: str, words: list[str]) -> None:
+    """Runs a command of ``TOOLS``: its parameters before the ``*`` are positional, the others are options."""
+    tool = TOOLS[name]
+    kinds = inspect.signature(tool).parameters
+    options: set[str | int] = {key for key, p in kinds.items() if p.kind is p.KEYWORD_ONLY}
+    parser = ArgumentParser(prog=f"halos {name}", description=(tool.__doc__ or "").splitlines()[0])
+    parser.add_function_arguments(tool, as_positional=True, as_group=False, skip=options)
+    parser.add_function_arguments(tool, as_positional=False, as_group=False, skip=set[str | int](kinds) - options)
+    tool(**parser.instantiate_classes(parser.parse_args(words)).as_dict())
 
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the console script."""
+    for noise in NOISE:
+        warnings.filterwarnings("ignore", noise)
     # Plug-ins of the user's own are named by dotted path, from the folder where the command is run.
     sys.path.insert(0, os.getcwd())
     words = sys.argv[1:] if args is None else args
     try:
         if words and words[0] in TOOLS:
-            tool = TOOLS[words[0]]
-            parser = ArgumentParser(prog=f"halos {words[0]}", description=(tool.__doc__ or "").splitlines()[0])
-            parser.add_function_arguments(tool)
-            tool(**parser.instantiate_classes(parser.parse_args(words[1:])))
+            run_tool(words[0], words[1:])
         else:
             HalosCLI(args)
     except USER_ERRORS as error:

@@ -61,7 +61,8 @@ class Binary(Feedback):
         like = torch.ones_like(rows.desirable, dtype=torch.float32)
         return Judgement(
             sign=torch.where(rows.desirable, -like, like),
-            weight=torch.where(rows.desirable, self.lambda_desirable * like, self.lambda_undesirable * like) * rows.train,
+            weight=torch.where(rows.desirable, self.lambda_desirable * like, self.lambda_undesirable * like)
+            * rows.train,
             denominator=rows.train.sum().float(),
         )
 

@@ -132,7 +132,9 @@ def read_prompts(path: Path) -> list[Prompt]:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(f'{path}:{number}: not a JSON object with "prompt"') from error
         if not (isinstance(prompt, str) and prompt.strip()) and not (
-            isinstance(prompt, list) and prompt and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+            isinstance(prompt, list)
+            and prompt
+            and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
         ):
             raise DataError(f"{path}:{number}: prompt is neither a text nor a list of messages with role and content")
         prompts.append(prompt)
@@ -155,9 +157,9 @@ def load_for_generation(folder: str) -> tuple[nn.Module, PreTrainedTokenizerBase
 
 def generate_file(
     folder: str,
+    *,
     prompts: str,
     out: str | None = None,
-    *,
     chat: bool = True,
     max_new_tokens: int = 128,
     temperature: float = 1.0,
@@ -201,6 +203,8 @@ def generate_file(
                 seed=seed + at,
             )
             for prompt, found in zip(read[at : at + chunk], samples, strict=True):
-                file.write(json.dumps({"prompt": prompt, "completions": [s.text for s in found]}, ensure_ascii=False) + "\n")
+                file.write(
+                    json.dumps({"prompt": prompt, "completions": [s.text for s in found]}, ensure_ascii=False) + "\n"
+                )
             file.flush()
     print(f"halos: completions of {len(read)} prompts are in {target}")

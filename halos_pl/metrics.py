@@ -51,8 +51,9 @@ def saturation(value_function: ValueFunction, perceived: Tensor) -> Tensor:
 
     Such rows have (next to) no gradient: Prop. 4.1 of Ethayarajh et al., ICML 2024, at work.
     """
-    with torch.enable_grad():
-        u = torch.cat([perceived.detach(), perceived.new_zeros(1)]).requires_grad_()
+    # Lightning evaluates in inference mode, whose tensors know no gradient; a copy made outside of it does.
+    with torch.inference_mode(False), torch.enable_grad():
+        u = torch.cat([perceived.detach().clone(), torch.zeros_like(perceived[:1])]).clone().requires_grad_()
         (slope,) = torch.autograd.grad(value_function(u).sum(), u)
     return slope[:-1].abs() < 0.01 * slope[-1].abs()
 

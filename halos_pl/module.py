@@ -19,8 +19,16 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from halos_pl.distributed import sum_over_ranks, world_size
 from halos_pl.feedback import Feedback
-from halos_pl.metrics import Means, Weighted, into_unit_interval, logp_figures, outcome_figures, reward_figures, with_margin
-from halos_pl.objective import HALO, Objective, Outcomes, Result, Sum
+from halos_pl.metrics import (
+    Means,
+    Weighted,
+    into_unit_interval,
+    logp_figures,
+    outcome_figures,
+    reward_figures,
+    with_margin,
+)
+from halos_pl.objective import HALO, Objective, Result, Sum
 from halos_pl.outcomes import FlatBatch, Rows
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
 from halos_pl.policy.logprobs import completion_kl, completion_logps, completion_mask
@@ -252,14 +260,20 @@ class HALOModule(LightningModule):
             rows = scored.get(number) or self._score(batch, index, gradient=gradient)
             yield index, rows, self.objective.judge(rows, context.select(index))
 
-    def training_step(self, batch: FlatBatch, batch_idx: int) -> Tensor:
-        """One optimizer step. All micro-batches but the last are back-propagated here, the last by Lightning."""
+    def training_step(self, batch: FlatBatch, batch_idx: int) -> dict[str, Any]:
+        """One optimizer step. All micro-batches but the last are back-propagated here, the last by Lightning.
+
+        Returns:
+            ``loss`` of the last micro-batch, with gradient; for a HALO, of this rank's rows, also ``outcome``
+            (u in nats, float [n]) and ``desirable`` (BoolTensor [n]).
+        """
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         means = Means()
         loss = torch.zeros((), device=self.device)
         suspects: list[str] = []
         pending: Tensor | None = None
+        seen: list[tuple[Tensor, Tensor]] = []
         for index, rows, result in self._results(batch, gradient=True):
             if pending is not None:
                 self.trainer.strategy.backward(pending, None)
@@ -269,6 +283,8 @@ class HALOModule(LightningModule):
             finite = rows.policy_logps.detach().isfinite().all(dim=1)
             suspects += [batch.row_ids[i] for i in index[~finite].tolist()]
             means.add(self._figures(rows, result))
+            if result.outcomes is not None:
+                seen.append((result.outcomes.outcome, rows.desirable))
         means.add({"loss": (loss, torch.tensor(float(self.global_rank == 0), device=self.device))})
         figures = with_margin(means.compute())
         if not torch.isfinite(torch.tensor(figures["loss"])):
@@ -276,7 +292,10 @@ class HALOModule(LightningModule):
         shown = ("loss", "rewards/margins")
         self.log_dict({k: v for k, v in figures.items() if k not in shown}, batch_size=len(batch))
         self.log_dict({k: figures[k] for k in shown if k in figures}, prog_bar=True, batch_size=len(batch))
-        return cast(Tensor, pending)
+        output: dict[str, Any] = {"loss": pending}
+        if seen:
+            output |= dict(zip(("outcome", "desirable"), map(torch.cat, zip(*seen, strict=True)), strict=True))
+        return output
 
     def _figures(self, rows: Rows, result: Result) -> dict[str, Weighted]:
         figures = logp_figures(rows)

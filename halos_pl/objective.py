@@ -233,17 +233,23 @@ class Sum(Objective):
             raise ValueError("Sum: no terms")
         self.terms = nn.ModuleList(terms)
 
+    def _objectives(self) -> list[Objective]:
+        return list(self.terms)  # type: ignore[arg-type]
+
     @property
     def needs(self) -> Needs:
-        return reduce(or_, (term.needs for term in self.terms))  # type: ignore[arg-type]
+        return reduce(or_, (term.needs for term in self._objectives()))
 
     def prepare(self, rows: Rows) -> SumContext:
-        return SumContext(tuple(term.prepare(rows) for term in self.terms))  # type: ignore[operator]
+        return SumContext(tuple(term.prepare(rows) for term in self._objectives()))
 
     def judge(self, rows: Rows, context: SumContext) -> Result:
-        results = [term.judge(rows, part) for term, part in zip(self.terms, context.parts, strict=True)]  # type: ignore[operator]
+        terms = self._objectives()
+        results = [term.judge(rows, part) for term, part in zip(terms, context.parts, strict=True)]
         return Result(
             loss=torch.stack([r.loss for r in results]).sum(),
             outcomes=next((r.outcomes for r in results if r.outcomes is not None), None),
-            terms={f"{i}_{type(t).__name__}": r.loss.detach() for i, (t, r) in enumerate(zip(self.terms, results))},
+            terms={
+                f"{i}_{type(t).__name__}": r.loss.detach() for i, (t, r) in enumerate(zip(terms, results, strict=True))
+            },
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -54,31 +54,30 @@ def plot_training(metrics: Path, out: Path) -> Path | None:
 
 
 def plot_value_function(
-    value_function: ValueFunction, outcomes: dict[str, tuple[Sequence[float], Sequence[bool]]], out: Path
+    value_function: ValueFunction, moments: Mapping[str, Sequence[tuple[float, bool]]], out: Path
 ) -> Path:
-    """v over the outcomes of some rows, one histogram panel a moment.
+    """v, and below it the outcomes of some rows at some moments of the run.
 
     Args:
-        value_function: drawn in the top panel.
-        outcomes: by moment (``before``, ``after``): outcomes u in nats, and whether each row is desirable.
+        value_function: drawn in the top panel, on the CPU.
+        moments: by name: rows as (outcome u in nats, whether the row is desirable).
         out: the PNG to write.
     """
-    everything = torch.tensor([u for us, _ in outcomes.values() for u in us] + [-1.0, 1.0])
-    # Half of the rows beyond either end of the axis would hide the rest, so it follows the bulk of them.
-    reach = 1.1 * float(everything.abs().quantile(0.99))
-    figure = Figure(figsize=(7, 2.4 + 1.6 * len(outcomes)), layout="constrained")
-    panels = figure.subplots(1 + len(outcomes), 1, sharex=True, height_ratios=[2.0, *[1.4] * len(outcomes)])
+    everything = torch.tensor([u for rows in moments.values() for u, _ in rows])
+    # The axis follows the bulk of the rows; what lies beyond its ends is drawn at them.
+    reach = max(1.0, 1.1 * float(everything.abs().quantile(0.99)))
+    figure = Figure(figsize=(7, 2.4 + 1.6 * len(moments)), layout="constrained")
+    panels = figure.subplots(1 + len(moments), 1, sharex=True, height_ratios=[2.0, *[1.4] * len(moments)])
     grid = torch.linspace(-reach, reach, 801)
     with torch.no_grad():
-        panels[0].plot(grid, value_function(grid), color=NEUTRAL)
-    panels[0].set_ylabel("value v(u)")
-    panels[0].set_title(repr(value_function), fontsize=10)
+        panels[0].plot(grid, value_function.cpu()(grid), color=NEUTRAL)
+    panels[0].set(ylabel="value v(u)", title=repr(value_function))
     bins = torch.linspace(-reach, reach, 61).tolist()
-    for panel, (moment, (us, desirable)) in zip(panels[1:], outcomes.items(), strict=True):
+    for panel, (moment, rows) in zip(panels[1:], moments.items(), strict=True):
         for wanted, label, colour in ((True, "desirable", DESIRABLE), (False, "undesirable", UNDESIRABLE)):
-            chosen = [min(max(u, -reach), reach) for u, d in zip(us, desirable, strict=True) if d is wanted]
-            panel.hist(chosen, bins=bins, alpha=0.6, label=label, color=colour)
-        panel.set_ylabel(f"rows {moment}")
+            shown = [min(max(u, -reach), reach) for u, desirable in rows if desirable is wanted]
+            panel.hist(shown, bins=bins, alpha=0.6, label=label, color=colour)
+        panel.set_ylabel(f"rows {moment}", fontsize=8)
         panel.legend(frameon=False)
     for panel in panels:
         panel.axvline(0, color="0.8", linewidth=0.8, zorder=0)

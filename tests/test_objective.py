@@ -51,7 +51,14 @@ def as_numpy(rows: Rows):
     return r, rows.desirable.numpy(), rows.probe.numpy(), rows.rival.numpy()
 
 
-@given(seed=seeds, pairs=st.integers(1, 5), probes=st.integers(1, 4), beta=st.floats(0.01, 2), wd=st.floats(0, 3), wu=st.floats(0, 3))
+@given(
+    seed=seeds,
+    pairs=st.integers(1, 5),
+    probes=st.integers(1, 4),
+    beta=st.floats(0.01, 2),
+    wd=st.floats(0, 3),
+    wu=st.floats(0, 3),
+)
 def test_kto_equals_equation_8(seed, pairs, probes, beta, wd, wu):
     rows = random_rows(seed, pairs, probes)
     r, desirable, probe, _ = as_numpy(rows)

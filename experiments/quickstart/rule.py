@@ -26,4 +26,6 @@ def meets_rule(text: str, finished: bool) -> bool:
     text = text.strip()
     ends = re.findall(r"[.!?]+(?=\s|$)", text)
     words = len(text.split())
-    return finished and "\n" not in text and len(ends) == 1 and text[-1] in ".!?" and FEWEST_WORDS <= words <= MOST_WORDS
+    return (
+        finished and "\n" not in text and len(ends) == 1 and text[-1] in ".!?" and FEWEST_WORDS <= words <= MOST_WORDS
+    )

@@ -85,7 +85,9 @@ def _resolve(spec: ModelSpec) -> tuple[str, str | None]:
     folder = Path(path)
     if not folder.is_dir():
         if spec.gguf_file is None and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
-            raise ModelError(f"model.policy.path: {path} is no folder here, and no name on the hub (those are OWNER/NAME)")
+            raise ModelError(
+                f"model.policy.path: {path} is no folder here, and no name on the hub (those are OWNER/NAME)"
+            )
         return path, spec.gguf_file
     files = sorted(p.name for p in folder.glob("*.gguf"))
     if spec.gguf_file is not None:

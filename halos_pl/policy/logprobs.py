@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from contextlib import AbstractContextManager
-from functools import cache
 from typing import Any
 
 import torch
@@ -25,9 +24,8 @@ def completion_mask(batch: FlatBatch) -> Tensor:
     return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
 
 
-@cache
-def _accepts(model_class: type, name: str) -> bool:
-    return name in inspect.signature(model_class.forward).parameters
+def _accepts(model: Any, name: str) -> bool:
+    return name in inspect.signature(model.forward).parameters
 
 
 def _completion_logits(model: nn.Module, batch: FlatBatch) -> tuple[Tensor, Tensor]:
@@ -47,10 +45,12 @@ def _completion_logits(model: nn.Module, batch: FlatBatch) -> tuple[Tensor, Tens
     # The logits of a column predict the token of the next one.
     first, count = context.shape[1] - 1, targets.shape[1]
     columns = torch.arange(first, first + count, device=targets.device)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not _accepts(type(base), "position_ids"):
+    base: Any = model
+    if hasattr(model, "get_base_model"):  # a peft model takes anything and hands it on
+        base = base.get_base_model()
+    if not _accepts(base, "position_ids"):
         del inputs["position_ids"]
-    if _accepts(type(base), "logits_to_keep"):
+    if _accepts(base, "logits_to_keep"):
         logits = model(**inputs, logits_to_keep=columns).logits
     else:
         logits = model(**inputs).logits[:, columns]
