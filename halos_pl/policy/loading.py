@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
@@ -13,9 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from filelock import FileLock
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+#: Written last into a converted folder: the length of each of its files.
+_COMPLETE = "complete.json"
 
 
 class ModelError(ValueError):
@@ -71,7 +78,10 @@ class ModelSpec:
 
 def _folder_of_package(name: str) -> Path:
     # Found, not imported: the package may be a plug-in of a program that is not installed.
-    found = importlib.util.find_spec(name)
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # a parent package is missing, or this is no name of a package
+        found = None
     if found is None or not found.submodule_search_locations:
         raise ModelError(f"model.policy.path: no package {name!r} is installed here; pip install it, or name a folder")
     return Path(found.submodule_search_locations[0])
@@ -114,32 +124,60 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _sizes(folder: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.name != _COMPLETE}
+
+
+def _intact(folder: Path) -> bool:
+    """Whether every file that was written is there, in its length."""
+    try:
+        return bool(json.loads((folder / _COMPLETE).read_text()) == _sizes(folder))
+    except (OSError, ValueError):
+        return False
+
+
 def _converted(folder: Path, gguf_file: str) -> Path:
     """The Hugging Face folder with a GGUF file's dequantised weights, made on first use and then kept.
 
     Kept by content below ``$HALOS_CACHE`` (default ``~/.cache/halos_pl``): reading it takes a second where
-    dequantising takes a quarter of a minute. It appears under its name only when it is complete.
+    dequantising takes a quarter of a minute. It appears under its name only when it is complete; one that
+    lacks a file or part of one is made anew.
     """
     target = _cache_root() / f"gguf-{_digest(folder / gguf_file)[:32]}"
-    if not target.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
+    if _intact(target):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # One process converts, those beside it wait; none takes away a folder that another has just made.
+    with FileLock(target.with_suffix(".lock")):
+        if _intact(target):
+            return target
+        shutil.rmtree(target, ignore_errors=True)
         beside = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
-            # The weights are plain float32 now; the marks of quantisation would keep them from being saved.
-            model.hf_quantizer = None
-            model.is_quantized = False
-            del model.config.quantization_config
-            model.config.dtype = torch.float32
-            model.save_pretrained(beside)
-            AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file).save_pretrained(beside)
-            os.rename(beside, target)
-        except OSError:
-            if not target.is_dir():  # otherwise another process was faster, and its folder is as good
-                raise
+            _convert(folder, gguf_file, beside)
+            (beside / _COMPLETE).write_text(json.dumps(_sizes(beside)))
+            os.replace(beside, target)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     return target
+
+
+def _convert(folder: Path, gguf_file: str, to: Path) -> None:
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+    except Exception as error:  # the reader lets through whatever a broken file leads to: struct.error, KeyError ...
+        raise ModelError(
+            f"{folder / gguf_file} cannot be read as a GGUF model ({type(error).__name__}: {error});"
+            " get it again, or choose an architecture that transformers reads from GGUF"
+        ) from error
+    # The weights are plain float32 now; the marks of quantisation would keep them from being saved.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    del model.config.quantization_config
+    model.config.dtype = torch.float32
+    model.save_pretrained(to)
+    tokenizer.save_pretrained(to)
 
 
 def _source(spec: ModelSpec) -> str:
@@ -157,9 +195,14 @@ def _loaded(loader: Any, spec: ModelSpec, **options: Any) -> Any:
         return loader.from_pretrained(
             source, revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code, **options
         )
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(f"{spec.path} could not be loaded: {first}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        hint = (
+            "check that the folder is complete"
+            if Path(source).is_dir()
+            else "it is no folder here either; check the name and the connection, or name a local folder"
+        )
+        raise ModelError(f"{spec.path} could not be loaded: {first}; {hint}") from error
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
@@ -178,12 +221,26 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
 def load_model(spec: ModelSpec) -> PreTrainedModel:
     """The causal language model of ``spec``, on the CPU; a peft model around it under LoRA.
 
+    The result depends on ``spec`` and, for a new adapter, on the seed last given to torch, not on how many
+    random numbers have been drawn since.
+
     Raises:
-        ModelError: where it cannot be loaded.
+        ModelError: where it cannot be loaded, or some of its weights are not in the files.
     """
-    model: Any = _loaded(
-        AutoModelForCausalLM, spec, dtype=getattr(torch, spec.dtype), attn_implementation=spec.attn_implementation
+    model: Any
+    model, info = _loaded(
+        AutoModelForCausalLM,
+        spec,
+        dtype=getattr(torch, spec.dtype),
+        attn_implementation=spec.attn_implementation,
+        output_loading_info=True,
     )
+    if info["missing_keys"]:
+        # transformers only warns, and leaves random numbers in their place.
+        raise ModelError(
+            f"{spec.path} lacks {len(info['missing_keys'])} weights of a {type(model).__name__}"
+            f" ({', '.join(sorted(info['missing_keys'])[:3])}, ...); is it a causal language model, and complete?"
+        )
     if not spec.dropout:
         _switch_dropout_off(model)
     if spec.gradient_checkpointing:
@@ -197,7 +254,9 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
             task_type="CAUSAL_LM",
         )
         try:
-            model = get_peft_model(model, config)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(torch.initial_seed())
+                model = get_peft_model(model, config)
         except ValueError as error:
             raise ModelError(f"model.policy.lora: {error}") from error
     return model
