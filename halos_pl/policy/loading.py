@@ -20,7 +20,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-
 #: Written last into a converted folder: the length of each of its files.
 _COMPLETE = "complete.json"
 
