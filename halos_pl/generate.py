@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftModel
 from rich.progress import track
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from halos_pl.data.read import DataError
 from halos_pl.data.tokenize import Prompt, encode_prompt
@@ -34,6 +35,27 @@ class Sample:
     completion_ids: list[int]
     text: str
     finished: bool
+
+
+@contextmanager
+def _plain_sampling(model: Any) -> Iterator[list[int]]:
+    """Sets aside what a model's own generation settings add, and yields the ids at which it stops.
+
+    transformers fills in top_k, repetition_penalty and the like from them wherever the caller says nothing; the
+    samples would then not be the model's distribution, which a KL estimate takes them for.
+    """
+    # Under an adapter generate() copies the outer settings to the inner model, so these are the ones to set.
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = inner.generation_config
+    stops = own.eos_token_id
+    training = model.training
+    model.eval()
+    inner.generation_config = GenerationConfig()
+    try:
+        yield stops if isinstance(stops, list) else [] if stops is None else [stops]
+    finally:
+        inner.generation_config = own
+        model.train(training)
 
 
 @torch.no_grad()
@@ -70,7 +92,7 @@ def generate(
     Raises:
         ValueError: for a number outside its range.
     """
-    if temperature < 0 or not 0 < top_p <= 1 or min(max_new_tokens, num_samples, batch_size) < 1:
+    if not temperature >= 0 or not 0 < top_p <= 1 or min(max_new_tokens, num_samples, batch_size) < 1:
         raise ValueError(
             "generate: temperature must be at least 0, top_p in (0, 1], and max_new_tokens, num_samples and"
             f" batch_size at least 1; got {temperature}, {top_p}, {max_new_tokens}, {num_samples}, {batch_size}"
@@ -84,13 +106,14 @@ def generate(
     batches = [work[at : at + batch_size] for at in range(0, len(work), batch_size)]
     device = next(model.parameters()).device
     generator: Any = model
-    training = model.training
-    model.eval()
     options: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    devices = [device] if device.type == "cuda" else []
+    with _plain_sampling(model) as also_stops, torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
+        # Some models name more than one end, e.g. of a turn and of a text.
+        stops = {*also_stops} | ({tokenizer.eos_token_id} - {None})
         for batch in track(batches, description="generating", disable=not progress, transient=True):
             ids = [torch.tensor(encoded[i]) for i, _ in batch]
             inputs = pad_sequence(ids, batch_first=True, padding_side="left").to(device)
@@ -99,16 +122,15 @@ def generate(
                 input_ids=inputs,
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=sorted(stops),
                 pad_token_id=tokenizer.pad_token_id,
                 **options,
             )
             for (i, k), row in zip(batch, out[:, inputs.shape[1] :].tolist(), strict=True):
-                finished = tokenizer.eos_token_id in row
-                kept = row[: row.index(tokenizer.eos_token_id) + 1] if finished else row
+                end = next((at for at, token in enumerate(row) if token in stops), None)
+                kept = row if end is None else row[: end + 1]
                 text = str(tokenizer.decode(kept, skip_special_tokens=True)).strip()
-                found[i][k] = Sample(encoded[i], kept, text, finished)
-    model.train(training)
+                found[i][k] = Sample(encoded[i], kept, text, end is not None)
     return [[sample for sample in samples if sample is not None] for samples in found]
 
 
@@ -121,7 +143,12 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not path.is_file():
         raise DataError(f"{path}: no such file; --prompts takes a .txt file or JSON lines with a 'prompt' each")
     prompts: list[Prompt] = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    # Lines end at \n and nowhere else: JSON may hold U+2028 and its like as they are.
+    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}:{number}: not UTF-8 text; save it as UTF-8") from error
         if not line.strip():
             continue
         if path.suffix == ".txt":
@@ -134,7 +161,9 @@ def read_prompts(path: Path) -> list[Prompt]:
         if not (isinstance(prompt, str) and prompt.strip()) and not (
             isinstance(prompt, list)
             and prompt
-            and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+            and all(
+                isinstance(m, dict) and all(isinstance(m.get(key), str) for key in ("role", "content")) for m in prompt
+            )
         ):
             raise DataError(f"{path}:{number}: prompt is neither a text nor a list of messages with role and content")
         prompts.append(prompt)
