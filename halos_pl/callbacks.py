@@ -152,7 +152,7 @@ class RunReport(Callback):
     measured before it is learned from, so the plot shows rows that the policy has not been trained on.
     """
 
-    ROWS_IN_PLOT = 256
+    ROWS_IN_PLOT = 64
 
     def __init__(self) -> None:
         self._began = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import re
 import sys
@@ -92,7 +93,7 @@ class HalosCLI(LightningCLI):
     """
 
     def __init__(self, args: Any = None) -> None:
-        tools = ", ".join(f"halos {name}" for name in TOOLS)
+        further = f"Further commands, each with --help: {', '.join(f'halos {name}' for name in TOOLS)}."
         super().__init__(
             HALOModule,
             FeedbackDataModule,
@@ -105,9 +106,7 @@ class HalosCLI(LightningCLI):
                 "num_sanity_val_steps": 0,
             },
             seed_everything_default=0,
-            parser_kwargs={
-                "description": f"Align language models with human-aware losses. Further commands, each with --help: {tools}."
-            },
+            parser_kwargs={"description": f"Align language models with human-aware losses. {further}"},
             parser_class=HalosParser,
             auto_configure_optimizers=False,
             args=args,
@@ -159,6 +158,7 @@ def main(args: list[str] | None = None) -> None:
     """Entry point of the console script."""
     for noise in NOISE:
         warnings.filterwarnings("ignore", noise)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     # Plug-ins of the user's own are named by dotted path, from the folder where the command is run.
     sys.path.insert(0, os.getcwd())
     words = sys.argv[1:] if args is None else args

@@ -55,10 +55,8 @@ def main() -> None:
     ]
     args.out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     desirable = sum(bool(row["label"]) for row in rows)
-    empty = len(prompts) * args.samples - len(rows)
-    print(
-        f"{args.out}: {len(rows)} rows, {desirable} desirable, {len(rows) - desirable} undesirable; {empty} empty left out"
-    )
+    print(f"{args.out}: {len(rows)} rows, {desirable} desirable, {len(rows) - desirable} undesirable")
+    print(f"{len(prompts) * args.samples - len(rows)} empty answers were left out")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def kl_per_answer(policy: nn.Module, reference: nn.Module, samples: list[Sample]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run_dir", type=Path, default=Path("runs/quickstart"))
-    parser.add_argument("--samples", type=int, default=2, help="answers per held-out prompt")
+    parser.add_argument("--samples", type=int, default=1, help="answers per held-out prompt")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--max_new_tokens", type=int, default=48)
     parser.add_argument("fit_args", nargs="*", help="handed on to halos fit, after --")
