@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from halos_pl.distributed import sum_over_ranks
-from halos_pl.objective import Outcomes
+from halos_pl.objective import Outcomes, Result
 from halos_pl.outcomes import Rows
 from value_functions import ValueFunction
 
@@ -21,6 +21,16 @@ Weighted = tuple[Tensor, Tensor]
 def over(values: Tensor, where: Tensor) -> Weighted:
     """Sum and count of ``values`` [n] at the rows ``where`` (BoolTensor [n])."""
     return torch.where(where, values.float(), 0.0).sum(), where.sum().float()
+
+
+class Losses(dict[str, Tensor]):
+    """A step's loss on this rank, and its terms where there are several: sums over micro-batches."""
+
+    def add(self, result: Result) -> None:
+        """Adds what one micro-batch contributes."""
+        terms = {f"loss/{name}": value for name, value in (result.terms or {}).items()}
+        for name, value in {"loss": result.loss.detach(), **terms}.items():
+            self[name] = self[name] + value if name in self else value
 
 
 class Means:

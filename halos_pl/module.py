@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 from halos_pl.distributed import sum_over_ranks, world_size
 from halos_pl.feedback import Feedback
 from halos_pl.metrics import (
+    Losses,
     Means,
     Weighted,
     into_unit_interval,
@@ -232,7 +233,11 @@ class HALOModule(LightningModule):
         )
 
     def _results(self, batch: FlatBatch, *, gradient: bool) -> Iterator[tuple[Tensor, Rows, Result]]:
-        """Yields (places in the batch, rows, result) for each micro-batch; the losses sum to the step's."""
+        """Yields (places in the batch, rows, result) for each micro-batch; the losses sum to the step's.
+
+        With ``gradient`` all but the last have been back-propagated when they are yielded, so that one
+        micro-batch's activations are in memory at a time.
+        """
         train = (~batch.probe).nonzero().squeeze(1)
         parts = self._parts(train, batch.rival)
         step = self._step_rows(batch)
@@ -258,7 +263,15 @@ class HALOModule(LightningModule):
         context = self.objective.prepare(step)
         for number, index in enumerate(parts):
             rows = scored.get(number) or self._score(batch, index, gradient=gradient)
-            yield index, rows, self.objective.judge(rows, context.select(index))
+            result = self.objective.judge(rows, context.select(index))
+            if gradient and number < len(parts) - 1:
+                self.trainer.strategy.backward(self._scaled(result.loss), None)
+            yield index, rows, result
+
+    @staticmethod
+    def _scaled(loss: Tensor) -> Tensor:
+        """What is back-propagated: DDP averages gradients over ranks, but the ranks' losses sum to the step's."""
+        return loss * world_size()
 
     def training_step(self, batch: FlatBatch, batch_idx: int) -> dict[str, Any]:
         """One optimizer step. All micro-batches but the last are back-propagated here, the last by Lightning.
@@ -269,38 +282,34 @@ class HALOModule(LightningModule):
         """
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        means = Means()
-        loss = torch.zeros((), device=self.device)
+        means, losses = Means(), Losses()
         suspects: list[str] = []
-        pending: Tensor | None = None
         seen: list[tuple[Tensor, Tensor]] = []
         for index, rows, result in self._results(batch, gradient=True):
-            if pending is not None:
-                self.trainer.strategy.backward(pending, None)
-            # DDP averages gradients over ranks, but the ranks' losses sum to the step's.
-            pending = result.loss * world_size()
-            loss += result.loss.detach()
-            finite = rows.policy_logps.detach().isfinite().all(dim=1)
-            suspects += [batch.row_ids[i] for i in index[~finite].tolist()]
+            losses.add(result)
             means.add(self._figures(rows, result))
+            finite = rows.policy_logps.detach().isfinite().all(dim=1)
             if result.outcomes is not None:
+                finite &= result.outcomes.value.isfinite()
                 seen.append((result.outcomes.outcome, rows.desirable))
-        means.add({"loss": (loss, torch.tensor(float(self.global_rank == 0), device=self.device))})
+            suspects += [batch.row_ids[i] for i in index[~finite].tolist()]
+        # Losses of the ranks sum to the step's, so one rank counts for all of them.
+        once = torch.tensor(float(self.global_rank == 0), device=self.device)
+        means.add({name: (value, once) for name, value in losses.items()})
         figures = with_margin(means.compute())
         if not torch.isfinite(torch.tensor(figures["loss"])):
             raise NonFiniteLossError(self._non_finite(figures["loss"], batch, suspects))
         shown = ("loss", "rewards/margins")
         self.log_dict({k: v for k, v in figures.items() if k not in shown}, batch_size=len(batch))
         self.log_dict({k: figures[k] for k in shown if k in figures}, prog_bar=True, batch_size=len(batch))
-        output: dict[str, Any] = {"loss": pending}
+        output: dict[str, Any] = {"loss": self._scaled(result.loss)}
         if seen:
             output |= dict(zip(("outcome", "desirable"), map(torch.cat, zip(*seen, strict=True)), strict=True))
         return output
 
     def _figures(self, rows: Rows, result: Result) -> dict[str, Weighted]:
         figures = logp_figures(rows)
-        one = torch.ones((), device=self.device)
-        n = one * len(rows)
+        n = torch.tensor(float(len(rows)), device=self.device)
         halo, outcomes = self.halo, result.outcomes
         reward = outcomes.reward if outcomes else self._implied_reward(rows)
         if reward is not None:
@@ -311,7 +320,6 @@ class HALOModule(LightningModule):
             figures |= {f"outcome/z0_{name}": (value * n, n) for name, value in diagnostics.items()}
             if halo.needs.probes and halo.needs.reference:
                 figures["kl"] = figures["outcome/z0"]
-        figures |= {f"loss/{name}": (value, one) for name, value in (result.terms or {}).items()}
         return figures
 
     def _implied_reward(self, rows: Rows) -> Tensor | None:
@@ -323,7 +331,7 @@ class HALOModule(LightningModule):
         path = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
         return (
             f"the loss is {loss} at optimizer step {self.global_step}, so the run stops before it takes that step.\n"
-            + (f"rows with non-finite log-probs: {', '.join(suspects)}\n" if suspects else "")
+            + (f"rows with a non-finite log-prob or value: {', '.join(suspects)}\n" if suspects else "")
             + f"rows of the step: {', '.join(names)}\n"
             + f"last good checkpoint: {path or 'none was written yet'}"
         )
@@ -334,17 +342,18 @@ class HALOModule(LightningModule):
     # -- evaluation -----------------------------------------------------------------------------------
 
     def _evaluate(self, batch: FlatBatch) -> Iterator[tuple[Tensor, Rows, Result]]:
-        loss = torch.zeros((), device=self.device)
-        train_rows = (~batch.probe).sum().float()
+        losses = Losses()
         for index, rows, result in self._results(batch, gradient=False):
-            loss += result.loss
+            losses.add(result)
             self._means.add(self._figures(rows, result))
             reward = result.outcomes.reward if result.outcomes else self._implied_reward(rows)
             if reward is not None:
                 self._auroc.update(into_unit_interval(reward), rows.desirable.long())
             yield index, rows, result
         # Every step counts with its number of rows: summed over ranks this is loss * rows / rows.
-        self._means.add({"loss": (loss * sum_over_ranks(train_rows), train_rows)})
+        here = (~batch.probe).sum().float()
+        everywhere = sum_over_ranks(here)
+        self._means.add({name: (value * everywhere, here) for name, value in losses.items()})
 
     def _log_evaluation(self, prefix: str) -> None:
         means = with_margin(self._means.compute())
