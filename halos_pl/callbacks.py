@@ -51,7 +51,7 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         path = Path(trainer.default_root_dir) / LAST
         beside = path.with_name(f"{path.name}.part")
-        trainer.save_checkpoint(beside)
+        trainer.save_checkpoint(beside, weights_only=False)  # False: the optimizer's state as well
         if trainer.is_global_zero:
             with beside.open("rb") as file:
                 os.fsync(file.fileno())
