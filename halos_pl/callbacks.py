@@ -196,13 +196,14 @@ class RunReport(Callback):
         }
         (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
         said = [f"{CONFIG}, {LAST}, {SUMMARY}"]
+        halo: HALO | None = getattr(pl_module, "halo", None)
         if (folder / METRICS).is_file():
             said.append(METRICS)
-            plot = plot_training(folder / METRICS, folder / "training.png")
+            beta = halo.value_function.beta if halo else 1.0
+            plot = plot_training(folder / METRICS, folder / "training.png", beta=beta)
             said += [plot.name] if plot else []
-        halo: HALO | None = getattr(pl_module, "halo", None)
         if halo is not None and self._last:
-            moments = {"at the first step": self._first, f"last {len(self._last)}": list(self._last)}
+            moments = {"before: the first step": self._first, f"after: the last {len(self._last)} rows": list(self._last)}
             said.append(plot_value_function(halo.value_function, moments, folder / "value_function.png").name)
         rank_zero_info(
             f"halos: {trainer.global_step} optimizer steps in {summary['wall_seconds']:.0f} s; {folder}/ holds "

@@ -19,12 +19,13 @@ def _column(rows: list[dict[str, str]], name: str) -> tuple[list[int], list[floa
     return [step for step, _ in kept], [value for _, value in kept]
 
 
-def plot_training(metrics: Path, out: Path) -> Path | None:
-    """Rewards by class and z0 over optimizer steps, and the loss below.
+def plot_training(metrics: Path, out: Path, *, beta: float = 1.0) -> Path | None:
+    """Rewards by class and the reference point over optimizer steps, all times beta, and the loss below.
 
     Args:
-        metrics: a run's ``metrics.csv``.
+        metrics: a run's ``metrics.csv``, where rewards are beta * r already.
         out: the PNG to write.
+        beta: the value function's, 1 / nats.
 
     Returns:
         ``out``, or None where the run logged no loss.
@@ -35,14 +36,14 @@ def plot_training(metrics: Path, out: Path) -> Path | None:
         return None
     figure = Figure(figsize=(7, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-    for name, label, colour in (
-        ("rewards/chosen", "desirable: β·r", DESIRABLE),
-        ("rewards/rejected", "undesirable: β·r", UNDESIRABLE),
-        ("outcome/z0", "reference point z0 (nats)", NEUTRAL),
+    for name, label, colour, style, scale in (
+        ("rewards/chosen", "β·r, desirable rows", DESIRABLE, "-", 1.0),
+        ("rewards/rejected", "β·r, undesirable rows", UNDESIRABLE, "-", 1.0),
+        ("outcome/z0", "β·z0, reference point", NEUTRAL, "--", beta),
     ):
         steps, values = _column(rows, name)
         if steps:
-            above.plot(steps, values, label=label, color=colour, linestyle="--" if name == "outcome/z0" else "-")
+            above.plot(steps, [scale * v for v in values], label=label, color=colour, linestyle=style)
     above.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     if above.get_legend_handles_labels()[0]:
         above.legend(frameon=False)
@@ -77,8 +78,8 @@ def plot_value_function(
         for wanted, label, colour in ((True, "desirable", DESIRABLE), (False, "undesirable", UNDESIRABLE)):
             shown = [min(max(u, -reach), reach) for u, desirable in rows if desirable is wanted]
             panel.hist(shown, bins=bins, alpha=0.6, label=label, color=colour)
-        panel.set_ylabel(f"rows {moment}", fontsize=8)
-        panel.legend(frameon=False)
+        panel.set_ylabel("rows")
+        panel.legend(frameon=False, title=moment)
     for panel in panels:
         panel.axvline(0, color="0.8", linewidth=0.8, zorder=0)
     panels[-1].set_xlabel("outcome u = r − z0 (nats)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 REQUEST = "Answer in one short sentence."
-FEWEST_WORDS, MOST_WORDS = 5, 20
+FEWEST_WORDS, MOST_WORDS = 8, 20
 
 
 def ask(question: str) -> list[dict[str, str]]:
@@ -16,8 +16,8 @@ def ask(question: str) -> list[dict[str, str]]:
 def meets_rule(text: str, finished: bool) -> bool:
     """Whether an answer is one short sentence.
 
-    It is where the model ended it by itself, in one line of 5 to 20 words, with one full stop, exclamation or
-    question mark, which is its last character. The lower bound keeps one-word answers out.
+    It is where the model ended it by itself, in one line of 8 to 20 words, with one full stop, exclamation or
+    question mark, which is its last character. The lower bound keeps out answers that are short by saying nothing.
 
     Args:
         text: the answer without special tokens.
