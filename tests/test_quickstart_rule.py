@@ -24,13 +24,13 @@ _spec.loader.exec_module(rule)
 @pytest.mark.parametrize(
     "text",
     [
-        "Bread rises because yeast makes gas.",
-        "  Bread rises because yeast makes gas.\n",
-        "Is it not simply because of yeast?",
-        "What a surprise, it is yeast!",
+        "Bread rises in the warm because yeast makes gas.",
+        "  Bread rises in the warm because yeast makes gas.\n",
+        "Is it not simply because of yeast and warmth?",
+        "What a surprise, it is yeast that does it!",
         "Water boils at about 99.5 degrees up here.",  # the point of a number ends nothing
-        "Visit example.com to see it yourself.",
-        "I do not know that...",
+        "Visit example.com to see it for yourself today.",
+        "I do not know the answer to that...",
         " ".join(["word"] * 20) + ".",
     ],
 )
@@ -46,16 +46,16 @@ def test_meets(text: str) -> None:
         " ",
         ".",
         "Yeast.",
-        "It is the yeast.",  # four words
+        "It is the yeast that does it.",  # seven words
         " ".join(["word"] * 21) + ".",
-        "Bread rises because yeast makes gas",
-        "Bread rises because yeast makes gas,",
-        "Bread rises because yeast makes gas:",
-        "Bread rises. Yeast makes the gas.",
-        "Does it rise? Yes, of course it does.",
-        "Bread rises because\nyeast makes gas.",
-        "- Bread rises.\n- Yeast makes gas.",
-        'The answer is "Bread rises by yeast."',  # ends in a quotation mark
+        "Bread rises in the warm because yeast makes gas",
+        "Bread rises in the warm because yeast makes gas,",
+        "Bread rises in the warm because yeast makes gas:",
+        "Bread rises in the warm. Yeast makes the gas.",
+        "Does it really rise? Yes, of course it does.",
+        "Bread rises in the warm because\nyeast makes gas.",
+        "- Bread rises in the warm.\n- Yeast makes gas.",
+        'The answer to this is "Bread rises by yeast."',  # ends in a quotation mark
     ],
 )
 def test_does_not_meet(text: str) -> None:
@@ -67,7 +67,7 @@ words = st.lists(st.from_regex(r"[a-z]{1,9}", fullmatch=True), min_size=1, max_s
 
 @given(words, st.sampled_from(".!?"))
 def test_a_line_of_words_meets_it_by_their_number(some: list[str], mark: str) -> None:
-    assert rule.meets_rule(" ".join(some) + mark, True) == (5 <= len(some) <= 20)
+    assert rule.meets_rule(" ".join(some) + mark, True) == (8 <= len(some) <= 20)
 
 
 @given(words, words, st.sampled_from(".!?"), st.sampled_from([" ", "\n"]))
