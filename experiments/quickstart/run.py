@@ -34,7 +34,7 @@ from halos_pl.policy.logprobs import completion_kl
 
 HERE = Path(__file__).parent
 METRIC = "share of answers that are one short sentence"
-KL_BOUND = 10.0  # nats per answer; a model that babbles to meet the rule lies far above
+KL_BOUND = 5.0  # nats per answer; a model that babbles to meet the rule lies far above
 
 
 def kl_per_answer(policy: nn.Module, reference: nn.Module, samples: list[Sample]) -> float:
