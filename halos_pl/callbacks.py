@@ -203,7 +203,8 @@ class RunReport(Callback):
             plot = plot_training(folder / METRICS, folder / "training.png", beta=beta)
             said += [plot.name] if plot else []
         if halo is not None and self._last:
-            moments = {"before: the first step": self._first, f"after: the last {len(self._last)} rows": list(self._last)}
+            after = f"after: the last {len(self._last)} rows"
+            moments = {"before: the first step": self._first, after: list(self._last)}
             said.append(plot_value_function(halo.value_function, moments, folder / "value_function.png").name)
         rank_zero_info(
             f"halos: {trainer.global_step} optimizer steps in {summary['wall_seconds']:.0f} s; {folder}/ holds "
