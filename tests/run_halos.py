@@ -1,0 +1,160 @@
+"""Runs of ``halos`` for the tests: in this process, or in processes of their own that may be killed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+OBJECTIVES = sorted(path.stem for path in (ROOT / "experiments" / "objectives").glob("*.yaml"))
+# Wall-clock is no property of a run's results.
+UNEQUAL = "rows/s"
+
+# A process that has imported everything and computed nothing; each run is forked from it in milliseconds.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["halos_pl.cli"])
+
+
+def config(name: str) -> str:
+    """The option that names a file below ``experiments/``."""
+    return f"--config={ROOT}/experiments/{name}.yaml"
+
+
+def fit(model: Path, objective: str, data: Path | str, run: Path, *options: str) -> list[str]:
+    """The words of a quiet fit on the CPU; ``options`` come last and win."""
+    return [
+        "fit",
+        config("base"),
+        config(f"objectives/{objective}"),
+        f"--model.policy.path={model}",
+        f"--data.train={data}",
+        f"--run_dir={run}",
+        "--data.batch_size=4",
+        "--model.optimizer.init_args.lr=1e-3",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        *options,
+    ]
+
+
+def binary_data(path: Path, rows: int = 12, *, seed: int = 0) -> Path:
+    """Rows of binary feedback with prompts and completions of several lengths, both labels."""
+    draw = random.Random(seed)
+    lines = [
+        {
+            "prompt": f"question {i}" + " why" * draw.randrange(4),
+            "completion": f"answer {draw.randrange(1000)}" + " so" * draw.randrange(6),
+            "label": i % 3 != 0,
+        }
+        for i in range(rows)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def pair_data(path: Path, pairs: int = 6, *, seed: int = 0) -> Path:
+    """Pairs of several lengths."""
+    draw = random.Random(seed)
+
+    def completion() -> str:
+        return f"answer {draw.randrange(1000)}" + " so" * draw.randrange(6)
+
+    lines = [
+        {"prompt": f"question {i}" + " why" * draw.randrange(4), "chosen": completion(), "rejected": completion()}
+        for i in range(pairs)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    """The lines of ``metrics.csv``: what was logged, as written, but for what depends on the clock."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if v and k != UNEQUAL} for row in csv.DictReader(file)]
+
+
+def _target(words: list[str], out: str, folder: str, env: dict[str, str]) -> None:
+    import torch
+
+    fd = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False, buffering=1)  # noqa: SIM115
+    sys.argv = ["halos"]
+    os.environ.update(env)
+    os.chdir(folder)
+    # Else the data loader's workers would be started by a server of their own, which outlives a kill.
+    multiprocessing.set_start_method("fork", force=True)
+    torch.set_num_threads(1)
+    from halos_pl.cli import main
+
+    main(words)
+
+
+class Ended(str):
+    """What a process said; ``status`` is its exit status, negative for a signal."""
+
+    status: int
+
+
+def run_all(
+    runs: Sequence[list[str]], folder: Path, env: Sequence[Mapping[str, str]] = (), timeout: float = 120
+) -> list[Ended]:
+    """Runs each of ``runs`` at the same time in a process of its own, in ``folder``."""
+    processes: list[Any] = []
+    outs = []
+    for number, words in enumerate(runs):
+        out = folder / f"out.{len(list(folder.glob('out.*')))}"
+        out.touch()
+        outs.append(out)
+        settings = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **(env[number] if env else {})}
+        processes.append(_CONTEXT.Process(target=_target, args=(words, str(out), str(folder), settings)))
+        processes[-1].start()
+    try:
+        for process in processes:
+            process.join(timeout)
+            assert process.exitcode is not None, f"still running after {timeout} s:\n{outs[0].read_text()}"
+    finally:
+        for process in processes:
+            process.kill()
+    ended = []
+    for process, out in zip(processes, outs, strict=True):
+        said = Ended(out.read_text())
+        said.status = process.exitcode
+        ended.append(said)
+    return ended
+
+
+def run(words: list[str], folder: Path) -> Ended:
+    """One run in a process of its own."""
+    return run_all([words], folder)[0]
+
+
+def run_ranks(words: list[str], folder: Path, ranks: int = 2) -> list[Ended]:
+    """One run over ``ranks`` processes, as a launcher would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}
+    env = [{**where, "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    return run_all([[*words, f"--trainer.devices={ranks}", "--trainer.strategy=ddp"]] * ranks, folder, env)
+
+
+KILLED = -signal.SIGKILL
+
+
+def close(a: float, b: float, rel: float = 1e-6, abs_: float = 1e-6) -> bool:
+    """Equal up to float32's rounding of a sum."""
+    return math.isclose(a, b, rel_tol=rel, abs_tol=abs_)
