@@ -222,7 +222,8 @@ class HALOModule(LightningModule):
     def _step_rows(self, batch: FlatBatch) -> Rows:
         """All rows of the step with log-probs of zero: labels and masks, and room for what is scored."""
         mask = completion_mask(batch)
-        zeros = torch.zeros(mask.shape, device=mask.device)
+        # The dtype is named wherever a tensor is made: under bf16-true the default is another one.
+        zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         return Rows(
             policy_logps=zeros,
             reference_logps=zeros.clone() if self._reference_bound else None,
@@ -294,7 +295,7 @@ class HALOModule(LightningModule):
                 seen.append((result.outcomes.outcome, rows.desirable))
             suspects += [batch.row_ids[i] for i in index[~finite].tolist()]
         # Losses of the ranks sum to the step's, so one rank counts for all of them.
-        once = torch.tensor(float(self.global_rank == 0), device=self.device)
+        once = torch.tensor(float(self.global_rank == 0), dtype=torch.float32, device=self.device)
         means.add({name: (value, once) for name, value in losses.items()})
         figures = with_margin(means.compute())
         if not torch.isfinite(torch.tensor(figures["loss"])):
@@ -309,7 +310,7 @@ class HALOModule(LightningModule):
 
     def _figures(self, rows: Rows, result: Result) -> dict[str, Weighted]:
         figures = logp_figures(rows)
-        n = torch.tensor(float(len(rows)), device=self.device)
+        n = torch.tensor(float(len(rows)), dtype=torch.float32, device=self.device)
         halo, outcomes = self.halo, result.outcomes
         reward = outcomes.reward if outcomes else self._implied_reward(rows)
         if reward is not None:

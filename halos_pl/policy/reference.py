@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
 
 from halos_pl.policy.loading import ModelError, ModelSpec, load_model, load_tokenizer
@@ -35,8 +37,17 @@ class ReferenceModel(ABC):
         """Yields the reference in eval mode on the policy's device."""
 
 
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    return chain(model.named_parameters(), model.named_buffers())
+
+
+def _without_adapter(name: str) -> str:
+    """The name that a weight below a peft model has in the model without it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
 class FrozenCopy(ReferenceModel):
-    """A second copy of the policy's initial weights, in the policy's dtype."""
+    """A second copy of the policy's initial weights, in the policy's dtypes."""
 
     def bind(self, policy: nn.Module, spec: ModelSpec) -> None:
         copy = load_model(replace(spec, lora=None)) if spec.lora else deepcopy(policy)
@@ -44,10 +55,12 @@ class FrozenCopy(ReferenceModel):
 
     @contextmanager
     def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
-        # The policy's dtype may have been changed by the Trainer's precision. Another dtype here would make
-        # rewards differ from 0 at the first step.
-        like = next(policy.parameters())
-        yield self._model.to(device=like.device, dtype=like.dtype)
+        # The Trainer's precision may have changed the policy's dtypes. Another dtype of any tensor here, a
+        # rotary embedding's float32 buffer among bfloat16 weights say, would make the first rewards differ from 0.
+        like = {_without_adapter(name): tensor for name, tensor in _tensors(policy)}
+        for name, tensor in _tensors(self._model):
+            tensor.data = tensor.data.to(like[name])
+        yield self._model
 
 
 class AdapterOff(ReferenceModel):

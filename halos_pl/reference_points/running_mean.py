@@ -13,8 +13,9 @@ class RunningMean(ReferencePoint):
     """z0 = mean reward of the rows seen so far, this step's included, no gradient.
 
     The reward shift of BCO (Jung et al. 2024, section 4): all rows, desirable and undesirable alike, counted
-    equally. Mean and count are buffers, so a resumed run goes on where it was; they move in training
-    only, once per step, and are the same on every rank.
+    equally. Mean and count are part of the state dict, so a resumed run goes on where it was; they move in
+    training only, once per step, and are the same on every rank. They are numbers, not buffers, because a
+    Trainer of half precision would round buffers.
 
     Args:
         decay: None for the plain mean over all rows so far; a number in [0, 1) for an exponential moving
@@ -25,29 +26,34 @@ class RunningMean(ReferencePoint):
     """
 
     needs = Needs(step_rewards=True)
-    mean: Tensor
-    count: Tensor
 
     def __init__(self, *, decay: float | None = None) -> None:
         super().__init__()
         if decay is not None and not 0 <= decay < 1:
             raise ValueError(f"RunningMean: decay is {decay}; it must be in [0, 1), or null for a plain mean")
         self.decay = decay
-        self.register_buffer("mean", torch.zeros((), dtype=torch.float32))
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.mean = 0.0
+        self.count = 0
+
+    def get_extra_state(self) -> dict[str, float]:
+        return {"mean": self.mean, "count": self.count}
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        self.mean, self.count = state["mean"], int(state["count"])
 
     def forward(self, rewards: Tensor, rows: Rows) -> Tensor:
         sample = MeanOverRanks(rewards[rows.train])
         if self.training and sample.count > 0:
-            count = self.count + sample.count.long()
+            count = self.count + int(sample.count)
             # The first step has nothing to keep: the share below is 0 for it, under either rule.
             keep = self.count / count if self.decay is None or self.count == 0 else self.decay
-            self.mean.copy_(keep * self.mean + (1 - keep) * sample.mean)
-            self.count.copy_(count)
+            self.mean = keep * self.mean + (1 - keep) * float(sample.mean)
+            self.count = count
+        mean = torch.full_like(sample.mean, self.mean)
         self.diagnostics = {
-            "estimate": self.mean.clone(),
+            "estimate": mean,
             "step_mean": sample.mean,
             "standard_error": sample.standard_error,
-            "rows": self.count.float(),
+            "rows": torch.full_like(sample.mean, self.count),
         }
-        return self.mean.clone()
+        return mean

@@ -1,0 +1,313 @@
+"""The step with a real, tiny model: log-probs against a plain loop, rewards of exactly 0 at the start, splits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from halos_pl.feedback import Binary, Pairwise
+from halos_pl.module import HALOModule, NonFiniteLossError
+from halos_pl.outcomes import FlatBatch
+from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec
+from halos_pl.policy.logprobs import completion_kl, completion_logps, completion_mask
+from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel
+from halos_pl.reference_points import MismatchedKL, Rival, RunningMean
+from halos_pl.rewards import LogProb, LogRatio
+from value_functions import Logistic, LogSigmoid
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def made(config: Any, model: Any) -> Any:
+    torch.manual_seed(0)
+    return model(config).eval()
+
+
+ARCHITECTURES = {
+    "qwen2": lambda: made(
+        Qwen2Config(vocab_size=300, num_key_value_heads=2, initializer_range=0.2, **SMALL), Qwen2ForCausalLM
+    ),
+    "gpt_neox": lambda: made(GPTNeoXConfig(vocab_size=300, initializer_range=0.2, **SMALL), GPTNeoXForCausalLM),
+    "gemma2": lambda: made(
+        Gemma2Config(vocab_size=300, num_key_value_heads=2, head_dim=8, initializer_range=0.2, **SMALL),
+        Gemma2ForCausalLM,
+    ),
+}
+
+
+def batch(pairs: int = 3, *, seed: int = 0, probes: bool = True) -> FlatBatch:
+    """Pairs of rows of all lengths, one-token prompts and completions included, and a probe for each row."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def tokens(longest: int) -> torch.Tensor:
+        return torch.randint(5, 300, (int(torch.randint(1, longest + 1, (1,), generator=draw)),), generator=draw)
+
+    prompts = [tokens(9) for _ in range(pairs)]
+    prompts[0] = prompts[0][:1]
+    completions = [tokens(7) for _ in range(2 * pairs)]
+    completions[1] = completions[1][:1]
+    n = 2 * pairs
+    own = torch.arange(n) // 2
+    twice = n if probes else 0
+    return FlatBatch(
+        prompts=prompts,
+        completions=completions + [completions[(i + 2) % n] for i in range(twice)],
+        prompt=torch.cat([own, own[:twice]]),
+        desirable=torch.tensor([True, False] * pairs + [False] * twice),
+        rival=torch.tensor([i ^ 1 for i in range(n)] + [-1] * twice),
+        probe=torch.tensor([False] * n + [True] * twice),
+        row_ids=[f"file:{i}" for i in range(n + twice)],
+    )
+
+
+def one_by_one(model: Any, rows: FlatBatch) -> list[torch.Tensor]:
+    """Each row alone, without padding, every position through the head."""
+    found = []
+    for prompt, completion in zip(rows.prompt.tolist(), rows.completions, strict=True):
+        ids = torch.cat([rows.prompts[prompt], completion])
+        logps = model(ids[None]).logits[0].float().log_softmax(-1)
+        found.append(logps[:-1].gather(1, ids[1:, None]).squeeze(1)[-len(completion) :])
+    return found
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", *ARCHITECTURES])
+def test_log_probs_equal_a_row_by_itself(name, tiny_folder, tiny_gpt2_folder):
+    folders = {"llama": tiny_folder, "gpt2": tiny_gpt2_folder}
+    model = load(folders[name]) if name in folders else ARCHITECTURES[name]()
+    rows = batch()
+    together, mask = completion_logps(model, rows), completion_mask(rows)
+    assert together.dtype == torch.float32
+    assert bool((together[~mask] == 0).all())
+    for i, alone in enumerate(one_by_one(model, rows)):
+        assert torch.allclose(together[i][mask[i]], alone, atol=2e-5)
+
+
+def test_the_head_sees_completion_positions_only(tiny_folder):
+    model, rows, seen = load(tiny_folder), batch(), []
+    model.lm_head.register_forward_hook(lambda _m, args, _out: seen.append(args[0].shape))
+    completion_logps(model, rows)
+    assert seen == [torch.Size([len(rows), max(map(len, rows.completions)), 32])]
+
+
+def test_kl_equals_the_sum_over_the_vocabulary(tiny_folder):
+    from contextlib import nullcontext
+
+    policy, reference, rows = load(tiny_folder), load(tiny_folder), batch()
+    assert completion_kl(policy, nullcontext(reference), rows).abs().max() < 1e-5
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    kl = completion_kl(policy, nullcontext(reference), rows)
+    ids = torch.cat([rows.prompts[rows.prompt[0]], rows.completions[0]])
+    p, q = (m(ids[None]).logits[0].double().log_softmax(-1) for m in (policy, reference))
+    expected = (p.exp() * (p - q)).sum(-1)[:-1][-len(rows.completions[0]) :]
+    assert torch.allclose(kl[0][: len(expected)].double(), expected, atol=1e-5)
+    assert bool((kl >= -1e-6).all())
+
+
+PARTS: dict[str, dict[str, Any]] = {
+    "kto": {
+        "reward": LogRatio,
+        "reference_point": MismatchedKL,
+        "value_function": Logistic,
+        "feedback": Binary,
+        "undesirable": "reflect",
+        "constant": 1.0,
+    },
+    "dpo": {
+        "reward": LogRatio,
+        "reference_point": Rival,
+        "value_function": LogSigmoid,
+        "feedback": Pairwise,
+        "undesirable": "same",
+    },
+    "bco": {
+        "reward": LogRatio,
+        "reference_point": RunningMean,
+        "value_function": LogSigmoid,
+        "feedback": Binary,
+        "undesirable": "reflect",
+    },
+}
+
+
+def module(
+    folder: Path, objective: str = "kto", reference: ReferenceModel | None = None, *, lr: float = 1.0, **options: Any
+) -> HALOModule:
+    spec = {key: options.pop(key) for key in ("lora", "gradient_checkpointing", "dtype") if key in options}
+    parts = {k: v() if isinstance(v, type) else v for k, v in PARTS[objective].items()}
+    return HALOModule(
+        ModelSpec(str(folder), **spec),
+        reference,
+        **parts,
+        optimizer=lambda params: torch.optim.SGD(params, lr=lr),
+        lr_schedule="constant_with_warmup",
+        warmup_ratio=0.0,
+        **options,
+    )
+
+
+def train(model: HALOModule, steps: list[FlatBatch], **options: Any) -> dict[str, float]:
+    """One optimizer step per batch; the figures logged last."""
+    torch.manual_seed(0)
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(model, DataLoader(steps, batch_size=None))  # type: ignore[arg-type]
+    return {k: v.item() for k, v in trainer.callback_metrics.items()}
+
+
+def weights(model: HALOModule) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+START = {"kto": 0.5, "dpo": 0.6931471824645996, "bco": 0.6931471824645996}
+SETUPS: dict[str, dict[str, Any]] = {
+    "frozen copy": {},
+    "adapter off": {"lora": LoRASpec(r=4)},
+    "checkpointed": {"gradient_checkpointing": True},
+    "split": {"micro_batch_rows": 2},
+    "bfloat16": {"dtype": "bfloat16"},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("objective", PARTS)
+@pytest.mark.parametrize("setup", SETUPS)
+def test_every_reward_is_exactly_zero_at_the_start(setup, objective, tiny_folder, tiny_gpt2_folder):
+    """Same kernels, same shapes, dropout off: GPT-2 has a dropout of 0.1 unless it is switched off."""
+    for folder in (tiny_folder, tiny_gpt2_folder):
+        model = module(folder, objective, **dict(SETUPS[setup]))
+        figures = train(model, [batch()])
+        assert figures["outcome/reward"] == 0
+        assert figures["outcome/u"] == 0
+        assert figures["loss"] == pytest.approx(START[objective], abs=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rewards_are_exactly_zero_at_the_start_in_mixed_precision(tiny_folder):
+    for precision in ("bf16-mixed", "bf16-true"):
+        for reference in (None, FrozenCopy()):
+            lora = {"lora": LoRASpec(r=4)} if reference else {}
+            assert (
+                train(module(tiny_folder, "kto", reference, **lora), [batch()], precision=precision)["outcome/reward"]
+                == 0
+            )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("objective", PARTS)
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_the_split_does_not_change_the_step(objective, clip, tiny_folder):
+    """Two steps with any micro_batch_rows give the weights and figures of the unsplit ones; clipping included."""
+    results = {}
+    for rows in (None, 1, 3, 4):
+        model = module(tiny_folder, objective, micro_batch_rows=rows, lr=0.5)
+        figures = train(model, [batch(seed=1), batch(seed=2)], gradient_clip_val=clip)
+        results[rows] = (weights(model), figures)
+    whole, figures = results.pop(None)
+    for found, other in results.values():
+        for name, value in whole.items():
+            assert torch.allclose(found[name], value, rtol=1e-4, atol=2e-5), name
+        for name, figure in figures.items():
+            assert other[name] == pytest.approx(figure, rel=1e-4, abs=1e-4), name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapter_off_equals_a_separate_copy(tiny_folder):
+    """After steps that moved the adapter: were it left on in the reference, rewards would still be 0."""
+    steps = [batch(seed=s) for s in range(3)]
+    off = train(module(tiny_folder, lora=LoRASpec(r=4), lr=1.0), steps)
+    copy = train(module(tiny_folder, "kto", FrozenCopy(), lora=LoRASpec(r=4), lr=1.0), steps)
+    assert abs(off["outcome/reward"]) > 1e-4
+    for name, figure in off.items():
+        assert copy[name] == pytest.approx(figure, rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_adapter_comes_back_on_and_the_mode_with_it(tiny_folder):
+    model = module(tiny_folder, lora=LoRASpec(r=4), lr=1.0)
+    train(model, [batch()])
+    policy: Any = model.policy
+    rows = batch()
+    reference = AdapterOff()
+    reference.bind(policy, model.policy_spec)
+    for training in (True, False):
+        policy.train(training)
+        before = completion_logps(policy, rows)
+        with reference.scoring(policy) as scored:
+            assert not scored.training
+            assert not torch.equal(completion_logps(scored, rows), before)
+        assert policy.training is training
+        assert torch.equal(completion_logps(policy, rows), before)
+    with pytest.raises(RuntimeError), reference.scoring(policy):
+        raise RuntimeError
+    assert torch.equal(completion_logps(policy, rows), before)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_frozen_reference_is_no_part_of_the_module(tiny_folder):
+    model = module(tiny_folder)
+    train(model, [batch()])
+    own = sum(p.numel() for p in load(tiny_folder).parameters())
+    assert sum(p.numel() for p in model.parameters()) == own
+    assert all(name.startswith(("policy.", "objective.", "_auroc.")) for name in model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_references_that_cannot_serve_are_refused(tiny_folder):
+    with pytest.raises(ModelError, match="AdapterOff needs a policy with an adapter"):
+        train(module(tiny_folder, "kto", AdapterOff()), [batch()])
+    with pytest.raises(ModelError, match="NoReference"):
+        train(module(tiny_folder, "kto", NoReference()), [batch()])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_reference_is_loaded_where_none_is_needed(tiny_folder, monkeypatch):
+    monkeypatch.setattr(FrozenCopy, "bind", lambda *_: pytest.fail("a reference was loaded"))
+    parts = {k: v() if isinstance(v, type) else v for k, v in PARTS["kto"].items()}
+    model = HALOModule(ModelSpec(str(tiny_folder)), **{**parts, "reward": LogProb()})
+    assert "loss" in train(model, [batch()])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tiny_folder):
+    class Broken(Logistic):
+        def forward(self, u: torch.Tensor) -> torch.Tensor:
+            return torch.where(torch.arange(len(u)) == 2, float("nan"), super().forward(u))
+
+    parts = {k: v() if isinstance(v, type) else v for k, v in PARTS["kto"].items()}
+    model = HALOModule(ModelSpec(str(tiny_folder)), **{**parts, "value_function": Broken()})
+    with pytest.raises(NonFiniteLossError, match=r"step 0(.|\n)*file:2\n(.|\n)*file:0, file:1(.|\n)*none was written"):
+        train(model, [batch()])
+
+
+def test_what_is_missing_of_an_objective_is_named(tiny_folder):
+    with pytest.raises(ValueError, match="lacks reference_point, feedback, undesirable"):
+        HALOModule(ModelSpec(str(tiny_folder)), reward=LogRatio(), value_function=Logistic())
+    with pytest.raises(ValueError, match="no objective"):
+        HALOModule(ModelSpec(str(tiny_folder)))
