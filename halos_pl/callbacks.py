@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -102,6 +102,10 @@ class RunCSVLogger(CSVLogger):
             self._experiment = _AppendingWriter(log_dir=self.log_dir)
         return cast(_AppendingWriter, self._experiment)
 
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:  # type: ignore[override]
+        """Logs a step; a figure that is not a number, as of a class that the step had no row of, is left out."""
+        super().log_metrics({k: v for k, v in metrics.items() if v == v}, step)
+
     def drop_from(self, step: int) -> None:
         """Drops lines of optimizer step ``step`` and later: a resumed run will write them again."""
         path = Path(self.log_dir) / METRICS
@@ -133,16 +137,29 @@ def move_aside(run_dir: Path) -> None:
 class SaveRunConfig(SaveConfigCallback):
     """``config.yaml`` in the run's folder: the resolved config, which ``halos`` takes back with ``--config``.
 
-    A new run's folder begins here, when the data have been found good: a run that was there is moved aside.
+    A new run's folder begins when the data have been found good: a run that was there is moved aside. The config
+    of a run that goes on is written when its checkpoint has been found to fit.
     """
 
+    def _save(self, trainer: Trainer) -> None:
+        path = Path(trainer.default_root_dir) / CONFIG
+        path.parent.mkdir(parents=True, exist_ok=True)
+        config = self.config.clone()
+        config.ckpt_path = None  # given back with --config, it describes a run from its beginning
+        self.parser.save(config, str(path), skip_none=False, overwrite=True, multifile=False)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.is_global_zero:
-            path = Path(trainer.default_root_dir) / CONFIG
-            if not self.config.get("ckpt_path"):
-                move_aside(path.parent)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
+        if stage == "fit" and trainer.is_global_zero and not self.config.get("ckpt_path"):
+            move_aside(Path(trainer.default_root_dir))
+            self._save(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and self.config.get("ckpt_path"):
+            self._save(trainer)
+
+
+def _numbers(metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    return {k: v.item() for k, v in metrics.items() if not v.isnan()}
 
 
 class RunReport(Callback):
@@ -192,7 +209,7 @@ class RunReport(Callback):
             "epochs": trainer.current_epoch,
             "wall_seconds": round(time.monotonic() - self._began, 3),
             "data": counts,
-            "metrics": {k: v.item() for k, v in trainer.callback_metrics.items()},
+            "metrics": _numbers(trainer.callback_metrics),
         }
         (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
         said = [f"{CONFIG}, {LAST}, {SUMMARY}"]
@@ -215,8 +232,7 @@ class RunReport(Callback):
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "test.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            metrics = {k: v.item() for k, v in trainer.callback_metrics.items()}
-            path.write_text(json.dumps(metrics, indent=2) + "\n")
+            path.write_text(json.dumps(_numbers(trainer.callback_metrics), indent=2) + "\n")
             rank_zero_info(f"halos: held-out metrics are in {path}")
 
 

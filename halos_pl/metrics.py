@@ -6,6 +6,8 @@ different sizes, a rank without a row of some class included, add up to the figu
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -47,13 +49,17 @@ class Means:
             self._sums[name] = self._sums[name] + here if name in self._sums else here
 
     def compute(self) -> dict[str, float]:
-        """The means over all ranks; a name with nothing behind it is left out. Starts anew afterwards."""
+        """The means over all ranks; NaN for a name with nothing behind it. Starts anew afterwards.
+
+        A name is not left out where a step has no row of its class: Lightning would log the value of an earlier
+        step again.
+        """
         if not self._sums:
             return {}
         names = list(self._sums)
         totals = sum_over_ranks(torch.stack([self._sums[name] for name in names])).tolist()
         self._sums = {}
-        return {name: total / count for name, (total, count) in zip(names, totals, strict=True) if count > 0}
+        return {name: total / count if count else math.nan for name, (total, count) in zip(names, totals, strict=True)}
 
 
 def saturation(value_function: ValueFunction, perceived: Tensor) -> Tensor:
@@ -93,13 +99,14 @@ def reward_figures(rows: Rows, reward: Tensor, beta: float) -> dict[str, Weighte
         beta: 1 / nats; rewards are shown as beta * r.
     """
     shown = beta * reward
-    paired = (rows.rival >= 0) & rows.desirable
-    return {
+    figures = {
         "rewards/chosen": over(shown, rows.desirable),
         "rewards/rejected": over(shown, ~rows.desirable),
-        "rewards/accuracies": over(shown > shown[rows.rival], paired),
         "outcome/reward": over(reward, torch.ones_like(rows.desirable)),
     }
+    if bool((rows.rival >= 0).any()):  # all rows of a data set have rivals, or none
+        figures["rewards/accuracies"] = over(shown > shown[rows.rival], rows.desirable)
+    return figures
 
 
 def outcome_figures(outcomes: Outcomes, value_function: ValueFunction) -> dict[str, Weighted]:
@@ -115,9 +122,8 @@ def outcome_figures(outcomes: Outcomes, value_function: ValueFunction) -> dict[s
     return {f"outcome/{name}": over(values, everywhere) for name, values in figures.items()}
 
 
-def with_margin(means: dict[str, float], prefix: str = "") -> dict[str, float]:
-    """Adds ``rewards/margins``, the difference of the two class means, where both classes had rows."""
-    chosen, rejected = (means.get(f"{prefix}rewards/{side}") for side in ("chosen", "rejected"))
-    if chosen is not None and rejected is not None:
-        means[f"{prefix}rewards/margins"] = chosen - rejected
+def with_margin(means: dict[str, float]) -> dict[str, float]:
+    """Adds ``rewards/margins``, the difference of the two class means, where there are rewards."""
+    if "rewards/chosen" in means:
+        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     return means

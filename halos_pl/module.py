@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics.classification import BinaryAUROC
@@ -437,12 +437,23 @@ class HALOModule(LightningModule):
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
                 checkpoint["state_dict"].setdefault(name, parameter.detach())
+        self._check_state(checkpoint["state_dict"])
         self._rng_states = checkpoint.get("rng_states")
         if self.trainer.state.fn == TrainerFn.FITTING:
             epoch, step = settle_progress(checkpoint["loops"]["fit_loop"])
             resume_at = getattr(self.trainer.datamodule, "resume_at", None)  # type: ignore[attr-defined]
             if resume_at is not None:
                 resume_at(epoch, step)
+
+    def _check_state(self, saved: dict[str, Any]) -> None:
+        own = self.state_dict()
+        shapes = [{k: getattr(v, "shape", None) for k, v in state.items()} for state in (own, saved)]
+        differing = sorted(k for k in own.keys() | saved.keys() if shapes[0].get(k, "-") != shapes[1].get(k, "-"))
+        if differing:
+            raise ValueError(
+                f"{self.trainer.ckpt_path} is not of this policy and objective: {len(differing)} entries differ, first"
+                f" {', '.join(differing[:3])}. Go on with the config of its own run, or start a new run"
+            )
 
     def on_train_start(self) -> None:
         """Restores the random state last, after everything that draws numbers while a run is set up."""
@@ -472,7 +483,8 @@ def check_trainer(trainer: Any) -> None:
             " different reference points and wrong weights. A batch is one optimizer step here: raise"
             " data.batch_size, and set model.micro_batch_rows to what fits in memory"
         )
-    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+    whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+    if not whole or isinstance(trainer.strategy, DeepSpeedStrategy):  # DeepSpeed's is a subclass of DDP's
         raise ValueError(
             f"trainer.strategy {type(trainer.strategy).__name__} is not supported: the reference model is kept out"
             " of the strategy's sharding and the log-probs are read from the bare policy. Use a single device or"

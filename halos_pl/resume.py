@@ -17,6 +17,9 @@ def settle_progress(fit_loop: dict[str, Any]) -> tuple[int, int]:
     here to what it means: the epoch is over, nothing of the next has begun. (Had the epoch's validation not
     run yet when the process died, it is not made up for.)
 
+    The other way round, a fit that ``max_steps`` ends within an epoch closes that epoch. Such a state is
+    rewritten to say that the epoch goes on, so that a longer fit meets the rest of its rows.
+
     Args:
         fit_loop: ``checkpoint["loops"]["fit_loop"]``; changed in place.
 
@@ -26,6 +29,8 @@ def settle_progress(fit_loop: dict[str, Any]) -> tuple[int, int]:
     epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
     begun = epochs["current"]["ready"]
     if not batches["is_last_batch"]:
+        for counts in (epochs["total"], epochs["current"]):
+            counts["processed"] = counts["completed"] = max(counts["ready"] - 1, 0)
         return max(begun - 1, 0), batches["current"]["ready"]
     for key in ("total", "current"):
         epochs[key] = dict.fromkeys(epochs[key], epochs[key]["ready"])

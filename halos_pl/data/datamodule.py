@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
@@ -373,6 +374,9 @@ class FeedbackDataModule(LightningDataModule):
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            # Iterating draws a seed for the workers. From the global state it would change a resumed run, which
+            # iterates less often.
+            generator=torch.Generator().manual_seed(self._seed),
             collate_fn=_identity,
         )
 

@@ -1,0 +1,485 @@
+"""The command: objectives in YAML, overrides, plug-ins of the user's own, errors, what a run leaves, export."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from run_halos import OBJECTIVES, ROOT, binary_data, config, fit, metrics, pair_data
+
+import halos_pl.module
+from halos_pl.cli import PLUGINS, HalosCLI, main
+from halos_pl.policy.loading import LoRASpec, ModelSpec, load_model
+
+PARTS = ("reward", "reference_point", "value_function", "feedback", "undesirable", "extra_terms")
+NEEDS_PAIRS = {"dpo"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _same_path(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("data")
+    return {"binary": binary_data(folder / "binary.jsonl"), "pairs": pair_data(folder / "pairs.jsonl", 12)}
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fails where a model is loaded."""
+
+    def load(spec: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(halos_pl.module, "load_model", load)
+
+
+def refused(capfd, words: list[str], status: int = 1) -> str:
+    """What a run says that ends with a line for the user."""
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    said: str = capfd.readouterr().err
+    assert caught.value.code == status
+    assert "Traceback" not in said
+    return said
+
+
+# -- objectives -----------------------------------------------------------------------------------------
+
+
+class Parsed(HalosCLI):
+    """Stops when the words have been read."""
+
+    def before_instantiate_classes(self) -> None:
+        pass
+
+    def instantiate_classes(self) -> None:
+        pass
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def resolve():
+    """From options to the resolved config, as plain dicts."""
+    parser = Parsed(["fit", config("base"), config("objectives/kto")]).parser
+
+    def parse(*options: str) -> dict[str, Any]:
+        found: dict[str, Any] = parser.parse_args(["fit", config("base"), *options]).fit.as_dict()
+        return json.loads(json.dumps(found, default=str))
+
+    return parse
+
+
+def test_the_base_names_no_plug_in():
+    base = yaml.safe_load((ROOT / "experiments" / "base.yaml").read_text())
+    assert not {*PARTS, "reference_model", "constant"} & base["model"].keys()
+    assert "one_completion_per_prompt" not in base["data"]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_resolved_config_states_every_argument_of_every_plug_in(resolve, objective):
+    model = resolve(config(f"objectives/{objective}"))["model"]
+    plugins = [model[name] for name in PLUGINS if isinstance(model[name], dict)] + (model["extra_terms"] or [])
+    assert plugins
+    for plugin in plugins:
+        module, _, name = plugin["class_path"].rpartition(".")
+        arguments = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+        assert plugin.get("init_args", {}).keys() == arguments.keys(), plugin
+
+
+@pytest.mark.parametrize("second", OBJECTIVES)
+@pytest.mark.parametrize("first", OBJECTIVES)
+def test_nothing_of_one_objective_leaks_into_another(resolve, first, second):
+    alone = resolve(config(f"objectives/{second}"))
+    after = resolve(config(f"objectives/{first}"), config(f"objectives/{second}"))
+    assert after["model"] == alone["model"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "kind"),
+    [(o, k) for o in OBJECTIVES for k in ("pairs", "binary") if not (o in NEEDS_PAIRS and k == "binary")],
+)
+def test_every_objective_trains(tiny_folder, data, tmp_path, objective, kind):
+    main(fit(tiny_folder, objective, data[kind], tmp_path / "run", "--trainer.max_steps=3", "--trainer.max_epochs=2"))
+    losses = [float(row["loss"]) for row in metrics(tmp_path / "run")]
+    assert len(losses) == 3
+    assert all(map(math.isfinite, losses))
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    start = load_model(ModelSpec(str(tiny_folder))).state_dict()
+    assert any(not torch.equal(state[f"policy.{name}"], weight) for name, weight in start.items())
+
+
+@pytest.mark.parametrize(("objective", "start"), [("kto", 0.5), ("dpo", math.log(2))])
+@pytest.mark.parametrize("lora", [(), ("--model.policy.lora={r: 2}",)])
+def test_before_the_first_update_every_reward_is_exactly_zero(tiny_folder, data, tmp_path, objective, start, lora):
+    options = ("--data.batch_size=12", f"--data.validation={data['pairs']}", "--trainer.val_check_interval=1")
+    main(fit(tiny_folder, objective, data["pairs"], tmp_path / "run", "--trainer.max_steps=1", *options, *lora))
+    first = metrics(tmp_path / "run")[0]
+    assert float(first["loss"]) == pytest.approx(start, abs=1e-7)
+    zero = {"rewards/chosen", "rewards/rejected", "rewards/margins", "outcome/reward", "outcome/u", "outcome/z0"}
+    assert {name: float(first[name]) for name in zero} == dict.fromkeys(zero, 0.0)
+
+
+# -- the command line -----------------------------------------------------------------------------------
+
+
+def test_a_plug_in_is_chosen_and_set_on_the_command_line(resolve):
+    kto = config("objectives/kto")
+
+    def value_function(*options: str) -> Any:
+        return resolve(kto, *options)["model"]["value_function"]
+
+    assert value_function("--model.value_function=LogSigmoid") == {
+        "class_path": "value_functions.LogSigmoid",
+        "init_args": {"beta": 0.1},
+    }
+    for name in ("model.value_function.init_args.beta", "model.value_function.beta"):
+        assert value_function(f"--{name}=0.3") == {
+            "class_path": "value_functions.Logistic",
+            "init_args": {"beta": 0.3},
+        }
+    chosen = resolve(kto, "--model.reference_point=RunningMean", "--model.reference_point.decay=0.9")["model"]
+    assert chosen["reference_point"]["init_args"] == {"decay": 0.9}
+    assert chosen["value_function"] == value_function()
+
+
+def test_a_value_function_of_the_users_own_trains(tiny_folder, data, tmp_path, monkeypatch):
+    (tmp_path / "my_values.py").write_text(
+        "import torch\n"
+        "from value_functions import ValueFunction\n\n\n"
+        "class Tanh(ValueFunction):\n"
+        '    """v(u) = tanh(beta * u)."""\n\n'
+        "    def __init__(self, *, beta: float = 0.1) -> None:\n"
+        "        super().__init__()\n"
+        "        self.beta = beta\n\n"
+        "    def forward(self, u):\n"
+        "        return torch.tanh(self.beta * u)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    own = ("--model.value_function=my_values.Tanh", "--model.value_function.beta=0.4", "--trainer.max_steps=2")
+    main(fit(tiny_folder, "kto", data["binary"], Path("run"), *own))
+    rows = metrics(tmp_path / "run")
+    # With C = 1 and v(0) = 0 the first loss is 1; it is the user's class that was at work.
+    assert float(rows[0]["loss"]) == 1
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["model"]["value_function"]
+    assert saved == {"class_path": "my_values.Tanh", "init_args": {"beta": 0.4}}
+
+
+def test_help_of_a_plug_in(capfd):
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", "--model.value_function.help", "Logistic"])
+    said = capfd.readouterr().out
+    assert caught.value.code == 0
+    assert "beta" in said
+    assert "risk aversion, 1 / nats" in said
+
+
+def test_help_names_every_command(capfd):
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    said = capfd.readouterr().out
+    assert caught.value.code == 0
+    for command in ("fit", "validate", "test", "predict", "halos export", "halos generate"):
+        assert command in said
+
+
+@pytest.mark.parametrize(
+    ("plugin", "option", "known"),
+    [
+        ("value_function", "Nope", ("Identity", "KahnemanTversky", "LogSigmoid", "Logistic")),
+        ("reference_point", "Nope", ("MismatchedKL", "Rival", "RunningMean", "Zero")),
+        ("reward", "Nope", ("LogProb", "LogRatio")),
+        ("feedback", "Nope", ("Binary", "Pairwise")),
+        ("reference_model", "Nope", ("AdapterOff", "FrozenCopy", "NoReference", "OtherModel")),
+        ("extra_terms", "[{class_path: Nope}]", ("HALO", "NLL", "Sum")),
+        ("value_function", "no.such.module.Nope", ("Identity", "Logistic")),
+    ],
+)
+def test_an_unknown_plug_in_lists_those_that_exist(capfd, plugin, option, known):
+    said = refused(capfd, ["fit", config("base"), config("objectives/kto"), f"--model.{plugin}={option}"], status=2)
+    line = next(line for line in said.splitlines() if f"model.{plugin} takes one of" in line)
+    assert all(name in line for name in known)
+    assert "dotted path" in line
+
+
+def test_an_unknown_argument_of_a_plug_in_is_an_error(capfd):
+    words = ["fit", config("base"), config("objectives/kto"), "--model.value_function.gamma=1"]
+    assert "gamma" in refused(capfd, words, status=2)
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("objective", "option", "said"),
+    [
+        ("kto", "--trainer.accumulate_grad_batches=2", "accumulate_grad_batches is 2: it would average losses with"),
+        ("kto", "--model.undesirable=null", "the objective lacks undesirable"),
+        ("kto", "--checkpoint.every_n_steps=0", "checkpoint.every_n_steps is 0"),
+        ("kto", "--model.micro_batch_rows=0", "micro_batch_rows is 0"),
+        ("kto", "--data.batch_size=0", "data.batch_size is 0"),
+        ("dpo", "", "the objective compares the two completions of a pair"),
+        ("dpo", "", "binary.jsonl:1"),
+        ("kto", "--data.train=null", "set data.train"),
+        ("kto", "--model.policy.path=/no/such/folder", "/no/such/folder is no folder"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_with_the_reason(tiny_folder, data, tmp_path, capfd, objective, option, said):
+    words = fit(tiny_folder, objective, data["binary"], tmp_path / "run", *([option] if option else []))
+    assert said in refused(capfd, words)
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+
+
+def test_no_objective_is_an_error(tiny_folder, data, tmp_path, capfd):
+    words = ["fit", config("base"), f"--model.policy.path={tiny_folder}", f"--data.train={data['binary']}"]
+    assert "no objective: choose one with --config" in refused(capfd, [*words, f"--run_dir={tmp_path}/run"])
+
+
+GOOD = '{"prompt": "a", "completion": "b", "label": true}\n'
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (None, ["data.jsonl: no such file"]),
+        ("", ["data.jsonl", "no row"]),
+        (GOOD + '{"prompt": "a", "completion": "b", "label": "maybe"}\n', ["data.jsonl:2", "'label'", "maybe"]),
+        (GOOD + '{"prompt": "a", "completion": "", "label": true}\n', ["data.jsonl:2", "'completion' is empty"]),
+        (GOOD + "{prompt\n", ["data.jsonl:2", "invalid JSON"]),
+        (GOOD + '{"prompt": "a", "chosen": "b", "rejected": "c"}\n', ["data.jsonl:2", "line 1"]),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_faults_in_data_are_found_before_a_model_is_loaded(tiny_folder, data, tmp_path, capfd, content, named, split):
+    file = tmp_path / "data.jsonl"
+    if content is not None:
+        file.write_text(content)
+    words = fit(tiny_folder, "kto", data["binary"], tmp_path / "run", f"--data.{split}={file}")
+    said = refused(capfd, words)
+    for words_ in named:
+        assert words_ in said
+    assert not (tmp_path / "run").exists()
+
+
+# -- what a run leaves ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_folder, data) -> Path:
+    """The folder of a finished KTO run with validation."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    options = (f"--data.validation={data['pairs']}", f"--data.test={data['pairs']}", "--checkpoint.every_n_steps=2")
+    main(fit(tiny_folder, "kto", data["binary"], run, *options))
+    return run
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_what_a_fit_writes(finished):
+    written = {str(p.relative_to(finished)) for p in finished.rglob("*") if p.is_file()}
+    assert written == {
+        "config.yaml",
+        "checkpoints/last.ckpt",
+        "metrics.csv",
+        "summary.json",
+        "training.png",
+        "value_function.png",
+    }
+    assert (finished / "training.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((finished / "summary.json").read_text())
+    assert (summary["steps"], summary["epochs"]) == (3, 1)
+    (counts,) = summary["data"]["train"].values()
+    assert (counts["rows"], counts["desirable"], counts["undesirable"]) == (12, 8, 4)
+    assert summary["metrics"]["loss"] == pytest.approx(float(metrics(finished)[2]["loss"]))
+    assert summary["metrics"].keys() >= {"val/loss", "val/rewards/auroc", "val/rewards/accuracies"}
+    assert [row["step"] for row in metrics(finished) if "loss" in row] == ["0", "1", "2"]
+    assert sum("val/loss" in row for row in metrics(finished)) == 1
+
+
+def test_the_config_that_was_written_makes_the_same_run(finished, tmp_path):
+    main(["fit", f"--config={finished}/config.yaml", f"--run_dir={tmp_path}/again"])
+    assert metrics(tmp_path / "again") == metrics(finished)
+    first, again = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (finished, tmp_path / "again"))
+    for each in (first, again):
+        each.pop("run_dir")
+        each["trainer"].pop("default_root_dir")
+    assert again == first
+
+
+def test_validate_and_test(run):
+    main(["validate", f"--config={run}/config.yaml", f"--run_dir={run}", "--ckpt_path=last"])
+    main(["test", f"--config={run}/config.yaml", f"--run_dir={run}", "--ckpt_path=last"])
+    found = json.loads((run / "test.json").read_text())
+    logged = next(row for row in metrics(run) if "val/loss" in row)
+    for name in ("loss", "rewards/auroc", "rewards/accuracies", "rewards/chosen", "outcome/u"):
+        assert found[f"test/{name}"] == pytest.approx(float(logged[f"val/{name}"]), rel=1e-5, abs=1e-6)
+    assert found["test/kl/token"] >= 0
+    assert found["test/kl/sequence"] > found["test/kl/token"]
+
+
+@pytest.mark.parametrize("kind", ["pairs", "binary"])
+def test_predict(run, data, kind):
+    words = ["predict", f"--config={run}/config.yaml", f"--run_dir={run}", "--ckpt_path=last"]
+    main([*words, f"--data.predict={data[kind]}"])
+    records = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    assert len(records) == {"pairs": 24, "binary": 12}[kind]
+    assert len({record["row"] for record in records}) == len(records)
+    keys = ["row", "desirable", "tokens", "policy_logp", "reference_logp", "r", "z0", "u", "value"]
+    for record in records:
+        assert list(record) == keys
+        assert record["r"] == pytest.approx(record["policy_logp"] - record["reference_logp"], abs=1e-4)
+        assert record["u"] == pytest.approx(record["r"] - record["z0"], abs=1e-5)
+        # kto.yaml reflects undesirable rows, and its value function is the logistic one.
+        perceived = record["u"] if record["desirable"] else -record["u"]
+        assert record["value"] == pytest.approx(1 / (1 + math.exp(-0.1 * perceived)), abs=1e-6)
+    assert any(record["r"] != 0 for record in records)
+
+
+def test_predictions_of_dpo(tiny_folder, data, tmp_path):
+    main(fit(tiny_folder, "dpo", data["pairs"], tmp_path / "run", "--trainer.max_steps=2"))
+    words = [f"--config={tmp_path}/run/config.yaml", "--ckpt_path=last", f"--data.predict={data['pairs']}"]
+    main(["predict", *words])
+    records = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    rewards = {record["row"]: record["r"] for record in records}
+    for record in records:
+        base, _, side = record["row"].rpartition("#")
+        rival = f"{base}#{'rejected' if side == 'chosen' else 'chosen'}"
+        assert record["z0"] == pytest.approx(rewards[rival], abs=1e-6)
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_commands_on_a_run_leave_its_other_files_alone(run, data, command):
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    option = f"--data.{ {'validate': 'validation'}.get(command, command) }={data['pairs']}"
+    main([command, f"--config={run}/config.yaml", f"--run_dir={run}", "--ckpt_path=last", option])
+    assert {p: p.read_bytes() for p in before} == before
+
+
+# -- a loss that is no number ---------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_folder, data, tmp_path, capfd):
+    run = tmp_path / "run"
+    options = ("--model.value_function=plugins.fragile.NaNAtStep", "--model.value_function.step=2")
+    more = ("--checkpoint.every_n_steps=1", "--data.shuffle=false")
+    said = refused(capfd, fit(tiny_folder, "kto", data["binary"], run, *options, *more))
+    said = said[said.index("halos: NonFiniteLossError") :]
+    assert "the loss is nan at optimizer step 2" in said
+    assert f"rows with a non-finite log-prob or value: {data['binary']}:9\n" in said
+    names = ", ".join(f"{data['binary']}:{line}" for line in (9, 10, 11, 12))
+    assert f"rows of the step: {names}\n" in said
+    assert f"last good checkpoint: {run}/checkpoints/last.ckpt" in said
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 2
+    assert all(weight.isfinite().all() for weight in saved["state_dict"].values())
+    assert [row["step"] for row in metrics(run)] == ["0", "1"]
+
+
+def test_a_loss_that_is_not_finite_at_the_first_step(tiny_folder, data, tmp_path, capfd):
+    options = ("--model.value_function=plugins.fragile.NaNAtStep", "--model.value_function.step=0")
+    said = refused(capfd, fit(tiny_folder, "kto", data["binary"], tmp_path / "run", *options))
+    assert "last good checkpoint: none was written yet" in said
+
+
+# -- export ---------------------------------------------------------------------------------------------
+
+IDS = torch.tensor([[5, 9, 17, 33, 80, 120], [7, 200, 90, 91, 4, 6]])
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=IDS).logits
+    return found
+
+
+def trained(run: Path, spec: ModelSpec) -> torch.Tensor:
+    """Logits of the policy that is in a run's checkpoint."""
+    policy = load_model(spec)
+    before = logits(policy)
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    state = {k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")}
+    assert not policy.load_state_dict(state, strict=False).unexpected_keys
+    after = logits(policy)
+    assert not torch.equal(after, before)
+    return after
+
+
+def test_export_of_a_whole_model(run, tiny_folder, tmp_path, capfd):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    main(["export", str(run), str(tmp_path / "model")])
+    assert f"wrote the model of {run} to {tmp_path}/model" in capfd.readouterr().out
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(logits(exported), trained(run, ModelSpec(str(tiny_folder))))
+    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "model", tiny_folder)]
+    assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
+    assert tokenizers[0].chat_template == tokenizers[1].chat_template
+    assert "--adapter" in refused(capfd, ["export", str(run), str(tmp_path / "other"), "--adapter=true"])
+    assert not (tmp_path / "other").exists()
+
+
+def test_export_of_an_adapter_merged_and_alone(tiny_folder, data, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    options = ("--model.policy.lora={r: 4, alpha: 8}", "--model.optimizer.init_args.lr=1e-2")
+    main(fit(tiny_folder, "kto", data["binary"], tmp_path / "run", *options))
+    expected = trained(tmp_path / "run", ModelSpec(str(tiny_folder), lora=LoRASpec(r=4, alpha=8)))
+    main(["export", str(tmp_path / "run"), str(tmp_path / "merged")])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-4)
+    main(["export", str(tmp_path / "run"), str(tmp_path / "adapter"), "--adapter=true"])
+    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    adapter = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(logits(adapter), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_export_refuses_a_folder_that_is_not_empty(run, tmp_path, capfd):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    assert f"{folder} is not empty" in refused(capfd, ["export", str(run), str(folder)])
+    assert [p.name for p in folder.iterdir()] == ["notes.txt"]
+    main(["export", str(run), str(folder), "--overwrite=true"])
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / "config.json").is_file()
+
+
+def test_export_of_what_is_no_run(tmp_path, capfd):
+    said = refused(capfd, ["export", str(tmp_path), str(tmp_path / "model")])
+    assert f"{tmp_path} is not the folder of a run" in said
+    assert not (tmp_path / "model").exists()
+
+
+def test_exported_models_can_be_trained_and_generate(run, data, tmp_path):
+    main(["export", str(run), str(tmp_path / "model")])
+    main(fit(tmp_path / "model", "kto", data["binary"], tmp_path / "next", "--trainer.max_steps=1"))
+    assert float(metrics(tmp_path / "next")[0]["loss"]) == 0.5
+    (tmp_path / "prompts.txt").write_text("question 1\nquestion 2\n")
+    words = ["generate", str(tmp_path / "model"), f"--prompts={tmp_path}/prompts.txt", "--max_new_tokens=3"]
+    main([*words, f"--out={tmp_path}/out.jsonl"])
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
