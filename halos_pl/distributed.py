@@ -1,9 +1,12 @@
-"""Sums over ranks, the only thing the objective knows of distributed training."""
+"""Sums and collections over ranks, the only thing the objective knows of distributed training."""
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.nn.functional import all_gather
 
 
 def world_size() -> int:
@@ -21,3 +24,21 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(total, op=dist.ReduceOp.SUM)
     return total
+
+
+def gather_over_ranks(values: Tensor) -> tuple[Tensor, int]:
+    """The values [n] of all ranks, in the order of the ranks, *with* gradient; ranks may hold different numbers.
+
+    Every rank must call it the same number of times, and back-propagate through it the same number of times.
+
+    Returns:
+        float [N], and the place where this rank's own values begin.
+    """
+    if world_size() == 1:
+        return values, 0
+    counts = values.new_zeros(world_size(), dtype=torch.long)
+    counts[dist.get_rank()] = len(values)
+    sizes = sum_over_ranks(counts).tolist()
+    padded = all_gather(F.pad(values, (0, max(sizes) - len(values))))
+    gathered = torch.cat([part[:size] for part, size in zip(padded, sizes, strict=True)])
+    return gathered, sum(sizes[: dist.get_rank()])

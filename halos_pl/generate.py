@@ -59,6 +59,62 @@ def _plain_sampling(model: Any) -> Iterator[list[int]]:
 
 
 @torch.no_grad()
+def sample_tokens(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stops: Sequence[int],
+    pad: int | None,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> list[list[int]]:
+    """Samples one completion for each prompt with the process's own random state.
+
+    Args:
+        model: a causal language model of transformers, or a peft model around one.
+        prompts: token ids.
+        stops: ids at which a completion ends, besides the model's own; the id is part of the completion.
+        pad: any id.
+        max_new_tokens, temperature, top_p, batch_size: see :func:`generate`.
+        progress: show a bar.
+
+    Returns:
+        Token ids of each completion, in the order of the prompts.
+    """
+    # Prompts of like length side by side: little padding.
+    work = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    found: list[list[int]] = [[] for _ in prompts]
+    batches = [work[at : at + batch_size] for at in range(0, len(work), batch_size)]
+    device = next(model.parameters()).device
+    generator: Any = model
+    options: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+    with _plain_sampling(model) as also_stops:
+        # Some models name more than one end, e.g. of a turn and of a text.
+        ends = {*also_stops, *stops}
+        for batch in track(batches, description="generating", disable=not progress, transient=True):
+            ids = [torch.tensor(prompts[i]) for i in batch]
+            inputs = pad_sequence(ids, batch_first=True, padding_side="left").to(device)
+            mask = pad_sequence([torch.ones_like(x) for x in ids], batch_first=True, padding_side="left").to(device)
+            out = generator.generate(
+                input_ids=inputs,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=sorted(ends),
+                pad_token_id=pad,
+                **options,
+            )
+            for i, row in zip(batch, out[:, inputs.shape[1] :].tolist(), strict=True):
+                end = next((at for at, token in enumerate(row) if token in ends), None)
+                found[i] = row if end is None else row[: end + 1]
+    return found
+
+
+@torch.no_grad()
 def generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -98,40 +154,28 @@ def generate(
             f" batch_size at least 1; got {temperature}, {top_p}, {max_new_tokens}, {num_samples}, {batch_size}"
         )
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    # Prompts of like length side by side: little padding.
-    work = sorted(
-        ((i, k) for i in range(len(prompts)) for k in range(num_samples)), key=lambda ik: (len(encoded[ik[0]]), ik)
-    )
-    found: list[list[Sample | None]] = [[None] * num_samples for _ in prompts]
-    batches = [work[at : at + batch_size] for at in range(0, len(work), batch_size)]
     device = next(model.parameters()).device
-    generator: Any = model
-    options: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-    devices = [device] if device.type == "cuda" else []
-    with _plain_sampling(model) as also_stops, torch.random.fork_rng(devices=devices):
+    own = {} if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        # Some models name more than one end, e.g. of a turn and of a text.
-        stops = {*also_stops} | ({tokenizer.eos_token_id} - {None})
-        for batch in track(batches, description="generating", disable=not progress, transient=True):
-            ids = [torch.tensor(encoded[i]) for i, _ in batch]
-            inputs = pad_sequence(ids, batch_first=True, padding_side="left").to(device)
-            mask = pad_sequence([torch.ones_like(x) for x in ids], batch_first=True, padding_side="left").to(device)
-            out = generator.generate(
-                input_ids=inputs,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=sorted(stops),
-                pad_token_id=tokenizer.pad_token_id,
-                **options,
-            )
-            for (i, k), row in zip(batch, out[:, inputs.shape[1] :].tolist(), strict=True):
-                end = next((at for at, token in enumerate(row) if token in stops), None)
-                kept = row if end is None else row[: end + 1]
-                text = str(tokenizer.decode(kept, skip_special_tokens=True)).strip()
-                found[i][k] = Sample(encoded[i], kept, text, end is not None)
-    return [[sample for sample in samples if sample is not None] for samples in found]
+        sampled = sample_tokens(
+            model,
+            [ids for ids in encoded for _ in range(num_samples)],
+            stops=sorted(own),
+            pad=tokenizer.pad_token_id,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    with _plain_sampling(model) as also_stops:
+        ends = {*also_stops, *own}
+    samples = [
+        Sample(ids, kept, str(tokenizer.decode(kept, skip_special_tokens=True)).strip(), kept[-1] in ends)
+        for ids, kept in zip((ids for ids in encoded for _ in range(num_samples)), sampled, strict=True)
+    ]
+    return [samples[at : at + num_samples] for at in range(0, len(samples), num_samples)]
 
 
 def read_prompts(path: Path) -> list[Prompt]:

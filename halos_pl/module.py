@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from halos_pl.distributed import sum_over_ranks, world_size
 from halos_pl.feedback import Feedback
+from halos_pl.generate import sample_tokens
 from halos_pl.metrics import (
     Losses,
     Means,
@@ -29,7 +31,7 @@ from halos_pl.metrics import (
     reward_figures,
     with_margin,
 )
-from halos_pl.objective import HALO, Objective, Result, Sum
+from halos_pl.objective import HALO, Context, Objective, Result, Sum
 from halos_pl.outcomes import FlatBatch, Rows
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
 from halos_pl.policy.logprobs import completion_kl, completion_logps, completion_mask
@@ -141,6 +143,11 @@ class HALOModule(LightningModule):
             constant=constant,
             extra_terms=extra_terms,
         )
+        if self.objective.needs.samples and self.objective.needs.probes:
+            raise ValueError(
+                "one term's reference point wants mismatched rows and another one's samples of the policy; both are"
+                " probes, so a step cannot hold the two: give all terms the same kind of reference point"
+            )
         self.policy_spec = policy
         self.micro_batch_rows = micro_batch_rows
         self.make_optimizer = optimizer
@@ -195,6 +202,9 @@ class HALOModule(LightningModule):
         if self._reference_bound:
             with torch.no_grad(), self._reference.scoring(self.policy) as model:
                 reference = completion_logps(model, part)
+        kl = None
+        if self.objective.needs.exact_kl and bool(part.probe.any()):
+            kl = completion_kl(self.policy, self._reference.scoring(self.policy), part)
         pad = (0, width - policy.shape[1])
         return Rows(
             policy_logps=F.pad(policy, pad),
@@ -203,6 +213,8 @@ class HALOModule(LightningModule):
             desirable=part.desirable,
             rival=part.rival,
             probe=part.probe,
+            group=part.group,
+            kl=None if kl is None else F.pad(kl, pad),
         )
 
     def _parts(self, index: Tensor, rival: Tensor) -> list[Tensor]:
@@ -231,6 +243,30 @@ class HALOModule(LightningModule):
             desirable=batch.desirable,
             rival=batch.rival,
             probe=batch.probe,
+            group=batch.group,
+            kl=zeros.clone() if self.objective.needs.exact_kl else None,
+        )
+
+    def _with_samples(self, batch: FlatBatch) -> FlatBatch:
+        """Adds, for each row, a completion that the policy samples now, as a probe."""
+        assert self.policy is not None
+        ids = sample_tokens(
+            self.policy,
+            [batch.prompts[i].tolist() for i in batch.prompt.tolist()],
+            stops=[token for token in (self.tokenizer.eos_token_id,) if token is not None],
+            pad=self.tokenizer.pad_token_id,
+            max_new_tokens=self.objective.needs.samples,
+        )
+        device, n = batch.prompt.device, len(batch)
+        return replace(
+            batch,
+            completions=[*batch.completions, *(torch.tensor(sampled, device=device) for sampled in ids)],
+            prompt=batch.prompt.repeat(2),
+            desirable=torch.cat([batch.desirable, torch.zeros_like(batch.desirable)]),
+            rival=torch.cat([batch.rival, torch.full_like(batch.rival, -1)]),
+            probe=torch.arange(2 * n, device=device) >= n,
+            row_ids=[*batch.row_ids, *(f"sample for {name}" for name in batch.row_ids)],
+            group=batch.group.repeat(2),
         )
 
     def _results(self, batch: FlatBatch, *, gradient: bool) -> Iterator[tuple[Tensor, Rows, Result]]:
@@ -239,6 +275,9 @@ class HALOModule(LightningModule):
         With ``gradient`` all but the last have been back-propagated when they are yielded, so that one
         micro-batch's activations are in memory at a time.
         """
+        needs = self.objective.needs
+        if needs.samples:
+            batch = self._with_samples(batch)
         train = (~batch.probe).nonzero().squeeze(1)
         parts = self._parts(train, batch.rival)
         step = self._step_rows(batch)
@@ -247,13 +286,15 @@ class HALOModule(LightningModule):
             step.policy_logps[index] = rows.policy_logps.detach()
             if step.reference_logps is not None:
                 step.reference_logps[index] = cast(Tensor, rows.reference_logps)
+            if step.kl is not None and rows.kl is not None:
+                step.kl[index] = rows.kl
 
         probes = batch.probe.nonzero().squeeze(1)
         if len(probes):
             for index in self._parts(probes, batch.rival):
                 keep(index, self._score(batch, index, gradient=False))
         scored: dict[int, Rows] = {}
-        if self.objective.needs.step_rewards:
+        if needs.step_rewards or (needs.whole_step and len(parts) > 1):
             # One part: the pass with gradient serves z0 as well. Several: a pass of its own, since the first
             # part's loss already depends on the last part's rewards.
             for number, index in enumerate(parts):
@@ -262,12 +303,36 @@ class HALOModule(LightningModule):
                 if len(parts) == 1:
                     scored[number] = rows
         context = self.objective.prepare(step)
+        if needs.whole_step and len(parts) > 1:
+            yield train, *self._judged_at_once(batch, step.select(train), context.select(train), train, parts, gradient)
+            return
         for number, index in enumerate(parts):
             rows = scored.get(number) or self._score(batch, index, gradient=gradient)
             result = self.objective.judge(rows, context.select(index))
             if gradient and number < len(parts) - 1:
                 self.trainer.strategy.backward(self._scaled(result.loss), None)
             yield index, rows, result
+
+    def _judged_at_once(
+        self, batch: FlatBatch, rows: Rows, context: Context, train: Tensor, parts: list[Tensor], gradient: bool
+    ) -> tuple[Rows, Result]:
+        """A step whose rows are compared with each other, in micro-batches all the same.
+
+        The loss is judged on log-probs that were scored without gradient; its slope in each of them is what the
+        passes with gradient are back-propagated with. Exact, at the price of one more forward pass.
+        """
+        leaf = replace(rows, policy_logps=rows.policy_logps.clone().requires_grad_(gradient))
+        result = self.objective.judge(leaf, context)
+        if not gradient:
+            return rows, result
+        slope = torch.zeros_like(self._step_rows(batch).policy_logps)
+        (slope[train],) = torch.autograd.grad(result.loss, leaf.policy_logps)
+        for number, index in enumerate(parts):
+            scored = self._score(batch, index, gradient=True)
+            linear = (scored.policy_logps * slope[index]).sum()
+            if number < len(parts) - 1:
+                self.trainer.strategy.backward(self._scaled(linear), None)
+        return rows, replace(result, loss=linear + (result.loss - linear).detach())
 
     @staticmethod
     def _scaled(loss: Tensor) -> Tensor:
@@ -421,8 +486,16 @@ class HALOModule(LightningModule):
         schedule = get_scheduler(self.lr_schedule, optimizer, round(self.warmup_ratio * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Lets a reference that follows the policy follow it."""
+        if self._reference_bound and self.policy is not None:
+            self._reference.follow(self.policy, self.global_step)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves out what is not trained, and keeps the random state of every rank."""
+        """Leaves out what is not trained, and keeps a moving reference and the random state of every rank."""
+        reference = self._reference.state() if self._reference_bound else {}
+        if reference:
+            checkpoint["reference_model"] = reference
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
                 checkpoint["state_dict"].pop(name, None)
@@ -438,6 +511,8 @@ class HALOModule(LightningModule):
             if not parameter.requires_grad:
                 checkpoint["state_dict"].setdefault(name, parameter.detach())
         self._check_state(checkpoint["state_dict"])
+        if self._reference_bound:
+            self._reference.restore(checkpoint.get("reference_model", {}))
         self._rng_states = checkpoint.get("rng_states")
         if self.trainer.state.fn == TrainerFn.FITTING:
             epoch, step = settle_progress(checkpoint["loops"]["fit_loop"])

@@ -78,9 +78,16 @@ class SumContext:
         return SumContext(tuple(part.select(index) for part in self.parts))
 
 
+def mean_of_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """``values`` [n], or the mean over the real tokens of ``values`` [n, T], as float [n]."""
+    return values if values.dim() == 1 else torch.where(mask, values, 0.0).sum(dim=1) / mask.sum(dim=1)
+
+
 @dataclass(frozen=True)
 class Outcomes:
     """What became of each row that carries a loss, without gradient.
+
+    Where the reward is one of tokens, all are means over a row's tokens, in nats per token.
 
     Attributes:
         reward, reference_point, outcome: r, z0 and u = r - z0 in nats, float [m].
@@ -188,29 +195,34 @@ class HALO(Objective):
     @torch.no_grad()
     def prepare(self, rows: Rows) -> TermContext:
         sign, weight, denominator = self.feedback(rows)
-        z0 = self.reference_point(self.reward(rows), rows) if self.reference_point.scope == "step" else None
+        z0 = None
+        if self.reference_point.scope == "step":
+            z0 = self.reference_point(mean_of_tokens(self.reward(rows), rows.mask), rows)
         return TermContext(sign, weight, sum_over_ranks(denominator), z0)
 
     def judge(self, rows: Rows, context: TermContext) -> Result:
         reward = self.reward(rows)
         z0 = context.reference_point
         if z0 is None:
-            z0 = self.reference_point(reward, rows)
+            z0 = self.reference_point(mean_of_tokens(reward, rows.mask), rows)
+        sign, weight = context.sign, context.weight
+        if reward.dim() == 2:  # every token is an outcome, with the sign and the weight of its row
+            sign, weight = sign[:, None].expand_as(reward), weight[:, None] * rows.mask
+            z0 = z0[:, None] if z0.dim() else z0
         outcome = reward - z0
-        desirable = context.sign < 0
+        desirable = sign < 0
         reflected = ~desirable if self.undesirable == "reflect" else torch.zeros_like(desirable)
         perceived = torch.where(reflected, -outcome, outcome)
         value = self.value_function(perceived)
         judged = torch.where(desirable | reflected, -value, value)
-        loss = (context.weight * (self.constant + judged)).sum() / context.denominator
+        # A step without a row that counts has nothing to learn from: a loss of 0, not 0 / 0.
+        loss = (weight * (self.constant + judged)).sum() / context.denominator.clamp(min=1)
+        shown = {"reward": reward, "reference_point": z0.expand_as(reward), "outcome": outcome}
+        shown |= {"perceived": perceived, "value": value}
         return Result(
             loss,
             Outcomes(
-                reward=reward.detach(),
-                reference_point=z0.detach().expand_as(reward),
-                outcome=outcome.detach(),
-                perceived=perceived.detach(),
-                value=value.detach(),
+                **{name: mean_of_tokens(values.detach(), rows.mask) for name, values in shown.items()},
                 sign=context.sign,
                 weight=context.weight,
             ),

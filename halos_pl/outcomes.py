@@ -36,6 +36,11 @@ class Needs:
         undesirable: undesirable rows (a baseline that only imitates does not want them).
         step_rewards: the reference point averages over the step's own rows, so all of them must have
             been scored (without gradient) before the first row's loss is known.
+        whole_step: rows of the whole step are compared with each other *with* gradient, so no row's loss is
+            known without all the others.
+        groups: all rows of a prompt come in the same step, on the same rank.
+        exact_kl: the KL divergence over the whole vocabulary at each token of the probes.
+        samples: probes are completions that the policy samples, of at most so many tokens; 0 for none.
     """
 
     reference: bool = False
@@ -43,9 +48,13 @@ class Needs:
     probes: bool = False
     undesirable: bool = False
     step_rewards: bool = False
+    whole_step: bool = False
+    groups: bool = False
+    exact_kl: bool = False
+    samples: int = 0
 
     def __or__(self, other: Needs) -> Needs:
-        return Needs(**{f.name: getattr(self, f.name) or getattr(other, f.name) for f in fields(self)})
+        return Needs(**{f.name: max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:
@@ -76,6 +85,8 @@ class FlatBatch:
         probe: BoolTensor [n], True for mismatched rows: they feed z0 only and get no gradient.
         row_ids: one name per row for messages and files, ``FILE:LINE`` and, for a pair, ``#chosen`` or
             ``#rejected``; a probe's names both sides.
+        group: LongTensor [n], equal for rows that answer the same prompt, whatever was cut off from it; left
+            out, ``prompt``.
     """
 
     prompts: list[Tensor]
@@ -85,6 +96,11 @@ class FlatBatch:
     rival: Tensor
     probe: Tensor
     row_ids: list[str] = field(default_factory=list)
+    group: Tensor = None  # type: ignore[assignment]  # set below where it is left out
+
+    def __post_init__(self) -> None:
+        if self.group is None:
+            self.group = self.prompt
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -108,6 +124,7 @@ class FlatBatch:
             rival=_renumbered(self.rival, index),
             probe=self.probe[index],
             row_ids=[self.row_ids[i] for i in chosen] if self.row_ids else [],
+            group=self.group[index],
         )
 
 
@@ -122,6 +139,9 @@ class Rows:
         desirable: BoolTensor [n].
         rival: LongTensor [n], -1 where there is none.
         probe: BoolTensor [n].
+        group: LongTensor [n], equal for rows that answer the same prompt; left out, every row is its own group.
+        kl: float32 [n, T], KL(pi_theta || pi_ref) over the whole vocabulary at each token, without gradient;
+            None where nothing needs it.
     """
 
     policy_logps: Tensor
@@ -130,18 +150,24 @@ class Rows:
     desirable: Tensor
     rival: Tensor
     probe: Tensor
+    group: Tensor = None  # type: ignore[assignment]  # set below where it is left out
+    kl: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = self.policy_logps.shape[0]
+        if self.group is None:
+            self.group = torch.arange(n, device=self.policy_logps.device)
         expected = {
             "policy_logps": self.policy_logps.shape,
             "mask": self.policy_logps.shape,
             "desirable": (n,),
             "rival": (n,),
             "probe": (n,),
+            "group": (n,),
         }
-        if self.reference_logps is not None:
-            expected["reference_logps"] = self.policy_logps.shape
+        for optional in ("reference_logps", "kl"):
+            if getattr(self, optional) is not None:
+                expected[optional] = self.policy_logps.shape
         for name, shape in expected.items():
             # Said here once, because (B,) + (B, T) broadcasts to a wrong loss without a word.
             if getattr(self, name).dim() == 0 or tuple(getattr(self, name).shape) != tuple(shape):
@@ -170,4 +196,6 @@ class Rows:
             desirable=self.desirable[index],
             rival=_renumbered(self.rival, index),
             probe=self.probe[index],
+            group=self.group[index],
+            kl=None if self.kl is None else self.kl[index],
         )

@@ -20,9 +20,12 @@ class ValueFunction(nn.Module, ABC):
     Attributes:
         beta: what outcomes are multiplied with before they are valued (1 / nats). ``rewards/*`` are logged
             as beta * r, the scale that users of other libraries know.
+        violates: clauses of the definition that the function does not keep, by their names in
+            ``halos_pl.conformance``. It informs readers; the tests hold it to what is found.
     """
 
     beta: float = 1.0
+    violates: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, u: Tensor) -> Tensor:

@@ -164,6 +164,8 @@ class Row:
         completion: token ids, at least one.
         desirable: the row's label.
         row_id: its name in messages and files.
+        rival: the place among the rows of the pair's other completion; -1 where they go their own ways.
+        control: token ids between prompt and completion that say what follows; no part of either.
     """
 
     prompt: int
@@ -171,6 +173,8 @@ class Row:
     completion: tuple[int, ...]
     desirable: bool
     row_id: str
+    rival: int = -1
+    control: tuple[int, ...] = ()
 
 
 class StepDataset(Dataset[FlatBatch]):
@@ -179,8 +183,8 @@ class StepDataset(Dataset[FlatBatch]):
     Args:
         prompts: the distinct prompts, uncut, as token ids.
         rows: the rows.
-        examples: the rows of each example: one, or the two of a pair, which name each other as rivals.
-        max_length: tokens of prompt and completion together.
+        examples: the rows of each example, which stay together: one, the two of a pair, or all of a prompt.
+        max_length: tokens of prompt, control tokens and completion together.
         probes: add, for each of the rank's rows (x_i, y_i), one mismatched row (x_i, y_j).
         seed: with epoch and step, what the mismatches depend on.
         rank, world_size: the share: every ``world_size``-th example of the step, from ``rank`` on.
@@ -234,18 +238,18 @@ class StepDataset(Dataset[FlatBatch]):
         for i, example in enumerate(step.examples):
             size = len(self.examples[example])
             if i % self.world_size == self.rank:
-                first = len(mine)
-                for k in range(size):
-                    rival = first + (1 - k) if size == 2 else -1
-                    row = self.rows[rows[place + k]]
-                    batch.add(row, row.prompt_length, row.completion, row.desirable, rival, False, row.row_id)
-                    mine.append(place + k)
+                mine.extend(range(place, place + size))
             place += size
+        here = {rows[i]: k for k, i in enumerate(mine)}  # where a row of the data set is in this batch
+        for i in mine:
+            x = self.rows[rows[i]]
+            rival = here.get(x.rival, -1)
+            batch.add(x, x.prompt_length, x.completion, x.desirable, rival, False, x.row_id)
         if self.probes:
             partners = self._partners(step, rows)
             for i in mine:
                 x, y = self.rows[rows[i]], self.rows[partners[i]]
-                length = min(x.prompt_length, self.max_length - len(y.completion))
+                length = min(x.prompt_length, self.max_length - len(x.control) - len(y.completion))
                 batch.add(x, length, y.completion, False, -1, True, f"{x.row_id} with {y.row_id}")
         return batch.build()
 
@@ -275,9 +279,9 @@ class _Builder:
 
     def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
         self._source = prompts
-        self._known: dict[tuple[int, int], int] = {}
+        self._known: dict[tuple[int, int, tuple[int, ...]], int] = {}
         self.prompts: list[Tensor] = []
-        self.columns: tuple[list[Any], ...] = ([], [], [], [], [], [])
+        self.columns: tuple[list[Any], ...] = ([], [], [], [], [], [], [])
 
     def add(
         self,
@@ -289,16 +293,17 @@ class _Builder:
         probe: bool,
         name: str,
     ) -> None:
-        key = (x.prompt, length)
+        key = (x.prompt, length, x.control)
         if key not in self._known:
             self._known[key] = len(self.prompts)
-            self.prompts.append(torch.tensor(self._source[x.prompt][-length:], dtype=torch.long))
-        row = (torch.tensor(completion, dtype=torch.long), self._known[key], desirable, rival, probe, name)
+            ids = [*self._source[x.prompt][-length:], *x.control]
+            self.prompts.append(torch.tensor(ids, dtype=torch.long))
+        row = (torch.tensor(completion, dtype=torch.long), self._known[key], desirable, rival, probe, name, x.prompt)
         for column, value in zip(self.columns, row, strict=True):
             column.append(value)
 
     def build(self) -> FlatBatch:
-        completions, prompt, desirable, rival, probe, row_ids = self.columns
+        completions, prompt, desirable, rival, probe, row_ids, group = self.columns
         return FlatBatch(
             prompts=self.prompts,
             completions=completions,
@@ -307,6 +312,7 @@ class _Builder:
             rival=torch.tensor(rival, dtype=torch.long),
             probe=torch.tensor(probe, dtype=torch.bool),
             row_ids=row_ids,
+            group=torch.tensor(group, dtype=torch.long),
         )
 
 

@@ -25,6 +25,21 @@ from halos_pl.outcomes import FlatBatch, Needs
 SPLITS = ("train", "validation", "test", "predict")
 
 
+@dataclass(frozen=True)
+class ControlTokens:
+    """Texts put between prompt and completion that tell the model what follows, for conditional fine-tuning.
+
+    They are tokenised like any text of the prompt and carry no loss. To sample from the model afterwards, end the
+    prompt with the desirable one.
+
+    Attributes:
+        desirable, undesirable: the text for rows of either label.
+    """
+
+    desirable: str = "<|good|>"
+    undesirable: str = "<|bad|>"
+
+
 @dataclass
 class FileCounts:
     """What became of one file's rows.
@@ -83,7 +98,12 @@ class Table:
         *,
         max_length: int,
         truncate_completions: bool,
+        control_tokens: ControlTokens | None = None,
     ) -> None:
+        self._control: dict[bool, tuple[int, ...]] = {True: (), False: ()}
+        if control_tokens is not None:
+            for label, text in ((True, control_tokens.desirable), (False, control_tokens.undesirable)):
+                self._control[label] = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
         self.prompts: list[tuple[int, ...]] = []
         self.rows: list[Row] = []
         self.examples: list[tuple[int, ...]] = []
@@ -120,7 +140,9 @@ class Table:
     ) -> None:
         wanted = [needs.rivals or needs.undesirable or label for label in example.labels]
         counts.dropped_undesirable += wanted.count(False)
-        room = max_length - 1  # at least one token of the prompt stays
+        room = max_length - 1 - max(map(len, self._control.values()))  # at least one token of the prompt stays
+        if room < 1:
+            raise DataError(f"data.max_length is {max_length}, which data.control_tokens alone fill; raise it.")
         fits = [truncate or len(completion) <= room for completion in completions]
         if needs.rivals and not all(fits):
             fits = [False] * len(fits)  # a pair goes as a whole
@@ -130,7 +152,7 @@ class Table:
             return
         # Both completions of a pair get the same prompt, so the longer one says what is left of it.
         longest = max(min(len(completions[i]), room) for i in kept)
-        length = min(len(prompt), max_length - longest)
+        length = min(len(prompt), room + 1 - longest)
         number = self._known.setdefault(tuple(prompt), len(self.prompts))
         if number == len(self.prompts):
             self.prompts.append(tuple(prompt))
@@ -142,13 +164,24 @@ class Table:
             counts.prompts_cut += length < len(prompt)
             counts.completions_cut += len(completions[i]) > room
             name = example.row_id + (("#chosen", "#rejected")[i] if example.is_pair else "")
-            places.append(len(self.rows))
-            self.rows.append(Row(number, length, tuple(completions[i][:room]), example.labels[i], name))
+            place = len(self.rows)
+            places.append(place)
+            label = example.labels[i]
+            rival = (place + 1, place - 1)[i] if needs.rivals else -1
+            row = Row(number, length, tuple(completions[i][:room]), label, name, rival, self._control[label])
+            self.rows.append(row)
         if needs.rivals:
             counts.pairs += 1
             self.examples.append(tuple(places))
         else:  # unpaired before anything is shuffled: the two rows go their own ways
             self.examples.extend((place,) for place in places)
+
+    def keep_prompts_together(self) -> None:
+        """Make all rows of a prompt one example."""
+        by_prompt: dict[int, list[int]] = {}
+        for place, row in enumerate(self.rows):
+            by_prompt.setdefault(row.prompt, []).append(place)
+        self.examples = [tuple(places) for places in by_prompt.values()]
 
     def keep_one_per_prompt(self, seed: int) -> None:
         """Keep one row, drawn with ``seed``, of each distinct prompt; count the others."""
@@ -174,7 +207,8 @@ class Table:
         for example in self.examples:
             for row in (self.rows[place] for place in example):
                 kept = self.prompts[row.prompt][-row.prompt_length :]
-                digest.update(repr((kept, row.completion, row.desirable, len(example))).encode())
+                seen = (kept, row.completion, row.desirable, len(example), row.control)
+                digest.update(repr(seen).encode())
         return digest.hexdigest()
 
 
@@ -194,8 +228,8 @@ class FeedbackDataModule(LightningDataModule):
         train, validation, test, predict: a file or a list of files (``.jsonl``, ``.json``, either with
             ``.gz``) for each stage. ``predict`` falls back to ``test``, then to ``validation``. All but
             ``train`` keep every row, and pairs as rivals, whatever the objective needs.
-        batch_size: examples (rows; pairs where the objective needs rivals) of one optimizer step over all
-            ranks together.
+        batch_size: examples of one optimizer step over all ranks together: rows; pairs where the objective
+            needs rivals; prompts, with all their rows, where it compares the rows of a prompt.
         eval_batch_size: the same for the other stages; default ``batch_size``.
         max_length: tokens of prompt and completion together. A prompt that does not fit is cut at its start,
             the same for both completions of a pair.
@@ -204,6 +238,7 @@ class FeedbackDataModule(LightningDataModule):
         shuffle: shuffle the training examples anew each epoch.
         drop_last: leave out a smaller last training step.
         one_completion_per_prompt: train on one row, drawn with the seed, of each distinct prompt.
+        control_tokens: texts between prompt and completion that name the row's label; null for none.
         num_workers: processes that make batches; the batches do not depend on it.
         seed: what order and mismatches depend on; default the global seed (``seed_everything``), else 0.
     """
@@ -222,6 +257,7 @@ class FeedbackDataModule(LightningDataModule):
         shuffle: bool = True,
         drop_last: bool = False,
         one_completion_per_prompt: bool = False,
+        control_tokens: ControlTokens | None = None,
         num_workers: int = 0,
         seed: int | None = None,
     ) -> None:
@@ -249,6 +285,7 @@ class FeedbackDataModule(LightningDataModule):
         self.max_length, self.truncate_completions = max_length, truncate_completions
         self.shuffle, self.drop_last = shuffle, drop_last
         self.one_completion_per_prompt = one_completion_per_prompt
+        self.control_tokens = control_tokens
         self.num_workers, self.seed = num_workers, seed
         self._examples: dict[str, list[Example]] = {}  # by file, each read once a process
         self._tables: dict[str, Table] = {}
@@ -308,6 +345,7 @@ class FeedbackDataModule(LightningDataModule):
             needs,
             max_length=self.max_length,
             truncate_completions=self.truncate_completions,
+            control_tokens=self.control_tokens,
         )
         if split == "train" and self.one_completion_per_prompt:
             if needs.rivals:
@@ -316,6 +354,8 @@ class FeedbackDataModule(LightningDataModule):
                     "completions of each; set it to false."
                 )
             table.keep_one_per_prompt(self._seed)
+        if needs.groups:
+            table.keep_prompts_together()
         for path, counts in table.counts.items():
             rank_zero_info(f"{split} data {path}: {counts}")
         if not table.rows:

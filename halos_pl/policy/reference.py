@@ -36,6 +36,26 @@ class ReferenceModel(ABC):
     def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
         """Yields the reference in eval mode on the policy's device."""
 
+    def follow(self, policy: nn.Module, step: int) -> None:
+        """Called after optimizer step number ``step``, from 1; a frozen reference does nothing."""
+        return None
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint must hold of it: nothing of a frozen reference."""
+        return {}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Puts back what ``state`` returned.
+
+        Raises:
+            ValueError: where the state is another reference's.
+        """
+        if state:
+            raise ValueError(
+                f"the checkpoint holds the weights of a reference that moves, but reference_model is"
+                f" {type(self).__name__}: go on with the config of the checkpoint's own run"
+            )
+
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     return chain(model.named_parameters(), model.named_buffers())
@@ -44,6 +64,16 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _without_adapter(name: str) -> str:
     """The name that a weight below a peft model has in the model without it."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def _cast_like(model: nn.Module, like: dict[str, torch.Tensor]) -> None:
+    """Gives each tensor of ``model`` the dtype and device of its namesake.
+
+    The Trainer's precision may have changed the policy's dtypes. Another dtype of any tensor of the reference, a
+    rotary embedding's float32 buffer among bfloat16 weights say, would make the first rewards differ from 0.
+    """
+    for name, tensor in _tensors(model):
+        tensor.data = tensor.data.to(like[name])
 
 
 class FrozenCopy(ReferenceModel):
@@ -55,12 +85,58 @@ class FrozenCopy(ReferenceModel):
 
     @contextmanager
     def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
-        # The Trainer's precision may have changed the policy's dtypes. Another dtype of any tensor here, a
-        # rotary embedding's float32 buffer among bfloat16 weights say, would make the first rewards differ from 0.
-        like = {_without_adapter(name): tensor for name, tensor in _tensors(policy)}
-        for name, tensor in _tensors(self._model):
-            tensor.data = tensor.data.to(like[name])
+        _cast_like(self._model, {_without_adapter(name): tensor for name, tensor in _tensors(policy)})
         yield self._model
+
+
+class SyncedCopy(ReferenceModel):
+    """A copy of the policy that follows it: every so many steps reference = mix * policy + (1 - mix) * reference.
+
+    ``mix=1`` replaces the reference, as online and humanline alignment do; less is the soft update of TR-DPO
+    (Gorbatovski et al. 2024, section 3). Only what is trained moves; it is written into checkpoints.
+
+    Args:
+        every: optimizer steps between two updates.
+        mix: share of the policy, in (0, 1].
+
+    Raises:
+        ValueError: for a number outside its range.
+    """
+
+    def __init__(self, *, every: int, mix: float = 1.0) -> None:
+        if every < 1 or not 0 < mix <= 1:
+            raise ValueError(f"SyncedCopy: every is {every} and mix {mix}; it must be every >= 1 and 0 < mix <= 1")
+        self.every, self.mix = every, float(mix)
+
+    def bind(self, policy: nn.Module, spec: ModelSpec) -> None:
+        self._moving = {name for name, p in policy.named_parameters() if p.requires_grad}
+        self._model = deepcopy(policy).eval().requires_grad_(False)  # with its adapter, if it has one
+
+    @contextmanager
+    def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
+        _cast_like(self._model, dict(_tensors(policy)))
+        yield self._model
+
+    @torch.no_grad()
+    def follow(self, policy: nn.Module, step: int) -> None:
+        if step % self.every:
+            return
+        theirs = dict(policy.named_parameters())
+        for name, own in self._model.named_parameters():
+            if name in self._moving:
+                own.data = own.data.to(theirs[name]).lerp(theirs[name], self.mix)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach() for name, p in self._model.named_parameters() if name in self._moving}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        if state.keys() != self._moving:
+            raise ValueError(
+                "the checkpoint does not hold the weights of this SyncedCopy: go on with the config of its own run"
+            )
+        for name, own in self._model.named_parameters():
+            if name in self._moving:
+                own.data = state[name].to(own)
 
 
 class AdapterOff(ReferenceModel):

@@ -16,13 +16,13 @@ class ReferencePoint(nn.Module, ABC):
     """Estimates z0 = E_Q[r(x, y')], what the rewards of a step are compared with.
 
     Attributes:
-        scope: ``step``: one estimate for a whole optimizer step over all ranks, without gradient, called once
+        scope: ``step``: estimated for a whole optimizer step over all ranks, without gradient, called once
             per step however the step is split into micro-batches. ``row``: read off the row itself and the
-            rows that stay with it (its rival), called on each micro-batch, with gradient.
+            rows that stay with it (its rival; with ``needs.whole_step`` all of them), with gradient.
         needs: which rows must have been scored before ``forward`` is called. A ``step`` reference point that
             does not ask for ``step_rewards`` may read the rewards of probes only.
         diagnostics: what the last call had to say about its estimate, a float scalar a name; logged under
-            ``outcome/z0_*``.
+            ``outcome/z0_*``. See :meth:`report`.
     """
 
     scope: Literal["step", "row"] = "step"
@@ -37,12 +37,37 @@ class ReferencePoint(nn.Module, ABC):
         """The reference point of each row.
 
         Args:
-            rewards: nats, float [n]; detached where ``scope`` is ``step``.
+            rewards: nats, float [n]; detached where ``scope`` is ``step``. Where the reward is one of tokens, the
+                mean over each row's tokens.
             rows: the rows that the rewards belong to.
 
         Returns:
             nats, a scalar for all rows or [n].
         """
+
+    def report(
+        self,
+        estimate: Tensor,
+        *,
+        standard_error: Tensor | float = 0.0,
+        rows: Tensor | float = 0.0,
+        clamped: Tensor | float = 0.0,
+        **more: Tensor,
+    ) -> None:
+        """Sets the diagnostics, the same four for every reference point.
+
+        Args:
+            estimate: nats, scalar or [n], before any clamp; of several the mean is kept.
+            standard_error: nats, of the estimate, 0 where it is no estimate but exact.
+            rows: how many rows are behind the estimate of one row.
+            clamped: share of rows whose estimate was replaced by a bound.
+            more: whatever else there is to say.
+        """
+        estimate = estimate.detach().float().mean()
+        figures = {"standard_error": standard_error, "rows": rows, "clamped": clamped, **more}
+        self.diagnostics = {"estimate": estimate}
+        for name, value in figures.items():
+            self.diagnostics[name] = torch.as_tensor(value, dtype=torch.float32, device=estimate.device).detach()
 
 
 class MeanOverRanks:

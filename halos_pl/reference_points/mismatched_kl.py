@@ -36,11 +36,10 @@ class MismatchedKL(ReferencePoint):
         sample = MeanOverRanks(rewards[rows.probe])
         if sample.count == 0:
             raise ValueError("MismatchedKL: the step has no probe rows (x_i, y_j) to estimate z0 from")
-        negative = sample.mean < 0
-        self.diagnostics = {
-            "estimate": sample.mean,
-            "standard_error": sample.standard_error,
-            "rows": sample.count,
-            "clamped": (negative & self.clamp).float(),
-        }
+        self.report(
+            sample.mean,
+            standard_error=sample.standard_error,
+            rows=sample.count,
+            clamped=(sample.mean < 0) & self.clamp,
+        )
         return sample.mean.clamp(min=0) if self.clamp else sample.mean

@@ -24,4 +24,6 @@ class Rival(ReferencePoint):
     def forward(self, rewards: Tensor, rows: Rows) -> Tensor:
         if bool((rows.rival < 0).any()):
             raise ValueError("Rival: a row has no rival; this reference point needs data with chosen and rejected")
-        return rewards[rows.rival]
+        rival = rewards[rows.rival]
+        self.report(rival, rows=1.0)
+        return rival

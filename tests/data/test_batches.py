@@ -32,7 +32,10 @@ def dataset(
     """Row i has the prompt [p, p, p] and the completion [100 + i]; pairs are rows 2i and 2i + 1."""
     prompts = sorted(set(prompt_of))
     n = len(prompt_of)
-    rows = [Row(prompts.index(p), 3, (100 + i,), i % 2 == 0, f"f:{i}") for i, p in enumerate(prompt_of)]
+    rows = [
+        Row(prompts.index(p), 3, (100 + i,), i % 2 == 0, f"f:{i}", i ^ 1 if pairs else -1)
+        for i, p in enumerate(prompt_of)
+    ]
     examples = [(i, i + 1) for i in range(0, n, 2)] if pairs else [(i,) for i in range(n)]
     return StepDataset(
         [[p] * 3 for p in prompts],

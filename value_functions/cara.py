@@ -1,0 +1,34 @@
+"""Constant absolute risk aversion."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from value_functions.base import ValueFunction
+from value_functions.bounded import bounded_exp
+
+
+class CARA(ValueFunction):
+    """v(u) = 1 - e^(-beta u): concave everywhere, at most 1, slope beta at 0.
+
+    Exponential utility (Pratt 1964): risk aversion is the same at any level of outcome, so a constant added
+    to all outcomes changes no choice. Losses beyond 40 / beta nats go on linearly, where exp would overflow.
+
+    Args:
+        beta: absolute risk aversion, 1 / nats; above 0.
+
+    Raises:
+        ValueError: for a beta that is not above 0.
+    """
+
+    def __init__(self, *, beta: float = 0.1) -> None:
+        super().__init__()
+        if not beta > 0:
+            raise ValueError(f"CARA: beta is {beta}; it must be above 0 (0 would be Identity)")
+        self.beta = float(beta)
+
+    def forward(self, u: Tensor) -> Tensor:
+        x = -self.beta * u
+        # expm1 keeps small outcomes exact; the tangent takes over where it would overflow.
+        return torch.where(x < 1, -torch.expm1(x.clamp(max=1)), 1 - bounded_exp(x))

@@ -1,0 +1,40 @@
+"""The value function that a language model discovered."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from value_functions.base import ValueFunction
+from value_functions.bounded import bounded_exp
+
+
+class DiscoPOP(ValueFunction):
+    """With x = beta * u and m = sigmoid(x / tau): v = (1 - m) * log sigmoid(x) - m * e^-x.
+
+    The log-ratio modulated loss of Lu et al. 2024 ("Discovering preference optimization algorithms", eq. 5):
+    logistic for losses, exponential for gains. Not monotone around 0, so it is no value function of a HALO.
+
+    Args:
+        beta: 1 / nats.
+        tau: width of the passage from one to the other, in units of x; above 0.
+
+    Raises:
+        ValueError: for a tau that is not above 0.
+    """
+
+    violates = ("non_decreasing", "concave_on_gains")
+
+    def __init__(self, *, beta: float = 0.1, tau: float = 0.05) -> None:
+        super().__init__()
+        if not tau > 0:
+            raise ValueError(f"DiscoPOP: tau is {tau}; it must be above 0")
+        self.beta = float(beta)
+        self.tau = float(tau)
+
+    def forward(self, u: Tensor) -> Tensor:
+        x = self.beta * u
+        # In one exponent: m * e^-x would be 0 * inf deep in losses.
+        exponential = bounded_exp(F.logsigmoid(x / self.tau) - x)
+        return torch.sigmoid(-x / self.tau) * F.logsigmoid(x) - exponential

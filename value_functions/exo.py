@@ -1,0 +1,41 @@
+"""The value function of EXO for pairs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from value_functions.base import ValueFunction
+
+
+class ExoPair(ValueFunction):
+    """v(u) = -KL(q || p): q = (sigmoid(beta u), sigmoid(-beta u)), p = (1 - epsilon, epsilon).
+
+    EXO, the reverse KL divergence from the smoothed preference (Ji et al. 2024, eq. 16). It peaks where
+    sigmoid(beta u) = 1 - epsilon and falls towards log(1 - epsilon) beyond, so it is no value function of a HALO.
+
+    Args:
+        beta: 1 / nats.
+        label_smoothing: epsilon in (0, 0.5), the share of the rejected completion.
+
+    Raises:
+        ValueError: for an epsilon outside its range: at 0 the divergence is infinite.
+    """
+
+    violates = ("non_decreasing", "concave_on_gains")
+
+    def __init__(self, *, beta: float = 0.1, label_smoothing: float = 1e-3) -> None:
+        super().__init__()
+        if not 0 < label_smoothing < 0.5:
+            raise ValueError(f"ExoPair: label_smoothing is {label_smoothing}; it must be in (0, 0.5)")
+        self.beta = float(beta)
+        self.label_smoothing = float(label_smoothing)
+
+    def forward(self, u: Tensor) -> Tensor:
+        x = self.beta * u
+        wins, loses = math.log1p(-self.label_smoothing), math.log(self.label_smoothing)
+        divergence = torch.sigmoid(x) * (F.logsigmoid(x) - wins) + torch.sigmoid(-x) * (F.logsigmoid(-x) - loses)
+        return -divergence

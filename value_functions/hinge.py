@@ -1,0 +1,32 @@
+"""The hinge value function of RSO and SLiC."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from value_functions.base import ValueFunction
+
+
+class Hinge(ValueFunction):
+    """v(u) = min(0, beta * u - margin): linear up to the margin, then nothing more to gain.
+
+    With ``margin=1`` the hinge loss of RSO (Liu et al. 2023, eq. 10), with ``beta=1`` the calibration loss
+    of SLiC (Zhao et al. 2023, eq. 1).
+
+    Args:
+        beta: value of one nat, 1 / nats; above 0.
+        margin: beta * u that satisfies.
+
+    Raises:
+        ValueError: for a beta that is not above 0.
+    """
+
+    def __init__(self, *, beta: float = 0.1, margin: float = 1.0) -> None:
+        super().__init__()
+        if not beta > 0:
+            raise ValueError(f"Hinge: beta is {beta}; it must be above 0")
+        self.beta = float(beta)
+        self.margin = float(margin)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return (self.beta * u - self.margin).clamp(max=0)

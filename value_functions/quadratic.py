@@ -1,0 +1,32 @@
+"""The squared value function of IPO and SPPO."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from value_functions.base import ValueFunction
+
+
+class Quadratic(ValueFunction):
+    """v(u) = -(u - 1 / (2 beta))^2: a target to be met, beyond which more is worse.
+
+    IPO (Azar et al. 2023, eq. 17, where beta is tau) and SPPO (Wu et al. 2024, eq. 4.4). It falls beyond its target, so
+    it is no value function of a HALO.
+
+    Args:
+        beta: 1 / nats; the target is at 1 / (2 beta) nats.
+
+    Raises:
+        ValueError: for a beta that is not above 0.
+    """
+
+    violates = ("non_decreasing",)
+
+    def __init__(self, *, beta: float = 0.1) -> None:
+        super().__init__()
+        if not beta > 0:
+            raise ValueError(f"Quadratic: beta is {beta}; it must be above 0")
+        self.beta = float(beta)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return -(u - 1 / (2 * self.beta)).square()

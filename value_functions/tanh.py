@@ -1,0 +1,26 @@
+"""The hyperbolic tangent as a value function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from value_functions.base import ValueFunction
+
+
+class Tanh(ValueFunction):
+    """v(u) = tanh(beta * u): concave in gains, convex in losses, v(0) = 0, between -1 and 1.
+
+    2 * sigmoid(2 beta u) - 1, so KTO with twice the risk aversion and twice the stakes: the slope at 0 is
+    beta, as of ``Identity`` and ``CARA``.
+
+    Args:
+        beta: 1 / nats.
+    """
+
+    def __init__(self, *, beta: float = 0.1) -> None:
+        super().__init__()
+        self.beta = float(beta)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return torch.tanh(self.beta * u)
