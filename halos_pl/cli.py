@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-import halos_pl.baselines  # noqa: F401  (so that its terms are found by their bare names)
 from halos_pl.callbacks import LAST, LastCheckpoint, PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig
 from halos_pl.data import DataError, FeedbackDataModule
 from halos_pl.export import export
@@ -151,7 +150,7 @@ def run_tool(name: str, words: list[str]) -> None:
     parser = ArgumentParser(prog=f"halos {name}", description=(tool.__doc__ or "").splitlines()[0])
     parser.add_function_arguments(tool, as_positional=True, as_group=False, skip=options)
     parser.add_function_arguments(tool, as_positional=False, as_group=False, skip=set[str | int](kinds) - options)
-    tool(**parser.instantiate_classes(parser.parse_args(words)).as_dict())
+    tool(**parser.instantiate(parser.parse_args(words)).as_dict())
 
 
 def main(args: list[str] | None = None) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 
 def world_size() -> int:
@@ -26,6 +27,20 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return total
 
 
+class _Gather(torch.autograd.Function):
+    """The tensors of all ranks, stacked; back, what all ranks' losses say of this rank's own."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        everyone = [torch.empty_like(own) for _ in range(world_size())]
+        dist.all_gather(everyone, own.contiguous())
+        return torch.stack(everyone)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return sum_over_ranks(gradients[0])[dist.get_rank()]
+
+
 def gather_over_ranks(values: Tensor) -> tuple[Tensor, int]:
     """The values [n] of all ranks, in the order of the ranks, *with* gradient; ranks may hold different numbers.
 
@@ -39,6 +54,6 @@ def gather_over_ranks(values: Tensor) -> tuple[Tensor, int]:
     counts = values.new_zeros(world_size(), dtype=torch.long)
     counts[dist.get_rank()] = len(values)
     sizes = sum_over_ranks(counts).tolist()
-    padded = all_gather(F.pad(values, (0, max(sizes) - len(values))))
+    padded: Any = _Gather.apply(F.pad(values, (0, max(sizes) - len(values))))
     gathered = torch.cat([part[:size] for part, size in zip(padded, sizes, strict=True)])
     return gathered, sum(sizes[: dist.get_rank()])

@@ -51,9 +51,7 @@ def _require_rivals(feedback: Feedback, rows: Rows) -> None:
 
 def _epsilon(feedback: Feedback, label_smoothing: float) -> float:
     if not 0 <= label_smoothing < 0.5:
-        raise ValueError(
-            f"{type(feedback).__name__}: label_smoothing is {label_smoothing}; it must be in [0, 0.5)"
-        )
+        raise ValueError(f"{type(feedback).__name__}: label_smoothing is {label_smoothing}; it must be in [0, 0.5)")
     return float(label_smoothing)
 
 

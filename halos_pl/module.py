@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import BinaryAUROC
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
+from halos_pl.build import build_objective
 from halos_pl.distributed import sum_over_ranks, world_size
 from halos_pl.feedback import Feedback
 from halos_pl.generate import sample_tokens
@@ -31,7 +32,7 @@ from halos_pl.metrics import (
     reward_figures,
     with_margin,
 )
-from halos_pl.objective import HALO, Context, Objective, Result, Sum
+from halos_pl.objective import HALO, Context, Objective, Result
 from halos_pl.outcomes import FlatBatch, Rows
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
 from halos_pl.policy.logprobs import completion_kl, completion_logps, completion_mask
@@ -44,46 +45,6 @@ from value_functions import ValueFunction
 
 class NonFiniteLossError(FloatingPointError):
     """The loss of a step is not a finite number; the message names its rows and the last checkpoint."""
-
-
-def build_objective(
-    *,
-    reward: Reward | None = None,
-    reference_point: ReferencePoint | None = None,
-    value_function: ValueFunction | None = None,
-    feedback: Feedback | None = None,
-    undesirable: Literal["same", "reflect"] | None = None,
-    constant: float = 0.0,
-    extra_terms: list[Objective] | None = None,
-) -> Objective:
-    """One objective from the plug-ins: a HALO, a sum with extra terms, or the extra terms alone.
-
-    Raises:
-        ValueError: where some, but not all, parts of a HALO are given, or nothing is.
-    """
-    parts = {
-        "reward": reward,
-        "reference_point": reference_point,
-        "value_function": value_function,
-        "feedback": feedback,
-        "undesirable": undesirable,
-    }
-    missing = [name for name, part in parts.items() if part is None]
-    terms = list(extra_terms or [])
-    if not missing:
-        halo = HALO(**parts, constant=constant)  # type: ignore[arg-type]
-        terms.insert(0, halo)
-    elif len(missing) < len(parts):
-        raise ValueError(
-            f"the objective lacks {', '.join(missing)}: a HALO is a reward, a reference_point, a value_function, a"
-            " feedback and a reading of undesirable rows (same or reflect); see experiments/objectives/"
-        )
-    if not terms:
-        raise ValueError(
-            "no objective: choose one with --config experiments/objectives/NAME.yaml, or set model.reward,"
-            " model.reference_point, model.value_function, model.feedback and model.undesirable"
-        )
-    return terms[0] if len(terms) == 1 else Sum(terms)
 
 
 class HALOModule(LightningModule):
@@ -280,6 +241,8 @@ class HALOModule(LightningModule):
             batch = self._with_samples(batch)
         train = (~batch.probe).nonzero().squeeze(1)
         parts = self._parts(train, batch.rival)
+        # The same on every rank, however many rows each has: what follows gathers over ranks in another order.
+        at_once = needs.whole_step and self.micro_batch_rows is not None
         step = self._step_rows(batch)
 
         def keep(index: Tensor, rows: Rows) -> None:
@@ -294,16 +257,16 @@ class HALOModule(LightningModule):
             for index in self._parts(probes, batch.rival):
                 keep(index, self._score(batch, index, gradient=False))
         scored: dict[int, Rows] = {}
-        if needs.step_rewards or (needs.whole_step and len(parts) > 1):
+        if needs.step_rewards or at_once:
             # One part: the pass with gradient serves z0 as well. Several: a pass of its own, since the first
             # part's loss already depends on the last part's rewards.
             for number, index in enumerate(parts):
-                rows = self._score(batch, index, gradient=gradient and len(parts) == 1)
+                rows = self._score(batch, index, gradient=gradient and len(parts) == 1 and not at_once)
                 keep(index, rows)
                 if len(parts) == 1:
                     scored[number] = rows
         context = self.objective.prepare(step)
-        if needs.whole_step and len(parts) > 1:
+        if at_once:
             yield train, *self._judged_at_once(batch, step.select(train), context.select(train), train, parts, gradient)
             return
         for number, index in enumerate(parts):
@@ -486,10 +449,11 @@ class HALOModule(LightningModule):
         schedule = get_scheduler(self.lr_schedule, optimizer, round(self.warmup_ratio * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Lets a reference that follows the policy follow it."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Takes the step, and lets a reference that follows the policy follow it before anything is saved."""
+        super().optimizer_step(*args, **kwargs)
         if self._reference_bound and self.policy is not None:
-            self._reference.follow(self.policy, self.global_step)
+            self._reference.follow(self.policy, self.global_step + 1)  # counted once this hook returns
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves out what is not trained, and keeps a moving reference and the random state of every rank."""

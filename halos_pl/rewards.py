@@ -193,14 +193,16 @@ class PairMargin(Reward):
     What AOT compares, quantile by quantile, with the reference's margins (Melnyk et al. 2024, "Distributional
     preference alignment via optimal transport", paired variant); see ``SortedMargins``.
 
+    Probes, which have none, are worth 0.
+
     Raises:
-        ValueError: when called with a row that has no rival.
+        ValueError: when called with another row that has no rival.
     """
 
     needs = Needs(rivals=True)
 
     def forward(self, rows: Rows) -> Tensor:
-        logps = rows.policy_logps.sum(dim=1)
-        if bool((rows.rival < 0).any()):
+        logps, alone = rows.policy_logps.sum(dim=1), rows.rival < 0
+        if bool((alone & rows.train).any()):
             raise ValueError("PairMargin: a row has no rival; this reward needs data with chosen and rejected")
-        return logps - logps[rows.rival]
+        return torch.where(alone, 0.0, logps - logps[rows.rival])

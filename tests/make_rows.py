@@ -11,7 +11,10 @@ from halos_pl.outcomes import Rows
 def random_rows(
     seed: int, pairs: int, probes: int = 3, *, tokens: int = 5, dtype: torch.dtype = torch.float64, scale: float = 1.0
 ) -> Rows:
-    """``pairs`` chosen and rejected rows, shuffled, then ``probes`` mismatched ones; lengths 1 to ``tokens``."""
+    """``pairs`` chosen and rejected rows, shuffled, then ``probes`` mismatched ones; lengths 1 to ``tokens``.
+
+    Two pairs answer the same prompt.
+    """
     g = torch.Generator().manual_seed(seed)
     n = 2 * pairs + probes
     lengths = torch.randint(1, tokens + 1, (n,), generator=g)
@@ -26,7 +29,9 @@ def random_rows(
     probe = torch.arange(n) >= 2 * pairs
     policy = -scale * torch.rand(n, tokens, generator=g, dtype=dtype) * mask
     reference = -scale * torch.rand(n, tokens, generator=g, dtype=dtype) * mask
-    return Rows(policy.requires_grad_(), reference, mask, desirable, rival, probe)
+    group = torch.randint(0, (pairs + 1) // 2, (n,), generator=g)
+    group[place] = torch.arange(2 * pairs) // 4
+    return Rows(policy.requires_grad_(), reference, mask, desirable, rival, probe, group)
 
 
 seeds = st.integers(0, 2**31 - 1)

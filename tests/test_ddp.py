@@ -17,7 +17,9 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from run_halos import KILLED, ROOT, binary_data, fit, metrics, pair_data, run, run_ranks
 from torch import Tensor
 
+from halos_pl.build import load_objective
 from halos_pl.module import check_trainer
+from halos_pl.outcomes import Needs
 
 SGD = ("--model.optimizer.class_path=torch.optim.SGD", "--model.optimizer.init_args={lr: 1.0, weight_decay: 0.0}")
 # The rate is 1 from the first step on and nothing is clipped: weights before minus after are the gradient.
@@ -28,6 +30,10 @@ GRADIENT = (
     "--model.lr_schedule=constant_with_warmup",
     "--trainer.gradient_clip_val=null",
 )
+
+
+def objective_needs(name: str) -> Needs:
+    return load_objective(ROOT / "experiments" / "objectives" / f"{name}.yaml").needs
 
 
 def labelled(path: Path, labels: list[bool]) -> Path:
@@ -96,6 +102,12 @@ def assert_same_weights(one: Path, two: Path, least: float = 1e-6) -> None:
         ("kto", ()),
         ("dpo", ("--model.micro_batch_rows=2",)),
         ("bco", ("--model.micro_batch_rows=1",)),
+        ("aot_unpaired", ("--model.micro_batch_rows=2",)),  # rows of one rank are matched with those of the other
+        pytest.param("aot", ("--model.micro_batch_rows=2",), marks=pytest.mark.slow),
+        pytest.param("grpo", ("--model.micro_batch_rows=1",), marks=pytest.mark.slow),
+        pytest.param("tr_dpo", (), marks=pytest.mark.slow),
+        pytest.param("csft", (), marks=pytest.mark.slow),
+        pytest.param("unlikelihood", (), marks=pytest.mark.slow),
         pytest.param("kto", ("--model.micro_batch_rows=1",), marks=pytest.mark.slow),
         pytest.param("kto_log_sigmoid", (), marks=pytest.mark.slow),
         pytest.param("kto_no_reference_model", (), marks=pytest.mark.slow),
@@ -106,12 +118,12 @@ def assert_same_weights(one: Path, two: Path, least: float = 1e-6) -> None:
 )
 def test_two_processes_train_as_one(both, objective, two):
     """13 examples in steps of 5, 5 and 3, so the ranks have different numbers of rows."""
-    data = both.pairs if objective == "dpo" else both.binary
+    data = both.pairs if objective_needs(objective).rivals else both.binary
     options = ("--data.batch_size=5", f"--data.validation={both.pairs}", *SGD, "--trainer.gradient_clip_val=0.1")
     one, two_ = both(objective, data, *options, two=two)
     assert_same_figures(one, two_)
     assert {"val/loss", "val/logps/chosen"} <= metrics(two_)[-1].keys()
-    if objective not in ("sft", "kto_no_reference_model"):
+    if objective_needs(objective).reference:
         assert {"val/rewards/auroc", "val/rewards/accuracies"} <= metrics(two_)[-1].keys()
     assert_same_weights(one, two_)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, two_)]

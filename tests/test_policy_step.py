@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
+from run_halos import OBJECTIVES, ROOT
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
@@ -19,13 +23,16 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from halos_pl.build import load_objective
 from halos_pl.feedback import Binary, Pairwise
+from halos_pl.generate import sample_tokens
 from halos_pl.module import HALOModule, NonFiniteLossError
+from halos_pl.objective import HALO
 from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec
 from halos_pl.policy.logprobs import completion_kl, completion_logps, completion_mask
-from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel
-from halos_pl.reference_points import MismatchedKL, Rival, RunningMean
+from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel, SyncedCopy
+from halos_pl.reference_points import MismatchedKL, Rival, RunningMean, SampledKL, TokenKL
 from halos_pl.rewards import LogProb, LogRatio
 from value_functions import Logistic, LogSigmoid
 
@@ -71,6 +78,7 @@ def batch(pairs: int = 3, *, seed: int = 0, probes: bool = True) -> FlatBatch:
         rival=torch.tensor([i ^ 1 for i in range(n)] + [-1] * twice),
         probe=torch.tensor([False] * n + [True] * twice),
         row_ids=[f"file:{i}" for i in range(n + twice)],
+        group=torch.cat([own, own[:twice]]) // 2,  # two pairs answer the same prompt, cut in two ways
     )
 
 
@@ -108,8 +116,6 @@ def test_the_head_sees_completion_positions_only(tiny_folder):
 
 
 def test_kl_equals_the_sum_over_the_vocabulary(tiny_folder):
-    from contextlib import nullcontext
-
     policy, reference, rows = load(tiny_folder), load(tiny_folder), batch()
     assert completion_kl(policy, nullcontext(reference), rows).abs().max() < 1e-5
     with torch.no_grad():
@@ -235,6 +241,92 @@ def test_the_split_does_not_change_the_step(objective, clip, tiny_folder):
             assert torch.allclose(found[name], value, rtol=1e-4, atol=2e-5), name
         for name, figure in figures.items():
             assert other[name] == pytest.approx(figure, rel=1e-4, abs=1e-4), name
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_split_does_not_change_the_step_of_any_objective_file(name, tiny_folder):
+    """At the second step, where rewards are no longer 0. A plug-in that needs the whole step gets it."""
+    results = {}
+    for rows in (None, 2):
+        model = module(tiny_folder, micro_batch_rows=rows, lr=0.02)
+        model.objective = load_objective(ROOT / "experiments" / "objectives" / f"{name}.yaml")
+        figures = train(model, [batch(seed=1), batch(seed=2)], gradient_clip_val=1.0)
+        results[rows] = (weights(model), figures)
+    for parameter, value in results[None][0].items():
+        assert torch.allclose(results[2][0][parameter], value, rtol=1e-4, atol=2e-5), parameter
+    for figure, value in results[None][1].items():
+        assert results[2][1][figure] == pytest.approx(value, rel=1e-4, abs=1e-4, nan_ok=True), figure
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rows", [None, 2])
+def test_z0_of_samples_is_their_mean_log_ratio_and_of_exact_kl_the_probes(rows, tiny_folder, monkeypatch):
+    """After a step, so that policy and reference differ."""
+    drawn: list[list[list[int]]] = []
+
+    def spy(*args: Any, **kwargs: Any) -> list[list[int]]:
+        drawn.append(sample_tokens(*args, **kwargs))
+        return drawn[-1]
+
+    monkeypatch.setattr("halos_pl.module.sample_tokens", spy)
+    for reference_point in (SampledKL(max_new_tokens=6), TokenKL()):
+        model = module(tiny_folder, micro_batch_rows=rows, lr=2.0)
+        model.objective.reference_point = reference_point
+        steps = [batch(seed=1, probes=False), batch(seed=2, probes=False)]
+        if isinstance(reference_point, TokenKL):
+            steps = [batch(seed=1), batch(seed=2)]
+        before: dict[str, Any] = {}
+
+        class Keep(Callback):
+            def on_train_batch_start(self, trainer: Any, module: Any, *_: Any, before: Any = before) -> None:
+                before["policy"] = deepcopy(module.policy)
+
+        figures = train(model, steps, callbacks=[Keep()])
+        policy, frozen, last = before["policy"].eval(), load(tiny_folder), steps[-1]
+        if isinstance(reference_point, TokenKL):
+            probes = last.select(last.probe.nonzero().squeeze(1))
+            expected = completion_kl(policy, nullcontext(frozen), probes).sum(1).mean().item()
+        else:
+            assert len(drawn[-1]) == len(last)
+            sampled = replace(last, completions=[torch.tensor(ids) for ids in drawn[-1]])
+            with torch.no_grad():
+                ratio = [
+                    a.sum() - b.sum()
+                    for a, b in zip(one_by_one(policy, sampled), one_by_one(frozen, sampled), strict=True)
+                ]
+            expected = torch.stack(ratio).mean().item()
+        assert abs(expected) > 1e-3
+        assert figures["outcome/z0"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        assert figures["outcome/z0_rows"] == len(last.rival[last.rival >= 0])
+
+
+def test_samples_and_mismatches_do_not_go_together(tiny_folder):
+    both = [HALO(**(PARTS["kto"] | {k: v() for k, v in PARTS["kto"].items() if isinstance(v, type)}))]
+    parts = {k: v() if isinstance(v, type) else v for k, v in PARTS["kto"].items()} | {"reference_point": SampledKL()}
+    with pytest.raises(ValueError, match="both are probes"):
+        HALOModule(ModelSpec(str(tiny_folder)), **parts, extra_terms=both)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("lora", [None, LoRASpec(r=4)])
+def test_a_synced_reference_is_the_mixture_it_says(lora, tiny_folder):
+    """Five steps, moved after the 2nd and the 4th: each time 0.6 of the policy and 0.4 of what it was."""
+    reference = SyncedCopy(every=2, mix=0.6)
+    model = module(tiny_folder, "dpo", reference, lora=lora, lr=0.5)
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Keep(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
+            seen.append({n: p.detach().clone() for n, p in module.policy.named_parameters() if p.requires_grad})
+
+    train(model, [batch(seed=s, probes=False) for s in range(5)], callbacks=[Keep()])
+    found = reference.state()
+    assert found.keys() == seen[0].keys()
+    assert any((seen[2][name] - start).abs().max() > 1e-3 for name, start in seen[0].items())
+    for name, start in seen[0].items():
+        expected = start.lerp(seen[2][name], 0.6).lerp(seen[4][name], 0.6)
+        assert torch.allclose(found[name], expected, atol=1e-6), name
 
 
 @pytest.mark.filterwarnings("ignore")

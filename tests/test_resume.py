@@ -26,7 +26,9 @@ SETUPS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "dropout": ("kto", "gpt2", ("--model.policy.dropout=true",)),  # so is the random state
     "lora": ("kto", "llama", ("--model.policy.lora={r: 4, dropout: 0.1}",)),
     "dpo": ("dpo", "llama", ("--model.micro_batch_rows=2", "--model.lr_schedule=cosine")),
+    "tr_dpo": ("tr_dpo", "llama", ()),  # so is a reference that moves
 }
+PAIRS = {"dpo", "tr_dpo"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,7 +83,7 @@ class Runs:
 
     def words(self, setup: str, run_dir: Path, options: tuple[str, ...]) -> list[str]:
         objective, model, more = SETUPS[setup]
-        data = self.pairs if objective == "dpo" else self.binary
+        data = self.pairs if objective in PAIRS else self.binary
         common = ("--trainer.max_epochs=2", "--checkpoint.every_n_steps=1", SEED, *more, *options)
         return fit(self.models[model], objective, data, run_dir, *common)
 
@@ -130,6 +132,7 @@ DEFAULT: list[tuple[str, int, str, int]] = [
     ("dropout", 3, "writing", 0),
     ("dropout", EPOCH, "after_checkpoint", 0),
     ("lora", EPOCH + 1, "after_step", 2),
+    ("tr_dpo", 3, "after_step", 0),
     ("dpo", EPOCH + 2, "after_checkpoint", 0),
 ]
 EVERY = [case for case in itertools.product(SETUPS, range(2, STEPS + 1), MOMENTS, (0, 2)) if case not in DEFAULT]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from halos_pl.outcomes import Needs, Rows
@@ -15,15 +16,16 @@ class Rival(ReferencePoint):
     proof of Thm. 3.5).
 
     Raises:
-        ValueError: when called with a row that has no rival.
+        ValueError: when called with a row, not a probe, that has no rival.
     """
 
     scope = "row"
     needs = Needs(rivals=True)
 
     def forward(self, rewards: Tensor, rows: Rows) -> Tensor:
-        if bool((rows.rival < 0).any()):
+        alone = rows.rival < 0
+        if bool((alone & rows.train).any()):
             raise ValueError("Rival: a row has no rival; this reference point needs data with chosen and rejected")
-        rival = rewards[rows.rival]
-        self.report(rival, rows=1.0)
+        rival = torch.where(alone, 0.0, rewards[rows.rival])
+        self.report(rival[rows.train], rows=1.0)
         return rival

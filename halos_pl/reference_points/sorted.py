@@ -10,6 +10,12 @@ from halos_pl.outcomes import Needs, Rows
 from halos_pl.reference_points.base import ReferencePoint
 
 
+def _by_class(desirable: Tensor) -> tuple[Tensor, Tensor]:
+    """Places, among the rows of all ranks, of desirable and of undesirable ones."""
+    everywhere = gather_over_ranks(desirable.float())[0] > 0.5
+    return everywhere.nonzero().squeeze(1), (~everywhere).nonzero().squeeze(1)
+
+
 class SortedRival(ReferencePoint):
     """z0 = reward of the row of the other class that has the same rank, with gradient.
 
@@ -24,20 +30,20 @@ class SortedRival(ReferencePoint):
     needs = Needs(rivals=True, whole_step=True)
 
     def forward(self, rewards: Tensor, rows: Rows) -> Tensor:
-        everyone, first = gather_over_ranks(rewards)
-        desirable = gather_over_ranks(rows.desirable.to(rewards))[0] > 0.5
-        groups = [place.nonzero().squeeze(1) for place in (desirable, ~desirable)]
-        if len(groups[0]) != len(groups[1]):
+        own = rows.train.nonzero().squeeze(1)
+        everyone, first = gather_over_ranks(rewards[own])
+        classes = _by_class(rows.desirable[own])
+        if len(classes[0]) != len(classes[1]):
             raise ValueError(
-                f"SortedRival: the step has {len(groups[0])} desirable and {len(groups[1])} undesirable rows; rows"
+                f"SortedRival: the step has {len(classes[0])} desirable and {len(classes[1])} undesirable rows; rows"
                 " are matched by rank, so there must be as many of either: use data with chosen and rejected"
             )
-        match = torch.empty_like(desirable, dtype=torch.long)
-        by_rank = [group[everyone[group].detach().argsort(stable=True)] for group in groups]
-        match[by_rank[0]], match[by_rank[1]] = by_rank[1], by_rank[0]
-        matched = everyone[match[first : first + len(rewards)]]
+        best, worst = (places[everyone[places].detach().argsort(stable=True)] for places in classes)
+        match = torch.empty(len(everyone), dtype=torch.long, device=rewards.device)
+        match[best], match[worst] = worst, best
+        matched = everyone[match[first : first + len(own)]]
         self.report(matched, rows=1.0)
-        return matched
+        return torch.zeros_like(rewards).index_put((own,), matched)
 
 
 class SortedMargins(ReferencePoint):
@@ -54,17 +60,16 @@ class SortedMargins(ReferencePoint):
     needs = Needs(rivals=True, reference=True, step_rewards=True)
 
     def forward(self, rewards: Tensor, rows: Rows) -> Tensor:
-        if rows.reference_logps is None or bool((rows.rival < 0)[rows.train].any()):
+        own = rows.train.nonzero().squeeze(1)
+        if rows.reference_logps is None or bool((rows.rival[own] < 0).any()):
             raise ValueError("SortedMargins needs reference log-probs and rows that all have a rival")
         logps = rows.reference_logps.sum(dim=1)
-        margins, first = gather_over_ranks(logps - logps[rows.rival])
-        everyone, _ = gather_over_ranks(rewards)
+        margins, first = gather_over_ranks((logps - logps[rows.rival])[own])
+        everyone, _ = gather_over_ranks(rewards[own])
         matched = torch.empty_like(margins)
         # A rejected row's margin is its rival's with the other sign, so the two classes are sorted apart:
         # together, the ranks of a chosen and of a rejected row could mix.
-        desirable = gather_over_ranks(rows.desirable.to(rewards))[0] > 0.5
-        for place in (desirable.nonzero().squeeze(1), (~desirable).nonzero().squeeze(1)):
-            matched[place[everyone[place].argsort(stable=True)]] = margins[place].sort(stable=True).values
-        own = matched[first : first + len(rewards)]
+        for places in _by_class(rows.desirable[own]):
+            matched[places[everyone[places].argsort(stable=True)]] = margins[places].sort(stable=True).values
         self.report(matched, rows=1.0)
-        return own
+        return torch.zeros_like(rewards).index_put((own,), matched[first : first + len(own)])

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.data import DataError, FeedbackDataModule
+from halos_pl.data.datamodule import ControlTokens
 from halos_pl.outcomes import FlatBatch, Needs
 
 KTO = Needs(reference=True, probes=True, undesirable=True)
@@ -37,9 +38,7 @@ def pairs(n: int = 10) -> list[dict[str, Any]]:
     return [{"prompt": f"p{i}", "chosen": f"good{i}", "rejected": f"bad{i}"} for i in range(n)]
 
 
-def set_up(
-    needs: Needs, stage: str = "fit", rank: int = 0, world_size: int = 1, **options: Any
-) -> FeedbackDataModule:
+def set_up(needs: Needs, stage: str = "fit", rank: int = 0, world_size: int = 1, **options: Any) -> FeedbackDataModule:
     data = FeedbackDataModule(**options)
     trainer: Any = SimpleNamespace(
         lightning_module=SimpleNamespace(tokenizer=tokenizer(), objective=SimpleNamespace(needs=needs)),
@@ -143,6 +142,53 @@ def test_no_row_left(tmp_path: Path) -> None:
         set_up(SFT, train=path)
 
 
+def test_rows_of_a_prompt_stay_together_where_they_are_compared(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", binary(30, prompts=10))
+    data = set_up(Needs(groups=True, undesirable=True), train=path, batch_size=3, max_length=12)
+    seen: list[int] = []
+    for batch in data.train_dataloader():
+        for group in batch.group.unique().tolist():
+            members = [i for i, g in enumerate(batch.group.tolist()) if g == group]
+            assert len(members) == 3
+            prompts = {text(batch.prompts[int(batch.prompt[i])]) for i in members}
+            assert all(min(prompts).endswith(p) or p.endswith(min(prompts)) for p in prompts)
+            seen.append(group)
+        assert bool((batch.rival < 0).all())
+    assert len(seen) == len(set(seen)) == 10
+
+
+def test_pairs_of_a_prompt_keep_their_rivals_within_its_group(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [row | {"prompt": f"p{i % 4}"} for i, row in enumerate(pairs(12))])
+    data = set_up(DPO | Needs(groups=True), train=path, batch_size=2)
+    sizes = []
+    for batch in data.train_dataloader():
+        sizes.append(len(batch))
+        rival = batch.rival
+        assert torch.equal(rival[rival], torch.arange(len(batch)))
+        names = [batch.row_ids[i].split("#") for i in range(len(batch))]
+        assert all(names[i][0] == names[j][0] and names[i][1] != names[j][1] for i, j in enumerate(rival.tolist()))
+    assert sizes == [12, 12]
+
+
+def test_control_tokens_stand_between_prompt_and_completion(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", binary())
+    control = ControlTokens(desirable=" GOOD", undesirable=" BAD")
+    plain = set_up(KTO, train=path, batch_size=4)
+    data = set_up(KTO, train=path, batch_size=4, control_tokens=control)
+    said = {True: " GOOD", False: " BAD"}
+    for step, before in zip(train_rows(data), train_rows(plain), strict=True):
+        n = len(step) // 2
+        for row, old in zip(step[:n], before[:n], strict=True):
+            assert row == (old[0] + said[old[2]], *old[1:])
+        for i, (row, old) in enumerate(zip(step[n:], before[n:], strict=True)):  # a probe has its prompt's own
+            assert row == (old[0] + said[step[i][2]], *old[1:])
+    cut = set_up(KTO, train=path, batch_size=4, max_length=16, control_tokens=control)
+    for batch in cut.train_dataloader():
+        assert all(len(batch.prompts[p]) + len(c) <= 16 for p, c in zip(batch.prompt, batch.completions, strict=True))
+    with pytest.raises(DataError, match="control_tokens alone fill"):
+        set_up(KTO, train=path, max_length=3, control_tokens=control)
+
+
 def test_one_completion_per_prompt(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", binary(30, prompts=10))
     kept = {}
@@ -173,16 +219,11 @@ def test_lengths(tmp_path: Path) -> None:
     ]  # (prompt, completion) without EOS; q and z are one token each
     path = write_jsonl(
         tmp_path / "a.jsonl",
-        [
-            {"prompt": "a" * i + "q" * p, "completion": "z" * c, "label": 1}
-            for i, (p, c) in enumerate(lengths)
-        ],
+        [{"prompt": "a" * i + "q" * p, "completion": "z" * c, "label": 1} for i, (p, c) in enumerate(lengths)],
     )
     data = set_up(KTO, train=path, max_length=10, batch_size=4, shuffle=False)
     [batch] = data.train_dataloader()
-    shapes = [
-        (len(batch.prompts[p]), len(c)) for p, c in zip(batch.prompt.tolist(), batch.completions, strict=True)
-    ]
+    shapes = [(len(batch.prompts[p]), len(c)) for p, c in zip(batch.prompt.tolist(), batch.completions, strict=True)]
     assert shapes[:4] == [(6, 4), (4, 6), (1, 9), (1, 9)]
     assert all(p >= 1 and c >= 1 and p + c <= 10 for p, c in shapes)
     assert [c[-1] == tokenizer().eos_token_id for c in batch.completions[:4]] == [True, True, False, False]
@@ -199,9 +240,7 @@ def test_a_pair_is_cut_and_dropped_as_one(tmp_path: Path) -> None:
     assert first.prompt.tolist() == [0, 0]
     assert len(first.prompts[0]) == 4  # what the longer completion leaves
     for needs, rows_left in ((DPO, 0), (KTO, 1)):
-        path = write_jsonl(
-            tmp_path / "b.jsonl", [{"prompt": "q", "chosen": "z", "rejected": "z" * 50}, *pairs(2)]
-        )
+        path = write_jsonl(tmp_path / "b.jsonl", [{"prompt": "q", "chosen": "z", "rejected": "z" * 50}, *pairs(2)])
         data = set_up(needs, train=path, max_length=20, truncate_completions=False)
         assert data.counts()["train"][path]["rows"] == 4 + rows_left
         assert data.counts()["train"][path]["dropped_too_long"] == 2 - rows_left
@@ -306,9 +345,7 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
     )
     data = FeedbackDataModule(messages)
     bare: Any = SimpleNamespace(
-        lightning_module=SimpleNamespace(
-            tokenizer=byte_level_tokenizer(None), objective=SimpleNamespace(needs=KTO)
-        )
+        lightning_module=SimpleNamespace(tokenizer=byte_level_tokenizer(None), objective=SimpleNamespace(needs=KTO))
     )
     data.trainer = bare
     with pytest.raises(DataError, match=r"m\.jsonl:1: .*no chat template"):
@@ -445,9 +482,7 @@ def test_files_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     lines: list[str] = []
     monkeypatch.setattr(datamodule, "rank_zero_info", lines.append)
-    path = write_jsonl(
-        tmp_path / "a.jsonl", [*binary(), {"prompt": "p", "completion": "z" * 99, "label": False}]
-    )
+    path = write_jsonl(tmp_path / "a.jsonl", [*binary(), {"prompt": "p", "completion": "z" * 99, "label": False}])
     set_up(SFT, train=path, validation=path, max_length=20)
     assert lines[0] == (
         f"train data {path}: 11 examples, 6 rows (6 desirable, 0 undesirable), 0 pairs; "

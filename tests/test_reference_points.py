@@ -1,0 +1,155 @@
+"""Reference points against formulas written out here, and what they say of themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from make_rows import random_rows, seeds
+
+import halos_pl.reference_points as reference_points
+from halos_pl.reference_points import (
+    BatchMean,
+    BatchQuantile,
+    Constant,
+    LeaveOneOut,
+    MismatchedKL,
+    ReferencePoint,
+    Rival,
+    RunningMean,
+    SampledKL,
+    SortedMargins,
+    SortedRival,
+    TokenKL,
+    Zero,
+)
+from halos_pl.rewards import LogRatio, PairMargin
+
+EXAMPLES: dict[str, ReferencePoint] = {
+    cls.__name__: cls()
+    for cls in (
+        BatchMean, BatchQuantile, LeaveOneOut, MismatchedKL, Rival, RunningMean, SampledKL, SortedMargins,
+        SortedRival, TokenKL, Zero,
+    )
+} | {"Constant": Constant(value=2.0)}  # fmt: skip
+
+
+def step(seed: int, pairs: int = 4):
+    rows = random_rows(seed, pairs)
+    kl = torch.rand(rows.mask.shape, dtype=torch.float64) * rows.mask
+    rows = dataclasses.replace(rows.detach(), kl=kl)
+    return rows, LogRatio()(rows)
+
+
+def test_every_reference_point_is_an_example():
+    assert EXAMPLES.keys() == set(reference_points.__all__) - {"ReferencePoint", "MeanOverRanks"}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_each_reports_the_same_four_figures(name):
+    rows, rewards = step(0)
+    EXAMPLES[name](rewards, rows)
+    found = EXAMPLES[name].diagnostics
+    assert {"estimate", "standard_error", "rows", "clamped"} <= found.keys()
+    assert all(value.dim() == 0 and value.dtype == torch.float32 and value.isfinite() for value in found.values())
+
+
+@given(seed=seeds, q=st.floats(0, 1))
+def test_batch_mean_and_quantile(seed, q):
+    rows, rewards = step(seed)
+    own = rewards[rows.train].numpy()
+    mean, quantile = BatchMean(), BatchQuantile(quantile=q)
+    assert mean(rewards, rows).item() == pytest.approx(own.mean(), rel=1e-5, abs=1e-6)
+    assert mean.diagnostics["standard_error"].item() == pytest.approx(own.std(ddof=1) / len(own) ** 0.5, rel=1e-5)
+    assert quantile(rewards, rows).item() == pytest.approx(np.quantile(own, q), rel=1e-4, abs=1e-5)
+
+
+@given(seed=seeds)
+def test_leave_one_out_is_the_mean_of_the_prompts_other_rows(seed):
+    rows, rewards = step(seed, pairs=3)  # one prompt with four rows, one with two
+    found = LeaveOneOut()(rewards, rows)
+    for i in rows.train.nonzero().squeeze(1).tolist():
+        others = [j for j in range(len(rows)) if j != i and rows.group[j] == rows.group[i] and rows.train[j]]
+        assert found[i].item() == pytest.approx(rewards[others].mean().item())
+
+
+def test_a_row_that_is_alone_with_its_prompt_has_no_one_to_be_compared_with():
+    rows, rewards = step(0)
+    rows = dataclasses.replace(rows, group=torch.arange(len(rows)))
+    alone = LeaveOneOut()
+    assert bool((alone(rewards, rows) == 0).all())
+    assert alone.diagnostics["clamped"] == 1
+
+
+@given(seed=seeds)
+def test_sorted_rivals_are_matched_by_rank(seed):
+    rows, rewards = step(seed)
+    found = SortedRival()(rewards, rows)
+    chosen, rejected = (rewards[rows.train & side].sort().values for side in (rows.desirable, ~rows.desirable))
+    for i in rows.train.nonzero().squeeze(1).tolist():
+        mine, theirs = (chosen, rejected) if rows.desirable[i] else (rejected, chosen)
+        assert found[i] == theirs[int((mine < rewards[i]).sum())]
+
+
+@given(seed=seeds)
+def test_the_gradient_of_a_sorted_rival_is_that_of_the_row_it_is_matched_with(seed):
+    rows, rewards = step(seed)
+    rewards = rewards.requires_grad_()
+    u = (rewards - SortedRival()(rewards, rows))[rows.train & rows.desirable]
+    (slope,) = torch.autograd.grad(u.sum(), rewards)
+    assert torch.equal(slope, torch.where(rows.probe, 0.0, torch.where(rows.desirable, 1.0, -1.0)).double())
+
+
+def test_sorted_rivals_need_as_many_of_either_class():
+    rows, rewards = step(0)
+    first = rows.desirable.nonzero()[0, 0]
+    rows.desirable[first] = False
+    with pytest.raises(ValueError, match="3 desirable and 5 undesirable"):
+        SortedRival()(rewards, rows)
+
+
+@given(seed=seeds)
+def test_sorted_margins_are_the_references_own_sorted(seed):
+    rows, _ = step(seed)
+    margins = PairMargin()(rows)
+    assert bool((margins[rows.probe] == 0).all())
+    z0 = SortedMargins()(margins, rows)
+    reference = PairMargin()(dataclasses.replace(rows, policy_logps=rows.reference_logps))
+    chosen = rows.train & rows.desirable
+    delta = margins[chosen].sort().values - reference[chosen].sort().values
+    assert torch.allclose((margins - z0)[chosen][margins[chosen].argsort()], delta)
+    # Seen from the rejected side the same, with the other sign.
+    other = rows.rival[chosen]
+    assert torch.allclose((margins - z0)[other], -(margins - z0)[chosen])
+
+
+@given(seed=seeds)
+def test_exact_kl_and_samples_are_means_over_the_probes(seed):
+    rows, rewards = step(seed)
+    assert TokenKL()(rewards, rows).item() == pytest.approx(rows.kl[rows.probe].sum(1).mean().item(), rel=1e-5)
+    assert SampledKL()(rewards, rows).item() == pytest.approx(rewards[rows.probe].mean().item(), rel=1e-4, abs=1e-6)
+
+
+@given(seeds=st.lists(seeds, min_size=1, max_size=4), decay=st.floats(0, 0.99))
+def test_a_running_mean_of_kto_s_estimate(seeds, decay):
+    running, expected = RunningMean(of=MismatchedKL(), decay=decay), None
+    for seed in seeds:
+        rows, rewards = step(seed)
+        now = max(0.0, rewards[rows.probe].mean().item())
+        expected = now if expected is None else decay * expected + (1 - decay) * now
+        assert running(rewards, rows).item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert running.needs == MismatchedKL().needs
+    assert running.get_extra_state()["count"] == 3 * len(seeds)  # the probes
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="read off each row"):
+        RunningMean(of=Rival())
+    with pytest.raises(ValueError, match=r"quantile is 1\.5"):
+        BatchQuantile(quantile=1.5)
+    with pytest.raises(ValueError, match="max_new_tokens is 0"):
+        SampledKL(max_new_tokens=0)
