@@ -126,6 +126,7 @@ def generate(
     num_samples: int = 1,
     batch_size: int = 16,
     seed: int = 0,
+    control: str = "",
     progress: bool = True,
 ) -> list[list[Sample]]:
     """Samples completions; the same arguments give the same completions.
@@ -140,6 +141,8 @@ def generate(
         num_samples: completions per prompt.
         batch_size: completions at a time.
         seed: of the sampling. The process's own random state is left as it was.
+        control: text between every prompt and its completion, such as the control token of conditional
+            fine-tuning.
         progress: show a bar.
 
     Returns:
@@ -153,7 +156,8 @@ def generate(
             "generate: temperature must be at least 0, top_p in (0, 1], and max_new_tokens, num_samples and"
             f" batch_size at least 1; got {temperature}, {top_p}, {max_new_tokens}, {num_samples}, {batch_size}"
         )
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    ending = list(tokenizer(control, add_special_tokens=False)["input_ids"]) if control else []
+    encoded = [encode_prompt(tokenizer, prompt) + ending for prompt in prompts]
     device = next(model.parameters()).device
     own = {} if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -240,6 +244,7 @@ def generate_file(
     num_samples: int = 1,
     batch_size: int = 16,
     seed: int = 0,
+    control: str = "",
 ) -> None:
     """Sample completions of the prompts in a file.
 
@@ -254,6 +259,7 @@ def generate_file(
         num_samples: completions per prompt.
         batch_size: completions at a time.
         seed: of the sampling.
+        control: text between every prompt and its completion; "<|good|>" for a model trained with csft.yaml.
     """
     read = read_prompts(Path(prompts))
     model, tokenizer = load_for_generation(folder)
@@ -274,6 +280,7 @@ def generate_file(
                 num_samples=num_samples,
                 batch_size=batch_size,
                 seed=seed + at,
+                control=control,
             )
             for prompt, found in zip(read[at : at + chunk], samples, strict=True):
                 file.write(

@@ -72,6 +72,7 @@ class LeaveOneOut(ReferencePoint):
     def forward(self, rewards: Tensor, rows: Rows) -> Tensor:
         other = (rows.group[:, None] == rows.group[None, :]) & rows.train
         other &= ~torch.eye(len(rows), dtype=torch.bool, device=rewards.device)
+        rewards = rewards.detach()
         weight = other.to(rewards)
         count = weight.sum(dim=1)
         mean = weight @ rewards / count.clamp(min=1)
