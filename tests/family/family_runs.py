@@ -1,0 +1,273 @@
+"""Short fits of objective files by the real command, and their steps computed again from their rows' names.
+
+A fit leaves, of each step, the weights before it, the gradient and the loss. From the names of the step's rows their
+text is looked up in the data file, tokenised, and put through the model one row at a time, without padding: so
+nothing of the package's batches, log-probs or losses is used a second time.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import yaml
+from formulas import LOSSES, Step
+from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import Callback
+from make_rows import random_rows
+from run_halos import ROOT, fit, metrics
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from halos_pl.cli import HalosCLI
+from halos_pl.module import build_objective
+from halos_pl.objective import Objective
+from halos_pl.outcomes import Rows
+
+FOLDER = ROOT / "experiments" / "objectives"
+FILES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+Weights = dict[str, Tensor]
+
+
+@dataclass
+class Recorded:
+    """One optimizer step of a fit.
+
+    Attributes:
+        names, probe: of its rows, in the order of the batch.
+        weights: of the policy before the step; of an adapter, merged into the model's own.
+        gradient: of each trained parameter, before clipping.
+        logged: the step's line in ``metrics.csv``.
+    """
+
+    names: list[str]
+    probe: list[bool]
+    weights: Weights
+    gradient: Weights = field(default_factory=dict)
+    logged: dict[str, float] = field(default_factory=dict)
+
+
+class Recorder(Callback):
+    """Keeps what a fit does. Chosen on the command line by its dotted path."""
+
+    def __init__(self) -> None:
+        self.steps: list[Recorded] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        policy = pl_module.policy
+        if hasattr(policy, "merge_and_unload"):
+            policy = deepcopy(policy).merge_and_unload()
+        weights = {name: weight.detach().clone() for name, weight in policy.state_dict().items()}
+        self.steps.append(Recorded(batch.row_ids, batch.probe.tolist(), weights))
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        parameters = pl_module.policy.named_parameters()
+        self.steps[-1].gradient = {name: p.grad.clone() for name, p in parameters if p.grad is not None}
+
+
+def write_data(folder: Path) -> dict[str, list[str]]:
+    """Files of data for each kind of example that a loss takes.
+
+    12 prompts with one to three rows each, of both labels or of one, and two pairs for each prompt.
+    """
+    draw = random.Random(3)
+
+    def completion() -> str:
+        words = ["yes", "no", "so", "wait", "bread", "I cannot", "42", "an hour", "duck"]
+        return " ".join(draw.choice(words) for _ in range(draw.randrange(1, 6)))
+
+    prompts = [f"question {i}" + " why" * draw.randrange(4) for i in range(12)]
+    pairs = [{"prompt": p, "chosen": completion(), "rejected": completion()} for p in prompts * 2]
+    labels = [(True, False, False), (True, True, False), (False, True), (True, True)]
+    rows = [
+        {"prompt": p, "completion": completion(), "label": label}
+        for i, p in enumerate(prompts)
+        for label in labels[i % 4]
+    ]
+    files = {}
+    for name, lines in (("pairs", pairs), ("rows", rows)):
+        files[name] = folder / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps(line) + "\n" for line in lines))
+    both = [str(files["pairs"]), str(files["rows"])]
+    return {"pairs": both[:1], "rows": both, "groups": both[1:]}
+
+
+EXAMPLES = {"pairs": 4, "rows": 6, "groups": 4}  # of a step
+
+
+def no_picture(*_: Any, **__: Any) -> Path:
+    return Path("none.png")
+
+
+def run(
+    objective: str, model: Path, data: dict[str, list[str]], folder: Path, *options: str, steps: int
+) -> list[Recorded]:
+    """Fits ``steps`` steps in this process; what was recorded of each."""
+    kind = LOSSES[objective].data
+    words = fit(
+        model,
+        objective,
+        "[" + ",".join(data[kind]) + "]",
+        folder,
+        f"--data.batch_size={EXAMPLES[kind]}",
+        "--data.seed=1",  # with which z0 is clamped in some steps and not in others
+        f"--trainer.max_steps={steps}",
+        "--trainer.max_epochs=9",
+        "--checkpoint.every_n_steps=99",
+        "--model.lr_schedule=constant_with_warmup",
+        "--model.warmup_ratio=0",
+        f"--trainer.callbacks+={Recorder.__module__}.{Recorder.__name__}",
+        *options,
+    )
+    # Half of a short fit's time is its pictures', which are looked at elsewhere.
+    with patch.multiple("halos_pl.callbacks", plot_training=no_picture, plot_value_function=no_picture):
+        cli = HalosCLI(words)
+    recorder: Recorder = next(c for c in cli.trainer.callbacks if isinstance(c, Recorder))
+    lines = metrics(folder)[-len(recorder.steps) :]  # of a run that goes on, the later ones
+    for step, line in zip(recorder.steps, lines, strict=True):
+        step.logged = {name: float(value) for name, value in line.items()}
+    return recorder.steps
+
+
+@cache
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser()
+    parser.add_function_arguments(build_objective, "model")
+    return parser
+
+
+def objective(name: str, change: Callable[[dict[str, Any]], None] = lambda model: None) -> Objective:
+    """The objective of a file, by the parser of the command line.
+
+    Args:
+        name: of the file.
+        change: edits the file's ``model`` before it is parsed.
+    """
+    model = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())["model"]
+    model.pop("reference_model", None)
+    change(model)
+    parser = _parser()
+    return build_objective(**parser.instantiate_classes(parser.parse_object({"model": model})).model)
+
+
+class Rescorer:
+    """Steps of a fit as the formulas take them, computed from the names of their rows."""
+
+    def __init__(self, model: Path) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.policy, self.reference = (AutoModelForCausalLM.from_pretrained(model).eval() for _ in range(2))
+        self.lines: dict[str, list[dict[str, Any]]] = {}
+
+    def text(self, name: str) -> tuple[str, str, bool]:
+        """Prompt, completion and label of the row ``FILE:LINE``, with ``#chosen`` or ``#rejected`` for a pair."""
+        place, _, side = name.partition("#")
+        path, _, line = place.rpartition(":")
+        if path not in self.lines:
+            self.lines[path] = [json.loads(row) for row in Path(path).read_text().splitlines()]
+        row = self.lines[path][int(line) - 1]
+        return (row["prompt"], row[side], side == "chosen") if side else tuple(row.values())
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def logps(self, model: Any, prompt: list[int], completion: list[int]) -> Tensor:
+        """float64 [T], of one row alone."""
+        everything = torch.tensor([prompt + completion])
+        of_all = model(everything).logits[0].double().log_softmax(-1)
+        return of_all[:-1].gather(1, everything[0, 1:, None]).squeeze(1)[-len(completion) :]
+
+    def rows(self, objective: str, step: Recorded) -> list[tuple[str, list[int], list[int], bool]]:
+        """Prompt's text and ids, completion's ids and label of each row of a step."""
+        control = LOSSES[objective].control
+        found = []
+        for name, probe in zip(step.names, step.probe, strict=True):
+            # A probe "A with B" has the prompt of A and the completion of B.
+            sides = [self.text(side) for side in name.split(" with ")]
+            assert len(sides) == 1 + probe
+            assert len({prompt for prompt, *_ in sides}) == len(sides)
+            label = sides[0][2] and not probe
+            prompt = self.ids(sides[0][0]) + (self.ids(control[not label]) if control else [])
+            found.append((sides[0][0], prompt, [*self.ids(sides[-1][1]), self.tokenizer.eos_token_id], label))
+        return found
+
+    def step(self, objective: str, steps: list[Recorded], number: int, *, gradient: bool = True) -> Step:
+        """Step ``number`` of a fit; the gradient of what is made of it arrives in ``self.policy``."""
+        recorded = steps[number]
+        self.policy.load_state_dict(recorded.weights)
+        self.reference.load_state_dict(LOSSES[objective].reference([s.weights for s in steps[: number + 1]]))
+        rows = self.rows(objective, recorded)
+        with torch.set_grad_enabled(gradient):
+            policy = [self.logps(self.policy, prompt, completion) for _, prompt, completion, _ in rows]
+        with torch.no_grad():
+            reference = [self.logps(self.reference, prompt, completion) for _, prompt, completion, _ in rows]
+        places = {name: i for i, name in enumerate(recorded.names)}
+        rival = []
+        for name, is_probe in zip(recorded.names, recorded.probe, strict=True):
+            stem, _, side = name.rpartition("#")
+            paired = LOSSES[objective].data == "pairs" and not is_probe
+            rival.append(places[f"{stem}#{'rejected' if side == 'chosen' else 'chosen'}"] if paired else -1)
+        prompts = [text for text, *_ in rows]
+        padded = torch.nn.utils.rnn.pad_sequence
+        return Step(
+            policy=padded(policy, batch_first=True),
+            reference=padded(reference, batch_first=True),
+            mask=padded([torch.ones(len(p), dtype=torch.bool) for p in policy], batch_first=True),
+            desirable=torch.tensor([label for *_, label in rows]),
+            rival=torch.tensor(rival),
+            probe=torch.tensor(recorded.probe),
+            prompt=torch.tensor([prompts.index(text) for text in prompts]),
+        )
+
+
+def assert_the_formulas(objective: str, steps: list[Recorded], rescorer: Rescorer, *, gradient: bool = True) -> list:
+    """Loss and gradient of each step are those of the formula; the steps as the formula has seen them."""
+    loss, seen = LOSSES[objective], []
+    for number, recorded in enumerate(steps):
+        step = rescorer.step(objective, steps, number, gradient=gradient)
+        value = loss.of(step, seen)
+        assert recorded.logged["loss"] == pytest.approx(value.item(), rel=1e-5, abs=1e-6), f"loss of step {number}"
+        if gradient:
+            rescorer.policy.zero_grad()
+            value.backward()
+            whole = torch.stack([p.grad.norm() for p in rescorer.policy.parameters()]).norm()
+            assert whole > 1e-4, f"step {number} has nothing to learn"
+            for name, parameter in rescorer.policy.named_parameters():
+                error = (recorded.gradient[name] - parameter.grad).norm()
+                assert error <= 1e-5 * (parameter.grad.norm() + 0.1 * whole), f"step {number}: gradient of {name}"
+        seen.append(step)
+    return seen
+
+
+def rows(pairs: int = 4, probes: int = 2, *, seed: int = 0, tokens: int = 5, scale: float = 1.0) -> Rows:
+    """Random log-probs without a model, in groups of two pairs, so that an advantage is over more than two rows."""
+    made = random_rows(seed, pairs, probes, tokens=tokens, scale=scale)
+    return replace(made, group=torch.minimum(torch.arange(len(made)), made.rival.clamp(min=0)) // 2)
+
+
+def as_step(rows: Rows, policy: torch.Tensor) -> Step:
+    reference = rows.reference_logps
+    assert reference is not None
+    return Step(policy, reference, rows.mask, rows.desirable, rows.rival, rows.probe, rows.group)
+
+
+def assert_equals_formula(name: str, rows: Rows, made: Objective | None = None) -> None:
+    """Loss and its slope in every log-prob, on plain tensors, of the file's objective or of ``made``."""
+    ours, theirs = (rows.policy_logps.detach().clone().requires_grad_() for _ in range(2))
+    result = (made or objective(name))(replace(rows, policy_logps=ours))
+    assert result.loss.shape == ()
+    result.loss.backward()
+    value = LOSSES[name].of(as_step(rows, theirs), [])
+    value.backward()
+    assert result.loss.item() == pytest.approx(value.item(), rel=1e-6, abs=1e-7)
+    slope = ours.grad[rows.mask]  # what stands in padded places is a constant 0
+    assert torch.allclose(slope, theirs.grad[rows.mask], rtol=1e-5, atol=1e-8)
+    assert slope.abs().max() > 1e-4

@@ -1,0 +1,114 @@
+"""Every file in ``experiments/objectives``, parsed and trained by the real command, against its formula."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import takewhile
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from family_runs import FILES, FOLDER, Rescorer, assert_equals_formula, assert_the_formulas, rows, run, write_data
+from family_runs import objective as parsed
+from formulas import LOSSES
+
+# Of a reference that is re-synced every two steps the third step sees rewards of 0 again, the fourth what follows.
+STEPS = 4
+LR = "--model.optimizer.init_args.lr=1e-2"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def rescorer(tiny_folder):
+    return Rescorer(tiny_folder)
+
+
+def test_every_file_has_a_formula_and_every_formula_a_file():
+    assert sorted(LOSSES) == FILES
+
+
+@pytest.mark.parametrize("objective", FILES)
+def test_the_file_is_short_and_says_what_it_is(objective):
+    lines = (FOLDER / f"{objective}.yaml").read_text().splitlines()
+    header = list(takewhile(lambda line: line.startswith("#"), lines))
+    assert header, "no comment at the top"
+    said = " ".join(header).replace("# ", "")
+    of = re.search(r"The loss is that of (\w+)\.yaml", said)
+    known = re.search(r"HALO|[Cc]omposite|degenerate reference", said) or (of and of[1] in FILES)
+    assert known, "the header does not say whether it is a HALO"
+    assert sum(bool(line.strip()) and not line.lstrip().startswith("#") for line in lines) <= 17  # about 15
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("objective", FILES)
+def test_loss_and_gradient_are_the_formulas(objective, tiny_folder, data, rescorer, tmp_path):
+    loss = LOSSES[objective]
+    steps = run(objective, tiny_folder, data, tmp_path / "run", LR, steps=STEPS)
+    assert len(steps) == STEPS
+    seen = assert_the_formulas(objective, steps, rescorer)
+    for number, step in enumerate(seen):
+        classes = {True} if loss.imitates else {True, False}
+        assert set(step.desirable[step.train].tolist()) == classes
+        # Rewards are exactly 0 where the reference has just become the policy, and far from 0 otherwise.
+        reference = loss.reference([s.weights for s in steps[: number + 1]])
+        if all(torch.equal(reference[name], weight) for name, weight in steps[number].weights.items()):
+            assert number in ((0, 2) if "humanline" in objective else (0,))
+            assert bool((step.r == 0).all())
+        else:
+            assert step.r.abs().max() > 0.1
+    for case, occurs in loss.reaches.items():
+        assert any(map(occurs, seen)), f"no step has {case}"
+
+
+def settings_of(model: Any, place: tuple = ()) -> Iterator[tuple]:
+    """Places of every number and switch that a file gives to a plug-in."""
+    if isinstance(model, dict | list):
+        for key, value in model.items() if isinstance(model, dict) else enumerate(model):
+            yield from settings_of(value, (*place, key))
+    elif isinstance(model, bool | int | float):
+        yield place
+
+
+def changed(value: float) -> Any:
+    return (not value) if isinstance(value, bool) else 1.02 * value if value else 0.02
+
+
+@pytest.mark.parametrize("objective", FILES)
+def test_the_formula_says_every_number_of_the_file(objective):
+    """Were any of them another one, the comparison with the formula would fail: it is not blind to it."""
+    model = yaml.safe_load((FOLDER / f"{objective}.yaml").read_text())["model"]
+    model.pop("reference_model", None)  # how it moves shows over steps only
+    if model["reward"] is None:
+        model.pop("constant")  # of a HALO that is not there
+    tried = [rows(seed=seed, scale=3.0) for seed in range(4)]
+    if LOSSES[objective].data == "rows":  # one class has more than the other, or their z0 may cancel
+        tried = [each.select(torch.arange(1, len(each))) for each in tried]
+    for each in tried:
+        assert_equals_formula(objective, each)
+    for place in settings_of(model):
+
+        def change(model: Any, place: tuple = place) -> None:
+            *folders, last = place
+            for key in folders:
+                model = model[key]
+            model[last] = changed(model[last])
+
+        made = parsed(objective, change)
+        with pytest.raises(AssertionError):  # noqa: PT012
+            for each in tried:
+                assert_equals_formula(objective, each, made)
+            pytest.fail(f"nothing depends on {place}", pytrace=False)
