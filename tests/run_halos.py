@@ -22,7 +22,7 @@ UNEQUAL = "rows/s"
 
 # A process that has imported everything and computed nothing; each run is forked from it in milliseconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["halos_pl.cli"])
+_CONTEXT.set_forkserver_preload(["halos_pl.lightning_cli"])
 
 
 def config(name: str) -> str:

@@ -17,7 +17,8 @@ import yaml
 from run_halos import OBJECTIVES, ROOT, binary_data, config, fit, metrics, pair_data
 
 import halos_pl.module
-from halos_pl.cli import PLUGINS, HalosCLI, main
+from halos_pl.cli import main
+from halos_pl.lightning_cli import PLUGINS, HalosCLI
 from halos_pl.policy.loading import LoRASpec, ModelSpec, load_model
 
 PARTS = ("reward", "reference_point", "value_function", "feedback", "undesirable", "extra_terms")

@@ -28,7 +28,7 @@ from run_halos import ROOT, fit, metrics
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from halos_pl.cli import HalosCLI
+from halos_pl.lightning_cli import HalosCLI
 from halos_pl.module import build_objective
 from halos_pl.objective import Objective
 from halos_pl.outcomes import Rows

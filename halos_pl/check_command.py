@@ -1,0 +1,227 @@
+"""``halos check``: the conformance suite on the command line. The code of the target is executed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import inspect
+import json as jsons
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from halos_pl.build import load_objective
+from halos_pl.conformance.check import KINDS, Target, made, reports, required_arguments
+from halos_pl.conformance.report import Definition, Report
+
+FAMILY = Path("experiments", "objectives")
+TITLES: dict[Definition, str] = {"icml": "ICML 2024, Def. 3.4", "v1": "arXiv v1"}
+
+
+class TargetError(ValueError):
+    """The target cannot be checked; the message says why in one line."""
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _known(name: str) -> type | None:
+    """The class of that bare name among the plug-ins that have been imported, the library's own first."""
+    found, todo = [], list[type](KINDS)
+    while todo:
+        cls = todo.pop()
+        todo += cls.__subclasses__()
+        if cls.__name__ == name:
+            found.append(cls)
+    return min(found, key=lambda c: not c.__module__.startswith(("halos_pl", "value_functions")), default=None)
+
+
+def _from_file(path: Path, name: str) -> Any:
+    if not path.is_file():
+        raise TargetError(f"{path}: no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise TargetError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    sys.path.insert(0, str(path.parent))  # so that it can import what lies beside it
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise TargetError(f"{path} does not import: {_one_line(error)}") from error
+    if not hasattr(module, name):
+        raise TargetError(f"{path} has no {name!r}")
+    return getattr(module, name)
+
+
+def _from_module(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    if not module:
+        cls = _known(name)
+        if cls is None:
+            raise TargetError(
+                f"{path!r} is no known plug-in; give an objective's YAML, a dotted class, or path/to/file.py:Class"
+            )
+        return cls
+    try:
+        home = importlib.import_module(module)
+    except Exception as error:
+        raise TargetError(f"{module} does not import: {_one_line(error)}") from error
+    if not hasattr(home, name):
+        raise TargetError(f"{module} has no {name!r}")
+    return getattr(home, name)
+
+
+def _parsed(parser: ArgumentParser, given: dict[str, Any], what: str) -> dict[str, Any]:
+    """What ``parser`` makes of plain data, plug-ins instantiated."""
+    try:
+        return parser.instantiate(parser.parse_object(given)).as_dict()
+    except (Exception, SystemExit) as error:
+        raise TargetError(f"{what}: {_one_line(error)}") from error
+
+
+def objective_of(path: str | Path) -> Target:
+    """The objective of a YAML file, built from its plug-ins alone: no policy, no data.
+
+    Raises:
+        TargetError: where the file cannot be read, or does not describe an objective.
+    """
+    try:
+        return load_objective(path)
+    except OSError as error:
+        raise TargetError(f"{path}: {error.strerror or error}") from error
+    except (ValueError, yaml.YAMLError) as error:  # it names the file itself
+        raise TargetError(" ".join(str(error).split())[:300]) from error
+
+
+def load_target(target: str, init_args: str | None = None) -> Target:
+    """What ``halos check TARGET`` checks.
+
+    Args:
+        target: an objective's YAML file, ``path/to/file.py:Class``, a dotted class, or the bare name of a plug-in.
+        init_args: the class's arguments as JSON; plug-ins among them as {"class_path": ..., "init_args": ...}.
+
+    Raises:
+        TargetError: where there is nothing to check, in one line.
+    """
+    if target.endswith((".yaml", ".yml")):
+        if init_args is not None:
+            raise TargetError("--init_args is for classes; a YAML file states its own arguments")
+        return objective_of(target)
+    path, colon, name = target.rpartition(":")
+    found = _from_file(Path(path), name) if colon else _from_module(target)
+    given: Any = {}
+    if init_args is not None:
+        try:
+            given = jsons.loads(init_args)
+        except ValueError as error:
+            raise TargetError(f"--init_args is not JSON: {error}") from error
+        if not isinstance(given, dict) or not inspect.isclass(found):
+            raise TargetError('--init_args takes a class\'s arguments as an object, such as {"beta": 0.1}')
+    if inspect.isclass(found) and issubclass(found, KINDS) and not inspect.isabstract(found):
+        missing = [name for name in required_arguments(found) if name not in given]
+        if missing:
+            raise TargetError(f"{target} needs arguments that were not given: {', '.join(missing)}; see --init_args")
+        if given:
+            parser = ArgumentParser(exit_on_error=False)
+            parser.add_class_arguments(found, "it")
+            return _parsed(parser, {"it": given}, f"{target} with {init_args}")["it"]  # type: ignore[no-any-return]
+    try:
+        return made(found)
+    except Exception as error:
+        raise TargetError(f"{target}: {' '.join(str(error).split())[:300]}") from error
+
+
+def family(folder: Path | None = None, *, thorough: bool = False) -> Iterator[tuple[str, dict[Definition, Report]]]:
+    """Name and reports, under both definitions, of every objective file in ``folder``.
+
+    Raises:
+        TargetError: where there is no such folder, or a file of it is no objective.
+    """
+    folders = [folder] if folder else [FAMILY, Path(__file__).resolve().parents[1] / FAMILY]
+    home = next((place for place in folders if place.is_dir()), None)
+    if home is None:
+        raise TargetError(f"--all: no folder {folders[0]}; run it in a checkout of halos_pl")
+    for path in sorted(home.glob("*.yaml")):
+        yield path.stem, reports(objective_of(path), thorough=thorough)
+
+
+def family_table(folder: Path | None = None, *, thorough: bool = False) -> Iterator[str]:
+    """The lines of a Markdown table: a row a loss, a column a definition. The README holds a copy."""
+    yield f"| loss | {' | '.join(TITLES.values())} |"
+    yield f"|{'---|' * (1 + len(TITLES))}"
+    for name, found in family(folder, thorough=thorough):
+        yield f"| {name} | {' | '.join(found[definition].verdict for definition in TITLES)} |"
+
+
+def check(
+    target: str | None = None,
+    *,
+    definition: Definition = "icml",
+    json: bool = False,
+    init_args: str | None = None,
+    all: bool = False,
+    thorough: bool = False,
+) -> None:
+    """Hold a loss, or a part of one, to the definition of human-aware losses. The target's code is executed.
+
+    Args:
+        target: an objective's YAML file, a dotted class, ``path/to/file.py:Class``, or the bare name of a plug-in.
+        definition: ``icml`` (Ethayarajh et al., ICML 2024, Def. 3.4) or ``v1`` (arXiv v1: any parameterised reward).
+        json: print plain data instead of a table.
+        init_args: the class's arguments as JSON.
+        all: check every file of experiments/objectives, under both definitions.
+        thorough: search longer, up to 30 s.
+
+    Raises:
+        SystemExit: 1 for what is no HALO (or fails its clauses), 2 for what could not be checked.
+    """
+    try:
+        if all == (target is not None):
+            raise TargetError("name one target, or say --all")
+        if all:
+            if json:
+                both = [report for _, found in family(thorough=thorough) for report in found.values()]
+                print(jsons.dumps([report.to_json() for report in both], indent=2))
+            else:
+                for line in family_table(thorough=thorough):
+                    print(line, flush=True)
+            return
+        found = reports(load_target(str(target), init_args), thorough=thorough)[definition]
+        report = replace(found, target=str(target))
+        if report.unusable:
+            raise TargetError(f"{target} cannot be checked: {report.unusable}")
+    except TargetError as error:
+        print(f"halos check: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    print(jsons.dumps(report.to_json(), indent=2) if json else report)
+    if not report.sound:
+        raise SystemExit(1)
+
+
+def run(words: list[str]) -> None:
+    """``halos check WORDS``. Its flags take no value and its target may be left out, unlike those of other commands."""
+    parser = argparse.ArgumentParser(
+        prog="halos check",
+        description="Hold a loss, or a part of one, to the definition of human-aware losses.",
+        epilog="Exit status: 0 for a HALO, or a plug-in that passes its clauses; 1 otherwise; 2 where the target could"
+        " not be checked. The code of the target is executed.",
+    )
+    parser.add_argument(
+        "target",
+        nargs="?",
+        help="an objective's YAML file, a dotted class, path/to/file.py:Class, or the bare name of a plug-in",
+    )
+    parser.add_argument("--definition", choices=get_args(Definition), default="icml", help="ICML 2024 or arXiv v1")
+    parser.add_argument("--json", action="store_true", help="print plain data instead of a table")
+    parser.add_argument("--init_args", metavar="JSON", help='the class\'s arguments, such as {"beta": 0.2}')
+    parser.add_argument("--all", action="store_true", help="every file of experiments/objectives, both definitions")
+    parser.add_argument("--thorough", action="store_true", help="search longer, up to 30 s")
+    check(**vars(parser.parse_args(words)))

@@ -1,0 +1,16 @@
+"""The definition of human-aware losses as a test suite: is this loss, or this part of one, a HALO?
+
+>>> from halos_pl.conformance import check_halo
+>>> print(check_halo(Logistic(), on_fail="report"))                          # doctest: +SKIP
+
+The code under check is executed. See :func:`check_halo`, and ``halos check --help`` for the command line.
+"""
+
+from __future__ import annotations
+
+from halos_pl.conformance import strategies
+from halos_pl.conformance.check import check_halo
+from halos_pl.conformance.pytest_entry import parametrize_with_checks
+from halos_pl.conformance.report import CheckFailed, Clause, Report
+
+__all__ = ["CheckFailed", "Clause", "Report", "check_halo", "parametrize_with_checks", "strategies"]

@@ -1,0 +1,111 @@
+"""Clauses of a feedback: a in {-1, +1}, w >= 0, neither depends on theta, a denominator above 0."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from halos_pl.conformance.duplicate import duplicate
+from halos_pl.conformance.strategies import Step, smallest
+from halos_pl.conformance.witness import WrongShape, listed
+from halos_pl.feedback import Feedback, Judgement
+from halos_pl.outcomes import Rows
+
+CLAUSES = ("feedback_sign", "feedback_weight", "feedback_independent_of_theta", "feedback_finite")
+
+
+def labels(rows: Rows) -> str:
+    """Who is who, in words: D for desirable, U for undesirable, p for a probe."""
+    names = ["p" if p else "D" if d else "U" for p, d in zip(rows.probe.tolist(), rows.desirable.tolist(), strict=True)]
+    return f"rows {' '.join(names)}"
+
+
+class FeedbackChecks:
+    """The clauses of one feedback; each ``None`` where it holds, else a witness.
+
+    Args:
+        feedback: the target; copies of it are called.
+        examples: how many steps each clause is tried on.
+    """
+
+    def __init__(self, feedback: Feedback, *, examples: int = 100) -> None:
+        self.target = feedback
+        self.examples = examples
+
+    def judged(self, rows: Rows) -> Judgement:
+        """Sign, weight and denominator."""
+        return Judgement(*duplicate(self.target)(rows))
+
+    def _smallest(self, fault: object) -> str | None:
+        return smallest(fault, self.target.needs, probes=True, examples=self.examples)  # type: ignore[arg-type]
+
+    def feedback_sign(self) -> str | None:
+        """-1 or +1 for each row."""
+
+        def fault(step: Step) -> str | None:
+            rows = step.rows()
+            sign = self.judged(rows).sign
+            if tuple(sign.shape) != (len(rows),):
+                return WrongShape(f"{len(rows)} rows, signs of shape {tuple(sign.shape)}")
+            if bool((sign.abs() != 1).any()):
+                return f"{labels(rows)}: signs {listed(sign)}"
+            return None
+
+        return self._smallest(fault)
+
+    def feedback_weight(self) -> str | None:
+        """At least 0 for each row, 0 for probes."""
+
+        def fault(step: Step) -> str | None:
+            rows = step.rows()
+            weight = self.judged(rows).weight
+            if tuple(weight.shape) != (len(rows),):
+                return WrongShape(f"{len(rows)} rows, weights of shape {tuple(weight.shape)}")
+            if bool((~(weight >= 0)).any()) or bool((weight[rows.probe] != 0).any()):
+                return f"{labels(rows)}: weights {listed(weight)}"
+            return None
+
+        return self._smallest(fault)
+
+    def feedback_independent_of_theta(self) -> str | None:
+        """The same judgement whatever the policy says, without gradient."""
+
+        def fault(step: Step) -> str | None:
+            rows = step.rows()
+            leaf = rows.policy_logps.clone().requires_grad_()
+            one = self.judged(replace(rows, policy_logps=leaf))
+            assert rows.reference_logps is not None
+            others = [rows.policy_logps * 0.5, rows.reference_logps, torch.zeros_like(rows.policy_logps)]
+            for name, a in one._asdict().items():
+                if a.requires_grad:
+                    return f"{labels(rows)}: the {name} has a gradient in the policy's log-probs"
+                for policy in others:
+                    b = getattr(self.judged(replace(rows, policy_logps=policy)), name)
+                    if a.shape != b.shape or not bool(((a == b) | (a.isnan() & b.isnan())).all()):
+                        return (
+                            f"{labels(rows)}: {name} {listed(a)} with log-probs {listed(rows.policy_logps)},"
+                            f" {listed(b)} with {listed(policy)}"
+                        )
+            return None
+
+        return self._smallest(fault)
+
+    def feedback_finite(self) -> str | None:
+        """Weights and denominator are finite, and the denominator is above 0 where a row counts."""
+
+        def fault(step: Step) -> str | None:
+            rows = step.rows()
+            sign, weight, denominator = self.judged(rows)
+            if not isinstance(denominator, Tensor) or denominator.numel() != 1:
+                return f"{labels(rows)}: the denominator {denominator} is no scalar"
+            figures = torch.cat([weight.flatten(), sign.flatten(), denominator.flatten()])
+            counts = bool((weight.nan_to_num() != 0).any())
+            if not bool(figures.isfinite().all()) or (counts and not float(denominator) > 0):
+                return f"{labels(rows)}: weights {listed(weight)}, denominator {float(denominator):g}"
+            if not float(denominator) >= 0:
+                return f"{labels(rows)}: denominator {float(denominator):g}"
+            return None
+
+        return self._smallest(fault)

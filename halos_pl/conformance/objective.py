@@ -1,0 +1,299 @@
+"""Clauses of an objective: those of its four parts, and that its loss is what the definition says of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from halos_pl.conformance.duplicate import duplicate
+from halos_pl.conformance.feedback import FeedbackChecks
+from halos_pl.conformance.reference_point import ReferencePointChecks
+from halos_pl.conformance.reward import RewardChecks
+from halos_pl.conformance.strategies import Step, smallest
+from halos_pl.conformance.value_function import ValueFunctionChecks
+from halos_pl.conformance.witness import listed, pair
+from halos_pl.feedback import Feedback
+from halos_pl.objective import HALO, Objective, Sum, mean_of_tokens
+from halos_pl.outcomes import Rows
+from halos_pl.reference_points import ReferencePoint
+from halos_pl.rewards import Reward
+from value_functions import ValueFunction
+
+CLAUSES = ("identity", "one_value_function")
+PARTS: dict[str, type] = {
+    "value_function": ValueFunction,
+    "reward": Reward,
+    "reference_point": ReferencePoint,
+    "feedback": Feedback,
+}
+# A float32 in the loss is no fault.
+RELATIVE = 1e-5
+
+
+def is_halo(objective: Objective) -> TypeGuard[HALO]:
+    """Whether the objective is put together from the four parts, whatever its class is."""
+    return hasattr(objective, "undesirable") and all(
+        isinstance(getattr(objective, name, None), kind) for name, kind in PARTS.items()
+    )
+
+
+def terms(objective: Objective, name: str = "") -> list[tuple[str, Objective]]:
+    """The summands of an objective by name, sums of sums taken apart; one without a name for what is no sum."""
+    if not isinstance(objective, Sum) or len(objective.terms) == 1:
+        only: Any = objective.terms[0] if isinstance(objective, Sum) else objective
+        return terms(only, name) if isinstance(only, Sum) else [(name, only)]
+    found: list[tuple[str, Objective]] = []
+    for i, term in enumerate(objective.terms):
+        found += terms(term, f"{name}{i}_{type(term).__name__}.")  # type: ignore[arg-type]
+    return found
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What the definition says of some rows, from the parts alone.
+
+    Attributes:
+        loss: sum of w * a * v / denominator, float64 scalar with gradient.
+        size: sum of the same terms' sizes.
+        sign, weight: of each row that carries a loss.
+    """
+
+    loss: Tensor
+    size: float
+    sign: Tensor
+    weight: Tensor
+
+
+class ObjectiveChecks:
+    """The clauses of one HALO beyond those of its parts; each ``None`` where it holds, else a witness.
+
+    Args:
+        objective: the target; copies of it are called.
+        examples: how many steps each clause is tried on.
+        thorough: for its value function.
+    """
+
+    def __init__(self, objective: HALO, *, examples: int = 100, thorough: bool = False) -> None:
+        self.target = objective
+        self.examples = examples
+        self.value_function = ValueFunctionChecks(objective.value_function, thorough=thorough)
+        self.reward = RewardChecks(objective.reward, examples=examples)
+        self.reference_point = ReferencePointChecks(
+            objective.reference_point, reward=objective.reward, needs=objective.needs, examples=examples
+        )
+        self.feedback = FeedbackChecks(objective.feedback, examples=examples)
+
+    def _smallest(self, fault: object) -> str | None:
+        # A third: an example costs several backward passes.
+        return smallest(fault, self.target.needs, examples=max(10, self.examples // 3))  # type: ignore[arg-type]
+
+    def fresh(self) -> HALO:
+        """A copy in training mode that has not been called."""
+        return duplicate(self.target)
+
+    # -- what carries weight ---------------------------------------------------------------------------------
+
+    @cached_property
+    def weights(self) -> dict[int, set[float]]:
+        """The weights above 0 that desirable (-1) and undesirable (+1) rows were seen with."""
+        seen: dict[int, set[float]] = {-1: set(), 1: set()}
+
+        def look(step: Step) -> None:
+            sign, weight, _ = self.feedback.judged(step.rows())
+            for s, w in zip(sign.tolist(), weight.tolist(), strict=True):
+                if w > 0 and s in seen:
+                    seen[int(s)].add(round(w, 6))
+
+        try:
+            smallest(look, self.feedback.target.needs, probes=True, examples=self.examples)
+        except Exception:  # what is wrong with it is said by the feedback's own clauses
+            return seen
+        return seen
+
+    @property
+    def reflects(self) -> bool:
+        """Whether undesirable rows are valued by v~(u) = -v(-u)."""
+        return self.target.undesirable == "reflect"
+
+    @property
+    def acts_on_desirable(self) -> bool:
+        """Whether v itself is applied to rows that count."""
+        return not self.reflects or bool(self.weights[-1]) or not self.weights[1]
+
+    @property
+    def acts_reflected(self) -> bool:
+        """Whether v~ is applied to rows that count."""
+        return self.reflects and bool(self.weights[1])
+
+    @cached_property
+    def two_sided(self) -> bool:
+        """Whether both classes count and v and v~ differ by more than a constant: v' is not symmetric."""
+        if not (self.acts_reflected and self.weights[-1]):
+            return False
+        curve = self.value_function.curve.finite()
+        near = curve.part(curve.u.abs() <= 100)
+        mirror = near.reflected()
+        inside = slice(1, -1) if len(near.u) > 2 else slice(None)
+        u = near.u[inside]
+        place = torch.searchsorted(mirror.u, u).clamp(max=len(mirror.u) - 1)
+        exact = mirror.u[place] == u  # the grid is symmetric, the points added to it need not be
+        off = (near.slope[inside] - mirror.slope[place]).abs()[exact & (u != 0)]
+        return bool((off > 1e-9 * near.slope.abs().max()).any())
+
+    # -- the loss ----------------------------------------------------------------------------------------------
+
+    def expectation(self, rows: Rows) -> Expectation:
+        """The sum of w * a * v over ``rows``, which hold the step's probes as well."""
+        parts = self.fresh()
+        known = rows.detach()
+        sign, weight, denominator = parts.feedback(known)
+        train = rows.train.nonzero().squeeze(1)
+        own = rows.select(train)
+        reward = parts.reward(own)
+        if parts.reference_point.scope == "step":
+            with torch.no_grad():
+                z0 = parts.reference_point(mean_of_tokens(parts.reward(known), known.mask), known)
+            z0 = z0[train] if z0.dim() else z0
+        else:
+            z0 = parts.reference_point(mean_of_tokens(reward, own.mask), own)
+        sign, weight = sign[train], weight[train]
+        a, w = sign, weight
+        if reward.dim() == 2:
+            a, w = a[:, None].expand_as(reward), w[:, None] * own.mask
+            z0 = z0[:, None] if z0.dim() else z0
+        u = reward - z0
+        undesirable = a > 0
+        value = parts.value_function(torch.where(undesirable & self.reflects, -u, u))
+        judged = torch.where(undesirable & (not self.reflects), value, -value)
+        summed = (w * judged).sum() / denominator
+        return Expectation(summed, float(((w * judged).abs().sum() / denominator).detach()), sign, weight)
+
+    def _slopes(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor, Expectation]:
+        """Loss and its gradient [n, T], as judged and as the definition says."""
+        both = []
+        expectation: Expectation | None = None
+        for judged in (True, False):
+            leaf = rows.policy_logps.clone().requires_grad_()
+            given = replace(rows, policy_logps=leaf)
+            if judged:
+                loss = self.fresh()(given).loss
+            else:
+                expectation = self.expectation(given)
+                loss = expectation.loss
+            gradient = None
+            if loss.requires_grad:
+                (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
+            both += [loss.detach().double(), torch.zeros_like(leaf) if gradient is None else gradient]
+        assert expectation is not None
+        return both[0], both[1], both[2], both[3], expectation
+
+    def _counts(self, rows: Rows) -> bool:
+        """Whether any row of the step carries weight, so that there is something to divide by."""
+        return float(self.feedback.judged(rows).denominator) > 0
+
+    def identity(self) -> str | None:
+        """See below; found once, because the next clause asks as well."""
+        return self._identity
+
+    @cached_property
+    def _identity(self) -> str | None:
+        """The loss less sum w * a * v / denominator does not depend on theta: one constant, and the same gradient."""
+
+        def fault(step: Step) -> str | None:
+            rows = step.rows()
+            if not self._counts(rows):
+                return None
+            loss, gradient, right, slope, expectation = self._slopes(rows)
+            off = (gradient - slope).abs()
+            most = RELATIVE * max(float(slope.abs().max()), float(gradient.abs().max())) + 1e-12
+            if bool((~(off <= most)).any()):
+                i, t = (~(off <= most)).nonzero()[0].tolist()
+                a, b = pair(float(gradient[i, t]), float(slope[i, t]))
+                kind = "desirable" if rows.desirable[i] else "undesirable"
+                logps = f"policy {listed(rows.policy_logps[rows.mask])}"
+                return f"{logps}: slope {a} of the loss in a {kind} row, {b} by w a v"
+            for factor in (0.5, 2.0):
+                moved = replace(rows, policy_logps=rows.policy_logps * factor)
+                there, _, right_there, _, size = self._slopes(moved)
+                change, right_change = float(there - loss), float(right_there - right)
+                if not abs(change - right_change) <= RELATIVE * (expectation.size + size.size) + 1e-9:
+                    a, b = pair(change, right_change)
+                    return (
+                        f"log-probs {listed(rows.policy_logps[rows.mask])} times {factor}: the loss changes by {a},"
+                        f" sum w a v by {b}"
+                    )
+            return None
+
+        return self._smallest(fault)
+
+    def one_value_function(self) -> str | None:
+        """The value function that the objective shows acts on the rows of either sign."""
+        if self._identity is None:
+            return None
+
+        def fault(step: Step) -> str | None:
+            rows = step.rows()
+            if not self._counts(rows):
+                return None
+            _, gradient, _, slope, expectation = self._slopes(rows)
+            train = rows.train.nonzero().squeeze(1)
+            gradient, slope = gradient[train], slope[train]
+            most = RELATIVE * max(float(slope.abs().max()), float(gradient.abs().max())) + 1e-12
+            wrong = ~((gradient - slope).abs() <= most).all(dim=1)
+            sides = {a: (expectation.sign == a) & (expectation.weight > 0) for a in (-1, 1)}
+            for a, name in ((-1, "desirable"), (1, "undesirable")):
+                own, other = wrong & sides[a], sides[-a]
+                if bool(own.any()) and bool(other.any()) and not bool((wrong & other).any()):
+                    i = int(own.nonzero()[0])
+                    t = int((gradient - slope)[i].abs().argmax())
+                    x, y = pair(float(gradient[i, t]), float(slope[i, t]))
+                    return f"slope {x} of the loss in a row with a = {a:+d} ({name}), {y} by v; the others are right"
+            return None
+
+        return self._smallest(fault)
+
+    def loss_split(self) -> str | None:
+        """The losses of micro-batches sum to the loss of the step."""
+        if self.target.needs.whole_step:
+            return None
+
+        def fault(step: Step) -> str | None:
+            rows = step.rows()
+            if not self._counts(rows):
+                return None
+            leaf = rows.policy_logps.clone().requires_grad_()
+            given = replace(rows, policy_logps=leaf)
+            whole, parts = self.fresh(), self.fresh()
+            loss = whole(given).loss
+            context = parts.prepare(given.detach())
+            train = rows.train.nonzero().squeeze(1)
+            units = self.reference_point._units(rows.select(train))
+            losses = []
+            for unit in units:
+                index = train[torch.tensor(unit)]
+                losses.append(parts.judge(given.select(index), context.select(index)).loss)
+            summed = torch.stack(losses).sum()
+            size = sum(abs(part.item()) for part in losses)
+            if not abs((summed - loss).item()) <= RELATIVE * size + 1e-9:
+                a, b = pair(loss.item(), summed.item())
+                return f"loss {a} of {len(train)} rows at once, {b} in {len(units)} micro-batches"
+            if loss.requires_grad:
+                one, other = (torch.autograd.grad(x, leaf, allow_unused=True)[0] for x in (loss, summed))
+                if one is not None and other is not None and not bool(
+                    ((one - other).abs() <= RELATIVE * one.abs().max() + 1e-12).all()
+                ):
+                    i, t = (one - other).abs().flatten().argmax().div(one.shape[1], rounding_mode="floor"), 0
+                    t = int((one - other).abs()[i].argmax())
+                    a, b = pair(float(one[i, t]), float(other[i, t]))
+                    return f"slope {a} of the loss of {len(train)} rows at once, {b} in {len(units)} micro-batches"
+            return None
+
+        return self._smallest(fault)
+
+    def reference_split(self) -> str | None:
+        """The reference point's own clause, and that of the loss."""
+        return self.reference_point.reference_split() or self.loss_split()

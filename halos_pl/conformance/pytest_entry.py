@@ -1,0 +1,70 @@
+"""The suite as pytest items: one for each target and clause."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from halos_pl.conformance.check import check_halo, clause_names, made
+from halos_pl.conformance.report import Definition, Report
+
+if TYPE_CHECKING:
+    import pytest
+
+
+def parametrize_with_checks(
+    targets: Sequence[object],
+    *,
+    definition: Definition = "icml",
+    expected_failures: Mapping[str, str] | None = None,
+    max_examples: int = 100,
+) -> pytest.MarkDecorator:
+    """A decorator that runs a test function once for each clause of each target.
+
+    >>> @parametrize_with_checks([MyValueFunction(), MyReward()])             # doctest: +SKIP
+    ... def test_plugins(check):
+    ...     check()
+
+    The function receives ``check``, which raises AssertionError with the witness where the clause fails. A clause
+    that is expected to fail, or that is only reported, is marked xfail when it does. Each target is checked once.
+
+    Args:
+        targets: as for ``check_halo``.
+        definition: as for ``check_halo``.
+        expected_failures: as for ``check_halo``, for all targets.
+        max_examples: as for ``check_halo``.
+    """
+    import pytest
+
+    items = []
+    for number, given in enumerate(targets):
+        target = made(given)
+
+        @cache
+        def report(target: Any = target) -> Report:
+            return check_halo(
+                target,
+                definition=definition,
+                expected_failures=expected_failures,
+                on_fail="report",
+                max_examples=max_examples,
+            )
+
+        same = [other for other in targets if type(made(other)) is type(target)]
+        name = type(target).__name__ + (f"{number}" if len(same) > 1 else "")
+        for clause in clause_names(target, definition):
+            items.append(pytest.param(_item(report, clause), id=f"{name}-{clause}"))
+    return pytest.mark.parametrize("check", items)
+
+
+def _item(report: Callable[[], Report], name: str) -> Callable[[], None]:
+    def check() -> None:
+        import pytest
+
+        clause = next(c for c in report().clauses if c.clause == name)
+        if clause.status == "expected" or (clause.status == "failed" and not clause.required):
+            pytest.xfail(f"{clause.reason}: {clause.witness}")
+        assert clause.status == "passed", f"{report().target}, {name}: {clause.witness}"
+
+    return check

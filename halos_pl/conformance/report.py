@@ -1,0 +1,94 @@
+"""What a check found: a row a clause, and a verdict computed from the rows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Definition = Literal["icml", "v1"]
+Status = Literal["passed", "failed", "expected"]
+
+
+@dataclass(frozen=True)
+class Clause:
+    """One clause of the definition, held against one target.
+
+    Attributes:
+        clause: its name, with the term in front where an objective holds several HALO terms.
+        status: ``passed``, ``failed``, or ``expected``: failed, for a reason that is known.
+        witness: the smallest counter-example found, in numbers; None where none was.
+        reason: what else is to be said, such as why a failure was expected.
+        required: whether a failure counts against the target; a clause that is only reported does not.
+    """
+
+    clause: str
+    status: Status
+    witness: str | None = None
+    reason: str | None = None
+    required: bool = field(default=True, repr=False)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All clauses of one target under one definition.
+
+    Attributes:
+        target: its name.
+        definition: ``icml`` (ICML 2024, Def. 3.4) or ``v1`` (arXiv v1: any parameterised reward).
+        verdict: for an objective ``halo``, ``halo (two-sided)``, ``degenerate reference``, ``halo-shaped:
+            fails A, B``, ``composite`` or ``not a halo``; for a plug-in alone ``passes its clauses`` or ``fails A, B``.
+        clauses: in the order of the definition.
+        seconds: what the check took.
+        unusable: why nothing can be said of the target (it always raises, or returns another shape); else None.
+    """
+
+    target: str
+    definition: str
+    verdict: str
+    clauses: list[Clause]
+    seconds: float = 0.0
+    unusable: str | None = None
+
+    @property
+    def failed(self) -> list[str]:
+        """Names of the clauses with status ``failed``, those that are only reported included."""
+        return [clause.clause for clause in self.clauses if clause.status == "failed"]
+
+    @property
+    def sound(self) -> bool:
+        """Whether the verdict is one that the command line answers with exit status 0."""
+        return self.verdict in ("halo", "halo (two-sided)", "passes its clauses")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: target, definition, verdict and clauses."""
+        rows = [asdict(clause) for clause in self.clauses]
+        keys = ("clause", "status", "witness", "reason")
+        return {
+            "target": self.target,
+            "definition": self.definition,
+            "verdict": self.verdict,
+            "clauses": [{key: row[key] for key in keys} for row in rows],
+        }
+
+    def __str__(self) -> str:
+        width = max([len(clause.clause) for clause in self.clauses], default=0)
+        lines = [f"{self.target}, definition {self.definition}, {self.seconds:.1f} s", ""]
+        for clause in self.clauses:
+            shown = clause.status if clause.required or clause.status != "failed" else "failed (not required)"
+            said = "; ".join(text for text in (clause.witness, clause.reason) if text)
+            lines.append(f"{clause.clause:<{width}}  {shown:<8}  {said}".rstrip())
+        return "\n".join([*lines, "", f"verdict: {self.verdict}"])
+
+
+class CheckFailed(AssertionError):
+    """A clause failed that was not expected to. ``report`` has the rest.
+
+    Args:
+        report: what was found.
+    """
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        found = [c for c in report.clauses if c.status == "failed" and c.required]
+        said = "\n".join(f"  {c.clause}: {c.witness or c.reason}" for c in found)
+        super().__init__(f"{report.target} under definition {report.definition}: {report.verdict}\n{said}")

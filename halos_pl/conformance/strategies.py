@@ -1,0 +1,252 @@
+"""Hypothesis strategies for tests of plug-ins: outcomes, rows of a step, arguments of a value function.
+
+>>> @given(strategies.rows(Needs(rivals=True)))                             # doctest: +SKIP
+... def test_my_reward(rows): ...
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import typing
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Any, Literal, TypeVar
+
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from halos_pl.conformance.witness import Raised
+from halos_pl.outcomes import Needs, Rows
+from value_functions import ValueFunction
+
+T = TypeVar("T")
+Labels = Literal["mixed", "desirable", "undesirable"]
+
+
+def outcomes(largest: float = 1e4) -> st.SearchStrategy[float]:
+    """Outcomes u in nats: 0, tiny, ordinary and huge ones of either sign, at most ``largest`` in size."""
+    size = st.one_of(
+        st.sampled_from([0.0, 1e-12, 1e-6, 1.0, min(100.0, largest), largest]),
+        st.floats(0.0, min(10.0, largest)),
+        st.floats(0.0, largest),
+        st.floats(-38, math.log10(largest)).map(lambda e: min(10.0**e, largest)),
+    )
+    return st.builds(lambda sign, u: sign * u, st.sampled_from([1, -1]), size)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the rows of a step are made from; small numbers give small steps.
+
+    Attributes:
+        seed: of everything that is drawn.
+        units: pairs, or (without ``paired``) rows.
+        probes: mismatched rows.
+        tokens: width of the batch; rows have 1 to so many tokens.
+        scale: nats; log-probs lie between -3 * scale and 0, as multiples of a tenth of it.
+        paired: rows come as pairs of a desirable and an undesirable one.
+        labels: of rows that are not paired.
+        grouped: every prompt has two rows or more.
+    """
+
+    seed: int = 0
+    units: int = 1
+    probes: int = 0
+    tokens: int = 1
+    scale: float = 1.0
+    paired: bool = False
+    labels: Labels = "mixed"
+    grouped: bool = False
+
+    def rows(self, dtype: torch.dtype = torch.float64) -> Rows:
+        """The rows of the step, in no order, probes among them."""
+        drawn = self._rows(dtype)
+        return replace(drawn, **{f.name: getattr(drawn, f.name).clone() for f in fields(drawn)})
+
+    @lru_cache(maxsize=4096)  # noqa: B019  (a step is a few numbers)
+    def _rows(self, dtype: torch.dtype) -> Rows:
+        draw = torch.Generator().manual_seed(self.seed)
+        train = self.units * (2 if self.paired or self.grouped else 1)
+        n, width = train + self.probes, self.tokens
+        place = torch.randperm(n, generator=draw)
+        mask = torch.arange(width) < torch.randint(1, width + 1, (n, 1), generator=draw)
+        desirable = torch.rand(n, generator=draw) < 0.5
+        rival = torch.full((n,), -1)
+        own = place[:train]
+        if self.paired:
+            rival[own[0::2]], rival[own[1::2]] = own[1::2], own[0::2]
+            desirable[own[0::2]], desirable[own[1::2]] = True, False
+        elif self.labels != "mixed":
+            desirable[own] = self.labels == "desirable"
+        probe = torch.ones(n, dtype=torch.bool)
+        probe[own] = False
+        # One or two pairs (or rows) to a prompt; where groups are asked for, never a row by itself.
+        prompt = torch.empty(n, dtype=torch.long)
+        each = torch.arange(train) // 2 if self.paired or self.grouped else torch.arange(train)
+        prompt[own] = each // (1 + self.seed % 2)
+        prompt[place[train:]] = prompt[own[torch.arange(self.probes) % train]]
+
+        def log_probs() -> torch.Tensor:
+            tenths = torch.randint(0, 31, (n, width), generator=draw)
+            certain = torch.rand(n, width, generator=draw) < 0.1  # a log-prob of 0 is no padding
+            return -(tenths * ~certain).to(dtype) / 10 * self.scale * mask
+
+        policy, reference = log_probs(), log_probs()
+        alike = torch.rand(n, width, generator=draw) < 0.1
+        return Rows(
+            policy_logps=torch.where(alike, reference, policy),
+            reference_logps=reference,
+            mask=mask,
+            desirable=desirable,
+            rival=rival,
+            probe=probe,
+            group=prompt,
+            kl=log_probs().abs() / 10,
+        )
+
+
+def steps(needs: Needs | None = None, *, probes: bool | None = None) -> st.SearchStrategy[Step]:
+    """Steps that provide what ``needs`` asks for.
+
+    Args:
+        needs: of a plug-in or an objective.
+        probes: whether there may be probes that ``needs`` does not ask for; left out, where rows need no rivals.
+    """
+    needs = needs or Needs()
+    wanted = needs.probes or needs.samples > 0 or needs.exact_kl
+    allowed = (not needs.rivals) if probes is None else probes
+    paired = st.just(True) if needs.rivals else st.booleans()
+    return st.builds(
+        Step,
+        units=st.integers(1, 6),
+        probes=st.integers(int(wanted), 4 if wanted or allowed else 0),
+        tokens=st.integers(1, 5),
+        scale=st.sampled_from([1.0, 0.1, 10.0, 100.0]),
+        paired=paired,
+        labels=st.sampled_from(["mixed", "desirable", "undesirable"]),
+        grouped=st.just(True) if needs.groups else st.booleans(),
+        seed=st.integers(0, 2**31 - 1),
+    )
+
+
+def rows(needs: Needs | None = None, dtype: torch.dtype = torch.float64) -> st.SearchStrategy[Rows]:
+    """Rows of a step with pairs, probes, padding and prompts, as ``needs`` asks for."""
+    return steps(needs).map(lambda step: step.rows(dtype))
+
+
+def _of_annotation(annotation: Any, default: Any) -> st.SearchStrategy[Any]:
+    options = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Literal:
+        return st.sampled_from(list(options))
+    if annotation is bool:
+        return st.booleans()
+    if annotation in (float, int) or float in options or int in options:
+        if isinstance(default, (int, float)) and not isinstance(default, bool) and default:
+            # Multiples of the default keep its sign and stay in most ranges; at most 1 where it is.
+            factors = st.sampled_from([1.0, 0.1, 0.5, 0.9, *([] if 0 < default < 1 and default > 0.5 else [2.0, 5.0])])
+            scaled = factors.map(lambda f: default * f)
+            return scaled.map(round) if annotation is int else scaled
+        return st.sampled_from([0.5, 0.1, 1.0]) if annotation is not int else st.integers(1, 3)
+    if isinstance(annotation, type) and issubclass(annotation, ValueFunction):
+        from value_functions import Logistic
+
+        return st.builds(Logistic, beta=st.sampled_from([0.1, 1.0]))
+    return st.just(default)
+
+
+def arguments(cls: type) -> st.SearchStrategy[dict[str, Any]]:
+    """Keyword arguments that ``cls`` can be made with, from the annotations and defaults of its constructor.
+
+    Arguments that the constructor refuses with a ``ValueError`` are not drawn.
+    """
+    hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+    each = {}
+    for p in inspect.signature(cls).parameters.values():
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            continue
+        default = None if p.default is p.empty else p.default
+        drawn = _of_annotation(hints.get(p.name, Any), default)
+        each[p.name] = drawn if p.default is p.empty else st.one_of(st.just(default), drawn)
+
+    def accepted(given_arguments: dict[str, Any]) -> bool:
+        try:
+            cls(**given_arguments)
+        except ValueError:
+            return False
+        return True
+
+    return st.fixed_dictionaries(each).filter(accepted)
+
+
+# -- how the suite draws ------------------------------------------------------------------------------------
+
+
+def _settings(examples: int, *phases: Phase) -> settings:
+    return settings(
+        derandomize=True,
+        database=None,
+        deadline=None,
+        max_examples=examples,
+        phases=phases,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@lru_cache(maxsize=64)
+def _drawn(needs: Needs, probes: bool | None, examples: int) -> tuple[Step, ...]:
+    found: list[Step] = []
+
+    @_settings(examples, Phase.generate)
+    @given(steps(needs, probes=probes))
+    def draw(step: Step) -> None:
+        found.append(step)
+
+    draw()
+    return tuple(found)
+
+
+class _FoundError(Exception):
+    pass
+
+
+def smallest(
+    fault: Callable[[Step], str | None], needs: Needs, *, probes: bool | None = None, examples: int = 100
+) -> str | None:
+    """The witness of the smallest step that Hypothesis finds a fault with; None where ``fault`` finds none.
+
+    The steps are drawn once for all clauses with the same needs; only where one of them shows a fault does Hypothesis
+    run again to shrink it.
+    """
+
+    def found(step: Step) -> str | None:
+        try:
+            return fault(step)
+        except Exception as error:
+            return Raised.by(error)
+
+    drawn = _drawn(needs, probes, max(examples, 100))  # drawn once, however few of them a clause is tried on
+    first = next((witness for step in drawn[:examples] if (witness := found(step)) is not None), None)
+    if first is None:
+        return None
+    best: tuple[float, str] = (math.inf, first)
+    tries, most = 0, min(150, 3 * examples)  # a count and not a time, so that the witness is the same on any machine
+
+    @_settings(max(examples, 50), Phase.generate, Phase.shrink)
+    @given(steps(needs, probes=probes))
+    def run(step: Step) -> None:
+        nonlocal tries, best
+        tries += 1
+        witness = found(step) if tries <= most else None
+        if witness is not None:
+            size = (step.units * 2 + step.probes) * 10 + step.tokens + (step.scale != 1)
+            best = min(best, (size, witness), key=lambda b: b[0])
+            raise _FoundError
+
+    with suppress(Exception):  # what was found, or that the tries ran out while it was shrunk
+        run()
+    return best[1]
+

@@ -1,0 +1,39 @@
+"""What a check says of a fault: text that a person can put into a calculator."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+class WrongShape(str):
+    """A witness that something of another shape came back, so that nothing else can be said of the target."""
+
+
+class Raised(str):
+    """A witness that the target raised."""
+
+    @classmethod
+    def by(cls, error: BaseException) -> Raised:
+        """In one line."""
+        return cls(f"raises {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+
+def number(x: float) -> str:
+    """A number with no more digits than it has."""
+    return f"{x + 0.0:.12g}"  # no -0
+
+
+def pair(x: float, y: float) -> tuple[str, str]:
+    """Two different numbers with as few digits as show the difference."""
+    x, y = x + 0.0, y + 0.0
+    for digits in range(3, 17):
+        a, b = f"{x:.{digits}g}", f"{y:.{digits}g}"
+        if float(a) != float(b) and abs((float(a) - float(b)) / (x - y) - 1) < 0.2:
+            return a, b
+    return repr(x), repr(y)
+
+
+def listed(values: Tensor) -> str:
+    """Up to six numbers."""
+    shown = ", ".join(f"{x + 0.0:.6g}" for x in values.detach().flatten()[:6].tolist())
+    return f"({shown}{', ...' if values.numel() > 6 else ''})"

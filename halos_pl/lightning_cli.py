@@ -1,0 +1,172 @@
+"""LightningCLI over the module and the DataModule, and the commands that work on what a run left."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from halos_pl.callbacks import LAST, LastCheckpoint, PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig
+from halos_pl.data import DataError, FeedbackDataModule
+from halos_pl.export import export
+from halos_pl.feedback import Feedback
+from halos_pl.generate import generate_file
+from halos_pl.module import HALOModule, NonFiniteLossError, check_trainer
+from halos_pl.objective import Objective
+from halos_pl.policy.loading import ModelError
+from halos_pl.policy.reference import ReferenceModel
+from halos_pl.reference_points import ReferencePoint
+from halos_pl.rewards import Reward
+from value_functions import ValueFunction
+
+PLUGINS: dict[str, type] = {
+    "value_function": ValueFunction,
+    "reference_point": ReferencePoint,
+    "reward": Reward,
+    "feedback": Feedback,
+    "reference_model": ReferenceModel,
+    "extra_terms": Objective,
+}
+TOOLS: dict[str, Callable[..., None]] = {"export": export, "generate": generate_file}
+
+
+class RunError(RuntimeError):
+    """The run's folder does not allow what was asked."""
+
+
+# What other libraries say to their own developers, not to our users.
+NOISE = (
+    r".*isinstance\(treespec, LeafSpec\)",
+    r".*is_gradient_checkpointing",
+    r".*Couldn't infer the batch indices",
+    r".*does not have many workers",
+    r".*Experiment logs directory",
+)
+
+# What a user can mend is said in a line; a traceback is for what only we can.
+USER_ERRORS = (DataError, ModelError, RunError, NonFiniteLossError, FileExistsError, FileNotFoundError, ValueError)
+
+
+def _known_classes(base: type) -> list[str]:
+    """Names of the concrete subclasses of ``base`` that have been imported, base classes of users included."""
+    found: set[str] = set()
+    todo: list[type] = [base]
+    while todo:
+        cls: type
+        for cls in todo.pop().__subclasses__():
+            todo.append(cls)
+            if not getattr(cls, "__abstractmethods__", None):
+                found.add(cls.__name__)
+    return sorted(found)
+
+
+class HalosParser(LightningArgumentParser):
+    """Says which classes there are when a plug-in's name is not one of them, which jsonargparse does not."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        for name, base in PLUGINS.items():
+            if re.search(rf"model\.{name}\b", message):
+                message += (
+                    f"\n\nmodel.{name} takes one of: {', '.join(_known_classes(base))}; or the dotted path of a class"
+                    f" of yours that extends {base.__module__.removesuffix('.base')}.{base.__name__}"
+                )
+                break
+        super().error(message, ex)
+
+
+class HalosCLI(LightningCLI):
+    """LightningCLI over :class:`HALOModule` and :class:`FeedbackDataModule`, with one folder per run.
+
+    Everything a run writes is in ``run_dir``: the resolved config, checkpoints, metrics, a summary, plots.
+    ``--ckpt_path last`` means that folder's last checkpoint, and is an error where there is none. A new fit
+    into a folder that holds a run already moves that run aside instead of writing into it.
+    """
+
+    def __init__(self, args: Any = None) -> None:
+        further = f"Further commands, each with --help: {', '.join(f'halos {name}' for name in ('check', *TOOLS))}."
+        super().__init__(
+            HALOModule,
+            FeedbackDataModule,
+            save_config_callback=SaveRunConfig,
+            trainer_defaults={
+                "callbacks": [],
+                "max_epochs": 1,
+                "log_every_n_steps": 1,
+                "gradient_clip_val": 10.0,
+                "num_sanity_val_steps": 0,
+            },
+            seed_everything_default=0,
+            parser_kwargs={"description": f"Align language models with human-aware losses. {further}"},
+            parser_class=HalosParser,
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run_dir", default="runs/latest", help="Folder of everything this run writes.")
+        parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: our checkpoints hold no hyper-parameters; ``config.yaml`` does."""
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        run_dir = Path(config.run_dir)
+        config.trainer.default_root_dir = str(run_dir)
+        if config.get("ckpt_path") == "last":
+            if not (run_dir / LAST).is_file():
+                raise RunError(
+                    f"--ckpt_path last: {run_dir / LAST} does not exist, so there is nothing to go on from; check"
+                    " --run_dir, or leave --ckpt_path out to start a new run"
+                )
+            config.ckpt_path = str(run_dir / LAST)
+        elif config.get("ckpt_path") and not Path(config.ckpt_path).is_file():
+            raise RunError(f"--ckpt_path: {config.ckpt_path} does not exist")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        config = self.config[self.subcommand]
+        if config.trainer.logger in (None, True):
+            kwargs["logger"] = RunCSVLogger(config.run_dir) if self.subcommand == "fit" else False
+        trainer: Any = super().instantiate_trainer(**kwargs)
+        trainer.callbacks.extend([RunReport(), PredictionWriter()])
+        check_trainer(trainer)
+        return trainer
+
+
+def run_tool(name: str, words: list[str]) -> None:
+    """Runs a command of ``TOOLS``: its parameters before the ``*`` are positional, the others are options."""
+    tool = TOOLS[name]
+    kinds = inspect.signature(tool).parameters
+    options: set[str | int] = {key for key, p in kinds.items() if p.kind is p.KEYWORD_ONLY}
+    parser = ArgumentParser(prog=f"halos {name}", description=(tool.__doc__ or "").splitlines()[0])
+    parser.add_function_arguments(tool, as_positional=True, as_group=False, skip=options)
+    parser.add_function_arguments(tool, as_positional=False, as_group=False, skip=set[str | int](kinds) - options)
+    tool(**parser.instantiate(parser.parse_args(words)).as_dict())
+
+
+def run(args: list[str] | None = None) -> None:
+    """A command of ``TOOLS``, else LightningCLI's; ``args`` are its words, left out those of this process.
+
+    Raises:
+        SystemExit: 1 for what a user can mend, said in a line.
+    """
+    for noise in NOISE:
+        warnings.filterwarnings("ignore", noise)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+    words = sys.argv[1:] if args is None else args
+    try:
+        if words and words[0] in TOOLS:
+            run_tool(words[0], words[1:])
+        else:
+            HalosCLI(args)
+    except USER_ERRORS as error:
+        print(f"halos: {type(error).__name__}: {error}", file=sys.stderr)
+        raise SystemExit(1) from error

@@ -1,0 +1,421 @@
+"""Rewards, reference points and feedbacks with one mistake each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+
+import torch
+from mutant import Mutant
+from torch import Tensor
+
+from halos_pl.distributed import sum_over_ranks
+from halos_pl.feedback import Feedback, Judgement
+from halos_pl.outcomes import Needs, Rows
+from halos_pl.reference_points import ReferencePoint
+from halos_pl.rewards import Reward
+
+# -- rewards ------------------------------------------------------------------------------------------------
+
+
+class Formula(Reward):
+    """r = ``formula(rows)``."""
+
+    needs = Needs(reference=True)
+
+    def __init__(self, formula: Callable[[Rows], Tensor]) -> None:
+        super().__init__()
+        self.formula = formula
+
+    def forward(self, rows: Rows) -> Tensor:
+        return self.formula(rows)
+
+
+def token_ratio(rows: Rows) -> Tensor:
+    """log pi_theta / pi_ref of each token, [n, T]."""
+    assert rows.reference_logps is not None
+    return rows.policy_logps - rows.reference_logps
+
+
+def ratio(rows: Rows) -> Tensor:
+    """... of each row, [n]."""
+    return token_ratio(rows).sum(dim=1)
+
+
+def reward(name: str, clauses: tuple[str, ...] | str, formula: Callable[[Rows], Tensor]) -> Mutant:
+    clauses = (clauses,) if isinstance(clauses, str) else clauses
+    return Mutant(name, clauses, lambda rng: Formula(formula))
+
+
+def scaled(name: str, clause: str, formula: Callable[[Rows, float], Tensor], *sizes: float) -> Mutant:
+    """As ``reward`` with a number that is drawn from ``sizes``."""
+
+    def make(rng: Random) -> Reward:
+        size = rng.choice(sizes)
+        return Formula(lambda rows: formula(rows, size))
+
+    return Mutant(name, (clause,), make)
+
+
+def by_nonzero_ratio(rows: Rows) -> Tensor:
+    tokens = token_ratio(rows)
+    return tokens.sum(dim=1) / (tokens != 0).sum(dim=1)
+
+
+def by_nonzero_logp(rows: Rows) -> Tensor:
+    return ratio(rows) / (rows.policy_logps != 0).sum(dim=1).clamp(min=1)
+
+
+REWARDS = [
+    reward("keeps the token dimension", "reward_shape", lambda rows: token_ratio(rows).sum(dim=1, keepdim=True)),
+    reward("sums over the rows", "reward_shape", lambda rows: token_ratio(rows).sum()),
+    reward("sums the wrong dimension", "reward_shape", lambda rows: token_ratio(rows).sum(dim=0)),
+    reward(
+        "squeezes a batch of one",
+        "reward_shape",
+        lambda rows: token_ratio(rows).sum(dim=1, keepdim=True).squeeze(),
+    ),
+    scaled("offset", "reward_zero_at_reference", lambda rows, size: ratio(rows) + size, 1e-3, 0.1, -1.0),
+    reward("ratio in place of its log", "reward_zero_at_reference", lambda rows: ratio(rows).clamp(max=50).exp()),
+    reward("no reference in it", "reward_zero_at_reference", lambda rows: rows.policy_logps.sum(dim=1)),
+    reward(
+        "bonus for desirable rows", "reward_zero_at_reference", lambda rows: ratio(rows) + 0.1 * rows.desirable.float()
+    ),
+    reward("wrong sign", "reward_linear", lambda rows: -ratio(rows)),
+    reward("squared", "reward_linear", lambda rows: ratio(rows).square()),
+    reward("size", "reward_linear", lambda rows: ratio(rows).abs()),
+    scaled("clamps the row", "reward_linear", lambda rows, size: ratio(rows).clamp(-size, size), 1.0, 5.0, 20.0),
+    scaled(
+        "clamps each token",
+        "reward_linear",
+        lambda rows, size: token_ratio(rows).clamp(-size, size).sum(dim=1),
+        0.5,
+        2.0,
+        10.0,
+    ),
+    reward("a bounded transform", "reward_linear", lambda rows: torch.tanh(ratio(rows) / 10)),
+    reward(
+        "times the policy's probability",
+        "reward_linear",
+        lambda rows: ratio(rows) * (1 + rows.policy_logps.mean(dim=1).exp()),
+    ),
+    reward(
+        "times the policy's probability, detached",
+        "reward_linear",
+        lambda rows: ratio(rows) * (1 + rows.policy_logps.mean(dim=1).exp().detach()),
+    ),
+    reward(
+        "divides by the policy's surprise",
+        "reward_linear",
+        lambda rows: ratio(rows) / (1 + rows.policy_logps.detach().abs().sum(dim=1)),
+    ),
+    reward(
+        "normalises over the batch",
+        "reward_linear",
+        lambda rows: ratio(rows) / (ratio(rows).detach().abs().mean() + 1e-6),
+    ),
+    reward("negative factor for short completions", "reward_linear", lambda rows: ratio(rows) * (rows.mask.sum(1) - 2)),
+    reward("only the first two tokens", "reward_linear", lambda rows: token_ratio(rows)[:, :2].sum(dim=1)),
+    reward("fully detached", "reward_linear", lambda rows: ratio(rows).detach()),
+    reward("divides by the padded length", "reward_padding", lambda rows: token_ratio(rows).mean(dim=1)),
+    reward(
+        "counts non-zero log-ratios as tokens",
+        ("reward_padding", "reward_zero_at_reference", "reward_linear"),
+        by_nonzero_ratio,
+    ),
+    reward("counts non-zero log-probs as tokens", ("reward_linear", "reward_padding"), by_nonzero_logp),
+    reward(
+        "the last column is the last token",
+        ("reward_padding", "reward_linear"),
+        lambda rows: ratio(rows) + token_ratio(rows)[:, -1],
+    ),
+    reward(
+        "longest completion of the batch as length",
+        ("reward_padding", "reward_linear"),
+        lambda rows: ratio(rows) / rows.mask.shape[1] ** 0.5,
+    ),
+]
+
+# -- reference points ---------------------------------------------------------------------------------------
+
+
+class Estimate(ReferencePoint):
+    """z0 = ``formula(rewards, rows)`` of the given scope and needs."""
+
+    def __init__(
+        self, formula: Callable[[Tensor, Rows], Tensor], *, scope: str = "step", needs: Needs | None = None
+    ) -> None:
+        super().__init__()
+        self.formula = formula
+        self.scope = scope  # type: ignore[assignment]
+        self.needs = needs or Needs(step_rewards=True)
+
+    def forward(self, rewards: Tensor, rows: Rows) -> Tensor:
+        return self.formula(rewards, rows)
+
+
+def over_ranks(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and count, in float64, without gradient."""
+    return sum_over_ranks(values.detach().double().sum()), sum_over_ranks(values.new_tensor(float(len(values))))
+
+
+def mean(values: Tensor) -> Tensor:
+    """The right mean, which most mutants spoil."""
+    total, count = over_ranks(values)
+    return (total / count.clamp(min=1)).to(values)
+
+
+def own(rewards: Tensor, rows: Rows) -> Tensor:
+    return rewards[rows.train].detach()
+
+
+def estimate(name: str, clauses: tuple[str, ...] | str, formula: Callable[[Tensor, Rows], Tensor], **kwargs) -> Mutant:
+    clauses = (clauses,) if isinstance(clauses, str) else clauses
+    return Mutant(name, clauses, lambda rng: Estimate(formula, **kwargs))
+
+
+def mean_of_rank_means(rewards: Tensor, rows: Rows) -> Tensor:
+    ranks = sum_over_ranks(rewards.new_ones(()))
+    return sum_over_ranks(own(rewards, rows).mean()) / ranks
+
+
+def with_gradient(rewards: Tensor, rows: Rows) -> Tensor:
+    with torch.enable_grad():
+        return ratio(rows)[rows.train].mean()
+
+
+def exponential_mean(rewards: Tensor, rows: Rows) -> Tensor:
+    total, count = over_ranks(own(rewards, rows).exp())
+    return (total / count.clamp(min=1)).log().to(rewards)
+
+
+def standardised(rewards: Tensor, rows: Rows) -> Tensor:
+    values = own(rewards, rows)
+    center = mean(values)
+    spread = (sum_over_ranks((values - center).square().sum()) / (over_ranks(values)[1] - 1)).sqrt()
+    # Nothing is done with the spread but what rounds to nothing: the mistake is the n - 1 of a single row.
+    return center + 0 * spread
+
+
+def inverse_squares(rewards: Tensor, rows: Rows) -> Tensor:
+    values = own(rewards, rows)
+    weights = (values - mean(values)).square().reciprocal()
+    return (over_ranks(weights * values)[0] / over_ranks(weights)[0]).to(rewards)
+
+
+def neighbours(rewards: Tensor, rows: Rows) -> Tensor:
+    return rewards.detach().roll(1)
+
+
+def fading_weights(rewards: Tensor, rows: Rows) -> Tensor:
+    values = own(rewards, rows)
+    weights = 0.9 ** torch.arange(len(values)).to(values)
+    return (values * weights).sum() / weights.sum().clamp(min=1e-9)
+
+
+class FromZero(ReferencePoint):
+    """An exponential moving average that starts at 0."""
+
+    needs = Needs(step_rewards=True)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = 0.0
+
+    def forward(self, rewards: Tensor, rows: Rows) -> Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * float(mean(own(rewards, rows)))
+        return rewards.new_tensor(self.mean)
+
+
+probes = Needs(probes=True)
+REFERENCES = [
+    estimate(
+        "sum in place of mean", "reference_in_range", lambda r, rows: sum_over_ranks(own(r, rows).double().sum()).to(r)
+    ),
+    estimate("offset", "reference_in_range", lambda r, rows: mean(own(r, rows)) + 0.5),
+    estimate(
+        "mean plus spread",
+        "reference_in_range",
+        lambda r, rows: mean(own(r, rows)) + 3 * mean((own(r, rows) - mean(own(r, rows))).square()).sqrt() + 1e-2,
+    ),
+    estimate(
+        "divides by a fixed batch size",
+        ("reference_in_range", "reference_shift_equivariant", "reference_split"),
+        lambda r, rows: (over_ranks(own(r, rows))[0] / 32).to(r),
+    ),
+    estimate(
+        "clamps at zero",
+        ("reference_shift_equivariant", "reference_in_range"),
+        lambda r, rows: mean(r[rows.probe]).clamp(min=0),
+        needs=probes,
+    ),
+    estimate(
+        "shrinks towards zero",
+        ("reference_shift_equivariant", "reference_in_range"),
+        lambda r, rows: 0.9 * mean(own(r, rows)),
+    ),
+    estimate(
+        "mean of sizes",
+        ("reference_shift_equivariant", "reference_in_range"),
+        lambda r, rows: mean(own(r, rows).abs()),
+    ),
+    estimate(
+        "clamps into a range",
+        ("reference_shift_equivariant", "reference_in_range"),
+        lambda r, rows: mean(own(r, rows)).clamp(-0.5, 0.5),
+    ),
+    Mutant(
+        "running mean that starts at zero",
+        ("reference_shift_equivariant", "reference_in_range"),
+        lambda rng: FromZero(),
+    ),
+    estimate(
+        "count one too high",
+        ("reference_shift_equivariant", "reference_in_range"),
+        lambda r, rows: (over_ranks(own(r, rows))[0] / (over_ranks(own(r, rows))[1] + 1)).to(r),
+    ),
+    estimate(
+        "the first row's reward",
+        ("reference_permutation_equivariant", "reference_split"),
+        lambda r, rows: own(r, rows)[0],
+    ),
+    estimate("the neighbour's reward", ("reference_permutation_equivariant", "reference_split"), neighbours),
+    estimate("weights that fade with the place", "reference_permutation_equivariant", fading_weights),
+    estimate(
+        "the neighbour's reward, row by row",
+        ("reference_permutation_equivariant", "reference_split"),
+        lambda r, rows: r.roll(1),
+        scope="row",
+    ),
+    estimate(
+        "mean without detach",
+        ("reference_detached", "reference_split"),
+        lambda r, rows: r[rows.train].mean(),
+    ),
+    estimate("reads the policy with gradient", ("reference_detached",), with_gradient),
+    estimate(
+        "soft maximum with gradient",
+        ("reference_detached", "reference_split"),
+        lambda r, rows: (torch.softmax(r[rows.train], 0) * r[rows.train]).sum(),
+    ),
+    estimate("largest of this rank", "reference_split", lambda r, rows: own(r, rows).max()),
+    estimate("mean of this rank", "reference_split", lambda r, rows: own(r, rows).mean()),
+    estimate("mean of rank means", "reference_split", mean_of_rank_means),
+    estimate("mean of each micro-batch", "reference_split", lambda r, rows: mean(own(r, rows)), scope="row"),
+    estimate(
+        "reads rows that it did not ask for", "reference_split", lambda r, rows: mean(own(r, rows)), needs=Needs()
+    ),
+    estimate("probes and other rows alike", "reference_split", lambda r, rows: mean(r.detach()), needs=probes),
+    estimate("exponential mean that overflows", "reference_finite", exponential_mean),
+    estimate("n - 1 of a single row", "reference_finite", standardised),
+    estimate("weights by inverse squares, 0 / 0 where all are alike", "reference_finite", inverse_squares),
+]
+
+# -- feedback -----------------------------------------------------------------------------------------------
+
+
+class Judge(Feedback):
+    """``spoil`` applied to plain thumbs up and down."""
+
+    needs = Needs(reference=True, undesirable=True)
+
+    def __init__(self, spoil: Callable[[Judgement, Rows], Judgement]) -> None:
+        super().__init__()
+        self.spoil = spoil
+
+    def forward(self, rows: Rows) -> Judgement:
+        like = torch.ones_like(rows.desirable, dtype=torch.float32)
+        right = Judgement(torch.where(rows.desirable, -like, like), like * rows.train, rows.train.sum().float())
+        return self.spoil(right, rows)
+
+
+def feedback(name: str, clauses: tuple[str, ...] | str, spoil: Callable[[Judgement, Rows], Judgement]) -> Mutant:
+    clauses = (clauses,) if isinstance(clauses, str) else clauses
+    return Mutant(name, clauses, lambda rng: Judge(spoil))
+
+
+def negative_class(desirable: bool) -> Callable[[Random], Feedback]:
+    def make(rng: Random) -> Feedback:
+        factor = -rng.choice([1e-3, 0.1, 1.0])
+        return Judge(
+            lambda j, rows: j._replace(weight=torch.where(rows.desirable == desirable, factor * j.weight, j.weight))
+        )
+
+    return make
+
+
+FEEDBACKS = [
+    feedback("labels 0 and 1 as signs", "feedback_sign", lambda j, rows: j._replace(sign=1 - rows.desirable.float())),
+    feedback("sign 0 for probes", "feedback_sign", lambda j, rows: j._replace(sign=j.sign * rows.train)),
+    feedback(
+        "sign 2 for one class",
+        "feedback_sign",
+        lambda j, rows: j._replace(sign=torch.where(rows.desirable, j.sign, 2 * j.sign)),
+    ),
+    feedback("centred signs", "feedback_sign", lambda j, rows: j._replace(sign=j.sign - j.sign.mean())),
+    feedback("sign as a column", "feedback_sign", lambda j, rows: j._replace(sign=j.sign[:, None])),
+    Mutant("negative weight for undesirable rows", ("feedback_weight",), negative_class(False)),
+    Mutant("negative weight for desirable rows", ("feedback_weight",), negative_class(True)),
+    feedback(
+        "advantage with its sign as weight",
+        "feedback_weight",
+        lambda j, rows: j._replace(weight=(rows.desirable.float() - 0.5) * rows.train),
+    ),
+    feedback("probes weigh as well", "feedback_weight", lambda j, rows: j._replace(weight=torch.ones_like(j.weight))),
+    feedback(
+        "`weight or 1.0`",
+        "feedback_weight",
+        lambda j, rows: j._replace(weight=torch.tensor([w or 1.0 for w in j.weight.tolist()])),
+    ),
+    feedback("weight as a column", "feedback_weight", lambda j, rows: j._replace(weight=j.weight[:, None])),
+    feedback(
+        "weight by the policy's probability",
+        "feedback_independent_of_theta",
+        lambda j, rows: j._replace(weight=j.weight * rows.policy_logps.detach().mean(dim=1).exp()),
+    ),
+    feedback(
+        "weight by the policy's probability, with gradient",
+        "feedback_independent_of_theta",
+        lambda j, rows: j._replace(weight=j.weight * rows.policy_logps.mean(dim=1).exp()),
+    ),
+    feedback(
+        "focal weight of the log-ratio",
+        "feedback_independent_of_theta",
+        lambda j, rows: j._replace(weight=j.weight * torch.sigmoid(-0.1 * ratio(rows).detach().float())),
+    ),
+    feedback(
+        "sign of the reward",
+        "feedback_independent_of_theta",
+        lambda j, rows: j._replace(sign=torch.where(ratio(rows) > 0, -1.0, 1.0)),
+    ),
+    feedback(
+        "denominator counts non-zero log-probs",
+        "feedback_independent_of_theta",
+        lambda j, rows: j._replace(denominator=(rows.policy_logps != 0).sum().float()),
+    ),
+    feedback(
+        "denominator of likelihoods",
+        "feedback_independent_of_theta",
+        lambda j, rows: j._replace(denominator=j.denominator * (1 + rows.policy_logps.detach().exp().mean().float())),
+    ),
+    feedback(
+        "divides by the desirable rows only",
+        "feedback_finite",
+        lambda j, rows: j._replace(denominator=(rows.desirable & rows.train).sum().float()),
+    ),
+    feedback(
+        "divides by the pairs where there are none",
+        "feedback_finite",
+        lambda j, rows: j._replace(denominator=((rows.rival >= 0) & rows.train).sum().float() / 2),
+    ),
+    feedback("n - 1", "feedback_finite", lambda j, rows: j._replace(denominator=j.denominator - 1)),
+    feedback("negative denominator", "feedback_finite", lambda j, rows: j._replace(denominator=-j.denominator)),
+    feedback(
+        "weights by the share of the class, 0 / 0",
+        ("feedback_finite", "feedback_weight"),
+        lambda j, rows: j._replace(weight=j.weight / (rows.desirable & rows.train).sum() * j.weight),
+    ),
+]
+
+MUTANTS = REWARDS + REFERENCES + FEEDBACKS
