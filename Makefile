@@ -4,7 +4,7 @@ TORCH := 2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: quickstart test test-slow check lint clean
+.PHONY: quickstart test test-slow check lint readme clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python experiments/quickstart/run.py
@@ -16,6 +16,10 @@ test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
 check: lint test
+
+# The table of verdicts in README.md.
+readme: $(INSTALLED)
+	$(BIN)/halos check --all --write README.md
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,30 @@ from halos_pl.objective import HALO, Objective, Sum
 from halos_pl.reference_points import ReferencePoint
 from halos_pl.rewards import Reward
 from value_functions import ValueFunction
+
+PARTS: dict[str, type] = {
+    "value_function": ValueFunction,
+    "reference_point": ReferencePoint,
+    "reward": Reward,
+    "feedback": Feedback,
+    "extra_terms": Objective,
+}
+
+
+def choices(name: str, base: type) -> str:
+    """What the argument ``name`` takes, in words: the concrete subclasses of ``base`` that have been imported."""
+    found: set[str] = set()
+    todo: list[type] = [base]
+    while todo:
+        cls: type
+        for cls in todo.pop().__subclasses__():
+            todo.append(cls)
+            if not inspect.isabstract(cls):
+                found.add(cls.__name__)
+    return (
+        f"{name} takes one of: {', '.join(sorted(found))}; or the dotted path of a class of yours that extends"
+        f" {base.__module__.removesuffix('.base')}.{base.__name__}"
+    )
 
 
 def build_objective(
@@ -80,9 +105,13 @@ def load_objective(path: str | Path) -> Objective:
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict):
         raise ValueError(f"{path}: no objective file; it has no model: part that names plug-ins")
-    known = _parser().get_defaults().keys()
+    known = inspect.signature(build_objective).parameters
     parts: dict[str, Any] = {name: value for name, value in model.items() if name in known}
     try:
         return build_objective(**_parser().instantiate(_parser().parse_object(parts)))
-    except (ArgumentError, ValueError, TypeError) as error:
+    except ArgumentError as error:
+        part = next((name for name in PARTS if f'"{name}' in str(error).partition("\n")[0]), None)
+        hint = f"\n{choices(part, PARTS[part])}" if part else ""
+        raise ValueError(f"{path}: {error}{hint}") from error
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error

@@ -8,20 +8,21 @@ import importlib.util
 import inspect
 import json as jsons
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from jsonargparse import ArgumentParser
+from rich.console import Console
 
 from halos_pl.build import load_objective
 from halos_pl.conformance.check import KINDS, Target, made, reports, required_arguments
-from halos_pl.conformance.report import Definition, Report
+from halos_pl.conformance.report import TITLES, Definition, Report
 
 FAMILY = Path("experiments", "objectives")
-TITLES: dict[Definition, str] = {"icml": "ICML 2024, Def. 3.4", "v1": "arXiv v1"}
+START, END = "<!-- halos check --all: this table is generated -->\n", "<!-- end of the table -->\n"
 
 
 class TargetError(ValueError):
@@ -46,11 +47,11 @@ def _known(name: str) -> type | None:
 def _from_file(path: Path, name: str) -> Any:
     if not path.is_file():
         raise TargetError(f"{path}: no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"target_{path.stem}", path)  # no name that a library may have
     if spec is None or spec.loader is None:
         raise TargetError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[spec.name] = module
     sys.path.insert(0, str(path.parent))  # so that it can import what lies beside it
     try:
         spec.loader.exec_module(module)
@@ -98,7 +99,7 @@ def objective_of(path: str | Path) -> Target:
     except OSError as error:
         raise TargetError(f"{path}: {error.strerror or error}") from error
     except (ValueError, yaml.YAMLError) as error:  # it names the file itself
-        raise TargetError(" ".join(str(error).split())[:300]) from error
+        raise TargetError(" ".join(str(error).split())) from error
 
 
 def load_target(target: str, init_args: str | None = None) -> Target:
@@ -153,61 +154,58 @@ def family(folder: Path | None = None, *, thorough: bool = False) -> Iterator[tu
         yield path.stem, reports(objective_of(path), thorough=thorough)
 
 
-def family_table(folder: Path | None = None, *, thorough: bool = False) -> Iterator[str]:
-    """The lines of a Markdown table: a row a loss, a column a definition. The README holds a copy."""
+def family_table(checked: Iterable[tuple[str, dict[Definition, Report]]]) -> Iterator[str]:
+    """The lines of a Markdown table of ``family()``: a row a loss, a column a definition. The README holds a copy."""
     yield f"| loss | {' | '.join(TITLES.values())} |"
     yield f"|{'---|' * (1 + len(TITLES))}"
-    for name, found in family(folder, thorough=thorough):
+    for name, found in checked:
         yield f"| {name} | {' | '.join(found[definition].verdict for definition in TITLES)} |"
 
 
-def check(
-    target: str | None = None,
-    *,
-    definition: Definition = "icml",
-    json: bool = False,
-    init_args: str | None = None,
-    all: bool = False,
-    thorough: bool = False,
-) -> None:
-    """Hold a loss, or a part of one, to the definition of human-aware losses. The target's code is executed.
+def _write(table: list[str], path: Path) -> None:
+    """Puts the table in the place of the one between the marks in ``path``."""
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise TargetError(f"{path}: {error.strerror or error}") from error
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise TargetError(f"{path} has no place for the table: it takes a line {START.strip()} and one {END.strip()}")
+    path.write_text(before + start + "".join(f"{line}\n" for line in table) + end + after)
 
-    Args:
-        target: an objective's YAML file, a dotted class, ``path/to/file.py:Class``, or the bare name of a plug-in.
-        definition: ``icml`` (Ethayarajh et al., ICML 2024, Def. 3.4) or ``v1`` (arXiv v1: any parameterised reward).
-        json: print plain data instead of a table.
-        init_args: the class's arguments as JSON.
-        all: check every file of experiments/objectives, under both definitions.
-        thorough: search longer, up to 30 s.
+
+def _check_all(json: bool, thorough: bool, write: Path | None) -> None:
+    if json:
+        both = [report for _, found in family(thorough=thorough) for report in found.values()]
+        print(jsons.dumps([report.to_json() for report in both], indent=2))
+        return
+    lines = []
+    for line in family_table(family(thorough=thorough)):
+        print(line, flush=True)
+        lines.append(line)
+    if write:
+        _write(lines, write)
+
+
+def _check_one(target: str, definition: Definition, json: bool, init_args: str | None, thorough: bool) -> Report:
+    found = reports(load_target(target, init_args), thorough=thorough)[definition]
+    report = replace(found, target=target)
+    if report.unusable:
+        raise TargetError(f"{target} cannot be checked: {report.unusable}")
+    if json:
+        print(jsons.dumps(report.to_json(), indent=2))
+    else:  # what is piped somewhere is not wrapped
+        Console(width=None if sys.stdout.isatty() else 1000).print(report)
+    return report
+
+
+def run(words: list[str]) -> None:
+    """``halos check WORDS``: its flags take no value and its target may be left out, unlike those of other commands.
 
     Raises:
         SystemExit: 1 for what is no HALO (or fails its clauses), 2 for what could not be checked.
     """
-    try:
-        if all == (target is not None):
-            raise TargetError("name one target, or say --all")
-        if all:
-            if json:
-                both = [report for _, found in family(thorough=thorough) for report in found.values()]
-                print(jsons.dumps([report.to_json() for report in both], indent=2))
-            else:
-                for line in family_table(thorough=thorough):
-                    print(line, flush=True)
-            return
-        found = reports(load_target(str(target), init_args), thorough=thorough)[definition]
-        report = replace(found, target=str(target))
-        if report.unusable:
-            raise TargetError(f"{target} cannot be checked: {report.unusable}")
-    except TargetError as error:
-        print(f"halos check: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    print(jsons.dumps(report.to_json(), indent=2) if json else report)
-    if not report.sound:
-        raise SystemExit(1)
-
-
-def run(words: list[str]) -> None:
-    """``halos check WORDS``. Its flags take no value and its target may be left out, unlike those of other commands."""
     parser = argparse.ArgumentParser(
         prog="halos check",
         description="Hold a loss, or a part of one, to the definition of human-aware losses.",
@@ -221,7 +219,20 @@ def run(words: list[str]) -> None:
     )
     parser.add_argument("--definition", choices=get_args(Definition), default="icml", help="ICML 2024 or arXiv v1")
     parser.add_argument("--json", action="store_true", help="print plain data instead of a table")
-    parser.add_argument("--init_args", metavar="JSON", help='the class\'s arguments, such as {"beta": 0.2}')
+    parser.add_argument("--init_args", metavar="JSON", help='the class\'s arguments, such as \'{"beta": 0.2}\'')
     parser.add_argument("--all", action="store_true", help="every file of experiments/objectives, both definitions")
-    parser.add_argument("--thorough", action="store_true", help="search longer, up to 30 s")
-    check(**vars(parser.parse_args(words)))
+    parser.add_argument("--write", metavar="FILE", type=Path, help="with --all: put the table into FILE as well")
+    parser.add_argument("--thorough", action="store_true", help="search longer, up to 30 s for a target")
+    given = parser.parse_args(words)
+    if given.all == (given.target is not None):
+        parser.error("name one target, or say --all")
+    try:
+        if given.all:
+            _check_all(given.json, given.thorough, given.write)
+            return
+        report = _check_one(given.target, given.definition, given.json, given.init_args, given.thorough)
+    except TargetError as error:
+        print(f"halos check: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    if not report.sound:
+        raise SystemExit(1)

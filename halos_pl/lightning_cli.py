@@ -14,27 +14,16 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from halos_pl.build import PARTS, choices
 from halos_pl.callbacks import LAST, LastCheckpoint, PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig
 from halos_pl.data import DataError, FeedbackDataModule
 from halos_pl.export import export
-from halos_pl.feedback import Feedback
 from halos_pl.generate import generate_file
 from halos_pl.module import HALOModule, NonFiniteLossError, check_trainer
-from halos_pl.objective import Objective
 from halos_pl.policy.loading import ModelError
 from halos_pl.policy.reference import ReferenceModel
-from halos_pl.reference_points import ReferencePoint
-from halos_pl.rewards import Reward
-from value_functions import ValueFunction
 
-PLUGINS: dict[str, type] = {
-    "value_function": ValueFunction,
-    "reference_point": ReferencePoint,
-    "reward": Reward,
-    "feedback": Feedback,
-    "reference_model": ReferenceModel,
-    "extra_terms": Objective,
-}
+PLUGINS: dict[str, type] = PARTS | {"reference_model": ReferenceModel}
 TOOLS: dict[str, Callable[..., None]] = {"export": export, "generate": generate_file}
 
 
@@ -55,29 +44,13 @@ NOISE = (
 USER_ERRORS = (DataError, ModelError, RunError, NonFiniteLossError, FileExistsError, FileNotFoundError, ValueError)
 
 
-def _known_classes(base: type) -> list[str]:
-    """Names of the concrete subclasses of ``base`` that have been imported, base classes of users included."""
-    found: set[str] = set()
-    todo: list[type] = [base]
-    while todo:
-        cls: type
-        for cls in todo.pop().__subclasses__():
-            todo.append(cls)
-            if not getattr(cls, "__abstractmethods__", None):
-                found.add(cls.__name__)
-    return sorted(found)
-
-
 class HalosParser(LightningArgumentParser):
     """Says which classes there are when a plug-in's name is not one of them, which jsonargparse does not."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         for name, base in PLUGINS.items():
             if re.search(rf"model\.{name}\b", message):
-                message += (
-                    f"\n\nmodel.{name} takes one of: {', '.join(_known_classes(base))}; or the dotted path of a class"
-                    f" of yours that extends {base.__module__.removesuffix('.base')}.{base.__name__}"
-                )
+                message += f"\n\n{choices(f'model.{name}', base)}"
                 break
         super().error(message, ex)
 

@@ -27,8 +27,8 @@ _NO_WEIGHT = "reported: no row that it acts on carries weight"
 _DEGENERATE = "a degenerate reference: there are no rewards that it averages"
 
 
-def _failing(what: str, failed: list[str]) -> str:
-    return f"{what}fails {', '.join(failed)}"
+def _halo_shaped(failed: list[str]) -> str:
+    return f"halo-shaped: fails {', '.join(failed)}"
 
 
 def made(target: object) -> Target:
@@ -80,7 +80,7 @@ class _Checks:
     expected: dict[str, str] = field(default_factory=dict)
     notes: Callable[[], dict[str, str]] = dict
     optional: Callable[[], dict[str, str]] = dict
-    overall: Callable[[list[str]], str] = lambda failed: _failing("", failed) if failed else "passes its clauses"
+    overall: Callable[[list[str]], str] = lambda failed: _halo_shaped(failed) if failed else "halo"
 
 
 def _bound(checks: object, names: tuple[str, ...], prefix: str = "") -> dict[str, Callable[[], str | None]]:
@@ -126,7 +126,7 @@ def _of_halo(target: objective.HALO, prefix: str, examples: int, thorough: bool)
         # What v itself, its reward or its feedback lack is said first; then that there is no reference point; then what
         # only the reflection of v lacks, since against z0 = 0 there are no gains and losses to reflect about.
         if failed and (len(failed) > len(reflected) or checks.reference_point.degenerate is None):
-            return _failing("halo-shaped: ", failed)
+            return _halo_shaped(failed)
         if checks.reference_point.degenerate is not None:
             return "degenerate reference"
         return "halo (two-sided)" if checks.two_sided else "halo"
@@ -185,8 +185,17 @@ def _checks(target: Target, examples: int, thorough: bool) -> _Checks:
                 return {}
             return dict.fromkeys(("reference_in_range", "reference_shift_equivariant"), _DEGENERATE)
 
+        def overall(failed: list[str]) -> str:
+            if failed:
+                return _halo_shaped(failed)
+            return "halo" if of_z.degenerate is None else "degenerate reference"
+
         return _Checks(
-            name, _bound(of_z, reference_point.CLAUSES), expected=reference_point.expected(target), optional=optional
+            name,
+            _bound(of_z, reference_point.CLAUSES),
+            expected=reference_point.expected(target),
+            optional=optional,
+            overall=overall,
         )
     of_f = feedback.FeedbackChecks(target, examples=examples)
     return _Checks(name, _bound(of_f, feedback.CLAUSES))

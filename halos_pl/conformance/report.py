@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
 Definition = Literal["icml", "v1"]
+TITLES: dict[Definition, str] = {"icml": "ICML 2024, Def. 3.4", "v1": "arXiv v1"}
 Status = Literal["passed", "failed", "expected"]
 
 
@@ -27,6 +32,16 @@ class Clause:
     reason: str | None = None
     required: bool = field(default=True, repr=False)
 
+    @property
+    def shown(self) -> str:
+        """The status, and whether it matters."""
+        return self.status if self.required or self.status != "failed" else "failed (not required)"
+
+    @property
+    def said(self) -> str:
+        """Witness and reason."""
+        return "; ".join(text for text in (self.witness, self.reason) if text)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -35,15 +50,16 @@ class Report:
     Attributes:
         target: its name.
         definition: ``icml`` (ICML 2024, Def. 3.4) or ``v1`` (arXiv v1: any parameterised reward).
-        verdict: for an objective ``halo``, ``halo (two-sided)``, ``degenerate reference``, ``halo-shaped:
-            fails A, B``, ``composite`` or ``not a halo``; for a plug-in alone ``passes its clauses`` or ``fails A, B``.
+        verdict: ``halo``, ``halo (two-sided)``, ``degenerate reference``, ``halo-shaped: fails A, B``,
+            ``composite`` or ``not a halo``. Of a plug-in alone it speaks of the clauses that are its own: ``halo`` says
+            that it can be part of one.
         clauses: in the order of the definition.
         seconds: what the check took.
         unusable: why nothing can be said of the target (it always raises, or returns another shape); else None.
     """
 
     target: str
-    definition: str
+    definition: Definition
     verdict: str
     clauses: list[Clause]
     seconds: float = 0.0
@@ -57,7 +73,7 @@ class Report:
     @property
     def sound(self) -> bool:
         """Whether the verdict is one that the command line answers with exit status 0."""
-        return self.verdict in ("halo", "halo (two-sided)", "passes its clauses")
+        return self.verdict in ("halo", "halo (two-sided)")
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: target, definition, verdict and clauses."""
@@ -70,14 +86,26 @@ class Report:
             "clauses": [{key: row[key] for key in keys} for row in rows],
         }
 
+    @property
+    def heading(self) -> str:
+        """What was checked against what."""
+        return f"{self.target}, definition: {TITLES[self.definition]}, {self.seconds:.1f} s"
+
     def __str__(self) -> str:
         width = max([len(clause.clause) for clause in self.clauses], default=0)
-        lines = [f"{self.target}, definition {self.definition}, {self.seconds:.1f} s", ""]
+        lines = [f"{clause.clause:<{width}}  {clause.shown:<8}  {clause.said}".rstrip() for clause in self.clauses]
+        return "\n".join([self.heading, "", *lines, "", f"verdict: {self.verdict}"])
+
+    def __rich__(self) -> Group:
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for title in ("clause", "status", "smallest witness, and why"):
+            table.add_column(title, no_wrap=title != "smallest witness, and why")
+        colours = {"passed": "green", "failed": "red", "expected": "yellow"}
         for clause in self.clauses:
-            shown = clause.status if clause.required or clause.status != "failed" else "failed (not required)"
-            said = "; ".join(text for text in (clause.witness, clause.reason) if text)
-            lines.append(f"{clause.clause:<{width}}  {shown:<8}  {said}".rstrip())
-        return "\n".join([*lines, "", f"verdict: {self.verdict}"])
+            colour = colours[clause.status] if clause.required else "yellow"
+            table.add_row(Text(clause.clause), Text(clause.shown, colour), Text(clause.said))
+        verdict = Text.assemble("verdict: ", (self.verdict, "bold green" if self.sound else "bold red"))
+        return Group(Text(self.heading), "", table, "", verdict)
 
 
 class CheckFailed(AssertionError):
@@ -91,4 +119,4 @@ class CheckFailed(AssertionError):
         self.report = report
         found = [c for c in report.clauses if c.status == "failed" and c.required]
         said = "\n".join(f"  {c.clause}: {c.witness or c.reason}" for c in found)
-        super().__init__(f"{report.target} under definition {report.definition}: {report.verdict}\n{said}")
+        super().__init__(f"{report.target} under {TITLES[report.definition]}: {report.verdict}\n{said}")

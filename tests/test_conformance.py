@@ -1,0 +1,504 @@
+"""The suite as its users meet it: ``check_halo``, the pytest decorator, the strategies, ``halos check``, verdicts.
+
+That it catches what it should is shown in ``tests/meta``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import textwrap
+from itertools import takewhile
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from run_halos import ROOT
+
+import halos_pl.feedback
+import halos_pl.reference_points
+import halos_pl.rewards
+import value_functions
+from halos_pl.build import load_objective
+from halos_pl.check_command import END, START, family, family_table
+from halos_pl.cli import main
+from halos_pl.conformance import CheckFailed, Report, check_halo, parametrize_with_checks, strategies
+from halos_pl.feedback import Binary, Flipped, Pairwise
+from halos_pl.objective import HALO
+from halos_pl.outcomes import Needs
+from halos_pl.reference_points import MismatchedKL
+from halos_pl.rewards import LogProb, LogRatio
+from value_functions import Identity, Logistic, LogSigmoid, ValueFunction
+
+OBJECTIVES = ROOT / "experiments" / "objectives"
+VERDICTS = r"halo|halo \(two-sided\)|degenerate reference|halo-shaped: fails \w+(, \w+)*|composite|not a halo"
+
+
+def kto(**parts: Any) -> HALO:
+    sound: dict[str, Any] = {
+        "reward": LogRatio(),
+        "reference_point": MismatchedKL(),
+        "value_function": Logistic(),
+        "feedback": Binary(),
+        "undesirable": "reflect",
+    }
+    return HALO(**(sound | parts))
+
+
+def verdict(target: Any, definition: Any = "icml") -> str:
+    return check_halo(target, definition=definition, on_fail="report").verdict
+
+
+def status(report: Report, clause: str) -> str:
+    return next(c.status for c in report.clauses if c.clause == clause)
+
+
+# -- the whole family ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checked():
+    return dict(family(OBJECTIVES))
+
+
+def test_the_readme_holds_the_table_of_the_family(checked):
+    shown = (ROOT / "README.md").read_text().partition(START)[2].partition(END)[0]
+    assert shown.splitlines() == list(family_table(checked.items())), "it is another one now; say make readme"
+
+
+def test_the_header_of_a_file_says_its_verdict(checked):
+    """The header is written by a person, the verdict is computed."""
+    words = {
+        "halo": r"A HALO\b",
+        "halo (two-sided)": r"two-sided HALO\b",
+        "degenerate reference": r"degenerate\s+reference",
+        "composite": r"[Cc]omposite",
+        "not a halo": r"baseline, no HALO",
+        "halo-shaped": r"HALO-shaped|HALO (only )?for a uniform pi_ref",
+    }
+    wrong = {}
+    for name, found in checked.items():
+        lines = (OBJECTIVES / f"{name}.yaml").read_text().splitlines()
+        header = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
+        found_verdict = found["icml"].verdict.partition(":")[0]
+        if not re.search(words[found_verdict], header) and "The loss is that of kto.yaml" not in header:
+            wrong[name] = (found_verdict, header)
+    assert not wrong
+
+
+def test_verdicts_use_these_words_only(checked):
+    for name, found in checked.items():
+        for report in found.values():
+            assert re.fullmatch(VERDICTS, report.verdict), (name, report.verdict)
+
+
+def test_what_the_definitions_say_of_well_known_losses(checked):
+    def of(name: str, definition: Any = "icml") -> str:
+        return checked[name][definition].verdict
+
+    assert of("kto") == of("dpo") == of("hinge") == "halo"
+    assert of("kto_kahneman_tversky") == "halo (two-sided)"
+    assert of("kto_zero_reference") == "degenerate reference"
+    assert of("sft") == of("unlikelihood") == "not a halo"
+    assert of("bco") == "halo-shaped: fails undesirable_concave_on_gains"
+    assert of("ipo") == "halo-shaped: fails non_decreasing"
+    # Any parameterised reward is one under arXiv v1.
+    for name in ("simpo", "dpo_forward_kl", "humanline_kto"):
+        assert of(name).startswith("halo-shaped: fails reward_")
+        assert of(name, "v1") == "halo"
+
+
+def test_the_clamp_of_kto_is_an_expected_failure_with_its_reason(checked):
+    report = checked["kto"]["icml"]
+    for clause in ("reference_in_range", "reference_shift_equivariant"):
+        row = next(c for c in report.clauses if c.clause == clause)
+        assert row.status == "expected"
+        assert "KL divergence" in row.reason
+        assert "z0 = 0" in row.witness
+    assert report.failed == []
+
+
+def test_the_exponential_of_ppo_is_convex_on_gains_and_the_clip_of_the_logarithm_is_not(checked):
+    report = checked["ppo_clip"]["icml"]
+    witness = next(c.witness for c in report.clauses if c.clause == "0_HALO.concave_on_gains")
+    middle, value, chord, low, high = map(float, re.findall(r"[\d.]+", witness.removeprefix("v"))[:5])
+    assert low < middle < high < 0.19  # on (0, log 1.2)
+    assert value == pytest.approx(2.718281828**middle, abs=1e-3)
+    assert value < chord == pytest.approx((2.718281828**low + 2.718281828**high) / 2, abs=1e-3)
+    assert verdict(value_functions.Clipped(Identity(), low=-0.2, high=0.2)) == "halo"
+
+
+def test_unequal_weights_are_said_to_reweight_the_data():
+    report = check_halo(kto(feedback=Binary(lambda_undesirable=0.5)), on_fail="report")
+    reason = next(c.reason for c in report.clauses if c.clause == "feedback_weight")
+    assert reason == "rows weigh 0.5, 1: judged on the data re-weighted so"
+    assert report.verdict == "halo"
+
+
+def test_a_reading_is_part_of_the_loss():
+    """Log sigma is concave everywhere, so reflected onto undesirable rows it is convex on their gains."""
+    assert verdict(kto(value_function=LogSigmoid(), undesirable="same")) == "halo"
+    assert verdict(kto(value_function=LogSigmoid())) == "halo-shaped: fails undesirable_concave_on_gains"
+    # Where no undesirable row counts, nothing is reflected.
+    alone = kto(value_function=LogSigmoid(), feedback=Binary(lambda_undesirable=0.0))
+    assert verdict(alone) == "halo"
+
+
+# -- plug-ins alone -----------------------------------------------------------------------------------------
+
+LIBRARY = [
+    cls()
+    if name
+    not in (
+        made := {
+            "Clipped": lambda: value_functions.Clipped(Identity(), low=-20.0, high=30.0),
+            "LossAverse": lambda: value_functions.LossAverse(Logistic(), loss_aversion=2.25),
+            "Mixture": lambda: value_functions.Mixture([Logistic(), Identity()], weights=[0.5, 2.0]),
+            "Scaled": lambda: value_functions.Scaled(LogSigmoid(), by=0.1),
+            "Shifted": lambda: value_functions.Shifted(LogSigmoid(beta=2.0), by=0.5),
+        }
+    )
+    else made[name]()
+    for name in value_functions.__all__
+    if name != "ValueFunction" and (cls := getattr(value_functions, name))
+]
+
+
+@pytest.mark.parametrize("v", LIBRARY, ids=lambda v: type(v).__name__)
+def test_a_value_function_violates_what_it_says_it_violates(v):
+    report = check_halo(v, on_fail="report")
+    assert {c.clause for c in report.clauses if c.status == "failed" and c.required} == set(v.violates), str(report)
+
+
+@parametrize_with_checks(
+    [
+        *(v for v in LIBRARY if not v.violates),
+        MismatchedKL(),
+        MismatchedKL(clamp=False),
+        *(
+            getattr(halos_pl.reference_points, name)()
+            for name in ("BatchMean", "BatchQuantile", "Rival", "RunningMean")
+        ),
+        LogRatio(),
+        LogRatio(length_normalised=True),
+        halos_pl.rewards.TokenLogRatio(),
+        *(getattr(halos_pl.feedback, name)() for name in ("Binary", "Pairwise", "RobustPairwise", "GroupAdvantage")),
+        Flipped(Pairwise(label_smoothing=0.1)),
+    ]
+)
+def test_the_library_keeps_the_clauses(check):
+    check()
+
+
+def test_the_reflected_value_is_reported_of_a_bare_value_function_and_not_required():
+    report = check_halo(LogSigmoid())
+    assert status(report, "undesirable_concave_on_gains") == "failed"
+    assert report.verdict == "halo"
+    assert report.sound
+
+
+# -- check_halo ---------------------------------------------------------------------------------------------
+
+
+class Falling(ValueFunction):
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        return -u
+
+
+def test_a_failure_raises_with_the_report_unless_it_is_expected_or_only_reported():
+    with pytest.raises(CheckFailed, match=r"non_decreasing: v\(.*\) = .* > v\(") as raised:
+        check_halo(Falling())
+    assert raised.value.report.verdict.startswith("halo-shaped: fails non_decreasing")
+    assert check_halo(Falling, on_fail="report").failed
+    reason = "it is upside down"
+    report = check_halo(Falling(), expected_failures={"non_decreasing": reason})
+    row = next(c for c in report.clauses if c.clause == "non_decreasing")
+    assert (row.status, row.reason) == ("expected", reason)
+    assert report.verdict.startswith("halo-shaped: fails non_decreasing")  # computed, never declared
+    assert not report.sound
+
+
+@pytest.mark.parametrize("wrong", [{"definition": "v5"}, {"on_fail": "ignore"}])
+def test_unknown_words_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        check_halo(Logistic(), **wrong)
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        (3, "int object is not an instance of Objective, ValueFunction"),
+        (dict, "dict is not a class of Objective, ValueFunction"),
+        (ValueFunction, "ValueFunction is abstract: it lacks forward"),
+        (value_functions.Scaled, "Scaled needs arguments that were not given: value_function, by"),
+    ],
+)
+def test_what_is_no_target_is_refused_in_a_line(target, said):
+    with pytest.raises(TypeError, match=re.escape(said)) as raised:
+        check_halo(target)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_target_is_left_as_it_was():
+    bco = load_objective(OBJECTIVES / "bco.yaml")
+    before = (str(bco.state_dict()), bco.training)
+    check_halo(bco, on_fail="report")
+    assert (str(bco.state_dict()), bco.training) == before
+
+
+def test_the_report_is_the_same_each_time():
+    one, other = (check_halo(kto(reward=LogProb()), on_fail="report") for _ in range(2))
+    assert one.to_json() == other.to_json()
+
+
+def test_threads_are_given_back():
+    before = torch.get_num_threads()
+    check_halo(Logistic())
+    assert torch.get_num_threads() == before
+
+
+def test_the_decorator_gives_an_item_a_clause_and_names_both():
+    marked = parametrize_with_checks([Falling(), LogRatio(), Falling()])
+    names, items = marked.args
+    assert names == "check"
+    ids = [item.id for item in items]
+    assert {"Falling0-non_decreasing", "Falling2-shape", "LogRatio-reward_linear"} <= set(ids)
+    assert len(set(ids)) == len(ids)
+    (check,) = items[ids.index("Falling0-non_decreasing")].values
+    with pytest.raises(AssertionError, match=r"Falling, non_decreasing: v\("):
+        check()
+    (check,) = items[ids.index("Falling0-shape")].values
+    check()
+
+
+# -- strategies ---------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+def test_rows_hold_what_is_asked_for(data):
+    needs = Needs(**{name: data.draw(st.booleans(), name) for name in ("rivals", "probes", "groups")})
+    rows = data.draw(strategies.rows(needs))
+    n = len(rows)
+    assert rows.mask.any(dim=1).all()
+    assert bool((rows.policy_logps <= 0).all())
+    assert bool((rows.policy_logps[~rows.mask] == 0).all())
+    own = rows.train.nonzero().squeeze(1)
+    assert len(own) >= 1
+    if needs.probes:
+        assert bool(rows.probe.any())
+    if needs.rivals:
+        rival = rows.rival[own]
+        assert bool((rows.rival[rival] == own).all())
+        assert bool((rows.desirable[own] != rows.desirable[rival]).all())
+        assert bool((rows.group[own] == rows.group[rival]).all())
+    if needs.groups:
+        assert all((rows.group[own] == g).sum() >= 2 for g in rows.group[own].tolist())
+    assert bool(((rows.rival >= -1) & (rows.rival < n)).all())
+
+
+@given(u=strategies.outcomes(50.0))
+def test_outcomes_stay_in_their_range(u):
+    assert abs(u) <= 50
+
+
+@pytest.mark.parametrize("cls", [Logistic, value_functions.KahnemanTversky, value_functions.DiscoPOP, Pairwise, Binary])
+@given(data=st.data())
+def test_arguments_make_an_instance(cls, data):
+    cls(**data.draw(strategies.arguments(cls)))
+
+
+# -- the command --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_file(tmp_path):
+    """A file outside of the repository with sound and unsound classes."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        textwrap.dedent(
+            '''
+            import torch
+            from value_functions import ValueFunction
+
+
+            class Softsign(ValueFunction):
+                def __init__(self, *, beta: float = 0.1) -> None:
+                    super().__init__()
+                    self.beta = beta
+
+                def forward(self, u):
+                    x = self.beta * u
+                    return x / (1 + x.abs())
+
+
+            class Dented(Softsign):
+                """Falls between 40 and 40.01 nats."""
+
+                def forward(self, u):
+                    return super().forward(u) - 1e-2 * (u - 40).clamp(0, 0.01)
+
+
+            class Summed(ValueFunction):
+                def forward(self, u):
+                    return u.sum()
+
+
+            class Broken(ValueFunction):
+                def forward(self, u):
+                    return undefined
+
+
+            class Unfinished(ValueFunction):
+                pass
+
+
+            class Needy(ValueFunction):
+                def __init__(self, scale: float) -> None:
+                    super().__init__()
+                    self.scale = scale
+
+                def forward(self, u):
+                    return self.scale * u
+            '''
+        )
+    )
+    return file
+
+
+def halos_check(capfd: Any, *words: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of ``halos check WORDS``."""
+    capfd.readouterr()
+    code = 0
+    try:
+        main(["check", *map(str, words)])
+    except SystemExit as stopped:
+        code = int(stopped.code or 0)
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+def test_a_class_in_a_file_outside_the_repository_right_and_wrong(own_file, capfd):
+    code, out, _ = halos_check(capfd, f"{own_file}:Softsign")
+    assert code == 0
+    assert "verdict: halo\n" in out
+    code, out, _ = halos_check(capfd, f"{own_file}:Dented")
+    assert code == 1
+    assert re.search(r"non_decreasing +failed +v\(40\S*\) = \S+ > v\(40\S*\) = ", out)
+    assert "verdict: halo-shaped: fails non_decreasing" in out
+
+
+def test_an_objective_of_yaml_by_name_by_path_and_with_arguments(capfd):
+    code, out, _ = halos_check(capfd, OBJECTIVES / "dpo.yaml")
+    assert code == 0
+    assert "verdict: halo\n" in out
+    assert halos_check(capfd, OBJECTIVES / "simpo.yaml")[0] == 1
+    assert halos_check(capfd, OBJECTIVES / "simpo.yaml", "--definition", "v1")[0] == 0
+    assert halos_check(capfd, OBJECTIVES / "kto_kahneman_tversky.yaml")[0] == 0
+    assert halos_check(capfd, "Logistic")[0] == 0
+    assert halos_check(capfd, "value_functions.Quadratic")[0] == 1
+    nested = {"value_function": {"class_path": "Logistic", "init_args": {"beta": 0.3}}, "by": 2.0}
+    assert halos_check(capfd, "Scaled", "--init_args", json.dumps(nested))[0] == 0
+
+
+def test_json_is_plain_data(own_file, capfd):
+    code, out, _ = halos_check(capfd, f"{own_file}:Dented", "--json", "--definition=v1")
+    assert code == 1
+    found = json.loads(out)
+    assert list(found) == ["target", "definition", "verdict", "clauses"]
+    assert (found["target"], found["definition"]) == (f"{own_file}:Dented", "v1")
+    assert all(list(row) == ["clause", "status", "witness", "reason"] for row in found["clauses"])
+    assert {row["status"] for row in found["clauses"]} <= {"passed", "failed", "expected"}
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("{file}:Summed", "cannot be checked: u of shape (0,), v(u) of shape ()"),
+        ("{file}:Broken", "cannot be checked: raises NameError: name 'undefined' is not defined"),
+        ("{file}:Unfinished", "Unfinished is abstract: it lacks forward"),
+        ("{file}:Needy", "needs arguments that were not given: scale"),
+        ("{file}:Missing", "has no 'Missing'"),
+        ("{folder}/absent.py:Softsign", "no such file"),
+        ("{folder}/absent.yaml", "No such file"),
+        ("no.such.module.Softsign", "does not import"),
+        ("value_functions.Softsign", "has no 'Softsign'"),
+        ("Softsing", "'Softsing' is no known plug-in"),
+        ("json.dumps", "is not an instance of Objective"),
+        ("{base}", "no objective"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(target, said, own_file, tmp_path, capfd):
+    target = target.format(file=own_file, folder=tmp_path, base=ROOT / "experiments" / "base.yaml")
+    code, out, err = halos_check(capfd, target)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given_arguments", "said"),
+    [("{", "not JSON"), ("[1]", "as an object"), ('{"scale": "many"}', "scale"), ('{"scale": 1, "size": 2}', "size")],
+)
+def test_bad_arguments_are_one_line_and_status_2(given_arguments, said, own_file, capfd):
+    code, _, err = halos_check(capfd, f"{own_file}:Needy", "--init_args", given_arguments)
+    assert code == 2
+    assert said in err
+    assert err.count("\n") == 1
+    assert halos_check(capfd, f"{own_file}:Needy", "--init_args", '{"scale": 2.0}')[0] == 0
+
+
+def test_a_yaml_with_a_wrong_name_or_part_is_one_line(tmp_path, capfd):
+    config = yaml.safe_load((OBJECTIVES / "kto.yaml").read_text())
+    config["model"]["value_function"] = "Logistc"
+    (tmp_path / "typo.yaml").write_text(yaml.safe_dump(config))
+    code, _, err = halos_check(capfd, tmp_path / "typo.yaml")
+    assert code == 2
+    assert "typo.yaml" in err
+    assert re.search(r"value_function takes one of: .*\bLogistic, ", err)
+    assert err.count("\n") == 1
+    del config["model"]["value_function"]
+    (tmp_path / "part.yaml").write_text(yaml.safe_dump(config))
+    code, _, err = halos_check(capfd, tmp_path / "part.yaml")
+    assert code == 2
+    assert "lacks value_function" in err
+
+
+def test_one_target_or_all(capfd):
+    for words in ([], ["Logistic", "--all"]):
+        code, _, err = halos_check(capfd, *words)
+        assert code == 2
+        assert "name one target, or say --all" in err
+
+
+def test_all_prints_the_table_and_writes_it_where_it_belongs(tmp_path, capfd, monkeypatch):
+    folder = tmp_path / "experiments" / "objectives"
+    folder.mkdir(parents=True)
+    for name in ("sft", "simpo"):
+        (folder / f"{name}.yaml").write_text((OBJECTIVES / f"{name}.yaml").read_text())
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{START}old\n{END}after\n")
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = halos_check(capfd, "--all", "--write", page)
+    assert code == 0
+    assert out == (
+        "| loss | ICML 2024, Def. 3.4 | arXiv v1 |\n|---|---|---|\n| sft | not a halo | not a halo |\n"
+        "| simpo | halo-shaped: fails reward_zero_at_reference | halo |\n"
+    )
+    assert page.read_text() == f"before\n{START}{out}{END}after\n"
+    page.write_text("no marks\n")
+    code, _, _ = halos_check(capfd, "--all", "--write", page)
+    assert code == 2
+    assert page.read_text() == "no marks\n"
+
+
+def test_a_check_waits_for_neither_lightning_nor_transformers():
+    import subprocess
+
+    code = "import sys, halos_pl.cli, halos_pl.check_command; print(*(m for m in sys.modules if '.' not in m))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"lightning", "transformers", "datasets", "peft"} & set(loaded)
+    assert "torch" in loaded
