@@ -196,7 +196,8 @@ class RunReport(Callback):
             self._first = self._first or seen
             self._last.extend(seen)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Also where nothing was left to train, because the run had been killed after its last step."""
         if not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
@@ -204,15 +205,19 @@ class RunReport(Callback):
         folder = Path(trainer.default_root_dir)
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         counts = datamodule.counts() if hasattr(datamodule, "counts") else {}
+        seconds = round(time.monotonic() - self._began, 3) if self._began else 0.0
+        if not self._began and (folder / SUMMARY).is_file():  # it speaks of the steps that were taken
+            rank_zero_info(f"halos: nothing was left to train; {folder}/ holds the run of {trainer.global_step} steps")
+            return
         summary = {
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
-            "wall_seconds": round(time.monotonic() - self._began, 3),
+            "wall_seconds": seconds,
             "data": counts,
             "metrics": _numbers(trainer.callback_metrics),
         }
         (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-        said = [f"{CONFIG}, {LAST}, {SUMMARY}"]
+        said = [str(name) for name in (CONFIG, LAST, SUMMARY) if (folder / name).exists()]
         halo: HALO | None = getattr(pl_module, "halo", None)
         if (folder / METRICS).is_file():
             said.append(METRICS)
@@ -224,9 +229,11 @@ class RunReport(Callback):
             moments = {"before: the first step": self._first, after: list(self._last)}
             said.append(plot_value_function(halo.value_function, moments, folder / "value_function.png").name)
         rank_zero_info(
-            f"halos: {trainer.global_step} optimizer steps in {summary['wall_seconds']:.0f} s; {folder}/ holds "
-            + ", ".join(said)
+            f"halos: {trainer.global_step} optimizer steps in {seconds:.0f} s; {folder}/ holds " + ", ".join(said)
         )
+        others = [logger.log_dir for logger in trainer.loggers if not isinstance(logger, RunCSVLogger)]
+        if any(others):
+            rank_zero_info(f"halos: other loggers wrote to {', '.join(filter(None, others))}")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:

@@ -13,13 +13,15 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_info
 
 from halos_pl.build import PARTS, choices
 from halos_pl.callbacks import LAST, LastCheckpoint, PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig
 from halos_pl.data import DataError, FeedbackDataModule
 from halos_pl.export import export
 from halos_pl.generate import generate_file
-from halos_pl.module import HALOModule, NonFiniteLossError, check_trainer
+from halos_pl.module import HALOModule, NonFiniteLossError, check_trainer, unsupported_strategy
 from halos_pl.policy.loading import ModelError
 from halos_pl.policy.reference import ReferenceModel
 
@@ -49,10 +51,16 @@ class HalosParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         for name, base in PLUGINS.items():
-            if re.search(rf"model\.{name}\b", message):
+            # Not for a fault of an argument of a class that there is.
+            if re.search(rf"model\.{name}\b", message) and re.search(r"import path|import of|no module", message, re.I):
                 message += f"\n\n{choices(f'model.{name}', base)}"
                 break
-        super().error(message, ex)
+        if "invalid choice" in message and "fit" in message:
+            message += f"\n\nfurther commands: {', '.join(('check', *TOOLS))}"
+        # The usage alone fills a screen, and what went wrong would be below it.
+        command = self.prog.replace(" [options]", "")
+        print(f"{command}: error: {message}\n\nAll options: {command} --help", file=sys.stderr)
+        raise SystemExit(2) from ex
 
 
 class HalosCLI(LightningCLI):
@@ -92,8 +100,12 @@ class HalosCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        check_settings(config.trainer)
         run_dir = Path(config.run_dir)
         config.trainer.default_root_dir = str(run_dir)
+        if self.subcommand != "fit" and not config.get("ckpt_path") and (run_dir / LAST).is_file():
+            rank_zero_info(f"halos: {self.subcommand} takes {run_dir / LAST}; --ckpt_path names another one")
+            config.ckpt_path = "last"
         if config.get("ckpt_path") == "last":
             if not (run_dir / LAST).is_file():
                 raise RunError(
@@ -106,12 +118,39 @@ class HalosCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self.config[self.subcommand]
-        if config.trainer.logger in (None, True):
-            kwargs["logger"] = RunCSVLogger(config.run_dir) if self.subcommand == "fit" else False
+        given = self._get(self.config_init, "trainer")["logger"]
+        if config.trainer.barebones or given is False:
+            kwargs["logger"] = False
+        else:  # the run's own metrics are kept beside those of any other logger
+            others = given if isinstance(given, list) else [given] if isinstance(given, Logger) else []
+            own = [RunCSVLogger(config.run_dir)] if self.subcommand == "fit" else []
+            kwargs["logger"] = [*own, *others] or False
         trainer: Any = super().instantiate_trainer(**kwargs)
         trainer.callbacks.extend([RunReport(), PredictionWriter()])
         check_trainer(trainer)
         return trainer
+
+
+def check_settings(trainer: Any) -> None:
+    """Refuses what Lightning would refuse later with advice that leads nowhere, or would break.
+
+    Raises:
+        RunError: naming the setting, the reason and what to do instead.
+    """
+    given = trainer.strategy
+    strategy = given if isinstance(given, str) else given.class_path.rpartition(".")[2]
+    if re.match(r"fsdp|deepspeed|model_?parallel", strategy, re.IGNORECASE):
+        raise RunError(unsupported_strategy(strategy))
+    if trainer.overfit_batches:
+        raise RunError(
+            f"trainer.overfit_batches is {trainer.overfit_batches}: Lightning would replace the sampler, which decides"
+            " what a step is. Use --trainer.limit_train_batches, more --trainer.max_epochs, and --data.shuffle false"
+        )
+    if trainer.enable_checkpointing is False or trainer.barebones:
+        raise RunError(
+            "a run keeps checkpoints/last.ckpt, to go on from; --trainer.enable_checkpointing false and"
+            " --trainer.barebones true are not supported. --checkpoint.every_n_steps 1000000 writes it at the end only"
+        )
 
 
 def run_tool(name: str, words: list[str]) -> None:

@@ -510,6 +510,15 @@ def _rng_state() -> dict[str, Any]:
     return {**state, "numpy": (name, torch.from_numpy(keys.astype("int64")), *rest)}
 
 
+def unsupported_strategy(name: str) -> str:
+    """Why a strategy is refused, and what to do instead."""
+    return (
+        f"trainer.strategy {name} is not supported: the reference model is kept out of the strategy's sharding and the"
+        " log-probs are read from the bare policy. Use a single device or ddp; model.policy.lora and"
+        " model.micro_batch_rows save memory"
+    )
+
+
 def check_trainer(trainer: Any) -> None:
     """Refuses Trainer settings under which the loss would be another one than the config says.
 
@@ -524,8 +533,4 @@ def check_trainer(trainer: Any) -> None:
         )
     whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
     if not whole or isinstance(trainer.strategy, DeepSpeedStrategy):  # DeepSpeed's is a subclass of DDP's
-        raise ValueError(
-            f"trainer.strategy {type(trainer.strategy).__name__} is not supported: the reference model is kept out"
-            " of the strategy's sharding and the log-probs are read from the bare policy. Use a single device or"
-            " ddp; model.policy.lora and model.micro_batch_rows save memory"
-        )
+        raise ValueError(unsupported_strategy(type(trainer.strategy).__name__))

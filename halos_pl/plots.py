@@ -67,18 +67,22 @@ def plot_value_function(
     everything = torch.tensor([u for rows in moments.values() for u, _ in rows])
     # The axis follows the bulk of the rows; what lies beyond its ends is drawn at them.
     reach = max(1.0, 1.1 * float(everything.abs().quantile(0.99)))
+    # v is drawn as far as it bends, which may be far beyond where the rows are.
+    shape = max(reach, 4 / value_function.beta) if value_function.beta > 0 else reach
     figure = Figure(figsize=(7, 2.4 + 1.6 * len(moments)), layout="constrained")
-    panels = figure.subplots(1 + len(moments), 1, sharex=True, height_ratios=[2.0, *[1.4] * len(moments)])
-    grid = torch.linspace(-reach, reach, 801)
+    panels = figure.subplots(1 + len(moments), 1, height_ratios=[2.0, *[1.4] * len(moments)])
+    grid = torch.linspace(-shape, shape, 801)
     with torch.no_grad():
         panels[0].plot(grid, value_function.cpu()(grid), color=NEUTRAL)
-    panels[0].set(ylabel="value v(u)", title=repr(value_function))
+    panels[0].axvspan(-reach, reach, color="0.92", zorder=0, label="range of the panels below")
+    panels[0].legend(frameon=False, loc="upper left")
+    panels[0].set(ylabel="value v(u)", title=repr(value_function), xlim=(-shape, shape))
     bins = torch.linspace(-reach, reach, 61).tolist()
     for panel, (moment, rows) in zip(panels[1:], moments.items(), strict=True):
         for wanted, label, colour in ((True, "desirable", DESIRABLE), (False, "undesirable", UNDESIRABLE)):
             shown = [min(max(u, -reach), reach) for u, desirable in rows if desirable is wanted]
             panel.hist(shown, bins=bins, alpha=0.6, label=label, color=colour)
-        panel.set_ylabel("rows")
+        panel.set(ylabel="rows", xlim=(-reach, reach))
         panel.legend(frameon=False, title=moment)
     for panel in panels:
         panel.axvline(0, color="0.8", linewidth=0.8, zorder=0)

@@ -364,6 +364,63 @@ def test_the_config_that_was_written_makes_the_same_run(finished, tmp_path):
     assert again == first
 
 
+def test_what_lightning_would_refuse_late_or_break_is_refused(data, tiny_folder, no_model, tmp_path, capfd):
+    for option, said in {
+        "strategy=fsdp": "trainer.strategy fsdp is not supported: the reference model",
+        "strategy=deepspeed_stage_3": "Use a single device or ddp",
+        "overfit_batches=1": "Use --trainer.limit_train_batches",
+        "enable_checkpointing=false": "a run keeps checkpoints/last.ckpt",
+    }.items():
+        words = fit(tiny_folder, "kto", data["binary"], tmp_path / "run", f"--trainer.{option}")
+        assert said in refused(capfd, words), option
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_word_is_answered_without_pages_of_usage(data, tiny_folder, tmp_path, capfd):
+    words = fit(tiny_folder, "kto", data["binary"], tmp_path / "run")
+    said = refused(capfd, [*words, "--model.value_function.beta=abc"], status=2)
+    assert "Expected a <class 'float'>. Got value: abc" in said
+    assert "takes one of" not in said  # the class is right
+    assert len(refused(capfd, [*words, "--data.trian=x"], status=2).splitlines()) <= 4
+    assert "further commands: check, export, generate" in refused(capfd, ["foo"], status=2)
+
+
+def test_an_evaluation_takes_the_runs_own_checkpoint(run, data, capfd):
+    """Without one it would measure the model as it was before the run, and say so to nobody."""
+    words = [f"--config={run}/config.yaml", f"--run_dir={run}"]
+    main(["test", *words, "--ckpt_path=last"])
+    wanted = json.loads((run / "test.json").read_text())
+    main(["test", *words])
+    assert json.loads((run / "test.json").read_text()) == wanted
+    assert abs(wanted["test/rewards/chosen"]) > 0
+
+
+def test_a_run_that_had_ended_says_so_and_keeps_its_summary(data, tiny_folder, tmp_path, caplog):
+    words = fit(tiny_folder, "kto", data["binary"], tmp_path / "run", "--trainer.max_steps=2")
+    main(words)
+    before = (tmp_path / "run" / "summary.json").read_text()
+    main([*words, "--ckpt_path=last"])
+    assert "nothing was left to train" in caplog.text
+    assert (tmp_path / "run" / "summary.json").read_text() == before
+    (tmp_path / "run" / "summary.json").unlink()  # as where the kill came between the last checkpoint and the summary
+    main([*words, "--ckpt_path=last"])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
+
+
+def test_a_logger_of_the_users_own_does_not_replace_the_runs_metrics(data, tiny_folder, tmp_path, caplog):
+    own = ("--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}/own")
+    main(fit(tiny_folder, "kto", data["binary"], tmp_path / "run", "--trainer.max_steps=1", *own))
+    assert len(metrics(tmp_path / "run")) == 1
+    assert list((tmp_path / "own").rglob("metrics.csv"))
+    assert f"other loggers wrote to {tmp_path}/own" in caplog.text
+
+
+def test_a_runs_folder_is_no_model(run, tmp_path, capfd):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    words = ["generate", str(run), f"--prompts={tmp_path}/p.jsonl", f"--out={tmp_path}/o.jsonl"]
+    assert f"halos export {run} FOLDER first" in refused(capfd, words)
+
+
 def test_validate_and_test(run):
     main(["validate", f"--config={run}/config.yaml", f"--run_dir={run}", "--ckpt_path=last"])
     main(["test", f"--config={run}/config.yaml", f"--run_dir={run}", "--ckpt_path=last"])

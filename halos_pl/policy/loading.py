@@ -106,6 +106,8 @@ def _resolve(spec: ModelSpec) -> tuple[str, str | None]:
     if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
         return path, None
     if len(files) != 1:
+        if (folder / "checkpoints").is_dir():
+            raise ModelError(f"{folder} is the folder of a run, not of a model: say halos export {folder} FOLDER first")
         raise ModelError(
             f"{folder} holds neither config.json nor exactly one GGUF file (found: {', '.join(files) or 'none'});"
             " name another folder, or say which with gguf_file"
@@ -194,7 +196,7 @@ def _loaded(loader: Any, spec: ModelSpec, **options: Any) -> Any:
         return loader.from_pretrained(
             source, revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code, **options
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         hint = (
             "check that the folder is complete"
