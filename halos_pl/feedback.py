@@ -176,9 +176,9 @@ class Flipped(Feedback):
 class GroupAdvantage(Feedback):
     """How much better a row was than its prompt's other rows; the loss is a mean over tokens.
 
-    A = (s - mean) / (std + 0.01) within the rows of one prompt, s = 1 for a desirable row and 0 for an undesirable
-    one; sign -sign(A), weight |A|. GRPO's advantage (Shao et al. 2024, section 4.1.2), offline. A
-    prompt whose rows are all alike has weight 0.
+    A = (s - mean) / (std + 0.01) within the rows of one prompt, s = the row's score where the data have scores, else 1
+    for a desirable row and 0 for an undesirable one; sign -sign(A), weight |A|. GRPO's advantage (Shao et al. 2024,
+    section 4.1.2), offline. A prompt whose rows are all alike has weight 0.
 
     Args:
         only: rows with a ``positive`` or a ``negative`` advantage; null for both. The other rows get weight 0
@@ -198,7 +198,7 @@ class GroupAdvantage(Feedback):
 
     def forward(self, rows: Rows) -> Judgement:
         kept = rows.train.float()
-        score = rows.desirable.float()
+        score = rows.score
         same = (rows.group[:, None] == rows.group[None, :]).float() * kept  # [n, n], columns of probes are 0
         count = same.sum(dim=1).clamp(min=1)
         mean = same @ score / count

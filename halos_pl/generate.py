@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from halos_pl.data.read import DataError
-from halos_pl.data.tokenize import Prompt, encode_prompt
+from halos_pl.data.example import DataError, Prompt
+from halos_pl.data.tokenize import encode_prompt
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
 
 

@@ -19,14 +19,23 @@ from lightning.pytorch.utilities import rank_zero_info
 from halos_pl.build import PARTS, choices
 from halos_pl.callbacks import LAST, LastCheckpoint, PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig
 from halos_pl.data import DataError, FeedbackDataModule
+from halos_pl.data.inspect import inspect_source
+from halos_pl.data.transforms import Transform
 from halos_pl.export import export
 from halos_pl.generate import generate_file
 from halos_pl.module import HALOModule, NonFiniteLossError, check_trainer, unsupported_strategy
 from halos_pl.policy.loading import ModelError
 from halos_pl.policy.reference import ReferenceModel
 
-PLUGINS: dict[str, type] = PARTS | {"reference_model": ReferenceModel}
-TOOLS: dict[str, Callable[..., None]] = {"export": export, "generate": generate_file}
+PLUGINS: dict[str, type] = {
+    **{f"model.{name}": base for name, base in {**PARTS, "reference_model": ReferenceModel}.items()},
+    "data.transforms": Transform,
+}
+TOOLS: dict[str, Callable[..., None]] = {
+    "export": export,
+    "generate": generate_file,
+    "data inspect": inspect_source,
+}
 
 
 class RunError(RuntimeError):
@@ -52,8 +61,9 @@ class HalosParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         for name, base in PLUGINS.items():
             # Not for a fault of an argument of a class that there is.
-            if re.search(rf"model\.{name}\b", message) and re.search(r"import path|import of|no module", message, re.I):
-                message += f"\n\n{choices(f'model.{name}', base)}"
+            named = re.search(rf"{re.escape(name)}\b", message)
+            if named and re.search(r"import path|import of|no module", message, re.IGNORECASE):
+                message += f"\n\n{choices(name, base)}"
                 break
         if "invalid choice" in message and "fit" in message:
             message += f"\n\nfurther commands: {', '.join(('check', *TOOLS))}"
@@ -72,7 +82,8 @@ class HalosCLI(LightningCLI):
     """
 
     def __init__(self, args: Any = None) -> None:
-        further = f"Further commands, each with --help: {', '.join(f'halos {name}' for name in ('check', *TOOLS))}."
+        names = ", ".join(f"halos {name}" for name in ("check", *TOOLS))
+        further = f"Further commands, each with --help: {names}."
         super().__init__(
             HALOModule,
             FeedbackDataModule,
@@ -174,9 +185,10 @@ def run(args: list[str] | None = None) -> None:
         warnings.filterwarnings("ignore", noise)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
     words = sys.argv[1:] if args is None else args
+    tool = next((name for name in TOOLS if words[: len(name.split())] == name.split()), None)
     try:
-        if words and words[0] in TOOLS:
-            run_tool(words[0], words[1:])
+        if tool:
+            run_tool(tool, words[len(tool.split()) :])
         else:
             HalosCLI(args)
     except USER_ERRORS as error:

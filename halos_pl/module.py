@@ -175,6 +175,7 @@ class HALOModule(LightningModule):
             rival=part.rival,
             probe=part.probe,
             group=part.group,
+            score=part.score,
             kl=None if kl is None else F.pad(kl, pad),
         )
 
@@ -205,6 +206,7 @@ class HALOModule(LightningModule):
             rival=batch.rival,
             probe=batch.probe,
             group=batch.group,
+            score=batch.score,
             kl=zeros.clone() if self.objective.needs.exact_kl else None,
         )
 
@@ -228,6 +230,7 @@ class HALOModule(LightningModule):
             probe=torch.arange(2 * n, device=device) >= n,
             row_ids=[*batch.row_ids, *(f"sample for {name}" for name in batch.row_ids)],
             group=batch.group.repeat(2),
+            score=batch.score.repeat(2),
         )
 
     def _results(self, batch: FlatBatch, *, gradient: bool) -> Iterator[tuple[Tensor, Rows, Result]]:

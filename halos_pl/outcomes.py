@@ -72,6 +72,11 @@ def _renumbered(rival: Tensor, index: Tensor) -> Tensor:
     return place[rival[index]]  # a rival of -1 reads the extra last place, which holds -1
 
 
+def _scores(score: Tensor | None, desirable: Tensor) -> Tensor:
+    by_label = desirable.float()
+    return by_label if score is None else torch.where(score.isnan(), by_label, score)
+
+
 @dataclass
 class FlatBatch:
     """Token ids of one optimizer step's rows (this rank's share), free of any layout or padding.
@@ -87,6 +92,8 @@ class FlatBatch:
             ``#rejected``; a probe's names both sides.
         group: LongTensor [n], equal for rows that answer the same prompt, whatever was cut off from it; left
             out, ``prompt``.
+        score: float32 [n], how good a row is, higher is better, in the unit of the data; where that is NaN or the whole
+            is left out, 1 for a desirable row and 0 for an undesirable one.
     """
 
     prompts: list[Tensor]
@@ -97,10 +104,12 @@ class FlatBatch:
     probe: Tensor
     row_ids: list[str] = field(default_factory=list)
     group: Tensor = None  # type: ignore[assignment]  # set below where it is left out
+    score: Tensor = None  # type: ignore[assignment]  # the same
 
     def __post_init__(self) -> None:
         if self.group is None:
             self.group = self.prompt
+        self.score = _scores(self.score, self.desirable)
 
     def __len__(self) -> int:
         return len(self.completions)
@@ -125,6 +134,7 @@ class FlatBatch:
             probe=self.probe[index],
             row_ids=[self.row_ids[i] for i in chosen] if self.row_ids else [],
             group=self.group[index],
+            score=self.score[index],
         )
 
 
@@ -140,6 +150,7 @@ class Rows:
         rival: LongTensor [n], -1 where there is none.
         probe: BoolTensor [n].
         group: LongTensor [n], equal for rows that answer the same prompt; left out, every row is its own group.
+        score: float32 [n], how good a row is, as in ``FlatBatch``; left out, 1 or 0 by its label.
         kl: float32 [n, T], KL(pi_theta || pi_ref) over the whole vocabulary at each token, without gradient;
             None where nothing needs it.
     """
@@ -152,11 +163,13 @@ class Rows:
     probe: Tensor
     group: Tensor = None  # type: ignore[assignment]  # set below where it is left out
     kl: Tensor | None = None
+    score: Tensor = None  # type: ignore[assignment]  # the same
 
     def __post_init__(self) -> None:
         n = self.policy_logps.shape[0]
         if self.group is None:
             self.group = torch.arange(n, device=self.policy_logps.device)
+        self.score = _scores(self.score, self.desirable)
         expected = {
             "policy_logps": self.policy_logps.shape,
             "mask": self.policy_logps.shape,
@@ -164,6 +177,7 @@ class Rows:
             "rival": (n,),
             "probe": (n,),
             "group": (n,),
+            "score": (n,),
         }
         for optional in ("reference_logps", "kl"):
             if getattr(self, optional) is not None:
@@ -197,5 +211,6 @@ class Rows:
             rival=_renumbered(self.rival, index),
             probe=self.probe[index],
             group=self.group[index],
+            score=self.score[index],
             kl=None if self.kl is None else self.kl[index],
         )

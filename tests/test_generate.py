@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from halos_pl.data.read import DataError
-from halos_pl.data.tokenize import Prompt, encode_prompt
+from halos_pl.data.example import DataError, Prompt
+from halos_pl.data.tokenize import encode_prompt
 from halos_pl.generate import Sample, generate, generate_file, read_prompts
 from halos_pl.policy.loading import LoRASpec, ModelSpec, load_model, load_tokenizer
 

@@ -1,6 +1,7 @@
-"""Data: files, validation, tokenising, mismatched rows, and the DataModule."""
+"""Data: sources, validation, tokenising, transforms, mismatched rows, and the DataModule."""
 
 from halos_pl.data.datamodule import FeedbackDataModule
-from halos_pl.data.read import DataError, Example, read_files
+from halos_pl.data.example import DataError, Example
+from halos_pl.data.source import Source
 
-__all__ = ["DataError", "Example", "FeedbackDataModule", "read_files"]
+__all__ = ["DataError", "Example", "FeedbackDataModule", "Source"]

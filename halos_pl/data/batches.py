@@ -7,6 +7,7 @@ step), not of what was drawn before. So a resumed run meets the rows that the un
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from multiprocessing.reduction import ForkingPickler
@@ -15,10 +16,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
 from halos_pl.outcomes import FlatBatch
+
+# Examples of about equal length are looked for among those of so many steps.
+LENGTH_WINDOW = 50
 
 
 class Step(NamedTuple):
@@ -34,6 +39,83 @@ def seeded(purpose: str, *numbers: int) -> Random:
     return Random(":".join([purpose, *map(str, numbers)]))
 
 
+class Order:
+    """Which examples an epoch has, in which order: a function of the seed and the epoch.
+
+    Args:
+        size: number of examples.
+        seed: with the epoch, what is drawn depends on.
+        shuffle: False keeps the order of the data.
+        source: the source of each example, int [size], and ``weights`` how often an epoch has each example of a source:
+            0.5 for a half of them, drawn anew each epoch, 2.0 for each of them twice.
+        classes: the class of each example, int [size]: they are spread evenly, so that each step has them in the
+            proportion of the whole, within one example.
+        lengths: tokens of each example, int [size]: steps are made of examples of about equal length, and come
+            in random order.
+        batch_size: examples of a step; needed with ``lengths``.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        source: NDArray[Any] | None = None,
+        weights: Sequence[float] = (1.0,),
+        classes: NDArray[Any] | None = None,
+        lengths: NDArray[Any] | None = None,
+        batch_size: int = 1,
+    ) -> None:
+        self.seed, self.shuffle = seed, shuffle
+        self.classes, self.lengths, self.batch_size = classes, lengths, batch_size
+        source = np.zeros(size, int) if source is None else source
+        own = [(source == number).nonzero()[0] for number in range(len(weights))]
+        # (examples of a source, how many an epoch has)
+        self._parts = [(members, round(weight * len(members))) for members, weight in zip(own, weights, strict=True)]
+
+    def __len__(self) -> int:
+        """Examples of an epoch."""
+        return sum(number for _, number in self._parts)
+
+    def __call__(self, epoch: int) -> list[int]:
+        order: list[int] = []
+        for part, (members, number) in enumerate(self._parts):
+            if not number:
+                continue
+            whole, rest = divmod(number, len(members))
+            draw = seeded("weight", self.seed, epoch, part)
+            order += members.tolist() * whole
+            order += members[sorted(draw.sample(range(len(members)), rest))].tolist()
+        if self.shuffle:
+            seeded("order", self.seed, epoch).shuffle(order)
+        if self.lengths is None:
+            return order if self.classes is None else self._spread(order)
+        steps: list[list[int]] = []
+        window = LENGTH_WINDOW * self.batch_size
+        for start in range(0, len(order), window):
+            near = sorted(order[start : start + window], key=lambda example: int(self.lengths[example]))  # type: ignore[index]
+            near = near if self.classes is None else self._spread(near)
+            steps += [near[i : i + self.batch_size] for i in range(0, len(near), self.batch_size)]
+        last = [steps.pop()] if steps and len(steps[-1]) < self.batch_size else []  # the small one stays last
+        if self.shuffle:
+            seeded("steps", self.seed, epoch).shuffle(steps)
+        return [example for step in steps + last for example in step]
+
+    def _spread(self, order: list[int]) -> list[int]:
+        """The classes evenly among each other, each in the order that it has."""
+        assert self.classes is not None
+        by_class: dict[int, list[int]] = {}
+        for example in order:
+            by_class.setdefault(int(self.classes[example]), []).append(example)
+        places = [
+            ((k + 0.5) / len(members), number, example)
+            for number, members in by_class.items()
+            for k, example in enumerate(members)
+        ]
+        return [example for *_, example in sorted(places)]
+
+
 class StepSampler(DistributedSampler):
     """Yields every example once an epoch, as ``Step`` s of ``batch_size`` examples over all ranks together.
 
@@ -47,11 +129,9 @@ class StepSampler(DistributedSampler):
         start: the first step to yield; once an iterator yields from there, it is back at 0.
 
     Args:
-        size: number of examples.
+        order: which examples an epoch has, in which order.
         batch_size: examples per step over all ranks, at least ``world_size``.
         world_size: number of ranks.
-        seed: with the epoch, what the order depends on.
-        shuffle: False keeps the order of the data.
         drop_last: leave out a smaller last step.
         same_every_epoch: ignore ``set_epoch``, so that evaluations of different epochs see the same
             mismatched rows and can be compared.
@@ -62,17 +142,16 @@ class StepSampler(DistributedSampler):
 
     def __init__(
         self,
-        size: int,
+        order: Order,
         *,
         batch_size: int,
         world_size: int = 1,
-        seed: int = 0,
-        shuffle: bool = True,
         drop_last: bool = False,
         same_every_epoch: bool = False,
     ) -> None:
+        size = len(order)
         everything: Any = range(size)  # a stand-in: only its length is asked for
-        super().__init__(everything, num_replicas=1, rank=0, shuffle=shuffle, seed=seed)
+        super().__init__(everything, num_replicas=1, rank=0, shuffle=order.shuffle, seed=order.seed)
         if batch_size < world_size:
             raise ValueError(
                 f"batch_size is {batch_size}, the examples of one step over all {world_size} ranks, so "
@@ -87,7 +166,7 @@ class StepSampler(DistributedSampler):
                 f"With drop_last, {size} examples do not fill one step of batch_size {batch_size}; "
                 "lower batch_size."
             )
-        self.size, self.same_every_epoch, self.start = size, same_every_epoch, 0
+        self.order, self.same_every_epoch, self.start = order, same_every_epoch, 0
         self._bounds = [*range(0, size, batch_size), size]
         tail = size - self._bounds[-2]
         if tail < batch_size and drop_last:
@@ -110,9 +189,7 @@ class StepSampler(DistributedSampler):
     def _steps(self, epoch: int, start: int) -> Iterator[Step]:
         # Not when the iterator is made: a loader with workers makes two and uses the second.
         self.start = 0
-        order = list(range(self.size))
-        if self.shuffle:
-            seeded("order", self.seed, epoch).shuffle(order)
+        order = self.order(epoch)
         for index in range(start, len(self)):
             yield Step(epoch, index, tuple(order[self._bounds[index] : self._bounds[index + 1]]))
 
@@ -161,20 +238,22 @@ class Row:
     Attributes:
         prompt: the prompt's number; equal prompts, by their uncut tokens, have equal numbers.
         prompt_length: tokens of the prompt that are kept, counted from its end, at least 1.
-        completion: token ids, at least one.
+        completion: token ids, at least one; a sequence or an int array [t].
         desirable: the row's label.
         row_id: its name in messages and files.
         rival: the place among the rows of the pair's other completion; -1 where they go their own ways.
         control: token ids between prompt and completion that say what follows; no part of either.
+        score: higher is better, in the source's unit; NaN where there is none.
     """
 
     prompt: int
     prompt_length: int
-    completion: tuple[int, ...]
+    completion: Sequence[int] | NDArray[np.int32]
     desirable: bool
     row_id: str
     rival: int = -1
     control: tuple[int, ...] = ()
+    score: float = math.nan
 
 
 class StepDataset(Dataset[FlatBatch]):
@@ -183,6 +262,7 @@ class StepDataset(Dataset[FlatBatch]):
     Args:
         prompts: the distinct prompts, uncut, as token ids.
         rows: the rows.
+        prompt_of: the prompt's number of each row, int [n]; left out, asked of ``rows``.
         examples: the rows of each example, which stay together: one, the two of a pair, or all of a prompt.
         max_length: tokens of prompt, control tokens and completion together.
         probes: add, for each of the rank's rows (x_i, y_i), one mismatched row (x_i, y_j).
@@ -200,11 +280,12 @@ class StepDataset(Dataset[FlatBatch]):
 
     def __init__(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Any],
         rows: Sequence[Row],
-        examples: Sequence[tuple[int, ...]],
+        examples: Sequence[Sequence[int]],
         *,
         max_length: int,
+        prompt_of: NDArray[Any] | None = None,
         probes: bool = False,
         seed: int = 0,
         rank: int = 0,
@@ -213,13 +294,12 @@ class StepDataset(Dataset[FlatBatch]):
         self.prompts, self.rows, self.examples = prompts, rows, examples
         self.max_length, self.probes, self.seed = max_length, probes, seed
         self.rank, self.world_size = rank, world_size
+        self._prompt_of = np.array([row.prompt for row in rows], int) if prompt_of is None else prompt_of
         # Rows by prompt, so that one with another prompt is drawn without searching for it.
-        self._by_prompt = sorted(range(len(rows)), key=lambda row: rows[row].prompt)
-        self._first: dict[int, int] = {}
-        self._count: dict[int, int] = {}
-        for place, row in enumerate(self._by_prompt):
-            self._first.setdefault(rows[row].prompt, place)
-            self._count[rows[row].prompt] = self._count.get(rows[row].prompt, 0) + 1
+        self._by_prompt = np.argsort(self._prompt_of, kind="stable")
+        self._numbers, self._first, self._count = np.unique(
+            self._prompt_of[self._by_prompt], return_index=True, return_counts=True
+        )
         if probes and len(self._count) < 2:
             raise ValueError(
                 "The objective's reference point needs mismatched rows (one row's prompt, another's "
@@ -238,38 +318,39 @@ class StepDataset(Dataset[FlatBatch]):
         for i, example in enumerate(step.examples):
             size = len(self.examples[example])
             if i % self.world_size == self.rank:
+                # Where the example's rows are in this batch; an example may come twice in a step, a rival is its own.
+                here = {rows[place + k]: len(mine) + k for k in range(size)}
                 mine.extend(range(place, place + size))
+                for x in (self.rows[rows[place + k]] for k in range(size)):
+                    rival = here.get(x.rival, -1)
+                    batch.add(x, x.prompt_length, x.completion, x.desirable, rival, False, x.row_id, x.score)
             place += size
-        here = {rows[i]: k for k, i in enumerate(mine)}  # where a row of the data set is in this batch
-        for i in mine:
-            x = self.rows[rows[i]]
-            rival = here.get(x.rival, -1)
-            batch.add(x, x.prompt_length, x.completion, x.desirable, rival, False, x.row_id)
         if self.probes:
             partners = self._partners(step, rows)
             for i in mine:
                 x, y = self.rows[rows[i]], self.rows[partners[i]]
                 length = min(x.prompt_length, self.max_length - len(x.control) - len(y.completion))
-                batch.add(x, length, y.completion, False, -1, True, f"{x.row_id} with {y.row_id}")
+                batch.add(x, length, y.completion, False, -1, True, f"{x.row_id} with {y.row_id}", math.nan)
         return batch.build()
 
     def _partners(self, step: Step, rows: list[int]) -> list[int]:
         """For each row of the step, the row whose completion its probe takes."""
         draw = seeded("mismatch", self.seed, step.epoch, step.index)
-        places = mismatches([self.rows[row].prompt for row in rows], draw)
+        places = mismatches(self._prompt_of[rows].tolist(), draw)
         missing = [i for i, place in enumerate(places) if place is None]
         extra: Iterator[int] = iter(())
         if missing:  # all of one prompt, the step's most frequent
-            prompt = self.rows[rows[missing[0]]].prompt
+            prompt = int(self._prompt_of[rows[missing[0]]])
             extra = iter(self._others(prompt, len(missing), set(rows), draw))
         return [next(extra) if place is None else rows[place] for place in places]
 
     def _others(self, prompt: int, number: int, in_step: set[int], draw: Random) -> list[int]:
         """``number`` rows with another prompt: from outside the step and distinct as far as there are any."""
-        first, count = self._first[prompt], self._count[prompt]
+        group = int(np.searchsorted(self._numbers, prompt))
+        first, count = int(self._first[group]), int(self._count[group])
         available = len(self.rows) - count
         drawn = draw.sample(range(available), min(available, number + len(in_step)))
-        candidates = [self._by_prompt[place if place < first else place + count] for place in drawn]
+        candidates = [int(self._by_prompt[place if place < first else place + count]) for place in drawn]
         candidates.sort(key=in_step.__contains__)  # stable: those outside the step first
         return [candidates[k % len(candidates)] for k in range(number)]
 
@@ -277,33 +358,35 @@ class StepDataset(Dataset[FlatBatch]):
 class _Builder:
     """Puts rows together; a prompt that several rows share is kept once."""
 
-    def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, prompts: Sequence[Any]) -> None:
         self._source = prompts
         self._known: dict[tuple[int, int, tuple[int, ...]], int] = {}
         self.prompts: list[Tensor] = []
-        self.columns: tuple[list[Any], ...] = ([], [], [], [], [], [], [])
+        self.columns: tuple[list[Any], ...] = ([], [], [], [], [], [], [], [])
 
     def add(
         self,
         x: Row,
         length: int,
-        completion: Sequence[int],
+        completion: Sequence[int] | NDArray[np.int32],
         desirable: bool,
         rival: int,
         probe: bool,
         name: str,
+        score: float,
     ) -> None:
         key = (x.prompt, length, x.control)
         if key not in self._known:
             self._known[key] = len(self.prompts)
-            ids = [*self._source[x.prompt][-length:], *x.control]
-            self.prompts.append(torch.tensor(ids, dtype=torch.long))
-        row = (torch.tensor(completion, dtype=torch.long), self._known[key], desirable, rival, probe, name, x.prompt)
+            kept = np.asarray(self._source[x.prompt])[-length:]
+            self.prompts.append(torch.tensor([*kept.tolist(), *x.control], dtype=torch.long))
+        ids = torch.tensor(np.asarray(completion), dtype=torch.long)
+        row = (ids, self._known[key], desirable, rival, probe, name, x.prompt, score)
         for column, value in zip(self.columns, row, strict=True):
             column.append(value)
 
     def build(self) -> FlatBatch:
-        completions, prompt, desirable, rival, probe, row_ids, group = self.columns
+        completions, prompt, desirable, rival, probe, row_ids, group, score = self.columns
         return FlatBatch(
             prompts=self.prompts,
             completions=completions,
@@ -313,6 +396,7 @@ class _Builder:
             probe=torch.tensor(probe, dtype=torch.bool),
             row_ids=row_ids,
             group=torch.tensor(group, dtype=torch.long),
+            score=torch.tensor(score, dtype=torch.float32),
         )
 
 

@@ -6,12 +6,12 @@ generation starts after the prompt's last token. So prompt and completion cannot
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-#: Plain text, or a conversation: a list of ``{"role": ..., "content": ...}``.
-Prompt = str | list[dict[str, str]]
+from halos_pl.data.example import Prompt
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
@@ -57,6 +57,54 @@ def _render(
         raise ValueError(f"The chat template refuses messages with the roles {roles}: {error}") from error
 
 
+def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else _render(tokenizer, prompt, generation_prompt=True)
+
+
+def _prompt_ids(prefix: list[int], prompt: Prompt, ids: list[int]) -> list[int]:
+    if isinstance(prompt, str) and ids[: len(prefix)] != prefix:  # the text may spell its BOS itself
+        ids = prefix + ids
+    if not ids:
+        raise ValueError("The prompt gives no token with this tokenizer; give it some text.")
+    return ids
+
+
+def _completion_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, before: str, completion: Prompt) -> str:
+    """What the completion adds to the prompt's text ``before``."""
+    if isinstance(prompt, str):
+        if isinstance(completion, str):
+            return completion
+        raise ValueError(
+            "The completion is a message list but the prompt is plain text: give both as messages "
+            'or both as text (a prompt as messages: [{"role": "user", "content": ...}]).'
+        )
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    whole = _render(tokenizer, prompt + completion, generation_prompt=False)
+    if not whole.startswith(before):
+        same = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(whole))
+        raise ValueError(
+            "The chat template does not continue the prompt when the completion is added: at the end of the "
+            f"prompt it writes {before[same : same + 40]!r}, and with the completion "
+            f"{whole[same : same + 40]!r} in its place. "
+            "Use a template whose generation prompt is the start of an assistant message, or plain text."
+        )
+    text = whole[len(before) :]
+    if not text:
+        raise ValueError(
+            "The chat template writes nothing for the completion; its messages should have the role 'assistant'."
+        )
+    eos_text: Any = tokenizer.eos_token
+    ended = text.rstrip()  # ChatML writes "<|im_end|>\n"; generation stops at EOS, so nothing follows it
+    return ended if eos_text and ended.endswith(eos_text) else text
+
+
+def _completion_ids(eos: int, ids: list[int]) -> list[int]:
+    while ids and ids[-1] == eos:
+        ids.pop()
+    return [*ids, eos]
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Token ids of a prompt: at least one, never followed by EOS.
 
@@ -67,15 +115,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
         ValueError: messages without a chat template, messages that the template refuses, or a prompt
             that gives no token at all.
     """
-    if isinstance(prompt, str):
-        ids, prefix = _ids(tokenizer, prompt), _prefix(tokenizer)
-        if ids[: len(prefix)] != prefix:  # the text may spell its BOS itself
-            ids = prefix + ids
-    else:
-        ids = _ids(tokenizer, _render(tokenizer, prompt, generation_prompt=True))
-    if not ids:
-        raise ValueError("The prompt gives no token with this tokenizer; give it some text.")
-    return ids
+    return _prompt_ids(_prefix(tokenizer), prompt, _ids(tokenizer, _prompt_text(tokenizer, prompt)))
 
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Prompt) -> list[int]:
@@ -90,43 +130,43 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, comple
             that does not continue the prompt's rendering.
     """
     eos = _eos(tokenizer)
-    if isinstance(prompt, str):
-        if isinstance(completion, str):
-            text = completion
-        else:
-            raise ValueError(
-                "The completion is a message list but the prompt is plain text: give both as messages "
-                'or both as text (a prompt as messages: [{"role": "user", "content": ...}]).'
-            )
-    else:
-        if isinstance(completion, str):
-            completion = [{"role": "assistant", "content": completion}]
-        text = _rendered_completion(tokenizer, prompt, completion)
-    ids = _ids(tokenizer, text)
-    while ids and ids[-1] == eos:
-        ids.pop()
-    return [*ids, eos]
+    text = _completion_text(tokenizer, prompt, _prompt_text(tokenizer, prompt), completion)
+    return _completion_ids(eos, _ids(tokenizer, text))
 
 
-def _rendered_completion(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[dict[str, str]], completion: list[dict[str, str]]
-) -> str:
-    before = _render(tokenizer, prompt, generation_prompt=True)
-    whole = _render(tokenizer, prompt + completion, generation_prompt=False)
-    if not whole.startswith(before):
-        same = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(whole))
-        raise ValueError(
-            "The chat template does not continue the prompt when the completion is added: at the end of the "
-            f"prompt it writes {before[same : same + 40]!r}, and with the completion "
-            f"{whole[same : same + 40]!r} in its place. "
-            "Use a template whose generation prompt is the start of an assistant message, or plain text."
-        )
-    text = whole[len(before) :]
-    if not text:
-        raise ValueError(
-            "The chat template writes nothing for the completion; "
-            "its messages should have the role 'assistant'."
-        )
-    eos_text: Any = tokenizer.eos_token
-    ended = text.rstrip()  # ChatML writes "<|im_end|>\n"; generation stops at EOS, so nothing follows it
-    return ended if eos_text and ended.endswith(eos_text) else text
+Encoded = tuple[list[int], list[list[int]]]
+"""Token ids of a prompt and of each of its completions."""
+
+
+def encode_batch(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[tuple[Prompt, Sequence[Prompt]]]
+) -> Iterator[Encoded | ValueError]:
+    """As ``encode_prompt`` and ``encode_completion`` of each prompt and its completions, many at a time.
+
+    Each prompt is rendered once, and all texts go through the tokenizer in one call, on all cores.
+
+    Yields:
+        For each conversation, in order, its token ids, or what the one-by-one functions would raise for it.
+    """
+    eos, prefix = _eos(tokenizer), _prefix(tokenizer)
+    texts: list[str] = []
+    faults: dict[int, ValueError] = {}
+    for i, (prompt, completions) in enumerate(conversations):
+        start = len(texts)
+        try:
+            before = _prompt_text(tokenizer, prompt)
+            texts += [before, *(_completion_text(tokenizer, prompt, before, c) for c in completions)]
+        except ValueError as error:
+            faults[i] = error
+            del texts[start:]
+    ids: Any = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    at = 0
+    for i, (prompt, completions) in enumerate(conversations):
+        if i in faults:
+            yield faults[i]
+            continue
+        own, at = ids[at : at + 1 + len(completions)], at + 1 + len(completions)
+        try:
+            yield _prompt_ids(prefix, prompt, list(own[0])), [_completion_ids(eos, list(c)) for c in own[1:]]
+        except ValueError as error:
+            yield error

@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from halos_pl.cache import cache_root
+
 #: Written last into a converted folder: the length of each of its files.
 _COMPLETE = "complete.json"
 
@@ -115,10 +117,6 @@ def _resolve(spec: ModelSpec) -> tuple[str, str | None]:
     return path, files[0]
 
 
-def _cache_root() -> Path:
-    return Path(os.environ.get("HALOS_CACHE", "~/.cache/halos_pl")).expanduser()
-
-
 @cache
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
@@ -144,7 +142,7 @@ def _converted(folder: Path, gguf_file: str) -> Path:
     dequantising takes a quarter of a minute. It appears under its name only when it is complete; one that
     lacks a file or part of one is made anew.
     """
-    target = _cache_root() / f"gguf-{_digest(folder / gguf_file)[:32]}"
+    target = cache_root() / f"gguf-{_digest(folder / gguf_file)[:32]}"
     if _intact(target):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import permutations
+from itertools import pairwise, permutations
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from halos_pl.data.batches import Row, Step, StepDataset, StepSampler, mismatches
+from halos_pl.data.batches import LENGTH_WINDOW, Order, Row, Step, StepDataset, StepSampler, mismatches
 from halos_pl.outcomes import FlatBatch
 
 law = settings(max_examples=60, deadline=None, derandomize=True)
@@ -116,8 +117,12 @@ def test_laws_of_a_step(
         dataset(prompt_of, pairs=pairs, rank=rank, world_size=world_size, seed=seed)
         for rank in range(world_size)
     ]
-    sampler = StepSampler(len(whole), batch_size=batch_size, world_size=world_size, seed=seed)
-    for step in sampler:
+    sampler = StepSampler(Order(len(whole), seed=seed), batch_size=batch_size, world_size=world_size)
+    draw = Random(seed)  # and steps of any other sampler, with the same example several times
+    others = [
+        Step(0, k, tuple(draw.choices(range(len(whole)), k=draw.randint(world_size, 9)))) for k in range(3)
+    ]
+    for step in [*sampler, *others]:
         batch = whole[step]
         rows, probes = [r for r in table(batch) if not r[3]], [r for r in table(batch) if r[3]]
         # The step's rows, each with one probe that has its prompt and a completion of another.
@@ -149,7 +154,7 @@ def test_laws_of_a_step(
 @law
 def test_steps_of_one_row_take_their_probe_from_the_data_set(prompts: list[int], seed: int) -> None:
     data = dataset(prompts, seed=seed)
-    for step in StepSampler(len(prompts), batch_size=1, seed=seed):
+    for step in StepSampler(Order(len(prompts), seed=seed), batch_size=1):
         (x, *_), (probe_x, probe_y, *_) = table(data[step])
         assert x == probe_x
         assert prompts[probe_y[0] - 100] != x[0]
@@ -189,7 +194,7 @@ def test_mismatches_differ_between_epochs_steps_and_seeds() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_make_the_same_batches(workers: int) -> None:
-    data, sampler = dataset([i // 2 for i in range(22)]), StepSampler(22, batch_size=4, seed=3)
+    data, sampler = dataset([i // 2 for i in range(22)]), StepSampler(Order(22, seed=3), batch_size=4)
     expected = [data[step] for step in sampler]
     loaded = list(
         DataLoader(data, batch_size=None, sampler=sampler, num_workers=workers, collate_fn=identity)
@@ -205,7 +210,7 @@ def test_workers_make_the_same_batches(workers: int) -> None:
 def test_a_large_step_from_a_worker_needs_few_open_files() -> None:
     data = dataset(list(range(3000)))
     loader = DataLoader(
-        data, batch_size=None, sampler=StepSampler(3000, batch_size=1500), num_workers=1, collate_fn=identity
+        data, batch_size=None, sampler=StepSampler(Order(3000), batch_size=1500), num_workers=1, collate_fn=identity
     )
     assert [len(batch) for batch in loader] == [3000, 3000]
 
@@ -230,14 +235,8 @@ def test_laws_of_steps(
     size: int, batch_size: int, world_size: int, shuffle: bool, drop_last: bool, seed: int
 ) -> None:
     def make(seed: int = seed) -> StepSampler:
-        return StepSampler(
-            size,
-            batch_size=batch_size,
-            world_size=world_size,
-            seed=seed,
-            shuffle=shuffle,
-            drop_last=drop_last,
-        )
+        order = Order(size, seed=seed, shuffle=shuffle)
+        return StepSampler(order, batch_size=batch_size, world_size=world_size, drop_last=drop_last)
 
     if batch_size < world_size or size < world_size or (drop_last and size < batch_size):
         with pytest.raises(ValueError, match=r"batch_size|too few"):
@@ -271,26 +270,111 @@ def test_laws_of_steps(
 
 
 def test_seed_and_epoch_are_not_added() -> None:
-    one, two = StepSampler(40, batch_size=40, seed=1), StepSampler(40, batch_size=40, seed=0)
+    one, two = (StepSampler(Order(40, seed=seed), batch_size=40) for seed in (1, 0))
     two.set_epoch(1)
     assert next(iter(one)).examples != next(iter(two)).examples
 
 
 def test_a_small_tail_joins_the_step_before() -> None:
-    sizes = [len(step.examples) for step in StepSampler(10, batch_size=4, world_size=3)]
+    sizes = [len(step.examples) for step in StepSampler(Order(10), batch_size=4, world_size=3)]
     assert sizes == [4, 6]
-    assert [len(step.examples) for step in StepSampler(10, batch_size=4, world_size=2)] == [4, 4, 2]
+    assert [len(step.examples) for step in StepSampler(Order(10), batch_size=4, world_size=2)] == [4, 4, 2]
 
 
 def test_evaluation_is_the_same_every_epoch() -> None:
-    sampler = StepSampler(5, batch_size=2, shuffle=False, same_every_epoch=True)
+    sampler = StepSampler(Order(5, shuffle=False), batch_size=2, same_every_epoch=True)
     before = list(sampler)
     sampler.set_epoch(3)
     assert list(sampler) == before
 
 
 def test_an_iterator_keeps_the_epoch_it_was_made_in() -> None:
-    sampler = StepSampler(6, batch_size=2)
+    sampler = StepSampler(Order(6), batch_size=2)
     steps, waiting = list(sampler), iter(sampler)
     sampler.set_epoch(1)
     assert list(waiting) == steps
+
+
+# Orders
+
+
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    weights=st.lists(st.sampled_from([0.25, 0.5, 1.0, 1.5, 3.0]), min_size=4, max_size=4),
+    seed=seeds,
+    epoch=st.integers(0, 3),
+    options=st.sets(st.sampled_from(["shuffle", "classes", "lengths"])),
+)
+@law
+def test_an_epoch_has_each_source_as_often_as_its_weight_says(
+    sizes: list[int], weights: list[float], seed: int, epoch: int, options: set[str]
+) -> None:
+    source = np.repeat(np.arange(len(sizes)), sizes)
+    n = len(source)
+    order = Order(
+        n,
+        seed=seed,
+        shuffle="shuffle" in options,
+        source=source,
+        weights=weights[: len(sizes)],
+        classes=np.arange(n) % 2 if "classes" in options else None,
+        lengths=np.arange(n) * 7 % 5 if "lengths" in options else None,
+        batch_size=3,
+    )
+    epochs = order(epoch)
+    assert epochs == order(epoch)
+    assert len(epochs) == len(order)
+    count = Counter(epochs)
+    for number, (size, weight) in enumerate(zip(sizes, weights, strict=False)):
+        each = [count[int(i)] for i in (source == number).nonzero()[0]]
+        assert sum(each) == round(weight * size)
+        assert max(each) - min(each) <= 1
+
+
+def test_a_half_of_a_source_is_another_half_each_epoch() -> None:
+    order = Order(40, weights=[0.5])
+    halves = {frozenset(order(epoch)) for epoch in range(6)}
+    assert len(halves) == 6
+    assert all(len(half) == 20 for half in halves)
+
+
+@given(
+    classes=st.lists(st.integers(0, 2), min_size=1, max_size=60), batch_size=st.integers(1, 9), seed=seeds
+)
+@law
+def test_balanced_steps_have_the_classes_in_the_proportion_of_the_whole(
+    classes: list[int], batch_size: int, seed: int
+) -> None:
+    order = Order(len(classes), seed=seed, classes=np.array(classes))(0)
+    assert sorted(order) == list(range(len(classes)))
+    for start in range(0, len(order) - batch_size + 1, batch_size):
+        step = Counter(classes[i] for i in order[start : start + batch_size])
+        for number, count in Counter(classes).items():
+            assert abs(step[number] - batch_size * count / len(classes)) < 2
+
+
+@given(
+    lengths=st.lists(st.integers(1, 500), min_size=1, max_size=80), batch_size=st.integers(1, 9), seed=seeds
+)
+@law
+def test_steps_grouped_by_length_are_runs_of_the_sorted_lengths(
+    lengths: list[int], batch_size: int, seed: int
+) -> None:
+    order = Order(len(lengths), seed=seed, lengths=np.array(lengths), batch_size=batch_size)(0)
+    assert sorted(order) == list(range(len(lengths)))
+    steps = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    if len(lengths) <= LENGTH_WINDOW * batch_size:
+        ranges = sorted((min(lengths[i] for i in step), max(lengths[i] for i in step)) for step in steps)
+        assert all(low >= high for (_, high), (low, _) in pairwise(ranges))
+
+
+def test_grouping_by_length_lowers_padding() -> None:
+    draw = Random(0)
+    lengths = np.array([int(draw.lognormvariate(5, 1)) + 1 for _ in range(2000)])
+
+    def padding(order: list[int]) -> float:
+        steps = np.array([lengths[order[i : i + 8]] for i in range(0, 2000, 8)])
+        return float(1 - steps.sum() / (steps.max(axis=1) * 8).sum())
+
+    plain, grouped = (padding(Order(2000, lengths=given, batch_size=8)(0)) for given in (None, lengths))
+    assert grouped < plain / 4

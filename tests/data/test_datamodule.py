@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections import Counter
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import byte_level_tokenizer, write_jsonl
@@ -16,8 +18,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from halos_pl.data import DataError, FeedbackDataModule
+from halos_pl.data import DataError, FeedbackDataModule, Source, store
 from halos_pl.data.datamodule import ControlTokens
+from halos_pl.data.transforms import FlipLabels, OnePerPrompt, Pair, ThresholdScores
 from halos_pl.outcomes import FlatBatch, Needs
 
 KTO = Needs(reference=True, probes=True, undesirable=True)
@@ -120,7 +123,7 @@ def test_pairs_with_rivals_stay_together(tmp_path: Path) -> None:
 
 def test_binary_data_do_not_suit_an_objective_with_rivals(tmp_path: Path) -> None:
     good, bad = write_jsonl(tmp_path / "a.jsonl", pairs()), write_jsonl(tmp_path / "b.jsonl", binary())
-    with pytest.raises(DataError, match=r"b\.jsonl:1: .*single completions.*prompt\+chosen\+rejected"):
+    with pytest.raises(DataError, match=r"b\.jsonl:1: .*compares the two completions.*chosen and rejected"):
         set_up(DPO, train=[good, bad])
 
 
@@ -197,12 +200,13 @@ def test_one_completion_per_prompt(tmp_path: Path) -> None:
         own = [row for step in train_rows(data) for row in step if not row[3]]
         assert sorted(row[0] for row in own) == [f"p{i}" for i in range(10)]
         counts = data.counts()["train"][path]
-        assert (counts["rows"], counts["dropped_same_prompt"]) == (10, 20)
+        assert counts["rows"] == 10
+        assert data.counts()["train"]["transforms"] == [{"transform": "OnePerPrompt", "dropped": 20}]
         assert counts["desirable"] == sum(row[2] for row in own)
         kept[seed] = {row[4] for row in own}
     assert len({frozenset(names) for names in kept.values()}) == 3
-    with pytest.raises(ValueError, match="one_completion_per_prompt would tear pairs apart"):
-        set_up(DPO, train=write_jsonl(tmp_path / "b.jsonl", pairs()), one_completion_per_prompt=True)
+    with pytest.raises(DataError, match=r"b\.jsonl:\d+#\w+: the objective compares the two completions of a pair"):
+        set_up(DPO, train=write_jsonl(tmp_path / "b.jsonl", pairs()), transforms=[OnePerPrompt()])
 
 
 # Lengths
@@ -352,26 +356,29 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
         data.setup("fit")
 
 
-def test_each_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from halos_pl.data import datamodule, read
+def test_each_source_is_read_once_and_found_again_by_its_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[str] = []
+    real = store._build
 
-    read_paths: list[str] = []
+    def counted(source: Any, *args: Any) -> None:
+        built.append(source.path)
+        real(source, *args)
 
-    def counted(paths: list[str]) -> Any:
-        read_paths.extend(paths)
-        return read.read_files(paths)
-
-    monkeypatch.setattr(datamodule, "read_files", counted)
+    monkeypatch.setattr(store, "_build", counted)
+    monkeypatch.setenv("HALOS_CACHE", str(tmp_path / "cache"))
     path = write_jsonl(tmp_path / "a.jsonl", binary())
-    data = FeedbackDataModule(path, path)
-    data.prepare_data()
-    assert read_paths == [path]
-    stand_in: Any = SimpleNamespace(
-        lightning_module=SimpleNamespace(tokenizer=tokenizer(), objective=SimpleNamespace(needs=KTO))
-    )
-    data.trainer = stand_in
-    data.setup("fit")
-    assert read_paths == [path]
+    first = set_up(KTO, train=path, validation=path)
+    assert built == [path]
+    copy = write_jsonl(tmp_path / "copy.jsonl", binary())
+    second = set_up(KTO, train=copy)
+    assert built == [path]  # another file with the same bytes
+    assert train_rows(second)[0][0][4].startswith(copy)  # its rows have its own name
+    assert first._splits["train"].digest == second._splits["train"].digest
+    write_jsonl(tmp_path / "a.jsonl", binary(11))
+    set_up(KTO, train=path)
+    assert built == [path, path]
 
 
 class Recorder(LightningModule):
@@ -497,3 +504,157 @@ def test_real_data(shared_data: Path) -> None:
     batch = next(iter(data.train_dataloader()))
     assert len(batch) == 128
     assert data.counts()["train"][path]["desirable"] == data.counts()["train"][path]["undesirable"] == 2898
+
+
+# Bad rows, scores, transforms, mixtures, orders
+
+
+def test_bad_rows_are_named_or_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from halos_pl.data import datamodule
+
+    lines: list[str] = []
+    monkeypatch.setattr(datamodule, "rank_zero_info", lines.append)
+    bad = [{"prompt": "p", "completion": "", "label": True}, {"prompt": "p", "completion": "c", "label": 7}]
+    one = write_jsonl(tmp_path / "a.jsonl", [*binary(), *bad])
+    two = write_jsonl(tmp_path / "b.jsonl", [*binary(3), bad[0]])
+    with pytest.raises(DataError) as raised:
+        set_up(KTO, train=[one, two, str(tmp_path / "absent.jsonl")])
+    said = str(raised.value).splitlines()
+    places = [f"{one}:11", f"{one}:12", f"{two}:4", f"{tmp_path}/absent.jsonl"]
+    assert [line.partition(": ")[0] for line in said] == places
+    data = set_up(KTO, train=[one, two], on_bad_rows="skip")
+    counts = data.counts()["train"]
+    assert [(counts[path]["examples"], counts[path]["faulty"]) for path in (one, two)] == [(10, 2), (3, 1)]
+    assert any(f"train data {one}: 10 examples" in line and "2 faulty rows skipped" in line for line in lines)
+    assert any(f"{one}:12: " in line for line in lines)
+    with pytest.raises(DataError, match="no such file"):  # nothing of it can be used, so there is nothing to skip
+        set_up(KTO, train=str(tmp_path / "absent.jsonl"), on_bad_rows="skip")
+
+
+def scored() -> list[dict[str, Any]]:
+    return [{"prompt": f"p{i // 3}", "completion": f"c{i}", "score": float(i % 3)} for i in range(12)]
+
+
+def test_scores_become_thumbs_at_the_prompts_mean_and_stay_scores(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", scored())
+    data = set_up(KTO, train=path, batch_size=12)
+    assert data.counts()["train"]["transforms"] == [
+        {"transform": "ThresholdScores", "desirable": 4, "undesirable": 4, "dropped_at_threshold": 4}
+    ]
+    [step] = train_rows(data)
+    judged = {int(row[1][1:-10]): row[2] for row in step if not row[3]}
+    assert judged == {i: i % 3 == 2 for i in range(12) if i % 3 != 1}
+    [batch] = set_up(Needs(groups=True, undesirable=True), train=path, batch_size=12).train_dataloader()
+    assert sorted(batch.score.tolist()) == [0.0] * 4 + [2.0] * 4
+    assert torch.equal(batch.score > 1, batch.desirable)
+
+
+def test_transforms_are_applied_in_order_and_those_of_studies_to_training_data_only(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", scored())
+    data = set_up(KTO, train=path, validation=path, transforms=[ThresholdScores(at=1.0), FlipLabels(share=1.0)])
+    assert [t["transform"] for t in data.counts()["train"]["transforms"]] == ["ThresholdScores", "FlipLabels"]
+    assert [t["transform"] for t in data.counts()["validation"]["transforms"]] == ["ThresholdScores"]
+    assert (data.counts()["train"][path]["desirable"], data.counts()["validation"][path]["desirable"]) == (4, 8)
+    # A transform of labels finds labels, whatever the list says of scores.
+    data = set_up(KTO, train=path, transforms=[FlipLabels(share=1.0)])
+    assert [t["transform"] for t in data.counts()["train"]["transforms"]] == ["ThresholdScores", "FlipLabels"]
+
+
+def test_pairs_are_made_of_scores_where_they_are_asked_for(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", scored())
+    with pytest.raises(DataError, match=r"the transform Pair"):
+        set_up(DPO, train=path)
+    [step] = train_rows(set_up(DPO, train=path, transforms=[Pair()], batch_size=4))
+    assert sorted(row[1][1:-10] for row in step if row[2]) == ["11", "2", "5", "8"]
+    assert sorted(row[1][1:-10] for row in step if not row[2]) == ["0", "3", "6", "9"]
+
+
+def test_a_mixture_has_its_sources_by_weight(tmp_path: Path) -> None:
+    a, b = (write_jsonl(tmp_path / f"{name}.jsonl", binary(10)) for name in "ab")
+    data = set_up(KTO, train=[Source(a, weight=0.5), Source(b, weight=2.0)], batch_size=5)
+    for epoch in range(3):
+        own = [row[4] for step in train_rows(data, epoch) for row in step if not row[3]]
+        assert Counter(name.rpartition("/")[2][0] for name in own) == {"a": 5, "b": 20}
+        assert max(Counter(own).values()) == 2
+    settings: list[Any] = [{"path": a, "weight": 0.5}, {"path": b, "weight": 2.0}]
+    assert FeedbackDataModule(settings).sources == data.sources
+    for wrong, said in (
+        ({"path": a, "weight": 0}, "weight is 0"),
+        ({"path": a, "wieght": 1}, r"data\.train has no setting wieght; a source takes path, split"),
+        ({"weight": 1}, "path"),
+        ({"path": a, "weight": "much"}, r"data\.train: .*weight.*much"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            FeedbackDataModule([wrong])
+
+
+def test_pairs_may_stay_together_under_an_objective_that_does_not_compare_them(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", pairs(8))
+    data = set_up(KTO, train=path, keep_together="pairs", batch_size=2)
+    for batch in data.train_dataloader():
+        own = (~batch.probe).nonzero().squeeze(1)
+        assert len(own) == 4
+        assert torch.equal(batch.rival[batch.rival[own]], own)
+        assert torch.equal(batch.group[own], batch.group[batch.rival[own]])
+    together = set_up(KTO, train=write_jsonl(tmp_path / "b.jsonl", binary(12, prompts=4)), keep_together="prompts")
+    [batch] = together.train_dataloader()
+    assert len(batch) == 24
+
+
+def test_classes_are_balanced_and_lengths_grouped(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i}", "completion": "c" * (1 + i * 7 % 50), "label": i < 30} for i in range(40)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    balanced = set_up(KTO, train=path, balance_classes=True, batch_size=8)
+    for batch in balanced.train_dataloader():
+        assert abs(int(batch.desirable[~batch.probe].sum()) - 6) <= 1
+    grouped = set_up(SFT | Needs(undesirable=True), train=path, group_by_length=True, batch_size=8)
+    spans = []
+    for batch in grouped.train_dataloader():
+        lengths = [len(batch.prompts[p]) + len(c) for p, c in zip(batch.prompt, batch.completions, strict=True)]
+        spans.append(max(lengths) - min(lengths))
+    assert sum(spans) <= 55
+    both = set_up(KTO, train=path, balance_classes=True, group_by_length=True, batch_size=8)
+    seen = [name for step in train_rows(both) for *_, probe, name in step if not probe]
+    assert len(set(seen)) == len(seen) == 40
+
+
+def test_data_of_one_class_and_of_one_row_have_a_defined_behaviour(tmp_path: Path) -> None:
+    bad_only = write_jsonl(tmp_path / "bad.jsonl", [row | {"label": False} for row in binary(4)])
+    [step] = train_rows(set_up(KTO, train=bad_only, batch_size=4))
+    assert len(step) == 8
+    one = write_jsonl(tmp_path / "one.jsonl", binary(1))
+    [step] = train_rows(set_up(Needs(reference=True, undesirable=True), train=one))
+    assert len(step) == 1
+    with pytest.raises(DataError, match=r"one\.jsonl.*all 1 rows have the same prompt"):
+        set_up(KTO, train=one)
+    pair = write_jsonl(tmp_path / "pair.jsonl", pairs(1))
+    [step] = train_rows(set_up(DPO, train=pair))
+    assert len(step) == 2
+
+
+def test_a_data_set_of_the_hub_is_read_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[dict[str, Any]] = []
+
+    def load(path: str, name: Any = None, **options: Any) -> Any:
+        asked.append({"path": path, **options})
+        found = datasets.Dataset.from_list(binary(50))
+        return found.to_iterable_dataset() if options.get("streaming") else found
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    data = set_up(KTO, train=Source("owner/feedback", split="train", rows=20, streaming=True), batch_size=4)
+    counts = data.counts()["train"]["owner/feedback[train]"]
+    assert counts["rows"] == 20
+    assert asked[-1]["streaming"] is True
+    names = [name for step in train_rows(data) for *_, probe, name in step if not probe]
+    assert sorted(names)[0] == "owner/feedback[train]:1"
+
+
+def test_a_store_travels_to_a_worker_as_its_place(tmp_path: Path) -> None:
+    data = set_up(KTO, train=write_jsonl(tmp_path / "a.jsonl", binary(500)))
+    [stored] = data._stores.values()
+    sent = pickle.dumps(stored)
+    assert len(sent) < 500
+    assert pickle.loads(sent).digest == stored.digest
+    assert isinstance(pickle.loads(sent).tokens, np.memmap)

@@ -1,88 +1,275 @@
-"""Files are read whole or refused with the file, the line, the column and what to do."""
+"""Sources are read whole or their faults name the file, the line, the column and what to do."""
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import re
 import time
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import write_jsonl
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from halos_pl.data.read import DataError, Example, read_files
+from halos_pl.data import formats
+from halos_pl.data.example import Example, Fault, Skipped
+from halos_pl.data.read import read
+from halos_pl.data.source import Source
 
 ROW = {"prompt": "p", "completion": "c", "label": True}
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}
 USER, BOT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
+Item = Example | Fault | Skipped
 
 
-def read(path: str | Path) -> list[Example]:
-    return read_files([str(path)])[str(path)]
+def examples(path: str | Path, **settings: Any) -> list[Example]:
+    """All that a sound source holds."""
+    items = list(read(Source(str(path), **settings)))
+    assert not [str(item) for item in items if isinstance(item, Fault)]
+    return [item for item in items if isinstance(item, Example)]
 
 
-def refused(path: str | Path) -> str:
-    with pytest.raises(DataError) as caught:
-        read(path)
-    return str(caught.value)
+def faults(path: str | Path, **settings: Any) -> list[Fault]:
+    found = [item for item in read(Source(str(path), **settings)) if isinstance(item, Fault)]
+    assert all("\n" not in str(fault) for fault in found)
+    return found
+
+
+def refused(path: str | Path, **settings: Any) -> str:
+    """The one fault of a source."""
+    [fault] = faults(path, **settings)
+    return str(fault)
+
+
+def packed(path: Path, content: bytes) -> Path:
+    """Writes ``content`` as the ending of ``path`` says."""
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(content))
+    elif path.suffix == ".zst":
+        with pa.output_stream(str(path), compression="zstd") as stream:
+            stream.write(content)
+    else:
+        path.write_bytes(content)
+    return path
 
 
 # What is read
 
 
-@pytest.mark.parametrize(("label", "meaning"), [(True, True), (False, False), (1, True), (0, False)])
+@pytest.mark.parametrize(
+    ("label", "meaning"),
+    [(True, True), (False, False), (1, True), (0, False), (1.0, True), ("False", False), ("1", True)],
+)
 def test_binary(tmp_path: Path, label: Any, meaning: bool) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{**ROW, "label": label, "score": None}])
-    assert read(path) == [Example("p", ("c",), (meaning,), f"{path}:1")]
+    assert examples(path) == [Example("p", ("c",), (meaning,), f"{path}:1")]
 
 
 def test_pairs_of_messages_lose_the_repeated_prompt(tmp_path: Path) -> None:
     other = {"role": "assistant", "content": "no"}
     rows = [{"prompt": [USER], "chosen": [USER, BOT], "rejected": [other], "id": 3}]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    assert read(path) == [Example([USER], ([BOT], [other]), (True, False), f"{path}:1")]
+    assert examples(path) == [
+        Example([USER], ([BOT], [other]), (True, False), f"{path}:1", scores=(None, None), paired=True)
+    ]
 
 
 def test_null_columns_do_not_count(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{**ROW, "chosen": None, "rejected": None}])
-    assert read(path)[0].labels == (True,)
+    assert examples(path)[0].labels == (True,)
 
 
 def test_all_formats_give_the_same_rows_and_lines(tmp_path: Path) -> None:
-    rows = [{**ROW, "completion": f"c{i}\u2028\n"} for i in range(3)]
+    rows = [{**ROW, "completion": f"c{i}\u2028\n é"} for i in range(3)]
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     one_list = "[\n" + ",\n".join(json.dumps(row, indent=2) for row in rows) + "\n]\n"
-    (tmp_path / "a.jsonl").write_text(lines)
-    (tmp_path / "b.json").write_text(lines)
-    (tmp_path / "c.json").write_text(one_list)
-    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + lines.encode() + b"\r\n\r\n"))
-    (tmp_path / "e.json.gz").write_bytes(gzip.compress(one_list.encode()))
-    for path in sorted(tmp_path.iterdir()):
-        examples = read(path)
-        assert [example.completions for example in examples] == [(row["completion"],) for row in rows]
-        places = [2, 7, 12] if path.name[0] in "ce" else [1, 2, 3]
-        assert [example.row_id for example in examples] == [f"{path}:{place}" for place in places]
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, ROW, lineterminator="\r\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    for ending in ("", ".gz", ".zst"):
+        packed(tmp_path / f"a.jsonl{ending}", b"\xef\xbb\xbf" + lines.encode() + b"\r\n\r\n")
+        packed(tmp_path / f"lines.json{ending}", lines.encode())
+        packed(tmp_path / f"list.json{ending}", one_list.encode())
+        packed(tmp_path / f"bom.json{ending}", b"\xef\xbb\xbf" + one_list.encode())
+        packed(tmp_path / f"table.csv{ending}", b"\xef\xbb\xbf" + table.getvalue().encode())
+    arrow = pa.Table.from_pylist(rows)
+    pq.write_table(arrow, tmp_path / "n.parquet", row_group_size=2)
+    with pa.OSFile(str(tmp_path / "file.arrow"), "wb") as sink, pa.ipc.new_file(sink, arrow.schema) as file:
+        file.write_table(arrow, max_chunksize=2)
+    with pa.OSFile(str(tmp_path / "stream.arrow"), "wb") as sink, pa.ipc.new_stream(sink, arrow.schema) as stream:
+        stream.write_table(arrow, max_chunksize=2)
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"only": datasets.Dataset.from_list(rows)}).save_to_disk(tmp_path / "saved_dict")
+    expected = {"list": [2, 7, 12], "bom": [2, 7, 12], "table": [2, 4, 6]}
+    paths = sorted(tmp_path.iterdir())
+    assert len(paths) == 20
+    for path in paths:
+        found = examples(path)
+        assert [example.completions for example in found] == [(row["completion"],) for row in rows], path
+        places = expected.get(path.name.split(".")[0], [1, 2, 3])
+        assert [example.row_id for example in found] == [f"{path}:{place}" for place in places]
 
 
-def test_a_long_list_is_read_in_linear_time(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps([ROW] * 20_000, indent=1))
+@pytest.mark.parametrize("ending", ["json", "csv", "jsonl.zst"])
+def test_a_long_file_is_read_in_linear_time(tmp_path: Path, ending: str) -> None:
+    if ending == "csv":
+        content = "prompt,completion,label\n" + '"p\n",c,1\n' * 20_000
+    else:
+        content = json.dumps([ROW] * 20_000, indent=1) if ending == "json" else (json.dumps(ROW) + "\n") * 20_000
+    path = packed(tmp_path / f"a.{ending}", content.encode())
     start = time.perf_counter()
-    assert len(read(path)) == 20_000
+    assert len(examples(path)) == 20_000
     assert time.perf_counter() - start < 5
+
+
+def test_a_row_larger_than_the_pieces_of_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{**ROW, "prompt": "é\\\n" * 2_000_000}, {**ROW, "prompt": "12"}]
+    path = packed(tmp_path / "a.json", json.dumps(rows).encode())
+    assert [example.prompt for example in examples(path)] == [row["prompt"] for row in rows]
+    monkeypatch.setattr(formats, "CHUNK", 1)  # every place is the end of a piece
+    small = [{**ROW, "prompt": 'é\U0001f600\\"', "n": [-1.5e-10, None, {"k": "\U0001f600"}]}, ROW, {**ROW, "n": 12}]
+    for ascii_only in (True, False):
+        content = json.dumps(small, indent=1, ensure_ascii=ascii_only).encode()
+        path = packed(tmp_path / "b.json", content)
+        assert [e.row_id for e in examples(path)] == [f"{path}:2", f"{path}:14", f"{path}:19"]
+
+
+def test_rows_limits_what_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text((json.dumps(ROW) + "\n") * 3 + "{oops\n")
+    assert len(examples(path, rows=3)) == 3
+    assert len(faults(path)) == 1
+
+
+def test_columns_are_renamed(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "p", "prompt": 3, "good": "c", "bad": "r"}])
+    columns = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    assert examples(path, columns=columns)[0].completions == ("c", "r")
+    swapped = write_jsonl(tmp_path / "b.jsonl", [PAIR])
+    assert examples(swapped, columns={"chosen": "rejected", "rejected": "chosen"})[0].completions == ("r", "c")
+    broken = write_jsonl(tmp_path / "c.jsonl", [{"question": " ", "chosen": "c", "rejected": "r"}, {"chosen": "c"}])
+    first, second = faults(broken, columns={"prompt": "question"}, schema="paired")
+    assert first.column == "question"
+    assert "column 'question' is empty" in str(first)
+    assert "lacks 'question', 'rejected'" in str(second)
+
+
+def test_a_schema_that_is_named_is_not_looked_for(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{**ROW, **PAIR}] * 2)
+    assert "fits 'unpaired' (prompt+completion+label) and 'paired'" in str(faults(path)[0])
+    assert all(example.paired for example in examples(path, schema="paired"))
+    assert "there is no schema 'pairs'; there are unpaired, paired" in refused(path, schema="pairs")
 
 
 def test_real_data(shared_data: Path) -> None:
     start = time.perf_counter()
-    examples = read(shared_data / "feedback" / "hh_rlhf_train.jsonl.gz")
-    assert len(examples) == 2898
-    assert all(example.is_pair for example in examples)
-    assert len(read(shared_data / "feedback" / "gsm8k_solutions_unpaired.jsonl.gz")) == 5276
+    found = examples(shared_data / "feedback" / "hh_rlhf_train.jsonl.gz")
+    assert len(found) == 2898
+    assert all(example.paired for example in found)
     assert time.perf_counter() - start < 10
+
+
+# The hub, which no test reaches
+
+
+def _hub(monkeypatch: pytest.MonkeyPatch, answer: Callable[..., Any]) -> list[Any]:
+    asked: list[Any] = []
+
+    def load_dataset(*args: Any, **kwargs: Any) -> Any:
+        asked.append((args, kwargs))
+        return answer()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def test_hub_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [ROW, {**ROW, "label": False}]
+    asked = _hub(monkeypatch, lambda: datasets.Dataset.from_list(rows))
+    settings = {"name": "small", "data_dir": "here", "split": "train", "revision": "abc"}
+    found = examples("owner/some-name.v1", **settings)
+    assert [example.labels for example in found] == [(True,), (False,)]
+    assert found[1].row_id == "owner/some-name.v1:2"
+    expected = {"data_dir": "here", "split": "train", "revision": "abc", "streaming": False}
+    assert asked == [(("owner/some-name.v1", "small"), expected)]
+
+
+def test_hub_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = datasets.Dataset.from_list([ROW])
+    _hub(monkeypatch, lambda: datasets.DatasetDict(train=data, test=data))
+    assert "has several splits; name one of train, test as 'split'" in refused("owner/name")
+    _hub(monkeypatch, lambda: datasets.DatasetDict(train=data))
+    assert len(examples("owner/name")) == 1
+
+
+def test_streaming_takes_no_more_rows_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = 0
+
+    def rows() -> Any:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield ROW
+
+    asked = _hub(monkeypatch, lambda: datasets.IterableDataset.from_generator(rows))
+    assert len(examples("owner/name", split="train", streaming=True, rows=5)) == 5
+    assert taken <= 6  # datasets looks one row ahead
+    assert asked[0][1]["streaming"] is True
+
+
+def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = refused("owner/name", split="train")  # no test has a network: HF_HUB_OFFLINE
+    assert re.match(r"owner/name: no such file or folder .* cannot be loaded \(.*check the name", message)
+
+    def rows() -> Any:
+        yield ROW
+        raise ConnectionError("gone\naway")
+
+    _hub(monkeypatch, rows)
+    items = list(read(Source("owner/name")))
+    assert isinstance(items[0], Example)
+    assert str(items[1]) == "owner/name:2: cannot be read on (ConnectionError: gone away); try again"
+    assert isinstance(items[1], Fault)
+    assert items[1].fatal
+
+
+def test_the_version_of_a_hub_data_set_is_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert formats.hub_version(Source("owner/name")) == "main"
+    assert formats.hub_version(Source("owner/name", revision="v2")) == "v2"
+    ref = tmp_path / "datasets--owner--name" / "refs" / "main"
+    ref.parent.mkdir(parents=True)
+    ref.write_text("0123abc\n")
+    assert formats.hub_version(Source("owner/name")) == "0123abc"
+
+
+def test_what_is_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "there").touch()
+    for path in (
+        "owner/there",
+        "owner/a.jsonl",
+        "owner/a.csv.gz",
+        "name",
+        "./owner/name",
+        "/owner/name",
+        "a/b/c",
+        "a/",
+    ):
+        assert not formats.is_hub_name(path), path
+    assert formats.is_hub_name("owner/name-1.5_x")
 
 
 # What is refused
@@ -95,6 +282,7 @@ def test_real_data(shared_data: Path) -> None:
         ({**ROW, "label": "yes"}, "column 'label' is 'yes'"),
         ({**ROW, "label": None}, "column 'label' is None"),
         ({**ROW, "label": 0.5}, r"column 'label' is 0\.5"),
+        ({**ROW, "label": float("nan")}, r"column 'label' is nan"),
         ({**ROW, "label": [1]}, r"column 'label' is \[1\]"),
         ({**ROW, "completion": " \n"}, "column 'completion' is empty; give it some text"),
         ({**ROW, "completion": ""}, "column 'completion' is empty"),
@@ -112,32 +300,32 @@ def test_real_data(shared_data: Path) -> None:
         ({**ROW, "completion": "\ud800"}, "column 'completion' holds half of a surrogate pair"),
         ({**PAIR, "rejected": " "}, "column 'rejected' is empty"),
         ({**PAIR, "prompt": [USER], "chosen": [USER]}, "column 'chosen' only repeats the prompt"),
-        ({"prompt": "p", "completion": "c"}, r"lacks 'label'; .* \(this one has: 'prompt', 'completion'\)"),
+        ({**PAIR, "prompt": None}, "column 'prompt' is None"),
+        ({"prompt": "p", "completion": "c"}, r"lacks 'label' .*\(this one has: 'prompt', 'completion'\).*'columns'"),
         ({"prompt": "p", "chosen": "c"}, "lacks 'rejected'"),
-        ({"chosen": "c", "rejected": "r"}, "lacks 'prompt'"),
+        ({"chosen": "c", "rejected": "r"}, r"a row of 'implicit' \(chosen\+rejected\), but line 1 is .*'paired'"),
         ({}, "lacks 'prompt', 'completion', 'label'"),
-        (
-            {**ROW, **PAIR},
-            r"fits prompt\+completion\+label and prompt\+chosen\+rejected; keep the columns of one",
-        ),
         (["a"], r"the row is \['a'\], not an object"),
         (None, "the row is None, not an object"),
-        (
-            PAIR,
-            r"row of prompt\+chosen\+rejected, but line 1 is a row of .*; put the two kinds into two files",
-        ),
+        ({**ROW, "x": 1, **dict.fromkeys(["completion", "label"]), "chosen": "c", "rejected": "r"}, "two files"),
     ],
 )
 def test_a_faulty_row_is_named(tmp_path: Path, row: Any, reason: str) -> None:
-    faulty = write_jsonl(
-        tmp_path / "a.jsonl", [PAIR if {"chosen", "rejected"} & set(row or ()) else ROW, row]
-    )
-    if row == PAIR:
-        faulty = write_jsonl(tmp_path / "a.jsonl", [ROW, row])
-    message = refused(faulty)
-    assert message.startswith(f"{faulty}:2: ")
+    first = PAIR if {"chosen", "rejected"} & set(row or ()) and "x" not in row else ROW
+    path = write_jsonl(tmp_path / "a.jsonl", [first, row, first])
+    items = list(read(Source(path)))
+    assert [type(item) for item in items] == [Example, Fault, Example]
+    message = str(items[1])
+    assert message.startswith(f"{path}:2: ")
     assert re.search(reason, message)
     assert "\n" not in message
+
+
+def test_a_file_of_two_kinds_of_rows(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"id": 1}, ROW, PAIR])
+    first, second = faults(path)
+    assert "lacks" in str(first)
+    assert str(second).startswith(f"{path}:3: a row of 'paired' (prompt+chosen+rejected), but line 2 is a row of ")
 
 
 @pytest.mark.parametrize(
@@ -148,101 +336,162 @@ def test_a_faulty_row_is_named(tmp_path: Path, row: Any, reason: str) -> None:
         (b'{"label": ' + b"9" * 5000 + b"}", 1, "invalid JSON"),
         (b"[" * 100_000, 1, "invalid JSON"),
         (b"\xff\xfe", 1, "not UTF-8 text .*; save it as UTF-8"),
+        (b'{"prompt": "p", "label": 1, "prompt": "q"}', 1, "the key 'prompt' stands twice in one object"),
+        (b'{"prompt": [{"role": "a", "role": "b"}]}', 1, "the key 'role' stands twice"),
     ],
 )
 def test_a_faulty_line_is_named(tmp_path: Path, content: bytes, line: int, reason: str) -> None:
-    for name in ("a.jsonl", "a.jsonl.gz"):
-        path = tmp_path / name
-        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst"):
+        path = packed(tmp_path / name, content + b"\n" + json.dumps(ROW).encode())
         assert re.match(re.escape(f"{path}:{line}: ") + reason, refused(path))
+        assert len([item for item in read(Source(str(path))) if isinstance(item, Example)]) == line  # it goes on
 
 
 @pytest.mark.parametrize(
     ("content", "line", "reason"),
     [
         ('[{"prompt": 1}\n', 1, "no ',' or '\\]' after this row"),
-        ('[\n{"prompt": "p"},\n{oops}]', 3, "invalid JSON"),
+        ('[\n{"prompt": "p"},\n{oops}]', 3, "invalid JSON .* no row from here on can be read"),
         ("[]x", 1, "more text after the closing"),
         ("[\n1]", 2, "not an object"),
         ("[" * 100_000, 1, "invalid JSON"),
+        ('[\n\n{"prompt": "', 3, "invalid JSON"),
+        ("[\n{},", 2, "invalid JSON"),
+        ('[\n{"a": {"b": 1, "b": 2}}]', 2, "the key 'b' stands twice"),
+        ("[\n{},\n\n{} \n {}]", 4, "no ',' or"),
     ],
 )
 def test_a_faulty_list_is_named(tmp_path: Path, content: str, line: int, reason: str) -> None:
     (tmp_path / "a.json").write_text(content)
-    message = refused(tmp_path / "a.json").splitlines()[-1]
+    message = str(faults(tmp_path / "a.json")[-1])
     assert message.startswith(f"{tmp_path / 'a.json'}:{line}: ")
     assert re.search(reason, message)
+
+
+def test_a_list_goes_on_after_a_key_that_stands_twice(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"prompt": "p", "prompt": "q"},\n' + json.dumps(ROW) + "]")
+    first, second = read(Source(str(path)))
+    assert isinstance(first, Fault)
+    assert not first.fatal
+    assert first.column == "prompt"
+    assert isinstance(second, Example)
+    (tmp_path / "b.json").write_bytes(b"[\n{},\n\xff{}]")
+    assert str(faults(tmp_path / "b.json")[-1]).startswith(f"{tmp_path / 'b.json'}:3: not UTF-8 text")
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "reason"),
+    [
+        (b"prompt,completion,label\np,c,1\np,c\n", 3, "has 2 values but the header has 3 columns; quote"),
+        (b'prompt,completion,label\n"p\np",c,1\np,\xff,1\n', 4, "column 'completion' is not UTF-8 text"),
+        (b'prompt,completion,label\np,"c,1\np,c,1\n', 2, r"invalid CSV \(unexpected end of data\); check the quotes"),
+        (b"prompt,label,label\np,c,1\n", 1, "column 'label' stands twice in the header"),
+        (b"prompt,completion,label\np,,1\n", 2, "column 'completion' is None"),
+        (b"prompt;completion;label\np;c;1\n", 2, "this one has: 'prompt;completion;label'"),
+    ],
+)
+def test_a_faulty_csv_is_named(tmp_path: Path, content: bytes, line: int, reason: str) -> None:
+    path = packed(tmp_path / "a.csv", content)
+    assert re.match(re.escape(f"{path}:{line}: ") + ".*" + reason, refused(path))
+
+
+def test_csv_with_messages_and_large_cells(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    large = "[1, 2] " * 100_000
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["", "prompt", "completion", "label"], [0, json.dumps([USER]), large, "True"]])
+    assert examples(path) == [Example([USER], (large,), (True,), f"{path}:2")]
 
 
 def test_faulty_files(tmp_path: Path) -> None:
     assert re.search(r"nope\.jsonl: no such file .*; check the path", refused(tmp_path / "nope.jsonl"))
     assert "is a folder; name the file in it" in refused(tmp_path)
-    (tmp_path / "a.parquet").touch()
-    assert re.search(r"unknown kind of file; supported are \.jsonl", refused(tmp_path / "a.parquet"))
-    for name, content in (("a.jsonl", ""), ("b.jsonl", "\n \n"), ("c.json", "[]"), ("d.json", " [ ] ")):
+    (tmp_path / "a.txt").touch()
+    assert re.search(r"unknown kind of file; supported are \.jsonl", refused(tmp_path / "a.txt"))
+    for name, content in (
+        ("a.jsonl", ""),
+        ("b.jsonl", "\n \n"),
+        ("c.json", "[]"),
+        ("d.json", " [ ] "),
+        ("e.csv", "a,b"),
+    ):
         (tmp_path / name).write_text(content)
         assert re.match(re.escape(str(tmp_path / name)) + ": holds no rows", refused(tmp_path / name))
-    (tmp_path / "plain.jsonl.gz").write_text(json.dumps(ROW))
-    assert re.search(
-        r"plain\.jsonl\.gz:1: cannot be read .*may not be a gzip file", refused(tmp_path / "plain.jsonl.gz")
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "f.parquet")
+    assert "holds no rows" in refused(tmp_path / "f.parquet")
+    for ending, what in ((".gz", "gzip"), (".zst", "Zstandard")):
+        path = tmp_path / f"plain.jsonl{ending}"
+        path.write_text(json.dumps(ROW))
+        assert re.search(rf"plain\.jsonl{ending}:1: cannot be read .*may not be a {what} file", refused(path))
+    for name in ("a.parquet", "a.arrow"):
+        for content in (b"", b"not that", b"ARROW1\0\0 no", b"PAR1 no PAR1"):
+            (tmp_path / name).write_bytes(content)
+            assert "it may be cut off or damaged" in refused(tmp_path / name)
+            assert faults(tmp_path / name)[0].fatal
+
+
+def test_settings_of_the_hub_are_refused_for_files(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [ROW])
+    assert "'revision', 'split' is for data sets of the hub, and this is a file" in refused(
+        path, split="train", revision="x"
     )
+    datasets.DatasetDict(
+        train=datasets.Dataset.from_list([ROW]), test=datasets.Dataset.from_list([ROW, ROW])
+    ).save_to_disk(tmp_path / "saved")
+    assert "name one of train, test as 'split'" in refused(tmp_path / "saved")
+    assert "has no split 'dev'; name one of train, test" in refused(tmp_path / "saved", split="dev")
+    assert "'streaming' is for data sets of the hub" in refused(tmp_path / "saved", split="test", streaming=True)
+    assert len(examples(tmp_path / "saved", split="test")) == 2
+    (tmp_path / "saved" / "test" / "state.json").write_text("{")
+    assert "cannot be read as a folder of datasets.save_to_disk" in refused(tmp_path / "saved", split="test")
 
 
-def test_truncated_gzip(tmp_path: Path) -> None:
-    rows = "".join(json.dumps({**ROW, "prompt": str(i * 7919)}) + "\n" for i in range(2000))
-    whole = gzip.compress(rows.encode())
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(whole[: len(whole) // 2])
-    assert re.search(
-        r"a\.jsonl\.gz:\d+: the gzip stream ends early.*copy or download it again", refused(path)
-    )
-    path.write_bytes(whole[: len(whole) // 2] + b"\0" * 200)
-    assert re.search(r"a\.jsonl\.gz:\d+: ", refused(path))
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_truncated(tmp_path: Path, ending: str) -> None:
+    lines = [json.dumps({**ROW, "prompt": str(zlib.crc32(b"%d" % i))}) for i in range(20_000)]
+    for name, content in (("a.jsonl", "\n".join(lines)), ("a.json", "[\n" + ",\n".join(lines) + "]")):
+        path = packed(tmp_path / f"{name}{ending}", content.encode())
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        items = list(read(Source(str(path))))
+        last = items[-1]
+        assert isinstance(last, Fault)
+        assert last.fatal
+        match = re.search(r":(\d+): the \w+ stream ends early.*copy or download it again", str(last))
+        assert match
+        assert 5_000 < int(match[1]) < 15_000
+        assert all(isinstance(item, Example) for item in items[:-1])
+        path.write_bytes(whole[: len(whole) // 2] + b"\0" * 200)
+        assert re.search(rf"a\.jsonl?{ending}:\d+: ", str(faults(path)[-1]))
 
 
-def test_ten_faults_are_listed_and_the_others_counted(tmp_path: Path) -> None:
-    one = write_jsonl(tmp_path / "a.jsonl", [{}] * 7)
-    two = write_jsonl(tmp_path / "b.jsonl", [{**ROW, "label": 2}] * 6)
-    with pytest.raises(DataError) as caught:
-        read_files([one, two])
-    lines = str(caught.value).splitlines()
-    assert len(lines) == 11
-    assert lines[6].startswith(f"{one}:7:")
-    assert lines[9].startswith(f"{two}:3:")
-    assert lines[10] == "... and 3 more faults"
+def test_text_that_is_not_utf8_in_parquet(tmp_path: Path) -> None:
+    bad = pa.array([b"p", b"\xff", b"p"], pa.binary()).view(pa.string())
+    table = pa.table({"prompt": bad, "completion": ["c"] * 3, "label": [True] * 3})
+    pq.write_table(table, tmp_path / "a.parquet")
+    items = list(read(Source(str(tmp_path / "a.parquet"))))
+    assert [type(item) for item in items] == [Example, Fault, Example]
+    assert f"{tmp_path / 'a.parquet'}:2: the row cannot be decoded" in str(items[1])
 
 
-anything = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=6,
-)
-messages = st.lists(
-    st.fixed_dictionaries(
-        {}, optional={"role": anything | st.just("user"), "content": st.text(max_size=4) | anything}
-    )
-)
-values = st.text(max_size=4) | messages | anything | st.booleans()
-rows = anything | st.fixed_dictionaries(
-    {},
-    optional={column: values for column in ("prompt", "completion", "label", "chosen", "rejected", "extra")},
-)
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    """Of a list in one line and of a table in one row group, no more than pieces are held."""
+    import tracemalloc
 
-
-@given(content=st.lists(rows, max_size=4))
-@settings(max_examples=200, deadline=None, derandomize=True)
-def test_any_json_reads_or_is_refused_by_line(
-    content: list[Any], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    folder = tmp_path_factory.getbasetemp()
-    (folder / "fuzz.json").write_text(json.dumps(content))
-    lines = write_jsonl(folder / "fuzz.jsonl", content)
-    for path in (lines, str(folder / "fuzz.json")):
-        try:
-            examples = read(path)
-        except DataError as error:
-            named = [re.escape(path) + r":\d+: ", re.escape(path) + ": holds no rows", r"\.\.\. and \d+ more"]
-            for line in str(error).splitlines():
-                assert re.match("|".join(named), line)
-        else:
-            assert len(examples) == len(content) > 0
+    rows = [{**ROW, "prompt": f"{i} " * 200} for i in range(20_000)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    size = (tmp_path / "a.json").stat().st_size
+    assert size > 20_000_000
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", compression="none", use_dictionary=False)
+    for name in ("a.json", "a.parquet"):
+        before = pa.total_allocated_bytes()
+        tracemalloc.start()
+        most = 0
+        for item in read(Source(str(tmp_path / name))):
+            assert isinstance(item, Example)
+            most = max(most, pa.total_allocated_bytes() - before)
+        most += tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert most < size / 2

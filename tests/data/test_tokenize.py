@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from halos_pl.data.tokenize import encode_completion, encode_prompt
+from halos_pl.data.tokenize import encode_batch, encode_completion, encode_prompt
 
 BOS_CHATML = "{{ bos_token }}" + CHATML
 SAY = [{"role": "user", "content": "Say something"}]
@@ -230,3 +230,23 @@ def test_template_that_ignores_the_completion() -> None:
 def test_prompt_without_tokens() -> None:
     with pytest.raises(ValueError, match="gives no token"):
         encode_prompt(byte_level(), "")
+
+
+texts = st.text(st.characters(codec="utf-8"), max_size=20)
+
+
+@pytest.mark.parametrize("make", ALL)
+@given(conversations=st.lists(st.tuples(texts, st.lists(texts, max_size=3)), max_size=5))
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_a_batch_is_encoded_as_one_by_one(make: Any, conversations: list[tuple[str, list[str]]]) -> None:
+    """Rows that cannot be encoded included: each gets what it would get alone, and no other row suffers."""
+    tokenizer = make()
+    messages = [{"role": "user", "content": "a"}]
+    asked: list[tuple[Any, list[Any]]] = [*conversations, (messages, ["b"]), ("a", [messages])]
+    for (prompt, completions), got in zip(asked, encode_batch(tokenizer, asked), strict=True):
+        alone: Any
+        try:
+            alone = encode_prompt(tokenizer, prompt), [encode_completion(tokenizer, prompt, c) for c in completions]
+        except ValueError as error:
+            alone = str(error)
+        assert (str(got) if isinstance(got, ValueError) else got) == alone

@@ -1,0 +1,86 @@
+"""Where feedback comes from: a file, a folder, or a data set of the hub, and how it is to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of feedback. In YAML a bare string stands for a source with this path.
+
+    Attributes:
+        path: a file (``.jsonl``, ``.json``, ``.csv``, ``.parquet``, ``.arrow``; the text ones also with ``.gz`` or
+            ``.zst``), a folder written by ``datasets.save_to_disk``, or the name of a data set of the hub
+            (``owner/name``). A path that exists is never taken for a name of the hub.
+        split: of a hub data set or a saved ``DatasetDict``; needed where there are several.
+        name: configuration of a hub data set.
+        data_dir: sub-folder of a hub data set, such as ``harmless-base`` of ``Anthropic/hh-rlhf``.
+        revision: of a hub data set.
+        schema: name of the row schema; null finds it by the columns of the first row.
+        columns: other names of columns: ``{prompt: question}`` reads the column ``question`` as ``prompt``.
+        rows: read only so many rows from the start; null for all. With ``streaming`` no more is downloaded.
+        streaming: read a hub data set row by row, without downloading all of it first.
+        weight: how many times an epoch sees each row of the source: 0.5 for a half drawn anew each epoch, 2.0 for
+            each row twice.
+
+    Raises:
+        ValueError: for a weight that is not above 0, or ``rows`` below 1.
+    """
+
+    path: str
+    split: str | None = None
+    name: str | None = None
+    data_dir: str | None = None
+    revision: str | None = None
+    schema: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    rows: int | None = None
+    streaming: bool = False
+    weight: float = 1.0
+
+    @property
+    def label(self) -> str:
+        """Its name in messages, counts and row names: the path, and what tells it from others with the same path."""
+        return "/".join(filter(None, (self.path, self.name, self.data_dir))) + (f"[{self.split}]" if self.split else "")
+
+    @property
+    def key(self) -> str:
+        """The same for sources that are read the same way, however often their rows are seen."""
+        return repr(replace(self, weight=1.0))
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ValueError(f"{self.path}: weight is {self.weight}; it must be above 0")
+        if self.rows is not None and self.rows < 1:
+            raise ValueError(f"{self.path}: rows is {self.rows}; it must be at least 1, or null for all")
+
+
+OnBadRows = Literal["error", "skip"]
+
+
+def source_of(settings: Mapping[str, Any], where: str) -> Source:
+    """A source from plain settings, as they stand in YAML.
+
+    Args:
+        settings: by the names of ``Source``'s attributes.
+        where: what to call them in an error.
+
+    Raises:
+        ValueError: for an unknown name, a missing path, or a value of another type or out of its range.
+    """
+    known = [f.name for f in fields(Source)]
+    unknown = [str(name) for name in settings if name not in known]
+    if unknown:
+        raise ValueError(f"{where} has no setting {', '.join(unknown)}; a source takes {', '.join(known)}")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Source, "source")
+    try:
+        source: Source = parser.instantiate(parser.parse_object({"source": dict(settings)})).source
+    except ArgumentError as error:
+        raise ValueError(f"{where}: {' '.join(str(error).split())}") from error
+    return source

@@ -1,0 +1,220 @@
+"""From a table to what a split trains on: rows cut to a length, examples, and what became of every row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halos_pl.data.batches import Row
+from halos_pl.data.example import DataError
+from halos_pl.data.table import Table
+from halos_pl.data.transforms import groups
+from halos_pl.outcomes import Needs
+
+Together = Literal["pairs", "prompts"]
+
+
+@dataclass
+class FileCounts:
+    """What became of one source's rows.
+
+    Attributes:
+        examples: sound rows of the source; one of them may hold several completions.
+        faulty: rows with a fault, left out (``on_bad_rows: skip``).
+        skipped: rows that are sound but say nothing, by reason, such as ties.
+        pairs: pairs of rivals that enter.
+        rows: rows that enter; a pair has two.
+        desirable, undesirable: the same rows by label.
+        prompts_cut: rows whose prompt lost tokens at its start.
+        completions_cut: rows whose completion lost tokens at its end, its EOS among them.
+        dropped_too_long: rows left out because the completion does not fit (``truncate_completions`` off).
+        dropped_undesirable: rows left out because the objective wants desirable ones only.
+    """
+
+    examples: int = 0
+    faulty: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    pairs: int = 0
+    rows: int = 0
+    desirable: int = 0
+    undesirable: int = 0
+    prompts_cut: int = 0
+    completions_cut: int = 0
+    dropped_too_long: int = 0
+    dropped_undesirable: int = 0
+
+    def __str__(self) -> str:
+        text = f"{self.examples} examples, {self.rows} rows ({self.desirable} desirable, "
+        text += f"{self.undesirable} undesirable), {self.pairs} pairs"
+        seldom = (
+            (self.faulty, "faulty rows skipped"),
+            *((number, f"rows skipped: {reason}") for reason, number in self.skipped.items()),
+            (self.prompts_cut, "prompts cut at the start"),
+            (self.completions_cut, "completions cut at the end (so without EOS)"),
+            (self.dropped_too_long, "rows dropped: completion too long"),
+            (self.dropped_undesirable, "rows dropped: undesirable, which the objective does not use"),
+        )
+        return "; ".join([text, *(f"{number} {what}" for number, what in seldom if number)])
+
+
+class Split:
+    """What a split trains on: the rows of a table, cut to ``max_length``, as ``StepDataset`` wants them.
+
+    Attributes:
+        table: the rows that enter.
+        rows: the same as a sequence of ``Row``.
+        prompts: the distinct prompts, uncut, as token ids.
+        examples: the rows of each example, which stay together.
+        counts: per source.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        needs: Needs,
+        *,
+        max_length: int,
+        truncate_completions: bool = True,
+        control: Mapping[bool, tuple[int, ...]] | None = None,
+        keep_together: Together | None = None,
+    ) -> None:
+        self.control = control or {True: (), False: ()}
+        self.counts = {
+            store.path: FileCounts(store.examples, store.fault_count, dict(store.skipped)) for store in table.stores
+        }
+        room = max_length - 1 - max(map(len, self.control.values()))  # at least one token of the prompt stays
+        if room < 1:
+            raise DataError(f"data.max_length is {max_length}, which data.control_tokens alone fill; raise it.")
+        if needs.rivals and bool((table.rival < 0).any()):
+            place = int((table.rival < 0).nonzero()[0][0])
+            raise DataError(
+                f"{table.name(place)}: the objective compares the two completions of a pair, but this row has none to"
+                " be compared with. Use data with chosen and rejected, the transform Pair (data.transforms), or an"
+                " objective for binary feedback such as KTO."
+            )
+        if not (needs.rivals or needs.undesirable):
+            self._count(table, table.label == 0, "dropped_undesirable")
+            table = table.select(table.label != 0)
+        length = table.of_rows("length").astype(np.int64)
+        too_long = (length > room) & (not truncate_completions)
+        if needs.rivals:  # a pair goes as a whole
+            too_long |= too_long[table.rival]
+        self._count(table, too_long, "dropped_too_long")
+        table, length = table.select(~too_long), length[~too_long]
+        self.completion_length = np.minimum(length, room)
+        # Both completions of a pair get the same prompt, so the longer one says what is left of it.
+        paired = table.rival >= 0
+        longest = self.completion_length.copy()
+        longest[paired] = np.maximum(longest[paired], self.completion_length[table.rival[paired]])
+        self.prompt_length = np.minimum(table.prompt_length, room + 1 - longest)
+        together = "prompts" if needs.groups else "pairs" if needs.rivals else keep_together
+        self._count(table, table.label == 1, "desirable")
+        self._count(table, table.label == 0, "undesirable")
+        self._count(table, table.label >= 0, "rows")
+        self._count(table, self.prompt_length < table.prompt_length, "prompts_cut")
+        self._count(table, length > room, "completions_cut")
+        self.rivals = needs.rivals or together == "pairs"
+        if self.rivals:
+            self._count(table, table.rival > np.arange(len(table)), "pairs")
+        self.table = table
+        self.examples = self._examples(together)
+
+    def _count(self, table: Table, chosen: NDArray[np.bool_], name: str) -> None:
+        number = np.bincount(table.source[chosen], minlength=len(table.stores))
+        for store, count in zip(table.stores, number.tolist(), strict=True):
+            counts = self.counts[store.path]
+            setattr(counts, name, getattr(counts, name) + count)
+
+    def _examples(self, together: Together | None) -> Sequence[Sequence[int]]:
+        if together == "prompts":
+            return groups(self.table.prompt)
+        if together == "pairs":
+            rival = self.table.rival
+            return [(i, rival[i]) if rival[i] >= 0 else (i,) for i in self.table.units.tolist()]
+        return _Singles(len(self.table))
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        return _Rows(self)
+
+    @property
+    def prompts(self) -> Sequence[NDArray[np.int32]]:
+        return _Prompts(self.table)
+
+    def of_examples(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The sum over each example's rows of ``values`` [n]."""
+        if isinstance(self.examples, _Singles):
+            return values
+        return np.array([values[list(example)].sum() for example in self.examples])
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of what the model would see, in order; file names are no part of it."""
+        digest = hashlib.sha256(json.dumps([store.digest for store in self.table.stores]).encode())
+        table = self.table
+        columns = [table.source, table.row, table.label, table.score, table.rival]
+        for column in (*columns, self.prompt_length, self.completion_length):
+            digest.update(np.ascontiguousarray(column).tobytes())
+        digest.update(repr(self.control).encode())
+        if not isinstance(self.examples, _Singles):
+            digest.update(repr([tuple(example) for example in self.examples]).encode())
+        return digest.hexdigest()
+
+
+class _Singles(Sequence[tuple[int]]):
+    """Every row an example of its own."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, place: Any) -> Any:
+        if not 0 <= place < self.size:
+            raise IndexError(place)
+        return (place,)
+
+
+class _Prompts(Sequence[NDArray[np.int32]]):
+    """Token ids of the distinct prompts, read when they are asked for."""
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self.table.prompt_places)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.table.prompt_ids(number)
+
+
+class _Rows(Sequence[Row]):
+    """The rows of a split, made when they are asked for."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split.table)
+
+    def __getitem__(self, place: Any) -> Any:
+        split, table = self.split, self.split.table
+        desirable = bool(table.label[place] == 1)
+        return Row(
+            prompt=int(table.prompt[place]),
+            prompt_length=int(split.prompt_length[place]),
+            completion=table.completion_ids(place)[: int(split.completion_length[place])],
+            desirable=desirable,
+            row_id=table.name(place),
+            rival=int(table.rival[place]) if split.rivals else -1,
+            control=split.control[desirable],
+            score=float(table.score[place]),
+        )

@@ -1,0 +1,316 @@
+"""A source as token ids on disk: read, checked and tokenised once, then memory-mapped by whoever needs it.
+
+What is stored depends on the source and the tokenizer and on nothing else, so that all objectives, runs and ranks
+share it. It is found again by its content: the key is a hash of the source's bytes, of how it is read, of the
+tokenizer, and of the code that reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from transformers import PreTrainedTokenizerBase
+
+from halos_pl.cache import cache_root
+from halos_pl.data import example as example_module
+from halos_pl.data import formats, read, schemas, tokenize
+from halos_pl.data.example import DataError, Example, Fault, Skipped
+from halos_pl.data.source import Source
+
+CHUNK = 1024
+SHOWN_FAULTS = 10
+KEPT_FAULTS = 1000
+
+# One row of feedback. ``label``: 1 desirable, 0 undesirable, -1 where only a score is known (NaN: none). ``rival``: the
+# row of the pair's other completion, -1 where there is none. ``text``: a hash of the completion's tokens.
+ROW = np.dtype(
+    [
+        ("prompt", "<i4"),
+        ("start", "<i8"),
+        ("length", "<i4"),
+        ("label", "<i1"),
+        ("score", "<f8"),
+        ("rival", "<i8"),
+        ("line", "<i8"),
+        ("suffix", "<i2"),
+        ("text", "<u8"),
+    ]
+)
+PROMPT = np.dtype([("start", "<i8"), ("length", "<i4"), ("key", "S16")])
+
+
+@dataclass(frozen=True)
+class Store:
+    """What is on disk of one source.
+
+    Attributes:
+        path: the source's label: its path as it was given.
+        tokens: int32 [t], the token ids of all texts one after the other.
+        prompts: ``PROMPT`` [p], the distinct prompts: place and length in ``tokens``, and a hash of their tokens.
+        rows: ``ROW`` [n], in the order of the source.
+        suffixes: what follows the line in a row's name.
+        examples: sound rows of the source; one may give several of ``rows``.
+        faults: the first ``KEPT_FAULTS`` faults, each a line.
+        fault_count: all of them.
+        skipped: number of rows that are sound but say nothing, by reason.
+        digest: a hash of tokens and rows; file names are no part of it.
+        folder: where it is; None for one that was made in memory.
+    """
+
+    path: str
+    tokens: NDArray[np.int32]
+    prompts: NDArray[Any]
+    rows: NDArray[Any]
+    suffixes: list[str]
+    examples: int
+    faults: list[str]
+    fault_count: int
+    skipped: dict[str, int]
+    digest: str
+    folder: Path | None = None
+
+    def __reduce__(self) -> Any:
+        """Sent to a worker as its place: pickled, the mapped arrays would be copied."""
+        return super().__reduce__() if self.folder is None else (_open, (self.path, self.folder))
+
+    def name(self, row: int) -> str:
+        """``SOURCE:LINE``, and which of the line's rows it is."""
+        return f"{self.path}:{self.rows['line'][row]}{self.suffixes[self.rows['suffix'][row]]}"
+
+    def prompt(self, number: int) -> NDArray[np.int32]:
+        """Token ids of a prompt, uncut."""
+        start = int(self.prompts["start"][number])
+        return self.tokens[start : start + int(self.prompts["length"][number])]
+
+    def completion(self, row: int) -> NDArray[np.int32]:
+        """Token ids of a row's completion, uncut."""
+        start = int(self.rows["start"][row])
+        return self.tokens[start : start + int(self.rows["length"][row])]
+
+    def raise_faults(self) -> None:
+        """Raises them, if there are any.
+
+        Raises:
+            DataError: with up to ten faults, and the number of the others.
+        """
+        if self.fault_count:
+            raise DataError(fault_list(self.faults, self.fault_count))
+
+
+def fault_list(faults: list[str], count: int) -> str:
+    """The first few of ``count`` faults, and how many more there are."""
+    shown = faults[:SHOWN_FAULTS]
+    more = count - len(shown)
+    return "\n".join([*shown, *([f"... and {more} more fault{'s' * (more > 1)}"] if more else [])])
+
+
+class _Writer:
+    """Appends examples to the files of a store."""
+
+    def __init__(self, folder: Path, source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.folder, self.source, self.tokenizer = folder, source, tokenizer
+        self.files = {name: (folder / name).open("wb") for name in ("tokens", "prompts", "rows")}
+        self.place = self.row = self.examples = self.fault_count = 0
+        self.known: dict[bytes, int] = {}
+        self.suffixes: dict[str, int] = {}
+        self.faults: list[str] = []
+        self.skipped: Counter[str] = Counter()
+        self.digest = hashlib.sha256()
+
+    def fault(self, fault: Fault) -> None:
+        self.fault_count += 1
+        if len(self.faults) < KEPT_FAULTS:
+            self.faults.append(str(fault))
+
+    def add(self, examples: list[Example]) -> None:
+        """Tokenises and writes; an example that cannot be tokenised is a fault."""
+        rows: list[tuple[Any, ...]] = []
+        prompts: list[tuple[int, int, bytes]] = []
+        encoded = tokenize.encode_batch(self.tokenizer, [(e.prompt, e.completions) for e in examples])
+        for example, found in zip(examples, encoded, strict=True):
+            if isinstance(found, ValueError):
+                self.fault(Fault(example.row_id, str(found)))
+                continue
+            self.examples += 1
+            prompt_ids, completions = found
+            raw = np.asarray(prompt_ids, dtype="<i4").tobytes()
+            key = hashlib.blake2b(raw, digest_size=16).digest()
+            if key not in self.known:
+                self.known[key] = len(self.known)
+                prompts.append((self.place, len(prompt_ids), key))
+                self.files["tokens"].write(raw)
+                self.place += len(prompt_ids)
+            rows += self._rows(example, self.known[key], completions)
+        for name, written in (("rows", np.array(rows, dtype=ROW)), ("prompts", np.array(prompts, dtype=PROMPT))):
+            self.files[name].write(written.tobytes())
+        for example_rows in rows:  # what the model sees, and how it was judged
+            prompt, _, length, label, score, rival, _, _, text = example_rows
+            self.digest.update(repr((prompt, length, label, score, rival - self.row, text)).encode())
+        self.digest.update(b"".join(key for _, _, key in prompts))
+
+    def _rows(self, example: Example, prompt: int, completions: list[list[int]]) -> Iterator[tuple[Any, ...]]:
+        line, _, rest = example.row_id[len(self.source.path) + 1 :].partition("#")
+        part = f"#{rest}" if rest else ""
+        first = self.row
+        for k, ids in enumerate(completions):
+            which = ("#chosen", "#rejected")[k] if example.paired else f"#{k + 1}" if len(completions) > 1 else ""
+            suffix = self.suffixes.setdefault(part + which, len(self.suffixes))
+            label, score = example.labels[k], example.scores[k]
+            raw = np.asarray(ids, dtype="<i4").tobytes()
+            self.files["tokens"].write(raw)
+            yield (
+                prompt,
+                self.place,
+                len(ids),
+                -1 if label is None else int(label),
+                np.nan if score is None else score,
+                first + 1 - k if example.paired else -1,
+                int(line),
+                suffix,
+                int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little"),
+            )
+            self.place += len(ids)
+            self.row += 1
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+        meta = {
+            "suffixes": list(self.suffixes),
+            "examples": self.examples,
+            "faults": self.faults,
+            "fault_count": self.fault_count,
+            "skipped": dict(self.skipped),
+            "digest": self.digest.hexdigest(),
+        }
+        (self.folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, CHUNK)):
+        yield chunk
+
+
+def _build(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Reads the source once, in bounded memory, and writes its store into ``folder``.
+
+    Raises:
+        DataError: for a fault of the source as a whole, a missing file, say; faults of rows are stored.
+    """
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed:,} rows"))
+    with Progress(*columns, TimeElapsedColumn(), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(f"checking {source.path}", total=None)
+        writer = _Writer(folder, source, tokenizer)
+        try:
+            for chunk in _chunks(read.read(source)):
+                sound = []
+                for item in chunk:
+                    if isinstance(item, Skipped):
+                        writer.skipped[item.reason] += 1
+                    elif isinstance(item, Fault):
+                        if item.fatal:
+                            raise DataError(str(item))
+                        writer.fault(item)
+                    else:
+                        sound.append(item)
+                writer.add(sound)
+                progress.update(task, advance=len(chunk))
+        finally:
+            writer.close()
+
+
+@cache
+def _code() -> str:
+    """A hash of the code that decides what a store holds."""
+    digest = hashlib.sha256()
+    for module in (example_module, formats, schemas, read, tokenize, sys.modules[__name__]):
+        digest.update(inspect.getsource(module).encode())
+    return digest.hexdigest()
+
+
+def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return [vocabulary, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]
+
+
+def _content(path: Path) -> str:
+    """A hash of the bytes of a file, or of all files of a folder and their names."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            digest.update(str(file.relative_to(path)).encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _key(source: Source, tokenizer: PreTrainedTokenizerBase) -> str:
+    settings = asdict(source)
+    del settings["weight"]  # how often rows are seen is no part of what they are
+    path = Path(source.path)
+    if path.exists():
+        settings["path"] = "".join(path.suffixes)  # a copy elsewhere is the same source
+        content = _content(path)
+    else:
+        content = formats.hub_version(source)
+    parts = [settings, content, _code(), _tokenizer_state(tokenizer)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _open(path: str, folder: Path) -> Store:
+    def mapped(name: str, dtype: Any) -> NDArray[Any]:
+        file = folder / name
+        empty: NDArray[Any] = np.empty(0, dtype)  # an empty file cannot be mapped
+        return np.memmap(file, dtype, mode="r") if file.stat().st_size else empty
+
+    meta = json.loads((folder / "meta.json").read_text())
+    return Store(path, mapped("tokens", "<i4"), mapped("prompts", PROMPT), mapped("rows", ROW), **meta, folder=folder)
+
+
+def open_store(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path | None = None) -> Store:
+    """The store of ``source``, made if it is not there yet.
+
+    Args:
+        source: what to read.
+        tokenizer: with a chat template where the source has messages.
+        folder: of all stores; left out, ``data`` in :func:`halos_pl.cache.cache_root`.
+
+    Raises:
+        DataError: for a fault of the source as a whole, a missing file, say. Faults of rows are in the store.
+    """
+    path = Path(source.path)
+    if not path.exists() and not formats.is_hub_name(source.path):
+        raise DataError(str(next(iter(read.read(source)))))
+    home = folder or cache_root() / "data"
+    home.mkdir(parents=True, exist_ok=True)
+    place = home / _key(source, tokenizer)
+    with FileLock(f"{place}.lock"):
+        if not (place / "meta.json").is_file():
+            part = place.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(place, ignore_errors=True)
+            part.mkdir()
+            try:
+                _build(source, tokenizer, part)
+                os.replace(part, place)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+    return _open(source.label, place)

@@ -1,0 +1,139 @@
+"""The rows of a split as columns: which row of which store, its prompt, its label, its score, its rival.
+
+A table is a few numbers a row; the tokens stay on disk. Transforms make tables from tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halos_pl.data.store import Store
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of equal length n, a place for each row.
+
+    Attributes:
+        stores: where the tokens are.
+        prompt_places: int64 [p, 2], store and number there of each distinct prompt.
+        source: int32 [n], the store of each row.
+        row: int64 [n], the row there.
+        prompt: int64 [n], equal for rows with equal prompts, by their uncut tokens, whatever store they are in.
+        label: int8 [n], 1 desirable, 0 undesirable, -1 where only a score is known.
+        score: float64 [n], higher is better, NaN where there is none.
+        rival: int64 [n], place of the pair's other row, -1 where there is none.
+        added: bool [n], rows that a transform made from others.
+    """
+
+    stores: tuple[Store, ...]
+    prompt_places: NDArray[np.int64]
+    source: NDArray[np.int32]
+    row: NDArray[np.int64]
+    prompt: NDArray[np.int64]
+    label: NDArray[np.int8]
+    score: NDArray[np.float64]
+    rival: NDArray[np.int64]
+    added: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, stores: Sequence[Store]) -> Table:
+        """All rows of ``stores``, one store after the other."""
+        keys = np.concatenate([np.empty(0, "S16"), *(store.prompts["key"] for store in stores)])
+        owners = np.concatenate(
+            [np.empty((0, 2), np.int64), *(_places(i, len(store.prompts)) for i, store in enumerate(stores))]
+        )
+        _, first, number = np.unique(keys, return_index=True, return_inverse=True)
+        # Numbered in the order in which they first occur.
+        order = np.argsort(first)
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        number = rank[number]
+        columns: dict[str, list[NDArray[Any]]] = {name: [] for name in COLUMNS}
+        prompts = rows = 0
+        for i, store in enumerate(stores):
+            n = len(store.rows)
+            columns["source"].append(np.full(n, i, np.int32))
+            columns["row"].append(np.arange(n))
+            columns["prompt"].append(number[prompts + store.rows["prompt"].astype(np.int64)])
+            columns["label"].append(np.array(store.rows["label"]))
+            columns["score"].append(np.array(store.rows["score"]))
+            columns["rival"].append(np.where(store.rows["rival"] >= 0, store.rows["rival"] + rows, -1))
+            columns["added"].append(np.zeros(n, bool))
+            prompts, rows = prompts + len(store.prompts), rows + n
+        joined: dict[str, Any] = {name: np.concatenate(parts) for name, parts in columns.items()}
+        return cls(stores=tuple(stores), prompt_places=owners[first[order]], **joined)
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def select(self, index: NDArray[Any]) -> Table:
+        """The rows at ``index`` (int64 [m], or bool [n]); a rival that is not among them becomes -1.
+
+        A row may be chosen several times only if its rival is not.
+        """
+        if index.dtype == bool:
+            index = index.nonzero()[0]
+        place = np.full(len(self) + 1, -1)
+        place[index] = np.arange(len(index))
+        chosen: dict[str, Any] = {name: getattr(self, name)[index] for name in COLUMNS}
+        return replace(self, **(chosen | {"rival": place[self.rival[index]]}))  # -1 reads the last place, which is -1
+
+    def join(self, other: Table) -> Table:
+        """The rows of this table and then those of ``other``, which has the same stores."""
+        both: dict[str, Any] = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in COLUMNS}
+        moved = np.where(other.rival >= 0, other.rival + len(self), -1)
+        return replace(self, **(both | {"rival": np.concatenate([self.rival, moved])}))
+
+    def of_rows(self, column: str) -> NDArray[Any]:
+        """A column of the stores' ``rows``, for each row of the table."""
+        values = np.empty(len(self), self.stores[0].rows.dtype[column] if self.stores else np.int64)
+        for i, store in enumerate(self.stores):
+            here = self.source == i
+            values[here] = store.rows[column][self.row[here]]
+        return values
+
+    @property
+    def prompt_length(self) -> NDArray[np.int64]:
+        """int64 [n], tokens of each row's prompt, uncut."""
+        length = np.empty(len(self.prompt_places), np.int64)
+        for i, store in enumerate(self.stores):
+            here = self.prompt_places[:, 0] == i
+            length[here] = store.prompts["length"][self.prompt_places[here, 1]]
+        return length[self.prompt]
+
+    @property
+    def units(self) -> NDArray[np.int64]:
+        """int64 [u], the rows to draw from where pairs count as one: single rows, and the first of each pair."""
+        return ((self.rival < 0) | (self.rival > np.arange(len(self)))).nonzero()[0]
+
+    def with_rivals(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``index`` and the rivals of its rows, ascending."""
+        rivals = self.rival[index]
+        return np.unique(np.concatenate([index, rivals[rivals >= 0]]))
+
+    def prompt_ids(self, number: int) -> NDArray[np.int32]:
+        """Token ids of a distinct prompt, uncut."""
+        store, there = self.prompt_places[number].tolist()
+        return self.stores[store].prompt(there)
+
+    def completion_ids(self, place: int) -> NDArray[np.int32]:
+        """Token ids of a row's completion, uncut."""
+        return self.stores[self.source[place]].completion(int(self.row[place]))
+
+    def name(self, place: int) -> str:
+        """``SOURCE:LINE`` and which of the line's rows it is, for messages and files."""
+        name = self.stores[self.source[place]].name(int(self.row[place]))
+        return f"{name}#contradicted" if self.added[place] else name
+
+
+COLUMNS = [field.name for field in fields(Table) if field.name not in ("stores", "prompt_places")]
+
+
+def _places(store: int, count: int) -> NDArray[np.int64]:
+    return np.stack([np.full(count, store), np.arange(count)], axis=1)

@@ -1,0 +1,257 @@
+"""Changes to the training data for studies, each drawn from the seed and counted.
+
+A transform is a class with one method; the DataModule applies a list of them in order:
+
+    data:
+      transforms:
+        - {class_path: KeepFraction, init_args: {desirable: 0.1}}
+        - {class_path: FlipLabels, init_args: {share: 0.2}}
+
+All but those that say what a row *is* (``ThresholdScores``, ``Pair``, ``Unpair``) leave held-out data alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from random import Random
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halos_pl.data.table import Table
+
+Counts = dict[str, int]
+
+
+def _share(transform: object, name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{type(transform).__name__}: {name} is {value}; it must be in [0, 1]")
+    return float(value)
+
+
+def _draw(population: NDArray[np.int64], share: float, draw: Random) -> NDArray[np.int64]:
+    """A share of ``population``, rounded to whole ones, ascending."""
+    number = round(share * len(population))
+    return population[np.array(sorted(draw.sample(range(len(population)), number)), dtype=np.int64)]
+
+
+class Transform(ABC):
+    """Makes a table from a table.
+
+    Attributes:
+        held_out: whether it is applied to validation, test and prediction data as well.
+    """
+
+    held_out: bool = False
+
+    @abstractmethod
+    def __call__(self, table: Table, draw: Random) -> tuple[Table, Counts]:
+        """The new table, and how many rows or pairs were treated how.
+
+        Args:
+            table: left as it is.
+            draw: the source of randomness, a function of the seed and of the transform's place in the list.
+        """
+
+
+class KeepFraction(Transform):
+    """Keeps a random share of the desirable and of the undesirable rows.
+
+    For studies of imbalance (Ethayarajh et al., ICML 2024, section 4.3). The other row of a pair stays, without a
+    rival.
+
+    Args:
+        desirable, undesirable: shares to keep, in [0, 1].
+
+    Raises:
+        ValueError: for another share.
+    """
+
+    def __init__(self, *, desirable: float = 1.0, undesirable: float = 1.0) -> None:
+        self.shares = {1: _share(self, "desirable", desirable), 0: _share(self, "undesirable", undesirable)}
+
+    def __call__(self, table: Table, draw: Random) -> tuple[Table, Counts]:
+        kept, counts = [(table.label < 0).nonzero()[0]], {}
+        for label, share in self.shares.items():
+            own = (table.label == label).nonzero()[0]
+            kept.append(_draw(own, share, draw))
+            counts[f"dropped_{'desirable' if label else 'undesirable'}"] = len(own) - len(kept[-1])
+        return table.select(np.sort(np.concatenate(kept))), counts
+
+
+class OnePerPrompt(Transform):
+    """Keeps one random row of each distinct prompt: one y per x.
+
+    So no prompt is seen with both its good and its bad answer (Ethayarajh et al., ICML 2024, section 4.3). A pair
+    loses one of its rows.
+    """
+
+    def __call__(self, table: Table, draw: Random) -> tuple[Table, Counts]:
+        kept = np.array([draw.choice(rows) for rows in groups(table.prompt)], dtype=np.int64)
+        return table.select(np.sort(kept)), {"dropped": len(table) - len(kept)}
+
+
+class FlipLabels(Transform):
+    """Turns round the labels of a random share of the rows; of pairs, which row is preferred.
+
+    Args:
+        share: of single rows and pairs together, in [0, 1].
+
+    Raises:
+        ValueError: for another share.
+    """
+
+    def __init__(self, *, share: float) -> None:
+        self.share = _share(self, "share", share)
+
+    def __call__(self, table: Table, draw: Random) -> tuple[Table, Counts]:
+        units = table.units
+        judged = units[table.label[units] >= 0]
+        flipped = _draw(judged, self.share, draw)
+        return _opposed(table, table.with_rivals(flipped)), {"flipped": len(flipped)}
+
+
+class Contradict(Transform):
+    """Adds, for a random share of the rows, the same row with the opposite label; of pairs, the opposite preference.
+
+    For studies of contradictory feedback (Ethayarajh et al., ICML 2024, Thm. 4.3). The names of added rows end in
+    ``#contradicted``.
+
+    Args:
+        share: of single rows and pairs together, in [0, 1].
+
+    Raises:
+        ValueError: for another share.
+    """
+
+    def __init__(self, *, share: float) -> None:
+        self.share = _share(self, "share", share)
+
+    def __call__(self, table: Table, draw: Random) -> tuple[Table, Counts]:
+        units = table.units
+        drawn = _draw(units[table.label[units] >= 0], self.share, draw)
+        copies = table.select(table.with_rivals(drawn))
+        opposed = _opposed(copies, np.arange(len(copies)))
+        return table.join(replace(opposed, added=np.ones(len(opposed), bool))), {"added": len(opposed)}
+
+
+def _opposed(table: Table, index: NDArray[np.int64]) -> Table:
+    """The table with the judgement of the rows ``index`` turned round.
+
+    Labels become the opposite; scores are mirrored within the range of their prompt's scores, so that they stay in the
+    source's unit.
+    """
+    label, score = table.label.copy(), table.score.copy()
+    label[index] = np.where(label[index] < 0, label[index], 1 - label[index])
+    low, high = (np.full(len(table.prompt_places), bound) for bound in (np.inf, -np.inf))
+    scored = ~np.isnan(score)
+    np.minimum.at(low, table.prompt[scored], score[scored])
+    np.maximum.at(high, table.prompt[scored], score[scored])
+    mirrored = index[scored[index]]
+    prompt = table.prompt[mirrored]
+    score[mirrored] = low[prompt] + high[prompt] - score[mirrored]
+    return replace(table, label=label, score=score)
+
+
+class ThresholdScores(Transform):
+    """Scores to thumbs: desirable above the threshold, undesirable below it.
+
+    Args:
+        at: a number, which itself counts as desirable; or ``prompt_mean`` or ``prompt_median``, the mean or median of
+            the prompt's rows, where a row exactly at it (one alone with its prompt, say) has no label and is dropped.
+        relabel: decide anew for rows that have a label as well as a score; False leaves them alone.
+
+    Raises:
+        ValueError: for another word.
+    """
+
+    held_out = True
+
+    def __init__(
+        self, *, at: float | Literal["prompt_mean", "prompt_median"] = "prompt_mean", relabel: bool = False
+    ) -> None:
+        if isinstance(at, str) and at not in ("prompt_mean", "prompt_median"):
+            raise ValueError(f"ThresholdScores: at is {at!r}; give a number, prompt_mean or prompt_median")
+        self.at = at
+        self.relabel = relabel
+
+    def __call__(self, table: Table, draw: Random) -> tuple[Table, Counts]:
+        scored = ~np.isnan(table.score) & (self.relabel | (table.label < 0))
+        label, tied = table.label.copy(), np.zeros(len(table), bool)
+        if isinstance(self.at, str):
+            middle: Any = np.mean if self.at == "prompt_mean" else np.median
+            for rows in groups(np.where(scored, table.prompt, -1)):
+                own = np.array(rows)
+                if scored[own[0]]:
+                    bound = middle(table.score[own])
+                    label[own] = table.score[own] > bound
+                    tied[own] = table.score[own] == bound
+        else:
+            label[scored] = table.score[scored] >= self.at
+        made = replace(table, label=label).select(~tied)
+        decided = label[scored & ~tied]
+        counts = {"desirable": int((decided == 1).sum()), "undesirable": int((decided == 0).sum())}
+        return made, counts | {"dropped_at_threshold": int(tied.sum())}
+
+
+class Unpair(Transform):
+    """The two rows of each pair go their own ways, as feedback on one completion each."""
+
+    held_out = True
+
+    def __call__(self, table: Table, draw: Random) -> tuple[Table, Counts]:
+        pairs = int((table.rival >= 0).sum()) // 2
+        return replace(table, rival=np.full(len(table), -1)), {"unpaired": pairs}
+
+
+class Pair(Transform):
+    """Makes pairs of the rows of each prompt: of a higher and a lower score, or of a desirable and an undesirable row.
+
+    Rows that are paired already stay so. A row may be part of several pairs. Rows without a partner are dropped.
+
+    Args:
+        which: ``best_worst``, one pair a prompt of its highest and its lowest row; ``all`` pairs with a difference.
+    """
+
+    held_out = True
+
+    def __init__(self, *, which: Literal["best_worst", "all"] = "best_worst") -> None:
+        if which not in ("best_worst", "all"):
+            raise ValueError(f"Pair: which is {which!r}; choose best_worst or all")
+        self.which = which
+
+    def __call__(self, table: Table, draw: Random) -> tuple[Table, Counts]:
+        single = table.rival < 0
+        worth = np.where(np.isnan(table.score), table.label, table.score)
+        index: list[int] = []
+        for rows in groups(np.where(single, table.prompt, -1)):
+            if not single[rows[0]]:
+                continue
+            ranked = sorted(rows, key=lambda row: -worth[row])  # stable: of equals the first of the data
+            if self.which == "best_worst":
+                if worth[ranked[0]] > worth[ranked[-1]]:
+                    index += (ranked[0], ranked[-1])
+            else:
+                for k, high in enumerate(ranked):
+                    for low in ranked[k + 1 :]:
+                        if worth[high] > worth[low]:
+                            index += (high, low)
+        made = replace(table, rival=np.full(len(table), -1)).select(np.array(index, dtype=np.int64))
+        places = np.arange(len(made))
+        made = replace(
+            made, rival=np.where(places % 2, places - 1, places + 1), label=np.where(places % 2, 0, 1).astype(np.int8)
+        )
+        used = len(set(index))
+        counts = {"pairs": len(made) // 2, "dropped_without_partner": int(single.sum()) - used}
+        return table.select(~single).join(made), counts
+
+
+def groups(numbers: Sequence[int] | NDArray[Any]) -> list[list[int]]:
+    """Places of equal numbers, in the order in which the numbers first occur."""
+    found: dict[int, list[int]] = {}
+    for place, number in enumerate(np.asarray(numbers).tolist()):
+        found.setdefault(number, []).append(place)
+    return list(found.values())
