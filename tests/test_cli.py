@@ -24,14 +24,6 @@ from halos_pl.policy.loading import LoRASpec, ModelSpec, load_model
 PARTS = ("reward", "reference_point", "value_function", "feedback", "undesirable", "extra_terms")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def _same_path(monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -346,6 +338,7 @@ def test_what_a_fit_writes(finished):
     assert (finished / "training.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((finished / "summary.json").read_text())
     assert (summary["steps"], summary["epochs"]) == (3, 1)
+    assert summary["data"]["train"].pop("transforms") == []
     (counts,) = summary["data"]["train"].values()
     assert (counts["rows"], counts["desirable"], counts["undesirable"]) == (12, 8, 4)
     assert summary["metrics"]["loss"] == pytest.approx(float(metrics(finished)[2]["loss"]))

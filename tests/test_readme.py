@@ -9,6 +9,8 @@ import torch
 import yaml
 from make_rows import random_rows
 
+from halos_pl.data import FeedbackDataModule
+from halos_pl.data.schemas import SCHEMAS
 from value_functions import ValueFunction
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +23,23 @@ def blocks(language: str) -> list[str]:
 
 def test_the_yaml_shown_is_kto():
     shipped = (ROOT / "experiments" / "objectives" / "kto.yaml").read_text()
-    assert yaml.safe_load(blocks("yaml")[0]) == yaml.safe_load(shipped)
+    shown = next(block for block in blocks("yaml") if block.startswith("model:"))
+    assert yaml.safe_load(shown) == yaml.safe_load(shipped)
+
+
+def test_the_sources_shown_are_understood():
+    shown = next(block for block in blocks("yaml") if block.startswith("data:"))
+    sources = FeedbackDataModule(**yaml.safe_load(shown)["data"]).sources["train"]
+    assert [source.weight for source in sources] == [1.0, 0.5, 1.0, 1.0]
+    assert sources[2].streaming
+    assert sources[3].columns == {"prompt": "question", "completion": "answer"}
+
+
+def test_the_schemas_named_are_those_there_are():
+    table = README[README.index("| schema | columns |") : README.index("Presets for HH")]
+    rows = [line for line in table.splitlines()[2:] if line.startswith("|")]
+    named = [name for line in rows for name in re.findall(r"`(\w+)`", line.split("|")[1])]
+    assert sorted(named) == sorted(SCHEMAS)
 
 
 def test_the_value_function_shown_works():

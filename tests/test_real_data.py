@@ -66,3 +66,42 @@ def test_ten_steps_with_smollm2(shared_data, tmp_path, objective, start):
     assert len(rows) == 10
     assert float(rows[0]["loss"]) == pytest.approx(start, abs=1e-6)
     assert float(rows[0]["outcome/reward"]) == 0
+
+
+# What each file gives (examples, desirable, undesirable), and what DPO needs beside it; None where it has no pairs.
+FILES = {
+    "hh_rlhf_train": ((2898, 2898, 2898), ()),
+    "hh_rlhf_test": ((1000, 1000, 1000), ()),
+    "oasst_en100_scored": ((641, None, None), ("--data.transforms=[Pair]",)),
+    "oasst_en100_pairs": ((754, 754, 754), ()),
+    "pandalm_testset_3annotators": ((2501, 2501, 2501), ()),
+    "gsm8k_solutions_unpaired": ((5276, 2001, 3275), ("--data.transforms=[Pair]",)),
+    "kto_en_demo": ((300, None, None), None),
+    "dpo_en_demo": ((300, 300, 300), ()),
+    "hhh_alignment_pairs": ((221, 221, 221), ()),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_is_inspected_and_trains_kto_and_dpo(tiny_folder, shared_data, tmp_path, name):
+    (examples, desirable, undesirable), for_dpo = FILES[name]
+    file = shared_data / "feedback" / f"{name}.jsonl.gz"
+    found = tmp_path / "found.json"
+    main(["data", "inspect", str(file), f"--tokenizer={tiny_folder}", "--examples=1", f"--json_file={found}"])
+    figures = json.loads(found.read_text())["figures"]
+    assert (figures["examples"], figures["faulty rows"]) == (examples, 0)
+    for objective, options in (("kto", ()), ("dpo", for_dpo)):
+        if options is None:
+            continue
+        run = tmp_path / objective
+        configs = [f"--config={ROOT}/experiments/{each}.yaml" for each in ("base", f"objectives/{objective}")]
+        words = [f"--model.policy.path={tiny_folder}", f"--data.train={file}", "--data.batch_size=4", *options]
+        words += ["--data.max_length=128", "--trainer.max_steps=3", "--trainer.accelerator=cpu", f"--run_dir={run}"]
+        main(["fit", *configs, *words])
+        with (run / "metrics.csv").open() as rows:
+            assert len(list(csv.DictReader(rows))) == 3
+        counts = json.loads((run / "summary.json").read_text())["data"]["train"][str(file)]
+        if objective == "kto" and desirable is not None:
+            assert (counts["desirable"], counts["undesirable"]) == (desirable, undesirable)
+        assert counts["desirable"] > 0
+        assert counts["undesirable"] > 0

@@ -31,15 +31,6 @@ SETUPS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 PAIRS = {"dpo", "tr_dpo"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """As the processes that are killed have: a sum over two threads may round in another way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def kill_at(step: int, moment: str) -> list[str]:
     name = "plugins.kill_at.KillAt"
     return [

@@ -28,14 +28,6 @@ trl = pytest.importorskip("trl", reason="TRL, the peer that losses are compared 
 Gradient = dict[str, torch.Tensor]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def gradient_of(loss: torch.Tensor, policy: Any) -> tuple[float, Gradient]:
     policy.zero_grad()
     loss.backward()

@@ -46,14 +46,6 @@ def fits(names: list[str]) -> Any:
 WITH_REFERENCE = [name for name in FILES if name in LOSSES and LOSSES[name].uses_reference]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data"))
