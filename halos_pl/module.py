@@ -14,6 +14,7 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torchmetrics.classification import BinaryAUROC
 from transformers import PreTrainedTokenizerBase, get_scheduler
@@ -34,9 +35,10 @@ from halos_pl.metrics import (
 )
 from halos_pl.objective import HALO, Context, Objective, Result
 from halos_pl.outcomes import FlatBatch, Rows
-from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
-from halos_pl.policy.logprobs import completion_kl, completion_logps, completion_mask
+from halos_pl.policy.loading import ModelError, ModelSpec, load_model, load_tokenizer
+from halos_pl.policy.logprobs import completion_kl, completion_logps, completion_mask, pack
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel
+from halos_pl.policy.tree import is_packed
 from halos_pl.reference_points import ReferencePoint
 from halos_pl.resume import settle_progress
 from halos_pl.rewards import LogRatio, Reward
@@ -66,6 +68,9 @@ class HALOModule(LightningModule):
         constant: C of each row, in utility; it moves the loss, never its gradient.
         extra_terms: further terms of a composite; or the whole objective, where the above are null.
         micro_batch_rows: rows that are forwarded with gradient at a time; null for all rows of the step.
+        packing: ``tree``: each prompt is computed once for all rows that share it (mismatched ones included), without
+            padding. ``padded``: each row by itself. ``auto``: ``tree`` where the model is found to give the same
+            log-probs, else ``padded``, with a line that says why.
         optimizer: makes the optimizer from the trainable parameters.
         lr_schedule: shape of the learning rate after warm-up; a name of ``transformers.get_scheduler``.
         warmup_ratio: share of the run's optimizer steps during which the learning rate rises from 0.
@@ -86,6 +91,7 @@ class HALOModule(LightningModule):
         constant: float = 0.0,
         extra_terms: list[Objective] | None = None,
         micro_batch_rows: int | None = None,
+        packing: Literal["auto", "tree", "padded"] = "auto",
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-6, weight_decay=0.0),
         lr_schedule: Literal["constant_with_warmup", "linear", "cosine"] = "linear",
         warmup_ratio: float = 0.1,
@@ -111,6 +117,7 @@ class HALOModule(LightningModule):
             )
         self.policy_spec = policy
         self.micro_batch_rows = micro_batch_rows
+        self.packing = packing
         self.make_optimizer = optimizer
         self.lr_schedule = lr_schedule
         self.warmup_ratio = warmup_ratio
@@ -142,6 +149,7 @@ class HALOModule(LightningModule):
         if self.policy is None:
             # transformers loads in eval mode; the only difference here is gradient checkpointing (dropout is off).
             self.policy = load_model(self.policy_spec).train()
+            self._pack(self.policy, "the policy")
         # Testing measures the KL divergence, so there even a loss that needs no reference gets one.
         wanted = self.objective.needs.reference or (
             self.trainer.testing and not isinstance(self._reference, NoReference)
@@ -149,6 +157,20 @@ class HALOModule(LightningModule):
         if wanted and not self._reference_bound:
             self._reference.bind(self.policy, self.policy_spec)
             self._reference_bound = True
+            with self._reference.scoring(self.policy) as model:
+                self._pack(model, "the reference model")
+
+    def _pack(self, model: nn.Module, name: str) -> None:
+        """Makes a model share prompts between rows, as ``packing`` says.
+
+        Raises:
+            ModelError: where that is demanded of a model that cannot.
+        """
+        why = None if self.packing == "padded" else pack(model)
+        if why and self.packing == "tree":
+            raise ModelError(f"model.packing is tree, but {name} does not take trees: {why}; choose auto or padded")
+        if why:
+            rank_zero_info(f"halos: {name} computes each row by itself: {why}")
 
     # -- one step -------------------------------------------------------------------------------------
 
@@ -164,8 +186,11 @@ class HALOModule(LightningModule):
             with torch.no_grad(), self._reference.scoring(self.policy) as model:
                 reference = completion_logps(model, part)
         kl = None
-        if self.objective.needs.exact_kl and bool(part.probe.any()):
-            kl = completion_kl(self.policy, self._reference.scoring(self.policy), part)
+        mismatched = part.probe.nonzero().squeeze(1)
+        if self.objective.needs.exact_kl and len(mismatched):
+            found = completion_kl(self.policy, self._reference.scoring(self.policy), part.select(mismatched))
+            kl = torch.zeros_like(policy, requires_grad=False)
+            kl[mismatched, : found.shape[1]] = found
         pad = (0, width - policy.shape[1])
         return Rows(
             policy_logps=F.pad(policy, pad),
@@ -256,11 +281,18 @@ class HALOModule(LightningModule):
                 step.kl[index] = rows.kl
 
         probes = batch.probe.nonzero().squeeze(1)
-        if len(probes):
+        scored: dict[int, Rows] = {}
+        assert self.policy is not None
+        if len(parts) == 1 and not at_once and len(probes) and is_packed(self.policy):
+            # One pass for all of the step: what is mismatched shares the prompts of the rest, and has no gradient.
+            everything = torch.arange(len(batch), device=train.device)
+            rows = self._score(batch, everything, gradient=gradient)
+            keep(everything, rows)
+            scored[0] = rows.select(train)
+        elif len(probes):
             for index in self._parts(probes, batch.rival):
                 keep(index, self._score(batch, index, gradient=False))
-        scored: dict[int, Rows] = {}
-        if needs.step_rewards or at_once:
+        if not scored and (needs.step_rewards or at_once):
             # One part: the pass with gradient serves z0 as well. Several: a pass of its own, since the first
             # part's loss already depends on the last part's rewards.
             for number, index in enumerate(parts):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from halos_pl.outcomes import FlatBatch
+from halos_pl.policy.tree import is_packed, takes_trees, tree_logps
 
 
 def completion_mask(batch: FlatBatch) -> Tensor:
@@ -58,15 +59,26 @@ def _completion_logits(model: nn.Module, batch: FlatBatch) -> tuple[Tensor, Tens
 
 
 def completion_logps(model: nn.Module, batch: FlatBatch) -> Tensor:
-    """Log-probs of the completion tokens under ``model``.
+    """Log-probs of the completion tokens under ``model``, by the way that it is ready for (see :func:`pack`).
 
     Args:
         model: a causal language model of transformers, or a peft model around one.
         batch: n rows.
 
     Returns:
-        float32 [n, T], whatever the model's dtype; 0 where a row has no token (see :func:`completion_mask`).
+        float32 [n, T], whatever the model's dtype; 0 where a row has no token (see :func:`completion_mask`). Of a
+        packed model, probes have no gradient.
     """
+    return tree_logps(model, batch) if is_packed(model) else padded_logps(model, batch)
+
+
+def pack(model: nn.Module) -> str | None:
+    """Makes ``model`` share prompts between rows and go without padding; says why not where it cannot."""
+    return takes_trees(model, padded_logps)
+
+
+def padded_logps(model: nn.Module, batch: FlatBatch) -> Tensor:
+    """The plain way: each row by itself, prompts padded on the left and completions on the right."""
     logits, targets = _completion_logits(model, batch)
     logps = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     # where, not a product: a padded place may hold anything, and 0 * inf is not 0.

@@ -1,0 +1,313 @@
+"""Shared prompts computed once: the rows of a batch as trees, without padding and without a mask.
+
+A tree is a prompt and the completions that follow it: the row's own, its rival's, a mismatched one, those of other rows
+with the same prompt. All trees lie one after the other in a single sequence; each token keeps the position that it has
+in its own row. The model's layers work on tokens, so only attention has to know: an attention function of ours lets a
+token of a prompt see the prompt before it, and a token of a completion its prompt and its own completion. So every
+distinct prompt token and every completion token is computed once, and none besides.
+
+Mismatched rows (probes) get no gradient. They are computed after the others, without gradient, on the keys and values
+that the pass with gradient has left of their prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from halos_pl.outcomes import FlatBatch
+
+NAME = "halos_tree"
+LOGITS = 1 << 26  # at most so many logits are in memory at a time (256 MB in float32)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Where a prompt and its completions are in the packed sequence.
+
+    Attributes:
+        prompt: (start, stop) of the prompt's tokens; empty where its keys and values are those of an earlier pass.
+        branches: (start, stop) of each completion's tokens.
+        slot: the prompt's number, under which its keys and values are kept.
+        before: tokens of the prompt.
+    """
+
+    prompt: tuple[int, int]
+    branches: tuple[tuple[int, int], ...]
+    slot: int
+    before: int
+
+
+@dataclass
+class Forest:
+    """The trees of one pass, and what is kept of its prompts for another one.
+
+    Attributes:
+        trees: in the order of the packed sequence.
+        keep: whether keys and values of the prompts are kept.
+        kept: keys and values [1, heads, tokens, size] without gradient, by (layer, slot).
+        masks: made once a pass, not once a layer.
+        windows: the sliding windows that the layers asked for.
+    """
+
+    trees: list[Tree]
+    keep: bool = False
+    kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    masks: dict[Any, Tensor] = field(default_factory=dict)
+    windows: set[int | None] = field(default_factory=set)
+
+    def mask(self, before: int, lengths: tuple[int, ...], window: int | None, device: torch.device) -> Tensor:
+        """Who sees whom, BoolTensor [sum(lengths), before + sum(lengths)]: completions behind ``before`` tokens."""
+        key = (before, lengths, window)
+        if key not in self.masks:
+            size = sum(lengths)
+            branch = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+            position = torch.cat([torch.arange(length) for length in lengths])
+            own = (branch[:, None] == branch[None, :]) & (position[:, None] >= position[None, :])
+            mask = torch.cat([torch.ones(size, before, dtype=torch.bool), own], dim=1)
+            if window is not None:
+                where = torch.cat([torch.arange(before), before + position])
+                mask &= (before + position)[:, None] - where[None, :] < window
+            self.masks[key] = mask.to(device)
+        return self.masks[key]
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    forest: Forest | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of transformers' interface over a forest; query [1, heads, tokens, size]."""
+    if forest is None:  # sampling, say
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, sliding_window=sliding_window, **kwargs
+        )
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise NotImplementedError("attention with a soft cap or with sinks")
+    forest.windows.add(sliding_window)
+    groups = query.shape[1] // key.shape[1]
+    layer = int(getattr(module, "layer_idx"))  # noqa: B009  (mypy knows modules as tensors)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if groups > 1:
+            k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None
+        )
+
+    out = []
+    for tree in forest.trees:
+        (start, middle), stop = tree.prompt, tree.branches[-1][1] if tree.branches else tree.prompt[1]
+        lengths = tuple(b - a for a, b in tree.branches)
+        k, v = key[:, :, start:stop], value[:, :, start:stop]
+        if middle > start:
+            if forest.keep:
+                forest.kept[layer, tree.slot] = (
+                    k[:, :, : middle - start].detach(),
+                    v[:, :, : middle - start].detach(),
+                )
+            # The prompt and its first completion are one causal sequence, which needs no mask.
+            first = tree.branches[0][1] if tree.branches else middle
+            narrow = sliding_window is not None and first - start > sliding_window
+            mask = forest.mask(0, (first - start,), sliding_window, query.device) if narrow else None
+            n = first - start
+            out.append(attend(query[:, :, start:first], k[:, :, :n], v[:, :, :n], mask))
+            rest = lengths[1:]
+            if rest:
+                own = slice(first - start, stop - start)
+                seen = slice(0, middle - start)
+                k = torch.cat([k[:, :, seen], k[:, :, own]], dim=2)
+                v = torch.cat([v[:, :, seen], v[:, :, own]], dim=2)
+        else:
+            first, rest = start, lengths
+            earlier = forest.kept[layer, tree.slot]
+            k, v = torch.cat([earlier[0], k], dim=2), torch.cat([earlier[1], v], dim=2)
+        if rest:
+            window = sliding_window if sliding_window is not None and tree.before + max(rest) > sliding_window else None
+            out.append(attend(query[:, :, first:stop], k, v, forest.mask(tree.before, rest, window, query.device)))
+    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+
+
+@dataclass
+class _Pass:
+    """What goes into one pass: tokens, positions, trees, and which hidden state predicts which completion token."""
+
+    ids: list[Tensor] = field(default_factory=list)
+    positions: list[Tensor] = field(default_factory=list)
+    trees: list[Tree] = field(default_factory=list)
+    size: int = 0
+
+    def append(self, ids: Tensor, first_position: int) -> tuple[int, int]:
+        start, self.size = self.size, self.size + len(ids)
+        self.ids.append(ids)
+        self.positions.append(torch.arange(first_position, first_position + len(ids), device=ids.device))
+        return start, self.size
+
+
+def _parts(model: nn.Module) -> tuple[Any, Any]:
+    """The layers of a causal language model and its head; of a peft model with the adapter in them."""
+    base = _base(model)
+    return base.get_decoder() if hasattr(base, "get_decoder") else base.base_model, base.get_output_embeddings()
+
+
+def _hidden(model: nn.Module, run: _Pass, forest: Forest) -> Tensor:
+    """Hidden states [tokens, size] of the packed sequence."""
+    decoder, _ = _parts(model)
+    ids = torch.cat(run.ids)[None]
+    inputs: dict[str, Any] = {"input_ids": ids, "position_ids": torch.cat(run.positions)[None], "use_cache": False}
+    # A mask of four dimensions is handed on as it is; ours is not looked at.
+    inputs["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
+    return decoder(**inputs, forest=forest).last_hidden_state[0]  # type: ignore[no-any-return]
+
+
+def _logps(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """log p of each target, float32 [m], from the hidden states [m, size] that predict them."""
+    _, head = _parts(model)
+
+    def part(h: Tensor, t: Tensor) -> Tensor:
+        return -F.cross_entropy(head(h).float(), t, reduction="none")
+
+    vocabulary = head.weight.shape[0]
+    rows = max(1, LOGITS // vocabulary)
+    if len(targets) <= rows:
+        return part(hidden, targets)
+    # Each part's logits are made again in the backward pass, so that one part's are in memory at a time.
+    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
+    return torch.cat([checkpoint(part, h, t, use_reentrant=False) for h, t in parts])
+
+
+def tree_logps(model: nn.Module, batch: FlatBatch) -> Tensor:
+    """Log-probs of the completion tokens under ``model``, as ``completion_logps`` gives them; probes without gradient.
+
+    Args:
+        model: one that :func:`takes_trees`.
+        batch: n rows.
+
+    Returns:
+        float32 [n, T], 0 where a row has no token.
+    """
+    lengths = [len(c) for c in batch.completions]
+    out = torch.zeros(len(batch), max(lengths), device=batch.prompt.device)
+    prompts: dict[int, list[int]] = {}
+    probe = batch.probe.tolist()
+    for i, p in enumerate(batch.prompt.tolist()):
+        prompts.setdefault(p, []).append(i)
+    last: dict[int, Tensor] = {}  # hidden state of each prompt's last token
+    kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    for mismatched in (False, True):
+        rows = {p: [i for i in own if probe[i] == mismatched] for p, own in prompts.items()}
+        rows = {p: own for p, own in rows.items() if own}
+        if not rows:
+            continue
+        run = _Pass()
+        places: list[tuple[int, int, int, int]] = []  # (row, prompt, branch's first token, tokens of the branch)
+        for p, own in rows.items():
+            ids = batch.prompts[p]
+            here = (run.size, run.size) if p in last else run.append(ids, 0)
+            branches = []
+            for i in own:
+                start, stop = run.append(batch.completions[i][:-1], len(ids))  # nothing is predicted from the last
+                places.append((i, p, start, stop - start))
+                branches += [(start, stop)] if stop > start else []
+            run.trees.append(Tree(here, tuple(branches), p, len(ids)))
+        more = not mismatched and any(probe)
+        forest = Forest(run.trees, keep=more, kept=kept)
+        ends = {tree.slot: tree.prompt[1] - 1 for tree in run.trees if tree.prompt[1] > tree.prompt[0]}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not mismatched):
+            hidden = _hidden(model, run, forest) if run.size else None
+            predicting = []
+            for _, p, start, length in places:
+                predicting.append(last[p] if p in last else hidden[ends[p]][None])  # type: ignore[index]
+                if length:
+                    predicting.append(hidden[start : start + length])  # type: ignore[index]
+            targets = torch.cat([batch.completions[i] for i, *_ in places])
+            found = _logps(model, torch.cat(predicting), targets)
+        if more:
+            last |= {p: hidden[end][None].detach() for p, end in ends.items()}  # type: ignore[index]
+        index = torch.cat([torch.full((lengths[i],), i) for i, *_ in places]).to(out.device)
+        column = torch.cat([torch.arange(lengths[i]) for i, *_ in places]).to(out.device)
+        out = out.index_put((index, column), found)
+    return out
+
+
+def _base(model: nn.Module) -> Any:
+    """The model of transformers, below a peft model where there is one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether :func:`takes_trees` has made ``model`` ready."""
+    return bool(_base(model).config._attn_implementation == NAME)
+
+
+def takes_trees(model: nn.Module, reference: Callable[[nn.Module, FlatBatch], Tensor]) -> str | None:
+    """Makes ``model`` ready for :func:`tree_logps`; says why not where it is not fit for it.
+
+    Found by trying: a few made-up rows must get the same log-probs as by ``reference``, row by row.
+
+    Args:
+        model: a causal language model of transformers, or a peft model around one.
+        reference: the plain path.
+    """
+    base = _base(model)
+    config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
+    before = base.config._attn_implementation
+    if before == NAME:
+        return None
+    if before != "sdpa":
+        return f"its attention is {before}, not sdpa"
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            return f"its head has {name}"
+    device = next(base.parameters()).device
+    draw = torch.Generator().manual_seed(0)
+
+    def some(n: int) -> Tensor:
+        return torch.randint(0, min(config.vocab_size, 1000), (n,), generator=draw).to(device)
+
+    batch = FlatBatch(
+        prompts=[some(5), some(1), some(9)],
+        completions=[some(4), some(1), some(6), some(3), some(2)],
+        prompt=torch.tensor([0, 0, 1, 2, 2], device=device),
+        desirable=torch.ones(5, dtype=torch.bool, device=device),
+        rival=torch.full((5,), -1, device=device),
+        probe=torch.tensor([False, False, False, False, True], device=device),
+    )
+    training = base.training
+    try:
+        with torch.no_grad():
+            model.eval()
+            wanted = reference(model, batch)
+            base.config._attn_implementation = NAME
+            found = tree_logps(model, batch)
+    except Exception as error:
+        base.config._attn_implementation = before
+        return f"it does not take them ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
+    finally:
+        model.train(training)
+    eps = torch.finfo(next(base.parameters()).dtype).eps
+    if not bool((found - wanted).abs().max() <= 2000 * eps * (1 + wanted.abs().max())):
+        base.config._attn_implementation = before
+        return "its log-probs of them are others"
+    return None

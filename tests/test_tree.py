@@ -1,0 +1,277 @@
+"""Rows as trees: the same log-probs and gradients as row by row, for families of models and any shape of a batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from run_halos import UNEQUAL, binary_data, fit, metrics, pair_data
+from torch import Tensor
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from halos_pl.cli import main
+from halos_pl.outcomes import FlatBatch
+from halos_pl.policy import tree
+from halos_pl.policy.logprobs import completion_logps, pack, padded_logps
+from halos_pl.policy.tree import is_packed, tree_logps
+
+V = 101
+SIZE: dict[str, Any] = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+GROUPED = SIZE | {"num_key_value_heads": 2}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+WINDOW = {"sliding_window": 4}
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED)),
+    "llama, tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZE, tie_word_embeddings=True)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, **NO_DROPOUT)),
+    "gpt-neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZE)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**GROUPED)),
+    "qwen2, one layer with a window": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**GROUPED, **WINDOW, use_sliding_window=True, max_window_layers=1)
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**GROUPED, head_dim=8)),
+    "mistral, window": lambda: MistralForCausalLM(MistralConfig(**GROUPED, **WINDOW)),
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**GROUPED, head_dim=8)),
+    "gemma3, window": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**GROUPED, **WINDOW, head_dim=8)),
+}
+UNFIT = {
+    "gemma2": (lambda: Gemma2ForCausalLM(Gemma2Config(**GROUPED, head_dim=8)), "attention is eager"),
+    "bloom": (
+        lambda: BloomForCausalLM(BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4)),
+        "attention is eager",
+    ),
+}
+
+
+def model(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A tiny random one whose log-probs vary."""
+    torch.manual_seed(0)
+    made: Any = MODELS[name]()
+    for p in made.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.2)
+    return made.to(dtype).train()
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> FlatBatch:
+    """Prompts and completions of 1 to 12 tokens, shared prompts, probes with and without other rows of their prompt."""
+    lengths = st.integers(1, 12)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    prompts = [torch.randint(0, V, (n,), generator=generator) for n in draw(st.lists(lengths, min_size=1, max_size=4))]
+    rows = draw(st.lists(st.tuples(st.integers(0, len(prompts) - 1), lengths, st.booleans()), min_size=1, max_size=9))
+    n = len(rows)
+    return FlatBatch(
+        prompts=prompts,
+        completions=[torch.randint(0, V, (length,), generator=generator) for _, length, _ in rows],
+        prompt=torch.tensor([p for p, *_ in rows]),
+        desirable=torch.ones(n, dtype=torch.bool),
+        rival=torch.full((n,), -1),
+        probe=torch.tensor([probe for *_, probe in rows]),
+    )
+
+
+def results(made: Any, batch: FlatBatch, how: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Log-probs, and the gradient of a weighted sum of those of rows that are no probes."""
+    made.zero_grad(set_to_none=True)
+    made.config._attn_implementation = tree.NAME if how is tree_logps else "sdpa"
+    found = how(made, batch)
+    weight = torch.rand(found.shape, generator=torch.Generator().manual_seed(1))
+    total = (found * weight)[~batch.probe].sum()
+    if total.requires_grad:
+        total.backward()
+    return found.detach(), {k: p.grad.clone() for k, p in made.named_parameters() if p.grad is not None}
+
+
+def assert_equal(made: Any, batch: FlatBatch, tolerance: float = 1e-5) -> None:
+    (a, plain), (b, packed) = (results(made, batch, how) for how in (padded_logps, tree_logps))
+    assert (a - b).abs().max() <= tolerance * (1 + a.abs().max())
+    if bool((~batch.probe).any()):
+        assert plain.keys() == packed.keys()
+        size = max(g.abs().max() for g in plain.values())
+        for name, gradient in plain.items():
+            assert (gradient - packed[name]).abs().max() <= tolerance * size, name
+
+
+@pytest.mark.parametrize("name", MODELS)
+@given(batch=batches())
+@settings(max_examples=12, deadline=None, derandomize=True)
+def test_trees_equal_rows(name: str, batch: FlatBatch) -> None:
+    assert_equal(model(name), batch)
+
+
+@given(batch=batches(), logits=st.sampled_from([1, 3 * V, 7 * V + 1]))
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_log_probs_by_parts_equal_those_at_once(batch: FlatBatch, logits: int) -> None:
+    before, tree.LOGITS = tree.LOGITS, logits
+    try:
+        assert_equal(model("llama"), batch)
+    finally:
+        tree.LOGITS = before
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma"])
+def test_with_gradient_checkpointing(name: str) -> None:
+    made = model(name)
+    made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for seed in range(3):
+        assert_equal(made, example(seed))
+
+
+def example(seed: int) -> FlatBatch:
+    """Three prompts, one alone with a probe."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(n: int) -> Tensor:
+        return torch.randint(0, V, (n,), generator=generator)
+
+    return FlatBatch(
+        prompts=[some(7), some(1), some(4)],
+        completions=[some(n) for n in (3, 1, 9, 2, 5, 4, 6)],
+        prompt=torch.tensor([0, 0, 1, 1, 2, 0, 1]),
+        desirable=torch.ones(7, dtype=torch.bool),
+        rival=torch.full((7,), -1),
+        probe=torch.tensor([False, False, False, False, True, True, True]),
+    )
+
+
+def test_in_bfloat16_within_its_rounding() -> None:
+    made = model("llama", torch.bfloat16)
+    batch = example(0)
+    (a, _), (b, _) = (results(made, batch, how) for how in (padded_logps, tree_logps))
+    assert a.dtype == b.dtype == torch.float32
+    exact = results(made.float(), batch, padded_logps)[0]
+    # Neither is farther from what float32 says than bfloat16's three digits allow of sums over a few layers.
+    for found in (a, b):
+        assert (found - exact).abs().max() <= 0.03 * exact.abs().max()
+
+
+def test_with_an_adapter_and_with_it_off() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    made: Any = get_peft_model(model("llama"), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    batch = example(1)
+    assert pack(made) is None
+    made.config._attn_implementation = "sdpa"
+    wanted = padded_logps(made, batch)
+    with made.disable_adapter():
+        wanted_off = padded_logps(made, batch)
+    assert pack(made) is None
+    torch.testing.assert_close(completion_logps(made, batch), wanted, rtol=1e-5, atol=1e-5)
+    with made.disable_adapter():
+        torch.testing.assert_close(completion_logps(made, batch), wanted_off, rtol=1e-5, atol=1e-5)
+    assert (wanted - wanted_off).abs().max() > 0.1
+
+
+def test_probes_get_no_gradient_and_change_none() -> None:
+    made, batch = model("llama"), example(2)
+    everything = results(made, batch, tree_logps)
+    alone = results(made, batch.select((~batch.probe).nonzero().squeeze(1)), tree_logps)
+    for name, gradient in alone[1].items():
+        assert torch.equal(everything[1][name], gradient)
+    made.config._attn_implementation = tree.NAME
+    found = tree_logps(made, batch)
+    assert torch.autograd.grad(found[batch.probe].sum() + 0 * found.sum(), made.lm_head.weight)[0].abs().max() == 0
+
+
+def test_each_distinct_token_is_computed_once() -> None:
+    made, batch = model("llama"), example(3)
+    seen: list[int] = []
+    made.model.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(args[0].numel()))
+    results(made, batch, tree_logps)
+    # The last token of a completion predicts nothing. Prompt 2 has a probe only, which comes in the second pass.
+    rows = [len(c) - 1 for c in batch.completions]
+    assert seen == [7 + 1 + sum(rows[:4]), 4 + sum(rows[4:])]
+
+
+def test_whether_a_model_takes_trees_is_found_by_trying() -> None:
+    for name in MODELS:
+        made = model(name)
+        assert pack(made) is None
+        assert is_packed(made)
+        assert made.training
+    for make, why in UNFIT.values():
+        unfit: Any = make()
+        assert why in str(pack(unfit))
+        assert not is_packed(unfit)
+        assert completion_logps(unfit, example(0)).shape == (7, 9)
+
+    class Odd(LlamaForCausalLM):
+        """Its layers never hear of trees."""
+
+        def get_decoder(self) -> Any:
+            inner = self.model
+            return lambda forest, **inputs: inner(**inputs)
+
+    odd = Odd(LlamaConfig(**GROUPED))
+    assert pack(odd) is not None
+    assert odd.config._attn_implementation == "sdpa"
+
+
+def test_a_packed_model_still_samples() -> None:
+    made = model("llama").eval()
+    ids = torch.randint(0, V, (2, 6), generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    plain = made.generate(ids, **options)
+    assert pack(made) is None
+    assert torch.equal(made.generate(ids, **options), plain)
+
+
+@pytest.mark.parametrize(
+    ("objective", "kind"), [("kto", "binary"), ("dpo", "pairs"), ("bco", "binary"), ("grpo", "pairs"), ("orpo", "pairs")]
+)
+def test_a_run_is_the_same_packed_and_padded(
+    objective: str, kind: str, tiny_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = (binary_data if kind == "binary" else pair_data)(tmp_path / "data.jsonl", 12)
+    for packing in ("tree", "padded"):
+        options = (f"--model.packing={packing}", "--trainer.max_steps=3")
+        main(fit(tiny_folder, objective, data, tmp_path / packing, *options))
+    packed, padded = (metrics(tmp_path / packing) for packing in ("tree", "padded"))
+    assert len(packed) == len(padded) == 3
+    for a, b in zip(packed, padded, strict=True):
+        a, b = ({k: float(v) for k, v in row.items() if k != UNEQUAL} for row in (a, b))
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
+
+
+def test_trees_are_refused_where_they_are_demanded_of_a_model_that_cannot(
+    tiny_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    data = binary_data(tmp_path / "data.jsonl", 8)
+    eager = ("--model.policy.attn_implementation=eager", "--trainer.max_steps=1")
+    with pytest.raises(SystemExit):
+        main(fit(tiny_folder, "kto", data, tmp_path / "a", *eager, "--model.packing=tree"))
+    assert "the policy does not take trees: its attention is eager, not sdpa" in capfd.readouterr().err
+    main(fit(tiny_folder, "kto", data, tmp_path / "b", *eager))
+    assert "the policy computes each row by itself: its attention is eager" in caplog.text
