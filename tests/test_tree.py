@@ -249,7 +249,8 @@ def test_a_packed_model_still_samples() -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "kind"), [("kto", "binary"), ("dpo", "pairs"), ("bco", "binary"), ("grpo", "pairs"), ("orpo", "pairs")]
+    ("objective", "kind"),
+    [("kto", "binary"), ("dpo", "pairs"), ("bco", "binary"), ("grpo", "pairs"), ("orpo", "pairs")],
 )
 def test_a_run_is_the_same_packed_and_padded(
     objective: str, kind: str, tiny_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
