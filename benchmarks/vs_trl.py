@@ -6,9 +6,8 @@ Each side runs in a process of its own with the same model (SmolLM2-135M-Instruc
 human feedback (HH-RLHF, 8 rows of at most 1,500 characters), the same mismatches, torch's AdamW (fused) and as many
 threads.
 TRL is set as fast as it goes: no gradient checkpointing, no padding to a fixed length, its own loss without Liger
-(which has no CPU kernels). A first step warms up, then steps are timed in turn, one of each side after the other, and the
-median of the ratios is shown. Memory is the peak of the process, less what it holds with models and optimizer
-state loaded; the table shows both.
+(which has no CPU kernels). A first step warms up, then steps are timed in turn, one of each side after the other, and
+the median of the ratios is shown. Memory is the peak of the whole process: models, optimizer state and all.
 
 Data: $HALOS_TEST_DATA, else ../shared/data beside the checkout.
 """

@@ -49,10 +49,11 @@ NOISE = (
     r".*Couldn't infer the batch indices",
     r".*does not have many workers",
     r".*Experiment logs directory",
+    r".*dataloader is not resumable",  # it is: a batch is a function of seed, epoch and step
 )
 
 # What a user can mend is said in a line; a traceback is for what only we can.
-USER_ERRORS = (DataError, ModelError, RunError, NonFiniteLossError, FileExistsError, FileNotFoundError, ValueError)
+USER_ERRORS = (DataError, ModelError, RunError, NonFiniteLossError, OSError, ValueError)
 
 
 class HalosParser(LightningArgumentParser):
@@ -189,6 +190,8 @@ def run(args: list[str] | None = None) -> None:
     try:
         if tool:
             run_tool(tool, words[len(tool.split()) :])
+        elif words[:1] == ["data"]:
+            raise RunError("say halos data inspect SOURCE; settings of data are options of fit, such as --data.train")
         else:
             HalosCLI(args)
     except USER_ERRORS as error:

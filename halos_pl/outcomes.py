@@ -92,8 +92,8 @@ class FlatBatch:
             ``#rejected``; a probe's names both sides.
         group: LongTensor [n], equal for rows that answer the same prompt, whatever was cut off from it; left
             out, ``prompt``.
-        score: float32 [n], how good a row is, higher is better, in the unit of the data; where that is NaN or the whole
-            is left out, 1 for a desirable row and 0 for an undesirable one.
+        score: float32 [n], how good a row is, higher is better, in the unit of the data less the mean of its prompt's
+            rows; where that is NaN or the whole is left out, 1 for a desirable row and 0 for an undesirable one.
     """
 
     prompts: list[Tensor]

@@ -73,6 +73,9 @@ class Order:
         own = [(source == number).nonzero()[0] for number in range(len(weights))]
         # (examples of a source, how many an epoch has)
         self._parts = [(members, round(weight * len(members))) for members, weight in zip(own, weights, strict=True)]
+        for (members, number), weight in zip(self._parts, weights, strict=True):
+            if len(members) and not number:
+                raise ValueError(f"weight {weight:g} leaves none of the {len(members)} examples of a source; raise it")
 
     def __len__(self) -> int:
         """Examples of an epoch."""

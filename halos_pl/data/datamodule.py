@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from halos_pl.data.batches import Order, StepDataset, StepSampler, seeded
 from halos_pl.data.example import DataError
+from halos_pl.data.formats import files_of
 from halos_pl.data.source import OnBadRows, Source, source_of
 from halos_pl.data.split import Split, Together
 from halos_pl.data.store import Store, fault_list, open_store
@@ -51,11 +53,25 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
-def _sources(split: str, given: Sources | None) -> list[Source]:
-    """The sources of a split.
+def _ordered(transforms: list[Transform], one_per_prompt: bool) -> list[Transform]:
+    """The transforms as given, with ``OnePerPrompt``, if it is asked for, before all that want labels.
 
     Raises:
-        ValueError: for one that is listed twice.
+        ValueError: for scores that would become labels only when labels have been used.
+    """
+    place = next((i for i, t in enumerate(transforms) if not t.before_labels), len(transforms))
+    late = next((t for t in transforms[place:] if isinstance(t, ThresholdScores) and not t.relabel), None)
+    if late:
+        name = type(transforms[place]).__name__
+        raise ValueError(f"data.transforms: ThresholdScores comes behind {name}, which wants labels; put it before")
+    return [*transforms[:place], *([OnePerPrompt()] if one_per_prompt else []), *transforms[place:]]
+
+
+def _sources(split: str, given: Sources | None) -> list[Source]:
+    """The sources of a split; a folder or a pattern of files is one source a file.
+
+    Raises:
+        ValueError: for one that is listed twice, or a weight of what is not trained on.
     """
     each = [] if given is None else given if isinstance(given, list) else [given]
     sources = []
@@ -66,6 +82,9 @@ def _sources(split: str, given: Sources | None) -> list[Source]:
             sources.append(one)
         else:
             sources.append(source_of(one, f"data.{split}"))
+    sources = [file for source in sources for file in files_of(source)]
+    if split != "train" and any(source.weight != 1 for source in sources):
+        raise ValueError(f"data.{split} has a source with a weight; only training data are weighted")
     labels = [source.label for source in sources]
     if twice := [label for label in dict.fromkeys(labels) if labels.count(label) > 1]:
         raise ValueError(f"data.{split} lists {', '.join(twice)} more than once; list each once, with a weight.")
@@ -151,7 +170,7 @@ class FeedbackDataModule(LightningDataModule):
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.max_length, self.truncate_completions = max_length, truncate_completions
         self.on_bad_rows = on_bad_rows
-        self.transforms = [*([OnePerPrompt()] if one_completion_per_prompt else []), *(transforms or [])]
+        self.transforms = _ordered(list(transforms or []), one_completion_per_prompt)
         self.shuffle, self.drop_last, self.keep_together = shuffle, drop_last, keep_together
         self.balance_classes, self.group_by_length = balance_classes, group_by_length
         self.control_tokens = control_tokens
@@ -202,7 +221,9 @@ class FeedbackDataModule(LightningDataModule):
             DataError: a fault in a source or in a row.
         """
         state = self.trainer.state.fn if self.trainer else None
-        self._open(self._wanted(str(state.value) if state else None))
+        # With several ranks ``setup`` raises instead, on all of them: one that dies here leaves the others waiting.
+        with suppress(*([DataError] if self.trainer and self.trainer.world_size > 1 else [])):
+            self._open(self._wanted(str(state.value) if state else None))
 
     def setup(self, stage: str | None = None) -> None:
         """Make the stage's data fit the objective's needs.
@@ -223,19 +244,30 @@ class FeedbackDataModule(LightningDataModule):
         # What is held out is measured on every row, and on pairs as pairs, whatever the loss is made from.
         return replace(needs, undesirable=True, rivals=needs.rivals or bool((table.rival >= 0).all()))
 
+    def plan(self, split: str) -> list[Transform]:
+        """The transforms of a split in the order in which they are applied, the one that makes labels among them."""
+        chosen = [t for t in self.transforms if split == "train" or t.held_out]
+        if any(isinstance(t, ThresholdScores) for t in chosen):
+            return chosen
+        place = next((i for i, t in enumerate(chosen) if not t.before_labels), len(chosen))
+        # A loss that compares the rows of a prompt reads the scores themselves: there a row at the mean says something.
+        default = ThresholdScores(drop_ties=not self._module.objective.needs.groups)
+        return [*chosen[:place], default, *chosen[place:]]
+
     def _table(self, split: str) -> Table:
         """The split's rows after all transforms, each with a label."""
         table = Table.of([self._stores[source.key] for source in self.sources[split]])
-        chosen = [t for t in self.transforms if split == "train" or t.held_out]
         self._transformed[split] = []
-        for place, transform in enumerate([*chosen, None]):
-            # Where transforms want labels, or none has given any, scores become thumbs.
-            scored_only = bool((table.label < 0).any()) and not (transform and transform.held_out)
-            for step in ([ThresholdScores()] if scored_only else []) + ([transform] if transform else []):
-                name = type(step).__name__
-                table, counts = step(table, seeded("transform", self._seed, place))
-                self._transformed[split].append({"transform": name, **counts})
-                rank_zero_info(f"{split} data, {name}: {', '.join(f'{k} {v}' for k, v in counts.items())}")
+        for place, transform in enumerate(self.plan(split)):
+            if transform not in self.transforms and not bool((table.label < 0).any()):
+                continue  # nothing is without a label
+            name = type(transform).__name__
+            made: Any = transform(table, seeded("transform", self._seed, place))
+            if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Table)):
+                raise ValueError(f"data.transforms: {name} returned {type(made).__name__}, not (Table, counts)")
+            table, counts = made
+            self._transformed[split].append({"transform": name, **counts})
+            rank_zero_info(f"{split} data, {name}: {', '.join(f'{k} {v}' for k, v in counts.items())}")
         return table
 
     def _split(self, split: str) -> Split:
@@ -257,6 +289,10 @@ class FeedbackDataModule(LightningDataModule):
             rank_zero_info(f"{split} data {store.path}: {made.counts[store.path]}")
             if store.fault_count:
                 rank_zero_info(f"{split} data, skipped:\n{fault_list(store.faults, store.fault_count)}")
+        for source, store in zip(self.sources[split], table.stores, strict=True):
+            if source.weight != 1:
+                number = round(source.weight * made.counts[store.path].rows)
+                rank_zero_info(f"{split} data {store.path}: weight {source.weight:g}, about {number} rows an epoch")
         if not len(made.table):
             labels = ", ".join(store.path for store in table.stores)
             raise DataError(f"{labels}: no row is left for {split}, see the counts above.")

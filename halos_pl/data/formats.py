@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import glob
 import gzip
 import io
 import json
@@ -15,6 +16,7 @@ import re
 import reprlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -400,7 +402,7 @@ _SAVED = ("dataset_info.json", "dataset_dict.json")  # in folders written by dat
 
 def _kind(path: str) -> str | None:
     """The ending that says how a file is read; None for one that is not known."""
-    name = Path(path).name
+    name = Path(path).name.lower()
     for packed in _PACKED:
         if name.endswith(packed):
             ending = Path(name.removesuffix(packed)).suffix
@@ -409,10 +411,25 @@ def _kind(path: str) -> str | None:
     return ending if ending in TEXT or ending in BINARY else None
 
 
+def files_of(source: Source) -> list[Source]:
+    """The source itself, or a source for each data file of the folder or pattern (``part-*.parquet``) that it names.
+
+    A folder of ``save_to_disk`` is one source.
+    """
+    path = Path(source.path)
+    found: list[Path] = []
+    if path.is_dir():
+        if not any((path / mark).exists() for mark in _SAVED):
+            found = [file for file in sorted(path.iterdir()) if file.is_file() and _kind(str(file))]
+    elif not path.exists():
+        found = [Path(name) for name in sorted(glob.glob(source.path))]
+    return [replace(source, path=str(file)) for file in found] or [source]
+
+
 def _opened(path: str) -> Any:
-    if path.endswith(".gz"):
+    if path.lower().endswith(".gz"):
         return gzip.open(path, "rb")
-    if path.endswith(".zst"):
+    if path.lower().endswith(".zst"):
         return pa.input_stream(path, compression="zstd")  # notices a cut-off file; the zstandard package does not
     return open(path, "rb")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.data.batches import seeded
+from halos_pl.data.example import DataError
 from halos_pl.data.source import Source
 from halos_pl.data.split import Split
 from halos_pl.data.store import Store, open_store
@@ -29,6 +31,7 @@ BINS = 16
 # Upper end of lambda_D n_D / (lambda_U n_U) in the paper's versions; the lower end is 1.
 IMBALANCE = {"arXiv v1": 4 / 3, "v4 and v5": 3 / 2}
 SHOWN_PROMPT_TOKENS = 120
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal would obey them
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,7 @@ def _figures(store: Store, table: Table, judged: Table, max_length: int) -> dict
         "pairs": int((table.rival >= 0).sum()) // 2,
         "desirable": desirable,
         "undesirable": undesirable,
+        "desirable to one undesirable": round(desirable / undesirable, 3) if undesirable else float("nan"),
         "distinct prompts": len(units),
         "prompts that repeat": sum(count > 1 for count in units.values()),
         "contradictory labels": _contradictions(judged, judged.of_rows("text")),
@@ -130,7 +134,15 @@ def _figures(store: Store, table: Table, judged: Table, max_length: int) -> dict
 
 
 def _shown(tokenizer: PreTrainedTokenizerBase, ids: NDArray[np.int32]) -> list[str]:
-    return [str(tokenizer.decode([token])) for token in ids.tolist()]
+    """The text of each token, or of the few that make a character together; control characters by their numbers."""
+    shown, waiting = [], []
+    for token in ids.tolist():
+        waiting.append(token)
+        text = str(tokenizer.decode(waiting))
+        if not text.endswith("\ufffd") or len(waiting) == 4:  # no character has more bytes
+            shown.append(_CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text))
+            waiting = []
+    return [*shown, *([str(tokenizer.decode(waiting))] if waiting else [])]
 
 
 def inspect(
@@ -167,7 +179,7 @@ def inspect(
         edges = np.unique(np.append(np.linspace(low, high, BINS).astype(int), most + 1))
         counts = np.histogram(lengths["together"], edges)[0]
         histogram = [(int(a), int(b) - 1, int(n)) for a, b, n in zip(edges, edges[1:], counts, strict=False)]
-    chosen = sorted(seeded("examples", seed).sample(range(len(table)), min(examples, len(table))))
+    chosen = sorted(seeded("examples", seed).sample(range(len(table)), max(0, min(examples, len(table)))))
     words = {1: "desirable", 0: "undesirable"}
     figures = _figures(store, table, judged, max_length)
     return Inspection(
@@ -202,7 +214,7 @@ def _number(value: float) -> str:
 
 def show(found: Inspection, console: Console) -> None:
     """Prints an inspection."""
-    console.print(f"[bold]{found.source}[/bold]\n")
+    console.print(Text(f"{found.source}\n", "bold"))
     grid = Grid(box=None, show_header=False, padding=(0, 2, 0, 0))
     grid.add_column()
     grid.add_column(justify="right")
@@ -304,6 +316,7 @@ def inspect_source(
     split: str | None = None,
     name: str | None = None,
     data_dir: str | None = None,
+    revision: str | None = None,
     schema: str | None = None,
     columns: dict[str, str] | None = None,
     rows: int | None = None,
@@ -321,6 +334,7 @@ def inspect_source(
         split: of a hub data set or a saved DatasetDict.
         name: configuration of a hub data set.
         data_dir: sub-folder of a hub data set.
+        revision: of a hub data set.
         schema: name of the row schema; left out, found by the columns.
         columns: other names of columns, such as {prompt: question}.
         rows: read only so many rows from the start.
@@ -338,16 +352,20 @@ def inspect_source(
         split=split,
         name=name,
         data_dir=data_dir,
+        revision=revision,
         schema=schema,
         columns=columns or {},
         rows=rows,
         streaming=streaming,
     )
+    for path in filter(None, (html, json_file)):
+        if Path(path).is_dir():
+            raise DataError(f"{path} is a folder; name a file to write to")
     found = inspect(given, load_tokenizer(ModelSpec(tokenizer)), max_length=max_length, examples=examples)
     console = Console()
     show(found, console)
-    for path, text in ((html, page(found)), (json_file, json.dumps(asdict(found), indent=2))):
-        if path:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(text)
-            console.print(f"\nwritten to {path}")
+    for target, text in ((html, page(found)), (json_file, json.dumps(asdict(found), indent=2))):
+        if target:
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            Path(target).write_text(text)
+            console.print(Text(f"\nwritten to {target}"))

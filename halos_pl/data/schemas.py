@@ -82,6 +82,9 @@ def _message(value: Any, column: str, within: str = "") -> dict[str, str]:
             found = f"has the {key} {short(value[key])}" if key in value else f"has no '{key}'"
             raise BadRow(f"{found}; every message needs a '{keys[0]}' and a '{keys[1]}', both text", column, within)
         _text(value[key], column, within)
+    for key in ("tool_calls", "function_call"):
+        if value.get(key):
+            raise BadRow(f"has {key}, which would be lost; write it into its content or remove the row", column, within)
     role = value[keys[0]]
     if not role.strip():
         raise BadRow(f"has an empty {keys[0]}; name one, such as 'user' or 'assistant'", column, within)
@@ -192,8 +195,9 @@ def _pair(
 
 
 def _unpaired(row: dict[str, Any], place: str) -> Items:
-    label = _label(row, "label")
-    return _one(*_completion(_prompt(row), row["completion"], "completion"), place, label)
+    label, score = _label(row, "label"), row.get("score")
+    number = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
+    return _one(*_completion(_prompt(row), row["completion"], "completion"), place, label, score if number else None)
 
 
 def _pair_scores(row: dict[str, Any], first: str, second: str) -> tuple[float | None, ...]:
@@ -284,7 +288,7 @@ def _hh(chosen: str, rejected: str, place: str) -> Items:
         dialogues.append(dialogue)
     first, second = dialogues
     if first[:-1] != second[:-1]:
-        raise BadRow("and 'chosen' differ before the last turn; both must answer the same dialogue", "rejected")
+        return [Skipped(place, "dialogues differ before the last turn")]
     if _is_blank(first[:-1]):
         raise BadRow("has an empty prompt; remove the row", "chosen")
     if _is_blank(first[-1:]) or _is_blank(second[-1:]):
@@ -363,11 +367,12 @@ def _sharegpt_pair(row: dict[str, Any], place: str) -> Items:
 
 def _scored(row: dict[str, Any], place: str) -> Items:
     prompt, completion = _completion(_prompt(row), row["completion"], "completion")
-    column = next((name for name in ("score", "rating", "rank") if row.get(name) is not None), None)
-    if column is None:
-        return [Skipped(place, NO_SCORE)]
+    # The first column that is there, whatever it holds: a rank in place of a missing score would be in another unit.
+    column = next(name for name in ("score", "rating", "rank") if name in row)
     score = _score(row[column], column)
-    if column == "rank" and score is not None:
+    if score is None:
+        return [Skipped(place, NO_SCORE)]
+    if column == "rank":
         score = 0.0 - score  # 0 is the best; and 0, not -0
     return _one(prompt, completion, place, None, score)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
@@ -25,11 +27,11 @@ class Source:
         columns: other names of columns: ``{prompt: question}`` reads the column ``question`` as ``prompt``.
         rows: read only so many rows from the start; null for all. With ``streaming`` no more is downloaded.
         streaming: read a hub data set row by row, without downloading all of it first.
-        weight: how many times an epoch sees each row of the source: 0.5 for a half drawn anew each epoch, 2.0 for
-            each row twice.
+        weight: how many times an epoch of training sees each row of the source: 0.5 for a half drawn anew each epoch,
+            2.0 for each row twice.
 
     Raises:
-        ValueError: for a weight that is not above 0, or ``rows`` below 1.
+        ValueError: for an empty path, a weight that is not a number above 0, or ``rows`` below 1.
     """
 
     path: str
@@ -54,8 +56,11 @@ class Source:
         return repr(replace(self, weight=1.0))
 
     def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise ValueError(f"{self.path}: weight is {self.weight}; it must be above 0")
+        if not self.path:
+            raise ValueError("a source has an empty path; name a file, a folder, or a data set of the hub")
+        object.__setattr__(self, "path", os.path.expanduser(self.path))
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"{self.path}: weight is {self.weight}; it must be a number above 0")
         if self.rows is not None and self.rows < 1:
             raise ValueError(f"{self.path}: rows is {self.rows}; it must be at least 1, or null for all")
 

@@ -28,6 +28,7 @@ class FileCounts:
     Attributes:
         examples: sound rows of the source; one of them may hold several completions.
         faulty: rows with a fault, left out (``on_bad_rows: skip``).
+        faults: the first ten of them, with what is wrong.
         skipped: rows that are sound but say nothing, by reason, such as ties.
         pairs: pairs of rivals that enter.
         rows: rows that enter; a pair has two.
@@ -40,6 +41,7 @@ class FileCounts:
 
     examples: int = 0
     faulty: int = 0
+    faults: list[str] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)
     pairs: int = 0
     rows: int = 0
@@ -87,7 +89,8 @@ class Split:
     ) -> None:
         self.control = control or {True: (), False: ()}
         self.counts = {
-            store.path: FileCounts(store.examples, store.fault_count, dict(store.skipped)) for store in table.stores
+            store.path: FileCounts(store.examples, store.fault_count, store.faults[:10], dict(store.skipped))
+            for store in table.stores
         }
         room = max_length - 1 - max(map(len, self.control.values()))  # at least one token of the prompt stays
         if room < 1:
@@ -124,6 +127,7 @@ class Split:
         if self.rivals:
             self._count(table, table.rival > np.arange(len(table)), "pairs")
         self.table = table
+        self.score = self._scores()
         self.examples = self._examples(together)
 
     def _count(self, table: Table, chosen: NDArray[np.bool_], name: str) -> None:
@@ -132,12 +136,30 @@ class Split:
             counts = self.counts[store.path]
             setattr(counts, name, getattr(counts, name) + count)
 
+    def _scores(self) -> NDArray[np.float64]:
+        """Each row's score less the mean of its prompt's: what float32 keeps of large ones that differ by little.
+
+        Raises:
+            DataError: for one that float32 cannot hold.
+        """
+        table, scored = self.table, ~np.isnan(self.table.score)
+        total, count = (np.zeros(len(table.prompt_places)) for _ in range(2))
+        np.add.at(total, table.prompt[scored], table.score[scored])
+        np.add.at(count, table.prompt[scored], 1)
+        score = table.score - (total / np.maximum(count, 1))[table.prompt]
+        beyond = (~np.isfinite(score[scored]) | (np.abs(score[scored]) > 1e30)).nonzero()[0]
+        if len(beyond):
+            place = int(scored.nonzero()[0][beyond[0]])
+            given = f"{table.name(place)}: the score {table.score[place]:g}"
+            raise DataError(f"{given} is beyond float32; rescale the scores")
+        return score
+
     def _examples(self, together: Together | None) -> Sequence[Sequence[int]]:
         if together == "prompts":
             return groups(self.table.prompt)
         if together == "pairs":
             rival = self.table.rival
-            return [(i, rival[i]) if rival[i] >= 0 else (i,) for i in self.table.units.tolist()]
+            return [(i, int(rival[i])) if rival[i] >= 0 else (i,) for i in self.table.units.tolist()]
         return _Singles(len(self.table))
 
     @property
@@ -216,5 +238,5 @@ class _Rows(Sequence[Row]):
             row_id=table.name(place),
             rival=int(table.rival[place]) if split.rivals else -1,
             control=split.control[desirable],
-            score=float(table.score[place]),
+            score=float(split.score[place]),
         )

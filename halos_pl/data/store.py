@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
+from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
@@ -48,7 +49,7 @@ ROW = np.dtype(
         ("score", "<f8"),
         ("rival", "<i8"),
         ("line", "<i8"),
-        ("suffix", "<i2"),
+        ("suffix", "<i4"),
         ("text", "<u8"),
     ]
 )
@@ -66,7 +67,7 @@ class Store:
         rows: ``ROW`` [n], in the order of the source.
         suffixes: what follows the line in a row's name.
         examples: sound rows of the source; one may give several of ``rows``.
-        faults: the first ``KEPT_FAULTS`` faults, each a line.
+        found_faults: the first ``KEPT_FAULTS`` faults, as (what follows the source's name in their place, reason).
         fault_count: all of them.
         skipped: number of rows that are sound but say nothing, by reason.
         digest: a hash of tokens and rows; file names are no part of it.
@@ -79,7 +80,7 @@ class Store:
     rows: NDArray[Any]
     suffixes: list[str]
     examples: int
-    faults: list[str]
+    found_faults: list[tuple[str, str]]
     fault_count: int
     skipped: dict[str, int]
     digest: str
@@ -103,14 +104,10 @@ class Store:
         start = int(self.rows["start"][row])
         return self.tokens[start : start + int(self.rows["length"][row])]
 
-    def raise_faults(self) -> None:
-        """Raises them, if there are any.
-
-        Raises:
-            DataError: with up to ten faults, and the number of the others.
-        """
-        if self.fault_count:
-            raise DataError(fault_list(self.faults, self.fault_count))
+    @property
+    def faults(self) -> list[str]:
+        """The first faults, each a line that names source and line."""
+        return [f"{self.path}{place}: {reason}" for place, reason in self.found_faults]
 
 
 def fault_list(faults: list[str], count: int) -> str:
@@ -129,14 +126,15 @@ class _Writer:
         self.place = self.row = self.examples = self.fault_count = 0
         self.known: dict[bytes, int] = {}
         self.suffixes: dict[str, int] = {}
-        self.faults: list[str] = []
+        self.faults: list[tuple[str, str]] = []
         self.skipped: Counter[str] = Counter()
         self.digest = hashlib.sha256()
 
     def fault(self, fault: Fault) -> None:
         self.fault_count += 1
         if len(self.faults) < KEPT_FAULTS:
-            self.faults.append(str(fault))
+            # Without the source's own name: a copy of the file has another.
+            self.faults.append((fault.place.removeprefix(self.source.path), fault.reason))
 
     def add(self, examples: list[Example]) -> None:
         """Tokenises and writes; an example that cannot be tokenised is a fault."""
@@ -191,10 +189,12 @@ class _Writer:
     def close(self) -> None:
         for file in self.files.values():
             file.close()
+        sizes = {name: (self.folder / name).stat().st_size for name in self.files}
         meta = {
+            "sizes": sizes,
             "suffixes": list(self.suffixes),
             "examples": self.examples,
-            "faults": self.faults,
+            "found_faults": self.faults,
             "fault_count": self.fault_count,
             "skipped": dict(self.skipped),
             "digest": self.digest.hexdigest(),
@@ -214,7 +214,8 @@ def _build(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     Raises:
         DataError: for a fault of the source as a whole, a missing file, say; faults of rows are stored.
     """
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed:,} rows"))
+    what = TextColumn("{task.description}", markup=False)  # a path may hold brackets
+    columns = (SpinnerColumn(), what, TextColumn("{task.completed:,} rows"))
     with Progress(*columns, TimeElapsedColumn(), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(f"checking {source.path}", total=None)
         writer = _Writer(folder, source, tokenizer)
@@ -282,7 +283,17 @@ def _open(path: str, folder: Path) -> Store:
         return np.memmap(file, dtype, mode="r") if file.stat().st_size else empty
 
     meta = json.loads((folder / "meta.json").read_text())
+    del meta["sizes"]
     return Store(path, mapped("tokens", "<i4"), mapped("prompts", PROMPT), mapped("rows", ROW), **meta, folder=folder)
+
+
+def _whole(folder: Path) -> bool:
+    """Whether a store is there, with all that was written."""
+    try:
+        sizes = json.loads((folder / "meta.json").read_text())["sizes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def open_store(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path | None = None) -> Store:
@@ -300,10 +311,19 @@ def open_store(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path 
     if not path.exists() and not formats.is_hub_name(source.path):
         raise DataError(str(next(iter(read.read(source)))))
     home = folder or cache_root() / "data"
-    home.mkdir(parents=True, exist_ok=True)
     place = home / _key(source, tokenizer)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        (home / ".writable").touch()
+    except OSError as error:
+        raise DataError(
+            f"the cache folder {home} cannot be written ({error.strerror}); name another one with data.cache_dir or"
+            " HALOS_CACHE"
+        ) from error
     with FileLock(f"{place}.lock"):
-        if not (place / "meta.json").is_file():
+        if not _whole(place):
+            if place.exists():
+                rank_zero_info(f"halos: what the cache holds of {source.path} is damaged; it is made again")
             part = place.with_suffix(".part")
             shutil.rmtree(part, ignore_errors=True)
             shutil.rmtree(place, ignore_errors=True)

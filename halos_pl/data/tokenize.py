@@ -71,6 +71,7 @@ def _prompt_ids(prefix: list[int], prompt: Prompt, ids: list[int]) -> list[int]:
 
 def _completion_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, before: str, completion: Prompt) -> str:
     """What the completion adds to the prompt's text ``before``."""
+    _refuse_eos_inside(tokenizer, completion)
     if isinstance(prompt, str):
         if isinstance(completion, str):
             return completion
@@ -97,6 +98,17 @@ def _completion_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, before:
     eos_text: Any = tokenizer.eos_token
     ended = text.rstrip()  # ChatML writes "<|im_end|>\n"; generation stops at EOS, so nothing follows it
     return ended if eos_text and ended.endswith(eos_text) else text
+
+
+def _refuse_eos_inside(tokenizer: PreTrainedTokenizerBase, completion: Prompt) -> None:
+    """The model would learn to stop there, and to go on; at the end of a text it is the one that belongs there."""
+    eos: Any = tokenizer.eos_token
+    for text in [completion] if isinstance(completion, str) else [message["content"] for message in completion]:
+        rest = text.rstrip()
+        while eos and rest.endswith(eos):
+            rest = rest.removesuffix(eos).rstrip()
+        if eos and eos in rest:
+            raise ValueError(f"The completion spells the EOS token {eos} before its end; remove it, or the row.")
 
 
 def _completion_ids(eos: int, ids: list[int]) -> list[int]:

@@ -7,7 +7,9 @@ A transform is a class with one method; the DataModule applies a list of them in
         - {class_path: KeepFraction, init_args: {desirable: 0.1}}
         - {class_path: FlipLabels, init_args: {share: 0.2}}
 
-All but those that say what a row *is* (``ThresholdScores``, ``Pair``, ``Unpair``) leave held-out data alone.
+All but those that say what a row *is* (``ThresholdScores``, ``Pair``, ``Unpair``) leave held-out data alone. A
+transform that works on scores comes before ``ThresholdScores``, one that works on labels behind it; where the list has
+none, scores become labels just before the first transform that wants them, or at the end.
 """
 
 from __future__ import annotations
@@ -43,9 +45,11 @@ class Transform(ABC):
 
     Attributes:
         held_out: whether it is applied to validation, test and prediction data as well.
+        before_labels: whether it can work on rows that have scores and no labels yet.
     """
 
     held_out: bool = False
+    before_labels: bool = False
 
     @abstractmethod
     def __call__(self, table: Table, draw: Random) -> tuple[Table, Counts]:
@@ -133,8 +137,8 @@ class Contradict(Transform):
     def __call__(self, table: Table, draw: Random) -> tuple[Table, Counts]:
         units = table.units
         drawn = _draw(units[table.label[units] >= 0], self.share, draw)
-        copies = table.select(table.with_rivals(drawn))
-        opposed = _opposed(copies, np.arange(len(copies)))
+        index = table.with_rivals(drawn)
+        opposed = _opposed(table, index).select(index)
         return table.join(replace(opposed, added=np.ones(len(opposed), bool))), {"added": len(opposed)}
 
 
@@ -163,20 +167,27 @@ class ThresholdScores(Transform):
         at: a number, which itself counts as desirable; or ``prompt_mean`` or ``prompt_median``, the mean or median of
             the prompt's rows, where a row exactly at it (one alone with its prompt, say) has no label and is dropped.
         relabel: decide anew for rows that have a label as well as a score; False leaves them alone.
+        drop_ties: drop rows exactly at their prompt's mean or median; False counts them as undesirable (for losses that
+            look at the scores themselves, as GRPO).
 
     Raises:
         ValueError: for another word.
     """
 
-    held_out = True
+    held_out = before_labels = True
 
     def __init__(
-        self, *, at: float | Literal["prompt_mean", "prompt_median"] = "prompt_mean", relabel: bool = False
+        self,
+        *,
+        at: float | Literal["prompt_mean", "prompt_median"] = "prompt_mean",
+        relabel: bool = False,
+        drop_ties: bool = True,
     ) -> None:
         if isinstance(at, str) and at not in ("prompt_mean", "prompt_median"):
             raise ValueError(f"ThresholdScores: at is {at!r}; give a number, prompt_mean or prompt_median")
         self.at = at
         self.relabel = relabel
+        self.drop_ties = drop_ties
 
     def __call__(self, table: Table, draw: Random) -> tuple[Table, Counts]:
         scored = ~np.isnan(table.score) & (self.relabel | (table.label < 0))
@@ -186,11 +197,14 @@ class ThresholdScores(Transform):
             for rows in groups(np.where(scored, table.prompt, -1)):
                 own = np.array(rows)
                 if scored[own[0]]:
-                    bound = middle(table.score[own])
-                    label[own] = table.score[own] > bound
-                    tied[own] = table.score[own] == bound
+                    score = table.score[own]
+                    bound = middle(score)
+                    # The mean of equal numbers is rounded, and would lie above or below all of them.
+                    tied[own] = np.isclose(score, bound, rtol=1e-9, atol=0) | (score.min() == score.max())
+                    label[own] = (score > bound) & ~tied[own]
         else:
             label[scored] = table.score[scored] >= self.at
+        tied &= self.drop_ties
         made = replace(table, label=label).select(~tied)
         decided = label[scored & ~tied]
         counts = {"desirable": int((decided == 1).sum()), "undesirable": int((decided == 0).sum())}
@@ -200,7 +214,7 @@ class ThresholdScores(Transform):
 class Unpair(Transform):
     """The two rows of each pair go their own ways, as feedback on one completion each."""
 
-    held_out = True
+    held_out = before_labels = True
 
     def __call__(self, table: Table, draw: Random) -> tuple[Table, Counts]:
         pairs = int((table.rival >= 0).sum()) // 2
@@ -210,13 +224,14 @@ class Unpair(Transform):
 class Pair(Transform):
     """Makes pairs of the rows of each prompt: of a higher and a lower score, or of a desirable and an undesirable row.
 
-    Rows that are paired already stay so. A row may be part of several pairs. Rows without a partner are dropped.
+    Scores count where all rows of the prompt have one, labels elsewhere. Rows that are paired already stay so. A row
+    may be part of several pairs. Rows without a partner are dropped.
 
     Args:
         which: ``best_worst``, one pair a prompt of its highest and its lowest row; ``all`` pairs with a difference.
     """
 
-    held_out = True
+    held_out = before_labels = True
 
     def __init__(self, *, which: Literal["best_worst", "all"] = "best_worst") -> None:
         if which not in ("best_worst", "all"):
@@ -225,11 +240,13 @@ class Pair(Transform):
 
     def __call__(self, table: Table, draw: Random) -> tuple[Table, Counts]:
         single = table.rival < 0
-        worth = np.where(np.isnan(table.score), table.label, table.score)
         index: list[int] = []
         for rows in groups(np.where(single, table.prompt, -1)):
             if not single[rows[0]]:
                 continue
+            score = table.score[rows]
+            own = table.label[rows] if np.isnan(score).any() else score  # never one against the other
+            worth = dict(zip(rows, own.tolist(), strict=True))
             ranked = sorted(rows, key=lambda row: -worth[row])  # stable: of equals the first of the data
             if self.which == "best_worst":
                 if worth[ranked[0]] > worth[ranked[-1]]:

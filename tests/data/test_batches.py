@@ -311,6 +311,7 @@ def test_an_epoch_has_each_source_as_often_as_its_weight_says(
 ) -> None:
     source = np.repeat(np.arange(len(sizes)), sizes)
     n = len(source)
+    weights = [w if round(w * size) else 1.0 for size, w in zip(sizes, weights, strict=False)]
     order = Order(
         n,
         seed=seed,
@@ -329,6 +330,11 @@ def test_an_epoch_has_each_source_as_often_as_its_weight_says(
         each = [count[int(i)] for i in (source == number).nonzero()[0]]
         assert sum(each) == round(weight * size)
         assert max(each) - min(each) <= 1
+
+
+def test_a_weight_that_leaves_nothing_of_a_source_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"weight 0.05 leaves none of the 8 examples"):
+        Order(8, weights=[0.05])
 
 
 def test_a_half_of_a_source_is_another_half_each_epoch() -> None:

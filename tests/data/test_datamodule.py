@@ -544,9 +544,10 @@ def test_scores_become_thumbs_at_the_prompts_mean_and_stay_scores(tmp_path: Path
     [step] = train_rows(data)
     judged = {int(row[1][1:-10]): row[2] for row in step if not row[3]}
     assert judged == {i: i % 3 == 2 for i in range(12) if i % 3 != 1}
+    # A loss that compares the rows of a prompt reads the scores themselves: no row is dropped.
     [batch] = set_up(Needs(groups=True, undesirable=True), train=path, batch_size=12).train_dataloader()
-    assert sorted(batch.score.tolist()) == [0.0] * 4 + [2.0] * 4
-    assert torch.equal(batch.score > 1, batch.desirable)
+    assert sorted(batch.score.tolist()) == [-1.0] * 4 + [0.0] * 4 + [1.0] * 4  # less their prompt's mean
+    assert torch.equal(batch.score > 0, batch.desirable)
 
 
 def test_transforms_are_applied_in_order_and_those_of_studies_to_training_data_only(tmp_path: Path) -> None:
@@ -649,6 +650,93 @@ def test_a_data_set_of_the_hub_is_read_row_by_row(tmp_path: Path, monkeypatch: p
     assert asked[-1]["streaming"] is True
     names = [name for step in train_rows(data) for *_, probe, name in step if not probe]
     assert sorted(names)[0] == "owner/feedback[train]:1"
+
+
+def test_large_scores_keep_their_differences_and_larger_ones_are_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i // 3}", "completion": f"c{i}", "score": 1_700_000_000 + i % 3} for i in range(6)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    [batch] = set_up(Needs(groups=True, undesirable=True), train=path, batch_size=6).train_dataloader()
+    assert sorted(batch.score.tolist()) == [-1.0] * 2 + [0.0] * 2 + [1.0] * 2
+    path = write_jsonl(tmp_path / "b.jsonl", [*rows, {"prompt": "p0", "completion": "c", "score": 1e39}])
+    with pytest.raises(DataError, match=r"b\.jsonl:\d: the score .* is beyond float32"):
+        set_up(Needs(groups=True, undesirable=True), train=path)
+
+
+def test_scores_become_labels_once_before_the_first_transform_that_wants_labels(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", scored())
+
+    def names(**options: Any) -> list[str]:
+        return [t["transform"] for t in set_up(KTO, train=path, **options).counts()["train"]["transforms"]]
+
+    own = ThresholdScores(at=1.0)
+    assert names(one_completion_per_prompt=True, transforms=[own]) == ["ThresholdScores", "OnePerPrompt"]
+    assert names(transforms=[own, FlipLabels(share=0.5)]) == ["ThresholdScores", "FlipLabels"]
+    assert names(transforms=[Pair(), FlipLabels(share=0.5)]) == ["Pair", "FlipLabels"]
+    with pytest.raises(ValueError, match="ThresholdScores comes behind FlipLabels, which wants labels"):
+        FeedbackDataModule(path, transforms=[FlipLabels(share=0.5), own])
+
+    class Odd(FlipLabels):
+        def __call__(self, table: Any, draw: Any) -> Any:
+            return table
+
+    with pytest.raises(ValueError, match=r"data\.transforms: Odd returned Table, not \(Table, counts\)"):
+        set_up(KTO, train=path, transforms=[Odd(share=0.0)])
+
+
+def test_weights_are_of_training_data(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", binary())
+    with pytest.raises(ValueError, match=r"data\.validation has a source with a weight"):
+        FeedbackDataModule(path, [{"path": path, "weight": 0.5}])
+    with pytest.raises(DataError, match=r"weight 0\.01 leaves none of the 10 examples"):
+        set_up(KTO, train={"path": path, "weight": 0.01})
+    for wrong in ("", float("inf")):
+        with pytest.raises(ValueError, match=r"empty path|weight is inf"):
+            FeedbackDataModule(wrong if wrong == "" else {"path": path, "weight": wrong})
+
+
+def test_a_folder_or_a_pattern_of_files_is_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("part-0", "part-1"):
+        write_jsonl(tmp_path / f"{name}.jsonl", binary(4))
+    (tmp_path / "README.md").write_text("no data")
+    wanted = [str(tmp_path / f"part-{i}.jsonl") for i in (0, 1)]
+    for given in (str(tmp_path), f"{tmp_path}/part-*.jsonl"):
+        assert [source.path for source in FeedbackDataModule(given).sources["train"]] == wanted
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert [source.path for source in FeedbackDataModule("~/part-0.jsonl").sources["train"]] == wanted[:1]
+
+
+def test_faults_of_a_copy_name_the_copy_and_skipped_ones_are_in_the_summary(tmp_path: Path) -> None:
+    rows = [*binary(), {"prompt": "p", "completion": "", "label": True}]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    for name in ("a", "copy"):
+        path = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        with pytest.raises(DataError, match=rf"{name}\.jsonl:11: column 'completion' is empty"):
+            set_up(KTO, train=path)
+        faults = set_up(KTO, train=path, on_bad_rows="skip").counts()["train"][path]["faults"]
+        assert len(faults) == 1
+        assert faults[0].startswith(f"{path}:11: ")
+
+
+@pytest.mark.parametrize("damage", ["rows", "tokens", "prompts", "meta.json", "cut meta.json", "no tokens"])
+def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", binary(30))
+    wanted = train_rows(set_up(KTO, train=path, cache_dir=str(tmp_path / "cache")))
+    [folder] = [place for place in (tmp_path / "cache").iterdir() if place.is_dir()]
+    if damage == "no tokens":
+        (folder / "tokens").unlink()
+    elif damage == "meta.json":
+        (folder / damage).unlink()
+    else:
+        file = folder / damage.removeprefix("cut ")
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert train_rows(set_up(KTO, train=path, cache_dir=str(tmp_path / "cache"))) == wanted
+    assert "is damaged; it is made again" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"the cache folder .*file cannot be written .*data\.cache_dir or HALOS_CACHE"):
+        set_up(KTO, train=write_jsonl(tmp_path / "a.jsonl", binary()), cache_dir=str(tmp_path / "file"))
 
 
 def test_a_store_travels_to_a_worker_as_its_place(tmp_path: Path) -> None:

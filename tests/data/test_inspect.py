@@ -39,6 +39,7 @@ def test_counts(tmp_path: Path) -> None:
         "pairs": 0,
         "desirable": 1,
         "undesirable": 4,
+        "desirable to one undesirable": 0.25,
         "distinct prompts": 3,
         "prompts that repeat": 1,
         "contradictory labels": 1,
@@ -119,3 +120,17 @@ def test_a_source_without_a_sound_row(tmp_path: Path) -> None:
     assert (found.figures["rows"], found.figures["faulty rows"], found.examples) == (0, 3, [])
     show(found, Console(quiet=True))
     page(found)
+
+
+def test_what_a_terminal_would_obey_and_what_takes_several_tokens(tmp_path: Path) -> None:
+    folder = tmp_path / "[red]"
+    folder.mkdir()
+    rows = [{"prompt": "é😀 漢字", "completion": "a\x1b[2Jb", "label": True}]
+    found = inspected(write_jsonl(folder / "a.jsonl", rows), tmp_path, examples=-1)
+    assert found.examples == []
+    found = inspected(write_jsonl(folder / "a.jsonl", rows), tmp_path, examples=1)
+    assert "".join(found.examples[0].prompt) == "é😀 漢字"
+    assert "".join(found.examples[0].completion) == "a\\x1b[2Jb<|im_end|>"
+    with (tmp_path / "out").open("w") as file:
+        show(found, Console(file=file, width=200))
+    assert "[red]/a.jsonl" in (tmp_path / "out").read_text()

@@ -200,7 +200,6 @@ def test_as_trl_extracts_prompts(tmp_path: Path) -> None:
         ([BOT], [OTHER], "share no prompt"),
         ([USER, BOT], "hi yo", "is text and the other is a message list"),
         ([], [USER], "column 'chosen' is empty"),
-        (HH + " a", HH.replace("who", "what") + " b", "'rejected' and 'chosen' differ before the last turn"),
         (HH + " a\n\nHuman: x", HH + " b", "column 'chosen' must be a dialogue of Human: and Assistant: that ends"),
         (HH + " a", "\n\nHuman: hi", "column 'rejected' must be a dialogue"),
         ("hi " + HH + " a", HH + " b", "column 'chosen' must be a dialogue"),
@@ -484,3 +483,38 @@ def test_raw_hh_gives_what_its_messages_say(shared_data: Path, name: str) -> Non
     path = str(shared_data / "feedback" / f"hh_rlhf_{name}.jsonl.gz")
     raw = Source(path, schema="implicit", columns={"chosen": "chosen_raw", "rejected": "rejected_raw"})
     assert list(read(raw)) == list(read(Source(path)))
+
+
+def test_a_rank_does_not_stand_in_for_a_missing_score(tmp_path: Path) -> None:
+    rows = [{"prompt": "p", "completion": f"c{i}", "score": s, "rank": i} for i, s in enumerate([5, None, 1])]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = list(read(Source(str(path))))
+    assert [item.scores for item in found if isinstance(item, Example)] == [(5.0,), (1.0,)]
+    assert [item.reason for item in found if isinstance(item, Skipped)] == ["no score"]
+
+
+def test_a_score_beside_a_label_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "completion": "c", "label": True, "score": 0.25}) + "\n")
+    [found] = read(Source(str(path)))
+    assert isinstance(found, Example)
+    assert (found.labels, found.scores) == ((True,), (0.25,))
+
+
+def test_calls_of_tools_are_refused_and_not_lost(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": "ok", "tool_calls": [{"name": "f"}]}
+    path = tmp_path / "a.jsonl"
+    row = {"prompt": [{"role": "user", "content": "p"}], "completion": [call], "label": True}
+    path.write_text(json.dumps(row) + "\n")
+    [found] = read(Source(str(path)))
+    assert isinstance(found, Fault)
+    assert "has tool_calls, which would be lost" in found.reason
+
+
+def test_dialogues_that_part_early_are_skipped_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"chosen": HH + " a", "rejected": HH.replace("who", "what") + " b"}) + "\n")
+    [found] = read(Source(str(path)))
+    assert isinstance(found, Skipped)
+    assert found.reason == "dialogues differ before the last turn"

@@ -232,6 +232,16 @@ def test_prompt_without_tokens() -> None:
         encode_prompt(byte_level(), "")
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_an_eos_inside_a_completion_is_refused(chat: bool) -> None:
+    tokenizer = CHAT[0]() if chat else byte_level()
+    eos = tokenizer.eos_token
+    prompt: Any = [{"role": "user", "content": "a"}] if chat else "a"
+    with pytest.raises(ValueError, match=r"spells the EOS token .* before its end"):
+        encode_completion(tokenizer, prompt, f"foo{eos}bar")
+    assert encode_completion(tokenizer, prompt, f"foo{eos}") == encode_completion(tokenizer, prompt, "foo")
+
+
 texts = st.text(st.characters(codec="utf-8"), max_size=20)
 
 

@@ -163,6 +163,30 @@ def test_a_threshold_by_prompt(at: Any, middle: Any, rows: list[tuple[int, int]]
     assert counts["dropped_at_threshold"] == len(rows) - len(expected)
 
 
+@pytest.mark.parametrize("at", ["prompt_mean", "prompt_median"])
+@pytest.mark.parametrize("scores", [[0.1] * 3, [0.7] * 3, [1e-9] * 7])
+def test_equal_scores_say_nothing(at: Any, scores: list[float]) -> None:
+    """Their rounded mean lies above or below all of them."""
+    made, counts = ThresholdScores(at=at)(singles([-1] * len(scores), [0] * len(scores), scores), Random(0))
+    assert (len(made), counts["dropped_at_threshold"]) == (0, len(scores))
+    made, _ = ThresholdScores(at="prompt_mean")(singles([-1] * 3, [0] * 3, [0.1, 0.2, 0.3]), Random(0))
+    assert made.label.tolist() == [0, 1]
+    kept, _ = ThresholdScores(at=at, drop_ties=False)(singles([-1] * len(scores), [0] * len(scores), scores), Random(0))
+    assert kept.label.tolist() == [0] * len(scores)
+
+
+def test_a_contradicted_score_is_mirrored_within_all_of_its_prompt() -> None:
+    given_table = singles([1, 0], [0, 0], [9.0, 1.0])
+    for seed in range(4):
+        made, _ = Contradict(share=0.5)(given_table, Random(seed))
+        assert made.score[2] == {0: 1.0, 1: 9.0}[int(made.row[2])]
+
+
+def test_a_label_is_never_weighed_against_a_score() -> None:
+    made, _ = Pair()(singles([1, 0], [0, 0], [np.nan, 7.0]), Random(0))
+    assert made.row.tolist() == [0, 1]  # the desirable row is the chosen one, whatever the other's reward was
+
+
 def test_labels_stay_unless_they_are_to_be_decided_anew() -> None:
     given_table = singles([0, -1], [0, 0], [9.0, 1.0])
     assert ThresholdScores(at=2.0)(given_table, Random(0))[0].label.tolist() == [0, 0]
