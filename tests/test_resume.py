@@ -19,6 +19,12 @@ ROWS, EPOCH, STEPS = 15, 4, 8
 # With this seed every step holds both classes of rows.
 SEED = "--data.seed=47"
 MOMENTS = ("after_step", "writing", "after_checkpoint")
+# All that decides which rows a step has, and how they are judged.
+STUDY = (
+    "--data.group_by_length=true",
+    "--data.balance_classes=true",
+    "--data.transforms=[{class_path: FlipLabels, init_args: {share: 0.2}}]",
+)
 SETUPS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     # name: (objective, model, options)
     "kto": ("kto", "llama", ()),
@@ -27,6 +33,7 @@ SETUPS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "lora": ("kto", "llama", ("--model.policy.lora={r: 4, dropout: 0.1}",)),
     "dpo": ("dpo", "llama", ("--model.micro_batch_rows=2", "--model.lr_schedule=cosine")),
     "tr_dpo": ("tr_dpo", "llama", ()),  # so is a reference that moves
+    "study": ("kto", "llama", STUDY),
 }
 PAIRS = {"dpo", "tr_dpo"}
 
@@ -124,6 +131,7 @@ DEFAULT: list[tuple[str, int, str, int]] = [
     ("dropout", EPOCH, "after_checkpoint", 0),
     ("lora", EPOCH + 1, "after_step", 2),
     ("tr_dpo", 3, "after_step", 0),
+    ("study", 3, "after_step", 2),
     ("dpo", EPOCH + 2, "after_checkpoint", 0),
 ]
 EVERY = [case for case in itertools.product(SETUPS, range(2, STEPS + 1), MOMENTS, (0, 2)) if case not in DEFAULT]
