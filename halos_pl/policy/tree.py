@@ -106,10 +106,11 @@ def _attention(
     layer = int(getattr(module, "layer_idx"))  # noqa: B009  (mypy knows modules as tensors)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if groups > 1:
+        shared = groups > 1 and q.device.type == "cpu"  # elsewhere not every kernel shares heads behind a mask
+        if groups > 1 and not shared:
             k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None
+            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None, enable_gqa=shared
         )
 
     out = []
