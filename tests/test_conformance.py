@@ -417,7 +417,7 @@ def test_json_is_plain_data(own_file, capfd):
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        ("{file}:Summed", "cannot be checked: u of shape (0,), v(u) of shape ()"),
+        ("{file}:Summed", "cannot be checked: u of shape (3,), v(u) of shape ()"),
         ("{file}:Broken", "cannot be checked: raises NameError: name 'undefined' is not defined"),
         ("{file}:Unfinished", "Unfinished is abstract: it lacks forward"),
         ("{file}:Needy", "needs arguments that were not given: scale"),

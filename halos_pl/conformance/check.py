@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -70,6 +71,7 @@ class _Checks:
         icml_only: clauses of the ICML definition that v1 does not have.
         expected: clauses that the library's own classes are known to fail, with the reason.
         notes: what is to be said of a clause beside its witness.
+        hints: what is to be said of a clause that failed.
         optional: clauses that are only reported.
         overall: the verdict, given the names of the clauses that failed.
     """
@@ -79,16 +81,27 @@ class _Checks:
     icml_only: frozenset[str] = frozenset()
     expected: dict[str, str] = field(default_factory=dict)
     notes: Callable[[], dict[str, str]] = dict
+    hints: dict[str, str] = field(default_factory=dict)
     optional: Callable[[], dict[str, str]] = dict
     overall: Callable[[list[str]], str] = lambda failed: _halo_shaped(failed) if failed else "halo"
 
 
+def _once(checks: object, name: str) -> str | None:
+    """What a clause found, looked for only once: terms of a sum may share the checks of a part."""
+    found: dict[str, str | None] = vars(checks).setdefault("found", {})
+    if name not in found:
+        found[name] = getattr(checks, name)()
+    return found[name]
+
+
 def _bound(checks: object, names: tuple[str, ...], prefix: str = "") -> dict[str, Callable[[], str | None]]:
-    return {prefix + name: getattr(checks, name) for name in names}
+    return {prefix + name: partial(_once, checks, name) for name in names}
 
 
-def _of_halo(target: objective.HALO, prefix: str, examples: int, thorough: bool) -> _Checks:
-    checks = objective.ObjectiveChecks(target, examples=examples, thorough=thorough)
+def _of_halo(
+    target: objective.HALO, prefix: str, examples: int, thorough: bool, shared: dict[Any, Any]
+) -> _Checks:
+    checks = objective.ObjectiveChecks(target, examples=examples, thorough=thorough, shared=shared)
     v_clauses = tuple(n for n in value_function.CLAUSES if checks.reflects or n not in value_function.UNDESIRABLE)
     clauses = (
         _bound(checks.value_function, v_clauses, prefix)
@@ -136,6 +149,7 @@ def _of_halo(target: objective.HALO, prefix: str, examples: int, thorough: bool)
         clauses=clauses,
         icml_only=frozenset(prefix + name for name in reward.ICML_ONLY),
         expected=expected,
+        hints={prefix + name: why for name, why in reference_point.hints(target.reference_point).items()},
         notes=notes,
         optional=optional,
         overall=overall,
@@ -148,7 +162,18 @@ def _of_objective(target: Objective, examples: int, thorough: bool) -> _Checks:
     if not halos:
         witness = f"{type(target).__name__} holds no reward, reference point, value function and feedback"
         return _Checks(type(target).__name__, {"identity": lambda: witness}, overall=lambda failed: "not a halo")
-    each = [_of_halo(term, name if len(halos) > 1 else "", examples, thorough) for name, term in halos]  # type: ignore[arg-type]
+    shared: dict[Any, Any] = {}
+    examples = max(1, examples // len(halos))  # shared out among the terms, so that a sum takes no longer
+    each = [_of_halo(term, name if len(halos) > 1 else "", examples, thorough, shared) for name, term in halos]  # type: ignore[arg-type]
+    sums = objective.own_sums(target)
+    if sums:
+        # A sum of another class may add up otherwise, so that it says something else than its terms.
+        inner = each[0].clauses.get("identity", lambda: None)
+
+        def identity() -> str | None:
+            return next(filter(None, (objective.sum_of_terms(own, examples) for own in sums)), None) or inner()
+
+        each[0].clauses["identity"] = identity
     if len(parts) == 1:
         return each[0]
 
@@ -160,6 +185,7 @@ def _of_objective(target: Objective, examples: int, thorough: bool) -> _Checks:
         clauses={name: call for checks in each for name, call in checks.clauses.items()},
         icml_only=frozenset().union(*(checks.icml_only for checks in each)),
         expected={key: why for checks in each for key, why in checks.expected.items()},
+        hints={key: why for checks in each for key, why in checks.hints.items()},
         notes=lambda: merged("notes"),
         optional=lambda: merged("optional"),
         overall=lambda failed: "composite",
@@ -194,6 +220,7 @@ def _checks(target: Target, examples: int, thorough: bool) -> _Checks:
             name,
             _bound(of_z, reference_point.CLAUSES),
             expected=reference_point.expected(target),
+            hints=reference_point.hints(target),
             optional=optional,
             overall=overall,
         )
@@ -210,17 +237,21 @@ def clause_names(target: Target, definition: Definition = "icml") -> list[str]:
 def _witness(call: Callable[[], str | None]) -> str | None:
     try:
         return call()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # code under check that leaves the process would hide what it is
         return Raised.by(error)
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Thousands of small operations: waiting for other threads costs more than they do, on a busy machine ten times."""
+    """Thousands of small operations: waiting for other threads costs more than they do, on a busy machine ten times.
+
+    And with gradients, whatever the caller has switched off.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
         torch.set_num_threads(before)
 
@@ -243,13 +274,21 @@ def reports(
 ) -> dict[Definition, Report]:
     """The report under each definition, from one run of the checks."""
     start = time.perf_counter()
+    given = expected_failures or {}
+    if not isinstance(given, Mapping) or not all(isinstance(why, str) and why.strip() for why in given.values()):
+        raise ValueError(f"expected_failures is {given!r}; it takes a reason for each clause, {{clause: reason}}")
+    if max_examples < 1:
+        raise ValueError(f"max_examples is {max_examples}; it must be at least 1")
     checks = _checks(target, max_examples * (10 if thorough else 1), thorough)
+    unknown = [name for name in given if name not in checks.clauses]
+    if unknown:
+        clauses = ", ".join(checks.clauses)
+        raise ValueError(f"expected_failures: {checks.name} has no clause {unknown[0]!r}; it has {clauses}")
     with _one_thread():
         witnesses = {name: _witness(call) for name, call in checks.clauses.items()}
         optional = {name: why for name, why in checks.optional().items() if witnesses.get(name) is not None}
         notes = checks.notes()
     seconds = time.perf_counter() - start
-    given = expected_failures or {}
     found: dict[Definition, Report] = {}
     for definition in get_args(Definition):
         names = [n for n in witnesses if definition == "icml" or n not in checks.icml_only]
@@ -265,7 +304,7 @@ def reports(
                     row = replace(row, status="failed", reason=optional[name], required=False)
                 else:
                     failed.append(name)
-                    row = replace(row, status="failed")
+                    row = replace(row, status="failed", reason=checks.hints.get(name) or row.reason)
                 if name in given and row.status == "failed":
                     row = replace(row, status="expected", reason=given[name])
             rows.append(row)
@@ -301,7 +340,8 @@ def check_halo(
     Raises:
         CheckFailed: see ``on_fail``; an AssertionError with the ``report``.
         TypeError: for another target, in one line.
-        ValueError: for another definition or ``on_fail``.
+        ValueError: for another definition or ``on_fail``, an expected failure of a clause that the target does not
+            have or without a reason, or fewer than one example.
     """
     if definition not in get_args(Definition):
         raise ValueError(f"definition is {definition!r}; choose icml or v1")

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from copy import deepcopy
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from halos_pl.outcomes import Needs
+
 T = TypeVar("T", bound=nn.Module)
-_AS_IT_IS = (int, float, complex, str, bytes, bool, type(None), type, type(lambda: None), type(len))
+_AS_IT_IS = frozenset((int, float, complex, str, bytes, bool, type(None), type(lambda: None), type(len), Needs))
 
 
 def _copy(value: Any) -> Any:
-    if isinstance(value, _AS_IT_IS):
+    kind = type(value)
+    if kind in _AS_IT_IS or isinstance(value, type):
         return value
+    if kind in (dict, OrderedDict):
+        return kind((key, _copy(item)) for key, item in value.items())
+    if kind in (list, tuple, set):
+        return kind(map(_copy, value))
     if isinstance(value, nn.Module):
         return duplicate(value)
     if isinstance(value, nn.Parameter):
         return nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
     if isinstance(value, Tensor):
         return value.detach().clone().requires_grad_(value.requires_grad and value.is_leaf)
-    if type(value) is dict:
-        return {key: _copy(item) for key, item in value.items()}
-    if type(value) in (list, tuple, set):
-        return type(value)(map(_copy, value))
-    return deepcopy(value)
+    try:
+        return deepcopy(value)
+    except TypeError:  # locks, files, generators: what cannot be copied is shared
+        return value
 
 
 def duplicate(module: T) -> T:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.strategies import Step, smallest
-from halos_pl.conformance.witness import WrongShape, listed
+from halos_pl.conformance.witness import WrongShape, changed, copied, listed, number
 from halos_pl.feedback import Feedback, Judgement
 from halos_pl.outcomes import Rows
 
@@ -19,7 +19,7 @@ CLAUSES = ("feedback_sign", "feedback_weight", "feedback_independent_of_theta", 
 def labels(rows: Rows) -> str:
     """Who is who, in words: D for desirable, U for undesirable, p for a probe."""
     names = ["p" if p else "D" if d else "U" for p, d in zip(rows.probe.tolist(), rows.desirable.tolist(), strict=True)]
-    return f"rows {' '.join(names)}"
+    return f"rows {' '.join(names[:12])}{' ...' if len(names) > 12 else ''}"
 
 
 class FeedbackChecks:
@@ -33,41 +33,60 @@ class FeedbackChecks:
     def __init__(self, feedback: Feedback, *, examples: int = 100) -> None:
         self.target = feedback
         self.examples = examples
+        self._judged: dict[Step, list[tuple[str, Rows, Judgement]]] = {}
 
     def judged(self, rows: Rows) -> Judgement:
         """Sign, weight and denominator."""
         return Judgement(*duplicate(self.target)(rows))
 
-    def _smallest(self, fault: object) -> str | None:
-        return smallest(fault, self.target.needs, probes=True, examples=self.examples)  # type: ignore[arg-type]
+    def judgements(self, step: Step) -> list[tuple[str, Rows, Judgement]]:
+        """Of a fresh copy; of one copy on further steps of that kind; and of that copy in evaluation."""
+        if step not in self._judged:
+            rows = step.rows()
+            found = [("", rows, self.judged(rows))]
+            same = duplicate(self.target)
+            for call in range(1 if step.large else 4):
+                later = step.later(call).rows()
+                found.append((f", on call {call + 1}", later, Judgement(*same(later))))
+            self._judged[step] = [*found, (", in evaluation", rows, Judgement(*same.eval()(rows)))]
+        return self._judged[step]
+
+    def _smallest(self, fault: object, examples: int | None = None) -> str | None:
+        return smallest(fault, self.target.needs, probes=True, examples=max(1, examples or self.examples))  # type: ignore[arg-type]
 
     def feedback_sign(self) -> str | None:
         """-1 or +1 for each row."""
 
         def fault(step: Step) -> str | None:
-            rows = step.rows()
-            sign = self.judged(rows).sign
-            if tuple(sign.shape) != (len(rows),):
-                return WrongShape(f"{len(rows)} rows, signs of shape {tuple(sign.shape)}")
-            if bool((sign.abs() != 1).any()):
-                return f"{labels(rows)}: signs {listed(sign)}"
+            for when, rows, (sign, _, _) in self.judgements(step):
+                if tuple(sign.shape) != (len(rows),):
+                    return WrongShape(f"{len(rows)} rows, signs of shape {tuple(sign.shape)}")
+                if bool((sign.abs() != 1).any()):
+                    return f"{labels(rows)}: signs {listed(sign)}{when}"
             return None
 
         return self._smallest(fault)
 
     def feedback_weight(self) -> str | None:
-        """At least 0 for each row, 0 for probes."""
+        """At least 0 for each row, 0 for probes, and above 0 for some row of some step."""
+        counted = False
 
         def fault(step: Step) -> str | None:
-            rows = step.rows()
-            weight = self.judged(rows).weight
-            if tuple(weight.shape) != (len(rows),):
-                return WrongShape(f"{len(rows)} rows, weights of shape {tuple(weight.shape)}")
-            if bool((~(weight >= 0)).any()) or bool((weight[rows.probe] != 0).any()):
-                return f"{labels(rows)}: weights {listed(weight)}"
+            nonlocal counted
+            for when, rows, (_, weight, _) in self.judgements(step):
+                if tuple(weight.shape) != (len(rows),):
+                    return WrongShape(f"{len(rows)} rows, weights of shape {tuple(weight.shape)}")
+                wrong = ~(weight >= 0) | ((weight != 0) & rows.probe)
+                if bool(wrong.any()):
+                    i = int(wrong.nonzero()[0])
+                    kind = labels(rows.select(torch.tensor([i]))).removeprefix("rows ")
+                    shown = f"{labels(rows)}: weights {listed(weight)}"
+                    return f"{shown}, {number(float(weight[i]))} of a row {kind} of {rows.mask[i].sum()} tokens{when}"
+                counted |= bool((weight > 0).any())
             return None
 
-        return self._smallest(fault)
+        found = self._smallest(fault)
+        return found if found or counted else "every row weighs 0, so nothing is learnt"
 
     def feedback_independent_of_theta(self) -> str | None:
         """The same judgement whatever the policy says, without gradient."""
@@ -75,14 +94,19 @@ class FeedbackChecks:
         def fault(step: Step) -> str | None:
             rows = step.rows()
             leaf = rows.policy_logps.clone().requires_grad_()
+            before = copied(rows)
             one = self.judged(replace(rows, policy_logps=leaf))
+            if found := changed(before, replace(rows, policy_logps=leaf)):
+                return f"{labels(before)}: {found}"
             assert rows.reference_logps is not None
             others = [rows.policy_logps * 0.5, rows.reference_logps, torch.zeros_like(rows.policy_logps)]
             for name, a in one._asdict().items():
                 if a.requires_grad:
                     return f"{labels(rows)}: the {name} has a gradient in the policy's log-probs"
-                for policy in others:
-                    b = getattr(self.judged(replace(rows, policy_logps=policy)), name)
+                for number_, policy in enumerate(others):
+                    # The exact KL divergence is the policy's as well.
+                    kl = None if rows.kl is None else rows.kl * number_
+                    b = getattr(self.judged(replace(rows, policy_logps=policy, kl=kl)), name)
                     if a.shape != b.shape or not bool(((a == b) | (a.isnan() & b.isnan())).all()):
                         return (
                             f"{labels(rows)}: {name} {listed(a)} with log-probs {listed(rows.policy_logps)},"
@@ -90,22 +114,21 @@ class FeedbackChecks:
                         )
             return None
 
-        return self._smallest(fault)
+        return self._smallest(fault, self.examples // 2)
 
     def feedback_finite(self) -> str | None:
         """Weights and denominator are finite, and the denominator is above 0 where a row counts."""
 
         def fault(step: Step) -> str | None:
-            rows = step.rows()
-            sign, weight, denominator = self.judged(rows)
-            if not isinstance(denominator, Tensor) or denominator.numel() != 1:
-                return f"{labels(rows)}: the denominator {denominator} is no scalar"
-            figures = torch.cat([weight.flatten(), sign.flatten(), denominator.flatten()])
-            counts = bool((weight.nan_to_num() != 0).any())
-            if not bool(figures.isfinite().all()) or (counts and not float(denominator) > 0):
-                return f"{labels(rows)}: weights {listed(weight)}, denominator {float(denominator):g}"
-            if not float(denominator) >= 0:
-                return f"{labels(rows)}: denominator {float(denominator):g}"
+            for when, rows, (sign, weight, denominator) in self.judgements(step):
+                if not isinstance(denominator, Tensor) or denominator.numel() != 1:
+                    return f"{labels(rows)}: the denominator {denominator} is no scalar{when}"
+                figures = torch.cat([weight.flatten(), sign.flatten(), denominator.flatten()])
+                counts = bool((weight.nan_to_num() != 0).any())
+                if not bool(figures.isfinite().all()) or (counts and not float(denominator) > 0):
+                    return f"{labels(rows)}: weights {listed(weight)}, denominator {float(denominator):g}{when}"
+                if not float(denominator) >= 0:
+                    return f"{labels(rows)}: denominator {float(denominator):g}{when}"
             return None
 
         return self._smallest(fault)

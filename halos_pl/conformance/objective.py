@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.feedback import FeedbackChecks
@@ -23,6 +25,7 @@ from halos_pl.reference_points import ReferencePoint
 from halos_pl.rewards import Reward
 from value_functions import ValueFunction
 
+T = TypeVar("T")
 CLAUSES = ("identity", "one_value_function")
 PARTS: dict[str, type] = {
     "value_function": ValueFunction,
@@ -41,15 +44,60 @@ def is_halo(objective: Objective) -> TypeGuard[HALO]:
     )
 
 
+def _state(part: object) -> object:
+    """What two parts have in common exactly where they are the same function: their class and all that they hold."""
+    try:
+        return pickle.dumps(part)
+    except Exception:  # a lambda, say: the same only as itself
+        return id(part)
+
+
 def terms(objective: Objective, name: str = "") -> list[tuple[str, Objective]]:
     """The summands of an objective by name, sums of sums taken apart; one without a name for what is no sum."""
-    if not isinstance(objective, Sum) or len(objective.terms) == 1:
-        only: Any = objective.terms[0] if isinstance(objective, Sum) else objective
-        return terms(only, name) if isinstance(only, Sum) else [(name, only)]
+    if not isinstance(objective, Sum):
+        return [(name, objective)]
+    if len(objective.terms) == 1:
+        return terms(objective.terms[0], name)  # type: ignore[arg-type]
     found: list[tuple[str, Objective]] = []
     for i, term in enumerate(objective.terms):
         found += terms(term, f"{name}{i}_{type(term).__name__}.")  # type: ignore[arg-type]
     return found
+
+
+def own_sums(objective: Objective) -> list[Sum]:
+    """The sums within it, itself included, that are of another class than ``Sum`` and may add up otherwise."""
+    if not isinstance(objective, Sum):
+        return []
+    inner = [found for term in objective.terms for found in own_sums(term)]  # type: ignore[arg-type]
+    return inner if type(objective) is Sum else [objective, *inner]
+
+
+def sum_of_terms(objective: Sum, examples: int) -> str | None:
+    """The loss of a sum is the sum of its terms' losses, with the same gradient."""
+
+    def fault(step: Step) -> str | None:
+        both = []
+        for parts in ([duplicate(objective)], [duplicate(term) for term in objective.terms]):
+            leaf = step.rows().policy_logps.requires_grad_()
+            given = replace(step.rows(), policy_logps=leaf)
+            loss = torch.stack([part(given).loss for part in parts]).sum()
+            both.append((loss.detach().double(), _gradient(loss, leaf)))
+        (loss, slope), (right, right_slope) = both
+        if not bool((loss - right).abs() <= RELATIVE * right.abs() + 1e-9):
+            return "loss {}, the losses of its terms sum to {}".format(*pair(float(loss), float(right)))
+        off = (slope - right_slope).abs()
+        if bool((~(off <= RELATIVE * right_slope.abs().max() + 1e-12)).any()):
+            i = int(off.argmax())
+            a, b = pair(float(slope.flatten()[i]), float(right_slope.flatten()[i]))
+            return f"slope {a} of the loss in a log-prob, {b} of the losses of its terms"
+        return None
+
+    return smallest(fault, objective.needs, examples=max(10, examples // 3))
+
+
+def _gradient(loss: Tensor, leaf: Tensor) -> Tensor:
+    gradient = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
+    return torch.zeros_like(leaf) if gradient is None else gradient
 
 
 @dataclass(frozen=True)
@@ -75,21 +123,35 @@ class ObjectiveChecks:
         objective: the target; copies of it are called.
         examples: how many steps each clause is tried on.
         thorough: for its value function.
+        shared: checks of parts that other terms of a sum have as well, which are held to their clauses once.
     """
 
-    def __init__(self, objective: HALO, *, examples: int = 100, thorough: bool = False) -> None:
+    def __init__(
+        self, objective: HALO, *, examples: int = 100, thorough: bool = False, shared: dict[Any, Any] | None = None
+    ) -> None:
         self.target = objective
         self.examples = examples
-        self.value_function = ValueFunctionChecks(objective.value_function, thorough=thorough)
-        self.reward = RewardChecks(objective.reward, examples=examples)
-        self.reference_point = ReferencePointChecks(
-            objective.reference_point, reward=objective.reward, needs=objective.needs, examples=examples
+        known = {} if shared is None else shared
+
+        def of(kind: Callable[..., T], part: nn.Module, *others: object, **arguments: Any) -> T:
+            return known.setdefault((kind, *map(_state, (part, *others))), kind(part, **arguments))  # type: ignore[no-any-return]
+
+        self.value_function = of(ValueFunctionChecks, objective.value_function, thorough=thorough)
+        self.reward = of(RewardChecks, objective.reward, examples=examples)
+        self.reference_point = of(
+            ReferencePointChecks,
+            objective.reference_point,
+            objective.reward,
+            objective.needs,
+            reward=objective.reward,
+            needs=objective.needs,
+            examples=examples,
         )
-        self.feedback = FeedbackChecks(objective.feedback, examples=examples)
+        self.feedback = of(FeedbackChecks, objective.feedback, examples=examples)
 
     def _smallest(self, fault: object) -> str | None:
-        # A third: an example costs several backward passes.
-        return smallest(fault, self.target.needs, examples=max(10, self.examples // 3))  # type: ignore[arg-type]
+        # A quarter: an example costs several backward passes.
+        return smallest(fault, self.target.needs, examples=max(10, self.examples // 4))  # type: ignore[arg-type]
 
     def fresh(self) -> HALO:
         """A copy in training mode that has not been called."""
@@ -146,9 +208,9 @@ class ObjectiveChecks:
 
     # -- the loss ----------------------------------------------------------------------------------------------
 
-    def expectation(self, rows: Rows) -> Expectation:
-        """The sum of w * a * v over ``rows``, which hold the step's probes as well."""
-        parts = self.fresh()
+    def expectation(self, rows: Rows, parts: HALO | None = None) -> Expectation:
+        """The sum of w * a * v over ``rows``, which hold the step's probes as well, by ``parts`` or fresh ones."""
+        parts = parts or self.fresh()
         known = rows.detach()
         sign, weight, denominator = parts.feedback(known)
         train = rows.train.nonzero().squeeze(1)
@@ -172,24 +234,16 @@ class ObjectiveChecks:
         summed = (w * judged).sum() / denominator
         return Expectation(summed, float(((w * judged).abs().sum() / denominator).detach()), sign, weight)
 
-    def _slopes(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor, Expectation]:
-        """Loss and its gradient [n, T], as judged and as the definition says."""
-        both = []
-        expectation: Expectation | None = None
-        for judged in (True, False):
-            leaf = rows.policy_logps.clone().requires_grad_()
-            given = replace(rows, policy_logps=leaf)
-            if judged:
-                loss = self.fresh()(given).loss
-            else:
-                expectation = self.expectation(given)
-                loss = expectation.loss
-            gradient = None
-            if loss.requires_grad:
-                (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
-            both += [loss.detach().double(), torch.zeros_like(leaf) if gradient is None else gradient]
-        assert expectation is not None
-        return both[0], both[1], both[2], both[3], expectation
+    def _slopes(
+        self, rows: Rows, copies: tuple[HALO, HALO] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Expectation]:
+        """Loss and its gradient [n, T], as judged and as the definition says, by two copies or by fresh ones."""
+        judging, parts = copies or (self.fresh(), self.fresh())
+        one, other = (rows.policy_logps.clone().requires_grad_() for _ in range(2))
+        loss = judging(replace(rows, policy_logps=one)).loss
+        expectation = self.expectation(replace(rows, policy_logps=other), parts)
+        right = expectation.loss
+        return loss.detach().double(), _gradient(loss, one), right.detach(), _gradient(right, other), expectation
 
     def _counts(self, rows: Rows) -> bool:
         """Whether any row of the step carries weight, so that there is something to divide by."""
@@ -208,14 +262,9 @@ class ObjectiveChecks:
             if not self._counts(rows):
                 return None
             loss, gradient, right, slope, expectation = self._slopes(rows)
-            off = (gradient - slope).abs()
-            most = RELATIVE * max(float(slope.abs().max()), float(gradient.abs().max())) + 1e-12
-            if bool((~(off <= most)).any()):
-                i, t = (~(off <= most)).nonzero()[0].tolist()
-                a, b = pair(float(gradient[i, t]), float(slope[i, t]))
-                kind = "desirable" if rows.desirable[i] else "undesirable"
-                logps = f"policy {listed(rows.policy_logps[rows.mask])}"
-                return f"{logps}: slope {a} of the loss in a {kind} row, {b} by w a v"
+            found = self._wrong_slope(rows, gradient, slope)
+            if found:
+                return found
             for factor in (0.5, 2.0):
                 moved = replace(rows, policy_logps=rows.policy_logps * factor)
                 there, _, right_there, _, size = self._slopes(moved)
@@ -226,9 +275,33 @@ class ObjectiveChecks:
                         f"log-probs {listed(rows.policy_logps[rows.mask])} times {factor}: the loss changes by {a},"
                         f" sum w a v by {b}"
                     )
+            # One copy on further steps, and in evaluation; beside it one whose parts are called as often.
+            copies = self.fresh(), self.fresh()
+            for call in range(1, 2 if step.large else 4):
+                later = step.later(call).rows() if call < 3 else rows
+                if self._counts(later):
+                    for copy in copies:
+                        copy.train(call < 3)
+                    _, gradient, _, slope, _ = self._slopes(later, copies)
+                    found = self._wrong_slope(later, gradient, slope)
+                    if found:
+                        return f"{found}, on call {call}{'' if call < 3 else ' in evaluation'}"
             return None
 
         return self._smallest(fault)
+
+    @staticmethod
+    def _wrong_slope(rows: Rows, gradient: Tensor, slope: Tensor) -> str | None:
+        """Where the gradient of the loss is another one than that of sum w * a * v / denominator, in words."""
+        off = (gradient - slope).abs()
+        most = RELATIVE * max(float(slope.abs().max()), float(gradient.abs().max())) + 1e-12
+        if bool((off <= most).all()):
+            return None
+        i, t = (~(off <= most)).nonzero()[0].tolist()
+        a, b = pair(float(gradient[i, t]), float(slope[i, t]))
+        kind = "desirable" if rows.desirable[i] else "undesirable"
+        logps = f"policy {listed(rows.policy_logps[rows.mask])}"
+        return f"{logps}: slope {a} of the loss in a {kind} row, {b} by w a v"
 
     def one_value_function(self) -> str | None:
         """The value function that the objective shows acts on the rows of either sign."""
@@ -271,25 +344,22 @@ class ObjectiveChecks:
             loss = whole(given).loss
             context = parts.prepare(given.detach())
             train = rows.train.nonzero().squeeze(1)
-            units = self.reference_point._units(rows.select(train))
+            units = self.reference_point.parts(rows.select(train))
             losses = []
             for unit in units:
-                index = train[torch.tensor(unit)]
+                index = train[unit]
                 losses.append(parts.judge(given.select(index), context.select(index)).loss)
             summed = torch.stack(losses).sum()
             size = sum(abs(part.item()) for part in losses)
             if not abs((summed - loss).item()) <= RELATIVE * size + 1e-9:
                 a, b = pair(loss.item(), summed.item())
                 return f"loss {a} of {len(train)} rows at once, {b} in {len(units)} micro-batches"
-            if loss.requires_grad:
-                one, other = (torch.autograd.grad(x, leaf, allow_unused=True)[0] for x in (loss, summed))
-                if one is not None and other is not None and not bool(
-                    ((one - other).abs() <= RELATIVE * one.abs().max() + 1e-12).all()
-                ):
-                    i, t = (one - other).abs().flatten().argmax().div(one.shape[1], rounding_mode="floor"), 0
-                    t = int((one - other).abs()[i].argmax())
-                    a, b = pair(float(one[i, t]), float(other[i, t]))
-                    return f"slope {a} of the loss of {len(train)} rows at once, {b} in {len(units)} micro-batches"
+            one, other = _gradient(loss, leaf), _gradient(summed, leaf)
+            off = (one - other).abs()
+            if not bool((off <= RELATIVE * one.abs().max() + 1e-12).all()):
+                i = int(off.argmax())
+                a, b = pair(float(one.flatten()[i]), float(other.flatten()[i]))
+                return f"slope {a} of the loss of {len(train)} rows at once, {b} in {len(units)} micro-batches"
             return None
 
         return self._smallest(fault)

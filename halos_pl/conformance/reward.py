@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halos_pl.conformance.duplicate import duplicate
-from halos_pl.conformance.strategies import Step, smallest
-from halos_pl.conformance.witness import WrongShape, listed, number, pair
+from halos_pl.conformance.strategies import Step, kept_together, smallest
+from halos_pl.conformance.witness import WrongShape, changed, copied, listed, number, pair
 from halos_pl.outcomes import Rows
 from halos_pl.rewards import Reward
 
-CLAUSES = ("reward_shape", "reward_zero_at_reference", "reward_linear", "reward_padding")
+CLAUSES = ("reward_shape", "reward_zero_at_reference", "reward_linear", "reward_of_its_row", "reward_padding")
 # arXiv v1 allows any parameterised reward.
 ICML_ONLY = ("reward_zero_at_reference", "reward_linear")
 
@@ -41,17 +41,18 @@ class RewardChecks:
         self.target = reward
         self.examples = examples
 
-    def _smallest(self, fault: object) -> str | None:
-        return smallest(fault, self.target.needs, examples=self.examples)  # type: ignore[arg-type]
+    def _smallest(self, fault: object, examples: int | None = None) -> str | None:
+        return smallest(fault, self.target.needs, examples=max(1, examples or self.examples))  # type: ignore[arg-type]
 
     def fresh(self) -> Reward:
         """A copy that has not been called."""
         return duplicate(self.target)
 
     def reward_shape(self) -> str | None:
-        """One number for each row, or one for each token, of the log-probs' dtype."""
+        """One number for each row, or one for each token, of the log-probs' dtype, and the same in either."""
 
         def fault(step: Step) -> str | None:
+            exact: Tensor | None = None
             for dtype in (torch.float64, torch.float32):
                 rows = padded(step.rows(dtype), 2)
                 n, width = rows.policy_logps.shape
@@ -63,6 +64,12 @@ class RewardChecks:
                     return WrongShape(f"{n} rows of {width} tokens, reward of shape {shape}")
                 if r.dtype != dtype:
                     return f"log-probs in {str(dtype)[6:]}, reward in {str(r.dtype)[6:]}"
+                r = torch.where(rows.mask, r, 0.0) if r.dim() == 2 else r
+                exact = r.detach() if exact is None else exact
+                if not bool(((r - exact).abs() <= 1e-3 * (exact.abs() + exact.abs().max())).all()):
+                    i = int((r - exact).abs().nan_to_num(nan=torch.inf).argmax())
+                    a, b = pair(float(exact.flatten()[i]), float(r.flatten()[i]))
+                    return f"reward {a} in float64, {b} in float32"
             return None
 
         return self._smallest(fault)
@@ -97,11 +104,13 @@ class RewardChecks:
                 drawn = -torch.rand(rows.mask.shape, generator=other, dtype=torch.float64) * 3 * step.scale
                 policies.append(torch.where(rows.mask, drawn, 0.0))
             first: Tensor | None = None
-            values = []
+            values: list[Tensor] = []
             reward = self.fresh()
             for policy in policies:
                 leaf = policy.clone().requires_grad_()
-                r = reward(replace(rows, policy_logps=leaf))
+                # The exact KL divergence is the policy's as well.
+                kl = None if rows.kl is None else rows.kl * (1 + len(values))
+                r = reward(replace(rows, policy_logps=leaf, kl=kl))
                 tokens = r.dim() == 2
                 per_row = torch.where(rows.mask, r, 0.0).sum(dim=1) if tokens else r
                 # Two sums of the rows with other weights have slopes in proportion to them, unless rows mix.
@@ -110,20 +119,23 @@ class RewardChecks:
                 values.append(per_row.detach())
                 size = slopes[0].abs().max()
                 if bool(((slopes[0] - slopes[1]).abs() * rows.mask > 1e-6 * size + 1e-12).any()):
-                    return _mixed(per_row, leaf, rows)
+                    off = (slopes[0] - slopes[1]).abs() * rows.mask
+                    return _mixed(per_row, leaf, int(off.max(dim=1).values.argmax()))
                 own = slopes[0]
                 scale = torch.where(rows.mask, own, 0.0).sum(dim=1) / rows.mask.sum(dim=1)
                 uneven = (own - scale[:, None]).abs() * rows.mask > 1e-6 * scale.abs()[:, None] + 1e-12
-                for i in range(n):
+                moved = torch.zeros_like(scale) if first is None else (scale - first).abs() - 1e-6 * first.abs()
+                wrong = uneven.any(dim=1) | ~(scale > 1e-12) | ~(moved <= 0)
+                if bool(wrong.any()):
+                    i = int(wrong.nonzero()[0])
                     logps = f"policy {listed(policy[i][rows.mask[i]])}"
                     logps += f", reference {listed(rows.reference_logps[i][rows.mask[i]])}"  # type: ignore[index]
                     if bool(uneven[i].any()):
                         return f"{logps}: slopes {listed(own[i][rows.mask[i]])} of the reward in the tokens differ"
                     if not scale[i] > 1e-12:
                         return f"{logps}: slope {float(scale[i]):.6g} of the reward in the log-ratio"
-                    if first is not None and not (scale[i] - first[i]).abs() <= 1e-6 * first[i].abs():
-                        a, b = pair(float(first[i]), float(scale[i]))
-                        return f"{logps}: slope {b} of the reward in the log-ratio, {a} with another policy"
+                    a, b = pair(float(first[i]), float(scale[i]))  # type: ignore[index]
+                    return f"{logps}: slope {b} of the reward in the log-ratio, {a} with another policy"
                 first = scale if first is None else first
             assert first is not None
             for policy, value in zip(policies[1:], values[1:], strict=True):
@@ -138,15 +150,60 @@ class RewardChecks:
 
         return self._smallest(fault)
 
+    def reward_of_its_row(self) -> str | None:
+        """R is a function of (x, y): the same whatever other rows come along, on later calls, and in evaluation."""
+
+        def fault(step: Step) -> str | None:
+            rows = step.rows()
+            r = self._per_row(self.fresh(), rows)
+            units = kept_together(rows, self.target.needs)
+            for chosen in (units[0], units[-1], [i for unit in units[::2] for i in unit]):
+                index = torch.tensor(chosen)
+                found = self._differs(r[index], self._per_row(self.fresh(), rows.select(index)))
+                if found:
+                    return f"{found} among {len(chosen)} of the {len(rows)} rows alone"
+            same = self.fresh()
+            for call in range(1 if step.large else 4):
+                later = step.later(call).rows()
+                before = copied(later)
+                found = self._differs(self._per_row(self.fresh(), copied(later)), self._per_row(same, later))
+                if found:
+                    return f"{found} on call {call + 1}"
+                if changed(before, later):
+                    return changed(before, later)
+            found = self._differs(r, self._per_row(same.eval(), rows))
+            return found and f"{found} in evaluation, after other calls"
+
+        return self._smallest(fault, self.examples // 2)
+
+    @staticmethod
+    def _per_row(reward: Reward, rows: Rows) -> Tensor:
+        """Rewards [n], those of tokens summed."""
+        r = reward(rows).detach()
+        return torch.where(rows.mask, r, 0.0).sum(dim=1) if r.dim() == 2 else r
+
+    @staticmethod
+    def _differs(one: Tensor, other: Tensor) -> str | None:
+        """Where a row's reward is another one, in words."""
+        wrong = ~((one - other).abs() <= 1e-9 * (1e-9 + one.abs().max())) & ~(one.isnan() & other.isnan())
+        if not bool(wrong.any()):
+            return None
+        i = int(wrong.nonzero()[0])
+        return "reward {} of a row, {}".format(*pair(float(one[i]), float(other[i])))
+
     def reward_padding(self) -> str | None:
-        """More padding changes nothing."""
+        """More padding changes nothing, and what a reward of tokens says of padding is finite."""
 
         def fault(step: Step) -> str | None:
             rows = step.rows()
             r = self.fresh()(rows)
-            for columns in (1, 4):
+            for columns in (1, 4, 60):
                 wide = self.fresh()(padded(rows, columns))
                 if r.dim() == 2:
+                    blank = wide[~padded(rows, columns).mask]
+                    if not bool(blank.isfinite().all()):
+                        # An objective multiplies by a weight of 0 there, and 0 * nan is nan.
+                        return f"reward {float(blank[~blank.isfinite()][0])} of padding: a weight of 0 times it is nan"
                     same = wide[:, : r.shape[1]].masked_select(rows.mask), r.masked_select(rows.mask)
                 else:
                     same = wide, r
@@ -169,10 +226,8 @@ def _slope(total: Tensor, leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if slope is None else slope
 
 
-def _mixed(per_row: Tensor, leaf: Tensor, rows: Rows) -> str:
-    """Which row's reward depends on which other row, in words."""
-    n = len(rows)
-    others = [(i, j) for i in range(n) for j in range(n) if i != j]
-    found = [(i, j, _slope(per_row[i], leaf)[j][rows.mask[j]].abs().max()) for i, j in others]
-    i, j, size = max(found, key=lambda item: float(item[2]))
-    return f"the reward of row {i + 1} changes by {float(size):.6g} per nat of row {j + 1}"
+def _mixed(per_row: Tensor, leaf: Tensor, row: int) -> str:
+    """Which row's reward depends on ``row`` as well, in words."""
+    sizes = [float(_slope(own, leaf)[row].abs().max()) if i != row else -1.0 for i, own in enumerate(per_row)]
+    i = max(range(len(sizes)), key=sizes.__getitem__)
+    return f"the reward of row {i + 1} changes by {sizes[i]:.6g} per nat of row {row + 1}"

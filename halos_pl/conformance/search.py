@@ -9,18 +9,20 @@ derivative).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 EPS = torch.finfo(torch.float64).eps
 EDGE, FAR = 100.0, 1e4
 CELLS = 1_000_000
-# Where ``F.softplus`` becomes linear it jumps by 2e-9, which is no fault of who uses it.
+# Where ``F.softplus`` becomes linear it jumps by 2e-9, which is no fault of who uses it: allowed there, by this share
+# of what v reaches.
 JUMP = 3e-8
 Function = Callable[[Tensor], Tensor]
 
@@ -29,17 +31,48 @@ class WrongShapeError(ValueError):
     """A function returned another shape than it was given."""
 
 
-def value_and_slope(v: Function, u: Tensor) -> tuple[Tensor, Tensor]:
-    """v(u) and dv/du by autograd, both of the shape of ``u``; a slope of 0 where v has no gradient."""
+# What a row's loss may hand back to v, so that a backward that changes it is found out; powers of two divide exactly.
+LARGEST_COTANGENT = 4.0
+_COTANGENTS = (1.0, -1.0, LARGEST_COTANGENT, -0.5, 0.25, -2.0, -1.0)
+
+
+@lru_cache(maxsize=1)
+def _cotangents() -> Tensor:
+    """As many as the largest batch has rows, in an order without a period."""
+    draw = torch.Generator().manual_seed(0)
+    order = torch.randint(len(_COTANGENTS), (2 * CELLS,), generator=draw)
+    return torch.tensor(_COTANGENTS, dtype=torch.float64)[order]
+
+
+def cotangents(like: Tensor) -> Tensor:
+    """Signed powers of two, another one for each row, of the shape and dtype of ``like``."""
+    every, n = _cotangents(), like.numel()
+    every = every if n <= len(every) else every.repeat(1 + n // len(every))
+    return every[:n].view(like.shape).to(like.dtype)
+
+
+def value_and_slope(v: Function, u: Tensor, view: Function | None = None) -> tuple[Tensor, Tensor]:
+    """v(u) and dv/du by autograd, both of the shape of ``u``; a slope of 0 where v has no gradient.
+
+    Args:
+        v: a value function.
+        u: nats.
+        view: what v is called with is this view of ``u``, and so are the values and slopes; left out, ``u`` itself.
+    """
+    view = view or (lambda tensor: tensor)
     with torch.enable_grad():
         leaf = u.detach().clone().requires_grad_()
-        value = v(leaf.clone())  # a copy, so that a change in place is found by its own clause only
-        if value.shape != u.shape:
-            raise WrongShapeError(f"v of {tuple(u.shape)} has shape {tuple(value.shape)}")
+        given = view(leaf.clone())  # a copy, so that a change in place is found by its own clause only
+        shape = given.shape
+        value = v(given)
+        if value.shape != shape:
+            raise WrongShapeError(f"v of {tuple(shape)} has shape {tuple(value.shape)}")
         slope = None
         if value.requires_grad:
-            (slope,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
-    return value.detach(), torch.zeros_like(u) if slope is None else slope.detach()
+            back = cotangents(value)
+            (slope,) = torch.autograd.grad(value, leaf, back, allow_unused=True)
+    value = value.detach()
+    return value, torch.zeros_like(value) if slope is None else view(slope.detach()) / back
 
 
 _COMPARISONS = {"gt", "lt", "ge", "le", "eq", "ne"}
@@ -48,12 +81,20 @@ _STEPS = {"sign", "sgn", "floor", "ceil", "round", "trunc"}
 
 
 class Switches(TorchDispatchMode):
-    """Records, for each operation that takes one of several ways, which way each element went."""
+    """Records, for each operation that takes one of several ways, which way each element went.
+
+    Attributes:
+        states: a float64 [count] for each such operation, in the order of the calls.
+        seams: places in ``states`` of ``F.softplus``, which becomes linear with a jump.
+        unknown_seams: whether there is one of another shape.
+    """
 
     def __init__(self, count: int) -> None:
         super().__init__()
         self.count = count
         self.states: list[Tensor] = []
+        self.seams: list[int] = []
+        self.unknown_seams = False
         self.operations = 0
 
     @classmethod
@@ -69,6 +110,12 @@ class Switches(TorchDispatchMode):
         if isinstance(out, Tensor) and out.is_floating_point():
             self.operations += 1
         given = before if before is not None else (args[0] if args else None)
+        if name == "softplus" and isinstance(given, Tensor):
+            beta, threshold = (float(x) for x in (*args[1:], *(1, 20)[len(args) - 1 :]))
+            if given.numel() == self.count:
+                self.seams.append(len(self.states))
+                self.states.append((given * beta > threshold).detach().flatten().double())
+            self.unknown_seams |= given.numel() != self.count
         if isinstance(out, Tensor) and out.numel() == self.count and isinstance(given, Tensor):
             state = None
             if name in _COMPARISONS:
@@ -86,11 +133,11 @@ class Switches(TorchDispatchMode):
         return out
 
 
-def switches(v: Function, u: Tensor) -> list[Tensor]:
-    """For each branching operation inside v(u), in the order of the calls: its way, float64 of the size of ``u``."""
+def switches(v: Function, u: Tensor) -> Switches:
+    """What was recorded of v(u)."""
     with torch.no_grad(), Switches(u.numel()) as mode:
         v(u.clone())
-    return mode.states
+    return mode
 
 
 def operations(v: Function) -> int:
@@ -100,7 +147,7 @@ def operations(v: Function) -> int:
     return mode.operations
 
 
-def breakpoints(v: Function, u: Tensor) -> Tensor:
+def breakpoints(v: Function, u: Tensor) -> tuple[Tensor, Tensor]:
     """Points on either side of the places where the code inside v takes another way.
 
     Args:
@@ -108,18 +155,21 @@ def breakpoints(v: Function, u: Tensor) -> Tensor:
         u: nats, float64 [n], ascending.
 
     Returns:
-        nats, float64 [m]: for each place the two sides, found by bisection.
+        nats, float64 [m]: for each place the two sides, found by bisection; and those of them, float64 [2, k], where
+        ``F.softplus`` becomes linear.
     """
     events, places, first, last = [], [], [], []
-    for number, state in enumerate(switches(v, u)):
+    mode = switches(v, u)
+    for number, state in enumerate(mode.states):
         change = (state[1:] != state[:-1]).nonzero().squeeze(1)
         change = change[:: max(1, len(change) // 200)]
         events.append(torch.full_like(change, number))
         places.append(change)
         first.append(state[change])
         last.append(state[change + 1])
+    everywhere = u.new_tensor([[-torch.inf], [torch.inf]])
     if not events or sum(map(len, events)) == 0:
-        return u.new_empty(0)
+        return u.new_empty(0), everywhere if mode.unknown_seams else everywhere[:, :0]
     # Twice: for where the left way ends and for where the right one begins; between them may be a third one.
     event, place = torch.cat(events).repeat(2), torch.cat(places).repeat(2)
     start, end = torch.cat(first).repeat(2), torch.cat(last).repeat(2)
@@ -128,13 +178,15 @@ def breakpoints(v: Function, u: Tensor) -> Tensor:
     rows = torch.arange(len(event))
     for _ in range(60):
         middle = (low + high) / 2
-        states = switches(v, middle)
+        states = switches(v, middle).states
         if len(states) != len(events):
             break
         way = torch.stack(states)[event, rows]
         left = torch.where(leaving, way == start, way != end)
         low, high = torch.where(left, middle, low), torch.where(left, high, middle)
-    return torch.cat([low, high])
+    seam = torch.isin(event, torch.tensor(mode.seams))
+    seams = everywhere if mode.unknown_seams else torch.stack([low[seam], high[seam]])
+    return torch.cat([low, high]), seams
 
 
 @dataclass(frozen=True)
@@ -156,23 +208,29 @@ class Curve:
     Attributes:
         u: nats, float64 [n], ascending.
         value, slope: v(u) and v'(u), float64 [n].
+        seams: nats, float64 [2, k]: between which two points ``F.softplus`` becomes linear.
     """
 
     u: Tensor
     value: Tensor
     slope: Tensor
+    seams: Tensor
 
-    def with_points(self, v: Function, u: Tensor) -> Curve:
+    @classmethod
+    def of(cls, v: Function, u: Tensor, seams: Tensor) -> Curve:
+        """v at the points ``u``."""
+        return cls(u, *value_and_slope(v, u), seams)
+
+    def with_points(self, other: Curve) -> Curve:
         """The curve with further points."""
-        u = torch.unique(u)
-        value, slope = value_and_slope(v, u)
-        everything = torch.cat([self.u, u])
+        everything = torch.cat([self.u, other.u])
         order = everything.argsort()
-        return Curve(everything[order], torch.cat([self.value, value])[order], torch.cat([self.slope, slope])[order])
+        value, slope = torch.cat([self.value, other.value]), torch.cat([self.slope, other.slope])
+        return replace(self, u=everything[order], value=value[order], slope=slope[order])
 
     def part(self, index: Any) -> Curve:
         """Some of the points."""
-        return Curve(self.u[index], self.value[index], self.slope[index])
+        return replace(self, u=self.u[index], value=self.value[index], slope=self.slope[index])
 
     def finite(self) -> Curve:
         """The points with finite value and slope."""
@@ -181,19 +239,32 @@ class Curve:
 
     @cached_property
     def noise(self) -> Noise:
-        """Rounding of float64, and the jump of ``F.softplus``, relative to what v reaches between 0 and each point."""
+        """Rounding of float64, relative to what v reaches at each point; at its seams also the jump of ``F.softplus``.
+
+        A jump is a fault however small it is, so nothing is allowed for it but what rounding explains: of v, and of
+        the slopes that an increment is compared with.
+        """
         at_zero = self.value[int(torch.searchsorted(self.u, 0.0).clamp(max=len(self.u) - 1))]
         steepest = _outward(self.slope.abs(), self.u)
         size = self.value.abs() + (self.u * self.slope).abs()
         # Near 0 what is rounded on the way may be larger than v itself, which starts at 0: as large as 1 nat away.
         near = size[self.u.abs() <= 1]
         size = torch.maximum(size, near.max() if len(near) else size.new_zeros(()))
-        jump = JUMP * _outward((self.value - at_zero).abs(), self.u)
-        return Noise(64 * EPS * size + jump, 64 * EPS * steepest)
+        gap = self.u.diff()
+        gap = torch.maximum(F.pad(gap, (1, 0)), F.pad(gap, (0, 1)))
+        value = 64 * EPS * size + 1e-7 * self.slope.abs() * gap
+        if self.seams.numel():
+            reach = JUMP * _outward((self.value - at_zero).abs(), self.u)
+            first = torch.searchsorted(self.u, self.seams[0].contiguous())
+            beyond = torch.searchsorted(self.u, self.seams[1].contiguous(), right=True)
+            steps = torch.zeros(len(self.u) + 1, dtype=torch.long)
+            steps.index_add_(0, first, torch.ones_like(first)).index_add_(0, beyond, -torch.ones_like(beyond))
+            value = value + reach * (steps.cumsum(0)[:-1] > 0)
+        return Noise(value, 64 * EPS * steepest)
 
     def reflected(self) -> Curve:
         """-v(-u): how v acts on a reflected row."""
-        return Curve(-self.u.flip(0), -self.value.flip(0), self.slope.flip(0))
+        return Curve(-self.u.flip(0), -self.value.flip(0), self.slope.flip(0), -self.seams.flip(0))
 
 
 def grid(cells: int = CELLS) -> Tensor:
@@ -233,15 +304,27 @@ def survey(v: Function, cells: int = CELLS, most: int = 400) -> Curve:
         most: suspicious cells that are looked into.
     """
     u = grid(cells)
-    curve = Curve(u, *value_and_slope(v, u))
-    edges = breakpoints(v, u)
+    edges, seams = breakpoints(v, u)
+    curve = Curve.of(v, u, seams)
+
+    def more(points: Tensor) -> Curve:
+        return Curve.of(v, torch.unique(points.clamp(-FAR, FAR)), seams)
+
     if len(edges):
         away = torch.cat([torch.zeros(1), torch.logspace(-9, -3, 13)]).double()
-        away = torch.cat([-away, away])
-        curve = curve.with_points(v, (edges[:, None] + away).flatten().clamp(-FAR, FAR))
+        curve = curve.with_points(more((edges[:, None] + torch.cat([-away, away])).flatten()))
     sound = curve.finite()
     if len(sound.u) < 3:
         return curve
+    extremes = _extremes(sound)
+    if len(extremes):
+        # The next points on either side, so that what is as narrow as a cell has several points.
+        sides = sound.u[(extremes[:, None] + torch.tensor([-1, 1])).clamp(0, len(sound.u) - 1)]
+        share = torch.linspace(0, 1, 9, dtype=torch.float64)[1:-1]
+        center = sound.u[extremes, None]
+        inside = torch.cat([center + (side[:, None] - center) * share for side in sides.T])
+        curve = curve.with_points(more(inside.flatten()))
+        sound = curve.finite()
     misfit = _misfit(sound.part(slice(None, -1)), sound.part(slice(1, None)))
     floor = sound.noise.value
     doubt = misfit / (floor[1:] + floor[:-1] + 1e-300)
@@ -253,21 +336,28 @@ def survey(v: Function, cells: int = CELLS, most: int = 400) -> Curve:
     low, high = sound.part(worst), sound.part(worst + 1)
     seen = []
     for _ in range(45):
-        middle_u = (low.u + high.u) / 2
-        middle = Curve(middle_u, *value_and_slope(v, middle_u))
+        middle = Curve.of(v, (low.u + high.u) / 2, seams)
         seen.append(middle)
         left, right = _misfit(low, middle), _misfit(middle, high)
         go_left = left > right
         low = _where(go_left, low, middle)
         high = _where(go_left, middle, high)
-    everything = [curve, *seen]
-    u = torch.cat([c.u for c in everything])
-    order = u.argsort()
-    return Curve(u[order], *(torch.cat([getattr(c, k) for c in everything])[order] for k in ("value", "slope")))
+    found, value, slope = (torch.cat([getattr(part, name) for part in seen]) for name in ("u", "value", "slope"))
+    return curve.with_points(Curve(found, value, slope, seams))
+
+
+def _extremes(curve: Curve, most: int = 1000) -> Tensor:
+    """Points, by number, where the slope is lower or higher than on either side: there it may go further in between."""
+    before, slope, after = curve.slope[:-2], curve.slope[1:-1], curve.slope[2:]
+    dip = torch.minimum(before, after) - slope
+    peak = slope - torch.maximum(before, after)
+    size = torch.maximum(dip, peak) - curve.noise.slope[1:-1]
+    largest = size.topk(min(most, len(size)))
+    return largest.indices[largest.values > 0] + 1
 
 
 def _where(condition: Tensor, a: Curve, b: Curve) -> Curve:
-    return Curve(*(torch.where(condition, getattr(a, k), getattr(b, k)) for k in ("u", "value", "slope")))
+    return replace(a, **{k: torch.where(condition, getattr(a, k), getattr(b, k)) for k in ("u", "value", "slope")})
 
 
 def _without_single_points(slope: Tensor) -> Tensor:

@@ -30,12 +30,12 @@ Labels = Literal["mixed", "desirable", "undesirable"]
 def outcomes(largest: float = 1e4) -> st.SearchStrategy[float]:
     """Outcomes u in nats: 0, tiny, ordinary and huge ones of either sign, at most ``largest`` in size."""
     size = st.one_of(
-        st.sampled_from([0.0, 1e-12, 1e-6, 1.0, min(100.0, largest), largest]),
+        st.sampled_from([0.0, 1e-12, 1e-6, 1.0, 100.0, largest]),
         st.floats(0.0, min(10.0, largest)),
         st.floats(0.0, largest),
-        st.floats(-38, math.log10(largest)).map(lambda e: min(10.0**e, largest)),
+        st.floats(-38, math.log10(largest)).map(lambda e: 10.0**e),
     )
-    return st.builds(lambda sign, u: sign * u, st.sampled_from([1, -1]), size)
+    return st.builds(lambda sign, u: sign * min(u, largest), st.sampled_from([1, -1]), size)
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,15 @@ class Step:
     paired: bool = False
     labels: Labels = "mixed"
     grouped: bool = False
+
+    @property
+    def large(self) -> bool:
+        """Whether it is larger than those that are drawn, so that a check of each of its rows takes long."""
+        return self.units > 6 or self.tokens > 5
+
+    def later(self, call: int) -> Step:
+        """Another step of the same kind and size, for the ``call``-th call after one with this step."""
+        return replace(self, seed=(self.seed + 7919 * call) % 2**31)
 
     def rows(self, dtype: torch.dtype = torch.float64) -> Rows:
         """The rows of the step, in no order, probes among them."""
@@ -131,6 +140,37 @@ def steps(needs: Needs | None = None, *, probes: bool | None = None) -> st.Searc
         grouped=st.just(True) if needs.groups else st.booleans(),
         seed=st.integers(0, 2**31 - 1),
     )
+
+
+def large_steps(needs: Needs | None = None, *, probes: bool | None = None) -> tuple[Step, ...]:
+    """A few steps with many rows, many prompts, long completions or far log-ratios; see ``steps`` for the arguments."""
+    needs = needs or Needs()
+    wanted = needs.probes or needs.samples > 0 or needs.exact_kl
+    allowed = (not needs.rivals) if probes is None else probes
+    sizes = [(300, 1, 1.0), (70, 20, 1.0), (40, 2, 10.0), (6, 130, 100.0), (4, 1100, 1.0)]
+    return tuple(
+        Step(
+            seed=number,
+            units=rows // 2 if needs.rivals or needs.groups else rows,
+            probes=(1 + rows // 4) * (wanted or allowed),
+            tokens=tokens,
+            scale=scale,
+            paired=needs.rivals,
+            grouped=needs.groups,
+        )
+        for number, (rows, tokens, scale) in enumerate(sizes)
+    )
+
+
+def kept_together(rows: Rows, needs: Needs) -> list[list[int]]:
+    """Rows, by number, that no split of a step parts: pairs, and whole prompts where they are asked for."""
+    units: dict[tuple[str, int], list[int]] = {}
+    for i, (rival, group) in enumerate(zip(rows.rival.tolist(), rows.group.tolist(), strict=True)):
+        if needs.groups and not rows.probe[i]:
+            units.setdefault(("group", group), []).append(i)
+        else:
+            units.setdefault(("row", min(i, rival) if rival >= 0 else i), []).append(i)
+    return list(units.values())
 
 
 def rows(needs: Needs | None = None, dtype: torch.dtype = torch.float64) -> st.SearchStrategy[Rows]:
@@ -216,22 +256,24 @@ class _FoundError(Exception):
 def smallest(
     fault: Callable[[Step], str | None], needs: Needs, *, probes: bool | None = None, examples: int = 100
 ) -> str | None:
-    """The witness of the smallest step that Hypothesis finds a fault with; None where ``fault`` finds none.
+    """The witness of the smallest step that is found to have a fault; None where ``fault`` finds none.
 
-    The steps are drawn once for all clauses with the same needs; only where one of them shows a fault does Hypothesis
-    run again to shrink it.
+    The steps are drawn once for all clauses with the same needs, and a few fixed large ones are added; only where
+    one of those that were drawn shows a fault does Hypothesis run again to shrink it.
     """
 
     def found(step: Step) -> str | None:
         try:
             return fault(step)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return Raised.by(error)
 
     drawn = _drawn(needs, probes, max(examples, 100))  # drawn once, however few of them a clause is tried on
     first = next((witness for step in drawn[:examples] if (witness := found(step)) is not None), None)
     if first is None:
-        return None
+        tried = ((step, found(step)) for step in large_steps(needs, probes=probes))
+        wrong = next(((step, witness) for step, witness in tried if witness is not None), None)
+        return wrong and _halved(found, *wrong)
     best: tuple[float, str] = (math.inf, first)
     tries, most = 0, min(150, 3 * examples)  # a count and not a time, so that the witness is the same on any machine
 
@@ -250,3 +292,14 @@ def smallest(
         run()
     return best[1]
 
+
+def _halved(found: Callable[[Step], str | None], step: Step, witness: str) -> str:
+    """The witness of a step that is half as large in some way, as often as it goes."""
+    for name in ("units", "tokens", "probes"):
+        while (size := getattr(step, name)) > 1:
+            smaller = replace(step, **{name: size // 2})
+            other = found(smaller)
+            if other is None:
+                break
+            step, witness = smaller, other
+    return witness

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +13,14 @@ from torch import Tensor
 from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.search import (
     CELLS,
+    EDGE,
     EPS,
     FAR,
+    LARGEST_COTANGENT,
     Curve,
     bends_up,
     falls,
+    grid,
     operations,
     survey,
     value_and_slope,
@@ -40,8 +44,22 @@ CLAUSES = (
 # How a function acts on reflected rows; of a value function alone it is only reported.
 UNDESIRABLE = CLAUSES[-2:]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-SHAPES = ((), (0,), (1,), (3,), (1, 1), (2, 3), (5, 1), (2, 1, 3))
-SIZES = (1, 2, 3, 7, 64, 65, 100, 255, 257, 1000, 1025, 4097, 20001)
+# Outcomes are those of rows, [n], or of tokens, [n, T]. What a person would try first comes first.
+SHAPES = ((3,), (2, 3), (1,), (1, 1), (5, 1), (0,), (2, 1, 3))
+# Every small batch, and those on either side of the powers of two that code splits batches at.
+SIZES = (*range(1, 301), *(2**k + d for k in range(9, 15) for d in (-1, 0, 1)), 1000, 20001)
+# What a value function is handed of [12, 10] outcomes: tokens in rows, and views that are not contiguous.
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "of shape (12, 10)": lambda u: u,
+    "of shape (1, 120)": lambda u: u.reshape(1, -1),
+    "of shape (120, 1)": lambda u: u.reshape(-1, 1),
+    "of shape (3, 4, 10)": lambda u: u.reshape(3, 4, 10),
+    "transposed, of shape (10, 12)": lambda u: u.t(),
+    "every second row of (12, 10)": lambda u: u[::2],
+    "every third column of (12, 10)": lambda u: u[:, ::3],
+    "a column of (12, 10)": lambda u: u[:, 1],
+    "all but the edges of (12, 10)": lambda u: u[1:-1, 1:-1],
+}
 
 
 def _outcomes(n: int) -> Tensor:
@@ -49,6 +67,16 @@ def _outcomes(n: int) -> Tensor:
     steps = torch.arange(n, dtype=torch.float64)
     size = 10 ** ((steps * 0.618034) % 1 * 5 - 3)  # 1e-3 to 100
     return torch.where(steps % 2 == 0, size, -size)
+
+
+class _Sample(NamedTuple):
+    """Outcomes in some dtype, what v and v' are there in that dtype, and what they are in float64."""
+
+    u: Tensor
+    value: Tensor
+    slope: Tensor
+    exact_value: Tensor
+    exact_slope: Tensor
 
 
 class ValueFunctionChecks:
@@ -109,18 +137,31 @@ class ValueFunctionChecks:
         return None
 
     def elementwise(self) -> str | None:
-        """Rows do not mix; batch size and position do not matter."""
-        for dtype in DTYPES[:2]:
-            base = _outcomes(64).to(dtype)
+        """Rows do not mix; batch size, shape and position do not matter."""
+        base = torch.cat([torch.zeros(1, dtype=torch.float64), _outcomes(63)])
+        for number_, dtype in enumerate(DTYPES[:2]):
+            base = base.to(dtype)
             alone = self._alone(base)
-            for n in SIZES:
-                for shift in (0, 1):
-                    index = (torch.arange(n) * (1 + 2 * shift) + shift) % len(base)
-                    u = base[index]
-                    expected = (alone[0][index], alone[1][index])
-                    found = self._difference(expected, value_and_slope(self.fresh(), u), u)
-                    if found:
-                        return f"{found}; the first is what it is alone"
+
+            def compare(index: Tensor, view: Callable[[Tensor], Tensor], what: str = "") -> str | None:
+                u, expected = view(base[index]), (view(alone[0][index]), view(alone[1][index]))  # noqa: B023
+                u, *both = (x.flatten() for x in (u, *expected, *value_and_slope(self.fresh(), base[index], view)))  # noqa: B023
+                found = self._difference((both[0], both[1]), (both[2], both[3]), u)
+                return found and f"{found}{what}; the first is what it is alone"
+
+            for n in SIZES[number_::2]:  # half of them in either dtype, every size in one
+                found = compare((torch.arange(n) * (1 + n % 4) + n) % len(base), lambda u: u)
+                if found:
+                    return found
+            # All alike, as at the start of every run, where every outcome is 0.
+            for n, at in ((2, 0), (9, 0), (64, 0), (9, 5)):
+                found = compare(torch.full((n,), at), lambda u: u, " that are all alike")
+                if found:
+                    return found
+            for what, view in VIEWS.items():
+                found = compare(torch.arange(120).view(12, 10) % len(base), view, f", {what}")
+                if found:
+                    return found
         # The grid is the largest batch of all.
         curve = self.curve
         few = curve.part(torch.arange(7, len(curve.u), len(curve.u) // 97))
@@ -129,18 +170,33 @@ class ValueFunctionChecks:
 
     def deterministic(self) -> str | None:
         """The same answer on later calls, in training and evaluation, with and without gradient."""
-        for n in (1, 64, 257):
+        for n, count in ((1, 120), (64, 14), (257, 4)):
             u, other = _outcomes(n), _outcomes(n) * 0.7 + 0.3
             first = value_and_slope(self.fresh(), u)
             v = self.fresh()
-            calls = [(f"on call {i}", True) for i in range(1, 13)] + [("in evaluation", False), ("in training", True)]
-            for when, training in calls:
-                found = self._difference(first, value_and_slope(v.train(training), u), u)
+
+            def compare(when: str, gradient: bool = True) -> str | None:
+                if gradient:
+                    again = value_and_slope(v, u)  # noqa: B023
+                else:
+                    with torch.no_grad():
+                        again = v(u.clone()), first[1]  # noqa: B023
+                found = self._difference(first, again, u)  # noqa: B023
+                return found and f"{found}; the second is {when}"
+
+            for call in range(1, count + 1):
+                found = compare(f"on call {call}")
                 if found:
-                    return f"{found}; the second is {when}"
-            found = self._difference(first, (v(u.clone()).detach(), first[1]), u)
-            if found:
-                return f"{found}; the second is without gradient"
+                    return found
+            for training, where in ((False, "in evaluation"), (True, "in training")):
+                v.train(training)
+                found = (
+                    compare(where)
+                    or compare(f"{where} without gradient", gradient=False)
+                    or compare(f"{where} after a call without gradient")
+                )
+                if found:
+                    return found
             found = self._difference(value_and_slope(self.fresh(), other), value_and_slope(v, other), other)
             if found:
                 return f"{found}; the second is after calls with other outcomes"
@@ -149,20 +205,24 @@ class ValueFunctionChecks:
     def no_in_place_change(self) -> str | None:
         """The input is left as it was."""
         for dtype in DTYPES:
-            for n in (1, 100):
-                u = torch.cat([_outcomes(n), torch.tensor([0.0, 1e-9, -1e-9, FAR, -FAR])]).to(dtype)
-                leaf = u.clone().requires_grad_()
-                for given in (u.clone(), leaf * 1, leaf):
+            far = torch.tensor([0.0, 1e-9, -1e-9, FAR, -FAR])
+            batches = [torch.cat([_outcomes(n), far]) for n in (1, 115, 595)]
+            views = [(VIEWS[name], batches[1].view(12, 10)) for name in VIEWS]
+            for view, u in [(lambda u: u, batches[0]), (lambda u: u, batches[2]), *views]:
+                leaf = u.to(dtype, copy=True).requires_grad_()
+                for whole in (leaf.detach().clone(), leaf * 1, leaf):
+                    given = view(whole)
                     before = given.detach().clone()
                     try:
                         self.fresh()(given)
                     except RuntimeError as error:
                         if "in-place" in str(error):
-                            return f"u = {number(float(u[0]))} is changed in place: {str(error).splitlines()[0]}"
+                            number_ = number(float(before.flatten()[0]))
+                            return f"u = {number_} is changed in place: {str(error).splitlines()[0]}"
                         raise
                     changed = (given.detach() != before).nonzero()
                     if len(changed):
-                        at = int(changed[0])
+                        at = tuple(changed[0].tolist())
                         return f"u = {number(float(before[at]))} is {number(float(given.detach()[at]))} after the call"
         return None
 
@@ -186,19 +246,35 @@ class ValueFunctionChecks:
         )
         return torch.cat([size, -size])
 
+    @cached_property
+    def _sampled(self) -> dict[torch.dtype, _Sample]:
+        """v in each dtype and exactly: all numbers that bfloat16 has, and in float32 also every fourth of the grid."""
+        steps = torch.arange(2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+        every = steps[(steps >= 0) & (steps <= FAR)]
+        numbers = {
+            torch.float64: self._probes,
+            torch.float32: torch.cat([self._probes, grid(self.cells)[::4]]).float(),
+            torch.bfloat16: torch.cat([every, -every]),
+        }
+        return {
+            dtype: _Sample(u, *value_and_slope(self.fresh(), u), *value_and_slope(self.fresh(), u.double()))
+            for dtype, u in numbers.items()
+        }
+
     def finite(self) -> str | None:
         """Value and gradient are finite for |u| <= 1e4 in float64, and in other dtypes where the exact ones fit."""
-        for dtype in DTYPES:
-            u = self._probes.to(dtype)
-            exact = value_and_slope(self.fresh(), u.double())
-            value, slope = value_and_slope(self.fresh(), u)
-            for name, got, right in (("v", value, exact[0]), ("v'", slope, exact[1])):
-                fits = ~right.isfinite() if dtype == torch.float64 else right.abs() < 0.99 * torch.finfo(dtype).max
+        for dtype, it in self._sampled.items():
+            most = 0.99 * torch.finfo(dtype).max
+            for name, got, right, fit in (
+                ("v", it.value, it.exact_value, most),
+                ("v'", it.slope, it.exact_slope, most / LARGEST_COTANGENT),
+            ):
+                fits = torch.ones_like(got, dtype=torch.bool) if dtype == torch.float64 else right.abs() < fit
                 bad = (~got.isfinite() & fits).nonzero().squeeze(1)
                 if len(bad):
-                    at = int(bad[u[bad].double().abs().argmin()])
+                    at = int(bad[it.u[bad].double().abs().argmin()])
                     shown = "" if dtype == torch.float64 else f", exactly {number(float(right[at]))}"
-                    return f"{name}({number(float(u[at]))}) = {float(got[at])} in {str(dtype)[6:]}{shown}"
+                    return f"{name}({number(float(it.u[at]))}) = {float(got[at])} in {str(dtype)[6:]}{shown}"
         bad = (~(self.curve.value.isfinite() & self.curve.slope.isfinite())).nonzero().squeeze(1)
         if len(bad):
             at = int(bad[0])
@@ -215,9 +291,9 @@ class ValueFunctionChecks:
             return None
         low, high = domain
         for edge, far in ((low, -FAR), (high, FAR)):
-            if abs(edge) >= FAR:
+            if edge is None or abs(edge) >= FAR:  # None is no bound, as is an infinite one
                 continue
-            u = torch.linspace(edge + (far - edge) * 1e-6, far, 101, dtype=torch.float64)
+            u = edge + (far - edge) * torch.logspace(-6, 0, 4001, dtype=torch.float64)
             slope = value_and_slope(self.fresh(), u)[1]
             off = (slope - slope[0]).abs() > 1e-6 * slope[0].abs()
             if bool(off.any()):
@@ -227,39 +303,58 @@ class ValueFunctionChecks:
         return None
 
     def precision(self) -> str | None:
-        """float32 and bfloat16 agree with float64 within rounding.
+        """float32 and bfloat16 agree with float64 within rounding, values for |u| <= 1e4, slopes for |u| <= 100.
 
         The bound is that of the textbook: each of v's k operations rounds once, which is as if u had been off by
-        k roundings, and the value by k roundings of its size.
+        k roundings, and the value by k roundings of its size. Slopes may cancel on the way, so they are held to k
+        roundings of the steepest slope.
         """
         count = operations(self.fresh()) + 2
         for dtype in DTYPES[1:]:
-            eps, u = torch.finfo(dtype).eps, self._probes.to(dtype)
-            u = u[u.double().abs() > 1e-20] if dtype is torch.bfloat16 else u
-            v, value = self.fresh(), value_and_slope(self.fresh(), u)[0].double()
-            exact, _ = value_and_slope(v, u.double())
-            around = torch.stack(
-                [v(u.double() * (1 + count * eps * t)).detach() for t in (-1, -0.6, -0.3, -0.1, 0.1, 0.3, 0.6, 1)]
-            )
-            low = torch.minimum(around.min(dim=0).values, exact)
-            high = torch.maximum(around.max(dim=0).values, exact)
-            size = self._size(v, u.double())
-            off = torch.maximum(low - value, value - high) - count * eps * size - torch.finfo(torch.float32).tiny
-            off = torch.where(exact.abs() < 0.99 * torch.finfo(dtype).max, off, -torch.inf)
-            wrong = (off > 0).nonzero().squeeze(1)
-            if len(wrong):
-                at = int(wrong[(off[wrong] / (size[wrong] + 1e-300)).argmax()])
-                a, b = pair(float(value[at]), float(exact[at]))
-                return f"v({number(float(u[at]))}) = {a} in {str(dtype)[6:]}, {b} in float64"
+            it, eps, v = self._sampled[dtype], torch.finfo(dtype).eps, self.fresh()
+            tiny = torch.finfo(torch.float32).tiny
+            fits = (it.exact_value.abs() < 0.99 * torch.finfo(dtype).max) & (it.u.double().abs() > 1e-20)
+            value, slope, u = it.value.double(), it.slope.double(), it.u.double()
+            # Most are right at first sight; the others are looked at with all that rounding explains.
+            rough = count * eps * (it.exact_value.abs() + (u * it.exact_slope).abs()) + tiny
+            at = _most_doubtful(torch.where(fits, (value - it.exact_value).abs() / rough, 0.0))
+            low, high = self._around(v, u[at], count * eps, 0)
+            size = self._size(v, u[at])
+            off = torch.maximum(low - value[at], value[at] - high) - count * eps * size - tiny
+            if bool((off > 0).any()):
+                worst = int(at[(off / (size + 1e-300)).masked_fill(off <= 0, -1).argmax()])
+                a, b = pair(float(value[worst]), float(it.exact_value[worst]))
+                return f"v({number(float(u[worst]))}) = {a} in {str(dtype)[6:]}, {b} in float64"
+            near = fits & (u.abs() <= EDGE)
+            slack = 4 * count * eps * float(it.exact_slope[near].abs().nan_to_num().max())
+            at = _most_doubtful(torch.where(near, (slope - it.exact_slope).abs() / (slack + tiny), 0.0))
+            low, high = self._around(v, u[at], count * eps, 1)
+            off = torch.maximum(low - slope[at], slope[at] - high) - slack - tiny
+            off = torch.where(it.exact_slope[at].abs() < 0.2 * torch.finfo(dtype).max, off, -torch.inf)
+            if bool((off > 0).any()):
+                worst = int(at[off.argmax()])
+                a, b = pair(float(slope[worst]), float(it.exact_slope[worst]))
+                return f"v'({number(float(u[worst]))}) = {a} in {str(dtype)[6:]}, {b} in float64"
         return None
 
     @staticmethod
+    def _around(v: ValueFunction, u: Tensor, relative: float, which: int) -> tuple[Tensor, Tensor]:
+        """Lowest and highest value (0) or slope (1) in float64 as far around each outcome as rounding may move it."""
+        shares = (-1, -0.6, -0.3, -0.1, 0, 0.1, 0.3, 0.6, 1)
+        around = torch.stack([value_and_slope(v, u * (1 + relative * t))[which] for t in shares])
+        return around.min(dim=0).values, around.max(dim=0).values
+
+    @staticmethod
     def _size(v: ValueFunction, u: Tensor) -> Tensor:
-        """The largest |v| and |u v'| around each outcome, within 1 nat and half of it: what is rounded on the way."""
+        """The largest |v| and |u v'| around each outcome and its opposite: what is rounded on the way.
+
+        Within 1 nat and half of it. The opposite, because what v adds up on one side it may cancel on the other.
+        """
         near = torch.cat([u + d for d in (-1.0, -0.3, 0.0, 0.3, 1.0)] + [u * f for f in (0.5, 0.8, 1.25, 1.5)])
-        value, slope = value_and_slope(v, near.clamp(-FAR, FAR))
+        near = torch.cat([near, -near]).clamp(-FAR, FAR)
+        value, slope = value_and_slope(v, near)
         size = (value.abs() + (near * slope).abs()).nan_to_num(posinf=0.0)
-        return size.view(-1, len(u)).max(dim=0).values
+        return size.view(len(near) // max(1, len(u)), len(u)).max(dim=0).values
 
     # -- shape of the curve --------------------------------------------------------------------------------
 
@@ -292,7 +387,32 @@ class ValueFunctionChecks:
         return self._witness(bends_up(self.curve.reflected()), "bend", reflected=True)
 
     def gradient(self) -> str | None:
-        """Autograd agrees with finite differences."""
+        """Autograd agrees with finite differences, also at exactly 0, where every run starts."""
+        return self._gradient_at_zero() or self._gradient_elsewhere()
+
+    def _gradient_at_zero(self) -> str | None:
+        """At a kink the slope may be anything from that on the left to that on the right."""
+        u, v = torch.zeros(2, dtype=torch.float64), self.fresh()  # two, since a batch of one has a cotangent of 1
+        value, slope = value_and_slope(v, u)
+        if not bool(value.isfinite().all() and slope.isfinite().all()):
+            return None  # which is another clause's
+        around, against = float(self._size(v, u)[0]), None
+        for exponent in range(2, 13):
+            step = 10.0**-exponent
+            with torch.no_grad():
+                sides = (v(u + step) - value) / step, (value - v(u - step)) / step
+            right, left = (float(side[0]) for side in sides)
+            most, rounding = max(abs(left), abs(right)), 64 * EPS * around / step
+            slack = 1e-5 * most + rounding
+            inside = (slope >= min(left, right) - slack) & (slope <= max(left, right) + slack)
+            if bool(inside.all()) and rounding <= 1e-2 * most:
+                return None
+            if not bool(inside.all()) and (against is None or exponent == 6):
+                wrong = float(slope[~inside][0])
+                against = f"v'(0) = {wrong:.6g} by autograd, {left:.6g} on its left and {right:.6g} on its right"
+        return against
+
+    def _gradient_elsewhere(self) -> str | None:
         curve = self.curve.finite()
         inside = curve.u.abs() <= 100
         curve = curve.part(inside)
@@ -325,6 +445,12 @@ class ValueFunctionChecks:
         at = int(worst.argmax())
         a, b = pair(float(slope[at]), float(shown[at]))
         return f"v'({u[at]:.6g}) = {a} by autograd, {b} by finite differences"
+
+
+def _most_doubtful(ratio: Tensor, most: int = 20_000) -> Tensor:
+    """Places where ``ratio`` is above 1, the largest first, and at least one place."""
+    ratio = ratio.nan_to_num(posinf=torch.finfo(ratio.dtype).max)
+    return ratio.topk(max(1, min(most, int((ratio > 1).sum())))).indices
 
 
 Batch = Callable[[Tensor], Tensor]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
+import torch
 from torch import Tensor
+
+from halos_pl.outcomes import Rows
 
 
 class WrongShape(str):
@@ -37,3 +42,18 @@ def listed(values: Tensor) -> str:
     """Up to six numbers."""
     shown = ", ".join(f"{x + 0.0:.6g}" for x in values.detach().flatten()[:6].tolist())
     return f"({shown}{', ...' if values.numel() > 6 else ''})"
+
+
+def copied(rows: Rows) -> Rows:
+    """The same rows in other memory, to compare with afterwards."""
+    tensors = {f.name: value for f in fields(rows) if (value := getattr(rows, f.name)) is not None}
+    return replace(rows, **{name: value.detach().clone() for name, value in tensors.items()})
+
+
+def changed(before: Rows, after: Rows) -> str | None:
+    """Which field of the rows was changed in place, in words."""
+    for f in fields(before):
+        one, other = getattr(before, f.name), getattr(after, f.name)
+        if one is not None and not torch.equal(one, other):
+            return f"{f.name} of the rows was {listed(one)}, is {listed(other)} after the call: changed in place"
+    return None

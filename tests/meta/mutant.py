@@ -25,7 +25,7 @@ CLAUSES = {
         "undesirable_non_decreasing",
         "undesirable_concave_on_gains",
     ),
-    "reward": ("reward_shape", "reward_zero_at_reference", "reward_linear", "reward_padding"),
+    "reward": ("reward_shape", "reward_zero_at_reference", "reward_linear", "reward_of_its_row", "reward_padding"),
     "reference point": (
         "reference_in_range",
         "reference_shift_equivariant",
@@ -57,6 +57,11 @@ class Mutant:
         """The mutant of that seed: other mutants of the same seed have other places and sizes."""
         return self.make(Random(f"{self.name} {seed}"))
 
+    @property
+    def drawn(self) -> bool:
+        """Whether it draws anything, so that those of other seeds are others."""
+        return draws(self.make)
+
 
 class Value(ValueFunction):
     """v(u) = ``formula(u)``."""
@@ -67,3 +72,11 @@ class Value(ValueFunction):
 
     def forward(self, u: Tensor) -> Tensor:
         return self.formula(u)
+
+
+def draws(make: Callable[[Random], object]) -> bool:
+    """Whether ``make`` uses the generator that it is handed."""
+    rng = Random(0)
+    before = rng.getstate()
+    make(rng)
+    return rng.getstate() != before

@@ -8,18 +8,18 @@ from random import Random
 from typing import Any
 
 import torch
-from mutant import Mutant
+from mutant import Mutant, Value
 from part_mutants import MUTANTS as PARTS
 from part_mutants import Estimate, mean, own
 from torch import Tensor
 from value_mutants import MUTANTS as VALUES
-from value_mutants import REFLECTED
+from value_mutants import REFLECTED, only_by_tokens
 
 from halos_pl.feedback import Binary, Feedback, Pairwise
-from halos_pl.objective import HALO, Result, TermContext
+from halos_pl.objective import HALO, Result, Sum, SumContext, TermContext
 from halos_pl.outcomes import Rows
 from halos_pl.reference_points import MismatchedKL, ReferencePoint, Rival
-from halos_pl.rewards import LogRatio, Reward
+from halos_pl.rewards import LogRatio, Reward, TokenLogRatio
 from value_functions import Identity, Logistic, LogSigmoid, ValueFunction
 
 
@@ -120,6 +120,30 @@ class LateReference(HALO):
         return super().judge(rows, dataclasses.replace(context, reference_point=reward.mean()))
 
 
+class LaterPenalty(HALO):
+    """A term that imitates, from the second step on or in evaluation only."""
+
+    in_evaluation: bool
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
+        self.steps = 0
+
+    def judge(self, rows: Rows, context: TermContext) -> Result:
+        self.steps += 1
+        result = super().judge(rows, context)
+        late = not self.training if self.in_evaluation else self.steps > 1
+        return dataclasses.replace(result, loss=result.loss - 0.1 * late * rows.policy_logps.mean())
+
+
+class OwnSum(Sum):
+    """A sum that adds a term of its own to those that it shows."""
+
+    def judge(self, rows: Rows, context: SumContext) -> Result:
+        result = super().judge(rows, context)
+        return dataclasses.replace(result, loss=result.loss - 0.1 * rows.policy_logps.sum())
+
+
 def recomputed(
     objective: HALO, rows: Rows, context: TermContext, weight: Callable[[Tensor], Tensor] = lambda w: w
 ) -> Tensor:
@@ -170,6 +194,27 @@ MUTANTS = [
         reference_point=Rival,
         feedback=Pairwise,
         value_function=LogSigmoid,
+    ),
+    spoiled(
+        "adds a penalty in large steps",
+        lambda loss, rows, c, r: loss - 0.1 * (len(rows) > 32) * rows.policy_logps.mean(),
+    ),
+    spoiled("adds a penalty on late tokens", lambda loss, rows, c, r: loss - 0.1 * rows.policy_logps[:, 8:].sum()),
+    *(
+        Mutant(
+            f"adds a penalty {when}",
+            ("identity",),
+            lambda rng, later=later: halo(type("Later", (LaterPenalty,), {"in_evaluation": later})),
+        )
+        for when, later in (("from the second step on", False), ("in evaluation", True))
+    ),
+    Mutant("a sum of one term that adds another", ("identity",), lambda rng: OwnSum([halo()])),
+    Mutant(
+        "tokens are centred within their row",
+        ("elementwise",),
+        lambda rng: halo(
+            reward=TokenLogRatio(), value_function=Value(only_by_tokens("subtracts a row's mean over tokens"))
+        ),
     ),
     spoiled("the loss is detached", lambda loss, rows, c, r: loss.detach() + 0 * rows.policy_logps.sum()),
     two_values("log sigma for undesirable rows", lambda rng: LogSigmoid()),

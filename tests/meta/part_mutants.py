@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from random import Random
+from typing import Any
 
 import torch
 from mutant import Mutant
 from torch import Tensor
 
 from halos_pl.distributed import sum_over_ranks
-from halos_pl.feedback import Feedback, Judgement
+from halos_pl.feedback import Binary, Feedback, Judgement
 from halos_pl.outcomes import Needs, Rows
 from halos_pl.reference_points import ReferencePoint
 from halos_pl.rewards import Reward
@@ -47,7 +48,7 @@ def reward(name: str, clauses: tuple[str, ...] | str, formula: Callable[[Rows], 
     return Mutant(name, clauses, lambda rng: Formula(formula))
 
 
-def scaled(name: str, clause: str, formula: Callable[[Rows, float], Tensor], *sizes: float) -> Mutant:
+def scaled(name: str, clause: str, formula: Callable[[Rows, Any], Tensor], *sizes: float) -> Mutant:
     """As ``reward`` with a number that is drawn from ``sizes``."""
 
     def make(rng: Random) -> Reward:
@@ -66,7 +67,82 @@ def by_nonzero_logp(rows: Rows) -> Tensor:
     return ratio(rows) / (rows.policy_logps != 0).sum(dim=1).clamp(min=1)
 
 
+class Counted(Reward):
+    """Another reward from the given call on."""
+
+    needs = Needs(reference=True)
+
+    def __init__(self, call: int) -> None:
+        super().__init__()
+        self.calls, self.call = 0, call
+
+    def forward(self, rows: Rows) -> Tensor:
+        self.calls += 1
+        return ratio(rows) * (0.9 if self.calls >= self.call else 1.0)
+
+
+class ClampedInEval(Reward):
+    needs = Needs(reference=True)
+
+    def forward(self, rows: Rows) -> Tensor:
+        return ratio(rows) if self.training else ratio(rows).clamp(-1, 1)
+
+
 REWARDS = [
+    reward(
+        "divides by the batch's mean length",
+        "reward_of_its_row",
+        lambda rows: ratio(rows) / rows.mask.sum(1).to(rows.policy_logps).mean(),
+    ),
+    reward(
+        "divides by the batch's largest",
+        "reward_of_its_row",
+        lambda rows: ratio(rows) / (1 + rows.reference_logps.abs().max()),  # type: ignore[union-attr]
+    ),
+    reward(
+        "times the number of desirable rows", "reward_of_its_row", lambda rows: ratio(rows) * (1 + rows.desirable.sum())
+    ),
+    Mutant(
+        "another reward on a later call",
+        ("reward_of_its_row", "reward_linear"),
+        lambda rng: Counted(rng.randint(2, 4)),
+    ),
+    Mutant("another reward in evaluation", ("reward_of_its_row",), lambda rng: ClampedInEval()),
+    reward(
+        "clamps only in float32",
+        "reward_shape",
+        lambda rows: ratio(rows) if rows.policy_logps.dtype == torch.float64 else ratio(rows).clamp(-5, 5),
+    ),
+    scaled(
+        "truncates the completion",
+        "reward_linear",
+        lambda rows, size: token_ratio(rows)[:, :size].sum(dim=1),
+        8,
+        64,
+        512,
+    ),
+    reward(
+        "negative factor for long completions",
+        "reward_linear",
+        lambda rows: ratio(rows) * (1 - rows.mask.sum(1).to(rows.policy_logps) / 20),
+    ),
+    scaled("clamps far rewards", "reward_linear", lambda rows, size: ratio(rows).clamp(-size, size), 500.0, 1000.0),
+    reward(
+        "centred in large steps",
+        ("reward_linear", "reward_of_its_row"),
+        lambda rows: ratio(rows) - (ratio(rows).mean() if len(rows) > 32 else 0),
+    ),
+    reward("less the exact KL divergence", "reward_linear", lambda rows: ratio(rows) - rows.kl.sum(1)),  # type: ignore[union-attr]
+    reward(
+        "half of it in wide batches",
+        "reward_padding",
+        lambda rows: ratio(rows) * (1 if rows.mask.shape[1] < 12 else 0.5),
+    ),
+    reward(
+        "tokens outside of the mask are nan",
+        "reward_padding",
+        lambda rows: torch.where(rows.mask, token_ratio(rows), torch.nan),
+    ),
     reward("keeps the token dimension", "reward_shape", lambda rows: token_ratio(rows).sum(dim=1, keepdim=True)),
     reward("sums over the rows", "reward_shape", lambda rows: token_ratio(rows).sum()),
     reward("sums the wrong dimension", "reward_shape", lambda rows: token_ratio(rows).sum(dim=0)),
@@ -228,8 +304,85 @@ class FromZero(ReferencePoint):
         return rewards.new_tensor(self.mean)
 
 
+class Later(ReferencePoint):
+    """The right mean on the first call, ``formula(rewards, rows)`` on later ones (or, with call 0, in evaluation)."""
+
+    needs = Needs(step_rewards=True)
+
+    def __init__(self, formula: Callable[[Tensor, Rows], Tensor], call: int) -> None:
+        super().__init__()
+        self.formula, self.call, self.calls = formula, call, 0
+
+    def forward(self, rewards: Tensor, rows: Rows) -> Tensor:
+        self.calls += 1
+        late = self.calls >= self.call if self.call else not self.training
+        return self.formula(rewards, rows) if late else mean(own(rewards, rows))
+
+
+class LeakyAverage(ReferencePoint):
+    """Detaches only the first estimate that it keeps."""
+
+    needs = Needs(step_rewards=True)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean: Tensor | None = None
+
+    def forward(self, rewards: Tensor, rows: Rows) -> Tensor:
+        estimate_ = rewards[rows.train].mean()
+        self.mean = estimate_.detach() if self.mean is None else 0.9 * self.mean + 0.1 * estimate_
+        return self.mean
+
+
+def later(name: str, clauses: tuple[str, ...], formula: Callable[[Tensor, Rows], Tensor], call: int = 2) -> Mutant:
+    return Mutant(name, clauses, lambda rng: Later(formula, call))
+
+
+def halves_in_place(rewards: Tensor, rows: Rows) -> Tensor:
+    return 2 * mean(own(rewards.mul_(0.5), rows))
+
+
+def rival_doubled_in_place(rewards: Tensor, rows: Rows) -> Tensor:
+    rival = torch.where(rows.rival < 0, 0.0, rewards[rows.rival]).clone()
+    rewards.data.mul_(2)
+    return rival
+
+
 probes = Needs(probes=True)
+IN_RANGE = ("reference_in_range", "reference_shift_equivariant")
 REFERENCES = [
+    later("drifts on later calls", IN_RANGE, lambda r, rows: mean(own(r, rows)) + 0.5),
+    later("another number in evaluation", IN_RANGE, lambda r, rows: r.new_tensor(3.0), call=0),
+    later("gradient on later calls", ("reference_detached",), lambda r, rows: r[rows.train].mean()),
+    Mutant("detaches only its first estimate", ("reference_detached",), lambda rng: LeakyAverage()),
+    later("nan on later calls", ("reference_finite", *IN_RANGE), lambda r, rows: mean(own(r, rows)) * torch.nan),
+    later(
+        "the first row in evaluation",
+        ("reference_permutation_equivariant", "reference_split"),
+        lambda r, rows: own(r, rows)[0],
+        call=0,
+    ),
+    later("this rank's mean on later calls", ("reference_split",), lambda r, rows: own(r, rows).mean()),
+    estimate("offset in large steps", IN_RANGE, lambda r, rows: mean(own(r, rows)) + 100.0 * (len(rows) > 32)),
+    estimate(
+        "counts at most 64 rows",
+        IN_RANGE,
+        lambda r, rows: (over_ranks(own(r, rows))[0] / over_ranks(own(r, rows))[1].clamp(max=64)).to(r),
+    ),
+    estimate("clamps far estimates", IN_RANGE, lambda r, rows: mean(own(r, rows)).clamp(-5000, 5000)),
+    estimate(
+        "gradient in large steps",
+        ("reference_detached",),
+        lambda r, rows: mean(own(r, rows)) if len(rows) <= 20 else r[rows.train].mean(),
+    ),
+    estimate("halves the rewards in place", IN_RANGE, halves_in_place),
+    estimate(
+        "doubles the rewards in place, row by row",
+        IN_RANGE,
+        rival_doubled_in_place,
+        scope="row",
+        needs=Needs(rivals=True),
+    ),
     estimate(
         "sum in place of mean", "reference_in_range", lambda r, rows: sum_over_ranks(own(r, rows).double().sum()).to(r)
     ),
@@ -345,7 +498,81 @@ def negative_class(desirable: bool) -> Callable[[Random], Feedback]:
     return make
 
 
+class LaterJudge(Feedback):
+    """``spoil`` applied from the second call on, or in evaluation."""
+
+    needs = Needs(undesirable=True)
+
+    def __init__(self, spoil: Callable[[Judgement], Judgement], *, in_evaluation: bool = False) -> None:
+        super().__init__()
+        self.spoil, self.in_evaluation, self.calls = spoil, in_evaluation, 0
+        self.right = Binary()
+
+    def forward(self, rows: Rows) -> Judgement:
+        self.calls += 1
+        judgement: Judgement = self.right(rows)
+        late = not self.training if self.in_evaluation else self.calls > 1
+        return self.spoil(judgement) if late else judgement
+
+
+class InPlace(Feedback):
+    """``spoil`` the rows, then judge them."""
+
+    needs = Needs(undesirable=True)
+
+    def __init__(self, spoil: Callable[[Rows], object]) -> None:
+        super().__init__()
+        self.spoil, self.right = spoil, Binary()
+
+    def forward(self, rows: Rows) -> Judgement:
+        judgement: Judgement = self.right(rows)
+        self.spoil(rows)
+        return judgement
+
+
+def flipped_where(rows: Callable[[Rows], Tensor | bool]) -> Callable[[Judgement, Rows], Judgement]:
+    """A negative weight for some rows."""
+    return lambda j, r: j._replace(weight=torch.where(torch.as_tensor(rows(r)), -j.weight, j.weight))
+
+
 FEEDBACKS = [
+    Mutant("sign 0 on later calls", ("feedback_sign",), lambda rng: LaterJudge(lambda j: j._replace(sign=0 * j.sign))),
+    Mutant(
+        "negative weight on later calls",
+        ("feedback_weight",),
+        lambda rng: LaterJudge(lambda j: j._replace(weight=-j.weight)),
+    ),
+    Mutant(
+        "negative weight in evaluation",
+        ("feedback_weight",),
+        lambda rng: LaterJudge(lambda j: j._replace(weight=-j.weight), in_evaluation=True),
+    ),
+    feedback("negative for long completions", "feedback_weight", flipped_where(lambda r: r.mask.sum(1) > 6)),
+    feedback("negative for later prompts", "feedback_weight", flipped_where(lambda r: r.group >= 16)),
+    feedback("negative in large steps", "feedback_weight", flipped_where(lambda r: len(r) > 32)),
+    Mutant(
+        "no row weighs anything",
+        ("feedback_weight",),
+        lambda rng: Binary(lambda_desirable=0.0, lambda_undesirable=0.0),
+    ),
+    feedback(
+        "weight by the exact KL divergence",
+        "feedback_independent_of_theta",
+        lambda j, rows: j._replace(weight=j.weight * torch.exp(-rows.kl.sum(1)).float()),  # type: ignore[union-attr]
+    ),
+    Mutant(
+        "zeroes the log-probs in place",
+        ("feedback_independent_of_theta",),
+        lambda rng: InPlace(lambda rows: rows.policy_logps.data.zero_()),
+    ),
+    Mutant(
+        "flips the labels in place",
+        ("feedback_independent_of_theta", "feedback_sign"),
+        lambda rng: InPlace(lambda rows: rows.desirable.logical_not_()),
+    ),
+    feedback(
+        "a denominator for small steps", "feedback_finite", lambda j, rows: j._replace(denominator=64 - j.denominator)
+    ),
     feedback("labels 0 and 1 as signs", "feedback_sign", lambda j, rows: j._replace(sign=1 - rows.desirable.float())),
     feedback("sign 0 for probes", "feedback_sign", lambda j, rows: j._replace(sign=j.sign * rows.train)),
     feedback(

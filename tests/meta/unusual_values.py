@@ -54,12 +54,12 @@ def symmetric_log(u: Tensor, scale: float) -> Tensor:
 
 def log1p_of_gains(u: Tensor, scale: float) -> Tensor:
     x = scale * u
-    return torch.log1p(x.clamp(min=0)) + 2.25 * x.clamp(max=0)
+    return torch.where(x >= 0, torch.log1p(x.clamp(min=0)), 2.25 * x)
 
 
 def smoothed_root(u: Tensor, scale: float) -> Tensor:
     x = scale * u
-    return (x.clamp(min=0) + 1e-3).sqrt() - 1e-3**0.5 + x.clamp(max=0)
+    return torch.where(x >= 0, (x.clamp(min=0) + 1e-3).sqrt() - 1e-3**0.5, x)
 
 
 def step_up_on_losses(rng: Random) -> Callable[[Tensor], Tensor]:
@@ -100,7 +100,7 @@ UNUSUAL: dict[str, Make] = {
     "normal distribution": with_scale(lambda u, s: torch.special.ndtr(s * u)),
     "rational": with_scale(lambda u, s: s * u / (1 + (s * u).abs())),
     "inverse hyperbolic sine": with_scale(lambda u, s: torch.asinh(s * u)),
-    "tanh of gains, linear losses": with_scale(lambda u, s: torch.tanh(s * u.clamp(min=0)) + s * u.clamp(max=0)),
+    "tanh of gains, linear losses": with_scale(lambda u, s: torch.where(u >= 0, torch.tanh(s * u), s * u)),
     "CARA with a linear continuation": with_scale(cara),
     "mixture": mixture,
     "kink at 0, steeper on losses": with_scale(lambda u, s: torch.where(u >= 0, s * u, 2.25 * s * u)),

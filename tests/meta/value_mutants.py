@@ -87,6 +87,46 @@ def chunk_without_the_rest(rng: Random) -> ValueFunction:
     return Value(v)
 
 
+def _by_tokens(u: Tensor) -> dict[str, Tensor]:
+    return {
+        "subtracts a row's mean over tokens": torch.sigmoid(u - u.mean(-1, keepdim=True)),
+        "softmax over tokens": torch.softmax(u, -1),
+        "reads tokens in the wrong order": torch.sigmoid(u.t().reshape(u.shape)),
+    }
+
+
+def only_by_tokens(name: str) -> Callable[[Tensor], Tensor]:
+    """Right for outcomes of rows, [n], and wrong for those of tokens, [n, T]."""
+    return lambda u: _by_tokens(u)[name] if u.dim() == 2 else torch.sigmoid(u)
+
+
+def misreads_views(u: Tensor) -> Tensor:
+    """Takes the memory of a strided view for the view, as a kernel does that ignores strides."""
+    return torch.sigmoid(u if u.is_contiguous() else u.as_strided(u.shape, torch.empty(u.shape).stride()))
+
+
+def other_where_all_are_alike(u: Tensor) -> Tensor:
+    flat = u.flatten()
+    return torch.sigmoid(u) + (0.3 if len(flat) > 1 and bool((flat == flat[0]).all()) else 0.0)
+
+
+def whole_chunks(rng: Random) -> ValueFunction:
+    chunk = rng.choice([128, 256, 512])
+    return Value(lambda u: torch.sigmoid(u) * (1.1 if u.numel() and u.numel() % chunk == 0 else 1.0))
+
+
+def one_size(rng: Random) -> ValueFunction:
+    rows = rng.randint(2, 300)
+    return Value(lambda u: torch.sigmoid(u) * (1.1 if u.numel() == rows else 1.0))
+
+
+def leaks_a_gradient(u: Tensor) -> Tensor:
+    """The values are right; a neighbour gets a share of each row's gradient."""
+    flat = u.flatten()
+    beside = flat.roll(1) - flat
+    return (torch.sigmoid(flat) + 0.1 * (beside - beside.detach())).view_as(u)
+
+
 # -- state --------------------------------------------------------------------------------------------------
 
 
@@ -118,6 +158,24 @@ class RunningScale(ValueFunction):
 class OtherInEval(ValueFunction):
     def forward(self, u: Tensor) -> Tensor:
         return torch.sigmoid(u) if self.training else (torch.sigmoid(u) > 0.5).to(u)
+
+
+class OtherWithoutGradient(ValueFunction):
+    def forward(self, u: Tensor) -> Tensor:
+        return torch.sigmoid(u if torch.is_grad_enabled() else 1.001 * u)
+
+
+class OtherAfterAnEvaluation(ValueFunction):
+    """A call without gradient leaves it in another state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def forward(self, u: Tensor) -> Tensor:
+        value = torch.sigmoid(u * (0.9 if self.seen else 1.0))
+        self.seen |= not torch.is_grad_enabled()
+        return value
 
 
 class Dropout(ValueFunction):
@@ -178,6 +236,15 @@ def multiplies_a_leaf(rng: Random) -> ValueFunction:
     return Value(lambda u: torch.sigmoid(u.mul_(0.1)))
 
 
+def clamps_tokens_in_place(rng: Random) -> ValueFunction:
+    def v(u: Tensor) -> Tensor:
+        if u.dim() == 2:
+            u.data.clamp_(-1, 1)
+        return torch.sigmoid(u)
+
+    return Value(v)
+
+
 # -- not finite ---------------------------------------------------------------------------------------------
 
 
@@ -214,6 +281,45 @@ def cancels(rng: Random) -> ValueFunction:
 def smoothing_of_machine_precision(rng: Random) -> ValueFunction:
     many = rng.choice([10, 20])
     return Value(lambda u: torch.sigmoid(u) * (1 - many * torch.finfo(u.dtype).eps))
+
+
+def nan_at_a_number_of_bfloat16(rng: Random) -> ValueFunction:
+    at = float(torch.tensor(rng.uniform(0.2, 4)).bfloat16())
+    return Value(
+        lambda u: torch.where(u == at, torch.nan, torch.sigmoid(u)) if u.dtype == torch.bfloat16 else torch.sigmoid(u)
+    )
+
+
+def narrow_dip_in(dtype: torch.dtype, width: float) -> Callable[[Random], ValueFunction]:
+    def make(rng: Random) -> ValueFunction:
+        place = rng.uniform(0.3, 0.9)
+        return Value(
+            lambda u: torch.sigmoid(u) - 0.3 * ((u > place) & (u < place + width)).to(u) * float(u.dtype == dtype)
+        )
+
+    return make
+
+
+def detached_but_in_float64(rng: Random) -> ValueFunction:
+    return Value(lambda u: torch.sigmoid(u if u.dtype == torch.float64 else u.detach()) + 0 * u)
+
+
+def twice_the_gradient_in_bfloat16(rng: Random) -> ValueFunction:
+    def v(u: Tensor) -> Tensor:
+        value = torch.sigmoid(0.3 * u)
+        return 2 * value - value.detach() if u.dtype == torch.bfloat16 else value
+
+    return Value(v)
+
+
+def no_gradient_far_out_in_bfloat16(rng: Random) -> ValueFunction:
+    bound = rng.uniform(2, 8)
+
+    def v(u: Tensor) -> Tensor:
+        far = (u.abs() > bound) & (u.dtype == torch.bfloat16)
+        return torch.tanh(0.05 * torch.where(far, u.detach(), u))
+
+    return Value(v)
 
 
 # -- falls --------------------------------------------------------------------------------------------------
@@ -265,6 +371,34 @@ def jumps_down_at_zero(rng: Random) -> ValueFunction:
 def jumps_down_on_losses(rng: Random) -> ValueFunction:
     place, size = -gain(rng), 10 ** rng.uniform(-4, -1)
     return Value(lambda u: torch.arctan(u) - size * (u > place).to(u))
+
+
+def jumps_down_a_little(rng: Random) -> ValueFunction:
+    """By a millionth, where v itself is large."""
+    place = rng.choice([-1, 1]) * rng.uniform(20, 99)
+    return Value(lambda u: u - 1e-6 * (u > place).to(u))
+
+
+def jumps_down_at_a_bucket(rng: Random) -> ValueFunction:
+    """... with no comparison that could be seen."""
+    place = torch.tensor([rng.choice([-1, 1]) * rng.uniform(20, 99)], dtype=torch.float64)
+    return Value(lambda u: u - 1e-6 * torch.bucketize(u.double().contiguous(), place).to(u))
+
+
+def jumps_down_far_out(rng: Random) -> ValueFunction:
+    place = rng.choice([-1, 1]) * rng.uniform(1000, 9000)
+    return Value(lambda u: u - 1e-5 * (u > place).to(u))
+
+
+def falls_in_less_than_a_cell(rng: Random) -> ValueFunction:
+    place, steepness = anywhere(rng), 800.0
+    return Value(lambda u: 0.1 * u - (0.1 + 3 * SLOPE) * 4 / steepness * torch.sigmoid(steepness * (u - place)))
+
+
+def falls_behind_the_backward(rng: Random) -> ValueFunction:
+    """The dip is there, the gradient does not know of it."""
+    place = 2 + 0.97 * gain(rng)
+    return Value(lambda u: u.clamp(max=1) - SLOPE * gone_into(u, place).detach())
 
 
 def ripples(rng: Random) -> ValueFunction:
@@ -334,6 +468,16 @@ def clipped_ratio(rng: Random) -> ValueFunction:
     return Value(lambda u: torch.exp(u.clamp(max=high)))
 
 
+def jumps_up_a_little(rng: Random) -> ValueFunction:
+    place = rng.uniform(20, 99)
+    return Value(lambda u: u + 1e-6 * torch.heaviside(u - place, torch.zeros((), dtype=u.dtype)))
+
+
+def rises_behind_the_backward(rng: Random) -> ValueFunction:
+    place = rng.uniform(20, 99)
+    return Value(lambda u: 0.1 * u + SLOPE * gone_into(u, place).detach())
+
+
 # -- wrong gradient -----------------------------------------------------------------------------------------
 
 
@@ -366,6 +510,48 @@ def wrong_backward(kind: str) -> Callable[[Random], ValueFunction]:
         return Value(lambda u: _WrongBackward.apply(u, scale, kind))
 
     return make
+
+
+class _OtherCotangent(torch.autograd.Function):
+    """sigmoid, whose backward does something else to what it is handed than passing it on."""
+
+    @staticmethod
+    def forward(ctx, u: Tensor, kind: str) -> Tensor:  # type: ignore[override]
+        value = torch.sigmoid(u)
+        ctx.save_for_backward(value)
+        ctx.kind = kind
+        return value
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+        (value,) = ctx.saved_tensors
+        handed = {
+            "ignored": torch.ones_like(gradient),
+            "averaged": gradient.mean().expand_as(gradient),
+            "without its sign": gradient.abs(),
+            "clamped": gradient.clamp(-1, 1),
+            "clamped from below": gradient.clamp(min=-0.5),
+        }[ctx.kind]
+        return handed * value * (1 - value), None
+
+
+def other_cotangent(kind: str) -> Callable[[Random], ValueFunction]:
+    return lambda rng: Value(lambda u: _OtherCotangent.apply(u, kind))
+
+
+def clips_by_a_hook(rng: Random) -> ValueFunction:
+    def v(u: Tensor) -> Tensor:
+        if u.requires_grad:
+            u.register_hook(lambda gradient: gradient.clamp(-0.5, 0.5))
+        return torch.sigmoid(u)
+
+    return Value(v)
+
+
+def log_sigmoid_by_hand(rng: Random) -> ValueFunction:
+    """The formula is right; at exactly 0 autograd takes 0 for the slope of |u| and of relu."""
+    b = beta(rng)
+    return Value(lambda u: -(F.relu(-b * u) + torch.log1p(torch.exp(-(b * u).abs()))))
 
 
 def straight_through_clamp(rng: Random) -> ValueFunction:
@@ -413,18 +599,33 @@ def _all(clauses: tuple[str, ...], formulas: dict[str, Callable[[Tensor], Tensor
 MUTANTS = [
     *_all(("shape",), wrong_shapes()),
     *_all(("elementwise",), mixed_rows()),
+    *(
+        Mutant(name, ("elementwise",), lambda rng, name=name: Value(only_by_tokens(name)))
+        for name in _by_tokens(torch.zeros(1, 1))
+    ),
+    *_all(
+        ("elementwise",),
+        {"misreads strided views": misreads_views, "another function where all are alike": other_where_all_are_alike},
+    ),
+    *_all(("elementwise", "gradient"), {"leaks a gradient to the neighbour": leaks_a_gradient}),
+    Mutant("another function for whole chunks", ("elementwise",), whole_chunks),
+    Mutant("another function for one batch size", ("elementwise",), one_size),
     Mutant("another function in large batches", ("elementwise",), only_in_large_batches),
     Mutant("processes chunks and drops the rest", ("elementwise",), chunk_without_the_rest),
     Mutant("another function on the second call", ("deterministic",), lambda rng: OnLaterCalls(2, 0.01)),
     Mutant("another function on the third call", ("deterministic",), lambda rng: OnLaterCalls(3, 0.1)),
     Mutant("running scale", ("deterministic",), lambda rng: RunningScale()),
     Mutant("another function in eval", ("deterministic",), lambda rng: OtherInEval()),
+    Mutant("another function without gradient", ("deterministic",), lambda rng: OtherWithoutGradient()),
+    Mutant("another function after an evaluation", ("deterministic",), lambda rng: OtherAfterAnEvaluation()),
+    Mutant("another function on the 100th call", ("deterministic",), lambda rng: OnLaterCalls(100, 0.01)),
     Mutant("dropout", ("deterministic",), lambda rng: Dropout()),
     Mutant("random noise", ("deterministic",), noise),
     Mutant("remembers answers by shape", ("elementwise", "deterministic"), lambda rng: Remembered()),
     Mutant("scales its input in place", ("no_in_place_change",), scales_its_input),
     Mutant("rectifies its input in place", ("no_in_place_change",), rectifies_its_input),
     Mutant("clamps far values in place", ("no_in_place_change",), clamps_far_values_in_place),
+    Mutant("clamps tokens in place", ("no_in_place_change",), clamps_tokens_in_place),
     Mutant("multiplies a leaf in place", ("no_in_place_change",), multiplies_a_leaf),
     *_all(
         ("finite",),
@@ -441,6 +642,12 @@ MUTANTS = [
         },
     ),
     Mutant("e^-u behind a where", ("finite",), naive_where),
+    Mutant("nan at a number of bfloat16", ("finite", "precision"), nan_at_a_number_of_bfloat16),
+    Mutant("narrow dip in bfloat16", ("precision",), narrow_dip_in(torch.bfloat16, 0.01)),
+    Mutant("narrow dip in float32", ("precision",), narrow_dip_in(torch.float32, 0.01)),
+    Mutant("detached but in float64", ("precision",), detached_but_in_float64),
+    Mutant("twice the gradient in bfloat16", ("precision",), twice_the_gradient_in_bfloat16),
+    Mutant("no gradient far out in bfloat16", ("precision",), no_gradient_far_out_in_bfloat16),
     Mutant("another function in bfloat16", ("precision",), other_in_bfloat16),
     Mutant("wrong sign far out in bfloat16", ("precision",), wrong_sign_far_out_in_bfloat16),
     Mutant("float16 on the way", ("precision",), float16_on_the_way),
@@ -456,6 +663,11 @@ MUTANTS = [
     Mutant("jumps down at another place", ("non_decreasing",), jumps_down),
     Mutant("jumps down at zero", ("non_decreasing",), jumps_down_at_zero),
     Mutant("jumps down on losses", ("non_decreasing",), jumps_down_on_losses),
+    Mutant("jumps down by a millionth", ("non_decreasing",), jumps_down_a_little),
+    Mutant("jumps down by a millionth at a bucket", ("non_decreasing",), jumps_down_at_a_bucket),
+    Mutant("jumps down a little far out", ("non_decreasing",), jumps_down_far_out),
+    Mutant("falls in less than a cell of the grid", ("non_decreasing",), falls_in_less_than_a_cell),
+    Mutant("falls behind the back of its gradient", ("non_decreasing", "gradient"), falls_behind_the_backward),
     Mutant("ripples", ("non_decreasing",), ripples),
     Mutant("forgets the sign of losses", ("non_decreasing",), forgets_the_sign_of_losses),
     Mutant("squared error, as in IPO", ("non_decreasing",), squared_error),
@@ -466,6 +678,8 @@ MUTANTS = [
     Mutant("smoothly convex in a narrow interval", ("concave_on_gains",), smoothly_convex_narrowly),
     Mutant("jumps up on gains", ("concave_on_gains",), jumps_up_on_gains),
     Mutant("jumps up on gains at another place", ("concave_on_gains",), jumps_up_on_gains),
+    Mutant("jumps up by a millionth on gains", ("concave_on_gains",), jumps_up_a_little),
+    Mutant("convex behind the back of its gradient", ("concave_on_gains", "gradient"), rises_behind_the_backward),
     Mutant("kink the wrong way", ("concave_on_gains",), kink_the_wrong_way),
     Mutant("staircase", ("concave_on_gains",), staircase),
     Mutant("power above one", ("concave_on_gains",), power_above_one),
@@ -476,6 +690,19 @@ MUTANTS = [
         Mutant(f"wrong backward: {kind}", ("gradient",), wrong_backward(kind))
         for kind in ("forgets the scale", "on losses", "constant", "clipped far out")
     ),
+    *(
+        Mutant(f"what it is handed back is {kind}", ("gradient", "elementwise"), other_cotangent(kind))
+        for kind in ("ignored", "averaged", "without its sign", "clamped", "clamped from below")
+    ),
+    Mutant("clips its gradient by a hook", ("gradient", "elementwise"), clips_by_a_hook),
+    *_all(
+        ("gradient",),
+        {
+            "sign times a function of the size: no slope at 0": lambda u: torch.sign(u) * torch.log1p(u.abs()),
+            "two clamps: twice the slope at 0": lambda u: 0.1 * (u.clamp(min=0) + u.clamp(max=0)),
+        },
+    ),
+    Mutant("log sigmoid by hand: no slope at 0", ("gradient",), log_sigmoid_by_hand),
     Mutant("straight-through clamp", ("gradient",), straight_through_clamp),
     Mutant("straight-through sign", ("gradient",), straight_through_sign),
     Mutant("detached factor", ("gradient",), detached_factor),
