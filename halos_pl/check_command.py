@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import inspect
@@ -55,14 +56,19 @@ def _from_file(path: Path, name: str) -> Any:
     sys.path.insert(0, str(path.parent))  # so that it can import what lies beside it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TargetError(f"{path} does not import: {_one_line(error)}") from error
-    if not hasattr(module, name):
-        raise TargetError(f"{path} has no {name!r}")
-    return getattr(module, name)
+    found: Any = module
+    for part in name.split("."):  # Outer.Inner as well
+        if not hasattr(found, part):
+            raise TargetError(f"{path} has no {name!r}")
+        found = getattr(found, part)
+    return found
 
 
 def _from_module(path: str) -> Any:
+    if path.endswith(".py"):
+        raise TargetError(f"{path}: say which class of it, {path}:Class")
     module, _, name = path.rpartition(".")
     if not module:
         cls = _known(name)
@@ -73,17 +79,19 @@ def _from_module(path: str) -> Any:
         return cls
     try:
         home = importlib.import_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TargetError(f"{module} does not import: {_one_line(error)}") from error
     if not hasattr(home, name):
         raise TargetError(f"{module} has no {name!r}")
     return getattr(home, name)
 
 
-def _parsed(parser: ArgumentParser, given: dict[str, Any], what: str) -> dict[str, Any]:
-    """What ``parser`` makes of plain data, plug-ins instantiated."""
+def _instance(cls: type, given: dict[str, Any], what: str) -> Any:
+    """``cls`` with arguments of plain data, plug-ins among them instantiated."""
     try:
-        return parser.instantiate(parser.parse_object(given)).as_dict()
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(cls, "it", fail_untyped=False)
+        return parser.instantiate(parser.parse_object({"it": given})).as_dict()["it"]
     except (Exception, SystemExit) as error:
         raise TargetError(f"{what}: {_one_line(error)}") from error
 
@@ -98,8 +106,9 @@ def objective_of(path: str | Path) -> Target:
         return load_objective(path)
     except OSError as error:
         raise TargetError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, yaml.YAMLError) as error:  # it names the file itself
-        raise TargetError(" ".join(str(error).split())) from error
+    except (ValueError, yaml.YAMLError, SystemExit) as error:
+        said = " ".join(str(error).split())  # most of them name the file themselves
+        raise TargetError(said if str(path) in said else f"{path}: {said}") from error
 
 
 def load_target(target: str, init_args: str | None = None) -> Target:
@@ -131,12 +140,10 @@ def load_target(target: str, init_args: str | None = None) -> Target:
         if missing:
             raise TargetError(f"{target} needs arguments that were not given: {', '.join(missing)}; see --init_args")
         if given:
-            parser = ArgumentParser(exit_on_error=False)
-            parser.add_class_arguments(found, "it")
-            return _parsed(parser, {"it": given}, f"{target} with {init_args}")["it"]  # type: ignore[no-any-return]
+            return _instance(found, given, f"{target} with {init_args}")
     try:
         return made(found)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TargetError(f"{target}: {' '.join(str(error).split())[:300]}") from error
 
 
@@ -177,7 +184,8 @@ def _write(table: list[str], path: Path) -> None:
 
 def _check_all(json: bool, thorough: bool, write: Path | None) -> None:
     if json:
-        both = [report for _, found in family(thorough=thorough) for report in found.values()]
+        with contextlib.redirect_stdout(sys.stderr):
+            both = [report for _, found in family(thorough=thorough) for report in found.values()]
         print(jsons.dumps([report.to_json() for report in both], indent=2))
         return
     lines = []
@@ -189,7 +197,12 @@ def _check_all(json: bool, thorough: bool, write: Path | None) -> None:
 
 
 def _check_one(target: str, definition: Definition, json: bool, init_args: str | None, thorough: bool) -> Report:
-    found = reports(load_target(target, init_args), thorough=thorough)[definition]
+    # What the target prints is not part of the answer.
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            found = reports(load_target(target, init_args), thorough=thorough)[definition]
+        except SystemExit as error:
+            raise TargetError(f"{target} cannot be checked: it leaves the process, {_one_line(error)}") from error
     report = replace(found, target=target)
     if report.unusable:
         raise TargetError(f"{target} cannot be checked: {report.unusable}")

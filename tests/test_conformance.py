@@ -243,6 +243,32 @@ def test_what_is_no_target_is_refused_in_a_line(target, said):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"expected_failures": {"non_increasing": "a typing error"}}, "no clause 'non_increasing'"),
+        ({"expected_failures": {"non_decreasing": " "}}, "a reason for each clause"),
+        ({"expected_failures": ["non_decreasing"]}, "a reason for each clause"),
+        ({"max_examples": 0}, "at least 1"),
+    ],
+)
+def test_what_cannot_be_expected_is_refused(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        check_halo(Logistic(), **arguments)
+
+
+def test_the_decorator_refuses_an_expected_failure_that_no_target_can_have():
+    marked = parametrize_with_checks([Logistic(), LogRatio()], expected_failures={"reward_linear": "of the reward"})
+    assert len(marked.args[1]) > 10
+    with pytest.raises(ValueError, match="no target has a clause 'reward_lineal'"):
+        parametrize_with_checks([Logistic()], expected_failures={"reward_lineal": "a typing error"})
+
+
+def test_a_loss_without_any_weight_is_no_halo():
+    nothing = kto(feedback=Binary(lambda_desirable=0.0, lambda_undesirable=0.0))
+    assert verdict(nothing) == "halo-shaped: fails feedback_weight"
+
+
 def test_the_target_is_left_as_it_was():
     bco = load_objective(OBJECTIVES / "bco.yaml")
     before = (str(bco.state_dict()), bco.training)
@@ -300,9 +326,10 @@ def test_rows_hold_what_is_asked_for(data):
     assert bool(((rows.rival >= -1) & (rows.rival < n)).all())
 
 
-@given(u=strategies.outcomes(50.0))
-def test_outcomes_stay_in_their_range(u):
-    assert abs(u) <= 50
+@pytest.mark.parametrize("largest", [50.0, 0.5])
+@given(data=st.data())
+def test_outcomes_stay_in_their_range(largest, data):
+    assert abs(data.draw(strategies.outcomes(largest))) <= largest
 
 
 @pytest.mark.parametrize("cls", [Logistic, value_functions.KahnemanTversky, value_functions.DiscoPOP, Pairwise, Binary])
@@ -363,6 +390,31 @@ def own_file(tmp_path):
 
                 def forward(self, u):
                     return self.scale * u
+
+
+            class Unannotated(ValueFunction):
+                def __init__(self, a, b=2):
+                    super().__init__()
+                    self.a, self.b = a, b
+
+                def forward(self, u):
+                    return (self.a + self.b) * u
+
+
+            class Leaves(ValueFunction):
+                def forward(self, u):
+                    raise SystemExit(0)
+
+
+            class Chatty(Softsign):
+                def forward(self, u):
+                    print("called with", u.shape)
+                    return super().forward(u)
+
+
+            class Outer:
+                class Inner(Softsign):
+                    pass
             '''
         )
     )
@@ -422,6 +474,12 @@ def test_json_is_plain_data(own_file, capfd):
         ("{file}:Unfinished", "Unfinished is abstract: it lacks forward"),
         ("{file}:Needy", "needs arguments that were not given: scale"),
         ("{file}:Missing", "has no 'Missing'"),
+        ("{file}:Outer.Missing", "has no 'Outer.Missing'"),
+        ("{file}:Leaves", "cannot be checked: raises SystemExit: 0"),
+        ("{file}", "say which class of it, {file}:Class"),
+        ("{folder}/leaves.py:Softsign", "does not import: SystemExit: 0"),
+        ("{folder}/broken.yaml", "broken.yaml: "),
+        ("{folder}/binary.yaml", "binary.yaml: "),
         ("{folder}/absent.py:Softsign", "no such file"),
         ("{folder}/absent.yaml", "No such file"),
         ("no.such.module.Softsign", "does not import"),
@@ -432,10 +490,13 @@ def test_json_is_plain_data(own_file, capfd):
     ],
 )
 def test_bad_input_is_one_line_and_status_2(target, said, own_file, tmp_path, capfd):
-    target = target.format(file=own_file, folder=tmp_path, base=ROOT / "experiments" / "base.yaml")
-    code, out, err = halos_check(capfd, target)
+    places = {"file": own_file, "folder": tmp_path, "base": ROOT / "experiments" / "base.yaml"}
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
+    (tmp_path / "broken.yaml").write_text("model: [1, 2\n")
+    (tmp_path / "binary.yaml").write_bytes(bytes([0xFF, 0xFE, 0x00]))
+    code, out, err = halos_check(capfd, target.format(**places))
     assert (code, out) == (2, "")
-    assert said in err
+    assert said.format(**places) in err
     assert err.count("\n") == 1
 
 
@@ -449,6 +510,21 @@ def test_bad_arguments_are_one_line_and_status_2(given_arguments, said, own_file
     assert said in err
     assert err.count("\n") == 1
     assert halos_check(capfd, f"{own_file}:Needy", "--init_args", '{"scale": 2.0}')[0] == 0
+
+
+def test_arguments_without_annotations_and_inner_classes(own_file, capfd):
+    assert halos_check(capfd, f"{own_file}:Unannotated", "--init_args", '{"a": 0.1, "b": 0}')[0] == 0
+    code, _, err = halos_check(capfd, f"{own_file}:Unannotated", "--init_args", '{"a": 0.1, "c": 3}')
+    assert code == 2
+    assert err.count("\n") == 1
+    assert halos_check(capfd, f"{own_file}:Outer.Inner")[0] == 0
+
+
+def test_what_a_target_prints_is_no_part_of_the_json(own_file, capfd):
+    code, out, err = halos_check(capfd, f"{own_file}:Chatty", "--json")
+    assert code == 0
+    assert json.loads(out)["verdict"] == "halo"
+    assert "called with" in err
 
 
 def test_a_yaml_with_a_wrong_name_or_part_is_one_line(tmp_path, capfd):
