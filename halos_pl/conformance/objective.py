@@ -198,7 +198,7 @@ class ObjectiveChecks:
             return False
         curve = self.value_function.curve.finite()
         near = curve.part(curve.u.abs() <= 100)
-        mirror = near.reflected()
+        mirror = self.value_function.reflected.finite()
         inside = slice(1, -1) if len(near.u) > 2 else slice(None)
         u = near.u[inside]
         place = torch.searchsorted(mirror.u, u).clamp(max=len(mirror.u) - 1)

@@ -234,6 +234,11 @@ class ValueFunctionChecks:
         return survey(self.fresh(), self.cells)
 
     @cached_property
+    def reflected(self) -> Curve:
+        """-v(-u), as undesirable rows are valued, likewise."""
+        return self.curve.reflected()
+
+    @cached_property
     def _probes(self) -> Tensor:
         """Outcomes for the other dtypes: round and odd ones, near 0 and far out."""
         size = torch.cat(
@@ -380,11 +385,11 @@ class ValueFunctionChecks:
 
     def undesirable_non_decreasing(self) -> str | None:
         """-v(-u) never falls."""
-        return self._witness(falls(self.curve.reflected()), "fall", reflected=True)
+        return self._witness(falls(self.reflected), "fall", reflected=True)
 
     def undesirable_concave_on_gains(self) -> str | None:
         """The slope of -v(-u) never grows on u > 0: v is convex on losses."""
-        return self._witness(bends_up(self.curve.reflected()), "bend", reflected=True)
+        return self._witness(bends_up(self.reflected), "bend", reflected=True)
 
     def gradient(self) -> str | None:
         """Autograd agrees with finite differences, also at exactly 0, where every run starts."""
@@ -415,9 +420,8 @@ class ValueFunctionChecks:
     def _gradient_elsewhere(self) -> str | None:
         curve = self.curve.finite()
         inside = curve.u.abs() <= 100
-        curve = curve.part(inside)
+        slack, curve = curve.noise.value[inside], curve.part(inside)
         h, rise = curve.u.diff(), curve.value.diff()
-        slack = curve.noise.value
         off = (rise - h * (curve.slope[1:] + curve.slope[:-1]) / 2).abs() - h * curve.slope.diff().abs()
         doubt = (off > slack[1:] + slack[:-1]).nonzero().squeeze(1)
         doubt = doubt[:: max(1, len(doubt) // 2000)]
