@@ -258,10 +258,13 @@ class FeedbackDataModule(LightningDataModule):
         """The split's rows after all transforms, each with a label."""
         table = Table.of([self._stores[source.key] for source in self.sources[split]])
         self._transformed[split] = []
-        for place, transform in enumerate(self.plan(split)):
-            if transform not in self.transforms and not bool((table.label < 0).any()):
+        for transform in self.plan(split):
+            own = transform in self.transforms
+            if not own and not bool((table.label < 0).any()):
                 continue  # nothing is without a label
             name = type(transform).__name__
+            # By its place in the list as given, so that its draw does not depend on what the plan puts between.
+            place = self.transforms.index(transform) if own else len(self.transforms)
             made: Any = transform(table, seeded("transform", self._seed, place))
             if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Table)):
                 raise ValueError(f"data.transforms: {name} returned {type(made).__name__}, not (Table, counts)")
