@@ -232,7 +232,7 @@ def run(words: list[str]) -> None:
     )
     parser.add_argument("--definition", choices=get_args(Definition), default="icml", help="ICML 2024 or arXiv v1")
     parser.add_argument("--json", action="store_true", help="print plain data instead of a table")
-    parser.add_argument("--init_args", metavar="JSON", help='the class\'s arguments, such as \'{"beta": 0.2}\'')
+    parser.add_argument("--init_args", metavar="JSON", help="the class's arguments, such as '{\"beta\": 0.2}'")
     parser.add_argument("--all", action="store_true", help="every file of experiments/objectives, both definitions")
     parser.add_argument("--write", metavar="FILE", type=Path, help="with --all: put the table into FILE as well")
     parser.add_argument("--thorough", action="store_true", help="search longer, up to 30 s for a target")

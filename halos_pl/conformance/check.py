@@ -98,9 +98,7 @@ def _bound(checks: object, names: tuple[str, ...], prefix: str = "") -> dict[str
     return {prefix + name: partial(_once, checks, name) for name in names}
 
 
-def _of_halo(
-    target: objective.HALO, prefix: str, examples: int, thorough: bool, shared: dict[Any, Any]
-) -> _Checks:
+def _of_halo(target: objective.HALO, prefix: str, examples: int, thorough: bool, shared: dict[Any, Any]) -> _Checks:
     checks = objective.ObjectiveChecks(target, examples=examples, thorough=thorough, shared=shared)
     v_clauses = tuple(n for n in value_function.CLAUSES if checks.reflects or n not in value_function.UNDESIRABLE)
     clauses = (
@@ -122,9 +120,7 @@ def _of_halo(
         found = dict.fromkeys((prefix + name for name in idle), _NO_WEIGHT)
         # A reference that is a number whatever happens has a verdict of its own.
         if checks.reference_point.degenerate is not None:
-            found |= dict.fromkeys(
-                (f"{prefix}reference_in_range", f"{prefix}reference_shift_equivariant"), _DEGENERATE
-            )
+            found |= dict.fromkeys((f"{prefix}reference_in_range", f"{prefix}reference_shift_equivariant"), _DEGENERATE)
         return found
 
     def notes() -> dict[str, str]:
@@ -308,9 +304,7 @@ def reports(
                 if name in given and row.status == "failed":
                     row = replace(row, status="expected", reason=given[name])
             rows.append(row)
-        found[definition] = Report(
-            checks.name, definition, checks.overall(failed), rows, seconds, _unusable(witnesses)
-        )
+        found[definition] = Report(checks.name, definition, checks.overall(failed), rows, seconds, _unusable(witnesses))
     return found
 
 
@@ -347,9 +341,9 @@ def check_halo(
         raise ValueError(f"definition is {definition!r}; choose icml or v1")
     if on_fail not in ("raise", "report"):
         raise ValueError(f"on_fail is {on_fail!r}; choose raise or report")
-    report = reports(
-        made(target), expected_failures=expected_failures, max_examples=max_examples, thorough=thorough
-    )[definition]
+    report = reports(made(target), expected_failures=expected_failures, max_examples=max_examples, thorough=thorough)[
+        definition
+    ]
     if on_fail == "raise" and any(clause.status == "failed" and clause.required for clause in report.clauses):
         raise CheckFailed(report)
     return report

@@ -429,7 +429,7 @@ class ReferencePointChecks:
         return (
             self._smallest(self._unscored_rows)
             or self._smallest(self._micro_batches, max(10, self.examples // 2))
-            or self._smallest(self._two_ranks, max(10, self.examples // 4))
+            or self._smallest(self._two_ranks, max(10, self.examples // 6))
         )
 
     def _unscored_rows(self, step: Step) -> str | None:

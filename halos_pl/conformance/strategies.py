@@ -9,10 +9,11 @@ from __future__ import annotations
 import inspect
 import math
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from random import Random
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -125,20 +126,32 @@ def steps(needs: Needs | None = None, *, probes: bool | None = None) -> st.Searc
         needs: of a plug-in or an objective.
         probes: whether there may be probes that ``needs`` does not ask for; left out, where rows need no rivals.
     """
-    needs = needs or Needs()
+    return _any_step.map(lambda step: _fitted(step, needs or Needs(), probes))
+
+
+# Small ones and what shrinks to them first.
+_CHOICES: dict[str, Sequence[Any]] = {
+    "units": range(1, 7),
+    "probes": range(5),
+    "tokens": range(1, 6),
+    "scale": (1.0, 0.1, 10.0, 100.0),
+    "paired": (False, True),
+    "labels": ("mixed", "desirable", "undesirable"),
+    "grouped": (False, True),
+    "seed": range(2**31),
+}
+_any_step = st.builds(Step, **{name: st.sampled_from(values) for name, values in _CHOICES.items()})
+
+
+def _fitted(step: Step, needs: Needs, probes: bool | None) -> Step:
+    """The step with what ``needs`` asks for, and without probes where there may be none."""
     wanted = needs.probes or needs.samples > 0 or needs.exact_kl
-    allowed = (not needs.rivals) if probes is None else probes
-    paired = st.just(True) if needs.rivals else st.booleans()
-    return st.builds(
-        Step,
-        units=st.integers(1, 6),
-        probes=st.integers(int(wanted), 4 if wanted or allowed else 0),
-        tokens=st.integers(1, 5),
-        scale=st.sampled_from([1.0, 0.1, 10.0, 100.0]),
-        paired=paired,
-        labels=st.sampled_from(["mixed", "desirable", "undesirable"]),
-        grouped=st.just(True) if needs.groups else st.booleans(),
-        seed=st.integers(0, 2**31 - 1),
+    allowed = wanted or ((not needs.rivals) if probes is None else probes)
+    return replace(
+        step,
+        probes=max(step.probes, int(wanted)) if allowed else 0,
+        paired=step.paired or needs.rivals,
+        grouped=step.grouped or needs.groups,
     )
 
 
@@ -236,17 +249,11 @@ def _settings(examples: int, *phases: Phase) -> settings:
     )
 
 
-@lru_cache(maxsize=64)
-def _drawn(needs: Needs, probes: bool | None, examples: int) -> tuple[Step, ...]:
-    found: list[Step] = []
-
-    @_settings(examples, Phase.generate)
-    @given(steps(needs, probes=probes))
-    def draw(step: Step) -> None:
-        found.append(step)
-
-    draw()
-    return tuple(found)
+@lru_cache(maxsize=8)
+def _drawn(count: int) -> tuple[Step, ...]:
+    """Always the same steps. By themselves: Hypothesis takes longer to draw them than most clauses to be tried."""
+    draw = Random(0)
+    return tuple(Step(**{name: draw.choice(values) for name, values in _CHOICES.items()}) for _ in range(count))
 
 
 class _FoundError(Exception):
@@ -258,8 +265,8 @@ def smallest(
 ) -> str | None:
     """The witness of the smallest step that is found to have a fault; None where ``fault`` finds none.
 
-    The steps are drawn once for all clauses with the same needs, and a few fixed large ones are added; only where
-    one of those that were drawn shows a fault does Hypothesis run again to shrink it.
+    The steps are drawn once for all clauses, and a few fixed large ones are added; only where one of those that were
+    drawn shows a fault does Hypothesis run, to shrink it.
     """
 
     def found(step: Step) -> str | None:
@@ -268,8 +275,8 @@ def smallest(
         except (Exception, SystemExit) as error:
             return Raised.by(error)
 
-    drawn = _drawn(needs, probes, max(examples, 100))  # drawn once, however few of them a clause is tried on
-    first = next((witness for step in drawn[:examples] if (witness := found(step)) is not None), None)
+    fitted = (_fitted(step, needs, probes) for step in _drawn(examples))
+    first = next((witness for step in fitted if (witness := found(step)) is not None), None)
     if first is None:
         tried = ((step, found(step)) for step in large_steps(needs, probes=probes))
         wrong = next(((step, witness) for step, witness in tried if witness is not None), None)

@@ -499,9 +499,9 @@ def _bend_in_numbers(f: Batch, u1: float, u2: float, name: str) -> str:
     if not depth[at] > 0:
         return f"the slope of {name} is larger at u = {u2!r} than at u = {u1!r}"
     center, width = float(centers[at]), float(widths[at])
-    candidates = [
-        (x, y) for d in range(15) for x in _rounded(center, d) for y in _rounded(width, d) if 0 < y < x
-    ] + [(center, width)]
+    candidates = [(x, y) for d in range(15) for x in _rounded(center, d) for y in _rounded(width, d) if 0 < y < x] + [
+        (center, width)
+    ]
     tried = torch.tensor(candidates, dtype=torch.float64)
     depth, middle, chord = gap(tried[:, 0], tried[:, 1])
     at = int((depth > 0).nonzero()[0])

@@ -161,13 +161,10 @@ class StepSampler(DistributedSampler):
                 f"some rank would have none; set it to {world_size} or more."
             )
         if size < world_size:
-            raise ValueError(
-                f"{size} examples are too few for {world_size} ranks; use more data or fewer devices."
-            )
+            raise ValueError(f"{size} examples are too few for {world_size} ranks; use more data or fewer devices.")
         if drop_last and size < batch_size:
             raise ValueError(
-                f"With drop_last, {size} examples do not fill one step of batch_size {batch_size}; "
-                "lower batch_size."
+                f"With drop_last, {size} examples do not fill one step of batch_size {batch_size}; lower batch_size."
             )
         self.order, self.same_every_epoch, self.start = order, same_every_epoch, 0
         self._bounds = [*range(0, size, batch_size), size]

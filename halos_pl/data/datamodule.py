@@ -437,9 +437,7 @@ class FeedbackDataModule(LightningDataModule):
         if "train" not in self._splits or "fingerprint" not in state_dict:
             return
         saved, now = state_dict["fingerprint"], self._fingerprint()
-        differing = [
-            f"{key} (saved {saved.get(key)}, now {now[key]})" for key in now if saved.get(key) != now[key]
-        ]
+        differing = [f"{key} (saved {saved.get(key)}, now {now[key]})" for key in now if saved.get(key) != now[key]]
         if differing:
             raise ValueError(
                 f"The checkpoint was written by a run with other data or batches: {'; '.join(differing)}. "

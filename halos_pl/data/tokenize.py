@@ -40,18 +40,14 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generation_prompt: bool
-) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generation_prompt: bool) -> str:
     if not tokenizer.chat_template:
         raise ValueError(
             "The data are message lists, but the tokenizer has no chat template: use an instruct model's "
             "tokenizer, set tokenizer.chat_template and save it, or give prompt and completion as plain text."
         )
     try:
-        return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
-        )
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
     except Exception as error:  # templates raise what they like (jinja2.TemplateError, TypeError, ...)
         roles = [message.get("role") for message in messages]
         raise ValueError(f"The chat template refuses messages with the roles {roles}: {error}") from error
