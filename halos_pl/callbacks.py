@@ -214,6 +214,7 @@ class RunReport(Callback):
             "epochs": trainer.current_epoch,
             "wall_seconds": seconds,
             "data": counts,
+            "reference_rows": getattr(pl_module, "reference_rows", {}),
             "metrics": _numbers(trainer.callback_metrics),
         }
         (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info
 
 from halos_pl.build import PARTS, choices
+from halos_pl.cache_command import clear, info
 from halos_pl.callbacks import LAST, LastCheckpoint, PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig
 from halos_pl.data import DataError, FeedbackDataModule
 from halos_pl.data.inspect import inspect_source
@@ -35,6 +36,8 @@ TOOLS: dict[str, Callable[..., None]] = {
     "export": export,
     "generate": generate_file,
     "data inspect": inspect_source,
+    "cache info": info,
+    "cache clear": clear,
 }
 
 
@@ -190,6 +193,8 @@ def run(args: list[str] | None = None) -> None:
     try:
         if tool:
             run_tool(tool, words[len(tool.split()) :])
+        elif words[:1] == ["cache"]:
+            raise RunError("say halos cache info, or halos cache clear [--kind data|models|reference]")
         elif words[:1] == ["data"]:
             raise RunError("say halos data inspect SOURCE; settings of data are options of fit, such as --data.train")
         else:

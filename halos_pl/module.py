@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, cast
@@ -16,6 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleD
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.classification import BinaryAUROC
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
@@ -38,6 +40,7 @@ from halos_pl.outcomes import FlatBatch, Rows
 from halos_pl.policy.loading import ModelError, ModelSpec, load_model, load_tokenizer
 from halos_pl.policy.logprobs import completion_kl, completion_logps, completion_mask, pack
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel
+from halos_pl.policy.store import ReferenceStore, keys
 from halos_pl.policy.tree import is_packed
 from halos_pl.reference_points import ReferencePoint
 from halos_pl.resume import settle_progress
@@ -71,6 +74,9 @@ class HALOModule(LightningModule):
         packing: ``tree``: each prompt is computed once for all rows that share it (mismatched ones included), without
             padding. ``padded``: each row by itself. ``auto``: ``tree`` where the model is found to give the same
             log-probs, else ``padded``, with a line that says why.
+        reference_store: keep the reference's log-probs on disk, by content, and take them from there: a further epoch
+            or run over the same rows does not compute them again, and a run that finds all of them does not
+            even load a ``FrozenCopy``. They are those of other batches, so equal to within rounding, not bit by bit.
         optimizer: makes the optimizer from the trainable parameters.
         lr_schedule: shape of the learning rate after warm-up; a name of ``transformers.get_scheduler``.
         warmup_ratio: share of the run's optimizer steps during which the learning rate rises from 0.
@@ -92,6 +98,7 @@ class HALOModule(LightningModule):
         extra_terms: list[Objective] | None = None,
         micro_batch_rows: int | None = None,
         packing: Literal["auto", "tree", "padded"] = "auto",
+        reference_store: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-6, weight_decay=0.0),
         lr_schedule: Literal["constant_with_warmup", "linear", "cosine"] = "linear",
         warmup_ratio: float = 0.1,
@@ -124,6 +131,16 @@ class HALOModule(LightningModule):
         self.policy: nn.Module | None = None
         self._reference = reference_model or (AdapterOff() if policy.lora else FrozenCopy())
         self._reference_bound = False
+        self._reference_packed = False
+        if reference_store and not self._reference.storable and not isinstance(self._reference, NoReference):
+            raise ValueError(
+                f"model.reference_store is true, but log-probs of {type(self._reference).__name__} cannot be stored: it"
+                " changes during the run, or has no fingerprint; say false, or choose FrozenCopy or AdapterOff"
+            )
+        self.reference_store = reference_store
+        self._store: ReferenceStore | None = None
+        #: Rows whose reference log-probs were found in the store, and those that were computed.
+        self.reference_rows = {"stored": 0, "computed": 0}
         self._means = Means()
         self._auroc = BinaryAUROC()
         self._rng_states: list[dict[str, Any]] | None = None
@@ -155,10 +172,48 @@ class HALOModule(LightningModule):
             self.trainer.testing and not isinstance(self._reference, NoReference)
         )
         if wanted and not self._reference_bound:
-            self._reference.bind(self.policy, self.policy_spec)
+            self._store = ReferenceStore() if self.reference_store else None
+            self._reference.bind(self.policy, self.policy_spec, stored=self.reference_store)
             self._reference_bound = True
-            with self._reference.scoring(self.policy) as model:
+            if self._store is None:
+                with self._scoring():
+                    pass
+
+    @contextmanager
+    def _scoring(self) -> Iterator[nn.Module]:
+        """The reference, ready for use; entered for the first time it may have to be loaded."""
+        assert self.policy is not None
+        with self._reference.scoring(self.policy) as model:
+            if not self._reference_packed:
                 self._pack(model, "the reference model")
+                self._reference_packed = True
+            yield model
+
+    @torch.no_grad()
+    def _reference_logps(self, batch: FlatBatch) -> Tensor:
+        """Log-probs of the rows under the reference, float32 [n, T], from the store where they are there."""
+        known: dict[bytes, Tensor] = {}
+        names: list[bytes] = []
+        missing = list(range(len(batch)))
+        if self._store is not None:
+            device = batch.prompt.device.type
+            autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+            dtype = next(cast(nn.Module, self.policy).parameters()).dtype
+            names = keys(f"{self._reference.fingerprint()} {dtype} {autocast}", batch)
+            known = self._store.get(names)
+            missing = [i for i in missing if names[i] not in known]
+        self.reference_rows["computed"] += len(missing)
+        self.reference_rows["stored"] += len(batch) - len(missing)
+        if missing:
+            part = batch.select(torch.tensor(missing, device=batch.prompt.device))
+            with self._scoring() as model:
+                found = completion_logps(model, part)
+            if self._store is None:
+                return found
+            fresh = {names[i]: row[: len(batch.completions[i])] for i, row in zip(missing, found, strict=True)}
+            self._store.put(fresh)
+            known |= fresh
+        return pad_sequence([known[name].to(batch.prompt.device) for name in names], batch_first=True)
 
     def _pack(self, model: nn.Module, name: str) -> None:
         """Makes a model share prompts between rows, as ``packing`` says.
@@ -179,16 +234,14 @@ class HALOModule(LightningModule):
         assert self.policy is not None
         part = batch.select(index)
         width = completion_mask(batch).shape[1]
+        # The reference first, before the policy's activations take up memory.
+        reference = self._reference_logps(part) if self._reference_bound else None
         with torch.set_grad_enabled(gradient):
             policy = completion_logps(self.policy, part)
-        reference = None
-        if self._reference_bound:
-            with torch.no_grad(), self._reference.scoring(self.policy) as model:
-                reference = completion_logps(model, part)
         kl = None
         mismatched = part.probe.nonzero().squeeze(1)
         if self.objective.needs.exact_kl and len(mismatched):
-            found = completion_kl(self.policy, self._reference.scoring(self.policy), part.select(mismatched))
+            found = completion_kl(self.policy, self._scoring(), part.select(mismatched))
             kl = torch.zeros_like(policy, requires_grad=False)
             kl[mismatched, : found.shape[1]] = found
         pad = (0, width - policy.shape[1])
@@ -444,7 +497,7 @@ class HALOModule(LightningModule):
             if self._reference_bound:
                 assert self.policy is not None
                 part = batch.select(index)
-                kl = completion_kl(self.policy, self._reference.scoring(self.policy), part)
+                kl = completion_kl(self.policy, self._scoring(), part)
                 self._means.add(
                     {
                         "kl/sequence": (kl.sum(), kl.new_tensor(float(len(kl)))),

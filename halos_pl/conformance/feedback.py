@@ -52,7 +52,7 @@ class FeedbackChecks:
         return self._judged[step]
 
     def _smallest(self, fault: object, examples: int | None = None) -> str | None:
-        return smallest(fault, self.target.needs, probes=True, examples=max(1, examples or self.examples))  # type: ignore[arg-type]
+        return smallest(fault, self.target.needs, probes=True, examples=max(1, examples or self.examples * 3 // 5))  # type: ignore[arg-type]
 
     def feedback_sign(self) -> str | None:
         """-1 or +1 for each row."""

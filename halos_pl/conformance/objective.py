@@ -150,8 +150,8 @@ class ObjectiveChecks:
         self.feedback = of(FeedbackChecks, objective.feedback, examples=examples)
 
     def _smallest(self, fault: object) -> str | None:
-        # A fifth: an example costs several backward passes.
-        return smallest(fault, self.target.needs, examples=max(10, self.examples // 5))  # type: ignore[arg-type]
+        # A sixth: an example costs several backward passes.
+        return smallest(fault, self.target.needs, examples=max(10, self.examples // 6))  # type: ignore[arg-type]
 
     def fresh(self) -> HALO:
         """A copy in training mode that has not been called."""

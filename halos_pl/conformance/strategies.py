@@ -253,7 +253,10 @@ def _settings(examples: int, *phases: Phase) -> settings:
 def _drawn(count: int) -> tuple[Step, ...]:
     """Always the same steps. By themselves: Hypothesis takes longer to draw them than most clauses to be tried."""
     draw = Random(0)
-    return tuple(Step(**{name: draw.choice(values) for name, values in _CHOICES.items()}) for _ in range(count))
+    # A single row by itself and with a probe, of either label: what is drawn may be of other sizes for long.
+    single = [Step(labels=label, probes=n) for label in ("desirable", "undesirable") for n in (0, 1)]  # type: ignore[arg-type]
+    drawn = [Step(**{name: draw.choice(values) for name, values in _CHOICES.items()}) for _ in range(count)]
+    return (*single, *drawn)[:count]
 
 
 class _FoundError(Exception):

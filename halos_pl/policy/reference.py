@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from halos_pl.policy.loading import ModelError, ModelSpec, load_model, load_tokenizer
+from halos_pl.policy.store import fingerprint
 
 
 class ReferenceModel(ABC):
@@ -21,15 +22,30 @@ class ReferenceModel(ABC):
 
     It is no submodule of the LightningModule: never trained, never wrapped by DDP, never written into a
     checkpoint.
+
+    Attributes:
+        storable: whether its log-probs can be kept for other runs: it never changes, and has a ``fingerprint``.
     """
 
+    storable = False
+
     @abstractmethod
-    def bind(self, policy: nn.Module, spec: ModelSpec) -> None:
+    def bind(self, policy: nn.Module, spec: ModelSpec, *, stored: bool = False) -> None:
         """Called once, when ``policy`` has just been loaded from ``spec`` and not been trained yet.
+
+        Args:
+            policy: what is going to be trained.
+            spec: what it was loaded from.
+            stored: its log-probs may all be in the reference store: it is asked for its ``fingerprint``, and
+                may wait with loading weights until ``scoring`` is entered.
 
         Raises:
             ModelError: where this reference cannot serve that policy.
         """
+
+    def fingerprint(self) -> str:
+        """A hash of its weights as they were loaded; asked for after ``bind`` with ``stored``, where ``storable``."""
+        raise NotImplementedError(f"{type(self).__name__} is not storable")
 
     @contextmanager
     @abstractmethod
@@ -66,6 +82,11 @@ def _without_adapter(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
+def _base_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a model without those of its adapter, by the names that they have without it."""
+    return ((_without_adapter(name), tensor) for name, tensor in _tensors(model) if ".lora_" not in name)
+
+
 def _cast_like(model: nn.Module, like: dict[str, torch.Tensor]) -> None:
     """Gives each tensor of ``model`` the dtype and device of its namesake.
 
@@ -79,14 +100,38 @@ def _cast_like(model: nn.Module, like: dict[str, torch.Tensor]) -> None:
 class FrozenCopy(ReferenceModel):
     """A second copy of the policy's initial weights, in the policy's dtypes."""
 
-    def bind(self, policy: nn.Module, spec: ModelSpec) -> None:
-        copy = load_model(replace(spec, lora=None)) if spec.lora else deepcopy(policy)
-        self._model = copy.eval().requires_grad_(False)
+    storable = True
+
+    def bind(self, policy: nn.Module, spec: ModelSpec, *, stored: bool = False) -> None:
+        self._spec = replace(spec, lora=None)
+        self._model: nn.Module | None = None
+        if stored:
+            self._fingerprint = fingerprint(_base_weights(policy))
+        else:
+            self._keep(load_model(self._spec) if spec.lora else deepcopy(policy))
+
+    def _keep(self, model: nn.Module) -> nn.Module:
+        self._model = model.eval().requires_grad_(False)
+        return self._model
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def _loaded(self) -> nn.Module:
+        """From the files again, since the policy may have been trained."""
+        model = load_model(self._spec)
+        if fingerprint(_tensors(model)) != self._fingerprint:
+            raise ModelError(
+                f"the files of {self._spec.path} have changed since the policy was loaded from them, so the reference"
+                " model is lost; start the run anew"
+            )
+        return self._keep(model)
 
     @contextmanager
     def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
-        _cast_like(self._model, {_without_adapter(name): tensor for name, tensor in _tensors(policy)})
-        yield self._model
+        model = self._model or self._loaded()
+        _cast_like(model, {_without_adapter(name): tensor for name, tensor in _tensors(policy)})
+        yield model
 
 
 class SyncedCopy(ReferenceModel):
@@ -108,7 +153,7 @@ class SyncedCopy(ReferenceModel):
             raise ValueError(f"SyncedCopy: every is {every} and mix {mix}; it must be every >= 1 and 0 < mix <= 1")
         self.every, self.mix = every, float(mix)
 
-    def bind(self, policy: nn.Module, spec: ModelSpec) -> None:
+    def bind(self, policy: nn.Module, spec: ModelSpec, *, stored: bool = False) -> None:
         self._moving = {name for name, p in policy.named_parameters() if p.requires_grad}
         self._model = deepcopy(policy).eval().requires_grad_(False)  # with its adapter, if it has one
 
@@ -142,12 +187,19 @@ class SyncedCopy(ReferenceModel):
 class AdapterOff(ReferenceModel):
     """The policy itself with its LoRA adapter switched off: no second copy in memory."""
 
-    def bind(self, policy: nn.Module, spec: ModelSpec) -> None:
+    storable = True
+
+    def bind(self, policy: nn.Module, spec: ModelSpec, *, stored: bool = False) -> None:
         if not hasattr(policy, "disable_adapter"):
             raise ModelError(
                 "reference_model: AdapterOff needs a policy with an adapter; set model.policy.lora, or choose"
                 " reference_model: FrozenCopy"
             )
+        if stored:
+            self._fingerprint = fingerprint(_base_weights(policy))
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
 
     @contextmanager
     def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
@@ -167,16 +219,23 @@ class OtherModel(ReferenceModel):
         model: what to load.
     """
 
+    storable = True
+
     def __init__(self, model: ModelSpec) -> None:
         self.spec = model
 
-    def bind(self, policy: nn.Module, spec: ModelSpec) -> None:
+    def bind(self, policy: nn.Module, spec: ModelSpec, *, stored: bool = False) -> None:
         if load_tokenizer(spec).get_vocab() != load_tokenizer(self.spec).get_vocab():
             raise ModelError(
                 f"reference_model: {self.spec.path} and the policy {spec.path} have different vocabularies, so"
                 " their log-probs of the same token ids cannot be compared"
             )
         self._model = load_model(self.spec).eval().requires_grad_(False)
+        if stored:
+            self._fingerprint = fingerprint(_tensors(self._model))
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
 
     @contextmanager
     def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
@@ -186,7 +245,7 @@ class OtherModel(ReferenceModel):
 class NoReference(ReferenceModel):
     """None at all: an objective that needs one is refused."""
 
-    def bind(self, policy: nn.Module, spec: ModelSpec) -> None:
+    def bind(self, policy: nn.Module, spec: ModelSpec, *, stored: bool = False) -> None:
         raise ModelError(
             "reference_model is NoReference, but the reward needs log pi_ref; choose reward: LogProb, or a reference"
         )

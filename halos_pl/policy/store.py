@@ -1,0 +1,179 @@
+"""The reference store: log pi_ref of completions, kept by content and shared by all runs.
+
+A SQLite file below the cache folder, one entry for each (reference weights, precision, prompt, completion). What it
+holds does not depend on batches, order or epochs. Several processes may use it at once; an entry is found damaged by
+its checksum and then computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import time
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from halos_pl.cache import cache_root
+from halos_pl.outcomes import FlatBatch
+from halos_pl.policy.loading import ModelError
+
+LARGEST = 4 << 30  # bytes; the entries that were used longest ago make room for new ones
+FILE = Path("reference") / "logps.sqlite"
+_DAY = 86400
+_TABLE = "CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, used INTEGER, sum INTEGER, logps BLOB)"
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of names, dtypes, shapes and bytes of weights. A tensor on an accelerator is copied for it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda named: named[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def keys(model: str, batch: FlatBatch) -> list[bytes]:
+    """The key of each row, 16 bytes: of the reference (see :func:`fingerprint`), the prompt and the completion."""
+
+    def raw(ids: Tensor) -> bytes:
+        return len(ids).to_bytes(4, "little") + ids.cpu().numpy().astype("<i4").tobytes()
+
+    prompts = [hashlib.blake2b(model.encode() + raw(ids)) for ids in batch.prompts]
+    found = []
+    for prompt, completion in zip(batch.prompt.tolist(), batch.completions, strict=True):
+        digest = prompts[prompt].copy()
+        digest.update(raw(completion))
+        found.append(digest.digest()[:16])
+    return found
+
+
+class ReferenceStore:
+    """Log-probs of completion tokens under frozen reference models, on disk.
+
+    Args:
+        path: of the SQLite file; left out, ``reference/logps.sqlite`` in :func:`halos_pl.cache.cache_root`.
+        largest: bytes that the file may grow to.
+
+    Attributes:
+        damaged: entries that were found damaged, and are computed again.
+
+    Raises:
+        ModelError: where the file cannot be written.
+    """
+
+    def __init__(self, path: Path | None = None, largest: int = LARGEST) -> None:
+        self.path = path or cache_root() / FILE
+        self.largest = largest
+        self.damaged = 0
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._open()
+        except (OSError, sqlite3.OperationalError) as error:
+            raise ModelError(
+                f"the reference store {self.path} cannot be written ({error}); name another folder with HALOS_CACHE, or"
+                " say model.reference_store false"
+            ) from error
+
+    def _open(self) -> None:
+        try:
+            self._db = self._connection()
+        except sqlite3.OperationalError:  # busy or not to be written: no damage
+            raise
+        except sqlite3.DatabaseError as error:
+            self._start_anew(error)
+
+    def _connection(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, timeout=60, check_same_thread=False)  # waits for another process's step
+        try:
+            with db:
+                db.execute(_TABLE)
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _start_anew(self, error: Exception) -> None:
+        """Puts a file that is no whole database out of the way; its name says what it is."""
+        aside = self.path.with_suffix(f".damaged-{time.time_ns()}")
+        rank_zero_info(
+            f"halos: the reference store {self.path} is damaged ({error}); it is now {aside.name}, and what it held is"
+            " computed again"
+        )
+        self.path.rename(aside)
+        self._db = self._connection()
+
+    def get(self, wanted: Sequence[bytes]) -> dict[bytes, Tensor]:
+        """What is stored of ``wanted``, float32 [tokens] each; what is not there or damaged is left out."""
+        found: dict[bytes, Tensor] = {}
+        bad: list[bytes] = []
+        stale: list[bytes] = []
+        now = int(time.time())
+        try:
+            for key in dict.fromkeys(wanted):
+                row = self._db.execute("SELECT used, sum, logps FROM logps WHERE key = ?", (key,)).fetchone()
+                if row is None:
+                    continue
+                used, checksum, blob = row
+                if zlib.crc32(key + blob) != checksum or len(blob) % 4:
+                    bad.append(key)
+                    continue
+                found[key] = torch.from_numpy(np.frombuffer(blob, "<f4").astype(np.float32))
+                stale += [key] if now - used > _DAY else []
+            if bad or stale:  # the day of use is written once a day, not once a step
+                with self._db:
+                    self._db.executemany("DELETE FROM logps WHERE key = ?", [(key,) for key in bad])
+                    self._db.executemany("UPDATE logps SET used = ? WHERE key = ?", [(now, key) for key in stale])
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError as error:
+            self._db.close()
+            self._start_anew(error)
+            return {}
+        if bad:
+            self.damaged += len(bad)
+            rank_zero_info(f"halos: {len(bad)} damaged entries of the reference store {self.path} are computed again")
+        return found
+
+    def put(self, entries: dict[bytes, Tensor]) -> None:
+        """Keeps log-probs, float32 [tokens] each; what is not finite is not kept."""
+        now = int(time.time())
+        rows = []
+        for key, logps in entries.items():
+            if bool(logps.isfinite().all()):
+                blob = logps.detach().cpu().numpy().astype("<f4").tobytes()
+                rows.append((key, now, zlib.crc32(key + blob), blob))
+        with self._db:
+            self._db.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?, ?, ?)", rows)
+        self._make_room()
+
+    def _make_room(self) -> None:
+        def figure(name: str) -> int:
+            return int(self._db.execute(f"PRAGMA {name}").fetchone()[0])
+
+        size = (figure("page_count") - figure("freelist_count")) * figure("page_size")
+        if size > self.largest:
+            count = len(self)
+            with self._db:  # a tenth at a time, so that it is not done at each step
+                self._db.execute(
+                    "DELETE FROM logps WHERE key IN (SELECT key FROM logps ORDER BY used, rowid LIMIT ?)",
+                    (max(1, count // 10),),
+                )
+
+    def __len__(self) -> int:
+        """Entries."""
+        return int(self._db.execute("SELECT count(*) FROM logps").fetchone()[0])
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return self.path.stat().st_size
+
+    def close(self) -> None:
+        """Lets go of the file."""
+        self._db.close()
