@@ -11,10 +11,8 @@ median of the ratios is shown. Memory is the peak of the whole process: models, 
 Losses are compared with each other, gradients also with the same step in float64: in float32 each side is off by its
 own rounding. Differences of gradients are relative to the largest entry of all.
 
-Useful FLOP are those that the step needs at least: each distinct prompt token and each completion token once a pass,
-2 per weight and token forwards and 4 more backwards, the head on completion tokens only, attention 4 * layers * width
-per pair of tokens that see each other. They are divided by the time of our step, AdamW included, and by the FLOP/s of
-a square float32 matmul measured in between.
+Useful FLOP are those that the step needs at least, as ``halos_pl.throughput.step_flops`` counts them. They are divided
+by the time of our step, AdamW included, and by the FLOP/s of a square float32 matmul measured in between.
 
 Data: $HALOS_TEST_DATA, else ../shared/data beside the checkout.
 """
@@ -78,6 +76,7 @@ WORKLOADS = {
     "kto_long": Workload("KTO, 8 prompts of 512 tokens, completions of 64, live reference", "kto", "long"),
     "kto_lora": Workload("KTO, 8 rows, LoRA r = 16, adapter-off reference", "kto", "short", lora=True),
     "dpo_live": Workload("DPO, 4 pairs, live reference", "dpo", "short"),
+    "dpo_8_pairs": Workload("DPO, 8 pairs, live reference", "dpo", "more"),
     "dpo_live_selective": Workload(
         "DPO, 4 pairs, live reference, gradient_checkpointing: selective", "dpo", "short", recompute="selective"
     ),
@@ -121,7 +120,7 @@ def rows_of(workload: Workload) -> list[dict[str, Any]]:
             {"prompt": prompts[i * count // 8], "completion": completions[i], "label": i % 2 == 0} for i in range(8)
         ]
     if workload.kind == "dpo":
-        return pairs(4)
+        return pairs(8 if workload.rows == "more" else 4)
     both = workload.rows == "both"
     return [
         {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
@@ -184,7 +183,7 @@ def their_trainer(workload: Workload, folder: str) -> tuple[Any, Any]:
     return trainer, [trainer.train_dataset[i] for i in range(len(rows))]
 
 
-def theirs(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Tensor]]:
+def theirs(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Tensor], float]:
     """The policy, and what computes loss and gradient."""
     trainer, rows = their_trainer(workload, folder)
     batch = trainer.data_collator(rows)
@@ -194,14 +193,15 @@ def theirs(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Ten
         loss.backward()
         return loss.detach()  # type: ignore[no-any-return]
 
-    return trainer.model, step
+    return trainer.model, step, 0.0
 
 
-def ours(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Tensor]]:
+def ours(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Tensor], float]:
     """The same rows, token by token, through the training step of ``HALOModule``."""
     from halos_pl.build import load_objective
     from halos_pl.module import HALOModule
     from halos_pl.outcomes import FlatBatch
+    from halos_pl.throughput import cost, step_flops
 
     kind = workload.kind
     rows = json.loads((Path(folder) / "rows.json").read_text())
@@ -248,14 +248,15 @@ def ours(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Tenso
         result.loss.backward()
         return result.loss.detach()  # type: ignore[no-any-return]
 
-    return module.policy, step
+    flops = step_flops(cost(module.policy), batch, reference=float(not workload.stored))
+    return module.policy, step, flops
 
 
 def worker(side: str, workload: str, folder: str, threads: int) -> None:
     """Answers on stdout: loads, writes its gradient, then makes a step whenever a line comes in on stdin."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)  # of a new adapter
-    policy, step = (theirs if side == "theirs" else ours)(WORKLOADS[workload], folder)
+    policy, step, flops = (theirs if side == "theirs" else ours)(WORKLOADS[workload], folder)
     _moved(policy)
     if side == "exact":
         policy.double()
@@ -279,51 +280,11 @@ def worker(side: str, workload: str, folder: str, threads: int) -> None:
     optimizer.step()
     optimizer.zero_grad()
     whole()
-    print(json.dumps({"ready": True}), flush=True)
+    print(json.dumps({"flops": flops}), flush=True)
     for _ in sys.stdin:
         with Peak() as peak:
             seconds = whole()
         print(json.dumps({"seconds": seconds, "peak": peak.most}), flush=True)
-
-
-def matmul_flops(threads: int) -> float:
-    """FLOP/s of a square float32 matmul."""
-    torch.set_num_threads(threads)
-    a = torch.randn(2048, 2048)
-    times = []
-    for _ in range(12):
-        start = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - start)
-    return float(2 * 2048**3 / statistics.median(times[2:]))
-
-
-def useful_flops(workload: Workload, rows: list[dict[str, Any]]) -> float:
-    """See the top."""
-    from transformers import AutoConfig
-
-    from halos_pl.policy.loading import ModelSpec, _source
-
-    config = AutoConfig.from_pretrained(_source(ModelSpec(MODEL)))
-    width, layers = config.hidden_size, config.num_hidden_layers
-    size = width // config.num_attention_heads
-    per_layer = width * size * 2 * (config.num_attention_heads + config.num_key_value_heads)
-    per_layer += 3 * width * config.intermediate_size
-    prompts = {tuple(row["prompt_ids"]) for row in rows}
-    own = [(len(row["prompt_ids"]), len(row[k])) for row in rows for k in COMPLETIONS if k in row]
-    probes = [(len(row["prompt_ids"]), len(row["KL_completion_ids"])) for row in rows if "KL_completion_ids" in row]
-
-    def forward(prompt_lengths: list[int], completions: list[tuple[int, int]]) -> float:
-        tokens = sum(prompt_lengths) + sum(c for _, c in completions)
-        seen = sum(p * p / 2 for p in prompt_lengths) + sum(p * c + c * c / 2 for p, c in completions)
-        head = 2 * width * config.vocab_size * sum(c for _, c in completions)
-        return 2 * layers * per_layer * tokens + 4 * layers * width * seen + head
-
-    lengths = [len(p) for p in prompts]
-    # Backwards: what the inputs of each product get and, where they are trained, what its weights get.
-    passes = 2 if workload.lora else 3
-    total = passes * forward(lengths, own) + forward([], probes)
-    return total + (0 if workload.stored else forward(lengths, own + probes))
 
 
 def resident() -> int:
@@ -359,13 +320,15 @@ def _ask(process: Any) -> dict[str, Any]:
 
 def compare(name: str, repeats: int, threads: int) -> dict[str, Any]:
     """One row of the table."""
+    from halos_pl.throughput import matmul_speed
+
     workload = WORKLOADS[name]
     with tempfile.TemporaryDirectory() as folder:
         rows = their_trainer(replace(workload, stored=False), folder)[1]
         kept = ("prompt_ids", *COMPLETIONS, "KL_completion_ids", "label")
         rows = [{k: row[k] for k in kept if k in row} for row in rows]
         (Path(folder) / "rows.json").write_text(json.dumps(rows))
-        sides = {}
+        sides, flops = {}, {}
         for side in ("exact", "ours", "theirs"):
             words = [sys.executable, __file__, "--side", side, "--workloads", name, "--folder", folder]
             process = subprocess.Popen(
@@ -380,7 +343,8 @@ def compare(name: str, repeats: int, threads: int) -> dict[str, Any]:
                     raise SystemExit("the step in float64 has failed; see its messages above")
             else:
                 sides[side] = process
-                _ask(process)  # one after the other: loading and warming up do not disturb each other
+                # One after the other: loading and warming up do not disturb each other.
+                flops[side] = _ask(process)["flops"]
         found = {side: torch.load(Path(folder) / f"{side}.pt") for side in ("exact", *sides)}
         gradients = {side: result["gradient"] for side, result in found.items()}
         size = max(float(g.abs().max()) for g in gradients["exact"].values())
@@ -408,13 +372,13 @@ def compare(name: str, repeats: int, threads: int) -> dict[str, Any]:
                 answer = _ask(process)
                 seconds[side].append(answer["seconds"])
                 peaks[side] = max(peaks[side], answer["peak"])
-            speed.append(matmul_flops(threads))
+            torch.set_num_threads(threads)
+            speed.append(matmul_speed(torch.device("cpu"), torch.float32, size=2048))
         for process in sides.values():
             assert process.stdin
             process.stdin.close()
             process.wait()
     ratios = [b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)]
-    flops = useful_flops(workload, rows)
     return {
         "workload": name,
         "peer": "trl",
@@ -423,9 +387,9 @@ def compare(name: str, repeats: int, threads: int) -> dict[str, Any]:
         "memory_ratio": peaks["ours"] / peaks["theirs"],
         "gigabytes": {side: peak / 1e9 for side, peak in peaks.items()},
         **differences,
-        "useful_flops": flops,
+        "useful_flops": flops["ours"],
         "matmul_flops_per_second": statistics.median(speed),
-        "useful_flops_share": flops / statistics.median(seconds["ours"]) / statistics.median(speed),
+        "useful_flops_share": flops["ours"] / statistics.median(seconds["ours"]) / statistics.median(speed),
         "repeats": repeats,
     }
 

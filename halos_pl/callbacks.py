@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from halos_pl.objective import HALO
 from halos_pl.outcomes import FlatBatch
 from halos_pl.plots import plot_training, plot_value_function
+from halos_pl.throughput import Cost, cost, matmul_speed, step_flops, step_tokens
 
 METRICS = "metrics.csv"
 CONFIG = "config.yaml"
@@ -163,7 +164,11 @@ def _numbers(metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:
 
 
 class RunReport(Callback):
-    """Rows per second in the progress bar; at the end a summary file, plots, and a line that says where.
+    """Speed in the progress bar; at the end a summary file, plots, and a line that says where.
+
+    ``tokens/s`` counts what a step has to look at, ``TFLOP/s`` what it needs at least (see ``halos_pl.throughput``),
+    and ``of_matmul`` is the latter as a share of a matrix product's, measured when the fit begins. TFLOP/s and
+    of_matmul are those of one rank; what a policy samples for its reference point is not counted.
 
     The outcomes of the first and of the last rows are kept for a plot. In a run's first epoch each row is
     measured before it is learned from, so the plot shows rows that the policy has not been trained on.
@@ -174,6 +179,9 @@ class RunReport(Callback):
     def __init__(self) -> None:
         self._began = 0.0
         self._step_began = 0.0
+        self._cost: Cost | None = None
+        self._matmul = 1.0
+        self._rows_before: dict[str, int] = {}
         self._first: list[tuple[float, bool]] = []
         self._last: deque[tuple[float, bool]] = deque(maxlen=self.ROWS_IN_PLOT)
 
@@ -182,15 +190,29 @@ class RunReport(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, RunCSVLogger) and trainer.is_global_zero:
                 logger.drop_from(trainer.global_step)
+        policy: Any = getattr(pl_module, "policy", None)
+        if policy is not None:
+            self._cost = cost(policy)
+            kind = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision))
+            self._matmul = matmul_speed(pl_module.device, kind or next(policy.parameters()).dtype)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step_began = time.monotonic()
+        self._rows_before = dict(getattr(pl_module, "reference_rows", {}))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: FlatBatch, batch_idx: int
     ) -> None:
-        rows = int((~batch.probe).sum()) * trainer.world_size
-        pl_module.log("rows/s", rows / (time.monotonic() - self._step_began), prog_bar=True)
+        seconds = time.monotonic() - self._step_began
+        ranks = trainer.world_size
+        shown = {"tokens/s": step_tokens(batch) * ranks / seconds}
+        if self._cost is not None:
+            asked = {k: n - self._rows_before[k] for k, n in pl_module.reference_rows.items()}  # type: ignore[operator, union-attr]
+            share = asked["computed"] / max(1, sum(asked.values()))
+            flops = step_flops(self._cost, batch, reference=share) / seconds
+            shown |= {"TFLOP/s": flops / 1e12, "of_matmul": flops / self._matmul}
+        pl_module.log("rows/s", int((~batch.probe).sum()) * ranks / seconds)
+        pl_module.log_dict(shown, prog_bar=True)
         if "outcome" in outputs:
             seen = list(zip(outputs["outcome"].tolist(), outputs["desirable"].tolist(), strict=True))
             self._first = self._first or seen

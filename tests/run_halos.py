@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 OBJECTIVES = sorted(path.stem for path in (ROOT / "experiments" / "objectives").glob("*.yaml"))
 # Wall-clock is no property of a run's results.
-UNEQUAL = "rows/s"
+UNEQUAL = ("rows/s", "tokens/s", "TFLOP/s", "of_matmul")
 
 # A process that has imported everything and computed nothing; each run is forked from it in milliseconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -81,7 +81,7 @@ def pair_data(path: Path, pairs: int = 6, *, seed: int = 0) -> Path:
 def metrics(run: Path) -> list[dict[str, str]]:
     """The lines of ``metrics.csv``: what was logged, as written, but for what depends on the clock."""
     with (run / "metrics.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if v and k != UNEQUAL} for row in csv.DictReader(file)]
+        return [{k: v for k, v in row.items() if v and k not in UNEQUAL} for row in csv.DictReader(file)]
 
 
 def _target(words: list[str], out: str, folder: str, env: dict[str, str]) -> None:

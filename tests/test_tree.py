@@ -262,7 +262,7 @@ def test_a_run_is_the_same_packed_and_padded(
     packed, padded = (metrics(tmp_path / packing) for packing in ("tree", "padded"))
     assert len(packed) == len(padded) == 3
     for a, b in zip(packed, padded, strict=True):
-        a, b = ({k: float(v) for k, v in row.items() if k != UNEQUAL} for row in (a, b))
+        a, b = ({k: float(v) for k, v in row.items() if k not in UNEQUAL} for row in (a, b))
         assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
 
 

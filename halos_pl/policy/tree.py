@@ -12,6 +12,7 @@ that the pass with gradient has left of their prompts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -166,7 +167,7 @@ class _Pass:
         return start, self.size
 
 
-def _parts(model: nn.Module) -> tuple[Any, Any]:
+def parts(model: nn.Module) -> tuple[Any, Any]:
     """The layers of a causal language model and its head; of a peft model with the adapter in them."""
     base = _base(model)
     return base.get_decoder() if hasattr(base, "get_decoder") else base.base_model, base.get_output_embeddings()
@@ -174,7 +175,7 @@ def _parts(model: nn.Module) -> tuple[Any, Any]:
 
 def _hidden(model: nn.Module, run: _Pass, forest: Forest) -> Tensor:
     """Hidden states [tokens, size] of the packed sequence."""
-    decoder, _ = _parts(model)
+    decoder, _ = parts(model)
     ids = torch.cat(run.ids)[None]
     inputs: dict[str, Any] = {"input_ids": ids, "position_ids": torch.cat(run.positions)[None], "use_cache": False}
     # A mask of four dimensions is handed on as it is; ours is not looked at.
@@ -184,7 +185,7 @@ def _hidden(model: nn.Module, run: _Pass, forest: Forest) -> Tensor:
 
 def _logps(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """log p of each target, float32 [m], from the hidden states [m, size] that predict them."""
-    _, head = _parts(model)
+    _, head = parts(model)
 
     def part(h: Tensor, t: Tensor) -> Tensor:
         return -F.cross_entropy(head(h).float(), t, reduction="none")
@@ -193,9 +194,11 @@ def _logps(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     rows = max(1, LOGITS // vocabulary)
     if len(targets) <= rows:
         return part(hidden, targets)
-    # Each part's logits are made again in the backward pass, so that one part's are in memory at a time.
-    parts = zip(hidden.split(rows), targets.split(rows), strict=True)
-    return torch.cat([checkpoint(part, h, t, use_reentrant=False) for h, t in parts])
+    # Each part's logits are made again in the backward pass, so that one part's are in memory at a time. Parts of equal
+    # size: a last one of a single row would be multiplied by another kernel, which may round in another way.
+    count = math.ceil(len(targets) / rows)
+    both = zip(hidden.tensor_split(count), targets.tensor_split(count), strict=True)
+    return torch.cat([checkpoint(part, h, t, use_reentrant=False) for h, t in both])
 
 
 def tree_logps(model: nn.Module, batch: FlatBatch) -> Tensor:

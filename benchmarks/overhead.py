@@ -1,0 +1,82 @@
+"""How much of a step's time the objective takes: reward, z0, value, feedback and the loss's own gradient.
+
+    python benchmarks/overhead.py [--threads 2]
+
+The step is that of ``vs_trl.py``'s kto_live and dpo_live (SmolLM2-135M, 8 rows, live reference). The objective is timed
+by itself on the log-probs of that step, forwards and backwards down to them, 50 times, and the median is set beside the
+median of three steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from vs_trl import COMPLETIONS, ROOT, WORKLOADS, ours, their_trainer
+
+
+def seconds(call: object, count: int) -> float:
+    """Median of ``count`` calls after one."""
+    times = []
+    for _ in range(count + 1):
+        start = time.perf_counter()
+        call()  # type: ignore[operator]
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+class Watched(torch.nn.Module):
+    """An objective that keeps the rows it prepares for."""
+
+    def __init__(self, objective: Any) -> None:
+        super().__init__()
+        self.objective, self.seen = objective, []  # type: ignore[var-annotated]
+        self.needs, self.judge = objective.needs, objective.judge
+
+    def prepare(self, rows: Any) -> Any:
+        """Of the objective."""
+        self.seen.append(rows)
+        return self.objective.prepare(rows)
+
+
+def main() -> None:
+    """Measures and prints."""
+    from halos_pl.build import load_objective
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    torch.set_num_threads(parser.parse_args().threads or 1)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    print("| step | whole, s | objective, ms | share |\n|---|---|---|---|")
+    for name in ("kto_live", "dpo_live"):
+        workload = WORKLOADS[name]
+        objective = load_objective(ROOT / f"experiments/objectives/{workload.kind}.yaml")
+        with tempfile.TemporaryDirectory() as folder:
+            rows = their_trainer(replace(workload, stored=False), folder)[1]
+            kept = ("prompt_ids", *COMPLETIONS, "KL_completion_ids", "label")
+            (Path(folder) / "rows.json").write_text(json.dumps([{k: r[k] for k in kept if k in r} for r in rows]))
+            watched = Watched(objective)
+            with patch("halos_pl.module.build_objective", lambda watched=watched, **parts: watched):
+                step = ours(workload, folder)[1]
+            whole = seconds(step, 3)
+        scored = watched.seen[-1]
+
+        def alone() -> None:
+            leaf = replace(scored, policy_logps=scored.policy_logps.clone().requires_grad_())  # noqa: B023
+            objective(leaf).loss.backward()  # noqa: B023
+
+        own = seconds(alone, 50)
+        print(f"| {workload.what} | {whole:.2f} | {1000 * own:.2f} | {own / whole:.3%} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""How a step's time and memory grow with rows, prompt length, completions per prompt and vocabulary.
+
+    python benchmarks/scaling.py [--threads 2] [--out benchmarks/scaling]
+
+KTO with a live reference on a random Llama of 12 layers, width 256, in float32, each point in a process of its own: two
+steps warm up, three are timed, the median counts. Memory is the process's peak less what it held before the first step,
+so weights, tokens and libraries are not in it, but gradients are. Writes a table (CSV) and a plot (PNG).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Point:
+    """A step: its rows, tokens of each prompt and completion, rows that share a prompt, and the model's vocabulary."""
+
+    rows: int = 8
+    prompt: int = 128
+    completion: int = 32
+    shared: int = 1
+    vocabulary: int = 8192
+
+
+AXES: dict[str, list[Point]] = {
+    "rows": [Point(rows=n) for n in (2, 4, 8, 16, 32)],
+    "prompt": [Point(prompt=n) for n in (64, 128, 256, 512, 1024)],
+    "shared": [Point(rows=16, shared=n, prompt=256) for n in (1, 2, 4, 8, 16)],
+    "vocabulary": [Point(vocabulary=8192 * n) for n in (1, 2, 4, 8)],
+}
+LABELS = {
+    "rows": "rows of a step",
+    "prompt": "tokens of a prompt",
+    "shared": "completions per prompt (16 rows, prompts of 256 tokens)",
+    "vocabulary": "vocabulary",
+}
+
+
+def measure(point: Point, threads: int) -> None:
+    """Prints seconds and bytes of one point as JSON."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from vs_trl import Peak, resident
+
+    from halos_pl.build import load_objective
+    from halos_pl.outcomes import FlatBatch
+    from halos_pl.policy.logprobs import completion_logps, pack
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=point.vocabulary,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+    )
+    policy, reference = LlamaForCausalLM(config), LlamaForCausalLM(config).requires_grad_(False)
+    for model in (policy, reference):
+        if why := pack(model):
+            raise SystemExit(why)
+    objective = load_objective(Path(__file__).resolve().parents[1] / "experiments/objectives/kto.yaml")
+    n = point.rows
+
+    def some(count: int) -> list[torch.Tensor]:
+        return list(torch.randint(0, point.vocabulary, (n, count)))
+
+    batch = FlatBatch(
+        prompts=some(point.prompt)[: n // point.shared],
+        completions=[*some(point.completion), *some(point.completion)],
+        prompt=(torch.arange(n) // point.shared).repeat(2),
+        desirable=torch.arange(2 * n) % 2 == 0,
+        rival=torch.full((2 * n,), -1),
+        probe=torch.arange(2 * n) >= n,
+    )
+    from halos_pl.outcomes import Rows
+    from halos_pl.policy.logprobs import completion_mask
+
+    def step() -> None:
+        policy.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            known = completion_logps(reference, batch)
+        rows = Rows(
+            policy_logps=completion_logps(policy, batch),
+            reference_logps=known,
+            mask=completion_mask(batch),
+            desirable=batch.desirable,
+            rival=batch.rival,
+            probe=batch.probe,
+        )
+        objective(rows).loss.backward()
+
+    before, seconds = resident(), []
+    with Peak() as peak:
+        for _ in range(5):
+            start = time.perf_counter()
+            step()
+            seconds.append(time.perf_counter() - start)
+    embedding = point.vocabulary * config.hidden_size * 4
+    print(
+        json.dumps(
+            {
+                "seconds": statistics.median(seconds[2:]),
+                "megabytes": (peak.most - before) / 1e6,
+                "embedding_gradient_megabytes": embedding / 1e6,
+            }
+        )
+    )
+
+
+def main() -> None:
+    """Measures, prints and plots."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "scaling")
+    parser.add_argument("--point", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.point:
+        measure(Point(**json.loads(args.point)), args.threads)
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, grid = plt.subplots(2, len(AXES), figsize=(4 * len(AXES), 6), layout="constrained")
+    lines = []
+    for column, (name, points) in enumerate(AXES.items()):
+        found = []
+        for point in points:
+            words = [sys.executable, __file__, "--threads", str(args.threads), "--point", json.dumps(asdict(point))]
+            out = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+            found.append(json.loads(out.splitlines()[-1]))
+            lines.append({"axis": name, **asdict(point), **{k: round(v, 3) for k, v in found[-1].items()}})
+            print(lines[-1], flush=True)
+        at = [getattr(point, name) for point in points]
+        for row, figure_name, unit in ((0, "seconds", "s a step"), (1, "megabytes", "MB above the weights")):
+            axes = grid[row][column]
+            axes.plot(at, [f[figure_name] for f in found], marker="o")
+            axes.set(xlabel=LABELS[name], ylabel=unit, ylim=(0, None), xscale="log")
+            axes.set_xticks(at, [str(n) for n in at], minor=False)
+            axes.minorticks_off()
+    figure.savefig(args.out.with_suffix(".png"), dpi=80)
+    with args.out.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+if __name__ == "__main__":
+    main()

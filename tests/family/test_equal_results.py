@@ -1,0 +1,108 @@
+"""Every way of computing a step gives the same step: for each objective file the same losses and gradients."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from family_runs import FILES, FOLDER, Recorded, run, write_data
+
+from halos_pl.policy import reference as references
+from halos_pl.policy import tree
+
+STEPS = 3
+# Differences stay as small as they are: AdamW would divide what is only rounding by its own size.
+SGD = ("--model.optimizer=torch.optim.SGD", "--model.optimizer.init_args.lr=0.003")
+WAYS: dict[str, tuple[str, ...]] = {
+    "padded": ("--model.packing=padded",),
+    "padded, one row at a time": ("--model.packing=padded", "--model.micro_batch_rows=1"),
+    "one row at a time": ("--model.micro_batch_rows=1",),
+    "three rows at a time": ("--model.micro_batch_rows=3",),
+    "checkpointed": ("--model.policy.gradient_checkpointing=true",),
+    "selectively checkpointed": ("--model.policy.gradient_checkpointing=selective",),
+    "logits by parts": (),
+    "stored reference": ("--model.reference_store=true",),
+}
+
+
+def _reference(objective: str) -> Any:
+    given = yaml.safe_load((FOLDER / f"{objective}.yaml").read_text())["model"].get("reference_model")
+    name = given["class_path"] if isinstance(given, dict) else given or "FrozenCopy"
+    return getattr(references, name.rpartition(".")[2])
+
+
+CELLS = [
+    (objective, way)
+    for objective in FILES
+    for way in WAYS
+    if way != "stored reference" or _reference(objective).storable
+]
+SAMPLE = {(objective, list(WAYS)[i % len(WAYS)]) for i, objective in enumerate(FILES)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def plain(data: dict[str, list[str]], tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The steps of an objective as they are taken by default, computed once."""
+
+    @cache
+    def steps(objective: str) -> list[Recorded]:
+        return run(objective, tiny_folder, data, tmp_path_factory.mktemp("plain") / "run", *SGD, steps=STEPS)
+
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("objective", "way"),
+    [pytest.param(*cell, marks=[] if cell in SAMPLE else [pytest.mark.slow]) for cell in CELLS],
+)
+def test_a_step_is_the_same(
+    objective: str,
+    way: str,
+    plain: Any,
+    data: dict[str, list[str]],
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wanted = plain(objective)
+    monkeypatch.setenv("HALOS_CACHE", str(tmp_path / "cache"))
+    if way == "logits by parts":
+        monkeypatch.setattr(tree, "LOGITS", 3000)  # some eight rows of the tiny vocabulary at a time
+    if way == "stored reference":  # by an earlier run, which came by in another order
+        run(objective, tiny_folder, data, tmp_path / "earlier", *SGD, *WAYS[way], "--data.seed=2", steps=STEPS)
+    found = run(objective, tiny_folder, data, tmp_path / "run", *SGD, *WAYS[way], steps=STEPS)
+    assert len(found) == len(wanted) == STEPS
+    for one, other in zip(found, wanted, strict=True):
+        assert one.names == other.names
+        assert one.logged.keys() == other.logged.keys()
+        for name, figure in other.logged.items():
+            if way == "stored reference" and name.endswith(("gains", "accuracies", "clamped")):
+                continue  # at the start all rewards are 0 to within rounding, of either sign
+            assert one.logged[name] == pytest.approx(figure, rel=1e-4, abs=1e-4), name
+        assert one.logged["loss"] == pytest.approx(other.logged["loss"], rel=1e-5, abs=1e-5)
+        assert one.gradient.keys() == other.gradient.keys()
+        size = max(float(g.abs().max()) for g in other.gradient.values())
+        for name, gradient in other.gradient.items():
+            assert float((one.gradient[name] - gradient).abs().max()) <= 1e-5 * size + 1e-9, name
+
+
+def test_an_adapter_off_is_a_copy_of_what_it_was_put_on(
+    data: dict[str, list[str]], tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Two references, one model: the same losses and gradients of the adapter."""
+    lora = (*SGD, "--model.policy.lora.r=4")
+    off = run("kto", tiny_folder, data, tmp_path / "off", *lora, steps=STEPS)
+    copy = run("kto", tiny_folder, data, tmp_path / "copy", *lora, "--model.reference_model=FrozenCopy", steps=STEPS)
+    for one, other in zip(off, copy, strict=True):
+        assert one.logged["loss"] == pytest.approx(other.logged["loss"], rel=1e-5)
+        for name, gradient in other.gradient.items():
+            assert torch.allclose(one.gradient[name], gradient, rtol=1e-4, atol=1e-7), name
