@@ -10,18 +10,16 @@ median of three steps.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from vs_trl import COMPLETIONS, ROOT, WORKLOADS, ours, their_trainer
+from vs_trl import ROOT, WORKLOADS, ours, write_rows
 
 
 def seconds(call: object, count: int) -> float:
@@ -61,9 +59,7 @@ def main() -> None:
         workload = WORKLOADS[name]
         objective = load_objective(ROOT / f"experiments/objectives/{workload.kind}.yaml")
         with tempfile.TemporaryDirectory() as folder:
-            rows = their_trainer(replace(workload, stored=False), folder)[1]
-            kept = ("prompt_ids", *COMPLETIONS, "KL_completion_ids", "label")
-            (Path(folder) / "rows.json").write_text(json.dumps([{k: r[k] for k in kept if k in r} for r in rows]))
+            write_rows(workload, folder)
             watched = Watched(objective)
             with patch("halos_pl.module.build_objective", lambda watched=watched, **parts: watched):
                 step = ours(workload, folder)[1]

