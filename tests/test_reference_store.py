@@ -248,6 +248,19 @@ def test_a_file_damaged_in_the_middle_is_put_aside_when_it_is_read(tmp_path: Pat
         assert store.get([b"a"])[b"a"] == 1
 
 
+def test_a_file_damaged_in_the_middle_is_put_aside_when_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "s.sqlite"
+    with closing(ReferenceStore(path)) as store:
+        store.put({bytes([i, j]): torch.ones(30) for i in range(50) for j in range(50)})
+    whole = bytearray(path.read_bytes())
+    whole[4096:-1] = bytes(len(whole) - 4097)
+    path.write_bytes(whole)
+    with closing(ReferenceStore(path)) as store:
+        store.put({b"a": torch.ones(1)})  # lost with the file, which the next step's are not
+        store.put({b"b": torch.ones(1)})
+        assert store.get([b"b"])[b"b"] == 1
+
+
 def test_it_is_refused_where_it_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelError, match="HALOS_CACHE"):

@@ -11,7 +11,8 @@ import hashlib
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -73,20 +74,31 @@ class ReferenceStore:
         self.damaged = 0
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._open()
+            with self._damage_put_aside():
+                self._db = self._connection()
         except (OSError, sqlite3.OperationalError) as error:
             raise ModelError(
                 f"the reference store {self.path} cannot be written ({error}); name another folder with HALOS_CACHE, or"
                 " say model.reference_store false"
             ) from error
 
-    def _open(self) -> None:
+    @contextmanager
+    def _damage_put_aside(self) -> Iterator[None]:
+        """A file that is found to be no whole database, in reading or writing, is put out of the way for a new one."""
         try:
-            self._db = self._connection()
+            yield
         except sqlite3.OperationalError:  # busy or not to be written: no damage
             raise
         except sqlite3.DatabaseError as error:
-            self._start_anew(error)
+            if hasattr(self, "_db"):
+                self._db.close()
+            aside = self.path.with_suffix(f".damaged-{time.time_ns()}")
+            rank_zero_info(
+                f"halos: the reference store {self.path} is damaged ({error}); it is now {aside.name}, and what it held"
+                " is computed again"
+            )
+            self.path.rename(aside)
+            self._db = self._connection()
 
     def _connection(self) -> sqlite3.Connection:
         db = sqlite3.connect(self.path, timeout=60, check_same_thread=False)  # waits for another process's step
@@ -98,23 +110,13 @@ class ReferenceStore:
             raise
         return db
 
-    def _start_anew(self, error: Exception) -> None:
-        """Puts a file that is no whole database out of the way; its name says what it is."""
-        aside = self.path.with_suffix(f".damaged-{time.time_ns()}")
-        rank_zero_info(
-            f"halos: the reference store {self.path} is damaged ({error}); it is now {aside.name}, and what it held is"
-            " computed again"
-        )
-        self.path.rename(aside)
-        self._db = self._connection()
-
     def get(self, wanted: Sequence[bytes]) -> dict[bytes, Tensor]:
         """What is stored of ``wanted``, float32 [tokens] each; what is not there or damaged is left out."""
         found: dict[bytes, Tensor] = {}
         bad: list[bytes] = []
         stale: list[bytes] = []
         now = int(time.time())
-        try:
+        with self._damage_put_aside():
             for key in dict.fromkeys(wanted):
                 row = self._db.execute("SELECT used, sum, logps FROM logps WHERE key = ?", (key,)).fetchone()
                 if row is None:
@@ -129,12 +131,6 @@ class ReferenceStore:
                 with self._db:
                     self._db.executemany("DELETE FROM logps WHERE key = ?", [(key,) for key in bad])
                     self._db.executemany("UPDATE logps SET used = ? WHERE key = ?", [(now, key) for key in stale])
-        except sqlite3.OperationalError:
-            raise
-        except sqlite3.DatabaseError as error:
-            self._db.close()
-            self._start_anew(error)
-            return {}
         if bad:
             self.damaged += len(bad)
             rank_zero_info(f"halos: {len(bad)} damaged entries of the reference store {self.path} are computed again")
@@ -148,9 +144,10 @@ class ReferenceStore:
             if bool(logps.isfinite().all()):
                 blob = logps.detach().cpu().numpy().astype("<f4").tobytes()
                 rows.append((key, now, zlib.crc32(key + blob), blob))
-        with self._db:
-            self._db.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?, ?, ?)", rows)
-        self._make_room()
+        with self._damage_put_aside():
+            with self._db:
+                self._db.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?, ?, ?)", rows)
+            self._make_room()
 
     def _make_room(self) -> None:
         def figure(name: str) -> int:
