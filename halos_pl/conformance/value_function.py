@@ -433,7 +433,7 @@ class ValueFunctionChecks:
         value, slope = value_and_slope(v, u)
         wrong = value.isfinite() & slope.isfinite()
         shown, around = slope, self._size(v, u)
-        for size in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
+        for size in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7):
             step = size * u.abs()
             with torch.no_grad():
                 right, left = (v(u + step) - value) / step, (value - v(u - step)) / step

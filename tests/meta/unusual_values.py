@@ -57,6 +57,11 @@ def log1p_of_gains(u: Tensor, scale: float) -> Tensor:
     return torch.where(x >= 0, torch.log1p(x.clamp(min=0)), 2.25 * x)
 
 
+def ripples_far_out(u: Tensor, scale: float) -> Tensor:
+    """Rises everywhere, beyond -200 in waves that are short beside u."""
+    return torch.where(u >= -200, u, u - 0.3 / scale * torch.sin(scale * (u + 200)))
+
+
 def smoothed_root(u: Tensor, scale: float) -> Tensor:
     x = scale * u
     return torch.where(x >= 0, (x.clamp(min=0) + 1e-3).sqrt() - 1e-3**0.5, x)
@@ -118,6 +123,7 @@ UNUSUAL: dict[str, Make] = {
     "step up on losses": step_up_on_losses,
     "step up at 0": step_up_at_zero,
     "staircase on losses": staircase_on_losses,
+    "ripples far out on losses": with_scale(ripples_far_out, 3.0, 20.0),
 }
 
 
