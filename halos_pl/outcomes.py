@@ -138,6 +138,10 @@ class FlatBatch:
         )
 
 
+_PER_TOKEN = ("reference_logps", "mask", "kl")
+_PER_ROW = ("desirable", "rival", "probe", "group", "score")
+
+
 @dataclass
 class Rows:
     """What an objective sees: log-probs of the rows' completion tokens and who is who. No model, no text.
@@ -170,24 +174,15 @@ class Rows:
         if self.group is None:
             self.group = torch.arange(n, device=self.policy_logps.device)
         self.score = _scores(self.score, self.desirable)
-        expected = {
-            "policy_logps": self.policy_logps.shape,
-            "mask": self.policy_logps.shape,
-            "desirable": (n,),
-            "rival": (n,),
-            "probe": (n,),
-            "group": (n,),
-            "score": (n,),
-        }
-        for optional in ("reference_logps", "kl"):
-            if getattr(self, optional) is not None:
-                expected[optional] = self.policy_logps.shape
-        for name, shape in expected.items():
-            # Said here once, because (B,) + (B, T) broadcasts to a wrong loss without a word.
-            if getattr(self, name).dim() == 0 or tuple(getattr(self, name).shape) != tuple(shape):
-                raise ValueError(f"Rows.{name} has shape {tuple(getattr(self, name).shape)}, not {tuple(shape)}")
-        if self.policy_logps.dim() != 2:
-            raise ValueError(f"Rows.policy_logps has shape {tuple(self.policy_logps.shape)}, not (rows, tokens)")
+        # Said here once, because (B,) + (B, T) broadcasts to a wrong loss without a word.
+        whole = tuple(self.policy_logps.shape)
+        for names, shape in ((_PER_TOKEN, whole), (_PER_ROW, (n,))):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and tuple(value.shape) != shape:
+                    raise ValueError(f"Rows.{name} has shape {tuple(value.shape)}, not {shape}")
+        if len(whole) != 2:
+            raise ValueError(f"Rows.policy_logps has shape {whole}, not (rows, tokens)")
 
     def __len__(self) -> int:
         return self.policy_logps.shape[0]

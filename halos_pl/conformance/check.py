@@ -265,7 +265,7 @@ def reports(
     target: Target,
     *,
     expected_failures: Mapping[str, str] | None = None,
-    max_examples: int = 100,
+    max_examples: int = 60,
     thorough: bool = False,
 ) -> dict[Definition, Report]:
     """The report under each definition, from one run of the checks."""
@@ -314,7 +314,7 @@ def check_halo(
     definition: Definition = "icml",
     expected_failures: Mapping[str, str] | None = None,
     on_fail: Literal["raise", "report"] = "raise",
-    max_examples: int = 100,
+    max_examples: int = 60,
     thorough: bool = False,
 ) -> Report:
     """Holds a loss, or a part of one, to the definition of human-aware losses. The target's code is executed.

@@ -19,7 +19,7 @@ def _copy(value: Any) -> Any:
     if kind in _AS_IT_IS or isinstance(value, type):
         return value
     if kind in (dict, OrderedDict):
-        return kind((key, _copy(item)) for key, item in value.items())
+        return kind((key, _copy(item)) for key, item in value.items()) if value else kind()
     if kind in (list, tuple, set):
         return kind(map(_copy, value))
     if isinstance(value, nn.Module):
@@ -41,6 +41,10 @@ def duplicate(module: T) -> T:
     attributes that are one object become two.
     """
     copy: T = module.__class__.__new__(module.__class__)
-    copy.__dict__.update({name: _copy(value) for name, value in module.__dict__.items()})
-    copy.__dict__["training"] = True
+    state = copy.__dict__
+    state.update(module.__dict__)
+    for name, value in module.__dict__.items():
+        if type(value) not in _AS_IT_IS:
+            state[name] = _copy(value)
+    state["training"] = True
     return copy

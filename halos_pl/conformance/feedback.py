@@ -30,7 +30,7 @@ class FeedbackChecks:
         examples: how many steps each clause is tried on.
     """
 
-    def __init__(self, feedback: Feedback, *, examples: int = 100) -> None:
+    def __init__(self, feedback: Feedback, *, examples: int = 60) -> None:
         self.target = feedback
         self.examples = examples
         self._judged: dict[Step, list[tuple[str, Rows, Judgement]]] = {}
@@ -52,7 +52,7 @@ class FeedbackChecks:
         return self._judged[step]
 
     def _smallest(self, fault: object, examples: int | None = None) -> str | None:
-        return smallest(fault, self.target.needs, probes=True, examples=max(1, examples or self.examples * 3 // 5))  # type: ignore[arg-type]
+        return smallest(fault, self.target.needs, probes=True, examples=examples or self.examples)  # type: ignore[arg-type]
 
     def feedback_sign(self) -> str | None:
         """-1 or +1 for each row."""

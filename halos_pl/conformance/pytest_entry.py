@@ -18,7 +18,7 @@ def parametrize_with_checks(
     *,
     definition: Definition = "icml",
     expected_failures: Mapping[str, str] | None = None,
-    max_examples: int = 100,
+    max_examples: int = 60,
 ) -> pytest.MarkDecorator:
     """A decorator that runs a test function once for each clause of each target.
 

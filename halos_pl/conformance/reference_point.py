@@ -227,7 +227,7 @@ class ReferencePointChecks:
         *,
         reward: Reward | None = None,
         needs: Needs | None = None,
-        examples: int = 100,
+        examples: int = 60,
     ) -> None:
         self.target = reference_point
         self.reward = reward or LogRatio()

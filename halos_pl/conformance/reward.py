@@ -37,12 +37,12 @@ class RewardChecks:
         examples: how many steps each clause is tried on.
     """
 
-    def __init__(self, reward: Reward, *, examples: int = 100) -> None:
+    def __init__(self, reward: Reward, *, examples: int = 60) -> None:
         self.target = reward
         self.examples = examples
 
     def _smallest(self, fault: object, examples: int | None = None) -> str | None:
-        return smallest(fault, self.target.needs, examples=max(1, examples or self.examples))  # type: ignore[arg-type]
+        return smallest(fault, self.target.needs, examples=examples or self.examples)  # type: ignore[arg-type]
 
     def fresh(self) -> Reward:
         """A copy that has not been called."""

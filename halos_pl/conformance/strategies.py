@@ -11,7 +11,7 @@ import math
 import typing
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from random import Random
 from typing import Any, Literal, TypeVar
@@ -75,7 +75,9 @@ class Step:
     def rows(self, dtype: torch.dtype = torch.float64) -> Rows:
         """The rows of the step, in no order, probes among them."""
         drawn = self._rows(dtype)
-        return replace(drawn, **{f.name: getattr(drawn, f.name).clone() for f in fields(drawn)})
+        rows = object.__new__(Rows)  # without looking at the shapes again
+        rows.__dict__.update({name: value.clone() for name, value in drawn.__dict__.items()})
+        return rows
 
     @lru_cache(maxsize=4096)  # noqa: B019  (a step is a few numbers)
     def _rows(self, dtype: torch.dtype) -> Rows:
@@ -255,8 +257,20 @@ def _drawn(count: int) -> tuple[Step, ...]:
     draw = Random(0)
     # A single row by itself and with a probe, of either label: what is drawn may be of other sizes for long.
     single = [Step(labels=label, probes=n) for label in ("desirable", "undesirable") for n in (0, 1)]  # type: ignore[arg-type]
-    drawn = [Step(**{name: draw.choice(values) for name, values in _CHOICES.items()}) for _ in range(count)]
+    drawn = [step for _ in range(0, count, _BLOCK) for step in _block(draw)]
     return (*single, *drawn)[:count]
+
+
+# Of these many steps each has every size and kind equally often (a Latin hypercube), however few are drawn.
+_BLOCK = 12
+
+
+def _block(draw: Random) -> list[Step]:
+    columns = {}
+    for name, values in _CHOICES.items():
+        rounds, rest = divmod(_BLOCK, len(values))
+        columns[name] = draw.sample([*(list(values) * rounds if rounds else ()), *draw.sample(values, rest)], _BLOCK)
+    return [Step(**{name: column[i] for name, column in columns.items()}) for i in range(_BLOCK)]
 
 
 class _FoundError(Exception):
@@ -264,7 +278,7 @@ class _FoundError(Exception):
 
 
 def smallest(
-    fault: Callable[[Step], str | None], needs: Needs, *, probes: bool | None = None, examples: int = 100
+    fault: Callable[[Step], str | None], needs: Needs, *, probes: bool | None = None, examples: int = 60
 ) -> str | None:
     """The witness of the smallest step that is found to have a fault; None where ``fault`` finds none.
 

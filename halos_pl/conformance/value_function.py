@@ -47,7 +47,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 # Outcomes are those of rows, [n], or of tokens, [n, T]. What a person would try first comes first.
 SHAPES = ((3,), (2, 3), (1,), (1, 1), (5, 1), (0,), (2, 1, 3))
 # Every small batch, and those on either side of the powers of two that code splits batches at.
-SIZES = (*range(1, 301), *(2**k + d for k in range(9, 15) for d in (-1, 0, 1)), 1000, 20001)
+SIZES = (*range(1, 151), *(2**k + d for k in range(8, 15) for d in (-1, 0, 1)), 1000, 20001)
 # What a value function is handed of [12, 10] outcomes: tokens in rows, and views that are not contiguous.
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "of shape (12, 10)": lambda u: u,
@@ -122,6 +122,8 @@ class ValueFunctionChecks:
     @staticmethod
     def _difference(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], u: Tensor) -> str | None:
         """Where two answers to the same outcomes differ by more than another order of operations explains, in words."""
+        if torch.equal(one[0], other[0]) and torch.equal(one[1], other[1]):  # so in almost every call
+            return None
         eps = torch.finfo(u.dtype).eps
         value = 256 * eps * (one[0].abs() + (u * one[1]).abs()).double()
         # Slopes may cancel inside v, so they are held to less: half of the digits.
@@ -164,7 +166,7 @@ class ValueFunctionChecks:
                     return found
         # The grid is the largest batch of all.
         curve = self.curve
-        few = curve.part(torch.arange(7, len(curve.u), len(curve.u) // 97))
+        few = curve.part(torch.arange(7, len(curve.u), len(curve.u) // 48))
         found = self._difference(self._alone(few.u), (few.value, few.slope), few.u)
         return found and f"{found}; the second is what it is in a batch of {self.cells}"
 
