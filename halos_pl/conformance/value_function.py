@@ -47,7 +47,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 # Outcomes are those of rows, [n], or of tokens, [n, T]. What a person would try first comes first.
 SHAPES = ((3,), (2, 3), (1,), (1, 1), (5, 1), (0,), (2, 1, 3))
 # Every small batch, and those on either side of the powers of two that code splits batches at.
-SIZES = (*range(1, 151), *(2**k + d for k in range(8, 15) for d in (-1, 0, 1)), 1000, 20001)
+SIZES = (*range(1, 301), *(2**k + d for k in range(9, 15) for d in (-1, 0, 1)), 1000, 20001)
 # What a value function is handed of [12, 10] outcomes: tokens in rows, and views that are not contiguous.
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "of shape (12, 10)": lambda u: u,
