@@ -53,7 +53,6 @@ class Workload:
         rows: where its rows come from; see ``rows_of``.
         lora: train an adapter; the reference is the model with it off.
         stored: the reference's log-probs are computed beforehand, on both sides.
-        recompute: ``model.policy.gradient_checkpointing`` of our side; TRL's is off.
     """
 
     what: str
@@ -61,14 +60,10 @@ class Workload:
     rows: str
     lora: bool = False
     stored: bool = False
-    recompute: str | bool = False
 
 
 WORKLOADS = {
     "kto_live": Workload("KTO, 8 rows, live reference", "kto", "short"),
-    "kto_live_selective": Workload(
-        "KTO, 8 rows, live reference, gradient_checkpointing: selective", "kto", "short", recompute="selective"
-    ),
     "kto_stored": Workload("KTO, 8 rows, stored reference", "kto", "short", stored=True),
     "kto_pairs": Workload("KTO, 4 pairs with both rows in the step, live reference", "kto", "both"),
     "kto_scored": Workload("KTO, 2 prompts of 512 tokens x 4 completions of 64, live reference", "kto", "scored"),
@@ -76,9 +71,6 @@ WORKLOADS = {
     "kto_lora": Workload("KTO, 8 rows, LoRA r = 16, adapter-off reference", "kto", "short", lora=True),
     "dpo_live": Workload("DPO, 4 pairs, live reference", "dpo", "short"),
     "dpo_8_pairs": Workload("DPO, 8 pairs, live reference", "dpo", "more"),
-    "dpo_live_selective": Workload(
-        "DPO, 4 pairs, live reference, gradient_checkpointing: selective", "dpo", "short", recompute="selective"
-    ),
     "dpo_stored": Workload("DPO, 4 pairs, stored reference", "dpo", "short", stored=True),
     "dpo_lora": Workload("DPO, 4 pairs, LoRA r = 16, adapter-off reference", "dpo", "short", lora=True),
 }
@@ -143,7 +135,6 @@ def _spec(workload: Workload) -> Any:
     return ModelSpec(
         MODEL,
         lora=LoRASpec(r=16, alpha=32) if workload.lora else None,
-        gradient_checkpointing=workload.recompute,  # type: ignore[arg-type]
     )
 
 
@@ -248,6 +239,7 @@ def ours(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Tenso
     if workload.stored:  # by another run
         list(made()._results(batch, gradient=False))
     module = made()
+    module.on_fit_start()
 
     def step() -> torch.Tensor:
         [(_, _, result)] = module._results(batch, gradient=True)

@@ -37,8 +37,9 @@ from halos_pl.metrics import (
 )
 from halos_pl.objective import HALO, Context, Objective, Result
 from halos_pl.outcomes import FlatBatch, Rows
-from halos_pl.policy.loading import ModelError, ModelSpec, load_model, load_tokenizer
+from halos_pl.policy.loading import ModelError, ModelSpec, compile_layers, load_model, load_tokenizer
 from halos_pl.policy.logprobs import completion_kl, completion_logps, completion_mask, pack
+from halos_pl.policy.memory import keep_freed_memory, sum_embedding_gradient_in_place
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel
 from halos_pl.policy.store import ReferenceStore, keys
 from halos_pl.policy.tree import is_packed
@@ -99,7 +100,7 @@ class HALOModule(LightningModule):
         micro_batch_rows: int | None = None,
         packing: Literal["auto", "tree", "padded"] = "auto",
         reference_store: bool = False,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-6, weight_decay=0.0),
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-6, weight_decay=0.0, fused=True),
         lr_schedule: Literal["constant_with_warmup", "linear", "cosine"] = "linear",
         warmup_ratio: float = 0.1,
     ) -> None:
@@ -166,7 +167,7 @@ class HALOModule(LightningModule):
         if self.policy is None:
             # transformers loads in eval mode; the only difference here is gradient checkpointing (dropout is off).
             self.policy = load_model(self.policy_spec).train()
-            self._pack(self.policy, "the policy")
+            self._prepare(self.policy, "the policy")
         # Testing measures the KL divergence, so there even a loss that needs no reference gets one.
         wanted = self.objective.needs.reference or (
             self.trainer.testing and not isinstance(self._reference, NoReference)
@@ -185,7 +186,7 @@ class HALOModule(LightningModule):
         assert self.policy is not None
         with self._reference.scoring(self.policy) as model:
             if not self._reference_packed:
-                self._pack(model, "the reference model")
+                self._prepare(model, "the reference model")
                 self._reference_packed = True
             yield model
 
@@ -215,8 +216,8 @@ class HALOModule(LightningModule):
             known |= fresh
         return pad_sequence([known[name].to(batch.prompt.device) for name in names], batch_first=True)
 
-    def _pack(self, model: nn.Module, name: str) -> None:
-        """Makes a model share prompts between rows, as ``packing`` says.
+    def _prepare(self, model: nn.Module, name: str) -> None:
+        """Makes a model share prompts between rows, as ``packing`` says, and compiles it where that is wanted.
 
         Raises:
             ModelError: where that is demanded of a model that cannot.
@@ -226,6 +227,8 @@ class HALOModule(LightningModule):
             raise ModelError(f"model.packing is tree, but {name} does not take trees: {why}; choose auto or padded")
         if why:
             rank_zero_info(f"halos: {name} computes each row by itself: {why}")
+        if self.policy_spec.compile:
+            compile_layers(model)
 
     # -- one step -------------------------------------------------------------------------------------
 
@@ -257,15 +260,16 @@ class HALOModule(LightningModule):
             kl=None if kl is None else F.pad(kl, pad),
         )
 
-    def _parts(self, index: Tensor, rival: Tensor) -> list[Tensor]:
-        """``index`` in parts of at most ``micro_batch_rows`` rows; a pair is never split."""
+    def _parts(self, index: Tensor, batch: FlatBatch) -> list[Tensor]:
+        """``index`` in parts of at most ``micro_batch_rows`` rows: a pair is never split, and prompts are shared."""
         if self.micro_batch_rows is None or len(index) <= self.micro_batch_rows:
             return [index]
         units: dict[int, list[int]] = {}
-        for i, other in zip(index.tolist(), rival[index].tolist(), strict=True):
+        for i, other in zip(index.tolist(), batch.rival[index].tolist(), strict=True):
             units.setdefault(min(i, other) if other >= 0 else i, []).append(i)
+        prompt = batch.prompt.tolist()
         parts: list[list[int]] = [[]]
-        for unit in units.values():
+        for unit in sorted(units.values(), key=lambda unit: prompt[unit[0]]):
             if parts[-1] and len(parts[-1]) + len(unit) > self.micro_batch_rows:
                 parts.append([])
             parts[-1].extend(unit)
@@ -321,7 +325,7 @@ class HALOModule(LightningModule):
         if needs.samples:
             batch = self._with_samples(batch)
         train = (~batch.probe).nonzero().squeeze(1)
-        parts = self._parts(train, batch.rival)
+        parts = self._parts(train, batch)
         # The same on every rank, however many rows each has: what follows gathers over ranks in another order.
         at_once = needs.whole_step and self.micro_batch_rows is not None
         step = self._step_rows(batch)
@@ -343,7 +347,7 @@ class HALOModule(LightningModule):
             keep(everything, rows)
             scored[0] = rows.select(train)
         elif len(probes):
-            for index in self._parts(probes, batch.rival):
+            for index in self._parts(probes, batch):
                 keep(index, self._score(batch, index, gradient=False))
         if not scored and (needs.step_rewards or at_once):
             # One part: the pass with gradient serves z0 as well. Several: a pass of its own, since the first
@@ -532,7 +536,9 @@ class HALOModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over trainable parameters, and its schedule by optimizer step."""
-        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        optimizer: Any = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        # Else Lightning takes a fused one for an optimizer that unscales gradients, and refuses to clip them for it.
+        optimizer._step_supports_amp_scaling = False
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_scheduler(self.lr_schedule, optimizer, round(self.warmup_ratio * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -581,6 +587,12 @@ class HALOModule(LightningModule):
                 f"{self.trainer.ckpt_path} is not of this policy and objective: {len(differing)} entries differ, first"
                 f" {', '.join(differing[:3])}. Go on with the config of its own run, or start a new run"
             )
+
+    def on_fit_start(self) -> None:
+        """Has a step on the CPU spend less on memory."""
+        if self.device.type == "cpu":
+            keep_freed_memory()
+            sum_embedding_gradient_in_place(cast(nn.Module, self.policy))
 
     def on_train_start(self) -> None:
         """Restores the random state last, after everything that draws numbers while a run is set up."""

@@ -134,9 +134,7 @@ def test_another_model_dtype_or_precision_is_another_entry(tiny_folder: Path, tm
         assert rows_of(tmp_path / name)["stored"] == 0, name
 
 
-def test_one_that_moves_is_refused(
-    tiny_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_one_that_moves_is_refused(tiny_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     data = pair_data(tmp_path / "data.jsonl", 4)
     with pytest.raises(SystemExit):
         main(fit(tiny_folder, "tr_dpo", data, tmp_path / "run", STORED))

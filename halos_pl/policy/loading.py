@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,6 @@ from filelock import FileLock
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from halos_pl.cache import cache_root
@@ -60,8 +59,10 @@ class ModelSpec:
         revision: branch, tag or commit of a hub name.
         dtype: of the weights. Log-probs and losses are computed in float32 whatever it is.
         attn_implementation: as transformers takes it.
-        gradient_checkpointing: compute activations again in the backward pass: less memory, more time. ``selective``
-            keeps the results of matrix products and of attention, and computes only the cheap rest again.
+        gradient_checkpointing: compute activations again in the backward pass: less memory, more time.
+        compile: put the normalisation and feed-forward parts of each layer through ``torch.compile``: one compilation
+            at the start, which takes half a minute and a C++ compiler (on a GPU Triton). Worth trying on a GPU; on a
+            CPU it was measured not to pay.
         dropout: keep the model's dropout. Off, every dropout probability is set to 0 (GPT-2 ships with 0.1),
             so that rewards start at exactly 0.
         lora: train an adapter instead of the whole model.
@@ -73,10 +74,19 @@ class ModelSpec:
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attn_implementation: str = "sdpa"
-    gradient_checkpointing: bool | Literal["selective"] = False
+    gradient_checkpointing: bool = False
+    compile: bool = False
     dropout: bool = False
     lora: LoRASpec | None = None
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        compilers = [os.environ.get("CXX", "c++"), "g++", "clang++", "cl"]
+        if self.compile and not any(map(shutil.which, compilers)):
+            raise ModelError(
+                f"model.policy.compile is true, but torch.compile needs a C++ compiler, and none of"
+                f" {', '.join(compilers)} is here; install one, or say compile: false"
+            )
 
 
 def _folder_of_package(name: str) -> Path:
@@ -245,10 +255,7 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     if not spec.dropout:
         _switch_dropout_off(model)
     if spec.gradient_checkpointing:
-        options: dict[str, Any] = {"use_reentrant": False}
-        if spec.gradient_checkpointing == "selective":
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, _what_to_keep)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if spec.lora is not None:
         config = LoraConfig(
             r=spec.lora.r,
@@ -266,14 +273,17 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     return model
 
 
-#: Matrix products and attention, of any device: what takes long to compute.
-_DEAR = ("mm", "addmm", "bmm", "baddbmm", "convolution")
+def compile_layers(model: nn.Module) -> None:
+    """Has the parts of each layer that hold no attention compiled when they are first called.
 
-
-def _what_to_keep(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    name = operation.overloadpacket.__name__
-    dear = name in _DEAR or name.startswith(("_scaled_dot_product", "_flash_attention", "_efficient_attention"))
-    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE
+    Attention is left out: it goes over trees of other lengths in every step, and would be compiled anew each time.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    layers = [layer for part in base.modules() if isinstance(part, nn.ModuleList) for layer in part]
+    for part in (part for layer in layers for part in layer.children()):
+        # transformers numbers its attention modules, so that they find their part of a cache.
+        if part._compiled_call_impl is None and not any(hasattr(module, "layer_idx") for module in part.modules()):
+            part.compile(dynamic=True)
 
 
 def _switch_dropout_off(model: nn.Module) -> None:

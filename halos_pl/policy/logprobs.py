@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from halos_pl.outcomes import FlatBatch
+from halos_pl.policy.memory import recomputed
 from halos_pl.policy.tree import is_packed, takes_trees, tree_logps
 
 
@@ -69,7 +70,8 @@ def completion_logps(model: nn.Module, batch: FlatBatch) -> Tensor:
         float32 [n, T], whatever the model's dtype; 0 where a row has no token (see :func:`completion_mask`). Of a
         packed model, probes have no gradient.
     """
-    return tree_logps(model, batch) if is_packed(model) else padded_logps(model, batch)
+    with recomputed():
+        return tree_logps(model, batch) if is_packed(model) else padded_logps(model, batch)
 
 
 def pack(model: nn.Module) -> str | None:

@@ -107,21 +107,14 @@ def test_mismatches_are_uniform_over_partners() -> None:
     seed=seeds,
 )
 @law
-def test_laws_of_a_step(
-    prompt_of: list[int], batch_size: int, world_size: int, pairs: bool, seed: int
-) -> None:
+def test_laws_of_a_step(prompt_of: list[int], batch_size: int, world_size: int, pairs: bool, seed: int) -> None:
     if pairs:
         prompt_of = [p for p in prompt_of for _ in range(2)]
     whole = dataset(prompt_of, pairs=pairs, seed=seed)
-    parts = [
-        dataset(prompt_of, pairs=pairs, rank=rank, world_size=world_size, seed=seed)
-        for rank in range(world_size)
-    ]
+    parts = [dataset(prompt_of, pairs=pairs, rank=rank, world_size=world_size, seed=seed) for rank in range(world_size)]
     sampler = StepSampler(Order(len(whole), seed=seed), batch_size=batch_size, world_size=world_size)
     draw = Random(seed)  # and steps of any other sampler, with the same example several times
-    others = [
-        Step(0, k, tuple(draw.choices(range(len(whole)), k=draw.randint(world_size, 9)))) for k in range(3)
-    ]
+    others = [Step(0, k, tuple(draw.choices(range(len(whole)), k=draw.randint(world_size, 9)))) for k in range(3)]
     for step in [*sampler, *others]:
         batch = whole[step]
         rows, probes = [r for r in table(batch) if not r[3]], [r for r in table(batch) if r[3]]
@@ -148,9 +141,7 @@ def test_laws_of_a_step(
         assert Counter(row for share in shares for row in share) == Counter(table(batch))
 
 
-@given(
-    prompts=st.lists(st.integers(0, 3), min_size=2, max_size=12).filter(lambda p: len(set(p)) > 1), seed=seeds
-)
+@given(prompts=st.lists(st.integers(0, 3), min_size=2, max_size=12).filter(lambda p: len(set(p)) > 1), seed=seeds)
 @law
 def test_steps_of_one_row_take_their_probe_from_the_data_set(prompts: list[int], seed: int) -> None:
     data = dataset(prompts, seed=seed)
@@ -196,9 +187,7 @@ def test_mismatches_differ_between_epochs_steps_and_seeds() -> None:
 def test_workers_make_the_same_batches(workers: int) -> None:
     data, sampler = dataset([i // 2 for i in range(22)]), StepSampler(Order(22, seed=3), batch_size=4)
     expected = [data[step] for step in sampler]
-    loaded = list(
-        DataLoader(data, batch_size=None, sampler=sampler, num_workers=workers, collate_fn=identity)
-    )
+    loaded = list(DataLoader(data, batch_size=None, sampler=sampler, num_workers=workers, collate_fn=identity))
     assert [table(batch) for batch in loaded] == [table(batch) for batch in expected]
     for one, two in zip(loaded, expected, strict=True):
         assert [t.dtype for t in one.prompts] == [t.dtype for t in two.prompts]
@@ -231,9 +220,7 @@ def identity(batch: FlatBatch) -> FlatBatch:
     seed=seeds,
 )
 @law
-def test_laws_of_steps(
-    size: int, batch_size: int, world_size: int, shuffle: bool, drop_last: bool, seed: int
-) -> None:
+def test_laws_of_steps(size: int, batch_size: int, world_size: int, shuffle: bool, drop_last: bool, seed: int) -> None:
     def make(seed: int = seed) -> StepSampler:
         order = Order(size, seed=seed, shuffle=shuffle)
         return StepSampler(order, batch_size=batch_size, world_size=world_size, drop_last=drop_last)
@@ -344,9 +331,7 @@ def test_a_half_of_a_source_is_another_half_each_epoch() -> None:
     assert all(len(half) == 20 for half in halves)
 
 
-@given(
-    classes=st.lists(st.integers(0, 2), min_size=1, max_size=60), batch_size=st.integers(1, 9), seed=seeds
-)
+@given(classes=st.lists(st.integers(0, 2), min_size=1, max_size=60), batch_size=st.integers(1, 9), seed=seeds)
 @law
 def test_balanced_steps_have_the_classes_in_the_proportion_of_the_whole(
     classes: list[int], batch_size: int, seed: int
@@ -359,13 +344,9 @@ def test_balanced_steps_have_the_classes_in_the_proportion_of_the_whole(
             assert abs(step[number] - batch_size * count / len(classes)) < 2
 
 
-@given(
-    lengths=st.lists(st.integers(1, 500), min_size=1, max_size=80), batch_size=st.integers(1, 9), seed=seeds
-)
+@given(lengths=st.lists(st.integers(1, 500), min_size=1, max_size=80), batch_size=st.integers(1, 9), seed=seeds)
 @law
-def test_steps_grouped_by_length_are_runs_of_the_sorted_lengths(
-    lengths: list[int], batch_size: int, seed: int
-) -> None:
+def test_steps_grouped_by_length_are_runs_of_the_sorted_lengths(lengths: list[int], batch_size: int, seed: int) -> None:
     order = Order(len(lengths), seed=seed, lengths=np.array(lengths), batch_size=batch_size)(0)
     assert sorted(order) == list(range(len(lengths)))
     steps = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

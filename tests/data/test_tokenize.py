@@ -83,9 +83,7 @@ def metaspace_bpe() -> PreTrainedTokenizerBase:
 @cache
 def metaspace_unigram() -> PreTrainedTokenizerBase:
     special = ["<unk>", "</s>"]
-    trainer = trainers.UnigramTrainer(
-        vocab_size=120, special_tokens=special, unk_token="<unk>", show_progress=False
-    )
+    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=special, unk_token="<unk>", show_progress=False)
     base = _metaspace(Tokenizer(models.Unigram()), trainer)
     adds(base, last="</s>")
     return fast(base, eos_token="</s>", unk_token="<unk>")
@@ -204,9 +202,7 @@ def test_message_completion_after_a_text_prompt() -> None:
 
 
 def test_template_that_does_not_continue_its_prompt() -> None:
-    tokenizer = byte_level_tokenizer(
-        CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif")
-    )
+    tokenizer = byte_level_tokenizer(CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif"))
     with pytest.raises(ValueError, match=r"does not continue the prompt.*<think>"):
         encode_completion(tokenizer, SAY, "Yes")
 

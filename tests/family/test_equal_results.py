@@ -23,7 +23,6 @@ WAYS: dict[str, tuple[str, ...]] = {
     "one row at a time": ("--model.micro_batch_rows=1",),
     "three rows at a time": ("--model.micro_batch_rows=3",),
     "checkpointed": ("--model.policy.gradient_checkpointing=true",),
-    "selectively checkpointed": ("--model.policy.gradient_checkpointing=selective",),
     "logits by parts": (),
     "stored reference": ("--model.reference_store=true",),
 }

@@ -1,0 +1,114 @@
+"""What is made again in the backward pass, and what is added up in place, is what it was."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from run_halos import binary_data, fit, metrics
+from test_tree import MODELS, SIZE
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from halos_pl.cli import main
+from halos_pl.outcomes import FlatBatch
+from halos_pl.policy.loading import ModelError, ModelSpec
+from halos_pl.policy.logprobs import pack, padded_logps
+from halos_pl.policy.memory import recomputed, sum_embedding_gradient_in_place
+from halos_pl.policy.tree import tree_logps
+
+
+def batch() -> FlatBatch:
+    """Four rows, two of them of one prompt, and a mismatched one."""
+    draw = torch.Generator().manual_seed(0)
+    ids = [torch.randint(0, 101, (n,), generator=draw) for n in (7, 4, 5, 1, 6, 3, 4)]
+    return FlatBatch(
+        prompts=ids[:2],
+        completions=ids[2:],
+        prompt=torch.tensor([0, 0, 1, 1, 0]),
+        desirable=torch.tensor([True, False, True, False, False]),
+        rival=torch.full((5,), -1),
+        probe=torch.tensor([False, False, False, False, True]),
+    )
+
+
+def slopes(model: nn.Module, packed: bool, again: bool, autocast: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    """Log-probs and the gradient of their weighted sum."""
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext(), recomputed() if again else nullcontext():
+        logps = (tree_logps if packed else padded_logps)(model, batch())
+    (logps * torch.arange(1, 1 + logps.numel()).view_as(logps)).sum().backward()
+    return logps.detach(), {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_bit_by_bit_the_same_without_keeping_what_is_cheap(name: str, autocast: bool) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    for packed in (False, True):
+        if packed and pack(model) is not None:
+            return
+        logps, gradient = slopes(model, packed, again=False, autocast=autocast)
+        same, other = slopes(model, packed, again=True, autocast=autocast)
+        assert torch.equal(logps, same)
+        assert gradient.keys() == other.keys()
+        for key, value in gradient.items():
+            assert torch.equal(value, other[key]), key
+
+
+def test_two_fifths_less_is_kept_of_a_llama() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SIZE | {"intermediate_size": 85}))
+    kept = {}
+    for what, hooks in (("all", nullcontext()), ("less", recomputed())):
+        pointers: dict[int, int] = {}
+
+        def note(tensor: Tensor, hooks: object = hooks, pointers: dict[int, int] = pointers) -> object:
+            found = hooks.pack_hook(tensor) if isinstance(hooks, recomputed) else tensor
+            if isinstance(found, Tensor) and not any(tensor.data_ptr() == p.data_ptr() for p in model.parameters()):
+                pointers[found.data_ptr()] = found.untyped_storage().nbytes()
+            return found
+
+        with saved_tensors_hooks(note, lambda kept: kept):
+            out = model.model(input_ids=torch.arange(64)[None]).last_hidden_state  # noqa: F841  (keeps the graph)
+        kept[what] = sum(pointers.values())
+    assert kept["less"] < 0.7 * kept["all"], kept
+
+
+@pytest.mark.parametrize("name", ["llama, tied", "llama", "gpt2"])
+def test_an_embedding_that_is_the_head_has_one_gradient(name: str) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    assert pack(model) is None
+    _, wanted = slopes(model, packed=True, again=True)
+    sum_embedding_gradient_in_place(model)
+    assert model.get_input_embeddings().sparse == (name != "llama")
+    _, found = slopes(model, packed=True, again=True)
+    for key, value in wanted.items():
+        assert found[key].layout == torch.strided
+        torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-6 * float(value.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--trainer.precision=bf16-mixed",), ("--model.policy.lora.r=4",)])
+def test_compiled_layers_take_the_same_steps(options: tuple[str, ...], tiny_folder: Path, tmp_path: Path) -> None:
+    data = binary_data(tmp_path / "data.jsonl")
+    figures = {}
+    for name in ("false", "true"):
+        words = fit(tiny_folder, "kto", data, tmp_path / name, f"--model.policy.compile={name}", *options)
+        main(words)
+        figures[name] = metrics(tmp_path / name)
+    assert float(figures["true"][0]["outcome/reward"]) == 0
+    near = {"rel": 1e-3, "abs": 5e-2 if "bf16" in str(options) else 1e-5}
+    for one, other in zip(figures["false"], figures["true"], strict=True):
+        for figure in ("loss", "outcome/reward", "logps/chosen"):
+            assert float(other[figure]) == pytest.approx(float(one[figure]), nan_ok=True, **near), figure
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ModelError, match=r"C\+\+ compiler"):
+        ModelSpec("some/model", compile=True)
