@@ -238,6 +238,7 @@ class RunReport(Callback):
             "data": counts,
             "reference_rows": getattr(pl_module, "reference_rows", {}),
             "metrics": _numbers(trainer.callback_metrics),
+            "last_outcomes": list(self._last),
         }
         (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
         said = [str(name) for name in (CONFIG, LAST, SUMMARY) if (folder / name).exists()]

@@ -13,6 +13,21 @@ from halos_pl.module import HALOModule
 from halos_pl.policy.loading import load_model
 
 
+def module_of_run(run: Path) -> HALOModule:
+    """The module that a run's config describes, with no model loaded.
+
+    Raises:
+        FileNotFoundError: where there is no ``config.yaml``.
+    """
+    if not (run / CONFIG).is_file():
+        raise FileNotFoundError(f"{run / CONFIG}: no such file; {run} is not the folder of a run")
+    parser = LightningArgumentParser()
+    parser.add_lightning_class_args(HALOModule, "model")
+    config = parser.parse_object({"model": yaml.safe_load((run / CONFIG).read_text())["model"]})
+    module: HALOModule = parser.instantiate_classes(config).model
+    return module
+
+
 def load_run(run: str | Path) -> HALOModule:
     """The module of a run with its trained policy, on the CPU.
 
@@ -24,20 +39,24 @@ def load_run(run: str | Path) -> HALOModule:
         ValueError: where the checkpoint is not of that config's policy.
     """
     run = Path(run)
-    if not (run / CONFIG).is_file():
-        raise FileNotFoundError(f"{run / CONFIG}: no such file; {run} is not the folder of a run")
+    module = module_of_run(run)
     state = load_trained(run)
-    parser = LightningArgumentParser()
-    parser.add_lightning_class_args(HALOModule, "model")
-    config = parser.parse_object({"model": yaml.safe_load((run / CONFIG).read_text())["model"]})
-    module: HALOModule = parser.instantiate_classes(config).model
     module.policy = load_model(module.policy_spec)
+    put_weights(module, state, run)
+    return module
+
+
+def put_weights(module: HALOModule, state: dict[str, Any], run: Path) -> None:
+    """Gives a module, whose policy is loaded, the weights that a run has trained.
+
+    Raises:
+        ValueError: where they are not of that policy.
+    """
     missing, unexpected = module.load_state_dict(state, strict=False)
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
     if unexpected or trained & set(missing):
         names = ", ".join(sorted([*unexpected, *(trained & set(missing))])[:5])
         raise ValueError(f"{run}: the checkpoint does not fit the policy in {CONFIG} (first differences: {names})")
-    return module
 
 
 def export(run: str, folder: str, *, adapter: bool = False, overwrite: bool = False) -> None:

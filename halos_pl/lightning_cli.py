@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info
 
+from halos_pl.ablate_command import ablate, report, status
 from halos_pl.build import PARTS, choices
 from halos_pl.cache_command import clear, info
 from halos_pl.callbacks import LAST, LastCheckpoint, PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig
@@ -27,6 +28,7 @@ from halos_pl.generate import generate_file
 from halos_pl.module import HALOModule, NonFiniteLossError, check_trainer, unsupported_strategy
 from halos_pl.policy.loading import ModelError
 from halos_pl.policy.reference import ReferenceModel
+from halos_pl.study.evaluate import evaluate
 
 PLUGINS: dict[str, type] = {
     **{f"model.{name}": base for name, base in {**PARTS, "reference_model": ReferenceModel}.items()},
@@ -35,6 +37,10 @@ PLUGINS: dict[str, type] = {
 TOOLS: dict[str, Callable[..., None]] = {
     "export": export,
     "generate": generate_file,
+    "evaluate": evaluate,
+    "ablate status": status,
+    "ablate report": report,
+    "ablate": ablate,
     "data inspect": inspect_source,
     "cache info": info,
     "cache clear": clear,
@@ -85,7 +91,7 @@ class HalosCLI(LightningCLI):
     into a folder that holds a run already moves that run aside instead of writing into it.
     """
 
-    def __init__(self, args: Any = None) -> None:
+    def __init__(self, args: Any = None, *, run: bool = True) -> None:
         names = ", ".join(f"halos {name}" for name in ("check", *TOOLS))
         further = f"Further commands, each with --help: {names}."
         super().__init__(
@@ -104,7 +110,13 @@ class HalosCLI(LightningCLI):
             parser_class=HalosParser,
             auto_configure_optimizers=False,
             args=args,
+            run=run,
         )
+
+    @property
+    def _own(self) -> Any:
+        """The config of the command, or, where none is run, of what a fit would be."""
+        return self.config[self.subcommand] if self.subcommand else self.config
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", default="runs/latest", help="Folder of everything this run writes.")
@@ -114,11 +126,11 @@ class HalosCLI(LightningCLI):
         """Nothing: our checkpoints hold no hyper-parameters; ``config.yaml`` does."""
 
     def before_instantiate_classes(self) -> None:
-        config = self.config[self.subcommand]
+        config = self._own
         check_settings(config.trainer)
         run_dir = Path(config.run_dir)
         config.trainer.default_root_dir = str(run_dir)
-        if self.subcommand != "fit" and not config.get("ckpt_path") and (run_dir / LAST).is_file():
+        if self.subcommand not in ("fit", None) and not config.get("ckpt_path") and (run_dir / LAST).is_file():
             rank_zero_info(f"halos: {self.subcommand} takes {run_dir / LAST}; --ckpt_path names another one")
             config.ckpt_path = "last"
         if config.get("ckpt_path") == "last":
@@ -132,7 +144,7 @@ class HalosCLI(LightningCLI):
             raise RunError(f"--ckpt_path: {config.ckpt_path} does not exist")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        config = self.config[self.subcommand]
+        config = self._own
         given = self._get(self.config_init, "trainer")["logger"]
         if config.trainer.barebones or given is False:
             kwargs["logger"] = False

@@ -177,11 +177,11 @@ class HALOModule(LightningModule):
             self._reference.bind(self.policy, self.policy_spec, stored=self.reference_store)
             self._reference_bound = True
             if self._store is None:
-                with self._scoring():
+                with self.scoring():
                     pass
 
     @contextmanager
-    def _scoring(self) -> Iterator[nn.Module]:
+    def scoring(self) -> Iterator[nn.Module]:
         """The reference, ready for use; entered for the first time it may have to be loaded."""
         assert self.policy is not None
         with self._reference.scoring(self.policy) as model:
@@ -191,7 +191,7 @@ class HALOModule(LightningModule):
             yield model
 
     @torch.no_grad()
-    def _reference_logps(self, batch: FlatBatch) -> Tensor:
+    def reference_logps(self, batch: FlatBatch) -> Tensor:
         """Log-probs of the rows under the reference, float32 [n, T], from the store where they are there."""
         known: dict[bytes, Tensor] = {}
         names: list[bytes] = []
@@ -207,7 +207,7 @@ class HALOModule(LightningModule):
         self.reference_rows["stored"] += len(batch) - len(missing)
         if missing:
             part = batch.select(torch.tensor(missing, device=batch.prompt.device))
-            with self._scoring() as model:
+            with self.scoring() as model:
                 found = completion_logps(model, part)
             if self._store is None:
                 return found
@@ -238,13 +238,13 @@ class HALOModule(LightningModule):
         part = batch.select(index)
         width = completion_mask(batch).shape[1]
         # The reference first, before the policy's activations take up memory.
-        reference = self._reference_logps(part) if self._reference_bound else None
+        reference = self.reference_logps(part) if self._reference_bound else None
         with torch.set_grad_enabled(gradient):
             policy = completion_logps(self.policy, part)
         kl = None
         mismatched = part.probe.nonzero().squeeze(1)
         if self.objective.needs.exact_kl and len(mismatched):
-            found = completion_kl(self.policy, self._scoring(), part.select(mismatched))
+            found = completion_kl(self.policy, self.scoring(), part.select(mismatched))
             kl = torch.zeros_like(policy, requires_grad=False)
             kl[mismatched, : found.shape[1]] = found
         pad = (0, width - policy.shape[1])
@@ -501,7 +501,7 @@ class HALOModule(LightningModule):
             if self._reference_bound:
                 assert self.policy is not None
                 part = batch.select(index)
-                kl = completion_kl(self.policy, self._scoring(), part)
+                kl = completion_kl(self.policy, self.scoring(), part)
                 self._means.add(
                     {
                         "kl/sequence": (kl.sum(), kl.new_tensor(float(len(kl)))),

@@ -7,14 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from run_halos import binary_data, fit, metrics
 from test_tree import MODELS, SIZE
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import halos_pl.policy.head
 from halos_pl.cli import main
 from halos_pl.outcomes import FlatBatch
+from halos_pl.policy.head import token_logps
 from halos_pl.policy.loading import ModelError, ModelSpec
 from halos_pl.policy.logprobs import pack, padded_logps
 from halos_pl.policy.memory import recomputed, sum_embedding_gradient_in_place
@@ -112,3 +117,42 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ModelError, match=r"C\+\+ compiler"):
         ModelSpec("some/model", compile=True)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 9),
+    most=st.sampled_from([1, 60, 130, 10**6]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 2**16),
+)
+def test_log_probs_by_parts_are_those_of_the_cross_entropy(rows: int, most: int, dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    head = nn.Linear(16, 53, bias=False).to(dtype)
+    hidden = torch.randn(rows, 16).to(dtype).requires_grad_()
+    targets, weights = torch.randint(0, 53, (rows,)), torch.randn(rows)
+    found = {}
+    for name in ("parts", "whole"):
+        hidden.grad = head.weight.grad = None
+        if name == "parts":
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(halos_pl.policy.head, "LOGITS", most)
+                logps = token_logps(head, hidden, targets)
+                (logps * weights).sum().backward()
+        else:
+            logps = -F.cross_entropy(head(hidden).float(), targets, reduction="none")
+            (logps * weights).sum().backward()
+        assert logps.dtype == torch.float32
+        found[name] = (logps.detach(), hidden.grad.clone().float(), head.weight.grad.clone().float())
+    near = 1e-5 if dtype == torch.float32 else 2e-2
+    for one, other in zip(found["parts"], found["whole"], strict=True):
+        torch.testing.assert_close(one, other, rtol=near, atol=near * (1 + float(other.abs().max())))
+
+
+def test_frozen_weights_and_hidden_states_without_gradient_get_none() -> None:
+    head = nn.Linear(4, 7, bias=False).requires_grad_(False)
+    hidden = torch.randn(3, 4, requires_grad=True)
+    token_logps(head, hidden, torch.tensor([1, 2, 3])).sum().backward()
+    assert hidden.grad is not None
+    assert head.weight.grad is None
+    assert not token_logps(head, hidden.detach(), torch.tensor([1, 2, 3])).requires_grad

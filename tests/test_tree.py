@@ -36,7 +36,7 @@ from transformers import (
 
 from halos_pl.cli import main
 from halos_pl.outcomes import FlatBatch
-from halos_pl.policy import tree
+from halos_pl.policy import head, tree
 from halos_pl.policy.logprobs import completion_logps, pack, padded_logps
 from halos_pl.policy.tree import is_packed, tree_logps
 
@@ -134,11 +134,11 @@ def test_trees_equal_rows(name: str, batch: FlatBatch) -> None:
 @given(batch=batches(), logits=st.sampled_from([1, 3 * V, 7 * V + 1]))
 @settings(max_examples=20, deadline=None, derandomize=True)
 def test_log_probs_by_parts_equal_those_at_once(batch: FlatBatch, logits: int) -> None:
-    before, tree.LOGITS = tree.LOGITS, logits
+    before, head.LOGITS = head.LOGITS, logits
     try:
         assert_equal(model("llama"), batch)
     finally:
-        tree.LOGITS = before
+        head.LOGITS = before
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma"])

@@ -12,7 +12,6 @@ that the pass with gradient has left of their prompts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,15 +19,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from halos_pl.outcomes import FlatBatch
+from halos_pl.policy.head import token_logps
 
 NAME = "halos_tree"
-LOGITS = 1 << 26  # at most so many logits are in memory at a time (256 MB in float32)
 
 
 @dataclass(frozen=True)
@@ -183,24 +181,6 @@ def _hidden(model: nn.Module, run: _Pass, forest: Forest) -> Tensor:
     return decoder(**inputs, forest=forest).last_hidden_state[0]  # type: ignore[no-any-return]
 
 
-def _logps(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    """log p of each target, float32 [m], from the hidden states [m, size] that predict them."""
-    _, head = parts(model)
-
-    def part(h: Tensor, t: Tensor) -> Tensor:
-        return -F.cross_entropy(head(h).float(), t, reduction="none")
-
-    vocabulary = head.weight.shape[0]
-    rows = max(1, LOGITS // vocabulary)
-    if len(targets) <= rows:
-        return part(hidden, targets)
-    # Each part's logits are made again in the backward pass, so that one part's are in memory at a time. Parts of equal
-    # size: a last one of a single row would be multiplied by another kernel, which may round in another way.
-    count = math.ceil(len(targets) / rows)
-    both = zip(hidden.tensor_split(count), targets.tensor_split(count), strict=True)
-    return torch.cat([checkpoint(part, h, t, use_reentrant=False) for h, t in both])
-
-
 def tree_logps(model: nn.Module, batch: FlatBatch) -> Tensor:
     """Log-probs of the completion tokens under ``model``, as ``completion_logps`` gives them; probes without gradient.
 
@@ -246,7 +226,7 @@ def tree_logps(model: nn.Module, batch: FlatBatch) -> Tensor:
                 if length:
                     predicting.append(hidden[start : start + length])  # type: ignore[index]
             targets = torch.cat([batch.completions[i] for i, *_ in places])
-            found = _logps(model, torch.cat(predicting), targets)
+            found = token_logps(parts(model)[1], torch.cat(predicting), targets)
         if more:
             last |= {p: hidden[end][None].detach() for p, end in ends.items()}  # type: ignore[index]
         index = torch.cat([torch.full((lengths[i],), i) for i, *_ in places]).to(out.device)

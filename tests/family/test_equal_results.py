@@ -11,8 +11,8 @@ import torch
 import yaml
 from family_runs import FILES, FOLDER, Recorded, run, write_data
 
+from halos_pl.policy import head
 from halos_pl.policy import reference as references
-from halos_pl.policy import tree
 
 STEPS = 3
 # Differences stay as small as they are: AdamW would divide what is only rounding by its own size.
@@ -75,7 +75,7 @@ def test_a_step_is_the_same(
     wanted = plain(objective)
     monkeypatch.setenv("HALOS_CACHE", str(tmp_path / "cache"))
     if way == "logits by parts":
-        monkeypatch.setattr(tree, "LOGITS", 3000)  # some eight rows of the tiny vocabulary at a time
+        monkeypatch.setattr(head, "LOGITS", 3000)  # some eight rows of the tiny vocabulary at a time
     if way == "stored reference":  # by an earlier run, which came by in another order
         run(objective, tiny_folder, data, tmp_path / "earlier", *SGD, *WAYS[way], "--data.seed=2", steps=STEPS)
     found = run(objective, tiny_folder, data, tmp_path / "run", *SGD, *WAYS[way], steps=STEPS)

@@ -1,0 +1,72 @@
+"""``halos ablate``: carries out a study, says how far it is, and writes its report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from halos_pl.study.execute import PLAN, STUDY, _environment, claim, execute, failure, show_plan, state, timed_step
+from halos_pl.study.plan import StudyError, check, load_study
+from halos_pl.study.report import write_report
+from halos_pl.study.results import Results
+
+
+def ablate(study: str, *, out: str | None = None, jobs: int = 1, keep_checkpoints: bool = False) -> None:
+    """Carry out a study: train and measure every arm with every seed, and write a report. Goes on where it was.
+
+    Args:
+        study: the study's YAML file.
+        out: folder of everything it writes; default: runs/ and the file's name.
+        jobs: runs at a time; they share the processor's cores.
+        keep_checkpoints: keep each run's last checkpoint when it has been measured.
+    """
+    if jobs < 1:
+        raise StudyError(f"--jobs is {jobs}; it must be at least 1")
+    plan = load_study(study)
+    folder = Path(out) if out else Path("runs") / plan.path.stem
+    checked = check(plan)
+    claim(plan, folder, {name: arm.digest for name, arm in checked.items()})
+    runs = plan.runs(folder)
+    if not all(run.done for run in runs):
+        step, start = timed_step(plan, folder, _environment(jobs))
+        show_plan(plan, checked, runs, step, start, jobs)
+    failed = execute(plan, folder, jobs, keep_checkpoints)
+    results = Results(plan, folder)
+    print(f"\n{results.headline()}\nhalos: the report is {write_report(results)}, and report.md beside it")
+    if failed:
+        raise StudyError(f"{len(failed)} of {len(runs)} runs have failed; halos ablate status {folder} says why")
+
+
+def _study_of(folder: str) -> Results:
+    path = Path(folder)
+    if not (path / PLAN).is_file():
+        raise StudyError(f"{folder} is not the folder of a study: it holds no {PLAN}")
+    return Results(load_study(path / STUDY), path)
+
+
+def status(folder: str) -> None:
+    """Say how far a study is.
+
+    Args:
+        folder: the study's folder.
+    """
+    results = _study_of(folder)
+    table = Table(title=f"{folder}: {len(results.done)} of {len(results.runs)} runs done", title_justify="left")
+    for column in ("run", "state", "why"):
+        table.add_column(column, overflow="fold")
+    for run in results.runs:
+        how = state(run)
+        table.add_row(str(run.folder), how, failure(run)["error"] if how == "failed" else "")
+    Console().print(table)
+
+
+def report(folder: str) -> None:
+    """Write the report of a study, finished or not, anew.
+
+    Args:
+        folder: the study's folder.
+    """
+    results = _study_of(folder)
+    print(f"{results.headline()}\nhalos: the report is {write_report(results)}, and report.md beside it")

@@ -1,0 +1,101 @@
+"""Log-probs of tokens from hidden states, a few rows of logits at a time: memory does not grow with the vocabulary."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+LOGITS = 1 << 23  # at most so many logits are in memory at a time (32 MB in float32)
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """float32 [m, V]; the product itself in the dtype of both."""
+    return (hidden @ weight.t()).float()
+
+
+class _LogProbs(torch.autograd.Function):
+    """log softmax(h W')[target] by parts, whose logits are made again in the backward pass and then overwritten.
+
+    With p the softmax of a row and g the gradient of its log-prob, the gradient of its logits is g (onehot - p).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, parts: int) -> Tensor:  # type: ignore[override]
+        found, sums = [], []
+        cast = weight.to(dtype)
+        for h, t in zip(hidden.to(dtype).tensor_split(parts), targets.tensor_split(parts), strict=True):
+            logits = _logits(h, cast)
+            sums.append(logits.logsumexp(dim=1))
+            found.append(logits.gather(1, t[:, None]).squeeze(1) - sums[-1])
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(sums))
+        ctx.dtype, ctx.parts = dtype, parts
+        return torch.cat(found)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        hidden, weight, targets, sums = ctx.saved_tensors
+        dtype, parts = ctx.dtype, ctx.parts
+        into_hidden, into_weight = ctx.needs_input_grad[:2]
+        cast, given = weight.to(dtype), hidden.to(dtype)
+        # Of a single part the product is the gradient itself; several are added up in float32.
+        total: Tensor | None = None
+        slopes = []
+        split = [x.tensor_split(parts) for x in (given, targets, sums, gradient.float())]
+        for h, t, s, g in zip(*split, strict=True):
+            logits = _logits(h, cast)
+            slope = logits.sub_(s[:, None]).exp_().mul_(-g[:, None])
+            slope.scatter_add_(1, t[:, None], g[:, None])
+            slope = slope.to(dtype)
+            if into_hidden:
+                slopes.append(slope @ cast)
+            if into_weight:
+                own = slope.t()
+                if total is None:
+                    total = (own @ h).float() if parts > 1 else own @ h
+                elif dtype == torch.float32:
+                    total.addmm_(own, h)
+                else:
+                    total += own @ h
+        return (
+            torch.cat(slopes).to(hidden.dtype) if into_hidden else None,
+            total.to(weight.dtype) if total is not None else None,
+            None,
+            None,
+            None,
+        )
+
+
+def token_logps(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """log p of each target.
+
+    Args:
+        head: from hidden states to logits: a linear layer, or any other module.
+        hidden: [m, size], what each target is predicted from.
+        targets: LongTensor [m].
+
+    Returns:
+        float32 [m].
+    """
+    vocabulary = head.weight.shape[0]
+    parts = max(1, math.ceil(len(targets) * vocabulary / LOGITS))
+    plain = type(head) is nn.Linear and head.bias is None and not head._forward_hooks and not head._forward_pre_hooks
+    if plain:
+        device = hidden.device.type
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else torch.promote_types(hidden.dtype, head.weight.dtype)
+        with torch.autocast(device, enabled=False):
+            return _LogProbs.apply(hidden, head.weight, targets, dtype, parts)  # type: ignore[no-any-return]
+
+    def part(h: Tensor, t: Tensor) -> Tensor:
+        return -F.cross_entropy(head(h).float(), t, reduction="none")
+
+    if parts == 1:
+        return part(hidden, targets)
+    # Parts of equal size: a last one of a single row would be multiplied by another kernel, which may round otherwise.
+    both = zip(hidden.tensor_split(parts), targets.tensor_split(parts), strict=True)
+    return torch.cat([checkpoint(part, h, t, use_reentrant=False) for h, t in both])  # type: ignore[misc]

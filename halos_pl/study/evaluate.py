@@ -1,0 +1,259 @@
+"""What a finished run is worth on held-out data, example by example, so that runs can be compared pair by pair."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Trainer
+
+from halos_pl.callbacks import load_trained
+from halos_pl.data import DataError, FeedbackDataModule
+from halos_pl.export import module_of_run, put_weights
+from halos_pl.feedback import Binary
+from halos_pl.generate import Sample, generate, read_prompts
+from halos_pl.module import HALOModule
+from halos_pl.outcomes import FlatBatch
+from halos_pl.policy.logprobs import completion_kl, completion_logps
+from halos_pl.reference_points import Zero
+from halos_pl.rewards import LogRatio
+from value_functions import Logistic
+
+FILE = "evaluation.json"
+ROWS = "held_out.jsonl"
+ANSWERS = "answers.jsonl"
+
+#: What is measured on each held-out pair, row or prompt; what it is the mean of, and where more is better.
+METRICS: dict[str, tuple[str, str, bool | None]] = {
+    "reward_accuracy": ("pairs", "share of pairs whose chosen completion has the higher reward", True),
+    "reward_margin": ("pairs", "reward of the chosen less that of the rejected completion, nats", True),
+    "brier": ("pairs", "squared error of sigmoid(beta * margin) as the probability that the chosen one wins", False),
+    "reward_auroc": ("rows", "share of undesirable rows with a lower reward than a desirable one", True),
+    "nll_desirable": ("rows", "negative log-prob of desirable completions, nats per token", False),
+    "nll_undesirable": ("rows", "negative log-prob of undesirable completions, nats per token", None),
+    "kl_held_out": ("rows", "KL from the reference along held-out completions, nats, exact at each token", None),
+    "kl": ("prompts", "KL from the reference along the policy's own answers, nats, exact at each token", None),
+    "length": ("prompts", "tokens of the answers", None),
+    "finished": ("prompts", "share of answers that the model ended by itself", None),
+    "rule": ("prompts", "share of answers that meet the rule", True),
+    "judge": (
+        "prompts",
+        "share of answers that the judge prefers to the reference model's, a draw counting half",
+        True,
+    ),
+}
+
+
+class Evaluation(HALOModule):
+    """Measures each held-out row under the policy of a run and under the model that it started from."""
+
+    @torch.no_grad()
+    def predict_step(self, batch: FlatBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """One record for each row: log-probs under both models and the KL divergence between them, in nats."""
+        assert self.policy is not None
+        policy = completion_logps(self.policy, batch).sum(dim=1).tolist()
+        reference = self.reference_logps(batch).sum(dim=1).tolist()
+        kl = completion_kl(self.policy, self.scoring(), batch).sum(dim=1).tolist()
+        first = [min(i, rival) if rival >= 0 else i for i, rival in enumerate(batch.rival.tolist())]
+        return [
+            {
+                "row": batch.row_ids[i],
+                "pair": batch.row_ids[first[i]] if batch.rival[i] >= 0 else None,
+                "desirable": bool(batch.desirable[i]),
+                "tokens": len(batch.completions[i]),
+                "policy_logp": policy[i],
+                "reference_logp": reference[i],
+                "kl": kl[i],
+            }
+            for i in range(len(batch))
+        ]
+
+
+def _prepared(run: Path) -> Evaluation:
+    """The evaluation of a run: the reference is what the policy was before, the policy has its trained weights."""
+    of_run = module_of_run(run)
+    state = load_trained(run)
+    module = Evaluation(
+        of_run.policy_spec,
+        reward=LogRatio(),
+        reference_point=Zero(),
+        value_function=Logistic(beta=1.0),
+        feedback=Binary(),
+        undesirable="reflect",
+        packing=of_run.packing,  # type: ignore[arg-type]
+        reference_store=True,
+    )
+    module.trainer = Trainer(logger=False, enable_checkpointing=False, enable_model_summary=False)
+    module.configure_model()
+    put_weights(module, {k: v for k, v in state.items() if k.startswith("policy.")}, run)
+    return module
+
+
+def _of_pairs(records: list[dict[str, Any]], beta: float) -> dict[str, dict[str, float]]:
+    rewards: dict[str, dict[bool, float]] = defaultdict(dict)
+    for record in records:
+        if record["pair"] is not None:
+            rewards[record["pair"]][record["desirable"]] = record["policy_logp"] - record["reference_logp"]
+    margins = {pair: both[True] - both[False] for pair, both in rewards.items() if len(both) == 2}
+    return {
+        "reward_accuracy": {pair: float(m > 0) + 0.5 * (m == 0) for pair, m in margins.items()},
+        "reward_margin": margins,
+        "brier": {pair: (1 - 1 / (1 + float(np.exp(-beta * m)))) ** 2 for pair, m in margins.items()},
+    }
+
+
+def _of_rows(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    reward = {r["row"]: r["policy_logp"] - r["reference_logp"] for r in records}
+    low = np.sort([reward[r["row"]] for r in records if not r["desirable"]])
+    nll = {r["row"]: -r["policy_logp"] / r["tokens"] for r in records}
+    found = {
+        "nll_desirable": {r["row"]: nll[r["row"]] for r in records if r["desirable"]},
+        "nll_undesirable": {r["row"]: nll[r["row"]] for r in records if not r["desirable"]},
+        "kl_held_out": {r["row"]: r["kl"] for r in records},
+    }
+    if len(low):
+        # Of each desirable row: how many undesirable ones lie below it. Their mean is the area under the ROC curve.
+        places = {name: np.searchsorted(low, reward[name], side="left") for name in found["nll_desirable"]}
+        upto = {name: np.searchsorted(low, reward[name], side="right") for name in places}
+        found["reward_auroc"] = {name: float(places[name] + upto[name]) / 2 / len(low) for name in places}
+    return found
+
+
+def function_of(place: str) -> Callable[..., Any]:
+    """The function named ``path/to/file.py:name``; the file's code is executed.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    path, _, name = place.rpartition(":")
+    if not path or not Path(path).is_file():
+        raise ValueError(f"{place!r}: no such file; a rule or judge is named path/to/file.py:function")
+    spec = importlib.util.spec_from_file_location(f"study_{Path(path).stem}", path)
+    assert spec is not None and spec.loader is not None  # noqa: PT018
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(found := getattr(module, name, None)):
+        raise ValueError(f"{place!r}: {path} has no function {name!r}")
+    return found  # type: ignore[no-any-return]
+
+
+def _kl(module: Evaluation, samples: list[Sample], size: int) -> Iterator[float]:
+    """KL(policy || reference) summed over each answer's tokens, nats."""
+    assert module.policy is not None
+    for at in range(0, len(samples), size):
+        some = samples[at : at + size]
+        n = len(some)
+        batch = FlatBatch(
+            prompts=[torch.tensor(s.prompt_ids) for s in some],
+            completions=[torch.tensor(s.completion_ids) for s in some],
+            prompt=torch.arange(n),
+            desirable=torch.ones(n, dtype=torch.bool),
+            rival=torch.full((n,), -1),
+            probe=torch.zeros(n, dtype=torch.bool),
+        ).to(next(module.policy.parameters()).device)
+        yield from completion_kl(module.policy, module.scoring(), batch).sum(dim=1).tolist()
+
+
+def evaluate(
+    run: str,
+    *,
+    held_out: list[str] | None = None,
+    prompts: str | None = None,
+    rule: str | None = None,
+    judge: str | None = None,
+    chat: bool = True,
+    beta: float = 0.1,
+    max_length: int = 1024,
+    max_new_tokens: int = 64,
+    temperature: float = 0.7,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> None:
+    """Measure a run's policy on held-out data, example by example; the code of rule and judge is executed.
+
+    Args:
+        run: the run's folder, where evaluation.json, held_out.jsonl and answers.jsonl are written.
+        held_out: sources of held-out feedback.
+        prompts: a .txt file or JSON lines with "prompt": the policy answers each of them.
+        rule: path/to/file.py:function(answer, finished) -> bool, which an answer meets or not.
+        judge: path/to/file.py:function(prompt, answer, other) -> 1 where it prefers the answer, 0 where the other
+            one, which the model gave before it was trained, 0.5 for a draw.
+        chat: take a text prompt as a user's message where the tokenizer has a chat template.
+        beta: 1 / nats, of the Brier score.
+        max_length: tokens of held-out prompt and completion together.
+        max_new_tokens: the most tokens of an answer.
+        temperature: of the sampling.
+        batch_size: rows or answers at a time.
+        seed: of the sampling.
+    """
+    folder = Path(run)
+    if not held_out and not prompts:
+        raise DataError("nothing to measure: name --held_out feedback, --prompts, or both")
+    if (rule or judge) and not prompts:
+        raise DataError("--rule and --judge look at answers: name --prompts as well")
+    chosen = {name: function_of(place) for name, place in (("rule", rule), ("judge", judge)) if place}
+    module = _prepared(folder)
+    values: dict[str, dict[str, float]] = {}
+    if held_out:
+        data = FeedbackDataModule(predict=list(held_out), batch_size=batch_size, max_length=max_length)
+        batches: Any = module.trainer.predict(module, datamodule=data)
+        records = [record for batch in batches for record in batch]
+        (folder / ROWS).write_text("".join(json.dumps(record) + "\n" for record in records))
+        values |= _of_pairs(records, beta) | _of_rows(records)
+    if prompts:
+        module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        values |= _of_answers(module, folder, Path(prompts), chosen, chat, batch_size, sampling)
+    kept = {name: found for name, found in values.items() if found}
+    beside = (folder / FILE).with_suffix(".part")
+    beside.write_text(json.dumps(kept) + "\n")
+    os.replace(beside, folder / FILE)
+    for name, found in kept.items():
+        print(f"halos: {name} {np.mean(list(found.values())):.4g} (n = {len(found)} {METRICS[name][0]})")
+
+
+def _of_answers(
+    module: Evaluation,
+    folder: Path,
+    prompts: Path,
+    chosen: dict[str, Callable[..., Any]],
+    chat: bool,
+    batch_size: int,
+    sampling: dict[str, Any],
+) -> dict[str, dict[str, float]]:
+    """Metrics of the answers that the policy gives to prompts."""
+    read = read_prompts(prompts)
+    as_chat = chat and module.tokenizer.chat_template is not None
+    asked: list[Any] = [[{"role": "user", "content": p}] if as_chat and isinstance(p, str) else p for p in read]
+
+    def answers(model: Any) -> list[Sample]:
+        found = generate(model, module.tokenizer, asked, batch_size=batch_size, progress=False, **sampling)
+        return [samples[0] for samples in found]
+
+    samples = answers(module.policy)
+    columns: dict[str, list[float]] = {
+        "kl": list(_kl(module, samples, batch_size)),
+        "length": [float(len(s.completion_ids)) for s in samples],
+        "finished": [float(s.finished) for s in samples],
+    }
+    if "rule" in chosen:
+        columns["rule"] = [float(bool(chosen["rule"](s.text, s.finished))) for s in samples]
+    if "judge" in chosen:
+        with module.scoring() as before:
+            others = answers(before)
+        texts = [p if isinstance(p, str) else p[-1]["content"] for p in read]
+        both = zip(texts, samples, others, strict=True)
+        columns["judge"] = [float(chosen["judge"](prompt, s.text, o.text)) for prompt, s, o in both]
+    names = [f"{prompts.name}:{i + 1}" for i in range(len(read))]
+    with (folder / ANSWERS).open("w") as file:
+        for name, prompt, sample in zip(names, read, samples, strict=True):
+            record = {"row": name, "prompt": prompt, "answer": sample.text, "finished": sample.finished}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    return {metric: dict(zip(names, found, strict=True)) for metric, found in columns.items()}

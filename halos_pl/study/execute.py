@@ -1,0 +1,210 @@
+"""Carries out a study: one process a run, each of which anyone can start by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from halos_pl.callbacks import LAST, SUMMARY
+from halos_pl.study.plan import Checked, Run, Study, StudyError, command
+
+STUDY = "study.yaml"
+FAILED = "failed.json"
+LOG = "log.txt"
+PLAN = "plan.json"
+TIMED = "timed_step"
+
+
+def _process(words: list[str], log: Path, env: Mapping[str, str]) -> int:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file:
+        file.write(f"$ {command(words)}\n")
+        file.flush()
+        return subprocess.run(
+            [sys.executable, "-m", "halos_pl", *words], stdout=file, stderr=subprocess.STDOUT, env=env
+        ).returncode
+
+
+def _last_words(log: Path) -> str:
+    """The line that says why a command has failed."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    said = [line for line in lines if line.startswith("halos") and ("Error" in line or "error" in line)]
+    return (said or lines or ["it said nothing"])[-1][:500]
+
+
+def execute_run(run: Run, study: Study, env: Mapping[str, str], keep_checkpoints: bool = False) -> str | None:
+    """Trains and measures one run, from where an earlier attempt has left it; why it failed, None if it has not.
+
+    ``log.txt`` of its folder's neighbour holds what the commands have said. A folder is a run's own: ``halos fit`` moves
+    aside what it finds there, so the log is kept outside until the run has begun.
+    """
+    log = run.folder.with_name(f"{run.folder.name}.{LOG}")
+    mark = run.folder.with_name(f"{run.folder.name}.{FAILED}")
+    mark.unlink(missing_ok=True)
+    steps = []
+    if not (run.folder / SUMMARY).is_file():
+        begun = (run.folder / LAST).is_file()
+        steps.append([*run.fit, *(["--ckpt_path=last"] if begun else [])])
+    steps.append(study.evaluation(run))
+    for words in steps:
+        if _process(words, log, env):
+            why = _last_words(log)
+            mark.write_text(json.dumps({"command": command(words), "error": why}) + "\n")
+            return why
+    if not keep_checkpoints:
+        (run.folder / LAST).unlink(missing_ok=True)
+    return None
+
+
+def state(run: Run) -> str:
+    """``done``, ``failed``, ``begun`` or ``waiting``."""
+    if run.done:
+        return "done"
+    if run.folder.with_name(f"{run.folder.name}.{FAILED}").is_file():
+        return "failed"
+    return "begun" if run.folder.is_dir() else "waiting"
+
+
+def failure(run: Run) -> dict[str, str]:
+    """The command that failed and what it said."""
+    found: dict[str, str] = json.loads(run.folder.with_name(f"{run.folder.name}.{FAILED}").read_text())
+    return found
+
+
+def claim(study: Study, out: Path, digests: Mapping[str, str]) -> None:
+    """Makes ``out`` the folder of this study.
+
+    Raises:
+        StudyError: where it is another one's.
+    """
+    plan = {"digests": dict(digests), "seeds": list(study.seeds), "evaluate": dict(study.evaluate)}
+    known = out / PLAN
+    if known.is_file():
+        before = json.loads(known.read_text())
+        changed = [
+            name
+            for name in sorted(before["digests"].keys() | digests.keys())
+            if name in before["digests"] and name in digests and before["digests"][name] != digests[name]
+        ]
+        if changed or before["evaluate"] != plan["evaluate"]:
+            what = f"arm {changed[0]!r} had another config" if changed else "runs were measured in another way"
+            raise StudyError(
+                f"{out} holds the results of another study ({what}); name another folder with --out, or remove it"
+            )
+    elif out.is_dir() and any(out.iterdir()):
+        raise StudyError(f"{out} is not empty and holds no study; name another folder with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    known.write_text(json.dumps(plan, indent=2) + "\n")
+    (out / STUDY).write_text(study.text)
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _environment(jobs: int) -> dict[str, str]:
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    return {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+
+
+def timed_step(study: Study, out: Path, env: Mapping[str, str]) -> tuple[float, float]:
+    """Seconds of a step and of starting a run, from two steps of the first arm.
+
+    Raises:
+        StudyError: where they fail.
+    """
+    folder = out / TIMED
+    words = [*study.arms[0].words(folder, study.seeds[0]), "--trainer.max_steps=2"]
+    log = out / f"{TIMED}.{LOG}"
+    start = time.monotonic()
+    if _process(words, log, env):
+        raise StudyError(f"{study.path}: two steps of arm {study.arms[0].name!r} fail: {_last_words(log)}")
+    whole = time.monotonic() - start
+    training = json.loads((folder / SUMMARY).read_text())["wall_seconds"]
+    (folder / LAST).unlink(missing_ok=True)
+    return training / 2, whole - training
+
+
+def show_plan(
+    study: Study, checked: Mapping[str, Checked], runs: list[Run], step: float, start: float, jobs: int
+) -> None:
+    """The arms, their commands, and how long all of it may take."""
+    console = Console()
+    table = Table(title=f"{study.path}: {len(study.arms)} arms x {len(study.seeds)} seeds", title_justify="left")
+    for column in ("arm", "steps", "command of its first run"):
+        table.add_column(column, overflow="fold")
+    for arm in study.arms:
+        first = next(run for run in runs if run.arm is arm)
+        table.add_row(arm.name, str(checked[arm.name].steps), command(first.fit))
+    console.print(table)
+    left = [run for run in runs if not run.done]
+    seconds = sum(start + step * checked[run.arm.name].steps for run in left) / max(1, min(jobs, len(left)))
+    said = f"{len(runs)} runs, {len(runs) - len(left)} done already; a step takes {step:.2g} s, a start {start:.0f} s"
+    console.print(f"{said}: about {_seconds(seconds)} with {jobs} at a time, without measuring.", highlight=False)
+
+
+def execute(
+    study: Study, out: Path, jobs: int, keep_checkpoints: bool, tell: Callable[[str], None] = print
+) -> dict[str, str]:
+    """Carries out what is not done yet; a run that fails does not stop the others.
+
+    Returns:
+        why, by the folder of each run that has failed.
+    """
+    runs = [run for run in study.runs(out) if not run.done]
+    failed: dict[str, str] = {}
+    if study.cluster is not None:
+        return _on_cluster(study, out, runs, keep_checkpoints, tell)
+    env, lock, began = _environment(jobs), threading.Lock(), time.monotonic()
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = {pool.submit(execute_run, run, study, env, keep_checkpoints): run for run in runs}
+        try:
+            for number, future in enumerate(as_completed(waiting), start=1):
+                run, why = waiting[future], future.result()
+                if why:
+                    failed[str(run.folder)] = why
+                with lock:
+                    spent = time.monotonic() - began
+                    rest = (
+                        f", about {_seconds(spent / number * (len(runs) - number))} left" if number < len(runs) else ""
+                    )
+                    tell(f"[{number}/{len(runs)}] {run.folder}: {f'failed: {why}' if why else 'done'}{rest}")
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return failed
+
+
+def _on_cluster(
+    study: Study, out: Path, runs: list[Run], keep_checkpoints: bool, tell: Callable[[str], None]
+) -> dict[str, str]:
+    """Hands each run to submitit, which knows SLURM, and waits."""
+    try:
+        import submitit
+    except ImportError as error:
+        raise StudyError(f"{study.path}: cluster needs submitit: pip install submitit") from error
+    given: dict[str, Any] = dict(study.cluster or {})
+    executor = submitit.AutoExecutor(folder=out / "cluster", cluster=given.pop("cluster", None))
+    executor.update_parameters(**given)
+    tasks = [(run, executor.submit(execute_run, run, study, dict(os.environ), keep_checkpoints)) for run in runs]
+    failed = {}
+    for number, (run, task) in enumerate(tasks, start=1):
+        try:
+            why = task.result()
+        except Exception as error:  # of the cluster's: out of memory, out of time
+            why = f"{type(error).__name__}: {error}"
+        if why:
+            failed[str(run.folder)] = why
+        tell(f"[{number}/{len(runs)}] {run.folder}: {f'failed: {why}' if why else 'done'}")
+    return failed

@@ -1,0 +1,386 @@
+"""A study: which arms, which seeds, what is measured; and everything that can be found wrong with it beforehand."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import random
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from halos_pl.study.evaluate import FILE, METRICS, function_of
+
+KEYS = ("configs", "options", "arms", "axes", "sample", "seeds", "evaluate", "metrics", "baseline", "cluster", "note")
+EVALUATE = ("held_out", "prompts", "rule", "judge", "chat", "beta", "max_length", "max_new_tokens", "temperature")
+EVALUATE += ("batch_size", "seed")
+OBJECTIVE = "objective"
+
+
+class StudyError(ValueError):
+    """A study that cannot be run as it is; the message names file, line and what to do."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training.
+
+    Attributes:
+        name: for people, and with other characters replaced the name of its folder.
+        configs: config files, in order; later ones win.
+        options: dotted keys of ``halos fit`` with their values; they win over the files.
+        line: where the study file names it.
+    """
+
+    name: str
+    configs: tuple[str, ...]
+    options: Mapping[str, Any] = field(hash=False)
+    line: int
+
+    @property
+    def folder(self) -> str:
+        return re.sub(r"[^A-Za-z0-9._=-]+", "_", self.name).strip("_") or "arm"
+
+    def words(self, run_dir: Path | str, seed: int) -> list[str]:
+        """The command, to be put behind ``halos``."""
+        words = ["fit", *(f"--config={path}" for path in self.configs)]
+        for key, value in self.options.items():
+            text = value if isinstance(value, str) else json.dumps(value)
+            words.append(f"--{key}={text}")
+        return [*words, f"--seed_everything={seed}", f"--run_dir={run_dir}"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed.
+
+    Attributes:
+        arm, seed: which.
+        folder: everything of it, as of any run of ``halos fit``.
+    """
+
+    arm: Arm
+    seed: int
+    folder: Path
+
+    @property
+    def fit(self) -> list[str]:
+        return self.arm.words(self.folder, self.seed)
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / FILE).is_file()
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study file says.
+
+    Attributes:
+        path: the file.
+        arms: in order; the first is the baseline unless the file names another.
+        seeds: of each arm.
+        evaluate: arguments of ``halos evaluate``, but for the run.
+        metrics: which of them the report compares, in order.
+        baseline: name of the arm that the others are compared with.
+        cluster: parameters of submitit, None for processes of this machine.
+        note: what the study asks, for the report.
+    """
+
+    path: Path
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    evaluate: Mapping[str, Any]
+    metrics: tuple[str, ...]
+    baseline: str
+    cluster: Mapping[str, Any] | None = None
+    note: str = ""
+
+    @property
+    def text(self) -> str:
+        return self.path.read_text()
+
+    def runs(self, out: Path) -> list[Run]:
+        """Every arm with every seed; seed by seed, so that a study that is cut off has whole rounds of arms."""
+        return [Run(arm, seed, out / arm.folder / f"seed-{seed}") for seed in self.seeds for arm in self.arms]
+
+    def evaluation(self, run: Run) -> list[str]:
+        """The command that measures a run, to be put behind ``halos``."""
+        words = ["evaluate", str(run.folder)]
+        for key, value in self.evaluate.items():
+            words.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
+        return words
+
+
+def command(words: list[str]) -> str:
+    """What a person types to do the same."""
+    return f"halos {shlex.join(words)}"
+
+
+def _places(node: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], int]]:
+    """Line of each key and list item of a composed YAML document, by its path."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield (*at, key.value), key.start_mark.line + 1
+            yield from _places(value, (*at, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            yield (*at, i), item.start_mark.line + 1
+            yield from _places(item, (*at, i))
+
+
+class _Reader:
+    """Reads one study file; every fault names its line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            text = path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise StudyError(f"{path} cannot be read: {error}") from error
+        try:
+            content = yaml.safe_load(text)
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.YAMLError as error:
+            raise StudyError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(content, dict):
+            raise StudyError(f"{path}: a study is a mapping with the keys {', '.join(KEYS)}")
+        self.content: dict[str, Any] = content
+        self.lines = {tuple(map(str, place)): line for place, line in _places(node)}
+
+    def fault(self, message: str, *place: Any) -> StudyError:
+        """An error at the innermost place that has a line."""
+        names = tuple(map(str, place))
+        while names and names not in self.lines:
+            names = names[:-1]
+        return StudyError(f"{self.path}:{self.lines.get(names, 1)}: {message}")
+
+    def get(self, key: str, kind: type, default: Any) -> Any:
+        value = self.content.get(key, default)
+        if value is not default and not isinstance(value, kind):
+            names = {list: "a list", dict: "a mapping", str: "a text"}
+            raise self.fault(f"{key} is {value!r}; it must be {names[kind]}", key)
+        return value
+
+    def study(self) -> Study:
+        for key in self.content:
+            if key not in KEYS:
+                raise self.fault(f"unknown key {key!r}; a study has {', '.join(KEYS)}", key)
+        configs = tuple(self.get("configs", list, []))
+        options = self.get("options", dict, {})
+        arms = [
+            Arm(name, (*configs, *files), {**options, **own}, self.lines[tuple(map(str, place))])
+            for name, files, own, place in self._crossed()
+        ]
+        if not arms:
+            raise self.fault("no arm: the grid is empty; name arms, axes with values, or both", "axes")
+        taken: dict[str, Arm] = {}
+        for arm in arms:
+            if arm.folder in taken:
+                raise StudyError(f"{self.path}:{arm.line}: two arms are called {arm.folder!r}; give one another name")
+            taken[arm.folder] = arm
+        seeds = self.get("seeds", list, [0])
+        if not seeds or any(not isinstance(seed, int) or isinstance(seed, bool) or seed < 0 for seed in seeds):
+            raise self.fault(f"seeds is {seeds}; it takes a list of whole numbers from 0", "seeds")
+        if len(set(seeds)) < len(seeds):
+            raise self.fault(f"seeds is {seeds}: a seed is named twice", "seeds")
+        evaluate = self.get("evaluate", dict, {})
+        for key in evaluate:
+            if key not in EVALUATE:
+                raise self.fault(f"unknown key {key!r} of evaluate; it takes {', '.join(EVALUATE)}", "evaluate", key)
+        baseline = self.get("baseline", str, arms[0].name)
+        if baseline not in [arm.name for arm in arms]:
+            raise self.fault(
+                f"baseline {baseline!r} is no arm; the arms are {', '.join(a.name for a in arms)}", "baseline"
+            )
+        return Study(
+            path=self.path,
+            arms=tuple(arms),
+            seeds=tuple(seeds),
+            evaluate=evaluate,
+            metrics=self._metrics(evaluate),
+            baseline=baseline,
+            cluster=self.get("cluster", dict, None),
+            note=self.get("note", str, ""),
+        )
+
+    def _metrics(self, evaluate: Mapping[str, Any]) -> tuple[str, ...]:
+        metrics = self.get("metrics", list, [])
+        if not metrics:
+            raise self.fault(f"no metrics; choose from {', '.join(METRICS)}", "metrics")
+        for i, metric in enumerate(metrics):
+            if metric not in METRICS:
+                raise self.fault(f"unknown metric {metric!r}; choose from {', '.join(METRICS)}", "metrics", i)
+            unit = METRICS[metric][0]
+            lacks = "prompts" if unit == "prompts" else "held_out"
+            lacks = metric if metric in ("rule", "judge") and "prompts" in evaluate else lacks
+            if lacks not in evaluate:
+                raise self.fault(f"metric {metric} is one of {unit}, but evaluate names no {lacks}", "metrics", i)
+        for key in ("rule", "judge"):
+            if key in evaluate:
+                try:
+                    function_of(str(evaluate[key]))
+                except Exception as error:  # the file's own code runs
+                    raise self.fault(f"{key}: {error}", "evaluate", key) from error
+        for path in [*([evaluate["prompts"]] if "prompts" in evaluate else [])]:
+            if not Path(path).is_file():
+                raise self.fault(f"prompts: {path}: no such file", "evaluate", "prompts")
+        return tuple(metrics)
+
+    def _split(self, given: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+        """Config files and options of an arm."""
+        own = dict(given)
+        files = own.pop(OBJECTIVE, None)
+        return (tuple(files) if isinstance(files, list) else () if files is None else (str(files),)), own
+
+    def _crossed(self) -> list[tuple[str, tuple[str, ...], dict[str, Any], tuple[Any, ...]]]:
+        """Arms times axes: (name, config files, options, place)."""
+        named: list[tuple[str, dict[str, Any], tuple[Any, ...]]] = []
+        for name, own in self.get("arms", dict, {}).items():
+            if own is not None and not isinstance(own, dict):
+                raise self.fault(f"arm {name!r} is {own!r}; it takes objective: and dotted options", "arms", name)
+            named.append((str(name), own or {}, ("arms", name)))
+        axes = self.get("axes", dict, {})
+        for key, values in axes.items():
+            if not isinstance(values, list) or not values:
+                raise self.fault(f"axis {key} has no values, so the grid is empty; give it a list", "axes", key)
+        if axes:
+            grid = [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
+            last = list(axes)[-1]
+            many = [
+                (" ".join(filter(None, (name, _label(point)))), {**own, **point}, place or ("axes", last))
+                for name, own, place in (named or [("", {}, ())])
+                for point in grid
+            ]
+        else:
+            many = named
+        sample = self.get("sample", dict, None)
+        if sample is not None:
+            if set(sample) - {"size", "seed"} or not isinstance(sample.get("size"), int) or sample["size"] < 1:
+                raise self.fault(f"sample is {sample}; it takes size, at least 1, and seed", "sample")
+            if sample["size"] > len(many):
+                raise self.fault(f"sample.size is {sample['size']}, but there are only {len(many)} arms", "sample")
+            chosen = sorted(random.Random(sample.get("seed", 0)).sample(range(len(many)), sample["size"]))
+            many = [many[i] for i in chosen]
+        return [(name, *self._split(own), place) for name, own, place in many]
+
+
+def _label(point: Mapping[str, Any]) -> str:
+    """A grid point in few words: the last part of each key, unless it is the objective."""
+
+    def value(given: Any) -> str:
+        text = given if isinstance(given, str) else json.dumps(given)
+        return Path(text).stem if text.endswith(".yaml") else text
+
+    parts = []
+    for key, given in point.items():
+        parts.append(value(given) if key == OBJECTIVE else f"{key.rpartition('.')[2]}={value(given)}")
+    return " ".join(parts)
+
+
+def load_study(path: str | Path) -> Study:
+    """The study of a file.
+
+    Raises:
+        StudyError: naming the line of what is wrong with it.
+    """
+    return _Reader(Path(path)).study()
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What trying out an arm has found.
+
+    Attributes:
+        steps: optimizer steps of one run.
+        digest: of the resolved config, without seed and folder.
+        pairs: whether its held-out data hold pairs.
+    """
+
+    steps: int
+    digest: str
+
+
+def check(study: Study) -> dict[str, Checked]:
+    """Parses each arm with the real command line, builds its module and reads its data; loads no model.
+
+    Returns:
+        what was found, by the arm's name.
+
+    Raises:
+        StudyError: for the first arm that is not valid, and for two that come to the same.
+    """
+    from halos_pl.lightning_cli import USER_ERRORS, HalosCLI
+
+    found: dict[str, Checked] = {}
+    known: dict[str, Arm] = {}
+    for number, arm in enumerate(study.arms):
+        words = arm.words("unused", study.seeds[0])[1:]
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+                cli = HalosCLI(words, run=False)
+                config = cli.config.clone()
+                config.run_dir, config.seed_everything = "", 0
+                config.trainer.default_root_dir = None
+                digest = hashlib.sha256(cli.parser.dump(config, skip_none=False).encode()).hexdigest()
+                steps = _steps(cli)
+                if number == 0:
+                    _check_held_out(study, cli.model.tokenizer)
+        except SystemExit as error:
+            lines = [line for line in said.getvalue().splitlines() if line.strip()]
+            why = next((line for line in lines if "error:" in line), lines[0] if lines else str(error))
+            raise StudyError(
+                f"{study.path}:{arm.line}: arm {arm.name!r}: {why.partition('error: ')[2] or why}"
+            ) from error
+        except USER_ERRORS as error:
+            raise StudyError(f"{study.path}:{arm.line}: arm {arm.name!r}: {error}") from error
+        if digest in known:
+            raise StudyError(
+                f"{study.path}:{arm.line}: arm {arm.name!r} comes to the same config as arm {known[digest].name!r}"
+                f" (line {known[digest].line}); change one, or leave it out"
+            )
+        known[digest] = arm
+        found[arm.name] = Checked(steps, digest)
+    return found
+
+
+def _steps(cli: Any) -> int:
+    """Optimizer steps of a fit, after its data have been read and checked."""
+    trainer, data = cli.trainer, cli.datamodule
+    trainer.strategy._lightning_module = cli.model
+    trainer.fit_loop.epoch_loop  # noqa: B018  (there is one)
+    data.trainer = trainer
+    trainer.state.fn = "fit"
+    data.setup("fit")
+    batches = len(data.train_dataloader())
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    steps = batches * (trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else 1)
+    return int(min(steps, trainer.max_steps) if trainer.max_steps and trainer.max_steps > 0 else steps)
+
+
+def _check_held_out(study: Study, tokenizer: Any) -> None:
+    """Refuses a metric of pairs where the held-out data have none, and of desirable and undesirable rows likewise."""
+    from halos_pl.data.datamodule import _sources
+    from halos_pl.data.store import open_store
+    from halos_pl.data.table import Table
+
+    given = study.evaluate.get("held_out")
+    if not given:
+        return
+    table = Table.of([open_store(source, tokenizer) for source in _sources("predict", given)])
+    labels = {int(label) for label in set(table.label.tolist())}
+    for metric in study.metrics:
+        if METRICS[metric][0] == "pairs" and not bool((table.rival >= 0).any()):
+            raise StudyError(f"{study.path}: metric {metric} is one of pairs, but the held-out data have no pairs")
+        if metric == "reward_auroc" and labels == {1}:
+            raise StudyError(f"{study.path}: metric {metric} wants undesirable rows, and the held-out data have none")

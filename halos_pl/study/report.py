@@ -1,0 +1,387 @@
+"""The report of a study: ``report.md`` with pictures beside it, and one ``report.html`` that holds everything."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import Environment
+from matplotlib.figure import Figure
+
+from halos_pl.conformance.check import reports
+from halos_pl.export import module_of_run
+from halos_pl.study.evaluate import METRICS
+from halos_pl.study.execute import failure, state
+from halos_pl.study.plan import Arm, command
+from halos_pl.study.results import Results, shown
+
+LIBRARIES = ("halos_pl", "torch", "lightning", "transformers", "scipy", "statsmodels")
+CURVES = {
+    "rewards/margins": "reward margin between the classes",
+    "outcome/z0": "reference point z0, nats",
+    "outcome/z0_standard_error": "standard error of z0, nats",
+    "outcome/gains": "share of outcomes in gains",
+}
+COLOURS = ("#1b7f5c", "#c2452d", "#3b6fb6", "#8a5ca8", "#b8860b", "#4a4a4a", "#d16ba5", "#2aa1a1")
+
+
+def _forest(results: Results, out: Path) -> Path | None:
+    metrics = [m for m in results.study.metrics if any((m, a.name) in results.estimates for a in results.study.arms)]
+    arms = [a for a in results.study.arms if results.seeds(a)]
+    if not metrics or not arms:
+        return None
+    figure = Figure(figsize=(8, (0.34 * len(arms) + 0.95) * len(metrics)), layout="constrained")
+    for axis, metric in zip(np.atleast_1d(figure.subplots(len(metrics), 1)), metrics, strict=True):
+        for place, arm in enumerate(arms):
+            e = results.estimates.get((metric, arm.name))
+            if e is None:
+                continue
+            colour = COLOURS[5] if arm is results.baseline else COLOURS[0]
+            axis.plot([e.low, e.high], [place, place], color=colour, linewidth=2)
+            axis.plot(e.value, place, "o", color=colour)
+            for seed in results.seeds(arm):
+                values = results.values(metric, arm, [seed])
+                assert values is not None
+                axis.plot(values.mean(), place + 0.22, "|", color=colour, alpha=0.6)
+        base = results.estimates.get((metric, results.baseline.name))
+        if base is not None:
+            axis.axvline(base.value, color="0.75", linewidth=1, zorder=0)
+        axis.set_yticks(range(len(arms)), [arm.name for arm in arms])
+        axis.set_ylim(len(arms) - 0.4, -0.6)
+        axis.set_title(f"{metric}: {METRICS[metric][1]}", fontsize=9, loc="left")
+        axis.grid(axis="x", color="0.92")
+    figure.savefig(out, dpi=110)
+    return out
+
+
+def _curves(results: Results, out: Path) -> Path | None:
+    known = [name for name in CURVES if any(results.curve(run, name)[0] for run in results.done)]
+    if not known:
+        return None
+    figure = Figure(figsize=(8, 2.6 * len(known)), layout="constrained")
+    for axis, name in zip(np.atleast_1d(figure.subplots(len(known), 1, sharex=True)), known, strict=True):
+        for number, arm in enumerate(results.study.arms):
+            curves = [results.curve(run, name) for run in results.done if run.arm is arm]
+            shared = sorted(set.intersection(*(set(steps) for steps, _ in curves))) if curves else []
+            if not shared:
+                continue
+            values = np.array([[dict(zip(*curve, strict=True))[step] for step in shared] for curve in curves])
+            colour = COLOURS[number % len(COLOURS)]
+            style = "-" if number < len(COLOURS) else "--"
+            axis.plot(shared, values.mean(axis=0), label=arm.name, color=colour, linewidth=1.4, linestyle=style)
+            if len(values) > 1:
+                axis.fill_between(shared, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+        axis.set_title(f"{CURVES[name]}; bands: smallest to largest of the seeds", fontsize=9, loc="left")
+        axis.grid(color="0.92")
+    axis.set_xlabel("optimizer step")
+    axes = figure.get_axes()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.savefig(out, dpi=110)
+    return out
+
+
+def _value_functions(results: Results, out: Path) -> Path | None:
+    drawn: list[tuple[Arm, Any, list[tuple[float, bool]]]] = []
+    for arm in results.study.arms:
+        run = next((run for run in results.done if run.arm is arm), None)
+        halo = module_of_run(run.folder).halo if run else None
+        if halo is not None and (outcomes := results.outcomes(arm)):
+            drawn.append((arm, halo.value_function, outcomes))
+    if not drawn:
+        return None
+    rows = -(-len(drawn) // 2)
+    figure = Figure(figsize=(8, 2.3 * rows), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(rows, 2)).flatten()
+    for axis, (arm, v, outcomes) in zip(axes, drawn, strict=False):
+        reach = max(1.0, float(np.quantile([abs(u) for u, _ in outcomes], 0.98)) * 1.2)
+        grid = torch.linspace(-reach, reach, 401)
+        with torch.no_grad():
+            axis.plot(grid, v(grid), color=COLOURS[5])
+        beside = axis.twinx()
+        for wanted, colour in ((True, COLOURS[0]), (False, COLOURS[1])):
+            some = [min(max(u, -reach), reach) for u, desirable in outcomes if desirable is wanted]
+            beside.hist(some, bins=np.linspace(-reach, reach, 31).tolist(), color=colour, alpha=0.4)
+        beside.set_yticks([])
+        axis.axvline(0, color="0.85", linewidth=0.8, zorder=0)
+        axis.set_title(arm.name, fontsize=9, loc="left")
+    for axis in axes[len(drawn) :]:
+        axis.set_axis_off()
+    figure.supxlabel(
+        "outcome u = r − z0, nats; histograms: the last rows trained on (green desirable, red undesirable)", fontsize=8
+    )
+    figure.savefig(out, dpi=110)
+    return out
+
+
+def _heat_map(results: Results, out: Path) -> Path | None:
+    """The first metric over two options with numbers, where the arms are a grid of them."""
+    keys = [
+        key
+        for key in dict.fromkeys(key for arm in results.study.arms for key in arm.options)
+        if all(isinstance(arm.options.get(key), (int, float)) for arm in results.study.arms)
+        and len({arm.options[key] for arm in results.study.arms}) > 1
+    ]
+    metric = results.study.metrics[0]
+    found = {
+        arm: results.estimates[metric, arm.name]
+        for arm in results.study.arms
+        if (metric, arm.name) in results.estimates
+    }
+    if len(keys) != 2 or not found:
+        return None
+    columns, rows = (sorted({arm.options[key] for arm in results.study.arms}) for key in keys)
+    values = np.full((len(rows), len(columns)), np.nan)
+    for arm, e in found.items():
+        values[rows.index(arm.options[keys[1]]), columns.index(arm.options[keys[0]])] = e.value
+    figure = Figure(figsize=(1.6 + 0.9 * len(columns), 1.4 + 0.6 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(values, origin="lower", cmap="viridis", aspect="auto")
+    for i, j in np.argwhere(np.isfinite(values)):
+        axis.text(j, i, f"{values[i, j]:.3g}", ha="center", va="center", color="white", fontsize=8)
+    axis.set_xticks(range(len(columns)), [f"{c:g}" for c in columns])
+    axis.set_yticks(range(len(rows)), [f"{r:g}" for r in rows])
+    axis.set(xlabel=keys[0].rpartition(".")[2], ylabel=keys[1].rpartition(".")[2], title=metric)
+    figure.colorbar(image)
+    figure.savefig(out, dpi=110)
+    return out
+
+
+PICTURES = {
+    "forest.png": ("Metrics by arm, 95 % intervals; small marks are single seeds, the line is the baseline", _forest),
+    "heat_map.png": ("The first metric over the grid", _heat_map),
+    "curves.png": ("Along training", _curves),
+    "value_functions.png": ("Value functions over their arm's outcomes", _value_functions),
+}
+
+
+def _digest(path: str) -> str:
+    file = Path(path)
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else "not a file here"
+
+
+def _data(results: Results) -> dict[str, str]:
+    """A hash of each file that was trained or measured on."""
+    given = results.study.evaluate
+    paths = {str(given["prompts"])} if "prompts" in given else set()
+    paths |= set(given.get("held_out") or [])
+    for arm in results.study.arms:
+        train = arm.options.get("data.train")
+        paths |= {train} if isinstance(train, str) else {str(t) for t in train or []}
+    return {path: _digest(path) for path in sorted(paths)}
+
+
+def _revision() -> str:
+    def git(*words: str) -> str:
+        try:
+            return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+
+    commit = git("rev-parse", "HEAD")
+    return (
+        f"{commit}{' with changes' if git('status', '--porcelain', '-uno') else ''}"
+        if commit
+        else "not in a git checkout"
+    )
+
+
+def _verdicts(results: Results) -> dict[str, str]:
+    found = {}
+    for arm in results.study.arms:
+        run = next((run for run in results.done if run.arm is arm), None)
+        if run is not None:
+            found[arm.name] = reports(module_of_run(run.folder).objective)["icml"].verdict
+    return found
+
+
+def content(results: Results) -> dict[str, Any]:
+    """All that both forms of the report say."""
+    arms = results.study.arms
+    verdicts = _verdicts(results)
+    versus = {(v.metric, v.arm.name): v for v in results.versus}
+    tables = []
+    for metric in results.study.metrics:
+        rows = []
+        for arm in arms:
+            e, v = results.estimates.get((metric, arm.name)), versus.get((metric, arm.name))
+            c = v.comparison if v else None
+            rows.append(
+                {
+                    "arm": arm.name,
+                    "figure": shown(e) if e else "missing",
+                    "n": f"{e.examples} x {e.seeds}" if e else "0",
+                    "difference": f"{c.difference.value:+.3g} [{c.difference.low:+.3g}, {c.difference.high:+.3g}]"
+                    if c
+                    else "",
+                    "p": f"{c.adjusted:.2g}" if c else "",
+                    "wilcoxon": f"{c.wilcoxon:.2g}" if c else "",
+                    "effect": f"{c.effect:+.2f}" if c else "",
+                    "said": "baseline"
+                    if arm is results.baseline
+                    else "missing"
+                    if c is None
+                    else "differs"
+                    if c.shown
+                    else f"no difference shown; {c.detectable:.2g} is detectable",
+                    "test": c.test if c else "",
+                }
+            )
+        unit, what, more = METRICS[metric]
+        wanted = "" if more is None else ", more is better" if more else ", less is better"
+        tables.append({"metric": metric, "what": f"{what}{wanted}", "unit": unit, "rows": rows})
+    missing = [
+        {"run": str(run.folder), "state": state(run), "error": failure(run)["error"] if state(run) == "failed" else ""}
+        for run in results.runs
+        if not run.done
+    ]
+    return {
+        "title": results.study.path.stem.replace("_", " "),
+        "note": results.study.note,
+        "headline": results.headline(),
+        "tables": tables,
+        "baseline": results.baseline.name,
+        "arms": [
+            {
+                "name": arm.name,
+                "verdict": verdicts.get(arm.name, "no run finished yet"),
+                "seeds": len(results.seeds(arm)),
+            }
+            for arm in arms
+        ],
+        "missing": missing,
+        "commands": [
+            (str(run.folder), command(run.fit), command(results.study.evaluation(run))) for run in results.runs
+        ],
+        "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+        "machine": f"{platform.machine()}, {platform.system()}, {torch.get_num_threads()} threads",
+        "revision": _revision(),
+        "data": _data(results),
+    }
+
+
+MARKDOWN = """# {{ title }}
+
+{{ note }}
+
+**{{ headline }}**
+
+{% for picture in pictures %}
+![{{ picture.title }}]({{ picture.name }})
+
+{{ picture.title }}.
+{% endfor %}
+{% for table in tables %}
+## {{ table.metric }}
+
+{{ table.what }}. n is {{ table.unit }} x seeds; differences are to {{ baseline }}, paired.
+
+| arm | mean [95 %] | n | difference [95 %] | p (Holm) | p (Wilcoxon) | effect d_z | |
+|---|---|---|---|---|---|---|---|
+{% for row in table.rows -%}
+| {{ row.arm }} | {{ row.figure }} | {{ row.n }} | {{ row.difference }} | {{ row.p }} | {{ row.wilcoxon }} | {{ row.effect }} | {{ row.said }} |
+{% endfor %}
+{% endfor %}
+## Arms
+
+| arm | seeds finished | `halos check` (ICML 2024, Def. 3.4) |
+|---|---|---|
+{% for arm in arms -%}
+| {{ arm.name }} | {{ arm.seeds }} | {{ arm.verdict }} |
+{% endfor %}
+{% if missing %}
+## Missing
+
+| run | state | why |
+|---|---|---|
+{% for run in missing -%}
+| {{ run.run }} | {{ run.state }} | {{ run.error }} |
+{% endfor %}
+{% endif %}
+## How it was made
+
+Intervals: over seeds and examples where there are several seeds (pigeonhole bootstrap), else BCa over examples. Tests:
+paired permutation over examples, McNemar's for a binary metric of one seed, corrected by Holm for all comparisons of
+this report. A difference is said to be shown where the corrected p is below 0.05 and the interval excludes 0. With few
+seeds an interval says little of how much seeds vary.
+
+- revision: {{ revision }}
+- machine: {{ machine }}
+- versions: {% for name, number in versions.items() %}{{ name }} {{ number }}{{ ", " if not loop.last }}{% endfor %}
+{% for path, digest in data.items() %}
+- data: {{ path }}, sha256 {{ digest }}
+{%- endfor %}
+
+```bash
+{% for folder, fit, evaluate in commands -%}
+{{ fit }}
+{{ evaluate }}
+{% endfor -%}
+```
+"""
+
+HTML = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.headline { background: #f3f6f4; border-left: 4px solid #1b7f5c; padding: .7rem 1rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
+th:first-child, td:first-child, td:last-child { text-align: left; }
+tr.differs td { background: #eef6f1; } img { max-width: 100%; height: auto; }
+pre { overflow-x: auto; background: #f6f6f6; padding: .7rem; font-size: .75rem; } .small { color: #555; font-size: .85rem; }
+td.why { white-space: normal; }
+</style></head><body>
+<h1>{{ title }}</h1>
+{% if note %}<p>{{ note }}</p>{% endif %}
+<p class="headline">{{ headline }}</p>
+{% for picture in pictures %}<h2>{{ picture.title }}</h2>
+<img alt="{{ picture.title }}" src="data:image/png;base64,{{ picture.data }}">{% endfor %}
+{% for table in tables %}<h2>{{ table.metric }}</h2>
+<p class="small">{{ table.what }}. n is {{ table.unit }} × seeds; differences are to {{ baseline }}, paired.</p>
+<div class="wide"><table><tr><th>arm<th>mean [95 %]<th>n<th>difference [95 %]<th>p (Holm)<th>p (Wilcoxon)<th>effect d_z<th></tr>
+{% for row in table.rows %}<tr class="{{ row.said }}"><td>{{ row.arm }}<td>{{ row.figure }}<td>{{ row.n }}<td>{{ row.difference }}<td>{{ row.p }}<td>{{ row.wilcoxon }}<td>{{ row.effect }}<td>{{ row.said }}</tr>
+{% endfor %}</table></div>{% endfor %}
+<h2>Arms</h2><div class="wide"><table><tr><th>arm<th>seeds finished<th>halos check (ICML 2024, Def. 3.4)</tr>
+{% for arm in arms %}<tr><td>{{ arm.name }}<td>{{ arm.seeds }}<td>{{ arm.verdict }}</tr>{% endfor %}</table></div>
+{% if missing %}<h2>Missing</h2><div class="wide"><table><tr><th>run<th>state<th>why</tr>
+{% for run in missing %}<tr><td>{{ run.run }}<td>{{ run.state }}<td class="why">{{ run.error }}</tr>{% endfor %}</table></div>{% endif %}
+<h2>How it was made</h2>
+<p class="small">Intervals: over seeds and examples where there are several seeds (pigeonhole bootstrap), else BCa over
+examples. Tests: paired permutation over examples, McNemar's for a binary metric of one seed, corrected by Holm for all
+comparisons of this report. A difference is said to be shown where the corrected p is below 0.05 and the interval
+excludes 0. With few seeds an interval says little of how much seeds vary.</p>
+<ul class="small"><li>revision: {{ revision }}<li>machine: {{ machine }}
+<li>versions: {% for name, number in versions.items() %}{{ name }} {{ number }}{{ ", " if not loop.last }}{% endfor %}
+{% for path, digest in data.items() %}<li>data: {{ path }}, sha256 {{ digest }}{% endfor %}</ul>
+<pre>{% for folder, fit, evaluate in commands %}{{ fit }}
+{{ evaluate }}
+{% endfor %}</pre></body></html>
+"""
+
+
+def write_report(results: Results) -> Path:
+    """Writes both forms into the study's folder; also of a study that is not finished.
+
+    Returns:
+        the HTML file.
+    """
+    pictures = []
+    for name, (title, draw) in PICTURES.items():
+        path = draw(results, results.out / name)
+        if path is not None:
+            data = base64.b64encode(path.read_bytes()).decode()
+            pictures.append({"title": title, "name": name, "data": data})
+    said = {**content(results), "pictures": pictures}
+    (results.out / "report.md").write_text(Environment(autoescape=False).from_string(MARKDOWN).render(said))
+    page = results.out / "report.html"
+    page.write_text(Environment(autoescape=True).from_string(HTML).render(said))
+    return page

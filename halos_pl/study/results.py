@@ -1,0 +1,148 @@
+"""What a study has found so far: values by arm, seed and example, estimates, comparisons."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from halos_pl.callbacks import METRICS as CURVES
+from halos_pl.callbacks import SUMMARY
+from halos_pl.study.evaluate import FILE, METRICS
+from halos_pl.study.plan import Arm, Run, Study
+from halos_pl.study.statistics import Comparison, Estimate, Values, compare, estimate, holm
+
+
+@dataclass(frozen=True)
+class Versus:
+    """An arm compared with the baseline on one metric.
+
+    Attributes:
+        metric, arm: which.
+        comparison: the arm less the baseline; p corrected for all comparisons of the study.
+        seeds: those that both have finished.
+    """
+
+    metric: str
+    arm: Arm
+    comparison: Comparison
+    seeds: tuple[int, ...]
+
+
+class Results:
+    """The finished runs of a study.
+
+    Args:
+        study: the study.
+        out: its folder.
+    """
+
+    def __init__(self, study: Study, out: Path) -> None:
+        self.study, self.out = study, out
+        self.runs = study.runs(out)
+        self._values = {(run.arm.name, run.seed): json.loads((run.folder / FILE).read_text()) for run in self.done}
+
+    @property
+    def done(self) -> list[Run]:
+        """Runs that have been trained and measured."""
+        return [run for run in self.runs if run.done]
+
+    def seeds(self, arm: Arm) -> tuple[int, ...]:
+        """The seeds that an arm has finished."""
+        return tuple(seed for seed in self.study.seeds if (arm.name, seed) in self._values)
+
+    def values(self, metric: str, arm: Arm, seeds: Iterable[int]) -> Values | None:
+        """[seeds, examples], examples in one order for all arms; None where a run lacks the metric."""
+        found = [self._values[arm.name, seed].get(metric) for seed in seeds]
+        if not found or any(each is None for each in found):
+            return None
+        names = sorted(found[0])
+        return np.array([[each[name] for name in names] for each in found], dtype=np.float64)
+
+    @cached_property
+    def estimates(self) -> dict[tuple[str, str], Estimate]:
+        """By metric and arm, for what is finished."""
+        found = {}
+        for metric in self.study.metrics:
+            for arm in self.study.arms:
+                values = self.values(metric, arm, self.seeds(arm))
+                if values is not None:
+                    found[metric, arm.name] = estimate(values)
+        return found
+
+    @property
+    def baseline(self) -> Arm:
+        """The arm that the others are compared with."""
+        return next(arm for arm in self.study.arms if arm.name == self.study.baseline)
+
+    @cached_property
+    def versus(self) -> list[Versus]:
+        """Every arm against the baseline on every metric, on the seeds that both have finished."""
+        found = []
+        for metric in self.study.metrics:
+            for arm in self.study.arms:
+                seeds = tuple(s for s in self.seeds(arm) if s in self.seeds(self.baseline))
+                one, other = self.values(metric, arm, seeds), self.values(metric, self.baseline, seeds)
+                if arm is not self.baseline and one is not None and other is not None:
+                    found.append((metric, arm, compare(one, other), seeds))
+        corrected = holm([comparison for _, _, comparison, _ in found])
+        return [Versus(m, arm, new, seeds) for (m, arm, _, seeds), new in zip(found, corrected, strict=True)]
+
+    def curve(self, run: Run, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a training figure."""
+        path = run.folder / CURVES
+        if not path.is_file():
+            return [], []
+        with path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row.get(name)]
+        return [int(row["step"]) for row in rows], [float(row[name]) for row in rows]
+
+    def outcomes(self, arm: Arm) -> list[tuple[float, bool]]:
+        """Outcomes in nats of the last rows that the arm's runs were trained on, and their labels."""
+        found: list[tuple[float, bool]] = []
+        for run in self.done:
+            if run.arm is arm:
+                summary = json.loads((run.folder / SUMMARY).read_text())
+                found += [(float(u), bool(d)) for u, d in summary.get("last_outcomes", [])]
+        return found
+
+    def headline(self) -> str:
+        """In a few sentences: which arm is ahead on the first metric, by how much, and whether to believe it."""
+        metric = self.study.metrics[0]
+        unit, what, more = METRICS[metric]
+        found = {arm: e for (m, arm), e in self.estimates.items() if m == metric}
+        if self.baseline.name not in found or len(found) < 2:
+            return f"Nothing to compare yet: of {len(self.runs)} runs {len(self.done)} are finished."
+        base = found[self.baseline.name]
+        said = [
+            f"{metric} ({what}): {self.baseline.name} {shown(base)}, over {base.seeds} seeds and {base.examples} {unit}."
+        ]
+        against = [v for v in self.versus if v.metric == metric]
+        real = [v for v in against if v.comparison.shown]
+        for v in sorted(real, key=lambda v: -abs(v.comparison.difference.value)):
+            d = v.comparison.difference
+            better = "" if more is None else " (better)" if (d.value > 0) == more else " (worse)"
+            said.append(
+                f"{v.arm.name} differs from {self.baseline.name} by {d.value:+.3g}{better}, 95 % interval {d.low:+.3g} to"
+                f" {d.high:+.3g}, corrected p = {v.comparison.adjusted:.2g}."
+            )
+        rest = [v for v in against if not v.comparison.shown]
+        if rest:
+            least = max(v.comparison.detectable for v in rest)
+            names = ", ".join(v.arm.name for v in rest)
+            said.append(
+                f"No difference shown for {names}: at this size one of {least:.2g} would have been found in 4 of 5 cases."
+            )
+        if len(self.done) < len(self.runs):
+            said.append(f"Unfinished: {len(self.runs) - len(self.done)} of {len(self.runs)} runs are missing.")
+        return " ".join(said)
+
+
+def shown(e: Estimate) -> str:
+    """A figure with its interval."""
+    return f"{e.value:.3g} [{e.low:.3g}, {e.high:.3g}]"

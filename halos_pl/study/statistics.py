@@ -1,0 +1,198 @@
+"""Intervals and tests for studies: what is random (examples, seeds) is said, and every figure carries its n.
+
+Values of a metric are a matrix [seeds, examples]: each seed's run is measured on the same held-out examples. scipy and
+statsmodels do the statistics; only the bootstrap over two crossed factors, which neither has, is written out here.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+
+Values = NDArray[np.float64]
+RESAMPLES = 9999
+LEVEL = 0.05
+POWER = 0.8
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its 95 % interval.
+
+    Attributes:
+        value: the mean over seeds and examples, in the metric's own unit.
+        low, high: of the interval; equal to ``value`` where nothing varies.
+        examples: held-out examples behind it.
+        seeds: runs behind it.
+        over: what the interval treats as random: ``examples`` (BCa bootstrap; the run is taken as given), or
+            ``seeds and examples`` (both are drawn again, independently of each other).
+        error: standard error, as the bootstrap gives it.
+    """
+
+    value: float
+    low: float
+    high: float
+    examples: int
+    seeds: int
+    over: Literal["examples", "seeds and examples"]
+    error: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two arms on the same examples.
+
+    Attributes:
+        difference: mean of the first arm less that of the second, with its interval.
+        p: of the main test: McNemar's for a binary metric of one seed, else the paired permutation test.
+        test: its name.
+        wilcoxon: p of the signed-rank test over the same examples.
+        effect: the mean difference in standard deviations of the examples' differences (Cohen's d_z).
+        detectable: the smallest difference that such a comparison would find in 4 of 5 cases, in the metric's unit.
+        adjusted: p after Holm's correction over its family; ``p`` until :func:`holm` has been called.
+    """
+
+    difference: Estimate
+    p: float
+    test: str
+    wilcoxon: float
+    effect: float
+    detectable: float
+    adjusted: float
+
+    @property
+    def shown(self) -> bool:
+        """Whether a difference is shown: by the corrected test and by the interval over seeds and examples."""
+        return self.adjusted < LEVEL and not self.difference.low <= 0 <= self.difference.high
+
+
+def _matrix(values: object) -> Values:
+    matrix = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    if matrix.ndim != 2 or matrix.size == 0:
+        raise ValueError(f"values of shape {np.shape(values)}; wanted are [seeds, examples], at least one of each")
+    if not np.isfinite(matrix).all():
+        raise ValueError(f"{int((~np.isfinite(matrix)).sum())} of {matrix.size} values are not finite")
+    return matrix
+
+
+def _crossed(matrix: Values, rng: np.random.Generator, resamples: int) -> Values:
+    """Means of resamples that draw seeds and examples independently (Owen 2007, The pigeonhole bootstrap)."""
+    seeds, examples = matrix.shape
+    means = np.empty(resamples)
+    for at in range(0, resamples, 1000):
+        count = min(1000, resamples - at)
+        by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=count) / seeds
+        by_example = rng.multinomial(examples, np.full(examples, 1 / examples), size=count) / examples
+        means[at : at + count] = ((by_seed @ matrix) * by_example).sum(axis=1)
+    return means
+
+
+def estimate(values: object, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
+    """The mean of a metric with its 95 % interval.
+
+    With one seed it is the BCa bootstrap over examples (Efron 1987); with several, the percentile bootstrap over seeds
+    and examples. Three seeds say little about how much seeds vary: such an interval is rather too narrow.
+
+    Args:
+        values: [seeds, examples] or [examples].
+        resamples: of the bootstrap.
+        seed: of its random numbers.
+
+    Raises:
+        ValueError: for no values, or values that are not finite.
+    """
+    matrix = _matrix(values)
+    seeds, examples = matrix.shape
+    mean, rng = float(matrix.mean()), np.random.default_rng(seed)
+    over: Literal["examples", "seeds and examples"] = "examples" if seeds == 1 else "seeds and examples"
+    if np.ptp(matrix) == 0 or examples == 1:
+        return Estimate(mean, mean, mean, examples, seeds, over, 0.0)
+    if seeds > 1:
+        means = _crossed(matrix, rng, resamples)
+        low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
+        return Estimate(mean, float(low), float(high), examples, seeds, over, float(means.std(ddof=1)))
+    found = stats.bootstrap((matrix[0],), np.mean, n_resamples=resamples, method="BCa", rng=rng, batch=1000)
+    low, high = found.confidence_interval
+    return Estimate(mean, float(low), float(high), examples, seeds, over, float(found.standard_error))
+
+
+def _mcnemar(one: Values, other: Values) -> float:
+    both = [[((one == a) & (other == b)).sum() for b in (1, 0)] for a in (1, 0)]
+    return float(mcnemar(both, exact=True).pvalue)
+
+
+def compare(one: object, other: object, *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
+    """Two arms, paired by seed and example.
+
+    The tests take the examples as random and the runs as given (their mean over seeds); the interval of the difference
+    treats both as random.
+
+    Args:
+        one, other: [seeds, examples] or [examples], of the same shape.
+        resamples: of bootstrap and permutation test.
+        seed: of their random numbers.
+
+    Raises:
+        ValueError: for values of different shapes, none, or values that are not finite.
+    """
+    a, b = _matrix(one), _matrix(other)
+    if a.shape != b.shape:
+        raise ValueError(f"arms of {a.shape} and {b.shape} seeds and examples cannot be paired")
+    difference = estimate(a - b, resamples=resamples, seed=seed)
+    by_example = (a - b).mean(axis=0)
+    detectable = float(stats.norm.ppf(1 - LEVEL / 2) + stats.norm.ppf(POWER)) * difference.error
+    if not by_example.any():
+        return Comparison(difference, 1.0, "none: no example differs", 1.0, 0.0, detectable, 1.0)
+    binary = len(a) == 1 and bool(np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all())
+    if binary:
+        p, test = _mcnemar(a[0], b[0]), "McNemar, exact"
+    else:
+        rng = np.random.default_rng(seed)
+        found = stats.permutation_test(
+            (by_example,), np.mean, permutation_type="samples", n_resamples=resamples, rng=rng, batch=1000
+        )
+        p, test = float(found.pvalue), "paired permutation"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of ties and zeros, which it handles
+        wilcoxon = float(stats.wilcoxon(by_example, zero_method="pratt").pvalue)
+    spread = float(by_example.std(ddof=1)) if len(by_example) > 1 else 0.0
+    effect = float(by_example.mean()) / spread if spread > 0 else math.copysign(math.inf, by_example.mean())
+    return Comparison(difference, p, test, wilcoxon, effect, detectable, p)
+
+
+def holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """The same comparisons with p corrected for their number (Holm 1979), in the same order."""
+    if not comparisons:
+        return []
+    adjusted = multipletests([c.p for c in comparisons], alpha=LEVEL, method="holm")[1]
+    fields = [{**vars(c), "adjusted": float(p)} for c, p in zip(comparisons, adjusted, strict=True)]
+    return [Comparison(**each) for each in fields]
+
+
+def win_rate(preferences: object) -> tuple[float, float]:
+    """Win rate against a reference and its standard error, both in percent, as AlpacaEval publishes them.
+
+    Args:
+        preferences: one for each prompt: 1 the reference wins, 2 the model wins, 0 or 1.5 a draw; NaN, where the judge
+            gave no verdict, is left out.
+
+    Raises:
+        ValueError: for another number, or fewer than two verdicts.
+    """
+    given = np.asarray(preferences, dtype=np.float64)
+    given = given[~np.isnan(given)]
+    if not np.isin(given, (0, 1, 1.5, 2)).all():
+        raise ValueError(f"preferences are 0, 1, 1.5 or 2; found {sorted(set(given[~np.isin(given, (0, 1, 1.5, 2))]))}")
+    if len(given) < 2:
+        raise ValueError(f"{len(given)} verdicts; a standard error needs two at least")
+    wins = np.where(given == 0, 0.5, given - 1)
+    return 100 * float(wins.mean()), 100 * float(stats.sem(wins, ddof=1))

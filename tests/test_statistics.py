@@ -1,0 +1,147 @@
+"""Statistics of studies: an oracle, identities with formulas written out, and that errors are as frequent as promised."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from halos_pl.study.statistics import compare, estimate, holm, win_rate
+
+DATA = Path(os.environ.get("HALOS_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "stats"
+
+
+def test_win_rates_are_those_that_alpaca_eval_has_published() -> None:
+    if not DATA.is_dir():
+        pytest.skip(f"no {DATA}: set HALOS_TEST_DATA to the folder of real data")
+    verdicts: dict[str, list[float]] = defaultdict(list)
+    with gzip.open(DATA / "alpaca_eval_gpt4_preferences.csv.gz", "rt") as file:
+        for row in csv.DictReader(file):
+            verdicts[row["model"]].append(float(row["preference"] or "nan"))
+    with (DATA / "alpaca_eval_gpt4_leaderboard.csv").open() as file:
+        published = {row[""]: row for row in csv.DictReader(file)}
+    known = verdicts.keys() & published.keys()
+    assert len(known) == 52
+    for model in known:
+        rate, error = win_rate(verdicts[model])
+        assert rate == pytest.approx(float(published[model]["win_rate"]), abs=1e-6), model
+        assert error == pytest.approx(float(published[model]["standard_error"]), abs=1e-6), model
+
+
+@pytest.mark.parametrize("given", [[1.0, 3.0], [2.0]])
+def test_verdicts_that_are_none_are_refused(given: list[float]) -> None:
+    with pytest.raises(ValueError, match="preferences are|a standard error"):
+        win_rate(given)
+
+
+values = st.lists(st.floats(-100, 100, allow_subnormal=False), min_size=2, max_size=30)
+
+
+@settings(max_examples=30, deadline=None)
+@given(values, st.floats(-10, 10), st.floats(0.1, 10))
+def test_an_interval_moves_and_scales_with_its_values(drawn: list[float], shift: float, scale: float) -> None:
+    plain = estimate(drawn, resamples=199)
+    moved = estimate(np.array(drawn) * scale + shift, resamples=199)
+    size = 1 + max(map(abs, drawn)) * scale
+    for name in ("value", "low", "high"):
+        assert getattr(moved, name) == pytest.approx(getattr(plain, name) * scale + shift, abs=1e-6 * size)
+    assert plain.low <= plain.value + 1e-9 * size
+    assert plain.value <= plain.high + 1e-9 * size
+    assert (plain.examples, plain.seeds) == (len(drawn), 1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(values, st.randoms(use_true_random=False))
+def test_a_comparison_turns_round_with_its_arms(drawn: list[float], random: object) -> None:
+    a = np.array(drawn)
+    b = np.roll(a, 1) * 0.5
+    one, other = compare(a, b, resamples=199), compare(b, a, resamples=199)
+    assert one.difference.value == pytest.approx(-other.difference.value, abs=1e-9)
+    assert one.wilcoxon == pytest.approx(other.wilcoxon)
+    assert one.p == pytest.approx(other.p, abs=0.03)  # of the same 199 sign flips
+
+
+def test_the_bootstrap_error_is_that_of_theory() -> None:
+    draw = np.random.default_rng(1)
+    one = draw.normal(size=400)
+    assert estimate(one).error == pytest.approx(one.std(ddof=1) / 20, rel=0.05)
+    # Crossed factors: Var = s_seed^2 / S + s_example^2 / N + s_rest^2 / (S N), overstated by the bootstrap's own terms.
+    seeds, examples = 12, 300
+    matrix = draw.normal(size=(seeds, 1)) + draw.normal(size=(1, examples)) + draw.normal(size=(seeds, examples))
+    found = estimate(matrix)
+    by_seed, by_example = matrix.mean(axis=1).var() / seeds, matrix.mean(axis=0).var() / examples
+    rest = (matrix - matrix.mean(0) - matrix.mean(1, keepdims=True) + matrix.mean()).var() / (seeds * examples)
+    assert found.error == pytest.approx(np.sqrt(by_seed + by_example + rest), rel=0.05)
+    assert found.over == "seeds and examples"
+    # Resampling examples alone, as is usual, would claim a fifth of that error.
+    assert estimate(matrix.mean(axis=0)).error < found.error / 2
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    draw = np.random.default_rng(2)
+    hits = [
+        estimate(draw.exponential(size=60), resamples=499, seed=i) for i in range(300)
+    ]  # skewed, where a symmetric interval is off
+    share = np.mean([e.low <= 1 <= e.high for e in hits])
+    assert 0.90 <= share <= 0.98, share
+
+
+def test_tests_are_those_of_scipy_and_of_the_textbook() -> None:
+    draw = np.random.default_rng(3)
+    a = draw.normal(size=80)
+    b = a + 0.3 + draw.normal(size=80)
+    found = compare(a, b)
+    assert found.test == "paired permutation"
+    assert found.wilcoxon == pytest.approx(stats.wilcoxon(a - b).pvalue)
+    assert found.p == pytest.approx(stats.ttest_rel(a, b).pvalue, rel=0.5, abs=1e-3)  # at this n the two agree
+    assert found.effect == pytest.approx((a - b).mean() / (a - b).std(ddof=1))
+    # Binary: only examples that differ count, and each falls either way like a coin.
+    x, y = np.array([1] * 40 + [0] * 12 + [1] * 3 + [0] * 20), np.array([1] * 40 + [1] * 12 + [0] * 3 + [0] * 20)
+    binary = compare(x, y)
+    assert binary.test == "McNemar, exact"
+    assert binary.p == pytest.approx(stats.binomtest(3, 15).pvalue)
+
+
+def test_holm_multiplies_the_smallest_by_their_number() -> None:
+    draw = np.random.default_rng(4)
+    arms = [draw.normal(shift, size=50) for shift in (0.0, 0.2, 0.5)]
+    plain = [compare(arms[i], arms[j], resamples=999) for i, j in ((0, 1), (0, 2), (1, 2))]
+    corrected = holm(plain)
+    order = np.argsort([c.p for c in plain])
+    most = 0.0
+    for rank, i in enumerate(order):
+        most = max(most, min(1.0, (len(order) - rank) * plain[i].p))
+        assert corrected[i].adjusted == pytest.approx(most)
+    assert holm([]) == []
+
+
+def test_equal_arms_show_no_difference_and_say_what_could_have_been_found() -> None:
+    draw = np.random.default_rng(5)
+    base = draw.normal(size=(3, 200))
+    same = compare(base, base + 1e-3 * draw.normal(size=(3, 200)))
+    assert not same.shown
+    assert same.detectable == pytest.approx(2.8 * same.difference.error, rel=0.01)
+    nothing = compare(base, base)
+    assert (nothing.p, nothing.shown) == (1.0, False)
+
+
+def test_few_false_alarms_when_nothing_differs() -> None:
+    draw = np.random.default_rng(6)
+    shown = [compare(draw.normal(size=40), draw.normal(size=40), resamples=199, seed=i).shown for i in range(200)]
+    assert np.mean(shown) < 0.09
+
+
+@pytest.mark.parametrize("bad", [[], [[1.0, np.nan]], [[[1.0]]]])
+def test_what_cannot_be_summed_up_is_refused(bad: object) -> None:
+    with pytest.raises(ValueError, match="values"):
+        estimate(bad)
+    with pytest.raises(ValueError, match="paired"):
+        compare([1.0, 2.0], [1.0, 2.0, 3.0])
