@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -32,7 +33,11 @@ def ablate(study: str, *, out: str | None = None, jobs: int = 1, keep_checkpoint
     if not all(run.done for run in runs):
         step, start = timed_step(plan, folder, _environment(jobs))
         show_plan(plan, checked, runs, step, start, jobs)
-    failed = execute(plan, folder, jobs, keep_checkpoints)
+    try:
+        failed = execute(plan, folder, jobs, keep_checkpoints)
+    except KeyboardInterrupt:
+        print("\nhalos: interrupted; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
     results = Results(plan, folder)
     print(f"\n{results.headline()}\nhalos: the report is {write_report(results)}, and report.md beside it")
     if failed:

@@ -1,4 +1,4 @@
-"""Statistics of studies: an oracle, identities with formulas written out, and that errors are as frequent as promised."""
+"""Statistics of studies: an oracle, formulas written out, and that errors are as frequent as promised."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_win_rates_are_those_that_alpaca_eval_has_published() -> None:
 
 @pytest.mark.parametrize("given", [[1.0, 3.0], [2.0]])
 def test_verdicts_that_are_none_are_refused(given: list[float]) -> None:
-    with pytest.raises(ValueError, match="preferences are|a standard error"):
+    with pytest.raises(ValueError, match=r"preferences are|a standard error"):
         win_rate(given)
 
 

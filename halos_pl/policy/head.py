@@ -81,15 +81,15 @@ def token_logps(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     Returns:
         float32 [m].
     """
-    vocabulary = head.weight.shape[0]
-    parts = max(1, math.ceil(len(targets) * vocabulary / LOGITS))
+    weight: Any = head.weight
+    parts = max(1, math.ceil(len(targets) * len(weight) / LOGITS))
     plain = type(head) is nn.Linear and head.bias is None and not head._forward_hooks and not head._forward_pre_hooks
     if plain:
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else torch.promote_types(hidden.dtype, head.weight.dtype)
+        dtype = torch.get_autocast_dtype(device) if autocast else torch.promote_types(hidden.dtype, weight.dtype)
         with torch.autocast(device, enabled=False):
-            return _LogProbs.apply(hidden, head.weight, targets, dtype, parts)  # type: ignore[no-any-return]
+            return _LogProbs.apply(hidden, weight, targets, dtype, parts)  # type: ignore[no-any-return]
 
     def part(h: Tensor, t: Tensor) -> Tensor:
         return -F.cross_entropy(head(h).float(), t, reduction="none")

@@ -45,7 +45,7 @@ METRICS: dict[str, tuple[str, str, bool | None]] = {
     "rule": ("prompts", "share of answers that meet the rule", True),
     "judge": (
         "prompts",
-        "share of answers that the judge prefers to the reference model's, a draw counting half",
+        "share of answers that the judge prefers to those of before; a draw counts half",
         True,
     ),
 }

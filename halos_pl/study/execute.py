@@ -46,8 +46,7 @@ def _last_words(log: Path) -> str:
 def execute_run(run: Run, study: Study, env: Mapping[str, str], keep_checkpoints: bool = False) -> str | None:
     """Trains and measures one run, from where an earlier attempt has left it; why it failed, None if it has not.
 
-    ``log.txt`` of its folder's neighbour holds what the commands have said. A folder is a run's own: ``halos fit`` moves
-    aside what it finds there, so the log is kept outside until the run has begun.
+    What the commands have said is beside the folder: ``halos fit`` moves aside what it finds in it.
     """
     log = run.folder.with_name(f"{run.folder.name}.{LOG}")
     mark = run.folder.with_name(f"{run.folder.name}.{FAILED}")

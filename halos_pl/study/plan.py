@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -17,11 +18,10 @@ from typing import Any
 
 import yaml
 
-from halos_pl.study.evaluate import FILE, METRICS, function_of
+from halos_pl.study.evaluate import FILE, METRICS, evaluate, function_of
 
 KEYS = ("configs", "options", "arms", "axes", "sample", "seeds", "evaluate", "metrics", "baseline", "cluster", "note")
-EVALUATE = ("held_out", "prompts", "rule", "judge", "chat", "beta", "max_length", "max_new_tokens", "temperature")
-EVALUATE += ("batch_size", "seed")
+EVALUATE = tuple(name for name, p in inspect.signature(evaluate).parameters.items() if p.kind is p.KEYWORD_ONLY)
 OBJECTIVE = "objective"
 
 
@@ -166,7 +166,7 @@ class _Reader:
     def get(self, key: str, kind: type, default: Any) -> Any:
         value = self.content.get(key, default)
         if value is not default and not isinstance(value, kind):
-            names = {list: "a list", dict: "a mapping", str: "a text"}
+            names: dict[Any, str] = {list: "a list", dict: "a mapping", str: "a text"}
             raise self.fault(f"{key} is {value!r}; it must be {names[kind]}", key)
         return value
 
@@ -192,8 +192,8 @@ class _Reader:
             raise self.fault(f"seeds is {seeds}; it takes a list of whole numbers from 0", "seeds")
         if len(set(seeds)) < len(seeds):
             raise self.fault(f"seeds is {seeds}: a seed is named twice", "seeds")
-        evaluate = self.get("evaluate", dict, {})
-        for key in evaluate:
+        measured = self.get("evaluate", dict, {})
+        for key in measured:
             if key not in EVALUATE:
                 raise self.fault(f"unknown key {key!r} of evaluate; it takes {', '.join(EVALUATE)}", "evaluate", key)
         baseline = self.get("baseline", str, arms[0].name)
@@ -205,8 +205,8 @@ class _Reader:
             path=self.path,
             arms=tuple(arms),
             seeds=tuple(seeds),
-            evaluate=evaluate,
-            metrics=self._metrics(evaluate),
+            evaluate=measured,
+            metrics=self._metrics(measured),
             baseline=baseline,
             cluster=self.get("cluster", dict, None),
             note=self.get("note", str, ""),
@@ -302,7 +302,6 @@ class Checked:
     Attributes:
         steps: optimizer steps of one run.
         digest: of the resolved config, without seed and folder.
-        pairs: whether its held-out data hold pairs.
     """
 
     steps: int
@@ -324,7 +323,7 @@ def check(study: Study) -> dict[str, Checked]:
     known: dict[str, Arm] = {}
     for number, arm in enumerate(study.arms):
         words = arm.words("unused", study.seeds[0])[1:]
-        said = io.StringIO()
+        said, place = io.StringIO(), f"{study.path}:{arm.line}: arm {arm.name!r}"
         try:
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
                 cli = HalosCLI(words, run=False)
@@ -338,11 +337,9 @@ def check(study: Study) -> dict[str, Checked]:
         except SystemExit as error:
             lines = [line for line in said.getvalue().splitlines() if line.strip()]
             why = next((line for line in lines if "error:" in line), lines[0] if lines else str(error))
-            raise StudyError(
-                f"{study.path}:{arm.line}: arm {arm.name!r}: {why.partition('error: ')[2] or why}"
-            ) from error
+            raise StudyError(f"{place}: {why.partition('error: ')[2] or why}") from error
         except USER_ERRORS as error:
-            raise StudyError(f"{study.path}:{arm.line}: arm {arm.name!r}: {error}") from error
+            raise StudyError(f"{place}: {error}") from error
         if digest in known:
             raise StudyError(
                 f"{study.path}:{arm.line}: arm {arm.name!r} comes to the same config as arm {known[digest].name!r}"
@@ -357,7 +354,6 @@ def _steps(cli: Any) -> int:
     """Optimizer steps of a fit, after its data have been read and checked."""
     trainer, data = cli.trainer, cli.datamodule
     trainer.strategy._lightning_module = cli.model
-    trainer.fit_loop.epoch_loop  # noqa: B018  (there is one)
     data.trainer = trainer
     trainer.state.fn = "fit"
     data.setup("fit")

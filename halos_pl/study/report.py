@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment
+from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
 from halos_pl.conformance.check import reports
@@ -217,9 +217,7 @@ def content(results: Results) -> dict[str, Any]:
                     "arm": arm.name,
                     "figure": shown(e) if e else "missing",
                     "n": f"{e.examples} x {e.seeds}" if e else "0",
-                    "difference": f"{c.difference.value:+.3g} [{c.difference.low:+.3g}, {c.difference.high:+.3g}]"
-                    if c
-                    else "",
+                    "difference": shown(c.difference, "+") if c else "",
                     "p": f"{c.adjusted:.2g}" if c else "",
                     "wilcoxon": f"{c.wilcoxon:.2g}" if c else "",
                     "effect": f"{c.effect:+.2f}" if c else "",
@@ -256,9 +254,7 @@ def content(results: Results) -> dict[str, Any]:
             for arm in arms
         ],
         "missing": missing,
-        "commands": [
-            (str(run.folder), command(run.fit), command(results.study.evaluation(run))) for run in results.runs
-        ],
+        "commands": [(command(run.fit), command(results.study.evaluation(run))) for run in results.runs],
         "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
         "machine": f"{platform.machine()}, {platform.system()}, {torch.get_num_threads()} threads",
         "revision": _revision(),
@@ -266,106 +262,7 @@ def content(results: Results) -> dict[str, Any]:
     }
 
 
-MARKDOWN = """# {{ title }}
-
-{{ note }}
-
-**{{ headline }}**
-
-{% for picture in pictures %}
-![{{ picture.title }}]({{ picture.name }})
-
-{{ picture.title }}.
-{% endfor %}
-{% for table in tables %}
-## {{ table.metric }}
-
-{{ table.what }}. n is {{ table.unit }} x seeds; differences are to {{ baseline }}, paired.
-
-| arm | mean [95 %] | n | difference [95 %] | p (Holm) | p (Wilcoxon) | effect d_z | |
-|---|---|---|---|---|---|---|---|
-{% for row in table.rows -%}
-| {{ row.arm }} | {{ row.figure }} | {{ row.n }} | {{ row.difference }} | {{ row.p }} | {{ row.wilcoxon }} | {{ row.effect }} | {{ row.said }} |
-{% endfor %}
-{% endfor %}
-## Arms
-
-| arm | seeds finished | `halos check` (ICML 2024, Def. 3.4) |
-|---|---|---|
-{% for arm in arms -%}
-| {{ arm.name }} | {{ arm.seeds }} | {{ arm.verdict }} |
-{% endfor %}
-{% if missing %}
-## Missing
-
-| run | state | why |
-|---|---|---|
-{% for run in missing -%}
-| {{ run.run }} | {{ run.state }} | {{ run.error }} |
-{% endfor %}
-{% endif %}
-## How it was made
-
-Intervals: over seeds and examples where there are several seeds (pigeonhole bootstrap), else BCa over examples. Tests:
-paired permutation over examples, McNemar's for a binary metric of one seed, corrected by Holm for all comparisons of
-this report. A difference is said to be shown where the corrected p is below 0.05 and the interval excludes 0. With few
-seeds an interval says little of how much seeds vary.
-
-- revision: {{ revision }}
-- machine: {{ machine }}
-- versions: {% for name, number in versions.items() %}{{ name }} {{ number }}{{ ", " if not loop.last }}{% endfor %}
-{% for path, digest in data.items() %}
-- data: {{ path }}, sha256 {{ digest }}
-{%- endfor %}
-
-```bash
-{% for folder, fit, evaluate in commands -%}
-{{ fit }}
-{{ evaluate }}
-{% endfor -%}
-```
-"""
-
-HTML = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-.headline { background: #f3f6f4; border-left: 4px solid #1b7f5c; padding: .7rem 1rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
-th:first-child, td:first-child, td:last-child { text-align: left; }
-tr.differs td { background: #eef6f1; } img { max-width: 100%; height: auto; }
-pre { overflow-x: auto; background: #f6f6f6; padding: .7rem; font-size: .75rem; } .small { color: #555; font-size: .85rem; }
-td.why { white-space: normal; }
-</style></head><body>
-<h1>{{ title }}</h1>
-{% if note %}<p>{{ note }}</p>{% endif %}
-<p class="headline">{{ headline }}</p>
-{% for picture in pictures %}<h2>{{ picture.title }}</h2>
-<img alt="{{ picture.title }}" src="data:image/png;base64,{{ picture.data }}">{% endfor %}
-{% for table in tables %}<h2>{{ table.metric }}</h2>
-<p class="small">{{ table.what }}. n is {{ table.unit }} × seeds; differences are to {{ baseline }}, paired.</p>
-<div class="wide"><table><tr><th>arm<th>mean [95 %]<th>n<th>difference [95 %]<th>p (Holm)<th>p (Wilcoxon)<th>effect d_z<th></tr>
-{% for row in table.rows %}<tr class="{{ row.said }}"><td>{{ row.arm }}<td>{{ row.figure }}<td>{{ row.n }}<td>{{ row.difference }}<td>{{ row.p }}<td>{{ row.wilcoxon }}<td>{{ row.effect }}<td>{{ row.said }}</tr>
-{% endfor %}</table></div>{% endfor %}
-<h2>Arms</h2><div class="wide"><table><tr><th>arm<th>seeds finished<th>halos check (ICML 2024, Def. 3.4)</tr>
-{% for arm in arms %}<tr><td>{{ arm.name }}<td>{{ arm.seeds }}<td>{{ arm.verdict }}</tr>{% endfor %}</table></div>
-{% if missing %}<h2>Missing</h2><div class="wide"><table><tr><th>run<th>state<th>why</tr>
-{% for run in missing %}<tr><td>{{ run.run }}<td>{{ run.state }}<td class="why">{{ run.error }}</tr>{% endfor %}</table></div>{% endif %}
-<h2>How it was made</h2>
-<p class="small">Intervals: over seeds and examples where there are several seeds (pigeonhole bootstrap), else BCa over
-examples. Tests: paired permutation over examples, McNemar's for a binary metric of one seed, corrected by Holm for all
-comparisons of this report. A difference is said to be shown where the corrected p is below 0.05 and the interval
-excludes 0. With few seeds an interval says little of how much seeds vary.</p>
-<ul class="small"><li>revision: {{ revision }}<li>machine: {{ machine }}
-<li>versions: {% for name, number in versions.items() %}{{ name }} {{ number }}{{ ", " if not loop.last }}{% endfor %}
-{% for path, digest in data.items() %}<li>data: {{ path }}, sha256 {{ digest }}{% endfor %}</ul>
-<pre>{% for folder, fit, evaluate in commands %}{{ fit }}
-{{ evaluate }}
-{% endfor %}</pre></body></html>
-"""
+TEMPLATES = Environment(loader=PackageLoader("halos_pl.study", "."), autoescape=lambda name: ".html" in (name or ""))
 
 
 def write_report(results: Results) -> Path:
@@ -381,7 +278,6 @@ def write_report(results: Results) -> Path:
             data = base64.b64encode(path.read_bytes()).decode()
             pictures.append({"title": title, "name": name, "data": data})
     said = {**content(results), "pictures": pictures}
-    (results.out / "report.md").write_text(Environment(autoescape=False).from_string(MARKDOWN).render(said))
-    page = results.out / "report.html"
-    page.write_text(Environment(autoescape=True).from_string(HTML).render(said))
-    return page
+    for name in ("report.md", "report.html"):
+        (results.out / name).write_text(TEMPLATES.get_template(f"{name}.jinja").render(said))
+    return results.out / "report.html"

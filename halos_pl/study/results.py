@@ -119,30 +119,27 @@ class Results:
         if self.baseline.name not in found or len(found) < 2:
             return f"Nothing to compare yet: of {len(self.runs)} runs {len(self.done)} are finished."
         base = found[self.baseline.name]
-        said = [
-            f"{metric} ({what}): {self.baseline.name} {shown(base)}, over {base.seeds} seeds and {base.examples} {unit}."
-        ]
+        n = f"{base.seeds} seed{'s' * (base.seeds > 1)} and {base.examples} {unit}"
+        said = [f"{metric} ({what}): {self.baseline.name} {shown(base)}, over {n}."]
         against = [v for v in self.versus if v.metric == metric]
         real = [v for v in against if v.comparison.shown]
         for v in sorted(real, key=lambda v: -abs(v.comparison.difference.value)):
             d = v.comparison.difference
             better = "" if more is None else " (better)" if (d.value > 0) == more else " (worse)"
             said.append(
-                f"{v.arm.name} differs from {self.baseline.name} by {d.value:+.3g}{better}, 95 % interval {d.low:+.3g} to"
-                f" {d.high:+.3g}, corrected p = {v.comparison.adjusted:.2g}."
+                f"{v.arm.name} differs from {self.baseline.name} by {shown(d, '+')}{better}, corrected p ="
+                f" {v.comparison.adjusted:.2g}."
             )
         rest = [v for v in against if not v.comparison.shown]
         if rest:
             least = max(v.comparison.detectable for v in rest)
             names = ", ".join(v.arm.name for v in rest)
-            said.append(
-                f"No difference shown for {names}: at this size one of {least:.2g} would have been found in 4 of 5 cases."
-            )
+            said.append(f"No difference shown for {names}: at this size one of {least:.2g} is found 4 times in 5.")
         if len(self.done) < len(self.runs):
             said.append(f"Unfinished: {len(self.runs) - len(self.done)} of {len(self.runs)} runs are missing.")
         return " ".join(said)
 
 
-def shown(e: Estimate) -> str:
-    """A figure with its interval."""
-    return f"{e.value:.3g} [{e.low:.3g}, {e.high:.3g}]"
+def shown(e: Estimate, sign: str = "") -> str:
+    """A figure with its 95 % interval."""
+    return f"{e.value:{sign}.3g} [{e.low:{sign}.3g}, {e.high:{sign}.3g}]"

@@ -78,7 +78,9 @@ class Comparison:
 def _matrix(values: object) -> Values:
     matrix = np.atleast_2d(np.asarray(values, dtype=np.float64))
     if matrix.ndim != 2 or matrix.size == 0:
-        raise ValueError(f"values of shape {np.shape(values)}; wanted are [seeds, examples], at least one of each")
+        raise ValueError(
+            f"values of shape {np.asarray(values).shape}; wanted are [seeds, examples], at least one of each"
+        )
     if not np.isfinite(matrix).all():
         raise ValueError(f"{int((~np.isfinite(matrix)).sum())} of {matrix.size} values are not finite")
     return matrix

@@ -1,0 +1,287 @@
+"""Studies: what is wrong with one is said beforehand; runs go on where they were; every figure is of its examples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from run_halos import ROOT, binary_data, pair_data
+
+from halos_pl.cli import main
+from halos_pl.study import execute
+from halos_pl.study.plan import StudyError, check, command, load_study
+from halos_pl.study.results import Results
+
+RULE = """
+def ends(answer, finished):
+    return len(answer) % 2 == 0
+
+def longer(prompt, answer, other):
+    return 0.5 if len(answer) == len(other) else float(len(answer) > len(other))
+"""
+
+
+@pytest.fixture
+def make(tiny_folder: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a study of a tiny model; what is given replaces its keys, None removes one."""
+    binary_data(tmp_path / "train.jsonl", 12)
+    pair_data(tmp_path / "held_out.jsonl", 6, seed=1)
+    (tmp_path / "prompts.txt").write_text("one\ntwo why\nthree so\n")
+    (tmp_path / "rule.py").write_text(RULE)
+
+    def made(**given: Any) -> Path:
+        content: dict[str, Any] = {
+            "note": "does it matter?",
+            "configs": [f"{ROOT}/experiments/base.yaml"],
+            "options": {
+                "model.policy.path": str(tiny_folder),
+                "data.train": str(tmp_path / "train.jsonl"),
+                "data.batch_size": 4,
+                "trainer.accelerator": "cpu",
+                "trainer.max_steps": 2,
+                "trainer.enable_progress_bar": False,
+                "model.optimizer.init_args.lr": 0.01,
+            },
+            "arms": {
+                name: {"objective": f"{ROOT}/experiments/objectives/{file}.yaml"}
+                for name, file in (("kto", "kto"), ("no loss aversion", "kto_identity"))
+            },
+            "seeds": [0, 1],
+            "evaluate": {
+                "held_out": [str(tmp_path / "held_out.jsonl")],
+                "prompts": str(tmp_path / "prompts.txt"),
+                "rule": f"{tmp_path}/rule.py:ends",
+                "judge": f"{tmp_path}/rule.py:longer",
+                "max_new_tokens": 4,
+            },
+            "metrics": ["reward_accuracy", "reward_auroc", "brier", "kl", "rule", "judge"],
+            **given,
+        }
+        path = tmp_path / "study.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}, sort_keys=False))
+        return path
+
+    return made
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs a study's commands in this process, and notes them."""
+    called: list[str] = []
+
+    def process(words: list[str], log: Path, env: Any) -> int:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        called.append(command(words))
+        try:
+            main(words)
+        except SystemExit as error:
+            return int(error.code or 0)
+        except Exception as error:
+            with log.open("a") as file:
+                file.write(f"halos: Error: {error}\n")
+            return 1
+        return 0
+
+    monkeypatch.setattr(execute, "_process", process)
+    return called
+
+
+def line_of(path: Path, text: str) -> int:
+    return next(i for i, line in enumerate(path.read_text().splitlines(), start=1) if text in line)
+
+
+FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "unknown key": ({"metrixs": ["kl"]}, "metrixs", "unknown key 'metrixs'"),
+    "unknown metric": ({"metrics": ["kl", "accuracy"]}, "- accuracy", "unknown metric 'accuracy'"),
+    "empty axis": ({"axes": {"model.value_function.init_args.beta": []}}, "init_args.beta", "the grid is empty"),
+    "no arm": ({"arms": None}, "note", "the grid is empty"),
+    "no metric": ({"metrics": None}, "note", "no metrics"),
+    "seed twice": ({"seeds": [1, 1]}, "seeds:", "named twice"),
+    "a seed that is none": ({"seeds": ["one"]}, "seeds:", "whole numbers"),
+    "unknown baseline": ({"baseline": "dpo"}, "baseline", "'dpo' is no arm"),
+    "arms is a list": ({"arms": ["kto"]}, "arms:", "must be a mapping"),
+    "unknown key of evaluate": (
+        {"evaluate": {"helt_out": ["x"]}, "metrics": ["kl"]},
+        "helt_out",
+        "unknown key 'helt_out'",
+    ),
+    "a metric without its data": (
+        {"evaluate": {"prompts": "x.txt"}, "metrics": ["reward_accuracy"]},
+        "- reward_accuracy",
+        "evaluate names no held_out",
+    ),
+    "sample of more than there are": ({"sample": {"size": 9}}, "sample:", "only 2 arms"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_study_that_cannot_be_read_is_refused_by_its_line(name: str, make: Any) -> None:
+    given, text, message = FAULTS[name]
+    path = make(**given)
+    with pytest.raises(StudyError) as error:
+        load_study(path)
+    assert message in str(error.value)
+    assert str(error.value).startswith(f"{path}:{line_of(path, text)}:")
+
+
+def test_a_rule_that_is_not_there_is_refused(make: Any, tmp_path: Path) -> None:
+    path = make(
+        evaluate={"prompts": str(tmp_path / "prompts.txt"), "rule": f"{tmp_path}/rule.py:begins"}, metrics=["rule"]
+    )
+    with pytest.raises(StudyError, match="has no function 'begins'"):
+        load_study(path)
+
+
+def test_arms_are_crossed_with_axes_and_sampled(make: Any) -> None:
+    axes = {"model.value_function.init_args.beta": [0.1, 0.2], "data.batch_size": [2, 4, 6]}
+    study = load_study(make(axes=axes))
+    assert len(study.arms) == 12
+    assert study.arms[0].name == "kto beta=0.1 batch_size=2"
+    assert "--data.batch_size=2" in study.arms[0].words("out", 3)
+    assert study.arms[0].words("out", 3)[-2:] == ["--seed_everything=3", "--run_dir=out"]
+    some = load_study(make(axes=axes, sample={"size": 5, "seed": 1}))
+    assert [arm.name for arm in some.arms] == [
+        arm.name for arm in study.arms if arm.name in {a.name for a in some.arms}
+    ]
+    assert len(some.arms) == 5
+    assert len(load_study(make(arms=None, axes=axes)).arms) == 6
+
+
+ARM_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "an option that is none": ({"model.value_funktion": "Logistic"}, "value_funktion"),
+    "a number outside its range": ({"model.warmup_ratio": 2}, "warmup_ratio is 2"),
+    "data of another kind": ({"objective": f"{ROOT}/experiments/objectives/dpo.yaml"}, "compares the two completions"),
+    "the same as another": ({"objective": f"{ROOT}/experiments/objectives/kto.yaml"}, "the same config as arm 'kto'"),
+    "no such file": ({"objective": "experiments/objectives/kato.yaml"}, "kato.yaml"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ARM_FAULTS)
+def test_an_arm_that_is_not_valid_is_refused_before_the_first_run(name: str, make: Any) -> None:
+    own, message = ARM_FAULTS[name]
+    arms = {"kto": {"objective": f"{ROOT}/experiments/objectives/kto.yaml"}, "second": {}}
+    arms["second"] = {"objective": f"{ROOT}/experiments/objectives/kto.yaml"} | own
+    path = make(arms=arms)
+    with pytest.raises(StudyError) as error:
+        check(load_study(path))
+    assert message in str(error.value)
+    assert f"{path}:{line_of(path, 'second:')}: arm 'second'" in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_metric_of_pairs_wants_pairs(make: Any, tmp_path: Path) -> None:
+    path = make(evaluate={"held_out": [str(tmp_path / "train.jsonl")]}, metrics=["reward_accuracy"])
+    with pytest.raises(StudyError, match="have no pairs"):
+        check(load_study(path))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_study_runs_goes_on_after_a_failure_and_reports(make: Any, here: list[str], tmp_path: Path) -> None:
+    path, out = make(), tmp_path / "out"
+    # A fault of one arm's runs that no look at the config finds.
+    broken = out / "no_loss_aversion" / "seed-1"
+    blocked = execute._process
+
+    def process(words: list[str], log: Path, env: Any) -> int:
+        if f"--run_dir={broken}" in words:
+            log.write_text("halos: RuntimeError: out of memory\n")
+            return 1
+        return blocked(words, log, env)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(execute, "_process", process)
+        with pytest.raises(SystemExit):
+            main(["ablate", str(path), f"--out={out}"])
+    results = Results(load_study(path), out)
+    assert [run.folder for run in results.runs if not run.done] == [broken]
+    assert execute.state(results.runs[-1]) == "failed"
+    assert execute.failure(results.runs[-1])["error"] == "halos: RuntimeError: out of memory"
+    page = (out / "report.md").read_text()
+    assert f"| {broken} | failed | halos: RuntimeError: out of memory |" in page
+    assert "1 of 4 runs are missing" in page
+
+    here.clear()
+    main(["ablate", str(path), f"--out={out}"])
+    fits = [word for word in here if word.startswith("halos fit") and "timed_step" not in word]
+    assert len(fits) == 1
+    assert str(broken) in fits[0]
+    here.clear()
+    main(["ablate", str(path), f"--out={out}"])
+    assert here == []  # nothing is left to do
+    results = Results(load_study(path), out)
+    for metric, n in (("reward_accuracy", 6), ("reward_auroc", 6), ("kl", 3), ("judge", 3)):
+        e = results.estimates[metric, "kto"]
+        assert (e.examples, e.seeds) == (n, 2), metric
+    assert {v.arm.name for v in results.versus} == {"no loss aversion"}
+    for name in ("report.html", "report.md", "forest.png", "curves.png", "value_functions.png"):
+        assert (out / name).stat().st_size > 500, name
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "halo-shaped" in page or "halo" in page
+    assert not list(out.rglob("last.ckpt"))
+    # The commands that it prints are whole: one of them by hand gives the same values.
+    run = results.runs[0]
+    before = json.loads((run.folder / "evaluation.json").read_text())
+    main(run.arm.words(tmp_path / "by hand", run.seed))
+    main(["evaluate", str(tmp_path / "by hand"), *results.study.evaluation(run)[2:]])
+    assert json.loads((tmp_path / "by hand" / "evaluation.json").read_text()) == before
+
+    main(["ablate", "status", str(out)])
+    with pytest.raises(SystemExit):
+        main(["ablate", "status", str(tmp_path)])
+    other = make(evaluate={"held_out": [str(tmp_path / "held_out.jsonl")]}, metrics=["kl_held_out"])
+    with pytest.raises(SystemExit):
+        main(["ablate", str(other), f"--out={out}"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_figures_are_those_of_their_definitions(make: Any, here: list[str], tmp_path: Path) -> None:
+    study = load_study(make())
+    run = study.runs(tmp_path / "runs")[0]
+    main(run.fit)
+    main(study.evaluation(run))
+    found = json.loads((run.folder / "evaluation.json").read_text())
+    rows = [json.loads(line) for line in (run.folder / "held_out.jsonl").read_text().splitlines()]
+    reward = {row["row"]: row["policy_logp"] - row["reference_logp"] for row in rows}
+    pairs: dict[str, dict[bool, float]] = {}
+    for row in rows:
+        pairs.setdefault(row["pair"], {})[row["desirable"]] = reward[row["row"]]
+    assert len(pairs) == 6
+    assert np.mean(list(found["reward_accuracy"].values())) == np.mean([p[True] > p[False] for p in pairs.values()])
+    good = [reward[r["row"]] for r in rows if r["desirable"]]
+    bad = [reward[r["row"]] for r in rows if not r["desirable"]]
+    area = np.mean([[(g > b) + 0.5 * (g == b) for b in bad] for g in good])
+    assert np.mean(list(found["reward_auroc"].values())) == pytest.approx(area)
+    sigmoid = 1 / (1 + np.exp(-0.1 * np.array([p[True] - p[False] for p in pairs.values()])))
+    assert np.mean(list(found["brier"].values())) == pytest.approx(np.mean((1 - sigmoid) ** 2))
+    assert all(row["kl"] > 0 for row in rows)
+    assert any(abs(r) > 1e-3 for r in reward.values())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("lora", [False, True])
+def test_before_it_is_trained_a_policy_is_its_reference(lora: bool, make: Any, tmp_path: Path) -> None:
+    """A rate of 0 trains nothing: no KL, no rewards, no difference."""
+    own = {"model.policy.lora": {"r": 4}} if lora else {}
+    arms = {"kto": {"objective": f"{ROOT}/experiments/objectives/kto.yaml", "model.optimizer.init_args.lr": 0.0, **own}}
+    study = load_study(make(arms=arms))
+    run = study.runs(tmp_path / "runs")[0]
+    main(run.fit)
+    main(study.evaluation(run))
+    found = json.loads((run.folder / "evaluation.json").read_text())
+    assert set(found["reward_accuracy"].values()) <= {0.0, 0.5, 1.0}
+    assert max(map(abs, found["reward_margin"].values())) < 1e-4
+    assert max(map(abs, found["kl"].values())) < 1e-5
+    assert set(found["judge"].values()) == {0.5}
+
+
+@pytest.mark.slow
+def test_from_a_shell_with_two_at_a_time(make: Any, tmp_path: Path) -> None:
+    main(["ablate", str(make()), f"--out={tmp_path / 'out'}", "--jobs=2"])
+    assert len(Results(load_study(make()), tmp_path / "out").done) == 4
