@@ -116,14 +116,18 @@ def estimate(values: object, *, resamples: int = RESAMPLES, seed: int = 0) -> Es
     seeds, examples = matrix.shape
     mean, rng = float(matrix.mean()), np.random.default_rng(seed)
     over: Literal["examples", "seeds and examples"] = "examples" if seeds == 1 else "seeds and examples"
-    if np.ptp(matrix) == 0 or examples == 1:
+    if np.ptp(matrix) <= 1e-12 * np.abs(matrix).max() or examples == 1:
         return Estimate(mean, mean, mean, examples, seeds, over, 0.0)
     if seeds > 1:
         means = _crossed(matrix, rng, resamples)
         low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
         return Estimate(mean, float(low), float(high), examples, seeds, over, float(means.std(ddof=1)))
-    found = stats.bootstrap((matrix[0],), np.mean, n_resamples=resamples, method="BCa", rng=rng, batch=1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        found = stats.bootstrap((matrix[0],), np.mean, n_resamples=resamples, method="BCa", rng=rng, batch=1000)
     low, high = found.confidence_interval
+    if not math.isfinite(low + high):  # so few different values that BCa has no answer
+        low, high = np.quantile(found.bootstrap_distribution, [LEVEL / 2, 1 - LEVEL / 2])
     return Estimate(mean, float(low), float(high), examples, seeds, over, float(found.standard_error))
 
 
