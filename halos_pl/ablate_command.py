@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from halos_pl.study.execute import PLAN, STUDY, _environment, claim, execute, failure, show_plan, state, timed_step
+from halos_pl.study.execute import PLAN, STUDY, claim, environment, execute, failure, show_plan, state, timed_step
 from halos_pl.study.plan import StudyError, check, load_study
 from halos_pl.study.report import write_report
 from halos_pl.study.results import Results
@@ -31,7 +31,7 @@ def ablate(study: str, *, out: str | None = None, jobs: int = 1, keep_checkpoint
     claim(plan, folder, {name: arm.digest for name, arm in checked.items()})
     runs = plan.runs(folder)
     if not all(run.done for run in runs):
-        step, start = timed_step(plan, folder, _environment(jobs))
+        step, start = timed_step(plan, folder, environment(jobs))
         show_plan(plan, checked, runs, step, start, jobs)
     try:
         failed = execute(plan, folder, jobs, keep_checkpoints)

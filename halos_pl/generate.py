@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from halos_pl.data.example import DataError, Prompt
 from halos_pl.data.tokenize import encode_prompt
+from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
+from halos_pl.policy.logprobs import completion_kl
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,41 @@ def generate(
     return [samples[at : at + num_samples] for at in range(0, len(samples), num_samples)]
 
 
+def kl_of_samples(
+    policy: nn.Module,
+    reference: Callable[[], AbstractContextManager[nn.Module]],
+    samples: Sequence[Sample],
+    batch_size: int = 8,
+) -> Iterator[float]:
+    """KL(policy || reference) of each sample in turn, exact at each of its tokens and summed over them, in nats.
+
+    Args:
+        policy: the model that has sampled.
+        reference: called for each batch; what it returns is entered to get the other model.
+        samples: completions.
+        batch_size: samples at a time.
+    """
+    device = next(policy.parameters()).device
+    for at in range(0, len(samples), batch_size):
+        some = samples[at : at + batch_size]
+        n = len(some)
+        batch = FlatBatch(
+            prompts=[torch.tensor(s.prompt_ids) for s in some],
+            completions=[torch.tensor(s.completion_ids) for s in some],
+            prompt=torch.arange(n),
+            desirable=torch.ones(n, dtype=torch.bool),
+            rival=torch.full((n,), -1),
+            probe=torch.zeros(n, dtype=torch.bool),
+        ).to(device)
+        yield from completion_kl(policy, reference(), batch).sum(dim=1).tolist()
+
+
+def as_messages(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, chat: bool) -> list[Prompt]:
+    """The prompts, with texts as a user's message where ``chat`` is wanted and the tokenizer has a template for it."""
+    as_chat = chat and tokenizer.chat_template is not None
+    return [[{"role": "user", "content": p}] if as_chat and isinstance(p, str) else p for p in prompts]
+
+
 def read_prompts(path: Path) -> list[Prompt]:
     """Prompts from a ``.txt`` file, one a line, or from JSON lines with ``prompt``, a text or a message list.
 
@@ -263,8 +300,7 @@ def generate_file(
     """
     read = read_prompts(Path(prompts))
     model, tokenizer = load_for_generation(folder)
-    as_chat = chat and tokenizer.chat_template is not None
-    asked: list[Prompt] = [[{"role": "user", "content": p}] if as_chat and isinstance(p, str) else p for p in read]
+    asked = as_messages(read, tokenizer, chat)
     target = Path(out) if out else Path(prompts).with_suffix(".completions.jsonl")
     chunk = 8 * max(1, batch_size // num_samples)
     with target.open("w") as file:

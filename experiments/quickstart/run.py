@@ -19,40 +19,18 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 from rule import ask, meets_rule
 from scipy.stats import bootstrap
-from torch import nn
 
 from halos_pl.export import export
-from halos_pl.generate import Sample, generate
-from halos_pl.outcomes import FlatBatch
+from halos_pl.generate import Sample, generate, kl_of_samples
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
-from halos_pl.policy.logprobs import completion_kl
 
 HERE = Path(__file__).parent
 METRIC = "share of answers that are one short sentence"
 KL_BOUND = 5.0  # nats per answer; a model that babbles to meet the rule lies far above
-
-
-def kl_per_answer(policy: nn.Module, reference: nn.Module, samples: list[Sample]) -> float:
-    """Mean over answers of the KL divergence from the reference, in nats, exact at each sampled token."""
-    total = 0.0
-    for at in range(0, len(samples), 8):
-        some = samples[at : at + 8]
-        n = len(some)
-        batch = FlatBatch(
-            prompts=[torch.tensor(s.prompt_ids) for s in some],
-            completions=[torch.tensor(s.completion_ids) for s in some],
-            prompt=torch.arange(n),
-            desirable=torch.ones(n, dtype=torch.bool),
-            rival=torch.full((n,), -1),
-            probe=torch.zeros(n, dtype=torch.bool),
-        )
-        total += completion_kl(policy, nullcontext(reference), batch).sum().item()
-    return total / len(samples)
 
 
 def main() -> None:
@@ -101,7 +79,8 @@ def main() -> None:
     # Prompts are the unit: the answers to one prompt are not independent of each other.
     interval = bootstrap((gains,), np.mean, rng=np.random.default_rng(0)).confidence_interval
     # Summed over the vocabulary at each token the estimate varies little: every other prompt is enough.
-    kl = kl_per_answer(policy, reference, [found[0] for found in answers["after"][::2]])
+    some = [found[0] for found in answers["after"][::2]]
+    kl = float(np.mean(list(kl_of_samples(policy, lambda: nullcontext(reference), some))))
 
     def mean_words(moment: str) -> float:
         return float(np.mean([len(a.text.split()) for found in answers[moment] for a in found]))

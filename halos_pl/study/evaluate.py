@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from halos_pl.callbacks import load_trained
 from halos_pl.data import DataError, FeedbackDataModule
 from halos_pl.export import module_of_run, put_weights
 from halos_pl.feedback import Binary
-from halos_pl.generate import Sample, generate, read_prompts
+from halos_pl.generate import Sample, as_messages, generate, kl_of_samples, read_prompts
 from halos_pl.module import HALOModule
 from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.logprobs import completion_kl, completion_logps
@@ -144,23 +144,6 @@ def function_of(place: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _kl(module: Evaluation, samples: list[Sample], size: int) -> Iterator[float]:
-    """KL(policy || reference) summed over each answer's tokens, nats."""
-    assert module.policy is not None
-    for at in range(0, len(samples), size):
-        some = samples[at : at + size]
-        n = len(some)
-        batch = FlatBatch(
-            prompts=[torch.tensor(s.prompt_ids) for s in some],
-            completions=[torch.tensor(s.completion_ids) for s in some],
-            prompt=torch.arange(n),
-            desirable=torch.ones(n, dtype=torch.bool),
-            rival=torch.full((n,), -1),
-            probe=torch.zeros(n, dtype=torch.bool),
-        ).to(next(module.policy.parameters()).device)
-        yield from completion_kl(module.policy, module.scoring(), batch).sum(dim=1).tolist()
-
-
 def evaluate(
     run: str,
     *,
@@ -229,9 +212,9 @@ def _of_answers(
     sampling: dict[str, Any],
 ) -> dict[str, dict[str, float]]:
     """Metrics of the answers that the policy gives to prompts."""
+    assert module.policy is not None
     read = read_prompts(prompts)
-    as_chat = chat and module.tokenizer.chat_template is not None
-    asked: list[Any] = [[{"role": "user", "content": p}] if as_chat and isinstance(p, str) else p for p in read]
+    asked = as_messages(read, module.tokenizer, chat)
 
     def answers(model: Any) -> list[Sample]:
         found = generate(model, module.tokenizer, asked, batch_size=batch_size, progress=False, **sampling)
@@ -239,7 +222,7 @@ def _of_answers(
 
     samples = answers(module.policy)
     columns: dict[str, list[float]] = {
-        "kl": list(_kl(module, samples, batch_size)),
+        "kl": list(kl_of_samples(module.policy, module.scoring, samples, batch_size)),
         "length": [float(len(s.completion_ids)) for s in samples],
         "finished": [float(s.finished) for s in samples],
     }

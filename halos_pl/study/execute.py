@@ -112,7 +112,8 @@ def _seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
-def _environment(jobs: int) -> dict[str, str]:
+def environment(jobs: int) -> dict[str, str]:
+    """The variables of a run's process: its share of the cores."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     return {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
 
@@ -165,7 +166,7 @@ def execute(
     failed: dict[str, str] = {}
     if study.cluster is not None:
         return _on_cluster(study, out, runs, keep_checkpoints, tell)
-    env, lock, began = _environment(jobs), threading.Lock(), time.monotonic()
+    env, lock, began = environment(jobs), threading.Lock(), time.monotonic()
     with ThreadPoolExecutor(jobs) as pool:
         waiting = {pool.submit(execute_run, run, study, env, keep_checkpoints): run for run in runs}
         try:
