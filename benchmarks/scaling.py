@@ -56,7 +56,6 @@ def measure(point: Point, threads: int) -> None:
     from halos_pl.build import load_objective
     from halos_pl.outcomes import FlatBatch, Rows
     from halos_pl.policy.logprobs import completion_logps, completion_mask, pack
-    from halos_pl.policy.memory import sum_embedding_gradient_in_place
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -73,7 +72,6 @@ def measure(point: Point, threads: int) -> None:
     for model in (policy, reference):
         if why := pack(model):
             raise SystemExit(why)
-    sum_embedding_gradient_in_place(policy)  # as a fit on the CPU does
     objective = load_objective(Path(__file__).resolve().parents[1] / "experiments/objectives/kto.yaml")
     n = point.rows
 

@@ -39,7 +39,7 @@ from halos_pl.objective import HALO, Context, Objective, Result
 from halos_pl.outcomes import FlatBatch, Rows
 from halos_pl.policy.loading import ModelError, ModelSpec, compile_layers, load_model, load_tokenizer
 from halos_pl.policy.logprobs import completion_kl, completion_logps, completion_mask, pack
-from halos_pl.policy.memory import keep_freed_memory, sum_embedding_gradient_in_place
+from halos_pl.policy.memory import keep_freed_memory
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel
 from halos_pl.policy.store import ReferenceStore, keys
 from halos_pl.policy.tree import is_packed
@@ -592,7 +592,6 @@ class HALOModule(LightningModule):
         """Has a step on the CPU spend less on memory."""
         if self.device.type == "cpu":
             keep_freed_memory()
-            sum_embedding_gradient_in_place(cast(nn.Module, self.policy))
 
     def on_train_start(self) -> None:
         """Restores the random state last, after everything that draws numbers while a run is set up."""

@@ -22,7 +22,7 @@ from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.head import token_logps
 from halos_pl.policy.loading import ModelError, ModelSpec
 from halos_pl.policy.logprobs import pack, padded_logps
-from halos_pl.policy.memory import recomputed, sum_embedding_gradient_in_place
+from halos_pl.policy.memory import recomputed
 from halos_pl.policy.tree import tree_logps
 
 
@@ -81,20 +81,6 @@ def test_two_fifths_less_is_kept_of_a_llama() -> None:
             out = model.model(input_ids=torch.arange(64)[None]).last_hidden_state  # noqa: F841  (keeps the graph)
         kept[what] = sum(pointers.values())
     assert kept["less"] < 0.7 * kept["all"], kept
-
-
-@pytest.mark.parametrize("name", ["llama, tied", "llama", "gpt2"])
-def test_an_embedding_that_is_the_head_has_one_gradient(name: str) -> None:
-    torch.manual_seed(0)
-    model = MODELS[name]()
-    assert pack(model) is None
-    _, wanted = slopes(model, packed=True, again=True)
-    sum_embedding_gradient_in_place(model)
-    assert model.get_input_embeddings().sparse == (name != "llama")
-    _, found = slopes(model, packed=True, again=True)
-    for key, value in wanted.items():
-        assert found[key].layout == torch.strided
-        torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-6 * float(value.abs().max()))
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 _VIEWS = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"}
@@ -85,15 +85,3 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(mmap_threshold, 1 << 30)
         mallopt(trim_threshold, 2**31 - 1)
-
-
-def sum_embedding_gradient_in_place(model: nn.Module) -> None:
-    """Spares a second gradient of the size of the vocabulary, where embedding and head are one trainable tensor.
-
-    The embedding hands on the rows of its tokens only, and they are added to the gradient that the head has left. For
-    the CPU: elsewhere such an addition may depend on the order in which threads come.
-    """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    if isinstance(embedding, nn.Embedding) and embedding.weight is getattr(head, "weight", None):
-        embedding.sparse = embedding.weight.requires_grad
