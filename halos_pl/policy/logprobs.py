@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from halos_pl.outcomes import FlatBatch
+from halos_pl.policy.head import compared_tokens, is_plain
 from halos_pl.policy.memory import recomputed
-from halos_pl.policy.tree import is_packed, takes_trees, tree_logps
+from halos_pl.policy.tree import is_packed, parts, takes_trees, tree_logps, tree_states
 
 
 def completion_mask(batch: FlatBatch) -> Tensor:
@@ -88,11 +89,14 @@ def padded_logps(model: nn.Module, batch: FlatBatch) -> Tensor:
 
 
 @torch.no_grad()
-def completion_kl(policy: nn.Module, reference: AbstractContextManager[nn.Module], batch: FlatBatch) -> Tensor:
-    """KL(policy || reference) along given completions, summed over the whole vocabulary at each token.
+def compared_logps(
+    policy: nn.Module, reference: AbstractContextManager[nn.Module], batch: FlatBatch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of the completion tokens under two models, and KL(policy || reference) at each of them.
 
-    Exact at every position given its prefix. Where the completions were sampled from the policy, the sum over
-    a completion's tokens is an unbiased, low-variance estimate of the sequences' KL divergence.
+    The divergence is summed over the whole vocabulary, exact at every position given its prefix. Where the completions
+    were sampled from the policy, its sum over a completion's tokens is an unbiased, low-variance estimate of the
+    sequences' KL divergence. Packed models compute shared prompts once.
 
     Args:
         policy: the model whose expectation is taken.
@@ -100,10 +104,29 @@ def completion_kl(policy: nn.Module, reference: AbstractContextManager[nn.Module
         batch: n rows.
 
     Returns:
-        nats, float32 [n, T], 0 where a row has no token.
+        log-probs under the policy, under the reference, and the divergence: nats, float32 [n, T] each, 0 where a row
+        has no token.
     """
-    log_p = _completion_logits(policy, batch)[0].log_softmax(dim=-1)
+    packed = is_packed(policy) and is_plain(parts(policy)[1])
+    own = list(tree_states(policy, batch)) if packed else []
     with reference as model:
-        log_q = _completion_logits(model, batch)[0].log_softmax(dim=-1)
+        if packed and is_packed(model) and is_plain(parts(model)[1]):
+            heads = parts(policy)[1], parts(model)[1]
+            out = [torch.zeros_like(completion_mask(batch), dtype=torch.float32) for _ in range(3)]
+            for p, q in zip(own, tree_states(model, batch), strict=True):
+                for to, found in zip(out, compared_tokens(heads, (p.hidden, q.hidden), p.targets), strict=True):
+                    to[p.row, p.column] = found
+            return out[0], out[1], out[2]
+        logits, targets = _completion_logits(model, batch)
+        log_q = logits.log_softmax(dim=-1)
+    log_p = _completion_logits(policy, batch)[0].log_softmax(dim=-1)
+    of_target = (x.gather(2, targets[:, :, None]).squeeze(2) for x in (log_p, log_q))
     kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-    return torch.where(completion_mask(batch), kl, 0.0)
+    mask = completion_mask(batch)
+    of_policy, of_reference, kl = (torch.where(mask, x, 0.0) for x in (*of_target, kl))
+    return of_policy, of_reference, kl
+
+
+def completion_kl(policy: nn.Module, reference: AbstractContextManager[nn.Module], batch: FlatBatch) -> Tensor:
+    """KL(policy || reference) along given completions, nats, float32 [n, T]; see :func:`compared_logps`."""
+    return compared_logps(policy, reference, batch)[2]

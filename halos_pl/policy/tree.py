@@ -12,7 +12,7 @@ that the pass with gradient has left of their prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -181,18 +181,32 @@ def _hidden(model: nn.Module, run: _Pass, forest: Forest) -> Tensor:
     return decoder(**inputs, forest=forest).last_hidden_state[0]  # type: ignore[no-any-return]
 
 
-def tree_logps(model: nn.Module, batch: FlatBatch) -> Tensor:
-    """Log-probs of the completion tokens under ``model``, as ``completion_logps`` gives them; probes without gradient.
+@dataclass(frozen=True)
+class States:
+    """What m completion tokens are predicted from.
+
+    Attributes:
+        hidden: [m, size].
+        targets: LongTensor [m], the tokens.
+        row, column: LongTensor [m], the places of the tokens in [n, T].
+        probes: whether they are those of mismatched rows, which have no gradient.
+    """
+
+    hidden: Tensor
+    targets: Tensor
+    row: Tensor
+    column: Tensor
+    probes: bool
+
+
+def tree_states(model: nn.Module, batch: FlatBatch) -> Iterator[States]:
+    """Hidden states of all rows: first those with gradient, then, without any, those of probes.
 
     Args:
         model: one that :func:`takes_trees`.
         batch: n rows.
-
-    Returns:
-        float32 [n, T], 0 where a row has no token.
     """
     lengths = [len(c) for c in batch.completions]
-    out = torch.zeros(len(batch), max(lengths), device=batch.prompt.device)
     prompts: dict[int, list[int]] = {}
     probe = batch.probe.tolist()
     for i, p in enumerate(batch.prompt.tolist()):
@@ -225,13 +239,35 @@ def tree_logps(model: nn.Module, batch: FlatBatch) -> Tensor:
                 predicting.append(last[p] if p in last else hidden[ends[p]][None])  # type: ignore[index]
                 if length:
                     predicting.append(hidden[start : start + length])  # type: ignore[index]
-            targets = torch.cat([batch.completions[i] for i, *_ in places])
-            found = token_logps(parts(model)[1], torch.cat(predicting), targets)
+            states = torch.cat(predicting)
         if more:
             last |= {p: hidden[end][None].detach() for p, end in ends.items()}  # type: ignore[index]
-        index = torch.cat([torch.full((lengths[i],), i) for i, *_ in places]).to(out.device)
-        column = torch.cat([torch.arange(lengths[i]) for i, *_ in places]).to(out.device)
-        out = out.index_put((index, column), found)
+        device = batch.prompt.device
+        yield States(
+            hidden=states,
+            targets=torch.cat([batch.completions[i] for i, *_ in places]),
+            row=torch.cat([torch.full((lengths[i],), i) for i, *_ in places]).to(device),
+            column=torch.cat([torch.arange(lengths[i]) for i, *_ in places]).to(device),
+            probes=mismatched,
+        )
+
+
+def tree_logps(model: nn.Module, batch: FlatBatch) -> Tensor:
+    """Log-probs of the completion tokens under ``model``, as ``completion_logps`` gives them; probes without gradient.
+
+    Args:
+        model: one that :func:`takes_trees`.
+        batch: n rows.
+
+    Returns:
+        float32 [n, T], 0 where a row has no token.
+    """
+    out = torch.zeros(len(batch), max(len(c) for c in batch.completions), device=batch.prompt.device)
+    head = parts(model)[1]
+    for states in tree_states(model, batch):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not states.probes):
+            found = token_logps(head, states.hidden, states.targets)
+        out = out.index_put((states.row, states.column), found)
     return out
 
 

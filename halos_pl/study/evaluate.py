@@ -21,7 +21,7 @@ from halos_pl.feedback import Binary
 from halos_pl.generate import Sample, as_messages, generate, kl_of_samples, read_prompts
 from halos_pl.module import HALOModule
 from halos_pl.outcomes import FlatBatch
-from halos_pl.policy.logprobs import completion_kl, completion_logps
+from halos_pl.policy.logprobs import compared_logps
 from halos_pl.reference_points import Zero
 from halos_pl.rewards import LogRatio
 from value_functions import Logistic
@@ -58,9 +58,8 @@ class Evaluation(HALOModule):
     def predict_step(self, batch: FlatBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One record for each row: log-probs under both models and the KL divergence between them, in nats."""
         assert self.policy is not None
-        policy = completion_logps(self.policy, batch).sum(dim=1).tolist()
-        reference = self.reference_logps(batch).sum(dim=1).tolist()
-        kl = completion_kl(self.policy, self.scoring(), batch).sum(dim=1).tolist()
+        compared = compared_logps(self.policy, self.scoring(), batch)
+        policy, reference, kl = (figures.sum(dim=1).tolist() for figures in compared)
         first = [min(i, rival) if rival >= 0 else i for i, rival in enumerate(batch.rival.tolist())]
         return [
             {
