@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -57,6 +58,20 @@ def test_a_study_at_another_scale_keeps_its_arms(tmp_path: Path) -> None:
         over.write_text(wrong)
         with pytest.raises(StudyError, match=said):
             load_study(path, over)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_study_at_the_papers_scale_keeps_its_objective(path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(ROOT)
+    arm = load_study(path, ROOT / "experiments/ablations/paper_scale.yaml").arms[0]
+    with pytest.raises(SystemExit) as ended:
+        main([*arm.words("unused", 0), "--print_config"])
+    assert ended.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["model"]["value_function"]
+    assert config["model"]["feedback"]
+    assert config["model"]["policy"]["path"] == "EleutherAI/pythia-2.8b"
+    assert config["data"]["batch_size"] == 32
 
 
 def _words(policy: str, objective: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Makes held_out.jsonl: pairs of the base model's answers to the quickstart's held-out prompts, told apart by its rule.
 
-    .venv/bin/python experiments/ablations/make_held_out.py      (about 3 minutes on 2 cores)
+    .venv/bin/python experiments/ablations/make_held_out.py
 
 Of each prompt whose answers differ in it, the first that meets the rule and the first that does not.
 """
