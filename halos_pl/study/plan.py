@@ -8,6 +8,7 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import random
 import re
 import shlex
@@ -333,6 +334,26 @@ class Checked:
     digest: str
 
 
+@contextlib.contextmanager
+def _said_once() -> Iterator[None]:
+    """While entered, Lightning's log says nothing twice: of many arms most say the same of themselves and of the data."""
+    known: set[str] = set()
+
+    def is_news(record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        return said not in known and not known.add(said)  # type: ignore[func-returns-value]
+
+    handlers = [h for name in ("lightning.pytorch", "lightning.fabric") for h in logging.getLogger(name).handlers]
+    for handler in handlers:
+        handler.addFilter(is_news)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_news)
+
+
+@_said_once()
 def check(study: Study) -> dict[str, Checked]:
     """Parses each arm with the real command line, builds its module and reads its data; loads no model.
 
