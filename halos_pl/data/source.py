@@ -18,7 +18,8 @@ class Source:
     Attributes:
         path: a file (``.jsonl``, ``.json``, ``.csv``, ``.parquet``, ``.arrow``; the text ones also with ``.gz`` or
             ``.zst``), a folder written by ``datasets.save_to_disk``, or the name of a data set of the hub
-            (``owner/name``). A path that exists is never taken for a name of the hub.
+            (``owner/name``). A path that exists is never taken for a name of the hub. ``~`` and ``$VARIABLE`` of the
+            environment are replaced by what they stand for.
         split: of a hub data set or a saved ``DatasetDict``; needed where there are several.
         name: configuration of a hub data set.
         data_dir: sub-folder of a hub data set, such as ``harmless-base`` of ``Anthropic/hh-rlhf``.
@@ -58,7 +59,7 @@ class Source:
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("a source has an empty path; name a file, a folder, or a data set of the hub")
-        object.__setattr__(self, "path", os.path.expanduser(self.path))
+        object.__setattr__(self, "path", os.path.expanduser(os.path.expandvars(self.path)))
         if not 0 < self.weight < math.inf:
             raise ValueError(f"{self.path}: weight is {self.weight}; it must be a number above 0")
         if self.rows is not None and self.rows < 1:

@@ -30,15 +30,16 @@ FILE = "evaluation.json"
 ROWS = "held_out.jsonl"
 ANSWERS = "answers.jsonl"
 
-#: What is measured on each held-out pair, row or prompt; what it is the mean of, and where more is better.
+#: What is measured on each held-out pair, row, example (a pair or a single row) or prompt; what it is the mean of, and
+#: whether more is better.
 METRICS: dict[str, tuple[str, str, bool | None]] = {
     "reward_accuracy": ("pairs", "share of pairs whose chosen completion has the higher reward", True),
     "reward_margin": ("pairs", "reward of the chosen less that of the rejected completion, nats", True),
     "brier": ("pairs", "squared error of sigmoid(beta * margin) as the probability that the chosen one wins", False),
-    "reward_auroc": ("rows", "share of undesirable rows with a lower reward than a desirable one", True),
+    "reward_auroc": ("examples", "share of undesirable rows with a lower reward than a desirable one", True),
     "nll_desirable": ("rows", "negative log-prob of desirable completions, nats per token", False),
     "nll_undesirable": ("rows", "negative log-prob of undesirable completions, nats per token", None),
-    "kl_held_out": ("rows", "KL from the reference along held-out completions, nats, exact at each token", None),
+    "kl_held_out": ("examples", "KL from the reference along held-out completions, nats, exact at each token", None),
     "kl": ("prompts", "KL from the reference along the policy's own answers, nats, exact at each token", None),
     "length": ("prompts", "tokens of the answers", None),
     "finished": ("prompts", "share of answers that the model ended by itself", None),
@@ -109,20 +110,45 @@ def _of_pairs(records: list[dict[str, Any]], beta: float) -> dict[str, dict[str,
 
 
 def _of_rows(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    reward = {r["row"]: r["policy_logp"] - r["reference_logp"] for r in records}
-    low = np.sort([reward[r["row"]] for r in records if not r["desirable"]])
     nll = {r["row"]: -r["policy_logp"] / r["tokens"] for r in records}
+    example = {r["row"]: r["pair"] or r["row"] for r in records}
+    rewards: dict[bool, dict[str, float]] = {True: {}, False: {}}
+    for r in records:
+        rewards[r["desirable"]][r["row"]] = r["policy_logp"] - r["reference_logp"]
     found = {
-        "nll_desirable": {r["row"]: nll[r["row"]] for r in records if r["desirable"]},
-        "nll_undesirable": {r["row"]: nll[r["row"]] for r in records if not r["desirable"]},
-        "kl_held_out": {r["row"]: r["kl"] for r in records},
+        "nll_desirable": {row: nll[row] for row in rewards[True]},
+        "nll_undesirable": {row: nll[row] for row in rewards[False]},
+        "kl_held_out": _by_example({r["row"]: r["kl"] for r in records}, example),
     }
-    if len(low):
-        # Of each desirable row: how many undesirable ones lie below it. Their mean is the area under the ROC curve.
-        places = {name: np.searchsorted(low, reward[name], side="left") for name in found["nll_desirable"]}
-        upto = {name: np.searchsorted(low, reward[name], side="right") for name in places}
-        found["reward_auroc"] = {name: float(places[name] + upto[name]) / 2 / len(low) for name in places}
+    if rewards[True] and rewards[False]:
+        found["reward_auroc"] = _by_example(_auroc_shares(rewards[True], rewards[False]), example)
     return found
+
+
+def _by_example(values: dict[str, float], example: dict[str, str]) -> dict[str, float]:
+    """Values of rows as values of examples with the same mean: the rows of a pair do not vary by themselves."""
+    sums: dict[str, float] = defaultdict(float)
+    for row, value in values.items():
+        sums[example[row]] += value
+    return {name: total * len(sums) / len(values) for name, total in sums.items()}
+
+
+def _auroc_shares(high: dict[str, float], low: dict[str, float]) -> dict[str, float]:
+    """What each row adds to the area under the ROC curve; the mean over all rows is the area.
+
+    Rows of both kinds are a sample. With each row's share of the other kind that it stands right to, less the area, the
+    variance of the mean is that of DeLong et al. 1988, summed by pairs that of Obuchowski 1997.
+    """
+
+    def below(values: dict[str, float], others: dict[str, float]) -> dict[str, float]:
+        """Of each value: the share of the others below it, half of those equal to it."""
+        ordered = np.sort(list(others.values()))
+        places = [np.searchsorted(ordered, list(values.values()), side=side) for side in ("left", "right")]
+        return dict(zip(values, ((places[0] + places[1]) / 2 / len(ordered)).tolist(), strict=True))
+
+    right = {True: below(high, low), False: {row: 1 - share for row, share in below(low, high).items()}}
+    area, rows = float(np.mean(list(right[True].values()))), len(high) + len(low)
+    return {row: area + rows / len(own) * (share - area) for own in right.values() for row, share in own.items()}
 
 
 def function_of(place: str) -> Callable[..., Any]:

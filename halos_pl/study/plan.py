@@ -336,7 +336,7 @@ class Checked:
 
 @contextlib.contextmanager
 def _said_once() -> Iterator[None]:
-    """While entered, Lightning's log says nothing twice: of many arms most say the same of themselves and of the data."""
+    """While entered, Lightning's log says nothing twice, as most arms have the same data and devices."""
     known: set[str] = set()
 
     def is_news(record: logging.LogRecord) -> bool:

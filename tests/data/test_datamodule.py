@@ -702,7 +702,8 @@ def test_a_folder_or_a_pattern_of_files_is_all_of_them(tmp_path: Path, monkeypat
     for given in (str(tmp_path), f"{tmp_path}/part-*.jsonl"):
         assert [source.path for source in FeedbackDataModule(given).sources["train"]] == wanted
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert [source.path for source in FeedbackDataModule("~/part-0.jsonl").sources["train"]] == wanted[:1]
+    for given in ("~/part-0.jsonl", "$HOME/part-0.jsonl"):
+        assert [source.path for source in FeedbackDataModule(given).sources["train"]] == wanted[:1]
 
 
 def test_faults_of_a_copy_name_the_copy_and_skipped_ones_are_in_the_summary(tmp_path: Path) -> None:
