@@ -86,6 +86,7 @@ def measure(point: Point, threads: int) -> None:
         rival=torch.full((2 * n,), -1),
         probe=torch.arange(2 * n) >= n,
     )
+
     def step() -> None:
         policy.zero_grad(set_to_none=True)
         with torch.no_grad():

@@ -70,6 +70,7 @@ WORKLOADS = {
     "kto_long": Workload("KTO, 8 prompts of 512 tokens, completions of 64, live reference", "kto", "long"),
     "kto_lora": Workload("KTO, 8 rows, LoRA r = 16, adapter-off reference", "kto", "short", lora=True),
     "dpo_live": Workload("DPO, 4 pairs, live reference", "dpo", "short"),
+    "dpo_next_4": Workload("DPO, the next 4 pairs, live reference", "dpo", "next"),
     "dpo_8_pairs": Workload("DPO, 8 pairs, live reference", "dpo", "more"),
     "dpo_stored": Workload("DPO, 4 pairs, stored reference", "dpo", "short", stored=True),
     "dpo_lora": Workload("DPO, 4 pairs, LoRA r = 16, adapter-off reference", "dpo", "short", lora=True),
@@ -111,7 +112,7 @@ def rows_of(workload: Workload) -> list[dict[str, Any]]:
             {"prompt": prompts[i * count // 8], "completion": completions[i], "label": i % 2 == 0} for i in range(8)
         ]
     if workload.kind == "dpo":
-        return pairs(8 if workload.rows == "more" else 4)
+        return pairs(8)[{"short": slice(4), "next": slice(4, 8), "more": slice(8)}[workload.rows]]
     both = workload.rows == "both"
     return [
         {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}

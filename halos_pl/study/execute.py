@@ -88,7 +88,13 @@ def claim(study: Study, out: Path, digests: Mapping[str, str]) -> None:
     Raises:
         StudyError: where it is another one's.
     """
-    plan = {"digests": dict(digests), "seeds": list(study.seeds), "evaluate": dict(study.evaluate)}
+    plan = {
+        "study": str(study.path),
+        "over": None if study.over is None else str(study.over),
+        "digests": dict(digests),
+        "seeds": list(study.seeds),
+        "evaluate": dict(study.evaluate),
+    }
     known = out / PLAN
     if known.is_file():
         before = json.loads(known.read_text())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
+import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -12,15 +14,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
+from halos_pl.callbacks import CONFIG
 from halos_pl.conformance.check import reports
 from halos_pl.export import module_of_run
 from halos_pl.study.evaluate import METRICS
-from halos_pl.study.execute import failure, state
+from halos_pl.study.execute import PLAN, failure, state
 from halos_pl.study.plan import Arm, command
-from halos_pl.study.results import Results, shown
+from halos_pl.study.results import Results, Versus, shown
 
 LIBRARIES = ("halos_pl", "torch", "lightning", "transformers", "scipy", "statsmodels")
 CURVES = {
@@ -37,13 +41,14 @@ def _forest(results: Results, out: Path) -> Path | None:
     arms = [a for a in results.study.arms if results.seeds(a)]
     if not metrics or not arms:
         return None
+    real = {(v.metric, v.arm.name) for v in results.versus if v.comparison.shown}
     figure = Figure(figsize=(8, (0.34 * len(arms) + 0.95) * len(metrics)), layout="constrained")
     for axis, metric in zip(np.atleast_1d(figure.subplots(len(metrics), 1)), metrics, strict=True):
         for place, arm in enumerate(arms):
             e = results.estimates.get((metric, arm.name))
             if e is None:
                 continue
-            colour = COLOURS[5] if arm is results.baseline else COLOURS[0]
+            colour = COLOURS[5] if arm is results.baseline else COLOURS[0] if (metric, arm.name) in real else "0.65"
             axis.plot([e.low, e.high], [place, place], color=colour, linewidth=2)
             axis.plot(e.value, place, "o", color=colour)
             for seed in results.seeds(arm):
@@ -78,7 +83,7 @@ def _curves(results: Results, out: Path) -> Path | None:
             axis.plot(shared, values.mean(axis=0), label=arm.name, color=colour, linewidth=1.4, linestyle=style)
             if len(values) > 1:
                 axis.fill_between(shared, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
-        axis.set_title(f"{CURVES[name]}; bands: smallest to largest of the seeds", fontsize=9, loc="left")
+        axis.set_title(CURVES[name], fontsize=9, loc="left")
         axis.grid(color="0.92")
     axis.set_xlabel("optimizer step")
     axes = figure.get_axes()
@@ -113,9 +118,7 @@ def _value_functions(results: Results, out: Path) -> Path | None:
         axis.set_title(arm.name, fontsize=9, loc="left")
     for axis in axes[len(drawn) :]:
         axis.set_axis_off()
-    figure.supxlabel(
-        "outcome u = r − z0, nats; histograms: the last rows trained on (green desirable, red undesirable)", fontsize=8
-    )
+    figure.supxlabel("outcome, nats", fontsize=8)
     figure.savefig(out, dpi=110)
     return out
 
@@ -154,10 +157,18 @@ def _heat_map(results: Results, out: Path) -> Path | None:
 
 
 PICTURES = {
-    "forest.png": ("Metrics by arm, 95 % intervals; small marks are single seeds, the line is the baseline", _forest),
-    "heat_map.png": ("The first metric over the grid", _heat_map),
-    "curves.png": ("Along training", _curves),
-    "value_functions.png": ("Value functions over their arm's outcomes", _value_functions),
+    "forest.png": (
+        "Metrics by arm",
+        "95 % intervals; green: a difference to the baseline (the line) is shown; small marks are single seeds",
+        _forest,
+    ),
+    "heat_map.png": ("Over the grid", "The first metric", _heat_map),
+    "curves.png": ("Along training", "Means over seeds; bands from the smallest to the largest", _curves),
+    "value_functions.png": (
+        "Value functions",
+        "Each over its arm's outcomes u = r - z0, in nats, of the last rows: green desirable, red undesirable",
+        _value_functions,
+    ),
 }
 
 
@@ -169,11 +180,14 @@ def _digest(path: str) -> str:
 def _data(results: Results) -> dict[str, str]:
     """A hash of each file that was trained or measured on."""
     given = results.study.evaluate
-    paths = {str(given["prompts"])} if "prompts" in given else set()
-    paths |= set(given.get("held_out") or [])
+    sources: list[Any] = [given.get("prompts"), *(given.get("held_out") or [])]
     for arm in results.study.arms:
-        train = arm.options.get("data.train")
-        paths |= {train} if isinstance(train, str) else {str(t) for t in train or []}
+        run = next((run for run in results.done if run.arm is arm), None)
+        if run is not None:
+            train = yaml.safe_load((run.folder / CONFIG).read_text())["data"]["train"]
+            sources += train if isinstance(train, list) else [train]
+    given_paths = [source["path"] if isinstance(source, dict) else source for source in sources if source]
+    paths = dict.fromkeys(os.path.expandvars(path) for path in given_paths)
     return {path: _digest(path) for path in sorted(paths)}
 
 
@@ -201,10 +215,24 @@ def _verdicts(results: Results) -> dict[str, str]:
     return found
 
 
+def _overview(results: Results, versus: dict[tuple[str, str], Versus]) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """By arm, for each metric: the mean, and whether a difference to the baseline is shown."""
+    found = []
+    for arm in results.study.arms:
+        row = []
+        for metric in results.study.metrics:
+            e, v = results.estimates.get((metric, arm.name)), versus.get((metric, arm.name))
+            row.append((f"{e.value:.4g}" if e else "missing", v is not None and v.comparison.shown))
+        found.append((arm.name, row))
+    return found
+
+
 def content(results: Results) -> dict[str, Any]:
     """All that both forms of the report say."""
     arms = results.study.arms
     verdicts = _verdicts(results)
+    plan = json.loads((results.out / PLAN).read_text())
+    names = [plan["study"], *(["--over", plan["over"]] if plan["over"] else [])]
     versus = {(v.metric, v.arm.name): v for v in results.versus}
     tables = []
     for metric in results.study.metrics:
@@ -227,6 +255,8 @@ def content(results: Results) -> dict[str, Any]:
                     if c is None
                     else "differs"
                     if c.shown
+                    else "the same on every example"
+                    if c.detectable == 0
                     else f"no difference shown; {c.detectable:.2g} is detectable",
                     "test": c.test if c else "",
                 }
@@ -240,7 +270,8 @@ def content(results: Results) -> dict[str, Any]:
         if not run.done
     ]
     return {
-        "title": results.study.path.stem.replace("_", " "),
+        "title": Path(plan["study"]).stem.replace("_", " "),
+        "overview": _overview(results, versus),
         "note": results.study.note,
         "headline": results.headline(),
         "tables": tables,
@@ -254,6 +285,7 @@ def content(results: Results) -> dict[str, Any]:
             for arm in arms
         ],
         "missing": missing,
+        "command": command(["ablate", *names]),
         "commands": [(command(run.fit), command(results.study.evaluation(run))) for run in results.runs],
         "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
         "machine": f"{platform.machine()}, {platform.system()}, {torch.get_num_threads()} threads",
@@ -272,11 +304,11 @@ def write_report(results: Results) -> Path:
         the HTML file.
     """
     pictures = []
-    for name, (title, draw) in PICTURES.items():
+    for name, (title, caption, draw) in PICTURES.items():
         path = draw(results, results.out / name)
         if path is not None:
             data = base64.b64encode(path.read_bytes()).decode()
-            pictures.append({"title": title, "name": name, "data": data})
+            pictures.append({"title": title, "caption": caption, "name": name, "data": data})
     said = {**content(results), "pictures": pictures}
     for name in ("report.md", "report.html"):
         (results.out / name).write_text(TEMPLATES.get_template(f"{name}.jinja").render(said))
