@@ -134,7 +134,8 @@ class Results:
         if rest:
             least = max(v.comparison.detectable for v in rest)
             names = ", ".join(v.arm.name for v in rest)
-            said.append(f"No difference shown for {names}: at this size one of {least:.2g} is found 4 times in 5.")
+            size = f"at this size one of {least:.2g} is found 4 times in 5" if least else "the same on every example"
+            said.append(f"No difference shown for {names}: {size}.")
         if len(self.done) < len(self.runs):
             said.append(f"Unfinished: {len(self.runs) - len(self.done)} of {len(self.runs)} runs are missing.")
         return " ".join(said)
