@@ -154,7 +154,7 @@ def _heat_map(results: Results, out: Path) -> Path | None:
     axis = figure.subplots()
     image = axis.imshow(values, origin="lower", cmap="viridis", aspect="auto")
     for i, j in np.argwhere(np.isfinite(values)):
-        ink = "black" if image.norm(values[i, j]) > 0.6 else "white"
+        ink = "black" if values[i, j] > np.nanmin(values) + 0.6 * np.ptp(values[np.isfinite(values)]) else "white"
         axis.text(j, i, f"{values[i, j]:.3g}", ha="center", va="center", color=ink, fontsize=8)
     axis.set_xticks(range(len(columns)), [f"{c:g}" for c in columns])
     axis.set_yticks(range(len(rows)), [f"{r:g}" for r in rows])
