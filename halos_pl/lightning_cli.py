@@ -180,15 +180,21 @@ def check_settings(trainer: Any) -> None:
         )
 
 
-def run_tool(name: str, words: list[str]) -> None:
-    """Runs a command of ``TOOLS``: its parameters before the ``*`` are positional, the others are options."""
+def tool_parser(name: str) -> ArgumentParser:
+    """The parser of a command of ``TOOLS``: its parameters before the ``*`` are positional, the others are options."""
     tool = TOOLS[name]
     kinds = inspect.signature(tool).parameters
     options: set[str | int] = {key for key, p in kinds.items() if p.kind is p.KEYWORD_ONLY}
     parser = ArgumentParser(prog=f"halos {name}", description=(tool.__doc__ or "").splitlines()[0])
     parser.add_function_arguments(tool, as_positional=True, as_group=False, skip=options)
     parser.add_function_arguments(tool, as_positional=False, as_group=False, skip=set[str | int](kinds) - options)
-    tool(**parser.instantiate(parser.parse_args(words)).as_dict())
+    return parser
+
+
+def run_tool(name: str, words: list[str]) -> None:
+    """Runs a command of ``TOOLS``."""
+    parser = tool_parser(name)
+    TOOLS[name](**parser.instantiate(parser.parse_args(words)).as_dict())
 
 
 def run(args: list[str] | None = None) -> None:

@@ -244,6 +244,10 @@ class FeedbackDataModule(LightningDataModule):
         # What is held out is measured on every row, and on pairs as pairs, whatever the loss is made from.
         return replace(needs, undesirable=True, rivals=needs.rivals or bool((table.rival >= 0).all()))
 
+    def stores(self, split: str) -> list[Store]:
+        """What has been read of the split's sources, after ``setup``."""
+        return [self._stores[source.key] for source in self.sources[split]]
+
     def plan(self, split: str) -> list[Transform]:
         """The transforms of a split in the order in which they are applied, the one that makes labels among them."""
         chosen = [t for t in self.transforms if split == "train" or t.held_out]
@@ -256,7 +260,7 @@ class FeedbackDataModule(LightningDataModule):
 
     def _table(self, split: str) -> Table:
         """The split's rows after all transforms, each with a label."""
-        table = Table.of([self._stores[source.key] for source in self.sources[split]])
+        table = Table.of(self.stores(split))
         self._transformed[split] = []
         for transform in self.plan(split):
             own = transform in self.transforms

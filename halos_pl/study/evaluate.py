@@ -40,7 +40,7 @@ METRICS: dict[str, tuple[str, str, bool | None]] = {
     "nll_desirable": ("rows", "negative log-prob of desirable completions, nats per token", False),
     "nll_undesirable": ("rows", "negative log-prob of undesirable completions, nats per token", None),
     "kl_held_out": ("examples", "KL from the reference along held-out completions, nats, exact at each token", None),
-    "kl": ("prompts", "KL from the reference along the policy's own answers, nats, exact at each token", None),
+    "kl": ("prompts", "KL from the reference along the policy's answers as sampled, nats, exact at each token", None),
     "length": ("prompts", "tokens of the answers", None),
     "finished": ("prompts", "share of answers that the model ended by itself", None),
     "rule": ("prompts", "share of answers that meet the rule", True),
@@ -90,7 +90,10 @@ def _prepared(run: Path) -> Evaluation:
         packing=of_run.packing,  # type: ignore[arg-type]
         reference_store=True,
     )
-    module.trainer = Trainer(logger=False, enable_checkpointing=False, enable_model_summary=False)
+    # On one device: of several each would see its own share of the rows.
+    module.trainer = Trainer(
+        logger=False, enable_checkpointing=False, enable_model_summary=False, devices=1, num_nodes=1
+    )
     module.configure_model()
     put_weights(module, {k: v for k, v in state.items() if k.startswith("policy.")}, run)
     return module
@@ -172,7 +175,7 @@ def function_of(place: str) -> Callable[..., Any]:
 def evaluate(
     run: str,
     *,
-    held_out: list[str] | None = None,
+    held_out: list[str | dict[str, Any]] | None = None,
     prompts: str | None = None,
     rule: str | None = None,
     judge: str | None = None,
@@ -186,9 +189,11 @@ def evaluate(
 ) -> None:
     """Measure a run's policy on held-out data, example by example; the code of rule and judge is executed.
 
+    A run with control tokens is measured without them.
+
     Args:
         run: the run's folder, where evaluation.json, held_out.jsonl and answers.jsonl are written.
-        held_out: sources of held-out feedback.
+        held_out: sources of held-out feedback: paths, or mappings as for data.predict.
         prompts: a .txt file or JSON lines with "prompt": the policy answers each of them.
         rule: path/to/file.py:function(answer, finished) -> bool, which an answer meets or not.
         judge: path/to/file.py:function(prompt, answer, other) -> 1 where it prefers the answer, 0 where the other
@@ -213,6 +218,11 @@ def evaluate(
         data = FeedbackDataModule(predict=list(held_out), batch_size=batch_size, max_length=max_length)
         batches: Any = module.trainer.predict(module, datamodule=data)
         records = [record for batch in batches for record in batch]
+        lost = sum(not np.isfinite([r["policy_logp"], r["reference_logp"], r["kl"]]).all() for r in records)
+        if lost:
+            raise DataError(
+                f"{run}: {lost} of {len(records)} held-out rows have no finite log-prob: the policy diverged"
+            )
         (folder / ROWS).write_text("".join(json.dumps(record) + "\n" for record in records))
         values |= _of_pairs(records, beta) | _of_rows(records)
     if prompts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from halos_pl.callbacks import LAST, SUMMARY
+from halos_pl.study.evaluate import FILE
 from halos_pl.study.plan import Checked, Run, Study, StudyError, command
 
 STUDY = "study.yaml"
@@ -24,6 +26,7 @@ OVER = "over.yaml"
 FAILED = "failed.json"
 LOG = "log.txt"
 PLAN = "plan.json"
+CODE = {"rule", "judge"}  # what evaluate names as file.py:function
 TIMED = "timed_step"
 
 
@@ -37,11 +40,17 @@ def _process(words: list[str], log: Path, env: Mapping[str, str]) -> int:
         ).returncode
 
 
-def _last_words(log: Path) -> str:
-    """The line that says why a command has failed."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    said = [line for line in lines if line.startswith("halos") and ("Error" in line or "error" in line)]
+def _last_words(log: Path, start: int) -> str:
+    """The line that says why a command has failed whose words begin at byte ``start``."""
+    text = log.read_bytes()[start:].decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    said = [line for line in lines if line.startswith(("halos", "error:")) and "rror" in line]
     return (said or lines or ["it said nothing"])[-1][:500]
+
+
+def mark_of(run: Run) -> Path:
+    """The file that says of a run that it has failed, and why."""
+    return run.folder.with_name(f"{run.folder.name}.{FAILED}")
 
 
 def execute_run(run: Run, study: Study, env: Mapping[str, str], keep_checkpoints: bool = False) -> str | None:
@@ -50,7 +59,7 @@ def execute_run(run: Run, study: Study, env: Mapping[str, str], keep_checkpoints
     What the commands have said is beside the folder: ``halos fit`` moves aside what it finds in it.
     """
     log = run.folder.with_name(f"{run.folder.name}.{LOG}")
-    mark = run.folder.with_name(f"{run.folder.name}.{FAILED}")
+    mark = mark_of(run)
     mark.unlink(missing_ok=True)
     steps = []
     if not (run.folder / SUMMARY).is_file():
@@ -58,8 +67,9 @@ def execute_run(run: Run, study: Study, env: Mapping[str, str], keep_checkpoints
         steps.append([*run.fit, *(["--ckpt_path=last"] if begun else [])])
     steps.append(study.evaluation(run))
     for words in steps:
+        start = log.stat().st_size if log.is_file() else 0
         if _process(words, log, env):
-            why = _last_words(log)
+            why = _last_words(log, start)
             mark.write_text(json.dumps({"command": command(words), "error": why}) + "\n")
             return why
     if not keep_checkpoints:
@@ -71,14 +81,14 @@ def state(run: Run) -> str:
     """``done``, ``failed``, ``begun`` or ``waiting``."""
     if run.done:
         return "done"
-    if run.folder.with_name(f"{run.folder.name}.{FAILED}").is_file():
+    if mark_of(run).is_file():
         return "failed"
     return "begun" if run.folder.is_dir() else "waiting"
 
 
 def failure(run: Run) -> dict[str, str]:
     """The command that failed and what it said."""
-    found: dict[str, str] = json.loads(run.folder.with_name(f"{run.folder.name}.{FAILED}").read_text())
+    found: dict[str, str] = json.loads(mark_of(run).read_text())
     return found
 
 
@@ -86,28 +96,42 @@ def claim(study: Study, out: Path, digests: Mapping[str, str]) -> None:
     """Makes ``out`` the folder of this study.
 
     Raises:
-        StudyError: where it is another one's.
+        StudyError: where it is another one's, or holds runs that were trained or measured otherwise.
     """
-    plan = {
+    files = [
+        study.evaluate.get("prompts"),
+        *(str(study.evaluate[k]).rpartition(":")[0] for k in CODE & {*study.evaluate}),
+    ]
+    files += [s if isinstance(s, str) else s.get("path") for s in study.evaluate.get("held_out") or []]
+    plan: dict[str, Any] = {
         "study": str(study.path),
         "over": None if study.over is None else str(study.over),
         "digests": dict(digests),
         "seeds": list(study.seeds),
         "evaluate": dict(study.evaluate),
+        "files": {path: digest_of(path) for path in sorted(filter(None, files))},
     }
     known = out / PLAN
     if known.is_file():
         before = json.loads(known.read_text())
-        changed = [
-            name
-            for name in sorted(before["digests"].keys() | digests.keys())
-            if name in before["digests"] and name in digests and before["digests"][name] != digests[name]
-        ]
-        if changed or before["evaluate"] != plan["evaluate"]:
-            what = f"arm {changed[0]!r} had another config" if changed else "runs were measured in another way"
+        if Path(before.get("study", study.path)).stem != study.path.stem:
             raise StudyError(
-                f"{out} holds the results of another study ({what}); name another folder with --out, or remove it"
+                f"{out} holds the results of another study, {before['study']}; name another folder with --out"
             )
+        for arm in study.arms:
+            folder = out / arm.folder
+            if folder.is_dir() and before["digests"].get(arm.name, digests[arm.name]) != digests[arm.name]:
+                raise StudyError(
+                    f"{out} holds the results of another study: arm {arm.name!r} had another config or other data; name"
+                    f" another folder with --out, or remove {folder} to run the arm again"
+                )
+        measured = any(run.done for run in study.runs(out))
+        if measured and any(before.get(key, plan[key]) != plan[key] for key in ("evaluate", "files")):
+            raise StudyError(
+                f"{out} holds the results of another study: its runs were measured in another way or on other files;"
+                f" name another folder with --out, or remove each {FILE} in it to measure again what has a checkpoint"
+            )
+        plan["digests"] = {**before["digests"], **plan["digests"]}
     elif out.is_dir() and any(out.iterdir()):
         raise StudyError(f"{out} is not empty and holds no study; name another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -115,6 +139,14 @@ def claim(study: Study, out: Path, digests: Mapping[str, str]) -> None:
     for name, file in ((STUDY, study.path), (OVER, study.over)):
         if file is not None:
             (out / name).write_text(file.read_text())
+        else:
+            (out / name).unlink(missing_ok=True)
+
+
+def digest_of(path: str) -> str:
+    """The first half of a file's SHA-256."""
+    file = Path(os.path.expandvars(path))
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:32] if file.is_file() else "not a file here"
 
 
 def _seconds(seconds: float) -> str:
@@ -136,9 +168,10 @@ def timed_step(study: Study, out: Path, env: Mapping[str, str]) -> tuple[float, 
     folder = out / TIMED
     words = [*study.arms[0].words(folder, study.seeds[0]), "--trainer.max_steps=2"]
     log = out / f"{TIMED}.{LOG}"
+    log.unlink(missing_ok=True)
     start = time.monotonic()
     if _process(words, log, env):
-        raise StudyError(f"{study.path}: two steps of arm {study.arms[0].name!r} fail: {_last_words(log)}")
+        raise StudyError(f"{study.path}: two steps of arm {study.arms[0].name!r} fail: {_last_words(log, 0)}")
     whole = time.monotonic() - start
     training = json.loads((folder / SUMMARY).read_text())["wall_seconds"]
     (folder / LAST).unlink(missing_ok=True)
@@ -191,6 +224,9 @@ def execute(
                     tell(f"[{number}/{len(runs)}] {run.folder}: {f'failed: {why}' if why else 'done'}{rest}")
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
+            for run in waiting.values():  # an interrupted process ends as a failed one does
+                if str(run.folder) not in failed:
+                    mark_of(run).unlink(missing_ok=True)
             raise
     return failed
 

@@ -19,6 +19,8 @@ from typing import Any
 
 import yaml
 
+from halos_pl.data.example import DataError
+from halos_pl.generate import read_prompts
 from halos_pl.study.evaluate import FILE, METRICS, evaluate, function_of
 
 KEYS = ("configs", "options", "arms", "axes", "sample", "seeds", "evaluate", "metrics", "baseline", "cluster", "note")
@@ -50,7 +52,7 @@ class Arm:
 
     @property
     def folder(self) -> str:
-        return re.sub(r"[^A-Za-z0-9._=-]+", "_", self.name).strip("_") or "arm"
+        return re.sub(r"[^A-Za-z0-9._=-]+", "_", self.name).strip("._") or "arm"
 
     def words(self, run_dir: Path | str, seed: int) -> list[str]:
         """The command, to be put behind ``halos``."""
@@ -97,6 +99,7 @@ class Study:
         cluster: parameters of submitit, None for processes of this machine.
         note: what the study asks, for the report.
         over: the file that was laid over it.
+        places: file and line of some keys, for errors.
     """
 
     path: Path
@@ -108,6 +111,7 @@ class Study:
     cluster: Mapping[str, Any] | None = None
     note: str = ""
     over: Path | None = None
+    places: Mapping[str, str] = field(default_factory=dict)
 
     def runs(self, out: Path) -> list[Run]:
         """Every arm with every seed; seed by seed, so that a study that is cut off has whole rounds of arms."""
@@ -176,6 +180,13 @@ class _Reader:
             raise StudyError(f"{path}: a study is a mapping with the keys {', '.join(KEYS)}")
         return content, {tuple(map(str, place)): line for place, line in _places(node)}
 
+    def line(self, place: tuple[Any, ...]) -> int:
+        """Of the innermost key of a place that has a line; one that was merged into a mapping has none of its own."""
+        names = tuple(map(str, place))
+        while names and names not in self.lines:
+            names = names[:-1]
+        return self.lines.get(names, 1)
+
     def fault(self, message: str, *place: Any) -> StudyError:
         """An error at the innermost place that has a line."""
         names = tuple(map(str, place))
@@ -198,7 +209,7 @@ class _Reader:
         configs = tuple(self.get("configs", list, []))
         options = self.get("options", dict, {})
         arms = [
-            Arm(name, (*configs, *files), {**options, **own, **self.last}, self.lines[tuple(map(str, place))])
+            Arm(name, (*configs, *files), {**options, **own, **self.last}, self.line(place))
             for name, files, own, place in self._crossed()
         ]
         if not arms:
@@ -232,6 +243,7 @@ class _Reader:
             cluster=self.get("cluster", dict, None),
             note=self.get("note", str, ""),
             over=self.over,
+            places={key: str(self.fault("", key)).rstrip(": ") for key in ("evaluate", "metrics")},
         )
 
     def _metrics(self, evaluate: Mapping[str, Any]) -> tuple[str, ...]:
@@ -252,9 +264,11 @@ class _Reader:
                     function_of(str(evaluate[key]))
                 except Exception as error:  # the file's own code runs
                     raise self.fault(f"{key}: {error}", "evaluate", key) from error
-        for path in [*([evaluate["prompts"]] if "prompts" in evaluate else [])]:
-            if not Path(path).is_file():
-                raise self.fault(f"prompts: {path}: no such file", "evaluate", "prompts")
+        if "prompts" in evaluate:
+            try:
+                read_prompts(Path(str(evaluate["prompts"])))
+            except DataError as error:
+                raise self.fault(f"prompts: {error}", "evaluate", "prompts") from error
         return tuple(metrics)
 
     def _split(self, given: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -269,7 +283,9 @@ class _Reader:
         for name, own in self.get("arms", dict, {}).items():
             if own is not None and not isinstance(own, dict):
                 raise self.fault(f"arm {name!r} is {own!r}; it takes objective: and dotted options", "arms", name)
-            named.append((str(name), own or {}, ("arms", name)))
+            if not isinstance(name, str):
+                raise self.fault(f"YAML reads the name of an arm as {name!r}; put it in quotes", "arms")
+            named.append((name, own or {}, ("arms", name)))
         axes = self.get("axes", dict, {})
         for key, values in axes.items():
             if not isinstance(values, list) or not values:
@@ -365,9 +381,11 @@ def check(study: Study) -> dict[str, Checked]:
     """
     from halos_pl.lightning_cli import USER_ERRORS, HalosCLI
 
+    _check_evaluation(study)
     found: dict[str, Checked] = {}
     known: dict[str, Arm] = {}
-    for number, arm in enumerate(study.arms):
+    tokenizer = None
+    for arm in study.arms:
         words = arm.words("unused", study.seeds[0])[1:]
         said, place = io.StringIO(), f"{study.path}:{arm.line}: arm {arm.name!r}"
         try:
@@ -376,14 +394,12 @@ def check(study: Study) -> dict[str, Checked]:
                 config = cli.config.clone()
                 config.run_dir, config.seed_everything = "", 0
                 config.trainer.default_root_dir = None
-                digest = hashlib.sha256(cli.parser.dump(config, skip_none=False).encode()).hexdigest()
                 steps = _steps(cli)
-                if number == 0:
-                    _check_held_out(study, cli.model.tokenizer)
+                data = [store.digest for store in cli.datamodule.stores("train")]
+                resolved = cli.parser.dump(config, skip_none=False) + repr(data)
+                digest = hashlib.sha256(resolved.encode()).hexdigest()
         except SystemExit as error:
-            lines = [line for line in said.getvalue().splitlines() if line.strip()]
-            why = next((line for line in lines if "error:" in line), lines[0] if lines else str(error))
-            raise StudyError(f"{place}: {why.partition('error: ')[2] or why}") from error
+            raise StudyError(f"{place}: {_parser_error(said.getvalue()) or error}") from error
         except USER_ERRORS as error:
             raise StudyError(f"{place}: {error}") from error
         if digest in known:
@@ -393,7 +409,28 @@ def check(study: Study) -> dict[str, Checked]:
             )
         known[digest] = arm
         found[arm.name] = Checked(steps, digest)
+        tokenizer = tokenizer or cli.model.tokenizer
+    _check_held_out(study, tokenizer)
     return found
+
+
+def _parser_error(said: str) -> str:
+    """What a parser has printed, without usage and hints."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    why = next((line for line in lines if "error:" in line), lines[0] if lines else "")
+    return why.partition("error: ")[2] or why
+
+
+def _check_evaluation(study: Study) -> None:
+    """Parses the command that measures a run, whose values the study hands on."""
+    from halos_pl.lightning_cli import tool_parser
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            tool_parser("evaluate").parse_args(study.evaluation(Run(study.arms[0], 0, Path("unused")))[1:])
+    except SystemExit as error:
+        raise StudyError(f"{study.places['evaluate']}: evaluate: {_parser_error(said.getvalue())}") from error
 
 
 def _steps(cli: Any) -> int:
@@ -411,18 +448,29 @@ def _steps(cli: Any) -> int:
 
 
 def _check_held_out(study: Study, tokenizer: Any) -> None:
-    """Refuses a metric of pairs where the held-out data have none, and of desirable and undesirable rows likewise."""
+    """Refuses held-out data with faults, and a metric that they cannot give."""
     from halos_pl.data.datamodule import _sources
-    from halos_pl.data.store import open_store
+    from halos_pl.data.store import fault_list, open_store
     from halos_pl.data.table import Table
 
     given = study.evaluate.get("held_out")
     if not given:
         return
-    table = Table.of([open_store(source, tokenizer) for source in _sources("predict", given)])
-    labels = {int(label) for label in set(table.label.tolist())}
+    try:
+        stores = [open_store(source, tokenizer) for source in _sources("predict", given)]
+    except (DataError, OSError, ValueError) as error:
+        raise StudyError(f"{study.places['evaluate']}: held_out: {error}") from error
+    for store in stores:
+        if store.fault_count:
+            raise StudyError(f"{study.places['evaluate']}: held_out: {fault_list(store.faults, store.fault_count)}")
+    table = Table.of(stores)
+    paired = table.rival >= 0
+    if paired.any() and not paired.all():
+        raise StudyError(
+            f"{study.places['evaluate']}: held_out: pairs and single rows; a study measures one or the other"
+        )
     for metric in study.metrics:
-        if METRICS[metric][0] == "pairs" and not bool((table.rival >= 0).any()):
-            raise StudyError(f"{study.path}: metric {metric} is one of pairs, but the held-out data have no pairs")
-        if metric == "reward_auroc" and labels == {1}:
-            raise StudyError(f"{study.path}: metric {metric} wants undesirable rows, and the held-out data have none")
+        if METRICS[metric][0] == "pairs" and not paired.any():
+            raise StudyError(f"{study.places['metrics']}: {metric} is one of pairs, but the held-out data have none")
+        if metric == "reward_auroc" and set(table.label.tolist()) == {1}:
+            raise StudyError(f"{study.places['metrics']}: {metric} wants undesirable rows; the held-out data have none")

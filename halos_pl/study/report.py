@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
 import os
@@ -24,9 +23,10 @@ from halos_pl.callbacks import CONFIG
 from halos_pl.conformance.check import reports
 from halos_pl.export import module_of_run
 from halos_pl.study.evaluate import METRICS
-from halos_pl.study.execute import PLAN, failure, state
+from halos_pl.study.execute import PLAN, digest_of, failure, state
 from halos_pl.study.plan import Arm, command
 from halos_pl.study.results import Results, Versus, shown
+from halos_pl.study.statistics import Estimate
 
 LIBRARIES = ("halos_pl", "torch", "lightning", "transformers", "scipy", "statsmodels")
 CURVES = {
@@ -51,7 +51,7 @@ def _forest(results: Results, out: Path) -> Path | None:
     arms = [a for a in results.study.arms if results.seeds(a)]
     if not metrics or not arms:
         return None
-    real = {(v.metric, v.arm.name) for v in results.versus if v.comparison.shown}
+    real = {(v.metric, v.arm.name) for v in results.versus if v.shown}
     figure = Figure(figsize=(8, (0.34 * len(arms) + 0.95) * len(metrics)), layout="constrained")
     for axis, metric in zip(np.atleast_1d(figure.subplots(len(metrics), 1)), metrics, strict=True):
         for place, arm in enumerate(arms):
@@ -144,7 +144,8 @@ def _heat_map(results: Results, out: Path) -> Path | None:
         for arm in results.study.arms
         if (metric, arm.name) in results.estimates
     }
-    if len(keys) != 2 or not found:
+    places = [tuple(arm.options[key] for key in keys) for arm in results.study.arms]
+    if len(keys) != 2 or not found or len(set(places)) < len(places):  # several arms in one place cannot be drawn
         return None
     columns, rows = (sorted({arm.options[key] for arm in results.study.arms}) for key in keys)
     values = np.full((len(rows), len(columns)), np.nan)
@@ -179,11 +180,6 @@ PICTURES = {
 }
 
 
-def _digest(path: str) -> str:
-    file = Path(path)
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else "not a file here"
-
-
 def _data(results: Results) -> dict[str, str]:
     """A hash of each file that was trained or measured on."""
     given = results.study.evaluate
@@ -195,7 +191,7 @@ def _data(results: Results) -> dict[str, str]:
             sources += train if isinstance(train, list) else [train]
     given_paths = [source["path"] if isinstance(source, dict) else source for source in sources if source]
     paths = dict.fromkeys(os.path.expandvars(path) for path in given_paths)
-    return {path: _digest(path) for path in sorted(paths)}
+    return {path: digest_of(path) for path in sorted(paths)}
 
 
 def _revision() -> str:
@@ -222,6 +218,12 @@ def _verdicts(results: Results) -> dict[str, str]:
     return found
 
 
+def _of(versus: Versus | None, e: Estimate | None) -> str:
+    """Which n a difference is of, where the arm has more seeds than it shares with the baseline."""
+    shared = versus.comparison.difference.seeds if versus else 0
+    return f" (of {shared} seeds)" if e and shared < e.seeds else ""
+
+
 def _overview(results: Results, versus: dict[tuple[str, str], Versus]) -> list[tuple[str, list[tuple[str, bool]]]]:
     """By arm, for each metric: the mean, and whether a difference to the baseline is shown."""
     found = []
@@ -229,7 +231,7 @@ def _overview(results: Results, versus: dict[tuple[str, str], Versus]) -> list[t
         row = []
         for metric in results.study.metrics:
             e, v = results.estimates.get((metric, arm.name)), versus.get((metric, arm.name))
-            row.append((f"{e.value:.4g}" if e else "missing", v is not None and v.comparison.shown))
+            row.append((f"{e.value:.4g}" if e else "missing", v is not None and v.shown))
         found.append((arm.name, row))
     return found
 
@@ -252,19 +254,12 @@ def content(results: Results) -> dict[str, Any]:
                     "arm": arm.name,
                     "figure": shown(e) if e else "missing",
                     "n": f"{e.examples} x {e.seeds}" if e else "0",
-                    "difference": shown(c.difference, "+") if c else "",
+                    "difference": f"{shown(c.difference, '+')}{_of(v, e)}" if c else "",
                     "p": f"{c.adjusted:.2g}" if c else "",
+                    "permutation": f"{c.permutation:.2g}" if c else "",
                     "wilcoxon": f"{c.wilcoxon:.2g}" if c else "",
                     "effect": f"{c.effect:+.2f}" if c else "",
-                    "said": "baseline"
-                    if arm is results.baseline
-                    else "missing"
-                    if c is None
-                    else "differs"
-                    if c.shown
-                    else "the same on every example"
-                    if c.detectable == 0
-                    else f"no difference shown; {c.detectable:.2g} is detectable",
+                    "said": "baseline" if arm is results.baseline else v.said if v else "missing",
                     "test": c.test if c else "",
                 }
             )
@@ -272,9 +267,13 @@ def content(results: Results) -> dict[str, Any]:
         wanted = "" if more is None else ", more is better" if more else ", less is better"
         tables.append({"metric": metric, "what": f"{what}{wanted}", "unit": unit, "rows": rows})
     missing = [
-        {"run": str(run.folder), "state": state(run), "error": failure(run)["error"] if state(run) == "failed" else ""}
+        {
+            "run": str(run.folder),
+            "state": "left out" if run in results.faults else state(run),
+            "error": results.faults.get(run) or (failure(run)["error"] if state(run) == "failed" else ""),
+        }
         for run in results.runs
-        if not run.done
+        if run not in results.done
     ]
     return {
         "title": Path(plan["study"]).stem.replace("_", " "),

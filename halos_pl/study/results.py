@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +17,7 @@ from halos_pl.callbacks import METRICS as CURVES
 from halos_pl.callbacks import SUMMARY
 from halos_pl.study.evaluate import FILE, METRICS
 from halos_pl.study.plan import Arm, Run, Study
-from halos_pl.study.statistics import Comparison, Estimate, Values, compare, estimate, holm
+from halos_pl.study.statistics import RESAMPLES, Comparison, Estimate, Values, compare, estimate, holm
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,30 @@ class Versus:
         metric, arm: which.
         comparison: the arm less the baseline; p corrected for all comparisons of the study.
         seeds: those that both have finished.
+        planned: seeds of the study.
     """
 
     metric: str
     arm: Arm
     comparison: Comparison
     seeds: tuple[int, ...]
+    planned: int
+
+    @property
+    def shown(self) -> bool:
+        """Whether a difference is shown; of several seeds not by a single one."""
+        return self.comparison.shown and (len(self.seeds) > 1 or self.planned == 1)
+
+    @property
+    def said(self) -> str:
+        """In a few words."""
+        if self.shown:
+            return "differs"
+        if self.comparison.same:
+            return "the same on every example"
+        if len(self.seeds) == 1 < self.planned:
+            return "one seed so far"
+        return f"no difference shown; {self.comparison.detectable:.2g} is detectable"
 
 
 class Results:
@@ -45,12 +65,28 @@ class Results:
     def __init__(self, study: Study, out: Path) -> None:
         self.study, self.out = study, out
         self.runs = study.runs(out)
-        self._values = {(run.arm.name, run.seed): json.loads((run.folder / FILE).read_text()) for run in self.done}
+        found = {run: json.loads((run.folder / FILE).read_text()) for run in self.runs if run.done}
+        #: Why a measured run is left out.
+        self.faults: dict[Run, str] = self._faults(found)
+        #: Runs that have been trained and measured, and can be compared.
+        self.done = [run for run in found if run not in self.faults]
+        self._values = {(run.arm.name, run.seed): found[run] for run in self.done}
 
-    @property
-    def done(self) -> list[Run]:
-        """Runs that have been trained and measured."""
-        return [run for run in self.runs if run.done]
+    def _faults(self, found: dict[Run, dict[str, dict[str, float]]]) -> dict[Run, str]:
+        """Runs with figures that are no numbers, or of other examples than most runs have."""
+        faults = {}
+        for metric in self.study.metrics:
+            examples = {run: frozenset(values.get(metric, {})) for run, values in found.items()}
+            usual = Counter(examples.values()).most_common(1)[0][0] if examples else frozenset()
+            for run, own in examples.items():
+                lost = sum(not math.isfinite(value) for value in found[run].get(metric, {}).values())
+                if lost:
+                    faults[run] = f"{metric} of {lost} of {len(own)} examples is no finite number"
+                elif own != usual:
+                    faults[run] = (
+                        f"{metric} is of {len(own)} examples, {len(own ^ usual)} of which are not those of others"
+                    )
+        return faults
 
     def seeds(self, arm: Arm) -> tuple[int, ...]:
         """The seeds that an arm has finished."""
@@ -89,9 +125,14 @@ class Results:
                 seeds = tuple(s for s in self.seeds(arm) if s in self.seeds(self.baseline))
                 one, other = self.values(metric, arm, seeds), self.values(metric, self.baseline, seeds)
                 if arm is not self.baseline and one is not None and other is not None:
-                    found.append((metric, arm, compare(one, other), seeds))
-        corrected = holm([comparison for _, _, comparison, _ in found])
-        return [Versus(m, arm, new, seeds) for (m, arm, _, seeds), new in zip(found, corrected, strict=True)]
+                    found.append((metric, arm, one, other, seeds))
+        # A permutation test of so many resamples can be below the strictest step of the correction.
+        resamples = max(RESAMPLES, 200 * len(found))
+        corrected = holm([compare(one, other, resamples=resamples) for _, _, one, other, _ in found])
+        planned = len(self.study.seeds)
+        return [
+            Versus(m, arm, new, seeds, planned) for (m, arm, _, _, seeds), new in zip(found, corrected, strict=True)
+        ]
 
     def curve(self, run: Run, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of a training figure."""
@@ -122,7 +163,7 @@ class Results:
         n = f"{base.seeds} seed{'s' * (base.seeds > 1)} and {base.examples} {unit}"
         said = [f"{metric} ({what}): {self.baseline.name} {shown(base)}, over {n}."]
         against = [v for v in self.versus if v.metric == metric]
-        real = [v for v in against if v.comparison.shown]
+        real = [v for v in against if v.shown]
         for v in sorted(real, key=lambda v: -abs(v.comparison.difference.value)):
             d = v.comparison.difference
             better = "" if more is None else " (better)" if (d.value > 0) == more else " (worse)"
@@ -130,12 +171,14 @@ class Results:
                 f"{v.arm.name} differs from {self.baseline.name} by {shown(d, '+')}{better}, corrected p ="
                 f" {v.comparison.adjusted:.2g}."
             )
-        rest = [v for v in against if not v.comparison.shown]
-        if rest:
-            least = max(v.comparison.detectable for v in rest)
-            names = ", ".join(v.arm.name for v in rest)
-            size = f"at this size one of {least:.2g} is found 4 times in 5" if least else "the same on every example"
-            said.append(f"No difference shown for {names}: {size}.")
+        rest: dict[str, list[Versus]] = defaultdict(list)
+        for v in against:
+            if not v.shown:
+                rest["no difference shown" if v.said.startswith("no difference") else v.said].append(v)
+        for why, some in rest.items():
+            least = max(v.comparison.detectable for v in some)
+            size = f": at this size one of {least:.2g} is found 4 times in 5" if why == "no difference shown" else ""
+            said.append(f"{', '.join(v.arm.name for v in some)}: {why}{size.replace(':', ';', 1)}.")
         if len(self.done) < len(self.runs):
             said.append(f"Unfinished: {len(self.runs) - len(self.done)} of {len(self.runs)} runs are missing.")
         return " ".join(said)

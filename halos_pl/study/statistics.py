@@ -2,6 +2,11 @@
 
 Values of a metric are a matrix [seeds, examples]: each seed's run is measured on the same held-out examples. scipy and
 statsmodels do the statistics; only the bootstrap over two crossed factors, which neither has, is written out here.
+
+Seeds are few. The quantiles of a bootstrap over three of them are its extremes, and such an interval misses the truth
+one time in four; a test over examples alone takes the runs as given and finds a difference between any two. So with
+several seeds the bootstrap gives the standard error, and t with the degrees of freedom that seeds and examples leave
+(Satterthwaite 1946) gives interval and p.
 """
 
 from __future__ import annotations
@@ -9,7 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -22,6 +27,7 @@ Values = NDArray[np.float64]
 RESAMPLES = 9999
 LEVEL = 0.05
 POWER = 0.8
+NONE = "none: no example differs"
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Estimate:
         over: what the interval treats as random: ``examples`` (BCa bootstrap; the run is taken as given), or
             ``seeds and examples`` (both are drawn again, independently of each other).
         error: standard error, as the bootstrap gives it.
+        freedom: degrees of freedom of the standard error.
     """
 
     value: float
@@ -45,6 +52,7 @@ class Estimate:
     seeds: int
     over: Literal["examples", "seeds and examples"]
     error: float
+    freedom: float
 
 
 @dataclass(frozen=True)
@@ -53,17 +61,21 @@ class Comparison:
 
     Attributes:
         difference: mean of the first arm less that of the second, with its interval.
-        p: of the main test: McNemar's for a binary metric of one seed, else the paired permutation test.
+        p: of the main test: with several seeds t over seeds and examples; with one seed, which says nothing of other
+            ones, McNemar's for a binary metric, else the paired permutation test over examples.
         test: its name.
-        wilcoxon: p of the signed-rank test over the same examples.
+        permutation, wilcoxon: p of the paired permutation and the signed-rank test over examples, the runs (their mean
+            over seeds) taken as given.
         effect: the mean difference in standard deviations of the examples' differences (Cohen's d_z).
-        detectable: the smallest difference that such a comparison would find in 4 of 5 cases, in the metric's unit.
+        detectable: the smallest difference that such a comparison would find in 4 of 5 cases, in the metric's unit;
+            after :func:`holm` as one of its family.
         adjusted: p after Holm's correction over its family; ``p`` until :func:`holm` has been called.
     """
 
     difference: Estimate
     p: float
     test: str
+    permutation: float
     wilcoxon: float
     effect: float
     detectable: float
@@ -71,8 +83,13 @@ class Comparison:
 
     @property
     def shown(self) -> bool:
-        """Whether a difference is shown: by the corrected test and by the interval over seeds and examples."""
+        """Whether a difference is shown: by the corrected test and by the interval."""
         return self.adjusted < LEVEL and not self.difference.low <= 0 <= self.difference.high
+
+    @property
+    def same(self) -> bool:
+        """Whether no example differs."""
+        return self.test == NONE
 
 
 def _matrix(values: object) -> Values:
@@ -87,22 +104,33 @@ def _matrix(values: object) -> Values:
 
 
 def _crossed(matrix: Values, rng: np.random.Generator, resamples: int) -> Values:
-    """Means of resamples that draw seeds and examples independently (Owen 2007, The pigeonhole bootstrap)."""
+    """Means of resamples that draw seeds and examples independently (Owen 2007, The pigeonhole bootstrap).
+
+    One fewer of each is drawn than there are: so the variance is not understated where they are few (McCarthy and
+    Snowden 1985).
+    """
     seeds, examples = matrix.shape
     means = np.empty(resamples)
     for at in range(0, resamples, 1000):
         count = min(1000, resamples - at)
-        by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=count) / seeds
-        by_example = rng.multinomial(examples, np.full(examples, 1 / examples), size=count) / examples
+        by_seed = rng.multinomial(seeds - 1, np.full(seeds, 1 / seeds), size=count) / (seeds - 1)
+        by_example = rng.multinomial(examples - 1, np.full(examples, 1 / examples), size=count) / (examples - 1)
         means[at : at + count] = ((by_seed @ matrix) * by_example).sum(axis=1)
     return means
+
+
+def _freedom(matrix: Values) -> float:
+    """Degrees of freedom of the mean's standard error, of its two parts (Satterthwaite 1946)."""
+    parts = [matrix.mean(axis=1 - axis).var(ddof=1) / matrix.shape[axis] for axis in (0, 1)]
+    return float(sum(parts) ** 2 / sum(part**2 / (n - 1) for part, n in zip(parts, matrix.shape, strict=True)))
 
 
 def estimate(values: object, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
     """The mean of a metric with its 95 % interval.
 
-    With one seed it is the BCa bootstrap over examples (Efron 1987); with several, the percentile bootstrap over seeds
-    and examples. Three seeds say little about how much seeds vary: such an interval is rather too narrow.
+    With one seed it is the BCa bootstrap over examples (Efron 1987); with several, the standard error of the bootstrap
+    over seeds and examples, times a quantile of t. Few seeds say little about how much seeds vary: such an interval is
+    wide.
 
     Args:
         values: [seeds, examples] or [examples].
@@ -117,18 +145,18 @@ def estimate(values: object, *, resamples: int = RESAMPLES, seed: int = 0) -> Es
     mean, rng = float(matrix.mean()), np.random.default_rng(seed)
     over: Literal["examples", "seeds and examples"] = "examples" if seeds == 1 else "seeds and examples"
     if np.ptp(matrix) <= 1e-12 * np.abs(matrix).max() or examples == 1:
-        return Estimate(mean, mean, mean, examples, seeds, over, 0.0)
+        return Estimate(mean, mean, mean, examples, seeds, over, 0.0, math.inf)
     if seeds > 1:
-        means = _crossed(matrix, rng, resamples)
-        low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
-        return Estimate(mean, float(low), float(high), examples, seeds, over, float(means.std(ddof=1)))
+        error, freedom = float(_crossed(matrix, rng, resamples).std(ddof=1)), _freedom(matrix)
+        reach = float(stats.t.ppf(1 - LEVEL / 2, freedom)) * error
+        return Estimate(mean, mean - reach, mean + reach, examples, seeds, over, error, freedom)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         found = stats.bootstrap((matrix[0],), np.mean, n_resamples=resamples, method="BCa", rng=rng, batch=1000)
     low, high = found.confidence_interval
     if not math.isfinite(low + high):  # so few different values that BCa has no answer
         low, high = np.quantile(found.bootstrap_distribution, [LEVEL / 2, 1 - LEVEL / 2])
-    return Estimate(mean, float(low), float(high), examples, seeds, over, float(found.standard_error))
+    return Estimate(mean, float(low), float(high), examples, seeds, over, float(found.standard_error), math.inf)
 
 
 def _mcnemar(one: Values, other: Values) -> float:
@@ -136,11 +164,14 @@ def _mcnemar(one: Values, other: Values) -> float:
     return float(mcnemar(both, exact=True).pvalue)
 
 
+def _detectable(difference: Estimate, level: float) -> float:
+    """The difference that is found at this level with probability ``POWER``."""
+    reach = stats.t.ppf(1 - level / 2, difference.freedom) + stats.t.ppf(POWER, difference.freedom)
+    return float(reach) * difference.error
+
+
 def compare(one: object, other: object, *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
     """Two arms, paired by seed and example.
-
-    The tests take the examples as random and the runs as given (their mean over seeds); the interval of the difference
-    treats both as random.
 
     Args:
         one, other: [seeds, examples] or [examples], of the same shape.
@@ -155,24 +186,27 @@ def compare(one: object, other: object, *, resamples: int = RESAMPLES, seed: int
         raise ValueError(f"arms of {a.shape} and {b.shape} seeds and examples cannot be paired")
     difference = estimate(a - b, resamples=resamples, seed=seed)
     by_example = (a - b).mean(axis=0)
-    detectable = float(stats.norm.ppf(1 - LEVEL / 2) + stats.norm.ppf(POWER)) * difference.error
-    if not by_example.any():
-        return Comparison(difference, 1.0, "none: no example differs", 1.0, 0.0, detectable, 1.0)
-    binary = len(a) == 1 and bool(np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all())
-    if binary:
+    detectable = _detectable(difference, LEVEL)
+    if not (a - b).any():
+        return Comparison(difference, 1.0, NONE, 1.0, 1.0, 0.0, detectable, 1.0)
+    rng = np.random.default_rng(seed)
+    found = stats.permutation_test(
+        (by_example,), np.mean, permutation_type="samples", n_resamples=resamples, rng=rng, batch=1000
+    )
+    permutation = p = float(found.pvalue)
+    test = "paired permutation"
+    if len(a) > 1:
+        test = "t over seeds and examples"
+        far = abs(difference.value) / difference.error if difference.error else math.inf * abs(difference.value)
+        p = float(2 * stats.t.sf(far, difference.freedom)) if difference.value else 1.0
+    elif np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all():
         p, test = _mcnemar(a[0], b[0]), "McNemar, exact"
-    else:
-        rng = np.random.default_rng(seed)
-        found = stats.permutation_test(
-            (by_example,), np.mean, permutation_type="samples", n_resamples=resamples, rng=rng, batch=1000
-        )
-        p, test = float(found.pvalue), "paired permutation"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of ties and zeros, which it handles
-        wilcoxon = float(stats.wilcoxon(by_example, zero_method="pratt").pvalue)
+        wilcoxon = float(stats.wilcoxon(by_example, zero_method="pratt").pvalue) if by_example.any() else 1.0
     spread = float(by_example.std(ddof=1)) if len(by_example) > 1 else 0.0
     effect = float(by_example.mean()) / spread if spread > 0 else math.copysign(math.inf, by_example.mean())
-    return Comparison(difference, p, test, wilcoxon, effect, detectable, p)
+    return Comparison(difference, p, test, permutation, wilcoxon, effect, detectable, p)
 
 
 def holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
@@ -180,8 +214,12 @@ def holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
     if not comparisons:
         return []
     adjusted = multipletests([c.p for c in comparisons], alpha=LEVEL, method="holm")[1]
-    fields = [{**vars(c), "adjusted": float(p)} for c, p in zip(comparisons, adjusted, strict=True)]
-    return [Comparison(**each) for each in fields]
+    # What is looked for is not known beforehand: its size is that of the strictest step.
+    level = LEVEL / len(comparisons)
+    return [
+        replace(c, adjusted=float(p), detectable=_detectable(c.difference, level))
+        for c, p in zip(comparisons, adjusted, strict=True)
+    ]
 
 
 def win_rate(preferences: object) -> tuple[float, float]:
