@@ -35,8 +35,9 @@ def ablate(
     claim(plan, folder, {name: arm.digest for name, arm in checked.items()})
     runs = plan.runs(folder)
     if not all(run.done for run in runs):
-        step, start = timed_step(plan, folder, environment(jobs))
-        show_plan(plan, checked, runs, step, start, jobs)
+        # A cluster's machines are not like the one that hands them their work.
+        times = None if plan.cluster is not None else timed_step(plan, folder, environment(jobs))
+        show_plan(plan, checked, runs, times, jobs)
     try:
         failed = execute(plan, folder, jobs, keep_checkpoints)
     except KeyboardInterrupt:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ from run_halos import ROOT, binary_data, pair_data
 from halos_pl.cli import main
 from halos_pl.study import execute
 from halos_pl.study.evaluate import _of_rows
-from halos_pl.study.plan import StudyError, check, command, load_study
+from halos_pl.study.plan import Study, StudyError, check, command, load_study
+from halos_pl.study.report import _heat_map
 from halos_pl.study.results import Results
+from halos_pl.study.statistics import compare
 
 RULE = """
 def ends(answer, finished):
@@ -56,7 +60,7 @@ def make(tiny_folder: Path, tmp_path: Path) -> Callable[..., Path]:
             },
             "seeds": [0, 1],
             "evaluate": {
-                "held_out": [str(tmp_path / "held_out.jsonl")],
+                "held_out": [{"path": str(tmp_path / "held_out.jsonl")}],
                 "prompts": str(tmp_path / "prompts.txt"),
                 "rule": f"{tmp_path}/rule.py:ends",
                 "judge": f"{tmp_path}/rule.py:longer",
@@ -118,6 +122,12 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
         "- reward_accuracy",
         "evaluate names no held_out",
     ),
+    "a name that YAML takes for a number": ({"arms": {0.1: {}}}, "arms:", "put it in quotes"),
+    "prompts that are not there": (
+        {"evaluate": {"prompts": "none.txt"}, "metrics": ["kl"]},
+        "prompts: none.txt",
+        "none.txt: no such file",
+    ),
     "sample of more than there are": ({"sample": {"size": 9}}, "sample:", "only 2 arms"),
 }
 
@@ -177,11 +187,129 @@ def test_an_arm_that_is_not_valid_is_refused_before_the_first_run(name: str, mak
     assert f"{path}:{line_of(path, 'second:')}: arm 'second'" in str(error.value)
 
 
+EVALUATE_FAULTS: dict[str, tuple[dict[str, Any], list[str], str, str]] = {
+    "a metric of pairs without any": (
+        {"held_out": ["train.jsonl"]},
+        ["reward_accuracy"],
+        "metrics:",
+        "is one of pairs, but the held-out data have none",
+    ),
+    "pairs and single rows": (
+        {"held_out": ["train.jsonl", {"path": "held_out.jsonl"}]},
+        ["kl_held_out"],
+        "evaluate:",
+        "pairs and single rows",
+    ),
+    "a faulty row": ({"held_out": ["faulty.jsonl"]}, ["kl_held_out"], "evaluate:", "faulty.jsonl:1"),
+    "no such file": ({"held_out": ["none.jsonl"]}, ["kl_held_out"], "evaluate:", "none.jsonl: no such file"),
+    "a number that is none": (
+        {"held_out": ["train.jsonl"], "batch_size": "many"},
+        ["kl_held_out"],
+        "evaluate:",
+        "batch_size",
+    ),
+    "a source that is none": ({"held_out": "train.jsonl"}, ["kl_held_out"], "evaluate:", "held_out"),
+}
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_a_metric_of_pairs_wants_pairs(make: Any, tmp_path: Path) -> None:
-    path = make(evaluate={"held_out": [str(tmp_path / "train.jsonl")]}, metrics=["reward_accuracy"])
-    with pytest.raises(StudyError, match="have no pairs"):
+@pytest.mark.parametrize("name", EVALUATE_FAULTS)
+def test_what_cannot_be_measured_is_refused_before_the_first_run(
+    name: str, make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "faulty.jsonl").write_text('{"prompt": "a", "completion": 3, "label": true}\n')
+    evaluate, metrics, place, message = EVALUATE_FAULTS[name]
+    path = make(evaluate=evaluate, metrics=metrics)
+    with pytest.raises(StudyError) as error:
         check(load_study(path))
+    assert message in str(error.value)
+    assert str(error.value).startswith(f"{path}:{line_of(path, place)}:")
+
+
+def _pretend(study: Study, out: Path, run: int, metric: str, values: dict[str, float]) -> None:
+    folder = study.runs(out)[run].folder
+    folder.mkdir(parents=True)
+    (folder / "evaluation.json").write_text(json.dumps({metric: values}))
+
+
+def test_a_folder_is_refused_where_it_holds_other_results(make: Any, tmp_path: Path) -> None:
+    out, metrics = tmp_path / "out", ["kl"]
+
+    def study(over: str | None = None, **given: Any) -> Study:
+        if over is not None:
+            (tmp_path / "over.yaml").write_text(over)
+        return load_study(make(metrics=metrics, **given), tmp_path / "over.yaml" if over is not None else None)
+
+    digests = {"kto": "1", "no loss aversion": "2"}
+    plain = study()
+    execute.claim(study("seeds: [5]\n"), out, digests)
+    execute.claim(plain, out, digests)
+    assert not (out / "over.yaml").exists()  # or the report would be of the seed 5 for ever
+    # Nothing is measured yet: other ways of measuring are free.
+    measured = {"prompts": str(tmp_path / "prompts.txt"), "max_new_tokens": 3}
+    execute.claim(study(evaluate=measured), out, digests)
+    _pretend(plain, out, 0, "kl", {"a": 1.0})
+    execute.claim(study(evaluate=measured), out, digests)
+    with pytest.raises(StudyError, match="measured in another way"):
+        execute.claim(study(evaluate={**measured, "max_new_tokens": 2}), out, digests)
+    (tmp_path / "prompts.txt").write_text("others\n")
+    with pytest.raises(StudyError, match="on other files"):
+        execute.claim(study(evaluate=measured), out, digests)
+    (tmp_path / "prompts.txt").write_text("one\ntwo why\nthree so\n")
+    # An arm that was taken out is still known when it comes back with another config.
+    alone = {"no loss aversion": plain.arms[1].options | {"objective": plain.arms[1].configs[-1]}}
+    execute.claim(study(evaluate=measured, arms=alone), out, {"no loss aversion": "2"})
+    with pytest.raises(StudyError, match=r"arm 'kto' had another config.*remove .*kto"):
+        execute.claim(study(evaluate=measured), out, {**digests, "kto": "3"})
+    shutil.rmtree(out / "kto")
+    execute.claim(study(evaluate=measured), out, {**digests, "kto": "3"})
+    other = tmp_path / "elsewhere.yaml"
+    other.write_text((tmp_path / "study.yaml").read_text())
+    with pytest.raises(StudyError, match="another study"):
+        execute.claim(load_study(other), out, digests)
+
+
+def test_a_run_that_cannot_be_compared_is_left_out_by_name(make: Any, tmp_path: Path) -> None:
+    study = load_study(make(metrics=["kl"], seeds=[0, 1, 2]))
+    sound = {"a": 1.0, "b": 2.0, "c": 4.0}
+    for run in range(4):
+        _pretend(study, tmp_path / "out", run, "kl", {k: v + run % 2 for k, v in sound.items()})
+    _pretend(study, tmp_path / "out", 4, "kl", {**sound, "b": float("nan")})
+    _pretend(study, tmp_path / "out", 5, "kl", {"a": 1.0, "b": 2.0})
+    results = Results(study, tmp_path / "out")
+    runs = study.runs(tmp_path / "out")
+    assert results.faults == {
+        runs[4]: "kl of 1 of 3 examples is no finite number",
+        runs[5]: "kl is of 2 examples, 1 of which are not those of others",
+    }
+    assert results.done == runs[:4]
+    [versus] = results.versus
+    assert (versus.seeds, versus.comparison.difference.value) == ((0, 1), 1.0)
+    # One seed of several says nothing of the others.
+    one = replace(versus, seeds=(0,), comparison=compare(np.arange(40.0), np.arange(40.0) + 1))
+    assert one.comparison.shown
+    assert (one.shown, one.said) == (False, "one seed so far")
+    assert replace(one, planned=1).shown
+
+
+def test_what_a_command_said_last_is_of_this_attempt(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text("halos: DataError: the first attempt's\n")
+    start = log.stat().st_size
+    with log.open("a") as file:
+        file.write("usage: ...\nerror: Parser key 'x': no such thing\n")
+    assert execute._last_words(log, start) == "error: Parser key 'x': no such thing"
+
+
+def test_arms_in_one_place_of_the_grid_are_not_drawn_over_each_other(make: Any, tmp_path: Path) -> None:
+    axes = {"model.value_function.init_args.beta": [0.1, 0.2], "data.batch_size": [2, 4]}
+    for arms, drawn in ((None, True), ({"one": {}, "two": {"data.max_length": 99}}, False)):
+        study = load_study(make(arms=arms, axes=axes, metrics=["kl"], seeds=[0]))
+        out = tmp_path / str(drawn)
+        for number in range(len(study.arms)):
+            _pretend(study, out, number, "kl", {"a": float(number)})
+        assert (_heat_map(Results(study, out), out / "map.png") is not None) == drawn
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -179,9 +179,13 @@ def timed_step(study: Study, out: Path, env: Mapping[str, str]) -> tuple[float, 
 
 
 def show_plan(
-    study: Study, checked: Mapping[str, Checked], runs: list[Run], step: float, start: float, jobs: int
+    study: Study,
+    checked: Mapping[str, Checked],
+    runs: list[Run],
+    times: tuple[float, float] | None,
+    jobs: int,
 ) -> None:
-    """The arms, their commands, and how long all of it may take."""
+    """The arms, their commands, and how long all of it may take, by the seconds of a step and of a start."""
     console = Console()
     table = Table(title=f"{study.path}: {len(study.arms)} arms x {len(study.seeds)} seeds", title_justify="left")
     for column in ("arm", "steps", "command of its first run"):
@@ -191,9 +195,13 @@ def show_plan(
         table.add_row(arm.name, str(checked[arm.name].steps), command(first.fit))
     console.print(table)
     left = [run for run in runs if not run.done]
-    seconds = sum(start + step * checked[run.arm.name].steps for run in left) / max(1, min(jobs, len(left)))
-    said = f"{len(runs)} runs, {len(runs) - len(left)} done already; a step takes {step:.2g} s, a start {start:.0f} s"
-    console.print(f"{said}: about {_seconds(seconds)} with {jobs} at a time, without measuring.", highlight=False)
+    said = f"{len(runs)} runs, {len(runs) - len(left)} done already"
+    if times is not None:
+        step, start = times
+        seconds = sum(start + step * checked[run.arm.name].steps for run in left) / max(1, min(jobs, len(left)))
+        said += f"; a step takes {step:.2g} s, a start {start:.0f} s: about {_seconds(seconds)} with {jobs} at a time"
+        said += ", without measuring"
+    console.print(f"{said}.", highlight=False)
 
 
 def execute(
