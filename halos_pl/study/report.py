@@ -224,14 +224,15 @@ def _of(versus: Versus | None, e: Estimate | None) -> str:
     return f" (of {shared} seeds)" if e and shared < e.seeds else ""
 
 
-def _overview(results: Results, versus: dict[tuple[str, str], Versus]) -> list[tuple[str, list[tuple[str, bool]]]]:
-    """By arm, for each metric: the mean, and whether a difference to the baseline is shown."""
+def _overview(results: Results, versus: dict[tuple[str, str], Versus]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """By arm, for each metric: the mean, and whether a difference to the baseline is shown, or only of these runs."""
     found = []
     for arm in results.study.arms:
         row = []
         for metric in results.study.metrics:
             e, v = results.estimates.get((metric, arm.name)), versus.get((metric, arm.name))
-            row.append((f"{e.value:.4g}" if e else "missing", v is not None and v.shown))
+            how = "shown" if v and v.shown else "runs" if v and v.runs_differ else ""
+            row.append((f"{e.value:.4g}" if e else "missing", how))
         found.append((arm.name, row))
     return found
 

@@ -43,6 +43,11 @@ class Versus:
         return self.comparison.shown and (len(self.seeds) > 1 or self.planned == 1)
 
     @property
+    def runs_differ(self) -> bool:
+        """Whether no more than that is shown: these runs differ, other seeds may not."""
+        return not self.shown and len(self.seeds) > 1 and self.comparison.runs_differ
+
+    @property
     def said(self) -> str:
         """In a few words."""
         if self.shown:
@@ -51,6 +56,8 @@ class Versus:
             return "the same on every example"
         if len(self.seeds) == 1 < self.planned:
             return "one seed so far"
+        if self.runs_differ:
+            return "these runs differ; not shown for other seeds"
         return f"no difference shown; {self.comparison.detectable:.2g} is detectable"
 
 
@@ -174,11 +181,14 @@ class Results:
         rest: dict[str, list[Versus]] = defaultdict(list)
         for v in against:
             if not v.shown:
-                rest["no difference shown" if v.said.startswith("no difference") else v.said].append(v)
+                rest[v.said.partition(";")[0]].append(v)
         for why, some in rest.items():
             least = max(v.comparison.detectable for v in some)
-            size = f": at this size one of {least:.2g} is found 4 times in 5" if why == "no difference shown" else ""
-            said.append(f"{', '.join(v.arm.name for v in some)}: {why}{size.replace(':', ';', 1)}.")
+            besides = {
+                "no difference shown": f"; at this size one of {least:.2g} is found 4 times in 5",
+                "these runs differ": ", but the seeds are too few to say that other runs would",
+            }
+            said.append(f"{', '.join(v.arm.name for v in some)}: {why}{besides.get(why, '')}.")
         if len(self.done) < len(self.runs):
             said.append(f"Unfinished: {len(self.runs) - len(self.done)} of {len(self.runs)} runs are missing.")
         return " ".join(said)

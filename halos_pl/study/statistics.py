@@ -70,6 +70,7 @@ class Comparison:
         detectable: the smallest difference that such a comparison would find in 4 of 5 cases, in the metric's unit;
             after :func:`holm` as one of its family.
         adjusted: p after Holm's correction over its family; ``p`` until :func:`holm` has been called.
+        runs_adjusted: the same of ``permutation``.
     """
 
     difference: Estimate
@@ -80,11 +81,17 @@ class Comparison:
     effect: float
     detectable: float
     adjusted: float
+    runs_adjusted: float
 
     @property
     def shown(self) -> bool:
         """Whether a difference is shown: by the corrected test and by the interval."""
         return self.adjusted < LEVEL and not self.difference.low <= 0 <= self.difference.high
+
+    @property
+    def runs_differ(self) -> bool:
+        """Whether these runs differ over examples, whatever other seeds would give."""
+        return self.runs_adjusted < LEVEL
 
     @property
     def same(self) -> bool:
@@ -188,7 +195,7 @@ def compare(one: object, other: object, *, resamples: int = RESAMPLES, seed: int
     by_example = (a - b).mean(axis=0)
     detectable = _detectable(difference, LEVEL)
     if not (a - b).any():
-        return Comparison(difference, 1.0, NONE, 1.0, 1.0, 0.0, detectable, 1.0)
+        return Comparison(difference, 1.0, NONE, 1.0, 1.0, 0.0, detectable, 1.0, 1.0)
     rng = np.random.default_rng(seed)
     found = stats.permutation_test(
         (by_example,), np.mean, permutation_type="samples", n_resamples=resamples, rng=rng, batch=1000
@@ -206,19 +213,20 @@ def compare(one: object, other: object, *, resamples: int = RESAMPLES, seed: int
         wilcoxon = float(stats.wilcoxon(by_example, zero_method="pratt").pvalue) if by_example.any() else 1.0
     spread = float(by_example.std(ddof=1)) if len(by_example) > 1 else 0.0
     effect = float(by_example.mean()) / spread if spread > 0 else math.copysign(math.inf, by_example.mean())
-    return Comparison(difference, p, test, permutation, wilcoxon, effect, detectable, p)
+    return Comparison(difference, p, test, permutation, wilcoxon, effect, detectable, p, permutation)
 
 
 def holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """The same comparisons with p corrected for their number (Holm 1979), in the same order."""
     if not comparisons:
         return []
-    adjusted = multipletests([c.p for c in comparisons], alpha=LEVEL, method="holm")[1]
+    both = ([c.p for c in comparisons], [c.permutation for c in comparisons])
+    adjusted, runs = (multipletests(each, alpha=LEVEL, method="holm")[1] for each in both)
     # What is looked for is not known beforehand: its size is that of the strictest step.
     level = LEVEL / len(comparisons)
     return [
-        replace(c, adjusted=float(p), detectable=_detectable(c.difference, level))
-        for c, p in zip(comparisons, adjusted, strict=True)
+        replace(c, adjusted=float(p), runs_adjusted=float(q), detectable=_detectable(c.difference, level))
+        for c, p, q in zip(comparisons, adjusted, runs, strict=True)
     ]
 
 
