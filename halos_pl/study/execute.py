@@ -26,7 +26,7 @@ OVER = "over.yaml"
 FAILED = "failed.json"
 LOG = "log.txt"
 PLAN = "plan.json"
-CODE = {"rule", "judge"}  # what evaluate names as file.py:function
+CODE = ("rule", "judge")  # what evaluate names as file.py:function
 TIMED = "timed_step"
 
 
@@ -98,18 +98,14 @@ def claim(study: Study, out: Path, digests: Mapping[str, str]) -> None:
     Raises:
         StudyError: where it is another one's, or holds runs that were trained or measured otherwise.
     """
-    files = [
-        study.evaluate.get("prompts"),
-        *(str(study.evaluate[k]).rpartition(":")[0] for k in CODE & {*study.evaluate}),
-    ]
-    files += [s if isinstance(s, str) else s.get("path") for s in study.evaluate.get("held_out") or []]
+    code = [str(study.evaluate[key]).rpartition(":")[0] for key in CODE if key in study.evaluate]
     plan: dict[str, Any] = {
         "study": str(study.path),
         "over": None if study.over is None else str(study.over),
         "digests": dict(digests),
         "seeds": list(study.seeds),
         "evaluate": dict(study.evaluate),
-        "files": {path: digest_of(path) for path in sorted(filter(None, files))},
+        "files": {path: digest_of(path) for path in sorted({*study.data_files, *code})},
     }
     known = out / PLAN
     if known.is_file():

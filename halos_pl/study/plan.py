@@ -12,7 +12,7 @@ import logging
 import random
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,11 @@ class Study:
     over: Path | None = None
     places: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def data_files(self) -> list[str]:
+        """Paths of what runs are measured on, as the study names them."""
+        return paths_of([self.evaluate.get("prompts"), *(self.evaluate.get("held_out") or [])])
+
     def runs(self, out: Path) -> list[Run]:
         """Every arm with every seed; seed by seed, so that a study that is cut off has whole rounds of arms."""
         return [Run(arm, seed, out / arm.folder / f"seed-{seed}") for seed in self.seeds for arm in self.arms]
@@ -123,6 +128,11 @@ class Study:
         for key, value in self.evaluate.items():
             words.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
         return words
+
+
+def paths_of(sources: Iterable[Any]) -> list[str]:
+    """The paths of sources, which are texts or mappings."""
+    return [source["path"] if isinstance(source, dict) else source for source in sources if source]
 
 
 def command(words: list[str]) -> str:
@@ -180,20 +190,22 @@ class _Reader:
             raise StudyError(f"{path}: a study is a mapping with the keys {', '.join(KEYS)}")
         return content, {tuple(map(str, place)): line for place, line in _places(node)}
 
-    def line(self, place: tuple[Any, ...]) -> int:
+    @staticmethod
+    def _line(lines: Mapping[tuple[str, ...], int], place: tuple[Any, ...]) -> int:
         """Of the innermost key of a place that has a line; one that was merged into a mapping has none of its own."""
         names = tuple(map(str, place))
-        while names and names not in self.lines:
+        while names and names not in lines:
             names = names[:-1]
-        return self.lines.get(names, 1)
+        return lines.get(names, 1)
+
+    def where(self, *place: Any) -> str:
+        """File and line of a place."""
+        path, lines = self.others.get(str(place[0]), (self.path, self.lines)) if place else (self.path, self.lines)
+        return f"{path}:{self._line(lines, place)}"
 
     def fault(self, message: str, *place: Any) -> StudyError:
         """An error at the innermost place that has a line."""
-        names = tuple(map(str, place))
-        path, lines = self.others.get(names[0], (self.path, self.lines)) if names else (self.path, self.lines)
-        while names and names not in lines:
-            names = names[:-1]
-        return StudyError(f"{path}:{lines.get(names, 1)}: {message}")
+        return StudyError(f"{self.where(*place)}: {message}")
 
     def get(self, key: str, kind: type, default: Any) -> Any:
         value = self.content.get(key, default)
@@ -209,7 +221,7 @@ class _Reader:
         configs = tuple(self.get("configs", list, []))
         options = self.get("options", dict, {})
         arms = [
-            Arm(name, (*configs, *files), {**options, **own, **self.last}, self.line(place))
+            Arm(name, (*configs, *files), {**options, **own, **self.last}, self._line(self.lines, place))
             for name, files, own, place in self._crossed()
         ]
         if not arms:
@@ -243,7 +255,7 @@ class _Reader:
             cluster=self.get("cluster", dict, None),
             note=self.get("note", str, ""),
             over=self.over,
-            places={key: str(self.fault("", key)).rstrip(": ") for key in ("evaluate", "metrics")},
+            places={key: self.where(key) for key in ("evaluate", "metrics")},
         )
 
     def _metrics(self, evaluate: Mapping[str, Any]) -> tuple[str, ...]:

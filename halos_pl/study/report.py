@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import platform
 import subprocess
 from importlib.metadata import version
@@ -24,7 +23,7 @@ from halos_pl.conformance.check import reports
 from halos_pl.export import module_of_run
 from halos_pl.study.evaluate import METRICS
 from halos_pl.study.execute import PLAN, digest_of, failure, state
-from halos_pl.study.plan import Arm, command
+from halos_pl.study.plan import Arm, command, paths_of
 from halos_pl.study.results import Results, Versus, shown
 from halos_pl.study.statistics import Estimate
 
@@ -103,7 +102,7 @@ def _curves(results: Results, out: Path) -> Path | None:
 def _value_functions(results: Results, out: Path) -> Path | None:
     drawn: list[tuple[Arm, Any, list[tuple[float, bool]]]] = []
     for arm in results.study.arms:
-        run = next((run for run in results.done if run.arm is arm), None)
+        run = results.first_run(arm)
         halo = module_of_run(run.folder).halo if run else None
         if halo is not None and (outcomes := results.outcomes(arm)):
             drawn.append((arm, halo.value_function, outcomes))
@@ -182,15 +181,12 @@ PICTURES = {
 
 def _data(results: Results) -> dict[str, str]:
     """A hash of each file that was trained or measured on."""
-    given = results.study.evaluate
-    sources: list[Any] = [given.get("prompts"), *(given.get("held_out") or [])]
+    paths = set(results.study.data_files)
     for arm in results.study.arms:
-        run = next((run for run in results.done if run.arm is arm), None)
+        run = results.first_run(arm)
         if run is not None:
             train = yaml.safe_load((run.folder / CONFIG).read_text())["data"]["train"]
-            sources += train if isinstance(train, list) else [train]
-    given_paths = [source["path"] if isinstance(source, dict) else source for source in sources if source]
-    paths = dict.fromkeys(os.path.expandvars(path) for path in given_paths)
+            paths |= set(paths_of(train if isinstance(train, list) else [train]))
     return {path: digest_of(path) for path in sorted(paths)}
 
 
@@ -212,7 +208,7 @@ def _revision() -> str:
 def _verdicts(results: Results) -> dict[str, str]:
     found = {}
     for arm in results.study.arms:
-        run = next((run for run in results.done if run.arm is arm), None)
+        run = results.first_run(arm)
         if run is not None:
             found[arm.name] = reports(module_of_run(run.folder).objective)["icml"].verdict
     return found
@@ -224,19 +220,6 @@ def _of(versus: Versus | None, e: Estimate | None) -> str:
     return f" (of {shared} seeds)" if e and shared < e.seeds else ""
 
 
-def _overview(results: Results, versus: dict[tuple[str, str], Versus]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """By arm, for each metric: the mean, and whether a difference to the baseline is shown, or only of these runs."""
-    found = []
-    for arm in results.study.arms:
-        row = []
-        for metric in results.study.metrics:
-            e, v = results.estimates.get((metric, arm.name)), versus.get((metric, arm.name))
-            how = "shown" if v and v.shown else "runs" if v and v.runs_differ else ""
-            row.append((f"{e.value:.4g}" if e else "missing", how))
-        found.append((arm.name, row))
-    return found
-
-
 def content(results: Results) -> dict[str, Any]:
     """All that both forms of the report say."""
     arms = results.study.arms
@@ -244,7 +227,7 @@ def content(results: Results) -> dict[str, Any]:
     plan = json.loads((results.out / PLAN).read_text())
     names = [plan["study"], *(["--over", plan["over"]] if plan["over"] else [])]
     versus = {(v.metric, v.arm.name): v for v in results.versus}
-    tables = []
+    tables: list[dict[str, Any]] = []
     for metric in results.study.metrics:
         rows = []
         for arm in arms:
@@ -253,6 +236,7 @@ def content(results: Results) -> dict[str, Any]:
             rows.append(
                 {
                     "arm": arm.name,
+                    "mean": f"{e.value:.4g}" if e else "missing",
                     "figure": shown(e) if e else "missing",
                     "n": f"{e.examples} x {e.seeds}" if e else "0",
                     "difference": f"{shown(c.difference, '+')}{_of(v, e)}" if c else "",
@@ -261,6 +245,7 @@ def content(results: Results) -> dict[str, Any]:
                     "wilcoxon": f"{c.wilcoxon:.2g}" if c else "",
                     "effect": f"{c.effect:+.2f}" if c else "",
                     "said": "baseline" if arm is results.baseline else v.said if v else "missing",
+                    "how": "shown" if v and v.shown else "runs" if v and v.runs_differ else "",
                     "test": c.test if c else "",
                 }
             )
@@ -278,7 +263,7 @@ def content(results: Results) -> dict[str, Any]:
     ]
     return {
         "title": Path(plan["study"]).stem.replace("_", " "),
-        "overview": _overview(results, versus),
+        "overview": [(arm.name, [table["rows"][i] for table in tables]) for i, arm in enumerate(arms)],
         "note": results.study.note,
         "headline": results.headline(),
         "tables": tables,

@@ -95,6 +95,10 @@ class Results:
                     )
         return faults
 
+    def first_run(self, arm: Arm) -> Run | None:
+        """The arm's first finished run, None where there is none yet."""
+        return next((run for run in self.done if run.arm is arm), None)
+
     def seeds(self, arm: Arm) -> tuple[int, ...]:
         """The seeds that an arm has finished."""
         return tuple(seed for seed in self.study.seeds if (arm.name, seed) in self._values)
