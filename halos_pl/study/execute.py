@@ -149,6 +149,11 @@ def _seconds(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
 
 
+def _plain(seconds: float) -> str:
+    """Two digits, without an exponent: 160, 4.6, 0.12."""
+    return f"{float(f'{seconds:.2g}'):g}"
+
+
 def environment(jobs: int) -> dict[str, str]:
     """The variables of a run's process: its share of the cores."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -195,8 +200,8 @@ def show_plan(
     if times is not None:
         step, start = times
         seconds = sum(start + step * checked[run.arm.name].steps for run in left) / max(1, min(jobs, len(left)))
-        said += f"; a step takes {step:.2g} s, a start {start:.0f} s: about {_seconds(seconds)} with {jobs} at a time"
-        said += ", without measuring"
+        said += f"; a step takes {_plain(step)} s, a start {start:.0f} s: about {_seconds(seconds)}"
+        said += f" with {jobs} at a time, without measuring"
     console.print(f"{said}.", highlight=False)
 
 
