@@ -40,8 +40,9 @@ def numbers(run: Path) -> list[dict[str, float]]:
     return [{k: float(v) for k, v in row.items()} for row in metrics(run)]
 
 
-def assert_close(a: Path, b: Path, tolerance: float = 1e-5) -> None:
-    one, other = numbers(a), numbers(b)
+def assert_close(a: Path, b: Path, tolerance: float = 1e-5, but: str = "none") -> None:
+    """All figures of the log but the one named ``but``."""
+    one, other = ([{k: v for k, v in row.items() if k != but} for row in numbers(run)] for run in (a, b))
     assert len(one) == len(other) > 0
     for x, y in zip(one, other, strict=True):
         assert x == pytest.approx(y, rel=tolerance, abs=tolerance)
@@ -74,10 +75,12 @@ def test_stored_is_live(objective: str, options: tuple[str, ...], tiny_folder: P
     first = run("first", STORED)
     other = run("other", STORED, "--data.batch_size=6", "--data.seed=7")
     second = run("second", STORED)
-    # In bfloat16 a sum depends on what is in the batch beside it, to its three digits.
-    tolerance = 2e-2 if "bf16" in str(options) else 1e-5
-    assert_close(live, first, tolerance)
-    assert_close(live, second, tolerance)
+    # In bfloat16 a sum depends on what is in the batch beside it, to its three digits. Shares of outcomes that are
+    # gains are counts of signs: an outcome that is 0 with a live reference may have either sign with a stored one.
+    bf16 = "bf16" in str(options)
+    tolerance, but = (2e-2, "outcome/gains") if bf16 else (1e-5, "none")
+    assert_close(live, first, tolerance, but)
+    assert_close(live, second, tolerance, but)
     assert rows_of(live)["stored"] == 0
     assert rows_of(second)["computed"] == 0
     assert rows_of(second)["stored"] == rows_of(live)["computed"]
