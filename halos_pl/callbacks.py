@@ -18,12 +18,12 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from halos_pl.objective import HALO
 from halos_pl.outcomes import FlatBatch
 from halos_pl.plots import plot_training, plot_value_function
-from halos_pl.throughput import Cost, cost, matmul_speed, step_flops, step_tokens
+from halos_pl.throughput import Cost, cost, matmul_speed, slow_half, step_flops, step_tokens
 
 METRICS = "metrics.csv"
 CONFIG = "config.yaml"
@@ -194,7 +194,10 @@ class RunReport(Callback):
         if policy is not None:
             self._cost = cost(policy)
             kind = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision))
-            self._matmul = matmul_speed(pl_module.device, kind or next(policy.parameters()).dtype)
+            kind = kind or next(policy.parameters()).dtype
+            self._matmul = matmul_speed(pl_module.device, kind)
+            if pl_module.device.type == "cpu" and (why := slow_half(kind, self._matmul)):
+                rank_zero_warn(f"halos: {why}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step_began = time.monotonic()

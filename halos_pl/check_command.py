@@ -157,8 +157,9 @@ def family(folder: Path | None = None, *, thorough: bool = False) -> Iterator[tu
     home = next((place for place in folders if place.is_dir()), None)
     if home is None:
         raise TargetError(f"--all: no folder {folders[0]}; run it in a checkout of halos_pl")
+    shared: dict[Any, Any] = {}
     for path in sorted(home.glob("*.yaml")):
-        yield path.stem, reports(objective_of(path), thorough=thorough)
+        yield path.stem, reports(objective_of(path), thorough=thorough, shared=shared)
 
 
 def family_table(checked: Iterable[tuple[str, dict[Definition, Report]]]) -> Iterator[str]:

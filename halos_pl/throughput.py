@@ -88,7 +88,7 @@ def step_flops(model: Cost, batch: FlatBatch, *, reference: float = 1.0) -> floa
 
 
 def matmul_speed(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """FLOP/s of a product of two square matrices, the median of a few."""
+    """FLOP/s of a product of two square matrices, the median of a few; of the first one where that takes a second."""
     if device.type == "cuda":
         size *= 4  # a small one would not fill it
     a = torch.ones(size, size, device=device, dtype=dtype)
@@ -98,4 +98,22 @@ def matmul_speed(device: torch.device, dtype: torch.dtype, size: int = 1024) -> 
         (a @ a).sum().item()  # waits for the device
         return time.perf_counter() - start
 
-    return 2 * size**3 / statistics.median([seconds() for _ in range(7)][2:])
+    found = [seconds()]
+    while len(found) < 7 and found[0] < 1:
+        found.append(seconds())
+    return 2 * size**3 / statistics.median(found[2:] or found)
+
+
+def slow_half(dtype: torch.dtype, speed: float) -> str | None:
+    """Why this CPU should not compute in ``dtype``, whose matrix products have this ``speed``; None where it may.
+
+    Without instructions for bfloat16 or float16 a CPU imitates them, fifty times slower than float32.
+    """
+    single = matmul_speed(torch.device("cpu"), torch.float32) if dtype != torch.float32 else 0.0
+    if speed > single / 2:
+        return None
+    return (
+        f"matrix products in {str(dtype).removeprefix('torch.')} run at {speed / 1e9:.1f} GFLOP/s on this CPU and at"
+        f" {single / 1e9:.0f} in float32: a fit will be faster with --trainer.precision 32-true and"
+        f" --model.policy.dtype float32"
+    )

@@ -58,9 +58,9 @@ def some(*shapes: int, seed: int = 0) -> list[torch.Tensor]:
     [
         ("kto", ()),
         ("dpo", ()),
-        ("kto", ("--model.policy.lora.r=4",)),
         ("kto", ("--trainer.precision=bf16-mixed",)),
-        ("bco", ("--model.micro_batch_rows=2",)),
+        pytest.param("kto", ("--model.policy.lora.r=4",), marks=pytest.mark.slow),
+        pytest.param("bco", ("--model.micro_batch_rows=2",), marks=pytest.mark.slow),
     ],
 )
 def test_stored_is_live(objective: str, options: tuple[str, ...], tiny_folder: Path, tmp_path: Path) -> None:
@@ -288,8 +288,8 @@ def _write(path: str, number: int) -> None:
 
 def test_several_processes_write_at_once(tmp_path: Path) -> None:
     path = tmp_path / "s.sqlite"
-    spawned = multiprocessing.get_context("spawn")
-    processes = [spawned.Process(target=_write, args=(str(path), number)) for number in range(4)]
+    forked = multiprocessing.get_context("fork")  # a new interpreter would take seconds to import torch
+    processes = [forked.Process(target=_write, args=(str(path), number)) for number in range(4)]
     for process in processes:
         process.start()
     for process in processes:

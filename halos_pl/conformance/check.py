@@ -152,13 +152,12 @@ def _of_halo(target: objective.HALO, prefix: str, examples: int, thorough: bool,
     )
 
 
-def _of_objective(target: Objective, examples: int, thorough: bool) -> _Checks:
+def _of_objective(target: Objective, examples: int, thorough: bool, shared: dict[Any, Any]) -> _Checks:
     parts = objective.terms(target)
     halos = [(name, term) for name, term in parts if objective.is_halo(term)]
     if not halos:
         witness = f"{type(target).__name__} holds no reward, reference point, value function and feedback"
         return _Checks(type(target).__name__, {"identity": lambda: witness}, overall=lambda failed: "not a halo")
-    shared: dict[Any, Any] = {}
     examples = max(1, examples // len(halos))  # shared out among the terms, so that a sum takes no longer
     each = [_of_halo(term, name if len(halos) > 1 else "", examples, thorough, shared) for name, term in halos]  # type: ignore[arg-type]
     sums = objective.own_sums(target)
@@ -188,10 +187,10 @@ def _of_objective(target: Objective, examples: int, thorough: bool) -> _Checks:
     )
 
 
-def _checks(target: Target, examples: int, thorough: bool) -> _Checks:
+def _checks(target: Target, examples: int, thorough: bool, shared: dict[Any, Any]) -> _Checks:
     name = type(target).__name__
     if isinstance(target, Objective):
-        return _of_objective(target, examples, thorough)
+        return _of_objective(target, examples, thorough, shared)
     if isinstance(target, ValueFunction):
         of_v = value_function.ValueFunctionChecks(target, thorough=thorough)
         reported = dict.fromkeys(value_function.UNDESIRABLE, _NOT_REQUIRED)
@@ -226,7 +225,7 @@ def _checks(target: Target, examples: int, thorough: bool) -> _Checks:
 
 def clause_names(target: Target, definition: Definition = "icml") -> list[str]:
     """The clauses that ``target`` is held to, without checking them."""
-    checks = _checks(target, 1, False)
+    checks = _checks(target, 1, False, {})
     return [name for name in checks.clauses if definition == "icml" or name not in checks.icml_only]
 
 
@@ -267,15 +266,19 @@ def reports(
     expected_failures: Mapping[str, str] | None = None,
     max_examples: int = 60,
     thorough: bool = False,
+    shared: dict[Any, Any] | None = None,
 ) -> dict[Definition, Report]:
-    """The report under each definition, from one run of the checks."""
+    """The report under each definition, from one run of the checks.
+
+    Of objectives that are given the same ``shared``, parts that are the same function are held to their clauses once.
+    """
     start = time.perf_counter()
     given = expected_failures or {}
     if not isinstance(given, Mapping) or not all(isinstance(why, str) and why.strip() for why in given.values()):
         raise ValueError(f"expected_failures is {given!r}; it takes a reason for each clause, {{clause: reason}}")
     if max_examples < 1:
         raise ValueError(f"max_examples is {max_examples}; it must be at least 1")
-    checks = _checks(target, max_examples * (10 if thorough else 1), thorough)
+    checks = _checks(target, max_examples * (10 if thorough else 1), thorough, {} if shared is None else shared)
     unknown = [name for name in given if name not in checks.clauses]
     if unknown:
         clauses = ", ".join(checks.clauses)

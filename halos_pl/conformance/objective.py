@@ -123,7 +123,7 @@ class ObjectiveChecks:
         objective: the target; copies of it are called.
         examples: how many steps each clause is tried on.
         thorough: for its value function.
-        shared: checks of parts that other terms of a sum have as well, which are held to their clauses once.
+        shared: checks of parts that other terms or objectives have as well, which are held to their clauses once.
     """
 
     def __init__(
@@ -134,7 +134,8 @@ class ObjectiveChecks:
         known = {} if shared is None else shared
 
         def of(kind: Callable[..., T], part: nn.Module, *others: object, **arguments: Any) -> T:
-            return known.setdefault((kind, *map(_state, (part, *others))), kind(part, **arguments))  # type: ignore[no-any-return]
+            key = (kind, examples, thorough, *map(_state, (part, *others)))
+            return known.setdefault(key, kind(part, **arguments))  # type: ignore[no-any-return]
 
         self.value_function = of(ValueFunctionChecks, objective.value_function, thorough=thorough)
         self.reward = of(RewardChecks, objective.reward, examples=examples)

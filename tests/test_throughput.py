@@ -1,0 +1,102 @@
+"""The count of useful arithmetic against torch's own, and the warning where half precision is imitated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_halos import binary_data, fit
+from torch.utils.flop_counter import FlopCounterMode
+
+import halos_pl.callbacks
+import halos_pl.throughput
+from halos_pl.cli import main
+from halos_pl.outcomes import FlatBatch
+from halos_pl.policy.loading import LoRASpec, ModelSpec, load_model
+from halos_pl.policy.tree import parts
+from halos_pl.throughput import cost, matmul_speed, slow_half, step_flops, step_tokens
+
+PROMPT, COMPLETION = 7, 5
+
+
+def rows(prompts: int, each: int) -> FlatBatch:
+    n = prompts * each
+    return FlatBatch(
+        prompts=[torch.arange(3, 3 + PROMPT) for _ in range(prompts)],
+        completions=[torch.arange(20, 20 + COMPLETION) for _ in range(n)],
+        prompt=torch.arange(prompts).repeat_interleave(each),
+        desirable=torch.ones(n, dtype=torch.bool),
+        rival=torch.full((n,), -1),
+        probe=torch.zeros(n, dtype=torch.bool),
+    )
+
+
+@pytest.mark.parametrize("lora", [None, LoRASpec(r=4)], ids=["full", "lora"])
+def test_flop_of_the_matrices_are_those_that_torch_counts(tiny_folder: Path, lora: LoRASpec | None) -> None:
+    model: Any = load_model(ModelSpec(str(tiny_folder), lora=lora))
+    decoder, head = parts(model)
+    batch = rows(1, 1)
+    ids = torch.cat([batch.prompts[0], batch.completions[0]])[None]
+
+    def counted(gradient: bool) -> int:
+        # Products in which both sides are activations, those of attention, are counted apart.
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(gradient):
+            hidden = decoder(input_ids=ids).last_hidden_state[0, -COMPLETION:]
+            result = head(hidden).sum()
+            if gradient:
+                result.backward()
+        return sum(n for op, n in counter.get_flop_counts()["Global"].items() if op is torch.ops.aten.mm)
+
+    model.enable_input_require_grads()
+    matrices = replace(cost(model), pair=0.0)
+    assert step_flops(matrices, batch, reference=0.0) == pytest.approx(counted(True), rel=1e-6)
+    both = step_flops(matrices, batch, reference=1.0)
+    assert both == pytest.approx(counted(True) + counted(False), rel=1e-6)
+
+
+def test_a_prompt_is_counted_once_however_many_rows_share_it(tiny_folder: Path) -> None:
+    found = cost(load_model(ModelSpec(str(tiny_folder))))
+    shared, apart = rows(2, 3), rows(6, 1)
+    assert step_tokens(apart) - step_tokens(shared) == 4 * PROMPT
+    # Four prompts less, in a pass that has a gradient (3) and in that of the reference (1).
+    prompts = 4 * (found.token * PROMPT * 4 + found.pair * PROMPT**2 / 2 * 4)
+    assert step_flops(found, apart) - step_flops(found, shared) == pytest.approx(prompts)
+
+
+@pytest.fixture
+def imitated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a CPU without instructions for bfloat16."""
+
+    def speed(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+        return 1e9 if dtype == torch.bfloat16 else 1e11
+
+    monkeypatch.setattr(halos_pl.throughput, "matmul_speed", speed)
+    monkeypatch.setattr(halos_pl.callbacks, "matmul_speed", speed)
+    return
+
+
+@pytest.mark.usefixtures("imitated")
+@pytest.mark.parametrize("option", ["--trainer.precision=bf16-mixed", "--model.policy.dtype=bfloat16"])
+def test_half_precision_that_the_cpu_imitates_is_warned_of(option: str, tiny_folder: Path, tmp_path: Path) -> None:
+    data = binary_data(tmp_path / "data.jsonl", 4)
+    with pytest.warns(UserWarning, match=r"bfloat16 run at 1.0 GFLOP/s on this CPU and at 100 in float32: a fit"):
+        main(fit(tiny_folder, "kto", data, tmp_path / "run", option))
+
+
+@pytest.mark.usefixtures("imitated")
+def test_float32_is_not_warned_of(tiny_folder: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    main(fit(tiny_folder, "kto", binary_data(tmp_path / "data.jsonl", 4), tmp_path / "run"))
+    assert not [w for w in recwarn if "GFLOP/s" in str(w.message)]
+
+
+def test_a_slow_product_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven products that take seconds each would hold up every fit."""
+    now = iter(range(0, 1000, 5))
+    monkeypatch.setattr(halos_pl.throughput.time, "perf_counter", lambda: float(next(now)))
+    assert matmul_speed(torch.device("cpu"), torch.float32, size=8) == pytest.approx(2 * 8**3 / 5)
+    assert next(now) == 10
+    assert slow_half(torch.float32, 1.0) is None
