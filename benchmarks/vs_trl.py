@@ -2,17 +2,18 @@
 
     python benchmarks/vs_trl.py [--workloads kto_live dpo_live ...] [--repeats 3] [--threads 2] [--json FILE]
 
-Each side runs in a process of its own with the same model (SmolLM2-135M-Instruct, float32), the same rows of real
-human feedback (HH-RLHF), the same mismatches, torch's AdamW (fused) and as many threads.
+Each side runs in a process of its own with the same model (SmolLM2-135M-Instruct, float32; rows that say bfloat16
+compute under autocast), the same rows of real human feedback (HH-RLHF), the same mismatches, torch's AdamW (fused) and
+as many threads.
 TRL is set as fast as it goes: no gradient checkpointing, no padding to a fixed length, its own loss without Liger
 (which has no CPU kernels). Two steps warm up, then steps are timed in turn, one of each side after the other, and the
 median of the ratios is shown. Memory is the peak of the whole process: models, optimizer state and all.
 
 Losses are compared with each other, gradients also with the same step in float64: in float32 each side is off by its
-own rounding. Differences of gradients are relative to the largest entry of all.
+own rounding, under bfloat16 by about a hundredth. Differences of gradients are relative to the largest entry of all.
 
 Useful FLOP are those that the step needs at least, as ``halos_pl.throughput.step_flops`` counts them. They are divided
-by the time of our step, AdamW included, and by the FLOP/s of a square float32 matmul measured in between.
+by the time of our step, AdamW included, and by the FLOP/s of a square matmul of the same dtype measured in between.
 
 Data: $HALOS_TEST_DATA, else ../shared/data beside the checkout.
 """
@@ -53,6 +54,7 @@ class Workload:
         rows: where its rows come from; see ``rows_of``.
         lora: train an adapter; the reference is the model with it off.
         stored: the reference's log-probs are computed beforehand, on both sides.
+        bf16: under autocast to bfloat16.
     """
 
     what: str
@@ -60,6 +62,11 @@ class Workload:
     rows: str
     lora: bool = False
     stored: bool = False
+    bf16: bool = False
+
+    def autocast(self) -> torch.autocast:
+        """What forward passes run in; backward passes do not, as in any fit."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
 
 
 WORKLOADS = {
@@ -74,6 +81,9 @@ WORKLOADS = {
     "dpo_8_pairs": Workload("DPO, 8 pairs, live reference", "dpo", "more"),
     "dpo_stored": Workload("DPO, 4 pairs, stored reference", "dpo", "short", stored=True),
     "dpo_lora": Workload("DPO, 4 pairs, LoRA r = 16, adapter-off reference", "dpo", "short", lora=True),
+    "kto_bf16": Workload("KTO, 8 rows, live reference, bfloat16", "kto", "short", bf16=True),
+    "kto_stored_bf16": Workload("KTO, 8 rows, stored reference, bfloat16", "kto", "short", stored=True, bf16=True),
+    "dpo_bf16": Workload("DPO, 4 pairs, live reference, bfloat16", "dpo", "short", bf16=True),
 }
 SHORT = ["kto_live", "kto_stored", "dpo_live"]
 
@@ -185,11 +195,13 @@ def write_rows(workload: Workload, folder: str) -> None:
 
 def theirs(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Tensor], float]:
     """The policy, and what computes loss and gradient."""
-    trainer, rows = their_trainer(workload, folder)
+    with workload.autocast():
+        trainer, rows = their_trainer(workload, folder)
     batch = trainer.data_collator(rows)
 
     def step() -> torch.Tensor:
-        loss = trainer.compute_loss(trainer.model, dict(batch))
+        with workload.autocast():
+            loss = trainer.compute_loss(trainer.model, dict(batch))
         loss.backward()
         return loss.detach()  # type: ignore[no-any-return]
 
@@ -240,12 +252,14 @@ def ours(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Tenso
         return module
 
     if workload.stored:  # by another run
-        list(made()._results(batch, gradient=False))
+        with workload.autocast():
+            list(made()._results(batch, gradient=False))
     module = made()
     module.on_fit_start()
 
     def step() -> torch.Tensor:
-        [(_, _, result)] = module._results(batch, gradient=True)
+        with workload.autocast():
+            [(_, _, result)] = module._results(batch, gradient=True)
         result.loss.backward()
         return result.loss.detach()  # type: ignore[no-any-return]
 
@@ -257,7 +271,10 @@ def worker(side: str, workload: str, folder: str, threads: int) -> None:
     """Answers on stdout: loads, writes its gradient, then makes a step whenever a line comes in on stdin."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)  # of a new adapter
-    policy, step, flops = (theirs if side == "theirs" else ours)(WORKLOADS[workload], folder)
+    given = WORKLOADS[workload]
+    if side == "exact":
+        given = replace(given, bf16=False)
+    policy, step, flops = (theirs if side == "theirs" else ours)(given, folder)
     _moved(policy)
     if side == "exact":
         policy.double()
@@ -371,7 +388,8 @@ def compare(name: str, repeats: int, threads: int) -> dict[str, Any]:
                 seconds[side].append(answer["seconds"])
                 peaks[side] = max(peaks[side], answer["peak"])
             torch.set_num_threads(threads)
-            speed.append(matmul_speed(torch.device("cpu"), torch.float32, size=2048))
+            dtype = torch.bfloat16 if workload.bf16 else torch.float32
+            speed.append(matmul_speed(torch.device("cpu"), dtype, size=2048))
         for process in sides.values():
             assert process.stdin
             process.stdin.close()
@@ -417,7 +435,7 @@ def main() -> None:
     import trl
 
     versions = f"trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
-    print(f"float32, {args.threads} threads, {cpu_name()}, {versions}, {time.strftime('%Y-%m-%d')}\n", flush=True)
+    print(f"{args.threads} threads, {cpu_name()}, {versions}, {time.strftime('%Y-%m-%d')}\n", flush=True)
     columns = ["step", "ours, s", "TRL, s", "times faster", "ours, GB", "TRL, GB", "memory", "loss, apart"]
     columns += ["gradient, apart", "ours to float64", "TRL to float64", "useful FLOP/s of matmul"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
