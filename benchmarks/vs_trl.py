@@ -379,6 +379,7 @@ def compare(name: str, repeats: int, threads: int) -> dict[str, Any]:
         seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
         peaks = dict.fromkeys(sides, 0)
         speed = []
+        dtype = torch.bfloat16 if workload.bf16 else torch.float32
         for _ in range(repeats):
             for side, process in sides.items():
                 assert process.stdin
@@ -388,7 +389,6 @@ def compare(name: str, repeats: int, threads: int) -> dict[str, Any]:
                 seconds[side].append(answer["seconds"])
                 peaks[side] = max(peaks[side], answer["peak"])
             torch.set_num_threads(threads)
-            dtype = torch.bfloat16 if workload.bf16 else torch.float32
             speed.append(matmul_speed(torch.device("cpu"), dtype, size=2048))
         for process in sides.values():
             assert process.stdin
@@ -435,6 +435,7 @@ def main() -> None:
     import trl
 
     versions = f"trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
+    print("float32 but for rows that say bfloat16", end=", ")
     print(f"{args.threads} threads, {cpu_name()}, {versions}, {time.strftime('%Y-%m-%d')}\n", flush=True)
     columns = ["step", "ours, s", "TRL, s", "times faster", "ours, GB", "TRL, GB", "memory", "loss, apart"]
     columns += ["gradient, apart", "ours to float64", "TRL to float64", "useful FLOP/s of matmul"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,7 @@ def test_a_prompt_is_counted_once_however_many_rows_share_it(tiny_folder: Path) 
 
 
 @pytest.fixture
-def imitated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def imitated(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CPU without instructions for bfloat16."""
 
     def speed(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
@@ -76,7 +75,6 @@ def imitated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(halos_pl.throughput, "matmul_speed", speed)
     monkeypatch.setattr(halos_pl.callbacks, "matmul_speed", speed)
-    return
 
 
 @pytest.mark.usefixtures("imitated")
