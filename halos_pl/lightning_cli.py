@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import logging
 import re
@@ -65,8 +66,20 @@ NOISE = (
 USER_ERRORS = (DataError, ModelError, RunError, NonFiniteLossError, OSError, ValueError)
 
 
+# How jsonargparse words that there is no such option: of a class or file, of a command in a file, on the command line.
+UNKNOWN_OPTION = r"(?:^Option '|does not accept option '|unrecognized arguments: -*)(?P<key>[\w.]+)"
+
+
 class HalosParser(LightningArgumentParser):
-    """Says which classes there are when a plug-in's name is not one of them, which jsonargparse does not."""
+    """Says what there is when the name of a plug-in or of an option is wrong, which jsonargparse does not."""
+
+    def _near(self, key: str) -> str:
+        """The options whose names are like ``key``, or all of them where they are few, as of a plug-in."""
+        parsers = [self, *(p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values())]
+        known = {action.dest for parser in parsers for action in parser._actions} - {"help"}
+        key = re.sub(r"\.(class_path|init_args)\b", "", key)
+        near = sorted(known) if len(known) <= 12 else difflib.get_close_matches(key, known, cutoff=0.8)
+        return f"\n\nThere is: {', '.join(near)}" if near else ""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         for name, base in PLUGINS.items():
@@ -75,6 +88,8 @@ class HalosParser(LightningArgumentParser):
             if named and re.search(r"import path|import of|no module", message, re.IGNORECASE):
                 message += f"\n\n{choices(name, base)}"
                 break
+        if unknown := re.search(UNKNOWN_OPTION, message):
+            message += self._near(unknown["key"])
         if "invalid choice" in message and "fit" in message:
             message += f"\n\nfurther commands: {', '.join(('check', *TOOLS))}"
         # The usage alone fills a screen, and what went wrong would be below it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -249,9 +250,24 @@ def test_an_unknown_plug_in_lists_those_that_exist(capfd, plugin, option, known)
     assert "dotted path" in line
 
 
-def test_an_unknown_argument_of_a_plug_in_is_an_error(capfd):
-    words = ["fit", config("base"), config("objectives/kto"), "--model.value_function.gamma=1"]
-    assert "gamma" in refused(capfd, words, status=2)
+@pytest.mark.parametrize(
+    ("option", "said", "near"),
+    [
+        ("--model.value_function.gamma=1", "Option 'gamma' is not accepted", "beta"),
+        ("--data.batch_sizes=3", "unrecognized arguments: --data.batch_sizes", "data.batch_size"),
+        ("model: {value_funktion: {class_path: Logistic}}", "model.value_funktion", "model.value_function"),
+        ("model: {value_function: {class_path: Logistic, init_args: {betta: 1}}}", "Option 'betta'", "beta"),
+    ],
+)
+def test_an_unknown_option_is_answered_by_those_like_it(capfd, tmp_path, option, said, near):
+    if not option.startswith("--"):
+        (tmp_path / "own.yaml").write_text(option)
+        option = f"--config={tmp_path / 'own.yaml'}"
+    message = refused(capfd, ["fit", config("base"), config("objectives/kto"), option], status=2)
+    assert said in message
+    [there] = re.findall("There is: (.*)", message)
+    assert near in there.split(", ")
+    assert len(there.split(", ")) <= 3
 
 
 @pytest.mark.usefixtures("no_model")
@@ -374,7 +390,7 @@ def test_a_wrong_word_is_answered_without_pages_of_usage(data, tiny_folder, tmp_
     said = refused(capfd, [*words, "--model.value_function.beta=abc"], status=2)
     assert "Expected a <class 'float'>. Got value: abc" in said
     assert "takes one of" not in said  # the class is right
-    assert len(refused(capfd, [*words, "--data.trian=x"], status=2).splitlines()) <= 4
+    assert len(refused(capfd, [*words, "--data.trian=x"], status=2).splitlines()) <= 5
     assert "further commands: check, export, generate" in refused(capfd, ["foo"], status=2)
 
 
