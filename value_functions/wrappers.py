@@ -91,9 +91,7 @@ class Clipped(ValueFunction):
         ValueError: for bounds that do not enclose 0.
     """
 
-    def __init__(
-        self, value_function: ValueFunction, *, low: float | None = None, high: float | None = None
-    ) -> None:
+    def __init__(self, value_function: ValueFunction, *, low: float | None = None, high: float | None = None) -> None:
         super().__init__()
         self.low = -math.inf if low is None else float(low)
         self.high = math.inf if high is None else float(high)
