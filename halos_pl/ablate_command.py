@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from halos_pl.study.execute import OVER, PLAN, STUDY, claim, environment, execute, failure, show_plan, state, timed_step
@@ -64,12 +65,12 @@ def status(folder: str) -> None:
         folder: the study's folder.
     """
     results = _study_of(folder)
-    table = Table(title=f"{folder}: {len(results.done)} of {len(results.runs)} runs done", title_justify="left")
+    table = Table(title=f"{escape(folder)}: {len(results.done)} of {len(results.runs)} runs done", title_justify="left")
     for column in ("run", "state", "why"):
         table.add_column(column, overflow="fold")
     for run in results.runs:
         how = state(run)
-        table.add_row(str(run.folder), how, failure(run)["error"] if how == "failed" else "")
+        table.add_row(escape(str(run.folder)), how, escape(failure(run)["error"]) if how == "failed" else "")
     Console().print(table)
 
 

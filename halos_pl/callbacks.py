@@ -61,6 +61,9 @@ class LastCheckpoint(Checkpoint):
         self.last_model_path = str(path)
         self._saved_step = trainer.global_step
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.last_model_path = self.last_model_path or str(trainer.ckpt_path or "")  # of a run that goes on
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -150,8 +153,12 @@ class SaveRunConfig(SaveConfigCallback):
         self.parser.save(config, str(path), skip_none=False, overwrite=True, multifile=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.is_global_zero and not self.config.get("ckpt_path"):
-            move_aside(Path(trainer.default_root_dir))
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        folder, given = Path(trainer.default_root_dir), self.config.get("ckpt_path")
+        if not given or not Path(given).resolve().is_relative_to(folder.resolve()):  # going on from elsewhere is new
+            move_aside(folder)
+        if not given:
             self._save(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

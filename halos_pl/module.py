@@ -164,17 +164,20 @@ class HALOModule(LightningModule):
 
     def configure_model(self) -> None:
         """Loads policy and reference, after the data have been validated."""
-        if self.policy is None:
+        policy = self.policy
+        if policy is None:
             # transformers loads in eval mode; the only difference here is gradient checkpointing (dropout is off).
-            self.policy = load_model(self.policy_spec).train()
-            self._prepare(self.policy, "the policy")
+            self.policy = policy = load_model(self.policy_spec).train()
+            self._prepare(policy, "the policy")
+        elif not self._reference_bound:  # it may have been trained since, by a fit that needed no reference
+            policy = load_model(self.policy_spec).train()
         # Testing measures the KL divergence, so there even a loss that needs no reference gets one.
         wanted = self.objective.needs.reference or (
             self.trainer.testing and not isinstance(self._reference, NoReference)
         )
         if wanted and not self._reference_bound:
             self._store = ReferenceStore() if self.reference_store else None
-            self._reference.bind(self.policy, self.policy_spec, stored=self.reference_store)
+            self._reference.bind(policy, self.policy_spec, stored=self.reference_store)
             self._reference_bound = True
             if self._store is None:
                 with self.scoring():
@@ -403,6 +406,7 @@ class HALOModule(LightningModule):
         """
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
+        self._rows = [row for row, probe in zip(batch.row_ids, batch.probe.tolist(), strict=True) if not probe]
         means, losses = Means(), Losses()
         suspects: list[str] = []
         seen: list[tuple[Tensor, Tensor]] = []
@@ -419,7 +423,7 @@ class HALOModule(LightningModule):
         means.add({name: (value, once) for name, value in losses.items()})
         figures = with_margin(means.compute())
         if not torch.isfinite(torch.tensor(figures["loss"])):
-            raise NonFiniteLossError(self._non_finite(figures["loss"], batch, suspects))
+            raise NonFiniteLossError(self._non_finite(f"the loss is {figures['loss']}", suspects))
         shown = ("loss", "rewards/margins")
         self.log_dict({k: v for k, v in figures.items() if k not in shown}, batch_size=len(batch))
         self.log_dict({k: figures[k] for k in shown if k in figures}, prog_bar=True, batch_size=len(batch))
@@ -446,16 +450,42 @@ class HALOModule(LightningModule):
     def _implied_reward(self, rows: Rows) -> Tensor | None:
         return None if rows.reference_logps is None else LogRatio()(rows).detach()
 
-    def _non_finite(self, loss: float, batch: FlatBatch, suspects: list[str]) -> str:
-        names = [row for row, probe in zip(batch.row_ids, batch.probe.tolist(), strict=True) if not probe]
+    def _non_finite(self, what: str, suspects: list[str]) -> str:
         checkpoint: Any = self.trainer.checkpoint_callback
         path = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
         return (
-            f"the loss is {loss} at optimizer step {self.global_step}, so the run stops before it takes that step.\n"
+            f"{what} at optimizer step {self.global_step}, so the run stops before it takes that step.\n"
             + (f"rows with a non-finite log-prob or value: {', '.join(suspects)}\n" if suspects else "")
-            + f"rows of the step: {', '.join(names)}\n"
+            + f"rows of the step: {', '.join(self._rows)}\n"
             + f"last good checkpoint: {path or 'none was written yet'}"
         )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips as the Trainer says, by the norm that is logged as ``grad_norm``: the one before clipping.
+
+        Raises:
+            NonFiniteLossError: where it is no finite number, so that the step would leave no number in the policy.
+        """
+        plugin: Any = self.trainer.precision_plugin
+        if getattr(plugin, "scaler", None) is not None:  # float16's scaler leaves such steps out, and knows the scale
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        parameters = [p for p in plugin.main_params(optimizer) if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not norm.isfinite():
+            what = f"the loss is finite, but its gradient's norm is {norm.item()}"
+            hint = "is each slope of the value function finite, also at u = 0? halos check looks"
+            raise NonFiniteLossError(f"{self._non_finite(what, [])}\n{hint}")
+        self.log("grad_norm", norm)
+        if gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, float(gradient_clip_val), norm)
 
     def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: gradients of earlier micro-batches are already there; ``training_step`` has zeroed before."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,9 @@ from run_halos import ROOT, binary_data, pair_data
 
 from halos_pl.cli import main
 from halos_pl.study import execute
-from halos_pl.study.evaluate import _of_rows
+from halos_pl.study.evaluate import METRICS, _of_pairs, _of_rows
 from halos_pl.study.plan import Study, StudyError, check, command, load_study
-from halos_pl.study.report import _heat_map
+from halos_pl.study.report import _drawn, _forest, _heat_map
 from halos_pl.study.results import Results
 from halos_pl.study.statistics import compare
 
@@ -227,6 +229,27 @@ def test_what_cannot_be_measured_is_refused_before_the_first_run(
     assert str(error.value).startswith(f"{path}:{line_of(path, place)}:")
 
 
+def test_a_key_that_is_written_twice_is_refused(make: Any) -> None:
+    path = make()
+    lines = path.read_text().splitlines()
+    again = lines.index("seeds:")
+    path.write_text(
+        "\n".join([*lines[:again], f"  kto: {{objective: {ROOT}/experiments/objectives/dpo.yaml}}", *lines[again:]])
+    )
+    with pytest.raises(
+        StudyError, match=rf"study.yaml:{again + 1}: 'kto' is already there in line {line_of(path, '  kto:')}"
+    ):
+        load_study(path)
+
+
+def test_arms_keep_apart_whatever_they_are_called(make: Any) -> None:
+    beta = "model.value_function.init_args.beta"
+    study = load_study(make(arms={"β 0.1": {}, "λ 0.1": {beta: 0.2}, "基线": {beta: 0.3}}))
+    assert len({arm.folder for arm in study.arms}) == 3
+    with pytest.raises(StudyError, match="the arms '10' and '10 %' would have the same folder"):
+        load_study(make(arms={"10": {}, "10 %": {beta: 0.2}}))
+
+
 def _pretend(study: Study, out: Path, run: int, metric: str, values: dict[str, float]) -> None:
     folder = study.runs(out)[run].folder
     folder.mkdir(parents=True)
@@ -262,6 +285,9 @@ def test_a_folder_is_refused_where_it_holds_other_results(make: Any, tmp_path: P
     execute.claim(study(evaluate=measured, arms=alone), out, {"no loss aversion": "2"})
     with pytest.raises(StudyError, match=r"arm 'kto' had another config.*remove .*kto"):
         execute.claim(study(evaluate=measured), out, {**digests, "kto": "3"})
+    renamed = {"kto %": {"objective": plain.arms[0].configs[-1]}}  # another arm, in the same folder
+    with pytest.raises(StudyError, match=r"arm 'kto %' had another config"):
+        execute.claim(study(evaluate=measured, arms=renamed), out, {"kto %": "4"})
     shutil.rmtree(out / "kto")
     execute.claim(study(evaluate=measured), out, {**digests, "kto": "3"})
     other = tmp_path / "elsewhere.yaml"
@@ -299,7 +325,89 @@ def test_what_a_command_said_last_is_of_this_attempt(tmp_path: Path) -> None:
     start = log.stat().st_size
     with log.open("a") as file:
         file.write("usage: ...\nerror: Parser key 'x': no such thing\n")
-    assert execute._last_words(log, start) == "error: Parser key 'x': no such thing"
+    assert execute._last_words(log, start, 1) == "error: Parser key 'x': no such thing"
+    assert execute._last_words(log, start, -9).startswith("killed by SIGKILL")  # what was said before is not why
+
+
+def test_what_is_measured_on_is_known_by_its_content_wherever_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    (tmp_path / "some").mkdir()
+    file = tmp_path / "some" / "a.jsonl"
+    (tmp_path / "some" / "b.jsonl").write_text("{}\n")
+    places = [str(file), "~/some/a.jsonl", "$PLACE/some/a.jsonl", str(tmp_path / "some"), f"{tmp_path}/some/*.jsonl"]
+    file.write_text("1\n")
+    before = [execute.digest_of(place) for place in places]
+    assert len(set(before[:3])) == 1
+    file.write_text("2\n")
+    assert not set(before) & {execute.digest_of(place) for place in places}
+    assert execute.digest_of("owner/hub-set") == "not a file here"
+
+
+def test_a_run_whose_weights_are_gone_is_trained_again(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = load_study(make())
+    run = study.runs(tmp_path / "out")[0]
+    called: list[str] = []
+
+    def process(words: list[str], log: Path, env: Any) -> int:
+        called.append(words[0])
+        return 0
+
+    monkeypatch.setattr(execute, "_process", process)
+    run.folder.mkdir(parents=True)
+    (run.folder / execute.SUMMARY).write_text("{}")
+    execute.execute_run(run, study)
+    assert called == ["fit", "evaluate"]
+    (run.folder / execute.LAST).parent.mkdir()
+    (run.folder / execute.LAST).write_text("")
+    execute.execute_run(run, study)
+    assert called == ["fit", "evaluate", "evaluate"]
+
+
+def test_what_two_processes_are_given_is_done_once(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = load_study(make())
+    run = study.runs(tmp_path / "out")[0]
+    called: list[str] = []
+
+    def process(words: list[str], log: Path, env: Any) -> int:
+        called.append(words[0])
+        time.sleep(0.05)
+        if words[0] == "evaluate":
+            run.folder.mkdir(exist_ok=True)
+            (run.folder / "evaluation.json").write_text("{}")
+        return 0
+
+    monkeypatch.setattr(execute, "_process", process)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda _: execute.execute_run(run, study), range(2))) == [None, None]
+    assert called == ["fit", "evaluate"]
+
+
+def test_names_and_errors_are_shown_as_they_are(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To rich [a] is a style, to matplotlib $a$ a formula, and a name with _ in front one to leave out."""
+    monkeypatch.setenv("COLUMNS", "200")
+    arms = {"_x $\\alpha [a]": {}, "$\\frac": {}}
+    study = load_study(make(arms=arms, metrics=["kl"], seeds=[0, 1]))
+    out = tmp_path / "out"
+    for number in range(4):
+        if number != 3:
+            _pretend(study, out, number, "kl", {"a": 1.0 * number, "b": 2.0})
+    drawn = out / "forest.png"
+    assert _forest(Results(study, out), drawn) == drawn
+    assert _drawn(study.arms[0]).strip().replace("\\$", "$") == study.arms[0].name
+    failed = study.runs(out)[3]
+    execute._fail(failed, ["fit"], "RuntimeError: [/tmp/x] [enforce fail at alloc_cpu.cpp:117]")
+    execute.claim(study, tmp_path / "other", {arm.name: arm.name for arm in study.arms})
+    for name in ("plan.json", "study.yaml"):
+        shutil.copy(tmp_path / "other" / name, out / name)
+    main(["ablate", "status", str(out)])
+    assert "RuntimeError: [/tmp/x] [enforce fail at alloc_cpu.cpp:117]" in capsys.readouterr().out
 
 
 def test_arms_in_one_place_of_the_grid_are_not_drawn_over_each_other(make: Any, tmp_path: Path) -> None:
@@ -395,6 +503,25 @@ def test_the_figures_are_those_of_their_definitions(make: Any, here: list[str], 
     assert any(abs(r) > 1e-3 for r in reward.values())
 
 
+def test_rows_of_one_prompt_are_one_example() -> None:
+    """A prompt three times over is no more evidence than once; the mean is that over all pairs."""
+    counts = {"a": 3, "b": 1, "c": 2}
+    records = [
+        {"row": f"{p}{i}{d}", "pair": f"{p}{i}", "prompt": p, "desirable": d, "tokens": 2}
+        | {"policy_logp": float(ord(p) + i) * (d or -1), "reference_logp": 200.0 * (p == "b"), "kl": float(i)}
+        for p, count in counts.items()
+        for i in range(count)
+        for d in (True, False)
+    ]
+    found = _of_pairs(records, 0.1) | _of_rows(records)
+    assert set(found) == {name for name, (unit, _, _) in METRICS.items() if unit != "prompts"}
+    for values in found.values():
+        assert len(values) == len(counts)
+    margins = [2.0 * (ord(p) + i) for p, count in counts.items() for i in range(count)]
+    assert np.mean(list(found["reward_margin"].values())) == pytest.approx(np.mean(margins))
+    assert np.mean(list(found["kl_held_out"].values())) == pytest.approx(np.mean([r["kl"] for r in records]))
+
+
 _rewards = st.lists(st.integers(-3, 3).map(float), min_size=2, max_size=8)
 
 
@@ -405,7 +532,7 @@ def test_the_roc_area_varies_as_delong_says(good: list[float], bad: list[float])
     def figures(paired: bool) -> np.ndarray[Any, Any]:
         records = [
             {"row": f"{d}{i}", "pair": f"pair {i}" if paired else None, "desirable": d, "tokens": 1}
-            | {"policy_logp": r, "reference_logp": 0.0, "kl": 0.0}
+            | {"policy_logp": r, "reference_logp": 0.0, "kl": 0.0, "prompt": f"{'' if paired else d}{i}"}
             for d, rewards in ((True, good), (False, bad))
             for i, r in enumerate(rewards)
         ]

@@ -499,6 +499,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_folder, data, tmp_path, ca
     assert [row["step"] for row in metrics(run)] == ["0", "1"]
 
 
+def test_going_on_from_another_runs_checkpoint_leaves_the_run_that_is_there(tiny_folder, data, tmp_path):
+    for name in ("one", "two"):
+        main(fit(tiny_folder, "kto", data["binary"], tmp_path / name, "--trainer.max_steps=2"))
+    before = {p.relative_to(tmp_path / "two"): p.read_bytes() for p in (tmp_path / "two").rglob("*") if p.is_file()}
+    from_one = ("--trainer.max_steps=3", f"--ckpt_path={tmp_path}/one/checkpoints/last.ckpt")
+    main(fit(tiny_folder, "kto", data["binary"], tmp_path / "two", *from_one))
+    assert {p: (tmp_path / "two.1" / p).read_bytes() for p in before} == before
+    assert [row["step"] for row in metrics(tmp_path / "two")] == ["2"]
+    assert (tmp_path / "two" / "config.yaml").is_file()
+
+
 def test_a_loss_that_is_not_finite_at_the_first_step(tiny_folder, data, tmp_path, capfd):
     options = ("--model.value_function=plugins.fragile.NaNAtStep", "--model.value_function.step=0")
     said = refused(capfd, fit(tiny_folder, "kto", data["binary"], tmp_path / "run", *options))
@@ -556,6 +567,11 @@ def test_export_of_an_adapter_merged_and_alone(tiny_folder, data, tmp_path):
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
     adapter = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
     torch.testing.assert_close(logits(adapter), expected, rtol=1e-5, atol=1e-5)
+    # Trained on from there it is what it was, with a new adapter and without one.
+    for spec in (ModelSpec(str(tmp_path / "adapter")), ModelSpec(str(tmp_path / "adapter"), lora=LoRASpec(r=2))):
+        further = load_model(spec)
+        assert any(p.requires_grad for p in further.parameters())
+        torch.testing.assert_close(logits(further), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_export_refuses_a_folder_that_is_not_empty(run, tmp_path, capfd):

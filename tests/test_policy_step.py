@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec
 from halos_pl.policy.logprobs import completion_kl, completion_logps, completion_mask
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel, SyncedCopy
+from halos_pl.policy.tree import is_packed
 from halos_pl.reference_points import MismatchedKL, Rival, RunningMean, SampledKL, TokenKL
 from halos_pl.rewards import LogProb, LogRatio
 from value_functions import Logistic, LogSigmoid
@@ -219,10 +221,9 @@ def test_rewards_are_exactly_zero_at_the_start_in_mixed_precision(tiny_folder):
     for precision in ("bf16-mixed", "bf16-true"):
         for reference in (None, FrozenCopy()):
             lora = {"lora": LoRASpec(r=4)} if reference else {}
-            assert (
-                train(module(tiny_folder, "kto", reference, **lora), [batch()], precision=precision)["outcome/reward"]
-                == 0
-            )
+            model = module(tiny_folder, "kto", reference, **lora)
+            assert train(model, [batch()], precision=precision)["outcome/reward"] == 0
+            assert is_packed(model.policy)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -396,6 +397,52 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tiny_folder)
     model = HALOModule(ModelSpec(str(tiny_folder)), **{**parts, "value_function": Broken()})
     with pytest.raises(NonFiniteLossError, match=r"step 0(.|\n)*file:2\n(.|\n)*file:0, file:1(.|\n)*none was written"):
         train(model, [batch()])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_its_step(clip, tiny_folder):
+    """The slope of x ** 0.88 at 0, where every run begins, is infinite, and that of where() then no number."""
+
+    class Textbook(Logistic):
+        def forward(self, u: torch.Tensor) -> torch.Tensor:
+            return torch.where(u >= 0, u.clamp(min=0) ** 0.88, -2.25 * (-u).clamp(min=0) ** 0.88)
+
+    parts = {k: v() if isinstance(v, type) else v for k, v in PARTS["kto"].items()}
+    model = HALOModule(ModelSpec(str(tiny_folder)), **{**parts, "value_function": Textbook()})
+    with pytest.raises(
+        NonFiniteLossError, match=r"norm is nan at optimizer step 0(.|\n)*file:0, file:1(.|\n)*at u = 0"
+    ):
+        train(model, [batch()], gradient_clip_val=clip)
+    assert all(weight.isfinite().all() for weight in weights(model).values())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_the_norm_of_the_gradient_is_logged_as_it_was_before_clipping(clip, tiny_folder):
+    model = module(tiny_folder, "dpo", lr=1.0)
+    model.trainer = SimpleNamespace(testing=False)  # type: ignore[assignment]
+    model.configure_model()
+    before = weights(model)
+    found = train(model, [batch()], gradient_clip_val=clip)["grad_norm"]
+    moved = torch.cat([(weight - before[name]).flatten() for name, weight in weights(model).items()]).norm()
+    assert moved == pytest.approx(found if clip is None else clip, rel=1e-4)
+    assert found > 0.1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_tested_after_a_fit_in_one_process_is_compared_with_the_start(tiny_folder):
+    """The fit needs no reference, so that the test is the first to ask for one: the policy is not what it was."""
+    parts = {k: v() if isinstance(v, type) else v for k, v in PARTS["kto"].items()}
+    model = HALOModule(
+        ModelSpec(str(tiny_folder)),
+        **{**parts, "reward": LogProb()},
+        optimizer=lambda params: torch.optim.SGD(params, lr=1.0),
+    )
+    train(model, [batch()])
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    [figures] = trainer.test(model, DataLoader([batch()], batch_size=None))  # type: ignore[arg-type]
+    assert figures["test/kl/sequence"] > 0
 
 
 def test_what_is_missing_of_an_objective_is_named(tiny_folder):

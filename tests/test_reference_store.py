@@ -187,9 +187,10 @@ def test_a_key_is_of_the_row_and_nothing_else(lengths: list[tuple[int, int]], se
     assert not set(keys("another", batch)) & set(found)
 
 
-def test_a_fingerprint_is_of_names_dtypes_shapes_and_values() -> None:
+def test_a_fingerprint_is_of_names_dtypes_shapes_values_and_config() -> None:
     base = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2)}
-    names = {fingerprint(base.items()), fingerprint(reversed(list(base.items())))}
+    names = {fingerprint(base.items(), {"eps": 1}), fingerprint(reversed(list(base.items())), {"eps": 1})}
+    names.add(fingerprint(base.items(), {"use_cache": False, "eps": 1, "_attn_implementation": "sdpa"}))
     assert len(names) == 1
     for other in (
         base | {"a": base["a"].view(3, 2)},
@@ -197,8 +198,9 @@ def test_a_fingerprint_is_of_names_dtypes_shapes_and_values() -> None:
         base | {"b": torch.tensor([1.0, 1.0000001])},
         {"c": base["a"], "b": base["b"]},
     ):
-        names.add(fingerprint(other.items()))
-    assert len(names) == 5
+        names.add(fingerprint(other.items(), {"eps": 1}))
+    names.add(fingerprint(base.items(), {"eps": 2}))
+    assert len(names) == 6
 
 
 def test_what_is_not_finite_is_not_kept(tmp_path: Path) -> None:

@@ -175,6 +175,22 @@ def test_a_difference_that_is_there_is_found() -> None:
     assert 2 <= found.difference.freedom <= 101
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_differences_that_tell_nothing_of_their_spread(seeds: int) -> None:
+    """One example; the same difference everywhere; differences that cancel in every row and column."""
+    ones = np.ones((seeds, 1))
+    for examples, p in ((1, 1.0), (4, 2 / 2**4), (20, 2 / 2**20)):
+        [found] = holm([compare(np.tile(ones, examples), np.tile(0 * ones, examples))])
+        assert found.p == pytest.approx(p, abs=2e-4)  # of so many signs drawn at most
+        assert found.shown == (examples == 20)
+        assert np.isnan(found.detectable)
+    swapped = np.zeros((2, 60))
+    swapped[0, 0] = swapped[1, 1] = 1
+    found = compare(swapped, swapped[::-1])
+    assert np.isfinite([found.difference.low, found.difference.high, found.detectable, found.effect]).all()
+    assert (found.p, found.effect, found.shown) == (1.0, 0.0, False)
+
+
 @pytest.mark.parametrize("bad", [[], [[1.0, np.nan]], [[[1.0]]]])
 def test_what_cannot_be_summed_up_is_refused(bad: object) -> None:
     with pytest.raises(ValueError, match="values"):

@@ -26,12 +26,16 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -67,11 +71,36 @@ MODELS = {
     "gemma": lambda: GemmaForCausalLM(GemmaConfig(**GROUPED, head_dim=8)),
     "gemma3, window": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**GROUPED, **WINDOW, head_dim=8)),
 }
+MIXED = {"layer_types": ["conv", "full_attention"]}
+
+
+def _spread(made: Any, std: float = 0.2) -> Any:
+    """With weights so large that log-probs vary."""
+    torch.manual_seed(0)
+    for p in made.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=std)
+    return made
+
+
 UNFIT = {
     "gemma2": (lambda: Gemma2ForCausalLM(Gemma2Config(**GROUPED, head_dim=8)), "attention is eager"),
     "bloom": (
         lambda: BloomForCausalLM(BloomConfig(vocab_size=V, hidden_size=32, n_layer=2, n_head=4)),
         "attention is eager",
+    ),
+    # Its convolutions run on from one row into the next.
+    "lfm2": (lambda: _spread(Lfm2ForCausalLM(Lfm2Config(**GROUPED, **MIXED))), "of them are others"),
+    "lfm2, bfloat16": (
+        lambda: _spread(Lfm2ForCausalLM(Lfm2Config(**GROUPED, **MIXED)), std=0.1).bfloat16(),
+        "tokens of one row reach another one",
+    ),
+    # No made-up row is long enough to leave its window.
+    "qwen2-moe, window": (
+        lambda: Qwen2MoeForCausalLM(
+            Qwen2MoeConfig(**GROUPED, sliding_window=24, use_sliding_window=True, num_experts=4)
+        ),
+        "sliding window of 24 is in its mask only",
     ),
 }
 
@@ -79,10 +108,7 @@ UNFIT = {
 def model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A tiny random one whose log-probs vary."""
     torch.manual_seed(0)
-    made: Any = MODELS[name]()
-    for p in made.parameters():
-        if p.dim() > 1:
-            torch.nn.init.normal_(p, std=0.2)
+    made: Any = _spread(MODELS[name]())
     return made.to(dtype).train()
 
 

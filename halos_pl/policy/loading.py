@@ -8,14 +8,15 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from filelock import FileLock
-from peft import LoraConfig, get_peft_model
+from lightning.pytorch.utilities import rank_zero_info
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -252,6 +253,8 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
             f"{spec.path} lacks {len(info['missing_keys'])} weights of a {type(model).__name__}"
             f" ({', '.join(sorted(info['missing_keys'])[:3])}, ...); is it a causal language model, and complete?"
         )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        model = _merged(model, spec)
     if not spec.dropout:
         _switch_dropout_off(model)
     if spec.gradient_checkpointing:
@@ -271,6 +274,18 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
         except ValueError as error:
             raise ModelError(f"model.policy.lora: {error}") from error
     return model
+
+
+def _merged(model: Any, spec: ModelSpec) -> Any:
+    """The plain model that a folder of an adapter stands for.
+
+    A new adapter would take the place of the one that is there, and without one nothing would be left to train.
+    """
+    name = next(iter(model.peft_config.values())).base_model_name_or_path
+    base = load_model(replace(spec, path=name, revision=None, gguf_file=None, lora=None))
+    found: Any = PeftModel.from_pretrained(base, _source(spec), revision=spec.revision or "main")  # type: ignore[arg-type]
+    rank_zero_info(f"halos: {spec.path} is an adapter of {name}; it is merged into its weights")
+    return found.merge_and_unload()
 
 
 def compile_layers(model: nn.Module) -> None:

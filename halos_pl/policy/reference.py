@@ -75,6 +75,12 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     return chain(model.named_parameters(), model.named_buffers())
 
 
+def _fingerprint(model: nn.Module) -> str:
+    """The :func:`fingerprint` of a model, of one with an adapter without it."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return fingerprint(_base_weights(model), base.config.to_dict())
+
+
 def _without_adapter(name: str) -> str:
     """The name that a weight below a peft model has in the model without it."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
@@ -104,7 +110,7 @@ class FrozenCopy(ReferenceModel):
         self._spec = replace(spec, lora=None)
         self._model: nn.Module | None = None
         if stored:
-            self.fingerprint = fingerprint(_base_weights(policy))
+            self.fingerprint = _fingerprint(policy)
         else:
             self._keep(load_model(self._spec) if spec.lora else deepcopy(policy))
 
@@ -115,7 +121,7 @@ class FrozenCopy(ReferenceModel):
     def _loaded(self) -> nn.Module:
         """From the files again, since the policy may have been trained."""
         model = load_model(self._spec)
-        if fingerprint(_tensors(model)) != self.fingerprint:
+        if _fingerprint(model) != self.fingerprint:
             raise ModelError(
                 f"the files of {self._spec.path} have changed since the policy was loaded from them, so the reference"
                 " model is lost; start the run anew"
@@ -191,7 +197,7 @@ class AdapterOff(ReferenceModel):
                 " reference_model: FrozenCopy"
             )
         if stored:
-            self.fingerprint = fingerprint(_base_weights(policy))
+            self.fingerprint = _fingerprint(policy)
 
     @contextmanager
     def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
@@ -224,7 +230,7 @@ class OtherModel(ReferenceModel):
             )
         self._model = load_model(self.spec).eval().requires_grad_(False)
         if stored:
-            self.fingerprint = fingerprint(_tensors(self._model))
+            self.fingerprint = _fingerprint(self._model)
 
     @contextmanager
     def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:

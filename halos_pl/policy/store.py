@@ -8,12 +8,14 @@ its checksum and then computed again.
 from __future__ import annotations
 
 import hashlib
+import json
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,9 +32,19 @@ _DAY = 86400
 _TABLE = "CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, used INTEGER, sum INTEGER, logps BLOB)"
 
 
-def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A hash of names, dtypes, shapes and bytes of weights. A tensor on an accelerator is copied for it."""
-    digest = hashlib.sha256()
+# What a config says that changes no log-prob; nor does what begins with _.
+_NO_MATTER = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "return_dict"}
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]], config: Mapping[str, Any]) -> str:
+    """A hash of a model: of names, dtypes, shapes and bytes of its weights, and of what is computed with them.
+
+    Args:
+        tensors: the weights; one on an accelerator is copied.
+        config: as ``to_dict`` of transformers' config gives it.
+    """
+    matters = {k: v for k, v in config.items() if k not in _NO_MATTER and not k.startswith("_")}
+    digest = hashlib.sha256(json.dumps(matters, sort_keys=True, default=str).encode())
     for name, tensor in sorted(tensors, key=lambda named: named[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

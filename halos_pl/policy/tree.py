@@ -13,7 +13,7 @@ that the pass with gradient has left of their prompts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -190,6 +190,7 @@ class States:
         targets: LongTensor [m], the tokens.
         row, column: LongTensor [m], the places of the tokens in [n, T].
         probes: whether they are those of mismatched rows, which have no gradient.
+        windows: sliding windows that layers named, None for a layer without one.
     """
 
     hidden: Tensor
@@ -197,6 +198,7 @@ class States:
     row: Tensor
     column: Tensor
     probes: bool
+    windows: set[int | None]
 
 
 def tree_states(model: nn.Module, batch: FlatBatch) -> Iterator[States]:
@@ -249,24 +251,30 @@ def tree_states(model: nn.Module, batch: FlatBatch) -> Iterator[States]:
             row=torch.cat([torch.full((lengths[i],), i) for i, *_ in places]).to(device),
             column=torch.cat([torch.arange(lengths[i]) for i, *_ in places]).to(device),
             probes=mismatched,
+            windows=forest.windows,
         )
 
 
-def tree_logps(model: nn.Module, batch: FlatBatch) -> Tensor:
+def tree_logps(model: nn.Module, batch: FlatBatch, windows: set[int | None] | None = None) -> Tensor:
     """Log-probs of the completion tokens under ``model``, as ``completion_logps`` gives them; probes without gradient.
 
     Args:
         model: one that :func:`takes_trees`.
         batch: n rows.
+        windows: where to note the sliding windows that layers name.
 
     Returns:
         float32 [n, T], 0 where a row has no token.
     """
-    out = torch.zeros(len(batch), max(len(c) for c in batch.completions), device=batch.prompt.device)
+    size = len(batch), max(len(c) for c in batch.completions)
+    # Not in the default dtype, which a Trainer of bf16-true sets to bfloat16.
+    out = torch.zeros(size, dtype=torch.float32, device=batch.prompt.device)
     head = parts(model)[1]
     for states in tree_states(model, batch):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not states.probes):
             found = token_logps(head, states.hidden, states.targets)
+        if windows is not None:
+            windows |= states.windows
         out = out.index_put((states.row, states.column), found)
     return out
 
@@ -281,10 +289,21 @@ def is_packed(model: nn.Module) -> bool:
     return bool(_base(model).config._attn_implementation == NAME)
 
 
+def _unseen(config: Any, windows: set[int | None]) -> str | None:
+    """What limits the attention of a model without its layers naming it, as where it is in a mask only."""
+    kinds = getattr(config, "layer_types", None) or []
+    if getattr(config, "attention_chunk_size", None) is not None or "chunked_attention" in kinds:
+        return "its attention goes by chunks"
+    window = getattr(config, "sliding_window", None)
+    used = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
+    return f"its sliding window of {window} is in its mask only" if window and used and window not in windows else None
+
+
 def takes_trees(model: nn.Module, reference: Callable[[nn.Module, FlatBatch], Tensor]) -> str | None:
     """Makes ``model`` ready for :func:`tree_logps`; says why not where it is not fit for it.
 
-    Found by trying: a few made-up rows must get the same log-probs as by ``reference``, row by row.
+    Found by trying: a few made-up rows must get the same log-probs as by ``reference``, row by row, and those of a row
+    must not depend on what the others say.
 
     Args:
         model: a causal language model of transformers, or a peft model around one.
@@ -314,21 +333,30 @@ def takes_trees(model: nn.Module, reference: Callable[[nn.Module, FlatBatch], Te
         rival=torch.full((5,), -1, device=device),
         probe=torch.tensor([False, False, False, False, True], device=device),
     )
+    # The first row in other words.
+    other = (batch.completions[0] + 1) % min(config.vocab_size, 1000)
+    changed = replace(batch, completions=[other, *batch.completions[1:]])
     training = base.training
+    windows: set[int | None] = set()
     try:
         with torch.no_grad():
             model.eval()
             wanted = reference(model, batch)
             base.config._attn_implementation = NAME
-            found = tree_logps(model, batch)
+            found, others = tree_logps(model, batch, windows), tree_logps(model, changed)[1:]
     except Exception as error:
         base.config._attn_implementation = before
         return f"it does not take them ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
     finally:
         model.train(training)
-    # Log-probs are float32 also of a model in float64.
-    eps = max(torch.finfo(dtype).eps for dtype in (next(base.parameters()).dtype, torch.float32))
-    if not bool((found - wanted).abs().max() <= 2000 * eps * (1 + wanted.abs().max())):
+    # A model gathers some of half precision's eps, and may gather many of float32's, which log-probs always are.
+    eps, single = (torch.finfo(dtype).eps for dtype in (next(base.parameters()).dtype, torch.float32))
+    size = 1 + wanted.abs().max()
+    why = _unseen(config, windows)
+    if not bool((found - wanted).abs().max() <= max(8 * eps, 2000 * single) * size):
+        why = "its log-probs of them are others"
+    elif not bool((others - found[1:]).abs().max() <= max(eps / 16, 10 * single) * size):  # the same sums: mostly 0
+        why = "tokens of one row reach another one"
+    if why:
         base.config._attn_implementation = before
-        return "its log-probs of them are others"
-    return None
+    return why

@@ -7,6 +7,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ ROWS = "held_out.jsonl"
 ANSWERS = "answers.jsonl"
 
 #: What is measured on each held-out pair, row, example (a pair or a single row) or prompt; what it is the mean of, and
-#: whether more is better.
+#: whether more is better. Figures of held-out rows with the same prompt are kept as one, their mean, for they do not
+#: vary by themselves: the n of a metric is a number of prompts.
 METRICS: dict[str, tuple[str, str, bool | None]] = {
     "reward_accuracy": ("pairs", "share of pairs whose chosen completion has the higher reward", True),
     "reward_margin": ("pairs", "reward of the chosen less that of the rejected completion, nats", True),
@@ -62,10 +64,12 @@ class Evaluation(HALOModule):
         compared = compared_logps(self.policy, self.scoring(), batch)
         policy, reference, kl = (figures.sum(dim=1).tolist() for figures in compared)
         first = [min(i, rival) if rival >= 0 else i for i, rival in enumerate(batch.rival.tolist())]
+        prompts = [sha256(prompt.numpy(force=True).tobytes()).hexdigest()[:16] for prompt in batch.prompts]
         return [
             {
                 "row": batch.row_ids[i],
                 "pair": batch.row_ids[first[i]] if batch.rival[i] >= 0 else None,
+                "prompt": prompts[int(batch.prompt[i])],
                 "desirable": bool(batch.desirable[i]),
                 "tokens": len(batch.completions[i]),
                 "policy_logp": policy[i],
@@ -105,22 +109,24 @@ def _of_pairs(records: list[dict[str, Any]], beta: float) -> dict[str, dict[str,
         if record["pair"] is not None:
             rewards[record["pair"]][record["desirable"]] = record["policy_logp"] - record["reference_logp"]
     margins = {pair: both[True] - both[False] for pair, both in rewards.items() if len(both) == 2}
-    return {
+    found = {
         "reward_accuracy": {pair: float(m > 0) + 0.5 * (m == 0) for pair, m in margins.items()},
         "reward_margin": margins,
         "brier": {pair: (1 - 1 / (1 + float(np.exp(-beta * m)))) ** 2 for pair, m in margins.items()},
     }
+    example = {r["pair"]: name for r, name in zip(records, _examples(records).values(), strict=True)}
+    return {metric: _by_example(values, example) for metric, values in found.items()}
 
 
 def _of_rows(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     nll = {r["row"]: -r["policy_logp"] / r["tokens"] for r in records}
-    example = {r["row"]: r["pair"] or r["row"] for r in records}
+    example = _examples(records)
     rewards: dict[bool, dict[str, float]] = {True: {}, False: {}}
     for r in records:
         rewards[r["desirable"]][r["row"]] = r["policy_logp"] - r["reference_logp"]
     found = {
-        "nll_desirable": {row: nll[row] for row in rewards[True]},
-        "nll_undesirable": {row: nll[row] for row in rewards[False]},
+        "nll_desirable": _by_example({row: nll[row] for row in rewards[True]}, example),
+        "nll_undesirable": _by_example({row: nll[row] for row in rewards[False]}, example),
         "kl_held_out": _by_example({r["row"]: r["kl"] for r in records}, example),
     }
     if rewards[True] and rewards[False]:
@@ -128,8 +134,14 @@ def _of_rows(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
+def _examples(records: list[dict[str, Any]]) -> dict[str, str]:
+    """The example that each row belongs to: the first row with its prompt."""
+    first: dict[str, str] = {}
+    return {r["row"]: first.setdefault(r["prompt"], r["row"]) for r in records}
+
+
 def _by_example(values: dict[str, float], example: dict[str, str]) -> dict[str, float]:
-    """Values of rows as values of examples with the same mean: the rows of a pair do not vary by themselves."""
+    """Values of rows as values of examples with the same mean: the rows of a prompt do not vary by themselves."""
     sums: dict[str, float] = defaultdict(float)
     for row, value in values.items():
         sums[example[row]] += value
@@ -234,7 +246,7 @@ def evaluate(
     beside.write_text(json.dumps(kept) + "\n")
     os.replace(beside, folder / FILE)
     for name, found in kept.items():
-        print(f"halos: {name} {np.mean(list(found.values())):.4g} (n = {len(found)} {METRICS[name][0]})")
+        print(f"halos: {name} {np.mean(list(found.values())):.4g} (n = {len(found)} prompts)")
 
 
 def _of_answers(

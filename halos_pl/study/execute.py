@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,10 +15,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from halos_pl.callbacks import LAST, SUMMARY
+from halos_pl.data.formats import files_of
+from halos_pl.data.source import Source
 from halos_pl.study.evaluate import FILE
 from halos_pl.study.plan import Checked, Run, Study, StudyError, command
 
@@ -40,8 +45,10 @@ def _process(words: list[str], log: Path, env: Mapping[str, str]) -> int:
         ).returncode
 
 
-def _last_words(log: Path, start: int) -> str:
-    """The line that says why a command has failed whose words begin at byte ``start``."""
+def _last_words(log: Path, start: int, status: int) -> str:
+    """Why a command has failed: the line of its words, which begin at byte ``start``, that says so."""
+    if status < 0:  # the last line says what it did until then
+        return f"killed by {signal.Signals(-status).name}{', for want of memory, perhaps' if status == -9 else ''}"
     text = log.read_bytes()[start:].decode(errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = [line for line in lines if line.startswith(("halos", "error:")) and "rror" in line]
@@ -53,24 +60,51 @@ def mark_of(run: Run) -> Path:
     return run.folder.with_name(f"{run.folder.name}.{FAILED}")
 
 
-def execute_run(run: Run, study: Study, env: Mapping[str, str], keep_checkpoints: bool = False) -> str | None:
+def _fail(run: Run, words: list[str], why: str) -> None:
+    mark_of(run).parent.mkdir(parents=True, exist_ok=True)
+    mark_of(run).write_text(json.dumps({"command": command(words), "error": why}) + "\n")
+
+
+def execute_run(
+    run: Run, study: Study, env: Mapping[str, str] | None = None, keep_checkpoints: bool = False
+) -> str | None:
     """Trains and measures one run, from where an earlier attempt has left it; why it failed, None if it has not.
 
-    What the commands have said is beside the folder: ``halos fit`` moves aside what it finds in it.
+    What the commands have said is beside the folder: ``halos fit`` moves aside what it finds in it. Where another
+    process works on the run, as after a cluster's jobs were submitted twice, that is waited for.
+
+    Args:
+        run, study: which.
+        env: variables of its processes; None for those of this one.
+        keep_checkpoints: of a run that has been measured.
     """
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run.folder.with_name(f"{run.folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"halos: {run.folder}: another process works on it; waiting for that one", file=sys.stderr)
+        lock.acquire()
+    try:
+        return None if run.done else _execute_run(run, study, os.environ if env is None else env, keep_checkpoints)
+    finally:
+        lock.release()
+
+
+def _execute_run(run: Run, study: Study, env: Mapping[str, str], keep_checkpoints: bool) -> str | None:
     log = run.folder.with_name(f"{run.folder.name}.{LOG}")
     mark = mark_of(run)
     mark.unlink(missing_ok=True)
     steps = []
-    if not (run.folder / SUMMARY).is_file():
-        begun = (run.folder / LAST).is_file()
+    begun = (run.folder / LAST).is_file()
+    if not (begun and (run.folder / SUMMARY).is_file()):  # a finished run whose weights are gone cannot be measured
         steps.append([*run.fit, *(["--ckpt_path=last"] if begun else [])])
     steps.append(study.evaluation(run))
     for words in steps:
         start = log.stat().st_size if log.is_file() else 0
-        if _process(words, log, env):
-            why = _last_words(log, start)
-            mark.write_text(json.dumps({"command": command(words), "error": why}) + "\n")
+        if status := _process(words, log, env):
+            why = _last_words(log, start, status)
+            _fail(run, words, why)
             return why
     if not keep_checkpoints:
         (run.folder / LAST).unlink(missing_ok=True)
@@ -102,7 +136,7 @@ def claim(study: Study, out: Path, digests: Mapping[str, str]) -> None:
     plan: dict[str, Any] = {
         "study": str(study.path),
         "over": None if study.over is None else str(study.over),
-        "digests": dict(digests),
+        "digests": {arm.folder: digests[arm.name] for arm in study.arms},
         "seeds": list(study.seeds),
         "evaluate": dict(study.evaluate),
         "files": {path: digest_of(path) for path in sorted({*study.data_files, *code})},
@@ -116,7 +150,7 @@ def claim(study: Study, out: Path, digests: Mapping[str, str]) -> None:
             )
         for arm in study.arms:
             folder = out / arm.folder
-            if folder.is_dir() and before["digests"].get(arm.name, digests[arm.name]) != digests[arm.name]:
+            if folder.is_dir() and before["digests"].get(arm.folder) != digests[arm.name]:
                 raise StudyError(
                     f"{out} holds the results of another study: arm {arm.name!r} had another config or other data; name"
                     f" another folder with --out, or remove {folder} to run the arm again"
@@ -125,7 +159,8 @@ def claim(study: Study, out: Path, digests: Mapping[str, str]) -> None:
         if measured and any(before.get(key, plan[key]) != plan[key] for key in ("evaluate", "files")):
             raise StudyError(
                 f"{out} holds the results of another study: its runs were measured in another way or on other files;"
-                f" name another folder with --out, or remove each {FILE} in it to measure again what has a checkpoint"
+                f" name another folder with --out, or remove each {FILE} in it to measure again (and to train again"
+                " where there is no checkpoint)"
             )
         plan["digests"] = {**before["digests"], **plan["digests"]}
     elif out.is_dir() and any(out.iterdir()):
@@ -140,9 +175,17 @@ def claim(study: Study, out: Path, digests: Mapping[str, str]) -> None:
 
 
 def digest_of(path: str) -> str:
-    """The first half of a file's SHA-256."""
-    file = Path(os.path.expandvars(path))
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:32] if file.is_file() else "not a file here"
+    """The first half of the SHA-256 of a file, or of the names and SHA-256 of the files of a folder or pattern."""
+    found = [Path(source.path) for source in files_of(Source(path))]
+    files = sorted(f for p in found for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file())
+    digests = []
+    for file in files:
+        with file.open("rb") as content:
+            digests.append(hashlib.file_digest(content, "sha256").hexdigest())
+    if len(files) > 1:
+        named = [[str(file), digest] for file, digest in zip(files, digests, strict=True)]
+        digests = [hashlib.sha256(json.dumps(named).encode()).hexdigest()]
+    return digests[0][:32] if digests else "not a file here"
 
 
 def _seconds(seconds: float) -> str:
@@ -169,13 +212,15 @@ def timed_step(study: Study, out: Path, env: Mapping[str, str]) -> tuple[float, 
     folder = out / TIMED
     words = [*study.arms[0].words(folder, study.seeds[0]), "--trainer.max_steps=2"]
     log = out / f"{TIMED}.{LOG}"
-    log.unlink(missing_ok=True)
-    start = time.monotonic()
-    if _process(words, log, env):
-        raise StudyError(f"{study.path}: two steps of arm {study.arms[0].name!r} fail: {_last_words(log, 0)}")
-    whole = time.monotonic() - start
-    training = json.loads((folder / SUMMARY).read_text())["wall_seconds"]
-    (folder / LAST).unlink(missing_ok=True)
+    with FileLock(out / f"{TIMED}.lock"):
+        log.unlink(missing_ok=True)
+        start = time.monotonic()
+        if status := _process(words, log, env):
+            why = _last_words(log, 0, status)
+            raise StudyError(f"{study.path}: two steps of arm {study.arms[0].name!r} fail: {why}")
+        whole = time.monotonic() - start
+        training = json.loads((folder / SUMMARY).read_text())["wall_seconds"]
+        (folder / LAST).unlink(missing_ok=True)
     return training / 2, whole - training
 
 
@@ -188,12 +233,14 @@ def show_plan(
 ) -> None:
     """The arms, their commands, and how long all of it may take, by the seconds of a step and of a start."""
     console = Console()
-    table = Table(title=f"{study.path}: {len(study.arms)} arms x {len(study.seeds)} seeds", title_justify="left")
+    table = Table(
+        title=f"{escape(str(study.path))}: {len(study.arms)} arms x {len(study.seeds)} seeds", title_justify="left"
+    )
     for column in ("arm", "steps", "command of its first run"):
         table.add_column(column, overflow="fold")
     for arm in study.arms:
         first = next(run for run in runs if run.arm is arm)
-        table.add_row(arm.name, str(checked[arm.name].steps), command(first.fit))
+        table.add_row(escape(arm.name), str(checked[arm.name].steps), escape(command(first.fit)))
     console.print(table)
     left = [run for run in runs if not run.done]
     said = f"{len(runs)} runs, {len(runs) - len(left)} done already"
@@ -251,13 +298,14 @@ def _on_cluster(
     given: dict[str, Any] = dict(study.cluster or {})
     executor = submitit.AutoExecutor(folder=out / "cluster", cluster=given.pop("cluster", None))
     executor.update_parameters(**given)
-    tasks = [(run, executor.submit(execute_run, run, study, dict(os.environ), keep_checkpoints)) for run in runs]
+    tasks = [(run, executor.submit(execute_run, run, study, None, keep_checkpoints)) for run in runs]
     failed = {}
     for number, (run, task) in enumerate(tasks, start=1):
         try:
             why = task.result()
         except Exception as error:  # of the cluster's: out of memory, out of time
             why = f"{type(error).__name__}: {error}"
+            _fail(run, run.fit, why)
         if why:
             failed[str(run.folder)] = why
         tell(f"[{number}/{len(runs)}] {run.folder}: {f'failed: {why}' if why else 'done'}")

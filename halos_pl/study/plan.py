@@ -52,7 +52,7 @@ class Arm:
 
     @property
     def folder(self) -> str:
-        return re.sub(r"[^A-Za-z0-9._=-]+", "_", self.name).strip("._") or "arm"
+        return re.sub(r"[^\w.=-]+", "_", self.name).strip("._") or "arm"
 
     def words(self, run_dir: Path | str, seed: int) -> list[str]:
         """The command, to be put behind ``halos``."""
@@ -188,7 +188,13 @@ class _Reader:
             raise StudyError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):
             raise StudyError(f"{path}: a study is a mapping with the keys {', '.join(KEYS)}")
-        return content, {tuple(map(str, place)): line for place, line in _places(node)}
+        lines: dict[tuple[str, ...], int] = {}
+        seen: dict[tuple[Any, ...], int] = {}
+        for place, line in _places(node):
+            if place in seen:  # YAML would keep the last one, and an arm would be gone
+                raise StudyError(f"{path}:{line}: {place[-1]!r} is already there in line {seen[place]}; rename one")
+            seen[place] = lines[tuple(map(str, place))] = line
+        return content, lines
 
     @staticmethod
     def _line(lines: Mapping[tuple[str, ...], int], place: tuple[Any, ...]) -> int:
@@ -229,7 +235,10 @@ class _Reader:
         taken: dict[str, Arm] = {}
         for arm in arms:
             if arm.folder in taken:
-                raise StudyError(f"{self.path}:{arm.line}: two arms are called {arm.folder!r}; give one another name")
+                raise StudyError(
+                    f"{self.path}:{arm.line}: the arms {taken[arm.folder].name!r} and {arm.name!r} would have the same"
+                    f" folder, {arm.folder!r}; give one another name"
+                )
             taken[arm.folder] = arm
         seeds = self.get("seeds", list, [0])
         if not seeds or any(not isinstance(seed, int) or isinstance(seed, bool) or seed < 0 for seed in seeds):

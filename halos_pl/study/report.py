@@ -45,6 +45,12 @@ def _saved(figure: Figure, out: Path) -> Path:
     return out
 
 
+def _drawn(arm: Arm) -> str:
+    """An arm's name as matplotlib shows it as it is: no formula, and not left out of a legend."""
+    name = arm.name.replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
+
+
 def _forest(results: Results, out: Path) -> Path | None:
     metrics = [m for m in results.study.metrics if any((m, a.name) in results.estimates for a in results.study.arms)]
     arms = [a for a in results.study.arms if results.seeds(a)]
@@ -67,7 +73,7 @@ def _forest(results: Results, out: Path) -> Path | None:
         base = results.estimates.get((metric, results.baseline.name))
         if base is not None:
             axis.axvline(base.value, color="0.75", linewidth=1, zorder=0)
-        axis.set_yticks(range(len(arms)), [arm.name for arm in arms])
+        axis.set_yticks(range(len(arms)), [_drawn(arm) for arm in arms])
         axis.set_ylim(len(arms) - 0.4, -0.6)
         axis.set_title(f"{metric}: {METRICS[metric][1]}", fontsize=9, loc="left")
         axis.grid(axis="x", color="0.92")
@@ -88,7 +94,7 @@ def _curves(results: Results, out: Path) -> Path | None:
             values = np.array([[dict(zip(*curve, strict=True))[step] for step in shared] for curve in curves])
             colour = COLOURS[number % len(COLOURS)]
             style = "-" if number < len(COLOURS) else "--"
-            axis.plot(shared, values.mean(axis=0), label=arm.name, color=colour, linewidth=1.4, linestyle=style)
+            axis.plot(shared, values.mean(axis=0), label=_drawn(arm), color=colour, linewidth=1.4, linestyle=style)
             if len(values) > 1:
                 axis.fill_between(shared, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
         axis.set_title(CURVES[name], fontsize=9, loc="left")
@@ -122,7 +128,7 @@ def _value_functions(results: Results, out: Path) -> Path | None:
             beside.hist(some, bins=np.linspace(-reach, reach, 31).tolist(), color=colour, alpha=0.4)
         beside.set_yticks([])
         axis.axvline(0, color="0.85", linewidth=0.8, zorder=0)
-        axis.set_title(arm.name, fontsize=9, loc="left")
+        axis.set_title(_drawn(arm), fontsize=9, loc="left")
     for axis in axes[len(drawn) :]:
         axis.set_axis_off()
     figure.supxlabel("outcome, nats", fontsize=8)
@@ -249,9 +255,9 @@ def content(results: Results) -> dict[str, Any]:
                     "test": c.test if c else "",
                 }
             )
-        unit, what, more = METRICS[metric]
+        _, what, more = METRICS[metric]
         wanted = "" if more is None else ", more is better" if more else ", less is better"
-        tables.append({"metric": metric, "what": f"{what}{wanted}", "unit": unit, "rows": rows})
+        tables.append({"metric": metric, "what": f"{what}{wanted}", "rows": rows})
     missing = [
         {
             "run": str(run.folder),

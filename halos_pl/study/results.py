@@ -58,7 +58,9 @@ class Versus:
             return "one seed so far"
         if self.runs_differ:
             return "these runs differ; not shown for other seeds"
-        return f"no difference shown; {self.comparison.detectable:.2g} is detectable"
+        detectable = self.comparison.detectable
+        size = f"{detectable:.2g} is detectable" if math.isfinite(detectable) else "too few values to say what would be"
+        return f"no difference shown; {size}"
 
 
 class Results:
@@ -166,12 +168,12 @@ class Results:
     def headline(self) -> str:
         """In a few sentences: which arm is ahead on the first metric, by how much, and whether to believe it."""
         metric = self.study.metrics[0]
-        unit, what, more = METRICS[metric]
+        _, what, more = METRICS[metric]
         found = {arm: e for (m, arm), e in self.estimates.items() if m == metric}
         if self.baseline.name not in found or len(found) < 2:
             return f"Nothing to compare yet: of {len(self.runs)} runs {len(self.done)} are finished."
         base = found[self.baseline.name]
-        n = f"{base.seeds} seed{'s' * (base.seeds > 1)} and {base.examples} {unit}"
+        n = f"{base.seeds} seed{'s' * (base.seeds > 1)} and {base.examples} prompts"
         said = [f"{metric} ({what}): {self.baseline.name} {shown(base)}, over {n}."]
         against = [v for v in self.versus if v.metric == metric]
         real = [v for v in against if v.shown]
@@ -187,9 +189,9 @@ class Results:
             if not v.shown:
                 rest[v.said.partition(";")[0]].append(v)
         for why, some in rest.items():
-            least = max(v.comparison.detectable for v in some)
+            known = [v.comparison.detectable for v in some if math.isfinite(v.comparison.detectable)]
             besides = {
-                "no difference shown": f"; at this size one of {least:.2g} is found 4 times in 5",
+                "no difference shown": f"; at this size one of {max(known):.2g} is found 4 times in 5" if known else "",
                 "these runs differ": ", but the seeds are too few to say that other runs would",
             }
             said.append(f"{', '.join(v.arm.name for v in some)}: {why}{besides.get(why, '')}.")

@@ -62,13 +62,14 @@ class Comparison:
     Attributes:
         difference: mean of the first arm less that of the second, with its interval.
         p: of the main test: with several seeds t over seeds and examples; with one seed, which says nothing of other
-            ones, McNemar's for a binary metric, else the paired permutation test over examples.
+            ones, McNemar's for a binary metric, else the paired permutation test over examples, which is also that of
+            differences that are all equal.
         test: its name.
         permutation, wilcoxon: p of the paired permutation and the signed-rank test over examples, the runs (their mean
             over seeds) taken as given.
         effect: the mean difference in standard deviations of the examples' differences (Cohen's d_z).
         detectable: the smallest difference that such a comparison would find in 4 of 5 cases, in the metric's unit;
-            after :func:`holm` as one of its family.
+            after :func:`holm` as one of its family. NaN where all differences are equal, which does not tell.
         adjusted: p after Holm's correction over its family; ``p`` until :func:`holm` has been called.
         runs_adjusted: the same of ``permutation``.
     """
@@ -129,6 +130,8 @@ def _crossed(matrix: Values, rng: np.random.Generator, resamples: int) -> Values
 def _freedom(matrix: Values) -> float:
     """Degrees of freedom of the mean's standard error, of its two parts (Satterthwaite 1946)."""
     parts = [matrix.mean(axis=1 - axis).var(ddof=1) / matrix.shape[axis] for axis in (0, 1)]
+    if not any(parts):  # what varies does so within rows and columns only
+        return float(min(matrix.shape) - 1)
     return float(sum(parts) ** 2 / sum(part**2 / (n - 1) for part, n in zip(parts, matrix.shape, strict=True)))
 
 
@@ -172,7 +175,9 @@ def _mcnemar(one: Values, other: Values) -> float:
 
 
 def _detectable(difference: Estimate, level: float) -> float:
-    """The difference that is found at this level with probability ``POWER``."""
+    """The difference that is found at this level with probability ``POWER``; NaN where nothing varies."""
+    if not difference.error:
+        return math.nan
     reach = stats.t.ppf(1 - level / 2, difference.freedom) + stats.t.ppf(POWER, difference.freedom)
     return float(reach) * difference.error
 
@@ -197,22 +202,24 @@ def compare(one: object, other: object, *, resamples: int = RESAMPLES, seed: int
     if not (a - b).any():
         return Comparison(difference, 1.0, NONE, 1.0, 1.0, 0.0, detectable, 1.0, 1.0)
     rng = np.random.default_rng(seed)
-    found = stats.permutation_test(
-        (by_example,), np.mean, permutation_type="samples", n_resamples=resamples, rng=rng, batch=1000
-    )
-    permutation = p = float(found.pvalue)
+    permutation = p = 1.0  # of a single example
+    if len(by_example) > 1:
+        found = stats.permutation_test(
+            (by_example,), np.mean, permutation_type="samples", n_resamples=resamples, rng=rng, batch=1000
+        )
+        permutation = p = float(found.pvalue)
     test = "paired permutation"
-    if len(a) > 1:
+    if len(a) > 1 and difference.error:  # the same on every example and seed: t has no scale
         test = "t over seeds and examples"
-        far = abs(difference.value) / difference.error if difference.error else math.inf * abs(difference.value)
-        p = float(2 * stats.t.sf(far, difference.freedom)) if difference.value else 1.0
-    elif np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all():
+        p = float(2 * stats.t.sf(abs(difference.value) / difference.error, difference.freedom))
+    elif len(a) == 1 and np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all():
         p, test = _mcnemar(a[0], b[0]), "McNemar, exact"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of ties and zeros, which it handles
         wilcoxon = float(stats.wilcoxon(by_example, zero_method="pratt").pvalue) if by_example.any() else 1.0
     spread = float(by_example.std(ddof=1)) if len(by_example) > 1 else 0.0
-    effect = float(by_example.mean()) / spread if spread > 0 else math.copysign(math.inf, by_example.mean())
+    mean = float(by_example.mean())
+    effect = mean / spread if spread > 0 else math.copysign(math.inf, mean) if mean else 0.0
     return Comparison(difference, p, test, permutation, wilcoxon, effect, detectable, p, permutation)
 
 
