@@ -285,7 +285,7 @@ def _merged(model: Any, spec: ModelSpec) -> Any:
     base = load_model(replace(spec, path=name, revision=None, gguf_file=None, lora=None))
     found: Any = PeftModel.from_pretrained(base, _source(spec), revision=spec.revision or "main")  # type: ignore[arg-type]
     rank_zero_info(f"halos: {spec.path} is an adapter of {name}; it is merged into its weights")
-    return found.merge_and_unload()
+    return found.merge_and_unload().requires_grad_(True)  # peft has frozen them
 
 
 def compile_layers(model: nn.Module) -> None:
