@@ -7,6 +7,7 @@ import io
 import json
 import platform
 import subprocess
+import textwrap
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,9 @@ def _forest(results: Results, out: Path) -> Path | None:
         base = results.estimates.get((metric, results.baseline.name))
         if base is not None:
             axis.axvline(base.value, color="0.75", linewidth=1, zorder=0)
-        axis.set_yticks(range(len(arms)), [_drawn(arm) for arm in arms])
+        axis.set_yticks(range(len(arms)), [textwrap.fill(_drawn(arm), 30) for arm in arms], fontsize=8)
         axis.set_ylim(len(arms) - 0.4, -0.6)
-        axis.set_title(f"{metric}: {METRICS[metric][1]}", fontsize=9, loc="left")
+        axis.set_title(textwrap.fill(f"{metric}: {METRICS[metric][1]}", 80), fontsize=9, loc="left")
         axis.grid(axis="x", color="0.92")
     return _saved(figure, out)
 
