@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from halos_pl.distributed import sum_over_ranks
-from halos_pl.objective import Objective, Result, TermContext
+from halos_pl.objective import Objective, Result, TermContext, divisor
 from halos_pl.outcomes import Needs, Rows
 from value_functions.bounded import bounded_exp
 
@@ -47,8 +47,7 @@ class TokenTerm(Objective):
 
     def judge(self, rows: Rows, context: TermContext) -> Result:
         of_rows = torch.where(rows.mask, self.of_tokens(rows), 0.0).sum(dim=1)
-        # A step without a row that counts has nothing to learn from: a loss of 0, not 0 / 0.
-        return Result(self.weight * (context.weight * of_rows).sum() / context.denominator.clamp(min=1))
+        return Result(self.weight * (context.weight * of_rows).sum() / divisor(context.denominator))
 
 
 class NLL(TokenTerm):

@@ -24,6 +24,7 @@ from halos_pl.objective import HALO
 from halos_pl.outcomes import FlatBatch
 from halos_pl.plots import plot_training, plot_value_function
 from halos_pl.throughput import Cost, cost, matmul_speed, slow_half, step_flops, step_tokens
+from value_functions import beta_of
 
 METRICS = "metrics.csv"
 CONFIG = "config.yaml"
@@ -255,7 +256,7 @@ class RunReport(Callback):
         halo: HALO | None = getattr(pl_module, "halo", None)
         if (folder / METRICS).is_file():
             said.append(METRICS)
-            beta = halo.value_function.beta if halo else 1.0
+            beta = beta_of(halo.value_function) if halo else 1.0
             plot = plot_training(folder / METRICS, folder / "training.png", beta=beta)
             said += [plot.name] if plot else []
         if halo is not None and self._last:

@@ -8,9 +8,13 @@ from typing import Any
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+from halos_pl.cache import cache_root
 from halos_pl.callbacks import CONFIG, load_trained
 from halos_pl.module import HALOModule
 from halos_pl.policy.loading import load_model
+
+#: Files that say what the weights of a folder are.
+WEIGHTS = ("adapter_*", "model*.safetensors*", "pytorch_model*")
 
 
 def module_of_run(run: Path) -> HALOModule:
@@ -77,6 +81,13 @@ def export(run: str, folder: str, *, adapter: bool = False, overwrite: bool = Fa
         raise ValueError(f"--adapter: {run} trained the whole model, there is no LoRA adapter to write")
     if module.policy_spec.lora is not None and not adapter:
         policy = policy.merge_and_unload()
+    if out.exists():  # an earlier adapter or model in the folder would be taken for a part of this one
+        for stale in (file for pattern in WEIGHTS for file in out.glob(pattern)):
+            stale.unlink()
     policy.save_pretrained(out)
+    if adapter:
+        base = policy.peft_config["default"].base_model_name_or_path
+        if Path(base).is_relative_to(cache_root()):
+            print(f"halos: the adapter's base is the converted model in {base}; where that is not, it cannot be loaded")
     module.tokenizer.save_pretrained(out)
     print(f"halos: wrote {'the adapter' if adapter else 'the model'} of {run} to {out}")

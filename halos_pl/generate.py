@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import PeftModel
 from rich.progress import track
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -260,10 +260,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 def load_for_generation(folder: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Model and tokenizer of a Hugging Face folder, of a folder with a peft adapter, or of a hub name."""
     spec = ModelSpec(path=folder)
-    if (Path(folder) / "adapter_config.json").is_file():
-        model: Any = AutoPeftModelForCausalLM.from_pretrained(folder)
-    else:
-        model = load_model(spec)
+    model: Any = load_model(spec)
     if torch.cuda.is_available():
         model = model.cuda()
     return model.eval(), load_tokenizer(spec)

@@ -46,7 +46,7 @@ from halos_pl.policy.tree import is_packed
 from halos_pl.reference_points import ReferencePoint
 from halos_pl.resume import settle_progress
 from halos_pl.rewards import LogRatio, Reward
-from value_functions import ValueFunction
+from value_functions import ValueFunction, beta_of
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -318,6 +318,10 @@ class HALOModule(LightningModule):
             score=batch.score.repeat(2),
         )
 
+    def _float32(self) -> torch.autocast:
+        """While entered, products are not rounded: an objective is no model, whatever the Trainer's precision."""
+        return torch.autocast(self.device.type, enabled=False)
+
     def _results(self, batch: FlatBatch, *, gradient: bool) -> Iterator[tuple[Tensor, Rows, Result]]:
         """Yields (places in the batch, rows, result) for each micro-batch; the losses sum to the step's.
 
@@ -360,13 +364,15 @@ class HALOModule(LightningModule):
                 keep(index, rows)
                 if len(parts) == 1:
                     scored[number] = rows
-        context = self.objective.prepare(step)
+        with self._float32():
+            context = self.objective.prepare(step)
         if at_once:
             yield train, *self._judged_at_once(batch, step.select(train), context.select(train), train, parts, gradient)
             return
         for number, index in enumerate(parts):
             rows = scored.get(number) or self._score(batch, index, gradient=gradient)
-            result = self.objective.judge(rows, context.select(index))
+            with self._float32():
+                result = self.objective.judge(rows, context.select(index))
             if gradient and number < len(parts) - 1:
                 self.trainer.strategy.backward(self._scaled(result.loss), None)
             yield index, rows, result
@@ -380,16 +386,22 @@ class HALOModule(LightningModule):
         passes with gradient are back-propagated with. Exact, at the price of one more forward pass.
         """
         leaf = replace(rows, policy_logps=rows.policy_logps.clone().requires_grad_(gradient))
-        result = self.objective.judge(leaf, context)
+        with self._float32():
+            result = self.objective.judge(leaf, context)
         if not gradient:
             return rows, result
         slope = torch.zeros_like(self._step_rows(batch).policy_logps)
-        (slope[train],) = torch.autograd.grad(result.loss, leaf.policy_logps)
+        own = [p for p in self.objective.parameters() if p.requires_grad]
+        slope[train], *slopes = torch.autograd.grad(
+            result.loss, [leaf.policy_logps, *own], allow_unused=True, materialize_grads=True
+        )
         for number, index in enumerate(parts):
             scored = self._score(batch, index, gradient=True)
             linear = (scored.policy_logps * slope[index]).sum()
             if number < len(parts) - 1:
                 self.trainer.strategy.backward(self._scaled(linear), None)
+        for parameter, its_slope in zip(own, slopes, strict=True):
+            linear = linear + (parameter * its_slope).sum()
         return rows, replace(result, loss=linear + (result.loss - linear).detach())
 
     @staticmethod
@@ -438,9 +450,10 @@ class HALOModule(LightningModule):
         halo, outcomes = self.halo, result.outcomes
         reward = outcomes.reward if outcomes else self._implied_reward(rows)
         if reward is not None:
-            figures |= reward_figures(rows, reward, halo.value_function.beta if halo else 1.0)
+            figures |= reward_figures(rows, reward, beta_of(halo.value_function) if halo else 1.0)
         if outcomes is not None and halo is not None:
-            figures |= outcome_figures(outcomes, halo.value_function)
+            with self._float32():
+                figures |= outcome_figures(outcomes, halo.value_function)
             diagnostics = halo.reference_point.diagnostics
             figures |= {f"outcome/z0_{name}": (value * n, n) for name, value in diagnostics.items()}
             if halo.needs.probes and halo.needs.reference:

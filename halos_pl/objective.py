@@ -152,6 +152,11 @@ class Objective(nn.Module, ABC):
         return self.judge(rows.select(train), context.select(train))
 
 
+def divisor(denominator: Tensor) -> Tensor:
+    """The denominator; 1 where it is 0: a step without a row that counts has a loss of 0, not 0 / 0."""
+    return torch.where(denominator == 0, torch.ones_like(denominator), denominator)
+
+
 class HALO(Objective):
     """A human-aware loss, put together from its four independent parts.
 
@@ -215,8 +220,7 @@ class HALO(Objective):
         perceived = torch.where(reflected, -outcome, outcome)
         value = self.value_function(perceived)
         judged = torch.where(desirable | reflected, -value, value)
-        # A step without a row that counts has nothing to learn from: a loss of 0, not 0 / 0.
-        loss = (weight * (self.constant + judged)).sum() / context.denominator.clamp(min=1)
+        loss = (weight * (self.constant + judged)).sum() / divisor(context.denominator)
         shown = {"reward": reward, "reference_point": z0.expand_as(reward), "outcome": outcome}
         shown |= {"perceived": perceived, "value": value}
         return Result(

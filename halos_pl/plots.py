@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from value_functions import ValueFunction
+from value_functions import ValueFunction, beta_of
 
 DESIRABLE, UNDESIRABLE, NEUTRAL = "#1b7f5c", "#c2452d", "#4a4a4a"
 
@@ -68,7 +68,8 @@ def plot_value_function(
     # The axis follows the bulk of the rows; what lies beyond its ends is drawn at them.
     reach = max(1.0, 1.1 * float(everything.abs().quantile(0.99)))
     # v is drawn as far as it bends, which may be far beyond where the rows are.
-    shape = max(reach, 4 / value_function.beta) if value_function.beta > 0 else reach
+    beta = beta_of(value_function)
+    shape = max(reach, 4 / beta) if beta > 0 else reach
     figure = Figure(figsize=(7, 2.4 + 1.6 * len(moments)), layout="constrained")
     panels = figure.subplots(1 + len(moments), 1, height_ratios=[2.0, *[1.4] * len(moments)])
     grid = torch.linspace(-shape, shape, 801)

@@ -248,6 +248,26 @@ def test_shifting_rewards_by_a_constant_cancels_against_their_own_mean(seed, shi
         assert abs(loss(Zero(), shifted) - loss(Zero(), rows)) > 1e-5
 
 
+def test_a_denominator_below_one_divides_and_zero_does_not():
+    class Few(Binary):
+        def forward(self, rows):
+            judgement = super().forward(rows)
+            return judgement._replace(weight=judgement.weight * 0.1, denominator=judgement.denominator * 0.1)
+
+    rows = random_rows(0, 2)
+    halos = [
+        HALO(
+            reward=LogRatio(),
+            reference_point=MismatchedKL(),
+            value_function=Logistic(beta=0.1),
+            feedback=feedback(),
+            undesirable="reflect",
+        )
+        for feedback in (Binary, Few)
+    ]
+    assert halos[1](rows).loss.item() == pytest.approx(halos[0](rows).loss.item(), rel=1e-6)
+
+
 def test_an_explicit_weight_of_zero_is_zero():
     rows = random_rows(3, 3)
     result = kto(undesirable=0.0)(rows)

@@ -445,6 +445,58 @@ def test_what_is_tested_after_a_fit_in_one_process_is_compared_with_the_start(ti
     assert figures["test/kl/sequence"] > 0
 
 
+class Learnt(Logistic):
+    """Its beta is trained, and is neither shown nor kept as a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.beta
+        self.beta = torch.nn.Parameter(torch.tensor(0.5))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("objective", ["kto", "aot_unpaired"])
+def test_parameters_of_an_objective_are_trained_whatever_the_split(objective, tiny_folder):
+    found = {}
+    for rows in (None, 2):
+        halo: Any = load_objective(f"{ROOT}/experiments/objectives/{objective}.yaml")
+        names = ("reward", "reference_point", "feedback", "undesirable", "constant")
+        model = HALOModule(
+            ModelSpec(str(tiny_folder)),
+            **{name: getattr(halo, name) for name in names},
+            value_function=Learnt(),
+            micro_batch_rows=rows,
+            optimizer=lambda params: torch.optim.SGD(params, lr=1.0),
+            lr_schedule="constant_with_warmup",
+            warmup_ratio=0.0,
+        )
+        steps = [batch(seed=1), batch(seed=2)]
+        if not halo.needs.probes:
+            steps = [batch(seed=1, probes=False), batch(seed=2, probes=False)]
+        figures = train(model, steps)
+        assert "rewards/margins" in figures
+        found[rows] = float(model.halo.value_function.beta)
+    assert found[2] == pytest.approx(found[None], rel=1e-5)
+    assert abs(found[2] - 0.5) > 1e-6
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mixed_precision_does_not_round_the_objective(tiny_folder):
+    """A matrix product in a plug-in would be one of bfloat16 under the Trainer's autocast."""
+    seen = []
+
+    class Product(Logistic):
+        def forward(self, u: torch.Tensor) -> torch.Tensor:
+            seen.append((u[None] @ u[:, None]).dtype)
+            return super().forward(u)
+
+    parts = {k: v() if isinstance(v, type) else v for k, v in PARTS["kto"].items()}
+    for rows in (None, 2):
+        model = HALOModule(ModelSpec(str(tiny_folder)), **{**parts, "value_function": Product()}, micro_batch_rows=rows)
+        train(model, [batch()], precision="bf16-mixed")
+    assert set(seen) == {torch.float32}
+
+
 def test_what_is_missing_of_an_objective_is_named(tiny_folder):
     with pytest.raises(ValueError, match="lacks reference_point, feedback, undesirable"):
         HALOModule(ModelSpec(str(tiny_folder)), reward=LogRatio(), value_function=Logistic())

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from make_rows import random_rows, seeds
 
 import halos_pl.reference_points as reference_points
+from halos_pl.outcomes import Needs, Rows
 from halos_pl.reference_points import (
     BatchMean,
     BatchQuantile,
@@ -147,8 +148,23 @@ def test_a_running_mean_of_kto_s_estimate(seeds, decay):
 
 
 def test_what_cannot_be_is_refused():
+    rows, rewards = step(0)
     with pytest.raises(ValueError, match="read off each row"):
         RunningMean(of=Rival())
+    with pytest.raises(ValueError, match="Constant looks at no row"):
+        RunningMean(of=Constant(value=5.0))
+    with pytest.raises(ValueError, match="LeaveOneOut gives a number for each row"):
+        RunningMean(of=LeaveOneOut())(rewards, rows)
+
+    class Silent(ReferencePoint):
+        needs = Needs(step_rewards=True)
+
+        def forward(self, rewards: torch.Tensor, rows: Rows) -> torch.Tensor:
+            return rewards.mean()
+
+    running = RunningMean(of=Silent())  # a report is no duty
+    for reward, mean in ((1.0, 1.0), (3.0, 2.0)):
+        assert running(torch.full_like(rewards, reward), rows) == mean
     with pytest.raises(ValueError, match=r"quantile is 1\.5"):
         BatchQuantile(quantile=1.5)
     with pytest.raises(ValueError, match="max_new_tokens is 0"):

@@ -19,12 +19,13 @@ class ValueFunction(nn.Module, ABC):
 
     Attributes:
         beta: what outcomes are multiplied with before they are valued (1 / nats). ``rewards/*`` are logged
-            as beta * r, the scale that users of other libraries know.
+            as beta * r, the scale that users of other libraries know. A number or a learnable parameter; where there is
+            none, it is 1.
         violates: clauses of the definition that the function does not keep, by their names in
             ``halos_pl.conformance``. It informs readers; the tests hold it to what is found.
     """
 
-    beta: float = 1.0
+    beta: float | Tensor  # no default: torch refuses a parameter whose name is taken
     violates: tuple[str, ...] = ()
 
     @abstractmethod
@@ -40,3 +41,8 @@ class ValueFunction(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v:g}" for k, v in vars(self).items() if isinstance(v, float))
+
+
+def beta_of(value_function: ValueFunction) -> float:
+    """The scale that rewards are shown in; see ``ValueFunction.beta``."""
+    return float(getattr(value_function, "beta", 1.0))

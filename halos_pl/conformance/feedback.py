@@ -121,7 +121,7 @@ class FeedbackChecks:
 
         def fault(step: Step) -> str | None:
             for when, rows, (sign, weight, denominator) in self.judgements(step):
-                if not isinstance(denominator, Tensor) or denominator.numel() != 1:
+                if not isinstance(denominator, Tensor) or denominator.dim() != 0:
                     return f"{labels(rows)}: the denominator {denominator} is no scalar{when}"
                 figures = torch.cat([weight.flatten(), sign.flatten(), denominator.flatten()])
                 counts = bool((weight.nan_to_num() != 0).any())

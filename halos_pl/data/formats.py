@@ -6,6 +6,7 @@ a row means. No file is ever wholly in memory, and no fault of a file is an exce
 
 from __future__ import annotations
 
+import ast
 import codecs
 import csv
 import glob
@@ -222,16 +223,23 @@ def _json(stream: io.BufferedReader) -> _Read:
 # CSV ---------------------------------------------------------------------------------------------------
 
 
+_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")
+
+
 def _cell(text: str) -> Any:
-    """Messages that were written as JSON are messages; an empty cell holds nothing; all else is text."""
-    if text.startswith('[{"'):
+    """Messages are messages, as JSON or as Python writes them; an empty cell holds nothing; all else is text."""
+    if not _MESSAGES.match(text):
+        return text or None
+    for parse in (_JSON.decode, ast.literal_eval):
         try:
-            value = _JSON.decode(text)
-        except (ValueError, RecursionError):
-            return text
-        if isinstance(value, list) and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in value):
-            return value
-    return text or None
+            value = parse(text.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        is_messages = isinstance(value, list) and all(
+            isinstance(m, dict) and {"role", "from"} & m.keys() for m in value
+        )
+        return value if is_messages else text
+    return _Broken("begins as a list of messages does, but is none; write it with json.dumps")
 
 
 def _csv(stream: io.BufferedReader) -> _Read:
@@ -267,7 +275,11 @@ def _csv_row(header: list[str], cells: list[str]) -> Any:
     for name, cell in zip(header, cells, strict=True):
         if not cell.isascii() and _NOT_UTF8.search(cell):
             return _Broken(f"column {short(name)} is not UTF-8 text; save the file as UTF-8", name)
-    return {name: _cell(cell) for name, cell in zip(header, cells, strict=True)}
+    row = {name: _cell(cell) for name, cell in zip(header, cells, strict=True)}
+    for name, value in row.items():
+        if isinstance(value, _Broken):
+            return _Broken(f"column {short(name)} {value}", name)
+    return row
 
 
 # Arrow, Parquet, datasets ------------------------------------------------------------------------------
@@ -415,6 +427,9 @@ def files_of(source: Source) -> list[Source]:
     """The source itself, or a source for each data file of the folder or pattern (``part-*.parquet``) that it names.
 
     A folder of ``save_to_disk`` is one source.
+
+    Raises:
+        ValueError: for several files and a number of rows.
     """
     path = Path(source.path)
     found: list[Path] = []
@@ -423,6 +438,10 @@ def files_of(source: Source) -> list[Source]:
             found = [file for file in sorted(path.iterdir()) if file.is_file() and _kind(str(file))]
     elif not path.exists():
         found = [Path(name) for name in sorted(glob.glob(source.path))]
+    if source.rows is not None and len(found) > 1:
+        raise ValueError(
+            f"{source.path}: rows is {source.rows}, of one file, but there are {len(found)}; name them one by one"
+        )
     return [replace(source, path=str(file)) for file in found] or [source]
 
 

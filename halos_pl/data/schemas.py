@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -23,6 +24,7 @@ Items = list[Example | Skipped]
 Parse = Callable[[dict[str, Any], str], Items]
 
 NO_SCORE, TIE, EMPTY, SAME = "no score", "tie", "empty response", "both completions are the same"
+PARTED = "dialogues differ before the last turn"
 
 
 class BadRow(Exception):
@@ -195,9 +197,10 @@ def _pair(
 
 
 def _unpaired(row: dict[str, Any], place: str) -> Items:
-    label, score = _label(row, "label"), row.get("score")
-    number = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
-    return _one(*_completion(_prompt(row), row["completion"], "completion"), place, label, score if number else None)
+    label, score = _label(row, "label"), None
+    with suppress(BadRow):  # the schema does not ask for it: a column of that name may hold anything
+        score = _score(row.get("score"), "score")
+    return _one(*_completion(_prompt(row), row["completion"], "completion"), place, label, score)
 
 
 def _pair_scores(row: dict[str, Any], first: str, second: str) -> tuple[float | None, ...]:
@@ -240,6 +243,8 @@ def _implicit(row: dict[str, Any], place: str) -> Items:
                 )
     else:
         raise BadRow("is text and the other is a message list, or the other way round; give both alike", "rejected")
+    if isinstance(chosen, list) and any(m["role"] == "user" for m in (*chosen[end:], *rejected[end:])):
+        return [Skipped(place, PARTED)]  # what the user said then would carry the loss
     if _is_blank(chosen[:end]):
         raise BadRow(f"and 'chosen' share no prompt at their start; {_OWN_COLUMN}", "rejected")
     for column, value in (("chosen", chosen), ("rejected", rejected)):
@@ -288,7 +293,7 @@ def _hh(chosen: str, rejected: str, place: str) -> Items:
         dialogues.append(dialogue)
     first, second = dialogues
     if first[:-1] != second[:-1]:
-        return [Skipped(place, "dialogues differ before the last turn")]
+        return [Skipped(place, PARTED)]
     if _is_blank(first[:-1]):
         raise BadRow("has an empty prompt; remove the row", "chosen")
     if _is_blank(first[-1:]) or _is_blank(second[-1:]):
@@ -638,8 +643,8 @@ def check(row: dict[str, Any], schema: Schema, first: int | None, renamed: Mappi
     if schema in fitting:
         return
     lacks = schema.lacks(row)
-    # One null is a hole in a row of this schema; more, and other columns filled, is a file of two kinds of rows.
-    if first is not None and fitting and (lacks or len(schema.lacks(filled)) > 1):
+    # One null is a hole in a row of this schema; more, or none, and other columns filled: a file of two kinds of rows.
+    if first is not None and fitting and (lacks or len(schema.lacks(filled)) != 1):
         raise BadRow(
             f"a row of '{fitting[0].name}' ({'+'.join(fitting[0].columns)}), but line {first} is a row of "
             f"'{schema.name}' ({'+'.join(schema.columns)}); put the two kinds into two files"

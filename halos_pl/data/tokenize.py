@@ -68,6 +68,11 @@ def _prompt_ids(prefix: list[int], prompt: Prompt, ids: list[int]) -> list[int]:
 def _completion_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, before: str, completion: Prompt) -> str:
     """What the completion adds to the prompt's text ``before``."""
     _refuse_eos_inside(tokenizer, completion)
+    eos: Any = tokenizer.eos_token
+    if isinstance(completion, str):
+        completion = _unended(eos, completion)
+    else:
+        completion = [{**message, "content": _unended(eos, message["content"])} for message in completion]
     if isinstance(prompt, str):
         if isinstance(completion, str):
             return completion
@@ -91,19 +96,22 @@ def _completion_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, before:
         raise ValueError(
             "The chat template writes nothing for the completion; its messages should have the role 'assistant'."
         )
-    eos_text: Any = tokenizer.eos_token
     ended = text.rstrip()  # ChatML writes "<|im_end|>\n"; generation stops at EOS, so nothing follows it
-    return ended if eos_text and ended.endswith(eos_text) else text
+    return ended if eos and ended.endswith(eos) else text
+
+
+def _unended(eos: str | None, text: str) -> str:
+    """The text without the EOS tokens at its end, and what is blank behind them, as a rendered dialogue has it."""
+    while eos and text.rstrip().endswith(eos):
+        text = text.rstrip().removesuffix(eos)
+    return text
 
 
 def _refuse_eos_inside(tokenizer: PreTrainedTokenizerBase, completion: Prompt) -> None:
     """The model would learn to stop there, and to go on; at the end of a text it is the one that belongs there."""
     eos: Any = tokenizer.eos_token
     for text in [completion] if isinstance(completion, str) else [message["content"] for message in completion]:
-        rest = text.rstrip()
-        while eos and rest.endswith(eos):
-            rest = rest.removesuffix(eos).rstrip()
-        if eos and eos in rest:
+        if eos and eos in _unended(eos, text):
             raise ValueError(f"The completion spells the EOS token {eos} before its end; remove it, or the row.")
 
 

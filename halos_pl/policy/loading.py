@@ -270,7 +270,7 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(torch.initial_seed())
-                model = get_peft_model(model, config)
+                model = get_peft_model(model, config, revision=spec.revision)
         except ValueError as error:
             raise ModelError(f"model.policy.lora: {error}") from error
     return model
@@ -285,7 +285,9 @@ def _merged(model: Any, spec: ModelSpec) -> Any:
     base = load_model(replace(spec, path=name, revision=None, gguf_file=None, lora=None))
     found: Any = PeftModel.from_pretrained(base, _source(spec), revision=spec.revision or "main")  # type: ignore[arg-type]
     rank_zero_info(f"halos: {spec.path} is an adapter of {name}; it is merged into its weights")
-    return found.merge_and_unload().requires_grad_(True)  # peft has frozen them
+    merged = found.merge_and_unload().requires_grad_(True)  # peft has frozen them
+    merged.name_or_path = merged.config._name_or_path = spec.path  # what a further adapter names as its base
+    return merged
 
 
 def compile_layers(model: nn.Module) -> None:

@@ -49,7 +49,9 @@ class BatchQuantile(ReferencePoint):
         sample, _ = gather_over_ranks(rewards[rows.train].detach().float())
         n, q = len(sample), self.quantile
         if n == 0:
-            return rewards.new_zeros(())
+            zero = rewards.new_zeros(())
+            self.report(zero)
+            return zero
         estimate = torch.quantile(sample, q)
         # Without assumptions on the distribution: half the span of the order statistics that lie one
         # standard deviation of the binomial rank to either side.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from halos_pl.outcomes import Rows
+from halos_pl.outcomes import Needs, Rows
 from halos_pl.reference_points.base import ReferencePoint
 from halos_pl.reference_points.batch import BatchMean
 
@@ -26,7 +26,8 @@ class RunningMean(ReferencePoint):
             that is kept.
 
     Raises:
-        ValueError: for a decay outside [0, 1), or an ``of`` of scope ``row``.
+        ValueError: for a decay outside [0, 1), or an ``of`` of scope ``row`` or that needs nothing; when called, for an
+            ``of`` that gives a number for each row.
     """
 
     def __init__(self, *, of: ReferencePoint | None = None, decay: float | None = None) -> None:
@@ -34,8 +35,9 @@ class RunningMean(ReferencePoint):
         if decay is not None and not 0 <= decay < 1:
             raise ValueError(f"RunningMean: decay is {decay}; it must be in [0, 1), or null for a plain mean")
         self.of = of or BatchMean()
-        if self.of.scope != "step":
-            raise ValueError(f"RunningMean: {type(self.of).__name__} is read off each row; there is no mean to keep")
+        if self.of.scope != "step" or self.of.needs == Needs():
+            why = "is read off each row" if self.of.scope != "step" else "looks at no row"
+            raise ValueError(f"RunningMean: {type(self.of).__name__} {why}; there is no mean to keep")
         self.needs = self.of.needs
         self.decay = decay
         self.mean = 0.0
@@ -49,9 +51,12 @@ class RunningMean(ReferencePoint):
 
     def forward(self, rewards: Tensor, rows: Rows) -> Tensor:
         estimate = self.of(rewards, rows)
+        if estimate.dim():
+            raise ValueError(f"RunningMean: {type(self.of).__name__} gives a number for each row, not one a step")
         step = self.of.diagnostics
-        if self.training and step["rows"] > 0:
-            count = self.count + int(step["rows"])
+        rows_behind = int(step.get("rows", 1))  # one that reports nothing counts each step equally
+        if self.training and rows_behind > 0:
+            count = self.count + rows_behind
             # The first step has nothing to keep: the share below is 0 for it, under either rule.
             keep = self.count / count if self.decay is None or self.count == 0 else self.decay
             self.mean = keep * self.mean + (1 - keep) * float(estimate)
@@ -59,9 +64,9 @@ class RunningMean(ReferencePoint):
         mean = torch.full_like(estimate, self.mean)
         self.report(
             mean,
-            standard_error=step["standard_error"],
+            standard_error=step.get("standard_error", 0.0),
             rows=self.count,
-            clamped=step["clamped"],
-            step_estimate=step["estimate"],
+            clamped=step.get("clamped", 0.0),
+            step_estimate=step.get("estimate", estimate),
         )
         return mean

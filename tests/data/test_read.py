@@ -21,6 +21,7 @@ from conftest import write_jsonl
 
 from halos_pl.data import formats
 from halos_pl.data.example import Example, Fault, Skipped
+from halos_pl.data.formats import files_of
 from halos_pl.data.read import read
 from halos_pl.data.source import Source
 
@@ -147,6 +148,9 @@ def test_rows_limits_what_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text((json.dumps(ROW) + "\n") * 3 + "{oops\n")
     assert len(examples(path, rows=3)) == 3
+    write_jsonl(tmp_path / "b.jsonl", [ROW])
+    with pytest.raises(ValueError, match="rows is 3, of one file, but there are 2"):
+        files_of(Source(f"{tmp_path}/*.jsonl", rows=3))
     assert len(faults(path)) == 1
 
 
@@ -329,6 +333,18 @@ def test_a_file_of_two_kinds_of_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "rows",
+    [
+        [{**ROW, "label": None, "score": 0.7}, {**ROW, "score": 0.1}],
+        [{**PAIR, "prompt": None, "chosen": "A b", "rejected": "A c"}, {**PAIR, "chosen": "A b", "rejected": "A c"}],
+    ],
+)
+def test_a_hole_in_the_first_row_does_not_choose_for_the_others(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    [found] = faults(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert "but line 1 is a row of" in str(found)
+
+
+@pytest.mark.parametrize(
     ("content", "line", "reason"),
     [
         (b'{"prompt": "p"', 1, "invalid JSON .*; write one JSON object on each line"),
@@ -403,6 +419,20 @@ def test_csv_with_messages_and_large_cells(tmp_path: Path) -> None:
         writer = csv.writer(file)
         writer.writerows([["", "prompt", "completion", "label"], [0, json.dumps([USER]), large, "True"]])
     assert examples(path) == [Example([USER], (large,), (True,), f"{path}:2")]
+
+
+def test_messages_in_a_csv_are_messages_however_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    said = [{"role": "user", "content": 'it\'s "so"\n'}]
+    cells = [json.dumps(said), json.dumps(said, indent=1), str(said), f" {said}"]
+    texts = ["[1] as in the paper", '[{"name": "Ann"}]', "[{", "{'role': 'none'}"]
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "completion", "label"])
+        writer.writerows([[cell, "c", "1"] for cell in cells] + [[text, "c", "0"] for text in texts])
+    assert [example.prompt for example in examples(path)] == [said] * len(cells) + texts
+    path.write_text("prompt,completion,label\n\"[{'role': 'user', 'content': 'cut o\",c,1\n")
+    assert re.search(r"a\.csv:2: column 'prompt' begins as a list of messages does, but is none", refused(path))
 
 
 def test_faulty_files(tmp_path: Path) -> None:

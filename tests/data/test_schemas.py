@@ -518,3 +518,18 @@ def test_dialogues_that_part_early_are_skipped_and_counted(tmp_path: Path) -> No
     [found] = read(Source(str(path)))
     assert isinstance(found, Skipped)
     assert found.reason == "dialogues differ before the last turn"
+    turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
+    other = [turns[0], {"role": "assistant", "content": "x"}, *turns[2:]]
+    path.write_text(json.dumps({"chosen": turns, "rejected": other}) + "\n")
+    [found] = read(Source(str(path)))
+    assert isinstance(found, Skipped)
+    assert found.reason == "dialogues differ before the last turn"
+
+
+def test_a_score_that_is_not_asked_for_is_kept_where_it_is_one(tmp_path: Path) -> None:
+    for score, kept in ((0.5, 0.5), ("0.5", 0.5), ("good", None), (10**400, None), (True, None), (None, None)):
+        path = tmp_path / "a.jsonl"
+        path.write_text(json.dumps({"prompt": "p", "completion": "c", "label": True, "score": score}) + "\n")
+        [found] = read(Source(str(path)))
+        assert isinstance(found, Example)
+        assert found.scores == (kept,)

@@ -235,7 +235,9 @@ def test_an_eos_inside_a_completion_is_refused(chat: bool) -> None:
     prompt: Any = [{"role": "user", "content": "a"}] if chat else "a"
     with pytest.raises(ValueError, match=r"spells the EOS token .* before its end"):
         encode_completion(tokenizer, prompt, f"foo{eos}bar")
-    assert encode_completion(tokenizer, prompt, f"foo{eos}") == encode_completion(tokenizer, prompt, "foo")
+    plain = encode_completion(tokenizer, prompt, "foo")
+    for end in (eos, f"{eos}\n", f"{eos} {eos}\n"):  # as a rendered dialogue ends
+        assert encode_completion(tokenizer, prompt, f"foo{end}") == plain
 
 
 texts = st.text(st.characters(codec="utf-8"), max_size=20)
