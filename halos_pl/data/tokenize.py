@@ -31,6 +31,16 @@ def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return []
 
 
+def _blank_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a line break, where the tokenizer puts a blank before a text (SentencePiece's dummy prefix).
+
+    What comes after a prompt's rendering is no beginning of a text, so no blank belongs there: it is tokenised behind a
+    line break, which is then cut off. Empty for a tokenizer to which a text is the same wherever it stands.
+    """
+    head = _ids(tokenizer, "\n")
+    return head if _ids(tokenizer, "\na") != head + _ids(tokenizer, "a") else []
+
+
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -137,17 +147,18 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
 def encode_completion(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Prompt) -> list[int]:
     """Token ids of a completion; EOS is the last one and is not doubled.
 
-    Text after a text prompt is tokenised alone. Messages (or text, taken as one assistant message) after a
-    message prompt are what the chat template writes for the whole conversation, less what it writes for the
-    prompt; anything blank that it writes after the final EOS is cut.
+    Text after a text prompt is tokenised alone, as any text is. Messages (or text, taken as one assistant message)
+    after a message prompt are what the chat template writes for the whole conversation, less what it writes for
+    the prompt; anything blank that it writes after the final EOS is cut.
 
     Raises:
         ValueError: no EOS token; no chat template for messages; messages after a text prompt; a template
             that does not continue the prompt's rendering.
     """
-    eos = _eos(tokenizer)
-    text = _completion_text(tokenizer, prompt, _prompt_text(tokenizer, prompt), completion)
-    return _completion_ids(eos, _ids(tokenizer, text))
+    [encoded] = encode_batch(tokenizer, [(prompt, [completion])])
+    if isinstance(encoded, ValueError):
+        raise encoded
+    return encoded[1][0]
 
 
 Encoded = tuple[list[int], list[list[int]]]
@@ -164,14 +175,15 @@ def encode_batch(
     Yields:
         For each conversation, in order, its token ids, or what the one-by-one functions would raise for it.
     """
-    eos, prefix = _eos(tokenizer), _prefix(tokenizer)
+    eos, prefix, blank = _eos(tokenizer), _prefix(tokenizer), _blank_before(tokenizer)
     texts: list[str] = []
     faults: dict[int, ValueError] = {}
     for i, (prompt, completions) in enumerate(conversations):
         start = len(texts)
         try:
             before = _prompt_text(tokenizer, prompt)
-            texts += [before, *(_completion_text(tokenizer, prompt, before, c) for c in completions)]
+            behind = "\n" if blank and not isinstance(prompt, str) else ""
+            texts += [before, *(behind + _completion_text(tokenizer, prompt, before, c) for c in completions)]
         except ValueError as error:
             faults[i] = error
             del texts[start:]
@@ -181,8 +193,14 @@ def encode_batch(
         if i in faults:
             yield faults[i]
             continue
-        own, at = ids[at : at + 1 + len(completions)], at + 1 + len(completions)
+        end = at + 1 + len(completions)
+        first, *own = (list(each) for each in ids[at:end])
+        if blank and not isinstance(prompt, str):
+            # A line break that has merged with what follows cannot be cut off.
+            pieces = zip(own, texts[at + 1 : end], strict=True)
+            own = [c[len(blank) :] if c[: len(blank)] == blank else _ids(tokenizer, text[1:]) for c, text in pieces]
+        at = end
         try:
-            yield _prompt_ids(prefix, prompt, list(own[0])), [_completion_ids(eos, list(c)) for c in own[1:]]
+            yield _prompt_ids(prefix, prompt, first), [_completion_ids(eos, c) for c in own]
         except ValueError as error:
             yield error

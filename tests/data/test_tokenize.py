@@ -119,6 +119,37 @@ def test_text_completion_is_tokenised_alone_and_ends_with_eos_once(make: Any, te
     assert encode_completion(tokenizer, "A prompt", text + tokenizer.eos_token) == ids
 
 
+@cache
+def zephyr() -> PreTrainedTokenizerBase:
+    """Puts a blank before a text and has line breaks by themselves, as SentencePiece's with bytes."""
+    special = ["<unk>", "<s>", "</s>", "\n"]
+    base = Tokenizer(models.BPE(unk_token="<unk>"))
+    base.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Split("\n", "isolated")]
+    )
+    base.decoder = decoders.Metaspace()
+    base.train_from_iterator(
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=200, special_tokens=special[:3], show_progress=False, initial_alphabet=["\n"]),
+    )
+    template = (
+        "{% for m in messages %}{{ m['role'] + ':\\n' + m['content'] + '</s>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
+    )
+    return fast(base, eos_token="</s>", unk_token="<unk>", chat_template=template)
+
+
+@given(text=letters)
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_a_completion_begins_as_it_does_in_the_conversation(text: str) -> None:
+    """And not with a blank that the tokenizer puts before a text."""
+    tokenizer = zephyr()
+    assert tokenizer.tokenize("a")[0].startswith("▁")
+    whole = tokenizer.apply_chat_template([*SAY, {"role": "assistant", "content": text}], tokenize=False)
+    together = tokenizer(whole.removesuffix("\n"), add_special_tokens=False)["input_ids"]
+    assert encode_prompt(tokenizer, SAY) + encode_completion(tokenizer, SAY, text) == together
+
+
 @pytest.mark.parametrize("make", LOSSLESS)
 @given(text=letters)
 @settings(max_examples=20, deadline=None, derandomize=True)
