@@ -178,7 +178,9 @@ class GroupAdvantage(Feedback):
 
     A = (s - mean) / (std + 0.01) within the rows of one prompt, s = the row's score where the data have scores, else 1
     for a desirable row and 0 for an undesirable one; sign -sign(A), weight |A|. GRPO's advantage (Shao et al. 2024,
-    section 4.1.2), offline. A prompt whose rows are all alike has weight 0.
+    section 4.1.2), offline. A prompt whose rows are all alike has weight 0. The deviation is that of the prompt's own
+    rows, and 0.01 is in the unit of the scores; TRL takes the sample's (n - 1) and 1e-4, so that a pair with scores 0
+    and 1 has +-0.71 there, and +-0.98 here.
 
     Args:
         only: rows with a ``positive`` or a ``negative`` advantage; null for both. The other rows get weight 0
