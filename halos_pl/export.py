@@ -81,7 +81,7 @@ def export(run: str, folder: str, *, adapter: bool = False, overwrite: bool = Fa
         raise ValueError(f"--adapter: {run} trained the whole model, there is no LoRA adapter to write")
     if module.policy_spec.lora is not None and not adapter:
         policy = policy.merge_and_unload()
-    if out.exists():  # an earlier adapter or model in the folder would be taken for a part of this one
+    if not adapter:  # an earlier adapter or model in the folder would be taken for a part of this one
         for stale in (file for pattern in WEIGHTS for file in out.glob(pattern)):
             stale.unlink()
     policy.save_pretrained(out)

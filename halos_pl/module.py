@@ -164,20 +164,20 @@ class HALOModule(LightningModule):
 
     def configure_model(self) -> None:
         """Loads policy and reference, after the data have been validated."""
-        policy = self.policy
-        if policy is None:
+        fresh = self.policy is None
+        if self.policy is None:
             # transformers loads in eval mode; the only difference here is gradient checkpointing (dropout is off).
-            self.policy = policy = load_model(self.policy_spec).train()
-            self._prepare(policy, "the policy")
-        elif not self._reference_bound:  # it may have been trained since, by a fit that needed no reference
-            policy = load_model(self.policy_spec).train()
+            self.policy = load_model(self.policy_spec).train()
+            self._prepare(self.policy, "the policy")
         # Testing measures the KL divergence, so there even a loss that needs no reference gets one.
         wanted = self.objective.needs.reference or (
             self.trainer.testing and not isinstance(self._reference, NoReference)
         )
         if wanted and not self._reference_bound:
             self._store = ReferenceStore() if self.reference_store else None
-            self._reference.bind(policy, self.policy_spec, stored=self.reference_store)
+            # The policy may have been trained since it was loaded, by a fit that needed no reference.
+            start = self.policy if fresh else load_model(self.policy_spec).train()
+            self._reference.bind(start, self.policy_spec, stored=self.reference_store)
             self._reference_bound = True
             if self._store is None:
                 with self.scoring():

@@ -567,6 +567,13 @@ def test_export_of_an_adapter_merged_and_alone(tiny_folder, data, tmp_path):
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
     adapter = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
     torch.testing.assert_close(logits(adapter), expected, rtol=1e-5, atol=1e-5)
+    # An adapter leaves the model that is there alone; a whole model takes the place of an adapter.
+    shutil.copytree(tmp_path / "merged", tmp_path / "both")
+    main(["export", str(tmp_path / "run"), str(tmp_path / "both"), "--adapter=true", "--overwrite=true"])
+    assert (tmp_path / "both" / "model.safetensors").is_file()
+    main(["export", str(tmp_path / "run"), str(tmp_path / "both"), "--overwrite=true"])
+    assert not list((tmp_path / "both").glob("adapter_*"))
+    torch.testing.assert_close(logits(load_model(ModelSpec(str(tmp_path / "both")))), expected, rtol=1e-5, atol=1e-4)
     # Trained on from there it is what it was, with a new adapter and without one.
     for spec in (ModelSpec(str(tmp_path / "adapter")), ModelSpec(str(tmp_path / "adapter"), lora=LoRASpec(r=2))):
         further = load_model(spec)
