@@ -290,12 +290,17 @@ def _merged(model: Any, spec: ModelSpec) -> Any:
     return merged
 
 
+def base_model(model: nn.Module) -> Any:
+    """The model of transformers, below a peft model where there is one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
 def compile_layers(model: nn.Module) -> None:
     """Has the parts of each layer that hold no attention compiled when they are first called.
 
     Attention is left out: it goes over trees of other lengths in every step, and would be compiled anew each time.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = base_model(model)
     layers = [layer for part in base.modules() if isinstance(part, nn.ModuleList) for layer in part]
     for part in (part for layer in layers for part in layer.children()):
         # transformers numbers its attention modules, so that they find their part of a cache.

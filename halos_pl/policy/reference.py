@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halos_pl.policy.loading import ModelError, ModelSpec, load_model, load_tokenizer
+from halos_pl.policy.loading import ModelError, ModelSpec, base_model, load_model, load_tokenizer
 from halos_pl.policy.store import fingerprint
 
 
@@ -77,8 +77,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _fingerprint(model: nn.Module) -> str:
     """The :func:`fingerprint` of a model, of one with an adapter without it."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return fingerprint(_base_weights(model), base.config.to_dict())
+    return fingerprint(_base_weights(model), base_model(model).config.to_dict())
 
 
 def _without_adapter(name: str) -> str:

@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.head import token_logps
+from halos_pl.policy.loading import base_model
 
 NAME = "halos_tree"
 
@@ -167,7 +168,7 @@ class _Pass:
 
 def parts(model: nn.Module) -> tuple[Any, Any]:
     """The layers of a causal language model and its head; of a peft model with the adapter in them."""
-    base = _base(model)
+    base = base_model(model)
     return base.get_decoder() if hasattr(base, "get_decoder") else base.base_model, base.get_output_embeddings()
 
 
@@ -279,14 +280,9 @@ def tree_logps(model: nn.Module, batch: FlatBatch, windows: set[int | None] | No
     return out
 
 
-def _base(model: nn.Module) -> Any:
-    """The model of transformers, below a peft model where there is one."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
 def is_packed(model: nn.Module) -> bool:
     """Whether :func:`takes_trees` has made ``model`` ready."""
-    return bool(_base(model).config._attn_implementation == NAME)
+    return bool(base_model(model).config._attn_implementation == NAME)
 
 
 def _unseen(config: Any, windows: set[int | None]) -> str | None:
@@ -309,7 +305,7 @@ def takes_trees(model: nn.Module, reference: Callable[[nn.Module, FlatBatch], Te
         model: a causal language model of transformers, or a peft model around one.
         reference: the plain path.
     """
-    base = _base(model)
+    base = base_model(model)
     config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
     before = base.config._attn_implementation
     if before == NAME:
