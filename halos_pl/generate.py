@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from rich.progress import track
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -19,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from halos_pl.data.example import DataError, Prompt
 from halos_pl.data.tokenize import encode_prompt
 from halos_pl.outcomes import FlatBatch
-from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
+from halos_pl.policy.loading import ModelSpec, base_model, load_model, load_tokenizer
 from halos_pl.policy.logprobs import completion_kl
 
 
@@ -47,7 +46,7 @@ def _plain_sampling(model: Any) -> Iterator[list[int]]:
     samples would then not be the model's distribution, which a KL estimate takes them for.
     """
     # Under an adapter generate() copies the outer settings to the inner model, so these are the ones to set.
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = base_model(model)
     own = inner.generation_config
     stops = own.eos_token_id
     training = model.training

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.head import compared_tokens, is_plain
+from halos_pl.policy.loading import base_model
 from halos_pl.policy.memory import recomputed
 from halos_pl.policy.tree import is_packed, parts, takes_trees, tree_logps, tree_states
 
@@ -48,9 +49,7 @@ def _completion_logits(model: nn.Module, batch: FlatBatch) -> tuple[Tensor, Tens
     # The logits of a column predict the token of the next one.
     first, count = context.shape[1] - 1, targets.shape[1]
     columns = torch.arange(first, first + count, device=targets.device)
-    base: Any = model
-    if hasattr(model, "get_base_model"):  # a peft model takes anything and hands it on
-        base = base.get_base_model()
+    base = base_model(model)  # a peft model takes anything and hands it on
     if not _accepts(base, "position_ids"):
         del inputs["position_ids"]
     if _accepts(base, "logits_to_keep"):
