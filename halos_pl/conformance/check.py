@@ -25,6 +25,7 @@ Target = Objective | ValueFunction | ReferencePoint | Reward | Feedback
 KINDS = (Objective, ValueFunction, ReferencePoint, Reward, Feedback)
 _NOT_REQUIRED = "reported: required only of an objective that reads undesirable rows as `reflect`"
 _NO_WEIGHT = "reported: no row that it acts on carries weight"
+_SINGLE = "v rounds its outcomes to float32 (see precision), which is what this may be"
 _DEGENERATE = "a degenerate reference: there are no rewards that it averages"
 
 
@@ -98,6 +99,14 @@ def _bound(checks: object, names: tuple[str, ...], prefix: str = "") -> dict[str
     return {prefix + name: partial(_once, checks, name) for name in names}
 
 
+def _rounded(of_v: value_function.ValueFunctionChecks, prefix: str = "") -> dict[str, str]:
+    """What is to be said of the clauses that a value function failed, where it computes in less than float64."""
+    found: dict[str, str | None] = vars(of_v).get("found", {})
+    if found.get("precision") is None or found["precision"] != vars(of_v).get("single"):
+        return {}
+    return {prefix + name: _SINGLE for name, witness in found.items() if witness and name != "precision"}
+
+
 def _of_halo(target: objective.HALO, prefix: str, examples: int, thorough: bool, shared: dict[Any, Any]) -> _Checks:
     checks = objective.ObjectiveChecks(target, examples=examples, thorough=thorough, shared=shared)
     v_clauses = tuple(n for n in value_function.CLAUSES if checks.reflects or n not in value_function.UNDESIRABLE)
@@ -124,11 +133,12 @@ def _of_halo(target: objective.HALO, prefix: str, examples: int, thorough: bool,
         return found
 
     def notes() -> dict[str, str]:
+        rounded = _rounded(checks.value_function, prefix)
         weights = sorted(checks.weights[-1] | checks.weights[1])
         if len(weights) < 2:
-            return {}
+            return rounded
         by = f"{weights[0]:g} to {weights[-1]:g}" if len(weights) > 3 else ", ".join(f"{w:g}" for w in weights)
-        return {f"{prefix}feedback_weight": f"rows weigh {by}: judged on the data re-weighted so"}
+        return rounded | {f"{prefix}feedback_weight": f"rows weigh {by}: judged on the data re-weighted so"}
 
     def overall(failed: list[str]) -> str:
         reflected = [name for name in failed if name.removeprefix(prefix) in value_function.UNDESIRABLE]
@@ -194,7 +204,12 @@ def _checks(target: Target, examples: int, thorough: bool, shared: dict[Any, Any
     if isinstance(target, ValueFunction):
         of_v = value_function.ValueFunctionChecks(target, thorough=thorough)
         reported = dict.fromkeys(value_function.UNDESIRABLE, _NOT_REQUIRED)
-        return _Checks(name, _bound(of_v, value_function.CLAUSES), optional=lambda: reported)
+        return _Checks(
+            name,
+            _bound(of_v, value_function.CLAUSES),
+            notes=lambda: _rounded(of_v),
+            optional=lambda: reported,
+        )
     if isinstance(target, Reward):
         of_r = reward.RewardChecks(target, examples=examples)
         return _Checks(name, _bound(of_r, reward.CLAUSES), icml_only=frozenset(reward.ICML_ONLY))

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from halos_pl.conformance.duplicate import duplicate
-from halos_pl.conformance.strategies import Step, smallest
-from halos_pl.conformance.witness import WrongShape, changed, copied, listed, number
+from halos_pl.conformance.ranks import Ranks, namespaces
+from halos_pl.conformance.reward import padded
+from halos_pl.conformance.strategies import Step, kept_together, smallest
+from halos_pl.conformance.witness import WrongShape, changed, copied, listed, number, pair
 from halos_pl.feedback import Feedback, Judgement
 from halos_pl.outcomes import Rows
 
-CLAUSES = ("feedback_sign", "feedback_weight", "feedback_independent_of_theta", "feedback_finite")
+CLAUSES = (
+    "feedback_sign",
+    "feedback_weight",
+    "feedback_independent_of_theta",
+    "feedback_split",
+    "feedback_finite",
+)
+# Weights and denominators are float32.
+RELATIVE = 64 * torch.finfo(torch.float32).eps
 
 
 def labels(rows: Rows) -> str:
@@ -116,10 +128,62 @@ class FeedbackChecks:
 
         return self._smallest(fault, self.examples // 2)
 
+    def feedback_split(self) -> str | None:
+        """The same of a row in another order, beside more padding and on two ranks, whose denominators add up."""
+        found = self._smallest(self._other_layouts, max(10, self.examples // 2))
+        return found or self._smallest(self._two_ranks, max(10, self.examples // 4))
+
+    @staticmethod
+    def _differs(whole: Judgement, other: Judgement, index: Tensor, denominator: Tensor) -> str | None:
+        """What of the rows ``index`` is judged otherwise, in words, or that the denominator is another one."""
+        for name in ("sign", "weight"):
+            one, two = getattr(whole, name)[index], getattr(other, name)
+            wrong = (~((one - two).abs() <= RELATIVE * one.abs().max())).nonzero()
+            if len(wrong):
+                a, b = pair(float(one[wrong[0]]), float(two[wrong[0]]))
+                return f"{name} {a} of row {int(index[wrong[0]]) + 1}, {b}"
+        if not bool((whole.denominator - denominator).abs() <= RELATIVE * whole.denominator.abs()):
+            return "denominator {}, {}".format(*pair(float(whole.denominator), float(denominator)))
+        return None
+
+    def _other_layouts(self, step: Step) -> str | None:
+        rows = step.rows()
+        whole = self.judged(rows)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(step.seed))
+        place = torch.arange(len(rows))
+        for index, given, where in (
+            (place.flip(0), rows.select(place.flip(0)), "in the opposite order"),
+            (order, rows.select(order), f"in the order {[i + 1 for i in order.tolist()][:12]}"),
+            (place, padded(rows, 3), "with three columns of padding more"),
+        ):
+            judged = self.judged(given)
+            if found := self._differs(whole, judged, index, judged.denominator):
+                return f"{labels(rows)}: {found} {where}"
+        return None
+
+    def _two_ranks(self, step: Step) -> str | None:
+        rows = step.rows()
+        units = kept_together(rows, self.target.needs)
+        if len(units) < 2:
+            return None
+        cut = 1 + step.seed % (len(units) - 1)
+        parts = [torch.tensor([i for unit in half for i in unit]) for half in (units[:cut], units[cut:])]
+        if any(not bool(rows.train[index].any()) for index in parts):
+            return None
+        whole = self.judged(rows)
+        jobs: list[Callable[[], Any]] = [lambda index=index: self.judged(rows.select(index)) for index in parts]  # type: ignore[misc]
+        judged = Ranks().run(jobs, namespaces(self.target))
+        summed = torch.stack([part.denominator for part in judged]).sum()
+        for index, part in zip(parts, judged, strict=True):
+            if found := self._differs(whole, part, index, summed):
+                return f"{labels(rows)}: {found} on ranks of {len(parts[0])} and {len(parts[1])} rows"
+        return None
+
     def feedback_finite(self) -> str | None:
         """Weights and denominator are finite, and the denominator is above 0 where a row counts."""
 
         def fault(step: Step) -> str | None:
+            step = replace(step, alone=self.target.needs.groups)
             for when, rows, (sign, weight, denominator) in self.judgements(step):
                 if not isinstance(denominator, Tensor) or denominator.dim() != 0:
                     return f"{labels(rows)}: the denominator {denominator} is no scalar{when}"

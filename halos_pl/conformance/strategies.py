@@ -52,6 +52,7 @@ class Step:
         paired: rows come as pairs of a desirable and an undesirable one.
         labels: of rows that are not paired.
         grouped: every prompt has two rows or more.
+        alone: of a step that is grouped and not paired, the last prompt has a row less: often a single one.
     """
 
     seed: int = 0
@@ -62,6 +63,7 @@ class Step:
     paired: bool = False
     labels: Labels = "mixed"
     grouped: bool = False
+    alone: bool = False
 
     @property
     def large(self) -> bool:
@@ -83,6 +85,7 @@ class Step:
     def _rows(self, dtype: torch.dtype) -> Rows:
         draw = torch.Generator().manual_seed(self.seed)
         train = self.units * (2 if self.paired or self.grouped else 1)
+        train -= self.alone and self.grouped and not self.paired
         n, width = train + self.probes, self.tokens
         place = torch.randperm(n, generator=draw)
         mask = torch.arange(width) < torch.randint(1, width + 1, (n, 1), generator=draw)
@@ -96,7 +99,7 @@ class Step:
             desirable[own] = self.labels == "desirable"
         probe = torch.ones(n, dtype=torch.bool)
         probe[own] = False
-        # One or two pairs (or rows) to a prompt; where groups are asked for, never a row by itself.
+        # One or two pairs (or rows) to a prompt; where groups are asked for, a row by itself only as `alone`.
         prompt = torch.empty(n, dtype=torch.long)
         each = torch.arange(train) // 2 if self.paired or self.grouped else torch.arange(train)
         prompt[own] = each // (1 + self.seed % 2)
@@ -118,7 +121,18 @@ class Step:
             probe=probe,
             group=prompt,
             kl=log_probs().abs() / 10,
+            score=self._scores(desirable),
         )
+
+    def _scores(self, desirable: torch.Tensor) -> torch.Tensor:
+        """How good each row is, of either sign whatever its label; missing for some, and in every third step.
+
+        Of a generator of its own: what else is drawn does not depend on it.
+        """
+        draw = torch.Generator().manual_seed(self.seed + 1)
+        score = torch.randint(-20, 21, desirable.shape, generator=draw).float() / 10
+        missing = torch.rand(desirable.shape, generator=draw) < (0.1 if self.seed % 3 else 1.1)
+        return torch.where(missing, desirable.float(), score)
 
 
 def steps(needs: Needs | None = None, *, probes: bool | None = None) -> st.SearchStrategy[Step]:

@@ -309,6 +309,23 @@ class ValueFunctionChecks:
                 return f"declared domain {low} to {high}, yet v' is {a} at its edge and {b} at u = {float(u[at]):g}"
         return None
 
+    @cached_property
+    def single(self) -> str | None:
+        """That v rounds what it is given to float32, so that what is looked at closer than that is noise."""
+        u = self._probes
+        value, slope = value_and_slope(self.fresh(), u)
+        rounded = value_and_slope(self.fresh(), u.float().double())[0]
+        # Where another u has to have another value.
+        seen = (u.abs() > 0.1) & (u.abs() < 10) & (slope.abs() > 1e-3) & (u != u.float().double())
+        alike = seen & (value == rounded)
+        if int(alike.sum()) < 20 or int(alike.sum()) < 0.99 * int(seen.sum()):
+            return None
+        at = int(alike.nonzero()[0])
+        return (
+            f"u in float64 is rounded to float32 or less: v({float(u[at])!r}) = v({float(u[at].float())!r}) ="
+            f" {float(value[at])!r}; compute in the dtype of u"
+        )
+
     def precision(self) -> str | None:
         """float32 and bfloat16 agree with float64 within rounding, values for |u| <= 1e4, slopes for |u| <= 100.
 
@@ -316,6 +333,8 @@ class ValueFunctionChecks:
         k roundings, and the value by k roundings of its size. Slopes may cancel on the way, so they are held to k
         roundings of the steepest slope.
         """
+        if self.single:
+            return self.single
         count = operations(self.fresh()) + 2
         for dtype in DTYPES[1:]:
             it, eps, v = self._sampled[dtype], torch.finfo(dtype).eps, self.fresh()

@@ -34,7 +34,13 @@ CLAUSES = {
         "reference_split",
         "reference_finite",
     ),
-    "feedback": ("feedback_sign", "feedback_weight", "feedback_independent_of_theta", "feedback_finite"),
+    "feedback": (
+        "feedback_sign",
+        "feedback_weight",
+        "feedback_independent_of_theta",
+        "feedback_split",
+        "feedback_finite",
+    ),
     "objective": ("identity", "one_value_function"),
 }
 

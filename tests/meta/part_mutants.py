@@ -273,6 +273,11 @@ def standardised(rewards: Tensor, rows: Rows) -> Tensor:
     return center + 0 * spread
 
 
+def others_of_the_prompt(rewards: Tensor, rows: Rows) -> Tensor:
+    other = (rows.group[:, None] == rows.group[None, :]) & rows.train & ~torch.eye(len(rows), dtype=torch.bool)
+    return (other.to(rewards) @ rewards.detach()) / other.sum(dim=1)
+
+
 def inverse_squares(rewards: Tensor, rows: Rows) -> Tensor:
     values = own(rewards, rows)
     weights = (values - mean(values)).square().reciprocal()
@@ -463,6 +468,12 @@ REFERENCES = [
     estimate("exponential mean that overflows", "reference_finite", exponential_mean),
     estimate("n - 1 of a single row", "reference_finite", standardised),
     estimate("weights by inverse squares, 0 / 0 where all are alike", "reference_finite", inverse_squares),
+    estimate(
+        "mean of the prompt's other rows, 0 / 0 of a row alone",
+        "reference_finite",
+        others_of_the_prompt,
+        needs=Needs(step_rewards=True, groups=True),
+    ),
 ]
 
 # -- feedback -----------------------------------------------------------------------------------------------
@@ -481,6 +492,17 @@ class Judge(Feedback):
         like = torch.ones_like(rows.desirable, dtype=torch.float32)
         right = Judgement(torch.where(rows.desirable, -like, like), like * rows.train, rows.train.sum().float())
         return self.spoil(right, rows)
+
+
+class Grouped(Judge):
+    """The same, of whole prompts."""
+
+    needs = Needs(undesirable=True, groups=True)
+
+
+def of_its_prompt(rows: Rows) -> Tensor:
+    """How many rows with a loss each row's prompt has."""
+    return ((rows.group[:, None] == rows.group[None, :]) & rows.train).sum(dim=1)
 
 
 def feedback(name: str, clauses: tuple[str, ...] | str, spoil: Callable[[Judgement, Rows], Judgement]) -> Mutant:
@@ -642,6 +664,35 @@ FEEDBACKS = [
         "weights by the share of the class, 0 / 0",
         ("feedback_finite", "feedback_weight"),
         lambda j, rows: j._replace(weight=j.weight / (rows.desirable & rows.train).sum() * j.weight),
+    ),
+    Mutant(
+        "n - 1 of a prompt with one row",
+        ("feedback_finite", "feedback_weight"),
+        lambda rng: Grouped(lambda j, rows: j._replace(weight=j.weight / (of_its_prompt(rows) - 1))),
+    ),
+    feedback("scores as weights", "feedback_weight", lambda j, rows: j._replace(weight=j.weight * rows.score)),
+    feedback(
+        "weights that sum to 1 on this rank",
+        "feedback_split",
+        lambda j, rows: Judgement(j.sign, j.weight / j.weight.sum(), torch.ones(())),
+    ),
+    feedback(
+        "the whole step's denominator", "feedback_split", lambda j, rows: j._replace(denominator=torch.tensor(8.0))
+    ),
+    feedback(
+        "weight by the share of padding",
+        "feedback_split",
+        lambda j, rows: j._replace(weight=j.weight * rows.mask.float().mean(dim=1)),
+    ),
+    feedback(
+        "the first row counts twice",
+        "feedback_split",
+        lambda j, rows: j._replace(weight=j.weight * torch.where(torch.arange(len(rows)) == 0, 2.0, 1.0)),
+    ),
+    feedback(
+        "weight by the scores of this rank",
+        "feedback_split",
+        lambda j, rows: j._replace(weight=j.weight * (rows.score - rows.score.mean()).abs()),
     ),
 ]
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.distributed import all_reduce as reduce_everywhere
 from torch.distributed import is_initialized
 
+from halos_pl.distributed import sum_over_ranks
+from halos_pl.feedback import Judgement
 from halos_pl.objective import Result, Sum, SumContext
 from halos_pl.outcomes import Needs, Rows
 from halos_pl.reference_points import MismatchedKL, ReferencePoint
@@ -157,6 +159,12 @@ class LoggingSum(Sum):
         return super().judge(rows, context)
 
 
+def _balanced(judgement: Judgement, rows: Rows) -> Judgement:
+    """Both classes weigh the same in the step."""
+    own = sum_over_ranks(torch.stack([(rows.train & rows.desirable).sum(), (rows.train & ~rows.desirable).sum()]))
+    return judgement._replace(weight=judgement.weight / torch.where(rows.desirable, own[0], own[1]).clamp(min=1))
+
+
 SOUND_PARTS: dict[str, Callable[[], nn.Module]] = {
     "learnable beta": LearnableBeta,
     "learnable beta of shape (1,)": lambda: LearnableBeta((1,)),
@@ -174,5 +182,6 @@ SOUND_PARTS: dict[str, Callable[[], nn.Module]] = {
         lambda r, rows: (r + torch.where(rows.rival < 0, r, r[rows.rival])) / 2, scope="row", needs=Needs(rivals=True)
     ),
     "a subclass of MismatchedKL with its forward": NamedKL,
+    "weights by the share of the class on all ranks": lambda: Judge(_balanced),
     "weights by length": lambda: Judge(lambda j, rows: j._replace(weight=j.weight / rows.mask.sum(1))),
 }

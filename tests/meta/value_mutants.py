@@ -644,6 +644,7 @@ MUTANTS = [
     Mutant("e^-u behind a where", ("finite",), naive_where),
     Mutant("nan at a number of bfloat16", ("finite", "precision"), nan_at_a_number_of_bfloat16),
     Mutant("narrow dip in bfloat16", ("precision",), narrow_dip_in(torch.bfloat16, 0.01)),
+    Mutant("computes in float32 inside", ("precision",), lambda rng: Value(lambda u: torch.tanh(u.float()).to(u))),
     Mutant("narrow dip in float32", ("precision",), narrow_dip_in(torch.float32, 0.01)),
     Mutant("detached but in float64", ("precision",), detached_but_in_float64),
     Mutant("twice the gradient in bfloat16", ("precision",), twice_the_gradient_in_bfloat16),
