@@ -268,6 +268,7 @@ class StepDataset(Dataset[FlatBatch]):
         probes: add, for each of the rank's rows (x_i, y_i), one mismatched row (x_i, y_j).
         seed: with epoch and step, what the mismatches depend on.
         rank, world_size: the share: every ``world_size``-th example of the step, from ``rank`` on.
+        prefix: ids (BOS) that a prompt keeps where it begins with them and its start is cut off.
 
     The mismatches are drawn over the step's rows of all ranks: y_j never answers a prompt equal to x_i, and
     the y_j of a step are its y, each once, wherever that is possible. Where a prompt has more than half of
@@ -290,8 +291,10 @@ class StepDataset(Dataset[FlatBatch]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        prefix: Sequence[int] = (),
     ) -> None:
         self.prompts, self.rows, self.examples = prompts, rows, examples
+        self.prefix = list(prefix)
         self.max_length, self.probes, self.seed = max_length, probes, seed
         self.rank, self.world_size = rank, world_size
         self._prompt_of = np.array([row.prompt for row in rows], int) if prompt_of is None else prompt_of
@@ -311,7 +314,7 @@ class StepDataset(Dataset[FlatBatch]):
         return len(self.examples)
 
     def __getitem__(self, step: Step) -> FlatBatch:
-        batch = _Builder(self.prompts)
+        batch = _Builder(self.prompts, self.prefix)
         rows = [row for example in step.examples for row in self.examples[example]]
         mine: list[int] = []  # places in ``rows``
         place = 0
@@ -358,8 +361,8 @@ class StepDataset(Dataset[FlatBatch]):
 class _Builder:
     """Puts rows together; a prompt that several rows share is kept once."""
 
-    def __init__(self, prompts: Sequence[Any]) -> None:
-        self._source = prompts
+    def __init__(self, prompts: Sequence[Any], prefix: list[int]) -> None:
+        self._source, self._prefix = prompts, prefix
         self._known: dict[tuple[int, int, tuple[int, ...]], int] = {}
         self.prompts: list[Tensor] = []
         self.columns: tuple[list[Any], ...] = ([], [], [], [], [], [], [], [])
@@ -378,12 +381,19 @@ class _Builder:
         key = (x.prompt, length, x.control)
         if key not in self._known:
             self._known[key] = len(self.prompts)
-            kept = np.asarray(self._source[x.prompt])[-length:]
-            self.prompts.append(torch.tensor([*kept.tolist(), *x.control], dtype=torch.long))
+            self.prompts.append(torch.tensor([*self._cut(x.prompt, length), *x.control], dtype=torch.long))
         ids = torch.tensor(np.asarray(completion), dtype=torch.long)
         row = (ids, self._known[key], desirable, rival, probe, name, x.prompt, score)
         for column, value in zip(self.columns, row, strict=True):
             column.append(value)
+
+    def _cut(self, prompt: int, length: int) -> list[int]:
+        """The prompt's last ``length`` tokens, BOS instead of the first of them: many models are lost without."""
+        ids: list[int] = np.asarray(self._source[prompt]).tolist()
+        start = self._prefix if ids[: len(self._prefix)] == self._prefix else []
+        if len(ids) <= length or length <= len(start):
+            return ids[-length:]
+        return start + ids[len(ids) - length + len(start) :]
 
     def build(self) -> FlatBatch:
         completions, prompt, desirable, rival, probe, row_ids, group, score = self.columns

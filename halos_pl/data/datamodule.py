@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from halos_pl.data.batches import Order, StepDataset, StepSampler, seeded
@@ -24,6 +24,7 @@ from halos_pl.data.source import OnBadRows, Source, source_of
 from halos_pl.data.split import Split, Together
 from halos_pl.data.store import Store, fault_list, open_store
 from halos_pl.data.table import Table
+from halos_pl.data.tokenize import prefix_ids
 from halos_pl.data.transforms import OnePerPrompt, ThresholdScores, Transform
 from halos_pl.outcomes import FlatBatch, Needs
 
@@ -177,6 +178,7 @@ class FeedbackDataModule(LightningDataModule):
         self.num_workers, self.seed = num_workers, seed
         self.cache_dir = Path(cache_dir) if cache_dir else None
         self._stores: dict[str, Store] = {}  # by the source's key; each is opened once a process
+        self._tokenizer: Any = None
         self._splits: dict[str, Split] = {}
         self._transformed: dict[str, list[dict[str, Any]]] = {}
         self._resume = (0, 0)
@@ -200,10 +202,18 @@ class FeedbackDataModule(LightningDataModule):
     def _open(self, splits: Sequence[str]) -> None:
         """Opens the stores of the splits; all their faults are known before any is raised."""
         faults, count = [], 0
+        tokenizer = self._module.tokenizer
+        if self._tokenizer != (state := (tokenizer, tokenizer.chat_template)):  # of another model
+            self._tokenizer, self._stores = state, {}
+            if "strftime_now" in str(tokenizer.chat_template):
+                rank_zero_warn(
+                    "halos: the chat template writes the day's date: prompts that are tokenised on another day, or"
+                    " generated from, are other prompts. Write a date into the template, and save the tokenizer"
+                )
         for key, source in {s.key: s for split in splits for s in self.sources[split]}.items():
             if key not in self._stores:
                 try:
-                    self._stores[key] = open_store(source, self._module.tokenizer, self.cache_dir)
+                    self._stores[key] = open_store(source, tokenizer, self.cache_dir)
                 except DataError as error:
                     faults.append(str(error))
                     count += 1
@@ -348,6 +358,7 @@ class FeedbackDataModule(LightningDataModule):
                 seed=self._seed,
                 rank=rank,
                 world_size=world_size,
+                prefix=prefix_ids(self._module.tokenizer),
             )
             sampler = StepSampler(
                 self._order(own) if train else Order(len(dataset), seed=self._seed, shuffle=False),
@@ -380,6 +391,14 @@ class FeedbackDataModule(LightningDataModule):
 
     def _order(self, split: Split) -> Order:
         table, first = split.table, np.array([example[0] for example in split.examples])
+        weight = np.array([source.weight for source in self.sources["train"]])[table.source]
+        if len(set(weight.tolist())) > 1:
+            for example in split.examples:
+                if len(set(weight[list(example)].tolist())) > 1:
+                    one, other = (table.name(max(example, key=lambda i: s * weight[i])) for s in (1, -1))
+                    raise ValueError(
+                        f"{one} and {other} come together, but their sources have different weights; give both the same"
+                    )
         desirable = split.of_examples((table.label == 1).astype(int))
         return Order(
             len(split.examples),
@@ -425,6 +444,8 @@ class FeedbackDataModule(LightningDataModule):
             "drop_last": self.drop_last,
             "balance_classes": self.balance_classes,
             "group_by_length": self.group_by_length,
+            # The prompt of a mismatched row is cut to what its completion leaves of it.
+            "max_length": self.max_length if self._module.objective.needs.probes else None,
             "weights": json.dumps([source.weight for source in self.sources["train"]]),
             "objective's needs": json.dumps(asdict(self._module.objective.needs)),
         }

@@ -423,13 +423,16 @@ def _kind(path: str) -> str | None:
     return ending if ending in TEXT or ending in BINARY else None
 
 
+_SPLITS = {"train", "test", "validation", "valid", "val", "dev", "eval"}
+
+
 def files_of(source: Source) -> list[Source]:
     """The source itself, or a source for each data file of the folder or pattern (``part-*.parquet``) that it names.
 
     A folder of ``save_to_disk`` is one source.
 
     Raises:
-        ValueError: for several files and a number of rows.
+        ValueError: for several files and a number of rows, or for files of training and of held-out data.
     """
     path = Path(source.path)
     found: list[Path] = []
@@ -438,6 +441,12 @@ def files_of(source: Source) -> list[Source]:
             found = [file for file in sorted(path.iterdir()) if file.is_file() and _kind(str(file))]
     elif not path.exists():
         found = [Path(name) for name in sorted(glob.glob(source.path))]
+    splits = {word for file in found for word in re.findall(r"[a-z]+", file.name.lower()) if word in _SPLITS}
+    if "train" in splits and len(splits) > 1:
+        raise ValueError(
+            f"{source.path}: its files' names are those of several splits ({', '.join(sorted(splits))});"
+            " name the files of one"
+        )
     if source.rows is not None and len(found) > 1:
         raise ValueError(
             f"{source.path}: rows is {source.rows}, of one file, but there are {len(found)}; name them one by one"

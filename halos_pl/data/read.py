@@ -7,7 +7,7 @@ from typing import Any
 
 from halos_pl.data import formats
 from halos_pl.data.example import Example, Fault, Skipped
-from halos_pl.data.schemas import SCHEMAS, BadRow, Parse, Schema, check, find
+from halos_pl.data.schemas import SCHEMAS, BadRow, Parse, Schema, check, find, refuse_lost
 from halos_pl.data.source import Source
 
 
@@ -54,6 +54,7 @@ def read(source: Source) -> Iterator[Example | Fault | Skipped]:
                     schema, first = find(item, source.columns), line
                 else:
                     check(item, schema, first, source.columns)
+                refuse_lost(item)
             except BadRow as bad:
                 item = bad.fault(place, source.columns)
         if schema is not None and schema.prepare:

@@ -25,6 +25,7 @@ Parse = Callable[[dict[str, Any], str], Items]
 
 NO_SCORE, TIE, EMPTY, SAME = "no score", "tie", "empty response", "both completions are the same"
 PARTED = "dialogues differ before the last turn"
+LATER = "the user speaks again in a completion"  # what was said then would carry the loss
 
 
 class BadRow(Exception):
@@ -84,7 +85,7 @@ def _message(value: Any, column: str, within: str = "") -> dict[str, str]:
             found = f"has the {key} {short(value[key])}" if key in value else f"has no '{key}'"
             raise BadRow(f"{found}; every message needs a '{keys[0]}' and a '{keys[1]}', both text", column, within)
         _text(value[key], column, within)
-    for key in ("tool_calls", "function_call"):
+    for key in ("tool_calls", "function_call", "reasoning_content", "thinking"):
         if value.get(key):
             raise BadRow(f"has {key}, which would be lost; write it into its content or remove the row", column, within)
     role = value[keys[0]]
@@ -146,6 +147,10 @@ def _continued(prompt: Prompt, value: Any, column: str, within: str = "") -> tup
             if completion and len(completion) == len(prompt):
                 raise BadRow("only repeats the prompt; add the assistant's message", column, within)
             completion = completion[len(prompt) :]
+        # What is said before the assistant speaks is asked, wherever it stands.
+        first = next((i for i, m in enumerate(completion) if m["role"] == "assistant"), 0)
+        if first and isinstance(prompt, list):
+            prompt, completion = prompt + completion[:first], completion[first:]
     return prompt, completion
 
 
@@ -177,7 +182,14 @@ def _score(value: Any, column: str, within: str = "") -> float | None:
     raise BadRow(f"is {short(value)}; a score must be a finite number, or null where there is none", column, within)
 
 
+def _asks(completion: Prompt) -> bool:
+    """Whether it holds a message of the user."""
+    return isinstance(completion, list) and any(message["role"] == "user" for message in completion)
+
+
 def _one(prompt: Prompt, completion: Prompt, place: str, label: bool | None, score: float | None = None) -> Items:
+    if _asks(completion):
+        return [Skipped(place, LATER)]
     return [Example(prompt, (completion,), (label,), place, (score,))]
 
 
@@ -190,6 +202,8 @@ def _pair(
 ) -> Items:
     if chosen == rejected:
         return [Skipped(place, SAME)]
+    if _asks(chosen) or _asks(rejected):
+        return [Skipped(place, LATER)]
     return [Example(prompt, (chosen, rejected), (True, False), place, scores, paired=True)]
 
 
@@ -333,9 +347,9 @@ def _conversation(row: dict[str, Any], column: str) -> Messages:
         raise BadRow(f"is {short(value)}; it must be a list of messages", column)
     messages = _messages(value, column)
     system = row.get("system")  # LLaMA-Factory keeps it in a column of its own
-    if column == "conversations" and isinstance(system, str) and system.strip():
+    if isinstance(system, str) and system.strip():
         if messages and messages[0]["role"] == "system":
-            raise BadRow("stands there, and 'conversations' has a system message too; keep one of them", "system")
+            raise BadRow(f"stands there, and '{column}' has a system message too; keep one of them", "system")
         messages.insert(0, {"role": "system", "content": _text(system, "system")})
     return messages
 
@@ -394,8 +408,9 @@ def _group(prompt: Prompt, judged: Iterable[tuple[Prompt, float | None]], place:
     items: Items = []
     kept: list[tuple[Prompt, float]] = []
     for number, (completion, score) in enumerate(judged, start=1):
-        if score is None or _is_blank(completion):
-            items.append(Skipped(f"{place}#{number}", NO_SCORE if score is None else EMPTY))
+        if score is None or _is_blank(completion) or _asks(completion):
+            why = NO_SCORE if score is None else EMPTY if _is_blank(completion) else LATER
+            items.append(Skipped(f"{place}#{number}", why))
         else:
             kept.append((completion, score))
     if kept:
@@ -630,6 +645,20 @@ def find(row: dict[str, Any], renamed: Mapping[str, str]) -> Schema:
             both = " and ".join(f"'{schema.name}' ({'+'.join(schema.columns)})" for schema in fitting)
             raise BadRow(f"the row fits {both}; name one of them as 'schema', or keep the columns of one")
     raise _lack(max(SCHEMAS.values(), key=lambda s: len(s.columns) - len(s.lacks(row))), row, renamed)
+
+
+def refuse_lost(row: dict[str, Any]) -> None:
+    """Refuses what is meant for the chat template, which is not given it; of texts there is no template that would be.
+
+    Raises:
+        BadRow: for tools and the like beside messages.
+    """
+    for column in ("tools", "chat_template_kwargs"):
+        given = row.get(column)
+        if given not in (None, "", "[]", "{}", [], {}) and any(
+            isinstance(v, list) and v and isinstance(v[0], dict) for name, v in row.items() if name != column
+        ):
+            raise BadRow("is for the chat template, which is not given it; write it into the messages", column)
 
 
 def check(row: dict[str, Any], schema: Schema, first: int | None, renamed: Mapping[str, str]) -> None:

@@ -139,14 +139,20 @@ class Split:
     def _scores(self) -> NDArray[np.float64]:
         """Each row's score less the mean of its prompt's: what float32 keeps of large ones that differ by little.
 
+        NaN where a row of the prompt has no score.
+
         Raises:
             DataError: for one that float32 cannot hold.
         """
         table, scored = self.table, ~np.isnan(self.table.score)
+        # Where a row of the prompt has none, labels are compared: never one against the other.
+        lacks = np.zeros(len(table.prompt_places), bool)
+        lacks[table.prompt[~scored]] = True
+        scored &= ~lacks[table.prompt]
         total, count = (np.zeros(len(table.prompt_places)) for _ in range(2))
         np.add.at(total, table.prompt[scored], table.score[scored])
         np.add.at(count, table.prompt[scored], 1)
-        score = table.score - (total / np.maximum(count, 1))[table.prompt]
+        score = np.where(scored, table.score - (total / np.maximum(count, 1))[table.prompt], np.nan)
         beyond = (~np.isfinite(score[scored]) | (np.abs(score[scored]) > 1e30)).nonzero()[0]
         if len(beyond):
             place = int(scored.nonzero()[0][beyond[0]])

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import transformers
 from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
@@ -249,7 +250,8 @@ def _code() -> str:
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    return [vocabulary, tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token]
+    # A template may write any special token, and is carried out by transformers.
+    return [vocabulary, tokenizer.chat_template, tokenizer.special_tokens_map, transformers.__version__]
 
 
 def _content(path: Path) -> str:

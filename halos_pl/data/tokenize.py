@@ -19,7 +19,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens (BOS, [CLS]) that the tokenizer itself puts before a text.
 
     Found by encoding, because ``add_bos_token``, post-processors and ``bos_token`` need not agree.
@@ -50,21 +50,30 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generation_prompt: bool) -> str:
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, prompt: bool, begun: bool = False
+) -> str:
+    """What the chat template writes; a ``prompt`` ends in the head of an answer or, ``begun``, in its last message."""
     if not tokenizer.chat_template:
         raise ValueError(
             "The data are message lists, but the tokenizer has no chat template: use an instruct model's "
             "tokenizer, set tokenizer.chat_template and save it, or give prompt and completion as plain text."
         )
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt))
+        how: dict[str, Any] = {"add_generation_prompt": prompt and not begun, "continue_final_message": begun}
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **how))
     except Exception as error:  # templates raise what they like (jinja2.TemplateError, TypeError, ...)
         roles = [message.get("role") for message in messages]
         raise ValueError(f"The chat template refuses messages with the roles {roles}: {error}") from error
 
 
+def _begun(prompt: Prompt) -> bool:
+    """Whether the prompt ends in what the assistant has begun to say, and the completion goes on with."""
+    return isinstance(prompt, list) and bool(prompt) and prompt[-1].get("role") == "assistant"
+
+
 def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else _render(tokenizer, prompt, generation_prompt=True)
+    return prompt if isinstance(prompt, str) else _render(tokenizer, prompt, prompt=True, begun=_begun(prompt))
 
 
 def _prompt_ids(prefix: list[int], prompt: Prompt, ids: list[int]) -> list[int]:
@@ -77,12 +86,15 @@ def _prompt_ids(prefix: list[int], prompt: Prompt, ids: list[int]) -> list[int]:
 
 def _completion_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, before: str, completion: Prompt) -> str:
     """What the completion adds to the prompt's text ``before``."""
+    given = completion
     _refuse_eos_inside(tokenizer, completion)
     eos: Any = tokenizer.eos_token
     if isinstance(completion, str):
         completion = _unended(eos, completion)
     else:
         completion = [{**message, "content": _unended(eos, message["content"])} for message in completion]
+    if not any(text.strip() for text in _texts(completion)) and any(text.strip() for text in _texts(given)):
+        raise ValueError("The completion is nothing but the EOS token; give it some text, or remove the row.")
     if isinstance(prompt, str):
         if isinstance(completion, str):
             return completion
@@ -92,7 +104,10 @@ def _completion_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, before:
         )
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
-    whole = _render(tokenizer, prompt + completion, generation_prompt=False)
+    if _begun(prompt) and completion[0]["role"] == "assistant":
+        said = {**prompt[-1], "content": prompt[-1]["content"] + completion[0]["content"]}
+        prompt, completion = prompt[:-1], [said, *completion[1:]]
+    whole = _render(tokenizer, prompt + completion, prompt=False)
     if not whole.startswith(before):
         same = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(whole))
         raise ValueError(
@@ -110,6 +125,10 @@ def _completion_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, before:
     return ended if eos and ended.endswith(eos) else text
 
 
+def _texts(completion: Prompt) -> list[str]:
+    return [completion] if isinstance(completion, str) else [message["content"] for message in completion]
+
+
 def _unended(eos: str | None, text: str) -> str:
     """The text without the EOS tokens at its end, and what is blank behind them, as a rendered dialogue has it."""
     while eos and text.rstrip().endswith(eos):
@@ -120,7 +139,7 @@ def _unended(eos: str | None, text: str) -> str:
 def _refuse_eos_inside(tokenizer: PreTrainedTokenizerBase, completion: Prompt) -> None:
     """The model would learn to stop there, and to go on; at the end of a text it is the one that belongs there."""
     eos: Any = tokenizer.eos_token
-    for text in [completion] if isinstance(completion, str) else [message["content"] for message in completion]:
+    for text in _texts(completion):
         if eos and eos in _unended(eos, text):
             raise ValueError(f"The completion spells the EOS token {eos} before its end; remove it, or the row.")
 
@@ -135,13 +154,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     """Token ids of a prompt: at least one, never followed by EOS.
 
     Text: its plain tokens, with BOS first iff the tokenizer puts one before a text. Messages: the chat
-    template with the generation prompt; whether there is a BOS is then the template's to say, as in use.
+    template with the generation prompt, or up to the end of the last message if that is the assistant's, which the
+    completion then goes on with; whether there is a BOS is the template's to say, as in use.
 
     Raises:
         ValueError: messages without a chat template, messages that the template refuses, or a prompt
             that gives no token at all.
     """
-    return _prompt_ids(_prefix(tokenizer), prompt, _ids(tokenizer, _prompt_text(tokenizer, prompt)))
+    return _prompt_ids(prefix_ids(tokenizer), prompt, _ids(tokenizer, _prompt_text(tokenizer, prompt)))
 
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Prompt) -> list[int]:
@@ -175,7 +195,7 @@ def encode_batch(
     Yields:
         For each conversation, in order, its token ids, or what the one-by-one functions would raise for it.
     """
-    eos, prefix, blank = _eos(tokenizer), _prefix(tokenizer), _blank_before(tokenizer)
+    eos, prefix, blank = _eos(tokenizer), prefix_ids(tokenizer), _blank_before(tokenizer)
     texts: list[str] = []
     faults: dict[int, ValueError] = {}
     for i, (prompt, completions) in enumerate(conversations):

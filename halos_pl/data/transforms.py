@@ -17,6 +17,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from random import Random
 from typing import Any, Literal
 
@@ -166,7 +167,8 @@ class ThresholdScores(Transform):
     Args:
         at: a number, which itself counts as desirable; or ``prompt_mean`` or ``prompt_median``, the mean or median of
             the prompt's rows, where a row exactly at it (one alone with its prompt, say) has no label and is dropped.
-        relabel: decide anew for rows that have a label as well as a score; False leaves them alone.
+        relabel: decide anew for rows that have a label as well as a score; False leaves them alone. A pair whose rows
+            are then both desirable, or both not, is one no longer: its rows go their own ways.
         drop_ties: drop rows exactly at their prompt's mean or median; False counts them as undesirable (for losses that
             look at the scores themselves, as GRPO).
 
@@ -205,10 +207,12 @@ class ThresholdScores(Transform):
         else:
             label[scored] = table.score[scored] >= self.at
         tied &= self.drop_ties
-        made = replace(table, label=label).select(~tied)
+        alike = (table.rival >= 0) & (label == label[table.rival])
+        made = replace(table, label=label, rival=np.where(alike, -1, table.rival)).select(~tied)
         decided = label[scored & ~tied]
         counts = {"desirable": int((decided == 1).sum()), "undesirable": int((decided == 0).sum())}
-        return made, counts | {"dropped_at_threshold": int(tied.sum())}
+        counts |= {"dropped_at_threshold": int(tied.sum())}
+        return made, counts | ({"unpaired": int(alike.sum()) // 2} if alike.any() else {})
 
 
 class Unpair(Transform):
@@ -225,7 +229,8 @@ class Pair(Transform):
     """Makes pairs of the rows of each prompt: of a higher and a lower score, or of a desirable and an undesirable row.
 
     Scores count where all rows of the prompt have one, labels elsewhere. Rows that are paired already stay so. A row
-    may be part of several pairs. Rows without a partner are dropped.
+    may be part of several pairs, but never of one with the same completion. Rows without a partner are dropped, as are
+    those with a score alone among rows without.
 
     Args:
         which: ``best_worst``, one pair a prompt of its highest and its lowest row; ``all`` pairs with a difference.
@@ -240,6 +245,7 @@ class Pair(Transform):
 
     def __call__(self, table: Table, draw: Random) -> tuple[Table, Counts]:
         single = table.rival < 0
+        text = table.of_rows("text")
         index: list[int] = []
         for rows in groups(np.where(single, table.prompt, -1)):
             if not single[rows[0]]:
@@ -247,15 +253,17 @@ class Pair(Transform):
             score = table.score[rows]
             own = table.label[rows] if np.isnan(score).any() else score  # never one against the other
             worth = dict(zip(rows, own.tolist(), strict=True))
-            ranked = sorted(rows, key=lambda row: -worth[row])  # stable: of equals the first of the data
-            if self.which == "best_worst":
-                if worth[ranked[0]] > worth[ranked[-1]]:
-                    index += (ranked[0], ranked[-1])
-            else:
-                for k, high in enumerate(ranked):
-                    for low in ranked[k + 1 :]:
-                        if worth[high] > worth[low]:
-                            index += (high, low)
+            # A row with a score alone has no label to be compared by. Stable: of equals the first of the data.
+            known = [row for row in rows if np.isfinite(score).all() or table.label[row] >= 0]
+            ranked = sorted(known, key=lambda row: -worth[row])
+            best_worst = self.which == "best_worst"
+            pairs = (
+                (high, low)
+                for k, high in enumerate(ranked)
+                for low in (reversed(ranked[k + 1 :]) if best_worst else ranked[k + 1 :])
+                if worth[high] > worth[low] and text[high] != text[low]
+            )
+            index += [row for pair in islice(pairs, 1 if best_worst else None) for row in pair]
         made = replace(table, rival=np.full(len(table), -1)).select(np.array(index, dtype=np.int64))
         places = np.arange(len(made))
         made = replace(

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.data import DataError, FeedbackDataModule, Source, store
+from halos_pl.data.batches import Row, Step, StepDataset
 from halos_pl.data.datamodule import ControlTokens
 from halos_pl.data.transforms import FlipLabels, OnePerPrompt, Pair, ThresholdScores
 from halos_pl.outcomes import FlatBatch, Needs
@@ -747,3 +748,104 @@ def test_a_store_travels_to_a_worker_as_its_place(tmp_path: Path) -> None:
     assert len(sent) < 500
     assert pickle.loads(sent).digest == stored.digest
     assert isinstance(pickle.loads(sent).tokens, np.memmap)
+
+
+# Rows of several kinds, several models, cut prompts
+
+
+def test_scores_and_labels_are_never_compared_with_each_other(tmp_path: Path) -> None:
+    scored_file = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "q", "completion": "great", "score": 10}])
+    labelled = [{"prompt": "q", "completion": f"{kind}{i}", "label": kind == "good"} for i, kind in enumerate(KINDS)]
+    other = write_jsonl(tmp_path / "b.jsonl", labelled)
+    data = set_up(DPO, train=[scored_file, other], transforms=[Pair()])
+    [step] = train_rows(data)
+    assert [(row[1], row[2]) for row in step] == [("good0<|im_end|>", True), ("awful1<|im_end|>", False)]
+    assert data.counts()["train"]["transforms"][0]["dropped_without_partner"] == 1
+    # The same of a loss that compares scores: where one lacks, the labels are what it sees.
+    rows = [{"prompt": "q", "completion": f"c{i}", "label": i < 2, "score": s} for i, s in enumerate((8, 10, None))]
+    rows += [{"prompt": "r", "completion": f"c{i}", "label": i < 1, "score": s} for i, s in enumerate((8, 10))]
+    path = write_jsonl(tmp_path / "c.jsonl", rows)
+    [batch] = set_up(Needs(groups=True, undesirable=True), train=path).train_dataloader()
+    found = {
+        (text(batch.prompts[int(batch.prompt[i])]), text(batch.completions[i])[:2]): float(batch.score[i])
+        for i in range(len(batch))
+    }
+    assert found == {("q", "c0"): 1, ("q", "c1"): 1, ("q", "c2"): 0, ("r", "c0"): -1, ("r", "c1"): 1}
+
+
+KINDS = ("good", "awful")
+
+
+def test_votes_against_each_other_on_one_completion_make_no_pair(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "completion": c, "label": label} for c, label in (("a", 1), ("a", 0), ("b", 0))]
+    data = set_up(DPO, train=write_jsonl(tmp_path / "a.jsonl", rows), transforms=[Pair(which="all")])
+    [step] = train_rows(data)
+    assert [row[1][0] for row in step] == ["a", "b"]
+
+
+def test_pairs_that_a_threshold_puts_on_one_side_are_pairs_no_longer(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"q{i}", "chosen": "good", "rejected": "ok", "score_chosen": high, "score_rejected": low}
+        for i, (high, low) in enumerate(((9, 7), (2, 1), (9, 1)))
+    ]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    relabel = ThresholdScores(at=5, relabel=True)
+    with pytest.raises(DataError, match="compares the two completions of a pair"):
+        set_up(DPO, train=path, transforms=[relabel])
+    data = set_up(KTO, train=path, transforms=[relabel], keep_together="pairs")
+    [batch] = data.train_dataloader()
+    assert int((batch.rival >= 0).sum()) == 2
+    assert data.counts()["train"]["transforms"][0]["unpaired"] == 2
+
+
+def test_another_model_gets_its_own_tokens(tmp_path: Path) -> None:
+    chat = [{"prompt": [{"role": "user", "content": f"hi{i}"}], "completion": "c", "label": i > 0} for i in range(2)]
+    data = set_up(SFT, train=write_jsonl(tmp_path / "a.jsonl", chat))
+    before = train_rows(data)
+    template = "{% for m in messages %}## {{ m.content }}<|im_end|>{% endfor %}"
+    data.trainer.lightning_module.tokenizer = byte_level_tokenizer(template)  # type: ignore[union-attr]
+    data.setup("fit")
+    assert {row[0][:2] for step in train_rows(data) for row in step} == {"##"}
+    assert {row[0][:2] for step in before for row in step} == {"<|"}
+
+
+def test_sources_of_different_weights_do_not_share_a_prompt_that_stays_together(tmp_path: Path) -> None:
+    a, b = (write_jsonl(tmp_path / f"{name}.jsonl", binary(4, prompts=2)) for name in "ab")
+    sources: list[Any] = [Source(a), Source(b, weight=3)]
+    with pytest.raises(DataError, match=r"[ab]\.jsonl:1 and .*\.jsonl:\d come together.*different weights"):
+        set_up(Needs(groups=True, undesirable=True), train=sources)
+    set_up(KTO, train=sources)
+
+
+def test_a_folder_of_several_splits_is_no_training_set(tmp_path: Path) -> None:
+    for name in ("train", "test"):
+        write_jsonl(tmp_path / f"{name}-00000.jsonl", binary())
+    with pytest.raises(ValueError, match=r"several splits \(test, train\); name the files of one"):
+        set_up(KTO, train=str(tmp_path))
+    assert len(train_rows(set_up(KTO, train=str(tmp_path / "train*.jsonl"), batch_size=16))) == 1
+
+
+def test_a_checkpoint_knows_what_mismatched_prompts_were_cut_to(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", binary())
+    saved = set_up(KTO, train=path, max_length=60).state_dict()
+    with pytest.raises(ValueError, match="max_length"):
+        set_up(KTO, train=path, max_length=200).load_state_dict(saved)
+    path = write_jsonl(tmp_path / "b.jsonl", pairs())
+    set_up(DPO, train=path, max_length=200).load_state_dict(set_up(DPO, train=path, max_length=60).state_dict())
+
+
+def test_a_cut_prompt_keeps_its_first_special_token() -> None:
+    prompts = [[1, *range(10, 30)], [2, *range(10, 30)]]
+    rows = [Row(i, 8, [5], True, f"r{i}") for i in range(2)]
+    data = StepDataset(prompts, rows, [(0,), (1,)], max_length=9, prefix=[1])
+    batch = data[Step(0, 0, (0, 1))]
+    assert [p.tolist() for p in batch.prompts] == [[1, *range(23, 30)], [*range(22, 30)]]
+
+
+def test_a_template_that_writes_the_date_is_pointed_out(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", binary())
+    data = set_up(SFT, train=path)
+    template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    data.trainer.lightning_module.tokenizer = byte_level_tokenizer(template)  # type: ignore[union-attr]
+    with pytest.warns(UserWarning, match="writes the day's date"):
+        data.setup("fit")

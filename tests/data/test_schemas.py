@@ -144,7 +144,33 @@ def test_a_text_prompt_that_the_conversations_hold(tmp_path: Path, prompt: str) 
 def test_the_prompt_column_wins(tmp_path: Path) -> None:
     assert pair(tmp_path, {"prompt": "p", "chosen": "same a", "rejected": "same b"}) == ("p", "same a", "same b")
     row = {"prompt": [SYSTEM], "chosen": [USER, BOT], "rejected": [USER, OTHER]}
-    assert pair(tmp_path, row) == ([SYSTEM], [USER, BOT], [USER, OTHER])
+    assert pair(tmp_path, row) == ([SYSTEM, USER], [BOT], [OTHER])  # what the user says is no part of an answer
+
+
+def test_what_the_user_says_in_a_completion_does_not_carry_the_loss(tmp_path: Path) -> None:
+    later = [BOT, {"role": "user", "content": "and now?"}, OTHER]
+    rows: list[dict[str, Any]] = [
+        {"prompt": [USER], "completion": [USER, *later], "label": True},
+        {"prompt": [USER], "chosen": later, "rejected": [BOT]},
+        {"prompt": [USER], "completions": [later, [BOT]], "scores": [1, 2]},
+    ]
+    for row in rows:
+        found = read_rows(tmp_path, row)
+        assert [item.reason for item in found if isinstance(item, Skipped)] == ["the user speaks again in a completion"]
+
+
+@pytest.mark.parametrize("column", ["tools", "chat_template_kwargs"])
+def test_what_a_template_would_need_is_refused_and_not_lost(tmp_path: Path, column: str) -> None:
+    row = {"prompt": [USER], "completion": [BOT], "label": True}
+    for empty in (None, "", [], {}, "[]"):
+        example(tmp_path, {**row, column: empty})
+    assert "is for the chat template" in refused(tmp_path, {**row, column: [{"name": "search"}]})
+    example(tmp_path, {"prompt": "a", "completion": "b", "label": True, column: "hammer"})  # no template is used
+
+
+def test_a_system_column_goes_before_the_messages(tmp_path: Path) -> None:
+    row = {"messages": [USER, BOT], "label": 1, "system": SYSTEM["content"]}
+    assert example(tmp_path, row).prompt == [SYSTEM, USER]
 
 
 @pytest.mark.parametrize(

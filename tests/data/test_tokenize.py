@@ -289,3 +289,21 @@ def test_a_batch_is_encoded_as_one_by_one(make: Any, conversations: list[tuple[s
         except ValueError as error:
             alone = str(error)
         assert (str(got) if isinstance(got, ValueError) else got) == alone
+
+
+def test_a_completion_goes_on_with_what_the_assistant_has_begun() -> None:
+    tokenizer = byte_level()
+    begun = [*SAY, {"role": "assistant", "content": "Sure, "}]
+    prompt = tokenizer.decode(encode_prompt(tokenizer, begun))
+    assert prompt.endswith("<|im_start|>assistant\nSure, ")
+    for completion in ("here", [{"role": "assistant", "content": "here"}]):
+        assert tokenizer.decode(encode_completion(tokenizer, begun, completion)) == "here<|im_end|>"
+    whole = [*SAY, {"role": "assistant", "content": "Sure, here"}]
+    assert (prompt + "here<|im_end|>\n") == tokenizer.apply_chat_template(whole, tokenize=False)
+
+
+@pytest.mark.parametrize("prompt", ["Say", SAY])
+@pytest.mark.parametrize("completion", ["<|im_end|>", " <|im_end|>\n"])
+def test_a_completion_that_is_eos_alone_is_refused(prompt: Any, completion: str) -> None:
+    with pytest.raises(ValueError, match="nothing but the EOS token"):
+        encode_completion(byte_level(), prompt, completion)
