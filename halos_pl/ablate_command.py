@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from halos_pl.study.evaluate import FILE
 from halos_pl.study.execute import OVER, PLAN, STUDY, claim, environment, execute, failure, show_plan, state, timed_step
-from halos_pl.study.plan import StudyError, check, load_study
+from halos_pl.study.plan import StudyError, check, default_folder, load_study
 from halos_pl.study.report import write_report
 from halos_pl.study.results import Results
 
@@ -30,8 +31,7 @@ def ablate(
     if jobs < 1:
         raise StudyError(f"--jobs is {jobs}; it must be at least 1")
     plan = load_study(study, over)
-    name = plan.path.stem if plan.over is None else f"{plan.path.stem}-{plan.over.stem}"
-    folder = Path(out) if out else Path("runs") / name
+    folder = Path(out) if out else default_folder(study, over)
     checked = check(plan)
     claim(plan, folder, {name: arm.digest for name, arm in checked.items()})
     runs = plan.runs(folder)
@@ -46,8 +46,8 @@ def ablate(
         raise SystemExit(130) from None
     results = Results(plan, folder)
     print(f"\n{results.headline()}\nhalos: the report is {write_report(results)}, and report.md beside it")
-    if failed:
-        raise StudyError(f"{len(failed)} of {len(runs)} runs have failed; halos ablate status {folder} says why")
+    if bad := len(failed) + len(results.faults):
+        raise StudyError(f"{bad} of {len(runs)} runs have failed or are left out: halos ablate status {folder}")
 
 
 def _study_of(folder: str) -> Results:
@@ -69,8 +69,12 @@ def status(folder: str) -> None:
     for column in ("run", "state", "why"):
         table.add_column(column, overflow="fold")
     for run in results.runs:
-        how = state(run)
-        table.add_row(escape(str(run.folder)), how, escape(failure(run)["error"]) if how == "failed" else "")
+        how, why = state(run), ""
+        if how == "failed":
+            why = failure(run)["error"]
+        elif run in results.faults:
+            how, why = "left out", f"{results.faults[run]}; remove {run.folder / FILE} to measure it again"
+        table.add_row(escape(str(run.folder)), how, escape(why))
     Console().print(table)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,13 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from filelock import FileLock, Timeout
 from hypothesis import given
 from hypothesis import strategies as st
 from run_halos import ROOT, binary_data, pair_data
 
 from halos_pl.cli import main
 from halos_pl.study import execute
-from halos_pl.study.evaluate import METRICS, _of_pairs, _of_rows
+from halos_pl.study.evaluate import METRICS, _by_example, _of_pairs, _of_rows
 from halos_pl.study.plan import Study, StudyError, check, command, load_study
 from halos_pl.study.report import _drawn, _forest, _heat_map
 from halos_pl.study.results import Results
@@ -83,7 +86,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Runs a study's commands in this process, and notes them."""
     called: list[str] = []
 
-    def process(words: list[str], log: Path, env: Any) -> int:
+    def process(words: list[str], log: Path, env: Any, lock: Any = None) -> int:
         log.parent.mkdir(parents=True, exist_ok=True)
         called.append(command(words))
         try:
@@ -130,6 +133,18 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
         "prompts: none.txt",
         "none.txt: no such file",
     ),
+    "a metric that is a list": ({"metrics": [["kl"]]}, "- - kl", "unknown metric ['kl']"),
+    "a metric twice": ({"metrics": ["kl", "rule", "kl"]}, "metrics:", "metric kl is named twice"),
+    "no held-out data": (
+        {"evaluate": {"held_out": []}, "metrics": ["reward_accuracy"]},
+        "- reward_accuracy",
+        "evaluate names no held_out",
+    ),
+    "an axis that an arm sets": (
+        {"arms": {"a": {"trainer.max_epochs": 4}}, "axes": {"trainer.max_epochs": [2, 6]}},
+        "trainer.max_epochs",
+        "is an axis, and set by arm 'a' as well",
+    ),
     "sample of more than there are": ({"sample": {"size": 9}}, "sample:", "only 2 arms"),
 }
 
@@ -165,6 +180,11 @@ def test_arms_are_crossed_with_axes_and_sampled(make: Any) -> None:
     ]
     assert len(some.arms) == 5
     assert len(load_study(make(arms=None, axes=axes)).arms) == 6
+    for seed in range(5):  # the baseline is always among them
+        drawn = {"size": 2, "seed": seed}
+        some = load_study(make(axes=axes, sample=drawn, baseline="no loss aversion beta=0.2 batch_size=4"))
+        assert some.baseline in [arm.name for arm in some.arms]
+        assert len(some.arms) == 2
 
 
 ARM_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
@@ -173,6 +193,9 @@ ARM_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "data of another kind": ({"objective": f"{ROOT}/experiments/objectives/dpo.yaml"}, "compares the two completions"),
     "the same as another": ({"objective": f"{ROOT}/experiments/objectives/kto.yaml"}, "the same config as arm 'kto'"),
     "no such file": ({"objective": "experiments/objectives/kato.yaml"}, "kato.yaml"),
+    "a device that is not there": ({"trainer.accelerator": "tpu"}, "torch_xla"),
+    "a plug-in that is none": ({"model.value_function": "Nope"}, "KahnemanTversky"),
+    "a text for a number": ({"data.batch_size": "many"}, "many"),
 }
 
 
@@ -211,6 +234,31 @@ EVALUATE_FAULTS: dict[str, tuple[dict[str, Any], list[str], str, str]] = {
         "batch_size",
     ),
     "a source that is none": ({"held_out": "train.jsonl"}, ["kl_held_out"], "evaluate:", "held_out"),
+    "no undesirable rows": (
+        {"held_out": ["good.jsonl"]},
+        ["nll_undesirable"],
+        "metrics:",
+        "nll_undesirable wants undesirable rows; the held-out data have none",
+    ),
+    "no desirable rows": (
+        {"held_out": ["bad.jsonl"]},
+        ["reward_auroc"],
+        "metrics:",
+        "reward_auroc wants desirable rows; the held-out data have none",
+    ),
+    "a rule without answers": (
+        {"held_out": ["train.jsonl"], "rule": "rule.py:ends"},
+        ["kl_held_out"],
+        "evaluate:",
+        "name --prompts as well",
+    ),
+    "no tokens": (
+        {"prompts": "prompts.txt", "max_new_tokens": 0},
+        ["kl"],
+        "evaluate:",
+        "max_new_tokens is 0; it must be at least 1",
+    ),
+    "no batch": ({"held_out": ["train.jsonl"], "batch_size": 0}, ["kl_held_out"], "evaluate:", "batch_size is 0"),
 }
 
 
@@ -221,6 +269,8 @@ def test_what_cannot_be_measured_is_refused_before_the_first_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "faulty.jsonl").write_text('{"prompt": "a", "completion": 3, "label": true}\n')
+    for file, label in (("good", "true"), ("bad", "false")):
+        (tmp_path / f"{file}.jsonl").write_text(f'{{"prompt": "a", "completion": "b", "label": {label}}}\n')
     evaluate, metrics, place, message = EVALUATE_FAULTS[name]
     path = make(evaluate=evaluate, metrics=metrics)
     with pytest.raises(StudyError) as error:
@@ -292,8 +342,40 @@ def test_a_folder_is_refused_where_it_holds_other_results(make: Any, tmp_path: P
     execute.claim(study(evaluate=measured), out, {**digests, "kto": "3"})
     other = tmp_path / "elsewhere.yaml"
     other.write_text((tmp_path / "study.yaml").read_text())
+    execute.claim(load_study(other), out, {**digests, "kto": "3"})  # the same by another name
+    (out / "kto").mkdir()
+    taken = {"nothing": {"objective": plain.arms[0].configs[-1]}}
+    third = tmp_path / "third.yaml"
+    third.write_text(study(evaluate=measured, arms=taken).path.read_text())
     with pytest.raises(StudyError, match="another study"):
-        execute.claim(load_study(other), out, digests)
+        execute.claim(load_study(third), out, {"nothing": "9"})
+
+
+def test_runs_say_how_they_were_measured(make: Any, here: list[str], tmp_path: Path, capsys: Any) -> None:
+    """An arm that is left out while the measuring changes is not compared with the others when it comes back."""
+    out = tmp_path / "out"
+    path = make(metrics=["length"])
+    arms = yaml.safe_load(path.read_text())["arms"]
+    measured = {"prompts": str(tmp_path / "prompts.txt"), "max_new_tokens": 3}
+    main(
+        [
+            "ablate",
+            str(make(metrics=["length"], seeds=[0], arms={"kto": arms["kto"]}, evaluate=measured)),
+            f"--out={out}",
+        ]
+    )
+    [kept] = out.glob("*/seed-0/measured.json")
+    said = json.loads(kept.read_text())
+    assert said["evaluate"] == measured
+    assert set(said["by"]) == {"revision", "versions", "machine"}
+    assert f"1 runs by revision {said['by']['revision']}" in (out / "report.md").read_text()
+    assert f"--out {out}" in (out / "report.md").read_text()
+    other = {name: own for name, own in arms.items() if name != "kto"}
+    more = {**measured, "max_new_tokens": 4}
+    main(["ablate", str(make(metrics=["length"], seeds=[0], arms=other, evaluate=more)), f"--out={out}"])
+    with pytest.raises(SystemExit):
+        main(["ablate", str(make(metrics=["length"], seeds=[0], evaluate=more)), f"--out={out}"])
+    assert "kto/seed-0 was measured in another way" in capsys.readouterr().err
 
 
 def test_a_run_that_cannot_be_compared_is_left_out_by_name(make: Any, tmp_path: Path) -> None:
@@ -319,13 +401,32 @@ def test_a_run_that_cannot_be_compared_is_left_out_by_name(make: Any, tmp_path: 
     assert replace(one, planned=1).shown
 
 
+def test_a_prompt_with_more_rows_is_no_other_value() -> None:
+    """Values that are alike have no spread, whoever has how many of them; and the error is that of a ratio."""
+    draw = np.random.default_rng(0)
+    sizes = draw.integers(1, 9, 40)
+
+    def values(of_row: Callable[[int], float]) -> list[float]:
+        rows = [(f"{i}.{k}", f"{i}") for i, n in enumerate(sizes) for k in range(n)]
+        return list(_by_example({row: of_row(j) for j, (row, _) in enumerate(rows)}, dict(rows)).values())
+
+    assert values(lambda j: 0.7) == pytest.approx([0.7] * 40)
+    x = draw.random(sizes.sum())
+    found = np.array(values(lambda j: float(x[j])))
+    assert found.mean() == pytest.approx(x.mean())
+    sums = np.add.reduceat(x, np.concatenate([[0], sizes.cumsum()[:-1]]))
+    theory = ((sums - x.mean() * sizes) ** 2).sum() / sizes.sum() ** 2  # Cochran 1977, eq. 6.9, n / (n - 1) left out
+    assert found.var() / 40 == pytest.approx(theory)
+
+
 def test_what_a_command_said_last_is_of_this_attempt(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     log.write_text("halos: DataError: the first attempt's\n")
     start = log.stat().st_size
     with log.open("a") as file:
         file.write("usage: ...\nerror: Parser key 'x': no such thing\n")
-    assert execute._last_words(log, start, 1) == "error: Parser key 'x': no such thing"
+        file.write("  There is: y\n\nAll options: halos fit --help\n")
+    assert execute._last_words(log, start, 1) == "error: Parser key 'x': no such thing There is: y"
     assert execute._last_words(log, start, -9).startswith("killed by SIGKILL")  # what was said before is not why
 
 
@@ -353,7 +454,7 @@ def test_a_run_whose_weights_are_gone_is_trained_again(
     run = study.runs(tmp_path / "out")[0]
     called: list[str] = []
 
-    def process(words: list[str], log: Path, env: Any) -> int:
+    def process(words: list[str], log: Path, env: Any, lock: Any = None) -> int:
         called.append(words[0])
         return 0
 
@@ -368,12 +469,42 @@ def test_a_run_whose_weights_are_gone_is_trained_again(
     assert called == ["fit", "evaluate", "evaluate"]
 
 
+ORPHAN = """
+import os, signal, sys
+from pathlib import Path
+from filelock import FileLock
+from halos_pl.study import execute
+
+sys.executable = sys.argv[1]
+lock = FileLock(sys.argv[2])
+lock.acquire()
+execute._process(["fit"], Path(sys.argv[3]), os.environ, execute._descriptor(lock))
+"""
+
+
+def test_a_run_whose_study_has_died_is_still_locked(tmp_path: Path) -> None:
+    """Or the study, started again, would train in a folder that another process writes to."""
+    child = tmp_path / "child.sh"
+    child.write_text(f"#!/bin/sh\ntouch {tmp_path}/begun\nwhile [ ! -e {tmp_path}/end ]; do sleep 0.05; done\n")
+    child.chmod(0o755)
+    lock = tmp_path / "lock"
+    study = subprocess.Popen([sys.executable, "-c", ORPHAN, str(child), str(lock), str(tmp_path / "log.txt")])
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.05)
+    study.kill()
+    study.wait()
+    with pytest.raises(Timeout):
+        FileLock(lock).acquire(timeout=0.1)
+    (tmp_path / "end").touch()
+    FileLock(lock).acquire(timeout=10)
+
+
 def test_what_two_processes_are_given_is_done_once(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = load_study(make())
     run = study.runs(tmp_path / "out")[0]
     called: list[str] = []
 
-    def process(words: list[str], log: Path, env: Any) -> int:
+    def process(words: list[str], log: Path, env: Any, lock: Any = None) -> int:
         called.append(words[0])
         time.sleep(0.05)
         if words[0] == "evaluate":
@@ -427,7 +558,7 @@ def test_a_study_runs_goes_on_after_a_failure_and_reports(make: Any, here: list[
     broken = out / "no_loss_aversion" / "seed-1"
     blocked = execute._process
 
-    def process(words: list[str], log: Path, env: Any) -> int:
+    def process(words: list[str], log: Path, env: Any, lock: Any = None) -> int:
         if f"--run_dir={broken}" in words:
             log.write_text("halos: RuntimeError: out of memory\n")
             return 1

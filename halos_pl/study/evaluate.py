@@ -54,6 +54,10 @@ METRICS: dict[str, tuple[str, str, bool | None]] = {
 }
 
 
+#: Metrics that lie between 0 and 1.
+SHARES = frozenset(name for name, (_, what, _) in METRICS.items() if what.startswith("share"))
+
+
 class Evaluation(HALOModule):
     """Measures each held-out row under the policy of a run and under the model that it started from."""
 
@@ -141,11 +145,16 @@ def _examples(records: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def _by_example(values: dict[str, float], example: dict[str, str]) -> dict[str, float]:
-    """Values of rows as values of examples with the same mean: the rows of a prompt do not vary by themselves."""
-    sums: dict[str, float] = defaultdict(float)
+    """Values of rows as values of examples with the same mean: the rows of a prompt do not vary by themselves.
+
+    Each is the mean and what the example adds to its error, as of a ratio of two sums (Cochran 1977, section 6.3): how
+    many rows an example has is no variation of what is measured.
+    """
+    mean = sum(values.values()) / max(len(values), 1)
+    off: dict[str, float] = defaultdict(float)
     for row, value in values.items():
-        sums[example[row]] += value
-    return {name: total * len(sums) / len(values) for name, total in sums.items()}
+        off[example[row]] += value - mean
+    return {name: mean + total * len(off) / len(values) for name, total in off.items()}
 
 
 def _auroc_shares(high: dict[str, float], low: dict[str, float]) -> dict[str, float]:
@@ -184,6 +193,33 @@ def function_of(place: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
+def check_arguments(
+    *,
+    held_out: Any,
+    prompts: str | None,
+    rule: str | None,
+    judge: str | None,
+    max_length: int,
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int,
+    **_: Any,
+) -> None:
+    """Refuses arguments of :func:`evaluate` that cannot be, before any model is loaded.
+
+    Raises:
+        DataError: naming the argument.
+    """
+    if not held_out and not prompts:
+        raise DataError("nothing to measure: name --held_out feedback, --prompts, or both")
+    if (rule or judge) and not prompts:
+        raise DataError("--rule and --judge look at answers: name --prompts as well")
+    least = {"max_length": (max_length, 2), "max_new_tokens": (max_new_tokens, 1), "batch_size": (batch_size, 1)}
+    for name, (value, low) in (least | {"temperature": (temperature, 0)}).items():  # type: ignore[dict-item]
+        if not value >= low:
+            raise DataError(f"{name} is {value}; it must be at least {low}")
+
+
 def evaluate(
     run: str,
     *,
@@ -219,10 +255,16 @@ def evaluate(
         seed: of the sampling.
     """
     folder = Path(run)
-    if not held_out and not prompts:
-        raise DataError("nothing to measure: name --held_out feedback, --prompts, or both")
-    if (rule or judge) and not prompts:
-        raise DataError("--rule and --judge look at answers: name --prompts as well")
+    check_arguments(
+        held_out=held_out,
+        prompts=prompts,
+        rule=rule,
+        judge=judge,
+        max_length=max_length,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        batch_size=batch_size,
+    )
     chosen = {name: function_of(place) for name, place in (("rule", rule), ("judge", judge)) if place}
     module = _prepared(folder)
     values: dict[str, dict[str, float]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +35,22 @@ LOG = "log.txt"
 PLAN = "plan.json"
 CODE = ("rule", "judge")  # what evaluate names as file.py:function
 TIMED = "timed_step"
+MEASURED = "measured.json"
+LIBRARIES = ("halos_pl", "torch", "lightning", "transformers", "peft", "datasets", "scipy", "statsmodels")
 
 
-def _process(words: list[str], log: Path, env: Mapping[str, str]) -> int:
+def _process(words: list[str], log: Path, env: Mapping[str, str], lock: int | None = None) -> int:
+    """The exit status of a command; it holds the file descriptor ``lock`` too, and so the lock if this process dies."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         file.write(f"$ {command(words)}\n")
         file.flush()
         return subprocess.run(
-            [sys.executable, "-m", "halos_pl", *words], stdout=file, stderr=subprocess.STDOUT, env=env
+            [sys.executable, "-m", "halos_pl", *words],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=env,
+            pass_fds=() if lock is None else (lock,),
         ).returncode
 
 
@@ -51,8 +60,10 @@ def _last_words(log: Path, start: int, status: int) -> str:
         return f"killed by {signal.Signals(-status).name}{', for want of memory, perhaps' if status == -9 else ''}"
     text = log.read_bytes()[start:].decode(errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = [line for line in lines if line.startswith(("halos", "error:")) and "rror" in line]
-    return (said or lines or ["it said nothing"])[-1][:500]
+    said = [i for i, line in enumerate(lines) if line.startswith(("halos", "error:")) and "rror" in line]
+    # A parser gives the reason in the lines behind.
+    words = " ".join(lines[said[-1] :]).partition(" All options: ")[0] if said else (lines or ["it said nothing"])[-1]
+    return words[:500]
 
 
 def mark_of(run: Run) -> Path:
@@ -86,12 +97,21 @@ def execute_run(
         print(f"halos: {run.folder}: another process works on it; waiting for that one", file=sys.stderr)
         lock.acquire()
     try:
-        return None if run.done else _execute_run(run, study, os.environ if env is None else env, keep_checkpoints)
+        if run.done:
+            return None
+        return _execute_run(run, study, os.environ if env is None else env, keep_checkpoints, _descriptor(lock))
     finally:
         lock.release()
 
 
-def _execute_run(run: Run, study: Study, env: Mapping[str, str], keep_checkpoints: bool) -> str | None:
+def _descriptor(lock: FileLock) -> int | None:
+    """Of the file that is locked; None where the platform's lock has none that a child could inherit."""
+    return lock._context.lock_file_fd if os.name == "posix" else None
+
+
+def _execute_run(
+    run: Run, study: Study, env: Mapping[str, str], keep_checkpoints: bool, lock: int | None
+) -> str | None:
     log = run.folder.with_name(f"{run.folder.name}.{LOG}")
     mark = mark_of(run)
     mark.unlink(missing_ok=True)
@@ -102,10 +122,11 @@ def _execute_run(run: Run, study: Study, env: Mapping[str, str], keep_checkpoint
     steps.append(study.evaluation(run))
     for words in steps:
         start = log.stat().st_size if log.is_file() else 0
-        if status := _process(words, log, env):
+        if status := _process(words, log, env, lock):
             why = _last_words(log, start, status)
             _fail(run, words, why)
             return why
+    (run.folder / MEASURED).write_text(json.dumps(measuring(study) | {"by": provenance()}, indent=2) + "\n")
     if not keep_checkpoints:
         (run.folder / LAST).unlink(missing_ok=True)
     return None
@@ -126,25 +147,63 @@ def failure(run: Run) -> dict[str, str]:
     return found
 
 
+def provenance() -> dict[str, Any]:
+    """By what a run was made: the revision of the code, versions of libraries, the machine."""
+    return {
+        "revision": _revision(),
+        "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+        "machine": f"{platform.machine()}, {platform.system()}, {os.cpu_count()} cores",
+    }
+
+
+def _revision() -> str:
+    def git(*words: str) -> str:
+        try:
+            return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+
+    commit = git("rev-parse", "HEAD")
+    return (
+        f"{commit}{' with changes' if git('status', '--porcelain', '-uno') else ''}"
+        if commit
+        else "not in a git checkout"
+    )
+
+
+def measuring(study: Study) -> dict[str, Any]:
+    """How and on what the study's runs are measured."""
+    code = [str(study.evaluate[key]).rpartition(":")[0] for key in CODE if key in study.evaluate]
+    files = {path: digest_of(path) for path in sorted({*study.data_files, *code})}
+    return {"evaluate": dict(study.evaluate), "files": files}
+
+
+def measured_how(run: Run, otherwise: Mapping[str, Any]) -> Mapping[str, Any]:
+    """How a run was measured and by what; where it does not say so itself, as ``otherwise`` has it."""
+    path = run.folder / MEASURED
+    found: Mapping[str, Any] = json.loads(path.read_text()) if path.is_file() else otherwise
+    return found
+
+
 def claim(study: Study, out: Path, digests: Mapping[str, str]) -> None:
     """Makes ``out`` the folder of this study.
 
     Raises:
         StudyError: where it is another one's, or holds runs that were trained or measured otherwise.
     """
-    code = [str(study.evaluate[key]).rpartition(":")[0] for key in CODE if key in study.evaluate]
     plan: dict[str, Any] = {
         "study": str(study.path),
         "over": None if study.over is None else str(study.over),
         "digests": {arm.folder: digests[arm.name] for arm in study.arms},
         "seeds": list(study.seeds),
-        "evaluate": dict(study.evaluate),
-        "files": {path: digest_of(path) for path in sorted({*study.data_files, *code})},
-    }
+    } | measuring(study)
     known = out / PLAN
     if known.is_file():
         before = json.loads(known.read_text())
-        if Path(before.get("study", study.path)).stem != study.path.stem:
+        # Another file with runs of this one is this study by another name, or as it was before an arm was added.
+        same = any(before["digests"].get(arm.folder) == digests[arm.name] for arm in study.arms)
+        others = any((out / folder).is_dir() for folder in before["digests"])
+        if others and not same and Path(before["study"]).resolve() != study.path.resolve():
             raise StudyError(
                 f"{out} holds the results of another study, {before['study']}; name another folder with --out"
             )
@@ -155,13 +214,13 @@ def claim(study: Study, out: Path, digests: Mapping[str, str]) -> None:
                     f"{out} holds the results of another study: arm {arm.name!r} had another config or other data; name"
                     f" another folder with --out, or remove {folder} to run the arm again"
                 )
-        measured = any(run.done for run in study.runs(out))
-        if measured and any(before.get(key, plan[key]) != plan[key] for key in ("evaluate", "files")):
-            raise StudyError(
-                f"{out} holds the results of another study: its runs were measured in another way or on other files;"
-                f" name another folder with --out, or remove each {FILE} in it to measure again (and to train again"
-                " where there is no checkpoint)"
-            )
+        for run in study.runs(out):
+            if run.done and any(plan[key] != measured_how(run, before).get(key) for key in ("evaluate", "files")):
+                raise StudyError(
+                    f"{out} holds the results of another study: {run.folder} was measured in another way or on other"
+                    f" files; name another folder with --out, or remove each {FILE} in it to measure again (and to"
+                    " train again where there is no checkpoint)"
+                )
         plan["digests"] = {**before["digests"], **plan["digests"]}
     elif out.is_dir() and any(out.iterdir()):
         raise StudyError(f"{out} is not empty and holds no study; name another folder with --out")
@@ -203,25 +262,26 @@ def environment(jobs: int) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
 
 
-def timed_step(study: Study, out: Path, env: Mapping[str, str]) -> tuple[float, float]:
-    """Seconds of a step and of starting a run, from two steps of the first arm.
+def timed_step(study: Study, out: Path, env: Mapping[str, str]) -> tuple[float, float] | None:
+    """Seconds of a step and of starting a run, from two steps of the first arm that is not done and takes them.
 
-    Raises:
-        StudyError: where they fail.
+    None, and why, where all fail; that is no reason not to run them, as other steps may not.
     """
     folder = out / TIMED
-    words = [*study.arms[0].words(folder, study.seeds[0]), "--trainer.max_steps=2"]
     log = out / f"{TIMED}.{LOG}"
+    left = {run.arm.name: run.arm for run in study.runs(out) if not run.done}
     with FileLock(out / f"{TIMED}.lock"):
-        log.unlink(missing_ok=True)
-        start = time.monotonic()
-        if status := _process(words, log, env):
-            why = _last_words(log, 0, status)
-            raise StudyError(f"{study.path}: two steps of arm {study.arms[0].name!r} fail: {why}")
-        whole = time.monotonic() - start
-        training = json.loads((folder / SUMMARY).read_text())["wall_seconds"]
-        (folder / LAST).unlink(missing_ok=True)
-    return training / 2, whole - training
+        for arm in left.values():
+            log.unlink(missing_ok=True)
+            start = time.monotonic()
+            status = _process([*arm.words(folder, study.seeds[0]), "--trainer.max_steps=2"], log, env)
+            if not status:
+                whole = time.monotonic() - start
+                training = json.loads((folder / SUMMARY).read_text())["wall_seconds"]
+                (folder / LAST).unlink(missing_ok=True)
+                return training / 2, whole - training
+            print(f"halos: two steps of arm {arm.name!r} fail: {_last_words(log, 0, status)}", file=sys.stderr)
+    return None
 
 
 def show_plan(
@@ -273,10 +333,9 @@ def execute(
                 if why:
                     failed[str(run.folder)] = why
                 with lock:
-                    spent = time.monotonic() - began
-                    rest = (
-                        f", about {_seconds(spent / number * (len(runs) - number))} left" if number < len(runs) else ""
-                    )
+                    spent, left = time.monotonic() - began, len(runs) - number
+                    begun = min(jobs, left) / 2  # those that are under way are half done, as far as one knows
+                    rest = f", about {_seconds(spent / (number + begun) * (left - begun))} left" if left else ""
                     tell(f"[{number}/{len(runs)}] {run.folder}: {f'failed: {why}' if why else 'done'}{rest}")
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)

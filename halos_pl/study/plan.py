@@ -21,7 +21,7 @@ import yaml
 
 from halos_pl.data.example import DataError
 from halos_pl.generate import read_prompts
-from halos_pl.study.evaluate import FILE, METRICS, evaluate, function_of
+from halos_pl.study.evaluate import FILE, METRICS, check_arguments, evaluate, function_of
 
 KEYS = ("configs", "options", "arms", "axes", "sample", "seeds", "evaluate", "metrics", "baseline", "cluster", "note")
 EVALUATE = tuple(name for name, p in inspect.signature(evaluate).parameters.items() if p.kind is p.KEYWORD_ONLY)
@@ -272,12 +272,14 @@ class _Reader:
         if not metrics:
             raise self.fault(f"no metrics; choose from {', '.join(METRICS)}", "metrics")
         for i, metric in enumerate(metrics):
-            if metric not in METRICS:
+            if not isinstance(metric, str) or metric not in METRICS:
                 raise self.fault(f"unknown metric {metric!r}; choose from {', '.join(METRICS)}", "metrics", i)
+            if metric in metrics[:i]:  # it would count twice in the correction
+                raise self.fault(f"metric {metric} is named twice", "metrics")
             unit = METRICS[metric][0]
             lacks = "prompts" if unit == "prompts" else "held_out"
             lacks = metric if metric in ("rule", "judge") and "prompts" in evaluate else lacks
-            if lacks not in evaluate:
+            if not evaluate.get(lacks):
                 raise self.fault(f"metric {metric} is one of {unit}, but evaluate names no {lacks}", "metrics", i)
         for key in ("rule", "judge"):
             if key in evaluate:
@@ -309,6 +311,9 @@ class _Reader:
             named.append((name, own or {}, ("arms", name)))
         axes = self.get("axes", dict, {})
         for key, values in axes.items():
+            for name, own, _ in named:
+                if key in own:  # the axis would win without a word
+                    raise self.fault(f"{key} is an axis, and set by arm {name!r} as well", "arms", name, key)
             if not isinstance(values, list) or not values:
                 raise self.fault(f"axis {key} has no values, so the grid is empty; give it a list", "axes", key)
         if axes:
@@ -327,8 +332,11 @@ class _Reader:
                 raise self.fault(f"sample is {sample}; it takes size, at least 1, and seed", "sample")
             if sample["size"] > len(many):
                 raise self.fault(f"sample.size is {sample['size']}, but there are only {len(many)} arms", "sample")
-            chosen = sorted(random.Random(sample.get("seed", 0)).sample(range(len(many)), sample["size"]))
-            many = [many[i] for i in chosen]
+            # The baseline, where one is named, is always among them.
+            kept = [i for i, (name, *_) in enumerate(many) if name == self.content.get("baseline")]
+            others = [i for i in range(len(many)) if i not in kept]
+            drawn = random.Random(sample.get("seed", 0)).sample(others, sample["size"] - len(kept))
+            many = [many[i] for i in sorted(kept + drawn)]
         return [(name, *self._split(own), place) for name, own, place in many]
 
 
@@ -356,6 +364,11 @@ def load_study(path: str | Path, over: str | Path | None = None) -> Study:
         StudyError: naming the line of what is wrong with it.
     """
     return _Reader(Path(path), None if over is None else Path(over)).study()
+
+
+def default_folder(study: str | Path, over: str | Path | None) -> Path:
+    """Where a study goes unless told otherwise: below runs/, by the names of its files."""
+    return Path("runs") / "-".join(Path(path).stem for path in (study, over) if path)
 
 
 @dataclass(frozen=True)
@@ -408,6 +421,8 @@ def check(study: Study) -> dict[str, Checked]:
     tokenizer = None
     for arm in study.arms:
         words = arm.words("unused", study.seeds[0])[1:]
+        if study.cluster is not None:  # whose machines are not like this one
+            words += [f"--trainer.{key}" for key in ("accelerator=cpu", "devices=1", "num_nodes=1", "strategy=auto")]
         said, place = io.StringIO(), f"{study.path}:{arm.line}: arm {arm.name!r}"
         try:
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
@@ -423,6 +438,8 @@ def check(study: Study) -> dict[str, Checked]:
             raise StudyError(f"{place}: {_parser_error(said.getvalue()) or error}") from error
         except USER_ERRORS as error:
             raise StudyError(f"{place}: {error}") from error
+        except Exception as error:  # of Lightning, of another library, of a plug-in
+            raise StudyError(f"{place}: {type(error).__name__}: {error}") from error
         if digest in known:
             raise StudyError(
                 f"{study.path}:{arm.line}: arm {arm.name!r} comes to the same config as arm {known[digest].name!r}"
@@ -437,9 +454,9 @@ def check(study: Study) -> dict[str, Checked]:
 
 def _parser_error(said: str) -> str:
     """What a parser has printed, without usage and hints."""
-    lines = [line for line in said.splitlines() if line.strip()]
-    why = next((line for line in lines if "error:" in line), lines[0] if lines else "")
-    return why.partition("error: ")[2] or why
+    words = said.partition("error: ")[2] or said
+    lines = words.partition("\nAll options: ")[0].splitlines()
+    return "\n".join(line for line in lines if line.strip())
 
 
 def _check_evaluation(study: Study) -> None:
@@ -449,9 +466,12 @@ def _check_evaluation(study: Study) -> None:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            tool_parser("evaluate").parse_args(study.evaluation(Run(study.arms[0], 0, Path("unused")))[1:])
+            parsed = tool_parser("evaluate").parse_args(study.evaluation(Run(study.arms[0], 0, Path("unused")))[1:])
+        check_arguments(**vars(parsed))
     except SystemExit as error:
         raise StudyError(f"{study.places['evaluate']}: evaluate: {_parser_error(said.getvalue())}") from error
+    except DataError as error:
+        raise StudyError(f"{study.places['evaluate']}: evaluate: {error}") from error
 
 
 def _steps(cli: Any) -> int:
@@ -466,6 +486,11 @@ def _steps(cli: Any) -> int:
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     steps = batches * (trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else 1)
     return int(min(steps, trainer.max_steps) if trainer.max_steps and trainer.max_steps > 0 else steps)
+
+
+# Which rows a metric is made from.
+_GOOD, _BAD = {1: "desirable"}, {0: "undesirable"}
+WANTED = {"nll_desirable": _GOOD, "nll_undesirable": _BAD, "reward_auroc": _GOOD | _BAD}
 
 
 def _check_held_out(study: Study, tokenizer: Any) -> None:
@@ -493,5 +518,7 @@ def _check_held_out(study: Study, tokenizer: Any) -> None:
     for metric in study.metrics:
         if METRICS[metric][0] == "pairs" and not paired.any():
             raise StudyError(f"{study.places['metrics']}: {metric} is one of pairs, but the held-out data have none")
-        if metric == "reward_auroc" and set(table.label.tolist()) == {1}:
-            raise StudyError(f"{study.places['metrics']}: {metric} wants undesirable rows; the held-out data have none")
+        labels = set(table.label.tolist())
+        for label, kind in WANTED.get(metric, {}).items():
+            if label not in labels and -1 not in labels:  # what a score comes to is not known yet
+                raise StudyError(f"{study.places['metrics']}: {metric} wants {kind} rows; the held-out data have none")

@@ -5,10 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-import platform
-import subprocess
 import textwrap
-from importlib.metadata import version
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +21,11 @@ from halos_pl.callbacks import CONFIG
 from halos_pl.conformance.check import reports
 from halos_pl.export import module_of_run
 from halos_pl.study.evaluate import METRICS
-from halos_pl.study.execute import PLAN, digest_of, failure, state
-from halos_pl.study.plan import Arm, command, paths_of
+from halos_pl.study.execute import PLAN, digest_of, failure, measured_how, state
+from halos_pl.study.plan import Arm, command, default_folder, paths_of
 from halos_pl.study.results import Results, Versus, shown
 from halos_pl.study.statistics import Estimate
 
-LIBRARIES = ("halos_pl", "torch", "lightning", "transformers", "scipy", "statsmodels")
 CURVES = {
     "rewards/margins": "reward margin between the classes",
     "outcome/z0": "reference point z0, nats",
@@ -197,21 +194,6 @@ def _data(results: Results) -> dict[str, str]:
     return {path: digest_of(path) for path in sorted(paths)}
 
 
-def _revision() -> str:
-    def git(*words: str) -> str:
-        try:
-            return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return ""
-
-    commit = git("rev-parse", "HEAD")
-    return (
-        f"{commit}{' with changes' if git('status', '--porcelain', '-uno') else ''}"
-        if commit
-        else "not in a git checkout"
-    )
-
-
 def _verdicts(results: Results) -> dict[str, str]:
     found = {}
     for arm in results.study.arms:
@@ -219,6 +201,12 @@ def _verdicts(results: Results) -> dict[str, str]:
         if run is not None:
             found[arm.name] = reports(module_of_run(run.folder).objective)["icml"].verdict
     return found
+
+
+def _made(results: Results) -> list[dict[str, Any]]:
+    """What made the runs, and how many of them each; several where code, libraries or machine changed in between."""
+    found = Counter(json.dumps(measured_how(run, {}).get("by"), sort_keys=True) for run in results.done)
+    return [{"runs": count, **(json.loads(by) or {})} for by, count in found.most_common()]
 
 
 def _of(versus: Versus | None, e: Estimate | None) -> str:
@@ -233,6 +221,8 @@ def content(results: Results) -> dict[str, Any]:
     verdicts = _verdicts(results)
     plan = json.loads((results.out / PLAN).read_text())
     names = [plan["study"], *(["--over", plan["over"]] if plan["over"] else [])]
+    if results.out != default_folder(plan["study"], plan["over"]):
+        names += ["--out", str(results.out)]
     versus = {(v.metric, v.arm.name): v for v in results.versus}
     tables: list[dict[str, Any]] = []
     for metric in results.study.metrics:
@@ -286,9 +276,7 @@ def content(results: Results) -> dict[str, Any]:
         "missing": missing,
         "command": command(["ablate", *names]),
         "commands": [(command(run.fit), command(results.study.evaluation(run))) for run in results.runs],
-        "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
-        "machine": f"{platform.machine()}, {platform.system()}, {torch.get_num_threads()} threads",
-        "revision": _revision(),
+        "made": _made(results),
         "data": _data(results),
     }
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from halos_pl.callbacks import METRICS as CURVES
 from halos_pl.callbacks import SUMMARY
-from halos_pl.study.evaluate import FILE, METRICS
+from halos_pl.study.evaluate import FILE, METRICS, SHARES
 from halos_pl.study.plan import Arm, Run, Study
 from halos_pl.study.statistics import RESAMPLES, Comparison, Estimate, Values, compare, estimate, holm
 
@@ -121,7 +121,7 @@ class Results:
             for arm in self.study.arms:
                 values = self.values(metric, arm, self.seeds(arm))
                 if values is not None:
-                    found[metric, arm.name] = estimate(values)
+                    found[metric, arm.name] = estimate(values, share=metric in SHARES)
         return found
 
     @property
@@ -170,8 +170,11 @@ class Results:
         metric = self.study.metrics[0]
         _, what, more = METRICS[metric]
         found = {arm: e for (m, arm), e in self.estimates.items() if m == metric}
-        if self.baseline.name not in found or len(found) < 2:
-            return f"Nothing to compare yet: of {len(self.runs)} runs {len(self.done)} are finished."
+        compared = set(found) - {self.baseline.name} or len(self.study.arms) == 1
+        if self.baseline.name not in found or not compared:
+            finished = f"of {len(self.runs)} runs {len(self.done)} are finished"
+            lacks = "" if not found else ", of no other arm" if not compared else f", none of {self.baseline.name}"
+            return f"Nothing to compare yet: {finished}{lacks}."
         base = found[self.baseline.name]
         n = f"{base.seeds} seed{'s' * (base.seeds > 1)} and {base.examples} prompts"
         said = [f"{metric} ({what}): {self.baseline.name} {shown(base)}, over {n}."]
