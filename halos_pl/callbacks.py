@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import fcntl
+import hashlib
 import json
 import os
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
@@ -20,6 +22,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from halos_pl.cache import cache_root
 from halos_pl.objective import HALO
 from halos_pl.outcomes import FlatBatch
 from halos_pl.plots import plot_training, plot_value_function
@@ -68,11 +71,12 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step % self.every_n_steps == 0:
+        if trainer.global_step % self.every_n_steps == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._saved_step != trainer.global_step:
+        # Trying out a config (fast_dev_run) leaves the run that is in the folder alone.
+        if self._saved_step != trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._save(trainer)
 
 
@@ -143,8 +147,36 @@ class SaveRunConfig(SaveConfigCallback):
     """``config.yaml`` in the run's folder: the resolved config, which ``halos`` takes back with ``--config``.
 
     A new run's folder begins when the data have been found good: a run that was there is moved aside. The config
-    of a run that goes on is written when its checkpoint has been found to fit.
+    of a run that goes on is written when its checkpoint has been found to fit. While a fit writes to a folder, no other
+    one of this machine may.
     """
+
+    _lock: IO[str] | None = None
+
+    def _claim(self, folder: Path) -> None:
+        """Keeps other processes' fits out of the folder; the lock is in the cache, since the folder may be moved aside.
+
+        Raises:
+            FileExistsError: where one is at work in it.
+        """
+        path = cache_root() / "locks" / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = path.open("a")
+        try:
+            # Not filelock's: a data loader's processes inherit that one, and outlive a killed run for some seconds.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"another halos fit is writing to {folder}; name another --run_dir") from None
+
+    def _let_go(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._let_go()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._let_go()
 
     def _save(self, trainer: Trainer) -> None:
         path = Path(trainer.default_root_dir) / CONFIG
@@ -157,6 +189,7 @@ class SaveRunConfig(SaveConfigCallback):
         if stage != "fit" or not trainer.is_global_zero:
             return
         folder, given = Path(trainer.default_root_dir), self.config.get("ckpt_path")
+        self._claim(folder)
         if not given or not Path(given).resolve().is_relative_to(folder.resolve()):  # going on from elsewhere is new
             move_aside(folder)
         if not given:
@@ -169,6 +202,15 @@ class SaveRunConfig(SaveConfigCallback):
 
 def _numbers(metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:
     return {k: v.item() for k, v in metrics.items() if not v.isnan()}
+
+
+def _cost(policy: Any) -> Cost | None:
+    """What a token costs; None for a model that is built in another way, which is no reason not to train it."""
+    try:
+        return cost(policy)
+    except (AttributeError, TypeError) as error:
+        rank_zero_info(f"halos: no TFLOP/s are shown, as the model's parts are not found ({error})")
+        return None
 
 
 class RunReport(Callback):
@@ -200,7 +242,7 @@ class RunReport(Callback):
                 logger.drop_from(trainer.global_step)
         policy: Any = getattr(pl_module, "policy", None)
         if policy is not None:
-            self._cost = cost(policy)
+            self._cost = _cost(policy)
             kind = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision))
             kind = kind or next(policy.parameters()).dtype
             self._matmul = matmul_speed(pl_module.device, kind)
@@ -231,7 +273,7 @@ class RunReport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Also where nothing was left to train, because the run had been killed after its last step."""
-        if not trainer.is_global_zero:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         for logger in trainer.loggers:
             logger.save()

@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from halos_pl.cache import cache_root
 from halos_pl.callbacks import CONFIG, load_trained
 from halos_pl.module import HALOModule
-from halos_pl.policy.loading import load_model
+from halos_pl.policy.loading import base_model, load_model
 
 #: Files that say what the weights of a folder are.
 WEIGHTS = ("adapter_*", "model*.safetensors*", "pytorch_model*")
@@ -84,6 +84,8 @@ def export(run: str, folder: str, *, adapter: bool = False, overwrite: bool = Fa
     if not adapter:  # an earlier adapter or model in the folder would be taken for a part of this one
         for stale in (file for pattern in WEIGHTS for file in out.glob(pattern)):
             stale.unlink()
+    for name, value in base_model(module.policy).noise_of_config.items():  # type: ignore[arg-type]
+        setattr(base_model(policy).config, name, value)
     policy.save_pretrained(out)
     if adapter:
         base = policy.peft_config["default"].base_model_name_or_path

@@ -80,7 +80,7 @@ def into_unit_interval(reward: Tensor) -> Tensor:
     torchmetrics takes scores outside [0, 1] for logits, batch by batch, and would apply a sigmoid to some
     batches and not to others; and a sigmoid would make large rewards equal.
     """
-    reward = reward.double()
+    reward = (reward.cpu() if reward.is_mps else reward).double()  # Apple's GPUs have no float64
     return 0.5 + 0.5 * reward / (1 + reward.abs())
 
 

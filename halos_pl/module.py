@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, cast
@@ -37,8 +38,8 @@ from halos_pl.metrics import (
 )
 from halos_pl.objective import HALO, Context, Objective, Result
 from halos_pl.outcomes import FlatBatch, Rows
-from halos_pl.policy.loading import ModelError, ModelSpec, compile_layers, load_model, load_tokenizer
-from halos_pl.policy.logprobs import completion_kl, completion_logps, completion_mask, pack
+from halos_pl.policy.loading import ModelError, ModelSpec, compile_layers, floats, load_model, load_tokenizer
+from halos_pl.policy.logprobs import completion_kl, completion_logps, completion_mask, mixes_rows, pack
 from halos_pl.policy.memory import keep_freed_memory
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel
 from halos_pl.policy.store import ReferenceStore, keys
@@ -145,6 +146,7 @@ class HALOModule(LightningModule):
         self._means = Means()
         self._auroc = BinaryAUROC()
         self._rng_states: list[dict[str, Any]] | None = None
+        self._floats: list[tuple[nn.Module, str, Tensor]] = []
 
     # -- models ---------------------------------------------------------------------------------------
 
@@ -168,6 +170,7 @@ class HALOModule(LightningModule):
         if self.policy is None:
             # transformers loads in eval mode; the only difference here is gradient checkpointing (dropout is off).
             self.policy = load_model(self.policy_spec).train()
+            self._floats = [(module, name, values.clone()) for module, name, values in floats(self.policy)]
             self._prepare(self.policy, "the policy")
         # Testing measures the KL divergence, so there even a loss that needs no reference gets one.
         wanted = self.objective.needs.reference or (
@@ -230,6 +233,8 @@ class HALOModule(LightningModule):
             raise ModelError(f"model.packing is tree, but {name} does not take trees: {why}; choose auto or padded")
         if why:
             rank_zero_info(f"halos: {name} computes each row by itself: {why}")
+        if not is_packed(model) and (wrong := mixes_rows(model)):
+            raise ModelError(f"{name} cannot be used: {wrong}")
         if self.policy_spec.compile:
             compile_layers(model)
 
@@ -298,13 +303,17 @@ class HALOModule(LightningModule):
     def _with_samples(self, batch: FlatBatch) -> FlatBatch:
         """Adds, for each row, a completion that the policy samples now, as a probe."""
         assert self.policy is not None
-        ids = sample_tokens(
-            self.policy,
-            [batch.prompts[i].tolist() for i in batch.prompt.tolist()],
-            stops=[token for token in (self.tokenizer.eos_token_id,) if token is not None],
-            pad=self.tokenizer.pad_token_id,
-            max_new_tokens=self.objective.needs.samples,
-        )
+        # Evaluating draws numbers of its own: a run that is resumed after an evaluation does not evaluate again.
+        with nullcontext() if self.training else self._forked():
+            if not self.training:
+                torch.manual_seed(torch.initial_seed() + self.global_step)
+            ids = sample_tokens(
+                self.policy,
+                [batch.prompts[i].tolist() for i in batch.prompt.tolist()],
+                stops=[token for token in (self.tokenizer.eos_token_id,) if token is not None],
+                pad=self.tokenizer.pad_token_id,
+                max_new_tokens=self.objective.needs.samples,
+            )
         device, n = batch.prompt.device, len(batch)
         return replace(
             batch,
@@ -317,6 +326,27 @@ class HALOModule(LightningModule):
             group=batch.group.repeat(2),
             score=batch.score.repeat(2),
         )
+
+    def _forked(self) -> AbstractContextManager[None]:
+        """When it is left, the random state is as it was."""
+        return torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])  # type: ignore[no-any-return]
+
+    def _random_state(self) -> tuple[Tensor, Tensor | None]:
+        """Of this process and of its GPU."""
+        cuda = self.device.type == "cuda"
+        return torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None
+
+    @contextmanager
+    def _with_random_state(self, state: tuple[Tensor, Tensor | None] | None) -> Iterator[None]:
+        """While entered, dropout draws again what it has drawn from ``state`` on; nothing changes for None."""
+        if state is None:
+            yield
+            return
+        with self._forked():
+            torch.set_rng_state(state[0])
+            if state[1] is not None:
+                torch.cuda.set_rng_state(state[1], self.device)
+            yield
 
     def _float32(self) -> torch.autocast:
         """While entered, products are not rounded: an objective is no model, whatever the Trainer's precision."""
@@ -346,6 +376,8 @@ class HALOModule(LightningModule):
 
         probes = batch.probe.nonzero().squeeze(1)
         scored: dict[int, Rows] = {}
+        # With dropout a part's second pass has to be that of the same network as its first.
+        drawn: dict[int, tuple[Tensor, Tensor | None]] = {}
         assert self.policy is not None
         if len(parts) == 1 and not at_once and len(probes) and is_packed(self.policy):
             # One pass for all of the step: what is mismatched shares the prompts of the rest, and has no gradient.
@@ -360,6 +392,7 @@ class HALOModule(LightningModule):
             # One part: the pass with gradient serves z0 as well. Several: a pass of its own, since the first
             # part's loss already depends on the last part's rewards.
             for number, index in enumerate(parts):
+                drawn[number] = self._random_state()
                 rows = self._score(batch, index, gradient=gradient and len(parts) == 1 and not at_once)
                 keep(index, rows)
                 if len(parts) == 1:
@@ -367,10 +400,12 @@ class HALOModule(LightningModule):
         with self._float32():
             context = self.objective.prepare(step)
         if at_once:
-            yield train, *self._judged_at_once(batch, step.select(train), context.select(train), train, parts, gradient)
+            rows, context = step.select(train), context.select(train)
+            yield train, *self._judged_at_once(batch, rows, context, train, parts, drawn, gradient)
             return
         for number, index in enumerate(parts):
-            rows = scored.get(number) or self._score(batch, index, gradient=gradient)
+            with self._with_random_state(drawn.get(number)):
+                rows = scored.get(number) or self._score(batch, index, gradient=gradient)
             with self._float32():
                 result = self.objective.judge(rows, context.select(index))
             if gradient and number < len(parts) - 1:
@@ -378,7 +413,14 @@ class HALOModule(LightningModule):
             yield index, rows, result
 
     def _judged_at_once(
-        self, batch: FlatBatch, rows: Rows, context: Context, train: Tensor, parts: list[Tensor], gradient: bool
+        self,
+        batch: FlatBatch,
+        rows: Rows,
+        context: Context,
+        train: Tensor,
+        parts: list[Tensor],
+        drawn: dict[int, tuple[Tensor, Tensor | None]],
+        gradient: bool,
     ) -> tuple[Rows, Result]:
         """A step whose rows are compared with each other, in micro-batches all the same.
 
@@ -396,7 +438,8 @@ class HALOModule(LightningModule):
             result.loss, [leaf.policy_logps, *own], allow_unused=True, materialize_grads=True
         )
         for number, index in enumerate(parts):
-            scored = self._score(batch, index, gradient=True)
+            with self._with_random_state(drawn[number]):
+                scored = self._score(batch, index, gradient=True)
             linear = (scored.policy_logps * slope[index]).sum()
             if number < len(parts) - 1:
                 self.trainer.strategy.backward(self._scaled(linear), None)
@@ -582,8 +625,13 @@ class HALOModule(LightningModule):
         optimizer: Any = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
         # Else Lightning takes a fused one for an optimizer that unscales gradients, and refuses to clip them for it.
         optimizer._step_supports_amp_scaling = False
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = get_scheduler(self.lr_schedule, optimizer, round(self.warmup_ratio * steps), steps)
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            raise ValueError(
+                f"model.lr_schedule {self.lr_schedule} and model.warmup_ratio are shares of a run's length, but nothing"
+                " limits its steps; set trainer.max_steps or trainer.max_epochs (trainer.max_time may end it sooner)"
+            )
+        schedule = get_scheduler(self.lr_schedule, optimizer, round(self.warmup_ratio * steps), int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -597,7 +645,7 @@ class HALOModule(LightningModule):
         reference = self._reference.state() if self._reference_bound else {}
         if reference:
             checkpoint["reference_model"] = reference
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.named_parameters(remove_duplicate=False):  # a tied weight has two names
             if not parameter.requires_grad:
                 checkpoint["state_dict"].pop(name, None)
         states: list[Any] = [_rng_state()]
@@ -608,7 +656,7 @@ class HALOModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Puts back what was left out, from the policy that has just been loaded."""
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.named_parameters(remove_duplicate=False):
             if not parameter.requires_grad:
                 checkpoint["state_dict"].setdefault(name, parameter.detach())
         self._check_state(checkpoint["state_dict"])
@@ -633,8 +681,28 @@ class HALOModule(LightningModule):
 
     def on_fit_start(self) -> None:
         """Has a step on the CPU spend less on memory."""
+        self._unround()
         if self.device.type == "cpu":
             keep_freed_memory()
+
+    def on_validation_start(self) -> None:
+        self._unround()
+
+    def on_test_start(self) -> None:
+        self._unround()
+
+    def on_predict_start(self) -> None:
+        self._unround()
+
+    def _unround(self) -> None:
+        """Puts back the float32 buffers that a Trainer of half precision has rounded with everything else."""
+        for module, name, values in self._floats:
+            if module._buffers[name].dtype != values.dtype:  # type: ignore[union-attr]
+                module._buffers[name] = values.to(self.device)
+
+    def on_train_epoch_start(self) -> None:
+        """Refuses settings that a callback has changed since the run began."""
+        check_trainer(self.trainer)
 
     def on_train_start(self) -> None:
         """Restores the random state last, after everything that draws numbers while a run is set up."""

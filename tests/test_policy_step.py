@@ -16,6 +16,8 @@ from run_halos import OBJECTIVES, ROOT
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPTNeoXConfig,
@@ -31,9 +33,10 @@ from halos_pl.module import HALOModule, NonFiniteLossError
 from halos_pl.objective import HALO
 from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec
-from halos_pl.policy.logprobs import completion_kl, completion_logps, completion_mask
+from halos_pl.policy.logprobs import completion_kl, completion_logps, completion_mask, mixes_rows
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel, SyncedCopy
 from halos_pl.policy.tree import is_packed
+from halos_pl.policy.tree import parts as policy_parts
 from halos_pl.reference_points import MismatchedKL, Rival, RunningMean, SampledKL, TokenKL
 from halos_pl.rewards import LogProb, LogRatio
 from value_functions import Logistic, LogSigmoid
@@ -502,3 +505,79 @@ def test_what_is_missing_of_an_objective_is_named(tiny_folder):
         HALOModule(ModelSpec(str(tiny_folder)), reward=LogRatio(), value_function=Logistic())
     with pytest.raises(ValueError, match="no objective"):
         HALOModule(ModelSpec(str(tiny_folder)))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rows", [None, 2])
+def test_a_second_pass_has_the_dropout_of_the_first(rows, tiny_gpt2_folder, monkeypatch):
+    """Or the slope of the loss would be multiplied with the slopes of another network."""
+    model = module(tiny_gpt2_folder, micro_batch_rows=rows, lr=0.0)
+    model.policy_spec = replace(model.policy_spec, dropout=True)
+    model.objective = load_objective(ROOT / "experiments" / "objectives" / "aot.yaml")
+    seen: dict[tuple[int, ...], list[torch.Tensor]] = {}
+    score = HALOModule._score
+
+    def noted(self: HALOModule, given: FlatBatch, index: torch.Tensor, *, gradient: bool) -> Any:
+        found = score(self, given, index, gradient=gradient)
+        seen.setdefault(tuple(index.tolist()), []).append(found.policy_logps.detach())
+        return found
+
+    monkeypatch.setattr(HALOModule, "_score", noted)
+    train(model, [batch(probes=False)])
+    assert len(seen) == (3 if rows else 1)
+    for passes in seen.values():
+        assert len(passes) == (2 if rows else 1)
+        assert torch.equal(passes[0], passes[-1])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_evaluating_draws_numbers_of_its_own(tiny_folder):
+    parts = {k: v() if isinstance(v, type) else v for k, v in PARTS["kto"].items()}
+    model = HALOModule(ModelSpec(str(tiny_folder)), **{**parts, "reference_point": SampledKL(max_new_tokens=4)})
+    train(model, [batch(probes=False)])
+    model.eval()
+    before = torch.get_rng_state()
+    one, other = (model._with_samples(batch(probes=False)) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(map(torch.equal, one.completions, other.completions))
+    model.train()
+    model._with_samples(batch(probes=False))
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_half_precision_does_not_round_the_frequencies_of_positions(tiny_folder):
+    """As from_pretrained in that dtype: what is exported is then the model that was trained."""
+    model = module(tiny_folder, lr=0.0)
+    kinds: list[torch.dtype] = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+            kinds.append(pl_module.policy.model.rotary_emb.inv_freq.dtype)
+            kinds.append(next(pl_module.policy.parameters()).dtype)
+
+    figures = train(model, [batch()], precision="bf16-true", callbacks=[Look()])
+    assert kinds == [torch.float32, torch.bfloat16]
+    assert figures["outcome/reward"] == 0
+
+
+def test_models_whose_rows_are_not_their_own_are_refused(tiny_gpt2_folder, monkeypatch):
+    plain = AutoModelForCausalLM.from_pretrained(tiny_gpt2_folder, attn_implementation="eager")
+    assert mixes_rows(plain) is None
+    # Positions that count the padding, as of models that take none.
+    monkeypatch.setattr("halos_pl.policy.logprobs._accepts", lambda model, name: name != "position_ids")
+    assert "beside longer rows" in str(mixes_rows(plain))
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    both_ways = BertLMHeadModel(BertConfig(vocab_size=300, initializer_range=0.5, **SMALL))
+    assert "depends on the tokens behind it" in str(mixes_rows(both_ways))
+    model = module(tiny_gpt2_folder, packing="padded")
+    monkeypatch.setattr("halos_pl.policy.logprobs._accepts", lambda model, name: name != "position_ids")
+    with pytest.raises(ModelError, match=r"the policy cannot be used: beside longer rows"):
+        train(model, [batch()])
+
+
+def test_a_head_that_is_called_decoder_is_not_taken_for_the_layers(tiny_folder):
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model.get_decoder = model.get_output_embeddings
+    assert policy_parts(model) == (model.model, model.lm_head)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from run_halos import KILLED, binary_data, fit, metrics, pair_data, run
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import halos_pl.module
 from halos_pl.cli import main
@@ -308,6 +312,30 @@ def test_the_same_data_under_another_name_are_the_same(finished, tmp_path):
     assert [row["step"] for row in metrics(again)] == list("012345")
 
 
+def test_two_fits_do_not_write_to_one_folder(finished, tmp_path, capfd):
+    """The second would move the first one's folder aside, and each would write into the other's."""
+    source, words = finished
+    shutil.copytree(source, tmp_path / "x")
+    holder = (
+        "import sys, time; from pathlib import Path; from halos_pl.callbacks import SaveRunConfig;"
+        "SaveRunConfig._claim(s := SaveRunConfig.__new__(SaveRunConfig), Path(sys.argv[1]));"
+        "print('held', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(tmp_path / "x")], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        before = contents(tmp_path / "x")
+        with pytest.raises(SystemExit):
+            main([*words, f"--run_dir={tmp_path / 'x'}"])
+        assert f"another halos fit is writing to {tmp_path / 'x'}" in capfd.readouterr().err
+        assert contents(tmp_path / "x") == before
+        other.kill()
+    main([*words, f"--run_dir={tmp_path / 'x'}", "--trainer.max_steps=1"])
+    assert (tmp_path / "x.1").is_dir()
+
+
 def test_a_new_fit_moves_the_old_run_aside(finished, tmp_path):
     """Once, and once more; nothing is lost."""
     source, words = finished
@@ -371,10 +399,16 @@ def test_the_frozen_reference_is_not_in_the_checkpoint(finished, tiny_folder):
     assert saved.keys() >= {f"policy.{name}" for name, _ in policy.named_parameters()}
 
 
-def test_frozen_base_weights_are_not_in_the_checkpoint(tiny_folder, tmp_path):
+@pytest.mark.parametrize("tied", [False, True])
+def test_frozen_base_weights_are_not_in_the_checkpoint(tiny_folder, tmp_path, tied):
     data = binary_data(tmp_path / "data.jsonl")
     options = ("--model.policy.lora={r: 2}", "--trainer.max_steps=1")
-    main(fit(tiny_folder, "bco", data, tmp_path / "run", *options))
+    folder = tiny_folder
+    if tied:  # one weight has two names
+        folder = shutil.copytree(tiny_folder, tmp_path / "tied")
+        config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+        LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder)
+    main(fit(folder, "bco", data, tmp_path / "run", *options))
     saved = checkpoint(tmp_path / "run")["state_dict"]
     assert all("lora_" in name for name in saved if name.startswith("policy."))
     assert {name for name in saved if not name.startswith("policy.")} == {

@@ -307,7 +307,7 @@ def test_trees_are_refused_where_they_are_demanded_of_a_model_that_cannot(
 
 
 @pytest.mark.parametrize("name", ["llama, tied", "gpt2", "gpt-neox", "gemma"])
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 @given(batch=batches(), most=st.sampled_from([V, 5 * V, 1 << 23]))
 def test_two_models_beside_each_other_are_compared_as_row_by_row(name: str, batch: FlatBatch, most: int) -> None:
     policy, reference = model(name), model(name)

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from halos_pl.cache import cache_root
@@ -255,8 +256,7 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         model = _merged(model, spec)
-    if not spec.dropout:
-        _switch_dropout_off(model)
+    model.noise_of_config = {} if spec.dropout else _switch_noise_off(model)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if spec.lora is not None:
@@ -273,6 +273,11 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
                 model = get_peft_model(model, config, revision=spec.revision)
         except ValueError as error:
             raise ModelError(f"model.policy.lora: {error}") from error
+        if tied := _tied_target(model):
+            raise ModelError(
+                f"model.policy.lora.target_modules: {tied} has the same weights as the model's other end, so that what"
+                " is trained of one could not be merged without changing the other; leave it out"
+            )
     return model
 
 
@@ -284,10 +289,26 @@ def _merged(model: Any, spec: ModelSpec) -> Any:
     name = next(iter(model.peft_config.values())).base_model_name_or_path
     base = load_model(replace(spec, path=name, revision=None, gguf_file=None, lora=None))
     found: Any = PeftModel.from_pretrained(base, _source(spec), revision=spec.revision or "main")  # type: ignore[arg-type]
+    if tied := _tied_target(found):
+        raise ModelError(
+            f"{spec.path} is an adapter of {name} with weights of its own for {tied}, which has the same weights as the"
+            " model's other end, so that it cannot be merged; untie them first, or use another adapter"
+        )
     rank_zero_info(f"halos: {spec.path} is an adapter of {name}; it is merged into its weights")
     merged = found.merge_and_unload().requires_grad_(True)  # peft has frozen them
     merged.name_or_path = merged.config._name_or_path = spec.path  # what a further adapter names as its base
     return merged
+
+
+def _tied_target(model: Any) -> str | None:
+    """What of embedding and head an adapter has been put on, where both are one matrix."""
+    base = base_model(model)
+    ends = {"the embedding": base.get_input_embeddings(), "the head": base.get_output_embeddings()}
+    # An adapter wraps a layer and calls it its base layer.
+    inner = [getattr(end, "base_layer", end) for end in ends.values() if end is not None]
+    if len(inner) < 2 or inner[0].weight is not inner[1].weight:
+        return None
+    return next((name for name, end in ends.items() if hasattr(end, "base_layer")), None)
 
 
 def base_model(model: nn.Module) -> Any:
@@ -308,15 +329,38 @@ def compile_layers(model: nn.Module) -> None:
             part.compile(dynamic=True)
 
 
-def _switch_dropout_off(model: nn.Module) -> None:
-    """Sets every dropout probability to 0: modules', and those that attention code reads off the config or itself."""
+def _is_noise(name: str) -> bool:
+    return any(word in name for word in ("dropout", "layerdrop", "jitter")) or name.endswith(("pdrop", "_drop"))
+
+
+def _switch_noise_off(model: nn.Module) -> dict[str, float]:
+    """Sets dropout and the jitter of experts' routers to 0: of modules, and what attention code reads off the config.
+
+    The reference has none, so that a policy with it would differ from it before its first step.
+
+    Returns:
+        what the config said, which belongs into what is exported.
+    """
     config: Any = model.config
-    for name, value in vars(config).items():
-        if isinstance(value, float) and ("dropout" in name or name.endswith(("pdrop", "_drop"))):
-            setattr(config, name, 0.0)
+    before = {name: value for name, value in vars(config).items() if isinstance(value, float) and _is_noise(name)}
+    for name in before:
+        setattr(config, name, 0.0)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in list(vars(module).items()):
-            if isinstance(value, float) and "dropout" in name:
+            if isinstance(value, float) and _is_noise(name):
                 setattr(module, name, 0.0)
+    return before
+
+
+def floats(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Buffers in float32 that no checkpoint holds, as the frequencies of rotary positions: (module, name, values).
+
+    transformers keeps them so whatever the model's dtype; rounded, they would be those of another model.
+    """
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            values = module._buffers.get(name)
+            if values is not None and values.dtype == torch.float32:
+                yield module, name, values

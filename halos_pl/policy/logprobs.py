@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.head import compared_tokens, is_plain
 from halos_pl.policy.loading import base_model
 from halos_pl.policy.memory import recomputed
-from halos_pl.policy.tree import is_packed, parts, takes_trees, tree_logps, tree_states
+from halos_pl.policy.tree import is_packed, made_up, parts, same, takes_trees, tree_logps, tree_states
 
 
 def completion_mask(batch: FlatBatch) -> Tensor:
@@ -76,7 +77,38 @@ def completion_logps(model: nn.Module, batch: FlatBatch) -> Tensor:
 
 def pack(model: nn.Module) -> str | None:
     """Makes ``model`` share prompts between rows and go without padding; says why not where it cannot."""
-    return takes_trees(model, padded_logps)
+    return takes_trees(model, _alone_logps)
+
+
+def _alone_logps(model: nn.Module, batch: FlatBatch) -> Tensor:
+    """Each row in a batch of its own, so that nothing is padded."""
+    out = torch.zeros(completion_mask(batch).shape, dtype=torch.float32, device=batch.prompt.device)
+    for i in range(len(batch)):
+        found = padded_logps(model, batch.select(torch.tensor([i], device=batch.prompt.device)))[0]
+        out[i, : len(found)] = found
+    return out
+
+
+@torch.no_grad()
+def mixes_rows(model: nn.Module) -> str | None:
+    """Why :func:`padded_logps` would be wrong of ``model``: what it says of made-up rows; None where it is right.
+
+    A model that takes no positions may count padding among them, or carry it along in a state; and one whose
+    attention is not causal sees what it is to predict.
+    """
+    batch, base, training = made_up(model), base_model(model), model.training
+    eps = torch.finfo(next(base.parameters()).dtype).eps
+    last = replace(batch, completions=[torch.cat([c[:-1], (c[-1:] + 1) % 7]) for c in batch.completions])
+    model.eval()
+    alone, together, otherwise = _alone_logps(model, batch), padded_logps(model, batch), _alone_logps(model, last)
+    model.train(training)
+    if not same(together, alone, eps):
+        off = float((together - alone).abs().max())
+        return f"beside longer rows a token's log-prob differs by up to {off:.2g} nats from what it is without padding"
+    before = torch.arange(alone.shape[1], device=alone.device) < completion_mask(batch).sum(dim=1, keepdim=True) - 1
+    if not same(otherwise.where(before, alone), alone, eps):
+        return "a token's log-prob depends on the tokens behind it: it is no causal language model as configured"
+    return None
 
 
 def padded_logps(model: nn.Module, batch: FlatBatch) -> Tensor:

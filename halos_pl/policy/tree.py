@@ -169,7 +169,9 @@ class _Pass:
 def parts(model: nn.Module) -> tuple[Any, Any]:
     """The layers of a causal language model and its head; of a peft model with the adapter in them."""
     base = base_model(model)
-    return base.get_decoder() if hasattr(base, "get_decoder") else base.base_model, base.get_output_embeddings()
+    head = base.get_output_embeddings()
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
+    return base.base_model if decoder is None or decoder is head else decoder, head  # some call their head so
 
 
 def _hidden(model: nn.Module, run: _Pass, forest: Forest) -> Tensor:
@@ -295,6 +297,35 @@ def _unseen(config: Any, windows: set[int | None]) -> str | None:
     return f"its sliding window of {window} is in its mask only" if window and used and window not in windows else None
 
 
+def made_up(model: nn.Module) -> FlatBatch:
+    """Five rows of three prompts, of 1 to 9 tokens, the last one a probe: to try a model out."""
+    base = base_model(model)
+    config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
+    device = next(base.parameters()).device
+    draw = torch.Generator().manual_seed(0)
+
+    def some(n: int) -> Tensor:
+        return torch.randint(0, min(config.vocab_size, 1000), (n,), generator=draw).to(device)
+
+    return FlatBatch(
+        prompts=[some(5), some(1), some(9)],
+        completions=[some(4), some(1), some(6), some(3), some(2)],
+        prompt=torch.tensor([0, 0, 1, 2, 2], device=device),
+        desirable=torch.ones(5, dtype=torch.bool, device=device),
+        rival=torch.full((5,), -1, device=device),
+        probe=torch.tensor([False, False, False, False, True], device=device),
+    )
+
+
+def same(found: Tensor, wanted: Tensor, eps: float) -> bool:
+    """Whether log-probs of made-up rows differ by no more than rounding, of a model in a dtype with this ``eps``.
+
+    A model gathers some of half precision's eps, and may gather many of float32's, which log-probs always are.
+    """
+    most = max(8 * eps, 2000 * torch.finfo(torch.float32).eps) * (1 + wanted.abs().max())
+    return bool((found - wanted).abs().max() <= most)
+
+
 def takes_trees(model: nn.Module, reference: Callable[[nn.Module, FlatBatch], Tensor]) -> str | None:
     """Makes ``model`` ready for :func:`tree_logps`; says why not where it is not fit for it.
 
@@ -315,20 +346,7 @@ def takes_trees(model: nn.Module, reference: Callable[[nn.Module, FlatBatch], Te
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1, 1.0):
             return f"its head has {name}"
-    device = next(base.parameters()).device
-    draw = torch.Generator().manual_seed(0)
-
-    def some(n: int) -> Tensor:
-        return torch.randint(0, min(config.vocab_size, 1000), (n,), generator=draw).to(device)
-
-    batch = FlatBatch(
-        prompts=[some(5), some(1), some(9)],
-        completions=[some(4), some(1), some(6), some(3), some(2)],
-        prompt=torch.tensor([0, 0, 1, 2, 2], device=device),
-        desirable=torch.ones(5, dtype=torch.bool, device=device),
-        rival=torch.full((5,), -1, device=device),
-        probe=torch.tensor([False, False, False, False, True], device=device),
-    )
+    batch = made_up(model)
     # The first row in other words.
     other = (batch.completions[0] + 1) % min(config.vocab_size, 1000)
     changed = replace(batch, completions=[other, *batch.completions[1:]])
@@ -345,11 +363,10 @@ def takes_trees(model: nn.Module, reference: Callable[[nn.Module, FlatBatch], Te
         return f"it does not take them ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
     finally:
         model.train(training)
-    # A model gathers some of half precision's eps, and may gather many of float32's, which log-probs always are.
     eps, single = (torch.finfo(dtype).eps for dtype in (next(base.parameters()).dtype, torch.float32))
     size = 1 + wanted.abs().max()
     why = _unseen(config, windows)
-    if not bool((found - wanted).abs().max() <= max(8 * eps, 2000 * single) * size):
+    if not same(found, wanted, eps):
         why = "its log-probs of them are others"
     elif not bool((others - found[1:]).abs().max() <= max(eps / 16, 10 * single) * size):  # the same sums: mostly 0
         why = "tokens of one row reach another one"
