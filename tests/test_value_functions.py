@@ -62,7 +62,8 @@ def test_elementwise_and_input_left_alone(cls, us):
     together = v(u)
     assert together.shape == u.shape
     assert torch.equal(u, before)
-    assert torch.equal(together, torch.cat([v(x[None]) for x in u]))
+    # A processor may compute the last few of a batch with other instructions, which round otherwise.
+    assert torch.allclose(together, torch.cat([v(x[None]) for x in u]), rtol=1e-13, atol=1e-300, equal_nan=True)
 
 
 @every

@@ -16,10 +16,15 @@ class Tanh(ValueFunction):
 
     Args:
         beta: 1 / nats.
+
+    Raises:
+        ValueError: for a beta that is not above 0.
     """
 
     def __init__(self, *, beta: float = 0.1) -> None:
         super().__init__()
+        if not beta > 0:
+            raise ValueError(f"Tanh: beta is {beta}; it must be above 0")
         self.beta = float(beta)
 
     def forward(self, u: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ CLAUSES = (
     "feedback_sign",
     "feedback_weight",
     "feedback_independent_of_theta",
+    "feedback_deterministic",
     "feedback_split",
     "feedback_finite",
 )
@@ -127,6 +128,22 @@ class FeedbackChecks:
             return None
 
         return self._smallest(fault, self.examples // 2)
+
+    def feedback_deterministic(self) -> str | None:
+        """The same judgement of the same rows on later calls and in evaluation."""
+
+        def fault(step: Step) -> str | None:
+            rows = step.rows()
+            place = torch.arange(len(rows))
+            first, same = self.judged(rows), duplicate(self.target)
+            for call in range(1, 6):
+                same.train(call % 4 > 0)
+                again = Judgement(*same(step.later(call).rows() if call == 3 else rows))
+                if call != 3 and (found := self._differs(first, again, place, again.denominator)):
+                    return f"{labels(rows)}: {found} on call {call}{'' if same.training else ', in evaluation'}"
+            return None
+
+        return self._smallest(fault, max(10, self.examples // 4))
 
     def feedback_split(self) -> str | None:
         """The same of a row in another order, beside more padding and on two ranks, whose denominators add up."""

@@ -144,11 +144,19 @@ class ReferencePointChecks:
         return None if self.degenerate is None else f"z0 = {self.degenerate:g} whatever the rewards"
 
     def reference_in_range(self) -> str | None:
-        """Z0 lies between the least and the largest of the rewards that it depends on, of this and earlier steps."""
+        """Z0 lies between the least and the largest of the rewards that it depends on, of this and earlier steps.
+
+        And is not in every step each row's own reward, which would leave no outcome but 0.
+        """
+        compared = False
 
         def fault(step: Step) -> str | None:
+            nonlocal compared
             rows = self.rows(step)
             drawn = self.rewards(rows)
+            if int(rows.train.sum()) > 1:
+                off = (self.estimate(drawn, rows) - drawn).abs()[rows.train]
+                compared |= bool((off > RELATIVE * drawn.abs().max()).any())
             given = drawn.clone()
             with torch.no_grad():
                 self.fresh()(given, rows)
@@ -178,7 +186,8 @@ class ReferencePointChecks:
             found = self._outside(self.estimate(drawn, rows, same.eval()), torch.cat(seen), rows)
             return found and f"{found}, in evaluation after {len(seen)} calls"
 
-        return self._degenerate() or self._smallest(fault, examples=max(10, self.examples // 8))
+        found = self._degenerate() or self._smallest(fault, examples=max(10, self.examples // 8))
+        return found or (None if compared else "z0 is each row's own reward, so that every outcome is 0")
 
     @staticmethod
     def _outside(z0: Tensor, rewards: Tensor, rows: Rows, depends: Tensor | None = None) -> str | None:

@@ -38,6 +38,7 @@ CLAUSES = {
         "feedback_sign",
         "feedback_weight",
         "feedback_independent_of_theta",
+        "feedback_deterministic",
         "feedback_split",
         "feedback_finite",
     ),

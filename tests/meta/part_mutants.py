@@ -467,6 +467,7 @@ REFERENCES = [
     estimate("probes and other rows alike", "reference_split", lambda r, rows: mean(r.detach()), needs=probes),
     estimate("exponential mean that overflows", "reference_finite", exponential_mean),
     estimate("n - 1 of a single row", "reference_finite", standardised),
+    estimate("each row's own reward", "reference_in_range", lambda r, rows: r.detach().clone()),
     estimate("weights by inverse squares, 0 / 0 where all are alike", "reference_finite", inverse_squares),
     estimate(
         "mean of the prompt's other rows, 0 / 0 of a row alone",
@@ -669,6 +670,21 @@ FEEDBACKS = [
         "n - 1 of a prompt with one row",
         ("feedback_finite", "feedback_weight"),
         lambda rng: Grouped(lambda j, rows: j._replace(weight=j.weight / (of_its_prompt(rows) - 1))),
+    ),
+    Mutant(
+        "turns its signs round on every other call",
+        ("feedback_deterministic",),
+        lambda rng: LaterJudge(lambda j: j._replace(sign=-j.sign)),
+    ),
+    Mutant(
+        "weighs otherwise in evaluation",
+        ("feedback_deterministic",),
+        lambda rng: LaterJudge(lambda j: j._replace(weight=2 * j.weight), in_evaluation=True),
+    ),
+    feedback(
+        "signs by the place of a row",
+        "feedback_split",
+        lambda j, rows: j._replace(sign=torch.where(torch.arange(len(rows)) % 2 == 0, -1.0, 1.0)),
     ),
     feedback("scores as weights", "feedback_weight", lambda j, rows: j._replace(weight=j.weight * rows.score)),
     feedback(

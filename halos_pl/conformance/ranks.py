@@ -1,0 +1,159 @@
+"""Ranks of torch.distributed as threads of one process, for clauses that hold a plug-in to them."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _Done:
+    """The handle of a collective operation that has been waited for."""
+
+    def wait(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    is_completed = is_success = wait
+
+
+def namespaces(module: nn.Module) -> list[dict[str, Any]]:
+    """The globals that the code of a plug-in and of its parts looks names up in."""
+    found: dict[int, dict[str, Any]] = {}
+    for part in module.modules():
+        functions = [value for value in vars(part).values() if inspect.isfunction(value)]
+        homes = [vars(sys.modules[c.__module__]) for c in type(part).__mro__ if c.__module__ in sys.modules]
+        for names in (*homes, *(f.__globals__ for f in functions)):
+            if str(names.get("__name__")).partition(".")[0] not in ("torch", "builtins"):
+                found[id(names)] = names
+    return list(found.values())
+
+
+class Ranks:
+    """Two ranks as two threads of this process, which meet at each collective operation.
+
+    torch.distributed itself is replaced for as long as it takes, so that a plug-in that calls it directly is served
+    as well as one that uses ``halos_pl.distributed``. A real process group would take seconds to start.
+    """
+
+    def __init__(self, count: int = 2) -> None:
+        self.count = count
+        self.barrier = threading.Barrier(count)
+        self.slots: list[Any] = [None] * count
+        self.local = threading.local()
+
+    def exchange(self, value: Any) -> list[Any]:
+        """What every rank brought, in the order of the ranks."""
+        self.slots[self.local.rank] = value
+        self.barrier.wait(timeout=5)
+        everything = list(self.slots)
+        self.barrier.wait(timeout=5)
+        return everything
+
+    def _reduced(self, tensor: Tensor, op: Any) -> Tensor:
+        kinds: dict[str, Any] = {"SUM": torch.sum, "MAX": torch.amax, "MIN": torch.amin, "PRODUCT": torch.prod}
+        stacked = torch.stack(self.exchange(tensor.detach().clone()))
+        name = next((name for name in kinds if name in str(op).upper()), "SUM")
+        reduced: Tensor = kinds[name](stacked, dim=0)
+        return reduced / self.count if "AVG" in str(op).upper() else reduced
+
+    def all_reduce(self, tensor: Tensor, op: Any = None, *args: Any, **kwargs: Any) -> _Done:
+        tensor.data.copy_(self._reduced(tensor, op))
+        return _Done()
+
+    def reduce(self, tensor: Tensor, dst: int | None = None, op: Any = None, *args: Any, **kwargs: Any) -> _Done:
+        reduced = self._reduced(tensor, op)
+        if self.local.rank == (kwargs.get("group_dst") if dst is None else dst):
+            tensor.data.copy_(reduced)
+        return _Done()
+
+    def broadcast(self, tensor: Tensor, src: int | None = None, *args: Any, **kwargs: Any) -> _Done:
+        source = kwargs.get("group_src") if src is None else src
+        tensor.data.copy_(self.exchange(tensor.detach().clone())[source or 0])
+        return _Done()
+
+    def all_gather(self, out: list[Tensor], tensor: Tensor, *args: Any, **kwargs: Any) -> _Done:
+        for place, value in zip(out, self.exchange(tensor.detach().clone()), strict=True):
+            place.copy_(value)
+        return _Done()
+
+    def all_gather_into_tensor(self, out: Tensor, tensor: Tensor, *args: Any, **kwargs: Any) -> _Done:
+        out.data.copy_(torch.stack(self.exchange(tensor.detach().clone())).view(out.shape))
+        return _Done()
+
+    def all_gather_object(self, out: list[Any], value: Any, *args: Any, **kwargs: Any) -> None:
+        out[:] = self.exchange(value)
+
+    def gather_with_gradient(self, tensor: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        return tuple(self.exchange(tensor))
+
+    @contextmanager
+    def in_place_of_torch(self, namespaces: Sequence[dict[str, Any]] = ()) -> Iterator[None]:
+        """torch.distributed as these ranks see it, also under names that ``namespaces`` have imported from it."""
+        stand_ins: dict[str, Any] = {
+            "is_available": lambda: True,
+            "is_initialized": lambda: True,
+            "get_world_size": lambda *a, **k: self.count,
+            "get_rank": lambda *a, **k: self.local.rank,
+            "all_reduce": self.all_reduce,
+            "reduce": self.reduce,
+            "broadcast": self.broadcast,
+            "all_gather": self.all_gather,
+            "all_gather_into_tensor": self.all_gather_into_tensor,
+            "all_gather_single": self.all_gather_into_tensor,
+            "all_gather_object": self.all_gather_object,
+            "barrier": lambda *a, **k: self.exchange(None),
+            "nn.functional.all_gather": self.gather_with_gradient,
+        }
+        replaced: list[tuple[dict[str, Any], str, Any]] = []
+        try:
+            for path, stand_in in stand_ins.items():
+                home, _, name = f"torch.distributed.{path}".rpartition(".")
+                names = vars(importlib.import_module(home))
+                if name not in names:  # of another version of torch
+                    continue
+                original = names[name]
+                imported = [(ns, key) for ns in namespaces for key, value in ns.items() if value is original]
+                for namespace, key in [(names, name), *imported]:
+                    replaced.append((namespace, key, original))
+                    namespace[key] = stand_in
+            yield
+        finally:
+            for namespace, key, original in replaced:
+                namespace[key] = original
+
+    def run(self, jobs: list[Callable[[], Any]], namespaces: Sequence[dict[str, Any]] = ()) -> list[Any]:
+        """The results of one job a rank; see ``in_place_of_torch`` for ``namespaces``.
+
+        Raises:
+            Exception: what a job raised, or that the ranks did not make the same calls.
+        """
+        results: list[Any] = [None] * self.count
+        errors: list[Exception] = []
+
+        def work(rank: int) -> None:
+            self.local.rank = rank
+            try:
+                results[rank] = jobs[rank]()
+            except Exception as error:
+                errors.append(error)
+                self.barrier.abort()
+
+        with self.in_place_of_torch(namespaces):
+            threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(self.count)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        if errors:
+            errors.sort(key=lambda e: isinstance(e, threading.BrokenBarrierError))
+            if isinstance(errors[0], threading.BrokenBarrierError):
+                raise RuntimeError("the ranks do not make the same calls of torch.distributed")
+            raise errors[0]
+        return results
