@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 
 from rich.console import Console
@@ -10,7 +11,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from halos_pl.study.evaluate import FILE
-from halos_pl.study.execute import OVER, PLAN, STUDY, claim, environment, execute, failure, show_plan, state, timed_step
+from halos_pl.study.execute import (
+    OVER,
+    PLAN,
+    STUDY,
+    claim,
+    environment,
+    execute,
+    executor_of,
+    failure,
+    show_plan,
+    state,
+    timed_step,
+)
 from halos_pl.study.plan import StudyError, check, default_folder, load_study
 from halos_pl.study.report import write_report
 from halos_pl.study.results import Results
@@ -33,6 +46,9 @@ def ablate(
     plan = load_study(study, over)
     folder = Path(out) if out else default_folder(study, over)
     checked = check(plan)
+    if plan.cluster is not None:
+        with tempfile.TemporaryDirectory() as beside:  # it makes its folder at once, and the study's has to be claimed
+            executor_of(plan, Path(beside))
     claim(plan, folder, {name: arm.digest for name, arm in checked.items()})
     runs = plan.runs(folder)
     if not all(run.done for run in runs):

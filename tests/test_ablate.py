@@ -702,6 +702,27 @@ def test_before_it_is_trained_a_policy_is_its_reference(lora: bool, make: Any, t
     assert set(found["judge"].values()) == {0.5}
 
 
+def test_a_cluster_that_is_none_is_refused_by_its_line(make: Any, tmp_path: Path) -> None:
+    for cluster, said in (({"cluster": "slrum"}, "slrum"), ({"cluster": "local", "timeout": 3}, "timeout")):
+        path = make(cluster=cluster)
+        with pytest.raises(StudyError, match=said) as error:
+            execute.executor_of(load_study(path), tmp_path / "out")
+        assert str(error.value).startswith(f"{path}:{line_of(path, 'cluster:')}: cluster: ")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_runs_are_handed_to_a_cluster(make: Any, tmp_path: Path) -> None:
+    """submitit's own, which is processes of this machine; one of the two arms fails there."""
+    arms = yaml.safe_load(make().read_text())["arms"]
+    arms["no loss aversion"]["model.optimizer.init_args.lr"] = -1.0
+    study = make(seeds=[0], arms=arms, metrics=["length"], cluster={"cluster": "local", "timeout_min": 5})
+    with pytest.raises(SystemExit):
+        main(["ablate", str(study), f"--out={tmp_path / 'out'}"])
+    results = Results(load_study(study), tmp_path / "out")
+    assert [execute.state(run) for run in results.runs] == ["done", "failed"]
+    assert "Invalid learning rate" in execute.failure(results.runs[1])["error"]
+
+
 @pytest.mark.slow
 def test_from_a_shell_with_two_at_a_time(make: Any, tmp_path: Path) -> None:
     main(["ablate", str(make()), f"--out={tmp_path / 'out'}", "--jobs=2"])

@@ -346,22 +346,40 @@ def execute(
     return failed
 
 
-def _on_cluster(
-    study: Study, out: Path, runs: list[Run], keep_checkpoints: bool, tell: Callable[[str], None]
-) -> dict[str, str]:
-    """Hands each run to submitit, which knows SLURM, and waits."""
+def executor_of(study: Study, out: Path) -> Any:
+    """submitit's executor with the study's parameters.
+
+    Raises:
+        StudyError: where submitit is missing, or does not know the cluster or a parameter.
+    """
+    place = study.places["cluster"]
     try:
         import submitit
     except ImportError as error:
-        raise StudyError(f"{study.path}: cluster needs submitit: pip install submitit") from error
+        raise StudyError(f"{place}: cluster needs submitit: pip install halos_pl[cluster]") from error
     given: dict[str, Any] = dict(study.cluster or {})
-    executor = submitit.AutoExecutor(folder=out / "cluster", cluster=given.pop("cluster", None))
-    executor.update_parameters(**given)
+    try:
+        executor = submitit.AutoExecutor(folder=out / "cluster", cluster=given.pop("cluster", None))
+        executor.update_parameters(**given)
+    except (NameError, RuntimeError, TypeError, ValueError) as error:  # what it raises for each of these
+        raise StudyError(f"{place}: cluster: {error}") from error
+    return executor
+
+
+def _on_cluster(
+    study: Study, out: Path, runs: list[Run], keep_checkpoints: bool, tell: Callable[[str], None]
+) -> dict[str, str]:
+    """Hands each run to submitit, which knows SLURM, and waits; when that is interrupted, they are called back."""
+    executor = executor_of(study, out)
     tasks = [(run, executor.submit(execute_run, run, study, None, keep_checkpoints)) for run in runs]
     failed = {}
     for number, (run, task) in enumerate(tasks, start=1):
         try:
             why = task.result()
+        except KeyboardInterrupt:
+            for _, each in tasks:
+                each.cancel()
+            raise
         except Exception as error:  # of the cluster's: out of memory, out of time
             why = f"{type(error).__name__}: {error}"
             _fail(run, run.fit, why)

@@ -264,7 +264,7 @@ class _Reader:
             cluster=self.get("cluster", dict, None),
             note=self.get("note", str, ""),
             over=self.over,
-            places={key: self.where(key) for key in ("evaluate", "metrics")},
+            places={key: self.where(key) for key in ("evaluate", "metrics", "cluster")},
         )
 
     def _metrics(self, evaluate: Mapping[str, Any]) -> tuple[str, ...]:
