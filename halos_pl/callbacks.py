@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import hashlib
 import json
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -159,14 +159,19 @@ class SaveRunConfig(SaveConfigCallback):
         Raises:
             FileExistsError: where one is at work in it.
         """
-        path = cache_root() / "locks" / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = path.open("a")
+        here = f"{socket.gethostname()} {folder.resolve()}"  # the cache may be seen by other machines
+        path = cache_root() / "locks" / hashlib.sha256(here.encode()).hexdigest()[:32]
         try:
             # Not filelock's: a data loader's processes inherit that one, and outlive a killed run for some seconds.
+            import fcntl
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = path.open("a")
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FileExistsError(f"another halos fit is writing to {folder}; name another --run_dir") from None
+        except (ImportError, OSError) as error:
+            rank_zero_info(f"halos: {folder} is not kept from other fits, as {path} cannot be locked ({error})")
 
     def _let_go(self) -> None:
         if self._lock is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -38,7 +39,7 @@ from halos_pl.metrics import (
 )
 from halos_pl.objective import HALO, Context, Objective, Result
 from halos_pl.outcomes import FlatBatch, Rows
-from halos_pl.policy.loading import ModelError, ModelSpec, compile_layers, floats, load_model, load_tokenizer
+from halos_pl.policy.loading import ModelError, ModelSpec, compile_layers, frequencies, load_model, load_tokenizer
 from halos_pl.policy.logprobs import completion_kl, completion_logps, completion_mask, mixes_rows, pack
 from halos_pl.policy.memory import keep_freed_memory
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel
@@ -146,7 +147,7 @@ class HALOModule(LightningModule):
         self._means = Means()
         self._auroc = BinaryAUROC()
         self._rng_states: list[dict[str, Any]] | None = None
-        self._floats: list[tuple[nn.Module, str, Tensor]] = []
+        self._frequencies: list[tuple[nn.Module, str, Tensor]] = []
 
     # -- models ---------------------------------------------------------------------------------------
 
@@ -170,7 +171,7 @@ class HALOModule(LightningModule):
         if self.policy is None:
             # transformers loads in eval mode; the only difference here is gradient checkpointing (dropout is off).
             self.policy = load_model(self.policy_spec).train()
-            self._floats = [(module, name, values.clone()) for module, name, values in floats(self.policy)]
+            self._frequencies = [(module, name, values.clone()) for module, name, values in frequencies(self.policy)]
             self._prepare(self.policy, "the policy")
         # Testing measures the KL divergence, so there even a loss that needs no reference gets one.
         wanted = self.objective.needs.reference or (
@@ -206,7 +207,8 @@ class HALOModule(LightningModule):
             device = batch.prompt.device.type
             autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
             dtype = next(cast(nn.Module, self.policy).parameters()).dtype
-            names = keys(f"{self._reference.fingerprint} {dtype} {autocast}", batch)
+            kinds = {module._buffers[name].dtype for module, name, _ in self._frequencies} - {dtype}  # type: ignore[union-attr]
+            names = keys(" ".join(map(str, (self._reference.fingerprint, dtype, autocast, *kinds))), batch)
             known = self._store.get(names)
             missing = [i for i in missing if names[i] not in known]
         self.reference_rows["computed"] += len(missing)
@@ -306,7 +308,8 @@ class HALOModule(LightningModule):
         # Evaluating draws numbers of its own: a run that is resumed after an evaluation does not evaluate again.
         with nullcontext() if self.training else self._forked():
             if not self.training:
-                torch.manual_seed(torch.initial_seed() + self.global_step)
+                rows = hashlib.sha256(repr((batch.row_ids, self.global_step, torch.initial_seed())).encode())
+                torch.manual_seed(int.from_bytes(rows.digest()[:4]))
             ids = sample_tokens(
                 self.policy,
                 [batch.prompts[i].tolist() for i in batch.prompt.tolist()],
@@ -555,7 +558,8 @@ class HALOModule(LightningModule):
             self._means.add(self._figures(rows, result))
             reward = result.outcomes.reward if result.outcomes else self._implied_reward(rows)
             if reward is not None:
-                self._auroc.update(into_unit_interval(reward), rows.desirable.long())
+                scores = into_unit_interval(reward)
+                self._auroc.update(scores, rows.desirable.long().to(scores.device))
             yield index, rows, result
         # Every step counts with its number of rows: summed over ranks this is loss * rows / rows.
         here = (~batch.probe).sum().float()
@@ -695,9 +699,9 @@ class HALOModule(LightningModule):
         self._unround()
 
     def _unround(self) -> None:
-        """Puts back the float32 buffers that a Trainer of half precision has rounded with everything else."""
-        for module, name, values in self._floats:
-            if module._buffers[name].dtype != values.dtype:  # type: ignore[union-attr]
+        """Puts back the frequencies that a Trainer of half precision has rounded with everything else."""
+        for module, name, values in self._frequencies:
+            if module._buffers[name].dtype.itemsize < values.dtype.itemsize:  # type: ignore[union-attr]
                 module._buffers[name] = values.to(self.device)
 
     def on_train_epoch_start(self) -> None:

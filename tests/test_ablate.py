@@ -411,6 +411,9 @@ def test_a_prompt_with_more_rows_is_no_other_value() -> None:
         return list(_by_example({row: of_row(j) for j, (row, _) in enumerate(rows)}, dict(rows)).values())
 
     assert values(lambda j: 0.7) == pytest.approx([0.7] * 40)
+    # Of one row each the values are those of the rows to the bit, as McNemar's test has to see.
+    single = {f"{i}": float(i % 8 == 0) for i in range(55)}
+    assert _by_example(single, {name: name for name in single}) == single
     x = draw.random(sizes.sum())
     found = np.array(values(lambda j: float(x[j])))
     assert found.mean() == pytest.approx(x.mean())

@@ -271,6 +271,12 @@ def test_an_adapter_on_one_end_of_tied_weights_is_refused(
     load_model(ModelSpec(str(tiny_folder), lora=LoRASpec(target_modules=targets)))  # not tied
 
 
+def test_a_merged_adapter_keeps_what_the_config_said_of_dropout(tiny_gpt2_folder: Path, tmp_path: Path) -> None:
+    load_model(ModelSpec(str(tiny_gpt2_folder), lora=LoRASpec(r=2))).save_pretrained(tmp_path)
+    load_tokenizer(ModelSpec(str(tiny_gpt2_folder))).save_pretrained(tmp_path)
+    assert load_model(ModelSpec(str(tmp_path))).noise_of_config["attn_pdrop"] == 0.1
+
+
 def test_the_jitter_of_a_router_is_off(tiny_folder: Path, tmp_path: Path) -> None:
     vocabulary = len(load_tokenizer(ModelSpec(str(tiny_folder))))
     torch.manual_seed(0)

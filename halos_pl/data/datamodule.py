@@ -462,6 +462,7 @@ class FeedbackDataModule(LightningDataModule):
         if "train" not in self._splits or "fingerprint" not in state_dict:
             return
         saved, now = state_dict["fingerprint"], self._fingerprint()
+        saved = {"max_length": now["max_length"]} | saved  # older checkpoints do not say
         differing = [f"{key} (saved {saved.get(key)}, now {now[key]})" for key in now if saved.get(key) != now[key]]
         if differing:
             raise ValueError(

@@ -441,10 +441,11 @@ def files_of(source: Source) -> list[Source]:
             found = [file for file in sorted(path.iterdir()) if file.is_file() and _kind(str(file))]
     elif not path.exists():
         found = [Path(name) for name in sorted(glob.glob(source.path))]
-    splits = {word for file in found for word in re.findall(r"[a-z]+", file.name.lower()) if word in _SPLITS}
-    if "train" in splits and len(splits) > 1:
+    words = [_SPLITS & set(re.findall(r"[a-z]+", file.name.lower())) for file in found]
+    held_out = sorted({word for own in words if "train" not in own for word in own})
+    if held_out and any("train" in own for own in words):
         raise ValueError(
-            f"{source.path}: its files' names are those of several splits ({', '.join(sorted(splits))});"
+            f"{source.path}: its files' names are those of several splits (train, {', '.join(held_out)});"
             " name the files of one"
         )
     if source.rows is not None and len(found) > 1:

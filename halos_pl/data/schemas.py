@@ -372,13 +372,18 @@ def _judged_conversation(column: str, labels: tuple[str, ...]) -> Parse:
 
 def _sharegpt_pair(row: dict[str, Any], place: str) -> Items:
     prompt = _not_blank(_conversation(row, "conversations"), "conversations")
+    prompts: list[Prompt] = []
     completions: list[Prompt] = []
     for column in ("chosen", "rejected"):
         value = row[column]
         if isinstance(value, dict):
             value = [_message(value, column)]
-        completions.append(_completion(prompt, value, column)[1])
-    return _pair(prompt, completions[0], completions[1], place)
+        asked, completion = _completion(prompt, value, column)
+        prompts.append(asked)
+        completions.append(completion)
+    if prompts[0] != prompts[1]:
+        raise BadRow("does not answer the same messages as 'chosen'", "rejected")
+    return _pair(prompts[0], completions[0], completions[1], place)
 
 
 # Scores ------------------------------------------------------------------------------------------------

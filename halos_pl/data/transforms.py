@@ -15,7 +15,7 @@ none, scores become labels just before the first transform that wants them, or a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from random import Random
@@ -256,14 +256,8 @@ class Pair(Transform):
             # A row with a score alone has no label to be compared by. Stable: of equals the first of the data.
             known = [row for row in rows if np.isfinite(score).all() or table.label[row] >= 0]
             ranked = sorted(known, key=lambda row: -worth[row])
-            best_worst = self.which == "best_worst"
-            pairs = (
-                (high, low)
-                for k, high in enumerate(ranked)
-                for low in (reversed(ranked[k + 1 :]) if best_worst else ranked[k + 1 :])
-                if worth[high] > worth[low] and text[high] != text[low]
-            )
-            index += [row for pair in islice(pairs, 1 if best_worst else None) for row in pair]
+            pairs = _pairs(ranked, worth, text, worst_first=self.which == "best_worst")
+            index += [row for pair in islice(pairs, 1 if self.which == "best_worst" else None) for row in pair]
         made = replace(table, rival=np.full(len(table), -1)).select(np.array(index, dtype=np.int64))
         places = np.arange(len(made))
         made = replace(
@@ -272,6 +266,23 @@ class Pair(Transform):
         used = len(set(index))
         counts = {"pairs": len(made) // 2, "dropped_without_partner": int(single.sum()) - used}
         return table.select(~single).join(made), counts
+
+
+def _pairs(
+    ranked: list[int], worth: dict[int, float], text: NDArray[Any], *, worst_first: bool
+) -> Iterator[tuple[int, int]]:
+    """Every pair of a better and a worse row with different completions, of rows from the best to the worst."""
+    below = len(ranked)  # where the rows begin that are worse than this one
+    starts: dict[int, int] = {}
+    for k in reversed(range(len(ranked))):
+        if k + 1 < len(ranked) and worth[ranked[k]] > worth[ranked[k + 1]]:
+            below = k + 1
+        starts[k] = below
+    for k, high in enumerate(ranked):
+        lows = range(starts[k], len(ranked))
+        for low in reversed(lows) if worst_first else lows:
+            if text[high] != text[ranked[low]]:
+                yield high, ranked[low]
 
 
 def groups(numbers: Sequence[int] | NDArray[Any]) -> list[list[int]]:

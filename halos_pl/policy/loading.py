@@ -256,7 +256,8 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         model = _merged(model, spec)
-    model.noise_of_config = {} if spec.dropout else _switch_noise_off(model)
+    before = getattr(model, "noise_of_config", {})  # of the model below an adapter that was merged
+    model.noise_of_config = {} if spec.dropout else _switch_noise_off(model) | before
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if spec.lora is not None:
@@ -354,13 +355,13 @@ def _switch_noise_off(model: nn.Module) -> dict[str, float]:
     return before
 
 
-def floats(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """Buffers in float32 that no checkpoint holds, as the frequencies of rotary positions: (module, name, values).
+def frequencies(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """The frequencies of rotary positions, which no checkpoint holds: (module, name of the buffer, values).
 
-    transformers keeps them so whatever the model's dtype; rounded, they would be those of another model.
+    transformers keeps them in float32 whatever the model's dtype; rounded, they would be those of another model.
     """
     for module in model.modules():
         for name in module._non_persistent_buffers_set:
             values = module._buffers.get(name)
-            if values is not None and values.dtype == torch.float32:
+            if name.endswith("inv_freq") and values is not None and values.dtype == torch.float32:
                 yield module, name, values

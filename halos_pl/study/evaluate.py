@@ -150,11 +150,14 @@ def _by_example(values: dict[str, float], example: dict[str, str]) -> dict[str, 
     Each is the mean and what the example adds to its error, as of a ratio of two sums (Cochran 1977, section 6.3): how
     many rows an example has is no variation of what is measured.
     """
-    mean = sum(values.values()) / max(len(values), 1)
-    off: dict[str, float] = defaultdict(float)
+    own: dict[str, list[float]] = defaultdict(list)
     for row, value in values.items():
-        off[example[row]] += value - mean
-    return {name: mean + total * len(off) / len(values) for name, total in off.items()}
+        own[example[row]].append(value)
+    if len({len(each) for each in own.values()}) == 1:  # plain means, without rounding
+        return {name: sum(each) / len(each) for name, each in own.items()}
+    mean = sum(values.values()) / len(values)
+    share = len(own) / len(values)
+    return {name: mean + share * (sum(each) - len(each) * mean) for name, each in own.items()}
 
 
 def _auroc_shares(high: dict[str, float], low: dict[str, float]) -> dict[str, float]:

@@ -403,6 +403,15 @@ def _said_once() -> Iterator[None]:
             handler.removeFilter(is_news)
 
 
+#: Where a run computes, with what any machine has.
+PLACEMENT = {
+    "trainer.accelerator": "cpu",
+    "trainer.devices": 1,
+    "trainer.num_nodes": 1,
+    "trainer.strategy": "auto",
+}
+
+
 @_said_once()
 def check(study: Study) -> dict[str, Checked]:
     """Parses each arm with the real command line, builds its module and reads its data; loads no model.
@@ -421,8 +430,10 @@ def check(study: Study) -> dict[str, Checked]:
     tokenizer = None
     for arm in study.arms:
         words = arm.words("unused", study.seeds[0])[1:]
-        if study.cluster is not None:  # whose machines are not like this one
-            words += [f"--trainer.{key}" for key in ("accelerator=cpu", "devices=1", "num_nodes=1", "strategy=auto")]
+        # A cluster's machines are not like this one; the digest is of what they are given all the same.
+        placed = {} if study.cluster is None else {k: v for k, v in arm.options.items() if k in PLACEMENT}
+        if study.cluster is not None:
+            words += [f"--{key}={value}" for key, value in PLACEMENT.items()]
         said, place = io.StringIO(), f"{study.path}:{arm.line}: arm {arm.name!r}"
         try:
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
@@ -432,7 +443,7 @@ def check(study: Study) -> dict[str, Checked]:
                 config.trainer.default_root_dir = None
                 steps = _steps(cli)
                 data = [store.digest for store in cli.datamodule.stores("train")]
-                resolved = cli.parser.dump(config, skip_none=False) + repr(data)
+                resolved = cli.parser.dump(config, skip_none=False) + repr(data) + (repr(placed) if placed else "")
                 digest = hashlib.sha256(resolved.encode()).hexdigest()
         except SystemExit as error:
             raise StudyError(f"{place}: {_parser_error(said.getvalue()) or error}") from error

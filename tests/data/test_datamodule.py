@@ -820,9 +820,12 @@ def test_sources_of_different_weights_do_not_share_a_prompt_that_stays_together(
 def test_a_folder_of_several_splits_is_no_training_set(tmp_path: Path) -> None:
     for name in ("train", "test"):
         write_jsonl(tmp_path / f"{name}-00000.jsonl", binary())
-    with pytest.raises(ValueError, match=r"several splits \(test, train\); name the files of one"):
+    with pytest.raises(ValueError, match=r"several splits \(train, test\); name the files of one"):
         set_up(KTO, train=str(tmp_path))
     assert len(train_rows(set_up(KTO, train=str(tmp_path / "train*.jsonl"), batch_size=16))) == 1
+    (tmp_path / "one").mkdir()  # one file whose name has both words is one split
+    write_jsonl(tmp_path / "one" / "eval_prompts_train.jsonl", binary())
+    set_up(KTO, train=str(tmp_path / "one"))
 
 
 def test_a_checkpoint_knows_what_mismatched_prompts_were_cut_to(tmp_path: Path) -> None:

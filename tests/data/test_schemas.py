@@ -159,6 +159,22 @@ def test_what_the_user_says_in_a_completion_does_not_carry_the_loss(tmp_path: Pa
         assert [item.reason for item in found if isinstance(item, Skipped)] == ["the user speaks again in a completion"]
 
 
+def test_conversations_that_end_in_different_questions_are_no_pair(tmp_path: Path) -> None:
+    def turn(role: str, text: str) -> dict[str, str]:
+        return {"from": role, "value": text}
+
+    row = {"conversations": [turn("human", "Hi"), turn("gpt", "Hello")]}
+    both = {
+        "chosen": [turn("human", "2 + 2?"), turn("gpt", "4")],
+        "rejected": [turn("human", "2 + 2?"), turn("gpt", "5")],
+    }
+    prompt, chosen, rejected = pair(tmp_path, row | both)
+    assert [m["content"] for m in prompt] == ["Hi", "Hello", "2 + 2?"]
+    assert (chosen[0]["content"], rejected[0]["content"]) == ("4", "5")
+    both["rejected"][0] = turn("human", "3 + 3?")
+    assert "does not answer the same messages" in refused(tmp_path, row | both)
+
+
 @pytest.mark.parametrize("column", ["tools", "chat_template_kwargs"])
 def test_what_a_template_would_need_is_refused_and_not_lost(tmp_path: Path, column: str) -> None:
     row = {"prompt": [USER], "completion": [BOT], "label": True}

@@ -22,6 +22,7 @@ from halos_pl.data.transforms import (
     ThresholdScores,
     Transform,
     Unpair,
+    _pairs,
 )
 
 shares = st.floats(0, 1)
@@ -201,6 +202,26 @@ def test_unpair_and_pair_are_inverse_where_a_prompt_has_one_pair() -> None:
     assert counts == {"pairs": 4, "dropped_without_partner": 0}
     for name in COLUMNS:
         assert np.array_equal(getattr(again, name), getattr(pairs(4), name), equal_nan=name == "score")
+
+
+def test_pairs_of_very_many_equal_rows_are_looked_for_only_once() -> None:
+    """By the count of comparisons, and not by the clock: of n equal rows there are n^2 / 2 pairs to no avail."""
+    compared = 0
+
+    class Text(list[int]):
+        def __getitem__(self, place: Any) -> Any:
+            nonlocal compared
+            compared += 1
+            return super().__getitem__(place)
+
+    n = 20_000
+    worth = dict.fromkeys(range(n), 1.0)
+    assert list(_pairs(list(range(n)), worth, Text(range(n)), worst_first=True)) == []  # type: ignore[arg-type]
+    assert compared == 0
+    worth[n - 1] = 0.0
+    found = _pairs(list(range(n)), worth, Text(range(n)), worst_first=True)  # type: ignore[arg-type]
+    assert next(found) == (0, n - 1)
+    assert compared == 2
 
 
 @given(rows=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), min_size=1, max_size=15))
