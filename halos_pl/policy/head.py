@@ -30,8 +30,11 @@ class _LogProbs(torch.autograd.Function):
         cast = weight.to(dtype)
         for h, t in zip(hidden.to(dtype).tensor_split(parts), targets.tensor_split(parts), strict=True):
             logits = _logits(h, cast)
-            sums.append(logits.logsumexp(dim=1))
-            found.append(logits.gather(1, t[:, None]).squeeze(1) - sums[-1])
+            of_targets = logits.gather(1, t[:, None]).squeeze(1)
+            # logsumexp, in the memory of the logits.
+            largest = logits.amax(dim=1, keepdim=True)
+            sums.append(logits.sub_(largest).exp_().sum(dim=1).log_().add_(largest.squeeze(1)))
+            found.append(of_targets - sums[-1])
         ctx.save_for_backward(hidden, weight, targets, torch.cat(sums))
         ctx.dtype, ctx.parts = dtype, parts
         return torch.cat(found)
