@@ -713,6 +713,7 @@ def test_a_cluster_that_is_none_is_refused_by_its_line(make: Any, tmp_path: Path
         assert str(error.value).startswith(f"{path}:{line_of(path, 'cluster:')}: cluster: ")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_runs_are_handed_to_a_cluster(make: Any, tmp_path: Path) -> None:
     """submitit's own, which is processes of this machine; one of the two arms fails there."""
