@@ -62,8 +62,8 @@ def test_elementwise_and_input_left_alone(cls, us):
     together = v(u)
     assert together.shape == u.shape
     assert torch.equal(u, before)
-    # A processor may compute the last few of a batch with other instructions, which round otherwise, and what is rounded
-    # may be some 1e-5 that cancels.
+    # A processor may compute the last few of a batch with other instructions, which round otherwise: by an eps of what
+    # cancels, too.
     assert torch.allclose(together, torch.cat([v(x[None]) for x in u]), rtol=1e-13, atol=1e-19, equal_nan=True)
 
 
