@@ -102,7 +102,7 @@ def _bound(checks: object, names: tuple[str, ...], prefix: str = "") -> dict[str
 def _rounded(of_v: value_function.ValueFunctionChecks, prefix: str = "") -> dict[str, str]:
     """What is to be said of the clauses that a value function failed, where it computes in less than float64."""
     found: dict[str, str | None] = vars(of_v).get("found", {})
-    if found.get("precision") is None or found["precision"] != vars(of_v).get("single"):
+    if found.get("precision") is None or found["precision"] != of_v.single:
         return {}
     return {prefix + name: _SINGLE for name, witness in found.items() if witness and name != "precision"}
 

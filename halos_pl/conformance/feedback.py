@@ -12,7 +12,7 @@ from torch import Tensor
 from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.ranks import Ranks, namespaces
 from halos_pl.conformance.reward import padded
-from halos_pl.conformance.strategies import Step, kept_together, smallest
+from halos_pl.conformance.strategies import Step, smallest, two_ranks
 from halos_pl.conformance.witness import WrongShape, changed, copied, listed, number, pair
 from halos_pl.feedback import Feedback, Judgement
 from halos_pl.outcomes import Rows
@@ -180,12 +180,8 @@ class FeedbackChecks:
 
     def _two_ranks(self, step: Step) -> str | None:
         rows = step.rows()
-        units = kept_together(rows, self.target.needs)
-        if len(units) < 2:
-            return None
-        cut = 1 + step.seed % (len(units) - 1)
-        parts = [torch.tensor([i for unit in half for i in unit]) for half in (units[:cut], units[cut:])]
-        if any(not bool(rows.train[index].any()) for index in parts):
+        parts = two_ranks(rows, self.target.needs, step.seed)
+        if not parts:
             return None
         whole = self.judged(rows)
         jobs: list[Callable[[], Any]] = [lambda index=index: self.judged(rows.select(index)) for index in parts]  # type: ignore[misc]

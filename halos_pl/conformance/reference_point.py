@@ -12,7 +12,7 @@ from torch import Tensor
 
 from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.ranks import Ranks, namespaces
-from halos_pl.conformance.strategies import Step, kept_together, smallest
+from halos_pl.conformance.strategies import Step, kept_together, smallest, two_ranks
 from halos_pl.conformance.witness import WrongShape, listed, number, pair
 from halos_pl.objective import mean_of_tokens
 from halos_pl.outcomes import Needs, Rows
@@ -332,12 +332,8 @@ class ReferencePointChecks:
         rows = self.rows(step)
         rewards = self._untied(self.rewards(rows))
         z0 = self.estimates(rewards, rows)
-        units = kept_together(rows, self.needs)
-        if len(units) < 2:
-            return None
-        cut = 1 + step.seed % (len(units) - 1)
-        parts = [torch.tensor([i for unit in half for i in unit]) for half in (units[:cut], units[cut:])]
-        if any(not bool(rows.train[index].any()) for index in parts):
+        parts = two_ranks(rows, self.needs, step.seed)
+        if not parts:
             return None
         jobs: list[Callable[[], Tensor]] = [
             lambda index=index: self.estimates(rewards[index], rows.select(index))  # type: ignore[misc]

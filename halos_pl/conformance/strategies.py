@@ -202,6 +202,16 @@ def kept_together(rows: Rows, needs: Needs) -> list[list[int]]:
     return list(units.values())
 
 
+def two_ranks(rows: Rows, needs: Needs, seed: int) -> list[torch.Tensor]:
+    """The step's rows, by number, on either of two ranks; empty where one of them would have no row with a loss."""
+    units = kept_together(rows, needs)
+    if len(units) < 2:
+        return []
+    cut = 1 + seed % (len(units) - 1)
+    parts = [torch.tensor([i for unit in half for i in unit]) for half in (units[:cut], units[cut:])]
+    return parts if all(bool(rows.train[index].any()) for index in parts) else []
+
+
 def rows(needs: Needs | None = None, dtype: torch.dtype = torch.float64) -> st.SearchStrategy[Rows]:
     """Rows of a step with pairs, probes, padding and prompts, as ``needs`` asks for."""
     return steps(needs).map(lambda step: step.rows(dtype))

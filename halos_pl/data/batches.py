@@ -389,11 +389,10 @@ class _Builder:
 
     def _cut(self, prompt: int, length: int) -> list[int]:
         """The prompt's last ``length`` tokens, BOS instead of the first of them: many models are lost without."""
-        ids: list[int] = np.asarray(self._source[prompt]).tolist()
-        start = self._prefix if ids[: len(self._prefix)] == self._prefix else []
-        if len(ids) <= length or length <= len(start):
-            return ids[-length:]
-        return start + ids[len(ids) - length + len(start) :]
+        ids, count = np.asarray(self._source[prompt]), len(self._prefix)
+        keeps = count < length < len(ids) and ids[:count].tolist() == self._prefix
+        start = self._prefix if keeps else []
+        return [*start, *ids[len(start) - length :].tolist()]
 
     def build(self) -> FlatBatch:
         completions, prompt, desirable, rival, probe, row_ids, group, score = self.columns

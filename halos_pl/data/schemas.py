@@ -159,6 +159,17 @@ def _completion(prompt: Prompt, value: Any, column: str, within: str = "") -> tu
     return prompt, _not_blank(completion, column, within)
 
 
+def _both(given: Prompt, row: dict[str, Any], first: str, second: str) -> tuple[Prompt, Prompt, Prompt]:
+    """The prompt and both completions of a pair."""
+    prompt, one = _completion(given, row[first], first)
+    other, two = _completion(given, row[second], second)
+    if other != prompt:
+        raise BadRow(
+            f"does not repeat the same prompt as '{first}', so that it does not answer the same messages", second
+        )
+    return prompt, one, two
+
+
 def _label(row: dict[str, Any], column: str, true: str = "desirable", false: str = "undesirable") -> bool:
     """True or 1 and false or 0; as text too, for in CSV all is text."""
     value = row[column]
@@ -222,11 +233,7 @@ def _pair_scores(row: dict[str, Any], first: str, second: str) -> tuple[float | 
 
 
 def _paired(row: dict[str, Any], place: str) -> Items:
-    given = _prompt(row)
-    prompt, chosen = _completion(given, row["chosen"], "chosen")
-    other, rejected = _completion(given, row["rejected"], "rejected")
-    if other != prompt:
-        raise BadRow("does not repeat the same prompt as 'chosen'; both must answer the same messages", "rejected")
+    prompt, chosen, rejected = _both(_prompt(row), row, "chosen", "rejected")
     return _pair(prompt, chosen, rejected, place, _pair_scores(row, "score_chosen", "score_rejected"))
 
 
@@ -327,11 +334,7 @@ def _halos_binary(row: dict[str, Any], place: str) -> Items:
 def _halos_pairwise(row: dict[str, Any], place: str) -> Items:
     """``label`` is 1 where ``output_A`` has the higher reward; of equal rewards it says 0, which is no preference."""
     first = _label(row, "label", "A is preferred", "B is preferred")
-    given = _prompt(row)
-    prompt, a = _completion(given, row["output_A"], "output_A")
-    other, b = _completion(given, row["output_B"], "output_B")
-    if other != prompt:
-        raise BadRow("does not repeat the same prompt as 'output_A'", "output_B")
+    prompt, a, b = _both(_prompt(row), row, "output_A", "output_B")
     rewards = _pair_scores(row, "reward_A", "reward_B")
     if rewards[0] is not None and rewards[0] == rewards[1]:
         return [Skipped(place, TIE)]
@@ -372,18 +375,10 @@ def _judged_conversation(column: str, labels: tuple[str, ...]) -> Parse:
 
 def _sharegpt_pair(row: dict[str, Any], place: str) -> Items:
     prompt = _not_blank(_conversation(row, "conversations"), "conversations")
-    prompts: list[Prompt] = []
-    completions: list[Prompt] = []
-    for column in ("chosen", "rejected"):
-        value = row[column]
-        if isinstance(value, dict):
-            value = [_message(value, column)]
-        asked, completion = _completion(prompt, value, column)
-        prompts.append(asked)
-        completions.append(completion)
-    if prompts[0] != prompts[1]:
-        raise BadRow("does not answer the same messages as 'chosen'", "rejected")
-    return _pair(prompts[0], completions[0], completions[1], place)
+    # A single message may stand without a list.
+    values = {c: [_message(row[c], c)] if isinstance(row[c], dict) else row[c] for c in ("chosen", "rejected")}
+    prompt, chosen, rejected = _both(prompt, values, "chosen", "rejected")
+    return _pair(prompt, chosen, rejected, place)
 
 
 # Scores ------------------------------------------------------------------------------------------------
