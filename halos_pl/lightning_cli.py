@@ -107,6 +107,7 @@ class HalosCLI(LightningCLI):
     """
 
     def __init__(self, args: Any = None, *, run: bool = True) -> None:
+        self._words = sys.argv[1:] if args is None else args
         names = ", ".join(f"halos {name}" for name in ("check", *TOOLS))
         further = f"Further commands, each with --help: {names}."
         super().__init__(
@@ -127,6 +128,12 @@ class HalosCLI(LightningCLI):
             args=args,
             run=run,
         )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The command that was asked for; all of them where none is, for the help. Each one's parser takes a while."""
+        known = LightningCLI.subcommands()
+        asked = self._words[0] if isinstance(self._words, list) and self._words else None
+        return {asked: known[asked]} if asked in known else known
 
     @property
     def _own(self) -> Any:

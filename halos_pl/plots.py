@@ -19,6 +19,13 @@ def _column(rows: list[dict[str, str]], name: str) -> tuple[list[int], list[floa
     return [step for step, _ in kept], [value for _, value in kept]
 
 
+def _figure(height: float, gap: float) -> Figure:
+    """Seven inches wide, with margins for a title and labels: a layout that matplotlib finds costs a drawing more."""
+    figure = Figure(figsize=(7, height))
+    figure.subplots_adjust(left=0.12, right=0.97, bottom=0.5 / height, top=1 - 0.35 / height, hspace=gap)
+    return figure
+
+
 def plot_training(metrics: Path, out: Path, *, beta: float = 1.0) -> Path | None:
     """Rewards by class and the reference point over optimizer steps, all times beta, and the loss below.
 
@@ -34,7 +41,7 @@ def plot_training(metrics: Path, out: Path, *, beta: float = 1.0) -> Path | None
         rows = list(csv.DictReader(file))
     if not _column(rows, "loss")[0]:
         return None
-    figure = Figure(figsize=(7, 6), layout="constrained")
+    figure = _figure(6, gap=0.08)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     for name, label, colour, style, scale in (
         ("rewards/chosen", "β·r, desirable rows", DESIRABLE, "-", 1.0),
@@ -70,7 +77,7 @@ def plot_value_function(
     # v is drawn as far as it bends, which may be far beyond where the rows are.
     beta = beta_of(value_function)
     shape = max(reach, 4 / beta) if beta > 0 else reach
-    figure = Figure(figsize=(7, 2.4 + 1.6 * len(moments)), layout="constrained")
+    figure = _figure(2.4 + 1.6 * len(moments), gap=0.25)
     panels = figure.subplots(1 + len(moments), 1, height_ratios=[2.0, *[1.4] * len(moments)])
     grid = torch.linspace(-shape, shape, 801)
     with torch.no_grad():
@@ -82,7 +89,7 @@ def plot_value_function(
     for panel, (moment, rows) in zip(panels[1:], moments.items(), strict=True):
         for wanted, label, colour in ((True, "desirable", DESIRABLE), (False, "undesirable", UNDESIRABLE)):
             shown = [min(max(u, -reach), reach) for u, desirable in rows if desirable is wanted]
-            panel.hist(shown, bins=bins, alpha=0.6, label=label, color=colour)
+            panel.hist(shown, bins=bins, alpha=0.6, label=label, color=colour, histtype="stepfilled")
         panel.set(ylabel="rows", xlim=(-reach, reach))
         panel.legend(frameon=False, title=moment)
     for panel in panels:

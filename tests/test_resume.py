@@ -126,12 +126,10 @@ def assert_same_run(whole: Path, resumed: Path) -> None:
 
 
 DEFAULT: list[tuple[str, int, str, int]] = [
-    ("kto", 2, "after_checkpoint", 0),  # in the middle of an epoch
-    ("kto", EPOCH, "after_checkpoint", 2),  # after its last step, before the next one has begun
-    ("kto", EPOCH + 1, "writing", 2),  # half a checkpoint lies beside the good one
+    ("kto", EPOCH, "after_checkpoint", 2),  # after the last step of an epoch, before the next one has begun
     ("bco", EPOCH, "after_step", 0),  # its last step is lost with it
-    ("dropout", EPOCH, "after_checkpoint", 0),
-    ("lora", EPOCH + 1, "after_step", 2),
+    ("dropout", 2, "after_checkpoint", 0),  # in the middle of an epoch
+    ("lora", EPOCH + 1, "writing", 2),  # half a checkpoint lies beside the good one
     ("tr_dpo", 3, "after_step", 0),
     ("study", 3, "after_step", 2),
 ]
