@@ -36,7 +36,8 @@ def ablate(
 
     Args:
         study: the study's YAML file.
-        over: a second file whose configs, options, seeds and measuring replace those of the study: another scale.
+        over: a second file, another scale: its options are laid over those of the study, one by one, and its configs,
+            seeds and measuring replace the study's.
         out: folder of everything it writes; default: runs/ and the file's name.
         jobs: runs at a time; they share the processor's cores.
         keep_checkpoints: keep each run's last checkpoint when it has been measured.
@@ -51,11 +52,11 @@ def ablate(
             executor_of(plan, Path(beside))
     claim(plan, folder, {name: arm.digest for name, arm in checked.items()})
     runs = plan.runs(folder)
-    if not all(run.done for run in runs):
-        # A cluster's machines are not like the one that hands them their work.
-        times = None if plan.cluster is not None else timed_step(plan, folder, environment(jobs))
-        show_plan(plan, checked, runs, times, jobs)
     try:
+        if not all(run.done for run in runs):
+            # A cluster's machines are not like the one that hands them their work.
+            times = None if plan.cluster is not None else timed_step(plan, folder, environment(jobs))
+            show_plan(plan, checked, runs, times, jobs)
         failed = execute(plan, folder, jobs, keep_checkpoints)
     except KeyboardInterrupt:
         print("\nhalos: interrupted; the same command goes on from here", file=sys.stderr)

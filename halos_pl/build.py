@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import sys
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import yaml
@@ -24,6 +27,27 @@ PARTS: dict[str, type] = {
     "feedback": Feedback,
     "extra_terms": Objective,
 }
+
+
+def module_of_file(path: Path, prefix: str) -> ModuleType:
+    """A file of the user's own, executed as a module that may import what lies beside it.
+
+    Args:
+        path: the file.
+        prefix: put before its name, so that it hides no library's.
+
+    Raises:
+        ImportError: where it is no Python file.
+        Exception: whatever its code raises.
+    """
+    spec = importlib.util.spec_from_file_location(f"{prefix}_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    sys.path.insert(0, str(path.parent))
+    spec.loader.exec_module(module)
+    return module
 
 
 def choices(name: str, base: type) -> str:

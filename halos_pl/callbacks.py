@@ -80,6 +80,16 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
 
+def _replace_lines(path: Path, names: list[str], rows: list[dict[str, str]]) -> None:
+    """Writes a CSV file anew; one that is killed meanwhile leaves it as it was."""
+    beside = path.with_suffix(".part")
+    with beside.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(beside, path)
+
+
 class _AppendingWriter(ExperimentWriter):
     """Goes on with the ``metrics.csv`` that is there, where Lightning's would delete it."""
 
@@ -88,6 +98,12 @@ class _AppendingWriter(ExperimentWriter):
         if path.is_file():
             with path.open(newline="") as file:
                 self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        path = Path(self.metrics_file_path)
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        _replace_lines(path, fieldnames, rows)
 
 
 class RunCSVLogger(CSVLogger):
@@ -122,14 +138,9 @@ class RunCSVLogger(CSVLogger):
             return
         with path.open(newline="") as file:
             reader = csv.DictReader(file)
-            rows = [row for row in reader if row.get("step", "").isdigit() and int(row["step"]) < step]
+            rows = [row for row in reader if (row.get("step") or "").isdigit() and int(row["step"]) < step]
             names = list(reader.fieldnames or [])
-        beside = path.with_suffix(".part")
-        with beside.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(beside, path)
+        _replace_lines(path, names, rows)
 
 
 def move_aside(run_dir: Path) -> None:

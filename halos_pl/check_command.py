@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import importlib.util
 import inspect
 import json as jsons
 import sys
@@ -18,7 +17,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from halos_pl.build import load_objective
+from halos_pl.build import load_objective, module_of_file
 from halos_pl.conformance.check import KINDS, Target, made, reports, required_arguments
 from halos_pl.conformance.report import TITLES, Definition, Report
 
@@ -48,17 +47,10 @@ def _known(name: str) -> type | None:
 def _from_file(path: Path, name: str) -> Any:
     if not path.is_file():
         raise TargetError(f"{path}: no such file")
-    spec = importlib.util.spec_from_file_location(f"target_{path.stem}", path)  # no name that a library may have
-    if spec is None or spec.loader is None:
-        raise TargetError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(path.parent))  # so that it can import what lies beside it
     try:
-        spec.loader.exec_module(module)
+        found: Any = module_of_file(path, "target")
     except (Exception, SystemExit) as error:
         raise TargetError(f"{path} does not import: {_one_line(error)}") from error
-    found: Any = module
     for part in name.split("."):  # Outer.Inner as well
         if not hasattr(found, part):
             raise TargetError(f"{path} has no {name!r}")

@@ -115,6 +115,14 @@ def sample_tokens(
     return found
 
 
+def _check_ranges(temperature: float, top_p: float, max_new_tokens: int, num_samples: int, batch_size: int) -> None:
+    if not temperature >= 0 or not 0 < top_p <= 1 or min(max_new_tokens, num_samples, batch_size) < 1:
+        raise ValueError(
+            "generate: temperature must be at least 0, top_p in (0, 1], and max_new_tokens, num_samples and"
+            f" batch_size at least 1; got {temperature}, {top_p}, {max_new_tokens}, {num_samples}, {batch_size}"
+        )
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,
@@ -152,11 +160,7 @@ def generate(
     Raises:
         ValueError: for a number outside its range.
     """
-    if not temperature >= 0 or not 0 < top_p <= 1 or min(max_new_tokens, num_samples, batch_size) < 1:
-        raise ValueError(
-            "generate: temperature must be at least 0, top_p in (0, 1], and max_new_tokens, num_samples and"
-            f" batch_size at least 1; got {temperature}, {top_p}, {max_new_tokens}, {num_samples}, {batch_size}"
-        )
+    _check_ranges(temperature, top_p, max_new_tokens, num_samples, batch_size)
     ending = list(tokenizer(control, add_special_tokens=False)["input_ids"]) if control else []
     encoded = [encode_prompt(tokenizer, prompt) + ending for prompt in prompts]
     device = next(model.parameters()).device
@@ -294,6 +298,7 @@ def generate_file(
         seed: of the sampling.
         control: text between every prompt and its completion; "<|good|>" for a model trained with csft.yaml.
     """
+    _check_ranges(temperature, top_p, max_new_tokens, num_samples, batch_size)
     read = read_prompts(Path(prompts))
     model, tokenizer = load_for_generation(folder)
     asked = as_messages(read, tokenizer, chat)

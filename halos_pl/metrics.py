@@ -48,18 +48,23 @@ class Means:
             here = torch.stack([p.detach() for p in pair]).to(torch.float32 if pair[0].is_mps else torch.float64)
             self._sums[name] = self._sums[name] + here if name in self._sums else here
 
-    def compute(self) -> dict[str, float]:
-        """The means over all ranks; NaN for a name with nothing behind it. Starts anew afterwards.
+    def compute(self, *, empty: bool = True) -> dict[str, float]:
+        """The means over all ranks; starts anew afterwards.
 
-        A name is not left out where a step has no row of its class: Lightning would log the value of an earlier
-        step again.
+        Args:
+            empty: NaN for a name with nothing behind it; without, it is left out. A step that has no row of a class
+                has to say so: Lightning would log the value of an earlier step again.
         """
         if not self._sums:
             return {}
         names = list(self._sums)
         totals = sum_over_ranks(torch.stack([self._sums[name] for name in names])).tolist()
         self._sums = {}
-        return {name: total / count if count else math.nan for name, (total, count) in zip(names, totals, strict=True)}
+        return {
+            name: total / count if count else math.nan
+            for name, (total, count) in zip(names, totals, strict=True)
+            if count or empty
+        }
 
 
 def saturation(value_function: ValueFunction, perceived: Tensor) -> Tensor:
@@ -104,8 +109,8 @@ def reward_figures(rows: Rows, reward: Tensor, beta: float) -> dict[str, Weighte
         "rewards/rejected": over(shown, ~rows.desirable),
         "outcome/reward": over(reward, torch.ones_like(rows.desirable)),
     }
-    if bool((rows.rival >= 0).any()):  # all rows of a data set have rivals, or none
-        figures["rewards/accuracies"] = over(shown > shown[rows.rival], rows.desirable)
+    # Also where no row here has a rival: those of another rank may have one, and names must be the same on each.
+    figures["rewards/accuracies"] = over(shown > shown[rows.rival], rows.desirable & (rows.rival >= 0))
     return figures
 
 
@@ -124,6 +129,6 @@ def outcome_figures(outcomes: Outcomes, value_function: ValueFunction) -> dict[s
 
 def with_margin(means: dict[str, float]) -> dict[str, float]:
     """Adds ``rewards/margins``, the difference of the two class means, where there are rewards."""
-    if "rewards/chosen" in means:
+    if {"rewards/chosen", "rewards/rejected"} <= means.keys():
         means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     return means

@@ -39,7 +39,15 @@ from halos_pl.metrics import (
 )
 from halos_pl.objective import HALO, Context, Objective, Result
 from halos_pl.outcomes import FlatBatch, Rows
-from halos_pl.policy.loading import ModelError, ModelSpec, compile_layers, frequencies, load_model, load_tokenizer
+from halos_pl.policy.loading import (
+    ModelError,
+    ModelSpec,
+    check_length,
+    compile_layers,
+    frequencies,
+    load_model,
+    load_tokenizer,
+)
 from halos_pl.policy.logprobs import completion_kl, completion_logps, completion_mask, mixes_rows, pack
 from halos_pl.policy.memory import keep_freed_memory
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel
@@ -173,6 +181,7 @@ class HALOModule(LightningModule):
             self.policy = load_model(self.policy_spec).train()
             self._frequencies = [(module, name, values.clone()) for module, name, values in frequencies(self.policy)]
             self._prepare(self.policy, "the policy")
+        check_length(self.policy, getattr(getattr(self.trainer, "datamodule", None), "longest", 0))
         # Testing measures the KL divergence, so there even a loss that needs no reference gets one.
         wanted = self.objective.needs.reference or (
             self.trainer.testing and not isinstance(self._reference, NoReference)
@@ -230,12 +239,15 @@ class HALOModule(LightningModule):
         Raises:
             ModelError: where that is demanded of a model that cannot.
         """
-        why = None if self.packing == "padded" else pack(model)
+        # A reference may be loaded in the middle of a step, under autocast: what rounding is would be another thing.
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            why = None if self.packing == "padded" else pack(model)
+            wrong = None if is_packed(model) else mixes_rows(model)
         if why and self.packing == "tree":
             raise ModelError(f"model.packing is tree, but {name} does not take trees: {why}; choose auto or padded")
         if why:
             rank_zero_info(f"halos: {name} computes each row by itself: {why}")
-        if not is_packed(model) and (wrong := mixes_rows(model)):
+        if wrong:
             raise ModelError(f"{name} cannot be used: {wrong}")
         if self.policy_spec.compile:
             compile_layers(model)
@@ -480,7 +492,7 @@ class HALOModule(LightningModule):
         once = torch.tensor(float(self.global_rank == 0), dtype=torch.float32, device=self.device)
         means.add({name: (value, once) for name, value in losses.items()})
         figures = with_margin(means.compute())
-        if not torch.isfinite(torch.tensor(figures["loss"])):
+        if not math.isfinite(figures["loss"]):
             raise NonFiniteLossError(self._non_finite(f"the loss is {figures['loss']}", suspects))
         shown = ("loss", "rewards/margins")
         self.log_dict({k: v for k, v in figures.items() if k not in shown}, batch_size=len(batch))
@@ -567,7 +579,7 @@ class HALOModule(LightningModule):
         self._means.add({name: (value * everywhere, here) for name, value in losses.items()})
 
     def _log_evaluation(self, prefix: str) -> None:
-        means = with_margin(self._means.compute())
+        means = with_margin(self._means.compute(empty=False))
         labels = torch.cat([t for t in self._auroc.target]) if self._auroc.target else torch.zeros(0)  # type: ignore[union-attr]
         both = sum_over_ranks(torch.stack([(labels == 0).sum(), (labels == 1).sum()]).float().to(self.device))
         if bool((both > 0).all()):
@@ -652,10 +664,10 @@ class HALOModule(LightningModule):
         for name, parameter in self.named_parameters(remove_duplicate=False):  # a tied weight has two names
             if not parameter.requires_grad:
                 checkpoint["state_dict"].pop(name, None)
-        states: list[Any] = [_rng_state()]
+        states: list[Any] = [_rng_state(self.device)]
         if world_size() > 1:
             states = [None] * world_size()
-            torch.distributed.all_gather_object(states, _rng_state())
+            torch.distributed.all_gather_object(states, _rng_state(self.device))
         checkpoint["rng_states"] = states
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -713,15 +725,22 @@ class HALOModule(LightningModule):
         if self._rng_states and self.global_rank < len(self._rng_states):
             state = self._rng_states[self.global_rank]
             name, keys, *rest = state["numpy"]
-            _set_rng_states({**state, "numpy": (name, keys.numpy().astype("uint32"), *rest)})
+            kept = {k: v for k, v in state.items() if k not in ("cuda", "device")}
+            _set_rng_states({**kept, "numpy": (name, keys.numpy().astype("uint32"), *rest)})
+            if "device" in state and self.device.type == "cuda":
+                torch.cuda.set_rng_state(state["device"].cpu(), self.device)
         self._rng_states = None
 
 
-def _rng_state() -> dict[str, Any]:
-    """This process's random state, in types that ``torch.load(weights_only=True)`` accepts."""
-    state = _collect_rng_states()
+def _rng_state(device: torch.device) -> dict[str, Any]:
+    """This process's random state and its GPU's, in types that ``torch.load(weights_only=True)`` accepts.
+
+    Of its own GPU only: a run may go on where others are to be seen.
+    """
+    state = _collect_rng_states(include_cuda=False)
     name, keys, *rest = state["numpy"]
-    return {**state, "numpy": (name, torch.from_numpy(keys.astype("int64")), *rest)}
+    cuda = {"device": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {**state, **cuda, "numpy": (name, torch.from_numpy(keys.astype("int64")), *rest)}
 
 
 def unsupported_strategy(name: str) -> str:

@@ -90,8 +90,8 @@ class FlatBatch:
         probe: BoolTensor [n], True for mismatched rows: they feed z0 only and get no gradient.
         row_ids: one name per row for messages and files, ``FILE:LINE`` and, for a pair, ``#chosen`` or
             ``#rejected``; a probe's names both sides.
-        group: LongTensor [n], equal for rows that answer the same prompt, whatever was cut off from it; left
-            out, ``prompt``.
+        group: LongTensor [n], equal for rows that answer the same prompt, whatever was cut off from it; another one
+            for a second copy of them in the same step. Left out, ``prompt``.
         score: float32 [n], how good a row is, higher is better, in the unit of the data less the mean of its prompt's
             rows; where that is NaN or the whole is left out, 1 for a desirable row and 0 for an undesirable one.
     """

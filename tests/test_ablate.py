@@ -23,7 +23,7 @@ from run_halos import ROOT, binary_data, pair_data
 
 from halos_pl.cli import main
 from halos_pl.study import execute
-from halos_pl.study.evaluate import METRICS, _by_example, _of_pairs, _of_rows
+from halos_pl.study.evaluate import METRICS, _by_example, _of_pairs, _of_rows, function_of
 from halos_pl.study.plan import Study, StudyError, check, command, load_study
 from halos_pl.study.report import _drawn, _forest, _heat_map
 from halos_pl.study.results import Results
@@ -398,7 +398,9 @@ def test_a_run_that_cannot_be_compared_is_left_out_by_name(make: Any, tmp_path: 
     one = replace(versus, seeds=(0,), comparison=compare(np.arange(40.0), np.arange(40.0) + 1))
     assert one.comparison.shown
     assert (one.shown, one.said) == (False, "one seed so far")
-    assert replace(one, planned=1).shown
+    alone = replace(one, planned=1)
+    assert (alone.shown, alone.runs_differ) == (False, True)
+    assert alone.said == "these runs differ; one seed says nothing of others"
 
 
 def test_a_prompt_with_more_rows_is_no_other_value() -> None:
@@ -636,6 +638,20 @@ def test_the_figures_are_those_of_their_definitions(make: Any, here: list[str], 
     assert all(row["kl"] > 0 for row in rows)
     assert any(abs(r) > 1e-3 for r in reward.values())
 
+    # One prompt with several rows is one example: of two pairs, cut to two lengths; and asked twice.
+    (tmp_path / "prompts.txt").write_text("one\ntwo why\none\n")
+    prompt = "one prompt " * 20
+    lines = [{"prompt": prompt, "chosen": "a b c " * n, "rejected": "d e f"} for n in (1, 5)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["--held_out", str([str(tmp_path / "long.jsonl")]), "--max_length=40"]
+    main(["evaluate", str(run.folder), *words, "--prompts", str(tmp_path / "prompts.txt"), "--max_new_tokens=3"])
+    found = json.loads((run.folder / "evaluation.json").read_text())
+    assert {metric: len(values) for metric, values in found.items()} == {
+        **dict.fromkeys(("reward_accuracy", "reward_margin", "brier", "reward_auroc", "kl_held_out"), 1),
+        **dict.fromkeys(("nll_desirable", "nll_undesirable"), 1),
+        **dict.fromkeys(("kl", "length", "finished"), 2),
+    }
+
 
 def test_rows_of_one_prompt_are_one_example() -> None:
     """A prompt three times over is no more evidence than once; the mean is that over all pairs."""
@@ -731,3 +747,31 @@ def test_runs_are_handed_to_a_cluster(make: Any, tmp_path: Path) -> None:
 def test_from_a_shell_with_two_at_a_time(make: Any, tmp_path: Path) -> None:
     main(["ablate", str(make()), f"--out={tmp_path / 'out'}", "--jobs=2"])
     assert len(Results(load_study(make()), tmp_path / "out").done) == 4
+
+
+def test_a_rule_may_use_dataclasses_and_what_lies_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "beside_the_rule.py").write_text("LIMIT = 3\n")
+    (tmp_path / "of_mine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom beside_the_rule import LIMIT\n"
+        "@dataclass\nclass Limit:\n    most: int = LIMIT\n\n"
+        "def short(answer, finished):\n    return len(answer) <= Limit().most\n"
+    )
+    short = function_of(f"{tmp_path}/of_mine.py:short")
+    assert (short("abc", True), short("abcd", True)) == (True, False)
+
+
+def test_code_of_the_users_own_belongs_to_an_arm(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value function that is changed between two runs makes another arm; ours have a revision."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    mine = tmp_path / "values_of_mine.py"
+    mine.write_text("from value_functions import Logistic\n\nclass Mine(Logistic):\n    pass\n")
+    arms = {
+        name: {"objective": f"{ROOT}/experiments/objectives/kto.yaml", **own}
+        for name, own in (("ours", {}), ("mine", {"model.value_function": "values_of_mine.Mine"}))
+    }
+    study = load_study(make(arms=arms))
+    before = check(study)
+    mine.write_text(mine.read_text() + "# changed\n")
+    after = check(study)
+    assert after["ours"].digest == before["ours"].digest
+    assert after["mine"].digest != before["mine"].digest

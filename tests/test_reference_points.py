@@ -149,12 +149,12 @@ def test_a_running_mean_of_kto_s_estimate(seeds, decay):
 
 def test_what_cannot_be_is_refused():
     rows, rewards = step(0)
-    with pytest.raises(ValueError, match="read off each row"):
+    with pytest.raises(ValueError, match="Rival gives a number for each row"):
         RunningMean(of=Rival())
     with pytest.raises(ValueError, match="Constant looks at no row"):
         RunningMean(of=Constant(value=5.0))
     with pytest.raises(ValueError, match="LeaveOneOut gives a number for each row"):
-        RunningMean(of=LeaveOneOut())(rewards, rows)
+        RunningMean(of=LeaveOneOut())
 
     class Silent(ReferencePoint):
         needs = Needs(step_rewards=True)

@@ -16,6 +16,7 @@ from run_halos import KILLED, binary_data, fit, metrics, pair_data, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import halos_pl.module
+from halos_pl.callbacks import RunCSVLogger
 from halos_pl.cli import main
 
 # 15 rows in steps of 4: three whole steps and a smaller one make an epoch of 4 steps; two epochs are 8 steps.
@@ -413,3 +414,14 @@ def test_frozen_base_weights_are_not_in_the_checkpoint(tiny_folder, tmp_path, ti
         "objective.reference_point._extra_state",
     }
     assert sum("lora_" in name for name in saved) == 2 * 2 * 7  # A and B of 7 layers in each of 2 blocks
+
+
+def test_a_line_of_metrics_that_was_cut_off_is_dropped_with_those_after_the_checkpoint(tmp_path):
+    (tmp_path / "metrics.csv").write_text("loss,step,z0\n1.0,0,0.5\n0.9,1,0.4\n0.8")
+    logger = RunCSVLogger(str(tmp_path))
+    logger.drop_from(1)
+    assert [(row["loss"], row["step"]) for row in metrics(tmp_path)] == [("1.0", "0")]
+    logger.log_metrics({"loss": 0.7, "val/loss": 0.6}, step=1)  # a new column: the file is written anew
+    logger.save()
+    assert [row.get("val/loss") for row in metrics(tmp_path)] == [None, "0.6"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "metrics.csv"]

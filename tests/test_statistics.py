@@ -242,3 +242,13 @@ def test_nothing_is_called_detectable_where_no_outcome_could_be_shown() -> None:
     ten = compare(draw.normal(size=10), draw.normal(size=10))
     assert np.isfinite(ten.detectable)
     assert holm([ten] * 49)[0].detectable == np.inf
+
+
+def test_the_interval_of_a_share_stays_one() -> None:
+    """Also where the values of examples with several rows, as of a ROC area, lie beyond 1."""
+    above, below = 1 - 0.95, 0.45  # a sample whose mean is 0.95 and whose values are not shares
+    values = np.array([0.95 + 2 * above] * 9 + [0.95 - 2 * below] + [0.95 + above] * 9 + [0.95 - below])
+    values += 0.95 - values.mean()
+    assert estimate(values).high > 1
+    found = estimate(values, share=True)
+    assert 0 <= found.low < 0.95 < found.high <= 1

@@ -89,7 +89,7 @@ def test_a_study_at_another_scale_keeps_its_arms(tmp_path: Path) -> None:
             load_study(path, over)
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_a_study_at_the_papers_scale_keeps_its_objective(path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.chdir(ROOT)
     arm = load_study(path, ROOT / "experiments/ablations/paper_scale.yaml").arms[0]
@@ -101,6 +101,8 @@ def test_a_study_at_the_papers_scale_keeps_its_objective(path: Path, monkeypatch
     assert config["model"]["feedback"]
     assert config["model"]["policy"]["path"] == "EleutherAI/pythia-2.8b"
     assert config["data"]["batch_size"] == 32
+    assert config["data"]["train"] == yaml.safe_load((PAPER / "shp_hh_oasst.yaml").read_text())["data"]["train"]
+    assert config["data"]["max_length"] == 2048
 
 
 def _words(policy: str, objective: str) -> list[str]:

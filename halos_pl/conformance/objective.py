@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.feedback import FeedbackChecks
+from halos_pl.conformance.ranks import Ranks, namespaces
 from halos_pl.conformance.reference_point import ReferencePointChecks
 from halos_pl.conformance.reward import RewardChecks
-from halos_pl.conformance.strategies import Step, smallest
+from halos_pl.conformance.strategies import Step, smallest, two_ranks
 from halos_pl.conformance.value_function import ValueFunctionChecks
 from halos_pl.conformance.witness import listed, pair
 from halos_pl.feedback import Feedback
@@ -335,10 +336,44 @@ class ObjectiveChecks:
         return self._smallest(fault)
 
     def loss_split(self) -> str | None:
-        """The losses of micro-batches sum to the loss of the step."""
-        if self.target.needs.whole_step:
+        """The losses of micro-batches, and of ranks, sum to the loss of the step."""
+        micro = None if self.target.needs.whole_step else self._micro_batches()
+        return micro or self._smallest(self._two_ranks)
+
+    def _two_ranks(self, step: Step) -> str | None:
+        rows = step.rows()
+        parts = two_ranks(rows, self.target.needs, step.seed)
+        if not parts or not self._counts(rows):
             return None
 
+        def judged(rows: Rows, copy: HALO) -> tuple[Tensor, Tensor]:
+            leaf = rows.policy_logps.clone().requires_grad_()
+            loss = copy(replace(rows, policy_logps=leaf)).loss
+            return loss.detach(), _gradient(loss, leaf)
+
+        def on_rank(index: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+            copy = self.fresh()  # here, for duplicating is nothing that two threads should do at once
+            return lambda: judged(rows.select(index), copy)
+
+        loss, slope = judged(rows, self.fresh())
+        jobs: list[Callable[[], Any]] = [on_rank(index) for index in parts]
+        ranks = Ranks().run(jobs, namespaces(self.target))
+        where = f"ranks of {len(parts[0])} and {len(parts[1])} rows"
+        summed = sum(float(part) for part, _ in ranks)
+        size = sum(abs(float(part)) for part, _ in ranks)
+        if not abs(summed - float(loss)) <= RELATIVE * size + 1e-9:
+            a, b = pair(float(loss), summed)
+            return f"loss {a} of the step, {b} summed over {where}"
+        most = RELATIVE * float(slope.abs().max()) + 1e-12
+        for index, (_, own) in zip(parts, ranks, strict=True):
+            off = (~((slope[index][:, : own.shape[1]] - own).abs() <= most)).nonzero()
+            if len(off):
+                i, t = off[0].tolist()
+                a, b = pair(float(slope[index[i], t]), float(own[i, t]))
+                return f"slope {a} of the loss of the step, {b} on {where}"
+        return None
+
+    def _micro_batches(self) -> str | None:
         def fault(step: Step) -> str | None:
             rows = step.rows()
             if not self._counts(rows):

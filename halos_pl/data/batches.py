@@ -8,6 +8,7 @@ step), not of what was drawn before. So a resumed run meets the rows that the un
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from multiprocessing.reduction import ForkingPickler
@@ -37,6 +38,14 @@ class Step(NamedTuple):
 def seeded(purpose: str, *numbers: int) -> Random:
     """A generator that is a function of its arguments, on every rank, worker, platform and Python."""
     return Random(":".join([purpose, *map(str, numbers)]))
+
+
+def _copies(examples: Sequence[int]) -> Iterator[int]:
+    """Of each of ``examples``, how often it has come before."""
+    seen: Counter[int] = Counter()
+    for example in examples:
+        yield seen[example]
+        seen[example] += 1
 
 
 class Order:
@@ -92,12 +101,17 @@ class Order:
             order += members[sorted(draw.sample(range(len(members)), rest))].tolist()
         if self.shuffle:
             seeded("order", self.seed, epoch).shuffle(order)
+        if self.classes is not None:
+            order = self._spread(order)
         if self.lengths is None:
-            return order if self.classes is None else self._spread(order)
+            return order
         steps: list[list[int]] = []
         window = LENGTH_WINDOW * self.batch_size
         for start in range(0, len(order), window):
-            near = sorted(order[start : start + window], key=lambda example: int(self.lengths[example]))  # type: ignore[index]
+            near = order[start : start + window]
+            # A second copy of an example, as a weight makes it, does not come beside the first.
+            lengths = [(copy, int(self.lengths[example])) for copy, example in zip(_copies(near), near, strict=True)]
+            near = [near[i] for i in sorted(range(len(near)), key=lengths.__getitem__)]
             near = near if self.classes is None else self._spread(near)
             steps += [near[i : i + self.batch_size] for i in range(0, len(near), self.batch_size)]
         last = [steps.pop()] if steps and len(steps[-1]) < self.batch_size else []  # the small one stays last
@@ -318,7 +332,7 @@ class StepDataset(Dataset[FlatBatch]):
         rows = [row for example in step.examples for row in self.examples[example]]
         mine: list[int] = []  # places in ``rows``
         place = 0
-        for i, example in enumerate(step.examples):
+        for i, (example, copy) in enumerate(zip(step.examples, _copies(step.examples), strict=True)):
             size = len(self.examples[example])
             if i % self.world_size == self.rank:
                 # Where the example's rows are in this batch; an example may come twice in a step, a rival is its own.
@@ -326,14 +340,17 @@ class StepDataset(Dataset[FlatBatch]):
                 mine.extend(range(place, place + size))
                 for x in (self.rows[rows[place + k]] for k in range(size)):
                     rival = here.get(x.rival, -1)
-                    batch.add(x, x.prompt_length, x.completion, x.desirable, rival, False, x.row_id, x.score)
+                    # A second copy's rows are compared among each other, not each with itself.
+                    group = x.prompt + copy * len(self.prompts)
+                    batch.add(x, x.prompt_length, x.completion, x.desirable, rival, False, x.row_id, x.score, group)
             place += size
         if self.probes:
             partners = self._partners(step, rows)
             for i in mine:
                 x, y = self.rows[rows[i]], self.rows[partners[i]]
                 length = min(x.prompt_length, self.max_length - len(x.control) - len(y.completion))
-                batch.add(x, length, y.completion, False, -1, True, f"{x.row_id} with {y.row_id}", math.nan)
+                name = f"{x.row_id} with {y.row_id}"
+                batch.add(x, length, y.completion, False, -1, True, name, math.nan, x.prompt)
         return batch.build()
 
     def _partners(self, step: Step, rows: list[int]) -> list[int]:
@@ -377,13 +394,14 @@ class _Builder:
         probe: bool,
         name: str,
         score: float,
+        group: int,
     ) -> None:
         key = (x.prompt, length, x.control)
         if key not in self._known:
             self._known[key] = len(self.prompts)
             self.prompts.append(torch.tensor([*self._cut(x.prompt, length), *x.control], dtype=torch.long))
         ids = torch.tensor(np.asarray(completion), dtype=torch.long)
-        row = (ids, self._known[key], desirable, rival, probe, name, x.prompt, score)
+        row = (ids, self._known[key], desirable, rival, probe, name, group, score)
         for column, value in zip(self.columns, row, strict=True):
             column.append(value)
 

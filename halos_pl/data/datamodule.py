@@ -26,7 +26,7 @@ from halos_pl.data.store import Store, fault_list, open_store
 from halos_pl.data.table import Table
 from halos_pl.data.tokenize import prefix_ids
 from halos_pl.data.transforms import OnePerPrompt, ThresholdScores, Transform
-from halos_pl.outcomes import FlatBatch, Needs
+from halos_pl.outcomes import FlatBatch
 
 SPLITS = ("train", "validation", "test", "predict")
 # A mapping of a source's settings, not a ``Source``: given a file's name for a dataclass, jsonargparse would read the
@@ -124,7 +124,7 @@ class FeedbackDataModule(LightningDataModule):
         group_by_length: make training steps of examples of about equal length, so that there is less padding.
         drop_last: leave out a smaller last training step.
         one_completion_per_prompt: train on one random row of each distinct prompt: the transform ``OnePerPrompt``
-            before all others. It is a setting of its own because an objective file may ask for it.
+            before all that want labels. It is a setting of its own because an objective file may ask for it.
         control_tokens: texts between prompt and completion that name the row's label; null for none.
         num_workers: processes that make batches; the batches do not depend on it.
         seed: what order and mismatches depend on; default the global seed (``seed_everything``), else 0.
@@ -247,13 +247,6 @@ class FeedbackDataModule(LightningDataModule):
             self._splits[split] = self._split(split)
             self._steps(split)  # now, before a model is loaded and an earlier run's folder is moved aside
 
-    def _needs(self, split: str, table: Table) -> Needs:
-        needs: Needs = self._module.objective.needs
-        if split == "train":
-            return needs
-        # What is held out is measured on every row, and on pairs as pairs, whatever the loss is made from.
-        return replace(needs, undesirable=True, rivals=needs.rivals or bool((table.rival >= 0).all()))
-
     def stores(self, split: str) -> list[Store]:
         """What has been read of the split's sources, after ``setup``."""
         return [self._stores[source.key] for source in self.sources[split]]
@@ -294,13 +287,18 @@ class FeedbackDataModule(LightningDataModule):
             texts = {True: self.control_tokens.desirable, False: self.control_tokens.undesirable}
             tokenizer = self._module.tokenizer
             control = {k: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for k, text in texts.items()}
+        needs, together = self._module.objective.needs, self.keep_together
+        if split != "train":
+            # What is held out is measured on every row, and on pairs as pairs, whatever the loss is made from.
+            needs = replace(needs, undesirable=True)
+            together = "pairs" if bool((table.rival >= 0).any()) else None
         made = Split(
             table,
-            self._needs(split, table),
+            needs,
             max_length=self.max_length,
             truncate_completions=self.truncate_completions,
             control=control,
-            keep_together=self.keep_together if split == "train" else None,
+            keep_together=together,
         )
         for store in table.stores:
             rank_zero_info(f"{split} data {store.path}: {made.counts[store.path]}")
@@ -333,6 +331,11 @@ class FeedbackDataModule(LightningDataModule):
             }
             for name, split in self._splits.items()
         }
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row of the splits set up so far, prompt and completion together."""
+        return max((split.longest for split in self._splits.values()), default=0)
 
     # Loaders ---------------------------------------------------------------------------------------
 
@@ -368,7 +371,8 @@ class FeedbackDataModule(LightningDataModule):
                 same_every_epoch=not train,
             )
         except ValueError as error:
-            raise DataError(f"{split} data ({', '.join(labels)}): {error}") from error
+            said = str(error) if train else str(error).replace("batch_size", "eval_batch_size")
+            raise DataError(f"{split} data ({', '.join(labels)}): {said}") from error
         return dataset, sampler
 
     def _loader(self, split: str) -> DataLoader[FlatBatch]:

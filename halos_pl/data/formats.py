@@ -351,7 +351,12 @@ def _dataset(found: Any, split: str | None, where: str) -> _Read:
 def _saved(path: str, source: Source) -> _Read:
     import datasets
 
-    yield from _dataset(datasets.load_from_disk(path), source.split, "the folder")
+    found = datasets.load_from_disk(path)
+    if source.split and not isinstance(found, dict) and str(found.split) != source.split:
+        which = f"the split {found.split}" if found.split else "a data set without splits"
+        yield 0, _Broken(f"the folder holds {which}; leave out 'split: {source.split}', or name another", ends=True)
+        return
+    yield from _dataset(found, source.split, "the folder")
 
 
 def is_hub_name(path: str) -> bool:

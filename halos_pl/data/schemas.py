@@ -25,7 +25,7 @@ Parse = Callable[[dict[str, Any], str], Items]
 
 NO_SCORE, TIE, EMPTY, SAME = "no score", "tie", "empty response", "both completions are the same"
 PARTED = "dialogues differ before the last turn"
-LATER = "the user speaks again in a completion"  # what was said then would carry the loss
+LATER = "another than the assistant speaks in a completion"  # what was said then would carry the loss
 
 
 class BadRow(Exception):
@@ -150,7 +150,8 @@ def _continued(prompt: Prompt, value: Any, column: str, within: str = "") -> tup
         # What is said before the assistant speaks is asked, wherever it stands.
         first = next((i for i, m in enumerate(completion) if m["role"] == "assistant"), 0)
         if first and isinstance(prompt, list):
-            prompt, completion = prompt + completion[:first], completion[first:]
+            before, completion = completion[:first], completion[first:]
+            prompt = prompt if prompt[-first:] == before else prompt + before  # repeated but for what came before it
     return prompt, completion
 
 
@@ -193,13 +194,13 @@ def _score(value: Any, column: str, within: str = "") -> float | None:
     raise BadRow(f"is {short(value)}; a score must be a finite number, or null where there is none", column, within)
 
 
-def _asks(completion: Prompt) -> bool:
-    """Whether it holds a message of the user."""
-    return isinstance(completion, list) and any(message["role"] == "user" for message in completion)
+def _others(completion: Prompt) -> bool:
+    """Whether it holds a message of another than the assistant: the user, a tool."""
+    return isinstance(completion, list) and any(message["role"] != "assistant" for message in completion)
 
 
 def _one(prompt: Prompt, completion: Prompt, place: str, label: bool | None, score: float | None = None) -> Items:
-    if _asks(completion):
+    if _others(completion):
         return [Skipped(place, LATER)]
     return [Example(prompt, (completion,), (label,), place, (score,))]
 
@@ -213,7 +214,7 @@ def _pair(
 ) -> Items:
     if chosen == rejected:
         return [Skipped(place, SAME)]
-    if _asks(chosen) or _asks(rejected):
+    if _others(chosen) or _others(rejected):
         return [Skipped(place, LATER)]
     return [Example(prompt, (chosen, rejected), (True, False), place, scores, paired=True)]
 
@@ -408,7 +409,7 @@ def _group(prompt: Prompt, judged: Iterable[tuple[Prompt, float | None]], place:
     items: Items = []
     kept: list[tuple[Prompt, float]] = []
     for number, (completion, score) in enumerate(judged, start=1):
-        if score is None or _is_blank(completion) or _asks(completion):
+        if score is None or _is_blank(completion) or _others(completion):
             why = NO_SCORE if score is None else EMPTY if _is_blank(completion) else LATER
             items.append(Skipped(f"{place}#{number}", why))
         else:

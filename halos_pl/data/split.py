@@ -75,6 +75,7 @@ class Split:
         prompts: the distinct prompts, uncut, as token ids.
         examples: the rows of each example, which stay together.
         counts: per source.
+        longest: the most tokens that a row of a batch may have, prompt, control tokens and completion together.
     """
 
     def __init__(
@@ -117,7 +118,8 @@ class Split:
         longest = self.completion_length.copy()
         longest[paired] = np.maximum(longest[paired], self.completion_length[table.rival[paired]])
         self.prompt_length = np.minimum(table.prompt_length, room + 1 - longest)
-        together = "prompts" if needs.groups else "pairs" if needs.rivals else keep_together
+        whole = needs.groups or keep_together == "prompts"
+        together: Together | None = "prompts" if whole else "pairs" if needs.rivals else keep_together
         self._count(table, table.label == 1, "desirable")
         self._count(table, table.label == 0, "undesirable")
         self._count(table, table.label >= 0, "rows")
@@ -126,6 +128,10 @@ class Split:
         self.rivals = needs.rivals or together == "pairs"
         if self.rivals:
             self._count(table, table.rival > np.arange(len(table)), "pairs")
+        self.longest = int((self.prompt_length + self.completion_length).max(initial=0))
+        if needs.probes:  # a prompt of one row with the completion of another
+            self.longest = int(self.prompt_length.max(initial=0) + self.completion_length.max(initial=0))
+        self.longest = min(max_length, self.longest + max_length - 1 - room)
         self.table = table
         self.score = self._scores()
         self.examples = self._examples(together)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from filelock import FileLock
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -310,6 +310,39 @@ def _tied_target(model: Any) -> str | None:
     if len(inner) < 2 or inner[0].weight is not inner[1].weight:
         return None
     return next((name for name, end in ends.items() if hasattr(end, "base_layer")), None)
+
+
+def check_length(model: nn.Module, longest: int) -> None:
+    """Says where rows are longer than a model has positions.
+
+    Args:
+        model: the policy.
+        longest: tokens of the longest row, prompt and completion.
+
+    Raises:
+        ModelError: where positions have weights, so that there are none for such a row; and where rotary ones change
+            with the longest row of a batch, so that the log-probs of a row would depend on what is beside it. Of other
+            rotary ones, which can be computed for any place, only a warning is given.
+    """
+    config = base_model(model).config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    given = getattr(config, "rope_parameters", None) or {}
+    ropes = [given, *(own for own in given.values() if isinstance(own, dict))]  # of all layers, or by their kind
+    for rope in ropes:
+        if rope.get("rope_type") == "longrope":
+            start = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+            if longest > start:
+                raise ModelError(
+                    f"the data have rows of {longest} tokens; beyond {start} this model computes all rows of a batch"
+                    f" in another way, so that they would depend on each other: set data.max_length to {start} or less"
+                )
+    if not most or longest <= most:
+        return
+    said = f"the data have rows of {longest} tokens, and the model {most} positions"
+    mend = f"set data.max_length to {most} or less"
+    if not given or any(rope.get("rope_type") == "dynamic" for rope in ropes):
+        raise ModelError(f"{said}: {mend}")
+    rank_zero_warn(f"halos: {said}: what it does beyond them it has not been trained to; {mend}")
 
 
 def base_model(model: nn.Module) -> Any:

@@ -151,6 +151,8 @@ def compared_logps(
         logits, targets = _completion_logits(model, batch)
         log_q = logits.log_softmax(dim=-1)
     log_p = _completion_logits(policy, batch)[0].log_softmax(dim=-1)
+    width = min(log_p.shape[-1], log_q.shape[-1])  # models of one tokenizer may have other numbers of unused ids
+    log_p, log_q = log_p[..., :width], log_q[..., :width]
     of_target = (x.gather(2, targets[:, :, None]).squeeze(2) for x in (log_p, log_q))
     kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
     mask = completion_mask(batch)

@@ -155,6 +155,7 @@ class SyncedCopy(ReferenceModel):
 
     def bind(self, policy: nn.Module, spec: ModelSpec, *, stored: bool = False) -> None:
         self._moving = {name for name, p in policy.named_parameters() if p.requires_grad}
+        self._exact: dict[str, torch.Tensor] = {}  # in float32: half precision would lose small moves, each time
         self._model = deepcopy(policy).eval().requires_grad_(False)  # with its adapter, if it has one
 
     @contextmanager
@@ -169,10 +170,12 @@ class SyncedCopy(ReferenceModel):
         theirs = dict(policy.named_parameters())
         for name, own in self._model.named_parameters():
             if name in self._moving:
-                own.data = own.data.to(theirs[name]).lerp(theirs[name], self.mix)
+                before = self._exact.get(name, own.data).to(theirs[name].device).float()
+                self._exact[name] = before.lerp(theirs[name].float(), self.mix)
+                own.data = self._exact[name].to(theirs[name])
 
     def state(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach() for name, p in self._model.named_parameters() if name in self._moving}
+        return {n: self._exact.get(n, p.detach()) for n, p in self._model.named_parameters() if n in self._moving}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         if state.keys() != self._moving:
@@ -181,6 +184,7 @@ class SyncedCopy(ReferenceModel):
             )
         for name, own in self._model.named_parameters():
             if name in self._moving:
+                self._exact[name] = state[name].float()
                 own.data = state[name].to(own)
 
 

@@ -305,7 +305,8 @@ def made_up(model: nn.Module) -> FlatBatch:
     draw = torch.Generator().manual_seed(0)
 
     def some(n: int) -> Tensor:
-        return torch.randint(0, min(config.vocab_size, 1000), (n,), generator=draw).to(device)
+        # On the CPU, where the generator is, even while Lightning has new tensors made on a GPU.
+        return torch.randint(0, min(config.vocab_size, 1000), (n,), generator=draw, device="cpu").to(device)
 
     return FlatBatch(
         prompts=[some(5), some(1), some(9)],

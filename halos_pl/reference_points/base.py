@@ -19,6 +19,7 @@ class ReferencePoint(nn.Module, ABC):
         scope: ``step``: estimated for a whole optimizer step over all ranks, without gradient, called once
             per step however the step is split into micro-batches. ``row``: read off the row itself and the
             rows that stay with it (its rival; with ``needs.whole_step`` all of them), with gradient.
+        per_row: with scope ``step``: gives each row a number of its own instead of one for the step.
         needs: which rows must have been scored before ``forward`` is called. A ``step`` reference point that
             does not ask for ``step_rewards`` may read the rewards of probes only.
         diagnostics: what the last call had to say about its estimate, a float scalar a name; logged under
@@ -26,6 +27,7 @@ class ReferencePoint(nn.Module, ABC):
     """
 
     scope: Literal["step", "row"] = "step"
+    per_row: bool = False
     needs: Needs = Needs()
 
     def __init__(self) -> None:

@@ -69,6 +69,7 @@ class LeaveOneOut(ReferencePoint):
     prompt has z0 = 0; ``clamped`` says how many are.
     """
 
+    per_row = True
     needs = Needs(step_rewards=True, groups=True)
 
     def forward(self, rewards: Tensor, rows: Rows) -> Tensor:

@@ -26,8 +26,8 @@ class RunningMean(ReferencePoint):
             that is kept.
 
     Raises:
-        ValueError: for a decay outside [0, 1), or an ``of`` of scope ``row`` or that needs nothing; when called, for an
-            ``of`` that gives a number for each row.
+        ValueError: for a decay outside [0, 1), or an ``of`` that gives each row a number or that needs nothing; when
+            called, for one that does not say that it does.
     """
 
     def __init__(self, *, of: ReferencePoint | None = None, decay: float | None = None) -> None:
@@ -35,8 +35,9 @@ class RunningMean(ReferencePoint):
         if decay is not None and not 0 <= decay < 1:
             raise ValueError(f"RunningMean: decay is {decay}; it must be in [0, 1), or null for a plain mean")
         self.of = of or BatchMean()
-        if self.of.scope != "step" or self.of.needs == Needs():
-            why = "is read off each row" if self.of.scope != "step" else "looks at no row"
+        each = self.of.scope != "step" or self.of.per_row
+        if each or self.of.needs == Needs():
+            why = "gives a number for each row, not one a step" if each else "looks at no row"
             raise ValueError(f"RunningMean: {type(self.of).__name__} {why}; there is no mean to keep")
         self.needs = self.of.needs
         self.decay = decay

@@ -57,6 +57,7 @@ class SortedMargins(ReferencePoint):
         ValueError: when called with a row that has no rival.
     """
 
+    per_row = True
     needs = Needs(rivals=True, reference=True, step_rewards=True)
 
     def forward(self, rewards: Tensor, rows: Rows) -> Tensor:

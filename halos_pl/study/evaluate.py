@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections import defaultdict
 from collections.abc import Callable
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import numpy as np
 import torch
 from lightning import Trainer
 
+from halos_pl.build import module_of_file
 from halos_pl.callbacks import load_trained
 from halos_pl.data import DataError, FeedbackDataModule
 from halos_pl.export import module_of_run, put_weights
@@ -68,12 +67,11 @@ class Evaluation(HALOModule):
         compared = compared_logps(self.policy, self.scoring(), batch)
         policy, reference, kl = (figures.sum(dim=1).tolist() for figures in compared)
         first = [min(i, rival) if rival >= 0 else i for i, rival in enumerate(batch.rival.tolist())]
-        prompts = [sha256(prompt.numpy(force=True).tobytes()).hexdigest()[:16] for prompt in batch.prompts]
         return [
             {
                 "row": batch.row_ids[i],
                 "pair": batch.row_ids[first[i]] if batch.rival[i] >= 0 else None,
-                "prompt": prompts[int(batch.prompt[i])],
+                "prompt": int(batch.group[i]),  # as it was before it was cut, which goes by the completion
                 "desirable": bool(batch.desirable[i]),
                 "tokens": len(batch.completions[i]),
                 "policy_logp": policy[i],
@@ -187,11 +185,7 @@ def function_of(place: str) -> Callable[..., Any]:
     path, _, name = place.rpartition(":")
     if not path or not Path(path).is_file():
         raise ValueError(f"{place!r}: no such file; a rule or judge is named path/to/file.py:function")
-    spec = importlib.util.spec_from_file_location(f"study_{Path(path).stem}", path)
-    assert spec is not None and spec.loader is not None  # noqa: PT018
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(found := getattr(module, name, None)):
+    if not callable(found := getattr(module_of_file(Path(path), "study"), name, None)):
         raise ValueError(f"{place!r}: {path} has no function {name!r}")
     return found  # type: ignore[no-any-return]
 
@@ -331,4 +325,7 @@ def _of_answers(
         for name, prompt, sample in zip(names, read, samples, strict=True):
             record = {"row": name, "prompt": prompt, "answer": sample.text, "finished": sample.finished}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    return {metric: dict(zip(names, found, strict=True)) for metric, found in columns.items()}
+    # A prompt that is listed twice is one example with two answers.
+    first: dict[str, str] = {}
+    example = {name: first.setdefault(json.dumps(prompt), name) for name, prompt in zip(names, read, strict=True)}
+    return {metric: _by_example(dict(zip(names, found, strict=True)), example) for metric, found in columns.items()}

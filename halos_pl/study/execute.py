@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ PLAN = "plan.json"
 CODE = ("rule", "judge")  # what evaluate names as file.py:function
 TIMED = "timed_step"
 MEASURED = "measured.json"
+TRAINED = "trained.json"
 LIBRARIES = ("halos_pl", "torch", "lightning", "transformers", "peft", "datasets", "scipy", "statsmodels")
 
 
@@ -116,6 +118,7 @@ def _execute_run(
     mark = mark_of(run)
     mark.unlink(missing_ok=True)
     steps = []
+    by = provenance()
     begun = (run.folder / LAST).is_file()
     if not (begun and (run.folder / SUMMARY).is_file()):  # a finished run whose weights are gone cannot be measured
         steps.append([*run.fit, *(["--ckpt_path=last"] if begun else [])])
@@ -126,7 +129,13 @@ def _execute_run(
             why = _last_words(log, start, status)
             _fail(run, words, why)
             return why
-    (run.folder / MEASURED).write_text(json.dumps(measuring(study) | {"by": provenance()}, indent=2) + "\n")
+        if words[0] == "fit":
+            (run.folder / TRAINED).write_text(json.dumps(by) + "\n")
+    if (run.folder / TRAINED).is_file():  # by an earlier attempt, perhaps
+        trained = json.loads((run.folder / TRAINED).read_text())
+        if trained["revision"] != by["revision"]:
+            by["revision"] = f"{trained['revision']}, measured by {by['revision']}"
+    (run.folder / MEASURED).write_text(json.dumps(measuring(study) | {"by": by}, indent=2) + "\n")
     if not keep_checkpoints:
         (run.folder / LAST).unlink(missing_ok=True)
     return None
@@ -164,11 +173,9 @@ def _revision() -> str:
             return ""
 
     commit = git("rev-parse", "HEAD")
-    return (
-        f"{commit}{' with changes' if git('status', '--porcelain', '-uno') else ''}"
-        if commit
-        else "not in a git checkout"
-    )
+    # New files of other kinds are data and notes; one of Python may be a plug-in.
+    changes = git("status", "--porcelain", "-uno") or git("status", "--porcelain", "-uall", "--", "*.py")
+    return f"{commit}{' with changes' if changes else ''}" if commit else "not in a git checkout"
 
 
 def measuring(study: Study) -> dict[str, Any]:
@@ -278,7 +285,7 @@ def timed_step(study: Study, out: Path, env: Mapping[str, str]) -> tuple[float, 
             if not status:
                 whole = time.monotonic() - start
                 training = json.loads((folder / SUMMARY).read_text())["wall_seconds"]
-                (folder / LAST).unlink(missing_ok=True)
+                shutil.rmtree(folder)
                 return training / 2, whole - training
             print(f"halos: two steps of arm {arm.name!r} fail: {_last_words(log, 0, status)}", file=sys.stderr)
     return None

@@ -12,6 +12,8 @@ import logging
 import random
 import re
 import shlex
+import sys
+import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,8 @@ from typing import Any
 
 import yaml
 
+import halos_pl
+import value_functions
 from halos_pl.data.example import DataError
 from halos_pl.generate import read_prompts
 from halos_pl.study.evaluate import FILE, METRICS, check_arguments, evaluate, function_of
@@ -443,7 +447,9 @@ def check(study: Study) -> dict[str, Checked]:
                 config.trainer.default_root_dir = None
                 steps = _steps(cli)
                 data = [store.digest for store in cli.datamodule.stores("train")]
-                resolved = cli.parser.dump(config, skip_none=False) + repr(data) + (repr(placed) if placed else "")
+                dumped = cli.parser.dump(config, skip_none=False)
+                code = _own_code(dumped)
+                resolved = dumped + repr(data) + "".join(map(repr, filter(None, (placed, code))))
                 digest = hashlib.sha256(resolved.encode()).hexdigest()
         except SystemExit as error:
             raise StudyError(f"{place}: {_parser_error(said.getvalue()) or error}") from error
@@ -461,6 +467,22 @@ def check(study: Study) -> dict[str, Checked]:
         tokenizer = tokenizer or cli.model.tokenizer
     _check_held_out(study, tokenizer)
     return found
+
+
+def _own_code(config: str) -> list[str]:
+    """The SHA-256 of each file with a plug-in that a config names, but for those of installed packages and of ours.
+
+    Those have a version or a revision, which a report names; a file of the user's own may change between two runs.
+    """
+    ours = {Path(halos_pl.__file__).parent, Path(value_functions.__file__).parent}
+    installed = {Path(path) for path in {*sysconfig.get_paths().values()}}
+    digests = set()
+    for path in set(re.findall(r"class_path: (\S+)", config)):
+        home = sys.modules.get(path.rpartition(".")[0])
+        file = Path(getattr(home, "__file__", None) or "")
+        if file.is_file() and not (ours | installed) & set(file.parents):
+            digests.add(hashlib.sha256(file.read_bytes()).hexdigest())
+    return sorted(digests)
 
 
 def _parser_error(said: str) -> str:
@@ -495,8 +517,12 @@ def _steps(cli: Any) -> int:
     batches = len(data.train_dataloader())
     limit = trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    steps = batches * (trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else 1)
-    return int(min(steps, trainer.max_steps) if trainer.max_steps and trainer.max_steps > 0 else steps)
+    ends = []  # what is first
+    if trainer.max_epochs and trainer.max_epochs > 0:
+        ends.append(batches * trainer.max_epochs)
+    if trainer.max_steps and trainer.max_steps > 0:
+        ends.append(trainer.max_steps)
+    return int(min(ends, default=batches))
 
 
 # Which rows a metric is made from.

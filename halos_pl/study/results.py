@@ -39,13 +39,14 @@ class Versus:
 
     @property
     def shown(self) -> bool:
-        """Whether a difference is shown; of several seeds not by a single one."""
-        return self.comparison.shown and (len(self.seeds) > 1 or self.planned == 1)
+        """Whether a difference is shown; not by a single seed, which says nothing of other runs."""
+        return self.comparison.shown and len(self.seeds) > 1
 
     @property
     def runs_differ(self) -> bool:
         """Whether no more than that is shown: these runs differ, other seeds may not."""
-        return not self.shown and len(self.seeds) > 1 and self.comparison.runs_differ
+        one = len(self.seeds) == self.planned == 1 and self.comparison.shown
+        return not self.shown and (one or (len(self.seeds) > 1 and self.comparison.runs_differ))
 
     @property
     def said(self) -> str:
@@ -57,7 +58,9 @@ class Versus:
         if len(self.seeds) == 1 < self.planned:
             return "one seed so far"
         if self.runs_differ:
-            return "these runs differ; not shown for other seeds"
+            return "these runs differ; " + (
+                "not shown for other seeds" if len(self.seeds) > 1 else "one seed says nothing of others"
+            )
         detectable = self.comparison.detectable
         size = f"{detectable:.2g} is detectable" if math.isfinite(detectable) else "too few values to say what would be"
         return f"no difference shown; {size}"

@@ -192,6 +192,8 @@ def estimate(values: object, *, share: bool = False, resamples: int = RESAMPLES,
     low, high = found.confidence_interval
     if not math.isfinite(low + high):  # so few different values that BCa has no answer
         low, high = np.quantile(found.bootstrap_distribution, [LEVEL / 2, 1 - LEVEL / 2])
+    if share:  # values of examples with several rows may lie beyond
+        low, high = max(low, 0.0), min(high, 1.0)
     return Estimate(mean, float(low), float(high), examples, seeds, over, float(found.standard_error), math.inf)
 
 

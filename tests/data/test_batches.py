@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from itertools import pairwise, permutations
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -365,3 +366,27 @@ def test_grouping_by_length_lowers_padding() -> None:
 
     plain, grouped = (padding(Order(2000, lengths=given, batch_size=8)(0)) for given in (None, lengths))
     assert grouped < plain / 4
+
+
+@pytest.mark.parametrize("lengths", [None, np.arange(10)])
+def test_copies_of_an_example_are_not_compared_with_each_other(lengths: Any) -> None:
+    """A weight of 2 brings each prompt's rows twice; in one step they are two groups, and rarely in one step."""
+    order = Order(10, weights=[2.0], lengths=lengths, batch_size=5)(0)
+    steps = [order[i : i + 5] for i in range(0, 20, 5)]
+    assert lengths is None or all(len(set(step)) == 5 for step in steps)
+    data = StepDataset(
+        [[1], [2]], [Row(i // 2, 1, (9,), True, f"a:{i}") for i in range(4)], [(0, 1), (2, 3)], max_length=6
+    )
+    batch = data[Step(0, 0, (0, 1, 0))]
+    one, two, three = batch.group.view(3, 2)
+    assert [int(pair.unique().numel()) for pair in (one, two, three)] == [1, 1, 1]
+    assert len(set(batch.group.tolist())) == 3
+    assert batch.prompt.view(3, 2)[0].tolist() == batch.prompt.view(3, 2)[2].tolist()
+
+
+def test_classes_are_balanced_over_the_whole_epoch_with_lengths_too() -> None:
+    """Also where the file has one class after the other."""
+    classes, lengths = np.arange(2000) // 1000, np.arange(2000) * 7 % 31
+    order = Order(2000, shuffle=False, classes=classes, lengths=lengths, batch_size=8)(0)
+    shares = [classes[order[i : i + 8]].sum() for i in range(0, 2000, 8)]
+    assert set(shares) == {4}

@@ -852,3 +852,44 @@ def test_a_template_that_writes_the_date_is_pointed_out(tmp_path: Path) -> None:
     data.trainer.lightning_module.tokenizer = byte_level_tokenizer(template)  # type: ignore[union-attr]
     with pytest.warns(UserWarning, match="writes the day's date"):
         data.setup("fit")
+
+
+def test_pairs_beside_single_rows_stay_pairs(tmp_path: Path) -> None:
+    """Held out always, for they are measured as pairs; in training where that is asked for."""
+    two = [write_jsonl(tmp_path / "pairs.jsonl", pairs(3)), write_jsonl(tmp_path / "thumbs.jsonl", binary(4))]
+    data = set_up(KTO, train=two, validation=two, batch_size=9)
+    loaders: list[Any] = [data.train_dataloader(), data.val_dataloader()]
+    assert [int((batch.rival >= 0).sum()) for [batch, *_] in loaders] == [0, 6]
+    assert data.counts()["validation"][two[0]]["pairs"] == 3
+    [batch] = set_up(KTO, train=two, keep_together="pairs", batch_size=9).train_dataloader()
+    own = batch.rival[~batch.probe]
+    assert (len(own), int((own >= 0).sum())) == (10, 6)
+
+
+def test_prompts_stay_together_also_where_the_objective_wants_pairs(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i % 3}", "chosen": f"good{i}", "rejected": f"bad{i}"} for i in range(9)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    for batch in set_up(DPO, train=path, keep_together="prompts", batch_size=1).train_dataloader():
+        assert (len(batch), len(set(batch.group.tolist())), int((batch.rival < 0).sum())) == (6, 1, 0)
+
+
+@pytest.mark.parametrize("needs", [KTO, DPO, SFT])
+def test_no_row_is_longer_than_the_data_say(tmp_path: Path, needs: Needs) -> None:
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [{**row, "prompt": row["prompt"] * (i + 1)} for i, row in enumerate(pairs())]
+    )
+    for most in (24, 64, 512):
+        data = set_up(needs, train=path, max_length=most, control_tokens=None if needs.probes else ControlTokens())
+        lengths = [
+            len(batch.prompts[int(p)]) + len(completion)
+            for batch in data.train_dataloader()
+            for p, completion in zip(batch.prompt, batch.completions, strict=True)
+        ]
+        assert max(lengths) <= data.longest <= most
+        assert needs.probes or max(lengths) == data.longest
+
+
+def test_the_setting_that_is_too_small_is_the_one_that_is_named(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", binary())
+    with pytest.raises(DataError, match=r"validation data .* eval_batch_size is 1"):
+        set_up(KTO, train=path, validation=path, eval_batch_size=1, world_size=2)

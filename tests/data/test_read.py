@@ -474,6 +474,8 @@ def test_settings_of_the_hub_are_refused_for_files(tmp_path: Path) -> None:
     assert "has no split 'dev'; name one of train, test" in refused(tmp_path / "saved", split="dev")
     assert "'streaming' is for data sets of the hub" in refused(tmp_path / "saved", split="test", streaming=True)
     assert len(examples(tmp_path / "saved", split="test")) == 2
+    datasets.Dataset.from_list([ROW]).save_to_disk(tmp_path / "plain")
+    assert "leave out 'split: test'" in refused(tmp_path / "plain", split="test")
     (tmp_path / "saved" / "test" / "state.json").write_text("{")
     assert "cannot be read as a folder of datasets.save_to_disk" in refused(tmp_path / "saved", split="test")
 

@@ -62,6 +62,13 @@ def spoiled(name: str, change: Callable[[Tensor, Rows, TermContext, Result], Ten
     return Mutant(name, ("identity",), lambda rng: halo(kind, **{k: part() for k, part in parts.items()}))
 
 
+class OwnDenominator(HALO):
+    """Each rank divides by what is on it, so that the ranks' losses do not sum to the step's."""
+
+    def prepare(self, rows: Rows) -> TermContext:
+        return dataclasses.replace(super().prepare(rows), denominator=self.feedback(rows)[2])
+
+
 class TwoValues(HALO):
     """Another value function for undesirable rows, which the one that it shows says nothing of."""
 
@@ -170,6 +177,7 @@ def other_weights(name: str, change: Callable[[Tensor], Tensor], **weights: floa
 
 
 MUTANTS = [
+    Mutant("each rank divides by its own rows", ("reference_split",), lambda rng: halo(OwnDenominator)),
     other_weights("forgets the weight", torch.ones_like, lambda_undesirable=0.5),
     other_weights("`weight or 1.0`", lambda w: torch.where(w == 0, 1.0, w), lambda_undesirable=0.0),
     other_weights("squares the weight", torch.square, lambda_desirable=1.3),
