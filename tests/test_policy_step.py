@@ -34,9 +34,16 @@ from halos_pl.module import HALOModule, NonFiniteLossError
 from halos_pl.objective import HALO
 from halos_pl.outcomes import FlatBatch, Rows
 from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, load_model, load_tokenizer
-from halos_pl.policy.logprobs import compared_logps, completion_kl, completion_logps, completion_mask, mixes_rows
+from halos_pl.policy.logprobs import (
+    compared_logps,
+    completion_kl,
+    completion_logps,
+    completion_mask,
+    mixes_rows,
+    pack,
+)
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel, SyncedCopy
-from halos_pl.policy.tree import is_packed, pack
+from halos_pl.policy.tree import is_packed
 from halos_pl.policy.tree import parts as policy_parts
 from halos_pl.reference_points import MismatchedKL, Rival, RunningMean, SampledKL, TokenKL
 from halos_pl.rewards import LogProb, LogRatio
