@@ -96,6 +96,17 @@ def sum_of_terms(objective: Sum, examples: int) -> str | None:
     return smallest(fault, objective.needs, examples=max(10, examples // 3))
 
 
+def _untied(rows: Rows) -> Rows:
+    """Every row, and every pair, with a log-prob and a margin of its own: which of two equal ones is first is order."""
+
+    def moved(logps: Tensor, by: float) -> Tensor:
+        off = by * (1 + logps.abs().max()) * (1 + torch.arange(len(logps))).sqrt()
+        return torch.cat([logps[:, :1] - off.to(logps)[:, None], logps[:, 1:]], dim=1)
+
+    reference = None if rows.reference_logps is None else moved(rows.reference_logps, 0.017)
+    return replace(rows, policy_logps=moved(rows.policy_logps, 0.01), reference_logps=reference)
+
+
 def _gradient(loss: Tensor, leaf: Tensor) -> Tensor:
     gradient = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
     return torch.zeros_like(leaf) if gradient is None else gradient
@@ -341,7 +352,7 @@ class ObjectiveChecks:
         return micro or self._smallest(self._two_ranks)
 
     def _two_ranks(self, step: Step) -> str | None:
-        rows = step.rows()
+        rows = _untied(step.rows())
         parts = two_ranks(rows, self.target.needs, step.seed)
         if not parts or not self._counts(rows):
             return None

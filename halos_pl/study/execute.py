@@ -130,6 +130,7 @@ def _execute_run(
             _fail(run, words, why)
             return why
         if words[0] == "fit":
+            run.folder.mkdir(exist_ok=True)
             (run.folder / TRAINED).write_text(json.dumps(by) + "\n")
     if (run.folder / TRAINED).is_file():  # by an earlier attempt, perhaps
         trained = json.loads((run.folder / TRAINED).read_text())
