@@ -13,12 +13,17 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # The suite is run in as many processes as there are cores; with tiny models threads cost more than they give. And runs
 # that are compared bit for bit need the same number of threads: a sum over two may round in another way.
 torch.set_num_threads(1)
+
+# A busy machine is no fault of the code.
+settings.register_profile("halos", deadline=None)
+settings.load_profile("halos")
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
