@@ -300,9 +300,7 @@ def test_the_jitter_of_a_router_is_off(tiny_folder: Path, tmp_path: Path) -> Non
     assert off.noise_of_config["router_jitter_noise"] == 0.5
 
 
-def test_rows_beyond_the_models_positions_are_refused_or_warned_of(
-    tiny_folder: Path, tiny_gpt2_folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_rows_beyond_the_models_positions_are_refused_or_warned_of(tiny_folder: Path, tiny_gpt2_folder: Path) -> None:
     learned, rotary = (load_model(ModelSpec(str(folder))) for folder in (tiny_gpt2_folder, tiny_folder))
     for model in (learned, rotary):
         check_length(model, 512)

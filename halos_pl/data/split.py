@@ -93,7 +93,8 @@ class Split:
             store.path: FileCounts(store.examples, store.fault_count, store.faults[:10], dict(store.skipped))
             for store in table.stores
         }
-        room = max_length - 1 - max(map(len, self.control.values()))  # at least one token of the prompt stays
+        longest_control = max(map(len, self.control.values()))
+        room = max_length - 1 - longest_control  # at least one token of the prompt stays
         if room < 1:
             raise DataError(f"data.max_length is {max_length}, which data.control_tokens alone fill; raise it.")
         if needs.rivals and bool((table.rival < 0).any()):
@@ -131,7 +132,7 @@ class Split:
         self.longest = int((self.prompt_length + self.completion_length).max(initial=0))
         if needs.probes:  # a prompt of one row with the completion of another
             self.longest = int(self.prompt_length.max(initial=0) + self.completion_length.max(initial=0))
-        self.longest = min(max_length, self.longest + max_length - 1 - room)
+        self.longest = min(max_length, self.longest + longest_control)
         self.table = table
         self.score = self._scores()
         self.examples = self._examples(together)

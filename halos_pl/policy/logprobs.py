@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from halos_pl.outcomes import FlatBatch
-from halos_pl.policy.head import compared_tokens, is_plain
+from halos_pl.policy.head import compared_tokens, is_plain, of_shared_ids
 from halos_pl.policy.loading import base_model
 from halos_pl.policy.memory import recomputed
 from halos_pl.policy.tree import is_packed, made_up, parts, same, takes_trees, tree_logps, tree_states
@@ -150,9 +150,7 @@ def compared_logps(
             return out[0], out[1], out[2]
         logits, targets = _completion_logits(model, batch)
         log_q = logits.log_softmax(dim=-1)
-    log_p = _completion_logits(policy, batch)[0].log_softmax(dim=-1)
-    width = min(log_p.shape[-1], log_q.shape[-1])  # models of one tokenizer may have other numbers of unused ids
-    log_p, log_q = log_p[..., :width], log_q[..., :width]
+    log_p, log_q = of_shared_ids(_completion_logits(policy, batch)[0].log_softmax(dim=-1), log_q)
     of_target = (x.gather(2, targets[:, :, None]).squeeze(2) for x in (log_p, log_q))
     kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
     mask = completion_mask(batch)

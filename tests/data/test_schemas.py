@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from halos_pl.data.example import Example, Fault, Skipped
 from halos_pl.data.read import read
-from halos_pl.data.schemas import LATER, SCHEMAS, BadRow, _shared_text, find
+from halos_pl.data.schemas import SCHEMAS, BadRow, _shared_text, find
 from halos_pl.data.source import Source
 
 USER, BOT, OTHER = ({"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "yo"), ("assistant", "no")))
@@ -156,7 +156,9 @@ def test_what_the_user_says_in_a_completion_does_not_carry_the_loss(tmp_path: Pa
     ]
     for row in rows:
         found = read_rows(tmp_path, row)
-        assert [item.reason for item in found if isinstance(item, Skipped)] == [LATER]
+        assert [item.reason for item in found if isinstance(item, Skipped)] == [
+            "another than the assistant speaks in a completion"
+        ]
 
 
 def test_conversations_that_end_in_different_questions_are_no_pair(tmp_path: Path) -> None:
@@ -585,4 +587,6 @@ def test_a_dialogue_repeated_but_for_the_system_message_is_repeated(tmp_path: Pa
 def test_what_a_tool_says_in_a_completion_does_not_carry_the_loss(tmp_path: Path) -> None:
     tool = {"role": "tool", "content": "42"}
     found = read_rows(tmp_path, {"prompt": [USER], "chosen": [BOT, tool, OTHER], "rejected": [BOT]})
-    assert [item.reason for item in found if isinstance(item, Skipped)] == [LATER]
+    assert [item.reason for item in found if isinstance(item, Skipped)] == [
+        "another than the assistant speaks in a completion"
+    ]
