@@ -336,6 +336,11 @@ def _ask(process: Any) -> dict[str, Any]:
     raise SystemExit("a side has ended early; see its messages above")
 
 
+# The most that loss and gradient of both sides may differ, relative to the loss and to the gradient's largest entry; in
+# bfloat16 either is off by a few hundredths.
+APART = {False: 1e-5, True: 0.1}
+
+
 def compare(name: str, repeats: int, threads: int) -> dict[str, Any]:
     """One row of the table."""
     from halos_pl.throughput import matmul_speed
@@ -370,7 +375,7 @@ def compare(name: str, repeats: int, threads: int) -> dict[str, Any]:
                 max(float((gradients[a][k].double() - g.double()).abs().max()) for k, g in gradients[b].items()) / size
             )
 
-        differences = {
+        differences: dict[str, Any] = {
             "loss_rel_diff": abs(float(found["ours"]["loss"] - found["theirs"]["loss"]))
             / abs(float(found["theirs"]["loss"])),
             "grad_rel_diff": off("ours", "theirs"),
@@ -394,6 +399,8 @@ def compare(name: str, repeats: int, threads: int) -> dict[str, Any]:
             assert process.stdin
             process.stdin.close()
             process.wait()
+    if (apart := max(differences["loss_rel_diff"], differences["grad_rel_diff"])) > APART[workload.bf16]:
+        raise SystemExit(f"{name}: both sides must compute the same, but loss or gradient are {apart:.0e} apart")
     ratios = [b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)]
     return {
         "workload": name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from contextlib import closing
 from pathlib import Path
@@ -25,8 +26,11 @@ def _places(kind: str) -> list[Path]:
 
 
 def _size(path: Path) -> int:
-    files = [path] if path.is_file() else path.rglob("*")
-    return sum(file.stat().st_size for file in files if file.is_file())
+    size = 0
+    for file in [path] if path.is_file() else path.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a journal, gone when a run has written
+            size += 0 if file.is_dir() else file.stat().st_size
+    return size
 
 
 def _entries(kind: str) -> int:

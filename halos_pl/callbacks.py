@@ -26,6 +26,7 @@ from halos_pl.cache import cache_root
 from halos_pl.objective import HALO
 from halos_pl.outcomes import FlatBatch
 from halos_pl.plots import plot_training, plot_value_function
+from halos_pl.provenance import provenance
 from halos_pl.throughput import Cost, cost, matmul_speed, slow_half, step_flops, step_tokens
 from value_functions import beta_of
 
@@ -225,7 +226,7 @@ def _cost(policy: Any) -> Cost | None:
     try:
         return cost(policy)
     except (AttributeError, TypeError) as error:
-        rank_zero_info(f"halos: no TFLOP/s are shown, as the model's parts are not found ({error})")
+        rank_zero_info(f"halos: no TFLOP/s are shown, as its cost is not known ({error})")
         return None
 
 
@@ -305,9 +306,11 @@ class RunReport(Callback):
             "epochs": trainer.current_epoch,
             "wall_seconds": seconds,
             "data": counts,
+            "digests": datamodule.digests("train") if counts else {},
             "reference_rows": getattr(pl_module, "reference_rows", {}),
             "metrics": _numbers(trainer.callback_metrics),
             "last_outcomes": list(self._last),
+            "by": provenance(),
         }
         (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
         said = [str(name) for name in (CONFIG, LAST, SUMMARY) if (folder / name).exists()]

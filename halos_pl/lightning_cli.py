@@ -175,7 +175,9 @@ class HalosCLI(LightningCLI):
             own = [RunCSVLogger(config.run_dir)] if self.subcommand == "fit" else []
             kwargs["logger"] = [*own, *others] or False
         trainer: Any = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.extend([RunReport(), PredictionWriter()])
+        # First, so that the time of a step is without what others do after it, such as writing a checkpoint.
+        trainer.callbacks.insert(0, RunReport())
+        trainer.callbacks.append(PredictionWriter())
         check_trainer(trainer)
         return trainer
 

@@ -143,6 +143,13 @@ class HALOModule(LightningModule):
         self._reference = reference_model or (AdapterOff() if policy.lora else FrozenCopy())
         self._reference_bound = False
         self._reference_packed = False
+        if self.objective.needs.reference:
+            self._reference.check(policy)
+        if packing == "tree" and policy.attn_implementation != "sdpa":
+            raise ValueError(
+                f"model.packing is tree, which takes sdpa attention, but model.policy.attn_implementation is"
+                f" {policy.attn_implementation}; choose auto or padded"
+            )
         if reference_store and not self._reference.storable and not isinstance(self._reference, NoReference):
             raise ValueError(
                 f"model.reference_store is true, but log-probs of {type(self._reference).__name__} cannot be stored: it"
@@ -217,7 +224,8 @@ class HALOModule(LightningModule):
             autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
             dtype = next(cast(nn.Module, self.policy).parameters()).dtype
             kinds = {module._buffers[name].dtype for module, name, _ in self._frequencies} - {dtype}  # type: ignore[union-attr]
-            names = keys(" ".join(map(str, (self._reference.fingerprint, dtype, autocast, *kinds))), batch)
+            numerics = (dtype, autocast, *kinds, device, torch.get_float32_matmul_precision())
+            names = keys(" ".join(map(str, (self._reference.fingerprint, *numerics))), batch)
             known = self._store.get(names)
             missing = [i for i in missing if names[i] not in known]
         self.reference_rows["computed"] += len(missing)
@@ -254,13 +262,19 @@ class HALOModule(LightningModule):
 
     # -- one step -------------------------------------------------------------------------------------
 
-    def _score(self, batch: FlatBatch, index: Tensor, *, gradient: bool) -> Rows:
-        """Log-probs of the rows ``index`` under policy and reference, padded to the whole batch's width."""
+    def _score(self, batch: FlatBatch, index: Tensor, *, gradient: bool, known: Tensor | None = None) -> Rows:
+        """Log-probs of the rows ``index`` under policy and reference, padded to the whole batch's width.
+
+        ``known`` are those under the reference of all rows, where an earlier pass of the step has computed them.
+        """
         assert self.policy is not None
         part = batch.select(index)
         width = completion_mask(batch).shape[1]
         # The reference first, before the policy's activations take up memory.
-        reference = self.reference_logps(part) if self._reference_bound else None
+        if known is not None:
+            reference: Tensor | None = known[index]
+        else:
+            reference = self.reference_logps(part) if self._reference_bound else None
         with torch.set_grad_enabled(gradient):
             policy = completion_logps(self.policy, part)
         kl = None
@@ -272,7 +286,7 @@ class HALOModule(LightningModule):
         pad = (0, width - policy.shape[1])
         return Rows(
             policy_logps=F.pad(policy, pad),
-            reference_logps=None if reference is None else F.pad(reference, pad),
+            reference_logps=None if reference is None else F.pad(reference, (0, width - reference.shape[1])),
             mask=F.pad(completion_mask(part), pad),
             desirable=part.desirable,
             rival=part.rival,
@@ -416,11 +430,15 @@ class HALOModule(LightningModule):
             context = self.objective.prepare(step)
         if at_once:
             rows, context = step.select(train), context.select(train)
-            yield train, *self._judged_at_once(batch, rows, context, train, parts, drawn, gradient)
+            yield (
+                train,
+                *self._judged_at_once(batch, rows, context, train, parts, drawn, step.reference_logps, gradient),
+            )
             return
         for number, index in enumerate(parts):
             with self._with_random_state(drawn.get(number)):
-                rows = scored.get(number) or self._score(batch, index, gradient=gradient)
+                known = step.reference_logps if number in drawn else None
+                rows = scored.get(number) or self._score(batch, index, gradient=gradient, known=known)
             with self._float32():
                 result = self.objective.judge(rows, context.select(index))
             if gradient and number < len(parts) - 1:
@@ -435,6 +453,7 @@ class HALOModule(LightningModule):
         train: Tensor,
         parts: list[Tensor],
         drawn: dict[int, tuple[Tensor, Tensor | None]],
+        reference: Tensor | None,
         gradient: bool,
     ) -> tuple[Rows, Result]:
         """A step whose rows are compared with each other, in micro-batches all the same.
@@ -454,7 +473,7 @@ class HALOModule(LightningModule):
         )
         for number, index in enumerate(parts):
             with self._with_random_state(drawn[number]):
-                scored = self._score(batch, index, gradient=True)
+                scored = self._score(batch, index, gradient=True, known=reference)
             linear = (scored.policy_logps * slope[index]).sum()
             if number < len(parts) - 1:
                 self.trainer.strategy.backward(self._scaled(linear), None)

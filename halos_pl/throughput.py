@@ -23,7 +23,7 @@ class Cost:
         trained: of those, in weights that are trained.
         head: of a token through the head.
         head_trained: of those, in weights that are trained.
-        pair: of a token that sees another, in all layers: 4 * layers * width.
+        pair: of a token that sees another, in all layers: 4 * layers * heads * width of a head.
     """
 
     token: float
@@ -34,16 +34,24 @@ class Cost:
 
 
 def cost(model: nn.Module) -> Cost:
-    """The cost of ``model``, a causal language model or a peft model around one."""
+    """The cost of ``model``, a causal language model or a peft model around one.
+
+    Raises:
+        TypeError: for one with experts, of which a token goes through a few.
+    """
     decoder, head = parts(model)
+    if any(p.dim() == 3 and "expert" in name for name, p in decoder.named_parameters()):
+        raise TypeError("of its experts a token goes through a few")
     weights = [m.weight for m in decoder.modules() if isinstance(m, (nn.Linear, Conv1D))]
     config = decoder.config.get_text_config()
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     return Cost(
         token=2.0 * sum(w.numel() for w in weights),
         trained=2.0 * sum(w.numel() for w in weights if w.requires_grad),
         head=2.0 * head.weight.numel(),
         head_trained=2.0 * head.weight.numel() * head.weight.requires_grad,
-        pair=4.0 * config.num_hidden_layers * config.hidden_size,
+        pair=4.0 * config.num_hidden_layers * width,
     )
 
 
@@ -89,14 +97,18 @@ def step_flops(model: Cost, batch: FlatBatch, *, reference: float = 1.0) -> floa
 
 def matmul_speed(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
     """FLOP/s of a product of two square matrices, the median of a few; of the first one where that takes a second."""
+    products = 1
     if device.type == "cuda":
         size *= 4  # a small one would not fill it
+        products = 20  # nor one of them take long beside starting it and hearing of its end
     a = torch.ones(size, size, device=device, dtype=dtype)
 
     def seconds() -> float:
         start = time.perf_counter()
-        (a @ a).sum().item()  # waits for the device
-        return time.perf_counter() - start
+        for _ in range(products):
+            product = a @ a
+        product.sum().item()  # waits for the device
+        return (time.perf_counter() - start) / products
 
     found = [seconds()]
     while len(found) < 7 and found[0] < 1:

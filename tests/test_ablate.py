@@ -22,9 +22,11 @@ from hypothesis import strategies as st
 from run_halos import ROOT, binary_data, pair_data
 
 from halos_pl.cli import main
+from halos_pl.data import DataError
+from halos_pl.provenance import digest_of
 from halos_pl.study import execute
-from halos_pl.study.evaluate import METRICS, _by_example, _of_pairs, _of_rows, function_of
-from halos_pl.study.plan import Study, StudyError, check, command, load_study
+from halos_pl.study.evaluate import METRICS, _by_example, _of_pairs, _of_rows, _verdict, function_of
+from halos_pl.study.plan import Study, StudyError, check, command, load_study, measuring_of
 from halos_pl.study.report import _drawn, _forest, _heat_map
 from halos_pl.study.results import Results
 from halos_pl.study.statistics import compare
@@ -128,11 +130,6 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
         "evaluate names no held_out",
     ),
     "a name that YAML takes for a number": ({"arms": {0.1: {}}}, "arms:", "put it in quotes"),
-    "prompts that are not there": (
-        {"evaluate": {"prompts": "none.txt"}, "metrics": ["kl"]},
-        "prompts: none.txt",
-        "none.txt: no such file",
-    ),
     "a metric that is a list": ({"metrics": [["kl"]]}, "- - kl", "unknown metric ['kl']"),
     "a metric twice": ({"metrics": ["kl", "rule", "kl"]}, "metrics:", "metric kl is named twice"),
     "no held-out data": (
@@ -157,14 +154,6 @@ def test_a_study_that_cannot_be_read_is_refused_by_its_line(name: str, make: Any
         load_study(path)
     assert message in str(error.value)
     assert str(error.value).startswith(f"{path}:{line_of(path, text)}:")
-
-
-def test_a_rule_that_is_not_there_is_refused(make: Any, tmp_path: Path) -> None:
-    path = make(
-        evaluate={"prompts": str(tmp_path / "prompts.txt"), "rule": f"{tmp_path}/rule.py:begins"}, metrics=["rule"]
-    )
-    with pytest.raises(StudyError, match="has no function 'begins'"):
-        load_study(path)
 
 
 def test_arms_are_crossed_with_axes_and_sampled(make: Any) -> None:
@@ -258,6 +247,25 @@ EVALUATE_FAULTS: dict[str, tuple[dict[str, Any], list[str], str, str]] = {
         "evaluate:",
         "max_new_tokens is 0; it must be at least 1",
     ),
+    "prompts that are not there": ({"prompts": "none.txt"}, ["kl"], "prompts: none.txt", "none.txt: no such file"),
+    "a rule that is not there": (
+        {"prompts": "prompts.txt", "rule": "rule.py:begins"},
+        ["rule"],
+        "rule: ",
+        "has no function 'begins'",
+    ),
+    "a judge that takes something else": (
+        {"prompts": "prompts.txt", "judge": "rule.py:ends"},
+        ["judge"],
+        "judge: ",
+        "judge: too many positional arguments",
+    ),
+    "scores without others of their prompts": (
+        {"held_out": ["scored.jsonl"]},
+        ["kl_held_out"],
+        "held_out:",
+        "no row is left with a label",
+    ),
     "no batch": ({"held_out": ["train.jsonl"], "batch_size": 0}, ["kl_held_out"], "evaluate:", "batch_size is 0"),
 }
 
@@ -269,6 +277,8 @@ def test_what_cannot_be_measured_is_refused_before_the_first_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "faulty.jsonl").write_text('{"prompt": "a", "completion": 3, "label": true}\n')
+    scores = [{"prompt": p, "completion": "b", "score": 1.0} for p in "abc"]
+    (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scores))
     for file, label in (("good", "true"), ("bad", "false")):
         (tmp_path / f"{file}.jsonl").write_text(f'{{"prompt": "a", "completion": "b", "label": {label}}}\n')
     evaluate, metrics, place, message = EVALUATE_FAULTS[name]
@@ -303,6 +313,7 @@ def test_arms_keep_apart_whatever_they_are_called(make: Any) -> None:
 def _pretend(study: Study, out: Path, run: int, metric: str, values: dict[str, float]) -> None:
     folder = study.runs(out)[run].folder
     folder.mkdir(parents=True)
+    (folder / "measured.json").write_text(json.dumps(measuring_of(study)))
     (folder / "evaluation.json").write_text(json.dumps({metric: values}))
 
 
@@ -322,7 +333,7 @@ def test_a_folder_is_refused_where_it_holds_other_results(make: Any, tmp_path: P
     # Nothing is measured yet: other ways of measuring are free.
     measured = {"prompts": str(tmp_path / "prompts.txt"), "max_new_tokens": 3}
     execute.claim(study(evaluate=measured), out, digests)
-    _pretend(plain, out, 0, "kl", {"a": 1.0})
+    _pretend(study(evaluate=measured), out, 0, "kl", {"a": 1.0})
     execute.claim(study(evaluate=measured), out, digests)
     with pytest.raises(StudyError, match="measured in another way"):
         execute.claim(study(evaluate={**measured, "max_new_tokens": 2}), out, digests)
@@ -366,7 +377,15 @@ def test_runs_say_how_they_were_measured(make: Any, here: list[str], tmp_path: P
     )
     [kept] = out.glob("*/seed-0/measured.json")
     said = json.loads(kept.read_text())
-    assert said["evaluate"] == measured
+    assert said["evaluate"].items() >= measured.items()
+    assert said["files"].keys() == {measured["prompts"]}
+    trained = json.loads((kept.parent / "summary.json").read_text())
+    assert trained["by"] == said["by"]
+    for known in (trained["digests"], said["files"]):
+        for path, digest in known.items():
+            assert f"{path}, sha256 " in (out / "report.md").read_text()
+            assert digest in (out / "report.md").read_text()
+    assert "## At the end of training" in (out / "report.md").read_text()
     assert set(said["by"]) == {"revision", "versions", "machine"}
     assert f"1 runs by revision {said['by']['revision']}" in (out / "report.md").read_text()
     assert f"--out {out}" in (out / "report.md").read_text()
@@ -394,6 +413,8 @@ def test_a_run_that_cannot_be_compared_is_left_out_by_name(make: Any, tmp_path: 
     assert results.done == runs[:4]
     [versus] = results.versus
     assert (versus.seeds, versus.comparison.difference.value) == ((0, 1), 1.0)
+    some = replace(versus, seeds=(0, 1), planned=3, comparison=compare(np.zeros((2, 40)), np.ones((2, 40))))
+    assert (some.shown, some.said) == (True, "differs (by 2 of 3 seeds)")
     # One seed of several says nothing of the others.
     one = replace(versus, seeds=(0,), comparison=compare(np.arange(40.0), np.arange(40.0) + 1))
     assert one.comparison.shown
@@ -401,6 +422,56 @@ def test_a_run_that_cannot_be_compared_is_left_out_by_name(make: Any, tmp_path: 
     alone = replace(one, planned=1)
     assert (alone.shown, alone.runs_differ) == (False, True)
     assert alone.said == "these runs differ; one seed says nothing of others"
+
+
+def test_a_run_that_was_made_in_another_way_is_left_out(make: Any, tmp_path: Path) -> None:
+    """As after a change of a config, of data, or of the rule while the study runs."""
+    study = load_study(make(metrics=["kl"], seeds=[0, 1, 2]))
+    out = tmp_path / "out"
+    runs = study.runs(out)
+    for number, run in enumerate(runs):
+        _pretend(study, out, number, "kl", {"a": 1.0})
+        config = {
+            "run_dir": str(run.folder),
+            "seed_everything": run.seed,
+            "model": {"lr": 1e-3 if number != 2 else 1e-4},
+        }
+        (run.folder / "config.yaml").write_text(yaml.safe_dump(config))
+        (run.folder / "summary.json").write_text(json.dumps({"digests": {"x.jsonl": "1" if number != 3 else "2"}}))
+    changed = runs[5].folder / "measured.json"
+    said = json.loads(changed.read_text())
+    said["files"][next(iter(said["files"]))] = "0"
+    changed.write_text(json.dumps({**said, "by": {"revision": "other"}}))
+    faults = Results(study, out).faults
+    assert list(faults) == [runs[5], runs[2], runs[3]]
+    assert faults[runs[2]] == "trained in another way than other seeds: model.lr differs"
+    assert faults[runs[3]] == "trained in another way than other seeds: the data x.jsonl differs"
+    assert faults[runs[5]].startswith("measured in another way than most: files.")
+
+
+def test_a_judge_says_what_a_share_can_be_made_of() -> None:
+    assert [_verdict(said, "?") for said in (0, 0.5, True)] == [0.0, 0.5, 1.0]
+    for said in (2, -1, float("nan")):
+        with pytest.raises(DataError, match="of the prompt 'which one"):
+            _verdict(said, "which one is it?")
+
+
+def test_an_interrupted_study_keeps_what_failed_before(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = load_study(make())
+    runs = study.runs(tmp_path / "out")
+    execute._fail(runs[3], ["fit"], "out of memory")
+
+    def interrupted(run: Any, *_: Any) -> str:
+        execute._fail(run, ["fit"], "killed by SIGINT")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(execute, "execute_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        execute.execute(study, tmp_path / "out", 1, False)
+    assert [execute.state(run) for run in runs] == ["waiting"] * 3 + ["failed"]
+    assert execute.failure(runs[3])["error"] == "out of memory"
 
 
 def test_a_prompt_with_more_rows_is_no_other_value() -> None:
@@ -445,11 +516,11 @@ def test_what_is_measured_on_is_known_by_its_content_wherever_it_is(
     (tmp_path / "some" / "b.jsonl").write_text("{}\n")
     places = [str(file), "~/some/a.jsonl", "$PLACE/some/a.jsonl", str(tmp_path / "some"), f"{tmp_path}/some/*.jsonl"]
     file.write_text("1\n")
-    before = [execute.digest_of(place) for place in places]
+    before = [digest_of(place) for place in places]
     assert len(set(before[:3])) == 1
     file.write_text("2\n")
-    assert not set(before) & {execute.digest_of(place) for place in places}
-    assert execute.digest_of("owner/hub-set") == "not a file here"
+    assert not set(before) & {digest_of(place) for place in places}
+    assert digest_of("owner/hub-set") == "not a file here"
 
 
 def test_a_run_whose_weights_are_gone_is_trained_again(
@@ -542,6 +613,7 @@ def test_names_and_errors_are_shown_as_they_are(
     execute.claim(study, tmp_path / "other", {arm.name: arm.name for arm in study.arms})
     for name in ("plan.json", "study.yaml"):
         shutil.copy(tmp_path / "other" / name, out / name)
+    (tmp_path / "rule.py").unlink()  # what was measured is known without it
     main(["ablate", "status", str(out)])
     assert "RuntimeError: [/tmp/x] [enforce fail at alloc_cpu.cpp:117]" in capsys.readouterr().out
 

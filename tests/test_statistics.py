@@ -127,6 +127,12 @@ def test_holm_multiplies_the_smallest_by_their_number() -> None:
         most = max(most, min(1.0, (len(order) - rank) * plain[i].p))
         assert corrected[i].adjusted == pytest.approx(most)
     assert holm([]) == []
+    # Comparisons still to come count as well.
+    most, early = 0.0, holm(plain, family=5)
+    for rank, i in enumerate(order):
+        most = max(most, min(1.0, (5 - rank) * plain[i].p))
+        assert early[i].adjusted == pytest.approx(most)
+        assert early[i].detectable > corrected[i].detectable
 
 
 def test_equal_arms_show_no_difference_and_say_what_could_have_been_found() -> None:

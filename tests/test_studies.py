@@ -69,6 +69,8 @@ def _compares_what_it_says(study: Study) -> None:
     found = check(study)
     assert len(study.seeds) >= 3
     assert found.keys() == {arm.name for arm in study.arms}
+    for arm in study.arms:  # they share it
+        assert yaml.safe_load((ROOT / arm.configs[1]).read_text())["model"]["reference_store"]
     # Every arm learns for as long, or the comparison is of something else.
     assert len({arm.steps for arm in found.values()}) == 1, {name: arm.steps for name, arm in found.items()}
 
@@ -103,6 +105,7 @@ def test_a_study_at_the_papers_scale_keeps_its_objective(path: Path, monkeypatch
     assert config["data"]["batch_size"] == 32
     assert config["data"]["train"] == yaml.safe_load((PAPER / "shp_hh_oasst.yaml").read_text())["data"]["train"]
     assert config["data"]["max_length"] == 2048
+    assert config["model"]["reference_store"]
 
 
 def _words(policy: str, objective: str) -> list[str]:

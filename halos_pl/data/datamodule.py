@@ -332,6 +332,10 @@ class FeedbackDataModule(LightningDataModule):
             for name, split in self._splits.items()
         }
 
+    def digests(self, split: str) -> dict[str, str]:
+        """A hash of tokens and rows of each source, by its path, after ``setup``; those of the hub have one, too."""
+        return {store.path: store.digest for store in self.stores(split)}
+
     @property
     def longest(self) -> int:
         """Tokens of the longest row of the splits set up so far, prompt and completion together."""

@@ -31,6 +31,14 @@ class ReferenceModel(ABC):
     storable = False
     fingerprint: str
 
+    def check(self, spec: ModelSpec) -> None:
+        """Refuses, before anything is loaded, policies of ``spec`` that this reference cannot serve.
+
+        Raises:
+            ModelError: with the reason and what to choose instead.
+        """
+        return None
+
     @abstractmethod
     def bind(self, policy: nn.Module, spec: ModelSpec, *, stored: bool = False) -> None:
         """Called once, when ``policy`` has just been loaded from ``spec`` and not been trained yet.
@@ -76,8 +84,13 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """The :func:`fingerprint` of a model, of one with an adapter without it."""
-    return fingerprint(_base_weights(model), base_model(model).config.to_dict())
+    """The :func:`fingerprint` of a model, of one with an adapter without it.
+
+    Without frequencies of positions, which follow from the config: not to the last bit on every device.
+    """
+    kept = {_without_adapter(name) for name in model.state_dict()}
+    weights = ((name, tensor) for name, tensor in _base_weights(model) if name in kept)
+    return fingerprint(weights, base_model(model).config.to_dict())
 
 
 def _without_adapter(name: str) -> str:
@@ -193,12 +206,14 @@ class AdapterOff(ReferenceModel):
 
     storable = True
 
-    def bind(self, policy: nn.Module, spec: ModelSpec, *, stored: bool = False) -> None:
-        if not hasattr(policy, "disable_adapter"):
+    def check(self, spec: ModelSpec) -> None:
+        if spec.lora is None:
             raise ModelError(
                 "reference_model: AdapterOff needs a policy with an adapter; set model.policy.lora, or choose"
                 " reference_model: FrozenCopy"
             )
+
+    def bind(self, policy: nn.Module, spec: ModelSpec, *, stored: bool = False) -> None:
         if stored:
             self.fingerprint = _fingerprint(policy)
 
@@ -243,10 +258,13 @@ class OtherModel(ReferenceModel):
 class NoReference(ReferenceModel):
     """None at all: an objective that needs one is refused."""
 
-    def bind(self, policy: nn.Module, spec: ModelSpec, *, stored: bool = False) -> None:
+    def check(self, spec: ModelSpec) -> None:
         raise ModelError(
             "reference_model is NoReference, but the reward needs log pi_ref; choose reward: LogProb, or a reference"
         )
+
+    def bind(self, policy: nn.Module, spec: ModelSpec, *, stored: bool = False) -> None:
+        self.check(spec)
 
     @contextmanager
     def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:

@@ -12,14 +12,14 @@ import json
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from filelock import FileLock
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from halos_pl.cache import cache_root
@@ -84,36 +84,24 @@ class ReferenceStore:
         self.path = path or cache_root() / FILE
         self.largest = largest
         self.damaged = 0
+        self._silenced = False
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self._damage_put_aside():
+            try:
                 self._db = self._connection()
+            except sqlite3.OperationalError:  # busy or not to be written: no damage
+                raise
+            except sqlite3.DatabaseError as error:
+                self._mend(error)
         except (OSError, sqlite3.OperationalError) as error:
             raise ModelError(
                 f"the reference store {self.path} cannot be written ({error}); name another folder with HALOS_CACHE, or"
                 " say model.reference_store false"
             ) from error
 
-    @contextmanager
-    def _damage_put_aside(self) -> Iterator[None]:
-        """A file that is found to be no whole database, in reading or writing, is put out of the way for a new one."""
-        try:
-            yield
-        except sqlite3.OperationalError:  # busy or not to be written: no damage
-            raise
-        except sqlite3.DatabaseError as error:
-            if hasattr(self, "_db"):
-                self._db.close()
-            aside = self.path.with_suffix(f".damaged-{time.time_ns()}")
-            rank_zero_info(
-                f"halos: the reference store {self.path} is damaged ({error}); it is now {aside.name}, and what it held"
-                " is computed again"
-            )
-            self.path.rename(aside)
-            self._db = self._connection()
-
     def _connection(self) -> sqlite3.Connection:
         db = sqlite3.connect(self.path, timeout=60, check_same_thread=False)  # waits for another process's step
+        db.text_factory = bytes  # a damaged entry may say of itself that it is a text
         try:
             with db:
                 db.execute(_TABLE)
@@ -122,19 +110,63 @@ class ReferenceStore:
             raise
         return db
 
+    def _mend(self, error: sqlite3.Error) -> None:
+        """Connects anew; a file that is no whole database is put aside before.
+
+        Another process may have found the same, and have mended it already.
+        """
+        if hasattr(self, "_db"):
+            self._db.close()
+        with FileLock(self.path.with_suffix(".lock")):
+            try:
+                self._db = self._connection()
+                if self._db.execute("PRAGMA quick_check").fetchone()[0] == b"ok":
+                    return
+                self._db.close()
+            except sqlite3.OperationalError:
+                raise
+            except sqlite3.DatabaseError:
+                pass
+            aside = self.path.with_suffix(".damaged")
+            rank_zero_info(
+                f"halos: the reference store {self.path} is damaged ({error}); it is now {aside.name}, and what it held"
+                " is computed again"
+            )
+            self.path.replace(aside)
+            self._db = self._connection()
+
+    def _try(self, work: Callable[[], None]) -> None:
+        """Does ``work`` with the file, again where that had to be mended or was put aside by another process.
+
+        Where it cannot be done, as on a full disk, that is said once: it is no reason to end a run.
+        """
+        why: Exception | None = None
+        for _ in range(2):
+            try:
+                if why is not None:
+                    self._mend(why)  # type: ignore[arg-type]
+                return work()
+            except (OSError, sqlite3.Error) as error:
+                why = error
+        if not self._silenced:
+            self._silenced = True
+            rank_zero_warn(f"halos: the reference store {self.path} cannot be used ({why}); the run goes on without it")
+
     def get(self, wanted: Sequence[bytes]) -> dict[bytes, Tensor]:
         """What is stored of ``wanted``, float32 [tokens] each; what is not there or damaged is left out."""
         found: dict[bytes, Tensor] = {}
         bad: list[bytes] = []
-        stale: list[bytes] = []
         now = int(time.time())
-        with self._damage_put_aside():
+
+        def read() -> None:
+            stale: list[bytes] = []
             for key in dict.fromkeys(wanted):
                 row = self._db.execute("SELECT used, sum, logps FROM logps WHERE key = ?", (key,)).fetchone()
                 if row is None:
                     continue
                 used, checksum, blob = row
-                if zlib.crc32(key + blob) != checksum or len(blob) % 4:
+                whole = isinstance(used, int) and isinstance(blob, bytes) and len(blob) % 4 == 0
+                if not whole or zlib.crc32(key + blob) != checksum:
                     bad.append(key)
                     continue
                 found[key] = torch.from_numpy(np.frombuffer(blob, "<f4").astype(np.float32))
@@ -143,6 +175,8 @@ class ReferenceStore:
                 with self._db:
                     self._db.executemany("DELETE FROM logps WHERE key = ?", [(key,) for key in bad])
                     self._db.executemany("UPDATE logps SET used = ? WHERE key = ?", [(now, key) for key in stale])
+
+        self._try(read)
         if bad:
             self.damaged += len(bad)
             rank_zero_info(f"halos: {len(bad)} damaged entries of the reference store {self.path} are computed again")
@@ -156,10 +190,13 @@ class ReferenceStore:
             if bool(logps.isfinite().all()):
                 blob = logps.detach().cpu().numpy().astype("<f4").tobytes()
                 rows.append((key, now, zlib.crc32(key + blob), blob))
-        with self._damage_put_aside():
+
+        def write() -> None:
             with self._db:
                 self._db.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?, ?, ?)", rows)
             self._make_room()
+
+        self._try(write)
 
     def _make_room(self) -> None:
         def figure(name: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from halos_pl.generate import Sample, as_messages, generate, kl_of_samples, read
 from halos_pl.module import HALOModule
 from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.logprobs import compared_logps
+from halos_pl.provenance import digest_of, paths_of, provenance
 from halos_pl.reference_points import Zero
 from halos_pl.rewards import LogRatio
 from value_functions import Logistic
@@ -29,6 +30,8 @@ from value_functions import Logistic
 FILE = "evaluation.json"
 ROWS = "held_out.jsonl"
 ANSWERS = "answers.jsonl"
+MEASURED = "measured.json"
+CODE = ("rule", "judge")  # arguments that name file.py:function
 
 #: What is measured on each held-out pair, row, example (a pair or a single row) or prompt; what it is the mean of, and
 #: whether more is better. Figures of held-out rows with the same prompt are kept as one, their mean, for they do not
@@ -55,6 +58,24 @@ METRICS: dict[str, tuple[str, str, bool | None]] = {
 
 #: Metrics that lie between 0 and 1.
 SHARES = frozenset(name for name, (_, what, _) in METRICS.items() if what.startswith("share"))
+
+
+def measuring(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """How and on what a run is measured: the arguments of :func:`evaluate`, and a digest of each file they name."""
+    code = [str(arguments[key]).rpartition(":")[0] for key in CODE if arguments.get(key)]
+    data = paths_of([arguments.get("prompts"), *(arguments.get("held_out") or [])])
+    return {"evaluate": dict(arguments), "files": {path: digest_of(path) for path in sorted({*data, *code})}}
+
+
+def measured_how(run: Path) -> dict[str, Any]:
+    """What a run says of its measuring: :func:`measuring`, and by what (``by``); empty where it says nothing."""
+    path = run / MEASURED
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+#: Negative log-probs per token; their exponentials are perplexities.
+PER_TOKEN = frozenset(name for name, (_, what, _) in METRICS.items() if what.endswith("nats per token"))
 
 
 class Evaluation(HALOModule):
@@ -251,17 +272,10 @@ def evaluate(
         batch_size: rows or answers at a time.
         seed: of the sampling.
     """
+    arguments = {name: value for name, value in locals().items() if name != "run"}
     folder = Path(run)
-    check_arguments(
-        held_out=held_out,
-        prompts=prompts,
-        rule=rule,
-        judge=judge,
-        max_length=max_length,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        batch_size=batch_size,
-    )
+    check_arguments(**arguments)
+    how = measuring(arguments) | {"by": provenance()}  # files as they are now, before they are read
     chosen = {name: function_of(place) for name, place in (("rule", rule), ("judge", judge)) if place}
     module = _prepared(folder)
     values: dict[str, dict[str, float]] = {}
@@ -281,11 +295,28 @@ def evaluate(
         sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         values |= _of_answers(module, folder, Path(prompts), chosen, chat, batch_size, sampling)
     kept = {name: found for name, found in values.items() if found}
+    (folder / FILE).unlink(missing_ok=True)  # or what is there would be said to have been measured in this way
+    (folder / MEASURED).write_text(json.dumps(how, indent=2) + "\n")
     beside = (folder / FILE).with_suffix(".part")
     beside.write_text(json.dumps(kept) + "\n")
     os.replace(beside, folder / FILE)
     for name, found in kept.items():
         print(f"halos: {name} {np.mean(list(found.values())):.4g} (n = {len(found)} prompts)")
+
+
+def _verdict(given: Any, prompt: str) -> float:
+    """A judge's verdict, which has to lie between 0 and 1.
+
+    Raises:
+        DataError: naming the prompt.
+    """
+    verdict = float(given)
+    if not 0 <= verdict <= 1:
+        raise DataError(
+            f"the judge says {given!r} of the prompt {prompt[:60]!r}; it must say 1 where the answer is preferred, 0"
+            " where the other one is, 0.5 for a draw"
+        )
+    return verdict
 
 
 def _of_answers(
@@ -319,7 +350,7 @@ def _of_answers(
             others = answers(before)
         texts = [p if isinstance(p, str) else p[-1]["content"] for p in read]
         both = zip(texts, samples, others, strict=True)
-        columns["judge"] = [float(chosen["judge"](prompt, s.text, o.text)) for prompt, s, o in both]
+        columns["judge"] = [_verdict(chosen["judge"](prompt, s.text, o.text), prompt) for prompt, s, o in both]
     names = [f"{prompts.name}:{i + 1}" for i in range(len(read))]
     with (folder / ANSWERS).open("w") as file:
         for name, prompt, sample in zip(names, read, samples, strict=True):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -14,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +21,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from halos_pl.callbacks import LAST, SUMMARY
-from halos_pl.data.formats import files_of
-from halos_pl.data.source import Source
-from halos_pl.study.evaluate import FILE
-from halos_pl.study.plan import Checked, Run, Study, StudyError, command
+from halos_pl.study.evaluate import FILE, measured_how
+from halos_pl.study.plan import Checked, Run, Study, StudyError, command, measuring_of
 
 STUDY = "study.yaml"
 OVER = "over.yaml"
 FAILED = "failed.json"
 LOG = "log.txt"
 PLAN = "plan.json"
-CODE = ("rule", "judge")  # what evaluate names as file.py:function
 TIMED = "timed_step"
-MEASURED = "measured.json"
-TRAINED = "trained.json"
-LIBRARIES = ("halos_pl", "torch", "lightning", "transformers", "peft", "datasets", "scipy", "statsmodels")
 
 
 def _process(words: list[str], log: Path, env: Mapping[str, str], lock: int | None = None) -> int:
@@ -99,9 +90,10 @@ def execute_run(
         print(f"halos: {run.folder}: another process works on it; waiting for that one", file=sys.stderr)
         lock.acquire()
     try:
-        if run.done:
-            return None
-        return _execute_run(run, study, os.environ if env is None else env, keep_checkpoints, _descriptor(lock))
+        why = None if run.done else _execute_run(run, study, os.environ if env is None else env, _descriptor(lock))
+        if run.done and not keep_checkpoints:  # also of one that outlived an interrupted study
+            (run.folder / LAST).unlink(missing_ok=True)
+        return why
     finally:
         lock.release()
 
@@ -111,14 +103,11 @@ def _descriptor(lock: FileLock) -> int | None:
     return lock._context.lock_file_fd if os.name == "posix" else None
 
 
-def _execute_run(
-    run: Run, study: Study, env: Mapping[str, str], keep_checkpoints: bool, lock: int | None
-) -> str | None:
+def _execute_run(run: Run, study: Study, env: Mapping[str, str], lock: int | None) -> str | None:
     log = run.folder.with_name(f"{run.folder.name}.{LOG}")
     mark = mark_of(run)
     mark.unlink(missing_ok=True)
     steps = []
-    by = provenance()
     begun = (run.folder / LAST).is_file()
     if not (begun and (run.folder / SUMMARY).is_file()):  # a finished run whose weights are gone cannot be measured
         steps.append([*run.fit, *(["--ckpt_path=last"] if begun else [])])
@@ -129,16 +118,6 @@ def _execute_run(
             why = _last_words(log, start, status)
             _fail(run, words, why)
             return why
-        if words[0] == "fit":
-            run.folder.mkdir(exist_ok=True)
-            (run.folder / TRAINED).write_text(json.dumps(by) + "\n")
-    if (run.folder / TRAINED).is_file():  # by an earlier attempt, perhaps
-        trained = json.loads((run.folder / TRAINED).read_text())
-        if trained["revision"] != by["revision"]:
-            by["revision"] = f"{trained['revision']}, measured by {by['revision']}"
-    (run.folder / MEASURED).write_text(json.dumps(measuring(study) | {"by": by}, indent=2) + "\n")
-    if not keep_checkpoints:
-        (run.folder / LAST).unlink(missing_ok=True)
     return None
 
 
@@ -157,42 +136,6 @@ def failure(run: Run) -> dict[str, str]:
     return found
 
 
-def provenance() -> dict[str, Any]:
-    """By what a run was made: the revision of the code, versions of libraries, the machine."""
-    return {
-        "revision": _revision(),
-        "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
-        "machine": f"{platform.machine()}, {platform.system()}, {os.cpu_count()} cores",
-    }
-
-
-def _revision() -> str:
-    def git(*words: str) -> str:
-        try:
-            return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return ""
-
-    commit = git("rev-parse", "HEAD")
-    # New files of other kinds are data and notes; one of Python may be a plug-in.
-    changes = git("status", "--porcelain", "-uno") or git("status", "--porcelain", "-uall", "--", "*.py")
-    return f"{commit}{' with changes' if changes else ''}" if commit else "not in a git checkout"
-
-
-def measuring(study: Study) -> dict[str, Any]:
-    """How and on what the study's runs are measured."""
-    code = [str(study.evaluate[key]).rpartition(":")[0] for key in CODE if key in study.evaluate]
-    files = {path: digest_of(path) for path in sorted({*study.data_files, *code})}
-    return {"evaluate": dict(study.evaluate), "files": files}
-
-
-def measured_how(run: Run, otherwise: Mapping[str, Any]) -> Mapping[str, Any]:
-    """How a run was measured and by what; where it does not say so itself, as ``otherwise`` has it."""
-    path = run.folder / MEASURED
-    found: Mapping[str, Any] = json.loads(path.read_text()) if path.is_file() else otherwise
-    return found
-
-
 def claim(study: Study, out: Path, digests: Mapping[str, str]) -> None:
     """Makes ``out`` the folder of this study.
 
@@ -204,7 +147,7 @@ def claim(study: Study, out: Path, digests: Mapping[str, str]) -> None:
         "over": None if study.over is None else str(study.over),
         "digests": {arm.folder: digests[arm.name] for arm in study.arms},
         "seeds": list(study.seeds),
-    } | measuring(study)
+    } | measuring_of(study)
     known = out / PLAN
     if known.is_file():
         before = json.loads(known.read_text())
@@ -223,7 +166,7 @@ def claim(study: Study, out: Path, digests: Mapping[str, str]) -> None:
                     f" another folder with --out, or remove {folder} to run the arm again"
                 )
         for run in study.runs(out):
-            if run.done and any(plan[key] != measured_how(run, before).get(key) for key in ("evaluate", "files")):
+            if run.done and any(plan[key] != measured_how(run.folder).get(key) for key in ("evaluate", "files")):
                 raise StudyError(
                     f"{out} holds the results of another study: {run.folder} was measured in another way or on other"
                     f" files; name another folder with --out, or remove each {FILE} in it to measure again (and to"
@@ -239,20 +182,6 @@ def claim(study: Study, out: Path, digests: Mapping[str, str]) -> None:
             (out / name).write_text(file.read_text())
         else:
             (out / name).unlink(missing_ok=True)
-
-
-def digest_of(path: str) -> str:
-    """The first half of the SHA-256 of a file, or of the names and SHA-256 of the files of a folder or pattern."""
-    found = [Path(source.path) for source in files_of(Source(path))]
-    files = sorted(f for p in found for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file())
-    digests = []
-    for file in files:
-        with file.open("rb") as content:
-            digests.append(hashlib.file_digest(content, "sha256").hexdigest())
-    if len(files) > 1:
-        named = [[str(file), digest] for file, digest in zip(files, digests, strict=True)]
-        digests = [hashlib.sha256(json.dumps(named).encode()).hexdigest()]
-    return digests[0][:32] if digests else "not a file here"
 
 
 def _seconds(seconds: float) -> str:
@@ -328,11 +257,12 @@ def execute(
     Returns:
         why, by the folder of each run that has failed.
     """
-    runs = [run for run in study.runs(out) if not run.done]
+    runs = [run for run in study.runs(out) if not run.done or ((run.folder / LAST).is_file() and not keep_checkpoints)]
     failed: dict[str, str] = {}
     if study.cluster is not None:
         return _on_cluster(study, out, runs, keep_checkpoints, tell)
     env, lock, began = environment(jobs), threading.Lock(), time.monotonic()
+    earlier = {mark: mark.stat().st_mtime_ns for run in runs if (mark := mark_of(run)).is_file()}
     with ThreadPoolExecutor(jobs) as pool:
         waiting = {pool.submit(execute_run, run, study, env, keep_checkpoints): run for run in runs}
         try:
@@ -348,8 +278,9 @@ def execute(
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             for run in waiting.values():  # an interrupted process ends as a failed one does
-                if str(run.folder) not in failed:
-                    mark_of(run).unlink(missing_ok=True)
+                mark = mark_of(run)
+                if str(run.folder) not in failed and mark.is_file() and mark.stat().st_mtime_ns != earlier.get(mark):
+                    mark.unlink()
             raise
     return failed
 

@@ -14,7 +14,7 @@ import re
 import shlex
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import halos_pl
 import value_functions
 from halos_pl.data.example import DataError
 from halos_pl.generate import read_prompts
-from halos_pl.study.evaluate import FILE, METRICS, check_arguments, evaluate, function_of
+from halos_pl.study.evaluate import CODE, FILE, METRICS, check_arguments, evaluate, function_of, measuring
 
 KEYS = ("configs", "options", "arms", "axes", "sample", "seeds", "evaluate", "metrics", "baseline", "cluster", "note")
 EVALUATE = tuple(name for name, p in inspect.signature(evaluate).parameters.items() if p.kind is p.KEYWORD_ONLY)
@@ -117,11 +117,6 @@ class Study:
     over: Path | None = None
     places: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def data_files(self) -> list[str]:
-        """Paths of what runs are measured on, as the study names them."""
-        return paths_of([self.evaluate.get("prompts"), *(self.evaluate.get("held_out") or [])])
-
     def runs(self, out: Path) -> list[Run]:
         """Every arm with every seed; seed by seed, so that a study that is cut off has whole rounds of arms."""
         return [Run(arm, seed, out / arm.folder / f"seed-{seed}") for seed in self.seeds for arm in self.arms]
@@ -132,11 +127,6 @@ class Study:
         for key, value in self.evaluate.items():
             words.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
         return words
-
-
-def paths_of(sources: Iterable[Any]) -> list[str]:
-    """The paths of sources, which are texts or mappings."""
-    return [source["path"] if isinstance(source, dict) else source for source in sources if source]
 
 
 def command(words: list[str]) -> str:
@@ -268,7 +258,8 @@ class _Reader:
             cluster=self.get("cluster", dict, None),
             note=self.get("note", str, ""),
             over=self.over,
-            places={key: self.where(key) for key in ("evaluate", "metrics", "cluster")},
+            places={key: self.where(key) for key in ("evaluate", "metrics", "cluster")}
+            | {key: self.where("evaluate", key) for key in (*CODE, "prompts", "held_out")},
         )
 
     def _metrics(self, evaluate: Mapping[str, Any]) -> tuple[str, ...]:
@@ -285,17 +276,6 @@ class _Reader:
             lacks = metric if metric in ("rule", "judge") and "prompts" in evaluate else lacks
             if not evaluate.get(lacks):
                 raise self.fault(f"metric {metric} is one of {unit}, but evaluate names no {lacks}", "metrics", i)
-        for key in ("rule", "judge"):
-            if key in evaluate:
-                try:
-                    function_of(str(evaluate[key]))
-                except Exception as error:  # the file's own code runs
-                    raise self.fault(f"{key}: {error}", "evaluate", key) from error
-        if "prompts" in evaluate:
-            try:
-                read_prompts(Path(str(evaluate["prompts"])))
-            except DataError as error:
-                raise self.fault(f"prompts: {error}", "evaluate", "prompts") from error
         return tuple(metrics)
 
     def _split(self, given: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -492,19 +472,53 @@ def _parser_error(said: str) -> str:
     return "\n".join(line for line in lines if line.strip())
 
 
-def _check_evaluation(study: Study) -> None:
-    """Parses the command that measures a run, whose values the study hands on."""
+def _parsed(study: Study) -> dict[str, Any]:
+    """The arguments of ``evaluate`` as its command reads them.
+
+    Raises:
+        StudyError: where it does not take them.
+    """
     from halos_pl.lightning_cli import tool_parser
 
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             parsed = tool_parser("evaluate").parse_args(study.evaluation(Run(study.arms[0], 0, Path("unused")))[1:])
-        check_arguments(**vars(parsed))
     except SystemExit as error:
         raise StudyError(f"{study.places['evaluate']}: evaluate: {_parser_error(said.getvalue())}") from error
+    arguments: dict[str, Any] = parsed.as_dict()
+    del arguments["run"]
+    return arguments
+
+
+def measuring_of(study: Study) -> dict[str, Any]:
+    """How and on what the study's runs are measured, as each of them says it when it has been."""
+    return measuring(_parsed(study))
+
+
+# What a rule and a judge are called with.
+CALLED: dict[str, tuple[Any, ...]] = {"rule": ("an answer", True), "judge": ("a prompt", "an answer", "another")}
+
+
+def _check_evaluation(study: Study) -> None:
+    """Tries out the command that measures a run: its arguments, the functions it calls, its prompts."""
+    arguments = _parsed(study)
+    try:
+        check_arguments(**arguments)
     except DataError as error:
         raise StudyError(f"{study.places['evaluate']}: evaluate: {error}") from error
+    for key in CODE:
+        if arguments[key]:
+            try:
+                function = function_of(arguments[key])
+                inspect.signature(function).bind(*CALLED[key])
+            except Exception as error:  # the file's own code runs
+                raise StudyError(f"{study.places[key]}: {key}: {error}") from error
+    if arguments["prompts"]:
+        try:
+            read_prompts(Path(arguments["prompts"]))
+        except DataError as error:
+            raise StudyError(f"{study.places['prompts']}: prompts: {error}") from error
 
 
 def _steps(cli: Any) -> int:
@@ -535,6 +549,7 @@ def _check_held_out(study: Study, tokenizer: Any) -> None:
     from halos_pl.data.datamodule import _sources
     from halos_pl.data.store import fault_list, open_store
     from halos_pl.data.table import Table
+    from halos_pl.data.transforms import ThresholdScores
 
     given = study.evaluate.get("held_out")
     if not given:
@@ -547,6 +562,13 @@ def _check_held_out(study: Study, tokenizer: Any) -> None:
         if store.fault_count:
             raise StudyError(f"{study.places['evaluate']}: held_out: {fault_list(store.faults, store.fault_count)}")
     table = Table.of(stores)
+    if bool((table.label < 0).any()):  # scores: what they come to depends on the other rows of their prompts
+        table, counts = ThresholdScores()(table, random.Random(0))
+        if not len(table):
+            raise StudyError(
+                f"{study.places['held_out']}: held_out: no row is left with a label, as none scores above or below"
+                f" others of its prompt ({counts['dropped_at_threshold']} were dropped)"
+            )
     paired = table.rival >= 0
     if paired.any() and not paired.all():
         raise StudyError(
@@ -557,5 +579,5 @@ def _check_held_out(study: Study, tokenizer: Any) -> None:
             raise StudyError(f"{study.places['metrics']}: {metric} is one of pairs, but the held-out data have none")
         labels = set(table.label.tolist())
         for label, kind in WANTED.get(metric, {}).items():
-            if label not in labels and -1 not in labels:  # what a score comes to is not known yet
+            if label not in labels:
                 raise StudyError(f"{study.places['metrics']}: {metric} wants {kind} rows; the held-out data have none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -12,17 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 from PIL import Image
 
-from halos_pl.callbacks import CONFIG
+from halos_pl.callbacks import SUMMARY
 from halos_pl.conformance.check import reports
 from halos_pl.export import module_of_run
-from halos_pl.study.evaluate import METRICS
-from halos_pl.study.execute import PLAN, digest_of, failure, measured_how, state
-from halos_pl.study.plan import Arm, command, default_folder, paths_of
+from halos_pl.study.evaluate import METRICS, PER_TOKEN, measured_how
+from halos_pl.study.execute import PLAN, failure, state
+from halos_pl.study.plan import Arm, Run, command, default_folder
 from halos_pl.study.results import Results, Versus, shown
 from halos_pl.study.statistics import Estimate
 
@@ -183,15 +183,35 @@ PICTURES = {
 }
 
 
-def _data(results: Results) -> dict[str, str]:
-    """A hash of each file that was trained or measured on."""
-    paths = set(results.study.data_files)
+def _summary(run: Run) -> dict[str, Any]:
+    """What a run says of its training."""
+    path = run.folder / SUMMARY
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+def _data(results: Results) -> list[str]:
+    """Hashes of what the runs were trained and measured on, as it was then."""
+    trained = {pair for run in results.done for pair in _summary(run).get("digests", {}).items()}
+    measured = {pair for run in results.done for pair in measured_how(run.folder).get("files", {}).items()}
+    return [
+        *(f"trained on {path}, sha256 of its tokens and rows {digest}" for path, digest in sorted(trained)),
+        *(f"measured with {path}, sha256 {digest}" for path, digest in sorted(measured)),
+    ]
+
+
+def _ends(results: Results) -> list[dict[str, Any]]:
+    """Training figures at the last step, the mean over the seeds and each seed's."""
+    rows = []
     for arm in results.study.arms:
-        run = results.first_run(arm)
-        if run is not None:
-            train = yaml.safe_load((run.folder / CONFIG).read_text())["data"]["train"]
-            paths |= set(paths_of(train if isinstance(train, list) else [train]))
-    return {path: digest_of(path) for path in sorted(paths)}
+        own = [run for run in results.done if run.arm is arm]
+        figures = []
+        for name in CURVES:
+            last = [values[-1] for _, values in (results.curve(run, name) for run in own) if values]
+            each = f" ({', '.join(f'{value:.3g}' for value in last)})" if len(last) > 1 else ""
+            figures.append(f"{np.mean(last):.3g}{each}" if last else "")
+        rows.append({"arm": arm.name, "figures": figures})
+    return rows if any(any(row["figures"]) for row in rows) else []
 
 
 def _verdicts(results: Results) -> dict[str, str]:
@@ -205,14 +225,24 @@ def _verdicts(results: Results) -> dict[str, str]:
 
 def _made(results: Results) -> list[dict[str, Any]]:
     """What made the runs, and how many of them each; several where code, libraries or machine changed in between."""
-    found = Counter(json.dumps(measured_how(run, {}).get("by"), sort_keys=True) for run in results.done)
-    return [{"runs": count, **(json.loads(by) or {})} for by, count in found.most_common()]
+    found: Counter[str] = Counter()
+    for run in results.done:
+        by, trained = measured_how(run.folder).get("by") or {}, _summary(run).get("by") or {}
+        if by and trained and trained["revision"] != by["revision"]:
+            by["revision"] = f"{trained['revision']}, measured by {by['revision']}"
+        found[json.dumps(by, sort_keys=True)] += 1
+    return [{"runs": count, **json.loads(by)} for by, count in found.most_common()]
 
 
 def _of(versus: Versus | None, e: Estimate | None) -> str:
     """Which n a difference is of, where the arm has more seeds than it shares with the baseline."""
     shared = versus.comparison.difference.seeds if versus else 0
     return f" (of {shared} seeds)" if e and shared < e.seeds else ""
+
+
+def _perplexity(metric: str, e: Estimate) -> str:
+    """What a negative log-prob per token comes to, in the usual words."""
+    return f" (perplexity {math.exp(e.value):.3g})" if metric in PER_TOKEN else ""
 
 
 def content(results: Results) -> dict[str, Any]:
@@ -234,7 +264,7 @@ def content(results: Results) -> dict[str, Any]:
                 {
                     "arm": arm.name,
                     "mean": f"{e.value:.4g}" if e else "missing",
-                    "figure": shown(e) if e else "missing",
+                    "figure": f"{shown(e)}{_perplexity(metric, e)}" if e else "missing",
                     "n": f"{e.examples} x {e.seeds}" if e else "0",
                     "difference": f"{shown(c.difference, '+')}{_of(v, e)}" if c else "",
                     "p": f"{c.adjusted:.2g}" if c else "",
@@ -276,6 +306,8 @@ def content(results: Results) -> dict[str, Any]:
         "missing": missing,
         "command": command(["ablate", *names]),
         "commands": [(command(run.fit), command(results.study.evaluation(run))) for run in results.runs],
+        "curves": list(CURVES.values()),
+        "ends": _ends(results),
         "made": _made(results),
         "data": _data(results),
     }

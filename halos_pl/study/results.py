@@ -10,14 +10,58 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 
+from halos_pl.callbacks import CONFIG, SUMMARY
 from halos_pl.callbacks import METRICS as CURVES
-from halos_pl.callbacks import SUMMARY
-from halos_pl.study.evaluate import FILE, METRICS, SHARES
+from halos_pl.study.evaluate import FILE, METRICS, SHARES, measured_how
 from halos_pl.study.plan import Arm, Run, Study
 from halos_pl.study.statistics import RESAMPLES, Comparison, Estimate, Values, compare, estimate, holm
+
+# Of a run's config: which run it is, and where.
+OWN = ("run_dir", "seed_everything", "default_root_dir")
+
+
+def _leaves(node: Any, at: str = "") -> dict[str, Any]:
+    """The values of a config by their dotted keys."""
+    if not isinstance(node, dict):
+        return {at: node}
+    return {k: v for key, own in node.items() for k, v in _leaves(own, f"{at}.{key}" if at else str(key)).items()}
+
+
+def _config(run: Run) -> dict[str, str]:
+    """What a run was trained with: its config, and the digests of its data; as JSON, by dotted key."""
+    path, summary = run.folder / CONFIG, run.folder / SUMMARY
+    known = _leaves(yaml.load(path.read_text(), Loader=yaml.CSafeLoader)) if path.is_file() else {}
+    digests = json.loads(summary.read_text()).get("digests", {}) if summary.is_file() else {}
+    known |= {f"the data {name}": digest for name, digest in digests.items()}
+    return {key: json.dumps(value) for key, value in known.items() if key.rpartition(".")[2] not in OWN}
+
+
+def _made_otherwise(runs: Iterable[Run]) -> dict[Run, str]:
+    """Runs that were not made as most are: with another config than other seeds of their arm, or measured otherwise.
+
+    A file that is changed while a study runs, such as a config, data, or the rule, has no other trace.
+    """
+    faults, arms = {}, defaultdict(list)
+    measured = {}
+    for run in runs:
+        arms[run.arm.name].append(run)
+        measured[run] = {k: json.dumps(v) for k, v in _leaves(measured_how(run.folder)).items() if k[:3] != "by."}
+    for why, known in [
+        ("measured in another way than most", measured),
+        *(("trained in another way than other seeds", {run: _config(run) for run in own}) for own in arms.values()),
+    ]:
+        usual = Counter(json.dumps(each, sort_keys=True) for each in known.values()).most_common(1)
+        for run, each in known.items():
+            common = json.loads(usual[0][0])
+            keys = sorted(key for key in {*each, *common} if each.get(key) != common.get(key))
+            if keys:
+                faults[run] = f"{why}: {', '.join(keys)} differ{'s' * (len(keys) == 1)}"
+    return faults
 
 
 @dataclass(frozen=True)
@@ -52,7 +96,9 @@ class Versus:
     def said(self) -> str:
         """In a few words."""
         if self.shown:
-            return "differs"
+            return "differs" + (
+                f" (by {len(self.seeds)} of {self.planned} seeds)" if len(self.seeds) < self.planned else ""
+            )
         if self.comparison.same:
             return "the same on every example"
         if len(self.seeds) == 1 < self.planned:
@@ -85,8 +131,8 @@ class Results:
         self._values = {(run.arm.name, run.seed): found[run] for run in self.done}
 
     def _faults(self, found: dict[Run, dict[str, dict[str, float]]]) -> dict[Run, str]:
-        """Runs with figures that are no numbers, or of other examples than most runs have."""
-        faults = {}
+        """Runs with figures that are no numbers or of other examples than most runs have, or made in another way."""
+        faults = _made_otherwise(found)
         for metric in self.study.metrics:
             examples = {run: frozenset(values.get(metric, {})) for run, values in found.items()}
             usual = Counter(examples.values()).most_common(1)[0][0] if examples else frozenset()
@@ -143,8 +189,10 @@ class Results:
                 if arm is not self.baseline and one is not None and other is not None:
                     found.append((metric, arm, one, other, seeds))
         # A permutation test of so many resamples can be below the strictest step of the correction.
-        resamples = max(RESAMPLES, 200 * len(found))
-        corrected = holm([compare(one, other, resamples=resamples) for _, _, one, other, _ in found])
+        family = len(self.study.metrics) * (len(self.study.arms) - 1)
+        resamples = max(RESAMPLES, 200 * family)
+        # Those of runs to come count as well: else what is found early would be corrected for fewer.
+        corrected = holm([compare(one, other, resamples=resamples) for _, _, one, other, _ in found], family)
         planned = len(self.study.seeds)
         return [
             Versus(m, arm, new, seeds, planned) for (m, arm, _, _, seeds), new in zip(found, corrected, strict=True)

@@ -256,17 +256,23 @@ def compare(one: object, other: object, *, resamples: int = RESAMPLES, seed: int
     return Comparison(difference, p, test, permutation, wilcoxon, effect, detectable, p, permutation)
 
 
-def holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """The same comparisons with p corrected for their number (Holm 1979), in the same order."""
+def holm(comparisons: Sequence[Comparison], family: int = 0) -> list[Comparison]:
+    """The same comparisons with p corrected for their number (Holm 1979), in the same order.
+
+    Args:
+        comparisons: those that can be made.
+        family: how many there are to be, where some cannot be made yet; they count with p = 1.
+    """
     if not comparisons:
         return []
-    both = ([c.p for c in comparisons], [c.permutation for c in comparisons])
+    missing = [1.0] * max(0, family - len(comparisons))
+    both = ([*(c.p for c in comparisons), *missing], [*(c.permutation for c in comparisons), *missing])
     adjusted, runs = (multipletests(each, alpha=LEVEL, method="holm")[1] for each in both)
     # What is looked for is not known beforehand: its size is that of the strictest step.
-    level = LEVEL / len(comparisons)
+    level = LEVEL / max(family, len(comparisons))
     return [
         replace(c, adjusted=float(p), runs_adjusted=float(q), detectable=_detectable(c.difference, level))
-        for c, p, q in zip(comparisons, adjusted, runs, strict=True)
+        for c, p, q in zip(comparisons, adjusted, runs, strict=False)
     ]
 
 
