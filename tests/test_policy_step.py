@@ -171,7 +171,8 @@ PARTS: dict[str, dict[str, Any]] = {
 def module(
     folder: Path, objective: str = "kto", reference: ReferenceModel | None = None, *, lr: float = 1.0, **options: Any
 ) -> HALOModule:
-    spec = {key: options.pop(key) for key in ("lora", "gradient_checkpointing", "dtype") if key in options}
+    of_policy = ("lora", "gradient_checkpointing", "dtype", "attn_implementation")
+    spec = {key: options.pop(key) for key in of_policy if key in options}
     parts = {k: v() if isinstance(v, type) else v for k, v in PARTS[objective].items()}
     return HALOModule(
         ModelSpec(str(folder), **spec),
@@ -444,10 +445,13 @@ def test_a_frozen_reference_is_no_part_of_the_module(tiny_folder):
 
 @pytest.mark.filterwarnings("ignore")
 def test_references_that_cannot_serve_are_refused(tiny_folder):
+    """When the config is read, not when data and weights have been."""
     with pytest.raises(ModelError, match="AdapterOff needs a policy with an adapter"):
-        train(module(tiny_folder, "kto", AdapterOff()), [batch()])
+        module(tiny_folder, "kto", AdapterOff())
     with pytest.raises(ModelError, match="NoReference"):
-        train(module(tiny_folder, "kto", NoReference()), [batch()])
+        module(tiny_folder, "kto", NoReference())
+    with pytest.raises(ValueError, match="takes sdpa attention"):
+        module(tiny_folder, "kto", attn_implementation="eager", packing="tree")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -86,7 +86,6 @@ class ReferenceStore:
         self.damaged = 0
         self._silenced = False
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self._db = self._connection()
             except sqlite3.OperationalError:  # busy or not to be written: no damage
@@ -100,6 +99,7 @@ class ReferenceStore:
             ) from error
 
     def _connection(self) -> sqlite3.Connection:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(self.path, timeout=60, check_same_thread=False)  # waits for another process's step
         db.text_factory = bytes  # a damaged entry may say of itself that it is a text
         try:
@@ -108,9 +108,10 @@ class ReferenceStore:
         except BaseException:
             db.close()
             raise
+        self._inode = self.path.stat().st_ino
         return db
 
-    def _mend(self, error: sqlite3.Error) -> None:
+    def _mend(self, error: Exception) -> None:
         """Connects anew; a file that is no whole database is put aside before.
 
         Another process may have found the same, and have mended it already.
@@ -136,15 +137,19 @@ class ReferenceStore:
             self._db = self._connection()
 
     def _try(self, work: Callable[[], None]) -> None:
-        """Does ``work`` with the file, again where that had to be mended or was put aside by another process.
+        """Does ``work`` with the file that is there: another process may have put aside or removed what was.
 
-        Where it cannot be done, as on a full disk, that is said once: it is no reason to end a run.
+        Once more where it had to be mended. Where it cannot be done, as on a full disk, that is said once: it is no
+        reason to end a run.
         """
         why: Exception | None = None
         for _ in range(2):
             try:
                 if why is not None:
-                    self._mend(why)  # type: ignore[arg-type]
+                    self._mend(why)
+                elif not self.path.exists() or self.path.stat().st_ino != self._inode:
+                    self._db.close()
+                    self._db = self._connection()
                 return work()
             except (OSError, sqlite3.Error) as error:
                 why = error

@@ -87,6 +87,12 @@ class Versus:
         return self.comparison.shown and len(self.seeds) > 1
 
     @property
+    def detectable(self) -> float:
+        """The difference that would be found 4 times in 5; infinite where none that can be would."""
+        found = self.comparison.detectable
+        return math.inf if self.metric in SHARES and found > 1 else found
+
+    @property
     def runs_differ(self) -> bool:
         """Whether no more than that is shown: these runs differ, other seeds may not."""
         one = len(self.seeds) == self.planned == 1 and self.comparison.shown
@@ -107,8 +113,9 @@ class Versus:
             return "these runs differ; " + (
                 "not shown for other seeds" if len(self.seeds) > 1 else "one seed says nothing of others"
             )
-        detectable = self.comparison.detectable
-        size = f"{detectable:.2g} is detectable" if math.isfinite(detectable) else "too few values to say what would be"
+        size = (
+            f"{self.detectable:.2g} is detectable" if math.isfinite(self.detectable) else "too few values to find any"
+        )
         return f"no difference shown; {size}"
 
 
@@ -243,7 +250,7 @@ class Results:
             if not v.shown:
                 rest[v.said.partition(";")[0]].append(v)
         for why, some in rest.items():
-            known = [v.comparison.detectable for v in some if math.isfinite(v.comparison.detectable)]
+            known = [v.detectable for v in some if math.isfinite(v.detectable)]
             besides = {
                 "no difference shown": f"; at this size one of {max(known):.2g} is found 4 times in 5" if known else "",
                 "these runs differ": ", but the seeds are too few to say that other runs would",
