@@ -589,8 +589,8 @@ def test_a_second_pass_has_the_dropout_of_the_first(rows, tiny_gpt2_folder, monk
     seen: dict[tuple[int, ...], list[torch.Tensor]] = {}
     score = HALOModule._score
 
-    def noted(self: HALOModule, given: FlatBatch, index: torch.Tensor, *, gradient: bool) -> Any:
-        found = score(self, given, index, gradient=gradient)
+    def noted(self: HALOModule, given: FlatBatch, index: torch.Tensor, **how: Any) -> Any:
+        found = score(self, given, index, **how)
         seen.setdefault(tuple(index.tolist()), []).append(found.policy_logps.detach())
         return found
 

@@ -301,7 +301,7 @@ def test_trees_are_refused_where_they_are_demanded_of_a_model_that_cannot(
     eager = ("--model.policy.attn_implementation=eager", "--trainer.max_steps=1")
     with pytest.raises(SystemExit):
         main(fit(tiny_folder, "kto", data, tmp_path / "a", *eager, "--model.packing=tree"))
-    assert "the policy does not take trees: its attention is eager, not sdpa" in capfd.readouterr().err
+    assert "takes sdpa attention, but model.policy.attn_implementation is eager" in capfd.readouterr().err
     main(fit(tiny_folder, "kto", data, tmp_path / "b", *eager))
     assert "the policy computes each row by itself: its attention is eager" in caplog.text
 
