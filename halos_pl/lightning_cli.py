@@ -107,7 +107,7 @@ class HalosCLI(LightningCLI):
     """
 
     def __init__(self, args: Any = None, *, run: bool = True) -> None:
-        self._words = sys.argv[1:] if args is None else args
+        self._words, self._runs = sys.argv[1:] if args is None else args, run
         names = ", ".join(f"halos {name}" for name in ("check", *TOOLS))
         further = f"Further commands, each with --help: {names}."
         super().__init__(
@@ -143,6 +143,9 @@ class HalosCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", default="runs/latest", help="Folder of everything this run writes.")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+        if not self._runs:  # what a run's config.yaml holds besides, as an argument of its command
+            for name in ("ckpt_path", "weights_only"):
+                parser.add_argument(f"--{name}", default=None)
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: our checkpoints hold no hyper-parameters; ``config.yaml`` does."""

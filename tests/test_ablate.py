@@ -710,6 +710,10 @@ def test_the_figures_are_those_of_their_definitions(make: Any, here: list[str], 
     assert all(row["kl"] > 0 for row in rows)
     assert any(abs(r) > 1e-3 for r in reward.values())
 
+    # A study may begin with the config of a run.
+    again = make(configs=[str(run.folder / "config.yaml")], options=None, arms={"as it was": {}})
+    assert check(load_study(again))["as it was"].steps == 2
+
     # One prompt with several rows is one example: of two pairs, cut to two lengths; and asked twice.
     (tmp_path / "prompts.txt").write_text("one\ntwo why\none\n")
     prompt = "one prompt " * 20

@@ -94,7 +94,9 @@ def test_a_study_at_another_scale_keeps_its_arms(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_a_study_at_the_papers_scale_keeps_its_objective(path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.chdir(ROOT)
-    arm = load_study(path, ROOT / "experiments/ablations/paper_scale.yaml").arms[0]
+    own_data = path.stem == "contradictions"
+    over = ROOT / "experiments/ablations" / f"{'paper_model' if own_data else 'paper_scale'}.yaml"
+    arm = load_study(path, over).arms[0]
     with pytest.raises(SystemExit) as ended:
         main([*arm.words("unused", 0), "--print_config"])
     assert ended.value.code == 0
@@ -102,10 +104,13 @@ def test_a_study_at_the_papers_scale_keeps_its_objective(path: Path, monkeypatch
     assert config["model"]["value_function"]
     assert config["model"]["feedback"]
     assert config["model"]["policy"]["path"] == "EleutherAI/pythia-2.8b"
+    assert config["model"]["reference_store"]
     assert config["data"]["batch_size"] == 32
+    if own_data:
+        assert config["data"]["train"] == "runs/pandalm/votes.jsonl"
+        return
     assert config["data"]["train"] == yaml.safe_load((PAPER / "shp_hh_oasst.yaml").read_text())["data"]["train"]
     assert config["data"]["max_length"] == 2048
-    assert config["model"]["reference_store"]
 
 
 def _words(policy: str, objective: str) -> list[str]:
