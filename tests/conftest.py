@@ -14,6 +14,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from hypothesis import settings
+from run_halos import PLOTS, no_picture
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -64,6 +65,13 @@ def byte_level_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokeni
         model_max_length=512,
         clean_up_tokenization_spaces=False,
     )
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for fits of fixtures of a wider scope, which are made before."""
+    for plot in PLOTS:
+        monkeypatch.setattr(plot, no_picture)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 OBJECTIVES = sorted(path.stem for path in (ROOT / "experiments" / "objectives").glob("*.yaml"))
@@ -84,6 +85,14 @@ def metrics(run: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if v and k not in UNEQUAL} for row in csv.DictReader(file)]
 
 
+def no_picture(*_: Any, **__: Any) -> Path:
+    """Instead of a run's plots, which take up to half of a short fit's time and are looked at in test_cli."""
+    return Path("none.png")
+
+
+PLOTS = ("halos_pl.callbacks.plot_training", "halos_pl.callbacks.plot_value_function")
+
+
 def _target(words: list[str], out: str, folder: str, env: dict[str, str]) -> None:
     import torch
 
@@ -100,6 +109,8 @@ def _target(words: list[str], out: str, folder: str, env: dict[str, str]) -> Non
     torch.set_num_threads(1)
     from halos_pl.cli import main
 
+    for plot in PLOTS:
+        patch(plot, no_picture).start()
     main(words)
 
 

@@ -101,7 +101,7 @@ def assert_same_weights(one: Path, two: Path, least: float = 1e-6) -> None:
     [
         ("kto", ()),
         ("dpo", ("--model.micro_batch_rows=2",)),
-        ("bco", ("--model.micro_batch_rows=1",)),
+        pytest.param("bco", ("--model.micro_batch_rows=1",), marks=pytest.mark.slow),
         ("aot_unpaired", ("--model.micro_batch_rows=2",)),  # rows of one rank are matched with those of the other
         pytest.param("aot", ("--model.micro_batch_rows=2",), marks=pytest.mark.slow),
         pytest.param("grpo", ("--model.micro_batch_rows=1",), marks=pytest.mark.slow),

@@ -130,8 +130,7 @@ DEFAULT: list[tuple[str, int, str, int]] = [
     ("kto", EPOCH, "after_checkpoint", 2),  # after the last step of an epoch, before the next one has begun
     ("bco", EPOCH, "after_step", 0),  # its last step is lost with it
     ("dropout", 2, "after_checkpoint", 0),  # in the middle of an epoch
-    ("lora", EPOCH + 1, "writing", 2),  # half a checkpoint lies beside the good one
-    ("tr_dpo", 3, "after_step", 0),
+    ("tr_dpo", EPOCH + 1, "writing", 0),  # half a checkpoint lies beside the good one
     ("study", 3, "after_step", 2),
 ]
 EVERY = [case for case in itertools.product(SETUPS, range(2, STEPS + 1), MOMENTS, (0, 2)) if case not in DEFAULT]

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -104,10 +103,6 @@ def write_data(folder: Path) -> dict[str, list[str]]:
 EXAMPLES = {"pairs": 4, "rows": 6, "groups": 4}  # of a step
 
 
-def no_picture(*_: Any, **__: Any) -> Path:
-    return Path("none.png")
-
-
 def run(
     objective: str, model: Path, data: dict[str, list[str]], folder: Path, *options: str, steps: int
 ) -> list[Recorded]:
@@ -128,9 +123,7 @@ def run(
         f"--trainer.callbacks+={Recorder.__module__}.{Recorder.__name__}",
         *options,
     )
-    # Half of a short fit's time is its pictures', which are looked at elsewhere.
-    with patch.multiple("halos_pl.callbacks", plot_training=no_picture, plot_value_function=no_picture):
-        cli = HalosCLI(words)
+    cli = HalosCLI(words)
     recorder: Recorder = next(c for c in cli.trainer.callbacks if isinstance(c, Recorder))
     lines = metrics(folder)[-len(recorder.steps) :]  # of a run that goes on, the later ones
     for step, line in zip(recorder.steps, lines, strict=True):
