@@ -381,6 +381,8 @@ def compare(name: str, repeats: int, threads: int) -> dict[str, Any]:
             "grad_rel_diff": off("ours", "theirs"),
             "grad_rel_error": {side: off(side, "exact") for side in sides},
         }
+        if (apart := max(differences["loss_rel_diff"], differences["grad_rel_diff"])) > APART[workload.bf16]:
+            raise SystemExit(f"{name}: both sides must compute the same, but loss or gradient are {apart:.0e} apart")
         seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
         peaks = dict.fromkeys(sides, 0)
         speed = []
@@ -399,8 +401,6 @@ def compare(name: str, repeats: int, threads: int) -> dict[str, Any]:
             assert process.stdin
             process.stdin.close()
             process.wait()
-    if (apart := max(differences["loss_rel_diff"], differences["grad_rel_diff"])) > APART[workload.bf16]:
-        raise SystemExit(f"{name}: both sides must compute the same, but loss or gradient are {apart:.0e} apart")
     ratios = [b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)]
     return {
         "workload": name,

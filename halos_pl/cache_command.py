@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +27,7 @@ def _places(kind: str) -> list[Path]:
 def _size(path: Path) -> int:
     size = 0
     for file in [path] if path.is_file() else path.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # a journal, gone when a run has written
+        with suppress(FileNotFoundError):  # a journal, gone when a run has written
             size += 0 if file.is_dir() else file.stat().st_size
     return size
 

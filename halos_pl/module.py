@@ -429,11 +429,7 @@ class HALOModule(LightningModule):
         with self._float32():
             context = self.objective.prepare(step)
         if at_once:
-            rows, context = step.select(train), context.select(train)
-            yield (
-                train,
-                *self._judged_at_once(batch, rows, context, train, parts, drawn, step.reference_logps, gradient),
-            )
+            yield train, *self._judged_at_once(batch, step, context, train, parts, drawn, gradient)
             return
         for number, index in enumerate(parts):
             with self._with_random_state(drawn.get(number)):
@@ -448,12 +444,11 @@ class HALOModule(LightningModule):
     def _judged_at_once(
         self,
         batch: FlatBatch,
-        rows: Rows,
+        step: Rows,
         context: Context,
         train: Tensor,
         parts: list[Tensor],
         drawn: dict[int, tuple[Tensor, Tensor | None]],
-        reference: Tensor | None,
         gradient: bool,
     ) -> tuple[Rows, Result]:
         """A step whose rows are compared with each other, in micro-batches all the same.
@@ -461,19 +456,20 @@ class HALOModule(LightningModule):
         The loss is judged on log-probs that were scored without gradient; its slope in each of them is what the
         passes with gradient are back-propagated with. Exact, at the price of one more forward pass.
         """
+        rows, context = step.select(train), context.select(train)
         leaf = replace(rows, policy_logps=rows.policy_logps.clone().requires_grad_(gradient))
         with self._float32():
             result = self.objective.judge(leaf, context)
         if not gradient:
             return rows, result
-        slope = torch.zeros_like(self._step_rows(batch).policy_logps)
+        slope = torch.zeros_like(step.policy_logps)
         own = [p for p in self.objective.parameters() if p.requires_grad]
         slope[train], *slopes = torch.autograd.grad(
             result.loss, [leaf.policy_logps, *own], allow_unused=True, materialize_grads=True
         )
         for number, index in enumerate(parts):
             with self._with_random_state(drawn[number]):
-                scored = self._score(batch, index, gradient=True, known=reference)
+                scored = self._score(batch, index, gradient=True, known=step.reference_logps)
             linear = (scored.policy_logps * slope[index]).sum()
             if number < len(parts) - 1:
                 self.trainer.strategy.backward(self._scaled(linear), None)

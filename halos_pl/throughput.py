@@ -111,9 +111,7 @@ def matmul_speed(device: torch.device, dtype: torch.dtype, size: int = 1024) -> 
         return (time.perf_counter() - start) / products
 
     found = [seconds()]
-    while len(found) < 4 or (len(found) < 7 and sum(found) < 0.1):
-        if found[0] > 1:
-            break
+    while found[0] < 1 and (len(found) < 4 or (len(found) < 7 and sum(found) < 0.1)):
         found.append(seconds())
     return 2 * size**3 / statistics.median(found[2:] or found)
 

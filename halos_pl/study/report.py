@@ -17,13 +17,12 @@ from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 from PIL import Image
 
-from halos_pl.callbacks import SUMMARY
 from halos_pl.conformance.check import reports
 from halos_pl.export import module_of_run
 from halos_pl.study.evaluate import METRICS, PER_TOKEN, measured_how
 from halos_pl.study.execute import PLAN, failure, state
-from halos_pl.study.plan import Arm, Run, command, default_folder
-from halos_pl.study.results import Results, Versus, shown
+from halos_pl.study.plan import Arm, command, default_folder
+from halos_pl.study.results import Results, Versus, shown, summary
 from halos_pl.study.statistics import Estimate
 
 CURVES = {
@@ -183,16 +182,9 @@ PICTURES = {
 }
 
 
-def _summary(run: Run) -> dict[str, Any]:
-    """What a run says of its training."""
-    path = run.folder / SUMMARY
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return found
-
-
 def _data(results: Results) -> list[str]:
     """Hashes of what the runs were trained and measured on, as it was then."""
-    trained = {pair for run in results.done for pair in _summary(run).get("digests", {}).items()}
+    trained = {pair for run in results.done for pair in summary(run).get("digests", {}).items()}
     measured = {pair for run in results.done for pair in measured_how(run.folder).get("files", {}).items()}
     return [
         *(f"trained on {path}, sha256 of its tokens and rows {digest}" for path, digest in sorted(trained)),
@@ -227,7 +219,7 @@ def _made(results: Results) -> list[dict[str, Any]]:
     """What made the runs, and how many of them each; several where code, libraries or machine changed in between."""
     found: Counter[str] = Counter()
     for run in results.done:
-        by, trained = measured_how(run.folder).get("by") or {}, _summary(run).get("by") or {}
+        by, trained = measured_how(run.folder).get("by") or {}, summary(run).get("by") or {}
         if by and trained and trained["revision"] != by["revision"]:
             by["revision"] = f"{trained['revision']}, measured by {by['revision']}"
         found[json.dumps(by, sort_keys=True)] += 1

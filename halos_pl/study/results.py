@@ -32,12 +32,18 @@ def _leaves(node: Any, at: str = "") -> dict[str, Any]:
     return {k: v for key, own in node.items() for k, v in _leaves(own, f"{at}.{key}" if at else str(key)).items()}
 
 
+def summary(run: Run) -> dict[str, Any]:
+    """What a run says of its training; empty where it says nothing."""
+    path = run.folder / SUMMARY
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
 def _config(run: Run) -> dict[str, str]:
     """What a run was trained with: its config, and the digests of its data; as JSON, by dotted key."""
-    path, summary = run.folder / CONFIG, run.folder / SUMMARY
+    path = run.folder / CONFIG
     known = _leaves(yaml.load(path.read_text(), Loader=yaml.CSafeLoader)) if path.is_file() else {}
-    digests = json.loads(summary.read_text()).get("digests", {}) if summary.is_file() else {}
-    known |= {f"the data {name}": digest for name, digest in digests.items()}
+    known |= {f"the data {name}": digest for name, digest in summary(run).get("digests", {}).items()}
     return {key: json.dumps(value) for key, value in known.items() if key.rpartition(".")[2] not in OWN}
 
 
@@ -50,7 +56,8 @@ def _made_otherwise(runs: Iterable[Run]) -> dict[Run, str]:
     measured = {}
     for run in runs:
         arms[run.arm.name].append(run)
-        measured[run] = {k: json.dumps(v) for k, v in _leaves(measured_how(run.folder)).items() if k[:3] != "by."}
+        how = {key: own for key, own in measured_how(run.folder).items() if key != "by"}
+        measured[run] = {key: json.dumps(value) for key, value in _leaves(how).items()}
     for why, known in [
         ("measured in another way than most", measured),
         *(("trained in another way than other seeds", {run: _config(run) for run in own}) for own in arms.values()),
@@ -102,9 +109,8 @@ class Versus:
     def said(self) -> str:
         """In a few words."""
         if self.shown:
-            return "differs" + (
-                f" (by {len(self.seeds)} of {self.planned} seeds)" if len(self.seeds) < self.planned else ""
-            )
+            some = len(self.seeds) < self.planned
+            return f"differs (by {len(self.seeds)} of {self.planned} seeds)" if some else "differs"
         if self.comparison.same:
             return "the same on every example"
         if len(self.seeds) == 1 < self.planned:
@@ -113,9 +119,8 @@ class Versus:
             return "these runs differ; " + (
                 "not shown for other seeds" if len(self.seeds) > 1 else "one seed says nothing of others"
             )
-        size = (
-            f"{self.detectable:.2g} is detectable" if math.isfinite(self.detectable) else "too few values to find any"
-        )
+        found = self.detectable
+        size = f"{found:.2g} is detectable" if math.isfinite(found) else "too few values to find any"
         return f"no difference shown; {size}"
 
 
@@ -219,8 +224,7 @@ class Results:
         found: list[tuple[float, bool]] = []
         for run in self.done:
             if run.arm is arm:
-                summary = json.loads((run.folder / SUMMARY).read_text())
-                found += [(float(u), bool(d)) for u, d in summary.get("last_outcomes", [])]
+                found += [(float(u), bool(d)) for u, d in summary(run).get("last_outcomes", [])]
         return found
 
     def headline(self) -> str:
