@@ -1,13 +1,17 @@
 """A training step side by side with TRL's: first the same loss and gradient, then time and memory.
 
     python benchmarks/vs_trl.py [--workloads kto_live dpo_live ...] [--repeats 3] [--threads 2] [--json FILE]
+        [--device cuda] [--times 16] [--model FOLDER]
 
 Each side runs in a process of its own with the same model (SmolLM2-135M-Instruct, float32; rows that say bfloat16
 compute under autocast), the same rows of real human feedback (HH-RLHF), the same mismatches, torch's AdamW (fused) and
 as many threads.
+On a GPU both sides share the card: it must hold their models and their caches of memory at once. --times multiplies
+the rows of a step and --model names a larger model, so as to fill it.
 TRL is set as fast as it goes: no gradient checkpointing, no padding to a fixed length, its own loss without Liger
 (which has no CPU kernels). Two steps warm up, then steps are timed in turn, one of each side after the other, and the
-median of the ratios is shown. Memory is the peak of the whole process: models, optimizer state and all.
+median of the ratios is shown. Memory is the peak of the whole process, models, optimizer state and all; on a GPU that
+of its tensors there.
 
 Losses are compared with each other, gradients also with the same step in float64: in float32 each side is off by its
 own rounding, under bfloat16 by about a hundredth. Differences of gradients are relative to the largest entry of all.
@@ -29,7 +33,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -55,6 +58,9 @@ class Workload:
         lora: train an adapter; the reference is the model with it off.
         stored: the reference's log-probs are computed beforehand, on both sides.
         bf16: under autocast to bfloat16.
+        times: so many times as many rows as ``what`` says.
+        device: where models and batches are.
+        model: the policy's path.
     """
 
     what: str
@@ -63,10 +69,13 @@ class Workload:
     lora: bool = False
     stored: bool = False
     bf16: bool = False
+    times: int = 1
+    device: str = "cpu"
+    model: str = MODEL
 
     def autocast(self) -> torch.autocast:
         """What forward passes run in; backward passes do not, as in any fit."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
 
 
 WORKLOADS = {
@@ -100,12 +109,13 @@ def pairs(count: int) -> list[dict[str, Any]]:
     return [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in islice(short, count)]
 
 
-def texts(sizes: list[int]) -> list[str]:
-    """Stretches of the data's text of about so many tokens, all different."""
+def texts(sizes: list[int], model: str) -> list[str]:
+    """Stretches of the data's text of about so many of the model's tokens, all different."""
     from halos_pl.policy.loading import ModelSpec, load_tokenizer
 
-    tokenizer = load_tokenizer(ModelSpec(MODEL))
-    ids = tokenizer("".join(row["chosen_raw"] for row in islice(_feedback(), 40)))["input_ids"]
+    tokenizer = load_tokenizer(ModelSpec(model))
+    rows = islice(_feedback(), max(40, sum(sizes) // 60))  # a row has more than 60 tokens, in the mean
+    ids = tokenizer("".join(row["chosen_raw"] for row in rows))["input_ids"]
     found, start = [], 0
     for size in sizes:
         found.append(str(tokenizer.decode(ids[start : start + size])))
@@ -117,18 +127,19 @@ def rows_of(workload: Workload) -> list[dict[str, Any]]:
     """Rows of TRL's format."""
     if workload.rows in ("scored", "long"):
         # Four long rows, for with eight TRL's side takes more memory than a machine of 24 GB has.
-        count, rows = (2, 8) if workload.rows == "scored" else (4, 4)
-        prompts, completions = texts([512] * count), texts([64] * rows)
+        count, rows = (n * workload.times for n in ((2, 8) if workload.rows == "scored" else (4, 4)))
+        prompts, completions = texts([512] * count, workload.model), texts([64] * rows, workload.model)
         return [
             {"prompt": prompts[i * count // rows], "completion": completions[i], "label": i % 2 == 0}
             for i in range(rows)
         ]
+    four = 4 * workload.times
     if workload.kind == "dpo":
-        return pairs(8)[{"short": slice(4), "next": slice(4, 8), "more": slice(8)}[workload.rows]]
+        return pairs(2 * four)[{"short": slice(four), "next": slice(four, None), "more": slice(None)}[workload.rows]]
     both = workload.rows == "both"
     return [
         {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
-        for i, pair in enumerate(pairs(4 if both else 8))
+        for i, pair in enumerate(pairs(four if both else 2 * four))
         for side in (("chosen", "rejected") if both else (("chosen", "rejected")[i % 2],))
     ]
 
@@ -139,16 +150,13 @@ def _moved(policy: Any) -> None:
     with torch.no_grad():
         for parameter in policy.parameters():
             if parameter.requires_grad:
-                parameter += 1e-3 * torch.randn(parameter.shape, generator=generator)
+                parameter += 1e-3 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
 
 
 def _spec(workload: Workload) -> Any:
     from halos_pl.policy.loading import LoRASpec, ModelSpec
 
-    return ModelSpec(
-        MODEL,
-        lora=LoRASpec(r=16, alpha=32) if workload.lora else None,
-    )
+    return ModelSpec(workload.model, lora=LoRASpec(r=16, alpha=32) if workload.lora else None)
 
 
 def their_trainer(workload: Workload, folder: str) -> tuple[Any, Any]:
@@ -168,7 +176,7 @@ def their_trainer(workload: Workload, folder: str) -> tuple[Any, Any]:
         output_dir=folder,
         per_device_train_batch_size=len(rows),
         report_to=[],
-        use_cpu=True,
+        use_cpu=workload.device == "cpu",
         bf16=False,
         gradient_checkpointing=False,
         max_length=None,
@@ -189,7 +197,7 @@ def their_trainer(workload: Workload, folder: str) -> tuple[Any, Any]:
 def write_rows(workload: Workload, folder: str) -> None:
     """The rows as TRL tokenises and mismatches them, in ``rows.json``, where ``ours`` reads them."""
     kept = ("prompt_ids", "completion_ids", "KL_completion_ids", "chosen_ids", "rejected_ids", "label")
-    rows = their_trainer(replace(workload, stored=False), folder)[1]
+    rows = their_trainer(replace(workload, stored=False, device="cpu"), folder)[1]
     (Path(folder) / "rows.json").write_text(json.dumps([{k: row[k] for k in kept if k in row} for row in rows]))
 
 
@@ -197,7 +205,7 @@ def theirs(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Ten
     """The policy, and what computes loss and gradient."""
     with workload.autocast():
         trainer, rows = their_trainer(workload, folder)
-    batch = trainer.data_collator(rows)
+    batch = trainer._prepare_inputs(trainer.data_collator(rows))
 
     def step() -> torch.Tensor:
         with workload.autocast():
@@ -249,8 +257,9 @@ def ours(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Tenso
         module = HALOModule(_spec(workload), reference_store=workload.stored, **parts)
         module.trainer = type("Alone", (), {"testing": False, "strategy": None})()  # type: ignore[assignment]
         module.configure_model()
-        return module
+        return module.to(workload.device)
 
+    batch = batch.to(workload.device)
     if workload.stored:  # by another run
         with workload.autocast():
             list(made()._results(batch, gradient=False))
@@ -267,11 +276,10 @@ def ours(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Tenso
     return module.policy, step, flops
 
 
-def worker(side: str, workload: str, folder: str, threads: int) -> None:
+def worker(side: str, given: Workload, folder: str, threads: int) -> None:
     """Answers on stdout: loads, writes its gradient, then makes a step whenever a line comes in on stdin."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)  # of a new adapter
-    given = WORKLOADS[workload]
     if side == "exact":
         given = replace(given, bf16=False)
     policy, step, flops = (theirs if side == "theirs" else ours)(given, folder)
@@ -289,10 +297,12 @@ def worker(side: str, workload: str, folder: str, threads: int) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=5e-6, weight_decay=0.0, fused=True)
 
     def whole() -> float:
+        wait(given.device)
         start = time.perf_counter()
         step()
         optimizer.step()
         optimizer.zero_grad()
+        wait(given.device)
         return time.perf_counter() - start
 
     optimizer.step()
@@ -300,9 +310,15 @@ def worker(side: str, workload: str, folder: str, threads: int) -> None:
     whole()
     print(json.dumps({"flops": flops}), flush=True)
     for _ in sys.stdin:
-        with Peak() as peak:
+        with Peak() if given.device == "cpu" else CardPeak() as peak:
             seconds = whole()
         print(json.dumps({"seconds": seconds, "peak": peak.most}), flush=True)
+
+
+def wait(device: str) -> None:
+    """Until a GPU has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def resident() -> int:
@@ -311,22 +327,26 @@ def resident() -> int:
 
 
 class Peak:
-    """The most memory that this process held in between, looked at every 5 ms."""
+    """The most memory that this process held in between, as Linux notes it."""
 
     def __enter__(self) -> Peak:
-        self.most, self.running = resident(), True
-        self.thread = threading.Thread(target=self._look, daemon=True)
-        self.thread.start()
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak counts from here
         return self
 
-    def _look(self) -> None:
-        while self.running:
-            self.most = max(self.most, resident())
-            time.sleep(0.005)
+    def __exit__(self, *error: object) -> None:
+        status = Path("/proc/self/status").read_text().splitlines()
+        self.most = next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
+
+
+class CardPeak:
+    """The most memory that this process's tensors held on the GPU in between."""
+
+    def __enter__(self) -> CardPeak:
+        torch.cuda.reset_peak_memory_stats()
+        return self
 
     def __exit__(self, *error: object) -> None:
-        self.running = False
-        self.thread.join()
+        self.most = torch.cuda.max_memory_allocated()
 
 
 def _ask(process: Any) -> dict[str, Any]:
@@ -341,18 +361,17 @@ def _ask(process: Any) -> dict[str, Any]:
 APART = {False: 1e-5, True: 0.1}
 
 
-def compare(name: str, repeats: int, threads: int) -> dict[str, Any]:
-    """One row of the table."""
+def compare(name: str, workload: Workload, options: list[str], repeats: int, threads: int) -> dict[str, Any]:
+    """One row of the table; ``options`` are those of the command that made ``workload`` what it is."""
     from halos_pl.throughput import matmul_speed
 
-    workload = WORKLOADS[name]
     with tempfile.TemporaryDirectory() as folder:
         write_rows(workload, folder)
         sides, flops = {}, {}
         for side in ("exact", "ours", "theirs"):
             words = [sys.executable, __file__, "--side", side, "--workloads", name, "--folder", folder]
             process = subprocess.Popen(
-                [*words, "--threads", str(threads)],
+                [*words, "--threads", str(threads), *options],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -365,7 +384,7 @@ def compare(name: str, repeats: int, threads: int) -> dict[str, Any]:
                 sides[side] = process
                 # One after the other: loading and warming up do not disturb each other.
                 flops[side] = _ask(process)["flops"]
-        found = {side: torch.load(Path(folder) / f"{side}.pt") for side in ("exact", *sides)}
+        found = {side: torch.load(Path(folder) / f"{side}.pt", map_location="cpu") for side in ("exact", *sides)}
         gradients = {side: result["gradient"] for side, result in found.items()}
         size = max(float(g.abs().max()) for g in gradients["exact"].values())
 
@@ -396,7 +415,7 @@ def compare(name: str, repeats: int, threads: int) -> dict[str, Any]:
                 seconds[side].append(answer["seconds"])
                 peaks[side] = max(peaks[side], answer["peak"])
             torch.set_num_threads(threads)
-            speed.append(matmul_speed(torch.device("cpu"), dtype, size=2048))
+            speed.append(matmul_speed(torch.device(workload.device), dtype, size=2048))
         for process in sides.values():
             assert process.stdin
             process.stdin.close()
@@ -404,6 +423,9 @@ def compare(name: str, repeats: int, threads: int) -> dict[str, Any]:
     ratios = [b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)]
     return {
         "workload": name,
+        "device": workload.device,
+        "model": workload.model,
+        "times": workload.times,
         "peer": "trl",
         "time_ratio": statistics.median(ratios),
         "seconds": {side: statistics.median(values) for side, values in seconds.items()},
@@ -430,33 +452,45 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--times", type=int, default=1, help="multiplies the rows of a step")
+    parser.add_argument("--model", default=MODEL, help="a folder or a name on the hub")
     parser.add_argument("--side", choices=["exact", "ours", "theirs"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if "all" in args.workloads:
         args.workloads = list(WORKLOADS)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
+    given = {
+        name: replace(WORKLOADS[name], times=args.times, device=args.device, model=args.model)
+        for name in args.workloads
+    }
     if args.side:
-        return worker(args.side, args.workloads[0], args.folder, args.threads)
+        return worker(args.side, given[args.workloads[0]], args.folder, args.threads)
     import transformers
     import trl
 
     versions = f"trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
     print("float32 but for rows that say bfloat16", end=", ")
-    print(f"{args.threads} threads, {cpu_name()}, {versions}, {time.strftime('%Y-%m-%d')}\n", flush=True)
+    machine = f"{args.threads} threads, {cpu_name()}" if args.device == "cpu" else torch.cuda.get_device_name()
+    print(f"{machine}, {versions}, {time.strftime('%Y-%m-%d')}")
+    print(f"{args.model}, {args.times} times the rows that a line says\n", flush=True)
+    options = ["--device", args.device, "--times", str(args.times), "--model", args.model]
     columns = ["step", "ours, s", "TRL, s", "times faster", "ours, GB", "TRL, GB", "memory", "loss, apart"]
     columns += ["gradient, apart", "ours to float64", "TRL to float64", "useful FLOP/s of matmul"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
     found = []
-    for name in args.workloads:
-        row = compare(name, args.repeats, args.threads)
+    for name, workload in given.items():
+        row = compare(name, workload, options, args.repeats, args.threads)
         found.append(row)
         seconds, memory, error = row["seconds"], row["gigabytes"], row["grad_rel_error"]
         figures = [f"{seconds['ours']:.1f}", f"{seconds['theirs']:.1f}", f"{row['time_ratio']:.2f}"]
         figures += [f"{memory['ours']:.1f}", f"{memory['theirs']:.1f}", f"{row['memory_ratio']:.2f}"]
         figures += [f"{row['loss_rel_diff']:.0e}", f"{row['grad_rel_diff']:.0e}"]
         figures += [f"{error['ours']:.0e}", f"{error['theirs']:.0e}", f"{row['useful_flops_share']:.0%}"]
-        print(f"| {WORKLOADS[name].what} | {' | '.join(figures)} |", flush=True)
+        print(f"| {workload.what} | {' | '.join(figures)} |", flush=True)
         if args.json:
             args.json.write_text(json.dumps(found, indent=2) + "\n")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +19,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import halos_pl.policy.head
+import halos_pl.policy.tree
 from halos_pl.cli import main
 from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.head import token_logps
 from halos_pl.policy.loading import ModelError, ModelSpec
 from halos_pl.policy.logprobs import pack, padded_logps
-from halos_pl.policy.memory import recomputed
+from halos_pl.policy.memory import recomputed, sparse_lookup
 from halos_pl.policy.tree import tree_logps
 
 
@@ -142,3 +145,76 @@ def test_frozen_weights_and_hidden_states_without_gradient_get_none() -> None:
     assert hidden.grad is not None
     assert head.weight.grad is None
     assert not token_logps(head, hidden.detach(), torch.tensor([1, 2, 3])).requires_grad
+
+
+@pytest.mark.parametrize("most", [1, 60, 10**6])
+def test_exponentials_that_were_kept_serve_one_backward_pass_and_the_next_makes_them_again(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(halos_pl.policy.head, "LOGITS", most)
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(16, 53, bias=False), torch.randn(5, 16, requires_grad=True)
+    loss = token_logps(head, hidden, torch.tensor([0, 52, 7, 7, 1])) @ torch.randn(5)
+    found = []
+    for again in (False, True):
+        hidden.grad = head.weight.grad = None
+        loss.backward(retain_graph=not again)
+        found.append((hidden.grad, head.weight.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_logits_of_one_part_are_gone_before_the_next_ones_are_made(
+    gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    logits = halos_pl.policy.head._logits
+
+    def alone(hidden: Tensor, weight: Tensor) -> Tensor:
+        assert all(earlier() is None for earlier in made)
+        found = logits(hidden, weight)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(halos_pl.policy.head, "LOGITS", 60)
+    monkeypatch.setattr(halos_pl.policy.head, "_logits", alone)
+    head, hidden = nn.Linear(16, 53, bias=False), torch.randn(5, 16)
+    with torch.set_grad_enabled(gradient):
+        found = token_logps(head, hidden, torch.tensor([0, 52, 7, 7, 1]))
+    forward = len(made)
+    assert forward == 5
+    if gradient:
+        assert made[-1]() is not None
+        found.sum().backward()
+        assert len(made) == forward + 4  # but for those that were kept
+    assert all(each() is None for each in made)
+
+
+@pytest.mark.parametrize("name", ["llama, tied", "llama", "gpt2"])
+def test_tokens_of_a_tied_embedding_add_to_the_gradient_of_the_head(name: str) -> None:
+    """Beside the same step with a lookup of its own dense gradient, and a flag that is as it was."""
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    assert pack(model) is None
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    kinds: list[bool] = []
+    embedding.register_forward_hook(lambda *_: kinds.append(embedding.sparse))
+    _, found = slopes(model, packed=True, again=True)
+    assert kinds[0] is (embedding.weight is head.weight)
+    assert not embedding.sparse
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(halos_pl.policy.tree, "sparse_lookup", lambda *_: nullcontext())
+        _, dense = slopes(model, packed=True, again=True)
+    assert not kinds[-1]
+    for key, value in dense.items():
+        assert found[key].layout == torch.strided
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5 * (1 + float(value.abs().max())))
+
+
+def test_the_flag_of_a_lookup_is_put_back_after_an_error() -> None:
+    model = MODELS["gpt2"]()
+    embedding = model.get_input_embeddings()
+    with pytest.raises(IndexError), sparse_lookup(embedding, model.get_output_embeddings()):
+        embedding(torch.tensor([SIZE["vocab_size"]]))
+    assert not embedding.sparse

@@ -21,22 +21,29 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
 class _LogProbs(torch.autograd.Function):
     """log softmax(h W')[target] by parts, whose logits are made again in the backward pass and then overwritten.
 
-    With p the softmax of a row and g the gradient of its log-prob, the gradient of its logits is g (onehot - p).
+    With p the softmax of a row and g the gradient of its log-prob, the gradient of its logits is g (onehot - p). The
+    last part's exponentials are kept: they are in memory anyway when the backward pass begins with them.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, parts: int) -> Tensor:  # type: ignore[override]
-        found, sums = [], []
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, parts: int, keep: bool
+    ) -> Tensor:
+        found, sums, last = [], [], None
         cast = weight.to(dtype)
         for h, t in zip(hidden.to(dtype).tensor_split(parts), targets.tensor_split(parts), strict=True):
+            last = None  # gone before the next ones are made
             logits = _logits(h, cast)
             of_targets = logits.gather(1, t[:, None]).squeeze(1)
             # logsumexp, in the memory of the logits.
             largest = logits.amax(dim=1, keepdim=True)
-            sums.append(logits.sub_(largest).exp_().sum(dim=1).log_().add_(largest.squeeze(1)))
+            total = logits.sub_(largest).exp_().sum(dim=1)
+            sums.append(total.log().add_(largest.squeeze(1)))
             found.append(of_targets - sums[-1])
+            last = logits, total
+            del logits
         ctx.save_for_backward(hidden, weight, targets, torch.cat(sums))
-        ctx.dtype, ctx.parts = dtype, parts
+        ctx.dtype, ctx.parts, ctx.last = dtype, parts, last if keep else None
         return torch.cat(found)
 
     @staticmethod
@@ -48,10 +55,14 @@ class _LogProbs(torch.autograd.Function):
         # Of a single part the product is the gradient itself; several are added up in float32.
         total: Tensor | None = None
         slopes = []
-        split = [x.tensor_split(parts) for x in (given, targets, sums, gradient.float())]
+        split = [x.tensor_split(parts)[::-1] for x in (given, targets, sums, gradient.float())]
         for h, t, s, g in zip(*split, strict=True):
-            logits = _logits(h, cast)
-            slope = logits.sub_(s[:, None]).exp_().mul_(-g[:, None])
+            if ctx.last is None:
+                slope = _logits(h, cast).sub_(s[:, None]).exp_().mul_(-g[:, None])
+            else:
+                exponentials, of_row = ctx.last
+                slope, ctx.last = exponentials.mul_((-g / of_row)[:, None]), None  # a second backward makes them again
+                del exponentials
             slope.scatter_add_(1, t[:, None], g[:, None])
             slope = slope.to(dtype)
             if into_hidden:
@@ -64,9 +75,12 @@ class _LogProbs(torch.autograd.Function):
                     total.addmm_(own, h)
                 else:
                     total += own @ h
+                del own
+            del slope
         return (
-            torch.cat(slopes).to(hidden.dtype) if into_hidden else None,
+            torch.cat(slopes[::-1]).to(hidden.dtype) if into_hidden else None,
             total.to(weight.dtype) if total is not None else None,
+            None,
             None,
             None,
             None,
@@ -128,7 +142,7 @@ def token_logps(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else torch.promote_types(hidden.dtype, weight.dtype)
         with torch.autocast(device, enabled=False):
-            return _LogProbs.apply(hidden, weight, targets, dtype, parts)  # type: ignore[no-any-return]
+            return _LogProbs.apply(hidden, weight, targets, dtype, parts, torch.is_grad_enabled())  # type: ignore[no-any-return]
 
     def part(h: Tensor, t: Tensor) -> Tensor:
         return -F.cross_entropy(head(h).float(), t, reduction="none")

@@ -26,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.head import token_logps
 from halos_pl.policy.loading import base_model
+from halos_pl.policy.memory import sparse_lookup
 
 NAME = "halos_tree"
 
@@ -113,36 +114,34 @@ def _attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None, enable_gqa=shared
         )
 
+    # Split, not sliced: in the backward pass each slice would fill a tensor of the whole sequence with zeros.
+    sizes = [(tree.branches[-1][1] if tree.branches else tree.prompt[1]) - tree.prompt[0] for tree in forest.trees]
     out = []
-    for tree in forest.trees:
-        (start, middle), stop = tree.prompt, tree.branches[-1][1] if tree.branches else tree.prompt[1]
-        lengths = tuple(b - a for a, b in tree.branches)
-        k, v = key[:, :, start:stop], value[:, :, start:stop]
-        if middle > start:
-            if forest.keep:
-                forest.kept[layer, tree.slot] = (
-                    k[:, :, : middle - start].detach(),
-                    v[:, :, : middle - start].detach(),
-                )
+    for tree, q, k, v in zip(forest.trees, *(x.split(sizes, dim=2) for x in (query, key, value)), strict=True):
+        prompt = tree.prompt[1] - tree.prompt[0]
+        lengths = [b - a for a, b in tree.branches]
+        before, rest = tree.before, tuple(lengths)
+        if prompt:
             # The prompt and its first completion are one causal sequence, which needs no mask.
-            first = tree.branches[0][1] if tree.branches else middle
-            narrow = sliding_window is not None and first - start > sliding_window
-            mask = forest.mask(0, (first - start,), sliding_window, query.device) if narrow else None
-            n = first - start
-            out.append(attend(query[:, :, start:first], k[:, :, :n], v[:, :, :n], mask))
-            rest = lengths[1:]
+            n, rest = prompt + sum(lengths[:1]), rest[1:]
+            narrow = sliding_window is not None and n > sliding_window
+            mask = forest.mask(0, (n,), sliding_window, query.device) if narrow else None
+            if forest.keep:
+                forest.kept[layer, tree.slot] = k[:, :, :prompt].detach(), v[:, :, :prompt].detach()
             if rest:
-                own = slice(first - start, stop - start)
-                seen = slice(0, middle - start)
-                k = torch.cat([k[:, :, seen], k[:, :, own]], dim=2)
-                v = torch.cat([v[:, :, seen], v[:, :, own]], dim=2)
+                parts = (n - prompt, q.shape[2] - n)
+                (k_prompt, k_first, k), (v_prompt, v_first, v) = (x.split((prompt, *parts), dim=2) for x in (k, v))
+                first, q = q.split((n, parts[1]), dim=2)
+                behind = torch.cat([k_prompt, k_first], dim=2), torch.cat([v_prompt, v_first], dim=2)
+                out.append(attend(first, *behind, mask))
+            else:
+                out.append(attend(q, k, v, mask))
         else:
-            first, rest = start, lengths
-            earlier = forest.kept[layer, tree.slot]
-            k, v = torch.cat([earlier[0], k], dim=2), torch.cat([earlier[1], v], dim=2)
+            k_prompt, v_prompt = forest.kept[layer, tree.slot]
         if rest:
-            window = sliding_window if sliding_window is not None and tree.before + max(rest) > sliding_window else None
-            out.append(attend(query[:, :, first:stop], k, v, forest.mask(tree.before, rest, window, query.device)))
+            window = sliding_window if sliding_window is not None and before + max(rest) > sliding_window else None
+            behind = torch.cat([k_prompt, k], dim=2), torch.cat([v_prompt, v], dim=2)
+            out.append(attend(q, *behind, forest.mask(before, rest, window, query.device)))
     return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -176,12 +175,13 @@ def parts(model: nn.Module) -> tuple[Any, Any]:
 
 def _hidden(model: nn.Module, run: _Pass, forest: Forest) -> Tensor:
     """Hidden states [tokens, size] of the packed sequence."""
-    decoder, _ = parts(model)
+    decoder, head = parts(model)
     ids = torch.cat(run.ids)[None]
     inputs: dict[str, Any] = {"input_ids": ids, "position_ids": torch.cat(run.positions)[None], "use_cache": False}
     # A mask of four dimensions is handed on as it is; ours is not looked at.
     inputs["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
-    return decoder(**inputs, forest=forest).last_hidden_state[0]  # type: ignore[no-any-return]
+    with sparse_lookup(base_model(model).get_input_embeddings(), head):
+        return decoder(**inputs, forest=forest).last_hidden_state[0]  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -238,15 +238,14 @@ def tree_states(model: nn.Module, batch: FlatBatch) -> Iterator[States]:
         forest = Forest(run.trees, keep=more, kept=kept)
         ends = {tree.slot: tree.prompt[1] - 1 for tree in run.trees if tree.prompt[1] > tree.prompt[0]}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not mismatched):
-            hidden = _hidden(model, run, forest) if run.size else None
-            predicting = []
-            for _, p, start, length in places:
-                predicting.append(last[p] if p in last else hidden[ends[p]][None])  # type: ignore[index]
-                if length:
-                    predicting.append(hidden[start : start + length])  # type: ignore[index]
-            states = torch.cat(predicting)
+            hidden = [_hidden(model, run, forest)] if run.size else []
+            # Hidden states of earlier passes come after those of this one.
+            at = {p: run.size + i for i, p in enumerate(last)} | ends
+            index = [j for _, p, start, length in places for j in (at[p], *range(start, start + length))]
+            pool = torch.cat([*hidden, *last.values()])
+            states = pool.index_select(0, torch.tensor(index, device=pool.device))
         if more:
-            last |= {p: hidden[end][None].detach() for p, end in ends.items()}  # type: ignore[index]
+            last = {p: pool[end].detach()[None] for p, end in ends.items()}
         device = batch.prompt.device
         yield States(
             hidden=states,
