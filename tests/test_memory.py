@@ -19,13 +19,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import halos_pl.policy.head
-import halos_pl.policy.tree
 from halos_pl.cli import main
 from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.head import token_logps
 from halos_pl.policy.loading import ModelError, ModelSpec
 from halos_pl.policy.logprobs import pack, padded_logps
-from halos_pl.policy.memory import recomputed, sparse_lookup
+from halos_pl.policy.memory import recomputed
 from halos_pl.policy.tree import tree_logps
 
 
@@ -189,32 +188,3 @@ def test_logits_of_one_part_are_gone_before_the_next_ones_are_made(
         found.sum().backward()
         assert len(made) == forward + 4  # but for those that were kept
     assert all(each() is None for each in made)
-
-
-@pytest.mark.parametrize("name", ["llama, tied", "llama", "gpt2"])
-def test_tokens_of_a_tied_embedding_add_to_the_gradient_of_the_head(name: str) -> None:
-    """Beside the same step with a lookup of its own dense gradient, and a flag that is as it was."""
-    torch.manual_seed(0)
-    model = MODELS[name]()
-    assert pack(model) is None
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    kinds: list[bool] = []
-    embedding.register_forward_hook(lambda *_: kinds.append(embedding.sparse))
-    _, found = slopes(model, packed=True, again=True)
-    assert kinds[0] is (embedding.weight is head.weight)
-    assert not embedding.sparse
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(halos_pl.policy.tree, "sparse_lookup", lambda *_: nullcontext())
-        _, dense = slopes(model, packed=True, again=True)
-    assert not kinds[-1]
-    for key, value in dense.items():
-        assert found[key].layout == torch.strided
-        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-5 * (1 + float(value.abs().max())))
-
-
-def test_the_flag_of_a_lookup_is_put_back_after_an_error() -> None:
-    model = MODELS["gpt2"]()
-    embedding = model.get_input_embeddings()
-    with pytest.raises(IndexError), sparse_lookup(embedding, model.get_output_embeddings()):
-        embedding(torch.tensor([SIZE["vocab_size"]]))
-    assert not embedding.sparse

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 _VIEWS = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0"}
@@ -72,29 +70,6 @@ class recomputed(saved_tensors_hooks):
             return last[1].view(kept.shape)  # type: ignore[no-any-return]
 
         super().__init__(pack, unpack)
-
-
-@contextmanager
-def sparse_lookup(embedding: nn.Module, head: nn.Module) -> Iterator[None]:
-    """While entered, tokens looked up on the CPU in a matrix that is ``head``'s as well get a sparse gradient.
-
-    It is added to the head's, which is dense and there already. Otherwise the lookup would have one of the whole
-    matrix, nearly all zeros: as much memory as the embedding itself, and three passes over it.
-
-    Args:
-        embedding: the lookup.
-        head: from hidden states to logits, by a product whose gradient is dense.
-    """
-    weight: Any = head.weight
-    lookup: Any = embedding if isinstance(embedding, nn.Embedding) and embedding.weight is weight else None
-    if lookup is None or not weight.requires_grad or weight.device.type != "cpu":
-        yield
-        return
-    before, lookup.sparse = lookup.sparse, True  # not for good: DDP would take the sum for sparse
-    try:
-        yield
-    finally:
-        lookup.sparse = before
 
 
 def keep_freed_memory() -> None:

@@ -26,7 +26,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.head import token_logps
 from halos_pl.policy.loading import base_model
-from halos_pl.policy.memory import sparse_lookup
 
 NAME = "halos_tree"
 
@@ -175,13 +174,12 @@ def parts(model: nn.Module) -> tuple[Any, Any]:
 
 def _hidden(model: nn.Module, run: _Pass, forest: Forest) -> Tensor:
     """Hidden states [tokens, size] of the packed sequence."""
-    decoder, head = parts(model)
+    decoder, _ = parts(model)
     ids = torch.cat(run.ids)[None]
     inputs: dict[str, Any] = {"input_ids": ids, "position_ids": torch.cat(run.positions)[None], "use_cache": False}
     # A mask of four dimensions is handed on as it is; ours is not looked at.
     inputs["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
-    with sparse_lookup(base_model(model).get_input_embeddings(), head):
-        return decoder(**inputs, forest=forest).last_hidden_state[0]  # type: ignore[no-any-return]
+    return decoder(**inputs, forest=forest).last_hidden_state[0]  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
