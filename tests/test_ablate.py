@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -462,11 +463,21 @@ def test_an_interrupted_study_keeps_what_failed_before(
     study = load_study(make())
     runs = study.runs(tmp_path / "out")
     execute._fail(runs[3], ["fit"], "out of memory")
+    called_off = threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            super().shutdown(wait=False, cancel_futures=cancel_futures)
+            called_off.set()
+            super().shutdown(wait=wait)
 
     def interrupted(run: Any, *_: Any) -> str:
+        if run.folder != runs[0].folder:  # a run takes longer than it takes to call off those behind it
+            called_off.wait(60)
         execute._fail(run, ["fit"], "killed by SIGINT")
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(execute, "ThreadPoolExecutor", Pool)
     monkeypatch.setattr(execute, "execute_run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         execute.execute(study, tmp_path / "out", 1, False)
