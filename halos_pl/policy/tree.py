@@ -118,29 +118,28 @@ def _attention(
     out = []
     for tree, q, k, v in zip(forest.trees, *(x.split(sizes, dim=2) for x in (query, key, value)), strict=True):
         prompt = tree.prompt[1] - tree.prompt[0]
-        lengths = [b - a for a, b in tree.branches]
-        before, rest = tree.before, tuple(lengths)
+        rest = tuple(b - a for a, b in tree.branches)
         if prompt:
             # The prompt and its first completion are one causal sequence, which needs no mask.
-            n, rest = prompt + sum(lengths[:1]), rest[1:]
+            n, rest = prompt + sum(rest[:1]), rest[1:]
             narrow = sliding_window is not None and n > sliding_window
             mask = forest.mask(0, (n,), sliding_window, query.device) if narrow else None
             if forest.keep:
                 forest.kept[layer, tree.slot] = k[:, :, :prompt].detach(), v[:, :, :prompt].detach()
             if rest:
-                parts = (n - prompt, q.shape[2] - n)
-                (k_prompt, k_first, k), (v_prompt, v_first, v) = (x.split((prompt, *parts), dim=2) for x in (k, v))
-                first, q = q.split((n, parts[1]), dim=2)
-                behind = torch.cat([k_prompt, k_first], dim=2), torch.cat([v_prompt, v_first], dim=2)
-                out.append(attend(first, *behind, mask))
+                pieces = prompt, n - prompt, q.shape[2] - n
+                (k_prompt, k_first, k), (v_prompt, v_first, v) = (x.split(pieces, dim=2) for x in (k, v))
+                first, q = q.split((n, q.shape[2] - n), dim=2)
+                whole = torch.cat([k_prompt, k_first], dim=2), torch.cat([v_prompt, v_first], dim=2)
+                out.append(attend(first, *whole, mask))
             else:
                 out.append(attend(q, k, v, mask))
         else:
             k_prompt, v_prompt = forest.kept[layer, tree.slot]
         if rest:
-            window = sliding_window if sliding_window is not None and before + max(rest) > sliding_window else None
+            window = sliding_window if sliding_window is not None and tree.before + max(rest) > sliding_window else None
             behind = torch.cat([k_prompt, k], dim=2), torch.cat([v_prompt, v], dim=2)
-            out.append(attend(q, *behind, forest.mask(before, rest, window, query.device)))
+            out.append(attend(q, *behind, forest.mask(tree.before, rest, window, query.device)))
     return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 
 
