@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from halos_pl.policy.products import is_linear, product
+
 LOGITS = 1 << 23  # at most so many logits are in memory at a time (32 MB in float32)
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """float32 [m, V]; the product itself in the dtype of both."""
-    return (hidden @ weight.t()).float()
+    return product(hidden, weight).float()
 
 
 class _LogProbs(torch.autograd.Function):
@@ -66,7 +68,7 @@ class _LogProbs(torch.autograd.Function):
             slope.scatter_add_(1, t[:, None], g[:, None])
             slope = slope.to(dtype)
             if into_hidden:
-                slopes.append(slope @ cast)
+                slopes.append(product(slope, cast.t()))
             if into_weight:
                 own = slope.t()
                 if total is None:
@@ -90,7 +92,7 @@ class _LogProbs(torch.autograd.Function):
 def is_plain(head: nn.Module) -> bool:
     """Whether ``head`` is a matrix and nothing else: no bias, no adapter, no hooks."""
     hooks = head._forward_hooks or head._forward_pre_hooks
-    return type(head) is nn.Linear and head.bias is None and not hooks
+    return is_linear(head) and head.bias is None and not hooks
 
 
 @torch.no_grad()
