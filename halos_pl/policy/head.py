@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from halos_pl.policy.products import is_linear, product
@@ -20,6 +22,52 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return product(hidden, weight).float()
 
 
+@dataclass
+class Tie:
+    """Hands the gradient of a head's weight on to the embedding that it is, for one pass.
+
+    Autograd would add both up out of place, with three tensors of the weight's size in memory when the backward pass
+    ends. So the head leaves its own here, and the embedding, whose turn is always after the head's, adds the few rows
+    that it has looked up.
+    """
+
+    gradient: Tensor | None = None
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, padding: int | None, tie: Tie) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(ids)
+        ctx.size, ctx.padding, ctx.tie = weight.shape, padding, tie
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        (ids,) = ctx.saved_tensors
+        total, ctx.tie.gradient = ctx.tie.gradient, None
+        if total is None:  # nothing has gone through the head
+            total = gradient.new_zeros(ctx.size)
+        if ctx.padding is not None:
+            gradient = gradient.masked_fill((ids == ctx.padding)[..., None], 0.0)
+        total.index_add_(0, ids.flatten(), gradient.flatten(0, -2).to(total.dtype))
+        return total, None, None, None
+
+
+def tied(embedding: nn.Module, head: nn.Module) -> bool:
+    """Whether both are one trained matrix, and nothing else."""
+    hooks = embedding._forward_hooks or embedding._forward_pre_hooks
+    if type(embedding) is not nn.Embedding or hooks or not is_plain(head):
+        return False
+    special = embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse
+    return embedding.weight is head.weight and embedding.weight.requires_grad and not special
+
+
+def lookup(embedding: nn.Module, ids: Tensor, tie: Tie) -> Tensor:
+    """The rows of ``ids``, of an embedding that is :func:`tied`; ``tie`` goes on to :func:`token_logps`."""
+    return _Lookup.apply(embedding.weight, ids, embedding.padding_idx, tie)  # type: ignore[no-any-return]
+
+
 class _LogProbs(torch.autograd.Function):
     """log softmax(h W')[target] by parts, whose logits are made again in the backward pass and then overwritten.
 
@@ -29,7 +77,14 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, parts: int, keep: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        parts: int,
+        keep: bool,
+        tie: Tie | None,
     ) -> Tensor:
         found, sums, last = [], [], None
         cast = weight.to(dtype)
@@ -45,7 +100,7 @@ class _LogProbs(torch.autograd.Function):
             last = logits, total
             del logits
         ctx.save_for_backward(hidden, weight, targets, torch.cat(sums))
-        ctx.dtype, ctx.parts, ctx.last = dtype, parts, last if keep else None
+        ctx.dtype, ctx.parts, ctx.last, ctx.tie = dtype, parts, last if keep else None, tie
         return torch.cat(found)
 
     @staticmethod
@@ -79,14 +134,10 @@ class _LogProbs(torch.autograd.Function):
                     total += own @ h
                 del own
             del slope
-        return (
-            torch.cat(slopes[::-1]).to(hidden.dtype) if into_hidden else None,
-            total.to(weight.dtype) if total is not None else None,
-            None,
-            None,
-            None,
-            None,
-        )
+        into = total.to(weight.dtype) if total is not None else None
+        if ctx.tie is not None:
+            ctx.tie.gradient, into = into, None
+        return (torch.cat(slopes[::-1]).to(hidden.dtype) if into_hidden else None, into, *[None] * 5)
 
 
 def is_plain(head: nn.Module) -> bool:
@@ -126,13 +177,14 @@ def of_shared_ids(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     return log_p[..., :width], log_q[..., :width]
 
 
-def token_logps(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+def token_logps(head: nn.Module, hidden: Tensor, targets: Tensor, tie: Tie | None = None) -> Tensor:
     """log p of each target.
 
     Args:
         head: from hidden states to logits: a linear layer, or any other module.
         hidden: [m, size], what each target is predicted from.
         targets: LongTensor [m].
+        tie: that of the :func:`lookup` which ``hidden`` comes from.
 
     Returns:
         float32 [m].
@@ -144,7 +196,8 @@ def token_logps(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else torch.promote_types(hidden.dtype, weight.dtype)
         with torch.autocast(device, enabled=False):
-            return _LogProbs.apply(hidden, weight, targets, dtype, parts, torch.is_grad_enabled())  # type: ignore[no-any-return]
+            keep = torch.is_grad_enabled()
+            return _LogProbs.apply(hidden, weight, targets, dtype, parts, keep, tie)  # type: ignore[no-any-return]
 
     def part(h: Tensor, t: Tensor) -> Tensor:
         return -F.cross_entropy(head(h).float(), t, reduction="none")

@@ -24,7 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from halos_pl.outcomes import FlatBatch
-from halos_pl.policy.head import token_logps
+from halos_pl.policy.head import Tie, lookup, tied, token_logps
 from halos_pl.policy.loading import base_model
 
 NAME = "halos_tree"
@@ -171,14 +171,20 @@ def parts(model: nn.Module) -> tuple[Any, Any]:
     return base.base_model if decoder is None or decoder is head else decoder, head  # some call their head so
 
 
-def _hidden(model: nn.Module, run: _Pass, forest: Forest) -> Tensor:
-    """Hidden states [tokens, size] of the packed sequence."""
-    decoder, _ = parts(model)
+def _hidden(model: nn.Module, run: _Pass, forest: Forest) -> tuple[Tensor, Tie | None]:
+    """Hidden states [tokens, size] of the packed sequence, and what their embedding's gradient goes through."""
+    decoder, head = parts(model)
     ids = torch.cat(run.ids)[None]
-    inputs: dict[str, Any] = {"input_ids": ids, "position_ids": torch.cat(run.positions)[None], "use_cache": False}
+    inputs: dict[str, Any] = {"position_ids": torch.cat(run.positions)[None], "use_cache": False}
+    embedding, tie = base_model(model).get_input_embeddings(), None
+    if tied(embedding, head):
+        tie = Tie()
+        inputs["inputs_embeds"] = lookup(embedding, ids, tie)
+    else:
+        inputs["input_ids"] = ids
     # A mask of four dimensions is handed on as it is; ours is not looked at.
     inputs["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
-    return decoder(**inputs, forest=forest).last_hidden_state[0]  # type: ignore[no-any-return]
+    return decoder(**inputs, forest=forest).last_hidden_state[0], tie
 
 
 @dataclass(frozen=True)
@@ -191,6 +197,7 @@ class States:
         row, column: LongTensor [m], the places of the tokens in [n, T].
         probes: whether they are those of mismatched rows, which have no gradient.
         windows: sliding windows that layers named, None for a layer without one.
+        tie: of head and embedding, where they are one matrix.
     """
 
     hidden: Tensor
@@ -199,6 +206,7 @@ class States:
     column: Tensor
     probes: bool
     windows: set[int | None]
+    tie: Tie | None
 
 
 def tree_states(model: nn.Module, batch: FlatBatch) -> Iterator[States]:
@@ -235,11 +243,11 @@ def tree_states(model: nn.Module, batch: FlatBatch) -> Iterator[States]:
         forest = Forest(run.trees, keep=more, kept=kept)
         ends = {tree.slot: tree.prompt[1] - 1 for tree in run.trees if tree.prompt[1] > tree.prompt[0]}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not mismatched):
-            hidden = [_hidden(model, run, forest)] if run.size else []
+            hidden, tie = _hidden(model, run, forest) if run.size else (None, None)
             # Hidden states of earlier passes come after those of this one.
             at = {p: run.size + i for i, p in enumerate(last)} | ends
             index = [j for _, p, start, length in places for j in (at[p], *range(start, start + length))]
-            pool = torch.cat([*hidden, *last.values()])
+            pool = torch.cat([*([] if hidden is None else [hidden]), *last.values()])
             states = pool.index_select(0, torch.tensor(index, device=pool.device))
         if more:
             last = {p: pool[end].detach()[None] for p, end in ends.items()}
@@ -251,6 +259,7 @@ def tree_states(model: nn.Module, batch: FlatBatch) -> Iterator[States]:
             column=torch.cat([torch.arange(lengths[i]) for i, *_ in places]).to(device),
             probes=mismatched,
             windows=forest.windows,
+            tie=tie,
         )
 
 
@@ -271,7 +280,7 @@ def tree_logps(model: nn.Module, batch: FlatBatch, windows: set[int | None] | No
     head = parts(model)[1]
     for states in tree_states(model, batch):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not states.probes):
-            found = token_logps(head, states.hidden, states.targets)
+            found = token_logps(head, states.hidden, states.targets, states.tie)
         if windows is not None:
             windows |= states.windows
         out = out.index_put((states.row, states.column), found)
