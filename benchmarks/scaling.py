@@ -71,7 +71,7 @@ def measure(point: Point, threads: int) -> None:
     )
     policy, reference = LlamaForCausalLM(config), LlamaForCausalLM(config).requires_grad_(False)
     for model in (policy, reference):
-        quicken(model)
+        quicken(model, model.lm_head)
         if why := pack(model):
             raise SystemExit(why)
     objective = load_objective(Path(__file__).resolve().parents[1] / "experiments/objectives/kto.yaml")

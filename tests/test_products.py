@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from halos_pl.policy import products
 from halos_pl.policy.logprobs import pack
-from halos_pl.policy.products import Linear, is_linear, product, quicken
+from halos_pl.policy.products import Linear, product, quicken
 
 SIZES = st.integers(1, 40)
 
@@ -44,7 +44,7 @@ def test_a_layer_and_its_gradients_are_those_in_float64(
 ) -> None:
     quick = layer(k, n, bias)
     exact = copy.deepcopy(quick).double()
-    quicken(quick)
+    quicken(quick, None)
     x = torch.randn(*before, k, generator=torch.Generator().manual_seed(1))
     if not contiguous and x.dim() > 1:
         x = x.transpose(0, -2).contiguous().transpose(0, -2)
@@ -72,7 +72,7 @@ def test_a_whole_model_is_what_it_was(name: str, there: bool, monkeypatch: pytes
     packed = pack(model) is None
     logps, wanted = slopes(model, packed, again=False)
     size = max(float(g.abs().max()) for g in wanted.values())
-    quicken(model)
+    quicken(model, model.get_output_embeddings())
     results = [slopes(model, packed, again=again) for again in (False, True)]
     for found, of_weights in results:
         torch.testing.assert_close(found, logps, rtol=1e-5, atol=1e-5)
@@ -89,7 +89,7 @@ def test_other_dtypes_are_torchs_own(way: str) -> None:
     dtype = {"bfloat16": torch.bfloat16, "float64": torch.float64}.get(way, torch.float32)
     plain = plain.to(dtype)
     quick = copy.deepcopy(plain)
-    quicken(quick)
+    quicken(quick, None)
     x = torch.randn(5, 8, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16) if way == "autocast" else nullcontext():
         for found, wanted in zip(gradients(quick, x), gradients(plain, x), strict=True):
@@ -100,7 +100,7 @@ def test_other_dtypes_are_torchs_own(way: str) -> None:
 def test_a_frozen_weight_keeps_no_input() -> None:
     """As an adapter's base layers, whose inputs would otherwise be held for nothing."""
     quick = layer(8, 6, bias=False).requires_grad_(False)
-    quicken(quick)
+    quicken(quick, None)
     kept: list[tuple[int, ...]] = []
 
     def pack_(tensor: Tensor) -> Tensor:
@@ -112,7 +112,8 @@ def test_a_frozen_weight_keeps_no_input() -> None:
     assert (5, 8) not in kept
 
 
-def test_only_plain_layers_change_and_nothing_else_of_them() -> None:
+@pytest.mark.parametrize("keep", [False, True], ids=["all", "but for the head"])
+def test_only_plain_layers_change_and_nothing_else_of_them(keep: bool) -> None:
     class Quantised(nn.Linear):
         """Stands for a library's own layer."""
 
@@ -123,16 +124,14 @@ def test_only_plain_layers_change_and_nothing_else_of_them() -> None:
     seen: list[object] = []
     model[0].register_forward_hook(lambda *given: seen.append(given[0]))
     before = copy.deepcopy(model.state_dict())
-    quicken(model)
-    assert [type(part) for part in model] == [Linear, nn.Tanh, Quantised]
-    assert is_linear(model[0])
-    assert not is_linear(model[2])
+    quicken(model, model[0] if keep else None)
+    assert [type(part) for part in model] == [nn.Linear if keep else Linear, nn.Tanh, Quantised]
     assert isinstance(model[0], nn.Linear)
     model(torch.ones(2, 8))
     assert seen == [model[0]]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     alone = layer(8, 6)
-    quicken(alone)
+    quicken(alone, None)
     file = io.BytesIO()
     torch.save(nn.Sequential(copy.deepcopy(alone), nn.Tanh()), file)
     file.seek(0)

@@ -12,14 +12,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from halos_pl.policy.products import is_linear, product
-
 LOGITS = 1 << 23  # at most so many logits are in memory at a time (32 MB in float32)
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """float32 [m, V]; the product itself in the dtype of both."""
-    return product(hidden, weight).float()
+    return (hidden @ weight.t()).float()
 
 
 @dataclass
@@ -123,7 +121,7 @@ class _LogProbs(torch.autograd.Function):
             slope.scatter_add_(1, t[:, None], g[:, None])
             slope = slope.to(dtype)
             if into_hidden:
-                slopes.append(product(slope, cast.t()))
+                slopes.append(slope @ cast)
             if into_weight:
                 own = slope.t()
                 if total is None:
@@ -143,7 +141,7 @@ class _LogProbs(torch.autograd.Function):
 def is_plain(head: nn.Module) -> bool:
     """Whether ``head`` is a matrix and nothing else: no bias, no adapter, no hooks."""
     hooks = head._forward_hooks or head._forward_pre_hooks
-    return is_linear(head) and head.bias is None and not hooks
+    return type(head) is nn.Linear and head.bias is None and not hooks
 
 
 @torch.no_grad()

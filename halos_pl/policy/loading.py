@@ -280,7 +280,7 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
                 f"model.policy.lora.target_modules: {tied} has the same weights as the model's other end, so that what"
                 " is trained of one could not be merged without changing the other; leave it out"
             )
-    quicken(model)
+    quicken(model, base_model(model).get_output_embeddings())
     return model
 
 

@@ -82,13 +82,11 @@ class Linear(nn.Linear):
         return _Linear.apply(x, self.weight, self.bias)  # type: ignore[no-any-return]
 
 
-def quicken(model: nn.Module) -> None:
-    """Makes the linear layers of ``model`` :class:`Linear` ones; their weights, names and hooks stay as they are."""
+def quicken(model: nn.Module, head: nn.Module | None) -> None:
+    """Makes the linear layers of ``model`` :class:`Linear` ones; their weights, names and hooks stay as they are.
+
+    But for its ``head``: what is rounded there goes straight into log-probs.
+    """
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and module is not head:
             module.__class__ = Linear
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether ``module`` is a linear layer and nothing more, as an adapter or a quantised one would be."""
-    return type(module) in (nn.Linear, Linear)
