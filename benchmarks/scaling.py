@@ -56,7 +56,6 @@ def measure(point: Point, threads: int) -> None:
     from halos_pl.build import load_objective
     from halos_pl.outcomes import FlatBatch, Rows
     from halos_pl.policy.logprobs import completion_logps, completion_mask, pack
-    from halos_pl.policy.products import quicken
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -71,7 +70,6 @@ def measure(point: Point, threads: int) -> None:
     )
     policy, reference = LlamaForCausalLM(config), LlamaForCausalLM(config).requires_grad_(False)
     for model in (policy, reference):
-        quicken(model, model.lm_head)
         if why := pack(model):
             raise SystemExit(why)
     objective = load_objective(Path(__file__).resolve().parents[1] / "experiments/objectives/kto.yaml")

@@ -415,7 +415,7 @@ def compare(name: str, workload: Workload, options: list[str], repeats: int, thr
                 seconds[side].append(answer["seconds"])
                 peaks[side] = max(peaks[side], answer["peak"])
             torch.set_num_threads(threads)
-            speed.append(matmul_speed(torch.device(workload.device), dtype))
+            speed.append(matmul_speed(torch.device(workload.device), dtype, size=2048))
         for process in sides.values():
             assert process.stdin
             process.stdin.close()

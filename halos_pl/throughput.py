@@ -11,7 +11,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from halos_pl.outcomes import FlatBatch
-from halos_pl.policy.products import product
 from halos_pl.policy.tree import parts
 
 
@@ -107,14 +106,14 @@ def matmul_speed(device: torch.device, dtype: torch.dtype, size: int = 1024) -> 
     def seconds() -> float:
         start = time.perf_counter()
         for _ in range(products):
-            found = product(a, a)
-        found.sum().item()  # waits for the device
+            product = a @ a
+        product.sum().item()  # waits for the device
         return (time.perf_counter() - start) / products
 
-    times = [seconds()]
-    while times[0] < 1 and (len(times) < 4 or (len(times) < 7 and sum(times) < 0.1)):
-        times.append(seconds())
-    return 2 * size**3 / statistics.median(times[2:] or times)
+    found = [seconds()]
+    while found[0] < 1 and (len(found) < 4 or (len(found) < 7 and sum(found) < 0.1)):
+        found.append(seconds())
+    return 2 * size**3 / statistics.median(found[2:] or found)
 
 
 def slow_half(dtype: torch.dtype, speed: float) -> str | None:

@@ -15,7 +15,6 @@ import halos_pl.callbacks
 import halos_pl.throughput
 from halos_pl.cli import main
 from halos_pl.outcomes import FlatBatch
-from halos_pl.policy import products
 from halos_pl.policy.loading import LoRASpec, ModelSpec, load_model
 from halos_pl.policy.tree import parts
 from halos_pl.throughput import cost, matmul_speed, slow_half, step_flops, step_tokens
@@ -36,10 +35,7 @@ def rows(prompts: int, each: int) -> FlatBatch:
 
 
 @pytest.mark.parametrize("lora", [None, LoRASpec(r=4)], ids=["full", "lora"])
-def test_flop_of_the_matrices_are_those_that_torch_counts(
-    tiny_folder: Path, lora: LoRASpec | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(products, "_has_onednn", lambda: False)  # torch does not count oneDNN's
+def test_flop_of_the_matrices_are_those_that_torch_counts(tiny_folder: Path, lora: LoRASpec | None) -> None:
     model: Any = load_model(ModelSpec(str(tiny_folder), lora=lora))
     decoder, head = parts(model)
     batch = rows(1, 1)

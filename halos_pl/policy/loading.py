@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from halos_pl.cache import cache_root
-from halos_pl.policy.products import quicken
 
 #: Written last into a converted folder: the length of each of its files.
 _COMPLETE = "complete.json"
@@ -280,7 +279,6 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
                 f"model.policy.lora.target_modules: {tied} has the same weights as the model's other end, so that what"
                 " is trained of one could not be merged without changing the other; leave it out"
             )
-    quicken(model, base_model(model).get_output_embeddings())
     return model
 
 
