@@ -106,6 +106,8 @@ def test_what_is_more_than_one_trained_matrix_is_left_to_autograd() -> None:
         return embedding, head
 
     assert tied(*pair())
+    assert not tied(*pair(dtype=torch.bfloat16))
+    assert not tied(*pair(device="meta"))
     assert not tied(nn.Embedding(7, 4), nn.Linear(4, 7, bias=False))
     for options in ({"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True}):
         assert not tied(*pair(**options)), options

@@ -53,12 +53,16 @@ class _Lookup(torch.autograd.Function):
 
 
 def tied(embedding: nn.Module, head: nn.Module) -> bool:
-    """Whether both are one trained matrix, and nothing else."""
-    hooks = embedding._forward_hooks or embedding._forward_pre_hooks
-    if type(embedding) is not nn.Embedding or hooks or not is_plain(head):
+    """Whether both are one trained matrix, and nothing else, whose rows are well added up in place.
+
+    In half precision each addition would be rounded, and on a GPU they would come in another order each time.
+    """
+    if type(embedding) is not nn.Embedding or _has_hooks(embedding) or not is_plain(head):
         return False
+    weight = embedding.weight
     special = embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse
-    return embedding.weight is head.weight and embedding.weight.requires_grad and not special
+    fit = weight.dtype == torch.float32 and weight.device.type == "cpu"
+    return weight is head.weight and weight.requires_grad and fit and not special
 
 
 def lookup(embedding: nn.Module, ids: Tensor, tie: Tie) -> Tensor:
@@ -138,10 +142,13 @@ class _LogProbs(torch.autograd.Function):
         return (torch.cat(slopes[::-1]).to(hidden.dtype) if into_hidden else None, into, *[None] * 5)
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def is_plain(head: nn.Module) -> bool:
     """Whether ``head`` is a matrix and nothing else: no bias, no adapter, no hooks."""
-    hooks = head._forward_hooks or head._forward_pre_hooks
-    return type(head) is nn.Linear and head.bias is None and not hooks
+    return type(head) is nn.Linear and head.bias is None and not _has_hooks(head)
 
 
 @torch.no_grad()

@@ -247,7 +247,7 @@ def tree_states(model: nn.Module, batch: FlatBatch) -> Iterator[States]:
             # Hidden states of earlier passes come after those of this one.
             at = {p: run.size + i for i, p in enumerate(last)} | ends
             index = [j for _, p, start, length in places for j in (at[p], *range(start, start + length))]
-            pool = torch.cat([*([] if hidden is None else [hidden]), *last.values()])
+            pool = torch.cat([each for each in (hidden, *last.values()) if each is not None])
             states = pool.index_select(0, torch.tensor(index, device=pool.device))
         if more:
             last = {p: pool[end].detach()[None] for p, end in ends.items()}
