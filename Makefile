@@ -21,7 +21,7 @@ check: lint test
 readme: $(INSTALLED)
 	$(BIN)/halos check --all --write README.md
 
-# A training step beside TRL's, on an otherwise idle machine: about 12 minutes, and (all rows) about an hour.
+# A training step beside TRL's, on an otherwise idle machine: about 15 minutes, and (all rows) an hour and a half.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/vs_trl.py
 

@@ -54,7 +54,8 @@ class Workload:
     Attributes:
         what: for the table.
         kind: kto or dpo.
-        rows: where its rows come from; see ``rows_of``.
+        rows: ``first`` or ``next`` four pairs, both sides of each; ``more``: all eight, of which KTO takes one side each;
+            ``scored`` and ``long``: see ``rows_of``.
         lora: train an adapter; the reference is the model with it off.
         stored: the reference's log-probs are computed beforehand, on both sides.
         bf16: under autocast to bfloat16.
@@ -79,20 +80,22 @@ class Workload:
 
 
 WORKLOADS = {
-    "kto_live": Workload("KTO, 8 rows, live reference", "kto", "short"),
-    "kto_stored": Workload("KTO, 8 rows, stored reference", "kto", "short", stored=True),
-    "kto_pairs": Workload("KTO, 4 pairs with both rows in the step, live reference", "kto", "both"),
+    "kto_live": Workload("KTO, 8 rows, live reference", "kto", "more"),
+    "kto_stored": Workload("KTO, 8 rows, stored reference", "kto", "more", stored=True),
+    "kto_pairs": Workload("KTO, 4 pairs with both rows in the step, live reference", "kto", "first"),
+    "kto_next_pairs": Workload("KTO, the next 4 pairs with both rows in the step, live reference", "kto", "next"),
     "kto_scored": Workload("KTO, 2 prompts of 512 tokens x 4 completions of 64, live reference", "kto", "scored"),
     "kto_long": Workload("KTO, 4 prompts of 512 tokens, completions of 64, live reference", "kto", "long"),
-    "kto_lora": Workload("KTO, 8 rows, LoRA r = 16, adapter-off reference", "kto", "short", lora=True),
-    "dpo_live": Workload("DPO, 4 pairs, live reference", "dpo", "short"),
+    "kto_lora": Workload("KTO, 8 rows, LoRA r = 16, adapter-off reference", "kto", "more", lora=True),
+    "dpo_live": Workload("DPO, 4 pairs, live reference", "dpo", "first"),
     "dpo_next_4": Workload("DPO, the next 4 pairs, live reference", "dpo", "next"),
     "dpo_8_pairs": Workload("DPO, 8 pairs, live reference", "dpo", "more"),
-    "dpo_stored": Workload("DPO, 4 pairs, stored reference", "dpo", "short", stored=True),
-    "dpo_lora": Workload("DPO, 4 pairs, LoRA r = 16, adapter-off reference", "dpo", "short", lora=True),
-    "kto_bf16": Workload("KTO, 8 rows, live reference, bfloat16", "kto", "short", bf16=True),
-    "kto_stored_bf16": Workload("KTO, 8 rows, stored reference, bfloat16", "kto", "short", stored=True, bf16=True),
-    "dpo_bf16": Workload("DPO, 4 pairs, live reference, bfloat16", "dpo", "short", bf16=True),
+    "dpo_stored": Workload("DPO, 4 pairs, stored reference", "dpo", "first", stored=True),
+    "dpo_next_stored": Workload("DPO, the next 4 pairs, stored reference", "dpo", "next", stored=True),
+    "dpo_lora": Workload("DPO, 4 pairs, LoRA r = 16, adapter-off reference", "dpo", "first", lora=True),
+    "kto_bf16": Workload("KTO, 8 rows, live reference, bfloat16", "kto", "more", bf16=True),
+    "kto_stored_bf16": Workload("KTO, 8 rows, stored reference, bfloat16", "kto", "more", stored=True, bf16=True),
+    "dpo_bf16": Workload("DPO, 4 pairs, live reference, bfloat16", "dpo", "first", bf16=True),
 }
 SHORT = ["kto_live", "kto_stored", "dpo_live"]
 
@@ -134,13 +137,16 @@ def rows_of(workload: Workload) -> list[dict[str, Any]]:
             for i in range(rows)
         ]
     four = 4 * workload.times
+    found = pairs(2 * four)
+    if workload.rows != "more":
+        found = found[four:] if workload.rows == "next" else found[:four]
     if workload.kind == "dpo":
-        return pairs(2 * four)[{"short": slice(four), "next": slice(four, None), "more": slice(None)}[workload.rows]]
-    both = workload.rows == "both"
+        return found
+    sides = ("chosen", "rejected")
     return [
         {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
-        for i, pair in enumerate(pairs(four if both else 2 * four))
-        for side in (("chosen", "rejected") if both else (("chosen", "rejected")[i % 2],))
+        for i, pair in enumerate(found)
+        for side in (sides[i % 2 : i % 2 + 1] if workload.rows == "more" else sides)
     ]
 
 
