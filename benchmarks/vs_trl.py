@@ -54,8 +54,8 @@ class Workload:
     Attributes:
         what: for the table.
         kind: kto or dpo.
-        rows: ``first`` or ``next`` four pairs, both sides of each; ``more``: all eight, of which KTO takes one side each;
-            ``scored`` and ``long``: see ``rows_of``.
+        rows: ``first`` or ``next`` four pairs, both sides of each; ``more``: all eight, of which KTO takes one side
+            each; ``scored`` and ``long``: see ``rows_of``.
         lora: train an adapter; the reference is the model with it off.
         stored: the reference's log-probs are computed beforehand, on both sides.
         bf16: under autocast to bfloat16.
