@@ -126,7 +126,7 @@ class Split:
         self._count(table, table.label >= 0, "rows")
         self._count(table, self.prompt_length < table.prompt_length, "prompts_cut")
         self._count(table, length > room, "completions_cut")
-        self.rivals = needs.rivals or together == "pairs"
+        self.rivals = needs.rivals or keep_together == "pairs"  # whole prompts keep pairs together as well
         if self.rivals:
             self._count(table, table.rival > np.arange(len(table)), "pairs")
         self.longest = int((self.prompt_length + self.completion_length).max(initial=0))

@@ -854,14 +854,15 @@ def test_a_template_that_writes_the_date_is_pointed_out(tmp_path: Path) -> None:
         data.setup("fit")
 
 
-def test_pairs_beside_single_rows_stay_pairs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("needs", [KTO, Needs(groups=True, undesirable=True)])
+def test_pairs_beside_single_rows_stay_pairs(tmp_path: Path, needs: Needs) -> None:
     """Held out always, for they are measured as pairs; in training where that is asked for."""
     two = [write_jsonl(tmp_path / "pairs.jsonl", pairs(3)), write_jsonl(tmp_path / "thumbs.jsonl", binary(4))]
-    data = set_up(KTO, train=two, validation=two, batch_size=9)
+    data = set_up(needs, train=two, validation=two, batch_size=9)
     loaders: list[Any] = [data.train_dataloader(), data.val_dataloader()]
     assert [int((batch.rival >= 0).sum()) for [batch, *_] in loaders] == [0, 6]
     assert data.counts()["validation"][two[0]]["pairs"] == 3
-    [batch] = set_up(KTO, train=two, keep_together="pairs", batch_size=9).train_dataloader()
+    [batch] = set_up(needs, train=two, keep_together="pairs", batch_size=9).train_dataloader()
     own = batch.rival[~batch.probe]
     assert (len(own), int((own >= 0).sum())) == (10, 6)
 
