@@ -21,9 +21,9 @@ check: lint test
 readme: $(INSTALLED)
 	$(BIN)/halos check --all --write README.md
 
-# A training step beside TRL's, on an otherwise idle machine: about 15 minutes, and (all rows) an hour and a half.
+# A training step beside TRL's, on an otherwise idle machine: under 15 minutes, and (all rows) an hour and a half.
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/vs_trl.py
+	$(BIN)/python benchmarks/vs_trl.py --repeats 2
 
 bench-full: $(INSTALLED)
 	$(BIN)/python benchmarks/vs_trl.py --workloads all

@@ -373,7 +373,7 @@ def compare(name: str, workload: Workload, options: list[str], repeats: int, thr
 
     with tempfile.TemporaryDirectory() as folder:
         write_rows(workload, folder)
-        sides, flops = {}, {}
+        sides = {}
         for side in ("exact", "ours", "theirs"):
             words = [sys.executable, __file__, "--side", side, "--workloads", name, "--folder", folder]
             process = subprocess.Popen(
@@ -387,9 +387,8 @@ def compare(name: str, workload: Workload, options: list[str], repeats: int, thr
                 if process.wait():
                     raise SystemExit("the step in float64 has failed; see its messages above")
             else:
-                sides[side] = process
-                # One after the other: loading and warming up do not disturb each other.
-                flops[side] = _ask(process)["flops"]
+                sides[side] = process  # both load and warm up at a time; nothing is timed before both are ready
+        flops = {side: _ask(process)["flops"] for side, process in sides.items()}
         found = {side: torch.load(Path(folder) / f"{side}.pt", map_location="cpu") for side in ("exact", *sides)}
         gradients = {side: result["gradient"] for side, result in found.items()}
         size = max(float(g.abs().max()) for g in gradients["exact"].values())
