@@ -1,4 +1,4 @@
-"""What a run leaves behind: checkpoints that survive a kill, metrics, predictions, a summary, plots."""
+"""What a run leaves behind besides checkpoints: metrics, predictions, a summary, plots."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import IO, Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback, Checkpoint
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
@@ -23,6 +23,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from halos_pl.cache import cache_root
+from halos_pl.checkpoint import LAST
 from halos_pl.objective import HALO
 from halos_pl.outcomes import FlatBatch
 from halos_pl.plots import plot_training, plot_value_function
@@ -34,51 +35,6 @@ METRICS = "metrics.csv"
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
 PREDICTIONS = "predictions.jsonl"
-LAST = Path("checkpoints") / "last.ckpt"
-
-
-class LastCheckpoint(Checkpoint):
-    """Keeps ``checkpoints/last.ckpt`` in the run's folder: every few steps and at the end of the fit.
-
-    The file is written beside its place and then moved there, so that a kill at any moment leaves either the
-    old checkpoint or the new one. Add Lightning's ``ModelCheckpoint`` for the best one by some metric.
-
-    Args:
-        every_n_steps: optimizer steps from one checkpoint to the next.
-    """
-
-    def __init__(self, every_n_steps: int = 50) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"checkpoint.every_n_steps is {every_n_steps}; it must be at least 1")
-        self.every_n_steps = every_n_steps
-        self.last_model_path = ""
-        self._saved_step = -1
-
-    def _save(self, trainer: Trainer) -> None:
-        path = Path(trainer.default_root_dir) / LAST
-        beside = path.with_name(f"{path.name}.part")
-        trainer.save_checkpoint(beside, weights_only=False)  # False: the optimizer's state as well
-        if trainer.is_global_zero:
-            with beside.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        trainer.strategy.barrier("LastCheckpoint")
-        self.last_model_path = str(path)
-        self._saved_step = trainer.global_step
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.last_model_path = self.last_model_path or str(trainer.ckpt_path or "")  # of a run that goes on
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step % self.every_n_steps == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._save(trainer)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Trying out a config (fast_dev_run) leaves the run that is in the folder alone.
-        if self._saved_step != trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._save(trainer)
 
 
 def _replace_lines(path: Path, names: list[str], rows: list[dict[str, str]]) -> None:
@@ -375,16 +331,3 @@ class PredictionWriter(BasePredictionWriter):
             for part in parts:
                 part.unlink()
             rank_zero_info(f"halos: predictions are in {path}")
-
-
-def load_trained(run: Path) -> dict[str, torch.Tensor]:
-    """The state dict of a run's last checkpoint.
-
-    Raises:
-        FileNotFoundError: where the run has none.
-    """
-    path = run / LAST
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no checkpoint; {run} is not the folder of a run that reached one")
-    state: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=False)["state_dict"]
-    return state

@@ -9,7 +9,8 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from halos_pl.cache import cache_root
-from halos_pl.callbacks import CONFIG, load_trained
+from halos_pl.callbacks import CONFIG
+from halos_pl.checkpoint import load_trained
 from halos_pl.module import HALOModule
 from halos_pl.policy.loading import base_model, load_model
 

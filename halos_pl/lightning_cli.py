@@ -20,7 +20,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from halos_pl.ablate_command import ablate, report, status
 from halos_pl.build import PARTS, choices
 from halos_pl.cache_command import clear, info
-from halos_pl.callbacks import LAST, LastCheckpoint, PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig
+from halos_pl.callbacks import PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig
+from halos_pl.checkpoint import LAST, LastCheckpoint
 from halos_pl.data import DataError, FeedbackDataModule
 from halos_pl.data.inspect import inspect_source
 from halos_pl.data.transforms import Transform

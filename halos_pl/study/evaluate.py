@@ -14,7 +14,7 @@ import torch
 from lightning import Trainer
 
 from halos_pl.build import module_of_file
-from halos_pl.callbacks import load_trained
+from halos_pl.checkpoint import load_trained
 from halos_pl.data import DataError, FeedbackDataModule
 from halos_pl.export import module_of_run, put_weights
 from halos_pl.feedback import Binary

@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from halos_pl.callbacks import LAST, SUMMARY
+from halos_pl.callbacks import SUMMARY
+from halos_pl.checkpoint import LAST
 from halos_pl.study.evaluate import FILE, measured_how
 from halos_pl.study.plan import Checked, Run, Study, StudyError, command, measuring_of
 
