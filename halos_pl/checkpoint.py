@@ -2,69 +2,439 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 LAST = Path("checkpoints") / "last.ckpt"
+PREVIOUS = LAST.with_name("previous.ckpt")
+PART = ".part"
 
 
-class LastCheckpoint(Checkpoint):
-    """Keeps ``checkpoints/last.ckpt`` in the run's folder: every few steps and at the end of the fit.
+class CheckpointError(ValueError):
+    """A checkpoint is damaged, no checkpoint of a halos run, or holds code; the message names the file."""
 
-    The file is written beside its place and then moved there, so that a kill at any moment leaves either the
-    old checkpoint or the new one. Add Lightning's ``ModelCheckpoint`` for the best one by some metric.
+
+class NonFiniteWeightsError(FloatingPointError):
+    """What would be saved is not finite; the message names the first tensors and the last good checkpoint."""
+
+
+# -- reading --------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=8)
+def _damage_of(path: Path, inode: int, size: int, changed: int) -> str | None:
+    with path.open("rb") as file:
+        start = file.read(4)
+        file.seek(max(0, size - 22))
+        end = file.read(4)
+    if not size:
+        return "is empty"
+    if start != b"PK\3\4":
+        if start[:1] == b"\x80":
+            return "is a bare pickle, which is never loaded, as it may run code"
+        return f"is no checkpoint, or its beginning is damaged (it begins with {start!r})"
+    if end != b"PK\5\6":
+        return "is damaged: it was cut off, or something was appended to it"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if len({entry.filename for entry in entries}) < len(entries):
+                return "is damaged: an entry is there twice"
+            for entry in entries:
+                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+                    return f"is damaged: the size of {entry.filename} is wrong"
+            wrong = archive.testzip()
+            return f"is damaged: the checksum of {wrong} is wrong" if wrong else None
+    except Exception as error:  # whatever a damaged directory leads to
+        return f"is damaged: {error}"
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the bytes of a checkpoint, None if nothing is; ``torch.load`` does not look.
+
+    Reads the whole file, about 0.5 GB a second, unless this process has read it before.
+    """
+    found = path.stat()
+    return _damage_of(path, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _instead_of(path: Path) -> str:
+    """Another checkpoint of the same folder that is whole, as an end of a message."""
+    for name in (LAST.name, PREVIOUS.name):
+        other = path.with_name(name)
+        if other.is_file() and not other.samefile(path) and not damage(other):
+            return f"; {other} is whole: go on with --ckpt_path {other}"
+    return ""
+
+
+def read_checkpoint(path: Path, *, resume: bool = False, mmap: bool = False) -> dict[str, Any]:
+    """A checkpoint of a halos run, on the CPU. Its bytes are verified, and nothing in it is executed.
 
     Args:
-        every_n_steps: optimizer steps from one checkpoint to the next.
+        path: the file.
+        resume: it must hold what a fit needs to go on, not the weights alone.
+        mmap: map the tensors instead of reading them; for a look at the file.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        CheckpointError: where it is damaged or foreign, or would run code.
     """
-
-    def __init__(self, every_n_steps: int = 50) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"checkpoint.every_n_steps is {every_n_steps}; it must be at least 1")
-        self.every_n_steps = every_n_steps
-        self.last_model_path = ""
-        self._saved_step = -1
-
-    def _save(self, trainer: Trainer) -> None:
-        path = Path(trainer.default_root_dir) / LAST
-        beside = path.with_name(f"{path.name}.part")
-        trainer.save_checkpoint(beside, weights_only=False)  # False: the optimizer's state as well
-        if trainer.is_global_zero:
-            with beside.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        trainer.strategy.barrier("LastCheckpoint")
-        self.last_model_path = str(path)
-        self._saved_step = trainer.global_step
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.last_model_path = self.last_model_path or str(trainer.ckpt_path or "")  # of a run that goes on
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step % self.every_n_steps == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._save(trainer)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Trying out a config (fast_dev_run) leaves the run that is in the folder alone.
-        if self._saved_step != trainer.global_step and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._save(trainer)
+    if wrong := damage(path):
+        raise CheckpointError(f"{path} {wrong}{_instead_of(path)}")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"holds an object of {name[1]}" if name else f"holds more than tensors and plain values ({error})"
+        what = what.splitlines()[0]
+        raise CheckpointError(f"{path} {what}: loading it could run code, so it is not loaded") from error
+    except Exception as error:  # torch raises many kinds for files of other programs
+        raise CheckpointError(f"{path} is not a checkpoint of a halos run: {str(error).splitlines()[0]}") from error
+    state = found.get("state_dict") if isinstance(found, dict) else None
+    if not isinstance(state, dict) or not any(str(name).startswith(("policy.", "objective.")) for name in state):
+        inside = ", ".join(list(map(str, state or found))[:3]) if isinstance(found, dict) else type(found).__name__
+        raise CheckpointError(f"{path} is not a checkpoint of a halos run; it holds {inside}, ...")
+    missing = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in found]
+    if resume and missing:
+        raise CheckpointError(
+            f"{path} holds the weights alone (no {', '.join(missing)}), so a fit cannot go on from it; export it and"
+            f" train the exported model{_instead_of(path)}"
+        )
+    return found
 
 
-def load_trained(run: Path) -> dict[str, torch.Tensor]:
-    """The state dict of a run's last checkpoint.
+def find_checkpoint(run: Path, name: str | None = None) -> Path:
+    """The file of a run's checkpoint.
+
+    Args:
+        run: the run's folder.
+        name: ``last`` (or None), ``best``, or a path. The best one is that of the run's ``ModelCheckpoint``.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        CheckpointError: where it is not known which one is best.
+    """
+    last, previous = run / LAST, run / PREVIOUS
+    if name in (None, "last"):
+        if last.is_file() or not previous.is_file():
+            return _existing(last, f"{run} is not the folder of a run that has reached a checkpoint")
+        rank_zero_info(f"halos: {last} does not exist, so {previous} is taken")
+        return previous
+    if name != "best":
+        return _existing(Path(str(name)), "--ckpt_path takes last, best, or a file")
+    states = read_checkpoint(find_checkpoint(run), mmap=True).get("callbacks", {})
+    files = {s["best_model_path"] for key, s in states.items() if key.startswith(ModelCheckpoint.__name__)} - {""}
+    if len(files) != 1:
+        known = f"several: {', '.join(sorted(files))}; name one of them" if files else "none"
+        raise CheckpointError(f"--ckpt_path best: ModelCheckpoint of {run} has kept {known}")
+    best = Path(files.pop())
+    moved = run / LAST.parent / best.name  # the run's folder may have another name by now
+    return _existing(moved if moved.is_file() else best, f"it was the best checkpoint of {run}")
+
+
+def _existing(path: Path, why: str) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; {why}")
+    return path
+
+
+def load_trained(run: Path, name: str | None = None) -> dict[str, Tensor]:
+    """The state dict of a run's checkpoint, its last one unless ``name`` says otherwise (see :func:`find_checkpoint`).
 
     Raises:
         FileNotFoundError: where the run has none.
+        CheckpointError: where it cannot be used.
     """
-    path = run / LAST
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no checkpoint; {run} is not the folder of a run that reached one")
-    state: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=False)["state_dict"]
+    state: dict[str, Tensor] = read_checkpoint(find_checkpoint(run, name))["state_dict"]
     return state
+
+
+# -- writing --------------------------------------------------------------------------------------------
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _keep(path: Path, aside: Path) -> None:
+    """Gives a file a second name; ``path`` is there all the time where the file system has hard links."""
+    beside = aside.with_name(f"{aside.name}{PART}")
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(path, beside)
+        os.replace(beside, aside)
+    except OSError:
+        os.replace(path, aside)
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Writes each checkpoint beside its place, onto the disk, and moves it there; verifies it before it is loaded.
+
+    A kill at any moment leaves the old file or the new one. ``storage_options={"keep": path}`` keeps the old one, too.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Writes ``checkpoint`` to ``path``.
+
+        Raises:
+            OSError: naming the file, where it cannot be written; an older one there is as it was.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path)
+            return
+        path = Path(path)
+        beside = path.with_name(f"{path.name}{PART}")
+        keep = (storage_options or {}).get("keep")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(checkpoint, beside)
+            _sync(beside)
+            if keep is not None and path.is_file():
+                _keep(path, Path(keep))
+            os.replace(beside, path)
+            _sync(path.parent)
+        except (OSError, RuntimeError) as error:  # of a full disk, torch says that its own position is unexpected
+            raise OSError(f"{path} cannot be written: {_reason(error, beside)}") from error
+        finally:
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """The checkpoint at ``path``, on the CPU.
+
+        Raises:
+            CheckpointError: see :func:`read_checkpoint`.
+        """
+        refuse_code(weights_only)
+        return read_checkpoint(Path(path))
+
+
+def _reason(error: Exception, path: Path) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    free = 0
+    with suppress(OSError):
+        space = os.statvfs(path.parent)
+        free = space.f_bavail * space.f_frsize
+    return f"{str(error).splitlines()[0]} ({free / 1e6:.0f} MB are free there)"
+
+
+def refuse_code(weights_only: bool | None) -> None:
+    """Refuses ``weights_only=False``.
+
+    Raises:
+        CheckpointError: then.
+    """
+    if weights_only is False:
+        raise CheckpointError(
+            "weights_only is false, but a checkpoint is never loaded in a way that could run code in it; leave"
+            " --weights_only out"
+        )
+
+
+def check_callbacks(trainer: Trainer) -> None:
+    """Refuses a callback whose state could be saved, but not loaded again without running code.
+
+    Raises:
+        CheckpointError: naming the callback.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        file = io.BytesIO()
+        torch.save(callback.state_dict(), file)
+        file.seek(0)
+        try:
+            torch.load(file, weights_only=True)
+        except pickle.UnpicklingError as error:
+            name = re.search(r"GLOBAL (\S+)", str(error))
+            raise CheckpointError(
+                f"trainer.callbacks: the state of {type(callback).__name__} holds {name[1] if name else 'an object'},"
+                " which no checkpoint can hold: let its state_dict return tensors, numbers, strings, lists and dicts"
+            ) from error
+
+
+def check_finite(checkpoint: Mapping[str, Any], trained: set[str], good: str) -> None:
+    """Refuses to save what has diverged. One pass over the tensors, and one number taken from each device.
+
+    Args:
+        checkpoint: what is about to be written.
+        trained: names in its ``state_dict`` that are trained. The others, such as masks, may hold infinities.
+        good: what to say of the last good checkpoint.
+
+    Raises:
+        NonFiniteWeightsError: naming the first tensors that are not finite.
+    """
+    state = [(name, t) for name, t in checkpoint["state_dict"].items() if isinstance(t, Tensor)]
+    fixed = [(name, torch.where(t.isinf(), 0, t)) for name, t in state if name not in trained and t.is_floating_point()]
+    checked = [(name, t) for name, t in state if name in trained]
+    checked += fixed + list(_tensors(checkpoint.get("reference_model", {}), "reference_model"))
+    for number, optimizer in enumerate(checkpoint.get("optimizer_states", [])):
+        checked += _tensors(optimizer.get("state", {}), f"optimizer_states.{number}")
+    checked = [(name, t) for name, t in checked if t.is_floating_point() and t.numel()]
+    if not checked or torch.nn.utils.get_total_norm([t for _, t in checked]).isfinite():
+        return
+    names = [name for name, tensor in checked if not tensor.isfinite().all()]
+    if not names:  # their norm alone is too large
+        return
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    raise NonFiniteWeightsError(
+        f"after optimizer step {checkpoint['global_step']} these are not finite: {', '.join(names[:3])}{more}; nothing"
+        f" was saved. Lower the learning rate (model.optimizer.init_args.lr).\n{good}"
+    )
+
+
+def _tensors(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(tree, Tensor):
+        yield name, tree
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _tensors(value, f"{name}.{key}")
+
+
+def _after(loop: Any, then: Callable[[], None]) -> None:
+    """Has ``then`` called whenever one of Lightning's loops has finished a step or an epoch; it has no hook there."""
+    finish = loop.on_advance_end
+
+    def on_advance_end(*args: Any) -> None:
+        finish(*args)
+        then()
+
+    loop.on_advance_end = on_advance_end
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps ``checkpoints/last.ckpt`` in the run's folder, and the one before as ``checkpoints/previous.ckpt``.
+
+    It is written every few steps and at the end of the fit, when everything that belongs to the step is done: its line
+    is in the log, and a validation that was due has run. All its weights are finite. A kill at any moment leaves
+    a whole file. Add Lightning's ``ModelCheckpoint`` for the best one by some metric.
+
+    Args:
+        every_n_steps: optimizer steps from one checkpoint to the next.
+        keep: checkpoints that are kept, 1 or 2.
+
+    Raises:
+        ValueError: for a number outside its range.
+    """
+
+    def __init__(self, every_n_steps: int = 50, keep: int = 2) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"checkpoint.every_n_steps is {every_n_steps}; it must be at least 1")
+        if keep not in (1, 2):
+            raise ValueError(f"checkpoint.keep is {keep}; it must be 1 (last.ckpt) or 2 (previous.ckpt as well)")
+        self.every_n_steps, self.keep = every_n_steps, keep
+        self.last_model_path = ""
+        self._saved_step = self._first_step = -1
+        self._previous: tuple[str, int] | None = None
+        self._own = False  # last.ckpt is of this run's course, and was verified when it was loaded or written
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Has all checkpoints read and written by :class:`CheckpointFiles`, and sees whether the folder can be used.
+
+        Raises:
+            ValueError: where the Trainer was given another plug-in for this.
+            OSError: where the folder cannot be written to.
+        """
+        given: CheckpointIO = trainer.strategy.checkpoint_io
+        if type(given) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = CheckpointFiles()
+        elif not isinstance(given, CheckpointFiles):
+            raise ValueError(
+                f"trainer.plugins: {type(given).__name__} is not supported: a run writes and verifies its checkpoints"
+                " in its own way"
+            )
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir) / LAST.parent
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob(f"*{PART}"):  # by a run that was killed while it wrote
+                left.unlink()
+            probe = folder / f"probe{PART}"
+            probe.touch()
+            probe.unlink()
+        loop = trainer.fit_loop
+        _after(loop.epoch_loop, lambda: None if self._epoch_ends(trainer) else self._save_if_due(trainer))
+        _after(loop, lambda: self._save_if_due(trainer))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for loop in (trainer.fit_loop, trainer.fit_loop.epoch_loop):
+            vars(loop).pop("on_advance_end", None)
+
+    @staticmethod
+    def _epoch_ends(trainer: Trainer) -> bool:
+        """With this step: then what callbacks do at the end of an epoch belongs to it."""
+        loop = trainer.fit_loop
+        return loop.epoch_loop._is_training_done or (trainer.should_stop and loop._can_stop_early)
+
+    def _save_if_due(self, trainer: Trainer) -> None:
+        if trainer.global_step % self.every_n_steps == 0 and trainer.global_step > self._first_step:
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Writes ``last.ckpt``, on all ranks together; nothing is done where this step has been saved already.
+
+        Raises:
+            NonFiniteWeightsError: where the policy has diverged; what was saved before is left alone.
+            OSError: where the file cannot be written.
+        """
+        if self._saved_step == trainer.global_step:
+            return
+        folder = Path(trainer.default_root_dir)
+        keep = self.keep == 2 and self._own
+        options = {"keep": folder / PREVIOUS} if keep else None
+        trainer.save_checkpoint(folder / LAST, weights_only=False, storage_options=options)
+        if keep:
+            self._previous = (str(folder / PREVIOUS), self._saved_step)
+        elif trainer.is_global_zero and not (self._previous and self.keep == 2):
+            (folder / PREVIOUS).unlink(missing_ok=True)  # of what the run was before it went on from elsewhere
+        self.last_model_path, self._saved_step, self._own = str(folder / LAST), trainer.global_step, True
+
+    def good(self) -> str:
+        """A line that names the last good checkpoint, and the one before it."""
+        if not self.last_model_path:
+            return "last good checkpoint: none was written yet"
+        step = f" (optimizer step {self._saved_step})" if self._saved_step >= 0 else ""
+        before = f"; before it: {self._previous[0]} (optimizer step {self._previous[1]})" if self._previous else ""
+        return f"last good checkpoint: {self.last_model_path}{step}{before}"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes note of the checkpoint that the run goes on from.
+
+        Raises:
+            CheckpointError: where a callback's state could not be loaded again.
+        """
+        self._first_step = trainer.global_step
+        check_callbacks(trainer)
+        if not trainer.ckpt_path:
+            return
+        folder, loaded = Path(trainer.default_root_dir), Path(trainer.ckpt_path)
+        self.last_model_path = str(loaded)
+        last, previous = folder / LAST, folder / PREVIOUS
+        if last.is_file() and last.samefile(loaded):
+            self._saved_step, self._own = trainer.global_step, True
+        elif previous.is_file() and previous.samefile(loaded):
+            self._previous = (str(previous), trainer.global_step)  # it stays: last.ckpt may be damaged
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the last step. Trying out a config (fast_dev_run) leaves the run that is in the folder alone."""
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.save(trainer)

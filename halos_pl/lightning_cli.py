@@ -21,7 +21,14 @@ from halos_pl.ablate_command import ablate, report, status
 from halos_pl.build import PARTS, choices
 from halos_pl.cache_command import clear, info
 from halos_pl.callbacks import PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig
-from halos_pl.checkpoint import LAST, LastCheckpoint
+from halos_pl.checkpoint import (
+    LAST,
+    LastCheckpoint,
+    NonFiniteWeightsError,
+    find_checkpoint,
+    read_checkpoint,
+    refuse_code,
+)
 from halos_pl.data import DataError, FeedbackDataModule
 from halos_pl.data.inspect import inspect_source
 from halos_pl.data.transforms import Transform
@@ -64,7 +71,7 @@ NOISE = (
 )
 
 # What a user can mend is said in a line; a traceback is for what only we can.
-USER_ERRORS = (DataError, ModelError, RunError, NonFiniteLossError, OSError, ValueError)
+USER_ERRORS = (DataError, ModelError, RunError, NonFiniteLossError, NonFiniteWeightsError, OSError, ValueError)
 
 
 # How jsonargparse words that there is no such option: of a class or file, of a command in a file, on the command line.
@@ -159,15 +166,12 @@ class HalosCLI(LightningCLI):
         if self.subcommand not in ("fit", None) and not config.get("ckpt_path") and (run_dir / LAST).is_file():
             rank_zero_info(f"halos: {self.subcommand} takes {run_dir / LAST}; --ckpt_path names another one")
             config.ckpt_path = "last"
-        if config.get("ckpt_path") == "last":
-            if not (run_dir / LAST).is_file():
-                raise RunError(
-                    f"--ckpt_path last: {run_dir / LAST} does not exist, so there is nothing to go on from; check"
-                    " --run_dir, or leave --ckpt_path out to start a new run"
-                )
-            config.ckpt_path = str(run_dir / LAST)
-        elif config.get("ckpt_path") and not Path(config.ckpt_path).is_file():
-            raise RunError(f"--ckpt_path: {config.ckpt_path} does not exist")
+        refuse_code(config.get("weights_only"))
+        if config.get("ckpt_path"):
+            # Looked at now: what is wrong with it is said before data and model are loaded.
+            path = find_checkpoint(run_dir, str(config.ckpt_path))
+            read_checkpoint(path, resume=self.subcommand == "fit", mmap=True)
+            config.ckpt_path = str(path)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self._own

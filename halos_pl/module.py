@@ -24,6 +24,7 @@ from torchmetrics.classification import BinaryAUROC
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from halos_pl.build import build_objective
+from halos_pl.checkpoint import LastCheckpoint, check_finite
 from halos_pl.distributed import sum_over_ranks, world_size
 from halos_pl.feedback import Feedback
 from halos_pl.generate import sample_tokens
@@ -537,14 +538,16 @@ class HALOModule(LightningModule):
         return None if rows.reference_logps is None else LogRatio()(rows).detach()
 
     def _non_finite(self, what: str, suspects: list[str]) -> str:
-        checkpoint: Any = self.trainer.checkpoint_callback
-        path = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
         return (
             f"{what} at optimizer step {self.global_step}, so the run stops before it takes that step.\n"
             + (f"rows with a non-finite log-prob or value: {', '.join(suspects)}\n" if suspects else "")
             + f"rows of the step: {', '.join(self._rows)}\n"
-            + f"last good checkpoint: {path or 'none was written yet'}"
+            + self._last_good()
         )
+
+    def _last_good(self) -> str:
+        own = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)]
+        return own[0].good() if own else "no checkpoints are kept"
 
     def configure_gradient_clipping(
         self,
@@ -672,13 +675,19 @@ class HALOModule(LightningModule):
             self._reference.follow(self.policy, self.global_step + 1)  # counted once this hook returns
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves out what is not trained, and keeps a moving reference and the random state of every rank."""
+        """Leaves out what is not trained, and keeps a moving reference and the random state of every rank.
+
+        Raises:
+            NonFiniteWeightsError: where the policy has diverged.
+        """
         reference = self._reference.state() if self._reference_bound else {}
         if reference:
             checkpoint["reference_model"] = reference
         for name, parameter in self.named_parameters(remove_duplicate=False):  # a tied weight has two names
             if not parameter.requires_grad:
                 checkpoint["state_dict"].pop(name, None)
+        trained = {name for name, p in self.named_parameters(remove_duplicate=False) if p.requires_grad}
+        check_finite(checkpoint, trained, self._last_good())
         states: list[Any] = [_rng_state(self.device)]
         if world_size() > 1:
             states = [None] * world_size()

@@ -14,11 +14,13 @@ def settle_progress(fit_loop: dict[str, Any]) -> tuple[int, int]:
 
     A checkpoint that is written when an epoch's last step is done, but before the epoch is closed, sends
     Lightning 2.6 into the next epoch without counting it, and that epoch is lost. Such a state is rewritten
-    here to what it means: the epoch is over, nothing of the next has begun. (Had the epoch's validation not
-    run yet when the process died, it is not made up for.)
+    here to what it means: the epoch is over, nothing of the next has begun.
 
     The other way round, a fit that ``max_steps`` ends within an epoch closes that epoch. Such a state is
     rewritten to say that the epoch goes on, so that a longer fit meets the rest of its rows.
+
+    Within an epoch a state is rewritten to one in which a step has been taken and its validation, if one was due, has
+    run: Lightning would count a step twice that was saved behind its validation.
 
     Args:
         fit_loop: ``checkpoint["loops"]["fit_loop"]``; changed in place.
@@ -31,6 +33,9 @@ def settle_progress(fit_loop: dict[str, Any]) -> tuple[int, int]:
     if not batches["is_last_batch"]:
         for counts in (epochs["total"], epochs["current"]):
             counts["processed"] = counts["completed"] = max(counts["ready"] - 1, 0)
+        for key in ("total", "current"):
+            batches[key]["completed"] = max(batches[key]["ready"] - 1, 0)
+        fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = max(batches["total"]["ready"] - 1, 0)
         return max(begun - 1, 0), batches["current"]["ready"]
     for key in ("total", "current"):
         epochs[key] = dict.fromkeys(epochs[key], epochs[key]["ready"])

@@ -23,7 +23,8 @@ from halos_pl.cli import main
 ROWS, EPOCH, STEPS = 15, 4, 8
 # With this seed every step holds both classes of rows.
 SEED = "--data.seed=47"
-MOMENTS = ("after_step", "writing", "after_checkpoint")
+MOMENTS = ("after_step", "writing", "written", "after_checkpoint")
+EVALUATED = ("after_step", "validating", "validated", "writing", "written", "after_checkpoint")
 # All that decides which rows a step has, and how they are judged.
 STUDY = (
     "--data.group_by_length=true",
@@ -129,6 +130,7 @@ def assert_same_run(whole: Path, resumed: Path) -> None:
 DEFAULT: list[tuple[str, int, str, int]] = [
     ("kto", EPOCH, "after_checkpoint", 2),  # after the last step of an epoch, before the next one has begun
     ("bco", EPOCH, "after_step", 0),  # its last step is lost with it
+    ("kto", 3, "written", 0),  # its line is in the log already
     ("dropout", 2, "after_checkpoint", 0),  # in the middle of an epoch
     ("tr_dpo", EPOCH + 1, "writing", 0),  # half a checkpoint lies beside the good one
     ("study", 3, "after_step", 2),
@@ -148,7 +150,7 @@ def test_a_killed_run_goes_on_exactly(runs, setup, step, moment, workers):
     whole = runs.uninterrupted(setup)  # without workers: what they make does not depend on them
     option = f"--data.num_workers={workers}"
     killed = runs.killed(setup, step, moment, option)
-    reached = step if moment == "after_checkpoint" else step - 1
+    reached = step if moment in ("written", "after_checkpoint") else step - 1
     assert checkpoint(killed)["global_step"] == reached
     beside = killed / "checkpoints" / "last.ckpt.part"
     assert beside.exists() is (moment == "writing")
@@ -167,22 +169,23 @@ def test_a_checkpoint_every_few_steps_and_two_kills(runs, workers):
     assert_same_run(runs.uninterrupted("bco", "--checkpoint.every_n_steps=2"), runs.resumed("bco", killed, *options))
 
 
-def test_evaluations_are_logged_once(runs):
-    options = (f"--data.validation={runs.binary}", "--trainer.val_check_interval=2")
-    killed = runs.killed("bco", EPOCH + 3, "after_checkpoint", *options)
-    assert_same_run(runs.uninterrupted("bco", *options), runs.resumed("bco", killed, *options))
+QUICK = [(2, "written"), (EPOCH, "validated"), (EPOCH, "written"), (EPOCH + 3, "after_checkpoint")]
+EACH = [c for c in itertools.product((2, EPOCH, EPOCH + 2, STEPS), EVALUATED) if c not in QUICK]
 
 
-@pytest.mark.parametrize("step", [2, EPOCH])
-def test_an_evaluation_right_after_the_checkpoint_is_kept(runs, step):
-    """The checkpoint of a step is written before the evaluation that is due then, whose figures are in the file."""
-    options = (f"--data.validation={runs.binary}", "--trainer.val_check_interval=2")
-    killed = runs.killed("bco", step + 1, "after_step", *options)
-    assert metrics(killed)[-1].keys() >= {"val/loss"}
-    before = [row for row in metrics(killed) if "val/loss" in row]
-    resumed = [row for row in metrics(runs.resumed("bco", killed, *options)) if "val/loss" in row]
-    assert resumed[: len(before)] == before
-    assert resumed == [row for row in metrics(runs.uninterrupted("bco", *options)) if "val/loss" in row]
+@pytest.mark.parametrize(
+    ("step", "moment"), [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in EACH)]
+)
+@pytest.mark.parametrize("interval", [2, pytest.param(1.0, marks=pytest.mark.slow)])
+def test_an_evaluation_is_logged_once_whenever_the_run_is_killed(runs, step, moment, interval):
+    """One that is due right after a step belongs to the step: its checkpoint is written behind it."""
+    options = (f"--data.validation={runs.binary}", f"--trainer.val_check_interval={interval}")
+    whole = runs.uninterrupted("bco", *options)
+    assert [row["step"] for row in metrics(whole) if "val/loss" in row] == (list("1357") if interval == 2 else ["3", "7"])
+    if (interval, step % EPOCH) == (1.0, 2) and moment.startswith("validat"):
+        return  # none is due then
+    killed = runs.killed("bco", step, moment, *options)
+    assert_same_run(whole, runs.resumed("bco", killed, *options))
 
 
 def test_figures_of_a_class_that_a_step_lacks_are_left_out(tiny_folder, tmp_path):

@@ -7,7 +7,12 @@ import signal
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch.callbacks import Callback
+
+from halos_pl.checkpoint import CheckpointFiles
+
+Moment = Literal["after_step", "validating", "validated", "writing", "written", "after_checkpoint"]
 
 
 class KillAt(Callback):
@@ -15,40 +20,50 @@ class KillAt(Callback):
 
     Args:
         step: number of optimizer steps that have been taken.
-        moment: ``after_step``: before the step's checkpoint is written; ``writing``: when half of its bytes
-            are; ``after_checkpoint``: when it lies in its place.
+        moment: ``after_step``: before the step's line is logged; ``validating`` and ``validated``: when the validation
+            that is due then begins, and when its figures are in the log; ``writing``: when half of the step's
+            checkpoint is written; ``written``: when it lies in its place, and nothing has been done since;
+            ``after_checkpoint``: when the next step or epoch has begun, or the training has ended.
     """
 
-    def __init__(self, step: int, moment: Literal["after_step", "writing", "after_checkpoint"]) -> None:
+    def __init__(self, step: int, moment: Moment) -> None:
         self.step = step
         self.moment = moment
 
-    @staticmethod
-    def _kill() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def _kill(self, trainer: Any, moment: Moment) -> None:
+        if trainer.global_step == self.step and self.moment == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        save = trainer.strategy.checkpoint_io.save_checkpoint
+        save, write = CheckpointFiles.save_checkpoint, torch.save
 
-        def save_half(checkpoint: Any, path: Any, *args: Any, **kwargs: Any) -> None:
-            save(checkpoint, path, *args, **kwargs)
-            if trainer.global_step == self.step and self.moment == "writing":
-                file = Path(path)
-                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-                self._kill()
+        def save_half(checkpoint: Any, file: Any) -> None:
+            write(checkpoint, file)
+            if (trainer.global_step, self.moment) == (self.step, "writing") and isinstance(file, Path):
+                os.truncate(file, file.stat().st_size // 2)
+                self._kill(trainer, "writing")
 
-        trainer.strategy.checkpoint_io.save_checkpoint = save_half
+        def then_kill(*args: Any, **kwargs: Any) -> None:
+            save(*args, **kwargs)
+            self._kill(trainer, "written")
+
+        torch.save = save_half
+        CheckpointFiles.save_checkpoint = then_kill  # type: ignore[method-assign]
 
     def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        # The next step has begun, so everything that belongs to the last one is done.
-        if trainer.global_step == self.step and self.moment == "after_checkpoint":
-            self._kill()
+        self._kill(trainer, "after_checkpoint")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == self.step and self.moment == "after_step":
-            self._kill()
+        self._kill(trainer, "after_step")
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        # Right after an epoch's last step, before the next epoch has begun.
-        if trainer.global_step == self.step and self.moment == "after_checkpoint":
-            self._kill()
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self._kill(trainer, "validating")
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._kill(trainer, "validated")
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self._kill(trainer, "after_checkpoint")
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._kill(trainer, "after_checkpoint")
