@@ -55,6 +55,8 @@ def _damage_of(path: Path, inode: int, size: int, changed: int) -> str | None:
             entries = archive.infolist()
             if len({entry.filename for entry in entries}) < len(entries):
                 return "is damaged: an entry is there twice"
+            if min((entry.header_offset for entry in entries), default=0):
+                return "is damaged: something stands before its beginning"
             for entry in entries:
                 if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
                     return f"is damaged: the size of {entry.filename} is wrong"
@@ -102,13 +104,16 @@ def read_checkpoint(path: Path, *, resume: bool = False, mmap: bool = False) -> 
         name = re.search(r"GLOBAL (\S+)", str(error))
         what = f"holds an object of {name[1]}" if name else f"holds more than tensors and plain values ({error})"
         what = what.splitlines()[0]
-        raise CheckpointError(f"{path} {what}: loading it could run code, so it is not loaded") from error
+        raise CheckpointError(
+            f"{path} {what}: loading it could run code, so it is not loaded{_instead_of(path)}"
+        ) from error
     except Exception as error:  # torch raises many kinds for files of other programs
-        raise CheckpointError(f"{path} is not a checkpoint of a halos run: {str(error).splitlines()[0]}") from error
+        what = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} is not a checkpoint of a halos run: {what}{_instead_of(path)}") from error
     state = found.get("state_dict") if isinstance(found, dict) else None
     if not isinstance(state, dict) or not any(str(name).startswith(("policy.", "objective.")) for name in state):
         inside = ", ".join(list(map(str, state or found))[:3]) if isinstance(found, dict) else type(found).__name__
-        raise CheckpointError(f"{path} is not a checkpoint of a halos run; it holds {inside}, ...")
+        raise CheckpointError(f"{path} is not a checkpoint of a halos run; it holds {inside}{_instead_of(path)}")
     missing = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in found]
     if resume and missing:
         raise CheckpointError(

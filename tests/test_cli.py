@@ -346,6 +346,7 @@ def test_what_a_fit_writes(finished):
     assert written == {
         "config.yaml",
         "checkpoints/last.ckpt",
+        "checkpoints/previous.ckpt",
         "metrics.csv",
         "summary.json",
         "training.png",

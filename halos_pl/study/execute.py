@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from halos_pl.callbacks import SUMMARY
-from halos_pl.checkpoint import LAST
+from halos_pl.checkpoint import LAST, PREVIOUS
 from halos_pl.study.evaluate import FILE, measured_how
 from halos_pl.study.plan import Checked, Run, Study, StudyError, command, measuring_of
 
@@ -93,7 +93,8 @@ def execute_run(
     try:
         why = None if run.done else _execute_run(run, study, os.environ if env is None else env, _descriptor(lock))
         if run.done and not keep_checkpoints:  # also of one that outlived an interrupted study
-            (run.folder / LAST).unlink(missing_ok=True)
+            for checkpoint in (LAST, PREVIOUS):
+                (run.folder / checkpoint).unlink(missing_ok=True)
         return why
     finally:
         lock.release()
