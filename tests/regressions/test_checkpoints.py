@@ -6,7 +6,6 @@ saving), metatrain#507 and Lightning#578 (exporting the best checkpoint).
 
 from __future__ import annotations
 
-import itertools
 import os
 import pickle
 import random
@@ -136,20 +135,20 @@ def test_a_learning_rate_that_breaks_the_only_step_is_an_error(finished, tmp_pat
 @pytest.mark.parametrize("place", ["weight", "optimizer", "reference"])
 def test_what_is_trained_must_be_finite(place, dtype, bad):
     tensors = {name: torch.full((5, 3), 6e4, dtype=dtype) for name in ("weight", "optimizer", "reference")}
-    checkpoint = {
+    mask = torch.full((2,), float("-inf"))  # which is not trained
+    checkpoint: dict[str, Any] = {
         "global_step": 7,
-        # Their norm is infinite in float16, and so is a mask that is not trained.
-        "state_dict": {"policy.w": tensors["weight"], "policy.mask": torch.full((2,), float("-inf")), "extra": {"n": 1}},
+        "state_dict": {"policy.w": tensors["weight"], "policy.mask": mask, "extra": {"n": 1}},
         "optimizer_states": [{"state": {0: {"step": torch.tensor(3.0), "exp_avg": tensors["optimizer"]}}}],
         "reference_model": {"w": tensors["reference"]},
     }
-    check_finite(checkpoint, {"policy.w"}, "none")
+    check_finite(checkpoint, {"policy.w"}, "none")  # though the norm is infinite in float16
     tensors[place][4, 2] = bad
     named = {"weight": "policy.w", "optimizer": "exp_avg", "reference": "reference_model.w"}[place]
     with pytest.raises(NonFiniteWeightsError, match=named):
         check_finite(checkpoint, {"policy.w"}, "none")
     tensors[place][4, 2] = 0
-    checkpoint["state_dict"]["policy.mask"] = torch.tensor([0, float("nan")])  # type: ignore[index]
+    checkpoint["state_dict"]["policy.mask"] = torch.tensor([0, float("nan")])
     with pytest.raises(NonFiniteWeightsError, match=r"policy\.mask"):
         check_finite(checkpoint, {"policy.w"}, "none")
 
@@ -266,9 +265,8 @@ def test_a_damaged_checkpoint_is_named_and_not_read(run, kind):
     [("fit", "a flipped bit"), ("export", "code inside"), ("evaluate", "code inside")]
     + [
         pytest.param(command, kind, marks=pytest.mark.slow)
-        for command, kind in itertools.product(
-            ("fit", "test", "validate", "predict", "export", "evaluate"), ("a flipped bit", "code inside", "cut", "text")
-        )
+        for command in ("fit", "test", "validate", "predict", "export", "evaluate")
+        for kind in ("a flipped bit", "code inside", "cut", "text")
     ],
 )
 def test_no_command_uses_a_damaged_checkpoint(run, tmp_path, capfd, command, kind):
@@ -386,11 +384,10 @@ def test_another_way_of_writing_checkpoints_is_refused(finished, tmp_path, capfd
 KEPT = (
     "--trainer.callbacks+=ModelCheckpoint",
     "--trainer.callbacks.monitor=val/loss",
-    "--trainer.callbacks.mode=max",
     "--trainer.callbacks.filename=best",
     "--trainer.callbacks+=EarlyStopping",
     "--trainer.callbacks.monitor=val/loss",
-    "--trainer.val_check_interval=1",
+    "--trainer.val_check_interval=2",
 )
 
 
@@ -405,7 +402,7 @@ def test_the_best_checkpoint_is_verified_and_goes_on(finished, tmp_path, capfd):
     (kept,) = (state for name, state in states.items() if name.startswith("ModelCheckpoint"))
     assert Path(kept["best_model_path"]) == best
     before = metrics(tmp_path / "x")
-    assert read_checkpoint(best)["global_step"] == 1
+    assert read_checkpoint(best)["global_step"] == 2
     main([*words, f"--ckpt_path={best}"])
     assert metrics(tmp_path / "x") == before
     assert saved(tmp_path / "x")["global_step"] == 3
