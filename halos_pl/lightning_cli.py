@@ -30,6 +30,7 @@ from halos_pl.generate import generate_file
 from halos_pl.module import HALOModule, NonFiniteLossError, check_trainer, unsupported_strategy
 from halos_pl.policy.loading import ModelError
 from halos_pl.policy.reference import ReferenceModel
+from halos_pl.stop_at_step import AgreedSignals, StopAtStep
 from halos_pl.study.evaluate import evaluate
 
 PLUGINS: dict[str, type] = {
@@ -180,8 +181,9 @@ class HalosCLI(LightningCLI):
             kwargs["logger"] = [*own, *others] or False
         trainer: Any = super().instantiate_trainer(**kwargs)
         # First, so that the time of a step is without what others do after it, such as writing a checkpoint.
-        trainer.callbacks.insert(0, RunReport())
+        trainer.callbacks[:0] = [RunReport(), StopAtStep()]
         trainer.callbacks.append(PredictionWriter())
+        trainer._signal_connector = AgreedSignals(trainer)
         check_trainer(trainer)
         return trainer
 
