@@ -15,12 +15,12 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from halos_pl.ablate_command import ablate, report, status
 from halos_pl.build import PARTS, choices
 from halos_pl.cache_command import clear, info
-from halos_pl.callbacks import PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig
+from halos_pl.callbacks import PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig, check_run_dir
 from halos_pl.checkpoint import LAST, LastCheckpoint
 from halos_pl.data import DataError, FeedbackDataModule
 from halos_pl.data.inspect import inspect_source
@@ -63,6 +63,8 @@ NOISE = (
     r".*Experiment logs directory",
     r".*dataloader is not resumable",  # it is: a batch is a function of seed, epoch and step
 )
+# An advertisement; and a reason of stopping that is not the true one after early stopping: RunReport says that.
+UNSAID = r"litlogger|`Trainer\.fit` stopped: `max"
 
 # What a user can mend is said in a line; a traceback is for what only we can.
 USER_ERRORS = (DataError, ModelError, RunError, NonFiniteLossError, OSError, ValueError)
@@ -157,6 +159,10 @@ class HalosCLI(LightningCLI):
         check_settings(config.trainer)
         run_dir = Path(config.run_dir)
         config.trainer.default_root_dir = str(run_dir)
+        if self.subcommand == "fit" and getattr(rank_zero_only, "rank", 0) == 0:
+            given = config.get("ckpt_path")
+            inside = given and (given == "last" or Path(given).resolve().is_relative_to(run_dir.resolve()))
+            check_run_dir(run_dir, goes_on=bool(inside))
         if self.subcommand not in ("fit", None) and not config.get("ckpt_path") and (run_dir / LAST).is_file():
             rank_zero_info(f"halos: {self.subcommand} takes {run_dir / LAST}; --ckpt_path names another one")
             config.ckpt_path = "last"
@@ -235,7 +241,8 @@ def run(args: list[str] | None = None) -> None:
     """
     for noise in NOISE:
         warnings.filterwarnings("ignore", noise)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+    shown = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    shown.addFilter(lambda record: not re.search(UNSAID, record.getMessage()))
     words = sys.argv[1:] if args is None else args
     tool = next((name for name in TOOLS if words[: len(name.split())] == name.split()), None)
     try:

@@ -81,12 +81,16 @@ class StopAtStep(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stopping.wait_for_step(True)
 
-    def _agree(self, trainer: Trainer, *_: Any) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # One process may stop anywhere; a rank that did would leave the others waiting for it.
         if trainer.world_size > 1 and not trainer.sanity_checking:
             stopping.wait_for_step(True)
 
-    on_validation_start = on_test_start = on_predict_start = _agree
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_validation_start(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_validation_start(trainer, pl_module)
 
     def on_predict_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Asks as Lightning's other loops do."""
@@ -96,7 +100,7 @@ class StopAtStep(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, (SIGTERMException, stopping.Stopped)):
             return
-        launcher = trainer.strategy.launcher
+        launcher: Any = trainer.strategy.launcher
         children = list(launcher.procs) if isinstance(launcher, _SubprocessScriptLauncher) else []
         if children:
             # Its observer would kill this process because a child has ended with a status.
@@ -121,7 +125,7 @@ class StopAtStep(Callback):
             return
         last = next(c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint))
         if trainer.validating:  # the whole validation is run again: of its figures so far nothing is kept
-            progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+            progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
             progress.reset()
             progress.total.ready = progress.total.started = 1
         if trainer.validating or last._saved_step != step:

@@ -1,8 +1,8 @@
 """Signals end a command in order: a fit saves a checkpoint first, and the exit status names the signal.
 
-A command that is told to stop exits with 128 plus the signal's number, as a shell counts it: 130 after Ctrl-C, 143 after
-SIGTERM, 129 after its terminal has closed. A fit finishes its optimizer step, saves ``checkpoints/last.ckpt`` and says
-how to go on; where no step has been taken yet, and in any other command, it stops at once. A second Ctrl-C always does.
+A command that is told to stop exits with 128 plus the signal's number, as a shell counts it: 130 after Ctrl-C, 143
+after SIGTERM, 129 after its terminal has closed. A fit finishes its optimizer step, saves ``checkpoints/last.ckpt`` and
+says how to go on. Before its first step, and in any other command, it stops at once, as it does at a second Ctrl-C.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,8 @@ class _State:
         self.words: list[str] = []
         self.signum: int | None = None
         self.when = 0.0
+        self.interrupts = 0
         self.waits = False  # for a step to end, rather than stopping at once
-        self.then: list[Callable[[], None]] = []
 
 
 _state = _State()
@@ -64,11 +64,6 @@ def agree(signum: int) -> None:
 def wait_for_step(waits: bool) -> None:
     """From now on, or no longer, a signal is left to whoever asks :func:`received` when a step has ended."""
     _state.waits = waits
-
-
-def stops_at_once(error: BaseException) -> bool:
-    """Whether an exception stops the process because of a signal, without a checkpoint."""
-    return isinstance(error, Stopped)
 
 
 def command_line(*more: str, without: tuple[str, ...] = ()) -> str:
@@ -119,9 +114,10 @@ def _handle(signum: int, frame: Any) -> None:
     if not first and now - _state.when < REPEAT:
         return
     _state.when = now
+    _state.interrupts += signum == signal.SIGINT
     if first:
         _state.signum = signum
-    elif signum == signal.SIGINT:
+    if _state.interrupts > 1:
         say("stopped at once by a second Ctrl-C")
         os._exit(128 + signum)
     if signum == getattr(signal, "SIGHUP", None):

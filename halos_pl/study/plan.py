@@ -24,6 +24,7 @@ import yaml
 import halos_pl
 import value_functions
 from halos_pl.data.example import DataError
+from halos_pl.ending import shortfall
 from halos_pl.generate import read_prompts
 from halos_pl.study.evaluate import CODE, FILE, METRICS, check_arguments, evaluate, function_of, measuring
 
@@ -85,8 +86,13 @@ class Run:
         return self.arm.words(self.folder, self.seed)
 
     @property
-    def done(self) -> bool:
+    def measured(self) -> bool:
         return (self.folder / FILE).is_file()
+
+    @property
+    def done(self) -> bool:
+        """Whether it has taken its planned steps and was measured then."""
+        return self.measured and shortfall(self.folder) is None
 
 
 @dataclass(frozen=True)
