@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from halos_pl import stopping
 from halos_pl.checkpoint import LAST
 from halos_pl.ending import SUMMARY, record, shortfall, why_ended
+from halos_pl.monitors import check_monitors
 from halos_pl.objective import HALO
 from halos_pl.outcomes import FlatBatch
 from halos_pl.plots import plot_training, plot_value_function
@@ -201,6 +202,8 @@ class SaveRunConfig(SaveConfigCallback):
         self.parser.save(config, str(path), skip_none=False, overwrite=True, multifile=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            check_monitors(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
         if stage == "validate" or not trainer.is_global_zero:
             return
         folder, given = Path(trainer.default_root_dir), self._goes_on_from(trainer)

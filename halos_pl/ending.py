@@ -65,3 +65,19 @@ def shortfall(folder: Path) -> str | None:
     if said.get("finished", True):
         return None
     return f"ended by {said.get('ended')} after {steps} of {planned} steps"
+
+
+def epoch_steps(trainer: Trainer, data: Any) -> int:
+    """Optimizer steps of an epoch, of data that are set up."""
+    batches, limit = len(data.train_dataloader()), trainer.limit_train_batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+
+def fit_steps(trainer: Trainer, epoch: int) -> int:
+    """Optimizer steps of a fit with so many in an epoch, by what limits it first."""
+    ends = []
+    if trainer.max_epochs and trainer.max_epochs > 0:
+        ends.append(epoch * trainer.max_epochs)
+    if trainer.max_steps and trainer.max_steps > 0:
+        ends.append(trainer.max_steps)
+    return int(min(ends, default=epoch))

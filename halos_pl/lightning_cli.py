@@ -28,6 +28,7 @@ from halos_pl.data.transforms import Transform
 from halos_pl.export import export
 from halos_pl.generate import generate_file
 from halos_pl.module import HALOModule, NonFiniteLossError, check_trainer, unsupported_strategy
+from halos_pl.monitors import check_monitors, say_unused
 from halos_pl.policy.loading import ModelError
 from halos_pl.policy.reference import ReferenceModel
 from halos_pl.stop_at_step import AgreedSignals, StopAtStep
@@ -175,6 +176,11 @@ class HalosCLI(LightningCLI):
             config.ckpt_path = str(run_dir / LAST)
         elif config.get("ckpt_path") and not Path(config.ckpt_path).is_file():
             raise RunError(f"--ckpt_path: {config.ckpt_path} does not exist")
+
+    def before_fit(self) -> None:
+        """Refuses, before data are read, what could not work whatever they are."""
+        check_monitors(self.trainer, self.model, self.datamodule)
+        say_unused(self.trainer, self.datamodule)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self._own

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from halos_pl import stopping
 from halos_pl.checkpoint import LAST, LastCheckpoint
 from halos_pl.distributed import world_size
+from halos_pl.monitors import given_up
 
 
 class AgreedSignals:
@@ -98,6 +99,9 @@ class StopAtStep(Callback):
             raise SIGTERMException
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if error := given_up(exception):
+            self._save(trainer)
+            raise error from exception
         if not isinstance(exception, (SIGTERMException, stopping.Stopped)):
             return
         launcher: Any = trainer.strategy.launcher
@@ -109,20 +113,19 @@ class StopAtStep(Callback):
             for child in children:
                 child.send_signal(signal.SIGTERM)
         elif trainer.state.fn == "fit":
-            self._save(trainer)
+            self._say(trainer, self._save(trainer))
         for child in children:
             try:
                 child.wait(timeout=10)
             except subprocess.TimeoutExpired:
                 child.kill()
 
-    def _save(self, trainer: Trainer) -> None:
-        number = stopping.received()
-        why = stopping.name_of(number) if number else "a signal"
-        step, path = trainer.global_step, Path(trainer.default_root_dir) / LAST
+    @staticmethod
+    def _save(trainer: Trainer) -> bool:
+        """Whether ``checkpoints/last.ckpt`` holds the steps that were taken; it is written where it does not."""
+        step = trainer.global_step
         if not step or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_info(f"halos: stopped by {why}; no step was taken, and nothing is saved")
-            return
+            return False
         last = next(c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint))
         if trainer.validating:  # the whole validation is run again: of its figures so far nothing is kept
             progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
@@ -130,5 +133,14 @@ class StopAtStep(Callback):
             progress.total.ready = progress.total.started = 1
         if trainer.validating or last._saved_step != step:
             last._save(trainer)
+        return True
+
+    def _say(self, trainer: Trainer, saved: bool) -> None:
+        number = stopping.received()
+        why = stopping.name_of(number) if number else "a signal"
+        if not saved:
+            rank_zero_info(f"halos: stopped by {why}; no step was taken, and nothing is saved")
+            return
+        step, path = trainer.global_step, Path(trainer.default_root_dir) / LAST
         go_on = stopping.command_line("--ckpt_path", "last", without=("--ckpt_path",))
         rank_zero_info(f"halos: stopped by {why} after step {step}; {path} is saved. Go on with:\n{go_on}")

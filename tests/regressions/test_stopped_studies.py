@@ -113,7 +113,8 @@ def test_a_stopped_study_goes_on(path, tmp_path, whom):
     out = tmp_path / "out"
     words = [sys.executable, "-m", "halos_pl", "ablate", str(path), f"--out={out}"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(words, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process: Any = subprocess.Popen(words, env=env, cwd=tmp_path, **pipe)
     first = out / "one" / "seed-0"
     wait_for(lambda: (first / "metrics.csv").is_file() and len((first / "metrics.csv").open().readlines()) > 5, process)
     if whom == "study":
