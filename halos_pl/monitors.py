@@ -89,7 +89,7 @@ def check_monitors(trainer: Trainer, module: LightningModule, data: Any) -> None
         without = no_validation if monitor.startswith("val/") else ""
         if monitor.removeprefix("val/").startswith("outcome/z0_") and module.halo is not None and not without:
             continue  # a reference point's diagnostics have names of its own
-        near = difflib.get_close_matches(monitor, sorted(known), n=5) or sorted(known)
+        near = difflib.get_close_matches(monitor, sorted(known), n=5, cutoff=0.5) or sorted(known)
         said = (
             f"{type(callback).__name__}.monitor is {monitor!r}, which is never logged"
             + (f": {without}" if without else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -20,11 +21,20 @@ class SignalAt(Callback):
         times: how often it is sent, with ``pause`` seconds between.
         rank: the rank that gets it; None for each.
         pause: seconds.
+        group: whether the data loader's processes get it as well.
     """
 
     def __init__(
-        self, name: str, moment: str, step: int = 0, times: int = 1, rank: int | None = None, pause: float = 0.3
+        self,
+        name: str,
+        moment: str,
+        step: int = 0,
+        times: int = 1,
+        rank: int | None = None,
+        pause: float = 0.3,
+        group: bool = False,
     ) -> None:
+        self.group = group
         self.number, self.step, self.times, self.rank, self.pause = signal.Signals[name], step, times, rank, pause
         self.moment = moment
         if moment != "writing":
@@ -35,7 +45,9 @@ class SignalAt(Callback):
             times, self.times = self.times, 0
             for number in range(times):
                 time.sleep(self.pause * bool(number))
-                os.kill(os.getpid(), self.number)
+                children = multiprocessing.active_children() if self.group else []
+                for process in (*(child.pid for child in children), os.getpid()):
+                    os.kill(process, self.number)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         save = trainer.strategy.checkpoint_io.save_checkpoint

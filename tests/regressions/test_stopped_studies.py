@@ -95,7 +95,7 @@ def test_seeds_that_were_trained_for_another_number_of_steps_are_named(path, tmp
     assert "20" in Results(loaded, out).faults[run]
 
 
-def wait_for(what: Any, process: subprocess.Popen, seconds: float = 150) -> None:
+def wait_for(what: Any, process: subprocess.Popen, seconds: float = 400) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert process.poll() is None, "it has ended before"
@@ -132,6 +132,5 @@ def test_a_stopped_study_goes_on(path, tmp_path, whom):
     assert execute.state(runs[0]) == "stopped"
     assert not runs[0].measured
     steps = json.loads((first / "summary.json").read_text())
-    assert 0 < steps["steps"] < steps["planned_steps"] == 1600
-    study["options"]["trainer.max_epochs"] = 200
+    assert 0 < steps["steps"] < steps["planned_steps"] == 3200
     assert (first / "checkpoints" / "last.ckpt").is_file()
