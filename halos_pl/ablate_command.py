@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from halos_pl.ending import shortfall
+from halos_pl.stopping import Stopped
 from halos_pl.study.evaluate import FILE
 from halos_pl.study.execute import (
     OVER,
@@ -58,9 +60,9 @@ def ablate(
             times = None if plan.cluster is not None else timed_step(plan, folder, environment(jobs))
             show_plan(plan, checked, runs, times, jobs)
         failed = execute(plan, folder, jobs, keep_checkpoints)
-    except KeyboardInterrupt:
-        print("\nhalos: interrupted; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
+    except (KeyboardInterrupt, Stopped):
+        print("\nhalos: the runs have stopped; the same command goes on from here", file=sys.stderr)
+        raise
     results = Results(plan, folder)
     print(f"\n{results.headline()}\nhalos: the report is {write_report(results)}, and report.md beside it")
     if bad := len(failed) + len(results.faults):
@@ -89,6 +91,10 @@ def status(folder: str) -> None:
         how, why = state(run), ""
         if how == "failed":
             why = failure(run)["error"]
+        elif how == "stopped":
+            why = f"{shortfall(run.folder)}; the next halos ablate goes on with it"
+        elif how != "done" and run.measured:
+            how, why = "left out", f"{results.faults[run]}; the next halos ablate trains and measures it"
         elif run in results.faults:
             how, why = "left out", f"{results.faults[run]}; remove {run.folder / FILE} to measure it again"
         table.add_row(escape(str(run.folder)), how, escape(why))

@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import os
-import socket
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from halos_pl.cache import cache_root
+from halos_pl import stopping
 from halos_pl.checkpoint import LAST
+from halos_pl.ending import SUMMARY, record, shortfall, why_ended
+from halos_pl.monitors import check_monitors
 from halos_pl.objective import HALO
 from halos_pl.outcomes import FlatBatch
 from halos_pl.plots import plot_training, plot_value_function
 from halos_pl.provenance import provenance
+from halos_pl.run_lock import RunLock, refuse_held
 from halos_pl.throughput import Cost, cost, matmul_speed, slow_half, step_flops, step_tokens
 from value_functions import beta_of
 
 METRICS = "metrics.csv"
 CONFIG = "config.yaml"
-SUMMARY = "summary.json"
 PREDICTIONS = "predictions.jsonl"
 
 
@@ -100,15 +102,60 @@ class RunCSVLogger(CSVLogger):
         _replace_lines(path, names, rows)
 
 
-def move_aside(run_dir: Path) -> None:
-    """Renames the folder of an earlier run, if it holds one, to the first free ``NAME.1``, ``NAME.2``, ..."""
-    if not any((run_dir / mark).exists() for mark in (LAST, METRICS)):
-        return
-    number = 1
-    while (aside := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
+def holds_run(run_dir: Path) -> bool:
+    """Whether an earlier fit has left something in a folder."""
+    return any((run_dir / mark).exists() for mark in (LAST, METRICS))
+
+
+def check_run_dir(run_dir: Path, goes_on: bool) -> None:
+    """Refuses a folder that a fit could not write to, before any work is done.
+
+    Raises:
+        OSError: where it is no folder, may not be written to, or another process writes to it.
+    """
+    folder = run_dir.resolve()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"--run_dir {run_dir}: {there} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"--run_dir {run_dir}: {there} may not be written to; name another folder")
+    refuse_held(folder, "fit")
+    if not goes_on and holds_run(folder):
+        _check_movable(run_dir)
+
+
+def _check_movable(run_dir: Path) -> None:
+    folder = run_dir.resolve()
+    if folder in (Path.cwd(), *Path.cwd().parents):
+        raise FileExistsError(
+            f"--run_dir {run_dir} holds an earlier run and the working folder, so it cannot be moved aside; name"
+            " another folder, or go on with that run with --ckpt_path last"
+        )
+    for command in ("test", "predict"):
+        refuse_held(folder, command)
+
+
+def move_aside(run_dir: Path) -> Path | None:
+    """Renames the folder of an earlier run, if it holds one, to the first free ``NAME.1``, ``NAME.2``, ...
+
+    Returns:
+        its new name; None where there is nothing to rename.
+    """
+    if not holds_run(run_dir):
+        return None
+    _check_movable(run_dir)
+    folder, number = run_dir.resolve(), 1  # a link goes on to point to the run
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
-    os.rename(run_dir, aside)
+    try:
+        os.rename(folder, aside)
+    except OSError as error:  # a mounted folder, or one beside which nothing may be written
+        raise FileExistsError(
+            f"--run_dir {run_dir} holds an earlier run, which cannot be renamed to {aside} ({error.strerror}); name"
+            " another folder"
+        ) from error
     rank_zero_info(f"halos: {run_dir} held an earlier run, which is now {aside} (--ckpt_path last would go on with it)")
+    return aside
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -116,40 +163,36 @@ class SaveRunConfig(SaveConfigCallback):
 
     A new run's folder begins when the data have been found good: a run that was there is moved aside. The config
     of a run that goes on is written when its checkpoint has been found to fit. While a fit writes to a folder, no other
-    one of this machine may.
+    one may, from whichever machine; nor may two of ``halos test`` or two of ``halos predict``.
     """
 
-    _lock: IO[str] | None = None
+    _lock: RunLock | None = None
 
-    def _claim(self, folder: Path) -> None:
-        """Keeps other processes' fits out of the folder; the lock is in the cache, since the folder may be moved aside.
+    def _claim(self, folder: Path, command: str = "fit") -> None:
+        """Keeps other processes out of the folder.
 
         Raises:
             FileExistsError: where one is at work in it.
         """
-        here = f"{socket.gethostname()} {folder.resolve()}"  # the cache may be seen by other machines
-        path = cache_root() / "locks" / hashlib.sha256(here.encode()).hexdigest()[:32]
-        try:
-            # Not filelock's: a data loader's processes inherit that one, and outlive a killed run for some seconds.
-            import fcntl
+        self._lock = RunLock(folder, command)
+        self._lock.take()
 
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = path.open("a")
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(f"another halos fit is writing to {folder}; name another --run_dir") from None
-        except (ImportError, OSError) as error:
-            rank_zero_info(f"halos: {folder} is not kept from other fits, as {path} cannot be locked ({error})")
-
-    def _let_go(self) -> None:
+    def _let_go(self, moved: Path | None = None) -> None:
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release(moved)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._let_go()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._let_go()
+
+    def _goes_on_from(self, trainer: Trainer) -> str | None:
+        """The checkpoint that was named, or the one that Lightning finds when SLURM has requeued the job."""
+        given: str | None = self.config.get("ckpt_path")
+        if given is None and SLURMEnvironment.detect():
+            given = trainer._checkpoint_connector._hpc_resume_path
+        return given
 
     def _save(self, trainer: Trainer) -> None:
         path = Path(trainer.default_root_dir) / CONFIG
@@ -159,17 +202,23 @@ class SaveRunConfig(SaveConfigCallback):
         self.parser.save(config, str(path), skip_none=False, overwrite=True, multifile=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or not trainer.is_global_zero:
+        if stage == "fit":
+            check_monitors(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+        if stage == "validate" or not trainer.is_global_zero:
             return
-        folder, given = Path(trainer.default_root_dir), self.config.get("ckpt_path")
-        self._claim(folder)
-        if not given or not Path(given).resolve().is_relative_to(folder.resolve()):  # going on from elsewhere is new
-            move_aside(folder)
+        folder, given = Path(trainer.default_root_dir), self._goes_on_from(trainer)
+        self._claim(folder, str(stage))
+        if stage != "fit":
+            return
+        new = not given or not Path(given).resolve().is_relative_to(folder.resolve())  # going on from elsewhere is new
+        if new and (aside := move_aside(folder)):
+            self._let_go(aside)
+            self._claim(folder)
         if not given:
             self._save(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and self.config.get("ckpt_path"):
+        if trainer.is_global_zero and self._goes_on_from(trainer):
             self._save(trainer)
 
 
@@ -210,6 +259,8 @@ class RunReport(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.monotonic()
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            (Path(trainer.default_root_dir) / SUMMARY).unlink(missing_ok=True)  # of the steps before these
         for logger in trainer.loggers:
             if isinstance(logger, RunCSVLogger) and trainer.is_global_zero:
                 logger.drop_from(trainer.global_step)
@@ -244,21 +295,14 @@ class RunReport(Callback):
             self._first = self._first or seen
             self._last.extend(seen)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Also where nothing was left to train, because the run had been killed after its last step."""
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        for logger in trainer.loggers:
-            logger.save()
+    def _write_summary(self, trainer: Trainer, pl_module: LightningModule, end: dict[str, Any]) -> float:
+        """Writes ``summary.json``; the seconds that the fit has taken."""
         folder = Path(trainer.default_root_dir)
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         counts = datamodule.counts() if hasattr(datamodule, "counts") else {}
         seconds = round(time.monotonic() - self._began, 3) if self._began else 0.0
-        if not self._began and (folder / SUMMARY).is_file():  # it speaks of the steps that were taken
-            rank_zero_info(f"halos: nothing was left to train; {folder}/ holds the run of {trainer.global_step} steps")
-            return
         summary = {
-            "steps": trainer.global_step,
+            **end,
             "epochs": trainer.current_epoch,
             "wall_seconds": seconds,
             "data": counts,
@@ -268,7 +312,31 @@ class RunReport(Callback):
             "last_outcomes": list(self._last),
             "by": provenance(),
         }
-        (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+        beside = (folder / SUMMARY).with_suffix(".part")
+        beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        os.replace(beside, folder / SUMMARY)
+        return seconds
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """A run that a signal stops says how far it has come."""
+        told = stopping.received()
+        stopped = self._began and isinstance(exception, SIGTERMException)
+        if told and stopped and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._write_summary(trainer, pl_module, record(trainer, stopping.name_of(told), finished=False))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Also where nothing was left to train, because the run had been killed after its last step."""
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        for logger in trainer.loggers:
+            logger.save()
+        folder = Path(trainer.default_root_dir)
+        if not self._began and (folder / SUMMARY).is_file() and shortfall(folder) is None:
+            # It speaks of the steps that were taken.
+            rank_zero_info(f"halos: nothing was left to train; {folder}/ holds the run of {trainer.global_step} steps")
+            return
+        ended = why_ended(trainer)
+        seconds = self._write_summary(trainer, pl_module, record(trainer, ended, finished=True))
         said = [str(name) for name in (CONFIG, LAST, SUMMARY) if (folder / name).exists()]
         halo: HALO | None = getattr(pl_module, "halo", None)
         if (folder / METRICS).is_file():
@@ -281,7 +349,8 @@ class RunReport(Callback):
             moments = {"before: the first step": self._first, after: list(self._last)}
             said.append(plot_value_function(halo.value_function, moments, folder / "value_function.png").name)
         rank_zero_info(
-            f"halos: {trainer.global_step} optimizer steps in {seconds:.0f} s; {folder}/ holds " + ", ".join(said)
+            f"halos: {trainer.global_step} optimizer steps in {seconds:.0f} s ({ended}); {folder}/ holds "
+            + ", ".join(said)
         )
         others = [logger.log_dir for logger in trainer.loggers if not isinstance(logger, RunCSVLogger)]
         if any(others):

@@ -15,12 +15,12 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from halos_pl.ablate_command import ablate, report, status
 from halos_pl.build import PARTS, choices
 from halos_pl.cache_command import clear, info
-from halos_pl.callbacks import PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig
+from halos_pl.callbacks import PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig, check_run_dir
 from halos_pl.checkpoint import (
     LAST,
     LastCheckpoint,
@@ -35,8 +35,10 @@ from halos_pl.data.transforms import Transform
 from halos_pl.export import export
 from halos_pl.generate import generate_file
 from halos_pl.module import HALOModule, NonFiniteLossError, check_trainer, unsupported_strategy
+from halos_pl.monitors import check_monitors, say_unused
 from halos_pl.policy.loading import ModelError
 from halos_pl.policy.reference import ReferenceModel
+from halos_pl.stop_at_step import AgreedSignals, StopAtStep
 from halos_pl.study.evaluate import evaluate
 
 PLUGINS: dict[str, type] = {
@@ -69,6 +71,8 @@ NOISE = (
     r".*Experiment logs directory",
     r".*dataloader is not resumable",  # it is: a batch is a function of seed, epoch and step
 )
+# An advertisement; and a reason of stopping that is not the true one after early stopping: RunReport says that.
+UNSAID = r"litlogger|`Trainer\.fit` stopped: `max"
 
 # What a user can mend is said in a line; a traceback is for what only we can.
 USER_ERRORS = (DataError, ModelError, RunError, NonFiniteLossError, NonFiniteWeightsError, OSError, ValueError)
@@ -163,6 +167,10 @@ class HalosCLI(LightningCLI):
         check_settings(config.trainer)
         run_dir = Path(config.run_dir)
         config.trainer.default_root_dir = str(run_dir)
+        if self.subcommand == "fit" and getattr(rank_zero_only, "rank", 0) == 0:
+            given = config.get("ckpt_path")
+            inside = given and (given == "last" or Path(given).resolve().is_relative_to(run_dir.resolve()))
+            check_run_dir(run_dir, goes_on=bool(inside))
         if self.subcommand not in ("fit", None) and not config.get("ckpt_path") and (run_dir / LAST).is_file():
             rank_zero_info(f"halos: {self.subcommand} takes {run_dir / LAST}; --ckpt_path names another one")
             config.ckpt_path = "last"
@@ -172,6 +180,11 @@ class HalosCLI(LightningCLI):
             path = find_checkpoint(run_dir, str(config.ckpt_path))
             read_checkpoint(path, resume=self.subcommand == "fit", mmap=True)
             config.ckpt_path = str(path)
+
+    def before_fit(self) -> None:
+        """Refuses, before data are read, what could not work whatever they are."""
+        check_monitors(self.trainer, self.model, self.datamodule)
+        say_unused(self.trainer, self.datamodule)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self._own
@@ -184,8 +197,9 @@ class HalosCLI(LightningCLI):
             kwargs["logger"] = [*own, *others] or False
         trainer: Any = super().instantiate_trainer(**kwargs)
         # First, so that the time of a step is without what others do after it, such as writing a checkpoint.
-        trainer.callbacks.insert(0, RunReport())
+        trainer.callbacks[:0] = [RunReport(), StopAtStep()]
         trainer.callbacks.append(PredictionWriter())
+        trainer._signal_connector = AgreedSignals(trainer)
         check_trainer(trainer)
         return trainer
 
@@ -237,7 +251,8 @@ def run(args: list[str] | None = None) -> None:
     """
     for noise in NOISE:
         warnings.filterwarnings("ignore", noise)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+    shown = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    shown.addFilter(lambda record: not re.search(UNSAID, record.getMessage()))
     words = sys.argv[1:] if args is None else args
     tool = next((name for name in TOOLS if words[: len(name.split())] == name.split()), None)
     try:

@@ -16,6 +16,8 @@ def settle_progress(fit_loop: dict[str, Any]) -> tuple[int, int]:
     Lightning 2.6 into the next epoch without counting it, and that epoch is lost. Such a state is rewritten
     here to what it means: the epoch is over, nothing of the next has begun.
 
+    A run that was stopped during a validation begins that validation anew before it trains.
+
     The other way round, a fit that ``max_steps`` ends within an epoch closes that epoch. Such a state is
     rewritten to say that the epoch goes on, so that a longer fit meets the rest of its rows.
 
@@ -30,13 +32,18 @@ def settle_progress(fit_loop: dict[str, Any]) -> tuple[int, int]:
     """
     epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
     begun = epochs["current"]["ready"]
-    if not batches["is_last_batch"]:
+    evaluations = fit_loop["epoch_loop.val_loop.batch_progress"]["total"]
+    validating = evaluations["ready"] > evaluations["processed"]  # Lightning starts with that, then trains
+    if validating or not batches["is_last_batch"]:
         for counts in (epochs["total"], epochs["current"]):
             counts["processed"] = counts["completed"] = max(counts["ready"] - 1, 0)
-        for key in ("total", "current"):
-            batches[key]["completed"] = max(batches[key]["ready"] - 1, 0)
-        fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = max(batches["total"]["ready"] - 1, 0)
-        return max(begun - 1, 0), batches["current"]["ready"]
+        if not validating:
+            # The step is over, its validation too; Lightning would count a step when it skips the validation.
+            for key in ("total", "current"):
+                batches[key]["completed"] = max(batches[key]["ready"] - 1, 0)
+            fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = max(batches["total"]["ready"] - 1, 0)
+        # Of an epoch whose last validation is still to come no step is read.
+        return max(begun - 1, 0), 0 if batches["is_last_batch"] else batches["current"]["ready"]
     for key in ("total", "current"):
         epochs[key] = dict.fromkeys(epochs[key], epochs[key]["ready"])
     steps = batches["total"]["ready"]

@@ -316,6 +316,7 @@ def _pretend(study: Study, out: Path, run: int, metric: str, values: dict[str, f
     folder.mkdir(parents=True)
     (folder / "measured.json").write_text(json.dumps(measuring_of(study)))
     (folder / "evaluation.json").write_text(json.dumps({metric: values}))
+    (folder / "summary.json").write_text(json.dumps({"steps": 3, "planned_steps": 3, "finished": True}))
 
 
 def test_a_folder_is_refused_where_it_holds_other_results(make: Any, tmp_path: Path) -> None:
@@ -594,8 +595,10 @@ def test_what_two_processes_are_given_is_done_once(make: Any, tmp_path: Path, mo
     def process(words: list[str], log: Path, env: Any, lock: Any = None) -> int:
         called.append(words[0])
         time.sleep(0.05)
+        run.folder.mkdir(exist_ok=True)
+        if words[0] == "fit":
+            (run.folder / "summary.json").write_text("{}")
         if words[0] == "evaluate":
-            run.folder.mkdir(exist_ok=True)
             (run.folder / "evaluation.json").write_text("{}")
         return 0
 

@@ -27,6 +27,7 @@ from halos_pl.data.table import Table
 from halos_pl.data.tokenize import prefix_ids
 from halos_pl.data.transforms import OnePerPrompt, ThresholdScores, Transform
 from halos_pl.outcomes import FlatBatch
+from halos_pl.stopping import ignore_signals
 
 SPLITS = ("train", "validation", "test", "predict")
 # A mapping of a source's settings, not a ``Source``: given a file's name for a dataclass, jsonargparse would read the
@@ -391,6 +392,7 @@ class FeedbackDataModule(LightningDataModule):
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=ignore_signals,
             # Iterating draws a seed for the workers. From the global state it would change a resumed run, which
             # iterates less often.
             generator=torch.Generator().manual_seed(self._seed),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,8 +21,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from halos_pl.callbacks import SUMMARY
+from halos_pl import stopping
 from halos_pl.checkpoint import LAST, PREVIOUS
+from halos_pl.ending import SUMMARY, shortfall
 from halos_pl.study.evaluate import FILE, measured_how
 from halos_pl.study.plan import Checked, Run, Study, StudyError, command, measuring_of
 
@@ -33,23 +35,76 @@ PLAN = "plan.json"
 TIMED = "timed_step"
 
 
+class _Children:
+    """The commands that are running, which are told to stop when this process is."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._told: int | None = None
+
+    def run(self, words: list[str], **given: Any) -> int:
+        """The exit status of a command; that of a stopped one where none is to be started any more."""
+        with self._lock:
+            if self._told is not None:
+                return 128 + self._told
+            process = subprocess.Popen(words, **given)
+            self._running.add(process)
+        try:
+            return process.wait()
+        except BaseException:
+            self.stop(process, signal.SIGTERM)
+            process.wait()
+            raise
+        finally:
+            with self._lock:
+                self._running.discard(process)
+
+    @staticmethod
+    def stop(process: subprocess.Popen[bytes], number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(number)
+
+    def stop_all(self, number: int) -> None:
+        """Tells all of them, and starts no others."""
+        with self._lock:
+            self._told = number
+            for process in self._running:
+                self.stop(process, signal.SIGTERM)
+
+    def may_start(self) -> None:
+        """Lets commands be started, after an earlier study of this process was stopped."""
+        self._told = None
+
+
+_children = _Children()
+
+
 def _process(words: list[str], log: Path, env: Mapping[str, str], lock: int | None = None) -> int:
     """The exit status of a command; it holds the file descriptor ``lock`` too, and so the lock if this process dies."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
         file.write(f"$ {command(words)}\n")
         file.flush()
-        return subprocess.run(
+        return _children.run(
             [sys.executable, "-m", "halos_pl", *words],
             stdout=file,
             stderr=subprocess.STDOUT,
             env=env,
             pass_fds=() if lock is None else (lock,),
-        ).returncode
+        )
+
+
+def _stopping_signal(status: int) -> int | None:
+    """The signal that a command with this exit status was stopped by, where it can go on; None for other ends."""
+    number = status - 128 if status > 128 else -status
+    return number if number in stopping.SIGNALS else None
 
 
 def _last_words(log: Path, start: int, status: int) -> str:
     """Why a command has failed: the line of its words, which begin at byte ``start``, that says so."""
+    if number := _stopping_signal(status):
+        return f"stopped by {stopping.name_of(number)}; the next halos ablate goes on with it"
     if status < 0:  # the last line says what it did until then
         return f"killed by {signal.Signals(-status).name}{', for want of memory, perhaps' if status == -9 else ''}"
     text = log.read_bytes()[start:].decode(errors="replace")
@@ -111,24 +166,31 @@ def _execute_run(run: Run, study: Study, env: Mapping[str, str], lock: int | Non
     mark.unlink(missing_ok=True)
     steps = []
     begun = (run.folder / LAST).is_file()
-    if not (begun and (run.folder / SUMMARY).is_file()):  # a finished run whose weights are gone cannot be measured
+    if not (begun and shortfall(run.folder) is None):  # a finished run whose weights are gone cannot be measured
         steps.append([*run.fit, *(["--ckpt_path=last"] if begun else [])])
     steps.append(study.evaluation(run))
     for words in steps:
         start = log.stat().st_size if log.is_file() else 0
         if status := _process(words, log, env, lock):
             why = _last_words(log, start, status)
+            if _stopping_signal(status) is None:
+                _fail(run, words, why)
+            return why
+        if words[0] == "fit" and (short := shortfall(run.folder)):
+            why = f"it is not measured: {short}"
             _fail(run, words, why)
             return why
     return None
 
 
 def state(run: Run) -> str:
-    """``done``, ``failed``, ``begun`` or ``waiting``."""
+    """``done``, ``failed``, ``stopped`` by a signal, ``begun`` or ``waiting``."""
     if run.done:
         return "done"
     if mark_of(run).is_file():
         return "failed"
+    if (run.folder / SUMMARY).is_file() and shortfall(run.folder):
+        return "stopped"
     return "begun" if run.folder.is_dir() else "waiting"
 
 
@@ -212,6 +274,7 @@ def timed_step(study: Study, out: Path, env: Mapping[str, str]) -> tuple[float, 
     with FileLock(out / f"{TIMED}.lock"):
         for arm in left.values():
             log.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)  # of one that was stopped
             start = time.monotonic()
             status = _process([*arm.words(folder, study.seeds[0]), "--trainer.max_steps=2"], log, env)
             if not status:
@@ -251,6 +314,10 @@ def show_plan(
     console.print(f"{said}.", highlight=False)
 
 
+def _said(why: str | None) -> str:
+    return "done" if why is None else why if why.startswith("stopped by") else f"failed: {why}"
+
+
 def execute(
     study: Study, out: Path, jobs: int, keep_checkpoints: bool, tell: Callable[[str], None] = print
 ) -> dict[str, str]:
@@ -263,6 +330,7 @@ def execute(
     failed: dict[str, str] = {}
     if study.cluster is not None:
         return _on_cluster(study, out, runs, keep_checkpoints, tell)
+    _children.may_start()
     env, lock, began = environment(jobs), threading.Lock(), time.monotonic()
     earlier = {mark: mark.stat().st_mtime_ns for run in runs if (mark := mark_of(run)).is_file()}
     with ThreadPoolExecutor(jobs) as pool:
@@ -276,8 +344,9 @@ def execute(
                     spent, left = time.monotonic() - began, len(runs) - number
                     begun = min(jobs, left) / 2  # those that are under way are half done, as far as one knows
                     rest = f", about {_seconds(spent / (number + begun) * (left - begun))} left" if left else ""
-                    tell(f"[{number}/{len(runs)}] {run.folder}: {f'failed: {why}' if why else 'done'}{rest}")
-        except KeyboardInterrupt:
+                    tell(f"[{number}/{len(runs)}] {run.folder}: {_said(why)}{rest}")
+        except (KeyboardInterrupt, stopping.Stopped) as error:
+            _children.stop_all(error.signum if isinstance(error, stopping.Stopped) else signal.SIGINT)
             pool.shutdown(cancel_futures=True)
             for run in waiting.values():  # an interrupted process ends as a failed one does
                 mark = mark_of(run)
@@ -317,7 +386,7 @@ def _on_cluster(
     for number, (run, task) in enumerate(tasks, start=1):
         try:
             why = task.result()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, stopping.Stopped):
             for _, each in tasks:
                 each.cancel()
             raise
@@ -326,5 +395,5 @@ def _on_cluster(
             _fail(run, run.fit, why)
         if why:
             failed[str(run.folder)] = why
-        tell(f"[{number}/{len(runs)}] {run.folder}: {f'failed: {why}' if why else 'done'}")
+        tell(f"[{number}/{len(runs)}] {run.folder}: {_said(why)}")
     return failed

@@ -24,7 +24,9 @@ import yaml
 import halos_pl
 import value_functions
 from halos_pl.data.example import DataError
+from halos_pl.ending import epoch_steps, fit_steps, shortfall
 from halos_pl.generate import read_prompts
+from halos_pl.monitors import check_monitors
 from halos_pl.study.evaluate import CODE, FILE, METRICS, check_arguments, evaluate, function_of, measuring
 
 KEYS = ("configs", "options", "arms", "axes", "sample", "seeds", "evaluate", "metrics", "baseline", "cluster", "note")
@@ -85,8 +87,13 @@ class Run:
         return self.arm.words(self.folder, self.seed)
 
     @property
-    def done(self) -> bool:
+    def measured(self) -> bool:
         return (self.folder / FILE).is_file()
+
+    @property
+    def done(self) -> bool:
+        """Whether it has taken its planned steps and was measured then."""
+        return self.measured and shortfall(self.folder) is None
 
 
 @dataclass(frozen=True)
@@ -528,15 +535,8 @@ def _steps(cli: Any) -> int:
     data.trainer = trainer
     trainer.state.fn = "fit"
     data.setup("fit")
-    batches = len(data.train_dataloader())
-    limit = trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    ends = []  # what is first
-    if trainer.max_epochs and trainer.max_epochs > 0:
-        ends.append(batches * trainer.max_epochs)
-    if trainer.max_steps and trainer.max_steps > 0:
-        ends.append(trainer.max_steps)
-    return int(min(ends, default=batches))
+    check_monitors(trainer, cli.model, data)
+    return fit_steps(trainer, epoch_steps(trainer, data))
 
 
 # Which rows a metric is made from.

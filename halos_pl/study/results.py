@@ -17,6 +17,7 @@ import yaml
 
 from halos_pl.callbacks import CONFIG, SUMMARY
 from halos_pl.callbacks import METRICS as CURVES
+from halos_pl.ending import shortfall
 from halos_pl.study.evaluate import FILE, METRICS, SHARES, measured_how
 from halos_pl.study.plan import Arm, Run, Study
 from halos_pl.study.statistics import RESAMPLES, Comparison, Estimate, Values, compare, estimate, holm
@@ -68,6 +69,14 @@ def _made_otherwise(runs: Iterable[Run]) -> dict[Run, str]:
             keys = sorted(key for key in {*each, *common} if each.get(key) != common.get(key))
             if keys:
                 faults[run] = f"{why}: {', '.join(keys)} differ{'s' * (len(keys) == 1)}"
+    for own in arms.values():  # as after raising max_steps of some; an older version's summary does not say
+        planned = {run: steps for run in own if (steps := summary(run).get("planned_steps")) is not None}
+        usual_steps = Counter(planned.values()).most_common(1)
+        faults |= {
+            run: f"trained for {steps} planned steps, other seeds for {usual_steps[0][0]}"
+            for run, steps in planned.items()
+            if steps != usual_steps[0][0]
+        }
     return faults
 
 
@@ -135,7 +144,7 @@ class Results:
     def __init__(self, study: Study, out: Path) -> None:
         self.study, self.out = study, out
         self.runs = study.runs(out)
-        found = {run: json.loads((run.folder / FILE).read_text()) for run in self.runs if run.done}
+        found = {run: json.loads((run.folder / FILE).read_text()) for run in self.runs if run.measured}
         #: Why a measured run is left out.
         self.faults: dict[Run, str] = self._faults(found)
         #: Runs that have been trained and measured, and can be compared.
@@ -143,7 +152,10 @@ class Results:
         self._values = {(run.arm.name, run.seed): found[run] for run in self.done}
 
     def _faults(self, found: dict[Run, dict[str, dict[str, float]]]) -> dict[Run, str]:
-        """Runs with figures that are no numbers or of other examples than most runs have, or made in another way."""
+        """Runs that were measured before their training was done, whose figures are not finite or of other examples
+        than those of most runs, or that were made in another way."""
+        short = {run: f"it was measured, but {why}" for run in found if (why := shortfall(run.folder))}
+        found = {run: values for run, values in found.items() if run not in short}
         faults = _made_otherwise(found)
         for metric in self.study.metrics:
             examples = {run: frozenset(values.get(metric, {})) for run, values in found.items()}
@@ -156,7 +168,7 @@ class Results:
                     faults[run] = (
                         f"{metric} is of {len(own)} examples, {len(own ^ usual)} of which are not those of others"
                     )
-        return faults
+        return faults | short
 
     def first_run(self, arm: Arm) -> Run | None:
         """The arm's first finished run, None where there is none yet."""

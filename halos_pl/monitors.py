@@ -1,0 +1,116 @@
+"""Refuses a callback that monitors a figure which the run will never log, before anything is trained."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+from halos_pl.ending import epoch_steps, fit_steps
+
+#: Of a training step alone.
+TRAINING = ("grad_norm", "rows/s", "tokens/s", "TFLOP/s", "of_matmul")
+#: What Lightning's ModelCheckpoint knows besides what is logged.
+COUNTERS = ("epoch", "step")
+#: How the messages begin with which Lightning's callbacks give up.
+GIVEN_UP = ("Early stopping conditioned on metric", "`ModelCheckpoint(monitor=")
+
+
+class MonitorError(ValueError):
+    """A callback monitors what is never logged."""
+
+
+def _figures(module: Any, split: Any) -> Iterator[str]:
+    """Names of the figures that rows of a split give; those of any split where it has not been read yet."""
+    table = None if split is None else split.table
+    chosen = table is None or bool((table.label == 1).any())
+    rejected = table is None or bool((table.label == 0).any())
+    yield "loss"
+    for number, term in enumerate(getattr(module.objective, "terms", ())):
+        yield f"loss/{number}_{type(term).__name__}"
+    rewards = module.halo is not None or module.objective.needs.reference
+    for kind in ("logps", *(["rewards"] if rewards else [])):
+        yield from (f"{kind}/{name}" for name, there in (("chosen", chosen), ("rejected", rejected)) if there)
+    if rewards:
+        yield "outcome/reward"
+        if chosen and rejected:
+            yield "rewards/margins"
+        if table is None or bool((table.rival >= 0).any()):
+            yield "rewards/accuracies"
+    if module.halo is not None:
+        yield from (f"outcome/{name}" for name in ("z0", "u", "value", "gains", "saturation"))
+        if module.halo.needs.probes and module.halo.needs.reference:
+            yield "kl"
+
+
+def _why_no_validation(trainer: Trainer, data: Any) -> str:
+    """Why no validation is run; empty where one is, or may be."""
+    if not data.sources["validation"]:
+        return "data.validation names no data"
+    if trainer.limit_val_batches == 0:
+        return "trainer.limit_val_batches is 0"
+    if "train" not in data._splits or getattr(trainer, "_val_check_time_interval", None) is not None:
+        return ""
+    batches, interval, every = epoch_steps(trainer, data), trainer.val_check_interval, trainer.check_val_every_n_epoch
+    first = int(interval if isinstance(interval, int) else max(1, int(batches * interval)))
+    first += batches * ((every or 1) - 1)
+    steps = fit_steps(trainer, batches)
+    return f"the first validation would come after step {first}, but the run ends at step {steps}" * (first > steps)
+
+
+def _foreign(callback: Callback) -> bool:
+    return not type(callback).__module__.startswith(("lightning.", "pytorch_lightning.", "halos_pl."))
+
+
+def check_monitors(trainer: Trainer, module: LightningModule, data: Any) -> None:
+    """Compares what callbacks monitor with what will be logged.
+
+    May be called before the data have been read, and again when it is known which rows there are. A name that a
+    user's own callback could log is warned of, one under ``val/`` is refused where no validation will be run.
+
+    Raises:
+        MonitorError: naming the callback, the figure, and those that are like it.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    monitored = [(c, m) for c in callbacks if isinstance(m := getattr(c, "monitor", None), str)]
+    no_validation = _why_no_validation(trainer, data) if monitored else ""
+    training = set(_figures(module, data._splits.get("train"))) | set(TRAINING)
+    held_out = set(_figures(module, data._splits.get("validation")))
+    if {"rewards/chosen", "rewards/rejected"} <= held_out:
+        held_out.add("rewards/auroc")
+    known = training | ({f"val/{name}" for name in held_out} if not no_validation else set())
+    for callback, monitor in monitored:
+        if monitor in known or (monitor in COUNTERS and isinstance(callback, ModelCheckpoint)):
+            continue
+        without = no_validation if monitor.startswith("val/") else ""
+        if monitor.removeprefix("val/").startswith("outcome/z0_") and module.halo is not None and not without:
+            continue  # a reference point's diagnostics have names of its own
+        near = difflib.get_close_matches(monitor, sorted(known), n=5, cutoff=0.5) or sorted(known)
+        said = (
+            f"{type(callback).__name__}.monitor is {monitor!r}, which is never logged"
+            + (f": {without}" if without else "")
+            + f". Logged are, for example, {', '.join(near)}"
+        )
+        if without or not any(map(_foreign, callbacks)):
+            raise MonitorError(said)
+        rank_zero_warn(f"halos: {said}; the run ends with an error unless a callback of your own logs it")
+
+
+def given_up(error: BaseException) -> MonitorError | None:
+    """What a monitoring callback of Lightning's has ended the run with, in a line; None for other errors."""
+    first = str(error).partition("\n")[0]
+    return MonitorError(f"{first} The run has ended") if first.startswith(GIVEN_UP) else None
+
+
+def say_unused(trainer: Trainer, data: Any) -> None:
+    """Says which settings of a fit have no effect."""
+    intervals = trainer.val_check_interval != 1.0 or trainer.check_val_every_n_epoch != 1
+    if intervals and not data.sources["validation"]:
+        rank_zero_warn(
+            "halos: trainer.val_check_interval and trainer.check_val_every_n_epoch have no effect, because"
+            " data.validation names no data"
+        )

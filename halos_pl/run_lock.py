@@ -1,0 +1,81 @@
+"""One writer at a time in a run's folder, also from other machines that share its disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import IO
+
+from lightning.pytorch.utilities import rank_zero_info
+
+
+class RunLock:
+    """A lock that lies in the folder that it protects, so that all who see the folder see the lock.
+
+    It is POSIX's, which network file systems know too: it ends with its process, however that ends, and a data loader's
+    forked processes do not inherit it. Where the folder is renamed, the lock goes with it.
+
+    Args:
+        folder: made where it is missing.
+        command: which kind of writer; different kinds do not exclude each other.
+    """
+
+    def __init__(self, folder: Path, command: str) -> None:
+        self.folder, self.command = folder, command
+        self._file: IO[str] | None = None
+        self._place = Path()
+
+    def take(self) -> None:
+        """Takes the lock; where the file system has none, that is said.
+
+        Raises:
+            FileExistsError: where another process holds it.
+            OSError: where nothing can be written to the folder.
+        """
+        try:
+            import fcntl
+        except ImportError:
+            rank_zero_info(f"halos: {self.folder} is not kept from other writers: this system has no POSIX locks")
+            return
+        self._place = self.folder.resolve() / f".{self.command}.lock"
+        while self._file is None:
+            self._place.parent.mkdir(parents=True, exist_ok=True)
+            file = self._place.open("a")
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Its holder may have removed or moved it after it was opened here.
+                if self._place.exists() and os.path.samestat(os.fstat(file.fileno()), self._place.stat()):
+                    self._file = file
+            except OSError as error:
+                file.close()
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise FileExistsError(
+                        f"another halos {self.command} is writing to {self.folder}; wait for it, or name another"
+                        " --run_dir"
+                    ) from None
+                rank_zero_info(f"halos: {self.folder} is not kept from other writers: it cannot be locked ({error})")
+                self._place.unlink(missing_ok=True)
+                return
+            if self._file is None:
+                file.close()
+
+    def release(self, moved: Path | None = None) -> None:
+        """Gives the lock back; ``moved`` is the folder's new path where it was renamed."""
+        if self._file is not None:
+            place = moved / self._place.name if moved else self._place
+            place.unlink(missing_ok=True)
+            self._file.close()
+            self._file = None
+
+
+def refuse_held(folder: Path, command: str) -> None:
+    """Refuses a folder that another process writes to; makes nothing.
+
+    Raises:
+        FileExistsError: where one does.
+    """
+    if (folder / f".{command}.lock").is_file() and os.access(folder, os.W_OK):
+        lock = RunLock(folder, command)
+        lock.take()
+        lock.release()

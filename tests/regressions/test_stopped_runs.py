@@ -1,0 +1,164 @@
+"""A fit that is told to stop saves a checkpoint and says so by its exit status (Lightning#19916, #2095)."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from run_halos import Ended, binary_data, fit, metrics, run
+
+OPTIONS = ("--trainer.max_epochs=2", "--data.seed=47")
+EPOCH, STEPS = 4, 8
+
+
+class Fits:
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder, self.model = folder, model
+        self.data = binary_data(folder / "data.jsonl", 15)
+        self.whole: dict[tuple[str, ...], Path] = {}
+
+    def words(self, name: str, *options: str) -> list[str]:
+        return fit(self.model, "bco", self.data, self.folder / name, *OPTIONS, *options)
+
+    def run(self, name: str, *options: str) -> Ended:
+        return run(self.words(name, *options), self.folder)
+
+    def uninterrupted(self, *options: str) -> Path:
+        if options not in self.whole:
+            name = f"whole{len(self.whole)}"
+            ended = self.run(name, *options)
+            assert ended.status == 0, ended
+            self.whole[options] = self.folder / name
+        return self.whole[options]
+
+
+@pytest.fixture(scope="module")
+def fits(tmp_path_factory, tiny_folder) -> Fits:
+    return Fits(tmp_path_factory.mktemp("stopped"), tiny_folder)
+
+
+def signal_at(name: str, moment: str, step: int = 0, **more: object) -> list[str]:
+    given = {"name": name, "moment": moment, "step": step, **more}
+    plugin = "plugins.signal_at.SignalAt"
+    return [f"--trainer.callbacks+={plugin}", *(f"--trainer.callbacks.{k}={v}" for k, v in given.items())]
+
+
+def saved(run_dir: Path) -> dict:
+    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_same(whole: Path, parts: Path) -> None:
+    assert metrics(parts) == metrics(whole)
+    a, b = saved(whole), saved(parts)
+    assert a["global_step"] == b["global_step"]
+    for key, value in a["state_dict"].items():
+        assert not isinstance(value, torch.Tensor) or torch.equal(value, b["state_dict"][key]), key
+
+
+def slow(*case: object) -> object:
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("name", "moment", "step", "reached", "validates"),
+    [
+        ("SIGTERM", "on_validation_batch_start", EPOCH, EPOCH, True),  # at an epoch's end
+        slow("SIGTERM", "on_before_zero_grad", 2, 3, False),  # within step 3
+        slow("SIGHUP", "on_before_zero_grad", 2, 3, False),
+        slow("SIGUSR1", "on_before_zero_grad", 2, 3, False),
+        slow("SIGINT", "on_train_batch_end", 2, 2, False),
+        slow("SIGTERM", "on_train_batch_end", EPOCH, EPOCH, False),
+        slow("SIGTERM", "on_validation_batch_start", 2, 2, True),
+        slow("SIGTERM", "on_validation_epoch_end", 2, 2, True),
+        slow("SIGTERM", "on_validation_end", EPOCH, EPOCH, True),
+        slow("SIGTERM", "on_train_batch_end", 2, 2, True),
+        slow("SIGTERM", "on_train_epoch_start", EPOCH, EPOCH + 1, True),
+        slow("SIGTERM", "on_train_batch_end", STEPS, STEPS, False),  # after the last step
+        slow("SIGTERM", "writing", STEPS, STEPS, False),
+    ],
+)
+def test_a_stopped_fit_saves_and_goes_on_exactly(fits, name, moment, step, reached, validates):
+    options = (f"--data.validation={fits.data}", "--trainer.val_check_interval=2") if validates else ()
+    whole = fits.uninterrupted(*options)
+    where = f"{name}{moment}{step}{validates}"
+    ended = fits.run(where, *options, *signal_at(name, moment, step))
+    assert ended.status == 128 + signal.Signals[name], ended
+    assert "Traceback" not in ended
+    assert saved(fits.folder / where)["global_step"] == reached
+    summary = json.loads((fits.folder / where / "summary.json").read_text())
+    assert (summary["steps"], summary["planned_steps"]) == (reached, STEPS)
+    if summary["finished"]:
+        assert reached == STEPS
+        return
+    assert summary["ended"] == name
+    line = next(line for line in ended.splitlines() if line.endswith("--ckpt_path last"))
+    again = [word for word in shlex.split(line)[1:] if "callbacks" not in word]
+    ended = run(again, fits.folder)
+    assert ended.status == 0, ended
+    assert_same(whole, fits.folder / where)
+    summary = json.loads((fits.folder / where / "summary.json").read_text())
+    assert (summary["steps"], summary["finished"]) == (STEPS, True)
+
+
+def test_before_the_first_step_nothing_is_saved(fits):
+    ended = fits.run("early", *signal_at("SIGTERM", "setup"))
+    assert ended.status == 143, ended
+    assert "Traceback" not in ended
+    assert not (fits.folder / "early" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pause", [0.3, 0.0])
+def test_a_second_ctrl_c_stops_at_once(fits, pause):
+    """But not one that a launcher sends to the process and to its group at the same time."""
+    ended = fits.run(f"twice{pause}", *signal_at("SIGINT", "on_before_zero_grad", 2, times=2, pause=pause))
+    assert ended.status == 130, ended
+    assert "Traceback" not in ended
+    assert (fits.folder / f"twice{pause}" / "checkpoints").exists() is (pause == 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["on_train_end", "on_fit_end"])
+def test_a_signal_after_the_last_step_leaves_a_finished_run(fits, moment):
+    ended = fits.run(moment, *signal_at("SIGTERM", moment, STEPS))
+    assert ended.status == 143, ended
+    assert json.loads((fits.folder / moment / "summary.json").read_text())["finished"]
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_of_a_job_leaves_the_workers_alone(fits):
+    """As scancel and timeout send it; a worker that dies would end the fit with an error."""
+    ended = fits.run("group", "--data.num_workers=2", *signal_at("SIGTERM", "on_before_zero_grad", 2, group=True))
+    assert ended.status == 143, ended
+    assert "Traceback" not in ended
+    assert saved(fits.folder / "group")["global_step"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["test", "validate", "predict"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_other_commands_stop_at_once(fits, command, name):
+    run_dir = fits.uninterrupted()
+    moment = f"on_{'validation' if command == 'validate' else command}_batch_end"
+    words = [command, f"--config={run_dir}/config.yaml", f"--run_dir={run_dir}", f"--data.validation={fits.data}"]
+    words += [f"--data.test={fits.data}", *signal_at(name, moment, STEPS if command == "validate" else 0)]
+    ended = run(words, fits.folder)
+    assert ended.status == 128 + signal.Signals[name], ended
+    assert "Traceback" not in ended
+    assert not [path for path in run_dir.iterdir() if path.name.startswith(("test.json", "predictions"))]
+
+
+def test_early_stopping_is_an_end_and_the_reason_is_said(fits):
+    """Lightning says that max_epochs was reached."""
+    stop = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=rewards/margins"]
+    stop += ["--trainer.callbacks.mode=max", "--trainer.callbacks.stopping_threshold=-1000", "--trainer.max_epochs=1"]
+    ended = fits.run("stopping", *stop, f"--data.validation={fits.data}", "--trainer.val_check_interval=2")
+    assert ended.status == 0, ended
+    assert "max_epochs=1" not in ended
+    summary = json.loads((fits.folder / "stopping" / "summary.json").read_text())
+    assert (summary["steps"], summary["planned_steps"], summary["finished"]) == (2, EPOCH, True)
+    assert "rewards/margins" in summary["ended"]
