@@ -14,7 +14,6 @@ import gzip
 import io
 import json
 import re
-import reprlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -25,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from halos_pl.data.example import Fault
+from halos_pl.data.example import Fault, short
 from halos_pl.data.source import Source
 
 #: Line (row, where there are no lines; from 1, 0 for the source as a whole) and what is there.
@@ -38,15 +37,6 @@ BATCH = 1024  # rows decoded at a time of Arrow's formats
 _BLANK = re.compile(r"[ \t\r\n]*")
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of other bytes
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_shorten = reprlib.Repr()
-_shorten.maxstring = _shorten.maxother = 57
-_shorten.maxlevel = 3
-
-
-def short(value: Any) -> str:
-    """A value as it is shown in a message: at most 60 printable characters, however large or deep it is."""
-    text = _shorten.repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class _Broken(Exception):

@@ -30,8 +30,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.cache import cache_root
+from halos_pl.data import columns, formats, published, read, schemas, tokenize, values
 from halos_pl.data import example as example_module
-from halos_pl.data import formats, read, schemas, tokenize
 from halos_pl.data.example import DataError, Example, Fault, Skipped
 from halos_pl.data.source import Source
 
@@ -242,7 +242,17 @@ def _build(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
 def _code() -> str:
     """A hash of the code that decides what a store holds."""
     digest = hashlib.sha256()
-    for module in (example_module, formats, schemas, read, tokenize, sys.modules[__name__]):
+    for module in (
+        example_module,
+        formats,
+        values,
+        published,
+        schemas,
+        columns,
+        read,
+        tokenize,
+        sys.modules[__name__],
+    ):
         digest.update(inspect.getsource(module).encode())
     return digest.hexdigest()
 
