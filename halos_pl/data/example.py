@@ -46,6 +46,12 @@ class Example:
     scores: tuple[float | None, ...] = ()
     paired: bool = False
 
+    @property
+    def size(self) -> int:
+        """Characters of its prompt and of all its completions."""
+        texts = (self.prompt, *self.completions)
+        return sum(len(t) if isinstance(t, str) else sum(len(message["content"]) for message in t) for t in texts)
+
     def __post_init__(self) -> None:
         if not self.scores:
             object.__setattr__(self, "scores", (None,) * len(self.completions))

@@ -11,7 +11,7 @@ from halos_pl.data.example import Prompt, Skipped, short
 from halos_pl.data.values import (
     EMPTY,
     TIE,
-    YES_NO,
+    TRUE_FALSE,
     BadRow,
     Items,
     Messages,
@@ -158,7 +158,7 @@ class Trees:
     @staticmethod
     def _deleted(row: dict[str, Any]) -> bool:
         value = row.get("deleted")
-        return value is not None and label_of(row, "deleted", "deleted", "not", YES_NO)
+        return value is not None and label_of(row, "deleted", "deleted", "not", TRUE_FALSE)
 
     @staticmethod
     def _turn(row: dict[str, Any]) -> dict[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from halos_pl.data import formats
+from halos_pl.data.broken import too_large
 from halos_pl.data.columns import Columns, known, without
 from halos_pl.data.example import Example, Fault, Skipped
 from halos_pl.data.schemas import SCHEMAS, Parse, check, find
@@ -22,20 +23,15 @@ def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in taken} | moved
 
 
-def _too_large(example: Example, most: float) -> bool:
-    texts = [example.prompt, *example.completions]
-    size = sum(len(t) if isinstance(t, str) else sum(len(message["content"]) for message in t) for t in texts)
-    return size > most * 1e6
-
-
 def _items(
     parse: Parse, row: dict[str, Any], place: str, source: Source, columns: Columns
 ) -> Iterator[Example | Fault | Skipped]:
     try:
         # All of a row or nothing: what it says of its first answer may be undone by its second.
         items = list(columns.in_context(parse(row, place), row))
-        if any(isinstance(item, Example) and _too_large(item, source.max_row_mb) for item in items):
-            raise BadRow(f"the row's texts are larger than max_row_mb: {source.max_row_mb:g}; remove it, or raise that")
+        for item in items:
+            if isinstance(item, Example) and item.size > source.max_row:  # a tree's prompt is many rows
+                raise BadRow(str(too_large(source.max_row, item.size)))
         yield from items
     except BadRow as bad:
         yield bad.fault(place, source.columns)

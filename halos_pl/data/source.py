@@ -61,6 +61,11 @@ class Source:
         """The same for sources that are read the same way, however often their rows are seen."""
         return repr(replace(self, weight=1.0))
 
+    @property
+    def max_row(self) -> int:
+        """``max_row_mb`` in bytes."""
+        return int(self.max_row_mb * 1e6)
+
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("a source has an empty path; name a file, a folder, or a data set of the hub")

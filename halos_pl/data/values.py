@@ -217,14 +217,14 @@ def both_of(given: Prompt, row: dict[str, Any], first: str, second: str) -> tupl
     return prompt, one, two
 
 
-YES_NO = ({"true", "1", "1.0", "yes"}, {"false", "0", "0.0", "no"})
+TRUE_FALSE = ({"true", "1", "1.0"}, {"false", "0", "0.0"})
 # What people call the two kinds of feedback, as text or as the names of a ClassLabel.
-_GOOD = YES_NO[0] | {"good", "desirable", "chosen", "preferred", "accepted", "accept", "positive", "correct", "helpful"}
-_GOOD |= {"safe", "like", "liked", "up", "upvote", "thumbs_up", "thumbsup", "win"}
-_BAD = YES_NO[1] | {"bad", "undesirable", "rejected", "reject", "dispreferred", "negative", "incorrect", "wrong"}
+_GOOD = TRUE_FALSE[0] | {"good", "desirable", "chosen", "preferred", "accepted", "accept", "positive", "correct"}
+_GOOD |= {"helpful", "safe", "like", "liked", "up", "upvote", "thumbs_up", "thumbsup", "win"}
+_BAD = TRUE_FALSE[1] | {"bad", "undesirable", "rejected", "reject", "dispreferred", "negative", "incorrect", "wrong"}
 _BAD |= {"unhelpful", "unsafe", "dislike", "disliked", "down", "downvote", "thumbs_down", "thumbsdown", "lose"}
 _FIRST, _SECOND = (
-    yes | {f"{of}{a}" for of in ("", "output_", "human_ref_")} for yes, a in zip(YES_NO, "ab", strict=True)
+    yes | {f"{of}{a}" for of in ("", "output_", "human_ref_")} for yes, a in zip(TRUE_FALSE, "ab", strict=True)
 )
 
 
