@@ -48,7 +48,7 @@ def _dataset(found: Any, source: Source) -> Read:
         found = found[split]
     classes: Classes = {
         name: meanings(feature.names)
-        for name, feature in (found.features or {}).items()
+        for name, feature in (getattr(found, "features", None) or {}).items()
         if isinstance(feature, datasets.ClassLabel)
     }
     if isinstance(found, datasets.Dataset):
