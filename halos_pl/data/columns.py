@@ -82,11 +82,11 @@ def _kinds(schema: str, columns: frozenset[str]) -> _Kinds:
     return _Kinds(**{kind: tuple(names) for kind, names in kinds.items()})
 
 
-def without(value: Any, ignored: Sequence[str]) -> Any:
-    """A row, a message or a list of them without the keys ``ignored``."""
-    if isinstance(value, dict):
-        return {k: without(v, ignored) if isinstance(v, list) else v for k, v in value.items() if k not in ignored}
-    return [without(v, ignored) if isinstance(v, dict) else v for v in value] if isinstance(value, list) else value
+def without(value: Any, ignored: Sequence[str], depth: int = 4) -> Any:
+    """A row, or what it holds down to the keys of messages in lists of lists, without the keys ``ignored``."""
+    if isinstance(value, dict) and depth:
+        return {k: without(v, ignored, depth - 1) for k, v in value.items() if k not in ignored}
+    return [without(v, ignored, depth - 1) for v in value] if isinstance(value, list) and depth else value
 
 
 class Columns:
