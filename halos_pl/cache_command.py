@@ -58,6 +58,8 @@ def clear(*, kind: Literal["all", "data", "models", "reference"] = "all") -> Non
     Args:
         kind: what to remove.
     """
+    if kind == "all":
+        shutil.rmtree(cache_root() / "locks", ignore_errors=True)  # of earlier versions
     for name in _KINDS if kind == "all" else (kind,):
         places = _places(name)
         size = sum(map(_size, places))

@@ -303,6 +303,8 @@ class FeedbackDataModule(LightningDataModule):
         )
         for store in table.stores:
             rank_zero_info(f"{split} data {store.path}: {made.counts[store.path]}")
+            if store.unused:
+                rank_zero_info(f"{split} data {store.path}: not used: {', '.join(store.unused)}")
             if store.fault_count:
                 rank_zero_info(f"{split} data, skipped:\n{fault_list(store.faults, store.fault_count)}")
         for source, store in zip(self.sources[split], table.stores, strict=True):
@@ -322,12 +324,15 @@ class FeedbackDataModule(LightningDataModule):
         """What became of the rows of the splits set up so far.
 
         Returns:
-            ``{split: {source: {name: number}}}`` with the names of ``FileCounts``, and beside the sources
-            ``transforms``, a list with what each of them did.
+            ``{split: {source: {name: number}}}`` with the names of ``FileCounts`` and ``unused``, the source's columns
+            that nothing reads; and beside the sources ``transforms``, a list with what each of them did.
         """
         return {
             name: {
-                **{path: asdict(counts) for path, counts in split.counts.items()},
+                **{
+                    store.path: asdict(split.counts[store.path]) | {"unused": store.unused}
+                    for store in split.table.stores
+                },
                 "transforms": self._transformed[name],
             }
             for name, split in self._splits.items()

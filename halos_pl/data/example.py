@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
+from typing import Any
 
 #: Plain text, or a conversation: a list of ``{"role": ..., "content": ...}``.
 Prompt = str | list[dict[str, str]]
+
+
+_shorten = reprlib.Repr()
+_shorten.maxstring = _shorten.maxother = 57
+_shorten.maxlevel = 3
+
+
+def short(value: Any) -> str:
+    """A value as it is shown in a message: at most 60 printable characters, however large or deep it is."""
+    text = _shorten.repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class DataError(ValueError):
@@ -32,6 +45,12 @@ class Example:
     row_id: str
     scores: tuple[float | None, ...] = ()
     paired: bool = False
+
+    @property
+    def size(self) -> int:
+        """Characters of its prompt and of all its completions."""
+        texts = (self.prompt, *self.completions)
+        return sum(len(t) if isinstance(t, str) else sum(len(message["content"]) for message in t) for t in texts)
 
     def __post_init__(self) -> None:
         if not self.scores:

@@ -62,6 +62,7 @@ class Inspection:
         histogram: (from, to, rows), tokens of prompt and completion together.
         max_length: for how many tokens cuts and drops were counted.
         faults: the first of them, each a line.
+        unused: columns that say something and that nothing reads.
         examples: a few rows.
     """
 
@@ -72,6 +73,7 @@ class Inspection:
     histogram: list[tuple[int, int, int]]
     max_length: int
     faults: list[str]
+    unused: list[str]
     examples: list[Judged]
 
 
@@ -196,6 +198,7 @@ def inspect(
         histogram=histogram,
         max_length=max_length,
         faults=store.faults[:10],
+        unused=store.unused,
         examples=[
             Judged(
                 name=table.name(place),
@@ -237,6 +240,8 @@ def show(found: Inspection, console: Console) -> None:
     console.print("\nrows by tokens of prompt and completion together")
     for low, high, rows in found.histogram:
         console.print(f"  {low:>6} to {high:<6} {'█' * round(40 * rows / most):<40} {rows:,}", highlight=False)
+    if found.unused:
+        console.print(Text(f"\nnot used: {', '.join(found.unused)}"))
     if found.faults:
         console.print(f"\n[red]faults[/red] (the first of {found.figures['faulty rows']:,})")
         for fault in found.faults:
@@ -301,6 +306,7 @@ def page(found: Inspection) -> str:
 <table>{rule}</table>
 <h2>Tokens, by percentile of the rows</h2><div class="wide"><table><tr><th></th>{head}</tr>{lengths}</table></div>
 <h2>Rows by tokens of prompt and completion together</h2><table class="bars">{bars}</table>
+{f"<p>Not used: {e(', '.join(found.unused))}</p>" if found.unused else ""}
 {f"<h2>Faults</h2>{faults}" if faults else ""}
 <h2>Rows</h2><p>Tokens of the prompt in blue, those of the completion, which carry the loss, on green.</p>{examples}
 </body></html>
@@ -319,6 +325,8 @@ def inspect_source(
     revision: str | None = None,
     schema: str | None = None,
     columns: dict[str, str] | None = None,
+    ignore: list[str] | None = None,
+    max_row_mb: float = 16.0,
     rows: int | None = None,
     streaming: bool = False,
     html: str | None = None,
@@ -337,6 +345,8 @@ def inspect_source(
         revision: of a hub data set.
         schema: name of the row schema; left out, found by the columns.
         columns: other names of columns, such as {prompt: question}.
+        ignore: names of columns and keys, and placeholders such as <image>, that may be dropped.
+        max_row_mb: megabytes that a row may take.
         rows: read only so many rows from the start.
         streaming: read a hub data set row by row.
         html: a file to write the same to, as a page.
@@ -355,6 +365,8 @@ def inspect_source(
         revision=revision,
         schema=schema,
         columns=columns or {},
+        ignore=ignore or [],
+        max_row_mb=max_row_mb,
         rows=rows,
         streaming=streaming,
     )

@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from halos_pl.data import formats
+from halos_pl.data.broken import too_large
+from halos_pl.data.columns import Columns, known, without
 from halos_pl.data.example import Example, Fault, Skipped
-from halos_pl.data.schemas import SCHEMAS, BadRow, Parse, Schema, check, find, refuse_lost
+from halos_pl.data.schemas import SCHEMAS, Parse, check, find
 from halos_pl.data.source import Source
+from halos_pl.data.values import BadRow
 
 
 def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
@@ -20,41 +23,63 @@ def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in taken} | moved
 
 
-def _items(parse: Parse, row: dict[str, Any], place: str, source: Source) -> Iterator[Example | Fault | Skipped]:
+def _items(
+    parse: Parse, row: dict[str, Any], place: str, source: Source, columns: Columns
+) -> Iterator[Example | Fault | Skipped]:
     try:
-        yield from parse(row, place)
+        # All of a row or nothing: what it says of its first answer may be undone by its second.
+        items = list(columns.in_context(parse(row, place), row))
+        for item in items:
+            if isinstance(item, Example) and item.size > source.max_row:  # a tree's prompt is many rows
+                raise BadRow(str(too_large(source.max_row, item.size)))
+        yield from items
     except BadRow as bad:
         yield bad.fault(place, source.columns)
 
 
-def read(source: Source) -> Iterator[Example | Fault | Skipped]:
+def _wrong_settings(source: Source) -> str | None:
+    if source.schema is not None and source.schema not in SCHEMAS:
+        return f"there is no schema '{source.schema}'; there are {', '.join(SCHEMAS)}"
+    if new := [name for name in source.columns if not known(name)]:
+        return f"'columns' gives a column '{new[0]}', which no schema reads; write it as {{name of the schema: yours}}"
+    return None
+
+
+def read(source: Source, unused: dict[str, None] | None = None) -> Iterator[Example | Fault | Skipped]:
     """What each row of a source says, in its order: one example or several, a fault, or that it was skipped and why.
 
     Memory is bounded by the largest row (``oasst``: by the texts of the source, whose trees need all of it).
 
-    The schema is the one named by ``source.schema``, or that of the first row that has the columns of one. Extra
-    columns are ignored; a row of another schema is a fault. A fault with ``fatal`` is the last of the source.
+    The schema is the one named by ``source.schema``, or that of the first row that has the columns of one; a row of
+    another schema is a fault. What becomes of further columns says :mod:`halos_pl.data.columns`. A fault with
+    ``fatal`` is the last of the source.
+
+    Args:
+        source: what to read.
+        unused: filled with the names of the columns that say something and that nothing reads.
     """
-    schema: Schema | None = None
+    if wrong := _wrong_settings(source):
+        yield Fault(source.path, wrong, fatal=True)
+        return
+    schema = SCHEMAS[source.schema] if source.schema else None
+    unused = {} if unused is None else unused
+    columns = Columns(source, schema, unused) if schema else None
     first: int | None = None  # the line that the schema was found by
-    if source.schema is not None:
-        schema = SCHEMAS.get(source.schema)
-        if schema is None:
-            known = ", ".join(SCHEMAS)
-            yield Fault(source.path, f"there is no schema '{source.schema}'; there are {known}", fatal=True)
-            return
     kept: list[tuple[str, dict[str, Any] | Fault]] = []  # where a row needs the whole source
     for line, found in formats.rows(source):
         place = f"{source.path}:{line}"
         item: dict[str, Any] | Fault = found
         if isinstance(found, dict):
+            found = without(found, source.ignore) if source.ignore else found
             item = _renamed(found, source.columns)
             try:
                 if schema is None:
                     schema, first = find(item, source.columns), line
+                    columns = Columns(source, schema, unused)
                 else:
                     check(item, schema, first, source.columns)
-                refuse_lost(item)
+                assert columns is not None
+                item = columns.checked(item)
             except BadRow as bad:
                 item = bad.fault(place, source.columns)
         if schema is not None and schema.prepare:
@@ -66,11 +91,13 @@ def read(source: Source) -> Iterator[Example | Fault | Skipped]:
         else:
             assert schema is not None
             assert schema.parse is not None
-            yield from _items(schema.parse, item, place, source)
+            assert columns is not None
+            yield from _items(schema.parse, item, place, source, columns)
     if schema is not None and schema.prepare:
+        assert columns is not None
         parse = schema.prepare(item for _, item in kept if isinstance(item, dict))
         for place, item in kept:
             if isinstance(item, Fault):
                 yield item
             else:
-                yield from _items(parse, item, place, source)
+                yield from _items(parse, item, place, source, columns)

@@ -26,13 +26,16 @@ class Source:
         revision: of a hub data set.
         schema: name of the row schema; null finds it by the columns of the first row.
         columns: other names of columns: ``{prompt: question}`` reads the column ``question`` as ``prompt``.
+        ignore: what may be dropped though it carries meaning: names of columns, of keys of messages, and placeholders
+            such as ``<image>`` that are text here.
+        max_row_mb: megabytes that a row may take; a larger one is a fault, found before it is tokenised.
         rows: read only so many rows from the start; null for all. With ``streaming`` no more is downloaded.
         streaming: read a hub data set row by row, without downloading all of it first.
         weight: how many times an epoch of training sees each row of the source: 0.5 for a half drawn anew each epoch,
             2.0 for each row twice.
 
     Raises:
-        ValueError: for an empty path, a weight that is not a number above 0, or ``rows`` below 1.
+        ValueError: for an empty path, a ``weight`` or ``max_row_mb`` that is not a number above 0, or ``rows`` below 1.
     """
 
     path: str
@@ -42,6 +45,8 @@ class Source:
     revision: str | None = None
     schema: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
+    ignore: list[str] = field(default_factory=list)
+    max_row_mb: float = 16.0
     rows: int | None = None
     streaming: bool = False
     weight: float = 1.0
@@ -56,12 +61,18 @@ class Source:
         """The same for sources that are read the same way, however often their rows are seen."""
         return repr(replace(self, weight=1.0))
 
+    @property
+    def max_row(self) -> int:
+        """``max_row_mb`` in bytes."""
+        return int(self.max_row_mb * 1e6)
+
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("a source has an empty path; name a file, a folder, or a data set of the hub")
         object.__setattr__(self, "path", os.path.expanduser(os.path.expandvars(self.path)))
-        if not 0 < self.weight < math.inf:
-            raise ValueError(f"{self.path}: weight is {self.weight}; it must be a number above 0")
+        for name in ("weight", "max_row_mb"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{self.path}: {name} is {getattr(self, name)}; it must be a number above 0")
         if self.rows is not None and self.rows < 1:
             raise ValueError(f"{self.path}: rows is {self.rows}; it must be at least 1, or null for all")
 

@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,14 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.cache import cache_root
+from halos_pl.data import arrow, broken, columns, formats, published, read, schemas, text, tokenize, values
 from halos_pl.data import example as example_module
-from halos_pl.data import formats, read, schemas, tokenize
 from halos_pl.data.example import DataError, Example, Fault, Skipped
 from halos_pl.data.source import Source
 
-CHUNK = 1024
+CHUNK = 1024  # examples tokenised at a time
+CHUNK_SIZE = 16_000_000  # characters of them
+SUMS = "SHA256SUMS"  # as sha256sum writes and checks it
 SHOWN_FAULTS = 10
 KEPT_FAULTS = 1000
 
@@ -71,6 +72,7 @@ class Store:
         found_faults: the first ``KEPT_FAULTS`` faults, as (what follows the source's name in their place, reason).
         fault_count: all of them.
         skipped: number of rows that are sound but say nothing, by reason.
+        unused: columns that say something and that nothing reads.
         digest: a hash of tokens and rows; file names are no part of it.
         folder: where it is; None for one that was made in memory.
     """
@@ -84,6 +86,7 @@ class Store:
     found_faults: list[tuple[str, str]]
     fault_count: int
     skipped: dict[str, int]
+    unused: list[str]
     digest: str
     folder: Path | None = None
 
@@ -129,6 +132,7 @@ class _Writer:
         self.suffixes: dict[str, int] = {}
         self.faults: list[tuple[str, str]] = []
         self.skipped: Counter[str] = Counter()
+        self.unused: dict[str, None] = {}
         self.digest = hashlib.sha256()
 
     def fault(self, fault: Fault) -> None:
@@ -190,22 +194,30 @@ class _Writer:
     def close(self) -> None:
         for file in self.files.values():
             file.close()
-        sizes = {name: (self.folder / name).stat().st_size for name in self.files}
         meta = {
-            "sizes": sizes,
             "suffixes": list(self.suffixes),
             "examples": self.examples,
             "found_faults": self.faults,
             "fault_count": self.fault_count,
             "skipped": dict(self.skipped),
+            "unused": list(self.unused),
             "digest": self.digest.hexdigest(),
         }
-        (self.folder / "meta.json").write_text(json.dumps(meta))
+        (self.folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        (self.folder / SUMS).write_text(_sums(self.folder), encoding="utf-8")
 
 
 def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while chunk := list(islice(iterator, CHUNK)):
+    """Lists of some items; a few where they are large, for tokenising takes a hundred times their size."""
+    chunk: list[Any] = []
+    size = 0
+    for item in items:
+        chunk.append(item)
+        size += item.size if isinstance(item, Example) else 0
+        if len(chunk) == CHUNK or size > CHUNK_SIZE:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
         yield chunk
 
 
@@ -221,7 +233,7 @@ def _build(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
         task = progress.add_task(f"checking {source.path}", total=None)
         writer = _Writer(folder, source, tokenizer)
         try:
-            for chunk in _chunks(read.read(source)):
+            for chunk in _chunks(read.read(source, writer.unused)):
                 sound = []
                 for item in chunk:
                     if isinstance(item, Skipped):
@@ -242,7 +254,20 @@ def _build(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
 def _code() -> str:
     """A hash of the code that decides what a store holds."""
     digest = hashlib.sha256()
-    for module in (example_module, formats, schemas, read, tokenize, sys.modules[__name__]):
+    for module in (
+        example_module,
+        broken,
+        text,
+        arrow,
+        formats,
+        values,
+        published,
+        schemas,
+        columns,
+        read,
+        tokenize,
+        sys.modules[__name__],
+    ):
         digest.update(inspect.getsource(module).encode())
     return digest.hexdigest()
 
@@ -284,18 +309,24 @@ def _open(path: str, folder: Path) -> Store:
         empty: NDArray[Any] = np.empty(0, dtype)  # an empty file cannot be mapped
         return np.memmap(file, dtype, mode="r") if file.stat().st_size else empty
 
-    meta = json.loads((folder / "meta.json").read_text())
-    del meta["sizes"]
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     return Store(path, mapped("tokens", "<i4"), mapped("prompts", PROMPT), mapped("rows", ROW), **meta, folder=folder)
 
 
-def _whole(folder: Path) -> bool:
-    """Whether a store is there, with all that was written."""
+def _sums(folder: Path) -> str:
+    lines = []
+    for name in ("meta.json", "prompts", "rows", "tokens"):
+        with (folder / name).open("rb") as file:
+            lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
+    return "".join(lines)
+
+
+def _found(path: str, folder: Path) -> Store | None:
+    """The store in ``folder``; None where there is none, or where a byte of it is not what was written."""
     try:
-        sizes = json.loads((folder / "meta.json").read_text())["sizes"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
-        return False
+        return _open(path, folder) if (folder / SUMS).read_bytes() == _sums(folder).encode() else None
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def open_store(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path | None = None) -> Store:
@@ -313,7 +344,12 @@ def open_store(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path 
     if not path.exists() and not formats.is_hub_name(source.path):
         raise DataError(str(next(iter(read.read(source)))))
     home = folder or cache_root() / "data"
-    place = home / _key(source, tokenizer)
+    try:
+        place = home / _key(source, tokenizer)
+    except OSError as error:
+        raise DataError(f"{source.path}: cannot be read ({error.strerror}); check its permissions") from error
+    if store := _found(source.label, place):  # without the lock: a cache that is only read may be read-only
+        return store
     try:
         home.mkdir(parents=True, exist_ok=True)
         (home / ".writable").touch()
@@ -323,16 +359,17 @@ def open_store(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path 
             " HALOS_CACHE"
         ) from error
     with FileLock(f"{place}.lock"):
-        if not _whole(place):
+        if (store := _found(source.label, place)) is None:  # else another process has just written it
             if place.exists():
-                rank_zero_info(f"halos: what the cache holds of {source.path} is damaged; it is made again")
+                rank_zero_info(f"halos: what the cache holds of {source.path} is damaged; it is recomputed")
             part = place.with_suffix(".part")
             shutil.rmtree(part, ignore_errors=True)
-            shutil.rmtree(place, ignore_errors=True)
             part.mkdir()
             try:
                 _build(source, tokenizer, part)
+                shutil.rmtree(place, ignore_errors=True)
                 os.replace(part, place)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
-    return _open(source.label, place)
+            store = _open(source.label, place)
+    return store

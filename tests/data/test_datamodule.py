@@ -732,7 +732,7 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, damage: str, caplog: pyte
         file = folder / damage.removeprefix("cut ")
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     assert train_rows(set_up(KTO, train=path, cache_dir=str(tmp_path / "cache"))) == wanted
-    assert "is damaged; it is made again" in caplog.text
+    assert "is damaged; it is recomputed" in caplog.text
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_jsonl
 
-from halos_pl.data import formats
+from halos_pl.data import formats, text
 from halos_pl.data.example import Example, Fault, Skipped
 from halos_pl.data.formats import files_of
 from halos_pl.data.read import read
@@ -133,10 +133,10 @@ def test_a_long_file_is_read_in_linear_time(tmp_path: Path, ending: str) -> None
 
 
 def test_a_row_larger_than_the_pieces_of_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{**ROW, "prompt": "é\\\n" * 2_000_000}, {**ROW, "prompt": "12"}]
+    rows = [{**ROW, "prompt": "é\\\n" * 1_500_000}, {**ROW, "prompt": "12"}]
     path = packed(tmp_path / "a.json", json.dumps(rows).encode())
     assert [example.prompt for example in examples(path)] == [row["prompt"] for row in rows]
-    monkeypatch.setattr(formats, "CHUNK", 1)  # every place is the end of a piece
+    monkeypatch.setattr(text, "CHUNK", 1)  # every place is the end of a piece
     small = [{**ROW, "prompt": 'é\U0001f600\\"', "n": [-1.5e-10, None, {"k": "\U0001f600"}]}, ROW, {**ROW, "n": 12}]
     for ascii_only in (True, False):
         content = json.dumps(small, indent=1, ensure_ascii=ascii_only).encode()

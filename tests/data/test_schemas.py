@@ -76,6 +76,7 @@ ROWS: dict[str, Any] = {
         "conversations": [{"from": "human", "value": "hi"}],
         "chosen": {"from": "gpt", "value": "yo"}, "rejected": {"from": "gpt", "value": "no"},
     },
+    "messages_pair": {"messages": [USER], "chosen": [BOT], "rejected": [OTHER]},
     "sharegpt": {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}], "kto_tag": True},
     "scored": {"prompt": "p", "completion": "c", "score": 0.25},
     "scored_lists": {"prompt": "p", "completions": ["a", "b"], "scores": [1, 2.5]},

@@ -1,0 +1,205 @@
+"""Rows of Arrow's formats: Parquet, Arrow files and streams, folders of ``datasets.save_to_disk``.
+
+An Arrow file is memory as it is laid out: a wrong offset in it reads what is not there, and ends the process. So
+every batch is validated before it is used. Integers of a ``ClassLabel`` become their names, which say what they mean.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from halos_pl.data.broken import CHUNK, Broken, Read, too_large, twice
+from halos_pl.data.example import short
+
+BATCH = 1024  # rows decoded at a time
+ROW_FAULTS = (UnicodeDecodeError, ValueError, OverflowError, SystemError)  # what decoding a value may raise
+Classes = dict[str, list[Any]]
+
+_YES_NO = {"yes": True, "no": False}
+
+
+def meanings(names: Sequence[str]) -> list[Any]:
+    """The names of a ClassLabel; those of the answers to a question are true and false."""
+    plain = [str(name).strip().lower() for name in names]
+    return [_YES_NO[name] for name in plain] if set(plain) == set(_YES_NO) else list(names)
+
+
+def _classes(features: Any) -> Classes:
+    """The ClassLabels among features as ``datasets`` writes them."""
+    found: Classes = {}
+    for name, feature in features.items() if isinstance(features, dict) else ():
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+            found[name] = meanings(feature["names"])
+    return found
+
+
+def _classes_of(schema: pa.Schema) -> Classes:
+    """The ClassLabels of a file that ``datasets`` has written.
+
+    Raises:
+        ValueError: its metadata are damaged, so that what an integer means is unknown.
+    """
+    written = (schema.metadata or {}).get(b"huggingface")
+    try:
+        return _classes(json.loads(written)["info"]["features"]) if written else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"its metadata of datasets are damaged: {type(error).__name__}: {error}") from error
+
+
+def named(row: Any, classes: Classes) -> Any:
+    """The row with names in place of the integers of its ClassLabels; a row that cannot be read is left as it is."""
+    for column, names in classes.items() if isinstance(row, dict) else ():
+        value = row.get(column)
+        if isinstance(value, int) and not isinstance(value, bool):
+            if value >= len(names):
+                return Broken(f"column {short(column)} is {value}, but its ClassLabel has {len(names)} names", column)
+            row[column] = names[value] if value >= 0 else None  # -1 stands for none
+    return row
+
+
+def batches(found: Iterable[Any], names: Sequence[str], classes: Classes, most: int) -> Read:
+    """Rows of record batches or tables, numbered from 1, in bounded memory.
+
+    Args:
+        found: batches that are sound but for the text in them.
+        names: of the columns.
+        classes: the names of integers, by column.
+        most: bytes that a row may take.
+    """
+    if (double := twice(names)) is not None:
+        reason = f"the column {short(double)} stands twice in the file; rename one of the two"
+        yield 0, Broken(reason, double, ends=True)
+        return
+    number = 0
+    for large in found:
+        for start in range(0, large.num_rows, BATCH):
+            batch = large.slice(start, BATCH)
+            rows: Any = None
+            if batch.nbytes <= most:  # no row is larger
+                with suppress(*ROW_FAULTS):  # some row's; it is found below
+                    rows = batch.to_pylist()
+            for row in rows or (_row(batch.slice(i, 1), most) for i in range(batch.num_rows)):
+                number += 1
+                yield number, named(row, classes) if classes else row
+
+
+def _row(batch: Any, most: int) -> Any:
+    """The one row of a batch."""
+    try:
+        # A slice still has the whole dictionary.
+        columns = [c.combine_chunks() if isinstance(c, pa.ChunkedArray) else c for c in batch.columns]
+        columns = [c.dictionary_decode() if pa.types.is_dictionary(c.type) else c for c in columns]
+        if (size := sum(column.nbytes for column in columns)) > most:
+            return too_large(most, size)
+        batch.validate(full=True)
+        return batch.to_pylist()[0]
+    except (*ROW_FAULTS, pa.ArrowException) as error:
+        return Broken(f"the row cannot be decoded ({error}); write the file again, its text as UTF-8")
+
+
+def validated(found: Iterable[Any]) -> Iterable[Any]:
+    """The batches, none of whose offsets and lengths lead out of its memory.
+
+    Raises:
+        pa.ArrowInvalid: one's do.
+    """
+    for batch in found:
+        try:
+            batch.validate(full=True)
+        except pa.ArrowInvalid as error:
+            if "UTF8" not in str(error):
+                raise
+            # Only text is wrong, so far; the row that has it is found when rows are decoded one by one.
+            for i in range(batch.num_rows):
+                yield batch.slice(i, 1)
+            continue
+        yield batch
+
+
+def _parquet(path: str, most: int) -> Read:
+    # Without these two, a row group is read as a whole, and a file may be one row group.
+    with pq.ParquetFile(path, buffer_size=CHUNK, pre_buffer=False) as file:
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        at = BATCH
+        for group in groups:
+            mean = group.total_byte_size // max(1, group.num_rows)
+            if mean > most:  # some row is larger, and reading it takes the memory
+                yield 0, too_large(most, mean, ends=True)
+                return
+            at = min(at, max(1, 4 * most // max(1, mean)))
+        yield from batches(file.iter_batches(at), file.schema_arrow.names, _classes_of(file.schema_arrow), most)
+
+
+def _arrow(path: str, most: int) -> Read:
+    """Both of Arrow's own formats: files for random access, and streams, which ``datasets`` writes."""
+    yield from _arrow_rows(path, most, None)
+
+
+def _arrow_rows(path: str, most: int, classes: Classes | None) -> Read:
+    with pa.memory_map(path) as source:
+        if source.read(6) == b"ARROW1":
+            file = pa.ipc.open_file(source)
+            found: Any = (file.get_batch(i) for i in range(file.num_record_batches))
+        else:
+            source.seek(0)
+            file = found = pa.ipc.open_stream(source)
+        classes = _classes_of(file.schema) | (classes or {})
+        yield from batches(validated(iter(found)), file.schema.names, classes, most)
+
+
+BINARY = {".parquet": _parquet, ".arrow": _arrow}
+
+# Folders of save_to_disk ---------------------------------------------------------------------------------
+
+SAVED = ("dataset_info.json", "dataset_dict.json")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} is {short(found)}, not an object")
+    return found
+
+
+def saved(path: str, split: str | None, most: int) -> Read:
+    """Rows of a folder of ``datasets.save_to_disk``, of one split if it has several.
+
+    Raises:
+        OSError, ValueError, TypeError, KeyError, pa.ArrowException: the folder is damaged.
+    """
+    folder = Path(path)
+    if (folder / "dataset_dict.json").is_file():
+        splits = list(_object(folder / "dataset_dict.json")["splits"])
+        if split is None and len(splits) == 1:
+            split = splits[0]
+        if split not in splits:
+            what = f"has no split {short(split)}" if split else "has several splits"
+            yield 0, Broken(f"the folder {what}; name one of {', '.join(map(str, splits))} as 'split'", ends=True)
+            return
+        folder /= str(split)
+    state = _object(folder / "state.json")
+    if folder == Path(path) and split and str(state.get("_split")) != split:
+        which = f"the split {state['_split']}" if state.get("_split") else "a data set without splits"
+        yield 0, Broken(f"the folder holds {which}; leave out 'split: {split}', or name another", ends=True)
+        return
+    if state.get("_indices_data_files"):
+        raise ValueError("it holds a selection of rows, as early versions of datasets wrote it")
+    classes = _classes(_object(folder / "dataset_info.json").get("features"))
+    number = 0
+    for file in state["_data_files"]:
+        # Only the name: the files are in the folder.
+        for _, row in _arrow_rows(str(folder / Path(file["filename"]).name), most, classes):
+            number += 1
+            yield number, row

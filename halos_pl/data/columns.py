@@ -1,0 +1,293 @@
+"""What becomes of the columns that a schema does not ask for: used, refused by name, or listed as unused.
+
+A column that carries meaning in some known format is never dropped in silence. A system text and earlier turns become
+messages of the prompt, an ``input`` follows its ``instruction``, and the rest (pictures, tools, half a prompt) is
+refused unless the source says ``ignore: [NAME]``. What no format knows, ids and the like, is listed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from typing import Any
+
+from halos_pl.data.example import Example, Skipped, short
+from halos_pl.data.schemas import SCHEMAS, Schema
+from halos_pl.data.source import Source
+from halos_pl.data.values import ROLES, BadRow, Messages, checked_text, given, messages_of
+
+_SYSTEM = frozenset(("system", "system_prompt", "system_message", "custom_system_prompt"))
+_MEDIA = "holds pictures or sound, and the model reads text only"
+_TEMPLATE = "is for the chat template, which is not given it; write it into the messages"
+_ANSWER = "would be lost; write it into the completion"
+_MEANT: dict[str, str] = {
+    **dict.fromkeys(("image", "images", "image_path", "image_url", "video", "videos", "audio", "audios"), _MEDIA),
+    **dict.fromkeys(("tools", "functions", "documents", "tool_choice", "chat_template_kwargs"), _TEMPLATE),
+    **dict.fromkeys(("tool_calls", "function_call", "reasoning", "reasoning_content", "thinking"), _ANSWER),
+    "margin": "says by how much one answer is better, which no loss reads",
+}
+# Parts of a prompt in one format or another. Beside a prompt that holds their text they say nothing new.
+_PARTS = frozenset(("instruction", "question", "query", "input", "context", "history", "context_messages"))
+_PARTS |= frozenset(("messages", "conversation", "conversations", "dialogue", "dialog", "turns"))
+_MESSAGE = frozenset(("role", "content", "from", "value"))
+_LOST = {
+    **{name: reason for name, reason in _MEANT.items() if reason != _TEMPLATE},
+    **dict.fromkeys(("tools", "documents", "tool_call_id", "name", "refusal"), "would be lost; write it into content"),
+}
+_FLAGS = ("weight", "loss_weight", "train", "training", "loss")  # which messages carry the loss
+_PLACEHOLDER = re.compile(
+    r"<\|?(?P<what>image|video|audio)(?:_pad|_token|_soft_token|_?\d+)?\|?>|<start_of_image>|<\|vision_start\|>|\[IMG\]",
+    re.IGNORECASE,
+)
+_TELLING = 16  # characters; a shorter text may stand in a prompt by chance
+
+
+def _anyway(name: str) -> str:
+    return f"; to train without it, add 'ignore: [{name}]' to the source"
+
+
+@cache
+def known(name: str) -> bool:
+    """Whether ``name`` is a column that some schema reads, so that ``Source.columns`` may give it."""
+    read = {part for schema in SCHEMAS.values() for column in schema.columns for part in column.split("|")}
+    return name in read | _SYSTEM | _PARTS or any(re.fullmatch(schema.also, name) for schema in SCHEMAS.values())
+
+
+@dataclass(frozen=True)
+class _Kinds:
+    """The columns of a row by what becomes of them."""
+
+    read: tuple[str, ...]
+    system: tuple[str, ...]
+    parts: tuple[str, ...]
+    refused: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+@lru_cache(maxsize=1024)
+def _kinds(schema: str, columns: frozenset[str]) -> _Kinds:
+    kinds: dict[str, list[str]] = {"read": [], "system": [], "parts": [], "refused": [], "unused": []}
+    needed = SCHEMAS[schema].columns
+    read = {next((name for name in column.split("|") if name in columns), column) for column in needed}
+    for name in sorted(columns):
+        plain = name.lower().replace("-", "_")
+        if name in read or re.fullmatch(SCHEMAS[schema].also, name):
+            kinds["read"].append(name)
+        elif plain in _SYSTEM:
+            kinds["system"].append(name)
+        else:
+            kinds["refused" if plain in _MEANT else "parts" if plain in _PARTS else "unused"].append(name)
+    return _Kinds(**{kind: tuple(names) for kind, names in kinds.items()})
+
+
+def without(value: Any, ignored: Sequence[str], depth: int = 4) -> Any:
+    """A row, or what it holds down to the keys of messages in lists of lists, without the keys ``ignored``."""
+    if isinstance(value, dict) and depth:
+        return {k: without(v, ignored, depth - 1) for k, v in value.items() if k not in ignored}
+    return [without(v, ignored, depth - 1) for v in value] if isinstance(value, list) and depth else value
+
+
+class Columns:
+    """The columns of one source's rows.
+
+    Args:
+        source: whose rows they are.
+        schema: of the rows.
+        unused: filled with the columns, and the keys of messages, that say something and that nothing reads.
+    """
+
+    def __init__(self, source: Source, schema: Schema, unused: dict[str, None]) -> None:
+        self.source, self.schema, self.unused = source, schema, unused
+        # Alpaca's instruction and input are one prompt.
+        mapped = source.columns.get("prompt") == "instruction"
+        own = any(column == "instruction" for column in schema.columns)
+        self.instruction = "instruction" if own else "prompt" if mapped else None
+
+    def checked(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row, with an ``input`` behind its instruction.
+
+        Raises:
+            BadRow: it has a column, a key of a message or a placeholder that carries meaning and that nothing reads.
+        """
+        kinds = _kinds(self.schema.name, frozenset(row))
+        for name in kinds.refused:
+            value = row[name]
+            # A tool or a picture is no single word, so that a column of another meaning may have that name.
+            if given(value) and not (_MEANT[name.lower().replace("-", "_")] is _TEMPLATE and _is_word(value)):
+                raise BadRow(_MEANT[name.lower().replace("-", "_")] + _anyway(name), name)
+            self._note(name, value)
+        for name in kinds.unused:
+            self._note(name, row[name])
+        self._check_values(row, kinds.read)
+        if self.schema.prepare:  # what a row says is not known before all have been read
+            for name in (*kinds.system, *kinds.parts):
+                if given(row[name]):
+                    raise BadRow(f"is no part of what '{self.schema.name}' reads" + _anyway(name), name)
+        if self.instruction and "input" in kinds.parts and given(row["input"]):
+            parts = row[self.instruction], row["input"]
+            if all(isinstance(part, str) for part in parts):
+                row = {k: v for k, v in row.items() if k != "input"} | {self.instruction: "\n".join(parts)}
+        return row
+
+    def in_context(self, items: list[Example | Skipped], row: dict[str, Any]) -> Iterator[Example | Skipped]:
+        """What a row says, with the row's system text and earlier turns in front of its prompt.
+
+        Raises:
+            BadRow: a text prompt has no place for them, or a part of the prompt is missing from it.
+        """
+        kinds = _kinds(self.schema.name, frozenset(row))
+        system = {name: row[name] for name in kinds.system if given(row[name])}
+        parts = {name: row[name] for name in kinds.parts if given(row[name])}
+        for item in items:
+            yield item if isinstance(item, Skipped) or not (system or parts) else _with_context(item, system, parts)
+
+    def _note(self, name: str, value: Any) -> None:
+        if name not in self.unused and given(value):
+            self.unused[name] = None
+
+    def _check_values(self, row: dict[str, Any], columns: Sequence[str]) -> None:
+        """Refuses what texts and messages hold that would be lost."""
+        for column in columns:
+            value = row[column]
+            if isinstance(value, str):
+                self._check_text(value, column, "")
+            elif isinstance(value, dict):
+                self._check_message(value, column, "", True)
+            elif isinstance(value, list):
+                for i, item in enumerate(value, start=1):
+                    if isinstance(item, dict):
+                        is_last = column != "prompt" and (i == len(value) or _speaks(value[i]) == "assistant")
+                        self._check_message(item, column, f", message {i}", is_last)
+                    elif isinstance(item, list):
+                        for message in item:
+                            if isinstance(message, dict):
+                                self._check_message(message, column, f", item {i}", message is item[-1])
+                    elif isinstance(item, str):
+                        self._check_text(item, column, f", item {i}")
+
+    def _check_message(self, message: dict[str, Any], column: str, within: str, judged: bool) -> None:
+        """``judged``: it may be what carries the loss."""
+        if message.keys() <= {"role", "content"} or message.keys() <= {"from", "value"}:
+            texts: tuple[str, ...] = ("content", "value")
+        elif message.keys() & {"role", "from"}:
+            texts = ("content", "value")
+            for key in message.keys() - _MESSAGE:
+                value = message[key]
+                if key in _LOST and given(value):
+                    raise BadRow(f"has {key}, which {_LOST[key].removeprefix('is ')}" + _anyway(key), column, within)
+                if key not in _FLAGS:
+                    self._note(f"{column}: {key}", value)
+                elif value not in (None, 1) and _speaks(message) == "assistant" and (judged or value != 0):
+                    raise BadRow(
+                        f"has the {key} {short(value)}, but a judged answer carries the whole loss" + _anyway(key),
+                        column,
+                        within,
+                    )
+        else:  # an answer among several
+            texts = ("response",)
+            for key in message.keys() - {"response", "overall_score"}:
+                self._note(f"{column}: {key}", message[key])
+        for key in texts:
+            if isinstance(message.get(key), str):
+                self._check_text(message[key], column, within)
+
+    def _check_text(self, text: str, column: str, within: str) -> None:
+        if "<" not in text and "[IMG" not in text:
+            return
+        for found in _PLACEHOLDER.finditer(text):
+            what = found["what"]
+            is_markup = found[0] == f"<{what}>" and f"</{what}>" in text[found.end() :]
+            if not is_markup and found[0] not in self.source.ignore:
+                raise BadRow(
+                    f"holds {found[0]}, which stands for a picture or sound, and the model reads text only; if it is"
+                    f" text, add 'ignore: [\"{found[0]}\"]' to the source",
+                    column,
+                    within,
+                )
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and not value.lstrip().startswith(("[", "{"))
+
+
+def _speaks(message: Any) -> str | None:
+    role = (message.get("role") or message.get("from")) if isinstance(message, dict) else None
+    return ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+
+
+def _with_context(example: Example, system: dict[str, Any], parts: dict[str, Any]) -> Example:
+    """The example with system text and history in front.
+
+    Raises:
+        BadRow: they have no place there, or one of ``parts`` is missing from it.
+    """
+    messages = example.prompt if isinstance(example.prompt, list) else None
+    held = _texts(example.prompt) + [text for completion in example.completions for text in _texts(completion)]
+    for name, text in system.items():
+        if not isinstance(text, str):
+            raise BadRow(f"is {short(text)}; it must be text", name)
+        if messages is None:
+            if not _holds(held, text):
+                raise BadRow(
+                    "is a system message, but the prompt is plain text; give the prompt as messages, or write it into"
+                    " the prompt" + _anyway(name),
+                    name,
+                )
+        elif messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": checked_text(text, name)}, *messages]
+        elif messages[0]["content"].strip() != text.strip():
+            raise BadRow("is given, and the prompt has another system message; keep one of them" + _anyway(name), name)
+    for name, value in parts.items():
+        if name.lower() == "history" and messages is not None and isinstance(value, list):
+            earlier = _turns(value, name)
+            start = int(messages[0]["role"] == "system")
+            if messages[start : start + len(earlier)] != earlier:
+                messages = [*messages[:start], *earlier, *messages[start:]]
+            continue
+        leaves = list(_leaves(value))
+        # The last turn of a dialogue may be another answer than those that were judged.
+        if not all(_holds(held, leaf) for leaf in (leaves[:-1] if len(leaves) > 1 else leaves)):
+            raise BadRow(
+                "is a part of the prompt in some formats, and the prompt lacks it; write it into the prompt, or map it"
+                f" (columns: {{prompt: {name}}})" + _anyway(name),
+                name,
+            )
+    return example if messages is None else replace(example, prompt=messages)
+
+
+def _turns(value: list[Any], column: str) -> Messages:
+    """Earlier turns: messages, or pairs of what the user and the assistant said, as LLaMA-Factory has them."""
+    if all(isinstance(item, dict) for item in value):
+        return messages_of(value, column)
+    turns: Messages = []
+    for i, item in enumerate(value, start=1):
+        if not (isinstance(item, list) and len(item) == 2 and all(isinstance(text, str) for text in item)):
+            raise BadRow(f"is {short(item)}; it must be [what the user said, the answer]", column, f", item {i}")
+        for role, text in zip(("user", "assistant"), item, strict=True):
+            turns.append({"role": role, "content": checked_text(text, column, f", item {i}")})
+    return turns
+
+
+def _texts(value: str | Messages) -> list[str]:
+    return [value] if isinstance(value, str) else [message["content"] for message in value]
+
+
+def _holds(texts: Sequence[str], text: str) -> bool:
+    """Whether ``text`` is one of ``texts``, or a telling part of one."""
+    text = text.strip()
+    return any(text == other.strip() or (len(text) >= _TELLING and text in other) for other in texts)
+
+
+def _leaves(value: Any, depth: int = 4) -> Iterator[str]:
+    """The texts in a value, but for the roles in it."""
+    if isinstance(value, list) and depth:
+        for item in value:
+            yield from _leaves(item, depth - 1)
+    elif isinstance(value, dict) and depth:
+        for key, item in value.items():
+            if key not in ("role", "from"):
+                yield from _leaves(item, depth - 1)
+    elif given(value):
+        yield value if isinstance(value, str) else str(value)

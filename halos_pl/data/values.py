@@ -1,0 +1,337 @@
+"""The values of a row, checked: texts, messages, labels, scores, and the examples that they make."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from halos_pl.data.example import Example, Fault, Prompt, Skipped, short
+
+Messages = list[dict[str, str]]
+Items = list[Example | Skipped]
+
+NO_SCORE, TIE, EMPTY, SAME = "no score", "tie", "empty response", "both completions are the same"
+PARTED = "dialogues differ before the last turn"
+LATER = "another than the assistant speaks in a completion"  # what was said then would carry the loss
+
+
+class BadRow(Exception):
+    """What is wrong with a row.
+
+    Args:
+        reason: what is wrong and what to do; continues "column 'x'" where there is a column.
+        column: by the name that the schema has for it.
+        within: which part of the column, such as ``, message 2``.
+    """
+
+    def __init__(self, reason: str, column: str | None = None, within: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.column, self.within = reason, column, within
+
+    def fault(self, place: str, renamed: Mapping[str, str]) -> Fault:
+        """It as a fault of the row at ``place``, with the column by its name in the file."""
+        if self.column is None:
+            return Fault(place, self.reason)
+        name = renamed.get(self.column, self.column)
+        return Fault(place, f"column '{name}'{self.within} {self.reason}", name)
+
+
+def checked_text(value: str, column: str, within: str = "") -> str:
+    """The text, which UTF-8 can hold."""
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise BadRow(
+                "holds half of a surrogate pair, which is not text; remove or repair the \\ud8xx escape", column, within
+            ) from None
+    return value
+
+
+def plain_text(row: dict[str, Any], column: str) -> str:
+    """A column that must be text, but may be empty."""
+    value = row[column]
+    if not isinstance(value, str):
+        raise BadRow(f"is {short(value)}; it must be text", column)
+    return checked_text(value, column)
+
+
+def given(value: Any, depth: int = 4) -> bool:
+    """Whether a value says something: null, NaN, a blank text, and a container of nothing else do not."""
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "{}", "null")
+    if isinstance(value, list | dict) and depth:
+        return any(given(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value))
+    return value is not None and value == value  # NaN is not equal to itself
+
+
+# The names that formats have for who speaks, in small letters, and the template's.
+ROLES = {name: name for name in ("user", "assistant", "system", "developer", "tool", "function", "ipython")}
+ROLES |= dict.fromkeys(("human", "prompter"), "user")
+ROLES |= dict.fromkeys(("gpt", "chatgpt", "bot", "chatbot", "ai", "model", "function_call", "tool_call"), "assistant")
+ROLES |= dict.fromkeys(("observation", "tool_response", "function_response"), "tool")
+
+
+@lru_cache(maxsize=1024)
+def _role(given: str) -> tuple[str, str | None]:
+    """The template's name of a role, whatever its case; and the role that a misspelt one is like."""
+    name = given.strip().lower()
+    if name in ROLES:
+        return ROLES[name], None
+    return given, next(iter(difflib.get_close_matches(name, ROLES, n=1, cutoff=0.8)), None)
+
+
+def _joined(parts: list[Any], column: str, within: str) -> str:
+    """The text of a content that is a list of parts ``{"type": "text", "text": ...}``."""
+    texts = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            what = f"the part {short(part)}" if kind in (None, "text") else f"a part of the type {short(kind)}"
+            raise BadRow(
+                f"has {what}; the model reads text only, as text or as {{'type': 'text', 'text': ...}}", column, within
+            )
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+_STYLES = (("role", "content"), ("from", "value"))
+
+
+def message_of(value: Any, column: str, within: str = "") -> dict[str, str]:
+    """An object with ``role`` and ``content``, or ShareGPT's ``from`` and ``value``."""
+    if not isinstance(value, dict):
+        raise BadRow(f"is {short(value)}; it must be an object with 'role' and 'content'", column, within)
+    keys, others = _STYLES if value.get("role") is not None or "from" not in value else _STYLES[::-1]
+    said: dict[str, Any] = {key: value.get(key) for key in keys}
+    if isinstance(said[keys[1]], list):
+        said[keys[1]] = _joined(said[keys[1]], column, within)
+    for key, text in said.items():
+        if not isinstance(text, str):
+            found = f"has the {key} {short(text)}" if key in value else f"has no '{key}'"
+            raise BadRow(f"{found}; every message needs a '{keys[0]}' and a '{keys[1]}', both text", column, within)
+        checked_text(text, column, within)
+    role, content = (said[key] for key in keys)
+    if is_blank(role):
+        raise BadRow(f"has an empty {keys[0]}; name one, such as 'user' or 'assistant'", column, within)
+    name, near = _role(role)
+    if near:
+        raise BadRow(f"has the {keys[0]} {short(role)}; did you mean {short(near)}?", column, within)
+    for key, other in zip(keys, others, strict=True):
+        twice = value.get(other)
+        same = twice == said[key] or (key == keys[0] and isinstance(twice, str) and _role(twice)[0] == name)
+        if given(twice) and not same:
+            raise BadRow(f"has '{key}' and '{other}', which differ; keep one of them", column, within)
+    return {"role": name, "content": content}
+
+
+def messages_of(value: list[Any], column: str) -> Messages:
+    """A list of messages."""
+    return [message_of(message, column, f", message {i}") for i, message in enumerate(value, start=1)]
+
+
+# All but blanks, control characters and what takes no place: zero-width, direction marks, fillers, selectors, tags.
+_VISIBLE = re.compile(
+    r"[^\s\x00-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+    r"\u2028-\u202f\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]"
+)
+
+
+def is_blank(value: Prompt) -> bool:
+    """Whether there is no character to be seen."""
+    texts = (value,) if isinstance(value, str) else (message["content"] for message in value)
+    return not any(map(_VISIBLE.search, texts))
+
+
+def not_blank(value: Prompt, column: str, within: str = "") -> Prompt:
+    """A text or messages in which there is something to be seen."""
+    if is_blank(value):
+        what = "some text" if isinstance(value, str) else "a message with some text"
+        raise BadRow(f"is empty; give it {what} or remove the row", column, within)
+    return value
+
+
+def prompt_like(value: Any, column: str, within: str = "") -> Prompt:
+    """Text or messages."""
+    if isinstance(value, str):
+        return checked_text(value, column, within)
+    if isinstance(value, list):
+        return messages_of(value, column)
+    raise BadRow(
+        f'is {short(value)}; it must be text or a list of messages {{"role": ..., "content": ...}}', column, within
+    )
+
+
+def prompt_of(row: dict[str, Any], column: str = "prompt") -> Prompt:
+    """A column that is text or messages, and not blank."""
+    return not_blank(prompt_like(row[column], column), column)
+
+
+def continued(prompt: Prompt, value: Any, column: str, within: str = "") -> tuple[Prompt, Prompt]:
+    """Prompt and completion, where ``value`` may repeat the prompt's messages.
+
+    A prompt of text becomes the messages up to its own, if the completion is a conversation that holds it as the
+    last of the user's: so are UltraFeedback's binarised forms.
+    """
+    completion = prompt_like(value, column, within)
+    if isinstance(completion, list):
+        if isinstance(prompt, str):
+            asked = max((i for i, m in enumerate(completion) if m["role"] == "user"), default=-1)
+            if asked < 0 or completion[asked]["content"].strip() != prompt.strip():
+                raise BadRow(
+                    "is a message list but 'prompt' is plain text; give both as messages or both as text",
+                    column,
+                    within,
+                )
+            prompt = completion[: asked + 1]
+        if completion[: len(prompt)] == prompt:  # the conversation repeated from its start
+            if completion and len(completion) == len(prompt):
+                raise BadRow("only repeats the prompt; add the assistant's message", column, within)
+            completion = completion[len(prompt) :]
+        # What is said before the assistant speaks is asked, wherever it stands.
+        first = next((i for i, m in enumerate(completion) if m["role"] == "assistant"), 0)
+        if first and isinstance(prompt, list):
+            before, completion = completion[:first], completion[first:]
+            prompt = prompt if prompt[-first:] == before else prompt + before  # repeated but for what came before it
+    return prompt, completion
+
+
+def completion_of(prompt: Prompt, value: Any, column: str, within: str = "") -> tuple[Prompt, Prompt]:
+    """As ``continued``, with a completion that is not blank."""
+    prompt, completion = continued(prompt, value, column, within)
+    return prompt, not_blank(completion, column, within)
+
+
+def both_of(given: Prompt, row: dict[str, Any], first: str, second: str) -> tuple[Prompt, Prompt, Prompt]:
+    """The prompt and both completions of a pair."""
+    prompt, one = completion_of(given, row[first], first)
+    other, two = completion_of(given, row[second], second)
+    if other != prompt:
+        raise BadRow(
+            f"does not repeat the same prompt as '{first}', so that it does not answer the same messages", second
+        )
+    return prompt, one, two
+
+
+TRUE_FALSE = ({"true", "1", "1.0"}, {"false", "0", "0.0"})
+# What people call the two kinds of feedback, as text or as the names of a ClassLabel.
+_GOOD = TRUE_FALSE[0] | {"good", "desirable", "chosen", "preferred", "accepted", "accept", "positive", "correct"}
+_GOOD |= {"helpful", "safe", "like", "liked", "up", "upvote", "thumbs_up", "thumbsup", "win"}
+_BAD = TRUE_FALSE[1] | {"bad", "undesirable", "rejected", "reject", "dispreferred", "negative", "incorrect", "wrong"}
+_BAD |= {"unhelpful", "unsafe", "dislike", "disliked", "down", "downvote", "thumbs_down", "thumbsdown", "lose"}
+_FIRST, _SECOND = (
+    yes | {f"{of}{a}" for of in ("", "output_", "human_ref_")} for yes, a in zip(TRUE_FALSE, "ab", strict=True)
+)
+
+
+def label_of(
+    row: dict[str, Any],
+    column: str,
+    true: str = "desirable",
+    false: str = "undesirable",
+    words: tuple[set[str], set[str]] = (_GOOD, _BAD),
+) -> bool:
+    """True or 1 and false or 0; as text too, for in CSV all is text, and so are the names of a ClassLabel.
+
+    Args:
+        row: of the file.
+        column: where the label is.
+        true, false: what the two mean.
+        words: texts in small letters for the two.
+    """
+    value = row[column]
+    if isinstance(value, str):
+        word = re.sub(r"[\s-]+", "_", value.strip().lower())
+        if word in words[0] or word in words[1]:
+            return word in words[0]
+    elif isinstance(value, bool | int | float) and value in (0, 1):
+        return bool(value)
+    raise BadRow(f"is {short(value)}; it must be true or 1 ({true}), or false or 0 ({false})", column)
+
+
+def first_of(row: dict[str, Any], column: str) -> bool:
+    """Whether A is preferred to B."""
+    return label_of(row, column, "A is preferred", "B is preferred", (_FIRST, _SECOND))
+
+
+def agreed_label(row: dict[str, Any], columns: tuple[str, ...]) -> bool:
+    """The label in whichever of ``columns`` there is one; if in several, they agree."""
+    there = [name for name in columns if name in row]
+    filled = [name for name in there if row[name] is not None] or there[:1]
+    labels = [label_of(row, name) for name in filled]
+    if len(set(labels)) > 1:
+        raise BadRow(f"is {short(row[filled[0]])}, but '{filled[1]}' says the opposite; keep one of them", filled[0])
+    return labels[0]
+
+
+def score_of(value: Any, column: str, within: str = "") -> float | None:
+    """A finite number, or None for null."""
+    if value is None:
+        return None
+    try:
+        if isinstance(value, int | float | str) and not isinstance(value, bool) and math.isfinite(float(value)):
+            return float(value)
+    except (ValueError, OverflowError):
+        pass
+    raise BadRow(f"is {short(value)}; a score must be a finite number, or null where there is none", column, within)
+
+
+def others_speak(completion: Prompt) -> bool:
+    """Whether it holds a message of another than the assistant: the user, a tool."""
+    return isinstance(completion, list) and any(message["role"] != "assistant" for message in completion)
+
+
+def one(prompt: Prompt, completion: Prompt, place: str, label: bool | None, score: float | None = None) -> Items:
+    """An example of one completion, if only the assistant speaks in it."""
+    if others_speak(completion):
+        return [Skipped(place, LATER)]
+    return [Example(prompt, (completion,), (label,), place, (score,))]
+
+
+def pair(
+    prompt: Prompt,
+    chosen: Prompt,
+    rejected: Prompt,
+    place: str,
+    scores: tuple[float | None, ...] = (),
+) -> Items:
+    """An example of a pair, if its completions differ and only the assistant speaks in them."""
+    if chosen == rejected:
+        return [Skipped(place, SAME)]
+    if others_speak(chosen) or others_speak(rejected):
+        return [Skipped(place, LATER)]
+    return [Example(prompt, (chosen, rejected), (True, False), place, scores, paired=True)]
+
+
+def pair_scores(row: dict[str, Any], first: str, second: str) -> tuple[float | None, ...]:
+    """The scores in two columns that need not be there."""
+    return score_of(row.get(first), first), score_of(row.get(second), second)
+
+
+def list_of(row: dict[str, Any], column: str) -> list[Any]:
+    """A column that must be a list."""
+    value = row[column]
+    if not isinstance(value, list):
+        raise BadRow(f"is {short(value)}; it must be a list", column)
+    return value
+
+
+def group(prompt: Prompt, judged: Iterable[tuple[Prompt, float | None]], place: str) -> Items:
+    """One example of all that have a score; the others are skipped one by one."""
+    items: Items = []
+    kept: list[tuple[Prompt, float]] = []
+    for number, (completion, score) in enumerate(judged, start=1):
+        if score is None or is_blank(completion) or others_speak(completion):
+            why = NO_SCORE if score is None else EMPTY if is_blank(completion) else LATER
+            items.append(Skipped(f"{place}#{number}", why))
+        else:
+            kept.append((completion, score))
+    if kept:
+        completions, scores = zip(*kept, strict=True)
+        items.insert(0, Example(prompt, completions, (None,) * len(kept), place, scores))
+    return items or [Skipped(place, "no completions")]
+

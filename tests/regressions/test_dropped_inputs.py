@@ -1,0 +1,279 @@
+"""What the data give is used or refused by name: trl#2385, LlamaFactory#6518 (system text and pictures were dropped).
+
+One case for each column and each key of a message that carries meaning in a format of the field.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import byte_level_tokenizer, write_jsonl
+
+from halos_pl.data.example import Example, Fault, Skipped
+from halos_pl.data.inspect import inspect
+from halos_pl.data.read import read
+from halos_pl.data.source import Source, source_of
+
+USER, BOT, OTHER = ({"role": r, "content": c} for r, c in (("user", "Who?"), ("assistant", "Arr"), ("assistant", "I")))
+PIRATE = {"role": "system", "content": "Be a pirate"}
+EARLIER = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+PAIR: dict[str, Any] = {"prompt": [USER], "chosen": [BOT], "rejected": [OTHER]}
+TEXT: dict[str, Any] = {"prompt": "Who?", "chosen": "Arr", "rejected": "I"}
+ONE: dict[str, Any] = {"prompt": [USER], "completion": [BOT], "label": True}
+ROWS: dict[str, dict[str, Any]] = {
+    "unpaired": ONE,
+    "paired": PAIR,
+    "implicit": {"chosen": [USER, BOT], "rejected": [USER, OTHER]},
+    "halos_binary": {"prompt": [USER], "output": [BOT], "label": 1},
+    "halos_pairwise": {"prompt": [USER], "output_A": [BOT], "output_B": [OTHER], "label": 1},
+    "messages": {"messages": [USER, BOT], "label": True},
+    "messages_pair": {"messages": [USER], "chosen": [BOT], "rejected": [OTHER]},
+    "sharegpt_pair": {"conversations": [USER], "chosen": BOT, "rejected": OTHER},
+    "sharegpt": {"conversations": [USER, BOT], "kto_tag": True},
+    "scored": {"prompt": [USER], "completion": [BOT], "score": 1},
+    "scored_lists": {"prompt": [USER], "completions": [[BOT], [OTHER]], "scores": [1, 0]},
+}
+
+
+def items(tmp_path: Path, row: dict[str, Any], **settings: Any) -> list[Any]:
+    return list(read(Source(write_jsonl(tmp_path / "a.jsonl", [row]), **settings)))
+
+
+def example(tmp_path: Path, row: dict[str, Any], **settings: Any) -> Example:
+    [found] = items(tmp_path, row, **settings)
+    assert isinstance(found, Example), found
+    return found
+
+
+def refused(tmp_path: Path, row: dict[str, Any], **settings: Any) -> Fault:
+    [found] = items(tmp_path, row, **settings)
+    assert isinstance(found, Fault), found
+    assert str(found).startswith(f"{tmp_path / 'a.jsonl'}:1: ")
+    return found
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt", "System", "custom_system_prompt"])
+@pytest.mark.parametrize("schema", ROWS)
+def test_a_system_text_is_in_front_of_every_message_prompt(tmp_path: Path, schema: str, column: str) -> None:
+    plain = example(tmp_path, ROWS[schema], schema=schema)
+    found = example(tmp_path, {**ROWS[schema], column: "Be a pirate"}, schema=schema)
+    assert plain.prompt == [USER]
+    assert found.prompt == [PIRATE, USER]
+    assert found.completions == plain.completions
+
+
+@pytest.mark.parametrize("schema", ROWS)
+def test_history_is_the_turns_before(tmp_path: Path, schema: str) -> None:
+    row = {**ROWS[schema], "system": "Be a pirate"}
+    if schema != "implicit":  # there history may be the prompt itself
+        for history in ([["Hi", "Hello"]], EARLIER):
+            assert example(tmp_path, {**row, "history": history}).prompt == [PIRATE, *EARLIER, USER]
+        assert refused(tmp_path, {**row, "history": [["Hi"]]}).column == "history"
+        assert refused(tmp_path, {**row, "history": "Hi"}).column == "history"
+
+
+def test_a_system_message_is_given_once(tmp_path: Path) -> None:
+    row = {**PAIR, "prompt": [PIRATE, USER]}
+    assert example(tmp_path, {**row, "system": "Be a pirate"}).prompt == [PIRATE, USER]
+    assert refused(tmp_path, {**row, "system": "Be brief"}).column == "system"
+    repeated = {**PAIR, "prompt": [*EARLIER, USER], "chosen": [*EARLIER, USER, BOT], "system": "Be a pirate"}
+    assert example(tmp_path, repeated).prompt == [PIRATE, *EARLIER, USER]
+    ultrafeedback = {"prompt": "Who?", "chosen": [USER, BOT], "rejected": [USER, OTHER], "system": "Be a pirate"}
+    assert example(tmp_path, ultrafeedback).prompt == [PIRATE, USER]
+
+
+@pytest.mark.parametrize("column", ["system", "history", "input", "instruction", "question", "context", "query"])
+def test_a_text_prompt_has_no_place_for_a_part_of_it(tmp_path: Path, column: str) -> None:
+    row = {**TEXT, column: [["Hi", "Hello"]] if column == "history" else "W"}  # "W" is in "Who?" by chance
+    fault = refused(tmp_path, row)
+    assert fault.column == column
+    assert f"ignore: [{column}]" in fault.reason
+    assert example(tmp_path, row, ignore=[column]).prompt == "Who?"
+    whole = {**TEXT, "prompt": "Answer as pirates do. Who?", column: "Answer as pirates do."}
+    assert example(tmp_path, whole).prompt == whole["prompt"]  # it is there already
+
+
+def test_orca_pairs(tmp_path: Path) -> None:
+    row = {"system": "Be a pirate", "question": "Who?", "chosen": "Arr", "rejected": "I"}
+    columns = {"prompt": "question"}
+    assert refused(tmp_path, row, columns=columns).column == "system"
+    assert example(tmp_path, {**row, "system": ""}, columns=columns).prompt == "Who?"
+
+
+def test_the_input_of_an_instruction_is_used(tmp_path: Path) -> None:
+    row = {"instruction": "Translate", "input": "Hund", "output": "dog", "kto_tag": True}
+    columns = {"prompt": "instruction", "completion": "output", "label": "kto_tag"}
+    assert example(tmp_path, row, columns=columns).prompt == "Translate\nHund"
+    assert example(tmp_path, {**row, "input": ""}, columns=columns).prompt == "Translate"
+    many = {"instruction": "Translate", "input": "Hund", "completions": [{"response": "dog", "overall_score": 1}]}
+    assert example(tmp_path, many).prompt == "Translate\nHund"
+    assert refused(tmp_path, {**TEXT, "input": "Hund"}).column == "input"  # whose it is, no one can tell
+
+
+MEANT = {
+    "images": ["a.jpg"],
+    "image": {"path": "a.jpg"},
+    "videos": ["a.mp4"],
+    "audios": ["a.wav"],
+    "Images": ["a.jpg"],
+    "tools": [{"name": "f"}],
+    "chat_template_kwargs": {"enable_thinking": True},
+    "documents": [{"title": "t", "text": "x"}],
+    "tool_calls": [{"name": "f"}],
+    "thinking": "hm",
+    "reasoning_content": "hm",
+    "margin": 0.5,
+    "context_messages": EARLIER,
+}
+
+
+@pytest.mark.parametrize("column", MEANT)
+@pytest.mark.parametrize("row", [PAIR, TEXT, ONE], ids=["messages", "text", "unpaired"])
+def test_what_no_prompt_can_hold_is_refused_by_name(tmp_path: Path, row: dict[str, Any], column: str) -> None:
+    fault = refused(tmp_path, {**row, column: MEANT[column]})
+    assert fault.column == column
+    example(tmp_path, {**row, column: MEANT[column]}, ignore=[column])
+    for empty in (None, "", [], {}, "[]", [None], [""], {"a": None}, float("nan")):
+        example(tmp_path, {**row, column: empty})
+
+
+KEYS = {
+    "tool_calls": [{"name": "f"}],
+    "function_call": {"name": "f"},
+    "reasoning_content": "hm",
+    "thinking": "hm",
+    "images": ["a.jpg"],
+    "tool_call_id": "1",
+    "name": "Ann",
+    "weight": 0,
+    "train": False,
+    "loss": False,
+    "loss_weight": 0.5,
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("schema", ROWS)
+def test_a_key_of_a_judged_message_is_refused_by_name(tmp_path: Path, schema: str, key: str) -> None:
+    text = json.dumps(ROWS[schema]).replace('"content": "Arr"', f'"content": "Arr", "{key}": {json.dumps(KEYS[key])}')
+    row = json.loads(text)
+    assert f"has {key}" in (reason := refused(tmp_path, row).reason) or f"has the {key}" in reason
+    assert example(tmp_path, row, ignore=[key]) == example(tmp_path, ROWS[schema])
+
+
+def test_flags_that_say_what_is_done_anyway(tmp_path: Path) -> None:
+    """As OpenAI's files have them: earlier answers are not trained on, the last one is."""
+    said = [USER, {**OTHER, "weight": 0}, {**USER, "train": False}, {**BOT, "weight": 1, "train": True}]
+    assert example(tmp_path, {"messages": said, "label": 1}).completions == ([BOT],)
+
+
+@pytest.mark.parametrize("text", ["<image>Who?", "Who is <video>?", "<audio>", "<|image|> Who?", "<image_1>", "[IMG]"])
+@pytest.mark.parametrize("row", [PAIR, TEXT], ids=["messages", "text"])
+def test_a_placeholder_is_no_text(tmp_path: Path, row: dict[str, Any], text: str) -> None:
+    given = {**row, "prompt": text if row is TEXT else [{"role": "user", "content": text}]}
+    assert "holds " in refused(tmp_path, given).reason
+    placeholder = next(p for p in ("<image>", "<video>", "<audio>", "<|image|>", "<image_1>", "[IMG]") if p in text)
+    assert text in str(example(tmp_path, given, ignore=[placeholder]).prompt)
+
+
+def test_markup_is_text(tmp_path: Path) -> None:
+    for text in ("<video src='a'>", "<audio controls><source></audio>", "<image><url>u</url></image>", "a < b > c"):
+        assert example(tmp_path, {**TEXT, "prompt": text}).prompt == text
+
+
+def test_parts_of_a_content(tmp_path: Path) -> None:
+    def asked(*parts: Any) -> dict[str, Any]:
+        return {**PAIR, "prompt": [{"role": "user", "content": list(parts)}]}
+
+    assert example(tmp_path, asked({"type": "text", "text": "Who?"})).prompt == [USER]
+    for part in ({"type": "image"}, {"type": "image_url", "image_url": {"url": "u"}}, {"type": "audio"}, "Who?", 3):
+        assert refused(tmp_path, asked({"type": "text", "text": "Who?"}, part)).column == "prompt"
+    assert refused(tmp_path, {**PAIR, "prompt": [{"role": "user", "content": None}]}).column == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("given", "role"),
+    [
+        *(("Assistant", "assistant"), ("ASSISTANT", "assistant"), ("gpt", "assistant"), ("GPT", "assistant")),
+        *(("model", "assistant"), (" assistant ", "assistant"), ("AI", "assistant"), ("Bot", "assistant")),
+    ],
+)
+def test_roles_count_in_any_case(tmp_path: Path, given: str, role: str) -> None:
+    for asks in ("User", "HUMAN", "human", "prompter"):
+        for role_key, text_key in (("role", "content"), ("from", "value")):
+            said = [{role_key: asks, text_key: "Who?"}, {role_key: given, text_key: "Arr"}]
+            found = example(tmp_path, {"messages": said, "label": 1})
+            assert (found.prompt, found.completions) == ([USER], ([{"role": role, "content": "Arr"}],))
+
+
+def test_a_misspelt_role_is_refused(tmp_path: Path) -> None:
+    for role, meant in (("asistant", "assistant"), ("Usr", "user"), ("sytem", "system")):
+        fault = refused(tmp_path, {**PAIR, "prompt": [{"role": role, "content": "x"}, USER]})
+        assert repr(meant) in fault.reason
+    assert refused(tmp_path, {**PAIR, "prompt": [{"role": "user", "content": "x", "from": "gpt"}]}).column == "prompt"
+
+
+def test_columns_that_contradict_each_other(tmp_path: Path) -> None:
+    assert refused(tmp_path, {**ONE, "kto_tag": False}).column == "label"
+    assert refused(tmp_path, {"conversations": [USER, BOT], "label": 1, "kto_tag": False}).column == "kto_tag"
+    assert example(tmp_path, {**ONE, "kto_tag": True}).labels == (True,)
+
+
+def test_a_prompt_beside_answers_is_no_guess(tmp_path: Path) -> None:
+    """What two texts both begin with was taken for the prompt, and the conversation dropped."""
+    row = {"messages": [USER], "chosen": "The sky is blue", "rejected": "The sky is green"}
+    assert example(tmp_path, row).prompt == [USER]
+    assert example(tmp_path, row).completions == ("The sky is blue", "The sky is green")
+    lists = {"messages": [USER, BOT], "chosen": [USER, BOT], "rejected": [USER, OTHER]}  # a copy
+    assert example(tmp_path, lists).prompt == [USER]
+    turns = {"conversation": [{"input": "Who?", "output": "x"}], "chosen": "It is Ann", "rejected": "It is Bob"}
+    assert refused(tmp_path, turns).column == "conversation"
+
+
+@pytest.mark.parametrize("names", [("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating")])
+def test_scores_of_pairs_by_any_name(tmp_path: Path, names: tuple[str, str]) -> None:
+    for row in (PAIR, ROWS["implicit"], ROWS["sharegpt_pair"]):
+        assert example(tmp_path, {**row, names[0]: 8, names[1]: "5.5"}).scores == (8.0, 5.5)
+
+
+INVISIBLE = ["\u200b", "\ufeff", "\u200f \u200e", "\u2060\u00ad", "\u2800", "\u3164", "\ufe0f", "\x00", "\U000e0041"]
+
+
+@pytest.mark.parametrize("text", INVISIBLE)
+def test_a_text_of_nothing_visible_is_empty(tmp_path: Path, text: str) -> None:
+    for column in TEXT:
+        assert refused(tmp_path, {**TEXT, column: text}).column == column
+    example(tmp_path, {**TEXT, "prompt": f"{text}a"})
+
+
+def test_what_nothing_reads_is_listed(tmp_path: Path) -> None:
+    rows = [{**PAIR, "id": 3, "empty": None}, {**PAIR, "prompt": [{**USER, "date": "2024"}], "lang": "en"}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    unused: dict[str, None] = {}
+    assert all(isinstance(item, Example) for item in read(Source(path), unused))
+    assert list(unused) == ["id", "lang", "prompt: date"]
+    assert inspect(Source(path), byte_level_tokenizer(), cache_dir=tmp_path / "cache").unused == list(unused)
+
+
+def test_settings_that_would_be_ignored(tmp_path: Path) -> None:
+    fault = list(read(Source(write_jsonl(tmp_path / "a.jsonl", [PAIR]), columns={"sytem": "s"})))[0]
+    assert isinstance(fault, Fault)
+    assert "'sytem'" in fault.reason
+    assert source_of({"path": "a", "ignore": ["images"]}, "data.train").ignore == ["images"]
+    for wrong in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="max_row_mb"):
+            Source("a", max_row_mb=wrong)
+
+
+def test_a_tree_has_no_context(tmp_path: Path) -> None:
+    rows = [
+        {"message_id": "q", "parent_id": None, "text": "Who?", "role": "Prompter"},
+        {"message_id": "a", "parent_id": "q", "text": "Arr", "role": "ASSISTANT", "rank": 0},
+    ]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    assert [type(item) for item in read(Source(path))] == [Skipped, Example]
+    path = write_jsonl(tmp_path / "a.jsonl", [{**rows[0], "system": "Be a pirate"}, rows[1]])
+    assert isinstance(next(iter(read(Source(path)))), Fault)
