@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase
 
 from halos_pl.cache import cache_root
 from halos_pl.data import example as example_module
-from halos_pl.data import formats, read, schemas, tokenize
+from halos_pl.data import formats, read, schemas, special, tokenize, turns
 from halos_pl.data.example import DataError, Example, Fault, Skipped
 from halos_pl.data.source import Source
 
@@ -73,6 +73,8 @@ class Store:
         skipped: number of rows that are sound but say nothing, by reason.
         digest: a hash of tokens and rows; file names are no part of it.
         folder: where it is; None for one that was made in memory.
+        spelling: number of examples, faulty ones included, whose text spells a special token.
+        spelled: of these for each such token.
     """
 
     path: str
@@ -86,6 +88,8 @@ class Store:
     skipped: dict[str, int]
     digest: str
     folder: Path | None = None
+    spelling: int = 0
+    spelled: dict[str, int] = field(default_factory=dict)
 
     def __reduce__(self) -> Any:
         """Sent to a worker as its place: pickled, the mapped arrays would be copied."""
@@ -121,8 +125,8 @@ def fault_list(faults: list[str], count: int) -> str:
 class _Writer:
     """Appends examples to the files of a store."""
 
-    def __init__(self, folder: Path, source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.folder, self.source, self.tokenizer = folder, source, tokenizer
+    def __init__(self, folder: Path, source: Source, encoder: tokenize.Encoder) -> None:
+        self.folder, self.source, self.encoder = folder, source, encoder
         self.files = {name: (folder / name).open("wb") for name in ("tokens", "prompts", "rows")}
         self.place = self.row = self.examples = self.fault_count = 0
         self.known: dict[bytes, int] = {}
@@ -141,7 +145,7 @@ class _Writer:
         """Tokenises and writes; an example that cannot be tokenised is a fault."""
         rows: list[tuple[Any, ...]] = []
         prompts: list[tuple[int, int, bytes]] = []
-        encoded = tokenize.encode_batch(self.tokenizer, [(e.prompt, e.completions) for e in examples])
+        encoded = self.encoder.batch([(e.prompt, e.completions) for e in examples])
         for example, found in zip(examples, encoded, strict=True):
             if isinstance(found, ValueError):
                 self.fault(Fault(example.row_id, str(found)))
@@ -198,6 +202,8 @@ class _Writer:
             "found_faults": self.faults,
             "fault_count": self.fault_count,
             "skipped": dict(self.skipped),
+            "spelling": self.encoder.spelling,
+            "spelled": dict(self.encoder.spelled.most_common()),
             "digest": self.digest.hexdigest(),
         }
         (self.folder / "meta.json").write_text(json.dumps(meta))
@@ -209,7 +215,7 @@ def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
         yield chunk
 
 
-def _build(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _build(source: Source, encoder: tokenize.Encoder, folder: Path) -> None:
     """Reads the source once, in bounded memory, and writes its store into ``folder``.
 
     Raises:
@@ -219,7 +225,7 @@ def _build(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     columns = (SpinnerColumn(), what, TextColumn("{task.completed:,} rows"))
     with Progress(*columns, TimeElapsedColumn(), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(f"checking {source.path}", total=None)
-        writer = _Writer(folder, source, tokenizer)
+        writer = _Writer(folder, source, encoder)
         try:
             for chunk in _chunks(read.read(source)):
                 sound = []
@@ -242,7 +248,7 @@ def _build(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
 def _code() -> str:
     """A hash of the code that decides what a store holds."""
     digest = hashlib.sha256()
-    for module in (example_module, formats, schemas, read, tokenize, sys.modules[__name__]):
+    for module in (example_module, formats, schemas, read, tokenize, special, turns, sys.modules[__name__]):
         digest.update(inspect.getsource(module).encode())
     return digest.hexdigest()
 
@@ -265,7 +271,7 @@ def _content(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _key(source: Source, tokenizer: PreTrainedTokenizerBase) -> str:
+def _key(source: Source, tokenizer: PreTrainedTokenizerBase, special_tokens_in_text: str) -> str:
     settings = asdict(source)
     del settings["weight"]  # how often rows are seen is no part of what they are
     path = Path(source.path)
@@ -274,7 +280,7 @@ def _key(source: Source, tokenizer: PreTrainedTokenizerBase) -> str:
         content = _content(path)
     else:
         content = formats.hub_version(source)
-    parts = [settings, content, _code(), _tokenizer_state(tokenizer)]
+    parts = [settings, content, _code(), _tokenizer_state(tokenizer), special_tokens_in_text]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -298,13 +304,19 @@ def _whole(folder: Path) -> bool:
         return False
 
 
-def open_store(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path | None = None) -> Store:
+def open_store(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path | None = None,
+    special_tokens_in_text: special.SpecialTokens = "refuse",
+) -> Store:
     """The store of ``source``, made if it is not there yet.
 
     Args:
         source: what to read.
         tokenizer: with a chat template where the source has messages.
         folder: of all stores; left out, ``data`` in :func:`halos_pl.cache.cache_root`.
+        special_tokens_in_text: see :class:`halos_pl.data.special.SpecialText`.
 
     Raises:
         DataError: for a fault of the source as a whole, a missing file, say. Faults of rows are in the store.
@@ -313,7 +325,7 @@ def open_store(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path 
     if not path.exists() and not formats.is_hub_name(source.path):
         raise DataError(str(next(iter(read.read(source)))))
     home = folder or cache_root() / "data"
-    place = home / _key(source, tokenizer)
+    place = home / _key(source, tokenizer, special_tokens_in_text)
     try:
         home.mkdir(parents=True, exist_ok=True)
         (home / ".writable").touch()
@@ -331,7 +343,7 @@ def open_store(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path 
             shutil.rmtree(place, ignore_errors=True)
             part.mkdir()
             try:
-                _build(source, tokenizer, part)
+                _build(source, tokenize.Encoder(tokenizer, special_tokens_in_text), part)
                 os.replace(part, place)
             finally:
                 shutil.rmtree(part, ignore_errors=True)

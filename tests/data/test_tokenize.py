@@ -194,10 +194,11 @@ def test_a_text_may_spell_its_bos_itself() -> None:
     assert encode_prompt(tokenizer, "<s>Hello") == encode_prompt(tokenizer, "Hello")
 
 
-def test_eos_is_added_where_the_template_ends_with_another_token() -> None:
+def test_nothing_follows_the_templates_end_of_a_turn_where_eos_is_another_token() -> None:
     tokenizer = byte_level_tokenizer()
     tokenizer.eos_token = "<|pad|>"
-    assert tokenizer.decode(encode_completion(tokenizer, SAY, "Yes")) == "Yes<|im_end|>\n<|pad|>"
+    assert tokenizer.decode(encode_completion(tokenizer, SAY, "Yes")) == "Yes<|im_end|>"
+    assert tokenizer.decode(encode_completion(tokenizer, "Say", "Yes")) == "Yes<|pad|>"
 
 
 @given(text=letters)
