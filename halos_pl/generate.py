@@ -60,6 +60,17 @@ def _plain_sampling(model: Any) -> Iterator[list[int]]:
         model.train(training)
 
 
+def add_stops(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Has the model's own generation settings stop where :func:`generate` does; the ids that they lacked."""
+    settings = base_model(model).generation_config
+    own = settings.eos_token_id
+    own = own if isinstance(own, list) else [] if own is None else [own]
+    missing = [token for token in stop_ids(tokenizer) if token not in own]
+    if missing:
+        settings.eos_token_id = [*own, *missing]
+    return missing
+
+
 @torch.no_grad()
 def sample_tokens(
     model: nn.Module,

@@ -144,7 +144,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str] = ()) -> T
        refuses a second turn: of the tokens directly one after the other the one that ends the user's turn too, else
        EOS, else the last.
 
-    Tokens that are not special count only where no special one is there.
+    Added tokens that are not special count only where no special one but EOS is there.
 
     Args:
         tokenizer: without a chat template no turn has an end.
@@ -163,7 +163,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str] = ()) -> T
     tail, inner = tried[first][-1], _segments(tokenizer, [*first, "user", "assistant"])
     eos, added = str(tokenizer.eos_token), added_tokens(tokenizer)
     pattern = any_of([eos, *(token for token, special in added.items() if special)])
-    if not pattern.search(tail):
+    if set(pattern.findall(tail)) <= {eos}:
         pattern = any_of([eos, *added])
     openers = set.intersection(*(set(pattern.findall(segments[0])) for segments in tried.values())) - {eos}
     found = list(pattern.finditer(tail))
