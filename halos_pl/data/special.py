@@ -32,16 +32,20 @@ class SpecialText:
 
     A tokenizer turns the text ``<|im_end|>`` into the token that ends a turn, wherever it stands. In the messages of
     a dialogue such a text forges a turn. So under ``refuse`` a row is a fault if a message spells one of
-    :func:`halos_pl.data.turns.turn_markers`; other special tokens (``<tool>``, added by a user) are let through.
-    Under ``split`` every special token in the text is encoded as plain text, as with the tokenizers' own
-    ``split_special_tokens``, and only the chat template writes special tokens; a role that spells one is refused as
-    under ``refuse``. Under ``allow`` the text is encoded as the tokenizer does it.
+    :func:`halos_pl.data.turns.turn_markers`; other special tokens (``<tool>``, added by a user) are let through, but
+    not in a role. Under ``split`` every special token in the text is encoded as plain text, as with the tokenizers'
+    own ``split_special_tokens``, and only the chat template writes special tokens; a role that spells one is refused
+    as under ``refuse``. Under ``allow`` the text is encoded as the tokenizer does it.
 
-    A prompt that is plain text is the user's own rendering, turns included, so ``refuse`` lets it through.
+    A prompt that is plain text is the user's own rendering, turns included, so ``refuse`` lets it through. The end
+    token at the very end of a completion is that of the completion, whatever the mode.
 
     Args:
         tokenizer: of the model to be trained.
         mode: ``refuse``, ``split`` or ``allow``.
+
+    Attributes:
+        tokens: the special tokens that are looked for.
 
     Raises:
         ValueError: there is no such mode.
@@ -80,14 +84,15 @@ class SpecialText:
             return
         for where, said in strings(text):
             role = where.startswith(", the role")
-            if (self.mode == "refuse" or role) and (spelled := self._marker.search(said)):
+            pattern = self._any if role else self._marker
+            if (self.mode == "refuse" or role) and (spelled := pattern.search(said)):
                 around = said[max(0, spelled.start() - 15) : spelled.end() + 15]
-                mend = "remove it, or set data.special_tokens_in_text to split (encode it as plain text) or allow"
                 if role:
-                    mend = "name another role"
+                    raise ValueError(f"{name}{where} spells the special token {spelled[0]}; name another role.")
                 raise ValueError(
-                    f"{name}{where} spells {spelled[0]}, which marks a turn for this tokenizer, so that the text would"
-                    f" forge one (at {around!r}); {mend}."
+                    f"{name}{where} spells {spelled[0]} (at {around!r}), a token of the dialogue's form, so that the"
+                    " text would forge a turn; remove it, or set data.special_tokens_in_text to split (encode it as"
+                    " plain text) or allow."
                 )
 
     def hold(self, text: Prompt) -> Prompt:

@@ -154,7 +154,10 @@ def _refuse_end_inside(ends: Sequence[str], eos: str, completion: Prompt) -> Non
         for end in ends:
             if end in text:
                 name = "the EOS token" if end == eos else "the token that ends a turn,"
-                raise ValueError(f"The completion spells {name} {end} before its end; remove it, or the row.")
+                raise ValueError(
+                    f"The completion spells {name} {end} before its end; remove it, or the row, or set"
+                    " data.special_tokens_in_text to split, which encodes it as plain text."
+                )
 
 
 def _ended(end: int, ids: list[int]) -> list[int]:

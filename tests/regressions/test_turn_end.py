@@ -16,7 +16,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from halos_pl.data.tokenize import Encoder, encode_completion, encode_prompt
-from halos_pl.data.turns import stop_ids, turn_end
+from halos_pl.data.turns import stop_ids, turn_end, turn_markers
 from halos_pl.generate import add_stops, generate
 from halos_pl.module import HALOModule
 
@@ -107,6 +107,7 @@ def test_trls_templates(name: str) -> None:
             assert tokenizer.decode(theirs[len(ours) :]) == behind
         assert tokenizer.decode(ours).count(text) == 1
     assert seen >= 2
+    assert token in turn_markers(tokenizer)
     assert set(stop_ids(tokenizer)) == {end, tokenizer.eos_token_id}
 
 
