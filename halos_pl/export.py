@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from halos_pl.cache import cache_root
 from halos_pl.callbacks import CONFIG
 from halos_pl.checkpoint import load_trained
+from halos_pl.generate import add_stops
 from halos_pl.module import HALOModule
 from halos_pl.policy.loading import base_model, load_model
 
@@ -87,7 +88,10 @@ def export(run: str, folder: str, *, adapter: bool = False, overwrite: bool = Fa
             stale.unlink()
     for name, value in base_model(module.policy).noise_of_config.items():  # type: ignore[arg-type]
         setattr(base_model(policy).config, name, value)
+    stops = add_stops(policy, module.tokenizer)
     policy.save_pretrained(out)
+    if adapter and stops:
+        print(f"halos: the adapter's base does not stop at the ids {stops}; generate with them as eos_token_id")
     if adapter:
         base = policy.peft_config["default"].base_model_name_or_path
         if Path(base).is_relative_to(cache_root()):

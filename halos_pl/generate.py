@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from halos_pl.data.example import DataError, Prompt
 from halos_pl.data.tokenize import encode_prompt
+from halos_pl.data.turns import stop_ids
 from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.loading import ModelSpec, base_model, load_model, load_tokenizer
 from halos_pl.policy.logprobs import completion_kl
@@ -27,9 +28,9 @@ class Sample:
     """One completion.
 
     Attributes:
-        prompt_ids, completion_ids: token ids; the completion's end in EOS where it is finished.
-        text: the completion without special tokens.
-        finished: the model ended it by itself, by EOS.
+        prompt_ids, completion_ids: token ids; the completion's end in that token where it is finished.
+        text: the completion without special tokens and the one that ended it.
+        finished: the model ended it by itself, by EOS or the end of a turn.
     """
 
     prompt_ids: list[int]
@@ -57,6 +58,17 @@ def _plain_sampling(model: Any) -> Iterator[list[int]]:
     finally:
         inner.generation_config = own
         model.train(training)
+
+
+def add_stops(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Has the model's own generation settings stop where :func:`generate` does; the ids that they lacked."""
+    settings = base_model(model).generation_config
+    own = settings.eos_token_id
+    own = own if isinstance(own, list) else [] if own is None else [own]
+    missing = [token for token in stop_ids(tokenizer) if token not in own]
+    if missing:
+        settings.eos_token_id = [*own, *missing]
+    return missing
 
 
 @torch.no_grad()
@@ -140,6 +152,9 @@ def generate(
 ) -> list[list[Sample]]:
     """Samples completions; the same arguments give the same completions.
 
+    A completion ends at the ids that the model's ``generation_config`` names, at EOS, and at the token with which the
+    chat template ends a turn.
+
     Args:
         model: a causal language model of transformers, or a peft model around one.
         tokenizer: its tokenizer.
@@ -164,13 +179,13 @@ def generate(
     ending = list(tokenizer(control, add_special_tokens=False)["input_ids"]) if control else []
     encoded = [encode_prompt(tokenizer, prompt) + ending for prompt in prompts]
     device = next(model.parameters()).device
-    own = {} if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    own = stop_ids(tokenizer)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         sampled = sample_tokens(
             model,
             [ids for ids in encoded for _ in range(num_samples)],
-            stops=sorted(own),
+            stops=own,
             pad=tokenizer.pad_token_id,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -180,10 +195,12 @@ def generate(
         )
     with _plain_sampling(model) as also_stops:
         ends = {*also_stops, *own}
-    samples = [
-        Sample(ids, kept, str(tokenizer.decode(kept, skip_special_tokens=True)).strip(), kept[-1] in ends)
-        for ids, kept in zip((ids for ids in encoded for _ in range(num_samples)), sampled, strict=True)
-    ]
+    samples = []
+    for ids, kept in zip((ids for ids in encoded for _ in range(num_samples)), sampled, strict=True):
+        finished = kept[-1] in ends
+        # The end of a turn need not be a special token, which decoding skips.
+        text = tokenizer.decode(kept[:-1] if finished else kept, skip_special_tokens=True)
+        samples.append(Sample(ids, kept, str(text).strip(), finished))
     return [samples[at : at + num_samples] for at in range(0, len(samples), num_samples)]
 
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from halos_pl.build import build_objective
 from halos_pl.checkpoint import LastCheckpoint, check_finite
+from halos_pl.data.turns import stop_ids
 from halos_pl.distributed import sum_over_ranks, world_size
 from halos_pl.feedback import Feedback
 from halos_pl.generate import sample_tokens
@@ -329,6 +330,10 @@ class HALOModule(LightningModule):
             kl=zeros.clone() if self.objective.needs.exact_kl else None,
         )
 
+    @cached_property
+    def _stops(self) -> list[int]:
+        return stop_ids(self.tokenizer)
+
     def _with_samples(self, batch: FlatBatch) -> FlatBatch:
         """Adds, for each row, a completion that the policy samples now, as a probe."""
         assert self.policy is not None
@@ -340,7 +345,7 @@ class HALOModule(LightningModule):
             ids = sample_tokens(
                 self.policy,
                 [batch.prompts[i].tolist() for i in batch.prompt.tolist()],
-                stops=[token for token in (self.tokenizer.eos_token_id,) if token is not None],
+                stops=self._stops,
                 pad=self.tokenizer.pad_token_id,
                 max_new_tokens=self.objective.needs.samples,
             )

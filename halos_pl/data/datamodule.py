@@ -21,6 +21,7 @@ from halos_pl.data.batches import Order, StepDataset, StepSampler, seeded
 from halos_pl.data.example import DataError
 from halos_pl.data.formats import files_of
 from halos_pl.data.source import OnBadRows, Source, source_of
+from halos_pl.data.special import SpecialTokens
 from halos_pl.data.split import Split, Together
 from halos_pl.data.store import Store, fault_list, open_store
 from halos_pl.data.table import Table
@@ -116,6 +117,9 @@ class FeedbackDataModule(LightningDataModule):
             row (the pair, where the objective needs rivals). Either way the number is reported.
         on_bad_rows: ``error`` names the faulty rows and stops before a model is loaded; ``skip`` leaves them out, with
             their number in the log and in the run's summary.
+        special_tokens_in_text: what becomes of special tokens that the data spell, such as ``<|im_end|>`` in a
+            message: ``refuse`` counts a row as faulty if one of its messages spells a token that marks turns;
+            ``split`` encodes them as plain text; ``allow`` encodes them as the special tokens.
         transforms: changes to the data for studies, applied in order (see ``halos_pl.data.transforms``). Rows that have
             only scores get thumbs by ``ThresholdScores``, at their prompt's mean, unless a transform says otherwise.
         shuffle: shuffle the training examples anew each epoch.
@@ -145,6 +149,7 @@ class FeedbackDataModule(LightningDataModule):
         max_length: int = 1024,
         truncate_completions: bool = True,
         on_bad_rows: OnBadRows = "error",
+        special_tokens_in_text: SpecialTokens = "refuse",
         transforms: list[Transform] | None = None,
         shuffle: bool = True,
         keep_together: Together | None = None,
@@ -172,6 +177,7 @@ class FeedbackDataModule(LightningDataModule):
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.max_length, self.truncate_completions = max_length, truncate_completions
         self.on_bad_rows = on_bad_rows
+        self.special_tokens_in_text = special_tokens_in_text
         self.transforms = _ordered(list(transforms or []), one_completion_per_prompt)
         self.shuffle, self.drop_last, self.keep_together = shuffle, drop_last, keep_together
         self.balance_classes, self.group_by_length = balance_classes, group_by_length
@@ -214,7 +220,7 @@ class FeedbackDataModule(LightningDataModule):
         for key, source in {s.key: s for split in splits for s in self.sources[split]}.items():
             if key not in self._stores:
                 try:
-                    self._stores[key] = open_store(source, tokenizer, self.cache_dir)
+                    self._stores[key] = open_store(source, tokenizer, self.cache_dir, self.special_tokens_in_text)
                 except DataError as error:
                     faults.append(str(error))
                     count += 1

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from halos_pl.data.batches import seeded
 from halos_pl.data.example import DataError
 from halos_pl.data.source import Source
+from halos_pl.data.special import SpecialTokens
 from halos_pl.data.split import Split
 from halos_pl.data.store import Store, open_store
 from halos_pl.data.table import Table
@@ -128,6 +129,8 @@ def _figures(store: Store, table: Table, judged: Table, max_length: int) -> dict
         "rows dropped with truncate_completions false": dropped.dropped_too_long,
         "faulty rows": store.fault_count,
         **{f"skipped: {reason}": number for reason, number in store.skipped.items()},
+        **({"examples whose text spells special tokens": store.spelling} if store.spelling else {}),
+        **{f"spelled: {token}": number for token, number in store.spelled.items()},
     }
     if len(scores):
         figures |= {"rows with a score": len(scores), "lowest score": scores.min(), "median score": np.median(scores)}
@@ -155,6 +158,7 @@ def inspect(
     examples: int = 3,
     seed: int = 0,
     cache_dir: Path | None = None,
+    special_tokens_in_text: SpecialTokens = "refuse",
 ) -> Inspection:
     """What is in ``source``, as a model with this tokenizer would see it.
 
@@ -164,12 +168,12 @@ def inspect(
         max_length: tokens; how many rows it would cut or drop is counted.
         examples: how many rows to show, drawn with ``seed``.
         seed: of that draw.
-        cache_dir: see ``FeedbackDataModule``.
+        cache_dir, special_tokens_in_text: see ``FeedbackDataModule``.
 
     Raises:
         DataError: for a fault of the source as a whole, a missing file, say.
     """
-    store = open_store(source, tokenizer, cache_dir)
+    store = open_store(source, tokenizer, cache_dir, special_tokens_in_text)
     table = Table.of([store])
     judged, _ = ThresholdScores()(table, seeded("inspect", seed))
     prompt, completion = table.prompt_length, table.of_rows("length").astype(int)
@@ -329,6 +333,7 @@ def inspect_source(
     max_row_mb: float = 16.0,
     rows: int | None = None,
     streaming: bool = False,
+    special_tokens_in_text: SpecialTokens = "refuse",
     html: str | None = None,
     json_file: str | None = None,
 ) -> None:
@@ -349,6 +354,7 @@ def inspect_source(
         max_row_mb: megabytes that a row may take.
         rows: read only so many rows from the start.
         streaming: read a hub data set row by row.
+        special_tokens_in_text: as data.special_tokens_in_text is to be: refuse, split or allow.
         html: a file to write the same to, as a page.
         json_file: a file to write the same to, as JSON.
 
@@ -373,7 +379,13 @@ def inspect_source(
     for path in filter(None, (html, json_file)):
         if Path(path).is_dir():
             raise DataError(f"{path} is a folder; name a file to write to")
-    found = inspect(given, load_tokenizer(ModelSpec(tokenizer)), max_length=max_length, examples=examples)
+    found = inspect(
+        given,
+        load_tokenizer(ModelSpec(tokenizer)),
+        max_length=max_length,
+        examples=examples,
+        special_tokens_in_text=special_tokens_in_text,
+    )
     console = Console()
     show(found, console)
     for target, text in ((html, page(found)), (json_file, json.dumps(asdict(found), indent=2))):

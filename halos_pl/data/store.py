@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,20 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.cache import cache_root
-from halos_pl.data import arrow, broken, columns, formats, published, read, schemas, text, tokenize, values
+from halos_pl.data import (
+    arrow,
+    broken,
+    columns,
+    formats,
+    published,
+    read,
+    schemas,
+    special,
+    text,
+    tokenize,
+    turns,
+    values,
+)
 from halos_pl.data import example as example_module
 from halos_pl.data.example import DataError, Example, Fault, Skipped
 from halos_pl.data.source import Source
@@ -75,6 +88,8 @@ class Store:
         unused: columns that say something and that nothing reads.
         digest: a hash of tokens and rows; file names are no part of it.
         folder: where it is; None for one that was made in memory.
+        spelling: number of examples, faulty ones included, whose text spells a special token.
+        spelled: of these for each such token.
     """
 
     path: str
@@ -89,6 +104,8 @@ class Store:
     unused: list[str]
     digest: str
     folder: Path | None = None
+    spelling: int = 0
+    spelled: dict[str, int] = field(default_factory=dict)
 
     def __reduce__(self) -> Any:
         """Sent to a worker as its place: pickled, the mapped arrays would be copied."""
@@ -124,8 +141,8 @@ def fault_list(faults: list[str], count: int) -> str:
 class _Writer:
     """Appends examples to the files of a store."""
 
-    def __init__(self, folder: Path, source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.folder, self.source, self.tokenizer = folder, source, tokenizer
+    def __init__(self, folder: Path, source: Source, encoder: tokenize.Encoder) -> None:
+        self.folder, self.source, self.encoder = folder, source, encoder
         self.files = {name: (folder / name).open("wb") for name in ("tokens", "prompts", "rows")}
         self.place = self.row = self.examples = self.fault_count = 0
         self.known: dict[bytes, int] = {}
@@ -145,7 +162,7 @@ class _Writer:
         """Tokenises and writes; an example that cannot be tokenised is a fault."""
         rows: list[tuple[Any, ...]] = []
         prompts: list[tuple[int, int, bytes]] = []
-        encoded = tokenize.encode_batch(self.tokenizer, [(e.prompt, e.completions) for e in examples])
+        encoded = self.encoder.batch([(e.prompt, e.completions) for e in examples])
         for example, found in zip(examples, encoded, strict=True):
             if isinstance(found, ValueError):
                 self.fault(Fault(example.row_id, str(found)))
@@ -201,6 +218,8 @@ class _Writer:
             "fault_count": self.fault_count,
             "skipped": dict(self.skipped),
             "unused": list(self.unused),
+            "spelling": self.encoder.spelling,
+            "spelled": dict(self.encoder.spelled.most_common()),
             "digest": self.digest.hexdigest(),
         }
         (self.folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
@@ -221,7 +240,7 @@ def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
         yield chunk
 
 
-def _build(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _build(source: Source, encoder: tokenize.Encoder, folder: Path) -> None:
     """Reads the source once, in bounded memory, and writes its store into ``folder``.
 
     Raises:
@@ -231,7 +250,7 @@ def _build(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     columns = (SpinnerColumn(), what, TextColumn("{task.completed:,} rows"))
     with Progress(*columns, TimeElapsedColumn(), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(f"checking {source.path}", total=None)
-        writer = _Writer(folder, source, tokenizer)
+        writer = _Writer(folder, source, encoder)
         try:
             for chunk in _chunks(read.read(source, writer.unused)):
                 sound = []
@@ -266,6 +285,8 @@ def _code() -> str:
         columns,
         read,
         tokenize,
+        special,
+        turns,
         sys.modules[__name__],
     ):
         digest.update(inspect.getsource(module).encode())
@@ -290,7 +311,7 @@ def _content(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _key(source: Source, tokenizer: PreTrainedTokenizerBase) -> str:
+def _key(source: Source, tokenizer: PreTrainedTokenizerBase, special_tokens_in_text: str) -> str:
     settings = asdict(source)
     del settings["weight"]  # how often rows are seen is no part of what they are
     path = Path(source.path)
@@ -299,7 +320,7 @@ def _key(source: Source, tokenizer: PreTrainedTokenizerBase) -> str:
         content = _content(path)
     else:
         content = formats.hub_version(source)
-    parts = [settings, content, _code(), _tokenizer_state(tokenizer)]
+    parts = [settings, content, _code(), _tokenizer_state(tokenizer), special_tokens_in_text]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -329,13 +350,19 @@ def _found(path: str, folder: Path) -> Store | None:
         return None
 
 
-def open_store(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path | None = None) -> Store:
+def open_store(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path | None = None,
+    special_tokens_in_text: special.SpecialTokens = "refuse",
+) -> Store:
     """The store of ``source``, made if it is not there yet.
 
     Args:
         source: what to read.
         tokenizer: with a chat template where the source has messages.
         folder: of all stores; left out, ``data`` in :func:`halos_pl.cache.cache_root`.
+        special_tokens_in_text: see :class:`halos_pl.data.special.SpecialText`.
 
     Raises:
         DataError: for a fault of the source as a whole, a missing file, say. Faults of rows are in the store.
@@ -345,7 +372,7 @@ def open_store(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path 
         raise DataError(str(next(iter(read.read(source)))))
     home = folder or cache_root() / "data"
     try:
-        place = home / _key(source, tokenizer)
+        place = home / _key(source, tokenizer, special_tokens_in_text)
     except OSError as error:
         raise DataError(f"{source.path}: cannot be read ({error.strerror}); check its permissions") from error
     if store := _found(source.label, place):  # without the lock: a cache that is only read may be read-only
@@ -366,7 +393,7 @@ def open_store(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path 
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
             try:
-                _build(source, tokenizer, part)
+                _build(source, tokenize.Encoder(tokenizer, special_tokens_in_text), part)
                 shutil.rmtree(place, ignore_errors=True)
                 os.replace(part, place)
             finally:

@@ -1,4 +1,8 @@
-"""From text or messages to token ids: BOS at most once, EOS exactly once, and the boundary in one place.
+"""From text or messages to token ids: BOS at most once, one end, and the boundary in one place.
+
+A completion ends at the token at which the model stops: EOS after plain text, the end of the assistant's turn after
+messages (``<end_of_turn>``, ``<|eot_id|>``), where the chat template writes one. What the template writes behind that
+token, a line break or EOS, carries no loss, because in use nothing is generated behind it.
 
 A completion is tokenised alone, never together with its prompt: that is what the model meets in use, where
 generation starts after the prompt's last token. So prompt and completion cannot merge into other tokens.
@@ -6,12 +10,16 @@ generation starts after the prompt's last token. So prompt and completion cannot
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.data.example import Prompt
+from halos_pl.data.special import SpecialText, SpecialTokens
+from halos_pl.data.turns import TurnEnd, refuse_dropped, render, turn_end
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
@@ -50,30 +58,17 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, prompt: bool, begun: bool = False
-) -> str:
-    """What the chat template writes; a ``prompt`` ends in the head of an answer or, ``begun``, in its last message."""
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "The data are message lists, but the tokenizer has no chat template: use an instruct model's "
-            "tokenizer, set tokenizer.chat_template and save it, or give prompt and completion as plain text."
-        )
-    try:
-        how: dict[str, Any] = {"add_generation_prompt": prompt and not begun, "continue_final_message": begun}
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **how))
-    except Exception as error:  # templates raise what they like (jinja2.TemplateError, TypeError, ...)
-        roles = [message.get("role") for message in messages]
-        raise ValueError(f"The chat template refuses messages with the roles {roles}: {error}") from error
-
-
 def _begun(prompt: Prompt) -> bool:
     """Whether the prompt ends in what the assistant has begun to say, and the completion goes on with."""
     return isinstance(prompt, list) and bool(prompt) and prompt[-1].get("role") == "assistant"
 
 
 def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else _render(tokenizer, prompt, prompt=True, begun=_begun(prompt))
+    if isinstance(prompt, str):
+        return prompt
+    text = render(tokenizer, prompt, prompt=True, begun=_begun(prompt))
+    refuse_dropped(tokenizer, prompt, text)
+    return text
 
 
 def _prompt_ids(prefix: list[int], prompt: Prompt, ids: list[int]) -> list[int]:
@@ -85,16 +80,7 @@ def _prompt_ids(prefix: list[int], prompt: Prompt, ids: list[int]) -> list[int]:
 
 
 def _completion_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, before: str, completion: Prompt) -> str:
-    """What the completion adds to the prompt's text ``before``."""
-    given = completion
-    _refuse_eos_inside(tokenizer, completion)
-    eos: Any = tokenizer.eos_token
-    if isinstance(completion, str):
-        completion = _unended(eos, completion)
-    else:
-        completion = [{**message, "content": _unended(eos, message["content"])} for message in completion]
-    if not any(text.strip() for text in _texts(completion)) and any(text.strip() for text in _texts(given)):
-        raise ValueError("The completion is nothing but the EOS token; give it some text, or remove the row.")
+    """What the completion adds to the prompt's text ``before``; of messages with all that the template writes."""
     if isinstance(prompt, str):
         if isinstance(completion, str):
             return completion
@@ -107,47 +93,77 @@ def _completion_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, before:
     if _begun(prompt) and completion[0]["role"] == "assistant":
         said = {**prompt[-1], "content": prompt[-1]["content"] + completion[0]["content"]}
         prompt, completion = prompt[:-1], [said, *completion[1:]]
-    whole = _render(tokenizer, prompt + completion, prompt=False)
+    whole = render(tokenizer, prompt + completion, prompt=False)
     if not whole.startswith(before):
         same = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(whole))
         raise ValueError(
             "The chat template does not continue the prompt when the completion is added: at the end of the "
             f"prompt it writes {before[same : same + 40]!r}, and with the completion "
-            f"{whole[same : same + 40]!r} in its place. "
-            "Use a template whose generation prompt is the start of an assistant message, or plain text."
+            f"{whole[same : same + 40]!r} in its place. The model would be trained on another beginning than it meets"
+            " in use. Use a template whose generation prompt is the start of an assistant message (TRL ships some as"
+            " NAME_training.jinja), or plain text."
         )
     text = whole[len(before) :]
     if not text:
         raise ValueError(
             "The chat template writes nothing for the completion; its messages should have the role 'assistant'."
         )
-    ended = text.rstrip()  # ChatML writes "<|im_end|>\n"; generation stops at EOS, so nothing follows it
-    return ended if eos and ended.endswith(eos) else text
+    refuse_dropped(tokenizer, prompt + completion, whole)
+    if doubled := _DOUBLED_SPAN.search(before[-40:] + text):
+        raise ValueError(
+            f"The chat template writes {doubled[0]!r}: an empty <{doubled[1]}> of its own before the one in the"
+            " content, which it does not take for its own. Use a template that reads thoughts from the content, or"
+            " remove them from it."
+        )
+    return text
+
+
+#: An empty span, and another of the same name behind it: ``<think>\n\n</think>\n\n<think>``.
+_DOUBLED_SPAN = re.compile(r"<(\w+)>\s*</\1>\s*<\1>")
 
 
 def _texts(completion: Prompt) -> list[str]:
     return [completion] if isinstance(completion, str) else [message["content"] for message in completion]
 
 
-def _unended(eos: str | None, text: str) -> str:
-    """The text without the EOS tokens at its end, and what is blank behind them, as a rendered dialogue has it."""
-    while eos and text.rstrip().endswith(eos):
-        text = text.rstrip().removesuffix(eos)
+def _unended(ends: Sequence[str], text: str) -> str:
+    """The text without the end tokens at its end, and what is blank behind them, as a rendered dialogue has it."""
+    while end := next((end for end in ends if text.rstrip().endswith(end)), None):
+        text = text.rstrip().removesuffix(end)
     return text
 
 
-def _refuse_eos_inside(tokenizer: PreTrainedTokenizerBase, completion: Prompt) -> None:
+def _stripped(ends: Sequence[str], completion: Prompt) -> Prompt:
+    """The completion without end tokens at the end of its texts: the row's own end belongs there.
+
+    Raises:
+        ValueError: nothing else is in it.
+    """
+    if isinstance(completion, str):
+        found: Prompt = _unended(ends, completion)
+    else:
+        found = [{**message, "content": _unended(ends, message["content"])} for message in completion]
+    if not any(text.strip() for text in _texts(found)) and any(text.strip() for text in _texts(completion)):
+        raise ValueError("The completion is nothing but the EOS token; give it some text, or remove the row.")
+    return found
+
+
+def _refuse_end_inside(ends: Sequence[str], eos: str, completion: Prompt) -> None:
     """The model would learn to stop there, and to go on; at the end of a text it is the one that belongs there."""
-    eos: Any = tokenizer.eos_token
     for text in _texts(completion):
-        if eos and eos in _unended(eos, text):
-            raise ValueError(f"The completion spells the EOS token {eos} before its end; remove it, or the row.")
+        for end in ends:
+            if end in text:
+                name = "the EOS token" if end == eos else "the token that ends a turn,"
+                raise ValueError(
+                    f"The completion spells {name} {end} before its end; remove it, or the row, or set"
+                    " data.special_tokens_in_text to split, which encodes it as plain text."
+                )
 
 
-def _completion_ids(eos: int, ids: list[int]) -> list[int]:
-    while ids and ids[-1] == eos:
+def _ended(end: int, ids: list[int]) -> list[int]:
+    while ids and ids[-1] == end:
         ids.pop()
-    return [*ids, eos]
+    return [*ids, end]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
@@ -165,15 +181,16 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
 
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Prompt) -> list[int]:
-    """Token ids of a completion; EOS is the last one and is not doubled.
+    """Token ids of a completion; the token at which the model stops is the last one and is not doubled.
 
-    Text after a text prompt is tokenised alone, as any text is. Messages (or text, taken as one assistant message)
-    after a message prompt are what the chat template writes for the whole conversation, less what it writes for
-    the prompt; anything blank that it writes after the final EOS is cut.
+    Text after a text prompt is tokenised alone, as any text is, and ends with EOS, or with the end of a turn where it
+    spells that itself. Messages (or text, taken as one assistant message) after a message prompt are what the chat
+    template writes for the whole conversation, less what it writes for the prompt, up to the end of the last turn
+    (see :func:`halos_pl.data.turns.turn_end`); EOS follows only where the template ends a turn with no token.
 
     Raises:
         ValueError: no EOS token; no chat template for messages; messages after a text prompt; a template
-            that does not continue the prompt's rendering.
+            that does not continue the prompt's rendering; a text that forges a turn.
     """
     [encoded] = encode_batch(tokenizer, [(prompt, [completion])])
     if isinstance(encoded, ValueError):
@@ -183,6 +200,136 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, comple
 
 Encoded = tuple[list[int], list[list[int]]]
 """Token ids of a prompt and of each of its completions."""
+
+
+class Encoder:
+    """Encodes conversations with one tokenizer.
+
+    Args:
+        tokenizer: with a chat template where the conversations are messages.
+        special_tokens_in_text: what is done with them, see :class:`halos_pl.data.special.SpecialText`.
+
+    Attributes:
+        spelled: for each special token, how many conversations have it in their text or in a role, whatever became of
+            them; the end of a turn at the end of a completion is not counted.
+        spelling: how many conversations have any.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special_tokens_in_text: SpecialTokens = "refuse") -> None:
+        self.tokenizer, self.special = tokenizer, SpecialText(tokenizer, special_tokens_in_text)
+        self.spelled: Counter[str] = Counter()
+        self.spelling = 0
+        self._eos, self._prefix, self._blank = _eos(tokenizer), prefix_ids(tokenizer), _blank_before(tokenizer)
+        self._ends: dict[tuple[str, ...], TurnEnd | None] = {}
+
+    def _turn_end(self, prompt: Prompt, completion: Prompt) -> TurnEnd | None:
+        """How this conversation's last turn ends; templates that refuse a plain dialogue are asked with its roles."""
+        try:
+            if () not in self._ends:
+                self._ends[()] = turn_end(self.tokenizer)
+            return self._ends[()]
+        except ValueError:
+            if isinstance(prompt, str):
+                return None
+            answers = ["assistant"] if isinstance(completion, str) else [m["role"] for m in completion]
+            roles = (*(m["role"] for m in (prompt[:-1] if _begun(prompt) else prompt)), *answers)
+            if roles not in self._ends:
+                self._ends[roles] = turn_end(self.tokenizer, roles)
+            return self._ends[roles]
+
+    def _texts(self, prompt: Prompt, completions: Sequence[Prompt]) -> tuple[bool, list[str], list[int]]:
+        """(whether they hold placeholders, the texts to encode, the id that each completion ends with).
+
+        Raises:
+            ValueError: what is wrong with the conversation.
+        """
+        eos: str = str(self.tokenizer.eos_token)
+        chat = not isinstance(prompt, str)
+        split = self.special.mode == "split"
+        try:
+            found = [self._turn_end(prompt, completion) for completion in completions]
+        except ValueError:  # it refuses these messages, and is to say why
+            found = [None] * len(completions)
+        ends = [(eos,) if end is None or not chat else tuple({eos: 0, end.token: 0}) for end in found]
+        spoken = [_stripped(own, completion) for own, completion in zip(ends, completions, strict=True)]
+        spelled = self.special.found(prompt, *spoken)
+        self.spelled.update(spelled)
+        self.spelling += bool(spelled)
+        for own, completion in zip(ends, spoken, strict=True):
+            if not split:
+                _refuse_end_inside(own, eos, completion)
+        if chat:
+            self.special.refuse("The prompt", prompt)
+            for completion in spoken:
+                said = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+                self.special.refuse("The completion", said)
+        held = split and bool(spelled)
+        if held:
+            prompt, spoken = self.special.hold(prompt), [self.special.hold(completion) for completion in spoken]
+        before = _prompt_text(self.tokenizer, prompt)
+        texts, last = [before], []
+        for end, completion in zip(found, spoken, strict=True):
+            text = _completion_text(self.tokenizer, prompt, before, completion)
+            if chat and end is not None:
+                text = end.cut(text)
+            complete = end is not None and text.rstrip().endswith(end.token)
+            texts.append(text.rstrip() if complete else text)
+            last.append(end.id if end is not None and complete else self._eos)
+        return held, texts, last
+
+    def _ids(self, texts: list[str], held: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        if held:
+            return self.special.encode_held(texts)
+        ids: Any = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [list(each) for each in ids]
+
+    def batch(self, conversations: Sequence[tuple[Prompt, Sequence[Prompt]]]) -> Iterator[Encoded | ValueError]:
+        """As :func:`encode_batch`."""
+        texts: dict[bool, list[str]] = {False: [], True: []}
+        places: list[tuple[bool, int, list[int]] | ValueError] = []
+        for prompt, completions in conversations:
+            try:
+                held, (before, *own), last = self._texts(prompt, completions)
+            except ValueError as error:
+                places.append(error)
+                continue
+            behind = "\n" if self._blank and not isinstance(prompt, str) else ""
+            places.append((held, len(texts[held]), last))
+            texts[held] += [before, *(behind + text for text in own)]
+        ids: dict[bool, list[list[int]] | ValueError] = {}
+        for held, some in texts.items():
+            try:
+                ids[held] = self._ids(some, held)
+            except ValueError as error:
+                ids[held] = error
+        for place, (prompt, _) in zip(places, conversations, strict=True):
+            try:
+                yield self._encoded(prompt, place, texts, ids)
+            except ValueError as error:
+                yield error
+
+    def _encoded(
+        self,
+        prompt: Prompt,
+        place: tuple[bool, int, list[int]] | ValueError,
+        texts: dict[bool, list[str]],
+        ids: dict[bool, list[list[int]] | ValueError],
+    ) -> Encoded:
+        if isinstance(place, ValueError):
+            raise place
+        held, at, last = place
+        found = ids[held]
+        if isinstance(found, ValueError):
+            raise found
+        first, *own = found[at : at + 1 + len(last)]
+        if self._blank and not isinstance(prompt, str):
+            # A line break that has merged with what follows cannot be cut off.
+            n = len(self._blank)
+            pieces = zip(own, texts[held][at + 1 : at + 1 + len(last)], strict=True)
+            own = [c[n:] if c[:n] == self._blank else self._ids([text[1:]], held)[0] for c, text in pieces]
+        return _prompt_ids(self._prefix, prompt, first), [_ended(e, c) for e, c in zip(last, own, strict=True)]
 
 
 def encode_batch(
@@ -195,32 +342,4 @@ def encode_batch(
     Yields:
         For each conversation, in order, its token ids, or what the one-by-one functions would raise for it.
     """
-    eos, prefix, blank = _eos(tokenizer), prefix_ids(tokenizer), _blank_before(tokenizer)
-    texts: list[str] = []
-    faults: dict[int, ValueError] = {}
-    for i, (prompt, completions) in enumerate(conversations):
-        start = len(texts)
-        try:
-            before = _prompt_text(tokenizer, prompt)
-            behind = "\n" if blank and not isinstance(prompt, str) else ""
-            texts += [before, *(behind + _completion_text(tokenizer, prompt, before, c) for c in completions)]
-        except ValueError as error:
-            faults[i] = error
-            del texts[start:]
-    ids: Any = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    at = 0
-    for i, (prompt, completions) in enumerate(conversations):
-        if i in faults:
-            yield faults[i]
-            continue
-        end = at + 1 + len(completions)
-        first, *own = (list(each) for each in ids[at:end])
-        if blank and not isinstance(prompt, str):
-            # A line break that has merged with what follows cannot be cut off.
-            pieces = zip(own, texts[at + 1 : end], strict=True)
-            own = [c[len(blank) :] if c[: len(blank)] == blank else _ids(tokenizer, text[1:]) for c, text in pieces]
-        at = end
-        try:
-            yield _prompt_ids(prefix, prompt, first), [_completion_ids(eos, c) for c in own]
-        except ValueError as error:
-            yield error
+    yield from Encoder(tokenizer).batch(conversations)

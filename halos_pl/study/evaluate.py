@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from lightning import Trainer
 
 from halos_pl.build import module_of_file
+from halos_pl.callbacks import CONFIG
 from halos_pl.checkpoint import load_trained
 from halos_pl.data import DataError, FeedbackDataModule
 from halos_pl.export import module_of_run, put_weights
@@ -255,7 +257,7 @@ def evaluate(
 ) -> None:
     """Measure a run's policy on held-out data, example by example; the code of rule and judge is executed.
 
-    A run with control tokens is measured without them.
+    A run with control tokens is measured without them. Special tokens in held-out text are treated as in its training.
 
     Args:
         run: the run's folder, where evaluation.json, held_out.jsonl and answers.jsonl are written.
@@ -280,7 +282,11 @@ def evaluate(
     module = _prepared(folder)
     values: dict[str, dict[str, float]] = {}
     if held_out:
-        data = FeedbackDataModule(predict=list(held_out), batch_size=batch_size, max_length=max_length)
+        own = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")).get("data") or {}
+        text = own.get("special_tokens_in_text", "refuse")
+        data = FeedbackDataModule(
+            predict=list(held_out), batch_size=batch_size, max_length=max_length, special_tokens_in_text=text
+        )
         batches: Any = module.trainer.predict(module, datamodule=data)
         records = [record for batch in batches for record in batch]
         lost = sum(not np.isfinite([r["policy_logp"], r["reference_logp"], r["kl"]]).all() for r in records)

@@ -418,7 +418,7 @@ def check(study: Study) -> dict[str, Checked]:
     _check_evaluation(study)
     found: dict[str, Checked] = {}
     known: dict[str, Arm] = {}
-    tokenizer = None
+    first: Any = None
     for arm in study.arms:
         words = arm.words("unused", study.seeds[0])[1:]
         # A cluster's machines are not like this one; the digest is of what they are given all the same.
@@ -451,8 +451,8 @@ def check(study: Study) -> dict[str, Checked]:
             )
         known[digest] = arm
         found[arm.name] = Checked(steps, digest)
-        tokenizer = tokenizer or cli.model.tokenizer
-    _check_held_out(study, tokenizer)
+        first = first or cli
+    _check_held_out(study, first.model.tokenizer, first.datamodule.special_tokens_in_text)
     return found
 
 
@@ -544,7 +544,7 @@ _GOOD, _BAD = {1: "desirable"}, {0: "undesirable"}
 WANTED = {"nll_desirable": _GOOD, "nll_undesirable": _BAD, "reward_auroc": _GOOD | _BAD}
 
 
-def _check_held_out(study: Study, tokenizer: Any) -> None:
+def _check_held_out(study: Study, tokenizer: Any, special_tokens_in_text: Any) -> None:
     """Refuses held-out data with faults, and a metric that they cannot give."""
     from halos_pl.data.datamodule import _sources
     from halos_pl.data.store import fault_list, open_store
@@ -555,7 +555,8 @@ def _check_held_out(study: Study, tokenizer: Any) -> None:
     if not given:
         return
     try:
-        stores = [open_store(source, tokenizer) for source in _sources("predict", given)]
+        sources = _sources("predict", given)
+        stores = [open_store(s, tokenizer, special_tokens_in_text=special_tokens_in_text) for s in sources]
     except (DataError, OSError, ValueError) as error:
         raise StudyError(f"{study.places['evaluate']}: held_out: {error}") from error
     for store in stores:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from halos_pl.data.tokenize import encode_batch, encode_completion, encode_prompt
+from halos_pl.data.tokenize import Encoder, encode_batch, encode_completion, encode_prompt
 
 BOS_CHATML = "{{ bos_token }}" + CHATML
 SAY = [{"role": "user", "content": "Say something"}]
@@ -194,10 +194,11 @@ def test_a_text_may_spell_its_bos_itself() -> None:
     assert encode_prompt(tokenizer, "<s>Hello") == encode_prompt(tokenizer, "Hello")
 
 
-def test_eos_is_added_where_the_template_ends_with_another_token() -> None:
+def test_nothing_follows_the_templates_end_of_a_turn_where_eos_is_another_token() -> None:
     tokenizer = byte_level_tokenizer()
     tokenizer.eos_token = "<|pad|>"
-    assert tokenizer.decode(encode_completion(tokenizer, SAY, "Yes")) == "Yes<|im_end|>\n<|pad|>"
+    assert tokenizer.decode(encode_completion(tokenizer, SAY, "Yes")) == "Yes<|im_end|>"
+    assert tokenizer.decode(encode_completion(tokenizer, "Say", "Yes")) == "Yes<|pad|>"
 
 
 @given(text=letters)
@@ -307,3 +308,33 @@ def test_a_completion_goes_on_with_what_the_assistant_has_begun() -> None:
 def test_a_completion_that_is_eos_alone_is_refused(prompt: Any, completion: str) -> None:
     with pytest.raises(ValueError, match="nothing but the EOS token"):
         encode_completion(byte_level(), prompt, completion)
+
+
+@pytest.mark.parametrize("make", [*ALL, zephyr])
+@given(texts=st.lists(letters, min_size=2, max_size=4), which=st.integers(0, 9))
+@settings(max_examples=10, deadline=None, derandomize=True)
+def test_split_special_tokens_are_plain_text(make: Any, texts: list[str], which: int) -> None:
+    """Also where a vocabulary holds their text as a piece (Unigram), which the tokenizers' own option finds."""
+    tokenizer = make()
+    special = sorted(token.content for token in tokenizer.added_tokens_decoder.values())
+    spelled = special[which % len(special)]
+    text = spelled.join(texts)
+    encoder = Encoder(tokenizer, "split")
+    [got] = encoder.batch([(text, [text + "."])])
+    assert not isinstance(got, ValueError)
+    prefix, unknown = encode_prompt(tokenizer, "a")[: -len(encoded(tokenizer, "a"))], tokenizer.unk_token_id
+    assert got[0][: len(prefix)] == prefix
+    for ids in (got[0][len(prefix) :], got[1][0][:-1]):
+        assert not (set(ids) & set(tokenizer.added_tokens_decoder)) - {unknown}
+    if make is not metaspace_unigram:
+        assert got[0][len(prefix) :] == encoded(tokenizer, text, split_special_tokens=True)
+    if tokenizer.chat_template:
+        said = [{"role": "user", "content": text}]
+        [chat] = encoder.batch([(said, ["b"])])
+        usual = encode_prompt(tokenizer, [{"role": "user", "content": "b"}])
+        added = set(tokenizer.added_tokens_decoder) - {unknown}
+        assert [token for token in chat[0] if token in added] == [token for token in usual if token in added]
+
+
+def encoded(tokenizer: Any, text: str, **how: Any) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, **how)["input_ids"])

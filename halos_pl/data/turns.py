@@ -1,0 +1,234 @@
+"""What a chat template writes around messages: where an assistant's turn ends, and which tokens mark turns.
+
+Both are found by rendering dialogues of known words, so they hold for any template, not for a list of known ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+#: Contents of the dialogues that are rendered: no template writes these words itself.
+_WORD = "zqword{}qz"
+#: An empty span such as ``<think>\n\n</think>``: a part of a turn that opens or ends none.
+_EMPTY_SPAN = re.compile(r"<(\w+)>\s*</\1>")
+_TAG = re.compile(r"<(/?)(\w+)>")
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, prompt: bool, begun: bool = False
+) -> str:
+    """What the chat template writes.
+
+    Args:
+        tokenizer: with a chat template.
+        messages: the dialogue.
+        prompt: end in the head of an answer.
+        begun: end in the last message, unfinished, and in no new head.
+
+    Raises:
+        ValueError: no chat template, or one that refuses the messages.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "The data are message lists, but the tokenizer has no chat template: use an instruct model's "
+            "tokenizer, set tokenizer.chat_template and save it, or give prompt and completion as plain text."
+        )
+    try:
+        how: dict[str, Any] = {"add_generation_prompt": prompt and not begun, "continue_final_message": begun}
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **how))
+    except Exception as error:  # templates raise what they like (jinja2.TemplateError, TypeError, ...)
+        roles = [message.get("role") for message in messages]
+        raise ValueError(f"The chat template refuses messages with the roles {roles}: {error}") from error
+
+
+def refuse_dropped(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], text: str) -> None:
+    """Refuses messages whose content is not in their rendering ``text`` because the template ignores it.
+
+    A template may change a content, e.g. cut earlier thoughts; one that ignores it writes nothing for a single word
+    in its place either.
+
+    Raises:
+        ValueError: naming the message.
+    """
+    word = _WORD.format(0)
+    for i, message in enumerate(messages):
+        content = message["content"].strip()
+        if not content or content in text:
+            continue
+        try:
+            probe = render(tokenizer, [*messages[:i], message | {"content": word}, *messages[i + 1 :]], prompt=False)
+        except ValueError:
+            continue  # it reads the content
+        if word not in probe:
+            raise ValueError(
+                f"The chat template ignores the content of message {i + 1} (role {message['role']!r}), so the model"
+                " would never see it; use a template that writes text of this role, or remove such messages."
+            )
+
+
+def _segments(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> list[str] | None:
+    """What the template writes before, between and after the contents of a dialogue; None where it refuses it."""
+    words = [_WORD.format(i) for i in range(len(roles))]
+    try:
+        messages = [{"role": role, "content": word} for role, word in zip(roles, words, strict=True)]
+        text = render(tokenizer, messages, prompt=False)
+    except ValueError:
+        return None
+    segments, at = [], 0
+    for word in words:
+        place = text.rfind(word) if word == words[-1] else text.find(word, at)
+        if place < at:
+            return None
+        segments.append(text[at:place])
+        at = place + len(word)
+    return [*segments, text[at:]]
+
+
+def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of the tokens, the longest first; nothing where there are none."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
+
+
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
+    """The tokens that the tokenizer looks for in a text before it splits it, and whether each is special."""
+    return {token.content: bool(token.special) for token in tokenizer.added_tokens_decoder.values() if token.content}
+
+
+@dataclass(frozen=True)
+class TurnEnd:
+    """How the template ends an assistant's turn.
+
+    Attributes:
+        token: the token at which the model stops when it speaks.
+        id: of that token.
+        after: what the template still writes behind it at the end of a dialogue, such as a line break.
+    """
+
+    token: str
+    id: int
+    after: str
+
+    def cut(self, text: str) -> str:
+        """The rendering of a completion up to its last turn's end, ``token`` included.
+
+        Raises:
+            ValueError: it does not end as the template ends turns.
+        """
+        if text.endswith(self.token + self.after):
+            return text[: len(text) - len(self.after)]
+        before, token, rest = text.rpartition(self.token)
+        if not token or rest.strip():
+            raise ValueError(
+                f"The chat template ends this completion with {text[-40:]!r}, other dialogues with"
+                f" {self.token + self.after!r}; use a template that ends every turn of the assistant in the same way."
+            )
+        return before + token
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str] = ()) -> TurnEnd | None:
+    """The end of an assistant's turn, found by rendering; None where the template writes no token for it.
+
+    Of the tokens behind the content of the last message:
+
+    1. Those from the first on that begins a message are no part of the turn (templates that always add the head of
+       an answer).
+    2. What is written behind an inner turn as well ends the turn: up to EOS, or else up to the last such token
+       (``<|END_RESPONSE|><|END_OF_TURN_TOKEN|>``; but of phi-3's ``<|end|>\\n<|endoftext|>`` only the first).
+    3. Where an inner turn ends with another token (harmony's ``<|end|>``, last ``<|return|>``), or the template
+       refuses a second turn: of the tokens directly one after the other the one that ends the user's turn too, else
+       EOS, else the last.
+
+    Added tokens that are not special count only where no special one but EOS is there.
+
+    Args:
+        tokenizer: without a chat template no turn has an end.
+        roles: of a dialogue that the template accepts, should it refuse the plain ones; the last is the assistant's.
+
+    Raises:
+        ValueError: the template refuses every dialogue that was tried.
+    """
+    if not tokenizer.chat_template:
+        return None
+    asked = dict.fromkeys([("user", "assistant"), ("system", "user", "assistant"), *([tuple(roles)] if roles else [])])
+    tried = {own: segments for own in asked if (segments := _segments(tokenizer, own))}
+    if not tried:
+        raise ValueError("The chat template refuses a dialogue of user and assistant.")
+    first = next(iter(tried))
+    tail, inner = tried[first][-1], _segments(tokenizer, [*first, "user", "assistant"])
+    eos, added = str(tokenizer.eos_token), added_tokens(tokenizer)
+    pattern = any_of([eos, *(token for token, special in added.items() if special)])
+    if set(pattern.findall(tail)) <= {eos}:
+        pattern = any_of([eos, *added])
+    openers = set.intersection(*(set(pattern.findall(segments[0])) for segments in tried.values())) - {eos}
+    found = list(pattern.finditer(tail))
+    found = list(takewhile(lambda match: match[0] not in openers, found)) or found[:1]
+    if not found:
+        return None
+    pairs = enumerate(zip(tail, inner[len(first)], strict=False)) if inner else iter(())
+    shared = next((i for i, (a, b) in pairs if a != b), min(len(tail), len(inner[len(first)])) if inner else 0)
+    both = [match for match in found if match.end() <= shared]
+    if both:
+        end = next((match for match in both if match[0] == eos), both[-1])
+    else:
+        run = found[:1]
+        for match in found[1:]:
+            if match.start() != run[-1].end():
+                break
+            run.append(match)
+        users = pattern.search(tried[first][-2])
+        likely = [match for token in (users and users[0], eos) for match in run if match[0] == token]
+        end = (likely or run[-1:])[0]
+    token: Any = tokenizer.convert_tokens_to_ids(end[0])
+    return TurnEnd(end[0], int(token), tail[end.end() :])
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids at which generation stops, whatever the model's own settings name: EOS and the end of a turn."""
+    try:
+        end = turn_end(tokenizer)
+    except ValueError:
+        end = None
+    eos: Any = tokenizer.eos_token_id
+    return sorted({*([] if eos is None else [eos]), *([] if end is None else [end.id])})
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """What the template writes around the messages of dialogues, without empty spans."""
+    for roles in (
+        ["user", "assistant", "user", "assistant"],
+        ["user", "assistant"],
+        ["system", "user", "assistant"],
+    ):
+        for segment in _segments(tokenizer, roles) or []:
+            yield _EMPTY_SPAN.sub("", segment)
+
+
+def turn_markers(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """The tokens with which a text could forge a turn; empty without a chat template.
+
+    These are BOS, EOS, padding, [CLS] and [SEP]; every added token that the template writes around the messages of a
+    plain dialogue; and every special token that stands in the template's source. Tags that come in pairs, such as
+    ``<think>`` and ``</think>``, mark a span within a turn and do not count, unless the template writes them around
+    messages. A special token that no template writes (``<tool>``, added by a user) cannot forge a turn.
+    """
+    if not tokenizer.chat_template:
+        return frozenset()
+    names = ("bos_token", "eos_token", "pad_token", "cls_token", "sep_token")
+    own = {str(token) for name in names if (token := getattr(tokenizer, name, None))}
+    added = added_tokens(tokenizer)
+    pattern = any_of(added)
+    own |= {token for segment in _rendered(tokenizer) for token in pattern.findall(segment)}
+    given: Any = tokenizer.chat_template
+    source = "".join(given.values()) if isinstance(given, dict) else str(given)
+
+    def paired(token: str) -> bool:
+        tag = _TAG.fullmatch(token)
+        return tag is not None and f"<{'' if tag[1] else '/'}{tag[2]}>" in added
+
+    return frozenset(own | {t for t, special in added.items() if special and t in source and not paired(t)})
