@@ -67,13 +67,14 @@ def load_run(run: str | Path) -> HALOModule:
     run = Path(run)
     module = module_of_run(run)
     state = load_trained(run)
-    module.policy = load_model(module.policy_spec)
+    policy: nn.Module = load_model(module.policy_spec)
+    module.policy = policy
     put_weights(module, state, run)
     # A Trainer of half precision has rounded what it trained.
     trained = {value.dtype for name, value in state.items() if name.startswith("policy.") and value.is_floating_point()}
     widest = max(trained, key=lambda dtype: dtype.itemsize, default=torch.float32)
     if widest.itemsize < getattr(torch, module.policy_spec.dtype).itemsize:
-        module.policy.to(widest)
+        policy.to(widest)
     return module
 
 
@@ -103,8 +104,8 @@ def export(
     Args:
         run: the run's folder.
         folder: where to write; ``AutoModelForCausalLM.from_pretrained`` and ``halos generate`` take it.
-        adapter: of a LoRA policy, write the adapter alone instead of merging it into the model. Where the run began from
-            an adapter, the two become one adapter of the model below them.
+        adapter: of a LoRA policy, write the adapter alone instead of merging it into the model. Where the run began
+            from an adapter, the two become one adapter of the model below them.
         dtype: of the weights; default: the one they were trained in (model.policy.dtype, or that of a Trainer of half
             precision).
         overwrite: write into a folder that is not empty.
@@ -113,12 +114,12 @@ def export(
     if out.exists() and any(path.name != _PART for path in out.iterdir()) and not overwrite:
         raise FileExistsError(f"{out} is not empty; choose another folder, or say --overwrite true")
     if adapter and (out / "config.json").exists():
-        raise FileExistsError(f"{out} holds a whole model, which loaders would put the adapter on; choose another folder")
+        raise FileExistsError(f"{out} holds a model, which loaders would put the adapter on; choose another folder")
     module = load_run(run)
     policy: Any = module.policy
     if adapter and module.policy_spec.lora is None:
         raise ValueError(f"--adapter: {run} trained the whole model, there is no LoRA adapter to write")
-    if dtype == "float32":  # before it is merged, so that the sum is not rounded
+    if dtype == "float32" and not adapter:  # before it is merged, so that the sum is not rounded
         policy.float()
     if adapter:
         policy = _adapter_alone(policy, module.policy_spec)
@@ -152,8 +153,8 @@ def _adapter_alone(policy: Any, spec: ModelSpec) -> Any:
             policy = adapters.combine(load_model(replace(root, lora=None)), [*earlier, own], policy)
         except ModelError as error:
             raise ValueError(
-                f"--adapter: the run began from the adapter {spec.path}, and the two cannot be written as one adapter of"
-                f" {root.path} ({error}); export the merged model, without --adapter"
+                f"--adapter: the run began from the adapter {spec.path}, and the two cannot be written as one adapter"
+                f" of {root.path} ({error}); export the merged model, without --adapter"
             ) from error
     base = source_of(root, weights=False)
     config = policy.peft_config["default"]
@@ -161,8 +162,8 @@ def _adapter_alone(policy: Any, spec: ModelSpec) -> Any:
     config.revision = root.revision
     if Path(base).is_relative_to(cache_root()):
         print(
-            f"halos: the adapter's base is {base}, converted from {root.path}. Only halos on this machine has that folder:"
-            " copy it and name the copy in adapter_config.json, or export without --adapter, to use it elsewhere"
+            f"halos: the adapter's base is {base}, converted from {root.path}. Only this machine has that folder: to"
+            " use the adapter elsewhere copy it and name the copy in adapter_config.json, or export without --adapter"
         )
     return policy
 
@@ -175,8 +176,8 @@ def _check_finite(policy: nn.Module, run: str) -> None:
     for name, value in policy.named_parameters():
         if not bool(value.isfinite().all()):
             raise ValueError(
-                f"{run}: {name} is not finite in {_dtype_of(policy)}: the run diverged, or its weights are too large for"
-                " that dtype; nothing is written"
+                f"{run}: {name} is not finite in {_dtype_of(policy)}: the run diverged, or its weights are too large"
+                " for that dtype; nothing is written"
             )
 
 

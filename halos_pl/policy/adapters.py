@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from halos_pl.policy.source import ADAPTER_CONFIG, source_of
-from halos_pl.policy.spec import LoRASpec, ModelError, ModelSpec
+from halos_pl.policy.spec import LoRASpec, ModelError, ModelSpec, reason
 
 #: Before the names of the base model's modules in an adapter's file.
 _BELOW = "base_model.model."
@@ -54,18 +54,19 @@ def chain(spec: ModelSpec) -> tuple[ModelSpec, list[Adapter]]:
         adapters.insert(0, Adapter(spec, config))
         if not base or _place(following) in seen:
             raise ModelError(
-                f"{spec.path} is an adapter, but {ADAPTER_CONFIG} names {base or 'nothing'!r} as its base model; write"
-                " the name or the absolute path of that model into base_model_name_or_path there"
+                f"{spec.path} is an adapter, but {ADAPTER_CONFIG} names {repr(base) if base else 'nothing'} as its base"
+                " model; write the name or the absolute path of that model into base_model_name_or_path there"
             )
         try:
             source_of(following, weights=False)
         except ModelError as error:
-            raise _lost(spec, base, error) from error
+            raise lost(spec, base, error) from error
         spec = following
     return spec, adapters
 
 
-def _lost(spec: ModelSpec, base: str, why: Exception) -> ModelError:
+def lost(spec: ModelSpec, base: str, why: Exception) -> ModelError:
+    """What is wrong with an adapter whose base cannot be loaded."""
     return ModelError(
         f"{spec.path} is an adapter of {base}, which cannot be loaded: {why}. If it has moved, write its place into"
         f" base_model_name_or_path in {Path(spec.path) / ADAPTER_CONFIG}"
@@ -94,7 +95,7 @@ def _config_of(spec: ModelSpec) -> Any:
             return None
         config: Any = PeftConfig.from_pretrained(str(Path(path).parent))
     except Exception as error:  # whatever a broken file leads to
-        raise ModelError(f"{spec.path}: its {ADAPTER_CONFIG} cannot be read ({_first_line(error)})") from error
+        raise ModelError(f"{spec.path}: its {ADAPTER_CONFIG} cannot be read ({reason(error)})") from error
     if folder.is_dir() and not any((folder / name).is_file() for name in _WEIGHTS):
         raise ModelError(f"{spec.path} holds {ADAPTER_CONFIG}, but none of {', '.join(_WEIGHTS)}; is it complete?")
     return config
@@ -102,10 +103,6 @@ def _config_of(spec: ModelSpec) -> Any:
 
 def _has_weights(folder: Path) -> bool:
     return any(True for pattern in ("model*.safetensors*", "pytorch_model*") for _ in folder.glob(pattern))
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def with_tokenizer(spec: ModelSpec) -> ModelSpec:
@@ -150,6 +147,8 @@ def merge(model: Any, adapter: Adapter) -> Any:
             f"{path} is an adapter of the kind {PeftType(config.peft_type).value}, which adds to the prompt and not to"
             " the weights: it cannot be merged into the model, to train that further"
         )
+    if config.task_type not in (None, "CAUSAL_LM"):
+        raise ModelError(f"{path} is an adapter for the task {config.task_type}, not for a causal language model")
     try:
         weights = weights_of(adapter)
         _resize(model, weights, path)
@@ -159,8 +158,9 @@ def merge(model: Any, adapter: Adapter) -> Any:
         result: Any = set_peft_model_state_dict(found, weights)
         own = (f".{found.base_model.prefix}", ".modules_to_save.")
         missing = sorted(name for name in result.missing_keys if any(part in name for part in own))
-        if missing or result.unexpected_keys:
-            what = [("lacks", missing), ("holds, for no layer of the model,", sorted(result.unexpected_keys))]
+        unexpected = sorted(name for name in result.unexpected_keys if not _is_twice(weights, name))
+        if missing or unexpected:
+            what = [("lacks", missing), ("holds, for no layer of the model,", unexpected)]
             raise ModelError("; ".join(f"it {verb} {names[0]}, {len(names)} in all" for verb, names in what if names))
         if tied := tied_target(found):
             raise ModelError(
@@ -169,9 +169,14 @@ def merge(model: Any, adapter: Adapter) -> Any:
             )
         merged = found.merge_and_unload()
     except Exception as error:  # peft and torch raise what they like for a file that does not fit
-        said = str(error) if isinstance(error, ModelError) else _first_line(error)
-        raise ModelError(f"{path}, an adapter of {base}, cannot be used: {said}") from error
+        raise ModelError(f"{path}, an adapter of {base}, cannot be used: {reason(error)}") from error
     return merged.requires_grad_(True)  # peft has frozen them
+
+
+def _is_twice(weights: dict[str, Tensor], name: str) -> bool:
+    """Whether peft has saved a module by two names, as it does with one that was resized and trained as a whole."""
+    shorter = name.replace(".modules_to_save.", ".")
+    return shorter != name and name in weights and shorter in weights and torch.equal(weights[name], weights[shorter])
 
 
 def _resize(model: Any, weights: dict[str, Tensor], path: str) -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from halos_pl.policy import adapters
+from halos_pl.policy.intact import check_loaded
 from halos_pl.policy.source import source_of
-from halos_pl.policy.spec import LoRASpec, ModelError, ModelSpec
+from halos_pl.policy.spec import LoRASpec, ModelError, ModelSpec, reason
 
 __all__ = [
     "LoRASpec",
@@ -28,10 +29,6 @@ __all__ = [
 ]
 
 
-#: What older files hold besides weights: masks and frequencies that are computed today.
-_BUFFERS = ("inv_freq", "masked_bias", "attn.bias", "attention.bias")
-
-
 def _loaded(loader: Any, spec: ModelSpec, *, weights: bool, **options: Any) -> Any:
     source = source_of(spec, weights=weights)
     try:
@@ -39,14 +36,13 @@ def _loaded(loader: Any, spec: ModelSpec, *, weights: bool, **options: Any) -> A
             source, revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code, **options
         )
     except Exception as error:  # a foreign or broken file leads to whatever: UnpicklingError, KeyError, RuntimeError
-        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
-        said = " ".join(str(error).split()).removesuffix(".")[:300] or type(error).__name__
-        hint = (
-            "check that the folder is complete"
-            if Path(source).is_dir()
-            else "it is no folder here either; check the name and the connection, or name a local folder"
-        )
-        raise ModelError(f"{spec.path} could not be loaded: {kind}{said}; {hint}") from error
+        if "trust_remote_code" in str(error):
+            hint = "say trust_remote_code: true (model.policy) if you trust that code"
+        elif Path(source).is_dir():
+            hint = "check that the folder is complete and its files undamaged"
+        else:
+            hint = "it is no folder here either; check the name and the connection, or name a local folder"
+        raise ModelError(f"{spec.path} could not be loaded: {reason(error)}; {hint}") from error
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
@@ -55,7 +51,11 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: where there is none.
     """
-    tokenizer: PreTrainedTokenizerBase = _loaded(AutoTokenizer, adapters.with_tokenizer(spec), weights=False)
+    holder = adapters.with_tokenizer(spec)
+    tokenizer: PreTrainedTokenizerBase = _loaded(AutoTokenizer, holder, weights=False)
+    template = Path(spec.path) / "chat_template.jinja"
+    if holder is not spec and template.is_file():  # an adapter's, beside the tokenizer of its base
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
     if tokenizer.pad_token_id is None:
         # Padding is masked wherever it occurs, so any token serves.
         tokenizer.pad_token = tokenizer.eos_token
@@ -72,7 +72,10 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
         ModelError: where it cannot be loaded, or its files and its configuration do not match.
     """
     root, chain = adapters.chain(spec)
-    model = _whole(root)
+    try:
+        model = _whole(root)
+    except ModelError as error:
+        raise (adapters.lost(chain[0].spec, root.path, error) if chain else error) from error
     for adapter in chain:
         # A new adapter would take the place of the one that is there, and without one nothing would be left to train.
         model = adapters.merge(model, adapter)
@@ -93,11 +96,7 @@ def stored_dtype(spec: ModelSpec) -> str | None:
 
 
 def _whole(spec: ModelSpec) -> Any:
-    """The model of a folder or hub name with all weights in it.
-
-    Raises:
-        ModelError: where it cannot be loaded, or its files hold other weights than the model has.
-    """
+    """The model of a folder or hub name with all weights in it."""
     model, info = _loaded(
         AutoModelForCausalLM,
         spec,
@@ -107,51 +106,8 @@ def _whole(spec: ModelSpec) -> Any:
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are named below
     )
-    if mismatched := sorted(info["mismatched_keys"]):
-        name, in_file, in_model = mismatched[0]
-        raise ModelError(
-            f"{spec.path}: {name} is {list(in_file)} in the weights, and {list(in_model)} by config.json"
-            f" ({len(mismatched)} weights differ); put them right, e.g. vocab_size where a vocabulary was resized"
-        )
-    if info["missing_keys"]:
-        # transformers only warns, and leaves random numbers in their place.
-        raise ModelError(
-            f"{spec.path} lacks {len(info['missing_keys'])} weights of a {type(model).__name__}"
-            f" ({', '.join(sorted(info['missing_keys'])[:3])}, ...); is it a causal language model, and complete?"
-        )
-    _check_unexpected(model, sorted(info["unexpected_keys"]), spec)
+    check_loaded(model, info, spec, Path(source_of(spec, weights=False)))
     return model
-
-
-def _check_unexpected(model: Any, unexpected: list[str], spec: ModelSpec) -> None:
-    """Refuses weights of the model's layers that are not used; of others, of a value head say, there is a warning.
-
-    Raises:
-        ModelError: naming some. The model would be another one than its files': without their scales, say, or without
-            an adapter or a layer that they hold.
-    """
-    parts = dict(model.named_modules())
-
-    def is_used(name: str) -> bool:
-        if name.endswith(_BUFFERS):
-            return False
-        above = [name[:at] for at, letter in enumerate(name) if letter == "."]
-        known = [parts[place] for place in above if place in parts]
-        has_weights = any(True for part in known[-1:] for _ in part.parameters(recurse=False))
-        return has_weights or any(isinstance(part, nn.ModuleList) for part in known)
-
-    inside = [name for name in unexpected if is_used(name)]
-    if inside:
-        raise ModelError(
-            f"{spec.path} holds {len(inside)} weights that a {type(model).__name__} of its config.json does not use"
-            f" ({', '.join(inside[:3])}{', ...' if len(inside) > 3 else ''}): it would be another model. Is it"
-            " quantised, or saved with an adapter around it, or is config.json another model's?"
-        )
-    if unexpected:
-        rank_zero_warn(
-            f"halos: {spec.path}: {len(unexpected)} weights are not part of a {type(model).__name__} and are not used:"
-            f" {', '.join(unexpected[:3])}{', ...' if len(unexpected) > 3 else ''}"
-        )
 
 
 def base_model(model: nn.Module) -> Any:

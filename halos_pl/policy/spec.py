@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +11,14 @@ from typing import Literal
 
 class ModelError(ValueError):
     """A model that cannot be loaded, or not be used as asked."""
+
+
+def reason(error: Exception) -> str:
+    """What a library's exception says, in a line."""
+    if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to execute it
+        return "the file is damaged, or a pickle that holds more than tensors; get the weights as safetensors"
+    kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+    return kind + (" ".join(str(error).split()).removesuffix(".")[:300] or type(error).__name__)
 
 
 @dataclass
