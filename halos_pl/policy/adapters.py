@@ -152,6 +152,7 @@ def merge(model: Any, adapter: Adapter) -> Any:
     try:
         weights = weights_of(adapter)
         _resize(model, weights, path)
+        config.base_model_name_or_path = None  # peft warns where it is not the name that the model goes by
         # Initial values are drawn, and then replaced.
         with torch.random.fork_rng(devices=[]):
             found: Any = get_peft_model(model, config)

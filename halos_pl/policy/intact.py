@@ -117,6 +117,6 @@ def _check_files(folder: Path) -> None:
         for name, entry in header.items():
             if name.endswith(".weight") and entry["dtype"] not in _PLAIN:
                 raise ModelError(
-                    f"{file}: {name} is {entry['dtype']}: quantised, but config.json has no quantization_config, so that"
-                    " the numbers would be read as they are; take the model before it was quantised"
+                    f"{file}: {name} is {entry['dtype']}: quantised, but config.json has no quantization_config, so"
+                    " that the numbers would be read as they are; take the model before it was quantised"
                 )
