@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from halos_pl.data.example import DataError, Prompt
 from halos_pl.data.tokenize import encode_prompt
 from halos_pl.data.turns import stop_ids
 from halos_pl.outcomes import FlatBatch
+from halos_pl.policy.limits import check_prompts, positions, room, rows_of_vocabulary
 from halos_pl.policy.loading import ModelSpec, base_model, load_model, load_tokenizer
 from halos_pl.policy.logprobs import completion_kl
 
@@ -91,7 +93,8 @@ def sample_tokens(
         prompts: token ids.
         stops: ids at which a completion ends, besides the model's own; the id is part of the completion.
         pad: any id.
-        max_new_tokens, temperature, top_p, batch_size: see :func:`generate`.
+        max_new_tokens: the most tokens of a completion; fewer where the model has no position for them.
+        temperature, top_p, batch_size: see :func:`generate`.
         progress: show a bar.
 
     Returns:
@@ -100,7 +103,13 @@ def sample_tokens(
     # Prompts of like length side by side: little padding.
     work = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     found: list[list[int]] = [[] for _ in prompts]
-    batches = [work[at : at + batch_size] for at in range(0, len(work), batch_size)]
+    # A completion ends where the positions do, whatever prompts are beside its own.
+    places = positions(model)
+    most = [room(places, len(ids), max_new_tokens) for ids in prompts]
+    alike = [list(same) for _, same in groupby(work, key=lambda i: most[i])]
+    batches = [same[at : at + batch_size] for same in alike for at in range(0, len(same), batch_size)]
+    if pad is None or not 0 <= pad < rows_of_vocabulary(model):
+        pad = 0  # it goes through the model, and is then dropped
     device = next(model.parameters()).device
     generator: Any = model
     options: dict[str, Any] = {"do_sample": temperature > 0}
@@ -116,7 +125,7 @@ def sample_tokens(
             out = generator.generate(
                 input_ids=inputs,
                 attention_mask=mask,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=most[batch[0]],
                 eos_token_id=sorted(ends),
                 pad_token_id=pad,
                 **options,
@@ -135,6 +144,11 @@ def _check_ranges(temperature: float, top_p: float, max_new_tokens: int, num_sam
         )
 
 
+def _encoded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], control: str) -> list[list[int]]:
+    ending = list(tokenizer(control, add_special_tokens=False)["input_ids"]) if control else []
+    return [encode_prompt(tokenizer, prompt) + ending for prompt in prompts]
+
+
 @torch.no_grad()
 def generate(
     model: nn.Module,
@@ -148,6 +162,7 @@ def generate(
     batch_size: int = 16,
     seed: int = 0,
     control: str = "",
+    names: Sequence[str] | None = None,
     progress: bool = True,
 ) -> list[list[Sample]]:
     """Samples completions; the same arguments give the same completions.
@@ -167,17 +182,19 @@ def generate(
         seed: of the sampling. The process's own random state is left as it was.
         control: text between every prompt and its completion, such as the control token of conditional
             fine-tuning.
+        names: of the prompts, for messages.
         progress: show a bar.
 
     Returns:
         For each prompt, in order, its ``num_samples`` completions.
 
     Raises:
-        ValueError: for a number outside its range.
+        ValueError: for a number outside its range, and for a prompt that does not fit the model.
     """
     _check_ranges(temperature, top_p, max_new_tokens, num_samples, batch_size)
-    ending = list(tokenizer(control, add_special_tokens=False)["input_ids"]) if control else []
-    encoded = [encode_prompt(tokenizer, prompt) + ending for prompt in prompts]
+    encoded = _encoded(tokenizer, prompts, control)
+    names = names or [f"prompt {i + 1}" for i in range(len(encoded))]
+    check_prompts(model, tokenizer, encoded, names, max_new_tokens)
     device = next(model.parameters()).device
     own = stop_ids(tokenizer)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -240,14 +257,21 @@ def as_messages(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, c
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Prompts from a ``.txt`` file, one a line, or from JSON lines with ``prompt``, a text or a message list.
+    """The prompts of :func:`read_prompt_lines` alone."""
+    return [prompt for _, prompt in read_prompt_lines(path)]
+
+
+def read_prompt_lines(path: Path) -> list[tuple[int, Prompt]]:
+    """Prompts and the numbers of their lines.
+
+    A ``.txt`` file has one a line, JSON lines have ``prompt`` each, a text or a message list.
 
     Raises:
         DataError: for a missing or empty file and for a line without a prompt, naming file and line.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file; --prompts takes a .txt file or JSON lines with a 'prompt' each")
-    prompts: list[Prompt] = []
+    prompts: list[tuple[int, Prompt]] = []
     # Lines end at \n and nowhere else: JSON may hold U+2028 and its like as they are.
     for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
         try:
@@ -257,7 +281,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         if not line.strip():
             continue
         if path.suffix == ".txt":
-            prompts.append(line)
+            prompts.append((number, line))
             continue
         try:
             prompt = json.loads(line)["prompt"]
@@ -271,7 +295,7 @@ def read_prompts(path: Path) -> list[Prompt]:
             )
         ):
             raise DataError(f"{path}:{number}: prompt is neither a text nor a list of messages with role and content")
-        prompts.append(prompt)
+        prompts.append((number, prompt))
     if not prompts:
         raise DataError(f"{path}: the file holds no prompts")
     return prompts
@@ -316,9 +340,12 @@ def generate_file(
         control: text between every prompt and its completion; "<|good|>" for a model trained with csft.yaml.
     """
     _check_ranges(temperature, top_p, max_new_tokens, num_samples, batch_size)
-    read = read_prompts(Path(prompts))
+    lines = read_prompt_lines(Path(prompts))
+    read = [prompt for _, prompt in lines]
     model, tokenizer = load_for_generation(folder)
     asked = as_messages(read, tokenizer, chat)
+    names = [f"{prompts}:{number}" for number, _ in lines]
+    check_prompts(model, tokenizer, _encoded(tokenizer, asked, control), names, max_new_tokens)  # before any is sampled
     target = Path(out) if out else Path(prompts).with_suffix(".completions.jsonl")
     chunk = 8 * max(1, batch_size // num_samples)
     with target.open("w") as file:

@@ -41,10 +41,10 @@ from halos_pl.metrics import (
 )
 from halos_pl.objective import HALO, Context, Objective, Result
 from halos_pl.outcomes import FlatBatch, Rows
+from halos_pl.policy.limits import check_length, check_vocabulary
 from halos_pl.policy.loading import (
     ModelError,
     ModelSpec,
-    check_length,
     compile_layers,
     frequencies,
     load_model,
@@ -190,7 +190,7 @@ class HALOModule(LightningModule):
             self.policy = load_model(self.policy_spec).train()
             self._frequencies = [(module, name, values.clone()) for module, name, values in frequencies(self.policy)]
             self._prepare(self.policy, "the policy")
-        check_length(self.policy, getattr(getattr(self.trainer, "datamodule", None), "longest", 0))
+        self._check_fit(self.policy)
         # Testing measures the KL divergence, so there even a loss that needs no reference gets one.
         wanted = self.objective.needs.reference or (
             self.trainer.testing and not isinstance(self._reference, NoReference)
@@ -205,12 +205,20 @@ class HALOModule(LightningModule):
                 with self.scoring():
                     pass
 
+    def _check_fit(self, model: nn.Module) -> None:
+        """Refuses rows that are too long for a model, or have tokens that it does not know."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        check_length(model, getattr(data, "longest", 0))
+        if hasattr(data, "tokens"):
+            check_vocabulary(model, self.tokenizer, data.tokens())
+
     @contextmanager
     def scoring(self) -> Iterator[nn.Module]:
         """The reference, ready for use; entered for the first time it may have to be loaded."""
         assert self.policy is not None
         with self._reference.scoring(self.policy) as model:
             if not self._reference_packed:
+                self._check_fit(model)
                 self._prepare(model, "the reference model")
                 self._reference_packed = True
             yield model

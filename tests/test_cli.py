@@ -556,7 +556,7 @@ def test_export_of_a_whole_model(run, tiny_folder, tmp_path, capfd):
     assert not (tmp_path / "other").exists()
 
 
-def test_export_of_an_adapter_merged_and_alone(tiny_folder, data, tmp_path):
+def test_export_of_an_adapter_merged_and_alone(tiny_folder, data, tmp_path, capfd):
     from transformers import AutoModelForCausalLM
 
     options = ("--model.policy.lora={r: 4, alpha: 8}", "--model.optimizer.init_args.lr=1e-2")
@@ -570,10 +570,12 @@ def test_export_of_an_adapter_merged_and_alone(tiny_folder, data, tmp_path):
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
     adapter = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
     torch.testing.assert_close(logits(adapter), expected, rtol=1e-5, atol=1e-5)
-    # An adapter leaves the model that is there alone; a whole model takes the place of an adapter.
-    shutil.copytree(tmp_path / "merged", tmp_path / "both")
-    main(["export", str(tmp_path / "run"), str(tmp_path / "both"), "--adapter=true", "--overwrite=true"])
-    assert (tmp_path / "both" / "model.safetensors").is_file()
+    # Loaders would put an adapter on the model beside it; a whole model takes the place of an adapter.
+    shutil.copytree(tmp_path / "merged", tmp_path / "model")
+    words = ["export", str(tmp_path / "run"), str(tmp_path / "model"), "--adapter=true", "--overwrite=true"]
+    said = refused(capfd, words)
+    assert "holds a model" in said
+    shutil.copytree(tmp_path / "adapter", tmp_path / "both")
     main(["export", str(tmp_path / "run"), str(tmp_path / "both"), "--overwrite=true"])
     assert not list((tmp_path / "both").glob("adapter_*"))
     torch.testing.assert_close(logits(load_model(ModelSpec(str(tmp_path / "both")))), expected, rtol=1e-5, atol=1e-4)

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from halos_pl.policy import loading
-from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, check_length, load_model, load_tokenizer
+from halos_pl.policy import source
+from halos_pl.policy.limits import check_length
+from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, load_model, load_tokenizer
 from halos_pl.policy.tree import made_up
 
 needs_smollm2 = pytest.mark.skipif(
@@ -138,7 +139,7 @@ def test_errors_say_what_is_wrong(
 
 
 def test_wrong_adapter_targets_are_refused(tiny_folder: Path) -> None:
-    with pytest.raises(ModelError, match=r"model\.policy\.lora: .*no_such_layer"):
+    with pytest.raises(ModelError, match=r"model\.policy\.lora\.target_modules: .*no_such_layer"):
         load_model(ModelSpec(str(tiny_folder), lora=LoRASpec(target_modules=["no_such_layer"])))
 
 
@@ -168,7 +169,7 @@ def conversions(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         made.append(1)
         shutil.copytree(tiny_folder, to, dirs_exist_ok=True)
 
-    monkeypatch.setattr(loading, "_convert", convert)
+    monkeypatch.setattr(source, "_convert", convert)
     monkeypatch.setenv("HALOS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "tiny.gguf").write_bytes(b"any content")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from halos_pl.data.batches import Order, StepDataset, StepSampler, seeded
@@ -352,6 +353,13 @@ class FeedbackDataModule(LightningDataModule):
     def longest(self) -> int:
         """Tokens of the longest row of the splits set up so far, prompt and completion together."""
         return max((split.longest for split in self._splits.values()), default=0)
+
+    def tokens(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        """Name and token ids of each row of the splits set up so far, prompt, control tokens and completion."""
+        for split in self._splits.values():
+            for row in split.rows:
+                prompt = split.prompts[row.prompt][-row.prompt_length :]
+                yield row.row_id, np.concatenate([prompt, np.array(row.control, np.int32), row.completion])
 
     # Loaders ---------------------------------------------------------------------------------------
 

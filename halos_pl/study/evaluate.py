@@ -337,10 +337,12 @@ def _of_answers(
     """Metrics of the answers that the policy gives to prompts."""
     assert module.policy is not None
     read = read_prompts(prompts)
+    names = [f"{prompts.name}:{i + 1}" for i in range(len(read))]
     asked = as_messages(read, module.tokenizer, chat)
 
     def answers(model: Any) -> list[Sample]:
-        found = generate(model, module.tokenizer, asked, batch_size=batch_size, progress=False, **sampling)
+        how = {"batch_size": batch_size, "names": names, "progress": False, **sampling}
+        found = generate(model, module.tokenizer, asked, **how)
         return [samples[0] for samples in found]
 
     samples = answers(module.policy)
@@ -357,7 +359,6 @@ def _of_answers(
         texts = [p if isinstance(p, str) else p[-1]["content"] for p in read]
         both = zip(texts, samples, others, strict=True)
         columns["judge"] = [_verdict(chosen["judge"](prompt, s.text, o.text), prompt) for prompt, s, o in both]
-    names = [f"{prompts.name}:{i + 1}" for i in range(len(read))]
     with (folder / ANSWERS).open("w") as file:
         for name, prompt, sample in zip(names, read, samples, strict=True):
             record = {"row": name, "prompt": prompt, "answer": sample.text, "finished": sample.finished}

@@ -1,0 +1,19 @@
+"""Files that other users and programs are meant to read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def share(folder: Path) -> None:
+    """Gives a folder and all that is in it the modes that the umask asks for.
+
+    safetensors and ``tempfile`` create files that their owner alone can read.
+    """
+    umask = os.umask(0)  # there is no other way to read it
+    os.umask(umask)
+    folder.chmod(0o777 & ~umask)
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)

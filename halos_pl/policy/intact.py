@@ -1,0 +1,122 @@
+"""Whether a model that transformers has loaded is the one in the files: it only warns, or says nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+
+from halos_pl.policy.spec import ModelError, ModelSpec
+
+#: What older files hold besides weights: masks and frequencies that are computed today.
+_BUFFERS = ("inv_freq", "masked_bias", "attn.bias", "attention.bias")
+#: How safetensors calls the dtypes that can be read without a scale.
+_PLAIN = {"F64", "F32", "F16", "BF16"}
+
+
+def check_loaded(model: Any, info: Mapping[str, Any], spec: ModelSpec, folder: Path) -> None:
+    """Compares a model with what it was loaded from.
+
+    Args:
+        model: the model.
+        info: what ``from_pretrained(output_loading_info=True)`` says of it.
+        spec: what was loaded.
+        folder: where from; of a hub name no folder.
+
+    Raises:
+        ModelError: where the files hold other weights than the model has, or weights that are no plain finite numbers.
+    """
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, in_file, in_model = mismatched[0]
+        raise ModelError(
+            f"{spec.path}: {name} is {list(in_file)} in the weights, and {list(in_model)} by config.json"
+            f" ({_count(mismatched)}); put config.json right, e.g. vocab_size where a vocabulary was resized"
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"{spec.path} lacks {_count(missing)} of a {type(model).__name__}"
+            f" ({_some(missing)}); is it a causal language model, and complete?"
+        )
+    _check_unexpected(model, sorted(info["unexpected_keys"]), spec)
+    # transformers dequantises some formats, and then removes what the configuration says of them.
+    if (left := getattr(model.config, "quantization_config", None)) is not None and not (
+        spec.lora and getattr(model, "is_quantized", False)
+    ):
+        method = left.get("quant_method") if isinstance(left, dict) else getattr(left, "quant_method", left)
+        raise ModelError(
+            f"{spec.path} is quantised ({method}): its weights cannot be trained; take the model before it was"
+            " quantised, or remove quantization_config from config.json if it is not"
+        )
+    if folder.is_dir():
+        _check_files(folder)
+    for name, value in model.named_parameters():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ModelError(f"{spec.path}: {name} holds NaN or infinite numbers; is it of a run that diverged?")
+
+
+def _count(names: list[Any]) -> str:
+    return f"{len(names)} weight{'s' * (len(names) > 1)}"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _check_unexpected(model: Any, unexpected: list[str], spec: ModelSpec) -> None:
+    """Refuses weights of the model's layers that are not used; of others, of a value head say, there is a warning.
+
+    Raises:
+        ModelError: naming some. The model would be another one than its files': without their scales, say, or without
+            an adapter or a layer that they hold.
+    """
+    parts = dict(model.named_modules())
+
+    def is_used(name: str) -> bool:
+        if name.endswith(_BUFFERS):
+            return False
+        above = [name[:at] for at, letter in enumerate(name) if letter == "."]
+        known = [parts[place] for place in above if place in parts]
+        has_weights = any(True for part in known[-1:] for _ in part.parameters(recurse=False))
+        return has_weights or any(isinstance(part, nn.ModuleList) for part in known)
+
+    if inside := [name for name in unexpected if is_used(name)]:
+        raise ModelError(
+            f"{spec.path} holds {_count(inside)} that a {type(model).__name__} of its config.json does not use"
+            f" ({_some(inside)}): it would be another model. Is it quantised, or saved with an adapter around it, or is"
+            " config.json another model's?"
+        )
+    if unexpected:
+        rank_zero_warn(
+            f"halos: {spec.path}: {_count(unexpected)} of no part of a {type(model).__name__}, not used:"
+            f" {_some(unexpected)}"
+        )
+
+
+def _check_files(folder: Path) -> None:
+    """Refuses what transformers reads otherwise than it is meant, or skips.
+
+    Raises:
+        ModelError: for weights in a dtype that says nothing without a scale, and no word of the scale; and for a
+            generation_config.json, which says where an answer ends, that is no JSON.
+    """
+    generation = folder / "generation_config.json"
+    try:
+        if generation.is_file() and not isinstance(json.loads(generation.read_text(encoding="utf-8")), dict):
+            raise ValueError("no mapping")
+    except ValueError as error:
+        raise ModelError(f"{generation} cannot be read ({error}); get it again, or remove it") from error
+    if "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        return
+    for file in sorted(folder.glob("model*.safetensors")):
+        with file.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        for name, entry in header.items():
+            if name.endswith(".weight") and entry["dtype"] not in _PLAIN:
+                raise ModelError(
+                    f"{file}: {name} is {entry['dtype']}: quantised, but config.json has no quantization_config, so"
+                    " that the numbers would be read as they are; take the model before it was quantised"
+                )

@@ -1,0 +1,151 @@
+"""How many positions and how large a vocabulary a model has, and what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from halos_pl.policy.spec import ModelError
+
+
+class Positions(NamedTuple):
+    """Attributes:
+    most: positions that a model has been trained with; None where it has no limit.
+    hard: it cannot compute more.
+    alike: up to so many tokens a row is computed in the same way whatever is beside it; None where that is always so.
+    """
+
+    most: int | None
+    hard: bool
+    alike: int | None
+
+
+def positions(model: nn.Module) -> Positions:
+    """The positions of a causal language model of transformers, or of a peft model around one."""
+    config = _base(model).config.get_text_config()
+    given = getattr(config, "rope_parameters", None) or {}
+    ropes = [given, *(own for own in given.values() if isinstance(own, dict))]  # of all layers, or by their kind
+    long = [rope for rope in ropes if rope.get("rope_type") == "longrope"]
+    alike = None
+    if long:
+        alike = long[0].get("original_max_position_embeddings") or config.original_max_position_embeddings
+    dynamic = any(rope.get("rope_type") == "dynamic" for rope in ropes)
+    most = getattr(config, "max_position_embeddings", None)
+    return Positions(most or None, not given, most if dynamic else alike)
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def check_length(model: nn.Module, longest: int) -> None:
+    """Says where rows are longer than a model has positions.
+
+    Args:
+        model: the policy.
+        longest: tokens of the longest row, prompt and completion.
+
+    Raises:
+        ModelError: where positions have weights, so that there are none for such a row; and where rotary ones change
+            with the longest row of a batch, so that the log-probs of a row would depend on what is beside it. Of other
+            rotary ones, which can be computed for any place, only a warning is given.
+    """
+    most, hard, alike = positions(model)
+    if alike and longest > alike and alike != most:
+        raise ModelError(
+            f"the data have rows of {longest} tokens; beyond {alike} this model computes all rows of a batch"
+            f" in another way, so that they would depend on each other: set data.max_length to {alike} or less"
+        )
+    if not most or longest <= most:
+        return
+    said = f"the data have rows of {longest} tokens, and the model {most} positions"
+    mend = f"set data.max_length to {most} or less"
+    if hard or alike:
+        raise ModelError(f"{said}: {mend}")
+    rank_zero_warn(f"halos: {said}: what it does beyond them it has not been trained to; {mend}")
+
+
+def room(places: Positions, length: int, wanted: int) -> int:
+    """Tokens that can be added to a prompt of ``length`` tokens: at most ``wanted``, below 1 where none fits."""
+    return min(wanted, places.most - length) if places.most and places.hard else wanted
+
+
+def check_prompts(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    names: Sequence[str],
+    wanted: int,
+) -> None:
+    """Says where prompts do not fit a model that is to continue them.
+
+    Args:
+        model: what generates.
+        tokenizer: its tokenizer.
+        prompts: token ids.
+        names: of the prompts, for the message.
+        wanted: tokens that are to be added to each.
+
+    Raises:
+        ModelError: for a prompt with tokens beyond the model's vocabulary, or with no position left for a completion.
+    """
+    check_vocabulary(model, tokenizer, zip(names, prompts, strict=True))
+    places = positions(model)
+    long = [i for i, ids in enumerate(prompts) if room(places, len(ids), 1) < 1]
+    if long:
+        raise ModelError(
+            f"{names[long[0]]}: the prompt has {len(prompts[long[0]])} tokens, and the model {places.most} positions,"
+            f" so that none is left for a completion; shorten it{f' ({len(long)} are too long)' if long[1:] else ''}"
+        )
+    if places.most and max(map(len, prompts), default=0) + wanted > places.most:
+        rank_zero_warn(
+            f"halos: some prompts and max_new_tokens ({wanted}) together pass the model's {places.most} positions: "
+            + ("those completions end there" if places.hard else "what it says beyond them, it was not trained to say")
+        )
+
+
+def rows_of_vocabulary(model: nn.Module) -> int:
+    """How many token ids a model knows."""
+    embedding: Any = _base(model).get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
+def check_vocabulary(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Iterable[tuple[str, Any]]
+) -> None:
+    """Refuses token ids that have no row in the model's embedding.
+
+    Args:
+        model: what they are for.
+        tokenizer: what they come from.
+        rows: (name, sequence of token ids); they are looked at only where the tokenizer knows more ids than the model.
+
+    Raises:
+        ModelError: naming the row, the tokens and the cure.
+    """
+    known = rows_of_vocabulary(model)
+    beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= known}
+    if not beyond:
+        return
+    tokens = ", ".join(f"{token!r} ({number})" for number, token in sorted(beyond.items())[:5])
+    about = (
+        f"the tokenizer has {len(beyond)} tokens that the model's embedding of {known} rows does not have: {tokens}"
+        f"{', ...' if len(beyond) > 5 else ''}"
+    )
+    cure = (
+        f"resize it, model.resize_token_embeddings({max(beyond) + 1}), and save it with its tokenizer; or take the"
+        " tokenizer that belongs to it"
+    )
+    for name, ids in rows:
+        most = int(np.max(np.asarray(ids), initial=0))
+        if most >= known:
+            raise ModelError(
+                f"{name} has the token {beyond.get(most, '')!r} ({most}), but {about}; {cure}, or remove such"
+                " rows"
+            )
+    rank_zero_warn(f"halos: {about}. No row has one of them; where one may come, {cure}")

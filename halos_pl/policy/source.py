@@ -1,0 +1,184 @@
+"""Where a model's files are: a folder, a hub name, an installed package, or a GGUF file and its converted copy."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from functools import cache
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from halos_pl.cache import cache_root
+from halos_pl.files import share
+from halos_pl.policy.spec import ModelError, ModelSpec
+
+#: Written last into a converted folder: the SHA-256 of each of its files.
+_COMPLETE = "complete.json"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def source_of(spec: ModelSpec, *, weights: bool = True) -> str:
+    """The folder or hub name that transformers loads a model from.
+
+    Args:
+        spec: the model.
+        weights: whether the weights are going to be read. If not, those of a converted GGUF file are not verified,
+            which takes most of the time.
+
+    Raises:
+        ModelError: where there is no such model.
+    """
+    path, gguf_file = _resolve(spec)
+    if gguf_file is None:
+        return path
+    if not Path(path).is_dir():
+        raise ModelError(f"{path}: a GGUF file is read from a local folder; download {gguf_file} first")
+    return str(_converted(Path(path), gguf_file, weights))
+
+
+def _folder_of_package(name: str) -> Path:
+    """The folder of a package. Neither the package nor one that it is part of is imported: that would run its code."""
+    top, *parts = name.split(".")
+    try:
+        found = importlib.util.find_spec(top) if top else None
+        for part in parts:
+            # The bare name: a namespace package called by its full name would look for its parent among the imported.
+            found = PathFinder.find_spec(part, list(_folders(found))) if part and found else None
+    except (ImportError, ValueError):  # no name of a package
+        found = None
+    folders = _folders(found)
+    if not folders:
+        raise ModelError(f"model.policy.path: no package {name!r} is installed here; pip install it, or name a folder")
+    for folder in map(Path, folders):
+        if folder.is_dir():
+            return folder
+    raise ModelError(f"model.policy.path: the package {name!r} is in an archive, {folders[0]}; unpack it")
+
+
+def _folders(found: Any) -> list[str]:
+    return list(found.submodule_search_locations or ()) if found is not None else []
+
+
+def _resolve(spec: ModelSpec) -> tuple[str, str | None]:
+    """The name or folder to load from, and the GGUF file in it, None for the usual format."""
+    path = spec.path
+    if path.startswith("package:"):
+        path = str(_folder_of_package(path.removeprefix("package:")))
+    folder = Path(path)
+    if not folder.is_dir():
+        if folder.is_file():
+            raise ModelError(f"model.policy.path: {path} is a file; name the folder that it is in")
+        if spec.gguf_file is None and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
+            raise ModelError(
+                f"model.policy.path: {path} is no folder here, and no name on the hub (those are OWNER/NAME)"
+            )
+        return path, spec.gguf_file
+    files = sorted(p.name for p in folder.glob("*.gguf"))
+    if spec.gguf_file is not None:
+        if spec.gguf_file not in files:
+            raise ModelError(f"{folder} holds no {spec.gguf_file}; its GGUF files: {', '.join(files) or 'none'}")
+        return path, spec.gguf_file
+    if (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file():
+        return path, None
+    if len(files) != 1:
+        if (folder / "checkpoints").is_dir():
+            raise ModelError(f"{folder} is the folder of a run, not of a model: say halos export {folder} FOLDER first")
+        if adapters := sorted(str(p.parent) for p in folder.glob(f"*/{ADAPTER_CONFIG}")):
+            raise ModelError(f"{folder} holds several folders of adapters; name one of them: {', '.join(adapters)}")
+        raise ModelError(
+            f"{folder} holds neither config.json nor exactly one GGUF file (found: {', '.join(files) or 'none'});"
+            " name another folder, or say which with gguf_file"
+        )
+    return path, files[0]
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file, computed once a process unless the file changes."""
+    stat = path.stat()
+    return _digest_of(path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@cache
+def _digest_of(path: Path, *_: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return [p for p in sorted(folder.iterdir()) if p.name != _COMPLETE]
+
+
+def _intact(folder: Path, weights: bool) -> bool:
+    """Whether every file that was written is there, with the content that it was written with."""
+    try:
+        written = json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))
+        there = _files(folder)
+        if sorted(written) != [p.name for p in there]:
+            return False
+        return all(written[p.name] == _digest(p) for p in there if weights or p.suffix != ".safetensors")
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _converted(folder: Path, gguf_file: str, weights: bool) -> Path:
+    """The Hugging Face folder with a GGUF file's dequantised weights, converted on first use and then kept.
+
+    Kept by content below ``$HALOS_CACHE`` (default ``~/.cache/halos_pl``): reading it takes a second where
+    dequantising takes a quarter of a minute. It appears under its name only when it is complete, and is verified
+    whenever it is used; one that is damaged is converted again.
+    """
+    target = cache_root() / f"gguf-{_digest(folder / gguf_file)[:32]}"
+    if _intact(target, weights):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # One process converts, those beside it wait; none takes away a folder that another has just made.
+    with FileLock(target.with_suffix(".lock")):
+        if _intact(target, weights):
+            return target
+        if target.exists():
+            rank_zero_info(f"halos: {target}, the converted {gguf_file}, is damaged; it is converted again")
+        shutil.rmtree(target, ignore_errors=True)
+        beside = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+        try:
+            _convert(folder, gguf_file, beside)
+            written = {p.name: _digest(p) for p in _files(beside)}
+            (beside / _COMPLETE).write_text(json.dumps(written), encoding="utf-8")
+            share(beside)
+            os.replace(beside, target)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    return target
+
+
+def _convert(folder: Path, gguf_file: str, to: Path) -> None:
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
+    except Exception as error:  # the reader lets through whatever a broken file leads to: struct.error, KeyError ...
+        raise ModelError(
+            f"{folder / gguf_file} cannot be read as a GGUF model ({type(error).__name__}: {error});"
+            " get it again, or choose an architecture that transformers reads from GGUF"
+        ) from error
+    # The weights are plain float32 now; the marks of quantisation would keep them from being saved.
+    model.hf_quantizer = None
+    model.is_quantized = False
+    del model.config.quantization_config
+    model.config.dtype = torch.float32
+    try:
+        model.save_pretrained(to)
+        tokenizer.save_pretrained(to)
+    except Exception as error:  # a full disk comes as a SafetensorError, without a path
+        raise ModelError(
+            f"{folder / gguf_file} cannot be converted into {to.parent} ({error}); free some space there, or name"
+            " another folder with HALOS_CACHE"
+        ) from error

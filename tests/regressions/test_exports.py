@@ -1,0 +1,155 @@
+"""An export is whole or absent, in the dtype that was asked for, and readable for others.
+
+axolotl#1510 (a bf16 base exported as float32), h2o-llmstudio#214 (a full disk).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_halos import binary_data, fit
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from halos_pl import export as exporting
+from halos_pl.cli import main
+from halos_pl.policy.loading import ModelSpec, load_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _same_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA run over a base that is kept in bfloat16."""
+    folder = tmp_path_factory.mktemp("run")
+    LlamaForCausalLM.from_pretrained(tiny_folder).bfloat16().save_pretrained(folder / "base")
+    load_tokenizer(ModelSpec(str(tiny_folder))).save_pretrained(folder / "base")
+    words = fit(folder / "base", "kto", binary_data(folder / "d.jsonl"), folder / "run", "--trainer.max_steps=1")
+    main([*words, "--model.policy.lora={r: 2}", "--model.optimizer.init_args.lr=0.01", "--model.warmup_ratio=0"])
+    return folder / "run"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_the_dtype_of_an_export(run: Path, tmp_path: Path, capfd: Any) -> None:
+    main(["export", str(run), str(tmp_path / "default")])
+    assert "float32 (its base is in bfloat16" in capfd.readouterr().out  # what it was trained in
+    exact = weights(tmp_path / "default")
+    assert {value.dtype for value in exact.values()} == {torch.float32}
+    for name in ("bfloat16", "float16"):
+        main(["export", str(run), str(tmp_path / name), f"--dtype={name}"])
+        assert json.loads((tmp_path / name / "config.json").read_text())["dtype"] == name
+        for key, value in weights(tmp_path / name).items():
+            assert torch.equal(value, exact[key].to(getattr(torch, name)))
+    main(["export", str(run), str(tmp_path / "ad"), "--adapter=true", "--dtype=bfloat16"])
+    assert {v.dtype for v in load_file(tmp_path / "ad" / "adapter_model.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.slow
+def test_a_run_of_half_precision_is_exported_as_it_was_trained(tiny_folder: Path, tmp_path: Path, capfd: Any) -> None:
+    words = fit(tiny_folder, "kto", binary_data(tmp_path / "d.jsonl"), tmp_path / "run", "--trainer.max_steps=1")
+    main([*words, "--trainer.precision=bf16-true"])
+    main(["export", str(tmp_path / "run"), str(tmp_path / "out")])
+    assert {value.dtype for value in weights(tmp_path / "out").values()} == {torch.bfloat16}
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert {v.dtype for k, v in state["state_dict"].items() if k.startswith("policy.")} == {torch.bfloat16}
+
+
+def test_what_a_dtype_cannot_hold_is_refused(run: Path, tmp_path: Path, capfd: Any, monkeypatch: Any) -> None:
+    loaded = exporting.load_run
+
+    def huge(run: str) -> Any:
+        module = loaded(run)
+        next(iter(module.policy.parameters())).data[0, 0] = 1e30  # type: ignore[union-attr]
+        return module
+
+    monkeypatch.setattr(exporting, "load_run", huge)
+    with pytest.raises(SystemExit):
+        main(["export", str(run), str(tmp_path / "out"), "--dtype=float16"])
+    assert "float16" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_modes_of_the_files_are_those_of_the_umask(run: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        main(["export", str(run), str(tmp_path / "out")])
+    finally:
+        os.umask(before)
+    files = sorted((tmp_path / "out").iterdir())
+    assert {"model.safetensors", "config.json", "tokenizer.json"} < {path.name for path in files}
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
+@pytest.fixture
+def no_room() -> Iterator[None]:
+    """No file may grow beyond 16 KB: writing fails in the middle, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("no_room")
+@pytest.mark.parametrize("there", [False, True])
+def test_a_full_disk_leaves_what_was_there(run: Path, tmp_path: Path, capfd: Any, there: bool) -> None:
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+        (out / "config.json").write_text("{}")
+        (out / "model.safetensors").write_text("mine")
+        (out / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(["export", str(run), str(out), "--overwrite=true"])
+    said = capfd.readouterr().err
+    assert caught.value.code == 1
+    (line,) = [line for line in said.splitlines() if line.startswith("halos: ")]
+    assert str(out) in line
+    assert "too large" in line
+    assert "Traceback" not in said
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert out.exists() == there
+
+
+def test_what_a_killed_export_left_is_no_model_and_in_nobodys_way(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with exporting._written(out, ()) as part:
+        (part / "config.json").write_text("{}")
+        assert [path.name for path in out.iterdir()] == [part.name]  # all that a kill leaves
+        (part / "config.json").unlink()
+    part.mkdir(parents=True)
+    (part / "stale").touch()
+    main(["export", str(run), str(out)])
+    assert not part.exists()
+    assert not (out / "stale").exists()
+
+
+def test_an_export_over_another_model_leaves_nothing_of_it(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    mine = ("notes.txt", "train.py")
+    stale = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "vocab.json")
+    stale += ("merges.txt", "chat_template.json", "special_tokens_map.json", "adapter_config.json")
+    for name in (*mine, *stale):
+        (out / name).write_text("{}")
+    main(["export", str(run), str(out), "--overwrite=true"])
+    there = {path.name for path in out.iterdir()}
+    assert there >= set(mine)
+    assert not there & set(stale)
+    AutoModelForCausalLM.from_pretrained(out)
