@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.classification import BinaryAUROC
-from transformers import PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedTokenizerBase
 
 from halos_pl.build import build_objective
 from halos_pl.distributed import sum_over_ranks, world_size
@@ -38,6 +38,7 @@ from halos_pl.metrics import (
     with_margin,
 )
 from halos_pl.objective import HALO, Context, Objective, Result
+from halos_pl.optim import Change, LostUpdates, MasterWeights, Schedule, guard
 from halos_pl.outcomes import FlatBatch, Rows
 from halos_pl.policy.loading import (
     ModelError,
@@ -91,6 +92,8 @@ class HALOModule(LightningModule):
         optimizer: makes the optimizer from the trainable parameters.
         lr_schedule: shape of the learning rate after warm-up; a name of ``transformers.get_scheduler``.
         warmup_ratio: share of the run's optimizer steps during which the learning rate rises from 0.
+        master_weights: where weights are bfloat16 or float16, have the optimizer step on float32 copies of them. Without,
+            small updates are rounded away; with, AdamW takes 18 bytes a trained parameter instead of 8 (float32: 16).
 
     Raises:
         ValueError: for an incomplete objective or a number outside its range.
@@ -113,6 +116,7 @@ class HALOModule(LightningModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-6, weight_decay=0.0, fused=True),
         lr_schedule: Literal["constant_with_warmup", "linear", "cosine"] = "linear",
         warmup_ratio: float = 0.1,
+        master_weights: bool = True,
     ) -> None:
         super().__init__()
         if micro_batch_rows is not None and micro_batch_rows < 1:
@@ -139,6 +143,10 @@ class HALOModule(LightningModule):
         self.make_optimizer = optimizer
         self.lr_schedule = lr_schedule
         self.warmup_ratio = warmup_ratio
+        self.master_weights = master_weights
+        self._masters = MasterWeights([])
+        #: Settings that were changed when this run was resumed, and took effect.
+        self.resumed: list[Change] = []
         self.policy: nn.Module | None = None
         self._reference = reference_model or (AdapterOff() if policy.lora else FrozenCopy())
         self._reference_bound = False
@@ -179,6 +187,8 @@ class HALOModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuses what would silently train something else."""
         check_trainer(self.trainer)
+        if stage == "fit":
+            check_float16(self.trainer, self.policy_spec)
 
     def configure_model(self) -> None:
         """Loads policy and reference, after the data have been validated."""
@@ -653,7 +663,12 @@ class HALOModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over trainable parameters, and its schedule by optimizer step."""
-        optimizer: Any = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        trained = [p for p in self.parameters() if p.requires_grad]
+        self._masters = MasterWeights(trained if self.master_weights else [])
+        optimizer: Any = self.make_optimizer(self._masters.parameters or trained)
+        guard(optimizer, self.resumed.extend)
+        self._masters.attach(optimizer)
+        LostUpdates(optimizer, "Set model.master_weights to true")
         # Else Lightning takes a fused one for an optimizer that unscales gradients, and refuses to clip them for it.
         optimizer._step_supports_amp_scaling = False
         steps = self.trainer.estimated_stepping_batches
@@ -662,8 +677,13 @@ class HALOModule(LightningModule):
                 f"model.lr_schedule {self.lr_schedule} and model.warmup_ratio are shares of a run's length, but nothing"
                 " limits its steps; set trainer.max_steps or trainer.max_epochs (trainer.max_time may end it sooner)"
             )
-        schedule = get_scheduler(self.lr_schedule, optimizer, round(self.warmup_ratio * steps), int(steps))
+        warmup = round(self.warmup_ratio * steps)
+        schedule = Schedule(optimizer, self.lr_schedule, warmup_steps=warmup, steps=int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_after_backward(self) -> None:
+        """Gives the gradients of each micro-batch to what the optimizer steps on."""
+        self._masters.take_gradients()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Takes the step, and lets a reference that follows the policy follow it before anything is saved."""
@@ -765,6 +785,22 @@ def unsupported_strategy(name: str) -> str:
         " log-probs are read from the bare policy. Use a single device or ddp; model.policy.lora and"
         " model.micro_batch_rows save memory"
     )
+
+
+def check_float16(trainer: Any, spec: ModelSpec) -> None:
+    """Refuses to train in float16 without a scaler of the loss: small gradients would be 0, large ones infinite.
+
+    Raises:
+        ValueError: naming the setting and what to choose instead.
+    """
+    given = "trainer.precision is 16-true" if trainer.precision == "16-true" else ""
+    if spec.dtype == "float16" and getattr(trainer.precision_plugin, "scaler", None) is None:
+        given = given or f"model.policy.dtype is float16 and trainer.precision {trainer.precision}"
+    if given:
+        raise ValueError(
+            f"{given}: gradients below 6e-8 would be 0 and above 65504 infinite, since nothing scales the loss. Choose"
+            " bfloat16 (trainer.precision bf16-true or bf16-mixed), or float32 weights with 16-mixed on a GPU"
+        )
 
 
 def check_trainer(trainer: Any) -> None:
