@@ -310,6 +310,7 @@ class RunReport(Callback):
             "reference_rows": getattr(pl_module, "reference_rows", {}),
             "metrics": _numbers(trainer.callback_metrics),
             "last_outcomes": list(self._last),
+            "resumed": getattr(getattr(pl_module, "record", None), "history", []),
             "by": provenance(),
         }
         (folder / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")

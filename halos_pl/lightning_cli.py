@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from halos_pl.ablate_command import ablate, report, status
 from halos_pl.build import PARTS, choices
 from halos_pl.cache_command import clear, info
-from halos_pl.callbacks import LAST, LastCheckpoint, PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig
+from halos_pl.callbacks import CONFIG, LAST, LastCheckpoint, PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig
 from halos_pl.data import DataError, FeedbackDataModule
 from halos_pl.data.inspect import inspect_source
 from halos_pl.data.transforms import Transform
@@ -29,6 +29,7 @@ from halos_pl.generate import generate_file
 from halos_pl.module import HALOModule, NonFiniteLossError, check_trainer, unsupported_strategy
 from halos_pl.policy.loading import ModelError
 from halos_pl.policy.reference import ReferenceModel
+from halos_pl.resume import KeepSettings
 from halos_pl.study.evaluate import evaluate
 
 PLUGINS: dict[str, type] = {
@@ -179,7 +180,8 @@ class HalosCLI(LightningCLI):
             kwargs["logger"] = [*own, *others] or False
         trainer: Any = super().instantiate_trainer(**kwargs)
         # First, so that the time of a step is without what others do after it, such as writing a checkpoint.
-        trainer.callbacks.insert(0, RunReport())
+        # Before what writes this run's config.yaml.
+        trainer.callbacks[:0] = [RunReport(), KeepSettings(config.clone().as_dict(), CONFIG)]
         trainer.callbacks.append(PredictionWriter())
         check_trainer(trainer)
         return trainer

@@ -38,7 +38,7 @@ from halos_pl.metrics import (
     with_margin,
 )
 from halos_pl.objective import HALO, Context, Objective, Result
-from halos_pl.optim import Change, LostUpdates, MasterWeights, Schedule, guard
+from halos_pl.optim import LostUpdates, MasterWeights, Schedule, guard
 from halos_pl.outcomes import FlatBatch, Rows
 from halos_pl.policy.loading import (
     ModelError,
@@ -55,8 +55,9 @@ from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, Refer
 from halos_pl.policy.store import ReferenceStore, keys
 from halos_pl.policy.tree import is_packed
 from halos_pl.reference_points import ReferencePoint
-from halos_pl.resume import settle_progress
+from halos_pl.resume import Record, settle_progress
 from halos_pl.rewards import LogRatio, Reward
+from halos_pl.settings import weights_sample
 from value_functions import ValueFunction, beta_of
 
 
@@ -145,8 +146,6 @@ class HALOModule(LightningModule):
         self.warmup_ratio = warmup_ratio
         self.master_weights = master_weights
         self._masters = MasterWeights([])
-        #: Settings that were changed when this run was resumed, and took effect.
-        self.resumed: list[Change] = []
         self.policy: nn.Module | None = None
         self._reference = reference_model or (AdapterOff() if policy.lora else FrozenCopy())
         self._reference_bound = False
@@ -171,6 +170,23 @@ class HALOModule(LightningModule):
         self._auroc = BinaryAUROC()
         self._rng_states: list[dict[str, Any]] | None = None
         self._frequencies: list[tuple[nn.Module, str, Tensor]] = []
+        self.record = Record(
+            policy=policy,
+            reference_model=self._reference,
+            reward=reward,
+            reference_point=reference_point,
+            value_function=value_function,
+            feedback=feedback,
+            undesirable=undesirable,
+            constant=constant,
+            extra_terms=extra_terms,
+            micro_batch_rows=micro_batch_rows,
+            packing=packing,
+            reference_store=reference_store,
+            lr_schedule=lr_schedule,
+            warmup_ratio=warmup_ratio,
+            master_weights=master_weights,
+        )
 
     # -- models ---------------------------------------------------------------------------------------
 
@@ -198,6 +214,7 @@ class HALOModule(LightningModule):
             self.policy = load_model(self.policy_spec).train()
             self._frequencies = [(module, name, values.clone()) for module, name, values in frequencies(self.policy)]
             self._prepare(self.policy, "the policy")
+            self.record.start = weights_sample(self.policy)
         check_length(self.policy, getattr(getattr(self.trainer, "datamodule", None), "longest", 0))
         # Testing measures the KL divergence, so there even a loss that needs no reference gets one.
         wanted = self.objective.needs.reference or (
@@ -666,7 +683,7 @@ class HALOModule(LightningModule):
         trained = [p for p in self.parameters() if p.requires_grad]
         self._masters = MasterWeights(trained if self.master_weights else [])
         optimizer: Any = self.make_optimizer(self._masters.parameters or trained)
-        guard(optimizer, self.resumed.extend)
+        guard(optimizer, self.record.add)
         self._masters.attach(optimizer)
         LostUpdates(optimizer, "Set model.master_weights to true")
         # Else Lightning takes a fused one for an optimizer that unscales gradients, and refuses to clip them for it.
@@ -704,9 +721,12 @@ class HALOModule(LightningModule):
             states = [None] * world_size()
             torch.distributed.all_gather_object(states, _rng_state(self.device))
         checkpoint["rng_states"] = states
+        checkpoint["settings"] = self.record.state(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Puts back what was left out, from the policy that has just been loaded."""
+        """Puts back what was left out, from the policy that has just been loaded; refuses to go on as another run."""
+        start_matters = self._reference_bound or self.policy_spec.lora is not None
+        self.record.compare(checkpoint, self.trainer, start_matters=start_matters)
         for name, parameter in self.named_parameters(remove_duplicate=False):
             if not parameter.requires_grad:
                 checkpoint["state_dict"].setdefault(name, parameter.detach())
@@ -757,6 +777,7 @@ class HALOModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Restores the random state last, after everything that draws numbers while a run is set up."""
+        self.record.say(self.trainer)
         if self._rng_states and self.global_rank < len(self._rng_states):
             state = self._rng_states[self.global_rank]
             name, keys, *rest = state["numpy"]
