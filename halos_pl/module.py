@@ -55,7 +55,7 @@ from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, Refer
 from halos_pl.policy.store import ReferenceStore, keys
 from halos_pl.policy.tree import is_packed
 from halos_pl.reference_points import ReferencePoint
-from halos_pl.resume import Record, settle_progress
+from halos_pl.resume import Record, align_logged_step, settle_progress
 from halos_pl.rewards import LogRatio, Reward
 from halos_pl.settings import weights_sample
 from value_functions import ValueFunction, beta_of
@@ -93,8 +93,9 @@ class HALOModule(LightningModule):
         optimizer: makes the optimizer from the trainable parameters.
         lr_schedule: shape of the learning rate after warm-up; a name of ``transformers.get_scheduler``.
         warmup_ratio: share of the run's optimizer steps during which the learning rate rises from 0.
-        master_weights: where weights are bfloat16 or float16, have the optimizer step on float32 copies of them. Without,
-            small updates are rounded away; with, AdamW takes 18 bytes a trained parameter instead of 8 (float32: 16).
+        master_weights: where weights are bfloat16 or float16, have the optimizer step on float32 copies of them.
+            Without, small updates are rounded away; with, AdamW takes 18 bytes a trained parameter instead of 8
+            (float32: 16).
 
     Raises:
         ValueError: for an incomplete objective or a number outside its range.
@@ -770,6 +771,9 @@ class HALOModule(LightningModule):
         for module, name, values in self._frequencies:
             if module._buffers[name].dtype.itemsize < values.dtype.itemsize:  # type: ignore[union-attr]
                 module._buffers[name] = values.to(self.device)
+
+    def on_train_batch_start(self, batch: FlatBatch, batch_idx: int) -> None:
+        align_logged_step(self.trainer)
 
     def on_train_epoch_start(self) -> None:
         """Refuses settings that a callback has changed since the run began."""

@@ -1,8 +1,8 @@
 """What the optimizer steps on, and what a resumed run takes from its checkpoint.
 
 Weights of 8 or 11 bits of precision do not move by a step that is smaller than half the gap to the next number: with
-AdamW at a learning rate of 5e-6 that is nearly every step. So the optimizer is given float32 copies of them (Micikevicius
-et al. 2018, "Mixed precision training", section 3.1), and the model holds the rounded copies.
+AdamW at a learning rate of 5e-6 that is nearly every step. So the optimizer is given float32 copies of them
+(Micikevicius et al. 2018, "Mixed precision training", section 3.1), and the model holds the rounded copies.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def _shown(value: Any) -> str:
 class MasterWeights:
     """Float32 copies of half-precision parameters; the optimizer steps on them, the model gets them rounded.
 
-    They are part of the optimizer's state dict, so a resumed run goes on exactly. They cost 4 bytes a parameter, and the
-    optimizer's state and gradients are float32 as well: with AdamW 18 bytes a trained parameter instead of 8.
+    They are part of the optimizer's state dict, so a resumed run goes on exactly. They cost 4 bytes a parameter, and
+    the optimizer's state and gradients are float32 as well: with AdamW 18 bytes a trained parameter instead of 8.
 
     Args:
         parameters: what is trained; those of float32 stay as they are.
@@ -237,10 +237,12 @@ def guard(optimizer: Optimizer, changed: Callable[[list[Change]], None]) -> None
                 f"model.optimizer is {name}, but the checkpoint's was {before}, whose state means something else; go on"
                 " with that one, or start a new run"
             )
-        sizes = [[len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups)]
-        if sizes[0] != sizes[1]:
+        before, now = (
+            [len(group["params"]) for group in part] for part in (state["param_groups"], optimizer.param_groups)
+        )
+        if before != now:
             raise ValueError(
-                f"model.optimizer has groups of {sizes[1]} parameters, but the checkpoint's of {sizes[0]}; start a new run"
+                f"model.optimizer has groups of {now} parameters, but the checkpoint's of {before}; start a new run"
             )
         found: dict[str, Change] = {}
         groups = []
@@ -255,8 +257,8 @@ def guard(optimizer: Optimizer, changed: Callable[[list[Change]], None]) -> None
             groups.append({**saved, **{key: group[key] for key in taken if key in group}})
         if refused := [change for key, change in found.items() if not _may_change(key, *change[1:])]:
             raise ValueError(
-                f"the checkpoint's {type(optimizer).__name__} cannot go on with {'; '.join(map(str, refused))}: its state"
-                " is another one. Go on with the value of the checkpoint's run, or start a new run"
+                f"the checkpoint's {type(optimizer).__name__} cannot go on with {'; '.join(map(str, refused))}: its"
+                " state is another one. Go on with the value of the checkpoint's run, or start a new run"
             )
         changed(list(found.values()))
         return {**state, "param_groups": groups}
@@ -268,7 +270,6 @@ def guard(optimizer: Optimizer, changed: Callable[[list[Change]], None]) -> None
 def _without_state(group: dict[str, Any]) -> dict[str, Any]:
     """The settings in a group of an older checkpoint, which does not hold them apart: those that torch's have."""
     lr = group.get("initial_lr", group["lr"])
-    known = ("weight_decay", "betas", "eps", "momentum", "dampening", "nesterov", "alpha", "centered", "amsgrad", "maximize")
-    return {"lr": _plain(lr)} | {
-        key: _plain(group[key]) for key in (*known, "decoupled_weight_decay") if key in group
-    }
+    numbers = ("weight_decay", "betas", "eps", "momentum", "dampening", "alpha")
+    switches = ("nesterov", "centered", "amsgrad", "maximize", "decoupled_weight_decay")
+    return {"lr": _plain(lr)} | {key: _plain(group[key]) for key in (*numbers, *switches) if key in group}

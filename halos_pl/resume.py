@@ -20,11 +20,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from halos_pl.optim import Change
 from halos_pl.settings import (
     Settings,
+    aside,
     changes,
     described,
+    differing,
     environment,
     flat,
-    of_config,
+    of_file,
     of_trainer,
     refused,
     same_weights,
@@ -61,7 +63,19 @@ def settle_progress(fit_loop: dict[str, Any]) -> tuple[int, int]:
     batches["current"] = dict.fromkeys(batches["current"], 0)
     batches["is_last_batch"] = False
     fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = steps
+    optimizer = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    for counts in (fit_loop["epoch_loop.scheduler_progress"], *optimizer.values()):
+        counts["current"] = dict.fromkeys(counts["current"], 0)  # of the epoch; under max_steps nothing resets them
     return begun, 0
+
+
+def align_logged_step(trainer: Trainer) -> None:
+    """Has the batch that begins logged under the number of optimizer steps before it.
+
+    Lightning counts logged steps by themselves. Going on at an epoch's end under ``max_steps``, 2.6 passes once through
+    its loop without a batch, and counts that; every later step would be logged one too high.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
 class Record:
@@ -109,25 +123,27 @@ class Record:
         fitting = trainer.state.fn == TrainerFn.FITTING
         saved = checkpoint.get("settings")
         if saved is None:
-            saved = {"config": of_config(trainer.ckpt_path)}
+            # Beside a run's checkpoints/last.ckpt; what has been edited since cannot be told.
+            saved = {"config": aside(of_file(Path(str(trainer.ckpt_path)).parent.parent / "config.yaml"), wanted=False)}
             with_what = "only with the config.yaml of its run" if saved["config"] else "with nothing"
             rank_zero_info(
-                f"halos: {trainer.ckpt_path} holds no record of its settings, as it is of an older version: this run's are"
-                f" compared {with_what}"
+                f"halos: {trainer.ckpt_path} holds no record of its settings, as it is of an older version: this run's"
+                f" are compared {with_what}"
             )
         now = self.module | of_trainer(trainer)
         found = changes(saved, now, self.config)
         if wrong := refused(found, fitting=fitting):
             named = "; ".join(f"{c.key} is {_short(c.now)}, and was {_short(c.before)}" for c in wrong)
             raise ValueError(
-                f"{trainer.ckpt_path} was trained with other settings: {named}. Set them back to go on, or start a new run"
+                f"{trainer.ckpt_path} was trained with other settings: {named}. Set them back to go on, or start a new"
+                " run"
             )
         start = saved.get("start")
         if start_matters and start is not None and self.start is not None and not same_weights(start, self.start):
             was, path = saved["module"]["model.policy.path"], self.module["model.policy.path"]
             raise ValueError(
-                f"model.policy.path: the weights in {path} are not those that {trainer.ckpt_path} began with, from {was};"
-                " name those, or start a new run"
+                f"model.policy.path: the weights in {path} are not those that {trainer.ckpt_path} began with, from"
+                f" {was}; name those, or start a new run"
             )
         if fitting:
             self.found = found
@@ -148,8 +164,8 @@ class Record:
             rank_zero_info(f"halos: from step {trainer.global_step} on with other settings: {_listed(self.found)}")
         if self._moved:
             rank_zero_info(
-                f"halos: resumed elsewhere ({_listed(self._moved)}): equal to an uninterrupted run within rounding, not bit"
-                " for bit"
+                f"halos: resumed elsewhere ({_listed(self._moved)}): equal to an uninterrupted run within rounding, not"
+                " bit for bit"
             )
         if self.found or self._moved:
             entry = {"step": trainer.global_step}
@@ -181,13 +197,17 @@ class KeepSettings(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         record = getattr(pl_module, "record", None)
         if record is not None:
-            record.config = self._config
+            record.config = aside(self._config, wanted=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Copies config.yaml to the first free config.1.yaml, config.2.yaml, ... where the settings have changed."""
+        """Says what else is new, and copies config.yaml to the first free config.1.yaml, config.2.yaml, ..."""
         path = Path(trainer.default_root_dir) / self._name
-        record = getattr(pl_module, "record", None)
-        if trainer.is_global_zero and trainer.ckpt_path and record is not None and record.found and path.is_file():
+        if not trainer.is_global_zero or not trainer.ckpt_path or not path.is_file():
+            return
+        new = differing(aside(of_file(path), wanted=True), aside(self._config, wanted=True))
+        if new:
+            rank_zero_info(f"halos: also new, beside what is learned: {_listed(new)}")
+        if new or getattr(getattr(pl_module, "record", None), "found", None):
             number = 1
             while (kept := path.with_suffix(f".{number}{path.suffix}")).exists():
                 number += 1

@@ -56,6 +56,16 @@ FREE = tuple(
 MODEL = ("model.policy.lora", "model.policy.dropout")
 #: Where a run's files are is no setting of the run.
 PLACES = ("run_dir", "ckpt_path", "weights_only", "config", "trainer.default_root_dir")
+#: What is beside a run's results: two runs that differ only in these have the same checkpoints.
+ASIDE = (
+    "checkpoint",
+    "data.num_workers",
+    "trainer.callbacks",
+    "trainer.logger",
+    "trainer.profiler",
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+)
 #: What is read off the Trainer, since not every run has a config.
 TRAINER = (
     "precision",
@@ -112,7 +122,7 @@ def _arguments(value: Any) -> dict[str, Any]:
             own |= own.get(kind, {})
     if all(name in own for name in named):
         return {name: own[name] for name in named}
-    return {k: v for k, v in own.items() if k not in _OF_MODULES and not callable(v) or isinstance(v, nn.Module)}
+    return {k: v for k, v in own.items() if (k not in _OF_MODULES and not callable(v)) or isinstance(v, nn.Module)}
 
 
 def flat(value: Any, key: str = "") -> Settings:
@@ -171,6 +181,11 @@ def _below(key: str, places: Sequence[str]) -> bool:
     return any(key == place or key.startswith(f"{place}.") for place in places)
 
 
+def aside(config: Settings, *, wanted: bool) -> Settings:
+    """The settings of a config that are beside its run's results, or the others."""
+    return {k: v for k, v in config.items() if not _below(k, PLACES) and _below(k, ASIDE) is wanted}
+
+
 def changes(saved: Mapping[str, Any], module: Settings, config: Settings | None) -> list[Change]:
     """What a run changes of the settings in its checkpoint.
 
@@ -182,7 +197,7 @@ def changes(saved: Mapping[str, Any], module: Settings, config: Settings | None)
     found = differing(saved.get("module") or {}, module)
     known = saved.get("module", {}).keys() & module.keys()
     for change in differing(saved.get("config") or {}, config or {}):
-        if change.key not in known and not _below(change.key, (*PLACES, *(change.key for change in found))):
+        if change.key not in known and not _below(change.key, [change.key for change in found]):
             found.append(change)
     return found
 
@@ -194,13 +209,13 @@ def refused(found: Sequence[Change], *, fitting: bool) -> list[Change]:
     return [change for change in found if _below(change.key, FIXED) and not _below(change.key, FREE)]
 
 
-def of_config(checkpoint: str | Path | None) -> Settings:
-    """The settings in the config.yaml of a checkpoint's run, for one that holds none; empty where there is none."""
+def of_file(path: Path) -> Settings:
+    """The settings in a run's config.yaml; empty where there is none that can be read."""
     try:
-        content = yaml.safe_load((Path(str(checkpoint)).parents[1] / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, IndexError, ValueError, yaml.YAMLError):
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return flat(content) if isinstance(content, dict) else {}
+    return flat(described(content)) if isinstance(content, dict) else {}
 
 
 def weights_sample(model: nn.Module) -> Tensor:
