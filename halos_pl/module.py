@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.classification import BinaryAUROC
 from transformers import PreTrainedTokenizerBase
 
+from halos_pl.absent import keep_out_absent
 from halos_pl.build import build_objective
 from halos_pl.distributed import sum_over_ranks, world_size
 from halos_pl.feedback import Feedback
@@ -31,6 +32,7 @@ from halos_pl.metrics import (
     Losses,
     Means,
     Weighted,
+    finite_rows,
     into_unit_interval,
     logp_figures,
     outcome_figures,
@@ -204,6 +206,7 @@ class HALOModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuses what would silently train something else."""
         check_trainer(self.trainer)
+        keep_out_absent(self.trainer)
         if stage == "fit":
             check_float16(self.trainer, self.policy_spec)
 
@@ -519,18 +522,16 @@ class HALOModule(LightningModule):
         """
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        self._rows = [row for row, probe in zip(batch.row_ids, batch.probe.tolist(), strict=True) if not probe]
+        self._rows = _row_ids(batch)
         means, losses = Means(), Losses()
         suspects: list[str] = []
         seen: list[tuple[Tensor, Tensor]] = []
         for index, rows, result in self._results(batch, gradient=True):
             losses.add(result)
             means.add(self._figures(rows, result))
-            finite = rows.policy_logps.detach().isfinite().all(dim=1)
             if result.outcomes is not None:
-                finite &= result.outcomes.value.isfinite()
                 seen.append((result.outcomes.outcome, rows.desirable))
-            suspects += [batch.row_ids[i] for i in index[~finite].tolist()]
+            suspects += [batch.row_ids[i] for i in index[~finite_rows(rows, result)].tolist()]
         # Losses of the ranks sum to the step's, so one rank counts for all of them.
         once = torch.tensor(float(self.global_rank == 0), dtype=torch.float32, device=self.device)
         means.add({name: (value, once) for name, value in losses.items()})
@@ -567,9 +568,13 @@ class HALOModule(LightningModule):
     def _non_finite(self, what: str, suspects: list[str]) -> str:
         checkpoint: Any = self.trainer.checkpoint_callback
         path = getattr(checkpoint, "last_model_path", "") or getattr(checkpoint, "best_model_path", "")
+        named = f"rows with a non-finite log-prob or value: {', '.join(suspects)}\n" if suspects else ""
+        if not self.training:
+            of = f"{self.trainer.ckpt_path or 'the policy'}" if not self.global_step else f"step {self.global_step}"
+            return f"{what} with the weights of {of}.\n{named}rows of the batch: {', '.join(self._rows)}"
         return (
             f"{what} at optimizer step {self.global_step}, so the run stops before it takes that step.\n"
-            + (f"rows with a non-finite log-prob or value: {', '.join(suspects)}\n" if suspects else "")
+            + named
             + f"rows of the step: {', '.join(self._rows)}\n"
             + f"last good checkpoint: {path or 'none was written yet'}"
         )
@@ -584,7 +589,9 @@ class HALOModule(LightningModule):
 
         Raises:
             NonFiniteLossError: where it is no finite number, so that the step would leave no number in the policy.
+            ValueError: for a clipping that makes no sense, which a callback may have set.
         """
+        check_clipping(gradient_clip_val, gradient_clip_algorithm)
         plugin: Any = self.trainer.precision_plugin
         if getattr(plugin, "scaler", None) is not None:  # float16's scaler leaves such steps out, and knows the scale
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -606,9 +613,29 @@ class HALOModule(LightningModule):
 
     # -- evaluation -----------------------------------------------------------------------------------
 
+    def _held_out(self, batch: FlatBatch) -> Iterator[tuple[Tensor, Rows, Result]]:
+        """As ``_results`` without gradient.
+
+        Raises:
+            NonFiniteLossError: on every rank, after the last part, where a row of any rank has no finite figures.
+        """
+        self._rows = _row_ids(batch)
+        suspects: list[str] = []
+        loss = torch.zeros((), dtype=torch.float32, device=self.device)
+        for index, rows, result in self._results(batch, gradient=False):
+            suspects += [batch.row_ids[i] for i in index[~finite_rows(rows, result)].tolist()]
+            loss = loss + result.loss.detach()
+            yield index, rows, result
+        wrong = torch.tensor(float(bool(suspects)), device=loss.device) + (~loss.isfinite()).float()
+        if bool(sum_over_ranks(wrong) > 0):
+            self._means = Means()
+            self._auroc.reset()
+            what = f"a held-out figure is not finite (loss {loss.item()})"
+            raise NonFiniteLossError(self._non_finite(what, suspects))
+
     def _evaluate(self, batch: FlatBatch) -> Iterator[tuple[Tensor, Rows, Result]]:
         losses = Losses()
-        for index, rows, result in self._results(batch, gradient=False):
+        for index, rows, result in self._held_out(batch):
             losses.add(result)
             self._means.add(self._figures(rows, result))
             reward = result.outcomes.reward if result.outcomes else self._implied_reward(rows)
@@ -659,9 +686,13 @@ class HALOModule(LightningModule):
         self._log_evaluation("test")
 
     def predict_step(self, batch: FlatBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """One record per row: log-probs, r, z0, u (nats) and value."""
+        """One record per row: log-probs, r, z0, u (nats) and value.
+
+        Raises:
+            NonFiniteLossError: where one of them is not a finite number, which JSON does not know.
+        """
         records: list[dict[str, Any]] = []
-        for index, rows, result in self._results(batch, gradient=False):
+        for index, rows, result in self._held_out(batch):
             columns: dict[str, list[Any]] = {
                 "row": [batch.row_ids[i] for i in index.tolist()],
                 "desirable": rows.desirable.tolist(),
@@ -792,6 +823,10 @@ class HALOModule(LightningModule):
         self._rng_states = None
 
 
+def _row_ids(batch: FlatBatch) -> list[str]:
+    return [row for row, probe in zip(batch.row_ids, batch.probe.tolist(), strict=True) if not probe]
+
+
 def _rng_state(device: torch.device) -> dict[str, Any]:
     """This process's random state and its GPU's, in types that ``torch.load(weights_only=True)`` accepts.
 
@@ -828,6 +863,20 @@ def check_float16(trainer: Any, spec: ModelSpec) -> None:
         )
 
 
+def check_clipping(value: float | None, algorithm: str | None) -> None:
+    """Refuses clipping that Lightning would take for none; null and 0 are none.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if value is not None and not value >= 0:
+        raise ValueError(
+            f"trainer.gradient_clip_val is {value}; it must be at least 0, or null. 0 and null do not clip"
+        )
+    if algorithm not in (None, "norm", "value"):
+        raise ValueError(f"trainer.gradient_clip_algorithm is {algorithm}; it must be norm or value")
+
+
 def check_trainer(trainer: Any) -> None:
     """Refuses Trainer settings under which the loss would be another one than the config says.
 
@@ -840,6 +889,7 @@ def check_trainer(trainer: Any) -> None:
             " different reference points and wrong weights. A batch is one optimizer step here: raise"
             " data.batch_size, and set model.micro_batch_rows to what fits in memory"
         )
+    check_clipping(trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
     whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
     if not whole or isinstance(trainer.strategy, DeepSpeedStrategy):  # DeepSpeed's is a subclass of DDP's
         raise ValueError(unsupported_strategy(type(trainer.strategy).__name__))

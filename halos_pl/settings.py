@@ -55,7 +55,7 @@ FREE = tuple(
 #: What an evaluation cannot change: it would be one of another model. The rest is a way to measure it.
 MODEL = ("model.policy.lora", "model.policy.dropout")
 #: Where a run's files are is no setting of the run.
-PLACES = ("run_dir", "ckpt_path", "weights_only", "config", "trainer.default_root_dir")
+PLACES = ("run_dir", "ckpt_path", "weights_only", "config", "trainer.default_root_dir", "data.cache_dir")
 #: What is beside a run's results: two runs that differ only in these have the same checkpoints.
 ASIDE = (
     "checkpoint",
