@@ -86,10 +86,6 @@ class RunCSVLogger(CSVLogger):
             self._experiment = _AppendingWriter(log_dir=self.log_dir)
         return cast(_AppendingWriter, self._experiment)
 
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:  # type: ignore[override]
-        """Logs a step; a figure that is not a number, as of a class that the step had no row of, is left out."""
-        super().log_metrics({k: v for k, v in metrics.items() if v == v}, step)
-
     def drop_from(self, step: int) -> None:
         """Drops lines of optimizer step ``step`` and later: a resumed run will write them again."""
         path = Path(self.log_dir) / METRICS
@@ -310,6 +306,7 @@ class RunReport(Callback):
             "reference_rows": getattr(pl_module, "reference_rows", {}),
             "metrics": _numbers(trainer.callback_metrics),
             "last_outcomes": list(self._last),
+            "resumed": getattr(getattr(pl_module, "record", None), "history", []),
             "by": provenance(),
         }
         beside = (folder / SUMMARY).with_suffix(".part")
@@ -389,7 +386,7 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         with self._part(trainer, trainer.global_rank).open("a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in prediction)
+            file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in prediction)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.strategy.barrier("PredictionWriter")

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from halos_pl.ablate_command import ablate, report, status
 from halos_pl.build import PARTS, choices
 from halos_pl.cache_command import clear, info
-from halos_pl.callbacks import PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig, check_run_dir
+from halos_pl.callbacks import CONFIG, PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig, check_run_dir
 from halos_pl.checkpoint import (
     LAST,
     LastCheckpoint,
@@ -38,6 +38,7 @@ from halos_pl.module import HALOModule, NonFiniteLossError, check_trainer, unsup
 from halos_pl.monitors import check_monitors, say_unused
 from halos_pl.policy.loading import ModelError
 from halos_pl.policy.reference import ReferenceModel
+from halos_pl.resume import KeepSettings
 from halos_pl.stop_at_step import AgreedSignals, StopAtStep
 from halos_pl.study.evaluate import evaluate
 
@@ -197,7 +198,8 @@ class HalosCLI(LightningCLI):
             kwargs["logger"] = [*own, *others] or False
         trainer: Any = super().instantiate_trainer(**kwargs)
         # First, so that the time of a step is without what others do after it, such as writing a checkpoint.
-        trainer.callbacks[:0] = [RunReport(), StopAtStep()]
+        # KeepSettings comes before what writes this run's config.yaml.
+        trainer.callbacks[:0] = [RunReport(), StopAtStep(), KeepSettings(config.clone().as_dict(), CONFIG)]
         trainer.callbacks.append(PredictionWriter())
         trainer._signal_connector = AgreedSignals(trainer)
         check_trainer(trainer)

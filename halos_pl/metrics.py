@@ -53,7 +53,8 @@ class Means:
 
         Args:
             empty: NaN for a name with nothing behind it; without, it is left out. A step that has no row of a class
-                has to say so: Lightning would log the value of an earlier step again.
+                has to say so: Lightning would log the value of an earlier step again. Loggers do not get the NaN (see
+                ``halos_pl.absent``).
         """
         if not self._sums:
             return {}
@@ -77,6 +78,17 @@ def saturation(value_function: ValueFunction, perceived: Tensor) -> Tensor:
         u = torch.cat([perceived.detach().clone(), torch.zeros_like(perceived[:1])]).clone().requires_grad_()
         (slope,) = torch.autograd.grad(value_function(u).sum(), u)
     return slope[:-1].abs() < 0.01 * slope[-1].abs()
+
+
+def finite_rows(rows: Rows, result: Result) -> Tensor:
+    """BoolTensor [n]: rows of which each log-prob, and each figure of the outcome, is a finite number."""
+    finite = rows.policy_logps.detach().isfinite().all(dim=1)
+    if rows.reference_logps is not None:
+        finite &= rows.reference_logps.isfinite().all(dim=1)
+    if (outcomes := result.outcomes) is not None:
+        for figure in (outcomes.reward, outcomes.reference_point, outcomes.outcome, outcomes.value):
+            finite &= figure.isfinite()
+    return finite
 
 
 def into_unit_interval(reward: Tensor) -> Tensor:

@@ -21,8 +21,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.classification import BinaryAUROC
-from transformers import PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedTokenizerBase
 
+from halos_pl.absent import keep_out_absent
 from halos_pl.build import build_objective
 from halos_pl.checkpoint import LastCheckpoint, check_finite
 from halos_pl.data.turns import stop_ids
@@ -33,6 +34,7 @@ from halos_pl.metrics import (
     Losses,
     Means,
     Weighted,
+    finite_rows,
     into_unit_interval,
     logp_figures,
     outcome_figures,
@@ -40,6 +42,7 @@ from halos_pl.metrics import (
     with_margin,
 )
 from halos_pl.objective import HALO, Context, Objective, Result
+from halos_pl.optim import LostUpdates, MasterWeights, Schedule, guard
 from halos_pl.outcomes import FlatBatch, Rows
 from halos_pl.policy.limits import check_length, check_vocabulary
 from halos_pl.policy.loading import (
@@ -56,8 +59,9 @@ from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, Refer
 from halos_pl.policy.store import ReferenceStore, keys
 from halos_pl.policy.tree import is_packed
 from halos_pl.reference_points import ReferencePoint
-from halos_pl.resume import settle_progress
+from halos_pl.resume import Record, align_logged_step, settle_progress
 from halos_pl.rewards import LogRatio, Reward
+from halos_pl.settings import weights_sample
 from value_functions import ValueFunction, beta_of
 
 
@@ -93,6 +97,9 @@ class HALOModule(LightningModule):
         optimizer: makes the optimizer from the trainable parameters.
         lr_schedule: shape of the learning rate after warm-up; a name of ``transformers.get_scheduler``.
         warmup_ratio: share of the run's optimizer steps during which the learning rate rises from 0.
+        master_weights: where weights are bfloat16 or float16, have the optimizer step on float32 copies of them.
+            Without, small updates are rounded away; with, AdamW takes 18 bytes a trained parameter instead of 8
+            (float32: 16).
 
     Raises:
         ValueError: for an incomplete objective or a number outside its range.
@@ -115,6 +122,7 @@ class HALOModule(LightningModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-6, weight_decay=0.0, fused=True),
         lr_schedule: Literal["constant_with_warmup", "linear", "cosine"] = "linear",
         warmup_ratio: float = 0.1,
+        master_weights: bool = True,
     ) -> None:
         super().__init__()
         if micro_batch_rows is not None and micro_batch_rows < 1:
@@ -141,6 +149,8 @@ class HALOModule(LightningModule):
         self.make_optimizer = optimizer
         self.lr_schedule = lr_schedule
         self.warmup_ratio = warmup_ratio
+        self.master_weights = master_weights
+        self._masters = MasterWeights([])
         self.policy: nn.Module | None = None
         self._reference = reference_model or (AdapterOff() if policy.lora else FrozenCopy())
         self._reference_bound = False
@@ -165,6 +175,23 @@ class HALOModule(LightningModule):
         self._auroc = BinaryAUROC()
         self._rng_states: list[dict[str, Any]] | None = None
         self._frequencies: list[tuple[nn.Module, str, Tensor]] = []
+        self.record = Record(
+            policy=policy,
+            reference_model=self._reference,
+            reward=reward,
+            reference_point=reference_point,
+            value_function=value_function,
+            feedback=feedback,
+            undesirable=undesirable,
+            constant=constant,
+            extra_terms=extra_terms,
+            micro_batch_rows=micro_batch_rows,
+            packing=packing,
+            reference_store=reference_store,
+            lr_schedule=lr_schedule,
+            warmup_ratio=warmup_ratio,
+            master_weights=master_weights,
+        )
 
     # -- models ---------------------------------------------------------------------------------------
 
@@ -181,6 +208,9 @@ class HALOModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuses what would silently train something else."""
         check_trainer(self.trainer)
+        keep_out_absent(self.trainer)
+        if stage == "fit":
+            check_float16(self.trainer, self.policy_spec)
 
     def configure_model(self) -> None:
         """Loads policy and reference, after the data have been validated."""
@@ -190,6 +220,7 @@ class HALOModule(LightningModule):
             self.policy = load_model(self.policy_spec).train()
             self._frequencies = [(module, name, values.clone()) for module, name, values in frequencies(self.policy)]
             self._prepare(self.policy, "the policy")
+            self.record.start = weights_sample(self.policy)
         self._check_fit(self.policy)
         # Testing measures the KL divergence, so there even a loss that needs no reference gets one.
         wanted = self.objective.needs.reference or (
@@ -505,18 +536,16 @@ class HALOModule(LightningModule):
         """
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
-        self._rows = [row for row, probe in zip(batch.row_ids, batch.probe.tolist(), strict=True) if not probe]
+        self._rows = _row_ids(batch)
         means, losses = Means(), Losses()
         suspects: list[str] = []
         seen: list[tuple[Tensor, Tensor]] = []
         for index, rows, result in self._results(batch, gradient=True):
             losses.add(result)
             means.add(self._figures(rows, result))
-            finite = rows.policy_logps.detach().isfinite().all(dim=1)
             if result.outcomes is not None:
-                finite &= result.outcomes.value.isfinite()
                 seen.append((result.outcomes.outcome, rows.desirable))
-            suspects += [batch.row_ids[i] for i in index[~finite].tolist()]
+            suspects += [batch.row_ids[i] for i in index[~finite_rows(rows, result)].tolist()]
         # Losses of the ranks sum to the step's, so one rank counts for all of them.
         once = torch.tensor(float(self.global_rank == 0), dtype=torch.float32, device=self.device)
         means.add({name: (value, once) for name, value in losses.items()})
@@ -551,9 +580,13 @@ class HALOModule(LightningModule):
         return None if rows.reference_logps is None else LogRatio()(rows).detach()
 
     def _non_finite(self, what: str, suspects: list[str]) -> str:
+        named = f"rows with a non-finite log-prob or value: {', '.join(suspects)}\n" if suspects else ""
+        if not self.training:
+            of = f"{self.trainer.ckpt_path or 'the policy'}" if not self.global_step else f"step {self.global_step}"
+            return f"{what} with the weights of {of}.\n{named}rows of the batch: {', '.join(self._rows)}"
         return (
             f"{what} at optimizer step {self.global_step}, so the run stops before it takes that step.\n"
-            + (f"rows with a non-finite log-prob or value: {', '.join(suspects)}\n" if suspects else "")
+            + named
             + f"rows of the step: {', '.join(self._rows)}\n"
             + self._last_good()
         )
@@ -572,7 +605,9 @@ class HALOModule(LightningModule):
 
         Raises:
             NonFiniteLossError: where it is no finite number, so that the step would leave no number in the policy.
+            ValueError: for a clipping that makes no sense, which a callback may have set.
         """
+        check_clipping(gradient_clip_val, gradient_clip_algorithm)
         plugin: Any = self.trainer.precision_plugin
         if getattr(plugin, "scaler", None) is not None:  # float16's scaler leaves such steps out, and knows the scale
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -594,9 +629,29 @@ class HALOModule(LightningModule):
 
     # -- evaluation -----------------------------------------------------------------------------------
 
+    def _held_out(self, batch: FlatBatch) -> Iterator[tuple[Tensor, Rows, Result]]:
+        """As ``_results`` without gradient.
+
+        Raises:
+            NonFiniteLossError: on every rank, after the last part, where a row of any rank has no finite figures.
+        """
+        self._rows = _row_ids(batch)
+        suspects: list[str] = []
+        loss = torch.zeros((), dtype=torch.float32, device=self.device)
+        for index, rows, result in self._results(batch, gradient=False):
+            suspects += [batch.row_ids[i] for i in index[~finite_rows(rows, result)].tolist()]
+            loss = loss + result.loss.detach()
+            yield index, rows, result
+        wrong = torch.tensor(float(bool(suspects)), device=loss.device) + (~loss.isfinite()).float()
+        if bool(sum_over_ranks(wrong) > 0):
+            self._means = Means()
+            self._auroc.reset()
+            what = f"a held-out figure is not finite (loss {loss.item()})"
+            raise NonFiniteLossError(self._non_finite(what, suspects))
+
     def _evaluate(self, batch: FlatBatch) -> Iterator[tuple[Tensor, Rows, Result]]:
         losses = Losses()
-        for index, rows, result in self._results(batch, gradient=False):
+        for index, rows, result in self._held_out(batch):
             losses.add(result)
             self._means.add(self._figures(rows, result))
             reward = result.outcomes.reward if result.outcomes else self._implied_reward(rows)
@@ -647,9 +702,13 @@ class HALOModule(LightningModule):
         self._log_evaluation("test")
 
     def predict_step(self, batch: FlatBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """One record per row: log-probs, r, z0, u (nats) and value."""
+        """One record per row: log-probs, r, z0, u (nats) and value.
+
+        Raises:
+            NonFiniteLossError: where one of them is not a finite number, which JSON does not know.
+        """
         records: list[dict[str, Any]] = []
-        for index, rows, result in self._results(batch, gradient=False):
+        for index, rows, result in self._held_out(batch):
             columns: dict[str, list[Any]] = {
                 "row": [batch.row_ids[i] for i in index.tolist()],
                 "desirable": rows.desirable.tolist(),
@@ -669,7 +728,12 @@ class HALOModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over trainable parameters, and its schedule by optimizer step."""
-        optimizer: Any = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        trained = [p for p in self.parameters() if p.requires_grad]
+        self._masters = MasterWeights(trained if self.master_weights else [])
+        optimizer: Any = self.make_optimizer(self._masters.parameters or trained)
+        guard(optimizer, self.record.add)
+        self._masters.attach(optimizer)
+        LostUpdates(optimizer, "Set model.master_weights to true")
         # Else Lightning takes a fused one for an optimizer that unscales gradients, and refuses to clip them for it.
         optimizer._step_supports_amp_scaling = False
         steps = self.trainer.estimated_stepping_batches
@@ -678,8 +742,13 @@ class HALOModule(LightningModule):
                 f"model.lr_schedule {self.lr_schedule} and model.warmup_ratio are shares of a run's length, but nothing"
                 " limits its steps; set trainer.max_steps or trainer.max_epochs (trainer.max_time may end it sooner)"
             )
-        schedule = get_scheduler(self.lr_schedule, optimizer, round(self.warmup_ratio * steps), int(steps))
+        warmup = round(self.warmup_ratio * steps)
+        schedule = Schedule(optimizer, self.lr_schedule, warmup_steps=warmup, steps=int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_after_backward(self) -> None:
+        """Gives the gradients of each micro-batch to what the optimizer steps on."""
+        self._masters.take_gradients()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Takes the step, and lets a reference that follows the policy follow it before anything is saved."""
@@ -706,9 +775,12 @@ class HALOModule(LightningModule):
             states = [None] * world_size()
             torch.distributed.all_gather_object(states, _rng_state(self.device))
         checkpoint["rng_states"] = states
+        checkpoint["settings"] = self.record.state(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Puts back what was left out, from the policy that has just been loaded."""
+        """Puts back what was left out, from the policy that has just been loaded; refuses to go on as another run."""
+        start_matters = self._reference_bound or self.policy_spec.lora is not None
+        self.record.compare(checkpoint, self.trainer, start_matters=start_matters)
         for name, parameter in self.named_parameters(remove_duplicate=False):
             if not parameter.requires_grad:
                 checkpoint["state_dict"].setdefault(name, parameter.detach())
@@ -753,12 +825,16 @@ class HALOModule(LightningModule):
             if module._buffers[name].dtype.itemsize < values.dtype.itemsize:  # type: ignore[union-attr]
                 module._buffers[name] = values.to(self.device)
 
+    def on_train_batch_start(self, batch: FlatBatch, batch_idx: int) -> None:
+        align_logged_step(self.trainer)
+
     def on_train_epoch_start(self) -> None:
         """Refuses settings that a callback has changed since the run began."""
         check_trainer(self.trainer)
 
     def on_train_start(self) -> None:
         """Restores the random state last, after everything that draws numbers while a run is set up."""
+        self.record.say(self.trainer)
         if self._rng_states and self.global_rank < len(self._rng_states):
             state = self._rng_states[self.global_rank]
             name, keys, *rest = state["numpy"]
@@ -767,6 +843,10 @@ class HALOModule(LightningModule):
             if "device" in state and self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["device"].cpu(), self.device)
         self._rng_states = None
+
+
+def _row_ids(batch: FlatBatch) -> list[str]:
+    return [row for row, probe in zip(batch.row_ids, batch.probe.tolist(), strict=True) if not probe]
 
 
 def _rng_state(device: torch.device) -> dict[str, Any]:
@@ -789,6 +869,36 @@ def unsupported_strategy(name: str) -> str:
     )
 
 
+def check_float16(trainer: Any, spec: ModelSpec) -> None:
+    """Refuses to train in float16 without a scaler of the loss: small gradients would be 0, large ones infinite.
+
+    Raises:
+        ValueError: naming the setting and what to choose instead.
+    """
+    given = "trainer.precision is 16-true" if trainer.precision == "16-true" else ""
+    if spec.dtype == "float16" and getattr(trainer.precision_plugin, "scaler", None) is None:
+        given = given or f"model.policy.dtype is float16 and trainer.precision {trainer.precision}"
+    if given:
+        raise ValueError(
+            f"{given}: gradients below 6e-8 would be 0 and above 65504 infinite, since nothing scales the loss. Choose"
+            " bfloat16 (trainer.precision bf16-true or bf16-mixed), or float32 weights with 16-mixed on a GPU"
+        )
+
+
+def check_clipping(value: float | None, algorithm: str | None) -> None:
+    """Refuses clipping that Lightning would take for none; null and 0 are none.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if value is not None and not value >= 0:
+        raise ValueError(
+            f"trainer.gradient_clip_val is {value}; it must be at least 0, or null. 0 and null do not clip"
+        )
+    if algorithm not in (None, "norm", "value"):
+        raise ValueError(f"trainer.gradient_clip_algorithm is {algorithm}; it must be norm or value")
+
+
 def check_trainer(trainer: Any) -> None:
     """Refuses Trainer settings under which the loss would be another one than the config says.
 
@@ -801,6 +911,7 @@ def check_trainer(trainer: Any) -> None:
             " different reference points and wrong weights. A batch is one optimizer step here: raise"
             " data.batch_size, and set model.micro_batch_rows to what fits in memory"
         )
+    check_clipping(trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
     whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
     if not whole or isinstance(trainer.strategy, DeepSpeedStrategy):  # DeepSpeed's is a subclass of DDP's
         raise ValueError(unsupported_strategy(type(trainer.strategy).__name__))

@@ -1,4 +1,4 @@
-"""Where a killed run goes on: the one place that knows how Lightning counts its progress.
+"""Where a killed run goes on, and with what: the one place that knows how Lightning counts its progress.
 
 A batch is a function of (seed, epoch, step), so going on exactly takes the right epoch and step, and nothing
 of the data loader's state.
@@ -6,7 +6,31 @@ of the data loader's state.
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+
+from halos_pl.optim import Change
+from halos_pl.settings import (
+    Settings,
+    aside,
+    changes,
+    described,
+    differing,
+    environment,
+    flat,
+    of_file,
+    of_trainer,
+    refused,
+    same_weights,
+)
 
 
 def settle_progress(fit_loop: dict[str, Any]) -> tuple[int, int]:
@@ -51,4 +75,152 @@ def settle_progress(fit_loop: dict[str, Any]) -> tuple[int, int]:
     batches["current"] = dict.fromkeys(batches["current"], 0)
     batches["is_last_batch"] = False
     fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = steps
+    optimizer = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    for counts in (fit_loop["epoch_loop.scheduler_progress"], *optimizer.values()):
+        counts["current"] = dict.fromkeys(counts["current"], 0)  # of the epoch; under max_steps nothing resets them
     return begun, 0
+
+
+def align_logged_step(trainer: Trainer) -> None:
+    """Has the batch that begins logged under the number of optimizer steps before it.
+
+    Lightning counts logged steps by themselves. Going on at an epoch's end under ``max_steps``, 2.6 passes once through
+    its loop without a batch, and counts that; every later step would be logged one too high.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
+class Record:
+    """The settings of a run: what its checkpoints hold of them, and what a resumption has changed.
+
+    Args:
+        arguments: of the LightningModule, as it was given them.
+
+    Attributes:
+        config: the resolved config, where the run has one; it tells also what an object does not keep.
+        start: a sample of the policy's weights before training.
+        found: what this resumption changes; it takes effect.
+        history: of each resumption that changed something, the step, the changes and the change of machine.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        self.module: Settings = flat({"model": described(arguments)})
+        self.config: Settings | None = None
+        self.start: torch.Tensor | None = None
+        self.found: list[Change] = []
+        self.history: list[dict[str, Any]] = []
+        self._moved: list[Change] = []
+
+    def state(self, trainer: Trainer) -> dict[str, Any]:
+        """What a checkpoint holds, in types that ``torch.load(weights_only=True)`` accepts."""
+        return {
+            "module": self.module | of_trainer(trainer),
+            "config": self.config,
+            "start": self.start,
+            "environment": environment(trainer),
+            "history": self.history,
+        }
+
+    def compare(self, checkpoint: Mapping[str, Any], trainer: Trainer, *, start_matters: bool) -> None:
+        """Refuses what a run that goes on from ``checkpoint`` cannot change, and notes what it does.
+
+        Args:
+            checkpoint: as it was saved.
+            trainer: of this run.
+            start_matters: the weights that the policy was loaded with are still used, below an adapter or as reference.
+
+        Raises:
+            ValueError: naming each such setting with both values.
+        """
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        saved = checkpoint.get("settings")
+        if saved is None:
+            # Beside a run's checkpoints/last.ckpt; what has been edited since cannot be told.
+            saved = {"config": aside(of_file(Path(str(trainer.ckpt_path)).parent.parent / "config.yaml"), wanted=False)}
+            with_what = "only with the config.yaml of its run" if saved["config"] else "with nothing"
+            rank_zero_info(
+                f"halos: {trainer.ckpt_path} holds no record of its settings, as it is of an older version: this run's"
+                f" are compared {with_what}"
+            )
+        now = self.module | of_trainer(trainer)
+        found = changes(saved, now, self.config)
+        if wrong := refused(found, fitting=fitting):
+            named = "; ".join(f"{c.key} is {_short(c.now)}, and was {_short(c.before)}" for c in wrong)
+            raise ValueError(
+                f"{trainer.ckpt_path} was trained with other settings: {named}. Set them back to go on, or start a new"
+                " run"
+            )
+        start = saved.get("start")
+        if start_matters and start is not None and self.start is not None and not same_weights(start, self.start):
+            was, path = saved["module"]["model.policy.path"], self.module["model.policy.path"]
+            raise ValueError(
+                f"model.policy.path: the weights in {path} are not those that {trainer.ckpt_path} began with, from"
+                f" {was}; name those, or start a new run"
+            )
+        if fitting:
+            self.found = found
+            self.history = list(saved.get("history", ()))
+            here, there = environment(trainer), saved.get("environment", {})
+            self._moved = [Change(k, there[k], v) for k, v in here.items() if k in there and there[k] != v]
+        elif told := [str(change) for change in found if change.key.startswith("model.")]:
+            rank_zero_info(f"halos: measured with other settings than it was trained with: {'; '.join(told)}")
+
+    def add(self, found: Sequence[Change]) -> None:
+        """Notes further changes."""
+        known = {change.key for change in self.found}
+        self.found += [change for change in found if change.key not in known]
+
+    def say(self, trainer: Trainer) -> None:
+        """Says what a resumption has changed, and keeps it for the run's checkpoints and its summary."""
+        if self.found:
+            rank_zero_info(f"halos: from step {trainer.global_step} on with other settings: {_listed(self.found)}")
+        if self._moved:
+            rank_zero_info(
+                f"halos: resumed elsewhere ({_listed(self._moved)}): equal to an uninterrupted run within rounding, not"
+                " bit for bit"
+            )
+        if self.found or self._moved:
+            entry = {"step": trainer.global_step}
+            for name, part in (("changed", self.found), ("environment", self._moved)):
+                entry[name] = {change.key: [change.before, change.now] for change in part}  # type: ignore[assignment]
+            self.history.append(entry)
+        self.found, self._moved = [], []
+
+
+def _short(value: Any) -> str:
+    return "null" if value is None else str(value).removeprefix("value_functions.").removeprefix("halos_pl.")
+
+
+def _listed(found: Sequence[Change]) -> str:
+    return "; ".join(map(str, found))
+
+
+class KeepSettings(Callback):
+    """Gives a run's config to the record of its settings, and keeps the config.yaml that a resumption replaces.
+
+    Args:
+        config: the resolved config, of plain types.
+        name: of the file in the run's folder.
+    """
+
+    def __init__(self, config: dict[str, Any], name: str) -> None:
+        self._config, self._name = flat(described(config)), name
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        record = getattr(pl_module, "record", None)
+        if record is not None:
+            record.config = aside(self._config, wanted=False)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says what else is new, and copies config.yaml to the first free config.1.yaml, config.2.yaml, ..."""
+        path = Path(trainer.default_root_dir) / self._name
+        if not trainer.is_global_zero or not trainer.ckpt_path or not path.is_file():
+            return
+        new = differing(aside(of_file(path), wanted=True), aside(self._config, wanted=True))
+        if new:
+            rank_zero_info(f"halos: also new, beside what is learned: {_listed(new)}")
+        if new or getattr(getattr(pl_module, "record", None), "found", None):
+            number = 1
+            while (kept := path.with_suffix(f".{number}{path.suffix}")).exists():
+                number += 1
+            shutil.copyfile(path, kept)

@@ -268,7 +268,6 @@ def contents(folder: Path) -> dict[str, bytes]:
         ("--data.train={other}", "training data"),
         ("--data.batch_size=3", "batch_size (saved 4, now 3)"),
         ("--data.seed=1", "seed (saved 0, now 1)"),
-        ("--config={root}/experiments/objectives/kto_no_reference_model.yaml", "objective's needs"),
     ],
 )
 def test_going_on_with_other_data_or_batches_is_an_error(finished, tmp_path, capfd, change, named):
@@ -292,14 +291,22 @@ def test_a_refused_resumption_leaves_the_config_alone(finished, tmp_path, capfd)
     assert contents(run_dir) == contents(source)
 
 
-@pytest.mark.parametrize("change", ["--config={root}/experiments/objectives/bco.yaml", "--model.policy.lora={{r: 2}}"])
-def test_going_on_with_another_state_is_an_error(finished, tmp_path, capfd, change):
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("--config={root}/experiments/objectives/bco.yaml", "model.reference_point"),
+        ("--config={root}/experiments/objectives/kto_no_reference_model.yaml", "model.reward"),
+        ("--model.policy.lora={{r: 2}}", "model.policy.lora"),
+    ],
+)
+def test_going_on_with_another_state_is_an_error(finished, tmp_path, capfd, change, named):
     source, words = finished
     run_dir = tmp_path / "x"
     shutil.copytree(source, run_dir)
     change = change.format(root=Path(__file__).resolve().parents[1])
     said = refused(capfd, [*words, f"--run_dir={run_dir}", "--ckpt_path=last", change])
     assert "last.ckpt" in said
+    assert named in said
 
 
 def test_the_same_data_under_another_name_are_the_same(finished, tmp_path):

@@ -492,9 +492,20 @@ class FeedbackDataModule(LightningDataModule):
             return
         saved, now = state_dict["fingerprint"], self._fingerprint()
         saved = {"max_length": now["max_length"]} | saved  # older checkpoints do not say
-        differing = [f"{key} (saved {saved.get(key)}, now {now[key]})" for key in now if saved.get(key) != now[key]]
+        differing = [self._difference(key, saved.get(key), now[key]) for key in now if saved.get(key) != now[key]]
         if differing:
             raise ValueError(
-                f"The checkpoint was written by a run with other data or batches: {'; '.join(differing)}. "
-                "Resume with the same settings, or start a new run from the checkpoint's weights instead."
+                f"the checkpoint is of a run with other data or batches: {'; '.join(differing)}. "
+                "Resume with the same settings, or start a new run."
             )
+
+    def _difference(self, key: str, saved: Any, now: Any) -> str:
+        """What differs, in words; of hashes and of what is kept as JSON only the parts that say something."""
+        if key == "training data":
+            changed = getattr(getattr(self._module, "record", None), "found", ())
+            return f"{key} (other rows{''.join(f', {c}' for c in changed if c.key.startswith('data.'))})"
+        if key == "objective's needs":
+            before, after = json.loads(saved or "{}"), json.loads(now)
+            named = [f"{k}: {before.get(k)} -> {v}" for k, v in after.items() if before.get(k) != v]
+            return f"{key} ({', '.join(named)})"
+        return f"{key} (saved {saved}, now {now})"

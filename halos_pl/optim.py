@@ -1,0 +1,275 @@
+"""What the optimizer steps on, and what a resumed run takes from its checkpoint.
+
+Weights of 8 or 11 bits of precision do not move by a step that is smaller than half the gap to the next number: with
+AdamW at a learning rate of 5e-6 that is nearly every step. So the optimizer is given float32 copies of them
+(Micikevicius et al. 2018, "Mixed precision training", section 3.1), and the model holds the rounded copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+
+HALF = (torch.bfloat16, torch.float16)
+#: How an optimizer computes, not what.
+_IMPLEMENTATION = {"fused", "foreach", "capturable", "differentiable"}
+#: Numbers that may become or stop being 0 without another state of the optimizer.
+_STATELESS = ("lr", "decay", "eps", "beta")
+
+
+class Change(NamedTuple):
+    """A setting of a resumed run that differs from the checkpoint's."""
+
+    key: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_shown(self.before)} -> {_shown(self.now)}"
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+class MasterWeights:
+    """Float32 copies of half-precision parameters; the optimizer steps on them, the model gets them rounded.
+
+    They are part of the optimizer's state dict, so a resumed run goes on exactly. They cost 4 bytes a parameter, and
+    the optimizer's state and gradients are float32 as well: with AdamW 18 bytes a trained parameter instead of 8.
+
+    Args:
+        parameters: what is trained; those of float32 stay as they are.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+        #: What the optimizer is made from.
+        self.parameters: list[nn.Parameter] = []
+        for parameter in parameters:
+            master = parameter
+            if parameter.dtype in HALF:
+                master = nn.Parameter(parameter.detach().float())
+                self.pairs.append((parameter, master))
+            self.parameters.append(master)
+
+    def attach(self, optimizer: Optimizer) -> None:
+        """Has ``optimizer`` round its weights into the model after each step, and save and load them."""
+        optimizer.register_step_post_hook(lambda *_: self._round())
+        optimizer.register_state_dict_post_hook(self._save)
+        optimizer.register_load_state_dict_pre_hook(self._load)
+
+    @torch.no_grad()
+    def take_gradients(self) -> None:
+        """Moves the gradients of the model's weights to the float32 ones, and adds to what is there."""
+        for parameter, master in self.pairs:
+            if parameter.grad is not None:
+                # Sums over micro-batches are float32's, too.
+                master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
+                parameter.grad = None
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        for parameter, master in self.pairs:
+            parameter.copy_(master)
+
+    def _save(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, "master_weights": [master.detach() for _, master in self.pairs]} if self.pairs else state
+
+    @torch.no_grad()
+    def _load(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
+        saved = state.get("master_weights")
+        if saved is None:  # of a run without them: they begin at the weights that have just been loaded
+            saved = [parameter.detach() for parameter, _ in self.pairs]
+        for (_, master), value in zip(self.pairs, saved, strict=True):
+            master.copy_(value)
+
+
+class LostUpdates:
+    """Says once, from a sample, which share of half-precision weights an optimizer's step leaves where they were.
+
+    Measured at the first step with a learning rate above 0, and at the first one at its full height.
+
+    Args:
+        optimizer: what steps on them.
+        hint: what to do about it.
+    """
+
+    SAMPLE = 4096
+    WORTH_SAYING = 0.01
+
+    def __init__(self, optimizer: Optimizer, hint: str) -> None:
+        self.hint = hint
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"] if p.dtype in HALF]
+        self._before: list[Tensor] = []
+        self._measured = self._done = False
+        if self._parameters:
+            optimizer.register_step_pre_hook(lambda *_: self._look(optimizer))
+            optimizer.register_step_post_hook(lambda *_: self._compare(optimizer))
+
+    def _sample(self, values: Tensor) -> Tensor:
+        each = max(1, self.SAMPLE // len(self._parameters))
+        return values.detach().flatten()[:: max(1, values.numel() // each)]
+
+    @staticmethod
+    def _height(optimizer: Optimizer) -> tuple[float, bool]:
+        """The learning rate, and whether it is as high as it gets."""
+        group = max(optimizer.param_groups, key=lambda group: float(group["lr"]))
+        return float(group["lr"]), float(group["lr"]) >= float(group.get("initial_lr", group["lr"]))
+
+    def _look(self, optimizer: Optimizer) -> None:
+        if self._done:
+            return
+        lr, full = self._height(optimizer)
+        if lr > 0 and (full or not self._measured):
+            self._before = [self._sample(p).clone() for p in self._parameters]
+
+    def _compare(self, optimizer: Optimizer) -> None:
+        if not self._before:
+            return
+        with_gradient = kept = 0
+        for parameter, before in zip(self._parameters, self._before, strict=True):
+            if parameter.grad is not None:
+                moving = self._sample(parameter.grad) != 0
+                with_gradient += int(moving.sum())
+                kept += int((moving & (self._sample(parameter) == before)).sum())
+        lr, full = self._height(optimizer)
+        self._before, self._measured, self._done = [], True, full
+        if with_gradient and kept > self.WORTH_SAYING * with_gradient:
+            kinds = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in self._parameters}))
+            rank_zero_warn(
+                f"halos: {100 * kept / with_gradient:.0f} % of the {kinds} weights with a gradient kept their value in"
+                f" a step of {type(optimizer).__name__} at a learning rate of {lr:g}: its updates are smaller than"
+                f" their precision, and are lost. {self.hint}"
+            )
+
+
+class Schedule(LambdaLR):
+    """A schedule of ``transformers.get_scheduler`` that a resumed run may change.
+
+    From a checkpoint it takes how many steps have been taken; height and shape are those of this run.
+
+    Args:
+        optimizer: whose learning rate it sets.
+        name: of the shape after warm-up.
+        warmup_steps: optimizer steps during which the learning rate rises from 0.
+        steps: optimizer steps of the run.
+    """
+
+    def __init__(self, optimizer: Optimizer, name: str, *, warmup_steps: int, steps: int) -> None:
+        self.shape = {"lr_schedule": name, "warmup_steps": warmup_steps, "steps": steps}
+        unit = SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        shape: Any = get_scheduler(name, unit, warmup_steps, steps)
+        super().__init__(optimizer, shape.lr_lambdas[0])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_epoch, self._step_count = state_dict["last_epoch"], state_dict["_step_count"]
+        pairs = zip(self.base_lrs, self.lr_lambdas, strict=True)
+        self._last_lr = [base * shape(self.last_epoch) for base, shape in pairs]
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        before = [float(lr) for lr in state_dict["_last_lr"]]
+        now = [float(lr) for lr in self._last_lr]
+        if before != now:
+            shapes = state_dict.get("shape", {}), self.shape
+            changed = [str(Change(k, shapes[0][k], v)) for k, v in self.shape.items() if shapes[0].get(k, v) != v]
+            why = f" ({'; '.join(changed)}; warm-up and decay are shares of the whole run)" if changed else ""
+            rank_zero_info(
+                f"halos: the learning rate goes on at {now[0]:g} at optimizer step {self.last_epoch}, where the"
+                f" checkpoint's run would have had {before[0]:g}{why}"
+            )
+
+
+def _plain(value: Any) -> Any:
+    """A hyper-parameter in types that ``torch.load(weights_only=True)`` accepts, and that compare."""
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value
+
+
+def _may_change(key: str, before: Any, now: Any) -> bool:
+    if key in _IMPLEMENTATION:
+        return True
+    numbers = [value if isinstance(value, list) else [value] for value in (_plain(before), _plain(now))]
+    if len(numbers[0]) != len(numbers[1]):
+        return False
+    stateless = any(word in key for word in _STATELESS)
+    for one, other in zip(*numbers, strict=True):
+        if any(isinstance(value, bool) or not isinstance(value, int | float) for value in (one, other)):
+            return False
+        if (one == 0) != (other == 0) and not stateless:  # momentum without the sums that it is made from
+            return False
+    return True
+
+
+def guard(optimizer: Optimizer, changed: Callable[[list[Change]], None]) -> None:
+    """Has a new ``optimizer`` keep its own settings when it loads a state, and refuse one that it cannot go on from.
+
+    torch would take all of them from the checkpoint, and those of this run would not be used. Must be called before a
+    schedule changes the learning rate.
+
+    Args:
+        optimizer: any; some keep state among the settings of their groups, so the settings are those it was made with.
+        changed: called with the settings that differ, when a state is loaded.
+    """
+    name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    own = [{k: _plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+    def save(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, "class": name, "settings": own}
+
+    def load(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        before = state.get("class", name)
+        if before != name:
+            raise ValueError(
+                f"model.optimizer is {name}, but the checkpoint's was {before}, whose state means something else; go on"
+                " with that one, or start a new run"
+            )
+        before, now = (
+            [len(group["params"]) for group in part] for part in (state["param_groups"], optimizer.param_groups)
+        )
+        if before != now:
+            raise ValueError(
+                f"model.optimizer has groups of {now} parameters, but the checkpoint's of {before}; start a new run"
+            )
+        found: dict[str, Change] = {}
+        groups = []
+        older = [_without_state(group) for group in state["param_groups"]]
+        for mine, was, saved, group in zip(
+            own, state.get("settings", older), state["param_groups"], optimizer.param_groups, strict=True
+        ):
+            differing = [k for k in mine if k in was and was[k] != mine[k]]
+            for key in differing:
+                found.setdefault(key, Change(f"model.optimizer.{key}", was[key], mine[key]))
+            taken = {*differing, *({"initial_lr"} if "lr" in differing else ())}
+            groups.append({**saved, **{key: group[key] for key in taken if key in group}})
+        if refused := [change for key, change in found.items() if not _may_change(key, *change[1:])]:
+            raise ValueError(
+                f"the checkpoint's {type(optimizer).__name__} cannot go on with {'; '.join(map(str, refused))}: its"
+                " state is another one. Go on with the value of the checkpoint's run, or start a new run"
+            )
+        changed(list(found.values()))
+        return {**state, "param_groups": groups}
+
+    optimizer.register_state_dict_post_hook(save)
+    optimizer.register_load_state_dict_pre_hook(load)
+
+
+def _without_state(group: dict[str, Any]) -> dict[str, Any]:
+    """The settings in a group of an older checkpoint, which does not hold them apart: those that torch's have."""
+    lr = group.get("initial_lr", group["lr"])
+    numbers = ("weight_decay", "betas", "eps", "momentum", "dampening", "alpha")
+    switches = ("nesterov", "centered", "amsgrad", "maximize", "decoupled_weight_decay")
+    return {"lr": _plain(lr)} | {key: _plain(group[key]) for key in (*numbers, *switches) if key in group}
