@@ -45,7 +45,8 @@ def module_of_file(path: Path, prefix: str) -> ModuleType:
         raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look themselves up there
-    sys.path.insert(0, str(path.parent))
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # last: what lies there hides no library
     spec.loader.exec_module(module)
     return module
 
@@ -125,7 +126,7 @@ def load_objective(path: str | Path) -> Objective:
         FileNotFoundError: where there is none.
         ValueError: for a file that is no objective, naming the file and what is wrong with it.
     """
-    content = yaml.safe_load(Path(path).read_text())
+    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict):
         raise ValueError(f"{path}: no objective file; it has no model: part that names plug-ins")

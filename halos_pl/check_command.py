@@ -165,14 +165,14 @@ def family_table(checked: Iterable[tuple[str, dict[Definition, Report]]]) -> Ite
 def _write(table: list[str], path: Path) -> None:
     """Puts the table in the place of the one between the marks in ``path``."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise TargetError(f"{path}: {error.strerror or error}") from error
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not end:
         raise TargetError(f"{path} has no place for the table: it takes a line {START.strip()} and one {END.strip()}")
-    path.write_text(before + start + "".join(f"{line}\n" for line in table) + end + after)
+    path.write_text(before + start + "".join(f"{line}\n" for line in table) + end + after, encoding="utf-8")
 
 
 def _check_all(json: bool, thorough: bool, write: Path | None) -> None:

@@ -27,7 +27,7 @@ def module_of_run(run: Path) -> HALOModule:
         raise FileNotFoundError(f"{run / CONFIG}: no such file; {run} is not the folder of a run")
     parser = LightningArgumentParser()
     parser.add_lightning_class_args(HALOModule, "model")
-    config = parser.parse_object({"model": yaml.safe_load((run / CONFIG).read_text())["model"]})
+    config = parser.parse_object({"model": yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))["model"]})
     module: HALOModule = parser.instantiate_classes(config).model
     return module
 

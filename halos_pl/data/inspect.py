@@ -367,5 +367,5 @@ def inspect_source(
     for target, text in ((html, page(found)), (json_file, json.dumps(asdict(found), indent=2))):
         if target:
             Path(target).parent.mkdir(parents=True, exist_ok=True)
-            Path(target).write_text(text)
+            Path(target).write_text(text, encoding="utf-8")
             console.print(Text(f"\nwritten to {target}"))

@@ -200,7 +200,7 @@ class _Writer:
             "skipped": dict(self.skipped),
             "digest": self.digest.hexdigest(),
         }
-        (self.folder / "meta.json").write_text(json.dumps(meta))
+        (self.folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
@@ -284,7 +284,7 @@ def _open(path: str, folder: Path) -> Store:
         empty: NDArray[Any] = np.empty(0, dtype)  # an empty file cannot be mapped
         return np.memmap(file, dtype, mode="r") if file.stat().st_size else empty
 
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     del meta["sizes"]
     return Store(path, mapped("tokens", "<i4"), mapped("prompts", PROMPT), mapped("rows", ROW), **meta, folder=folder)
 
@@ -292,7 +292,7 @@ def _open(path: str, folder: Path) -> Store:
 def _whole(folder: Path) -> bool:
     """Whether a store is there, with all that was written."""
     try:
-        sizes = json.loads((folder / "meta.json").read_text())["sizes"]
+        sizes = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["sizes"]
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError):
         return False

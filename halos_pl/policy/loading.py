@@ -144,7 +144,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 def _intact(folder: Path) -> bool:
     """Whether every file that was written is there, in its length."""
     try:
-        return bool(json.loads((folder / _COMPLETE).read_text()) == _sizes(folder))
+        return bool(json.loads((folder / _COMPLETE).read_text(encoding="utf-8")) == _sizes(folder))
     except (OSError, ValueError):
         return False
 
@@ -168,7 +168,7 @@ def _converted(folder: Path, gguf_file: str) -> Path:
         beside = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
         try:
             _convert(folder, gguf_file, beside)
-            (beside / _COMPLETE).write_text(json.dumps(_sizes(beside)))
+            (beside / _COMPLETE).write_text(json.dumps(_sizes(beside)), encoding="utf-8")
             os.replace(beside, target)
         finally:
             shutil.rmtree(beside, ignore_errors=True)

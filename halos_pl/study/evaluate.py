@@ -70,7 +70,7 @@ def measuring(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def measured_how(run: Path) -> dict[str, Any]:
     """What a run says of its measuring: :func:`measuring`, and by what (``by``); empty where it says nothing."""
     path = run / MEASURED
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found
 
 
@@ -288,7 +288,7 @@ def evaluate(
             raise DataError(
                 f"{run}: {lost} of {len(records)} held-out rows have no finite log-prob: the policy diverged"
             )
-        (folder / ROWS).write_text("".join(json.dumps(record) + "\n" for record in records))
+        (folder / ROWS).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         values |= _of_pairs(records, beta) | _of_rows(records)
     if prompts:
         module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -296,9 +296,9 @@ def evaluate(
         values |= _of_answers(module, folder, Path(prompts), chosen, chat, batch_size, sampling)
     kept = {name: found for name, found in values.items() if found}
     (folder / FILE).unlink(missing_ok=True)  # or what is there would be said to have been measured in this way
-    (folder / MEASURED).write_text(json.dumps(how, indent=2) + "\n")
+    (folder / MEASURED).write_text(json.dumps(how, indent=2) + "\n", encoding="utf-8")
     beside = (folder / FILE).with_suffix(".part")
-    beside.write_text(json.dumps(kept) + "\n")
+    beside.write_text(json.dumps(kept) + "\n", encoding="utf-8")
     os.replace(beside, folder / FILE)
     for name, found in kept.items():
         print(f"halos: {name} {np.mean(list(found.values())):.4g} (n = {len(found)} prompts)")
@@ -352,7 +352,7 @@ def _of_answers(
         both = zip(texts, samples, others, strict=True)
         columns["judge"] = [_verdict(chosen["judge"](prompt, s.text, o.text), prompt) for prompt, s, o in both]
     names = [f"{prompts.name}:{i + 1}" for i in range(len(read))]
-    with (folder / ANSWERS).open("w") as file:
+    with (folder / ANSWERS).open("w", encoding="utf-8") as file:
         for name, prompt, sample in zip(names, read, samples, strict=True):
             record = {"row": name, "prompt": prompt, "answer": sample.text, "finished": sample.finished}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

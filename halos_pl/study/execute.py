@@ -35,7 +35,7 @@ TIMED = "timed_step"
 def _process(words: list[str], log: Path, env: Mapping[str, str], lock: int | None = None) -> int:
     """The exit status of a command; it holds the file descriptor ``lock`` too, and so the lock if this process dies."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {command(words)}\n")
         file.flush()
         return subprocess.run(
@@ -66,7 +66,7 @@ def mark_of(run: Run) -> Path:
 
 def _fail(run: Run, words: list[str], why: str) -> None:
     mark_of(run).parent.mkdir(parents=True, exist_ok=True)
-    mark_of(run).write_text(json.dumps({"command": command(words), "error": why}) + "\n")
+    mark_of(run).write_text(json.dumps({"command": command(words), "error": why}) + "\n", encoding="utf-8")
 
 
 def execute_run(
@@ -132,7 +132,7 @@ def state(run: Run) -> str:
 
 def failure(run: Run) -> dict[str, str]:
     """The command that failed and what it said."""
-    found: dict[str, str] = json.loads(mark_of(run).read_text())
+    found: dict[str, str] = json.loads(mark_of(run).read_text(encoding="utf-8"))
     return found
 
 
@@ -150,7 +150,7 @@ def claim(study: Study, out: Path, digests: Mapping[str, str]) -> None:
     } | measuring_of(study)
     known = out / PLAN
     if known.is_file():
-        before = json.loads(known.read_text())
+        before = json.loads(known.read_text(encoding="utf-8"))
         # Another file with runs of this one is this study by another name, or as it was before an arm was added.
         same = any(before["digests"].get(arm.folder) == digests[arm.name] for arm in study.arms)
         others = any((out / folder).is_dir() for folder in before["digests"])
@@ -176,10 +176,10 @@ def claim(study: Study, out: Path, digests: Mapping[str, str]) -> None:
     elif out.is_dir() and any(out.iterdir()):
         raise StudyError(f"{out} is not empty and holds no study; name another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
-    known.write_text(json.dumps(plan, indent=2) + "\n")
+    known.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
     for name, file in ((STUDY, study.path), (OVER, study.over)):
         if file is not None:
-            (out / name).write_text(file.read_text())
+            (out / name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
         else:
             (out / name).unlink(missing_ok=True)
 
@@ -214,7 +214,7 @@ def timed_step(study: Study, out: Path, env: Mapping[str, str]) -> tuple[float, 
             status = _process([*arm.words(folder, study.seeds[0]), "--trainer.max_steps=2"], log, env)
             if not status:
                 whole = time.monotonic() - start
-                training = json.loads((folder / SUMMARY).read_text())["wall_seconds"]
+                training = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["wall_seconds"]
                 shutil.rmtree(folder)
                 return training / 2, whole - training
             print(f"halos: two steps of arm {arm.name!r} fail: {_last_words(log, 0, status)}", file=sys.stderr)

@@ -172,7 +172,7 @@ class _Reader:
     def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         """Content, and the line of each key."""
         try:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise StudyError(f"{path} cannot be read: {error}") from error
         try:

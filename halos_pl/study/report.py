@@ -241,7 +241,7 @@ def content(results: Results) -> dict[str, Any]:
     """All that both forms of the report say."""
     arms = results.study.arms
     verdicts = _verdicts(results)
-    plan = json.loads((results.out / PLAN).read_text())
+    plan = json.loads((results.out / PLAN).read_text(encoding="utf-8"))
     names = [plan["study"], *(["--over", plan["over"]] if plan["over"] else [])]
     if results.out != default_folder(plan["study"], plan["over"]):
         names += ["--out", str(results.out)]
@@ -322,5 +322,5 @@ def write_report(results: Results) -> Path:
             pictures.append({"title": title, "caption": caption, "name": name, "data": data})
     said = {**content(results), "pictures": pictures}
     for name in ("report.md", "report.html"):
-        (results.out / name).write_text(TEMPLATES.get_template(f"{name}.jinja").render(said))
+        (results.out / name).write_text(TEMPLATES.get_template(f"{name}.jinja").render(said), encoding="utf-8")
     return results.out / "report.html"
