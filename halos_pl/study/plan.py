@@ -19,13 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import halos_pl
 import value_functions
 from halos_pl.data.example import DataError
 from halos_pl.generate import read_prompts
 from halos_pl.study.evaluate import CODE, FILE, METRICS, check_arguments, evaluate, function_of, measuring
+from halos_pl.yaml_files import Lines, YAMLFileError, read_yaml
 
 KEYS = ("configs", "options", "arms", "axes", "sample", "seeds", "evaluate", "metrics", "baseline", "cluster", "note")
 EVALUATE = tuple(name for name, p in inspect.signature(evaluate).parameters.items() if p.kind is p.KEYWORD_ONLY)
@@ -134,18 +133,6 @@ def command(words: list[str]) -> str:
     return f"halos {shlex.join(words)}"
 
 
-def _places(node: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], int]]:
-    """Line of each key and list item of a composed YAML document, by its path."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            yield (*at, key.value), key.start_mark.line + 1
-            yield from _places(value, (*at, key.value))
-    elif isinstance(node, yaml.SequenceNode):
-        for i, item in enumerate(node.value):
-            yield (*at, i), item.start_mark.line + 1
-            yield from _places(item, (*at, i))
-
-
 class _Reader:
     """Reads one study file; every fault names its line."""
 
@@ -169,26 +156,14 @@ class _Reader:
             self.content = {**self.content, **content}
 
     @staticmethod
-    def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    def _read(path: Path) -> tuple[dict[str, Any], Lines]:
         """Content, and the line of each key."""
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise StudyError(f"{path} cannot be read: {error}") from error
-        try:
-            content = yaml.safe_load(text)
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
-        except yaml.YAMLError as error:
-            raise StudyError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(content, dict):
-            raise StudyError(f"{path}: a study is a mapping with the keys {', '.join(KEYS)}")
-        lines: dict[tuple[str, ...], int] = {}
-        seen: dict[tuple[Any, ...], int] = {}
-        for place, line in _places(node):
-            if place in seen:  # YAML would keep the last one, and an arm would be gone
-                raise StudyError(f"{path}:{line}: {place[-1]!r} is already there in line {seen[place]}; rename one")
-            seen[place] = lines[tuple(map(str, place))] = line
-        return content, lines
+            return read_yaml(path)
+        except OSError as error:
+            raise StudyError(f"{path} cannot be read: {error.strerror or error}") from error
+        except YAMLFileError as error:
+            raise StudyError(f"{error}; a study has the keys {', '.join(KEYS)}") from error
 
     @staticmethod
     def _line(lines: Mapping[tuple[str, ...], int], place: tuple[Any, ...]) -> int:
