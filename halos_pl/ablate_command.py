@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from halos_pl.messages import plain
 from halos_pl.study.evaluate import FILE
 from halos_pl.study.execute import (
     OVER,
@@ -62,9 +63,13 @@ def ablate(
         print("\nhalos: interrupted; the same command goes on from here", file=sys.stderr)
         raise SystemExit(130) from None
     results = Results(plan, folder)
-    print(f"\n{results.headline()}\nhalos: the report is {write_report(results)}, and report.md beside it")
+    _say_report(results)
     if bad := len(failed) + len(results.faults):
         raise StudyError(f"{bad} of {len(runs)} runs have failed or are left out: halos ablate status {folder}")
+
+
+def _say_report(results: Results) -> None:
+    print(plain(f"{results.headline()}\nhalos: the report is {write_report(results)}, and report.md beside it"))
 
 
 def _study_of(folder: str) -> Results:
@@ -82,7 +87,8 @@ def status(folder: str) -> None:
         folder: the study's folder.
     """
     results = _study_of(folder)
-    table = Table(title=f"{escape(folder)}: {len(results.done)} of {len(results.runs)} runs done", title_justify="left")
+    title = f"{escape(plain(folder))}: {len(results.done)} of {len(results.runs)} runs done"
+    table = Table(title=title, title_justify="left")
     for column in ("run", "state", "why"):
         table.add_column(column, overflow="fold")
     for run in results.runs:
@@ -91,7 +97,7 @@ def status(folder: str) -> None:
             why = failure(run)["error"]
         elif run in results.faults:
             how, why = "left out", f"{results.faults[run]}; remove {run.folder / FILE} to measure it again"
-        table.add_row(escape(str(run.folder)), how, escape(why))
+        table.add_row(escape(plain(run.folder)), how, escape(plain(why)))
     Console().print(table)
 
 
@@ -102,4 +108,4 @@ def report(folder: str) -> None:
         folder: the study's folder.
     """
     results = _study_of(folder)
-    print(f"{results.headline()}\nhalos: the report is {write_report(results)}, and report.md beside it")
+    _say_report(results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import itertools
@@ -22,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from halos_pl.ablate_command import ablate, report, status
 from halos_pl.build import PARTS, choices
-from halos_pl.cache import cache_root
+from halos_pl.cache import NoHomeError, cache_root
 from halos_pl.cache_command import clear, info
 from halos_pl.callbacks import LAST, LastCheckpoint, PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig
 from halos_pl.data import DataError, FeedbackDataModule
@@ -300,5 +301,7 @@ def run(args: list[str] | None = None) -> None:
 def _cure(error: BaseException) -> str:
     """What to do about a cache that cannot be written."""
     place = getattr(error, "filename", None)
-    inside = place and Path(os.fsdecode(place)).is_relative_to(cache_root())
-    return "; HALOS_CACHE names another folder for the cache" if inside else ""
+    with contextlib.suppress(NoHomeError):
+        if isinstance(place, (str, bytes)) and Path(os.fsdecode(place)).is_relative_to(cache_root()):
+            return "; HALOS_CACHE names another folder for the cache"
+    return ""

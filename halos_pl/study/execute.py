@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from halos_pl.callbacks import LAST, SUMMARY
+from halos_pl.messages import plain
 from halos_pl.study.evaluate import FILE, measured_how
 from halos_pl.study.plan import Checked, Run, Study, StudyError, command, measuring_of
 
@@ -87,7 +88,7 @@ def execute_run(
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print(f"halos: {run.folder}: another process works on it; waiting for that one", file=sys.stderr)
+        print(f"halos: {plain(run.folder)}: another process works on it; waiting for that one", file=sys.stderr)
         lock.acquire()
     try:
         why = None if run.done else _execute_run(run, study, os.environ if env is None else env, _descriptor(lock))
@@ -217,7 +218,7 @@ def timed_step(study: Study, out: Path, env: Mapping[str, str]) -> tuple[float, 
                 training = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["wall_seconds"]
                 shutil.rmtree(folder)
                 return training / 2, whole - training
-            print(f"halos: two steps of arm {arm.name!r} fail: {_last_words(log, 0, status)}", file=sys.stderr)
+            print(f"halos: two steps of arm {arm.name!r} fail: {plain(_last_words(log, 0, status))}", file=sys.stderr)
     return None
 
 
@@ -231,13 +232,13 @@ def show_plan(
     """The arms, their commands, and how long all of it may take, by the seconds of a step and of a start."""
     console = Console()
     table = Table(
-        title=f"{escape(str(study.path))}: {len(study.arms)} arms x {len(study.seeds)} seeds", title_justify="left"
+        title=f"{escape(plain(study.path))}: {len(study.arms)} arms x {len(study.seeds)} seeds", title_justify="left"
     )
     for column in ("arm", "steps", "command of its first run"):
         table.add_column(column, overflow="fold")
     for arm in study.arms:
         first = next(run for run in runs if run.arm is arm)
-        table.add_row(escape(arm.name), str(checked[arm.name].steps), escape(command(first.fit)))
+        table.add_row(escape(plain(arm.name)), str(checked[arm.name].steps), escape(plain(command(first.fit))))
     console.print(table)
     left = [run for run in runs if not run.done]
     said = f"{len(runs)} runs, {len(runs) - len(left)} done already"
@@ -274,7 +275,7 @@ def execute(
                     spent, left = time.monotonic() - began, len(runs) - number
                     begun = min(jobs, left) / 2  # those that are under way are half done, as far as one knows
                     rest = f", about {_seconds(spent / (number + begun) * (left - begun))} left" if left else ""
-                    tell(f"[{number}/{len(runs)}] {run.folder}: {f'failed: {why}' if why else 'done'}{rest}")
+                    tell(plain(f"[{number}/{len(runs)}] {run.folder}: {f'failed: {why}' if why else 'done'}{rest}"))
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             for run in waiting.values():  # an interrupted process ends as a failed one does
@@ -324,5 +325,5 @@ def _on_cluster(
             _fail(run, run.fit, why)
         if why:
             failed[str(run.folder)] = why
-        tell(f"[{number}/{len(runs)}] {run.folder}: {f'failed: {why}' if why else 'done'}")
+        tell(plain(f"[{number}/{len(runs)}] {run.folder}: {f'failed: {why}' if why else 'done'}"))
     return failed

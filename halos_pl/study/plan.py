@@ -163,7 +163,7 @@ class _Reader:
         except OSError as error:
             raise StudyError(f"{path} cannot be read: {error.strerror or error}") from error
         except YAMLFileError as error:
-            raise StudyError(f"{error}; a study has the keys {', '.join(KEYS)}") from error
+            raise StudyError(str(error)) from error
 
     @staticmethod
     def _line(lines: Mapping[tuple[str, ...], int], place: tuple[Any, ...]) -> int:
@@ -187,6 +187,9 @@ class _Reader:
         if value is not default and not isinstance(value, kind):
             names: dict[Any, str] = {list: "a list", dict: "a mapping", str: "a text"}
             raise self.fault(f"{key} is {value!r}; it must be {names[kind]}", key)
+        for name in value if kind is dict and value and key != "arms" else ():
+            if not isinstance(name, str):
+                raise self.fault(f"YAML reads the key {name!r} of {key} as no text; put it in quotes", key, name)
         return value
 
     def study(self) -> Study:
@@ -521,7 +524,7 @@ def _check_held_out(study: Study, tokenizer: Any) -> None:
     from halos_pl.data.table import Table
     from halos_pl.data.transforms import ThresholdScores
 
-    given = study.evaluate.get("held_out")
+    given = _parsed(study)["held_out"]
     if not given:
         return
     try:
