@@ -62,7 +62,7 @@ def write(path: Path, *, rows: int | None = None, size: float = 0.0, chat: bool 
     draw = random.Random(seed)
     texts = [" ".join(draw.choices(WORDS, k=60)) for _ in range(5000)]
     written = number = 0
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         while (rows is not None and number < rows) or (rows is None and written < size):
             prompt, completion = f"{number} {draw.choice(texts)}", draw.choice(texts)
             row = {"prompt": prompt, "completion": completion, "label": number % 2 == 0}

@@ -329,18 +329,18 @@ def wait(device: str) -> None:
 
 def resident() -> int:
     """Bytes of memory that this process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Peak:
     """The most memory that this process held in between, as Linux notes it."""
 
     def __enter__(self) -> Peak:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak counts from here
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # proc(5): the peak counts from here
         return self
 
     def __exit__(self, *error: object) -> None:
-        status = Path("/proc/self/status").read_text().splitlines()
+        status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         self.most = next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
 
 
@@ -446,7 +446,7 @@ def compare(name: str, workload: Workload, options: list[str], repeats: int, thr
 
 def cpu_name() -> str:
     """As Linux says it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 

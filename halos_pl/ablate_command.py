@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from halos_pl.ending import shortfall
+from halos_pl.messages import plain
 from halos_pl.stopping import Stopped
 from halos_pl.study.evaluate import FILE
 from halos_pl.study.execute import (
@@ -64,9 +65,13 @@ def ablate(
         print("\nhalos: the runs have stopped; the same command goes on from here", file=sys.stderr)
         raise
     results = Results(plan, folder)
-    print(f"\n{results.headline()}\nhalos: the report is {write_report(results)}, and report.md beside it")
+    _say_report(results)
     if bad := len(failed) + len(results.faults):
         raise StudyError(f"{bad} of {len(runs)} runs have failed or are left out: halos ablate status {folder}")
+
+
+def _say_report(results: Results) -> None:
+    print(plain(f"{results.headline()}\nhalos: the report is {write_report(results)}, and report.md beside it"))
 
 
 def _study_of(folder: str) -> Results:
@@ -84,7 +89,8 @@ def status(folder: str) -> None:
         folder: the study's folder.
     """
     results = _study_of(folder)
-    table = Table(title=f"{escape(folder)}: {len(results.done)} of {len(results.runs)} runs done", title_justify="left")
+    title = f"{escape(plain(folder))}: {len(results.done)} of {len(results.runs)} runs done"
+    table = Table(title=title, title_justify="left")
     for column in ("run", "state", "why"):
         table.add_column(column, overflow="fold")
     for run in results.runs:
@@ -97,7 +103,7 @@ def status(folder: str) -> None:
             how, why = "left out", f"{results.faults[run]}; the next halos ablate trains and measures it"
         elif run in results.faults:
             how, why = "left out", f"{results.faults[run]}; remove {run.folder / FILE} to measure it again"
-        table.add_row(escape(str(run.folder)), how, escape(why))
+        table.add_row(escape(plain(run.folder)), how, escape(plain(why)))
     Console().print(table)
 
 
@@ -108,4 +114,4 @@ def report(folder: str) -> None:
         folder: the study's folder.
     """
     results = _study_of(folder)
-    print(f"{results.headline()}\nhalos: the report is {write_report(results)}, and report.md beside it")
+    _say_report(results)

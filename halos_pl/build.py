@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 import halos_pl.baselines  # noqa: F401  (so that its terms are found by their bare names)
@@ -18,6 +17,7 @@ from halos_pl.feedback import Feedback
 from halos_pl.objective import HALO, Objective, Sum
 from halos_pl.reference_points import ReferencePoint
 from halos_pl.rewards import Reward
+from halos_pl.yaml_files import read_yaml
 from value_functions import ValueFunction
 
 PARTS: dict[str, type] = {
@@ -45,7 +45,8 @@ def module_of_file(path: Path, prefix: str) -> ModuleType:
         raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look themselves up there
-    sys.path.insert(0, str(path.parent))
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # last: what lies there hides no library
     spec.loader.exec_module(module)
     return module
 
@@ -125,8 +126,8 @@ def load_objective(path: str | Path) -> Objective:
         FileNotFoundError: where there is none.
         ValueError: for a file that is no objective, naming the file and what is wrong with it.
     """
-    content = yaml.safe_load(Path(path).read_text())
-    model = content.get("model") if isinstance(content, dict) else None
+    content, _ = read_yaml(path)
+    model = content.get("model")
     if not isinstance(model, dict):
         raise ValueError(f"{path}: no objective file; it has no model: part that names plug-ins")
     known = inspect.signature(build_objective).parameters

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from halos_pl.cache import cache_root
+from halos_pl.messages import plain
 from halos_pl.policy.store import FILE, LARGEST, ReferenceStore
 
 _KINDS = {
@@ -44,7 +46,7 @@ def _entries(kind: str) -> int:
 
 def info() -> None:
     """What the cache holds, and how large it is."""
-    table = Table(title=str(cache_root()))
+    table = Table(title=escape(plain(cache_root())))
     for column in ("kind", "what", "entries", "MB"):
         table.add_column(column, justify="right" if column in ("entries", "MB") else "left")
     for kind, (_, what) in _KINDS.items():

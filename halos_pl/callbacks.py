@@ -42,7 +42,7 @@ PREDICTIONS = "predictions.jsonl"
 def _replace_lines(path: Path, names: list[str], rows: list[dict[str, str]]) -> None:
     """Writes a CSV file anew; one that is killed meanwhile leaves it as it was."""
     beside = path.with_suffix(".part")
-    with beside.open("w", newline="") as file:
+    with beside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
@@ -55,12 +55,12 @@ class _AppendingWriter(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
         path = Path(self.metrics_file_path)
         if path.is_file():
-            with path.open(newline="") as file:
+            with path.open(newline="", encoding="utf-8") as file:
                 self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         path = Path(self.metrics_file_path)
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         _replace_lines(path, fieldnames, rows)
 
@@ -91,7 +91,7 @@ class RunCSVLogger(CSVLogger):
         path = Path(self.log_dir) / METRICS
         if not path.is_file():
             return
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             rows = [row for row in reader if (row.get("step") or "").isdigit() and int(row["step"]) < step]
             names = list(reader.fieldnames or [])
@@ -357,7 +357,7 @@ class RunReport(Callback):
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "test.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(_numbers(trainer.callback_metrics), indent=2) + "\n")
+            path.write_text(json.dumps(_numbers(trainer.callback_metrics), indent=2) + "\n", encoding="utf-8")
             rank_zero_info(f"halos: held-out metrics are in {path}")
 
 
@@ -373,7 +373,7 @@ class PredictionWriter(BasePredictionWriter):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         part = self._part(trainer, trainer.global_rank)
         part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text("")
+        part.write_text("", encoding="utf-8")
 
     def write_on_batch_end(
         self,
@@ -385,7 +385,7 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        with self._part(trainer, trainer.global_rank).open("a") as file:
+        with self._part(trainer, trainer.global_rank).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in prediction)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -393,7 +393,7 @@ class PredictionWriter(BasePredictionWriter):
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / PREDICTIONS
             parts = [self._part(trainer, rank) for rank in range(trainer.world_size)]
-            path.write_text("".join(part.read_text() for part in parts))
+            path.write_text("".join(part.read_text(encoding="utf-8") for part in parts), encoding="utf-8")
             for part in parts:
                 part.unlink()
             rank_zero_info(f"halos: predictions are in {path}")

@@ -20,6 +20,7 @@ from rich.console import Console
 from halos_pl.build import load_objective, module_of_file
 from halos_pl.conformance.check import KINDS, Target, made, reports, required_arguments
 from halos_pl.conformance.report import TITLES, Definition, Report
+from halos_pl.messages import cause, plain
 
 FAMILY = Path("experiments", "objectives")
 START, END = "<!-- halos check --all: this table is generated -->\n", "<!-- end of the table -->\n"
@@ -30,7 +31,7 @@ class TargetError(ValueError):
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return " ".join(f"{type(error).__name__}: {cause(str(error))}".split())[:300]
 
 
 def _known(name: str) -> type | None:
@@ -165,14 +166,14 @@ def family_table(checked: Iterable[tuple[str, dict[Definition, Report]]]) -> Ite
 def _write(table: list[str], path: Path) -> None:
     """Puts the table in the place of the one between the marks in ``path``."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise TargetError(f"{path}: {error.strerror or error}") from error
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not end:
         raise TargetError(f"{path} has no place for the table: it takes a line {START.strip()} and one {END.strip()}")
-    path.write_text(before + start + "".join(f"{line}\n" for line in table) + end + after)
+    path.write_text(before + start + "".join(f"{line}\n" for line in table) + end + after, encoding="utf-8")
 
 
 def _check_all(json: bool, thorough: bool, write: Path | None) -> None:
@@ -238,7 +239,7 @@ def run(words: list[str]) -> None:
             return
         report = _check_one(given.target, given.definition, given.json, given.init_args, given.thorough)
     except TargetError as error:
-        print(f"halos check: {error}", file=sys.stderr)
+        print(f"halos check: {plain(cause(str(error)))}", file=sys.stderr)
         raise SystemExit(2) from error
     if not report.sound:
         raise SystemExit(1)

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from typing import NoReturn
 
 from halos_pl.stopping import listening
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point of the console script; ``args`` are its words, left out those of this process."""
-    # Plug-ins of the user's own are named by dotted path, from the folder where the command is run.
-    sys.path.insert(0, os.getcwd())
+    """Entry point of the console script; ``args`` are its words, by default those of this process.
+
+    Raises:
+        SystemExit: with the status of the command.
+    """
+    if args is None and os.name == "posix" and not sys.flags.utf8_mode and sys.getfilesystemencoding() != "utf-8":
+        _restart_in_utf8()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what the terminal has no character for is shown by its number
+            stream.reconfigure(errors="backslashreplace")
     words = sys.argv[1:] if args is None else args
+    try:
+        folder = os.getcwd()
+    except FileNotFoundError as error:
+        print("halos: the working folder does not exist any more; cd into one that does", file=sys.stderr)
+        raise SystemExit(1) from error
+    _put_last(folder)
     with listening(words):
+        if words == ["--version"]:
+            from importlib.metadata import version
+
+            print(f"halos_pl {version('halos_pl')}")
         # Imported by command: a check takes less time than it takes to load Lightning and transformers.
-        if words[:1] == ["check"]:
+        elif words[:1] == ["check"]:
             from halos_pl import check_command
 
             check_command.run(words[1:])
@@ -23,3 +42,27 @@ def main(args: list[str] | None = None) -> None:
             from halos_pl import lightning_cli
 
             lightning_cli.run(args)
+
+
+def _put_last(folder: str) -> None:
+    """Lets plug-ins of the user's own be named by dotted path, from the folder where the command is run.
+
+    It comes last on ``sys.path``, where a file in it cannot hide an installed library. ``python -m`` puts it first, and
+    so does an empty entry of PYTHONPATH; one that names it stays. With ``python -P`` it is not there at all.
+    """
+    named = {os.path.abspath(place) for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place}
+    if folder not in named:
+        sys.path[:] = [place for place in sys.path if os.path.abspath(place) != folder]
+        if not sys.flags.safe_path:
+            sys.path.append(folder)
+
+
+def _restart_in_utf8() -> NoReturn:
+    """The same command in Python's UTF-8 mode, in the same process: every file is UTF-8, whatever the locale.
+
+    An encoding named at each ``open`` of ours would leave out those of other libraries, and names of files. The
+    terminal keeps its own encoding.
+    """
+    os.environ["PYTHONIOENCODING"] = f"{sys.stdout.encoding}:backslashreplace"
+    os.environ["PYTHONUTF8"] = "1"  # for the processes of this one
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
+from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser
 from peft import get_peft_model_state_dict
 from torch import nn
@@ -20,7 +20,9 @@ from halos_pl.cache import cache_root
 from halos_pl.callbacks import CONFIG
 from halos_pl.checkpoint import load_trained
 from halos_pl.files import share
+from halos_pl.foreign_code import model_of_config
 from halos_pl.generate import add_stops
+from halos_pl.messages import cause
 from halos_pl.module import HALOModule
 from halos_pl.policy import adapters
 from halos_pl.policy.loading import base_model, load_model, stored_dtype
@@ -49,9 +51,13 @@ def module_of_run(run: Path) -> HALOModule:
     """
     if not (run / CONFIG).is_file():
         raise FileNotFoundError(f"{run / CONFIG}: no such file; {run} is not the folder of a run")
-    parser = LightningArgumentParser()
+    model = model_of_config(run / CONFIG)
+    parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(HALOModule, "model")
-    config = parser.parse_object({"model": yaml.safe_load((run / CONFIG).read_text())["model"]})
+    try:
+        config = parser.parse_object({"model": model})
+    except ArgumentError as error:
+        raise ValueError(f"{run / CONFIG}: {cause(str(error))}") from error
     module: HALOModule = parser.instantiate_classes(config).model
     return module
 

@@ -348,7 +348,7 @@ def generate_file(
     check_prompts(model, tokenizer, _encoded(tokenizer, asked, control), names, max_new_tokens)  # before any is sampled
     target = Path(out) if out else Path(prompts).with_suffix(".completions.jsonl")
     chunk = 8 * max(1, batch_size // num_samples)
-    with target.open("w") as file:
+    with target.open("w", encoding="utf-8") as file:
         # Written chunk by chunk, so that a long run that is cut off leaves what it has.
         for at in range(0, len(asked), chunk):
             samples = generate(

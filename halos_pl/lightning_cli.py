@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
+import itertools
+import json
 import logging
+import os
 import re
 import sys
 import warnings
@@ -12,13 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from halos_pl.ablate_command import ablate, report, status
 from halos_pl.build import PARTS, choices
+from halos_pl.cache import NoHomeError, cache_root
 from halos_pl.cache_command import clear, info
 from halos_pl.callbacks import CONFIG, PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig, check_run_dir
 from halos_pl.checkpoint import (
@@ -34,6 +39,7 @@ from halos_pl.data.inspect import inspect_source
 from halos_pl.data.transforms import Transform
 from halos_pl.export import export
 from halos_pl.generate import generate_file
+from halos_pl.messages import cause, plain
 from halos_pl.module import HALOModule, NonFiniteLossError, check_trainer, unsupported_strategy
 from halos_pl.monitors import check_monitors, say_unused
 from halos_pl.policy.loading import ModelError
@@ -41,6 +47,7 @@ from halos_pl.policy.reference import ReferenceModel
 from halos_pl.resume import KeepSettings
 from halos_pl.stop_at_step import AgreedSignals, StopAtStep
 from halos_pl.study.evaluate import evaluate
+from halos_pl.yaml_files import YAMLFileError, read_yaml
 
 PLUGINS: dict[str, type] = {
     **{f"model.{name}": base for name, base in {**PARTS, "reference_model": ReferenceModel}.items()},
@@ -76,7 +83,16 @@ NOISE = (
 UNSAID = r"litlogger|`Trainer\.fit` stopped: `max"
 
 # What a user can mend is said in a line; a traceback is for what only we can.
-USER_ERRORS = (DataError, ModelError, RunError, NonFiniteLossError, NonFiniteWeightsError, OSError, ValueError)
+USER_ERRORS = (
+    DataError,
+    ModelError,
+    RunError,
+    NonFiniteLossError,
+    NonFiniteWeightsError,
+    MisconfigurationException,
+    OSError,
+    ValueError,
+)
 
 
 # How jsonargparse words that there is no such option: of a class or file, of a command in a file, on the command line.
@@ -95,11 +111,12 @@ class HalosParser(LightningArgumentParser):
         return f"\n\nThere is: {', '.join(near)}" if near else ""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        message, whole = cause(message), message
         for name, base in PLUGINS.items():
             # Not for a fault of an argument of a class that there is.
-            named = re.search(rf"{re.escape(name)}\b", message)
-            if named and re.search(r"import path|import of|no module", message, re.IGNORECASE):
-                message += f"\n\n{choices(name, base)}"
+            named = re.search(rf"{re.escape(name)}\b", whole)
+            if named and re.search(r"import path|import of|no module", whole, re.IGNORECASE):
+                message += f"{hidden(whole)}\n\n{choices(name, base)}"
                 break
         if unknown := re.search(UNKNOWN_OPTION, message):
             message += self._near(unknown["key"])
@@ -107,8 +124,18 @@ class HalosParser(LightningArgumentParser):
             message += f"\n\nfurther commands: {', '.join(('check', *TOOLS))}"
         # The usage alone fills a screen, and what went wrong would be below it.
         command = self.prog.replace(" [options]", "")
-        print(f"{command}: error: {message}\n\nAll options: {command} --help", file=sys.stderr)
+        print(f"{command}: error: {plain(message)}\n\nAll options: {command} --help", file=sys.stderr)
         raise SystemExit(2) from ex
+
+
+def hidden(message: str) -> str:
+    """Which installed module a message is about that hides one of the working folder; nothing where none does."""
+    for name in re.findall(r"[A-Za-z_]\w*(?=(?:\.\w+)+)", message):
+        file = getattr(sys.modules.get(name), "__file__", None)
+        for own in (Path(f"{name}.py"), Path(name, "__init__.py")):
+            if file and own.is_file() and own.resolve() != Path(file).resolve():
+                return f"\n\n{name} is {file}, which is installed; {own} has the same name: rename it"
+    return ""
 
 
 class HalosCLI(LightningCLI):
@@ -121,6 +148,7 @@ class HalosCLI(LightningCLI):
 
     def __init__(self, args: Any = None, *, run: bool = True) -> None:
         self._words, self._runs = sys.argv[1:] if args is None else args, run
+        check_files(self._words)
         names = ", ".join(f"halos {name}" for name in ("check", *TOOLS))
         further = f"Further commands, each with --help: {names}."
         super().__init__(
@@ -154,7 +182,7 @@ class HalosCLI(LightningCLI):
         return self.config[self.subcommand] if self.subcommand else self.config
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--run_dir", default="runs/latest", help="Folder of everything this run writes.")
+        parser.add_argument("--run_dir", type=str, default="runs/latest", help="Folder of everything this run writes.")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         if not self._runs:  # what a run's config.yaml holds besides, as an argument of its command
             for name in ("ckpt_path", "weights_only"):
@@ -166,6 +194,8 @@ class HalosCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self._own
         check_settings(config.trainer)
+        if not config.run_dir:
+            raise RunError('run_dir is empty; name a folder ("." is the one where you are)')
         run_dir = Path(config.run_dir)
         config.trainer.default_root_dir = str(run_dir)
         if self.subcommand == "fit" and getattr(rank_zero_only, "rank", 0) == 0:
@@ -206,6 +236,28 @@ class HalosCLI(LightningCLI):
         return trainer
 
 
+GROUPS = ("data", "model", "trainer", "checkpoint")
+
+
+def check_files(words: Any) -> None:
+    """Refuses config files that a parser would misread or not understand, by file and line.
+
+    Raises:
+        YAMLFileError: naming them.
+    """
+    words = words if isinstance(words, list) else []
+    after = [word for flag, word in itertools.pairwise(words) if flag in ("--config", "-c")]
+    for path in [*after, *(word.partition("=")[2] for word in words if word.startswith("--config="))]:
+        if Path(path).is_dir():
+            raise YAMLFileError(f"--config {path} is a folder; name a file in it")
+        if Path(path).is_file():  # a pipe can be read only once
+            content, lines = read_yaml(path)
+            for key in GROUPS:
+                if not isinstance(content.get(key, {}), (dict, str)):
+                    said = json.dumps(content[key], default=str)
+                    raise YAMLFileError(f"{path}:{lines[(key,)]}: {key} is {said}; it takes a mapping")
+
+
 def check_settings(trainer: Any) -> None:
     """Refuses what Lightning would refuse later with advice that leads nowhere, or would break.
 
@@ -228,12 +280,12 @@ def check_settings(trainer: Any) -> None:
         )
 
 
-def tool_parser(name: str) -> ArgumentParser:
+def tool_parser(name: str) -> HalosParser:
     """The parser of a command of ``TOOLS``: its parameters before the ``*`` are positional, the others are options."""
     tool = TOOLS[name]
     kinds = inspect.signature(tool).parameters
     options: set[str | int] = {key for key, p in kinds.items() if p.kind is p.KEYWORD_ONLY}
-    parser = ArgumentParser(prog=f"halos {name}", description=(tool.__doc__ or "").splitlines()[0])
+    parser = HalosParser(prog=f"halos {name}", description=(tool.__doc__ or "").splitlines()[0])
     parser.add_function_arguments(tool, as_positional=True, as_group=False, skip=options)
     parser.add_function_arguments(tool, as_positional=False, as_group=False, skip=set[str | int](kinds) - options)
     return parser
@@ -267,5 +319,20 @@ def run(args: list[str] | None = None) -> None:
         else:
             HalosCLI(args)
     except USER_ERRORS as error:
-        print(f"halos: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"halos: {type(error).__name__}: {plain(cause(str(error)))}{_cure(error)}", file=sys.stderr)
         raise SystemExit(1) from error
+    except Exception as error:
+        error.add_note(
+            "halos: this is a fault of halos_pl, or of a plug-in named in the lines above, and not of your data or"
+            " options; please report it with these lines"
+        )
+        raise
+
+
+def _cure(error: BaseException) -> str:
+    """What to do about a cache that cannot be written."""
+    place = getattr(error, "filename", None)
+    with contextlib.suppress(NoHomeError):
+        if isinstance(place, (str, bytes)) and Path(os.fsdecode(place)).is_relative_to(cache_root()):
+            return "; HALOS_CACHE names another folder for the cache"
+    return ""

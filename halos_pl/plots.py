@@ -37,7 +37,7 @@ def plot_training(metrics: Path, out: Path, *, beta: float = 1.0) -> Path | None
     Returns:
         ``out``, or None where the run logged no loss.
     """
-    with metrics.open(newline="") as file:
+    with metrics.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not _column(rows, "loss")[0]:
         return None

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,50 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def _revision() -> str:
-    def git(*words: str) -> str:
-        try:
-            return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return ""
+def _git(*words: str, config: Mapping[str, str] | None = None) -> str | None:
+    """What git says of the working folder; None where it fails. Nothing that the folder names is executed.
 
-    commit = git("rev-parse", "HEAD")
+    The folder may be another's, and its ``.git/config`` can name programs: a file-system monitor, hooks, filters, what
+    fetches the missing objects of a partial clone.
+    """
+    settings = {
+        "core.fsmonitor": "false",
+        "core.hooksPath": os.devnull,
+        "protocol.allow": "never",
+        "safe.bareRepository": "explicit",
+        **(config or {}),
+    }
+    first = int(os.environ.get("GIT_CONFIG_COUNT") or 0)  # those of the environment stay, such as a safe.directory
+    env = {**os.environ, "GIT_CONFIG_COUNT": str(first + len(settings))}
+    env |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0"}
+    for i, (key, value) in enumerate(settings.items(), start=first):
+        env |= {f"GIT_CONFIG_KEY_{i}": key, f"GIT_CONFIG_VALUE_{i}": value}
+    try:
+        done = subprocess.run(
+            ["git", "--no-pager", *words],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=True,
+            env=env,
+            encoding="utf-8",
+            errors="replace",
+        )
+        return done.stdout.strip()
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        return None
+
+
+def _revision() -> str:
+    commit = _git("rev-parse", "HEAD")
+    if not commit:
+        return "not in a git checkout"
+    # A filter is a command that git runs on a file before it compares it; one without a command does nothing.
+    filters = _git("config", "--name-only", "--null", "--get-regexp", r"^filter\..*\.(clean|process|required)$")
+    off = {key: "false" if key.endswith(".required") else "" for key in (filters or "").split("\0") if key}
     # New files of other kinds are data and notes; one of Python may be a plug-in.
-    changes = git("status", "--porcelain", "-uno") or git("status", "--porcelain", "-uall", "--", "*.py")
-    return f"{commit}{' with changes' if changes else ''}" if commit else "not in a git checkout"
+    status = ("status", "--porcelain", "--ignore-submodules=all")
+    said = [_git(*status, "-uno", config=off), _git(*status, "-uall", "--", "*.py", config=off)]
+    return f"{commit}{' with changes' if any(said) else ', perhaps with changes' if None in said else ''}"
 
 
 def paths_of(sources: Iterable[Any]) -> list[str]:

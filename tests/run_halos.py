@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,7 +24,14 @@ UNEQUAL = ("rows/s", "tokens/s", "TFLOP/s", "of_matmul")
 
 # A process that has imported everything and computed nothing; each run is forked from it in milliseconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["halos_pl.lightning_cli"])
+_CONTEXT.set_forkserver_preload(["without_extras", "halos_pl.lightning_cli"])
+
+
+def _start() -> None:
+    """Starts that process where it is not there yet; it finds ``without_extras`` on its path."""
+    here = str(Path(__file__).parent)
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))):
+        ensure_running()
 
 
 def config(name: str) -> str:
@@ -124,6 +132,7 @@ def run_all(
     runs: Sequence[list[str]], folder: Path, env: Sequence[Mapping[str, str]] = (), timeout: float = 120
 ) -> list[Ended]:
     """Runs each of ``runs`` at the same time in a process of its own, in ``folder``."""
+    _start()
     processes: list[Any] = []
     outs = []
     for number, words in enumerate(runs):

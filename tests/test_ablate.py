@@ -846,7 +846,7 @@ def test_a_rule_may_use_dataclasses_and_what_lies_beside_it(tmp_path: Path) -> N
         "@dataclass\nclass Limit:\n    most: int = LIMIT\n\n"
         "def short(answer, finished):\n    return len(answer) <= Limit().most\n"
     )
-    short = function_of(f"{tmp_path}/of_mine.py:short")
+    short = function_of(f"{tmp_path}/of_mine.py:short", "rule")
     assert (short("abc", True), short("abcd", True)) == (True, False)
 
 

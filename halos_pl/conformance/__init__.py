@@ -8,9 +8,20 @@ The code under check is executed. See :func:`check_halo`, and ``halos check --he
 
 from __future__ import annotations
 
-from halos_pl.conformance import strategies
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from halos_pl.conformance.check import check_halo
 from halos_pl.conformance.pytest_entry import parametrize_with_checks
 from halos_pl.conformance.report import CheckFailed, Clause, Report
 
+if TYPE_CHECKING:
+    from halos_pl.conformance import strategies
+
 __all__ = ["CheckFailed", "Clause", "Report", "check_halo", "parametrize_with_checks", "strategies"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "strategies":  # needs Hypothesis, which no other part of the package loads
+        return import_module("halos_pl.conformance.strategies")
+    raise AttributeError(f"halos_pl.conformance has no {name!r}; it has {', '.join(__all__)}")

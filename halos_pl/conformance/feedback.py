@@ -12,7 +12,7 @@ from torch import Tensor
 from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.ranks import Ranks, namespaces
 from halos_pl.conformance.reward import padded
-from halos_pl.conformance.strategies import Step, smallest, two_ranks
+from halos_pl.conformance.steps import Step, smallest, two_ranks
 from halos_pl.conformance.witness import WrongShape, changed, copied, listed, number, pair
 from halos_pl.feedback import Feedback, Judgement
 from halos_pl.outcomes import Rows

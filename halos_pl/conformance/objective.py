@@ -16,7 +16,7 @@ from halos_pl.conformance.feedback import FeedbackChecks
 from halos_pl.conformance.ranks import Ranks, namespaces
 from halos_pl.conformance.reference_point import ReferencePointChecks
 from halos_pl.conformance.reward import RewardChecks
-from halos_pl.conformance.strategies import Step, smallest, two_ranks
+from halos_pl.conformance.steps import Step, smallest, two_ranks
 from halos_pl.conformance.value_function import ValueFunctionChecks
 from halos_pl.conformance.witness import listed, pair
 from halos_pl.feedback import Feedback

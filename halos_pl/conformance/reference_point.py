@@ -12,7 +12,7 @@ from torch import Tensor
 
 from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.ranks import Ranks, namespaces
-from halos_pl.conformance.strategies import Step, kept_together, smallest, two_ranks
+from halos_pl.conformance.steps import Step, kept_together, smallest, two_ranks
 from halos_pl.conformance.witness import WrongShape, listed, number, pair
 from halos_pl.objective import mean_of_tokens
 from halos_pl.outcomes import Needs, Rows

@@ -9,6 +9,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from halos_pl.messages import plain
+
 Definition = Literal["icml", "v1"]
 TITLES: dict[Definition, str] = {"icml": "ICML 2024, Def. 3.4", "v1": "arXiv v1"}
 Status = Literal["passed", "failed", "expected"]
@@ -103,9 +105,9 @@ class Report:
         colours = {"passed": "green", "failed": "red", "expected": "yellow"}
         for clause in self.clauses:
             colour = colours[clause.status] if clause.required else "yellow"
-            table.add_row(Text(clause.clause), Text(clause.shown, colour), Text(clause.said))
+            table.add_row(Text(clause.clause), Text(clause.shown, colour), Text(plain(clause.said)))
         verdict = Text.assemble("verdict: ", (self.verdict, "bold green" if self.sound else "bold red"))
-        return Group(Text(self.heading), "", table, "", verdict)
+        return Group(Text(plain(self.heading)), "", table, "", verdict)
 
 
 class CheckFailed(AssertionError):

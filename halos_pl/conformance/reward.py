@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halos_pl.conformance.duplicate import duplicate
-from halos_pl.conformance.strategies import Step, kept_together, smallest
+from halos_pl.conformance.steps import Step, kept_together, smallest
 from halos_pl.conformance.witness import WrongShape, changed, copied, listed, number, pair
 from halos_pl.outcomes import Rows
 from halos_pl.rewards import Reward

@@ -9,23 +9,17 @@ from __future__ import annotations
 import inspect
 import math
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from random import Random
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from halos_pl.conformance.witness import Raised
+from halos_pl.conformance.steps import CHOICES, Step, fitted_to
 from halos_pl.outcomes import Needs, Rows
 from value_functions import ValueFunction
-
-T = TypeVar("T")
-Labels = Literal["mixed", "desirable", "undesirable"]
 
 
 def outcomes(largest: float = 1e4) -> st.SearchStrategy[float]:
@@ -39,102 +33,6 @@ def outcomes(largest: float = 1e4) -> st.SearchStrategy[float]:
     return st.builds(lambda sign, u: sign * min(u, largest), st.sampled_from([1, -1]), size)
 
 
-@dataclass(frozen=True)
-class Step:
-    """What the rows of a step are made from; small numbers give small steps.
-
-    Attributes:
-        seed: of everything that is drawn.
-        units: pairs, or (without ``paired``) rows.
-        probes: mismatched rows.
-        tokens: width of the batch; rows have 1 to so many tokens.
-        scale: nats; log-probs lie between -3 * scale and 0, as multiples of a tenth of it.
-        paired: rows come as pairs of a desirable and an undesirable one.
-        labels: of rows that are not paired.
-        grouped: every prompt has two rows or more.
-        alone: of a step that is grouped and not paired, the last prompt has a row less: often a single one.
-    """
-
-    seed: int = 0
-    units: int = 1
-    probes: int = 0
-    tokens: int = 1
-    scale: float = 1.0
-    paired: bool = False
-    labels: Labels = "mixed"
-    grouped: bool = False
-    alone: bool = False
-
-    @property
-    def large(self) -> bool:
-        """Whether it is larger than those that are drawn, so that a check of each of its rows takes long."""
-        return self.units > 6 or self.tokens > 5
-
-    def later(self, call: int) -> Step:
-        """Another step of the same kind and size, for the ``call``-th call after one with this step."""
-        return replace(self, seed=(self.seed + 7919 * call) % 2**31)
-
-    def rows(self, dtype: torch.dtype = torch.float64) -> Rows:
-        """The rows of the step, in no order, probes among them."""
-        drawn = self._rows(dtype)
-        rows = object.__new__(Rows)  # without looking at the shapes again
-        rows.__dict__.update({name: value.clone() for name, value in drawn.__dict__.items()})
-        return rows
-
-    @lru_cache(maxsize=4096)  # noqa: B019  (a step is a few numbers)
-    def _rows(self, dtype: torch.dtype) -> Rows:
-        draw = torch.Generator().manual_seed(self.seed)
-        train = self.units * (2 if self.paired or self.grouped else 1)
-        train -= self.alone and self.grouped and not self.paired
-        n, width = train + self.probes, self.tokens
-        place = torch.randperm(n, generator=draw)
-        mask = torch.arange(width) < torch.randint(1, width + 1, (n, 1), generator=draw)
-        desirable = torch.rand(n, generator=draw) < 0.5
-        rival = torch.full((n,), -1)
-        own = place[:train]
-        if self.paired:
-            rival[own[0::2]], rival[own[1::2]] = own[1::2], own[0::2]
-            desirable[own[0::2]], desirable[own[1::2]] = True, False
-        elif self.labels != "mixed":
-            desirable[own] = self.labels == "desirable"
-        probe = torch.ones(n, dtype=torch.bool)
-        probe[own] = False
-        # One or two pairs (or rows) to a prompt; where groups are asked for, a row by itself only as `alone`.
-        prompt = torch.empty(n, dtype=torch.long)
-        each = torch.arange(train) // 2 if self.paired or self.grouped else torch.arange(train)
-        prompt[own] = each // (1 + self.seed % 2)
-        prompt[place[train:]] = prompt[own[torch.arange(self.probes) % train]]
-
-        def log_probs() -> torch.Tensor:
-            tenths = torch.randint(0, 31, (n, width), generator=draw)
-            certain = torch.rand(n, width, generator=draw) < 0.1  # a log-prob of 0 is no padding
-            return -(tenths * ~certain).to(dtype) / 10 * self.scale * mask
-
-        policy, reference = log_probs(), log_probs()
-        alike = torch.rand(n, width, generator=draw) < 0.1
-        return Rows(
-            policy_logps=torch.where(alike, reference, policy),
-            reference_logps=reference,
-            mask=mask,
-            desirable=desirable,
-            rival=rival,
-            probe=probe,
-            group=prompt,
-            kl=log_probs().abs() / 10,
-            score=self._scores(desirable),
-        )
-
-    def _scores(self, desirable: torch.Tensor) -> torch.Tensor:
-        """How good each row is, of either sign whatever its label; missing for some, and in every third step.
-
-        Of a generator of its own: what else is drawn does not depend on it.
-        """
-        draw = torch.Generator().manual_seed(self.seed + 1)
-        score = torch.randint(-20, 21, desirable.shape, generator=draw).float() / 10
-        missing = torch.rand(desirable.shape, generator=draw) < (0.1 if self.seed % 3 else 1.1)
-        return torch.where(missing, desirable.float(), score)
-
-
 def steps(needs: Needs | None = None, *, probes: bool | None = None) -> st.SearchStrategy[Step]:
     """Steps that provide what ``needs`` asks for.
 
@@ -142,74 +40,10 @@ def steps(needs: Needs | None = None, *, probes: bool | None = None) -> st.Searc
         needs: of a plug-in or an objective.
         probes: whether there may be probes that ``needs`` does not ask for; left out, where rows need no rivals.
     """
-    return _any_step.map(lambda step: _fitted(step, needs or Needs(), probes))
+    return _any_step.map(lambda step: fitted_to(step, needs or Needs(), probes))
 
 
-# Small ones and what shrinks to them first.
-_CHOICES: dict[str, Sequence[Any]] = {
-    "units": range(1, 7),
-    "probes": range(5),
-    "tokens": range(1, 6),
-    "scale": (1.0, 0.1, 10.0, 100.0),
-    "paired": (False, True),
-    "labels": ("mixed", "desirable", "undesirable"),
-    "grouped": (False, True),
-    "seed": range(2**31),
-}
-_any_step = st.builds(Step, **{name: st.sampled_from(values) for name, values in _CHOICES.items()})
-
-
-def _fitted(step: Step, needs: Needs, probes: bool | None) -> Step:
-    """The step with what ``needs`` asks for, and without probes where there may be none."""
-    wanted = needs.probes or needs.samples > 0 or needs.exact_kl
-    allowed = wanted or ((not needs.rivals) if probes is None else probes)
-    return replace(
-        step,
-        probes=max(step.probes, int(wanted)) if allowed else 0,
-        paired=step.paired or needs.rivals,
-        grouped=step.grouped or needs.groups,
-    )
-
-
-def large_steps(needs: Needs | None = None, *, probes: bool | None = None) -> tuple[Step, ...]:
-    """A few steps with many rows, many prompts, long completions or far log-ratios; see ``steps`` for the arguments."""
-    needs = needs or Needs()
-    wanted = needs.probes or needs.samples > 0 or needs.exact_kl
-    allowed = (not needs.rivals) if probes is None else probes
-    sizes = [(300, 1, 1.0), (70, 20, 1.0), (40, 2, 10.0), (6, 130, 100.0), (4, 1100, 1.0)]
-    return tuple(
-        Step(
-            seed=number,
-            units=rows // 2 if needs.rivals or needs.groups else rows,
-            probes=(1 + rows // 4) * (wanted or allowed),
-            tokens=tokens,
-            scale=scale,
-            paired=needs.rivals,
-            grouped=needs.groups,
-        )
-        for number, (rows, tokens, scale) in enumerate(sizes)
-    )
-
-
-def kept_together(rows: Rows, needs: Needs) -> list[list[int]]:
-    """Rows, by number, that no split of a step parts: pairs, and whole prompts where they are asked for."""
-    units: dict[tuple[str, int], list[int]] = {}
-    for i, (rival, group) in enumerate(zip(rows.rival.tolist(), rows.group.tolist(), strict=True)):
-        if needs.groups and not rows.probe[i]:
-            units.setdefault(("group", group), []).append(i)
-        else:
-            units.setdefault(("row", min(i, rival) if rival >= 0 else i), []).append(i)
-    return list(units.values())
-
-
-def two_ranks(rows: Rows, needs: Needs, seed: int) -> list[torch.Tensor]:
-    """The step's rows, by number, on either of two ranks; empty where one of them would have no row with a loss."""
-    units = kept_together(rows, needs)
-    if len(units) < 2:
-        return []
-    cut = 1 + seed % (len(units) - 1)
-    parts = [torch.tensor([i for unit in half for i in unit]) for half in (units[:cut], units[cut:])]
-    return parts if all(bool(rows.train[index].any()) for index in parts) else []
+_any_step = st.builds(Step, **{name: st.sampled_from(values) for name, values in CHOICES.items()})
 
 
 def rows(needs: Needs | None = None, dtype: torch.dtype = torch.float64) -> st.SearchStrategy[Rows]:
@@ -261,9 +95,6 @@ def arguments(cls: type) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries(each).filter(accepted)
 
 
-# -- how the suite draws ------------------------------------------------------------------------------------
-
-
 def _settings(examples: int, *phases: Phase) -> settings:
     return settings(
         derandomize=True,
@@ -275,53 +106,21 @@ def _settings(examples: int, *phases: Phase) -> settings:
     )
 
 
-@lru_cache(maxsize=8)
-def _drawn(count: int) -> tuple[Step, ...]:
-    """Always the same steps. By themselves: Hypothesis takes longer to draw them than most clauses to be tried."""
-    draw = Random(0)
-    # A single row by itself and with a probe, of either label: what is drawn may be of other sizes for long.
-    single = [Step(labels=label, probes=n) for label in ("desirable", "undesirable") for n in (0, 1)]  # type: ignore[arg-type]
-    drawn = [step for _ in range(0, count, _BLOCK) for step in _block(draw)]
-    return (*single, *drawn)[:count]
-
-
-# Of these many steps each has every size and kind equally often (a Latin hypercube), however few are drawn.
-_BLOCK = 12
-
-
-def _block(draw: Random) -> list[Step]:
-    columns = {}
-    for name, values in _CHOICES.items():
-        rounds, rest = divmod(_BLOCK, len(values))
-        columns[name] = draw.sample([*(list(values) * rounds if rounds else ()), *draw.sample(values, rest)], _BLOCK)
-    return [Step(**{name: column[i] for name, column in columns.items()}) for i in range(_BLOCK)]
-
-
 class _FoundError(Exception):
     pass
 
 
-def smallest(
-    fault: Callable[[Step], str | None], needs: Needs, *, probes: bool | None = None, examples: int = 60
-) -> str | None:
-    """The witness of the smallest step that is found to have a fault; None where ``fault`` finds none.
+def shrunk(
+    fault: Callable[[Step], str | None], first: str, needs: Needs, *, probes: bool | None = None, examples: int = 60
+) -> str:
+    """The witness of the smallest step with a fault that Hypothesis finds; ``first`` where it finds none.
 
-    The steps are drawn once for all clauses, and a few fixed large ones are added; only where one of those that were
-    drawn shows a fault does Hypothesis run, to shrink it.
+    Args:
+        fault: the witness of a step that has one; raises nothing.
+        first: the witness known so far.
+        needs, probes: as for ``steps``.
+        examples: how many steps are drawn, at least.
     """
-
-    def found(step: Step) -> str | None:
-        try:
-            return fault(step)
-        except (Exception, SystemExit) as error:
-            return Raised.by(error)
-
-    fitted = (_fitted(step, needs, probes) for step in _drawn(examples))
-    first = next((witness for step in fitted if (witness := found(step)) is not None), None)
-    if first is None:
-        tried = ((step, found(step)) for step in large_steps(needs, probes=probes))
-        wrong = next(((step, witness) for step, witness in tried if witness is not None), None)
-        return wrong and _halved(found, *wrong)
     best: tuple[float, str] = (math.inf, first)
     tries, most = 0, min(150, 3 * examples)  # a count and not a time, so that the witness is the same on any machine
 
@@ -330,7 +129,7 @@ def smallest(
     def run(step: Step) -> None:
         nonlocal tries, best
         tries += 1
-        witness = found(step) if tries <= most else None
+        witness = fault(step) if tries <= most else None
         if witness is not None:
             size = (step.units * 2 + step.probes) * 10 + step.tokens + (step.scale != 1)
             best = min(best, (size, witness), key=lambda b: b[0])
@@ -341,13 +140,3 @@ def smallest(
     return best[1]
 
 
-def _halved(found: Callable[[Step], str | None], step: Step, witness: str) -> str:
-    """The witness of a step that is half as large in some way, as often as it goes."""
-    for name in ("units", "tokens", "probes"):
-        while (size := getattr(step, name)) > 1:
-            smaller = replace(step, **{name: size // 2})
-            other = found(smaller)
-            if other is None:
-                break
-            step, witness = smaller, other
-    return witness

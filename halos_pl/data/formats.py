@@ -79,7 +79,7 @@ def hub_version(source: Source) -> str:
     except Exception:  # the hub's client raises those of several HTTP libraries
         folder = file_download.repo_folder_name(repo_id=source.path, repo_type="dataset")
         ref = Path(constants.HF_HUB_CACHE) / folder / "refs" / (source.revision or "main")
-        return ref.read_text().strip() if ref.is_file() else source.revision or "main"
+        return ref.read_text(encoding="utf-8").strip() if ref.is_file() else source.revision or "main"
 
 
 def _hub(source: Source) -> Read:

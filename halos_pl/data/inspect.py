@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from halos_pl.data.split import Split
 from halos_pl.data.store import Store, open_store
 from halos_pl.data.table import Table
 from halos_pl.data.transforms import ThresholdScores
+from halos_pl.messages import plain
 from halos_pl.outcomes import Needs
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
@@ -32,7 +32,6 @@ BINS = 16
 # Upper end of lambda_D n_D / (lambda_U n_U) in the paper's versions; the lower end is 1.
 IMBALANCE = {"arXiv v1": 4 / 3, "v4 and v5": 3 / 2}
 SHOWN_PROMPT_TOKENS = 120
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal would obey them
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def _shown(tokenizer: PreTrainedTokenizerBase, ids: NDArray[np.int32]) -> list[s
         waiting.append(token)
         text = str(tokenizer.decode(waiting))
         if not text.endswith("\ufffd") or len(waiting) == 4:  # no character has more bytes
-            shown.append(_CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text))
+            shown.append(plain(text))
             waiting = []
     return [*shown, *([str(tokenizer.decode(waiting))] if waiting else [])]
 
@@ -221,13 +220,13 @@ def _number(value: float) -> str:
 
 def show(found: Inspection, console: Console) -> None:
     """Prints an inspection."""
-    console.print(Text(f"{found.source}\n", "bold"))
+    console.print(Text(plain(f"{found.source}\n"), "bold"))
     grid = Grid(box=None, show_header=False, padding=(0, 2, 0, 0))
     grid.add_column()
     grid.add_column(justify="right")
     for name, value in found.figures.items():
         name = name.replace("max_length", f"max_length {found.max_length}")
-        grid.add_row(Text(name), _number(value))
+        grid.add_row(Text(plain(name)), _number(value))
     console.print(grid)
     console.print("\nweights by the paper's rule, lambda_D n_D / (lambda_U n_U) from 1 to 4/3 (v1) or 3/2 (v4, v5):")
     for version, said in found.lambdas.items():
@@ -249,9 +248,9 @@ def show(found: Inspection, console: Console) -> None:
     if found.faults:
         console.print(f"\n[red]faults[/red] (the first of {found.figures['faulty rows']:,})")
         for fault in found.faults:
-            console.print(Text(f"  {fault}"))
+            console.print(Text(plain(f"  {fault}")))
     for row in found.examples:
-        console.print(Text(f"\n{row.name}, {row.verdict}", "bold"))
+        console.print(Text(plain(f"\n{row.name}, {row.verdict}"), "bold"))
         text = Text()
         shades = (("cyan", "bright_cyan"), ("black on green", "black on cyan"))
         for part, colours in zip((row.prompt, row.completion), shades, strict=True):
@@ -391,5 +390,5 @@ def inspect_source(
     for target, text in ((html, page(found)), (json_file, json.dumps(asdict(found), indent=2))):
         if target:
             Path(target).parent.mkdir(parents=True, exist_ok=True)
-            Path(target).write_text(text)
-            console.print(Text(f"\nwritten to {target}"))
+            Path(target).write_text(text, encoding="utf-8")
+            console.print(Text(plain(f"\nwritten to {target}")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections import defaultdict
@@ -18,6 +19,7 @@ from halos_pl.build import module_of_file
 from halos_pl.callbacks import CONFIG
 from halos_pl.checkpoint import load_trained
 from halos_pl.data import DataError, FeedbackDataModule
+from halos_pl.data.datamodule import _sources
 from halos_pl.export import module_of_run, put_weights
 from halos_pl.feedback import Binary
 from halos_pl.generate import Sample, as_messages, generate, kl_of_samples, read_prompts
@@ -72,7 +74,7 @@ def measuring(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def measured_how(run: Path) -> dict[str, Any]:
     """What a run says of its measuring: :func:`measuring`, and by what (``by``); empty where it says nothing."""
     path = run / MEASURED
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found
 
 
@@ -171,6 +173,8 @@ def _by_example(values: dict[str, float], example: dict[str, str]) -> dict[str, 
     Each is the mean and what the example adds to its error, as of a ratio of two sums (Cochran 1977, section 6.3): how
     many rows an example has is no variation of what is measured.
     """
+    if not values:
+        return {}
     own: dict[str, list[float]] = defaultdict(list)
     for row, value in values.items():
         own[example[row]].append(value)
@@ -199,17 +203,33 @@ def _auroc_shares(high: dict[str, float], low: dict[str, float]) -> dict[str, fl
     return {row: area + rows / len(own) * (share - area) for own in right.values() for row, share in own.items()}
 
 
-def function_of(place: str) -> Callable[..., Any]:
+# What a rule and a judge are called with.
+CALLED: dict[str, tuple[Any, ...]] = {"rule": ("an answer", True), "judge": ("a prompt", "an answer", "another")}
+
+
+def function_of(place: str, kind: str) -> Callable[..., Any]:
     """The function named ``path/to/file.py:name``; the file's code is executed.
 
+    Args:
+        place: of the function.
+        kind: ``rule`` or ``judge``.
+
     Raises:
-        ValueError: where there is none.
+        ValueError: where there is none that can be called as one of that kind is.
     """
     path, _, name = place.rpartition(":")
     if not path or not Path(path).is_file():
         raise ValueError(f"{place!r}: no such file; a rule or judge is named path/to/file.py:function")
-    if not callable(found := getattr(module_of_file(Path(path), "study"), name, None)):
+    try:
+        module = module_of_file(Path(path), "study")
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{path} does not import: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if not callable(found := getattr(module, name, None)):
         raise ValueError(f"{place!r}: {path} has no function {name!r}")
+    try:
+        inspect.signature(found).bind(*CALLED[kind])
+    except TypeError as error:
+        raise ValueError(f"{place!r}: a {kind} is called with {len(CALLED[kind])} arguments: {error}") from error
     return found  # type: ignore[no-any-return]
 
 
@@ -223,12 +243,14 @@ def check_arguments(
     max_new_tokens: int,
     temperature: float,
     batch_size: int,
+    beta: float,
     **_: Any,
 ) -> None:
     """Refuses arguments of :func:`evaluate` that cannot be, before any model is loaded.
 
     Raises:
         DataError: naming the argument.
+        ValueError: where a source of ``held_out`` is none.
     """
     if not held_out and not prompts:
         raise DataError("nothing to measure: name --held_out feedback, --prompts, or both")
@@ -238,6 +260,12 @@ def check_arguments(
     for name, (value, low) in (least | {"temperature": (temperature, 0)}).items():  # type: ignore[dict-item]
         if not value >= low:
             raise DataError(f"{name} is {value}; it must be at least {low}")
+    if not beta > 0:
+        raise DataError(f"beta is {beta}; it must be above 0")
+    try:
+        _sources("predict", held_out)
+    except ValueError as error:
+        raise DataError(str(error).replace("data.predict", "held_out")) from error
 
 
 def evaluate(
@@ -277,8 +305,8 @@ def evaluate(
     arguments = {name: value for name, value in locals().items() if name != "run"}
     folder = Path(run)
     check_arguments(**arguments)
+    chosen = {name: function_of(place, name) for name, place in (("rule", rule), ("judge", judge)) if place}
     how = measuring(arguments) | {"by": provenance()}  # files as they are now, before they are read
-    chosen = {name: function_of(place) for name, place in (("rule", rule), ("judge", judge)) if place}
     module = _prepared(folder)
     values: dict[str, dict[str, float]] = {}
     if held_out:
@@ -294,17 +322,21 @@ def evaluate(
             raise DataError(
                 f"{run}: {lost} of {len(records)} held-out rows have no finite log-prob: the policy diverged"
             )
-        (folder / ROWS).write_text("".join(json.dumps(record) + "\n" for record in records))
+        (folder / ROWS).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         values |= _of_pairs(records, beta) | _of_rows(records)
+        if lacking := [name for name, (unit, *_) in METRICS.items() if unit != "prompts" and not values.get(name)]:
+            kinds = {True: "pairs", False: "both desirable and undesirable rows"}
+            wanted = dict.fromkeys(kinds[METRICS[name][0] == "pairs"] for name in lacking)
+            print(f"halos: not measured, as the held-out data lack {' and '.join(wanted)}: {', '.join(lacking)}")
     if prompts:
         module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         values |= _of_answers(module, folder, Path(prompts), chosen, chat, batch_size, sampling)
     kept = {name: found for name, found in values.items() if found}
     (folder / FILE).unlink(missing_ok=True)  # or what is there would be said to have been measured in this way
-    (folder / MEASURED).write_text(json.dumps(how, indent=2) + "\n")
+    (folder / MEASURED).write_text(json.dumps(how, indent=2) + "\n", encoding="utf-8")
     beside = (folder / FILE).with_suffix(".part")
-    beside.write_text(json.dumps(kept) + "\n")
+    beside.write_text(json.dumps(kept) + "\n", encoding="utf-8")
     os.replace(beside, folder / FILE)
     for name, found in kept.items():
         print(f"halos: {name} {np.mean(list(found.values())):.4g} (n = {len(found)} prompts)")
@@ -359,7 +391,7 @@ def _of_answers(
         texts = [p if isinstance(p, str) else p[-1]["content"] for p in read]
         both = zip(texts, samples, others, strict=True)
         columns["judge"] = [_verdict(chosen["judge"](prompt, s.text, o.text), prompt) for prompt, s, o in both]
-    with (folder / ANSWERS).open("w") as file:
+    with (folder / ANSWERS).open("w", encoding="utf-8") as file:
         for name, prompt, sample in zip(names, read, samples, strict=True):
             record = {"row": name, "prompt": prompt, "answer": sample.text, "finished": sample.finished}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

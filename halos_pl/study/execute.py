@@ -24,6 +24,7 @@ from rich.table import Table
 from halos_pl import stopping
 from halos_pl.checkpoint import LAST, PREVIOUS
 from halos_pl.ending import SUMMARY, shortfall
+from halos_pl.messages import plain
 from halos_pl.study.evaluate import FILE, measured_how
 from halos_pl.study.plan import Checked, Run, Study, StudyError, command, measuring_of
 
@@ -83,7 +84,7 @@ _children = _Children()
 def _process(words: list[str], log: Path, env: Mapping[str, str], lock: int | None = None) -> int:
     """The exit status of a command; it holds the file descriptor ``lock`` too, and so the lock if this process dies."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {command(words)}\n")
         file.flush()
         return _children.run(
@@ -122,7 +123,7 @@ def mark_of(run: Run) -> Path:
 
 def _fail(run: Run, words: list[str], why: str) -> None:
     mark_of(run).parent.mkdir(parents=True, exist_ok=True)
-    mark_of(run).write_text(json.dumps({"command": command(words), "error": why}) + "\n")
+    mark_of(run).write_text(json.dumps({"command": command(words), "error": why}) + "\n", encoding="utf-8")
 
 
 def execute_run(
@@ -143,7 +144,7 @@ def execute_run(
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        print(f"halos: {run.folder}: another process works on it; waiting for that one", file=sys.stderr)
+        print(f"halos: {plain(run.folder)}: another process works on it; waiting for that one", file=sys.stderr)
         lock.acquire()
     try:
         why = None if run.done else _execute_run(run, study, os.environ if env is None else env, _descriptor(lock))
@@ -196,7 +197,7 @@ def state(run: Run) -> str:
 
 def failure(run: Run) -> dict[str, str]:
     """The command that failed and what it said."""
-    found: dict[str, str] = json.loads(mark_of(run).read_text())
+    found: dict[str, str] = json.loads(mark_of(run).read_text(encoding="utf-8"))
     return found
 
 
@@ -214,7 +215,7 @@ def claim(study: Study, out: Path, digests: Mapping[str, str]) -> None:
     } | measuring_of(study)
     known = out / PLAN
     if known.is_file():
-        before = json.loads(known.read_text())
+        before = json.loads(known.read_text(encoding="utf-8"))
         # Another file with runs of this one is this study by another name, or as it was before an arm was added.
         same = any(before["digests"].get(arm.folder) == digests[arm.name] for arm in study.arms)
         others = any((out / folder).is_dir() for folder in before["digests"])
@@ -240,10 +241,10 @@ def claim(study: Study, out: Path, digests: Mapping[str, str]) -> None:
     elif out.is_dir() and any(out.iterdir()):
         raise StudyError(f"{out} is not empty and holds no study; name another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
-    known.write_text(json.dumps(plan, indent=2) + "\n")
+    known.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
     for name, file in ((STUDY, study.path), (OVER, study.over)):
         if file is not None:
-            (out / name).write_text(file.read_text())
+            (out / name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
         else:
             (out / name).unlink(missing_ok=True)
 
@@ -279,10 +280,10 @@ def timed_step(study: Study, out: Path, env: Mapping[str, str]) -> tuple[float, 
             status = _process([*arm.words(folder, study.seeds[0]), "--trainer.max_steps=2"], log, env)
             if not status:
                 whole = time.monotonic() - start
-                training = json.loads((folder / SUMMARY).read_text())["wall_seconds"]
+                training = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["wall_seconds"]
                 shutil.rmtree(folder)
                 return training / 2, whole - training
-            print(f"halos: two steps of arm {arm.name!r} fail: {_last_words(log, 0, status)}", file=sys.stderr)
+            print(f"halos: two steps of arm {arm.name!r} fail: {plain(_last_words(log, 0, status))}", file=sys.stderr)
     return None
 
 
@@ -296,13 +297,13 @@ def show_plan(
     """The arms, their commands, and how long all of it may take, by the seconds of a step and of a start."""
     console = Console()
     table = Table(
-        title=f"{escape(str(study.path))}: {len(study.arms)} arms x {len(study.seeds)} seeds", title_justify="left"
+        title=f"{escape(plain(study.path))}: {len(study.arms)} arms x {len(study.seeds)} seeds", title_justify="left"
     )
     for column in ("arm", "steps", "command of its first run"):
         table.add_column(column, overflow="fold")
     for arm in study.arms:
         first = next(run for run in runs if run.arm is arm)
-        table.add_row(escape(arm.name), str(checked[arm.name].steps), escape(command(first.fit)))
+        table.add_row(escape(plain(arm.name)), str(checked[arm.name].steps), escape(plain(command(first.fit))))
     console.print(table)
     left = [run for run in runs if not run.done]
     said = f"{len(runs)} runs, {len(runs) - len(left)} done already"
@@ -344,7 +345,7 @@ def execute(
                     spent, left = time.monotonic() - began, len(runs) - number
                     begun = min(jobs, left) / 2  # those that are under way are half done, as far as one knows
                     rest = f", about {_seconds(spent / (number + begun) * (left - begun))} left" if left else ""
-                    tell(f"[{number}/{len(runs)}] {run.folder}: {_said(why)}{rest}")
+                    tell(plain(f"[{number}/{len(runs)}] {run.folder}: {_said(why)}{rest}"))
         except (KeyboardInterrupt, stopping.Stopped) as error:
             _children.stop_all(error.signum if isinstance(error, stopping.Stopped) else signal.SIGINT)
             pool.shutdown(cancel_futures=True)
@@ -395,5 +396,5 @@ def _on_cluster(
             _fail(run, run.fit, why)
         if why:
             failed[str(run.folder)] = why
-        tell(f"[{number}/{len(runs)}] {run.folder}: {_said(why)}")
+        tell(plain(f"[{number}/{len(runs)}] {run.folder}: {_said(why)}"))
     return failed

@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import halos_pl
 import value_functions
 from halos_pl.data.example import DataError
@@ -28,6 +26,7 @@ from halos_pl.ending import epoch_steps, fit_steps, shortfall
 from halos_pl.generate import read_prompts
 from halos_pl.monitors import check_monitors
 from halos_pl.study.evaluate import CODE, FILE, METRICS, check_arguments, evaluate, function_of, measuring
+from halos_pl.yaml_files import Lines, YAMLFileError, read_yaml
 
 KEYS = ("configs", "options", "arms", "axes", "sample", "seeds", "evaluate", "metrics", "baseline", "cluster", "note")
 EVALUATE = tuple(name for name, p in inspect.signature(evaluate).parameters.items() if p.kind is p.KEYWORD_ONLY)
@@ -141,18 +140,6 @@ def command(words: list[str]) -> str:
     return f"halos {shlex.join(words)}"
 
 
-def _places(node: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], int]]:
-    """Line of each key and list item of a composed YAML document, by its path."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            yield (*at, key.value), key.start_mark.line + 1
-            yield from _places(value, (*at, key.value))
-    elif isinstance(node, yaml.SequenceNode):
-        for i, item in enumerate(node.value):
-            yield (*at, i), item.start_mark.line + 1
-            yield from _places(item, (*at, i))
-
-
 class _Reader:
     """Reads one study file; every fault names its line."""
 
@@ -176,26 +163,14 @@ class _Reader:
             self.content = {**self.content, **content}
 
     @staticmethod
-    def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    def _read(path: Path) -> tuple[dict[str, Any], Lines]:
         """Content, and the line of each key."""
         try:
-            text = path.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise StudyError(f"{path} cannot be read: {error}") from error
-        try:
-            content = yaml.safe_load(text)
-            node = yaml.compose(text, Loader=yaml.SafeLoader)
-        except yaml.YAMLError as error:
-            raise StudyError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(content, dict):
-            raise StudyError(f"{path}: a study is a mapping with the keys {', '.join(KEYS)}")
-        lines: dict[tuple[str, ...], int] = {}
-        seen: dict[tuple[Any, ...], int] = {}
-        for place, line in _places(node):
-            if place in seen:  # YAML would keep the last one, and an arm would be gone
-                raise StudyError(f"{path}:{line}: {place[-1]!r} is already there in line {seen[place]}; rename one")
-            seen[place] = lines[tuple(map(str, place))] = line
-        return content, lines
+            return read_yaml(path)
+        except OSError as error:
+            raise StudyError(f"{path} cannot be read: {error.strerror or error}") from error
+        except YAMLFileError as error:
+            raise StudyError(str(error)) from error
 
     @staticmethod
     def _line(lines: Mapping[tuple[str, ...], int], place: tuple[Any, ...]) -> int:
@@ -219,6 +194,9 @@ class _Reader:
         if value is not default and not isinstance(value, kind):
             names: dict[Any, str] = {list: "a list", dict: "a mapping", str: "a text"}
             raise self.fault(f"{key} is {value!r}; it must be {names[kind]}", key)
+        for name in value if kind is dict and value and key != "arms" else ():
+            if not isinstance(name, str):
+                raise self.fault(f"YAML reads the key {name!r} of {key} as no text; put it in quotes", key, name)
         return value
 
     def study(self) -> Study:
@@ -503,10 +481,6 @@ def measuring_of(study: Study) -> dict[str, Any]:
     return measuring(_parsed(study))
 
 
-# What a rule and a judge are called with.
-CALLED: dict[str, tuple[Any, ...]] = {"rule": ("an answer", True), "judge": ("a prompt", "an answer", "another")}
-
-
 def _check_evaluation(study: Study) -> None:
     """Tries out the command that measures a run: its arguments, the functions it calls, its prompts."""
     arguments = _parsed(study)
@@ -517,9 +491,8 @@ def _check_evaluation(study: Study) -> None:
     for key in CODE:
         if arguments[key]:
             try:
-                function = function_of(arguments[key])
-                inspect.signature(function).bind(*CALLED[key])
-            except Exception as error:  # the file's own code runs
+                function_of(arguments[key], key)
+            except ValueError as error:
                 raise StudyError(f"{study.places[key]}: {key}: {error}") from error
     if arguments["prompts"]:
         try:
@@ -551,7 +524,7 @@ def _check_held_out(study: Study, tokenizer: Any, special_tokens_in_text: Any) -
     from halos_pl.data.table import Table
     from halos_pl.data.transforms import ThresholdScores
 
-    given = study.evaluate.get("held_out")
+    given = _parsed(study)["held_out"]
     if not given:
         return
     try:

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import re
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 
 from halos_pl.conformance.check import reports
 from halos_pl.export import module_of_run
+from halos_pl.messages import plain
 from halos_pl.study.evaluate import METRICS, PER_TOKEN, measured_how
 from halos_pl.study.execute import PLAN, failure, state
 from halos_pl.study.plan import Arm, command, default_folder
@@ -241,7 +243,7 @@ def content(results: Results) -> dict[str, Any]:
     """All that both forms of the report say."""
     arms = results.study.arms
     verdicts = _verdicts(results)
-    plan = json.loads((results.out / PLAN).read_text())
+    plan = json.loads((results.out / PLAN).read_text(encoding="utf-8"))
     names = [plan["study"], *(["--over", plan["over"]] if plan["over"] else [])]
     if results.out != default_folder(plan["study"], plan["over"]):
         names += ["--out", str(results.out)]
@@ -305,6 +307,35 @@ def content(results: Results) -> dict[str, Any]:
     }
 
 
+# What Markdown would read as more than text, and only there: "beta * margin" and "[0.1, 0.2]" are none of it.
+_MARKUP = re.compile(r"[\\`|$]|[*~](?=\S)|(?<=\S)[*~]|(?<!\w)_|_(?!\w)|\](?=[(\[:])|^[#+=-]|#$")
+_NUMBERED = re.compile(r"^(\d+)([.)])")
+_HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "&#64;"}
+# Renderers make links of them without any brackets.
+_LINK = re.compile(r"(?<=\w):(?=//)|(?<=www)\.", re.IGNORECASE)
+
+
+def markdown(text: str) -> str:
+    """A text as Markdown that shows it as it is, in one line: in a paragraph, a heading or the cell of a table."""
+    line = " ".join(plain(text).split())
+    line = re.sub("[&<>@]", lambda found: _HTML[found[0]], _NUMBERED.sub(r"\1\\\2", _MARKUP.sub(r"\\\g<0>", line)))
+    return _LINK.sub(lambda found: f"&#{ord(found[0])};", line)
+
+
+def _escaped(said: Any) -> Any:
+    """All texts of a report's content as Markdown."""
+    if isinstance(said, str):
+        return markdown(said)
+    if isinstance(said, dict):
+        return {key: _escaped(value) for key, value in said.items()}
+    return [_escaped(value) for value in said] if isinstance(said, (list, tuple)) else said
+
+
+def _fence(commands: str) -> str:
+    """Longer than any run of backticks in what it encloses."""
+    return "`" * max(3, 1 + max(map(len, re.findall("`+", commands)), default=0))
+
+
 TEMPLATES = Environment(loader=PackageLoader("halos_pl.study", "."), autoescape=lambda name: ".html" in (name or ""))
 
 
@@ -320,7 +351,11 @@ def write_report(results: Results) -> Path:
         if path is not None:
             data = base64.b64encode(path.read_bytes()).decode()
             pictures.append({"title": title, "caption": caption, "name": name, "data": data})
-    said = {**content(results), "pictures": pictures}
-    for name in ("report.md", "report.html"):
-        (results.out / name).write_text(TEMPLATES.get_template(f"{name}.jinja").render(said))
+    said = content(results)
+    commands = "\n".join(["", *(line for pair in said["commands"] for line in pair)])
+    commands = plain(f"{said['command']}\n{commands}")
+    md = {**_escaped(said), "commands": commands, "fence": _fence(commands)}
+    for name, own in {"report.md": md, "report.html": {**said, "commands": commands}}.items():
+        text = TEMPLATES.get_template(f"{name}.jinja").render({**own, "pictures": pictures})
+        (results.out / name).write_text(text, encoding="utf-8")
     return results.out / "report.html"

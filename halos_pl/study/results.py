@@ -36,14 +36,14 @@ def _leaves(node: Any, at: str = "") -> dict[str, Any]:
 def summary(run: Run) -> dict[str, Any]:
     """What a run says of its training; empty where it says nothing."""
     path = run.folder / SUMMARY
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return found
 
 
 def _config(run: Run) -> dict[str, str]:
     """What a run was trained with: its config, and the digests of its data; as JSON, by dotted key."""
     path = run.folder / CONFIG
-    known = _leaves(yaml.load(path.read_text(), Loader=yaml.CSafeLoader)) if path.is_file() else {}
+    known = _leaves(yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)) if path.is_file() else {}
     known |= {f"the data {name}": digest for name, digest in summary(run).get("digests", {}).items()}
     return {key: json.dumps(value) for key, value in known.items() if key.rpartition(".")[2] not in OWN}
 
@@ -144,7 +144,7 @@ class Results:
     def __init__(self, study: Study, out: Path) -> None:
         self.study, self.out = study, out
         self.runs = study.runs(out)
-        found = {run: json.loads((run.folder / FILE).read_text()) for run in self.runs if run.measured}
+        found = {run: json.loads((run.folder / FILE).read_text(encoding="utf-8")) for run in self.runs if run.measured}
         #: Why a measured run is left out.
         self.faults: dict[Run, str] = self._faults(found)
         #: Runs that have been trained and measured, and can be compared.
@@ -227,7 +227,7 @@ class Results:
         path = run.folder / CURVES
         if not path.is_file():
             return [], []
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             rows = [row for row in csv.DictReader(file) if row.get(name)]
         return [int(row["step"]) for row in rows], [float(row[name]) for row in rows]
 

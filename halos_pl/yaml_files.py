@@ -1,0 +1,114 @@
+"""YAML files as a user writes them: UTF-8, and refused where YAML would read something else than what is meant."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+#: The line of each key and list item, by its path.
+Lines = dict[tuple[str, ...], int]
+
+_MOST_NODES = 100_000
+# What YAML 1.1 reads as a number to another base than 10: 010 is 8, and 1:30 is 90.
+_OTHER_BASE = re.compile(r"[-+]?(0[0-9_]+|[1-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
+
+
+class YAMLFileError(ValueError):
+    """A file that cannot be used as it is; the message names file and line."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Leaves dates as the texts that they are, as the command line does."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def read_yaml(path: str | Path) -> tuple[dict[str, Any], Lines]:
+    """The mapping that a file holds, and the line of each of its keys.
+
+    Raises:
+        OSError: where it cannot be read.
+        YAMLFileError: where it is not UTF-8 or not YAML, holds no mapping, or says something twice or ambiguously.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise YAMLFileError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        lines = _lines(node, path)
+        content = yaml.load(text, Loader=_Loader)
+    except RecursionError as error:
+        raise YAMLFileError(f"{path} is nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:
+        if isinstance(error, YAMLFileError):
+            raise
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        said = getattr(error, "problem", None) or error
+        raise YAMLFileError(f"{path}{line}: not YAML: {' '.join(str(said).split())}") from error
+    if not isinstance(content, dict):
+        what = "is empty" if content is None else f"holds {_kind(content)}"
+        raise YAMLFileError(f"{path} {what}; it takes a mapping, lines such as KEY: VALUE")
+    return content, lines
+
+
+def _kind(content: Any) -> str:
+    return "a list" if isinstance(content, list) else f"only {content!r:.60}"
+
+
+def _lines(root: yaml.Node | None, path: str | Path) -> Lines:
+    """The line of each key and item; refuses a key that is there twice, and scalars that are read otherwise."""
+    lines: Lines = {}
+    if root is not None:
+        _size(root, path, {}, set())
+        for place, node in _places(root):
+            known, line = lines.get(place), node.start_mark.line + 1
+            if known is not None:  # YAML would keep the last one
+                raise YAMLFileError(f"{path}:{line}: {place[-1]!r} is already there in line {known}; remove one")
+            lines[place] = line
+    return lines
+
+
+def _size(node: yaml.Node, path: str | Path, sizes: dict[int, int], within: set[int]) -> int:
+    """How many nodes a node comes to when its aliases are written out."""
+    line = node.start_mark.line + 1
+    if id(node) in within:
+        raise YAMLFileError(f"{path}:{line}: an anchor that holds itself")
+    if id(node) not in sizes:
+        if isinstance(node, yaml.ScalarNode):
+            if node.style is None and _OTHER_BASE.fullmatch(node.value) and node.tag.endswith((":int", ":float")):
+                raise YAMLFileError(
+                    f"{path}:{line}: YAML reads {node.value} to another base than 10; put it in quotes if it is a"
+                    " name, and leave out leading zeros if it is a number"
+                )
+            sizes[id(node)] = 1
+        else:
+            pairs = isinstance(node, yaml.MappingNode)
+            parts = [part for pair in node.value for part in pair] if pairs else node.value
+            sizes[id(node)] = 1 + sum(_size(part, path, sizes, within | {id(node)}) for part in parts)
+        if sizes[id(node)] > _MOST_NODES:
+            raise YAMLFileError(f"{path}:{line}: more than {_MOST_NODES:,} values when its aliases are written out")
+    return sizes[id(node)]
+
+
+def _places(node: yaml.Node, at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], yaml.Node]]:
+    """The node of each key and list item of a document, by its path."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if key.tag != "tag:yaml.org,2002:merge":
+                name = key.value if isinstance(key, yaml.ScalarNode) else str(key.start_mark.index)
+                yield (*at, name), key
+                yield from _places(value, (*at, name))
+    elif isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            yield (*at, str(i)), item
+            yield from _places(item, (*at, str(i)))
