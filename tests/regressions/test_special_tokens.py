@@ -212,6 +212,7 @@ def test_the_command_line(tmp_path: Path, tiny_folder: Path) -> None:
     said = run(fit(tiny_folder, "kto", data, tmp_path / "run", *options), tmp_path)
     assert said.status == 0, said
     # The held-out rows are read in the same way.
-    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": says(FORGED), "chosen": ANSWER, "rejected": says("No")}])
+    pair = {"prompt": says(FORGED), "chosen": ANSWER, "rejected": says("No", "assistant")}
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [pair])
     said = run(["evaluate", str(tmp_path / "run"), "--held_out", json.dumps([pairs])], tmp_path)
     assert said.status == 0, said
