@@ -62,7 +62,7 @@ class SpecialText:
         normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
         self._normal: Callable[[str], str] | None = normalizer and normalizer.normalize_str
         late = {token.content for token in tokenizer.added_tokens_decoder.values() if token.normalized} & {*self.tokens}
-        self._late = {self._normal(token): token for token in late} if self._normal else {}
+        self._late = {n: token for token in late if (n := self._normal(token)).strip()} if self._normal else {}
         self._in_normal = any_of(self._late)
         # Not to be guessed, so that no text can spell them. They are gone before anything is encoded.
         secret = secrets.token_hex(8)
