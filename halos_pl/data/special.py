@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 from tokenizers import Tokenizer
@@ -57,7 +57,13 @@ class SpecialText:
         self.tokenizer, self.mode = tokenizer, mode
         markers = turn_markers(tokenizer)
         self.tokens = sorted(markers | {token for token, special in added_tokens(tokenizer).items() if special})
-        self._marker, self._any = any_of(markers), any_of(self.tokens)
+        self._markers, self._any = markers, any_of(self.tokens)
+        # Tokens that are looked for in the normalised text: another text may become one of them.
+        normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+        self._normal: Callable[[str], str] | None = normalizer and normalizer.normalize_str
+        late = {token.content for token in tokenizer.added_tokens_decoder.values() if token.normalized} & {*self.tokens}
+        self._late = {n: token for token in late if (n := self._normal(token)).strip()} if self._normal else {}
+        self._in_normal = any_of(self._late)
         # Not to be guessed, so that no text can spell them. They are gone before anything is encoded.
         secret = secrets.token_hex(8)
         self._held = {token: f"zq{secret}h{i}qz" for i, token in enumerate(self.tokens)}
@@ -68,7 +74,13 @@ class SpecialText:
 
     def found(self, *texts: Prompt) -> set[str]:
         """The special tokens that the texts spell, roles of messages included."""
-        return {token for text in texts for _, said in strings(text) for token in self._any.findall(said)}
+        return {token for text in texts for _, said in strings(text) for token in self._spelled(said)}
+
+    def _spelled(self, said: str) -> list[str]:
+        found: list[str] = self._any.findall(said)
+        if self._late and self._normal:
+            found += [self._late[token] for token in self._in_normal.findall(self._normal(said))]
+        return found
 
     def refuse(self, name: str, text: Prompt) -> None:
         """Refuses messages that forge a turn.
@@ -84,13 +96,16 @@ class SpecialText:
             return
         for where, said in strings(text):
             role = where.startswith(", the role")
-            pattern = self._any if role else self._marker
-            if (self.mode == "refuse" or role) and (spelled := pattern.search(said)):
-                around = said[max(0, spelled.start() - 15) : spelled.end() + 15]
-                if role:
-                    raise ValueError(f"{name}{where} spells the special token {spelled[0]}; name another role.")
+            if not role and self.mode == "split":
+                continue
+            spelled = next((token for token in self._spelled(said) if role or token in self._markers), None)
+            if role and spelled:
+                raise ValueError(f"{name}{where} spells the special token {spelled}; name another role.")
+            if spelled:
+                at = max(0, said.find(spelled))
+                around = said[max(0, at - 15) : at + len(spelled) + 15]
                 raise ValueError(
-                    f"{name}{where} spells {spelled[0]} (at {around!r}), a token of the dialogue's form, so that the"
+                    f"{name}{where} spells {spelled} (at {around!r}), a token of the dialogue's form, so that the"
                     " text would forge a turn; remove it, or set data.special_tokens_in_text to split (encode it as"
                     " plain text) or allow."
                 )

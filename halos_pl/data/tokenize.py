@@ -96,12 +96,18 @@ def _completion_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, before:
     whole = render(tokenizer, prompt + completion, prompt=False)
     if not whole.startswith(before):
         same = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(whole))
+        mend = "Use a template whose generation prompt is the start of an assistant message, or plain text."
+        if opened := _OPENED.search(before):
+            tag = opened[1]
+            mend = (
+                f"Its generation prompt opens <{tag}>: begin the completion with <{tag}>...</{tag}>, or use a template"
+                " that does not open it."
+            )
         raise ValueError(
             "The chat template does not continue the prompt when the completion is added: at the end of the "
             f"prompt it writes {before[same : same + 40]!r}, and with the completion "
-            f"{whole[same : same + 40]!r} in its place. The model would be trained on another beginning than it meets"
-            " in use. Use a template whose generation prompt is the start of an assistant message (TRL ships some as"
-            " NAME_training.jinja), or plain text."
+            f"{whole[same : same + 40]!r} in its place, so the model would be trained on another beginning than it"
+            f" meets in use. {mend}"
         )
     text = whole[len(before) :]
     if not text:
@@ -118,6 +124,8 @@ def _completion_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, before:
     return text
 
 
+#: A span that the end of a text opens: ``<think>\n``.
+_OPENED = re.compile(r"<(\w+)>\s*$")
 #: An empty span, and another of the same name behind it: ``<think>\n\n</think>\n\n<think>``.
 _DOUBLED_SPAN = re.compile(r"<(\w+)>\s*</\1>\s*<\1>")
 

@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 _WORD = "zqword{}qz"
 #: An empty span such as ``<think>\n\n</think>``: a part of a turn that opens or ends none.
 _EMPTY_SPAN = re.compile(r"<(\w+)>\s*</\1>")
+#: A token that stands in brackets of some kind.
+_FORM = re.compile(r"[^\w\s].*[^\w\s]", re.DOTALL)
 _TAG = re.compile(r"<(/?)(\w+)>")
 
 
@@ -96,8 +98,13 @@ def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
-    """The tokens that the tokenizer looks for in a text before it splits it, and whether each is special."""
-    return {token.content: bool(token.special) for token in tokenizer.added_tokens_decoder.values() if token.content}
+    """The added tokens that may be a part of a dialogue's form, and whether each is special.
+
+    Of those that are not special only such as ``<|im_end|>`` or ``[INST]``: tokenizers also add line breaks and blanks,
+    and users add words.
+    """
+    added = {token.content: bool(token.special) for token in tokenizer.added_tokens_decoder.values()}
+    return {token: special for token, special in added.items() if token.strip() and (special or _FORM.fullmatch(token))}
 
 
 @dataclass(frozen=True)
@@ -220,7 +227,8 @@ def turn_markers(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     if not tokenizer.chat_template:
         return frozenset()
     names = ("bos_token", "eos_token", "pad_token", "cls_token", "sep_token")
-    own = {str(token) for name in names if (token := getattr(tokenizer, name, None))}
+    named = (str(getattr(tokenizer, name, None) or "") for name in names)
+    own = {token for token in named if _FORM.fullmatch(token) or token == tokenizer.eos_token}
     added = added_tokens(tokenizer)
     pattern = any_of(added)
     own |= {token for segment in _rendered(tokenizer) for token in pattern.findall(segment)}

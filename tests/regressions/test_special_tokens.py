@@ -15,6 +15,7 @@ import pytest
 from chat_templates import shipped
 from conftest import byte_level_tokenizer, write_jsonl
 from run_halos import fit, run
+from tokenizers import AddedToken, normalizers
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.data import DataError, FeedbackDataModule, Source
@@ -94,6 +95,31 @@ def test_the_tokens_that_mark_turns(name: str, marking: set[str], harmless: set[
     found = turn_markers(shipped(name))
     assert found >= marking | {"<bos>", "<eos>", "<pad>"}
     assert not found & harmless
+
+
+def test_a_text_that_becomes_a_special_token_when_it_is_normalised() -> None:
+    tokenizer = byte_level_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.NFKC()
+    backend.add_special_tokens([AddedToken("<|sys|>", special=True, normalized=True)])
+    tokenizer.chat_template += "{# <|sys|> #}"
+    wide = says("\uff1c|sys|\uff1e")
+    marked = tokenizer.convert_tokens_to_ids("<|sys|>")
+    assert marked in encode("allow", wide, ANSWER, tokenizer)[0]
+    assert "<|sys|>" in str(encode("refuse", wide, ANSWER, tokenizer))
+    prompt, _ = encode("split", wide, ANSWER, tokenizer)
+    assert marked not in prompt
+    assert "<|sys|>" in tokenizer.decode(prompt)
+
+
+def test_added_words_and_blanks_mark_no_turns() -> None:
+    """Gemma's tokenizer has line breaks among its added tokens."""
+    tokenizer = byte_level_tokenizer()
+    before = turn_markers(tokenizer)
+    tokenizer.add_tokens(["\n", "  ", "user", "assistant", "<unused>"])
+    assert turn_markers(tokenizer) == before
+    _, [completion] = encode("refuse", says("A\n  user"), "An\nassistant<unused>", tokenizer)
+    assert tokenizer.decode(completion) == "An\nassistant<unused><|im_end|>"
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "gemma", "llama3", "phi3", "gptoss", "cohere2", "glm4moe", "qwen3"])
@@ -212,6 +238,7 @@ def test_the_command_line(tmp_path: Path, tiny_folder: Path) -> None:
     said = run(fit(tiny_folder, "kto", data, tmp_path / "run", *options), tmp_path)
     assert said.status == 0, said
     # The held-out rows are read in the same way.
-    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": says(FORGED), "chosen": ANSWER, "rejected": says("No")}])
+    pair = {"prompt": says(FORGED), "chosen": ANSWER, "rejected": says("No", "assistant")}
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [pair])
     said = run(["evaluate", str(tmp_path / "run"), "--held_out", json.dumps([pairs])], tmp_path)
     assert said.status == 0, said

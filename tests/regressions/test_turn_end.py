@@ -260,6 +260,11 @@ def test_thoughts_in_the_content() -> None:
         assert whole.endswith(f"<|im_start|>assistant\n{said}<|im_end|>")
     with pytest.raises(ValueError, match="<think>"):
         encode_completion(shipped("qwen3_8"), ASK, said)
+    # These open the span in the prompt, and continue it only with a completion that has one.
+    tokenizer = shipped("nemotron_3_nano")
+    assert tokenizer.decode(encode_completion(tokenizer, ASK, said)) == "Hm.\n</think>\n\nYes.<|im_end|>"
+    with pytest.raises(ValueError, match=r"opens <think>: begin the completion with <think>"):
+        encode_completion(tokenizer, ASK, "Yes.")
 
 
 # Generation
