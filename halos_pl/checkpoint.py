@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -217,8 +218,9 @@ class CheckpointFiles(TorchCheckpointIO):
                 _keep(path, Path(keep))
             os.replace(beside, path)
             _sync(path.parent)
-        except (OSError, RuntimeError) as error:  # of a full disk, torch says that its own position is unexpected
-            raise OSError(f"{path} cannot be written: {_reason(error, beside)}") from error
+        except (OSError, RuntimeError) as error:
+            less = "; --checkpoint.keep 1 takes a third less" if keep is not None else ""
+            raise OSError(f"{path} cannot be written: {_reason(error, path.parent)}{less}") from error
         finally:
             with suppress(OSError):
                 beside.unlink(missing_ok=True)
@@ -233,14 +235,14 @@ class CheckpointFiles(TorchCheckpointIO):
         return read_checkpoint(Path(path))
 
 
-def _reason(error: Exception, path: Path) -> str:
+def _reason(error: Exception, folder: Path) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    free = 0
-    with suppress(OSError):
-        space = os.statvfs(path.parent)
-        free = space.f_bavail * space.f_frsize
-    return f"{str(error).splitlines()[0]} ({free / 1e6:.0f} MB are free there)"
+    if "unexpected pos" not in str(error):
+        return str(error).splitlines()[0]
+    with suppress(OSError):  # torch's words for a write that was cut short
+        return f"only a part of it was taken, with {shutil.disk_usage(folder).free / 1e6:.0f} MB left on the disk"
+    return "only a part of it was taken"
 
 
 def refuse_code(weights_only: bool | None) -> None:

@@ -33,11 +33,12 @@ def module_of_run(run: Path) -> HALOModule:
     return module
 
 
-def load_run(run: str | Path) -> HALOModule:
+def load_run(run: str | Path, ckpt_path: str | None = None) -> HALOModule:
     """The module of a run with its trained policy, on the CPU.
 
     Args:
         run: the run's folder, with ``config.yaml`` and ``checkpoints/last.ckpt``.
+        ckpt_path: another checkpoint: ``best`` (its ModelCheckpoint's), ``last``, or a file.
 
     Raises:
         FileNotFoundError: where one of them is missing.
@@ -45,7 +46,7 @@ def load_run(run: str | Path) -> HALOModule:
     """
     run = Path(run)
     module = module_of_run(run)
-    state = load_trained(run)
+    state = load_trained(run, ckpt_path)
     module.policy = load_model(module.policy_spec)
     put_weights(module, state, run)
     return module
@@ -64,7 +65,9 @@ def put_weights(module: HALOModule, state: dict[str, Any], run: Path) -> None:
         raise ValueError(f"{run}: the checkpoint does not fit the policy in {CONFIG} (first differences: {names})")
 
 
-def export(run: str, folder: str, *, adapter: bool = False, overwrite: bool = False) -> None:
+def export(
+    run: str, folder: str, *, adapter: bool = False, overwrite: bool = False, ckpt_path: str | None = None
+) -> None:
     """Write a run's policy as a Hugging Face folder.
 
     Args:
@@ -72,11 +75,12 @@ def export(run: str, folder: str, *, adapter: bool = False, overwrite: bool = Fa
         folder: where to write; ``AutoModelForCausalLM.from_pretrained`` and ``halos generate`` take it.
         adapter: of a LoRA policy, write the adapter alone instead of merging it into the model.
         overwrite: write into a folder that is not empty.
+        ckpt_path: another checkpoint than the last one: best (that of the run's ModelCheckpoint), or a file.
     """
     out = Path(folder)
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise FileExistsError(f"{out} is not empty; choose another folder, or say --overwrite true")
-    module = load_run(run)
+    module = load_run(run, ckpt_path)
     policy: Any = module.policy
     if adapter and module.policy_spec.lora is None:
         raise ValueError(f"--adapter: {run} trained the whole model, there is no LoRA adapter to write")

@@ -6,6 +6,7 @@ saving), metatrain#507 and Lightning#578 (exporting the best checkpoint).
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import random
@@ -20,11 +21,14 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from run_halos import binary_data, fit, metrics
+from run_halos import binary_data, fit, metrics, pair_data
 
 import halos_pl.module
 from halos_pl.checkpoint import CheckpointError, CheckpointFiles, NonFiniteWeightsError, check_finite, read_checkpoint
 from halos_pl.cli import main
+from halos_pl.export import export
+from halos_pl.policy.loading import ModelSpec, load_model
+from halos_pl.study.evaluate import MEASURED, evaluate
 
 ONCE = ("--checkpoint.every_n_steps=1", "--model.warmup_ratio=0", "--model.lr_schedule=constant_with_warmup")
 
@@ -399,10 +403,17 @@ def test_the_best_checkpoint_is_verified_and_goes_on(finished, tmp_path, capfd):
     main(words)
     best = tmp_path / "x" / "checkpoints" / "best.ckpt"
     states = saved(tmp_path / "x")["callbacks"]
-    (kept,) = (state for name, state in states.items() if name.startswith("ModelCheckpoint"))
-    assert Path(kept["best_model_path"]) == best
+    (state,) = (state for name, state in states.items() if name.startswith("ModelCheckpoint"))
+    assert Path(state["best_model_path"]) == best
     before = metrics(tmp_path / "x")
     assert read_checkpoint(best)["global_step"] == 2
+    export(str(tmp_path / "x"), str(tmp_path / "out"), ckpt_path="best")
+    exported = load_model(ModelSpec(str(tmp_path / "out"))).state_dict()
+    kept = {k.removeprefix("policy."): v for k, v in read_checkpoint(best)["state_dict"].items()}
+    assert all(torch.equal(exported[name], v) for name, v in kept.items() if name in exported)
+    assert not torch.equal(kept["lm_head.weight"], saved(tmp_path / "x")["state_dict"]["policy.lm_head.weight"])
+    evaluate(str(tmp_path / "x"), held_out=[str(pair_data(tmp_path / "pairs.jsonl"))], ckpt_path="best")
+    assert json.loads((tmp_path / "x" / MEASURED).read_text())["evaluate"]["ckpt_path"] == "best"
     main([*words, f"--ckpt_path={best}"])
     assert metrics(tmp_path / "x") == before
     assert saved(tmp_path / "x")["global_step"] == 3
