@@ -127,11 +127,28 @@ def test_a_diverged_step_is_not_saved(finished, tmp_path, capfd, monkeypatch, st
     assert not (tmp_path / "x" / "summary.json").exists()
 
 
-@pytest.mark.slow
-def test_a_learning_rate_that_breaks_the_only_step_is_an_error(finished, tmp_path, capfd):
-    words = [*finished[1], f"--run_dir={tmp_path}/x", "--trainer.max_steps=1", "--model.optimizer.init_args.lr=1e39"]
-    assert "none was written yet" in refused(capfd, words)
+@pytest.mark.parametrize("rate", ["1e12", *(pytest.param(r, marks=pytest.mark.slow) for r in ("1e20", "1e38", "1e39"))])
+def test_a_learning_rate_that_breaks_the_only_step_is_an_error(finished, tmp_path, capfd, rate):
+    """Also where the weights are finite, and what is computed with them is not."""
+    more = ("--trainer.max_steps=1", f"--model.optimizer.init_args.lr={rate}", "--checkpoint.every_n_steps=50")
+    assert "checkpoint: none" in refused(capfd, [*finished[1], f"--run_dir={tmp_path}/x", *more])
     assert not list((tmp_path / "x" / "checkpoints").iterdir())
+    assert not (tmp_path / "x" / "summary.json").exists()
+
+
+def test_finite_weights_that_give_no_finite_loss_are_not_called_good(finished, tmp_path, capfd, monkeypatch):
+    step = halos_pl.module.HALOModule.optimizer_step
+
+    def diverging(self: Any, *args: Any, **kwargs: Any) -> None:
+        step(self, *args, **kwargs)
+        if self.global_step == 1:
+            for weight in self.policy.parameters():
+                weight.data *= 1e12
+
+    monkeypatch.setattr(halos_pl.module.HALOModule, "optimizer_step", diverging)
+    said = refused(capfd, [*finished[1], f"--run_dir={tmp_path}/x"])
+    assert f"last good checkpoint: {tmp_path}/x/checkpoints/previous.ckpt (optimizer step 1)" in said
+    assert "last.ckpt" not in said
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
