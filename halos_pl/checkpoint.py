@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -217,8 +218,9 @@ class CheckpointFiles(TorchCheckpointIO):
                 _keep(path, Path(keep))
             os.replace(beside, path)
             _sync(path.parent)
-        except (OSError, RuntimeError) as error:  # of a full disk, torch says that its own position is unexpected
-            raise OSError(f"{path} cannot be written: {_reason(error, beside)}") from error
+        except (OSError, RuntimeError) as error:
+            less = "; --checkpoint.keep 1 takes a third less" if keep is not None else ""
+            raise OSError(f"{path} cannot be written: {_reason(error, path.parent)}{less}") from error
         finally:
             with suppress(OSError):
                 beside.unlink(missing_ok=True)
@@ -233,14 +235,14 @@ class CheckpointFiles(TorchCheckpointIO):
         return read_checkpoint(Path(path))
 
 
-def _reason(error: Exception, path: Path) -> str:
+def _reason(error: Exception, folder: Path) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    free = 0
-    with suppress(OSError):
-        space = os.statvfs(path.parent)
-        free = space.f_bavail * space.f_frsize
-    return f"{str(error).splitlines()[0]} ({free / 1e6:.0f} MB are free there)"
+    if "unexpected pos" not in str(error):
+        return str(error).splitlines()[0]
+    with suppress(OSError):  # torch's words for a write that was cut short
+        return f"only a part of it was taken, with {shutil.disk_usage(folder).free / 1e6:.0f} MB left on the disk"
+    return "only a part of it was taken"
 
 
 def refuse_code(weights_only: bool | None) -> None:
@@ -296,12 +298,15 @@ def check_finite(checkpoint: Mapping[str, Any], trained: set[str], good: str) ->
     checked = [(name, t) for name, t in checked if t.is_floating_point() and t.numel()]
     if not checked or torch.nn.utils.get_total_norm([t for _, t in checked]).isfinite():
         return
-    names = [name for name, tensor in checked if not tensor.isfinite().all()]
-    if not names:  # their norm alone is too large
+    names, what = [name for name, tensor in checked if not tensor.isfinite().all()], "are not finite"
+    if not names:  # no policy can be computed with weights whose squares overflow
+        names = [n for n, t in state if n in trained and t.numel() and not t.float().norm().isfinite()]
+        what = "are so large that their squares are not finite"
+    if not names:
         return
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     raise NonFiniteWeightsError(
-        f"after optimizer step {checkpoint['global_step']} these are not finite: {', '.join(names[:3])}{more}; nothing"
+        f"after optimizer step {checkpoint['global_step']} these {what}: {', '.join(names[:3])}{more}; nothing"
         f" was saved. Lower the learning rate (model.optimizer.init_args.lr).\n{good}"
     )
 
@@ -349,6 +354,7 @@ class LastCheckpoint(Checkpoint):
         self.last_model_path = ""
         self._saved_step = self._first_step = -1
         self._previous: tuple[str, int] | None = None
+        self._batch: Any = None
         self._own = False  # last.ckpt is of this run's course, and was verified when it was loaded or written
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -413,13 +419,23 @@ class LastCheckpoint(Checkpoint):
             (folder / PREVIOUS).unlink(missing_ok=True)  # of what the run was before it went on from elsewhere
         self.last_model_path, self._saved_step, self._own = str(folder / LAST), trainer.global_step, True
 
-    def good(self) -> str:
-        """A line that names the last good checkpoint, and the one before it."""
-        if not self.last_model_path:
-            return "last good checkpoint: none was written yet"
-        step = f" (optimizer step {self._saved_step})" if self._saved_step >= 0 else ""
-        before = f"; before it: {self._previous[0]} (optimizer step {self._previous[1]})" if self._previous else ""
-        return f"last good checkpoint: {self.last_model_path}{step}{before}"
+    def good(self, diverged: int | None = None) -> str:
+        """A line that names the last good checkpoint, and the one before it.
+
+        Args:
+            diverged: number of steps that lead to weights which are of no use.
+        """
+        named = [(self.last_model_path, self._saved_step)] if self.last_model_path else []
+        named += [self._previous] if self._previous else []
+        good = [f"{path} (optimizer step {step})" if step >= 0 else path for path, step in named if step != diverged]
+        if not good:
+            return f"last good checkpoint: none{'' if named else ' was written yet'}"
+        return f"last good checkpoint: {'; before it: '.join(good)}"
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch = batch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes note of the checkpoint that the run goes on from.
@@ -436,10 +452,19 @@ class LastCheckpoint(Checkpoint):
         last, previous = folder / LAST, folder / PREVIOUS
         if last.is_file() and last.samefile(loaded):
             self._saved_step, self._own = trainer.global_step, True
+            if self.keep == 1 and trainer.is_global_zero:
+                previous.unlink(missing_ok=True)
         elif previous.is_file() and previous.samefile(loaded):
             self._previous = (str(previous), trainer.global_step)  # it stays: last.ckpt may be damaged
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the last step. Trying out a config (fast_dev_run) leaves the run that is in the folder alone."""
+        """Saves the last step, which no further step can find to have diverged.
+
+        Trying out a config (fast_dev_run) leaves the run that is in the folder alone.
+        """
+        batch, self._batch = self._batch, None
+        check: Any = getattr(pl_module, "check_policy", None)
+        if batch is not None and check is not None:
+            check(batch)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.save(trainer)

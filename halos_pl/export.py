@@ -62,11 +62,12 @@ def module_of_run(run: Path) -> HALOModule:
     return module
 
 
-def load_run(run: str | Path) -> HALOModule:
+def load_run(run: str | Path, ckpt_path: str | None = None) -> HALOModule:
     """The module of a run with its trained policy, on the CPU.
 
     Args:
         run: the run's folder, with ``config.yaml`` and ``checkpoints/last.ckpt``.
+        ckpt_path: another checkpoint: ``best`` (its ModelCheckpoint's), ``last``, or a file.
 
     Raises:
         FileNotFoundError: where one of them is missing.
@@ -74,7 +75,7 @@ def load_run(run: str | Path) -> HALOModule:
     """
     run = Path(run)
     module = module_of_run(run)
-    state = load_trained(run)
+    state = load_trained(run, ckpt_path)
     policy: nn.Module = load_model(module.policy_spec)
     module.policy = policy
     put_weights(module, state, run)
@@ -106,6 +107,7 @@ def export(
     adapter: bool = False,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     overwrite: bool = False,
+    ckpt_path: str | None = None,
 ) -> None:
     """Write a run's policy as a Hugging Face folder.
 
@@ -117,13 +119,14 @@ def export(
         dtype: of the weights; default: the one they were trained in (model.policy.dtype, or that of a Trainer of half
             precision).
         overwrite: write into a folder that is not empty.
+        ckpt_path: another checkpoint than the last one: best (that of the run's ModelCheckpoint), or a file.
     """
     out = Path(folder)
     if out.exists() and any(path.name != _PART for path in out.iterdir()) and not overwrite:
         raise FileExistsError(f"{out} is not empty; choose another folder, or say --overwrite true")
     if adapter and (out / "config.json").exists():
         raise FileExistsError(f"{out} holds a model, which loaders would put the adapter on; choose another folder")
-    module = load_run(run)
+    module = load_run(run, ckpt_path)
     policy: Any = module.policy
     if adapter and module.policy_spec.lora is None:
         raise ValueError(f"--adapter: {run} trained the whole model, there is no LoRA adapter to write")

@@ -539,10 +539,12 @@ class HALOModule(LightningModule):
         self._rows = _row_ids(batch)
         means, losses = Means(), Losses()
         suspects: list[str] = []
+        sound: list[Tensor] = []
         seen: list[tuple[Tensor, Tensor]] = []
         for index, rows, result in self._results(batch, gradient=True):
             losses.add(result)
             means.add(self._figures(rows, result))
+            sound.append(rows.policy_logps.detach().isfinite().all())
             if result.outcomes is not None:
                 seen.append((result.outcomes.outcome, rows.desirable))
             suspects += [batch.row_ids[i] for i in index[~finite_rows(rows, result)].tolist()]
@@ -551,7 +553,8 @@ class HALOModule(LightningModule):
         means.add({name: (value, once) for name, value in losses.items()})
         figures = with_margin(means.compute())
         if not math.isfinite(figures["loss"]):
-            raise NonFiniteLossError(self._non_finite(f"the loss is {figures['loss']}", suspects))
+            diverged = not all(map(bool, sound))
+            raise NonFiniteLossError(self._non_finite(f"the loss is {figures['loss']}", suspects, diverged))
         shown = ("loss", "rewards/margins")
         self.log_dict({k: v for k, v in figures.items() if k not in shown}, batch_size=len(batch))
         self.log_dict({k: figures[k] for k in shown if k in figures}, prog_bar=True, batch_size=len(batch))
@@ -579,7 +582,7 @@ class HALOModule(LightningModule):
     def _implied_reward(self, rows: Rows) -> Tensor | None:
         return None if rows.reference_logps is None else LogRatio()(rows).detach()
 
-    def _non_finite(self, what: str, suspects: list[str]) -> str:
+    def _non_finite(self, what: str, suspects: list[str], diverged: bool = False) -> str:
         named = f"rows with a non-finite log-prob or value: {', '.join(suspects)}\n" if suspects else ""
         if not self.training:
             of = f"{self.trainer.ckpt_path or 'the policy'}" if not self.global_step else f"step {self.global_step}"
@@ -588,12 +591,29 @@ class HALOModule(LightningModule):
             f"{what} at optimizer step {self.global_step}, so the run stops before it takes that step.\n"
             + named
             + f"rows of the step: {', '.join(self._rows)}\n"
-            + self._last_good()
+            + self._last_good(diverged)
         )
 
-    def _last_good(self) -> str:
+    def _last_good(self, diverged: bool = False) -> str:
         own = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)]
-        return own[0].good() if own else "no checkpoints are kept"
+        return own[0].good(self.global_step if diverged else None) if own else "no checkpoints are kept"
+
+    def check_policy(self, batch: FlatBatch) -> None:
+        """Tells of a run's last step what the loss of the next one tells of each other step, by one row.
+
+        Raises:
+            NonFiniteLossError: where the policy has no finite log-probs for it.
+        """
+        assert self.policy is not None
+        with self._forked(), self.trainer.precision_plugin.train_step_context():
+            logps = completion_logps(self.policy, batch.select(torch.tensor([0], device=self.device)))
+        wrong = (~logps.detach().isfinite()).any().float()
+        if float(sum_over_ranks(wrong)):
+            raise NonFiniteLossError(
+                f"after the last optimizer step, {self.global_step}, the policy has no finite log-probs for"
+                f" {batch.row_ids[0]}: it has diverged. Lower the learning rate (model.optimizer.init_args.lr).\n"
+                + self._last_good(diverged=True)
+            )
 
     def configure_gradient_clipping(
         self,

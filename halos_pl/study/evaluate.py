@@ -68,7 +68,8 @@ def measuring(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """How and on what a run is measured: the arguments of :func:`evaluate`, and a digest of each file they name."""
     code = [str(arguments[key]).rpartition(":")[0] for key in CODE if arguments.get(key)]
     data = paths_of([arguments.get("prompts"), *(arguments.get("held_out") or [])])
-    return {"evaluate": dict(arguments), "files": {path: digest_of(path) for path in sorted({*data, *code})}}
+    arguments = {k: v for k, v in arguments.items() if k != "ckpt_path" or v is not None}  # older runs do not say
+    return {"evaluate": arguments, "files": {path: digest_of(path) for path in sorted({*data, *code})}}
 
 
 def measured_how(run: Path) -> dict[str, Any]:
@@ -107,10 +108,10 @@ class Evaluation(HALOModule):
         ]
 
 
-def _prepared(run: Path) -> Evaluation:
+def _prepared(run: Path, ckpt_path: str | None) -> Evaluation:
     """The evaluation of a run: the reference is what the policy was before, the policy has its trained weights."""
     of_run = module_of_run(run)
-    state = load_trained(run)
+    state = load_trained(run, ckpt_path)
     module = Evaluation(
         of_run.policy_spec,
         reward=LogRatio(),
@@ -282,6 +283,7 @@ def evaluate(
     temperature: float = 0.7,
     batch_size: int = 16,
     seed: int = 0,
+    ckpt_path: str | None = None,
 ) -> None:
     """Measure a run's policy on held-out data, example by example; the code of rule and judge is executed.
 
@@ -301,13 +303,14 @@ def evaluate(
         temperature: of the sampling.
         batch_size: rows or answers at a time.
         seed: of the sampling.
+        ckpt_path: another checkpoint than the last one: best (that of the run's ModelCheckpoint), or a file.
     """
     arguments = {name: value for name, value in locals().items() if name != "run"}
     folder = Path(run)
     check_arguments(**arguments)
     chosen = {name: function_of(place, name) for name, place in (("rule", rule), ("judge", judge)) if place}
     how = measuring(arguments) | {"by": provenance()}  # files as they are now, before they are read
-    module = _prepared(folder)
+    module = _prepared(folder, ckpt_path)
     values: dict[str, dict[str, float]] = {}
     if held_out:
         own = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")).get("data") or {}

@@ -6,6 +6,7 @@ saving), metatrain#507 and Lightning#578 (exporting the best checkpoint).
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import random
@@ -20,11 +21,14 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from run_halos import binary_data, fit, metrics
+from run_halos import binary_data, fit, metrics, pair_data
 
 import halos_pl.module
 from halos_pl.checkpoint import CheckpointError, CheckpointFiles, NonFiniteWeightsError, check_finite, read_checkpoint
 from halos_pl.cli import main
+from halos_pl.export import export
+from halos_pl.policy.loading import ModelSpec, load_model
+from halos_pl.study.evaluate import MEASURED, evaluate
 
 ONCE = ("--checkpoint.every_n_steps=1", "--model.warmup_ratio=0", "--model.lr_schedule=constant_with_warmup")
 
@@ -123,11 +127,28 @@ def test_a_diverged_step_is_not_saved(finished, tmp_path, capfd, monkeypatch, st
     assert not (tmp_path / "x" / "summary.json").exists()
 
 
-@pytest.mark.slow
-def test_a_learning_rate_that_breaks_the_only_step_is_an_error(finished, tmp_path, capfd):
-    words = [*finished[1], f"--run_dir={tmp_path}/x", "--trainer.max_steps=1", "--model.optimizer.init_args.lr=1e39"]
-    assert "none was written yet" in refused(capfd, words)
+@pytest.mark.parametrize("rate", ["1e12", *(pytest.param(r, marks=pytest.mark.slow) for r in ("1e20", "1e38", "1e39"))])
+def test_a_learning_rate_that_breaks_the_only_step_is_an_error(finished, tmp_path, capfd, rate):
+    """Also where the weights are finite, and what is computed with them is not."""
+    more = ("--trainer.max_steps=1", f"--model.optimizer.init_args.lr={rate}", "--checkpoint.every_n_steps=50")
+    assert "checkpoint: none" in refused(capfd, [*finished[1], f"--run_dir={tmp_path}/x", *more])
     assert not list((tmp_path / "x" / "checkpoints").iterdir())
+    assert not (tmp_path / "x" / "summary.json").exists()
+
+
+def test_finite_weights_that_give_no_finite_loss_are_not_called_good(finished, tmp_path, capfd, monkeypatch):
+    step = halos_pl.module.HALOModule.optimizer_step
+
+    def diverging(self: Any, *args: Any, **kwargs: Any) -> None:
+        step(self, *args, **kwargs)
+        if self.global_step == 1:
+            for weight in self.policy.parameters():
+                weight.data *= 1e12
+
+    monkeypatch.setattr(halos_pl.module.HALOModule, "optimizer_step", diverging)
+    said = refused(capfd, [*finished[1], f"--run_dir={tmp_path}/x"])
+    assert f"last good checkpoint: {tmp_path}/x/checkpoints/previous.ckpt (optimizer step 1)" in said
+    assert "last.ckpt" not in said
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -399,10 +420,17 @@ def test_the_best_checkpoint_is_verified_and_goes_on(finished, tmp_path, capfd):
     main(words)
     best = tmp_path / "x" / "checkpoints" / "best.ckpt"
     states = saved(tmp_path / "x")["callbacks"]
-    (kept,) = (state for name, state in states.items() if name.startswith("ModelCheckpoint"))
-    assert Path(kept["best_model_path"]) == best
+    (state,) = (state for name, state in states.items() if name.startswith("ModelCheckpoint"))
+    assert Path(state["best_model_path"]) == best
     before = metrics(tmp_path / "x")
     assert read_checkpoint(best)["global_step"] == 2
+    export(str(tmp_path / "x"), str(tmp_path / "out"), ckpt_path="best")
+    exported = load_model(ModelSpec(str(tmp_path / "out"))).state_dict()
+    kept = {k.removeprefix("policy."): v for k, v in read_checkpoint(best)["state_dict"].items()}
+    assert all(torch.equal(exported[name], v) for name, v in kept.items() if name in exported)
+    assert not torch.equal(kept["lm_head.weight"], saved(tmp_path / "x")["state_dict"]["policy.lm_head.weight"])
+    evaluate(str(tmp_path / "x"), held_out=[str(pair_data(tmp_path / "pairs.jsonl"))], ckpt_path="best")
+    assert json.loads((tmp_path / "x" / MEASURED).read_text())["evaluate"]["ckpt_path"] == "best"
     main([*words, f"--ckpt_path={best}"])
     assert metrics(tmp_path / "x") == before
     assert saved(tmp_path / "x")["global_step"] == 3
