@@ -378,6 +378,10 @@ class PredictionWriter(BasePredictionWriter):
         part.parent.mkdir(parents=True, exist_ok=True)
         part.write_text("")
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if trainer.predicting:  # part of the predictions is no use, and must not be taken for all of them
+            self._part(trainer, trainer.global_rank).unlink(missing_ok=True)
+
     def write_on_batch_end(
         self,
         trainer: Trainer,

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from halos_pl.ablate_command import ablate, report, status
 from halos_pl.build import PARTS, choices
@@ -108,13 +109,22 @@ class HalosCLI(LightningCLI):
 
     Everything a run writes is in ``run_dir``: the resolved config, checkpoints, metrics, a summary, plots.
     ``--ckpt_path last`` means that folder's last checkpoint, and is an error where there is none. A new fit
-    into a folder that holds a run already moves that run aside instead of writing into it.
+    into a folder that holds a run already moves that run aside instead of writing into it. Only one fit at a time
+    writes to a folder, also where several machines share it.
+
+    A fit that is told to stop by Ctrl-C, SIGTERM or another signal saves a checkpoint when its step is done, says how
+    to go on, and exits with 128 plus the signal's number; see :mod:`halos_pl.stopping`.
     """
 
     def __init__(self, args: Any = None, *, run: bool = True) -> None:
         self._words, self._runs = sys.argv[1:] if args is None else args, run
         names = ", ".join(f"halos {name}" for name in ("check", *TOOLS))
         further = f"Further commands, each with --help: {names}."
+        status = (
+            "Exit status: 0 when done, 1 for what went wrong, 2 for a faulty command line, 128 + n when signal n has"
+            " stopped it (130 after Ctrl-C, 143 after SIGTERM). A fit then saves a checkpoint first, from which"
+            " --ckpt_path last goes on; a second Ctrl-C stops at once."
+        )
         super().__init__(
             HALOModule,
             FeedbackDataModule,
@@ -127,7 +137,7 @@ class HalosCLI(LightningCLI):
                 "num_sanity_val_steps": 0,
             },
             seed_everything_default=0,
-            parser_kwargs={"description": f"Align language models with human-aware losses. {further}"},
+            parser_kwargs={"description": f"Align language models with human-aware losses. {further} {status}"},
             parser_class=HalosParser,
             auto_configure_optimizers=False,
             args=args,
@@ -191,7 +201,10 @@ class HalosCLI(LightningCLI):
             others = given if isinstance(given, list) else [given] if isinstance(given, Logger) else []
             own = [RunCSVLogger(config.run_dir)] if self.subcommand == "fit" else []
             kwargs["logger"] = [*own, *others] or False
-        trainer: Any = super().instantiate_trainer(**kwargs)
+        try:
+            trainer: Any = super().instantiate_trainer(**kwargs)
+        except MisconfigurationException as error:  # such as a GPU where there is none
+            raise RunError(f"trainer: {' '.join(str(error).split())}") from error
         # First, so that the time of a step is without what others do after it, such as writing a checkpoint.
         trainer.callbacks[:0] = [RunReport(), StopAtStep()]
         trainer.callbacks.append(PredictionWriter())
