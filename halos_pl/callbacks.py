@@ -114,6 +114,8 @@ def check_run_dir(run_dir: Path, goes_on: bool) -> None:
         OSError: where it is no folder, may not be written to, or another process writes to it.
     """
     folder = run_dir.resolve()
+    if run_dir.is_symlink() and not folder.exists():
+        raise FileNotFoundError(f"--run_dir {run_dir} is a link to {folder}, which does not exist; make that folder")
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"--run_dir {run_dir}: {there} is a file; name a folder")

@@ -204,7 +204,10 @@ class HalosCLI(LightningCLI):
         try:
             trainer: Any = super().instantiate_trainer(**kwargs)
         except MisconfigurationException as error:  # such as a GPU where there is none
-            raise RunError(f"trainer: {' '.join(str(error).split())}") from error
+            said = " ".join(str(error).split())
+            raise RunError(
+                f"trainer: {said} Check --trainer.accelerator and --trainer.devices; auto takes what this machine has"
+            ) from error
         # First, so that the time of a step is without what others do after it, such as writing a checkpoint.
         trainer.callbacks[:0] = [RunReport(), StopAtStep()]
         trainer.callbacks.append(PredictionWriter())
