@@ -110,6 +110,8 @@ def check_run_dir(run_dir: Path, goes_on: bool) -> None:
         OSError: where it is no folder, may not be written to, or another process writes to it.
     """
     folder = run_dir.resolve()
+    if run_dir.is_symlink() and not folder.exists():
+        raise FileNotFoundError(f"--run_dir {run_dir} is a link to {folder}, which does not exist; make that folder")
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"--run_dir {run_dir}: {there} is a file; name a folder")
@@ -374,6 +376,10 @@ class PredictionWriter(BasePredictionWriter):
         part = self._part(trainer, trainer.global_rank)
         part.parent.mkdir(parents=True, exist_ok=True)
         part.write_text("", encoding="utf-8")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if trainer.predicting:  # part of the predictions is no use, and must not be taken for all of them
+            self._part(trainer, trainer.global_rank).unlink(missing_ok=True)
 
     def write_on_batch_end(
         self,

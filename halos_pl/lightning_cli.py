@@ -143,7 +143,11 @@ class HalosCLI(LightningCLI):
 
     Everything a run writes is in ``run_dir``: the resolved config, checkpoints, metrics, a summary, plots.
     ``--ckpt_path last`` means that folder's last checkpoint, and is an error where there is none. A new fit
-    into a folder that holds a run already moves that run aside instead of writing into it.
+    into a folder that holds a run already moves that run aside instead of writing into it. Only one fit at a time
+    writes to a folder, also where several machines share it.
+
+    A fit that is told to stop by Ctrl-C, SIGTERM or another signal saves a checkpoint when its step is done, says how
+    to go on, and exits with 128 plus the signal's number; see :mod:`halos_pl.stopping`.
     """
 
     def __init__(self, args: Any = None, *, run: bool = True) -> None:
@@ -151,6 +155,11 @@ class HalosCLI(LightningCLI):
         check_files(self._words)
         names = ", ".join(f"halos {name}" for name in ("check", *TOOLS))
         further = f"Further commands, each with --help: {names}."
+        status = (
+            "Exit status: 0 when done, 1 for what went wrong, 2 for a faulty command line, 128 + n when signal n has"
+            " stopped it (130 after Ctrl-C, 143 after SIGTERM). A fit then saves a checkpoint first, from which"
+            " --ckpt_path last goes on; a second Ctrl-C stops at once."
+        )
         super().__init__(
             HALOModule,
             FeedbackDataModule,
@@ -163,7 +172,7 @@ class HalosCLI(LightningCLI):
                 "num_sanity_val_steps": 0,
             },
             seed_everything_default=0,
-            parser_kwargs={"description": f"Align language models with human-aware losses. {further}"},
+            parser_kwargs={"description": f"Align language models with human-aware losses. {further} {status}"},
             parser_class=HalosParser,
             auto_configure_optimizers=False,
             args=args,
@@ -226,7 +235,13 @@ class HalosCLI(LightningCLI):
             others = given if isinstance(given, list) else [given] if isinstance(given, Logger) else []
             own = [RunCSVLogger(config.run_dir)] if self.subcommand == "fit" else []
             kwargs["logger"] = [*own, *others] or False
-        trainer: Any = super().instantiate_trainer(**kwargs)
+        try:
+            trainer: Any = super().instantiate_trainer(**kwargs)
+        except MisconfigurationException as error:  # such as a GPU where there is none
+            said = " ".join(str(error).split())
+            raise RunError(
+                f"trainer: {said} Check --trainer.accelerator and --trainer.devices; auto takes what this machine has"
+            ) from error
         # First, so that the time of a step is without what others do after it, such as writing a checkpoint.
         # KeepSettings comes before what writes this run's config.yaml.
         trainer.callbacks[:0] = [RunReport(), StopAtStep(), KeepSettings(config.clone().as_dict(), CONFIG)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +113,7 @@ class StopAtStep(Callback):
                 child.send_signal(signal.SIGTERM)
         elif trainer.state.fn == "fit":
             self._say(trainer, self._save(trainer))
-        for child in children:
-            try:
-                child.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                child.kill()
+        stopping.wait_for(children)
 
     @staticmethod
     def _save(trainer: Trainer) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -41,6 +42,7 @@ class _State:
         self.when = 0.0
         self.interrupts = 0
         self.waits = False  # for a step to end, rather than stopping at once
+        self.children: list[subprocess.Popen[bytes]] = []
 
 
 _state = _State()
@@ -64,6 +66,11 @@ def agree(signum: int) -> None:
 def wait_for_step(waits: bool) -> None:
     """From now on, or no longer, a signal is left to whoever asks :func:`received` when a step has ended."""
     _state.waits = waits
+
+
+def wait_for(children: list[subprocess.Popen[bytes]]) -> None:
+    """Has this process end after those, which are stopping too; not before they may need it."""
+    _state.children += children
 
 
 def command_line(*more: str, without: tuple[str, ...] = ()) -> str:
@@ -165,6 +172,11 @@ def listening(words: list[str]) -> Iterator[None]:
         failed = error
     finally:
         told, at_once = _state.signum, not _state.waits
+        for child in _state.children:
+            try:
+                child.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                child.kill()
         _state = outer
         for signum, handler in before.items():
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
