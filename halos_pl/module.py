@@ -42,6 +42,7 @@ from halos_pl.metrics import (
 from halos_pl.objective import HALO, Context, Objective, Result
 from halos_pl.optim import LostUpdates, MasterWeights, Schedule, guard
 from halos_pl.outcomes import FlatBatch, Rows
+from halos_pl.policy.auxiliary import warn_of_ignored_losses
 from halos_pl.policy.loading import (
     ModelError,
     ModelSpec,
@@ -219,6 +220,8 @@ class HALOModule(LightningModule):
             self._frequencies = [(module, name, values.clone()) for module, name, values in frequencies(self.policy)]
             self._prepare(self.policy, "the policy")
             self.record.start = weights_sample(self.policy)
+            if self.trainer.state.fn == TrainerFn.FITTING:
+                warn_of_ignored_losses(self.policy)
         check_length(self.policy, getattr(getattr(self.trainer, "datamodule", None), "longest", 0))
         # Testing measures the KL divergence, so there even a loss that needs no reference gets one.
         wanted = self.objective.needs.reference or (
