@@ -31,8 +31,8 @@ from halos_pl.generate import sample_tokens
 from halos_pl.metrics import (
     Losses,
     Means,
+    Suspects,
     Weighted,
-    finite_rows,
     into_unit_interval,
     logp_figures,
     outcome_figures,
@@ -527,20 +527,20 @@ class HALOModule(LightningModule):
         optimizer.zero_grad()
         self._rows = _row_ids(batch)
         means, losses = Means(), Losses()
-        suspects: list[str] = []
+        suspects = Suspects()
         seen: list[tuple[Tensor, Tensor]] = []
         for index, rows, result in self._results(batch, gradient=True):
             losses.add(result)
             means.add(self._figures(rows, result))
             if result.outcomes is not None:
                 seen.append((result.outcomes.outcome, rows.desirable))
-            suspects += [batch.row_ids[i] for i in index[~finite_rows(rows, result)].tolist()]
+            suspects.add([batch.row_ids[i] for i in index.tolist()], rows, result)
         # Losses of the ranks sum to the step's, so one rank counts for all of them.
         once = torch.tensor(float(self.global_rank == 0), dtype=torch.float32, device=self.device)
         means.add({name: (value, once) for name, value in losses.items()})
         figures = with_margin(means.compute())
         if not math.isfinite(figures["loss"]):
-            raise NonFiniteLossError(self._non_finite(f"the loss is {figures['loss']}", suspects))
+            raise NonFiniteLossError(self._non_finite(f"the loss is {figures['loss']}", suspects.names))
         shown = ("loss", "rewards/margins")
         self.log_dict({k: v for k, v in figures.items() if k not in shown}, batch_size=len(batch))
         self.log_dict({k: figures[k] for k in shown if k in figures}, prog_bar=True, batch_size=len(batch))
@@ -623,18 +623,18 @@ class HALOModule(LightningModule):
             NonFiniteLossError: on every rank, after the last part, where a row of any rank has no finite figures.
         """
         self._rows = _row_ids(batch)
-        suspects: list[str] = []
+        suspects = Suspects()
         loss = torch.zeros((), dtype=torch.float32, device=self.device)
         for index, rows, result in self._results(batch, gradient=False):
-            suspects += [batch.row_ids[i] for i in index[~finite_rows(rows, result)].tolist()]
+            suspects.add([batch.row_ids[i] for i in index.tolist()], rows, result)
             loss = loss + result.loss.detach()
             yield index, rows, result
-        wrong = torch.tensor(float(bool(suspects)), device=loss.device) + (~loss.isfinite()).float()
+        wrong = torch.tensor(float(bool(suspects.names)), device=loss.device) + (~loss.isfinite()).float()
         if bool(sum_over_ranks(wrong) > 0):
             self._means = Means()
             self._auroc.reset()
             what = f"a held-out figure is not finite (loss {loss.item()})"
-            raise NonFiniteLossError(self._non_finite(what, suspects))
+            raise NonFiniteLossError(self._non_finite(what, suspects.names))
 
     def _evaluate(self, batch: FlatBatch) -> Iterator[tuple[Tensor, Rows, Result]]:
         losses = Losses()
