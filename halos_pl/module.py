@@ -771,6 +771,12 @@ class HALOModule(LightningModule):
         self._rng_states = checkpoint.get("rng_states")
         if self.trainer.state.fn == TrainerFn.FITTING:
             epoch, step = settle_progress(checkpoint["loops"]["fit_loop"])
+            most = self.trainer.max_epochs
+            if most is not None and 0 <= most < epoch:
+                raise ValueError(
+                    f"trainer.max_epochs is {most}, but {self.trainer.ckpt_path} has trained {epoch} epochs; raise it"
+                    " to go on"
+                )
             resume_at = getattr(self.trainer.datamodule, "resume_at", None)  # type: ignore[attr-defined]
             if resume_at is not None:
                 resume_at(epoch, step)
