@@ -80,15 +80,33 @@ def saturation(value_function: ValueFunction, perceived: Tensor) -> Tensor:
     return slope[:-1].abs() < 0.01 * slope[-1].abs()
 
 
-def finite_rows(rows: Rows, result: Result) -> Tensor:
-    """BoolTensor [n]: rows of which each log-prob, and each figure of the outcome, is a finite number."""
-    finite = rows.policy_logps.detach().isfinite().all(dim=1)
-    if rows.reference_logps is not None:
-        finite &= rows.reference_logps.isfinite().all(dim=1)
-    if (outcomes := result.outcomes) is not None:
-        for figure in (outcomes.reward, outcomes.reference_point, outcomes.outcome, outcomes.value):
-            finite &= figure.isfinite()
-    return finite
+class Suspects:
+    """The rows that a loss that is no number comes from."""
+
+    def __init__(self) -> None:
+        self._scored: list[str] = []
+        self._judged: list[str] = []
+
+    def add(self, names: list[str], rows: Rows, result: Result) -> None:
+        """Looks at a part of a step; ``names`` are those of its rows."""
+        scored = rows.policy_logps.detach().isfinite().all(dim=1)
+        if rows.reference_logps is not None:
+            scored &= rows.reference_logps.isfinite().all(dim=1)
+        judged = torch.ones_like(scored)
+        if (outcomes := result.outcomes) is not None:
+            for figure in (outcomes.reward, outcomes.reference_point, outcomes.outcome, outcomes.value):
+                judged &= figure.isfinite()
+        both = torch.stack([scored, judged]).tolist()
+        self._scored += [name for name, good in zip(names, both[0], strict=True) if not good]
+        self._judged += [name for name, good in zip(names, both[1], strict=True) if not good]
+
+    @property
+    def names(self) -> list[str]:
+        """Rows whose log-probs are not finite; without such, those whose outcome or value is not.
+
+        The former make the reference point, and with it the outcome of every row, no number.
+        """
+        return self._scored or self._judged
 
 
 def into_unit_interval(reward: Tensor) -> Tensor:

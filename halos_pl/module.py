@@ -33,8 +33,8 @@ from halos_pl.generate import sample_tokens
 from halos_pl.metrics import (
     Losses,
     Means,
+    Suspects,
     Weighted,
-    finite_rows,
     into_unit_interval,
     logp_figures,
     outcome_figures,
@@ -44,6 +44,7 @@ from halos_pl.metrics import (
 from halos_pl.objective import HALO, Context, Objective, Result
 from halos_pl.optim import LostUpdates, MasterWeights, Schedule, guard
 from halos_pl.outcomes import FlatBatch, Rows
+from halos_pl.policy.auxiliary import warn_of_ignored_losses
 from halos_pl.policy.limits import check_length, check_vocabulary
 from halos_pl.policy.loading import (
     ModelError,
@@ -221,6 +222,8 @@ class HALOModule(LightningModule):
             self._frequencies = [(module, name, values.clone()) for module, name, values in frequencies(self.policy)]
             self._prepare(self.policy, "the policy")
             self.record.start = weights_sample(self.policy)
+            if self.trainer.state.fn == TrainerFn.FITTING:
+                warn_of_ignored_losses(self.policy)
         self._check_fit(self.policy)
         # Testing measures the KL divergence, so there even a loss that needs no reference gets one.
         wanted = self.objective.needs.reference or (
@@ -538,8 +541,7 @@ class HALOModule(LightningModule):
         optimizer.zero_grad()
         self._rows = _row_ids(batch)
         means, losses = Means(), Losses()
-        suspects: list[str] = []
-        sound: list[Tensor] = []
+        suspects, sound = Suspects(), list[Tensor]()
         seen: list[tuple[Tensor, Tensor]] = []
         for index, rows, result in self._results(batch, gradient=True):
             losses.add(result)
@@ -547,14 +549,14 @@ class HALOModule(LightningModule):
             sound.append(rows.policy_logps.detach().isfinite().all())
             if result.outcomes is not None:
                 seen.append((result.outcomes.outcome, rows.desirable))
-            suspects += [batch.row_ids[i] for i in index[~finite_rows(rows, result)].tolist()]
+            suspects.add([batch.row_ids[i] for i in index.tolist()], rows, result)
         # Losses of the ranks sum to the step's, so one rank counts for all of them.
         once = torch.tensor(float(self.global_rank == 0), dtype=torch.float32, device=self.device)
         means.add({name: (value, once) for name, value in losses.items()})
         figures = with_margin(means.compute())
         if not math.isfinite(figures["loss"]):
             diverged = not all(map(bool, sound))
-            raise NonFiniteLossError(self._non_finite(f"the loss is {figures['loss']}", suspects, diverged))
+            raise NonFiniteLossError(self._non_finite(f"the loss is {figures['loss']}", suspects.names, diverged))
         shown = ("loss", "rewards/margins")
         self.log_dict({k: v for k, v in figures.items() if k not in shown}, batch_size=len(batch))
         self.log_dict({k: figures[k] for k in shown if k in figures}, prog_bar=True, batch_size=len(batch))
@@ -656,18 +658,18 @@ class HALOModule(LightningModule):
             NonFiniteLossError: on every rank, after the last part, where a row of any rank has no finite figures.
         """
         self._rows = _row_ids(batch)
-        suspects: list[str] = []
+        suspects = Suspects()
         loss = torch.zeros((), dtype=torch.float32, device=self.device)
         for index, rows, result in self._results(batch, gradient=False):
-            suspects += [batch.row_ids[i] for i in index[~finite_rows(rows, result)].tolist()]
+            suspects.add([batch.row_ids[i] for i in index.tolist()], rows, result)
             loss = loss + result.loss.detach()
             yield index, rows, result
-        wrong = torch.tensor(float(bool(suspects)), device=loss.device) + (~loss.isfinite()).float()
+        wrong = torch.tensor(float(bool(suspects.names)), device=loss.device) + (~loss.isfinite()).float()
         if bool(sum_over_ranks(wrong) > 0):
             self._means = Means()
             self._auroc.reset()
             what = f"a held-out figure is not finite (loss {loss.item()})"
-            raise NonFiniteLossError(self._non_finite(what, suspects))
+            raise NonFiniteLossError(self._non_finite(what, suspects.names))
 
     def _evaluate(self, batch: FlatBatch) -> Iterator[tuple[Tensor, Rows, Result]]:
         losses = Losses()
@@ -810,6 +812,12 @@ class HALOModule(LightningModule):
         self._rng_states = checkpoint.get("rng_states")
         if self.trainer.state.fn == TrainerFn.FITTING:
             epoch, step = settle_progress(checkpoint["loops"]["fit_loop"])
+            most = self.trainer.max_epochs
+            if most is not None and 0 <= most < epoch:
+                raise ValueError(
+                    f"trainer.max_epochs is {most}, but {self.trainer.ckpt_path} has trained {epoch} epochs; raise it"
+                    " to go on"
+                )
             resume_at = getattr(self.trainer.datamodule, "resume_at", None)  # type: ignore[attr-defined]
             if resume_at is not None:
                 resume_at(epoch, step)

@@ -162,8 +162,8 @@ class Record:
             self.history = list(saved.get("history", ()))
             here, there = environment(trainer), saved.get("environment", {})
             self._moved = [Change(k, there[k], v) for k, v in here.items() if k in there and there[k] != v]
-        elif told := [str(change) for change in found if change.key.startswith("model.")]:
-            rank_zero_info(f"halos: measured with other settings than it was trained with: {'; '.join(told)}")
+        elif told := refused(found, fitting=True):  # a way to measure it, but not the one that it was trained in
+            rank_zero_info(f"halos: measured with other settings than it was trained with: {_listed(told)}")
 
     def add(self, found: Sequence[Change]) -> None:
         """Notes further changes."""
