@@ -55,14 +55,14 @@ def refused(tmp_path: Path, row: dict[str, Any], **settings: Any) -> Fault:
     return found
 
 
-@pytest.mark.parametrize("column", ["system", "system_prompt", "System", "custom_system_prompt"])
 @pytest.mark.parametrize("schema", ROWS)
-def test_a_system_text_is_in_front_of_every_message_prompt(tmp_path: Path, schema: str, column: str) -> None:
+def test_a_system_text_is_in_front_of_every_message_prompt(tmp_path: Path, schema: str) -> None:
     plain = example(tmp_path, ROWS[schema], schema=schema)
-    found = example(tmp_path, {**ROWS[schema], column: "Be a pirate"}, schema=schema)
     assert plain.prompt == [USER]
-    assert found.prompt == [PIRATE, USER]
-    assert found.completions == plain.completions
+    for column in ("system", "system_prompt", "System", "custom_system_prompt"):
+        found = example(tmp_path, {**ROWS[schema], column: "Be a pirate"}, schema=schema)
+        assert found.prompt == [PIRATE, USER]
+        assert found.completions == plain.completions
 
 
 @pytest.mark.parametrize("schema", ROWS)
@@ -131,13 +131,14 @@ MEANT = {
 
 
 @pytest.mark.parametrize("column", MEANT)
-@pytest.mark.parametrize("row", [PAIR, TEXT, ONE], ids=["messages", "text", "unpaired"])
-def test_what_no_prompt_can_hold_is_refused_by_name(tmp_path: Path, row: dict[str, Any], column: str) -> None:
-    fault = refused(tmp_path, {**row, column: MEANT[column]})
-    assert fault.column == column
-    example(tmp_path, {**row, column: MEANT[column]}, ignore=[column])
-    for empty in (None, "", [], {}, "[]", [None], [""], {"a": None}, float("nan")):
-        example(tmp_path, {**row, column: empty})
+def test_what_no_prompt_can_hold_is_refused_by_name(tmp_path: Path, column: str) -> None:
+    for row in (PAIR, TEXT, ONE):
+        fault = refused(tmp_path, {**row, column: MEANT[column]})
+        assert fault.column == column
+        example(tmp_path, {**row, column: MEANT[column]}, ignore=[column])
+    empty = (None, "", [], {}, "[]", [None], [""], {"a": None}, float("nan"))
+    path = write_jsonl(tmp_path / "a.jsonl", [{**PAIR, column: value} for value in empty])
+    assert all(isinstance(item, Example) for item in read(Source(path)))
 
 
 KEYS = {
@@ -155,13 +156,14 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("schema", ROWS)
-def test_a_key_of_a_judged_message_is_refused_by_name(tmp_path: Path, schema: str, key: str) -> None:
-    text = json.dumps(ROWS[schema]).replace('"content": "Arr"', f'"content": "Arr", "{key}": {json.dumps(KEYS[key])}')
-    row = json.loads(text)
-    assert f"has {key}" in (reason := refused(tmp_path, row).reason) or f"has the {key}" in reason
-    assert example(tmp_path, row, ignore=[key]) == example(tmp_path, ROWS[schema])
+def test_a_key_of_a_judged_message_is_refused_by_name(tmp_path: Path, schema: str) -> None:
+    plain = example(tmp_path, ROWS[schema])
+    for key, value in KEYS.items():
+        text = json.dumps(ROWS[schema]).replace('"content": "Arr"', f'"content": "Arr", "{key}": {json.dumps(value)}')
+        row = json.loads(text)
+        assert f"has {key}" in (reason := refused(tmp_path, row).reason) or f"has the {key}" in reason
+        assert example(tmp_path, row, ignore=[key]) == plain
 
 
 def test_flags_that_say_what_is_done_anyway(tmp_path: Path) -> None:
@@ -259,7 +261,7 @@ def test_what_nothing_reads_is_listed(tmp_path: Path) -> None:
 
 
 def test_settings_that_would_be_ignored(tmp_path: Path) -> None:
-    fault = list(read(Source(write_jsonl(tmp_path / "a.jsonl", [PAIR]), columns={"sytem": "s"})))[0]
+    fault = next(iter(read(Source(write_jsonl(tmp_path / "a.jsonl", [PAIR]), columns={"sytem": "s"}))))
     assert isinstance(fault, Fault)
     assert "'sytem'" in fault.reason
     assert source_of({"path": "a", "ignore": ["images"]}, "data.train").ignore == ["images"]
