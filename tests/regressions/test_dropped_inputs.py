@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from conftest import byte_level_tokenizer, write_jsonl
 
-from halos_pl.data.example import Example, Fault, Skipped
+from halos_pl.data.example import DataError, Example, Fault, Skipped
 from halos_pl.data.inspect import inspect
 from halos_pl.data.read import read
 from halos_pl.data.source import Source, source_of
+from halos_pl.generate import read_prompts
 
 USER, BOT, OTHER = ({"role": r, "content": c} for r, c in (("user", "Who?"), ("assistant", "Arr"), ("assistant", "I")))
 PIRATE = {"role": "system", "content": "Be a pirate"}
@@ -90,7 +91,7 @@ def test_a_text_prompt_has_no_place_for_a_part_of_it(tmp_path: Path, column: str
     row = {**TEXT, column: [["Hi", "Hello"]] if column == "history" else "W"}  # "W" is in "Who?" by chance
     fault = refused(tmp_path, row)
     assert fault.column == column
-    assert f"ignore: [{column}]" in fault.reason
+    assert f'ignore: ["{column}"]' in fault.reason
     assert example(tmp_path, row, ignore=[column]).prompt == "Who?"
     whole = {**TEXT, "prompt": "Answer as pirates do. Who?", column: "Answer as pirates do."}
     assert example(tmp_path, whole).prompt == whole["prompt"]  # it is there already
@@ -279,3 +280,13 @@ def test_a_tree_has_no_context(tmp_path: Path) -> None:
     assert [type(item) for item in read(Source(path))] == [Skipped, Example]
     path = write_jsonl(tmp_path / "a.jsonl", [{**rows[0], "system": "Be a pirate"}, rows[1]])
     assert isinstance(next(iter(read(Source(path)))), Fault)
+
+
+def test_prompts_to_be_answered_keep_their_context(tmp_path: Path) -> None:
+    """``halos generate`` reads the same rows."""
+    row = {**PAIR, "system": "Be a pirate", "history": [["Hi", "Hello"]], "id": 3}
+    assert read_prompts(Path(write_jsonl(tmp_path / "a.jsonl", [row]))) == [[PIRATE, *EARLIER, USER]]
+    for wrong in ({"images": ["a.jpg"]}, {"prompt": "<image>Who?"}, {"prompt": "Who?", "system": "Be a pirate"}):
+        with pytest.raises(DataError, match=r"a\.jsonl:1: column") as found:
+            read_prompts(Path(write_jsonl(tmp_path / "a.jsonl", [row | {"system": "", "history": None} | wrong])))
+        assert "ignore" not in str(found.value)  # there is no such setting there
