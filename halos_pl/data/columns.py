@@ -30,7 +30,7 @@ _MEANT: dict[str, str] = {
 }
 # Parts of a prompt in one format or another. Beside a prompt that holds their text they say nothing new.
 _PARTS = frozenset(("instruction", "question", "query", "input", "context", "history", "context_messages"))
-_PARTS |= frozenset(("messages", "conversation", "conversations", "dialogue", "dialog", "turns"))
+_DIALOGUES = frozenset(("messages", "conversation", "conversations", "dialogue", "dialog", "turns"))
 _MESSAGE = frozenset(("role", "content", "from", "value"))
 _LOST = {
     **{name: reason for name, reason in _MEANT.items() if reason != _TEMPLATE},
@@ -48,7 +48,8 @@ _TELLING = 16  # characters; a shorter text may stand in a prompt by chance
 def known(name: str) -> bool:
     """Whether ``name`` is a column that some schema reads, so that ``Source.columns`` may give it."""
     read = {part for schema in SCHEMAS.values() for column in schema.columns for part in column.split("|")}
-    return name in read | _SYSTEM | _PARTS or any(re.fullmatch(schema.also, name) for schema in SCHEMAS.values())
+    read |= _SYSTEM | _PARTS | _DIALOGUES
+    return name in read or any(re.fullmatch(schema.also, name) for schema in SCHEMAS.values())
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,14 @@ def _kinds(schema: Schema, columns: frozenset[str]) -> _Kinds:
         elif plain in _SYSTEM:
             kinds["system"].append(name)
         else:
-            kinds["refused" if plain in _MEANT else "parts" if plain in _PARTS else "unused"].append(name)
+            kinds["refused" if plain in _MEANT else "parts" if plain in _PARTS | _DIALOGUES else "unused"].append(name)
     return _Kinds(**{kind: tuple(names) for kind, names in kinds.items()})
+
+
+def _parts(kinds: _Kinds, row: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a prompt beside it; a number of turns is none."""
+    counts = {name for name in kinds.parts if name.lower() in _DIALOGUES and isinstance(row[name], int | float)}
+    return {name: row[name] for name in kinds.parts if name not in counts and given(row[name])}
 
 
 def without(value: Any, ignored: Sequence[str], depth: int = 4) -> Any:
@@ -117,7 +124,7 @@ class Columns:
             self._note(name, row[name])
         self._check_values(row, kinds.read)
         if self.schema.prepare:  # what a row says is not known before all have been read
-            for name in (*kinds.system, *kinds.parts):
+            for name in (*kinds.system, *_parts(kinds, row)):
                 if given(row[name]):
                     raise BadRow(f"is no part of what '{self.schema.name}' reads", name, ignorable=name)
         if self.instruction and "input" in kinds.parts and given(row["input"]):
@@ -134,7 +141,7 @@ class Columns:
         """
         kinds = _kinds(self.schema, frozenset(row))
         system = {name: row[name] for name in kinds.system if given(row[name])}
-        parts = {name: row[name] for name in kinds.parts if given(row[name])}
+        parts = _parts(kinds, row)
         for item in items:
             yield item if isinstance(item, Skipped) or not (system or parts) else _with_context(item, system, parts)
 

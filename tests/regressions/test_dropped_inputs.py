@@ -232,6 +232,7 @@ def test_a_prompt_beside_answers_is_no_guess(tmp_path: Path) -> None:
     assert example(tmp_path, row).completions == ("The sky is blue", "The sky is green")
     lists = {"messages": [USER, BOT], "chosen": [USER, BOT], "rejected": [USER, OTHER]}  # a copy
     assert example(tmp_path, lists).prompt == [USER]
+    assert example(tmp_path, {**PAIR, "turns": 3}).prompt == [USER]
     turns = {"conversation": [{"input": "Who?", "output": "x"}], "chosen": "It is Ann", "rejected": "It is Bob"}
     assert refused(tmp_path, turns).column == "conversation"
 

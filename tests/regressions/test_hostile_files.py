@@ -267,10 +267,10 @@ def test_a_bomb_takes_no_memory(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz", "a.parquet"])
-def test_a_bomb_of_six_gigabytes(tmp_path: Path, name: str) -> None:
+def test_a_bomb_of_gigabytes(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     if name == "a.parquet":
-        table = pa.table({"prompt": ["a" * 1_900_000_000], "completion": ["c"], "label": [True]})
+        table = pa.table({"prompt": ["a" * 300_000_000], "completion": ["c"], "label": [True]})
         pq.write_table(table, path, compression="zstd")
     else:
         start = b'{"prompt": "' if name == "a.jsonl.gz" else b'prompt,completion,label\n"'
