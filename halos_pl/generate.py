@@ -16,9 +16,11 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from halos_pl.data.columns import prompt_in_context
 from halos_pl.data.example import DataError, Prompt
 from halos_pl.data.tokenize import encode_prompt
 from halos_pl.data.turns import stop_ids
+from halos_pl.data.values import BadRow
 from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.limits import check_prompts, positions, room, rows_of_vocabulary
 from halos_pl.policy.loading import ModelSpec, base_model, load_model, load_tokenizer
@@ -284,7 +286,8 @@ def read_prompt_lines(path: Path) -> list[tuple[int, Prompt]]:
             prompts.append((number, line))
             continue
         try:
-            prompt = json.loads(line)["prompt"]
+            row = json.loads(line)
+            prompt = row["prompt"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(f'{path}:{number}: not a JSON object with "prompt"') from error
         if not (isinstance(prompt, str) and prompt.strip()) and not (
@@ -295,7 +298,10 @@ def read_prompt_lines(path: Path) -> list[tuple[int, Prompt]]:
             )
         ):
             raise DataError(f"{path}:{number}: prompt is neither a text nor a list of messages with role and content")
-        prompts.append((number, prompt))
+        try:
+            prompts.append((number, prompt_in_context(row)))
+        except BadRow as bad:
+            raise DataError(f"{path}:{number}: column '{bad.column}'{bad.within} {bad.reason}") from bad
     if not prompts:
         raise DataError(f"{path}: the file holds no prompts")
     return prompts

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
 
-from halos_pl.data.example import Example, Skipped, short
+from halos_pl.data.example import Example, Prompt, Skipped, short
 from halos_pl.data.schemas import SCHEMAS, Schema
 from halos_pl.data.source import Source
-from halos_pl.data.values import ROLES, BadRow, Messages, checked_text, given, messages_of
+from halos_pl.data.values import ROLES, BadRow, Messages, checked_text, given, messages_of, prompt_of
 
 _SYSTEM = frozenset(("system", "system_prompt", "system_message", "custom_system_prompt"))
 _MEDIA = "holds pictures or sound, and the model reads text only"
@@ -30,7 +30,7 @@ _MEANT: dict[str, str] = {
 }
 # Parts of a prompt in one format or another. Beside a prompt that holds their text they say nothing new.
 _PARTS = frozenset(("instruction", "question", "query", "input", "context", "history", "context_messages"))
-_PARTS |= frozenset(("messages", "conversation", "conversations", "dialogue", "dialog", "turns"))
+_DIALOGUES = frozenset(("messages", "conversation", "conversations", "dialogue", "dialog", "turns"))
 _MESSAGE = frozenset(("role", "content", "from", "value"))
 _LOST = {
     **{name: reason for name, reason in _MEANT.items() if reason != _TEMPLATE},
@@ -44,15 +44,12 @@ _PLACEHOLDER = re.compile(
 _TELLING = 16  # characters; a shorter text may stand in a prompt by chance
 
 
-def _anyway(name: str) -> str:
-    return f"; to train without it, add 'ignore: [{name}]' to the source"
-
-
 @cache
 def known(name: str) -> bool:
     """Whether ``name`` is a column that some schema reads, so that ``Source.columns`` may give it."""
     read = {part for schema in SCHEMAS.values() for column in schema.columns for part in column.split("|")}
-    return name in read | _SYSTEM | _PARTS or any(re.fullmatch(schema.also, name) for schema in SCHEMAS.values())
+    read |= _SYSTEM | _PARTS | _DIALOGUES
+    return name in read or any(re.fullmatch(schema.also, name) for schema in SCHEMAS.values())
 
 
 @dataclass(frozen=True)
@@ -67,19 +64,24 @@ class _Kinds:
 
 
 @lru_cache(maxsize=1024)
-def _kinds(schema: str, columns: frozenset[str]) -> _Kinds:
+def _kinds(schema: Schema, columns: frozenset[str]) -> _Kinds:
     kinds: dict[str, list[str]] = {"read": [], "system": [], "parts": [], "refused": [], "unused": []}
-    needed = SCHEMAS[schema].columns
-    read = {next((name for name in column.split("|") if name in columns), column) for column in needed}
+    read = {next((name for name in column.split("|") if name in columns), column) for column in schema.columns}
     for name in sorted(columns):
         plain = name.lower().replace("-", "_")
-        if name in read or re.fullmatch(SCHEMAS[schema].also, name):
+        if name in read or re.fullmatch(schema.also, name):
             kinds["read"].append(name)
         elif plain in _SYSTEM:
             kinds["system"].append(name)
         else:
-            kinds["refused" if plain in _MEANT else "parts" if plain in _PARTS else "unused"].append(name)
+            kinds["refused" if plain in _MEANT else "parts" if plain in _PARTS | _DIALOGUES else "unused"].append(name)
     return _Kinds(**{kind: tuple(names) for kind, names in kinds.items()})
+
+
+def _parts(kinds: _Kinds, row: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a prompt beside it; a number of turns is none."""
+    counts = {name for name in kinds.parts if name.lower() in _DIALOGUES and isinstance(row[name], int | float)}
+    return {name: row[name] for name in kinds.parts if name not in counts and given(row[name])}
 
 
 def without(value: Any, ignored: Sequence[str], depth: int = 4) -> Any:
@@ -111,20 +113,20 @@ class Columns:
         Raises:
             BadRow: it has a column, a key of a message or a placeholder that carries meaning and that nothing reads.
         """
-        kinds = _kinds(self.schema.name, frozenset(row))
+        kinds = _kinds(self.schema, frozenset(row))
         for name in kinds.refused:
             value = row[name]
             # A tool or a picture is no single word, so that a column of another meaning may have that name.
             if given(value) and not (_MEANT[name.lower().replace("-", "_")] is _TEMPLATE and _is_word(value)):
-                raise BadRow(_MEANT[name.lower().replace("-", "_")] + _anyway(name), name)
+                raise BadRow(_MEANT[name.lower().replace("-", "_")], name, ignorable=name)
             self._note(name, value)
         for name in kinds.unused:
             self._note(name, row[name])
         self._check_values(row, kinds.read)
         if self.schema.prepare:  # what a row says is not known before all have been read
-            for name in (*kinds.system, *kinds.parts):
+            for name in (*kinds.system, *_parts(kinds, row)):
                 if given(row[name]):
-                    raise BadRow(f"is no part of what '{self.schema.name}' reads" + _anyway(name), name)
+                    raise BadRow(f"is no part of what '{self.schema.name}' reads", name, ignorable=name)
         if self.instruction and "input" in kinds.parts and given(row["input"]):
             parts = row[self.instruction], row["input"]
             if all(isinstance(part, str) for part in parts):
@@ -137,9 +139,9 @@ class Columns:
         Raises:
             BadRow: a text prompt has no place for them, or a part of the prompt is missing from it.
         """
-        kinds = _kinds(self.schema.name, frozenset(row))
+        kinds = _kinds(self.schema, frozenset(row))
         system = {name: row[name] for name in kinds.system if given(row[name])}
-        parts = {name: row[name] for name in kinds.parts if given(row[name])}
+        parts = _parts(kinds, row)
         for item in items:
             yield item if isinstance(item, Skipped) or not (system or parts) else _with_context(item, system, parts)
 
@@ -176,14 +178,15 @@ class Columns:
             for key in message.keys() - _MESSAGE:
                 value = message[key]
                 if key in _LOST and given(value):
-                    raise BadRow(f"has {key}, which {_LOST[key].removeprefix('is ')}" + _anyway(key), column, within)
+                    raise BadRow(f"has {key}, which {_LOST[key].removeprefix('is ')}", column, within, key)
                 if key not in _FLAGS:
                     self._note(f"{column}: {key}", value)
                 elif value not in (None, 1) and _speaks(message) == "assistant" and (judged or value != 0):
                     raise BadRow(
-                        f"has the {key} {short(value)}, but a judged answer carries the whole loss" + _anyway(key),
+                        f"has the {key} {short(value)}, but a judged answer carries the whole loss",
                         column,
                         within,
+                        key,
                     )
         else:  # an answer among several
             texts = ("response",)
@@ -201,11 +204,22 @@ class Columns:
             is_markup = found[0] == f"<{what}>" and f"</{what}>" in text[found.end() :]
             if not is_markup and found[0] not in self.source.ignore:
                 raise BadRow(
-                    f"holds {found[0]}, which stands for a picture or sound, and the model reads text only; if it is"
-                    f" text, add 'ignore: [\"{found[0]}\"]' to the source",
+                    f"holds {found[0]}, which stands for a picture or sound, and the model reads text only",
                     column,
                     within,
+                    found[0],
                 )
+
+
+def prompt_in_context(row: dict[str, Any]) -> Prompt:
+    """The ``prompt`` of a row that is to be answered, with what stands beside it.
+
+    Raises:
+        BadRow: it is no prompt, or something beside it carries meaning and has no place in it.
+    """
+    columns = Columns(Source("prompts"), Schema("prompts", ("prompt",)), {})
+    asked = Example(prompt_of(row), (), (), "")
+    return next(item.prompt for item in columns.in_context([asked], columns.checked(row)) if isinstance(item, Example))
 
 
 def _is_word(value: Any) -> bool:
@@ -232,13 +246,14 @@ def _with_context(example: Example, system: dict[str, Any], parts: dict[str, Any
             if not _holds(held, text):
                 raise BadRow(
                     "is a system message, but the prompt is plain text; give the prompt as messages, or write it into"
-                    " the prompt" + _anyway(name),
+                    " the prompt",
                     name,
+                    ignorable=name,
                 )
         elif messages[0]["role"] != "system":
             messages = [{"role": "system", "content": checked_text(text, name)}, *messages]
         elif messages[0]["content"].strip() != text.strip():
-            raise BadRow("is given, and the prompt has another system message; keep one of them" + _anyway(name), name)
+            raise BadRow("is given, and the prompt has another system message; keep one", name, ignorable=name)
     for name, value in parts.items():
         if name.lower() == "history" and messages is not None and isinstance(value, list):
             earlier = _turns(value, name)
@@ -251,8 +266,9 @@ def _with_context(example: Example, system: dict[str, Any], parts: dict[str, Any
         if not all(_holds(held, leaf) for leaf in (leaves[:-1] if len(leaves) > 1 else leaves)):
             raise BadRow(
                 "is a part of the prompt in some formats, and the prompt lacks it; write it into the prompt, or map it"
-                f" (columns: {{prompt: {name}}})" + _anyway(name),
+                f" (columns: {{prompt: {name}}})",
                 name,
+                ignorable=name,
             )
     return example if messages is None else replace(example, prompt=messages)
 

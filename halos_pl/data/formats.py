@@ -271,7 +271,9 @@ def rows(source: Source) -> Iterator[Row]:
         empty = False
         place = f"{source.path}:{line}" if line else source.path
         if isinstance(row, Broken):
-            yield line, Fault(place, str(row), row.column, row.ends)
+            # What a library says of a damaged file may hold parts of it.
+            reason = "".join(c if c.isprintable() else "?" for c in " ".join(str(row).split()))
+            yield line, Fault(place, reason, row.column, row.ends)
             if row.ends:
                 return
         elif isinstance(row, dict):

@@ -26,18 +26,24 @@ class BadRow(Exception):
         reason: what is wrong and what to do; continues "column 'x'" where there is a column.
         column: by the name that the schema has for it.
         within: which part of the column, such as ``, message 2``.
+        ignorable: what a source may list in ``ignore`` to have the row all the same.
     """
 
-    def __init__(self, reason: str, column: str | None = None, within: str = "") -> None:
+    def __init__(
+        self, reason: str, column: str | None = None, within: str = "", ignorable: str | None = None
+    ) -> None:
         super().__init__(reason)
-        self.reason, self.column, self.within = reason, column, within
+        self.reason, self.column, self.within, self.ignorable = reason, column, within, ignorable
 
     def fault(self, place: str, renamed: Mapping[str, str]) -> Fault:
         """It as a fault of the row at ``place``, with the column by its name in the file."""
         if self.column is None:
             return Fault(place, self.reason)
         name = renamed.get(self.column, self.column)
-        return Fault(place, f"column '{name}'{self.within} {self.reason}", name)
+        # Not the name that the schema has for it: columns are ignored by their names in the file.
+        ignorable = name if self.ignorable == self.column else self.ignorable
+        anyway = f"; to train without it, add 'ignore: [\"{ignorable}\"]' to the source" if ignorable else ""
+        return Fault(place, f"column '{name}'{self.within} {self.reason}{anyway}", name)
 
 
 def checked_text(value: str, column: str, within: str = "") -> str:

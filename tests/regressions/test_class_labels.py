@@ -81,7 +81,9 @@ def test_integers_without_names_and_without_a_class(tmp_path: Path) -> None:
     assert labels(written(tmp_path, "folder", columns, {"label": ["bad", "good"]})) == [Fault, True]
 
 
-@pytest.mark.parametrize(("names", "first"), [(["a", "b"], True), (["output_B", "output_A"], False), (["x", "y"], None)])
+@pytest.mark.parametrize(
+    ("names", "first"), [(["a", "b"], True), (["output_B", "output_A"], False), (["x", "y"], None)]
+)
 def test_which_answer_is_preferred(tmp_path: Path, names: list[str], first: bool | None) -> None:
     columns = {"prompt": ["p"], "output_A": ["one"], "output_B": ["two"], "label": [0]}
     [found] = read(Source(written(tmp_path, "parquet", columns, {"label": names})))

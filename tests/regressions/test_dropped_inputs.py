@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from conftest import byte_level_tokenizer, write_jsonl
 
-from halos_pl.data.example import Example, Fault, Skipped
+from halos_pl.data.example import DataError, Example, Fault, Skipped
 from halos_pl.data.inspect import inspect
 from halos_pl.data.read import read
 from halos_pl.data.source import Source, source_of
+from halos_pl.generate import read_prompts
 
 USER, BOT, OTHER = ({"role": r, "content": c} for r, c in (("user", "Who?"), ("assistant", "Arr"), ("assistant", "I")))
 PIRATE = {"role": "system", "content": "Be a pirate"}
@@ -55,14 +56,14 @@ def refused(tmp_path: Path, row: dict[str, Any], **settings: Any) -> Fault:
     return found
 
 
-@pytest.mark.parametrize("column", ["system", "system_prompt", "System", "custom_system_prompt"])
 @pytest.mark.parametrize("schema", ROWS)
-def test_a_system_text_is_in_front_of_every_message_prompt(tmp_path: Path, schema: str, column: str) -> None:
+def test_a_system_text_is_in_front_of_every_message_prompt(tmp_path: Path, schema: str) -> None:
     plain = example(tmp_path, ROWS[schema], schema=schema)
-    found = example(tmp_path, {**ROWS[schema], column: "Be a pirate"}, schema=schema)
     assert plain.prompt == [USER]
-    assert found.prompt == [PIRATE, USER]
-    assert found.completions == plain.completions
+    for column in ("system", "system_prompt", "System", "custom_system_prompt"):
+        found = example(tmp_path, {**ROWS[schema], column: "Be a pirate"}, schema=schema)
+        assert found.prompt == [PIRATE, USER]
+        assert found.completions == plain.completions
 
 
 @pytest.mark.parametrize("schema", ROWS)
@@ -90,7 +91,7 @@ def test_a_text_prompt_has_no_place_for_a_part_of_it(tmp_path: Path, column: str
     row = {**TEXT, column: [["Hi", "Hello"]] if column == "history" else "W"}  # "W" is in "Who?" by chance
     fault = refused(tmp_path, row)
     assert fault.column == column
-    assert f"ignore: [{column}]" in fault.reason
+    assert f'ignore: ["{column}"]' in fault.reason
     assert example(tmp_path, row, ignore=[column]).prompt == "Who?"
     whole = {**TEXT, "prompt": "Answer as pirates do. Who?", column: "Answer as pirates do."}
     assert example(tmp_path, whole).prompt == whole["prompt"]  # it is there already
@@ -131,13 +132,14 @@ MEANT = {
 
 
 @pytest.mark.parametrize("column", MEANT)
-@pytest.mark.parametrize("row", [PAIR, TEXT, ONE], ids=["messages", "text", "unpaired"])
-def test_what_no_prompt_can_hold_is_refused_by_name(tmp_path: Path, row: dict[str, Any], column: str) -> None:
-    fault = refused(tmp_path, {**row, column: MEANT[column]})
-    assert fault.column == column
-    example(tmp_path, {**row, column: MEANT[column]}, ignore=[column])
-    for empty in (None, "", [], {}, "[]", [None], [""], {"a": None}, float("nan")):
-        example(tmp_path, {**row, column: empty})
+def test_what_no_prompt_can_hold_is_refused_by_name(tmp_path: Path, column: str) -> None:
+    for row in (PAIR, TEXT, ONE):
+        fault = refused(tmp_path, {**row, column: MEANT[column]})
+        assert fault.column == column
+        example(tmp_path, {**row, column: MEANT[column]}, ignore=[column])
+    empty = (None, "", [], {}, "[]", [None], [""], {"a": None}, float("nan"))
+    path = write_jsonl(tmp_path / "a.jsonl", [{**PAIR, column: value} for value in empty])
+    assert all(isinstance(item, Example) for item in read(Source(path)))
 
 
 KEYS = {
@@ -155,13 +157,14 @@ KEYS = {
 }
 
 
-@pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("schema", ROWS)
-def test_a_key_of_a_judged_message_is_refused_by_name(tmp_path: Path, schema: str, key: str) -> None:
-    text = json.dumps(ROWS[schema]).replace('"content": "Arr"', f'"content": "Arr", "{key}": {json.dumps(KEYS[key])}')
-    row = json.loads(text)
-    assert f"has {key}" in (reason := refused(tmp_path, row).reason) or f"has the {key}" in reason
-    assert example(tmp_path, row, ignore=[key]) == example(tmp_path, ROWS[schema])
+def test_a_key_of_a_judged_message_is_refused_by_name(tmp_path: Path, schema: str) -> None:
+    plain = example(tmp_path, ROWS[schema])
+    for key, value in KEYS.items():
+        text = json.dumps(ROWS[schema]).replace('"content": "Arr"', f'"content": "Arr", "{key}": {json.dumps(value)}')
+        row = json.loads(text)
+        assert f"has {key}" in (reason := refused(tmp_path, row).reason) or f"has the {key}" in reason
+        assert example(tmp_path, row, ignore=[key]) == plain
 
 
 def test_flags_that_say_what_is_done_anyway(tmp_path: Path) -> None:
@@ -229,6 +232,7 @@ def test_a_prompt_beside_answers_is_no_guess(tmp_path: Path) -> None:
     assert example(tmp_path, row).completions == ("The sky is blue", "The sky is green")
     lists = {"messages": [USER, BOT], "chosen": [USER, BOT], "rejected": [USER, OTHER]}  # a copy
     assert example(tmp_path, lists).prompt == [USER]
+    assert example(tmp_path, {**PAIR, "turns": 3}).prompt == [USER]
     turns = {"conversation": [{"input": "Who?", "output": "x"}], "chosen": "It is Ann", "rejected": "It is Bob"}
     assert refused(tmp_path, turns).column == "conversation"
 
@@ -259,7 +263,7 @@ def test_what_nothing_reads_is_listed(tmp_path: Path) -> None:
 
 
 def test_settings_that_would_be_ignored(tmp_path: Path) -> None:
-    fault = list(read(Source(write_jsonl(tmp_path / "a.jsonl", [PAIR]), columns={"sytem": "s"})))[0]
+    fault = next(iter(read(Source(write_jsonl(tmp_path / "a.jsonl", [PAIR]), columns={"sytem": "s"}))))
     assert isinstance(fault, Fault)
     assert "'sytem'" in fault.reason
     assert source_of({"path": "a", "ignore": ["images"]}, "data.train").ignore == ["images"]
@@ -277,3 +281,13 @@ def test_a_tree_has_no_context(tmp_path: Path) -> None:
     assert [type(item) for item in read(Source(path))] == [Skipped, Example]
     path = write_jsonl(tmp_path / "a.jsonl", [{**rows[0], "system": "Be a pirate"}, rows[1]])
     assert isinstance(next(iter(read(Source(path)))), Fault)
+
+
+def test_prompts_to_be_answered_keep_their_context(tmp_path: Path) -> None:
+    """``halos generate`` reads the same rows."""
+    row = {**PAIR, "system": "Be a pirate", "history": [["Hi", "Hello"]], "id": 3}
+    assert read_prompts(Path(write_jsonl(tmp_path / "a.jsonl", [row]))) == [[PIRATE, *EARLIER, USER]]
+    for wrong in ({"images": ["a.jpg"]}, {"prompt": "<image>Who?"}, {"prompt": "Who?", "system": "Be a pirate"}):
+        with pytest.raises(DataError, match=r"a\.jsonl:1: column") as found:
+            read_prompts(Path(write_jsonl(tmp_path / "a.jsonl", [row | {"system": "", "history": None} | wrong])))
+        assert "ignore" not in str(found.value)  # there is no such setting there

