@@ -93,7 +93,7 @@ class HalosParser(LightningArgumentParser):
         for name, base in PLUGINS.items():
             # Not for a fault of an argument of a class that there is.
             named = re.search(rf"{re.escape(name)}\b", whole)
-            if named and re.search(r"import path|import of|no module", whole, re.IGNORECASE):
+            if named and re.search(r"import path|import of|no module|no attribute", whole, re.IGNORECASE):
                 message += f"{hidden(whole)}\n\n{choices(name, base)}"
                 break
         if unknown := re.search(UNKNOWN_OPTION, message):
