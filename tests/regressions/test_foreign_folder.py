@@ -1,7 +1,7 @@
 """A folder of another's is data: nothing in it is executed because a command is started there, unless it is named.
 
-Git's own notes on folders of others: CVE-2022-24765 (safe.directory), safe.bareRepository. Found here: ``git status`` in
-the working folder ran its core.fsmonitor, and a peft.py in it ran at ``halos cache info``.
+Git's own notes on folders of others: CVE-2022-24765 (safe.directory), safe.bareRepository. Found here: ``git status``
+in the working folder ran its core.fsmonitor, and a peft.py in it ran at ``halos cache info``.
 """
 
 from __future__ import annotations
