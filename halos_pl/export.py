@@ -70,7 +70,7 @@ def put_weights(module: HALOModule, state: dict[str, Any], run: Path) -> None:
 
 
 def export(run: str, folder: str, *, adapter: bool = False, overwrite: bool = False) -> None:
-    """Write a run's policy as a Hugging Face folder.
+    """Write a run's policy as a Hugging Face folder. The code that the run's config.yaml names is executed.
 
     Args:
         run: the run's folder.

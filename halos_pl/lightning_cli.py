@@ -128,7 +128,8 @@ class HalosCLI(LightningCLI):
         self._words, self._runs = sys.argv[1:] if args is None else args, run
         check_files(self._words)
         names = ", ".join(f"halos {name}" for name in ("check", *TOOLS))
-        further = f"Further commands, each with --help: {names}."
+        further = f"Further commands, each with --help: {names}. A config is code where it names classes: those of"
+        further += " other packages and files are imported, and trust_remote_code executes a model's."
         super().__init__(
             HALOModule,
             FeedbackDataModule,

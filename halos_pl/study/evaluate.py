@@ -281,8 +281,9 @@ def evaluate(
     batch_size: int = 16,
     seed: int = 0,
 ) -> None:
-    """Measure a run's policy on held-out data, example by example; the code of rule and judge is executed.
+    """Measure a run's policy on held-out data; the code of rule, judge and the run's config.yaml is executed.
 
+    Measured example by example, so that runs can be compared pair by pair.
     A run with control tokens is measured without them.
 
     Args:

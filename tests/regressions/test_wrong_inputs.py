@@ -38,7 +38,7 @@ FILES: dict[str, tuple[str | bytes, str]] = {
     "Latin-1": ("a: é\n".encode("latin-1"), "UTF-8"),
     "itself": ("a: &a [*a]\n", ".yaml:1"),
     "a billion": (ALIASES, "aliases"),
-    "nested": ("a: " + "[" * 5000, "nested"),
+    "nested": ("a: " + "[" * 600, "nested"),
     "octal": ("data:\n  batch_size: 010\n", ".yaml:2"),
     "sexagesimal": ("trainer:\n  max_time: 1:30:00\n", ".yaml:2"),
     "code": ("a: !!python/object/apply:os.system [x]\n", ".yaml:1"),
@@ -160,7 +160,8 @@ def test_a_value_of_the_wrong_kind_is_named(
 def test_a_wall_comes_down_to_its_cause() -> None:
     """Of the types that a value may have, the one that has something to say."""
     wall = (
-        "Parser key \"a.b\":\n  Does not validate against any of the Union subtypes\n  Subtypes: [X, <class 'NoneType'>]\n"
+        "Parser key \"a.b\":\n  Does not validate against any of the Union subtypes\n"
+        "  Subtypes: [X, <class 'NoneType'>]\n"
         "  Errors:\n    - {}\n    - Expected a <class 'NoneType'>\n  Given value type: <class 'int'>\n  Given value: 7"
     )
     assert cause(wall.format("Logistic: beta is -1")) == "a.b: Logistic: beta is -1"
