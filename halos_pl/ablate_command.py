@@ -108,7 +108,7 @@ def status(folder: str) -> None:
 
 
 def report(folder: str) -> None:
-    """Write the report of a study, finished or not, anew.
+    """Write the report of a study, finished or not, anew. The code that its runs' configs name is executed.
 
     Args:
         folder: the study's folder.

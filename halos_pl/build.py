@@ -20,6 +20,10 @@ from halos_pl.rewards import Reward
 from halos_pl.yaml_files import read_yaml
 from value_functions import ValueFunction
 
+# An installed package has no experiments/ beside it.
+_CHECKOUT = (Path(__file__).resolve().parents[1] / "experiments").is_dir()
+_PLACE = "" if _CHECKOUT else " (of a checkout of halos_pl; what pip installs holds none)"
+
 PARTS: dict[str, type] = {
     "value_function": ValueFunction,
     "reference_point": ReferencePoint,
@@ -97,11 +101,11 @@ def build_objective(
     elif len(missing) < len(parts):
         raise ValueError(
             f"the objective lacks {', '.join(missing)}: a HALO is a reward, a reference_point, a value_function, a"
-            " feedback and a reading of undesirable rows (same or reflect); see experiments/objectives/"
+            f" feedback and a reading of undesirable rows (same or reflect); see experiments/objectives/{_PLACE}"
         )
     if not terms:
         raise ValueError(
-            "no objective: choose one with --config experiments/objectives/NAME.yaml, or set model.reward,"
+            f"no objective: choose one with --config experiments/objectives/NAME.yaml{_PLACE}, or set model.reward,"
             " model.reference_point, model.value_function, model.feedback and model.undesirable"
         )
     return terms[0] if len(terms) == 1 else Sum(terms)

@@ -109,7 +109,7 @@ def export(
     overwrite: bool = False,
     ckpt_path: str | None = None,
 ) -> None:
-    """Write a run's policy as a Hugging Face folder.
+    """Write a run's policy as a Hugging Face folder. The code that the run's config.yaml names is executed.
 
     Args:
         run: the run's folder.

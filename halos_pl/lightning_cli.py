@@ -115,7 +115,7 @@ class HalosParser(LightningArgumentParser):
         for name, base in PLUGINS.items():
             # Not for a fault of an argument of a class that there is.
             named = re.search(rf"{re.escape(name)}\b", whole)
-            if named and re.search(r"import path|import of|no module", whole, re.IGNORECASE):
+            if named and re.search(r"import path|import of|no module|no attribute", whole, re.IGNORECASE):
                 message += f"{hidden(whole)}\n\n{choices(name, base)}"
                 break
         if unknown := re.search(UNKNOWN_OPTION, message):
@@ -154,7 +154,8 @@ class HalosCLI(LightningCLI):
         self._words, self._runs = sys.argv[1:] if args is None else args, run
         check_files(self._words)
         names = ", ".join(f"halos {name}" for name in ("check", *TOOLS))
-        further = f"Further commands, each with --help: {names}."
+        further = f"Further commands, each with --help: {names}. A config is code where it names classes: those of"
+        further += " other packages and files are imported, and trust_remote_code executes a model's."
         status = (
             "Exit status: 0 when done, 1 for what went wrong, 2 for a faulty command line, 128 + n when signal n has"
             " stopped it (130 after Ctrl-C, 143 after SIGTERM). A fit then saves a checkpoint first, from which"

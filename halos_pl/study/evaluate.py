@@ -285,9 +285,10 @@ def evaluate(
     seed: int = 0,
     ckpt_path: str | None = None,
 ) -> None:
-    """Measure a run's policy on held-out data, example by example; the code of rule and judge is executed.
+    """Measure a run's policy on held-out data; the code of rule, judge and the run's config.yaml is executed.
 
-    A run with control tokens is measured without them. Special tokens in held-out text are treated as in its training.
+    Measured example by example, so that runs can be compared pair by pair. A run with control tokens is measured
+    without them. Special tokens in held-out text are treated as in its training.
 
     Args:
         run: the run's folder, where evaluation.json, held_out.jsonl and answers.jsonl are written.

@@ -308,8 +308,8 @@ def content(results: Results) -> dict[str, Any]:
 
 
 # What Markdown would read as more than text, and only there: "beta * margin" and "[0.1, 0.2]" are none of it.
-_MARKUP = re.compile(r"[\\`|$]|[*~](?=\S)|(?<=\S)[*~]|(?<!\w)_|_(?!\w)|\](?=[(\[:])|^[#+=-]|#$")
-_NUMBERED = re.compile(r"^(\d+)([.)])")
+_MARKUP = re.compile(r"[\\`|$]|[*~](?=\S)|(?<=\S)[*~]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])|^[#+=-]|#$")
+_NUMBERED = re.compile(r"^(\d+)([.)])(?=\s|$)")
 _HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "&#64;"}
 # Renderers make links of them without any brackets.
 _LINK = re.compile(r"(?<=\w):(?=//)|(?<=www)\.", re.IGNORECASE)

@@ -1,0 +1,164 @@
+"""A folder of another's is data: nothing in it is executed because a command is started there, unless it is named.
+
+Git's own notes on folders of others: CVE-2022-24765 (safe.directory), safe.bareRepository. Found here: ``git status``
+in the working folder ran its core.fsmonitor, and a peft.py in it ran at ``halos cache info``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_halos import ROOT, run_all
+
+from halos_pl.provenance import provenance
+
+
+def _git(*words: str, cwd: Path) -> str:
+    env = {**os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+    names = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "protocol.file.allow=always")
+    done = subprocess.run(["git", *names, *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=20)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout with one commit, and a program that leaves a mark."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    program = tmp_path / "program.sh"
+    program.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/mark\n", encoding="utf-8")
+    program.chmod(0o755)
+    _git("init", "-q", cwd=folder)
+    (folder / ".gitattributes").write_text("*.txt filter=evil\n", encoding="utf-8")
+    (folder / "notes.txt").write_text("x\n", encoding="utf-8")
+    (folder / "mine.py").write_text("x = 1\n", encoding="utf-8")
+    _git("add", ".", cwd=folder)
+    _git("commit", "-qm", "one", cwd=folder)
+    return folder
+
+
+def _plant(kind: str, folder: Path) -> None:
+    program = folder.parent / "program.sh"
+    settings = {
+        "fsmonitor": {"core.fsmonitor": f"{program} fsmonitor"},
+        "clean": {"filter.evil.clean": f"{program} clean", "filter.evil.required": "true"},
+        "process": {"filter.evil.process": f"{program} process", "filter.evil.required": "true"},
+        "hooks": {"core.hooksPath": str(folder.parent / "hooks")},
+        "promisor": {
+            "core.repositoryFormatVersion": "1",
+            "extensions.partialClone": "origin",
+            "remote.origin.promisor": "true",
+            "remote.origin.url": str(folder.parent / "nowhere"),
+            "remote.origin.uploadpack": f"{program} upload-pack",
+        },
+        "include": {"include.path": "../planted"},
+        "pager": {"core.pager": f"{program} pager", "diff.external": f"{program} diff", "pager.status": "true"},
+        "submodule": {"status.submoduleSummary": "true"},
+    }[kind]
+    if kind == "hooks":
+        (folder.parent / "hooks").mkdir()
+        for hooks in (folder.parent / "hooks", folder / ".git" / "hooks"):
+            shutil.copy(program, hooks / "post-index-change")
+    if kind == "include":
+        text = f'[core]\n\tfsmonitor = {program} included\n[filter "evil"]\n\tclean = {program} included\n'
+        (folder / "planted").write_text(text, encoding="utf-8")
+    if kind == "submodule":
+        _git("clone", "-q", str(folder), str(folder.parent / "other"), cwd=folder)
+        _git("submodule", "add", "-q", str(folder.parent / "other"), "sub", cwd=folder)
+        _git("commit", "-qam", "two", cwd=folder)
+        _git("config", "core.fsmonitor", f"{program} submodule", cwd=folder / "sub")
+    for key, value in settings.items():
+        _git("config", key, value, cwd=folder)
+    if kind == "promisor":
+        tree = _git("rev-parse", "HEAD^{tree}", cwd=folder)
+        (folder / ".git" / "objects" / tree[:2] / tree[2:]).unlink()
+    os.utime(folder / "notes.txt", (1, 1))  # so that git looks at what it holds
+    os.utime(folder / "mine.py", (1, 1))
+
+
+@pytest.mark.parametrize(
+    "kind", ["fsmonitor", "clean", "process", "hooks", "promisor", "include", "pager", "submodule"]
+)
+def test_git_executes_nothing_that_a_folder_names(checkout: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The revision is said all the same."""
+    _plant(kind, checkout)
+    monkeypatch.chdir(checkout)
+    revision = provenance()["revision"]
+    assert not (checkout.parent / "mark").exists(), (checkout.parent / "mark").read_text(encoding="utf-8")
+    assert revision.startswith(_git("rev-parse", "HEAD", cwd=checkout))
+
+
+@pytest.mark.parametrize("kind", ["fsmonitor", "clean", "process", "promisor", "include"])
+def test_plain_git_would(checkout: Path, kind: str) -> None:
+    """Else the test before shows nothing."""
+    _plant(kind, checkout)
+    _git("status", "--porcelain", cwd=checkout)
+    assert (checkout.parent / "mark").exists()
+
+
+def test_a_bare_repository_in_a_folder_is_not_asked(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that holds HEAD, objects/ and refs/ is one to git, with a config of its own."""
+    bare = checkout.parent / "bare"
+    shutil.copytree(checkout / ".git", bare)
+    _git("config", "core.fsmonitor", f"{checkout.parent}/program.sh bare", cwd=bare)
+    monkeypatch.chdir(bare)
+    assert provenance()["revision"] == "not in a git checkout"
+    assert not (checkout.parent / "mark").exists()
+
+
+def test_changes_are_still_seen(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without."""
+    monkeypatch.chdir(checkout)
+    commit = _git("rev-parse", "HEAD", cwd=checkout)
+    assert provenance()["revision"] == commit
+    (checkout / "new.py").write_text("y = 2\n", encoding="utf-8")
+    assert provenance()["revision"] == f"{commit} with changes"
+
+
+SHADOWS = ("torch", "yaml", "peft", "rich", "jsonargparse", "lightning", "argparse", "submitit", "value_functions")
+
+
+def _shadowed(folder: Path) -> None:
+    for name in SHADOWS:
+        text = f"open({str(folder / 'mark')!r}, 'a').write({name!r})\n"
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    code = "from value_functions import Logistic\nclass Softer(Logistic):\n    pass\n"
+    (folder / "of_this_folder.py").write_text(code, encoding="utf-8")
+
+
+def test_files_of_the_working_folder_hide_no_library(tmp_path: Path) -> None:
+    """``python -m`` puts that folder first; the command puts it last, and still finds a plug-in in it."""
+    _shadowed(tmp_path)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(["", str(ROOT)])}  # an empty entry is that folder too
+    words = ["check", "of_this_folder.Softer"]
+    done = subprocess.run([sys.executable, "-m", "halos_pl", *words], cwd=tmp_path, env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"verdict: halo" in done.stdout
+    assert not (tmp_path / "mark").exists()
+
+
+def test_what_lies_beside_a_named_file_hides_no_library(tmp_path: Path) -> None:
+    """``halos check mine.py:Softer`` executes mine.py, and no yaml.py beside it."""
+    folder = tmp_path / "plugins"
+    folder.mkdir()
+    _shadowed(folder)
+    good, bad = run_all([["check", f"{folder}/of_this_folder.py:Softer"], ["check", f"{folder}/nope.py:X"]], tmp_path)
+    assert (good.status, bad.status) == (0, 2), good
+    assert not (folder / "mark").exists()
+
+
+def test_a_name_that_an_installed_module_hides_is_said(tmp_path: Path, tiny_folder: Path) -> None:
+    """``rich.Mine`` is looked up in the installed rich, and the error says so."""
+    _shadowed(tmp_path)
+    words = ["fit", f"--config={ROOT}/experiments/base.yaml", f"--config={ROOT}/experiments/objectives/kto.yaml"]
+    said = run_all([[*words, f"--model.policy.path={tiny_folder}", "--model.value_function=rich.Mine"]], tmp_path)[0]
+    assert said.status == 2
+    assert "rich/__init__.py" in said
+    assert "rich.py" in said
