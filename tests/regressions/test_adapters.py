@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM
 
 from halos_pl.cli import main
 from halos_pl.export import _adapter_alone
+from halos_pl.policy import source
 from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, load_model, load_tokenizer
 
 IDS = torch.tensor([[5, 9, 17, 33, 80, 120], [7, 200, 90, 91, 4, 6]])
@@ -168,6 +169,25 @@ def test_a_chain_of_three_adapters(tiny_folder: Path, sft: Path, tmp_path: Path)
     expected, out = exported(ModelSpec(str(third), lora=LoRASpec(r=2)), tmp_path / "out")
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 3 * 4 + 2
     assert differ(logits(AutoPeftModelForCausalLM.from_pretrained(out)), expected) < 1e-5
+
+
+def test_an_adapter_of_a_converted_model(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """Its base is the converted folder: others load it from there, and are told that it is here alone."""
+    monkeypatch.setattr(source, "_convert", lambda _, __, to: shutil.copytree(tiny_folder, to, dirs_exist_ok=True))
+    monkeypatch.setenv("HALOS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tiny.gguf").write_bytes(b"any content")
+    spec = ModelSpec(str(tmp_path / "model"), lora=LoRASpec(r=2))
+    expected, out = exported(spec, tmp_path / "out")
+    assert str(tmp_path / "cache") in capfd.readouterr().out
+    assert differ(logits(AutoPeftModelForCausalLM.from_pretrained(out)), expected) < 1e-5
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(ModelError, match="GGUF"):
+        load_model(ModelSpec(str(out)))
+    load_tokenizer(ModelSpec(str(tmp_path / "model")))  # converts it again
+    assert differ(logits(load_model(ModelSpec(str(out)))), expected) < 1e-5
 
 
 @pytest.mark.parametrize(

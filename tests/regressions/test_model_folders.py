@@ -238,10 +238,10 @@ def test_a_model_in_a_package_is_found_and_none_of_its_parents_imported(packages
 
 @pytest.mark.parametrize(
     "name",
-    (
-        "outer_pkg.nope outer_pkg..inner .outer_pkg outer_pkg. outer_pkg/inner .. plain_module plain_module.part sys"
-        " __main__ zipped_pkg a\0b"
-    ).split(" "),
+    [
+        *("outer_pkg.nope", "outer_pkg..inner", ".outer_pkg", "outer_pkg.", "outer_pkg/inner", ".."),
+        *("plain_module", "plain_module.part", "sys", "__main__", "zipped_pkg", "a\0b"),
+    ],
 )
 def test_what_is_no_package_with_a_folder_is_named(packages: Path, name: str) -> None:
     with pytest.raises(ModelError) as error:
