@@ -25,6 +25,7 @@ from halos_pl.generate import add_stops
 from halos_pl.messages import cause
 from halos_pl.module import HALOModule
 from halos_pl.policy import adapters
+from halos_pl.policy.intact import is_finite
 from halos_pl.policy.loading import base_model, load_model, stored_dtype
 from halos_pl.policy.source import ADAPTER_CONFIG, source_of
 from halos_pl.policy.spec import ModelError, ModelSpec
@@ -188,7 +189,7 @@ def _dtype_of(model: nn.Module) -> str:
 
 def _check_finite(policy: nn.Module, run: str) -> None:
     for name, value in policy.named_parameters():
-        if not bool(value.isfinite().all()):
+        if not is_finite(value):
             raise ValueError(
                 f"{run}: {name} is not finite in {_dtype_of(policy)}: the run diverged, or its weights are too large"
                 " for that dtype; nothing is written"

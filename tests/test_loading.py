@@ -148,7 +148,7 @@ def test_missing_weights_are_refused_not_made_up(tiny_folder: Path, tmp_path: Pa
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"lacks 1 weights .*model\.layers\.1\.mlp\.up_proj\.weight"):
+    with pytest.raises(ModelError, match=r"lacks 1 weight .*model\.layers\.1\.mlp\.up_proj\.weight"):
         load_model(ModelSpec(str(tmp_path)))
 
 

@@ -17,6 +17,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from halos_pl.cache import cache_root
 from halos_pl.policy.source import ADAPTER_CONFIG, source_of
 from halos_pl.policy.spec import LoRASpec, ModelError, ModelSpec, reason
 
@@ -67,9 +68,11 @@ def chain(spec: ModelSpec) -> tuple[ModelSpec, list[Adapter]]:
 
 def lost(spec: ModelSpec, base: str, why: Exception) -> ModelError:
     """What is wrong with an adapter whose base cannot be loaded."""
+    cleared = Path(base).is_relative_to(cache_root())
+    start = "Load the GGUF model that it was converted from, to convert it again; or if" if cleared else "If"
     return ModelError(
-        f"{spec.path} is an adapter of {base}, which cannot be loaded: {why}. If it has moved, write its place into"
-        f" base_model_name_or_path in {Path(spec.path) / ADAPTER_CONFIG}"
+        f"{spec.path} is an adapter of {base}, which cannot be loaded: {why}. {start} it has moved, write its"
+        f" place into base_model_name_or_path in {Path(spec.path) / ADAPTER_CONFIG}"
     )
 
 

@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM
 
 from halos_pl.cli import main
 from halos_pl.export import _adapter_alone
+from halos_pl.policy import source
 from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, load_model, load_tokenizer
 
 IDS = torch.tensor([[5, 9, 17, 33, 80, 120], [7, 200, 90, 91, 4, 6]])
@@ -126,18 +127,16 @@ def test_a_fit_on_an_adapter_exports_an_adapter_of_the_model_below_both(
         load_model(ModelSpec(str(tmp_path / "ad"))),
     ):
         assert differ(logits(loaded), merged) < 1e-5
-    # And goes on from there, here.
     (tmp_path / "prompts.txt").write_text("question 1\n")
     main(["generate", "ad", "--prompts=prompts.txt", "--max_new_tokens=2"])
-    main(fit(Path("ad"), "kto", data, tmp_path / "next", "--model.policy.lora={r: 2}", "--trainer.max_steps=1"))
 
 
 @pytest.mark.parametrize(
     "earlier",
     [
         {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
-        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
-        {"target_modules": ["k_proj"], "fan_in_fan_out": False, "lora_alpha": 1},
+        pytest.param({"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}, marks=pytest.mark.slow),
+        pytest.param({"target_modules": ["k_proj"], "lora_alpha": 1}, marks=pytest.mark.slow),
     ],
 )
 def test_ranks_scales_and_layers_of_two_adapters_add_up(
@@ -149,6 +148,7 @@ def test_ranks_scales_and_layers_of_two_adapters_add_up(
     assert differ(logits(AutoPeftModelForCausalLM.from_pretrained(out)), expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_two_adapters_of_conv1d_layers_add_up(tiny_gpt2_folder: Path, tmp_path: Path) -> None:
     """GPT-2 keeps its matrices the other way round, and ties its ends."""
     config = LoraConfig(r=2, target_modules=["c_attn", "c_fc"], task_type="CAUSAL_LM", fan_in_fan_out=True)
@@ -170,14 +170,36 @@ def test_a_chain_of_three_adapters(tiny_folder: Path, sft: Path, tmp_path: Path)
     assert differ(logits(AutoPeftModelForCausalLM.from_pretrained(out)), expected) < 1e-5
 
 
+def test_an_adapter_of_a_converted_model(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    """Its base is the converted folder: others load it from there, and are told that it is here alone."""
+    monkeypatch.setattr(source, "_convert", lambda _, __, to: shutil.copytree(tiny_folder, to, dirs_exist_ok=True))
+    monkeypatch.setenv("HALOS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tiny.gguf").write_bytes(b"any content")
+    spec = ModelSpec(str(tmp_path / "model"), lora=LoRASpec(r=2))
+    expected, out = exported(spec, tmp_path / "out")
+    assert str(tmp_path / "cache") in capfd.readouterr().out
+    assert differ(logits(AutoPeftModelForCausalLM.from_pretrained(out)), expected) < 1e-5
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(ModelError, match="GGUF"):
+        load_model(ModelSpec(str(out)))
+    load_tokenizer(ModelSpec(str(tmp_path / "model")))  # converts it again
+    assert differ(logits(load_model(ModelSpec(str(out)))), expected) < 1e-5
+
+
 @pytest.mark.parametrize(
     "config",
     [
         LoraConfig(**LORA, use_dora=True),
         LoraConfig(**LORA, modules_to_save=["lm_head"]),
         LoraConfig(**LORA, init_lora_weights="pissa"),
-        LoraConfig(**LORA, trainable_token_indices=[1, 2]),
-        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
+        pytest.param(LoraConfig(**LORA, trainable_token_indices=[1, 2]), marks=pytest.mark.slow),
+        pytest.param(
+            IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["dora", "modules to save", "pissa", "tokens", "ia3"],
 )
@@ -193,6 +215,7 @@ def test_what_is_no_plain_sum_trains_on_but_is_exported_merged_alone(
         _adapter_alone(policy, spec)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_works_on_the_prompt_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     folder = adapter_of(tiny_folder, tmp_path / "prompt", config)
@@ -210,7 +233,9 @@ def test_the_tokenizer_of_the_base_where_an_adapter_has_none(tiny_folder: Path, 
     assert load_tokenizer(ModelSpec(str(own))).chat_template == "mine"
 
 
-@pytest.mark.parametrize("trained", [None, ["embed_tokens", "lm_head"]])
+@pytest.mark.parametrize(
+    "trained", [None, pytest.param(["embed_tokens", "lm_head"], marks=pytest.mark.slow)]
+)
 def test_an_adapter_after_a_resized_vocabulary(tiny_folder: Path, tmp_path: Path, trained: list[str] | None) -> None:
     tokenizer = load_tokenizer(ModelSpec(str(tiny_folder)))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>", "</tool>"]})  # type: ignore[dict-item]
@@ -280,20 +305,20 @@ def broken(kind: str, sft: Path, tiny: Path, folder: Path) -> Path:
     ("kind", "named"),
     [
         ("base moved", "/no/such/base"),
-        ("base offline", "nobody/base"),
-        ("no base", "base_model_name_or_path"),
-        ("itself", "base_model_name_or_path"),
+        pytest.param("base offline", "nobody/base", marks=pytest.mark.slow),
+        pytest.param("no base", "base_model_name_or_path", marks=pytest.mark.slow),
+        pytest.param("itself", "base_model_name_or_path", marks=pytest.mark.slow),
         ("lacks a weight", "layers.1.self_attn.v_proj.lora_B"),
         ("other rank", "size mismatch"),
-        ("other layers", "layers.7"),
-        ("cut", ""),
-        ("no weights", "adapter_model.safetensors"),
-        ("config", "adapter_config.json"),
-        ("kind", "NOPE"),
-        ("task", "SEQ_CLS"),
+        pytest.param("other layers", "layers.7", marks=pytest.mark.slow),
+        pytest.param("cut", "", marks=pytest.mark.slow),
+        pytest.param("no weights", "adapter_model.safetensors", marks=pytest.mark.slow),
+        pytest.param("config", "adapter_config.json", marks=pytest.mark.slow),
+        pytest.param("kind", "NOPE", marks=pytest.mark.slow),
+        pytest.param("task", "SEQ_CLS", marks=pytest.mark.slow),
         ("whole model", "whole model"),
         ("pickle", "pickle"),
-        ("torch pickle", "pickle"),
+        pytest.param("torch pickle", "pickle", marks=pytest.mark.slow),
     ],
 )
 def test_an_adapter_that_is_not_right_is_named(

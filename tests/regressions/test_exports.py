@@ -68,6 +68,7 @@ def test_a_run_of_half_precision_is_exported_as_it_was_trained(tiny_folder: Path
     assert {v.dtype for k, v in state["state_dict"].items() if k.startswith("policy.")} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_what_a_dtype_cannot_hold_is_refused(run: Path, tmp_path: Path, capfd: Any, monkeypatch: Any) -> None:
     loaded = exporting.load_run
 
@@ -140,6 +141,7 @@ def test_what_a_killed_export_left_is_no_model_and_in_nobodys_way(run: Path, tmp
     assert not (out / "stale").exists()
 
 
+@pytest.mark.slow
 def test_an_export_over_another_model_leaves_nothing_of_it(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
