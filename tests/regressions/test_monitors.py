@@ -63,6 +63,7 @@ def test_what_is_never_logged_is_not_monitored(
     assert not list((tmp_path / "run").rglob("*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("callback", "monitor"),
     [
@@ -101,6 +102,7 @@ def test_all_that_is_logged_is_known(tiny_folder, files, tmp_path):
             check_monitors(trainer, cli.model, cli.datamodule)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_callback_of_the_users_own_may_log_what_is_monitored(tiny_folder, files, tmp_path):
     """It is not refused; where nothing logs it, the run ends in a line, with a checkpoint to go on from."""
     words = fit(tiny_folder, "kto", files["binary"], tmp_path / "run", VALIDATES.format(**files))

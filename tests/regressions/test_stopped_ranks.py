@@ -12,7 +12,7 @@ OPTIONS = ("--trainer.max_epochs=2", "--data.seed=47")
 @pytest.mark.parametrize(
     ("rank", "moment"),
     [
-        (1, "on_before_zero_grad"),
+        pytest.param(1, "on_before_zero_grad", marks=pytest.mark.slow),
         pytest.param(0, "on_before_zero_grad", marks=pytest.mark.slow),
         pytest.param(None, "on_before_zero_grad", marks=pytest.mark.slow),
         pytest.param(1, "on_validation_batch_start", marks=pytest.mark.slow),

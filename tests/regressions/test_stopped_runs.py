@@ -152,6 +152,7 @@ def test_other_commands_stop_at_once(fits, command, name):
     assert not [path for path in run_dir.iterdir() if path.name.startswith(("test.json", "predictions"))]
 
 
+@pytest.mark.slow
 def test_early_stopping_is_an_end_and_the_reason_is_said(fits):
     """Lightning says that max_epochs was reached."""
     stop = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=rewards/margins"]
