@@ -37,8 +37,8 @@ class KillAt(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         save, write = CheckpointFiles.save_checkpoint, torch.save
 
-        def save_half(checkpoint: Any, file: Any) -> None:
-            write(checkpoint, file)
+        def save_half(checkpoint: Any, file: Any, **kwargs: Any) -> None:
+            write(checkpoint, file, **kwargs)
             if (trainer.global_step, self.moment) == (self.step, "writing") and isinstance(file, Path):
                 os.truncate(file, file.stat().st_size // 2)
                 self._kill(trainer, "writing")

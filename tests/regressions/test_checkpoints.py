@@ -320,7 +320,7 @@ def test_loading_with_code_is_refused(run, capfd, command):
     assert not (run / "checkpoints" / "executed").exists()
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 6))])
 def test_no_damage_changes_what_is_read(tmp_path, seed):
     """Bits flipped anywhere, and where checksums do not reach: in names, sizes and places of the archive's entries."""
     draw, path = random.Random(seed), tmp_path / "last.ckpt"
