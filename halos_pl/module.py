@@ -152,6 +152,7 @@ class HALOModule(LightningModule):
         self.warmup_ratio = warmup_ratio
         self.master_weights = master_weights
         self._masters = MasterWeights([])
+        self._parts_follow = False
         self.policy: nn.Module | None = None
         self._reference = reference_model or (AdapterOff() if policy.lora else FrozenCopy())
         self._reference_bound = False
@@ -486,7 +487,7 @@ class HALOModule(LightningModule):
             with self._float32():
                 result = self.objective.judge(rows, context.select(index))
             if gradient and number < len(parts) - 1:
-                self.trainer.strategy.backward(self._scaled(result.loss), None)
+                self._backward_part(result.loss)
             yield index, rows, result
 
     def _judged_at_once(
@@ -520,10 +521,16 @@ class HALOModule(LightningModule):
                 scored = self._score(batch, index, gradient=True, known=step.reference_logps)
             linear = (scored.policy_logps * slope[index]).sum()
             if number < len(parts) - 1:
-                self.trainer.strategy.backward(self._scaled(linear), None)
+                self._backward_part(linear)
         for parameter, its_slope in zip(own, slopes, strict=True):
             linear = linear + (parameter * its_slope).sum()
         return rows, replace(result, loss=linear + (result.loss - linear).detach())
+
+    def _backward_part(self, loss: Tensor) -> None:
+        """Back-propagates a micro-batch that is not the step's last."""
+        self._parts_follow = True
+        self.trainer.strategy.backward(self._scaled(loss), None)
+        self._parts_follow = False
 
     @staticmethod
     def _scaled(loss: Tensor) -> Tensor:
@@ -769,8 +776,10 @@ class HALOModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_after_backward(self) -> None:
-        """Gives the gradients of each micro-batch to what the optimizer steps on."""
-        self._masters.take_gradients()
+        """Gives the gradients to what the optimizer steps on."""
+        # With several ranks DDP sums them over ranks in the step's last backward pass, where they still have to be.
+        if not self._parts_follow or world_size() == 1:
+            self._masters.take_gradients()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Takes the step, and lets a reference that follows the policy follow it before anything is saved."""

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
+from run_halos import fit as words_of
+from run_halos import pair_data, run, run_ranks
 from test_policy_step import batch, module
 from torch import nn
 from torch.utils.data import DataLoader
@@ -142,3 +144,20 @@ def test_training_in_float16_without_a_scaler_is_refused(tiny_folder, dtype, pre
     """A fit of bco at 1e-3 had a loss of 304 after 8 steps, where float32 has 0.73."""
     with pytest.raises(ValueError, match=r"16-true|model\.policy\.dtype is float16"):
         fit(made(tiny_folder, dtype=dtype), [batch()], precision=precision)
+
+
+@pytest.mark.slow
+def test_two_ranks_sum_the_gradients_of_all_micro_batches(tiny_folder, tmp_path):
+    data = pair_data(tmp_path / "pairs.jsonl", 8)
+    optimizer = "--model.optimizer={class_path: torch.optim.SGD, init_args: {lr: 0.1}}"
+    options = (optimizer, "--model.warmup_ratio=0", "--model.micro_batch_rows=1", "--trainer.precision=bf16-true")
+    one, two = (
+        [w for w in words_of(tiny_folder, "dpo", data, tmp_path / name, *options) if "init_args.lr" not in w]
+        for name in ("one", "two")
+    )
+    assert run(one, tmp_path).status == 0
+    assert all(ended.status == 0 for ended in run_ranks(two, tmp_path))
+    paths = [tmp_path / name / "checkpoints" / "last.ckpt" for name in ("one", "two")]
+    first, second = (torch.load(path, weights_only=True)["optimizer_states"][0]["master_weights"] for path in paths)
+    for a, b in zip(first, second, strict=True):
+        assert torch.allclose(a, b, atol=5e-3)
