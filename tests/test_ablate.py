@@ -259,7 +259,7 @@ EVALUATE_FAULTS: dict[str, tuple[dict[str, Any], list[str], str, str]] = {
         {"prompts": "prompts.txt", "judge": "rule.py:ends"},
         ["judge"],
         "judge: ",
-        "judge: too many positional arguments",
+        "too many positional arguments",
     ),
     "scores without others of their prompts": (
         {"held_out": ["scored.jsonl"]},
