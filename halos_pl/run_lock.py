@@ -41,7 +41,7 @@ class RunLock:
         self._place = self.folder.resolve() / f".{self.command}.lock"
         while self._file is None:
             self._place.parent.mkdir(parents=True, exist_ok=True)
-            file = self._place.open("a")
+            file = self._place.open("a", encoding="utf-8")
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Its holder may have removed or moved it after it was opened here.

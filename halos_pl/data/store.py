@@ -101,9 +101,9 @@ class Store:
     found_faults: list[tuple[str, str]]
     fault_count: int
     skipped: dict[str, int]
-    unused: list[str]
     digest: str
     folder: Path | None = None
+    unused: list[str] = field(default_factory=list)
     spelling: int = 0
     spelled: dict[str, int] = field(default_factory=dict)
 
