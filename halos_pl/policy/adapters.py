@@ -329,6 +329,8 @@ def _factors(config: Any, weights: Weights) -> dict[str, tuple[Tensor, Tensor]]:
     """
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in weights.items():
+        if key.endswith(".base_layer.weight"):
+            continue  # peft copies an adapted embedding or head into the file; the sum is compared with what it holds
         found = re.fullmatch(re.escape(_BELOW) + r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?", key)
         if config.peft_type != PeftType.LORA or found is None:
             raise ModelError(f"one of the kind {PeftType(config.peft_type).value} holds {key.removeprefix(_BELOW)}")

@@ -137,6 +137,9 @@ def test_a_fit_on_an_adapter_exports_an_adapter_of_the_model_below_both(
         {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
         pytest.param({"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}, marks=pytest.mark.slow),
         pytest.param({"target_modules": ["k_proj"], "lora_alpha": 1}, marks=pytest.mark.slow),
+        # peft then saves a copy of the embedding and of the head that it is put on.
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        pytest.param({"target_modules": ["lm_head", "q_proj"]}, marks=pytest.mark.slow),
     ],
 )
 def test_ranks_scales_and_layers_of_two_adapters_add_up(
