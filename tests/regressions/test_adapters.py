@@ -360,6 +360,22 @@ def test_a_target_that_no_layer_is_called(tiny_folder: Path, targets: Any, wrong
     assert near in str(error.value).partition("there is")[2]
 
 
+@pytest.mark.parametrize(
+    ("targets", "wrong"),
+    [
+        ("(q|v", "(q|v"),  # no regular expression
+        (".*", "LlamaModel"),  # every part of the model, and not its layers alone
+        pytest.param(["q_proj", "layers"], "ModuleList", marks=pytest.mark.slow),
+    ],
+)
+def test_targets_that_no_adapter_can_be_put_on(tiny_folder: Path, targets: Any, wrong: str) -> None:
+    with pytest.raises(ModelError) as error:
+        load_model(ModelSpec(str(tiny_folder), lora=LoRASpec(r=2, target_modules=targets)))
+    assert "target_modules" in str(error.value)
+    assert wrong in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("settings", [{"r": 0}, {"alpha": 0}, {"alpha": -1}, {"dropout": 1.0}, {"target_modules": []}])
 def test_an_adapter_that_could_not_learn(settings: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match=next(iter(settings))):
