@@ -330,7 +330,10 @@ def combine(model: Any, adapters: list[tuple[Any, Weights]], policy: Any) -> Any
         r=rank, lora_alpha=rank, target_modules=_short(model, set(stacked)), task_type="CAUSAL_LM", inference_mode=True
     )
     made: Any = get_peft_model(model, config)
-    result: Any = set_peft_model_state_dict(made, weights)
+    try:
+        result: Any = set_peft_model_state_dict(made, weights)
+    except RuntimeError as error:  # sizes
+        raise ModelError("one of them was put on layers of another size, as after a resized vocabulary") from error
     if result.unexpected_keys:
         raise ModelError(f"the adapters do not fit the model: {result.unexpected_keys[0]}")
     _check_sum(made, policy)

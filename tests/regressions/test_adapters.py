@@ -218,6 +218,14 @@ def test_what_is_no_plain_sum_trains_on_but_is_exported_merged_alone(
         _adapter_alone(policy, spec)
 
 
+def test_an_adapter_of_a_resized_embedding_is_exported_merged_alone(tiny_folder: Path, tmp_path: Path) -> None:
+    config = LoraConfig(**LORA | {"target_modules": ["embed_tokens", "lm_head"]})
+    folder = adapter_of(tiny_folder, tmp_path / "ad", config, prepare=lambda m: m.resize_token_embeddings(362))
+    spec = ModelSpec(str(folder), lora=LoRASpec(r=2))
+    with pytest.raises(ValueError, match="without --adapter"):
+        _adapter_alone(load_model(spec), spec)
+
+
 @pytest.mark.slow
 def test_an_adapter_that_works_on_the_prompt_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
