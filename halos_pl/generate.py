@@ -18,9 +18,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from halos_pl.data.columns import prompt_in_context
 from halos_pl.data.example import DataError, Prompt
+from halos_pl.data.special import SpecialText, SpecialTokens
 from halos_pl.data.tokenize import encode_prompt
 from halos_pl.data.turns import stop_ids
 from halos_pl.data.values import BadRow
+from halos_pl.files import naming
 from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.limits import check_prompts, positions, room, rows_of_vocabulary
 from halos_pl.policy.loading import ModelSpec, base_model, load_model, load_tokenizer
@@ -146,9 +148,27 @@ def _check_ranges(temperature: float, top_p: float, max_new_tokens: int, num_sam
         )
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], control: str) -> list[list[int]]:
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    names: Sequence[str],
+    control: str,
+    special_tokens_in_text: SpecialTokens,
+) -> list[list[int]]:
+    """Token ids of the prompts.
+
+    Raises:
+        ValueError: naming a prompt that cannot be encoded, and why.
+    """
     ending = list(tokenizer(control, add_special_tokens=False)["input_ids"]) if control else []
-    return [encode_prompt(tokenizer, prompt) + ending for prompt in prompts]
+    special = SpecialText(tokenizer, special_tokens_in_text)
+    found = []
+    for name, prompt in zip(names, prompts, strict=True):
+        try:
+            found.append(encode_prompt(tokenizer, prompt, special) + ending)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return found
 
 
 @torch.no_grad()
@@ -164,6 +184,7 @@ def generate(
     batch_size: int = 16,
     seed: int = 0,
     control: str = "",
+    special_tokens_in_text: SpecialTokens = "refuse",
     names: Sequence[str] | None = None,
     progress: bool = True,
 ) -> list[list[Sample]]:
@@ -184,6 +205,8 @@ def generate(
         seed: of the sampling. The process's own random state is left as it was.
         control: text between every prompt and its completion, such as the control token of conditional
             fine-tuning.
+        special_tokens_in_text: what becomes of special tokens that messages spell, see
+            :class:`halos_pl.data.special.SpecialText`.
         names: of the prompts, for messages.
         progress: show a bar.
 
@@ -191,11 +214,11 @@ def generate(
         For each prompt, in order, its ``num_samples`` completions.
 
     Raises:
-        ValueError: for a number outside its range, and for a prompt that does not fit the model.
+        ValueError: for a number outside its range, and for a prompt that cannot be encoded or does not fit the model.
     """
     _check_ranges(temperature, top_p, max_new_tokens, num_samples, batch_size)
-    encoded = _encoded(tokenizer, prompts, control)
-    names = names or [f"prompt {i + 1}" for i in range(len(encoded))]
+    names = names or [f"prompt {i + 1}" for i in range(len(prompts))]
+    encoded = _encoded(tokenizer, prompts, names, control, special_tokens_in_text)
     check_prompts(model, tokenizer, encoded, names, max_new_tokens)
     device = next(model.parameters()).device
     own = stop_ids(tokenizer)
@@ -254,7 +277,7 @@ def kl_of_samples(
 
 def as_messages(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, chat: bool) -> list[Prompt]:
     """The prompts, with texts as a user's message where ``chat`` is wanted and the tokenizer has a template for it."""
-    as_chat = chat and tokenizer.chat_template is not None
+    as_chat = chat and bool(tokenizer.chat_template)
     return [[{"role": "user", "content": p}] if as_chat and isinstance(p, str) else p for p in prompts]
 
 
@@ -309,7 +332,7 @@ def read_prompt_lines(path: Path) -> list[tuple[int, Prompt]]:
 
 def load_for_generation(folder: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Model and tokenizer of a Hugging Face folder, of a folder with a peft adapter, or of a hub name."""
-    spec = ModelSpec(path=folder)
+    spec = ModelSpec(path=folder, attn_implementation=None)
     model: Any = load_model(spec)
     if torch.cuda.is_available():
         model = model.cuda()
@@ -329,6 +352,7 @@ def generate_file(
     batch_size: int = 16,
     seed: int = 0,
     control: str = "",
+    special_tokens_in_text: SpecialTokens = "refuse",
 ) -> None:
     """Sample completions of the prompts in a file.
 
@@ -344,6 +368,8 @@ def generate_file(
         batch_size: completions at a time.
         seed: of the sampling.
         control: text between every prompt and its completion; "<|good|>" for a model trained with csft.yaml.
+        special_tokens_in_text: special tokens that a message spells, as data.special_tokens_in_text was in training:
+            refuse those that forge a turn, split them into plain text, or allow them.
     """
     _check_ranges(temperature, top_p, max_new_tokens, num_samples, batch_size)
     lines = read_prompt_lines(Path(prompts))
@@ -351,10 +377,11 @@ def generate_file(
     model, tokenizer = load_for_generation(folder)
     asked = as_messages(read, tokenizer, chat)
     names = [f"{prompts}:{number}" for number, _ in lines]
-    check_prompts(model, tokenizer, _encoded(tokenizer, asked, control), names, max_new_tokens)  # before any is sampled
+    encoded = _encoded(tokenizer, asked, names, control, special_tokens_in_text)
+    check_prompts(model, tokenizer, encoded, names, max_new_tokens)  # before any is sampled
     target = Path(out) if out else Path(prompts).with_suffix(".completions.jsonl")
     chunk = 8 * max(1, batch_size // num_samples)
-    with target.open("w", encoding="utf-8") as file:
+    with naming(target), target.open("w", encoding="utf-8") as file:
         # Written chunk by chunk, so that a long run that is cut off leaves what it has.
         for at in range(0, len(asked), chunk):
             samples = generate(
@@ -368,6 +395,8 @@ def generate_file(
                 batch_size=batch_size,
                 seed=seed + at,
                 control=control,
+                special_tokens_in_text=special_tokens_in_text,
+                names=names[at : at + chunk],
             )
             for prompt, found in zip(read[at : at + chunk], samples, strict=True):
                 file.write(

@@ -174,18 +174,31 @@ def _ended(end: int, ids: list[int]) -> list[int]:
     return [*ids, end]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, special: SpecialText | None = None
+) -> list[int]:
     """Token ids of a prompt: at least one, never followed by EOS.
 
     Text: its plain tokens, with BOS first iff the tokenizer puts one before a text. Messages: the chat
     template with the generation prompt, or up to the end of the last message if that is the assistant's, which the
     completion then goes on with; whether there is a BOS is the template's to say, as in use.
 
+    Args:
+        tokenizer: of the model.
+        prompt: text or messages.
+        special: what is done with special tokens in it; default: they are encoded as the tokenizer does it.
+
     Raises:
-        ValueError: messages without a chat template, messages that the template refuses, or a prompt
-            that gives no token at all.
+        ValueError: messages without a chat template, messages that the template refuses, a prompt
+            that gives no token at all, or one that ``special`` refuses.
     """
-    return _prompt_ids(prefix_ids(tokenizer), prompt, _ids(tokenizer, _prompt_text(tokenizer, prompt)))
+    if special is not None:
+        special.refuse("The prompt", prompt)
+    if special is not None and special.mode == "split" and special.found(prompt):
+        [ids] = special.encode_held([_prompt_text(tokenizer, special.hold(prompt))])
+    else:
+        ids = _ids(tokenizer, _prompt_text(tokenizer, prompt))
+    return _prompt_ids(prefix_ids(tokenizer), prompt, ids)
 
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Prompt) -> list[int]:

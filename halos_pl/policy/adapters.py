@@ -245,8 +245,13 @@ def with_lora(model: Any, lora: LoRASpec) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch.initial_seed())
             found = get_peft_model(model, config)
-    except (ValueError, re.error) as error:
-        raise ModelError(f"model.policy.lora: {error}") from error
+    except ValueError as error:
+        if part := re.match(r"Target module (\w+)", str(error)):  # followed by all that is in it
+            raise ModelError(
+                f"model.policy.lora.target_modules: {lora.target_modules!r} means a {part[1]} too, on which no adapter"
+                f" can be put; name layers: {', '.join(_layers(model))}"
+            ) from error
+        raise ModelError(f"model.policy.lora: {reason(error)}") from error
     if tied := tied_target(found):
         raise ModelError(
             f"model.policy.lora.target_modules: {tied} has the same weights as the model's other end, so that what"
@@ -255,16 +260,27 @@ def with_lora(model: Any, lora: LoRASpec) -> Any:
     return found
 
 
+def _layers(model: nn.Module) -> list[str]:
+    """The last parts of the names of all layers whose weight is a matrix."""
+    matrices = {name.rpartition(".weight")[0] for name, p in model.named_parameters() if p.ndim == 2}
+    return sorted({name.rpartition(".")[2] for name in matrices if ".lora_" not in name})
+
+
 def _check_targets(model: nn.Module, targets: str | list[str]) -> None:
     """peft refuses only targets of which none is a layer's name."""
     names = [name for name, _ in model.named_modules() if name]
     if isinstance(targets, str):  # all-linear, or a regular expression
-        wrong = [] if targets == "all-linear" or any(re.fullmatch(targets, name) for name in names) else [targets]
+        try:
+            wrong = [] if targets == "all-linear" or any(re.fullmatch(targets, name) for name in names) else [targets]
+        except re.error as error:
+            raise ModelError(
+                f"model.policy.lora.target_modules: {targets!r} is no regular expression ({error}); give a list of"
+                " names of layers, or all-linear"
+            ) from error
     else:
         wrong = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
     if wrong:
-        matrices = {name.rpartition(".weight")[0] for name, p in model.named_parameters() if p.ndim == 2}
-        layers = sorted({name.rpartition(".")[2] for name in matrices})
+        layers = _layers(model)
         known = [*layers, "all-linear"] if isinstance(targets, str) else layers
         near = {close for t in wrong for close in difflib.get_close_matches(t, known)}
         raise ModelError(
@@ -314,7 +330,10 @@ def combine(model: Any, adapters: list[tuple[Any, Weights]], policy: Any) -> Any
         r=rank, lora_alpha=rank, target_modules=_short(model, set(stacked)), task_type="CAUSAL_LM", inference_mode=True
     )
     made: Any = get_peft_model(model, config)
-    result: Any = set_peft_model_state_dict(made, weights)
+    try:
+        result: Any = set_peft_model_state_dict(made, weights)
+    except RuntimeError as error:  # sizes
+        raise ModelError("one of them was put on layers of another size, as after a resized vocabulary") from error
     if result.unexpected_keys:
         raise ModelError(f"the adapters do not fit the model: {result.unexpected_keys[0]}")
     _check_sum(made, policy)
@@ -329,6 +348,8 @@ def _factors(config: Any, weights: Weights) -> dict[str, tuple[Tensor, Tensor]]:
     """
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in weights.items():
+        if key.endswith(".base_layer.weight"):
+            continue  # peft copies an adapted embedding or head into the file; the sum is compared with what it holds
         found = re.fullmatch(re.escape(_BELOW) + r"(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?", key)
         if config.peft_type != PeftType.LORA or found is None:
             raise ModelError(f"one of the kind {PeftType(config.peft_type).value} holds {key.removeprefix(_BELOW)}")

@@ -53,6 +53,7 @@ def check_loaded(model: Any, info: Mapping[str, Any], spec: ModelSpec, folder: P
         )
     if folder.is_dir():
         _check_files(folder)
+    _check_stops(model, spec)
     for name, value in model.named_parameters():
         if not is_finite(value):
             raise ModelError(f"{spec.path}: {name} holds NaN or infinite numbers; is it of a run that diverged?")
@@ -99,6 +100,17 @@ def _check_unexpected(model: Any, unexpected: list[str], spec: ModelSpec) -> Non
             f"halos: {spec.path}: {_count(unexpected)} of no part of a {type(model).__name__}, not used:"
             f" {_some(unexpected)}"
         )
+
+
+def _check_stops(model: Any, spec: ModelSpec) -> None:
+    """Refuses what the model's generation settings name as the ids at which it stops, where those are no ids."""
+    stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    for stop in stops if isinstance(stops, list) else [stops]:
+        if stop is not None and (not isinstance(stop, int) or isinstance(stop, bool) or stop < 0):
+            raise ModelError(
+                f"{spec.path}: eos_token_id is {stops!r}, in generation_config.json or config.json; it must be the id"
+                " of a token, or a list of ids"
+            )
 
 
 def _check_files(folder: Path) -> None:

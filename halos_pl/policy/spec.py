@@ -58,7 +58,7 @@ class ModelSpec:
             ``config.json``.
         revision: branch, tag or commit of a hub name.
         dtype: of the weights. Log-probs and losses are computed in float32 whatever it is.
-        attn_implementation: as transformers takes it.
+        attn_implementation: as transformers takes it; null: what it chooses for the architecture.
         gradient_checkpointing: compute activations again in the backward pass: less memory, more time.
         compile: put the normalisation and feed-forward parts of each layer through ``torch.compile``: one compilation
             at the start, which takes half a minute and a C++ compiler (on a GPU Triton). Worth trying on a GPU; on a
@@ -73,7 +73,7 @@ class ModelSpec:
     gguf_file: str | None = None
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    attn_implementation: str = "sdpa"
+    attn_implementation: str | None = "sdpa"
     gradient_checkpointing: bool = False
     compile: bool = False
     dropout: bool = False

@@ -22,7 +22,7 @@ from halos_pl.data import DataError, FeedbackDataModule
 from halos_pl.data.datamodule import _sources
 from halos_pl.export import module_of_run, put_weights
 from halos_pl.feedback import Binary
-from halos_pl.generate import Sample, as_messages, generate, kl_of_samples, read_prompts
+from halos_pl.generate import Sample, as_messages, generate, kl_of_samples, read_prompt_lines
 from halos_pl.module import HALOModule
 from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.logprobs import compared_logps
@@ -313,9 +313,9 @@ def evaluate(
     how = measuring(arguments) | {"by": provenance()}  # files as they are now, before they are read
     module = _prepared(folder, ckpt_path)
     values: dict[str, dict[str, float]] = {}
+    own = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")).get("data") or {}
+    text = own.get("special_tokens_in_text", "refuse")
     if held_out:
-        own = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8")).get("data") or {}
-        text = own.get("special_tokens_in_text", "refuse")
         data = FeedbackDataModule(
             predict=list(held_out), batch_size=batch_size, max_length=max_length, special_tokens_in_text=text
         )
@@ -335,6 +335,7 @@ def evaluate(
     if prompts:
         module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        sampling |= {"special_tokens_in_text": text}
         values |= _of_answers(module, folder, Path(prompts), chosen, chat, batch_size, sampling)
     kept = {name: found for name, found in values.items() if found}
     (folder / FILE).unlink(missing_ok=True)  # or what is there would be said to have been measured in this way
@@ -372,8 +373,9 @@ def _of_answers(
 ) -> dict[str, dict[str, float]]:
     """Metrics of the answers that the policy gives to prompts."""
     assert module.policy is not None
-    read = read_prompts(prompts)
-    names = [f"{prompts.name}:{i + 1}" for i in range(len(read))]
+    lines = read_prompt_lines(prompts)
+    read = [prompt for _, prompt in lines]
+    names = [f"{prompts.name}:{number}" for number, _ in lines]
     asked = as_messages(read, module.tokenizer, chat)
 
     def answers(model: Any) -> list[Sample]:

@@ -137,6 +137,9 @@ def test_a_fit_on_an_adapter_exports_an_adapter_of_the_model_below_both(
         {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
         pytest.param({"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}, marks=pytest.mark.slow),
         pytest.param({"target_modules": ["k_proj"], "lora_alpha": 1}, marks=pytest.mark.slow),
+        # peft then saves a copy of the embedding and of the head that it is put on.
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        pytest.param({"target_modules": ["lm_head", "q_proj"]}, marks=pytest.mark.slow),
     ],
 )
 def test_ranks_scales_and_layers_of_two_adapters_add_up(
@@ -213,6 +216,14 @@ def test_what_is_no_plain_sum_trains_on_but_is_exported_merged_alone(
     assert differ(logits(policy), reference) < 1e-4
     with pytest.raises(ValueError, match="without --adapter"):
         _adapter_alone(policy, spec)
+
+
+def test_an_adapter_of_a_resized_embedding_is_exported_merged_alone(tiny_folder: Path, tmp_path: Path) -> None:
+    config = LoraConfig(**LORA | {"target_modules": ["embed_tokens", "lm_head"]})
+    folder = adapter_of(tiny_folder, tmp_path / "ad", config, prepare=lambda m: m.resize_token_embeddings(362))
+    spec = ModelSpec(str(folder), lora=LoRASpec(r=2))
+    with pytest.raises(ValueError, match="without --adapter"):
+        _adapter_alone(load_model(spec), spec)
 
 
 @pytest.mark.slow
@@ -355,6 +366,22 @@ def test_a_target_that_no_layer_is_called(tiny_folder: Path, targets: Any, wrong
         load_model(ModelSpec(str(tiny_folder), lora=LoRASpec(r=2, target_modules=targets)))
     assert repr(wrong) in str(error.value)
     assert near in str(error.value).partition("there is")[2]
+
+
+@pytest.mark.parametrize(
+    ("targets", "wrong"),
+    [
+        ("(q|v", "(q|v"),  # no regular expression
+        (".*", "LlamaModel"),  # every part of the model, and not its layers alone
+        pytest.param(["q_proj", "layers"], "ModuleList", marks=pytest.mark.slow),
+    ],
+)
+def test_targets_that_no_adapter_can_be_put_on(tiny_folder: Path, targets: Any, wrong: str) -> None:
+    with pytest.raises(ModelError) as error:
+        load_model(ModelSpec(str(tiny_folder), lora=LoRASpec(r=2, target_modules=targets)))
+    assert "target_modules" in str(error.value)
+    assert wrong in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("settings", [{"r": 0}, {"alpha": 0}, {"alpha": -1}, {"dropout": 1.0}, {"target_modules": []}])

@@ -128,6 +128,16 @@ def test_a_full_disk_leaves_what_was_there(run: Path, tmp_path: Path, capfd: Any
     assert out.exists() == there
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_a_full_disk_while_generating_is_named(tiny_folder: Path, tmp_path: Path, capfd: Any) -> None:
+    (tmp_path / "prompts.txt").write_text("why\n")
+    words = ["generate", str(tiny_folder), f"--prompts={tmp_path}/prompts.txt", "--out=/dev/full"]
+    with pytest.raises(SystemExit) as error:
+        main([*words, "--max_new_tokens=1"])
+    assert error.value.code == 1
+    assert "'/dev/full'" in capfd.readouterr().err
+
+
 def test_what_a_killed_export_left_is_no_model_and_in_nobodys_way(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with exporting._written(out, ()) as part:

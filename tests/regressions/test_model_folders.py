@@ -98,6 +98,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config list": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
     "config value": (lambda f: config(f, num_attention_heads=3), "3"),
     "generation config": (lambda f: (f / "generation_config.json").write_text("{"), "generation_config.json"),
+    "stop": (lambda f: (f / "generation_config.json").write_text('{"eos_token_id": ["</s>"]}'), "eos_token_id"),
+    "negative stop": (lambda f: (f / "generation_config.json").write_text('{"eos_token_id": -1}'), "eos_token_id"),
     "pickle": (lambda f: binary(f, lambda p: p.write_bytes(pickle.dumps(Evil(f)))), "pickle"),
     "torch pickle": (lambda f: binary(f, lambda p: torch.save({"x": Evil(f)}, p)), "pickle"),
     "cut pickle": (lambda f: binary(f, lambda p: (torch.save({"x": torch.ones(9)}, p), os.truncate(p, 600))), ""),
@@ -108,6 +110,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 #: One of each kind of damage; the others take as long again.
 QUICK = {"cut", "missing weight", "shape", "scale", "adapter inside", "int8", "nan", "encoder", "code", "torch pickle"}
+QUICK |= {"stop"}
 
 
 @pytest.mark.parametrize(

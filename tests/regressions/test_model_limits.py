@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from run_halos import binary_data, fit
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM, LlamaForCausalLM
 
 from halos_pl.cli import main
 from halos_pl.generate import generate, sample_tokens
@@ -61,7 +61,7 @@ def test_a_row_with_a_token_that_the_embedding_lacks(larger_folder: Path, tmp_pa
     said = refused(capfd, fit(larger_folder, "kto", data, tmp_path / "run", "--data.shuffle=false"))
     for word in ("data.jsonl:37", "'</tool>' (361)", "'<tool>' (360)", "360 rows", "resize_token_embeddings(362)"):
         assert word in said
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not list((tmp_path / "run").glob("checkpoints/*"))  # nothing was trained
 
 
 @pytest.mark.slow
@@ -138,6 +138,24 @@ def test_generate_beyond_the_positions(short_folder: Path, tmp_path: Path, capfd
     with pytest.warns(UserWarning, match=f"{MOST} positions"):
         main(words)  # 128 new tokens by default
     assert json.loads((tmp_path / "prompts.completions.jsonl").read_text())["completions"]
+
+
+def test_a_model_without_sdpa_attention(tiny_folder: Path, tmp_path: Path, capfd: Any) -> None:
+    """gpt-neo#273: generation past the positions of a GPT-Neo, for which transformers has eager attention alone."""
+    tokenizer = load_tokenizer(ModelSpec(str(tiny_folder)))
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": MOST}
+    kinds = {"attention_types": [[["global", "local"], 1]], "window_size": 16}
+    config = GPTNeoConfig(vocab_size=len(tokenizer), bos_token_id=2, eos_token_id=2, **sizes, **kinds)
+    GPTNeoForCausalLM(config).save_pretrained(tmp_path / "neo")
+    tokenizer.save_pretrained(tmp_path / "neo")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("why " * 20 + "\n")
+    with pytest.warns(UserWarning, match=f"{MOST} positions"):
+        main(["generate", str(tmp_path / "neo"), f"--prompts={prompts}", "--chat=false"])
+    prompts.write_text("xyz " * 40 + "\n")
+    assert f"{MOST} positions" in refused(capfd, ["generate", str(tmp_path / "neo"), f"--prompts={prompts}"])
+    with pytest.raises(ModelError, match="attn_implementation: eager"):
+        load_model(ModelSpec(str(tmp_path / "neo")))
 
 
 def test_a_warning_where_positions_are_rotary(tiny_folder: Path) -> None:
