@@ -282,11 +282,8 @@ def read_prompt_lines(path: Path) -> list[tuple[int, Prompt]]:
             raise DataError(f"{path}:{number}: not UTF-8 text; save it as UTF-8") from error
         if not line.strip():
             continue
-        if path.suffix == ".txt":
-            prompts.append((number, line))
-            continue
         try:
-            row = json.loads(line)
+            row = {"prompt": line} if path.suffix == ".txt" else json.loads(line)
             prompt = row["prompt"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(f'{path}:{number}: not a JSON object with "prompt"') from error
