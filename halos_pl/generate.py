@@ -18,6 +18,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from halos_pl.data.columns import prompt_in_context
 from halos_pl.data.example import DataError, Prompt
+from halos_pl.data.formats import irregular
+from halos_pl.data.source import Source
 from halos_pl.data.special import SpecialText, SpecialTokens
 from halos_pl.data.tokenize import encode_prompt
 from halos_pl.data.turns import stop_ids
@@ -281,6 +283,14 @@ def as_messages(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, c
     return [[{"role": "user", "content": p}] if as_chat and isinstance(p, str) else p for p in prompts]
 
 
+def _lines(path: Path, most: int) -> Iterator[bytes]:
+    """Lines, of which none holds more than ``most`` + 1 bytes; longer ones come in pieces."""
+    with path.open("rb") as file:
+        # Lines end at \n and nowhere else: JSON may hold U+2028 and its like as they are.
+        while raw := file.readline(most + 1):
+            yield raw
+
+
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of :func:`read_prompt_lines` alone."""
     return [prompt for _, prompt in read_prompt_lines(path)]
@@ -294,22 +304,23 @@ def read_prompt_lines(path: Path) -> list[tuple[int, Prompt]]:
     Raises:
         DataError: for a missing or empty file and for a line without a prompt, naming file and line.
     """
+    if what := irregular(str(path)):
+        raise DataError(f"{path}: is {what}; write what it gives to a file, and name that")
     if not path.is_file():
         raise DataError(f"{path}: no such file; --prompts takes a .txt file or JSON lines with a 'prompt' each")
     prompts: list[tuple[int, Prompt]] = []
-    # Lines end at \n and nowhere else: JSON may hold U+2028 and its like as they are.
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
+    most = Source(str(path)).max_row
+    for number, raw in enumerate(_lines(path, most), start=1):
+        if len(raw) > most:  # tokenising it would take minutes and gigabytes
+            raise DataError(f"{path}:{number}: the line is longer than {most / 1e6:g} MB; remove or shorten it")
         try:
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\r")
+            line = raw.removesuffix(b"\n").decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\r")
         except UnicodeDecodeError as error:
             raise DataError(f"{path}:{number}: not UTF-8 text; save it as UTF-8") from error
         if not line.strip():
             continue
-        if path.suffix == ".txt":
-            prompts.append((number, line))
-            continue
         try:
-            row = json.loads(line)
+            row = {"prompt": line} if path.suffix == ".txt" else json.loads(line)
             prompt = row["prompt"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(f'{path}:{number}: not a JSON object with "prompt"') from error

@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from halos_pl.data.broken import CHUNK, Broken, Read, too_large, twice
 from halos_pl.data.example import short
 
 BATCH = 1024  # rows decoded at a time
+SHARED = 16  # times the bound of a row: what values that rows share may take, decoded together
+_VIEWS = {pa.string_view().id, pa.binary_view().id, pa.list_view(pa.null()).id, pa.large_list_view(pa.null()).id}
+_VIEWS |= {pa.run_end_encoded(pa.int32(), pa.null()).id}
 ROW_FAULTS = (UnicodeDecodeError, ValueError, OverflowError, SystemError)  # what decoding a value may raise
 Classes = dict[str, list[Any]]
 
@@ -82,12 +86,27 @@ def batches(found: Iterable[Any], names: Sequence[str], classes: Classes, most: 
         for start in range(0, large.num_rows, BATCH):
             batch = large.slice(start, BATCH)
             rows: Any = None
-            if batch.nbytes <= most:  # no row is larger
+            if batch.nbytes <= most and _shared(batch) <= SHARED * most:  # no row is larger
                 with suppress(*ROW_FAULTS):  # some row's; it is found below
                     rows = batch.to_pylist()
             for row in rows or (_row(batch.slice(i, 1), most) for i in range(batch.num_rows)):
                 number += 1
                 yield number, named(row, classes) if classes else row
+
+
+def _shared(batch: Any) -> int:
+    """Bytes that rows may take which share a value: it is stored once and decoded once for each."""
+    found = 0
+    for column in batch.columns:
+        for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
+            if pa.types.is_dictionary(chunk.type):
+                values = chunk.dictionary
+                text = any(is_one(values.type) for is_one in (pa.types.is_string, pa.types.is_large_string))
+                largest = (pc.max(pc.binary_length(values)).as_py() or 0) if text else values.nbytes
+                found += len(chunk) * largest
+            elif chunk.type.id in _VIEWS:
+                found += len(chunk) * chunk.get_total_buffer_size()
+    return found
 
 
 def _row(batch: Any, most: int) -> Any:
@@ -104,11 +123,21 @@ def _row(batch: Any, most: int) -> Any:
         return Broken(f"the row cannot be decoded ({error}); write the file again, its text as UTF-8")
 
 
+def _of_bytes(kind: pa.DataType) -> pa.DataType:
+    """The type with bytes in place of text."""
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_of_bytes(field.type)) for field in kind])
+    for is_one, make in ((pa.types.is_list, pa.list_), (pa.types.is_large_list, pa.large_list)):
+        if is_one(kind):
+            return make(kind.value_field.with_type(_of_bytes(kind.value_type)))
+    return {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(kind, kind)
+
+
 def validated(found: Iterable[Any]) -> Iterable[Any]:
     """The batches, none of whose offsets and lengths lead out of its memory.
 
     Raises:
-        pa.ArrowInvalid: one's do.
+        pa.ArrowException: one's do.
     """
     for batch in found:
         try:
@@ -116,7 +145,11 @@ def validated(found: Iterable[Any]) -> Iterable[Any]:
         except pa.ArrowInvalid as error:
             if "UTF8" not in str(error):
                 raise
-            # Only text is wrong, so far; the row that has it is found when rows are decoded one by one.
+            # Validation ends at its first error: the rest may be wrong in other ways than as text.
+            batch.validate()
+            fields = [field.with_type(_of_bytes(field.type)) for field in batch.schema]
+            batch.cast(pa.schema(fields)).validate(full=True)
+            # Only text is wrong; the row that has it is found when rows are decoded one by one.
             for i in range(batch.num_rows):
                 yield batch.slice(i, 1)
             continue

@@ -14,33 +14,27 @@ from functools import cache, lru_cache
 from typing import Any
 
 from halos_pl.data.example import Example, Prompt, Skipped, short
+from halos_pl.data.meanings import (
+    ANSWER,
+    COLUMNS,
+    DIALOGUES,
+    FLAGS,
+    KEYS,
+    MARGIN,
+    PARTS,
+    PLACEHOLDER,
+    SYSTEM,
+    TEMPLATE,
+    WEIGHT,
+    is_markup,
+    means,
+    reason,
+)
 from halos_pl.data.schemas import SCHEMAS, Schema
 from halos_pl.data.source import Source
 from halos_pl.data.values import ROLES, BadRow, Messages, checked_text, given, messages_of, prompt_of
 
-_SYSTEM = frozenset(("system", "system_prompt", "system_message", "custom_system_prompt"))
-_MEDIA = "holds pictures or sound, and the model reads text only"
-_TEMPLATE = "is for the chat template, which is not given it; write it into the messages"
-_ANSWER = "would be lost; write it into the completion"
-_MEANT: dict[str, str] = {
-    **dict.fromkeys(("image", "images", "image_path", "image_url", "video", "videos", "audio", "audios"), _MEDIA),
-    **dict.fromkeys(("tools", "functions", "documents", "tool_choice", "chat_template_kwargs"), _TEMPLATE),
-    **dict.fromkeys(("tool_calls", "function_call", "reasoning", "reasoning_content", "thinking"), _ANSWER),
-    "margin": "says by how much one answer is better, which no loss reads",
-}
-# Parts of a prompt in one format or another. Beside a prompt that holds their text they say nothing new.
-_PARTS = frozenset(("instruction", "question", "query", "input", "context", "history", "context_messages"))
-_DIALOGUES = frozenset(("messages", "conversation", "conversations", "dialogue", "dialog", "turns"))
 _MESSAGE = frozenset(("role", "content", "from", "value"))
-_LOST = {
-    **{name: reason for name, reason in _MEANT.items() if reason != _TEMPLATE},
-    **dict.fromkeys(("tools", "documents", "tool_call_id", "name", "refusal"), "would be lost; write it into content"),
-}
-_FLAGS = ("weight", "loss_weight", "train", "training", "loss")  # which messages carry the loss
-_PLACEHOLDER = re.compile(
-    r"<\|?(?P<what>image|video|audio)(?:_pad|_token|_soft_token|_?\d+)?\|?>|<start_of_image>|<\|vision_start\|>|\[IMG\]",
-    re.IGNORECASE,
-)
 _TELLING = 16  # characters; a shorter text may stand in a prompt by chance
 
 
@@ -48,8 +42,12 @@ _TELLING = 16  # characters; a shorter text may stand in a prompt by chance
 def known(name: str) -> bool:
     """Whether ``name`` is a column that some schema reads, so that ``Source.columns`` may give it."""
     read = {part for schema in SCHEMAS.values() for column in schema.columns for part in column.split("|")}
-    read |= _SYSTEM | _PARTS | _DIALOGUES
-    return name in read or any(re.fullmatch(schema.also, name) for schema in SCHEMAS.values())
+    patterns = (SYSTEM, PARTS, DIALOGUES)
+    return (
+        name in read
+        or any(re.fullmatch(schema.also, name) for schema in SCHEMAS.values())
+        or any(means(pattern, name) for pattern in patterns)
+    )
 
 
 @dataclass(frozen=True)
@@ -68,23 +66,24 @@ def _kinds(schema: Schema, columns: frozenset[str]) -> _Kinds:
     kinds: dict[str, list[str]] = {"read": [], "system": [], "parts": [], "refused": [], "unused": []}
     read = {next((name for name in column.split("|") if name in columns), column) for column in schema.columns}
     for name in sorted(columns):
-        plain = name.lower().replace("-", "_")
         if name in read or re.fullmatch(schema.also, name):
             kinds["read"].append(name)
-        elif plain in _SYSTEM:
+        elif means(SYSTEM, name):
             kinds["system"].append(name)
+        elif reason(COLUMNS, name):
+            kinds["refused"].append(name)
         else:
-            kinds["refused" if plain in _MEANT else "parts" if plain in _PARTS | _DIALOGUES else "unused"].append(name)
+            kinds["parts" if means(PARTS, name) or means(DIALOGUES, name) else "unused"].append(name)
     return _Kinds(**{kind: tuple(names) for kind, names in kinds.items()})
 
 
 def _parts(kinds: _Kinds, row: dict[str, Any]) -> dict[str, Any]:
     """The parts of a prompt beside it; a number of turns is none."""
-    counts = {name for name in kinds.parts if name.lower() in _DIALOGUES and isinstance(row[name], int | float)}
+    counts = {name for name in kinds.parts if means(DIALOGUES, name) and isinstance(row[name], int | float)}
     return {name: row[name] for name in kinds.parts if name not in counts and given(row[name])}
 
 
-def without(value: Any, ignored: Sequence[str], depth: int = 4) -> Any:
+def without(value: Any, ignored: Sequence[str], depth: int = 6) -> Any:
     """A row, or what it holds down to the keys of messages in lists of lists, without the keys ``ignored``."""
     if isinstance(value, dict) and depth:
         return {k: without(v, ignored, depth - 1) for k, v in value.items() if k not in ignored}
@@ -115,14 +114,17 @@ class Columns:
         """
         kinds = _kinds(self.schema, frozenset(row))
         for name in kinds.refused:
-            value = row[name]
-            # A tool or a picture is no single word, so that a column of another meaning may have that name.
-            if given(value) and not (_MEANT[name.lower().replace("-", "_")] is _TEMPLATE and _is_word(value)):
-                raise BadRow(_MEANT[name.lower().replace("-", "_")], name, ignorable=name)
+            value, why = row[name], reason(COLUMNS, name)
+            assert why is not None
+            if given(value) and _counts(value, why):
+                raise BadRow(why, name, ignorable=name)
             self._note(name, value)
         for name in kinds.unused:
             self._note(name, row[name])
         self._check_values(row, kinds.read)
+        for name in (*kinds.system, *kinds.parts):
+            for text in _leaves(row[name]):
+                self._check_text(text, name, "")
         if self.schema.prepare:  # what a row says is not known before all have been read
             for name in (*kinds.system, *_parts(kinds, row)):
                 if given(row[name]):
@@ -176,10 +178,10 @@ class Columns:
         elif message.keys() & {"role", "from"}:
             texts = ("content", "value")
             for key in message.keys() - _MESSAGE:
-                value = message[key]
-                if key in _LOST and given(value):
-                    raise BadRow(f"has {key}, which {_LOST[key].removeprefix('is ')}", column, within, key)
-                if key not in _FLAGS:
+                value, why = message[key], reason(KEYS, key)
+                if why and given(value) and not (value == "final" and means("channel", key)):  # the answer itself
+                    raise BadRow(f"has {key}, which {why}", column, within, key)
+                if not means(FLAGS, key):
                     self._note(f"{column}: {key}", value)
                 elif value not in (None, 1) and _speaks(message) == "assistant" and (judged or value != 0):
                     raise BadRow(
@@ -193,16 +195,17 @@ class Columns:
             for key in message.keys() - {"response", "overall_score"}:
                 self._note(f"{column}: {key}", message[key])
         for key in texts:
-            if isinstance(message.get(key), str):
-                self._check_text(message[key], column, within)
+            value = message.get(key)
+            for part in value if isinstance(value, list) else [value]:
+                text = part.get("text") if isinstance(part, dict) else part
+                if isinstance(text, str):
+                    self._check_text(text, column, within)
 
     def _check_text(self, text: str, column: str, within: str) -> None:
         if "<" not in text and "[IMG" not in text:
             return
-        for found in _PLACEHOLDER.finditer(text):
-            what = found["what"]
-            is_markup = found[0] == f"<{what}>" and f"</{what}>" in text[found.end() :]
-            if not is_markup and found[0] not in self.source.ignore:
+        for found in PLACEHOLDER.finditer(text):
+            if found[0] not in self.source.ignore and not is_markup(found, text):
                 raise BadRow(
                     f"holds {found[0]}, which stands for a picture or sound, and the model reads text only",
                     column,
@@ -218,12 +221,18 @@ def prompt_in_context(row: dict[str, Any]) -> Prompt:
         BadRow: it is no prompt, or something beside it carries meaning and has no place in it.
     """
     columns = Columns(Source("prompts"), Schema("prompts", ("prompt",)), {})
+    row = {name: value for name, value in row.items() if reason(COLUMNS, name) not in (ANSWER, MARGIN, WEIGHT)}
     asked = Example(prompt_of(row), (), (), "")
     return next(item.prompt for item in columns.in_context([asked], columns.checked(row)) if isinstance(item, Example))
 
 
-def _is_word(value: Any) -> bool:
-    return isinstance(value, str) and not value.lstrip().startswith(("[", "{"))
+def _counts(value: Any, why: str) -> bool:
+    """Whether a column of that meaning holds what its name says, for one of another meaning may have that name."""
+    if why is WEIGHT:
+        return isinstance(value, int | float) and value != 1
+    if why is TEMPLATE and isinstance(value, str):  # tools are no single word
+        return value.lstrip().startswith(("[", "{")) or len(value.split()) > 1
+    return value is not False
 
 
 def _speaks(message: Any) -> str | None:
@@ -238,12 +247,13 @@ def _with_context(example: Example, system: dict[str, Any], parts: dict[str, Any
         BadRow: they have no place there, or one of ``parts`` is missing from it.
     """
     messages = example.prompt if isinstance(example.prompt, list) else None
-    held = _texts(example.prompt) + [text for completion in example.completions for text in _texts(completion)]
+    asked = _texts(example.prompt)
+    said = [text for completion in example.completions for text in _texts(completion)]
     for name, text in system.items():
         if not isinstance(text, str):
             raise BadRow(f"is {short(text)}; it must be text", name)
         if messages is None:
-            if not _holds(held, text):
+            if not _holds(asked, text):
                 raise BadRow(
                     "is a system message, but the prompt is plain text; give the prompt as messages, or write it into"
                     " the prompt",
@@ -262,6 +272,7 @@ def _with_context(example: Example, system: dict[str, Any], parts: dict[str, Any
                 messages = [*messages[:start], *earlier, *messages[start:]]
             continue
         leaves = list(_leaves(value))
+        held = asked + said if means(DIALOGUES, name) else asked  # an answer may quote what the prompt lacks
         # The last turn of a dialogue may be another answer than those that were judged.
         if not all(_holds(held, leaf) for leaf in (leaves[:-1] if len(leaves) > 1 else leaves)):
             raise BadRow(

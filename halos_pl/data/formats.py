@@ -210,7 +210,7 @@ def _file(path: str, kind: str, most: int) -> Read:
         yield line, Broken(" ".join(reason.split()), ends=True)
 
 
-def _irregular(path: str) -> str | None:
+def irregular(path: str) -> str | None:
     """What is at ``path``, where it is neither a file nor a folder: to open one of these may wait for ever."""
     try:
         mode = os.stat(path).st_mode
@@ -237,7 +237,7 @@ def _read(source: Source) -> Read:
     known = ", ".join([*(f"{ending}[.gz|.zst]" for ending in TEXT), *BINARY])
     if wrong := _wrong_settings(source):
         yield 0, Broken(wrong, ends=True)
-    elif what := _irregular(path):
+    elif what := irregular(path):
         yield 0, Broken(f"is {what}; write what it gives to a file, and name that", ends=True)
     elif Path(path).is_dir():
         if any((Path(path) / name).is_file() for name in SAVED):

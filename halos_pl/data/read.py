@@ -11,7 +11,7 @@ from halos_pl.data.columns import Columns, known, without
 from halos_pl.data.example import Example, Fault, Skipped
 from halos_pl.data.schemas import SCHEMAS, Parse, check, find
 from halos_pl.data.source import Source
-from halos_pl.data.values import BadRow
+from halos_pl.data.values import BadRow, given
 
 
 def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
@@ -64,14 +64,20 @@ def read(source: Source, unused: dict[str, None] | None = None) -> Iterator[Exam
     schema = SCHEMAS[source.schema] if source.schema else None
     unused = {} if unused is None else unused
     columns = Columns(source, schema, unused) if schema else None
+    missing = set(source.columns.values())  # until a row has them
     first: int | None = None  # the line that the schema was found by
     kept: list[tuple[str, dict[str, Any] | Fault]] = []  # where a row needs the whole source
+    ended = False  # by a fault of the source as a whole
     for line, found in formats.rows(source):
         place = f"{source.path}:{line}"
         item: dict[str, Any] | Fault = found
         if isinstance(found, dict):
             found = without(found, source.ignore) if source.ignore else found
             item = _renamed(found, source.columns)
+            missing -= found.keys()
+            for new, old in source.columns.items():
+                if new in found and new not in source.columns.values() and given(found[new]):
+                    unused[f"{new} ({old} is read as {new})"] = None
             try:
                 if schema is None:
                     schema, first = find(item, source.columns), line
@@ -82,6 +88,8 @@ def read(source: Source, unused: dict[str, None] | None = None) -> Iterator[Exam
                 item = columns.checked(item)
             except BadRow as bad:
                 item = bad.fault(place, source.columns)
+        else:
+            ended = found.fatal
         if schema is not None and schema.prepare:
             if isinstance(item, dict):
                 item = {name: item[name] for name in schema.reads if name in item}
@@ -93,6 +101,10 @@ def read(source: Source, unused: dict[str, None] | None = None) -> Iterator[Exam
             assert schema.parse is not None
             assert columns is not None
             yield from _items(schema.parse, item, place, source, columns)
+    if missing and columns is not None and not ended:
+        name = min(missing)
+        yield Fault(source.path, f"'columns' names a column '{name}', which no row has; correct its name", fatal=True)
+        return
     if schema is not None and schema.prepare:
         assert columns is not None
         parse = schema.prepare(item for _, item in kept if isinstance(item, dict))

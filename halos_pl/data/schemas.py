@@ -64,15 +64,15 @@ def _paired(row: dict[str, Any], place: str) -> Items:
 
 
 # The names under which published pairs have the scores of their completions.
-_CHOSEN, _REJECTED = ((f"score_{of}", f"{of}_score", f"rating_{of}", f"{of}_rating") for of in ("chosen", "rejected"))
+_OF = ("score_{}", "{}_score", "rating_{}", "{}_rating", "{}-score", "{}-rating", "{}_avg_rating")
+_PAIRS_OF_SCORES = [(name.format("chosen"), name.format("rejected")) for name in _OF]
 
 
 def _scores(row: dict[str, Any]) -> tuple[float | None, ...]:
-    """The scores of chosen and rejected, by the first names that have any."""
-    chosen, rejected = (
-        next((name for name in names if row.get(name) is not None), names[0]) for names in (_CHOSEN, _REJECTED)
-    )
-    return pair_scores(row, chosen, rejected)
+    """The scores of chosen and rejected by the first names under which both are there: others may be in other units."""
+    found = ([row.get(name) is not None for name in names] for names in _PAIRS_OF_SCORES)
+    count = [sum(there) for there in found]
+    return pair_scores(row, *_PAIRS_OF_SCORES[count.index(max(count))])
 
 
 _OWN_COLUMN = "give the prompt in a column 'prompt' of its own"
@@ -282,7 +282,7 @@ class Schema:
 # Where a prompt may hide under a name that is not ours, "what both begin with" would be a guess.
 _PROMPTS = ("instruction", "question", "query", "input", "history", "context", "context_messages")
 _JUDGED = "label|kto_tag"
-_PAIR = "|".join((*_CHOSEN, *_REJECTED))
+_PAIR = "|".join(name for names in _PAIRS_OF_SCORES for name in names)
 
 SCHEMAS: dict[str, Schema] = {
     schema.name: schema

@@ -17,6 +17,7 @@ from typing import Any
 from halos_pl.data.broken import CHUNK, Broken, Read, too_large, twice
 from halos_pl.data.example import short
 
+BLANK = 16  # blank lines one after the other may take one such part of the bound
 SKIPPED = 64  # of a line that is too long, so many times the bound are passed over to find the next one
 _BLANK = re.compile(r"[ \t\r\n]*")
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of other bytes
@@ -70,8 +71,13 @@ def _json_line(raw: bytes) -> Any:
 
 
 def _lines(stream: io.BufferedReader, most: int) -> Iterator[bytes | Broken]:
-    """Each line, or a Broken in place of one of more than ``most`` bytes."""
+    """Each line, or a Broken in place of one of more than ``most`` bytes; blank lines in a row count as one."""
+    blank = 0  # a packed file of line breaks has no end in sight
     while raw := stream.readline(most + 1):
+        blank = 0 if raw.strip() else blank + len(raw)
+        if BLANK * blank > most:
+            yield too_large(most, ends=True)
+            return
         if len(raw) <= most or raw.endswith(b"\n"):
             yield raw
             continue
@@ -241,7 +247,7 @@ def _csv(stream: io.BufferedReader, most: int) -> Read:
 
     reader = csv.reader(lines(), strict=True)  # not strict, a quote that is never closed swallows the file
     header: list[str] | None = None
-    line = 1
+    line, blank = 1, 0
     try:
         for cells in reader:
             if header is None:
@@ -253,7 +259,9 @@ def _csv(stream: io.BufferedReader, most: int) -> Read:
                         return
             elif cells:
                 yield line, _csv_row(header, cells)
-            line, used = reader.line_num + 1, 0
+            line, used, blank = reader.line_num + 1, 0, 0 if cells else blank + 1
+            if BLANK * blank > most:
+                raise too_large(most, ends=True)
     except Broken as broken:
         yield line, broken
     except csv.Error as error:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from halos_pl.data.example import Example, Fault, Prompt, Skipped, short
+from halos_pl.data.meanings import KEYS, reason
 
 Messages = list[dict[str, str]]
 Items = list[Example | Skipped]
@@ -101,6 +102,9 @@ def _joined(parts: list[Any], column: str, within: str) -> str:
             raise BadRow(
                 f"has {what}; the model reads text only, as text or as {{'type': 'text', 'text': ...}}", column, within
             )
+        for key in part.keys() - {"type", "text"}:
+            if (why := reason(KEYS, key)) and given(part[key]):
+                raise BadRow(f"has a part with {key}, which {why}", column, within, key)
         texts.append(part["text"])
     return "".join(texts)
 

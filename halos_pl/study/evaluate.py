@@ -18,8 +18,9 @@ from lightning import Trainer
 from halos_pl.build import module_of_file
 from halos_pl.callbacks import CONFIG
 from halos_pl.checkpoint import load_trained
-from halos_pl.data import DataError, FeedbackDataModule
+from halos_pl.data import FeedbackDataModule
 from halos_pl.data.datamodule import _sources
+from halos_pl.data.example import DataError, Prompt
 from halos_pl.export import module_of_run, put_weights
 from halos_pl.feedback import Binary
 from halos_pl.generate import Sample, as_messages, generate, kl_of_samples, read_prompt_lines
@@ -310,6 +311,7 @@ def evaluate(
     folder = Path(run)
     check_arguments(**arguments)
     chosen = {name: function_of(place, name) for name, place in (("rule", rule), ("judge", judge)) if place}
+    lines = read_prompt_lines(Path(prompts)) if prompts else []
     how = measuring(arguments) | {"by": provenance()}  # files as they are now, before they are read
     module = _prepared(folder, ckpt_path)
     values: dict[str, dict[str, float]] = {}
@@ -336,7 +338,7 @@ def evaluate(
         module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         sampling |= {"special_tokens_in_text": text}
-        values |= _of_answers(module, folder, Path(prompts), chosen, chat, batch_size, sampling)
+        values |= _of_answers(module, folder, Path(prompts).name, lines, chosen, chat, batch_size, sampling)
     kept = {name: found for name, found in values.items() if found}
     (folder / FILE).unlink(missing_ok=True)  # or what is there would be said to have been measured in this way
     (folder / MEASURED).write_text(json.dumps(how, indent=2) + "\n", encoding="utf-8")
@@ -365,17 +367,17 @@ def _verdict(given: Any, prompt: str) -> float:
 def _of_answers(
     module: Evaluation,
     folder: Path,
-    prompts: Path,
+    source: str,
+    lines: list[tuple[int, Prompt]],
     chosen: dict[str, Callable[..., Any]],
     chat: bool,
     batch_size: int,
     sampling: dict[str, Any],
 ) -> dict[str, dict[str, float]]:
-    """Metrics of the answers that the policy gives to prompts."""
+    """Metrics of the answers that the policy gives to the prompts at the lines of a source."""
     assert module.policy is not None
-    lines = read_prompt_lines(prompts)
     read = [prompt for _, prompt in lines]
-    names = [f"{prompts.name}:{number}" for number, _ in lines]
+    names = [f"{source}:{number}" for number, _ in lines]
     asked = as_messages(read, module.tokenizer, chat)
 
     def answers(model: Any) -> list[Sample]:

@@ -291,3 +291,114 @@ def test_prompts_to_be_answered_keep_their_context(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"a\.jsonl:1: column") as found:
             read_prompts(Path(write_jsonl(tmp_path / "a.jsonl", [row | {"system": "", "history": None} | wrong])))
         assert "ignore" not in str(found.value)  # there is no such setting there
+
+
+MEANT_TOO = {  # in the spellings of other formats
+    "image_urls": ["a.jpg"],
+    "img": "a.jpg",
+    "pixel_values": [[0.5]],
+    "multiModalData": {"image": "a.jpg"},
+    "available_tools": '[{"name": "f"}]',
+    "toolCalls": [{"name": "f"}],
+    "tools": "get_weather(city) -> str",
+    "documents": "The tower is 330 m tall.",
+    "thoughts": "hm",
+    "weight": 0.5,
+    "passages": ["The tower is 330 m tall."],
+    "Prompt": "Who is it?",
+    "trajectory": [{"from": "user", "value": "Who is it?"}],
+    "initial_reason_steps": "Step 1: look at it.",
+    "chat_history": ["Hi there, my friend"],
+}
+
+
+@pytest.mark.parametrize("column", MEANT_TOO)
+def test_other_spellings_are_refused_by_name(tmp_path: Path, column: str) -> None:
+    for row in (PAIR, TEXT, {"chosen": "It is Ann", "rejected": "It is Bob"}):
+        assert refused(tmp_path, {**row, column: MEANT_TOO[column]}).column == column
+        example(tmp_path, {**row, column: MEANT_TOO[column]}, ignore=[column])
+    for nothing in ({"image": False}, {"weight": 1}, {"weight": "70 kg"}, {"tools": "none"}):
+        example(tmp_path, {**PAIR, **nothing})
+
+
+@pytest.mark.parametrize("column", ["systemPrompt", "System Message", "sys_prompt", "system-instruction"])
+def test_other_spellings_of_system(tmp_path: Path, column: str) -> None:
+    assert example(tmp_path, {**PAIR, column: "Be a pirate"}).prompt == [PIRATE, USER]
+
+
+KEYS_TOO = {
+    "toolCalls": [{"name": "f"}],
+    "Images": ["a.jpg"],
+    "reasoning_details": [{"text": "hm"}],
+    "thoughts": "hm",
+    "attachments": [{"name": "a.pdf"}],
+    "context": "The tower is 330 m tall.",
+    "channel": "analysis",
+    "loss_mask": 0,
+    "trainable": False,
+    "train_detail": [{"train": False}],
+}
+
+
+@pytest.mark.parametrize("key", KEYS_TOO)
+def test_other_spellings_of_keys_are_refused_by_name(tmp_path: Path, key: str) -> None:
+    row = {"messages": [USER, {**BOT, key: KEYS_TOO[key]}], "label": 1}
+    assert key in refused(tmp_path, row).reason
+    assert example(tmp_path, row, ignore=[key]) == example(tmp_path, {"messages": [USER, BOT], "label": 1})
+    example(tmp_path, {"messages": [USER, {**BOT, "channel": "final"}], "label": 1})
+
+
+PLACEHOLDERS = ["<image 1>", "<IMG_CONTEXT>", "<image_placeholder>", "<ImageHere>", "<__media__>", "<|media_pad|>"]
+
+
+@pytest.mark.parametrize("text", [*PLACEHOLDERS, "(<image>./</image>)", "<|image_start|>", "<|audio_bos|>"])
+def test_placeholders_of_other_models(tmp_path: Path, text: str) -> None:
+    assert refused(tmp_path, {**TEXT, "prompt": f"{text} Who?"}).column == "prompt"
+
+
+def test_a_placeholder_is_found_wherever_it_stands(tmp_path: Path) -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "<image>Who?"}]}]
+    for row in ({"prompt": parts}, {"system": "<image> Look"}, {"history": [["<image> Hi", "Hello"]]}):
+        assert "<image>" in refused(tmp_path, {**PAIR, **row}).reason
+        example(tmp_path, {**PAIR, **row}, ignore=["<image>"])
+    alpaca = {"instruction": "Describe", "input": "<image>", "chosen": "Arr", "rejected": "I"}
+    assert refused(tmp_path, alpaca, columns={"prompt": "instruction"}).column == "input"
+    (tmp_path / "a.txt").write_text("Who?\n<image>Who?\n")
+    with pytest.raises(DataError, match=r"a\.txt:2: column"):
+        read_prompts(tmp_path / "a.txt")
+    example(tmp_path, {**TEXT, "prompt": "[IMG]http://a/b.png[/IMG] Who?"})  # as forums write links
+    linked = [{"role": "user", "content": [{"type": "text", "text": "Who?", "image_url": "a.jpg"}]}]
+    assert "image_url" in refused(tmp_path, {**PAIR, "prompt": linked}).reason
+    example(tmp_path, {**PAIR, "prompt": linked}, ignore=["image_url"])
+
+
+def test_an_answer_that_quotes_it_is_no_prompt(tmp_path: Path) -> None:
+    for column in ("context", "system"):
+        row = {**TEXT, column: "The tower is 330 m tall.", "chosen": "It says: The tower is 330 m tall."}
+        assert refused(tmp_path, row).column == column
+
+
+def test_scores_of_a_pair_are_in_one_unit(tmp_path: Path) -> None:
+    assert example(tmp_path, {**PAIR, "chosen-rating": 5, "rejected-rating": 2}).scores == (5, 2)
+    assert example(tmp_path, {**PAIR, "chosen_avg_rating": 5, "rejected_avg_rating": 2}).scores == (5, 2)
+    mixed = {**PAIR, "score_chosen": 0.5, "chosen_rating": 5, "rejected_rating": 2}
+    assert example(tmp_path, mixed).scores == (5, 2)
+
+
+def test_columns_that_no_row_has(tmp_path: Path) -> None:
+    """A misspelt name of a column that need not be there dropped it in silence."""
+    *_, fault = items(tmp_path, {**ONE, "my_score": 3}, columns={"score": "my_scroe"})
+    assert isinstance(fault, Fault)
+    assert fault.fatal
+    assert "'my_scroe'" in fault.reason
+    unused: dict[str, None] = {}
+    path = write_jsonl(tmp_path / "a.jsonl", [{**TEXT, "question": "Why?"}])
+    [found] = read(Source(path, columns={"prompt": "question"}), unused)
+    assert isinstance(found, Example)
+    assert found.prompt == "Why?"
+    assert any("prompt" in name for name in unused)  # the file's own, which is not read
+
+
+def test_a_prompt_to_be_answered_needs_no_weight(tmp_path: Path) -> None:
+    row = {**PAIR, "weight": 0.5, "margin": 1.0, "reasoning": "hm"}
+    assert read_prompts(Path(write_jsonl(tmp_path / "a.jsonl", [row]))) == [[USER]]

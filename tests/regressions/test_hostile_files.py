@@ -28,6 +28,8 @@ from halos_pl.data.example import DataError, Example, Fault, Skipped
 from halos_pl.data.read import read
 from halos_pl.data.source import Source
 from halos_pl.data.store import open_store
+from halos_pl.generate import read_prompts
+from halos_pl.study.evaluate import evaluate
 
 ROW = {"prompt": "p", "completion": "c", "label": True}
 LARGE = {**ROW, "completion": "a" * 1_500_000}
@@ -339,3 +341,69 @@ def test_a_long_chain_of_messages(tmp_path: Path) -> None:
     rows[0]["parent_id"] = "3999"  # a circle
     items = list(read(Source(write_jsonl(tmp_path / "a.jsonl", rows))))
     assert not any(isinstance(item, Example) for item in items)
+
+
+# Found by trying more
+
+
+def test_text_and_offsets_that_are_both_wrong(tmp_path: Path) -> None:
+    """Validation ends at its first error: what it says of text hid offsets that ended the process by SIGSEGV."""
+    text = pa.array([b"p", b"\xff"], pa.binary()).view(pa.string())
+    parts = pa.array([[{"content": "ab"}], [{"content": "cdefgh"}]])
+    table = pa.table({"prompt": text, "completion": parts, "label": [True, True]})
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    good, bad = (b"".join(n.to_bytes(4, "little") for n in to) for to in ((0, 2, 8), (0, 2**30, 2**30 + 4)))
+    assert sink.getvalue().count(good) == 1
+    path = tmp_path / "a.arrow"
+    path.write_bytes(sink.getvalue().replace(good, bad))
+    assert refused(path).fatal
+
+
+def test_nested_text_that_is_not_utf8_is_its_rows_fault(tmp_path: Path) -> None:
+    said = pa.array([b"p", b"\xff", b"p"], pa.binary()).view(pa.string())
+    messages = pa.StructArray.from_arrays([pa.array(["user"] * 3), said], ["role", "content"])
+    prompt = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), messages)
+    table = pa.table({"prompt": prompt, "completion": ["c"] * 3, "label": [True] * 3})
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    assert [type(item) for item in read(Source(str(tmp_path / "a.arrow")))] == [Example, Fault, Example]
+
+
+def test_rows_that_share_a_value_take_little_memory(tmp_path: Path) -> None:
+    """A dictionary stores a text once; 1,024 rows decoded together took gigabytes."""
+    text, rows = "x" * 1_000_000, 1024
+    shared = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([text]))
+    runs = pa.RunEndEncodedArray.from_arrays(pa.array([rows], pa.int32()), pa.array([text]))
+    for prompt in (shared, runs):
+        table = pa.table({"prompt": prompt, "completion": ["c"] * rows, "label": [True] * rows})
+        with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as file:
+            file.write_table(table)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        items = read(Source(str(tmp_path / "a.arrow")))
+        assert all(isinstance(next(items), Example) for _ in range(3))
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KB
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz"])
+def test_line_breaks_without_end(tmp_path: Path, name: str) -> None:
+    header = b"prompt,completion,label\n" if "csv" in name else b""
+    with gzip.open(tmp_path / name, "wb", 1) as file:
+        file.write(header + b"\n" * 2_000_000)
+    assert "max_row_mb" in refused(tmp_path / name, max_row_mb=1.0).reason
+    with gzip.open(tmp_path / name, "wb", 1) as file:
+        row = b"p,c,1\n" if header else json.dumps(ROW).encode() + b"\n"
+        file.write(header + (b"\n" * 1000 + row) * 3)
+    assert [type(item) for item in read(Source(str(tmp_path / name)))] == [Example] * 3
+
+
+def test_prompts_to_be_answered_are_files_of_lines_that_end(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a\n\n" + "b" * 17_000_000)
+    with pytest.raises(DataError, match=r"a\.txt:3: "):
+        read_prompts(tmp_path / "a.txt")
+    with pytest.raises(DataError, match=r"a\.txt:3: "):  # before the run is loaded
+        evaluate(str(tmp_path / "run"), prompts=str(tmp_path / "a.txt"))
+    os.mkfifo(tmp_path / "p.jsonl")
+    with pytest.raises(DataError, match="a pipe"):
+        read_prompts(tmp_path / "p.jsonl")

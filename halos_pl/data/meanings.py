@@ -1,0 +1,88 @@
+"""Names of columns and of keys of messages that carry meaning in some published format.
+
+A name counts in any spelling: ``toolCalls``, ``Tool Calls`` and ``tool_calls`` are one.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+
+MEDIA = "holds pictures or sound, and the model reads text only"
+TEMPLATE = "is for the chat template, which is not given it; write it into the messages"
+ANSWER = "would be lost; write it into the completion"
+MARGIN = "says by how much one answer is better, which no loss reads"
+WEIGHT = "says how much the row counts, which no loss reads"
+
+SYSTEM = r"(custom_)?sys(tem)?(_?(prompt|message|msg|instructions?|text|content))?|preamble"
+_MEDIA = (
+    r"((prompt|input|query)_)?(image|img|picture|photo|video|audio)s?(_?\d+)?"
+    r"(_(path|file|url|uri|byte|base64|b64|data|list|tensor|embed|embedding|feature|token)s?)?"
+    r"|media|pixel_values|multi_?modal_(data|inputs?)"
+)
+_TOOLS = (
+    r"((available|xlam)_)?(tools|functions|apis)(_(json|schemas?))?"
+    r"|(tool|function|api)_(definitions?|specs?|schemas?|list|declarations?)"
+)
+_THOUGHTS = r"(tool|function)_calls?|reasoning(_(content|details|text))?|thinking(_content)?|thoughts?"
+COLUMNS = {
+    _MEDIA: MEDIA,
+    _TOOLS + r"|documents|tool_choice|chat_template_kwargs": TEMPLATE,
+    _THOUGHTS: ANSWER,
+    "margin": MARGIN,
+    r"((sample|example|loss|importance)_)?weight": WEIGHT,
+}
+#: Parts of a prompt in one format or another. Beside a prompt that holds their text they say nothing new.
+PARTS = (
+    r"(user_)?(prompt|input|query|question|request|instruction)|user_message|prompts|inputs|problem|post|article"
+    r"|contexts?|context_messages|background|passages?|ctxs|docs|document|demonstrations|few_shot(_examples|_prompt)?"
+    r"|((chat|conversation|dialog|dialogue|message)_)?history|(previous|past|earlier)_turns|initial_reason_steps"
+    r"|developer(_(prompt|message))?|prefill|(assistant|response)_prefix"
+)
+DIALOGUES = r"messages|conversations?|dialog(ue)?|turns|trajectory"
+_LOST = "would be lost; write it into content"
+#: Keys of messages.
+KEYS = {
+    _MEDIA: MEDIA,
+    _THOUGHTS: ANSWER,
+    _TOOLS + r"|documents?|tool_call_id|tool_responses?": _LOST,
+    r"name|refusal|files?|attachments?|context|channel|recipient": _LOST,
+}
+#: Keys that say which messages carry the loss, and with which weight.
+FLAGS = r"((loss|sample)_)?weight|train|training|trainable|learn|loss|(loss_)?mask|masked|train(ing)?_detail"
+_EDGES = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+
+
+@lru_cache(maxsize=4096)
+def plain(name: str) -> str:
+    """The name in small letters with underscores: ``systemPrompt`` and ``System-Prompt`` are ``system_prompt``."""
+    return re.sub(r"[\s.-]+", "_", _EDGES.sub("_", name.strip())).lower()
+
+
+@lru_cache(maxsize=4096)
+def means(pattern: str, name: str) -> bool:
+    """Whether the name is one of those of ``pattern``, however it is spelled."""
+    return re.fullmatch(pattern, plain(name)) is not None
+
+
+def reason(table: dict[str, str], name: str) -> str | None:
+    """What ``table`` says of the name; None where it is not in it."""
+    return next((why for pattern, why in table.items() if means(pattern, name)), None)
+
+
+PLACEHOLDER = re.compile(
+    r"<\|?(?P<what>image|video|audio)"
+    r"(?:_?(?:pad|token|soft_token|placeholder|here|start|end|bos|eos|url|context))?(?:[ _:-]*\d+)?\|?>"
+    r"|<img_(?:context|start|end|pad)>|<\|(?:vision|media)_(?:start|end|pad|begin)\|>|<start_of_(?:image|audio|video)>"
+    r"|<__(?:media|image|audio|video)__>|<im_patch>|\[IMG(?:_BREAK|_END)?\]|\[(?:BEGIN_)?AUDIO\]",
+    re.IGNORECASE,
+)
+
+
+def is_markup(found: re.Match[str], text: str) -> bool:
+    """Whether a placeholder is the opening tag of an element that holds something."""
+    rest = text[found.end() :].lower()
+    name = found[0][1:-1].lower()
+    opened, closed = found[0][0], "</" if found[0][0] == "<" else "[/"
+    end = rest.find(f"{closed}{name}{'>' if opened == '<' else ']'}")
+    return end >= 0 and rest[:end].strip() not in ("", "./")  # (<image>./</image>) is MiniCPM's placeholder
