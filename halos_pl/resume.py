@@ -214,7 +214,7 @@ class KeepSettings(Callback):
             record.config = aside(self._config, wanted=False)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Notes the arguments of callbacks before a state is loaded that holds some, as EarlyStopping's its patience."""
+        """Notes the arguments of callbacks before states are loaded, as EarlyStopping's state holds its patience."""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             arguments = inspect.signature(type(callback)).parameters.keys()
             named = arguments & callback.state_dict().keys() & vars(callback).keys()
