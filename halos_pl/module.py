@@ -546,6 +546,7 @@ class HALOModule(LightningModule):
         """
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
+        self._masters.begin_pass()
         self._rows = _row_ids(batch)
         means, losses = Means(), Losses()
         suspects, sound = Suspects(), list[Tensor]()

@@ -53,6 +53,7 @@ class MasterWeights:
         self.pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
         #: What the optimizer is made from.
         self.parameters: list[nn.Parameter] = []
+        self._passes = 0  # over the batch, within the optimizer's step
         for parameter in parameters:
             master = parameter
             if parameter.dtype in HALF:
@@ -62,9 +63,19 @@ class MasterWeights:
 
     def attach(self, optimizer: Optimizer) -> None:
         """Has ``optimizer`` round its weights into the model after each step, and save and load them."""
+        optimizer.register_step_pre_hook(lambda *_: self._count_anew())
         optimizer.register_step_post_hook(lambda *_: self._round())
         optimizer.register_state_dict_post_hook(self._save)
         optimizer.register_load_state_dict_pre_hook(self._load)
+
+    def _count_anew(self) -> None:
+        self._passes = 0
+
+    def begin_pass(self) -> None:
+        """Must be called before each pass over the batch: within a step LBFGS moves its weights between passes."""
+        if self._passes:
+            self._round()
+        self._passes += 1
 
     @torch.no_grad()
     def take_gradients(self) -> None:
@@ -86,6 +97,8 @@ class MasterWeights:
     @torch.no_grad()
     def _load(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         saved = state.get("master_weights")
+        if not self.pairs:  # of a run with them: what it goes on from are the rounded ones
+            return
         if saved is None:  # of a run without them: they begin at the weights that have just been loaded
             saved = [parameter.detach() for parameter, _ in self.pairs]
         for (_, master), value in zip(self.pairs, saved, strict=True):

@@ -6,6 +6,7 @@ of the data loader's state.
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -205,11 +206,25 @@ class KeepSettings(Callback):
 
     def __init__(self, config: dict[str, Any], name: str) -> None:
         self._config, self._name = flat(described(config)), name
+        self._given: list[tuple[Callback, dict[str, Any]]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         record = getattr(pl_module, "record", None)
         if record is not None:
             record.config = aside(self._config, wanted=False)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Notes the arguments of callbacks before states are loaded, as EarlyStopping's state holds its patience."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            arguments = inspect.signature(type(callback)).parameters.keys()
+            named = arguments & callback.state_dict().keys() & vars(callback).keys()
+            self._given.append((callback, {name: getattr(callback, name) for name in named}))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts them back."""
+        for callback, given in self._given:
+            vars(callback).update(given)
+        self._given = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says what else is new, and copies config.yaml to the first free config.1.yaml, config.2.yaml, ..."""

@@ -236,13 +236,19 @@ def test_the_command_starts_its_second_process_itself(both, tmp_path):
     assert_same_figures(tmp_path / "alone", tmp_path / "run")
 
 
+def trainer_of(strategy: Any) -> Any:
+    return SimpleNamespace(
+        strategy=strategy, accumulate_grad_batches=1, gradient_clip_val=None, gradient_clip_algorithm=None
+    )
+
+
 @pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])
 def test_sharded_strategies_are_refused(kind):
     strategy: Any = kind.__new__(kind)  # neither can be made without what it needs, a GPU or deepspeed
     with pytest.raises(ValueError, match=f"{kind.__name__} is not supported.*sharding.*[Uu]se a single device or ddp"):
-        check_trainer(SimpleNamespace(strategy=strategy, accumulate_grad_batches=1))
+        check_trainer(trainer_of(strategy))
 
 
 @pytest.mark.parametrize("strategy", [SingleDeviceStrategy("cpu"), DDPStrategy()])
 def test_what_works_is_not_refused(strategy):
-    check_trainer(SimpleNamespace(strategy=strategy, accumulate_grad_batches=1))
+    check_trainer(trainer_of(strategy))

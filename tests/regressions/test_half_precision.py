@@ -122,6 +122,36 @@ def test_a_fit_in_bfloat16_goes_where_one_in_float32_goes(tiny_folder, exact, op
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_weights_follow_an_optimizer_that_moves_them_within_a_step(tiny_folder):
+    """LBFGS asks for the loss at several places before it has taken its step."""
+    model = made(tiny_folder, dtype="bfloat16")
+    model.make_optimizer = lambda params: torch.optim.LBFGS(params, lr=0.1, max_iter=3)
+    model.warmup_ratio = 0.0
+    sums: list[float] = []
+    take = model._results
+
+    def seen(*args: Any, **kwargs: Any) -> Any:
+        sums.append(float(sum(p.detach().double().abs().sum() for p in model.parameters())))
+        return take(*args, **kwargs)
+
+    model._results = seen  # type: ignore[method-assign]
+    fit(model, [batch(pairs=2, seed=1)])
+    assert len(sums) > 1
+    assert len(set(sums)) == len(sums)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_fit_may_go_on_without_masters(tiny_folder, tmp_path):
+    data = [batch(pairs=2, seed=1)] * 2
+    fit(made(tiny_folder, dtype="bfloat16"), data, max_steps=1).save_checkpoint(tmp_path / "one.ckpt")
+    model = made(tiny_folder, dtype="bfloat16")
+    model.master_weights = False
+    trainer = fit(model, data, tmp_path / "one.ckpt")
+    assert trainer.global_step == 2
+    assert {p.dtype for group in trainer.optimizers[0].param_groups for p in group["params"]} == {torch.bfloat16}
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("lora", [None, pytest.param(LoRASpec(r=2), marks=pytest.mark.slow)])
 def test_a_resumed_fit_has_the_same_masters(tiny_folder, tmp_path, lora):
     data = [batch(pairs=2, seed=1)] * 4

@@ -17,6 +17,8 @@ import pytest
 import torch
 import yaml
 from lightning import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.trainer.states import TrainerFn
 from run_halos import binary_data, fit
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ from halos_pl.optim import Change, Schedule, guard
 from halos_pl.policy.loading import LoRASpec, ModelSpec
 from halos_pl.policy.reference import FrozenCopy, SyncedCopy
 from halos_pl.reference_points import MismatchedKL, RunningMean
+from halos_pl.resume import KeepSettings
 from halos_pl.rewards import LogRatio
 from value_functions import Identity, Logistic, LogSigmoid, ValueFunction
 
@@ -323,6 +326,33 @@ def test_an_evaluation_may_measure_with_another_objective(capfd):
     compare(kto(), kto(value_function=Logistic(beta=5.0)), of, to)
     with pytest.raises(ValueError, match=r"model\.policy\.lora"):
         compare(kto(), kto(policy=ModelSpec("somewhere", lora=LoRASpec())), of, to)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_callback_whose_state_holds_its_arguments_keeps_those_of_this_run(tmp_path):
+    """EarlyStopping's holds its patience, so another one was not used, under a config.yaml that said it."""
+
+    def fit_with(patience: int, epochs: int, path: Path | None = None) -> Any:
+        early = EarlyStopping("x", patience=patience, check_finite=False, strict=False)
+        silent = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        run = Trainer(
+            accelerator="cpu",
+            logger=False,
+            max_epochs=epochs,
+            limit_train_batches=1,
+            limit_val_batches=0,
+            callbacks=[KeepSettings({}, "config.yaml"), early],
+            default_root_dir=tmp_path,
+            **silent,  # type: ignore[arg-type]
+        )
+        run.fit(BoringModel(), ckpt_path=path)
+        run.save_checkpoint(tmp_path / "some.ckpt")
+        return early
+
+    fit_with(2, 1)
+    saved = torch.load(tmp_path / "some.ckpt", weights_only=True)["callbacks"]
+    assert [state["patience"] for key, state in saved.items() if key.startswith("EarlyStopping")] == [2]
+    assert fit_with(5, 2, tmp_path / "some.ckpt").patience == 5
 
 
 # -- the command line -----------------------------------------------------------------------------------
