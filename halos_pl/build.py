@@ -21,8 +21,17 @@ from halos_pl.yaml_files import read_yaml
 from value_functions import ValueFunction
 
 # An installed package has no experiments/ beside it.
-_CHECKOUT = (Path(__file__).resolve().parents[1] / "experiments").is_dir()
+_HOME = Path(__file__).resolve().parents[1]
+_CHECKOUT = (_HOME / "experiments").is_dir()
 _PLACE = "" if _CHECKOUT else " (of a checkout of halos_pl; what pip installs holds none)"
+
+
+def place_of(path: str | Path) -> str:
+    """Where the files of ``experiments/`` are, for an error about one of them that is not there; else nothing."""
+    if Path(path).parts[:1] != ("experiments",) or Path(path).exists():
+        return ""
+    return f"; experiments/ is in {_HOME if _CHECKOUT else 'a checkout of halos_pl, and what pip installs holds none'}"
+
 
 PARTS: dict[str, type] = {
     "value_function": ValueFunction,

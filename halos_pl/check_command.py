@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from halos_pl.build import load_objective, module_of_file
+from halos_pl.build import load_objective, module_of_file, place_of
 from halos_pl.conformance.check import KINDS, Target, made, reports, required_arguments
 from halos_pl.conformance.report import TITLES, Definition, Report
 from halos_pl.messages import cause, plain
@@ -98,7 +98,7 @@ def objective_of(path: str | Path) -> Target:
     try:
         return load_objective(path)
     except OSError as error:
-        raise TargetError(f"{path}: {error.strerror or error}") from error
+        raise TargetError(f"{path}: {error.strerror or error}{place_of(path)}") from error
     except (ValueError, yaml.YAMLError, SystemExit) as error:
         said = " ".join(str(error).split())  # most of them name the file themselves
         raise TargetError(said if str(path) in said else f"{path}: {said}") from error

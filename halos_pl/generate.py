@@ -30,6 +30,9 @@ from halos_pl.policy.limits import check_prompts, positions, room, rows_of_vocab
 from halos_pl.policy.loading import ModelSpec, base_model, load_model, load_tokenizer
 from halos_pl.policy.logprobs import completion_kl
 
+LEAST_TEMPERATURE = 1e-6
+MOST_SEED = 2**63 - 1
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -142,12 +145,27 @@ def sample_tokens(
     return found
 
 
-def _check_ranges(temperature: float, top_p: float, max_new_tokens: int, num_samples: int, batch_size: int) -> None:
+def check_sampling(temperature: float, seed: int) -> None:
+    """Refuses what logits cannot be divided by, and seeds that torch does not take.
+
+    Raises:
+        DataError: naming the value and the range.
+    """
+    if 0 < temperature < LEAST_TEMPERATURE:
+        raise DataError(f"temperature is {temperature}; it must be 0 or at least {LEAST_TEMPERATURE}")
+    if not 0 <= seed < MOST_SEED:
+        raise DataError(f"seed is {seed}; it must be from 0 to {MOST_SEED - 1}")
+
+
+def _check_ranges(
+    temperature: float, top_p: float, max_new_tokens: int, num_samples: int, batch_size: int, seed: int
+) -> None:
     if not temperature >= 0 or not 0 < top_p <= 1 or min(max_new_tokens, num_samples, batch_size) < 1:
         raise ValueError(
             "generate: temperature must be at least 0, top_p in (0, 1], and max_new_tokens, num_samples and"
             f" batch_size at least 1; got {temperature}, {top_p}, {max_new_tokens}, {num_samples}, {batch_size}"
         )
+    check_sampling(temperature, seed)
 
 
 def _encoded(
@@ -218,7 +236,7 @@ def generate(
     Raises:
         ValueError: for a number outside its range, and for a prompt that cannot be encoded or does not fit the model.
     """
-    _check_ranges(temperature, top_p, max_new_tokens, num_samples, batch_size)
+    _check_ranges(temperature, top_p, max_new_tokens, num_samples, batch_size, seed)
     names = names or [f"prompt {i + 1}" for i in range(len(prompts))]
     encoded = _encoded(tokenizer, prompts, names, control, special_tokens_in_text)
     check_prompts(model, tokenizer, encoded, names, max_new_tokens)
@@ -322,7 +340,7 @@ def read_prompt_lines(path: Path) -> list[tuple[int, Prompt]]:
         try:
             row = {"prompt": line} if path.suffix == ".txt" else json.loads(line)
             prompt = row["prompt"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:  # not JSONDecodeError alone
             raise DataError(f'{path}:{number}: not a JSON object with "prompt"') from error
         if not (isinstance(prompt, str) and prompt.strip()) and not (
             isinstance(prompt, list)
@@ -382,15 +400,21 @@ def generate_file(
         special_tokens_in_text: special tokens that a message spells, as data.special_tokens_in_text was in training:
             refuse those that forge a turn, split them into plain text, or allow them.
     """
-    _check_ranges(temperature, top_p, max_new_tokens, num_samples, batch_size)
+    _check_ranges(temperature, top_p, max_new_tokens, num_samples, batch_size, seed)
     lines = read_prompt_lines(Path(prompts))
     read = [prompt for _, prompt in lines]
+    target = Path(out) if out else Path(prompts).with_suffix(".completions.jsonl")
+    if target.exists() and target.samefile(prompts):
+        raise FileExistsError(f"--out {target} is the file of the prompts, which would be lost; name another file")
+    if target.is_dir():
+        raise IsADirectoryError(f"--out {target} is a folder; name a file to write to")
+    if not target.absolute().parent.is_dir():
+        raise NotADirectoryError(f"--out {target}: {target.parent} is no folder; make it first")
     model, tokenizer = load_for_generation(folder)
     asked = as_messages(read, tokenizer, chat)
     names = [f"{prompts}:{number}" for number, _ in lines]
     encoded = _encoded(tokenizer, asked, names, control, special_tokens_in_text)
     check_prompts(model, tokenizer, encoded, names, max_new_tokens)  # before any is sampled
-    target = Path(out) if out else Path(prompts).with_suffix(".completions.jsonl")
     chunk = 8 * max(1, batch_size // num_samples)
     with naming(target), target.open("w", encoding="utf-8") as file:
         # Written chunk by chunk, so that a long run that is cut off leaves what it has.

@@ -12,17 +12,18 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from halos_pl.ablate_command import ablate, report, status
-from halos_pl.build import PARTS, choices
+from halos_pl.build import PARTS, choices, place_of
 from halos_pl.cache import NoHomeError, cache_root
 from halos_pl.cache_command import clear, info
 from halos_pl.callbacks import CONFIG, PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig, check_run_dir
@@ -204,6 +205,8 @@ class HalosCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self._own
         check_settings(config.trainer)
+        for name, kind in {"model": HALOModule, "data": FeedbackDataModule, "checkpoint": LastCheckpoint}.items():
+            check_nulls(kind, _settings(config.get(name)), name)
         if not config.run_dir:
             raise RunError('run_dir is empty; name a folder ("." is the one where you are)')
         run_dir = Path(config.run_dir)
@@ -238,11 +241,11 @@ class HalosCLI(LightningCLI):
             kwargs["logger"] = [*own, *others] or False
         try:
             trainer: Any = super().instantiate_trainer(**kwargs)
-        except MisconfigurationException as error:  # such as a GPU where there is none
+        except (MisconfigurationException, TypeError) as error:  # such as a GPU where there is none
             said = " ".join(str(error).split())
-            raise RunError(
-                f"trainer: {said} Check --trainer.accelerator and --trainer.devices; auto takes what this machine has"
-            ) from error
+            if re.search(r"accelerator|devices|GPU|cuda|mps|tpu", said, re.IGNORECASE):
+                said += " Check --trainer.accelerator and --trainer.devices; auto takes what this machine has"
+            raise RunError(f"trainer: {said}") from error
         # First, so that the time of a step is without what others do after it, such as writing a checkpoint.
         # KeepSettings comes before what writes this run's config.yaml.
         trainer.callbacks[:0] = [RunReport(), StopAtStep(), KeepSettings(config.clone().as_dict(), CONFIG)]
@@ -266,6 +269,8 @@ def check_files(words: Any) -> None:
     for path in [*after, *(word.partition("=")[2] for word in words if word.startswith("--config="))]:
         if Path(path).is_dir():
             raise YAMLFileError(f"--config {path} is a folder; name a file in it")
+        if elsewhere := place_of(path):
+            raise YAMLFileError(f"--config {path}: no such file (looked from {Path.cwd()}){elsewhere}")
         if Path(path).is_file():  # a pipe can be read only once
             content, lines = read_yaml(path)
             for key in GROUPS:
@@ -294,6 +299,41 @@ def check_settings(trainer: Any) -> None:
             "a run keeps checkpoints/last.ckpt, to go on from; --trainer.enable_checkpointing false and"
             " --trainer.barebones true are not supported. --checkpoint.every_n_steps 1000000 writes it at the end only"
         )
+
+
+def check_nulls(kind: Any, given: Mapping[str, Any], where: str) -> None:
+    """Refuses null for a setting of a class that takes none; a parser lets it through to where it is compared or added.
+
+    Args:
+        kind: the class.
+        given: its settings, as parsed; those of the classes among them are looked at too.
+        where: the key that holds them.
+
+    Raises:
+        RunError: naming the key.
+    """
+    try:
+        hints = get_type_hints(kind.__init__)
+        parameters = inspect.signature(kind).parameters
+    except (AttributeError, NameError, TypeError, ValueError):  # it says nothing of its settings
+        return
+    for name, value in given.items():
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, Mapping | Namespace) and isinstance(part.get("class_path"), str):
+                check_nulls(_class(part["class_path"]), _settings(part.get("init_args")), f"{where}.{name}.init_args")
+        hint = hints.get(name, Any)
+        optional = hint is Any or isinstance(hint, TypeVar) or type(None) in get_args(hint)
+        if value is None and not optional and name in parameters and parameters[name].default is not None:
+            raise RunError(f"{where}.{name} is null; it takes a value, or leave it out")
+
+
+def _settings(given: Any) -> Mapping[str, Any]:
+    return vars(given) if isinstance(given, Namespace) else given or {}
+
+
+def _class(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)  # the parser has imported it
 
 
 def tool_parser(name: str) -> HalosParser:

@@ -61,6 +61,9 @@ def cause(message: str) -> str:
             kinds.append(_KINDS.get(what, "a class by its name"))
     if "Not a valid subclass" in before:
         kinds.append("a class by its name")
+    if not kinds:  # such as a tuple of two
+        wanted = " ".join(faults).strip(" .")
+        return f"{name} is {given}; {wanted[:1].lower()}{wanted[1:]}"
     kinds = sorted(dict.fromkeys(kinds), key=lambda kind: kind == "null")
     quotes = "a text" in kinds and re.fullmatch(r"[-+.\w]+", given)
     hint = "; put it in quotes if it is a name" if quotes else ""

@@ -147,6 +147,8 @@ class HALOModule(LightningModule):
         self.policy_spec = policy
         self.micro_batch_rows = micro_batch_rows
         self.packing = packing
+        if optimizer is None:
+            raise ValueError("model.optimizer is null; name one, such as torch.optim.AdamW, or leave it out")
         self.make_optimizer = optimizer
         self.lr_schedule = lr_schedule
         self.warmup_ratio = warmup_ratio
@@ -757,10 +759,17 @@ class HALOModule(LightningModule):
     # -- optimizer and checkpoints --------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over trainable parameters, and its schedule by optimizer step."""
+        """The optimizer over trainable parameters, and its schedule by optimizer step.
+
+        Raises:
+            ValueError: where the optimizer does not take its settings, or nothing limits the steps.
+        """
         trained = [p for p in self.parameters() if p.requires_grad]
         self._masters = MasterWeights(trained if self.master_weights else [])
-        optimizer: Any = self.make_optimizer(self._masters.parameters or trained)
+        try:
+            optimizer: Any = self.make_optimizer(self._masters.parameters or trained)
+        except (TypeError, ValueError) as error:  # as of lr: null
+            raise ValueError(f"model.optimizer: {error}; check its init_args") from error
         guard(optimizer, self.record.add)
         self._masters.attach(optimizer)
         LostUpdates(optimizer, "Set model.master_weights to true")

@@ -94,6 +94,10 @@ def source_of(settings: Mapping[str, Any], where: str) -> Source:
     unknown = [str(name) for name in settings if name not in known]
     if unknown:
         raise ValueError(f"{where} has no setting {', '.join(unknown)}; a source takes {', '.join(known)}")
+    for name, value in settings.items():
+        for key in value if isinstance(value, Mapping) else ():
+            if not isinstance(key, str):
+                raise ValueError(f"{where}: YAML reads the key {key!r} of {name} as no text; put it in quotes")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Source, "source")
     try:

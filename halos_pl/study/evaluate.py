@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from halos_pl.data.datamodule import _sources
 from halos_pl.data.example import DataError, Prompt
 from halos_pl.export import module_of_run, put_weights
 from halos_pl.feedback import Binary
-from halos_pl.generate import Sample, as_messages, generate, kl_of_samples, read_prompt_lines
+from halos_pl.generate import Sample, as_messages, check_sampling, generate, kl_of_samples, read_prompt_lines
 from halos_pl.module import HALOModule
 from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.logprobs import compared_logps
@@ -246,6 +247,7 @@ def check_arguments(
     temperature: float,
     batch_size: int,
     beta: float,
+    seed: int = 0,
     **_: Any,
 ) -> None:
     """Refuses arguments of :func:`evaluate` that cannot be, before any model is loaded.
@@ -264,6 +266,7 @@ def check_arguments(
             raise DataError(f"{name} is {value}; it must be at least {low}")
     if not beta > 0:
         raise DataError(f"beta is {beta}; it must be above 0")
+    check_sampling(temperature, seed)
     try:
         _sources("predict", held_out)
     except ValueError as error:
@@ -355,13 +358,43 @@ def _verdict(given: Any, prompt: str) -> float:
     Raises:
         DataError: naming the prompt.
     """
-    verdict = float(given)
-    if not 0 <= verdict <= 1:
+    try:
+        verdict = float(given)
+    except (TypeError, ValueError):
+        verdict = float("nan")
+    if isinstance(given, str) or not 0 <= verdict <= 1:
         raise DataError(
             f"the judge says {given!r} of the prompt {prompt[:60]!r}; it must say 1 where the answer is preferred, 0"
             " where the other one is, 0.5 for a draw"
         )
     return verdict
+
+
+def _met(given: Any, prompt: str) -> float:
+    """What a rule says of an answer, True or False (or 1 or 0): a text, say, would count as met whatever it says.
+
+    Raises:
+        DataError: naming the prompt.
+    """
+    if isinstance(given, (bool, int, float, np.bool_, np.number)) and given in (0, 1):
+        return float(given)
+    raise DataError(
+        f"the rule says {given!r:.60} of the answer to {prompt[:60]!r}; it must say True or False: return bool(...)"
+    )
+
+
+def _called(kind: str, function: Callable[..., Any], name: str, *arguments: Any) -> Any:
+    """What a rule or judge says.
+
+    Raises:
+        DataError: where it fails or leaves the process, naming the prompt and the line of its code.
+    """
+    try:
+        return function(*arguments)
+    except (Exception, SystemExit) as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(f"the {kind} fails on the answer to {name}: {why} ({at.filename}:{at.lineno})") from error
 
 
 def _of_answers(
@@ -391,14 +424,17 @@ def _of_answers(
         "length": [float(len(s.completion_ids)) for s in samples],
         "finished": [float(s.finished) for s in samples],
     }
+    texts = [p if isinstance(p, str) else p[-1]["content"] for p in read]
     if "rule" in chosen:
-        columns["rule"] = [float(bool(chosen["rule"](s.text, s.finished))) for s in samples]
+        said = [_called("rule", chosen["rule"], n, s.text, s.finished) for n, s in zip(names, samples, strict=True)]
+        columns["rule"] = [_met(*both) for both in zip(said, texts, strict=True)]
     if "judge" in chosen:
         with module.scoring() as before:
             others = answers(before)
-        texts = [p if isinstance(p, str) else p[-1]["content"] for p in read]
-        both = zip(texts, samples, others, strict=True)
-        columns["judge"] = [_verdict(chosen["judge"](prompt, s.text, o.text), prompt) for prompt, s, o in both]
+        columns["judge"] = [
+            _verdict(_called("judge", chosen["judge"], name, prompt, s.text, o.text), prompt)
+            for name, prompt, s, o in zip(names, texts, samples, others, strict=True)
+        ]
     with (folder / ANSWERS).open("w", encoding="utf-8") as file:
         for name, prompt, sample in zip(names, read, samples, strict=True):
             record = {"row": name, "prompt": prompt, "answer": sample.text, "finished": sample.finished}

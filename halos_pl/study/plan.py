@@ -21,6 +21,7 @@ from typing import Any
 
 import halos_pl
 import value_functions
+from halos_pl.build import place_of
 from halos_pl.data.example import DataError
 from halos_pl.ending import epoch_steps, fit_steps, shortfall
 from halos_pl.generate import read_prompts
@@ -168,7 +169,7 @@ class _Reader:
         try:
             return read_yaml(path)
         except OSError as error:
-            raise StudyError(f"{path} cannot be read: {error.strerror or error}") from error
+            raise StudyError(f"{path} cannot be read: {error.strerror or error}{place_of(path)}") from error
         except YAMLFileError as error:
             raise StudyError(str(error)) from error
 
@@ -203,7 +204,7 @@ class _Reader:
         for key in self.content:
             if key not in KEYS:
                 raise self.fault(f"unknown key {key!r}; a study has {', '.join(KEYS)}", key)
-        configs = tuple(self.get("configs", list, []))
+        configs = self._files(self.get("configs", list, []), "configs")
         options = self.get("options", dict, {})
         arms = [
             Arm(name, (*configs, *files), {**options, **own, **self.last}, self._line(self.lines, place))
@@ -263,11 +264,19 @@ class _Reader:
                 raise self.fault(f"metric {metric} is one of {unit}, but evaluate names no {lacks}", "metrics", i)
         return tuple(metrics)
 
-    def _split(self, given: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    def _files(self, given: list[Any], *place: Any) -> tuple[str, ...]:
+        """Names of config files."""
+        for file in given:
+            if not isinstance(file, str):
+                raise self.fault(f"YAML reads {file!r:.60} as no name of a file; put it in quotes if it is one", *place)
+        return tuple(given)
+
+    def _split(self, given: Mapping[str, Any], place: tuple[Any, ...]) -> tuple[tuple[str, ...], dict[str, Any]]:
         """Config files and options of an arm."""
         own = dict(given)
         files = own.pop(OBJECTIVE, None)
-        return (tuple(files) if isinstance(files, list) else () if files is None else (str(files),)), own
+        files = files if isinstance(files, list) else [] if files is None else [files]
+        return self._files(files, *place, OBJECTIVE), own
 
     def _crossed(self) -> list[tuple[str, tuple[str, ...], dict[str, Any], tuple[Any, ...]]]:
         """Arms times axes: (name, config files, options, place)."""
@@ -306,7 +315,7 @@ class _Reader:
             others = [i for i in range(len(many)) if i not in kept]
             drawn = random.Random(sample.get("seed", 0)).sample(others, sample["size"] - len(kept))
             many = [many[i] for i in sorted(kept + drawn)]
-        return [(name, *self._split(own), place) for name, own, place in many]
+        return [(name, *self._split(own, place), place) for name, own, place in many]
 
 
 def _label(point: Mapping[str, Any]) -> str:

@@ -184,12 +184,25 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path
     (home / "prompts.txt").write_text("hello\n", encoding="utf-8")
     (home / "numbers.jsonl").write_text('{"prompt": "a"}\n{"prompt": 5}\n', encoding="utf-8")
     (home / "rule.py").write_text("def rule(answer, finished):\n    return True\nnumber = 5\n", encoding="utf-8")
+    (home / "says.py").write_text(SAYS, encoding="utf-8")
+    (home / "deep.jsonl").write_text('{"prompt": ' + "[" * 100_000, encoding="utf-8")
+    (home / "digits.jsonl").write_text('{"prompt": "a", "n": ' + "1" * 5000 + "}", encoding="utf-8")
     (home / "broken.py").write_text("def rule(answer:\n", encoding="utf-8")
     (home / "raises.py").write_text("raise KeyError('boom')\n", encoding="utf-8")
     (home / "leaves.py").write_text("raise SystemExit(0)\n", encoding="utf-8")
     return home
 
 
+# Rules and judges that answer something else than they are asked, or fail.
+SAYS = """
+def text(answer, finished): return "no"
+def nothing(answer, finished): pass
+def nan(answer, finished): return float("nan")
+def divides(answer, finished): return 1 / 0
+def leaves(answer, finished): raise SystemExit(0)
+def judge_text(prompt, answer, other): return "A"
+def judge_nothing(prompt, answer, other): pass
+"""
 # A command, and what its error names.
 COMMANDS = {
     "nope": "nope",
@@ -228,6 +241,18 @@ COMMANDS = {
     "evaluate run --prompts prompts.txt --rule raises.py:rule": "boom",
     "evaluate run --prompts prompts.txt --rule leaves.py:rule": "leaves.py",
     "evaluate run --prompts prompts.txt --judge rule.py:rule": "judge",
+    "generate MODEL --prompts deep.jsonl": "deep.jsonl:1",
+    "generate MODEL --prompts digits.jsonl": "digits.jsonl:1",
+    "generate MODEL --prompts prompts.txt --out prompts.txt": "prompts.txt",
+    "generate MODEL --prompts prompts.txt --out nope/out.jsonl": "nope",
+    "generate MODEL --prompts prompts.txt --temperature 1e-40": "temperature",
+    "generate MODEL --prompts prompts.txt --seed 99999999999999999999": "seed",
+    "evaluate run --prompts prompts.txt --seed 99999999999999999999": "seed",
+    **{f"evaluate run --prompts prompts.txt --rule says.py:{name}": "'hello'" for name in ("text", "nothing", "nan")},
+    "evaluate run --prompts prompts.txt --rule says.py:divides": "prompts.txt:1: ZeroDivisionError",
+    "evaluate run --prompts prompts.txt --rule says.py:leaves": "prompts.txt:1: SystemExit",
+    "evaluate run --prompts prompts.txt --judge says.py:judge_text": "'hello'",
+    "evaluate run --prompts prompts.txt --judge says.py:judge_nothing": "'hello'",
     "check nope.yaml": "nope.yaml",
     "check folder": "folder",
     "check binary.dat": "binary",
@@ -341,6 +366,10 @@ STUDIES = {
     "cluster: 5": "cluster",
     "sample: 5": "sample",
     "configs: x.yaml": "configs",
+    "configs: [x.yaml, 5]": "quotes",
+    "configs: [null]": "quotes",
+    "arms: {a: {objective: no}}": "quotes",
+    "arms: {a: {objective: [1.5]}}": "quotes",
     "nothing: 5": "nothing",
 }
 
