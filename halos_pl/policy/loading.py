@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateSyntaxError
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -58,10 +59,26 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     template = Path(spec.path) / "chat_template.jinja"
     if holder is not spec and template.is_file():  # an adapter's, beside the tokenizer of its base
         tokenizer.chat_template = template.read_text(encoding="utf-8")
+    _check_template(tokenizer, spec)
     if tokenizer.pad_token_id is None:
         # Padding is masked wherever it occurs, so any token serves.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> None:
+    """Refuses a chat template that is no Jinja template, which every row of the data would be blamed for."""
+    if not tokenizer.chat_template:
+        return
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ModelError(
+            f"{spec.path}: its chat template is no Jinja template (line {error.lineno}: {error.message}); mend it, or"
+            " get it again"
+        ) from error
+    except Exception:  # it refuses these messages; those of the data are another matter
+        return
 
 
 def load_model(spec: ModelSpec) -> PreTrainedModel:

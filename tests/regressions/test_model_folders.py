@@ -134,6 +134,7 @@ def test_a_folder_that_is_not_sound_is_named(tiny_folder: Path, tmp_path: Path, 
     ("name", "content"),
     [
         ("tokenizer.json", "hello"),
+        ("chat_template.jinja", "{% for message in %}"),
         ("tokenizer.json", '{"encoder": {"a": 0}}'),
         ("tokenizer.json", None),
         ("tokenizer_config.json", "{"),
