@@ -24,7 +24,7 @@ SHARED = 16  # times the bound of a row: what values that rows share may take, d
 _VIEWS = {pa.string_view().id, pa.binary_view().id, pa.list_view(pa.null()).id, pa.large_list_view(pa.null()).id}
 _VIEWS |= {pa.run_end_encoded(pa.int32(), pa.null()).id}
 ROW_FAULTS = (UnicodeDecodeError, ValueError, OverflowError, SystemError)  # what decoding a value may raise
-Classes = dict[str, list[Any]]
+Classes = dict[str, Any]  # by column, what ``_class`` says of it
 
 _YES_NO = {"yes": True, "no": False}
 
@@ -35,13 +35,26 @@ def meanings(names: Sequence[str]) -> list[Any]:
     return [_YES_NO[name] for name in plain] if set(plain) == set(_YES_NO) else list(names)
 
 
-def _classes(features: Any) -> Classes:
+def _class(feature: Any) -> Any:
+    """The ClassLabels in a feature as ``datasets`` writes it: a tuple of names, or a list or dict that leads to one."""
+    if isinstance(feature, list) and len(feature) == 1:  # as early versions write a list
+        return [inner] if (inner := _class(feature[0])) else None
+    if not isinstance(feature, dict):
+        return None
+    kind = feature.get("_type")
+    if kind == "ClassLabel":
+        return tuple(meanings(feature["names"]))
+    if kind in ("Sequence", "List", "LargeList"):
+        inner = _class(feature["feature"])
+        if kind == "Sequence" and isinstance(inner, dict):  # of objects: stored as an object of lists
+            return {name: [part] for name, part in inner.items()}
+        return [inner] if inner else None
+    return {name: inner for name, part in feature.items() if (inner := _class(part))} or None
+
+
+def classes_of(features: Any) -> Classes:
     """The ClassLabels among features as ``datasets`` writes them."""
-    found: Classes = {}
-    for name, feature in features.items() if isinstance(features, dict) else ():
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
-            found[name] = meanings(feature["names"])
-    return found
+    return _class(features) or {} if isinstance(features, dict) else {}
 
 
 def _classes_of(schema: pa.Schema) -> Classes:
@@ -52,19 +65,37 @@ def _classes_of(schema: pa.Schema) -> Classes:
     """
     written = (schema.metadata or {}).get(b"huggingface")
     try:
-        return _classes(json.loads(written)["info"]["features"]) if written else {}
+        return classes_of(json.loads(written)["info"]["features"]) if written else {}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"its metadata of datasets are damaged: {type(error).__name__}: {error}") from error
+
+
+def _named(value: Any, names: Any) -> Any:
+    """The value with names in place of integers.
+
+    Raises:
+        ValueError: an integer has no name.
+    """
+    if isinstance(names, tuple):
+        if not isinstance(value, int) or isinstance(value, bool):
+            return value
+        if value >= len(names):
+            raise ValueError(f"is {value}, but its ClassLabel has {len(names)} names")
+        return names[value] if value >= 0 else None  # -1 stands for none
+    if isinstance(names, list) and isinstance(value, list):
+        return [_named(item, names[0]) for item in value]
+    if isinstance(names, dict) and isinstance(value, dict):
+        return {key: _named(item, names.get(key)) for key, item in value.items()}
+    return value
 
 
 def named(row: Any, classes: Classes) -> Any:
     """The row with names in place of the integers of its ClassLabels; a row that cannot be read is left as it is."""
     for column, names in classes.items() if isinstance(row, dict) else ():
-        value = row.get(column)
-        if isinstance(value, int) and not isinstance(value, bool):
-            if value >= len(names):
-                return Broken(f"column {short(column)} is {value}, but its ClassLabel has {len(names)} names", column)
-            row[column] = names[value] if value >= 0 else None  # -1 stands for none
+        try:
+            row |= {column: _named(row[column], names)} if column in row else {}
+        except ValueError as error:
+            return Broken(f"column {short(column)} {error}", column)
     return row
 
 
@@ -194,13 +225,24 @@ BINARY = {".parquet": _parquet, ".arrow": _arrow}
 SAVED = ("dataset_info.json", "dataset_dict.json")
 
 
+def _regular(path: Path) -> Path:
+    """The path, unless a pipe or a device is there, which may never end.
+
+    Raises:
+        ValueError: one is.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path.name} is no file")
+    return path
+
+
 def _object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
         ValueError: it holds something else.
     """
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = json.loads(_regular(path).read_text(encoding="utf-8"))
     if not isinstance(found, dict):
         raise ValueError(f"{path.name} is {short(found)}, not an object")
     return found
@@ -229,10 +271,10 @@ def saved(path: str, split: str | None, most: int) -> Read:
         return
     if state.get("_indices_data_files"):
         raise ValueError("it holds a selection of rows, as early versions of datasets wrote it")
-    classes = _classes(_object(folder / "dataset_info.json").get("features"))
+    classes = classes_of(_object(folder / "dataset_info.json").get("features"))
     number = 0
     for file in state["_data_files"]:
         # Only the name: the files are in the folder.
-        for _, row in _arrow_rows(str(folder / Path(file["filename"]).name), most, classes):
+        for _, row in _arrow_rows(str(_regular(folder / Path(file["filename"]).name)), most, classes):
             number += 1
             yield number, row

@@ -21,7 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from halos_pl.data.arrow import BATCH, BINARY, ROW_FAULTS, SAVED, Classes, batches, meanings, named, saved, validated
+from halos_pl.data.arrow import BATCH, BINARY, ROW_FAULTS, SAVED, batches, classes_of, named, saved, validated
 from halos_pl.data.broken import CHUNK, Broken, Read
 from halos_pl.data.example import Fault, short
 from halos_pl.data.source import Source
@@ -46,11 +46,8 @@ def _dataset(found: Any, source: Source) -> Read:
             yield 0, Broken(f"the data set {what}; name one of {', '.join(found)} as 'split'", ends=True)
             return
         found = found[split]
-    classes: Classes = {
-        name: meanings(feature.names)
-        for name, feature in (getattr(found, "features", None) or {}).items()
-        if isinstance(feature, datasets.ClassLabel)
-    }
+    features = getattr(found, "features", None)
+    classes = classes_of(features.to_dict()) if isinstance(features, datasets.Features) else {}
     if isinstance(found, datasets.Dataset):
         # As stored: a column of images, say, is not decoded.
         tables = validated(found.with_format("arrow").iter(BATCH))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections.abc import Mapping
@@ -35,7 +36,8 @@ class Source:
             2.0 for each row twice.
 
     Raises:
-        ValueError: for an empty path, a ``weight`` or ``max_row_mb`` that is not a number above 0, or ``rows`` below 1.
+        ValueError: for an empty path or one that cannot be looked up, a ``weight`` or ``max_row_mb``
+            that is not a number above 0, or ``rows`` below 1.
     """
 
     path: str
@@ -70,6 +72,13 @@ class Source:
         if not self.path:
             raise ValueError("a source has an empty path; name a file, a folder, or a data set of the hub")
         object.__setattr__(self, "path", os.path.expanduser(os.path.expandvars(self.path)))
+        try:
+            os.stat(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # it may be a name of the hub, or a pattern
+        except OSError as error:
+            if error.errno in (errno.ENAMETOOLONG, errno.EACCES):
+                raise ValueError(f"{self.path}: cannot be looked up ({error.strerror}); check the path") from error
         for name in ("weight", "max_row_mb"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{self.path}: {name} is {getattr(self, name)}; it must be a number above 0")

@@ -344,8 +344,18 @@ def _sums(folder: Path) -> str:
     return "".join(lines)
 
 
+def _remove(place: Path) -> None:
+    """Removes whatever is there."""
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        place.unlink(missing_ok=True)
+
+
 def _found(path: str, folder: Path) -> Store | None:
     """The store in ``folder``; None where there is none, or where a byte of it is not what was written."""
+    if not all((folder / name).is_file() for name in ("meta.json", "prompts", "rows", "tokens", SUMS)):
+        return None  # a pipe, say, would never end
     try:
         return _open(path, folder) if (folder / SUMS).read_bytes() == _sums(folder).encode() else None
     except (OSError, ValueError, TypeError):
@@ -392,11 +402,11 @@ def open_store(
             if place.exists():
                 rank_zero_info(f"halos: what the cache holds of {source.path} is damaged; it is recomputed")
             part = place.with_suffix(".part")
-            shutil.rmtree(part, ignore_errors=True)
+            _remove(part)
             part.mkdir()
             try:
                 _build(source, tokenize.Encoder(tokenizer, special_tokens_in_text), part)
-                shutil.rmtree(place, ignore_errors=True)
+                _remove(place)
                 os.replace(part, place)
             finally:
                 shutil.rmtree(part, ignore_errors=True)

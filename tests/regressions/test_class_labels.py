@@ -128,3 +128,25 @@ def test_damaged_names_are_no_names(tmp_path: Path) -> None:
 def test_labels_as_text(tmp_path: Path, label: Any, meaning: bool | None) -> None:
     pq.write_table(pa.table({**{k: v[:1] for k, v in ONE.items()}, "label": [label]}), tmp_path / "a.parquet")
     assert labels(str(tmp_path / "a.parquet")) == [Fault if meaning is None else meaning]
+
+
+def test_names_decide_in_lists_and_objects(tmp_path: Path) -> None:
+    """Integers of a ClassLabel inside a list were taken for scores."""
+    path = str(tmp_path / "a.parquet")
+    text, grade = datasets.Value("string"), datasets.ClassLabel(names=["5", "1"])
+    features = datasets.Features({"prompt": text, "completions": [text], "scores": [grade]})
+    rows = {"prompt": ["p"], "completions": [["a", "b"]], "scores": [[0, 1]]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    [found] = read(Source(path))
+    assert isinstance(found, Example)
+    assert found.scores == (5.0, 1.0)
+    role = datasets.ClassLabel(names=["user", "assistant"])
+    features = datasets.Features({"messages": [{"role": role, "content": text}], "label": datasets.Value("bool")})
+    said = [{"role": 0, "content": "p"}, {"role": 1, "content": "c"}]
+    saved = datasets.Dataset.from_dict({"messages": [said], "label": [True]}, features=features)
+    saved.to_parquet(path)
+    saved.save_to_disk(str(tmp_path / "saved"))
+    for place in (path, str(tmp_path / "saved")):
+        [found] = read(Source(place))
+        assert isinstance(found, Example), found
+        assert found.prompt == [{"role": "user", "content": "p"}]

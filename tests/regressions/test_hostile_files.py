@@ -407,3 +407,18 @@ def test_prompts_to_be_answered_are_files_of_lines_that_end(tmp_path: Path) -> N
     os.mkfifo(tmp_path / "p.jsonl")
     with pytest.raises(DataError, match="a pipe"):
         read_prompts(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize("name", ["state.json", "data-00000-of-00001.arrow"])
+def test_a_pipe_in_a_saved_folder_is_not_opened(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_list([ROW]).save_to_disk(str(folder))
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert name in refused(folder).reason
+
+
+def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
+    for path in (tmp_path / ("x" * 300 + ".jsonl"), tmp_path / ("x" * 300) / "a.jsonl"):
+        with pytest.raises(ValueError, match="cannot be looked up"):
+            Source(str(path))

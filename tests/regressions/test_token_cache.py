@@ -149,3 +149,17 @@ def test_clear_leaves_nothing(made: Any, tmp_path: Path, monkeypatch: pytest.Mon
     clear()
     assert os.listdir(tmp_path) == []
     assert "data: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ending", ["", ".part"])
+@pytest.mark.parametrize("what", ["file", "link", "pipe"])
+def test_what_is_no_folder_is_replaced(tmp_path: Path, ending: str, what: str) -> None:
+    source = Source(write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "c", "label": True}]))
+    tokenizer, cache = byte_level_tokenizer(), tmp_path / "stores"
+    place = open_store(source, tokenizer, cache).folder
+    assert place is not None
+    shutil.rmtree(place)
+    other = place.with_name(place.name + ending)
+    make = {"file": other.touch, "link": lambda: other.symlink_to(other), "pipe": lambda: os.mkfifo(other)}
+    make[what]()
+    assert len(open_store(source, tokenizer, cache).rows) == 1
