@@ -137,7 +137,7 @@ def find_checkpoint(run: Path, name: str | None = None) -> Path:
     """
     last, previous = run / LAST, run / PREVIOUS
     if name in (None, "last"):
-        if last.is_file() or not previous.is_file():
+        if last.exists() or not previous.is_file():
             return _existing(last, f"{run} is not the folder of a run that has reached a checkpoint")
         rank_zero_info(f"halos: {last} does not exist, so {previous} is taken")
         return previous
@@ -154,6 +154,10 @@ def find_checkpoint(run: Path, name: str | None = None) -> Path:
 
 
 def _existing(path: Path, why: str) -> Path:
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which does not exist")
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no regular file, so it is no checkpoint{_instead_of(path)}")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; {why}")
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from halos_pl.data.example import DataError, Prompt
 from halos_pl.data.tokenize import encode_prompt
 from halos_pl.data.turns import stop_ids
 from halos_pl.data.values import BadRow
+from halos_pl.files import check_target, part_of, whole
 from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.limits import check_prompts, positions, room, rows_of_vocabulary
 from halos_pl.policy.loading import ModelSpec, base_model, load_model, load_tokenizer
@@ -335,7 +337,8 @@ def generate_file(
     Args:
         folder: a Hugging Face folder, a folder with a peft adapter, or a hub name.
         prompts: a .txt file with one prompt a line, or JSON lines with "prompt", a text or a message list.
-        out: JSON lines to write, "prompt" and "completions" each; default: beside the prompts.
+        out: JSON lines to write, "prompt" and "completions" each; default: beside the prompts. Until all of them are
+            there, they are in a file with the ending .part.
         chat: take a text prompt as a user's message where the tokenizer has a chat template.
         max_new_tokens: the most tokens of a completion.
         temperature: of the softmax; 0 takes the likeliest token.
@@ -348,30 +351,37 @@ def generate_file(
     _check_ranges(temperature, top_p, max_new_tokens, num_samples, batch_size)
     lines = read_prompt_lines(Path(prompts))
     read = [prompt for _, prompt in lines]
+    target = Path(out) if out else Path(prompts).with_suffix(".completions.jsonl")
+    check_target(target)
     model, tokenizer = load_for_generation(folder)
     asked = as_messages(read, tokenizer, chat)
     names = [f"{prompts}:{number}" for number, _ in lines]
     check_prompts(model, tokenizer, _encoded(tokenizer, asked, control), names, max_new_tokens)  # before any is sampled
-    target = Path(out) if out else Path(prompts).with_suffix(".completions.jsonl")
     chunk = 8 * max(1, batch_size // num_samples)
-    with target.open("w", encoding="utf-8") as file:
-        # Written chunk by chunk, so that a long run that is cut off leaves what it has.
-        for at in range(0, len(asked), chunk):
-            samples = generate(
-                model,
-                tokenizer,
-                asked[at : at + chunk],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                num_samples=num_samples,
-                batch_size=batch_size,
-                seed=seed + at,
-                control=control,
-            )
-            for prompt, found in zip(read[at : at + chunk], samples, strict=True):
-                file.write(
-                    json.dumps({"prompt": prompt, "completions": [s.text for s in found]}, ensure_ascii=False) + "\n"
+    done = 0
+    try:
+        with whole(target, keep=True) as file:
+            # Written chunk by chunk, so that a long run that is cut off leaves what it has.
+            for at in range(0, len(asked), chunk):
+                samples = generate(
+                    model,
+                    tokenizer,
+                    asked[at : at + chunk],
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    num_samples=num_samples,
+                    batch_size=batch_size,
+                    seed=seed + at,
+                    control=control,
                 )
-            file.flush()
+                for prompt, found in zip(read[at : at + chunk], samples, strict=True):
+                    line = {"prompt": prompt, "completions": [s.text for s in found]}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()
+                done = at + len(samples)
+    except BaseException:
+        left = f"those of the first {done} are in {part_of(target)}" if done else "nothing was written"
+        print(f"halos: completions of {len(read)} prompts were asked for; {left}", file=sys.stderr)
+        raise
     print(f"halos: completions of {len(read)} prompts are in {target}")
