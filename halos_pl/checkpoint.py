@@ -121,7 +121,21 @@ def read_checkpoint(path: Path, *, resume: bool = False, mmap: bool = False) -> 
             f"{path} holds the weights alone (no {', '.join(missing)}), so a fit cannot go on from it; export it and"
             f" train the exported model{_instead_of(path)}"
         )
+    if resume and (wrong := _unusable(found)):
+        raise CheckpointError(f"{path} is not a checkpoint that a fit can go on from: {wrong}{_instead_of(path)}")
     return found
+
+
+def _unusable(found: Mapping[str, Any]) -> str:
+    """Which entry that a fit needs to go on is not as a run of this program writes it; empty where none is."""
+    loops = found["loops"].get("fit_loop") if isinstance(found["loops"], Mapping) else None
+    counts = ("epoch_progress", "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress")
+    if not isinstance(loops, Mapping) or not all(isinstance(loops.get(name), Mapping) for name in counts):
+        return "loops"
+    for name in ("optimizer_states", "lr_schedulers"):
+        if not isinstance(found[name], list) or not all(isinstance(state, Mapping) for state in found[name]):
+            return name
+    return "" if found["optimizer_states"] else "optimizer_states"
 
 
 def find_checkpoint(run: Path, name: str | None = None) -> Path:

@@ -478,3 +478,21 @@ def test_weights_of_another_kind_are_not_exported(run, tmp_path, capfd, how):
     torch.save(state, run / "checkpoints/last.ckpt")
     assert name in refused(capfd, ["export", str(run), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("loops", []),
+        ("loops", {}),
+        ("loops", {"fit_loop": {"epoch_progress": "x"}}),
+        ("optimizer_states", []),
+        ("optimizer_states", None),
+        ("lr_schedulers", ["x"]),
+    ],
+)
+def test_a_fit_does_not_go_on_from_entries_of_another_kind(run, finished, capfd, no_model, entry, value):
+    torch.save({**saved(run), entry: value}, run / "checkpoints/last.ckpt")
+    said = refused(capfd, [*finished[1], f"--run_dir={run}", "--ckpt_path=last"])
+    assert str(run / "checkpoints/last.ckpt") in said
+    assert entry in said
