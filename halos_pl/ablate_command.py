@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from halos_pl.ending import shortfall
+from halos_pl.ending import SUMMARY, shortfall, untold
 from halos_pl.messages import plain
 from halos_pl.stopping import Stopped
 from halos_pl.study.evaluate import FILE
@@ -71,7 +71,18 @@ def ablate(
 
 
 def _say_report(results: Results) -> None:
+    _say_untold(results)
     print(plain(f"{results.headline()}\nhalos: the report is {write_report(results)}, and report.md beside it"))
+
+
+def _say_untold(results: Results) -> None:
+    if old := [run for run in results.done if untold(run.folder)]:
+        print(
+            f"halos: {len(old)} of {len(results.done)} runs were trained by an older version, whose {SUMMARY} does not"
+            f" say whether they took all their steps; they count as finished: {plain(old[0].folder)}"
+            f"{', ...' if len(old) > 1 else ''}",
+            file=sys.stderr,
+        )
 
 
 def _study_of(folder: str) -> Results:
@@ -105,6 +116,7 @@ def status(folder: str) -> None:
             how, why = "left out", f"{results.faults[run]}; remove {run.folder / FILE} to measure it again"
         table.add_row(escape(plain(run.folder)), how, escape(plain(why)))
     Console().print(table)
+    _say_untold(results)
 
 
 def report(folder: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
+import shutil
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -25,6 +27,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from halos_pl import stopping
 from halos_pl.checkpoint import LAST
 from halos_pl.ending import SUMMARY, record, shortfall, why_ended
+from halos_pl.files import part_of, whole, write
 from halos_pl.monitors import check_monitors
 from halos_pl.objective import HALO
 from halos_pl.outcomes import FlatBatch
@@ -41,12 +44,35 @@ PREDICTIONS = "predictions.jsonl"
 
 def _replace_lines(path: Path, names: list[str], rows: list[dict[str, str]]) -> None:
     """Writes a CSV file anew; one that is killed meanwhile leaves it as it was."""
-    beside = path.with_suffix(".part")
-    with beside.open("w", newline="", encoding="utf-8") as file:
+    with whole(path) as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(beside, path)
+
+
+def _read_lines(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Names and rows of a ``metrics.csv``. A row that a kill or a disk has damaged is dropped, and that is said."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    rows: list[dict[str, str]] = []
+    damaged: list[int] = []
+    with io.StringIO(text, newline="") as file:
+        reader = csv.DictReader(file)
+        names = list(reader.fieldnames or [])
+        for row in reader:
+            good = None not in row and None not in row.values() and row.get("step", "").isdigit()
+            if good and not any("\0" in value or "\ufffd" in value for value in row.values()):
+                rows.append(row)
+            else:
+                damaged.append(reader.line_num)
+    if rows and not damaged and not text.endswith("\n"):  # a number that was cut off is a number still
+        damaged.append(reader.line_num)
+        rows.pop()
+    if "step" not in names:
+        names, rows, damaged = [], [], [1] if text.strip() else []
+    if damaged:
+        lines = ", ".join(map(str, damaged[:3])) + (", ..." if damaged[3:] else "")
+        rank_zero_warn(f"halos: {path} is damaged at line {lines}; {len(damaged)} of its lines are dropped")
+    return names, rows
 
 
 class _AppendingWriter(ExperimentWriter):
@@ -55,14 +81,12 @@ class _AppendingWriter(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
         path = Path(self.metrics_file_path)
         if path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
+            with path.open(newline="", encoding="utf-8", errors="replace") as file:
                 self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         path = Path(self.metrics_file_path)
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        _replace_lines(path, fieldnames, rows)
+        _replace_lines(path, fieldnames, _read_lines(path)[1])
 
 
 class RunCSVLogger(CSVLogger):
@@ -91,11 +115,12 @@ class RunCSVLogger(CSVLogger):
         path = Path(self.log_dir) / METRICS
         if not path.is_file():
             return
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            rows = [row for row in reader if (row.get("step") or "").isdigit() and int(row["step"]) < step]
-            names = list(reader.fieldnames or [])
-        _replace_lines(path, names, rows)
+        names, rows = _read_lines(path)
+        if names:
+            _replace_lines(path, names, [row for row in rows if int(row["step"]) < step])
+        else:
+            path.unlink()
+        self._experiment = None  # it knows the names of what was there
 
 
 def holds_run(run_dir: Path) -> bool:
@@ -197,7 +222,9 @@ class SaveRunConfig(SaveConfigCallback):
         path.parent.mkdir(parents=True, exist_ok=True)
         config = self.config.clone()
         config.ckpt_path = None  # given back with --config, it describes a run from its beginning
-        self.parser.save(config, str(path), skip_none=False, overwrite=True, multifile=False)
+        beside = part_of(path)
+        self.parser.save(config, str(beside), skip_none=False, overwrite=True, multifile=False)
+        os.replace(beside, path)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -311,9 +338,7 @@ class RunReport(Callback):
             "resumed": getattr(getattr(pl_module, "record", None), "history", []),
             "by": provenance(),
         }
-        beside = (folder / SUMMARY).with_suffix(".part")
-        beside.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        os.replace(beside, folder / SUMMARY)
+        write(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
         return seconds
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -359,7 +384,7 @@ class RunReport(Callback):
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "test.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(_numbers(trainer.callback_metrics), indent=2) + "\n", encoding="utf-8")
+            write(path, json.dumps(_numbers(trainer.callback_metrics), indent=2) + "\n")
             rank_zero_info(f"halos: held-out metrics are in {path}")
 
 
@@ -399,7 +424,10 @@ class PredictionWriter(BasePredictionWriter):
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / PREDICTIONS
             parts = [self._part(trainer, rank) for rank in range(trainer.world_size)]
-            path.write_text("".join(part.read_text(encoding="utf-8") for part in parts), encoding="utf-8")
+            with whole(path) as file:
+                for part in parts:
+                    with part.open(encoding="utf-8") as of_rank:
+                        shutil.copyfileobj(of_rank, file)
             for part in parts:
                 part.unlink()
             rank_zero_info(f"halos: predictions are in {path}")

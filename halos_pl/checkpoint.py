@@ -121,7 +121,21 @@ def read_checkpoint(path: Path, *, resume: bool = False, mmap: bool = False) -> 
             f"{path} holds the weights alone (no {', '.join(missing)}), so a fit cannot go on from it; export it and"
             f" train the exported model{_instead_of(path)}"
         )
+    if resume and (wrong := _unusable(found)):
+        raise CheckpointError(f"{path} is not a checkpoint that a fit can go on from: {wrong}{_instead_of(path)}")
     return found
+
+
+def _unusable(found: Mapping[str, Any]) -> str:
+    """Which entry that a fit needs to go on is not as a run of this program writes it; empty where none is."""
+    loops = found["loops"].get("fit_loop") if isinstance(found["loops"], Mapping) else None
+    counts = ("epoch_progress", "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress")
+    if not isinstance(loops, Mapping) or not all(isinstance(loops.get(name), Mapping) for name in counts):
+        return "loops"
+    for name in ("optimizer_states", "lr_schedulers"):
+        if not isinstance(found[name], list) or not all(isinstance(state, Mapping) for state in found[name]):
+            return name
+    return "" if found["optimizer_states"] else "optimizer_states"
 
 
 def find_checkpoint(run: Path, name: str | None = None) -> Path:
@@ -137,7 +151,7 @@ def find_checkpoint(run: Path, name: str | None = None) -> Path:
     """
     last, previous = run / LAST, run / PREVIOUS
     if name in (None, "last"):
-        if last.is_file() or not previous.is_file():
+        if last.exists() or not previous.is_file():
             return _existing(last, f"{run} is not the folder of a run that has reached a checkpoint")
         rank_zero_info(f"halos: {last} does not exist, so {previous} is taken")
         return previous
@@ -154,6 +168,10 @@ def find_checkpoint(run: Path, name: str | None = None) -> Path:
 
 
 def _existing(path: Path, why: str) -> Path:
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which does not exist")
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no regular file, so it is no checkpoint{_instead_of(path)}")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; {why}")
     return path

@@ -94,6 +94,12 @@ def put_weights(module: HALOModule, state: dict[str, Any], run: Path) -> None:
     Raises:
         ValueError: where they are not of that policy.
     """
+    def kind(value: Any) -> Any:
+        return (value.shape, value.is_floating_point()) if isinstance(value, torch.Tensor) else None
+
+    own = module.state_dict()
+    if wrong := [name for name, value in state.items() if name in own and kind(value) != kind(own[name])]:
+        raise ValueError(f"{run}: the checkpoint does not fit the policy in {CONFIG}: shape or type of {wrong[0]}")
     missing, unexpected = module.load_state_dict(state, strict=False)
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
     if unexpected or trained & set(missing):

@@ -1,4 +1,4 @@
-"""Files that other users and programs are meant to read."""
+"""Files that other users and programs are meant to read: whole, and with the modes that the umask asks for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+PART = ".part"
 
 
 def share(folder: Path) -> None:
@@ -21,12 +24,53 @@ def share(folder: Path) -> None:
             path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
+def part_of(path: Path) -> Path:
+    """Where :func:`whole` writes what is to be ``path``; ``path`` itself where that is a pipe, a device or the like."""
+    path = path.resolve()
+    return path if path.exists() and not path.is_file() else path.with_suffix(PART)
+
+
+def check_target(path: Path) -> None:
+    """Refuses a path that no file can be written to, before the work that is to be kept in it.
+
+    Raises:
+        OSError: naming it.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file to write to")
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {folder}; make it, or name another file")
+    if not path.exists() and not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written: {folder} may not be written to; name another file")
+
+
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Has errors of a write to an open file say which file it is: a full disk's does not."""
+def whole(path: Path, *, keep: bool = False) -> Iterator[IO[str]]:
+    """A text file to write, which appears as ``path`` when all of it has been written; until then an older one stays.
+
+    Args:
+        path: of the file; a link stays one.
+        keep: leave the part that was written (see :func:`part_of`) where the rest could not be.
+
+    Raises:
+        OSError: naming the file, where it cannot be written.
+    """
+    beside, path = part_of(path), path.resolve()
     try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
+        with beside.open("w", newline="", encoding="utf-8") as file:
+            yield file
+        if beside != path:
+            os.replace(beside, path)
+    except BaseException as error:
+        if beside != path and not keep:
+            beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # of a full disk
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def write(path: Path, text: str) -> None:
+    """Writes ``path`` as :func:`whole` does."""
+    with whole(path) as file:
+        file.write(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from halos_pl.data.special import SpecialText, SpecialTokens
 from halos_pl.data.tokenize import encode_prompt
 from halos_pl.data.turns import stop_ids
 from halos_pl.data.values import BadRow
-from halos_pl.files import naming
+from halos_pl.files import check_target, part_of, whole
 from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.limits import check_prompts, positions, room, rows_of_vocabulary
 from halos_pl.policy.loading import ModelSpec, base_model, load_model, load_tokenizer
@@ -388,7 +389,8 @@ def generate_file(
     Args:
         folder: a Hugging Face folder, a folder with a peft adapter, or a hub name.
         prompts: a .txt file with one prompt a line, or JSON lines with "prompt", a text or a message list.
-        out: JSON lines to write, "prompt" and "completions" each; default: beside the prompts.
+        out: JSON lines to write, "prompt" and "completions" each; default: beside the prompts. Until all of them are
+            there, they are in a file with the ending .part.
         chat: take a text prompt as a user's message where the tokenizer has a chat template.
         max_new_tokens: the most tokens of a completion.
         temperature: of the softmax; 0 takes the likeliest token.
@@ -406,36 +408,39 @@ def generate_file(
     target = Path(out) if out else Path(prompts).with_suffix(".completions.jsonl")
     if target.exists() and target.samefile(prompts):
         raise FileExistsError(f"--out {target} is the file of the prompts, which would be lost; name another file")
-    if target.is_dir():
-        raise IsADirectoryError(f"--out {target} is a folder; name a file to write to")
-    if not target.absolute().parent.is_dir():
-        raise NotADirectoryError(f"--out {target}: {target.parent} is no folder; make it first")
+    check_target(target)
     model, tokenizer = load_for_generation(folder)
     asked = as_messages(read, tokenizer, chat)
     names = [f"{prompts}:{number}" for number, _ in lines]
     encoded = _encoded(tokenizer, asked, names, control, special_tokens_in_text)
     check_prompts(model, tokenizer, encoded, names, max_new_tokens)  # before any is sampled
     chunk = 8 * max(1, batch_size // num_samples)
-    with naming(target), target.open("w", encoding="utf-8") as file:
-        # Written chunk by chunk, so that a long run that is cut off leaves what it has.
-        for at in range(0, len(asked), chunk):
-            samples = generate(
-                model,
-                tokenizer,
-                asked[at : at + chunk],
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                num_samples=num_samples,
-                batch_size=batch_size,
-                seed=seed + at,
-                control=control,
-                special_tokens_in_text=special_tokens_in_text,
-                names=names[at : at + chunk],
-            )
-            for prompt, found in zip(read[at : at + chunk], samples, strict=True):
-                file.write(
-                    json.dumps({"prompt": prompt, "completions": [s.text for s in found]}, ensure_ascii=False) + "\n"
+    done = 0
+    try:
+        with whole(target, keep=True) as file:
+            # Written chunk by chunk, so that a long run that is cut off leaves what it has.
+            for at in range(0, len(asked), chunk):
+                samples = generate(
+                    model,
+                    tokenizer,
+                    asked[at : at + chunk],
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    num_samples=num_samples,
+                    batch_size=batch_size,
+                    seed=seed + at,
+                    control=control,
+                    special_tokens_in_text=special_tokens_in_text,
+                    names=names[at : at + chunk],
                 )
-            file.flush()
+                for prompt, found in zip(read[at : at + chunk], samples, strict=True):
+                    line = {"prompt": prompt, "completions": [s.text for s in found]}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()
+                done = at + len(samples)
+    except BaseException:
+        left = f"those of the first {done} are in {part_of(target)}" if done else "nothing was written"
+        print(f"halos: completions of {len(read)} prompts were asked for; {left}", file=sys.stderr)
+        raise
     print(f"halos: completions of {len(read)} prompts are in {target}")

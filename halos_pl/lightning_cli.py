@@ -29,6 +29,7 @@ from halos_pl.cache_command import clear, info
 from halos_pl.callbacks import CONFIG, PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig, check_run_dir
 from halos_pl.checkpoint import (
     LAST,
+    PREVIOUS,
     LastCheckpoint,
     NonFiniteWeightsError,
     find_checkpoint,
@@ -215,9 +216,15 @@ class HalosCLI(LightningCLI):
             given = config.get("ckpt_path")
             inside = given and (given == "last" or Path(given).resolve().is_relative_to(run_dir.resolve()))
             check_run_dir(run_dir, goes_on=bool(inside))
-        if self.subcommand not in ("fit", None) and not config.get("ckpt_path") and (run_dir / LAST).is_file():
-            rank_zero_info(f"halos: {self.subcommand} takes {run_dir / LAST}; --ckpt_path names another one")
-            config.ckpt_path = "last"
+        if self.subcommand not in ("fit", None) and not config.get("ckpt_path"):
+            if any(os.path.lexists(run_dir / name) for name in (LAST, PREVIOUS)):
+                rank_zero_info(f"halos: {self.subcommand} takes {run_dir / LAST}; --ckpt_path names another one")
+                config.ckpt_path = "last"
+            else:
+                rank_zero_info(
+                    f"halos: {self.subcommand} takes the policy as it is before training, since {run_dir} holds no"
+                    " checkpoint"
+                )
         refuse_code(config.get("weights_only"))
         if config.get("ckpt_path"):
             # Looked at now: what is wrong with it is said before data and model are loaded.

@@ -843,8 +843,11 @@ class HALOModule(LightningModule):
 
     def _check_state(self, saved: dict[str, Any]) -> None:
         own = self.state_dict()
-        shapes = [{k: getattr(v, "shape", None) for k, v in state.items()} for state in (own, saved)]
-        differing = sorted(k for k in own.keys() | saved.keys() if shapes[0].get(k, "-") != shapes[1].get(k, "-"))
+        kinds = [
+            {k: (v.shape, v.is_floating_point()) if isinstance(v, torch.Tensor) else None for k, v in state.items()}
+            for state in (own, saved)
+        ]
+        differing = sorted(k for k in own.keys() | saved.keys() if kinds[0].get(k, "-") != kinds[1].get(k, "-"))
         if differing:
             raise ValueError(
                 f"{self.trainer.ckpt_path} is not of this policy and objective: {len(differing)} entries differ, first"

@@ -112,6 +112,8 @@ def _target(words: list[str], out: str, folder: str, env: dict[str, str]) -> Non
     sys.argv = ["halos"]
     os.environ.update(env)
     os.chdir(folder)
+    for number in (signal.SIGINT, signal.SIGHUP):  # ignored where the tests run in the background or under nohup
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     # Else the data loader's workers would be started by a server of their own, which outlives a kill.
     multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)

@@ -433,3 +433,29 @@ def test_a_line_of_metrics_that_was_cut_off_is_dropped_with_those_after_the_chec
     logger.save()
     assert [row.get("val/loss") for row in metrics(tmp_path)] == [None, "0.6"]
     assert list(tmp_path.iterdir()) == [tmp_path / "metrics.csv"]
+
+
+DAMAGED_LINES = {
+    "a zero byte": (lambda lines: [lines[0], b"\0" + lines[1], *lines[2:]], "line 2"),
+    "no text": (lambda lines: [*lines[:2], b"\xe9" + lines[2], *lines[3:]], "line 3"),
+    "more columns than names": (lambda lines: [lines[0], b"1,2,3," * 40 + b"\r\n", *lines[1:]], "line 2"),
+    "cut off in its last number": (lambda lines: [*lines[:-1], lines[-1][:-4]], "line 4"),
+    "no names": (lambda lines: lines[1:], "line 1"),
+    "a binary file": (lambda lines: [b"\xff\xfe\0\1\r\n" * 40], "line 1"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGED_LINES)
+def test_damaged_lines_of_metrics_are_dropped_and_named(finished, tmp_path, damage):
+    source, words = finished
+    run_dir, (change, place) = tmp_path / "x", DAMAGED_LINES[damage]
+    shutil.copytree(source, run_dir)
+    before = metrics(run_dir)
+    path = run_dir / "metrics.csv"
+    path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
+    with pytest.warns(UserWarning, match=rf"{path} is damaged at {place}"):
+        main([*words, f"--run_dir={run_dir}", "--ckpt_path=last", "--trainer.max_epochs=2"])
+    after = metrics(run_dir)
+    assert [row["step"] for row in after][-3:] == list("345")
+    assert all(row in before for row in after[:-3])

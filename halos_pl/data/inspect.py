@@ -24,6 +24,7 @@ from halos_pl.data.split import Split
 from halos_pl.data.store import Store, open_store
 from halos_pl.data.table import Table
 from halos_pl.data.transforms import ThresholdScores
+from halos_pl.files import write
 from halos_pl.messages import plain
 from halos_pl.outcomes import Needs
 
@@ -390,5 +391,5 @@ def inspect_source(
     for target, text in ((html, page(found)), (json_file, json.dumps(asdict(found), indent=2))):
         if target:
             Path(target).parent.mkdir(parents=True, exist_ok=True)
-            Path(target).write_text(text, encoding="utf-8")
+            write(Path(target), text)
             console.print(Text(plain(f"\nwritten to {target}")))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from halos_pl.data.datamodule import _sources
 from halos_pl.data.example import DataError, Prompt
 from halos_pl.export import module_of_run, put_weights
 from halos_pl.feedback import Binary
+from halos_pl.files import whole, write
 from halos_pl.generate import Sample, as_messages, check_sampling, generate, kl_of_samples, read_prompt_lines
 from halos_pl.module import HALOModule
 from halos_pl.outcomes import FlatBatch
@@ -331,7 +331,7 @@ def evaluate(
             raise DataError(
                 f"{run}: {lost} of {len(records)} held-out rows have no finite log-prob: the policy diverged"
             )
-        (folder / ROWS).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        write(folder / ROWS, "".join(json.dumps(record) + "\n" for record in records))
         values |= _of_pairs(records, beta) | _of_rows(records)
         if lacking := [name for name, (unit, *_) in METRICS.items() if unit != "prompts" and not values.get(name)]:
             kinds = {True: "pairs", False: "both desirable and undesirable rows"}
@@ -344,10 +344,8 @@ def evaluate(
         values |= _of_answers(module, folder, Path(prompts).name, lines, chosen, chat, batch_size, sampling)
     kept = {name: found for name, found in values.items() if found}
     (folder / FILE).unlink(missing_ok=True)  # or what is there would be said to have been measured in this way
-    (folder / MEASURED).write_text(json.dumps(how, indent=2) + "\n", encoding="utf-8")
-    beside = (folder / FILE).with_suffix(".part")
-    beside.write_text(json.dumps(kept) + "\n", encoding="utf-8")
-    os.replace(beside, folder / FILE)
+    write(folder / MEASURED, json.dumps(how, indent=2) + "\n")
+    write(folder / FILE, json.dumps(kept) + "\n")
     for name, found in kept.items():
         print(f"halos: {name} {np.mean(list(found.values())):.4g} (n = {len(found)} prompts)")
 
@@ -435,7 +433,7 @@ def _of_answers(
             _verdict(_called("judge", chosen["judge"], name, prompt, s.text, o.text), prompt)
             for name, prompt, s, o in zip(names, texts, samples, others, strict=True)
         ]
-    with (folder / ANSWERS).open("w", encoding="utf-8") as file:
+    with whole(folder / ANSWERS) as file:
         for name, prompt, sample in zip(names, read, samples, strict=True):
             record = {"row": name, "prompt": prompt, "answer": sample.text, "finished": sample.finished}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -24,6 +24,7 @@ from rich.table import Table
 from halos_pl import stopping
 from halos_pl.checkpoint import LAST, PREVIOUS
 from halos_pl.ending import SUMMARY, shortfall
+from halos_pl.files import write
 from halos_pl.messages import plain
 from halos_pl.study.evaluate import FILE, measured_how
 from halos_pl.study.plan import Checked, Run, Study, StudyError, command, measuring_of
@@ -123,7 +124,7 @@ def mark_of(run: Run) -> Path:
 
 def _fail(run: Run, words: list[str], why: str) -> None:
     mark_of(run).parent.mkdir(parents=True, exist_ok=True)
-    mark_of(run).write_text(json.dumps({"command": command(words), "error": why}) + "\n", encoding="utf-8")
+    write(mark_of(run), json.dumps({"command": command(words), "error": why}) + "\n")
 
 
 def execute_run(
@@ -241,10 +242,10 @@ def claim(study: Study, out: Path, digests: Mapping[str, str]) -> None:
     elif out.is_dir() and any(out.iterdir()):
         raise StudyError(f"{out} is not empty and holds no study; name another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
-    known.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
+    write(known, json.dumps(plan, indent=2) + "\n")
     for name, file in ((STUDY, study.path), (OVER, study.over)):
         if file is not None:
-            (out / name).write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+            write(out / name, file.read_text(encoding="utf-8"))
         else:
             (out / name).unlink(missing_ok=True)
 

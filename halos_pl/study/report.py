@@ -20,6 +20,7 @@ from PIL import Image
 
 from halos_pl.conformance.check import reports
 from halos_pl.export import module_of_run
+from halos_pl.files import write
 from halos_pl.messages import plain
 from halos_pl.study.evaluate import METRICS, PER_TOKEN, measured_how
 from halos_pl.study.execute import PLAN, failure, state
@@ -357,5 +358,5 @@ def write_report(results: Results) -> Path:
     md = {**_escaped(said), "commands": commands, "fence": _fence(commands)}
     for name, own in {"report.md": md, "report.html": {**said, "commands": commands}}.items():
         text = TEMPLATES.get_template(f"{name}.jinja").render({**own, "pictures": pictures})
-        (results.out / name).write_text(text, encoding="utf-8")
+        write(results.out / name, text)
     return results.out / "report.html"

@@ -440,3 +440,59 @@ def test_the_best_checkpoint_is_verified_and_goes_on(finished, tmp_path, capfd):
     said = refused(capfd, [*words, f"--run_dir={tmp_path}/y", "--ckpt_path=best"])
     assert f"{best} " in said
     assert f"--ckpt_path {tmp_path}/y/checkpoints/last.ckpt" in said
+
+
+# -- which one is measured ------------------------------------------------------------------------------
+
+
+def test_without_its_last_checkpoint_a_run_is_measured_by_the_one_before(run, finished, capfd, no_model):
+    """Not by the model that it began with."""
+    (run / "checkpoints/last.ckpt").unlink()
+    (run / "checkpoints/previous.ckpt").write_bytes(b"")
+    words = ["test", *finished[1][1:], f"--run_dir={run}", f"--data.test={finished[1][4].partition('=')[2]}"]
+    words = [word for word in words if not word.startswith("--checkpoint")]
+    assert "previous.ckpt is empty" in refused(capfd, words)
+
+
+@pytest.mark.parametrize("command", ["fit", "test", "export"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
+def test_what_is_no_regular_file_is_no_checkpoint(run, finished, tmp_path, capfd, no_model, command, kind):
+    last = run / "checkpoints/last.ckpt"
+    last.unlink()
+    (run / "checkpoints/previous.ckpt").unlink()
+    {"folder": last.mkdir, "pipe": lambda: os.mkfifo(last), "link": lambda: last.symlink_to("gone")}[kind]()
+    words = [command, *finished[1][1:], f"--run_dir={run}", *(["--ckpt_path=last"] if command == "fit" else [])]
+    if command == "test":
+        words = [word for word in words if not word.startswith("--checkpoint")]
+    if command == "export":
+        words = ["export", str(run), str(tmp_path / "out")]
+    assert str(last) in refused(capfd, words)
+
+
+@pytest.mark.parametrize("how", ["cut", "whole numbers", "text"])
+def test_weights_of_another_kind_are_not_exported(run, tmp_path, capfd, how):
+    state = saved(run)
+    name = next(name for name in state["state_dict"] if name.endswith("v_proj.weight"))
+    value = state["state_dict"][name]
+    state["state_dict"][name] = {"cut": value[:1].clone(), "whole numbers": value.int(), "text": "x"}[how]
+    torch.save(state, run / "checkpoints/last.ckpt")
+    assert name in refused(capfd, ["export", str(run), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("loops", []),
+        ("loops", {}),
+        ("loops", {"fit_loop": {"epoch_progress": "x"}}),
+        ("optimizer_states", []),
+        ("optimizer_states", None),
+        ("lr_schedulers", ["x"]),
+    ],
+)
+def test_a_fit_does_not_go_on_from_entries_of_another_kind(run, finished, capfd, no_model, entry, value):
+    torch.save({**saved(run), entry: value}, run / "checkpoints/last.ckpt")
+    said = refused(capfd, [*finished[1], f"--run_dir={run}", "--ckpt_path=last"])
+    assert str(run / "checkpoints/last.ckpt") in said
+    assert entry in said

@@ -65,6 +65,7 @@ EARLY = {"steps": 5, "planned_steps": 8, "ended": "stopped early: no better", "f
         (None, "begun", ("summary.json",)),  # an older version measured a run that SIGTERM had stopped
         ({**WHOLE, "steps": 3, "ended": "SIGTERM", "finished": False}, "stopped", ("SIGTERM", "3 of 8")),
         ("[]", "stopped", ("summary.json",)),
+        ({**WHOLE, "finished": "no"}, "stopped", ("max_epochs=1",)),
     ],
 )
 def test_a_measured_run_counts_when_its_training_is_finished(path, tmp_path, capsys, summary, state, named):
@@ -82,6 +83,19 @@ def test_a_measured_run_counts_when_its_training_is_finished(path, tmp_path, cap
         assert word in results.faults[run]
         assert word in "".join(capsys.readouterr().out.replace("│", "").split()).replace("3of8", "3 of 8")
         status(str(out))
+
+
+def test_summaries_of_an_older_version_are_said_to_count(path, tmp_path, capsys):
+    from halos_pl.ablate_command import status
+
+    study, out = load_study(path), tmp_path / "out"
+    execute.claim(study, out, {arm.name: arm.name for arm in study.arms})
+    measured(study, out, 0, WHOLE)
+    measured(study, out, 1, {"steps": 8})
+    status(str(out))
+    said = capsys.readouterr().err
+    assert str(study.runs(out)[1].folder) in said
+    assert "1 of 2" in said
 
 
 def test_seeds_that_were_trained_for_another_number_of_steps_are_named(path, tmp_path):
