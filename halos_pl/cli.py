@@ -9,6 +9,9 @@ from typing import NoReturn
 
 from halos_pl.stopping import listening
 
+# Set for the commands of a study: Python does not put the working folder first, and we put it last all the same.
+FOLDER_LAST = "HALOS_FOLDER_LAST"
+
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of the console script; ``args`` are its words, by default those of this process.
@@ -53,8 +56,13 @@ def _put_last(folder: str) -> None:
     named = {os.path.abspath(place) for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place}
     if folder not in named:
         sys.path[:] = [place for place in sys.path if os.path.abspath(place) != folder]
-        if not sys.flags.safe_path:
+        if not sys.flags.safe_path or os.environ.get(FOLDER_LAST):
             sys.path.append(folder)
+
+
+def folder_last() -> dict[str, str]:
+    """The environment in which ``python -m halos_pl`` does not import from the working folder before it is put last."""
+    return {} if sys.flags.safe_path else {"PYTHONSAFEPATH": "1", FOLDER_LAST: "1"}
 
 
 def _restart_in_utf8() -> NoReturn:

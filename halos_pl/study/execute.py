@@ -23,6 +23,7 @@ from rich.table import Table
 
 from halos_pl import stopping
 from halos_pl.checkpoint import LAST, PREVIOUS
+from halos_pl.cli import folder_last
 from halos_pl.ending import SUMMARY, shortfall
 from halos_pl.files import write
 from halos_pl.messages import plain
@@ -92,7 +93,7 @@ def _process(words: list[str], log: Path, env: Mapping[str, str], lock: int | No
             [sys.executable, "-m", "halos_pl", *words],
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=env,
+            env={**env, **folder_last()},
             pass_fds=() if lock is None else (lock,),
         )
 
@@ -368,7 +369,7 @@ def executor_of(study: Study, out: Path) -> Any:
     try:
         import submitit
     except ImportError as error:
-        raise StudyError(f"{place}: cluster needs submitit: pip install halos_pl[cluster]") from error
+        raise StudyError(f"{place}: cluster needs submitit: pip install submitit") from error
     given: dict[str, Any] = dict(study.cluster or {})
     try:
         executor = submitit.AutoExecutor(folder=out / "cluster", cluster=given.pop("cluster", None))

@@ -35,6 +35,13 @@ OBJECTIVE = "objective"
 # What a second file may say otherwise: at which scale, not what is asked.
 OVER = ("configs", "options", "seeds", "evaluate", "metrics", "cluster", "note")
 
+# Options that a study sets itself, for each run; what they said would not be used.
+OWN = {
+    "run_dir": "each run has a folder of its own in that of --out",
+    "seed_everything": "name the seeds in seeds",
+    "config": "name files in configs, or in objective of an arm",
+}
+
 
 class StudyError(ValueError):
     """A study that cannot be run as it is; the message names file, line and what to do."""
@@ -212,6 +219,10 @@ class _Reader:
         ]
         if not arms:
             raise self.fault("no arm: the grid is empty; name arms, axes with values, or both", "axes")
+        for key in {key for arm in arms for key in arm.options if key in OWN}:
+            places = [("options", key), ("axes", key), *(("arms", arm.name, key) for arm in arms)]
+            place = next((place for place in places if place in self.lines), ("options",))
+            raise self.fault(f"{key} is not for a study to set: {OWN[key]}", *place)
         taken: dict[str, Arm] = {}
         for arm in arms:
             if arm.folder in taken:
@@ -306,8 +317,9 @@ class _Reader:
             many = named
         sample = self.get("sample", dict, None)
         if sample is not None:
-            if set(sample) - {"size", "seed"} or not isinstance(sample.get("size"), int) or sample["size"] < 1:
-                raise self.fault(f"sample is {sample}; it takes size, at least 1, and seed", "sample")
+            whole = all(type(sample.get(key, 0)) is int for key in ("size", "seed"))
+            if set(sample) - {"size", "seed"} or not whole or sample.get("size", 0) < 1:
+                raise self.fault(f"sample is {sample}; it takes size, at least 1, and seed, whole numbers", "sample")
             if sample["size"] > len(many):
                 raise self.fault(f"sample.size is {sample['size']}, but there are only {len(many)} arms", "sample")
             # The baseline, where one is named, is always among them.

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from run_halos import ROOT, run_all
 
+from halos_pl.cli import folder_last
 from halos_pl.provenance import provenance
 
 
@@ -141,6 +142,19 @@ def test_files_of_the_working_folder_hide_no_library(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "halos_pl", *words], cwd=tmp_path, env=env, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     assert b"verdict: halo" in done.stdout
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_study_imports_nothing_of_the_working_folder_before_its_libraries(tmp_path: Path) -> None:
+    """Its runs are ``python -m halos_pl``, which looks for halos_pl and what it imports first in that folder."""
+    _shadowed(tmp_path)
+    for name in ("shlex", "subprocess", "halos_pl"):
+        text = f"open({str(tmp_path / 'mark')!r}, 'a').write({name!r})\n"
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **folder_last()}
+    words = [sys.executable, "-m", "halos_pl", "check", "of_this_folder.Softer"]
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
     assert not (tmp_path / "mark").exists()
 
 
