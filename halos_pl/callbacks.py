@@ -110,17 +110,23 @@ class RunCSVLogger(CSVLogger):
             self._experiment = _AppendingWriter(log_dir=self.log_dir)
         return cast(_AppendingWriter, self._experiment)
 
-    def drop_from(self, step: int) -> None:
-        """Drops lines of optimizer step ``step`` and later: a resumed run will write them again."""
+    def drop_from(self, step: int) -> int:
+        """Drops the lines of optimizer step ``step`` and later: a resumed run writes them again.
+
+        Returns:
+            The step of the last line that is left; -1 where there is none.
+        """
         path = Path(self.log_dir) / METRICS
         if not path.is_file():
-            return
+            return -1
         names, rows = _read_lines(path)
+        kept = [row for row in rows if int(row["step"]) < step]
         if names:
-            _replace_lines(path, names, [row for row in rows if int(row["step"]) < step])
+            _replace_lines(path, names, kept)
         else:
             path.unlink()
         self._experiment = None  # it knows the names of what was there
+        return max((int(row["step"]) for row in kept), default=-1)
 
 
 def holds_run(run_dir: Path) -> bool:
@@ -288,7 +294,7 @@ class RunReport(Callback):
             (Path(trainer.default_root_dir) / SUMMARY).unlink(missing_ok=True)  # of the steps before these
         for logger in trainer.loggers:
             if isinstance(logger, RunCSVLogger) and trainer.is_global_zero:
-                logger.drop_from(trainer.global_step)
+                self._say_lost(trainer, logger.drop_from(trainer.global_step))
         policy: Any = getattr(pl_module, "policy", None)
         if policy is not None:
             self._cost = _cost(policy)
@@ -297,6 +303,17 @@ class RunReport(Callback):
             self._matmul = matmul_speed(pl_module.device, kind)
             if pl_module.device.type == "cpu" and (why := slow_half(kind, self._matmul)):
                 rank_zero_warn(f"halos: {why}")
+
+    @staticmethod
+    def _say_lost(trainer: Trainer, last: int) -> None:
+        """Warns of log lines that are missing before the step that a run resumes at."""
+        folder, every = Path(trainer.default_root_dir), trainer.log_every_n_steps  # type: ignore[attr-defined]
+        own = trainer.ckpt_path and Path(trainer.ckpt_path).resolve().is_relative_to(folder.resolve())
+        if own and trainer.global_step - 1 - last >= max(every, 1):
+            rank_zero_warn(
+                f"halos: {folder / METRICS} has no lines for steps {last + 1} to {trainer.global_step - 1}; they are"
+                " lost, but the run itself resumes exactly"
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step_began = time.monotonic()

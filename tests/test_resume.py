@@ -435,6 +435,17 @@ def test_a_line_of_metrics_that_was_cut_off_is_dropped_with_those_after_the_chec
     assert list(tmp_path.iterdir()) == [tmp_path / "metrics.csv"]
 
 
+@pytest.mark.slow
+def test_a_log_that_is_gone_is_said(finished, tmp_path):
+    source, words = finished
+    run_dir = tmp_path / "x"
+    shutil.copytree(source, run_dir)
+    (run_dir / "metrics.csv").unlink()
+    with pytest.warns(UserWarning, match=rf"{run_dir}/metrics.csv has no lines for steps 0 to 2"):
+        main([*words, f"--run_dir={run_dir}", "--ckpt_path=last", "--trainer.max_epochs=2"])
+    assert [row["step"] for row in metrics(run_dir)] == list("345")
+
+
 DAMAGED_LINES = {
     "a zero byte": (lambda lines: [lines[0], b"\0" + lines[1], *lines[2:]], "line 2"),
     "no text": (lambda lines: [*lines[:2], b"\xe9" + lines[2], *lines[3:]], "line 3"),

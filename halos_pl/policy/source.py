@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -148,6 +149,8 @@ def _converted(folder: Path, gguf_file: str, weights: bool) -> Path:
         if target.exists():
             rank_zero_info(f"halos: {target}, the converted {gguf_file}, is damaged; it is converted again")
         shutil.rmtree(target, ignore_errors=True)
+        with suppress(OSError):
+            target.unlink()  # of something that is no folder
         beside = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
         try:
             _convert(folder, gguf_file, beside)
