@@ -126,6 +126,8 @@ class HalosParser(LightningArgumentParser):
             message += f"\n\nfurther commands: {', '.join(('check', *TOOLS))}"
         # The usage alone fills a screen, and what went wrong would be below it.
         command = self.prog.replace(" [options]", "")
+        if inside := re.match(r"Subcommand '(\w+)'", message):  # a key of a config file
+            command += f" {inside[1]}"
         print(f"{command}: error: {plain(message)}\n\nAll options: {command} --help", file=sys.stderr)
         raise SystemExit(2) from ex
 

@@ -41,11 +41,13 @@ _JSON = json.JSONDecoder(object_pairs_hook=_object)
 _PLAIN_JSON = json.JSONDecoder()
 
 
-def _json_fault(error: Exception, ends: bool = False) -> Broken:
+def _json_fault(error: Exception, ends: bool = False, line: int | None = None) -> Broken:
+    """``line`` is that of the fault where it is not the one that the row begins in."""
     if isinstance(error, _DuplicateKey):
         name = str(error)
         return Broken(f"the key {short(name)} stands twice in one object; keep one of the two", name)
     reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+    reason += f" of line {line}" if line else ""
     rest = "; no row from here on can be read" if ends else ""
     return Broken(
         f"invalid JSON ({reason}); write one JSON object on each line (or, in a .json file, one list of objects){rest}",
@@ -63,7 +65,7 @@ def _decoded(text: str, at: int) -> tuple[Any, int]:
 
 def _json_line(raw: bytes) -> Any:
     try:
-        return _JSON.decode(raw.decode("utf-8"))
+        return _JSON.decode(raw.decode("utf-8").removesuffix("\n"))  # or a fault at its end is one of the next line
     except UnicodeDecodeError as error:
         return Broken(f"not UTF-8 text ({error.reason} at byte {error.start + 1}); save it as UTF-8")
     except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
@@ -159,7 +161,8 @@ class _Text:
                 if cut and len(self.text) - self.at > self.most:
                     raise too_large(self.most, ends=True) from None
                 if not (cut and self.more()):
-                    raise _json_fault(error, ends=True) from None
+                    below = self.text.count("\n", self.at, error.pos)
+                    raise _json_fault(error, ends=True, line=self.here() + below if below else None) from None
                 continue
             except (ValueError, RecursionError) as error:
                 raise _json_fault(error, ends=True) from None

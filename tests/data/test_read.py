@@ -349,6 +349,7 @@ def test_a_hole_in_the_first_row_does_not_choose_for_the_others(tmp_path: Path, 
     [
         (b'{"prompt": "p"', 1, "invalid JSON .*; write one JSON object on each line"),
         (json.dumps(ROW).encode() + b"\n{oops}\n", 2, "invalid JSON .* at column 2"),
+        (b'{"prompt": "p", "label":\n', 1, "invalid JSON .* at column 25"),
         (b'{"label": ' + b"9" * 5000 + b"}", 1, "invalid JSON"),
         (b"[" * 100_000, 1, "invalid JSON"),
         (b"\xff\xfe", 1, "not UTF-8 text .*; save it as UTF-8"),
@@ -374,6 +375,7 @@ def test_a_faulty_line_is_named(tmp_path: Path, content: bytes, line: int, reaso
         ('[\n\n{"prompt": "', 3, "invalid JSON"),
         ("[\n{},", 2, "invalid JSON"),
         ('[\n{"a": {"b": 1, "b": 2}}]', 2, "the key 'b' stands twice"),
+        ('[\n{"a": 1,\n  "b": oops}]', 2, "invalid JSON .* at column 8 of line 3"),
         ("[\n{},\n\n{} \n {}]", 4, "no ',' or"),
     ],
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -165,10 +166,20 @@ def test_a_value_of_the_wrong_kind_is_named(
     assert len(lines) <= 1 + ("takes one of" in error), error
 
 
+def test_an_unknown_key_of_a_config_file_names_the_command_that_lists_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "given.yaml").write_text("model: {nope: 1}\n", encoding="utf-8")
+    status, error = said(["fit", f"--config={ROOT}/experiments/base.yaml", f"--config={tmp_path}/given.yaml"], capsys)
+    assert status == 2
+    assert "model.nope" in error
+    assert re.search("All options: .* fit --help\n$", error)
+
+
 def test_a_wall_comes_down_to_its_cause() -> None:
     """Of the types that a value may have, the one that has something to say."""
     wall = (
-        "Parser key \"a.b\":\n  Does not validate against any of the Union subtypes\n"
+        'Parser key "a.b":\n  Does not validate against any of the Union subtypes\n'
         "  Subtypes: [X, <class 'NoneType'>]\n"
         "  Errors:\n    - {}\n    - Expected a <class 'NoneType'>\n  Given value type: <class 'int'>\n  Given value: 7"
     )
