@@ -219,6 +219,7 @@ class HalosCLI(LightningCLI):
             inside = given and (given == "last" or Path(given).resolve().is_relative_to(run_dir.resolve()))
             check_run_dir(run_dir, goes_on=bool(inside))
         if self.subcommand not in ("fit", None) and not config.get("ckpt_path"):
+            refuse_moved(self._words, run_dir)
             if any(os.path.lexists(run_dir / name) for name in (LAST, PREVIOUS)):
                 rank_zero_info(f"halos: {self.subcommand} takes {run_dir / LAST}; --ckpt_path names another one")
                 config.ckpt_path = "last"
@@ -267,15 +268,37 @@ class HalosCLI(LightningCLI):
 GROUPS = ("data", "model", "trainer", "checkpoint")
 
 
+def config_files(words: Any) -> list[str]:
+    """The config files among a command's words."""
+    words = words if isinstance(words, list) else []
+    after = [word for flag, word in itertools.pairwise(words) if flag in ("--config", "-c")]
+    return [*after, *(word.partition("=")[2] for word in words if word.startswith("--config="))]
+
+
+def refuse_moved(words: Any, run_dir: Path) -> None:
+    """Refuses the config of a run that was moved since, as it names the folder that may hold another run now.
+
+    Raises:
+        RunError: naming both folders.
+    """
+    if any(isinstance(word, str) and word.partition("=")[0] == "--run_dir" for word in words):
+        return
+    for path in config_files(words):
+        own = Path(path).parent
+        if Path(path).name == CONFIG and (own / LAST).is_file() and own.resolve() != run_dir.resolve():
+            raise RunError(
+                f"{path} lies in the folder of a run, but its run_dir is {run_dir}, as it was moved or copied; add"
+                f" --run_dir {own} to take that run"
+            )
+
+
 def check_files(words: Any) -> None:
     """Refuses config files that a parser would misread or not understand, by file and line.
 
     Raises:
         YAMLFileError: naming them.
     """
-    words = words if isinstance(words, list) else []
-    after = [word for flag, word in itertools.pairwise(words) if flag in ("--config", "-c")]
-    for path in [*after, *(word.partition("=")[2] for word in words if word.startswith("--config="))]:
+    for path in config_files(words):
         if Path(path).is_dir():
             raise YAMLFileError(f"--config {path} is a folder; name a file in it")
         if elsewhere := place_of(path):

@@ -166,3 +166,18 @@ def test_a_gpu_where_there_is_none(finished, tmp_path, capfd):
     line = refused(capfd, [*finished[1], f"--run_dir={tmp_path}/x", "--trainer.accelerator=gpu"])
     assert "--trainer.accelerator" in line
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_the_config_of_a_run_that_was_moved_does_not_measure_another(finished, tmp_path, capfd, command) -> None:
+    """A new fit moves an earlier run aside; that run's config goes on naming the folder of the new one."""
+    run, _ = finished
+    shutil.copytree(run, moved := tmp_path / "run.1")
+    words = [command, f"--config={moved}/config.yaml", f"--data.{command}={run.parent}/data.jsonl"]
+    said = refused(capfd, words)
+    assert f"its run_dir is {run}" in said
+    assert f"--run_dir {moved}" in said
+    main([*words, f"--run_dir={moved}"])
+    written = {"test": "test.json", "predict": "predictions.jsonl"}[command]
+    assert (moved / written).is_file()
+    assert not (run / written).exists()
