@@ -389,7 +389,7 @@ def test_what_lightning_would_refuse_late_or_break_is_refused(data, tiny_folder,
 def test_a_wrong_word_is_answered_without_pages_of_usage(data, tiny_folder, tmp_path, capfd):
     words = fit(tiny_folder, "kto", data["binary"], tmp_path / "run")
     said = refused(capfd, [*words, "--model.value_function.beta=abc"], status=2)
-    assert "Expected a <class 'float'>. Got value: abc" in said
+    assert "beta is abc" in said
     assert "takes one of" not in said  # the class is right
     assert len(refused(capfd, [*words, "--data.trian=x"], status=2).splitlines()) <= 5
     assert "further commands: check, export, generate" in refused(capfd, ["foo"], status=2)
