@@ -470,7 +470,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tiny_folder)
 
     parts = {k: v() if isinstance(v, type) else v for k, v in PARTS["kto"].items()}
     model = HALOModule(ModelSpec(str(tiny_folder)), **{**parts, "value_function": Broken()})
-    with pytest.raises(NonFiniteLossError, match=r"step 0(.|\n)*file:2\n(.|\n)*file:0, file:1(.|\n)*no checkpoints are kept"):
+    said = r"step 0(.|\n)*file:2\n(.|\n)*file:0, file:1(.|\n)*no checkpoints"
+    with pytest.raises(NonFiniteLossError, match=said):
         train(model, [batch()])
 
 

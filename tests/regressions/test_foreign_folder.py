@@ -145,6 +145,7 @@ def test_files_of_the_working_folder_hide_no_library(tmp_path: Path) -> None:
     assert not (tmp_path / "mark").exists()
 
 
+@pytest.mark.slow
 def test_a_study_imports_nothing_of_the_working_folder_before_its_libraries(tmp_path: Path) -> None:
     """Its runs are ``python -m halos_pl``, which looks for halos_pl and what it imports first in that folder."""
     _shadowed(tmp_path)
@@ -158,6 +159,7 @@ def test_a_study_imports_nothing_of_the_working_folder_before_its_libraries(tmp_
     assert not (tmp_path / "mark").exists()
 
 
+@pytest.mark.slow
 def test_what_lies_beside_a_named_file_hides_no_library(tmp_path: Path) -> None:
     """``halos check mine.py:Softer`` executes mine.py, and no yaml.py beside it."""
     folder = tmp_path / "plugins"

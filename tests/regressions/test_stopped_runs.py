@@ -66,8 +66,8 @@ def slow(*case: object) -> object:
 @pytest.mark.parametrize(
     ("name", "moment", "step", "reached", "validates"),
     [
-        ("SIGTERM", "on_validation_batch_start", EPOCH, EPOCH, True),  # at an epoch's end
-        slow("SIGTERM", "on_before_zero_grad", 2, 3, False),  # within step 3
+        slow("SIGTERM", "on_validation_batch_start", EPOCH, EPOCH, True),  # at an epoch's end
+        ("SIGTERM", "on_before_zero_grad", 2, 3, False),  # within step 3
         slow("SIGHUP", "on_before_zero_grad", 2, 3, False),
         slow("SIGUSR1", "on_before_zero_grad", 2, 3, False),
         slow("SIGINT", "on_train_batch_end", 2, 2, False),

@@ -66,6 +66,7 @@ def _ascii(words: list[str], folder: Path) -> subprocess.CompletedProcess[bytes]
     return subprocess.run([sys.executable, "-m", "halos_pl", *words], cwd=folder, env=env, capture_output=True)
 
 
+@pytest.mark.slow
 def test_a_file_by_a_name_of_other_letters_is_read(tmp_path: Path) -> None:
     """Its name, its content and what is said of it; ``check`` is the command that starts fastest."""
     text = "# Verlust für 模型\nmodel: {value_function: 'né😀'}\n"
