@@ -183,7 +183,9 @@ def move_aside(run_dir: Path) -> Path | None:
             f"--run_dir {run_dir} holds an earlier run, which cannot be renamed to {aside} ({error.strerror}); name"
             " another folder"
         ) from error
-    rank_zero_info(f"halos: {run_dir} held an earlier run, which is now {aside} (--ckpt_path last would go on with it)")
+    rank_zero_info(
+        f"halos: {run_dir} held an earlier run, which is now {aside} (to resume it: --run_dir {aside} --ckpt_path last)"
+    )
     return aside
 
 
@@ -390,7 +392,7 @@ class RunReport(Callback):
             moments = {"before: the first step": self._first, after: list(self._last)}
             said.append(plot_value_function(halo.value_function, moments, folder / "value_function.png").name)
         rank_zero_info(
-            f"halos: {trainer.global_step} optimizer steps in {seconds:.0f} s ({ended}); {folder}/ holds "
+            f"halos: {trainer.global_step} optimizer step(s) in {seconds:.0f} s ({ended}); {folder}/ holds "
             + ", ".join(said)
         )
         others = [logger.log_dir for logger in trainer.loggers if not isinstance(logger, RunCSVLogger)]

@@ -302,7 +302,7 @@ def check_files(words: Any) -> None:
         if Path(path).is_dir():
             raise YAMLFileError(f"--config {path} is a folder; name a file in it")
         if elsewhere := place_of(path):
-            raise YAMLFileError(f"--config {path}: no such file (looked from {Path.cwd()}){elsewhere}")
+            raise YAMLFileError(f"--config {path}: no such file (relative to {Path.cwd()}){elsewhere}")
         if Path(path).is_file():  # a pipe can be read only once
             content, lines = read_yaml(path)
             for key in GROUPS:

@@ -838,6 +838,12 @@ class HALOModule(LightningModule):
                     f"trainer.max_epochs is {most}, but {self.trainer.ckpt_path} has trained {epoch} epochs; raise it"
                     " to go on"
                 )
+            taken, last = checkpoint["global_step"], self.trainer.max_steps
+            if 0 <= last < taken:
+                raise ValueError(
+                    f"trainer.max_steps is {last}, but {self.trainer.ckpt_path} has taken {taken} steps; raise it to"
+                    " go on"
+                )
             resume_at = getattr(self.trainer.datamodule, "resume_at", None)  # type: ignore[attr-defined]
             if resume_at is not None:
                 resume_at(epoch, step)

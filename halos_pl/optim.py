@@ -247,7 +247,7 @@ def guard(optimizer: Optimizer, changed: Callable[[list[Change]], None]) -> None
         before = state.get("class", name)
         if before != name:
             raise ValueError(
-                f"model.optimizer is {name}, but the checkpoint's was {before}, whose state means something else; go on"
+                f"model.optimizer is {name}, but the checkpoint's was {before}, whose state it cannot use; resume"
                 " with that one, or start a new run"
             )
         before, now = (

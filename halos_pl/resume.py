@@ -233,7 +233,7 @@ class KeepSettings(Callback):
             return
         new = differing(aside(of_file(path), wanted=True), aside(self._config, wanted=True))
         if new:
-            rank_zero_info(f"halos: also new, beside what is learned: {_listed(new)}")
+            rank_zero_info(f"halos: also changed, with no effect on training: {_listed(new)}")
         if new or getattr(getattr(pl_module, "record", None), "found", None):
             number = 1
             while (kept := path.with_suffix(f".{number}{path.suffix}")).exists():

@@ -36,7 +36,7 @@ class RunLock:
         try:
             import fcntl
         except ImportError:
-            rank_zero_info(f"halos: {self.folder} is not kept from other writers: this system has no POSIX locks")
+            rank_zero_info(f"halos: {self.folder} is not protected from other writers: this system has no POSIX locks")
             return
         self._place = self.folder.resolve() / f".{self.command}.lock"
         while self._file is None:
@@ -54,7 +54,7 @@ class RunLock:
                         f"another halos {self.command} is writing to {self.folder}; wait for it, or name another"
                         " --run_dir"
                     ) from None
-                rank_zero_info(f"halos: {self.folder} is not kept from other writers: it cannot be locked ({error})")
+                rank_zero_info(f"halos: {self.folder} is not protected from other writers: locking fails ({error})")
                 self._place.unlink(missing_ok=True)
                 return
             if self._file is None:

@@ -87,7 +87,7 @@ def _size(node: yaml.Node, path: str | Path, sizes: dict[int, int], within: set[
         if isinstance(node, yaml.ScalarNode):
             if node.style is None and _OTHER_BASE.fullmatch(node.value) and node.tag.endswith((":int", ":float")):
                 raise YAMLFileError(
-                    f"{path}:{line}: YAML reads {node.value} to another base than 10; put it in quotes if it is a"
+                    f"{path}:{line}: YAML reads {node.value} in a base other than 10; put it in quotes if it is a"
                     " name, and leave out leading zeros if it is a number"
                 )
             sizes[id(node)] = 1

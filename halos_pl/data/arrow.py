@@ -109,7 +109,7 @@ def batches(found: Iterable[Any], names: Sequence[str], classes: Classes, most: 
         most: bytes that a row may take.
     """
     if (double := twice(names)) is not None:
-        reason = f"the column {short(double)} stands twice in the file; rename one of the two"
+        reason = f"the column {short(double)} appears twice in the file; rename one of the two"
         yield 0, Broken(reason, double, ends=True)
         return
     number = 0
@@ -267,7 +267,7 @@ def saved(path: str, split: str | None, most: int) -> Read:
     state = _object(folder / "state.json")
     if folder == Path(path) and split and str(state.get("_split")) != split:
         which = f"the split {state['_split']}" if state.get("_split") else "a data set without splits"
-        yield 0, Broken(f"the folder holds {which}; leave out 'split: {split}', or name another", ends=True)
+        yield 0, Broken(f"the folder holds {which}; remove 'split: {split}', or name another split", ends=True)
         return
     if state.get("_indices_data_files"):
         raise ValueError("it holds a selection of rows, as early versions of datasets wrote it")

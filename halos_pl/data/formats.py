@@ -97,10 +97,10 @@ def _hub(source: Source) -> Read:
     except Exception as error:  # whatever the hub, the network or the builder of the data set raise
         message = " ".join(str(error).split())
         if number:
-            yield number + 1, Broken(f"cannot be read on ({type(error).__name__}: {message}); try again", ends=True)
+            yield number + 1, Broken(f"reading stopped here ({type(error).__name__}: {message}); try again", ends=True)
         else:
             reason = (
-                f"no such file or folder (looked from {Path.cwd()}), and as a data set of the hub it cannot be loaded "
+                f"no such file or folder (relative to {Path.cwd()}), and as a data set of the hub it cannot be loaded "
                 f"({type(error).__name__}: {message}); check the name, its 'name', 'data_dir', 'split' and 'revision', "
                 "and the network"
             )
@@ -248,7 +248,7 @@ def _read(source: Source) -> Read:
     elif is_hub_name(path):
         yield from _hub(source)
     elif not Path(path).exists():
-        yield 0, Broken(f"no such file (looked from {Path.cwd()}); check the path", ends=True)
+        yield 0, Broken(f"no such file (relative to {Path.cwd()}); check the path", ends=True)
     elif kind is None:
         yield 0, Broken(f"unknown kind of file; supported are {known}", ends=True)
     else:

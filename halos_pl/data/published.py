@@ -120,7 +120,7 @@ class Trees:
             return [Skipped(place, "no rank")]
         rank = score_of(row["rank"], "rank")
         if (depth := self._depth(name)) == math.inf:
-            raise BadRow("leads back to the message itself; a tree has no circles", "parent_id")
+            raise BadRow("leads back to the message itself: a message cannot answer itself", "parent_id")
         if depth > LONGEST:
             raise BadRow(f"leads to {depth:,.0f} messages above, more than {LONGEST:,}; remove the row", "parent_id")
         prompt: Messages = []

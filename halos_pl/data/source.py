@@ -106,7 +106,7 @@ def source_of(settings: Mapping[str, Any], where: str) -> Source:
     for name, value in settings.items():
         for key in value if isinstance(value, Mapping) else ():
             if not isinstance(key, str):
-                raise ValueError(f"{where}: YAML reads the key {key!r} of {name} as no text; put it in quotes")
+                raise ValueError(f"{where}: YAML does not read the key {key!r} of {name} as a string; put it in quotes")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Source, "source")
     try:

@@ -45,7 +45,7 @@ def _json_fault(error: Exception, ends: bool = False, line: int | None = None) -
     """``line`` is that of the fault where it is not the one that the row begins in."""
     if isinstance(error, _DuplicateKey):
         name = str(error)
-        return Broken(f"the key {short(name)} stands twice in one object; keep one of the two", name)
+        return Broken(f"the key {short(name)} appears twice in one object; keep one of the two", name)
     reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
     reason += f" of line {line}" if line else ""
     rest = "; no row from here on can be read" if ends else ""
@@ -230,7 +230,7 @@ def _cell(text: str) -> Any:
             isinstance(m, dict) and {"role", "from"} & m.keys() for m in value
         )
         return value if is_messages else text
-    return Broken("begins as a list of messages does, but is none; write it with json.dumps")
+    return Broken("looks like a list of messages but is not valid JSON; write it with json.dumps")
 
 
 def _csv(stream: io.BufferedReader, most: int) -> Read:
@@ -257,7 +257,7 @@ def _csv(stream: io.BufferedReader, most: int) -> Read:
                 if cells:
                     header = cells
                     if (double := twice(header)) is not None:
-                        reason = f"the column {short(double)} stands twice in the header; rename one of the two"
+                        reason = f"the column {short(double)} appears twice in the header; rename one of the two"
                         yield line, Broken(reason, double, ends=True)
                         return
             elif cells:

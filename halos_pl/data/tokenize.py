@@ -106,7 +106,7 @@ def _completion_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, before:
         raise ValueError(
             "The chat template does not continue the prompt when the completion is added: at the end of the "
             f"prompt it writes {before[same : same + 40]!r}, and with the completion "
-            f"{whole[same : same + 40]!r} in its place, so the model would be trained on another beginning than it"
+            f"{whole[same : same + 40]!r} in its place, so the model would be trained on another prefix than it"
             f" meets in use. {mend}"
         )
     text = whole[len(before) :]

@@ -168,7 +168,7 @@ def merge(model: Any, adapter: Adapter) -> Any:
             raise ModelError("; ".join(f"it {verb} {names[0]}, {len(names)} in all" for verb, names in what if names))
         if tied := tied_target(found):
             raise ModelError(
-                f"it has weights of its own for {tied}, which has the same weights as the model's other end, so that it"
+                f"it has weights of its own for {tied}, which is tied to the model's other end, so that it"
                 " cannot be merged; untie them first"
             )
         merged = found.merge_and_unload()
@@ -254,7 +254,7 @@ def with_lora(model: Any, lora: LoRASpec) -> Any:
         raise ModelError(f"model.policy.lora: {reason(error)}") from error
     if tied := tied_target(found):
         raise ModelError(
-            f"model.policy.lora.target_modules: {tied} has the same weights as the model's other end, so that what"
+            f"model.policy.lora.target_modules: {tied} is tied to the model's other end, so that what"
             " is trained of one could not be merged without changing the other; leave it out"
         )
     return found

@@ -241,7 +241,7 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     _hub(monkeypatch, rows)
     items = list(read(Source("owner/name")))
     assert isinstance(items[0], Example)
-    assert str(items[1]) == "owner/name:2: cannot be read on (ConnectionError: gone away); try again"
+    assert str(items[1]) == "owner/name:2: reading stopped here (ConnectionError: gone away); try again"
     assert isinstance(items[1], Fault)
     assert items[1].fatal
 
@@ -353,8 +353,8 @@ def test_a_hole_in_the_first_row_does_not_choose_for_the_others(tmp_path: Path, 
         (b'{"label": ' + b"9" * 5000 + b"}", 1, "invalid JSON"),
         (b"[" * 100_000, 1, "invalid JSON"),
         (b"\xff\xfe", 1, "not UTF-8 text .*; save it as UTF-8"),
-        (b'{"prompt": "p", "label": 1, "prompt": "q"}', 1, "the key 'prompt' stands twice in one object"),
-        (b'{"prompt": [{"role": "a", "role": "b"}]}', 1, "the key 'role' stands twice"),
+        (b'{"prompt": "p", "label": 1, "prompt": "q"}', 1, "the key 'prompt' appears twice in one object"),
+        (b'{"prompt": [{"role": "a", "role": "b"}]}', 1, "the key 'role' appears twice"),
     ],
 )
 def test_a_faulty_line_is_named(tmp_path: Path, content: bytes, line: int, reason: str) -> None:
@@ -374,7 +374,7 @@ def test_a_faulty_line_is_named(tmp_path: Path, content: bytes, line: int, reaso
         ("[" * 100_000, 1, "invalid JSON"),
         ('[\n\n{"prompt": "', 3, "invalid JSON"),
         ("[\n{},", 2, "invalid JSON"),
-        ('[\n{"a": {"b": 1, "b": 2}}]', 2, "the key 'b' stands twice"),
+        ('[\n{"a": {"b": 1, "b": 2}}]', 2, "the key 'b' appears twice"),
         ('[\n{"a": 1,\n  "b": oops}]', 2, "invalid JSON .* at column 8 of line 3"),
         ("[\n{},\n\n{} \n {}]", 4, "no ',' or"),
     ],
@@ -404,7 +404,7 @@ def test_a_list_goes_on_after_a_key_that_stands_twice(tmp_path: Path) -> None:
         (b"prompt,completion,label\np,c,1\np,c\n", 3, "has 2 values but the header has 3 columns; quote"),
         (b'prompt,completion,label\n"p\np",c,1\np,\xff,1\n', 4, "column 'completion' is not UTF-8 text"),
         (b'prompt,completion,label\np,"c,1\np,c,1\n', 2, r"invalid CSV \(unexpected end of data\); check the quotes"),
-        (b"prompt,label,label\np,c,1\n", 1, "column 'label' stands twice in the header"),
+        (b"prompt,label,label\np,c,1\n", 1, "column 'label' appears twice in the header"),
         (b"prompt,completion,label\np,,1\n", 2, "column 'completion' is None"),
         (b"prompt;completion;label\np;c;1\n", 2, "this one has: 'prompt;completion;label'"),
     ],
@@ -477,7 +477,7 @@ def test_settings_of_the_hub_are_refused_for_files(tmp_path: Path) -> None:
     assert "'streaming' is for data sets of the hub" in refused(tmp_path / "saved", split="test", streaming=True)
     assert len(examples(tmp_path / "saved", split="test")) == 2
     datasets.Dataset.from_list([ROW]).save_to_disk(tmp_path / "plain")
-    assert "leave out 'split: test'" in refused(tmp_path / "plain", split="test")
+    assert "remove 'split: test'" in refused(tmp_path / "plain", split="test")
     (tmp_path / "saved" / "test" / "state.json").write_text("{")
     assert "cannot be read as a folder of datasets.save_to_disk" in refused(tmp_path / "saved", split="test")
 

@@ -405,6 +405,7 @@ def refusal(capfd: Any, *words: Any) -> str:
         pytest.param("--trainer.precision=bf16-mixed", "trainer.precision", marks=pytest.mark.slow),
         pytest.param("--seed_everything=3", "seed_everything", marks=pytest.mark.slow),
         pytest.param("--data.max_length=9", "data.max_length: 1024 -> 9", marks=pytest.mark.slow),
+        ("--trainer.max_steps=2", "trainer.max_steps is 2"),
         pytest.param(
             "--data.transforms=[{class_path: FlipLabels, init_args: {share: 0.4}}]",
             "data.transforms",
