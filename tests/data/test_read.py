@@ -434,7 +434,7 @@ def test_messages_in_a_csv_are_messages_however_they_were_written(tmp_path: Path
         writer.writerows([[cell, "c", "1"] for cell in cells] + [[text, "c", "0"] for text in texts])
     assert [example.prompt for example in examples(path)] == [said] * len(cells) + texts
     path.write_text("prompt,completion,label\n\"[{'role': 'user', 'content': 'cut o\",c,1\n")
-    assert re.search(r"a\.csv:2: column 'prompt' begins as a list of messages does, but is none", refused(path))
+    assert re.search(r"a\.csv:2: column 'prompt' looks like a list of messages but is not valid JSON", refused(path))
 
 
 def test_faulty_files(tmp_path: Path) -> None:
