@@ -21,6 +21,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -240,7 +241,7 @@ class SaveRunConfig(SaveConfigCallback):
         if stage == "validate" or not trainer.is_global_zero:
             return
         folder, given = Path(trainer.default_root_dir), self._goes_on_from(trainer)
-        self._claim(folder, str(stage))
+        self._claim(folder, TrainerFn(stage).value)  # as text, it would be "TrainerFn.FITTING"
         if stage != "fit":
             return
         new = not given or not Path(given).resolve().is_relative_to(folder.resolve())  # going on from elsewhere is new

@@ -84,6 +84,18 @@ def test_a_folder_that_is_written_to_is_refused(finished, tmp_path, capfd, comma
     assert not (tmp_path / "x.1").exists()
 
 
+@pytest.mark.parametrize("command", ["fit", "test", "predict"])
+def test_the_lock_is_that_which_others_ask_for(finished, tmp_path, monkeypatch, command):
+    source, words = finished
+    run_dir, taken = tmp_path / "x", []
+    shutil.copytree(source, run_dir)
+    take = RunLock.take
+    monkeypatch.setattr(RunLock, "take", lambda lock: (taken.append(lock.command), take(lock)))
+    data = [word.replace("--data.train", f"--data.{command}") for word in words if command != "fit"]
+    main([command, *data[1:], f"--run_dir={run_dir}"] if data else [*words, f"--run_dir={run_dir}"])
+    assert set(taken) == {command}
+
+
 def test_the_lock_ends_with_its_process_and_goes_with_its_folder(tmp_path):
     folder = tmp_path / "x"
     with held(folder, "fit"):
