@@ -204,7 +204,8 @@ class _Reader:
             raise self.fault(f"{key} is {value!r}; it must be {names[kind]}", key)
         for name in value if kind is dict and value and key != "arms" else ():
             if not isinstance(name, str):
-                raise self.fault(f"YAML does not read key {name!r} of {key} as a string; quote it", key, name)
+                why = f"YAML does not read the key {name!r} of {key} as a string; put it in quotes"
+                raise self.fault(why, key, name)
         return value
 
     def study(self) -> Study:
@@ -279,7 +280,8 @@ class _Reader:
         """Names of config files."""
         for file in given:
             if not isinstance(file, str):
-                raise self.fault(f"YAML does not read {file!r:.60} as a file name; quote it if it is one", *place)
+                why = f"YAML does not read {file!r:.60} as a file name; put it in quotes if it is one"
+                raise self.fault(why, *place)
         return tuple(given)
 
     def _split(self, given: Mapping[str, Any], place: tuple[Any, ...]) -> tuple[tuple[str, ...], dict[str, Any]]:
