@@ -174,6 +174,37 @@ def run_ranks(words: list[str], folder: Path, ranks: int = 2) -> list[Ended]:
     return run_all([[*words, f"--trainer.devices={ranks}", "--trainer.strategy=ddp"]] * ranks, folder, env)
 
 
+def quiet_trainer(**options: Any) -> Any:
+    """A Trainer on the CPU that keeps and shows nothing unless ``options`` say otherwise."""
+    from lightning import Trainer
+
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return Trainer(**{"accelerator": "cpu", **quiet, **options})
+
+
+def run_here(capfd: Any, words: list[str]) -> Ended:
+    """One run in this process, and what it says on stderr."""
+    from halos_pl.cli import main
+
+    capfd.readouterr()
+    status: Any = 0
+    try:
+        main(words)
+    except SystemExit as ended:
+        status = ended.code
+    said = Ended(capfd.readouterr().err)
+    said.status = status
+    return said
+
+
+def refused(capfd: Any, words: list[str], status: int = 1) -> str:
+    """What a command in this process says, from its last line for the user on; it ends with ``status``."""
+    said = run_here(capfd, words)
+    assert said.status == status, said
+    assert "Traceback" not in said
+    return said[said.rindex("\nhalos: ") if "\nhalos: " in said else 0 :].strip()
+
+
 KILLED = -signal.SIGKILL
 
 

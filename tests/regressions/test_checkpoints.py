@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from run_halos import binary_data, fit, metrics, pair_data
+from run_halos import binary_data, fit, metrics, pair_data, refused
 
 import halos_pl.module
 from halos_pl.checkpoint import CheckpointError, CheckpointFiles, NonFiniteWeightsError, check_finite, read_checkpoint
@@ -31,17 +31,6 @@ from halos_pl.policy.loading import ModelSpec, load_model
 from halos_pl.study.evaluate import MEASURED, evaluate
 
 ONCE = ("--checkpoint.every_n_steps=1", "--model.warmup_ratio=0", "--model.lr_schedule=constant_with_warmup")
-
-
-def refused(capfd: Any, words: list[str]) -> str:
-    """What a command says that ends with status 1 and no traceback."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        main(words)
-    said: str = capfd.readouterr().err
-    assert caught.value.code == 1
-    assert "Traceback" not in said
-    return said[said.rindex("\nhalos: ") if "\nhalos: " in said else 0 :].strip()
 
 
 @pytest.fixture(scope="module")
@@ -57,16 +46,6 @@ def finished(tmp_path_factory, tiny_folder) -> tuple[Path, list[str]]:
 def run(finished, tmp_path) -> Path:
     """A copy of that run."""
     return Path(shutil.copytree(finished[0], tmp_path / "run"))
-
-
-@pytest.fixture
-def no_model(monkeypatch):
-    """Fails where a model is loaded."""
-
-    def load_model(spec: Any) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(halos_pl.module, "load_model", load_model)
 
 
 def saved(run: Path, name: str = "last") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from run_halos import binary_data, fit, metrics
+from run_halos import binary_data, fit, metrics, refused
 
 import halos_pl.data.datamodule
 from halos_pl.callbacks import move_aside
@@ -43,16 +43,6 @@ def finished(tmp_path_factory, tiny_folder) -> tuple[Path, list[str]]:
     words = fit(tiny_folder, "kto", binary_data(folder / "data.jsonl"), folder / "run", "--trainer.max_steps=1")
     main(words)
     return folder / "run", words
-
-
-def refused(capfd, words: list[str]) -> str:
-    with pytest.raises(SystemExit) as ended:
-        main(words)
-    assert ended.value.code == 1
-    said: str = capfd.readouterr().err
-    assert "Traceback" not in said
-    [line] = [line for line in said.splitlines() if line.startswith("halos: ") and "Error" in line]
-    return line
 
 
 @pytest.fixture
