@@ -44,7 +44,7 @@ PREDICTIONS = "predictions.jsonl"
 
 
 def _replace_lines(path: Path, names: list[str], rows: list[dict[str, str]]) -> None:
-    """Rewrites a CSV file; a kill meanwhile leaves the old one."""
+    """Writes a CSV file anew; one that is killed meanwhile leaves it as it was."""
     with whole(path) as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
@@ -52,7 +52,7 @@ def _replace_lines(path: Path, names: list[str], rows: list[dict[str, str]]) -> 
 
 
 def _read_lines(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Names and rows of a ``metrics.csv``. A damaged row is dropped, with a warning."""
+    """Names and rows of a ``metrics.csv``. A row that a kill or a disk has damaged is dropped, and that is said."""
     text = path.read_text(encoding="utf-8", errors="replace")
     rows: list[dict[str, str]] = []
     damaged: list[int] = []
@@ -65,7 +65,7 @@ def _read_lines(path: Path) -> tuple[list[str], list[dict[str, str]]]:
                 rows.append(row)
             else:
                 damaged.append(reader.line_num)
-    if rows and not damaged and not text.endswith("\n"):  # a number that was cut off still reads as one
+    if rows and not damaged and not text.endswith("\n"):  # a number that was cut off is a number still
         damaged.append(reader.line_num)
         rows.pop()
     if "step" not in names:
@@ -77,7 +77,7 @@ def _read_lines(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 class _AppendingWriter(ExperimentWriter):
-    """Appends to an existing ``metrics.csv``, which Lightning's would delete."""
+    """Goes on with the ``metrics.csv`` that is there, where Lightning's would delete it."""
 
     def _check_log_dir_exists(self) -> None:
         path = Path(self.metrics_file_path)
@@ -126,7 +126,7 @@ class RunCSVLogger(CSVLogger):
             _replace_lines(path, names, kept)
         else:
             path.unlink()
-        self._experiment = None  # it has cached the header
+        self._experiment = None  # it knows the names of what was there
         return max((int(row["step"]) for row in kept), default=-1)
 
 

@@ -51,15 +51,9 @@ class Sample:
     finished: bool
 
 
-def _own_stops(model: nn.Module) -> list[int]:
-    """The ids at which a model stops by its own generation settings."""
-    found = base_model(model).generation_config.eos_token_id
-    return found if isinstance(found, list) else [] if found is None else [found]
-
-
 @contextmanager
-def _plain_sampling(model: Any) -> Iterator[None]:
-    """Sets aside what a model's own generation settings add.
+def _plain_sampling(model: Any) -> Iterator[list[int]]:
+    """Sets aside what a model's own generation settings add, and yields the ids at which it stops.
 
     transformers fills in top_k, repetition_penalty and the like from them wherever the caller says nothing; the
     samples would then not be the model's distribution, which a KL estimate takes them for.
@@ -67,11 +61,12 @@ def _plain_sampling(model: Any) -> Iterator[None]:
     # Under an adapter generate() copies the outer settings to the inner model, so these are the ones to set.
     inner = base_model(model)
     own = inner.generation_config
+    stops = own.eos_token_id
     training = model.training
     model.eval()
     inner.generation_config = GenerationConfig()
     try:
-        yield
+        yield stops if isinstance(stops, list) else [] if stops is None else [stops]
     finally:
         inner.generation_config = own
         model.train(training)
@@ -79,10 +74,12 @@ def _plain_sampling(model: Any) -> Iterator[None]:
 
 def add_stops(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Has the model's own generation settings stop where :func:`generate` does; the ids that they lacked."""
-    own = _own_stops(model)
+    settings = base_model(model).generation_config
+    own = settings.eos_token_id
+    own = own if isinstance(own, list) else [] if own is None else [own]
     missing = [token for token in stop_ids(tokenizer) if token not in own]
     if missing:
-        base_model(model).generation_config.eos_token_id = [*own, *missing]
+        settings.eos_token_id = [*own, *missing]
     return missing
 
 
@@ -128,8 +125,9 @@ def sample_tokens(
     options: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-    ends = {*_own_stops(model), *stops}  # some models name more than one, e.g. of a turn and of a text
-    with _plain_sampling(model):
+    with _plain_sampling(model) as also_stops:
+        # Some models name more than one end, e.g. of a turn and of a text.
+        ends = {*also_stops, *stops}
         for batch in track(batches, description="generating", disable=not progress, transient=True):
             ids = [torch.tensor(prompts[i]) for i in batch]
             inputs = pad_sequence(ids, batch_first=True, padding_side="left").to(device)
@@ -258,7 +256,8 @@ def generate(
             batch_size=batch_size,
             progress=progress,
         )
-    ends = {*_own_stops(model), *own}
+    with _plain_sampling(model) as also_stops:
+        ends = {*also_stops, *own}
     samples = []
     for ids, kept in zip((ids for ids in encoded for _ in range(num_samples)), sampled, strict=True):
         finished = kept[-1] in ends

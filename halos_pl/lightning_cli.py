@@ -151,7 +151,7 @@ class HalosCLI(LightningCLI):
     writes to a folder, also where several machines share it.
 
     A fit that is told to stop by Ctrl-C, SIGTERM or another signal saves a checkpoint when its step is done, says how
-    to resume, and exits with 128 plus the signal's number; see :mod:`halos_pl.stopping`.
+    to go on, and exits with 128 plus the signal's number; see :mod:`halos_pl.stopping`.
     """
 
     def __init__(self, args: Any = None, *, run: bool = True) -> None:
@@ -163,7 +163,7 @@ class HalosCLI(LightningCLI):
         status = (
             "Exit status: 0 when done, 1 for what went wrong, 2 for a faulty command line, 128 + n when signal n has"
             " stopped it (130 after Ctrl-C, 143 after SIGTERM). A fit then saves a checkpoint first, from which"
-            " --ckpt_path last resumes; a second Ctrl-C stops at once."
+            " --ckpt_path last goes on; a second Ctrl-C stops at once."
         )
         super().__init__(
             HALOModule,
@@ -328,7 +328,7 @@ def check_settings(trainer: Any) -> None:
         )
     if trainer.enable_checkpointing is False or trainer.barebones:
         raise RunError(
-            "a run keeps checkpoints/last.ckpt, to resume from; --trainer.enable_checkpointing false and"
+            "a run keeps checkpoints/last.ckpt, to go on from; --trainer.enable_checkpointing false and"
             " --trainer.barebones true are not supported. --checkpoint.every_n_steps 1000000 writes it at the end only"
         )
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
 
-from halos_pl.data.example import Example, Prompt, Skipped, short, texts_of
+from halos_pl.data.example import Example, Prompt, Skipped, short
 from halos_pl.data.meanings import (
     ANSWER,
     COLUMNS,
@@ -247,8 +247,8 @@ def _with_context(example: Example, system: dict[str, Any], parts: dict[str, Any
         BadRow: they have no place there, or one of ``parts`` is missing from it.
     """
     messages = example.prompt if isinstance(example.prompt, list) else None
-    asked = texts_of(example.prompt)
-    said = [text for completion in example.completions for text in texts_of(completion)]
+    asked = _texts(example.prompt)
+    said = [text for completion in example.completions for text in _texts(completion)]
     for name, text in system.items():
         if not isinstance(text, str):
             raise BadRow(f"is {short(text)}; it must be text", name)
@@ -295,6 +295,10 @@ def _turns(value: list[Any], column: str) -> Messages:
         for role, text in zip(("user", "assistant"), item, strict=True):
             turns.append({"role": role, "content": checked_text(text, column, f", item {i}")})
     return turns
+
+
+def _texts(value: str | Messages) -> list[str]:
+    return [value] if isinstance(value, str) else [message["content"] for message in value]
 
 
 def _holds(texts: Sequence[str], text: str) -> bool:

@@ -10,11 +10,6 @@ from typing import Any
 Prompt = str | list[dict[str, str]]
 
 
-def texts_of(value: Prompt) -> list[str]:
-    """The text, or the contents of the messages."""
-    return [value] if isinstance(value, str) else [message["content"] for message in value]
-
-
 _shorten = reprlib.Repr()
 _shorten.maxstring = _shorten.maxother = 57
 _shorten.maxlevel = 3
@@ -54,7 +49,8 @@ class Example:
     @property
     def size(self) -> int:
         """Characters of its prompt and of all its completions."""
-        return sum(len(text) for part in (self.prompt, *self.completions) for text in texts_of(part))
+        texts = (self.prompt, *self.completions)
+        return sum(len(t) if isinstance(t, str) else sum(len(message["content"]) for message in t) for t in texts)
 
     def __post_init__(self) -> None:
         if not self.scores:

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from halos_pl.data.example import Prompt, texts_of
+from halos_pl.data.example import Prompt
 from halos_pl.data.special import SpecialText, SpecialTokens
 from halos_pl.data.turns import TurnEnd, refuse_dropped, render, turn_end
 
@@ -130,6 +130,10 @@ _OPENED = re.compile(r"<(\w+)>\s*$")
 _DOUBLED_SPAN = re.compile(r"<(\w+)>\s*</\1>\s*<\1>")
 
 
+def _texts(completion: Prompt) -> list[str]:
+    return [completion] if isinstance(completion, str) else [message["content"] for message in completion]
+
+
 def _unended(ends: Sequence[str], text: str) -> str:
     """The text without the end tokens at its end, and what is blank behind them, as a rendered dialogue has it."""
     while end := next((end for end in ends if text.rstrip().endswith(end)), None):
@@ -147,14 +151,14 @@ def _stripped(ends: Sequence[str], completion: Prompt) -> Prompt:
         found: Prompt = _unended(ends, completion)
     else:
         found = [{**message, "content": _unended(ends, message["content"])} for message in completion]
-    if not any(text.strip() for text in texts_of(found)) and any(text.strip() for text in texts_of(completion)):
+    if not any(text.strip() for text in _texts(found)) and any(text.strip() for text in _texts(completion)):
         raise ValueError("The completion is nothing but the EOS token; give it some text, or remove the row.")
     return found
 
 
 def _refuse_end_inside(ends: Sequence[str], eos: str, completion: Prompt) -> None:
     """The model would learn to stop there, and to go on; at the end of a text it is the one that belongs there."""
-    for text in texts_of(completion):
+    for text in _texts(completion):
         for end in ends:
             if end in text:
                 name = "the EOS token" if end == eos else "the token that ends a turn,"

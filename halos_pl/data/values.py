@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from halos_pl.data.example import Example, Fault, Prompt, Skipped, short, texts_of
+from halos_pl.data.example import Example, Fault, Prompt, Skipped, short
 from halos_pl.data.meanings import KEYS, reason
 
 Messages = list[dict[str, str]]
@@ -153,7 +153,8 @@ _VISIBLE = re.compile(
 
 def is_blank(value: Prompt) -> bool:
     """Whether there is no character to be seen."""
-    return not any(map(_VISIBLE.search, texts_of(value)))
+    texts = (value,) if isinstance(value, str) else (message["content"] for message in value)
+    return not any(map(_VISIBLE.search, texts))
 
 
 def not_blank(value: Prompt, column: str, within: str = "") -> Prompt:
