@@ -74,7 +74,7 @@ def test_a_folder_that_is_written_to_is_refused(finished, tmp_path, capfd, comma
     assert not (tmp_path / "x.1").exists()
 
 
-@pytest.mark.parametrize("command", ["fit", "test", "predict"])
+@pytest.mark.parametrize("command", ["fit", "predict", pytest.param("test", marks=pytest.mark.slow)])
 def test_the_lock_is_that_which_others_ask_for(finished, tmp_path, monkeypatch, command):
     source, words = finished
     run_dir, taken = tmp_path / "x", []
@@ -170,7 +170,7 @@ def test_a_gpu_where_there_is_none(finished, tmp_path, capfd):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("command", ["test", "predict"])
+@pytest.mark.parametrize("command", ["test", pytest.param("predict", marks=pytest.mark.slow)])
 def test_the_config_of_a_run_that_was_moved_does_not_measure_another(finished, tmp_path, capfd, command) -> None:
     """A new fit moves an earlier run aside; that run's config goes on naming the folder of the new one."""
     run, _ = finished
