@@ -8,10 +8,12 @@ import math
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
@@ -203,6 +205,20 @@ def refused(capfd: Any, words: list[str], status: int = 1) -> str:
     assert said.status == status, said
     assert "Traceback" not in said
     return said[said.rindex("\nhalos: ") if "\nhalos: " in said else 0 :].strip()
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file may grow beyond ``size`` bytes: writing fails in the middle, as on a full disk.
+
+    Only around what is tested: a log that pytest itself writes to may be larger.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 KILLED = -signal.SIGKILL

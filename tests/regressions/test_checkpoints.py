@@ -10,7 +10,6 @@ import json
 import os
 import pickle
 import random
-import resource
 import shutil
 import tempfile
 import zipfile
@@ -21,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from run_halos import binary_data, fit, metrics, pair_data, refused
+from run_halos import binary_data, fit, full_disk, metrics, pair_data, refused
 
 import halos_pl.module
 from halos_pl.checkpoint import CheckpointError, CheckpointFiles, NonFiniteWeightsError, check_finite, read_checkpoint
@@ -157,13 +156,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
     """A full disk, as far as one process can have one for itself: no file may grow beyond a size."""
     path, files = tmp_path / "checkpoints" / "last.ckpt", CheckpointFiles()
     files.save_checkpoint({"state_dict": {"policy.w": torch.zeros(4)}}, path)
-    before, limit = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
-    try:
-        with pytest.raises(OSError, match=r"last\.ckpt cannot be written") as caught:
-            files.save_checkpoint({"state_dict": {"policy.w": torch.zeros(100_000)}}, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    before = path.read_bytes()
+    with full_disk(20_000), pytest.raises(OSError, match=r"last\.ckpt cannot be written") as caught:
+        files.save_checkpoint({"state_dict": {"policy.w": torch.zeros(100_000)}}, path)
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]

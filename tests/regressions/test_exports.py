@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from run_halos import binary_data, fit, refused
+from run_halos import binary_data, fit, full_disk, refused
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -88,16 +86,6 @@ def test_the_modes_of_the_files_are_those_of_the_umask(run: Path, tmp_path: Path
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
 
 
-@pytest.fixture
-def no_room() -> Iterator[None]:
-    """No file may grow beyond 16 KB: writing fails in the middle, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.usefixtures("no_room")
 @pytest.mark.parametrize("there", [False, True])
 def test_a_full_disk_leaves_what_was_there(run: Path, tmp_path: Path, capfd: Any, there: bool) -> None:
     out = tmp_path / "out"
@@ -107,7 +95,8 @@ def test_a_full_disk_leaves_what_was_there(run: Path, tmp_path: Path, capfd: Any
         (out / "model.safetensors").write_text("mine")
         (out / "notes.txt").write_text("mine")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    said = refused(capfd, ["export", str(run), str(out), "--overwrite=true"])
+    with full_disk(1 << 14):
+        said = refused(capfd, ["export", str(run), str(out), "--overwrite=true"])
     assert str(out) in said
     assert "too large" in said
     assert "\n" not in said
