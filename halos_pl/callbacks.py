@@ -28,7 +28,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from halos_pl import stopping
 from halos_pl.checkpoint import LAST
 from halos_pl.ending import SUMMARY, record, shortfall, why_ended
-from halos_pl.files import part_of, whole, write
+from halos_pl.files import naming, part_of, whole, write
 from halos_pl.monitors import check_monitors
 from halos_pl.objective import HALO
 from halos_pl.outcomes import FlatBatch
@@ -437,7 +437,8 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        with self._part(trainer, trainer.global_rank).open("a", encoding="utf-8") as file:
+        part = self._part(trainer, trainer.global_rank)
+        with naming(part), part.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in prediction)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

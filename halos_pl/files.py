@@ -37,7 +37,7 @@ def share(folder: Path) -> None:
 def part_of(path: Path) -> Path:
     """Where :func:`whole` writes what is to be ``path``; ``path`` itself where that is a pipe, a device or the like."""
     path = path.resolve()
-    return path if path.exists() and not path.is_file() else path.with_suffix(PART)
+    return path if path.exists() and not path.is_file() else path.with_name(f"{path.name}.halos{PART}")
 
 
 def check_target(path: Path) -> None:
@@ -56,6 +56,21 @@ def check_target(path: Path) -> None:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Names ``path`` in errors of the system that name no file, such as that of a full disk.
+
+    Raises:
+        OSError: with ``path`` as its file.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
 def whole(path: Path, *, keep: bool = False) -> Iterator[IO[str]]:
     """A text file to write, which appears as ``path`` when all of it has been written; until then an older one stays.
 
@@ -68,15 +83,13 @@ def whole(path: Path, *, keep: bool = False) -> Iterator[IO[str]]:
     """
     beside, path = part_of(path), path.resolve()
     try:
-        with beside.open("w", newline="", encoding="utf-8") as file:
+        with naming(path), beside.open("w", newline="", encoding="utf-8") as file:
             yield file
         if beside != path:
             os.replace(beside, path)
-    except BaseException as error:
+    except BaseException:
         if beside != path and not keep:
             beside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # of a full disk
-            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -27,9 +28,11 @@ from halos_pl.data.turns import stop_ids
 from halos_pl.data.values import BadRow
 from halos_pl.files import check_target, part_of, whole
 from halos_pl.outcomes import FlatBatch
+from halos_pl.policy.finite import FiniteLogits
 from halos_pl.policy.limits import check_prompts, positions, room, rows_of_vocabulary
 from halos_pl.policy.loading import ModelSpec, base_model, load_model, load_tokenizer
 from halos_pl.policy.logprobs import completion_kl
+from halos_pl.policy.spec import ModelError
 
 LEAST_TEMPERATURE = 1e-6
 MOST_SEED = 2**63 - 1
@@ -94,6 +97,7 @@ def sample_tokens(
     temperature: float = 1.0,
     top_p: float = 1.0,
     batch_size: int = 16,
+    names: Sequence[str] | None = None,
     progress: bool = False,
 ) -> list[list[int]]:
     """Samples one completion for each prompt with the process's own random state.
@@ -105,11 +109,16 @@ def sample_tokens(
         pad: any id.
         max_new_tokens: the most tokens of a completion; fewer where the model has no position for them.
         temperature, top_p, batch_size: see :func:`generate`.
+        names: of the prompts, for messages.
         progress: show a bar.
 
     Returns:
         Token ids of each completion, in the order of the prompts.
+
+    Raises:
+        ModelError: where the logits are not finite, naming the prompt.
     """
+    named = names or [f"prompt {i + 1}" for i in range(len(prompts))]
     # Prompts of like length side by side: little padding.
     work = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     found: list[list[int]] = [[] for _ in prompts]
@@ -138,6 +147,7 @@ def sample_tokens(
                 max_new_tokens=most[batch[0]],
                 eos_token_id=sorted(ends),
                 pad_token_id=pad,
+                logits_processor=[FiniteLogits([named[i] for i in batch], inputs.shape[1], sorted(ends))],
                 **options,
             )
             for i, row in zip(batch, out[:, inputs.shape[1] :].tolist(), strict=True):
@@ -254,6 +264,7 @@ def generate(
             temperature=temperature,
             top_p=top_p,
             batch_size=batch_size,
+            names=[name for name in names for _ in range(num_samples)],
             progress=progress,
         )
     with _plain_sampling(model) as also_stops:
@@ -280,6 +291,9 @@ def kl_of_samples(
         reference: called for each batch; what it returns is entered to get the other model.
         samples: completions.
         batch_size: samples at a time.
+
+    Raises:
+        ModelError: where it is not finite, naming the sample.
     """
     device = next(policy.parameters()).device
     for at in range(0, len(samples), batch_size):
@@ -293,7 +307,13 @@ def kl_of_samples(
             rival=torch.full((n,), -1),
             probe=torch.zeros(n, dtype=torch.bool),
         ).to(device)
-        yield from completion_kl(policy, reference(), batch).sum(dim=1).tolist()
+        for i, nats in enumerate(completion_kl(policy, reference(), batch).sum(dim=1).tolist(), start=at + 1):
+            if not math.isfinite(nats):
+                raise ModelError(
+                    f"answer {i}: its KL to the reference model is {nats}, so one of the two has no finite logits; its"
+                    " weights are too large or damaged, or its dtype overflows (try float32)"
+                )
+            yield nats
 
 
 def as_messages(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, chat: bool) -> list[Prompt]:

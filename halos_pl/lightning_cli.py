@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import inspect
 import itertools
 import json
@@ -11,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -393,8 +395,10 @@ def run(args: list[str] | None = None) -> None:
     """
     for noise in NOISE:
         warnings.filterwarnings("ignore", noise)
-    shown = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    shown.addFilter(lambda record: not re.search(UNSAID, record.getMessage()))
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_shown)
+    if warnings.formatwarning is not _warning:
+        _FORMAT.append(warnings.formatwarning)
+        warnings.formatwarning = _warning
     words = sys.argv[1:] if args is None else args
     tool = next((name for name in TOOLS if words[: len(name.split())] == name.split()), None)
     try:
@@ -417,10 +421,30 @@ def run(args: list[str] | None = None) -> None:
         raise
 
 
+_FORMAT: list[Callable[..., str]] = []  # how warnings were formatted before
+
+
+def _warning(*args: Any, **kwargs: Any) -> str:
+    """A warning as it is shown: without the control characters of a path or a column's name."""
+    return plain(_FORMAT[-1](*args, **kwargs))
+
+
+def _shown(record: logging.LogRecord) -> bool:
+    """Shows a line of the log unless it is noise, without the control characters of a path or a column's name."""
+    record.msg, record.args = plain(record.getMessage()), ()
+    return not re.search(UNSAID, record.msg)
+
+
 def _cure(error: BaseException) -> str:
-    """What to do about a cache that cannot be written."""
-    place = getattr(error, "filename", None)
+    """What to do about a file that cannot be written."""
+    if not isinstance(error, OSError):
+        return ""
+    cures, place = [], error.filename
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        cures.append(f"free some space{'' if place else f' there or in {tempfile.gettempdir()}'}")
     with contextlib.suppress(NoHomeError):
         if isinstance(place, (str, bytes)) and Path(os.fsdecode(place)).is_relative_to(cache_root()):
-            return "; HALOS_CACHE names another folder for the cache"
-    return ""
+            cures.append("HALOS_CACHE names another folder for the cache")
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            cures.append("name a folder of another disk")
+    return "".join(f"; {cure}" for cure in cures)

@@ -389,6 +389,7 @@ class HALOModule(LightningModule):
                 stops=self._stops,
                 pad=self.tokenizer.pad_token_id,
                 max_new_tokens=self.objective.needs.samples,
+                names=batch.row_ids,
             )
         device, n = batch.prompt.device, len(batch)
         return replace(

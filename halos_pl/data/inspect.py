@@ -302,7 +302,7 @@ def page(found: Inspection) -> str:
         + "</div>"
         for row in found.examples
     )
-    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
+    text = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>{e(found.source)}</title>
 <style>{_STYLE}</style></head><body><h1>{e(found.source)}</h1>
 <table>{figures}</table>
@@ -315,6 +315,7 @@ def page(found: Inspection) -> str:
 <h2>Rows</h2><p>Tokens of the prompt in blue, those of the completion, which carry the loss, on green.</p>{examples}
 </body></html>
 """
+    return plain(text)
 
 
 def inspect_source(

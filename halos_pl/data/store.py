@@ -47,6 +47,7 @@ from halos_pl.data import (
 from halos_pl.data import example as example_module
 from halos_pl.data.example import DataError, Example, Fault, Skipped
 from halos_pl.data.source import Source
+from halos_pl.files import naming
 
 CHUNK = 1024  # examples tokenised at a time
 CHUNK_SIZE = 16_000_000  # characters of them
@@ -405,7 +406,8 @@ def open_store(
             _remove(part)
             part.mkdir()
             try:
-                _build(source, tokenize.Encoder(tokenizer, special_tokens_in_text), part)
+                with naming(part):
+                    _build(source, tokenize.Encoder(tokenizer, special_tokens_in_text), part)
                 _remove(place)
                 os.replace(part, place)
             finally:

@@ -358,5 +358,5 @@ def write_report(results: Results) -> Path:
     md = {**_escaped(said), "commands": commands, "fence": _fence(commands)}
     for name, own in {"report.md": md, "report.html": {**said, "commands": commands}}.items():
         text = TEMPLATES.get_template(f"{name}.jinja").render({**own, "pictures": pictures})
-        write(results.out / name, text)
+        write(results.out / name, plain(text))
     return results.out / "report.html"

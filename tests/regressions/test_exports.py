@@ -64,8 +64,8 @@ def test_a_run_of_half_precision_is_exported_as_it_was_trained(tiny_folder: Path
 def test_what_a_dtype_cannot_hold_is_refused(run: Path, tmp_path: Path, capfd: Any, monkeypatch: Any) -> None:
     loaded = exporting.load_run
 
-    def huge(run: str) -> Any:
-        module = loaded(run)
+    def huge(*named: Any) -> Any:
+        module = loaded(*named)
         next(iter(module.policy.parameters())).data[0, 0] = 1e30  # type: ignore[union-attr]
         return module
 

@@ -19,10 +19,14 @@ from lightning.pytorch.loggers import Logger
 from run_halos import binary_data, fit, quiet_trainer, refused
 from test_policy_step import batch, module
 from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halos_pl.cli import main
+from halos_pl.generate import generate
 from halos_pl.module import HALOModule, NonFiniteLossError
 from halos_pl.outcomes import FlatBatch
+from halos_pl.policy.finite import FiniteLogits
+from halos_pl.policy.spec import ModelError
 
 TOKEN = 299  # in one row of the batch below, and nowhere else
 
@@ -204,3 +208,27 @@ def test_a_prediction_that_json_does_not_know_is_not_written(tmp_path: Path):
     trainer: Any = SimpleNamespace(default_root_dir=str(tmp_path), global_rank=0)
     with pytest.raises(ValueError, match="JSON"):
         PredictionWriter().write_on_batch_end(trainer, None, [{"r": math.nan}], None, None, 0, 0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nothing_is_sampled_from_what_is_no_number(tiny_folder: Path, value: float, temperature: float) -> None:
+    """Greedy decoding took a token of it, and torch's sampler died without naming the prompt."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    token = tokenizer("Z", add_special_tokens=False)["input_ids"][0]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = value
+    prompts = ["a b", "a Z b"]
+    with pytest.raises(ModelError, match="of:2"):
+        generate(model, tokenizer, prompts, max_new_tokens=2, temperature=temperature, names=["of:1", "of:2"])
+
+
+def test_what_follows_an_answer_does_not_count() -> None:
+    """A row that has ended goes on in the batch; so do its logits."""
+    scores = torch.tensor([[math.nan, 0.0], [0.0, 1.0]])
+    check = FiniteLogits(["a", "b"], start=1, ends=[1])
+    assert check(torch.tensor([[0, 1], [0, 0]]), scores) is scores
+    with pytest.raises(ModelError, match="a:"):
+        check(torch.tensor([[1, 0], [0, 0]]), scores)
+    check(torch.tensor([[0], [0]]), torch.tensor([[-math.inf, 0.0], [0.0, 1.0]]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from conftest import write_jsonl
 from markdown_it import MarkdownIt
 from rich.console import Console
+from run_halos import fit, run_here
 
 from halos_pl.cache_command import info
 from halos_pl.cli import main
@@ -110,8 +112,9 @@ def test_a_report_is_the_same_report_with_any_names(
         report.write_report(SimpleNamespace(out=tmp_path))  # type: ignore[arg-type]
         written = (tmp_path / "report.md").read_text(encoding="utf-8")
         kinds[name] = [kind for kind in _types(written) if kind not in ("text", "text_special", "softbreak")]
-        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", written)
         page = (tmp_path / "report.html").read_text(encoding="utf-8")
+        for form in (written, page):
+            assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", form)
         assert "<script" not in page
         assert "<img" not in page
     assert kinds["hostile"] == kinds["plain"]
@@ -122,8 +125,10 @@ def test_a_terminal_is_told_nothing(tmp_path: Path, tiny_folder: Path, capsys: p
     texts = [text for text in HOSTILE if text.strip()]
     rows = [{"prompt": text, "completion": text, "label": i % 2 == 0} for i, text in enumerate(texts)]
     data = write_jsonl(tmp_path / "hostile.jsonl", rows)
-    main(["data", "inspect", data, f"--tokenizer={tiny_folder}", f"--examples={len(rows)}"])
+    page = tmp_path / "page.html"
+    main(["data", "inspect", data, f"--tokenizer={tiny_folder}", f"--examples={len(rows)}", f"--html={page}"])
     said = capsys.readouterr().out
+    assert not re.search("[\x1b\x07\x9b\u202e]", page.read_text(encoding="utf-8"))
     assert "\\x1b[31m" in said
     assert "[red]markup[/red]" in said
     assert not re.search("[\x1b\x07\x9b\u202e]", said)
@@ -132,6 +137,18 @@ def test_a_terminal_is_told_nothing(tmp_path: Path, tiny_folder: Path, capsys: p
     said = capsys.readouterr().err
     assert "no\\x1b[31m\\u202erun" in said
     assert "\x1b" not in said
+
+
+def test_a_fit_shows_names_in_the_data_as_text(tmp_path: Path, tiny_folder: Path, capfd: Any, caplog: Any) -> None:
+    """In the log, where a column that is not used is named, and in a warning."""
+    name = "no\x1b[31m\u202ete"
+    rows = [{"prompt": f"p {i}", "completion": "c", "label": i % 2 == 0, name: str(i)} for i in range(4)]
+    data = write_jsonl(tmp_path / "data\x1b[1m.jsonl", rows)
+    said = run_here(capfd, fit(tiny_folder, "kto", data, tmp_path / "run\x07", "--trainer.fast_dev_run=true"))
+    assert said.status == 0, said
+    assert "no\\x1b[31m\\u202ete" in caplog.text
+    assert not re.search("[\x1b\x07\u202e]", said + caplog.text)
+    assert "\x1b" not in warnings.formatwarning("of \x1b[31m", UserWarning, "f.py", 1)
 
 
 def test_a_path_is_no_markup(

@@ -144,7 +144,7 @@ def test_a_second_ctrl_c_stops_at_once(fits, pause):
     ended = fits.run(f"twice{pause}", *signal_at("SIGINT", "on_before_zero_grad", 2, times=2, pause=pause))
     assert ended.status == 130, ended
     assert "Traceback" not in ended
-    assert (fits.folder / f"twice{pause}" / "checkpoints").exists() is (pause == 0)
+    assert (fits.folder / f"twice{pause}" / "checkpoints" / "last.ckpt").exists() is (pause == 0)
 
 
 @pytest.mark.slow

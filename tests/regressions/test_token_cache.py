@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import byte_level_tokenizer, write_jsonl
+from run_halos import full_disk
 
 from halos_pl.cache_command import clear
 from halos_pl.data import store
@@ -163,3 +165,11 @@ def test_what_is_no_folder_is_replaced(tmp_path: Path, ending: str, what: str) -
     make = {"file": other.touch, "link": lambda: other.symlink_to(other), "pipe": lambda: os.mkfifo(other)}
     make[what]()
     assert len(open_store(source, tokenizer, cache).rows) == 1
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    """And the cache is as empty as before."""
+    source = Source(write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "c" * 9000, "label": True}]))
+    with full_disk(1000), pytest.raises(OSError, match=re.escape(str(tmp_path / "cache"))):
+        open_store(source, byte_level_tokenizer(), tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_dir() and any(path.iterdir())]

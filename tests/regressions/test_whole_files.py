@@ -54,7 +54,7 @@ def test_a_stopped_generate_leaves_its_part_under_another_name(
 
     monkeypatch.setattr(halos_pl.generate, "generate", generate)
     assert status_of(words(tiny_folder, prompts, f"--out={out}")) == status
-    part = tmp_path / "answers.part"
+    part = tmp_path / "answers.jsonl.halos.part"
     assert out.read_text() == "of before\n"
     assert len(part.read_text().splitlines()) == 8
     said = capfd.readouterr().err
@@ -64,6 +64,16 @@ def test_a_stopped_generate_leaves_its_part_under_another_name(
     main(words(tiny_folder, prompts, f"--out={out}"))
     assert [json.loads(line)["prompt"] for line in out.open()] == [f"question {i}" for i in range(12)]
     assert not part.exists()
+
+
+@pytest.mark.parametrize("out", ["answers.jsonl", "answers.part", "answers"])
+def test_a_file_beside_the_answers_stays(tiny_folder, prompts, tmp_path, out):
+    """Their part has a name of its own."""
+    mine = tmp_path / ("answers.part" if out != "answers.part" else "answers.jsonl")
+    mine.write_text("mine")
+    main(words(tiny_folder, prompts, f"--out={tmp_path / out}"))
+    assert mine.read_text() == "mine"
+    assert len((tmp_path / out).read_text().splitlines()) == 12
 
 
 @pytest.mark.parametrize("place", [".", "none/answers.jsonl", "prompts.jsonl/answers.jsonl"])
