@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import closing, suppress
+import sqlite3
+import time
+from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
@@ -11,60 +13,70 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from halos_pl.cache import cache_root
+from halos_pl.cache import REFERENCE, Entry, cache_root, entries, in_use, limit, limit_setting, remove, size_text
 from halos_pl.messages import plain
-from halos_pl.policy.store import FILE, LARGEST, ReferenceStore
+from halos_pl.policy.store import LARGEST
 
 _KINDS = {
-    "data": ("data", "checked and tokenised sources of feedback"),
-    "models": ("gguf-*", "converted GGUF models"),
-    "reference": (str(FILE.parent), f"reference log-probs (at most {LARGEST / 1e9:.1f} GB)"),
+    "data": "checked and tokenised sources of feedback",
+    "models": "converted GGUF models",
+    "reference": f"reference log-probs (at most {LARGEST / 1e9:.1f} GB)",
 }
 
 
-def _places(kind: str) -> list[Path]:
-    return sorted(cache_root().glob(_KINDS[kind][0]))
-
-
-def _size(path: Path) -> int:
-    size = 0
-    for file in [path] if path.is_file() else path.rglob("*"):
-        with suppress(FileNotFoundError):  # a journal, gone when a run has written
-            size += 0 if file.is_dir() else file.stat().st_size
-    return size
-
-
-def _entries(kind: str) -> int:
-    if kind != "reference":
-        inside = _places(kind) if kind == "models" else [p for home in _places(kind) for p in home.iterdir()]
-        return sum(path.is_dir() for path in inside)
-    if not (cache_root() / FILE).is_file():
+def _count(kind: str, own: list[Entry]) -> int:
+    if kind != "reference" or not own:
+        return len(own)
+    try:
+        with closing(sqlite3.connect(f"file:{own[0].path.as_posix()}?mode=ro", uri=True)) as db:  # this is no use of it
+            return int(db.execute("SELECT count(*) FROM logps").fetchone()[0])
+    except sqlite3.Error:  # damaged, or being written
         return 0
-    with closing(ReferenceStore()) as store:
-        return len(store)
+
+
+def _ago(when: float) -> str:
+    hours = max(0.0, time.time() - when) / 3600
+    return f"{hours / 24:.0f} days ago" if hours >= 48 else f"{hours:.0f} hours ago" if hours >= 1 else "just now"
 
 
 def info() -> None:
-    """What the cache holds, and how large it is."""
+    """What the cache holds, how large it is, how large it may become, and when it was last used."""
+    found, most = entries(), limit()
     table = Table(title=escape(plain(cache_root())))
-    for column in ("kind", "what", "entries", "MB"):
+    for column in ("kind", "what", "entries", "MB", "used first", "used last"):
         table.add_column(column, justify="right" if column in ("entries", "MB") else "left")
-    for kind, (_, what) in _KINDS.items():
-        table.add_row(kind, what, f"{_entries(kind):,}", f"{sum(map(_size, _places(kind))) / 1e6:,.1f}")
-    Console().print(table)
+    for kind, what in _KINDS.items():
+        own = [entry for entry in found if entry.kind == kind]
+        used = [_ago(own[0].used), _ago(own[-1].used)] if own else ["", ""]
+        size = sum(entry.size for entry in own) / 1e6
+        table.add_row(kind, what, f"{_count(kind, own):,}", f"{size:,.1f}", *used)
+    size, console = sum(entry.size for entry in found), Console()
+    console.print(table)
+    console.print(
+        f"{size_text(size)} of {size_text(most)} (HALOS_CACHE_LIMIT: {limit_setting()}). When something is added beyond"
+        " the limit, what was used longest ago is removed; what a running command uses stays.",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def clear(*, kind: Literal["all", "data", "models", "reference"] = "all") -> None:
-    """Removes what the cache holds; it is made again when it is needed. Not while a run is using it.
+    """Removes what the cache holds, but for what a running command uses; it is made again when it is needed.
 
     Args:
         kind: what to remove.
     """
+    root = cache_root()
+    homes: dict[str, Path] = {"data": root / "data", "models": root, "reference": (root / REFERENCE).parent}
     if kind == "all":
-        shutil.rmtree(cache_root() / "locks", ignore_errors=True)  # of earlier versions
+        shutil.rmtree(root / "locks", ignore_errors=True)  # of earlier versions
     for name in _KINDS if kind == "all" else (kind,):
-        places = _places(name)
-        size = sum(map(_size, places))
-        for path in places:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        Console().print(f"{name}: {size / 1e6:,.1f} MB removed", highlight=False)
+        own = [entry for entry in entries() if entry.kind == name]
+        gone = [entry for entry in own if remove(entry)]
+        kept = f"; {len(own) - len(gone)} of {len(own)} entries are in use and stay" if len(gone) < len(own) else ""
+        if not kept and not in_use(homes[name]):
+            for left in root.glob("gguf-*.lock") if name == "models" else (homes[name],):
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        said = f"{name}: {sum(entry.size for entry in gone) / 1e6:,.1f} MB removed{kept}"
+        Console().print(said, highlight=False)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import shutil
@@ -11,16 +9,13 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -34,100 +29,14 @@ from halos_pl.objective import HALO
 from halos_pl.outcomes import FlatBatch
 from halos_pl.plots import plot_training, plot_value_function
 from halos_pl.provenance import provenance
+from halos_pl.resume import align_logged_step
 from halos_pl.run_lock import RunLock, refuse_held
+from halos_pl.run_log import METRICS, RunCSVLogger
 from halos_pl.throughput import Cost, cost, matmul_speed, slow_half, step_flops, step_tokens
 from value_functions import beta_of
 
-METRICS = "metrics.csv"
 CONFIG = "config.yaml"
 PREDICTIONS = "predictions.jsonl"
-
-
-def _replace_lines(path: Path, names: list[str], rows: list[dict[str, str]]) -> None:
-    """Writes a CSV file anew; one that is killed meanwhile leaves it as it was."""
-    with whole(path) as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _read_lines(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Names and rows of a ``metrics.csv``. A row that a kill or a disk has damaged is dropped, and that is said."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    rows: list[dict[str, str]] = []
-    damaged: list[int] = []
-    with io.StringIO(text, newline="") as file:
-        reader = csv.DictReader(file)
-        names = list(reader.fieldnames or [])
-        for row in reader:
-            good = None not in row and None not in row.values() and row.get("step", "").isdigit()
-            if good and not any("\0" in value or "\ufffd" in value for value in row.values()):
-                rows.append(row)
-            else:
-                damaged.append(reader.line_num)
-    if rows and not damaged and not text.endswith("\n"):  # a number that was cut off is a number still
-        damaged.append(reader.line_num)
-        rows.pop()
-    if "step" not in names:
-        names, rows, damaged = [], [], [1] if text.strip() else []
-    if damaged:
-        lines = ", ".join(map(str, damaged[:3])) + (", ..." if damaged[3:] else "")
-        rank_zero_warn(f"halos: {path} is damaged at line {lines}; {len(damaged)} of its lines are dropped")
-    return names, rows
-
-
-class _AppendingWriter(ExperimentWriter):
-    """Goes on with the ``metrics.csv`` that is there, where Lightning's would delete it."""
-
-    def _check_log_dir_exists(self) -> None:
-        path = Path(self.metrics_file_path)
-        if path.is_file():
-            with path.open(newline="", encoding="utf-8", errors="replace") as file:
-                self.metrics_keys = list(csv.DictReader(file).fieldnames or [])
-
-    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        path = Path(self.metrics_file_path)
-        _replace_lines(path, fieldnames, _read_lines(path)[1])
-
-
-class RunCSVLogger(CSVLogger):
-    """``metrics.csv`` in the run's folder, one line a logged step, kept when the run is resumed.
-
-    Args:
-        run_dir: the run's folder.
-    """
-
-    def __init__(self, run_dir: str) -> None:
-        super().__init__(run_dir, name="", version="", flush_logs_every_n_steps=1)
-
-    @property
-    def log_dir(self) -> str:
-        return self.save_dir
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> _AppendingWriter:  # type: ignore[override]
-        if self._experiment is None:
-            self._experiment = _AppendingWriter(log_dir=self.log_dir)
-        return cast(_AppendingWriter, self._experiment)
-
-    def drop_from(self, step: int) -> int:
-        """Drops the lines of optimizer step ``step`` and later: a resumed run writes them again.
-
-        Returns:
-            The step of the last line that is left; -1 where there is none.
-        """
-        path = Path(self.log_dir) / METRICS
-        if not path.is_file():
-            return -1
-        names, rows = _read_lines(path)
-        kept = [row for row in rows if int(row["step"]) < step]
-        if names:
-            _replace_lines(path, names, kept)
-        else:
-            path.unlink()
-        self._experiment = None  # it knows the names of what was there
-        return max((int(row["step"]) for row in kept), default=-1)
 
 
 def holds_run(run_dir: Path) -> bool:
@@ -274,8 +183,9 @@ class RunReport(Callback):
     """Speed in the progress bar; at the end a summary file, plots, and a line that says where.
 
     ``tokens/s`` counts what a step has to look at, ``TFLOP/s`` what it needs at least (see ``halos_pl.throughput``),
-    and ``of_matmul`` is the latter as a share of a matrix product's, measured when the fit begins. TFLOP/s and
-    of_matmul are those of one rank; what a policy samples for its reference point is not counted.
+    and ``of_matmul`` is the latter as a share of a matrix product's rate, measured when the fit begins. A step that is
+    faster shows that the machine was busy then; from that step on, the share is of the fastest step's rate. TFLOP/s
+    and of_matmul are those of one rank; what a policy samples for its reference point is not counted.
 
     The outcomes of the first and of the last rows are kept for a plot. In a run's first epoch each row is
     measured before it is learned from, so the plot shows rows that the policy has not been trained on.
@@ -320,6 +230,7 @@ class RunReport(Callback):
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        align_logged_step(trainer)  # before other callbacks log figures of this step
         self._step_began = time.monotonic()
         self._rows_before = dict(getattr(pl_module, "reference_rows", {}))
 
@@ -333,6 +244,7 @@ class RunReport(Callback):
             asked = {k: n - self._rows_before[k] for k, n in pl_module.reference_rows.items()}  # type: ignore[operator, union-attr]
             share = asked["computed"] / max(1, sum(asked.values()))
             flops = step_flops(self._cost, batch, reference=share) / seconds
+            self._matmul = max(self._matmul, flops)
             shown |= {"TFLOP/s": flops / 1e12, "of_matmul": flops / self._matmul}
         pl_module.log("rows/s", int((~batch.probe).sum()) * ranks / seconds)
         pl_module.log_dict(shown, prog_bar=True)

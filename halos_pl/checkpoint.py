@@ -8,7 +8,7 @@ import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -164,14 +164,55 @@ def find_checkpoint(run: Path, name: str | None = None) -> Path:
         return previous
     if name != "best":
         return _existing(Path(str(name)), "--ckpt_path takes last, best, or a file")
-    states = read_checkpoint(find_checkpoint(run), mmap=True).get("callbacks", {})
-    files = {s["best_model_path"] for key, s in states.items() if key.startswith(ModelCheckpoint.__name__)} - {""}
-    if len(files) != 1:
-        known = f"several: {', '.join(sorted(files))}; name one of them" if files else "none"
-        raise CheckpointError(f"--ckpt_path best: ModelCheckpoint of {run} has kept {known}")
-    best = Path(files.pop())
-    moved = run / LAST.parent / best.name  # the run's folder may have another name by now
-    return _existing(moved if moved.is_file() else best, f"it was the best checkpoint of {run}")
+    return _best(run)
+
+
+def _best(run: Path) -> Path:
+    """The file that a run's ModelCheckpoint has found best by what it monitors.
+
+    Which one that is, is read off ``last.ckpt``. Where the file is gone, since a running or killed fit has found a
+    better one meanwhile, it is read off the newest other checkpoint.
+    """
+    last = find_checkpoint(run)
+    others = sorted({*last.parent.rglob("*.ckpt")} - {last}, key=lambda path: -path.stat().st_mtime)
+    gone = ""
+    for number, path in enumerate((last, *others)):
+        try:
+            states = read_checkpoint(path, mmap=True).get("callbacks", {}).values()
+        except CheckpointError:
+            if not number:
+                raise
+            continue
+        kept = [state for state in states if isinstance(state, Mapping) and "best_model_path" in state]
+        found = {state["best_model_path"]: state for state in kept if state.get("monitor")}
+        found.pop("", None)
+        if len(found) != 1:
+            if number:
+                continue
+            raise CheckpointError(f"--ckpt_path best: {_why_none_is_best(run, kept, found)}")
+        name, state = found.popitem()
+        parts = Path(name).parts[Path(name).is_absolute() :]
+        # The run's folder may have another name by now, and another run may be where it was.
+        inside = (run.joinpath(*parts[first:]) for first in range(len(parts)))
+        for best in (*inside, Path(name)):
+            if best.is_file():
+                score = state.get("best_model_score")
+                of = f" ({float(score):.6g})" if score is not None else ""
+                rank_zero_info(f"halos: {best} is the best checkpoint of {run} by {state['monitor']}{of}")
+                return best
+        gone = gone or name
+    raise FileNotFoundError(f"{gone} does not exist; it was the best checkpoint of {run}")
+
+
+def _why_none_is_best(run: Path, kept: Sequence[Mapping[str, Any]], found: Mapping[str, Mapping[str, Any]]) -> str:
+    if found:
+        each = ", ".join(f"{path} (by {state['monitor']})" for path, state in sorted(found.items()))
+        return f"the ModelCheckpoints of {run} have found several: {each}; name one of these files"
+    if any(state.get("monitor") for state in kept):
+        return f"the ModelCheckpoint of {run} has not kept any yet"
+    if kept:
+        return f"the ModelCheckpoint of {run} monitors nothing, so none is best; name a file, or give it a monitor"
+    return f"{run} was trained without a ModelCheckpoint, so none is best; say last, or name a file"
 
 
 def _existing(path: Path, why: str) -> Path:

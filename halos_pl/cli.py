@@ -24,7 +24,11 @@ def main(args: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what the terminal has no character for is shown by its number
             stream.reconfigure(errors="backslashreplace")
-    words = sys.argv[1:] if args is None else args
+    words = spelled(sys.argv[1:] if args is None else args)
+    if args is None:
+        sys.argv[1:] = words
+    else:
+        args = words
     try:
         folder = os.getcwd()
     except FileNotFoundError as error:
@@ -45,6 +49,29 @@ def main(args: list[str] | None = None) -> None:
             from halos_pl import lightning_cli
 
             lightning_cli.run(args)
+
+
+def spelled(words: list[str]) -> list[str]:
+    """The words of a command, in which ``--checkpoint best``, ``last`` or a file is another spelling of --ckpt_path.
+
+    For the Trainer's commands ``--checkpoint`` also names a YAML file or a mapping of the settings of that name.
+
+    Raises:
+        SystemExit: where both are given.
+    """
+    always, trainer = ("export", "evaluate"), ("fit", "test", "validate", "predict")
+    found = list(words)
+    for i, word in enumerate(words):
+        name, mark, value = word.partition("=")
+        value = value if mark else words[i + 1] if i + 1 < len(words) else ""
+        named = value in ("best", "last") or value.endswith(".ckpt")
+        if name == "--checkpoint" and (words[0] in always or (words[0] in trainer and named)):
+            found[i] = f"--ckpt_path{mark}{value if mark else ''}"
+    given = [word.partition("=")[0] for word in found].count("--ckpt_path")
+    if found != words and given > 1:
+        print("halos: --checkpoint and --ckpt_path are the same option; give one of them", file=sys.stderr)
+        raise SystemExit(2)
+    return found
 
 
 def _put_last(folder: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,30 @@ def planned_steps(trainer: Trainer) -> int | None:
     return int(steps) if math.isfinite(steps) else None
 
 
+class NotingTrainer(Trainer):
+    """A Trainer that knows what has asked it to stop: Lightning has callbacks set a flag, and forgets which did.
+
+    Attributes:
+        stopped_by: the callback, module or other object; None where nothing has.
+    """
+
+    stopped_by: Any = None
+    _told = False
+
+    @property
+    def should_stop(self) -> bool:
+        return self._told
+
+    @should_stop.setter
+    def should_stop(self, value: bool) -> None:
+        if value and not self._told:
+            caller = sys._getframe(1)
+            self.stopped_by = caller.f_locals.get("self", caller.f_code.co_qualname)
+        if not value:
+            self.stopped_by = None
+        self._told = bool(value)
+
+
 def why_ended(trainer: Trainer) -> str:
     """What ended a fit regularly: the setting whose limit was reached, or the callback that stopped it."""
     if 0 < trainer.max_steps <= trainer.global_step:
@@ -26,11 +52,17 @@ def why_ended(trainer: Trainer) -> str:
     planned = planned_steps(trainer)
     if planned is not None and trainer.global_step >= planned:
         return f"max_epochs={trainer.max_epochs} reached"
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
-            return f"stopped early: {callback.stopping_reason_message}"
-        if isinstance(callback, Timer) and (callback.time_remaining() or 1) <= 0:
-            return "max_time reached"
+    by = getattr(trainer, "stopped_by", None)
+    name = by if isinstance(by, str) else type(by).__name__
+    if isinstance(by, EarlyStopping):
+        now = trainer.callback_metrics.get(by.monitor)
+        value = "" if now is None else f" ({by.monitor} is {now.item():.6g})"
+        reason = (by.stopping_reason_message or "").replace(" Signaling Trainer to stop.", "")
+        return f"stopped early by {name}{value}: {reason}"
+    if isinstance(by, Timer):
+        return f"max_time reached, {timedelta(seconds=round(by.time_elapsed()))} of training"
+    if by is not None:
+        return f"stopped by {name}"
     return "stopped by a callback" if trainer.should_stop else "the epoch has ended early"
 
 

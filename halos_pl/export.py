@@ -123,7 +123,8 @@ def export(
         dtype: of the weights; default: the one they were trained in (model.policy.dtype, or that of a Trainer of half
             precision).
         overwrite: write into a folder that is not empty.
-        ckpt_path: another checkpoint than the last one: best (that of the run's ModelCheckpoint), or a file.
+        ckpt_path: another checkpoint than the last one: best (by what the run's ModelCheckpoint monitors), or a file.
+            --checkpoint is the same.
     """
     out = Path(folder)
     if out.exists() and any(path.name != _PART for path in out.iterdir()) and not overwrite:
@@ -180,8 +181,8 @@ def _adapter_alone(policy: Any, spec: ModelSpec) -> Any:
     config.revision = root.revision
     if Path(base).is_relative_to(cache_root()):
         print(
-            f"halos: the adapter's base is {base}, converted from {root.path}. Only this machine has that folder: to"
-            " use the adapter elsewhere copy it and name the copy in adapter_config.json, or export without --adapter"
+            f"halos: the adapter's base is {base}, converted from {root.path}. Only this machine has that folder, and"
+            " a full cache may lose it: copy it and name the copy in adapter_config.json, or export without --adapter"
         )
     return policy
 

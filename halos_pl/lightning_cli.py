@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -41,13 +42,16 @@ from halos_pl.checkpoint import (
 from halos_pl.data import DataError, FeedbackDataModule
 from halos_pl.data.inspect import inspect_source
 from halos_pl.data.transforms import Transform
+from halos_pl.ending import NotingTrainer
 from halos_pl.export import export
 from halos_pl.generate import generate_file
+from halos_pl.log_config import LogConfig, missing_package
 from halos_pl.messages import cause, plain
 from halos_pl.module import HALOModule, NonFiniteLossError, check_trainer, unsupported_strategy
 from halos_pl.monitors import check_monitors, say_unused
 from halos_pl.policy.loading import ModelError
 from halos_pl.policy.reference import ReferenceModel
+from halos_pl.progress import Progress
 from halos_pl.resume import KeepSettings
 from halos_pl.stop_at_step import AgreedSignals, StopAtStep
 from halos_pl.study.evaluate import evaluate
@@ -67,6 +71,7 @@ TOOLS: dict[str, Callable[..., None]] = {
     "data inspect": inspect_source,
     "cache info": info,
     "cache clear": clear,
+    "cache": info,
 }
 
 
@@ -182,6 +187,7 @@ class HalosCLI(LightningCLI):
             parser_kwargs={"description": f"Align language models with human-aware losses. {further} {status}"},
             parser_class=HalosParser,
             auto_configure_optimizers=False,
+            trainer_class=NotingTrainer,
             args=args,
             run=run,
         )
@@ -200,6 +206,7 @@ class HalosCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str, default="runs/latest", help="Folder of everything this run writes.")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+        parser.add_class_arguments(Progress, "progress")
         if not self._runs:  # what a run's config.yaml holds besides, as an argument of its command
             for name in ("ckpt_path", "weights_only"):
                 parser.add_argument(f"--{name}", default=None)
@@ -210,8 +217,9 @@ class HalosCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self._own
         check_settings(config.trainer)
-        for name, kind in {"model": HALOModule, "data": FeedbackDataModule, "checkpoint": LastCheckpoint}.items():
+        for name, kind in GROUP_CLASSES.items():
             check_nulls(kind, _settings(config.get(name)), name)
+        check_loggers(config.trainer.logger)
         if not config.run_dir:
             raise RunError('run_dir is empty; name a folder ("." is the one where you are)')
         run_dir = Path(config.run_dir)
@@ -251,6 +259,10 @@ class HalosCLI(LightningCLI):
             others = given if isinstance(given, list) else [given] if isinstance(given, Logger) else []
             own = [RunCSVLogger(config.run_dir)] if self.subcommand == "fit" else []
             kwargs["logger"] = [*own, *others] or False
+        callbacks = self._get(self.config_init, "trainer")["callbacks"] or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if config.trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            kwargs["callbacks"] = [*callbacks, self._get(self.config_init, "progress")]
         try:
             trainer: Any = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, TypeError) as error:  # such as a GPU where there is none
@@ -261,13 +273,20 @@ class HalosCLI(LightningCLI):
         # First, so that the time of a step is without what others do after it, such as writing a checkpoint.
         # KeepSettings comes before what writes this run's config.yaml.
         trainer.callbacks[:0] = [RunReport(), StopAtStep(), KeepSettings(config.clone().as_dict(), CONFIG)]
-        trainer.callbacks.append(PredictionWriter())
+        # Behind what moves an earlier run aside.
+        trainer.callbacks += [PredictionWriter(), LogConfig(config.clone().as_dict())]
         trainer._signal_connector = AgreedSignals(trainer)
         check_trainer(trainer)
         return trainer
 
 
-GROUPS = ("data", "model", "trainer", "checkpoint")
+GROUP_CLASSES: dict[str, Any] = {
+    "data": FeedbackDataModule,
+    "model": HALOModule,
+    "checkpoint": LastCheckpoint,
+    "progress": Progress,
+}
+GROUPS = (*GROUP_CLASSES, "trainer")
 
 
 def config_files(words: Any) -> list[str]:
@@ -333,6 +352,21 @@ def check_settings(trainer: Any) -> None:
             "a run keeps checkpoints/last.ckpt, to go on from; --trainer.enable_checkpointing false and"
             " --trainer.barebones true are not supported. --checkpoint.every_n_steps 1000000 writes it at the end only"
         )
+
+
+def check_loggers(given: Any) -> None:
+    """Refuses a logger whose package is not installed.
+
+    Args:
+        given: ``trainer.logger``, as parsed.
+
+    Raises:
+        RunError: naming what to install.
+    """
+    for logger in given if isinstance(given, list) else [given]:
+        path = logger.get("class_path") if isinstance(logger, Namespace) else None
+        if missing := missing_package(str(path)):
+            raise RunError(missing)
 
 
 def check_nulls(kind: Any, given: Mapping[str, Any], where: str) -> None:
@@ -404,8 +438,6 @@ def run(args: list[str] | None = None) -> None:
     try:
         if tool:
             run_tool(tool, words[len(tool.split()) :])
-        elif words[:1] == ["cache"]:
-            raise RunError("say halos cache info, or halos cache clear [--kind data|models|reference]")
         elif words[:1] == ["data"]:
             raise RunError("say halos data inspect SOURCE; settings of data are options of fit, such as --data.train")
         else:

@@ -30,6 +30,7 @@ from halos_pl.data.turns import stop_ids
 from halos_pl.distributed import sum_over_ranks, world_size
 from halos_pl.feedback import Feedback
 from halos_pl.generate import sample_tokens
+from halos_pl.gradients import GradientWatch
 from halos_pl.metrics import (
     Losses,
     Means,
@@ -179,6 +180,8 @@ class HALOModule(LightningModule):
         self.reference_rows = {"stored": 0, "computed": 0}
         self._means = Means()
         self._auroc = BinaryAUROC()
+        self._gradients = GradientWatch()
+        self._shown: dict[str, float] = {}  # what the step logs
         self._rng_states: list[dict[str, Any]] | None = None
         self._frequencies: list[tuple[nn.Module, str, Tensor]] = []
         self.record = Record(
@@ -560,7 +563,7 @@ class HALOModule(LightningModule):
         # Losses of the ranks sum to the step's, so one rank counts for all of them.
         once = torch.tensor(float(self.global_rank == 0), dtype=torch.float32, device=self.device)
         means.add({name: (value, once) for name, value in losses.items()})
-        figures = with_margin(means.compute())
+        figures = self._shown = with_margin(means.compute())
         if not math.isfinite(figures["loss"]):
             diverged = not all(map(bool, sound))
             raise NonFiniteLossError(self._non_finite(f"the loss is {figures['loss']}", suspects.names, diverged))
@@ -601,7 +604,12 @@ class HALOModule(LightningModule):
             + named
             + f"rows of the step: {', '.join(self._rows)}\n"
             + self._last_good(diverged)
+            + (f"\n{self._lower_lr()}" if diverged and self.global_step else "")
         )
+
+    def _lower_lr(self) -> str:
+        lr = self._highest_lr(self.optimizers())
+        return f"the policy has probably diverged: lower model.optimizer.init_args.lr (it is {lr:g})"
 
     def _last_good(self, diverged: bool = False) -> str:
         own = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)]
@@ -643,15 +651,33 @@ class HALOModule(LightningModule):
             return
         parameters = [p for p in plugin.main_params(optimizer) if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if not norm.isfinite():
-            what = f"the loss is finite, but its gradient's norm is {norm.item()}"
-            hint = "is each slope of the value function finite, also at u = 0? halos check looks"
+        size = norm.item()
+        if not math.isfinite(size):
+            what = f"the loss is finite, but its gradient's norm is {size}"
+            slopes = "is each slope of the value function finite, also at u = 0? halos check looks"
+            hint = f"{self._lower_lr()}. If not: {slopes}" if self.global_step else slopes
             raise NonFiniteLossError(f"{self._non_finite(what, [])}\n{hint}")
         self.log("grad_norm", norm)
-        if gradient_clip_algorithm == "value":
+        by_value = gradient_clip_algorithm == "value"
+        clip, lr = None if by_value else gradient_clip_val, self._highest_lr(optimizer)
+        self._gradients.see(size, clip, lr=lr, step=self.global_step, figures=self._shown)
+        if by_value:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, float(gradient_clip_val), norm)
+
+    @staticmethod
+    def _highest_lr(optimizer: Any) -> float:
+        """As the config gives it, before warm-up and decay."""
+        return max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
+
+    def on_train_end(self) -> None:
+        """Says what applies to all steps of the run."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        lr = self._highest_lr(self.optimizers())
+        by_value = self.trainer.gradient_clip_algorithm == "value"
+        clip = None if by_value else self.trainer.gradient_clip_val
+        self._gradients.finish(clip, lr=lr, scale=scaler.get_scale() if scaler is not None else None)
 
     def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: gradients of earlier micro-batches are already there; ``training_step`` has zeroed before."""

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
+from importlib.metadata import Distribution, distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,45 @@ from halos_pl.data.formats import files_of
 from halos_pl.data.source import Source
 
 LIBRARIES = ("halos_pl", "torch", "lightning", "transformers", "peft", "datasets", "scipy", "statsmodels")
+HERE = Path()
 
 
 def provenance() -> dict[str, Any]:
-    """By what a run was made: the revision of the code, versions of libraries, the machine."""
+    """By what a run was made: the working folder's revision, halos_pl's own, versions of libraries, the machine."""
     return {
-        "revision": _revision(),
+        "revision": _revision(HERE) or "not in a git checkout",
+        "halos_pl": own_revision(),
         "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
         "machine": f"{platform.machine()}, {platform.system()}, {os.cpu_count()} cores",
     }
 
 
-def _git(*words: str, config: Mapping[str, str] | None = None) -> str | None:
-    """What git says of the working folder; None where it fails. Nothing that the folder names is executed.
+def own_revision() -> str:
+    """Which halos_pl runs: the commit of the checkout that it lies in, or that it was installed from, else its version.
+
+    A package that is installed below another project's checkout is no part of that: only files that git tracks are.
+    """
+    package = Path(__file__).resolve().parent
+    if _git("ls-files", "--error-unmatch", "--", "__init__.py", folder=package) is not None:
+        commit = _revision(package, *(str(folder) for folder in (package, package.with_name("value_functions"))))
+        if commit:
+            return commit
+    return _installed_from(distribution("halos_pl"))
+
+
+def _installed_from(package: Distribution) -> str:
+    """The version, and what pip has noted of its source (PEP 610: direct_url.json)."""
+    try:
+        source = json.loads(package.read_text("direct_url.json") or "{}")
+    except ValueError:
+        source = {}
+    commit = (source.get("vcs_info") or {}).get("commit_id")
+    digest = ((source.get("archive_info") or {}).get("hashes") or {}).get("sha256")
+    return package.version + (f", commit {commit}" if commit else f", archive sha256 {digest}" if digest else "")
+
+
+def _git(*words: str, folder: Path = HERE, config: Mapping[str, str] | None = None) -> str | None:
+    """What git says of a folder; None where it fails. Nothing that the folder names is executed.
 
     The folder may be another's, and its ``.git/config`` can name programs: a file-system monitor, hooks, filters, what
     fetches the missing objects of a partial clone.
@@ -42,12 +68,15 @@ def _git(*words: str, config: Mapping[str, str] | None = None) -> str | None:
     }
     first = int(os.environ.get("GIT_CONFIG_COUNT") or 0)  # those of the environment stay, such as a safe.directory
     env = {**os.environ, "GIT_CONFIG_COUNT": str(first + len(settings))}
+    if folder != HERE:  # these speak of the working folder
+        env = {k: v for k, v in env.items() if k not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")}
     env |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0"}
     for i, (key, value) in enumerate(settings.items(), start=first):
         env |= {f"GIT_CONFIG_KEY_{i}": key, f"GIT_CONFIG_VALUE_{i}": value}
     try:
         done = subprocess.run(
             ["git", "--no-pager", *words],
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             check=True,
@@ -60,16 +89,22 @@ def _git(*words: str, config: Mapping[str, str] | None = None) -> str | None:
         return None
 
 
-def _revision() -> str:
-    commit = _git("rev-parse", "HEAD")
+def _revision(folder: Path, *paths: str) -> str | None:
+    """The commit of the checkout that a folder is in, and whether it was changed (only at ``paths``, where given)."""
+    commit = _git("rev-parse", "HEAD", folder=folder)
     if not commit:
-        return "not in a git checkout"
+        return None
     # A filter is a command that git runs on a file before it compares it; one without a command does nothing.
-    filters = _git("config", "--name-only", "--null", "--get-regexp", r"^filter\..*\.(clean|process|required)$")
+    names = r"^filter\..*\.(clean|process|required)$"
+    filters = _git("config", "--name-only", "--null", "--get-regexp", names, folder=folder)
     off = {key: "false" if key.endswith(".required") else "" for key in (filters or "").split("\0") if key}
     # New files of other kinds are data and notes; one of Python may be a plug-in.
     status = ("status", "--porcelain", "--ignore-submodules=all")
-    said = [_git(*status, "-uno", config=off), _git(*status, "-uall", "--", "*.py", config=off)]
+    python = [f":(glob){path}/**/*.py" for path in paths] or ["*.py"]
+    said = [
+        _git(*status, "-uno", "--", *paths, folder=folder, config=off),
+        _git(*status, "-uall", "--", *python, folder=folder, config=off),
+    ]
     return f"{commit}{' with changes' if any(said) else ', perhaps with changes' if None in said else ''}"
 
 

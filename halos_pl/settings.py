@@ -59,6 +59,7 @@ PLACES = ("run_dir", "ckpt_path", "weights_only", "config", "trainer.default_roo
 #: What does not affect a run's results: two runs that differ only in these have the same weights.
 ASIDE = (
     "checkpoint",
+    "progress",
     "data.num_workers",
     "trainer.callbacks",
     "trainer.logger",

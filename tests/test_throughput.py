@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,3 +99,15 @@ def test_a_slow_product_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert matmul_speed(torch.device("cpu"), torch.float32, size=8) == pytest.approx(2 * 8**3 / 5)
     assert next(now) == 10
     assert slow_half(torch.float32, 1.0) is None
+
+
+def test_a_share_is_at_most_one_however_slow_the_product_was(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that is busy when the fit begins measures too low a rate."""
+    monkeypatch.setattr(halos_pl.callbacks, "matmul_speed", lambda *_: 1.0)
+    main(fit(tiny_folder, "kto", binary_data(tmp_path / "data.jsonl", 8), tmp_path / "run"))
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        shares = [float(row["of_matmul"]) for row in csv.DictReader(file)]
+    assert len(shares) == 2
+    assert all(0 < share <= 1 for share in shares)

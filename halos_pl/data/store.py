@@ -15,7 +15,8 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
-from halos_pl.cache import cache_root
+from halos_pl.cache import Use, cache_root, limit, make_room
 from halos_pl.data import (
     arrow,
     broken,
@@ -92,6 +93,7 @@ class Store:
         folder: where it is; None for one that was made in memory.
         spelling: number of examples, faulty ones included, whose text spells a special token.
         spelled: of these for each such token.
+        use: keeps it from being removed.
     """
 
     path: str
@@ -108,6 +110,7 @@ class Store:
     unused: list[str] = field(default_factory=list)
     spelling: int = 0
     spelled: dict[str, int] = field(default_factory=dict)
+    use: Use | None = field(default=None, repr=False, compare=False)
 
     def __reduce__(self) -> Any:
         """Sent to a worker as its place: pickled, the mapped arrays would be copied."""
@@ -388,8 +391,12 @@ def open_store(
         place = home / _key(source, tokenizer, special_tokens_in_text)
     except OSError as error:
         raise DataError(f"{source.path}: cannot be read ({error.strerror}); check its permissions") from error
-    if store := _found(source.label, place):  # without the lock: a cache that is only read may be read-only
-        return store
+    limit()  # a faulty setting is said before the work
+    with suppress(OSError):  # a cache that is only read may be read-only
+        home.mkdir(parents=True, exist_ok=True)
+    use = Use(place)
+    if store := _found(source.label, place):  # without the lock, for the same reason
+        return replace(store, use=use)
     try:
         home.mkdir(parents=True, exist_ok=True)
         (home / ".writable").touch()
@@ -413,4 +420,5 @@ def open_store(
             finally:
                 shutil.rmtree(part, ignore_errors=True)
             store = _open(source.label, place)
-    return store
+    make_room(home)
+    return replace(store, use=use)

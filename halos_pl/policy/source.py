@@ -18,13 +18,15 @@ from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from halos_pl.cache import cache_root
+from halos_pl.cache import Use, cache_root, limit, make_room
 from halos_pl.files import remove, share
 from halos_pl.policy.spec import ModelError, ModelSpec
 
 #: Written last into a converted folder: the SHA-256 of each of its files.
 _COMPLETE = "complete.json"
 ADAPTER_CONFIG = "adapter_config.json"
+#: Converted models that this process has asked for. It may load them again, as a reference.
+_uses: dict[Path, Use] = {}
 
 
 def source_of(spec: ModelSpec, *, weights: bool = True) -> str:
@@ -138,6 +140,11 @@ def _converted(folder: Path, gguf_file: str, weights: bool) -> Path:
     converted again.
     """
     target = cache_root() / f"gguf-{_digest(folder / gguf_file)[:32]}"
+    limit()  # a faulty setting is said before the work
+    with suppress(OSError):  # a cache that is only read may be read-only
+        target.parent.mkdir(parents=True, exist_ok=True)
+    if target not in _uses:
+        _uses[target] = Use(target)
     if _intact(target, weights):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -157,6 +164,7 @@ def _converted(folder: Path, gguf_file: str, weights: bool) -> Path:
             os.replace(beside, target)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+    make_room()
     return target
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sqlite3
 import time
 import zlib
@@ -22,12 +23,11 @@ from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from halos_pl.cache import cache_root
+from halos_pl.cache import REFERENCE, Use, cache_root, limit
 from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.loading import ModelError
 
 LARGEST = 4 << 30  # bytes; the entries that were used longest ago make room for new ones
-FILE = Path("reference") / "logps.sqlite"
 _DAY = 86400
 _TABLE = "CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, used INTEGER, sum INTEGER, logps BLOB)"
 
@@ -71,7 +71,7 @@ class ReferenceStore:
 
     Args:
         path: of the SQLite file; left out, ``reference/logps.sqlite`` in :func:`halos_pl.cache.cache_root`.
-        largest: bytes that the file may grow to.
+        largest: bytes that the file may grow to, if the whole cache may.
 
     Attributes:
         damaged: entries that were found damaged, and are computed again.
@@ -81,8 +81,8 @@ class ReferenceStore:
     """
 
     def __init__(self, path: Path | None = None, largest: int = LARGEST) -> None:
-        self.path = path or cache_root() / FILE
-        self.largest = largest
+        self.path = path or cache_root() / REFERENCE
+        self.largest = min(largest, limit())
         self.damaged = 0
         self._silenced = False
         try:
@@ -100,6 +100,8 @@ class ReferenceStore:
 
     def _connection(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not hasattr(self, "_use"):
+            self._use = Use(self.path)
         db = sqlite3.connect(self.path, timeout=60, check_same_thread=False)  # waits for another process's step
         db.text_factory = bytes  # a damaged entry may say of itself that it is a text
         try:
@@ -209,12 +211,14 @@ class ReferenceStore:
 
         size = (figure("page_count") - figure("freelist_count")) * figure("page_size")
         if size > self.largest:
-            count = len(self)
-            with self._db:  # a tenth at a time, so that it is not done at each step
+            # A tenth at least, so that it is not done at each step; more where the limit is lower than it was.
+            surplus = math.ceil(len(self) * max(0.1, 1 - self.largest / size))
+            with self._db:
                 self._db.execute(
-                    "DELETE FROM logps WHERE key IN (SELECT key FROM logps ORDER BY used, rowid LIMIT ?)",
-                    (max(1, count // 10),),
+                    "DELETE FROM logps WHERE key IN (SELECT key FROM logps ORDER BY used, rowid LIMIT ?)", (surplus,)
                 )
+            if figure("freelist_count") > figure("page_count") / 2:
+                self._db.execute("VACUUM")  # gives the room back to the disk
 
     def __len__(self) -> int:
         """Entries."""
@@ -223,3 +227,4 @@ class ReferenceStore:
     def close(self) -> None:
         """Lets go of the file."""
         self._db.close()
+        self._use.end()

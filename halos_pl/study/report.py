@@ -223,8 +223,9 @@ def _made(results: Results) -> list[dict[str, Any]]:
     found: Counter[str] = Counter()
     for run in results.done:
         by, trained = measured_how(run.folder).get("by") or {}, summary(run).get("by") or {}
-        if by and trained and trained["revision"] != by["revision"]:
-            by["revision"] = f"{trained['revision']}, measured by {by['revision']}"
+        for key in ("revision", "halos_pl") if by and trained else ():
+            if trained.get(key, by.get(key)) != by.get(key):
+                by[key] = f"{trained[key]}, measured by {by.get(key)}"
         found[json.dumps(by, sort_keys=True)] += 1
     return [{"runs": count, **json.loads(by)} for by, count in found.most_common()]
 

@@ -10,11 +10,13 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.metadata import Distribution, version
 from pathlib import Path
 
 import pytest
 from run_halos import ROOT, config, refused, run_all
 
+import halos_pl.provenance
 from halos_pl.cli import folder_last
 from halos_pl.provenance import provenance
 
@@ -121,6 +123,83 @@ def test_changes_are_still_seen(checkout: Path, monkeypatch: pytest.MonkeyPatch)
     assert provenance()["revision"] == commit
     (checkout / "new.py").write_text("y = 2\n", encoding="utf-8")
     assert provenance()["revision"] == f"{commit} with changes"
+
+
+@pytest.fixture
+def copied(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The checkout as a place from which halos_pl is run, in another working folder that is a checkout as well."""
+    package = checkout / "halos_pl"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "provenance.py").touch()
+    monkeypatch.setattr(halos_pl.provenance, "__file__", str(package / "provenance.py"))
+    other = checkout.parent / "other"
+    other.mkdir()
+    _git("init", "-q", cwd=other)
+    _git("commit", "-q", "--allow-empty", "-m", "another project", cwd=other)
+    monkeypatch.chdir(other)
+    return checkout
+
+
+def _committed(copied: Path) -> str:
+    _git("add", ".", cwd=copied)
+    _git("commit", "-qm", "halos_pl", cwd=copied)
+    return _git("rev-parse", "HEAD", cwd=copied)
+
+
+def test_halos_pl_says_its_own_revision_wherever_it_is_run(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of the working folder, which is said beside it; only changes of its own code count."""
+    commit = _committed(copied)
+    by = provenance()
+    assert by["halos_pl"] == commit
+    assert by["revision"] == _git("rev-parse", "HEAD", cwd=Path.cwd()) != commit
+    monkeypatch.setenv("GIT_DIR", str(Path.cwd() / ".git"))  # as in a hook
+    assert provenance()["halos_pl"] == commit
+    monkeypatch.delenv("GIT_DIR")
+    (copied / "notes.py").touch()
+    assert provenance()["halos_pl"] == commit
+    (copied / "halos_pl" / "new.py").touch()
+    assert provenance()["halos_pl"] == f"{commit} with changes"
+    (copied / "halos_pl" / "new.py").unlink()
+    (copied / "halos_pl" / "provenance.py").write_text("x = 1\n")
+    assert provenance()["halos_pl"] == f"{commit} with changes"
+
+
+def test_an_environment_below_a_project_is_no_part_of_it(copied: Path) -> None:
+    """As .venv in a checkout: git does not track what is installed there."""
+    (copied / ".gitignore").write_text("halos_pl\n")
+    _committed(copied)
+    assert provenance()["halos_pl"].startswith(version("halos_pl"))
+    assert _git("rev-parse", "HEAD", cwd=copied) not in provenance()["halos_pl"]
+
+
+@pytest.mark.parametrize(
+    ("noted", "ends"),
+    [
+        ('{"url": "https://x", "vcs_info": {"vcs": "git", "commit_id": "abc123"}}', "1.2, commit abc123"),
+        ('{"url": "file:///a.whl", "archive_info": {"hashes": {"sha256": "def456"}}}', "1.2, archive sha256 def456"),
+        ('{"url": "file:///src", "dir_info": {}}', "1.2"),
+        ("{broken", "1.2"),
+        (None, "1.2"),
+    ],
+)
+def test_an_installed_package_says_its_version_and_source(tmp_path: Path, noted: str | None, ends: str) -> None:
+    """PEP 610's direct_url.json, as pip writes it."""
+    folder = tmp_path / "halos_pl-1.2.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: halos_pl\nVersion: 1.2\n")
+    if noted is not None:
+        (folder / "direct_url.json").write_text(noted)
+    assert halos_pl.provenance._installed_from(Distribution.at(folder)) == ends
+
+
+@pytest.mark.parametrize("kind", ["fsmonitor", "clean", "process", "include"])
+def test_git_executes_nothing_of_the_folder_that_halos_pl_lies_in(copied: Path, kind: str) -> None:
+    commit = _committed(copied)
+    _plant(kind, copied)
+    os.utime(copied / "halos_pl" / "provenance.py", (1, 1))
+    assert provenance()["halos_pl"].startswith(commit)
+    assert not (copied.parent / "mark").exists()
 
 
 SHADOWS = ("torch", "yaml", "peft", "rich", "jsonargparse", "lightning", "argparse", "submitit", "value_functions")

@@ -292,7 +292,7 @@ COMMANDS = {
     "data inspect rows.jsonl --tokenizer MODEL --rows -1": "rows",
     "data inspect rows.jsonl --tokenizer MODEL --columns [a]": "columns",
     "data inspect rows.jsonl --tokenizer MODEL --html folder": "folder",
-    "cache": "info",
+    "cache nope": "nope",
     "cache info x": "x",
     "cache clear --kind x": "kind",
     "fit --config nope.yaml": "nope.yaml",

@@ -1,0 +1,88 @@
+"""Says once what keeps a run from learning although its loss is finite: no gradient, or none that is not clipped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+#: Steps in a row after which it is said.
+ZERO, CLIPPED = 2, 20
+#: A shorter run, of at least so many steps all of which were clipped, is told at its end.
+SHORT = 5
+
+
+class GradientWatch:
+    """Looks at the norm of each step's gradient, which is on the host already."""
+
+    def __init__(self) -> None:
+        self._steps = self._zero = 0
+        self._clipped: list[float] = []
+        self._learned = False  # some step had a gradient
+        self._said: set[str] = set()
+
+    def see(self, norm: float, clip: float | None, *, lr: float, step: int, figures: Mapping[str, float]) -> None:
+        """Takes note of a step.
+
+        Args:
+            norm: of the gradient before clipping, finite.
+            clip: the norm that it is clipped to; None or 0 for none.
+            lr: the highest of the run.
+            step: optimizer steps before this one.
+            figures: what the step logs.
+        """
+        self._steps += 1
+        self._zero = self._zero + 1 if norm == 0 else 0
+        if self._zero == ZERO:
+            self._say("zero", f"the gradient is exactly 0 since step {step - ZERO + 2}: {self._why_zero(lr, figures)}")
+        self._learned = self._learned or norm > 0
+        if clip and norm > clip:
+            self._clipped.append(norm)
+            if len(self._clipped) == CLIPPED:
+                self._say_clipped(clip, lr, f"each of the last {CLIPPED} steps was")
+        else:
+            self._clipped = []
+
+    def finish(self, clip: float | None, *, lr: float, scale: float | None = None) -> None:
+        """Says at the end of a run what applies to all of its steps.
+
+        Args:
+            clip: the norm that gradients were clipped to.
+            lr: the highest of the run.
+            scale: of the loss, where float16's scaler has one.
+        """
+        if clip and len(self._clipped) == self._steps >= SHORT:
+            self._say_clipped(clip, lr, f"all {self._steps} steps were")
+        if scale is not None and scale < 1:
+            self._say(
+                "scale",
+                f"the scale of the loss has fallen to {scale:g}: gradients overflow in float16, and such steps are"
+                f" skipped. Lower model.optimizer.init_args.lr (it is {lr:g}), or choose trainer.precision bf16-mixed",
+            )
+
+    def _why_zero(self, lr: float, figures: Mapping[str, Any]) -> str:
+        lower = f"lower model.optimizer.init_args.lr (it is {lr:g})"
+        if not self._learned:
+            lower = "it was so before the first step, so the learning rate is not the cause"
+        saturated, outcome = figures.get("outcome/saturation", 0.0), figures.get("outcome/u")
+        if saturated > 0.9 and outcome is not None:
+            return (
+                f"nothing is learned, as the value function is flat where the outcomes are (outcome/u is {outcome:.3g}"
+                f" nats, {100 * saturated:.0f} % of the rows are saturated). {lower[:1].upper()}{lower[1:]}; or lower"
+                " beta, the value function's"
+            )
+        return f"nothing is learned. Unless the loss is as small as it can be, the policy has diverged: {lower}"
+
+    def _say_clipped(self, clip: float, lr: float, which: str) -> None:
+        low, high = min(self._clipped), max(self._clipped)
+        self._say(
+            "clipped",
+            f"{which} clipped: grad_norm is {low:.3g} to {high:.3g}, trainer.gradient_clip_val is {clip:g}. If the loss"
+            f" does not fall, lower model.optimizer.init_args.lr (it is {lr:g}); if it does, raise the clipping value",
+        )
+
+    def _say(self, what: str, text: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            rank_zero_warn(f"halos: {text}")

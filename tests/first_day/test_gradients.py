@@ -1,0 +1,104 @@
+"""A learning rate at which nothing is learned is said once, with the cure."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_halos import binary_data, fit, metrics
+
+from halos_pl.cli import main
+from halos_pl.gradients import CLIPPED, SHORT, GradientWatch
+
+FEW = ("--trainer.max_epochs=3", "--model.warmup_ratio=0")
+
+
+def warnings_of(caught: Any) -> list[str]:
+    return [str(w.message) for w in caught if str(w.message).startswith("halos: ")]
+
+
+def test_a_large_learning_rate_is_said_once(
+    tiny_folder: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Its loss is finite, and all rows are where the value function is flat."""
+    data = binary_data(tmp_path / "data.jsonl", 12)
+    main(fit(tiny_folder, "kto", data, tmp_path / "run", *FEW, "--model.optimizer.init_args.lr=3"))
+    assert [float(row["grad_norm"]) for row in metrics(tmp_path / "run")].count(0.0) > 3
+    (said,) = (text for text in warnings_of(recwarn) if "gradient" in text)
+    assert "model.optimizer.init_args.lr (it is 3)" in said
+    assert "saturated" in said
+
+
+def test_a_huge_one_ends_the_run_and_is_named(tiny_folder: Path, tmp_path: Path, capfd: Any) -> None:
+    words = fit(tiny_folder, "kto", binary_data(tmp_path / "data.jsonl", 12), tmp_path / "run", *FEW)
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--model.optimizer.init_args.lr=1e6"])
+    assert stopped.value.code == 1
+    assert "model.optimizer.init_args.lr (it is 1e+06)" in capfd.readouterr().err
+
+
+def test_an_ordinary_one_is_not(tiny_folder: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    main(fit(tiny_folder, "kto", binary_data(tmp_path / "data.jsonl", 12), tmp_path / "run", *FEW))
+    assert not [text for text in warnings_of(recwarn) if "grad" in text]
+
+
+def test_steps_that_are_all_clipped(tiny_folder: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    data = binary_data(tmp_path / "data.jsonl", 12)
+    main(fit(tiny_folder, "kto", data, tmp_path / "run", *FEW, "--trainer.gradient_clip_val=1e-6"))
+    (said,) = (text for text in warnings_of(recwarn) if "grad" in text)
+    assert "trainer.gradient_clip_val is 1e-06" in said
+
+
+def seen(*norms: float, clip: float | None = 10.0, **figures: float) -> list[str]:
+    """What is said of steps with these gradients."""
+    watch = GradientWatch()
+    found: list[str] = []
+    watch._say = lambda what, text: found.append(text)  # type: ignore[method-assign]
+    for step, norm in enumerate(norms):
+        watch.see(norm, clip, lr=0.1, step=step, figures=figures)
+    watch.finish(clip, lr=0.1)
+    return found
+
+
+def test_one_step_without_a_gradient_is_nothing() -> None:
+    assert seen(1.0, 0.0, 1.0, 0.0) == []
+
+
+def test_no_gradient_from_the_start_is_not_the_learning_rates_fault() -> None:
+    (said,) = seen(0.0, 0.0, 0.0, **{"outcome/saturation": 1.0, "outcome/u": 900.0})
+    assert "beta" in said
+    assert "learning rate is not the cause" in said
+    (said,) = seen(1.0, 0.0, 0.0, **{"outcome/saturation": 1.0, "outcome/u": -9e5})
+    assert "-9e+05" in said
+    assert "0.1" in said
+
+
+@pytest.mark.parametrize(
+    ("norms", "clip", "count"),
+    [
+        ([20.0] * (CLIPPED - 1) + [1.0], 10.0, 0),
+        ([1.0] + [20.0] * CLIPPED, 10.0, 1),
+        ([20.0] * 3 * CLIPPED, 10.0, 1),
+        ([20.0] * SHORT, 10.0, 1),
+        ([20.0] * (SHORT - 1), 10.0, 0),
+        ([20.0] * SHORT, None, 0),
+        ([20.0] * SHORT, math.inf, 0),
+    ],
+)
+def test_how_many_clipped_steps_are_said(norms: list[float], clip: float | None, count: int) -> None:
+    watch = GradientWatch()
+    found: list[str] = []
+    watch_say = watch._say
+
+    def say(what: str, text: str) -> None:
+        if what not in watch._said:
+            found.append(text)
+        watch_say(what, text)
+
+    watch._say = say  # type: ignore[method-assign]
+    for step, norm in enumerate(norms):
+        watch.see(norm, clip, lr=0.1, step=step, figures={})
+    watch.finish(clip, lr=0.1)
+    assert len(found) == count
