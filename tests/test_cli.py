@@ -18,9 +18,12 @@ import yaml
 from run_halos import OBJECTIVES, ROOT, binary_data, config, fit, metrics, pair_data
 
 import halos_pl.module
+from halos_pl import build
 from halos_pl.cli import main
-from halos_pl.lightning_cli import PLUGINS, HalosCLI
+from halos_pl.data.transforms import Transform
+from halos_pl.lightning_cli import HalosCLI
 from halos_pl.policy.loading import LoRASpec, ModelSpec, load_model
+from halos_pl.policy.reference import ReferenceModel
 
 PARTS = ("reward", "reference_point", "value_function", "feedback", "undesirable", "extra_terms")
 
@@ -104,7 +107,7 @@ def subclasses(base: type) -> Iterator[type]:
         yield from subclasses(cls)
 
 
-KNOWN = {cls.__name__: cls for base in PLUGINS.values() for cls in subclasses(base)}
+KNOWN = {cls.__name__: cls for base in (*build.PARTS.values(), ReferenceModel, Transform) for cls in subclasses(base)}
 
 
 def plugins_within(config: Any) -> Iterator[dict[str, Any]]:
