@@ -111,6 +111,20 @@ class HalosParser(LightningArgumentParser):
         near = sorted(known) if len(known) <= 12 else difflib.get_close_matches(key, known, cutoff=0.8)
         return f" There is: {', '.join(near)}." if near else ""
 
+    def format_help(self) -> str:
+        """The help with the plug-ins first and the Trainer last; the order of the options stays as it is elsewhere."""
+        groups = self._action_groups
+        own = [list(group._group_actions) for group in groups]
+        try:
+            for group in groups:
+                group._group_actions.sort(key=lambda action: rank(action.dest))
+            self._action_groups = sorted(groups, key=lambda g: min((rank(a.dest) for a in g._group_actions), default=0))
+            return super().format_help()
+        finally:
+            self._action_groups = groups
+            for group, actions in zip(groups, own, strict=True):
+                group._group_actions[:] = actions
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # of a class within a value: the option that holds it says what is wrong
             super().error(message, ex)
@@ -129,6 +143,18 @@ class HalosParser(LightningArgumentParser):
         # The usage alone fills a screen, and what went wrong would be below it.
         print(f"{command}: error: {plain(said)}", file=sys.stderr)
         raise SystemExit(2) from ex
+
+
+# The order of the help: what a run is about comes first.
+FIRST = ("help", "config", "print_config", "run_dir", "ckpt_path", "model.value_function", "model.reference_point")
+FIRST += ("model.reward", "model.feedback", "model.undesirable", "model.policy", "data", "model", "checkpoint")
+
+
+def rank(option: str) -> int:
+    """The place of an option in the help."""
+    fits = [i for i, name in enumerate(FIRST) if option == name or option.startswith(f"{name}.")]
+    last = len(FIRST) + (option.partition(".")[0] == "trainer")
+    return min(fits, default=last)
 
 
 def hidden(message: str) -> str:
@@ -247,6 +273,7 @@ class HalosCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Refuses, before data are read, what could not work whatever they are."""
+        check_length(self.trainer)
         check_monitors(self.trainer, self.model, self.datamodule)
         say_unused(self.trainer, self.datamodule)
 
@@ -320,6 +347,26 @@ def check_files(words: Any) -> None:
                     raise YAMLFileError(f"{path}:{lines[(key,)]}: {key} is {said}; it takes a mapping")
 
 
+# What tells a process of the others.
+LAUNCHERS = {"MASTER_ADDR", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "LSB_JOBID"}
+
+
+def check_length(trainer: Any) -> None:
+    """Refuses a fit of no step, and one without an end.
+
+    Raises:
+        RunError: naming the setting.
+    """
+    for name in ("max_steps", "max_epochs", "limit_train_batches"):
+        if getattr(trainer, name) == 0:
+            raise RunError(f"trainer.{name} is 0, so that nothing would be trained")
+    if trainer.max_steps == -1 and trainer.max_epochs == -1:
+        raise RunError(
+            "nothing limits the steps of the fit, of whose length model.lr_schedule and model.warmup_ratio are shares;"
+            " set trainer.max_steps or trainer.max_epochs (trainer.max_time may end it sooner)"
+        )
+
+
 def check_settings(trainer: Any) -> None:
     """Refuses what Lightning would refuse later with advice that leads nowhere, or would break.
 
@@ -330,6 +377,11 @@ def check_settings(trainer: Any) -> None:
     strategy = given if isinstance(given, str) else given.class_path.rpartition(".")[2]
     if re.match(r"fsdp|deepspeed|model_?parallel", strategy, re.IGNORECASE):
         raise RunError(unsupported_strategy(strategy))
+    if trainer.num_nodes > 1 and not LAUNCHERS & os.environ.keys():
+        raise RunError(
+            f"trainer.num_nodes is {trainer.num_nodes}, but nothing says where the other nodes are, so this one would"
+            " wait for them. Start a process on each node with torchrun or srun, or set MASTER_ADDR and NODE_RANK"
+        )
     if trainer.overfit_batches:
         raise RunError(
             f"trainer.overfit_batches is {trainer.overfit_batches}: Lightning would replace the sampler, which decides"
