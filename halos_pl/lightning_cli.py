@@ -43,7 +43,7 @@ from halos_pl.data.inspect import inspect_source
 from halos_pl.export import export
 from halos_pl.generate import generate_file
 from halos_pl.held_lines import HeldLines
-from halos_pl.help_page import EPILOG
+from halos_pl.help_page import COMMANDS, EPILOG
 from halos_pl.messages import cause, plain
 from halos_pl.module import HALOModule, NonFiniteLossError, check_trainer, unsupported_strategy
 from halos_pl.monitors import check_monitors, say_unused
@@ -113,15 +113,17 @@ class HalosParser(LightningArgumentParser):
 
     def format_help(self) -> str:
         """The help with the plug-ins first and the Trainer last; the order of the options stays as it is elsewhere."""
-        groups = self._action_groups
+        groups, usage = self._action_groups, self.usage
         own = [list(group._group_actions) for group in groups]
         try:
+            if any(action.dest.startswith("trainer.") for action in self._actions):  # a hundred options: no usage
+                self.usage = f"{self.prog.replace(' [options]', '')} [--config FILE ...] [--OPTION VALUE ...]"
             for group in groups:
                 group._group_actions.sort(key=lambda action: rank(action.dest))
             self._action_groups = sorted(groups, key=lambda g: min((rank(a.dest) for a in g._group_actions), default=0))
             return super().format_help()
         finally:
-            self._action_groups = groups
+            self._action_groups, self.usage = groups, usage
             for group, actions in zip(groups, own, strict=True):
                 group._group_actions[:] = actions
 
@@ -146,8 +148,8 @@ class HalosParser(LightningArgumentParser):
 
 
 # The order of the help: what a run is about comes first.
-FIRST = ("help", "config", "print_config", "run_dir", "ckpt_path", "model.value_function", "model.reference_point")
-FIRST += ("model.reward", "model.feedback", "model.undesirable", "model.policy", "data", "model", "checkpoint")
+FIRST = ("help", "config", "print_config", "run_dir", "model.value_function", "model.reference_point", "model.reward")
+FIRST += ("model.feedback", "model.undesirable", "model.policy", "data", "model", "checkpoint", "ckpt_path")
 
 
 def rank(option: str) -> int:
@@ -203,7 +205,11 @@ class HalosCLI(LightningCLI):
                 "num_sanity_val_steps": 0,
             },
             seed_everything_default=0,
-            parser_kwargs={"description": "Align language models with human-aware losses.", "epilog": EPILOG},
+            parser_kwargs={
+                "description": "Align language models with human-aware losses.",
+                "epilog": EPILOG,
+                **({name: {"description": COMMANDS[name]} for name in self.subcommands()} if run else {}),
+            },
             parser_class=HalosParser,
             auto_configure_optimizers=False,
             args=args,
@@ -274,6 +280,7 @@ class HalosCLI(LightningCLI):
     def before_fit(self) -> None:
         """Refuses, before data are read, what could not work whatever they are."""
         check_length(self.trainer)
+        self.model.check_fit(self.trainer)
         check_monitors(self.trainer, self.model, self.datamodule)
         say_unused(self.trainer, self.datamodule)
 

@@ -220,8 +220,16 @@ class HALOModule(LightningModule):
         check_trainer(self.trainer)
         keep_out_absent(self.trainer)
         if stage == "fit":
-            check_float16(self.trainer, self.policy_spec)
-            self._optimizer([nn.Parameter(torch.zeros(2, 2))])  # its settings are looked at before a model is loaded
+            self.check_fit(self.trainer)
+
+    def check_fit(self, trainer: Any) -> None:
+        """Refuses, before a model is loaded, settings that it cannot be trained with.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        check_float16(trainer, self.policy_spec)
+        self._optimizer([nn.Parameter(torch.zeros(2, 2))])  # it refuses its settings, whatever it is given to train
 
     def configure_model(self) -> None:
         """Loads policy and reference, after the data have been validated."""

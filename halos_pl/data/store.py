@@ -131,7 +131,7 @@ class Store:
 
     @property
     def causes(self) -> list[tuple[int, str]]:
-        """What is wrong with rows: of each reason the number of rows, and a line that names the first of them."""
+        """Of each reason why rows are faulty the number of rows, and a line that names the first; most rows first."""
         places: dict[str, list[str]] = {}
         for place, reason in self.found_faults:
             places.setdefault(reason, []).append(f"{self.path}{place}")
@@ -141,7 +141,7 @@ class Store:
             shown = named if count <= SHOWN_PLACES else named[:SHOWN_PLACES]
             more = f" and {count - len(shown)} more rows" if count > len(shown) else ""
             found.append((count, f"{', '.join(shown)}{more}: {reason}"))
-        return found
+        return sorted(found, key=lambda cause: -cause[0])
 
     @property
     def faults(self) -> list[str]:
