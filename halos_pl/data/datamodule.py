@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from halos_pl.data.batches import Order, StepDataset, StepSampler, seeded
 from halos_pl.data.example import DataError
-from halos_pl.data.formats import files_of
+from halos_pl.data.formats import files_of, refuse_missing
 from halos_pl.data.source import OnBadRows, Source, source_of
 from halos_pl.data.special import SpecialTokens
 from halos_pl.data.split import Split, Together
@@ -231,6 +231,7 @@ class FeedbackDataModule(LightningDataModule):
         """Opens the stores of the splits; all their faults are known before any is raised."""
         faults: list[tuple[int, str]] = []
         count = 0
+        refuse_missing(source for split in splits for source in self.sources[split])
         tokenizer = self._module.tokenizer
         if self._tokenizer != (state := (tokenizer, tokenizer.chat_template)):  # of another model
             self._tokenizer, self._stores = state, {}

@@ -72,7 +72,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "model: {polcy: {path: x}}": ("model.polcy", "model.policy.path"),
     "model: {policy: {path: /no/such}}": ("model.policy.path", "/no/such"),
     "model: {policy: {path: rows.jsonl}}": ("model.policy.path", "rows.jsonl is a file"),
-    "model: {policy: {path: ''}}": ("model.policy.path",),
+    "model: {policy: {path: ''}}": ("model.policy.path is empty",),
     "model: {policy: {path: null}}": ("model.policy.path",),
     "model: {policy: {dtype: float61}}": ("model.policy.dtype", "did you mean float16?"),
     "model: {policy: {lora: {rank: 4}}}": ("model.policy.lora.rank", "has r, alpha"),
@@ -148,7 +148,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "data: {train: {path: rows.jsonl, schema: pairedd}}": ("schema", "paired"),
     "data: {train: nope.jsonl}": ("nope.jsonl",),
     "data: {train: empty}": ("empty",),
-    "data: {train: bad.csv}": ("bad.csv", "a, b"),
+    "data: {train: bad.csv}": ("bad.csv:2", "'a', 'b'"),
     "data: {train: broken.jsonl}": ("broken.jsonl:1",),
     "data: {transforms: [Nope]}": ("data.transforms[0]", "FlipLabels"),
     "data: {transforms: [{class_path: FlipLabels, init_args: {share: x}}]}": ("[0].init_args.share is 'x'",),
@@ -262,7 +262,7 @@ COMMANDS_WRONG: dict[str, tuple[str, ...]] = {
     "ablate nope.yaml": ("nope.yaml",),
     "data inspect nope.jsonl": ("nope.jsonl",),
     "generate nope --prompts rows.jsonl": ("nope",),
-    "generate --prompts rows.jsonl": ("halos generate", "model"),
+    "generate --prompts rows.jsonl": ("halos generate", "folder"),
 }
 
 
