@@ -23,6 +23,7 @@ from halos_pl.messages import cause
 from halos_pl.objective import Objective
 from halos_pl.reference_points import ReferencePoint
 from halos_pl.rewards import Reward
+from halos_pl.wrong_value import cause_in
 from value_functions import ValueFunction
 
 Target = Objective | ValueFunction | ReferencePoint | Reward | Feedback
@@ -38,7 +39,7 @@ class TargetError(ValueError):
 
 def one_line(error: BaseException) -> str:
     """An exception of other people's code, as ``Class: message`` in at most 300 characters."""
-    return " ".join(f"{type(error).__name__}: {cause(str(error))}".split())[:300]
+    return " ".join(f"{type(error).__name__}: {cause_in(error) or cause(str(error))}".split())[:300]
 
 
 def _imported() -> list[type]:

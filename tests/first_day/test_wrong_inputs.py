@@ -14,12 +14,14 @@ from lightning.pytorch.cli import LightningCLI
 from run_halos import ROOT, binary_data, config, fit, pair_data
 
 import halos_pl.module
+from halos_pl.build import build_objective
 from halos_pl.cli import main
 from halos_pl.data import FeedbackDataModule
 from halos_pl.help_page import COMMANDS
 from halos_pl.lightning_cli import TOOLS
 from halos_pl.module import HALOModule
 from halos_pl.wrong_value import misfit
+from value_functions import Logistic
 
 # Options as they stand in YAML, laid over a sound fit of KTO, and what the line names. What stands in a class that
 # stands in a list is named by its place.
@@ -329,6 +331,9 @@ def test_what_python_is_given_is_answered_in_a_line(tiny_folder: Path) -> None:
     with pytest.raises(TypeError, match="ModelSpec") as error:
         HALOModule(policy=halos_pl.module.nn.Linear(1, 1))  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
+    for part, what in ((Logistic, "the class Logistic"), ("Logistic", "a str")):
+        with pytest.raises(TypeError, match=f"value_function is {what}"):
+            build_objective(value_function=part)  # type: ignore[arg-type]
     rows = [{"prompt": "Say 0.", "completion": "0", "label": True}]
     wrong_sources: list[tuple[Any, str]] = [(rows, ".jsonl"), (rows[0], ".jsonl"), (5, "int")]
     for given, named in [*wrong_sources, (datasets.Dataset.from_list(rows), "save_to_disk")]:
