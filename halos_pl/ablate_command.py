@@ -62,7 +62,7 @@ def ablate(
             show_plan(plan, checked, runs, times, jobs)
         failed = execute(plan, folder, jobs, keep_checkpoints)
     except (KeyboardInterrupt, Stopped):
-        print("\nhalos: the runs have stopped; the same command goes on from here", file=sys.stderr)
+        print("\nhalos: the runs have stopped; the same command resumes them", file=sys.stderr)
         raise
     results = Results(plan, folder)
     _say_report(results)
@@ -109,7 +109,7 @@ def status(folder: str) -> None:
         if how == "failed":
             why = failure(run)["error"]
         elif how == "stopped":
-            why = f"{shortfall(run.folder)}; the next halos ablate goes on with it"
+            why = f"{shortfall(run.folder)}; the next halos ablate resumes it"
         elif how != "done" and run.measured:
             how, why = "left out", f"{results.faults[run]}; the next halos ablate trains and measures it"
         elif run in results.faults:

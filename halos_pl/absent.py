@@ -1,7 +1,7 @@
 """Keeps figures that do not exist away from loggers and the progress bar.
 
-A step without a row of some class has no mean of it. The module logs NaN there: under a name that a step does not log,
-Lightning would pass on an earlier step's value. What is no number is of no use beyond, and some loggers complain.
+A step without a row of some class has no mean of it. The module logs NaN there: where a step does not log a name,
+Lightning would pass on an earlier step's value. Beyond that NaN is of no use, and some loggers reject it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def keep_out_absent(trainer: Trainer) -> None:
-    """Has every logger of ``trainer`` and its progress bar get only figures that exist; again does nothing."""
+    """Passes only figures that exist to the loggers and the progress bar of ``trainer``; a second call does nothing."""
     for logger in trainer.loggers:
         if not isinstance(logger.log_metrics, _Numbers):
             logger.log_metrics = _Numbers(logger.log_metrics)  # type: ignore[method-assign]

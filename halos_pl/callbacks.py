@@ -159,7 +159,7 @@ def _check_movable(run_dir: Path) -> None:
     if folder in (Path.cwd(), *Path.cwd().parents):
         raise FileExistsError(
             f"--run_dir {run_dir} holds an earlier run and the working folder, so it cannot be moved aside; name"
-            " another folder, or go on with that run with --ckpt_path last"
+            " another folder, or resume that run with --ckpt_path last"
         )
     for command in ("test", "predict"):
         refuse_held(folder, command)
@@ -174,7 +174,7 @@ def move_aside(run_dir: Path) -> Path | None:
     if not holds_run(run_dir):
         return None
     _check_movable(run_dir)
-    folder, number = run_dir.resolve(), 1  # a link goes on to point to the run
+    folder, number = run_dir.resolve(), 1  # a link keeps pointing to the run
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
     try:
@@ -193,9 +193,9 @@ def move_aside(run_dir: Path) -> Path | None:
 class SaveRunConfig(SaveConfigCallback):
     """``config.yaml`` in the run's folder: the resolved config, which ``halos`` takes back with ``--config``.
 
-    A new run's folder begins when the data have been found good: a run that was there is moved aside. The config
-    of a run that goes on is written when its checkpoint has been found to fit. While a fit writes to a folder, no other
-    one may, from whichever machine; nor may two of ``halos test`` or two of ``halos predict``.
+    A new run moves an earlier one aside and writes its config once the data are known to be sound; a resumed run
+    writes it once its checkpoint is known to fit. Only one fit at a time writes to a folder, from whichever machine,
+    and only one ``halos test`` and one ``halos predict``.
     """
 
     _lock: RunLock | None = None
@@ -230,7 +230,7 @@ class SaveRunConfig(SaveConfigCallback):
         path = Path(trainer.default_root_dir) / CONFIG
         path.parent.mkdir(parents=True, exist_ok=True)
         config = self.config.clone()
-        config.ckpt_path = None  # given back with --config, it describes a run from its beginning
+        config.ckpt_path = None  # used with --config, it describes a run from its start
         beside = part_of(path)
         self.parser.save(config, str(beside), skip_none=False, overwrite=True, multifile=False)
         os.replace(beside, path)
@@ -244,7 +244,8 @@ class SaveRunConfig(SaveConfigCallback):
         self._claim(folder, TrainerFn(stage).value)  # as text, it would be "TrainerFn.FITTING"
         if stage != "fit":
             return
-        new = not given or not Path(given).resolve().is_relative_to(folder.resolve())  # going on from elsewhere is new
+        # A checkpoint of another folder starts a new run.
+        new = not given or not Path(given).resolve().is_relative_to(folder.resolve())
         if new and (aside := move_aside(folder)):
             self._let_go(aside)
             self._claim(folder)
@@ -362,7 +363,7 @@ class RunReport(Callback):
         return seconds
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """A run that a signal stops says how far it has come."""
+        """Writes the summary of a run that a signal has stopped."""
         told = stopping.received()
         stopped = self._began and isinstance(exception, SIGTERMException)
         if told and stopped and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -376,7 +377,7 @@ class RunReport(Callback):
             logger.save()
         folder = Path(trainer.default_root_dir)
         if not self._began and (folder / SUMMARY).is_file() and shortfall(folder) is None:
-            # It speaks of the steps that were taken.
+            # That summary has the figures of the steps that were taken.
             rank_zero_info(f"halos: nothing was left to train; {folder}/ holds the run of {trainer.global_step} steps")
             return
         ended = why_ended(trainer)
@@ -423,7 +424,7 @@ class PredictionWriter(BasePredictionWriter):
         part.write_text("", encoding="utf-8")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if trainer.predicting:  # part of the predictions is no use, and must not be taken for all of them
+        if trainer.predicting:  # a part must not be taken for all predictions
             self._part(trainer, trainer.global_rank).unlink(missing_ok=True)
 
     def write_on_batch_end(

@@ -21,9 +21,10 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from halos_pl.files import PART
+
 LAST = Path("checkpoints") / "last.ckpt"
 PREVIOUS = LAST.with_name("previous.ckpt")
-PART = ".part"
 
 
 class CheckpointError(ValueError):
@@ -55,20 +56,20 @@ def _damage_of(path: Path, inode: int, size: int, changed: int) -> str | None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             if len({entry.filename for entry in entries}) < len(entries):
-                return "is damaged: an entry is there twice"
+                return "is damaged: it holds an entry twice"
             if min((entry.header_offset for entry in entries), default=0):
-                return "is damaged: something stands before its beginning"
+                return "is damaged: bytes were put before its beginning"
             for entry in entries:
                 if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
                     return f"is damaged: the size of {entry.filename} is wrong"
             wrong = archive.testzip()
             return f"is damaged: the checksum of {wrong} is wrong" if wrong else None
-    except Exception as error:  # whatever a damaged directory leads to
+    except Exception as error:  # zipfile raises many kinds for a damaged directory
         return f"is damaged: {error}"
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with the bytes of a checkpoint, None if nothing is; ``torch.load`` does not look.
+    """What is wrong with the bytes of a checkpoint, None if nothing is; ``torch.load`` verifies no checksum.
 
     Reads the whole file, about 0.5 GB a second, unless this process has read it before.
     """
@@ -81,7 +82,7 @@ def _instead_of(path: Path) -> str:
     for name in (LAST.name, PREVIOUS.name):
         other = path.with_name(name)
         if other.is_file() and not other.samefile(path) and not damage(other):
-            return f"; {other} is whole: go on with --ckpt_path {other}"
+            return f"; {other} is whole: resume with --ckpt_path {other}"
     return ""
 
 
@@ -90,7 +91,7 @@ def read_checkpoint(path: Path, *, resume: bool = False, mmap: bool = False) -> 
 
     Args:
         path: the file.
-        resume: it must hold what a fit needs to go on, not the weights alone.
+        resume: it must hold all that a fit needs to resume, not the weights alone.
         mmap: map the tensors instead of reading them; for a look at the file.
 
     Raises:
@@ -102,11 +103,11 @@ def read_checkpoint(path: Path, *, resume: bool = False, mmap: bool = False) -> 
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
-        name = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"holds an object of {name[1]}" if name else f"holds more than tensors and plain values ({error})"
+        name = _class_in(error)
+        what = f"holds an object of {name}" if name else f"holds more than tensors and plain values ({error})"
         what = what.splitlines()[0]
         raise CheckpointError(
-            f"{path} {what}: loading it could run code, so it is not loaded{_instead_of(path)}"
+            f"{path} {what}: loading it could run code, so it is refused{_instead_of(path)}"
         ) from error
     except Exception as error:  # torch raises many kinds for files of other programs
         what = str(error).splitlines()[0]
@@ -118,16 +119,22 @@ def read_checkpoint(path: Path, *, resume: bool = False, mmap: bool = False) -> 
     missing = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in found]
     if resume and missing:
         raise CheckpointError(
-            f"{path} holds the weights alone (no {', '.join(missing)}), so a fit cannot go on from it; export it and"
+            f"{path} holds the weights alone (no {', '.join(missing)}), so a fit cannot resume from it; export it and"
             f" train the exported model{_instead_of(path)}"
         )
     if resume and (wrong := _unusable(found)):
-        raise CheckpointError(f"{path} is not a checkpoint that a fit can go on from: {wrong}{_instead_of(path)}")
+        raise CheckpointError(f"{path} is not a checkpoint that a fit can resume from: {wrong}{_instead_of(path)}")
     return found
 
 
+def _class_in(error: pickle.UnpicklingError) -> str | None:
+    """The class or function that ``torch.load(weights_only=True)`` has refused to load, where it names one."""
+    name = re.search(r"GLOBAL (\S+)", str(error))
+    return name[1] if name else None
+
+
 def _unusable(found: Mapping[str, Any]) -> str:
-    """Which entry that a fit needs to go on is not as a run of this program writes it; empty where none is."""
+    """The entry that a fit cannot resume from, as no halos run writes it in this form; empty where all are sound."""
     loops = found["loops"].get("fit_loop") if isinstance(found["loops"], Mapping) else None
     counts = ("epoch_progress", "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress")
     if not isinstance(loops, Mapping) or not all(isinstance(loops.get(name), Mapping) for name in counts):
@@ -147,13 +154,13 @@ def find_checkpoint(run: Path, name: str | None = None) -> Path:
 
     Raises:
         FileNotFoundError: where there is none.
-        CheckpointError: where it is not known which one is best.
+        CheckpointError: where the run does not tell which one is best, or the file cannot be used.
     """
     last, previous = run / LAST, run / PREVIOUS
     if name in (None, "last"):
         if last.exists() or not previous.is_file():
             return _existing(last, f"{run} is not the folder of a run that has reached a checkpoint")
-        rank_zero_info(f"halos: {last} does not exist, so {previous} is taken")
+        rank_zero_info(f"halos: {last} does not exist; using {previous}")
         return previous
     if name != "best":
         return _existing(Path(str(name)), "--ckpt_path takes last, best, or a file")
@@ -171,10 +178,15 @@ def _existing(path: Path, why: str) -> Path:
     if path.is_symlink() and not path.exists():
         raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which does not exist")
     if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path} is no regular file, so it is no checkpoint{_instead_of(path)}")
+        raise CheckpointError(f"{path} is not a regular file{_instead_of(path)}")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; {why}")
     return path
+
+
+def entry_kind(value: Any) -> Any:
+    """What an entry of a state dict must have in common with the one that it replaces: shape and kind of number."""
+    return (value.shape, value.is_floating_point()) if isinstance(value, Tensor) else None
 
 
 def load_trained(run: Path, name: str | None = None) -> dict[str, Tensor]:
@@ -271,8 +283,8 @@ def refuse_code(weights_only: bool | None) -> None:
     """
     if weights_only is False:
         raise CheckpointError(
-            "weights_only is false, but a checkpoint is never loaded in a way that could run code in it; leave"
-            " --weights_only out"
+            "weights_only is false, but a checkpoint is never loaded in a way that could run its code; remove"
+            " --weights_only"
         )
 
 
@@ -289,20 +301,19 @@ def check_callbacks(trainer: Trainer) -> None:
         try:
             torch.load(file, weights_only=True)
         except pickle.UnpicklingError as error:
-            name = re.search(r"GLOBAL (\S+)", str(error))
             raise CheckpointError(
-                f"trainer.callbacks: the state of {type(callback).__name__} holds {name[1] if name else 'an object'},"
+                f"trainer.callbacks: the state of {type(callback).__name__} holds {_class_in(error) or 'an object'},"
                 " which no checkpoint can hold: let its state_dict return tensors, numbers, strings, lists and dicts"
             ) from error
 
 
 def check_finite(checkpoint: Mapping[str, Any], trained: set[str], good: str) -> None:
-    """Refuses to save what has diverged. One pass over the tensors, and one number taken from each device.
+    """Refuses to save what has diverged. Reads each tensor once and copies one number from each device.
 
     Args:
         checkpoint: what is about to be written.
         trained: names in its ``state_dict`` that are trained. The others, such as masks, may hold infinities.
-        good: what to say of the last good checkpoint.
+        good: the end of the message, which names the last good checkpoint.
 
     Raises:
         NonFiniteWeightsError: naming the first tensors that are not finite.
@@ -338,7 +349,7 @@ def _tensors(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _after(loop: Any, then: Callable[[], None]) -> None:
-    """Has ``then`` called whenever one of Lightning's loops has finished a step or an epoch; it has no hook there."""
+    """Calls ``then`` whenever one of Lightning's loops has finished a step or an epoch, where Lightning has no hook."""
     finish = loop.on_advance_end
 
     def on_advance_end(*args: Any) -> None:
@@ -351,13 +362,13 @@ def _after(loop: Any, then: Callable[[], None]) -> None:
 class LastCheckpoint(Checkpoint):
     """Keeps ``checkpoints/last.ckpt`` in the run's folder, and the one before as ``checkpoints/previous.ckpt``.
 
-    It is written every few steps and at the end of the fit, when everything that belongs to the step is done: its line
-    is in the log, and a validation that was due has run. All its weights are finite. A kill at any moment leaves
-    a whole file. Add Lightning's ``ModelCheckpoint`` for the best one by some metric.
+    It is written every few steps and at the end of the fit, once the step is complete: its line is in the log, and a
+    validation that was due has run. Its weights are all finite. A kill at any moment leaves a whole file. Add
+    Lightning's ``ModelCheckpoint`` to keep the best one by some metric.
 
     Args:
         every_n_steps: optimizer steps from one checkpoint to the next.
-        keep: checkpoints that are kept, 1 or 2.
+        keep: how many checkpoints are kept, 1 or 2.
 
     Raises:
         ValueError: for a number outside its range.
@@ -373,13 +384,13 @@ class LastCheckpoint(Checkpoint):
         self._saved_step = self._first_step = -1
         self._previous: tuple[str, int] | None = None
         self._batch: Any = None
-        self._own = False  # last.ckpt is of this run's course, and was verified when it was loaded or written
+        self._own = False  # last.ckpt belongs to this run, and was verified when it was loaded or written
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Has all checkpoints read and written by :class:`CheckpointFiles`, and sees whether the folder can be used.
+        """Has :class:`CheckpointFiles` read and write all checkpoints, and checks that the folder can be written to.
 
         Raises:
-            ValueError: where the Trainer was given another plug-in for this.
+            ValueError: where the Trainer was given another checkpoint plug-in.
             OSError: where the folder cannot be written to.
         """
         given: CheckpointIO = trainer.strategy.checkpoint_io
@@ -419,7 +430,7 @@ class LastCheckpoint(Checkpoint):
             self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Writes ``last.ckpt``, on all ranks together; nothing is done where this step has been saved already.
+        """Writes ``last.ckpt``, on all ranks together, unless this step has been saved already.
 
         Raises:
             NonFiniteWeightsError: where the policy has diverged; what was saved before is left alone.
@@ -434,14 +445,14 @@ class LastCheckpoint(Checkpoint):
         if keep:
             self._previous = (str(folder / PREVIOUS), self._saved_step)
         elif trainer.is_global_zero and not (self._previous and self.keep == 2):
-            (folder / PREVIOUS).unlink(missing_ok=True)  # of what the run was before it went on from elsewhere
+            (folder / PREVIOUS).unlink(missing_ok=True)  # left by the run before it resumed from elsewhere
         self.last_model_path, self._saved_step, self._own = str(folder / LAST), trainer.global_step, True
 
     def good(self, diverged: int | None = None) -> str:
         """A line that names the last good checkpoint, and the one before it.
 
         Args:
-            diverged: number of steps that lead to weights which are of no use.
+            diverged: the step whose checkpoint is not counted, because its weights have diverged.
         """
         named = [(self.last_model_path, self._saved_step)] if self.last_model_path else []
         named += [self._previous] if self._previous else []
@@ -456,7 +467,7 @@ class LastCheckpoint(Checkpoint):
         self._batch = batch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes note of the checkpoint that the run goes on from.
+        """Notes the checkpoint that the run resumes from.
 
         Raises:
             CheckpointError: where a callback's state could not be loaded again.
@@ -476,9 +487,9 @@ class LastCheckpoint(Checkpoint):
             self._previous = (str(previous), trainer.global_step)  # it stays: last.ckpt may be damaged
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the last step, which no further step can find to have diverged.
+        """Checks that the policy of the last step still gives finite log-probs, and saves it.
 
-        Trying out a config (fast_dev_run) leaves the run that is in the folder alone.
+        A trial of a config (fast_dev_run) leaves the run in the folder alone.
         """
         batch, self._batch = self._batch, None
         check: Any = getattr(pl_module, "check_policy", None)

@@ -11,7 +11,7 @@ from halos_pl.help_page import help_page, unknown_command
 from halos_pl.messages import plain
 from halos_pl.stopping import listening
 
-# Set for the commands of a study: Python does not put the working folder first, and we put it last all the same.
+# Set for the commands of a study: Python is told not to put the working folder first, and it is still put last.
 FOLDER_LAST = "HALOS_FOLDER_LAST"
 
 
@@ -76,8 +76,8 @@ def folder_last() -> dict[str, str]:
 def _restart_in_utf8() -> NoReturn:
     """The same command in Python's UTF-8 mode, in the same process: every file is UTF-8, whatever the locale.
 
-    An encoding named at each ``open`` of ours would leave out those of other libraries, and names of files. The
-    terminal keeps its own encoding.
+    An encoding at each ``open`` of ours would not cover those of other libraries, nor file names. The terminal keeps
+    its own encoding.
     """
     os.environ["PYTHONIOENCODING"] = f"{sys.stdout.encoding}:backslashreplace"
     os.environ["PYTHONUTF8"] = "1"  # for the processes of this one

@@ -1,4 +1,4 @@
-"""How long a fit was to be, and why it has ended."""
+"""How long a fit was planned to be, and why it has ended."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ SUMMARY = "summary.json"
 
 
 def planned_steps(trainer: Trainer) -> int | None:
-    """Optimizer steps of the whole run as configured, with those before a resumption; None without a limit."""
+    """Optimizer steps of the whole run as configured, including those before a resumption; None without a limit."""
     steps = trainer.estimated_stepping_batches
     return int(steps) if math.isfinite(steps) else None
 
 
 def why_ended(trainer: Trainer) -> str:
-    """What ended a fit in a regular way: the setting whose limit was reached, or the callback that stopped it."""
+    """What ended a fit regularly: the setting whose limit was reached, or the callback that stopped it."""
     if 0 < trainer.max_steps <= trainer.global_step:
         return f"max_steps={trainer.max_steps} reached"
     planned = planned_steps(trainer)
@@ -31,11 +31,11 @@ def why_ended(trainer: Trainer) -> str:
             return f"stopped early: {callback.stopping_reason_message}"
         if isinstance(callback, Timer) and (callback.time_remaining() or 1) <= 0:
             return "max_time reached"
-    return "a callback has stopped it" if trainer.should_stop else "the epoch has ended early"
+    return "stopped by a callback" if trainer.should_stop else "the epoch has ended early"
 
 
 def record(trainer: Trainer, ended: str, finished: bool) -> dict[str, Any]:
-    """What ``summary.json`` says of a run's end.
+    """What ``summary.json`` records of a run's end.
 
     Returns:
         ``steps`` taken, ``planned_steps`` (None without a limit), ``ended`` in words, and ``finished``: whether it
@@ -56,7 +56,7 @@ def shortfall(folder: Path) -> str | None:
     """
     path = folder / SUMMARY
     if not path.is_file():
-        return f"it has no {SUMMARY}: its training did not come to its end"
+        return f"it has no {SUMMARY}: its training did not finish"
     said = _said(path)
     if said is None:
         return f"its {SUMMARY} cannot be read"

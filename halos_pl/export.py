@@ -18,8 +18,8 @@ from torch import nn
 
 from halos_pl.cache import cache_root
 from halos_pl.callbacks import CONFIG
-from halos_pl.checkpoint import load_trained
-from halos_pl.files import share
+from halos_pl.checkpoint import entry_kind, load_trained
+from halos_pl.files import remove, share
 from halos_pl.foreign_code import model_of_config
 from halos_pl.generate import add_stops
 from halos_pl.messages import cause
@@ -94,11 +94,8 @@ def put_weights(module: HALOModule, state: dict[str, Any], run: Path) -> None:
     Raises:
         ValueError: where they are not of that policy.
     """
-    def kind(value: Any) -> Any:
-        return (value.shape, value.is_floating_point()) if isinstance(value, torch.Tensor) else None
-
     own = module.state_dict()
-    if wrong := [name for name, value in state.items() if name in own and kind(value) != kind(own[name])]:
+    if wrong := [name for name, value in state.items() if name in own and entry_kind(value) != entry_kind(own[name])]:
         raise ValueError(f"{run}: the checkpoint does not fit the policy in {CONFIG}: shape or type of {wrong[0]}")
     missing, unexpected = module.load_state_dict(state, strict=False)
     trained = {name for name, p in module.named_parameters() if p.requires_grad}
@@ -223,21 +220,14 @@ def _written(out: Path, stale: Sequence[str]) -> Iterator[Path]:
             raise OSError(f"{out}: it could not be written ({reason}); the folder is as it was before") from error
         share(part)
         for file in {file for pattern in stale for file in out.glob(pattern)}:
-            _remove(file)
+            remove(file)
         # What makes loaders take the folder for a model comes last.
         for file in sorted(part.iterdir(), key=lambda file: file.name in ("config.json", ADAPTER_CONFIG)):
             if (out / file.name).is_dir():
-                _remove(out / file.name)
+                remove(out / file.name)
             os.replace(file, out / file.name)
     finally:
         shutil.rmtree(part, ignore_errors=True)
         if made:
             with suppress(OSError):  # it is not empty
                 out.rmdir()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+#: The ending of a file that is not complete yet.
 PART = ".part"
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a folder with all that is in it; does nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def share(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a run's ``config.yaml`` has Python import: classes by their dotted names, a model's own code."""
+"""The code that a run's ``config.yaml`` makes Python import: classes by their dotted names, a model's own code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KNOWN = ("halos_pl", "value_functions", "torch", "lightning", "pytorch_lightning
 
 
 def model_of_config(path: Path) -> dict[str, Any]:
-    """The ``model:`` part of a run's config; says on stderr which code of others its classes are imported from.
+    """The ``model:`` part of a run's config; reports on stderr the code of other packages that it names.
 
     Raises:
         OSError: where the file cannot be read.
@@ -44,4 +44,4 @@ def foreign(config: Any) -> Iterator[str]:
 
 @cache  # a report reads the config of each run more than once
 def _say(path: str, names: str) -> None:
-    print(f"halos: {plain(path)} has code of its own executed: {plain(names)}", file=sys.stderr)
+    print(f"halos: {plain(path)} names code of other packages, which is executed: {plain(names)}", file=sys.stderr)

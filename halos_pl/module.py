@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from halos_pl.absent import keep_out_absent
 from halos_pl.build import build_objective
-from halos_pl.checkpoint import LastCheckpoint, check_finite
+from halos_pl.checkpoint import LastCheckpoint, check_finite, entry_kind
 from halos_pl.data.turns import stop_ids
 from halos_pl.distributed import sum_over_ranks, world_size
 from halos_pl.feedback import Feedback
@@ -98,10 +98,10 @@ class HALOModule(LightningModule):
         optimizer: makes the optimizer from the trainable parameters.
         lr_schedule: shape of the learning rate after warm-up; a name of ``transformers.get_scheduler``.
         warmup_ratio: share of the run's optimizer steps during which the learning rate rises from 0.
-        master_weights: where weights are bfloat16 or float16, have the optimizer step on float32 copies of them.
-            Without, small updates are rounded away; with, AdamW takes 18 bytes a trained parameter instead of 8
-            (float32: 16). Figures are those of the rounded weights: after a few steps at a small learning rate they
-            have moved less than in float32.
+        master_weights: the optimizer steps on float32 copies of bfloat16 or float16 weights, as small updates would
+            otherwise be rounded away. With AdamW it takes 18 bytes per trained parameter instead of 8 (float32: 16).
+            Logged figures are those of the rounded weights: in the first steps at a small learning rate they lag behind
+            those of a float32 run.
 
     Raises:
         ValueError: for an incomplete objective or a number outside its range.
@@ -136,15 +136,16 @@ class HALOModule(LightningModule):
             raise ValueError(f"micro_batch_rows is {micro_batch_rows}; it must be at least 1, or null")
         if not 0 <= warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio is {warmup_ratio}; it is a share of the run, between 0 and 1")
-        self.objective = build_objective(
-            reward=reward,
-            reference_point=reference_point,
-            value_function=value_function,
-            feedback=feedback,
-            undesirable=undesirable,
-            constant=constant,
-            extra_terms=extra_terms,
-        )
+        parts: dict[str, Any] = {
+            "reward": reward,
+            "reference_point": reference_point,
+            "value_function": value_function,
+            "feedback": feedback,
+            "undesirable": undesirable,
+            "constant": constant,
+            "extra_terms": extra_terms,
+        }
+        self.objective = build_objective(**parts)
         if self.objective.needs.samples and self.objective.needs.probes:
             raise ValueError(
                 "one term's reference point wants mismatched rows and another one's samples of the policy; both are"
@@ -188,13 +189,7 @@ class HALOModule(LightningModule):
         self.record = Record(
             policy=policy,
             reference_model=self._reference,
-            reward=reward,
-            reference_point=reference_point,
-            value_function=value_function,
-            feedback=feedback,
-            undesirable=undesirable,
-            constant=constant,
-            extra_terms=extra_terms,
+            **parts,
             micro_batch_rows=micro_batch_rows,
             packing=packing,
             reference_store=reference_store,
@@ -258,7 +253,7 @@ class HALOModule(LightningModule):
                     pass
 
     def _check_fit(self, model: nn.Module) -> None:
-        """Refuses rows that are too long for a model, or have tokens that it does not know."""
+        """Refuses rows that are too long for a model, or hold tokens that it does not know."""
         data: Any = getattr(self.trainer, "datamodule", None)
         check_length(model, getattr(data, "longest", 0))
         if hasattr(data, "tokens"):
@@ -626,7 +621,7 @@ class HALOModule(LightningModule):
         return own[0].good(self.global_step if diverged else None) if own else "no checkpoints are kept"
 
     def check_policy(self, batch: FlatBatch) -> None:
-        """Tells of a run's last step what the loss of the next one tells of each other step, by one row.
+        """Checks on one row that the last step has not made the policy diverge; of earlier steps the next loss tells.
 
         Raises:
             NonFiniteLossError: where the policy has no finite log-probs for it.
@@ -651,12 +646,12 @@ class HALOModule(LightningModule):
         """Clips as the Trainer says, by the norm that is logged as ``grad_norm``: the one before clipping.
 
         Raises:
-            NonFiniteLossError: where it is no finite number, so that the step would leave no number in the policy.
-            ValueError: for a clipping that makes no sense, which a callback may have set.
+            NonFiniteLossError: where it is not finite, so that the step would make the policy NaN.
+            ValueError: for an invalid clipping value, which a callback may have set.
         """
         check_clipping(gradient_clip_val, gradient_clip_algorithm)
         plugin: Any = self.trainer.precision_plugin
-        if getattr(plugin, "scaler", None) is not None:  # float16's scaler leaves such steps out, and knows the scale
+        if getattr(plugin, "scaler", None) is not None:  # float16's scaler skips such steps, and knows the scale
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         parameters = [p for p in plugin.main_params(optimizer) if p.grad is not None]
@@ -809,8 +804,8 @@ class HALOModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_after_backward(self) -> None:
-        """Gives the gradients to what the optimizer steps on."""
-        # With several ranks DDP sums them over ranks in the step's last backward pass, where they still have to be.
+        """Moves the gradients to the weights that the optimizer steps on."""
+        # With several ranks DDP sums them in the step's last backward pass, so they must not be moved before.
         if not self._parts_follow or world_size() == 1:
             self._masters.take_gradients()
 
@@ -821,7 +816,7 @@ class HALOModule(LightningModule):
             self._reference.follow(self.policy, self.global_step + 1)  # counted once this hook returns
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves out what is not trained, and keeps a moving reference and the random state of every rank.
+        """Drops frozen weights, and adds a moving reference, the random state of every rank and the settings.
 
         Raises:
             NonFiniteWeightsError: where the policy has diverged.
@@ -842,7 +837,11 @@ class HALOModule(LightningModule):
         checkpoint["settings"] = self.record.state(self.trainer)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Puts back what was left out, from the policy that has just been loaded; refuses to go on as another run."""
+        """Adds the frozen weights of the policy that has just been loaded; refuses to resume as another run.
+
+        Raises:
+            ValueError: naming what differs from the checkpoint's run, or the limit that it has already reached.
+        """
         start_matters = self._reference_bound or self.policy_spec.lora is not None
         self.record.compare(checkpoint, self.trainer, start_matters=start_matters)
         for name, parameter in self.named_parameters(remove_duplicate=False):
@@ -858,13 +857,13 @@ class HALOModule(LightningModule):
             if most is not None and 0 <= most < epoch:
                 raise ValueError(
                     f"trainer.max_epochs is {most}, but {self.trainer.ckpt_path} has trained {epoch} epochs; raise it"
-                    " to go on"
+                    " to resume"
                 )
             taken, last = checkpoint["global_step"], self.trainer.max_steps
             if 0 <= last < taken:
                 raise ValueError(
                     f"trainer.max_steps is {last}, but {self.trainer.ckpt_path} has taken {taken} steps; raise it to"
-                    " go on"
+                    " resume"
                 )
             resume_at = getattr(self.trainer.datamodule, "resume_at", None)  # type: ignore[attr-defined]
             if resume_at is not None:
@@ -872,19 +871,16 @@ class HALOModule(LightningModule):
 
     def _check_state(self, saved: dict[str, Any]) -> None:
         own = self.state_dict()
-        kinds = [
-            {k: (v.shape, v.is_floating_point()) if isinstance(v, torch.Tensor) else None for k, v in state.items()}
-            for state in (own, saved)
-        ]
+        kinds = [{k: entry_kind(v) for k, v in state.items()} for state in (own, saved)]
         differing = sorted(k for k in own.keys() | saved.keys() if kinds[0].get(k, "-") != kinds[1].get(k, "-"))
         if differing:
             raise ValueError(
-                f"{self.trainer.ckpt_path} is not of this policy and objective: {len(differing)} entries differ, first"
-                f" {', '.join(differing[:3])}. Go on with the config of its own run, or start a new run"
+                f"{self.trainer.ckpt_path} does not fit this policy and objective: {len(differing)} entries differ,"
+                f" first {', '.join(differing[:3])}. Resume with the config of its own run, or start a new run"
             )
 
     def on_fit_start(self) -> None:
-        """Has a step on the CPU spend less on memory."""
+        """Restores rounded frequencies, and makes a step on the CPU spend less on memory."""
         self._unround()
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -899,7 +895,7 @@ class HALOModule(LightningModule):
         self._unround()
 
     def _unround(self) -> None:
-        """Puts back the frequencies that a Trainer of half precision has rounded with everything else."""
+        """Restores the rotary frequencies that a half-precision Trainer has rounded."""
         for module, name, values in self._frequencies:
             if module._buffers[name].dtype.itemsize < values.dtype.itemsize:  # type: ignore[union-attr]
                 module._buffers[name] = values.to(self.device)
@@ -931,7 +927,7 @@ def _row_ids(batch: FlatBatch) -> list[str]:
 def _rng_state(device: torch.device) -> dict[str, Any]:
     """This process's random state and its GPU's, in types that ``torch.load(weights_only=True)`` accepts.
 
-    Of its own GPU only: a run may go on where others are to be seen.
+    Of its own GPU only, as the run may resume on a machine with other GPUs.
     """
     state = _collect_rng_states(include_cuda=False)
     name, keys, *rest = state["numpy"]
@@ -949,7 +945,7 @@ def unsupported_strategy(name: str) -> str:
 
 
 def check_float16(trainer: Any, spec: ModelSpec) -> None:
-    """Refuses to train in float16 without a scaler of the loss: small gradients would be 0, large ones infinite.
+    """Refuses to train in float16 without a loss scaler: small gradients would be 0, large ones infinite.
 
     Raises:
         ValueError: naming the setting and what to choose instead.
@@ -965,7 +961,7 @@ def check_float16(trainer: Any, spec: ModelSpec) -> None:
 
 
 def check_clipping(value: float | None, algorithm: str | None) -> None:
-    """Refuses clipping that Lightning would take for none; null and 0 are none.
+    """Refuses values that Lightning would silently take for no clipping; null and 0 mean none.
 
     Raises:
         ValueError: naming the setting.

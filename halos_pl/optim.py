@@ -1,8 +1,8 @@
 """What the optimizer steps on, and what a resumed run takes from its checkpoint.
 
-Weights of 8 or 11 bits of precision do not move by a step that is smaller than half the gap to the next number: with
-AdamW at a learning rate of 5e-6 that is nearly every step. So the optimizer is given float32 copies of them
-(Micikevicius et al. 2018, "Mixed precision training", section 3.1), and the model holds the rounded copies.
+A weight of 8 or 11 bits of precision does not move when a step is smaller than half the gap to the next number; with
+AdamW at a learning rate of 5e-6 nearly every step is. So the optimizer steps on float32 copies of such weights
+(Micikevicius et al. 2018, "Mixed precision training", section 3.1), and the model holds the rounded values.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 HALF = (torch.bfloat16, torch.float16)
-#: How an optimizer computes, not what.
+#: Settings of how an optimizer computes, not of what.
 _IMPLEMENTATION = {"fused", "foreach", "capturable", "differentiable"}
-#: Numbers that may become or stop being 0 without another state of the optimizer.
+#: Parts of names of settings that may become or stop being 0 without changing what state the optimizer has.
 _STATELESS = ("lr", "decay", "eps", "beta")
 
 
@@ -42,11 +42,11 @@ def _shown(value: Any) -> str:
 class MasterWeights:
     """Float32 copies of half-precision parameters; the optimizer steps on them, the model gets them rounded.
 
-    They are part of the optimizer's state dict, so a resumed run goes on exactly. They cost 4 bytes a parameter, and
-    the optimizer's state and gradients are float32 as well: with AdamW 18 bytes a trained parameter instead of 8.
+    They are part of the optimizer's state dict, so a run resumes exactly. They cost 4 bytes per parameter, and the
+    optimizer's state and gradients are float32 as well: with AdamW 18 bytes per trained parameter instead of 8.
 
     Args:
-        parameters: what is trained; those of float32 stay as they are.
+        parameters: what is trained; float32 ones are used as they are.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -62,7 +62,7 @@ class MasterWeights:
             self.parameters.append(master)
 
     def attach(self, optimizer: Optimizer) -> None:
-        """Has ``optimizer`` round its weights into the model after each step, and save and load them."""
+        """Makes ``optimizer`` round its weights into the model after each step, and save and load them."""
         optimizer.register_step_pre_hook(lambda *_: self._count_anew())
         optimizer.register_step_post_hook(lambda *_: self._round())
         optimizer.register_state_dict_post_hook(self._save)
@@ -97,22 +97,22 @@ class MasterWeights:
     @torch.no_grad()
     def _load(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         saved = state.get("master_weights")
-        if not self.pairs:  # of a run with them: what it goes on from are the rounded ones
+        if not self.pairs:  # the checkpoint may have some: this run resumes from the rounded weights
             return
-        if saved is None:  # of a run without them: they begin at the weights that have just been loaded
+        if saved is None:  # the checkpoint has none: they start at the weights that have just been loaded
             saved = [parameter.detach() for parameter, _ in self.pairs]
         for (_, master), value in zip(self.pairs, saved, strict=True):
             master.copy_(value)
 
 
 class LostUpdates:
-    """Says once, from a sample, which share of half-precision weights an optimizer's step leaves where they were.
+    """Warns of the share of half-precision weights, from a sample, that an optimizer's step leaves unchanged.
 
     Measured at the first step with a learning rate above 0, and at the first one at its full height.
 
     Args:
         optimizer: what steps on them.
-        hint: what to do about it.
+        hint: the end of the warning, which says what to do.
     """
 
     SAMPLE = 4096
@@ -133,7 +133,7 @@ class LostUpdates:
 
     @staticmethod
     def _height(optimizer: Optimizer) -> tuple[float, bool]:
-        """The learning rate, and whether it is as high as it gets."""
+        """The learning rate, and whether it is at its peak."""
         group = max(optimizer.param_groups, key=lambda group: float(group["lr"]))
         return float(group["lr"]), float(group["lr"]) >= float(group.get("initial_lr", group["lr"]))
 
@@ -167,7 +167,7 @@ class LostUpdates:
 class Schedule(LambdaLR):
     """A schedule of ``transformers.get_scheduler`` that a resumed run may change.
 
-    From a checkpoint it takes how many steps have been taken; height and shape are those of this run.
+    Of a checkpoint it uses only how many steps have been taken; peak and shape are those of this run.
 
     Args:
         optimizer: whose learning rate it sets.
@@ -198,8 +198,8 @@ class Schedule(LambdaLR):
             changed = [str(Change(k, shapes[0][k], v)) for k, v in self.shape.items() if shapes[0].get(k, v) != v]
             why = f" ({'; '.join(changed)}; warm-up and decay are shares of the whole run)" if changed else ""
             rank_zero_info(
-                f"halos: the learning rate goes on at {now[0]:g} at optimizer step {self.last_epoch}, where the"
-                f" checkpoint's run would have had {before[0]:g}{why}"
+                f"halos: the learning rate resumes at {now[0]:g} at optimizer step {self.last_epoch}, where that of the"
+                f" checkpoint's run was {before[0]:g}{why}"
             )
 
 
@@ -228,13 +228,13 @@ def _may_change(key: str, before: Any, now: Any) -> bool:
 
 
 def guard(optimizer: Optimizer, changed: Callable[[list[Change]], None]) -> None:
-    """Has a new ``optimizer`` keep its own settings when it loads a state, and refuse one that it cannot go on from.
+    """Makes a new ``optimizer`` keep its own settings when it loads a state, and refuse a state that it cannot use.
 
-    torch would take all of them from the checkpoint, and those of this run would not be used. Must be called before a
-    schedule changes the learning rate.
+    torch would take the settings from the checkpoint and ignore those of this run. Must be called before a schedule
+    changes the learning rate.
 
     Args:
-        optimizer: any; some keep state among the settings of their groups, so the settings are those it was made with.
+        optimizer: any. Some keep state in their groups, so that only what is there now counts as settings.
         changed: called with the settings that differ, when a state is loaded.
     """
     name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
@@ -248,7 +248,7 @@ def guard(optimizer: Optimizer, changed: Callable[[list[Change]], None]) -> None
         if before != name:
             raise ValueError(
                 f"model.optimizer is {name}, but the checkpoint's was {before}, whose state it cannot use; resume"
-                " with that one, or start a new run"
+                " with the latter, or start a new run"
             )
         before, now = (
             [len(group["params"]) for group in part] for part in (state["param_groups"], optimizer.param_groups)
@@ -270,8 +270,8 @@ def guard(optimizer: Optimizer, changed: Callable[[list[Change]], None]) -> None
             groups.append({**saved, **{key: group[key] for key in taken if key in group}})
         if refused := [change for key, change in found.items() if not _may_change(key, *change[1:])]:
             raise ValueError(
-                f"the checkpoint's {type(optimizer).__name__} cannot go on with {'; '.join(map(str, refused))}: its"
-                " state is another one. Go on with the value of the checkpoint's run, or start a new run"
+                f"the checkpoint's {type(optimizer).__name__} cannot resume with {'; '.join(map(str, refused))}, which"
+                " needs another state. Resume with the value of the checkpoint's run, or start a new run"
             )
         changed(list(found.values()))
         return {**state, "param_groups": groups}
@@ -281,7 +281,7 @@ def guard(optimizer: Optimizer, changed: Callable[[list[Change]], None]) -> None
 
 
 def _without_state(group: dict[str, Any]) -> dict[str, Any]:
-    """The settings in a group of an older checkpoint, which does not hold them apart: those that torch's have."""
+    """The settings in a group of an older checkpoint, which mixes them with state: those of torch's optimizers."""
     lr = group.get("initial_lr", group["lr"])
     numbers = ("weight_decay", "betas", "eps", "momentum", "dampening", "alpha")
     switches = ("nesterov", "centered", "amsgrad", "maximize", "decoupled_weight_decay")

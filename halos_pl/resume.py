@@ -1,6 +1,6 @@
-"""Where a killed run goes on, and with what: the one place that knows how Lightning counts its progress.
+"""Where a killed run resumes, and with which settings: the one place that knows how Lightning counts its progress.
 
-A batch is a function of (seed, epoch, step), so going on exactly takes the right epoch and step, and nothing
+A batch is a function of (seed, epoch, step), so an exact resumption needs the right epoch and step, and nothing
 of the data loader's state.
 """
 
@@ -35,19 +35,19 @@ from halos_pl.settings import (
 
 
 def settle_progress(fit_loop: dict[str, Any]) -> tuple[int, int]:
-    """Reads epoch and step off a checkpoint's loop state, and mends the state after an epoch's last step.
+    """Reads epoch and step from a checkpoint's loop state, and corrects what Lightning 2.6 would miscount in it.
 
     A checkpoint that is written when an epoch's last step is done, but before the epoch is closed, sends
     Lightning 2.6 into the next epoch without counting it, and that epoch is lost. Such a state is rewritten
     here to what it means: the epoch is over, nothing of the next has begun.
 
-    A run that was stopped during a validation begins that validation anew before it trains.
+    A run that was stopped during a validation repeats that validation before it trains.
 
-    The other way round, a fit that ``max_steps`` ends within an epoch closes that epoch. Such a state is
-    rewritten to say that the epoch goes on, so that a longer fit meets the rest of its rows.
+    Conversely, a fit that ``max_steps`` ends within an epoch closes that epoch. Such a state is rewritten to leave the
+    epoch open, so that a longer fit meets the rest of its rows.
 
-    Within an epoch a state is rewritten to one in which a step has been taken and its validation, if one was due, has
-    run: Lightning would count a step twice that was saved behind its validation.
+    Within an epoch a state is rewritten to the one after a step and its validation, if one was due: Lightning would
+    count a step twice that was saved after its validation.
 
     Args:
         fit_loop: ``checkpoint["loops"]["fit_loop"]``; changed in place.
@@ -67,7 +67,7 @@ def settle_progress(fit_loop: dict[str, Any]) -> tuple[int, int]:
             for key in ("total", "current"):
                 batches[key]["completed"] = max(batches[key]["ready"] - 1, 0)
             fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = max(batches["total"]["ready"] - 1, 0)
-        # Of an epoch whose last validation is still to come no step is read.
+        # An epoch that lacks only its last validation has no step left to train.
         return max(begun - 1, 0), 0 if batches["is_last_batch"] else batches["current"]["ready"]
     for key in ("total", "current"):
         epochs[key] = dict.fromkeys(epochs[key], epochs[key]["ready"])
@@ -83,10 +83,10 @@ def settle_progress(fit_loop: dict[str, Any]) -> tuple[int, int]:
 
 
 def align_logged_step(trainer: Trainer) -> None:
-    """Has the batch that begins logged under the number of optimizer steps before it.
+    """Logs the batch that begins under the number of optimizer steps before it.
 
-    Lightning counts logged steps by themselves. Going on at an epoch's end under ``max_steps``, 2.6 passes once through
-    its loop without a batch, and counts that; every later step would be logged one too high.
+    Lightning counts logged steps separately. When a run resumes at an epoch's end under ``max_steps``, 2.6 passes once
+    through its loop without a batch and counts that, so that every later step would be logged one too high.
     """
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
@@ -95,13 +95,13 @@ class Record:
     """The settings of a run: what its checkpoints hold of them, and what a resumption has changed.
 
     Args:
-        arguments: of the LightningModule, as it was given them.
+        arguments: those of the LightningModule.
 
     Attributes:
-        config: the resolved config, where the run has one; it tells also what an object does not keep.
+        config: the resolved config, where the run has one; it also holds arguments that objects do not keep.
         start: a sample of the policy's weights before training.
-        found: what this resumption changes; it takes effect.
-        history: of each resumption that changed something, the step, the changes and the change of machine.
+        found: the settings that this resumption changes.
+        history: one entry for each resumption that changed something: its step, the settings, the environment.
     """
 
     def __init__(self, **arguments: Any) -> None:
@@ -123,7 +123,7 @@ class Record:
         }
 
     def compare(self, checkpoint: Mapping[str, Any], trainer: Trainer, *, start_matters: bool) -> None:
-        """Refuses what a run that goes on from ``checkpoint`` cannot change, and notes what it does.
+        """Refuses changes that a run resumed from ``checkpoint`` cannot make, and notes the others.
 
         Args:
             checkpoint: as it was saved.
@@ -136,19 +136,19 @@ class Record:
         fitting = trainer.state.fn == TrainerFn.FITTING
         saved = checkpoint.get("settings")
         if saved is None:
-            # Beside a run's checkpoints/last.ckpt; what has been edited since cannot be told.
+            # The config.yaml of its folder, which may have been edited since.
             saved = {"config": aside(of_file(Path(str(trainer.ckpt_path)).parent.parent / "config.yaml"), wanted=False)}
-            with_what = "only with the config.yaml of its run" if saved["config"] else "with nothing"
+            how = "compared only with the config.yaml of its folder" if saved["config"] else "not compared"
             rank_zero_info(
-                f"halos: {trainer.ckpt_path} holds no record of its settings, as it is of an older version: this run's"
-                f" are compared {with_what}"
+                f"halos: {trainer.ckpt_path} is of an older version and holds no record of its settings: those of this"
+                f" run are {how}"
             )
         now = self.module | of_trainer(trainer)
         found = changes(saved, now, self.config)
         if wrong := refused(found, fitting=fitting):
             named = "; ".join(f"{c.key} is {_short(c.now)}, and was {_short(c.before)}" for c in wrong)
             raise ValueError(
-                f"{trainer.ckpt_path} was trained with other settings: {named}. Set them back to go on, or start a new"
+                f"{trainer.ckpt_path} was trained with other settings: {named}. Restore them to resume, or start a new"
                 " run"
             )
         start = saved.get("start")
@@ -163,8 +163,8 @@ class Record:
             self.history = list(saved.get("history", ()))
             here, there = environment(trainer), saved.get("environment", {})
             self._moved = [Change(k, there[k], v) for k, v in here.items() if k in there and there[k] != v]
-        elif told := refused(found, fitting=True):  # a way to measure it, but not the one that it was trained in
-            rank_zero_info(f"halos: measured with other settings than it was trained with: {_listed(told)}")
+        elif told := refused(found, fitting=True):  # allowed, as they change only how the model is measured
+            rank_zero_info(f"halos: these settings differ from those of the training: {_listed(told)}")
 
     def add(self, found: Sequence[Change]) -> None:
         """Notes further changes."""
@@ -172,13 +172,13 @@ class Record:
         self.found += [change for change in found if change.key not in known]
 
     def say(self, trainer: Trainer) -> None:
-        """Says what a resumption has changed, and keeps it for the run's checkpoints and its summary."""
+        """Reports what a resumption has changed, and keeps it for the run's checkpoints and its summary."""
         if self.found:
-            rank_zero_info(f"halos: from step {trainer.global_step} on with other settings: {_listed(self.found)}")
+            rank_zero_info(f"halos: from step {trainer.global_step} on, with changed settings: {_listed(self.found)}")
         if self._moved:
             rank_zero_info(
-                f"halos: resumed elsewhere ({_listed(self._moved)}): equal to an uninterrupted run within rounding, not"
-                " bit for bit"
+                f"halos: resumed in another environment ({_listed(self._moved)}): equal to an uninterrupted run up to"
+                " rounding, not bit for bit"
             )
         if self.found or self._moved:
             entry = {"step": trainer.global_step}
@@ -197,7 +197,7 @@ def _listed(found: Sequence[Change]) -> str:
 
 
 class KeepSettings(Callback):
-    """Gives a run's config to the record of its settings, and keeps the config.yaml that a resumption replaces.
+    """Adds a run's config to the record of its settings, and keeps the config.yaml that a resumption replaces.
 
     Args:
         config: the resolved config, of plain types.
@@ -214,20 +214,20 @@ class KeepSettings(Callback):
             record.config = aside(self._config, wanted=False)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Notes the arguments of callbacks before states are loaded, as EarlyStopping's state holds its patience."""
+        """Notes the arguments of callbacks, as loading states overwrites some: EarlyStopping's holds its patience."""
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             arguments = inspect.signature(type(callback)).parameters.keys()
             named = arguments & callback.state_dict().keys() & vars(callback).keys()
             self._given.append((callback, {name: getattr(callback, name) for name in named}))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts them back."""
+        """Restores them."""
         for callback, given in self._given:
             vars(callback).update(given)
         self._given = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says what else is new, and copies config.yaml to the first free config.1.yaml, config.2.yaml, ..."""
+        """Reports what else has changed, and copies config.yaml to the first free config.1.yaml, config.2.yaml, ..."""
         path = Path(trainer.default_root_dir) / self._name
         if not trainer.is_global_zero or not trainer.ckpt_path or not path.is_file():
             return

@@ -11,14 +11,14 @@ from lightning.pytorch.utilities import rank_zero_info
 
 
 class RunLock:
-    """A lock that lies in the folder that it protects, so that all who see the folder see the lock.
+    """A lock file in the folder that it protects, so that every machine that sees the folder sees the lock.
 
-    It is POSIX's, which network file systems know too: it ends with its process, however that ends, and a data loader's
-    forked processes do not inherit it. Where the folder is renamed, the lock goes with it.
+    It is a POSIX lock, which network file systems support too: it ends with its process, however that ends, and a data
+    loader's forked processes do not inherit it. It stays valid when the folder is renamed.
 
     Args:
         folder: made where it is missing.
-        command: which kind of writer; different kinds do not exclude each other.
+        command: the kind of writer; different kinds do not exclude each other.
     """
 
     def __init__(self, folder: Path, command: str) -> None:
@@ -27,7 +27,7 @@ class RunLock:
         self._place = Path()
 
     def take(self) -> None:
-        """Takes the lock; where the file system has none, that is said.
+        """Takes the lock, or reports that the file system does not support locks.
 
         Raises:
             FileExistsError: where another process holds it.
@@ -61,7 +61,7 @@ class RunLock:
                 file.close()
 
     def release(self, moved: Path | None = None) -> None:
-        """Gives the lock back; ``moved`` is the folder's new path where it was renamed."""
+        """Releases the lock; ``moved`` is the folder's new path if it was renamed."""
         if self._file is not None:
             place = moved / self._place.name if moved else self._place
             place.unlink(missing_ok=True)
@@ -70,7 +70,7 @@ class RunLock:
 
 
 def refuse_held(folder: Path, command: str) -> None:
-    """Refuses a folder that another process writes to; makes nothing.
+    """Refuses a folder that another process writes to; creates nothing.
 
     Raises:
         FileExistsError: where one does.

@@ -1,7 +1,7 @@
 """The settings a checkpoint was trained with, and what a resumed run may change of them.
 
 They are kept in the checkpoint itself, since a config.yaml beside it may have been edited. Whatever differs is either
-refused, with both values, or takes effect and is said.
+refused, with both values, or takes effect and is reported.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FIXED = (
     "trainer.precision",
     "seed_everything",  # the random state is the checkpoint's, so another seed would not be used
 )
-#: Of these, what changes no result but for rounding. Which weights a path names is looked at by themselves.
+#: Of these, what changes results by rounding at most. The weights behind a path are compared by themselves.
 FREE = tuple(
     f"model.policy.{name}"
     for name in (
@@ -52,11 +52,11 @@ FREE = tuple(
         "compile",
     )
 )
-#: What an evaluation cannot change: it would be one of another model. The rest is a way to measure it.
+#: What an evaluation cannot change, as it would measure another model. The rest is only how it is measured.
 MODEL = ("model.policy.lora", "model.policy.dropout")
-#: Where a run's files are is no setting of the run.
+#: Places of files, which are no settings of a run.
 PLACES = ("run_dir", "ckpt_path", "weights_only", "config", "trainer.default_root_dir", "data.cache_dir")
-#: What is beside a run's results: two runs that differ only in these have the same checkpoints.
+#: What does not affect a run's results: two runs that differ only in these have the same weights.
 ASIDE = (
     "checkpoint",
     "data.num_workers",
@@ -66,7 +66,7 @@ ASIDE = (
     "trainer.enable_progress_bar",
     "trainer.enable_model_summary",
 )
-#: What is read off the Trainer, since not every run has a config.
+#: What is read from the Trainer, since not every run has a config.
 TRAINER = (
     "precision",
     "max_steps",
@@ -84,15 +84,15 @@ _OF_MODULES = {*vars(nn.Module()), "diagnostics", "needs"}
 def described(value: Any) -> Any:
     """``value`` in plain types; an object as ``{class_path, init_args}``.
 
-    Of an object these are the attributes that are named as its constructor's parameters, or, where one has no such
-    attribute, all of its attributes. Of a learned parameter it is the shape.
+    The arguments of an object are its attributes of the names of its constructor's parameters; all of its attributes
+    where one of these is missing. A learned parameter is described by its shape.
     """
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, Enum | Path | torch.dtype):
         return str(getattr(value, "value", value))
     for plain in (int, float, str):
-        if isinstance(value, plain):  # of a class derived from it, too, which torch.load would refuse
+        if isinstance(value, plain):  # also a subclass, which torch.load would refuse
             return plain(value)
     if isinstance(value, Tensor):
         return list(value.shape) if value.requires_grad or value.numel() > 64 else value.tolist()
@@ -150,12 +150,12 @@ def flat(value: Any, key: str = "") -> Settings:
 
 
 def of_trainer(trainer: Any) -> Settings:
-    """The settings of a Trainer that belong to a run's results."""
+    """The settings of a Trainer that affect a run's results."""
     return {f"trainer.{name}": described(getattr(trainer, name, None)) for name in TRAINER}
 
 
 def environment(trainer: Any) -> Settings:
-    """Where a run is: what may change its rounding, and nothing else."""
+    """What a run is computed on, which may change its results by rounding."""
     device = trainer.strategy.root_device
     return {
         "ranks": trainer.world_size,
@@ -169,7 +169,7 @@ def environment(trainer: Any) -> Settings:
 
 
 def differing(saved: Settings, now: Settings) -> list[Change]:
-    """What differs of that which both name; nothing of the arguments of another class."""
+    """The settings that both name and that differ; not the arguments of a class that has been replaced."""
     found: list[Change] = []
     for key in sorted(saved.keys() & now.keys()):
         if saved[key] != now[key] and not any(key.startswith(f"{change.key}.") for change in found):
@@ -182,7 +182,7 @@ def _below(key: str, places: Sequence[str]) -> bool:
 
 
 def aside(config: Settings, *, wanted: bool) -> Settings:
-    """The settings of a config that are beside its run's results, or the others."""
+    """The settings of a config that do not affect its run's results (``wanted``), or those that do."""
     return {k: v for k, v in config.items() if not _below(k, PLACES) and _below(k, ASIDE) is wanted}
 
 
@@ -191,8 +191,8 @@ def changes(saved: Mapping[str, Any], module: Settings, config: Settings | None)
 
     Args:
         saved: ``settings`` of the checkpoint.
-        module: the settings that are read off module and Trainer.
-        config: those of the config, None without one; they add what the objects do not tell.
+        module: the settings that are read from module and Trainer.
+        config: those of the config, None without one; they add arguments that objects do not keep.
     """
     found = differing(saved.get("module") or {}, module)
     known = saved.get("module", {}).keys() & module.keys()
@@ -203,7 +203,7 @@ def changes(saved: Mapping[str, Any], module: Settings, config: Settings | None)
 
 
 def refused(found: Sequence[Change], *, fitting: bool) -> list[Change]:
-    """Those of the changes that are not possible."""
+    """The changes that a run cannot make: a resumed fit where ``fitting``, else an evaluation."""
     if not fitting:
         return [change for change in found if _below(change.key, MODEL)]
     return [change for change in found if _below(change.key, FIXED) and not _below(change.key, FREE)]
@@ -219,14 +219,14 @@ def of_file(path: Path) -> Settings:
 
 
 def weights_sample(model: nn.Module) -> Tensor:
-    """Some 1024 of the weights, evenly spread, without those of an adapter: float32, on the CPU."""
+    """About 1024 of the weights, evenly spread, without those of an adapter: float32, on the CPU."""
     weights = [p.detach() for name, p in model.named_parameters() if ".lora_" not in name]
     each = max(1, 1024 // max(1, len(weights)))
     return torch.cat([w.flatten()[:: max(1, w.numel() // each)][:each].float().cpu() for w in weights])
 
 
 def same_weights(one: Tensor, other: Tensor) -> bool:
-    """Whether two samples are of the same weights, but for the rounding of an adapter that was merged elsewhere."""
+    """Whether two samples are of the same weights, up to the rounding of an adapter merged on another machine."""
     if one.shape != other.shape:
         return False
     return float((~torch.isclose(one, other, rtol=1e-5, atol=1e-8)).float().mean()) < 0.05

@@ -27,7 +27,7 @@ class AgreedSignals:
 
     Lightning's loops ask ``received_sigterm`` after each training step, each evaluation batch and each epoch, and end
     the run with ``SIGTERMException`` where it is true. Here all ranks ask at the same places, so they agree on
-    whether to stop: one number per step is reduced over the ranks. Handlers are those of :mod:`halos_pl.stopping`.
+    whether to stop: one number per step is reduced over the ranks. The handlers are in :mod:`halos_pl.stopping`.
 
     Args:
         trainer: whose loops ask.
@@ -54,7 +54,7 @@ class AgreedSignals:
         return 0 < told < REQUEUE
 
     def register_signal_handlers(self) -> None:
-        """Under SLURM with automatic requeueing, takes its signal as Lightning does, but acts on it after the step."""
+        """Under SLURM with automatic requeueing, handles its signal as Lightning does, but after the step."""
         environment = self.trainer._accelerator_connector.cluster_environment  # type: ignore[attr-defined]
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
 
@@ -76,7 +76,7 @@ REQUEUE = 1000
 
 
 class StopAtStep(Callback):
-    """Has a signal wait until the step is done; then saves ``checkpoints/last.ckpt`` and says how to go on."""
+    """Lets a signal wait until the step is done; then saves ``checkpoints/last.ckpt`` and says how to resume."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stopping.wait_for_step(True)
@@ -106,7 +106,7 @@ class StopAtStep(Callback):
         launcher: Any = trainer.strategy.launcher
         children = list(launcher.procs) if isinstance(launcher, _SubprocessScriptLauncher) else []
         if children:
-            # Its observer would kill this process because a child has ended with a status.
+            # Its observer would kill this process because a child has ended with an exit status other than 0.
             launcher.procs.clear()
         if isinstance(exception, stopping.Stopped):
             for child in children:
@@ -117,24 +117,25 @@ class StopAtStep(Callback):
 
     @staticmethod
     def _save(trainer: Trainer) -> bool:
-        """Whether ``checkpoints/last.ckpt`` holds the steps that were taken; it is written where it does not."""
+        """Writes ``checkpoints/last.ckpt`` where it lacks the last step; False where no step was taken."""
         step = trainer.global_step
         if not step or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return False
         last = next(c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint))
-        if trainer.validating:  # the whole validation is run again: of its figures so far nothing is kept
+        if trainer.validating:  # the resumed run repeats the whole validation, so none of its figures are kept
             progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
             progress.reset()
             progress.total.ready = progress.total.started = 1
         last.save(trainer)
         return True
 
-    def _say(self, trainer: Trainer, saved: bool) -> None:
+    @staticmethod
+    def _say(trainer: Trainer, saved: bool) -> None:
         number = stopping.received()
         why = stopping.name_of(number) if number else "a signal"
         if not saved:
             rank_zero_info(f"halos: stopped by {why}; no step was taken, and nothing is saved")
             return
         step, path = trainer.global_step, Path(trainer.default_root_dir) / LAST
-        go_on = stopping.command_line("--ckpt_path", "last", without=("--ckpt_path",))
-        rank_zero_info(f"halos: stopped by {why} after step {step}; {path} is saved. Go on with:\n{go_on}")
+        resume = stopping.command_line("--ckpt_path", "last", without=("--ckpt_path",))
+        rank_zero_info(f"halos: stopped by {why} after step {step}; {path} is saved. Resume with:\n{resume}")

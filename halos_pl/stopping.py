@@ -1,8 +1,9 @@
-"""Signals end a command in order: a fit saves a checkpoint first, and the exit status names the signal.
+"""Signals end a command cleanly: a fit saves a checkpoint first, and the exit status names the signal.
 
 A command that is told to stop exits with 128 plus the signal's number, as a shell counts it: 130 after Ctrl-C, 143
 after SIGTERM, 129 after its terminal has closed. A fit finishes its optimizer step, saves ``checkpoints/last.ckpt`` and
-says how to go on. Before its first step, and in any other command, it stops at once, as it does at a second Ctrl-C.
+prints the command that resumes it. Before its first step, and in any other command, it stops at once, as it does at a
+second Ctrl-C.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ REPEAT = 0.1
 
 
 class Stopped(BaseException):
-    """A signal has told this process to stop; no ``Exception``, so that nothing takes it for a fault and goes on."""
+    """A signal has told this process to stop; not an ``Exception``, so that no handler of errors swallows it."""
 
     def __init__(self, signum: int) -> None:
         self.signum = signum
@@ -33,7 +34,7 @@ class Stopped(BaseException):
 
 
 class _State:
-    """What this process has been told, and how it is to react."""
+    """Which signals this process has received, and how it reacts to them."""
 
     def __init__(self) -> None:
         self.owner = 0  # the process that listens; a forked one does not
@@ -64,12 +65,12 @@ def agree(signum: int) -> None:
 
 
 def wait_for_step(waits: bool) -> None:
-    """From now on, or no longer, a signal is left to whoever asks :func:`received` when a step has ended."""
+    """Whether a signal waits until the code that asks :func:`received` after each step sees it, or stops at once."""
     _state.waits = waits
 
 
 def wait_for(children: list[subprocess.Popen[bytes]]) -> None:
-    """Has this process end after those, which are stopping too; not before they may need it."""
+    """Makes this process end after its children, which are stopping too and may still need it."""
     _state.children += children
 
 
@@ -98,7 +99,7 @@ def say(text: str) -> None:
 
 
 def _leave_terminal() -> None:
-    """Sends what is printed nowhere: writing to a terminal that is gone would fail, and the fit with it."""
+    """Discards what is printed from now on: writing to a terminal that is gone would fail, and the fit with it."""
     for fd in (1, 2):
         with suppress(OSError):
             os.fstat(fd)
@@ -137,19 +138,19 @@ def _handle(signum: int, frame: Any) -> None:
 
 
 def ignore_signals(worker: int = 0) -> None:
-    """For a data loader's process, which its main process ends: what is sent to all of a job's processes is ignored."""
+    """Makes a data loader's process ignore signals that are sent to a whole job; its main process ends it."""
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 
 @contextmanager
 def listening(words: list[str]) -> Iterator[None]:
-    """While entered, signals end the command in order.
+    """While entered, signals end the command cleanly.
 
     A signal that the process was started to ignore, as SIGHUP under nohup, stays ignored.
 
     Args:
-        words: of the command, for the line that says how to go on.
+        words: of the command, for the line that says how to resume.
 
     Raises:
         SystemExit: with 128 plus the signal's number, where one has come.
@@ -182,7 +183,7 @@ def listening(words: list[str]) -> Iterator[None]:
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
     if isinstance(failed, KeyboardInterrupt):
         told = told or signal.SIGINT
-    # A library may have made another exception of ours; Lightning's own SystemExit has no code.
+    # A library may have replaced our exception by another; Lightning's own SystemExit has no code.
     if told is not None and (failed is None or at_once or not _is_fault(failed)):
         if at_once and os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"halos: stopped by {name_of(told)}", file=sys.stderr)

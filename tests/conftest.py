@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from hypothesis import settings
 from run_halos import PLOTS, no_picture
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from halos_pl.policy.spec import ModelSpec
 
 # The suite is run in as many processes as there are cores; with tiny models threads cost more than they give. And runs
 # that are compared bit for bit need the same number of threads: a sum over two may round in another way.
@@ -72,6 +76,41 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for fits of fixtures of a wider scope, which are made before."""
     for plot in PLOTS:
         monkeypatch.setattr(plot, no_picture)
+
+
+@pytest.fixture(autouse=True)
+def _same_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command puts folders on ``sys.path``, which the next test does without."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where a fit, or what else needs a module's policy, loads a model."""
+
+    def load_model(spec: ModelSpec) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("halos_pl.module.load_model", load_model)
+
+
+@pytest.fixture
+def conversions(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ModelSpec, list[int]]:
+    """A folder with a GGUF file whose conversion is a copy of the tiny model, and a list of the conversions made.
+
+    The cache is the folder ``cache`` of ``tmp_path``.
+    """
+    made: list[int] = []
+
+    def convert(folder: Path, gguf_file: str, to: Path) -> None:
+        made.append(1)
+        shutil.copytree(tiny_folder, to, dirs_exist_ok=True)
+
+    monkeypatch.setattr("halos_pl.policy.source._convert", convert)
+    monkeypatch.setenv("HALOS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tiny.gguf").write_bytes(b"any content")
+    return ModelSpec(str(tmp_path / "model")), made
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,10 +8,12 @@ import math
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
@@ -172,6 +174,51 @@ def run_ranks(words: list[str], folder: Path, ranks: int = 2) -> list[Ended]:
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}
     env = [{**where, "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     return run_all([[*words, f"--trainer.devices={ranks}", "--trainer.strategy=ddp"]] * ranks, folder, env)
+
+
+def quiet_trainer(**options: Any) -> Any:
+    """A Trainer on the CPU that keeps and shows nothing unless ``options`` say otherwise."""
+    from lightning import Trainer
+
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return Trainer(**{"accelerator": "cpu", **quiet, **options})
+
+
+def run_here(capfd: Any, words: list[str]) -> Ended:
+    """One run in this process, and what it says on stderr."""
+    from halos_pl.cli import main
+
+    capfd.readouterr()
+    status: Any = 0
+    try:
+        main(words)
+    except SystemExit as ended:
+        status = ended.code
+    said = Ended(capfd.readouterr().err)
+    said.status = status
+    return said
+
+
+def refused(capfd: Any, words: list[str], status: int = 1) -> str:
+    """What a command in this process says, from its last line for the user on; it ends with ``status``."""
+    said = run_here(capfd, words)
+    assert said.status == status, said
+    assert "Traceback" not in said
+    return said[said.rindex("\nhalos: ") if "\nhalos: " in said else 0 :].strip()
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file may grow beyond ``size`` bytes: writing fails in the middle, as on a full disk.
+
+    Only around what is tested: a log that pytest itself writes to may be larger.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
 KILLED = -signal.SIGKILL

@@ -7,7 +7,6 @@ import json
 import math
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from run_halos import OBJECTIVES, ROOT, binary_data, config, fit, metrics, pair_data
+from run_halos import OBJECTIVES, ROOT, binary_data, config, fit, metrics, pair_data, refused
 
-import halos_pl.module
 from halos_pl import build
 from halos_pl.cli import main
 from halos_pl.data.transforms import Transform
@@ -28,35 +26,10 @@ from halos_pl.policy.reference import ReferenceModel
 PARTS = ("reward", "reference_point", "value_function", "feedback", "undesirable", "extra_terms")
 
 
-@pytest.fixture(autouse=True)
-def _same_path(monkeypatch):
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("data")
     return {"binary": binary_data(folder / "binary.jsonl"), "pairs": pair_data(folder / "pairs.jsonl", 12)}
-
-
-@pytest.fixture
-def no_model(monkeypatch):
-    """Fails where a model is loaded."""
-
-    def load(spec: Any) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(halos_pl.module, "load_model", load)
-
-
-def refused(capfd, words: list[str], status: int = 1) -> str:
-    """What a run says that ends with a line for the user."""
-    with pytest.raises(SystemExit) as caught:
-        main(words)
-    said: str = capfd.readouterr().err
-    assert caught.value.code == status
-    assert "Traceback" not in said
-    return said
 
 
 # -- objectives -----------------------------------------------------------------------------------------

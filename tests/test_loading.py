@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from halos_pl.policy import source
 from halos_pl.policy.limits import check_length
 from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, load_model, load_tokenizer
 from halos_pl.policy.tree import made_up
@@ -158,22 +157,6 @@ def test_cut_off_weights_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(ModelError, match=r"could not be loaded: .*check that the folder is complete"):
         load_model(ModelSpec(str(tmp_path)))
-
-
-@pytest.fixture
-def conversions(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ModelSpec, list[int]]:
-    """A folder with a GGUF file whose conversion is a copy of the tiny model, and a list of the conversions made."""
-    made: list[int] = []
-
-    def convert(folder: Path, gguf_file: str, to: Path) -> None:
-        made.append(1)
-        shutil.copytree(tiny_folder, to, dirs_exist_ok=True)
-
-    monkeypatch.setattr(source, "_convert", convert)
-    monkeypatch.setenv("HALOS_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "tiny.gguf").write_bytes(b"any content")
-    return ModelSpec(str(tmp_path / "model")), made
 
 
 def test_conversion_is_kept(conversions: tuple[ModelSpec, list[int]], tmp_path: Path) -> None:

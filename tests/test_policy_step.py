@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Callback, Trainer
-from run_halos import OBJECTIVES, ROOT
+from lightning import Callback
+from run_halos import OBJECTIVES, ROOT, quiet_trainer
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
@@ -188,15 +188,7 @@ def module(
 def train(model: HALOModule, steps: list[FlatBatch], **options: Any) -> dict[str, float]:
     """One optimizer step per batch; the figures logged last."""
     torch.manual_seed(0)
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    )
+    trainer = quiet_trainer(max_epochs=1, **options)
     trainer.fit(model, DataLoader(steps, batch_size=None))  # type: ignore[arg-type]
     return {k: v.item() for k, v in trainer.callback_metrics.items()}
 
@@ -516,8 +508,7 @@ def test_what_is_tested_after_a_fit_in_one_process_is_compared_with_the_start(ti
         optimizer=lambda params: torch.optim.SGD(params, lr=1.0),
     )
     train(model, [batch()])
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    [figures] = trainer.test(model, DataLoader([batch()], batch_size=None))  # type: ignore[arg-type]
+    [figures] = quiet_trainer().test(model, DataLoader([batch()], batch_size=None))  # type: ignore[arg-type]
     assert figures["test/kl/sequence"] > 0
 
 

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from run_halos import KILLED, binary_data, fit, metrics, pair_data, run
+from run_halos import KILLED, binary_data, fit, metrics, pair_data, refused, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import halos_pl.module
 from halos_pl.callbacks import RunCSVLogger
 from halos_pl.cli import main
 
@@ -209,26 +208,6 @@ def test_a_run_that_max_steps_ended_within_an_epoch_can_be_extended(runs):
 
 
 # -- what is refused, and what is kept ------------------------------------------------------------------
-
-
-@pytest.fixture
-def no_model(monkeypatch):
-    """Fails where a model is loaded."""
-
-    def load_model(spec: Any) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(halos_pl.module, "load_model", load_model)
-
-
-def refused(capfd, words: list[str]) -> str:
-    """What a run says that ends with status 1 and a line for the user."""
-    with pytest.raises(SystemExit) as caught:
-        main(words)
-    said: str = capfd.readouterr().err
-    assert caught.value.code == 1
-    assert "Traceback" not in said
-    return said[said.index("halos: ") :]
 
 
 @pytest.mark.usefixtures("no_model")

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from halos_pl.data.broken import CHUNK, Broken, Read, too_large, twice
+from halos_pl.data.broken import CHUNK, Broken, Read, split_of, too_large, twice
 from halos_pl.data.example import short
 
 BATCH = 1024  # rows decoded at a time
@@ -256,14 +256,11 @@ def saved(path: str, split: str | None, most: int) -> Read:
     """
     folder = Path(path)
     if (folder / "dataset_dict.json").is_file():
-        splits = list(_object(folder / "dataset_dict.json")["splits"])
-        if split is None and len(splits) == 1:
-            split = splits[0]
-        if split not in splits:
-            what = f"has no split {short(split)}" if split else "has several splits"
-            yield 0, Broken(f"the folder {what}; name one of {', '.join(map(str, splits))} as 'split'", ends=True)
+        chosen = split_of(list(_object(folder / "dataset_dict.json")["splits"]), split, "folder")
+        if isinstance(chosen, Broken):
+            yield 0, chosen
             return
-        folder /= str(split)
+        folder /= str(chosen)
     state = _object(folder / "state.json")
     if folder == Path(path) and split and str(state.get("_split")) != split:
         which = f"the split {state['_split']}" if state.get("_split") else "a data set without splits"

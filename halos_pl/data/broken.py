@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from halos_pl.data.example import short
+
 #: Line (row, where there are no lines; from 1, 0 for the source as a whole), and the row or a ``Broken``.
 Read = Iterator[tuple[int, Any]]
 
@@ -26,6 +28,16 @@ def too_large(most: int, size: int | None = None, ends: bool = False) -> Broken:
     return Broken(
         f"the row {what} max_row_mb: {most / 1e6:g}; remove it, or raise max_row_mb of the source{rest}", ends=ends
     )
+
+
+def split_of(known: Sequence[str], wanted: str | None, what: str) -> str | Broken:
+    """The split to read: the one that is wanted, or the only one there is; a Broken where that is none of ``known``."""
+    if wanted is None and len(known) == 1:
+        return known[0]
+    if wanted in known:
+        return str(wanted)
+    wrong = f"has no split {short(wanted)}" if wanted else "has several splits"
+    return Broken(f"the {what} {wrong}; name one of {', '.join(map(str, known))} as 'split'", ends=True)
 
 
 def twice(names: Sequence[str]) -> str | None:

@@ -505,7 +505,7 @@ class FeedbackDataModule(LightningDataModule):
         return {"fingerprint": self._fingerprint()} if "train" in self._splits else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to go on with other data or batches than the checkpoint's: it would be another run.
+        """Refuse to resume with other data or batches than the checkpoint's: it would be another run.
 
         Raises:
             ValueError: naming what differs. Nothing is checked where no training data are set up.

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 
 from halos_pl.data.arrow import BATCH, BINARY, ROW_FAULTS, SAVED, batches, classes_of, named, saved, validated
-from halos_pl.data.broken import CHUNK, Broken, Read
+from halos_pl.data.broken import CHUNK, Broken, Read, split_of
 from halos_pl.data.example import DataError, Fault, short
 from halos_pl.data.source import Source
 from halos_pl.data.text import TEXT
@@ -37,13 +37,10 @@ def _dataset(found: Any, source: Source) -> Read:
     """Rows of a ``datasets`` object, of one split if it has several."""
     import datasets  # takes a second, and files do without
 
-    split = source.split
     if isinstance(found, dict):
-        if split is None and len(found) == 1:
-            split = next(iter(found))
-        if split not in found:
-            what = f"has no split {short(split)}" if split else "has several splits"
-            yield 0, Broken(f"the data set {what}; name one of {', '.join(found)} as 'split'", ends=True)
+        split = split_of(list(found), source.split, "data set")
+        if isinstance(split, Broken):
+            yield 0, split
             return
         found = found[split]
     features = getattr(found, "features", None)

@@ -105,9 +105,9 @@ class SpecialText:
                 at = max(0, said.find(spelled))
                 around = said[max(0, at - 15) : at + len(spelled) + 15]
                 raise ValueError(
-                    f"{name}{where} spells {spelled} (at {around!r}), a token of the dialogue's form, so that the"
-                    " text would forge a turn; remove it, or set data.special_tokens_in_text to split (encode it as"
-                    " plain text) or allow."
+                    f"{name}{where} spells {spelled} (at {around!r}), a token that marks turns, so the text would"
+                    " forge one; remove it, or set data.special_tokens_in_text to split (encode it as plain text) or"
+                    " allow."
                 )
 
     def hold(self, text: Prompt) -> Prompt:

@@ -156,7 +156,7 @@ class _Text:
             try:
                 value, end = _decoded(self.text, self.at)
             except json.JSONDecodeError as error:
-                # What a row that goes on in the next piece looks like; anything else is a mistake already.
+                # A row that continues in the next piece looks like this; anything else is a fault.
                 cut = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - 16
                 if cut and len(self.text) - self.at > self.most:
                     raise too_large(self.most, ends=True) from None
@@ -166,7 +166,7 @@ class _Text:
                 continue
             except (ValueError, RecursionError) as error:
                 raise _json_fault(error, ends=True) from None
-            if end < len(self.text) or not self.more():  # a number may go on
+            if end < len(self.text) or not self.more():  # a number may continue
                 start, self.at = self.at, end
                 if 4 * (end - start) <= self.most:  # no character takes more bytes
                     return value
@@ -236,7 +236,7 @@ def _cell(text: str) -> Any:
 def _csv(stream: io.BufferedReader, most: int) -> Read:
     """Rows under a header of column names; a row's line is its first."""
     csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # 131,072 characters by default
-    # A byte that is not UTF-8 becomes a surrogate, so that it can be laid at its own row's door.
+    # A byte that is not UTF-8 becomes a surrogate, so that only its own row is at fault.
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     used = 0  # characters of the row so far
 

@@ -1,4 +1,4 @@
-"""Whether a model that transformers has loaded is the one in the files: it only warns, or says nothing."""
+"""Whether a loaded model is the one in its files, of which transformers at most warns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from halos_pl.policy.spec import ModelError, ModelSpec
 
-#: What older files hold besides weights: masks and frequencies that are computed today.
+#: What older files hold besides weights: masks and frequencies, which are now computed.
 _BUFFERS = ("inv_freq", "masked_bias", "attn.bias", "attention.bias")
 #: How safetensors calls the dtypes that can be read without a scale.
 _PLAIN = {"F64", "F32", "F16", "BF16"}
@@ -25,16 +25,16 @@ def check_loaded(model: Any, info: Mapping[str, Any], spec: ModelSpec, folder: P
         model: the model.
         info: what ``from_pretrained(output_loading_info=True)`` says of it.
         spec: what was loaded.
-        folder: where from; of a hub name no folder.
+        folder: of its files; a path that does not exist for a hub name.
 
     Raises:
-        ModelError: where the files hold other weights than the model has, or weights that are no plain finite numbers.
+        ModelError: where the files hold other weights than the model has, or weights that are quantised or not finite.
     """
     if mismatched := sorted(info["mismatched_keys"]):
         name, in_file, in_model = mismatched[0]
         raise ModelError(
             f"{spec.path}: {name} is {list(in_file)} in the weights, and {list(in_model)} by config.json"
-            f" ({_count(mismatched)}); put config.json right, e.g. vocab_size where a vocabulary was resized"
+            f" ({_count(mismatched)}); correct config.json, e.g. vocab_size after a resized vocabulary"
         )
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
@@ -73,11 +73,11 @@ def _some(names: list[str]) -> str:
 
 
 def _check_unexpected(model: Any, unexpected: list[str], spec: ModelSpec) -> None:
-    """Refuses weights of the model's layers that are not used; of others, of a value head say, there is a warning.
+    """Refuses unused weights in the model's layers; warns of others, such as those of a value head.
 
     Raises:
-        ModelError: naming some. The model would be another one than its files': without their scales, say, or without
-            an adapter or a layer that they hold.
+        ModelError: naming some. The model would differ from its files, for example by their scales, an adapter or a
+            layer.
     """
     parts = dict(model.named_modules())
 
@@ -103,7 +103,7 @@ def _check_unexpected(model: Any, unexpected: list[str], spec: ModelSpec) -> Non
 
 
 def _check_stops(model: Any, spec: ModelSpec) -> None:
-    """Refuses what the model's generation settings name as the ids at which it stops, where those are no ids."""
+    """Refuses generation settings whose ``eos_token_id`` is not an id or a list of ids."""
     stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     for stop in stops if isinstance(stops, list) else [stops]:
         if stop is not None and (not isinstance(stop, int) or isinstance(stop, bool) or stop < 0):
@@ -114,11 +114,11 @@ def _check_stops(model: Any, spec: ModelSpec) -> None:
 
 
 def _check_files(folder: Path) -> None:
-    """Refuses what transformers reads otherwise than it is meant, or skips.
+    """Refuses files that transformers would misread or skip.
 
     Raises:
-        ModelError: for weights in a dtype that says nothing without a scale, and no word of the scale; and for a
-            generation_config.json, which says where an answer ends, that is no JSON.
+        ModelError: for quantised weights whose config.json does not give the quantisation; and for a
+            generation_config.json, which says where an answer ends, that is not JSON.
     """
     generation = folder / "generation_config.json"
     try:

@@ -10,14 +10,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from halos_pl.policy.loading import base_model
 from halos_pl.policy.spec import ModelError
 
 
 class Positions(NamedTuple):
     """Attributes:
-    most: positions that a model has been trained with; None where it has no limit.
-    hard: it cannot compute more.
-    alike: up to so many tokens a row is computed in the same way whatever is beside it; None where that is always so.
+    most: positions that a model was trained with; None where it has no limit.
+    hard: it cannot compute more than these.
+    alike: tokens of a batch's longest row up to which its rows do not depend on each other; None where they never do.
     """
 
     most: int | None
@@ -27,7 +28,7 @@ class Positions(NamedTuple):
 
 def positions(model: nn.Module) -> Positions:
     """The positions of a causal language model of transformers, or of a peft model around one."""
-    config = _base(model).config.get_text_config()
+    config = base_model(model).config.get_text_config()
     given = getattr(config, "rope_parameters", None) or {}
     ropes = [given, *(own for own in given.values() if isinstance(own, dict))]  # of all layers, or by their kind
     long = [rope for rope in ropes if rope.get("rope_type") == "longrope"]
@@ -39,21 +40,17 @@ def positions(model: nn.Module) -> Positions:
     return Positions(most or None, not given, most if dynamic else alike)
 
 
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def check_length(model: nn.Module, longest: int) -> None:
-    """Says where rows are longer than a model has positions.
+    """Refuses rows that are longer than a model has positions, or warns of them.
 
     Args:
         model: the policy.
         longest: tokens of the longest row, prompt and completion.
 
     Raises:
-        ModelError: where positions have weights, so that there are none for such a row; and where rotary ones change
-            with the longest row of a batch, so that the log-probs of a row would depend on what is beside it. Of other
-            rotary ones, which can be computed for any place, only a warning is given.
+        ModelError: where positions are learned, so that such a row has none; and where rotary ones change with the
+            longest row of a batch, so that a row's log-probs would depend on the rows beside it. Other rotary positions
+            exist at any length, so that there is only a warning.
     """
     most, hard, alike = positions(model)
     if alike and longest > alike and alike != most:
@@ -67,11 +64,11 @@ def check_length(model: nn.Module, longest: int) -> None:
     mend = f"set data.max_length to {most} or less"
     if hard or alike:
         raise ModelError(f"{said}: {mend}")
-    rank_zero_warn(f"halos: {said}: what it does beyond them it has not been trained to; {mend}")
+    rank_zero_warn(f"halos: {said}, beyond which it was not trained; {mend}")
 
 
 def room(places: Positions, length: int, wanted: int) -> int:
-    """Tokens that can be added to a prompt of ``length`` tokens: at most ``wanted``, below 1 where none fits."""
+    """Tokens that fit behind a prompt of ``length`` tokens: at most ``wanted``, below 1 where none does."""
     return min(wanted, places.most - length) if places.most and places.hard else wanted
 
 
@@ -82,7 +79,7 @@ def check_prompts(
     names: Sequence[str],
     wanted: int,
 ) -> None:
-    """Says where prompts do not fit a model that is to continue them.
+    """Refuses prompts that do not fit a model that is to continue them.
 
     Args:
         model: what generates.
@@ -105,13 +102,13 @@ def check_prompts(
     if places.most and max(map(len, prompts), default=0) + wanted > places.most:
         rank_zero_warn(
             f"halos: some prompts and max_new_tokens ({wanted}) together pass the model's {places.most} positions: "
-            + ("those completions end there" if places.hard else "what it says beyond them, it was not trained to say")
+            + ("those completions end there" if places.hard else "it was not trained beyond them")
         )
 
 
 def rows_of_vocabulary(model: nn.Module) -> int:
     """How many token ids a model knows."""
-    embedding: Any = _base(model).get_input_embeddings()
+    embedding: Any = base_model(model).get_input_embeddings()
     return int(embedding.weight.shape[0])
 
 
@@ -134,7 +131,7 @@ def check_vocabulary(
         return
     tokens = ", ".join(f"{token!r} ({number})" for number, token in sorted(beyond.items())[:5])
     about = (
-        f"the tokenizer has {len(beyond)} tokens that the model's embedding of {known} rows does not have: {tokens}"
+        f"the tokenizer has {len(beyond)} tokens without a row in the model's embedding of {known} rows: {tokens}"
         f"{', ...' if len(beyond) > 5 else ''}"
     )
     cure = (
@@ -148,4 +145,4 @@ def check_vocabulary(
                 f"{name} has the token {beyond.get(most, '')!r} ({most}), but {about}; {cure}, or remove such"
                 " rows"
             )
-    rank_zero_warn(f"halos: {about}. No row has one of them; where one may come, {cure}")
+    rank_zero_warn(f"halos: {about}. No row has one of them; in case one does, {cure}")

@@ -67,14 +67,14 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> None:
-    """Refuses a chat template that is no Jinja template, which every row of the data would be blamed for."""
+    """Refuses a chat template that is not valid Jinja, before every row of the data is blamed for it."""
     if not tokenizer.chat_template:
         return
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     except TemplateSyntaxError as error:
         raise ModelError(
-            f"{spec.path}: its chat template is no Jinja template (line {error.lineno}: {error.message}); mend it, or"
+            f"{spec.path}: its chat template is not valid Jinja (line {error.lineno}: {error.message}); mend it, or"
             " get it again"
         ) from error
     except Exception:  # it refuses these messages; those of the data are another matter
@@ -108,7 +108,7 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
 
 
 def stored_dtype(spec: ModelSpec) -> str | None:
-    """The dtype that a model's configuration names, below adapters; None where it names none."""
+    """The dtype that the config of a model, or of an adapter's base, names; None where it names none."""
     root, _ = adapters.chain(spec)
     found = getattr(_loaded(AutoConfig, root, weights=False), "dtype", None)
     return None if found is None else str(found).removeprefix("torch.")

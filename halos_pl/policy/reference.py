@@ -75,7 +75,7 @@ class ReferenceModel(ABC):
         if state:
             raise ValueError(
                 f"the checkpoint holds the weights of a reference that moves, but reference_model is"
-                f" {type(self).__name__}: go on with the config of the checkpoint's own run"
+                f" {type(self).__name__}: resume with the config of the checkpoint's own run"
             )
 
 
@@ -193,7 +193,7 @@ class SyncedCopy(ReferenceModel):
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         if state.keys() != self._moving:
             raise ValueError(
-                "the checkpoint does not hold the weights of this SyncedCopy: go on with the config of its own run"
+                "the checkpoint does not hold the weights of this SyncedCopy: resume with the config of its own run"
             )
         for name, own in self._model.named_parameters():
             if name in self._moving:

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import tempfile
-from contextlib import suppress
 from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -20,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halos_pl.cache import cache_root
-from halos_pl.files import share
+from halos_pl.files import remove, share
 from halos_pl.policy.spec import ModelError, ModelSpec
 
 #: Written last into a converted folder: the SHA-256 of each of its files.
@@ -33,8 +32,8 @@ def source_of(spec: ModelSpec, *, weights: bool = True) -> str:
 
     Args:
         spec: the model.
-        weights: whether the weights are going to be read. If not, those of a converted GGUF file are not verified,
-            which takes most of the time.
+        weights: whether the weights will be read. If not, those of a converted GGUF file are not verified, which would
+            take most of the time.
 
     Raises:
         ModelError: where there is no such model.
@@ -48,7 +47,7 @@ def source_of(spec: ModelSpec, *, weights: bool = True) -> str:
 
 
 def _folder_of_package(name: str) -> Path:
-    """The folder of a package. Neither the package nor one that it is part of is imported: that would run its code."""
+    """The folder of a package. Neither it nor a parent package is imported, as that would run code."""
     top, *parts = name.split(".")
     try:
         found = importlib.util.find_spec(top) if top else None
@@ -120,7 +119,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _intact(folder: Path, weights: bool) -> bool:
-    """Whether every file that was written is there, with the content that it was written with."""
+    """Whether the folder holds the files that were written, and no others, with unchanged content."""
     try:
         written = json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))
         there = _files(folder)
@@ -134,23 +133,21 @@ def _intact(folder: Path, weights: bool) -> bool:
 def _converted(folder: Path, gguf_file: str, weights: bool) -> Path:
     """The Hugging Face folder with a GGUF file's dequantised weights, converted on first use and then kept.
 
-    Kept by content below ``$HALOS_CACHE`` (default ``~/.cache/halos_pl``): reading it takes a second where
-    dequantising takes a quarter of a minute. It appears under its name only when it is complete, and is verified
-    whenever it is used; one that is damaged is converted again.
+    Kept by content below ``$HALOS_CACHE`` (default ``~/.cache/halos_pl``): reading it takes a second, dequantising a
+    quarter of a minute. It gets its name only when it is complete, and is verified on each use; a damaged one is
+    converted again.
     """
     target = cache_root() / f"gguf-{_digest(folder / gguf_file)[:32]}"
     if _intact(target, weights):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    # One process converts, those beside it wait; none takes away a folder that another has just made.
+    # One process converts, others wait; none removes a folder that another has just made.
     with FileLock(target.with_suffix(".lock")):
         if _intact(target, weights):
             return target
         if target.exists():
             rank_zero_info(f"halos: {target}, the converted {gguf_file}, is damaged; it is converted again")
-        shutil.rmtree(target, ignore_errors=True)
-        with suppress(OSError):
-            target.unlink()  # of something that is no folder
+        remove(target)
         beside = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
         try:
             _convert(folder, gguf_file, beside)

@@ -47,7 +47,7 @@ class _Children:
         self._told: int | None = None
 
     def run(self, words: list[str], **given: Any) -> int:
-        """The exit status of a command; that of a stopped one where none is to be started any more."""
+        """The exit status of a command; that of a stopped one where no more may be started."""
         with self._lock:
             if self._told is not None:
                 return 128 + self._told
@@ -99,7 +99,7 @@ def _process(words: list[str], log: Path, env: Mapping[str, str], lock: int | No
 
 
 def _stopping_signal(status: int) -> int | None:
-    """The signal that a command with this exit status was stopped by, where it can go on; None for other ends."""
+    """The signal that has stopped a command with this exit status, so that it can resume; None for other ends."""
     number = status - 128 if status > 128 else -status
     return number if number in stopping.SIGNALS else None
 
@@ -107,7 +107,7 @@ def _stopping_signal(status: int) -> int | None:
 def _last_words(log: Path, start: int, status: int) -> str:
     """Why a command has failed: the line of its words, which begin at byte ``start``, that says so."""
     if number := _stopping_signal(status):
-        return f"stopped by {stopping.name_of(number)}; the next halos ablate goes on with it"
+        return f"stopped by {stopping.name_of(number)}; the next halos ablate resumes it"
     if status < 0:  # the last line says what it did until then
         return f"killed by {signal.Signals(-status).name}{', for want of memory, perhaps' if status == -9 else ''}"
     text = log.read_bytes()[start:].decode(errors="replace")

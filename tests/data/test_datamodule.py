@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import byte_level_tokenizer, write_jsonl
 from lightning.pytorch import LightningModule, Trainer
+from run_halos import quiet_trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -409,13 +410,7 @@ class Recorder(LightningModule):
 
 
 def run(**options: Any) -> Trainer:
-    quiet = {
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "accelerator": "cpu",
-    }
-    return Trainer(**{**quiet, "enable_checkpointing": False, "num_sanity_val_steps": 0, **options})
+    return quiet_trainer(**{"num_sanity_val_steps": 0, **options})
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers|.*Couldn't infer the batch indices")

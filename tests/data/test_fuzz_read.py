@@ -208,8 +208,10 @@ def check(case: Case, folder: Path) -> None:
         assert fatal
     elif case.rows == 0:
         assert str(items[0]) == f"{path}: holds no rows; was it written completely?"
+    elif case.rows is not None and fatal:  # only a row that is larger than the bound ends a whole file
+        assert len(case.content) > Source(path).max_row
+        assert "max_row_mb" in str(items[-1])
     elif case.rows is not None:
-        assert not fatal
         assert len(places) == case.rows
 
 

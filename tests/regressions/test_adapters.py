@@ -11,6 +11,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,10 @@ from transformers import AutoModelForCausalLM
 
 from halos_pl.cli import main
 from halos_pl.export import _adapter_alone
-from halos_pl.policy import source
 from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, load_model, load_tokenizer
 
 IDS = torch.tensor([[5, 9, 17, 33, 80, 120], [7, 200, 90, 91, 4, 6]])
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-
-
-@pytest.fixture(autouse=True)
-def _same_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    monkeypatch.setattr(sys, "path", list(sys.path))
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -173,22 +166,16 @@ def test_a_chain_of_three_adapters(tiny_folder: Path, sft: Path, tmp_path: Path)
     assert differ(logits(AutoPeftModelForCausalLM.from_pretrained(out)), expected) < 1e-5
 
 
-def test_an_adapter_of_a_converted_model(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
-) -> None:
+def test_an_adapter_of_a_converted_model(conversions: tuple[ModelSpec, list[int]], tmp_path: Path, capfd: Any) -> None:
     """Its base is the converted folder: others load it from there, and are told that it is here alone."""
-    monkeypatch.setattr(source, "_convert", lambda _, __, to: shutil.copytree(tiny_folder, to, dirs_exist_ok=True))
-    monkeypatch.setenv("HALOS_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "tiny.gguf").write_bytes(b"any content")
-    spec = ModelSpec(str(tmp_path / "model"), lora=LoRASpec(r=2))
+    spec = replace(conversions[0], lora=LoRASpec(r=2))
     expected, out = exported(spec, tmp_path / "out")
     assert str(tmp_path / "cache") in capfd.readouterr().out
     assert differ(logits(AutoPeftModelForCausalLM.from_pretrained(out)), expected) < 1e-5
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(ModelError, match="GGUF"):
         load_model(ModelSpec(str(out)))
-    load_tokenizer(ModelSpec(str(tmp_path / "model")))  # converts it again
+    load_tokenizer(conversions[0])  # converts it again
     assert differ(logits(load_model(ModelSpec(str(out)))), expected) < 1e-5
 
 
@@ -244,9 +231,7 @@ def test_the_tokenizer_of_the_base_where_an_adapter_has_none(tiny_folder: Path, 
     assert load_tokenizer(ModelSpec(str(own))).chat_template == "mine"
 
 
-@pytest.mark.parametrize(
-    "trained", [None, pytest.param(["embed_tokens", "lm_head"], marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("trained", [None, pytest.param(["embed_tokens", "lm_head"], marks=pytest.mark.slow)])
 def test_an_adapter_after_a_resized_vocabulary(tiny_folder: Path, tmp_path: Path, trained: list[str] | None) -> None:
     tokenizer = load_tokenizer(ModelSpec(str(tiny_folder)))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>", "</tool>"]})  # type: ignore[dict-item]

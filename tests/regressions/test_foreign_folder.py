@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from run_halos import ROOT, run_all
+from run_halos import ROOT, config, refused, run_all
 
 from halos_pl.cli import folder_last
 from halos_pl.provenance import provenance
@@ -170,11 +170,13 @@ def test_what_lies_beside_a_named_file_hides_no_library(tmp_path: Path) -> None:
     assert not (folder / "mark").exists()
 
 
-def test_a_name_that_an_installed_module_hides_is_said(tmp_path: Path, tiny_folder: Path) -> None:
+def test_a_name_that_an_installed_module_hides_is_said(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """``rich.Mine`` is looked up in the installed rich, and the error says so."""
     _shadowed(tmp_path)
-    words = ["fit", f"--config={ROOT}/experiments/base.yaml", f"--config={ROOT}/experiments/objectives/kto.yaml"]
-    said = run_all([[*words, f"--model.policy.path={tiny_folder}", "--model.value_function=rich.Mine"]], tmp_path)[0]
-    assert said.status == 2
+    monkeypatch.chdir(tmp_path)
+    words = ["fit", config("base"), config("objectives/kto"), f"--model.policy.path={tiny_folder}"]
+    said = refused(capfd, [*words, "--model.value_function=rich.Mine"], status=2)
     assert "rich/__init__.py" in said
     assert "rich.py" in said

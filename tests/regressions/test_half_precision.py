@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning import Trainer
 from run_halos import fit as words_of
-from run_halos import pair_data, run, run_ranks
+from run_halos import pair_data, quiet_trainer, run, run_ranks
 from test_policy_step import batch, module
 from torch import nn
 from torch.utils.data import DataLoader
@@ -84,8 +84,7 @@ def test_what_is_lost_without_them_is_measured_and_said():
 
 def fit(model: HALOModule, data: list[Any], path: Path | None = None, **options: Any) -> Trainer:
     torch.manual_seed(0)
-    silent = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = Trainer(accelerator="cpu", logger=False, **silent, **{"max_epochs": 1, **options})
+    trainer: Trainer = quiet_trainer(**{"max_epochs": 1, **options})
     trainer.fit(model, DataLoader(data, batch_size=None), ckpt_path=path)  # type: ignore[arg-type]
     return trainer
 

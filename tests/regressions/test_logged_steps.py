@@ -1,15 +1,20 @@
-"""A run that goes on under ``max_steps`` logs the steps that an uninterrupted one logs.
+"""A run that is resumed under ``max_steps`` logs the steps that an uninterrupted one logs.
 
 Lightning#19617: killed after step 10 of 14, 10 steps an epoch, a run logged steps 11 to 14 after 0 to 9.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import Callback
 from run_halos import KILLED, binary_data, fit, metrics, run
 from test_resume import checkpoint, equal, kill_at
+
+from halos_pl.cli import main
 
 EPOCH = 3
 LIMITS = {
@@ -20,22 +25,51 @@ LIMITS = {
 }
 
 
+class CopyAt(Callback):
+    """Copies the run's folder when an epoch begins after ``step`` steps: it is what a kill at that moment leaves."""
+
+    def __init__(self, step: int, to: str) -> None:
+        self.step, self.to = step, to
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.global_step == self.step:
+            shutil.copytree(trainer.default_root_dir, self.to)
+
+
+def same(whole: Path, resumed: Path) -> None:
+    steps = [row["step"] for row in metrics(resumed)]
+    assert steps == [str(step) for step in range(len(steps))]
+    assert equal(metrics(whole), metrics(resumed)) == []
+    loops = [checkpoint(folder)["loops"]["fit_loop"] for folder in (whole, resumed)]
+    assert equal(*loops) == []
+
+
+def test_logged_steps_go_on_after_an_epoch(tiny_folder: Path, tmp_path: Path) -> None:
+    data, killed = binary_data(tmp_path / "data.jsonl", 4 * EPOCH), tmp_path / "killed"
+    words = fit(tiny_folder, "bco", data, tmp_path / "whole", *LIMITS["steps"], "--checkpoint.every_n_steps=1")
+    copy = [f"--trainer.callbacks+={__name__}.CopyAt", f"--trainer.callbacks.step={EPOCH}"]
+    main([*words, *copy, f"--trainer.callbacks.to={killed}"])
+    assert len(metrics(killed)) == EPOCH
+    main([*words, f"--run_dir={killed}", "--ckpt_path=last"])
+    same(tmp_path / "whole", killed)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "kills"),
     [
         ("steps", (EPOCH,)),
         *(
-            pytest.param(limit, kills, marks=pytest.mark.slow)
+            (limit, kills)
             for limit in LIMITS
             for kills in ((2,), (EPOCH, EPOCH + 1), (EPOCH - 1, EPOCH), (EPOCH, EPOCH + 2))
         ),
-        pytest.param("steps alone", (EPOCH, 2 * EPOCH), marks=pytest.mark.slow),
+        ("steps alone", (EPOCH, 2 * EPOCH)),
     ],
 )
 def test_logged_steps_are_continuous(tiny_folder: Path, tmp_path: Path, limit: str, kills: tuple[int, ...]) -> None:
     data = binary_data(tmp_path / "data.jsonl", 4 * EPOCH)
     options = (*LIMITS[limit], "--checkpoint.every_n_steps=1")
-    runs = {}
     for name in ("whole", "killed"):
         words = fit(tiny_folder, "bco", data, tmp_path / name, *options)
         for number, step in enumerate(kills if name == "killed" else ()):
@@ -44,9 +78,4 @@ def test_logged_steps_are_continuous(tiny_folder: Path, tmp_path: Path, limit: s
             assert ended.status == KILLED, ended
         ended = run([*words, "--ckpt_path=last"] if name == "killed" else words, tmp_path)
         assert ended.status == 0, ended
-        runs[name] = tmp_path / name
-    whole, resumed = metrics(runs["whole"]), metrics(runs["killed"])
-    assert [row["step"] for row in resumed] == [str(step) for step in range(len(resumed))]
-    assert equal(whole, resumed) == []
-    loops = [checkpoint(folder)["loops"]["fit_loop"] for folder in runs.values()]
-    assert equal(*loops) == []
+    same(tmp_path / "whole", tmp_path / "killed")

@@ -6,33 +6,18 @@ transformers#11102 (a tokenizer larger than the embedding), gpt-neo#273 (generat
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from run_halos import binary_data, fit
+from run_halos import binary_data, fit, refused
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM, LlamaForCausalLM
 
 from halos_pl.cli import main
 from halos_pl.generate import generate, sample_tokens
 from halos_pl.policy.limits import check_vocabulary
 from halos_pl.policy.loading import ModelError, ModelSpec, load_model, load_tokenizer
-
-
-@pytest.fixture(autouse=True)
-def _same_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-
-def refused(capfd: Any, words: list[str]) -> str:
-    with pytest.raises(SystemExit) as caught:
-        main(words)
-    said: str = capfd.readouterr().err
-    assert caught.value.code == 1
-    assert "Traceback" not in said
-    return next(line for line in said.splitlines() if line.startswith("halos: "))
 
 
 def larger(tiny: Path, folder: Path) -> Path:

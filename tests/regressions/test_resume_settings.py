@@ -20,7 +20,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.trainer.states import TrainerFn
-from run_halos import binary_data, fit
+from run_halos import binary_data, fit, quiet_trainer, refused
 from torch import Tensor, nn
 
 from halos_pl.cli import main
@@ -203,7 +203,7 @@ def kto(**changes: Any) -> HALOModule:
 
 
 def trainer(**options: Any) -> Trainer:
-    made = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, **options)
+    made: Trainer = quiet_trainer(**options)
     made.state.fn = TrainerFn.FITTING
     return made
 
@@ -334,16 +334,12 @@ def test_a_callback_whose_state_holds_its_arguments_keeps_those_of_this_run(tmp_
 
     def fit_with(patience: int, epochs: int, path: Path | None = None) -> Any:
         early = EarlyStopping("x", patience=patience, check_finite=False, strict=False)
-        silent = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-        run = Trainer(
-            accelerator="cpu",
-            logger=False,
+        run = quiet_trainer(
             max_epochs=epochs,
             limit_train_batches=1,
             limit_val_batches=0,
             callbacks=[KeepSettings({}, "config.yaml"), early],
             default_root_dir=tmp_path,
-            **silent,  # type: ignore[arg-type]
         )
         run.fit(BoringModel(), ckpt_path=path)
         run.save_checkpoint(tmp_path / "some.ckpt")
@@ -366,16 +362,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Sim
     return SimpleNamespace(run=folder / "run", words=[*words, "--trainer.max_epochs=2", "--model.warmup_ratio=0"])
 
 
-def resumed(finished: SimpleNamespace, folder: Path, *options: str) -> Path:
+def resuming(finished: SimpleNamespace, folder: Path, *options: str) -> list[str]:
+    """The words that resume a copy of the run."""
     shutil.copytree(finished.run, folder)
-    main([*finished.words, f"--run_dir={folder}", "--ckpt_path=last", *options])
-    return folder
+    return [*finished.words, f"--run_dir={folder}", "--ckpt_path=last", *options]
 
 
 def test_another_learning_rate_is_used_said_and_kept(finished, tmp_path):
     schedule = "--model.lr_schedule=constant_with_warmup"
     monitor = "--trainer.callbacks+=LearningRateMonitor"
-    run = resumed(finished, tmp_path / "x", schedule, "--model.optimizer.init_args.lr=1e-5", monitor)
+    run = tmp_path / "x"
+    main(resuming(finished, run, schedule, "--model.optimizer.init_args.lr=1e-5", monitor))
     with (run / "metrics.csv").open() as file:
         used = [float(row["lr-AdamW"]) for row in csv.DictReader(file) if row.get("lr-AdamW")]
     assert used == [1e-5] * 3
@@ -388,14 +385,6 @@ def test_another_learning_rate_is_used_said_and_kept(finished, tmp_path):
     # It is kept by later resumptions, and not noted again.
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["settings"]
     assert [entry["step"] for entry in saved["history"]] == [3]
-
-
-def refusal(capfd: Any, *words: Any) -> str:
-    with pytest.raises(SystemExit) as caught:
-        resumed(*words)
-    assert caught.value.code == 1
-    said: str = capfd.readouterr().err
-    return said[said.index("halos: ") :]
 
 
 @pytest.mark.parametrize(
@@ -420,7 +409,7 @@ def refusal(capfd: Any, *words: Any) -> str:
     ],
 )
 def test_a_change_that_is_refused_leaves_the_run_as_it_was(finished, tmp_path, capfd, option, named):
-    said = refusal(capfd, finished, tmp_path / "x", option)
+    said = refused(capfd, resuming(finished, tmp_path / "x", option))
     assert named in said
     assert len(said) < 700
     for name in ("config.yaml", "metrics.csv", "summary.json"):
@@ -433,6 +422,6 @@ def test_an_older_checkpoint_is_compared_with_its_config(finished, tmp_path, cap
     shutil.copytree(finished.run, older.run)
     path = older.run / "checkpoints" / "last.ckpt"
     torch.save({k: v for k, v in torch.load(path, weights_only=True).items() if k != "settings"}, path)
-    said = refusal(capfd, older, tmp_path / "x", "--model.value_function.init_args.beta=5.0")
+    said = refused(capfd, resuming(older, tmp_path / "x", "--model.value_function.init_args.beta=5.0"))
     assert "model.value_function.beta is 5.0, and was 0.1" in said
-    resumed(older, tmp_path / "y")
+    main(resuming(older, tmp_path / "y"))

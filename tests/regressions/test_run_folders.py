@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from run_halos import binary_data, fit, metrics
+from run_halos import binary_data, fit, metrics, refused
 
 import halos_pl.data.datamodule
 from halos_pl.callbacks import move_aside
@@ -45,16 +45,6 @@ def finished(tmp_path_factory, tiny_folder) -> tuple[Path, list[str]]:
     return folder / "run", words
 
 
-def refused(capfd, words: list[str]) -> str:
-    with pytest.raises(SystemExit) as ended:
-        main(words)
-    assert ended.value.code == 1
-    said: str = capfd.readouterr().err
-    assert "Traceback" not in said
-    [line] = [line for line in said.splitlines() if line.startswith("halos: ") and "Error" in line]
-    return line
-
-
 @pytest.fixture
 def unread(monkeypatch):
     """Fails where data are read: what is wrong with a folder is said before."""
@@ -84,7 +74,7 @@ def test_a_folder_that_is_written_to_is_refused(finished, tmp_path, capfd, comma
     assert not (tmp_path / "x.1").exists()
 
 
-@pytest.mark.parametrize("command", ["fit", "test", "predict"])
+@pytest.mark.parametrize("command", ["fit", "predict", pytest.param("test", marks=pytest.mark.slow)])
 def test_the_lock_is_that_which_others_ask_for(finished, tmp_path, monkeypatch, command):
     source, words = finished
     run_dir, taken = tmp_path / "x", []
@@ -180,7 +170,7 @@ def test_a_gpu_where_there_is_none(finished, tmp_path, capfd):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("command", ["test", "predict"])
+@pytest.mark.parametrize("command", ["test", pytest.param("predict", marks=pytest.mark.slow)])
 def test_the_config_of_a_run_that_was_moved_does_not_measure_another(finished, tmp_path, capfd, command) -> None:
     """A new fit moves an earlier run aside; that run's config goes on naming the folder of the new one."""
     run, _ = finished

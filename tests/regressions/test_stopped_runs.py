@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from run_halos import Ended, binary_data, fit, metrics, run
+from run_halos import Ended, binary_data, fit, metrics, run, run_here
 
 OPTIONS = ("--trainer.max_epochs=2", "--data.seed=47")
 EPOCH, STEPS = 4, 8
@@ -24,13 +26,16 @@ class Fits:
     def words(self, name: str, *options: str) -> list[str]:
         return fit(self.model, "bco", self.data, self.folder / name, *OPTIONS, *options)
 
-    def run(self, name: str, *options: str) -> Ended:
-        return run(self.words(name, *options), self.folder)
+    def start(self, words: list[str]) -> Ended:
+        return run(words, self.folder)
 
-    def uninterrupted(self, *options: str) -> Path:
+    def run(self, name: str, *options: str) -> Ended:
+        return self.start(self.words(name, *options))
+
+    def uninterrupted(self, start: Callable[[list[str]], Ended], *options: str) -> Path:
         if options not in self.whole:
             name = f"whole{len(self.whole)}"
-            ended = self.run(name, *options)
+            ended = start(self.words(name, *options))
             assert ended.status == 0, ended
             self.whole[options] = self.folder / name
         return self.whole[options]
@@ -59,33 +64,11 @@ def assert_same(whole: Path, parts: Path) -> None:
         assert not isinstance(value, torch.Tensor) or torch.equal(value, b["state_dict"][key]), key
 
 
-def slow(*case: object) -> object:
-    return pytest.param(*case, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize(
-    ("name", "moment", "step", "reached", "validates"),
-    [
-        slow("SIGTERM", "on_validation_batch_start", EPOCH, EPOCH, True),  # at an epoch's end
-        ("SIGTERM", "on_before_zero_grad", 2, 3, False),  # within step 3
-        slow("SIGHUP", "on_before_zero_grad", 2, 3, False),
-        slow("SIGUSR1", "on_before_zero_grad", 2, 3, False),
-        slow("SIGINT", "on_train_batch_end", 2, 2, False),
-        slow("SIGTERM", "on_train_batch_end", EPOCH, EPOCH, False),
-        slow("SIGTERM", "on_validation_batch_start", 2, 2, True),
-        slow("SIGTERM", "on_validation_epoch_end", 2, 2, True),
-        slow("SIGTERM", "on_validation_end", EPOCH, EPOCH, True),
-        slow("SIGTERM", "on_train_batch_end", 2, 2, True),
-        slow("SIGTERM", "on_train_epoch_start", EPOCH, EPOCH + 1, True),
-        slow("SIGTERM", "on_train_batch_end", STEPS, STEPS, False),  # after the last step
-        slow("SIGTERM", "writing", STEPS, STEPS, False),
-    ],
-)
-def test_a_stopped_fit_saves_and_goes_on_exactly(fits, name, moment, step, reached, validates):
+def saves_and_goes_on(fits, start, name, moment, step, reached, validates) -> None:
+    """A fit that gets a signal; ``start`` runs a command."""
     options = (f"--data.validation={fits.data}", "--trainer.val_check_interval=2") if validates else ()
-    whole = fits.uninterrupted(*options)
-    where = f"{name}{moment}{step}{validates}"
-    ended = fits.run(where, *options, *signal_at(name, moment, step))
+    where = f"{name}{moment}{step}{validates}{start.__name__}"
+    ended = start(fits.words(where, *options, *signal_at(name, moment, step)))
     assert ended.status == 128 + signal.Signals[name], ended
     assert "Traceback" not in ended
     assert saved(fits.folder / where)["global_step"] == reached
@@ -97,15 +80,58 @@ def test_a_stopped_fit_saves_and_goes_on_exactly(fits, name, moment, step, reach
     assert summary["ended"] == name
     line = next(line for line in ended.splitlines() if line.endswith("--ckpt_path last"))
     again = [word for word in shlex.split(line)[1:] if "callbacks" not in word]
-    ended = run(again, fits.folder)
+    ended = start(again)
     assert ended.status == 0, ended
-    assert_same(whole, fits.folder / where)
+    assert_same(fits.uninterrupted(start, *options), fits.folder / where)
     summary = json.loads((fits.folder / where / "summary.json").read_text())
     assert (summary["steps"], summary["finished"]) == (STEPS, True)
 
 
-def test_before_the_first_step_nothing_is_saved(fits):
-    ended = fits.run("early", *signal_at("SIGTERM", "setup"))
+@pytest.fixture
+def here(capfd, caplog, monkeypatch):
+    """Runs a command in this process."""
+    monkeypatch.setattr(sys, "argv", ["halos"])
+
+    def here(words: list[str]) -> Ended:
+        caplog.clear()
+        ended = run_here(capfd, words)
+        said = Ended("\n".join([*caplog.messages, ended]))  # the log's own stream is not captured
+        said.status = ended.status
+        return said
+
+    return here
+
+
+def test_a_fit_stopped_within_a_step_saves_and_goes_on_exactly(fits, here):
+    saves_and_goes_on(fits, here, "SIGTERM", "on_before_zero_grad", 2, 3, False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "moment", "step", "reached", "validates"),
+    [
+        ("SIGTERM", "on_validation_batch_start", EPOCH, EPOCH, True),  # at an epoch's end
+        ("SIGTERM", "on_before_zero_grad", 2, 3, False),  # within step 3
+        ("SIGHUP", "on_before_zero_grad", 2, 3, False),
+        ("SIGUSR1", "on_before_zero_grad", 2, 3, False),
+        ("SIGINT", "on_train_batch_end", 2, 2, False),
+        ("SIGTERM", "on_train_batch_end", EPOCH, EPOCH, False),
+        ("SIGTERM", "on_validation_batch_start", 2, 2, True),
+        ("SIGTERM", "on_validation_epoch_end", 2, 2, True),
+        ("SIGTERM", "on_validation_end", EPOCH, EPOCH, True),
+        ("SIGTERM", "on_train_batch_end", 2, 2, True),
+        ("SIGTERM", "on_train_epoch_start", EPOCH, EPOCH + 1, True),
+        ("SIGTERM", "on_train_batch_end", STEPS, STEPS, False),  # after the last step
+        ("SIGTERM", "writing", STEPS, STEPS, False),
+    ],
+)
+def test_a_stopped_fit_saves_and_goes_on_exactly(fits, name, moment, step, reached, validates):
+    """In a process of its own."""
+    saves_and_goes_on(fits, fits.start, name, moment, step, reached, validates)
+
+
+def test_before_the_first_step_nothing_is_saved(fits, here):
+    ended = here(fits.words("early", *signal_at("SIGTERM", "setup")))
     assert ended.status == 143, ended
     assert "Traceback" not in ended
     assert not (fits.folder / "early" / "checkpoints").exists()
@@ -142,7 +168,7 @@ def test_a_signal_to_all_processes_of_a_job_leaves_the_workers_alone(fits):
 @pytest.mark.parametrize("command", ["test", "validate", "predict"])
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_other_commands_stop_at_once(fits, command, name):
-    run_dir = fits.uninterrupted()
+    run_dir = fits.uninterrupted(fits.start)
     moment = f"on_{'validation' if command == 'validate' else command}_batch_end"
     words = [command, f"--config={run_dir}/config.yaml", f"--run_dir={run_dir}", f"--data.validation={fits.data}"]
     words += [f"--data.test={fits.data}", *signal_at(name, moment, 0)]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import write_jsonl
-from run_halos import ROOT, binary_data, fit, pair_data, run
+from run_halos import ROOT, binary_data, fit, pair_data
 
 from halos_pl.cli import main
 from halos_pl.lightning_cli import HalosCLI
@@ -193,8 +193,7 @@ def test_a_wall_comes_down_to_its_cause() -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     """A folder with a run of one step, and files of many kinds beside it."""
     home = tmp_path_factory.mktemp("trained")
-    words = fit(tiny_folder, "kto", binary_data(home / "rows.jsonl"), home / "run", "--trainer.max_steps=1")
-    assert run(words, home).status == 0
+    main(fit(tiny_folder, "kto", binary_data(home / "rows.jsonl"), home / "run", "--trainer.max_steps=1"))
     pair_data(home / "pairs.jsonl")
     (home / "binary.dat").write_bytes(bytes(range(256)) * 4)
     (home / "empty.jsonl").touch()
@@ -338,7 +337,12 @@ HELD_OUT: dict[str, tuple[list[dict[str, Any]], set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", HELD_OUT)
+BOTH_KINDS = ("unpaired", "one pair")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in BOTH_KINDS else pytest.mark.slow) for name in HELD_OUT]
+)
 def test_metrics_are_those_that_the_rows_give(
     name: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
