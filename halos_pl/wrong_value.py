@@ -294,7 +294,7 @@ def _within_settings(key: str, cls: type, given: dict[str, Any], *, factory: boo
     parser = ArgumentParser(exit_on_error=False)
     try:
         # What a factory is called with, such as the parameters of an optimizer, is no setting.
-        parser.add_class_arguments(cls, fail_untyped=False, skip={1} if factory else None)
+        parser.add_class_arguments(cls, fail_untyped=False, skip=set[str | int]([1]) if factory else None)
     except Exception:
         return None
     named = {a.dest: getattr(a, "_typehint", Any) for a in parser._actions if a.dest.rpartition(".")[2] != "help"}
