@@ -14,9 +14,11 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 import halos_pl.baselines  # noqa: F401  (so that its terms are found by their bare names)
 from halos_pl.feedback import Feedback
+from halos_pl.messages import cause
 from halos_pl.objective import HALO, Objective, Sum
 from halos_pl.reference_points import ReferencePoint
 from halos_pl.rewards import Reward
+from halos_pl.wrong_value import cause_in
 from halos_pl.yaml_files import read_yaml
 from value_functions import ValueFunction
 
@@ -64,22 +66,6 @@ def module_of_file(path: Path, prefix: str) -> ModuleType:
     return module
 
 
-def choices(name: str, base: type) -> str:
-    """What the argument ``name`` takes, in words: the concrete subclasses of ``base`` that have been imported."""
-    found: set[str] = set()
-    todo: list[type] = [base]
-    while todo:
-        cls: type
-        for cls in todo.pop().__subclasses__():
-            todo.append(cls)
-            if not inspect.isabstract(cls):
-                found.add(cls.__name__)
-    return (
-        f"{name} takes one of: {', '.join(sorted(found))}; or the dotted path of a class of yours that extends"
-        f" {base.__module__.removesuffix('.base')}.{base.__name__}"
-    )
-
-
 def build_objective(
     *,
     reward: Reward | None = None,
@@ -94,6 +80,7 @@ def build_objective(
 
     Raises:
         ValueError: where some, but not all, parts of a HALO are given, or nothing is.
+        TypeError: for a part that is something else.
     """
     parts = {
         "reward": reward,
@@ -102,8 +89,12 @@ def build_objective(
         "feedback": feedback,
         "undesirable": undesirable,
     }
-    missing = [name for name, part in parts.items() if part is None]
     terms = list(extra_terms or [])
+    for name, part in [*parts.items(), *(("extra_terms", term) for term in terms)]:
+        if name in PARTS and part is not None and not isinstance(part, PARTS[name]):
+            what = f"the class {part.__name__}" if inspect.isclass(part) else f"a {type(part).__name__}"
+            raise TypeError(f"{name} is {what}; it takes an instance of a {PARTS[name].__name__}")
+    missing = [name for name, part in parts.items() if part is None]
     if not missing:
         halo = HALO(**parts, constant=constant)  # type: ignore[arg-type]
         terms.insert(0, halo)
@@ -148,8 +139,6 @@ def load_objective(path: str | Path) -> Objective:
     try:
         return build_objective(**_parser().instantiate(_parser().parse_object(parts)))
     except ArgumentError as error:
-        part = next((name for name in PARTS if f'"{name}' in str(error).partition("\n")[0]), None)
-        hint = f"\n{choices(part, PARTS[part])}" if part else ""
-        raise ValueError(f"{path}: {error}{hint}") from error
+        raise ValueError(f"{path}: {cause_in(error) or cause(str(error))}") from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error

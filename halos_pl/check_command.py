@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
-import inspect
 import json as jsons
 import sys
 from collections.abc import Iterable, Iterator
@@ -13,131 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from halos_pl.build import load_objective, module_of_file, place_of
-from halos_pl.conformance.check import KINDS, Target, made, reports, required_arguments
+from halos_pl.conformance.check import reports
+from halos_pl.conformance.explain import explain, listed
 from halos_pl.conformance.report import TITLES, Definition, Report
+from halos_pl.conformance.target import TargetError, load_target, objective_of, one_line
 from halos_pl.messages import cause, plain
 
 FAMILY = Path("experiments", "objectives")
 START, END = "<!-- halos check --all: this table is generated -->\n", "<!-- end of the table -->\n"
-
-
-class TargetError(ValueError):
-    """The target cannot be checked; the message says why in one line."""
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {cause(str(error))}".split())[:300]
-
-
-def _known(name: str) -> type | None:
-    """The class of that bare name among the plug-ins that have been imported, the library's own first."""
-    found, todo = [], list[type](KINDS)
-    while todo:
-        cls = todo.pop()
-        todo += cls.__subclasses__()
-        if cls.__name__ == name:
-            found.append(cls)
-    return min(found, key=lambda c: not c.__module__.startswith(("halos_pl", "value_functions")), default=None)
-
-
-def _from_file(path: Path, name: str) -> Any:
-    if not path.is_file():
-        raise TargetError(f"{path}: no such file")
-    try:
-        found: Any = module_of_file(path, "target")
-    except (Exception, SystemExit) as error:
-        raise TargetError(f"{path} does not import: {_one_line(error)}") from error
-    for part in name.split("."):  # Outer.Inner as well
-        if not hasattr(found, part):
-            raise TargetError(f"{path} has no {name!r}")
-        found = getattr(found, part)
-    return found
-
-
-def _from_module(path: str) -> Any:
-    if path.endswith(".py"):
-        raise TargetError(f"{path}: say which class of it, {path}:Class")
-    module, _, name = path.rpartition(".")
-    if not module:
-        cls = _known(name)
-        if cls is None:
-            raise TargetError(
-                f"{path!r} is no known plug-in; give an objective's YAML, a dotted class, or path/to/file.py:Class"
-            )
-        return cls
-    try:
-        home = importlib.import_module(module)
-    except (Exception, SystemExit) as error:
-        raise TargetError(f"{module} does not import: {_one_line(error)}") from error
-    if not hasattr(home, name):
-        raise TargetError(f"{module} has no {name!r}")
-    return getattr(home, name)
-
-
-def _instance(cls: type, given: dict[str, Any], what: str) -> Any:
-    """``cls`` with arguments of plain data, plug-ins among them instantiated."""
-    try:
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(cls, "it", fail_untyped=False)
-        return parser.instantiate(parser.parse_object({"it": given})).as_dict()["it"]
-    except (Exception, SystemExit) as error:
-        raise TargetError(f"{what}: {_one_line(error)}") from error
-
-
-def objective_of(path: str | Path) -> Target:
-    """The objective of a YAML file, built from its plug-ins alone: no policy, no data.
-
-    Raises:
-        TargetError: where the file cannot be read, or does not describe an objective.
-    """
-    try:
-        return load_objective(path)
-    except OSError as error:
-        raise TargetError(f"{path}: {error.strerror or error}{place_of(path)}") from error
-    except (ValueError, yaml.YAMLError, SystemExit) as error:
-        said = " ".join(str(error).split())  # most of them name the file themselves
-        raise TargetError(said if str(path) in said else f"{path}: {said}") from error
-
-
-def load_target(target: str, init_args: str | None = None) -> Target:
-    """What ``halos check TARGET`` checks.
-
-    Args:
-        target: an objective's YAML file, ``path/to/file.py:Class``, a dotted class, or the bare name of a plug-in.
-        init_args: the class's arguments as JSON; plug-ins among them as {"class_path": ..., "init_args": ...}.
-
-    Raises:
-        TargetError: where there is nothing to check, in one line.
-    """
-    if target.endswith((".yaml", ".yml")):
-        if init_args is not None:
-            raise TargetError("--init_args is for classes; a YAML file states its own arguments")
-        return objective_of(target)
-    path, colon, name = target.rpartition(":")
-    found = _from_file(Path(path), name) if colon else _from_module(target)
-    given: Any = {}
-    if init_args is not None:
-        try:
-            given = jsons.loads(init_args)
-        except ValueError as error:
-            raise TargetError(f"--init_args is not JSON: {error}") from error
-        if not isinstance(given, dict) or not inspect.isclass(found):
-            raise TargetError('--init_args takes a class\'s arguments as an object, such as {"beta": 0.1}')
-    if inspect.isclass(found) and issubclass(found, KINDS) and not inspect.isabstract(found):
-        missing = [name for name in required_arguments(found) if name not in given]
-        if missing:
-            raise TargetError(f"{target} needs arguments that were not given: {', '.join(missing)}; see --init_args")
-        if given:
-            return _instance(found, given, f"{target} with {init_args}")
-    try:
-        return made(found)
-    except (Exception, SystemExit) as error:
-        raise TargetError(f"{target}: {' '.join(str(error).split())[:300]}") from error
 
 
 def family(folder: Path | None = None, *, thorough: bool = False) -> Iterator[tuple[str, dict[Definition, Report]]]:
@@ -196,7 +79,7 @@ def _check_one(target: str, definition: Definition, json: bool, init_args: str |
         try:
             found = reports(load_target(target, init_args), thorough=thorough)[definition]
         except SystemExit as error:
-            raise TargetError(f"{target} cannot be checked: it leaves the process, {_one_line(error)}") from error
+            raise TargetError(f"{target} cannot be checked: it leaves the process, {one_line(error)}") from error
     report = replace(found, target=target)
     if report.unusable:
         raise TargetError(f"{target} cannot be checked: {report.unusable}")
@@ -204,6 +87,8 @@ def _check_one(target: str, definition: Definition, json: bool, init_args: str |
         print(jsons.dumps(report.to_json(), indent=2))
     else:  # what is piped somewhere is not wrapped
         Console(width=None if sys.stdout.isatty() else 1000).print(report)
+        if failed := [clause.clause for clause in report.clauses if clause.status == "failed" and clause.required]:
+            print(f"\nWhat a clause means, and the cure: halos check --explain {failed[0]}")
     return report
 
 
@@ -229,10 +114,26 @@ def run(words: list[str]) -> None:
     parser.add_argument("--init_args", metavar="JSON", help="the class's arguments, such as '{\"beta\": 0.2}'")
     parser.add_argument("--all", action="store_true", help="every file of experiments/objectives, both definitions")
     parser.add_argument("--write", metavar="FILE", type=Path, help="with --all: put the table into FILE as well")
+    parser.add_argument(
+        "--explain",
+        metavar="CLAUSE",
+        nargs="?",
+        const="",
+        help="what a clause means, an example of failing it, and the cure; without a name, the list of clauses",
+    )
     parser.add_argument("--thorough", action="store_true", help="search longer, up to 30 s for a target")
     given = parser.parse_args(words)
+    if given.explain is not None:
+        if given.all or given.target is not None:
+            parser.error("--explain takes no target: name one clause, or none for the list of them")
+        try:
+            print(explain(given.explain) if given.explain else listed())
+        except ValueError as error:
+            print(f"halos check: {plain(error)}", file=sys.stderr)
+            raise SystemExit(2) from error
+        return
     if given.all == (given.target is not None):
-        parser.error("name one target, or say --all")
+        parser.error("name one target, or say --all or --explain")
     try:
         if given.all:
             _check_all(given.json, given.thorough, given.write)

@@ -7,6 +7,8 @@ import os
 import sys
 from typing import NoReturn
 
+from halos_pl.help_page import help_page, unknown_command
+from halos_pl.messages import plain
 from halos_pl.stopping import listening
 
 # Set for the commands of a study: Python is told not to put the working folder first, and it is still put last.
@@ -40,6 +42,12 @@ def main(args: list[str] | None = None) -> None:
             from importlib.metadata import version
 
             print(f"halos_pl {version('halos_pl')}")
+        elif not words or words[0] in ("--help", "-h", "help"):
+            print(help_page(), file=sys.stdout if words else sys.stderr)
+            raise SystemExit(0 if words else 2)
+        elif said := unknown_command(words[0]):
+            print(f"halos: {plain(said)}", file=sys.stderr)
+            raise SystemExit(2)
         # Imported by command: a check takes less time than it takes to load Lightning and transformers.
         elif words[:1] == ["check"]:
             from halos_pl import check_command

@@ -19,14 +19,16 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from jsonargparse import Namespace
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from halos_pl.ablate_command import ablate, report, status
-from halos_pl.build import PARTS, choices, place_of
+from halos_pl.build import place_of
 from halos_pl.cache import NoHomeError, cache_root
 from halos_pl.cache_command import clear, info
 from halos_pl.callbacks import CONFIG, PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig, check_run_dir
@@ -41,26 +43,23 @@ from halos_pl.checkpoint import (
 )
 from halos_pl.data import DataError, FeedbackDataModule
 from halos_pl.data.inspect import inspect_source
-from halos_pl.data.transforms import Transform
 from halos_pl.ending import NotingTrainer
 from halos_pl.export import export
 from halos_pl.generate import generate_file
+from halos_pl.held_lines import HeldLines
+from halos_pl.help_page import COMMANDS, EPILOG
 from halos_pl.log_config import LogConfig, missing_package
 from halos_pl.messages import cause, plain
 from halos_pl.module import HALOModule, NonFiniteLossError, check_trainer, unsupported_strategy
 from halos_pl.monitors import check_monitors, say_unused
 from halos_pl.policy.loading import ModelError
-from halos_pl.policy.reference import ReferenceModel
 from halos_pl.progress import Progress
 from halos_pl.resume import KeepSettings
 from halos_pl.stop_at_step import AgreedSignals, StopAtStep
 from halos_pl.study.evaluate import evaluate
+from halos_pl.wrong_value import cause_in, naming_keys, near, shown
 from halos_pl.yaml_files import YAMLFileError, read_yaml
 
-PLUGINS: dict[str, type] = {
-    **{f"model.{name}": base for name, base in {**PARTS, "reference_model": ReferenceModel}.items()},
-    "data.transforms": Transform,
-}
 TOOLS: dict[str, Callable[..., None]] = {
     "export": export,
     "generate": generate_file,
@@ -117,26 +116,54 @@ class HalosParser(LightningArgumentParser):
         known = {action.dest for parser in parsers for action in parser._actions} - {"help"}
         key = re.sub(r"\.(class_path|init_args)\b", "", key)
         near = sorted(known) if len(known) <= 12 else difflib.get_close_matches(key, known, cutoff=0.8)
-        return f"\n\nThere is: {', '.join(near)}" if near else ""
+        return f" There is: {', '.join(near)}." if near else ""
+
+    def format_help(self) -> str:
+        """The help with the plug-ins first and the Trainer last; the order of the options stays as it is elsewhere."""
+        groups, usage = self._action_groups, self.usage
+        own = [list(group._group_actions) for group in groups]
+        try:
+            if any(action.dest.startswith("trainer.") for action in self._actions):  # a hundred options: no usage
+                self.usage = f"{self.prog.replace(' [options]', '')} [--config FILE ...] [--OPTION VALUE ...]"
+            for group in groups:
+                group._group_actions.sort(key=lambda action: rank(action.dest))
+            self._action_groups = sorted(groups, key=lambda g: min((rank(a.dest) for a in g._group_actions), default=0))
+            return super().format_help()
+        finally:
+            self._action_groups, self.usage = groups, usage
+            for group, actions in zip(groups, own, strict=True):
+                group._group_actions[:] = actions
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        message, whole = cause(message), message
-        for name, base in PLUGINS.items():
-            # Not for a fault of an argument of a class that there is.
-            named = re.search(rf"{re.escape(name)}\b", whole)
-            if named and re.search(r"import path|import of|no module|no attribute", whole, re.IGNORECASE):
-                message += f"{hidden(whole)}\n\n{choices(name, base)}"
-                break
-        if unknown := re.search(UNKNOWN_OPTION, message):
-            message += self._near(unknown["key"])
-        if "invalid choice" in message and "fit" in message:
-            message += f"\n\nfurther commands: {', '.join(('check', *TOOLS))}"
-        # The usage alone fills a screen, and what went wrong would be below it.
+        if not self.exit_on_error:  # of a class within a value: the option that holds it says what is wrong
+            super().error(message, ex)
+        said = cause_in(ex)
+        said = f"{said}{hidden(said)}" if said else " ".join(cause(message).split())
         command = self.prog.replace(" [options]", "")
         if inside := re.match(r"Subcommand '(\w+)'", message):  # a key of a config file
             command += f" {inside[1]}"
-        print(f"{command}: error: {plain(message)}\n\nAll options: {command} --help", file=sys.stderr)
+        if missing := re.match(r"the following arguments are required: (?:(\w+)\.)?(.*)", said):
+            command += f" {missing[1]}" if missing[1] in LightningCLI.subcommands() else ""
+            said = f"{missing[2]} must be given, in a config or on the command line"
+        elif unknown := re.search(UNKNOWN_OPTION, said):
+            said = f"{said.rstrip('.')}.{self._near(unknown['key'])} All options: {command} --help"
+        elif "--print_config" in said and "comments" in said:
+            said += "; comments need ruamel.yaml: pip install 'ruamel.yaml>=0.18.15'"
+        # The usage alone fills a screen, and what went wrong would be below it.
+        print(f"{command}: error: {plain(said)}", file=sys.stderr)
         raise SystemExit(2) from ex
+
+
+# The order of the help: what a run is about comes first.
+FIRST = ("help", "config", "print_config", "run_dir", "model.value_function", "model.reference_point", "model.reward")
+FIRST += ("model.feedback", "model.undesirable", "model.policy", "data", "model", "checkpoint", "ckpt_path")
+
+
+def rank(option: str) -> int:
+    """The place of an option in the help."""
+    fits = [i for i, name in enumerate(FIRST) if option == name or option.startswith(f"{name}.")]
+    last = len(FIRST) + (option.partition(".")[0] == "trainer")
+    return min(fits, default=last)
 
 
 def hidden(message: str) -> str:
@@ -145,7 +172,7 @@ def hidden(message: str) -> str:
         file = getattr(sys.modules.get(name), "__file__", None)
         for own in (Path(f"{name}.py"), Path(name, "__init__.py")):
             if file and own.is_file() and own.resolve() != Path(file).resolve():
-                return f"\n\n{name} is {file}, which is installed; {own} has the same name: rename it"
+                return f"; {name} is {file}, which is installed; {own} has the same name: rename it"
     return ""
 
 
@@ -164,14 +191,15 @@ class HalosCLI(LightningCLI):
     def __init__(self, args: Any = None, *, run: bool = True) -> None:
         self._words, self._runs = sys.argv[1:] if args is None else args, run
         check_files(self._words)
-        names = ", ".join(f"halos {name}" for name in ("check", *TOOLS))
-        further = f"Further commands, each with --help: {names}. A config is code where it names classes: those of"
-        further += " other packages and files are imported, and trust_remote_code executes a model's."
-        status = (
-            "Exit status: 0 when done, 1 for what went wrong, 2 for a faulty command line, 128 + n when signal n has"
-            " stopped it (130 after Ctrl-C, 143 after SIGTERM). A fit then saves a checkpoint first, from which"
-            " --ckpt_path last goes on; a second Ctrl-C stops at once."
-        )
+        self._held = HeldLines()
+        if run:
+            self._held.hold()
+        try:
+            self._start(args, run)
+        finally:
+            self._held.release(write=False)
+
+    def _start(self, args: Any, run: bool) -> None:
         super().__init__(
             HALOModule,
             FeedbackDataModule,
@@ -184,7 +212,11 @@ class HalosCLI(LightningCLI):
                 "num_sanity_val_steps": 0,
             },
             seed_everything_default=0,
-            parser_kwargs={"description": f"Align language models with human-aware losses. {further} {status}"},
+            parser_kwargs={
+                "description": "Align language models with human-aware losses.",
+                "epilog": EPILOG,
+                **({name: {"description": COMMANDS[name]} for name in self.subcommands()} if run else {}),
+            },
             parser_class=HalosParser,
             auto_configure_optimizers=False,
             trainer_class=NotingTrainer,
@@ -210,6 +242,12 @@ class HalosCLI(LightningCLI):
         if not self._runs:  # what a run's config.yaml holds besides, as an argument of its command
             for name in ("ckpt_path", "weights_only"):
                 parser.add_argument(f"--{name}", default=None)
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise RunError(f"seed_everything is {self._own.seed_everything}: it must be 0 to {2**32 - 1}") from error
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: our checkpoints hold no hyper-parameters; ``config.yaml`` does."""
@@ -245,8 +283,14 @@ class HalosCLI(LightningCLI):
             read_checkpoint(path, resume=self.subcommand == "fit", mmap=True)
             config.ckpt_path = str(path)
 
+    def instantiate_classes(self) -> None:
+        with naming_keys(self._own, (*USER_ERRORS, TypeError, ImportError)):
+            super().instantiate_classes()
+
     def before_fit(self) -> None:
         """Refuses, before data are read, what could not work whatever they are."""
+        check_length(self.trainer)
+        self.model.check_fit(self.trainer)
         check_monitors(self.trainer, self.model, self.datamodule)
         say_unused(self.trainer, self.datamodule)
 
@@ -265,14 +309,11 @@ class HalosCLI(LightningCLI):
             kwargs["callbacks"] = [*callbacks, self._get(self.config_init, "progress")]
         try:
             trainer: Any = super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, TypeError) as error:  # such as a GPU where there is none
-            said = " ".join(str(error).split())
-            if re.search(r"accelerator|devices|GPU|cuda|mps|tpu", said, re.IGNORECASE):
-                said += " Check --trainer.accelerator and --trainer.devices; auto takes what this machine has"
-            raise RunError(f"trainer: {said}") from error
+        except (MisconfigurationException, TypeError, ValueError, ImportError) as error:
+            raise RunError(refused_trainer(error, config.trainer)) from error
         # First, so that the time of a step is without what others do after it, such as writing a checkpoint.
         # KeepSettings comes before what writes this run's config.yaml.
-        trainer.callbacks[:0] = [RunReport(), StopAtStep(), KeepSettings(config.clone().as_dict(), CONFIG)]
+        trainer.callbacks[:0] = [self._held, RunReport(), StopAtStep(), KeepSettings(config.clone().as_dict(), CONFIG)]
         # Behind what moves an earlier run aside.
         trainer.callbacks += [PredictionWriter(), LogConfig(config.clone().as_dict())]
         trainer._signal_connector = AgreedSignals(trainer)
@@ -324,12 +365,34 @@ def check_files(words: Any) -> None:
             raise YAMLFileError(f"--config {path} is a folder; name a file in it")
         if elsewhere := place_of(path):
             raise YAMLFileError(f"--config {path}: no such file (relative to {Path.cwd()}){elsewhere}")
+        if not os.path.lexists(path):
+            raise YAMLFileError(f"--config {path}: no such file (relative to {Path.cwd()})")
         if Path(path).is_file():  # a pipe can be read only once
             content, lines = read_yaml(path)
             for key in GROUPS:
                 if not isinstance(content.get(key, {}), (dict, str)):
                     said = json.dumps(content[key], default=str)
                     raise YAMLFileError(f"{path}:{lines[(key,)]}: {key} is {said}; it takes a mapping")
+
+
+# What tells a process of the others.
+LAUNCHERS = {"MASTER_ADDR", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "LSB_JOBID"}
+
+
+def check_length(trainer: Any) -> None:
+    """Refuses a fit of no step, and one without an end.
+
+    Raises:
+        RunError: naming the setting.
+    """
+    for name in ("max_steps", "max_epochs", "limit_train_batches"):
+        if getattr(trainer, name) == 0:
+            raise RunError(f"trainer.{name} is 0, so that nothing would be trained")
+    if trainer.max_steps == -1 and trainer.max_epochs == -1:
+        raise RunError(
+            "nothing limits the steps of the fit, of whose length model.lr_schedule and model.warmup_ratio are shares;"
+            " set trainer.max_steps or trainer.max_epochs (trainer.max_time may end it sooner)"
+        )
 
 
 def check_settings(trainer: Any) -> None:
@@ -342,6 +405,11 @@ def check_settings(trainer: Any) -> None:
     strategy = given if isinstance(given, str) else given.class_path.rpartition(".")[2]
     if re.match(r"fsdp|deepspeed|model_?parallel", strategy, re.IGNORECASE):
         raise RunError(unsupported_strategy(strategy))
+    if trainer.num_nodes > 1 and not LAUNCHERS & os.environ.keys():
+        raise RunError(
+            f"trainer.num_nodes is {trainer.num_nodes}, but nothing says where the other nodes are, so this one would"
+            " wait for them. Start a process on each node with torchrun or srun, or set MASTER_ADDR and NODE_RANK"
+        )
     if trainer.overfit_batches:
         raise RunError(
             f"trainer.overfit_batches is {trainer.overfit_batches}: Lightning would replace the sampler, which decides"
@@ -367,6 +435,29 @@ def check_loggers(given: Any) -> None:
         path = logger.get("class_path") if isinstance(logger, Namespace) else None
         if missing := missing_package(str(path)):
             raise RunError(missing)
+
+
+# What a Trainer computes on, and the value that leaves it to Lightning.
+_MACHINE = {"accelerator": "auto", "devices": "auto", "num_nodes": 1, "strategy": "auto", "precision": None}
+
+
+def refused_trainer(error: Exception, given: Any) -> str:
+    """Which options of a Trainer are at fault, and why, in a line."""
+    said = " ".join(str(error).split())
+    settings = {name: value for name, value in _settings(given).items() if value is not None}
+    blamed = [name for name in settings if re.search(rf"\b{name}\b", said)]
+    blamed = [name for name in blamed if settings[name] != _MACHINE.get(name)]
+    if not blamed:
+        blamed = [name for name in _MACHINE if name in settings and settings[name] != _MACHINE[name]]
+    here = ", ".join(name for name in AcceleratorRegistry if AcceleratorRegistry[name]["accelerator"].is_available())
+    names = {"accelerator": ["gpu", *AcceleratorRegistry], "strategy": StrategyRegistry.available_strategies()}
+    parts = []
+    for name in blamed:
+        guess = near(settings[name], names.get(name, ()))
+        guess = f" (did you mean {guess}?)" if guess not in ("", settings[name]) else ""
+        parts.append(f"trainer.{name} is {shown(settings[name])}{guess}")
+    has = f"; this machine has: {here}" if {"accelerator", "devices"} & {*blamed} else ""
+    return f"{' and '.join(parts) or 'trainer'}: {said.rstrip('.!')}{has}"
 
 
 def check_nulls(kind: Any, given: Mapping[str, Any], where: str) -> None:

@@ -128,6 +128,11 @@ class HALOModule(LightningModule):
         master_weights: bool = True,
     ) -> None:
         super().__init__()
+        if not isinstance(policy, ModelSpec):
+            raise TypeError(
+                f"policy is a {type(policy).__name__}; it takes a ModelSpec, such as ModelSpec(path). Save a model and"
+                ' its tokenizer with save_pretrained("folder"), and give ModelSpec("folder")'
+            )
         if micro_batch_rows is not None and micro_batch_rows < 1:
             raise ValueError(f"micro_batch_rows is {micro_batch_rows}; it must be at least 1, or null")
         if not 0 <= warmup_ratio <= 1:
@@ -213,7 +218,16 @@ class HALOModule(LightningModule):
         check_trainer(self.trainer)
         keep_out_absent(self.trainer)
         if stage == "fit":
-            check_float16(self.trainer, self.policy_spec)
+            self.check_fit(self.trainer)
+
+    def check_fit(self, trainer: Any) -> None:
+        """Refuses, before a model is loaded, settings that it cannot be trained with.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        check_float16(trainer, self.policy_spec)
+        self._optimizer([nn.Parameter(torch.zeros(2, 2))])  # it refuses its settings, whatever it is given to train
 
     def configure_model(self) -> None:
         """Loads policy and reference, after the data have been validated."""
@@ -781,6 +795,17 @@ class HALOModule(LightningModule):
 
     # -- optimizer and checkpoints --------------------------------------------------------------------
 
+    def _optimizer(self, parameters: list[nn.Parameter]) -> Any:
+        """What ``model.optimizer`` makes.
+
+        Raises:
+            ValueError: where it does not take its settings.
+        """
+        try:
+            return self.make_optimizer(parameters)
+        except (TypeError, ValueError) as error:  # as of lr: null
+            raise ValueError(f"model.optimizer: {error}; check its init_args") from error
+
     def configure_optimizers(self) -> Any:
         """The optimizer over trainable parameters, and its schedule by optimizer step.
 
@@ -789,10 +814,7 @@ class HALOModule(LightningModule):
         """
         trained = [p for p in self.parameters() if p.requires_grad]
         self._masters = MasterWeights(trained if self.master_weights else [])
-        try:
-            optimizer: Any = self.make_optimizer(self._masters.parameters or trained)
-        except (TypeError, ValueError) as error:  # as of lr: null
-            raise ValueError(f"model.optimizer: {error}; check its init_args") from error
+        optimizer = self._optimizer(self._masters.parameters or trained)
         guard(optimizer, self.record.add)
         self._masters.attach(optimizer)
         LostUpdates(optimizer, "Set model.master_weights to true")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, DeviceStatsMonitor, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from halos_pl.ending import epoch_steps, fit_steps
@@ -76,24 +76,29 @@ def check_monitors(trainer: Trainer, module: LightningModule, data: Any) -> None
         MonitorError: naming the callback, the figure, and those that are like it.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    silent = [type(c).__name__ for c in callbacks if isinstance(c, LearningRateMonitor | DeviceStatsMonitor)]
+    if silent and not trainer.loggers:
+        raise MonitorError(f"{silent[0]} writes to a logger, but trainer.logger is false; leave one of the two out")
     monitored = [(c, m) for c in callbacks if isinstance(m := getattr(c, "monitor", None), str)]
     no_validation = _why_no_validation(trainer, data) if monitored else ""
     training = set(_figures(module, data._splits.get("train"))) | set(TRAINING)
     held_out = set(_figures(module, data._splits.get("validation")))
     if {"rewards/chosen", "rewards/rejected"} <= held_out:
         held_out.add("rewards/auroc")
-    known = training | ({f"val/{name}" for name in held_out} if not no_validation else set())
+    validated = {f"val/{name}" for name in held_out}
+    known = training | (validated if not no_validation else set())
     for callback, monitor in monitored:
         if monitor in known or (monitor in COUNTERS and isinstance(callback, ModelCheckpoint)):
             continue
-        without = no_validation if monitor.startswith("val/") else ""
+        near = difflib.get_close_matches(monitor, sorted(known | validated), n=5, cutoff=0.5) or sorted(known)
+        meant = monitor if monitor.startswith("val/") else near[0]
+        without = no_validation if meant.startswith("val/") else ""
         if monitor.removeprefix("val/").startswith("outcome/z0_") and module.halo is not None and not without:
             continue  # a reference point's diagnostics have names of its own
-        near = difflib.get_close_matches(monitor, sorted(known), n=5, cutoff=0.5) or sorted(known)
         said = (
             f"{type(callback).__name__}.monitor is {monitor!r}, which is never logged"
-            + (f": {without}" if without else "")
-            + f". Logged are, for example, {', '.join(near)}"
+            + (f": {meant} takes a validation, but {without}" if without else "")
+            + f". Logged {'with one ' if without else ''}are, for example, {', '.join(near)}"
         )
         if without or not any(map(_foreign, callbacks)):
             raise MonitorError(said)
@@ -106,11 +111,14 @@ def given_up(error: BaseException) -> MonitorError | None:
     return MonitorError(f"{first} The run has ended") if first.startswith(GIVEN_UP) else None
 
 
+#: What a Trainer does about validation, and the value that asks for nothing in particular.
+_OF_VALIDATION = {"val_check_interval": 1.0, "check_val_every_n_epoch": 1, "limit_val_batches": 1.0}
+
+
 def say_unused(trainer: Trainer, data: Any) -> None:
     """Says which settings of a fit have no effect."""
-    intervals = trainer.val_check_interval != 1.0 or trainer.check_val_every_n_epoch != 1
-    if intervals and not data.sources["validation"]:
-        rank_zero_warn(
-            "halos: trainer.val_check_interval and trainer.check_val_every_n_epoch have no effect, because"
-            " data.validation names no data"
-        )
+    given = [name for name, default in _OF_VALIDATION.items() if getattr(trainer, name) != default]
+    if given and not data.sources["validation"]:
+        names = " and ".join(f"trainer.{name}" for name in given)
+        have = "have" if given[1:] else "has"
+        rank_zero_warn(f"halos: {names} {have} no effect, because data.validation names no data")

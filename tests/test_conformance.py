@@ -534,7 +534,7 @@ def test_a_yaml_with_a_wrong_name_or_part_is_one_line(tmp_path, capfd):
     code, _, err = halos_check(capfd, tmp_path / "typo.yaml")
     assert code == 2
     assert "typo.yaml" in err
-    assert re.search(r"value_function takes one of: .*\bLogistic, ", err)
+    assert re.search(r"value_function .*\bdid you mean Logistic\?", err)
     assert err.count("\n") == 1
     del config["model"]["value_function"]
     (tmp_path / "part.yaml").write_text(yaml.safe_dump(config))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,15 +13,13 @@ import torch
 
 from halos_pl.conformance import feedback, objective, reference_point, reward, value_function
 from halos_pl.conformance.report import CheckFailed, Clause, Definition, Report
+from halos_pl.conformance.target import Target, made
 from halos_pl.conformance.witness import Raised, WrongShape
-from halos_pl.feedback import Feedback
 from halos_pl.objective import Objective
 from halos_pl.reference_points import ReferencePoint
 from halos_pl.rewards import Reward
 from value_functions import ValueFunction
 
-Target = Objective | ValueFunction | ReferencePoint | Reward | Feedback
-KINDS = (Objective, ValueFunction, ReferencePoint, Reward, Feedback)
 _NOT_REQUIRED = "reported: required only of an objective that reads undesirable rows as `reflect`"
 _NO_WEIGHT = "reported: no row that it acts on carries weight"
 _SINGLE = "v rounds its outcomes to float32 (see precision), which is what this may be"
@@ -31,35 +28,6 @@ _DEGENERATE = "a degenerate reference: there are no rewards that it averages"
 
 def _halo_shaped(failed: list[str]) -> str:
     return f"halo-shaped: fails {', '.join(failed)}"
-
-
-def made(target: object) -> Target:
-    """The target itself, or an instance of a class that can be made without arguments.
-
-    Raises:
-        TypeError: for anything else, in one line.
-    """
-    kinds = ", ".join(kind.__name__ for kind in KINDS)
-    if inspect.isclass(target):
-        if not issubclass(target, KINDS):
-            raise TypeError(f"{target.__name__} is not a class of {kinds}")
-        if inspect.isabstract(target):
-            lacks = ", ".join(sorted(target.__abstractmethods__))
-            raise TypeError(f"{target.__name__} is abstract: it lacks {lacks}")
-        missing = required_arguments(target)
-        if missing:
-            raise TypeError(f"{target.__name__} needs arguments that were not given: {', '.join(missing)}")
-        return target()
-    if not isinstance(target, KINDS):
-        raise TypeError(f"{type(target).__name__} object is not an instance of {kinds}")
-    return target
-
-
-def required_arguments(cls: type) -> list[str]:
-    """Names of the constructor's arguments that have no default."""
-    free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    parameters = inspect.signature(cls).parameters.values()
-    return [p.name for p in parameters if p.default is p.empty and p.kind not in free]
 
 
 @dataclass(frozen=True)
@@ -339,7 +307,8 @@ def check_halo(
 
     Args:
         target: an ``Objective``, ``ValueFunction``, ``ReferencePoint``, ``Reward`` or ``Feedback``, or such a class
-            that can be made without arguments.
+            that can be made without arguments; or, as on the command line, an objective's YAML file,
+            ``path/to/file.py:Class``, a dotted class, or the bare name of a plug-in.
         definition: ``icml`` (Ethayarajh et al., ICML 2024, Def. 3.4) or ``v1`` (arXiv v1: any parameterised reward).
         expected_failures: clauses that may fail, each with a reason. They are reported as ``expected`` and do not
             raise. The verdict does not change: it is computed, and cannot be declared.
@@ -352,6 +321,7 @@ def check_halo(
     Raises:
         CheckFailed: see ``on_fail``; an AssertionError with the ``report``.
         TypeError: for another target, in one line.
+        TargetError: a ValueError, for a name or file that holds nothing to check.
         ValueError: for another definition or ``on_fail``, an expected failure of a clause that the target does not
             have or without a reason, or fewer than one example.
     """

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from halos_pl.conformance.check import check_halo, clause_names, made
+from halos_pl.conformance.check import check_halo, clause_names
 from halos_pl.conformance.report import Definition, Report
+from halos_pl.conformance.target import made
 
 if TYPE_CHECKING:
     import pytest

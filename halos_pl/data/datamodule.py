@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from halos_pl.data.batches import Order, StepDataset, StepSampler, seeded
 from halos_pl.data.example import DataError
-from halos_pl.data.formats import files_of
+from halos_pl.data.formats import files_of, refuse_missing
 from halos_pl.data.source import OnBadRows, Source, source_of
 from halos_pl.data.special import SpecialTokens
 from halos_pl.data.split import Split, Together
@@ -71,21 +71,41 @@ def _ordered(transforms: list[Transform], one_per_prompt: bool) -> list[Transfor
     return [*transforms[:place], *([OnePerPrompt()] if one_per_prompt else []), *transforms[place:]]
 
 
+def _no_source(given: Any) -> str:
+    """What was given in place of a source, without its rows, and what is taken instead."""
+    takes = "it takes a path, a name on the hub, a mapping {path: ..., ...} of a source's settings, or a list of these"
+    if isinstance(given, dict):
+        keys = ", ".join(map(str, list(given)[:8]))
+        if {"prompt", "completion", "chosen", "messages"} & set(given):
+            return f"holds a row, with the columns {keys}; {takes}. Write the rows to a .jsonl file and name that"
+        return f"is a mapping without path, with the keys {keys}; {takes}"
+    save = ""
+    if hasattr(given, "save_to_disk"):
+        save = '. Save it with save_to_disk("folder"), and name that folder'
+    elif hasattr(given, "to_parquet"):
+        save = '. Save it with to_parquet("file.parquet"), and name that file'
+    return f"is a {type(given).__name__}; {takes}{save}"
+
+
 def _sources(split: str, given: Sources | None) -> list[Source]:
     """The sources of a split; a folder or a pattern of files is one source a file.
 
     Raises:
         ValueError: for one that is listed twice, or a weight of what is not trained on.
     """
-    each = [] if given is None else given if isinstance(given, list) else [given]
+    each = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
     sources = []
     for one in each:
         if isinstance(one, str):
             sources.append(Source(one))
         elif isinstance(one, Source):
             sources.append(one)
-        else:
+        elif isinstance(one, os.PathLike):
+            sources.append(Source(os.fspath(one)))
+        elif isinstance(one, dict) and "path" in one:
             sources.append(source_of(one, f"data.{split}"))
+        else:
+            raise ValueError(f"data.{split} {_no_source(one)}")
     sources = [file for source in sources for file in files_of(source)]
     if split != "train" and any(source.weight != 1 for source in sources):
         raise ValueError(f"data.{split} has a source with a weight; only training data are weighted")
@@ -209,7 +229,9 @@ class FeedbackDataModule(LightningDataModule):
 
     def _open(self, splits: Sequence[str]) -> None:
         """Opens the stores of the splits; all their faults are known before any is raised."""
-        faults, count = [], 0
+        faults: list[tuple[int, str]] = []
+        count = 0
+        refuse_missing(source for split in splits for source in self.sources[split])
         tokenizer = self._module.tokenizer
         if self._tokenizer != (state := (tokenizer, tokenizer.chat_template)):  # of another model
             self._tokenizer, self._stores = state, {}
@@ -223,11 +245,11 @@ class FeedbackDataModule(LightningDataModule):
                 try:
                     self._stores[key] = open_store(source, tokenizer, self.cache_dir, self.special_tokens_in_text)
                 except DataError as error:
-                    faults.append(str(error))
+                    faults.append((1, str(error)))
                     count += 1
                     continue
             if self.on_bad_rows == "error":
-                faults += self._stores[key].faults
+                faults += self._stores[key].causes
                 count += self._stores[key].fault_count
         if count:
             raise DataError(fault_list(faults, count))
@@ -313,7 +335,7 @@ class FeedbackDataModule(LightningDataModule):
             if store.unused:
                 rank_zero_info(f"{split} data {store.path}: not used: {', '.join(store.unused)}")
             if store.fault_count:
-                rank_zero_info(f"{split} data, skipped:\n{fault_list(store.faults, store.fault_count)}")
+                rank_zero_info(f"{split} data, skipped:\n{fault_list(store.causes, store.fault_count)}")
         for source, store in zip(self.sources[split], table.stores, strict=True):
             if source.weight != 1:
                 number = round(source.weight * made.counts[store.path].rows)

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from halos_pl.data.arrow import BATCH, BINARY, ROW_FAULTS, SAVED, batches, classes_of, named, saved, validated
 from halos_pl.data.broken import CHUNK, Broken, Read, split_of
-from halos_pl.data.example import Fault, short
+from halos_pl.data.example import DataError, Fault, short
 from halos_pl.data.source import Source
 from halos_pl.data.text import TEXT
 
@@ -121,6 +121,20 @@ def _kind(path: str) -> str | None:
 
 
 _SPLITS = {"train", "test", "validation", "valid", "val", "dev", "eval"}
+
+
+NOT_THERE = "no such file (relative to {}); check the path"
+
+
+def refuse_missing(sources: Iterable[Source]) -> None:
+    """Refuses sources that are not there, as can be told before anything is loaded.
+
+    Raises:
+        DataError: naming all of them.
+    """
+    missing = [source.path for source in sources if not Path(source.path).exists() and not is_hub_name(source.path)]
+    if missing:
+        raise DataError(f"{', '.join(missing)}: {NOT_THERE.format(Path.cwd())}")
 
 
 def files_of(source: Source) -> list[Source]:
@@ -245,7 +259,7 @@ def _read(source: Source) -> Read:
     elif is_hub_name(path):
         yield from _hub(source)
     elif not Path(path).exists():
-        yield 0, Broken(f"no such file (relative to {Path.cwd()}); check the path", ends=True)
+        yield 0, Broken(NOT_THERE.format(Path.cwd()), ends=True)
     elif kind is None:
         yield 0, Broken(f"unknown kind of file; supported are {known}", ends=True)
     else:

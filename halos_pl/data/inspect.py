@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from halos_pl.data.batches import seeded
 from halos_pl.data.example import DataError
+from halos_pl.data.formats import refuse_missing
 from halos_pl.data.source import Source
 from halos_pl.data.special import SpecialTokens
 from halos_pl.data.split import Split
@@ -380,6 +381,7 @@ def inspect_source(
     for path in filter(None, (html, json_file)):
         if Path(path).is_dir():
             raise DataError(f"{path} is a folder; name a file to write to")
+    refuse_missing([given])  # said before a tokenizer is loaded, let alone converted
     found = inspect(
         given,
         load_tokenizer(ModelSpec(tokenizer)),

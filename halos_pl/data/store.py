@@ -54,6 +54,7 @@ CHUNK = 1024  # examples tokenised at a time
 CHUNK_SIZE = 16_000_000  # characters of them
 SUMS = "SHA256SUMS"  # as sha256sum writes and checks it
 SHOWN_FAULTS = 10
+SHOWN_PLACES = 3
 KEPT_FAULTS = 1000
 
 # One row of feedback. ``label``: 1 desirable, 0 undesirable, -1 where only a score is known (NaN: none). ``rival``: the
@@ -87,6 +88,7 @@ class Store:
         examples: sound rows of the source; one may give several of ``rows``.
         found_faults: the first ``KEPT_FAULTS`` faults, as (what follows the source's name in their place, reason).
         fault_count: all of them.
+        fault_reasons: how many faults have each of the first ``KEPT_FAULTS`` reasons.
         skipped: number of rows that are sound but say nothing, by reason.
         unused: columns that say something and that nothing reads.
         digest: a hash of tokens and rows; file names are no part of it.
@@ -111,6 +113,7 @@ class Store:
     spelling: int = 0
     spelled: dict[str, int] = field(default_factory=dict)
     use: Use | None = field(default=None, repr=False, compare=False)
+    fault_reasons: dict[str, int] = field(default_factory=dict)
 
     def __reduce__(self) -> Any:
         """Sent to a worker as its place: pickled, the mapped arrays would be copied."""
@@ -131,16 +134,31 @@ class Store:
         return self.tokens[start : start + int(self.rows["length"][row])]
 
     @property
+    def causes(self) -> list[tuple[int, str]]:
+        """Of each reason why rows are faulty the number of rows, and a line that names the first; most rows first."""
+        places: dict[str, list[str]] = {}
+        for place, reason in self.found_faults:
+            places.setdefault(reason, []).append(f"{self.path}{place}")
+        found = []
+        for reason, named in places.items():
+            count = max(self.fault_reasons.get(reason, 0), len(named))
+            shown = named if count <= SHOWN_PLACES else named[:SHOWN_PLACES]
+            more = f" and {count - len(shown)} more rows" if count > len(shown) else ""
+            found.append((count, f"{', '.join(shown)}{more}: {reason}"))
+        return sorted(found, key=lambda cause: -cause[0])
+
+    @property
     def faults(self) -> list[str]:
-        """The first faults, each a line that names source and line."""
-        return [f"{self.path}{place}: {reason}" for place, reason in self.found_faults]
+        """The lines of ``causes``."""
+        return [line for _, line in self.causes]
 
 
-def fault_list(faults: list[str], count: int) -> str:
-    """The first few of ``count`` faults, and how many more there are."""
-    shown = faults[:SHOWN_FAULTS]
-    more = count - len(shown)
-    return "\n".join([*shown, *([f"... and {more} more fault{'s' * (more > 1)}"] if more else [])])
+def fault_list(causes: list[tuple[int, str]], count: int) -> str:
+    """The first few causes of ``count`` faults, and how many more faults there are."""
+    shown = causes[:SHOWN_FAULTS]
+    more = count - sum(rows for rows, _ in shown)
+    lines = [line for _, line in shown]
+    return "\n".join([*lines, *([f"... and {more} more fault{'s' * (more > 1)}"] if more else [])])
 
 
 class _Writer:
@@ -153,13 +171,17 @@ class _Writer:
         self.known: dict[bytes, int] = {}
         self.suffixes: dict[str, int] = {}
         self.faults: list[tuple[str, str]] = []
+        self.reasons: dict[str, int] = {}
         self.skipped: Counter[str] = Counter()
         self.unused: dict[str, None] = {}
         self.digest = hashlib.sha256()
 
     def fault(self, fault: Fault) -> None:
         self.fault_count += 1
-        if len(self.faults) < KEPT_FAULTS:
+        new = fault.reason not in self.reasons
+        if not new or len(self.reasons) < KEPT_FAULTS:
+            self.reasons[fault.reason] = self.reasons.get(fault.reason, 0) + 1
+        if len(self.faults) < KEPT_FAULTS or (new and len(self.reasons) < KEPT_FAULTS):
             # Without the source's own name: a copy of the file has another.
             self.faults.append((fault.place.removeprefix(self.source.path), fault.reason))
 
@@ -221,6 +243,7 @@ class _Writer:
             "examples": self.examples,
             "found_faults": self.faults,
             "fault_count": self.fault_count,
+            "fault_reasons": self.reasons,
             "skipped": dict(self.skipped),
             "unused": list(self.unused),
             "spelling": self.encoder.spelling,

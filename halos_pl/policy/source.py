@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from functools import cache
 from importlib.machinery import PathFinder
 from pathlib import Path

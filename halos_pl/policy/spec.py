@@ -81,6 +81,8 @@ class ModelSpec:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        if not self.path:
+            raise ModelError("model.policy.path is empty; name a folder, a model of the hub, or package:NAME")
         compilers = [os.environ.get("CXX", "c++"), "g++", "clang++", "cl"]
         if self.compile and not any(map(shutil.which, compilers)):
             raise ModelError(

@@ -1,0 +1,202 @@
+"""What may be checked: an object, a class, or the name of one; from a file, a module or an objective's YAML.
+
+The code of the target is executed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from halos_pl.build import load_objective, module_of_file, place_of
+from halos_pl.feedback import Feedback
+from halos_pl.messages import cause
+from halos_pl.objective import Objective
+from halos_pl.reference_points import ReferencePoint
+from halos_pl.rewards import Reward
+from halos_pl.wrong_value import cause_in
+from value_functions import ValueFunction
+
+Target = Objective | ValueFunction | ReferencePoint | Reward | Feedback
+KINDS = (Objective, ValueFunction, ReferencePoint, Reward, Feedback)
+
+
+ACCEPTED = "give an objective's YAML file, path/to/file.py:Class, a dotted class, or the bare name of a plug-in"
+
+
+class TargetError(ValueError):
+    """The target cannot be checked; the message says why in one line."""
+
+
+def one_line(error: BaseException) -> str:
+    """An exception of other people's code, as ``Class: message`` in at most 300 characters."""
+    return " ".join(f"{type(error).__name__}: {cause_in(error) or cause(str(error))}".split())[:300]
+
+
+def _imported() -> list[type]:
+    """The plug-ins that have been imported."""
+    found, todo = [], list[type](KINDS)
+    while todo:
+        cls = todo.pop()
+        todo += cls.__subclasses__()
+        if not inspect.isabstract(cls):
+            found.append(cls)
+    return found
+
+
+def _known(name: str) -> type | None:
+    """The class of that bare name among the plug-ins that have been imported, the library's own first."""
+    found = [cls for cls in _imported() if cls.__name__ == name]
+    return min(found, key=lambda c: not c.__module__.startswith(("halos_pl", "value_functions")), default=None)
+
+
+def _classes_of(home: Any) -> list[str]:
+    """Names of the plug-ins that a module or class defines."""
+    named = ((name, part) for name, part in vars(home).items() if inspect.isclass(part) and issubclass(part, KINDS))
+    inside = getattr(home, "__name__", None)
+    return [name for name, part in named if part.__module__ in (inside, getattr(home, "__module__", inside))]
+
+
+def _like(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, set(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _from_file(path: Path, name: str) -> Any:
+    if not path.is_file():
+        raise TargetError(f"{path}: no such file")
+    try:
+        found: Any = module_of_file(path, "target")
+    except (Exception, SystemExit) as error:
+        raise TargetError(f"{path} does not import: {one_line(error)}") from error
+    for part in filter(None, name.split(".")):  # Outer.Inner as well
+        if not hasattr(found, part):
+            raise TargetError(f"{path} has no {name!r}{_like(part, _classes_of(found))}")
+        found = getattr(found, part)
+    return found
+
+
+def _from_module(path: str) -> Any:
+    if path.endswith(".py"):
+        names = _classes_of(_from_file(Path(path), ""))
+        listed = f"; it has {', '.join(names)}" if names else ""
+        raise TargetError(f"{path}: say which class of it, {path}:{names[0] if names else 'Class'}{listed}")
+    module, _, name = path.rpartition(".")
+    if not module:
+        cls = _known(name)
+        if cls is None:
+            like = _like(name, (known.__name__ for known in _imported()))
+            raise TargetError(f"{path!r} is no known plug-in{like}; {ACCEPTED}")
+        return cls
+    try:
+        home = importlib.import_module(module)
+    except (Exception, SystemExit) as error:
+        raise TargetError(f"{module} does not import: {one_line(error)}") from error
+    if not hasattr(home, name):
+        raise TargetError(f"{module} has no {name!r}{_like(name, _classes_of(home))}")
+    return getattr(home, name)
+
+
+def _instance(cls: type, given: dict[str, Any], what: str) -> Any:
+    """``cls`` with arguments of plain data, plug-ins among them instantiated."""
+    try:
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(cls, "it", fail_untyped=False)
+        return parser.instantiate(parser.parse_object({"it": given})).as_dict()["it"]
+    except (Exception, SystemExit) as error:
+        raise TargetError(f"{what}: {one_line(error)}") from error
+
+
+def objective_of(path: str | Path) -> Target:
+    """The objective of a YAML file, built from its plug-ins alone: no policy, no data.
+
+    Raises:
+        TargetError: where the file cannot be read, or does not describe an objective.
+    """
+    try:
+        return load_objective(path)
+    except OSError as error:
+        raise TargetError(f"{path}: {error.strerror or error}{place_of(path)}") from error
+    except (ValueError, yaml.YAMLError, SystemExit) as error:
+        said = " ".join(str(error).split())  # most of them name the file themselves
+        raise TargetError(said if str(path) in said else f"{path}: {said}") from error
+
+
+def load_target(target: str | os.PathLike[str], init_args: str | None = None) -> Target:
+    """What ``halos check TARGET`` and ``check_halo(TARGET)`` check.
+
+    Args:
+        target: an objective's YAML file, ``path/to/file.py:Class``, a dotted class, or the bare name of a plug-in.
+        init_args: the class's arguments as JSON; plug-ins among them as {"class_path": ..., "init_args": ...}.
+
+    Raises:
+        TargetError: where there is nothing to check, in one line.
+    """
+    target = os.fspath(target)
+    if target.endswith((".yaml", ".yml")):
+        if init_args is not None:
+            raise TargetError("--init_args is for classes; a YAML file states its own arguments")
+        return objective_of(target)
+    path, colon, name = target.rpartition(":")
+    found = _from_file(Path(path), name) if colon else _from_module(target)
+    given: Any = {}
+    if init_args is not None:
+        try:
+            given = json.loads(init_args)
+        except ValueError as error:
+            raise TargetError(f"--init_args is not JSON: {error}") from error
+        if not isinstance(given, dict) or not inspect.isclass(found):
+            raise TargetError('--init_args takes a class\'s arguments as an object, such as {"beta": 0.1}')
+    if inspect.isclass(found) and issubclass(found, KINDS) and not inspect.isabstract(found):
+        missing = [name for name in required_arguments(found) if name not in given]
+        if missing:
+            raise TargetError(f"{target} needs arguments that were not given: {', '.join(missing)}; see --init_args")
+        if given:
+            return _instance(found, given, f"{target} with {init_args}")
+    try:
+        return made(found)
+    except (Exception, SystemExit) as error:
+        raise TargetError(f"{target}: {' '.join(str(error).split())[:300]}") from error
+
+
+def made(target: object) -> Target:
+    """The target itself, an instance of a class that can be made without arguments, or what a name or path stands for.
+
+    Raises:
+        TargetError: where a name or path stands for nothing that can be checked.
+        TypeError: for anything else, in one line.
+    """
+    kinds = ", ".join(kind.__name__ for kind in KINDS)
+    if isinstance(target, str | os.PathLike):
+        return load_target(target)
+    if inspect.isclass(target):
+        if not issubclass(target, KINDS):
+            raise TypeError(f"{target.__name__} is not a class of {kinds}")
+        if inspect.isabstract(target):
+            lacks = ", ".join(sorted(target.__abstractmethods__))
+            raise TypeError(f"{target.__name__} is abstract: it lacks {lacks}")
+        missing = required_arguments(target)
+        if missing:
+            raise TypeError(f"{target.__name__} needs arguments that were not given: {', '.join(missing)}")
+        return target()
+    if not isinstance(target, KINDS):
+        raise TypeError(
+            f"{type(target).__name__} object is not an instance of {kinds}, nor the name of one: {ACCEPTED}"
+        )
+    return target
+
+
+def required_arguments(cls: type) -> list[str]:
+    """Names of the constructor's arguments that have no default."""
+    free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(cls).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in free]

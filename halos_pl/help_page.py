@@ -1,0 +1,50 @@
+"""What ``halos --help`` says, and what it says of a command that there is not; it imports nothing heavy."""
+
+from __future__ import annotations
+
+import difflib
+
+#: Every command with what it does, in a line. A table of its own, since asking each of them takes ten seconds.
+COMMANDS = {
+    "fit": "Train a model on human feedback; writes a run's folder.",
+    "validate": "Measure a run's model on data.validation.",
+    "test": "Measure a run's model on data.test, with AUROC and the KL divergence.",
+    "predict": "Write log-probs, reward, outcome and value of each row of data.predict.",
+    "export": "Write a run's model as a Hugging Face folder.",
+    "generate": "Sample completions of prompts.",
+    "evaluate": "Measure a run, or any model, example by example.",
+    "check": "Hold a loss, or a part of one, to the definition of human-aware losses.",
+    "data inspect": "Show what is in a source of feedback, before anything is trained on it.",
+    "ablate": "Run a study: arms, seeds, measurements, report.",
+    "ablate status": "Show how far a study is.",
+    "ablate report": "Write the report of what a study has measured so far.",
+    "cache info": "Show what the cache holds.",
+    "cache clear": "Empty the cache.",
+}
+EPILOG = """\
+halos COMMAND --help lists a command's options; halos fit --model.value_function.help Logistic those of a plug-in.
+halos fit ... --print_config=comments writes the resolved config with what each setting means.
+
+A config is code where it names classes: those of other packages and files are imported, and trust_remote_code
+executes a model's. Exit status: 0 when done, 1 for what went wrong, 2 for a faulty command line, 128 + n when signal
+n has stopped it (130 after Ctrl-C, 143 after SIGTERM). A fit then saves a checkpoint first, from which
+--ckpt_path last goes on; a second Ctrl-C stops at once."""
+
+
+def help_page() -> str:
+    """What ``halos --help`` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
+    head = ["usage: halos COMMAND [options]", "", "Align language models with human-aware losses.", "", "commands:"]
+    options = ["options:", "  --help     Show this page.", "  --version  Show the version."]
+    return "\n".join([*head, *lines, "", *options, "", EPILOG])
+
+
+def unknown_command(word: str) -> str:
+    """What is wrong with the first word of a command line; nothing where it is a command or an option."""
+    known = list(dict.fromkeys(name.partition(" ")[0] for name in COMMANDS))
+    if word.startswith("-") or word in known:
+        return ""
+    near = difflib.get_close_matches(word, known, n=1)
+    guess = f"; did you mean {near[0]}?" if near else ""
+    return f"no command is named {word!r}{guess}; it takes one of: {', '.join(known)}"

@@ -1,0 +1,146 @@
+"""``halos check --explain``, and the targets that ``check_halo`` takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from run_halos import ROOT
+
+from halos_pl.build import load_objective
+from halos_pl.cli import main
+from halos_pl.conformance import check_halo
+from halos_pl.conformance.check import clause_names
+from halos_pl.conformance.explain import EXPLANATIONS, code, kind_of
+from halos_pl.conformance.feedback import FeedbackChecks
+from halos_pl.conformance.objective import ObjectiveChecks
+from halos_pl.conformance.reference_point import ReferencePointChecks
+from halos_pl.conformance.reward import RewardChecks
+from halos_pl.conformance.target import TargetError, made
+from halos_pl.conformance.value_function import ValueFunctionChecks
+from halos_pl.feedback import Binary, Feedback, Judgement
+from halos_pl.objective import HALO
+from halos_pl.outcomes import Needs
+from halos_pl.reference_points import MismatchedKL, ReferencePoint
+from halos_pl.reference_points.base import MeanOverRanks
+from halos_pl.rewards import LogRatio, Reward
+from value_functions import Logistic, ValueFunction
+
+CHECKS: dict[str, Any] = {
+    "ValueFunction": ValueFunctionChecks,
+    "Reward": RewardChecks,
+    "ReferencePoint": ReferencePointChecks,
+    "Feedback": FeedbackChecks,
+    "HALO": ObjectiveChecks,
+}
+NAMES = {
+    "torch": torch,
+    "F": F,
+    "dataclasses": dataclasses,
+    "Needs": Needs,
+    "Judgement": Judgement,
+    "MeanOverRanks": MeanOverRanks,
+    **{kind.__name__: kind for kind in (ValueFunction, Reward, ReferencePoint, Feedback, HALO)},
+}
+MINE = """
+import torch
+from value_functions import ValueFunction
+
+class Softsign(ValueFunction):
+    def __init__(self, *, beta: float = 0.1) -> None:
+        super().__init__()
+        self.beta = beta
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        x = self.beta * u
+        return x / (1 + x.abs())
+"""
+# The slow ones draw many steps, or search the whole of a curve.
+QUICK = ("shape", "no_in_place_change", "reward_shape", "reference_detached", "feedback_sign", "feedback_weight")
+
+
+def test_every_clause_of_the_suite_is_explained() -> None:
+    """As the suite itself names them, of every kind of target."""
+    kto = load_objective(ROOT / "experiments/objectives/kto.yaml")
+    targets = [Logistic(), LogRatio(), MismatchedKL(), Binary(), kto]
+    assert {name for target in targets for name in clause_names(target)} == set(EXPLANATIONS)
+    assert all(it.means and it.cure for it in EXPLANATIONS.values())
+
+
+@pytest.mark.parametrize("clause", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in EXPLANATIONS])
+def test_an_example_fails_its_clause(clause: str) -> None:
+    names: dict[str, Any] = dict(NAMES)
+    exec(code(clause), names)
+    kind = kind_of(clause)
+    if kind == "HALO":
+        parts = {"reward": LogRatio(), "reference_point": MismatchedKL(clamp=False), "value_function": Logistic()}
+        target = names["Example"](**parts, feedback=Binary(), undesirable="same")
+    else:
+        target = names["Example"]()
+    assert getattr(CHECKS[kind](target), clause)() is not None
+
+
+def test_explain_prints_meaning_example_and_cure(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["check", "--explain", "reference_detached"])
+    said = capsys.readouterr().out
+    assert code("reference_detached").splitlines()[-1].strip() in said
+    assert ".detach()" in said
+    main(["check", "--explain", "0_HALO.reference_split"])  # as a report on a sum names it
+    assert "gather_over_ranks" in capsys.readouterr().out
+    main(["check", "--explain"])
+    listed = capsys.readouterr().out
+    assert all(clause in listed for clause in EXPLANATIONS)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--explain", "reference_detatched"], "reference_detached"),
+        (["--explain", "concave", "mine.py:X"], "--explain"),
+        (["Logistc"], "Logistic"),
+        (["mine.py"], "mine.py:Softsign"),
+        (["mine.py:Softsing"], "Softsign"),
+    ],
+)
+def test_a_wrong_name_is_answered_by_the_closest(
+    words: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(MINE, encoding="utf-8")
+    with pytest.raises(SystemExit) as ended:
+        main(["check", *words])
+    assert ended.value.code == 2
+    assert named in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_fails_names_the_command_that_explains_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bent.py").write_text(MINE.replace("x / (1 + x.abs())", "x * x.abs()"), encoding="utf-8")
+    with pytest.raises(SystemExit) as ended:
+        main(["check", "bent.py:Softsign"])
+    assert ended.value.code == 1
+    assert "halos check --explain concave_on_gains" in capsys.readouterr().out
+
+
+def test_check_halo_takes_what_the_command_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_softsign.py").write_text(MINE, encoding="utf-8")
+    for target in ("own_softsign.py:Softsign", "own_softsign.Softsign"):
+        assert type(made(target)).__name__ == "Softsign"
+    assert isinstance(made("Logistic"), Logistic)
+    assert isinstance(made(ROOT / "experiments/objectives/kto.yaml"), HALO)
+    assert check_halo(f"{os.fspath(tmp_path)}/own_softsign.py:Softsign").sound
+    for wrong, named in {"Logistc": "Logistic", "nope.yaml": "nope.yaml", "own_softsign.py": ":Softsign"}.items():
+        with pytest.raises(TargetError, match=named) as error:
+            check_halo(wrong)
+        assert "\n" not in str(error.value)
+    with pytest.raises(TypeError, match=r"YAML file, path/to/file\.py:Class"):
+        check_halo(3)
