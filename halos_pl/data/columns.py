@@ -30,6 +30,7 @@ from halos_pl.data.meanings import (
     means,
     reason,
 )
+from halos_pl.data.prompts import TextPrompts, asked
 from halos_pl.data.schemas import SCHEMAS, Schema
 from halos_pl.data.source import Source
 from halos_pl.data.values import ROLES, BadRow, Messages, checked_text, given, messages_of, prompt_of
@@ -214,16 +215,21 @@ class Columns:
                 )
 
 
-def prompt_in_context(row: dict[str, Any]) -> Prompt:
+def prompt_in_context(row: dict[str, Any], text_prompts: TextPrompts = "plain") -> Prompt:
     """The ``prompt`` of a row that is to be answered, with what stands beside it.
+
+    Args:
+        row: with a ``prompt``.
+        text_prompts: what a prompt that is plain text means, see :mod:`halos_pl.data.prompts`.
 
     Raises:
         BadRow: it is no prompt, or something beside it carries meaning and has no place in it.
     """
     columns = Columns(Source("prompts"), Schema("prompts", ("prompt",)), {})
     row = {name: value for name, value in row.items() if reason(COLUMNS, name) not in (ANSWER, MARGIN, WEIGHT)}
-    asked = Example(prompt_of(row), (), (), "")
-    return next(item.prompt for item in columns.in_context([asked], columns.checked(row)) if isinstance(item, Example))
+    example = Example(asked(prompt_of(row), text_prompts), (), (), "")
+    found = columns.in_context([example], columns.checked(row))
+    return next(item.prompt for item in found if isinstance(item, Example))
 
 
 def _counts(value: Any, why: str) -> bool:
@@ -247,13 +253,13 @@ def _with_context(example: Example, system: dict[str, Any], parts: dict[str, Any
         BadRow: they have no place there, or one of ``parts`` is missing from it.
     """
     messages = example.prompt if isinstance(example.prompt, list) else None
-    asked = _texts(example.prompt)
+    question = _texts(example.prompt)
     said = [text for completion in example.completions for text in _texts(completion)]
     for name, text in system.items():
         if not isinstance(text, str):
             raise BadRow(f"is {short(text)}; it must be text", name)
         if messages is None:
-            if not _holds(asked, text):
+            if not _holds(question, text):
                 raise BadRow(
                     "is a system message, but the prompt is plain text; give the prompt as messages, or write it into"
                     " the prompt",
@@ -272,7 +278,7 @@ def _with_context(example: Example, system: dict[str, Any], parts: dict[str, Any
                 messages = [*messages[:start], *earlier, *messages[start:]]
             continue
         leaves = list(_leaves(value))
-        held = asked + said if means(DIALOGUES, name) else asked  # an answer may quote what the prompt lacks
+        held = question + said if means(DIALOGUES, name) else question  # an answer may quote what the prompt lacks
         # The last turn of a dialogue may be another answer than those that were judged.
         if not all(_holds(held, leaf) for leaf in (leaves[:-1] if len(leaves) > 1 else leaves)):
             raise BadRow(

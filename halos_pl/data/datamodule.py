@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from halos_pl.data.batches import Order, StepDataset, StepSampler, seeded
 from halos_pl.data.example import DataError
 from halos_pl.data.formats import files_of
+from halos_pl.data.prompts import TextPrompts, asked, convention
 from halos_pl.data.source import OnBadRows, Source, source_of
 from halos_pl.data.special import SpecialTokens
 from halos_pl.data.split import Split, Together
@@ -121,6 +122,9 @@ class FeedbackDataModule(LightningDataModule):
         special_tokens_in_text: what becomes of special tokens that the data spell, such as ``<|im_end|>`` in a
             message: ``refuse`` counts a row as faulty if one of its messages spells a token that marks turns;
             ``split`` encodes them as plain text; ``allow`` encodes them as the special tokens.
+        text_prompts: what a prompt that is plain text means, in every stage and in what generates and evaluates with the
+            run: ``plain`` encodes it as it is, as TRL does; ``chat`` puts it into the chat template as a user's message
+            and the completion as the answer. Message lists always go through the template.
         transforms: changes to the data for studies, applied in order (see ``halos_pl.data.transforms``). Rows that have
             only scores get thumbs by ``ThresholdScores``, at their prompt's mean, unless a transform says otherwise.
         shuffle: shuffle the training examples anew each epoch.
@@ -151,6 +155,7 @@ class FeedbackDataModule(LightningDataModule):
         truncate_completions: bool = True,
         on_bad_rows: OnBadRows = "error",
         special_tokens_in_text: SpecialTokens = "refuse",
+        text_prompts: TextPrompts = "plain",
         transforms: list[Transform] | None = None,
         shuffle: bool = True,
         keep_together: Together | None = None,
@@ -178,7 +183,8 @@ class FeedbackDataModule(LightningDataModule):
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.max_length, self.truncate_completions = max_length, truncate_completions
         self.on_bad_rows = on_bad_rows
-        self.special_tokens_in_text = special_tokens_in_text
+        self.special_tokens_in_text, self.text_prompts = special_tokens_in_text, text_prompts
+        asked("", text_prompts)  # refuses what is no convention
         self.transforms = _ordered(list(transforms or []), one_completion_per_prompt)
         self.shuffle, self.drop_last, self.keep_together = shuffle, drop_last, keep_together
         self.balance_classes, self.group_by_length = balance_classes, group_by_length
@@ -221,7 +227,9 @@ class FeedbackDataModule(LightningDataModule):
         for key, source in {s.key: s for split in splits for s in self.sources[split]}.items():
             if key not in self._stores:
                 try:
-                    self._stores[key] = open_store(source, tokenizer, self.cache_dir, self.special_tokens_in_text)
+                    self._stores[key] = open_store(
+                        source, tokenizer, self.cache_dir, self.special_tokens_in_text, self.text_prompts
+                    )
                 except DataError as error:
                     faults.append(str(error))
                     count += 1
@@ -310,6 +318,9 @@ class FeedbackDataModule(LightningDataModule):
         )
         for store in table.stores:
             rank_zero_info(f"{split} data {store.path}: {made.counts[store.path]}")
+            has_template = bool(self._module.tokenizer.chat_template)
+            if said := convention(store.text_prompts, self.text_prompts, has_template):
+                rank_zero_info(f"{split} data {store.path}: {said}")
             if store.unused:
                 rank_zero_info(f"{split} data {store.path}: not used: {', '.join(store.unused)}")
             if store.fault_count:

@@ -37,6 +37,7 @@ class Example:
         scores: one for each completion, higher is better, in the source's own unit; None where there is none.
         paired: there are two completions, and the first is preferred to the second.
         row_id: ``SOURCE:LINE``, with the source as it was given and lines (or rows) counted from 1.
+        text_prompt: the source has the prompt as plain text, whatever it has become since.
     """
 
     prompt: Prompt
@@ -45,6 +46,7 @@ class Example:
     row_id: str
     scores: tuple[float | None, ...] = ()
     paired: bool = False
+    text_prompt: bool = False
 
     @property
     def size(self) -> int:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from halos_pl.data.batches import seeded
 from halos_pl.data.example import DataError
+from halos_pl.data.prompts import TextPrompts, convention
 from halos_pl.data.source import Source
 from halos_pl.data.special import SpecialTokens
 from halos_pl.data.split import Split
@@ -64,6 +65,7 @@ class Inspection:
         max_length: for how many tokens cuts and drops were counted.
         faults: the first of them, each a line.
         unused: columns that say something and that nothing reads.
+        text_prompts: what becomes of prompts that are plain text; None where there are none.
         examples: a few rows.
     """
 
@@ -75,6 +77,7 @@ class Inspection:
     max_length: int
     faults: list[str]
     unused: list[str]
+    text_prompts: str | None
     examples: list[Judged]
 
 
@@ -159,6 +162,7 @@ def inspect(
     seed: int = 0,
     cache_dir: Path | None = None,
     special_tokens_in_text: SpecialTokens = "refuse",
+    text_prompts: TextPrompts = "plain",
 ) -> Inspection:
     """What is in ``source``, as a model with this tokenizer would see it.
 
@@ -168,12 +172,12 @@ def inspect(
         max_length: tokens; how many rows it would cut or drop is counted.
         examples: how many rows to show, drawn with ``seed``.
         seed: of that draw.
-        cache_dir, special_tokens_in_text: see ``FeedbackDataModule``.
+        cache_dir, special_tokens_in_text, text_prompts: see ``FeedbackDataModule``.
 
     Raises:
         DataError: for a fault of the source as a whole, a missing file, say.
     """
-    store = open_store(source, tokenizer, cache_dir, special_tokens_in_text)
+    store = open_store(source, tokenizer, cache_dir, special_tokens_in_text, text_prompts)
     table = Table.of([store])
     judged, _ = ThresholdScores()(table, seeded("inspect", seed))
     prompt, completion = table.prompt_length, table.of_rows("length").astype(int)
@@ -203,6 +207,7 @@ def inspect(
         max_length=max_length,
         faults=store.faults[:10],
         unused=store.unused,
+        text_prompts=convention(store.text_prompts, text_prompts, bool(tokenizer.chat_template)),
         examples=[
             Judged(
                 name=table.name(place),
@@ -244,6 +249,8 @@ def show(found: Inspection, console: Console) -> None:
     console.print("\nrows by tokens of prompt and completion together")
     for low, high, rows in found.histogram:
         console.print(f"  {low:>6} to {high:<6} {'█' * round(40 * rows / most):<40} {rows:,}", highlight=False)
+    if found.text_prompts:
+        console.print(Text(f"\n{found.text_prompts}"))
     if found.unused:
         console.print(Text(f"\nnot used: {', '.join(found.unused)}"))
     if found.faults:
@@ -310,6 +317,7 @@ def page(found: Inspection) -> str:
 <table>{rule}</table>
 <h2>Tokens, by percentile of the rows</h2><div class="wide"><table><tr><th></th>{head}</tr>{lengths}</table></div>
 <h2>Rows by tokens of prompt and completion together</h2><table class="bars">{bars}</table>
+{f"<p>{e(found.text_prompts)}</p>" if found.text_prompts else ""}
 {f"<p>Not used: {e(', '.join(found.unused))}</p>" if found.unused else ""}
 {f"<h2>Faults</h2>{faults}" if faults else ""}
 <h2>Rows</h2><p>Tokens of the prompt in blue, those of the completion, which carry the loss, on green.</p>{examples}
@@ -334,6 +342,7 @@ def inspect_source(
     rows: int | None = None,
     streaming: bool = False,
     special_tokens_in_text: SpecialTokens = "refuse",
+    text_prompts: TextPrompts = "plain",
     html: str | None = None,
     json_file: str | None = None,
 ) -> None:
@@ -355,6 +364,7 @@ def inspect_source(
         rows: read only so many rows from the start.
         streaming: read a hub data set row by row.
         special_tokens_in_text: as data.special_tokens_in_text is to be: refuse, split or allow.
+        text_prompts: as data.text_prompts is to be: plain or chat.
         html: a file to write the same to, as a page.
         json_file: a file to write the same to, as JSON.
 
@@ -385,6 +395,7 @@ def inspect_source(
         max_length=max_length,
         examples=examples,
         special_tokens_in_text=special_tokens_in_text,
+        text_prompts=text_prompts,
     )
     console = Console()
     show(found, console)

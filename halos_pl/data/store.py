@@ -35,6 +35,7 @@ from halos_pl.data import (
     columns,
     formats,
     meanings,
+    prompts,
     published,
     read,
     schemas,
@@ -91,6 +92,7 @@ class Store:
         folder: where it is; None for one that was made in memory.
         spelling: number of examples, faulty ones included, whose text spells a special token.
         spelled: of these for each such token.
+        text_prompts: number of examples whose prompt is plain text in the source.
     """
 
     path: str
@@ -107,6 +109,7 @@ class Store:
     unused: list[str] = field(default_factory=list)
     spelling: int = 0
     spelled: dict[str, int] = field(default_factory=dict)
+    text_prompts: int = 0
 
     def __reduce__(self) -> Any:
         """Sent to a worker as its place: pickled, the mapped arrays would be copied."""
@@ -145,7 +148,7 @@ class _Writer:
     def __init__(self, folder: Path, source: Source, encoder: tokenize.Encoder) -> None:
         self.folder, self.source, self.encoder = folder, source, encoder
         self.files = {name: (folder / name).open("wb") for name in ("tokens", "prompts", "rows")}
-        self.place = self.row = self.examples = self.fault_count = 0
+        self.place = self.row = self.examples = self.fault_count = self.text_prompts = 0
         self.known: dict[bytes, int] = {}
         self.suffixes: dict[str, int] = {}
         self.faults: list[tuple[str, str]] = []
@@ -162,28 +165,29 @@ class _Writer:
     def add(self, examples: list[Example]) -> None:
         """Tokenises and writes; an example that cannot be tokenised is a fault."""
         rows: list[tuple[Any, ...]] = []
-        prompts: list[tuple[int, int, bytes]] = []
+        new: list[tuple[int, int, bytes]] = []
         encoded = self.encoder.batch([(e.prompt, e.completions) for e in examples])
         for example, found in zip(examples, encoded, strict=True):
             if isinstance(found, ValueError):
                 self.fault(Fault(example.row_id, str(found)))
                 continue
             self.examples += 1
+            self.text_prompts += example.text_prompt
             prompt_ids, completions = found
             raw = np.asarray(prompt_ids, dtype="<i4").tobytes()
             key = hashlib.blake2b(raw, digest_size=16).digest()
             if key not in self.known:
                 self.known[key] = len(self.known)
-                prompts.append((self.place, len(prompt_ids), key))
+                new.append((self.place, len(prompt_ids), key))
                 self.files["tokens"].write(raw)
                 self.place += len(prompt_ids)
             rows += self._rows(example, self.known[key], completions)
-        for name, written in (("rows", np.array(rows, dtype=ROW)), ("prompts", np.array(prompts, dtype=PROMPT))):
+        for name, written in (("rows", np.array(rows, dtype=ROW)), ("prompts", np.array(new, dtype=PROMPT))):
             self.files[name].write(written.tobytes())
         for example_rows in rows:  # what the model sees, and how it was judged
             prompt, _, length, label, score, rival, _, _, text = example_rows
             self.digest.update(repr((prompt, length, label, score, rival - self.row, text)).encode())
-        self.digest.update(b"".join(key for _, _, key in prompts))
+        self.digest.update(b"".join(key for _, _, key in new))
 
     def _rows(self, example: Example, prompt: int, completions: list[list[int]]) -> Iterator[tuple[Any, ...]]:
         line, _, rest = example.row_id[len(self.source.path) + 1 :].partition("#")
@@ -221,6 +225,7 @@ class _Writer:
             "unused": list(self.unused),
             "spelling": self.encoder.spelling,
             "spelled": dict(self.encoder.spelled.most_common()),
+            "text_prompts": self.text_prompts,
             "digest": self.digest.hexdigest(),
         }
         (self.folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
@@ -241,7 +246,7 @@ def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
         yield chunk
 
 
-def _build(source: Source, encoder: tokenize.Encoder, folder: Path) -> None:
+def _build(source: Source, encoder: tokenize.Encoder, folder: Path, text_prompts: prompts.TextPrompts) -> None:
     """Reads the source once, in bounded memory, and writes its store into ``folder``.
 
     Raises:
@@ -253,7 +258,7 @@ def _build(source: Source, encoder: tokenize.Encoder, folder: Path) -> None:
         task = progress.add_task(f"checking {source.path}", total=None)
         writer = _Writer(folder, source, encoder)
         try:
-            for chunk in _chunks(read.read(source, writer.unused)):
+            for chunk in _chunks(read.read(source, writer.unused, text_prompts)):
                 sound = []
                 for item in chunk:
                     if isinstance(item, Skipped):
@@ -285,6 +290,7 @@ def _code() -> str:
         schemas,
         columns,
         meanings,
+        prompts,
         read,
         tokenize,
         special,
@@ -313,7 +319,7 @@ def _content(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _key(source: Source, tokenizer: PreTrainedTokenizerBase, special_tokens_in_text: str) -> str:
+def _key(source: Source, tokenizer: PreTrainedTokenizerBase, *how: str) -> str:
     settings = asdict(source)
     del settings["weight"]  # how often rows are seen is no part of what they are
     path = Path(source.path)
@@ -322,7 +328,7 @@ def _key(source: Source, tokenizer: PreTrainedTokenizerBase, special_tokens_in_t
         content = _content(path)
     else:
         content = formats.hub_version(source)
-    parts = [settings, content, _code(), _tokenizer_state(tokenizer), special_tokens_in_text]
+    parts = [settings, content, _code(), _tokenizer_state(tokenizer), *how]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -367,6 +373,7 @@ def open_store(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path | None = None,
     special_tokens_in_text: special.SpecialTokens = "refuse",
+    text_prompts: prompts.TextPrompts = "plain",
 ) -> Store:
     """The store of ``source``, made if it is not there yet.
 
@@ -375,6 +382,7 @@ def open_store(
         tokenizer: with a chat template where the source has messages.
         folder: of all stores; left out, ``data`` in :func:`halos_pl.cache.cache_root`.
         special_tokens_in_text: see :class:`halos_pl.data.special.SpecialText`.
+        text_prompts: see :mod:`halos_pl.data.prompts`.
 
     Raises:
         DataError: for a fault of the source as a whole, a missing file, say. Faults of rows are in the store.
@@ -384,7 +392,7 @@ def open_store(
         raise DataError(str(next(iter(read.read(source)))))
     home = folder or cache_root() / "data"
     try:
-        place = home / _key(source, tokenizer, special_tokens_in_text)
+        place = home / _key(source, tokenizer, special_tokens_in_text, text_prompts)
     except OSError as error:
         raise DataError(f"{source.path}: cannot be read ({error.strerror}); check its permissions") from error
     if store := _found(source.label, place):  # without the lock: a cache that is only read may be read-only
@@ -405,7 +413,7 @@ def open_store(
             _remove(part)
             part.mkdir()
             try:
-                _build(source, tokenize.Encoder(tokenizer, special_tokens_in_text), part)
+                _build(source, tokenize.Encoder(tokenizer, special_tokens_in_text), part, text_prompts)
                 _remove(place)
                 os.replace(part, place)
             finally:
