@@ -130,9 +130,10 @@ def forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     if not any(CALLS in message for message in messages):
         yield messages
         return
-    for complete in (_same, _whole):
-        for change in (_same, _as_object, _as_text):
-            for empty in (None, ""):
+    # Null first in all of them: some templates take an empty content for an answer, and write no call.
+    for empty in (None, ""):
+        for complete in (_same, _whole):
+            for change in (_same, _as_object, _as_text):
                 yield [
                     {
                         **message,

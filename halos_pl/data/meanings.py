@@ -43,10 +43,11 @@ PARTS = (
 )
 DIALOGUES = r"messages|conversations?|dialog(ue)?|turns|trajectory"
 _LOST = "would be lost; write it into content"
+_RENAMED = "would be lost; name the key tool_calls or reasoning_content, which the chat template is given"
 #: Keys of messages.
 KEYS = {
     _MEDIA: MEDIA,
-    _THOUGHTS: ANSWER,
+    _THOUGHTS: _RENAMED,
     _TOOLS + r"|documents?|tool_call_id|tool_responses?": _LOST,
     r"name|refusal|files?|attachments?|context|channel|recipient": _LOST,
 }

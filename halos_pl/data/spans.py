@@ -47,6 +47,7 @@ _DOUBLED_SPAN = re.compile(r"<(\w+)>\s*</\1>\s*<\1>")
 _SPAN = re.compile(r"\s*<(\w+)>(.*?)</\1>", re.DOTALL)
 #: What a generation prompt may open and a rendered turn may lack.
 _TAGS = re.compile(r"(\s|</?\w+>)*")
+_LONGEST = 32  # characters of one
 
 
 @dataclass(frozen=True)
@@ -157,10 +158,11 @@ class Conversation:
         """The conversation up to the end of the last turn."""
         last = self.messages[-1]
         if not self.finished and last["role"] == "assistant" and last.keys() <= {"role", "content"}:
-            return self._head(len(self.messages) - 1) + self._cut  # what was sampled, and nothing behind it
+            head = self._head(len(self.messages) - 1)
+            self._rendered = self.messages[:-1], head
+            return head + self._cut  # what was sampled, and nothing behind it
         whole = render(self.tokenizer, self.messages, prompt=False, tools=self.tools)
-        refuse_dropped(self.tokenizer, self.messages, whole, self.tools)
-        refuse_ignored(self.tokenizer, self.messages, self.tools)
+        self._rendered = self.messages, whole
         return self._with_thoughts(last["content"], whole) if last["role"] == "assistant" else whole
 
     def _with_thoughts(self, content: str, whole: str) -> str:
@@ -210,9 +212,11 @@ class Conversation:
             if same == len(head):
                 return same
             closed = render(self.tokenizer, self.messages[:turn], prompt=False, tools=self.tools) if turn else ""
-            if same > _same(closed, head) and _TAGS.fullmatch(head, same):
-                self.unopened = self.unopened or head[same:]
-                return same
+            # They may part within a tag.
+            for at in range(same, max(_same(closed, head), same - _LONGEST), -1):
+                if _TAGS.fullmatch(head, at):
+                    self.unopened = self.unopened or head[at:]
+                    return at
         # Earlier turns may be written differently once there are later ones: look at the head in its full context.
         own = before_content(self.tokenizer, self.messages, turn, self.tools)
         if (head is None or turn != self.first) and own and self.whole.startswith(own):
@@ -273,6 +277,9 @@ class Conversation:
             raise ValueError(
                 "The chat template writes nothing for the completion; its messages should have the role 'assistant'."
             )
+        messages, text = self._rendered
+        refuse_dropped(self.tokenizer, messages, text, self.tools)
+        refuse_ignored(self.tokenizer, messages, self.tools)
         if doubled := _DOUBLED_SPAN.search(self.whole, max(0, begin - 40)):
             raise ValueError(
                 f"The chat template writes {doubled[0]!r}: an empty <{doubled[1]}> of its own before the one in the"
