@@ -59,8 +59,7 @@ SHOWN_FAULTS = 10
 KEPT_FAULTS = 1000
 
 # One row of feedback. ``label``: 1 desirable, 0 undesirable, -1 where only a score is known (NaN: none). ``rival``: the
-# row of the pair's other completion, -1 where there is none. ``text``: a hash of the completion's tokens. ``span`` and
-# ``spans``: first and number of the stretches of the completion that carry the loss; 0 where all of it does.
+# row of the pair's other completion, -1 where there is none. ``text``: a hash of the completion's tokens.
 ROW = np.dtype(
     [
         ("prompt", "<i4"),
@@ -72,12 +71,11 @@ ROW = np.dtype(
         ("line", "<i8"),
         ("suffix", "<i4"),
         ("text", "<u8"),
-        ("span", "<i8"),
-        ("spans", "<i4"),
     ]
 )
-SPAN = np.dtype([("start", "<i4"), ("stop", "<i4")])
-FILES = ("prompts", "rows", "spans", "tokens")
+SPAN = np.dtype([("row", "<i8"), ("start", "<i4"), ("stop", "<i4")])
+FILES = ("prompts", "rows", "tokens")
+SPANS = "spans"  # a file that is there only where some completion carries the loss in parts
 PROMPT = np.dtype([("start", "<i8"), ("length", "<i4"), ("key", "S16")])
 
 
@@ -102,7 +100,7 @@ class Store:
         spelled: of these for each such token.
         text_prompts: number of examples whose prompt is plain text in the source.
         notes: what is to be said of some examples, and of how many.
-        spans: ``SPAN`` [s], stretches of completions that carry the loss, where not all of it does.
+        spans: ``SPAN`` [s], by row, stretches of completions that carry the loss; none where all of one does.
     """
 
     path: str
@@ -143,19 +141,19 @@ class Store:
 
     def loss(self, row: int) -> NDArray[np.bool_] | None:
         """bool [t], which tokens of a row's completion carry the loss; None where all of them do."""
-        count, first = int(self.rows["spans"][row]), int(self.rows["span"][row])
-        if not count:
+        first, last = np.searchsorted(self.spans["row"], (row, row + 1))
+        if first == last:
             return None
         found = np.zeros(int(self.rows["length"][row]), bool)
-        for start, stop in self.spans[first : first + count].tolist():
+        for _, start, stop in self.spans[first:last].tolist():
             found[start:stop] = True
         return found
 
     def first_loss(self) -> NDArray[np.int64]:
         """int64 [n], the first token of each row's completion that carries the loss."""
         first = np.zeros(len(self.rows), np.int64)
-        some = self.rows["spans"] > 0
-        first[some] = self.spans["start"][self.rows["span"][some]]
+        rows, places = np.unique(self.spans["row"], return_index=True)
+        first[rows] = self.spans["start"][places]
         return first
 
     @property
@@ -176,8 +174,7 @@ class _Writer:
 
     def __init__(self, folder: Path, source: Source, encoder: tokenize.Encoder) -> None:
         self.folder, self.source, self.encoder = folder, source, encoder
-        self.files = {name: (folder / name).open("wb") for name in FILES}
-        self.spans = 0
+        self.files = {name: (folder / name).open("wb") for name in (*FILES, SPANS)}
         self.place = self.row = self.examples = self.fault_count = self.text_prompts = 0
         self.known: dict[bytes, int] = {}
         self.suffixes: dict[str, int] = {}
@@ -213,7 +210,7 @@ class _Writer:
         for name, written in (("rows", np.array(rows, dtype=ROW)), ("prompts", np.array(new, dtype=PROMPT))):
             self.files[name].write(written.tobytes())
         for example_rows in rows:  # what the model sees, and how it was judged
-            prompt, _, length, label, score, rival, _, _, text, _, _ = example_rows
+            prompt, _, length, label, score, rival, _, _, text = example_rows
             self.digest.update(repr((prompt, length, label, score, rival - self.row, text)).encode())
         self.digest.update(b"".join(key for _, _, key in new))
 
@@ -228,9 +225,8 @@ class _Writer:
             label, score = example.labels[k], example.scores[k]
             raw = np.asarray(ids, dtype="<i4").tobytes()
             self.files["tokens"].write(raw)
-            stretches = np.array(carrying, dtype=SPAN).tobytes()
-            self.files["spans"].write(stretches)
-            self.digest.update(stretches)
+            self.files[SPANS].write(np.array([(self.row, *span) for span in carrying], dtype=SPAN).tobytes())
+            self.digest.update(repr(carrying).encode() if carrying else b"")
             yield (
                 prompt,
                 self.place,
@@ -241,16 +237,15 @@ class _Writer:
                 int(line),
                 suffix,
                 int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little"),
-                self.spans,
-                len(carrying),
             )
-            self.spans += len(carrying)
             self.place += len(ids)
             self.row += 1
 
     def close(self) -> None:
         for file in self.files.values():
             file.close()
+        if not (self.folder / SPANS).stat().st_size:
+            (self.folder / SPANS).unlink()
         meta = {
             "suffixes": list(self.suffixes),
             "examples": self.examples,
@@ -379,12 +374,13 @@ def _open(path: str, folder: Path) -> Store:
 
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     arrays = mapped("tokens", "<i4"), mapped("prompts", PROMPT), mapped("rows", ROW)
-    return Store(path, *arrays, **meta, spans=mapped("spans", SPAN), folder=folder)
+    spans = mapped(SPANS, SPAN) if (folder / SPANS).is_file() else np.empty(0, SPAN)
+    return Store(path, *arrays, **meta, spans=spans, folder=folder)
 
 
 def _sums(folder: Path) -> str:
     lines = []
-    for name in ("meta.json", *FILES):
+    for name in ("meta.json", *FILES, *([SPANS] if (folder / SPANS).is_file() else [])):
         with (folder / name).open("rb") as file:
             lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
     return "".join(lines)
