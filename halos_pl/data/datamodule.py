@@ -333,12 +333,10 @@ class FeedbackDataModule(LightningDataModule):
             keep_together=together,
         )
         for store in table.stores:
-            rank_zero_info(f"{split} data {store.path}: {made.counts[store.path]}")
-            has_template = bool(self._module.tokenizer.chat_template)
-            if said := convention(store.text_prompts, self.text_prompts, has_template):
-                rank_zero_info(f"{split} data {store.path}: {said}")
-            for note, number in store.notes.items():
-                rank_zero_info(f"{split} data {store.path}: {number} example{'s' * (number > 1)}: {note}")
+            said = convention(store.text_prompts, self.text_prompts, bool(self._module.tokenizer.chat_template))
+            notes = (f"{number} example{'s' * (number > 1)}: {note}" for note, number in store.notes.items())
+            counted = "; ".join([str(made.counts[store.path]), *([said] if said else []), *notes])
+            rank_zero_info(f"{split} data {store.path}: {counted}")
             if store.unused:
                 rank_zero_info(f"{split} data {store.path}: not used: {', '.join(store.unused)}")
             if store.fault_count:

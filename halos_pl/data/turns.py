@@ -26,8 +26,8 @@ _EMPTY_SPAN = re.compile(r"<(\w+)>\s*</\1>")
 _FORM = re.compile(r"[^\w\s].*[^\w\s]", re.DOTALL)
 _TAG = re.compile(r"<(/?)(\w+)>")
 NO_TEMPLATE = (
-    "The data are message lists, but the tokenizer has no chat template: name one with data.chat_template, use an"
-    " instruct model's tokenizer, or give prompt and completion as plain text."
+    "The data are message lists, but the tokenizer has no chat template: set data.chat_template (a .jinja file, or"
+    " chatml), use an instruct model's tokenizer, or give prompt and completion as plain text."
 )
 
 
