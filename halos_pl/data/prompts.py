@@ -6,8 +6,10 @@ message of a user, so that it goes through the template as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
+
+from lightning.pytorch.utilities import rank_zero_info
 
 from halos_pl.data.example import Prompt
 
@@ -45,6 +47,12 @@ def convention(number: int, text_prompts: TextPrompts, has_template: bool) -> st
         return f"{many} put into the chat template as user messages (text_prompts: chat)"
     other = "; text_prompts: chat would put them into the chat template" if has_template else ""
     return f"{many} encoded as plain text, without a chat template (text_prompts: plain{other})"
+
+
+def say(source: str, notes: Iterable[str]) -> None:
+    """Says how a source's texts become tokens, a line for each of ``notes``."""
+    for note in notes:
+        rank_zero_info(f"{source}: {note}")
 
 
 def text_settings(data: Mapping[str, Any]) -> dict[str, Any]:
