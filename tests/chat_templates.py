@@ -20,10 +20,11 @@ def _folder() -> Path:
     return Path(found.origin).parent / "chat_templates"
 
 
+_ALL = {path.stem: path.read_text("utf-8") for path in sorted(_folder().glob("*.jinja"))}
 #: The templates for inference, by name.
-TEMPLATES = {
-    path.stem: path.read_text("utf-8") for path in sorted(_folder().glob("*.jinja")) if "_training" not in path.stem
-}
+TEMPLATES = {name: text for name, text in _ALL.items() if not name.endswith("_training")}
+#: Those that say themselves, by ``{% generation %}``, what the assistant says.
+MARKED = {name: text for name, text in _ALL.items() if "endgeneration" in text}
 
 
 def stub(template: str, eos: str = "<eos>", *, special: bool = True) -> PreTrainedTokenizerBase:
@@ -50,4 +51,4 @@ def stub(template: str, eos: str = "<eos>", *, special: bool = True) -> PreTrain
 
 @cache
 def shipped(name: str) -> PreTrainedTokenizerBase:
-    return stub(TEMPLATES[name])
+    return stub(_ALL[name])

@@ -3,7 +3,7 @@
     .venv/bin/python experiments/quickstart/make_feedback.py      (about 6 minutes on 2 cores)
 
 Answers that the limit of length cut off are kept, as undesirable rows: being cut off is what the rule is
-against. In training they get an EOS at the cut like every completion, which being undesirable they unlearn.
+against. Their column ``finished`` is false, so that in training they get no EOS at the cut.
 """
 
 from __future__ import annotations

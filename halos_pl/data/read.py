@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from halos_pl.data import formats
 from halos_pl.data.broken import too_large
 from halos_pl.data.columns import Columns, known, without
 from halos_pl.data.example import Example, Fault, Skipped
+from halos_pl.data.judged import judged
+from halos_pl.data.prompts import TextPrompts, asked
 from halos_pl.data.schemas import SCHEMAS, Parse, check, find
 from halos_pl.data.source import Source
+from halos_pl.data.spans import LossOn
 from halos_pl.data.values import BadRow, given
 
 
@@ -23,16 +27,29 @@ def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in taken} | moved
 
 
+def _asked(item: Example | Skipped, text_prompts: TextPrompts) -> Example | Skipped:
+    if isinstance(item, Skipped) or not isinstance(item.prompt, str):
+        return item
+    return replace(item, prompt=asked(item.prompt, text_prompts), text_prompt=True)
+
+
 def _items(
-    parse: Parse, row: dict[str, Any], place: str, source: Source, columns: Columns
+    parse: Parse,
+    row: dict[str, Any],
+    place: str,
+    source: Source,
+    columns: Columns,
+    text_prompts: TextPrompts,
+    loss_on: LossOn,
 ) -> Iterator[Example | Fault | Skipped]:
     try:
         # All of a row or nothing: what it says of its first answer may be undone by its second.
-        items = list(columns.in_context(parse(row, place), row))
+        items = list(columns.in_context([_asked(item, text_prompts) for item in parse(row, place)], row))
         for item in items:
             if isinstance(item, Example) and item.size > source.max_row:  # a tree's prompt is many rows
                 raise BadRow(str(too_large(source.max_row, item.size)))
-        yield from items
+        for item in items:
+            yield from [item] if isinstance(item, Skipped) else judged(item, columns.schema, loss_on)
     except BadRow as bad:
         yield bad.fault(place, source.columns)
 
@@ -45,7 +62,12 @@ def _wrong_settings(source: Source) -> str | None:
     return None
 
 
-def read(source: Source, unused: dict[str, None] | None = None) -> Iterator[Example | Fault | Skipped]:
+def read(
+    source: Source,
+    unused: dict[str, None] | None = None,
+    text_prompts: TextPrompts = "plain",
+    loss_on: LossOn = "last",
+) -> Iterator[Example | Fault | Skipped]:
     """What each row of a source says, in its order: one example or several, a fault, or that it was skipped and why.
 
     Memory is bounded by the largest row (``oasst``: by the texts of the source, whose trees need all of it).
@@ -57,6 +79,8 @@ def read(source: Source, unused: dict[str, None] | None = None) -> Iterator[Exam
     Args:
         source: what to read.
         unused: filled with the names of the columns that say something and that nothing reads.
+        text_prompts: what prompts that are plain text mean, see :mod:`halos_pl.data.prompts`.
+        loss_on: which turns of the assistant carry the loss, see :mod:`halos_pl.data.judged`.
     """
     if wrong := _wrong_settings(source):
         yield Fault(source.path, wrong, fatal=True)
@@ -100,7 +124,7 @@ def read(source: Source, unused: dict[str, None] | None = None) -> Iterator[Exam
             assert schema is not None
             assert schema.parse is not None
             assert columns is not None
-            yield from _items(schema.parse, item, place, source, columns)
+            yield from _items(schema.parse, item, place, source, columns, text_prompts, loss_on)
     if missing and columns is not None and not ended:
         name = min(missing)
         yield Fault(source.path, f"'columns' names a column '{name}', which no row has; correct its name", fatal=True)
@@ -112,4 +136,4 @@ def read(source: Source, unused: dict[str, None] | None = None) -> Iterator[Exam
             if isinstance(item, Fault):
                 yield item
             else:
-                yield from _items(parse, item, place, source, columns)
+                yield from _items(parse, item, place, source, columns, text_prompts, loss_on)

@@ -33,12 +33,16 @@ from halos_pl.cache import Use, cache_root, limit, make_room
 from halos_pl.data import (
     arrow,
     broken,
+    calls,
     columns,
     formats,
+    judged,
     meanings,
+    prompts,
     published,
     read,
     schemas,
+    spans,
     special,
     text,
     tokenize,
@@ -72,6 +76,9 @@ ROW = np.dtype(
         ("text", "<u8"),
     ]
 )
+SPAN = np.dtype([("row", "<i8"), ("start", "<i4"), ("stop", "<i4")])
+FILES = ("prompts", "rows", "tokens")
+SPANS = "spans"  # a file that is there only where some completion carries the loss in parts
 PROMPT = np.dtype([("start", "<i8"), ("length", "<i4"), ("key", "S16")])
 
 
@@ -96,6 +103,9 @@ class Store:
         spelling: number of examples, faulty ones included, whose text spells a special token.
         spelled: of these for each such token.
         use: keeps it from being removed.
+        text_prompts: number of examples whose prompt is plain text in the source.
+        notes: what is to be said of some examples, and of how many.
+        spans: ``SPAN`` [s], by row, stretches of completions that carry the loss; none where all of one does.
     """
 
     path: str
@@ -114,6 +124,9 @@ class Store:
     spelled: dict[str, int] = field(default_factory=dict)
     use: Use | None = field(default=None, repr=False, compare=False)
     fault_reasons: dict[str, int] = field(default_factory=dict)
+    text_prompts: int = 0
+    notes: dict[str, int] = field(default_factory=dict)
+    spans: NDArray[Any] = field(default_factory=lambda: np.empty(0, SPAN))
 
     def __reduce__(self) -> Any:
         """Sent to a worker as its place: pickled, the mapped arrays would be copied."""
@@ -132,6 +145,23 @@ class Store:
         """Token ids of a row's completion, uncut."""
         start = int(self.rows["start"][row])
         return self.tokens[start : start + int(self.rows["length"][row])]
+
+    def loss(self, row: int) -> NDArray[np.bool_] | None:
+        """bool [t], which tokens of a row's completion carry the loss; None where all of them do."""
+        first, last = np.searchsorted(self.spans["row"], (row, row + 1))
+        if first == last:
+            return None
+        found = np.zeros(int(self.rows["length"][row]), bool)
+        for _, start, stop in self.spans[first:last].tolist():
+            found[start:stop] = True
+        return found
+
+    def first_loss(self) -> NDArray[np.int64]:
+        """int64 [n], the first token of each row's completion that carries the loss."""
+        first = np.zeros(len(self.rows), np.int64)
+        rows, places = np.unique(self.spans["row"], return_index=True)
+        first[rows] = self.spans["start"][places]
+        return first
 
     @property
     def causes(self) -> list[tuple[int, str]]:
@@ -166,8 +196,8 @@ class _Writer:
 
     def __init__(self, folder: Path, source: Source, encoder: tokenize.Encoder) -> None:
         self.folder, self.source, self.encoder = folder, source, encoder
-        self.files = {name: (folder / name).open("wb") for name in ("tokens", "prompts", "rows")}
-        self.place = self.row = self.examples = self.fault_count = 0
+        self.files = {name: (folder / name).open("wb") for name in (*FILES, SPANS)}
+        self.place = self.row = self.examples = self.fault_count = self.text_prompts = 0
         self.known: dict[bytes, int] = {}
         self.suffixes: dict[str, int] = {}
         self.faults: list[tuple[str, str]] = []
@@ -188,39 +218,41 @@ class _Writer:
     def add(self, examples: list[Example]) -> None:
         """Tokenises and writes; an example that cannot be tokenised is a fault."""
         rows: list[tuple[Any, ...]] = []
-        prompts: list[tuple[int, int, bytes]] = []
-        encoded = self.encoder.batch([(e.prompt, e.completions) for e in examples])
-        for example, found in zip(examples, encoded, strict=True):
+        new: list[tuple[int, int, bytes]] = []
+        for example, found in zip(examples, self.encoder.encode(examples), strict=True):
             if isinstance(found, ValueError):
                 self.fault(Fault(example.row_id, str(found)))
                 continue
             self.examples += 1
-            prompt_ids, completions = found
-            raw = np.asarray(prompt_ids, dtype="<i4").tobytes()
+            self.text_prompts += example.text_prompt
+            raw = np.asarray(found.prompt, dtype="<i4").tobytes()
             key = hashlib.blake2b(raw, digest_size=16).digest()
             if key not in self.known:
                 self.known[key] = len(self.known)
-                prompts.append((self.place, len(prompt_ids), key))
+                new.append((self.place, len(found.prompt), key))
                 self.files["tokens"].write(raw)
-                self.place += len(prompt_ids)
-            rows += self._rows(example, self.known[key], completions)
-        for name, written in (("rows", np.array(rows, dtype=ROW)), ("prompts", np.array(prompts, dtype=PROMPT))):
+                self.place += len(found.prompt)
+            rows += self._rows(example, self.known[key], found)
+        for name, written in (("rows", np.array(rows, dtype=ROW)), ("prompts", np.array(new, dtype=PROMPT))):
             self.files[name].write(written.tobytes())
         for example_rows in rows:  # what the model sees, and how it was judged
             prompt, _, length, label, score, rival, _, _, text = example_rows
             self.digest.update(repr((prompt, length, label, score, rival - self.row, text)).encode())
-        self.digest.update(b"".join(key for _, _, key in prompts))
+        self.digest.update(b"".join(key for _, _, key in new))
 
-    def _rows(self, example: Example, prompt: int, completions: list[list[int]]) -> Iterator[tuple[Any, ...]]:
+    def _rows(self, example: Example, prompt: int, found: tokenize.Tokens) -> Iterator[tuple[Any, ...]]:
         line, _, rest = example.row_id[len(self.source.path) + 1 :].partition("#")
         part = f"#{rest}" if rest else ""
         first = self.row
-        for k, ids in enumerate(completions):
-            which = ("#chosen", "#rejected")[k] if example.paired else f"#{k + 1}" if len(completions) > 1 else ""
+        for k, (ids, carrying) in enumerate(zip(found.completions, found.spans, strict=True)):
+            several = len(found.completions) > 1
+            which = ("#chosen", "#rejected")[k] if example.paired else f"#{k + 1}" if several else ""
             suffix = self.suffixes.setdefault(part + which, len(self.suffixes))
             label, score = example.labels[k], example.scores[k]
             raw = np.asarray(ids, dtype="<i4").tobytes()
             self.files["tokens"].write(raw)
+            self.files[SPANS].write(np.array([(self.row, *span) for span in carrying], dtype=SPAN).tobytes())
+            self.digest.update(repr(carrying).encode() if carrying else b"")
             yield (
                 prompt,
                 self.place,
@@ -238,6 +270,8 @@ class _Writer:
     def close(self) -> None:
         for file in self.files.values():
             file.close()
+        if not (self.folder / SPANS).stat().st_size:
+            (self.folder / SPANS).unlink()
         meta = {
             "suffixes": list(self.suffixes),
             "examples": self.examples,
@@ -248,6 +282,8 @@ class _Writer:
             "unused": list(self.unused),
             "spelling": self.encoder.spelling,
             "spelled": dict(self.encoder.spelled.most_common()),
+            "text_prompts": self.text_prompts,
+            "notes": dict(self.encoder.notes),
             "digest": self.digest.hexdigest(),
         }
         (self.folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
@@ -268,7 +304,7 @@ def _chunks(items: Iterable[Any]) -> Iterator[list[Any]]:
         yield chunk
 
 
-def _build(source: Source, encoder: tokenize.Encoder, folder: Path) -> None:
+def _build(source: Source, encoder: tokenize.Encoder, folder: Path, text_prompts: prompts.TextPrompts) -> None:
     """Reads the source once, in bounded memory, and writes its store into ``folder``.
 
     Raises:
@@ -280,7 +316,7 @@ def _build(source: Source, encoder: tokenize.Encoder, folder: Path) -> None:
         task = progress.add_task(f"checking {source.path}", total=None)
         writer = _Writer(folder, source, encoder)
         try:
-            for chunk in _chunks(read.read(source, writer.unused)):
+            for chunk in _chunks(read.read(source, writer.unused, text_prompts, encoder.loss_on)):
                 sound = []
                 for item in chunk:
                     if isinstance(item, Skipped):
@@ -312,10 +348,14 @@ def _code() -> str:
         schemas,
         columns,
         meanings,
+        prompts,
+        judged,
         read,
         tokenize,
+        spans,
         special,
         turns,
+        calls,
         sys.modules[__name__],
     ):
         digest.update(inspect.getsource(module).encode())
@@ -340,7 +380,7 @@ def _content(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _key(source: Source, tokenizer: PreTrainedTokenizerBase, special_tokens_in_text: str) -> str:
+def _key(source: Source, tokenizer: PreTrainedTokenizerBase, *how: str) -> str:
     settings = asdict(source)
     del settings["weight"]  # how often rows are seen is no part of what they are
     path = Path(source.path)
@@ -349,7 +389,7 @@ def _key(source: Source, tokenizer: PreTrainedTokenizerBase, special_tokens_in_t
         content = _content(path)
     else:
         content = formats.hub_version(source)
-    parts = [settings, content, _code(), _tokenizer_state(tokenizer), special_tokens_in_text]
+    parts = [settings, content, _code(), _tokenizer_state(tokenizer), *how]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -360,12 +400,14 @@ def _open(path: str, folder: Path) -> Store:
         return np.memmap(file, dtype, mode="r") if file.stat().st_size else empty
 
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    return Store(path, mapped("tokens", "<i4"), mapped("prompts", PROMPT), mapped("rows", ROW), **meta, folder=folder)
+    arrays = mapped("tokens", "<i4"), mapped("prompts", PROMPT), mapped("rows", ROW)
+    spans = mapped(SPANS, SPAN) if (folder / SPANS).is_file() else np.empty(0, SPAN)
+    return Store(path, *arrays, **meta, spans=spans, folder=folder)
 
 
 def _sums(folder: Path) -> str:
     lines = []
-    for name in ("meta.json", "prompts", "rows", "tokens"):
+    for name in ("meta.json", *FILES, *([SPANS] if (folder / SPANS).is_file() else [])):
         with (folder / name).open("rb") as file:
             lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
     return "".join(lines)
@@ -381,7 +423,7 @@ def _remove(place: Path) -> None:
 
 def _found(path: str, folder: Path) -> Store | None:
     """The store in ``folder``; None where there is none, or where a byte of it is not what was written."""
-    if not all((folder / name).is_file() for name in ("meta.json", "prompts", "rows", "tokens", SUMS)):
+    if not all((folder / name).is_file() for name in ("meta.json", *FILES, SUMS)):
         return None  # a pipe, say, would never end
     try:
         return _open(path, folder) if (folder / SUMS).read_bytes() == _sums(folder).encode() else None
@@ -394,6 +436,8 @@ def open_store(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path | None = None,
     special_tokens_in_text: special.SpecialTokens = "refuse",
+    text_prompts: prompts.TextPrompts = "plain",
+    loss_on: spans.LossOn = "last",
 ) -> Store:
     """The store of ``source``, made if it is not there yet.
 
@@ -402,6 +446,8 @@ def open_store(
         tokenizer: with a chat template where the source has messages.
         folder: of all stores; left out, ``data`` in :func:`halos_pl.cache.cache_root`.
         special_tokens_in_text: see :class:`halos_pl.data.special.SpecialText`.
+        text_prompts: see :mod:`halos_pl.data.prompts`.
+        loss_on: see :mod:`halos_pl.data.judged`.
 
     Raises:
         DataError: for a fault of the source as a whole, a missing file, say. Faults of rows are in the store.
@@ -411,7 +457,7 @@ def open_store(
         raise DataError(str(next(iter(read.read(source)))))
     home = folder or cache_root() / "data"
     try:
-        place = home / _key(source, tokenizer, special_tokens_in_text)
+        place = home / _key(source, tokenizer, special_tokens_in_text, text_prompts, loss_on)
     except OSError as error:
         raise DataError(f"{source.path}: cannot be read ({error.strerror}); check its permissions") from error
     limit()  # a faulty setting is said before the work
@@ -437,7 +483,7 @@ def open_store(
             part.mkdir()
             try:
                 with naming(part):
-                    _build(source, tokenize.Encoder(tokenizer, special_tokens_in_text), part)
+                    _build(source, tokenize.Encoder(tokenizer, special_tokens_in_text, loss_on), part, text_prompts)
                 _remove(place)
                 os.replace(part, place)
             finally:

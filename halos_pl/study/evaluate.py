@@ -21,13 +21,13 @@ from halos_pl.checkpoint import load_trained
 from halos_pl.data import FeedbackDataModule
 from halos_pl.data.datamodule import _sources
 from halos_pl.data.example import DataError, Prompt
-from halos_pl.export import module_of_run, put_weights
+from halos_pl.export import module_of_run, put_weights, take_template
 from halos_pl.feedback import Binary
 from halos_pl.files import whole, write
 from halos_pl.generate import Sample, as_messages, check_sampling, generate, kl_of_samples, read_prompt_lines
 from halos_pl.module import HALOModule
 from halos_pl.outcomes import FlatBatch
-from halos_pl.policy.logprobs import compared_logps
+from halos_pl.policy.logprobs import compared_logps, completion_mask
 from halos_pl.provenance import digest_of, paths_of, provenance
 from halos_pl.reference_points import Zero
 from halos_pl.rewards import LogRatio
@@ -94,6 +94,7 @@ class Evaluation(HALOModule):
         assert self.policy is not None
         compared = compared_logps(self.policy, self.scoring(), batch)
         policy, reference, kl = (figures.sum(dim=1).tolist() for figures in compared)
+        tokens = completion_mask(batch).sum(dim=1).tolist()
         first = [min(i, rival) if rival >= 0 else i for i, rival in enumerate(batch.rival.tolist())]
         return [
             {
@@ -101,7 +102,7 @@ class Evaluation(HALOModule):
                 "pair": batch.row_ids[first[i]] if batch.rival[i] >= 0 else None,
                 "prompt": int(batch.group[i]),  # as it was before it was cut, which goes by the completion
                 "desirable": bool(batch.desirable[i]),
-                "tokens": len(batch.completions[i]),
+                "tokens": tokens[i],
                 "policy_logp": policy[i],
                 "reference_logp": reference[i],
                 "kl": kl[i],
@@ -124,6 +125,7 @@ def _prepared(run: Path, ckpt_path: str | None) -> Evaluation:
         packing=of_run.packing,  # type: ignore[arg-type]
         reference_store=True,
     )
+    take_template(module, run)
     # On one device: of several each would see its own share of the rows.
     module.trainer = Trainer(
         logger=False, enable_checkpointing=False, enable_model_summary=False, devices=1, num_nodes=1

@@ -98,7 +98,7 @@ def test_tokens_of_the_completion_are_marked_and_markup_is_text(tmp_path: Path) 
     assert marked.startswith("&lt;script&gt;[/red]&lt;|im_end|&gt;")
     with (tmp_path / "out").open("w") as file:
         show(found, Console(file=file, width=100))
-    assert "<b>[red]<script>[/red]<|im_end|>" in (tmp_path / "out").read_text()
+    assert "<b>[red]⟦<script>[/red]<|im_end|>⟧" in (tmp_path / "out").read_text()  # no colours in a file
 
 
 def test_the_command_writes_a_page_and_json(tmp_path: Path, tiny_folder: Path, capfd: Any) -> None:

@@ -150,8 +150,9 @@ def test_the_prompt_column_wins(tmp_path: Path) -> None:
 
 def test_what_the_user_says_in_a_completion_does_not_carry_the_loss(tmp_path: Path) -> None:
     later = [BOT, {"role": "user", "content": "and now?"}, OTHER]
-    rows: list[dict[str, Any]] = [
-        {"prompt": [USER], "completion": [USER, *later], "label": True},
+    found = example(tmp_path, {"prompt": [USER], "completion": [USER, *later], "label": True})
+    assert (found.prompt, found.completions) == ([USER, *later[:2]], ([OTHER],))
+    rows: list[dict[str, Any]] = [  # these answer different questions
         {"prompt": [USER], "chosen": later, "rejected": [BOT]},
         {"prompt": [USER], "completions": [later, [BOT]], "scores": [1, 2]},
     ]
@@ -182,7 +183,9 @@ def test_conversations_that_end_in_different_questions_are_no_pair(tmp_path: Pat
 def test_what_a_template_would_need_is_refused_and_not_lost(tmp_path: Path, column: str) -> None:
     row = {"prompt": [USER], "completion": [BOT], "label": True}
     for empty in (None, "", [], {}, "[]"):
-        example(tmp_path, {**row, column: empty})
+        assert example(tmp_path, {**row, column: empty}).tools is None
+    if column == "tools":
+        row = {"prompt": "a", "completion": "b", "label": True}  # a text prompt has no place for them
     assert "is for the chat template" in refused(tmp_path, {**row, column: [{"name": "search"}]})
     example(tmp_path, {"prompt": "a", "completion": "b", "label": True, column: "hammer"})  # no template is used
 
@@ -547,14 +550,18 @@ def test_a_score_beside_a_label_is_kept(tmp_path: Path) -> None:
     assert (found.labels, found.scores) == ((True,), (0.25,))
 
 
-def test_calls_of_tools_are_refused_and_not_lost(tmp_path: Path) -> None:
-    call = {"role": "assistant", "content": "ok", "tool_calls": [{"name": "f"}]}
-    path = tmp_path / "a.jsonl"
-    row = {"prompt": [{"role": "user", "content": "p"}], "completion": [call], "label": True}
-    path.write_text(json.dumps(row) + "\n")
-    [found] = read(Source(str(path)))
-    assert isinstance(found, Fault)
-    assert "has tool_calls, which would be lost" in found.reason
+def test_calls_of_tools_are_kept_in_whatever_form_they_are_stored(tmp_path: Path) -> None:
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"a": None}}}]
+    for stored in (calls, json.dumps(calls), [json.dumps(calls[0])]):
+        for content in ({"content": None}, {"content": ""}, {}):
+            said = {"role": "assistant", **content, "tool_calls": stored}
+            found = example(tmp_path, {"prompt": [USER], "completion": [said], "label": True, "tools": stored})
+            assert found.completions == ([{"role": "assistant", "content": "", "tool_calls": calls}],)
+            assert found.tools == calls
+    for wrong in ("f(x) -> int", [{"x": 1}], {"name": "f"}, [["f"]], 3):
+        said = {"role": "assistant", "content": "ok", "tool_calls": wrong}
+        assert "tool_calls" in refused(tmp_path, {"prompt": [USER], "completion": [said], "label": True})
+        assert "'tools'" in refused(tmp_path, {"prompt": [USER], "completion": [BOT], "label": True, "tools": wrong})
 
 
 def test_dialogues_that_part_early_are_skipped_and_counted(tmp_path: Path) -> None:
@@ -585,9 +592,11 @@ def test_a_dialogue_repeated_but_for_the_system_message_is_repeated(tmp_path: Pa
     assert pair(tmp_path, row) == ([SYSTEM, USER], [BOT], [OTHER])
 
 
-def test_what_a_tool_says_in_a_completion_does_not_carry_the_loss(tmp_path: Path) -> None:
+def test_what_a_tool_says_in_a_completion_belongs_to_it(tmp_path: Path) -> None:
     tool = {"role": "tool", "content": "42"}
-    found = read_rows(tmp_path, {"prompt": [USER], "chosen": [BOT, tool, OTHER], "rejected": [BOT]})
-    assert [item.reason for item in found if isinstance(item, Skipped)] == [
-        "another than the assistant speaks in a completion"
-    ]
+    assert pair(tmp_path, {"prompt": [USER], "chosen": [BOT, tool, OTHER], "rejected": [BOT]}) == (
+        [USER], [BOT, tool, OTHER], [BOT],
+    )
+    found = read_rows(tmp_path, {"prompt": [USER], "chosen": [BOT, tool], "rejected": [BOT]})
+    reasons = [item.reason for item in found if isinstance(item, Skipped)]
+    assert reasons == ["a completion does not end with the assistant"]

@@ -234,8 +234,8 @@ def test_message_completion_after_a_text_prompt() -> None:
 
 
 def test_template_that_does_not_continue_its_prompt() -> None:
-    tokenizer = byte_level_tokenizer(CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif"))
-    with pytest.raises(ValueError, match=r"does not continue the prompt.*<think>"):
+    tokenizer = byte_level_tokenizer(CHATML.replace("assistant\n' }}{% endif", "assistant\nAnswer: ' }}{% endif"))
+    with pytest.raises(ValueError, match=r"does not continue the prompt.*Answer: "):
         encode_completion(tokenizer, SAY, "Yes")
 
 

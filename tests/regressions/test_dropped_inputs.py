@@ -120,7 +120,7 @@ MEANT = {
     "videos": ["a.mp4"],
     "audios": ["a.wav"],
     "Images": ["a.jpg"],
-    "tools": [{"name": "f"}],
+    "functions": [{"name": "f"}],
     "chat_template_kwargs": {"enable_thinking": True},
     "documents": [{"title": "t", "text": "x"}],
     "tool_calls": [{"name": "f"}],
@@ -143,13 +143,8 @@ def test_what_no_prompt_can_hold_is_refused_by_name(tmp_path: Path, column: str)
 
 
 KEYS = {
-    "tool_calls": [{"name": "f"}],
     "function_call": {"name": "f"},
-    "reasoning_content": "hm",
-    "thinking": "hm",
     "images": ["a.jpg"],
-    "tool_call_id": "1",
-    "name": "Ann",
     "weight": 0,
     "train": False,
     "loss": False,

@@ -33,6 +33,7 @@ DIALOGUES = {
 #: glm4moe ends a turn with the head of the next one, so EOS is added, which TRL does not do.
 ENDS = {
     "cohere": ("<|END_OF_TURN_TOKEN|>", ""),
+    "deepseek": ("<｜end▁of▁sentence｜>", ""),
     "diffusion_gemma": ("<turn|>", "\n"),
     "gemma": ("<end_of_turn>", "\n"),
     "gemma4": ("<turn|>", "\n"),
@@ -41,14 +42,13 @@ ENDS = {
     "lfm2": ("<|im_end|>", "\n"),
     "llama3": ("<|eot_id|>", ""),
     "muse_glimmer": ("<|eot|>", ""),
+    "nemotron": ("<|im_end|>", "\n"),
     "phi3": ("<|end|>", "\n<eos>"),
     "qwen": ("<|im_end|>", "\n"),
 }
-#: These write another beginning of an answer for a prompt alone than for a whole dialogue.
-NOT_CONTINUED = {name for name in TEMPLATES if name.startswith(("deepseek", "nemotron"))}
 #: These want messages with parts, as of pictures, and refuse or ignore a content that is text.
 NO_TEXT = {"idefics3", "llava_next", "smolvlm"}
-TEXT = [name for name in TEMPLATES if name not in NOT_CONTINUED | NO_TEXT]
+TEXT = [name for name in TEMPLATES if name not in NO_TEXT]
 
 
 def end_of(name: str) -> tuple[str, str]:
@@ -111,11 +111,10 @@ def test_trls_templates(name: str) -> None:
     assert set(stop_ids(tokenizer)) == {end, tokenizer.eos_token_id}
 
 
-@pytest.mark.parametrize("name", sorted(NOT_CONTINUED | NO_TEXT))
+@pytest.mark.parametrize("name", sorted(NO_TEXT))
 def test_templates_that_cannot_be_used_are_refused(name: str) -> None:
-    tokenizer = shipped(name)
-    with pytest.raises(ValueError, match="does not continue the prompt" if name in NOT_CONTINUED else "chat template"):
-        encode_completion(tokenizer, ASK, ANSWER)
+    with pytest.raises(ValueError, match="chat template"):
+        encode_completion(shipped(name), ASK, ANSWER)
 
 
 @pytest.mark.slow
@@ -260,11 +259,16 @@ def test_thoughts_in_the_content() -> None:
         assert whole.endswith(f"<|im_start|>assistant\n{said}<|im_end|>")
     with pytest.raises(ValueError, match="<think>"):
         encode_completion(shipped("qwen3_8"), ASK, said)
-    # These open the span in the prompt, and continue it only with a completion that has one.
-    tokenizer = shipped("nemotron_3_nano")
-    assert tokenizer.decode(encode_completion(tokenizer, ASK, said)) == "Hm.\n</think>\n\nYes.<|im_end|>"
-    with pytest.raises(ValueError, match=r"opens <think>: begin the completion with <think>"):
-        encode_completion(tokenizer, ASK, "Yes.")
+    # These open the span in the prompt. The first one cuts it from every turn, the last one included.
+    for name, end in (("deepseek_r1_distill", "<｜end▁of▁sentence｜>"), ("nemotron_3_nano", "<|im_end|>")):
+        tokenizer = shipped(name)
+        for thoughts in (said, said.removeprefix("<think>\n")):  # as written by people, and as the model says it
+            assert tokenizer.decode(encode_completion(tokenizer, ASK, thoughts)) == f"Hm.\n</think>\n\nYes.{end}"
+    cut = "<|im_start|>{{ m.content.split('</think>')[-1] }}<|im_end|>{# <think> #}"
+    cut = "<|im_start|>{{ m.content.split('</think>')[-1] }}<|im_end|>{# <think> #}"
+    drops = stub(EACH + cut + HEAD + "<|im_start|>{% endif %}")
+    with pytest.raises(ValueError, match=r"drops what stands in <think>"):
+        encode_completion(drops, ASK, said)
 
 
 # Generation

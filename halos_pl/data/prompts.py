@@ -1,0 +1,60 @@
+"""What a prompt that is plain text means: one setting for training, generation and evaluation.
+
+As in TRL, a message list goes through the chat template and plain text does not. With ``chat``, plain text is the
+message of a user, so that it goes through the template as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from halos_pl.data.example import Prompt
+
+#: ``plain``: a text prompt is encoded as it is. ``chat``: it is a user's message in the chat template.
+TextPrompts = Literal["plain", "chat"]
+
+#: Settings of ``data:`` that say how text becomes tokens, and what each is where a config does not name it. Whatever
+#: reads texts for a run's model (evaluate, generate) takes them from the run's config.
+TEXT_SETTINGS: dict[str, Any] = {"special_tokens_in_text": "refuse", "text_prompts": "plain", "loss_on": "last"}
+
+
+def asked(prompt: Prompt, text_prompts: TextPrompts) -> Prompt:
+    """The prompt as it is encoded: text under ``chat`` becomes a user's message, anything else stays as it is.
+
+    Raises:
+        ValueError: there is no such convention.
+    """
+    if text_prompts not in get_args(TextPrompts):
+        raise ValueError(f"text_prompts is {text_prompts!r}; it must be plain or chat")
+    return [{"role": "user", "content": prompt}] if text_prompts == "chat" and isinstance(prompt, str) else prompt
+
+
+def convention(number: int, text_prompts: TextPrompts, has_template: bool) -> str | None:
+    """What becomes of ``number`` text prompts, as a line for the log; None where there are none.
+
+    Args:
+        number: of prompts that are plain text.
+        text_prompts: the setting.
+        has_template: whether the tokenizer has a chat template.
+    """
+    if not number:
+        return None
+    many = f"{number} text prompt{'s' * (number > 1)}"
+    if text_prompts == "chat":
+        return f"{many} put into the chat template as user messages (text_prompts: chat)"
+    other = "; text_prompts: chat would put them into the chat template" if has_template else ""
+    return f"{many} encoded as plain text, without a chat template (text_prompts: plain{other})"
+
+
+def say(source: str, notes: Iterable[str]) -> None:
+    """Says how a source's texts become tokens, a line for each of ``notes``."""
+    for note in notes:
+        rank_zero_info(f"{source}: {note}")
+
+
+def text_settings(data: Mapping[str, Any]) -> dict[str, Any]:
+    """``TEXT_SETTINGS`` as the ``data:`` part of a run's config has them."""
+    return {name: data.get(name, default) for name, default in TEXT_SETTINGS.items()}
