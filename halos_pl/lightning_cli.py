@@ -40,7 +40,7 @@ from halos_pl.data import DataError, FeedbackDataModule
 from halos_pl.data.inspect import inspect_source
 from halos_pl.data.transforms import Transform
 from halos_pl.export import export
-from halos_pl.generate import generate_file
+from halos_pl.generate_command import generate_file
 from halos_pl.messages import cause, plain
 from halos_pl.module import HALOModule, NonFiniteLossError, check_trainer, unsupported_strategy
 from halos_pl.monitors import check_monitors, say_unused
