@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 from run_halos import ROOT, binary_data, pair_data
 
 from halos_pl.cli import main
-from halos_pl.data import DataError
 from halos_pl.provenance import digest_of
 from halos_pl.study import execute
 from halos_pl.study.evaluate import METRICS
