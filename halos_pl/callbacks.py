@@ -27,6 +27,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from halos_pl import stopping
 from halos_pl.checkpoint import LAST
+from halos_pl.data.template import CHAT_TEMPLATE
 from halos_pl.ending import SUMMARY, record, shortfall, why_ended
 from halos_pl.files import part_of, whole, write
 from halos_pl.monitors import check_monitors
@@ -234,6 +235,11 @@ class SaveRunConfig(SaveConfigCallback):
         beside = part_of(path)
         self.parser.save(config, str(beside), skip_none=False, overwrite=True, multifile=False)
         os.replace(beside, path)
+        template = getattr(trainer.datamodule, "chat_template", None)  # type: ignore[attr-defined]
+        if template is None:
+            (path.parent / CHAT_TEMPLATE).unlink(missing_ok=True)
+        else:
+            write(path.parent / CHAT_TEMPLATE, template)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":

@@ -19,6 +19,7 @@ from torch import nn
 from halos_pl.cache import cache_root
 from halos_pl.callbacks import CONFIG
 from halos_pl.checkpoint import load_trained
+from halos_pl.data.template import CHAT_TEMPLATE, use_template
 from halos_pl.files import share
 from halos_pl.foreign_code import model_of_config
 from halos_pl.generate import add_stops
@@ -60,7 +61,14 @@ def module_of_run(run: Path) -> HALOModule:
     except ArgumentError as error:
         raise ValueError(f"{run / CONFIG}: {cause(str(error))}") from error
     module: HALOModule = parser.instantiate_classes(config).model
+    take_template(module, run)
     return module
+
+
+def take_template(module: HALOModule, run: Path) -> None:
+    """Gives the module's tokenizer the chat template that the run was trained with, where it had one of its own."""
+    if (run / CHAT_TEMPLATE).is_file():
+        use_template(module.tokenizer, (run / CHAT_TEMPLATE).read_text(encoding="utf-8"), str(run / CHAT_TEMPLATE))
 
 
 def load_run(run: str | Path, ckpt_path: str | None = None) -> HALOModule:

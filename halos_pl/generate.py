@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from halos_pl.data.example import DataError, Prompt
 from halos_pl.data.special import SpecialText, SpecialTokens
 from halos_pl.data.tokenize import encode_prompt
-from halos_pl.data.turns import stop_ids
+from halos_pl.data.turns import Tools, stop_ids
 from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.limits import check_prompts, positions, room, rows_of_vocabulary
 from halos_pl.policy.loading import base_model
@@ -178,8 +178,9 @@ def encode_prompts(
     names: Sequence[str],
     control: str,
     special_tokens_in_text: SpecialTokens,
+    tools: Sequence[Tools] | None = None,
 ) -> list[list[int]]:
-    """Token ids of the prompts.
+    """Token ids of the prompts; see :func:`generate`.
 
     Raises:
         ValueError: naming a prompt that cannot be encoded, and why.
@@ -187,9 +188,9 @@ def encode_prompts(
     ending = list(tokenizer(control, add_special_tokens=False)["input_ids"]) if control else []
     special = SpecialText(tokenizer, special_tokens_in_text)
     found = []
-    for name, prompt in zip(names, prompts, strict=True):
+    for name, prompt, own in zip(names, prompts, tools or [None] * len(prompts), strict=True):
         try:
-            found.append(encode_prompt(tokenizer, prompt, special) + ending)
+            found.append(encode_prompt(tokenizer, prompt, special, own) + ending)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return found
@@ -209,6 +210,7 @@ def generate(
     seed: int = 0,
     control: str = "",
     special_tokens_in_text: SpecialTokens = "refuse",
+    tools: Sequence[Tools] | None = None,
     names: Sequence[str] | None = None,
     progress: bool = True,
 ) -> list[list[Sample]]:
@@ -231,6 +233,7 @@ def generate(
             fine-tuning.
         special_tokens_in_text: what becomes of special tokens that messages spell, see
             :class:`halos_pl.data.special.SpecialText`.
+        tools: for each prompt JSON schemas of what the model may call, or None.
         names: of the prompts, for messages.
         progress: show a bar.
 
@@ -249,7 +252,7 @@ def generate(
         seed=seed,
     )
     names = names or [f"prompt {i + 1}" for i in range(len(prompts))]
-    encoded = encode_prompts(tokenizer, prompts, names, control, special_tokens_in_text)
+    encoded = encode_prompts(tokenizer, prompts, names, control, special_tokens_in_text, tools)
     check_prompts(model, tokenizer, encoded, names, max_new_tokens)
     device = next(model.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

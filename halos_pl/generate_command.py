@@ -24,6 +24,7 @@ def generate_file(
     prompt_column: str | None = None,
     out: str | None = None,
     text_prompts: TextPrompts | None = None,
+    chat_template: str | None = None,
     max_new_tokens: int = 128,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -47,6 +48,8 @@ def generate_file(
             all of them are there, they are in a file with the ending .part.
         text_prompts: what a prompt that is plain text means: plain encodes it as it is, chat puts it into the chat
             template as a user's message; default: as the run was trained (data.text_prompts), else plain.
+        chat_template: another chat template than the model's: a .jinja file, a folder with a tokenizer, chatml, or the
+            template itself; default: the one that the run was trained with, else the tokenizer's.
         max_new_tokens: the most tokens of a completion.
         temperature: of the softmax; 0 takes the likeliest token.
         top_p: sample among the likeliest tokens that hold this share of the probability.
@@ -74,7 +77,7 @@ def generate_file(
     if target.exists() and target.samefile(path):
         raise FileExistsError(f"--out {target} is the file of the prompts, which would be lost; name another file")
     check_target(target)
-    named = named_model(model, ckpt_path)
+    named = named_model(model, ckpt_path, chat_template)
     text = named.text_settings(text_prompts=text_prompts, special_tokens_in_text=special_tokens_in_text)
     rows = read_prompt_rows(path, text["text_prompts"], prompt_column)
     sampling |= {"control": control, "special_tokens_in_text": text["special_tokens_in_text"]}
@@ -84,7 +87,8 @@ def generate_file(
     if stale:
         print(f"halos: not copied from {plain(path)}, as they belong to other answers: {', '.join(stale)}")
     asked, names = [row.prompt for row in rows], [row.place for row in rows]
-    encoded = encode_prompts(tokenizer, asked, names, control, text["special_tokens_in_text"])
+    tools = [row.tools for row in rows]
+    encoded = encode_prompts(tokenizer, asked, names, control, text["special_tokens_in_text"], tools)
     policy = named.load()
     check_prompts(policy, tokenizer, encoded, names, max_new_tokens)  # before any is sampled
     chunk = 8 * max(1, batch_size // num_samples)
@@ -94,7 +98,8 @@ def generate_file(
             # Written chunk by chunk, so that a long run that is cut off leaves what it has.
             for at in range(0, len(rows), chunk):
                 part = slice(at, at + chunk)
-                samples = generate(policy, tokenizer, asked[part], seed=seed + at, names=names[part], **sampling)
+                own: dict[str, Any] = {"seed": seed + at, "names": names[part], "tools": tools[part]}
+                samples = generate(policy, tokenizer, asked[part], **own, **sampling)
                 for row, found in zip(rows[part], samples, strict=True):
                     kept = {k: v for k, v in row.columns.items() if k not in ANSWERS} | {"prompt": row.prompt}
                     if one_per_row:

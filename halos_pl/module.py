@@ -406,6 +406,7 @@ class HALOModule(LightningModule):
             row_ids=[*batch.row_ids, *(f"sample for {name}" for name in batch.row_ids)],
             group=batch.group.repeat(2),
             score=batch.score.repeat(2),
+            loss=None if batch.loss is None else [*batch.loss, *[None] * n],
         )
 
     def _forked(self) -> AbstractContextManager[None]:

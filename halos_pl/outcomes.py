@@ -60,8 +60,8 @@ class Needs:
 def _moved(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
-    if isinstance(value, list) and value and isinstance(value[0], Tensor):
-        return [v.to(device) for v in value]
+    if isinstance(value, list) and any(isinstance(v, Tensor) for v in value):
+        return [v.to(device) if isinstance(v, Tensor) else v for v in value]
     return value
 
 
@@ -94,6 +94,9 @@ class FlatBatch:
             for a second copy of them in the same step. Left out, ``prompt``.
         score: float32 [n], how good a row is, higher is better, in the unit of the data less the mean of its prompt's
             rows; where that is NaN or the whole is left out, 1 for a desirable row and 0 for an undesirable one.
+        loss: for each row, which tokens of its completion carry the loss, BoolTensor like the completion; None where
+            all of them do. The others are read but not predicted: other speakers, and turns that were not judged.
+            Left out, all tokens of all rows carry it.
     """
 
     prompts: list[Tensor]
@@ -105,6 +108,7 @@ class FlatBatch:
     row_ids: list[str] = field(default_factory=list)
     group: Tensor = None  # type: ignore[assignment]  # set below where it is left out
     score: Tensor = None  # type: ignore[assignment]  # the same
+    loss: list[Tensor | None] | None = None
 
     def __post_init__(self) -> None:
         if self.group is None:
@@ -135,6 +139,7 @@ class FlatBatch:
             row_ids=[self.row_ids[i] for i in chosen] if self.row_ids else [],
             group=self.group[index],
             score=self.score[index],
+            loss=None if self.loss is None else [self.loss[i] for i in chosen],
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.data.columns import prompt_in_context
-from halos_pl.data.example import DataError, Prompt, short
+from halos_pl.data.example import DataError, Example, Prompt, short
 from halos_pl.data.formats import irregular
 from halos_pl.data.prompts import TextPrompts, convention
 from halos_pl.data.schemas import SCHEMAS
@@ -29,6 +29,7 @@ class PromptRow:
         columns: the whole row as the file has it; of a ``.txt`` file ``prompt`` alone.
         prompt: what is asked: text or messages, with a system text and earlier turns that stand beside it in the row.
         is_text: the file has the prompt as plain text, whatever it has become since.
+        tools: JSON schemas of what the model may call; None where there are none.
     """
 
     place: str
@@ -36,6 +37,7 @@ class PromptRow:
     columns: dict[str, Any]
     prompt: Prompt
     is_text: bool
+    tools: list[dict[str, Any]] | None = None
 
 
 #: Columns that hold answers to a prompt, or what was said of those; not of the answers that are sampled now.
@@ -76,8 +78,8 @@ def read_prompt_rows(
     Raises:
         DataError: for a missing or empty file and for a line without a prompt, naming file and line.
     """
-    column, is_text = prompt_column or "prompt", path.suffix == ".txt"
-    if prompt_column and is_text:
+    column, is_lines = prompt_column or "prompt", path.suffix == ".txt"
+    if prompt_column and is_lines:
         raise DataError(f"{path}: a .txt file has no columns; leave out --prompt_column, or name a file of JSON lines")
     if what := irregular(str(path)):
         raise DataError(f"{path}: is {what}; write what it gives to a file, and name that")
@@ -95,9 +97,9 @@ def read_prompt_rows(
         except UnicodeDecodeError as error:
             raise DataError(f"{place}: not UTF-8 text; save it as UTF-8") from error
         if line.strip():
-            columns = {"prompt": line} if is_text else _row(line, place, column)
-            prompt = _prompt(columns, place, column, text_prompts)
-            rows.append(PromptRow(place, f"{path.name}:{number}", columns, prompt, isinstance(columns[column], str)))
+            columns = {"prompt": line} if is_lines else _row(line, place, column)
+            asked, is_text = _asked(columns, place, column, text_prompts), isinstance(columns[column], str)
+            rows.append(PromptRow(place, f"{path.name}:{number}", columns, asked.prompt, is_text, asked.tools))
     if not rows:
         raise DataError(f"{path}: the file holds no prompts")
     return rows
@@ -132,7 +134,7 @@ def _row(line: str, place: str, column: str) -> dict[str, Any]:
     return row
 
 
-def _prompt(columns: dict[str, Any], place: str, column: str, text_prompts: TextPrompts) -> Prompt:
+def _asked(columns: dict[str, Any], place: str, column: str, text_prompts: TextPrompts) -> Example:
     row = columns if column == "prompt" else {k: v for k, v in columns.items() if k != column}
     try:
         return prompt_in_context(row | {"prompt": columns[column]}, text_prompts)

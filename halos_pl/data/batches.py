@@ -258,6 +258,7 @@ class Row:
         rival: the place among the rows of the pair's other completion; -1 where they go their own ways.
         control: token ids between prompt and completion that say what follows; no part of either.
         score: higher is better, in the source's unit; NaN where there is none.
+        loss: bool [t], which tokens of the completion carry the loss; None where all of them do.
     """
 
     prompt: int
@@ -268,6 +269,7 @@ class Row:
     rival: int = -1
     control: tuple[int, ...] = ()
     score: float = math.nan
+    loss: NDArray[np.bool_] | None = None
 
 
 class StepDataset(Dataset[FlatBatch]):
@@ -342,7 +344,7 @@ class StepDataset(Dataset[FlatBatch]):
                     rival = here.get(x.rival, -1)
                     # A second copy's rows are compared among each other, not each with itself.
                     group = x.prompt + copy * len(self.prompts)
-                    batch.add(x, x.prompt_length, x.completion, x.desirable, rival, False, x.row_id, x.score, group)
+                    batch.add(x, x.prompt_length, x, x.desirable, rival, False, x.row_id, x.score, group)
             place += size
         if self.probes:
             partners = self._partners(step, rows)
@@ -350,7 +352,7 @@ class StepDataset(Dataset[FlatBatch]):
                 x, y = self.rows[rows[i]], self.rows[partners[i]]
                 length = min(x.prompt_length, self.max_length - len(x.control) - len(y.completion))
                 name = f"{x.row_id} with {y.row_id}"
-                batch.add(x, length, y.completion, False, -1, True, name, math.nan, x.prompt)
+                batch.add(x, length, y, False, -1, True, name, math.nan, x.prompt)
         return batch.build()
 
     def _partners(self, step: Step, rows: list[int]) -> list[int]:
@@ -382,13 +384,13 @@ class _Builder:
         self._source, self._prefix = prompts, prefix
         self._known: dict[tuple[int, int, tuple[int, ...]], int] = {}
         self.prompts: list[Tensor] = []
-        self.columns: tuple[list[Any], ...] = ([], [], [], [], [], [], [], [])
+        self.columns: tuple[list[Any], ...] = ([], [], [], [], [], [], [], [], [])
 
     def add(
         self,
         x: Row,
         length: int,
-        completion: Sequence[int] | NDArray[np.int32],
+        y: Row,
         desirable: bool,
         rival: int,
         probe: bool,
@@ -400,8 +402,9 @@ class _Builder:
         if key not in self._known:
             self._known[key] = len(self.prompts)
             self.prompts.append(torch.tensor([*self._cut(x.prompt, length), *x.control], dtype=torch.long))
-        ids = torch.tensor(np.asarray(completion), dtype=torch.long)
-        row = (ids, self._known[key], desirable, rival, probe, name, group, score)
+        ids = torch.tensor(np.asarray(y.completion), dtype=torch.long)
+        loss = None if y.loss is None else torch.tensor(y.loss)
+        row = (ids, self._known[key], desirable, rival, probe, name, group, score, loss)
         for column, value in zip(self.columns, row, strict=True):
             column.append(value)
 
@@ -413,7 +416,7 @@ class _Builder:
         return [*start, *ids[len(start) - length :].tolist()]
 
     def build(self) -> FlatBatch:
-        completions, prompt, desirable, rival, probe, row_ids, group, score = self.columns
+        completions, prompt, desirable, rival, probe, row_ids, group, score, loss = self.columns
         return FlatBatch(
             prompts=self.prompts,
             completions=completions,
@@ -424,6 +427,7 @@ class _Builder:
             row_ids=row_ids,
             group=torch.tensor(group, dtype=torch.long),
             score=torch.tensor(score, dtype=torch.float32),
+            loss=loss if any(carried is not None for carried in loss) else None,
         )
 
 

@@ -11,9 +11,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
-from halos_pl.data.example import Example, Prompt, Skipped, short
+from halos_pl.data.calls import CARRIED, objects_of, unfilled
+from halos_pl.data.example import Example, Skipped, short
 from halos_pl.data.meanings import (
     ANSWER,
     COLUMNS,
@@ -33,9 +35,12 @@ from halos_pl.data.meanings import (
 from halos_pl.data.prompts import TextPrompts, asked
 from halos_pl.data.schemas import SCHEMAS, Schema
 from halos_pl.data.source import Source
+from halos_pl.data.text import TEXT
 from halos_pl.data.values import ROLES, BadRow, Messages, checked_text, given, messages_of, prompt_of
 
-_MESSAGE = frozenset(("role", "content", "from", "value"))
+_MESSAGE = frozenset(("role", "content", "from", "value", *CARRIED))
+_TOOLS = "tools"
+_MESSAGES = "give the prompt as messages, or say text_prompts: chat"
 _TELLING = 16  # characters; a shorter text may stand in a prompt by chance
 
 
@@ -48,6 +53,7 @@ def known(name: str) -> bool:
         name in read
         or any(re.fullmatch(schema.also, name) for schema in SCHEMAS.values())
         or any(means(pattern, name) for pattern in patterns)
+        or name == _TOOLS
     )
 
 
@@ -60,17 +66,20 @@ class _Kinds:
     parts: tuple[str, ...]
     refused: tuple[str, ...]
     unused: tuple[str, ...]
+    tools: tuple[str, ...]
 
 
 @lru_cache(maxsize=1024)
 def _kinds(schema: Schema, columns: frozenset[str]) -> _Kinds:
-    kinds: dict[str, list[str]] = {"read": [], "system": [], "parts": [], "refused": [], "unused": []}
+    kinds: dict[str, list[str]] = {"read": [], "system": [], "parts": [], "refused": [], "unused": [], "tools": []}
     read = {next((name for name in column.split("|") if name in columns), column) for column in schema.columns}
     for name in sorted(columns):
         if name in read or re.fullmatch(schema.also, name):
             kinds["read"].append(name)
         elif means(SYSTEM, name):
             kinds["system"].append(name)
+        elif name == _TOOLS:
+            kinds["tools"].append(name)
         elif reason(COLUMNS, name):
             kinds["refused"].append(name)
         else:
@@ -106,6 +115,8 @@ class Columns:
         mapped = source.columns.get("prompt") == "instruction"
         own = any(column == "instruction" for column in schema.columns)
         self.instruction = "instruction" if own else "prompt" if mapped else None
+        # In columns of objects nulls stand for the keys that an object lacks.
+        self._filled = not any(ending in TEXT for ending in Path(source.path).suffixes)
 
     def checked(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row, with an ``input`` behind its instruction.
@@ -113,6 +124,7 @@ class Columns:
         Raises:
             BadRow: it has a column, a key of a message or a placeholder that carries meaning and that nothing reads.
         """
+        row = {name: unfilled(value) for name, value in row.items()} if self._filled else row
         kinds = _kinds(self.schema, frozenset(row))
         for name in kinds.refused:
             value, why = row[name], reason(COLUMNS, name)
@@ -127,7 +139,7 @@ class Columns:
             for text in _leaves(row[name]):
                 self._check_text(text, name, "")
         if self.schema.prepare:  # what a row says is not known before all have been read
-            for name in (*kinds.system, *_parts(kinds, row)):
+            for name in (*kinds.system, *_parts(kinds, row), *kinds.tools):
                 if given(row[name]):
                     raise BadRow(f"is no part of what '{self.schema.name}' reads", name, ignorable=name)
         if self.instruction and "input" in kinds.parts and given(row["input"]):
@@ -145,8 +157,24 @@ class Columns:
         kinds = _kinds(self.schema, frozenset(row))
         system = {name: row[name] for name in kinds.system if given(row[name])}
         parts = _parts(kinds, row)
+        tools = self._tools(row[_TOOLS]) if kinds.tools else None
         for item in items:
-            yield item if isinstance(item, Skipped) or not (system or parts) else _with_context(item, system, parts)
+            if isinstance(item, Example) and (system or parts):
+                item = _with_context(item, system, parts)
+            if isinstance(item, Example) and tools:
+                if isinstance(item.prompt, str):
+                    raise BadRow(f"{TEMPLATE}, and the prompt is plain text; {_MESSAGES}", _TOOLS, ignorable=_TOOLS)
+                item = replace(item, tools=tools)
+            yield item
+
+    def _tools(self, value: Any) -> list[dict[str, Any]] | None:
+        """What the model may call; None where the column says nothing of that."""
+        if not given(value) or not _counts(value, TEMPLATE):
+            return None
+        try:
+            return objects_of(value, "tool", filled=self._filled)
+        except ValueError as error:
+            raise BadRow(str(error), _TOOLS, ignorable=_TOOLS) from error
 
     def _note(self, name: str, value: Any) -> None:
         if name not in self.unused and given(value):
@@ -215,8 +243,8 @@ class Columns:
                 )
 
 
-def prompt_in_context(row: dict[str, Any], text_prompts: TextPrompts = "plain") -> Prompt:
-    """The ``prompt`` of a row that is to be answered, with what stands beside it.
+def prompt_in_context(row: dict[str, Any], text_prompts: TextPrompts = "plain") -> Example:
+    """The ``prompt`` of a row that is to be answered, with what stands beside it; an example without completions.
 
     Args:
         row: with a ``prompt``.
@@ -229,14 +257,14 @@ def prompt_in_context(row: dict[str, Any], text_prompts: TextPrompts = "plain") 
     row = {name: value for name, value in row.items() if reason(COLUMNS, name) not in (ANSWER, MARGIN, WEIGHT)}
     example = Example(asked(prompt_of(row), text_prompts), (), (), "")
     found = columns.in_context([example], columns.checked(row))
-    return next(item.prompt for item in found if isinstance(item, Example))
+    return next(item for item in found if isinstance(item, Example))
 
 
 def _counts(value: Any, why: str) -> bool:
     """Whether a column of that meaning holds what its name says, for one of another meaning may have that name."""
     if why is WEIGHT:
         return isinstance(value, int | float) and value != 1
-    if why is TEMPLATE and isinstance(value, str):  # tools are no single word
+    if why.startswith(TEMPLATE) and isinstance(value, str):  # tools are no single word
         return value.lstrip().startswith(("[", "{")) or len(value.split()) > 1
     return value is not False
 

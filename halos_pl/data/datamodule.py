@@ -23,10 +23,12 @@ from halos_pl.data.example import DataError
 from halos_pl.data.formats import files_of
 from halos_pl.data.prompts import TextPrompts, asked, convention
 from halos_pl.data.source import OnBadRows, Source, source_of
+from halos_pl.data.spans import LossOn, check_loss_on
 from halos_pl.data.special import SpecialTokens
 from halos_pl.data.split import Split, Together
 from halos_pl.data.store import Store, fault_list, open_store
 from halos_pl.data.table import Table
+from halos_pl.data.template import template_of, use_template
 from halos_pl.data.tokenize import prefix_ids
 from halos_pl.data.transforms import OnePerPrompt, ThresholdScores, Transform
 from halos_pl.outcomes import FlatBatch
@@ -122,9 +124,16 @@ class FeedbackDataModule(LightningDataModule):
         special_tokens_in_text: what becomes of special tokens that the data spell, such as ``<|im_end|>`` in a
             message: ``refuse`` counts a row as faulty if one of its messages spells a token that marks turns;
             ``split`` encodes them as plain text; ``allow`` encodes them as the special tokens.
-        text_prompts: what a prompt that is plain text means, in every stage and in what generates and evaluates with the
-            run: ``plain`` encodes it as it is, as TRL does; ``chat`` puts it into the chat template as a user's message
+        text_prompts: what a prompt that is plain text means, here and where the run is evaluated or generates:
+            ``plain`` encodes it as it is, as TRL does; ``chat`` puts it into the chat template as a user's message
             and the completion as the answer. Message lists always go through the template.
+        chat_template: another chat template than the tokenizer's, which for a base model has none: a .jinja file, a
+            folder with a tokenizer, ``chatml``, or the template itself. It is kept in the run's folder, and used by
+            whatever evaluates, generates or exports the run.
+        loss_on: which turns of the assistant carry the loss, each with the token that ends it. ``last``: the last one;
+            what comes before it is read as a part of the prompt. ``all``: every turn of a completion, and of a
+            conversation that is judged as a whole (``messages``) every turn in it; a prompt in a column of its own, and
+            what both conversations of a pair begin with, carry none. What others say never does.
         transforms: changes to the data for studies, applied in order (see ``halos_pl.data.transforms``). Rows that have
             only scores get thumbs by ``ThresholdScores``, at their prompt's mean, unless a transform says otherwise.
         shuffle: shuffle the training examples anew each epoch.
@@ -156,6 +165,8 @@ class FeedbackDataModule(LightningDataModule):
         on_bad_rows: OnBadRows = "error",
         special_tokens_in_text: SpecialTokens = "refuse",
         text_prompts: TextPrompts = "plain",
+        chat_template: str | None = None,
+        loss_on: LossOn = "last",
         transforms: list[Transform] | None = None,
         shuffle: bool = True,
         keep_together: Together | None = None,
@@ -184,7 +195,11 @@ class FeedbackDataModule(LightningDataModule):
         self.max_length, self.truncate_completions = max_length, truncate_completions
         self.on_bad_rows = on_bad_rows
         self.special_tokens_in_text, self.text_prompts = special_tokens_in_text, text_prompts
+        self.loss_on = loss_on
+        #: The text of the template, where the config names one.
+        self.chat_template = None if chat_template is None else template_of(chat_template)
         asked("", text_prompts)  # refuses what is no convention
+        check_loss_on(loss_on)
         self.transforms = _ordered(list(transforms or []), one_completion_per_prompt)
         self.shuffle, self.drop_last, self.keep_together = shuffle, drop_last, keep_together
         self.balance_classes, self.group_by_length = balance_classes, group_by_length
@@ -217,6 +232,8 @@ class FeedbackDataModule(LightningDataModule):
         """Opens the stores of the splits; all their faults are known before any is raised."""
         faults, count = [], 0
         tokenizer = self._module.tokenizer
+        if self.chat_template is not None:
+            use_template(tokenizer, self.chat_template)
         if self._tokenizer != (state := (tokenizer, tokenizer.chat_template)):  # of another model
             self._tokenizer, self._stores = state, {}
             if "strftime_now" in str(tokenizer.chat_template):
@@ -227,9 +244,8 @@ class FeedbackDataModule(LightningDataModule):
         for key, source in {s.key: s for split in splits for s in self.sources[split]}.items():
             if key not in self._stores:
                 try:
-                    self._stores[key] = open_store(
-                        source, tokenizer, self.cache_dir, self.special_tokens_in_text, self.text_prompts
-                    )
+                    how = (self.special_tokens_in_text, self.text_prompts, self.loss_on)
+                    self._stores[key] = open_store(source, tokenizer, self.cache_dir, *how)
                 except DataError as error:
                     faults.append(str(error))
                     count += 1
@@ -321,6 +337,8 @@ class FeedbackDataModule(LightningDataModule):
             has_template = bool(self._module.tokenizer.chat_template)
             if said := convention(store.text_prompts, self.text_prompts, has_template):
                 rank_zero_info(f"{split} data {store.path}: {said}")
+            for note, number in store.notes.items():
+                rank_zero_info(f"{split} data {store.path}: {number} example{'s' * (number > 1)}: {note}")
             if store.unused:
                 rank_zero_info(f"{split} data {store.path}: not used: {', '.join(store.unused)}")
             if store.fault_count:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import reprlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-#: Plain text, or a conversation: a list of ``{"role": ..., "content": ...}``.
-Prompt = str | list[dict[str, str]]
+from halos_pl.data.calls import message_texts, texts_of
+
+#: Plain text, or a conversation: a list of ``{"role": ..., "content": ...}``, where the content is empty if there is
+#: none; the further keys of :data:`halos_pl.data.calls.CARRIED` are the chat template's.
+Prompt = str | list[dict[str, Any]]
 
 
 _shorten = reprlib.Repr()
@@ -38,6 +41,8 @@ class Example:
         paired: there are two completions, and the first is preferred to the second.
         row_id: ``SOURCE:LINE``, with the source as it was given and lines (or rows) counted from 1.
         text_prompt: the source has the prompt as plain text, whatever it has become since.
+        tools: JSON schemas of what the model may call, for the chat template; None where there are none.
+        finished: for each completion, whether it has an end; one that was cut gets none. Left out, all have.
     """
 
     prompt: Prompt
@@ -46,17 +51,22 @@ class Example:
     row_id: str
     scores: tuple[float | None, ...] = ()
     paired: bool = False
-    text_prompt: bool = False
+    text_prompt: bool = field(default=False, compare=False)
+    tools: list[dict[str, Any]] | None = None
+    finished: tuple[bool, ...] = ()
 
     @property
     def size(self) -> int:
         """Characters of its prompt and of all its completions."""
-        texts = (self.prompt, *self.completions)
-        return sum(len(t) if isinstance(t, str) else sum(len(message["content"]) for message in t) for t in texts)
+        parts = (self.prompt, *self.completions)
+        texts = (text for part in parts for text in ([part] if isinstance(part, str) else message_texts(part)))
+        return sum(map(len, texts)) + sum(map(len, texts_of(self.tools)))
 
     def __post_init__(self) -> None:
         if not self.scores:
             object.__setattr__(self, "scores", (None,) * len(self.completions))
+        if not self.finished:
+            object.__setattr__(self, "finished", (True,) * len(self.completions))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import html
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,12 @@ from halos_pl.data.batches import seeded
 from halos_pl.data.example import DataError
 from halos_pl.data.prompts import TextPrompts, convention
 from halos_pl.data.source import Source
+from halos_pl.data.spans import LossOn
 from halos_pl.data.special import SpecialTokens
 from halos_pl.data.split import Split
 from halos_pl.data.store import Store, open_store
 from halos_pl.data.table import Table
+from halos_pl.data.template import template_of, use_template
 from halos_pl.data.transforms import ThresholdScores
 from halos_pl.files import write
 from halos_pl.messages import plain
@@ -34,6 +38,8 @@ BINS = 16
 # Upper end of lambda_D n_D / (lambda_U n_U) in the paper's versions; the lower end is 1.
 IMBALANCE = {"arXiv v1": 4 / 3, "v4 and v5": 3 / 2}
 SHOWN_PROMPT_TOKENS = 120
+#: Around tokens that carry the loss: to be seen without colours, too.
+LOSS = ("⟦", "⟧")
 
 
 @dataclass(frozen=True)
@@ -44,12 +50,20 @@ class Judged:
         name: of the row.
         verdict: ``desirable``, ``undesirable``, or the score of a row that has nothing else.
         prompt, completion: the text of each token; of a long prompt the end.
+        loss: for each of the completion's texts, whether its tokens carry the loss.
     """
 
     name: str
     verdict: str
     prompt: list[str]
     completion: list[str]
+    loss: list[bool]
+
+    def parts(self) -> Iterator[tuple[str, list[str]]]:
+        """What is read (``prompt``, ``context``) and what carries the loss (``loss``), in order."""
+        yield "prompt", self.prompt
+        for carries, own in groupby(zip(self.loss, self.completion, strict=True), key=lambda pair: pair[0]):
+            yield "loss" if carries else "context", [text for _, text in own]
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,7 @@ class Inspection:
         faults: the first of them, each a line.
         unused: columns that say something and that nothing reads.
         text_prompts: what becomes of prompts that are plain text; None where there are none.
+        notes: what is to be said of some examples, and of how many.
         examples: a few rows.
     """
 
@@ -78,6 +93,7 @@ class Inspection:
     faults: list[str]
     unused: list[str]
     text_prompts: str | None
+    notes: dict[str, int]
     examples: list[Judged]
 
 
@@ -141,6 +157,26 @@ def _figures(store: Store, table: Table, judged: Table, max_length: int) -> dict
     return {name: float(value) if isinstance(value, np.floating) else value for name, value in figures.items()}
 
 
+def _judged(tokenizer: PreTrainedTokenizerBase, table: Table, place: int) -> Judged:
+    words = {1: "desirable", 0: "undesirable"}
+    ids, loss = table.completion_ids(place), table.loss(place)
+    loss = np.ones(len(ids), bool) if loss is None else loss
+    edges = [0, *((loss[1:] != loss[:-1]).nonzero()[0] + 1).tolist(), len(ids)]
+    texts: list[str] = []
+    carries: list[bool] = []
+    for start, stop in pairwise(edges):  # characters of several tokens are not shown across an edge
+        own = _shown(tokenizer, ids[start:stop])
+        texts += own
+        carries += [bool(loss[start])] * len(own)
+    return Judged(
+        name=table.name(place),
+        verdict=words.get(int(table.label[place]), f"score {table.score[place]:g}"),
+        prompt=_shown(tokenizer, table.prompt_ids(int(table.prompt[place]))[-SHOWN_PROMPT_TOKENS:]),
+        completion=texts,
+        loss=carries,
+    )
+
+
 def _shown(tokenizer: PreTrainedTokenizerBase, ids: NDArray[np.int32]) -> list[str]:
     """The text of each token, or of the few that make a character together; control characters by their numbers."""
     shown, waiting = [], []
@@ -163,6 +199,7 @@ def inspect(
     cache_dir: Path | None = None,
     special_tokens_in_text: SpecialTokens = "refuse",
     text_prompts: TextPrompts = "plain",
+    loss_on: LossOn = "last",
 ) -> Inspection:
     """What is in ``source``, as a model with this tokenizer would see it.
 
@@ -172,12 +209,12 @@ def inspect(
         max_length: tokens; how many rows it would cut or drop is counted.
         examples: how many rows to show, drawn with ``seed``.
         seed: of that draw.
-        cache_dir, special_tokens_in_text, text_prompts: see ``FeedbackDataModule``.
+        cache_dir, special_tokens_in_text, text_prompts, loss_on: see ``FeedbackDataModule``.
 
     Raises:
         DataError: for a fault of the source as a whole, a missing file, say.
     """
-    store = open_store(source, tokenizer, cache_dir, special_tokens_in_text, text_prompts)
+    store = open_store(source, tokenizer, cache_dir, special_tokens_in_text, text_prompts, loss_on)
     table = Table.of([store])
     judged, _ = ThresholdScores()(table, seeded("inspect", seed))
     prompt, completion = table.prompt_length, table.of_rows("length").astype(int)
@@ -190,7 +227,6 @@ def inspect(
         counts = np.histogram(lengths["together"], edges)[0]
         histogram = [(int(a), int(b) - 1, int(n)) for a, b, n in zip(edges, edges[1:], counts, strict=False)]
     chosen = sorted(seeded("examples", seed).sample(range(len(table)), max(0, min(examples, len(table)))))
-    words = {1: "desirable", 0: "undesirable"}
     figures = _figures(store, table, judged, max_length)
     return Inspection(
         source=store.path,
@@ -208,15 +244,8 @@ def inspect(
         faults=store.faults[:10],
         unused=store.unused,
         text_prompts=convention(store.text_prompts, text_prompts, bool(tokenizer.chat_template)),
-        examples=[
-            Judged(
-                name=table.name(place),
-                verdict=words.get(int(table.label[place]), f"score {table.score[place]:g}"),
-                prompt=_shown(tokenizer, table.prompt_ids(int(table.prompt[place]))[-SHOWN_PROMPT_TOKENS:]),
-                completion=_shown(tokenizer, table.completion_ids(place)),
-            )
-            for place in chosen
-        ],
+        notes=store.notes,
+        examples=[_judged(tokenizer, table, place) for place in chosen],
     )
 
 
@@ -251,6 +280,8 @@ def show(found: Inspection, console: Console) -> None:
         console.print(f"  {low:>6} to {high:<6} {'█' * round(40 * rows / most):<40} {rows:,}", highlight=False)
     if found.text_prompts:
         console.print(Text(f"\n{found.text_prompts}"))
+    for note, number in found.notes.items():
+        console.print(Text(f"\n{number} example{'s' * (number > 1)}: {note}"))
     if found.unused:
         console.print(Text(f"\nnot used: {', '.join(found.unused)}"))
     if found.faults:
@@ -260,13 +291,15 @@ def show(found: Inspection, console: Console) -> None:
     for row in found.examples:
         console.print(Text(plain(f"\n{row.name}, {row.verdict}"), "bold"))
         text = Text()
-        shades = (("cyan", "bright_cyan"), ("black on green", "black on cyan"))
-        for part, colours in zip((row.prompt, row.completion), shades, strict=True):
+        for kind, part in row.parts():
+            colours = ("black on green", "black on cyan") if kind == "loss" else ("cyan", "bright_cyan")
+            text.append(LOSS[0] * (kind == "loss"), "bold")
             for i, token in enumerate(part):
                 text.append(token, colours[i % 2])
+            text.append(LOSS[1] * (kind == "loss"), "bold")
         console.print(text)
     if found.examples:
-        console.print("\n(the completion's tokens, which carry the loss, stand on a coloured ground)")
+        console.print(Text(f"\n({LOSS[0]}...{LOSS[1]} marks the tokens that carry the loss)"))
 
 
 _STYLE = """
@@ -304,8 +337,12 @@ def page(found: Inspection) -> str:
     faults = "".join(f'<p class="fault">{e(fault)}</p>' for fault in found.faults)
     examples = "".join(
         f'<p class="verdict">{e(row.name)}, {e(row.verdict)}</p><div class="text">'
-        + "".join(f'<span class="p">{e(token)}</span>' for token in row.prompt)
-        + "".join(f'<span class="c">{e(token)}</span>' for token in row.completion)
+        + "".join(
+            f'{LOSS[0] * (kind == "loss")}'
+            + "".join(f'<span class="{"c" if kind == "loss" else "p"}">{e(token)}</span>' for token in part)
+            + f'{LOSS[1] * (kind == "loss")}'
+            for kind, part in row.parts()
+        )
         + "</div>"
         for row in found.examples
     )
@@ -320,7 +357,7 @@ def page(found: Inspection) -> str:
 {f"<p>{e(found.text_prompts)}</p>" if found.text_prompts else ""}
 {f"<p>Not used: {e(', '.join(found.unused))}</p>" if found.unused else ""}
 {f"<h2>Faults</h2>{faults}" if faults else ""}
-<h2>Rows</h2><p>Tokens of the prompt in blue, those of the completion, which carry the loss, on green.</p>{examples}
+<h2>Rows</h2><p>Tokens that carry the loss stand on green, between {LOSS[0]} and {LOSS[1]}.</p>{examples}
 </body></html>
 """
 
@@ -343,6 +380,8 @@ def inspect_source(
     streaming: bool = False,
     special_tokens_in_text: SpecialTokens = "refuse",
     text_prompts: TextPrompts = "plain",
+    loss_on: LossOn = "last",
+    chat_template: str | None = None,
     html: str | None = None,
     json_file: str | None = None,
 ) -> None:
@@ -365,6 +404,8 @@ def inspect_source(
         streaming: read a hub data set row by row.
         special_tokens_in_text: as data.special_tokens_in_text is to be: refuse, split or allow.
         text_prompts: as data.text_prompts is to be: plain or chat.
+        loss_on: as data.loss_on is to be: last or all.
+        chat_template: as data.chat_template is to be: a .jinja file, a folder, chatml, or the template itself.
         html: a file to write the same to, as a page.
         json_file: a file to write the same to, as JSON.
 
@@ -389,13 +430,17 @@ def inspect_source(
     for path in filter(None, (html, json_file)):
         if Path(path).is_dir():
             raise DataError(f"{path} is a folder; name a file to write to")
+    loaded = load_tokenizer(ModelSpec(tokenizer))
+    if chat_template is not None:
+        use_template(loaded, template_of(chat_template))
     found = inspect(
         given,
-        load_tokenizer(ModelSpec(tokenizer)),
+        loaded,
         max_length=max_length,
         examples=examples,
         special_tokens_in_text=special_tokens_in_text,
         text_prompts=text_prompts,
+        loss_on=loss_on,
     )
     console = Console()
     show(found, console)

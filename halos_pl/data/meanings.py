@@ -9,7 +9,8 @@ import re
 from functools import lru_cache
 
 MEDIA = "holds pictures or sound, and the model reads text only"
-TEMPLATE = "is for the chat template, which is not given it; write it into the messages"
+TEMPLATE = "is for the chat template"
+GIVEN_NOTHING = "is for the chat template, which is given messages and 'tools' only; write it into the messages"
 ANSWER = "would be lost; write it into the completion"
 MARGIN = "says by how much one answer is better, which no loss reads"
 WEIGHT = "says how much the row counts, which no loss reads"
@@ -27,7 +28,8 @@ _TOOLS = (
 _THOUGHTS = r"(tool|function)_calls?|reasoning(_(content|details|text))?|thinking(_content)?|thoughts?"
 COLUMNS = {
     _MEDIA: MEDIA,
-    _TOOLS + r"|documents|tool_choice|chat_template_kwargs": TEMPLATE,
+    _TOOLS: f"{TEMPLATE}, which is given tools from a column 'tools'; rename it (columns: {{tools: NAME}})",
+    r"documents|tool_choice|chat_template_kwargs": GIVEN_NOTHING,
     _THOUGHTS: ANSWER,
     "margin": MARGIN,
     r"((sample|example|loss|importance)_)?weight": WEIGHT,

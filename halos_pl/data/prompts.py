@@ -16,7 +16,7 @@ TextPrompts = Literal["plain", "chat"]
 
 #: Settings of ``data:`` that say how text becomes tokens, and what each is where a config does not name it. Whatever
 #: reads texts for a run's model (evaluate, generate) takes them from the run's config.
-TEXT_SETTINGS: dict[str, Any] = {"special_tokens_in_text": "refuse", "text_prompts": "plain"}
+TEXT_SETTINGS: dict[str, Any] = {"special_tokens_in_text": "refuse", "text_prompts": "plain", "loss_on": "last"}
 
 
 def asked(prompt: Prompt, text_prompts: TextPrompts) -> Prompt:

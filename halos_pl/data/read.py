@@ -10,9 +10,11 @@ from halos_pl.data import formats
 from halos_pl.data.broken import too_large
 from halos_pl.data.columns import Columns, known, without
 from halos_pl.data.example import Example, Fault, Skipped
+from halos_pl.data.judged import judged
 from halos_pl.data.prompts import TextPrompts, asked
 from halos_pl.data.schemas import SCHEMAS, Parse, check, find
 from halos_pl.data.source import Source
+from halos_pl.data.spans import LossOn
 from halos_pl.data.values import BadRow, given
 
 
@@ -32,7 +34,13 @@ def _asked(item: Example | Skipped, text_prompts: TextPrompts) -> Example | Skip
 
 
 def _items(
-    parse: Parse, row: dict[str, Any], place: str, source: Source, columns: Columns, text_prompts: TextPrompts
+    parse: Parse,
+    row: dict[str, Any],
+    place: str,
+    source: Source,
+    columns: Columns,
+    text_prompts: TextPrompts,
+    loss_on: LossOn,
 ) -> Iterator[Example | Fault | Skipped]:
     try:
         # All of a row or nothing: what it says of its first answer may be undone by its second.
@@ -40,7 +48,8 @@ def _items(
         for item in items:
             if isinstance(item, Example) and item.size > source.max_row:  # a tree's prompt is many rows
                 raise BadRow(str(too_large(source.max_row, item.size)))
-        yield from items
+        for item in items:
+            yield from [item] if isinstance(item, Skipped) else judged(item, columns.schema, loss_on)
     except BadRow as bad:
         yield bad.fault(place, source.columns)
 
@@ -54,7 +63,10 @@ def _wrong_settings(source: Source) -> str | None:
 
 
 def read(
-    source: Source, unused: dict[str, None] | None = None, text_prompts: TextPrompts = "plain"
+    source: Source,
+    unused: dict[str, None] | None = None,
+    text_prompts: TextPrompts = "plain",
+    loss_on: LossOn = "last",
 ) -> Iterator[Example | Fault | Skipped]:
     """What each row of a source says, in its order: one example or several, a fault, or that it was skipped and why.
 
@@ -68,6 +80,7 @@ def read(
         source: what to read.
         unused: filled with the names of the columns that say something and that nothing reads.
         text_prompts: what prompts that are plain text mean, see :mod:`halos_pl.data.prompts`.
+        loss_on: which turns of the assistant carry the loss, see :mod:`halos_pl.data.judged`.
     """
     if wrong := _wrong_settings(source):
         yield Fault(source.path, wrong, fatal=True)
@@ -111,7 +124,7 @@ def read(
             assert schema is not None
             assert schema.parse is not None
             assert columns is not None
-            yield from _items(schema.parse, item, place, source, columns, text_prompts)
+            yield from _items(schema.parse, item, place, source, columns, text_prompts, loss_on)
     if missing and columns is not None and not ended:
         name = min(missing)
         yield Fault(source.path, f"'columns' names a column '{name}', which no row has; correct its name", fatal=True)
@@ -123,4 +136,4 @@ def read(
             if isinstance(item, Fault):
                 yield item
             else:
-                yield from _items(parse, item, place, source, columns, text_prompts)
+                yield from _items(parse, item, place, source, columns, text_prompts, loss_on)

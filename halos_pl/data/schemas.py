@@ -29,6 +29,7 @@ from halos_pl.data.values import (
     both_of,
     completion_of,
     first_of,
+    flag_of,
     group,
     is_blank,
     label_of,
@@ -55,12 +56,29 @@ def _unpaired(row: dict[str, Any], place: str) -> Items:
     label, score = agreed_label(row, ("label", "kto_tag")), None
     with suppress(BadRow):  # the schema does not ask for it: a column of that name may hold anything
         score = score_of(row.get("score"), "score")
-    return one(*completion_of(prompt_of(row), row["completion"], "completion"), place, label, score)
+    both = completion_of(prompt_of(row), row["completion"], "completion")
+    return one(*both, place, label, score, _finished(row))
+
+
+def _finished(row: dict[str, Any]) -> bool:
+    return flag_of(row.get("finished"), "finished")
+
+
+def _both_finished(row: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether chosen and rejected are finished: a column for each, or one with a list of the two."""
+    given = row.get("finished")
+    if given is not None and not (isinstance(given, list) and len(given) == 2):
+        raise BadRow(f"is {short(given)}; of a pair it must be [chosen, rejected], each true or false", "finished")
+    chosen, rejected = given or (None, None)
+    return (
+        flag_of(row.get("chosen_finished", chosen), "chosen_finished"),
+        flag_of(row.get("rejected_finished", rejected), "rejected_finished"),
+    )
 
 
 def _paired(row: dict[str, Any], place: str) -> Items:
     prompt, chosen, rejected = both_of(prompt_of(row), row, "chosen", "rejected")
-    return pair(prompt, chosen, rejected, place, _scores(row))
+    return pair(prompt, chosen, rejected, place, _scores(row), _both_finished(row))
 
 
 # The names under which published pairs have the scores of their completions.
@@ -102,14 +120,12 @@ def _implicit(row: dict[str, Any], place: str) -> Items:
                 )
     else:
         raise BadRow("is text and the other is a message list, or the other way round; give both alike", "rejected")
-    if isinstance(chosen, list) and any(m["role"] == "user" for m in (*chosen[end:], *rejected[end:])):
-        return [Skipped(place, PARTED)]  # what the user said then would carry the loss
     if is_blank(chosen[:end]):
         raise BadRow(f"and 'chosen' share no prompt at their start; {_OWN_COLUMN}", "rejected")
     for column, value in (("chosen", chosen), ("rejected", rejected)):
         if is_blank(value[end:]):
             raise BadRow(f"holds nothing but what both begin with; {_OWN_COLUMN}", column)
-    return pair(chosen[:end], chosen[end:], rejected[end:], place, _scores(row))
+    return pair(chosen[:end], chosen[end:], rejected[end:], place, _scores(row), _both_finished(row))
 
 
 def _shared_text(a: str, b: str) -> int:
@@ -151,13 +167,15 @@ def _hh(chosen: str, rejected: str, place: str, scores: tuple[float | None, ...]
         dialogue = [{"role": r, "content": t.strip()} for r, t in zip(roles, parts[1::2], strict=True)]
         dialogues.append(dialogue)
     first, second = dialogues
-    if first[:-1] != second[:-1]:
-        return [Skipped(place, PARTED)]
-    if is_blank(first[:-1]):
+    both = zip(first[:-1], second[:-1], strict=False)
+    end = next((i for i, (a, b) in enumerate(both) if a != b), min(len(first), len(second)) - 1)
+    if first[end]["role"] != "assistant" or second[end]["role"] != "assistant":
+        return [Skipped(place, PARTED)]  # the user has asked something else
+    if is_blank(first[:end]):
         raise BadRow("has an empty prompt; remove the row", "chosen")
     if is_blank(first[-1:]) or is_blank(second[-1:]):
         return [Skipped(place, EMPTY)]
-    return pair(first[:-1], first[-1:], second[-1:], place, scores)
+    return pair(first[:end], first[end:], second[end:], place, scores)
 
 
 # HALOs (train/label.py writes them) --------------------------------------------------------------------
@@ -199,7 +217,8 @@ def _judged_conversation(column: str, labels: tuple[str, ...]) -> Parse:
             raise BadRow("does not end with a message of the assistant, which is what was judged", column)
         if is_blank(messages[:-1]):
             raise BadRow("has no prompt before the assistant's message; give it some text or remove the row", column)
-        return one(messages[:-1], not_blank(messages[-1:], column, ", last message"), place, label)
+        said = not_blank(messages[-1:], column, ", last message")
+        return one(messages[:-1], said, place, label, finished=_finished(row))
 
     return parse
 
@@ -214,7 +233,7 @@ def _conversation_pair(column: str) -> Parse:
             return _implicit(row, place)
         prompt = not_blank(_conversation(row, column), column)
         prompt, chosen, rejected = both_of(prompt, values, "chosen", "rejected")
-        return pair(prompt, chosen, rejected, place, _scores(row))
+        return pair(prompt, chosen, rejected, place, _scores(row), _both_finished(row))
 
     return parse
 
@@ -229,9 +248,10 @@ def _scored(row: dict[str, Any], place: str) -> Items:
     score = score_of(row[column], column)
     if score is None:
         return [Skipped(place, NO_SCORE)]
+    finished = _finished(row)
     if column == "rank":
         score = 0.0 - score  # 0 is the best; and 0, not -0
-    return one(prompt, completion, place, None, score)
+    return one(prompt, completion, place, None, score, finished)
 
 
 def _scored_lists(row: dict[str, Any], place: str) -> Items:
@@ -245,7 +265,11 @@ def _scored_lists(row: dict[str, Any], place: str) -> Items:
             raise BadRow("repeats another prompt than item 1; all must answer the same", "completions", f", item {i}")
     values = [score_of(score, "scores", f", item {i}") for i, score in enumerate(scores, start=1)]
     judged = zip((completion for _, completion in both), values, strict=True)
-    return group(both[0][0] if both else given, judged, place)
+    flags = row.get("finished")
+    if flags is not None and not (isinstance(flags, list) and len(flags) == len(completions)):
+        raise BadRow(f"must be a list with true or false for each of the {len(completions)} completions", "finished")
+    finished = [flag_of(flag, "finished", f", item {i}") for i, flag in enumerate(flags or (), start=1)]
+    return group(both[0][0] if both else given, judged, place, finished)
 
 
 # The table ---------------------------------------------------------------------------------------------
@@ -263,6 +287,7 @@ class Schema:
         without: columns that tell that a row is something else.
         prepare: where a row can only be read with the whole source at hand: from all rows to the parse function.
         reads: with ``prepare``: the columns that it wants, so that no others are kept.
+        conversation: what is judged is a conversation as a whole, not the answer to a prompt.
     """
 
     name: str
@@ -272,6 +297,7 @@ class Schema:
     without: tuple[str, ...] = ()
     prepare: Callable[[Iterable[dict[str, Any]]], Parse] | None = None
     reads: tuple[str, ...] = ()
+    conversation: bool = False
 
     def lacks(self, columns: Iterable[str]) -> list[str]:
         """Which of the needed columns are not among ``columns``."""
@@ -281,19 +307,23 @@ class Schema:
 
 # Where a prompt may hide under a name that is not ours, "what both begin with" would be a guess.
 _PROMPTS = ("instruction", "question", "query", "input", "history", "context", "context_messages")
-_JUDGED = "label|kto_tag"
-_PAIR = "|".join(name for names in _PAIRS_OF_SCORES for name in names)
+_JUDGED = "label|kto_tag|finished"
+_PAIR = "|".join(name for names in _PAIRS_OF_SCORES for name in names) + "|(chosen_|rejected_)?finished"
 
 SCHEMAS: dict[str, Schema] = {
     schema.name: schema
     for schema in (
-        Schema("unpaired", ("prompt", "completion", "label"), _unpaired, "score|kto_tag"),
+        Schema("unpaired", ("prompt", "completion", "label"), _unpaired, "score|kto_tag|finished"),
         Schema("paired", ("prompt", "chosen", "rejected"), _paired, _PAIR),
         Schema("implicit", ("chosen", "rejected"), _implicit, _PAIR, _PROMPTS),
         Schema("halos_binary", ("prompt", "output", "label"), _halos_binary, "reward"),
         Schema("halos_pairwise", ("prompt", "output_A", "output_B", "label"), _halos_pairwise, "reward_[AB]"),
         Schema(
-            "messages", ("messages", "kto_tag|label"), _judged_conversation("messages", ("kto_tag", "label")), _JUDGED
+            "messages",
+            ("messages", "kto_tag|label"),
+            _judged_conversation("messages", ("kto_tag", "label")),
+            _JUDGED,
+            conversation=True,
         ),
         Schema("messages_pair", ("messages", "chosen", "rejected"), _conversation_pair("messages"), _PAIR, ("prompt",)),
         Schema("sharegpt_pair", ("conversations", "chosen", "rejected"), _conversation_pair("conversations"), _PAIR),
@@ -302,9 +332,10 @@ SCHEMAS: dict[str, Schema] = {
             ("conversations", "kto_tag|label"),
             _judged_conversation("conversations", ("kto_tag", "label")),
             _JUDGED,
+            conversation=True,
         ),
-        Schema("scored", ("prompt", "completion", "score|rating|rank"), _scored, without=("label",)),
-        Schema("scored_lists", ("prompt", "completions", "scores"), _scored_lists),
+        Schema("scored", ("prompt", "completion", "score|rating|rank"), _scored, "finished", without=("label",)),
+        Schema("scored_lists", ("prompt", "completions", "scores"), _scored_lists, "finished"),
         Schema("ultrafeedback", ("instruction", "completions"), ultrafeedback),
         Schema("shp", ("history", "human_ref_A", "human_ref_B", "labels"), shp, "score_[AB]"),
         Schema("pandalm", ("instruction", "response1", "response2", "annotator1"), pandalm, r"input|annotator\d+"),

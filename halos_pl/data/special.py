@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from halos_pl.data.calls import message_texts, with_texts
 from halos_pl.data.example import Prompt
 from halos_pl.data.turns import added_tokens, any_of, turn_markers
 
@@ -18,12 +19,13 @@ SpecialTokens = Literal["refuse", "split", "allow"]
 
 
 def strings(text: Prompt) -> Iterator[tuple[str, str]]:
-    """(where, text) of all that a prompt or a completion says: the text, or contents and roles of its messages."""
+    """(where, text) of all that a prompt or a completion says: the text, or what its messages hold, roles included."""
     if isinstance(text, str):
         yield "", text
         return
     for i, message in enumerate(text, start=1):
-        yield f", message {i} ({message['role']})", message["content"]
+        for said in message_texts([message]):
+            yield f", message {i} ({message['role']})", said
         yield f", the role of message {i}", message["role"]
 
 
@@ -112,9 +114,12 @@ class SpecialText:
 
     def hold(self, text: Prompt) -> Prompt:
         """The text with a placeholder for each special token, for the chat template to carry through."""
+        def held(said: str) -> str:
+            return self._any.sub(lambda match: self._held[match[0]], said)
+
         if isinstance(text, str):
-            return self._any.sub(lambda match: self._held[match[0]], text)
-        return [{**message, "content": str(self.hold(message["content"]))} for message in text]
+            return held(text)
+        return [{key: value if key == "role" else with_texts(value, held) for key, value in m.items()} for m in text]
 
     def encode_held(self, rendered: list[str]) -> list[list[int]]:
         """Token ids of texts rendered with placeholders, which are encoded as the plain text that they stand for.

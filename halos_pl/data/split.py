@@ -36,6 +36,7 @@ class FileCounts:
         prompts_cut: rows whose prompt lost tokens at its start.
         completions_cut: rows whose completion lost tokens at its end, its EOS among them.
         dropped_too_long: rows left out because the completion does not fit (``truncate_completions`` off).
+        dropped_without_loss: rows left out because nothing that carries the loss fits.
         dropped_undesirable: rows left out because the objective wants desirable ones only.
     """
 
@@ -50,6 +51,7 @@ class FileCounts:
     prompts_cut: int = 0
     completions_cut: int = 0
     dropped_too_long: int = 0
+    dropped_without_loss: int = 0
     dropped_undesirable: int = 0
 
     def __str__(self) -> str:
@@ -61,6 +63,7 @@ class FileCounts:
             (self.prompts_cut, "prompts cut at the start"),
             (self.completions_cut, "completions cut at the end (so without EOS)"),
             (self.dropped_too_long, "rows dropped: completion too long"),
+            (self.dropped_without_loss, "rows dropped: the turn that carries the loss lies beyond max_length"),
             (self.dropped_undesirable, "rows dropped: undesirable, which the objective does not use"),
         )
         return "; ".join([text, *(f"{number} {what}" for number, what in seldom if number)])
@@ -113,6 +116,11 @@ class Split:
             too_long |= too_long[table.rival]
         self._count(table, too_long, "dropped_too_long")
         table, length = table.select(~too_long), length[~too_long]
+        lost = table.first_loss >= np.minimum(length, room)
+        if needs.rivals:
+            lost |= lost[table.rival]
+        self._count(table, lost, "dropped_without_loss")
+        table, length = table.select(~lost), length[~lost]
         self.completion_length = np.minimum(length, room)
         # Both completions of a pair get the same prompt, so the longer one says what is left of it.
         paired = table.rival >= 0
@@ -243,10 +251,12 @@ class _Rows(Sequence[Row]):
     def __getitem__(self, place: Any) -> Any:
         split, table = self.split, self.split.table
         desirable = bool(table.label[place] == 1)
+        loss, length = table.loss(place), int(split.completion_length[place])
         return Row(
             prompt=int(table.prompt[place]),
             prompt_length=int(split.prompt_length[place]),
-            completion=table.completion_ids(place)[: int(split.completion_length[place])],
+            completion=table.completion_ids(place)[:length],
+            loss=None if loss is None else loss[:length],
             desirable=desirable,
             row_id=table.name(place),
             rival=int(table.rival[place]) if split.rivals else -1,

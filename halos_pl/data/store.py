@@ -32,13 +32,16 @@ from halos_pl.cache import cache_root
 from halos_pl.data import (
     arrow,
     broken,
+    calls,
     columns,
     formats,
+    judged,
     meanings,
     prompts,
     published,
     read,
     schemas,
+    spans,
     special,
     text,
     tokenize,
@@ -56,7 +59,8 @@ SHOWN_FAULTS = 10
 KEPT_FAULTS = 1000
 
 # One row of feedback. ``label``: 1 desirable, 0 undesirable, -1 where only a score is known (NaN: none). ``rival``: the
-# row of the pair's other completion, -1 where there is none. ``text``: a hash of the completion's tokens.
+# row of the pair's other completion, -1 where there is none. ``text``: a hash of the completion's tokens. ``span`` and
+# ``spans``: first and number of the stretches of the completion that carry the loss; 0 where all of it does.
 ROW = np.dtype(
     [
         ("prompt", "<i4"),
@@ -68,8 +72,12 @@ ROW = np.dtype(
         ("line", "<i8"),
         ("suffix", "<i4"),
         ("text", "<u8"),
+        ("span", "<i8"),
+        ("spans", "<i4"),
     ]
 )
+SPAN = np.dtype([("start", "<i4"), ("stop", "<i4")])
+FILES = ("prompts", "rows", "spans", "tokens")
 PROMPT = np.dtype([("start", "<i8"), ("length", "<i4"), ("key", "S16")])
 
 
@@ -93,6 +101,8 @@ class Store:
         spelling: number of examples, faulty ones included, whose text spells a special token.
         spelled: of these for each such token.
         text_prompts: number of examples whose prompt is plain text in the source.
+        notes: what is to be said of some examples, and of how many.
+        spans: ``SPAN`` [s], stretches of completions that carry the loss, where not all of it does.
     """
 
     path: str
@@ -110,6 +120,8 @@ class Store:
     spelling: int = 0
     spelled: dict[str, int] = field(default_factory=dict)
     text_prompts: int = 0
+    notes: dict[str, int] = field(default_factory=dict)
+    spans: NDArray[Any] = field(default_factory=lambda: np.empty(0, SPAN))
 
     def __reduce__(self) -> Any:
         """Sent to a worker as its place: pickled, the mapped arrays would be copied."""
@@ -129,6 +141,23 @@ class Store:
         start = int(self.rows["start"][row])
         return self.tokens[start : start + int(self.rows["length"][row])]
 
+    def loss(self, row: int) -> NDArray[np.bool_] | None:
+        """bool [t], which tokens of a row's completion carry the loss; None where all of them do."""
+        count, first = int(self.rows["spans"][row]), int(self.rows["span"][row])
+        if not count:
+            return None
+        found = np.zeros(int(self.rows["length"][row]), bool)
+        for start, stop in self.spans[first : first + count].tolist():
+            found[start:stop] = True
+        return found
+
+    def first_loss(self) -> NDArray[np.int64]:
+        """int64 [n], the first token of each row's completion that carries the loss."""
+        first = np.zeros(len(self.rows), np.int64)
+        some = self.rows["spans"] > 0
+        first[some] = self.spans["start"][self.rows["span"][some]]
+        return first
+
     @property
     def faults(self) -> list[str]:
         """The first faults, each a line that names source and line."""
@@ -147,7 +176,8 @@ class _Writer:
 
     def __init__(self, folder: Path, source: Source, encoder: tokenize.Encoder) -> None:
         self.folder, self.source, self.encoder = folder, source, encoder
-        self.files = {name: (folder / name).open("wb") for name in ("tokens", "prompts", "rows")}
+        self.files = {name: (folder / name).open("wb") for name in FILES}
+        self.spans = 0
         self.place = self.row = self.examples = self.fault_count = self.text_prompts = 0
         self.known: dict[bytes, int] = {}
         self.suffixes: dict[str, int] = {}
@@ -166,39 +196,41 @@ class _Writer:
         """Tokenises and writes; an example that cannot be tokenised is a fault."""
         rows: list[tuple[Any, ...]] = []
         new: list[tuple[int, int, bytes]] = []
-        encoded = self.encoder.batch([(e.prompt, e.completions) for e in examples])
-        for example, found in zip(examples, encoded, strict=True):
+        for example, found in zip(examples, self.encoder.encode(examples), strict=True):
             if isinstance(found, ValueError):
                 self.fault(Fault(example.row_id, str(found)))
                 continue
             self.examples += 1
             self.text_prompts += example.text_prompt
-            prompt_ids, completions = found
-            raw = np.asarray(prompt_ids, dtype="<i4").tobytes()
+            raw = np.asarray(found.prompt, dtype="<i4").tobytes()
             key = hashlib.blake2b(raw, digest_size=16).digest()
             if key not in self.known:
                 self.known[key] = len(self.known)
-                new.append((self.place, len(prompt_ids), key))
+                new.append((self.place, len(found.prompt), key))
                 self.files["tokens"].write(raw)
-                self.place += len(prompt_ids)
-            rows += self._rows(example, self.known[key], completions)
+                self.place += len(found.prompt)
+            rows += self._rows(example, self.known[key], found)
         for name, written in (("rows", np.array(rows, dtype=ROW)), ("prompts", np.array(new, dtype=PROMPT))):
             self.files[name].write(written.tobytes())
         for example_rows in rows:  # what the model sees, and how it was judged
-            prompt, _, length, label, score, rival, _, _, text = example_rows
+            prompt, _, length, label, score, rival, _, _, text, _, _ = example_rows
             self.digest.update(repr((prompt, length, label, score, rival - self.row, text)).encode())
         self.digest.update(b"".join(key for _, _, key in new))
 
-    def _rows(self, example: Example, prompt: int, completions: list[list[int]]) -> Iterator[tuple[Any, ...]]:
+    def _rows(self, example: Example, prompt: int, found: tokenize.Tokens) -> Iterator[tuple[Any, ...]]:
         line, _, rest = example.row_id[len(self.source.path) + 1 :].partition("#")
         part = f"#{rest}" if rest else ""
         first = self.row
-        for k, ids in enumerate(completions):
-            which = ("#chosen", "#rejected")[k] if example.paired else f"#{k + 1}" if len(completions) > 1 else ""
+        for k, (ids, carrying) in enumerate(zip(found.completions, found.spans, strict=True)):
+            several = len(found.completions) > 1
+            which = ("#chosen", "#rejected")[k] if example.paired else f"#{k + 1}" if several else ""
             suffix = self.suffixes.setdefault(part + which, len(self.suffixes))
             label, score = example.labels[k], example.scores[k]
             raw = np.asarray(ids, dtype="<i4").tobytes()
             self.files["tokens"].write(raw)
+            stretches = np.array(carrying, dtype=SPAN).tobytes()
+            self.files["spans"].write(stretches)
+            self.digest.update(stretches)
             yield (
                 prompt,
                 self.place,
@@ -209,7 +241,10 @@ class _Writer:
                 int(line),
                 suffix,
                 int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little"),
+                self.spans,
+                len(carrying),
             )
+            self.spans += len(carrying)
             self.place += len(ids)
             self.row += 1
 
@@ -226,6 +261,7 @@ class _Writer:
             "spelling": self.encoder.spelling,
             "spelled": dict(self.encoder.spelled.most_common()),
             "text_prompts": self.text_prompts,
+            "notes": dict(self.encoder.notes),
             "digest": self.digest.hexdigest(),
         }
         (self.folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
@@ -258,7 +294,7 @@ def _build(source: Source, encoder: tokenize.Encoder, folder: Path, text_prompts
         task = progress.add_task(f"checking {source.path}", total=None)
         writer = _Writer(folder, source, encoder)
         try:
-            for chunk in _chunks(read.read(source, writer.unused, text_prompts)):
+            for chunk in _chunks(read.read(source, writer.unused, text_prompts, encoder.loss_on)):
                 sound = []
                 for item in chunk:
                     if isinstance(item, Skipped):
@@ -291,10 +327,13 @@ def _code() -> str:
         columns,
         meanings,
         prompts,
+        judged,
         read,
         tokenize,
+        spans,
         special,
         turns,
+        calls,
         sys.modules[__name__],
     ):
         digest.update(inspect.getsource(module).encode())
@@ -339,12 +378,13 @@ def _open(path: str, folder: Path) -> Store:
         return np.memmap(file, dtype, mode="r") if file.stat().st_size else empty
 
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    return Store(path, mapped("tokens", "<i4"), mapped("prompts", PROMPT), mapped("rows", ROW), **meta, folder=folder)
+    arrays = mapped("tokens", "<i4"), mapped("prompts", PROMPT), mapped("rows", ROW)
+    return Store(path, *arrays, **meta, spans=mapped("spans", SPAN), folder=folder)
 
 
 def _sums(folder: Path) -> str:
     lines = []
-    for name in ("meta.json", "prompts", "rows", "tokens"):
+    for name in ("meta.json", *FILES):
         with (folder / name).open("rb") as file:
             lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {name}\n")
     return "".join(lines)
@@ -360,7 +400,7 @@ def _remove(place: Path) -> None:
 
 def _found(path: str, folder: Path) -> Store | None:
     """The store in ``folder``; None where there is none, or where a byte of it is not what was written."""
-    if not all((folder / name).is_file() for name in ("meta.json", "prompts", "rows", "tokens", SUMS)):
+    if not all((folder / name).is_file() for name in ("meta.json", *FILES, SUMS)):
         return None  # a pipe, say, would never end
     try:
         return _open(path, folder) if (folder / SUMS).read_bytes() == _sums(folder).encode() else None
@@ -374,6 +414,7 @@ def open_store(
     folder: Path | None = None,
     special_tokens_in_text: special.SpecialTokens = "refuse",
     text_prompts: prompts.TextPrompts = "plain",
+    loss_on: spans.LossOn = "last",
 ) -> Store:
     """The store of ``source``, made if it is not there yet.
 
@@ -383,6 +424,7 @@ def open_store(
         folder: of all stores; left out, ``data`` in :func:`halos_pl.cache.cache_root`.
         special_tokens_in_text: see :class:`halos_pl.data.special.SpecialText`.
         text_prompts: see :mod:`halos_pl.data.prompts`.
+        loss_on: see :mod:`halos_pl.data.judged`.
 
     Raises:
         DataError: for a fault of the source as a whole, a missing file, say. Faults of rows are in the store.
@@ -392,7 +434,7 @@ def open_store(
         raise DataError(str(next(iter(read.read(source)))))
     home = folder or cache_root() / "data"
     try:
-        place = home / _key(source, tokenizer, special_tokens_in_text, text_prompts)
+        place = home / _key(source, tokenizer, special_tokens_in_text, text_prompts, loss_on)
     except OSError as error:
         raise DataError(f"{source.path}: cannot be read ({error.strerror}); check its permissions") from error
     if store := _found(source.label, place):  # without the lock: a cache that is only read may be read-only
@@ -413,7 +455,7 @@ def open_store(
             _remove(part)
             part.mkdir()
             try:
-                _build(source, tokenize.Encoder(tokenizer, special_tokens_in_text), part, text_prompts)
+                _build(source, tokenize.Encoder(tokenizer, special_tokens_in_text, loss_on), part, text_prompts)
                 _remove(place)
                 os.replace(part, place)
             finally:

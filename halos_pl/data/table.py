@@ -126,6 +126,19 @@ class Table:
         """Token ids of a row's completion, uncut."""
         return self.stores[self.source[place]].completion(int(self.row[place]))
 
+    def loss(self, place: int) -> NDArray[np.bool_] | None:
+        """bool [t], which tokens of a row's completion carry the loss, uncut; None where all of them do."""
+        return self.stores[self.source[place]].loss(int(self.row[place]))
+
+    @property
+    def first_loss(self) -> NDArray[np.int64]:
+        """int64 [n], the first token of each row's completion that carries the loss."""
+        found = np.zeros(len(self), np.int64)
+        for i, store in enumerate(self.stores):
+            here = self.source == i
+            found[here] = store.first_loss()[self.row[here]]
+        return found
+
     def name(self, place: int) -> str:
         """``SOURCE:LINE`` and which of the line's rows it is, for messages and files."""
         name = self.stores[self.source[place]].name(int(self.row[place]))

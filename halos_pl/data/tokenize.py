@@ -10,16 +10,18 @@ generation starts after the prompt's last token. So prompt and completion cannot
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from halos_pl.data.example import Prompt
+from halos_pl.data.calls import message_texts
+from halos_pl.data.example import Example, Prompt
+from halos_pl.data.spans import Conversation, LossOn, Written, begun, check_loss_on, common_prompt
 from halos_pl.data.special import SpecialText, SpecialTokens
-from halos_pl.data.turns import TurnEnd, refuse_dropped, render, turn_end
+from halos_pl.data.turns import Tools, TurnEnd, refuse_dropped, refuse_ignored, render, turn_end
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
@@ -58,16 +60,12 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _begun(prompt: Prompt) -> bool:
-    """Whether the prompt ends in what the assistant has begun to say, and the completion goes on with."""
-    return isinstance(prompt, list) and bool(prompt) and prompt[-1].get("role") == "assistant"
-
-
-def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
+def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, tools: Tools = None) -> str:
     if isinstance(prompt, str):
         return prompt
-    text = render(tokenizer, prompt, prompt=True, begun=_begun(prompt))
-    refuse_dropped(tokenizer, prompt, text)
+    text = render(tokenizer, prompt, prompt=True, begun=begun(prompt), tools=tools)
+    refuse_dropped(tokenizer, prompt, text, tools)
+    refuse_ignored(tokenizer, prompt, tools)
     return text
 
 
@@ -79,59 +77,8 @@ def _prompt_ids(prefix: list[int], prompt: Prompt, ids: list[int]) -> list[int]:
     return ids
 
 
-def _completion_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, before: str, completion: Prompt) -> str:
-    """What the completion adds to the prompt's text ``before``; of messages with all that the template writes."""
-    if isinstance(prompt, str):
-        if isinstance(completion, str):
-            return completion
-        raise ValueError(
-            "The completion is a message list but the prompt is plain text: give both as messages "
-            'or both as text (a prompt as messages: [{"role": "user", "content": ...}]).'
-        )
-    if isinstance(completion, str):
-        completion = [{"role": "assistant", "content": completion}]
-    if _begun(prompt) and completion[0]["role"] == "assistant":
-        said = {**prompt[-1], "content": prompt[-1]["content"] + completion[0]["content"]}
-        prompt, completion = prompt[:-1], [said, *completion[1:]]
-    whole = render(tokenizer, prompt + completion, prompt=False)
-    if not whole.startswith(before):
-        same = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(whole))
-        mend = "Use a template whose generation prompt is the start of an assistant message, or plain text."
-        if opened := _OPENED.search(before):
-            tag = opened[1]
-            mend = (
-                f"Its generation prompt opens <{tag}>: begin the completion with <{tag}>...</{tag}>, or use a template"
-                " that does not open it."
-            )
-        raise ValueError(
-            "The chat template does not continue the prompt when the completion is added: at the end of the "
-            f"prompt it writes {before[same : same + 40]!r}, and with the completion "
-            f"{whole[same : same + 40]!r} in its place, so the model would be trained on another prefix than it"
-            f" meets in use. {mend}"
-        )
-    text = whole[len(before) :]
-    if not text:
-        raise ValueError(
-            "The chat template writes nothing for the completion; its messages should have the role 'assistant'."
-        )
-    refuse_dropped(tokenizer, prompt + completion, whole)
-    if doubled := _DOUBLED_SPAN.search(before[-40:] + text):
-        raise ValueError(
-            f"The chat template writes {doubled[0]!r}: an empty <{doubled[1]}> of its own before the one in the"
-            " content, which it does not take for its own. Use a template that reads thoughts from the content, or"
-            " remove them from it."
-        )
-    return text
-
-
-#: A span that the end of a text opens: ``<think>\n``.
-_OPENED = re.compile(r"<(\w+)>\s*$")
-#: An empty span, and another of the same name behind it: ``<think>\n\n</think>\n\n<think>``.
-_DOUBLED_SPAN = re.compile(r"<(\w+)>\s*</\1>\s*<\1>")
-
-
 def _texts(completion: Prompt) -> list[str]:
-    return [completion] if isinstance(completion, str) else [message["content"] for message in completion]
+    return [completion] if isinstance(completion, str) else list(message_texts(completion))
 
 
 def _unended(ends: Sequence[str], text: str) -> str:
@@ -168,14 +115,16 @@ def _refuse_end_inside(ends: Sequence[str], eos: str, completion: Prompt) -> Non
                 )
 
 
-def _ended(end: int, ids: list[int]) -> list[int]:
+def _ended(end: int | None, ids: list[int]) -> list[int]:
+    if end is None:
+        return ids
     while ids and ids[-1] == end:
         ids.pop()
     return [*ids, end]
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, special: SpecialText | None = None
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, special: SpecialText | None = None, tools: Tools = None
 ) -> list[int]:
     """Token ids of a prompt: at least one, never followed by EOS.
 
@@ -187,18 +136,31 @@ def encode_prompt(
         tokenizer: of the model.
         prompt: text or messages.
         special: what is done with special tokens in it; default: they are encoded as the tokenizer does it.
+        tools: JSON schemas of what the model may call, for the chat template.
 
     Raises:
-        ValueError: messages without a chat template, messages that the template refuses, a prompt
+        ValueError: messages without a chat template, messages or tools that the template refuses or ignores, a prompt
             that gives no token at all, or one that ``special`` refuses.
     """
+    if tools and isinstance(prompt, str):
+        raise ValueError(_TEXT_TOOLS)
     if special is not None:
         special.refuse("The prompt", prompt)
-    if special is not None and special.mode == "split" and special.found(prompt):
-        [ids] = special.encode_held([_prompt_text(tokenizer, special.hold(prompt))])
+        special.refuse("The tools", _as_messages(tools))
+    if special is not None and special.mode == "split" and special.found(prompt, _as_messages(tools)):
+        held = [m["content"] for m in special.hold(_as_messages(tools))]  # type: ignore[index, union-attr]
+        [ids] = special.encode_held([_prompt_text(tokenizer, special.hold(prompt), held or None)])
     else:
-        ids = _ids(tokenizer, _prompt_text(tokenizer, prompt))
+        ids = _ids(tokenizer, _prompt_text(tokenizer, prompt, tools))
     return _prompt_ids(prefix_ids(tokenizer), prompt, ids)
+
+
+_TEXT_TOOLS = "There are tools, but the prompt is plain text, which has no place for them; give the prompt as messages."
+
+
+def _as_messages(tools: Tools) -> list[dict[str, Any]]:
+    """Tools in the form of messages, for what looks at the texts of messages."""
+    return [{"role": "tools", "content": tool} for tool in tools or ()]
 
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Prompt) -> list[int]:
@@ -223,23 +185,65 @@ Encoded = tuple[list[int], list[list[int]]]
 """Token ids of a prompt and of each of its completions."""
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """An example as token ids.
+
+    Attributes:
+        prompt: ids.
+        completions: ids of each.
+        spans: for each completion the (start, stop) of its tokens that carry the loss; empty where all of them do.
+    """
+
+    prompt: list[int]
+    completions: list[list[int]]
+    spans: list[list[tuple[int, int]]]
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """An example as texts to be encoded.
+
+    Attributes:
+        held: they hold placeholders for special tokens.
+        prompt: the text.
+        pieces: of each completion, and whether each piece carries the loss.
+        ends: the id that each completion ends with; None where it was cut.
+    """
+
+    held: bool
+    prompt: str
+    pieces: list[tuple[tuple[str, bool], ...]]
+    ends: list[int | None]
+
+
 class Encoder:
     """Encodes conversations with one tokenizer.
 
     Args:
         tokenizer: with a chat template where the conversations are messages.
         special_tokens_in_text: what is done with them, see :class:`halos_pl.data.special.SpecialText`.
+        loss_on: which turns of the assistant in a completion carry the loss.
 
     Attributes:
         spelled: for each special token, how many conversations have it in their text or in a role, whatever became of
             them; the end of a turn at the end of a completion is not counted.
         spelling: how many conversations have any.
+        notes: what is to be said of some examples, and of how many.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, special_tokens_in_text: SpecialTokens = "refuse") -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        special_tokens_in_text: SpecialTokens = "refuse",
+        loss_on: LossOn = "last",
+    ) -> None:
+        check_loss_on(loss_on)
         self.tokenizer, self.special = tokenizer, SpecialText(tokenizer, special_tokens_in_text)
+        self.loss_on = loss_on
         self.spelled: Counter[str] = Counter()
         self.spelling = 0
+        self.notes: Counter[str] = Counter()
         self._eos, self._prefix, self._blank = _eos(tokenizer), prefix_ids(tokenizer), _blank_before(tokenizer)
         self._ends: dict[tuple[str, ...], TurnEnd | None] = {}
 
@@ -253,50 +257,86 @@ class Encoder:
             if isinstance(prompt, str):
                 return None
             answers = ["assistant"] if isinstance(completion, str) else [m["role"] for m in completion]
-            roles = (*(m["role"] for m in (prompt[:-1] if _begun(prompt) else prompt)), *answers)
+            roles = (*(m["role"] for m in (prompt[:-1] if begun(prompt) else prompt)), *answers)
             if roles not in self._ends:
                 self._ends[roles] = turn_end(self.tokenizer, roles)
             return self._ends[roles]
 
-    def _texts(self, prompt: Prompt, completions: Sequence[Prompt]) -> tuple[bool, list[str], list[int]]:
-        """(whether they hold placeholders, the texts to encode, the id that each completion ends with).
-
+    def _texts(self, example: Example) -> _Texts:
+        """
         Raises:
             ValueError: what is wrong with the conversation.
         """
         eos: str = str(self.tokenizer.eos_token)
+        prompt: Any = example.prompt
+        tools = example.tools
         chat = not isinstance(prompt, str)
         split = self.special.mode == "split"
         try:
-            found = [self._turn_end(prompt, completion) for completion in completions]
+            found = [self._turn_end(prompt, completion) for completion in example.completions]
         except ValueError:  # it refuses these messages, and is to say why
-            found = [None] * len(completions)
+            found = [None] * len(example.completions)
         ends = [(eos,) if end is None or not chat else tuple({eos: 0, end.token: 0}) for end in found]
-        spoken = [_stripped(own, completion) for own, completion in zip(ends, completions, strict=True)]
-        spelled = self.special.found(prompt, *spoken)
+        spoken = [_stripped(own, completion) for own, completion in zip(ends, example.completions, strict=True)]
+        spelled = self.special.found(prompt, *spoken, _as_messages(tools))
         self.spelled.update(spelled)
         self.spelling += bool(spelled)
         for own, completion in zip(ends, spoken, strict=True):
             if not split:
                 _refuse_end_inside(own, eos, completion)
-        if chat:
-            self.special.refuse("The prompt", prompt)
-            for completion in spoken:
-                said = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-                self.special.refuse("The completion", said)
+        if not chat:
+            return self._plain(example, spoken, found, held=split and bool(spelled))
+        answers = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in spoken]
+        self.special.refuse("The prompt", prompt)
+        self.special.refuse("The tools", _as_messages(tools))
+        for answer in answers:
+            self.special.refuse("The completion", answer)
         held = split and bool(spelled)
         if held:
-            prompt, spoken = self.special.hold(prompt), [self.special.hold(completion) for completion in spoken]
-        before = _prompt_text(self.tokenizer, prompt)
-        texts, last = [before], []
-        for end, completion in zip(found, spoken, strict=True):
-            text = _completion_text(self.tokenizer, prompt, before, completion)
-            if chat and end is not None:
-                text = end.cut(text)
-            complete = end is not None and text.rstrip().endswith(end.token)
-            texts.append(text.rstrip() if complete else text)
-            last.append(end.id if end is not None and complete else self._eos)
-        return held, texts, last
+            hold: Any = self.special.hold
+            prompt, answers = hold(prompt), [hold(answer) for answer in answers]
+            tools = [message["content"] for message in hold(_as_messages(tools))] or None
+        heads: dict[int, str] = {}
+        how: dict[str, Any] = {"tools": tools, "heads": heads}
+        written = common_prompt(
+            [
+                Conversation(self.tokenizer, prompt, answer, end=end, finished=whole, **how).written(self.loss_on)
+                for answer, end, whole in zip(answers, found, example.finished, strict=True)
+            ]
+        )
+        self._note(written, answers)
+        pieces, last = [], []
+        for each, end in zip(written, found, strict=True):
+            (text, loss), *before = each.pieces[::-1]
+            complete = each.ends and end is not None and text.rstrip().endswith(end.token)
+            pieces.append((*before[::-1], (text.rstrip() if complete else text, loss)))
+            last.append(None if not each.ends else end.id if end is not None and complete else self._eos)
+        before_all = written[0].prompt if written else _prompt_text(self.tokenizer, prompt, tools)
+        return _Texts(held, before_all, pieces, last)
+
+    def _plain(
+        self, example: Example, spoken: list[Prompt], found: list[TurnEnd | None], *, held: bool
+    ) -> _Texts:
+        if example.tools:
+            raise ValueError(_TEXT_TOOLS)
+        prompt, pieces, last = example.prompt, [], []
+        for text, end, finished in zip(spoken, found, example.finished, strict=True):
+            if not isinstance(text, str):
+                raise ValueError(
+                    "The completion is a message list but the prompt is plain text: give both as messages "
+                    'or both as text (a prompt as messages: [{"role": "user", "content": ...}]).'
+                )
+            complete = finished and end is not None and text.rstrip().endswith(end.token)
+            text = text.rstrip() if complete else text
+            pieces.append((((str(self.special.hold(text)) if held else text), True),))
+            last.append(None if not finished else end.id if end is not None and complete else self._eos)
+        return _Texts(held, str(self.special.hold(prompt)) if held else str(prompt), pieces, last)
+
+    def _note(self, written: list[Written], answers: list[list[dict[str, Any]]]) -> None:
+        if unopened := next((each.unopened for each in written if each.unopened), None):
+            self.notes[f"the generation prompt ends in {unopened!r}, but the answer is written without it"] += 1
+        if self.loss_on == "last" and any(sum(m["role"] == "assistant" for m in a) > 1 for a in answers):
+            self.notes["of several turns in a completion only the last one carries the loss (loss_on: last)"] += 1
 
     def _ids(self, texts: list[str], held: bool) -> list[list[int]]:
         if not texts:
@@ -306,51 +346,69 @@ class Encoder:
         ids: Any = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return [list(each) for each in ids]
 
-    def batch(self, conversations: Sequence[tuple[Prompt, Sequence[Prompt]]]) -> Iterator[Encoded | ValueError]:
-        """As :func:`encode_batch`."""
+    def encode(self, examples: Sequence[Example]) -> Iterator[Tokens | ValueError]:
+        """Token ids of each example in turn, or what is wrong with it; all texts go through the tokenizer together."""
         texts: dict[bool, list[str]] = {False: [], True: []}
-        places: list[tuple[bool, int, list[int]] | ValueError] = []
-        for prompt, completions in conversations:
+        places: list[tuple[_Texts, int] | ValueError] = []
+        for example in examples:
             try:
-                held, (before, *own), last = self._texts(prompt, completions)
+                found = self._texts(example)
             except ValueError as error:
                 places.append(error)
                 continue
-            behind = "\n" if self._blank and not isinstance(prompt, str) else ""
-            places.append((held, len(texts[held]), last))
-            texts[held] += [before, *(behind + text for text in own)]
+            behind = self._behind(example)
+            places.append((found, len(texts[found.held])))
+            texts[found.held] += [found.prompt, *(behind + text for own in found.pieces for text, _ in own)]
         ids: dict[bool, list[list[int]] | ValueError] = {}
         for held, some in texts.items():
             try:
                 ids[held] = self._ids(some, held)
             except ValueError as error:
                 ids[held] = error
-        for place, (prompt, _) in zip(places, conversations, strict=True):
+        for place, example in zip(places, examples, strict=True):
             try:
-                yield self._encoded(prompt, place, texts, ids)
+                yield self._encoded(example, place, ids)
             except ValueError as error:
                 yield error
 
+    def _behind(self, example: Example) -> str:
+        return "\n" if self._blank and not isinstance(example.prompt, str) else ""
+
     def _encoded(
         self,
-        prompt: Prompt,
-        place: tuple[bool, int, list[int]] | ValueError,
-        texts: dict[bool, list[str]],
+        example: Example,
+        place: tuple[_Texts, int] | ValueError,
         ids: dict[bool, list[list[int]] | ValueError],
-    ) -> Encoded:
+    ) -> Tokens:
         if isinstance(place, ValueError):
             raise place
-        held, at, last = place
-        found = ids[held]
+        texts, at = place
+        found = ids[texts.held]
         if isinstance(found, ValueError):
             raise found
-        first, *own = found[at : at + 1 + len(last)]
-        if self._blank and not isinstance(prompt, str):
-            # A line break that has merged with what follows cannot be cut off.
-            n = len(self._blank)
-            pieces = zip(own, texts[held][at + 1 : at + 1 + len(last)], strict=True)
-            own = [c[n:] if c[:n] == self._blank else self._ids([text[1:]], held)[0] for c, text in pieces]
-        return _prompt_ids(self._prefix, prompt, first), [_ended(e, c) for e, c in zip(last, own, strict=True)]
+        prompt, blank = found[at], self._blank if self._behind(example) else []
+        completions, spans = [], []
+        for pieces, end in zip(texts.pieces, texts.ends, strict=True):
+            completion: list[int] = []
+            own: list[tuple[int, int]] = []
+            for number, (text, loss) in enumerate(pieces, start=1):
+                at += 1
+                piece = found[at]
+                if blank:  # a line break that has merged with what follows cannot be cut off
+                    piece = piece[len(blank) :] if piece[: len(blank)] == blank else self._ids([text], texts.held)[0]
+                piece = _ended(end, piece) if number == len(pieces) else piece
+                own += [(len(completion), len(completion) + len(piece))] if loss and piece else []
+                completion += piece
+            if not completion:
+                raise ValueError("The completion gives no token with this tokenizer; give it some text.")
+            completions.append(completion)
+            spans.append([] if own == [(0, len(completion))] else own)
+        return Tokens(_prompt_ids(self._prefix, example.prompt, prompt), completions, spans)
+
+    def batch(self, conversations: Sequence[tuple[Prompt, Sequence[Prompt]]]) -> Iterator[Encoded | ValueError]:
+        """As :func:`encode_batch`."""
+        for found in self.encode([Example(prompt, tuple(own), (), "") for prompt, own in conversations]):
+            yield found if isinstance(found, ValueError) else (found.prompt, found.completions)
 
 
 def encode_batch(

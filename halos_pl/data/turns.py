@@ -13,6 +13,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from halos_pl.data.calls import CALLS, THOUGHTS, forms, printed_wrong, says_none
+
+#: A message, and a tool: a JSON schema.
+Message = dict[str, Any]
+Tools = list[dict[str, Any]] | None
 #: Contents of the dialogues that are rendered: no template writes these words itself.
 _WORD = "zqword{}qz"
 #: An empty span such as ``<think>\n\n</think>``: a part of a turn that opens or ends none.
@@ -20,10 +25,19 @@ _EMPTY_SPAN = re.compile(r"<(\w+)>\s*</\1>")
 #: A token that stands in brackets of some kind.
 _FORM = re.compile(r"[^\w\s].*[^\w\s]", re.DOTALL)
 _TAG = re.compile(r"<(/?)(\w+)>")
+NO_TEMPLATE = (
+    "The data are message lists, but the tokenizer has no chat template: name one with data.chat_template, use an"
+    " instruct model's tokenizer, or give prompt and completion as plain text."
+)
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, prompt: bool, begun: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    *,
+    prompt: bool,
+    begun: bool = False,
+    tools: Tools = None,
 ) -> str:
     """What the chat template writes.
 
@@ -32,24 +46,79 @@ def render(
         messages: the dialogue.
         prompt: end in the head of an answer.
         begun: end in the last message, unfinished, and in no new head.
+        tools: that the model may call.
 
     Raises:
         ValueError: no chat template, or one that refuses the messages.
     """
     if not tokenizer.chat_template:
-        raise ValueError(
-            "The data are message lists, but the tokenizer has no chat template: use an instruct model's "
-            "tokenizer, set tokenizer.chat_template and save it, or give prompt and completion as plain text."
+        raise ValueError(NO_TEMPLATE)
+    how: dict[str, Any] = {"add_generation_prompt": prompt and not begun, "continue_final_message": begun}
+    refused: Exception | None = None
+    given: Any = tools
+    for form in forms(messages):
+        try:
+            # A copy: templates may change what they are given.
+            text = str(tokenizer.apply_chat_template(form, tools=given, tokenize=False, **how))
+        except Exception as error:  # templates raise what they like (jinja2.TemplateError, TypeError, ...)
+            refused = refused or error
+            continue
+        if not printed_wrong(form, text) and not says_none(form, text):
+            return text
+    roles = [message.get("role") for message in messages]
+    why = refused or "it does not write the arguments of a call as JSON"
+    raise ValueError(f"The chat template refuses messages with the roles {roles}: {why}") from refused
+
+
+def refuse_ignored(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Tools) -> None:
+    """Refuses tools, calls of tools, thoughts and names that the template ignores: the model would never see them.
+
+    What names the tool that has answered, and the id of a call, may be ignored: the call says it. Thoughts may be cut
+    from earlier turns.
+
+    Raises:
+        ValueError: naming the column or the key.
+    """
+    def ignored(what: str, key: str) -> ValueError:
+        return ValueError(
+            f"The chat template ignores {what}, so the model would never see it; use a template that writes it"
+            f" (data.chat_template), or, to train without it, add 'ignore: [\"{key}\"]' to the source."
         )
+
+    def differs(others: list[Message], other_tools: Tools) -> bool:
+        try:
+            return render(tokenizer, others, prompt=False, tools=other_tools) != text
+        except ValueError:
+            return True  # it reads what is missing
+
+    said = [message.keys() - {"role", "content"} for message in messages]
+    if not tools and not any(said):
+        return
+    text = render(tokenizer, messages, prompt=False, tools=tools)
+    if tools and not differs(messages, None):
+        raise ignored("the column 'tools'", "tools")
+    for i, keys in enumerate(said):
+        role = messages[i]["role"]
+        for key in sorted(keys - {"tool_call_id"} - ({"name"} if role in ("tool", "function", "ipython") else set())):
+            left = {k: v for k, v in messages[i].items() if k != key}
+            without = [*messages[:i], left, *messages[i + 1 :]]
+            if not differs(without, tools) and not (key in THOUGHTS and _writes_thoughts(tokenizer, key)):
+                raise ignored(f"the {key} of message {i + 1} (role {role!r})", key)
+
+
+def _writes_thoughts(tokenizer: PreTrainedTokenizerBase, key: str) -> bool:
+    """Whether the template writes the thoughts of a dialogue's last turn, whatever it cuts from earlier ones."""
+    last = {"role": "assistant", "content": _WORD.format(1), key: _WORD.format(2)}
     try:
-        how: dict[str, Any] = {"add_generation_prompt": prompt and not begun, "continue_final_message": begun}
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **how))
-    except Exception as error:  # templates raise what they like (jinja2.TemplateError, TypeError, ...)
-        roles = [message.get("role") for message in messages]
-        raise ValueError(f"The chat template refuses messages with the roles {roles}: {error}") from error
+        text = render(tokenizer, [{"role": "user", "content": _WORD.format(0)}, last], prompt=False)
+    except ValueError:
+        return False
+    return _WORD.format(2) in text
 
 
-def refuse_dropped(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], text: str) -> None:
+def refuse_dropped(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str, tools: Tools = None
+) -> None:
     """Refuses messages whose content is not in their rendering ``text`` because the template ignores it.
 
     A template may change a content, e.g. cut earlier thoughts; one that ignores it writes nothing for a single word
@@ -64,7 +133,9 @@ def refuse_dropped(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, 
         if not content or content in text:
             continue
         try:
-            probe = render(tokenizer, [*messages[:i], message | {"content": word}, *messages[i + 1 :]], prompt=False)
+            probe = render(
+                tokenizer, [*messages[:i], message | {"content": word}, *messages[i + 1 :]], prompt=False, tools=tools
+            )
         except ValueError:
             continue  # it reads the content
         if word not in probe:
@@ -72,6 +143,24 @@ def refuse_dropped(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, 
                 f"The chat template ignores the content of message {i + 1} (role {message['role']!r}), so the model"
                 " would never see it; use a template that writes text of this role, or remove such messages."
             )
+
+
+def before_content(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], place: int, tools: Tools = None
+) -> str | None:
+    """What the template writes before the content of a message, in the rendering of all of them.
+
+    Of the message itself only its content is rendered, no call and no thought; None where the template refuses that.
+    """
+    word = _WORD.format(0)
+    kept = {key: value for key, value in messages[place].items() if key != CALLS and key not in THOUGHTS}
+    try:
+        changed = [*messages[:place], kept | {"content": word}, *messages[place + 1 :]]
+        text = render(tokenizer, changed, prompt=False, tools=tools)
+    except ValueError:
+        return None
+    before, found, _ = text.partition(word)
+    return before if found else None
 
 
 def _segments(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> list[str] | None:

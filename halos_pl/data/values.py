@@ -5,19 +5,21 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from halos_pl.data.calls import CALLS, CARRIED, THOUGHTS, objects_of
 from halos_pl.data.example import Example, Fault, Prompt, Skipped, short
 from halos_pl.data.meanings import KEYS, reason
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 Items = list[Example | Skipped]
 
 NO_SCORE, TIE, EMPTY, SAME = "no score", "tie", "empty response", "both completions are the same"
 PARTED = "dialogues differ before the last turn"
-LATER = "another than the assistant speaks in a completion"  # what was said then would carry the loss
+LATER = "another than the assistant speaks in a completion"
+UNANSWERED = "a completion does not end with the assistant"
 
 
 class BadRow(Exception):
@@ -112,14 +114,38 @@ def _joined(parts: list[Any], column: str, within: str) -> str:
 _STYLES = (("role", "content"), ("from", "value"))
 
 
-def message_of(value: Any, column: str, within: str = "") -> dict[str, str]:
-    """An object with ``role`` and ``content``, or ShareGPT's ``from`` and ``value``."""
+def _carried(value: dict[str, Any], column: str, within: str) -> dict[str, Any]:
+    """What a message holds for the chat template besides its role and content."""
+    found: dict[str, Any] = {}
+    for key in CARRIED:
+        if not given(value.get(key)):
+            continue
+        if key == CALLS:
+            try:
+                found[key] = objects_of(value[key], "call")
+            except ValueError as error:
+                raise BadRow(f"has {key} that {error}", column, within, key) from error
+        elif isinstance(value[key], str):
+            found[key] = checked_text(value[key], column, within)
+        else:
+            raise BadRow(f"has the {key} {short(value[key])}; it must be text", column, within, key)
+    return found
+
+
+def message_of(value: Any, column: str, within: str = "") -> dict[str, Any]:
+    """An object with ``role`` and ``content``, or ShareGPT's ``from`` and ``value``, and what else a template may read.
+
+    The content may be null or missing beside calls of tools or thoughts; it is then an empty text.
+    """
     if not isinstance(value, dict):
         raise BadRow(f"is {short(value)}; it must be an object with 'role' and 'content'", column, within)
     keys, others = _STYLES if value.get("role") is not None or "from" not in value else _STYLES[::-1]
     said: dict[str, Any] = {key: value.get(key) for key in keys}
+    carried = _carried(value, column, within)
     if isinstance(said[keys[1]], list):
         said[keys[1]] = _joined(said[keys[1]], column, within)
+    if said[keys[1]] is None and carried.keys() & {CALLS, *THOUGHTS}:
+        said[keys[1]] = ""
     for key, text in said.items():
         if not isinstance(text, str):
             found = f"has the {key} {short(text)}" if key in value else f"has no '{key}'"
@@ -136,7 +162,7 @@ def message_of(value: Any, column: str, within: str = "") -> dict[str, str]:
         same = twice == said[key] or (key == keys[0] and isinstance(twice, str) and _role(twice)[0] == name)
         if given(twice) and not same:
             raise BadRow(f"has '{key}' and '{other}', which differ; keep one of them", column, within)
-    return {"role": name, "content": content}
+    return {"role": name, "content": content, **carried}
 
 
 def messages_of(value: list[Any], column: str) -> Messages:
@@ -153,8 +179,10 @@ _VISIBLE = re.compile(
 
 def is_blank(value: Prompt) -> bool:
     """Whether there is no character to be seen."""
-    texts = (value,) if isinstance(value, str) else (message["content"] for message in value)
-    return not any(map(_VISIBLE.search, texts))
+    if isinstance(value, str):
+        return not _VISIBLE.search(value)
+    texts = (message.get(key, "") for message in value for key in ("content", *THOUGHTS))
+    return not any(map(_VISIBLE.search, texts)) and not any(CALLS in message for message in value)
 
 
 def not_blank(value: Prompt, column: str, within: str = "") -> Prompt:
@@ -290,16 +318,36 @@ def score_of(value: Any, column: str, within: str = "") -> float | None:
     raise BadRow(f"is {short(value)}; a score must be a finite number, or null where there is none", column, within)
 
 
-def others_speak(completion: Prompt) -> bool:
-    """Whether it holds a message of another than the assistant: the user, a tool."""
-    return isinstance(completion, list) and any(message["role"] != "assistant" for message in completion)
+def answered(completion: Prompt) -> bool:
+    """Whether the assistant speaks last."""
+    return not isinstance(completion, list) or (bool(completion) and completion[-1]["role"] == "assistant")
 
 
-def one(prompt: Prompt, completion: Prompt, place: str, label: bool | None, score: float | None = None) -> Items:
-    """An example of one completion, if only the assistant speaks in it."""
-    if others_speak(completion):
-        return [Skipped(place, LATER)]
-    return [Example(prompt, (completion,), (label,), place, (score,))]
+def flag_of(value: Any, column: str, within: str = "") -> bool:
+    """Whether a completion is finished; null where it is."""
+    if value is None:
+        return True
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):  # all is text in CSV
+        return value.strip().lower() == "true"
+    if value in (0, 1):
+        return bool(value)
+    raise BadRow(
+        f"is {short(value)}; it must be true, or false where the completion was cut and gets no end", column, within
+    )
+
+
+def one(
+    prompt: Prompt,
+    completion: Prompt,
+    place: str,
+    label: bool | None,
+    score: float | None = None,
+    finished: bool = True,
+) -> Items:
+    """An example of one completion, if the assistant speaks last in it."""
+    if not answered(completion):
+        return [Skipped(place, UNANSWERED)]
+    return [Example(prompt, (completion,), (label,), place, (score,), finished=(finished,))]
 
 
 def pair(
@@ -308,13 +356,14 @@ def pair(
     rejected: Prompt,
     place: str,
     scores: tuple[float | None, ...] = (),
+    finished: tuple[bool, ...] = (),
 ) -> Items:
-    """An example of a pair, if its completions differ and only the assistant speaks in them."""
+    """An example of a pair, if its completions differ and the assistant speaks last in both."""
     if chosen == rejected:
         return [Skipped(place, SAME)]
-    if others_speak(chosen) or others_speak(rejected):
-        return [Skipped(place, LATER)]
-    return [Example(prompt, (chosen, rejected), (True, False), place, scores, paired=True)]
+    if not (answered(chosen) and answered(rejected)):
+        return [Skipped(place, UNANSWERED)]
+    return [Example(prompt, (chosen, rejected), (True, False), place, scores, paired=True, finished=finished)]
 
 
 def pair_scores(row: dict[str, Any], first: str, second: str) -> tuple[float | None, ...]:
@@ -330,18 +379,20 @@ def list_of(row: dict[str, Any], column: str) -> list[Any]:
     return value
 
 
-def group(prompt: Prompt, judged: Iterable[tuple[Prompt, float | None]], place: str) -> Items:
+def group(
+    prompt: Prompt, judged: Iterable[tuple[Prompt, float | None]], place: str, finished: Sequence[bool] = ()
+) -> Items:
     """One example of all that have a score; the others are skipped one by one."""
     items: Items = []
-    kept: list[tuple[Prompt, float]] = []
+    kept: list[tuple[Prompt, float, bool]] = []
     for number, (completion, score) in enumerate(judged, start=1):
-        if score is None or is_blank(completion) or others_speak(completion):
-            why = NO_SCORE if score is None else EMPTY if is_blank(completion) else LATER
+        if score is None or is_blank(completion) or not answered(completion):
+            why = NO_SCORE if score is None else EMPTY if is_blank(completion) else UNANSWERED
             items.append(Skipped(f"{place}#{number}", why))
         else:
-            kept.append((completion, score))
+            kept.append((completion, score, finished[number - 1] if finished else True))
     if kept:
-        completions, scores = zip(*kept, strict=True)
-        items.insert(0, Example(prompt, completions, (None,) * len(kept), place, scores))
+        completions, scores, whole = zip(*kept, strict=True)
+        items.insert(0, Example(prompt, completions, (None,) * len(kept), place, scores, finished=whole))
     return items or [Skipped(place, "no completions")]
 

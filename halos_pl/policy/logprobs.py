@@ -23,10 +23,19 @@ from halos_pl.policy.memory import recomputed
 from halos_pl.policy.tree import is_packed, made_up, parts, same, takes_trees, tree_logps, tree_states
 
 
-def completion_mask(batch: FlatBatch) -> Tensor:
+def token_mask(batch: FlatBatch) -> Tensor:
     """BoolTensor [n, T]: which places of the rows' completions, padded on the right to T, hold a token."""
     lengths = torch.tensor([len(c) for c in batch.completions], device=batch.prompt.device)
     return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+
+
+def completion_mask(batch: FlatBatch) -> Tensor:
+    """BoolTensor [n, T]: which places of the rows' completions, padded on the right to T, hold a token with loss."""
+    mask = token_mask(batch)
+    for row, loss in enumerate(batch.loss or ()):
+        if loss is not None:
+            mask[row, : len(loss)] &= loss
+    return mask
 
 
 def _accepts(model: Any, name: str) -> bool:
@@ -36,7 +45,7 @@ def _accepts(model: Any, name: str) -> bool:
 def _completion_logits(model: nn.Module, batch: FlatBatch) -> tuple[Tensor, Tensor]:
     """Logits float32 [n, T, V] that predict each completion token, and the tokens LongTensor [n, T]."""
     targets = pad_sequence(batch.completions, batch_first=True)
-    mask = completion_mask(batch)
+    mask = token_mask(batch)
     prompts = [batch.prompts[i] for i in batch.prompt.tolist()]
     context = pad_sequence(prompts, batch_first=True, padding_side="left")
     real = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left")
@@ -68,8 +77,8 @@ def completion_logps(model: nn.Module, batch: FlatBatch) -> Tensor:
         batch: n rows.
 
     Returns:
-        float32 [n, T], whatever the model's dtype; 0 where a row has no token (see :func:`completion_mask`). Of a
-        packed model, probes have no gradient.
+        float32 [n, T], whatever the model's dtype; 0 where a row has no token with loss (see
+        :func:`completion_mask`). Of a packed model, probes have no gradient.
     """
     with recomputed():
         return tree_logps(model, batch) if is_packed(model) else padded_logps(model, batch)
@@ -136,7 +145,7 @@ def compared_logps(
 
     Returns:
         log-probs under the policy, under the reference, and the divergence: nats, float32 [n, T] each, 0 where a row
-        has no token.
+        has no token with loss.
     """
     packed = is_packed(policy) and is_plain(parts(policy)[1])
     own = list(tree_states(policy, batch)) if packed else []

@@ -52,16 +52,19 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]], config: Mapping[str, Any]
 
 
 def keys(model: str, batch: FlatBatch) -> list[bytes]:
-    """The key of each row, 16 bytes: of the reference (see :func:`fingerprint`), the prompt and the completion."""
+    """The key of each row, 16 bytes: of reference (see :func:`fingerprint`), prompt, completion and its loss."""
 
     def raw(ids: Tensor) -> bytes:
         return len(ids).to_bytes(4, "little") + ids.cpu().numpy().astype("<i4").tobytes()
 
     prompts = [hashlib.blake2b(model.encode() + raw(ids)) for ids in batch.prompts]
     found = []
-    for prompt, completion in zip(batch.prompt.tolist(), batch.completions, strict=True):
+    for row, (prompt, completion) in enumerate(zip(batch.prompt.tolist(), batch.completions, strict=True)):
         digest = prompts[prompt].copy()
         digest.update(raw(completion))
+        loss = batch.loss[row] if batch.loss else None
+        if loss is not None:
+            digest.update(loss.cpu().numpy().tobytes())
         found.append(digest.digest()[:16])
     return found
 

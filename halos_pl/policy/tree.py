@@ -189,7 +189,7 @@ def _hidden(model: nn.Module, run: _Pass, forest: Forest) -> tuple[Tensor, Tie |
 
 @dataclass(frozen=True)
 class States:
-    """What m completion tokens are predicted from.
+    """What the m completion tokens that carry the loss are predicted from.
 
     Attributes:
         hidden: [m, size].
@@ -216,7 +216,11 @@ def tree_states(model: nn.Module, batch: FlatBatch) -> Iterator[States]:
         model: one that :func:`takes_trees`.
         batch: n rows.
     """
-    lengths = [len(c) for c in batch.completions]
+    # The tokens of each completion that carry the loss; a completion is computed as a whole all the same.
+    carried = [torch.arange(len(c)) for c in batch.completions]
+    for i, loss in enumerate(batch.loss or ()):
+        if loss is not None:
+            carried[i] = loss.nonzero().squeeze(1).cpu()
     prompts: dict[int, list[int]] = {}
     probe = batch.probe.tolist()
     for i, p in enumerate(batch.prompt.tolist()):
@@ -246,7 +250,7 @@ def tree_states(model: nn.Module, batch: FlatBatch) -> Iterator[States]:
             hidden, tie = _hidden(model, run, forest) if run.size else (None, None)
             # Hidden states of earlier passes come after those of this one.
             at = {p: run.size + i for i, p in enumerate(last)} | ends
-            index = [j for _, p, start, length in places for j in (at[p], *range(start, start + length))]
+            index = [(at[p], start - 1 + k)[k > 0] for i, p, start, _ in places for k in carried[i].tolist()]
             pool = torch.cat([each for each in (hidden, *last.values()) if each is not None])
             states = pool.index_select(0, torch.tensor(index, device=pool.device))
         if more:
@@ -254,9 +258,9 @@ def tree_states(model: nn.Module, batch: FlatBatch) -> Iterator[States]:
         device = batch.prompt.device
         yield States(
             hidden=states,
-            targets=torch.cat([batch.completions[i] for i, *_ in places]),
-            row=torch.cat([torch.full((lengths[i],), i) for i, *_ in places]).to(device),
-            column=torch.cat([torch.arange(lengths[i]) for i, *_ in places]).to(device),
+            targets=torch.cat([batch.completions[i][carried[i].to(device)] for i, *_ in places]),
+            row=torch.cat([torch.full((len(carried[i]),), i) for i, *_ in places]).to(device),
+            column=torch.cat([carried[i] for i, *_ in places]).to(device),
             probes=mismatched,
             windows=forest.windows,
             tie=tie,
@@ -272,7 +276,7 @@ def tree_logps(model: nn.Module, batch: FlatBatch, windows: set[int | None] | No
         windows: where to note the sliding windows that layers name.
 
     Returns:
-        float32 [n, T], 0 where a row has no token.
+        float32 [n, T], 0 where a row has no token with loss.
     """
     size = len(batch), max(len(c) for c in batch.completions)
     # Not in the default dtype, which a Trainer of bf16-true sets to bfloat16.

@@ -56,7 +56,8 @@ def answers(
         ValueError: for a prompt that cannot be encoded or does not fit the model, naming it.
     """
     prompts, names = [row.prompt for row in rows], [row.place for row in rows]
-    encoded = encode_prompts(tokenizer, prompts, names, "", special_tokens_in_text)
+    tools = [row.tools for row in rows]
+    encoded = encode_prompts(tokenizer, prompts, names, "", special_tokens_in_text, tools)
     check_prompts(model, tokenizer, encoded, names, sampling["max_new_tokens"])
     path = cache_root() / FOLDER / f"{_key(model, tokenizer, encoded, start, sampling)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +66,8 @@ def answers(
         if known is not None:
             os.utime(path)
             return as_samples(model, tokenizer, encoded, known), path
-        options = {"names": names, "special_tokens_in_text": special_tokens_in_text, "progress": False, **sampling}
+        options: dict[str, Any] = {"names": names, "tools": tools, "progress": False, **sampling}
+        options["special_tokens_in_text"] = special_tokens_in_text
         samples = [each for (each,) in generate(model, tokenizer, prompts, **options)]
         ids = [sample.completion_ids for sample in samples]
         write(path, json.dumps({"sha256": _digest(ids), "ids": ids}))

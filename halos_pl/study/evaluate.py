@@ -26,7 +26,7 @@ BEFORE = "before.json"  # the same of the model that a run began with
 MEASURED = "measured.json"
 CODE = ("rule", "judge")  # arguments that name file.py:function
 # Arguments that runs measured by older versions do not name.
-LATER = ("ckpt_path", "reference", "prompt_column", "text_prompts")
+LATER = ("ckpt_path", "reference", "prompt_column", "text_prompts", "chat_template")
 
 #: What is measured on each held-out pair, row, example (a pair or a single row) or prompt; what it is the mean of, and
 #: whether more is better. Figures of held-out rows with the same prompt are kept as one, their mean, for they do not
@@ -136,6 +136,7 @@ def evaluate(
     prompts: str | None = None,
     prompt_column: str | None = None,
     text_prompts: TextPrompts | None = None,
+    chat_template: str | None = None,
     rule: str | None = None,
     judge: str | None = None,
     reference: str | None = None,
@@ -161,6 +162,8 @@ def evaluate(
         prompt_column: the column of JSON lines that holds the prompt, where it is not "prompt".
         text_prompts: what text prompts and held-out text mean: plain encodes them as they are, chat puts them into the
             chat template as a user's message; default: as the run was trained (data.text_prompts), else plain.
+        chat_template: another chat template than the model's: a .jinja file, a folder with a tokenizer, chatml, or the
+            template itself; default: the one that the run was trained with, else the tokenizer's.
         rule: path/to/file.py:function(answer, row) -> 1 where the answer meets it, 0 where not, or between. row has the
             columns of the prompt's row, such as row["answer"], and row.text, row.messages (the prompt), row.finished.
         judge: path/to/file.py:function(answer, other, row) -> 1 where it prefers the answer, 0 where the other one,
@@ -182,7 +185,7 @@ def evaluate(
     chosen = {name: judged_by(place, name) for name, place in (("rule", rule), ("judge", judge)) if place}
     if prompts:  # faults of the file come before those of the model
         read_prompt_rows(Path(prompts), text_prompts or "chat", prompt_column)
-    named = named_model(model, ckpt_path)
+    named = named_model(model, ckpt_path, chat_template)
     compared = named_model(reference) if reference else None
     if judge and not compared and not named.run:
         raise DataError(f"--judge compares with the answers of another model, and {model} is no run; name --reference")

@@ -20,7 +20,7 @@ from halos_pl.feedback import Binary
 from halos_pl.module import HALOModule
 from halos_pl.named_model import NamedModel
 from halos_pl.outcomes import FlatBatch
-from halos_pl.policy.logprobs import compared_logps, completion_logps
+from halos_pl.policy.logprobs import compared_logps, completion_logps, completion_mask
 from halos_pl.policy.reference import NoReference, ReferenceModel
 from halos_pl.policy.spec import ModelSpec
 from halos_pl.reference_points import Zero
@@ -63,6 +63,7 @@ class Evaluation(HALOModule):
             figures = dict(zip(("policy_logp", "reference_logp", "kl"), compared, strict=True))
         else:
             figures = {"policy_logp": completion_logps(self.policy, batch)}
+        tokens = completion_mask(batch).sum(dim=1).tolist()
         sums = {name: each.sum(dim=1).tolist() for name, each in figures.items()}
         first = [min(i, rival) if rival >= 0 else i for i, rival in enumerate(batch.rival.tolist())]
         return [
@@ -71,7 +72,7 @@ class Evaluation(HALOModule):
                 "pair": batch.row_ids[first[i]] if batch.rival[i] >= 0 else None,
                 "prompt": int(batch.group[i]),  # as it was before it was cut, which goes by the completion
                 "desirable": bool(batch.desirable[i]),
-                "tokens": len(batch.completions[i]),
+                "tokens": tokens[i],
             }
             | {name: each[i] for name, each in sums.items()}
             for i in range(len(batch))
@@ -97,6 +98,7 @@ def prepared(model: NamedModel, reference: ReferenceModel | None = None, trained
         undesirable="reflect",
         packing=module_of_run(model.run).packing if model.run else "auto",  # type: ignore[arg-type]
     )
+    module.tokenizer = model.tokenizer()
     # On one device: of several each would see its own share of the rows.
     module.trainer = Trainer(
         logger=False, enable_checkpointing=False, enable_model_summary=False, devices=1, num_nodes=1

@@ -23,6 +23,7 @@ import halos_pl
 import value_functions
 from halos_pl.build import place_of
 from halos_pl.data.example import DataError
+from halos_pl.data.prompts import TEXT_SETTINGS
 from halos_pl.ending import epoch_steps, fit_steps, shortfall
 from halos_pl.monitors import check_monitors
 from halos_pl.prompt_files import read_prompt_rows
@@ -556,7 +557,7 @@ def _check_held_out(study: Study, tokenizer: Any, data: Any) -> None:
     given = arguments["held_out"]
     if not given:
         return
-    text = {"special_tokens_in_text": data.special_tokens_in_text}
+    text = {name: getattr(data, name) for name in TEXT_SETTINGS}
     text["text_prompts"] = arguments["text_prompts"] or data.text_prompts
     try:
         sources = _sources("predict", given)

@@ -1,0 +1,164 @@
+"""Tools, calls of tools and thoughts: what a message holds besides its role and content, for the chat template.
+
+Data sets store the same thing in several forms: a list of tools as JSON text, arguments of a call as text or as an
+object, ``content`` of a mere call as null, as an empty text, or not at all. Templates take some of these forms and fail
+on others, or print Python's ``None``. So a call is given as the data have it, and in the other forms where that fails.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+CALLS = "tool_calls"
+#: Names of what a model thought before it answered. transformers gives each template the name that it reads.
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+#: Keys of messages, besides role and content, that the template is given.
+CARRIED = (CALLS, "tool_call_id", "name", *THOUGHTS)
+
+
+def _parsed(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    return value
+
+
+def objects_of(value: Any, what: str, filled: bool = False) -> list[dict[str, Any]]:
+    """Tools or calls of tools: a list of objects, of which the whole or each may be JSON text.
+
+    Args:
+        value: of a column or of a key.
+        what: ``tool`` or ``call``, for the error.
+        filled: nulls fill up what an object lacks, as in columnar files, and are dropped.
+
+    Raises:
+        ValueError: what it is instead.
+    """
+    given = _parsed(value)
+    found = [_parsed(item) for item in given] if isinstance(given, list) else None
+    if not found or not all(isinstance(item, dict) and _name(item) for item in found):
+        form = '{"type": "function", "function": {"name": ..., ' + {"tool": '"parameters"', "call": '"arguments"'}[what]
+        raise ValueError(f"must be a list of {what}s, each an object such as {form}: ...}}}}, or the same as JSON text")
+    return [_without_null(item) for item in found] if filled else found
+
+
+def _name(item: dict[str, Any]) -> Any:
+    inner = item.get("function")
+    return inner.get("name") if isinstance(inner, dict) else item.get("name") or item.get("type")
+
+
+def _without_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_null(item) for key, item in value.items() if item is not None}
+    return [_without_null(item) for item in value] if isinstance(value, list) else value
+
+
+def unfilled(value: Any) -> Any:
+    """Messages, or lists of them, without the nulls that columnar files put into calls of tools."""
+    if isinstance(value, list):
+        return [unfilled(item) for item in value]
+    if isinstance(value, dict) and value.get(CALLS):
+        return {**value, CALLS: _without_null(value[CALLS])}
+    return value
+
+
+def texts_of(value: Any) -> Iterator[str]:
+    """All texts in a value, names of keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from texts_of(key)
+            yield from texts_of(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts_of(item)
+
+
+def message_texts(messages: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """All texts in messages but for their roles."""
+    for message in messages:
+        for key, value in message.items():
+            if key != "role":
+                yield from texts_of(value)
+
+
+def with_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """The value with ``change`` applied to each of its texts, but for names of keys."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: with_texts(item, change) for key, item in value.items()}
+    return [with_texts(item, change) for item in value] if isinstance(value, list) else value
+
+
+# Forms -------------------------------------------------------------------------------------------------
+
+
+def _arguments(call: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+    inner = call.get("function")
+    if isinstance(inner, dict):
+        return {**call, "function": _arguments(inner, change)}
+    return {**call, "arguments": change(call["arguments"])} if "arguments" in call else call
+
+
+def _whole(call: dict[str, Any]) -> dict[str, Any]:
+    """The call with all that OpenAI's form has."""
+    if isinstance(call.get("function"), dict):
+        return {"type": "function", **call}
+    return {"type": "function", "function": call}
+
+
+def _as_object(value: Any) -> Any:
+    return found if isinstance(found := _parsed(value), dict) else value
+
+
+def _as_text(value: Any) -> Any:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The messages in each form in which a template may want calls of tools, the given one first."""
+    if not any(CALLS in message for message in messages):
+        yield messages
+        return
+    for complete in (_same, _whole):
+        for change in (_same, _as_object, _as_text):
+            for empty in (None, ""):
+                yield [
+                    {
+                        **message,
+                        "content": message["content"] or empty,
+                        CALLS: [complete(_arguments(call, change)) for call in message[CALLS]],
+                    }
+                    if CALLS in message
+                    else message
+                    for message in messages
+                ]
+
+
+def printed_wrong(messages: list[dict[str, Any]], text: str) -> bool:
+    """Whether a rendering has Python's form of a call in it, or JSON text within JSON text."""
+    for message in messages:
+        for call in message.get(CALLS, ()):
+            given = (call.get("function") or call).get("arguments")
+            if isinstance(given, dict) and given and str(given) in text and str(given) != _as_text(given):
+                return True
+            if isinstance(given, str) and '"' in given and json.dumps(given, ensure_ascii=False) in text:
+                return True
+    return False
+
+
+def says_none(messages: list[dict[str, Any]], text: str) -> bool:
+    """Whether a rendering prints a content that is null as Python does."""
+    if all(message["content"] is not None for message in messages):
+        return False
+    return text.count("None") > sum(said.count("None") for said in message_texts(messages))

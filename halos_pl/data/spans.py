@@ -1,0 +1,302 @@
+"""Which parts of a rendered conversation the assistant says, and which of them carry the loss.
+
+A turn is always looked for in the rendering of the whole conversation. Many templates refuse an assistant's turn by
+itself, and many write it differently: they cut thoughts from earlier turns, or add an empty span of them to the last.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+from transformers import PreTrainedTokenizerBase
+
+from halos_pl.data.calls import CALLS, message_texts
+from halos_pl.data.turns import (
+    Message,
+    Tools,
+    TurnEnd,
+    any_of,
+    before_content,
+    refuse_dropped,
+    refuse_ignored,
+    render,
+    turn_markers,
+)
+
+#: Which of the assistant's turns in a completion carry the loss.
+LossOn = Literal["last", "all"]
+
+
+def check_loss_on(loss_on: str) -> None:
+    """
+    Raises:
+        ValueError: there is no such setting.
+    """
+    if loss_on not in get_args(LossOn):
+        raise ValueError(f"data.loss_on is {loss_on!r}; it must be last or all")
+
+
+#: A span that the end of a text opens: ``<think>\n``.
+_OPENED = re.compile(r"<(\w+)>\s*$")
+#: An empty span, and another of the same name behind it: ``<think>\n\n</think>\n\n<think>``.
+_DOUBLED_SPAN = re.compile(r"<(\w+)>\s*</\1>\s*<\1>")
+#: A span at the start of a content.
+_SPAN = re.compile(r"\s*<(\w+)>(.*?)</\1>", re.DOTALL)
+#: What a generation prompt may open and a rendered turn may lack.
+_TAGS = re.compile(r"(\s|</?\w+>)*")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A rendered conversation.
+
+    Attributes:
+        prompt: the text up to where the assistant starts to speak in the completion.
+        pieces: the text from there on up to the end of the last turn, and whether each piece carries the loss.
+        ends: the last piece is to end with the token of a turn's end, or with EOS; not where the answer was cut.
+        unopened: what the generation prompt ends in and ``prompt`` does not, as the answer is written without it.
+    """
+
+    prompt: str
+    pieces: tuple[tuple[str, bool], ...]
+    ends: bool = True
+    unopened: str = ""
+
+    def behind(self, prompt: str) -> Written:
+        """The same behind a prompt that its own begins with; what is then left of it is a part of the answer.
+
+        Raises:
+            ValueError: it does not begin with that.
+        """
+        if not self.prompt.startswith(prompt):
+            raise ValueError(
+                "The chat template writes the prompt differently for the completions of this row; use a template whose"
+                " prompt does not depend on the answer, or give each completion a row of its own."
+            )
+        opened = self.prompt[len(prompt) :]
+        if not opened:
+            return self
+        (first, loss), *rest = self.pieces
+        pieces = ((opened + first, True), *rest) if loss else ((opened, False), *self.pieces)
+        return replace(self, prompt=prompt, pieces=pieces)
+
+
+def begun(prompt: object) -> bool:
+    """Whether the prompt ends in what the assistant has begun to say, and the completion goes on with."""
+    if not isinstance(prompt, list) or not prompt or prompt[-1].get("role") != "assistant":
+        return False
+    return CALLS not in prompt[-1]
+
+
+def _same(a: str, b: str) -> int:
+    """The length of what two texts both begin with."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # slices are compared in C, characters one by one are not
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a.startswith(b[low:middle], low) else (low, middle - 1)
+    return low
+
+
+class Conversation:
+    """A conversation, and where its turns are in its rendering.
+
+    Args:
+        tokenizer: with a chat template.
+        prompt: messages.
+        completion: messages; the first continues the last one of the prompt where that is the assistant's.
+        tools: that the model may call.
+        end: how the template ends the last turn of the assistant; None where it writes no token for it.
+        finished: the last answer has an end; if not, it was cut there.
+        heads: shared by the completions of one prompt, so that it is rendered once.
+
+    Raises:
+        ValueError: what is wrong with the conversation.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt: list[Message],
+        completion: list[Message],
+        *,
+        tools: Tools,
+        end: TurnEnd | None,
+        finished: bool = True,
+        heads: dict[int, str] | None = None,
+    ) -> None:
+        self.tokenizer, self.tools, self.end, self.finished = tokenizer, tools, end, finished
+        self.first, self.unopened = len(prompt), ""
+        self._heads: dict[int, str] = {} if heads is None else heads
+        self._cut = completion[-1]["content"]
+        if begun(prompt) and completion[0]["role"] == "assistant":
+            self.first -= 1
+            if self.first not in self._heads:
+                self._heads[self.first] = render(tokenizer, prompt, prompt=True, begun=True, tools=tools)
+            said = {**prompt[-1], **completion[0], "content": prompt[-1]["content"] + completion[0]["content"]}
+            prompt, completion = prompt[:-1], [said, *completion[1:]]
+        self.messages = prompt + completion
+        spoken = [i for i in range(self.first, len(self.messages)) if self.messages[i]["role"] == "assistant"]
+        #: The assistant's turns in the completion.
+        self.turns = spoken or [self.first]
+        self.messages = self.messages[: self.turns[-1] + 1] if spoken else self.messages
+        self.whole = self._whole()
+
+    def _head(self, turn: int) -> str:
+        """What the model is given before it says this turn."""
+        if turn == self.first and turn in self._heads:
+            return self._heads[turn]
+        head = render(self.tokenizer, self.messages[:turn], prompt=True, tools=self.tools)
+        if turn == self.first:
+            self._heads[turn] = head
+        return head
+
+    def _whole(self) -> str:
+        """The conversation up to the end of the last turn."""
+        last = self.messages[-1]
+        if not self.finished and last["role"] == "assistant" and last.keys() <= {"role", "content"}:
+            return self._head(len(self.messages) - 1) + self._cut  # what was sampled, and nothing behind it
+        whole = render(self.tokenizer, self.messages, prompt=False, tools=self.tools)
+        refuse_dropped(self.tokenizer, self.messages, whole, self.tools)
+        refuse_ignored(self.tokenizer, self.messages, self.tools)
+        return self._with_thoughts(last["content"], whole) if last["role"] == "assistant" else whole
+
+    def _with_thoughts(self, content: str, whole: str) -> str:
+        """``whole`` with the thoughts of the last answer, which some templates cut from it as from earlier ones.
+
+        Where the generation prompt opens the span, the answer goes on from there, as the model says it.
+
+        Raises:
+            ValueError: the template drops thoughts that the model is not asked for.
+        """
+        if "</" not in content:
+            return whole
+        head = self._head(len(self.messages) - 1)
+        opened, span = _OPENED.search(head), _SPAN.match(content)
+        if opened and f"</{opened[1]}>" in content and not whole.startswith(head):
+            close = f"</{opened[1]}>"
+            thoughts, _, answer = content.partition(close)
+            at = whole.rfind(answer.strip())
+            behind = whole[at + len(answer.strip()) :] if answer.strip() and at >= 0 else self.end and self.end.token
+            thoughts = thoughts.lstrip().removeprefix(f"<{opened[1]}>").lstrip()
+            return head + thoughts + close + answer.rstrip() + (behind or "")
+        if span and span[2].strip() and span[2].strip() not in whole:
+            raise ValueError(
+                f"The chat template drops what stands in <{span[1]}>...</{span[1]}> in the last answer, so the model"
+                " would not learn it; use a template that writes it (data.chat_template), or remove it."
+            )
+        return whole
+
+    def start(self, turn: int) -> int:
+        """Where the assistant starts to speak: behind the head that the template writes for a turn to be generated.
+
+        The head may open a span (``<think>``) that the turn as it is written lacks; the turn then starts where the two
+        part.
+
+        Raises:
+            ValueError: the template writes another head where the turn is known.
+        """
+        head: str | None
+        try:
+            head = self._head(turn)
+        except ValueError:
+            if turn == self.first and turn:
+                raise
+            head = None  # a conversation may begin with the assistant, and templates refuse an empty prompt
+        if head is not None:
+            same = _same(head, self.whole)
+            if same == len(head):
+                return same
+            closed = render(self.tokenizer, self.messages[:turn], prompt=False, tools=self.tools) if turn else ""
+            if same > _same(closed, head) and _TAGS.fullmatch(head, same):
+                self.unopened = self.unopened or head[same:]
+                return same
+        # Earlier turns may be written differently once there are later ones: look at the head in its full context.
+        own = before_content(self.tokenizer, self.messages, turn, self.tools)
+        if (head is None or turn != self.first) and own and self.whole.startswith(own):
+            return len(own)
+        raise ValueError(_not_continued(head or "", self.whole))
+
+    def stop(self, turn: int, start: int) -> int:
+        """Where a turn ends that begins at ``start``: behind the token at which the model stops."""
+        if turn == len(self.messages) - 1:
+            if self.end is None or not self.finished:
+                return len(self.whole)
+            return start + len(self.end.cut(self.whole[start:]))
+        nearest = before_content(self.tokenizer, self.messages, turn + 1, self.tools)
+        if nearest is not None and self.whole.startswith(nearest):
+            bound = len(nearest)
+        else:
+            later = self.messages[turn + 1]["content"].strip()
+            bound = self.whole.find(later, start) if later else -1
+        region = self.whole[start : max(start, bound)]
+        if self.end is not None and (at := region.find(self.end.token)) >= 0:
+            return start + at + len(self.end.token)
+        # It ends otherwise than the last one: as if it were the last, or by the first token of the dialogue's form.
+        closed = render(self.tokenizer, self.messages[: turn + 1], prompt=False, tools=self.tools).rstrip()
+        if len(closed) > start and self.whole.startswith(closed):
+            return len(closed)
+        said = 0
+        for text in message_texts([self.messages[turn]]):
+            at = region.find(text.strip(), said)
+            said = at + len(text.strip()) if text.strip() and at >= 0 else said
+        if said and (marker := any_of(turn_markers(self.tokenizer)).search(region, said)):
+            return start + marker.end()
+        if not said:
+            raise ValueError(
+                f"The end of message {turn + 1} cannot be found in what the chat template writes; use loss_on: last, or"
+                " a template that ends every turn with a token."
+            )
+        return start + said
+
+    def written(self, loss_on: LossOn) -> Written:
+        """The conversation as prompt and completion.
+
+        Args:
+            loss_on: every turn of the completion, or the last one.
+
+        Raises:
+            ValueError: a turn cannot be found in it.
+        """
+        at = begin = self.start(self.turns[0])
+        pieces = []
+        for turn in self.turns if loss_on == "all" else self.turns[-1:]:
+            start = begin if turn == self.turns[0] else self.start(turn)
+            stop = self.stop(turn, start)
+            if start > at:
+                pieces.append((self.whole[at:start], False))
+            pieces.append((self.whole[start:stop], True))
+            at = stop
+        if not any(text for text, _ in pieces):
+            raise ValueError(
+                "The chat template writes nothing for the completion; its messages should have the role 'assistant'."
+            )
+        if doubled := _DOUBLED_SPAN.search(self.whole, max(0, begin - 40)):
+            raise ValueError(
+                f"The chat template writes {doubled[0]!r}: an empty <{doubled[1]}> of its own before the one in the"
+                " content, which it does not take for its own. Use a template that reads thoughts from the content, or"
+                " remove them from it."
+            )
+        return Written(self.whole[:begin], tuple(pieces), self.finished, self.unopened)
+
+
+def _not_continued(before: str, whole: str) -> str:
+    same = _same(before, whole)
+    return (
+        "The chat template does not continue the prompt when the completion is added: at the end of the prompt it"
+        f" writes {before[same : same + 40]!r}, and with the completion {whole[same : same + 40]!r} in its place, so"
+        " the model would be trained on another prefix than it meets in use. Use a template whose generation prompt is"
+        " the start of an assistant message (data.chat_template), or plain text."
+    )
+
+
+def common_prompt(written: Sequence[Written]) -> list[Written]:
+    """Completions of one prompt behind the same text.
+
+    Raises:
+        ValueError: their prompts are not one.
+    """
+    shortest = min((each.prompt for each in written), key=len, default="")
+    return [each.behind(shortest) for each in written]

@@ -1,0 +1,82 @@
+"""A chat template of one's own (``data.chat_template``), for a base model or in place of the tokenizer's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from jinja2 import TemplateSyntaxError
+from transformers import PreTrainedTokenizerBase
+
+from halos_pl.data.example import DataError
+
+#: The name of the file in a run's folder with the template that the run was trained with.
+CHAT_TEMPLATE = "chat_template.jinja"
+
+#: Templates by name. A tokenizer without the tokens <|im_start|> and <|im_end|> encodes them as text.
+NAMED = {
+    "chatml": (
+        "{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+}
+
+
+def template_of(given: str, name: str = "data.chat_template") -> str:
+    """The text of a template.
+
+    Args:
+        given: a file; a folder with a tokenizer; a name of ``NAMED``; or the template itself, which has braces.
+        name: of the setting, for messages.
+
+    Raises:
+        DataError: there is none.
+    """
+    if "{{" in given or "{%" in given:
+        return given
+    if given in NAMED and not Path(given).exists():
+        return NAMED[given]
+    path = Path(given).expanduser()
+    try:
+        if path.is_dir():
+            return _of_folder(path, name)
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise DataError(
+            f"{name}: {given}: {why}; name a .jinja file, a folder with a tokenizer, {' or '.join(NAMED)},"
+            " or give the template itself"
+        ) from error
+    if not text.strip():
+        raise DataError(f"{name}: {given} is empty; name a file with a Jinja template")
+    return text
+
+
+def _of_folder(folder: Path, name: str) -> str:
+    if (folder / CHAT_TEMPLATE).is_file():
+        return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    try:
+        found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+    except (ValueError, AttributeError):
+        found = None
+    if not isinstance(found, str):
+        raise DataError(f"{name}: {folder} holds no chat template ({CHAT_TEMPLATE}); name a .jinja file")
+    return found
+
+
+def use_template(tokenizer: PreTrainedTokenizerBase, text: str, name: str = "data.chat_template") -> None:
+    """Gives the tokenizer a template.
+
+    Raises:
+        DataError: it is no Jinja template.
+    """
+    before, tokenizer.chat_template = tokenizer.chat_template, text
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        tokenizer.chat_template = before
+        raise DataError(f"{name} is no Jinja template (line {error.lineno}: {error.message}); mend it") from error
+    except Exception:  # it refuses these messages; those of the data are another matter
+        return
