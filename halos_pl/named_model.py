@@ -14,10 +14,10 @@ from halos_pl.callbacks import CONFIG
 from halos_pl.checkpoint import LAST, find_checkpoint
 from halos_pl.data.prompts import TEXT_SETTINGS, text_settings
 from halos_pl.data.template import template_of, use_template
-from halos_pl.export import load_run, module_of_run
 from halos_pl.policy.loading import load_model, load_tokenizer, stored_dtype
 from halos_pl.policy.source import ADAPTER_CONFIG
 from halos_pl.policy.spec import ModelError, ModelSpec
+from halos_pl.trained import load_run, module_of_run
 from halos_pl.yaml_files import read_yaml
 
 
@@ -52,14 +52,17 @@ class NamedModel:
             use_template(tokenizer, self.chat_template, "--chat_template")
         return tokenizer
 
-    def load(self) -> nn.Module:
-        """The model in eval mode, on a GPU where there is one.
+    def load(self, device: str | None = None) -> nn.Module:
+        """The model in eval mode.
+
+        Args:
+            device: where; default: a GPU where there is one.
 
         Raises:
             ModelError: where it cannot be loaded.
         """
         model: Any = load_run(self.run, self.ckpt_path).policy if self.run else load_model(self.spec)
-        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # type: ignore[no-any-return]
+        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()  # type: ignore[no-any-return]
 
 
 def named_model(name: str, ckpt_path: str | None = None, chat_template: str | None = None) -> NamedModel:
@@ -86,6 +89,10 @@ def named_model(name: str, ckpt_path: str | None = None, chat_template: str | No
         return NamedModel(name, spec, folder, ckpt_path, text, template)
     if ckpt_path is not None:
         raise ModelError(f"--ckpt_path {ckpt_path}: {name} is no folder of a run, whose checkpoint it could be")
+    others = [file for kind in ("*.gguf", f"*/{ADAPTER_CONFIG}") for file in folder.glob(kind)]
+    if folder.is_dir() and not is_model and not others:
+        known = f"{CONFIG}, config.json, {ADAPTER_CONFIG} or GGUF file"
+        raise ModelError(f"{name} is not the folder of a run or of a model: it holds no {known}")
     spec = ModelSpec(path=name, attn_implementation=None)
     try:
         stored_dtype(spec)  # reads its configuration

@@ -15,7 +15,6 @@ from torch import nn
 from halos_pl.checkpoint import load_trained
 from halos_pl.data import FeedbackDataModule
 from halos_pl.data.example import DataError
-from halos_pl.export import module_of_run, put_weights
 from halos_pl.feedback import Binary
 from halos_pl.module import HALOModule
 from halos_pl.named_model import NamedModel
@@ -25,6 +24,7 @@ from halos_pl.policy.reference import NoReference, ReferenceModel
 from halos_pl.policy.spec import ModelSpec
 from halos_pl.reference_points import Zero
 from halos_pl.rewards import LogProb, LogRatio
+from halos_pl.trained import module_of_run, put_weights
 from value_functions import Logistic
 
 
