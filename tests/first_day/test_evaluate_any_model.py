@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,7 @@ def test_figures_before_training_are_those_of_the_model_it_began_with(home: Path
     assert [line["columns"] for line in lines(home / "run")] == [{"gold": "e", "id": i} for i in range(5)]
 
 
+@pytest.mark.slow
 def test_another_reference_is_compared_with(home: Path, tiny_folder: Path, tiny_gpt2_folder: Path, capsys: Any) -> None:
     """Of the run and of what it was before; one of another vocabulary is an opponent only."""
     other = load_model(ModelSpec(str(tiny_gpt2_folder))).eval()
@@ -170,6 +172,7 @@ def test_answers_outlive_a_rule_that_fails_and_are_sampled_once(
     assert len(called) == 2
 
 
+@pytest.mark.slow
 def test_kept_answers_that_are_damaged_are_sampled_again(home: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("HALOS_CACHE", str(tmp_path))
     evaluate(home, home / "merged", f"--out={home}/first")
@@ -199,7 +202,12 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("words", WRONG)
+def _every_third(names: Iterable[str]) -> list[Any]:
+    """The others belong to the slow suite."""
+    return [pytest.param(name, marks=pytest.mark.slow if i % 3 else []) for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("words", _every_third(WRONG))
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(
     words: str, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:

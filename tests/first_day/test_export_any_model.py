@@ -29,6 +29,7 @@ def test_an_adapter_is_merged_into_its_base(tiny_folder: Path, tmp_path: Path) -
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == own.get_vocab()
 
 
+@pytest.mark.slow
 def test_a_folder_keeps_its_dtype_unless_another_is_asked_for(tiny_folder: Path, tmp_path: Path) -> None:
     main(["export", str(tiny_folder), str(tmp_path / "half"), "--dtype=bfloat16"])
     main(["export", str(tmp_path / "half"), str(tmp_path / "same")])

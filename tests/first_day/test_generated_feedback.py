@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def test_lists_of_completions_take_scores(tiny_folder: Path, tmp_path: Path) -> 
     assert store.fault_count == 0, store.faults
 
 
+@pytest.mark.slow
 def test_blanks_that_part_a_text_from_its_completion_are_kept(tiny_folder: Path, tmp_path: Path) -> None:
     """They are tokens of the completion like others."""
     rows = [{"prompt": f"question {i}"} for i in range(40)]
@@ -74,6 +76,7 @@ def test_judgements_of_other_answers_are_not_copied(tiny_folder: Path, tmp_path:
     assert "completion, label" in said
 
 
+@pytest.mark.slow
 def test_the_convention_is_said(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
     generated(tiny_folder, [{"prompt": "a"}], tmp_path)
     assert "plain text" in capsys.readouterr().out
@@ -83,6 +86,7 @@ def test_the_convention_is_said(tiny_folder: Path, tmp_path: Path, capsys: Any) 
     assert "text prompt" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_base_model_takes_a_template(tmp_path: Path, tiny_folder: Path, capfd: Any) -> None:
     tokenizer = byte_level_tokenizer(chat_template=None)
     folder = tmp_path / "base"
@@ -112,6 +116,7 @@ def test_tools_go_through_the_template(tiny_folder: Path, tmp_path: Path) -> Non
     assert one["tools"] == with_tool["tools"]
 
 
+@pytest.mark.slow
 def test_a_run_generates_as_it_was_trained(tmp_path: Path, tiny_folder: Path) -> None:
     """Without an export, and in the convention of its data."""
     words = fit(tiny_folder, "kto", binary_data(tmp_path / "d.jsonl"), tmp_path / "run", "--trainer.max_steps=1")
@@ -143,7 +148,12 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("word", WRONG)
+def _every_third(names: Iterable[str]) -> list[Any]:
+    """The others belong to the slow suite."""
+    return [pytest.param(name, marks=pytest.mark.slow if i % 3 else []) for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("word", _every_third(WRONG))
 def test_a_wrong_input_is_a_line_before_a_model_is_loaded(
     word: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
