@@ -1,4 +1,4 @@
-"""From a run's folder to a Hugging Face folder."""
+"""From a run, or another model, to a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -11,25 +11,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentError
-from lightning.pytorch.cli import LightningArgumentParser
 from peft import get_peft_model_state_dict
 from torch import nn
 
 from halos_pl.cache import cache_root
-from halos_pl.callbacks import CONFIG
-from halos_pl.checkpoint import entry_kind, load_trained
-from halos_pl.data.template import CHAT_TEMPLATE, use_template
 from halos_pl.files import remove, share
-from halos_pl.foreign_code import model_of_config
 from halos_pl.generate import add_stops
-from halos_pl.messages import cause
-from halos_pl.module import HALOModule
+from halos_pl.named_model import named_model
 from halos_pl.policy import adapters
 from halos_pl.policy.intact import is_finite
 from halos_pl.policy.loading import base_model, load_model, stored_dtype
 from halos_pl.policy.source import ADAPTER_CONFIG, source_of
 from halos_pl.policy.spec import ModelError, ModelSpec
+from halos_pl.trained import load_run, module_of_run, put_weights, take_template
+
+__all__ = ["export", "load_run", "module_of_run", "put_weights", "take_template"]
 
 #: Files that say what the weights of a folder are, and its tokenizer.
 WEIGHTS = ("adapter_*", "model*.safetensors*", "pytorch_model*", "generation_config.json")
@@ -45,73 +41,6 @@ TOKENIZER = (
 _PART = ".halos-export"
 
 
-def module_of_run(run: Path) -> HALOModule:
-    """The module that a run's config describes, with no model loaded.
-
-    Raises:
-        FileNotFoundError: where there is no ``config.yaml``.
-    """
-    if not (run / CONFIG).is_file():
-        raise FileNotFoundError(f"{run / CONFIG}: no such file; {run} is not the folder of a run")
-    model = model_of_config(run / CONFIG)
-    parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_lightning_class_args(HALOModule, "model")
-    try:
-        config = parser.parse_object({"model": model})
-    except ArgumentError as error:
-        raise ValueError(f"{run / CONFIG}: {cause(str(error))}") from error
-    module: HALOModule = parser.instantiate_classes(config).model
-    take_template(module, run)
-    return module
-
-
-def take_template(module: HALOModule, run: Path) -> None:
-    """Gives the module's tokenizer the chat template that the run was trained with, where it had one of its own."""
-    if (run / CHAT_TEMPLATE).is_file():
-        use_template(module.tokenizer, (run / CHAT_TEMPLATE).read_text(encoding="utf-8"), str(run / CHAT_TEMPLATE))
-
-
-def load_run(run: str | Path, ckpt_path: str | None = None) -> HALOModule:
-    """The module of a run with its trained policy, on the CPU.
-
-    Args:
-        run: the run's folder, with ``config.yaml`` and ``checkpoints/last.ckpt``.
-        ckpt_path: another checkpoint: ``best`` (its ModelCheckpoint's), ``last``, or a file.
-
-    Raises:
-        FileNotFoundError: where one of them is missing.
-        ValueError: where the checkpoint is not of that config's policy.
-    """
-    run = Path(run)
-    module = module_of_run(run)
-    state = load_trained(run, ckpt_path)
-    policy: nn.Module = load_model(module.policy_spec)
-    module.policy = policy
-    put_weights(module, state, run)
-    # A Trainer of half precision has rounded what it trained.
-    trained = {value.dtype for name, value in state.items() if name.startswith("policy.") and value.is_floating_point()}
-    widest = max(trained, key=lambda dtype: dtype.itemsize, default=torch.float32)
-    if widest.itemsize < getattr(torch, module.policy_spec.dtype).itemsize:
-        policy.to(widest)
-    return module
-
-
-def put_weights(module: HALOModule, state: dict[str, Any], run: Path) -> None:
-    """Gives a module, whose policy is loaded, the weights that a run has trained.
-
-    Raises:
-        ValueError: where they are not of that policy.
-    """
-    own = module.state_dict()
-    if wrong := [name for name, value in state.items() if name in own and entry_kind(value) != entry_kind(own[name])]:
-        raise ValueError(f"{run}: the checkpoint does not fit the policy in {CONFIG}: shape or type of {wrong[0]}")
-    missing, unexpected = module.load_state_dict(state, strict=False)
-    trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    if unexpected or trained & set(missing):
-        names = ", ".join(sorted([*unexpected, *(trained & set(missing))])[:5])
-        raise ValueError(f"{run}: the checkpoint does not fit the policy in {CONFIG} (first differences: {names})")
-
-
 def export(
     run: str,
     folder: str,
@@ -123,8 +52,10 @@ def export(
 ) -> None:
     """Write a run's policy as a Hugging Face folder. The code that the run's config.yaml names is executed.
 
+    Another model is written as it is, an adapter merged into its base.
+
     Args:
-        run: the run's folder.
+        run: the run's folder; or a Hugging Face folder, a folder with a peft adapter, or a hub name.
         folder: where to write; ``AutoModelForCausalLM.from_pretrained`` and ``halos generate`` take it.
         adapter: of a LoRA policy, write the adapter alone instead of merging it into the model. Where the run began
             from an adapter, the two become one adapter of the model below them.
@@ -139,29 +70,35 @@ def export(
         raise FileExistsError(f"{out} is not empty; choose another folder, or say --overwrite true")
     if adapter and (out / "config.json").exists():
         raise FileExistsError(f"{out} holds a model, which loaders would put the adapter on; choose another folder")
-    module = load_run(run, ckpt_path)
-    policy: Any = module.policy
-    if adapter and module.policy_spec.lora is None:
-        raise ValueError(f"--adapter: {run} trained the whole model, there is no LoRA adapter to write")
+    named = named_model(run, ckpt_path)
+    if adapter and named.spec.lora is None:
+        why = "trained the whole model, there is no LoRA adapter to write" if named.run else "is no run"
+        raise ValueError(f"--adapter: {run} {why}")
+    if out.exists() and Path(run).is_dir() and out.samefile(run):
+        raise FileExistsError(f"{out} is the folder that is exported; choose another one")
+    if named.run is None and dtype is None:
+        dtype = stored_dtype(named.spec)  # type: ignore[assignment]
+    whole: Any = named.load("cpu")
+    policy, tokenizer = whole, named.tokenizer()
     if dtype == "float32" and not adapter:  # before it is merged, so that the sum is not rounded
         policy.float()
     if adapter:
-        policy = _adapter_alone(policy, module.policy_spec)
-    elif module.policy_spec.lora is not None:
+        policy = _adapter_alone(policy, named.spec)
+    elif named.spec.lora is not None:
         policy = policy.merge_and_unload()
     if dtype is not None:
         policy.to(getattr(torch, dtype))
     _check_finite(policy, run)
     if not adapter:
-        for name, value in base_model(module.policy).noise_of_config.items():  # type: ignore[arg-type]
+        for name, value in base_model(whole).noise_of_config.items():  # type: ignore[arg-type]
             setattr(base_model(policy).config, name, value)
-    stops = add_stops(policy, module.tokenizer)
+    stops = add_stops(policy, tokenizer)
     if adapter and stops:
         print(f"halos: the adapter's base does not stop at the ids {stops}; generate with them as eos_token_id")
     with _written(out, (*TOKENIZER, *(("adapter_*",) if adapter else WEIGHTS))) as part:
         policy.save_pretrained(part)
-        module.tokenizer.save_pretrained(part)
-    kind, given = _dtype_of(policy), stored_dtype(module.policy_spec)
+        tokenizer.save_pretrained(part)
+    kind, given = _dtype_of(policy), stored_dtype(named.spec)
     said = f", in {kind}" + (f" (its base is in {given}; --dtype chooses)" if dtype is None and given != kind else "")
     print(f"halos: wrote {'the adapter' if adapter else 'the model'} of {run} to {out}{'' if adapter else said}")
 

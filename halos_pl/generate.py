@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,19 +15,14 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from halos_pl.data.columns import prompt_in_context
 from halos_pl.data.example import DataError, Prompt
-from halos_pl.data.formats import irregular
-from halos_pl.data.source import Source
 from halos_pl.data.special import SpecialText, SpecialTokens
 from halos_pl.data.tokenize import encode_prompt
-from halos_pl.data.turns import stop_ids
-from halos_pl.data.values import BadRow
-from halos_pl.files import check_target, part_of, whole
+from halos_pl.data.turns import Tools, stop_ids
 from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.finite import FiniteLogits
 from halos_pl.policy.limits import check_prompts, positions, room, rows_of_vocabulary
-from halos_pl.policy.loading import ModelSpec, base_model, load_model, load_tokenizer
+from halos_pl.policy.loading import base_model
 from halos_pl.policy.logprobs import completion_kl
 from halos_pl.policy.spec import ModelError
 
@@ -44,19 +36,36 @@ class Sample:
 
     Attributes:
         prompt_ids, completion_ids: token ids; the completion's end in that token where it is finished.
-        text: the completion without special tokens and the one that ended it.
+        raw: the completion without special tokens and the one that ended it, with blanks at its ends: a completion of
+            plain text begins with the blank that parts it from its prompt.
         finished: the model ended it by itself, by EOS or the end of a turn.
     """
 
     prompt_ids: list[int]
     completion_ids: list[int]
-    text: str
+    raw: str
     finished: bool
+
+    @property
+    def text(self) -> str:
+        """The completion without blanks at its ends."""
+        return self.raw.strip()
+
+
+def _own_ends(model: nn.Module) -> list[int]:
+    """The ids at which the model's own generation settings stop."""
+    own = base_model(model).generation_config.eos_token_id
+    return list(own) if isinstance(own, list) else [] if own is None else [own]
+
+
+def ends_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids at which a completion ends: those that the model's settings name, EOS, and the end of a turn."""
+    return sorted({*_own_ends(model), *stop_ids(tokenizer)})
 
 
 @contextmanager
-def _plain_sampling(model: Any) -> Iterator[list[int]]:
-    """Sets aside what a model's own generation settings add, and yields the ids at which it stops.
+def _plain_sampling(model: Any) -> Iterator[None]:
+    """Sets aside what a model's own generation settings add.
 
     transformers fills in top_k, repetition_penalty and the like from them wherever the caller says nothing; the
     samples would then not be the model's distribution, which a KL estimate takes them for.
@@ -64,12 +73,11 @@ def _plain_sampling(model: Any) -> Iterator[list[int]]:
     # Under an adapter generate() copies the outer settings to the inner model, so these are the ones to set.
     inner = base_model(model)
     own = inner.generation_config
-    stops = own.eos_token_id
     training = model.training
     model.eval()
     inner.generation_config = GenerationConfig()
     try:
-        yield stops if isinstance(stops, list) else [] if stops is None else [stops]
+        yield
     finally:
         inner.generation_config = own
         model.train(training)
@@ -77,12 +85,10 @@ def _plain_sampling(model: Any) -> Iterator[list[int]]:
 
 def add_stops(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Has the model's own generation settings stop where :func:`generate` does; the ids that they lacked."""
-    settings = base_model(model).generation_config
-    own = settings.eos_token_id
-    own = own if isinstance(own, list) else [] if own is None else [own]
+    own = _own_ends(model)
     missing = [token for token in stop_ids(tokenizer) if token not in own]
     if missing:
-        settings.eos_token_id = [*own, *missing]
+        base_model(model).generation_config.eos_token_id = [*own, *missing]
     return missing
 
 
@@ -134,9 +140,8 @@ def sample_tokens(
     options: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-    with _plain_sampling(model) as also_stops:
-        # Some models name more than one end, e.g. of a turn and of a text.
-        ends = {*also_stops, *stops}
+    ends = {*_own_ends(model), *stops}  # some models name more than one, e.g. of a turn and of a text
+    with _plain_sampling(model):
         for batch in track(batches, description="generating", disable=not progress, transient=True):
             ids = [torch.tensor(prompts[i]) for i in batch]
             inputs = pad_sequence(ids, batch_first=True, padding_side="left").to(device)
@@ -156,37 +161,35 @@ def sample_tokens(
     return found
 
 
-def check_sampling(temperature: float, seed: int) -> None:
-    """Refuses what logits cannot be divided by, and seeds that torch does not take.
+def check_sampling(**given: float) -> None:
+    """Refuses settings of :func:`generate` outside their ranges, and what logits cannot be divided by.
+
+    Args:
+        given: settings by name, those that there are.
 
     Raises:
         DataError: naming the value and the range.
     """
-    if 0 < temperature < LEAST_TEMPERATURE:
-        raise DataError(f"temperature is {temperature}; it must be 0 or at least {LEAST_TEMPERATURE}")
-    if not 0 <= seed < MOST_SEED:
-        raise DataError(f"seed is {seed}; it must be from 0 to {MOST_SEED - 1}")
+    for name, value in given.items():
+        if name == "top_p" and not 0 < value <= 1:
+            raise DataError(f"top_p is {value}; it must be above 0 and at most 1")
+        if name == "temperature" and not (value == 0 or LEAST_TEMPERATURE <= value < math.inf):
+            raise DataError(f"temperature is {value}; it must be 0, or a finite number from {LEAST_TEMPERATURE}")
+        if name == "seed" and not 0 <= value < MOST_SEED:
+            raise DataError(f"seed is {value}; it must be from 0 to {MOST_SEED - 1}")
+        if name in ("max_new_tokens", "num_samples", "batch_size") and value < 1:
+            raise DataError(f"{name} is {value}; it must be at least 1")
 
 
-def _check_ranges(
-    temperature: float, top_p: float, max_new_tokens: int, num_samples: int, batch_size: int, seed: int
-) -> None:
-    if not temperature >= 0 or not 0 < top_p <= 1 or min(max_new_tokens, num_samples, batch_size) < 1:
-        raise ValueError(
-            "generate: temperature must be at least 0, top_p in (0, 1], and max_new_tokens, num_samples and"
-            f" batch_size at least 1; got {temperature}, {top_p}, {max_new_tokens}, {num_samples}, {batch_size}"
-        )
-    check_sampling(temperature, seed)
-
-
-def _encoded(
+def encode_prompts(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     names: Sequence[str],
     control: str,
     special_tokens_in_text: SpecialTokens,
+    tools: Sequence[Tools] | None = None,
 ) -> list[list[int]]:
-    """Token ids of the prompts.
+    """Token ids of the prompts; see :func:`generate`.
 
     Raises:
         ValueError: naming a prompt that cannot be encoded, and why.
@@ -194,9 +197,9 @@ def _encoded(
     ending = list(tokenizer(control, add_special_tokens=False)["input_ids"]) if control else []
     special = SpecialText(tokenizer, special_tokens_in_text)
     found = []
-    for name, prompt in zip(names, prompts, strict=True):
+    for name, prompt, own in zip(names, prompts, tools or [None] * len(prompts), strict=True):
         try:
-            found.append(encode_prompt(tokenizer, prompt, special) + ending)
+            found.append(encode_prompt(tokenizer, prompt, special, own) + ending)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return found
@@ -216,6 +219,7 @@ def generate(
     seed: int = 0,
     control: str = "",
     special_tokens_in_text: SpecialTokens = "refuse",
+    tools: Sequence[Tools] | None = None,
     names: Sequence[str] | None = None,
     progress: bool = True,
 ) -> list[list[Sample]]:
@@ -238,6 +242,7 @@ def generate(
             fine-tuning.
         special_tokens_in_text: what becomes of special tokens that messages spell, see
             :class:`halos_pl.data.special.SpecialText`.
+        tools: for each prompt JSON schemas of what the model may call, or None.
         names: of the prompts, for messages.
         progress: show a bar.
 
@@ -247,18 +252,24 @@ def generate(
     Raises:
         ValueError: for a number outside its range, and for a prompt that cannot be encoded or does not fit the model.
     """
-    _check_ranges(temperature, top_p, max_new_tokens, num_samples, batch_size, seed)
+    check_sampling(
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        seed=seed,
+    )
     names = names or [f"prompt {i + 1}" for i in range(len(prompts))]
-    encoded = _encoded(tokenizer, prompts, names, control, special_tokens_in_text)
+    encoded = encode_prompts(tokenizer, prompts, names, control, special_tokens_in_text, tools)
     check_prompts(model, tokenizer, encoded, names, max_new_tokens)
     device = next(model.parameters()).device
-    own = stop_ids(tokenizer)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         sampled = sample_tokens(
             model,
             [ids for ids in encoded for _ in range(num_samples)],
-            stops=own,
+            stops=stop_ids(tokenizer),
             pad=tokenizer.pad_token_id,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -267,15 +278,24 @@ def generate(
             names=[name for name in names for _ in range(num_samples)],
             progress=progress,
         )
-    with _plain_sampling(model) as also_stops:
-        ends = {*also_stops, *own}
-    samples = []
-    for ids, kept in zip((ids for ids in encoded for _ in range(num_samples)), sampled, strict=True):
+    samples = as_samples(model, tokenizer, [ids for ids in encoded for _ in range(num_samples)], sampled)
+    return [samples[at : at + num_samples] for at in range(0, len(samples), num_samples)]
+
+
+def as_samples(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    completions: Sequence[list[int]],
+) -> list[Sample]:
+    """What the model said, from the token ids of each prompt and of its completion."""
+    ends, samples = ends_of(model, tokenizer), []
+    for prompt, kept in zip(prompts, completions, strict=True):
         finished = kept[-1] in ends
         # The end of a turn need not be a special token, which decoding skips.
         text = tokenizer.decode(kept[:-1] if finished else kept, skip_special_tokens=True)
-        samples.append(Sample(ids, kept, str(text).strip(), finished))
-    return [samples[at : at + num_samples] for at in range(0, len(samples), num_samples)]
+        samples.append(Sample(prompt, kept, str(text), finished))
+    return samples
 
 
 def kl_of_samples(
@@ -314,153 +334,3 @@ def kl_of_samples(
                     " weights are too large or damaged, or its dtype overflows (try float32)"
                 )
             yield nats
-
-
-def as_messages(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, chat: bool) -> list[Prompt]:
-    """The prompts, with texts as a user's message where ``chat`` is wanted and the tokenizer has a template for it."""
-    as_chat = chat and bool(tokenizer.chat_template)
-    return [[{"role": "user", "content": p}] if as_chat and isinstance(p, str) else p for p in prompts]
-
-
-def _lines(path: Path, most: int) -> Iterator[bytes]:
-    """Lines, of which none holds more than ``most`` + 1 bytes; longer ones come in pieces."""
-    with path.open("rb") as file:
-        # Lines end at \n and nowhere else: JSON may hold U+2028 and its like as they are.
-        while raw := file.readline(most + 1):
-            yield raw
-
-
-def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of :func:`read_prompt_lines` alone."""
-    return [prompt for _, prompt in read_prompt_lines(path)]
-
-
-def read_prompt_lines(path: Path) -> list[tuple[int, Prompt]]:
-    """Prompts and the numbers of their lines.
-
-    A ``.txt`` file has one a line, JSON lines have ``prompt`` each, a text or a message list.
-
-    Raises:
-        DataError: for a missing or empty file and for a line without a prompt, naming file and line.
-    """
-    if what := irregular(str(path)):
-        raise DataError(f"{path}: is {what}; write what it gives to a file, and name that")
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; --prompts takes a .txt file or JSON lines with a 'prompt' each")
-    prompts: list[tuple[int, Prompt]] = []
-    most = Source(str(path)).max_row
-    for number, raw in enumerate(_lines(path, most), start=1):
-        if len(raw) > most:  # tokenising it would take minutes and gigabytes
-            raise DataError(f"{path}:{number}: the line is longer than {most / 1e6:g} MB; remove or shorten it")
-        try:
-            line = raw.removesuffix(b"\n").decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\r")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}:{number}: not UTF-8 text; save it as UTF-8") from error
-        if not line.strip():
-            continue
-        try:
-            row = {"prompt": line} if path.suffix == ".txt" else json.loads(line)
-            prompt = row["prompt"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:  # not JSONDecodeError alone
-            raise DataError(f'{path}:{number}: not a JSON object with "prompt"') from error
-        if not (isinstance(prompt, str) and prompt.strip()) and not (
-            isinstance(prompt, list)
-            and prompt
-            and all(
-                isinstance(m, dict) and all(isinstance(m.get(key), str) for key in ("role", "content")) for m in prompt
-            )
-        ):
-            raise DataError(f"{path}:{number}: prompt is neither a text nor a list of messages with role and content")
-        try:
-            prompts.append((number, prompt_in_context(row)))
-        except BadRow as bad:
-            raise DataError(f"{path}:{number}: column '{bad.column}'{bad.within} {bad.reason}") from bad
-    if not prompts:
-        raise DataError(f"{path}: the file holds no prompts")
-    return prompts
-
-
-def load_for_generation(folder: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a Hugging Face folder, of a folder with a peft adapter, or of a hub name."""
-    spec = ModelSpec(path=folder, attn_implementation=None)
-    model: Any = load_model(spec)
-    if torch.cuda.is_available():
-        model = model.cuda()
-    return model.eval(), load_tokenizer(spec)
-
-
-def generate_file(
-    folder: str,
-    *,
-    prompts: str,
-    out: str | None = None,
-    chat: bool = True,
-    max_new_tokens: int = 128,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    num_samples: int = 1,
-    batch_size: int = 16,
-    seed: int = 0,
-    control: str = "",
-    special_tokens_in_text: SpecialTokens = "refuse",
-) -> None:
-    """Sample completions of the prompts in a file.
-
-    Args:
-        folder: a Hugging Face folder, a folder with a peft adapter, or a hub name.
-        prompts: a .txt file with one prompt a line, or JSON lines with "prompt", a text or a message list.
-        out: JSON lines to write, "prompt" and "completions" each; default: beside the prompts. Until all of them are
-            there, they are in a file with the ending .part.
-        chat: take a text prompt as a user's message where the tokenizer has a chat template.
-        max_new_tokens: the most tokens of a completion.
-        temperature: of the softmax; 0 takes the likeliest token.
-        top_p: sample among the likeliest tokens that hold this share of the probability.
-        num_samples: completions per prompt.
-        batch_size: completions at a time.
-        seed: of the sampling.
-        control: text between every prompt and its completion; "<|good|>" for a model trained with csft.yaml.
-        special_tokens_in_text: special tokens that a message spells, as data.special_tokens_in_text was in training:
-            refuse those that forge a turn, split them into plain text, or allow them.
-    """
-    _check_ranges(temperature, top_p, max_new_tokens, num_samples, batch_size, seed)
-    lines = read_prompt_lines(Path(prompts))
-    read = [prompt for _, prompt in lines]
-    target = Path(out) if out else Path(prompts).with_suffix(".completions.jsonl")
-    if target.exists() and target.samefile(prompts):
-        raise FileExistsError(f"--out {target} is the file of the prompts, which would be lost; name another file")
-    check_target(target)
-    model, tokenizer = load_for_generation(folder)
-    asked = as_messages(read, tokenizer, chat)
-    names = [f"{prompts}:{number}" for number, _ in lines]
-    encoded = _encoded(tokenizer, asked, names, control, special_tokens_in_text)
-    check_prompts(model, tokenizer, encoded, names, max_new_tokens)  # before any is sampled
-    chunk = 8 * max(1, batch_size // num_samples)
-    done = 0
-    try:
-        with whole(target, keep=True) as file:
-            # Written chunk by chunk, so that a long run that is cut off leaves what it has.
-            for at in range(0, len(asked), chunk):
-                samples = generate(
-                    model,
-                    tokenizer,
-                    asked[at : at + chunk],
-                    max_new_tokens=max_new_tokens,
-                    temperature=temperature,
-                    top_p=top_p,
-                    num_samples=num_samples,
-                    batch_size=batch_size,
-                    seed=seed + at,
-                    control=control,
-                    special_tokens_in_text=special_tokens_in_text,
-                    names=names[at : at + chunk],
-                )
-                for prompt, found in zip(read[at : at + chunk], samples, strict=True):
-                    line = {"prompt": prompt, "completions": [s.text for s in found]}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
-                done = at + len(samples)
-    except BaseException:
-        left = f"those of the first {done} are in {part_of(target)}" if done else "nothing was written"
-        print(f"halos: completions of {len(read)} prompts were asked for; {left}", file=sys.stderr)
-        raise
-    print(f"halos: completions of {len(read)} prompts are in {target}")

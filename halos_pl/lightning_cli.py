@@ -45,7 +45,7 @@ from halos_pl.data import DataError, FeedbackDataModule
 from halos_pl.data.inspect import inspect_source
 from halos_pl.ending import NotingTrainer
 from halos_pl.export import export
-from halos_pl.generate import generate_file
+from halos_pl.generate_command import generate_file
 from halos_pl.held_lines import HeldLines
 from halos_pl.help_page import COMMANDS, EPILOG
 from halos_pl.log_config import LogConfig, missing_package

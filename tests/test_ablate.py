@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 from run_halos import ROOT, binary_data, pair_data
 
 from halos_pl.cli import main
-from halos_pl.data import DataError
 from halos_pl.provenance import digest_of
 from halos_pl.study import execute
-from halos_pl.study.evaluate import METRICS, _by_example, _of_pairs, _of_rows, _verdict, function_of
+from halos_pl.study.evaluate import METRICS
+from halos_pl.study.held_out import by_example, of_pairs, of_rows
+from halos_pl.study.judging import judged_by
 from halos_pl.study.plan import Study, StudyError, check, command, load_study, measuring_of
 from halos_pl.study.report import _drawn, _forest, _heat_map
 from halos_pl.study.results import Results
@@ -259,7 +260,7 @@ EVALUATE_FAULTS: dict[str, tuple[dict[str, Any], list[str], str, str]] = {
         {"prompts": "prompts.txt", "judge": "rule.py:ends"},
         ["judge"],
         "judge: ",
-        "too many positional arguments",
+        "a judge is judge(answer, other, row)",
     ),
     "scores without others of their prompts": (
         {"held_out": ["scored.jsonl"]},
@@ -451,13 +452,6 @@ def test_a_run_that_was_made_in_another_way_is_left_out(make: Any, tmp_path: Pat
     assert faults[runs[5]].startswith("measured in another way than most: files.")
 
 
-def test_a_judge_says_what_a_share_can_be_made_of() -> None:
-    assert [_verdict(said, "?") for said in (0, 0.5, True)] == [0.0, 0.5, 1.0]
-    for said in (2, -1, float("nan")):
-        with pytest.raises(DataError, match="of the prompt 'which one"):
-            _verdict(said, "which one is it?")
-
-
 def test_an_interrupted_study_keeps_what_failed_before(
     make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -493,12 +487,12 @@ def test_a_prompt_with_more_rows_is_no_other_value() -> None:
 
     def values(of_row: Callable[[int], float]) -> list[float]:
         rows = [(f"{i}.{k}", f"{i}") for i, n in enumerate(sizes) for k in range(n)]
-        return list(_by_example({row: of_row(j) for j, (row, _) in enumerate(rows)}, dict(rows)).values())
+        return list(by_example({row: of_row(j) for j, (row, _) in enumerate(rows)}, dict(rows)).values())
 
     assert values(lambda j: 0.7) == pytest.approx([0.7] * 40)
     # Of one row each the values are those of the rows to the bit, as McNemar's test has to see.
     single = {f"{i}": float(i % 8 == 0) for i in range(55)}
-    assert _by_example(single, {name: name for name in single}) == single
+    assert by_example(single, {name: name for name in single}) == single
     x = draw.random(sizes.sum())
     found = np.array(values(lambda j: float(x[j])))
     assert found.mean() == pytest.approx(x.mean())
@@ -753,7 +747,7 @@ def test_rows_of_one_prompt_are_one_example() -> None:
         for i in range(count)
         for d in (True, False)
     ]
-    found = _of_pairs(records, 0.1) | _of_rows(records)
+    found = of_pairs(records, 0.1) | of_rows(records)
     assert set(found) == {name for name, (unit, _, _) in METRICS.items() if unit != "prompts"}
     for values in found.values():
         assert len(values) == len(counts)
@@ -776,7 +770,7 @@ def test_the_roc_area_varies_as_delong_says(good: list[float], bad: list[float])
             for d, rewards in ((True, good), (False, bad))
             for i, r in enumerate(rewards)
         ]
-        return np.array(list(_of_rows(records)["reward_auroc"].values()))
+        return np.array(list(of_rows(records)["reward_auroc"].values()))
 
     def shares(a: list[float], b: list[float]) -> np.ndarray[Any, Any]:
         """psi[i, j] is 1 where the desirable row i has the higher reward, 0.5 where both have the same."""
@@ -846,7 +840,7 @@ def test_a_rule_may_use_dataclasses_and_what_lies_beside_it(tmp_path: Path) -> N
         "@dataclass\nclass Limit:\n    most: int = LIMIT\n\n"
         "def short(answer, finished):\n    return len(answer) <= Limit().most\n"
     )
-    short = function_of(f"{tmp_path}/of_mine.py:short", "rule")
+    short = judged_by(f"{tmp_path}/of_mine.py:short", "rule").function
     assert (short("abc", True), short("abcd", True)) == (True, False)
 
 

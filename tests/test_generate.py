@@ -12,8 +12,10 @@ from transformers import GenerationConfig
 
 from halos_pl.data.example import DataError, Prompt
 from halos_pl.data.tokenize import encode_prompt
-from halos_pl.generate import Sample, generate, generate_file, read_prompts
+from halos_pl.generate import Sample, generate
+from halos_pl.generate_command import generate_file
 from halos_pl.policy.loading import LoRASpec, ModelSpec, load_model, load_tokenizer
+from halos_pl.prompt_files import read_prompts
 
 PROMPTS: list[Prompt] = [
     "Could you tell me",
@@ -172,7 +174,7 @@ def test_training_mode_is_put_back_also_after_an_error(model: Any, tokenizer: An
     ],
 )
 def test_numbers_out_of_range_are_refused(model: Any, tokenizer: Any, wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=f"generate: .*{next(iter(wrong))}"):
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))} is"):
         generate(model, tokenizer, ["A"], progress=False, **wrong)
 
 
@@ -223,20 +225,19 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def test_file_in_file_out(tiny_folder: Path, tmp_path: Path, model: Any, tokenizer: Any) -> None:
+    """Prompts are written as they were put to the model."""
     file = tmp_path / "p.txt"
     file.write_text("Why?\nHow many eggs?\n")
-    generate_file(str(tiny_folder), prompts=str(file), max_new_tokens=6, temperature=0, num_samples=2)
-    written = rows(tmp_path / "p.completions.jsonl")
-    assert [row["prompt"] for row in written] == ["Why?", "How many eggs?"]
-    asked: list[Prompt] = [[{"role": "user", "content": row["prompt"]}] for row in written]
-    expected = generate(model, tokenizer, asked, max_new_tokens=6, temperature=0, num_samples=2, progress=False)
-    assert [row["completions"] for row in written] == [[s.text for s in found] for found in expected]
-
-    plain = tmp_path / "plain.jsonl"
-    generate_file(str(tiny_folder), prompts=str(file), out=str(plain), chat=False, max_new_tokens=6, temperature=0)
     texts: list[Prompt] = ["Why?", "How many eggs?"]
-    expected = generate(model, tokenizer, texts, max_new_tokens=6, temperature=0, progress=False)
-    assert [row["completions"] for row in rows(plain)] == [[s.text for s in found] for found in expected]
+    messages: list[Prompt] = [[{"role": "user", "content": text}] for text in texts]
+    settings: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0, "num_samples": 2}
+    for convention, asked in (("chat", messages), ("plain", texts), (None, texts)):
+        generate_file(str(tiny_folder), prompts=str(file), text_prompts=convention, **settings)  # type: ignore[arg-type]
+        written = rows(tmp_path / "p.completions.jsonl")
+        assert [row["prompt"] for row in written] == asked
+        expected = generate(model, tokenizer, asked, progress=False, **settings)
+        assert [row["completions"] for row in written] == [[s.raw for s in found] for found in expected]
+        assert [row["finished"] for row in written] == [[s.finished for s in found] for found in expected]
 
 
 def test_folder_of_an_adapter(tiny_folder: Path, tmp_path: Path, tokenizer: Any) -> None:
@@ -251,11 +252,11 @@ def test_folder_of_an_adapter(tiny_folder: Path, tmp_path: Path, tokenizer: Any)
     written = []
     for folder in (tmp_path / "adapter", tiny_folder):
         out = tmp_path / "out.jsonl"
-        settings: dict[str, Any] = {"chat": False, "max_new_tokens": 8, "temperature": 0}
+        settings: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0}
         generate_file(str(folder), prompts=str(tmp_path / "p.txt"), out=str(out), **settings)
         written.append(rows(out)[0]["completions"])
     expected = generate(policy, tokenizer, ["Why?"], max_new_tokens=8, temperature=0, progress=False)
-    assert written[0] == [expected[0][0].text]
+    assert written[0] == [expected[0][0].raw]
     assert written[0] != written[1]
 
 
@@ -263,6 +264,6 @@ def test_a_number_out_of_range_leaves_what_was_generated_before(tiny_folder: Pat
     (tmp_path / "p.txt").write_text("Why?\n")
     (tmp_path / "p.completions.jsonl").write_text("kept\n")
     for wrong in ({"top_p": 1.5}, {"num_samples": 0}):
-        with pytest.raises(ValueError, match="generate: temperature must"):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
             generate_file(str(tiny_folder), prompts=str(tmp_path / "p.txt"), **wrong)  # type: ignore[arg-type]
     assert (tmp_path / "p.completions.jsonl").read_text() == "kept\n"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from halos_pl.data.calls import CARRIED, objects_of, unfilled
-from halos_pl.data.example import Example, Prompt, Skipped, short
+from halos_pl.data.example import Example, Skipped, short
 from halos_pl.data.meanings import (
     ANSWER,
     COLUMNS,
@@ -243,8 +243,8 @@ class Columns:
                 )
 
 
-def prompt_in_context(row: dict[str, Any], text_prompts: TextPrompts = "plain") -> Prompt:
-    """The ``prompt`` of a row that is to be answered, with what stands beside it.
+def prompt_in_context(row: dict[str, Any], text_prompts: TextPrompts = "plain") -> Example:
+    """The ``prompt`` of a row that is to be answered, with what stands beside it; an example without completions.
 
     Args:
         row: with a ``prompt``.
@@ -257,7 +257,7 @@ def prompt_in_context(row: dict[str, Any], text_prompts: TextPrompts = "plain") 
     row = {name: value for name, value in row.items() if reason(COLUMNS, name) not in (ANSWER, MARGIN, WEIGHT)}
     example = Example(asked(prompt_of(row), text_prompts), (), (), "")
     found = columns.in_context([example], columns.checked(row))
-    return next(item.prompt for item in found if isinstance(item, Example))
+    return next(item for item in found if isinstance(item, Example))
 
 
 def _counts(value: Any, why: str) -> bool:

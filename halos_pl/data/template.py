@@ -23,11 +23,12 @@ NAMED = {
 }
 
 
-def template_of(given: str) -> str:
+def template_of(given: str, name: str = "data.chat_template") -> str:
     """The text of a template.
 
     Args:
         given: a file; a folder with a tokenizer; a name of ``NAMED``; or the template itself, which has braces.
+        name: of the setting, for messages.
 
     Raises:
         DataError: there is none.
@@ -39,20 +40,20 @@ def template_of(given: str) -> str:
     path = Path(given).expanduser()
     try:
         if path.is_dir():
-            return _of_folder(path)
+            return _of_folder(path, name)
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
         raise DataError(
-            f"data.chat_template: {given}: {why}; name a .jinja file, a folder with a tokenizer, {' or '.join(NAMED)},"
+            f"{name}: {given}: {why}; name a .jinja file, a folder with a tokenizer, {' or '.join(NAMED)},"
             " or give the template itself"
         ) from error
     if not text.strip():
-        raise DataError(f"data.chat_template: {given} is empty; name a file with a Jinja template")
+        raise DataError(f"{name}: {given} is empty; name a file with a Jinja template")
     return text
 
 
-def _of_folder(folder: Path) -> str:
+def _of_folder(folder: Path, name: str) -> str:
     if (folder / CHAT_TEMPLATE).is_file():
         return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
     config = folder / "tokenizer_config.json"
@@ -61,7 +62,7 @@ def _of_folder(folder: Path) -> str:
     except (ValueError, AttributeError):
         found = None
     if not isinstance(found, str):
-        raise DataError(f"data.chat_template: {folder} holds no chat template ({CHAT_TEMPLATE}); name a .jinja file")
+        raise DataError(f"{name}: {folder} holds no chat template ({CHAT_TEMPLATE}); name a .jinja file")
     return found
 
 

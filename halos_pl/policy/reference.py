@@ -83,7 +83,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     return chain(model.named_parameters(), model.named_buffers())
 
 
-def _fingerprint(model: nn.Module) -> str:
+def weights_fingerprint(model: nn.Module) -> str:
     """The :func:`fingerprint` of a model, of one with an adapter without it.
 
     Without frequencies of positions, which follow from the config: not to the last bit on every device.
@@ -122,7 +122,7 @@ class FrozenCopy(ReferenceModel):
         self._spec = replace(spec, lora=None)
         self._model: nn.Module | None = None
         if stored:
-            self.fingerprint = _fingerprint(policy)
+            self.fingerprint = weights_fingerprint(policy)
         else:
             self._keep(load_model(self._spec) if spec.lora else deepcopy(policy))
 
@@ -133,7 +133,7 @@ class FrozenCopy(ReferenceModel):
     def _loaded(self) -> nn.Module:
         """From the files again, since the policy may have been trained."""
         model = load_model(self._spec)
-        if _fingerprint(model) != self.fingerprint:
+        if weights_fingerprint(model) != self.fingerprint:
             raise ModelError(
                 f"the files of {self._spec.path} have changed since the policy was loaded from them, so the reference"
                 " model is lost; start the run anew"
@@ -215,7 +215,7 @@ class AdapterOff(ReferenceModel):
 
     def bind(self, policy: nn.Module, spec: ModelSpec, *, stored: bool = False) -> None:
         if stored:
-            self.fingerprint = _fingerprint(policy)
+            self.fingerprint = weights_fingerprint(policy)
 
     @contextmanager
     def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
@@ -248,7 +248,7 @@ class OtherModel(ReferenceModel):
             )
         self._model = load_model(self.spec).eval().requires_grad_(False)
         if stored:
-            self.fingerprint = _fingerprint(self._model)
+            self.fingerprint = weights_fingerprint(self._model)
 
     @contextmanager
     def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:

@@ -23,14 +23,19 @@ import halos_pl
 import value_functions
 from halos_pl.build import place_of
 from halos_pl.data.example import DataError
+from halos_pl.data.prompts import TEXT_SETTINGS
 from halos_pl.ending import epoch_steps, fit_steps, shortfall
-from halos_pl.generate import read_prompts
 from halos_pl.monitors import check_monitors
-from halos_pl.study.evaluate import CODE, FILE, METRICS, check_arguments, evaluate, function_of, measuring
+from halos_pl.prompt_files import read_prompt_rows
+from halos_pl.study.evaluate import CODE, FILE, METRICS, check_arguments, evaluate, measuring
+from halos_pl.study.judging import judged_by
 from halos_pl.yaml_files import Lines, YAMLFileError, read_yaml
 
 KEYS = ("configs", "options", "arms", "axes", "sample", "seeds", "evaluate", "metrics", "baseline", "cluster", "note")
-EVALUATE = tuple(name for name, p in inspect.signature(evaluate).parameters.items() if p.kind is p.KEYWORD_ONLY)
+# All but where it is written, which is each run's own folder.
+EVALUATE = tuple(
+    name for name, p in inspect.signature(evaluate).parameters.items() if p.kind is p.KEYWORD_ONLY and name != "out"
+)
 OBJECTIVE = "objective"
 # What a second file may say otherwise: at which scale, not what is asked.
 OVER = ("configs", "options", "seeds", "evaluate", "metrics", "cluster", "note")
@@ -453,7 +458,7 @@ def check(study: Study) -> dict[str, Checked]:
         known[digest] = arm
         found[arm.name] = Checked(steps, digest)
         first = first or cli
-    _check_held_out(study, first.model.tokenizer, first.datamodule.special_tokens_in_text)
+    _check_held_out(study, first.model.tokenizer, first.datamodule)
     return found
 
 
@@ -495,8 +500,7 @@ def _parsed(study: Study) -> dict[str, Any]:
     except SystemExit as error:
         raise StudyError(f"{study.places['evaluate']}: evaluate: {_parser_error(said.getvalue())}") from error
     arguments: dict[str, Any] = parsed.as_dict()
-    del arguments["run"]
-    return arguments
+    return {name: arguments[name] for name in EVALUATE}
 
 
 def measuring_of(study: Study) -> dict[str, Any]:
@@ -514,12 +518,14 @@ def _check_evaluation(study: Study) -> None:
     for key in CODE:
         if arguments[key]:
             try:
-                function_of(arguments[key], key)
+                judged_by(arguments[key], key)
             except ValueError as error:
                 raise StudyError(f"{study.places[key]}: {key}: {error}") from error
     if arguments["prompts"]:
         try:
-            read_prompts(Path(arguments["prompts"]))
+            read_prompt_rows(
+                Path(arguments["prompts"]), arguments["text_prompts"] or "chat", arguments["prompt_column"]
+            )
         except DataError as error:
             raise StudyError(f"{study.places['prompts']}: prompts: {error}") from error
 
@@ -540,19 +546,22 @@ _GOOD, _BAD = {1: "desirable"}, {0: "undesirable"}
 WANTED = {"nll_desirable": _GOOD, "nll_undesirable": _BAD, "reward_auroc": _GOOD | _BAD}
 
 
-def _check_held_out(study: Study, tokenizer: Any, special_tokens_in_text: Any) -> None:
-    """Refuses held-out data with faults, and a metric that they cannot give."""
+def _check_held_out(study: Study, tokenizer: Any, data: Any) -> None:
+    """Refuses held-out data with faults, read as ``data`` reads text, and a metric that they cannot give."""
     from halos_pl.data.datamodule import _sources
     from halos_pl.data.store import fault_list, open_store
     from halos_pl.data.table import Table
     from halos_pl.data.transforms import ThresholdScores
 
-    given = _parsed(study)["held_out"]
+    arguments = _parsed(study)
+    given = arguments["held_out"]
     if not given:
         return
+    text = {name: getattr(data, name) for name in TEXT_SETTINGS}
+    text["text_prompts"] = arguments["text_prompts"] or data.text_prompts
     try:
         sources = _sources("predict", given)
-        stores = [open_store(s, tokenizer, special_tokens_in_text=special_tokens_in_text) for s in sources]
+        stores = [open_store(s, tokenizer, **text) for s in sources]
     except (DataError, OSError, ValueError) as error:
         raise StudyError(f"{study.places['evaluate']}: held_out: {error}") from error
     for store in stores:

@@ -28,7 +28,7 @@ from halos_pl.data.example import DataError, Example, Fault, Skipped
 from halos_pl.data.read import read
 from halos_pl.data.source import Source
 from halos_pl.data.store import open_store
-from halos_pl.generate import read_prompts
+from halos_pl.prompt_files import read_prompts
 from halos_pl.study.evaluate import evaluate
 
 ROW = {"prompt": "p", "completion": "c", "label": True}

@@ -115,7 +115,7 @@ def test_completions_end_where_the_positions_do(short_folder: Path) -> None:
 def test_generate_beyond_the_positions(short_folder: Path, tmp_path: Path, capfd: Any) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": "why"}) + "\n" + json.dumps({"prompt": "xyz " * 40}) + "\n")
-    words = ["generate", str(short_folder), f"--prompts={prompts}", "--chat=false"]
+    words = ["generate", str(short_folder), f"--prompts={prompts}"]
     said = refused(capfd, words)
     assert f"{prompts}:2" in said
     assert f"{MOST} positions" in said
@@ -136,7 +136,7 @@ def test_a_model_without_sdpa_attention(tiny_folder: Path, tmp_path: Path, capfd
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("why " * 20 + "\n")
     with pytest.warns(UserWarning, match=f"{MOST} positions"):
-        main(["generate", str(tmp_path / "neo"), f"--prompts={prompts}", "--chat=false"])
+        main(["generate", str(tmp_path / "neo"), f"--prompts={prompts}"])
     prompts.write_text("xyz " * 40 + "\n")
     assert f"{MOST} positions" in refused(capfd, ["generate", str(tmp_path / "neo"), f"--prompts={prompts}"])
     with pytest.raises(ModelError, match="attn_implementation: eager"):
@@ -163,7 +163,7 @@ def test_prompts_of_an_evaluation(short_folder: Path, tmp_path: Path, capfd: Any
     run = tmp_path / "r"
     main(fit(short_folder, "sft", binary_data(tmp_path / "d.jsonl"), run, "--trainer.max_steps=1"))
     (tmp_path / "prompts.txt").write_text("why\n" + "xyz " * 40 + "\n")
-    said = refused(capfd, ["evaluate", str(run), f"--prompts={tmp_path}/prompts.txt", "--chat=false"])
+    said = refused(capfd, ["evaluate", str(run), f"--prompts={tmp_path}/prompts.txt"])
     assert "prompts.txt:2" in said
 
 

@@ -1,0 +1,116 @@
+"""``halos generate``: samples completions of the prompts in a file, in the format that ``halos fit`` reads."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from halos_pl.data.prompts import TextPrompts
+from halos_pl.data.special import SpecialTokens
+from halos_pl.files import check_target, part_of, whole
+from halos_pl.generate import check_sampling, encode_prompts, generate
+from halos_pl.messages import plain
+from halos_pl.named_model import named_model
+from halos_pl.policy.limits import check_prompts
+from halos_pl.prompt_files import ANSWERS, read_prompt_rows, say_convention
+
+
+def generate_file(
+    model: str,
+    *,
+    prompts: str,
+    prompt_column: str | None = None,
+    out: str | None = None,
+    text_prompts: TextPrompts | None = None,
+    chat_template: str | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    num_samples: int = 1,
+    one_per_row: bool = False,
+    batch_size: int = 16,
+    seed: int = 0,
+    control: str = "",
+    special_tokens_in_text: SpecialTokens | None = None,
+    ckpt_path: str | None = None,
+) -> None:
+    """Sample completions of the prompts in a file. The code that a run's config.yaml names is executed.
+
+    Args:
+        model: a run's folder, a Hugging Face folder, a folder with a peft adapter, or a hub name.
+        prompts: a .txt file with one prompt a line, or JSON lines with "prompt", a text or a message list.
+        prompt_column: the column of JSON lines that holds the prompt, where it is not "prompt".
+        out: JSON lines to write; default: beside the prompts. Each has the columns of its prompt's row, "prompt" as it
+            was put to the model (messages where it went through the chat template), "completions" and "finished": for
+            each completion whether the model ended it. halos fit reads them with "scores" added, a list as well. Until
+            all of them are there, they are in a file with the ending .part.
+        text_prompts: what a prompt that is plain text means: plain encodes it as it is, chat puts it into the chat
+            template as a user's message; default: as the run was trained (data.text_prompts), else plain.
+        chat_template: another chat template than the model's: a .jinja file, a folder with a tokenizer, chatml, or the
+            template itself; default: the one that the run was trained with, else the tokenizer's.
+        max_new_tokens: the most tokens of a completion.
+        temperature: of the softmax; 0 takes the likeliest token.
+        top_p: sample among the likeliest tokens that hold this share of the probability.
+        num_samples: completions per prompt.
+        one_per_row: write a row for each completion, with "completion" and "finished"; halos fit reads such rows with
+            "label" or "score" added.
+        batch_size: completions at a time.
+        seed: of the sampling.
+        control: text between every prompt and its completion; "<|good|>" for a model trained with csft.yaml.
+        special_tokens_in_text: special tokens that a message spells: refuse those that forge a turn, split them into
+            plain text, or allow them; default: as the run was trained, else refuse.
+        ckpt_path: of a run, another checkpoint than the last one: best (that of its ModelCheckpoint), or a file.
+    """
+    sampling: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "num_samples": num_samples,
+        "batch_size": batch_size,
+    }
+    check_sampling(seed=seed, **sampling)
+    path = Path(prompts)
+    read_prompt_rows(path, text_prompts or "chat", prompt_column)  # faults of the file come before those of the model
+    target = Path(out) if out else path.with_suffix(".completions.jsonl")
+    if target.exists() and target.samefile(path):
+        raise FileExistsError(f"--out {target} is the file of the prompts, which would be lost; name another file")
+    check_target(target)
+    named = named_model(model, ckpt_path, chat_template)
+    text = named.text_settings(text_prompts=text_prompts, special_tokens_in_text=special_tokens_in_text)
+    rows = read_prompt_rows(path, text["text_prompts"], prompt_column)
+    sampling |= {"control": control, "special_tokens_in_text": text["special_tokens_in_text"]}
+    tokenizer = named.tokenizer()
+    say_convention(rows, text["text_prompts"], tokenizer)
+    stale = sorted({name for row in rows for name in row.columns.keys() & ANSWERS})
+    if stale:
+        print(f"halos: not copied from {plain(path)}, as they belong to other answers: {', '.join(stale)}")
+    asked, names = [row.prompt for row in rows], [row.place for row in rows]
+    tools = [row.tools for row in rows]
+    encoded = encode_prompts(tokenizer, asked, names, control, text["special_tokens_in_text"], tools)
+    policy = named.load()
+    check_prompts(policy, tokenizer, encoded, names, max_new_tokens)  # before any is sampled
+    chunk = 8 * max(1, batch_size // num_samples)
+    done = 0
+    try:
+        with whole(target, keep=True) as file:
+            # Written chunk by chunk, so that a long run that is cut off leaves what it has.
+            for at in range(0, len(rows), chunk):
+                part = slice(at, at + chunk)
+                own: dict[str, Any] = {"seed": seed + at, "names": names[part], "tools": tools[part]}
+                samples = generate(policy, tokenizer, asked[part], **own, **sampling)
+                for row, found in zip(rows[part], samples, strict=True):
+                    kept = {k: v for k, v in row.columns.items() if k not in ANSWERS} | {"prompt": row.prompt}
+                    if one_per_row:
+                        lines = [{"completion": s.raw, "finished": s.finished} for s in found]
+                    else:
+                        lines = [{"completions": [s.raw for s in found], "finished": [s.finished for s in found]}]
+                    file.writelines(json.dumps(kept | line, ensure_ascii=False) + "\n" for line in lines)
+                file.flush()
+                done = at + len(samples)
+    except BaseException:
+        left = f"those of the first {done} are in {part_of(target)}" if done else "nothing was written"
+        print(f"halos: completions of {len(rows)} prompts were asked for; {left}", file=sys.stderr)
+        raise
+    print(f"halos: completions of {len(rows)} prompts are in {target}")

@@ -1,0 +1,143 @@
+"""Files of prompts that are to be answered, by ``halos generate`` and ``halos evaluate``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from halos_pl.data.columns import prompt_in_context
+from halos_pl.data.example import DataError, Example, Prompt, short
+from halos_pl.data.formats import irregular
+from halos_pl.data.prompts import TextPrompts, convention
+from halos_pl.data.schemas import SCHEMAS
+from halos_pl.data.source import Source
+from halos_pl.data.values import BadRow
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A prompt and the row of the file that holds it.
+
+    Attributes:
+        place: ``PATH:LINE``, for messages.
+        name: ``FILE:LINE`` without the folder, the same wherever the file lies.
+        columns: the whole row as the file has it; of a ``.txt`` file ``prompt`` alone.
+        prompt: what is asked: text or messages, with a system text and earlier turns that stand beside it in the row.
+        is_text: the file has the prompt as plain text, whatever it has become since.
+        tools: JSON schemas of what the model may call; None where there are none.
+    """
+
+    place: str
+    name: str
+    columns: dict[str, Any]
+    prompt: Prompt
+    is_text: bool
+    tools: list[dict[str, Any]] | None = None
+
+
+#: Columns that hold answers to a prompt, or what was said of those; not of the answers that are sampled now.
+ANSWERS = frozenset(
+    name
+    for schema in SCHEMAS.values()
+    if "prompt" in schema.columns or schema.name == "implicit"
+    for column in schema.columns
+    for name in column.split("|")
+) - {"prompt"} | {"finished"}
+
+
+def _lines(path: Path, most: int) -> Iterator[bytes]:
+    """Lines, of which none holds more than ``most`` + 1 bytes; longer ones come in pieces."""
+    with path.open("rb") as file:
+        # Lines end at \n and nowhere else: JSON may hold U+2028 and its like as they are.
+        while raw := file.readline(most + 1):
+            yield raw
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of :func:`read_prompt_rows` alone, text as it is."""
+    return [row.prompt for row in read_prompt_rows(path)]
+
+
+def read_prompt_rows(
+    path: Path, text_prompts: TextPrompts = "plain", prompt_column: str | None = None
+) -> list[PromptRow]:
+    """The prompts of a file.
+
+    A ``.txt`` file has one a line; JSON lines have one each, a text or a message list.
+
+    Args:
+        path: of the file.
+        text_prompts: what a prompt that is plain text means, see :mod:`halos_pl.data.prompts`.
+        prompt_column: the column of JSON lines that holds the prompt; default: ``prompt``.
+
+    Raises:
+        DataError: for a missing or empty file and for a line without a prompt, naming file and line.
+    """
+    column, is_lines = prompt_column or "prompt", path.suffix == ".txt"
+    if prompt_column and is_lines:
+        raise DataError(f"{path}: a .txt file has no columns; leave out --prompt_column, or name a file of JSON lines")
+    if what := irregular(str(path)):
+        raise DataError(f"{path}: is {what}; write what it gives to a file, and name that")
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise DataError(f"{path}: {what}; --prompts takes a .txt file, or JSON lines with a '{column}' each")
+    rows: list[PromptRow] = []
+    most = Source(str(path)).max_row
+    for number, raw in enumerate(_lines(path, most), start=1):
+        place = f"{path}:{number}"
+        if len(raw) > most:  # tokenising it would take minutes and gigabytes
+            raise DataError(f"{place}: the line is longer than {most / 1e6:g} MB; remove or shorten it")
+        try:
+            line = raw.removesuffix(b"\n").decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{place}: not UTF-8 text; save it as UTF-8") from error
+        if line.strip():
+            columns = {"prompt": line} if is_lines else _row(line, place, column)
+            asked, is_text = _asked(columns, place, column, text_prompts), isinstance(columns[column], str)
+            rows.append(PromptRow(place, f"{path.name}:{number}", columns, asked.prompt, is_text, asked.tools))
+    if not rows:
+        raise DataError(f"{path}: the file holds no prompts")
+    return rows
+
+
+def say_convention(rows: list[PromptRow], text_prompts: TextPrompts, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Says what becomes of prompts that are plain text.
+
+    Raises:
+        DataError: where they are to go through a chat template and there is none.
+    """
+    texts = [row for row in rows if row.is_text]
+    if texts and text_prompts == "chat" and not tokenizer.chat_template:
+        raise DataError(
+            f"{texts[0].place}: a text prompt cannot go through a chat template (text_prompts: chat), as the tokenizer"
+            " has none; say text_prompts: plain"
+        )
+    if said := convention(len(texts), text_prompts, bool(tokenizer.chat_template)):
+        print(f"halos: {said}")
+
+
+def _row(line: str, place: str, column: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:  # not JSONDecodeError alone
+        raise DataError(f'{place}: not a JSON object with "{column}"') from error
+    if not isinstance(row, dict):
+        raise DataError(f'{place}: not a JSON object with "{column}"')
+    if column not in row:
+        has = ", ".join(map(short, list(row)[:8])) or "none"
+        raise DataError(f"{place}: no column '{column}' (columns: {has}); --prompt_column names another one")
+    return row
+
+
+def _asked(columns: dict[str, Any], place: str, column: str, text_prompts: TextPrompts) -> Example:
+    row = columns if column == "prompt" else {k: v for k, v in columns.items() if k != column}
+    try:
+        return prompt_in_context(row | {"prompt": columns[column]}, text_prompts)
+    except BadRow as bad:
+        name = column if bad.column == "prompt" else bad.column
+        raise DataError(f"{place}: column '{name}'{bad.within} {bad.reason}") from bad

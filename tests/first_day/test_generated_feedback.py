@@ -1,0 +1,171 @@
+"""What ``halos generate`` writes is what ``halos fit`` reads, in the format in which it was sampled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import byte_level_tokenizer, write_jsonl
+from run_halos import binary_data, fit
+from transformers import LlamaForCausalLM
+
+from halos_pl.cli import main
+from halos_pl.data.source import Source
+from halos_pl.data.store import open_store
+from halos_pl.data.tokenize import encode_prompt
+from halos_pl.policy.loading import ModelSpec, load_tokenizer
+
+MESSAGES = [{"role": "user", "content": "question 1"}]
+
+
+def generated(model: Path, rows: list[dict[str, Any]], folder: Path, *words: str) -> list[dict[str, Any]]:
+    prompts = write_jsonl(folder / "p.jsonl", rows)
+    main(["generate", str(model), f"--prompts={prompts}", f"--out={folder}/out.jsonl", "--max_new_tokens=4", *words])
+    return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("convention", ["plain", "chat"])
+def test_a_label_added_is_feedback_in_the_same_format(tiny_folder: Path, tmp_path: Path, convention: str) -> None:
+    """The prompt's tokens are those that were sampled from; a completion that was cut gets no end."""
+    rows = [{"prompt": "question 0", "id": 7}, {"prompt": MESSAGES, "gold": {"a": [1]}}]
+    found = generated(
+        tiny_folder, rows, tmp_path, "--one_per_row=true", "--num_samples=3", f"--text_prompts={convention}"
+    )
+    assert len(found) == 6
+    assert [row["id"] for row in found[:3]] == [7] * 3
+    assert [row["gold"] for row in found[3:]] == [{"a": [1]}] * 3
+    asked = [{"role": "user", "content": "question 0"}] if convention == "chat" else "question 0"
+    assert [row["prompt"] for row in found] == [asked] * 3 + [MESSAGES] * 3
+    for i, row in enumerate(found):
+        row |= {"label": i % 2 == 0, "finished": i % 3 == 0}
+    tokenizer = load_tokenizer(ModelSpec(str(tiny_folder)))
+    store = open_store(Source(write_jsonl(tmp_path / "f.jsonl", found)), tokenizer, tmp_path / "cache")
+    assert store.fault_count == 0, store.faults
+    end = tokenizer.eos_token
+    for i, row in enumerate(found):
+        assert store.prompt(int(store.rows["prompt"][i])).tolist() == encode_prompt(tokenizer, row["prompt"])
+        assert tokenizer.decode(store.completion(i)) == row["completion"] + end * row["finished"]
+
+
+def test_lists_of_completions_take_scores(tiny_folder: Path, tmp_path: Path) -> None:
+    (row,) = generated(tiny_folder, [{"prompt": MESSAGES}], tmp_path, "--num_samples=2")
+    assert len(row["completions"]) == len(row["finished"]) == 2
+    row["scores"] = [1.0, 0.0]
+    tokenizer = load_tokenizer(ModelSpec(str(tiny_folder)))
+    store = open_store(Source(write_jsonl(tmp_path / "f.jsonl", [row])), tokenizer, tmp_path / "cache")
+    assert store.fault_count == 0, store.faults
+
+
+@pytest.mark.slow
+def test_blanks_that_part_a_text_from_its_completion_are_kept(tiny_folder: Path, tmp_path: Path) -> None:
+    """They are tokens of the completion like others."""
+    rows = [{"prompt": f"question {i}"} for i in range(40)]
+    found = generated(tiny_folder, rows, tmp_path, "--temperature=3")
+    texts = [row["completions"][0] for row in found]
+    assert any(text != text.strip() for text in texts)
+
+
+def test_judgements_of_other_answers_are_not_copied(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    """A row of feedback may give the prompt; its label is of another completion."""
+    (row,) = generated(tiny_folder, [{"prompt": MESSAGES, "completion": "a", "label": True, "id": 1}], tmp_path)
+    assert row.keys() == {"prompt", "id", "completions", "finished"}
+    said = next(line for line in capsys.readouterr().out.splitlines() if "not copied" in line)
+    assert "completion, label" in said
+
+
+@pytest.mark.slow
+def test_the_convention_is_said(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    generated(tiny_folder, [{"prompt": "a"}], tmp_path)
+    assert "plain text" in capsys.readouterr().out
+    generated(tiny_folder, [{"prompt": "a"}], tmp_path, "--text_prompts=chat")
+    assert "chat template" in capsys.readouterr().out
+    generated(tiny_folder, [{"prompt": MESSAGES}], tmp_path)
+    assert "text prompt" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_base_model_takes_a_template(tmp_path: Path, tiny_folder: Path, capfd: Any) -> None:
+    tokenizer = byte_level_tokenizer(chat_template=None)
+    folder = tmp_path / "base"
+    LlamaForCausalLM.from_pretrained(tiny_folder).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(SystemExit):
+        generated(folder, [{"prompt": "a"}], tmp_path, "--text_prompts=chat")
+    assert "p.jsonl:1" in capfd.readouterr().err
+    (row,) = generated(folder, [{"prompt": "a"}], tmp_path, "--text_prompts=chat", "--chat_template=chatml")
+    assert row["prompt"] == [{"role": "user", "content": "a"}]
+    (same,) = generated(tiny_folder, [{"prompt": "a"}], tmp_path, "--text_prompts=chat")
+    assert row == same  # that of the tiny model is ChatML
+
+
+def test_tools_go_through_the_template(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text(
+        "{% for tool in tools or [] %}{{ tool.name }}!{% endfor %}"
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    words = [f"--chat_template={tmp_path}/t.jinja", "--temperature=0"]
+    with_tool = {"prompt": MESSAGES, "tools": [{"name": "oven", "parameters": {}}]}
+    (one,) = generated(tiny_folder, [with_tool], tmp_path, *words)
+    (two,) = generated(tiny_folder, [{"prompt": "oven!user: question 1\nassistant: "}], tmp_path, "--temperature=0")
+    (other,) = generated(tiny_folder, [{"prompt": MESSAGES}], tmp_path, *words)
+    assert one["completions"] == two["completions"] != other["completions"]
+    assert one["tools"] == with_tool["tools"]
+
+
+@pytest.mark.slow
+def test_a_run_generates_as_it_was_trained(tmp_path: Path, tiny_folder: Path) -> None:
+    """Without an export, and in the convention of its data."""
+    words = fit(tiny_folder, "kto", binary_data(tmp_path / "d.jsonl"), tmp_path / "run", "--trainer.max_steps=1")
+    main([*words, "--data.text_prompts=chat"])
+    (row,) = generated(tmp_path / "run", [{"prompt": "a"}], tmp_path)
+    assert row["prompt"] == [{"role": "user", "content": "a"}]
+    main(["export", str(tmp_path / "run"), str(tmp_path / "out")])
+    (same,) = generated(tmp_path / "out", [{"prompt": "a"}], tmp_path, "--text_prompts=chat")
+    assert row == same
+
+
+WRONG = {
+    "--num_samples=0": "num_samples",
+    "--max_new_tokens=0": "max_new_tokens",
+    "--batch_size=-1": "batch_size",
+    "--temperature=-1": "temperature",
+    "--temperature=inf": "temperature",
+    "--top_p=0": "top_p",
+    "--top_p=1.5": "top_p",
+    "--seed=-1": "seed",
+    "--text_prompts=no": "text_prompts",
+    "--chat_template=nope.jinja": "nope.jinja",
+    "--prompt_column=question": "question",
+    "--prompts=nope.jsonl": "nope.jsonl",
+    "--prompts=empty.jsonl": "empty.jsonl",
+    "--prompts=lists.jsonl": "lists.jsonl:1",
+    "--prompts=.": "folder",
+    "--ckpt_path=best": "--ckpt_path",
+}
+
+
+def _every_third(names: Iterable[str]) -> list[Any]:
+    """The others belong to the slow suite."""
+    return [pytest.param(name, marks=pytest.mark.slow if i % 3 else []) for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("word", _every_third(WRONG))
+def test_a_wrong_input_is_a_line_before_a_model_is_loaded(
+    word: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("halos_pl.named_model.load_model", lambda *_: pytest.fail("a model was loaded"))
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "lists.jsonl").write_text("[1]\n")
+    write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}])
+    prompts = [] if "--prompts" in word else ["--prompts=p.jsonl"]
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", str(tiny_folder), *prompts, word])
+    said = [line for line in capfd.readouterr().err.splitlines() if line and not line.startswith("All options")]
+    assert ended.value.code in (1, 2)
+    assert len(said) == 1, said
+    assert WRONG[word] in said[0]
