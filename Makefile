@@ -4,7 +4,7 @@ TORCH := 2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: quickstart test test-slow check lint readme bench bench-full clean
+.PHONY: quickstart test test-slow check lint readme results bench bench-full clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python experiments/quickstart/run.py
@@ -20,6 +20,13 @@ check: lint test
 # The table of verdicts in README.md.
 readme: $(INSTALLED)
 	$(BIN)/halos check --all --write README.md
+
+# Reports, tables and figures of studies, recomputed from what is kept of them: values.csv.gz, record.json and study.yaml.
+RESULTS ?= experiments/ablations/results
+results: $(INSTALLED)
+	@for folder in $(RESULTS)/*/; do \
+	  if [ -f "$${folder}values.csv.gz" ]; then $(BIN)/python -m halos_pl ablate report "$${folder%/}" || exit 1; \
+	  else echo "$${folder%/}: skipped, as there is no values.csv.gz"; fi; done
 
 # A training step beside TRL's, on an otherwise idle machine: under 15 minutes, and (all rows) an hour and a half.
 bench: $(INSTALLED)

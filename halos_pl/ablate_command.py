@@ -16,7 +16,6 @@ from halos_pl.stopping import Stopped
 from halos_pl.study.evaluate import FILE
 from halos_pl.study.execute import (
     OVER,
-    PLAN,
     STUDY,
     claim,
     environment,
@@ -27,7 +26,11 @@ from halos_pl.study.execute import (
     state,
     timed_step,
 )
+from halos_pl.study.first_line import first_line
+from halos_pl.study.headline import headline
 from halos_pl.study.plan import StudyError, check, default_folder, load_study
+from halos_pl.study.planned_power import power_lines
+from halos_pl.study.recorded import VALUES
 from halos_pl.study.report import write_report
 from halos_pl.study.results import Results
 
@@ -57,6 +60,7 @@ def ablate(
     runs = plan.runs(folder)
     try:
         if not all(run.done for run in runs):
+            print(plain("\n".join(power_lines(plan, next(iter(checked.values())).examples))))
             # A cluster's machines are not like the one that hands them their work.
             times = None if plan.cluster is not None else timed_step(plan, folder, environment(jobs))
             show_plan(plan, checked, runs, times, jobs)
@@ -67,12 +71,13 @@ def ablate(
     results = Results(plan, folder)
     _say_report(results)
     if bad := len(failed) + len(results.faults):
-        raise StudyError(f"{bad} of {len(runs)} runs have failed or are left out: halos ablate status {folder}")
+        raise StudyError(f"{bad} of {len(runs)} runs have failed or are skipped: halos ablate status {folder}")
 
 
 def _say_report(results: Results) -> None:
     _say_untold(results)
-    print(plain(f"{results.headline()}\nhalos: the report is {write_report(results)}, and report.md beside it"))
+    path = write_report(results)
+    print(plain(f"{first_line(results)}\n{headline(results)}\nhalos: the report is {path}, and report.md beside it"))
 
 
 def _say_untold(results: Results) -> None:
@@ -87,8 +92,8 @@ def _say_untold(results: Results) -> None:
 
 def _study_of(folder: str) -> Results:
     path = Path(folder)
-    if not (path / PLAN).is_file():
-        raise StudyError(f"{folder} is not the folder of a study: it holds no {PLAN}")
+    if not (path / STUDY).is_file():
+        raise StudyError(f"{folder} is not the folder of a study: it holds no {STUDY}")
     over = path / OVER
     return Results(load_study(path / STUDY, over if over.is_file() else None), path)
 
@@ -111,19 +116,26 @@ def status(folder: str) -> None:
         elif how == "stopped":
             why = f"{shortfall(run.folder)}; the next halos ablate resumes it"
         elif how != "done" and run.measured:
-            how, why = "left out", f"{results.faults[run]}; the next halos ablate trains and measures it"
+            how, why = "skipped", f"{results.faults[run]}; the next halos ablate trains and measures it"
         elif run in results.faults:
-            how, why = "left out", f"{results.faults[run]}; remove {run.folder / FILE} to measure it again"
+            how, why = "skipped", f"{results.faults[run]}; remove {run.folder / FILE} to measure it again"
         table.add_row(escape(plain(run.folder)), how, escape(plain(why)))
     Console().print(table)
     _say_untold(results)
 
 
 def report(folder: str) -> None:
-    """Write the report of a study, finished or not, anew. The code that its runs' configs name is executed.
+    """Recompute the report of a study, finished or not, from its runs or, where none are there, its values.csv.gz.
+
+    The code that the runs' configs name is executed.
 
     Args:
-        folder: the study's folder.
+        folder: the study's folder: of its runs, or with its study.yaml, values.csv.gz and record.json.
+
+    Raises:
+        StudyError: for a folder without study.yaml, or with neither runs nor values.
     """
     results = _study_of(folder)
+    if not results.has_runs and not (results.out / VALUES).is_file():
+        raise StudyError(f"{folder}: there is nothing to report: no run has begun, and there is no {VALUES}")
     _say_report(results)

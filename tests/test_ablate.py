@@ -24,14 +24,15 @@ from run_halos import ROOT, binary_data, pair_data
 
 from halos_pl.cli import main
 from halos_pl.provenance import digest_of
-from halos_pl.study import execute
+from halos_pl.study import execute, figures
 from halos_pl.study.evaluate import METRICS
+from halos_pl.study.headline import headline
 from halos_pl.study.held_out import by_example, of_pairs, of_rows
 from halos_pl.study.judging import judged_by
 from halos_pl.study.plan import Study, StudyError, check, command, load_study, measuring_of
-from halos_pl.study.report import _drawn, _forest, _heat_map
+from halos_pl.study.planned_power import power_lines
+from halos_pl.study.power import Noise, power
 from halos_pl.study.results import Results
-from halos_pl.study.statistics import compare
 
 RULE = """
 def ends(answer, finished):
@@ -144,6 +145,23 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
         "trainer.max_epochs",
         "is an axis, and set by arm 'a' as well",
     ),
+    "a primary metric that is none": ({"primary": "length"}, "primary:", "'length' is none of the metrics"),
+    "a margin that is none": ({"equivalence": 0}, "equivalence:", "must be a number, above 0"),
+    "a margin of a ratio": (
+        {"metrics": ["kl"], "equivalence": 0.9},
+        "equivalence:",
+        "must be a number, above 1",
+    ),
+    "a share's margin": ({"equivalence": 5}, "equivalence:", "must be below 1"),
+    "unknown key of power": ({"power": {"prompt_sd": 0.5, "runs_sd": 0.1}}, "runs_sd", "unknown key 'runs_sd'"),
+    "half of power": ({"power": {"prompt_sd": 0.5}}, "power:", "takes prompt_sd and run_sd together"),
+    "a negative deviation": ({"power": {"prompt_sd": 0.5, "run_sd": -1}}, "run_sd", "power.run_sd is -1"),
+    "an infinite deviation": (
+        {"power": {"prompt_sd": float("inf"), "run_sd": 1}},
+        "prompt_sd",
+        "power.prompt_sd is inf",
+    ),
+    "two sources of power": ({"power": {"values": "x.csv.gz", "run_sd": 1}}, "values:", "alone"),
     "sample of more than there are": ({"sample": {"size": 9}}, "sample:", "only 2 arms"),
 }
 
@@ -156,6 +174,61 @@ def test_a_study_that_cannot_be_read_is_refused_by_its_line(name: str, make: Any
         load_study(path)
     assert message in str(error.value)
     assert str(error.value).startswith(f"{path}:{line_of(path, text)}:")
+
+
+def test_power_is_said_of_the_planned_seeds_and_prompts(make: Any, tmp_path: Path) -> None:
+    """By what the study states, or for a share at worst; of one seed, or one arm, there is none."""
+    many = {"metrics": ["rule", "length"], "seeds": [0, 1, 2]}
+    for own, wanted in (
+        ({}, ["2 arms x 3 seeds x 80 prompts", "prompt_sd 0.71, run_sd 0 ", "run_sd 0.2 "]),
+        ({"power": {"prompt_sd": 0.4, "run_sd": 0.05}}, ["prompt_sd 0.4, run_sd 0.05 (as power states)"]),
+        ({"seeds": [0]}, ["one seed"]),
+        ({"primary": "length"}, ["unknown; name power"]),
+        ({"primary": "length", "power": {"prompt_sd": 0.4, "run_sd": 0.05}}, ["a factor of"]),
+    ):
+        said = "\n".join(power_lines(load_study(make(**many | own)), 80))
+        for text in wanted:
+            assert text in said
+    noise = Noise.planned(prompt_sd=0.4, run_sd=0.05, sampling_sd=0, count=80, seeds=3, arms=2)
+    said = "\n".join(power_lines(load_study(make(**many, power={"prompt_sd": 0.4, "run_sd": 0.05})), 80))
+    assert f"20 points {power(0.2, noise, 0.05):.2f}" in said
+    assert check(load_study(make(**many)))["kto"].examples == 3
+    assert check(load_study(make(metrics=["reward_auroc"])))["kto"].examples == 6
+    path = make(power={"values": str(tmp_path / "none.csv.gz")})
+    with pytest.raises(StudyError, match=r"none\.csv\.gz cannot be read") as error:
+        check(load_study(path))
+    assert str(error.value).startswith(f"{path}:{line_of(path, 'power:')}:")
+    # A second file that changes the metrics says what they are decided by.
+    (tmp_path / "over.yaml").write_text("metrics: [kl]")
+    with pytest.raises(StudyError, match="equivalence is of the primary metric"):
+        load_study(make(**many, equivalence=0.05), tmp_path / "over.yaml")
+
+
+def test_a_detectable_size_is_stated_only_of_arms_that_have_one(make: Any, tmp_path: Path) -> None:
+    arms = {name: {"objective": f"{ROOT}/experiments/objectives/kto.yaml"} for name in ("a", "b", "c")}
+    study = load_study(make(metrics=["rule"], seeds=[0, 1, 2], arms=arms))
+    draw = np.random.default_rng(0)
+    base = (draw.random(40) < 0.5) * 1.0
+    for number, run in enumerate(study.runs(tmp_path / "out")):
+        values = base if run.arm.name == "a" else np.roll(base, 1 if run.arm.name == "b" else 2)
+        noise = draw.random(40) < 0.1
+        values = np.where(noise, 1 - values, values)
+        _pretend(study, tmp_path / "out", number, "rule", {f"{i:02}": v for i, v in enumerate(values.tolist())})
+    results = Results(study, tmp_path / "out")
+    found = results.comparisons("rule")
+    assert all(c.decision == "not significant" and c.detectable for c in found.values())
+    assert f"{max(c.detectable or 0 for c in found.values()):.2g} is found 4 times in 5" in headline(results)
+    # So much noise in one arm's comparison that no difference of shares would be found.
+    assert found["b"].noise is not None
+    found["b"].__dict__.pop("detectable")
+    object.__setattr__(found["b"], "noise", replace(found["b"].noise, run=1.0))
+    assert found["b"].detectable is None
+    said = headline(results)
+    assert f"{found['c'].detectable:.2g} is found 4 times in 5 (c)" in said
+    assert "too few values of b" in said
+    object.__setattr__(found["c"], "noise", found["b"].noise)
+    found["c"].__dict__.pop("detectable")
+    assert "is found 4 times in 5" not in headline(results)
 
 
 def test_arms_are_crossed_with_axes_and_sampled(make: Any) -> None:
@@ -414,17 +487,8 @@ def test_a_run_that_cannot_be_compared_is_left_out_by_name(make: Any, tmp_path: 
         runs[5]: "kl is of 2 examples, 1 of which are not those of others",
     }
     assert results.done == runs[:4]
-    [versus] = results.versus
-    assert (versus.seeds, versus.comparison.difference.value) == ((0, 1), 1.0)
-    some = replace(versus, seeds=(0, 1), planned=3, comparison=compare(np.zeros((2, 40)), np.ones((2, 40))))
-    assert (some.shown, some.said) == (True, "differs (by 2 of 3 seeds)")
-    # One seed of several says nothing of the others.
-    one = replace(versus, seeds=(0,), comparison=compare(np.arange(40.0), np.arange(40.0) + 1))
-    assert one.comparison.shown
-    assert (one.shown, one.said) == (False, "one seed so far")
-    alone = replace(one, planned=1)
-    assert (alone.shown, alone.runs_differ) == (False, True)
-    assert alone.said == "these runs differ; one seed says nothing of others"
+    [found] = results.comparisons("kl").values()
+    assert (found.seeds, found.scale, found.effect) == (2, "ratio", pytest.approx(10 / 7))
 
 
 def test_a_run_that_was_made_in_another_way_is_left_out(make: Any, tmp_path: Path) -> None:
@@ -555,7 +619,7 @@ ORPHAN = """
 import os, signal, sys
 from pathlib import Path
 from filelock import FileLock
-from halos_pl.study import execute
+from halos_pl.study import execute, figures
 
 sys.executable = sys.argv[1]
 lock = FileLock(sys.argv[2])
@@ -613,9 +677,10 @@ def test_names_and_errors_are_shown_as_they_are(
     for number in range(4):
         if number != 3:
             _pretend(study, out, number, "kl", {"a": 1.0 * number, "b": 2.0})
-    drawn = out / "forest.png"
-    assert _forest(Results(study, out), drawn) == drawn
-    assert _drawn(study.arms[0]).strip().replace("\\$", "$") == study.arms[0].name
+    drawn = figures.forest(Results(study, out))
+    assert drawn is not None
+    drawn.draw_without_rendering()
+    assert figures.label(study.arms[0].name).strip().replace("\\$", "$") == study.arms[0].name
     failed = study.runs(out)[3]
     execute._fail(failed, ["fit"], "RuntimeError: [/tmp/x] [enforce fail at alloc_cpu.cpp:117]")
     execute.claim(study, tmp_path / "other", {arm.name: arm.name for arm in study.arms})
@@ -633,7 +698,7 @@ def test_arms_in_one_place_of_the_grid_are_not_drawn_over_each_other(make: Any, 
         out = tmp_path / str(drawn)
         for number in range(len(study.arms)):
             _pretend(study, out, number, "kl", {"a": float(number)})
-        assert (_heat_map(Results(study, out), out / "map.png") is not None) == drawn
+        assert (figures.heat_map(Results(study, out)) is not None) == drawn
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -673,7 +738,9 @@ def test_a_study_runs_goes_on_after_a_failure_and_reports(make: Any, here: list[
     for metric, n in (("reward_accuracy", 6), ("reward_auroc", 6), ("kl", 3), ("judge", 3)):
         e = results.estimates[metric, "kto"]
         assert (e.examples, e.seeds) == (n, 2), metric
-    assert {v.arm.name for v in results.versus} == {"no loss aversion"}
+    for metric in results.study.metrics:
+        assert set(results.comparisons(metric)) == {"no loss aversion"}
+        assert results.comparisons(metric)["no loss aversion"].exploratory == (metric != "reward_accuracy")
     for name in ("report.html", "report.md", "forest.png", "curves.png", "value_functions.png"):
         assert (out / name).stat().st_size > 500, name
     page = (out / "report.html").read_text()

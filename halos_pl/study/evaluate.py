@@ -55,6 +55,8 @@ METRICS: dict[str, tuple[str, str, bool | None]] = {
 COMPARING = ("reward_accuracy", "reward_margin", "brier", "reward_auroc", "kl_held_out", "kl")
 #: Metrics that lie between 0 and 1.
 SHARES = frozenset(name for name, (_, what, _) in METRICS.items() if what.startswith("share"))
+#: Positive metrics without an upper end, whose arms are compared by ratios, on the log scale.
+RATIOS = frozenset({"kl", "kl_held_out", "length"})
 
 
 def measuring(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -73,6 +73,7 @@ class Evaluation(HALOModule):
                 "prompt": int(batch.group[i]),  # as it was before it was cut, which goes by the completion
                 "desirable": bool(batch.desirable[i]),
                 "tokens": tokens[i],
+                "words": len(str(self.tokenizer.decode(batch.completions[i], skip_special_tokens=True)).split()),
             }
             | {name: each[i] for name, each in sums.items()}
             for i in range(len(batch))

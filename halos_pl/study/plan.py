@@ -9,15 +9,18 @@ import io
 import itertools
 import json
 import logging
+import math
 import random
 import re
 import shlex
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import halos_pl
 import value_functions
@@ -27,18 +30,27 @@ from halos_pl.data.prompts import TEXT_SETTINGS
 from halos_pl.ending import epoch_steps, fit_steps, shortfall
 from halos_pl.monitors import check_monitors
 from halos_pl.prompt_files import read_prompt_rows
-from halos_pl.study.evaluate import CODE, FILE, METRICS, check_arguments, evaluate, measuring
+from halos_pl.study.evaluate import CODE, FILE, METRICS, RATIOS, SHARES, check_arguments, evaluate, measuring
 from halos_pl.study.judging import judged_by
+from halos_pl.study.planned_power import assumed
 from halos_pl.yaml_files import Lines, YAMLFileError, read_yaml
 
-KEYS = ("configs", "options", "arms", "axes", "sample", "seeds", "evaluate", "metrics", "baseline", "cluster", "note")
+KEYS = (
+    *("configs", "options", "arms", "axes", "sample", "seeds", "evaluate", "metrics", "primary", "equivalence"),
+    *("power", "baseline", "cluster", "note"),
+)
 # All but where it is written, which is each run's own folder.
 EVALUATE = tuple(
     name for name, p in inspect.signature(evaluate).parameters.items() if p.kind is p.KEYWORD_ONLY and name != "out"
 )
 OBJECTIVE = "objective"
 # What a second file may say otherwise: at which scale, not what is asked.
-OVER = ("configs", "options", "seeds", "evaluate", "metrics", "cluster", "note")
+OVER = tuple(key for key in KEYS if key not in ("arms", "axes", "sample", "baseline"))
+#: What ``power`` takes: standard deviations, or the values of an earlier study.
+POWER = ("prompt_sd", "run_sd", "sampling_sd", "values")
+
+#: Rows of every report that are no arm.
+BEFORE, SHORTER = "before training", "fewer words wins"
 
 # Options that a study sets itself, for each run; what they said would not be used.
 OWN = {
@@ -118,6 +130,11 @@ class Study:
         seeds: of each arm.
         evaluate: arguments of ``halos evaluate``, but for the run.
         metrics: which of them the report compares, in order.
+        primary: the metric that decisions are made on; the others are exploratory.
+        equivalence: the largest difference in the primary metric that counts as none, a ratio for a metric of RATIOS;
+            None where equivalence is not to be claimed.
+        power: what the power is computed for: ``prompt_sd``, ``run_sd`` and perhaps ``sampling_sd``, or ``values``, the
+            values.csv.gz of an earlier study; empty where nothing is known.
         baseline: name of the arm that the others are compared with.
         cluster: parameters of submitit, None for processes of this machine.
         note: what the study asks, for the report.
@@ -130,7 +147,10 @@ class Study:
     seeds: tuple[int, ...]
     evaluate: Mapping[str, Any]
     metrics: tuple[str, ...]
+    primary: str
     baseline: str
+    equivalence: float | None = None
+    power: Mapping[str, Any] = field(default_factory=dict)
     cluster: Mapping[str, Any] | None = None
     note: str = ""
     over: Path | None = None
@@ -231,6 +251,10 @@ class _Reader:
             raise self.fault(f"{key} is not for a study to set: {OWN[key]}", *place)
         taken: dict[str, Arm] = {}
         for arm in arms:
+            if arm.name == SHORTER or arm.name.startswith(BEFORE):
+                raise StudyError(
+                    f"{self.path}:{arm.line}: arm {arm.name!r} has the name of a baseline; give it another"
+                )
             if arm.folder in taken:
                 raise StudyError(
                     f"{self.path}:{arm.line}: the arms {taken[arm.folder].name!r} and {arm.name!r} would have the same"
@@ -256,12 +280,15 @@ class _Reader:
             arms=tuple(arms),
             seeds=tuple(seeds),
             evaluate=measured,
-            metrics=self._metrics(measured),
+            metrics=(metrics := self._metrics(measured)),
+            primary=(primary := self._primary(metrics)),
+            equivalence=self._equivalence(primary),
+            power=self._power(),
             baseline=baseline,
             cluster=self.get("cluster", dict, None),
             note=self.get("note", str, ""),
             over=self.over,
-            places={key: self.where(key) for key in ("evaluate", "metrics", "cluster")}
+            places={key: self.where(key) for key in ("evaluate", "metrics", "cluster", "power")}
             | {key: self.where("evaluate", key) for key in (*CODE, "prompts", "held_out")},
         )
 
@@ -280,6 +307,48 @@ class _Reader:
             if not evaluate.get(lacks):
                 raise self.fault(f"metric {metric} is one of {unit}, but evaluate names no {lacks}", "metrics", i)
         return tuple(metrics)
+
+    def _primary(self, metrics: tuple[str, ...]) -> str:
+        primary: str = self.get("primary", str, metrics[0])
+        if primary not in metrics:
+            raise self.fault(f"primary {primary!r} is none of the metrics; they are {', '.join(metrics)}", "primary")
+        if self.over is not None and {"metrics", "primary"} & set(self.others):
+            for key in ("equivalence", "power"):
+                if key in self.content and key not in self.others:
+                    why = f"{key} is of the primary metric, which {self.over} may replace; name it there, or null"
+                    raise self.fault(why, key)
+        return primary
+
+    def _number(self, value: Any, name: str, *place: str, above: float | None = None) -> float:
+        """A finite number, at least 0 or above a bound."""
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not (value >= 0 if above is None else value > above):
+            bound = "at least 0" if above is None else f"above {above:g}"
+            raise self.fault(f"{name} is {value!r}; it must be a number, {bound}", *place)
+        return float(value)
+
+    def _equivalence(self, primary: str) -> float | None:
+        given = self.content.get("equivalence")
+        if given is None:
+            return None
+        margin = self._number(given, "equivalence", "equivalence", above=1 if primary in RATIOS else 0)
+        if primary in SHARES and margin >= 1:
+            raise self.fault(f"equivalence is {given!r}; {primary} is a share, so it must be below 1", "equivalence")
+        return margin
+
+    def _power(self) -> dict[str, Any]:
+        given: dict[str, Any] = self.get("power", dict, None) or {}
+        for key in given:
+            if key not in POWER:
+                raise self.fault(f"unknown key {key!r} of power; it takes {', '.join(POWER)}", "power", key)
+        if "values" in given:
+            if len(given) > 1 or not isinstance(given["values"], str):
+                why = "power takes values, the path of an earlier study's values.csv.gz, alone, or prompt_sd and run_sd"
+                raise self.fault(why, "power", "values")
+            return given
+        if given and not {"prompt_sd", "run_sd"} <= set(given):
+            raise self.fault(f"power has {', '.join(given)}; it takes prompt_sd and run_sd together", "power")
+        return {key: self._number(value, f"power.{key}", "power", key) for key, value in given.items()}
 
     def _files(self, given: list[Any], *place: Any) -> tuple[str, ...]:
         """Names of config files."""
@@ -375,10 +444,12 @@ class Checked:
     Attributes:
         steps: optimizer steps of one run.
         digest: of the resolved config, without seed and folder.
+        examples: prompts that the primary metric will be measured on.
     """
 
     steps: int
     digest: str
+    examples: int = 0
 
 
 @contextlib.contextmanager
@@ -421,7 +492,11 @@ def check(study: Study) -> dict[str, Checked]:
     """
     from halos_pl.lightning_cli import USER_ERRORS, HalosCLI
 
-    _check_evaluation(study)
+    try:
+        assumed(study)
+    except ValueError as error:
+        raise StudyError(f"{study.places['power']}: power: {error}") from error
+    answered = _check_evaluation(study)
     found: dict[str, Checked] = {}
     known: dict[str, Arm] = {}
     first: Any = None
@@ -458,8 +533,9 @@ def check(study: Study) -> dict[str, Checked]:
         known[digest] = arm
         found[arm.name] = Checked(steps, digest)
         first = first or cli
-    _check_held_out(study, first.model.tokenizer, first.datamodule)
-    return found
+    held_out = _check_held_out(study, first.model.tokenizer, first.datamodule)
+    examples = answered if METRICS[study.primary][0] == "prompts" else held_out
+    return {name: replace(each, examples=examples) for name, each in found.items()}
 
 
 def _own_code(config: str) -> list[str]:
@@ -508,8 +584,12 @@ def measuring_of(study: Study) -> dict[str, Any]:
     return measuring(_parsed(study))
 
 
-def _check_evaluation(study: Study) -> None:
-    """Tries out the command that measures a run: its arguments, the functions it calls, its prompts."""
+def _check_evaluation(study: Study) -> int:
+    """Tries out the command that measures a run: its arguments, the functions it calls, its prompts.
+
+    Returns:
+        the number of prompts that are answered.
+    """
     arguments = _parsed(study)
     try:
         check_arguments(**arguments)
@@ -523,11 +603,13 @@ def _check_evaluation(study: Study) -> None:
                 raise StudyError(f"{study.places[key]}: {key}: {error}") from error
     if arguments["prompts"]:
         try:
-            read_prompt_rows(
+            rows = read_prompt_rows(
                 Path(arguments["prompts"]), arguments["text_prompts"] or "chat", arguments["prompt_column"]
             )
         except DataError as error:
             raise StudyError(f"{study.places['prompts']}: prompts: {error}") from error
+        return len(rows)
+    return 0
 
 
 def _steps(cli: Any) -> int:
@@ -546,8 +628,12 @@ _GOOD, _BAD = {1: "desirable"}, {0: "undesirable"}
 WANTED = {"nll_desirable": _GOOD, "nll_undesirable": _BAD, "reward_auroc": _GOOD | _BAD}
 
 
-def _check_held_out(study: Study, tokenizer: Any, data: Any) -> None:
-    """Refuses held-out data with faults, read as ``data`` reads text, and a metric that they cannot give."""
+def _check_held_out(study: Study, tokenizer: Any, data: Any) -> int:
+    """Refuses held-out data with faults, read as ``data`` reads text, and a metric that they cannot give.
+
+    Returns:
+        the number of prompts that the primary metric is measured on.
+    """
     from halos_pl.data.datamodule import _sources
     from halos_pl.data.store import fault_list, open_store
     from halos_pl.data.table import Table
@@ -556,7 +642,7 @@ def _check_held_out(study: Study, tokenizer: Any, data: Any) -> None:
     arguments = _parsed(study)
     given = arguments["held_out"]
     if not given:
-        return
+        return 0
     text = {name: getattr(data, name) for name in TEXT_SETTINGS}
     text["text_prompts"] = arguments["text_prompts"] or data.text_prompts
     try:
@@ -587,3 +673,5 @@ def _check_held_out(study: Study, tokenizer: Any, data: Any) -> None:
         for label, kind in WANTED.get(metric, {}).items():
             if label not in labels:
                 raise StudyError(f"{study.places['metrics']}: {metric} wants {kind} rows; the held-out data have none")
+    wanted = list(WANTED.get(study.primary, {0: "", 1: ""}))
+    return len(set(table.prompt[np.isin(table.label, wanted)].tolist()))

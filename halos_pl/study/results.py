@@ -2,135 +2,25 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
 
-from halos_pl.callbacks import CONFIG, SUMMARY
-from halos_pl.callbacks import METRICS as CURVES
-from halos_pl.ending import shortfall
-from halos_pl.study.evaluate import FILE, METRICS, SHARES, measured_how
+from halos_pl.study.comparison import Comparison
+from halos_pl.study.decisions import compare
+from halos_pl.study.evaluate import METRICS, RATIOS, SHARES
+from halos_pl.study.gather import describe, gather
 from halos_pl.study.plan import Arm, Run, Study
-from halos_pl.study.statistics import RESAMPLES, Comparison, Estimate, Values, compare, estimate, holm
+from halos_pl.study.recorded import Recorded, read_recorded, write_recorded
+from halos_pl.study.run_variance import Runs
+from halos_pl.study.statistics import Estimate, Values, estimate
+from halos_pl.study.trivial import BEFORE
 
-# Of a run's config: which run it is, and where.
-OWN = ("run_dir", "seed_everything", "default_root_dir")
-
-
-def _leaves(node: Any, at: str = "") -> dict[str, Any]:
-    """The values of a config by their dotted keys."""
-    if not isinstance(node, dict):
-        return {at: node}
-    return {k: v for key, own in node.items() for k, v in _leaves(own, f"{at}.{key}" if at else str(key)).items()}
-
-
-def summary(run: Run) -> dict[str, Any]:
-    """What a run says of its training; empty where it says nothing."""
-    path = run.folder / SUMMARY
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
-
-
-def _config(run: Run) -> dict[str, str]:
-    """What a run was trained with: its config, and the digests of its data; as JSON, by dotted key."""
-    path = run.folder / CONFIG
-    known = _leaves(yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)) if path.is_file() else {}
-    known |= {f"the data {name}": digest for name, digest in summary(run).get("digests", {}).items()}
-    return {key: json.dumps(value) for key, value in known.items() if key.rpartition(".")[2] not in OWN}
-
-
-def _made_otherwise(runs: Iterable[Run]) -> dict[Run, str]:
-    """Runs that were not made as most are: with another config than other seeds of their arm, or measured otherwise.
-
-    A file that is changed while a study runs, such as a config, data, or the rule, has no other trace.
-    """
-    faults, arms = {}, defaultdict(list)
-    measured = {}
-    for run in runs:
-        arms[run.arm.name].append(run)
-        how = {key: own for key, own in measured_how(run.folder).items() if key != "by"}
-        measured[run] = {key: json.dumps(value) for key, value in _leaves(how).items()}
-    for why, known in [
-        ("measured in another way than most", measured),
-        *(("trained in another way than other seeds", {run: _config(run) for run in own}) for own in arms.values()),
-    ]:
-        usual = Counter(json.dumps(each, sort_keys=True) for each in known.values()).most_common(1)
-        for run, each in known.items():
-            common = json.loads(usual[0][0])
-            keys = sorted(key for key in {*each, *common} if each.get(key) != common.get(key))
-            if keys:
-                faults[run] = f"{why}: {', '.join(keys)} differ{'s' * (len(keys) == 1)}"
-    for own in arms.values():  # as after raising max_steps of some; an older version's summary does not say
-        planned = {run: steps for run in own if (steps := summary(run).get("planned_steps")) is not None}
-        usual_steps = Counter(planned.values()).most_common(1)
-        faults |= {
-            run: f"trained for {steps} planned steps, other seeds for {usual_steps[0][0]}"
-            for run, steps in planned.items()
-            if steps != usual_steps[0][0]
-        }
-    return faults
-
-
-@dataclass(frozen=True)
-class Versus:
-    """An arm compared with the baseline on one metric.
-
-    Attributes:
-        metric, arm: which.
-        comparison: the arm less the baseline; p corrected for all comparisons of the study.
-        seeds: those that both have finished.
-        planned: seeds of the study.
-    """
-
-    metric: str
-    arm: Arm
-    comparison: Comparison
-    seeds: tuple[int, ...]
-    planned: int
-
-    @property
-    def shown(self) -> bool:
-        """Whether a difference is shown; not by a single seed, which says nothing of other runs."""
-        return self.comparison.shown and len(self.seeds) > 1
-
-    @property
-    def detectable(self) -> float:
-        """The difference that would be found 4 times in 5; infinite where none that can be would."""
-        found = self.comparison.detectable
-        return math.inf if self.metric in SHARES and found > 1 else found
-
-    @property
-    def runs_differ(self) -> bool:
-        """Whether no more than that is shown: these runs differ, other seeds may not."""
-        one = len(self.seeds) == self.planned == 1 and self.comparison.shown
-        return not self.shown and (one or (len(self.seeds) > 1 and self.comparison.runs_differ))
-
-    @property
-    def said(self) -> str:
-        """In a few words."""
-        if self.shown:
-            some = len(self.seeds) < self.planned
-            return f"differs (by {len(self.seeds)} of {self.planned} seeds)" if some else "differs"
-        if self.comparison.same:
-            return "the same on every example"
-        if len(self.seeds) == 1 < self.planned:
-            return "one seed so far"
-        if self.runs_differ:
-            return "these runs differ; " + (
-                "not shown for other seeds" if len(self.seeds) > 1 else "one seed says nothing of others"
-            )
-        found = self.detectable
-        size = f"{found:.2g} is detectable" if math.isfinite(found) else "too few values to find any"
-        return f"no difference shown; {size}"
+#: By the arm's name.
+Compared = dict[str, Comparison]
 
 
 class Results:
@@ -141,38 +31,36 @@ class Results:
         out: its folder.
     """
 
-    def __init__(self, study: Study, out: Path) -> None:
+    def __init__(self, study: Study, out: Path, recorded: Recorded | None = None) -> None:
         self.study, self.out = study, out
         self.runs = study.runs(out)
-        found = {run: json.loads((run.folder / FILE).read_text(encoding="utf-8")) for run in self.runs if run.measured}
-        #: Why a measured run is left out.
-        self.faults: dict[Run, str] = self._faults(found)
+        #: Why a measured run is skipped.
+        self.faults: dict[Run, str] = {}
+        if recorded is None and self.has_runs:
+            values, self.faults = gather(study, out)
+            recorded = Recorded(values)
+        recorded = recorded or read_recorded(study, out)
+        self._values = recorded.values
+        #: What is known of the runs besides their numbers; empty for runs that were not recorded yet.
+        self.record = recorded.record
         #: Runs that have been trained and measured, and can be compared.
-        self.done = [run for run in found if run not in self.faults]
-        self._values = {(run.arm.name, run.seed): found[run] for run in self.done}
+        self.done = [run for run in self.runs if (run.arm.name, run.seed) in self._values]
 
-    def _faults(self, found: dict[Run, dict[str, dict[str, float]]]) -> dict[Run, str]:
-        """Runs that were measured before their training was done, whose figures are not finite or of other examples
-        than those of most runs, or that were made in another way."""
-        short = {run: f"it was measured, but {why}" for run in found if (why := shortfall(run.folder))}
-        found = {run: values for run, values in found.items() if run not in short}
-        faults = _made_otherwise(found)
-        for metric in self.study.metrics:
-            examples = {run: frozenset(values.get(metric, {})) for run, values in found.items()}
-            usual = Counter(examples.values()).most_common(1)[0][0] if examples else frozenset()
-            for run, own in examples.items():
-                lost = sum(not math.isfinite(value) for value in found[run].get(metric, {}).values())
-                if lost:
-                    faults[run] = f"{metric} of {lost} of {len(own)} examples is no finite number"
-                elif own != usual:
-                    faults[run] = (
-                        f"{metric} is of {len(own)} examples, {len(own ^ usual)} of which are not those of others"
-                    )
-        return faults | short
+    @property
+    def has_runs(self) -> bool:
+        """Whether there is the folder of a run, finished or not, and not only what was recorded of it."""
+        return any(run.folder.is_dir() for run in self.runs)
 
-    def first_run(self, arm: Arm) -> Run | None:
-        """The arm's first finished run, None where there is none yet."""
-        return next((run for run in self.done if run.arm is arm), None)
+    def recorded(self) -> Results:
+        """The same results, computed from ``values.csv.gz`` and ``record.json`` alone.
+
+        Where there are runs both files are written first, and the code that the runs' configs name is executed.
+        """
+        if self.has_runs:
+            write_recorded(describe(self.study, self.out), self.study, self.out)
+        found = Results(self.study, self.out, read_recorded(self.study, self.out))
+        found.faults = self.faults
+        return found
 
     def seeds(self, arm: Arm) -> tuple[int, ...]:
         """The seeds that an arm has finished."""
@@ -180,8 +68,8 @@ class Results:
 
     def values(self, metric: str, arm: Arm, seeds: Iterable[int]) -> Values | None:
         """[seeds, examples], examples in one order for all arms; None where a run lacks the metric."""
-        found = [self._values[arm.name, seed].get(metric) for seed in seeds]
-        if not found or any(each is None for each in found):
+        found = [self._values[arm.name, seed].get(metric, {}) for seed in seeds]
+        if not found or not all(found):
             return None
         names = sorted(found[0])
         return np.array([[each[name] for name in names] for each in found], dtype=np.float64)
@@ -202,81 +90,126 @@ class Results:
         """The arm that the others are compared with."""
         return next(arm for arm in self.study.arms if arm.name == self.study.baseline)
 
+    def stratum(self, name: str, metric: str) -> Values | None:
+        """[seeds, examples] of a metric of some examples only, of an arm or a baseline that is none."""
+        found = [f[metric] for (owner, _), f in self._values.items() if owner == name and f.get(metric)]
+        if not found:
+            return None
+        return np.array([[each[example] for example in sorted(found[0])] for each in found], dtype=np.float64)
+
+    @property
+    def primary(self) -> str:
+        """The metric that decides."""
+        return self.study.primary
+
     @cached_property
-    def versus(self) -> list[Versus]:
-        """Every arm against the baseline on every metric, on the seeds that both have finished."""
-        found = []
-        for metric in self.study.metrics:
-            for arm in self.study.arms:
-                seeds = tuple(s for s in self.seeds(arm) if s in self.seeds(self.baseline))
-                one, other = self.values(metric, arm, seeds), self.values(metric, self.baseline, seeds)
-                if arm is not self.baseline and one is not None and other is not None:
-                    found.append((metric, arm, one, other, seeds))
-        # A permutation test of so many resamples can be below the strictest step of the correction.
-        family = len(self.study.metrics) * (len(self.study.arms) - 1)
-        resamples = max(RESAMPLES, 200 * family)
-        # Those of runs to come count as well: else what is found early would be corrected for fewer.
-        corrected = holm([compare(one, other, resamples=resamples) for _, _, one, other, _ in found], family)
-        planned = len(self.study.seeds)
-        return [
-            Versus(m, arm, new, seeds, planned) for (m, arm, _, _, seeds), new in zip(found, corrected, strict=True)
-        ]
+    def ranked(self) -> list[Arm]:
+        """The arms by the primary metric, best first (highest first where neither is better); unmeasured ones last."""
+        more = METRICS[self.primary][2]
 
-    def curve(self, run: Run, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a training figure."""
-        path = run.folder / CURVES
-        if not path.is_file():
-            return [], []
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.DictReader(file) if row.get(name)]
-        return [int(row["step"]) for row in rows], [float(row[name]) for row in rows]
+        def place(arm: Arm) -> tuple[bool, float]:
+            e = self.estimates.get((self.primary, arm.name))
+            return e is None, 0.0 if e is None else e.value if more is False else -e.value
 
-    def outcomes(self, arm: Arm) -> list[tuple[float, bool]]:
-        """Outcomes in nats of the last rows that the arm's runs were trained on, and their labels."""
-        found: list[tuple[float, bool]] = []
-        for run in self.done:
-            if run.arm is arm:
-                found += [(float(u), bool(d)) for u, d in summary(run).get("last_outcomes", [])]
+        return sorted(self.study.arms, key=place)
+
+    def _runs(self, metric: str, arms: Iterable[Arm]) -> dict[str, Runs]:
+        """The finished runs of those arms that have the metric."""
+        found = {}
+        for arm in arms:
+            seeds = self.seeds(arm)
+            if (values := self.values(metric, arm, seeds)) is not None:
+                found[arm.name] = Runs(values, seeds)
         return found
 
-    def headline(self) -> str:
-        """In a few sentences: which arm is ahead on the first metric, by how much, and whether to believe it."""
-        metric = self.study.metrics[0]
-        _, what, more = METRICS[metric]
-        found = {arm: e for (m, arm), e in self.estimates.items() if m == metric}
-        compared = set(found) - {self.baseline.name} or len(self.study.arms) == 1
-        if self.baseline.name not in found or not compared:
-            finished = f"of {len(self.runs)} runs {len(self.done)} are finished"
-            lacks = "" if not found else ", of no other arm" if not compared else f", none of {self.baseline.name}"
-            return f"Nothing to compare yet: {finished}{lacks}."
-        base = found[self.baseline.name]
-        n = f"{base.seeds} seed{'s' * (base.seeds > 1)} and {base.examples} prompts"
-        said = [f"{metric} ({what}): {self.baseline.name} {shown(base)}, over {n}."]
-        against = [v for v in self.versus if v.metric == metric]
-        real = [v for v in against if v.shown]
-        for v in sorted(real, key=lambda v: -abs(v.comparison.difference.value)):
-            d = v.comparison.difference
-            better = "" if more is None else " (better)" if (d.value > 0) == more else " (worse)"
-            said.append(
-                f"{v.arm.name} differs from {self.baseline.name} by {shown(d, '+')}{better}, corrected p ="
-                f" {v.comparison.adjusted:.2g}."
-            )
-        rest: dict[str, list[Versus]] = defaultdict(list)
-        for v in against:
-            if not v.shown:
-                rest[v.said.partition(";")[0]].append(v)
-        for why, some in rest.items():
-            known = [v.detectable for v in some if math.isfinite(v.detectable)]
-            besides = {
-                "no difference shown": f"; at this size one of {max(known):.2g} is found 4 times in 5" if known else "",
-                "these runs differ": ", but the seeds are too few to say that other runs would",
-            }
-            said.append(f"{', '.join(v.arm.name for v in some)}: {why}{besides.get(why, '')}.")
-        if len(self.done) < len(self.runs):
-            said.append(f"Unfinished: {len(self.runs) - len(self.done)} of {len(self.runs)} runs are missing.")
-        return " ".join(said)
+    def _compared(self, metric: str, runs: dict[str, Runs], reference: str, family: int, primary: bool) -> Compared:
+        found = compare(
+            metric,
+            runs,
+            reference,
+            planned=len(self.study.seeds),
+            family=family,
+            primary=primary,
+            scale="ratio" if metric in RATIOS else "difference",
+            margin=self.study.equivalence if primary else None,
+            share=metric in SHARES,
+        )
+        return {each.arm: each for each in found}
 
+    @cached_property
+    def _comparisons(self) -> dict[str, Compared]:
+        found: dict[str, Compared] = {}
+        for metric in self.study.metrics:
+            runs = self._runs(metric, self.ranked)
+            if self.study.baseline in runs:
+                # Arms to come count as well: else what is found early would be corrected for fewer.
+                others = len(self.study.arms) - 1
+                found[metric] = self._compared(metric, runs, self.study.baseline, others, metric == self.primary)
+        return found
 
-def shown(e: Estimate, sign: str = "") -> str:
-    """A figure with its 95 % interval."""
-    return f"{e.value:{sign}.3g} [{e.low:{sign}.3g}, {e.high:{sign}.3g}]"
+    def comparisons(self, metric: str) -> Compared:
+        """Each other arm against the baseline arm, by name, in the order of :attr:`ranked`.
+
+        Only those on the primary metric carry decisions.
+        """
+        return self._comparisons.get(metric, {})
+
+    def untrained(self, arm: Arm) -> str | None:
+        """The baseline that is the model which an arm started from, where it is known."""
+        name = BEFORE if BEFORE in self.baselines else self.record.get("starts", {}).get(arm.name)
+        return name if name in self.baselines else None
+
+    def _against_untrained(self, metric: str, *, primary: bool) -> Compared:
+        starts: dict[str, list[Arm]] = defaultdict(list)
+        for arm in self.ranked:
+            if (before := self.untrained(arm)) is not None:
+                starts[before].append(arm)
+        found: Compared = {}
+        for before, arms in starts.items():
+            values = self.of_baseline(metric, before)
+            runs = self._runs(metric, arms)
+            if values is not None and runs:
+                runs[before] = Runs(values, ())
+                found |= self._compared(metric, runs, before, len(self.study.arms), primary)
+        return {arm.name: found[arm.name] for arm in self.ranked if arm.name in found}
+
+    @cached_property
+    def _learned(self) -> dict[str, Compared]:
+        return {metric: self._against_untrained(metric, primary=False) for metric in self.study.metrics}
+
+    def learned(self, metric: str) -> Compared:
+        """Each arm against the model before training, by name, in the order of :attr:`ranked`; without decisions.
+
+        The decisions of a report, which share an error rate of 5 %, are those against the baseline arm.
+        """
+        return self._learned.get(metric, {})
+
+    @cached_property
+    def nothing_learned(self) -> bool:
+        """Whether no arm is significantly better than the model before training, on a primary metric that knows better.
+
+        False where that model was not measured.
+        """
+        more = METRICS[self.primary][2]
+        found = self._against_untrained(self.primary, primary=True)
+        tested = [c for c in found.values() if c.decision != "one seed so far"]
+        sure = [c for c in tested if c.significant or (c.runs_only and c.planned == 1)]
+        return more is not None and bool(tested) and not any((c.effect > c.null) == more for c in sure)
+
+    def figures(self, arm: Arm, metric: str) -> list[Mapping[str, float]]:
+        """Of each finished seed of an arm: the values of a metric, such as a training figure by step."""
+        found = [self._values[arm.name, seed].get(metric, {}) for seed in self.seeds(arm)]
+        return [each for each in found if each]
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """Names of the baselines that are no arm, such as the model before training."""
+        return tuple(name for name, seed in self._values if seed is None)
+
+    def of_baseline(self, metric: str, name: str) -> Values | None:
+        """[1, examples], in the order of :meth:`values`; None where it has no such metric, or of other examples."""
+        found = self._values[name, None].get(metric, {})
+        arms = next((f[metric] for (_, seed), f in self._values.items() if seed is not None and metric in f), {})
+        if not found or set(found) != set(arms):
+            return None
+        return np.array([[found[example] for example in sorted(found)]], dtype=np.float64)

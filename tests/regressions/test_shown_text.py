@@ -23,7 +23,7 @@ from halos_pl.cache_command import info
 from halos_pl.cli import main
 from halos_pl.messages import plain
 from halos_pl.study import report
-from halos_pl.study.report import markdown
+from halos_pl.study.markdown import markdown
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -81,13 +81,19 @@ def test_our_own_texts_stay_readable() -> None:
 
 
 def _everywhere(text: str) -> dict[str, Any]:
-    row = dict.fromkeys(("mean", "figure", "n", "difference", "p", "permutation", "wilcoxon", "effect", "said"), text)
+    row = dict.fromkeys(("mean", "figure", "n", "difference", "p", "said", "learned"), text)
     return {
         "title": text,
         "overview": [(text, [{**row, "how": ""}])],
         "note": text,
         "headline": text,
-        "tables": [{"metric": text, "what": text, "rows": [{**row, "arm": text, "how": "", "test": text}]}],
+        "details": text,
+        "methods": text,
+        "tables": [
+            {"metric": text, "head": text, "what": text, "primary": True, "rows": [{**row, "arm": text, "how": ""}]}
+        ],
+        "learned": True,
+        "lengths": [{"arm": text, "figures": [text] * 4}],
         "baseline": "other",
         "arms": [{"name": text, "verdict": text, "seeds": 1}],
         "missing": [{"run": text, "state": text, "error": text}],
@@ -106,10 +112,12 @@ def test_a_report_is_the_same_report_with_any_names(
 ) -> None:
     """The Markdown has the same structure as with plain names, and either form no control character."""
     monkeypatch.setattr(report, "PICTURES", {})
+    recorded = SimpleNamespace(out=tmp_path)
+    recorded.recorded = lambda: recorded
     kinds = {}
     for name, used in {"plain": "plain", "hostile": text}.items():
         monkeypatch.setattr(report, "content", lambda results, used=used: _everywhere(used))
-        report.write_report(SimpleNamespace(out=tmp_path))  # type: ignore[arg-type]
+        report.write_report(recorded)  # type: ignore[arg-type]
         written = (tmp_path / "report.md").read_text(encoding="utf-8")
         kinds[name] = [kind for kind in _types(written) if kind not in ("text", "text_special", "softbreak")]
         page = (tmp_path / "report.html").read_text(encoding="utf-8")

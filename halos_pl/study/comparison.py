@@ -1,0 +1,116 @@
+"""One arm compared with the reference arm on one metric: what a report says about it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from halos_pl.study.power import Noise, detectable
+
+#: What a report states about a comparison. Only the first three are claims, and only the primary metric gets them.
+Decision = Literal[
+    "significant over seeds",
+    "differs in these runs only",
+    "equivalent",
+    "not significant",
+    "identical",
+    "one seed so far",
+    "exploratory",
+]
+Scale = Literal["difference", "ratio"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An arm against the reference arm, paired by example, and by seed where both have seeds.
+
+    Attributes:
+        metric, arm, reference: which.
+        scale: ``difference`` (arm - reference, in the metric's unit) or ``ratio`` (arm / reference, of geometric means
+            over runs; for positive metrics, which are tested on the log scale).
+        effect: the estimate, on that scale.
+        low, high: its 95 % interval, not corrected for the other comparisons.
+        p: of the test that the decision rests on, uncorrected; NaN where there is no test.
+        adjusted: p corrected for all comparisons of the primary metric; None for an exploratory metric.
+        decision: what the report may say.
+        df: degrees of freedom of the test; NaN where it has none.
+        examples: prompts behind it.
+        seeds: seeds that both sides have; those of the arm where the reference has none. The untrained model has none.
+        planned: seeds of the study.
+        margin: of equivalence, on that scale; None where the study names none.
+        noise: what the difference varies by, on the scale of the test; None where that is unknown.
+        level: of the strictest step of the correction.
+        share: whether the metric lies between 0 and 1, so that no difference is above 1.
+    """
+
+    metric: str
+    arm: str
+    reference: str
+    scale: Scale
+    effect: float
+    low: float
+    high: float
+    p: float
+    adjusted: float | None
+    decision: Decision
+    df: float
+    examples: int
+    seeds: int
+    planned: int
+    margin: float | None = None
+    noise: Noise | None = None
+    level: float = 0.05
+    share: bool = False
+
+    @cached_property
+    def detectable(self) -> float | None:
+        """The smallest effect on that scale that such a comparison finds 4 times in 5, at the strictest step.
+
+        None where there is none that the metric can have, or where it cannot be known.
+        """
+        found = None if self.noise is None or self.exploratory else detectable(self.noise, self.level)
+        if found is None or (self.share and found > 1):
+            return None
+        return math.exp(found) if self.scale == "ratio" else found
+
+    @property
+    def null(self) -> float:
+        """The effect of no difference: 0, or 1 as a ratio."""
+        return 1.0 if self.scale == "ratio" else 0.0
+
+    @property
+    def significant(self) -> bool:
+        """Whether the difference is significant over seeds: other runs of these arms would differ as well."""
+        return self.decision == "significant over seeds"
+
+    @property
+    def runs_only(self) -> bool:
+        """Whether it can only be said that these runs differ, not that other runs would."""
+        return self.decision == "differs in these runs only"
+
+    @property
+    def exploratory(self) -> bool:
+        """Whether the metric is not the primary one, so that only estimate and interval are reported."""
+        return self.adjusted is None
+
+    @property
+    def figure(self) -> str:
+        """The effect with its interval: ``+0.12 [+0.03, +0.21]``, or ``x 1.4 [1.1, 1.8]``."""
+        if self.scale == "ratio":
+            return f"x {self.effect:.3g} [{self.low:.3g}, {self.high:.3g}]"
+        return f"{self.effect:+.3g} [{self.low:+.3g}, {self.high:+.3g}]"
+
+    @property
+    def said(self) -> str:
+        """The decision in a few words, with what it rests on where that is not all that was planned."""
+        if self.decision == "equivalent":
+            return f"equivalent within {'a factor of' if self.scale == 'ratio' else '±'} {self.margin:.3g}"
+        if self.decision == "not significant":
+            if self.detectable is None:
+                return "not significant; too few values to find any difference"
+            size = f"x {self.detectable:.2g}" if self.scale == "ratio" else f"{self.detectable:.2g}"
+            return f"not significant; found 4 times in 5: {size}"
+        some = 1 < self.seeds < self.planned and self.decision in ("significant over seeds", "equivalent")
+        return f"{self.decision} (by {self.seeds} of {self.planned} seeds)" if some else self.decision

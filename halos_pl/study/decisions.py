@@ -1,0 +1,237 @@
+"""Compares the arms of a study with one of them, so that 95 % of studies make no false claim about any of them.
+
+With several seeds a difference is tested by t over seeds *and* examples. How much runs vary is estimated from all arms
+together (:mod:`halos_pl.study.run_variance`), as three seeds of one comparison say next to nothing about it. Arms need
+not vary alike, so two more tests have to agree: one with the reference arm's own variance, which every comparison
+shares, and, without correction, one with the arm's own. p is corrected for the comparisons of the primary metric (Holm
+1979); where equivalence may be claimed as well, by Bonferroni, since both kinds of claims share the 5 %. Other metrics
+are exploratory: they get estimates and intervals, no p and no decision.
+
+What fixed runs do on other examples is a weaker question, answered by t over the examples alone: "differs in these runs
+only". One seed allows no more; then McNemar's test or the paired permutation over examples answers it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+
+from halos_pl.study.comparison import Comparison, Decision, Scale
+from halos_pl.study.power import Noise
+from halos_pl.study.run_variance import Runs, RunVariance, Values, run_variance
+from halos_pl.study.standard_error import StandardError, heterogeneous_df
+from halos_pl.study.statistics import LEVEL, RESAMPLES, estimate
+
+
+class _Test:
+    """The test of one arm against the reference: difference, errors, and the p of each question."""
+
+    def __init__(self, arm: Runs, reference: Runs, name: str, other: str, variance: RunVariance | None) -> None:
+        if arm.seeds and reference.seeds:
+            self.seeds: tuple[int, ...] = tuple(seed for seed in arm.seeds if seed in reference.seeds)
+        else:
+            self.seeds = arm.seeds or reference.seeds
+        one, two = arm.on(self.seeds), reference.on(self.seeds)
+        values = one - two
+        self.count = values.shape[1]
+        self.value = float(values.mean())
+        self.errors: list[StandardError] = []
+        self.own: StandardError | None = None
+        self.noise: Noise | None = None
+        self.identical = not values.any()
+        by_example = values.mean(axis=0)
+        examples = float(by_example.var(ddof=1)) / self.count if self.count > 1 else 0.0
+        # No test over examples says more than that of their signs: with few that differ, t would.
+        self.least = min(1.0, 2.0 ** (1 - int(np.count_nonzero(by_example))))
+        self.runs_p = max(self.least, StandardError(math.sqrt(examples), max(self.count - 1, 1)).p(self.value))
+        if len(self.seeds) < 2:
+            found = estimate(values[0])
+            self.low, self.high = found.low, found.high
+            self.runs_p = self.p = _of_examples(one[0], two[0])
+            self.df = math.nan
+            self.noise = Noise(0.0, examples, 0.0, self.count, 1, math.inf)
+            return
+        assert variance is not None
+        seeds = len(self.seeds)
+        rest = values - by_example - values.mean(axis=1, keepdims=True) + self.value
+        free = (seeds - 1) * (self.count - 1)
+        sampling = float((rest**2).sum()) / free / values.size if free else 0.0
+
+        def error(*runs: tuple[float, float]) -> StandardError:
+            return StandardError.of([(v / seeds, df) for v, df in runs], examples, sampling, self.count)
+
+        if arm.seeds and reference.seeds:
+            df, pooled = heterogeneous_df(variance.paired_df, seeds), variance.paired
+            self.errors = [error((2 * pooled, df)), error((variance.own[other], variance.own_df[other]), (pooled, df))]
+            self.own = error((variance.own[name], variance.own_df[name]), (pooled, df))
+            self.noise = Noise(pooled / seeds, examples, sampling, self.count, seeds, variance.paired_df)
+        else:
+            trained = name if arm.seeds else other
+            self.errors = [error((variance.whole, variance.whole_df))]
+            self.own = error((variance.own_whole[trained], variance.own_df[trained]))
+            self.noise = Noise(variance.whole / seeds, examples, sampling, self.count, seeds, variance.whole_df, 1)
+        self.p = max(self.least, *(each.p(self.value) for each in self.errors))
+        widest = max((*self.errors, self.own), key=lambda each: each.reach(LEVEL))
+        self.df = max(self.errors, key=lambda each: each.p(self.value)).df
+        self.low, self.high = self.value - widest.reach(LEVEL), self.value + widest.reach(LEVEL)
+
+    @property
+    def own_p(self) -> float:
+        """p by the arm's own variance."""
+        return self.own.p(self.value) if self.own else 1.0
+
+    def equivalence(self, margin: float) -> tuple[float, float]:
+        """p of two one-sided tests (Schuirmann 1987) that the difference is beyond the margin; and by the arm's own."""
+        if not self.errors or self.own is None:
+            return 1.0, 1.0
+        room = margin - abs(self.value)
+        return max(each.below(room) for each in self.errors), self.own.below(room)
+
+
+def _of_examples(one: Values, other: Values) -> float:
+    """p of one run of each arm over examples: McNemar's exact test for binary metrics, else paired permutation."""
+    difference = one - other
+    if not difference.any() or len(difference) < 2:
+        return 1.0
+    if np.isin(one, (0, 1)).all() and np.isin(other, (0, 1)).all():
+        both = [[((one == a) & (other == b)).sum() for b in (1, 0)] for a in (1, 0)]
+        return float(mcnemar(both, exact=True).pvalue)
+    found = stats.permutation_test(
+        (difference,),
+        np.mean,
+        permutation_type="samples",
+        n_resamples=RESAMPLES,
+        rng=np.random.default_rng(0),
+        batch=1000,
+    )
+    return float(found.pvalue)
+
+
+def corrected(p: Sequence[float], family: int, *, step_down: bool) -> list[float]:
+    """p corrected for ``family`` comparisons, by Holm or, without stepping down, by Bonferroni.
+
+    Those that cannot be made yet count with p = 1. Written out as statsmodels collects garbage in each call.
+    """
+    order = np.argsort(p, kind="stable")
+    steps = family - (np.arange(len(p)) if step_down else np.zeros(len(p)))
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(np.maximum.accumulate(np.asarray(p)[order] * steps), 1.0)
+    return [float(each) for each in adjusted]
+
+
+def compare(
+    metric: str,
+    arms: Mapping[str, Runs],
+    reference: str,
+    *,
+    planned: int,
+    family: int = 0,
+    primary: bool = True,
+    scale: Scale = "difference",
+    margin: float | None = None,
+    share: bool = False,
+) -> list[Comparison]:
+    """Compares each arm with the reference arm on one metric.
+
+    Args:
+        metric: its name.
+        arms: what has been measured, on the same examples in the same order; the reference is one of them.
+        reference: name of the arm that the others are compared with.
+        planned: seeds of the study.
+        family: comparisons of this metric that the study will make, those of arms to come included.
+        primary: whether decisions are wanted; otherwise estimates and intervals.
+        scale: ``ratio`` for positive metrics; where a run's mean is 0, they are compared by differences all the same.
+        margin: of equivalence, on that scale; a ratio above 1.
+        share: the metric lies between 0 and 1.
+
+    Raises:
+        ValueError: for values of different shapes, none, or values that are not finite.
+    """
+    _check(arms)
+    if scale == "ratio":
+        logs = {name: runs.logs for name, runs in arms.items()}
+        if any(each is None for each in logs.values()):
+            scale, margin = "difference", None
+        else:
+            arms = {name: each for name, each in logs.items() if each is not None}
+            margin = None if margin is None else math.log(margin)
+    variance = run_variance(arms)
+    base = arms[reference].seeds
+    pairs = {
+        name: runs
+        for name, runs in arms.items()
+        if name != reference and (not runs.seeds or not base or set(runs.seeds) & set(base))
+    }
+    tests = {name: _Test(runs, arms[reference], name, reference, variance) for name, runs in pairs.items()}
+    if not tests:
+        return []
+    family = max(family, len(tests))
+    # Both kinds of claim share the error rate: of each comparison one hypothesis is true at most.
+    step_down = margin is None
+    over_seeds = [1.0 if len(t.seeds) < 2 else t.p for t in tests.values()]
+    adjusted = [
+        max(p, t.own_p) if len(t.seeds) > 1 else p
+        for p, t in zip(corrected(over_seeds, family, step_down=step_down), tests.values(), strict=True)
+    ]
+    runs_adjusted = corrected([t.runs_p for t in tests.values()], family, step_down=step_down)
+    equivalent = [False] * len(tests)
+    if margin is not None:
+        both = [t.equivalence(margin) for t in tests.values()]
+        both_p = corrected([p for p, _ in both], family, step_down=step_down)
+        equivalent = [max(p, own) < LEVEL for p, (_, own) in zip(both_p, both, strict=True)]
+    back = np.exp if scale == "ratio" else float
+    found = []
+    for (name, test), p, runs_p, same in zip(tests.items(), adjusted, runs_adjusted, equivalent, strict=True):
+        one = len(test.seeds) < 2
+        found.append(
+            Comparison(
+                metric=metric,
+                arm=name,
+                reference=reference,
+                scale=scale,
+                effect=float(back(test.value)),
+                low=float(back(test.low)),
+                high=float(back(test.high)),
+                p=test.p if primary else math.nan,
+                adjusted=(runs_p if one else p) if primary else None,
+                decision=_decision(test, p, runs_p, same, planned) if primary else "exploratory",
+                df=test.df,
+                examples=test.count,
+                seeds=len(test.seeds),
+                planned=planned,
+                margin=None if margin is None else float(back(margin)),
+                noise=test.noise,
+                level=LEVEL / family,
+                share=share,
+            )
+        )
+    return found
+
+
+def _check(arms: Mapping[str, Runs]) -> None:
+    shapes = {runs.values.shape[1:] for runs in arms.values()}
+    for name, runs in arms.items():
+        values = runs.values
+        if values.ndim != 2 or values.size == 0 or len(values) != max(1, len(runs.seeds)) or len(shapes) > 1:
+            raise ValueError(
+                f"values of {name!r} are {values.shape} with {len(runs.seeds)} seeds; wanted are [seeds, examples], the"
+                " same examples for all arms"
+            )
+        if not np.isfinite(values).all():
+            raise ValueError(f"{int((~np.isfinite(values)).sum())} of {values.size} values of {name!r} are not finite")
+
+
+def _decision(test: _Test, p: float, runs_p: float, equivalent: bool, planned: int) -> Decision:
+    if test.identical:
+        return "identical"
+    if len(test.seeds) == 1 < planned:
+        return "one seed so far"
+    if p < LEVEL:
+        return "significant over seeds"
+    if equivalent:
+        return "equivalent"
+    return "differs in these runs only" if runs_p < LEVEL else "not significant"

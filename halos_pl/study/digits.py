@@ -1,0 +1,51 @@
+"""Numbers of a report with as many digits as their intervals leave."""
+
+from __future__ import annotations
+
+import math
+
+from halos_pl.study.comparison import Comparison
+from halos_pl.study.statistics import Estimate
+
+
+def decimals(value: float, low: float, high: float) -> int:
+    """Decimals that keep two digits of half the interval's width; three digits of the value where nothing varies."""
+    scale = (high - low) / 2
+    digits = 2
+    if not (math.isfinite(scale) and scale > 0):
+        scale, digits = abs(value), 3
+    return min(9, max(0, digits - 1 - math.floor(math.log10(scale)))) if scale > 0 else 0
+
+
+def number(value: float, places: int, sign: str = "") -> str:
+    """A number with so many decimals; one that rounds to 0 has no minus sign."""
+    if not math.isfinite(value):
+        return f"{value:{sign}}"
+    return f"{round(value, places) + 0.0:{sign}.{places}f}"
+
+
+def of_estimate(e: Estimate, interval: bool = True) -> str:
+    """A mean, with its 95 % interval."""
+    places = decimals(e.value, e.low, e.high)
+    mean = number(e.value, places)
+    return f"{mean} [{number(e.low, places)}, {number(e.high, places)}]" if interval else mean
+
+
+def of_comparison(c: Comparison) -> str:
+    """An effect with its 95 % interval: ``+0.12 [+0.03, +0.21]``, or ``x 1.4 [1.1, 1.8]`` for a ratio."""
+    sign = "" if c.scale == "ratio" else "+"
+    places = decimals(c.effect, c.low, c.high)
+    if c.scale == "ratio":  # an interval of ratios has no one width: that of its lower half says how many digits count
+        places = min(4, max(places, decimals(c.effect, c.low, c.effect)))
+    effect, low, high = (number(value, places, sign) for value in (c.effect, c.low, c.high))
+    return f"{'x ' if c.scale == 'ratio' else ''}{effect} [{low}, {high}]"
+
+
+def p_value(p: float) -> str:
+    """``p = 0.012`` or ``p < 0.001``."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def short(value: float) -> str:
+    """Three digits."""
+    return f"{float(f'{value:.3g}'):g}"

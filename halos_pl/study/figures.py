@@ -1,0 +1,300 @@
+"""The figures of a study's report, as matplotlib draws them from its recorded numbers."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from halos_pl.study.comparison import Comparison
+from halos_pl.study.evaluate import METRICS
+from halos_pl.study.plan import Arm
+from halos_pl.study.results import Results
+
+#: Inches; with fonts of 9 points it stays readable at the width of a phone.
+WIDTH = 6.2
+#: Okabe and Ito 2008, told apart with any colour vision; without their yellow, which is too pale for a line on white.
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
+LINES = ("-", "--", ":", "-.")
+MARKERS = ("", "o", "s", "^", "D", "v", "P", "X", "*")
+SIGNIFICANT, NOT = "#0072B2", "#777777"
+OUTCOMES: dict[str, dict[str, Any]] = {
+    "outcome/desirable": {"color": "#56B4E9", "alpha": 0.6},
+    "outcome/undesirable": {"edgecolor": "#D55E00", "histtype": "step", "linewidth": 1.4},
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A training figure of the report: its axis label, with the unit."""
+
+    title: str
+    unit: str
+
+
+#: By metric of ``values.csv.gz``.
+CURVES = {
+    "training/margin": Curve("reward margin between the classes, without beta", "nats"),
+    "training/z0": Curve("reference point z0", "nats"),
+    "training/z0_standard_error": Curve("standard error of z0", "nats"),
+    "training/gains": Curve("outcomes that are gains", "share"),
+}
+
+
+def unit_of(metric: str) -> str:
+    """The unit of a metric of ``halos evaluate``."""
+    what = METRICS[metric][1]
+    for unit in ("nats per token", "nats", "tokens", "share", "squared error"):
+        if unit in what:
+            return unit
+    return what
+
+
+def look(number: int) -> dict[str, Any]:
+    """Colour, line and marker of the arm with this number; none of the first 252 looks like another."""
+    line, marker = number // len(COLOURS), number // (len(COLOURS) * len(LINES))
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": LINES[line % len(LINES)],
+        "marker": MARKERS[marker % len(MARKERS)],
+    }
+
+
+def looks(results: Results) -> dict[str, dict[str, Any]]:
+    """By arm, in the study's order; the baseline's is black."""
+    arms = sorted(results.study.arms, key=lambda arm: arm is not results.baseline)
+    return {arm.name: look(number) for number, arm in enumerate(arms)}
+
+
+def saved(figure: Figure, out: Path) -> Path:
+    """Writes a picture in 256 colours, a third of the size. Those that arms are told apart by stay exactly as they are.
+
+    Equal figures make equal bytes.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110, format="png")
+    image = Image.open(buffer).convert("RGB")
+    pixels = np.asarray(image, dtype=np.int64)
+    known, places = np.unique(pixels @ np.array([65536, 256, 1]), return_inverse=True)
+    colours = np.stack([known // 65536, known // 256 % 256, known % 256], axis=1)
+    kept = [[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in dict.fromkeys((*COLOURS, SIGNIFICANT, NOT, "#FFFFFF"))]
+    rest = image.quantize(256 - len(kept)).getpalette() or []
+    palette = np.array([*kept, *np.reshape(rest, (-1, 3)).tolist()])
+    nearest = np.concatenate(
+        [((some[:, None] - palette) ** 2).sum(axis=2).argmin(axis=1) for some in np.array_split(colours, 32)]
+    )
+    drawn = Image.fromarray(nearest[places].reshape(pixels.shape[:2]).astype(np.uint8), mode="P")
+    drawn.putpalette(palette.flatten().tolist())
+    drawn.save(out, format="PNG", optimize=True)
+    return out
+
+
+def label(name: str, width: int = 30) -> str:
+    """An arm's name as matplotlib shows it as it is: no formula, not skipped in a legend, in lines of some width."""
+    name = "\n".join(textwrap.wrap(name, width) or [name]).replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name
+
+
+def _list(found: Any) -> list[Any]:
+    """The axes that matplotlib returns: alone where there is one, else in an array."""
+    return list(np.atleast_1d(found).flatten())
+
+
+def _by_seed(results: Results, c: Comparison) -> list[float]:
+    """The effect of a comparison with each seed alone."""
+    arms = {arm.name: arm for arm in results.study.arms}
+    arm, other = arms[c.arm], arms.get(c.reference)
+    effects = []
+    for seed in results.seeds(arm):
+        one = results.values(c.metric, arm, [seed])
+        if other is None:
+            two = results.of_baseline(c.metric, c.reference)
+        else:
+            two = results.values(c.metric, other, [seed]) if seed in results.seeds(other) else None
+        if one is not None and two is not None:
+            a, b = float(one.mean()), float(two.mean())
+            effects.append(a / b if c.scale == "ratio" else a - b)
+    return effects
+
+
+def _panel(axis: Axes, results: Results, names: list[str], found: dict[str, Comparison]) -> None:
+    """Effects with intervals, a line for each arm; open where nothing is significant."""
+    some = next(iter(found.values()))
+    for place, name in enumerate(names):
+        if (c := found.get(name)) is None:
+            continue
+        colour, fill, width = (SIGNIFICANT, SIGNIFICANT, 2.2) if c.significant else (NOT, "white", 1.4)
+        axis.plot([c.low, c.high], [place, place], color=colour, linewidth=width)
+        axis.plot(c.effect, place, "o", markeredgecolor=colour, markerfacecolor=fill, markersize=5)
+        seeds = _by_seed(results, c)
+        axis.plot(seeds, [place + 0.28] * len(seeds), "|", color=colour, markersize=5)
+    if some.scale == "ratio":
+        axis.set_xscale("log")
+    for place, name in enumerate(names):
+        if name == some.reference:
+            axis.text(some.null, place, " baseline", fontsize=8, color=NOT, va="center")
+    axis.axvline(some.null, color="black", linewidth=0.8, zorder=1)
+    kind = "ratio to" if some.scale == "ratio" else "difference to"
+    unit = "" if some.scale == "ratio" else f"\n{unit_of(some.metric)}"
+    axis.set_xlabel(f"{kind} {label(some.reference, 24)}{unit}", fontsize=9)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.grid(axis="x", color="0.92")
+    axis.tick_params(axis="x", labelsize=8)
+    if some.scale == "difference":
+        axis.locator_params(axis="x", nbins=5)
+
+
+def forest(results: Results) -> Figure | None:
+    """The paired differences that are tested, with intervals: to the baseline, and to the model before training."""
+    metrics = [m for m in results.study.metrics if results.comparisons(m) or results.learned(m)]
+    if not metrics:
+        return None
+    names = [arm.name for arm in results.ranked if results.seeds(arm)]
+    ticks = [label(name, 24) for name in names]
+    lines = sum(1 + tick.count("\n") for tick in ticks)
+    figure = Figure(figsize=(WIDTH, (0.15 * len(names) + 0.15 * lines + 1.15) * len(metrics)), layout="constrained")
+    parts = _list(figure.subfigures(len(metrics), 1))
+    for part, metric in zip(parts, metrics, strict=True):
+        part.suptitle("\n".join(textwrap.wrap(f"{metric}: {METRICS[metric][1]}", 72)), fontsize=9, x=0.01, ha="left")
+        both = [found for found in (results.comparisons(metric), results.learned(metric)) if found]
+        axes = _list(part.subplots(1, len(both), sharey=True))
+        for axis, found in zip(axes, both, strict=True):
+            _panel(axis, results, names, found)
+        axes[0].set_yticks(range(len(names)), ticks, fontsize=9)
+        axes[0].set_ylabel("arm", fontsize=9)
+    return figure
+
+
+def curves(results: Results) -> Figure | None:
+    """Training figures along the steps."""
+    known = [name for name in CURVES if any(results.figures(arm, name) for arm in results.study.arms)]
+    if not known:
+        return None
+    styles = looks(results)
+    arms = [arm for arm in results.ranked if any(results.figures(arm, name) for name in known)]
+    names = {arm.name: label(arm.name, 40) for arm in arms}
+    longest = max(len(line) for name in names.values() for line in name.split("\n"))
+    columns = max(1, min(3, len(arms), int((WIDTH - 0.3) / (0.085 * longest + 0.6))))
+    lines = sum(1 + name.count("\n") for name in names.values()) / columns + 1
+    figure = Figure(figsize=(WIDTH, 2.3 * len(known) + 0.19 * lines), layout="constrained")
+    handles = {}
+    for axis, name in zip(_list(figure.subplots(len(known), 1, sharex=True)), known, strict=True):
+        for arm in arms:
+            found = results.figures(arm, name)
+            shared = sorted(set.intersection(*map(set, found)), key=int) if found else []
+            if not shared:
+                continue
+            values = np.array([[each[step] for step in shared] for each in found])
+            steps, style = [int(step) for step in shared], styles[arm.name]
+            every = max(1, len(steps) // 8)
+            (handles[arm.name],) = axis.plot(steps, values.mean(axis=0), linewidth=1.5, markevery=every, **style)
+            if len(values) > 1:
+                low, high = values.min(axis=0), values.max(axis=0)
+                axis.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
+        axis.set_title(CURVES[name].title, fontsize=9, loc="left")
+        axis.set_ylabel(CURVES[name].unit, fontsize=9)
+        axis.grid(color="0.92")
+    axis.set_xlabel("optimizer step", fontsize=9)
+    figure.legend(
+        [handles[name] for name in names if name in handles],
+        [text for name, text in names.items() if name in handles],
+        loc="outside lower center",
+        ncols=columns,
+        frameon=False,
+        fontsize=9,
+        handlelength=3,
+    )
+    return figure
+
+
+def value_functions(results: Results) -> Figure | None:
+    """v over the outcomes of each arm's last rows."""
+    drawn: list[tuple[Arm, dict[float, float]]] = []
+    for arm in results.ranked:
+        for drawn_once in results.figures(arm, "value_function")[:1]:
+            drawn.append((arm, {float(u): y for u, y in drawn_once.items()}))
+    if not drawn:
+        return None
+    rows = -(-len(drawn) // 2)
+    figure = Figure(figsize=(WIDTH, 2.2 * rows + 0.3), layout="constrained")
+    axes = _list(figure.subplots(rows, 2))
+    for number, (axis, (arm, points)) in enumerate(zip(axes, drawn, strict=False)):
+        reach = max(points)
+        axis.plot(list(points), list(points.values()), color="black")
+        beside = axis.twinx()
+        bins = np.linspace(-reach, reach, 31).tolist()
+        for name, how in OUTCOMES.items():
+            some = [float(np.clip(u, -reach, reach)) for each in results.figures(arm, name) for u in each.values()]
+            beside.hist(some, bins=bins, **how)
+        axis.set_zorder(beside.get_zorder() + 1)  # v is drawn over the outcomes
+        axis.patch.set_visible(False)
+        axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
+        axis.set_title(label(arm.name, 34), fontsize=9, loc="left")
+        axis.set_ylabel("value v(u)", fontsize=8)
+        beside.set_ylabel("rows", fontsize=8)
+        if number >= len(drawn) - 2:
+            axis.set_xlabel("outcome u, nats", fontsize=8)
+        for each in (axis, beside):
+            each.tick_params(labelsize=8)
+    for axis in axes[len(drawn) :]:
+        axis.set_axis_off()
+    return figure
+
+
+def heat_map(results: Results) -> Figure | None:
+    """The primary metric over two options with numbers, where the arms are a grid of them."""
+    arms = results.study.arms
+    keys = [
+        key
+        for key in dict.fromkeys(key for arm in arms for key in arm.options)
+        if all(isinstance(arm.options.get(key), (int, float)) for arm in arms)
+        and len({arm.options[key] for arm in arms}) > 1
+    ]
+    metric = results.primary
+    found = {arm: results.estimates[metric, arm.name] for arm in arms if (metric, arm.name) in results.estimates}
+    places = [tuple(arm.options[key] for key in keys) for arm in arms]
+    if len(keys) != 2 or not found or len(set(places)) < len(places):  # several arms in one place cannot be drawn
+        return None
+    columns, rows = (sorted({arm.options[key] for arm in arms}) for key in keys)
+    values = np.full((len(rows), len(columns)), np.nan)
+    for arm, e in found.items():
+        values[rows.index(arm.options[keys[1]]), columns.index(arm.options[keys[0]])] = e.value
+    figure = Figure(figsize=(min(WIDTH, 2.2 + 0.9 * len(columns)), 1.5 + 0.55 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(values, origin="lower", cmap="viridis", aspect="auto")
+    known = values[np.isfinite(values)]
+    for i, j in np.argwhere(np.isfinite(values)):
+        ink = "black" if values[i, j] > known.min() + 0.6 * np.ptp(known) else "white"
+        axis.text(j, i, f"{values[i, j]:.3g}", ha="center", va="center", color=ink, fontsize=9)
+    axis.set_xticks(range(len(columns)), [f"{c:g}" for c in columns])
+    axis.set_yticks(range(len(rows)), [f"{r:g}" for r in rows])
+    axis.set_xlabel(label(keys[0].rpartition(".")[2]), fontsize=9)
+    axis.set_ylabel(label(keys[1].rpartition(".")[2]), fontsize=9)
+    axis.set_title(metric, fontsize=9, loc="left")
+    figure.colorbar(image, label=f"{metric}, {unit_of(metric)}")
+    return figure
+
+
+#: File name: title, caption, what draws it.
+PICTURES: dict[str, tuple[str, str, Callable[[Results], Figure | None]]] = {
+    "forest.png": (
+        "Differences",
+        "Paired differences, as they are tested, with 95 % intervals; filled: significant; small marks: single seeds",
+        forest,
+    ),
+    "heat_map.png": ("Over the grid", "Means of the primary metric", heat_map),
+    "curves.png": ("Training", "Means over seeds; bands from the smallest to the largest", curves),
+    "value_functions.png": (
+        "Value functions",
+        "Each over its arm's outcomes u = r - z0 of the last rows: desirable blue areas, undesirable red outlines",
+        value_functions,
+    ),
+}

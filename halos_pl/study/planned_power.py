@@ -1,0 +1,140 @@
+"""What a study can find, said before its first run: its power at the planned seeds and prompts."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import itertools
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from halos_pl.study.evaluate import METRICS, RATIOS, SHARES
+from halos_pl.study.power import Noise, detectable, power
+from halos_pl.study.run_variance import Runs, run_variance
+from halos_pl.study.standard_error import heterogeneous_df
+from halos_pl.study.statistics import LEVEL
+
+if TYPE_CHECKING:
+    from halos_pl.study.plan import Study
+
+#: Differences of shares whose power is stated.
+POINTS = (0.12, 0.2)
+#: SD over prompts of the difference of two shares at worst: both 0.5, and nothing in common.
+WORST = math.sqrt(0.5)
+#: SD of runs that is assumed at worst where none is known: 0.4 of the SD of a share over prompts.
+WORST_RUN = 0.2
+
+
+def assumed(study: Study) -> list[tuple[str, float, float, float]]:
+    """The standard deviations that the power is computed for: (their source, of prompts, of runs, of sampling).
+
+    Empty where nothing is known of them.
+
+    Raises:
+        ValueError: for values of an earlier study that do not tell.
+    """
+    given = study.power
+    if "values" in given:
+        path = Path(given["values"])
+        return [(f"of {path}", *deviations_of(path, study.primary))]
+    if given:
+        return [("as power states", given["prompt_sd"], given["run_sd"], given.get("sampling_sd", 0.0))]
+    if study.primary in SHARES:
+        prompts = "SD over prompts at worst for a share"
+        return [
+            (f"{prompts}, runs that do not vary", WORST, 0.0, 0.0),
+            (f"{prompts}, runs that vary by 0.4 of a share's SD", WORST, WORST_RUN, 0.0),
+        ]
+    return []
+
+
+def deviations_of(path: Path, metric: str) -> tuple[float, float, float]:
+    """SD over prompts, of runs and of sampling in an earlier study, means over its pairs of arms.
+
+    Args:
+        path: its ``values.csv.gz``.
+        metric: on the log scale for one of ``RATIOS``.
+
+    Raises:
+        ValueError: where it cannot be read, or has no two arms with two seeds in common.
+    """
+    values: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
+    try:
+        with gzip.open(path, "rt", newline="", encoding="utf-8") as file:
+            for line in csv.DictReader(file):
+                if line["metric"] == metric and line["seed"]:
+                    values[line["arm"], int(line["seed"])][line["example"]] = float(line["value"])
+    except (OSError, EOFError, KeyError, TypeError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read as the values of a study: {error or type(error).__name__}") from error
+    common = sorted(set.intersection(*map(set, values.values()))) if values else []
+    arms: dict[str, Runs] = {}
+    for name in {arm for arm, _ in values}:
+        seeds = tuple(sorted(seed for arm, seed in values if arm == name))
+        own: Runs | None = Runs(np.array([[values[name, s][e] for e in common] for s in seeds]), seeds)
+        if metric in RATIOS and own is not None and common:
+            own = own.logs
+        if own is not None and len(seeds) > 1:
+            arms[name] = own
+    prompts, samplings = [], []
+    for one, other in itertools.combinations(arms.values(), 2):
+        seeds = tuple(sorted(set(one.seeds) & set(other.seeds)))
+        if len(seeds) > 1 and len(common) > 1:
+            difference = one.on(seeds) - other.on(seeds)
+            rest = difference - difference.mean(axis=0) - difference.mean(axis=1, keepdims=True) + difference.mean()
+            sampling = float((rest**2).sum()) / ((len(seeds) - 1) * (len(common) - 1))
+            samplings.append(sampling)
+            prompts.append(max(float(difference.mean(axis=0).var(ddof=1)) - sampling / len(seeds), 0.0))
+    variance = run_variance(arms)
+    if not prompts or variance is None:
+        raise ValueError(f"{path} has no two arms with two seeds in common that were measured by {metric}")
+    sampling = float(np.mean(samplings))
+    runs = max(variance.paired - sampling / 2 / len(common), 0.0)
+    return math.sqrt(float(np.mean(prompts))), math.sqrt(runs), math.sqrt(sampling)
+
+
+def power_lines(study: Study, examples: int) -> list[str]:
+    """The power of the comparisons on the primary metric, one line for each set of standard deviations.
+
+    Args:
+        study: the study.
+        examples: prompts of the primary metric.
+
+    Raises:
+        ValueError: for values of an earlier study that do not tell.
+    """
+    arms, seeds, metric = len(study.arms), len(study.seeds), study.primary
+    comparisons = arms - 1
+    head = f"power for {metric}, the primary metric, with {arms} arms x {seeds} seeds x {examples} prompts"
+    if not comparisons:
+        return [f"{head}: one arm has nothing to be compared with"]
+    if seeds == 1:
+        return [f"{head}: none; with one seed no difference can be significant over seeds"]
+    found = assumed(study)
+    if not found:
+        return [f"{head}: unknown; name power: {{prompt_sd, run_sd}}, or {{values: an earlier study's values.csv.gz}}"]
+    df = heterogeneous_df((seeds - 1) * comparisons, seeds)
+    lines = [f"{head}: t with {df:g} degrees of freedom of the runs, level {LEVEL:g} / {comparisons}"]
+    for source, prompt_sd, run_sd, sampling_sd in found:
+        noise = Noise.planned(
+            prompt_sd=prompt_sd, run_sd=run_sd, sampling_sd=sampling_sd, count=examples, seeds=seeds, arms=arms
+        )
+        level = LEVEL / comparisons
+        size = detectable(noise, level)
+        known = f"prompt_sd {prompt_sd:.2g}, run_sd {run_sd:.2g}"
+        known += f", sampling_sd {sampling_sd:.2g}" if sampling_sd else ""
+        said = [f"{100 * p:.0f} points {power(p, noise, level):.2f}" for p in POINTS if metric in SHARES]
+        if size is None or (metric in SHARES and size > 1):
+            said.append("no difference is found 4 times in 5")
+        elif metric in RATIOS:
+            said.append(f"a factor of {math.exp(size):.2g} is found 4 times in 5")
+        else:
+            share = f"{100 * size:.0f} points are" if metric in SHARES else f"a difference of {size:.2g} is"
+            said.append(f"{share} found 4 times in 5")
+        lines.append(f"  {known} ({source}): {'; '.join(said)}")
+    if METRICS[metric][2] is not None and not study.power:
+        lines.append("  a pilot's power: {prompt_sd, run_sd} or {values} in the study makes this precise")
+    return lines

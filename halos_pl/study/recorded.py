@@ -1,0 +1,138 @@
+"""What a study's report is computed from: ``values.csv.gz``, all its numbers, and ``record.json``, what was run.
+
+``values.csv.gz`` has one line for each number: ``run, arm, seed, metric, example, value``. Values are written so that
+they read back exactly, and equal values make equal bytes. Beside the metrics of ``halos evaluate`` it holds, for the
+figures,
+
+- ``training/...``: a training figure; the example is the optimizer step;
+- ``outcome/desirable`` and ``outcome/undesirable``: outcomes u = r - z0 of the last rows, in nats;
+- ``value_function``: v at u; the example is u in nats.
+
+Lines without a seed belong to a baseline that is no arm, such as the model before training.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from halos_pl.files import write
+from halos_pl.study.plan import Study, StudyError
+
+VALUES = "values.csv.gz"
+RECORD = "record.json"
+COLUMNS = ("run", "arm", "seed", "metric", "example", "value")
+
+#: By metric and example.
+Figures = Mapping[str, Mapping[str, float]]
+#: An arm's name and the seed; no seed for a baseline that is no arm.
+Key = tuple[str, int | None]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The numbers of a study's runs and what is known of how they came about.
+
+    Attributes:
+        values: by run, metric and example; only runs that can be compared.
+        record: the words of a report: the study's file, verdicts of ``halos check``, revisions, digests, missing runs.
+            Empty where there is no ``record.json``.
+    """
+
+    values: Mapping[Key, Figures]
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """Names of the baselines that are no arm."""
+        return tuple(name for name, seed in self.values if seed is None)
+
+
+def write_recorded(recorded: Recorded, study: Study, out: Path) -> None:
+    """Writes both files into the study's folder; the same numbers make the same bytes."""
+    folders = {arm.name: arm.folder for arm in study.arms}
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(COLUMNS)
+    for (name, seed), figures in recorded.values.items():
+        if seed is None:
+            run, shown = re.sub(r"\W+", "_", name), ""
+        else:
+            run, shown = f"{folders[name]}/seed-{seed}", str(seed)
+        for metric, values in figures.items():
+            lines.writerows((run, name, shown, metric, example, repr(value)) for example, value in values.items())
+    packed = io.BytesIO()
+    with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0, compresslevel=9) as file:
+        file.write(text.getvalue().encode())
+    beside = out / f"{VALUES}.part"
+    beside.write_bytes(packed.getvalue())
+    os.replace(beside, out / VALUES)
+    write(out / RECORD, json.dumps(recorded.record, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_recorded(study: Study, out: Path) -> Recorded:
+    """What :func:`write_recorded` wrote; nothing where there is no ``values.csv.gz``.
+
+    Raises:
+        StudyError: for a file that cannot be read, or whose lines do not belong to the study.
+    """
+    path = out / VALUES
+    if not path.is_file():
+        return Recorded({})
+    runs: dict[Key, dict[str, dict[str, float]]] = {}
+    known = {(arm.name, seed) for arm in study.arms for seed in study.seeds}
+    try:
+        with gzip.open(path, "rt", newline="", encoding="utf-8") as file:
+            lines = csv.DictReader(file)
+            if lines.fieldnames is None or set(COLUMNS) - set(lines.fieldnames):
+                raise StudyError(f"{path}: the columns are {lines.fieldnames}; they must be {', '.join(COLUMNS)}")
+            for line in lines:
+                place = f"{path}:{lines.line_num}"
+                key = (line["arm"], int(line["seed"]) if line["seed"] else None)
+                if key[1] is not None and key not in known:
+                    raise StudyError(f"{place}: the study has no arm {key[0]!r} with seed {key[1]}")
+                values = runs.setdefault(key, {}).setdefault(line["metric"], {})
+                value = float(line["value"])
+                if line["metric"] in study.metrics and not math.isfinite(value):
+                    raise StudyError(f"{place}: value {line['value']!r} is not finite")
+                if line["example"] in values:
+                    raise StudyError(f"{place}: a second value of {line['metric']} for {line['example']!r}")
+                values[line["example"]] = value
+    except (OSError, EOFError, ValueError, TypeError, csv.Error) as error:
+        if isinstance(error, StudyError):
+            raise
+        raise StudyError(f"{path} cannot be read: {error}") from error
+    _check_examples(runs, study, path)
+    ordered: dict[Key, Figures] = {}
+    for arm in study.arms:
+        ordered |= {(arm.name, seed): runs[arm.name, seed] for seed in study.seeds if (arm.name, seed) in runs}
+    ordered |= {key: figures for key, figures in runs.items() if key[1] is None}
+    note = out / RECORD
+    try:
+        record = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    except ValueError as error:
+        raise StudyError(f"{note} cannot be read: {error}") from error
+    return Recorded(ordered, record)
+
+
+def _check_examples(runs: Mapping[Key, Figures], study: Study, path: Path) -> None:
+    """Refuses runs that were measured on different examples, which cannot be paired."""
+    for metric in study.metrics:
+        first: tuple[Key, frozenset[str]] | None = None
+        for key, figures in runs.items():
+            own = frozenset(figures.get(metric, {}))
+            if key[1] is None:
+                continue
+            first = first or (key, own)
+            if lost := sorted(own ^ first[1]):
+                both = " and ".join(f"{arm!r} with seed {seed}" for arm, seed in (first[0], key))
+                raise StudyError(f"{path}: {metric} of {both} is of different examples, such as {lost[0]!r}")

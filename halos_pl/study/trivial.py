@@ -1,0 +1,98 @@
+"""Baselines that are no arm of a study: the model before training, and the rule that fewer words win."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from halos_pl.callbacks import CONFIG
+from halos_pl.study.evaluate import BEFORE as BEFORE_FILE
+from halos_pl.study.evaluate import measured_how
+from halos_pl.study.held_out import of_pairs, of_rows
+from halos_pl.study.measurement import ROWS
+from halos_pl.study.plan import BEFORE, SHORTER, Run
+from halos_pl.study.recorded import Figures, Key
+
+#: Accuracy on the pairs whose chosen completion has fewer, as many, and more words than the rejected one.
+STRATA = {
+    "reward_accuracy/chosen_shorter": -1,
+    "reward_accuracy/same_length": 0,
+    "reward_accuracy/chosen_longer": 1,
+}
+Record = dict[str, Any]
+
+
+def held_out_records(run: Run) -> list[Record]:
+    """What was measured of each held-out row of a run; nothing where it had no held-out rows."""
+    path = run.folder / ROWS
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def by_length(records: list[Record]) -> dict[str, dict[str, float]]:
+    """Reward accuracy by the lengths of the two completions, in words; nothing where words were not counted.
+
+    The mean of the first and the last does not gain from a reward that merely prefers short completions.
+    """
+    longer: dict[str, int] = {}
+    for record in records:
+        if record["pair"] is not None and "words" in record:
+            sign = 1 if record["desirable"] else -1
+            longer[record["pair"]] = longer.get(record["pair"], 0) + sign * record["words"]
+    found = {}
+    for name, side in STRATA.items():
+        some = [r for r in records if r["pair"] in longer and (longer[r["pair"]] > 0) - (longer[r["pair"]] < 0) == side]
+        if some:
+            found[name] = of_pairs(some, 1.0)["reward_accuracy"]
+    return found
+
+
+def baselines(done: list[Run]) -> dict[Key, Figures]:
+    """The metrics of both baselines, on the examples that the finished runs were measured on."""
+    found: dict[Key, Figures] = {}
+    starts = {run: start_of(run) for run in done}
+    several = len(set(starts.values())) > 1
+    for start in dict.fromkeys(starts.values()):
+        run = next(run for run in done if starts[run] == start)
+        found[before_name(start, several), None] = _before(run)
+    if done:
+        words = [
+            {**r, "policy_logp": -r["words"], "reference_logp": 0.0} for r in held_out_records(done[0]) if "words" in r
+        ]
+        shorter = of_pairs(words, 1.0) | of_rows(words) | by_length(words) if words else {}
+        kept = {name: shorter[name] for name in ("reward_accuracy", "reward_auroc", *STRATA) if shorter.get(name)}
+        if kept:
+            found[SHORTER, None] = kept
+    return found
+
+
+def before_name(start: str, several: bool) -> str:
+    """The name of the baseline that is a model before training, of one or of several that the arms start from."""
+    return f"{BEFORE} ({start})" if several else BEFORE
+
+
+def starts_of(done: list[Run]) -> dict[str, str]:
+    """By arm: the name of the model that it started from, as a baseline."""
+    starts = {run.arm.name: start_of(run) for run in done}
+    return {arm: before_name(start, len(set(starts.values())) > 1) for arm, start in starts.items()}
+
+
+def start_of(run: Run) -> str:
+    """The model that a run started from."""
+    path = run.folder / CONFIG
+    config = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader) if path.is_file() else {}
+    policy = (config.get("model") or {}).get("policy") or {}
+    return str(policy.get("path", ""))
+
+
+def _before(run: Run) -> Figures:
+    """What was measured of the model that a run started from; its accuracy by length is that of ties."""
+    path = run.folder / BEFORE_FILE
+    found: dict[str, Mapping[str, float]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if measured_how(run.folder).get("evaluate", {}).get("reference") is None:
+        found |= by_length([{**r, "policy_logp": r["reference_logp"]} for r in held_out_records(run)])
+    return {name: values for name, values in found.items() if values}

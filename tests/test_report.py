@@ -1,0 +1,414 @@
+"""Reports of studies: computed from recorded values alone, with baselines, units, and figures of what is tested."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import itertools
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from PIL import Image
+from run_halos import ROOT
+
+from halos_pl.cli import main
+from halos_pl.study import figures
+from halos_pl.study.digits import decimals, number, of_comparison
+from halos_pl.study.first_line import first_line
+from halos_pl.study.gather import _training
+from halos_pl.study.plan import BEFORE, SHORTER, Study, StudyError, load_study
+from halos_pl.study.recorded import VALUES, Recorded, read_recorded, write_recorded
+from halos_pl.study.report import write_report
+from halos_pl.study.results import Results
+from halos_pl.study.trivial import by_length
+from value_functions import Logistic
+
+LONG = "an arm with a name that is much longer than a figure is wide, of sixty words or so, for whatever reason"
+
+
+def study_of(folder: Path, arms: list[str], metrics: list[str], seeds: int = 3, **more: Any) -> Study:
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "arms": None if "axes" in more else {arm: {} for arm in arms},
+        "seeds": list(range(seeds)),
+        "evaluate": {"held_out": ["x.jsonl"], "prompts": "y.txt", "rule": "z.py:rule"},
+        "metrics": metrics,
+        **more,
+    }
+    (folder / "study.yaml").write_text(yaml.safe_dump({k: v for k, v in content.items() if v}, sort_keys=False))
+    return load_study(folder / "study.yaml")
+
+
+def results_of(
+    folder: Path,
+    shift: dict[str, float],
+    before: float | None = 0.0,
+    metrics: tuple[str, ...] = ("reward_margin",),
+    examples: int = 24,
+    **more: Any,
+) -> Results:
+    """A study of arms whose values differ by a shift, with curves, outcomes and a value function."""
+    study = study_of(folder, list(shift), list(metrics), **more)
+    assert [arm.name for arm in study.arms] == list(shift)
+    draw = np.random.default_rng(0)
+    names = [f"x.jsonl:{i}" for i in range(examples)]
+    values: dict[Any, Any] = {}
+    for arm, size in shift.items():
+        for seed in study.seeds:
+            own = {m: {n: float(size + 0.1 * draw.normal()) for n in names} for m in metrics}
+            for curve in figures.CURVES:
+                own[curve] = {str(step): float(size * step + draw.normal()) for step in (1, 2, 10)}
+            own["outcome/desirable"] = {str(i): float(draw.normal()) for i in range(8)}
+            own["outcome/undesirable"] = {str(i): float(draw.normal()) for i in range(8)}
+            own["value_function"] = {repr(u): math.tanh(u) for u in np.linspace(-2, 2, 9).tolist()} if not seed else {}
+            values[arm, seed] = own
+    if before is not None:
+        values[BEFORE, None] = {m: {n: before + 0.1 * float(draw.normal()) for n in names} for m in metrics}
+    record = {"study": str(folder / "study.yaml"), "over": None, "out": str(folder), "missing": [], "made": []}
+    write_recorded(Recorded(values, record), study, folder)
+    return Results(study, folder)
+
+
+# -- values.csv.gz ------------------------------------------------------------------------------------------
+
+floats = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(values=st.dictionaries(st.text(min_size=1, alphabet=st.characters(exclude_categories=["Cs", "Cc"])), floats))
+def test_values_are_read_back_exactly_and_make_the_same_bytes(values: dict[str, float], tmp_path_factory: Any) -> None:
+    folder = tmp_path_factory.mktemp("values")
+    study = study_of(folder, ["one"], ["kl"], 1)
+    own = {("one", 0): {"kl": values}, (BEFORE, None): {"kl": values}}
+    written = []
+    for _ in range(2):
+        write_recorded(Recorded({key: dict(f) for key, f in own.items()}), study, folder)
+        written.append((folder / VALUES).read_bytes())
+    assert written[0] == written[1]
+    assert written[0][4:8] == bytes(4)  # gzip's time of writing
+    found = read_recorded(study, folder).values
+    if values:
+        assert {key: dict(f["kl"]) for key, f in found.items()} == {key: values for key in own}
+        assert [list(f["kl"]) for f in found.values()] == [list(values)] * 2
+
+
+def _change(folder: Path, change: Any) -> None:
+    with gzip.open(folder / VALUES, "rt", newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    change(rows)
+    with gzip.open(folder / VALUES, "wt", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
+BROKEN = {
+    "an unknown arm": (lambda rows: rows[1].__setitem__(1, "other"), ":2"),
+    "an unknown seed": (lambda rows: rows[1].__setitem__(2, "9"), ":2"),
+    "a seed that is none": (lambda rows: rows[1].__setitem__(2, "x"), VALUES),
+    "a value that is none": (lambda rows: rows[3].__setitem__(5, "many"), VALUES),
+    "a value that is not finite": (lambda rows: rows[3].__setitem__(5, "nan"), ":4"),
+    "a line twice": (lambda rows: rows.insert(2, rows[1]), ":3"),
+    "a line missing": (lambda rows: rows.pop(1), "x.jsonl:0"),
+    "a column missing": (lambda rows: rows[0].__setitem__(4, "row"), "example"),
+    "a line cut": (lambda rows: rows.__setitem__(2, rows[2][:4]), VALUES),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_values_that_do_not_belong_to_the_study_are_refused(name: str, tmp_path: Path) -> None:
+    results_of(tmp_path, {"a": 0.0, "b": 1.0})
+    change, place = BROKEN[name]
+    _change(tmp_path, change)
+    with pytest.raises(StudyError) as error:
+        Results(load_study(tmp_path / "study.yaml"), tmp_path)
+    assert str(tmp_path / VALUES) in str(error.value)
+    assert place in str(error.value)
+
+
+def test_a_file_that_is_cut_is_refused(tmp_path: Path) -> None:
+    results_of(tmp_path, {"a": 0.0, "b": 1.0})
+    whole = (tmp_path / VALUES).read_bytes()
+    for content in (whole[: len(whole) // 2], b"run,arm\n", b""):
+        (tmp_path / VALUES).write_bytes(content)
+        with pytest.raises(StudyError, match=VALUES):
+            Results(load_study(tmp_path / "study.yaml"), tmp_path)
+
+
+def test_a_report_is_computed_from_values_and_the_study_alone(tmp_path: Path, capsys: Any) -> None:
+    """Moved elsewhere, without any run, it is the same report, byte by byte, figures included."""
+    write_report(
+        results_of(tmp_path / "one", {"a": 0.0, "b": 1.0, "c": -1.0}, metrics=("reward_margin", "kl_held_out"))
+    )
+    (tmp_path / "two").mkdir()
+    for name in ("study.yaml", VALUES, "record.json"):
+        shutil.copy(tmp_path / "one" / name, tmp_path / "two")
+    main(["ablate", "report", str(tmp_path / "two")])
+    written = {path.name for path in (tmp_path / "one").iterdir()}
+    assert written >= {"report.md", "report.html", "forest.png", "curves.png", "value_functions.png"}
+    for name in written:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    (tmp_path / "two" / "record.json").unlink()  # the words of it are then missing, no number is
+    main(["ablate", "report", str(tmp_path / "two")])
+    assert (tmp_path / "one" / "forest.png").read_bytes() == (tmp_path / "two" / "forest.png").read_bytes()
+    tables = [
+        [line for line in (tmp_path / name / "report.md").read_text().splitlines() if line.startswith("| ")][:20]
+        for name in ("one", "two")
+    ]
+    assert tables[0] == tables[1]
+
+
+def test_a_folder_without_runs_and_values_has_no_report(tmp_path: Path, capsys: Any) -> None:
+    study_of(tmp_path, ["a", "b"], ["kl"])
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(SystemExit):
+            main(["ablate", "report", str(folder)])
+        assert str(folder) in capsys.readouterr().err
+    assert not (tmp_path / "report.md").exists()
+
+
+@pytest.mark.slow
+def test_make_results_recomputes_what_has_values_and_names_what_has_none(tmp_path: Path) -> None:
+    write_report(results_of(tmp_path / "kept", {"a": 0.0, "b": 1.0}))
+    (tmp_path / "lost").mkdir()
+    before = (tmp_path / "kept" / "report.md").read_bytes()
+    (tmp_path / "kept" / "report.md").unlink()
+    words = ["make", "-o", ".venv/installed", "results", f"RESULTS={tmp_path}", f"BIN={Path(sys.executable).parent}"]
+    said = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert f"{tmp_path}/lost: skipped" in said
+    assert (tmp_path / "kept" / "report.md").read_bytes() == before
+
+
+# -- what a report says -------------------------------------------------------------------------------------
+
+
+def test_margins_are_in_nats_whatever_beta_is(tmp_path: Path) -> None:
+    """metrics.csv shows beta times the reward."""
+    (tmp_path / "metrics.csv").write_text("step,rewards/margins,outcome/z0\n1,3.0,0.5\n2,,0.7\n3,5.0,\n")
+    run: Any = SimpleNamespace(folder=tmp_path)
+    for beta in (0.1, 2.0):
+        module: Any = SimpleNamespace(halo=SimpleNamespace(value_function=Logistic(beta=beta)))
+        found = _training(run, module)
+        assert found["training/margin"] == {"1": 3.0 / beta, "3": 5.0 / beta}
+        assert found["training/z0"] == {"1": 0.5, "2": 0.7}
+    assert _training(run, None)["training/margin"] == {"1": 3.0, "3": 5.0}
+
+
+def test_baselines_have_a_row_in_every_table(tmp_path: Path) -> None:
+    metrics = ("reward_accuracy", "kl_held_out")
+    results = results_of(tmp_path, {"a": 0.5, "b": 0.9}, before=0.5, metrics=metrics)
+    values = {
+        key: {m: dict(v) for m, v in f.items()} for key, f in read_recorded(results.study, tmp_path).values.items()
+    }
+    names = list(values["a", 0]["reward_accuracy"])
+    values[SHORTER, None] = {"reward_accuracy": {name: float(i % 4 > 0) for i, name in enumerate(names)}}
+    for strata, some in (("chosen_shorter", names[:16]), ("chosen_longer", names[16:])):
+        for key in values:
+            values[key][f"reward_accuracy/{strata}"] = dict.fromkeys(some, 1.0 if strata == "chosen_shorter" else 0.25)
+    write_recorded(Recorded(values), results.study, tmp_path)
+    write_report(Results(results.study, tmp_path))
+    page = (tmp_path / "report.md").read_text()
+    tables = page.split("\n## ")
+    for table in (tables[0], *(t for t in tables if t.startswith(metrics))):
+        rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
+        assert rows[-2:] == [BEFORE, SHORTER], table
+    assert float(row_of(tables[0], SHORTER)[1]) == 0.75
+    assert row_of(tables[0], SHORTER)[2] == "–"  # it has no KL
+    lengths = next(t for t in tables if t.startswith("reward_accuracy by length"))
+    for name in ("a", "b", BEFORE, SHORTER):
+        assert row_of(lengths, name)[1].startswith("1")
+        assert row_of(lengths, name)[-1] == "0.62"  # the mean of 1 and 0.25, whatever the numbers of pairs
+
+
+def row_of(table: str, name: str) -> list[str]:
+    line = next(line for line in table.splitlines() if line.startswith(f"| {name} "))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_accuracy_by_length_counts_words_of_pairs() -> None:
+    records = [
+        {"row": f"{i}{side}", "pair": f"{i}", "prompt": i, "desirable": side == "c", "tokens": 1, "words": words}
+        | {"policy_logp": float(reward), "reference_logp": 0.0, "kl": 0.0}
+        for i, (chosen, rejected) in enumerate([((3, 1), (5, 0)), ((3, 0), (9, 2)), ((4, 1), (4, 1)), ((7, 2), (2, 1))])
+        for side, (words, reward) in (("c", chosen), ("r", rejected))
+    ]
+    assert {name: list(found.values()) for name, found in by_length(records).items()} == {
+        "reward_accuracy/chosen_shorter": [1.0, 0.0],
+        "reward_accuracy/same_length": [0.5],
+        "reward_accuracy/chosen_longer": [1.0],
+    }
+    assert by_length([{k: v for k, v in r.items() if k != "words"} for r in records]) == {}
+
+
+def test_the_first_line_says_who_won_and_whether_to_believe_it(tmp_path: Path) -> None:
+    shift = {"base": 0.0, "worst": -3.0, "best": 3.0}
+    results = results_of(tmp_path / "clear", shift, before=0.0)
+    assert [arm.name for arm in results.ranked] == ["best", "base", "worst"]
+    line = first_line(results)
+    assert line.startswith("best won on reward_margin")
+    assert "; believe it" in line
+    assert "\n" not in line
+    write_report(results)
+    page = (tmp_path / "clear" / "report.md").read_text()
+    first = next(text for text in page.splitlines() if text and not text.startswith("#"))
+    assert first.startswith("**best won on reward")
+    # The baseline itself wins: what is said is of the next arm, against it.
+    line = first_line(results_of(tmp_path / "base", {"base": 3.0, "worst": -3.0, "next": 0.0}, before=0.0))
+    assert line.startswith("base won")
+    assert "next" in line
+    assert "worst" not in line
+    # Where less is better.
+    lower = results_of(tmp_path / "less", {"base": 0.5, "better": 0.1}, before=0.6, metrics=("brier",))
+    assert first_line(lower).startswith("better won on brier")
+    # Nothing that differs.
+    alike = results_of(tmp_path / "alike", {"base": 1.0, "other": 1.001}, before=0.0)
+    assert "believe it" not in first_line(alike).replace("do not believe it", "")
+
+
+def test_the_first_line_says_where_nothing_was_learned(tmp_path: Path) -> None:
+    for name, shift, metric in (
+        ("worse than before", {"base": 0.0, "other": -1.0}, "reward_margin"),
+        ("as before", {"base": 2.0, "other": 2.0}, "reward_margin"),
+        ("higher where less is better", {"base": 3.0, "other": 4.0}, "brier"),
+    ):
+        results = results_of(tmp_path / name, shift, before=2.0, metrics=(metric,))
+        assert first_line(results).startswith("Nothing was learned"), name
+    unknown = results_of(tmp_path / "unknown", {"base": 0.0, "other": -1.0}, before=None)
+    assert not first_line(unknown).startswith("Nothing was learned")
+
+
+@pytest.mark.parametrize("name", [BEFORE, SHORTER, f"{BEFORE} (a model)"])
+def test_no_arm_has_the_name_of_a_baseline(name: str, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"study.yaml:3: arm "):
+        study_of(tmp_path, ["a", name], ["kl"])
+
+
+def test_one_arm_alone_is_compared_with_the_model_before_training(tmp_path: Path) -> None:
+    learned = first_line(results_of(tmp_path / "learned", {"kto": 3.0}, before=0.0))
+    assert learned.startswith("kto")
+    assert first_line(results_of(tmp_path / "not", {"kto": 0.0}, before=0.0)).startswith("Nothing was learned")
+
+
+@given(value=st.floats(-1e6, 1e6), half=st.floats(1e-6, 1e6))
+def test_numbers_have_as_many_digits_as_their_interval_leaves(value: float, half: float) -> None:
+    places = decimals(value, value - half, value + half)
+    shown = float(number(value, places))
+    assert abs(shown - value) <= half  # never less than the interval says
+    assert places == 0 or 10**-places * 100.1 > half / 1.0001  # and two digits of it at most
+
+
+def test_numbers_have_no_false_signs_or_digits() -> None:
+    assert number(-0.0001, 2, "+") == "+0.00"
+    assert number(0.5833333, decimals(0.583, 0.3, 0.85)) == "0.58"
+    assert number(0.0005, decimals(0.0005, 0.0004, 0.0006)) == "0.00050"
+
+
+# -- figures ------------------------------------------------------------------------------------------------
+
+
+def test_no_two_arms_look_alike() -> None:
+    looks = [figures.look(i) for i in range(252)]
+    assert len({tuple(look.values()) for look in looks}) == 252
+    assert len({look["color"] for look in looks[:7]}) == 7
+
+
+# Linear RGB of what a viewer without L or M cones sees (Viénot et al. 1999).
+BLIND = {
+    "protan": [[0.11238, 0.88762, 0.0], [0.11238, 0.88762, 0.0], [0.00401, -0.00401, 1.0]],
+    "deutan": [[0.29275, 0.70725, 0.0], [0.29275, 0.70725, 0.0], [-0.02234, 0.02234, 1.0]],
+}
+
+
+@pytest.mark.parametrize("kind", [None, *BLIND])
+def test_colours_differ_with_any_vision(kind: str | None) -> None:
+    def lab(colour: str) -> Any:
+        rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        linear = np.clip(np.array(BLIND[kind]) @ linear, 0, 1) if kind else linear
+        xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ linear
+        f = np.cbrt(np.maximum(xyz / [0.9505, 1, 1.089], 0.008856))
+        return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+    for one, other in itertools.combinations((*figures.COLOURS, "#FFFFFF"), 2):
+        assert np.linalg.norm(lab(one) - lab(other)) > 12, (one, other)
+
+
+def test_saved_figures_keep_the_colours_of_arms(tmp_path: Path) -> None:
+    results = results_of(tmp_path, {f"arm {i}": float(i) for i in range(7)})
+    drawn = figures.curves(results)
+    assert drawn is not None
+    pixels = np.asarray(Image.open(figures.saved(drawn, tmp_path / "x.png")).convert("RGB")).reshape(-1, 3)
+    seen = {f"#{r:02X}{g:02X}{b:02X}" for r, g, b in np.unique(pixels, axis=0)}
+    assert {look["color"] for look in figures.looks(results).values()} <= seen
+
+
+def _drawn(results: Results) -> dict[str, Figure]:
+    found = {name: draw(results) for name, (_, _, draw) in figures.PICTURES.items()}
+    return {name: figure for name, figure in found.items() if figure is not None}
+
+
+def test_nothing_is_cut_off_and_every_axis_is_labelled(tmp_path: Path) -> None:
+    shift = {f"{LONG} {i}": float(i) for i in range(12)}
+    grid = results_of(tmp_path / "arms", shift, metrics=("reward_margin", "kl_held_out"))
+    axes = {"model.value_function.init_args.beta": [0.1, 0.2], "data.batch_size": [2, 4]}
+    names = {f"beta={b} batch_size={n}": b * n for b in (0.1, 0.2) for n in (2, 4)}
+    cells = results_of(tmp_path / "grid", names, axes=axes)
+    drawn = _drawn(grid) | {"heat_map.png": _drawn(cells)["heat_map.png"]}
+    assert set(drawn) == set(figures.PICTURES)
+    for name, figure in drawn.items():
+        figure.draw_without_rendering()
+        whole = figure.bbox
+        for part in (figure, *figure.subfigs):
+            for legend in part.legends:
+                box = legend.get_window_extent()
+                assert box.x0 >= whole.x0, name
+                assert box.x1 <= whole.x1, name
+                assert box.y0 >= whole.y0, name
+                assert len(legend.get_texts()) == 12
+        for axis in figure.get_axes():
+            if not axis.axison:
+                continue
+            box = axis.get_tightbbox()
+            assert box is not None
+            assert whole.x0 - 1 <= box.x0 < box.x1 <= whole.x1 + 1, (name, axis.get_title())
+            assert whole.y0 - 1 <= box.y0 < box.y1 <= whole.y1 + 1, (name, axis.get_title())
+            shared = [other for other in axis.get_shared_y_axes().get_siblings(axis) if other.get_ylabel()]
+            assert axis.get_ylabel() or shared, (name, axis.get_title())
+
+
+def test_the_forest_shows_the_differences_that_are_tested(tmp_path: Path) -> None:
+    results = results_of(tmp_path, {"base": 0.0, "one": 1.0, "two": 2.0}, before=-1.0)
+    figure = figures.forest(results)
+    assert figure is not None
+    panels = [axis for part in figure.subfigs for axis in part.get_axes()]
+    for axis, found in zip(
+        panels, (results.comparisons("reward_margin"), results.learned("reward_margin")), strict=True
+    ):
+        drawn = {tuple(line.get_xdata()) for line in axis.get_lines()}
+        for c in found.values():
+            assert (c.low, c.high) in drawn
+        assert next(iter(found.values())).reference in axis.get_xlabel()
+        assert "nats" in axis.get_xlabel()
+    assert set(results.comparisons("reward_margin")) == {"one", "two"}
+    assert set(results.learned("reward_margin")) == {"base", "one", "two"}
+
+
+def test_ratios_are_drawn_along_a_logarithm(tmp_path: Path) -> None:
+    results = results_of(tmp_path, {"base": 1.0, "one": 2.0}, before=None)
+    told = replace(results.comparisons("reward_margin")["one"], scale="ratio", effect=2.0, low=1.5, high=2.7)
+    results.comparisons = lambda metric: {"one": told}  # type: ignore[method-assign]
+    figure = figures.forest(results)
+    assert figure is not None
+    [axis] = [axis for part in figure.subfigs for axis in part.get_axes()]
+    assert axis.get_xscale() == "log"
+    assert "ratio" in axis.get_xlabel()
+    assert of_comparison(told).startswith("x 2")
