@@ -118,7 +118,7 @@ class HalosParser(LightningArgumentParser):
         near = sorted(known) if len(known) <= 12 else difflib.get_close_matches(key, known, cutoff=0.8)
         return f" There is: {', '.join(near)}." if near else ""
 
-    def format_help(self) -> str:
+    def format_help(self, *given: Any, **options: Any) -> str:
         """The help with the plug-ins first and the Trainer last; the order of the options stays as it is elsewhere."""
         groups, usage = self._action_groups, self.usage
         own = [list(group._group_actions) for group in groups]
@@ -128,7 +128,7 @@ class HalosParser(LightningArgumentParser):
             for group in groups:
                 group._group_actions.sort(key=lambda action: rank(action.dest))
             self._action_groups = sorted(groups, key=lambda g: min((rank(a.dest) for a in g._group_actions), default=0))
-            return super().format_help()
+            return super().format_help(*given, **options)
         finally:
             self._action_groups, self.usage = groups, usage
             for group, actions in zip(groups, own, strict=True):
@@ -155,8 +155,10 @@ class HalosParser(LightningArgumentParser):
 
 
 # The order of the help: what a run is about comes first.
-FIRST = ("help", "config", "print_config", "run_dir", "model.value_function", "model.reference_point", "model.reward")
-FIRST += ("model.feedback", "model.undesirable", "model.policy", "data", "model", "checkpoint", "ckpt_path")
+FIRST = (
+    *("help", "config", "print_config", "run_dir", "model.value_function", "model.reference_point", "model.reward"),
+    *("model.feedback", "model.undesirable", "model.policy", "data", "model", "checkpoint", "ckpt_path"),
+)
 
 
 def rank(option: str) -> int:

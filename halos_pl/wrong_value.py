@@ -284,7 +284,7 @@ def found_class(base: type, path: str) -> tuple[Any, str, str]:
     if inspect.isclass(cls) and not issubclass(cls, base):
         return None, f"{name} does not extend {base.__name__}", ""
     if inspect.isclass(cls) and inspect.isabstract(cls):
-        lacks = ", ".join(sorted(cls.__abstractmethods__))
+        lacks = ", ".join(sorted(cls.__abstractmethods__))  # type: ignore[attr-defined]
         return None, f"{name} is abstract: it lacks {lacks}", ""
     return cls, "", ""
 

@@ -67,4 +67,5 @@ def _last(example: Example, schema: Schema) -> Iterator[Example | Skipped]:
     yield from (Skipped(f"{example.row_id}#{i}", LATER) for i, later in enumerate(asked, start=1) if later)
     if kept:
         columns = {name: getattr(example, name) for name in ("completions", "labels", "scores", "finished")}
-        yield replace(example, **{name: tuple(values[i] for i in kept) for name, values in columns.items()})
+        few: dict[str, Any] = {name: tuple(values[i] for i in kept) for name, values in columns.items()}
+        yield replace(example, **few)

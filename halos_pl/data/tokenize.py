@@ -148,7 +148,7 @@ def encode_prompt(
         special.refuse("The prompt", prompt)
         special.refuse("The tools", _as_messages(tools))
     if special is not None and special.mode == "split" and special.found(prompt, _as_messages(tools)):
-        held = [m["content"] for m in special.hold(_as_messages(tools))]  # type: ignore[index, union-attr]
+        held: Any = [m["content"] for m in special.hold(_as_messages(tools))]  # type: ignore[index, union-attr]
         [ids] = special.encode_held([_prompt_text(tokenizer, special.hold(prompt), held or None)])
     else:
         ids = _ids(tokenizer, _prompt_text(tokenizer, prompt, tools))
@@ -319,7 +319,8 @@ class Encoder:
     ) -> _Texts:
         if example.tools:
             raise ValueError(_TEXT_TOOLS)
-        prompt, pieces, last = example.prompt, [], []
+        prompt, last = example.prompt, []
+        pieces: list[tuple[tuple[str, bool], ...]] = []
         for text, end, finished in zip(spoken, found, example.finished, strict=True):
             if not isinstance(text, str):
                 raise ValueError(
@@ -328,7 +329,7 @@ class Encoder:
                 )
             complete = finished and end is not None and text.rstrip().endswith(end.token)
             text = text.rstrip() if complete else text
-            pieces.append((((str(self.special.hold(text)) if held else text), True),))
+            pieces.append(((str(self.special.hold(text)) if held else text, True),))
             last.append(None if not finished else end.id if end is not None and complete else self._eos)
         return _Texts(held, str(self.special.hold(prompt)) if held else str(prompt), pieces, last)
 

@@ -652,7 +652,7 @@ def _check_held_out(study: Study, tokenizer: Any, data: Any) -> int:
         raise StudyError(f"{study.places['evaluate']}: held_out: {error}") from error
     for store in stores:
         if store.fault_count:
-            raise StudyError(f"{study.places['evaluate']}: held_out: {fault_list(store.faults, store.fault_count)}")
+            raise StudyError(f"{study.places['evaluate']}: held_out: {fault_list(store.causes, store.fault_count)}")
     table = Table.of(stores)
     if bool((table.label < 0).any()):  # scores: what they come to depends on the other rows of their prompts
         table, counts = ThresholdScores()(table, random.Random(0))
