@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from halos_pl.callbacks import RunCSVLogger
 from halos_pl.cli import main
+from halos_pl.files import part_of
 
 # 15 rows in steps of 4: three whole steps and a smaller one make an epoch of 4 steps; two epochs are 8 steps.
 ROWS, EPOCH, STEPS = 15, 4, 8
@@ -354,7 +355,7 @@ def test_a_leftover_of_a_kill_does_not_disturb(finished, tmp_path):
     source, words = finished
     run_dir = tmp_path / "x"
     shutil.copytree(source, run_dir)
-    for part in ("checkpoints/last.ckpt.part", "metrics.part"):
+    for part in ("checkpoints/last.ckpt.part", part_of(run_dir / "metrics.csv").name):
         (run_dir / part).write_bytes(b"half of it")
     main([*words, f"--run_dir={run_dir}", "--ckpt_path=last", "--trainer.max_epochs=2"])
     assert [row["step"] for row in metrics(run_dir)] == list("012345")

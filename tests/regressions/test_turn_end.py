@@ -321,7 +321,7 @@ def test_training_samples_stop_there_too(monkeypatch: pytest.MonkeyPatch) -> Non
     module: Any = SimpleNamespace(tokenizer=tokenizer, training=True, policy=nn.Identity())
     module._stops = HALOModule._stops.func(module)  # type: ignore[attr-defined]
     module.objective = SimpleNamespace(needs=SimpleNamespace(samples=4))
-    batch: Any = SimpleNamespace(prompt=torch.zeros(0, dtype=torch.long), prompts=[])
+    batch: Any = SimpleNamespace(prompt=torch.zeros(0, dtype=torch.long), prompts=[], row_ids=[])
     with pytest.raises(TypeError):  # where it goes on with what is no batch
         HALOModule._with_samples(module, batch)
     assert seen == [stop_ids(tokenizer)]
