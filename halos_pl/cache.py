@@ -14,7 +14,9 @@ from typing import IO, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 
-Kind = Literal["data", "models", "reference"]
+Kind = Literal["data", "models", "reference", "answers"]
+#: The folder of sampled answers.
+ANSWERS = "answers"
 REFERENCE = Path("reference") / "logps.sqlite"
 #: Of the disk that the cache is on, where HALOS_CACHE_LIMIT says nothing.
 DEFAULT_LIMIT = "20%"
@@ -86,7 +88,7 @@ def size_text(size: float) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing in the cache: a tokenised source, a converted model, or the reference store.
+    """One thing in the cache: a tokenised source, a converted model, the reference store, or the answers of a model.
 
     Attributes:
         kind: which of them.
@@ -140,6 +142,9 @@ def entries(data: Path | None = None) -> list[Entry]:
     files = (file, file.with_suffix(".damaged"), *file.parent.glob(f"{file.name}-*"))
     if there := [path for path in files if path.is_file()]:
         parts["reference", file] = there
+    for path in sorted((root / ANSWERS).glob("*.json*")):  # with what a killed command has left of one
+        if path != _mark(path.with_suffix("")):
+            parts.setdefault(("answers", path.with_name(f"{path.name.partition('.')[0]}.json")), []).append(path)
     found = []
     for (kind, path), own in parts.items():
         found.append(Entry(kind, path, tuple(own), sum(map(_size, own)), _used(path, own)))

@@ -13,13 +13,25 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from halos_pl.cache import REFERENCE, Entry, cache_root, entries, in_use, limit, limit_setting, remove, size_text
+from halos_pl.cache import (
+    ANSWERS,
+    REFERENCE,
+    Entry,
+    cache_root,
+    entries,
+    in_use,
+    limit,
+    limit_setting,
+    remove,
+    size_text,
+)
 from halos_pl.messages import plain
 from halos_pl.policy.store import LARGEST
 
 _KINDS = {
     "data": "checked and tokenised sources of feedback",
     "models": "converted GGUF models",
+    "answers": "sampled answers of models that were evaluated",
     "reference": f"reference log-probs (at most {LARGEST / 1e9:.1f} GB)",
 }
 
@@ -61,14 +73,15 @@ def info() -> None:
     )
 
 
-def clear(*, kind: Literal["all", "data", "models", "reference"] = "all") -> None:
-    """Removes what the cache holds, but for what a running command uses; it is made again when it is needed.
+def clear(*, kind: Literal["all", "data", "models", "answers", "reference"] = "all") -> None:
+    """Removes what the cache holds, but for what a running command uses; it is recomputed when it is needed.
 
     Args:
         kind: what to remove.
     """
     root = cache_root()
-    homes: dict[str, Path] = {"data": root / "data", "models": root, "reference": (root / REFERENCE).parent}
+    homes: dict[str, Path] = {"data": root / "data", "models": root, "answers": root / ANSWERS}
+    homes["reference"] = (root / REFERENCE).parent
     if kind == "all":
         shutil.rmtree(root / "locks", ignore_errors=True)  # of earlier versions
     for name in _KINDS if kind == "all" else (kind,):

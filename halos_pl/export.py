@@ -23,9 +23,6 @@ from halos_pl.policy.intact import is_finite
 from halos_pl.policy.loading import base_model, load_model, stored_dtype
 from halos_pl.policy.source import ADAPTER_CONFIG, source_of
 from halos_pl.policy.spec import ModelError, ModelSpec
-from halos_pl.trained import load_run, module_of_run, put_weights, take_template
-
-__all__ = ["export", "load_run", "module_of_run", "put_weights", "take_template"]
 
 #: Files that say what the weights of a folder are, and its tokenizer.
 WEIGHTS = ("adapter_*", "model*.safetensors*", "pytorch_model*", "generation_config.json")

@@ -19,10 +19,10 @@ from halos_pl.cli import main
 from halos_pl.data.datamodule import FeedbackDataModule
 from halos_pl.data.example import DataError
 from halos_pl.data.template import NAMED, template_of
-from halos_pl.export import load_run
 from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.logprobs import compared_logps, completion_logps, completion_mask, pack, padded_logps
 from halos_pl.policy.store import keys
+from halos_pl.trained import load_run
 
 V = 61
 MODELS: dict[str, Any] = {

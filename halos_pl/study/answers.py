@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -15,7 +14,7 @@ from filelock import FileLock
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from halos_pl.cache import cache_root
+from halos_pl.cache import ANSWERS, Use, cache_root, make_room
 from halos_pl.data.special import SpecialTokens
 from halos_pl.files import write
 from halos_pl.generate import Sample, as_samples, encode_prompts, ends_of, generate
@@ -25,9 +24,6 @@ from halos_pl.policy.reference import weights_fingerprint
 from halos_pl.policy.store import fingerprint
 from halos_pl.prompt_files import PromptRow
 from halos_pl.provenance import provenance
-
-#: Below the cache folder.
-FOLDER = "answers"
 
 
 def answers(
@@ -59,18 +55,20 @@ def answers(
     tools = [row.tools for row in rows]
     encoded = encode_prompts(tokenizer, prompts, names, "", special_tokens_in_text, tools)
     check_prompts(model, tokenizer, encoded, names, sampling["max_new_tokens"])
-    path = cache_root() / FOLDER / f"{_key(model, tokenizer, encoded, start, sampling)}.json"
+    path = cache_root() / ANSWERS / f"{_key(model, tokenizer, encoded, start, sampling)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # runs of a study that are measured at the same time wait for the first
+        use = Use(path)
         known = _read(path, len(rows))
+        use.end()
         if known is not None:
-            os.utime(path)
             return as_samples(model, tokenizer, encoded, known), path
         options: dict[str, Any] = {"names": names, "tools": tools, "progress": False, **sampling}
         options["special_tokens_in_text"] = special_tokens_in_text
         samples = [each for (each,) in generate(model, tokenizer, prompts, **options)]
         ids = [sample.completion_ids for sample in samples]
         write(path, json.dumps({"sha256": _digest(ids), "ids": ids}))
+    make_room()
     return samples, None
 
 
@@ -89,7 +87,7 @@ def _key(
         weights = fingerprint(tensors, base_model(model).config.to_dict())
     by, device = provenance(), next(model.parameters()).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    made = [by["revision"], by["versions"], name, torch.get_num_threads()]
+    made = [by["revision"], by["halos_pl"], by["versions"], name, torch.get_num_threads()]
     ends = [ends_of(model, tokenizer), tokenizer.pad_token_id]
     return hashlib.sha256(json.dumps([weights, prompts, ends, sampling, made]).encode()).hexdigest()[:32]
 

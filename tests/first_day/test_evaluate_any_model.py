@@ -15,12 +15,12 @@ from run_halos import binary_data, fit, pair_data
 
 from halos_pl.cli import main
 from halos_pl.data.tokenize import encode_prompt
-from halos_pl.export import load_run
 from halos_pl.generate import generate, kl_of_samples
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
 from halos_pl.study import answers as kept
 from halos_pl.study.evaluate import BEFORE, FILE
 from halos_pl.study.measurement import ANSWERS, ROWS
+from halos_pl.trained import load_run
 
 CODE = """
 def has_gold(answer, row):
@@ -176,7 +176,7 @@ def test_answers_outlive_a_rule_that_fails_and_are_sampled_once(
 def test_kept_answers_that_are_damaged_are_sampled_again(home: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("HALOS_CACHE", str(tmp_path))
     evaluate(home, home / "merged", f"--out={home}/first")
-    (file,) = (tmp_path / kept.FOLDER).glob("*.json")
+    (file,) = (tmp_path / kept.ANSWERS).glob("*.json")
     ids = json.loads(file.read_text())["ids"]
     file.write_text(file.read_text().replace(str(ids[0][0]), str(ids[0][0] + 1), 1))
     evaluate(home, home / "merged", f"--out={home}/second")
