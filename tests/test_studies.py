@@ -30,7 +30,13 @@ def _with(folder: Path, *keys: str) -> list[Path]:
 
 ALL = _with(ROOT / "experiments/ablations", "arms", "axes")
 REAL = {"paper_table_2", "contradictions"}  # of feedback that is not part of the project
-STUDIES = [path for path in ALL if path.stem not in REAL]
+# The others have arms of the same kinds.
+QUICK = {"value_functions", "imbalance"}
+STUDIES = [
+    pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
+    for path in ALL
+    if path.stem not in REAL
+]
 POLICIES = [path.stem for path in _with(PAPER, "path")]
 
 
@@ -40,7 +46,7 @@ needs_the_model = pytest.mark.skipif(
 
 
 @needs_the_model
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", STUDIES)
 def test_a_study_is_valid_and_compares_what_it_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     _compares_what_it_says(load_study(path))
@@ -76,7 +82,7 @@ def _compares_what_it_says(study: Study) -> None:
 
 
 def test_a_study_at_another_scale_keeps_its_arms(tmp_path: Path) -> None:
-    path = STUDIES[0]
+    path = ALL[0]
     over = tmp_path / "over.yaml"
     over.write_text("configs: [elsewhere.yaml]\nseeds: [7]\noptions: {data.batch_size: 32}\n")
     small, large = load_study(path), load_study(path, over)
