@@ -18,7 +18,8 @@ COMMANDS = {
     "ablate": "Run a study: arms, seeds, measurements, report.",
     "ablate status": "Show how far a study is.",
     "ablate report": "Write the report of what a study has measured so far.",
-    "cache info": "Show what the cache holds.",
+    "cache": "Show what the cache holds.",
+    "cache info": "The same.",
     "cache clear": "Empty the cache.",
 }
 EPILOG = """\

@@ -68,7 +68,7 @@ def _parse(path: Path, text: str) -> tuple[list[str], list[dict[str, str]]]:
 
 
 class StepWriter(ExperimentWriter):
-    """Writes one line a step, and goes on with the ``metrics.csv`` that is there.
+    """Writes one line a step, and continues the ``metrics.csv`` that is there.
 
     The last lines stay open: figures of the same step that are logged later, such as those of its validation, are
     added to its line, which is then written again in its place.
@@ -81,10 +81,15 @@ class StepWriter(ExperimentWriter):
         self._open: dict[int, dict[str, Any]] = {}
         self._end = 0  # of the lines that do not change any more, in bytes
         self._changed = False
+        self._read = False
         super().__init__(log_dir)
 
     def _check_log_dir_exists(self) -> None:
-        """Reads the names of the columns, and opens the last line. Lightning would delete the file."""
+        """Leaves the file, which Lightning would delete, to the first figures: an earlier run is moved aside later."""
+
+    def _resume(self) -> None:
+        """Reads the names of the columns, and opens the last line."""
+        self._read = True
         path = Path(self.metrics_file_path)
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
         if not lines:
@@ -98,6 +103,8 @@ class StepWriter(ExperimentWriter):
 
     def log_metrics(self, metrics_dict: dict[str, Any], step: int | None = None) -> None:
         """Adds figures to the line of ``step``, by default the newest one."""
+        if not self._read:
+            self._resume()
         step = max(self._open, default=0) if step is None else step
         row = self._open.setdefault(step, {})
         row |= {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics_dict.items()} | {"step": step}

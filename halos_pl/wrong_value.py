@@ -40,6 +40,7 @@ _WORDS: dict[Any, str] = {
 _OF_A_CLASS = ("class_path", "init_args", "dict_kwargs")
 # So many names of classes are listed where a class is wanted.
 LISTED = 30
+_OURS = ("halos_pl", "value_functions")
 
 
 @dataclass
@@ -152,6 +153,8 @@ def _in_words(hint: Any) -> list[str]:
     if dataclasses.is_dataclass(base):
         return [f"a mapping of {', '.join(field.name for field in dataclasses.fields(base))}"]
     names = [cls.__name__ for cls in subclasses(base)]
+    if len(names) > LISTED:  # with those of the user's own modules
+        names = [cls.__name__ for cls in subclasses(base) if cls.__module__.partition(".")[0] in _OURS]
     few = f" ({', '.join(names)}; or the dotted path of your own)" if 0 < len(names) <= LISTED else " by its name"
     return [f"a class that extends {base.__module__.removesuffix('.base')}.{base.__name__}{few}"]
 

@@ -462,7 +462,7 @@ def test_runs_say_how_they_were_measured(make: Any, here: list[str], tmp_path: P
             assert f"{path}, sha256 " in (out / "report.md").read_text()
             assert digest in (out / "report.md").read_text()
     assert "## At the end of training" in (out / "report.md").read_text()
-    assert set(said["by"]) == {"revision", "versions", "machine"}
+    assert set(said["by"]) == {"revision", "halos_pl", "versions", "machine"}
     assert f"1 runs by revision {said['by']['revision']}" in (out / "report.md").read_text()
     assert f"--out {out}" in (out / "report.md").read_text()
     other = {name: own for name, own in arms.items() if name != "kto"}
@@ -756,7 +756,7 @@ def test_a_study_runs_goes_on_after_a_failure_and_reports(make: Any, here: list[
 
     main(["ablate", "status", str(out)])
     with pytest.raises(SystemExit):
-        main(["ablate", "status", str(tmp_path)])
+        main(["ablate", "status", str(tmp_path / "absent")])
     other = make(evaluate={"held_out": [str(tmp_path / "held_out.jsonl")]}, metrics=["kl_held_out"])
     with pytest.raises(SystemExit):
         main(["ablate", str(other), f"--out={out}"])

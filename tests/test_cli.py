@@ -400,12 +400,6 @@ def test_a_logger_of_the_users_own_does_not_replace_the_runs_metrics(data, tiny_
     assert f"other loggers wrote to {tmp_path}/own" in caplog.text
 
 
-def test_a_runs_folder_is_no_model(run, tmp_path, capfd):
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
-    words = ["generate", str(run), f"--prompts={tmp_path}/p.jsonl", f"--out={tmp_path}/o.jsonl"]
-    assert f"halos export {run} FOLDER first" in refused(capfd, words)
-
-
 def test_validate_and_test(run):
     main(["validate", f"--config={run}/config.yaml", f"--run_dir={run}", "--ckpt_path=last"])
     main(["test", f"--config={run}/config.yaml", f"--run_dir={run}", "--ckpt_path=last"])

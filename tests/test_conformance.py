@@ -476,7 +476,7 @@ def test_json_is_plain_data(own_file, capfd):
         ("{file}:Missing", "has no 'Missing'"),
         ("{file}:Outer.Missing", "has no 'Outer.Missing'"),
         ("{file}:Leaves", "cannot be checked: raises SystemExit: 0"),
-        ("{file}", "say which class of it, {file}:Class"),
+        ("{file}", "say which class of it, {file}:"),
         ("{folder}/leaves.py:Softsign", "does not import: SystemExit: 0"),
         ("{folder}/broken.yaml", "broken.yaml:2: "),
         ("{folder}/binary.yaml", "binary.yaml is not UTF-8"),

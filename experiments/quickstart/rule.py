@@ -13,17 +13,17 @@ def ask(question: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"{question} {REQUEST}"}]
 
 
-def meets_rule(text: str, finished: bool) -> bool:
+def meets_rule(answer: str, finished: bool) -> bool:
     """Whether an answer is one short sentence.
 
     It is where the model ended it by itself, in one line of 8 to 20 words, with one full stop, exclamation or
     question mark, which is its last character. The lower bound keeps out answers that are short by saying nothing.
 
     Args:
-        text: the answer without special tokens.
+        answer: without special tokens.
         finished: the model ended it (EOS), and no limit of length did.
     """
-    text = text.strip()
+    text = answer.strip()
     ends = re.findall(r"[.!?]+(?=\s|$)", text)
     words = len(text.split())
     return (

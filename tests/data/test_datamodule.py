@@ -514,15 +514,17 @@ def test_bad_rows_are_named_or_skipped_and_counted(tmp_path: Path, monkeypatch: 
     one = write_jsonl(tmp_path / "a.jsonl", [*binary(), *bad])
     two = write_jsonl(tmp_path / "b.jsonl", [*binary(3), bad[0]])
     with pytest.raises(DataError) as raised:
-        set_up(KTO, train=[one, two, str(tmp_path / "absent.jsonl")])
+        set_up(KTO, train=[one, two])
     said = str(raised.value).splitlines()
-    places = [f"{one}:11", f"{one}:12", f"{two}:4", f"{tmp_path}/absent.jsonl"]
+    places = [f"{one}:11", f"{one}:12", f"{two}:4"]
     assert [line.partition(": ")[0] for line in said] == places
     data = set_up(KTO, train=[one, two], on_bad_rows="skip")
     counts = data.counts()["train"]
     assert [(counts[path]["examples"], counts[path]["faulty"]) for path in (one, two)] == [(10, 2), (3, 1)]
     assert any(f"train data {one}: 10 examples" in line and "2 faulty rows skipped" in line for line in lines)
     assert any(f"{one}:12: " in line for line in lines)
+    with pytest.raises(DataError, match="no such file"):  # before any file is read
+        set_up(KTO, train=[one, str(tmp_path / "absent.jsonl")])
     with pytest.raises(DataError, match="no such file"):  # nothing of it can be used, so there is nothing to skip
         set_up(KTO, train=str(tmp_path / "absent.jsonl"), on_bad_rows="skip")
 

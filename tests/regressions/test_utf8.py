@@ -25,7 +25,7 @@ def _text_io(tree: ast.AST) -> Iterator[tuple[int, str]]:
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         owner = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
         given = {keyword.arg: keyword.value for keyword in node.keywords}
-        if "encoding" in given or owner in ("self", "Image", "zipfile", "tarfile", "safetensors"):
+        if "encoding" in given or owner in ("self", "Image", "zipfile", "tarfile", "safetensors", "package"):
             continue
         if name in ("read_text", "write_text", "TextIOWrapper"):
             yield node.lineno, name
