@@ -290,7 +290,10 @@ def test_family_wise_error(setting: simulation.Setting) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("design", simulation.COMPARED, ids=repr)
 def test_power_is_no_lower_than_before_at_equal_error(design: simulation.Setting) -> None:
-    """From four arms, in each of the three senses that docs/statistics.md names."""
+    """From four arms, in each of the three senses that docs/statistics.md names.
+
+    A level that few of 4,000 studies fall below, and 2,000 studies, tell the difference of two powers to a point.
+    """
     nulls = [simulation.count(replace(design, run=run), 4000, 1) for run in simulation.RUNS]
     level_of = simulation.level_of
     worst = min(level_of(none.least_before, 0.05) for none in nulls)
@@ -304,7 +307,7 @@ def test_power_is_no_lower_than_before_at_equal_error(design: simulation.Setting
             ]
             for power_now, level in pairs:
                 before = float(np.mean(some.first_before < level))
-                assert power_now >= before - 0.005 * (before > 0.98)  # both find next to all
+                assert power_now >= before - 0.01
 
 
 @pytest.mark.slow
