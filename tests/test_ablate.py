@@ -33,6 +33,7 @@ from halos_pl.study.plan import Study, StudyError, check, command, load_study, m
 from halos_pl.study.planned_power import power_lines
 from halos_pl.study.power import Noise, power
 from halos_pl.study.results import Results
+from halos_pl.study.standard_error import MARGIN
 
 RULE = """
 def ends(answer, finished):
@@ -191,7 +192,7 @@ def test_power_is_said_of_the_planned_seeds_and_prompts(make: Any, tmp_path: Pat
             assert text in said
     noise = Noise.planned(prompt_sd=0.4, run_sd=0.05, sampling_sd=0, count=80, seeds=3, arms=2)
     said = "\n".join(power_lines(load_study(make(**many, power={"prompt_sd": 0.4, "run_sd": 0.05})), 80))
-    assert f"20 points {power(0.2, noise, 0.05):.2f}" in said
+    assert f"20 points {power(0.2, noise, 0.05 / MARGIN):.2f}" in said
     assert check(load_study(make(**many)))["kto"].examples == 3
     assert check(load_study(make(metrics=["reward_auroc"])))["kto"].examples == 6
     path = make(power={"values": str(tmp_path / "none.csv.gz")})

@@ -17,7 +17,7 @@ from halos_pl.study.decisions import compare
 from halos_pl.study.planned_power import deviations_of
 from halos_pl.study.power import Noise, detectable, power
 from halos_pl.study.run_variance import Runs, run_variance
-from halos_pl.study.standard_error import CAUTION, StandardError
+from halos_pl.study.standard_error import CAUTION, MARGIN, StandardError, caution
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -96,11 +96,11 @@ def test_p_is_corrected_by_holm_for_all_comparisons_to_come() -> None:
         found = compare("m", arms, "arm 0", planned=3, family=family)
         most = 0.0
         for rank, c in enumerate(sorted(found, key=lambda c: c.p)):
-            most = max(most, min(1.0, (family - rank) * c.p))
+            most = max(most, min(1.0, MARGIN * (family - rank) * c.p))
             assert c.adjusted == pytest.approx(most, abs=0.05)  # the arm's own variance may raise it
             assert c.adjusted is not None
             assert c.adjusted >= most - 1e-12
-        assert found[0].level == pytest.approx(0.05 / family)
+        assert found[0].level == pytest.approx(0.05 / family / MARGIN)
 
 
 def test_only_the_primary_metric_gets_decisions() -> None:
@@ -176,7 +176,7 @@ def test_what_is_detectable_has_that_power_and_else_is_not_stated() -> None:
     c = compare("m", study(10), "arm 0", planned=3)[0]
     assert c.noise is not None
     assert c.detectable is not None
-    assert power(c.detectable, c.noise, 0.05 / 3) == pytest.approx(0.8, abs=0.005)
+    assert power(c.detectable, c.noise, 0.05 / 3 / MARGIN) == pytest.approx(0.8, abs=0.005)
     assert f"{c.detectable:.2g}" in c.said
     few = study(10, prompts=5)
     for c in compare("m", few, "arm 0", planned=3):
@@ -188,13 +188,25 @@ def test_what_is_detectable_has_that_power_and_else_is_not_stated() -> None:
 
 
 def test_power_is_that_of_the_noncentral_t() -> None:
-    """Without a reference arm's own variance to agree with there is one test, whose power has a closed form."""
-    noise = Noise(run=0.02, examples=0.0, sampling=0.0, count=1000, seeds=3, df=8, arms=1)
+    """Where the tests that have to agree are the same one, its power has a closed form."""
+    noise = Noise(run=0.02, examples=0.0, sampling=0.0, count=1000, seeds=9, df=8, arms=1)
     bound = stats.t.isf(0.025, 8)
     for effect in (0.1, 0.3, 0.6):
         t = stats.nct(8, effect / math.sqrt(0.02))
-        assert power(effect, noise, 0.05) == pytest.approx(t.sf(bound) + t.cdf(-bound), abs=1e-6)
+        assert power(effect, noise, 0.05) == pytest.approx(t.sf(bound) + t.cdf(-bound), abs=2e-3)
+    two = Noise(run=0.01, examples=0.0, sampling=0.0, count=1000, seeds=3, df=2)
+    bound = stats.t.isf(0.025, 2)
+    t = stats.nct(2, 0.6 / math.sqrt(0.02))
+    assert power(0.6, two, 0.05) == pytest.approx(t.sf(bound) + t.cdf(-bound), abs=2e-3)
     assert detectable(replace(noise, run=0.0), 0.05) is None  # nothing varies, which does not tell
+
+
+def test_power_falls_with_the_arms_own_variances() -> None:
+    """Where the tests by the arms' own variances have to agree, power is below that of the pooled one."""
+    noise = Noise(run=0.01, examples=0.0, sampling=0.0, count=1000, seeds=3, df=14)
+    level = 0.05 / 7
+    pooled = stats.nct(14, 1.0 / math.sqrt(0.02)).sf(stats.t.isf(level / 2, 14))
+    assert 0.2 < power(1.0, noise, level) < pooled - 0.05
 
 
 def test_degrees_of_freedom_lie_between_those_of_their_parts() -> None:
@@ -205,6 +217,8 @@ def test_degrees_of_freedom_lie_between_those_of_their_parts() -> None:
         assert 1 / e.df == pytest.approx(weight / 4 + (1 - weight) / 100)
         satterthwaite = 1 / (share**2 / 4 + (1 - share) ** 2 / 100)
         assert 4 < e.df < satterthwaite
+        many = StandardError.of([(share, 6.0)], 1 - share, 0.0, 101, caution(6))
+        assert 1 / many.df == pytest.approx(share / 6 + (1 - share) / 100)
 
 
 @pytest.mark.parametrize("bad", [np.zeros((2, 5)), np.zeros((3, 4)), np.full((3, 5), np.nan)])
@@ -233,27 +247,72 @@ def test_an_earlier_study_tells_how_much_prompts_and_runs_vary(tmp_path: Path) -
 #: One setting of each kind, for every run of the tests; the whole grid is slow.
 SOME = [
     simulation.Setting(2, 3, 60, 0.4),
-    simulation.Setting(8, 3, 100, 0.4, binary=True, metrics=2),
+    simulation.Setting(8, 3, 100, 0.4, binary=True),
     simulation.Setting(4, 3, 100, 0.4, uneven="reference"),
-    simulation.Setting(4, 3, 100, 0.2, untrained=True),
+    simulation.Setting(4, 3, 100, 0.0, binary=True, untrained=True),
+    simulation.Setting(2, 3, 60, 0.1, untrained=True),
+    simulation.Setting(12, 5, 40, 0.2, binary=True, base=0.95),
 ]
 
 
 @pytest.mark.parametrize("setting", SOME, ids=repr)
+def test_the_simulation_decides_as_reports_do(setting: simulation.Setting) -> None:
+    effect = 0.04 if setting.base > 0.9 else 0.25 if setting.binary else 0.6
+    for each in (setting, replace(setting, effect=effect)):
+        values = simulation.drawn(each, 8, np.random.default_rng(1))
+        found = simulation.decided(each, values)
+        for number, study_values in enumerate(values):
+            arms = simulation.arms_of(each, study_values)
+            told = compare("m", arms, "arm 0", planned=each.seeds)
+            assert [c.significant for c in told] == found.significant[number].tolist()
+            assert [c.runs_only for c in told] == found.runs_only[number].tolist()
+
+
+@pytest.mark.parametrize("setting", SOME, ids=repr)
 def test_few_studies_without_a_difference_claim_one(setting: simulation.Setting) -> None:
-    c = simulation.count(setting, 120, 0)
-    assert stats.binomtest(c.claimed, 120, 0.05, alternative="greater").pvalue > 0.001
+    assert_rare(simulation.count(setting, 300, 0).claimed, 300)
+
+
+def assert_rare(claimed: int, studies: int) -> None:
+    """Fails with a chance of 1 in 1,000 where 5 % of studies make a false claim, and hardly ever where fewer do."""
+    assert stats.binomtest(claimed, studies, 0.05, alternative="greater").pvalue > 0.001
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", simulation.GRID, ids=repr)
 def test_family_wise_error(setting: simulation.Setting) -> None:
-    c = simulation.count(setting, 500, 1)
-    assert stats.binomtest(c.claimed, 500, 0.055, alternative="greater").pvalue > 0.001
+    """At most 5 %, and the upper 95 % bound at most 7 %: with 2,000 studies the bound allows up to 5.8 %."""
+    claimed = simulation.count(setting, 2000, 1).claimed
+    assert_rare(claimed, 2000)
+    assert simulation.bounds(claimed, 2000)[1] <= 0.07
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("design", simulation.COMPARED, ids=repr)
+def test_power_is_no_lower_than_before_at_equal_error(design: simulation.Setting) -> None:
+    """From four arms, in each of the three senses that docs/statistics.md names.
+
+    A level that few of 4,000 studies fall below, and 2,000 studies, tell the difference of two powers to a point.
+    """
+    nulls = [simulation.count(replace(design, run=run), 4000, 1) for run in simulation.RUNS]
+    level_of = simulation.level_of
+    worst = min(level_of(none.least_before, 0.05) for none in nulls)
+    for run, none in zip(simulation.RUNS[:2], nulls, strict=False):
+        for effect in (0.12, 0.2):
+            some = simulation.count(replace(design, run=run, base=0.4, effect=effect), 2000, 1)
+            pairs = [
+                (some.found / 2000, level_of(none.least_before, none.significant / 4000)),
+                (some.found / 2000, worst),
+                (float(np.mean(some.first < level_of(none.least, 0.05))), level_of(none.least_before, 0.05)),
+            ]
+            for power_now, level in pairs:
+                before = float(np.mean(some.first_before < level))
+                assert power_now >= before - 0.01
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("setting", "effect"), simulation.PLANNED, ids=repr)
 def test_planned_power_is_what_simulated_studies_have(setting: simulation.Setting, effect: float) -> None:
+    """Within 3 points; 2,000 studies tell the power to 1.1 points, and no setting is off by more than 2."""
     c = simulation.count(replace(setting, effect=effect), 2000, 1)
-    assert c.found / 2000 == pytest.approx(simulation.planned(setting, effect), abs=0.03 + 0.02)
+    assert c.found / 2000 == pytest.approx(simulation.planned(setting, effect), abs=0.03)

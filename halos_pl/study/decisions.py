@@ -4,8 +4,9 @@ With several seeds a difference is tested by t over seeds *and* examples. How mu
 together (:mod:`halos_pl.study.run_variance`), as three seeds of one comparison say next to nothing about it. Arms need
 not vary alike, so two more tests have to agree: one with the reference arm's own variance, which every comparison
 shares, and, without correction, one with the arm's own. p is corrected for the comparisons of the primary metric (Holm
-1979); where equivalence may be claimed as well, by Bonferroni, since both kinds of claims share the 5 %. Other metrics
-are exploratory: they get estimates and intervals, no p and no decision.
+1979); where equivalence may be claimed as well, by Bonferroni, since both kinds of claims share the 5 %. As t is an
+approximation with so few runs, p is first multiplied by a margin that simulated studies show to be enough. Other
+metrics are exploratory: they get estimates and intervals, no p and no decision.
 
 What fixed runs do on other examples is a weaker question, answered by t over the examples alone: "differs in these runs
 only". One seed allows no more; then McNemar's test or the paired permutation over examples answers it.
@@ -23,7 +24,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from halos_pl.study.comparison import Comparison, Decision, Scale
 from halos_pl.study.power import Noise
 from halos_pl.study.run_variance import Runs, RunVariance, Values, run_variance
-from halos_pl.study.standard_error import StandardError, heterogeneous_df
+from halos_pl.study.standard_error import MARGIN, StandardError, caution, heterogeneous_df
 from halos_pl.study.statistics import LEVEL, RESAMPLES, estimate
 
 
@@ -61,10 +62,13 @@ class _Test:
         free = (seeds - 1) * (self.count - 1)
         sampling = float((rest**2).sum()) / free / values.size if free else 0.0
 
-        def error(*runs: tuple[float, float]) -> StandardError:
-            return StandardError.of([(v / seeds, df) for v, df in runs], examples, sampling, self.count)
+        paired = bool(arm.seeds and reference.seeds)
+        care = caution(variance.paired_df if paired else variance.whole_df)
 
-        if arm.seeds and reference.seeds:
+        def error(*runs: tuple[float, float]) -> StandardError:
+            return StandardError.of([(v / seeds, df) for v, df in runs], examples, sampling, self.count, care)
+
+        if paired:
             df, pooled = heterogeneous_df(variance.paired_df, seeds), variance.paired
             self.errors = [error((2 * pooled, df)), error((variance.own[other], variance.own_df[other]), (pooled, df))]
             self.own = error((variance.own[name], variance.own_df[name]), (pooled, df))
@@ -172,16 +176,17 @@ def compare(
     family = max(family, len(tests))
     # Both kinds of claim share the error rate: of each comparison one hypothesis is true at most.
     step_down = margin is None
-    over_seeds = [1.0 if len(t.seeds) < 2 else t.p for t in tests.values()]
+    over_seeds = [1.0 if len(t.seeds) < 2 else MARGIN * t.p for t in tests.values()]
     adjusted = [
         max(p, t.own_p) if len(t.seeds) > 1 else p
         for p, t in zip(corrected(over_seeds, family, step_down=step_down), tests.values(), strict=True)
     ]
-    runs_adjusted = corrected([t.runs_p for t in tests.values()], family, step_down=step_down)
+    over_examples = [t.runs_p if len(t.seeds) < 2 else MARGIN * t.runs_p for t in tests.values()]
+    runs_adjusted = corrected(over_examples, family, step_down=step_down)
     equivalent = [False] * len(tests)
     if margin is not None:
         both = [t.equivalence(margin) for t in tests.values()]
-        both_p = corrected([p for p, _ in both], family, step_down=step_down)
+        both_p = corrected([MARGIN * p for p, _ in both], family, step_down=step_down)
         equivalent = [max(p, own) < LEVEL for p, (_, own) in zip(both_p, both, strict=True)]
     back = np.exp if scale == "ratio" else float
     found = []
@@ -205,7 +210,7 @@ def compare(
                 planned=planned,
                 margin=None if margin is None else float(back(margin)),
                 noise=test.noise,
-                level=LEVEL / family,
+                level=LEVEL / family / (1.0 if one else MARGIN),
                 share=share,
             )
         )

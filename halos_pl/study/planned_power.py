@@ -15,7 +15,7 @@ import numpy as np
 from halos_pl.study.evaluate import METRICS, RATIOS, SHARES
 from halos_pl.study.power import Noise, detectable, power
 from halos_pl.study.run_variance import Runs, run_variance
-from halos_pl.study.standard_error import heterogeneous_df
+from halos_pl.study.standard_error import MARGIN, heterogeneous_df
 from halos_pl.study.statistics import LEVEL
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def power_lines(study: Study, examples: int) -> list[str]:
         noise = Noise.planned(
             prompt_sd=prompt_sd, run_sd=run_sd, sampling_sd=sampling_sd, count=examples, seeds=seeds, arms=arms
         )
-        level = LEVEL / comparisons
+        level = LEVEL / comparisons / MARGIN
         size = detectable(noise, level)
         known = f"prompt_sd {prompt_sd:.2g}, run_sd {run_sd:.2g}"
         known += f", sampling_sd {sampling_sd:.2g}" if sampling_sd else ""

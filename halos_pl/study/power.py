@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
-from halos_pl.study.standard_error import StandardError, heterogeneous_df
+from halos_pl.study.standard_error import Floats, caution, errors, heterogeneous_df
+from halos_pl.study.statistics import LEVEL
 
 POWER = 0.8
-#: Quantiles of the reference arm's own variance that the power is averaged over.
-GRID = 40
+#: Outcomes of the run variances that the power is averaged over; a power of 2, for Sobol's points.
+DRAWS = 1024
 
 
 @dataclass(frozen=True)
@@ -70,40 +72,49 @@ class Noise:
 def power(effect: float, noise: Noise, level: float) -> float:
     """The chance to find a difference, two-sided.
 
-    The test takes the larger p of two: by the pooled run variance, and by the reference arm's own. So the chance is
-    that of the noncentral t, averaged over what the few seeds of the reference arm may say.
+    The tests by the pooled run variance, by the reference arm's own and (at :data:`LEVEL`) by the arm's own have to
+    agree. With one of them alone the chance is that of the noncentral t; it is computed as what that is, the mean of a
+    normal chance over the values that the run variances may take, and over those of all three.
 
     Args:
         effect: the true difference.
         noise: what it varies by.
-        level: of the test: 0.05 divided by the number of comparisons.
+        level: of the test: 0.05 divided by the number of comparisons and by ``MARGIN``.
     """
     if noise.error == 0:
         return float(effect != 0)
     if noise.seeds < 2:
         return _t_power(effect / noise.error, noise.count - 1, float(stats.t.isf(level / 2, noise.count - 1)))
-    own_df = noise.seeds - 1
-    u = stats.chi2.ppf((np.arange(GRID) + 0.5) / GRID, own_df) / own_df
-    others = max(noise.df - own_df, 0.0)
-    pooled = noise.run * (own_df * u + others) / noise.df if noise.arms == 2 else np.full(GRID, noise.run)
-    found = 0.0
-    for own, run in zip(noise.run * u, pooled, strict=True):
-        if noise.arms == 2:
-            parts = [
-                ((2 * run, heterogeneous_df(noise.df, noise.seeds)),),
-                ((own, own_df), (run, heterogeneous_df(noise.df, noise.seeds))),
-            ]
-        else:
-            parts = [((run, noise.df),)]
-        tests = [StandardError.of(each, noise.examples, noise.sampling, noise.count) for each in parts]
-        reach = max(stats.t.ppf(1 - level / 2, test.df) * test.size for test in tests)
-        if noise.arms == 2:
-            free = 2 * run * others / max(own_df + others, 1e-9)
-            spread = (free**2 / others if others else 0.0) + noise.examples**2 / max(noise.count - 1, 1)
-        else:
-            spread = run**2 / noise.df + noise.examples**2 / max(noise.count - 1, 1)
-        found += _t_power(effect / noise.error, min(tests[0].size**4 / spread, 1e6), reach / noise.error)
-    return found / GRID
+    reach, shift = _reach(noise, level) / noise.error, abs(effect) / noise.error
+    return float((special.ndtr(shift - reach) + special.ndtr(-shift - reach)).mean())
+
+
+@lru_cache(maxsize=64)
+def _reach(noise: Noise, level: float) -> Floats:
+    """What a difference must exceed, for each of ``DRAWS`` outcomes of the run variances."""
+    free = noise.seeds - 1
+    arms = max(1, round(noise.df / free)) + (noise.arms == 2)
+    points = stats.qmc.Sobol(free * arms, rng=np.random.default_rng(0)).random(DRAWS)
+    normal = special.ndtri(np.clip(points, 1e-9, 1 - 1e-9)).reshape(DRAWS, free, arms)
+    if noise.arms == 2:  # what is common to a seed cancels
+        normal *= math.sqrt(arms / (arms - 1))
+        normal -= normal.mean(axis=2, keepdims=True)
+    own = noise.run * (normal**2).mean(axis=1)
+    pooled, care = own.mean(axis=1), caution(noise.df)
+    if noise.arms == 2:
+        df = heterogeneous_df(noise.df, noise.seeds)
+        tests = [
+            ([(2 * pooled, df)], level),
+            ([(own[:, 0], free), (pooled, df)], level),
+            ([(own[:, 1], free), (pooled, df)], LEVEL),
+        ]
+    else:
+        tests = [([(pooled, noise.df)], level), ([(own[:, 0], free)], LEVEL)]
+    found = []
+    for runs, at in tests:
+        size, df_of = errors(runs, noise.examples, noise.sampling, noise.count, care)
+        found.append(special.stdtrit(df_of, 1 - at / 2) * size)
+    return np.asarray(np.max(found, axis=0))
 
 
 def _t_power(shift: float, df: float, bound: float) -> float:
