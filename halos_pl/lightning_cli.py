@@ -113,7 +113,7 @@ class HalosParser(LightningArgumentParser):
     def _near(self, key: str) -> str:
         """The options whose names are like ``key``, or all of them where they are few, as of a plug-in."""
         parsers = [self, *(p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values())]
-        known = {action.dest for parser in parsers for action in parser._actions} - {"help"}
+        known = {action.dest for parser in parsers for action in parser._actions} - {"help", "print_shtab"}
         key = re.sub(r"\.(class_path|init_args)\b", "", key)
         near = sorted(known) if len(known) <= 12 else difflib.get_close_matches(key, known, cutoff=0.8)
         return f" There is: {', '.join(near)}." if near else ""
@@ -147,8 +147,10 @@ class HalosParser(LightningArgumentParser):
             said = f"{missing[2]} must be given, in a config or on the command line"
         elif unknown := re.search(UNKNOWN_OPTION, said):
             said = f"{said.rstrip('.')}.{self._near(unknown['key'])} All options: {command} --help"
-        elif "--print_config" in said and "comments" in said:
+        elif '"comments" for --print_config' in said:
             said += "; comments need ruamel.yaml: pip install 'ruamel.yaml>=0.18.15'"
+        elif "for --print_config" in said:
+            said += "; it takes comments, skip_default, skip_null"
         # The usage alone fills a screen, and what went wrong would be below it.
         print(f"{command}: error: {plain(said)}", file=sys.stderr)
         raise SystemExit(2) from ex

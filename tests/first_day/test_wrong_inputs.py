@@ -186,6 +186,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "--data.trian=x": ("--data.trian", "data.train"),
     "--data.batch_size": ("--data.batch_size",),
     "--config=nope.yaml": ("nope.yaml",),
+    "--print_config=coments": ("coments", "it takes comments"),
     "--ckpt_path=last": ("last",),
     "--ckpt_path=nope.ckpt": ("nope.ckpt",),
 }
