@@ -25,7 +25,7 @@ from halos_pl.checkpoint import LAST
 from halos_pl.data.template import CHAT_TEMPLATE
 from halos_pl.ending import SUMMARY, record, shortfall, why_ended
 from halos_pl.files import naming, part_of, whole, write
-from halos_pl.monitors import check_monitors
+from halos_pl.monitors import check_interval, check_monitors
 from halos_pl.objective import HALO
 from halos_pl.outcomes import FlatBatch
 from halos_pl.plots import plot_training, plot_value_function
@@ -152,6 +152,7 @@ class SaveRunConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
+            check_interval(trainer, trainer.datamodule)  # type: ignore[attr-defined]
             check_monitors(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
         if stage == "validate" or not trainer.is_global_zero:
             return

@@ -20,11 +20,11 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from jsonargparse import Namespace
 from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from halos_pl.ablate_command import ablate, report, status
@@ -113,7 +113,7 @@ class HalosParser(LightningArgumentParser):
     def _near(self, key: str) -> str:
         """The options whose names are like ``key``, or all of them where they are few, as of a plug-in."""
         parsers = [self, *(p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values())]
-        known = {action.dest for parser in parsers for action in parser._actions} - {"help"}
+        known = {action.dest for parser in parsers for action in parser._actions} - {"help", "print_shtab"}
         key = re.sub(r"\.(class_path|init_args)\b", "", key)
         near = sorted(known) if len(known) <= 12 else difflib.get_close_matches(key, known, cutoff=0.8)
         return f" There is: {', '.join(near)}." if near else ""
@@ -147,8 +147,10 @@ class HalosParser(LightningArgumentParser):
             said = f"{missing[2]} must be given, in a config or on the command line"
         elif unknown := re.search(UNKNOWN_OPTION, said):
             said = f"{said.rstrip('.')}.{self._near(unknown['key'])} All options: {command} --help"
-        elif "--print_config" in said and "comments" in said:
+        elif '"comments" for --print_config' in said:
             said += "; comments need ruamel.yaml: pip install 'ruamel.yaml>=0.18.15'"
+        elif "for --print_config" in said:
+            said += "; it takes comments, skip_default, skip_null"
         # The usage alone fills a screen, and what went wrong would be below it.
         print(f"{command}: error: {plain(said)}", file=sys.stderr)
         raise SystemExit(2) from ex
@@ -260,9 +262,12 @@ class HalosCLI(LightningCLI):
         for name, kind in GROUP_CLASSES.items():
             check_nulls(kind, _settings(config.get(name)), name)
         check_loggers(config.trainer.logger)
+        check_callbacks(config.trainer.callbacks)
         if not config.run_dir:
             raise RunError('run_dir is empty; name a folder ("." is the one where you are)')
         run_dir = Path(config.run_dir)
+        if any(str(word).startswith("--trainer.default_root_dir") for word in self._words or ()):
+            rank_zero_warn(f"halos: trainer.default_root_dir has no effect: all files go to run_dir, {run_dir}")
         config.trainer.default_root_dir = str(run_dir)
         if self.subcommand == "fit" and getattr(rank_zero_only, "rank", 0) == 0:
             given = config.get("ckpt_path")
@@ -390,6 +395,11 @@ def check_length(trainer: Any) -> None:
     for name in ("max_steps", "max_epochs", "limit_train_batches"):
         if getattr(trainer, name) == 0:
             raise RunError(f"trainer.{name} is 0, so that nothing would be trained")
+    if trainer.val_check_interval == 0:
+        raise RunError(
+            "trainer.val_check_interval is 0; it takes steps, or a share of an epoch above 0."
+            " --trainer.limit_val_batches 0 turns validation off"
+        )
     if trainer.max_steps == -1 and trainer.max_epochs == -1:
         raise RunError(
             "nothing limits the steps of the fit, of whose length model.lr_schedule and model.warmup_ratio are shares;"
@@ -407,6 +417,8 @@ def check_settings(trainer: Any) -> None:
     strategy = given if isinstance(given, str) else given.class_path.rpartition(".")[2]
     if re.match(r"fsdp|deepspeed|model_?parallel", strategy, re.IGNORECASE):
         raise RunError(unsupported_strategy(strategy))
+    if re.match(r"ddp_(spawn|fork|notebook)", strategy):
+        raise RunError(f"trainer.strategy {strategy} is not supported: each rank runs the command itself. Use ddp")
     if trainer.num_nodes > 1 and not LAUNCHERS & os.environ.keys():
         raise RunError(
             f"trainer.num_nodes is {trainer.num_nodes}, but nothing says where the other nodes are, so this one would"
@@ -439,6 +451,35 @@ def check_loggers(given: Any) -> None:
             raise RunError(missing)
 
 
+# Lightning's callbacks that change what a step is, or that train before the run begins.
+_REFUSED_CALLBACKS: dict[type, str] = {
+    BatchSizeFinder: "data.batch_size is the rows of an optimizer step, which the loss depends on, and"
+    " model.micro_batch_rows what fits in memory; set both",
+    GradientAccumulationScheduler: "a batch is one optimizer step here; raise data.batch_size, and set"
+    " model.micro_batch_rows to what fits in memory",
+    LearningRateFinder: "the learning rate is a setting of the optimizer; try some values of"
+    " model.optimizer.init_args.lr, as an ablation say",
+}
+
+
+def check_callbacks(given: Any) -> None:
+    """Refuses callbacks that would change what a step is.
+
+    Args:
+        given: ``trainer.callbacks``, as parsed.
+
+    Raises:
+        RunError: naming the callback, the reason and what to do instead.
+    """
+    callbacks = given if isinstance(given, list) else [given]
+    for number, callback in enumerate(callbacks):
+        kind = _class(str(callback.get("class_path"))) if isinstance(callback, Namespace) else None
+        for refused, why in _REFUSED_CALLBACKS.items():
+            if inspect.isclass(kind) and issubclass(kind, refused):
+                where = f"[{number}]" if isinstance(given, list) else ""
+                raise RunError(f"trainer.callbacks{where}: {refused.__name__} is not supported: {why}")
+
+
 # What a Trainer computes on, and the value that leaves it to Lightning.
 _MACHINE = {"accelerator": "auto", "devices": "auto", "num_nodes": 1, "strategy": "auto", "precision": None}
 
@@ -449,6 +490,9 @@ def refused_trainer(error: Exception, given: Any) -> str:
     settings = {name: value for name, value in _settings(given).items() if value is not None}
     blamed = [name for name in settings if re.search(rf"\b{name}\b", said)]
     blamed = [name for name in blamed if settings[name] != _MACHINE.get(name)]
+    if not blamed:  # the message may give the value alone
+        blamed = [name for name, value in settings.items() if isinstance(value, str) and repr(value) in said]
+        blamed = [name for name in blamed if name not in _MACHINE]
     if not blamed:
         blamed = [name for name in _MACHINE if name in settings and settings[name] != _MACHINE[name]]
     here = ", ".join(name for name in AcceleratorRegistry if AcceleratorRegistry[name]["accelerator"].is_available())

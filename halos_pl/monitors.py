@@ -62,6 +62,23 @@ def _why_no_validation(trainer: Trainer, data: Any) -> str:
     return f"the first validation would come after step {first}, but the run ends at step {steps}" * (first > steps)
 
 
+def check_interval(trainer: Trainer, data: Any) -> None:
+    """Refuses validations that are further apart than an epoch is long, of data that are set up.
+
+    Raises:
+        ValueError: naming the setting, the length of an epoch and the cure.
+    """
+    interval = trainer.val_check_interval
+    validates = data.sources["validation"] and trainer.limit_val_batches
+    if not validates or not isinstance(interval, int) or trainer.check_val_every_n_epoch is None:
+        return
+    if interval > (steps := epoch_steps(trainer, data)):
+        raise ValueError(
+            f"trainer.val_check_interval is {interval}, but an epoch has {steps} steps; lower it, or count over epochs"
+            " with --trainer.check_val_every_n_epoch null"
+        )
+
+
 def _foreign(callback: Callback) -> bool:
     return not type(callback).__module__.startswith(("lightning.", "pytorch_lightning.", "halos_pl."))
 

@@ -39,7 +39,7 @@ def _loaded(loader: Any, spec: ModelSpec, *, weights: bool, **options: Any) -> A
     except Exception as error:  # a foreign or broken file leads to whatever: UnpicklingError, KeyError, RuntimeError
         if "trust_remote_code" in str(error):
             hint = "say trust_remote_code: true (model.policy) if you trust that code"
-        elif "attention implementation" in str(error):
+        elif "attention implementation" in str(error) or "FlashAttention" in str(error):
             hint = "say attn_implementation: eager (model.policy)"
         elif Path(source).is_dir():
             hint = "check that the folder is complete and its files undamaged"

@@ -100,12 +100,21 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "trainer: {strategy: fsdp}": ("trainer.strategy fsdp", "ddp"),
     "trainer: {max_epochs: -5}": ("trainer.max_epochs is -5",),
     "trainer: {max_steps: many}": ("trainer.max_steps is 'many'", "a whole number"),
-    "trainer: {max_time: soon}": ("soon", "DD:HH:MM:SS"),
+    "trainer: {max_time: soon}": ("trainer.max_time is 'soon'", "DD:HH:MM:SS"),
     "trainer: {gradient_clip_val: -1}": ("trainer.gradient_clip_val is -1",),
     "trainer: {gradient_clip_algorithm: nope}": ("gradient_clip_algorithm", "norm"),
     "trainer: {accumulate_grad_batches: 2}": ("trainer.accumulate_grad_batches is 2", "data.batch_size"),
     "trainer: {limit_train_batches: -1}": ("limit_train_batches", "-1"),
     "trainer: {val_check_interval: 1.5}": ("val_check_interval", "1.5"),
+    "data: {validation: rows.jsonl}\ntrainer: {val_check_interval: 0}": ("trainer.val_check_interval is 0",),
+    "data: {validation: rows.jsonl}\ntrainer: {val_check_interval: 100}": ("val_check_interval is 100", "3 steps"),
+    "trainer: {strategy: ddp_spawn}": ("trainer.strategy ddp_spawn", "Use ddp"),
+    "trainer: {callbacks: [LearningRateMonitor, BatchSizeFinder]}": ("trainer.callbacks[1]", "data.batch_size"),
+    "trainer: {callbacks: LearningRateFinder}": ("trainer.callbacks: LearningRateFinder", "lr"),
+    "trainer: {callbacks: [{class_path: GradientAccumulationScheduler, init_args: {scheduling: {0: 2}}}]}": (
+        "trainer.callbacks[0]",
+        "model.micro_batch_rows",
+    ),
     "trainer: {profiler: nope}": ("profiler", "simple"),
     "trainer: {callbacks: [EarlyStoping]}": ("trainer.callbacks[0]", "did you mean EarlyStopping?"),
     "trainer: {callbacks: [lightning.pytorch.callbacks.EarlyStoping]}": ("callbacks.EarlyStopping?",),
@@ -177,6 +186,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "--data.trian=x": ("--data.trian", "data.train"),
     "--data.batch_size": ("--data.batch_size",),
     "--config=nope.yaml": ("nope.yaml",),
+    "--print_config=coments": ("coments", "it takes comments"),
     "--ckpt_path=last": ("last",),
     "--ckpt_path=nope.ckpt": ("nope.ckpt",),
 }
@@ -193,6 +203,8 @@ QUICK = (
     "trainer: {accelerator: tpu}",
     "trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: val_loss}}]}",
     "seed_everything: -1",
+    "trainer: {callbacks: [LearningRateMonitor, BatchSizeFinder]}",
+    "data: {validation: rows.jsonl}\ntrainer: {val_check_interval: 100}",
     "--model.value_function.beta=x",
 )
 
@@ -225,7 +237,8 @@ def refused(words: list[str], capfd: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert ended.value.code in (1, 2)
-    lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("train data")]
+    read = ("train data", "validation data")
+    lines = [line for line in capfd.readouterr().err.splitlines() if not line.startswith(read)]
     assert len(lines) == 1, "\n".join(lines)
     return lines[0]
 
