@@ -106,6 +106,7 @@ def _restart_in_utf8() -> NoReturn:
     An encoding at each ``open`` of ours would not cover those of other libraries, nor file names. The terminal keeps
     its own encoding.
     """
-    os.environ["PYTHONIOENCODING"] = f"{sys.stdout.encoding}:backslashreplace"
+    if sys.stdout is not None:  # None where it is closed
+        os.environ["PYTHONIOENCODING"] = f"{sys.stdout.encoding}:backslashreplace"
     os.environ["PYTHONUTF8"] = "1"  # for the processes of this one
     os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])

@@ -612,7 +612,9 @@ def _cure(error: BaseException) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         cures.append(f"free some space{'' if place else f' there or in {tempfile.gettempdir()}'}")
     with contextlib.suppress(NoHomeError):
-        if isinstance(place, (str, bytes)) and Path(os.fsdecode(place)).is_relative_to(cache_root()):
+        root = cache_root()
+        named = Path(os.fsdecode(place)) if isinstance(place, (str, bytes)) else None
+        if named is not None and (named.is_relative_to(root) or (root.is_relative_to(named) and not root.exists())):
             cures.append("HALOS_CACHE names another folder for the cache")
         elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             cures.append("name a folder of another disk")

@@ -70,6 +70,14 @@ def check_interval(trainer: Trainer, data: Any) -> None:
     """
     interval = trainer.val_check_interval
     validates = data.sources["validation"] and trainer.limit_val_batches
+    if validates and isinstance(interval, int) and interval == 1:  # which is equal to 1.0, an epoch
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            for name in ("check_on_train_epoch_end", "save_on_train_epoch_end"):
+                if getattr(callback, f"_{name}", ...) is None and getattr(callback, "monitor", None) is not None:
+                    raise ValueError(
+                        f"trainer.val_check_interval is 1, a step, which {type(callback).__name__} takes for an epoch;"
+                        f" set its {name} to false"
+                    )
     if not validates or not isinstance(interval, int) or trainer.check_val_every_n_epoch is None:
         return
     if interval > (steps := epoch_steps(trainer, data)):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig, PeftConfig, PeftType, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
@@ -98,6 +99,11 @@ def _config_of(spec: ModelSpec) -> Any:
             return None
         config: Any = PeftConfig.from_pretrained(str(Path(path).parent))
     except Exception as error:  # whatever a broken file leads to
+        if not folder.exists() and isinstance(error, HFValidationError):
+            raise ModelError(
+                f"{spec.path}: there is no such folder, and no hub model can have that name; name a folder by its"
+                " absolute path, or a model by OWNER/NAME"
+            ) from error
         raise ModelError(f"{spec.path}: its {ADAPTER_CONFIG} cannot be read ({reason(error)})") from error
     if folder.is_dir() and not any((folder / name).is_file() for name in _WEIGHTS):
         raise ModelError(f"{spec.path} holds {ADAPTER_CONFIG}, but none of {', '.join(_WEIGHTS)}; is it complete?")

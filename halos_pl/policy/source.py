@@ -124,12 +124,14 @@ def _files(folder: Path) -> list[Path]:
 def _intact(folder: Path, weights: bool) -> bool:
     """Whether the folder holds the files that were written, and no others, with unchanged content."""
     try:
+        if not (folder / _COMPLETE).is_file():  # a FIFO would wait for its writer
+            return False
         written = json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))
         there = _files(folder)
-        if sorted(written) != [p.name for p in there]:
+        if not there or sorted(written) != [p.name for p in there] or not all(p.is_file() for p in there):
             return False
         return all(written[p.name] == _digest(p) for p in there if weights or p.suffix != ".safetensors")
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 
