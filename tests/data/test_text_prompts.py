@@ -32,7 +32,7 @@ def test_what_is_sampled_and_trained_on_has_one_format(tmp_path: Path, row: Any,
     tokenizer = byte_level_tokenizer()
     source = Source(write_jsonl(tmp_path / "a.jsonl", [row]))
     store = open_store(source, tokenizer, tmp_path / "cache", text_prompts=text_prompts)
-    sampled_from = prompt_in_context({"prompt": row["prompt"]}, text_prompts)
+    sampled_from = prompt_in_context({"prompt": row["prompt"]}, text_prompts).prompt
     assert store.prompt(0).tolist() == encode_prompt(tokenizer, sampled_from)
     assert ("<|im_start|>" in tokenizer.decode(store.prompt(0))) == (text_prompts == "chat")
     assert tokenizer.decode(store.completion(0)) == "So it is.<|im_end|>"
@@ -54,7 +54,7 @@ def test_a_system_column_has_a_place_before_a_text_prompt_in_the_template(tmp_pa
     assert isinstance(chat, Example)
     assert isinstance(chat.prompt, list)
     assert [message["role"] for message in chat.prompt] == ["system", "user"]
-    assert prompt_in_context({"prompt": "Why?", "system": "Be brief."}, "chat") == chat.prompt
+    assert prompt_in_context({"prompt": "Why?", "system": "Be brief."}, "chat").prompt == chat.prompt
 
 
 def test_the_convention_is_said_and_kept(tmp_path: Path) -> None:
