@@ -76,6 +76,14 @@ def test_judgements_of_other_answers_are_not_copied(tiny_folder: Path, tmp_path:
     assert "completion, label" in said
 
 
+def test_special_tokens_that_a_text_lacks_are_counted(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    rows = [{"prompt": f"question {i}"} for i in range(40)]
+    generated(tiny_folder, rows, tmp_path, "--temperature=5", "--max_new_tokens=20")
+    said = [line for line in capsys.readouterr().out.splitlines() if "special tokens" in line]
+    assert len(said) == 1
+    assert "of 40 completions" in said[0]
+
+
 @pytest.mark.slow
 def test_the_convention_is_said(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
     generated(tiny_folder, [{"prompt": "a"}], tmp_path)
