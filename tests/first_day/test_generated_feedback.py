@@ -152,6 +152,8 @@ WRONG = {
     "--prompts=empty.jsonl": "empty.jsonl",
     "--prompts=lists.jsonl": "lists.jsonl:1",
     "--prompts=.": "folder",
+    "--prompts=table.csv": "JSON lines",
+    "--prompts=packed.jsonl.gz": "JSON lines",
     "--ckpt_path=best": "--ckpt_path",
 }
 
@@ -169,6 +171,8 @@ def test_a_wrong_input_is_a_line_before_a_model_is_loaded(
     monkeypatch.setattr("halos_pl.named_model.load_model", lambda *_: pytest.fail("a model was loaded"))
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "lists.jsonl").write_text("[1]\n")
+    for other in ("table.csv", "packed.jsonl.gz"):
+        (tmp_path / other).write_bytes(b"prompt\na\n")
     write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}])
     prompts = [] if "--prompts" in word else ["--prompts=p.jsonl"]
     with pytest.raises(SystemExit) as ended:
