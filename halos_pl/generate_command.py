@@ -92,7 +92,8 @@ def generate_file(
     policy = named.load()
     check_prompts(policy, tokenizer, encoded, names, max_new_tokens)  # before any is sampled
     chunk = 8 * max(1, batch_size // num_samples)
-    done = 0
+    done = lost = 0
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     try:
         with whole(target, keep=True) as file:
             # Written chunk by chunk, so that a long run that is cut off leaves what it has.
@@ -101,6 +102,7 @@ def generate_file(
                 own: dict[str, Any] = {"seed": seed + at, "names": names[part], "tools": tools[part]}
                 samples = generate(policy, tokenizer, asked[part], **own, **sampling)
                 for row, found in zip(rows[part], samples, strict=True):
+                    lost += sum(not special.isdisjoint(s.completion_ids[: -1 if s.finished else None]) for s in found)
                     kept = {k: v for k, v in row.columns.items() if k not in ANSWERS} | {"prompt": row.prompt}
                     if one_per_row:
                         lines = [{"completion": s.raw, "finished": s.finished} for s in found]
@@ -113,4 +115,9 @@ def generate_file(
         left = f"those of the first {done} are in {part_of(target)}" if done else "nothing was written"
         print(f"halos: completions of {len(rows)} prompts were asked for; {left}", file=sys.stderr)
         raise
+    if lost:
+        print(
+            f"halos: {lost} of {len(rows) * num_samples} completions hold special tokens before their end, which their"
+            " text lacks; trained on, they are other tokens than were sampled"
+        )
     print(f"halos: completions of {len(rows)} prompts are in {target}")

@@ -50,6 +50,10 @@ ANSWERS = frozenset(
 ) - {"prompt"} | {"finished"}
 
 
+#: Endings of files of feedback that are no lines of text, or tables.
+_OTHER = (".gz", ".zst", ".csv", ".parquet", ".arrow")
+
+
 def _lines(path: Path, most: int) -> Iterator[bytes]:
     """Lines, of which none holds more than ``most`` + 1 bytes; longer ones come in pieces."""
     with path.open("rb") as file:
@@ -86,6 +90,8 @@ def read_prompt_rows(
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "no such file"
         raise DataError(f"{path}: {what}; --prompts takes a .txt file, or JSON lines with a '{column}' each")
+    if path.suffix.lower() in _OTHER:
+        raise DataError(f"{path}: --prompts takes a .txt file or JSON lines, unpacked; write it as one of these")
     rows: list[PromptRow] = []
     most = Source(str(path)).max_row
     for number, raw in enumerate(_lines(path, most), start=1):
@@ -125,9 +131,9 @@ def _row(line: str, place: str, column: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:  # not JSONDecodeError alone
-        raise DataError(f'{place}: not a JSON object with "{column}"') from error
+        raise DataError(f'{place}: not a JSON object with "{column}", one a line') from error
     if not isinstance(row, dict):
-        raise DataError(f'{place}: not a JSON object with "{column}"')
+        raise DataError(f'{place}: not a JSON object with "{column}", one a line')
     if column not in row:
         has = ", ".join(map(short, list(row)[:8])) or "none"
         raise DataError(f"{place}: no column '{column}' (columns: {has}); --prompt_column names another one")

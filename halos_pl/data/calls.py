@@ -43,7 +43,18 @@ def objects_of(value: Any, what: str, filled: bool = False) -> list[dict[str, An
     if not found or not all(isinstance(item, dict) and _name(item) for item in found):
         form = '{"type": "function", "function": {"name": ..., ' + {"tool": '"parameters"', "call": '"arguments"'}[what]
         raise ValueError(f"must be a list of {what}s, each an object such as {form}: ...}}}}, or the same as JSON text")
-    return [_without_null(item) for item in found] if filled else found
+    found = [_without_null(item) for item in found] if filled else found
+    return [_with_arguments(item) for item in found] if what == "call" else found
+
+
+def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """The call with its arguments under the name that templates read, where Llama's or Anthropic's form names them."""
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_arguments(call["function"])}
+    other = next((key for key in ("parameters", "input") if key in call), None)
+    if other is None or "arguments" in call:
+        return call
+    return {"arguments" if key == other else key: value for key, value in call.items()}
 
 
 def _name(item: dict[str, Any]) -> Any:
@@ -111,6 +122,13 @@ def _whole(call: dict[str, Any]) -> dict[str, Any]:
     if isinstance(call.get("function"), dict):
         return {"type": "function", **call}
     return {"type": "function", "function": call}
+
+
+def tool_forms(tools: list[dict[str, Any]] | None) -> Iterator[list[dict[str, Any]] | None]:
+    """The tools as the data have them, and with all that OpenAI's form has, where a template wants that."""
+    yield tools
+    if tools and not all(isinstance(tool.get("function"), dict) for tool in tools):
+        yield [_whole(tool) for tool in tools]
 
 
 def _as_object(value: Any) -> Any:

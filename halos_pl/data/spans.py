@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from halos_pl.data.calls import CALLS, message_texts
+from halos_pl.data.calls import CALLS, THOUGHTS, message_texts
 from halos_pl.data.turns import (
     Message,
     Tools,
@@ -177,9 +177,12 @@ class Conversation:
             return whole
         head = self._head(len(self.messages) - 1)
         opened, span = _OPENED.search(head), _SPAN.match(content)
-        if opened and f"</{opened[1]}>" in content and not whole.startswith(head):
-            close = f"</{opened[1]}>"
-            thoughts, _, answer = content.partition(close)
+        close = f"</{opened[1]}>" if opened else ""
+        thoughts, found, answer = content.partition(close) if close else (content, "", "")
+        own = thoughts.strip().removeprefix(f"<{opened[1]}>").strip() if opened else ""
+        # An empty span of the template's own may continue the head, too.
+        continued = whole.startswith(head) and whole[len(head) :].lstrip().startswith(own)
+        if opened and found and not continued:
             at = whole.rfind(answer.strip())
             behind = whole[at + len(answer.strip()) :] if answer.strip() and at >= 0 else self.end and self.end.token
             thoughts = thoughts.lstrip().removeprefix(f"<{opened[1]}>").lstrip()
@@ -223,12 +226,25 @@ class Conversation:
             return len(own)
         raise ValueError(_not_continued(head or "", self.whole))
 
+    def _cut_off(self, start: int) -> int:
+        """Where the last turn ends if it was cut: behind what it says, before all that the template ends it with."""
+        last = self.messages[-1]
+        if last["role"] != "assistant" or last.keys() <= {"role", "content"}:
+            return len(self.whole)
+        said = [last["content"], *(last[key] for key in THOUGHTS if key in last)]
+        text = next((text.strip() for text in said if text.strip()), "")
+        if CALLS not in last and text and (at := self.whole.rfind(text)) >= 0:
+            return at + len(text)
+        if self.end is None:
+            return len(self.whole)
+        return start + len(self.end.cut(self.whole[start:]).removesuffix(self.end.token).rstrip())
+
     def stop(self, turn: int, start: int) -> int:
         """Where a turn ends that begins at ``start``: behind the token at which the model stops."""
         if turn == len(self.messages) - 1:
-            if self.end is None or not self.finished:
-                return len(self.whole)
-            return start + len(self.end.cut(self.whole[start:]))
+            if not self.finished:
+                return self._cut_off(start)
+            return len(self.whole) if self.end is None else start + len(self.end.cut(self.whole[start:]))
         nearest = before_content(self.tokenizer, self.messages, turn + 1, self.tools)
         if nearest is not None and self.whole.startswith(nearest):
             bound = len(nearest)

@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import product, takewhile
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from halos_pl.data.calls import CALLS, THOUGHTS, forms, printed_wrong, says_none
+from halos_pl.data.calls import CALLS, THOUGHTS, forms, printed_wrong, says_none, tool_forms
 
 #: A message, and a tool: a JSON schema.
 Message = dict[str, Any]
@@ -55,11 +55,10 @@ def render(
         raise ValueError(NO_TEMPLATE)
     how: dict[str, Any] = {"add_generation_prompt": prompt and not begun, "continue_final_message": begun}
     refused: Exception | None = None
-    given: Any = tools
-    for form in forms(messages):
+    for given, form in product(tool_forms(tools), forms(messages)):
         try:
             # A copy: templates may change what they are given.
-            text = str(tokenizer.apply_chat_template(form, tools=given, tokenize=False, **how))
+            text = str(tokenizer.apply_chat_template(form, tools=given, tokenize=False, **how))  # type: ignore[arg-type]
         except Exception as error:  # templates raise what they like (jinja2.TemplateError, TypeError, ...)
             refused = refused or error
             continue

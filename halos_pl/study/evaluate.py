@@ -134,7 +134,7 @@ def _place(model: NamedModel, out: str | None) -> Path:
 def evaluate(
     model: str,
     *,
-    held_out: list[str | dict[str, Any]] | None = None,
+    held_out: str | dict[str, Any] | list[str | dict[str, Any]] | None = None,
     prompts: str | None = None,
     prompt_column: str | None = None,
     text_prompts: TextPrompts | None = None,
@@ -159,7 +159,7 @@ def evaluate(
 
     Args:
         model: a run's folder, a Hugging Face folder, a folder with a peft adapter, or a hub name.
-        held_out: sources of held-out feedback: paths, or mappings as for data.predict.
+        held_out: held-out feedback: a path, a mapping as for data.predict, or a list of them.
         prompts: a .txt file or JSON lines with "prompt": the model answers each of them.
         prompt_column: the column of JSON lines that holds the prompt, where it is not "prompt".
         text_prompts: what text prompts and held-out text mean: plain encodes them as they are, chat puts them into the
@@ -182,6 +182,7 @@ def evaluate(
         out: the folder where evaluation.json, held_out.jsonl and answers.jsonl are written; default: the run's, or of
             another model one below runs/evaluated.
     """
+    held_out = [held_out] if isinstance(held_out, str | dict) else held_out
     arguments = {name: value for name, value in locals().items() if name not in ("model", "out")}
     check_arguments(**arguments)
     chosen = {name: judged_by(place, name) for name, place in (("rule", rule), ("judge", judge)) if place}

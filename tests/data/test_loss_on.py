@@ -20,6 +20,7 @@ from halos_pl.data.read import read
 from halos_pl.data.source import Source
 from halos_pl.data.store import open_store
 from halos_pl.data.tokenize import Encoder, Tokens, encode_prompt
+from halos_pl.data.values import messages_of
 
 Spans = list[tuple[str, bool]]
 
@@ -158,6 +159,20 @@ def test_calls_are_rendered_alike_in_whatever_form_they_are_stored() -> None:
     assert '{"city": "Rome"}' in tokenizer.decode(found[0].completions[0])
 
 
+@pytest.mark.parametrize("name", ["qwen3_6", "lfm2_v2"])  # they write a call without arguments where they find none
+def test_arguments_are_found_under_the_names_of_other_apis(name: str) -> None:
+    tokenizer = shipped(name)
+    for call in ({"name": "weather", "parameters": {"city": "Rome"}}, {"name": "weather", "input": {"city": "Rome"}}):
+        messages = messages_of([user("Sun?"), {"role": "assistant", "content": None, "tool_calls": [call]}], "messages")
+        assert "Rome" in tokenizer.decode(encoded(tokenizer, conversation(messages)).completions[0])
+
+
+def test_tools_without_the_outer_object_are_rendered_where_a_template_wants_it() -> None:
+    tokenizer = shipped("gemma4_v2")
+    bare = [tool["function"] for tool in TOOLS]
+    assert encode_prompt(tokenizer, [user("Sun?")], tools=bare) == encode_prompt(tokenizer, [user("Sun?")], tools=TOOLS)
+
+
 PLAIN = (
     "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
@@ -211,6 +226,24 @@ def test_a_cut_answer_is_what_was_sampled_and_gets_no_end(name: str) -> None:
     assert tokenizer.decode(found.completions[0]) == "So it"
     text = encoded(tokenizer, Example("Why?", ("So it", "So it"), (None, None), "a:1", finished=(False, True)))
     assert text.completions[1] == [*text.completions[0], tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gptoss", "qwen3_6", "gemma4_v5", "glm4moe"])
+@pytest.mark.parametrize("said", ["So it", ""])
+def test_a_cut_answer_with_thoughts_gets_no_end(name: str, said: str) -> None:
+    tokenizer = shipped(name)
+    messages = [user("Why?"), bot(said, reasoning_content="Hm, well")]
+    found = encoded(tokenizer, conversation(messages, finished=(False,)), "last")
+    assert tokenizer.decode(found.completions[0]).endswith(said or "Hm, well")
+
+
+def test_thoughts_that_the_prompt_opens_and_the_template_does_not_read() -> None:
+    """It writes an empty span of its own before them, which goes on as the prompt does."""
+    tokenizer = shipped("qwen3_8")
+    for text in ("Hm.\n</think>\n\nSo.", "<think>\nHm.\n</think>\n\nSo."):
+        found = encoded(tokenizer, conversation([user("Why?"), bot(text)]), "last")
+        assert found.prompt == encode_prompt(tokenizer, [user("Why?")])
+        assert tokenizer.decode(found.completions[0]) == "Hm.\n</think>\n\nSo.<|im_end|>"
 
 
 def test_conversations_that_the_assistant_begins() -> None:

@@ -32,8 +32,8 @@ def test_what_is_sampled_and_trained_on_has_one_format(tmp_path: Path, row: Any,
     tokenizer = byte_level_tokenizer()
     source = Source(write_jsonl(tmp_path / "a.jsonl", [row]))
     store = open_store(source, tokenizer, tmp_path / "cache", text_prompts=text_prompts)
-    sampled_from = prompt_in_context({"prompt": row["prompt"]}, text_prompts)
-    assert store.prompt(0).tolist() == encode_prompt(tokenizer, sampled_from.prompt)
+    sampled_from = prompt_in_context({"prompt": row["prompt"]}, text_prompts).prompt
+    assert store.prompt(0).tolist() == encode_prompt(tokenizer, sampled_from)
     assert ("<|im_start|>" in tokenizer.decode(store.prompt(0))) == (text_prompts == "chat")
     assert tokenizer.decode(store.completion(0)) == "So it is.<|im_end|>"
     assert store.text_prompts == 1

@@ -139,6 +139,12 @@ def test_another_reference_is_compared_with(home: Path, tiny_folder: Path, tiny_
     assert read(home / "other")["kl"] != read(home / "other", BEFORE)["kl"]
 
 
+def test_held_out_data_may_be_a_single_path(home: Path, tiny_folder: Path) -> None:
+    main(["evaluate", str(tiny_folder), f"--held_out={home}/pairs.jsonl", f"--out={home}/single"])
+    main(["evaluate", str(tiny_folder), f'--held_out=["{home}/pairs.jsonl"]', f"--out={home}/listed"])
+    assert read(home / "single") == read(home / "listed") != {}
+
+
 def test_without_a_reference_what_compares_is_skipped_by_name(home: Path, capsys: Any) -> None:
     evaluate(home, home / "merged", f'--held_out=["{home}/pairs.jsonl"]', f"--out={home}/alone")
     assert set(read(home / "alone")) == NLL | {"length", "finished"}

@@ -76,6 +76,14 @@ def test_judgements_of_other_answers_are_not_copied(tiny_folder: Path, tmp_path:
     assert "completion, label" in said
 
 
+def test_special_tokens_that_a_text_lacks_are_counted(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    rows = [{"prompt": f"question {i}"} for i in range(40)]
+    generated(tiny_folder, rows, tmp_path, "--temperature=5", "--max_new_tokens=20")
+    said = [line for line in capsys.readouterr().out.splitlines() if "special tokens" in line]
+    assert len(said) == 1
+    assert "of 40 completions" in said[0]
+
+
 @pytest.mark.slow
 def test_the_convention_is_said(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
     generated(tiny_folder, [{"prompt": "a"}], tmp_path)
@@ -144,6 +152,8 @@ WRONG = {
     "--prompts=empty.jsonl": "empty.jsonl",
     "--prompts=lists.jsonl": "lists.jsonl:1",
     "--prompts=.": "folder",
+    "--prompts=table.csv": "JSON lines",
+    "--prompts=packed.jsonl.gz": "JSON lines",
     "--ckpt_path=best": "--ckpt_path",
 }
 
@@ -161,6 +171,8 @@ def test_a_wrong_input_is_a_line_before_a_model_is_loaded(
     monkeypatch.setattr("halos_pl.named_model.load_model", lambda *_: pytest.fail("a model was loaded"))
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "lists.jsonl").write_text("[1]\n")
+    for other in ("table.csv", "packed.jsonl.gz"):
+        (tmp_path / other).write_bytes(b"prompt\na\n")
     write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}])
     prompts = [] if "--prompts" in word else ["--prompts=p.jsonl"]
     with pytest.raises(SystemExit) as ended:
