@@ -313,6 +313,6 @@ def test_power_is_no_lower_than_before_at_equal_error(design: simulation.Setting
 @pytest.mark.slow
 @pytest.mark.parametrize(("setting", "effect"), simulation.PLANNED, ids=repr)
 def test_planned_power_is_what_simulated_studies_have(setting: simulation.Setting, effect: float) -> None:
-    """Within 3 points; 2,000 studies tell the power to 1.1 points, and no setting is off by more than 2."""
-    c = simulation.count(replace(setting, effect=effect), 2000, 1)
-    assert c.found / 2000 == pytest.approx(simulation.planned(setting, effect), abs=0.03)
+    """Within 3 points; 8,000 studies tell the power to 0.6 points, and what is stated is off by up to 1.5."""
+    c = simulation.count(replace(setting, effect=effect), 8000, 1)
+    assert c.found / 8000 == pytest.approx(simulation.planned(setting, effect), abs=0.03)
