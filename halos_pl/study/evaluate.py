@@ -19,7 +19,7 @@ from halos_pl.named_model import NamedModel, named_model
 from halos_pl.prompt_files import read_prompt_rows, say_convention
 from halos_pl.provenance import digest_of, paths_of, provenance
 from halos_pl.study.judging import judged_by
-from halos_pl.study.measurement import Task, measure
+from halos_pl.study.measurement import ANSWERS, ROWS, Task, measure
 
 FILE = "evaluation.json"
 BEFORE = "before.json"  # the same of the model that a run began with
@@ -212,7 +212,10 @@ def evaluate(
         data = {"predict": list(held_out), "batch_size": batch_size, "max_length": max_length} | text
     task = Task(data, beta, rows, chosen, sampling)
     values, before, has_reference = measure(named, compared, task, folder)
-    (folder / FILE).unlink(missing_ok=True)  # or what is there would be said to have been measured in this way
+    # Or what an earlier evaluation has left would be taken for this one's.
+    for name, is_new in ((FILE, False), (ROWS, data is not None), (ANSWERS, bool(rows))):
+        if not is_new:
+            (folder / name).unlink(missing_ok=True)
     write(folder / MEASURED, json.dumps(how, indent=2) + "\n")
     if named.run:
         write(folder / BEFORE, json.dumps(before) + "\n")

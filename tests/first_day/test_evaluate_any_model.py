@@ -145,6 +145,14 @@ def test_held_out_data_may_be_a_single_path(home: Path, tiny_folder: Path) -> No
     assert read(home / "single") == read(home / "listed") != {}
 
 
+def test_nothing_of_an_earlier_evaluation_stays(home: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    evaluate(home, tiny_folder, f"--out={tmp_path}")
+    assert (tmp_path / ANSWERS).exists()
+    main(["evaluate", str(tiny_folder), f"--held_out={home}/pairs.jsonl", f"--out={tmp_path}"])
+    assert not (tmp_path / ANSWERS).exists()
+    assert (tmp_path / ROWS).exists()
+
+
 def test_without_a_reference_what_compares_is_skipped_by_name(home: Path, capsys: Any) -> None:
     evaluate(home, home / "merged", f'--held_out=["{home}/pairs.jsonl"]', f"--out={home}/alone")
     assert set(read(home / "alone")) == NLL | {"length", "finished"}
