@@ -583,6 +583,9 @@ def run(args: list[str] | None = None) -> None:
         print(f"halos: {type(error).__name__}: {plain(cause(str(error)))}{_cure(error)}", file=sys.stderr)
         raise SystemExit(1) from error
     except Exception as error:
+        if re.search(r"Connection (closed|reset) by peer", str(error)):  # gloo's words in a collective
+            print("halos: another process of this run has ended; its own lines say why", file=sys.stderr)
+            raise SystemExit(1) from error
         error.add_note(
             "halos: this is a fault of halos_pl, or of a plug-in named in the lines above, and not of your data or"
             " options; please report it with these lines"
