@@ -294,6 +294,14 @@ class HalosCLI(LightningCLI):
         with naming_keys(self._own, (*USER_ERRORS, TypeError, ImportError)):
             super().instantiate_classes()
 
+    def _check_measures(self) -> None:
+        """Refuses a command that would measure nothing."""
+        name = {"validate": "limit_val_batches"}.get(self.subcommand, f"limit_{self.subcommand}_batches")
+        if getattr(self.trainer, name) == 0:
+            raise RunError(f"trainer.{name} is 0, so that nothing would be measured")
+
+    before_validate = before_test = before_predict = _check_measures
+
     def before_fit(self) -> None:
         """Refuses, before data are read, what could not work whatever they are."""
         check_length(self.trainer)

@@ -400,6 +400,11 @@ def test_a_logger_of_the_users_own_does_not_replace_the_runs_metrics(data, tiny_
     assert f"other loggers wrote to {tmp_path}/own" in caplog.text
 
 
+def test_a_command_that_would_measure_nothing_is_refused(run, capfd):
+    words = ["test", f"--config={run}/config.yaml", f"--run_dir={run}", "--trainer.limit_test_batches=0"]
+    assert "trainer.limit_test_batches is 0" in refused(capfd, words)
+
+
 def test_validate_and_test(run):
     main(["validate", f"--config={run}/config.yaml", f"--run_dir={run}", "--ckpt_path=last"])
     main(["test", f"--config={run}/config.yaml", f"--run_dir={run}", "--ckpt_path=last"])
