@@ -13,6 +13,8 @@ from halos_pl.study.standard_error import StandardError, heterogeneous_df
 POWER = 0.8
 #: Quantiles of the reference arm's own variance that the power is averaged over.
 GRID = 40
+#: The largest logarithm of a ratio that counts as detectable: a factor of 1000.
+FARTHEST = math.log(1000)
 
 
 @dataclass(frozen=True)
