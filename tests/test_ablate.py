@@ -162,6 +162,13 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
         "prompt_sd",
         "power.prompt_sd is inf",
     ),
+    "points for a share's deviation": (
+        {"metrics": ["rule"], "power": {"prompt_sd": 50, "run_sd": 0.1}},
+        "prompt_sd",
+        "rule is a share, so it is at most 1",
+    ),
+    "nothing that varies": ({"power": {"prompt_sd": 0, "run_sd": 0}}, "power:", "nothing varies"),
+    "a seed too large": ({"seeds": [0, 2**32]}, "seeds:", "a seed is at most 4294967295"),
     "two sources of power": ({"power": {"values": "x.csv.gz", "run_sd": 1}}, "values:", "alone"),
     "sample of more than there are": ({"sample": {"size": 9}}, "sample:", "only 2 arms"),
 }

@@ -19,12 +19,14 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from run_halos import ROOT
 
 from halos_pl.cli import main
 from halos_pl.study import figures
+from halos_pl.study.comparison import ratio
 from halos_pl.study.digits import decimals, number, of_comparison
 from halos_pl.study.first_line import first_line
 from halos_pl.study.gather import _training
@@ -284,6 +286,71 @@ def test_the_first_line_says_where_nothing_was_learned(tmp_path: Path) -> None:
         assert first_line(results).startswith("Nothing was learned"), name
     unknown = results_of(tmp_path / "unknown", {"base": 0.0, "other": -1.0}, before=None)
     assert not first_line(unknown).startswith("Nothing was learned")
+
+
+def _recorded(folder: Path, arms: list[str], found: dict[tuple[str, int], list[float]], **more: Any) -> Results:
+    """A study with those values of its metric, by arm and seed."""
+    study = study_of(folder, arms, **{"metrics": ["rule"]} | more)
+    metric = study.primary
+    values = {key: {metric: {str(i): v for i, v in enumerate(own)}} for key, own in found.items()}
+    write_recorded(Recorded(values, {}), study, folder)
+    return Results(study, folder)
+
+
+def test_the_first_line_names_ties_and_what_is_missing(tmp_path: Path) -> None:
+    good, bad = [1.0, 1.0, 0.0, 1.0] * 5, [0.0, 1.0, 0.0, 0.0] * 5
+    runs = {(arm, seed): good if arm != "a" else bad for arm in "abc" for seed in range(3)}
+    tie = first_line(_recorded(tmp_path / "tie", ["a", "b", "c"], runs))
+    assert tie.startswith("b and c are level")
+    assert " won " not in tie
+    assert "000000" not in tie  # digits of a difference that no run varies
+    part = {key: own for key, own in runs.items() if key[0] != "c"}
+    line = first_line(_recorded(tmp_path / "part", ["a", "b", "c"], part))
+    assert line.startswith("So far (6 of 9 runs, 2 of 3 arms): b won")
+    # Two arms without a seed in common cannot be compared, but both are there.
+    apart = {("a", 0): bad, ("a", 1): bad, ("b", 2): good}
+    line = first_line(_recorded(tmp_path / "apart", ["a", "b"], apart))
+    assert "no other arm shares a seed" in line
+    assert "there is no other arm" not in line
+
+
+def test_ratios_beyond_all_measure_are_not_written_out(tmp_path: Path) -> None:
+    """Runs whose KL differs by powers of ten leave an interval that no number is needed for."""
+    wild = {("a", 0): 1e-9, ("a", 1): 50.0, ("b", 0): 0.5, ("b", 1): 1e-7}
+    draw = np.random.default_rng(0)
+    found = {key: (size * (0.5 + draw.random(20))).tolist() for key, size in wild.items()}
+    results = _recorded(tmp_path / "wild", ["a", "b"], found, metrics=["kl"], seeds=2)
+    line = first_line(results)
+    assert "[< 0.001, > 1000]" in line
+    assert "e+" not in line
+    assert results.comparisons("kl")["b"].detectable is None
+
+
+def test_a_detectable_ratio_near_one_is_not_said_to_be_one() -> None:
+    for size, wanted in ((1.0042, "1.004"), (1.031, "1.03"), (1.57, "1.6"), (3.61, "3.6"), (140.0, "1.4e+02")):
+        assert ratio(size) == wanted
+
+
+def test_labels_of_a_ratio_do_not_overlap(tmp_path: Path) -> None:
+    """Those of intervals that span far less than a decade, too."""
+    for size, far in ((0.01, 0.0), (0.1, 0.4), (0.1, 30.0)):
+        folder = tmp_path / f"{size} {far}"
+        draw = np.random.default_rng(0)
+        found = {
+            (arm, seed): (5 + far * (arm == "b") + size * draw.normal(size=20)).tolist()
+            for arm in "ab"
+            for seed in (0, 1)
+        }
+        figure = figures.forest(_recorded(folder, ["a", "b"], found, metrics=["length"], seeds=2))
+        assert figure is not None
+        FigureCanvasAgg(figure).draw()
+        axis = figure.axes[0]
+        low, high = axis.get_xlim()
+        ticks = [tick for tick in axis.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+        boxes = sorted((tick.label1.get_window_extent().extents for tick in ticks), key=lambda box: box[0])
+        assert len(boxes) > 1
+        assert all(left[2] < right[0] for left, right in itertools.pairwise(boxes))
+        assert not [text for text in axis.get_xticklabels(minor=True) if text.get_text()]
 
 
 @pytest.mark.parametrize("name", [BEFORE, SHORTER, f"{BEFORE} (a model)"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-from halos_pl.study.power import Noise, detectable
+from halos_pl.study.power import FARTHEST, Noise, detectable
 
 #: What a report states about a comparison. Only the first three are claims, and only the primary metric gets them.
 Decision = Literal[
@@ -20,6 +20,12 @@ Decision = Literal[
     "exploratory",
 ]
 Scale = Literal["difference", "ratio"]
+
+
+def ratio(size: float) -> str:
+    """A ratio above 1, with two digits of what it is or, near 1, of what it is beyond."""
+    beyond = 0 if size <= 1 else math.floor(math.log10(size - 1))
+    return f"{size:.{max(2, 1 - beyond)}g}"
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,7 @@ class Comparison:
         None where there is none that the metric can have, or where it cannot be known.
         """
         found = None if self.noise is None or self.exploratory else detectable(self.noise, self.level)
-        if found is None or (self.share and found > 1):
+        if found is None or (self.share and found > 1) or (self.scale == "ratio" and found > FARTHEST):
             return None
         return math.exp(found) if self.scale == "ratio" else found
 
@@ -110,7 +116,7 @@ class Comparison:
         if self.decision == "not significant":
             if self.detectable is None:
                 return "not significant; too few values to find any difference"
-            size = f"x {self.detectable:.2g}" if self.scale == "ratio" else f"{self.detectable:.2g}"
+            size = f"x {ratio(self.detectable)}" if self.scale == "ratio" else f"{self.detectable:.2g}"
             return f"not significant; found 4 times in 5: {size}"
         some = 1 < self.seeds < self.planned and self.decision in ("significant over seeds", "equivalent")
         return f"{self.decision} (by {self.seeds} of {self.planned} seeds)" if some else self.decision

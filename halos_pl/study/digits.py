@@ -7,12 +7,17 @@ import math
 from halos_pl.study.comparison import Comparison
 from halos_pl.study.statistics import Estimate
 
+#: Half an interval whose digits are shown at least.
+FINEST = 1e-10
+#: The largest ratio that is written out; its inverse is the smallest.
+FARTHEST = 1000.0
+
 
 def decimals(value: float, low: float, high: float) -> int:
     """Decimals that keep two digits of half the interval's width; three digits of the value where nothing varies."""
     scale = (high - low) / 2
     digits = 2
-    if not (math.isfinite(scale) and scale > 0):
+    if not (math.isfinite(scale) and scale > FINEST):  # below that it is the rounding of floats
         scale, digits = abs(value), 3
     return min(9, max(0, digits - 1 - math.floor(math.log10(scale)))) if scale > 0 else 0
 
@@ -37,8 +42,16 @@ def of_comparison(c: Comparison) -> str:
     places = decimals(c.effect, c.low, c.high)
     if c.scale == "ratio":  # an interval of ratios has no one width: that of its lower half says how many digits count
         places = min(4, max(places, decimals(c.effect, c.low, c.effect)))
-    effect, low, high = (number(value, places, sign) for value in (c.effect, c.low, c.high))
+    ratio = c.scale == "ratio"
+    effect, low, high = (_far(value, ratio) or number(value, places, sign) for value in (c.effect, c.low, c.high))
     return f"{'x ' if c.scale == 'ratio' else ''}{effect} [{low}, {high}]"
+
+
+def _far(value: float, ratio: bool) -> str:
+    """What is said of a ratio too large or too small to be written out; nothing of others."""
+    if not ratio or 1 / FARTHEST <= value <= FARTHEST:
+        return ""
+    return f"> {FARTHEST:g}" if value > 1 else f"< {1 / FARTHEST:g}"
 
 
 def p_value(p: float) -> str:

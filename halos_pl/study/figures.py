@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
 from halos_pl.study.comparison import Comparison
@@ -136,12 +137,12 @@ def _panel(axis: Axes, results: Results, names: list[str], found: dict[str, Comp
         axis.plot(c.effect, place, "o", markeredgecolor=colour, markerfacecolor=fill, markersize=5)
         seeds = _by_seed(results, c)
         axis.plot(seeds, [place + 0.28] * len(seeds), "|", color=colour, markersize=5)
-    if some.scale == "ratio":
-        axis.set_xscale("log")
     for place, name in enumerate(names):
         if name == some.reference:
             axis.text(some.null, place, " baseline", fontsize=8, color=NOT, va="center")
-    axis.axvline(some.null, color="black", linewidth=0.8, zorder=1)
+    axis.axvline(some.null, color="black", linewidth=0.8, zorder=1.7)  # above the grid, below the intervals
+    if some.scale == "ratio":
+        _ratio_axis(axis)
     kind = "ratio to" if some.scale == "ratio" else "difference to"
     unit = "" if some.scale == "ratio" else f"\n{unit_of(some.metric)}"
     axis.set_xlabel(f"{kind} {label(some.reference, 24)}{unit}", fontsize=9)
@@ -150,6 +151,16 @@ def _panel(axis: Axes, results: Results, names: list[str], found: dict[str, Comp
     axis.tick_params(axis="x", labelsize=8)
     if some.scale == "difference":
         axis.locator_params(axis="x", nbins=5)
+
+
+def _ratio_axis(axis: Axes) -> None:
+    """A logarithmic axis with a few plain numbers; matplotlib's own overlap where it spans less than a decade."""
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    narrow = high / low < 20
+    axis.xaxis.set_major_locator(MaxNLocator(4) if narrow else LogLocator(numticks=5))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_locator(NullLocator())
 
 
 def forest(results: Results) -> Figure | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from halos_pl.study.comparison import Comparison
 from halos_pl.study.digits import of_comparison, of_estimate, p_value
 from halos_pl.study.evaluate import METRICS
@@ -18,13 +20,15 @@ def first_line(results: Results) -> str:
         return f"Nothing to compare yet: {len(results.done)} of {len(results.runs)} runs are finished{lacks}."
     best = measured[0]
     mean = of_estimate(results.estimates[metric, best.name])
+    runs, arms = (len(results.done), len(results.runs)), (len(measured), len(results.study.arms))
+    so_far = f"So far ({runs[0]} of {runs[1]} runs, {arms[0]} of {arms[1]} arms): " if runs[0] < runs[1] else ""
     learned = results.learned(metric)
     if results.nothing_learned:
         c = learned.get(best.name) or next(iter(learned.values()))
         return (
-            f"Nothing was learned that these data can show: on {metric} ({what}) no arm is significantly better than"
-            f" the model before training; the best, {c.arm}, has {mean}, {of_comparison(c)} against the untrained model"
-            f"{_p(c)}."
+            f"{so_far}Nothing was learned that these data can show: on {metric} ({what}) no arm is significantly better"
+            f" than the model before training; the best, {c.arm}, has {mean}, {of_comparison(c)} against the"
+            f" untrained model{_p(c)}."
         )
     against = results.comparisons(metric)
     if best is not results.baseline:
@@ -32,11 +36,16 @@ def first_line(results: Results) -> str:
     else:  # the next best, whose difference to the baseline is the one that was tested
         found = next((against[arm.name] for arm in measured[1:] if arm.name in against), None)
         sign = f"{found.arm} comes next, against {best.name}" if found else ""
+    means = {arm.name: results.estimates[metric, arm.name].value for arm in measured}
+    level = [name for name, value in means.items() if math.isclose(value, means[best.name])]
     won = "won" if more is not None else "is highest"
     line = f"{best.name} {won} on {metric} ({what}) with {mean}"
+    if len(level) > 1:
+        line = f"{' and '.join(level)} are level on {metric} ({what}) with {mean}"
     if found is None:
-        return f"{line}; there is no other arm to compare it with."
-    return f"{line}; {sign}: {of_comparison(found)}; {belief(found)}."
+        alone = "there is no other arm to compare it with"
+        return f"{so_far}{line}; {'no other arm shares a seed with it' if len(measured) > 1 else alone}."
+    return f"{so_far}{line}; {sign}: {of_comparison(found)}; {belief(found)}."
 
 
 def _p(c: Comparison) -> str:

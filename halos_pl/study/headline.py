@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from halos_pl.study.comparison import Comparison
+from halos_pl.study.comparison import Comparison, ratio
 from halos_pl.study.digits import of_comparison, of_estimate
 from halos_pl.study.evaluate import METRICS
 from halos_pl.study.results import Results
@@ -49,8 +49,8 @@ def _besides(some: list[Comparison]) -> str:
     said = ""
     if known:
         of = "" if not none else f" ({', '.join(arm for arm in sizes if arm not in none)})"
-        factor = "a factor of " if some[0].scale == "ratio" else "one of "
-        said = f"; {factor}{max(known):.2g} is found 4 times in 5{of}"
+        most = f"a factor of {ratio(max(known))}" if some[0].scale == "ratio" else f"one of {max(known):.2g}"
+        said = f"; {most} is found 4 times in 5{of}"
     if none:
         of = "" if not known else f" of {', '.join(none)}"
         said += f"; too few values{of} to find any difference 4 times in 5"

@@ -48,6 +48,10 @@ OBJECTIVE = "objective"
 OVER = tuple(key for key in KEYS if key not in ("arms", "axes", "sample", "baseline"))
 #: What ``power`` takes: standard deviations, or the values of an earlier study.
 POWER = ("prompt_sd", "run_sd", "sampling_sd", "values")
+#: The largest standard deviations of a share: of differences between -1 and 1, and of means between 0 and 1.
+MOST = {"prompt_sd": 1.0, "run_sd": 0.5, "sampling_sd": 1.0}
+#: The largest seed that Lightning takes.
+LAST_SEED = 2**32 - 1
 
 #: Rows of every report that are no arm.
 BEFORE, SHORTER = "before training", "fewer words wins"
@@ -264,6 +268,8 @@ class _Reader:
         seeds = self.get("seeds", list, [0])
         if not seeds or any(not isinstance(seed, int) or isinstance(seed, bool) or seed < 0 for seed in seeds):
             raise self.fault(f"seeds is {seeds}; it takes a list of whole numbers from 0", "seeds")
+        if max(seeds) > LAST_SEED:
+            raise self.fault(f"seeds is {seeds}; a seed is at most {LAST_SEED}", "seeds")
         if len(set(seeds)) < len(seeds):
             raise self.fault(f"seeds is {seeds}: a seed is named twice", "seeds")
         measured = self.get("evaluate", dict, {})
@@ -283,7 +289,7 @@ class _Reader:
             metrics=(metrics := self._metrics(measured)),
             primary=(primary := self._primary(metrics)),
             equivalence=self._equivalence(primary),
-            power=self._power(),
+            power=self._power(primary),
             baseline=baseline,
             cluster=self.get("cluster", dict, None),
             note=self.get("note", str, ""),
@@ -336,7 +342,7 @@ class _Reader:
             raise self.fault(f"equivalence is {given!r}; {primary} is a share, so it must be below 1", "equivalence")
         return margin
 
-    def _power(self) -> dict[str, Any]:
+    def _power(self, primary: str) -> dict[str, Any]:
         given: dict[str, Any] = self.get("power", dict, None) or {}
         for key in given:
             if key not in POWER:
@@ -348,7 +354,14 @@ class _Reader:
             return given
         if given and not {"prompt_sd", "run_sd"} <= set(given):
             raise self.fault(f"power has {', '.join(given)}; it takes prompt_sd and run_sd together", "power")
-        return {key: self._number(value, f"power.{key}", "power", key) for key, value in given.items()}
+        found = {key: self._number(value, f"power.{key}", "power", key) for key, value in given.items()}
+        for key, value in found.items() if primary in SHARES else ():
+            if value > MOST[key]:
+                why = f"power.{key} is {value:g}; {primary} is a share, so it is at most {MOST[key]:g}"
+                raise self.fault(f"{why}: 12 points are 0.12", "power", key)
+        if found and not any(found.values()):
+            raise self.fault("power says that nothing varies; prompt_sd or run_sd must be above 0", "power")
+        return found
 
     def _files(self, given: list[Any], *place: Any) -> tuple[str, ...]:
         """Names of config files."""

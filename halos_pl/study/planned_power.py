@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from halos_pl.study.comparison import ratio
 from halos_pl.study.evaluate import METRICS, RATIOS, SHARES
-from halos_pl.study.power import Noise, detectable, power
+from halos_pl.study.power import FARTHEST, Noise, detectable, power
 from halos_pl.study.run_variance import Runs, run_variance
 from halos_pl.study.standard_error import MARGIN, heterogeneous_df
 from halos_pl.study.statistics import LEVEL
@@ -127,10 +128,10 @@ def power_lines(study: Study, examples: int) -> list[str]:
         known = f"prompt_sd {prompt_sd:.2g}, run_sd {run_sd:.2g}"
         known += f", sampling_sd {sampling_sd:.2g}" if sampling_sd else ""
         said = [f"{100 * p:.0f} points {power(p, noise, level):.2f}" for p in POINTS if metric in SHARES]
-        if size is None or (metric in SHARES and size > 1):
+        if size is None or (metric in SHARES and size > 1) or (metric in RATIOS and size > FARTHEST):
             said.append("no difference is found 4 times in 5")
         elif metric in RATIOS:
-            said.append(f"a factor of {math.exp(size):.2g} is found 4 times in 5")
+            said.append(f"a factor of {ratio(math.exp(size))} is found 4 times in 5")
         else:
             share = f"{100 * size:.0f} points are" if metric in SHARES else f"a difference of {size:.2g} is"
             said.append(f"{share} found 4 times in 5")

@@ -15,6 +15,8 @@ from halos_pl.study.statistics import LEVEL
 POWER = 0.8
 #: Outcomes of the run variances that the power is averaged over; a power of 2, for Sobol's points.
 DRAWS = 1024
+#: The largest logarithm of a ratio that counts as detectable: a factor of 1000.
+FARTHEST = math.log(1000)
 
 
 @dataclass(frozen=True)
