@@ -15,6 +15,7 @@ only". One seed allows no more; then McNemar's test or the paired permutation ov
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -159,6 +160,10 @@ def compare(
     if scale == "ratio":
         logs = {name: runs.logs for name, runs in arms.items()}
         if any(each is None for each in logs.values()):
+            if margin is not None:
+                warnings.warn(
+                    "equivalence is a ratio, but the mean of a run is not above 0: it is not tested", stacklevel=2
+                )
             scale, margin = "difference", None
         else:
             arms = {name: each for name, each in logs.items() if each is not None}

@@ -18,7 +18,7 @@ from halos_pl.files import write
 from halos_pl.messages import plain
 from halos_pl.study.comparison import Comparison
 from halos_pl.study.digits import decimals, number, of_comparison, of_estimate, p_value, short
-from halos_pl.study.evaluate import METRICS, PER_TOKEN, SHARES
+from halos_pl.study.evaluate import METRICS, PER_TOKEN, RATIOS, SHARES
 from halos_pl.study.figures import CURVES, PICTURES, saved, unit_of
 from halos_pl.study.first_line import first_line
 from halos_pl.study.headline import headline
@@ -102,7 +102,7 @@ def _table(results: Results, metric: str) -> dict[str, Any]:
         rows.append(row)
     for name in results.baselines:
         values = results.of_baseline(metric, name)
-        e = None if values is None else estimate(values, share=metric in SHARES)
+        e = None if values is None else estimate(values, share=metric in SHARES, positive=metric in RATIOS)
         rows.append(_row(metric, name, e, places, none=True) | {"said": "no arm" if e else "not measured"})
     _, what, more = METRICS[metric]
     wanted = "" if more is None else "; more is better" if more else "; less is better"

@@ -82,7 +82,7 @@ class Results:
             for arm in self.study.arms:
                 values = self.values(metric, arm, self.seeds(arm))
                 if values is not None:
-                    found[metric, arm.name] = estimate(values, share=metric in SHARES)
+                    found[metric, arm.name] = estimate(values, share=metric in SHARES, positive=metric in RATIOS)
         return found
 
     @property

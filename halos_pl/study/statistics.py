@@ -76,8 +76,11 @@ def _crossed_error(matrix: Values) -> tuple[float, float]:
     return math.sqrt(variance), float(variance**2 / (parts**2 / freedom).sum())
 
 
-def _within(mean: float, error: float, reach: float, share: bool) -> tuple[float, float]:
-    """``reach`` standard errors to either side; of a share along the log odds, which stays between 0 and 1."""
+def _within(mean: float, error: float, reach: float, share: bool, positive: bool) -> tuple[float, float]:
+    """``reach`` standard errors to either side; of a share along the log odds, of a positive mean along the log."""
+    if positive and mean > 0:
+        far = min(reach * error / mean, 100.0)  # e^100 is as good as no bound
+        return mean * math.exp(-far), mean * math.exp(far)
     if not (share and 0 < mean < 1):
         return mean - reach * error, mean + reach * error
     odds, far = math.log(mean / (1 - mean)), reach * error / (mean * (1 - mean))
@@ -85,7 +88,9 @@ def _within(mean: float, error: float, reach: float, share: bool) -> tuple[float
     return low, high
 
 
-def estimate(values: object, *, share: bool = False, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
+def estimate(
+    values: object, *, share: bool = False, positive: bool = False, resamples: int = RESAMPLES, seed: int = 0
+) -> Estimate:
     """The mean of a metric with its 95 % interval.
 
     With one seed it is the BCa bootstrap over examples (Efron 1987); with several, the standard error over seeds and
@@ -96,6 +101,7 @@ def estimate(values: object, *, share: bool = False, resamples: int = RESAMPLES,
         values: [seeds, examples] or [examples].
         share: the mean lies between 0 and 1, and so does its interval: with several seeds it is one of the log odds,
             and where all values are 0 or all are 1 that of Clopper and Pearson for so many examples.
+        positive: the mean is above 0, and so is its interval: with several seeds it is one of the logarithm.
         resamples: of the bootstrap.
         seed: of its random numbers.
 
@@ -116,7 +122,7 @@ def estimate(values: object, *, share: bool = False, resamples: int = RESAMPLES,
     elif seeds > 1:
         error, freedom = _crossed_error(matrix)
     if seeds > 1:
-        low, high = _within(mean, error, float(stats.t.ppf(1 - LEVEL / 2, freedom)), share)
+        low, high = _within(mean, error, float(stats.t.ppf(1 - LEVEL / 2, freedom)), share, positive)
         return Estimate(mean, low, high, examples, seeds, over, error, freedom)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
