@@ -305,7 +305,7 @@ EVALUATE_FAULTS: dict[str, tuple[dict[str, Any], list[str], str, str]] = {
         "evaluate:",
         "batch_size",
     ),
-    "a source that is none": ({"held_out": "train.jsonl"}, ["kl_held_out"], "evaluate:", "held_out"),
+    "a source that is none": ({"held_out": 7}, ["kl_held_out"], "evaluate:", "held_out"),
     "no undesirable rows": (
         {"held_out": ["good.jsonl"]},
         ["nll_undesirable"],
@@ -446,6 +446,7 @@ def test_a_folder_is_refused_where_it_holds_other_results(make: Any, tmp_path: P
         execute.claim(load_study(third), out, {"nothing": "9"})
 
 
+@pytest.mark.slow
 def test_runs_say_how_they_were_measured(make: Any, here: list[str], tmp_path: Path, capsys: Any) -> None:
     """An arm that is left out while the measuring changes is not compared with the others when it comes back."""
     out = tmp_path / "out"

@@ -11,6 +11,7 @@ from make_rows import random_rows
 
 from halos_pl.data import FeedbackDataModule
 from halos_pl.data.schemas import SCHEMAS
+from halos_pl.study.judging import Row, judged_by
 from value_functions import ValueFunction
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +45,7 @@ def test_the_schemas_named_are_those_there_are():
 
 def test_the_value_function_shown_works():
     space: dict[str, object] = {}
-    exec(blocks("python")[0], space)
+    exec(next(block for block in blocks("python") if "class Softsign" in block), space)
     cls = space["Softsign"]
     assert isinstance(cls, type)
     assert issubclass(cls, ValueFunction)
@@ -55,7 +56,7 @@ def test_the_value_function_shown_works():
 def test_the_objective_shown_works():
     rows = random_rows(0, 3, dtype=torch.float32)
     names = ("policy_logps", "reference_logps", "mask", "desirable", "rival", "probe")
-    exec(blocks("python")[1], {name: getattr(rows, name) for name in names})
+    exec(next(block for block in blocks("python") if "HALO(" in block), {name: getattr(rows, name) for name in names})
     assert rows.policy_logps.grad is not None
     assert rows.policy_logps.grad.abs().sum() > 0
 
@@ -66,3 +67,11 @@ def test_files_and_commands_named_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"make ([a-z-]+)", README):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_the_rule_and_the_judge_shown_work(tmp_path):
+    code = tmp_path / "rule.py"
+    code.write_text(next(block for block in blocks("python") if "exact_match" in block))
+    row = Row({"answer": "4"}, "2 + 2?", "p:1", True, True)
+    assert judged_by(f"{code}:exact_match", "rule")(row, "It is 4") == 1
+    assert judged_by(f"{code}:shorter", "judge")(row, "4", "It is 4") == 1

@@ -31,7 +31,7 @@ def _with(folder: Path, *keys: str) -> list[Path]:
 ALL = _with(ROOT / "experiments/ablations", "arms", "axes")
 REAL = {"paper_table_2", "contradictions"}  # of feedback that is not part of the project
 # The others have arms of the same kinds.
-QUICK = {"value_functions", "imbalance"}
+QUICK = {"value_functions"}
 STUDIES = [
     pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
     for path in ALL
