@@ -296,7 +296,7 @@ class HalosCLI(LightningCLI):
 
     def _check_measures(self) -> None:
         """Refuses a command that would measure nothing."""
-        name = {"validate": "limit_val_batches"}.get(self.subcommand, f"limit_{self.subcommand}_batches")
+        name = f"limit_{'val' if self.subcommand == 'validate' else self.subcommand}_batches"
         if getattr(self.trainer, name) == 0:
             raise RunError(f"trainer.{name} is 0, so that nothing would be measured")
 
