@@ -243,3 +243,13 @@ def test_what_is_no_package_with_a_folder_is_named(packages: Path, name: str) ->
     with pytest.raises(ModelError) as error:
         source.source_of(ModelSpec(f"package:{name}"))
     assert name in str(error.value) or repr(name) in str(error.value)
+
+
+@pytest.mark.parametrize("listed", ["{}", "[" * 100_000, None])
+def test_a_conversion_of_nothing_or_of_what_never_ends_is_not_intact(tmp_path: Path, listed: str | None) -> None:
+    """An empty list of files, one too deep to read, and a FIFO, which would wait for its writer."""
+    if listed is None:
+        os.mkfifo(tmp_path / source._COMPLETE)
+    else:
+        (tmp_path / source._COMPLETE).write_text(listed)
+    assert not source._intact(tmp_path, weights=True)
