@@ -52,7 +52,7 @@ from halos_pl.data import (
 from halos_pl.data import example as example_module
 from halos_pl.data.example import DataError, Example, Fault, Skipped
 from halos_pl.data.source import Source
-from halos_pl.files import naming
+from halos_pl.files import naming, remove
 
 CHUNK = 1024  # examples tokenised at a time
 CHUNK_SIZE = 16_000_000  # characters of them
@@ -413,14 +413,6 @@ def _sums(folder: Path) -> str:
     return "".join(lines)
 
 
-def _remove(place: Path) -> None:
-    """Removes whatever is there."""
-    if place.is_dir() and not place.is_symlink():
-        shutil.rmtree(place, ignore_errors=True)
-    else:
-        place.unlink(missing_ok=True)
-
-
 def _found(path: str, folder: Path) -> Store | None:
     """The store in ``folder``; None where there is none, or where a byte of it is not what was written."""
     if not all((folder / name).is_file() for name in ("meta.json", *FILES, SUMS)):
@@ -479,12 +471,12 @@ def open_store(
             if place.exists():
                 rank_zero_info(f"halos: what the cache holds of {source.path} is damaged; it is recomputed")
             part = place.with_suffix(".part")
-            _remove(part)
+            remove(part)
             part.mkdir()
             try:
                 with naming(part):
                     _build(source, tokenize.Encoder(tokenizer, special_tokens_in_text, loss_on), part, text_prompts)
-                _remove(place)
+                remove(place)
                 os.replace(part, place)
             finally:
                 shutil.rmtree(part, ignore_errors=True)

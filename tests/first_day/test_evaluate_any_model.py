@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import write_jsonl
-from run_halos import binary_data, fit, pair_data
+from run_halos import binary_data, every_third, fit, pair_data
 
 from halos_pl.cli import main
 from halos_pl.data.tokenize import encode_prompt
@@ -216,12 +215,7 @@ WRONG = {
 }
 
 
-def _every_third(names: Iterable[str]) -> list[Any]:
-    """The others belong to the slow suite."""
-    return [pytest.param(name, marks=pytest.mark.slow if i % 3 else []) for i, name in enumerate(names)]
-
-
-@pytest.mark.parametrize("words", _every_third(WRONG))
+@pytest.mark.parametrize("words", every_third(WRONG))
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(
     words: str, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import byte_level_tokenizer, write_jsonl
-from run_halos import binary_data, fit
+from run_halos import binary_data, every_third, fit
 from transformers import LlamaForCausalLM
 
 from halos_pl.cli import main
@@ -158,12 +157,7 @@ WRONG = {
 }
 
 
-def _every_third(names: Iterable[str]) -> list[Any]:
-    """The others belong to the slow suite."""
-    return [pytest.param(name, marks=pytest.mark.slow if i % 3 else []) for i, name in enumerate(names)]
-
-
-@pytest.mark.parametrize("word", _every_third(WRONG))
+@pytest.mark.parametrize("word", every_third(WRONG))
 def test_a_wrong_input_is_a_line_before_a_model_is_loaded(
     word: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
