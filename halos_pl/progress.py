@@ -6,8 +6,9 @@ import math
 import os
 import sys
 import time
+from contextlib import suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TextIO
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer, TQDMProgressBar
@@ -20,6 +21,15 @@ _TECHNICAL = ("v_num", "TFLOP/s", "of_matmul")
 
 def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    """Whether a bar can be drawn: not where the terminal says that it is 0 columns wide, as some do in containers."""
+    if not stream.isatty() or os.environ.get("TERM") == "dumb":
+        return False
+    with suppress(OSError):
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    return True
 
 
 def _listed(figures: dict[str, Any]) -> str:
@@ -50,7 +60,7 @@ class Progress(TQDMProgressBar):
         if not max_seconds > 0:
             raise ValueError(f"progress.max_seconds is {max_seconds}; it must be above 0")
         self.every_n_steps, self.max_seconds = every_n_steps, max_seconds
-        self._terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._terminal = _is_terminal(sys.stdout)
         self._planned: int | None = None
         self._first = 0
         self._began = self._said = time.monotonic()
@@ -86,13 +96,16 @@ class Progress(TQDMProgressBar):
             if self._should_update(step, self._planned or 0):
                 bar.n = step
                 bar.bar_format = self.BAR_FORMAT.replace("{remaining}", self._left(trainer))
-                bar.set_postfix(self.get_metrics(trainer, pl_module))  # type: ignore[arg-type]
+                bar.set_postfix(self._figures(trainer, pl_module))
         elif self._enabled and self._due(step):
-            figures = {k: v for k, v in self.get_metrics(trainer, pl_module).items() if k not in _TECHNICAL}
+            figures = self._figures(trainer, pl_module)
             spent = _clock(time.monotonic() - self._began)
             total = f"/{self._planned}" if self._planned else ""
             where = f"step {step}{total}, epoch {trainer.current_epoch}"
             self._say(f"{where}: {_listed(figures)}; {spent} so far, {self._left(trainer)} left")
+
+    def _figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        return {k: v for k, v in self.get_metrics(trainer, pl_module).items() if k not in _TECHNICAL}
 
     def _due(self, step: int) -> bool:
         """Whether a line is to be printed after ``step`` steps: also after the first one of this fit, and the last."""

@@ -130,3 +130,17 @@ def test_the_reason_of_an_end_is_the_true_one(
     found = ended(tmp_path)
     assert re.search(reason, found["ended"], re.IGNORECASE), found["ended"]
     assert found["steps"] == taken
+
+
+@pytest.mark.parametrize(("columns", "bar"), [(0, False), (80, True)])
+def test_a_terminal_of_no_width_gets_lines(columns: int, bar: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar of 0 columns would be an empty string."""
+    read, write = pty.openpty()
+    termios.tcsetwinsize(write, (24, columns))
+    monkeypatch.setenv("TERM", "xterm")
+    with os.fdopen(write, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        enabled = Progress().is_enabled
+        monkeypatch.undo()
+    os.close(read)
+    assert enabled is bar
