@@ -10,7 +10,6 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -25,6 +24,7 @@ from halos_pl.policy.limits import check_prompts, positions, room, rows_of_vocab
 from halos_pl.policy.loading import base_model
 from halos_pl.policy.logprobs import completion_kl
 from halos_pl.policy.spec import ModelError
+from halos_pl.progress import counted
 
 LEAST_TEMPERATURE = 1e-6
 MOST_SEED = 2**63 - 1
@@ -116,7 +116,7 @@ def sample_tokens(
         max_new_tokens: the most tokens of a completion; fewer where the model has no position for them.
         temperature, top_p, batch_size: see :func:`generate`.
         names: of the prompts, for messages.
-        progress: show a bar.
+        progress: say on standard error how far it is.
 
     Returns:
         Token ids of each completion, in the order of the prompts.
@@ -142,7 +142,7 @@ def sample_tokens(
         options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
     ends = {*_own_ends(model), *stops}  # some models name more than one, e.g. of a turn and of a text
     with _plain_sampling(model):
-        for batch in track(batches, description="generating", disable=not progress, transient=True):
+        for batch in counted(batches, "sampling, in batches") if progress else batches:
             ids = [torch.tensor(prompts[i]) for i in batch]
             inputs = pad_sequence(ids, batch_first=True, padding_side="left").to(device)
             mask = pad_sequence([torch.ones_like(x) for x in ids], batch_first=True, padding_side="left").to(device)
@@ -244,7 +244,7 @@ def generate(
             :class:`halos_pl.data.special.SpecialText`.
         tools: for each prompt JSON schemas of what the model may call, or None.
         names: of the prompts, for messages.
-        progress: show a bar.
+        progress: say on standard error how far it is.
 
     Returns:
         For each prompt, in order, its ``num_samples`` completions.

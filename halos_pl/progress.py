@@ -6,14 +6,18 @@ import math
 import os
 import sys
 import time
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer, TQDMProgressBar
+from tqdm import tqdm
 
 from halos_pl.ending import planned_steps
+
+T = TypeVar("T")
 
 #: Of the figures in the progress bar, those that say nothing about learning.
 _TECHNICAL = ("v_num", "TFLOP/s", "of_matmul")
@@ -23,13 +27,35 @@ def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def _is_terminal(stream: TextIO) -> bool:
+def is_terminal(stream: TextIO) -> bool:
     """Whether a bar can be drawn: not where the terminal says that it is 0 columns wide, as some do in containers."""
     if not stream.isatty() or os.environ.get("TERM") == "dumb":
         return False
     with suppress(OSError):
         return os.get_terminal_size(stream.fileno()).columns > 0
     return True
+
+
+def counted(items: Collection[T], what: str, max_seconds: float = 30.0) -> Iterator[T]:
+    """The items one by one, while standard error says how many are done.
+
+    Args:
+        items: what is worked on.
+        what: is done with them: "sampling answers".
+        max_seconds: without a terminal, the least time between two lines; a terminal gets a bar.
+    """
+    if is_terminal(sys.stderr):
+        yield from tqdm(items, desc=what, leave=False)
+        return
+    began = said = time.monotonic()
+    for number, item in enumerate(items):
+        now = time.monotonic()
+        if number and now - said >= max_seconds:
+            said, spent = now, now - began
+            left = spent / number * (len(items) - number)
+            done = f"{what}: {number}/{len(items)}"
+            print(f"{done}; {_clock(spent)} so far, {_clock(left)} left", file=sys.stderr, flush=True)
+        yield item
 
 
 def _listed(figures: dict[str, Any]) -> str:
@@ -60,7 +86,7 @@ class Progress(TQDMProgressBar):
         if not max_seconds > 0:
             raise ValueError(f"progress.max_seconds is {max_seconds}; it must be above 0")
         self.every_n_steps, self.max_seconds = every_n_steps, max_seconds
-        self._terminal = _is_terminal(sys.stdout)
+        self._terminal = is_terminal(sys.stdout)
         self._planned: int | None = None
         self._first = 0
         self._began = self._said = time.monotonic()

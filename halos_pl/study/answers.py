@@ -63,7 +63,7 @@ def answers(
         use.end()
         if known is not None:
             return as_samples(model, tokenizer, encoded, known), path
-        options: dict[str, Any] = {"names": names, "tools": tools, "progress": False, **sampling}
+        options: dict[str, Any] = {"names": names, "tools": tools, **sampling}
         options["special_tokens_in_text"] = special_tokens_in_text
         samples = [each for (each,) in generate(model, tokenizer, prompts, **options)]
         ids = [sample.completion_ids for sample in samples]

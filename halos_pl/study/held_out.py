@@ -22,6 +22,7 @@ from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.logprobs import compared_logps, completion_logps, completion_mask
 from halos_pl.policy.reference import NoReference, ReferenceModel
 from halos_pl.policy.spec import ModelSpec
+from halos_pl.progress import Progress
 from halos_pl.reference_points import Zero
 from halos_pl.rewards import LogProb, LogRatio
 from halos_pl.trained import module_of_run, put_weights
@@ -102,7 +103,12 @@ def prepared(model: NamedModel, reference: ReferenceModel | None = None, trained
     module.tokenizer = model.tokenizer()
     # On one device: of several each would see its own share of the rows.
     module.trainer = Trainer(
-        logger=False, enable_checkpointing=False, enable_model_summary=False, devices=1, num_nodes=1
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        devices=1,
+        num_nodes=1,
+        callbacks=[Progress()],
     )
     module.configure_model()
     if model.run and trained:

@@ -16,6 +16,7 @@ from halos_pl.generate import Sample, kl_of_samples
 from halos_pl.messages import plain
 from halos_pl.named_model import NamedModel
 from halos_pl.policy.reference import NoReference, ReferenceModel
+from halos_pl.progress import counted
 from halos_pl.prompt_files import PromptRow
 from halos_pl.study.answers import answers
 from halos_pl.study.held_out import Evaluation, Loaded, by_example, figures_of, of_reference, prepared, records_of
@@ -172,13 +173,15 @@ def _columns(of: Measured, task: Task, others: list[Sample] | None) -> dict[str,
     columns["length"] = [float(len(s.completion_ids)) for s in of.samples]
     columns["finished"] = [float(s.finished) for s in of.samples]
     if rule := task.judging.get("rule"):
-        columns["rule"] = [rule(_row(row, s), s.text) for row, s in zip(task.rows, of.samples, strict=True)]
+        judged = counted(list(zip(task.rows, of.samples, strict=True)), "applying the rule")
+        columns["rule"] = [rule(_row(row, s), s.text) for row, s in judged]
     if judge := task.judging.get("judge"):
         assert others is not None
+        compared = counted(list(zip(task.rows, of.samples, others, strict=True)), "judging answers")
         columns["judge"] = [
             # Of a model against itself: the same answer, and no verdict on its place.
             0.5 if others is of.samples else judge(_row(row, s, o), s.text, o.text)
-            for row, s, o in zip(task.rows, of.samples, others, strict=True)
+            for row, s, o in compared
         ]
     return columns
 

@@ -17,7 +17,7 @@ import pytest
 from run_halos import binary_data, fit, run
 
 from halos_pl.cli import main
-from halos_pl.progress import Progress
+from halos_pl.progress import Progress, counted
 
 PLUGIN = "plugins.own_log"
 
@@ -144,3 +144,12 @@ def test_a_terminal_of_no_width_gets_lines(columns: int, bar: bool, monkeypatch:
         monkeypatch.undo()
     os.close(read)
     assert enabled is bar
+
+
+def test_work_without_a_terminal_is_counted_in_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(counted("abcd", "judging", max_seconds=0)) == list("abcd")
+    said = capsys.readouterr()
+    assert not said.out
+    assert re.findall(r"^judging: (\d)/4;", said.err, re.MULTILINE) == ["1", "2", "3"]
+    list(counted("abcd", "judging"))
+    assert capsys.readouterr().err == ""
