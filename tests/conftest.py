@@ -122,10 +122,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ.pop("HALOS_CACHE") if before is None else os.environ.update(HALOS_CACHE=before)
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny random Llama and its tokenizer, as the hub would hold them."""
-    folder = tmp_path_factory.mktemp("tiny_llama")
+def make_tiny_llama(folder: Path) -> Path:
+    """A tiny random Llama and its tokenizer in ``folder``, as the hub would hold them."""
     tokenizer = byte_level_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -144,6 +142,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random Llama and its tokenizer, as the hub would hold them."""
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny_llama"))
 
 
 @pytest.fixture(scope="session")
