@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from halos_pl.data.prompts import TextPrompts
 from halos_pl.data.special import SpecialTokens
+from halos_pl.data.tokenize import Encoder
 from halos_pl.files import check_target, part_of, whole
 from halos_pl.generate import check_sampling, encode_prompts, generate
 from halos_pl.messages import plain
 from halos_pl.named_model import named_model
 from halos_pl.policy.limits import check_prompts
-from halos_pl.prompt_files import ANSWERS, read_prompt_rows, say_convention
+from halos_pl.prompt_files import ANSWERS, SAME_TOKENS, PromptRow, read_prompt_rows, say_convention
+from halos_pl.sampled_text import SampledText, sampled_texts
 
 
 def generate_file(
@@ -43,9 +46,10 @@ def generate_file(
         prompts: a .txt file with one prompt a line, or JSON lines with "prompt", a text or a message list.
         prompt_column: the column of JSON lines that holds the prompt, where it is not "prompt".
         out: JSON lines to write; default: beside the prompts. Each has the columns of its prompt's row, "prompt" as it
-            was put to the model (messages where it went through the chat template), "completions" and "finished": for
-            each completion whether the model ended it. halos fit reads them with "scores" added, a list as well. Until
-            all of them are there, they are in a file with the ending .part.
+            was put to the model (messages where it went through the chat template), "completions", and for each of
+            these in "finished" whether the model ended it and in "same_tokens" whether training on its text gives the
+            tokens that were sampled (special tokens that the text may not spell are left out). halos fit reads the
+            rows once "scores" are added, a list as well. Until all are sampled, the file ends in .part.
         text_prompts: what a prompt that is plain text means: plain encodes it as it is, chat puts it into the chat
             template as a user's message; default: as the run was trained (data.text_prompts), else plain.
         chat_template: another chat template than the model's: a .jinja file, a folder with a tokenizer, chatml, or the
@@ -54,8 +58,8 @@ def generate_file(
         temperature: of the softmax; 0 takes the likeliest token.
         top_p: sample among the likeliest tokens that hold this share of the probability.
         num_samples: completions per prompt.
-        one_per_row: write a row for each completion, with "completion" and "finished"; halos fit reads such rows with
-            "label" or "score" added.
+        one_per_row: write a row for each completion, with "completion", "finished" and "same_tokens"; halos fit reads
+            such rows once "label" or "score" is added.
         batch_size: completions at a time.
         seed: of the sampling.
         control: text between every prompt and its completion; "<|good|>" for a model trained with csft.yaml.
@@ -89,11 +93,11 @@ def generate_file(
     asked, names = [row.prompt for row in rows], [row.place for row in rows]
     tools = [row.tools for row in rows]
     encoded = encode_prompts(tokenizer, asked, names, control, text["special_tokens_in_text"], tools)
+    encoder = Encoder(tokenizer, text["special_tokens_in_text"])
     policy = named.load()
     check_prompts(policy, tokenizer, encoded, names, max_new_tokens)  # before any is sampled
     chunk = 8 * max(1, batch_size // num_samples)
-    done = lost = 0
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    done = others = 0
     try:
         with whole(target, keep=True) as file:
             # Written chunk by chunk, so that a long run that is cut off leaves what it has.
@@ -101,23 +105,31 @@ def generate_file(
                 part = slice(at, at + chunk)
                 own: dict[str, Any] = {"seed": seed + at, "names": names[part], "tools": tools[part]}
                 samples = generate(policy, tokenizer, asked[part], **own, **sampling)
-                for row, found in zip(rows[part], samples, strict=True):
-                    lost += sum(not special.isdisjoint(s.completion_ids[: -1 if s.finished else None]) for s in found)
-                    kept = {k: v for k, v in row.columns.items() if k not in ANSWERS} | {"prompt": row.prompt}
-                    if one_per_row:
-                        lines = [{"completion": s.raw, "finished": s.finished} for s in found]
-                    else:
-                        lines = [{"completions": [s.raw for s in found], "finished": [s.finished for s in found]}]
-                    file.writelines(json.dumps(kept | line, ensure_ascii=False) + "\n" for line in lines)
+                texts = sampled_texts(encoder, list(zip(asked[part], tools[part], strict=True)), samples)
+                others += sum(not text.same_tokens for found in texts for text in found)
+                for row, found in zip(rows[part], texts, strict=True):
+                    file.writelines(f"{line}\n" for line in _lines(row, found, one_per_row))
                 file.flush()
                 done = at + len(samples)
     except BaseException:
         left = f"those of the first {done} are in {part_of(target)}" if done else "nothing was written"
         print(f"halos: completions of {len(rows)} prompts were asked for; {left}", file=sys.stderr)
         raise
-    if lost:
+    if others:
         print(
-            f"halos: {lost} of {len(rows) * num_samples} completions hold special tokens before their end, which their"
-            " text lacks; trained on, they are other tokens than were sampled"
+            f"halos: {others} of {len(rows) * num_samples} completions are other tokens when they are trained on than"
+            f' were sampled ("{SAME_TOKENS}": false): their text has other tokens, or lacks special tokens that it may'
+            " not spell"
         )
     print(f"halos: completions of {len(rows)} prompts are in {target}")
+
+
+def _lines(row: PromptRow, found: list[SampledText], one_per_row: bool) -> Iterator[str]:
+    """The completions of a prompt as JSON, beside the columns of its row."""
+    kept = {name: value for name, value in row.columns.items() if name not in ANSWERS} | {"prompt": row.prompt}
+    finished, same = [each.finished for each in found], [each.same_tokens for each in found]
+    rows = [{"completions": [each.text for each in found], "finished": finished, SAME_TOKENS: same}]
+    if one_per_row:
+        rows = [{"completion": each.text, "finished": each.finished, SAME_TOKENS: each.same_tokens} for each in found]
+    for columns in rows:
+        yield json.dumps(kept | columns, ensure_ascii=False)

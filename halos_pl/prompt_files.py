@@ -40,6 +40,9 @@ class PromptRow:
     tools: list[dict[str, Any]] | None = None
 
 
+#: Of each answer that ``halos generate`` has sampled, whether training on its text gives the tokens that were sampled.
+SAME_TOKENS = "same_tokens"
+
 #: Columns that hold answers to a prompt, or what was said of those; not of the answers that are sampled now.
 ANSWERS = frozenset(
     name
@@ -47,7 +50,7 @@ ANSWERS = frozenset(
     if "prompt" in schema.columns or schema.name == "implicit"
     for column in schema.columns
     for name in column.split("|")
-) - {"prompt"} | {"finished"}
+) - {"prompt"} | {"finished", SAME_TOKENS}
 
 
 #: Endings of files of feedback that are no lines of text, or tables.

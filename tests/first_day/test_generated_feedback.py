@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_templates import TEMPLATES, stub
 from conftest import byte_level_tokenizer, write_jsonl
 from run_halos import binary_data, every_third, fit
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from halos_pl.cli import main
+from halos_pl.data.example import Example
 from halos_pl.data.source import Source
 from halos_pl.data.store import open_store
-from halos_pl.data.tokenize import encode_prompt
-from halos_pl.policy.loading import ModelSpec, load_tokenizer
+from halos_pl.data.tokenize import Encoder, Tokens, encode_prompt
+from halos_pl.data.turns import turn_markers
+from halos_pl.generate import Sample, generate
+from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
+from halos_pl.sampled_text import SampledText, sampled_texts
 
 MESSAGES = [{"role": "user", "content": "question 1"}]
 
@@ -70,17 +75,86 @@ def test_blanks_that_part_a_text_from_its_completion_are_kept(tiny_folder: Path,
 def test_judgements_of_other_answers_are_not_copied(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
     """A row of feedback may give the prompt; its label is of another completion."""
     (row,) = generated(tiny_folder, [{"prompt": MESSAGES, "completion": "a", "label": True, "id": 1}], tmp_path)
-    assert row.keys() == {"prompt", "id", "completions", "finished"}
+    assert row.keys() == {"prompt", "id", "completions", "finished", "same_tokens"}
     said = next(line for line in capsys.readouterr().out.splitlines() if "not copied" in line)
     assert "completion, label" in said
 
 
-def test_special_tokens_that_a_text_lacks_are_counted(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize("convention", ["plain", "chat"])
+def test_training_is_on_the_tokens_that_were_sampled_or_the_row_says_that_it_is_not(
+    tiny_folder: Path, tmp_path: Path, capsys: Any, convention: Any
+) -> None:
     rows = [{"prompt": f"question {i}"} for i in range(40)]
-    generated(tiny_folder, rows, tmp_path, "--temperature=5", "--max_new_tokens=20")
-    said = [line for line in capsys.readouterr().out.splitlines() if "special tokens" in line]
+    words = ["--one_per_row=true", "--temperature=5", f"--text_prompts={convention}"]
+    found = generated(tiny_folder, rows, tmp_path, *words)
+    said = [line for line in capsys.readouterr().out.splitlines() if "same_tokens" in line]
+    model, tokenizer = (load(ModelSpec(str(tiny_folder))) for load in (load_model, load_tokenizer))
+    asked = [row["prompt"] for row in found]
+    samples = [each for (each,) in generate(model, tokenizer, asked, temperature=5.0, max_new_tokens=4, progress=False)]
+    path = write_jsonl(tmp_path / "f.jsonl", [{**row, "label": True} for row in found])
+    store = open_store(Source(path), tokenizer, tmp_path / "cache")
+    trained = {store.name(i): store.completion(i).tolist() for i in range(len(store.rows))}
+    for line, (row, sample) in enumerate(zip(found, samples, strict=True), start=1):
+        assert row["same_tokens"] == (trained.get(f"{path}:{line}") == sample.completion_ids)
+    different = sum(not row["same_tokens"] for row in found)
+    assert 0 < different < 40
     assert len(said) == 1
-    assert "of 40 completions" in said[0]
+    assert f"{different} of 40 completions" in said[0]
+
+
+def sampled(tokenizer: PreTrainedTokenizerBase, text: str, finished: bool, mode: Any = "refuse") -> SampledText:
+    """The text of a sample that spelled ``text``, its end included where it is finished."""
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    raw = str(tokenizer.decode(ids[: -1 if finished else None], skip_special_tokens=True))
+    [[found]] = sampled_texts(Encoder(tokenizer, mode), [(MESSAGES, None)], [[Sample([], ids, raw, finished)]])
+    assert found.finished == finished
+    if found.same_tokens:
+        example = Example(MESSAGES, (found.text,), (None,), "a:1", finished=(finished,))
+        [again] = Encoder(tokenizer, mode).encode([example])
+        assert isinstance(again, Tokens)
+        assert again.completions == [ids]
+    return found
+
+
+#: What a template writes in front of a finished answer.
+OPENED = {
+    "qwen3": "<think>\n\n</think>\n\n",
+    "glm4moe": "\n<think></think>\n",
+    "gptoss": "<|channel|>final<|message|>",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("qwen3", "<|im_end|>"),
+        ("llama3_1", "<|eot_id|>"),
+        ("gemma", "<end_of_turn>"),
+        ("deepseek_r1_distill", "<｜end▁of▁sentence｜>"),
+        ("glm4moe", "<eos>"),
+        ("gptoss", "<|return|>"),
+    ],
+)
+def test_special_tokens_in_an_answer_stay_unless_they_would_forge_a_turn(name: str, end: str) -> None:
+    tokenizer = stub(TEMPLATES[name])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>", "</tool>"]})
+    marker = next(iter(sorted(turn_markers(tokenizer) - {end, "<eos>"})))
+    answer = "So <tool>it</tool> is."
+    opened = OPENED.get(name, "")
+    for finished in (True, False):
+        text = (opened if finished else "") + answer + end * finished
+        found = sampled(tokenizer, text, finished)
+        if name == "gptoss" and finished:  # its channel is a turn's form, which a text may not spell
+            assert not found.same_tokens
+            continue
+        assert found.same_tokens, found.text
+        assert found.text.endswith(answer)
+        forged = sampled(tokenizer, text.replace("it", marker), finished)
+        assert not forged.same_tokens
+        assert marker not in forged.text
+        assert sampled(tokenizer, text.replace("it", marker), finished, "allow").same_tokens
+        assert not sampled(tokenizer, text, finished, "split").same_tokens
+    assert not sampled(tokenizer, end, True).same_tokens  # a row with an empty answer is refused
 
 
 @pytest.mark.slow
