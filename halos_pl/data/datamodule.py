@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from halos_pl.data.batches import Order, StepDataset, StepSampler, seeded
 from halos_pl.data.example import DataError
 from halos_pl.data.formats import files_of, refuse_missing
-from halos_pl.data.prompts import TextPrompts, asked, convention, say
+from halos_pl.data.prompts import TextPrompts, asked, convention, counted, say
 from halos_pl.data.source import OnBadRows, Source, source_of
 from halos_pl.data.spans import LossOn, check_loss_on
 from halos_pl.data.special import SpecialTokens
@@ -356,9 +356,8 @@ class FeedbackDataModule(LightningDataModule):
         )
         for store in table.stores:
             said = convention(store.text_prompts, self.text_prompts, bool(self._module.tokenizer.chat_template))
-            notes = (f"{number} example{'s' * (number > 1)}: {note}" for note, number in store.notes.items())
             rank_zero_info(f"{split} data {store.path}: {made.counts[store.path]}")
-            say(f"{split} data {store.path}", [*([said] if said else []), *notes])
+            say(f"{split} data {store.path}", [*([said] if said else []), *counted(store.notes)])
             if store.unused:
                 rank_zero_info(f"{split} data {store.path}: not used: {', '.join(store.unused)}")
             if store.fault_count:

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from halos_pl.data.batches import seeded
 from halos_pl.data.example import DataError
 from halos_pl.data.formats import refuse_missing
-from halos_pl.data.prompts import TextPrompts, convention
+from halos_pl.data.prompts import TextPrompts, convention, counted
 from halos_pl.data.source import Source
 from halos_pl.data.spans import LossOn
 from halos_pl.data.special import SpecialTokens
@@ -81,7 +81,7 @@ class Inspection:
         faults: the first of them, each a line.
         unused: columns that say something and that nothing reads.
         text_prompts: what becomes of prompts that are plain text; None where there are none.
-        notes: what is to be said of some examples, and of how many.
+        notes: about some of the examples, and the number of those.
         examples: a few rows.
     """
 
@@ -281,8 +281,8 @@ def show(found: Inspection, console: Console) -> None:
         console.print(f"  {low:>6} to {high:<6} {'█' * round(40 * rows / most):<40} {rows:,}", highlight=False)
     if found.text_prompts:
         console.print(Text(f"\n{found.text_prompts}"))
-    for note, number in found.notes.items():
-        console.print(Text(f"\n{number} example{'s' * (number > 1)}: {note}"))
+    for note in counted(found.notes):
+        console.print(Text(f"\n{note}"))
     if found.unused:
         console.print(Text(f"\nnot used: {', '.join(found.unused)}"))
     if found.faults:
@@ -356,6 +356,7 @@ def page(found: Inspection) -> str:
 <h2>Tokens, by percentile of the rows</h2><div class="wide"><table><tr><th></th>{head}</tr>{lengths}</table></div>
 <h2>Rows by tokens of prompt and completion together</h2><table class="bars">{bars}</table>
 {f"<p>{e(found.text_prompts)}</p>" if found.text_prompts else ""}
+{"".join(f"<p>{e(note)}</p>" for note in counted(found.notes))}
 {f"<p>Not used: {e(', '.join(found.unused))}</p>" if found.unused else ""}
 {f"<h2>Faults</h2>{faults}" if faults else ""}
 <h2>Rows</h2><p>Tokens that carry the loss stand on green, between {LOSS[0]} and {LOSS[1]}.</p>{examples}

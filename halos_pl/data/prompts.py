@@ -49,6 +49,11 @@ def convention(number: int, text_prompts: TextPrompts, has_template: bool) -> st
     return f"{many} encoded as plain text, without a chat template (text_prompts: plain{other})"
 
 
+def counted(notes: Mapping[str, int]) -> list[str]:
+    """Notes about examples as lines that begin with the number of those examples."""
+    return [f"{number} example{'s' * (number > 1)}: {note}" for note, number in notes.items()]
+
+
 def say(source: str, notes: Iterable[str]) -> None:
     """Says how a source's texts become tokens, a line for each of ``notes``."""
     for note in notes:

@@ -10,6 +10,7 @@ generation starts after the prompt's last token. So prompt and completion cannot
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -113,6 +114,16 @@ def _refuse_end_inside(ends: Sequence[str], eos: str, completion: Prompt) -> Non
                     f"The completion spells {name} {end} before its end; remove it, or the row, or set"
                     " data.special_tokens_in_text to split, which encodes it as plain text."
                 )
+
+
+#: An empty span at the start of a text, ``<think>\n\n</think>\n\n``, or the end of one that the prompt has opened.
+_EMPTY_SPAN = re.compile(r"\s*(?:<(\w+)>\s*</\1>|</\w+>)\s*")
+
+
+def _empty_span(written: Written, answer: list[dict[str, Any]]) -> str | None:
+    """The empty span that the template, and not the answer itself, writes in front of the last turn."""
+    found = _EMPTY_SPAN.match(written.pieces[-1][0])
+    return None if found is None or _EMPTY_SPAN.match(answer[-1]["content"]) else found[0]
 
 
 def _ended(end: int | None, ids: list[int]) -> list[int]:
@@ -336,6 +347,11 @@ class Encoder:
     def _note(self, written: list[Written], answers: list[list[dict[str, Any]]]) -> None:
         if unopened := next((each.unopened for each in written if each.unopened), None):
             self.notes[f"the generation prompt ends in {unopened!r}, but the answer is written without it"] += 1
+        if empty := next((span for pair in zip(written, answers, strict=True) if (span := _empty_span(*pair))), None):
+            self.notes[
+                f"the chat template writes {empty!r} in front of the answer, which carries the loss like the answer"
+                " itself (as in TRL)"
+            ] += 1
         if self.loss_on == "last" and any(sum(m["role"] == "assistant" for m in a) > 1 for a in answers):
             self.notes["of several turns in a completion only the last one carries the loss (loss_on: last)"] += 1
 

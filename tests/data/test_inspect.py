@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chat_templates import shipped
 from conftest import byte_level_tokenizer, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from rich.console import Console
 from halos_pl.cli import main
 from halos_pl.data import Source
 from halos_pl.data.inspect import PERCENTILES, Inspection, inspect, lambdas, page, show
+from halos_pl.data.prompts import counted
 
 
 def inspected(path: str, tmp_path: Path, **options: Any) -> Inspection:
@@ -92,9 +95,9 @@ def test_tokens_of_the_completion_are_marked_and_markup_is_text(tmp_path: Path) 
     found = inspected(write_jsonl(tmp_path / "a.jsonl", rows), tmp_path, examples=1)
     assert "".join(found.examples[0].prompt) == "<b>[red]"
     assert "".join(found.examples[0].completion) == "<script>[/red]<|im_end|>"
-    html = page(found)
-    assert "<script>" not in html
-    marked = re.sub(r"<[^>]+>", "", html[html.index('class="c"') - 6 :])
+    text = page(found)
+    assert "<script>" not in text
+    marked = re.sub(r"<[^>]+>", "", text[text.index('class="c"') - 6 :])
     assert marked.startswith("&lt;script&gt;[/red]&lt;|im_end|&gt;")
     with (tmp_path / "out").open("w") as file:
         show(found, Console(file=file, width=100))
@@ -112,6 +115,19 @@ def test_the_command_writes_a_page_and_json(tmp_path: Path, tiny_folder: Path, c
         main(["data", "inspect", str(tmp_path / "absent.jsonl"), f"--tokenizer={tiny_folder}"])
     assert stopped.value.code == 1
     assert "no such file" in capfd.readouterr().err
+
+
+def test_notes_stand_in_the_terminal_and_on_the_page(tmp_path: Path) -> None:
+    tokenizer = shipped("qwen3")
+    ask = [{"role": "user", "content": "Why?"}]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": ask, "completion": "So.", "label": True}])
+    found = inspect(Source(path), tokenizer, cache_dir=tmp_path / "cache")
+    [note] = counted(found.notes)
+    assert repr("<think>\n\n</think>\n\n") in note
+    assert html.escape(note) in page(found)
+    with (tmp_path / "out").open("w") as file:
+        show(found, Console(file=file, width=500))
+    assert note in (tmp_path / "out").read_text()
 
 
 def test_a_source_without_a_sound_row(tmp_path: Path) -> None:

@@ -237,6 +237,29 @@ def test_a_cut_answer_with_thoughts_gets_no_end(name: str, said: str) -> None:
     assert tokenizer.decode(found.completions[0]).endswith(said or "Hm, well")
 
 
+@pytest.mark.parametrize(
+    ("name", "empty"),
+    [
+        ("qwen3", "<think>\n\n</think>\n\n"),
+        ("glm4moe", "\n<think></think>\n"),
+        ("qwen3_6", "\n</think>\n\n"),
+        ("nemotron_3_nano", "</think>"),
+    ],
+)
+def test_an_empty_span_that_the_template_adds_carries_the_loss_and_is_noted(name: str, empty: str) -> None:
+    """As in TRL, whose templates for training mark it as generated."""
+    tokenizer = shipped(name)
+    encoder = Encoder(tokenizer)
+    thinks = bot("<think>\nHm.\n</think>\n\nSo.")
+    added, own = encoder.encode([conversation([user("Why?"), said]) for said in (bot("So."), thinks)])
+    assert isinstance(added, Tokens)
+    assert isinstance(own, Tokens)
+    [(text, carries)] = parts(tokenizer, added)
+    assert carries
+    assert text.startswith(f"{empty}So.")
+    assert [number for note, number in encoder.notes.items() if repr(empty) in note] == [1]
+
+
 def test_thoughts_that_the_prompt_opens_and_the_template_does_not_read() -> None:
     """It writes an empty span of its own before them, which goes on as the prompt does."""
     tokenizer = shipped("qwen3_8")
