@@ -15,15 +15,20 @@ from transformers import PreTrainedTokenizerBase
 
 from halos_pl.data.calls import CALLS, THOUGHTS, message_texts
 from halos_pl.data.turns import (
+    DOUBLED_SPAN,
+    OPENED,
     Message,
     Tools,
     TurnEnd,
     any_of,
     before_content,
+    call_end,
     refuse_dropped,
     refuse_ignored,
     render,
+    render_begun,
     turn_markers,
+    without_opening,
 )
 
 #: Which of the assistant's turns in a completion carry the loss.
@@ -39,10 +44,6 @@ def check_loss_on(loss_on: str) -> None:
         raise ValueError(f"data.loss_on is {loss_on!r}; it must be last or all")
 
 
-#: A span that the end of a text opens: ``<think>\n``.
-_OPENED = re.compile(r"<(\w+)>\s*$")
-#: An empty span, and another of the same name behind it: ``<think>\n\n</think>\n\n<think>``.
-_DOUBLED_SPAN = re.compile(r"<(\w+)>\s*</\1>\s*<\1>")
 #: A span at the start of a content.
 _SPAN = re.compile(r"\s*<(\w+)>(.*?)</\1>", re.DOTALL)
 #: What a generation prompt may open and a rendered turn may lack.
@@ -58,12 +59,14 @@ class Written:
         prompt: the text up to where the assistant starts to speak in the completion.
         pieces: the text from there on up to the end of the last turn, and whether each piece carries the loss.
         ends: the last piece is to end with the token of a turn's end, or with EOS; not where the answer was cut.
+        end: how the template ends the last turn; None where it writes no token for it.
         unopened: what the generation prompt ends in and ``prompt`` does not, as the answer is written without it.
     """
 
     prompt: str
     pieces: tuple[tuple[str, bool], ...]
     ends: bool = True
+    end: TurnEnd | None = None
     unopened: str = ""
 
     def behind(self, prompt: str) -> Written:
@@ -132,10 +135,11 @@ class Conversation:
         self.first, self.unopened = len(prompt), ""
         self._heads: dict[int, str] = {} if heads is None else heads
         self._cut = completion[-1]["content"]
-        if begun(prompt) and completion[0]["role"] == "assistant":
+        self._begun = begun(prompt) and completion[0]["role"] == "assistant"
+        if self._begun:
             self.first -= 1
             if self.first not in self._heads:
-                self._heads[self.first] = render(tokenizer, prompt, prompt=True, begun=True, tools=tools)
+                self._heads[self.first] = render_begun(tokenizer, prompt, tools)
             said = {**prompt[-1], **completion[0], "content": prompt[-1]["content"] + completion[0]["content"]}
             prompt, completion = prompt[:-1], [said, *completion[1:]]
         self.messages = prompt + completion
@@ -144,6 +148,8 @@ class Conversation:
         self.turns = spoken or [self.first]
         self.messages = self.messages[: self.turns[-1] + 1] if spoken else self.messages
         self.whole = self._whole()
+        #: How the last turn ends.
+        self.last_end = call_end(tokenizer, self.whole, end) if CALLS in self.messages[-1] else end
 
     def _head(self, turn: int) -> str:
         """What the model is given before it says this turn."""
@@ -157,13 +163,28 @@ class Conversation:
     def _whole(self) -> str:
         """The conversation up to the end of the last turn."""
         last = self.messages[-1]
-        if not self.finished and last["role"] == "assistant" and last.keys() <= {"role", "content"}:
-            head = self._head(len(self.messages) - 1)
-            self._rendered = self.messages[:-1], head
-            return head + self._cut  # what was sampled, and nothing behind it
-        whole = render(self.tokenizer, self.messages, prompt=False, tools=self.tools)
-        self._rendered = self.messages, whole
-        return self._with_thoughts(last["content"], whole) if last["role"] == "assistant" else whole
+        plain = last["role"] == "assistant" and last.keys() <= {"role", "content"}
+        if plain and not self.finished:
+            return self._literal("")  # what was sampled, and nothing behind it
+        continued = plain and self._begun and self.turns == [self.first]
+        try:
+            whole = render(self.tokenizer, self.messages, prompt=False, tools=self.tools)
+            self._rendered = self.messages, whole
+            whole = self._with_thoughts(last["content"], whole) if last["role"] == "assistant" else whole
+        except ValueError:
+            if not continued:
+                raise
+        else:
+            if not continued or whole.startswith(self._head(self.first)):
+                return whole
+        # The template rewrites what was begun. In use it stays as it is, and so does what continues it.
+        return self._literal(self.end.token + self.end.after if self.end else "")
+
+    def _literal(self, end: str) -> str:
+        """The last answer as it is, behind what the model is given before it."""
+        head = self._head(len(self.messages) - 1)
+        self._rendered = self.messages[:-1], head
+        return head + self._cut + end
 
     def _with_thoughts(self, content: str, whole: str) -> str:
         """``whole`` with the thoughts of the last answer, which some templates cut from it as from earlier ones.
@@ -176,7 +197,7 @@ class Conversation:
         if "</" not in content:
             return whole
         head = self._head(len(self.messages) - 1)
-        opened, span = _OPENED.search(head), _SPAN.match(content)
+        opened, span = OPENED.search(head), _SPAN.match(content)
         close = f"</{opened[1]}>" if opened else ""
         thoughts, found, answer = content.partition(close) if close else (content, "", "")
         own = thoughts.strip().removeprefix(f"<{opened[1]}>").strip() if opened else ""
@@ -185,8 +206,7 @@ class Conversation:
         if opened and found and not continued:
             at = whole.rfind(answer.strip())
             behind = whole[at + len(answer.strip()) :] if answer.strip() and at >= 0 else self.end and self.end.token
-            thoughts = thoughts.lstrip().removeprefix(f"<{opened[1]}>").lstrip()
-            return head + thoughts + close + answer.rstrip() + (behind or "")
+            return head + without_opening(head, thoughts) + close + answer.rstrip() + (behind or "")
         if span and span[2].strip() and span[2].strip() not in whole:
             raise ValueError(
                 f"The chat template drops what stands in <{span[1]}>...</{span[1]}> in the last answer, so the model"
@@ -235,16 +255,16 @@ class Conversation:
         text = next((text.strip() for text in said if text.strip()), "")
         if CALLS not in last and text and (at := self.whole.rfind(text)) >= 0:
             return at + len(text)
-        if self.end is None:
+        if self.last_end is None:
             return len(self.whole)
-        return start + len(self.end.cut(self.whole[start:]).removesuffix(self.end.token).rstrip())
+        return start + len(self.last_end.cut(self.whole[start:]).removesuffix(self.last_end.token).rstrip())
 
     def stop(self, turn: int, start: int) -> int:
         """Where a turn ends that begins at ``start``: behind the token at which the model stops."""
         if turn == len(self.messages) - 1:
             if not self.finished:
                 return self._cut_off(start)
-            return len(self.whole) if self.end is None else start + len(self.end.cut(self.whole[start:]))
+            return len(self.whole) if self.last_end is None else start + len(self.last_end.cut(self.whole[start:]))
         nearest = before_content(self.tokenizer, self.messages, turn + 1, self.tools)
         if nearest is not None and self.whole.startswith(nearest):
             bound = len(nearest)
@@ -281,6 +301,13 @@ class Conversation:
             ValueError: a turn cannot be found in it.
         """
         at = begin = self.start(self.turns[0])
+        if begin == len(self.whole):
+            raise ValueError(
+                "The chat template writes nothing for the completion; its messages should have the role 'assistant'."
+            )
+        messages, text = self._rendered
+        refuse_dropped(self.tokenizer, messages, text, self.tools)
+        refuse_ignored(self.tokenizer, messages, self.tools)
         pieces = []
         for turn in self.turns if loss_on == "all" else self.turns[-1:]:
             start = begin if turn == self.turns[0] else self.start(turn)
@@ -289,20 +316,13 @@ class Conversation:
                 pieces.append((self.whole[at:start], False))
             pieces.append((self.whole[start:stop], True))
             at = stop
-        if not any(text for text, _ in pieces):
-            raise ValueError(
-                "The chat template writes nothing for the completion; its messages should have the role 'assistant'."
-            )
-        messages, text = self._rendered
-        refuse_dropped(self.tokenizer, messages, text, self.tools)
-        refuse_ignored(self.tokenizer, messages, self.tools)
-        if doubled := _DOUBLED_SPAN.search(self.whole, max(0, begin - 40)):
+        if doubled := DOUBLED_SPAN.search(self.whole, max(0, begin - 40)):
             raise ValueError(
                 f"The chat template writes {doubled[0]!r}: an empty <{doubled[1]}> of its own before the one in the"
                 " content, which it does not take for its own. Use a template that reads thoughts from the content, or"
                 " remove them from it."
             )
-        return Written(self.whole[:begin], tuple(pieces), self.finished, self.unopened)
+        return Written(self.whole[:begin], tuple(pieces), self.finished, self.last_end, self.unopened)
 
 
 def _not_continued(before: str, whole: str) -> str:

@@ -22,7 +22,7 @@ from halos_pl.data.calls import message_texts
 from halos_pl.data.example import Example, Prompt
 from halos_pl.data.spans import Conversation, LossOn, Written, begun, check_loss_on, common_prompt
 from halos_pl.data.special import SpecialText, SpecialTokens
-from halos_pl.data.turns import Tools, TurnEnd, refuse_dropped, refuse_ignored, render, turn_end
+from halos_pl.data.turns import Tools, TurnEnd, refuse_dropped, refuse_ignored, render, render_begun, turn_end
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
@@ -64,7 +64,10 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
 def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, tools: Tools = None) -> str:
     if isinstance(prompt, str):
         return prompt
-    text = render(tokenizer, prompt, prompt=True, begun=begun(prompt), tools=tools)
+    if begun(prompt):
+        text = render_begun(tokenizer, prompt, tools)
+    else:
+        text = render(tokenizer, prompt, prompt=True, tools=tools)
     refuse_dropped(tokenizer, prompt, text, tools)
     refuse_ignored(tokenizer, prompt, tools)
     return text
@@ -317,8 +320,9 @@ class Encoder:
         )
         self._note(written, answers)
         pieces, last = [], []
-        for each, end in zip(written, found, strict=True):
+        for each in written:
             (text, loss), *before = each.pieces[::-1]
+            end = each.end
             complete = each.ends and end is not None and text.rstrip().endswith(end.token)
             pieces.append((*before[::-1], (text.rstrip() if complete else text, loss)))
             last.append(None if not each.ends else end.id if end is not None and complete else self._eos)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import product, takewhile
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.data.calls import CALLS, THOUGHTS, forms, printed_wrong, says_none, tool_forms
@@ -24,6 +25,7 @@ _WORD = "zqword{}qz"
 _EMPTY_SPAN = re.compile(r"<(\w+)>\s*</\1>")
 #: A token that stands in brackets of some kind.
 _FORM = re.compile(r"[^\w\s].*[^\w\s]", re.DOTALL)
+_LONGEST_SPAN = 40  # characters of an empty one, with the blanks behind it
 _TAG = re.compile(r"<(/?)(\w+)>")
 NO_TEMPLATE = (
     "The data are message lists, but the tokenizer has no chat template: set data.chat_template (a .jinja file, or"
@@ -36,17 +38,17 @@ def render(
     messages: list[Message],
     *,
     prompt: bool,
-    begun: bool = False,
     tools: Tools = None,
+    begun: bool = False,
 ) -> str:
     """What the chat template writes.
 
     Args:
         tokenizer: with a chat template.
         messages: the dialogue.
-        prompt: end in the head of an answer.
-        begun: end in the last message, unfinished, and in no new head.
+        prompt: end with the head of an answer.
         tools: that the model may call.
+        begun: end with the content of the last message; see :func:`render_begun`.
 
     Raises:
         ValueError: no chat template, or one that refuses the messages.
@@ -60,13 +62,49 @@ def render(
             # A copy: templates may change what they are given.
             text = str(tokenizer.apply_chat_template(form, tools=given, tokenize=False, **how))  # type: ignore[arg-type]
         except Exception as error:  # templates raise what they like (jinja2.TemplateError, TypeError, ...)
-            refused = refused or error
+            # What the template itself says (raise_exception) tells more than what it stumbled over.
+            refused = refused if refused and type(error) is not TemplateError else error
             continue
         if not printed_wrong(form, text) and not says_none(form, text):
             return text
     roles = [message.get("role") for message in messages]
-    why = refused or "it does not write the arguments of a call as JSON"
+    why = str(refused or "it does not write the arguments of a call as JSON").partition("\n")[0]
     raise ValueError(f"The chat template refuses messages with the roles {roles}: {why}") from refused
+
+
+#: A span that the end of a text opens: ``<think>\n``.
+OPENED = re.compile(r"<(\w+)>\s*$")
+#: An empty span, and another of the same name behind it: ``<think>\n\n</think>\n\n<think>``.
+DOUBLED_SPAN = re.compile(r"<(\w+)>\s*</\1>\s*<\1>")
+
+
+def without_opening(head: str, content: str) -> str:
+    """The content without the tag at its start (``<think>``) with which ``head`` already ends."""
+    opened = OPENED.search(head)
+    tag = f"<{opened[1]}>" if opened else ""
+    return content.lstrip().removeprefix(tag).lstrip() if tag and content.lstrip().startswith(tag) else content
+
+
+def render_begun(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Tools = None) -> str:
+    """What the chat template writes up to the end of the last message, which the assistant is to continue.
+
+    Templates rewrite an answer that holds thoughts as if it were complete: they cut the thoughts, or write an empty
+    span in front of them. The content then follows the head of an answer as it is.
+
+    Raises:
+        ValueError: no chat template, or one that refuses the messages.
+    """
+    *before, last = messages
+    try:
+        text = render(tokenizer, messages, prompt=False, tools=tools, begun=True)
+    except ValueError:
+        if not before or "</" not in last["content"] or last.keys() - {"role", "content"}:
+            raise
+    else:
+        if not DOUBLED_SPAN.search(text, max(0, len(text) - len(last["content"]) - _LONGEST_SPAN)):
+            return text
+    head = render(tokenizer, before, prompt=True, tools=tools)
+    return head + without_opening(head, last["content"])
 
 
 def refuse_ignored(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Tools) -> None:
@@ -138,9 +176,10 @@ def refuse_dropped(
         except ValueError:
             continue  # it reads the content
         if word not in probe:
+            cure = "remove the content beside its calls" if CALLS in message else "remove such messages"
             raise ValueError(
                 f"The chat template ignores the content of message {i + 1} (role {message['role']!r}), so the model"
-                " would never see it; use a template that writes text of this role, or remove such messages."
+                f" would never see it; use a template that writes text of this role, or {cure}."
             )
 
 
@@ -281,6 +320,21 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str] = ()) -> T
         end = (likely or run[-1:])[0]
     token: Any = tokenizer.convert_tokens_to_ids(end[0])
     return TurnEnd(end[0], int(token), tail[end.end() :])
+
+
+def call_end(tokenizer: PreTrainedTokenizerBase, text: str, usual: TurnEnd | None) -> TurnEnd | None:
+    """How a rendered dialogue ends whose last message calls a tool: some templates write ``<|call|>`` there.
+
+    Returns:
+        ``usual``, unless the text ends with another added token.
+    """
+    if usual is None or text.rstrip().endswith(usual.token):
+        return usual
+    *_, last = [None, *any_of(added_tokens(tokenizer)).finditer(text)]
+    if last is None or text[last.end() :].strip():
+        return usual
+    token: Any = tokenizer.convert_tokens_to_ids(last[0])
+    return TurnEnd(last[0], int(token), text[last.end() :])
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

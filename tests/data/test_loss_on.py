@@ -260,6 +260,45 @@ def test_an_empty_span_that_the_template_adds_carries_the_loss_and_is_noted(name
     assert [number for note, number in encoder.notes.items() if repr(empty) in note] == [1]
 
 
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [("gemma4_v5", "<|tool_response>"), ("diffusion_gemma", "<|tool_response>"), ("gptoss", "<|call|>")],
+)
+def test_a_call_that_ends_a_conversation_ends_as_it_does_within_one(name: str, end: str) -> None:
+    tokenizer = shipped(name)
+    last = encoded(tokenizer, conversation(AGENT[:2], tools=TOOLS), "last")
+    inner = encoded(tokenizer, conversation(AGENT, tools=TOOLS), "all")
+    [(text, carries)] = parts(tokenizer, last)
+    assert carries
+    assert (text, True) == parts(tokenizer, inner)[0]
+    assert text.endswith(end)
+    assert "Rome" in text
+
+
+THOUGHT = "<think>\nHm so.\n</think>\n\nYes, it is."
+
+
+@pytest.mark.parametrize("at", [len("<think>\nHm"), THOUGHT.index("Yes"), THOUGHT.index(" it is")])
+@pytest.mark.parametrize(
+    "name", ["deepseek_r1_distill", "qwen3", "qwen3_6", "qwen3_8", "nemotron_3_nano", "glm4moe", "qwen2_5"]
+)
+def test_thoughts_that_the_prompt_begins_are_continued_as_in_use(name: str, at: int) -> None:
+    tokenizer = shipped(name)
+    prompt = [user("Why?"), bot(THOUGHT[:at])]
+    found = encoded(tokenizer, Example(prompt, ([bot(THOUGHT[at:])],), (True,), "a:1"))
+    assert found.prompt == encode_prompt(tokenizer, prompt)
+    said = tokenizer.decode(found.completions[0])
+    assert said.lstrip().startswith(THOUGHT[at:].lstrip())
+    text = tokenizer.decode(found.prompt) + said
+    assert text.count("<think>") == text.count("</think>") == 1
+    if name != "glm4moe":  # it writes thoughts in another form than this one
+        whole = encoded(tokenizer, conversation([user("Why?"), bot(THOUGHT)]))
+        assert text == tokenizer.decode(whole.prompt + whole.completions[0])
+    cut = encoded(tokenizer, Example(prompt, ([bot(THOUGHT[at:])],), (True,), "a:1", finished=(False,)))
+    assert cut.prompt == found.prompt
+    assert tokenizer.decode(cut.completions[0]) == THOUGHT[at:]
+
+
 def test_thoughts_that_the_prompt_opens_and_the_template_does_not_read() -> None:
     """It writes an empty span of its own before them, which goes on as the prompt does."""
     tokenizer = shipped("qwen3_8")
