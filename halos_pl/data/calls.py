@@ -98,6 +98,11 @@ def message_texts(messages: Iterable[dict[str, Any]]) -> Iterator[str]:
                 yield from texts_of(value)
 
 
+def all_texts(prompt: str | list[dict[str, Any]]) -> list[str]:
+    """The texts of a prompt or completion: itself, or those of its messages."""
+    return [prompt] if isinstance(prompt, str) else list(message_texts(prompt))
+
+
 def with_texts(value: Any, change: Callable[[str], str]) -> Any:
     """The value with ``change`` applied to each of its texts, but for names of keys."""
     if isinstance(value, str):

@@ -14,7 +14,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-from halos_pl.data.calls import CARRIED, objects_of, unfilled
+from halos_pl.data.calls import CARRIED, all_texts, objects_of, unfilled
 from halos_pl.data.example import Example, Skipped, short
 from halos_pl.data.meanings import (
     ANSWER,
@@ -281,8 +281,8 @@ def _with_context(example: Example, system: dict[str, Any], parts: dict[str, Any
         BadRow: they have no place there, or one of ``parts`` is missing from it.
     """
     messages = example.prompt if isinstance(example.prompt, list) else None
-    question = _texts(example.prompt)
-    said = [text for completion in example.completions for text in _texts(completion)]
+    question = all_texts(example.prompt)
+    said = [text for completion in example.completions for text in all_texts(completion)]
     for name, text in system.items():
         if not isinstance(text, str):
             raise BadRow(f"is {short(text)}; it must be text", name)
@@ -329,10 +329,6 @@ def _turns(value: list[Any], column: str) -> Messages:
         for role, text in zip(("user", "assistant"), item, strict=True):
             turns.append({"role": role, "content": checked_text(text, column, f", item {i}")})
     return turns
-
-
-def _texts(value: str | Messages) -> list[str]:
-    return [value] if isinstance(value, str) else [message["content"] for message in value]
 
 
 def _holds(texts: Sequence[str], text: str) -> bool:

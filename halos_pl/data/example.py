@@ -6,7 +6,7 @@ import reprlib
 from dataclasses import dataclass, field
 from typing import Any
 
-from halos_pl.data.calls import message_texts, texts_of
+from halos_pl.data.calls import all_texts, texts_of
 
 #: Plain text, or a conversation: a list of ``{"role": ..., "content": ...}``, where the content is empty if there is
 #: none; the further keys of :data:`halos_pl.data.calls.CARRIED` are the chat template's.
@@ -58,8 +58,7 @@ class Example:
     @property
     def size(self) -> int:
         """Characters of its prompt and of all its completions."""
-        parts = (self.prompt, *self.completions)
-        texts = (text for part in parts for text in ([part] if isinstance(part, str) else message_texts(part)))
+        texts = (text for part in (self.prompt, *self.completions) for text in all_texts(part))
         return sum(map(len, texts)) + sum(map(len, texts_of(self.tools)))
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from halos_pl.data.calls import message_texts
+from halos_pl.data.calls import all_texts
 from halos_pl.data.example import Example, Prompt
 from halos_pl.data.spans import Conversation, LossOn, Written, begun, check_loss_on, common_prompt
 from halos_pl.data.special import SpecialText, SpecialTokens
@@ -81,10 +81,6 @@ def _prompt_ids(prefix: list[int], prompt: Prompt, ids: list[int]) -> list[int]:
     return ids
 
 
-def _texts(completion: Prompt) -> list[str]:
-    return [completion] if isinstance(completion, str) else list(message_texts(completion))
-
-
 def _unended(ends: Sequence[str], text: str) -> str:
     """The text without the end tokens at its end, and what is blank behind them, as a rendered dialogue has it."""
     while end := next((end for end in ends if text.rstrip().endswith(end)), None):
@@ -102,14 +98,14 @@ def _stripped(ends: Sequence[str], completion: Prompt) -> Prompt:
         found: Prompt = _unended(ends, completion)
     else:
         found = [{**message, "content": _unended(ends, message["content"])} for message in completion]
-    if not any(text.strip() for text in _texts(found)) and any(text.strip() for text in _texts(completion)):
+    if not any(text.strip() for text in all_texts(found)) and any(text.strip() for text in all_texts(completion)):
         raise ValueError("The completion is nothing but the EOS token; give it some text, or remove the row.")
     return found
 
 
 def _refuse_end_inside(ends: Sequence[str], eos: str, completion: Prompt) -> None:
     """The model would learn to stop there, and to go on; at the end of a text it is the one that belongs there."""
-    for text in _texts(completion):
+    for text in all_texts(completion):
         for end in ends:
             if end in text:
                 name = "the EOS token" if end == eos else "the token that ends a turn,"
