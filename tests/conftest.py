@@ -20,7 +20,7 @@ from run_halos import PLOTS, no_picture
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from halos_pl.policy.spec import ModelSpec
+from halos_pl.policy.loading import LoRASpec, ModelSpec, load_model
 
 # The suite is run in as many processes as there are cores; with tiny models threads cost more than they give. And runs
 # that are compared bit for bit need the same number of threads: a sum over two may round in another way.
@@ -142,6 +142,19 @@ def make_tiny_llama(folder: Path) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def adapter(tiny_folder: Path, tmp_path: Path) -> tuple[Any, Path]:
+    """The tiny model with a LoRA adapter that changes it, and a folder with that adapter and the tokenizer."""
+    policy: Any = load_model(ModelSpec(str(tiny_folder), lora=LoRASpec(r=2)))
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            if "lora_B" in name:
+                p.normal_(generator=torch.Generator().manual_seed(0))
+    policy.save_pretrained(tmp_path / "adapter")
+    byte_level_tokenizer().save_pretrained(tmp_path / "adapter")
+    return policy, tmp_path / "adapter"
 
 
 @pytest.fixture(scope="session")

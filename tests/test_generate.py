@@ -240,17 +240,11 @@ def test_file_in_file_out(tiny_folder: Path, tmp_path: Path, model: Any, tokeniz
         assert [row["finished"] for row in written] == [[s.finished for s in found] for found in expected]
 
 
-def test_folder_of_an_adapter(tiny_folder: Path, tmp_path: Path, tokenizer: Any) -> None:
-    policy: Any = load_model(ModelSpec(str(tiny_folder), lora=LoRASpec(r=2)))
-    with torch.no_grad():
-        for name, p in policy.named_parameters():
-            if "lora_B" in name:
-                p.normal_(generator=torch.Generator().manual_seed(0))
-    policy.save_pretrained(tmp_path / "adapter")
-    tokenizer.save_pretrained(tmp_path / "adapter")
+def test_folder_of_an_adapter(adapter: tuple[Any, Path], tiny_folder: Path, tmp_path: Path, tokenizer: Any) -> None:
+    policy, own = adapter
     (tmp_path / "p.txt").write_text("Why?\n")
     written = []
-    for folder in (tmp_path / "adapter", tiny_folder):
+    for folder in (own, tiny_folder):
         out = tmp_path / "out.jsonl"
         settings: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0}
         generate_file(str(folder), prompts=str(tmp_path / "p.txt"), out=str(out), **settings)
