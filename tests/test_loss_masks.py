@@ -146,6 +146,11 @@ def test_a_template_that_is_none(tmp_path: Path) -> None:
     assert template_of(str(tmp_path / "a.jinja")) == "{{ messages }}"
     byte_level_tokenizer("{{ messages }} {{ 1 }}").save_pretrained(tmp_path / "model")
     assert template_of(str(tmp_path / "model")) == "{{ messages }} {{ 1 }}"
+    config = tmp_path / "model" / "tokenizer_config.json"  # as older folders have several
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    named = [{"name": "rag", "template": "{{ 2 }}"}, {"name": "default", "template": "{{ messages }}"}]
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": named}))
+    assert template_of(str(tmp_path / "model")) == "{{ messages }}"
     byte_level_tokenizer(None).save_pretrained(tmp_path / "base")
     (tmp_path / "empty.jinja").touch()
     (tmp_path / "b.jinja").write_bytes(b"\xff")

@@ -61,6 +61,8 @@ def _of_folder(folder: Path, name: str) -> str:
         found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
     except (ValueError, AttributeError):
         found = None
+    if isinstance(found, list):  # named ones, of which the tokenizer takes this
+        found = next((each.get("template") for each in found if each.get("name") == "default"), None)
     if not isinstance(found, str):
         raise DataError(f"{name}: {folder} holds no chat template ({CHAT_TEMPLATE}); name a .jinja file")
     return found
