@@ -210,7 +210,7 @@ class Conversation:
         if span and span[2].strip() and span[2].strip() not in whole:
             raise ValueError(
                 f"The chat template drops what stands in <{span[1]}>...</{span[1]}> in the last answer, so the model"
-                " would not learn it; use a template that writes it (data.chat_template), or remove it."
+                " would not learn it; use a template that writes it (chat_template), or remove it."
             )
         return whole
 
@@ -331,7 +331,7 @@ def _not_continued(before: str, whole: str) -> str:
         "The chat template does not continue the prompt when the completion is added: at the end of the prompt it"
         f" writes {before[same : same + 40]!r}, and with the completion {whole[same : same + 40]!r} in its place, so"
         " the model would be trained on another prefix than it meets in use. Use a template whose generation prompt is"
-        " the start of an assistant message (data.chat_template), or plain text."
+        " the start of an assistant message (chat_template), or plain text."
     )
 
 

@@ -28,8 +28,8 @@ _FORM = re.compile(r"[^\w\s].*[^\w\s]", re.DOTALL)
 _LONGEST_SPAN = 40  # characters of an empty one, with the blanks behind it
 _TAG = re.compile(r"<(/?)(\w+)>")
 NO_TEMPLATE = (
-    "The data are message lists, but the tokenizer has no chat template: set data.chat_template (a .jinja file, or"
-    " chatml), use an instruct model's tokenizer, or give prompt and completion as plain text."
+    "The data are message lists, but the tokenizer has no chat template: name one with chat_template (a .jinja file,"
+    " or chatml), use an instruct model's tokenizer, or give prompt and completion as plain text."
 )
 
 
@@ -119,7 +119,7 @@ def refuse_ignored(tokenizer: PreTrainedTokenizerBase, messages: list[Message], 
     def ignored(what: str, key: str) -> ValueError:
         return ValueError(
             f"The chat template ignores {what}, so the model would never see it; use a template that writes it"
-            f" (data.chat_template), or, to train without it, add 'ignore: [\"{key}\"]' to the source."
+            f" (chat_template), or remove it ('ignore: [\"{key}\"]' drops it from a source of training data)."
         )
 
     def differs(others: list[Message], other_tools: Tools) -> bool:
