@@ -204,8 +204,8 @@ class Conversation:
         # An empty span of the template's own may continue the head, too.
         continued = whole.startswith(head) and whole[len(head) :].lstrip().startswith(own)
         if opened and found and not continued:
-            at = whole.rfind(answer.strip())
-            behind = whole[at + len(answer.strip()) :] if answer.strip() and at >= 0 else self.end and self.end.token
+            at = self._end_of(answer, whole)
+            behind = whole[at:] if at is not None else self.end and self.end.token
             return head + without_opening(head, thoughts) + close + answer.rstrip() + (behind or "")
         if span and span[2].strip() and span[2].strip() not in whole:
             raise ValueError(
@@ -246,6 +246,13 @@ class Conversation:
             return len(own)
         raise ValueError(_not_continued(head or "", self.whole))
 
+    def _end_of(self, text: str, whole: str) -> int | None:
+        """Where the last occurrence of a text ends, before what ends the turn; None where it does not occur."""
+        tail = self.end.token + self.end.after if self.end else ""
+        text = text.strip()
+        at = whole.removesuffix(tail).rfind(text) if text else -1
+        return None if at < 0 else at + len(text)
+
     def _cut_off(self, start: int) -> int:
         """Where the last turn ends if it was cut: behind what it says, before all that the template ends it with."""
         last = self.messages[-1]
@@ -253,8 +260,8 @@ class Conversation:
             return len(self.whole)
         said = [last["content"], *(last[key] for key in THOUGHTS if key in last)]
         text = next((text.strip() for text in said if text.strip()), "")
-        if CALLS not in last and text and (at := self.whole.rfind(text)) >= 0:
-            return at + len(text)
+        if CALLS not in last and (at := self._end_of(text, self.whole)) is not None:
+            return at
         if self.last_end is None:
             return len(self.whole)
         return start + len(self.last_end.cut(self.whole[start:]).removesuffix(self.last_end.token).rstrip())

@@ -228,6 +228,16 @@ def test_a_cut_answer_is_what_was_sampled_and_gets_no_end(name: str) -> None:
     assert text.completions[1] == [*text.completions[0], tokenizer.eos_token_id]
 
 
+@pytest.mark.parametrize("answer", ["d", "sentence", "end"])
+def test_an_answer_that_the_end_of_a_turn_spells(answer: str) -> None:
+    tokenizer = shipped("deepseek_r1_distill")
+    found = encoded(tokenizer, conversation([user("Why?"), bot(f"<think>\nHm.\n</think>\n\n{answer}")]))
+    assert tokenizer.decode(found.completions[0]) == f"Hm.\n</think>\n\n{answer}<｜end▁of▁sentence｜>"
+    tokenizer = shipped("gemma4_v5")
+    cut = encoded(tokenizer, conversation([user("Why?"), bot("turn", reasoning_content="Hm")], finished=(False,)))
+    assert tokenizer.decode(cut.completions[0]).endswith("turn")
+
+
 @pytest.mark.parametrize("name", ["qwen3", "gptoss", "qwen3_6", "gemma4_v5", "glm4moe"])
 @pytest.mark.parametrize("said", ["So it", ""])
 def test_a_cut_answer_with_thoughts_gets_no_end(name: str, said: str) -> None:
