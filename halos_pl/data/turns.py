@@ -27,6 +27,7 @@ _EMPTY_SPAN = re.compile(r"<(\w+)>\s*</\1>")
 _FORM = re.compile(r"[^\w\s].*[^\w\s]", re.DOTALL)
 _LONGEST_SPAN = 40  # characters of an empty one, with the blanks behind it
 _TAG = re.compile(r"<(/?)(\w+)>")
+_TELLING = 12  # characters; the template's own words may hold a shorter text
 NO_TEMPLATE = (
     "The data are message lists, but the tokenizer has no chat template: name one with chat_template (a .jinja file,"
     " or chatml), use an instruct model's tokenizer, or give prompt and completion as plain text."
@@ -167,7 +168,7 @@ def refuse_dropped(
     word = _WORD.format(0)
     for i, message in enumerate(messages):
         content = message["content"].strip()
-        if not content or content in text:
+        if not content or (len(content) >= _TELLING and content in text):
             continue
         try:
             probe = render(

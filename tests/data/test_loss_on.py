@@ -197,6 +197,13 @@ def test_what_the_template_ignores_is_refused_by_name(messages: Any, more: Any, 
         encode_prompt(stub(PLAIN), [*messages, user("c")], tools=more.get("tools"))
 
 
+@pytest.mark.parametrize("content", ["a", "Let me see."])
+def test_a_content_that_the_template_ignores_is_refused_however_short(content: str) -> None:
+    """Llama writes a call alone; so short a content as this stands in the template's own words."""
+    talk = [user("Sun?"), bot(content, tool_calls=CALL)]
+    assert "content of message 2" in reason(shipped("llama3_1"), conversation(talk, tools=TOOLS))
+
+
 def test_thoughts_are_rendered_where_the_template_does_and_cut_where_it_does() -> None:
     tokenizer = shipped("qwen3")
     for key in ("reasoning_content", "reasoning", "thinking"):
