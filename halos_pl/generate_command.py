@@ -117,9 +117,9 @@ def generate_file(
         raise
     if others:
         print(
-            f"halos: {others} of {len(rows) * num_samples} completions are other tokens when they are trained on than"
-            f' were sampled ("{SAME_TOKENS}": false): their text has other tokens, or lacks special tokens that it may'
-            " not spell"
+            f"halos: trained on, {others} of {len(rows) * num_samples} completions would give other tokens than were"
+            f" sampled ({SAME_TOKENS}: false): the tokenizer splits their text in another way, or a special token that"
+            " would forge a turn is missing from it"
         )
     print(f"halos: completions of {len(rows)} prompts are in {target}")
 

@@ -51,7 +51,8 @@ def sampled_texts(
         for sample in own:
             ids = sample.completion_ids[: -1 if sample.finished else None]
             whole = str(encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-            texts = list(dict.fromkeys([whole, sample.raw]))
+            # Some templates put blanks around an answer, which then must not have them itself.
+            texts = list(dict.fromkeys([whole, whole.strip(), sample.raw, sample.text]))
             tried.append((sample, texts))
             examples += [Example(prompt, (t,), (None,), "", tools=tools, finished=(sample.finished,)) for t in texts]
     encoded = encoder.encode(examples)

@@ -14,6 +14,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from halos_pl.data.tokenize import Encoder, encode_batch, encode_completion, encode_prompt
+from halos_pl.generate import Sample
+from halos_pl.sampled_text import sampled_texts
 
 BOS_CHATML = "{{ bos_token }}" + CHATML
 SAY = [{"role": "user", "content": "Say something"}]
@@ -95,6 +97,19 @@ LOSSLESS = [byte_level, byte_level_bos]
 CHAT = [byte_level, byte_level_bos, metaspace_bpe]
 
 letters = st.text(alphabet="abcdefgh ,.!\nABé水", min_size=1, max_size=40).filter(str.strip)
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_level_bos, metaspace_bpe])
+def test_a_sample_of_the_tokens_that_training_gives_is_kept_as_text_that_gives_them(make: Any) -> None:
+    tokenizer = make()
+    for prompt in ("Say something", SAY):
+        for text in ("The answer is lost", "A duck: 3 + 4 = 7, and 9 are left."):
+            ids = encode_completion(tokenizer, prompt, text)
+            raw = tokenizer.decode(ids[:-1], skip_special_tokens=True)
+            sample = Sample([], ids, raw, finished=True)
+            [[found]] = sampled_texts(Encoder(tokenizer), [(prompt, None)], [[sample]])
+            assert found.same_tokens
+            assert encode_completion(tokenizer, prompt, found.text) == ids
 
 
 @pytest.mark.parametrize("make", ALL)
