@@ -176,7 +176,8 @@ def printed_wrong(messages: list[dict[str, Any]], text: str) -> bool:
             given = (call.get("function") or call).get("arguments")
             if isinstance(given, dict) and given and str(given) in text and str(given) != _as_text(given):
                 return True
-            if isinstance(given, str) and '"' in given and json.dumps(given, ensure_ascii=False) in text:
+            quoted = json.dumps(given, ensure_ascii=False)
+            if isinstance(given, str) and _as_object(given) is not given and quoted in text:
                 return True
     return False
 

@@ -23,6 +23,7 @@ from halos_pl.data.turns import (
     any_of,
     before_content,
     call_end,
+    ending,
     refuse_dropped,
     refuse_ignored,
     render,
@@ -160,6 +161,10 @@ class Conversation:
             self._heads[turn] = head
         return head
 
+    def _closed(self, turn: int) -> str:
+        """The conversation before this turn."""
+        return render(self.tokenizer, self.messages[:turn], prompt=False, tools=self.tools) if turn else ""
+
     def _whole(self) -> str:
         """The conversation up to the end of the last turn."""
         last = self.messages[-1]
@@ -234,7 +239,7 @@ class Conversation:
             same = _same(head, self.whole)
             if same == len(head):
                 return same
-            closed = render(self.tokenizer, self.messages[:turn], prompt=False, tools=self.tools) if turn else ""
+            closed = self._closed(turn)
             # They may part within a tag.
             for at in range(same, max(_same(closed, head), same - _LONGEST), -1):
                 if _TAGS.fullmatch(head, at):
@@ -242,8 +247,14 @@ class Conversation:
                     return at
         # Earlier turns may be written differently once there are later ones: look at the head in its full context.
         own = before_content(self.tokenizer, self.messages, turn, self.tools)
-        if (head is None or turn != self.first) and own and self.whole.startswith(own):
-            return len(own)
+        if own and (head is None or turn != self.first):
+            if self.whole.startswith(own):
+                return len(own)
+            # It writes this turn's thoughts before its content: behind the head, where both are still the same.
+            opening = head.removeprefix(self._closed(turn)) if head else ""
+            at = own.rfind(opening) + len(opening)
+            if opening and len(opening) <= at <= _same(own, self.whole):
+                return at
         raise ValueError(_not_continued(head or "", self.whole))
 
     def _end_of(self, text: str, whole: str) -> int | None:
@@ -281,10 +292,13 @@ class Conversation:
         region = self.whole[start : max(start, bound)]
         if self.end is not None and (at := region.find(self.end.token)) >= 0:
             return start + at + len(self.end.token)
-        # It ends otherwise than the last one: as if it were the last, or by the first token of the dialogue's form.
-        closed = render(self.tokenizer, self.messages[: turn + 1], prompt=False, tools=self.tools).rstrip()
-        if len(closed) > start and self.whole.startswith(closed):
-            return len(closed)
+        # It does not end as the last one does: it ends as if it were the last, or at the next token that marks turns.
+        closed = self._closed(turn + 1)
+        if len(closed.rstrip()) > start and self.whole.startswith(closed.rstrip()):
+            return len(closed.rstrip())
+        own = ending(self.tokenizer, closed)
+        if own is not None and (at := region.find(own.token)) >= 0:
+            return start + at + len(own.token)
         said = 0
         for text in message_texts([self.messages[turn]]):
             at = region.find(text.strip(), said)

@@ -323,19 +323,20 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str] = ()) -> T
     return TurnEnd(end[0], int(token), tail[end.end() :])
 
 
-def call_end(tokenizer: PreTrainedTokenizerBase, text: str, usual: TurnEnd | None) -> TurnEnd | None:
-    """How a rendered dialogue ends whose last message calls a tool: some templates write ``<|call|>`` there.
-
-    Returns:
-        ``usual``, unless the text ends with another added token.
-    """
-    if usual is None or text.rstrip().endswith(usual.token):
-        return usual
+def ending(tokenizer: PreTrainedTokenizerBase, text: str) -> TurnEnd | None:
+    """The added token at the end of a rendered dialogue; None where there is none."""
     *_, last = [None, *any_of(added_tokens(tokenizer)).finditer(text)]
     if last is None or text[last.end() :].strip():
-        return usual
+        return None
     token: Any = tokenizer.convert_tokens_to_ids(last[0])
     return TurnEnd(last[0], int(token), text[last.end() :])
+
+
+def call_end(tokenizer: PreTrainedTokenizerBase, text: str, usual: TurnEnd | None) -> TurnEnd | None:
+    """How a rendered dialogue ends whose last message calls a tool: some templates write ``<|call|>`` there."""
+    if usual is None or text.rstrip().endswith(usual.token):
+        return usual
+    return ending(tokenizer, text) or usual
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -151,6 +151,10 @@ def test_calls_are_rendered_alike_in_whatever_form_they_are_stored() -> None:
             for calls in (CALL, text, bare)
         ]
         assert found[0] == found[1] == found[2], name
+    for name in ("qwen2_5", "qwen3_vl", "gptoss"):
+        empty = [{"type": "function", "function": {"name": "weather", "arguments": "{}"}}]
+        found = [encoded(shipped(name), conversation([AGENT[0], bot("", tool_calls=empty)], tools=TOOLS))]
+        assert '"{}"' not in shipped(name).decode(found[0].completions[0])
     # This one takes arguments as text alone, and no tools.
     tokenizer = shipped("deepseekv3")
     forms = ([AGENT[0], bot("", tool_calls=calls), *AGENT[2:]] for calls in (CALL, text))
@@ -290,6 +294,21 @@ def test_a_call_that_ends_a_conversation_ends_as_it_does_within_one(name: str, e
     assert (text, True) == parts(tokenizer, inner)[0]
     assert text.endswith(end)
     assert "Rome" in text
+
+
+def test_thoughts_before_a_call_are_cut_from_earlier_turns_only() -> None:
+    """The head of a later turn is then found although the thoughts between head and content are this turn's own."""
+    tokenizer = shipped("gptoss")
+    thinks = bot("", tool_calls=CALL, reasoning_content="Look.")
+    talk = [AGENT[0], thinks, SUNNY, bot("Yes.", reasoning_content="Seen.")]
+    found = encoded(tokenizer, conversation(talk, tools=TOOLS))
+    spoken = [text for text, carries in parts(tokenizer, found) if carries]
+    whole = str(tokenizer.apply_chat_template(talk, tools=TOOLS, tokenize=False))
+    assert tokenizer.decode(found.prompt + found.completions[0]) == whole
+    assert spoken == [
+        ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Rome"}<|call|>',
+        "<|channel|>analysis<|message|>Seen.<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>",
+    ]
 
 
 THOUGHT = "<think>\nHm so.\n</think>\n\nYes, it is."
