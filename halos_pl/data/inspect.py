@@ -433,10 +433,12 @@ def inspect_source(
     for path in filter(None, (html, json_file)):
         if Path(path).is_dir():
             raise DataError(f"{path} is a folder; name a file to write to")
-    refuse_missing([given])  # said before a tokenizer is loaded, let alone converted
+    # Before a tokenizer is loaded, let alone converted.
+    refuse_missing([given])
+    template = None if chat_template is None else template_of(chat_template, "--chat_template")
     loaded = load_tokenizer(ModelSpec(tokenizer))
-    if chat_template is not None:
-        use_template(loaded, template_of(chat_template))
+    if template is not None:
+        use_template(loaded, template, "--chat_template")
     found = inspect(
         given,
         loaded,

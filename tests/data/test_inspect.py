@@ -115,6 +115,10 @@ def test_the_command_writes_a_page_and_json(tmp_path: Path, tiny_folder: Path, c
         main(["data", "inspect", str(tmp_path / "absent.jsonl"), f"--tokenizer={tiny_folder}"])
     assert stopped.value.code == 1
     assert "no such file" in capfd.readouterr().err
+    with pytest.raises(SystemExit) as stopped:  # said before the tokenizer, which is not there either, is looked for
+        main(["data", "inspect", path, "--tokenizer=nowhere", "--chat_template=absent.jinja"])
+    assert stopped.value.code == 1
+    assert "--chat_template: absent.jinja" in capfd.readouterr().err
 
 
 def test_notes_stand_in_the_terminal_and_on_the_page(tmp_path: Path) -> None:

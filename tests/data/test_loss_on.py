@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chat_templates import MARKED, TEMPLATES, shipped, stub
+from chat_templates import FORMS, MARKED, TEMPLATES, shipped, stub
 from conftest import byte_level_tokenizer, write_jsonl
 from transformers import PreTrainedTokenizerBase
 
@@ -80,7 +80,7 @@ HEADLESS = "diffusion_gemma_training"
 
 
 @pytest.mark.parametrize("tools", [None, TOOLS])
-@pytest.mark.parametrize("name", MARKED)
+@pytest.mark.parametrize("name", [*MARKED, *FORMS])
 def test_what_carries_the_loss_is_what_the_template_marks(name: str, tools: Any) -> None:
     tokenizer, messages = shipped(name), TALK if tools is None else AGENT
     if not accepted(tokenizer, messages, tools) or (name == HEADLESS and tools):
