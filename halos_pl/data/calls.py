@@ -1,8 +1,8 @@
-"""Tools, calls of tools and thoughts: what a message holds besides its role and content, for the chat template.
+"""Tools, tool calls and thoughts: what a message holds for the chat template besides its role and content.
 
-Data sets store the same thing in several forms: a list of tools as JSON text, arguments of a call as text or as an
-object, ``content`` of a mere call as null, as an empty text, or not at all. Templates take some of these forms and fail
-on others, or print Python's ``None``. So a call is given as the data have it, and in the other forms where that fails.
+Data sets store the same thing in several forms: tools as JSON text, the arguments of a call as text or as an object,
+the ``content`` beside a call as null, as an empty text, or not at all. Templates accept some of these forms and fail on
+others, or print Python's ``None``. So a call is tried as the data have it, and then in the other forms.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 CALLS = "tool_calls"
-#: Names of what a model thought before it answered. transformers gives each template the name that it reads.
+#: Keys under which messages hold the model's thoughts. transformers maps them to the one that a template reads.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-#: Keys of messages, besides role and content, that the template is given.
+#: Message keys, besides role and content, that are passed to the template.
 CARRIED = (CALLS, "tool_call_id", "name", *THOUGHTS)
 
 
@@ -28,15 +28,15 @@ def _parsed(value: Any) -> Any:
 
 
 def objects_of(value: Any, what: str, filled: bool = False) -> list[dict[str, Any]]:
-    """Tools or calls of tools: a list of objects, of which the whole or each may be JSON text.
+    """Tools or tool calls: a list of objects, where the list or each object may be JSON text.
 
     Args:
-        value: of a column or of a key.
+        value: of a column or key.
         what: ``tool`` or ``call``, for the error.
-        filled: nulls fill up what an object lacks, as in columnar files, and are dropped.
+        filled: drop nulls, with which columnar files fill in keys that an object lacks.
 
     Raises:
-        ValueError: what it is instead.
+        ValueError: it is no such list.
     """
     given = _parsed(value)
     found = [_parsed(item) for item in given] if isinstance(given, list) else None
@@ -48,7 +48,7 @@ def objects_of(value: Any, what: str, filled: bool = False) -> list[dict[str, An
 
 
 def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """The call with its arguments under the name that templates read, where Llama's or Anthropic's form names them."""
+    """The call with its arguments under ``arguments``, which Llama's and Anthropic's formats name otherwise."""
     if isinstance(call.get("function"), dict):
         return {**call, "function": _with_arguments(call["function"])}
     other = next((key for key in ("parameters", "input") if key in call), None)
@@ -69,7 +69,7 @@ def _without_null(value: Any) -> Any:
 
 
 def unfilled(value: Any) -> Any:
-    """Messages, or lists of them, without the nulls that columnar files put into calls of tools."""
+    """Messages, or lists of them, without the nulls that columnar files put into tool calls."""
     if isinstance(value, list):
         return [unfilled(item) for item in value]
     if isinstance(value, dict) and value.get(CALLS):
@@ -78,7 +78,7 @@ def unfilled(value: Any) -> Any:
 
 
 def texts_of(value: Any) -> Iterator[str]:
-    """All texts in a value, names of keys included."""
+    """All texts in a value, including keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -91,7 +91,7 @@ def texts_of(value: Any) -> Iterator[str]:
 
 
 def message_texts(messages: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """All texts in messages but for their roles."""
+    """All texts in messages, except roles."""
     for message in messages:
         for key, value in message.items():
             if key != "role":
@@ -104,7 +104,7 @@ def all_texts(prompt: str | list[dict[str, Any]]) -> list[str]:
 
 
 def with_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """The value with ``change`` applied to each of its texts, but for names of keys."""
+    """The value with ``change`` applied to each of its texts, except keys."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
@@ -123,14 +123,14 @@ def _arguments(call: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, 
 
 
 def _whole(call: dict[str, Any]) -> dict[str, Any]:
-    """The call with all that OpenAI's form has."""
+    """The call in OpenAI's full format."""
     if isinstance(call.get("function"), dict):
         return {"type": "function", **call}
     return {"type": "function", "function": call}
 
 
 def tool_forms(tools: list[dict[str, Any]] | None) -> Iterator[list[dict[str, Any]] | None]:
-    """The tools as the data have them, and with all that OpenAI's form has, where a template wants that."""
+    """The tools as the data have them, then in OpenAI's full format, which some templates require."""
     yield tools
     if tools and not all(isinstance(tool.get("function"), dict) for tool in tools):
         yield [_whole(tool) for tool in tools]
@@ -149,11 +149,11 @@ def _same(value: Any) -> Any:
 
 
 def forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The messages in each form in which a template may want calls of tools, the given one first."""
+    """The messages in each form that a template may require for tool calls, the given one first."""
     if not any(CALLS in message for message in messages):
         yield messages
         return
-    # Null first in all of them: some templates take an empty content for an answer, and write no call.
+    # Null content comes first: some templates treat an empty content as an answer and omit the call.
     for empty in (None, ""):
         for complete in (_same, _whole):
             for change in (_same, _as_object, _as_text):
@@ -170,7 +170,7 @@ def forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 def printed_wrong(messages: list[dict[str, Any]], text: str) -> bool:
-    """Whether a rendering has Python's form of a call in it, or JSON text within JSON text."""
+    """Whether a rendering holds a call as Python's repr, or its JSON quoted within JSON."""
     for message in messages:
         for call in message.get(CALLS, ()):
             given = (call.get("function") or call).get("arguments")
@@ -183,7 +183,7 @@ def printed_wrong(messages: list[dict[str, Any]], text: str) -> bool:
 
 
 def says_none(messages: list[dict[str, Any]], text: str) -> bool:
-    """Whether a rendering prints a content that is null as Python does."""
+    """Whether a rendering prints a null content as ``None``."""
     if all(message["content"] is not None for message in messages):
         return False
     return text.count("None") > sum(said.count("None") for said in message_texts(messages))

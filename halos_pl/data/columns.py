@@ -1,8 +1,8 @@
-"""What becomes of the columns that a schema does not ask for: used, refused by name, or listed as unused.
+"""What happens to columns that a schema does not ask for: they are used, refused by name, or listed as unused.
 
-A column that carries meaning in some known format is never dropped in silence. A system text and earlier turns become
-messages of the prompt, an ``input`` follows its ``instruction``, and the rest (pictures, tools, half a prompt) is
-refused unless the source says ``ignore: [NAME]``. What no format knows, ids and the like, is listed.
+A column with a meaning in some known format is never dropped silently. A system text and earlier turns become messages
+of the prompt, an ``input`` is appended to its ``instruction``, and the rest (pictures, part of a prompt) is refused
+unless the source sets ``ignore: [NAME]``. Columns unknown to all formats, such as ids, are listed.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from halos_pl.data.values import ROLES, BadRow, Messages, checked_text, given, m
 
 _MESSAGE = frozenset(("role", "content", "from", "value", *CARRIED))
 _TOOLS = "tools"
-_MESSAGES = "give the prompt as messages, or say text_prompts: chat"
-_TELLING = 16  # characters; a shorter text may stand in a prompt by chance
+_MESSAGES = "give the prompt as messages, or set text_prompts: chat"
+_TELLING = 16  # characters; a prompt may contain a shorter text by chance
 
 
 @cache
 def known(name: str) -> bool:
-    """Whether ``name`` is a column that some schema reads, so that ``Source.columns`` may give it."""
+    """Whether some schema reads a column ``name``, so that ``Source.columns`` may map to it."""
     read = {part for schema in SCHEMAS.values() for column in schema.columns for part in column.split("|")}
     patterns = (SYSTEM, PARTS, DIALOGUES)
     return (
@@ -59,7 +59,7 @@ def known(name: str) -> bool:
 
 @dataclass(frozen=True)
 class _Kinds:
-    """The columns of a row by what becomes of them."""
+    """The columns of a row, grouped by how they are treated."""
 
     read: tuple[str, ...]
     system: tuple[str, ...]
@@ -88,13 +88,13 @@ def _kinds(schema: Schema, columns: frozenset[str]) -> _Kinds:
 
 
 def _parts(kinds: _Kinds, row: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a prompt beside it; a number of turns is none."""
+    """Columns that hold parts of a prompt; a mere count of turns does not."""
     counts = {name for name in kinds.parts if means(DIALOGUES, name) and isinstance(row[name], int | float)}
     return {name: row[name] for name in kinds.parts if name not in counts and given(row[name])}
 
 
 def without(value: Any, ignored: Sequence[str], depth: int = 6) -> Any:
-    """A row, or what it holds down to the keys of messages in lists of lists, without the keys ``ignored``."""
+    """A row without the keys ``ignored``, nor those of its messages, down to lists of lists of them."""
     if isinstance(value, dict) and depth:
         return {k: without(v, ignored, depth - 1) for k, v in value.items() if k not in ignored}
     return [without(v, ignored, depth - 1) for v in value] if isinstance(value, list) and depth else value
@@ -106,7 +106,7 @@ class Columns:
     Args:
         source: whose rows they are.
         schema: of the rows.
-        unused: filled with the columns, and the keys of messages, that say something and that nothing reads.
+        unused: filled with the columns and message keys that hold values and that nothing reads.
     """
 
     def __init__(self, source: Source, schema: Schema, unused: dict[str, None]) -> None:
@@ -115,14 +115,14 @@ class Columns:
         mapped = source.columns.get("prompt") == "instruction"
         own = any(column == "instruction" for column in schema.columns)
         self.instruction = "instruction" if own else "prompt" if mapped else None
-        # In columns of objects nulls stand for the keys that an object lacks.
+        # Columnar files fill in keys that an object lacks with nulls.
         self._filled = not any(ending in TEXT for ending in Path(source.path).suffixes)
 
     def checked(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row, with an ``input`` behind its instruction.
+        """The row, with its ``input`` appended to its instruction.
 
         Raises:
-            BadRow: it has a column, a key of a message or a placeholder that carries meaning and that nothing reads.
+            BadRow: a column, message key or placeholder has a meaning, but nothing reads it.
         """
         row = {name: unfilled(value) for name, value in row.items()} if self._filled else row
         kinds = _kinds(self.schema, frozenset(row))
@@ -138,10 +138,10 @@ class Columns:
         for name in (*kinds.system, *kinds.parts):
             for text in _leaves(row[name]):
                 self._check_text(text, name, "")
-        if self.schema.prepare:  # what a row says is not known before all have been read
+        if self.schema.prepare:  # rows are understood only once all have been read
             for name in (*kinds.system, *_parts(kinds, row), *kinds.tools):
                 if given(row[name]):
-                    raise BadRow(f"is no part of what '{self.schema.name}' reads", name, ignorable=name)
+                    raise BadRow(f"is not read by the schema '{self.schema.name}'", name, ignorable=name)
         if self.instruction and "input" in kinds.parts and given(row["input"]):
             parts = row[self.instruction], row["input"]
             if all(isinstance(part, str) for part in parts):
@@ -149,7 +149,7 @@ class Columns:
         return row
 
     def in_context(self, items: list[Example | Skipped], row: dict[str, Any]) -> Iterator[Example | Skipped]:
-        """What a row says, with the row's system text and earlier turns in front of its prompt.
+        """The examples of a row, with the row's system text and earlier turns prepended to the prompt.
 
         Raises:
             BadRow: a text prompt has no place for them, or a part of the prompt is missing from it.
@@ -168,7 +168,7 @@ class Columns:
             yield item
 
     def _tools(self, value: Any) -> list[dict[str, Any]] | None:
-        """What the model may call; None where the column says nothing of that."""
+        """The tools that the model may call; None if the column holds none."""
         if not given(value) or not _counts(value, TEMPLATE):
             return None
         try:
@@ -181,7 +181,7 @@ class Columns:
             self.unused[name] = None
 
     def _check_values(self, row: dict[str, Any], columns: Sequence[str]) -> None:
-        """Refuses what texts and messages hold that would be lost."""
+        """Refuses content of texts and messages that would be lost."""
         for column in columns:
             value = row[column]
             if isinstance(value, str):
@@ -201,7 +201,7 @@ class Columns:
                         self._check_text(item, column, f", item {i}")
 
     def _check_message(self, message: dict[str, Any], column: str, within: str, judged: bool) -> None:
-        """``judged``: it may be what carries the loss."""
+        """``judged``: the message may carry the loss."""
         if message.keys() <= {"role", "content"} or message.keys() <= {"from", "value"}:
             texts: tuple[str, ...] = ("content", "value")
         elif message.keys() & {"role", "from"}:
@@ -244,14 +244,14 @@ class Columns:
 
 
 def prompt_in_context(row: dict[str, Any], text_prompts: TextPrompts = "plain") -> Example:
-    """The ``prompt`` of a row that is to be answered, with what stands beside it; an example without completions.
+    """The ``prompt`` of a row to be answered, with its system text, earlier turns and tools, but no completions.
 
     Args:
         row: with a ``prompt``.
-        text_prompts: what a prompt that is plain text means, see :mod:`halos_pl.data.prompts`.
+        text_prompts: how a plain-text prompt is encoded, see :mod:`halos_pl.data.prompts`.
 
     Raises:
-        BadRow: it is no prompt, or something beside it carries meaning and has no place in it.
+        BadRow: the prompt is invalid, or another column has a meaning but no place in it.
     """
     columns = Columns(Source("prompts"), Schema("prompts", ("prompt",)), {})
     row = {name: value for name, value in row.items() if reason(COLUMNS, name) not in (ANSWER, MARGIN, WEIGHT)}
@@ -261,10 +261,10 @@ def prompt_in_context(row: dict[str, Any], text_prompts: TextPrompts = "plain") 
 
 
 def _counts(value: Any, why: str) -> bool:
-    """Whether a column of that meaning holds what its name says, for one of another meaning may have that name."""
+    """Whether a column really holds what its name suggests; the name may be used for something else."""
     if why is WEIGHT:
         return isinstance(value, int | float) and value != 1
-    if why.startswith(TEMPLATE) and isinstance(value, str):  # tools are no single word
+    if why.startswith(TEMPLATE) and isinstance(value, str):  # a single word is not a list of tools
         return value.lstrip().startswith(("[", "{")) or len(value.split()) > 1
     return value is not False
 
@@ -275,10 +275,10 @@ def _speaks(message: Any) -> str | None:
 
 
 def _with_context(example: Example, system: dict[str, Any], parts: dict[str, Any]) -> Example:
-    """The example with system text and history in front.
+    """The example with system text and history prepended to its prompt.
 
     Raises:
-        BadRow: they have no place there, or one of ``parts`` is missing from it.
+        BadRow: a text prompt has no place for them, or lacks one of ``parts``.
     """
     messages = example.prompt if isinstance(example.prompt, list) else None
     question = all_texts(example.prompt)
@@ -289,8 +289,8 @@ def _with_context(example: Example, system: dict[str, Any], parts: dict[str, Any
         if messages is None:
             if not _holds(question, text):
                 raise BadRow(
-                    "is a system message, but the prompt is plain text; give the prompt as messages, or write it into"
-                    " the prompt",
+                    "is a system message, but the prompt is plain text; give the prompt as messages, or add it to the"
+                    " prompt",
                     name,
                     ignorable=name,
                 )
@@ -310,7 +310,7 @@ def _with_context(example: Example, system: dict[str, Any], parts: dict[str, Any
         # The last turn of a dialogue may be another answer than those that were judged.
         if not all(_holds(held, leaf) for leaf in (leaves[:-1] if len(leaves) > 1 else leaves)):
             raise BadRow(
-                "is a part of the prompt in some formats, and the prompt lacks it; write it into the prompt, or map it"
+                "is a part of the prompt in some formats, and the prompt lacks it; add it to the prompt, or map it"
                 f" (columns: {{prompt: {name}}})",
                 name,
                 ignorable=name,
@@ -319,26 +319,26 @@ def _with_context(example: Example, system: dict[str, Any], parts: dict[str, Any
 
 
 def _turns(value: list[Any], column: str) -> Messages:
-    """Earlier turns: messages, or pairs of what the user and the assistant said, as LLaMA-Factory has them."""
+    """Earlier turns: messages, or pairs of a user's text and its answer, as in LLaMA-Factory."""
     if all(isinstance(item, dict) for item in value):
         return messages_of(value, column)
     turns: Messages = []
     for i, item in enumerate(value, start=1):
         if not (isinstance(item, list) and len(item) == 2 and all(isinstance(text, str) for text in item)):
-            raise BadRow(f"is {short(item)}; it must be [what the user said, the answer]", column, f", item {i}")
+            raise BadRow(f"is {short(item)}; it must be [user's text, answer]", column, f", item {i}")
         for role, text in zip(("user", "assistant"), item, strict=True):
             turns.append({"role": role, "content": checked_text(text, column, f", item {i}")})
     return turns
 
 
 def _holds(texts: Sequence[str], text: str) -> bool:
-    """Whether ``text`` is one of ``texts``, or a telling part of one."""
+    """Whether ``text`` is one of ``texts``, or a long enough part of one."""
     text = text.strip()
     return any(text == other.strip() or (len(text) >= _TELLING and text in other) for other in texts)
 
 
 def _leaves(value: Any, depth: int = 4) -> Iterator[str]:
-    """The texts in a value, but for the roles in it."""
+    """The texts in a value, except roles."""
     if isinstance(value, list) and depth:
         for item in value:
             yield from _leaves(item, depth - 1)

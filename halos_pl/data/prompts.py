@@ -1,7 +1,7 @@
-"""What a prompt that is plain text means: one setting for training, generation and evaluation.
+"""How a plain-text prompt is encoded: one setting for training, generation and evaluation.
 
-As in TRL, a message list goes through the chat template and plain text does not. With ``chat``, plain text is the
-message of a user, so that it goes through the template as well.
+As in TRL, a message list goes through the chat template and plain text does not. With ``chat``, plain text becomes a
+user message and goes through the template as well.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from halos_pl.data.example import Prompt
 
-#: ``plain``: a text prompt is encoded as it is. ``chat``: it is a user's message in the chat template.
+#: ``plain``: a text prompt is encoded as it is. ``chat``: it becomes a user message in the chat template.
 TextPrompts = Literal["plain", "chat"]
 
-#: Settings of ``data:`` that say how text becomes tokens, and what each is where a config does not name it. Whatever
-#: reads texts for a run's model (evaluate, generate) takes them from the run's config.
+#: Settings of ``data:`` that decide how text becomes tokens, with their defaults. Commands that read text for a run's
+#: model (evaluate, generate) take them from the run's config.
 TEXT_SETTINGS: dict[str, Any] = {"special_tokens_in_text": "refuse", "text_prompts": "plain", "loss_on": "last"}
 
 
 def asked(prompt: Prompt, text_prompts: TextPrompts) -> Prompt:
-    """The prompt as it is encoded: text under ``chat`` becomes a user's message, anything else stays as it is.
+    """The prompt to encode: under ``chat``, text becomes a user message; anything else is unchanged.
 
     Raises:
-        ValueError: there is no such convention.
+        ValueError: ``text_prompts`` is unknown.
     """
     if text_prompts not in get_args(TextPrompts):
         raise ValueError(f"text_prompts is {text_prompts!r}; it must be plain or chat")
@@ -33,10 +33,10 @@ def asked(prompt: Prompt, text_prompts: TextPrompts) -> Prompt:
 
 
 def convention(number: int, text_prompts: TextPrompts, has_template: bool) -> str | None:
-    """What becomes of ``number`` text prompts, as a line for the log; None where there are none.
+    """A line for the log on how ``number`` text prompts are encoded; None if there are none.
 
     Args:
-        number: of prompts that are plain text.
+        number: of plain-text prompts.
         text_prompts: the setting.
         has_template: whether the tokenizer has a chat template.
     """
@@ -55,11 +55,11 @@ def counted(notes: Mapping[str, int]) -> list[str]:
 
 
 def say(source: str, notes: Iterable[str]) -> None:
-    """Says how a source's texts become tokens, a line for each of ``notes``."""
+    """Logs how a source's texts become tokens, one line for each of ``notes``."""
     for note in notes:
         rank_zero_info(f"{source}: {note}")
 
 
 def text_settings(data: Mapping[str, Any]) -> dict[str, Any]:
-    """``TEXT_SETTINGS`` as the ``data:`` part of a run's config has them."""
+    """The values of ``TEXT_SETTINGS`` in the ``data:`` part of a run's config."""
     return {name: data.get(name, default) for name, default in TEXT_SETTINGS.items()}

@@ -1,7 +1,7 @@
-"""Which parts of a rendered conversation the assistant says, and which of them carry the loss.
+"""Locates the assistant's turns in a rendered conversation, and decides which of them carry the loss.
 
-A turn is always looked for in the rendering of the whole conversation. Many templates refuse an assistant's turn by
-itself, and many write it differently: they cut thoughts from earlier turns, or add an empty span of them to the last.
+Turns are located in the rendering of the whole conversation. Many templates reject a lone assistant turn, and many
+render a turn differently by position: they cut thoughts from earlier turns, or add an empty span to the last one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LossOn = Literal["last", "all"]
 def check_loss_on(loss_on: str) -> None:
     """
     Raises:
-        ValueError: there is no such setting.
+        ValueError: the setting is unknown.
     """
     if loss_on not in get_args(LossOn):
         raise ValueError(f"data.loss_on is {loss_on!r}; it must be last or all")
@@ -47,7 +47,7 @@ def check_loss_on(loss_on: str) -> None:
 
 #: A span at the start of a content.
 _SPAN = re.compile(r"\s*<(\w+)>(.*?)</\1>", re.DOTALL)
-#: What a generation prompt may open and a rendered turn may lack.
+#: Tags at the end of a generation prompt that a rendered turn may lack.
 _TAGS = re.compile(r"(\s|</?\w+>)*")
 _LONGEST = 32  # characters of one
 
@@ -57,11 +57,11 @@ class Written:
     """A rendered conversation.
 
     Attributes:
-        prompt: the text up to where the assistant starts to speak in the completion.
-        pieces: the text from there on up to the end of the last turn, and whether each piece carries the loss.
-        ends: the last piece is to end with the token of a turn's end, or with EOS; not where the answer was cut.
-        end: how the template ends the last turn; None where it writes no token for it.
-        unopened: what the generation prompt ends in and ``prompt`` does not, as the answer is written without it.
+        prompt: the text before the assistant's first turn in the completion.
+        pieces: the rest up to the end of the last turn, each piece with whether it carries the loss.
+        ends: whether the last piece ends with an end-of-turn token or EOS; false for a truncated answer.
+        end: how the template ends the last turn; None if it writes no token there.
+        unopened: what the generation prompt ends with but ``prompt`` does not, because answers are rendered without it.
     """
 
     prompt: str
@@ -71,10 +71,10 @@ class Written:
     unopened: str = ""
 
     def behind(self, prompt: str) -> Written:
-        """The same behind a prompt that its own begins with; what is then left of it is a part of the answer.
+        """The same with a shorter prompt; the rest of the prompt becomes part of the answer.
 
         Raises:
-            ValueError: it does not begin with that.
+            ValueError: ``prompt`` is not a prefix of this one's.
         """
         if not self.prompt.startswith(prompt):
             raise ValueError(
@@ -90,14 +90,14 @@ class Written:
 
 
 def begun(prompt: object) -> bool:
-    """Whether the prompt ends in what the assistant has begun to say, and the completion goes on with."""
+    """Whether the prompt ends with an unfinished assistant message, which the completion continues."""
     if not isinstance(prompt, list) or not prompt or prompt[-1].get("role") != "assistant":
         return False
     return CALLS not in prompt[-1]
 
 
 def _same(a: str, b: str) -> int:
-    """The length of what two texts both begin with."""
+    """The length of the common prefix of two texts."""
     low, high = 0, min(len(a), len(b))
     while low < high:  # slices are compared in C, characters one by one are not
         middle = (low + high + 1) // 2
@@ -106,16 +106,16 @@ def _same(a: str, b: str) -> int:
 
 
 class Conversation:
-    """A conversation, and where its turns are in its rendering.
+    """A conversation, and the positions of its turns in its rendering.
 
     Args:
         tokenizer: with a chat template.
         prompt: messages.
-        completion: messages; the first continues the last one of the prompt where that is the assistant's.
+        completion: messages; the first continues the prompt's last one if that is the assistant's.
         tools: that the model may call.
-        end: how the template ends the last turn of the assistant; None where it writes no token for it.
-        finished: the last answer has an end; if not, it was cut there.
-        heads: shared by the completions of one prompt, so that it is rendered once.
+        end: how the template ends the assistant's last turn; None if it writes no token there.
+        finished: whether the last answer is complete, not truncated.
+        heads: shared by the completions of one prompt, so that the prompt is rendered once.
 
     Raises:
         ValueError: what is wrong with the conversation.
@@ -153,7 +153,7 @@ class Conversation:
         self.last_end = call_end(tokenizer, self.whole, end) if CALLS in self.messages[-1] else end
 
     def _head(self, turn: int) -> str:
-        """What the model is given before it says this turn."""
+        """What the model is given before it generates this turn."""
         if turn == self.first and turn in self._heads:
             return self._heads[turn]
         head = render(self.tokenizer, self.messages[:turn], prompt=True, tools=self.tools)
@@ -170,7 +170,7 @@ class Conversation:
         last = self.messages[-1]
         plain = last["role"] == "assistant" and last.keys() <= {"role", "content"}
         if plain and not self.finished:
-            return self._literal("")  # what was sampled, and nothing behind it
+            return self._literal("")  # exactly what was sampled
         continued = plain and self._begun and self.turns == [self.first]
         try:
             whole = render(self.tokenizer, self.messages, prompt=False, tools=self.tools)
@@ -182,22 +182,22 @@ class Conversation:
         else:
             if not continued or whole.startswith(self._head(self.first)):
                 return whole
-        # The template rewrites what was begun. In use it stays as it is, and so does what continues it.
+        # The template rewrites the unfinished answer. In use it is kept as it is, and so is its continuation.
         return self._literal(self.end.token + self.end.after if self.end else "")
 
     def _literal(self, end: str) -> str:
-        """The last answer as it is, behind what the model is given before it."""
+        """The last answer, unchanged, after what the model is given before it."""
         head = self._head(len(self.messages) - 1)
         self._rendered = self.messages[:-1], head
         return head + self._cut + end
 
     def _with_thoughts(self, content: str, whole: str) -> str:
-        """``whole`` with the thoughts of the last answer, which some templates cut from it as from earlier ones.
+        """``whole`` with the thoughts of the last answer, which some templates cut as they do in earlier turns.
 
-        Where the generation prompt opens the span, the answer goes on from there, as the model says it.
+        If the generation prompt opens the span, the answer continues from there, as the model generates it.
 
         Raises:
-            ValueError: the template drops thoughts that the model is not asked for.
+            ValueError: the template drops thoughts, and its generation prompt does not open a span for them.
         """
         if "</" not in content:
             return whole
@@ -206,7 +206,7 @@ class Conversation:
         close = f"</{opened[1]}>" if opened else ""
         thoughts, found, answer = content.partition(close) if close else (content, "", "")
         own = thoughts.strip().removeprefix(f"<{opened[1]}>").strip() if opened else ""
-        # An empty span of the template's own may continue the head, too.
+        # The text that follows the head may also be an empty span that the template adds.
         continued = whole.startswith(head) and whole[len(head) :].lstrip().startswith(own)
         if opened and found and not continued:
             at = self._end_of(answer, whole)
@@ -215,18 +215,17 @@ class Conversation:
         if span and span[2].strip() and span[2].strip() not in whole:
             raise ValueError(
                 f"The chat template drops what stands in <{span[1]}>...</{span[1]}> in the last answer, so the model"
-                " would not learn it; use a template that writes it (chat_template), or remove it."
+                " would not learn it; use a template that keeps it (chat_template), or remove it."
             )
         return whole
 
     def start(self, turn: int) -> int:
-        """Where the assistant starts to speak: behind the head that the template writes for a turn to be generated.
+        """Where a turn starts: after the head that the template writes before an answer.
 
-        The head may open a span (``<think>``) that the turn as it is written lacks; the turn then starts where the two
-        part.
+        The head may open a span (``<think>``) that the rendered turn lacks; the turn then starts where the two diverge.
 
         Raises:
-            ValueError: the template writes another head where the turn is known.
+            ValueError: the rendered turn has another head.
         """
         head: str | None
         try:
@@ -234,23 +233,23 @@ class Conversation:
         except ValueError:
             if turn == self.first and turn:
                 raise
-            head = None  # a conversation may begin with the assistant, and templates refuse an empty prompt
+            head = None  # the assistant may speak first, and templates reject an empty prompt
         if head is not None:
             same = _same(head, self.whole)
             if same == len(head):
                 return same
             closed = self._closed(turn)
-            # They may part within a tag.
+            # They may diverge within a tag.
             for at in range(same, max(_same(closed, head), same - _LONGEST), -1):
                 if _TAGS.fullmatch(head, at):
                     self.unopened = self.unopened or head[at:]
                     return at
-        # Earlier turns may be written differently once there are later ones: look at the head in its full context.
+        # Earlier turns may be rendered differently once there are later ones: find the head in its full context.
         own = before_content(self.tokenizer, self.messages, turn, self.tools)
         if own and (head is None or turn != self.first):
             if self.whole.startswith(own):
                 return len(own)
-            # It writes this turn's thoughts before its content: behind the head, where both are still the same.
+            # The template writes this turn's thoughts before its content, so the two agree only up to the head.
             opening = head.removeprefix(self._closed(turn)) if head else ""
             at = own.rfind(opening) + len(opening)
             if opening and len(opening) <= at <= _same(own, self.whole):
@@ -258,14 +257,14 @@ class Conversation:
         raise ValueError(_not_continued(head or "", self.whole))
 
     def _end_of(self, text: str, whole: str) -> int | None:
-        """Where the last occurrence of a text ends, before what ends the turn; None where it does not occur."""
+        """Where the last occurrence of a text before the end of the turn ends; None if there is none."""
         tail = self.end.token + self.end.after if self.end else ""
         text = text.strip()
         at = whole.removesuffix(tail).rfind(text) if text else -1
         return None if at < 0 else at + len(text)
 
     def _cut_off(self, start: int) -> int:
-        """Where the last turn ends if it was cut: behind what it says, before all that the template ends it with."""
+        """Where a truncated last turn ends: after its text, before anything that the template appends."""
         last = self.messages[-1]
         if last["role"] != "assistant" or last.keys() <= {"role", "content"}:
             return len(self.whole)
@@ -278,7 +277,7 @@ class Conversation:
         return start + len(self.last_end.cut(self.whole[start:]).removesuffix(self.last_end.token).rstrip())
 
     def stop(self, turn: int, start: int) -> int:
-        """Where a turn ends that begins at ``start``: behind the token at which the model stops."""
+        """Where the turn that starts at ``start`` ends: after the token at which the model stops."""
         if turn == len(self.messages) - 1:
             if not self.finished:
                 return self._cut_off(start)
@@ -292,7 +291,7 @@ class Conversation:
         region = self.whole[start : max(start, bound)]
         if self.end is not None and (at := region.find(self.end.token)) >= 0:
             return start + at + len(self.end.token)
-        # It does not end as the last one does: it ends as if it were the last, or at the next token that marks turns.
+        # It ends unlike the last turn: as it would if it were last, or at the next token that marks turns.
         closed = self._closed(turn + 1)
         if len(closed.rstrip()) > start and self.whole.startswith(closed.rstrip()):
             return len(closed.rstrip())
@@ -307,19 +306,19 @@ class Conversation:
             return start + marker.end()
         if not said:
             raise ValueError(
-                f"The end of message {turn + 1} cannot be found in what the chat template writes; use loss_on: last, or"
-                " a template that ends every turn with a token."
+                f"The end of message {turn + 1} cannot be found in the rendered conversation; use loss_on: last, or a"
+                " chat template that ends every turn with a token."
             )
         return start + said
 
     def written(self, loss_on: LossOn) -> Written:
-        """The conversation as prompt and completion.
+        """The conversation split into prompt and completion.
 
         Args:
-            loss_on: every turn of the completion, or the last one.
+            loss_on: whether every turn of the completion carries the loss, or only the last.
 
         Raises:
-            ValueError: a turn cannot be found in it.
+            ValueError: a turn cannot be located in the rendering.
         """
         at = begin = self.start(self.turns[0])
         if begin == len(self.whole):
@@ -339,9 +338,8 @@ class Conversation:
             at = stop
         if doubled := DOUBLED_SPAN.search(self.whole, max(0, begin - 40)):
             raise ValueError(
-                f"The chat template writes {doubled[0]!r}: an empty <{doubled[1]}> of its own before the one in the"
-                " content, which it does not take for its own. Use a template that reads thoughts from the content, or"
-                " remove them from it."
+                f"The chat template writes {doubled[0]!r}: it adds an empty <{doubled[1]}> before the one in the"
+                " content. Use a template that reads thoughts from the content (chat_template), or remove them."
             )
         return Written(self.whole[:begin], tuple(pieces), self.finished, self.last_end, self.unopened)
 
@@ -349,18 +347,18 @@ class Conversation:
 def _not_continued(before: str, whole: str) -> str:
     same = _same(before, whole)
     return (
-        "The chat template does not continue the prompt when the completion is added: at the end of the prompt it"
-        f" writes {before[same : same + 40]!r}, and with the completion {whole[same : same + 40]!r} in its place, so"
-        " the model would be trained on another prefix than it meets in use. Use a template whose generation prompt is"
-        " the start of an assistant message (chat_template), or plain text."
+        f"The chat template does not continue the prompt when the completion is added: the prompt continues with"
+        f" {before[same : same + 40]!r}, the conversation with {whole[same : same + 40]!r}, so the model would be"
+        " trained on another prefix than it meets in use. Use a template whose generation prompt is the start of an"
+        " assistant message (chat_template), or plain text."
     )
 
 
 def common_prompt(written: Sequence[Written]) -> list[Written]:
-    """Completions of one prompt behind the same text.
+    """Completions of one prompt, all with the same prompt text.
 
     Raises:
-        ValueError: their prompts are not one.
+        ValueError: their prompts differ by more than an opened span.
     """
     shortest = min((each.prompt for each in written), key=len, default="")
     return [each.behind(shortest) for each in written]

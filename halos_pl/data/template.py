@@ -1,4 +1,4 @@
-"""A chat template of one's own (``data.chat_template``), for a base model or in place of the tokenizer's."""
+"""A chat template given by the user (``data.chat_template``), for a base model or instead of the tokenizer's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from halos_pl.data.example import DataError
 
-#: The name of the file in a run's folder with the template that the run was trained with.
+#: The file in a run's folder that holds the template the run was trained with.
 CHAT_TEMPLATE = "chat_template.jinja"
 
 #: Templates by name. A tokenizer without the tokens <|im_start|> and <|im_end|> encodes them as text.
@@ -27,11 +27,11 @@ def template_of(given: str, name: str = "data.chat_template") -> str:
     """The text of a template.
 
     Args:
-        given: a file; a folder with a tokenizer; a name of ``NAMED``; or the template itself, which has braces.
+        given: a file, a folder with a tokenizer, a key of ``NAMED``, or the template itself (anything with braces).
         name: of the setting, for messages.
 
     Raises:
-        DataError: there is none.
+        DataError: no template can be read there.
     """
     if "{{" in given or "{%" in given:
         return given
@@ -61,7 +61,7 @@ def _of_folder(folder: Path, name: str) -> str:
         found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
     except (ValueError, AttributeError):
         found = None
-    if isinstance(found, list):  # named ones, of which the tokenizer takes this
+    if isinstance(found, list):  # several by name; tokenizers use this one unless told otherwise
         found = next((each.get("template") for each in found if each.get("name") == "default"), None)
     if not isinstance(found, str):
         raise DataError(f"{name}: {folder} holds no chat template ({CHAT_TEMPLATE}); name a .jinja file")
@@ -72,13 +72,13 @@ def use_template(tokenizer: PreTrainedTokenizerBase, text: str, name: str = "dat
     """Gives the tokenizer a template.
 
     Raises:
-        DataError: it is no Jinja template.
+        DataError: it is not valid Jinja.
     """
     before, tokenizer.chat_template = tokenizer.chat_template, text
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     except TemplateSyntaxError as error:
         tokenizer.chat_template = before
-        raise DataError(f"{name} is no Jinja template (line {error.lineno}: {error.message}); mend it") from error
-    except Exception:  # it refuses these messages; those of the data are another matter
+        raise DataError(f"{name} is not valid Jinja (line {error.lineno}: {error.message}); correct it") from error
+    except Exception:  # it rejects this dialogue; it may accept those of the data
         return

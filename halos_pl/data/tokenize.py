@@ -1,11 +1,11 @@
-"""From text or messages to token ids: BOS at most once, one end, and the boundary in one place.
+"""From text or messages to token ids: at most one BOS, one end, and one prompt–completion boundary.
 
-A completion ends at the token at which the model stops: EOS after plain text, the end of the assistant's turn after
-messages (``<end_of_turn>``, ``<|eot_id|>``), where the chat template writes one. What the template writes behind that
-token, a line break or EOS, carries no loss, because in use nothing is generated behind it.
+A completion ends with the token at which the model stops: EOS after plain text, the end of the assistant's turn after
+messages (``<end_of_turn>``, ``<|eot_id|>``) if the chat template writes one. What the template writes after that token,
+a line break or EOS, carries no loss, because the model never generates it.
 
-A completion is tokenised alone, never together with its prompt: that is what the model meets in use, where
-generation starts after the prompt's last token. So prompt and completion cannot merge into other tokens.
+A completion is tokenised on its own, never together with its prompt: in use, too, generation starts after the prompt's
+last token. So no token spans the boundary.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from halos_pl.data.turns import Tools, TurnEnd, refuse_dropped, refuse_ignored, 
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
-    # verbose=False: a text longer than model_max_length is cut later and counted there.
+    # verbose=False: a text longer than model_max_length is truncated, and counted, later.
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
 def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens (BOS, [CLS]) that the tokenizer itself puts before a text.
+    """The tokens (BOS, [CLS]) that the tokenizer itself prepends to a text.
 
     Found by encoding, because ``add_bos_token``, post-processors and ``bos_token`` need not agree.
     """
@@ -43,10 +43,10 @@ def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _blank_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of a line break, where the tokenizer puts a blank before a text (SentencePiece's dummy prefix).
+    """The tokens of a line break, if the tokenizer prepends a blank to a text (SentencePiece's dummy prefix).
 
-    What comes after a prompt's rendering is no beginning of a text, so no blank belongs there: it is tokenised behind a
-    line break, which is then cut off. Empty for a tokenizer to which a text is the same wherever it stands.
+    A completion continues a rendered prompt, so no blank belongs before it: it is tokenised after a line break, which
+    is then removed. Empty for tokenizers without such a prefix.
     """
     head = _ids(tokenizer, "\n")
     return head if _ids(tokenizer, "\na") != head + _ids(tokenizer, "a") else []
@@ -82,17 +82,17 @@ def _prompt_ids(prefix: list[int], prompt: Prompt, ids: list[int]) -> list[int]:
 
 
 def _unended(ends: Sequence[str], text: str) -> str:
-    """The text without the end tokens at its end, and what is blank behind them, as a rendered dialogue has it."""
+    """The text without end tokens at its end, and without the blanks that follow them in rendered dialogues."""
     while end := next((end for end in ends if text.rstrip().endswith(end)), None):
         text = text.rstrip().removesuffix(end)
     return text
 
 
 def _stripped(ends: Sequence[str], completion: Prompt) -> Prompt:
-    """The completion without end tokens at the end of its texts: the row's own end belongs there.
+    """The completion without end tokens at the end of its texts; they are added again later.
 
     Raises:
-        ValueError: nothing else is in it.
+        ValueError: it holds nothing else.
     """
     if isinstance(completion, str):
         found: Prompt = _unended(ends, completion)
@@ -104,7 +104,7 @@ def _stripped(ends: Sequence[str], completion: Prompt) -> Prompt:
 
 
 def _refuse_end_inside(ends: Sequence[str], eos: str, completion: Prompt) -> None:
-    """The model would learn to stop there, and to go on; at the end of a text it is the one that belongs there."""
+    """Refuses end tokens within a text, where the model would learn both to stop and to continue."""
     for text in all_texts(completion):
         for end in ends:
             if end in text:
@@ -115,12 +115,12 @@ def _refuse_end_inside(ends: Sequence[str], eos: str, completion: Prompt) -> Non
                 )
 
 
-#: An empty span at the start of a text, ``<think>\n\n</think>\n\n``, or the end of one that the prompt has opened.
+#: An empty span at the start of a text, ``<think>\n\n</think>\n\n``, or the closing tag of one opened by the prompt.
 _EMPTY_SPAN = re.compile(r"\s*(?:<(\w+)>\s*</\1>|</\w+>)\s*")
 
 
 def _empty_span(written: Written, answer: list[dict[str, Any]]) -> str | None:
-    """The empty span that the template, and not the answer itself, writes in front of the last turn."""
+    """The empty span with which the template, not the answer itself, begins the last turn."""
     found = _EMPTY_SPAN.match(written.pieces[-1][0])
     return None if found is None or _EMPTY_SPAN.match(answer[-1]["content"]) else found[0]
 
@@ -136,21 +136,21 @@ def _ended(end: int | None, ids: list[int]) -> list[int]:
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, special: SpecialText | None = None, tools: Tools = None
 ) -> list[int]:
-    """Token ids of a prompt: at least one, never followed by EOS.
+    """Token ids of a prompt: at least one, without EOS.
 
-    Text: its plain tokens, with BOS first iff the tokenizer puts one before a text. Messages: the chat
-    template with the generation prompt, or up to the end of the last message if that is the assistant's, which the
-    completion then goes on with; whether there is a BOS is the template's to say, as in use.
+    Text: its tokens, with BOS first iff the tokenizer prepends one. Messages: the chat template with the generation
+    prompt, or up to the end of the last message if that is the assistant's, which the completion then continues; it is
+    up to the template whether there is a BOS.
 
     Args:
         tokenizer: of the model.
         prompt: text or messages.
-        special: what is done with special tokens in it; default: they are encoded as the tokenizer does it.
+        special: how special tokens in it are treated; default: encoded as the tokenizer encodes them.
         tools: JSON schemas of what the model may call, for the chat template.
 
     Raises:
-        ValueError: messages without a chat template, messages or tools that the template refuses or ignores, a prompt
-            that gives no token at all, or one that ``special`` refuses.
+        ValueError: there is no chat template for messages, the template refuses or ignores messages or tools, the
+            prompt gives no token, or ``special`` refuses it.
     """
     if tools and isinstance(prompt, str):
         raise ValueError(_TEXT_TOOLS)
@@ -169,21 +169,21 @@ _TEXT_TOOLS = "There are tools, but the prompt is plain text, which has no place
 
 
 def _as_messages(tools: Tools) -> list[dict[str, Any]]:
-    """Tools in the form of messages, for what looks at the texts of messages."""
+    """Tools in the form of messages, for functions that look at the texts of messages."""
     return [{"role": "tools", "content": tool} for tool in tools or ()]
 
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: Prompt) -> list[int]:
-    """Token ids of a completion; the token at which the model stops is the last one and is not doubled.
+    """Token ids of a completion; the last one, and only that one, is the token at which the model stops.
 
-    Text after a text prompt is tokenised alone, as any text is, and ends with EOS, or with the end of a turn where it
-    spells that itself. Messages (or text, taken as one assistant message) after a message prompt are what the chat
-    template writes for the whole conversation, less what it writes for the prompt, up to the end of the last turn
-    (see :func:`halos_pl.data.turns.turn_end`); EOS follows only where the template ends a turn with no token.
+    Text after a text prompt is tokenised on its own and ends with EOS, or with an end-of-turn token if the text itself
+    does. After a message prompt, messages (or text, taken as one assistant message) are what the chat template writes
+    for the whole conversation after the prompt, up to the end of the last turn (see
+    :func:`halos_pl.data.turns.turn_end`); EOS is added only if the template ends a turn without a token.
 
     Raises:
-        ValueError: no EOS token; no chat template for messages; messages after a text prompt; a template
-            that does not continue the prompt's rendering; a text that forges a turn.
+        ValueError: there is no EOS token, no chat template for messages, or a text prompt before messages; the template
+            does not continue the prompt's rendering; or a text forges a turn.
     """
     [encoded] = encode_batch(tokenizer, [(prompt, [completion])])
     if isinstance(encoded, ValueError):
@@ -202,7 +202,7 @@ class Tokens:
     Attributes:
         prompt: ids.
         completions: ids of each.
-        spans: for each completion the (start, stop) of its tokens that carry the loss; empty where all of them do.
+        spans: for each completion the (start, stop) ranges of tokens that carry the loss; empty if all of them do.
     """
 
     prompt: list[int]
@@ -215,10 +215,10 @@ class _Texts:
     """An example as texts to be encoded.
 
     Attributes:
-        held: they hold placeholders for special tokens.
+        held: whether they hold placeholders for special tokens.
         prompt: the text.
-        pieces: of each completion, and whether each piece carries the loss.
-        ends: the id that each completion ends with; None where it was cut.
+        pieces: of each completion, each with whether it carries the loss.
+        ends: the last token id of each completion; None if it was truncated.
     """
 
     held: bool
@@ -231,15 +231,15 @@ class Encoder:
     """Encodes conversations with one tokenizer.
 
     Args:
-        tokenizer: with a chat template where the conversations are messages.
-        special_tokens_in_text: what is done with them, see :class:`halos_pl.data.special.SpecialText`.
-        loss_on: which turns of the assistant in a completion carry the loss.
+        tokenizer: with a chat template if the conversations are messages.
+        special_tokens_in_text: how they are treated, see :class:`halos_pl.data.special.SpecialText`.
+        loss_on: which assistant turns of a completion carry the loss.
 
     Attributes:
-        spelled: for each special token, how many conversations have it in their text or in a role, whatever became of
-            them; the end of a turn at the end of a completion is not counted.
-        spelling: how many conversations have any.
-        notes: what is to be said of some examples, and of how many.
+        spelled: for each special token, the number of conversations with it in a text or role, refused ones included;
+            end-of-turn tokens at the end of a completion are not counted.
+        spelling: the number of conversations with any special token in a text or role.
+        notes: notes about some of the examples, each with the number of examples.
     """
 
     def __init__(
@@ -258,7 +258,7 @@ class Encoder:
         self._ends: dict[tuple[str, ...], TurnEnd | None] = {}
 
     def _turn_end(self, prompt: Prompt, completion: Prompt) -> TurnEnd | None:
-        """How this conversation's last turn ends; templates that refuse a plain dialogue are asked with its roles."""
+        """How the last turn of this conversation ends; its roles are tried where templates refuse a plain dialogue."""
         try:
             if () not in self._ends:
                 self._ends[()] = turn_end(self.tokenizer)
@@ -284,7 +284,7 @@ class Encoder:
         split = self.special.mode == "split"
         try:
             found = [self._turn_end(prompt, completion) for completion in example.completions]
-        except ValueError:  # it refuses these messages, and is to say why
+        except ValueError:  # the template refuses these messages; rendering them below raises its reason
             found = [None] * len(example.completions)
         ends = [(eos,) if end is None or not chat else tuple({eos: 0, end.token: 0}) for end in found]
         spoken = [_stripped(own, completion) for own, completion in zip(ends, example.completions, strict=True)]
@@ -346,14 +346,14 @@ class Encoder:
 
     def _note(self, written: list[Written], answers: list[list[dict[str, Any]]]) -> None:
         if unopened := next((each.unopened for each in written if each.unopened), None):
-            self.notes[f"the generation prompt ends in {unopened!r}, but the answer is written without it"] += 1
+            self.notes[f"the generation prompt ends with {unopened!r}, but answers are rendered without it"] += 1
         if empty := next((span for pair in zip(written, answers, strict=True) if (span := _empty_span(*pair))), None):
             self.notes[
-                f"the chat template writes {empty!r} in front of the answer, which carries the loss like the answer"
-                " itself (as in TRL)"
+                f"the chat template writes {empty!r} before the answer; it carries the loss like the answer itself (as"
+                " in TRL)"
             ] += 1
         if self.loss_on == "last" and any(sum(m["role"] == "assistant" for m in a) > 1 for a in answers):
-            self.notes["of several turns in a completion only the last one carries the loss (loss_on: last)"] += 1
+            self.notes["only the last of several turns in the completion carries the loss (loss_on: last)"] += 1
 
     def _ids(self, texts: list[str], held: bool) -> list[list[int]]:
         if not texts:
@@ -364,7 +364,7 @@ class Encoder:
         return [list(each) for each in ids]
 
     def encode(self, examples: Sequence[Example]) -> Iterator[Tokens | ValueError]:
-        """Token ids of each example in turn, or what is wrong with it; all texts go through the tokenizer together."""
+        """Token ids of each example in order, or what is wrong with it; all texts are tokenised in one call."""
         texts: dict[bool, list[str]] = {False: [], True: []}
         places: list[tuple[_Texts, int] | ValueError] = []
         for example in examples:
@@ -411,7 +411,7 @@ class Encoder:
             for number, (text, loss) in enumerate(pieces, start=1):
                 at += 1
                 piece = found[at]
-                if blank:  # a line break that has merged with what follows cannot be cut off
+                if blank:  # a line break that has merged with the next character cannot be removed
                     piece = piece[len(blank) :] if piece[: len(blank)] == blank else self._ids([text], texts.held)[0]
                 piece = _ended(end, piece) if number == len(pieces) else piece
                 own += [(len(completion), len(completion) + len(piece))] if loss and piece else []
@@ -431,11 +431,11 @@ class Encoder:
 def encode_batch(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[tuple[Prompt, Sequence[Prompt]]]
 ) -> Iterator[Encoded | ValueError]:
-    """As ``encode_prompt`` and ``encode_completion`` of each prompt and its completions, many at a time.
+    """``encode_prompt`` and ``encode_completion`` for many prompts and their completions at once.
 
     Each prompt is rendered once, and all texts go through the tokenizer in one call, on all cores.
 
     Yields:
-        For each conversation, in order, its token ids, or what the one-by-one functions would raise for it.
+        For each conversation, in order, its token ids, or the error that the single functions would raise.
     """
     yield from Encoder(tokenizer).batch(conversations)
