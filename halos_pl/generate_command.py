@@ -1,4 +1,4 @@
-"""``halos generate``: samples completions of the prompts in a file, in the format that ``halos fit`` reads."""
+"""``halos generate``: samples completions of the prompts in a file, in a format that ``halos fit`` reads."""
 
 from __future__ import annotations
 
@@ -44,28 +44,28 @@ def generate_file(
     Args:
         model: a run's folder, a Hugging Face folder, a folder with a peft adapter, or a hub name.
         prompts: a .txt file with one prompt a line, or JSON lines with "prompt", a text or a message list.
-        prompt_column: the column of JSON lines that holds the prompt, where it is not "prompt".
-        out: JSON lines to write; default: beside the prompts. Each has the columns of its prompt's row, "prompt" as it
-            was put to the model (messages where it went through the chat template), "completions", and for each of
-            these in "finished" whether the model ended it and in "same_tokens" whether training on its text gives the
-            tokens that were sampled (special tokens that the text may not spell are left out). halos fit reads the
-            rows once "scores" are added, a list as well. Until all are sampled, the file ends in .part.
-        text_prompts: what a prompt that is plain text means: plain encodes it as it is, chat puts it into the chat
-            template as a user's message; default: as the run was trained (data.text_prompts), else plain.
-        chat_template: another chat template than the model's: a .jinja file, a folder with a tokenizer, chatml, or the
+        prompt_column: the column of JSON lines that holds the prompt; default: "prompt".
+        out: JSON lines to write; default: beside the prompts. Each row has the columns of its prompt's row, "prompt" as
+            given to the model (messages if it went through the chat template), and lists of the same length:
+            "completions"; "finished", whether the model ended each; and "same_tokens", whether training on its text
+            gives the tokens that were sampled (special tokens that the text must not spell are dropped). halos fit
+            reads the rows once a list "scores" is added. Until sampling is done, the file ends in .part.
+        text_prompts: how a plain-text prompt is encoded: plain as it is, chat as a user message in the chat template;
+            default: as the run was trained (data.text_prompts), else plain.
+        chat_template: a chat template instead of the model's: a .jinja file, a folder with a tokenizer, chatml, or the
             template itself; default: the one that the run was trained with, else the tokenizer's.
-        max_new_tokens: the most tokens of a completion.
+        max_new_tokens: the maximum length of a completion in tokens.
         temperature: of the softmax; 0 takes the likeliest token.
-        top_p: sample among the likeliest tokens that hold this share of the probability.
+        top_p: sample from the likeliest tokens that together have this probability.
         num_samples: completions per prompt.
         one_per_row: write a row for each completion, with "completion", "finished" and "same_tokens"; halos fit reads
             such rows once "label" or "score" is added.
-        batch_size: completions at a time.
+        batch_size: completions sampled at a time.
         seed: of the sampling.
         control: text between every prompt and its completion; "<|good|>" for a model trained with csft.yaml.
         special_tokens_in_text: special tokens that a message spells: refuse those that forge a turn, split them into
             plain text, or allow them; default: as the run was trained, else refuse.
-        ckpt_path: of a run, another checkpoint than the last one: best (that of its ModelCheckpoint), or a file.
+        ckpt_path: for a run, a checkpoint other than the last: best (from its ModelCheckpoint), or a file.
     """
     sampling: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -76,7 +76,7 @@ def generate_file(
     }
     check_sampling(seed=seed, **sampling)
     path = Path(prompts)
-    read_prompt_rows(path, text_prompts or "chat", prompt_column)  # faults of the file come before those of the model
+    read_prompt_rows(path, text_prompts or "chat", prompt_column)  # report faults of the file before those of the model
     target = Path(out) if out else path.with_suffix(".completions.jsonl")
     if target.exists() and target.samefile(path):
         raise FileExistsError(f"--out {target} is the file of the prompts, which would be lost; name another file")
@@ -89,7 +89,7 @@ def generate_file(
     say_convention(rows, text["text_prompts"], tokenizer)
     stale = sorted({name for row in rows for name in row.columns.keys() & ANSWERS})
     if stale:
-        print(f"halos: not copied from {plain(path)}, as they belong to other answers: {', '.join(stale)}")
+        print(f"halos: not copied from {plain(path)}, because they belong to other answers: {', '.join(stale)}")
     asked, names = [row.prompt for row in rows], [row.place for row in rows]
     tools = [row.tools for row in rows]
     encoded = encode_prompts(tokenizer, asked, names, control, text["special_tokens_in_text"], tools)
@@ -100,7 +100,7 @@ def generate_file(
     done = others = 0
     try:
         with whole(target, keep=True) as file:
-            # Written chunk by chunk, so that a long run that is cut off leaves what it has.
+            # Written in chunks, so that an interrupted run keeps what it has sampled.
             for at in range(0, len(rows), chunk):
                 part = slice(at, at + chunk)
                 own: dict[str, Any] = {"seed": seed + at, "names": names[part], "tools": tools[part]}
@@ -112,14 +112,14 @@ def generate_file(
                 file.flush()
                 done = at + len(samples)
     except BaseException:
-        left = f"those of the first {done} are in {part_of(target)}" if done else "nothing was written"
-        print(f"halos: completions of {len(rows)} prompts were asked for; {left}", file=sys.stderr)
+        left = f"those of the first {done} are in {part_of(target)}" if done else "none were written"
+        print(f"halos: stopped before completions of all {len(rows)} prompts were sampled; {left}", file=sys.stderr)
         raise
     if others:
         print(
-            f"halos: trained on, {others} of {len(rows) * num_samples} completions would give other tokens than were"
-            f" sampled ({SAME_TOKENS}: false): the tokenizer splits their text in another way, or a special token that"
-            " would forge a turn is missing from it"
+            f"halos: training on {others} of {len(rows) * num_samples} completions gives other tokens than were sampled"
+            f" ({SAME_TOKENS}: false): the tokenizer splits their text differently, or a special token was dropped from"
+            " it because it would forge a turn"
         )
     print(f"halos: completions of {len(rows)} prompts are in {target}")
 

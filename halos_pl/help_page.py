@@ -1,10 +1,10 @@
-"""What ``halos --help`` says, and what it says of a command that there is not; it imports nothing heavy."""
+"""The text of ``halos --help`` and the answer to an unknown command; imports nothing heavy."""
 
 from __future__ import annotations
 
 import difflib
 
-#: Every command with what it does, in a line. A table of its own, since asking each of them takes ten seconds.
+#: Every command with a line on what it does. A table, because importing the commands takes ten seconds.
 COMMANDS = {
     "fit": "Train a model on human feedback; writes a run's folder.",
     "validate": "Measure a run's model on data.validation.",
@@ -14,26 +14,26 @@ COMMANDS = {
     "generate": "Sample completions of prompts.",
     "evaluate": "Measure a run, or any model, example by example.",
     "check": "Hold a loss, or a part of one, to the definition of human-aware losses.",
-    "data inspect": "Show what is in a source of feedback, before anything is trained on it.",
+    "data inspect": "Show what a source of feedback holds, before training on it.",
     "ablate": "Run a study: arms, seeds, measurements, report.",
-    "ablate status": "Show how far a study is.",
-    "ablate report": "Write the report of what a study has measured so far.",
+    "ablate status": "Show the progress of a study.",
+    "ablate report": "Write a report on what a study has measured so far.",
     "cache": "Show what the cache holds.",
     "cache info": "The same.",
     "cache clear": "Empty the cache.",
 }
 EPILOG = """\
-halos COMMAND --help lists a command's options; halos fit --model.value_function.help Logistic those of a plug-in.
-halos fit ... --print_config=comments writes the resolved config with what each setting means.
+halos COMMAND --help lists the options of a command; halos fit --model.value_function.help Logistic, those of a plug-in.
+halos fit ... --print_config=comments prints the resolved config with a comment on each setting.
 
-A config is code where it names classes: those of other packages and files are imported, and trust_remote_code
-executes a model's. Exit status: 0 when done, 1 for what went wrong, 2 for a faulty command line, 128 + n when signal
-n has stopped it (130 after Ctrl-C, 143 after SIGTERM). A fit then saves a checkpoint first, from which
---ckpt_path last goes on; a second Ctrl-C stops at once."""
+A config that names classes runs code: classes of other packages and files are imported, and trust_remote_code executes
+a model's own code. Exit status: 0 for success, 1 for an error, 2 for a wrong command line, 128 + n after signal n (130
+after Ctrl-C, 143 after SIGTERM). A fit then saves a checkpoint first, and --ckpt_path last resumes from it; a second
+Ctrl-C stops at once."""
 
 
 def help_page() -> str:
-    """What ``halos --help`` prints."""
+    """The text that ``halos --help`` prints."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
     head = ["usage: halos COMMAND [options]", "", "Align language models with human-aware losses.", "", "commands:"]
@@ -42,7 +42,7 @@ def help_page() -> str:
 
 
 def unknown_command(word: str) -> str:
-    """What is wrong with the first word of a command line; nothing where it is a command or an option."""
+    """What is wrong with the first word of a command line; empty if it is a command or an option."""
     known = list(dict.fromkeys(name.partition(" ")[0] for name in COMMANDS))
     if word.startswith("-") or word in known:
         return ""

@@ -1,4 +1,4 @@
-"""Files of prompts that are to be answered, by ``halos generate`` and ``halos evaluate``."""
+"""Files of prompts for ``halos generate`` and ``halos evaluate``."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class PromptRow:
 
     Attributes:
         place: ``PATH:LINE``, for messages.
-        name: ``FILE:LINE`` without the folder, the same wherever the file lies.
-        columns: the whole row as the file has it; of a ``.txt`` file ``prompt`` alone.
-        prompt: what is asked: text or messages, with a system text and earlier turns that stand beside it in the row.
-        is_text: the file has the prompt as plain text, whatever it has become since.
-        tools: JSON schemas of what the model may call; None where there are none.
+        name: ``FILE:LINE`` without the folder, so that it does not depend on where the file is.
+        columns: the whole row as in the file; for a ``.txt`` file only ``prompt``.
+        prompt: text or messages, with the system text and earlier turns from other columns of the row.
+        is_text: whether the file has the prompt as plain text, even if it has become messages.
+        tools: JSON schemas of what the model may call; None if there are none.
     """
 
     place: str
@@ -40,10 +40,10 @@ class PromptRow:
     tools: list[dict[str, Any]] | None = None
 
 
-#: Of each answer that ``halos generate`` has sampled, whether training on its text gives the tokens that were sampled.
+#: The column that tells of each sampled answer whether training on its text gives the tokens that were sampled.
 SAME_TOKENS = "same_tokens"
 
-#: Columns that hold answers to a prompt, or what was said of those; not of the answers that are sampled now.
+#: Columns with answers to a prompt or judgements of them, which do not belong to newly sampled answers.
 ANSWERS = frozenset(
     name
     for schema in SCHEMAS.values()
@@ -53,20 +53,20 @@ ANSWERS = frozenset(
 ) - {"prompt"} | {"finished", SAME_TOKENS}
 
 
-#: Endings of files of feedback that are no lines of text, or tables.
+#: Endings of compressed and tabular files, which are no prompt files.
 _OTHER = (".gz", ".zst", ".csv", ".parquet", ".arrow")
 
 
 def _lines(path: Path, most: int) -> Iterator[bytes]:
-    """Lines, of which none holds more than ``most`` + 1 bytes; longer ones come in pieces."""
+    """The lines of a file; a line longer than ``most`` + 1 bytes comes in pieces."""
     with path.open("rb") as file:
-        # Lines end at \n and nowhere else: JSON may hold U+2028 and its like as they are.
+        # Lines end only at \n: JSON may contain U+2028 and the like.
         while raw := file.readline(most + 1):
             yield raw
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of :func:`read_prompt_rows` alone, text as it is."""
+    """Only the prompts of :func:`read_prompt_rows`, with text as it is."""
     return [row.prompt for row in read_prompt_rows(path)]
 
 
@@ -79,27 +79,27 @@ def read_prompt_rows(
 
     Args:
         path: of the file.
-        text_prompts: what a prompt that is plain text means, see :mod:`halos_pl.data.prompts`.
+        text_prompts: how a plain-text prompt is encoded, see :mod:`halos_pl.data.prompts`.
         prompt_column: the column of JSON lines that holds the prompt; default: ``prompt``.
 
     Raises:
-        DataError: for a missing or empty file and for a line without a prompt, naming file and line.
+        DataError: the file is missing or empty, or a line has no prompt; names file and line.
     """
     column, is_lines = prompt_column or "prompt", path.suffix == ".txt"
     if prompt_column and is_lines:
-        raise DataError(f"{path}: a .txt file has no columns; leave out --prompt_column, or name a file of JSON lines")
+        raise DataError(f"{path}: a .txt file has no columns; omit --prompt_column, or name a file of JSON lines")
     if what := irregular(str(path)):
-        raise DataError(f"{path}: is {what}; write what it gives to a file, and name that")
+        raise DataError(f"{path}: is {what}; write its content to a file, and name that")
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "no such file"
         raise DataError(f"{path}: {what}; --prompts takes a .txt file, or JSON lines with a '{column}' each")
     if path.suffix.lower() in _OTHER:
-        raise DataError(f"{path}: --prompts takes a .txt file or JSON lines, unpacked; write it as one of these")
+        raise DataError(f"{path}: --prompts takes a .txt file or uncompressed JSON lines; convert the file")
     rows: list[PromptRow] = []
     most = Source(str(path)).max_row
     for number, raw in enumerate(_lines(path, most), start=1):
         place = f"{path}:{number}"
-        if len(raw) > most:  # tokenising it would take minutes and gigabytes
+        if len(raw) > most:  # tokenising it would take minutes and gigabytes of memory
             raise DataError(f"{place}: the line is longer than {most / 1e6:g} MB; remove or shorten it")
         try:
             line = raw.removesuffix(b"\n").decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\r")
@@ -110,21 +110,21 @@ def read_prompt_rows(
             asked, is_text = _asked(columns, place, column, text_prompts), isinstance(columns[column], str)
             rows.append(PromptRow(place, f"{path.name}:{number}", columns, asked.prompt, is_text, asked.tools))
     if not rows:
-        raise DataError(f"{path}: the file holds no prompts")
+        raise DataError(f"{path}: the file holds no prompts; add one a line")
     return rows
 
 
 def say_convention(rows: list[PromptRow], text_prompts: TextPrompts, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Says what becomes of prompts that are plain text.
+    """Prints how plain-text prompts are encoded.
 
     Raises:
-        DataError: where they are to go through a chat template and there is none.
+        DataError: they should go through a chat template, but there is none.
     """
     texts = [row for row in rows if row.is_text]
     if texts and text_prompts == "chat" and not tokenizer.chat_template:
         raise DataError(
-            f"{texts[0].place}: a text prompt cannot go through a chat template (text_prompts: chat), as the tokenizer"
-            " has none; say text_prompts: plain"
+            f"{texts[0].place}: a text prompt cannot go through a chat template (text_prompts: chat), because the"
+            " tokenizer has none; name one with chat_template, or set text_prompts: plain"
         )
     if said := convention(len(texts), text_prompts, bool(tokenizer.chat_template)):
         print(f"halos: {said}")

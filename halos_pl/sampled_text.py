@@ -1,8 +1,7 @@
-"""The text that stands for a sampled completion in a file of feedback: one that trains on the tokens that were sampled.
+"""The text with which a sampled completion is stored, chosen so that training on it gives the sampled tokens.
 
-Text need not give back the tokens that it was decoded from: special tokens may be dropped, a model may have spelled a
-word with other tokens than its tokenizer does, and chat templates trim blanks. So each text is encoded as training will
-encode it, and compared.
+Decoding and encoding need not be inverse: special tokens may be dropped, the model may have split a word unlike its
+tokenizer, and chat templates trim blanks. So each candidate text is encoded as in training and compared.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ class SampledText:
 
     Attributes:
         text: of the completion, without the token that ended it.
-        finished: the model ended it by itself.
-        same_tokens: training on it gives the tokens that were sampled, the one that ended it included.
+        finished: whether the model ended it.
+        same_tokens: whether training on the text gives the sampled tokens, including the one that ended it.
     """
 
     text: str
@@ -35,15 +34,15 @@ class SampledText:
 def sampled_texts(
     encoder: Encoder, asked: Sequence[tuple[Prompt, Tools]], samples: Sequence[Sequence[Sample]]
 ) -> list[list[SampledText]]:
-    """The text of each sample: with its special tokens where training accepts them, else without.
+    """The text of each sample: with its special tokens if training accepts them, else without.
 
     Args:
-        encoder: as training will use it.
-        asked: the prompt and the tools of each list of samples.
+        encoder: with the settings of the training to come.
+        asked: prompt and tools for each list of samples.
         samples: completions of each prompt.
 
     Returns:
-        for each prompt, in order, a text for each sample.
+        For each prompt, in order, a text for each sample.
     """
     tried: list[tuple[Sample, list[str]]] = []
     examples: list[Example] = []
@@ -51,7 +50,7 @@ def sampled_texts(
         for sample in own:
             ids = sample.completion_ids[: -1 if sample.finished else None]
             whole = str(encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-            # Some templates put blanks around an answer, which then must not have them itself.
+            # Some templates add blanks around an answer, which the text must then lack.
             texts = list(dict.fromkeys([whole, whole.strip(), sample.raw, sample.text]))
             tried.append((sample, texts))
             examples += [Example(prompt, (t,), (None,), "", tools=tools, finished=(sample.finished,)) for t in texts]
@@ -61,7 +60,7 @@ def sampled_texts(
 
 
 def _chosen(sample: Sample, tried: list[tuple[str, Tokens | ValueError]]) -> SampledText:
-    """Of the texts with what they are encoded to, the first that gives the sampled tokens, or that is accepted."""
+    """The first text that is encoded to the sampled tokens; else the first that is accepted at all."""
     accepted = []
     for text, found in tried:
         if isinstance(found, ValueError) or is_blank(text):

@@ -288,7 +288,7 @@ def test_a_store_that_fails_does_not_end_a_run(tmp_path: Path, caplog: pytest.Lo
             other.execute("BEGIN EXCLUSIVE")
             store._connection = lambda: sqlite3.connect(tmp_path / "s.sqlite", timeout=0)  # type: ignore[method-assign]
             store._db.execute("PRAGMA busy_timeout = 0")
-            with pytest.warns(UserWarning, match="the run goes on without it"):
+            with pytest.warns(UserWarning, match="continuing without it"):
                 store.put({b"b": torch.ones(1)})
             assert store.get([b"a"]) == {}
             other.rollback()

@@ -1,4 +1,4 @@
-"""``halos data inspect``: what is in a source of feedback, as a table in the terminal and as a page."""
+"""``halos data inspect``: the content of a source of feedback, as tables in the terminal and as a page."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BINS = 16
 # Upper end of lambda_D n_D / (lambda_U n_U) in the paper's versions; the lower end is 1.
 IMBALANCE = {"arXiv v1": 4 / 3, "v4 and v5": 3 / 2}
 SHOWN_PROMPT_TOKENS = 120
-#: Around tokens that carry the loss: to be seen without colours, too.
+#: Marks around tokens that carry the loss, visible without colours.
 LOSS = ("⟦", "⟧")
 
 
@@ -49,9 +49,9 @@ class Judged:
 
     Attributes:
         name: of the row.
-        verdict: ``desirable``, ``undesirable``, or the score of a row that has nothing else.
-        prompt, completion: the text of each token; of a long prompt the end.
-        loss: for each of the completion's texts, whether its tokens carry the loss.
+        verdict: ``desirable``, ``undesirable``, or the score of a row that has only a score.
+        prompt, completion: the text of each token; only the end of a long prompt.
+        loss: for each text of the completion, whether its tokens carry the loss.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Judged:
     loss: list[bool]
 
     def parts(self) -> Iterator[tuple[str, list[str]]]:
-        """What is read (``prompt``, ``context``) and what carries the loss (``loss``), in order."""
+        """The parts that are only read (``prompt``, ``context``) and those that carry the loss (``loss``), in order."""
         yield "prompt", self.prompt
         for carries, own in groupby(zip(self.loss, self.completion, strict=True), key=lambda pair: pair[0]):
             yield "loss" if carries else "context", [text for _, text in own]
@@ -69,18 +69,18 @@ class Judged:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a source holds.
+    """The content of a source.
 
     Attributes:
         source: its name.
-        figures: what was counted, by name, in the order to be shown.
+        figures: counts by name, in the order in which they are shown.
         lambdas: for each version of the paper, the weights that its rule gives.
-        percentiles: tokens at ``PERCENTILES`` of the rows, of prompts, completions and both together.
-        histogram: (from, to, rows), tokens of prompt and completion together.
-        max_length: for how many tokens cuts and drops were counted.
-        faults: the first of them, each a line.
-        unused: columns that say something and that nothing reads.
-        text_prompts: what becomes of prompts that are plain text; None where there are none.
+        percentiles: lengths in tokens at ``PERCENTILES`` of the rows: prompts, completions and both together.
+        histogram: (from, to, rows), lengths of prompt and completion together in tokens.
+        max_length: the length in tokens for which truncated and dropped rows were counted.
+        faults: the first few, a line each.
+        unused: columns that hold values and that nothing reads.
+        text_prompts: how plain-text prompts are encoded; None if there are none.
         notes: about some of the examples, and the number of those.
         examples: a few rows.
     """
@@ -99,7 +99,7 @@ class Inspection:
 
 
 def lambdas(desirable: int, undesirable: int, most: float) -> str:
-    """Weights with lambda_D n_D / (lambda_U n_U) in [1, ``most``], the class with fewer rows raised.
+    """Weights with lambda_D n_D / (lambda_U n_U) in [1, ``most``], where the class with fewer rows is weighted up.
 
     The rule of Ethayarajh et al. (ICML 2024, section 4.2): [1, 4/3] in arXiv v1, [1, 3/2] in v4 and v5.
     """
@@ -112,7 +112,7 @@ def lambdas(desirable: int, undesirable: int, most: float) -> str:
 
 
 def _contradictions(table: Table, text: NDArray[np.uint64]) -> int:
-    """Distinct rows that were judged both ways, and distinct pairs that were preferred both ways."""
+    """The number of distinct rows judged both ways and of distinct pairs preferred both ways."""
     single = table.rival < 0
     verdicts: dict[Any, set[Any]] = {}
     for prompt, words, label in zip(
@@ -179,7 +179,7 @@ def _judged(tokenizer: PreTrainedTokenizerBase, table: Table, place: int) -> Jud
 
 
 def _shown(tokenizer: PreTrainedTokenizerBase, ids: NDArray[np.int32]) -> list[str]:
-    """The text of each token, or of the few that make a character together; control characters by their numbers."""
+    """The text of each token, or of tokens that together form a character; control characters are escaped."""
     shown, waiting = [], []
     for token in ids.tolist():
         waiting.append(token)
@@ -202,18 +202,18 @@ def inspect(
     text_prompts: TextPrompts = "plain",
     loss_on: LossOn = "last",
 ) -> Inspection:
-    """What is in ``source``, as a model with this tokenizer would see it.
+    """The content of ``source`` as a model with this tokenizer would see it.
 
     Args:
-        source: what to read; its faulty rows are counted and shown, not raised.
+        source: what to read; faulty rows are counted and shown, not raised.
         tokenizer: of the model to be trained.
-        max_length: tokens; how many rows it would cut or drop is counted.
-        examples: how many rows to show, drawn with ``seed``.
+        max_length: in tokens; rows that it would truncate or drop are counted.
+        examples: how many rows to show, drawn at random with ``seed``.
         seed: of that draw.
         cache_dir, special_tokens_in_text, text_prompts, loss_on: see ``FeedbackDataModule``.
 
     Raises:
-        DataError: for a fault of the source as a whole, a missing file, say.
+        DataError: the source cannot be read at all, a missing file, say.
     """
     store = open_store(source, tokenizer, cache_dir, special_tokens_in_text, text_prompts, loss_on)
     table = Table.of([store])
@@ -222,7 +222,7 @@ def inspect(
     lengths = {"prompt": prompt, "completion": completion, "together": prompt + completion}
     histogram: list[tuple[int, int, int]] = []
     if len(table):
-        # Of equal width up to the 99th percentile; the few beyond it share one.
+        # Bins of equal width up to the 99th percentile; the rest share the last one.
         low, high, most = np.percentile(lengths["together"], (0, 99, 100)).astype(int).tolist()
         edges = np.unique(np.append(np.linspace(low, high, BINS).astype(int), most + 1))
         counts = np.histogram(lengths["together"], edges)[0]
@@ -317,7 +317,7 @@ td:first-child,th:first-child{text-align:left} .wide{overflow-x:auto}
 
 
 def page(found: Inspection) -> str:
-    """An inspection as one HTML page that needs nothing else."""
+    """An inspection as one self-contained HTML page."""
     e = html.escape
     figures = "".join(
         f"<tr><td>{e(name.replace('max_length', f'max_length {found.max_length}'))}</td><td>{_number(value)}</td></tr>"
@@ -388,32 +388,32 @@ def inspect_source(
     html: str | None = None,
     json_file: str | None = None,
 ) -> None:
-    """Show what is in a source of feedback: classes, lengths, repeats, contradictions, faults, a few rows.
+    """Show what a source of feedback holds: classes, lengths, repeats, contradictions, faults, a few rows.
 
     Args:
         source: a file, a folder, or the name of a hub data set.
         tokenizer: of the model to be trained: a hub name, a local folder, or package:NAME.
-        max_length: how many rows it would cut or drop is counted.
+        max_length: in tokens; rows that it would truncate or drop are counted.
         examples: how many rows to show.
         split: of a hub data set or a saved DatasetDict.
         name: configuration of a hub data set.
         data_dir: sub-folder of a hub data set.
         revision: of a hub data set.
-        schema: name of the row schema; left out, found by the columns.
+        schema: name of the row schema; default: detected from the columns.
         columns: other names of columns, such as {prompt: question}.
-        ignore: names of columns and keys, and placeholders such as <image>, that may be dropped.
-        max_row_mb: megabytes that a row may take.
-        rows: read only so many rows from the start.
+        ignore: columns, message keys and placeholders such as <image> that may be dropped.
+        max_row_mb: the largest row allowed, in megabytes.
+        rows: read only this many rows from the start.
         streaming: read a hub data set row by row.
-        special_tokens_in_text: as data.special_tokens_in_text is to be: refuse, split or allow.
-        text_prompts: as data.text_prompts is to be: plain or chat.
-        loss_on: as data.loss_on is to be: last or all.
-        chat_template: as data.chat_template is to be: a .jinja file, a folder, chatml, or the template itself.
-        html: a file to write the same to, as a page.
-        json_file: a file to write the same to, as JSON.
+        special_tokens_in_text: as in data.special_tokens_in_text: refuse, split or allow.
+        text_prompts: as in data.text_prompts: plain or chat.
+        loss_on: as in data.loss_on: last or all.
+        chat_template: as in data.chat_template: a .jinja file, a folder, chatml, or the template itself.
+        html: also write it to this file, as a page.
+        json_file: also write it to this file, as JSON.
 
     Raises:
-        DataError: for a source that cannot be read.
+        DataError: the source cannot be read.
     """
     from halos_pl.policy.loading import ModelSpec, load_tokenizer
 

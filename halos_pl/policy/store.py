@@ -1,8 +1,8 @@
-"""The reference store: log pi_ref of completions, kept by content and shared by all runs.
+"""The reference store: log pi_ref of completions, keyed by content and shared by all runs.
 
-A SQLite file below the cache folder, one entry for each (reference weights, precision, prompt, completion). What it
-holds does not depend on batches, order or epochs. Several processes may use it at once; an entry is found damaged by
-its checksum and then computed again.
+A SQLite file in the cache folder with one entry for each (reference weights, precision, prompt, completion). Its
+entries do not depend on batches, order or epochs. Several processes may use it at once; checksums detect damaged
+entries, which are then recomputed.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from halos_pl.cache import REFERENCE, Use, cache_root, limit
 from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.loading import ModelError
 
-LARGEST = 4 << 30  # bytes; the entries that were used longest ago make room for new ones
+LARGEST = 4 << 30  # bytes; the least recently used entries make room for new ones
 _DAY = 86400
 _TABLE = "CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, used INTEGER, sum INTEGER, logps BLOB)"
 
 
-# What a config says that changes no log-prob; nor does what begins with _.
+# Keys of a config that do not affect log-probs; nor do those that start with _.
 _NO_MATTER = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "return_dict"}
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]], config: Mapping[str, Any]) -> str:
-    """A hash of a model: of names, dtypes, shapes and bytes of its weights, and of what is computed with them.
+    """A hash of a model: of names, dtypes, shapes and bytes of its weights, and of its config.
 
     Args:
-        tensors: the weights; one on an accelerator is copied.
-        config: as ``to_dict`` of transformers' config gives it.
+        tensors: the weights; those on an accelerator are copied.
+        config: from ``to_dict`` of transformers' config.
     """
     matters = {k: v for k, v in config.items() if k not in _NO_MATTER and not k.startswith("_")}
     digest = hashlib.sha256(json.dumps(matters, sort_keys=True, default=str).encode())
@@ -52,7 +52,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]], config: Mapping[str, Any]
 
 
 def keys(model: str, batch: FlatBatch) -> list[bytes]:
-    """The key of each row, 16 bytes: of reference (see :func:`fingerprint`), prompt, completion and its loss."""
+    """The 16-byte key of each row: a hash of reference (see :func:`fingerprint`), prompt, completion and loss mask."""
 
     def raw(ids: Tensor) -> bytes:
         return len(ids).to_bytes(4, "little") + ids.cpu().numpy().astype("<i4").tobytes()
@@ -73,14 +73,14 @@ class ReferenceStore:
     """Log-probs of completion tokens under frozen reference models, on disk.
 
     Args:
-        path: of the SQLite file; left out, ``reference/logps.sqlite`` in :func:`halos_pl.cache.cache_root`.
-        largest: bytes that the file may grow to, if the whole cache may.
+        path: of the SQLite file; default: ``reference/logps.sqlite`` in :func:`halos_pl.cache.cache_root`.
+        largest: maximum size of the file in bytes; the limit of the whole cache also applies.
 
     Attributes:
-        damaged: entries that were found damaged, and are computed again.
+        damaged: number of damaged entries found, which are recomputed.
 
     Raises:
-        ModelError: where the file cannot be written.
+        ModelError: the file cannot be written.
     """
 
     def __init__(self, path: Path | None = None, largest: int = LARGEST) -> None:
@@ -91,14 +91,14 @@ class ReferenceStore:
         try:
             try:
                 self._db = self._connection()
-            except sqlite3.OperationalError:  # busy or not to be written: no damage
+            except sqlite3.OperationalError:  # busy or read-only, not damaged
                 raise
             except sqlite3.DatabaseError as error:
                 self._mend(error)
         except (OSError, sqlite3.OperationalError) as error:
             raise ModelError(
                 f"the reference store {self.path} cannot be written ({error}); name another folder with HALOS_CACHE, or"
-                " say model.reference_store false"
+                " set model.reference_store to false"
             ) from error
 
     def _connection(self) -> sqlite3.Connection:
@@ -106,7 +106,7 @@ class ReferenceStore:
         if not hasattr(self, "_use"):
             self._use = Use(self.path)
         db = sqlite3.connect(self.path, timeout=60, check_same_thread=False)  # waits for another process's step
-        db.text_factory = bytes  # a damaged entry may say of itself that it is a text
+        db.text_factory = bytes  # a damaged entry may be marked as text
         try:
             with db:
                 db.execute(_TABLE)
@@ -117,10 +117,7 @@ class ReferenceStore:
         return db
 
     def _mend(self, error: Exception) -> None:
-        """Connects anew; a file that is no whole database is put aside before.
-
-        Another process may have found the same, and have mended it already.
-        """
+        """Reconnects; a damaged file is moved aside first, unless another process has already replaced it."""
         if hasattr(self, "_db"):
             self._db.close()
         with FileLock(self.path.with_suffix(".lock")):
@@ -135,17 +132,16 @@ class ReferenceStore:
                 pass
             aside = self.path.with_suffix(".damaged")
             rank_zero_info(
-                f"halos: the reference store {self.path} is damaged ({error}); it is now {aside.name}, and what it held"
-                " is computed again"
+                f"halos: the reference store {self.path} is damaged ({error}); it is now {aside.name}, and its entries"
+                " are recomputed"
             )
             self.path.replace(aside)
             self._db = self._connection()
 
     def _try(self, work: Callable[[], None]) -> None:
-        """Does ``work`` with the file that is there: another process may have put aside or removed what was.
+        """Does ``work`` on the current file, as another process may have moved or removed the one opened before.
 
-        Once more where it had to be mended. Where it cannot be done, as on a full disk, that is said once: it is no
-        reason to end a run.
+        Tries again after a repair. If that fails too, on a full disk, say, it warns once: the run does not need it.
         """
         why: Exception | None = None
         for _ in range(2):
@@ -160,10 +156,10 @@ class ReferenceStore:
                 why = error
         if not self._silenced:
             self._silenced = True
-            rank_zero_warn(f"halos: the reference store {self.path} cannot be used ({why}); the run goes on without it")
+            rank_zero_warn(f"halos: the reference store {self.path} cannot be used ({why}); continuing without it")
 
     def get(self, wanted: Sequence[bytes]) -> dict[bytes, Tensor]:
-        """What is stored of ``wanted``, float32 [tokens] each; what is not there or damaged is left out."""
+        """The stored entries of ``wanted``, float32 [tokens] each, without missing and damaged ones."""
         found: dict[bytes, Tensor] = {}
         bad: list[bytes] = []
         now = int(time.time())
@@ -181,7 +177,7 @@ class ReferenceStore:
                     continue
                 found[key] = torch.from_numpy(np.frombuffer(blob, "<f4").astype(np.float32))
                 stale += [key] if now - used > _DAY else []
-            if bad or stale:  # the day of use is written once a day, not once a step
+            if bad or stale:  # the time of use is updated once a day, not at each step
                 with self._db:
                     self._db.executemany("DELETE FROM logps WHERE key = ?", [(key,) for key in bad])
                     self._db.executemany("UPDATE logps SET used = ? WHERE key = ?", [(now, key) for key in stale])
@@ -189,11 +185,11 @@ class ReferenceStore:
         self._try(read)
         if bad:
             self.damaged += len(bad)
-            rank_zero_info(f"halos: {len(bad)} damaged entries of the reference store {self.path} are computed again")
+            rank_zero_info(f"halos: {len(bad)} damaged entries of the reference store {self.path} are recomputed")
         return found
 
     def put(self, entries: dict[bytes, Tensor]) -> None:
-        """Keeps log-probs, float32 [tokens] each; what is not finite is not kept."""
+        """Stores log-probs, float32 [tokens] each, except those that are not finite."""
         now = int(time.time())
         rows = []
         for key, logps in entries.items():
@@ -214,20 +210,20 @@ class ReferenceStore:
 
         size = (figure("page_count") - figure("freelist_count")) * figure("page_size")
         if size > self.largest:
-            # A tenth at least, so that it is not done at each step; more where the limit is lower than it was.
+            # At least a tenth, so that this is rare; more if the limit has been lowered.
             surplus = math.ceil(len(self) * max(0.1, 1 - self.largest / size))
             with self._db:
                 self._db.execute(
                     "DELETE FROM logps WHERE key IN (SELECT key FROM logps ORDER BY used, rowid LIMIT ?)", (surplus,)
                 )
             if figure("freelist_count") > figure("page_count") / 2:
-                self._db.execute("VACUUM")  # gives the room back to the disk
+                self._db.execute("VACUUM")  # returns the space to the disk
 
     def __len__(self) -> int:
-        """Entries."""
+        """The number of entries."""
         return int(self._db.execute("SELECT count(*) FROM logps").fetchone()[0])
 
     def close(self) -> None:
-        """Lets go of the file."""
+        """Closes the file."""
         self._db.close()
         self._use.end()
