@@ -21,6 +21,7 @@ from halos_pl.data.turns import (
     Tools,
     TurnEnd,
     any_of,
+    around_content,
     before_content,
     call_end,
     ending,
@@ -183,7 +184,12 @@ class Conversation:
             if not continued or whole.startswith(self._head(self.first)):
                 return whole
         # The template rewrites the unfinished answer. In use it is kept as it is, and so is its continuation.
-        return self._literal(self.end.token + self.end.after if self.end else "")
+        return self._literal(self._after())
+
+    def _after(self) -> str:
+        """What the template writes after the last answer."""
+        around = around_content(self.tokenizer, self.messages, len(self.messages) - 1, self.tools)
+        return around[1] if around else ""
 
     def _literal(self, end: str) -> str:
         """The last answer, unchanged, after what the model is given before it."""
@@ -210,8 +216,8 @@ class Conversation:
         continued = whole.startswith(head) and whole[len(head) :].lstrip().startswith(own)
         if opened and found and not continued:
             at = self._end_of(answer, whole)
-            behind = whole[at:] if at is not None else self.end and self.end.token
-            return head + without_opening(head, thoughts) + close + answer.rstrip() + (behind or "")
+            after = whole[at:] if at is not None else self._after()
+            return head + without_opening(head, thoughts) + close + answer.rstrip() + after
         if span and span[2].strip() and span[2].strip() not in whole:
             raise ValueError(
                 f"The chat template drops what stands in <{span[1]}>...</{span[1]}> in the last answer, so the model"

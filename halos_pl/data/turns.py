@@ -184,12 +184,12 @@ def refuse_dropped(
             )
 
 
-def before_content(
+def around_content(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], place: int, tools: Tools = None
-) -> str | None:
-    """What the template writes before the content of a message, in the rendering of all of them.
+) -> tuple[str, str] | None:
+    """What the template writes before and after the content of a message, in the rendering of all of them.
 
-    Of the message itself only its content is rendered, no call and no thought; None where the template refuses that.
+    Only the content of the message itself is rendered, no call and no thought; None if the template refuses that.
     """
     word = _WORD.format(0)
     kept = {key: value for key, value in messages[place].items() if key != CALLS and key not in THOUGHTS}
@@ -198,8 +198,16 @@ def before_content(
         text = render(tokenizer, changed, prompt=False, tools=tools)
     except ValueError:
         return None
-    before, found, _ = text.partition(word)
-    return before if found else None
+    before, found, after = text.partition(word)
+    return (before, after) if found else None
+
+
+def before_content(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], place: int, tools: Tools = None
+) -> str | None:
+    """The first part of :func:`around_content`."""
+    around = around_content(tokenizer, messages, place, tools)
+    return around and around[0]
 
 
 def _segments(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str]) -> list[str] | None:

@@ -335,6 +335,16 @@ def test_thoughts_that_the_prompt_begins_are_continued_as_in_use(name: str, at: 
     assert tokenizer.decode(cut.completions[0]) == THOUGHT[at:]
 
 
+def test_an_answer_that_is_continued_is_closed_as_the_template_closes_answers() -> None:
+    """Also where it cuts the thoughts that the prompt has begun."""
+    said = "<out>{{ m.content.split('</think>')[-1] }}</out><|im_end|>"
+    tokenizer = stub(f"{{% for m in messages %}}<|im_start|>{said}{{% endfor %}}{{# <think> #}}"
+                     "{% if add_generation_prompt %}<|im_start|><out>{% endif %}")
+    found = encoded(tokenizer, Example([user("Why?"), bot(THOUGHT[:11])], ([bot(THOUGHT[11:])],), (True,), "a:1"))
+    assert tokenizer.decode(found.prompt).endswith(f"<out>{THOUGHT[:11]}")
+    assert tokenizer.decode(found.completions[0]) == f"{THOUGHT[11:]}</out><|im_end|>"
+
+
 def test_thoughts_that_the_prompt_opens_and_the_template_does_not_read() -> None:
     """It writes an empty span of its own before them, which goes on as the prompt does."""
     tokenizer = shipped("qwen3_8")
