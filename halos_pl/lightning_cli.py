@@ -57,6 +57,7 @@ from halos_pl.progress import Progress
 from halos_pl.resume import KeepSettings
 from halos_pl.stop_at_step import AgreedSignals, StopAtStep
 from halos_pl.study.evaluate import evaluate
+from halos_pl.swapped_class import LateDefaults, say_swaps
 from halos_pl.wrong_value import cause_in, naming_keys, near, shown
 from halos_pl.yaml_files import YAMLFileError, read_yaml
 
@@ -107,7 +108,7 @@ USER_ERRORS = (
 UNKNOWN_OPTION = r"(?:^Option '|does not accept option '|unrecognized arguments: -*)(?P<key>[\w.]+)"
 
 
-class HalosParser(LightningArgumentParser):
+class HalosParser(LateDefaults):
     """Says what there is when the name of a plug-in or of an option is wrong, which jsonargparse does not."""
 
     def _near(self, key: str) -> str:
@@ -258,6 +259,7 @@ class HalosCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self._own
+        say_swaps(self._words, config_files(self._words), config)
         check_settings(config.trainer)
         for name, kind in GROUP_CLASSES.items():
             check_nulls(kind, _settings(config.get(name)), name)
