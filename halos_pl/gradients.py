@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
 #: Steps in a row after which it is said.
 ZERO, CLIPPED = 2, 20
 #: A shorter run, of at least so many steps all of which were clipped, is told at its end.
 SHORT = 5
+#: Clipping by value leaves nothing but signs where it cuts so large a share of a gradient's entries.
+MOST = 0.99
+
+
+def mostly_cut(gradients: Iterable[Tensor], value: float) -> bool:
+    """Whether clipping by value cuts at least ``MOST`` of the entries that are not 0."""
+    parts = list(gradients)
+    cut, all_of_them = (sum(torch.count_nonzero(g.abs() > limit) for g in parts) for limit in (value, 0))
+    return bool(all_of_them) and bool(cut >= MOST * all_of_them)
 
 
 class GradientWatch:
@@ -20,24 +31,36 @@ class GradientWatch:
         self._steps = self._zero = 0
         self._clipped: list[float] = []
         self._learned = False  # some step had a gradient
+        self._by_value = False
         self._said: set[str] = set()
 
-    def see(self, norm: float, clip: float | None, *, lr: float, step: int, figures: Mapping[str, float]) -> None:
+    def see(
+        self,
+        norm: float,
+        clip: float | None,
+        *,
+        lr: float,
+        step: int,
+        figures: Mapping[str, float],
+        cut: bool | None = None,
+    ) -> None:
         """Takes note of a step.
 
         Args:
             norm: of the gradient before clipping, finite.
-            clip: the norm that it is clipped to; None or 0 for none.
+            clip: the norm that it is clipped to, or each of its entries; None or 0 for none.
             lr: the highest of the run.
             step: optimizer steps before this one.
             figures: what the step logs.
+            cut: where entries are clipped, whether (nearly) all of them are.
         """
+        self._by_value = cut is not None
         self._steps += 1
         self._zero = self._zero + 1 if norm == 0 else 0
         if self._zero == ZERO:
             self._say("zero", f"the gradient is exactly 0 since step {step - ZERO + 2}: {self._why_zero(lr, figures)}")
         self._learned = self._learned or norm > 0
-        if clip and norm > clip:
+        if clip and (norm > clip if cut is None else cut):
             self._clipped.append(norm)
             if len(self._clipped) == CLIPPED:
                 self._say_clipped(clip, lr, f"each of the last {CLIPPED} steps was")
@@ -48,7 +71,7 @@ class GradientWatch:
         """Says at the end of a run what applies to all of its steps.
 
         Args:
-            clip: the norm that gradients were clipped to.
+            clip: what gradients were clipped to.
             lr: the highest of the run.
             scale: of the loss, where float16's scaler has one.
         """
@@ -76,9 +99,10 @@ class GradientWatch:
 
     def _say_clipped(self, clip: float, lr: float, which: str) -> None:
         low, high = min(self._clipped), max(self._clipped)
+        where = " in nearly all entries" if self._by_value else ""
         self._say(
             "clipped",
-            f"{which} clipped: grad_norm is {low:.3g} to {high:.3g}, trainer.gradient_clip_val is {clip:g}. If the loss"
+            f"{which} clipped{where}: grad_norm is {low:.3g} to {high:.3g}, trainer.gradient_clip_val is {clip:g}. If the loss"
             f" does not fall, lower model.optimizer.init_args.lr (it is {lr:g}); if it does, raise the clipping value",
         )
 

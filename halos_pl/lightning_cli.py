@@ -20,7 +20,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from jsonargparse import Namespace
 from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import StrategyRegistry
@@ -54,11 +54,12 @@ from halos_pl.module import HALOModule, NonFiniteLossError, check_trainer, unsup
 from halos_pl.monitors import check_monitors, say_unused
 from halos_pl.policy.loading import ModelError
 from halos_pl.progress import Progress
+from halos_pl.refused_callbacks import refused_callback
 from halos_pl.resume import KeepSettings
 from halos_pl.stop_at_step import AgreedSignals, StopAtStep
 from halos_pl.study.evaluate import evaluate
 from halos_pl.swapped_class import LateDefaults, say_swaps
-from halos_pl.wrong_value import cause_in, naming_keys, near, shown
+from halos_pl.wrong_value import cause_in, imported, naming_keys, near, shown
 from halos_pl.yaml_files import YAMLFileError, read_yaml
 
 TOOLS: dict[str, Callable[..., None]] = {
@@ -264,7 +265,8 @@ class HalosCLI(LightningCLI):
         for name, kind in GROUP_CLASSES.items():
             check_nulls(kind, _settings(config.get(name)), name)
         check_loggers(config.trainer.logger)
-        check_callbacks(config.trainer.callbacks)
+        if said := refused_callback(config.trainer.callbacks, config.model.policy.dtype, config.trainer.precision):
+            raise RunError(said)
         if not config.run_dir:
             raise RunError('run_dir is empty; name a folder ("." is the one where you are)')
         run_dir = Path(config.run_dir)
@@ -461,35 +463,6 @@ def check_loggers(given: Any) -> None:
             raise RunError(missing)
 
 
-# Lightning's callbacks that change what a step is, or that train before the run begins.
-_REFUSED_CALLBACKS: dict[type, str] = {
-    BatchSizeFinder: "data.batch_size is the rows of an optimizer step, which the loss depends on, and"
-    " model.micro_batch_rows what fits in memory; set both",
-    GradientAccumulationScheduler: "a batch is one optimizer step here; raise data.batch_size, and set"
-    " model.micro_batch_rows to what fits in memory",
-    LearningRateFinder: "the learning rate is a setting of the optimizer; try some values of"
-    " model.optimizer.init_args.lr, as an ablation say",
-}
-
-
-def check_callbacks(given: Any) -> None:
-    """Refuses callbacks that would change what a step is.
-
-    Args:
-        given: ``trainer.callbacks``, as parsed.
-
-    Raises:
-        RunError: naming the callback, the reason and what to do instead.
-    """
-    callbacks = given if isinstance(given, list) else [given]
-    for number, callback in enumerate(callbacks):
-        kind = _class(str(callback.get("class_path"))) if isinstance(callback, Namespace) else None
-        for refused, why in _REFUSED_CALLBACKS.items():
-            if inspect.isclass(kind) and issubclass(kind, refused):
-                where = f"[{number}]" if isinstance(given, list) else ""
-                raise RunError(f"trainer.callbacks{where}: {refused.__name__} is not supported: {why}")
-
-
 # What a Trainer computes on, and the value that leaves it to Lightning.
 _MACHINE = {"accelerator": "auto", "devices": "auto", "num_nodes": 1, "strategy": "auto", "precision": None}
 
@@ -535,7 +508,7 @@ def check_nulls(kind: Any, given: Mapping[str, Any], where: str) -> None:
     for name, value in given.items():
         for part in value if isinstance(value, list) else [value]:
             if isinstance(part, Mapping | Namespace) and isinstance(part.get("class_path"), str):
-                check_nulls(_class(part["class_path"]), _settings(part.get("init_args")), f"{where}.{name}.init_args")
+                check_nulls(imported(part["class_path"]), _settings(part.get("init_args")), f"{where}.{name}.init_args")
         hint = hints.get(name, Any)
         optional = hint is Any or isinstance(hint, TypeVar) or type(None) in get_args(hint)
         if value is None and not optional and name in parameters and parameters[name].default is not None:
@@ -544,11 +517,6 @@ def check_nulls(kind: Any, given: Mapping[str, Any], where: str) -> None:
 
 def _settings(given: Any) -> Mapping[str, Any]:
     return vars(given) if isinstance(given, Namespace) else given or {}
-
-
-def _class(path: str) -> Any:
-    module, _, name = path.rpartition(".")
-    return getattr(sys.modules.get(module), name, None)  # the parser has imported it
 
 
 def tool_parser(name: str) -> HalosParser:

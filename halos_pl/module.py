@@ -30,7 +30,7 @@ from halos_pl.data.turns import stop_ids
 from halos_pl.distributed import sum_over_ranks, world_size
 from halos_pl.feedback import Feedback
 from halos_pl.generate import sample_tokens
-from halos_pl.gradients import GradientWatch
+from halos_pl.gradients import GradientWatch, mostly_cut
 from halos_pl.metrics import (
     Losses,
     Means,
@@ -43,7 +43,7 @@ from halos_pl.metrics import (
     with_margin,
 )
 from halos_pl.objective import HALO, Context, Objective, Result
-from halos_pl.optim import LostUpdates, MasterWeights, Schedule, guard
+from halos_pl.optim import LostUpdates, MasterWeights, Schedule, check_optimizer, guard, made
 from halos_pl.outcomes import FlatBatch, Rows
 from halos_pl.policy.auxiliary import warn_of_ignored_losses
 from halos_pl.policy.limits import check_length, check_vocabulary
@@ -227,7 +227,7 @@ class HALOModule(LightningModule):
             ValueError: naming the setting.
         """
         check_float16(trainer, self.policy_spec)
-        self._optimizer([nn.Parameter(torch.zeros(2, 2))])  # it refuses its settings, whatever it is given to train
+        check_optimizer(self.make_optimizer, trainer.strategy.root_device, vectors=self.policy_spec.lora is None)
 
     def configure_model(self) -> None:
         """Loads policy and reference, after the data have been validated."""
@@ -674,8 +674,9 @@ class HALOModule(LightningModule):
             raise NonFiniteLossError(f"{self._non_finite(what, [])}\n{hint}")
         self.log("grad_norm", norm)
         by_value = gradient_clip_algorithm == "value"
-        clip, lr = None if by_value else gradient_clip_val, self._highest_lr(optimizer)
-        self._gradients.see(size, clip, lr=lr, step=self.global_step, figures=self._shown)
+        clip, lr = gradient_clip_val, self._highest_lr(optimizer)
+        cut = mostly_cut((cast(Tensor, p.grad) for p in parameters), clip) if clip and by_value else None
+        self._gradients.see(size, clip, lr=lr, step=self.global_step, figures=self._shown, cut=cut)
         if by_value:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
@@ -690,8 +691,7 @@ class HALOModule(LightningModule):
         """Says what applies to all steps of the run."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         lr = self._highest_lr(self.optimizers())
-        by_value = self.trainer.gradient_clip_algorithm == "value"
-        clip = None if by_value else self.trainer.gradient_clip_val
+        clip = self.trainer.gradient_clip_val
         self._gradients.finish(clip, lr=lr, scale=scaler.get_scale() if scaler is not None else None)
 
     def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
@@ -796,17 +796,6 @@ class HALOModule(LightningModule):
 
     # -- optimizer and checkpoints --------------------------------------------------------------------
 
-    def _optimizer(self, parameters: list[nn.Parameter]) -> Any:
-        """What ``model.optimizer`` makes.
-
-        Raises:
-            ValueError: where it does not take its settings.
-        """
-        try:
-            return self.make_optimizer(parameters)
-        except (TypeError, ValueError) as error:  # as of lr: null
-            raise ValueError(f"model.optimizer: {error}; check its init_args") from error
-
     def configure_optimizers(self) -> Any:
         """The optimizer over trainable parameters, and its schedule by optimizer step.
 
@@ -815,7 +804,7 @@ class HALOModule(LightningModule):
         """
         trained = [p for p in self.parameters() if p.requires_grad]
         self._masters = MasterWeights(trained if self.master_weights else [])
-        optimizer = self._optimizer(self._masters.parameters or trained)
+        optimizer = made(self.make_optimizer, self._masters.parameters or trained)
         guard(optimizer, self.record.add)
         self._masters.attach(optimizer)
         LostUpdates(optimizer, "Set model.master_weights to true")

@@ -7,6 +7,7 @@ AdamW at a learning rate of 5e-6 nearly every step is. So the optimizer steps on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ HALF = (torch.bfloat16, torch.float16)
 _IMPLEMENTATION = {"fused", "foreach", "capturable", "differentiable"}
 #: Parts of names of settings that may become or stop being 0 without changing what state the optimizer has.
 _STATELESS = ("lr", "decay", "eps", "beta")
+#: What to do about updates that float32 weights lose.
+RAISE = "Raise model.optimizer.init_args.lr"
 
 
 class Change(NamedTuple):
@@ -105,27 +108,94 @@ class MasterWeights:
             master.copy_(value)
 
 
-class LostUpdates:
-    """Warns of the share of half-precision weights, from a sample, that an optimizer's step leaves unchanged.
+def made(make: Callable[[list[nn.Parameter]], Optimizer], parameters: list[nn.Parameter]) -> Any:
+    """What ``model.optimizer`` makes of the parameters.
 
-    Measured at the first step with a learning rate above 0, and at the first one at its full height.
+    Raises:
+        ValueError: where it does not take its settings.
+    """
+    try:
+        return make(parameters)
+    except (RuntimeError, TypeError, ValueError) as error:  # as of lr: null, or of fused: true on some devices
+        raise ValueError(f"model.optimizer: {error}; check its init_args") from error
+
+
+def check_optimizer(make: Callable[[list[nn.Parameter]], Optimizer], device: torch.device, *, vectors: bool) -> None:
+    """Refuses, before a model is loaded, an optimizer that could not train it.
+
+    It is made for a matrix and a vector of zeros, and takes a step along a gradient of 0.
+
+    Args:
+        make: makes it from what it trains.
+        device: of what is trained.
+        vectors: vectors are trained too, such as the weights of norms; under LoRA there are only matrices.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    parameters = [nn.Parameter(torch.zeros(shape, device=device)) for shape in ((2, 2), (2,))]
+    matrices = parameters[:1]
+    optimizer = made(make, matrices)
+    if vectors:
+        try:
+            optimizer = make(parameters)
+        except ValueError as error:  # as of Muon
+            raise ValueError(
+                f"model.optimizer: {error}. A whole model has vectors too, such as the weights of its norms; with"
+                " model.policy.lora only matrices are trained"
+            ) from error
+    for group in optimizer.param_groups:
+        for name, value in group.items():
+            numbers = value if isinstance(value, list | tuple) else [value]
+            if name != "params" and any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
+                raise ValueError(f"model.optimizer.init_args.{name} is {_shown(value)}; it must be finite")
+        if not isinstance(lr := group.get("lr"), float | int | Tensor):
+            raise ValueError(
+                f"model.optimizer: {type(optimizer).__name__} has no learning rate (lr is {_shown(lr)}), but"
+                " model.lr_schedule needs one; set model.optimizer.init_args.lr to a number"
+            )
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            optimizer.step(lambda: torch.zeros((), device=device))
+    except RuntimeError as error:  # as of SparseAdam, whose gradients are sparse
+        if not isinstance(error, NotImplementedError):
+            raise ValueError(f"model.optimizer: {type(optimizer).__name__} cannot take a step: {error}") from error
+    except Exception:  # what else goes wrong may be due to the zeros
+        pass
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, float | int | Tensor) and float(value) == 0
+
+
+class LostUpdates:
+    """Warns of the share of weights, from a sample, that an optimizer's step leaves unchanged.
+
+    Measured at the first step with a learning rate above 0, and at the first one at its full height. Of half-precision
+    weights one in a hundred is worth saying; of float32 ones some always are, as their gradient is small.
 
     Args:
         optimizer: what steps on them.
-        hint: the end of the warning, which says what to do.
+        hint: the end of the warning about half-precision weights, which says what to do.
     """
 
     SAMPLE = 4096
     WORTH_SAYING = 0.01
+    WORTH_SAYING_OF_FLOAT32 = 0.99
 
     def __init__(self, optimizer: Optimizer, hint: str) -> None:
         self.hint = hint
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"] if p.dtype in HALF]
+        every = [p for group in optimizer.param_groups for p in group["params"]]
+        self._half = any(p.dtype in HALF for p in every)
+        self._parameters = [p for p in every if p.dtype in HALF or not self._half]
         self._before: list[Tensor] = []
         self._measured = self._done = False
-        if self._parameters:
-            optimizer.register_step_pre_hook(lambda *_: self._look(optimizer))
-            optimizer.register_step_post_hook(lambda *_: self._compare(optimizer))
+        optimizer.register_step_pre_hook(lambda *_: self._look(optimizer))
+        optimizer.register_step_post_hook(lambda *_: self._compare(optimizer))
+        if all(_is_zero(group.get("lr")) for group in optimizer.param_groups):
+            rank_zero_warn("halos: model.optimizer.init_args.lr is 0, so that no weight will change")
 
     def _sample(self, values: Tensor) -> Tensor:
         each = max(1, self.SAMPLE // len(self._parameters))
@@ -155,12 +225,14 @@ class LostUpdates:
                 kept += int((moving & (self._sample(parameter) == before)).sum())
         lr, full = self._height(optimizer)
         self._before, self._measured, self._done = [], True, full
-        if with_gradient and kept > self.WORTH_SAYING * with_gradient:
+        if with_gradient and kept > with_gradient * (
+            self.WORTH_SAYING if self._half else self.WORTH_SAYING_OF_FLOAT32
+        ):
             kinds = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in self._parameters}))
             rank_zero_warn(
                 f"halos: {100 * kept / with_gradient:.0f} % of the {kinds} weights with a gradient kept their value in"
                 f" a step of {type(optimizer).__name__} at a learning rate of {lr:g}: its updates are smaller than"
-                f" their precision, and are lost. {self.hint}"
+                f" their precision, and are lost. {self.hint if self._half else RAISE}"
             )
 
 

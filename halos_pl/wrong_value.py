@@ -108,7 +108,7 @@ def _class_of(hint: Any) -> type | None:
     """The class that ``hint`` wants an object of, or a factory of objects of."""
     if get_origin(hint) is collections.abc.Callable:
         returned = [part for part in _alternatives(get_args(hint)[-1]) if inspect.isclass(part)]
-        return returned[0] if returned else None
+        return _class_of(returned[0]) if returned else None
     if not inspect.isclass(hint) or get_origin(hint) or hint.__module__ in ("builtins", "datetime", "pathlib", "os"):
         return None
     try:
@@ -147,6 +147,8 @@ def _in_words(hint: Any) -> list[str]:
     if get_origin(hint) in _MAPPINGS:
         return ["a mapping"]
     if (base := _class_of(hint)) is None:
+        if _is_factory(hint):
+            return ["the dotted path of a function"]
         # A tensor, say, is nothing that a config could give.
         made_in_c = inspect.isclass(hint) and hint.__module__.startswith("torch")
         return [] if made_in_c else [getattr(hint, "__name__", str(hint))]
@@ -434,7 +436,7 @@ def naming_keys(config: Any, errors: tuple[type[Exception], ...]) -> Iterator[No
     except Refused as refused:
         if not isinstance(refused.error, errors):
             raise refused.error from None
-        keys = [key for key, path in _classes(plain_data(config)) if _imported(path) is refused.cls]
+        keys = [key for key, path in _classes(plain_data(config)) if imported(path) is refused.cls]
         own, said = refused.cls.__name__, " ".join(str(refused.error).split())
         named = own in said or re.match(r"\w+\.\w", said)
         parts = [*keys[:1], *([] if named else [own]), said]
@@ -443,7 +445,8 @@ def naming_keys(config: Any, errors: tuple[type[Exception], ...]) -> Iterator[No
         _NAMING.reset(token)
 
 
-def _imported(path: str) -> Any:
+def imported(path: str) -> Any:
+    """The class of that path, where a parser has imported it."""
     module, _, name = path.rpartition(".")
     return getattr(sys.modules.get(module), name, None)
 

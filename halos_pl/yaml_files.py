@@ -29,6 +29,8 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+# A text that is also a member of an enumeration, as Lightning's defaults may be, is written as a text.
+yaml.SafeDumper.add_multi_representer(str, lambda dumper, text: dumper.represent_str(str.__str__(text)))
 
 
 def read_yaml(path: str | Path) -> tuple[dict[str, Any], Lines]:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from run_halos import binary_data, fit, metrics
 
 from halos_pl.cli import main
-from halos_pl.gradients import CLIPPED, SHORT, GradientWatch
+from halos_pl.gradients import CLIPPED, SHORT, GradientWatch, mostly_cut
 
 FEW = ("--trainer.max_epochs=3", "--model.warmup_ratio=0")
 
@@ -49,6 +50,37 @@ def test_steps_that_are_all_clipped(tiny_folder: Path, tmp_path: Path, recwarn: 
     main(fit(tiny_folder, "kto", data, tmp_path / "run", *FEW, "--trainer.gradient_clip_val=1e-6"))
     (said,) = (text for text in warnings_of(recwarn) if "grad" in text)
     assert "trainer.gradient_clip_val is 1e-06" in said
+
+
+def test_clipping_by_value_may_cut_all_entries_but_those_that_are_zero() -> None:
+    entries = torch.linspace(-1, 1, 2001)
+    assert mostly_cut([entries[:1000], entries[1000:], torch.zeros(10_000)], 1e-3)
+    assert not mostly_cut([entries], 0.5)
+    assert not mostly_cut([torch.zeros(3)], 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("value", "count"), [("1e-9", 1), ("1e-3", 0)])
+def test_entries_that_are_all_clipped(
+    value: str, count: int, tiny_folder: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    words = fit(tiny_folder, "kto", binary_data(tmp_path / "data.jsonl", 12), tmp_path / "run", *FEW)
+    main([*words, f"--trainer.gradient_clip_val={value}", "--trainer.gradient_clip_algorithm=value"])
+    said = [text for text in warnings_of(recwarn) if "clipped" in text]
+    assert len(said) == count
+    assert all("trainer.gradient_clip_val is 1e-09" in text for text in said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("lr", "named"), [("0", "lr is 0"), ("1e-30", "100 % of the float32"), ("1e-6", "")])
+def test_a_learning_rate_that_changes_no_weight_is_said(
+    lr: str, named: str, tiny_folder: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    data = binary_data(tmp_path / "data.jsonl", 12)
+    main(fit(tiny_folder, "kto", data, tmp_path / "run", *FEW, f"--model.optimizer.init_args.lr={lr}"))
+    said = [text for text in warnings_of(recwarn) if "model.optimizer.init_args.lr" in text]
+    assert len(said) == bool(named)
+    assert all(named in text for text in said)
 
 
 def seen(*norms: float, clip: float | None = 10.0, **figures: float) -> list[str]:
