@@ -68,7 +68,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "model: {optimizer: {class_path: AdamW, init_args: {lr: .inf}}}": ("model.optimizer.init_args.lr is inf",),
     "model: {optimizer: {class_path: AdamW, init_args: {lr: .nan}}}": ("model.optimizer", "nan"),
     "model: {optimizer: {class_path: AdamW, init_args: {eps: .inf}}}": ("model.optimizer.init_args.eps is inf",),
-    "model: {optimizer: {class_path: transformers.Adafactor, init_args: {lr: null}}}": ("Adafactor", "has no learning rate"),
+    "model: {optimizer: {class_path: transformers.Adafactor, init_args: {lr: null}}}": ("Adafactor", "lr is null"),
     "model: {optimizer: {class_path: transformers.Adafactor, init_args: {lr: 0.1}}}": ("model.optimizer", "lr"),
     "model: {optimizer: {class_path: torch.optim.SparseAdam}}": ("SparseAdam", "dense gradients"),
     "model: {optimizer: {class_path: torch.optim.Muon}}": ("Muon", "model.policy.lora"),
