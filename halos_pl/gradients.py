@@ -103,7 +103,8 @@ class GradientWatch:
         self._say(
             "clipped",
             f"{which} clipped{where}: grad_norm is {low:.3g} to {high:.3g}, trainer.gradient_clip_val is {clip:g}. If"
-            f" the loss does not fall, lower model.optimizer.init_args.lr (it is {lr:g}); if it does, raise the clipping value",
+            f" the loss does not fall, lower model.optimizer.init_args.lr (it is {lr:g}); if it does, raise the"
+            " clipping value",
         )
 
     def _say(self, what: str, text: str) -> None:

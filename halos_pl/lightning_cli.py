@@ -50,6 +50,7 @@ from halos_pl.held_lines import HeldLines
 from halos_pl.help_page import COMMANDS, EPILOG
 from halos_pl.log_config import LogConfig, missing_package
 from halos_pl.messages import cause, plain
+from halos_pl.misplaced import misplaced, read_config
 from halos_pl.module import HALOModule, NonFiniteLossError, check_trainer, unsupported_strategy
 from halos_pl.monitors import check_monitors, say_unused
 from halos_pl.policy.loading import ModelError
@@ -59,8 +60,8 @@ from halos_pl.resume import KeepSettings
 from halos_pl.stop_at_step import AgreedSignals, StopAtStep
 from halos_pl.study.evaluate import evaluate
 from halos_pl.swapped_class import LateDefaults, say_swaps
-from halos_pl.wrong_value import cause_in, imported, naming_keys, near, shown
-from halos_pl.yaml_files import YAMLFileError, read_yaml
+from halos_pl.wrong_value import cause_in, imported, known_classes, naming_keys, near, shown
+from halos_pl.yaml_files import YAMLFileError
 
 TOOLS: dict[str, Callable[..., None]] = {
     "export": export,
@@ -129,6 +130,7 @@ class HalosParser(LateDefaults):
                 self.usage = f"{self.prog.replace(' [options]', '')} [--config FILE ...] [--OPTION VALUE ...]"
             for group in groups:
                 group._group_actions.sort(key=lambda action: rank(action.dest))
+            self.epilog = self.epilog or known_classes(self.description)
             self._action_groups = sorted(groups, key=lambda g: min((rank(a.dest) for a in g._group_actions), default=0))
             return super().format_help(*given, **options)
         finally:
@@ -147,6 +149,8 @@ class HalosParser(LateDefaults):
         if missing := re.match(r"the following arguments are required: (?:(\w+)\.)?(.*)", said):
             command += f" {missing[1]}" if missing[1] in LightningCLI.subcommands() else ""
             said = f"{missing[2]} must be given, in a config or on the command line"
+        elif word := re.match(r"unrecognized arguments: ([^-\s]\S*)", said):
+            said = f"{said}; {misplaced(word[1]) or 'an option begins with --, as in --config FILE'}"
         elif unknown := re.search(UNKNOWN_OPTION, said):
             said = f"{said.rstrip('.')}.{self._near(unknown['key'])} All options: {command} --help"
         elif '"comments" for --print_config' in said:
@@ -387,7 +391,7 @@ def check_files(words: Any) -> None:
         if not os.path.lexists(path):
             raise YAMLFileError(f"--config {path}: no such file (relative to {Path.cwd()})")
         if Path(path).is_file():  # a pipe can be read only once
-            content, lines = read_yaml(path)
+            content, lines = read_config(path)
             for key in GROUPS:
                 if not isinstance(content.get(key, {}), (dict, str)):
                     said = json.dumps(content[key], default=str)

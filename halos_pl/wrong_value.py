@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, add_instantiator
+from jsonargparse._actions import _ActionHelpClassPath
 from jsonargparse._typehints import ActionTypeHint, NestedArg
 
 _SEQUENCES = (list, tuple, set, frozenset, collections.abc.Iterable, collections.abc.Sequence)
@@ -256,8 +257,10 @@ def _within_class(key: str, hint: Any, base: type, value: Any) -> Misfit | None:
     else:
         cls, said, guess = found_class(base, path)
         if said:
-            accepts = (f"a {base.__name__} by its name, or the dotted path of a class",) if guess else _in_words(hint)
-            return Misfit(key, path, said, tuple(accepts), guess, depth=1 if "." in path or guess else 0.5)
+            article = "an" if base.__name__[0] in "AEIOU" else "a"
+            by_name = [f"{article} {base.__name__} by its name, or the dotted path of a class"]
+            accepts = tuple(by_name if guess else _in_words(hint))
+            return Misfit(key, path, said, accepts, guess, depth=1 if "." in path or guess else 0.5)
     if not inspect.isclass(cls):  # a function that returns what is wanted
         return None
     if not isinstance(given, dict):
@@ -339,6 +342,17 @@ def _flattened(given: Mapping[str, Any], known: Iterable[str], prefix: str = "")
             yield dotted, value
 
 
+def known_classes(help_of: str | None) -> str:
+    """Which classes there are, where the help of an abstract one is asked for.
+
+    Args:
+        help_of: what jsonargparse calls such a help.
+    """
+    path = re.match(r"Help for --\S+\.help=(\S+)$", help_of or "")
+    cls = imported(path[1]) if path else None
+    return f"There is {', '.join(_in_words(cls))}." if inspect.isclass(cls) and inspect.isabstract(cls) else ""
+
+
 # -- from an error --------------------------------------------------------------------------------------------------
 
 
@@ -370,6 +384,10 @@ def cause_in(error: BaseException | None) -> str | None:
     """
     for one in _chain(error):
         for frame, _ in traceback.walk_tb(one.__traceback__):
+            if frame.f_code is _ActionHelpClassPath.resolve_help_type.__code__:
+                action, value = frame.f_locals["self"], frame.f_locals["value"]
+                found = misfit(action.dest, Union[action._help_types], value)  # noqa: UP007
+                return str(found) if found else None
             if frame.f_code is not ActionTypeHint._check_type.__code__:
                 continue
             action, value = frame.f_locals["self"], frame.f_locals.get("orig_val")

@@ -20,6 +20,7 @@ from jsonargparse import ArgumentParser
 from halos_pl.build import load_objective, module_of_file, place_of
 from halos_pl.feedback import Feedback
 from halos_pl.messages import cause
+from halos_pl.misplaced import misplaced
 from halos_pl.objective import Objective
 from halos_pl.reference_points import ReferencePoint
 from halos_pl.rewards import Reward
@@ -146,6 +147,8 @@ def load_target(target: str | os.PathLike[str], init_args: str | None = None) ->
         if init_args is not None:
             raise TargetError("--init_args is for classes; a YAML file states its own arguments")
         return objective_of(target)
+    if (what := misplaced(target)) and not target.endswith(".py"):
+        raise TargetError(f"{what}; {ACCEPTED.replace('give', 'halos check takes')}")
     path, colon, name = target.rpartition(":")
     found = _from_file(Path(path), name) if colon else _from_module(target)
     given: Any = {}

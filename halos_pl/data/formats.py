@@ -26,6 +26,7 @@ from halos_pl.data.broken import CHUNK, Broken, Read, split_of
 from halos_pl.data.example import DataError, Fault, short
 from halos_pl.data.source import Source
 from halos_pl.data.text import TEXT
+from halos_pl.misplaced import misplaced
 
 #: Line (row, where there are no lines; from 1, 0 for the source as a whole) and what is there.
 Row = tuple[int, dict[str, Any] | Fault]
@@ -132,9 +133,13 @@ def refuse_missing(sources: Iterable[Source]) -> None:
     Raises:
         DataError: naming all of them.
     """
+    sources = list(sources)
     missing = [source.path for source in sources if not Path(source.path).exists() and not is_hub_name(source.path)]
     if missing:
         raise DataError(f"{', '.join(missing)}: {NOT_THERE.format(Path.cwd())}")
+    for source in sources:
+        if Path(source.path).is_file() and _kind(source.path) is None and not irregular(source.path):
+            raise DataError(f"{source.path}: {_unknown_kind(source.path)}")
 
 
 def files_of(source: Source) -> list[Source]:
@@ -239,10 +244,14 @@ def _wrong_settings(source: Source) -> str | None:
     return f"{given} is for data sets of the hub, and this is {where} here; leave it out" if given else None
 
 
+def _unknown_kind(path: str) -> str:
+    known = ", ".join([*(f"{ending}[.gz|.zst]" for ending in TEXT), *BINARY])
+    return "; ".join(filter(None, (f"unknown kind of file; supported are {known}", misplaced(path))))
+
+
 def _read(source: Source) -> Read:
     path = source.path
     kind = _kind(path)
-    known = ", ".join([*(f"{ending}[.gz|.zst]" for ending in TEXT), *BINARY])
     if wrong := _wrong_settings(source):
         yield 0, Broken(wrong, ends=True)
     elif what := irregular(path):
@@ -261,7 +270,7 @@ def _read(source: Source) -> Read:
     elif not Path(path).exists():
         yield 0, Broken(NOT_THERE.format(Path.cwd()), ends=True)
     elif kind is None:
-        yield 0, Broken(f"unknown kind of file; supported are {known}", ends=True)
+        yield 0, Broken(_unknown_kind(path), ends=True)
     else:
         yield from _file(path, kind, source.max_row)
 

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halos_pl.cache import Use, cache_root, limit, make_room
 from halos_pl.files import remove, share
+from halos_pl.misplaced import misplaced
 from halos_pl.policy.spec import ModelError, ModelSpec
 
 #: Written last into a converted folder: the SHA-256 of each of its files.
@@ -80,7 +81,8 @@ def _resolve(spec: ModelSpec) -> tuple[str, str | None]:
     folder = Path(path)
     if not folder.is_dir():
         if folder.is_file():
-            raise ModelError(f"model.policy.path: {path} is a file; name the folder that it is in")
+            what = misplaced(path) or f"{path} is a file; name the folder that it is in"
+            raise ModelError(f"model.policy.path: {what}")
         if spec.gguf_file is None and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
             raise ModelError(
                 f"model.policy.path: {path} is no folder here, and no name on the hub (those are OWNER/NAME)"

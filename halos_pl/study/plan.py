@@ -28,12 +28,13 @@ from halos_pl.build import place_of
 from halos_pl.data.example import DataError
 from halos_pl.data.prompts import TEXT_SETTINGS
 from halos_pl.ending import epoch_steps, fit_steps, shortfall
+from halos_pl.misplaced import misplaced, read_config
 from halos_pl.monitors import check_monitors
 from halos_pl.prompt_files import read_prompt_rows
 from halos_pl.study.evaluate import CODE, FILE, METRICS, RATIOS, SHARES, check_arguments, evaluate, measuring
 from halos_pl.study.judging import judged_by
 from halos_pl.study.planned_power import assumed
-from halos_pl.yaml_files import Lines, YAMLFileError, read_yaml
+from halos_pl.yaml_files import Lines, YAMLFileError
 
 KEYS = (
     *("configs", "options", "arms", "axes", "sample", "seeds", "evaluate", "metrics", "primary", "equivalence"),
@@ -203,9 +204,10 @@ class _Reader:
     def _read(path: Path) -> tuple[dict[str, Any], Lines]:
         """Content, and the line of each key."""
         try:
-            return read_yaml(path)
+            return read_config(path)
         except OSError as error:
-            raise StudyError(f"{path} cannot be read: {error.strerror or error}{place_of(path)}") from error
+            what = place_of(path) or (f"; {misplaced(path)}" if path.is_dir() else "")
+            raise StudyError(f"{path} cannot be read: {error.strerror or error}{what}") from error
         except YAMLFileError as error:
             raise StudyError(str(error)) from error
 

@@ -214,6 +214,17 @@ WORDS: dict[str, tuple[str, ...]] = {
     "--trainer.precison=bf16": ("--trainer.precison", "trainer.precision"),
     "--data.trian=x": ("--data.trian", "data.train"),
     "--data.batch_size": ("--data.batch_size",),
+    "--model.value_function.help=Logistc": ("model.value_function.help", "did you mean Logistic?"),
+    "--model.optimizer.help=torch.optim.Adamw": ("did you mean torch.optim.AdamW?",),
+    "--trainer.callbacks.help=EarlyStoping": ("did you mean EarlyStopping?",),
+    "--data.transforms.help=FlipLabel": ("did you mean FlipLabels?",),
+    "--model.feedback.help=mine.Nope": ("mine has no Nope", "Binary"),
+    "rows.jsonl": ("rows.jsonl is a file of data", "--data.train"),
+    "given.yaml": ("given.yaml is a config", "--config"),
+    "kto": ("kto", "--config FILE"),
+    "--config=rows.jsonl": ("rows.jsonl:2", "--data.train"),
+    "--data.train=given.yaml": ("given.yaml is a config", ".jsonl"),
+    "--model.policy.path=given.yaml": ("model.policy.path", "given.yaml is a config"),
     "--config=nope.yaml": ("nope.yaml",),
     "--print_config=coments": ("coments", "it takes comments"),
     "--ckpt_path=last": ("last",),
@@ -235,6 +246,7 @@ QUICK = (
     "trainer: {callbacks: [LearningRateMonitor, BatchSizeFinder]}",
     "data: {validation: rows.jsonl}\ntrainer: {val_check_interval: 100}",
     "--model.value_function.beta=x",
+    "--model.value_function.help=Logistc",
 )
 
 
@@ -257,6 +269,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"\n')
     (tmp_path / "empty").mkdir()
+    (tmp_path / "given.yaml").write_text("model: {undesirable: same}\n")
+    (tmp_path / "study.yaml").write_text("arms: {}\n")
     return tmp_path
 
 
@@ -297,20 +311,30 @@ COMMANDS_WRONG: dict[str, tuple[str, ...]] = {
     "fitt": ("fitt", "did you mean fit?"),
     "nope": ("nope", "fit", "ablate"),
     "data": ("halos data inspect",),
-    "cache": ("halos cache info",),
     "fit --config empty": ("--config empty", "folder"),
     "check nope.yaml": ("nope.yaml",),
+    "check rows.jsonl": ("rows.jsonl is a file of data", "halos check takes an objective's YAML file"),
+    "check empty": ("empty is a folder", "halos check takes"),
+    "data inspect given.yaml": ("given.yaml is a config", ".jsonl"),
+    "export given.yaml out": ("given.yaml is a config",),
+    "generate rows.jsonl --prompts rows.jsonl": ("rows.jsonl is a file of data",),
+    "ablate rows.jsonl": ("rows.jsonl:2", "is a file of data"),
+    "ablate empty": ("empty is a folder",),
+    "test rows.jsonl": ("rows.jsonl is a file of data",),
+    "cache rows.jsonl": ("rows.jsonl is a file of data",),
+    "data inspect study.yaml": ("study.yaml is a study", "halos ablate"),
+    "evaluate study.yaml --prompts rows.jsonl": ("study.yaml is a study",),
     'check Logistic --init_args {"beta":"x"}': ("beta",),
     'check Logistic --init_args {"betta":1}': ("betta",),
     "export nope out": ("nope",),
     "ablate nope.yaml": ("nope.yaml",),
     "data inspect nope.jsonl": ("nope.jsonl",),
     "generate nope --prompts rows.jsonl": ("nope",),
-    "generate --prompts rows.jsonl": ("halos generate", "folder"),
+    "generate --prompts rows.jsonl": ("halos generate", "model"),
 }
 
 
-QUICK_COMMANDS = ("fitt", "nope")
+QUICK_COMMANDS = ("fitt", "nope", "check rows.jsonl")
 
 
 @pytest.mark.parametrize(
