@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections import deque
@@ -43,6 +44,22 @@ PREDICTIONS = "predictions.jsonl"
 def holds_run(run_dir: Path) -> bool:
     """Whether an earlier fit has left something in a folder."""
     return any((run_dir / mark).exists() for mark in (LAST, METRICS))
+
+
+def named_run_dir(name: str) -> Path:
+    """The folder of a run by its name in a config, where no shell replaces ``~`` and variables.
+
+    Raises:
+        ValueError: for no name, and for one with a variable in it.
+    """
+    if not name:
+        raise ValueError('run_dir is empty; name a folder ("." is the one where you are)')
+    if variable := re.search(r"\$(\w+|\{.*?\})", name):
+        raise ValueError(
+            f"run_dir is {name!r}, but a config replaces no variable such as {variable[0]}; write the folder itself, or"
+            " give --run_dir on the command line, unquoted"
+        )
+    return Path(name).expanduser()
 
 
 def check_run_dir(run_dir: Path, goes_on: bool) -> None:
@@ -290,7 +307,10 @@ class RunReport(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Also where nothing was left to train, because the run had been killed after its last step."""
-        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not trainer.is_global_zero:
+            return
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_info(f"halos: a trial of {trainer.global_step} optimizer step(s) has ended; no run was written")
             return
         for logger in trainer.loggers:
             logger.save()

@@ -163,7 +163,7 @@ def find_checkpoint(run: Path, name: str | None = None) -> Path:
         rank_zero_info(f"halos: {last} does not exist; using {previous}")
         return previous
     if name != "best":
-        return _existing(Path(str(name)), "--ckpt_path takes last, best, or a file")
+        return _existing(Path(str(name)), "a checkpoint is last, best, or a file")
     return _best(run)
 
 
@@ -189,7 +189,7 @@ def _best(run: Path) -> Path:
         if len(found) != 1:
             if number:
                 continue
-            raise CheckpointError(f"--ckpt_path best: {_why_none_is_best(run, kept, found)}")
+            raise CheckpointError(f"no checkpoint is the best one: {_why_none_is_best(run, kept, found)}")
         name, state = found.popitem()
         parts = Path(name).parts[Path(name).is_absolute() :]
         # The run's folder may have another name by now, and another run may be where it was.

@@ -26,7 +26,7 @@ def main(args: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what the terminal has no character for is shown by its number
             stream.reconfigure(errors="backslashreplace")
-    words = spelled(sys.argv[1:] if args is None else args)
+    words = [at_home(word) for word in spelled(sys.argv[1:] if args is None else args)]
     if args is None:
         sys.argv[1:] = words
     else:
@@ -80,6 +80,12 @@ def spelled(words: list[str]) -> list[str]:
         print("halos: --checkpoint and --ckpt_path are the same option; give one of them", file=sys.stderr)
         raise SystemExit(2)
     return found
+
+
+def at_home(word: str) -> str:
+    """``--run_dir=~/x`` as a shell would make it of ``--run_dir ~/x``; most leave a ``~`` within a word alone."""
+    name, mark, value = word.partition("=")
+    return f"{name}={os.path.expanduser(value)}" if mark and name.startswith("--") and value.startswith("~/") else word
 
 
 def _put_last(folder: str) -> None:

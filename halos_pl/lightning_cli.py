@@ -31,7 +31,15 @@ from halos_pl.ablate_command import ablate, report, status
 from halos_pl.build import place_of
 from halos_pl.cache import NoHomeError, cache_root
 from halos_pl.cache_command import clear, info
-from halos_pl.callbacks import CONFIG, PredictionWriter, RunCSVLogger, RunReport, SaveRunConfig, check_run_dir
+from halos_pl.callbacks import (
+    CONFIG,
+    PredictionWriter,
+    RunCSVLogger,
+    RunReport,
+    SaveRunConfig,
+    check_run_dir,
+    named_run_dir,
+)
 from halos_pl.checkpoint import (
     LAST,
     PREVIOUS,
@@ -271,9 +279,8 @@ class HalosCLI(LightningCLI):
         check_loggers(config.trainer.logger)
         if said := refused_callback(config.trainer.callbacks, config.model.policy.dtype, config.trainer.precision):
             raise RunError(said)
-        if not config.run_dir:
-            raise RunError('run_dir is empty; name a folder ("." is the one where you are)')
-        run_dir = Path(config.run_dir)
+        run_dir = named_run_dir(config.run_dir)
+        config.run_dir = str(run_dir)
         if any(str(word).startswith("--trainer.default_root_dir") for word in self._words or ()):
             rank_zero_warn(f"halos: trainer.default_root_dir has no effect: all files go to run_dir, {run_dir}")
         config.trainer.default_root_dir = str(run_dir)
@@ -411,6 +418,17 @@ def check_length(trainer: Any) -> None:
     for name in ("max_steps", "max_epochs", "limit_train_batches"):
         if getattr(trainer, name) == 0:
             raise RunError(f"trainer.{name} is 0, so that nothing would be trained")
+    for what in ("steps", "epochs"):
+        least, most = getattr(trainer, f"min_{what}") or 0, getattr(trainer, f"max_{what}")
+        if most is not None and 0 <= most < least:
+            raise RunError(
+                f"trainer.min_{what} is {least}, but trainer.max_{what} is {most}; raise the latter or lower the former"
+            )
+    if trainer.loggers and trainer.log_every_n_steps < 1:
+        raise RunError(
+            f"trainer.log_every_n_steps is {trainer.log_every_n_steps}, so that metrics.csv would stay empty; it must"
+            " be at least 1. --trainer.logger false turns logging off"
+        )
     if trainer.val_check_interval == 0:
         raise RunError(
             "trainer.val_check_interval is 0; it takes steps, or a share of an epoch above 0."

@@ -88,7 +88,7 @@ def named_model(name: str, ckpt_path: str | None = None, chat_template: str | No
         text = text_settings(read_yaml(folder / CONFIG)[0].get("data") or {})
         return NamedModel(name, spec, folder, ckpt_path, text, template)
     if ckpt_path is not None:
-        raise ModelError(f"--ckpt_path {ckpt_path}: {name} is no folder of a run, whose checkpoint it could be")
+        raise ModelError(f"{name} is no folder of a run, so it has no checkpoint {ckpt_path}")
     others = [file for kind in ("*.gguf", f"*/{ADAPTER_CONFIG}") for file in folder.glob(kind)]
     if folder.is_dir() and not is_model and not others:
         known = f"{CONFIG}, config.json, {ADAPTER_CONFIG} or GGUF file"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from jinja2 import TemplateSyntaxError
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -37,6 +38,12 @@ def _loaded(loader: Any, spec: ModelSpec, *, weights: bool, **options: Any) -> A
             source, revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code, **options
         )
     except Exception as error:  # a foreign or broken file leads to whatever: UnpicklingError, KeyError, RuntimeError
+        if "couldn't connect" in str(error) and not Path(source).is_dir():
+            offline = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the hub cannot be reached"
+            raise ModelError(
+                f"{spec.path} could not be loaded: it is no folder here, not in the cache, and {offline}; check the"
+                " name and the connection, or name a local folder"
+            ) from error
         if "trust_remote_code" in str(error):
             hint = "say trust_remote_code: true (model.policy) if you trust that code"
         elif "attention implementation" in str(error) or "FlashAttention" in str(error):

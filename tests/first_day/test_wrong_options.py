@@ -15,7 +15,8 @@ from run_halos import ROOT, binary_data, config, fit, pair_data
 
 import halos_pl.module
 from halos_pl.build import build_objective
-from halos_pl.cli import main
+from halos_pl.callbacks import named_run_dir
+from halos_pl.cli import at_home, main
 from halos_pl.data import FeedbackDataModule
 from halos_pl.help_page import COMMANDS
 from halos_pl.lightning_cli import TOOLS
@@ -199,6 +200,12 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "seed_everything: -1": ("seed_everything is -1",),
     "run_dir: [a]": ("run_dir", "a text"),
     "run_dir: ''": ("run_dir",),
+    "run_dir: ${HOME}/mine": ("run_dir", "${HOME}"),
+    "run_dir: $RUNS/mine": ("run_dir", "$RUNS"),
+    "trainer: {log_every_n_steps: 0}": ("trainer.log_every_n_steps is 0",),
+    "trainer: {min_steps: 5, max_steps: 3}": ("trainer.min_steps is 5", "trainer.max_steps is 3"),
+    "trainer: {min_epochs: 5, max_epochs: 3}": ("trainer.min_epochs is 5", "trainer.max_epochs is 3"),
+    "model: {policy: {path: owner/there_is_none}}": ("owner/there_is_none", "local folder"),
     "run_dir: rows.jsonl": ("run_dir", "rows.jsonl"),
 }
 # The same on the command line.
@@ -327,6 +334,7 @@ COMMANDS_WRONG: dict[str, tuple[str, ...]] = {
     'check Logistic --init_args {"beta":"x"}': ("beta",),
     'check Logistic --init_args {"betta":1}': ("betta",),
     "export nope out": ("nope",),
+    "export nope out --checkpoint best": ("nope is no folder of a run", "checkpoint best"),
     "ablate nope.yaml": ("nope.yaml",),
     "data inspect nope.jsonl": ("nope.jsonl",),
     "generate nope --prompts rows.jsonl": ("nope",),
@@ -343,6 +351,14 @@ QUICK_COMMANDS = ("fitt", "nope", "check rows.jsonl")
 def test_a_wrong_command_is_told_in_a_line(command: str, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     line = refused(command.split(), capfd)
     assert all(name in line for name in COMMANDS_WRONG[command]), line
+
+
+def test_the_home_folder_is_found_where_no_shell_looks_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert named_run_dir("~/mine") == tmp_path / "mine"
+    assert named_run_dir("a~/mine$") == Path("a~/mine$")
+    assert at_home("--run_dir=~/mine") == f"--run_dir={tmp_path}/mine"
+    assert [at_home(word) for word in ("~/mine", "--a=b~/c", "--a=~", "fit")] == ["~/mine", "--a=b~/c", "--a=~", "fit"]
 
 
 def test_a_cause_that_rows_share_is_told_once(
