@@ -61,7 +61,7 @@ from halos_pl.messages import cause, plain
 from halos_pl.misplaced import misplaced, read_config
 from halos_pl.module import HALOModule, NonFiniteLossError, check_trainer, unsupported_strategy
 from halos_pl.monitors import check_monitors, say_unused
-from halos_pl.policy.loading import ModelError
+from halos_pl.policy.loading import ModelError, check_lora
 from halos_pl.progress import Progress
 from halos_pl.refused_callbacks import refused_callback
 from halos_pl.resume import KeepSettings
@@ -321,6 +321,7 @@ class HalosCLI(LightningCLI):
         """Refuses, before data are read, what could not work whatever they are."""
         check_length(self.trainer)
         self.model.check_fit(self.trainer)
+        check_lora(self.model.policy_spec)
         check_monitors(self.trainer, self.model, self.datamodule)
         say_unused(self.trainer, self.datamodule)
 

@@ -23,6 +23,7 @@ __all__ = [
     "ModelError",
     "ModelSpec",
     "base_model",
+    "check_lora",
     "compile_layers",
     "frequencies",
     "load_model",
@@ -112,6 +113,24 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model if spec.lora is None else adapters.with_lora(model, spec.lora)
+
+
+def check_lora(spec: ModelSpec) -> None:
+    """Refuses an adapter that could not be put on a model, by the model's configuration: no weights are read.
+
+    Raises:
+        ModelError: as :func:`load_model` would, for a name among its targets that is no layer's, say.
+    """
+    if spec.lora is None:
+        return
+    root, _ = adapters.chain(spec)
+    config = _loaded(AutoConfig, root, weights=False)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=root.trust_remote_code)
+    except Exception:  # a model that is made on a real device only
+        return
+    adapters.with_lora(model, spec.lora)
 
 
 def stored_dtype(spec: ModelSpec) -> str | None:

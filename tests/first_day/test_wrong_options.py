@@ -87,6 +87,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "model: {policy: {dtype: float61}}": ("model.policy.dtype", "did you mean float16?"),
     "model: {policy: {lora: {rank: 4}}}": ("model.policy.lora.rank", "has r, alpha"),
     "model: {policy: {lora: {r: 0}}}": ("model.policy.lora", "r 0"),
+    "model: {policy: {lora: {target_modules: [q_proj, v_prj]}}}": ("target_modules", "'v_prj'", "v_proj"),
+    "model: {policy: {lora: {target_modules: [layers]}}}": ("target_modules", "ModuleList", "q_proj"),
     "model: {policy: {lora: {r: x}}}": ("model.policy.lora.r is 'x'", "whole number"),
     "model: {policy: {lora: true}}": ("model.policy.lora is true", "target_modules"),
     # -- the Trainer ---------------------------------------------------------------------------------------------------
