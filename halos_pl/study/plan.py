@@ -206,8 +206,9 @@ class _Reader:
         try:
             return read_config(path)
         except OSError as error:
-            what = place_of(path) or (f"; {misplaced(path)}" if path.is_dir() else "")
-            raise StudyError(f"{path} cannot be read: {error.strerror or error}{what}") from error
+            if path.is_dir():
+                raise StudyError(f"{misplaced(path)}; halos ablate takes the YAML file of a study") from error
+            raise StudyError(f"{path} cannot be read: {error.strerror or error}{place_of(path)}") from error
         except YAMLFileError as error:
             raise StudyError(str(error)) from error
 
