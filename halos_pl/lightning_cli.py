@@ -480,10 +480,10 @@ def check_loggers(given: Any) -> None:
     Raises:
         RunError: naming what to install.
     """
-    for logger in given if isinstance(given, list) else [given]:
+    for number, logger in enumerate(given if isinstance(given, list) else [given]):
         path = logger.get("class_path") if isinstance(logger, Namespace) else None
         if missing := missing_package(str(path)):
-            raise RunError(missing)
+            raise RunError(f"trainer.logger{f'[{number}]' if isinstance(given, list) else ''}: {missing}")
 
 
 # What a Trainer computes on, and the value that leaves it to Lightning.

@@ -67,4 +67,4 @@ def missing_package(class_path: str) -> str:
     packages = PACKAGES.get(name, ())
     if not packages or any(find_spec(package) for package in packages):
         return ""
-    return f"trainer.logger: {name} needs {packages[0]}, which is not installed; say pip install {packages[0]}"
+    return f"{name} needs {packages[0]}, which is not installed; say pip install {packages[0]}"
