@@ -6,7 +6,6 @@ import io
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,10 @@ from halos_pl.study.evaluate import METRICS
 from halos_pl.study.plan import Arm
 from halos_pl.study.results import Results
 
-#: Inches; with fonts of 9 points it stays readable at the width of a phone.
-WIDTH = 6.2
+#: Inches: on a page, and on a phone, where panels stand one below the other.
+WIDTH, NARROW = 6.2, 3.5
+#: Inches per line of text, and characters per inch, at 9 points.
+LINE, CHARACTERS = 0.17, 11.5
 #: Okabe and Ito 2008, told apart with any colour vision; without their yellow, which is too pale for a line on white.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
 LINES = ("-", "--", ":", "-.")
@@ -75,8 +76,8 @@ def looks(results: Results) -> dict[str, dict[str, Any]]:
     return {arm.name: look(number) for number, arm in enumerate(arms)}
 
 
-def saved(figure: Figure, out: Path) -> Path:
-    """Writes a picture in 256 colours, a third of the size. Those that arms are told apart by stay exactly as they are.
+def png(figure: Figure) -> bytes:
+    """A picture in 256 colours, a third of the size. Those that arms are told apart by stay exactly as they are.
 
     Equal figures make equal bytes.
     """
@@ -94,8 +95,9 @@ def saved(figure: Figure, out: Path) -> Path:
     )
     drawn = Image.fromarray(nearest[places].reshape(pixels.shape[:2]).astype(np.uint8), mode="P")
     drawn.putpalette(palette.flatten().tolist())
+    out = io.BytesIO()
     drawn.save(out, format="PNG", optimize=True)
-    return out
+    return out.getvalue()
 
 
 def label(name: str, width: int = 30) -> str:
@@ -126,27 +128,40 @@ def _by_seed(results: Results, c: Comparison) -> list[float]:
     return effects
 
 
-def _panel(axis: Axes, results: Results, names: list[str], found: dict[str, Comparison]) -> None:
+def _places(ticks: list[str]) -> tuple[list[float], float]:
+    """Where each arm is drawn, in lines of text from the top, so that no two labels overlap; and the lines of all."""
+    rooms = np.array([max(1.9, tick.count("\n") + 1.6) for tick in ticks])
+    return (rooms.cumsum() - rooms / 2).tolist(), float(rooms.sum())
+
+
+def _below(found: dict[str, Comparison]) -> str:
+    """The label of the axis of effects."""
+    some = next(iter(found.values()))
+    if some.scale == "ratio":
+        return label(f"ratio to {some.reference}", 26)
+    return f"{label(f'difference from {some.reference}', 26)}\n{unit_of(some.metric)}"
+
+
+def _panel(axis: Axes, results: Results, places: dict[str, float], found: dict[str, Comparison]) -> None:
     """Effects with intervals, a line for each arm; open where nothing is significant."""
     some = next(iter(found.values()))
-    for place, name in enumerate(names):
+    for name, place in places.items():
         if (c := found.get(name)) is None:
             continue
         colour, fill, width = (SIGNIFICANT, SIGNIFICANT, 2.2) if c.significant else (NOT, "white", 1.4)
         axis.plot([c.low, c.high], [place, place], color=colour, linewidth=width)
         axis.plot(c.effect, place, "o", markeredgecolor=colour, markerfacecolor=fill, markersize=5)
         seeds = _by_seed(results, c)
-        axis.plot(seeds, [place + 0.28] * len(seeds), "|", color=colour, markersize=5)
-    for place, name in enumerate(names):
-        if name == some.reference:
-            axis.text(some.null, place, " baseline", fontsize=8, color=NOT, va="center")
+        axis.plot(seeds, [place + 0.55] * len(seeds), "|", color=colour, markersize=5)
     axis.axvline(some.null, color="black", linewidth=0.8, zorder=1.7)  # above the grid, below the intervals
     if some.scale == "ratio":
         _ratio_axis(axis)
-    kind = "ratio to" if some.scale == "ratio" else "difference to"
-    unit = "" if some.scale == "ratio" else f"\n{unit_of(some.metric)}"
-    axis.set_xlabel(f"{kind} {label(some.reference, 24)}{unit}", fontsize=9)
-    axis.set_ylim(len(names) - 0.4, -0.6)
+    if (place := places.get(some.reference)) is not None:
+        room = axis.transAxes.inverted().transform(axis.transData.transform((some.null, place)))[0]
+        axis.text(
+            some.null, place, " baseline ", fontsize=8, color=NOT, va="center", ha="left" if room < 0.5 else "right"
+        )
+    axis.set_xlabel(_below(found), fontsize=9)
     axis.grid(axis="x", color="0.92")
     axis.tick_params(axis="x", labelsize=8)
     if some.scale == "difference":
@@ -163,39 +178,51 @@ def _ratio_axis(axis: Axes) -> None:
     axis.xaxis.set_minor_locator(NullLocator())
 
 
-def forest(results: Results) -> Figure | None:
+def forest(results: Results, width: float = WIDTH) -> Figure | None:
     """The paired differences that are tested, with intervals: to the baseline, and to the model before training."""
-    metrics = [m for m in results.study.metrics if results.comparisons(m) or results.learned(m)]
-    if not metrics:
+    panels = {}
+    for metric in results.study.metrics:
+        if both := [found for found in (results.comparisons(metric), results.learned(metric)) if found]:
+            panels[metric] = both
+    if not panels:
         return None
     names = [arm.name for arm in results.ranked if results.seeds(arm)]
-    ticks = [label(name, 24) for name in names]
-    lines = sum(1 + tick.count("\n") for tick in ticks)
-    figure = Figure(figsize=(WIDTH, (0.15 * len(names) + 0.15 * lines + 1.15) * len(metrics)), layout="constrained")
-    parts = _list(figure.subfigures(len(metrics), 1))
-    for part, metric in zip(parts, metrics, strict=True):
-        part.suptitle("\n".join(textwrap.wrap(f"{metric}: {METRICS[metric][1]}", 72)), fontsize=9, x=0.01, ha="left")
-        both = [found for found in (results.comparisons(metric), results.learned(metric)) if found]
-        axes = _list(part.subplots(1, len(both), sharey=True))
-        for axis, found in zip(axes, both, strict=True):
-            _panel(axis, results, names, found)
-        axes[0].set_yticks(range(len(names)), ticks, fontsize=9)
-        axes[0].set_ylabel("arm", fontsize=9)
+    ticks = [label(name, round(width * 3.9) if width == WIDTH else 16) for name in names]
+    at, lines = _places(ticks)
+    places = dict(zip(names, at, strict=True))
+    titles = {m: "\n".join(textwrap.wrap(f"{m}: {METRICS[m][1]}", round(width * CHARACTERS))) for m in panels}
+    rows = {metric: 1 if width == WIDTH else len(both) for metric, both in panels.items()}
+    heights = []
+    for metric, both in panels.items():
+        below = sorted(_below(found).count("\n") + 3.4 for found in both)[-rows[metric] :]
+        heights.append(LINE * (lines * rows[metric] + sum(below) + titles[metric].count("\n") + 1))
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+    parts = _list(figure.subfigures(len(panels), 1, height_ratios=heights))
+    for part, (metric, both) in zip(parts, panels.items(), strict=True):
+        part.suptitle(titles[metric], fontsize=9, x=0.01, ha="left")
+        axes = _list(part.subplots(rows[metric], len(both) // rows[metric], sharey=True))
+        for axis, each in zip(axes, both, strict=True):
+            _panel(axis, results, places, each)
+        axes[0].set_ylim(lines, 0)
+        axes[0].set_yticks(at, ticks, fontsize=9)
+        for axis in axes[:: len(both) // rows[metric]]:
+            axis.tick_params(axis="y", labelsize=9)
+            axis.set_ylabel("arm", fontsize=9)
     return figure
 
 
-def curves(results: Results) -> Figure | None:
+def curves(results: Results, width: float = WIDTH) -> Figure | None:
     """Training figures along the steps."""
     known = [name for name in CURVES if any(results.figures(arm, name) for arm in results.study.arms)]
     if not known:
         return None
     styles = looks(results)
     arms = [arm for arm in results.ranked if any(results.figures(arm, name) for name in known)]
-    names = {arm.name: label(arm.name, 40) for arm in arms}
+    names = {arm.name: label(arm.name, 40 if width == WIDTH else 30) for arm in arms}
     longest = max(len(line) for name in names.values() for line in name.split("\n"))
-    columns = max(1, min(3, len(arms), int((WIDTH - 0.3) / (0.085 * longest + 0.6))))
+    columns = max(1, min(3, len(arms), int((width - 0.3) / (0.085 * longest + 0.6))))
     lines = sum(1 + name.count("\n") for name in names.values()) / columns + 1
-    figure = Figure(figsize=(WIDTH, 2.3 * len(known) + 0.19 * lines), layout="constrained")
+    figure = Figure(figsize=(width, 2.3 * len(known) + 0.19 * lines), layout="constrained")
     handles = {}
     for axis, name in zip(_list(figure.subplots(len(known), 1, sharex=True)), known, strict=True):
         for arm in arms:
@@ -210,7 +237,7 @@ def curves(results: Results) -> Figure | None:
             if len(values) > 1:
                 low, high = values.min(axis=0), values.max(axis=0)
                 axis.fill_between(steps, low, high, color=style["color"], alpha=0.12, linewidth=0)
-        axis.set_title(CURVES[name].title, fontsize=9, loc="left")
+        axis.set_title("\n".join(textwrap.wrap(CURVES[name].title, round(width * 10))), fontsize=9, loc="left")
         axis.set_ylabel(CURVES[name].unit, fontsize=9)
         axis.grid(color="0.92")
     axis.set_xlabel("optimizer step", fontsize=9)
@@ -226,7 +253,7 @@ def curves(results: Results) -> Figure | None:
     return figure
 
 
-def value_functions(results: Results) -> Figure | None:
+def value_functions(results: Results, width: float = WIDTH) -> Figure | None:
     """v over the outcomes of each arm's last rows."""
     drawn: list[tuple[Arm, dict[float, float]]] = []
     for arm in results.ranked:
@@ -234,9 +261,10 @@ def value_functions(results: Results) -> Figure | None:
             drawn.append((arm, {float(u): y for u, y in drawn_once.items()}))
     if not drawn:
         return None
-    rows = -(-len(drawn) // 2)
-    figure = Figure(figsize=(WIDTH, 2.2 * rows + 0.3), layout="constrained")
-    axes = _list(figure.subplots(rows, 2))
+    columns = 2 if width == WIDTH else 1
+    rows = -(-len(drawn) // columns)
+    figure = Figure(figsize=(width, 2.2 * rows + 0.3), layout="constrained")
+    axes = _list(figure.subplots(rows, columns))
     for number, (axis, (arm, points)) in enumerate(zip(axes, drawn, strict=False)):
         reach = max(points)
         axis.plot(list(points), list(points.values()), color="black")
@@ -251,7 +279,7 @@ def value_functions(results: Results) -> Figure | None:
         axis.set_title(label(arm.name, 34), fontsize=9, loc="left")
         axis.set_ylabel("value v(u)", fontsize=8)
         beside.set_ylabel("rows", fontsize=8)
-        if number >= len(drawn) - 2:
+        if number >= len(drawn) - columns:
             axis.set_xlabel("outcome u, nats", fontsize=8)
         for each in (axis, beside):
             each.tick_params(labelsize=8)
@@ -260,7 +288,7 @@ def value_functions(results: Results) -> Figure | None:
     return figure
 
 
-def heat_map(results: Results) -> Figure | None:
+def heat_map(results: Results, width: float = WIDTH) -> Figure | None:
     """The primary metric over two options with numbers, where the arms are a grid of them."""
     arms = results.study.arms
     keys = [
@@ -274,18 +302,23 @@ def heat_map(results: Results) -> Figure | None:
     places = [tuple(arm.options[key] for key in keys) for arm in arms]
     if len(keys) != 2 or not found or len(set(places)) < len(places):  # several arms in one place cannot be drawn
         return None
+    if width < WIDTH:  # the longer side runs down
+        keys.sort(key=lambda key: len({arm.options[key] for arm in arms}))
     columns, rows = (sorted({arm.options[key] for arm in arms}) for key in keys)
     values = np.full((len(rows), len(columns)), np.nan)
     for arm, e in found.items():
         values[rows.index(arm.options[keys[1]]), columns.index(arm.options[keys[0]])] = e.value
-    figure = Figure(figsize=(min(WIDTH, 2.2 + 0.9 * len(columns)), 1.5 + 0.55 * len(rows)), layout="constrained")
+    size = min(width, 2.2 + 0.9 * len(columns))
+    cell = (size - 1.6) / len(columns)
+    figure = Figure(figsize=(size, 1.5 + (0.55 if cell > 0.5 else 0.7) * len(rows)), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(values, origin="lower", cmap="viridis", aspect="auto")
     known = values[np.isfinite(values)]
     for i, j in np.argwhere(np.isfinite(values)):
         ink = "black" if values[i, j] > known.min() + 0.6 * np.ptp(known) else "white"
-        axis.text(j, i, f"{values[i, j]:.3g}", ha="center", va="center", color=ink, fontsize=9)
-    axis.set_xticks(range(len(columns)), [f"{c:g}" for c in columns])
+        turned = 0 if cell > 0.5 else 90  # where a cell is narrower than its number
+        axis.text(j, i, f"{values[i, j]:.3g}", ha="center", va="center", color=ink, fontsize=9, rotation=turned)
+    axis.set_xticks(range(len(columns)), [f"{c:g}" for c in columns], rotation=0 if cell > 0.5 else 90)
     axis.set_yticks(range(len(rows)), [f"{r:g}" for r in rows])
     axis.set_xlabel(label(keys[0].rpartition(".")[2]), fontsize=9)
     axis.set_ylabel(label(keys[1].rpartition(".")[2]), fontsize=9)
@@ -295,7 +328,7 @@ def heat_map(results: Results) -> Figure | None:
 
 
 #: File name: title, caption, what draws it.
-PICTURES: dict[str, tuple[str, str, Callable[[Results], Figure | None]]] = {
+PICTURES: dict[str, tuple[str, str, Callable[..., Figure | None]]] = {
     "forest.png": (
         "Differences",
         "Paired differences, as they are tested, with 95 % intervals; filled: significant; small marks: single seeds",

@@ -19,7 +19,7 @@ from halos_pl.messages import plain
 from halos_pl.study.comparison import Comparison
 from halos_pl.study.digits import decimals, number, of_comparison, of_estimate, p_value, short
 from halos_pl.study.evaluate import METRICS, PER_TOKEN, RATIOS, SHARES
-from halos_pl.study.figures import CURVES, PICTURES, saved, unit_of
+from halos_pl.study.figures import CURVES, NARROW, PICTURES, png, unit_of
 from halos_pl.study.first_line import first_line
 from halos_pl.study.headline import headline
 from halos_pl.study.markdown import escaped, fence
@@ -194,8 +194,11 @@ def write_report(results: Results) -> Path:
         if (figure := draw(results)) is None:
             path.unlink(missing_ok=True)  # or an earlier one would stay beside a report that does not show it
             continue
-        data = base64.b64encode(saved(figure, path).read_bytes()).decode()
-        pictures.append({"title": title, "caption": caption, "name": name, "data": data})
+        data = png(figure)
+        path.write_bytes(data)
+        small = png(draw(results, NARROW))
+        shown = {"wide": base64.b64encode(data).decode(), "narrow": base64.b64encode(small).decode()}
+        pictures.append({"title": title, "caption": caption, "name": name, **shown})
     said = content(results)
     commands = "\n".join(["", *(line for pair in said["commands"] for line in pair)])
     commands = plain(f"{said['command']}\n{commands}")
