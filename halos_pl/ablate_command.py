@@ -77,7 +77,8 @@ def ablate(
 def _say_report(results: Results) -> None:
     _say_untold(results)
     path = write_report(results)
-    print(plain(f"{first_line(results)}\n{headline(results)}\nhalos: the report is {path}, and report.md beside it"))
+    said = [first_line(results), *headline(results), f"halos: the report is {path}, and report.md beside it"]
+    print("\n".join(map(plain, said)))
 
 
 def _say_untold(results: Results) -> None:

@@ -17,12 +17,13 @@ from halos_pl.data.source import Source
 
 LIBRARIES = ("halos_pl", "torch", "lightning", "transformers", "peft", "datasets", "scipy", "statsmodels")
 HERE = Path()
+NO_CHECKOUT = "not in a git checkout"
 
 
 def provenance() -> dict[str, Any]:
     """By what a run was made: the working folder's revision, halos_pl's own, versions of libraries, the machine."""
     return {
-        "revision": _revision(HERE) or "not in a git checkout",
+        "revision": _revision(HERE) or NO_CHECKOUT,
         "halos_pl": own_revision(),
         "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
         "machine": f"{platform.machine()}, {platform.system()}, {os.cpu_count()} cores",

@@ -189,8 +189,8 @@ def test_power_is_said_of_the_planned_seeds_and_prompts(make: Any, tmp_path: Pat
     many = {"metrics": ["rule", "length"], "seeds": [0, 1, 2]}
     for own, wanted in (
         ({}, ["2 arms x 3 seeds x 80 prompts", "prompt_sd 0.71, run_sd 0 ", "run_sd 0.2 "]),
-        ({"power": {"prompt_sd": 0.4, "run_sd": 0.05}}, ["prompt_sd 0.4, run_sd 0.05 (as power states)"]),
-        ({"seeds": [0]}, ["one seed"]),
+        ({"power": {"prompt_sd": 0.4, "run_sd": 0.05}}, ["prompt_sd 0.4, run_sd 0.05 (as stated)"]),
+        ({"seeds": [0]}, ["2 arms x 1 seed x", "none"]),
         ({"primary": "length"}, ["unknown; name power"]),
         ({"primary": "length", "power": {"prompt_sd": 0.4, "run_sd": 0.05}}, ["a factor of"]),
     ):
@@ -199,7 +199,7 @@ def test_power_is_said_of_the_planned_seeds_and_prompts(make: Any, tmp_path: Pat
             assert text in said
     noise = Noise.planned(prompt_sd=0.4, run_sd=0.05, sampling_sd=0, count=80, seeds=3, arms=2)
     said = "\n".join(power_lines(load_study(make(**many, power={"prompt_sd": 0.4, "run_sd": 0.05})), 80))
-    assert f"20 points {power(0.2, noise, 0.05 / MARGIN):.2f}" in said
+    assert f"{power(0.2, noise, 0.05 / MARGIN):.2f} for 20 points" in said
     assert check(load_study(make(**many)))["kto"].examples == 3
     assert check(load_study(make(metrics=["reward_auroc"])))["kto"].examples == 6
     path = make(power={"values": str(tmp_path / "none.csv.gz")})
@@ -225,18 +225,18 @@ def test_a_detectable_size_is_stated_only_of_arms_that_have_one(make: Any, tmp_p
     results = Results(study, tmp_path / "out")
     found = results.comparisons("rule")
     assert all(c.decision == "not significant" and c.detectable for c in found.values())
-    assert f"{max(c.detectable or 0 for c in found.values()):.2g} is found 4 times in 5" in headline(results)
+    assert f"a difference of {max(c.detectable or 0 for c in found.values()):.2g})" in " ".join(headline(results))
     # So much noise in one arm's comparison that no difference of shares would be found.
     assert found["b"].noise is not None
     found["b"].__dict__.pop("detectable")
     object.__setattr__(found["b"], "noise", replace(found["b"].noise, run=1.0))
     assert found["b"].detectable is None
-    said = headline(results)
-    assert f"{found['c'].detectable:.2g} is found 4 times in 5 (c)" in said
+    said = " ".join(headline(results))
+    assert f"80 % power of c for a difference of {found['c'].detectable:.2g}" in said
     assert "too few values of b" in said
     object.__setattr__(found["c"], "noise", found["b"].noise)
     found["c"].__dict__.pop("detectable")
-    assert "is found 4 times in 5" not in headline(results)
+    assert "80 % power for a" not in " ".join(headline(results))
 
 
 def test_arms_are_crossed_with_axes_and_sampled(make: Any) -> None:
@@ -472,7 +472,10 @@ def test_runs_say_how_they_were_measured(make: Any, here: list[str], tmp_path: P
             assert digest in (out / "report.md").read_text()
     assert "## At the end of training" in (out / "report.md").read_text()
     assert set(said["by"]) == {"revision", "halos_pl", "versions", "machine"}
-    assert f"1 runs by revision {said['by']['revision']}" in (out / "report.md").read_text()
+    made = (out / "report.md").read_text().partition("## How it was computed")[2]
+    assert "1 run " in made
+    for key in ("revision", "halos_pl", "machine"):
+        assert said["by"][key] in made
     assert f"--out {out}" in (out / "report.md").read_text()
     other = {name: own for name, own in arms.items() if name != "kto"}
     more = {**measured, "max_new_tokens": 4}
@@ -733,7 +736,7 @@ def test_a_study_runs_goes_on_after_a_failure_and_reports(make: Any, here: list[
     assert execute.failure(results.runs[-1])["error"] == "halos: RuntimeError: out of memory"
     page = (out / "report.md").read_text()
     assert f"| {broken} | failed | halos: RuntimeError: out of memory |" in page
-    assert "1 of 4 runs are missing" in page
+    assert "Missing: 1 of 4 runs" in page
 
     here.clear()
     main(["ablate", str(path), f"--out={out}"])

@@ -7,6 +7,7 @@ import gzip
 import io
 import itertools
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -25,12 +26,14 @@ from PIL import Image
 from run_halos import ROOT
 
 from halos_pl.cli import main
-from halos_pl.study import figures
+from halos_pl.study import figures, report
 from halos_pl.study.comparison import ratio
 from halos_pl.study.digits import decimals, number, of_comparison
 from halos_pl.study.first_line import first_line
 from halos_pl.study.gather import _training
+from halos_pl.study.headline import headline
 from halos_pl.study.plan import BEFORE, SHORTER, Study, StudyError, load_study
+from halos_pl.study.planned_power import power_lines
 from halos_pl.study.recorded import VALUES, Recorded, read_recorded, write_recorded
 from halos_pl.study.report import write_report
 from halos_pl.study.results import Results
@@ -146,27 +149,27 @@ def test_a_file_that_is_cut_is_refused(tmp_path: Path) -> None:
             Results(load_study(tmp_path / "study.yaml"), tmp_path)
 
 
-def test_a_report_is_computed_from_values_and_the_study_alone(tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize("drawn", [["forest.png"], pytest.param([*figures.PICTURES], marks=pytest.mark.slow)])
+def test_a_report_is_computed_from_values_and_the_study_alone(
+    drawn: list[str], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Moved elsewhere, without any run, it is the same report, byte by byte, figures included."""
-    write_report(
-        results_of(tmp_path / "one", {"a": 0.0, "b": 1.0, "c": -1.0}, metrics=("reward_margin", "kl_held_out"))
-    )
+    monkeypatch.setattr(report, "PICTURES", {name: figures.PICTURES[name] for name in drawn})
+    write_report(results_of(tmp_path / "one", {"a": 0.0, "b": 1.0, "c": -1.0}, examples=12))
     (tmp_path / "two").mkdir()
     for name in ("study.yaml", VALUES, "record.json"):
         shutil.copy(tmp_path / "one" / name, tmp_path / "two")
     main(["ablate", "report", str(tmp_path / "two")])
     written = {path.name for path in (tmp_path / "one").iterdir()}
-    assert written >= {"report.md", "report.html", "forest.png", "curves.png", "value_functions.png"}
+    assert written >= {"report.md", "report.html", *drawn} - {"heat_map.png"}
     for name in written:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
     (tmp_path / "two" / "record.json").unlink()  # the words of it are then missing, no number is
     main(["ablate", "report", str(tmp_path / "two")])
     assert (tmp_path / "one" / "forest.png").read_bytes() == (tmp_path / "two" / "forest.png").read_bytes()
-    tables = [
-        [line for line in (tmp_path / name / "report.md").read_text().splitlines() if line.startswith("| ")][:20]
-        for name in ("one", "two")
-    ]
-    assert tables[0] == tables[1]
+    pages = [(tmp_path / name / "report.md").read_text().partition("## Arms")[0] for name in ("one", "two")]
+    tables = [[line for line in page.splitlines() if line.startswith("| ")] for page in pages]
+    assert tables[0] == tables[1] != []
 
 
 def test_a_folder_without_runs_and_values_has_no_report(tmp_path: Path, capsys: Any) -> None:
@@ -205,7 +208,13 @@ def test_margins_are_in_nats_whatever_beta_is(tmp_path: Path) -> None:
     assert _training(run, None)["training/margin"] == {"1": 3.0, "3": 5.0}
 
 
-def test_baselines_have_a_row_in_every_table(tmp_path: Path) -> None:
+@pytest.fixture
+def text_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports are written without figures, which take most of the time."""
+    monkeypatch.setattr(report, "PICTURES", {})
+
+
+def test_baselines_have_a_row_in_every_table(tmp_path: Path, text_only: None) -> None:
     metrics = ("reward_accuracy", "kl_held_out")
     results = results_of(tmp_path, {"a": 0.5, "b": 0.9}, before=0.5, metrics=metrics)
     values = {
@@ -251,7 +260,7 @@ def test_accuracy_by_length_counts_words_of_pairs() -> None:
     assert by_length([{k: v for k, v in r.items() if k != "words"} for r in records]) == {}
 
 
-def test_the_first_line_says_who_won_and_whether_to_believe_it(tmp_path: Path) -> None:
+def test_the_first_line_says_who_won_and_whether_to_believe_it(tmp_path: Path, text_only: None) -> None:
     shift = {"base": 0.0, "worst": -3.0, "best": 3.0}
     results = results_of(tmp_path / "clear", shift, before=0.0)
     assert [arm.name for arm in results.ranked] == ["best", "base", "worst"]
@@ -359,10 +368,48 @@ def test_no_arm_has_the_name_of_a_baseline(name: str, tmp_path: Path) -> None:
         study_of(tmp_path, ["a", name], ["kl"])
 
 
-def test_one_arm_alone_is_compared_with_the_model_before_training(tmp_path: Path) -> None:
-    learned = first_line(results_of(tmp_path / "learned", {"kto": 3.0}, before=0.0))
-    assert learned.startswith("kto")
-    assert first_line(results_of(tmp_path / "not", {"kto": 0.0}, before=0.0)).startswith("Nothing was learned")
+def test_one_arm_alone_is_compared_with_the_model_before_training(tmp_path: Path, text_only: None) -> None:
+    results = results_of(tmp_path / "learned", {"kto": 3.0}, metrics=("reward_margin", "brier"))
+    c = results.learned("reward_margin")["kto"]
+    assert c.significant
+    assert results.learned("brier")["kto"].exploratory
+    line = first_line(results)
+    assert line.startswith("kto")
+    assert f"{of_comparison(c)} against the untrained model; believe it" in line
+    write_report(results)
+    table = (tmp_path / "learned" / "report.md").read_text().partition("## reward_margin")[2]
+    assert row_of(table, "kto")[-3:] == ["< 0.001".replace("<", "&lt;"), "significant over seeds", of_comparison(c)]
+    assert first_line(results_of(tmp_path / "not", {"kto": 0.0})).startswith("Nothing was learned")
+    alone = first_line(results_of(tmp_path / "alone", {"kto": 0.0}, before=None))
+    assert "nothing to compare it with" in alone
+
+
+def test_a_margin_that_cannot_be_used_is_said(tmp_path: Path, text_only: None) -> None:
+    """Equivalence is of ratios where the metric is positive, and a KL of 0 has none."""
+    draw = np.random.default_rng(0)
+    found = {(arm, seed): draw.random(20).tolist() for arm in "ab" for seed in range(3)}
+    sound = _recorded(tmp_path / "sound", ["a", "b"], found, metrics=["kl"], equivalence=1.1)
+    assert not any("quivalence" in line for line in headline(sound))
+    zero = _recorded(tmp_path / "zero", ["a", "b"], found | {("b", 1): [0.0] * 20}, metrics=["kl"], equivalence=1.1)
+    assert zero.comparisons("kl")["b"].scale == "difference"
+    write_report(zero)
+    page = (tmp_path / "zero" / "report.md").read_text()
+    [line] = [line for line in page.splitlines() if line.startswith("- Equivalence was not tested")]
+    assert "1.1" in line
+
+
+def test_one_is_singular(tmp_path: Path, text_only: None) -> None:
+    results = _recorded(tmp_path, ["a", "b"], {("a", 0): [1.0], ("b", 0): [0.0]}, seeds=1)
+    said = [first_line(results), *headline(results), *power_lines(results.study, 1)]
+    assert "1 seed and 1 prompt." in said[1]
+    assert not [line for line in said if re.search(r"\b1 (seeds|prompts|runs|arms)", line)]
+
+
+def test_differences_of_shares_stay_between_minus_one_and_one(tmp_path: Path) -> None:
+    bad, good = [0.0, 0.0, 0.0, 1.0], [1.0, 1.0, 0.0, 1.0]
+    found = {("a", 0): bad, ("a", 1): good, ("b", 0): good, ("b", 1): bad}
+    c = _recorded(tmp_path, ["a", "b"], found, seeds=2).comparisons("rule")["b"]
+    assert (c.low, c.high) == (-1, 1)
 
 
 @given(value=st.floats(-1e6, 1e6), half=st.floats(1e-6, 1e6))

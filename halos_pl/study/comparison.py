@@ -37,7 +37,7 @@ class Comparison:
         scale: ``difference`` (arm - reference, in the metric's unit) or ``ratio`` (arm / reference, of geometric means
             over runs; for positive metrics, which are tested on the log scale).
         effect: the estimate, on that scale.
-        low, high: its 95 % interval, not corrected for the other comparisons.
+        low, high: its 95 % interval, not corrected for the other comparisons; of shares within -1 and 1.
         p: of the test that the decision rests on, uncorrected; NaN where there is no test.
         adjusted: p corrected for all comparisons of the primary metric; None for an exploratory metric.
         decision: what the report may say.
@@ -45,7 +45,8 @@ class Comparison:
         examples: prompts behind it.
         seeds: seeds that both sides have; those of the arm where the reference has none. The untrained model has none.
         planned: seeds of the study.
-        margin: of equivalence, on that scale; None where the study names none.
+        margin: of equivalence, on that scale; None where the study names none, or where it is a ratio and the means
+            have none.
         noise: what the difference varies by, on the scale of the test; None where that is unknown.
         level: of the strictest step of the correction.
         share: whether the metric lies between 0 and 1, so that no difference is above 1.
@@ -72,7 +73,7 @@ class Comparison:
 
     @cached_property
     def detectable(self) -> float | None:
-        """The smallest effect on that scale that such a comparison finds 4 times in 5, at the strictest step.
+        """The smallest effect on that scale that such a comparison finds with a power of 0.8, at the strictest step.
 
         None where there is none that the metric can have, or where it cannot be known.
         """
@@ -115,8 +116,9 @@ class Comparison:
             return f"equivalent within {'a factor of' if self.scale == 'ratio' else '±'} {self.margin:.3g}"
         if self.decision == "not significant":
             if self.detectable is None:
-                return "not significant; too few values to find any difference"
-            size = f"x {ratio(self.detectable)}" if self.scale == "ratio" else f"{self.detectable:.2g}"
-            return f"not significant; found 4 times in 5: {size}"
+                return "not significant (too few values for 80 % power at any difference)"
+            ratios = self.scale == "ratio"
+            size = f"a factor of {ratio(self.detectable)}" if ratios else f"a difference of {self.detectable:.2g}"
+            return f"not significant (80 % power for {size})"
         some = 1 < self.seeds < self.planned and self.decision in ("significant over seeds", "equivalent")
-        return f"{self.decision} (by {self.seeds} of {self.planned} seeds)" if some else self.decision
+        return f"{self.decision} ({self.seeds} of {self.planned} seeds)" if some else self.decision

@@ -15,7 +15,6 @@ only". One seed allows no more; then McNemar's test or the paired permutation ov
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -150,7 +149,7 @@ def compare(
         family: comparisons of this metric that the study will make, those of arms to come included.
         primary: whether decisions are wanted; otherwise estimates and intervals.
         scale: ``ratio`` for positive metrics; where a run's mean is 0, they are compared by differences all the same.
-        margin: of equivalence, on that scale; a ratio above 1.
+        margin: of equivalence, on that scale; a ratio above 1, dropped where differences are compared.
         share: the metric lies between 0 and 1.
 
     Raises:
@@ -160,10 +159,6 @@ def compare(
     if scale == "ratio":
         logs = {name: runs.logs for name, runs in arms.items()}
         if any(each is None for each in logs.values()):
-            if margin is not None:
-                warnings.warn(
-                    "equivalence is a ratio, but the mean of a run is not above 0: it is not tested", stacklevel=2
-                )
             scale, margin = "difference", None
         else:
             arms = {name: each for name, each in logs.items() if each is not None}
@@ -204,8 +199,8 @@ def compare(
                 reference=reference,
                 scale=scale,
                 effect=float(back(test.value)),
-                low=float(back(test.low)),
-                high=float(back(test.high)),
+                low=max(float(back(test.low)), -1.0 if share else -math.inf),
+                high=min(float(back(test.high)), 1.0 if share else math.inf),
                 p=test.p if primary else math.nan,
                 adjusted=(runs_p if one else p) if primary else None,
                 decision=_decision(test, p, runs_p, same, planned) if primary else "exploratory",

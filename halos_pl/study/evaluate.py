@@ -33,14 +33,14 @@ LATER = ("ckpt_path", "reference", "prompt_column", "text_prompts", "chat_templa
 #: vary by themselves: the n of a metric is a number of prompts.
 METRICS: dict[str, tuple[str, str, bool | None]] = {
     "reward_accuracy": ("pairs", "share of pairs whose chosen completion has the higher reward", True),
-    "reward_margin": ("pairs", "reward of the chosen less that of the rejected completion, nats", True),
+    "reward_margin": ("pairs", "reward of the chosen minus that of the rejected completion, nats", True),
     "brier": ("pairs", "squared error of sigmoid(beta * margin) as the probability that the chosen one wins", False),
     "reward_auroc": ("examples", "share of undesirable rows with a lower reward than a desirable one", True),
     "nll_desirable": ("rows", "negative log-prob of desirable completions, nats per token", False),
     "nll_undesirable": ("rows", "negative log-prob of undesirable completions, nats per token", None),
     "kl_held_out": ("examples", "KL from the reference along held-out completions, nats, exact at each token", None),
     "kl": ("prompts", "KL from the reference along the policy's answers as sampled, nats, exact at each token", None),
-    "length": ("prompts", "tokens of the answers", None),
+    "length": ("prompts", "tokens per answer", None),
     "finished": ("prompts", "share of answers that the model ended by itself", None),
     "rule": ("prompts", "share of answers that meet the rule", True),
     "judge": (

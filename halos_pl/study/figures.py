@@ -156,7 +156,8 @@ def _panel(axis: Axes, results: Results, places: dict[str, float], found: dict[s
     axis.axvline(some.null, color="black", linewidth=0.8, zorder=1.7)  # above the grid, below the intervals
     if some.scale == "ratio":
         _ratio_axis(axis)
-    if (place := places.get(some.reference)) is not None:
+    if some.reference in places:
+        place = places[some.reference]
         room = axis.transAxes.inverted().transform(axis.transData.transform((some.null, place)))[0]
         axis.text(
             some.null, place, " baseline ", fontsize=8, color=NOT, va="center", ha="left" if room < 0.5 else "right"
@@ -179,7 +180,7 @@ def _ratio_axis(axis: Axes) -> None:
 
 
 def forest(results: Results, width: float = WIDTH) -> Figure | None:
-    """The paired differences that are tested, with intervals: to the baseline, and to the model before training."""
+    """Paired differences with intervals: from the baseline, and from the model before training."""
     panels = {}
     for metric in results.study.metrics:
         if both := [found for found in (results.comparisons(metric), results.learned(metric)) if found]:
@@ -331,14 +332,15 @@ def heat_map(results: Results, width: float = WIDTH) -> Figure | None:
 PICTURES: dict[str, tuple[str, str, Callable[..., Figure | None]]] = {
     "forest.png": (
         "Differences",
-        "Paired differences, as they are tested, with 95 % intervals; filled: significant; small marks: single seeds",
+        "Paired differences with 95 % intervals, which are not corrected. Filled: significant over seeds, after"
+        " correction. Ticks: single seeds",
         forest,
     ),
-    "heat_map.png": ("Over the grid", "Means of the primary metric", heat_map),
-    "curves.png": ("Training", "Means over seeds; bands from the smallest to the largest", curves),
+    "heat_map.png": ("Over the grid", "Mean of the primary metric", heat_map),
+    "curves.png": ("Training", "Mean over seeds; the bands span the smallest to the largest seed", curves),
     "value_functions.png": (
         "Value functions",
-        "Each over its arm's outcomes u = r - z0 of the last rows: desirable blue areas, undesirable red outlines",
+        "v(u) of each arm over the outcomes u = r - z0 of its last rows: desirable (blue), undesirable (red outlines)",
         value_functions,
     ),
 }

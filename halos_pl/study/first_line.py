@@ -15,37 +15,44 @@ def first_line(results: Results) -> str:
     metric = results.primary
     _, what, more = METRICS[metric]
     measured = [arm for arm in results.ranked if (metric, arm.name) in results.estimates]
-    if results.baseline not in measured or (len(measured) == 1 < len(results.study.arms)):
+    done, runs, arms = len(results.done), len(results.runs), len(results.study.arms)
+    if results.baseline not in measured or (len(measured) == 1 < arms):
         lacks = f", none of {results.baseline.name}" if measured and results.baseline not in measured else ""
-        return f"Nothing to compare yet: {len(results.done)} of {len(results.runs)} runs are finished{lacks}."
+        return f"Nothing to compare yet: {done} of {runs} runs finished{lacks}."
     best = measured[0]
-    mean = of_estimate(results.estimates[metric, best.name])
-    runs, arms = (len(results.done), len(results.runs)), (len(measured), len(results.study.arms))
-    so_far = f"So far ({runs[0]} of {runs[1]} runs, {arms[0]} of {arms[1]} arms): " if runs[0] < runs[1] else ""
+    means = {arm.name: results.estimates[metric, arm.name] for arm in measured}
+    mean = of_estimate(means[best.name])
+    so_far = f"So far ({done} of {runs} runs, {len(measured)} of {arms} arms): " if done < runs else ""
     learned = results.learned(metric)
     if results.nothing_learned:
         c = learned.get(best.name) or next(iter(learned.values()))
         return (
-            f"{so_far}Nothing was learned that these data can show: on {metric} ({what}) no arm is significantly better"
-            f" than the model before training; the best, {c.arm}, has {mean}, {of_comparison(c)} against the"
-            f" untrained model{_p(c)}."
+            f"{so_far}Nothing was learned, as far as these data show: on {metric} ({what}), no arm is significantly"
+            f" better than the untrained model; the best, {c.arm}, has {of_estimate(means[c.arm])}, a {_kind(c)} of"
+            f" {of_comparison(c)}{_p(c)}."
         )
+    if arms == 1:
+        if (c := learned.get(best.name)) is None:
+            return f"{so_far}{best.name} has {mean} on {metric} ({what}); there is nothing to compare it with."
+        gained = f"{of_comparison(c)} against the untrained model; {belief(c)}"
+        return f"{so_far}{best.name} has {mean} on {metric} ({what}), {gained}."
     against = results.comparisons(metric)
     if best is not results.baseline:
-        found, sign = against.get(best.name), f"against {results.baseline.name}"
+        found, before = against.get(best.name), ""
     else:  # the next best, whose difference to the baseline is the one that was tested
         found = next((against[arm.name] for arm in measured[1:] if arm.name in against), None)
-        sign = f"{found.arm} comes next, against {best.name}" if found else ""
-    means = {arm.name: results.estimates[metric, arm.name].value for arm in measured}
-    level = [name for name, value in means.items() if math.isclose(value, means[best.name])]
-    won = "won" if more is not None else "is highest"
-    line = f"{best.name} {won} on {metric} ({what}) with {mean}"
+        before = f"next comes {found.arm}, " if found else ""
+    level = [name for name, e in means.items() if math.isclose(e.value, means[best.name].value)]
+    line = f"{best.name} {'won' if more is not None else 'is highest'} on {metric} ({what}) with {mean}"
     if len(level) > 1:
         line = f"{' and '.join(level)} are level on {metric} ({what}) with {mean}"
     if found is None:
-        alone = "there is no other arm to compare it with"
-        return f"{so_far}{line}; {'no other arm shares a seed with it' if len(measured) > 1 else alone}."
-    return f"{so_far}{line}; {sign}: {of_comparison(found)}; {belief(found)}."
+        return f"{so_far}{line}; no other arm shares a seed with it."
+    return f"{so_far}{line}; {before}{of_comparison(found)} against {results.baseline.name}; {belief(found)}."
+
+
+def _kind(c: Comparison) -> str:
+    return "ratio" if c.scale == "ratio" else "difference"
 
 
 def _p(c: Comparison) -> str:
@@ -55,10 +62,10 @@ def _p(c: Comparison) -> str:
 def belief(c: Comparison) -> str:
     """Whether to believe a difference, and why."""
     return {
-        "significant over seeds": f"believe it: it is significant over seeds{_p(c)}",
-        "differs in these runs only": "do not generalise it: these runs differ, and other seeds may not",
-        "equivalent": f"count them as equal: they are {c.said}",
-        "identical": "count them as equal: no example differs",
-        "one seed so far": "too early to say: there is one seed so far",
+        "significant over seeds": f"believe it: the difference is significant over seeds{_p(c)}",
+        "differs in these runs only": "do not generalise it: these runs differ, but runs with other seeds may not",
+        "equivalent": f"treat them as equal: they are {c.said}",
+        "identical": "treat them as equal: no example differs",
+        "one seed so far": "too early to say: only one seed has finished",
         "exploratory": "do not rely on it: it was not tested",
-    }.get(c.decision, f"do not believe it: it is {c.said}{_p(c)}")
+    }.get(c.decision, f"do not believe it: the difference is not significant{_p(c)}")

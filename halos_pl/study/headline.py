@@ -5,38 +5,44 @@ from __future__ import annotations
 from collections import defaultdict
 
 from halos_pl.study.comparison import Comparison, ratio
-from halos_pl.study.digits import of_comparison, of_estimate
+from halos_pl.study.digits import counted, of_comparison, of_estimate
 from halos_pl.study.evaluate import METRICS
 from halos_pl.study.results import Results
 
 
-def headline(results: Results) -> str:
+def headline(results: Results) -> list[str]:
     """The decisions on the primary metric. A detectable size is stated only of arms that have one."""
-    metric = results.primary
+    metric, study = results.primary, results.study
     base = results.estimates.get((metric, results.baseline.name))
-    against = results.comparisons(metric)
+    alone = len(study.arms) == 1
+    against = results.learned(metric) if alone else results.comparisons(metric)
     said = []
-    if base is not None and (against or len(results.study.arms) == 1):
-        n = f"{base.seeds} seed{'s' * (base.seeds > 1)} and {base.examples} prompts"
-        said.append(f"{metric} ({METRICS[metric][1]}): {results.baseline.name} {of_estimate(base)}, over {n}.")
+    if base is not None and (against or alone):
+        n = f"{counted(base.seeds, 'seed')} and {counted(base.examples, 'prompt')}"
+        role = "" if alone else " (baseline)"
+        said.append(f"{results.baseline.name}{role}: {metric} {of_estimate(base)} over {n}.")
         found = sorted((c for c in against.values() if c.significant), key=lambda c: c.adjusted or 0)
         said += [_significant(c) for c in found]
         rest: dict[str, list[Comparison]] = defaultdict(list)
         for c in against.values():
             if not c.significant:
-                rest[c.said.partition(";")[0]].append(c)
-        said += [f"{', '.join(c.arm for c in some)}: {why}{_besides(some)}." for why, some in rest.items()]
-    missing = len(results.runs) - len(results.done)
-    if missing:
-        said.append(f"Unfinished: {missing} of {len(results.runs)} runs are missing.")
-    return " ".join(said)
+                rest[c.decision if c.decision == "not significant" else c.said].append(c)
+        for why, some in rest.items():
+            said.append(f"{why[0].upper()}{why[1:]}: {'; '.join(c.arm for c in some)}{_besides(some)}.")
+    if study.equivalence is not None and any(c.margin is None for c in against.values()):
+        said.append(
+            f"Equivalence was not tested: its margin, a factor of {study.equivalence:g}, needs ratios, and the mean"
+            f" {metric} of a run is not above 0."
+        )
+    if missing := len(results.runs) - len(results.done):
+        said.append(f"Missing: {missing} of {len(results.runs)} runs.")
+    return said
 
 
 def _significant(c: Comparison) -> str:
     more = METRICS[c.metric][2]
     better = "" if more is None else " (better)" if (c.effect > c.null) == more else " (worse)"
-    kind = "ratio" if c.scale == "ratio" else "difference"
-    return f"{c.arm}: {c.said}, {kind} to {c.reference} {of_comparison(c)}{better}, corrected p = {c.adjusted:.2g}."
+    return f"{c.arm}: {c.said}, {of_comparison(c)} against {c.reference}{better}, corrected p = {c.adjusted:.2g}."
 
 
 def _besides(some: list[Comparison]) -> str:
@@ -46,12 +52,12 @@ def _besides(some: list[Comparison]) -> str:
     sizes = {c.arm: c.detectable for c in some}
     known = [size for size in sizes.values() if size is not None]
     none = [arm for arm, size in sizes.items() if size is None]
-    said = ""
+    said = []
     if known:
-        of = "" if not none else f" ({', '.join(arm for arm in sizes if arm not in none)})"
-        most = f"a factor of {ratio(max(known))}" if some[0].scale == "ratio" else f"one of {max(known):.2g}"
-        said = f"; {most} is found 4 times in 5{of}"
+        of = "" if not none else f" of {'; '.join(arm for arm in sizes if arm not in none)}"
+        most = f"a factor of {ratio(max(known))}" if some[0].scale == "ratio" else f"a difference of {max(known):.2g}"
+        said.append(f"80 % power{of} for {most}")
     if none:
-        of = "" if not known else f" of {', '.join(none)}"
-        said += f"; too few values{of} to find any difference 4 times in 5"
-    return said
+        of = "" if not known else f" of {'; '.join(none)}"
+        said.append(f"too few values{of} for 80 % power at any difference")
+    return f" ({', '.join(said)})"

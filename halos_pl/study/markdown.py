@@ -8,7 +8,7 @@ from typing import Any
 from halos_pl.messages import plain
 
 # What Markdown would read as more than text, and only there: "beta * margin" and "[0.1, 0.2]" are none of it.
-_MARKUP = re.compile(r"[\\`|$]|[*~](?=\S)|(?<=\S)[*~]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])|^[#+=-]|#$")
+_MARKUP = re.compile(r"[\\`|$]|[*~](?=\S)|(?<=\S)[*~]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])|^(?:[#=]|[+-](?!\d))|#$")
 _NUMBERED = re.compile(r"^(\d+)([.)])(?=\s|$)")
 _HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "&#64;"}
 # Renderers make links of them without any brackets.

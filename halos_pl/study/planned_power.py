@@ -1,4 +1,4 @@
-"""What a study can find, said before its first run: its power at the planned seeds and prompts."""
+"""The power of a study at the planned seeds and prompts, stated before its first run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from halos_pl.study.comparison import ratio
-from halos_pl.study.evaluate import METRICS, RATIOS, SHARES
+from halos_pl.study.digits import counted
+from halos_pl.study.evaluate import RATIOS, SHARES
 from halos_pl.study.power import FARTHEST, Noise, detectable, power
 from halos_pl.study.run_variance import Runs, run_variance
 from halos_pl.study.standard_error import MARGIN, heterogeneous_df
@@ -41,14 +42,14 @@ def assumed(study: Study) -> list[tuple[str, float, float, float]]:
     given = study.power
     if "values" in given:
         path = Path(given["values"])
-        return [(f"of {path}", *deviations_of(path, study.primary))]
+        return [(f"from {path}", *deviations_of(path, study.primary))]
     if given:
-        return [("as power states", given["prompt_sd"], given["run_sd"], given.get("sampling_sd", 0.0))]
+        return [("as stated", given["prompt_sd"], given["run_sd"], given.get("sampling_sd", 0.0))]
     if study.primary in SHARES:
-        prompts = "SD over prompts at worst for a share"
+        prompts = "worst case of a share over prompts"
         return [
-            (f"{prompts}, runs that do not vary", WORST, 0.0, 0.0),
-            (f"{prompts}, runs that vary by 0.4 of a share's SD", WORST, WORST_RUN, 0.0),
+            (f"{prompts}, runs do not vary", WORST, 0.0, 0.0),
+            (f"{prompts}, run SD 0.4 of a share's", WORST, WORST_RUN, 0.0),
         ]
     return []
 
@@ -109,16 +110,17 @@ def power_lines(study: Study, examples: int) -> list[str]:
     """
     arms, seeds, metric = len(study.arms), len(study.seeds), study.primary
     comparisons = arms - 1
-    head = f"power for {metric}, the primary metric, with {arms} arms x {seeds} seeds x {examples} prompts"
+    size_of = f"{counted(arms, 'arm')} x {counted(seeds, 'seed')} x {counted(examples, 'prompt')}"
+    head = f"power for {metric}, the primary metric, with {size_of}"
     if not comparisons:
-        return [f"{head}: one arm has nothing to be compared with"]
+        return [f"{head}: not computed, as there is one arm, which is compared with the untrained model"]
     if seeds == 1:
-        return [f"{head}: none; with one seed no difference can be significant over seeds"]
+        return [f"{head}: none, as no difference can be significant over one seed"]
     found = assumed(study)
     if not found:
         return [f"{head}: unknown; name power: {{prompt_sd, run_sd}}, or {{values: an earlier study's values.csv.gz}}"]
     df = heterogeneous_df((seeds - 1) * comparisons, seeds)
-    lines = [f"{head}: t with {df:g} degrees of freedom of the runs, level {LEVEL:g} / {comparisons}"]
+    lines = [f"{head}: t with {df:g} run degrees of freedom, level {LEVEL:g} / {comparisons}"]
     for source, prompt_sd, run_sd, sampling_sd in found:
         noise = Noise.planned(
             prompt_sd=prompt_sd, run_sd=run_sd, sampling_sd=sampling_sd, count=examples, seeds=seeds, arms=arms
@@ -127,15 +129,14 @@ def power_lines(study: Study, examples: int) -> list[str]:
         size = detectable(noise, level)
         known = f"prompt_sd {prompt_sd:.2g}, run_sd {run_sd:.2g}"
         known += f", sampling_sd {sampling_sd:.2g}" if sampling_sd else ""
-        said = [f"{100 * p:.0f} points {power(p, noise, level):.2f}" for p in POINTS if metric in SHARES]
+        said = [f"{power(p, noise, level):.2f} for {100 * p:.0f} points" for p in POINTS if metric in SHARES]
         if size is None or (metric in SHARES and size > 1) or (metric in RATIOS and size > FARTHEST):
-            said.append("no difference is found 4 times in 5")
+            said.append("0.80 for no difference that is possible")
         elif metric in RATIOS:
-            said.append(f"a factor of {ratio(math.exp(size))} is found 4 times in 5")
+            said.append(f"0.80 for a factor of {ratio(math.exp(size))}")
         else:
-            share = f"{100 * size:.0f} points are" if metric in SHARES else f"a difference of {size:.2g} is"
-            said.append(f"{share} found 4 times in 5")
-        lines.append(f"  {known} ({source}): {'; '.join(said)}")
-    if METRICS[metric][2] is not None and not study.power:
-        lines.append("  a pilot's power: {prompt_sd, run_sd} or {values} in the study makes this precise")
+            said.append(f"0.80 for {f'{100 * size:.0f} points' if metric in SHARES else f'a difference of {size:.2g}'}")
+        lines.append(f"  {known} ({source}): {', '.join(said)}")
+    if not study.power:
+        lines.append("  for sharper figures, state power: {prompt_sd, run_sd} or {values}, from a pilot")
     return lines

@@ -16,27 +16,34 @@ from jinja2 import Environment, PackageLoader
 
 from halos_pl.files import write
 from halos_pl.messages import plain
+from halos_pl.provenance import NO_CHECKOUT
 from halos_pl.study.comparison import Comparison
-from halos_pl.study.digits import decimals, number, of_comparison, of_estimate, p_value, short
+from halos_pl.study.digits import counted, decimals, number, of_comparison, of_estimate, p_value, short
 from halos_pl.study.evaluate import METRICS, PER_TOKEN, RATIOS, SHARES
 from halos_pl.study.figures import CURVES, NARROW, PICTURES, png, unit_of
 from halos_pl.study.first_line import first_line
 from halos_pl.study.headline import headline
 from halos_pl.study.markdown import escaped, fence
-from halos_pl.study.plan import command, default_folder
+from halos_pl.study.plan import BEFORE, command, default_folder
 from halos_pl.study.results import Results
 from halos_pl.study.statistics import Estimate, estimate
 from halos_pl.study.trivial import STRATA
 
 METHODS = (
-    "An example is all that is measured of one prompt; differences are paired by example and by seed. With "
-    "several seeds tests are t over seeds and examples. How much runs vary is estimated from all arms together, "
-    "and the variances of the two arms alone have to agree with what that says. On the primary metric p is "
-    "corrected for all comparisons with the baseline (Holm 1979). Other metrics are exploratory: an estimate and "
-    "an interval, which is not corrected, and no decision. 'Differs in these runs only' takes the runs as they "
-    "are and is tested over examples. Positive metrics such as KL are compared as ratios, on the log scale. What "
-    "is 'found 4 times in 5' is the difference for which the power is 0.8 after the correction."
+    "An example is all that is measured on one prompt. Differences are paired by example and by seed. With several "
+    "seeds they are tested by t over seeds and examples: the variance of runs is pooled over all arms, and tests by "
+    "the two arms' own variances have to agree. With one seed they are tested over examples (McNemar's test for "
+    "binary metrics, else a permutation test). {family} The other metrics are exploratory: they get estimates with "
+    "95 % intervals, which are not corrected, and no decision. 'Differs in these runs only' takes the runs as fixed; "
+    "it is tested over examples. Positive metrics such as KL are compared by ratios, on the log scale, unless a "
+    "run's mean is 0. '80 % power for' names the smallest difference that the corrected test would detect that "
+    "often, given the variances found here."
 )
+SEVERAL = (
+    "On the primary metric, p is corrected for all comparisons with the baseline ({method}), so that at most 5 % of "
+    "studies without a difference claim one."
+)
+ALONE = "On the primary metric, the arm is tested against the model before training."
 TEMPLATES = Environment(loader=PackageLoader("halos_pl.study", "."), autoescape=lambda name: ".html" in (name or ""))
 
 
@@ -63,6 +70,16 @@ def _of(c: Comparison, e: Estimate) -> str:
     return f" (of {c.seeds} seeds)" if c.seeds < e.seeds else ""
 
 
+def _decided(c: Comparison) -> dict[str, str]:
+    """The cells of a table that say what was decided."""
+    p = "" if math.isnan(c.p) else p_value(c.p if c.adjusted is None else c.adjusted)
+    return {
+        "p": p.removeprefix("p ").removeprefix("= "),
+        "said": c.said,
+        "how": "significant" if c.significant else "runs" if c.runs_only else "",
+    }
+
+
 def _row(metric: str, name: str, e: Estimate | None, places: int, *, none: bool) -> dict[str, Any]:
     """The cells of a table that every row has.
 
@@ -83,34 +100,35 @@ def _row(metric: str, name: str, e: Estimate | None, places: int, *, none: bool)
 
 def _table(results: Results, metric: str) -> dict[str, Any]:
     """One metric: a row for each arm, the best first, and one for each baseline that is no arm."""
+    several = len(results.study.arms) > 1
     against, learned, rows = results.comparisons(metric), results.learned(metric), []
     known = [e for (name, _), e in results.estimates.items() if name == metric]
     places = statistics.median_low(decimals(e.value, e.low, e.high) for e in known) if known else 0
     for arm in results.ranked:
         e, c, before = results.estimates.get((metric, arm.name)), against.get(arm.name), learned.get(arm.name)
         row = _row(metric, arm.name, e, places, none=False)
-        row["said"] = "baseline" if arm is results.baseline else "missing"
+        row["said"] = "missing" if e is None else "baseline" if several else "exploratory"
         if c is not None and e is not None:
             row |= {
                 "difference": f"{of_comparison(c)}{_of(c, e)}",
-                "p": "" if math.isnan(c.p) else p_value(c.p if c.adjusted is None else c.adjusted).removeprefix("p = "),
-                "said": c.said,
-                "how": "significant" if c.significant else "runs" if c.runs_only else "",
+                **_decided(c),
             }
         if before is not None:
             row["learned"] = of_comparison(before)
+            if not before.exploratory:
+                row |= _decided(before)
         rows.append(row)
     for name in results.baselines:
         values = results.of_baseline(metric, name)
         e = None if values is None else estimate(values, share=metric in SHARES, positive=metric in RATIOS)
-        rows.append(_row(metric, name, e, places, none=True) | {"said": "no arm" if e else "not measured"})
+        rows.append(_row(metric, name, e, places, none=True) | {"said": "not trained" if e else "not measured"})
     _, what, more = METRICS[metric]
-    wanted = "" if more is None else "; more is better" if more else "; less is better"
+    wanted = "" if more is None else "; higher is better" if more else "; lower is better"
     return {
         "metric": metric,
         "head": f"{metric}, {unit_of(metric)}",
         "primary": metric == results.primary,
-        "what": f"{what}{wanted}",
+        "what": f"{what[0].upper()}{what[1:]}{wanted}",
         "rows": rows,
     }
 
@@ -136,6 +154,18 @@ def _by_length(results: Results) -> list[dict[str, Any]]:
     return rows
 
 
+def _made(by: dict[str, Any]) -> str:
+    """How many runs were made by what."""
+    runs = counted(by["runs"], "run")
+    if "revision" not in by:
+        return f"{runs}, which do not say by which revision"
+    place, own = by["revision"], by.get("halos_pl")
+    place = place if place == NO_CHECKOUT else f"at revision {place}"
+    code = f"{place}" if own in (None, by["revision"]) else f"by halos_pl {own}, in a folder {place}"
+    versions = ", ".join(f"{name} {number}" for name, number in by.get("versions", {}).items())
+    return f"{runs} {code}; {versions}; {by.get('machine')}"
+
+
 def content(results: Results) -> dict[str, Any]:
     """All that both forms of the report say."""
     arms, record = results.ranked, results.record
@@ -145,6 +175,8 @@ def content(results: Results) -> dict[str, Any]:
     names = [study, *(["--over", over] if over else [])]
     if out != default_folder(study, over):
         names += ["--out", str(out)]
+    method = "Holm 1979" if results.study.equivalence is None else "Bonferroni, as equivalence is tested as well"
+    family = SEVERAL.format(method=method) if len(results.study.arms) > 1 else ALONE
     tables = [_table(results, metric) for metric in results.study.metrics]
     rows = [row["arm"] for row in tables[0]["rows"]]
     verdicts = record.get("verdicts", {})
@@ -156,7 +188,9 @@ def content(results: Results) -> dict[str, Any]:
         "headline": first_line(results),
         "details": headline(results),
         "tables": tables,
-        "methods": METHODS,
+        "methods": METHODS.format(family=family),
+        "versus": results.baseline.name if len(results.study.arms) > 1 else BEFORE,
+        "several": len(results.study.arms) > 1,
         "baseline": results.baseline.name,
         "learned": bool(results.learned(results.primary)),
         "lengths": _by_length(results),
@@ -176,7 +210,7 @@ def content(results: Results) -> dict[str, Any]:
         "commands": [(command(run.fit), command(results.study.evaluation(run))) for run in results.study.runs(out)],
         "curves": [f"{curve.title}, {curve.unit}" for curve in CURVES.values()],
         "ends": _ends(results),
-        "made": record.get("made", []),
+        "made": [_made(by) for by in record.get("made", [])],
         "data": record.get("data", []),
     }
 
@@ -196,7 +230,7 @@ def write_report(results: Results) -> Path:
             continue
         data = png(figure)
         path.write_bytes(data)
-        small = png(draw(results, NARROW))
+        small = png(draw(results, NARROW) or figure)
         shown = {"wide": base64.b64encode(data).decode(), "narrow": base64.b64encode(small).decode()}
         pictures.append({"title": title, "caption": caption, "name": name, **shown})
     said = content(results)

@@ -175,12 +175,17 @@ class Results:
 
     @cached_property
     def _learned(self) -> dict[str, Compared]:
-        return {metric: self._against_untrained(metric, primary=False) for metric in self.study.metrics}
+        alone = len(self.study.arms) == 1
+        return {
+            metric: self._against_untrained(metric, primary=alone and metric == self.primary)
+            for metric in self.study.metrics
+        }
 
     def learned(self, metric: str) -> Compared:
-        """Each arm against the model before training, by name, in the order of :attr:`ranked`; without decisions.
+        """Each arm against the model before training, by name, in the order of :attr:`ranked`.
 
-        The decisions of a report, which share an error rate of 5 %, are those against the baseline arm.
+        Without decisions, unless there is one arm alone: those of a report, which share an error rate of 5 %, are
+        against the baseline arm.
         """
         return self._learned.get(metric, {})
 

@@ -87,21 +87,23 @@ def _everywhere(text: str) -> dict[str, Any]:
         "overview": [(text, [{**row, "how": ""}])],
         "note": text,
         "headline": text,
-        "details": text,
+        "details": [text],
         "methods": text,
         "tables": [
             {"metric": text, "head": text, "what": text, "primary": True, "rows": [{**row, "arm": text, "how": ""}]}
         ],
         "learned": True,
+        "several": True,
         "lengths": [{"arm": text, "figures": [text] * 4}],
         "baseline": "other",
+        "versus": "other",
         "arms": [{"name": text, "verdict": text, "seeds": 1}],
         "missing": [{"run": text, "state": text, "error": text}],
         "command": text,
         "commands": [(text, text)],
         "curves": [text],
         "ends": [{"arm": text, "figures": [text]}],
-        "made": [{"runs": 1, "revision": text, "machine": text, "versions": {"torch": text}}],
+        "made": [text],
         "data": [text],
     }
 
