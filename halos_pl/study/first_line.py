@@ -32,9 +32,10 @@ def first_line(results: Results) -> str:
             f" {of_comparison(c)}{_p(c)}."
         )
     if arms == 1:
-        if (c := learned.get(best.name)) is None:
+        gain = learned.get(best.name)
+        if gain is None:
             return f"{so_far}{best.name} has {mean} on {metric} ({what}); there is nothing to compare it with."
-        gained = f"{of_comparison(c)} against the untrained model; {belief(c)}"
+        gained = f"{of_comparison(gain)} against the untrained model; {belief(gain)}"
         return f"{so_far}{best.name} has {mean} on {metric} ({what}), {gained}."
     against = results.comparisons(metric)
     if best is not results.baseline:
