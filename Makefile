@@ -24,6 +24,7 @@ readme: $(INSTALLED)
 # Reports, tables and figures of studies, recomputed from what is kept of them: values.csv.gz, record.json and study.yaml.
 RESULTS ?= experiments/ablations/results
 results: $(INSTALLED)
+	@test -d "$(RESULTS)" || { echo "RESULTS=$(RESULTS): no such folder"; exit 1; }
 	@for folder in $(RESULTS)/*/; do \
 	  if [ -f "$${folder}values.csv.gz" ]; then $(BIN)/python -m halos_pl ablate report "$${folder%/}" || exit 1; \
 	  else echo "$${folder%/}: skipped, as there is no values.csv.gz"; fi; done

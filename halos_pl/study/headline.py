@@ -21,14 +21,12 @@ def headline(results: Results) -> list[str]:
         n = f"{counted(base.seeds, 'seed')} and {counted(base.examples, 'prompt')}"
         role = "" if alone else " (baseline)"
         said.append(f"{results.baseline.name}{role}: {metric} {of_estimate(base)} over {n}.")
-        found = sorted((c for c in against.values() if c.significant), key=lambda c: c.adjusted or 0)
-        said += [_significant(c) for c in found]
-        rest: dict[str, list[Comparison]] = defaultdict(list)
-        for c in against.values():
-            if not c.significant:
-                rest[c.decision if c.decision == "not significant" else c.said].append(c)
-        for why, some in rest.items():
-            said.append(f"{why[0].upper()}{why[1:]}: {'; '.join(c.arm for c in some)}{_besides(some)}.")
+        groups: dict[str, list[Comparison]] = defaultdict(list)
+        for c in sorted(against.values(), key=lambda c: not c.significant):
+            groups[_group(c)].append(c)
+        for why, some in groups.items():
+            each = [f"{c.arm} {of_comparison(c)}, p = {c.adjusted:.2g}" if c.significant else c.arm for c in some]
+            said.append(f"{why[0].upper()}{why[1:]}: {'; '.join(each)}{_besides(some)}.")
     if study.equivalence is not None and any(c.margin is None for c in against.values()):
         said.append(
             f"Equivalence was not tested: its margin, a factor of {study.equivalence:g}, needs ratios, and the mean"
@@ -39,10 +37,13 @@ def headline(results: Results) -> list[str]:
     return said
 
 
-def _significant(c: Comparison) -> str:
+def _group(c: Comparison) -> str:
+    """What is said of this comparison, and of others like it."""
+    if not c.significant:
+        return c.decision if c.decision == "not significant" else c.said
     more = METRICS[c.metric][2]
-    better = "" if more is None else " (better)" if (c.effect > c.null) == more else " (worse)"
-    return f"{c.arm}: {c.said}, {of_comparison(c)} against {c.reference}{better}, corrected p = {c.adjusted:.2g}."
+    how = "different from" if more is None else "better than" if (c.effect > c.null) == more else "worse than"
+    return f"{c.said}, {how} {c.reference}"
 
 
 def _besides(some: list[Comparison]) -> str:
