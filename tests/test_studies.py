@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,30 @@ def _compares_what_it_says(study: Study) -> None:
         assert yaml.safe_load((ROOT / arm.configs[1]).read_text())["model"]["reference_store"]
     # Every arm learns for as long, or the comparison is of something else.
     assert len({arm.steps for arm in found.values()}) == 1, {name: arm.steps for name, arm in found.items()}
+
+
+def test_what_is_read_from_results_is_recomputed() -> None:
+    """The README states the numbers that the script prints."""
+    spec = importlib.util.spec_from_file_location("readings", ROOT / "experiments/ablations/readings.py")
+    assert spec is not None
+    assert spec.loader is not None
+    readings = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(readings)
+    page = (ROOT / "experiments/ablations/results/README.md").read_text()
+    lines = [*readings.by_length(), *readings.slopes(), *readings.imbalance(), *readings.detectable()]
+    for number in re.findall(r"\d\.\d+", " ".join(lines)):
+        assert number in page, number
+    assert "shorter in 77, longer in 17" in lines[0]
+
+
+@pytest.mark.slow
+def test_how_often_earlier_reports_were_wrong_is_recomputed() -> None:
+    words = [sys.executable, ROOT / "experiments/ablations/readings.py"]
+    said = subprocess.run(words, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    page = (ROOT / "experiments/ablations/results/README.md").read_text()
+    for line in said.splitlines():
+        if line.startswith("false"):
+            assert f"{100 * float(line.rpartition(' ')[2]):.0f} %" in page
 
 
 def test_a_study_at_another_scale_keeps_its_arms(tmp_path: Path) -> None:
