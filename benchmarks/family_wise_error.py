@@ -314,7 +314,7 @@ def level_of(least: Floats, rate: float) -> float:
 def table(studies: int, seed: int, tell: Callable[[str], None]) -> Iterator[str]:
     """The lines of the three tables."""
     yield from (
-        f"Share of {studies} simulated studies without a difference whose report claims one (95 % interval).",
+        f"Share of {studies} simulated studies without any true difference whose report claims one (95 % interval).",
         "",
         "| arms x metrics | seeds x prompts | run SD | metric | false claims |",
         "|---|---|---|---|---|",
@@ -328,14 +328,14 @@ def table(studies: int, seed: int, tell: Callable[[str], None]) -> Iterator[str]
         yield line
     yield from (
         "",
-        f"How often the one arm that differs is significant (binary; {studies} studies, false claims of {2 * studies})."
-        f" {BEFORE} stands beside it at equal family-wise error in three senses: at the level at which it makes as many"
-        " false claims in that setting; at that at which it makes 5 % in the worst of the run SDs"
-        f" {RUNS}, since a study does not know its run SD; and both methods at levels at which they make 5 % in that"
-        " very setting, which only a simulation can know.",
+        f"How often {studies} simulated studies find the one arm that differs (binary metric, mean 0.4), and how many"
+        f" of {2 * studies} without a difference claim one. Power is that of this method as it is; of {BEFORE} at the"
+        f" level at which it makes as many false claims in that setting; of {BEFORE} at the level at which it makes 5 %"
+        f" in the worst of the run SDs {', '.join(f'{run:g}' for run in RUNS)}; and of both at the levels at which they"
+        " make 5 % in that very setting.",
         "",
-        "| arms | seeds x prompts | run SD | false claims | points | found | before, as many |"
-        " before, 5 % at worst | found at 5 % in this setting | before, the same | false claims before |",
+        f"| arms | seeds x prompts | run SD | false claims | false claims, {BEFORE} | points | power |"
+        f" {BEFORE}, as many false claims | {BEFORE}, 5 % in the worst run SD | power at 5 % here | {BEFORE}, 5 % here |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     )
     for design in COMPARED:
@@ -353,14 +353,14 @@ def table(studies: int, seed: int, tell: Callable[[str], None]) -> Iterator[str]
                     np.mean(some.first_before < level_of(none.least_before, LEVEL)),
                 ]
                 line = f"| {design.arms} | {design.seeds} x {design.prompts} | {run:g} |"
-                line += f" {none.significant / 2 / studies:.3f} | {100 * effect:.0f} |"
-                line += "".join(f" {share:.2f} |" for share in shares) + f" {np.mean(none.least_before < LEVEL):.3f} |"
+                line += f" {none.significant / 2 / studies:.3f} | {np.mean(none.least_before < LEVEL):.3f} |"
+                line += f" {100 * effect:.0f} |" + "".join(f" {share:.2f} |" for share in shares)
                 tell(line)
                 yield line
     yield from (
         "",
-        f"The power that a study states before its first run, and how often {studies} studies with these deviations"
-        " find it.",
+        f"The power that a study states before its first run, and how often {studies} simulated studies with these"
+        " standard deviations find the difference (both in SDs over prompts).",
         "",
         "| arms | seeds x prompts | run SD | sampled | difference | stated | found |",
         "|---|---|---|---|---|---|---|",
