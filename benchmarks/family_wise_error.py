@@ -335,7 +335,8 @@ def table(studies: int, seed: int, tell: Callable[[str], None]) -> Iterator[str]
         " make 5 % in that very setting.",
         "",
         f"| arms | seeds x prompts | run SD | false claims | false claims, {BEFORE} | points | power |"
-        f" {BEFORE}, as many false claims | {BEFORE}, 5 % in the worst run SD | power at 5 % here | {BEFORE}, 5 % here |",
+        f" {BEFORE}, as many false claims | {BEFORE}, 5 % in the worst run SD | power at 5 % here |"
+        f" {BEFORE}, 5 % here |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     )
     for design in COMPARED:

@@ -68,3 +68,8 @@ def cause(message: str) -> str:
     quotes = "a text" in kinds and re.fullmatch(r"[-+.\w]+", given)
     hint = "; put it in quotes if it is a name" if quotes else ""
     return f"{name} is {given}; it takes {', '.join(kinds[:-1])}{' or ' if kinds[1:] else ''}{kinds[-1]}{hint}"
+
+
+def counted(number: int, what: str) -> str:
+    """``1 seed`` or ``3 seeds``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -223,7 +223,7 @@ def _check(arms: Mapping[str, Runs]) -> None:
         values = runs.values
         if values.ndim != 2 or values.size == 0 or len(values) != max(1, len(runs.seeds)) or len(shapes) > 1:
             raise ValueError(
-                f"values of {name!r} are {values.shape} with {len(runs.seeds)} seeds; wanted are [seeds, examples], the"
+                f"values of {name!r} are {values.shape} for seeds {runs.seeds}; wanted are [seeds, examples], the"
                 " same examples for all arms"
             )
         if not np.isfinite(values).all():

@@ -59,11 +59,6 @@ def p_value(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
-def counted(number: int, what: str) -> str:
-    """``1 seed`` or ``3 seeds``."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
 def short(value: float) -> str:
     """Three digits."""
     return f"{float(f'{value:.3g}'):g}"

@@ -15,6 +15,7 @@ from halos_pl.data.example import DataError
 from halos_pl.data.prompts import TextPrompts
 from halos_pl.files import check_target, write
 from halos_pl.generate import check_sampling
+from halos_pl.messages import counted
 from halos_pl.named_model import NamedModel, named_model
 from halos_pl.prompt_files import read_prompt_rows, say_convention
 from halos_pl.provenance import digest_of, paths_of, provenance
@@ -247,4 +248,4 @@ def _say(
         said = f"halos: {name} {np.mean(list(found.values())):.4g}"
         if name in before:
             said += f", before training {np.mean(list(before[name].values())):.4g}"
-        print(f"{said} (n = {len(found)} prompts)")
+        print(f"{said} (n = {counted(len(found), 'prompt')})")

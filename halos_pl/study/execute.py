@@ -26,7 +26,7 @@ from halos_pl.checkpoint import LAST, PREVIOUS
 from halos_pl.cli import folder_last
 from halos_pl.ending import SUMMARY, shortfall
 from halos_pl.files import write
-from halos_pl.messages import plain
+from halos_pl.messages import counted, plain
 from halos_pl.study.evaluate import FILE, measured_how
 from halos_pl.study.plan import Checked, Run, Study, StudyError, command, measuring_of
 
@@ -299,7 +299,8 @@ def show_plan(
     """The arms, their commands, and how long all of it may take, by the seconds of a step and of a start."""
     console = Console()
     table = Table(
-        title=f"{escape(plain(study.path))}: {len(study.arms)} arms x {len(study.seeds)} seeds", title_justify="left"
+        title=f"{escape(plain(study.path))}: {counted(len(study.arms), 'arm')} x {counted(len(study.seeds), 'seed')}",
+        title_justify="left",
     )
     for column in ("arm", "steps", "command of its first run"):
         table.add_column(column, overflow="fold")
@@ -308,7 +309,7 @@ def show_plan(
         table.add_row(escape(plain(arm.name)), str(checked[arm.name].steps), escape(plain(command(first.fit))))
     console.print(table)
     left = [run for run in runs if not run.done]
-    said = f"{len(runs)} runs, {len(runs) - len(left)} done already"
+    said = f"{counted(len(runs), 'run')}, {len(runs) - len(left)} done already"
     if times is not None:
         step, start = times
         seconds = sum(start + step * checked[run.arm.name].steps for run in left) / max(1, min(jobs, len(left)))

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from halos_pl.messages import counted
 from halos_pl.study.comparison import ratio
-from halos_pl.study.digits import counted
 from halos_pl.study.evaluate import RATIOS, SHARES
 from halos_pl.study.power import FARTHEST, Noise, detectable, power
 from halos_pl.study.run_variance import Runs, run_variance

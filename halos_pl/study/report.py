@@ -15,10 +15,10 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 
 from halos_pl.files import write
-from halos_pl.messages import plain
+from halos_pl.messages import counted, plain
 from halos_pl.provenance import NO_CHECKOUT
 from halos_pl.study.comparison import Comparison
-from halos_pl.study.digits import counted, decimals, number, of_comparison, of_estimate, p_value, short
+from halos_pl.study.digits import decimals, number, of_comparison, of_estimate, p_value, short
 from halos_pl.study.evaluate import METRICS, PER_TOKEN, RATIOS, SHARES
 from halos_pl.study.figures import CURVES, NARROW, PICTURES, png, unit_of
 from halos_pl.study.first_line import first_line
@@ -67,7 +67,7 @@ def _perplexity(metric: str, e: Estimate) -> str:
 
 def _of(c: Comparison, e: Estimate) -> str:
     """Which n a difference is of, where the arm has more seeds than it shares with its reference."""
-    return f" (of {c.seeds} seeds)" if c.seeds < e.seeds else ""
+    return f" (of {counted(c.seeds, 'seed')})" if c.seeds < e.seeds else ""
 
 
 def _decided(c: Comparison) -> dict[str, str]:
