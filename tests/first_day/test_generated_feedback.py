@@ -106,13 +106,15 @@ def sampled(tokenizer: PreTrainedTokenizerBase, text: str, finished: bool, mode:
     """The text of a sample that spelled ``text``, its end included where it is finished."""
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     raw = str(tokenizer.decode(ids[: -1 if finished else None], skip_special_tokens=True))
-    [[found]] = sampled_texts(Encoder(tokenizer, mode), [(MESSAGES, None)], [[Sample([], ids, raw, finished)]])
+    sample = Sample(encode_prompt(tokenizer, MESSAGES), ids, raw, finished)
+    [[found]] = sampled_texts(Encoder(tokenizer, mode), [(MESSAGES, None)], [[sample]])
     assert found.finished == finished
     if found.same_tokens:
         example = Example(MESSAGES, (found.text,), (None,), "a:1", finished=(finished,))
         [again] = Encoder(tokenizer, mode).encode([example])
         assert isinstance(again, Tokens)
         assert again.completions == [ids]
+        assert again.prompt == sample.prompt_ids
     return found
 
 
@@ -121,6 +123,7 @@ OPENED = {
     "qwen3": "<think>\n\n</think>\n\n",
     "glm4moe": "\n<think></think>\n",
     "gptoss": "<|channel|>final<|message|>",
+    "deepseek_r1_distill": "Hm.\n</think>\n\n",  # of thoughts that the prompt opens
 }
 
 
@@ -155,6 +158,29 @@ def test_special_tokens_in_an_answer_stay_unless_they_would_forge_a_turn(name: s
         assert sampled(tokenizer, text.replace("it", marker), finished, "allow").same_tokens
         assert not sampled(tokenizer, text, finished, "split").same_tokens
     assert not sampled(tokenizer, end, True).same_tokens  # a row with an empty answer is refused
+
+
+def test_an_answer_without_the_thoughts_that_the_prompt_opens_follows_another_prompt_in_training() -> None:
+    """It is rendered without ``<think>``; in one row with others, theirs then belongs to the completions."""
+    tokenizer = stub(TEMPLATES["deepseek_r1_distill"])
+    prompt = encode_prompt(tokenizer, MESSAGES)
+    assert tokenizer.decode(prompt).endswith("<think>\n")
+    end = "<｜end▁of▁sentence｜>"
+    texts = ["I think.\n</think>\n\nFour." + end, "Four." + end, "So.\n</think>\n\nFour." + end]
+    every = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    samples = [Sample(prompt, ids, text.removesuffix(end), True) for ids, text in zip(every, texts, strict=True)]
+
+    def same(some: list[Sample], **how: Any) -> list[bool]:
+        [found] = sampled_texts(Encoder(tokenizer), [(MESSAGES, None)], [some], **how)
+        return [each.same_tokens for each in found]
+
+    assert same(samples) == [True, False, True]
+    assert same(samples, together=True) == [False] * 3
+    assert same(samples[::2], together=True) == [True, True]
+    behind = list(tokenizer("<|good|>", add_special_tokens=False)["input_ids"])
+    controlled = [Sample(prompt + behind, each.completion_ids, each.raw, True) for each in samples]
+    assert same(controlled, control="<|good|>") == [True, False, True]
+    assert same(controlled[::2], control="<|good|>", together=True) == [True, True]
 
 
 @pytest.mark.slow
