@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,15 @@ def _place(model: NamedModel, out: str | None) -> Path:
     return folder
 
 
+def _that_chats(compared: NamedModel, model: NamedModel) -> NamedModel:
+    """The reference, in the chat template of the model where it has none: a base model answers the same messages."""
+    if compared.tokenizer().chat_template:
+        return compared
+    print(f"halos: {compared.name} has no chat template; it is asked in that of {model.name}")
+    template = model.tokenizer().chat_template
+    return replace(compared, chat_template=template if isinstance(template, str) else None)
+
+
 def evaluate(
     model: str,
     *,
@@ -201,6 +211,8 @@ def evaluate(
     rows = read_prompt_rows(Path(prompts), text["text_prompts"], prompt_column) if prompts else []
     if rows:
         say_convention(rows, text["text_prompts"], named.tokenizer())
+    if judge and compared and any(not isinstance(row.prompt, str) for row in rows):
+        compared = _that_chats(compared, named)
     sampling = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_jsonl
+from conftest import byte_level_tokenizer, write_jsonl
 from run_halos import binary_data, every_third, fit, pair_data
 
 from halos_pl.cli import main
@@ -136,6 +137,24 @@ def test_another_reference_is_compared_with(home: Path, tiny_folder: Path, tiny_
     expected = list(kl_of_samples(model, lambda: nullcontext(other), samples))
     assert list(read(home / "other", BEFORE)["kl"].values()) == pytest.approx(expected, rel=1e-4)
     assert read(home / "other")["kl"] != read(home / "other", BEFORE)["kl"]
+
+
+def test_a_base_model_as_reference_is_asked_in_the_models_chat_template(
+    home: Path, tiny_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """It has none of its own, and --chat_template is the model's."""
+    shutil.copytree(tiny_folder, tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink(missing_ok=True)
+    byte_level_tokenizer(None).save_pretrained(tmp_path / "base")
+    answers = []
+    asked = [(tmp_path / "base", "chat"), (tiny_folder, "chat"), (tiny_folder, "plain")]
+    for number, (reference, text) in enumerate(asked):
+        out = tmp_path / f"out{number}"
+        words = [f"--reference={reference}", f"--text_prompts={text}", f"--judge={home}/mine.py:longer"]
+        evaluate(home, home / "merged", *words, f"--out={out}")
+        answers.append([line["other"]["answer"] for line in lines(out)])
+        assert ("has no chat template" in capsys.readouterr().out) == (number == 0)
+    assert answers[0] == answers[1] != answers[2]
 
 
 def test_held_out_data_may_be_a_single_path(home: Path, tiny_folder: Path) -> None:
