@@ -105,8 +105,8 @@ def generate_file(
                 part = slice(at, at + chunk)
                 own: dict[str, Any] = {"seed": seed + at, "names": names[part], "tools": tools[part]}
                 samples = generate(policy, tokenizer, asked[part], **own, **sampling)
-                own_row = {"control": control, "together": not one_per_row}
-                texts = sampled_texts(encoder, list(zip(asked[part], tools[part], strict=True)), samples, **own_row)
+                both = list(zip(asked[part], tools[part], strict=True))
+                texts = sampled_texts(encoder, both, samples, control=control, together=not one_per_row)
                 others += sum(not text.same_tokens for found in texts for text in found)
                 for row, found in zip(rows[part], texts, strict=True):
                     file.writelines(f"{line}\n" for line in _lines(row, found, one_per_row))
