@@ -13,12 +13,15 @@ import pytest
 import torch
 from conftest import byte_level_tokenizer
 from run_halos import fit, metrics
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from halos_pl.cli import main
 from halos_pl.data.datamodule import FeedbackDataModule
-from halos_pl.data.example import DataError
-from halos_pl.data.template import NAMED, template_of
+from halos_pl.data.example import DataError, Example
+from halos_pl.data.template import NAMED, template_of, use_template
+from halos_pl.data.tokenize import Encoder, Tokens
 from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.logprobs import compared_logps, completion_logps, completion_mask, pack, padded_logps
 from halos_pl.policy.store import keys
@@ -161,3 +164,46 @@ def test_a_template_that_is_none(tmp_path: Path) -> None:
         FeedbackDataModule("a.jsonl", loss_on="first")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="text_prompts"):
         FeedbackDataModule("a.jsonl", text_prompts="both")  # type: ignore[arg-type]
+
+
+def without_its_tokens(chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """A tokenizer to which ChatML's tokens are text, as they are to GPT-2's, Pythia's and Mistral's."""
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(ByteLevel.alphabet())}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|endoftext|>",
+        chat_template=chat_template,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def test_chatml_ends_turns_with_eos_where_its_end_is_no_token() -> None:
+    """Else answers would end in the text <|im_end|>, when they are sampled too, and rules would see it."""
+    tokenizer, messages = without_its_tokens(), [{"role": "user", "content": "a"}]
+    use_template(tokenizer, template_of("chatml"))
+    encoder = Encoder(tokenizer, loss_on="all")
+    talk = [{"role": "assistant", "content": "b"}, *messages, {"role": "assistant", "content": "c"}]
+    [found] = encoder.encode([Example(messages, (talk,), (None,), "a:1")])
+    assert isinstance(found, Tokens)
+    assert [tokenizer.decode(found.completions[0][slice(*span)]) for span in found.spans[0]] == [
+        "b<|endoftext|>",
+        "c<|endoftext|>",
+    ]
+    assert not encoder.notes
+    known = byte_level_tokenizer(None)
+    use_template(known, template_of("chatml"))
+    assert known.chat_template == NAMED["chatml"]
+
+
+def test_a_template_whose_end_of_a_turn_is_no_token_is_told() -> None:
+    form = "{% for m in messages %}### {{ m.role }}\n{{ m.content }}\n### end\n{% endfor %}### assistant\n"
+    encoder = Encoder(without_its_tokens(form))
+    [found] = encoder.encode([Example([{"role": "user", "content": "a"}], ("b",), (None,), "a:1")])
+    assert isinstance(found, Tokens)
+    [note] = encoder.notes
+    assert "'### end\\n### assistant'" in note
+    assert "eos_token" in note
+    silent = Encoder(without_its_tokens(form.replace("### end\n", "{{ eos_token }}").replace("### assistant\n", "")))
+    list(silent.encode([Example([{"role": "user", "content": "a"}], ("b",), (None,), "a:1")]))
+    assert not silent.notes

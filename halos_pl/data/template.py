@@ -13,7 +13,8 @@ from halos_pl.data.example import DataError
 #: The file in a run's folder that holds the template the run was trained with.
 CHAT_TEMPLATE = "chat_template.jinja"
 
-#: Templates by name. A tokenizer without the tokens <|im_start|> and <|im_end|> encodes them as text.
+_CHATML_END = "'<|im_end|>\\n'"
+#: Templates by name; see :func:`use_template`.
 NAMED = {
     "chatml": (
         "{% for message in messages %}"
@@ -71,9 +72,14 @@ def _of_folder(folder: Path, name: str) -> str:
 def use_template(tokenizer: PreTrainedTokenizerBase, text: str, name: str = "data.chat_template") -> None:
     """Gives the tokenizer a template.
 
+    Where it has no token ``<|im_end|>``, the named ``chatml`` ends turns with EOS: the model would spell the end of its
+    answer letter by letter, and rules would find it in the answer.
+
     Raises:
         DataError: it is not valid Jinja.
     """
+    if text == NAMED["chatml"] and "<|im_end|>" not in tokenizer.get_vocab() and tokenizer.eos_token:
+        text = text.replace(_CHATML_END, "eos_token + '\\n'")
     before, tokenizer.chat_template = tokenizer.chat_template, text
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)

@@ -22,7 +22,16 @@ from halos_pl.data.calls import all_texts
 from halos_pl.data.example import Example, Prompt
 from halos_pl.data.spans import Conversation, LossOn, Written, begun, check_loss_on, common_prompt
 from halos_pl.data.special import SpecialText, SpecialTokens
-from halos_pl.data.turns import Tools, TurnEnd, refuse_dropped, refuse_ignored, render, render_begun, turn_end
+from halos_pl.data.turns import (
+    Tools,
+    TurnEnd,
+    refuse_dropped,
+    refuse_ignored,
+    render,
+    render_begun,
+    spelled_end,
+    turn_end,
+)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
@@ -256,6 +265,7 @@ class Encoder:
         self.notes: Counter[str] = Counter()
         self._eos, self._prefix, self._blank = _eos(tokenizer), prefix_ids(tokenizer), _blank_before(tokenizer)
         self._ends: dict[tuple[str, ...], TurnEnd | None] = {}
+        self._spelled_end = spelled_end(tokenizer)
 
     def _turn_end(self, prompt: Prompt, completion: Prompt) -> TurnEnd | None:
         """How the last turn of this conversation ends; its roles are tried where templates refuse a plain dialogue."""
@@ -347,6 +357,11 @@ class Encoder:
     def _note(self, written: list[Written], answers: list[list[dict[str, Any]]]) -> None:
         if unopened := next((each.unopened for each in written if each.unopened), None):
             self.notes[f"the generation prompt ends with {unopened!r}, but answers are rendered without it"] += 1
+        if self._spelled_end and any(each.ends for each in written):
+            self.notes[
+                f"the chat template ends an answer with {self._spelled_end!r}, in which there is no token of the"
+                " tokenizer, so the model writes it as text before EOS; use a template that ends turns with eos_token"
+            ] += 1
         if empty := next((span for pair in zip(written, answers, strict=True) if (span := _empty_span(*pair))), None):
             self.notes[
                 f"the chat template writes {empty!r} before the answer; it carries the loss like the answer itself (as"

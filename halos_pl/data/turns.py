@@ -331,6 +331,15 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str] = ()) -> T
     return TurnEnd(end[0], int(token), tail[end.end() :])
 
 
+def spelled_end(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the template writes behind an answer, where no token is in it; empty where there is one, or nothing."""
+    if not tokenizer.chat_template:
+        return ""
+    segments = _segments(tokenizer, ("user", "assistant"))
+    tail = segments[-1].strip() if segments else ""
+    return "" if any_of([str(tokenizer.eos_token), *added_tokens(tokenizer)]).search(tail) else tail
+
+
 def ending(tokenizer: PreTrainedTokenizerBase, text: str) -> TurnEnd | None:
     """The added token at the end of a rendered dialogue; None where there is none."""
     *_, last = [None, *any_of(added_tokens(tokenizer)).finditer(text)]

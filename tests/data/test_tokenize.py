@@ -106,7 +106,7 @@ def test_a_sample_of_the_tokens_that_training_gives_is_kept_as_text_that_gives_t
         for text in ("The answer is lost", "A duck: 3 + 4 = 7, and 9 are left."):
             ids = encode_completion(tokenizer, prompt, text)
             raw = tokenizer.decode(ids[:-1], skip_special_tokens=True)
-            sample = Sample([], ids, raw, finished=True)
+            sample = Sample(encode_prompt(tokenizer, prompt), ids, raw, finished=True)
             [[found]] = sampled_texts(Encoder(tokenizer), [(prompt, None)], [[sample]])
             assert found.same_tokens
             assert encode_completion(tokenizer, prompt, found.text) == ids

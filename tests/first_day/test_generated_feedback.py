@@ -164,7 +164,7 @@ def test_an_answer_without_the_thoughts_that_the_prompt_opens_follows_another_pr
     """It is rendered without ``<think>``; in one row with others, theirs then belongs to the completions."""
     tokenizer = stub(TEMPLATES["deepseek_r1_distill"])
     prompt = encode_prompt(tokenizer, MESSAGES)
-    assert tokenizer.decode(prompt).endswith("<think>\n")
+    assert str(tokenizer.decode(prompt)).endswith("<think>\n")
     end = "<｜end▁of▁sentence｜>"
     texts = ["I think.\n</think>\n\nFour." + end, "Four." + end, "So.\n</think>\n\nFour." + end]
     every = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
