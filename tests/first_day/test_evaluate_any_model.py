@@ -220,7 +220,7 @@ WRONG = {
     "run --judge=mine.py:longer --reference=nope/nope/nope": "nope/nope/nope",
     "run --reference=empty": "empty",
     "merged --judge=mine.py:longer": "--reference",
-    "merged --ckpt_path=best": "--ckpt_path",
+    "merged --ckpt_path=best": "checkpoint best",
     "empty": "empty",
     "lost": "config.yaml",
     "mine.py": "mine.py",

@@ -253,7 +253,7 @@ WRONG = {
     "--prompts=.": "folder",
     "--prompts=table.csv": "JSON lines",
     "--prompts=packed.jsonl.gz": "JSON lines",
-    "--ckpt_path=best": "--ckpt_path",
+    "--ckpt_path=best": "checkpoint best",
 }
 
 
