@@ -65,6 +65,18 @@ class NamedModel:
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()  # type: ignore[no-any-return]
 
 
+def _refuse_of_another(run: Path, checkpoint: Path) -> None:
+    """Refuses a checkpoint in the folder of another run, whose weights would be taken for those of this one.
+
+    Raises:
+        ModelError: naming that run.
+    """
+    at = checkpoint.resolve()
+    owner = next((place for place in at.parents if (place / CONFIG).is_file() and (place / LAST).parent.is_dir()), None)
+    if owner is not None and owner != run.resolve():
+        raise ModelError(f"--ckpt_path {checkpoint} is a checkpoint of the run {owner}, not of {run}; name that run")
+
+
 def named_model(name: str, ckpt_path: str | None = None, chat_template: str | None = None) -> NamedModel:
     """What a name stands for; no weights are read.
 
@@ -76,7 +88,7 @@ def named_model(name: str, ckpt_path: str | None = None, chat_template: str | No
     Raises:
         DataError: for a chat template that is none.
         FileNotFoundError: for a run without its config or a checkpoint.
-        ModelError: for a name that stands for no model, and for a ``ckpt_path`` without a run.
+        ModelError: for a name that stands for no model, and for a ``ckpt_path`` without a run or of another one.
     """
     template = None if chat_template is None else template_of(chat_template, "--chat_template")
     folder = Path(name)
@@ -84,7 +96,9 @@ def named_model(name: str, ckpt_path: str | None = None, chat_template: str | No
     # The folder of a run that was moved or copied in part is still meant as one.
     if not is_model and ((folder / CONFIG).is_file() or (folder / LAST).parent.is_dir()):
         spec = module_of_run(folder).policy_spec
-        find_checkpoint(folder, ckpt_path)
+        found = find_checkpoint(folder, ckpt_path)
+        if ckpt_path not in (None, "last", "best"):
+            _refuse_of_another(folder, found)
         text = text_settings(read_yaml(folder / CONFIG)[0].get("data") or {})
         return NamedModel(name, spec, folder, ckpt_path, text, template)
     if ckpt_path is not None:

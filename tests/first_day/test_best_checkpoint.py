@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 
 from halos_pl.checkpoint import CheckpointError, find_checkpoint, read_checkpoint
 from halos_pl.cli import main, spelled
+from halos_pl.named_model import named_model
+from halos_pl.policy.spec import ModelError
 
 
 def checkpoint(path: Path, **states: dict[str, Any]) -> Path:
@@ -154,3 +157,16 @@ def test_both_at_once_are_refused() -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["export", "r", "o", "--checkpoint=best", "--ckpt_path=last"])
     assert stopped.value.code == 2
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its weights would be exported, or measured, as those of this run."""
+    for name in ("a", "b"):
+        checkpoint(tmp_path / name / "checkpoints" / "s=1.ckpt")
+        (tmp_path / name / "config.yaml").write_text("data: {}\n")
+    kept = checkpoint(tmp_path / "kept" / "s=1.ckpt")  # outside of any run's folder
+    monkeypatch.setattr("halos_pl.named_model.module_of_run", lambda _: SimpleNamespace(policy_spec=None))
+    for own in (tmp_path / "a" / "checkpoints" / "s=1.ckpt", kept):
+        assert named_model(str(tmp_path / "a"), str(own)).ckpt_path == str(own)
+    with pytest.raises(ModelError, match=rf"of the run {tmp_path / 'b'}, not of {tmp_path / 'a'}"):
+        named_model(str(tmp_path / "a"), str(tmp_path / "b" / "checkpoints" / "s=1.ckpt"))
