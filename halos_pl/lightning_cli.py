@@ -9,12 +9,14 @@ import inspect
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
@@ -276,6 +278,7 @@ class HalosCLI(LightningCLI):
         check_settings(config.trainer)
         for name, kind in GROUP_CLASSES.items():
             check_nulls(kind, _settings(config.get(name)), name)
+        check_numbers({key: value for key, value in _settings(config.model).items() if key != "optimizer"}, "model")
         check_loggers(config.trainer.logger)
         if said := refused_callback(config.trainer.callbacks, config.model.policy.dtype, config.trainer.precision):
             raise RunError(said)
@@ -533,9 +536,36 @@ def check_nulls(kind: Any, given: Mapping[str, Any], where: str) -> None:
             if isinstance(part, Mapping | Namespace) and isinstance(part.get("class_path"), str):
                 check_nulls(imported(part["class_path"]), _settings(part.get("init_args")), f"{where}.{name}.init_args")
         hint = hints.get(name, Any)
+        group = next((each for each in (hint, *get_args(hint)) if is_dataclass(each)), None)
+        if group is not None and isinstance(value, Mapping | Namespace) and "class_path" not in value:
+            check_nulls(group, _settings(value), f"{where}.{name}")
         optional = hint is Any or isinstance(hint, TypeVar) or type(None) in get_args(hint)
         if value is None and not optional and name in parameters and parameters[name].default is not None:
             raise RunError(f"{where}.{name} is null; it takes a value, or leave it out")
+
+
+def check_numbers(given: Any, where: str) -> None:
+    """Refuses numbers that are not finite: the loss would be NaN, and the rows of its step be blamed.
+
+    Args:
+        given: the settings of a group, as parsed.
+        where: the key that holds them.
+
+    Raises:
+        RunError: naming the key.
+    """
+    if isinstance(given, float) and not math.isfinite(given):
+        raise RunError(f"{where} is {given}; it must be finite")
+    if isinstance(given, list | tuple):
+        for i, each in enumerate(given):
+            check_numbers(each, f"{where}[{i}]")
+    if isinstance(given, Mapping | Namespace):
+        bounds = str(given.get("class_path")).endswith(".Clipped")  # which may be infinite
+        for name, value in _settings(given).items():
+            if not bounds or name != "init_args":
+                check_numbers(value, f"{where}.{name}")
+            elif (inner := _settings(value).get("value_function")) is not None:
+                check_numbers(inner, f"{where}.{name}.value_function")
 
 
 def _settings(given: Any) -> Mapping[str, Any]:
