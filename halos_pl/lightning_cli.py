@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from jsonargparse import Namespace
 from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import StrategyRegistry
@@ -467,11 +467,29 @@ def check_settings(trainer: Any) -> None:
             f"trainer.overfit_batches is {trainer.overfit_batches}: Lightning would replace the sampler, which decides"
             " what a step is. Use --trainer.limit_train_batches, more --trainer.max_epochs, and --data.shuffle false"
         )
+    check_time(trainer.max_time)
     if trainer.enable_checkpointing is False or trainer.barebones:
         raise RunError(
             "a run keeps checkpoints/last.ckpt, to go on from; --trainer.enable_checkpointing false and"
             " --trainer.barebones true are not supported. --checkpoint.every_n_steps 1000000 writes it at the end only"
         )
+
+
+def check_time(given: Any) -> None:
+    """Refuses a ``trainer.max_time`` that is none, which Lightning says of the accelerator, or that has passed.
+
+    Raises:
+        RunError: naming it, and the form that it takes.
+    """
+    if given is None:
+        return
+    form = "a text in quotes, DD:HH:MM:SS, or a mapping such as {hours: 12}"
+    try:
+        length = Timer(dict(_settings(given)) if isinstance(given, Mapping | Namespace) else given).time_remaining()
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise RunError(f"trainer.max_time is {shown(given)}; it takes {form}") from error
+    if length is not None and length < 0:
+        raise RunError(f"trainer.max_time is {shown(given)}, a time that has passed; it takes {form}")
 
 
 def check_loggers(given: Any) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def described(value: Any) -> Any:
     """
     if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, Enum | Path | torch.dtype):
+    if isinstance(value, Enum | Path | torch.dtype | timedelta):
         return str(getattr(value, "value", value))
     for plain in (int, float, str):
         if isinstance(value, plain):  # also a subclass, which torch.load would refuse
@@ -115,7 +116,10 @@ def _name(thing: Any) -> str:
 
 
 def _arguments(value: Any) -> dict[str, Any]:
-    taken = inspect.signature(type(value)).parameters.values()
+    try:
+        taken = list(inspect.signature(type(value)).parameters.values())
+    except ValueError:  # a type that is not written in Python does not tell
+        taken = []
     named = [p.name for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     own = dict(vars(value)) if hasattr(value, "__dict__") else {}
     if isinstance(value, nn.Module):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +35,7 @@ from halos_pl.policy.reference import FrozenCopy, SyncedCopy
 from halos_pl.reference_points import MismatchedKL, RunningMean
 from halos_pl.resume import KeepSettings
 from halos_pl.rewards import LogRatio
+from halos_pl.settings import described
 from value_functions import Identity, Logistic, LogSigmoid, ValueFunction
 
 # -- the optimizer and its schedule ---------------------------------------------------------------------
@@ -425,3 +428,9 @@ def test_an_older_checkpoint_is_compared_with_its_config(finished, tmp_path, cap
     said = refused(capfd, resuming(older, tmp_path / "x", "--model.value_function.init_args.beta=5.0"))
     assert "model.value_function.beta is 5.0, and was 0.1" in said
     main(resuming(older, tmp_path / "y"))
+
+
+def test_settings_of_types_that_are_not_written_in_python_are_kept() -> None:
+    """As of ``trainer.strategy {class_path: DDPStrategy}``, which has a timeout; a fit with it was refused."""
+    assert described({"timeout": timedelta(minutes=30)}) == {"timeout": "0:30:00"}
+    assert described(count())["class_path"] == "itertools.count"
