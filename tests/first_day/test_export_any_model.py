@@ -34,7 +34,7 @@ def test_a_folder_keeps_its_dtype_unless_another_is_asked_for(tiny_folder: Path,
         assert torch.equal(value, weights[1][name])
 
 
-@pytest.mark.parametrize(("words", "named"), [("--adapter=true", "--adapter"), ("--ckpt_path=best", "--ckpt_path")])
+@pytest.mark.parametrize(("words", "named"), [("--adapter=true", "--adapter"), ("--ckpt_path=best", "checkpoint best")])
 def test_what_only_a_run_has_is_refused(tiny_folder: Path, tmp_path: Path, words: str, named: str, capfd: Any) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["export", str(tiny_folder), str(tmp_path / "out"), words])
