@@ -202,7 +202,9 @@ def test_power_is_said_of_the_planned_seeds_and_prompts(make: Any, tmp_path: Pat
     noise = Noise.planned(prompt_sd=0.4, run_sd=0.05, sampling_sd=0, count=80, seeds=3, arms=2)
     said = "\n".join(power_lines(load_study(make(**many, power={"prompt_sd": 0.4, "run_sd": 0.05})), 80))
     assert f"{power(0.2, noise, 0.05 / MARGIN):.2f} for 20 points" in said
-    assert check(load_study(make(**many)))["kto"].examples == 3
+    path = make(**many)
+    (tmp_path / "prompts.txt").write_text("one\ntwo why\none\nthree so\none\n")  # those listed twice count once
+    assert check(load_study(path))["kto"].examples == 3
     assert check(load_study(make(metrics=["reward_auroc"])))["kto"].examples == 6
     path = make(power={"values": str(tmp_path / "none.csv.gz")})
     with pytest.raises(StudyError, match=r"none\.csv\.gz cannot be read") as error:

@@ -172,6 +172,28 @@ def test_a_report_is_computed_from_values_and_the_study_alone(
     assert tables[0] == tables[1] != []
 
 
+def test_recorded_runs_whose_folders_are_gone_are_kept_aside(tmp_path: Path, text_only: None, capsys: Any) -> None:
+    """The folder of one run is all that is left: what was recorded of the others is not written over."""
+    results = results_of(tmp_path, {"a": 0.0, "b": 1.0})
+    before = {name: (tmp_path / name).read_bytes() for name in (VALUES, "record.json")}
+    (tmp_path / "a" / "seed-0").mkdir(parents=True)
+    for _ in range(2):
+        write_report(Results(results.study, tmp_path))
+    assert "6 runs" in capsys.readouterr().out
+    assert before == {
+        VALUES: (tmp_path / "values.1.csv.gz").read_bytes(),
+        "record.json": (tmp_path / "record.1.json").read_bytes(),
+    }
+    assert not (tmp_path / "values.2.csv.gz").exists()
+
+
+def test_a_record_that_is_none_is_refused(tmp_path: Path) -> None:
+    results = results_of(tmp_path, {"a": 0.0, "b": 1.0})
+    (tmp_path / "record.json").write_text("[]")
+    with pytest.raises(StudyError, match=r"record\.json is not the record"):
+        Results(results.study, tmp_path)
+
+
 def test_a_folder_without_runs_and_values_has_no_report(tmp_path: Path, capsys: Any) -> None:
     study_of(tmp_path, ["a", "b"], ["kl"])
     for folder in (tmp_path, tmp_path / "none"):
@@ -323,6 +345,20 @@ def test_the_first_line_names_ties_and_what_is_missing(tmp_path: Path) -> None:
     assert "there is no other arm" not in line
 
 
+def test_the_first_line_does_not_call_runs_equal_that_were_not_tested_for_it(tmp_path: Path) -> None:
+    alike = {(arm, seed): [1.0, 0.0, 1.0] for arm in "ab" for seed in range(2)}
+    line = first_line(_recorded(tmp_path, ["a", "b"], alike, seeds=2))
+    assert "no example differs" in line
+    assert "treat them as equal" not in line
+
+
+def test_a_primary_metric_that_no_run_has_is_named(tmp_path: Path) -> None:
+    results = results_of(tmp_path, {"a": 0.0, "b": 1.0}, metrics=("reward_margin",))
+    again = study_of(tmp_path, ["a", "b"], ["reward_margin", "kl"], primary="kl")
+    line = first_line(Results(again, results.out))
+    assert line == "Nothing to compare: none of 6 finished runs was measured by kl, the primary metric."
+
+
 def test_ratios_beyond_all_measure_are_not_written_out(tmp_path: Path) -> None:
     """Runs whose KL differs by powers of ten leave an interval that no number is needed for."""
     wild = {("a", 0): 1e-9, ("a", 1): 50.0, ("b", 0): 0.5, ("b", 1): 1e-7}
@@ -390,8 +426,10 @@ def test_a_margin_that_cannot_be_used_is_said(tmp_path: Path, text_only: None) -
     found = {(arm, seed): draw.random(20).tolist() for arm in "ab" for seed in range(3)}
     sound = _recorded(tmp_path / "sound", ["a", "b"], found, metrics=["kl"], equivalence=1.1)
     assert not any("quivalence" in line for line in headline(sound))
+    assert "(Bonferroni" in report.content(sound)["methods"]
     zero = _recorded(tmp_path / "zero", ["a", "b"], found | {("b", 1): [0.0] * 20}, metrics=["kl"], equivalence=1.1)
     assert zero.comparisons("kl")["b"].scale == "difference"
+    assert "(Holm" in report.content(zero)["methods"]
     write_report(zero)
     page = (tmp_path / "zero" / "report.md").read_text()
     [line] = [line for line in page.splitlines() if line.startswith("- Equivalence was not tested")]

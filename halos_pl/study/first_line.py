@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from halos_pl.messages import counted
 from halos_pl.study.comparison import Comparison
 from halos_pl.study.digits import of_comparison, of_estimate, p_value
 from halos_pl.study.evaluate import METRICS
@@ -16,6 +17,10 @@ def first_line(results: Results) -> str:
     _, what, more = METRICS[metric]
     measured = [arm for arm in results.ranked if (metric, arm.name) in results.estimates]
     done, runs, arms = len(results.done), len(results.runs), len(results.study.arms)
+    if done and not measured:
+        return (
+            f"Nothing to compare: none of {counted(done, 'finished run')} was measured by {metric}, the primary metric."
+        )
     if results.baseline not in measured or (len(measured) == 1 < arms):
         lacks = f", none of {results.baseline.name}" if measured and results.baseline not in measured else ""
         return f"Nothing to compare yet: {done} of {runs} runs finished{lacks}."
@@ -66,7 +71,7 @@ def belief(c: Comparison) -> str:
         "significant over seeds": f"believe it: the difference is significant over seeds{_p(c)}",
         "differs in these runs only": "do not generalise it: these runs differ, but runs with other seeds may not",
         "equivalent": f"treat them as equal: they are {c.said}",
-        "identical": "treat them as equal: no example differs",
+        "identical": "no example differs in these runs, which does not show that they are equivalent",
         "one seed so far": "too early to say: only one seed has finished",
         "exploratory": "do not rely on it: it was not tested",
     }.get(c.decision, f"do not believe it: the difference is not significant{_p(c)}")

@@ -604,7 +604,7 @@ def _check_evaluation(study: Study) -> int:
     """Tries out the command that measures a run: its arguments, the functions it calls, its prompts.
 
     Returns:
-        the number of prompts that are answered.
+        the number of different prompts that are answered.
     """
     arguments = _parsed(study)
     try:
@@ -624,7 +624,7 @@ def _check_evaluation(study: Study) -> int:
             )
         except DataError as error:
             raise StudyError(f"{study.places['prompts']}: prompts: {error}") from error
-        return len(rows)
+        return len({json.dumps(row.prompt) for row in rows})  # one that is listed twice is one example
     return 0
 
 

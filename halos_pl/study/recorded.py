@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
 import math
 import os
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from halos_pl.files import write
+from halos_pl.messages import counted
 from halos_pl.study.plan import Study, StudyError
 
 VALUES = "values.csv.gz"
@@ -58,7 +60,10 @@ class Recorded:
 
 
 def write_recorded(recorded: Recorded, study: Study, out: Path) -> None:
-    """Writes both files into the study's folder; the same numbers make the same bytes."""
+    """Writes both files into the study's folder; the same numbers make the same bytes.
+
+    Earlier files with runs that these do not have are kept beside them.
+    """
     folders = {arm.name: arm.folder for arm in study.arms}
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
@@ -73,10 +78,37 @@ def write_recorded(recorded: Recorded, study: Study, out: Path) -> None:
     packed = io.BytesIO()
     with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0, compresslevel=9) as file:
         file.write(text.getvalue().encode())
+    _keep_lost(recorded, out)
     beside = out / f"{VALUES}.part"
     beside.write_bytes(packed.getvalue())
     os.replace(beside, out / VALUES)
     write(out / RECORD, json.dumps(recorded.record, indent=2, ensure_ascii=False) + "\n")
+
+
+def _keep_lost(recorded: Recorded, out: Path) -> None:
+    """Moves both files aside where they hold runs that are not recorded now, as after a folder was removed."""
+    path = out / VALUES
+    new = {(name, str(seed)) for name, seed in recorded.values if seed is not None}
+    try:
+        with gzip.open(path, "rt", newline="", encoding="utf-8") as file:
+            old = {(line["arm"], line["seed"]) for line in csv.DictReader(file) if line["seed"]}
+    except (OSError, EOFError, KeyError, ValueError, csv.Error):  # there is none, or nothing can be made of it
+        return
+    if lost := old - new:
+        number = next(i for i in itertools.count(1) if not (out / _aside(VALUES, i)).exists())
+        for name in (VALUES, RECORD):
+            if (out / name).is_file():
+                os.replace(out / name, out / _aside(name, number))
+        print(
+            f"halos: {path} holds {counted(len(lost), 'run')} that cannot be read from the study's folders now; it is"
+            f" kept as {_aside(VALUES, number)}"
+        )
+
+
+def _aside(name: str, number: int) -> str:
+    """``values.1.csv.gz``."""
+    stem, _, ends = name.partition(".")
+    return f"{stem}.{number}.{ends}"
 
 
 def read_recorded(study: Study, out: Path) -> Recorded:
@@ -121,6 +153,8 @@ def read_recorded(study: Study, out: Path) -> Recorded:
         record = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
     except ValueError as error:
         raise StudyError(f"{note} cannot be read: {error}") from error
+    if not isinstance(record, dict):
+        raise StudyError(f"{note} is not the record of a study: it holds no JSON object")
     return Recorded(ordered, record)
 
 

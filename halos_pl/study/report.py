@@ -36,8 +36,8 @@ METHODS = (
     "binary metrics, else a permutation test). {family} The other metrics are exploratory: they get estimates with "
     "95 % intervals, which are not corrected, and no decision. 'Differs in these runs only' takes the runs as fixed; "
     "it is tested over examples. Positive metrics such as KL are compared by ratios, on the log scale, unless a "
-    "run's mean is 0. '80 % power for' names the smallest difference that the corrected test would detect that "
-    "often, given the variances found here."
+    "run's mean is not above 0. '80 % power for' names the smallest difference that the corrected test would detect "
+    "that often, given the variances found here."
 )
 SEVERAL = (
     "On the primary metric, p is corrected for all comparisons with the baseline ({method}), so that at most 5 % of "
@@ -53,7 +53,7 @@ def _ends(results: Results) -> list[dict[str, Any]]:
     for arm in results.ranked:
         figures = []
         for name in CURVES:
-            last = [list(curve.values())[-1] for curve in results.figures(arm, name)]
+            last = [curve[max(curve, key=int)] for curve in results.figures(arm, name)]
             each = f" ({', '.join(map(short, last))})" if len(last) > 1 else ""
             figures.append(f"{short(float(np.mean(last)))}{each}" if last else "")
         rows.append({"arm": arm.name, "figures": figures})
@@ -175,7 +175,8 @@ def content(results: Results) -> dict[str, Any]:
     names = [study, *(["--over", over] if over else [])]
     if out != default_folder(study, over):
         names += ["--out", str(out)]
-    method = "Holm 1979" if results.study.equivalence is None else "Bonferroni, as equivalence is tested as well"
+    tested = any(c.margin is not None for c in results.comparisons(results.primary).values())
+    method = "Bonferroni, as equivalence is tested as well" if tested else "Holm 1979"
     family = SEVERAL.format(method=method) if len(results.study.arms) > 1 else ALONE
     tables = [_table(results, metric) for metric in results.study.metrics]
     rows = [row["arm"] for row in tables[0]["rows"]]
