@@ -146,6 +146,17 @@ def test_equivalence_is_claimed_within_a_margin_only() -> None:
     assert p < 0.05
 
 
+def test_shares_of_which_few_examples_differ_are_not_equivalent_by_luck() -> None:
+    """The reference never fails, the arm on 5 % of prompts, in every run: so much is not within 5 points."""
+    draw = np.random.default_rng(0)
+    claims = 0
+    for _ in range(300):
+        fails = np.tile(draw.random((1, 60)) < 0.05, (3, 1)) ^ (draw.random((3, 60)) < 0.002)
+        arms = {"a": Runs(np.ones((3, 60)), (0, 1, 2)), "b": Runs(1.0 - fails, (0, 1, 2))}
+        claims += only(compare("rule", arms, "a", planned=3, margin=0.05, share=True)).decision == "equivalent"
+    assert claims <= 0.05 * 300
+
+
 def test_words_say_what_seeds_allow() -> None:
     far = study(9, run=2.0)
     assert {c.decision for c in compare("m", far, "arm 0", planned=3)} == {"differs in these runs only"}

@@ -352,6 +352,25 @@ def test_the_first_line_does_not_call_runs_equal_that_were_not_tested_for_it(tmp
     assert "treat them as equal" not in line
 
 
+@pytest.mark.parametrize("base", ["a", "b"])
+def test_the_first_line_is_not_at_odds_with_the_paired_difference(base: str, tmp_path: Path) -> None:
+    """One arm has the higher mean by a seed that the other lacks, and is worse in all that both have."""
+    draw = np.random.default_rng(0)
+    prompts = draw.normal(size=60)
+    found = {
+        (arm, seed): (prompts + mean + 0.01 * draw.normal(size=60)).tolist()
+        for arm, means in {"a": [1.0, 1.0, 1.0], "b": [0.8, 0.8, 0.8, 3.0]}.items()
+        for seed, mean in enumerate(means)
+    }
+    results = _recorded(tmp_path, ["a", "b"], found, metrics=["reward_margin"], seeds=4, baseline=base)
+    [c] = results.comparisons("reward_margin").values()
+    assert (c.effect < 0) == (c.arm == "b")
+    line = first_line(results)
+    assert line.startswith("So far (7 of 8 runs, 2 of 2 arms): b won")
+    assert "; but over 3 seeds that both have, " in line
+    assert "believe it:" not in line
+
+
 def test_a_primary_metric_that_no_run_has_is_named(tmp_path: Path) -> None:
     results = results_of(tmp_path, {"a": 0.0, "b": 1.0}, metrics=("reward_margin",))
     again = study_of(tmp_path, ["a", "b"], ["reward_margin", "kl"], primary="kl")

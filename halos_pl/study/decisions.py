@@ -45,7 +45,7 @@ class _Test:
         self.noise: Noise | None = None
         self.identical = not values.any()
         by_example = values.mean(axis=0)
-        examples = float(by_example.var(ddof=1)) / self.count if self.count > 1 else 0.0
+        self.examples = examples = float(by_example.var(ddof=1)) / self.count if self.count > 1 else 0.0
         # No test over examples says more than that of their signs: with few that differ, t would.
         self.least = min(1.0, 2.0 ** (1 - int(np.count_nonzero(by_example))))
         self.runs_p = max(self.least, StandardError(math.sqrt(examples), max(self.count - 1, 1)).p(self.value))
@@ -88,12 +88,19 @@ class _Test:
         """p by the arm's own variance."""
         return self.own.p(self.value) if self.own else 1.0
 
-    def equivalence(self, margin: float) -> tuple[float, float]:
-        """p of two one-sided tests (Schuirmann 1987) that the difference is beyond the margin; and by the arm's own."""
+    def equivalence(self, margin: float, *, share: bool) -> tuple[float, float]:
+        """p of two one-sided tests (Schuirmann 1987) that the difference is beyond the margin; and by the arm's own.
+
+        Shares that differ by the margin differ on so many examples that these vary by ``margin * (1 - margin)``. Where
+        they vary less here, as with hardly any that differ, it is by luck: the test takes that variance, as a score
+        test does.
+        """
         if not self.errors or self.own is None:
             return 1.0, 1.0
         room = margin - abs(self.value)
-        return max(each.below(room) for each in self.errors), self.own.below(room)
+        more = max(margin * (1 - margin) / self.count - self.examples, 0.0) if share else 0.0
+        *errors, own = (StandardError(math.hypot(e.size, math.sqrt(more)), e.df) for e in (*self.errors, self.own))
+        return max(each.below(room) for each in errors), own.below(room)
 
 
 def _of_examples(one: Values, other: Values) -> float:
@@ -185,7 +192,7 @@ def compare(
     runs_adjusted = corrected(over_examples, family, step_down=step_down)
     equivalent = [False] * len(tests)
     if margin is not None:
-        both = [t.equivalence(margin) for t in tests.values()]
+        both = [t.equivalence(margin, share=share) for t in tests.values()]
         both_p = corrected([MARGIN * p for p, _ in both], family, step_down=step_down)
         equivalent = [max(p, own) < LEVEL for p, (_, own) in zip(both_p, both, strict=True)]
     back = np.exp if scale == "ratio" else float

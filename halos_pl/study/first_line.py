@@ -54,7 +54,13 @@ def first_line(results: Results) -> str:
         line = f"{' and '.join(level)} are level on {metric} ({what}) with {mean}"
     if found is None:
         return f"{so_far}{line}; no other arm shares a seed with it."
-    return f"{so_far}{line}; {before}{of_comparison(found)} against {results.baseline.name}; {belief(found)}."
+    said = f"{before}{of_comparison(found)} against {results.baseline.name}"
+    # Means are of all runs of an arm, the difference is paired: of the seeds that both have, and of ratios.
+    if (found.effect - found.null) * (1 if more is not False else -1) * (-1 if before else 1) < 0:
+        pairs = "" if found.scale == "difference" else f"{_kind(found)}s of "
+        of = f"{pairs}{counted(found.seeds, 'seed')} that both have"
+        return f"{so_far}{line}; but over {of}, {said}: do not believe the order, as these disagree."
+    return f"{so_far}{line}; {said}; {belief(found)}."
 
 
 def _kind(c: Comparison) -> str:
