@@ -253,6 +253,11 @@ def test_an_earlier_study_tells_how_much_prompts_and_runs_vary(tmp_path: Path) -
     assert found == pytest.approx((0.6 * math.sqrt(2), 0.3, 0.8 * math.sqrt(2)), rel=0.25)
     with pytest.raises(ValueError, match=r"no two arms"):
         deviations_of(path, "kl")
+    for value, said in (("nan", "no finite numbers"), ("0.5", "does not vary")):
+        other = [lines[0], *(f"{line.rpartition(',')[0]},{value}" for line in lines[1:])]
+        path.write_bytes(gzip.compress("\n".join(other).encode()))
+        with pytest.raises(ValueError, match=said):
+            deviations_of(path, "m")
 
 
 #: One setting of each kind, for every run of the tests; the whole grid is slow.

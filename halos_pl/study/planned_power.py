@@ -72,6 +72,8 @@ def deviations_of(path: Path, metric: str) -> tuple[float, float, float]:
                     values[line["arm"], int(line["seed"])][line["example"]] = float(line["value"])
     except (OSError, EOFError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read as the values of a study: {error or type(error).__name__}") from error
+    if any(not math.isfinite(value) for own in values.values() for value in own.values()):
+        raise ValueError(f"{path} has values of {metric} that are no finite numbers")
     common = sorted(set.intersection(*map(set, values.values()))) if values else []
     arms: dict[str, Runs] = {}
     for name in {arm for arm, _ in values}:
@@ -95,7 +97,10 @@ def deviations_of(path: Path, metric: str) -> tuple[float, float, float]:
         raise ValueError(f"{path} has no two arms with two seeds in common that were measured by {metric}")
     sampling = float(np.mean(samplings))
     runs = max(variance.paired - sampling / 2 / len(common), 0.0)
-    return math.sqrt(float(np.mean(prompts))), math.sqrt(runs), math.sqrt(sampling)
+    found = math.sqrt(float(np.mean(prompts))), math.sqrt(runs), math.sqrt(sampling)
+    if max(found) <= 1e-12 * max(float(np.abs(own.values).max()) for own in arms.values()):  # the rounding of floats
+        raise ValueError(f"{path}: {metric} does not vary there, so it does not tell what the power is")
+    return found
 
 
 def power_lines(study: Study, examples: int) -> list[str]:
