@@ -30,7 +30,7 @@ from halos_pl.study.first_line import first_line
 from halos_pl.study.headline import headline
 from halos_pl.study.plan import StudyError, check, default_folder, load_study
 from halos_pl.study.planned_power import power_lines
-from halos_pl.study.recorded import VALUES
+from halos_pl.study.recorded import VALUES, read_recorded
 from halos_pl.study.report import write_report
 from halos_pl.study.results import Results
 
@@ -77,6 +77,7 @@ def ablate(
 def _say_report(results: Results) -> None:
     _say_untold(results)
     path = write_report(results)
+    results = Results(results.study, results.out, read_recorded(results.study, results.out))  # as the report has them
     said = [first_line(results), *headline(results), f"halos: the report is {path}, and report.md beside it"]
     print("\n".join(map(plain, said)))
 

@@ -371,6 +371,34 @@ def test_the_first_line_is_not_at_odds_with_the_paired_difference(base: str, tmp
     assert "believe it:" not in line
 
 
+def test_nothing_is_said_to_be_unlearned_by_an_arm_that_cannot_be_tested_yet(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    found: dict[Any, list[float]] = {("a", s): draw.normal(size=30).tolist() for s in range(3)}
+    found |= {("b", 0): (5 + draw.normal(size=30)).tolist(), (BEFORE, None): draw.normal(size=30).tolist()}
+    line = first_line(_recorded(tmp_path, ["a", "b"], found, metrics=["reward_margin"]))
+    assert line.startswith("So far (4 of 6 runs, 2 of 2 arms): b won")
+    assert "too early to say" in line
+
+
+def test_a_primary_metric_chosen_after_the_runs_is_said(tmp_path: Path) -> None:
+    results = results_of(tmp_path, {"a": 0.0, "b": 1.0}, metrics=("reward_margin", "kl"))
+    assert not any("when the study began" in line for line in headline(results))
+    write_recorded(Recorded(read_recorded(results.study, tmp_path).values, {"primary": "kl"}), results.study, tmp_path)
+    [line] = [line for line in headline(Results(results.study, tmp_path)) if "when the study began" in line]
+    assert "was kl" in line
+
+
+def test_lengths_that_differ_between_runs_leave_the_examples_that_all_have(tmp_path: Path) -> None:
+    results = results_of(tmp_path, {"a": 0.5, "b": 0.9}, metrics=("reward_accuracy",))
+    values = {key: dict(found) for key, found in read_recorded(results.study, tmp_path).values.items()}
+    for (arm, seed), found in values.items():
+        found["reward_accuracy/chosen_shorter"] = {"x": 1.0} if (arm, seed) == ("a", 1) else {"x": 0.0, "y": 0.0}
+    write_recorded(Recorded(values), results.study, tmp_path)
+    stratum = Results(results.study, tmp_path).stratum("a", "reward_accuracy/chosen_shorter")
+    assert stratum is not None
+    assert stratum.tolist() == [[0.0], [1.0], [0.0]]
+
+
 def test_a_primary_metric_that_no_run_has_is_named(tmp_path: Path) -> None:
     results = results_of(tmp_path, {"a": 0.0, "b": 1.0}, metrics=("reward_margin",))
     again = study_of(tmp_path, ["a", "b"], ["reward_margin", "kl"], primary="kl")

@@ -214,6 +214,7 @@ def claim(study: Study, out: Path, digests: Mapping[str, str]) -> None:
         "over": None if study.over is None else str(study.over),
         "digests": {arm.folder: digests[arm.name] for arm in study.arms},
         "seeds": list(study.seeds),
+        "primary": study.primary,
     } | measuring_of(study)
     known = out / PLAN
     if known.is_file():
@@ -240,6 +241,8 @@ def claim(study: Study, out: Path, digests: Mapping[str, str]) -> None:
                     " train again where there is no checkpoint)"
                 )
         plan["digests"] = {**before["digests"], **plan["digests"]}
+        if any(run.measured for run in study.runs(out)):  # chosen later, it may be what came out best
+            plan["primary"] = before.get("primary")
     elif out.is_dir() and any(out.iterdir()):
         raise StudyError(f"{out} is not empty and holds no study; name another folder with --out")
     out.mkdir(parents=True, exist_ok=True)

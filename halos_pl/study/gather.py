@@ -135,6 +135,7 @@ def _record(study: Study, out: Path, runs: list[Run], done: list[Run], faults: M
         "study": plan.get("study", str(study.path)),
         "over": plan["over"] if plan else None if study.over is None else str(study.over),
         "out": str(out),
+        "primary": plan.get("primary"),
         "starts": starts_of(done),
         "missing": missing,
         "made": _made(done),

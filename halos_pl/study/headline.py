@@ -33,6 +33,12 @@ def headline(results: Results) -> list[str]:
             f"Equivalence was not tested: its margin, a factor of {study.equivalence:g}, needs ratios, and the mean"
             f" {metric} of a run is not above 0."
         )
+    if (planned := results.record.get("primary")) not in (None, metric):
+        said.append(
+            f"The primary metric was {planned} when the study began, and is {metric} now: a metric"
+            " chosen after the runs may be the one that came out best, and claims about it be wrong in more than 5 % of"
+            " studies."
+        )
     if missing := len(results.runs) - len(results.done):
         said.append(f"Missing: {missing} of {len(results.runs)} runs.")
     return said

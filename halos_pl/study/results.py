@@ -91,11 +91,15 @@ class Results:
         return next(arm for arm in self.study.arms if arm.name == self.study.baseline)
 
     def stratum(self, name: str, metric: str) -> Values | None:
-        """[seeds, examples] of a metric of some examples only, of an arm or a baseline that is none."""
+        """[seeds, examples] of a metric of some examples only, of an arm or a baseline that is none.
+
+        Of the examples that all its runs have: completions that are cut by another tokenizer may have other lengths.
+        """
         found = [f[metric] for (owner, _), f in self._values.items() if owner == name and f.get(metric)]
         if not found:
             return None
-        return np.array([[each[example] for example in sorted(found[0])] for each in found], dtype=np.float64)
+        shared = sorted(set.intersection(*map(set, found)))
+        return np.array([[each[name] for name in shared] for each in found], dtype=np.float64) if shared else None
 
     @property
     def primary(self) -> str:
@@ -193,13 +197,15 @@ class Results:
     def nothing_learned(self) -> bool:
         """Whether no arm is significantly better than the model before training, on a primary metric that knows better.
 
-        False where that model was not measured.
+        False where that model was not measured, and as long as an arm cannot be tested, as it has one seed of several.
         """
         more = METRICS[self.primary][2]
         found = self._against_untrained(self.primary, primary=True)
-        tested = [c for c in found.values() if c.decision != "one seed so far"]
-        sure = [c for c in tested if c.significant or (c.runs_only and c.planned == 1)]
-        return more is not None and bool(tested) and not any((c.effect > c.null) == more for c in sure)
+        untested = [arm for arm in self._runs(self.primary, self.study.arms) if arm not in found]
+        untested += [c.arm for c in found.values() if c.decision == "one seed so far"]
+        sure = [c for c in found.values() if c.significant or (c.runs_only and c.planned == 1)]
+        known = more is not None and bool(found) and not untested
+        return known and not any((c.effect > c.null) == more for c in sure)
 
     def figures(self, arm: Arm, metric: str) -> list[Mapping[str, float]]:
         """Of each finished seed of an arm: the values of a metric, such as a training figure by step."""
