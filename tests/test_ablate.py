@@ -136,6 +136,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
         "evaluate names no held_out",
     ),
     "a name that YAML takes for a number": ({"arms": {0.1: {}}}, "arms:", "put it in quotes"),
+    "a name that cannot be shown": ({"arms": {"a\rb": {}}}, "arms:", "cannot be shown"),
     "a metric that is a list": ({"metrics": [["kl"]]}, "- - kl", "unknown metric ['kl']"),
     "a metric twice": ({"metrics": ["kl", "rule", "kl"]}, "metrics:", "metric kl is named twice"),
     "no held-out data": (

@@ -125,6 +125,7 @@ BROKEN = {
     "a line twice": (lambda rows: rows.insert(2, rows[1]), ":3"),
     "a line missing": (lambda rows: rows.pop(1), "x.jsonl:0"),
     "a column missing": (lambda rows: rows[0].__setitem__(4, "row"), "example"),
+    "another value": (lambda rows: rows[3].__setitem__(5, "77.0"), "record.json"),
     "a line cut": (lambda rows: rows.__setitem__(2, rows[2][:4]), VALUES),
 }
 

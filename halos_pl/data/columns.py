@@ -93,11 +93,15 @@ def _parts(kinds: _Kinds, row: dict[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in kinds.parts if name not in counts and given(row[name])}
 
 
-def without(value: Any, ignored: Sequence[str], depth: int = 6) -> Any:
-    """A row without the keys ``ignored``, nor those of its messages, down to lists of lists of them."""
+def without(value: Any, ignored: Sequence[str], idle: set[str], depth: int = 6) -> Any:
+    """A row without the keys ``ignored``, nor those of its messages, down to lists of lists of them.
+
+    Those that it has are removed from ``idle``.
+    """
     if isinstance(value, dict) and depth:
-        return {k: without(v, ignored, depth - 1) for k, v in value.items() if k not in ignored}
-    return [without(v, ignored, depth - 1) for v in value] if isinstance(value, list) and depth else value
+        idle.difference_update(value)
+        return {k: without(v, ignored, idle, depth - 1) for k, v in value.items() if k not in ignored}
+    return [without(v, ignored, idle, depth - 1) for v in value] if isinstance(value, list) and depth else value
 
 
 class Columns:

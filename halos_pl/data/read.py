@@ -89,6 +89,7 @@ def read(
     unused = {} if unused is None else unused
     columns = Columns(source, schema, unused) if schema else None
     missing = set(source.columns.values())  # until a row has them
+    idle = {name for name in source.ignore if name.isidentifier()}  # until a row has them; not placeholders
     first: int | None = None  # the line that the schema was found by
     kept: list[tuple[str, dict[str, Any] | Fault]] = []  # where a row needs the whole source
     ended = False  # by a fault of the source as a whole
@@ -96,7 +97,7 @@ def read(
         place = f"{source.path}:{line}"
         item: dict[str, Any] | Fault = found
         if isinstance(found, dict):
-            found = without(found, source.ignore) if source.ignore else found
+            found = without(found, source.ignore, idle) if source.ignore else found
             item = _renamed(found, source.columns)
             missing -= found.keys()
             for new, old in source.columns.items():
@@ -129,6 +130,7 @@ def read(
         name = min(missing)
         yield Fault(source.path, f"'columns' names a column '{name}', which no row has; correct its name", fatal=True)
         return
+    unused |= dict.fromkeys(f"{name} (ignored, but no row has it)" for name in sorted(idle))
     if schema is not None and schema.prepare:
         assert columns is not None
         parse = schema.prepare(item for _, item in kept if isinstance(item, dict))

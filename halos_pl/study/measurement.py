@@ -179,8 +179,8 @@ def _columns(of: Measured, task: Task, others: list[Sample] | None) -> dict[str,
         assert others is not None
         compared = counted(list(zip(task.rows, of.samples, others, strict=True)), "judging answers")
         columns["judge"] = [
-            # Of a model against itself: the same answer, and no verdict on its place.
-            0.5 if others is of.samples else judge(_row(row, s, o), s.text, o.text)
+            # Equal answers are a tie: a verdict would be on their places.
+            0.5 if s.text == o.text else judge(_row(row, s, o), s.text, o.text)
             for row, s, o in compared
         ]
     return columns

@@ -389,6 +389,8 @@ class _Reader:
                 raise self.fault(f"arm {name!r} is {own!r}; it takes objective: and dotted options", "arms", name)
             if not isinstance(name, str):
                 raise self.fault(f"YAML reads the name of an arm as {name!r}; put it in quotes", "arms")
+            if not name.isprintable():
+                raise self.fault(f"the name of arm {name!r} has a character that cannot be shown; remove it", "arms")
             named.append((name, own or {}, ("arms", name)))
         axes = self.get("axes", dict, {})
         for key, values in axes.items():

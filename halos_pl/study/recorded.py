@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -32,6 +33,7 @@ from halos_pl.study.plan import Study, StudyError
 
 VALUES = "values.csv.gz"
 RECORD = "record.json"
+DIGEST = "values_sha256"  #: in the record: of the text in ``values.csv.gz``
 COLUMNS = ("run", "arm", "seed", "metric", "example", "value")
 
 #: By metric and example.
@@ -75,14 +77,16 @@ def write_recorded(recorded: Recorded, study: Study, out: Path) -> None:
             run, shown = f"{folders[name]}/seed-{seed}", str(seed)
         for metric, values in figures.items():
             lines.writerows((run, name, shown, metric, example, repr(value)) for example, value in values.items())
+    content = text.getvalue().encode()
     packed = io.BytesIO()
     with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0, compresslevel=9) as file:
-        file.write(text.getvalue().encode())
+        file.write(content)
     _keep_lost(recorded, out)
     beside = out / f"{VALUES}.part"
     beside.write_bytes(packed.getvalue())
     os.replace(beside, out / VALUES)
-    write(out / RECORD, json.dumps(recorded.record, indent=2, ensure_ascii=False) + "\n")
+    record = {**recorded.record, DIGEST: hashlib.sha256(content).hexdigest()}
+    write(out / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def _keep_lost(recorded: Recorded, out: Path) -> None:
@@ -123,7 +127,9 @@ def read_recorded(study: Study, out: Path) -> Recorded:
     runs: dict[Key, dict[str, dict[str, float]]] = {}
     known = {(arm.name, seed) for arm in study.arms for seed in study.seeds}
     try:
-        with gzip.open(path, "rt", newline="", encoding="utf-8") as file:
+        with gzip.open(path, "rb") as packed:
+            content = packed.read()
+        with io.StringIO(content.decode(), newline="") as file:
             lines = csv.DictReader(file)
             if lines.fieldnames is None or set(COLUMNS) - set(lines.fieldnames):
                 raise StudyError(f"{path}: the columns are {lines.fieldnames}; they must be {', '.join(COLUMNS)}")
@@ -155,6 +161,11 @@ def read_recorded(study: Study, out: Path) -> Recorded:
         raise StudyError(f"{note} cannot be read: {error}") from error
     if not isinstance(record, dict):
         raise StudyError(f"{note} is not the record of a study: it holds no JSON object")
+    if record.pop(DIGEST, made := hashlib.sha256(content).hexdigest()) != made:
+        raise StudyError(
+            f"{path} is not the file that {note} was written with: its SHA-256 differs. Restore both; or, if the values"
+            f" are meant to differ, remove {note}, and the report calls their origin not recorded"
+        )
     return Recorded(ordered, record)
 
 

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 from halos_pl.data.example import DataError
+from halos_pl.generate import Sample
+from halos_pl.prompt_files import PromptRow
 from halos_pl.study.judging import Row, judged_by
+from halos_pl.study.measurement import Measured, Task, _columns
 
 FITS = {
     "rule": {
@@ -116,3 +119,12 @@ def test_a_row_is_a_copy_of_all_its_columns() -> None:
     assert columns["gold"] == ["42"]
     assert len(messages) == 2
     assert row().messages == [{"role": "user", "content": "Why?"}]
+
+
+def test_equal_answers_are_a_tie(tmp_path: Path) -> None:
+    """A judge that likes whichever comes first would prefer a model to itself."""
+    judge = made(tmp_path, "def f(answer, other, row):\n    return 1", "judge")
+    prompts = [PromptRow(f"p.jsonl:{i}", f"p.jsonl:{i}", {}, "Why?", True) for i in (1, 2)]
+    mine, others = ([Sample([1], [2], text, True) for text in two] for two in (("a", "b"), ("a", "c")))
+    task = Task(rows=prompts, data=None, judging={"judge": judge}, sampling={}, beta=0.1)
+    assert _columns(Measured([], mine, []), task, others)["judge"] == [0.5, 1]

@@ -397,3 +397,12 @@ def test_columns_that_no_row_has(tmp_path: Path) -> None:
 def test_a_prompt_to_be_answered_needs_no_weight(tmp_path: Path) -> None:
     row = {**PAIR, "weight": 0.5, "margin": 1.0, "reasoning": "hm"}
     assert read_prompts(Path(write_jsonl(tmp_path / "a.jsonl", [row]))) == [[USER]]
+
+
+def test_what_is_ignored_but_in_no_row_is_said(tmp_path: Path) -> None:
+    row = {**ONE, "weight": 2}
+    unused: dict[str, None] = {}
+    source = Source(write_jsonl(tmp_path / "a.jsonl", [row]), ignore=["weight", "weights", "<image>"])
+    assert len(list(read(source, unused))) == 1
+    assert [name for name in unused if "weights" in name]
+    assert not [name for name in unused if name.startswith(("weight ", "<image>"))]
