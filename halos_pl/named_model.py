@@ -29,7 +29,7 @@ class NamedModel:
         name: as it was given.
         spec: of the model; of a run, of what its policy was before training.
         run: the run's folder; None for another model.
-        ckpt_path: which checkpoint of a run, see :func:`halos_pl.checkpoint.find_checkpoint`.
+        ckpt_path: the file of a run's checkpoint.
         text: the settings of the run's data that say how text becomes tokens (``TEXT_SETTINGS``), or their defaults.
         chat_template: the text of another chat template than its own.
     """
@@ -96,11 +96,11 @@ def named_model(name: str, ckpt_path: str | None = None, chat_template: str | No
     # The folder of a run that was moved or copied in part is still meant as one.
     if not is_model and ((folder / CONFIG).is_file() or (folder / LAST).parent.is_dir()):
         spec = module_of_run(folder).policy_spec
-        found = find_checkpoint(folder, ckpt_path)
+        found = find_checkpoint(folder, ckpt_path)  # now: a better one may be saved before it is loaded
         if ckpt_path not in (None, "last", "best"):
             _refuse_of_another(folder, found)
         text = text_settings(read_yaml(folder / CONFIG)[0].get("data") or {})
-        return NamedModel(name, spec, folder, ckpt_path, text, template)
+        return NamedModel(name, spec, folder, str(found), text, template)
     if ckpt_path is not None:
         raise ModelError(f"{name} is no folder of a run, so it has no checkpoint {ckpt_path}")
     others = [file for kind in ("*.gguf", f"*/{ADAPTER_CONFIG}") for file in folder.glob(kind)]

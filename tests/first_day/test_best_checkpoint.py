@@ -102,7 +102,7 @@ KEEP = (
     ],
 )
 def test_the_weights_that_are_exported_are_those_of_the_best_step(
-    tiny_folder: Path, tmp_path: Path, options: tuple[str, ...]
+    tiny_folder: Path, tmp_path: Path, options: tuple[str, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     data = binary_data(tmp_path / "data.jsonl")
     run = tmp_path / "run"
@@ -110,7 +110,9 @@ def test_the_weights_that_are_exported_are_those_of_the_best_step(
     best = find_checkpoint(run, "best")
     assert best.is_relative_to(run)
     assert read_checkpoint(best)["global_step"] == 2
+    caplog.clear()
     main(["export", str(run), str(tmp_path / "best"), "--checkpoint=best"])
+    assert caplog.text.count("is the best checkpoint of") == 1
     main(["export", str(run), str(tmp_path / "last"), "--checkpoint", "last"])
     main(["export", str(run), str(tmp_path / "file"), "--ckpt_path", str(best)])
     exported = {name: load_file(tmp_path / name / "model.safetensors") for name in ("best", "last", "file")}
