@@ -335,8 +335,8 @@ class HalosCLI(LightningCLI):
             kwargs["logger"] = False
         else:  # the run's own metrics are kept beside those of any other logger
             others = given if isinstance(given, list) else [given] if isinstance(given, Logger) else []
-            own = [RunCSVLogger(config.run_dir)] if self.subcommand == "fit" else []
-            kwargs["logger"] = [*own, *others] or False
+            csv = [RunCSVLogger(config.run_dir)] if self.subcommand == "fit" else []
+            kwargs["logger"] = [*csv, *others] or False
         callbacks = self._get(self.config_init, "trainer")["callbacks"] or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if config.trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
@@ -348,8 +348,11 @@ class HalosCLI(LightningCLI):
         # First, so that the time of a step is without what others do after it, such as writing a checkpoint.
         # KeepSettings comes before what writes this run's config.yaml.
         trainer.callbacks[:0] = [self._held, RunReport(), StopAtStep(), KeepSettings(config.clone().as_dict(), CONFIG)]
+        own = [logger for logger in trainer.loggers if isinstance(logger, RunCSVLogger)]
+        held = [logger for logger in trainer.loggers if logger not in own] if own else []
+        trainer.loggers = own or trainer.loggers
         # Behind what moves an earlier run aside.
-        trainer.callbacks += [PredictionWriter(), LogConfig(config.clone().as_dict())]
+        trainer.callbacks += [PredictionWriter(), LogConfig(config.clone().as_dict(), held)]
         trainer._signal_connector = AgreedSignals(trainer)
         check_trainer(trainer)
         return trainer

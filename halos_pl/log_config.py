@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from halos_pl.settings import described, flat
 
@@ -19,17 +20,28 @@ class LogConfig(Callback):
     The tab compares runs by figures that have to be written together with the hyper-parameters. So TensorBoard gets
     them when the fit has ended or been stopped, with the figures that it ended with.
 
+    It also opens the loggers whose files may lie in the run's folder. Lightning would open them before an earlier run's
+    folder is moved aside, and they would write to that one, or fail.
+
     Args:
         config: the resolved config.
+        held: loggers to open.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], held: Sequence[Logger] = ()) -> None:
+        self._held = [*held]
         self._config: dict[str, Any] = described({k: v for k, v in config.items() if k != "config"})
         self._flat = {k: v for k, v in flat(self._config).items() if v != "given"}  # which stands for a mapping
         self._began = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Before Lightning has the loggers save what they know, and after an earlier run's folder was moved aside."""
+        if self._held and stage == "fit":
+            trainer.loggers = [*trainer.loggers, *self._held]
+            # W&B's first, as Lightning does.
+            for logger in sorted(self._held, key=lambda logger: not isinstance(logger, WandbLogger)):
+                _ = getattr(logger, "experiment", None)
+            self._held = []
         for logger in trainer.loggers if stage == "fit" else ():
             if isinstance(logger, TensorBoardLogger):
                 logger.log_hyperparams(self._flat, metrics={})

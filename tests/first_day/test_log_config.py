@@ -35,6 +35,16 @@ def test_any_logger_gets_the_resolved_config_and_numbers_only(tiny_folder: Path,
     assert not (tmp_path / "run" / "hparams.yaml").exists()  # config.yaml is that
 
 
+def test_a_logger_in_the_folder_of_an_earlier_run_writes_to_the_new_one(tiny_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = fit(tiny_folder, "kto", binary_data(tmp_path / "data.jsonl", 8), run, "--trainer.max_steps=1")
+    words += ["--trainer.logger+=plugins.own_log.Opened", f"--trainer.logger.folder={run}/own"]
+    for number in range(2):
+        main(words)
+        assert [path.name for path in (run / "own").iterdir()] == ["opened"], number
+    assert (tmp_path / "run.1" / "own" / "opened").read_text() == (run / "own" / "opened").read_text() == "written"
+
+
 class _Board:
     """Takes the place of TensorBoardLogger where tensorboard is not installed."""
 
