@@ -498,6 +498,28 @@ def test_differences_of_shares_stay_between_minus_one_and_one(tmp_path: Path) ->
     assert (c.low, c.high) == (-1, 1)
 
 
+def test_a_small_kl_beside_large_ones_is_neither_0_nor_may_be_negative(tmp_path: Path, text_only: None) -> None:
+    sizes = {"a": 0.4, "b": 30.0, "c": 40.0}
+    draw = np.random.default_rng(0)
+    found = {(arm, s): (size * (0.5 + draw.random(20))).tolist() for arm, size in sizes.items() for s in range(3)}
+    results = _recorded(tmp_path, list(sizes), found, metrics=["reward_margin", "kl"], seeds=3)
+    values = {
+        key: dict.fromkeys(results.study.metrics, each["reward_margin"])
+        for key, each in read_recorded(results.study, tmp_path).values.items()
+    }
+    values[BEFORE, None] = {"kl": dict.fromkeys(values["a", 0]["kl"], 0.0)}
+    write_recorded(Recorded(values), results.study, tmp_path)
+    results = Results(results.study, tmp_path)
+    write_report(results)
+    table = (tmp_path / "report.md").read_text().split("\n## ")[0]
+    assert 0.3 < float(row_of(table, "a")[2]) < 0.5
+    assert float(row_of(table, BEFORE)[2]) == 0
+    for arm, c in results.learned("kl").items():
+        e = results.estimates["kl", arm]
+        assert (c.effect, c.low, c.high) == (e.value, e.low, e.high)
+        assert c.low > 0
+
+
 @given(value=st.floats(-1e6, 1e6), half=st.floats(1e-6, 1e6))
 def test_numbers_have_as_many_digits_as_their_interval_leaves(value: float, half: float) -> None:
     places = decimals(value, value - half, value + half)

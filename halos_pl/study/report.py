@@ -85,9 +85,11 @@ def _row(metric: str, name: str, e: Estimate | None, places: int, *, none: bool)
 
     Args:
         metric, name, e: which, and its mean; None where it was not measured.
-        places: decimals of a mean without an interval, one number for all rows.
+        places: decimals of a mean without an interval, one number for all rows but those that it would make 0.
         none: a baseline that is no arm.
     """
+    if e and e.value and not round(e.value, places):
+        places = max(places, decimals(e.value, e.low, e.high))
     return {
         "arm": name,
         "none": none,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -174,8 +175,20 @@ class Results:
             runs = self._runs(metric, arms)
             if values is not None and runs:
                 runs[before] = Runs(values, ())
-                found |= self._compared(metric, runs, before, len(self.study.arms), primary)
+                compared = self._compared(metric, runs, before, len(self.study.arms), primary)
+                found |= {name: self._from_nothing(c, values) for name, c in compared.items()}
         return {arm.name: found[arm.name] for arm in self.ranked if arm.name in found}
+
+    def _from_nothing(self, c: Comparison, before: Values) -> Comparison:
+        """A positive metric less one that is 0 throughout, as the KL of an untrained model is.
+
+        The difference is the arm's own mean, and has its interval, which ends above 0 and is not as wide as the runs of
+        another arm would make it.
+        """
+        own = self.estimates.get((c.metric, c.arm))
+        if c.metric not in RATIOS or before.any() or own is None or not c.exploratory:
+            return c
+        return replace(c, effect=own.value, low=own.low, high=own.high)
 
     @cached_property
     def _learned(self) -> dict[str, Compared]:
