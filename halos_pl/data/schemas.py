@@ -361,6 +361,11 @@ def _lack(schema: Schema, row: dict[str, Any], renamed: Mapping[str, str]) -> Ba
         " or ".join(f"'{renamed.get(name, name)}'" for name in column.split("|")) for column in schema.lacks(row)
     )
     has = ", ".join(short(column) for column in list(row)[:8]) or "none"
+    if {"prompt", "completions"} <= set(row) and "scores" not in row:
+        return BadRow(
+            f"the row has completions, but no scores, one for each (this one has: {has}). A row takes a label where it"
+            " has one completion, as those of halos generate --one_per_row true"
+        )
     return BadRow(
         f"the row lacks {missing} of the schema '{schema.name}' (this one has: {has}); map other names by 'columns', "
         f"or name the 'schema': {', '.join(SCHEMAS)}"

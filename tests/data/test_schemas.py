@@ -263,6 +263,12 @@ def test_a_prompt_by_another_name_is_no_implicit_prompt(tmp_path: Path) -> None:
     assert example(tmp_path, row, columns={"prompt": "question"}).prompt == "Who?"
 
 
+def test_sampled_completions_that_were_given_a_label(tmp_path: Path) -> None:
+    row = {"prompt": "Who?", "completions": ["The cat"], "finished": [True], "label": True}
+    assert "completions, but no scores" in refused(tmp_path, row)
+    assert "--one_per_row" in refused(tmp_path, row)
+
+
 def test_raw_hh_dialogues(tmp_path: Path) -> None:
     row = {"chosen": HH + " I am\n\nme ", "rejected": HH + " no one"}
     assert pair(tmp_path, row) == (HH_PROMPT, said("I am\n\nme"), said("no one"))
