@@ -22,7 +22,7 @@ def planned_steps(trainer: Trainer) -> int | None:
 
 
 class NotingTrainer(Trainer):
-    """A Trainer that knows what has asked it to stop: Lightning has callbacks set a flag, and forgets which did.
+    """Lightning's Trainer, which also notes what has asked it to stop.
 
     Attributes:
         stopped_by: the callback, module or other object; None where nothing has.
