@@ -177,12 +177,13 @@ def _columns(of: Measured, task: Task, others: list[Sample] | None) -> dict[str,
         columns["rule"] = [rule(_row(row, s), s.text) for row, s in judged]
     if judge := task.judging.get("judge"):
         assert others is not None
+        if others is of.samples:  # a model against itself
+            columns["judge"] = [0.5] * len(others)
+            return columns
         compared = counted(list(zip(task.rows, of.samples, others, strict=True)), "judging answers")
-        columns["judge"] = [
-            # Equal answers are a tie: a verdict would be on their places.
-            0.5 if s.text == o.text else judge(_row(row, s, o), s.text, o.text)
-            for row, s, o in compared
-        ]
+        verdicts = [(judge(_row(row, s, o), s.text, o.text), s.text == o.text) for row, s, o in compared]
+        # Equal answers are a tie: a verdict would be on their places.
+        columns["judge"] = [0.5 if equal else verdict for verdict, equal in verdicts]
     return columns
 
 
