@@ -103,7 +103,12 @@ def test_a_bar_on_a_terminal_counts_steps_of_the_run(tiny_folder: Path, tmp_path
 
 
 STOP = ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=rewards/margins")
-STOP += ("--trainer.callbacks.check_on_train_epoch_end=true", "--trainer.max_epochs=9", "--trainer.callbacks.mode=max")
+STOP += (
+    "--data.balance_classes=true",
+    "--trainer.callbacks.check_on_train_epoch_end=true",
+    "--trainer.max_epochs=9",
+    "--trainer.callbacks.mode=max",
+)
 
 
 @pytest.mark.parametrize(
