@@ -38,6 +38,7 @@ bench-full: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 
 $(INSTALLED): requirements.lock pyproject.toml

@@ -225,9 +225,7 @@ class LostUpdates:
                 kept += int((moving & (self._sample(parameter) == before)).sum())
         lr, full = self._height(optimizer)
         self._before, self._measured, self._done = [], True, full
-        if with_gradient and kept > with_gradient * (
-            self.WORTH_SAYING if self._half else self.WORTH_SAYING_OF_FLOAT32
-        ):
+        if with_gradient and kept > with_gradient * (self.WORTH_SAYING if self._half else self.WORTH_SAYING_OF_FLOAT32):
             kinds = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in self._parameters}))
             rank_zero_warn(
                 f"halos: {100 * kept / with_gradient:.0f} % of the {kinds} weights with a gradient kept their value in"

@@ -137,7 +137,7 @@ def flat(value: Any, key: str = "") -> Settings:
         if isinstance(value, Mapping) and "class_path" in value:
             yield key, value["class_path"]
             arguments = value.get("init_args") or {}
-            for name, part in (arguments.items() if isinstance(arguments, Mapping) else ()):
+            for name, part in arguments.items() if isinstance(arguments, Mapping) else ():
                 yield from entries(part, f"{key}.{name}")
         elif isinstance(value, Mapping):
             if key:

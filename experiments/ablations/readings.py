@@ -1,7 +1,7 @@
 """Recomputes what results/README.md reads from its tables, from the held-out pairs, and from the value functions.
 
-    .venv/bin/python experiments/ablations/readings.py
-    .venv/bin/python experiments/ablations/readings.py --reference runs/pandalm/reference/held_out.jsonl
+.venv/bin/python experiments/ablations/readings.py
+.venv/bin/python experiments/ablations/readings.py --reference runs/pandalm/reference/held_out.jsonl
 """
 
 from __future__ import annotations

@@ -138,5 +138,3 @@ def shrunk(
     with suppress(Exception):  # what was found, or that the tries ran out while it was shrunk
         run()
     return best[1]
-
-

@@ -339,9 +339,9 @@ def page(found: Inspection) -> str:
     examples = "".join(
         f'<p class="verdict">{e(row.name)}, {e(row.verdict)}</p><div class="text">'
         + "".join(
-            f'{LOSS[0] * (kind == "loss")}'
+            f"{LOSS[0] * (kind == 'loss')}"
             + "".join(f'<span class="{"c" if kind == "loss" else "p"}">{e(token)}</span>' for token in part)
-            + f'{LOSS[1] * (kind == "loss")}'
+            + f"{LOSS[1] * (kind == 'loss')}"
             for kind, part in row.parts()
         )
         + "</div>"

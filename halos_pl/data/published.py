@@ -168,4 +168,3 @@ class Trees:
         if name is None:
             raise BadRow(f"is {short(role)}; it must be 'prompter' or 'assistant'", "role")
         return {"role": name, "content": plain_text(row, "text")}
-

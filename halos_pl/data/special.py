@@ -114,6 +114,7 @@ class SpecialText:
 
     def hold(self, text: Prompt) -> Prompt:
         """The text with a placeholder for each special token, for the chat template to carry through."""
+
         def held(said: str) -> str:
             return self._any.sub(lambda match: self._held[match[0]], said)
 

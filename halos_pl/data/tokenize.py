@@ -335,9 +335,7 @@ class Encoder:
         before_all = written[0].prompt if written else _prompt_text(self.tokenizer, prompt, tools)
         return _Texts(held, before_all, pieces, last)
 
-    def _plain(
-        self, example: Example, spoken: list[Prompt], found: list[TurnEnd | None], *, held: bool
-    ) -> _Texts:
+    def _plain(self, example: Example, spoken: list[Prompt], found: list[TurnEnd | None], *, held: bool) -> _Texts:
         if example.tools:
             raise ValueError(_TEXT_TOOLS)
         prompt, last = example.prompt, []

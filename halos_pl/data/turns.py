@@ -117,6 +117,7 @@ def refuse_ignored(tokenizer: PreTrainedTokenizerBase, messages: list[Message], 
     Raises:
         ValueError: naming the column or the key.
     """
+
     def ignored(what: str, key: str) -> ValueError:
         return ValueError(
             f"The chat template ignores {what}, so the model would never see it; use a template that writes it"
@@ -154,9 +155,7 @@ def _writes_thoughts(tokenizer: PreTrainedTokenizerBase, key: str) -> bool:
     return _WORD.format(2) in text
 
 
-def refuse_dropped(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str, tools: Tools = None
-) -> None:
+def refuse_dropped(tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str, tools: Tools = None) -> None:
     """Refuses messages whose content is not in their rendering ``text`` because the template ignores it.
 
     A template may change a content, e.g. cut earlier thoughts; one that ignores it writes nothing for a single word

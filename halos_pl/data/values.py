@@ -32,9 +32,7 @@ class BadRow(Exception):
         ignorable: what a source may list in ``ignore`` to have the row all the same.
     """
 
-    def __init__(
-        self, reason: str, column: str | None = None, within: str = "", ignorable: str | None = None
-    ) -> None:
+    def __init__(self, reason: str, column: str | None = None, within: str = "", ignorable: str | None = None) -> None:
         super().__init__(reason)
         self.reason, self.column, self.within, self.ignorable = reason, column, within, ignorable
 
@@ -395,4 +393,3 @@ def group(
         completions, scores, whole = zip(*kept, strict=True)
         items.insert(0, Example(prompt, completions, (None,) * len(kept), place, scores, finished=whole))
     return items or [Skipped(place, "no completions")]
-

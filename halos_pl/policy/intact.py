@@ -97,8 +97,7 @@ def _check_unexpected(model: Any, unexpected: list[str], spec: ModelSpec) -> Non
         )
     if unexpected:
         rank_zero_warn(
-            f"halos: {spec.path}: {_count(unexpected)} that a {type(model).__name__} does not use:"
-            f" {_some(unexpected)}"
+            f"halos: {spec.path}: {_count(unexpected)} that a {type(model).__name__} does not use: {_some(unexpected)}"
         )
 
 

@@ -112,9 +112,7 @@ def rows_of_vocabulary(model: nn.Module) -> int:
     return int(embedding.weight.shape[0])
 
 
-def check_vocabulary(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Iterable[tuple[str, Any]]
-) -> None:
+def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Iterable[tuple[str, Any]]) -> None:
     """Refuses token ids that have no row in the model's embedding.
 
     Args:
@@ -142,7 +140,6 @@ def check_vocabulary(
         most = int(np.max(np.asarray(ids), initial=0))
         if most >= known:
             raise ModelError(
-                f"{name} has the token {beyond.get(most, '')!r} ({most}), but {about}; {cure}, or remove such"
-                " rows"
+                f"{name} has the token {beyond.get(most, '')!r} ({most}), but {about}; {cure}, or remove such rows"
             )
     rank_zero_warn(f"halos: {about}. No row has one of them; in case one does, {cure}")

@@ -338,8 +338,10 @@ def test_thoughts_that_the_prompt_begins_are_continued_as_in_use(name: str, at: 
 def test_an_answer_that_is_continued_is_closed_as_the_template_closes_answers() -> None:
     """Also where it cuts the thoughts that the prompt has begun."""
     said = "<out>{{ m.content.split('</think>')[-1] }}</out><|im_end|>"
-    tokenizer = stub(f"{{% for m in messages %}}<|im_start|>{said}{{% endfor %}}{{# <think> #}}"
-                     "{% if add_generation_prompt %}<|im_start|><out>{% endif %}")
+    tokenizer = stub(
+        f"{{% for m in messages %}}<|im_start|>{said}{{% endfor %}}{{# <think> #}}"
+        "{% if add_generation_prompt %}<|im_start|><out>{% endif %}"
+    )
     found = encoded(tokenizer, Example([user("Why?"), bot(THOUGHT[:11])], ([bot(THOUGHT[11:])],), (True,), "a:1"))
     assert tokenizer.decode(found.prompt).endswith(f"<out>{THOUGHT[:11]}")
     assert tokenizer.decode(found.completions[0]) == f"{THOUGHT[11:]}</out><|im_end|>"
@@ -359,7 +361,9 @@ def test_conversations_that_the_assistant_begins() -> None:
     tokenizer = shipped("qwen2_5")
     found = encoded(tokenizer, conversation(talk, 0))
     assert [text for text, carries in parts(tokenizer, found) if carries] == [
-        "Hello.<|im_end|>", "So it is.<|im_end|>", "It ends.<|im_end|>",
+        "Hello.<|im_end|>",
+        "So it is.<|im_end|>",
+        "It ends.<|im_end|>",
     ]
     whole = str(tokenizer.apply_chat_template(talk, tokenize=False))
     assert tokenizer.decode(found.prompt + found.completions[0]) == whole.removesuffix("\n")

@@ -601,7 +601,9 @@ def test_a_dialogue_repeated_but_for_the_system_message_is_repeated(tmp_path: Pa
 def test_what_a_tool_says_in_a_completion_belongs_to_it(tmp_path: Path) -> None:
     tool = {"role": "tool", "content": "42"}
     assert pair(tmp_path, {"prompt": [USER], "chosen": [BOT, tool, OTHER], "rejected": [BOT]}) == (
-        [USER], [BOT, tool, OTHER], [BOT],
+        [USER],
+        [BOT, tool, OTHER],
+        [BOT],
     )
     found = read_rows(tmp_path, {"prompt": [USER], "chosen": [BOT, tool], "rejected": [BOT]})
     reasons = [item.reason for item in found if isinstance(item, Skipped)]

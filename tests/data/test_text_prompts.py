@@ -67,9 +67,7 @@ def test_the_convention_is_said_and_kept(tmp_path: Path) -> None:
     assert text_settings({}) == {"special_tokens_in_text": "refuse", "text_prompts": "plain", "loss_on": "last"}
     with pytest.raises(ValueError, match="text_prompts"):
         asked("Why?", "both")  # type: ignore[arg-type]
-    faults = open_store(
-        Source(path), byte_level_tokenizer(None), tmp_path / "c", text_prompts="chat"
-    ).found_faults
+    faults = open_store(Source(path), byte_level_tokenizer(None), tmp_path / "c", text_prompts="chat").found_faults
     assert "no chat template" in faults[0][1]
 
 

@@ -109,9 +109,7 @@ def _everywhere(text: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_a_report_is_the_same_report_with_any_names(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_report_is_the_same_report_with_any_names(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The Markdown has the same structure as with plain names, and either form no control character."""
     monkeypatch.setattr(report, "PICTURES", {})
     recorded = SimpleNamespace(out=tmp_path)

@@ -140,7 +140,9 @@ OTHERS = {
         "So it is.<|im_end|>",
     ),
     "EOS at once behind the last turn": (
-        EACH + "<|im_start|>{{ m.role }}:{{ m.content }}<|end|>" + HEAD
+        EACH
+        + "<|im_start|>{{ m.role }}:{{ m.content }}<|end|>"
+        + HEAD
         + "<|im_start|>assistant:{% else %}<eos>{% endif %}",
         "So it is.<|end|>",
     ),
@@ -149,7 +151,9 @@ OTHERS = {
         "So it is.<|end|><eos>",
     ),
     "closes a part of the turn first": (
-        EACH + "<|im_start|>{{ m.role }}:<out>{{ m.content }}</out>\n<|im_end|>\n\n" + HEAD
+        EACH
+        + "<|im_start|>{{ m.role }}:<out>{{ m.content }}</out>\n<|im_end|>\n\n"
+        + HEAD
         + "<|im_start|>assistant:<out>{% endif %}",
         "So it is.</out>\n<|im_end|>",
     ),
@@ -164,12 +168,16 @@ OTHERS = {
         "So it is.<|im_end|>",
     ),
     "tags": (
-        EACH + "<{{ m.role }}>{{ m.content }}</{{ m.role }}>" + HEAD
+        EACH
+        + "<{{ m.role }}>{{ m.content }}</{{ m.role }}>"
+        + HEAD
         + "<assistant>{% endif %}{# <user></user></assistant> #}",
         "So it is.</assistant>",
     ),
     "a text behind the end": (
-        EACH + "<|im_start|>{{ m.role }}:{{ m.content }}<|im_end|>\n----\n" + HEAD
+        EACH
+        + "<|im_start|>{{ m.role }}:{{ m.content }}<|im_end|>\n----\n"
+        + HEAD
         + "<|im_start|>assistant:{% endif %}",
         "So it is.<|im_end|>",
     ),
@@ -205,7 +213,10 @@ def test_other_templates(what: str, special: bool) -> None:
 def test_a_template_that_wants_a_system_prompt() -> None:
     tokenizer = stub(
         "{% if messages[0].role != 'system' %}{{ raise_exception('no system prompt') }}{% endif %}"
-        + EACH + "<|im_start|>{{ m.role }}:{{ m.content }}<|im_end|>\n" + HEAD + "<|im_start|>assistant:{% endif %}"
+        + EACH
+        + "<|im_start|>{{ m.role }}:{{ m.content }}<|im_end|>\n"
+        + HEAD
+        + "<|im_start|>assistant:{% endif %}"
     )
     ids = encode_completion(tokenizer, DIALOGUES["system"][0], ANSWER)
     assert tokenizer.decode(ids) == "So it is.<|im_end|>"
@@ -241,8 +252,10 @@ def test_the_end_of_a_turn_inside_an_answer_is_refused() -> None:
 
 def test_a_template_that_ignores_a_message_is_refused() -> None:
     tokenizer = stub(
-        EACH + "{% if m.role != 'system' %}<|im_start|>{{ m.role }}:{{ m.content }}<|im_end|>{% endif %}"
-        + HEAD + "<|im_start|>assistant:{% endif %}"
+        EACH
+        + "{% if m.role != 'system' %}<|im_start|>{{ m.role }}:{{ m.content }}<|im_end|>{% endif %}"
+        + HEAD
+        + "<|im_start|>assistant:{% endif %}"
     )
     with pytest.raises(ValueError, match=r"message 1.*'system'"):
         encode_completion(tokenizer, DIALOGUES["system"][0], ANSWER)
@@ -288,8 +301,14 @@ def speaks(tokenizer: PreTrainedTokenizerBase, token: str) -> Any:
     """A model that says one token for ever, and whose own settings name EOS alone."""
     size = len(tokenizer)
     config = LlamaConfig(
-        vocab_size=size, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-        eos_token_id=tokenizer.eos_token_id, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=size,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
     model.lm_head = Always(int(tokenizer.convert_tokens_to_ids(token)), size)  # type: ignore[assignment, arg-type]
