@@ -38,6 +38,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -261,7 +262,9 @@ def ours(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Tenso
 
     def made() -> Any:
         module = HALOModule(_spec(workload), reference_store=workload.stored, **parts)
-        module.trainer = type("Alone", (), {"testing": False, "strategy": None})()  # type: ignore[assignment]
+        # What a module asks of its Trainer where there is none.
+        alone: Any = SimpleNamespace(testing=False, strategy=None, state=SimpleNamespace(fn=None))
+        module._trainer = alone
         module.configure_model()
         return module.to(workload.device)
 
