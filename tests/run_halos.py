@@ -91,6 +91,37 @@ def pair_data(path: Path, pairs: int = 6, *, seed: int = 0) -> Path:
     return path
 
 
+def write_data(folder: Path, *, seed: int = 3) -> dict[str, list[str]]:
+    """Files of data for each kind of example that a loss takes.
+
+    12 prompts with one to three rows each, of both labels or of one, and two pairs for each prompt.
+    """
+    draw = random.Random(seed)
+
+    def completion() -> str:
+        words = ["yes", "no", "so", "wait", "bread", "I cannot", "42", "an hour", "duck"]
+        return " ".join(draw.choice(words) for _ in range(draw.randrange(1, 6)))
+
+    prompts = [f"question {i}" + " why" * draw.randrange(4) for i in range(12)]
+    pairs = [{"prompt": p, "chosen": completion(), "rejected": completion()} for p in prompts * 2]
+    labels = [(True, False, False), (True, True, False), (False, True), (True, True)]
+    rows = [
+        {"prompt": p, "completion": completion(), "label": label}
+        for i, p in enumerate(prompts)
+        for label in labels[i % 4]
+    ]
+    files = {}
+    for name, lines in (("pairs", pairs), ("rows", rows)):
+        files[name] = folder / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    both = [str(files["pairs"]), str(files["rows"])]
+    return {"pairs": both[:1], "rows": both, "groups": both[1:]}
+
+
+#: Examples of a step over each kind of those files.
+EXAMPLES = {"pairs": 4, "rows": 6, "groups": 4}
+
+
 def metrics(run: Path) -> list[dict[str, str]]:
     """The lines of ``metrics.csv``: what was logged, as written, but for what depends on the clock."""
     with (run / "metrics.csv").open(newline="") as file:

@@ -8,7 +8,6 @@ nothing of the package's batches, log-probs or losses is used a second time.
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -23,7 +22,7 @@ from formulas import LOSSES, Step
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback
 from make_rows import random_rows
-from run_halos import ROOT, fit, metrics
+from run_halos import EXAMPLES, ROOT, fit, metrics
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -71,36 +70,6 @@ class Recorder(Callback):
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         parameters = pl_module.policy.named_parameters()
         self.steps[-1].gradient = {name: p.grad.clone() for name, p in parameters if p.grad is not None}
-
-
-def write_data(folder: Path) -> dict[str, list[str]]:
-    """Files of data for each kind of example that a loss takes.
-
-    12 prompts with one to three rows each, of both labels or of one, and two pairs for each prompt.
-    """
-    draw = random.Random(3)
-
-    def completion() -> str:
-        words = ["yes", "no", "so", "wait", "bread", "I cannot", "42", "an hour", "duck"]
-        return " ".join(draw.choice(words) for _ in range(draw.randrange(1, 6)))
-
-    prompts = [f"question {i}" + " why" * draw.randrange(4) for i in range(12)]
-    pairs = [{"prompt": p, "chosen": completion(), "rejected": completion()} for p in prompts * 2]
-    labels = [(True, False, False), (True, True, False), (False, True), (True, True)]
-    rows = [
-        {"prompt": p, "completion": completion(), "label": label}
-        for i, p in enumerate(prompts)
-        for label in labels[i % 4]
-    ]
-    files = {}
-    for name, lines in (("pairs", pairs), ("rows", rows)):
-        files[name] = folder / f"{name}.jsonl"
-        files[name].write_text("".join(json.dumps(line) + "\n" for line in lines))
-    both = [str(files["pairs"]), str(files["rows"])]
-    return {"pairs": both[:1], "rows": both, "groups": both[1:]}
-
-
-EXAMPLES = {"pairs": 4, "rows": 6, "groups": 4}  # of a step
 
 
 def run(

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from family_runs import FILES, FOLDER, Recorded, run, write_data
+from family_runs import FILES, FOLDER, Recorded, run
+from run_halos import write_data
 
 from halos_pl.policy import head
 from halos_pl.policy import reference as references

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from family_runs import FILES, FOLDER, Rescorer, assert_equals_formula, assert_the_formulas, rows, run, write_data
+from family_runs import FILES, FOLDER, Rescorer, assert_equals_formula, assert_the_formulas, rows, run
 from family_runs import objective as parsed
 from formulas import LOSSES
+from run_halos import write_data
 
 # Of a reference that is re-synced every two steps the third step sees rewards of 0 again, the fourth what follows.
 STEPS = 4

@@ -24,9 +24,9 @@ from family_runs import (
     objective,
     rows,
     run,
-    write_data,
 )
 from formulas import LOSSES
+from run_halos import write_data
 
 from halos_pl.objective import HALO, Objective
 from halos_pl.outcomes import Rows

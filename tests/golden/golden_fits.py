@@ -13,14 +13,13 @@ import hashlib
 import json
 import os
 import platform
-import random
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from run_halos import OBJECTIVES, PLOTS, fit, metrics, no_picture, run_ranks
+from run_halos import EXAMPLES, OBJECTIVES, PLOTS, fit, metrics, no_picture, run_ranks, write_data
 
 HERE = Path(__file__).parent
 
@@ -115,31 +114,11 @@ def machine() -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def write_data(folder: Path) -> dict[str, str]:
-    """The words after ``--data.train=`` for each kind of objective: pairs, rows (both files), groups."""
-    draw = random.Random(7)
-
-    def completion() -> str:
-        words = ["yes", "no", "so", "wait", "bread", "I cannot", "42", "an hour", "duck"]
-        return " ".join(draw.choice(words) for _ in range(draw.randrange(1, 6)))
-
-    prompts = [f"question {i}" + " why" * draw.randrange(4) for i in range(12)]
-    pairs = [{"prompt": p, "chosen": completion(), "rejected": completion()} for p in prompts * 2]
-    labels = [(True, False, False), (True, True, False), (False, True), (True, True)]
-    rows = [{"prompt": p, "completion": completion(), "label": y} for i, p in enumerate(prompts) for y in labels[i % 4]]
-    for name, lines in (("pairs", pairs), ("rows", rows)):
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    one, two = folder / "pairs.jsonl", folder / "rows.jsonl"
-    return {"pairs": f"[{one}]", "rows": f"[{one},{two}]", "groups": f"[{two}]"}
-
-
 #: The objectives that take single rows; one takes all rows of a prompt, the others take pairs.
 ROWS = {name for name in OBJECTIVES if name.startswith("kto")} | {
     *("apo_zero_unpaired", "bco", "csft", "humanline_kto", "ppo_clip", "sft", "unlikelihood"),
 }
 KIND = dict.fromkeys(OBJECTIVES, "pairs") | dict.fromkeys(ROWS, "rows") | {"grpo": "groups"}
-EXAMPLES = {"pairs": 4, "rows": 6, "groups": 4}  # of a step
 
 
 def step(cell: str, model: Path, folder: Path) -> dict[str, Any]:
@@ -151,7 +130,7 @@ def step(cell: str, model: Path, folder: Path) -> dict[str, Any]:
     words = fit(
         model,
         objective,
-        write_data(folder)[kind],
+        f"[{','.join(write_data(folder, seed=7)[kind])}]",
         folder / "run",
         f"--data.batch_size={EXAMPLES[kind]}",
         "--data.seed=1",
