@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 LOGITS = 1 << 23  # at most so many logits are in memory at a time (32 MB in float32)
@@ -18,56 +16,6 @@ LOGITS = 1 << 23  # at most so many logits are in memory at a time (32 MB in flo
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     """float32 [m, V]; the product itself in the dtype of both."""
     return (hidden @ weight.t()).float()
-
-
-@dataclass
-class Tie:
-    """Hands the gradient of a head's weight on to the embedding that it is, for one pass.
-
-    Autograd would add both up out of place, with three tensors of the weight's size in memory when the backward pass
-    ends. So the head leaves its own here, and the embedding, whose turn is always after the head's, adds the few rows
-    that it has looked up.
-    """
-
-    gradient: Tensor | None = None
-
-
-class _Lookup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, ids: Tensor, padding: int | None, tie: Tie) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(ids)
-        ctx.size, ctx.padding, ctx.tie = weight.shape, padding, tie
-        return F.embedding(ids, weight)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        (ids,) = ctx.saved_tensors
-        total, ctx.tie.gradient = ctx.tie.gradient, None
-        if total is None:  # nothing has gone through the head
-            total = gradient.new_zeros(ctx.size)
-        if ctx.padding is not None:
-            gradient = gradient.masked_fill((ids == ctx.padding)[..., None], 0.0)
-        total.index_add_(0, ids.flatten(), gradient.flatten(0, -2).to(total.dtype))
-        return total, None, None, None
-
-
-def tied(embedding: nn.Module, head: nn.Module) -> bool:
-    """Whether both are one trained matrix, and nothing else, whose rows are well added up in place.
-
-    In half precision each addition would be rounded, and on a GPU they would come in another order each time.
-    """
-    if type(embedding) is not nn.Embedding or _has_hooks(embedding) or not is_plain(head):
-        return False
-    weight = embedding.weight
-    special = embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse
-    fit = weight.dtype == torch.float32 and weight.device.type == "cpu"
-    return weight is head.weight and weight.requires_grad and fit and not special
-
-
-def lookup(embedding: nn.Module, ids: Tensor, tie: Tie) -> Tensor:
-    """The rows of ``ids``, of an embedding that is :func:`tied`; ``tie`` goes on to :func:`token_logps`."""
-    return _Lookup.apply(embedding.weight, ids, embedding.padding_idx, tie)  # type: ignore[no-any-return]
 
 
 class _LogProbs(torch.autograd.Function):
@@ -86,7 +34,6 @@ class _LogProbs(torch.autograd.Function):
         dtype: torch.dtype,
         parts: int,
         keep: bool,
-        tie: Tie | None,
     ) -> Tensor:
         found, sums, last = [], [], None
         cast = weight.to(dtype)
@@ -102,7 +49,7 @@ class _LogProbs(torch.autograd.Function):
             last = logits, total
             del logits
         ctx.save_for_backward(hidden, weight, targets, torch.cat(sums))
-        ctx.dtype, ctx.parts, ctx.last, ctx.tie = dtype, parts, last if keep else None, tie
+        ctx.dtype, ctx.parts, ctx.last = dtype, parts, last if keep else None
         return torch.cat(found)
 
     @staticmethod
@@ -137,9 +84,7 @@ class _LogProbs(torch.autograd.Function):
                 del own
             del slope
         into = total.to(weight.dtype) if total is not None else None
-        if ctx.tie is not None:
-            ctx.tie.gradient, into = into, None
-        return (torch.cat(slopes[::-1]).to(hidden.dtype) if into_hidden else None, into, *[None] * 5)
+        return (torch.cat(slopes[::-1]).to(hidden.dtype) if into_hidden else None, into, *[None] * 4)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -182,14 +127,13 @@ def of_shared_ids(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     return log_p[..., :width], log_q[..., :width]
 
 
-def token_logps(head: nn.Module, hidden: Tensor, targets: Tensor, tie: Tie | None = None) -> Tensor:
+def token_logps(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """log p of each target.
 
     Args:
         head: from hidden states to logits: a linear layer, or any other module.
         hidden: [m, size], what each target is predicted from.
         targets: LongTensor [m].
-        tie: that of the :func:`lookup` which ``hidden`` comes from.
 
     Returns:
         float32 [m].
@@ -202,7 +146,7 @@ def token_logps(head: nn.Module, hidden: Tensor, targets: Tensor, tie: Tie | Non
         dtype = torch.get_autocast_dtype(device) if autocast else torch.promote_types(hidden.dtype, weight.dtype)
         with torch.autocast(device, enabled=False):
             keep = torch.is_grad_enabled()
-            return _LogProbs.apply(hidden, weight, targets, dtype, parts, keep, tie)  # type: ignore[no-any-return]
+            return _LogProbs.apply(hidden, weight, targets, dtype, parts, keep)  # type: ignore[no-any-return]
 
     def part(h: Tensor, t: Tensor) -> Tensor:
         return -F.cross_entropy(head(h).float(), t, reduction="none")

@@ -24,7 +24,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from halos_pl.outcomes import FlatBatch
-from halos_pl.policy.head import Tie, lookup, tied, token_logps
+from halos_pl.policy.head import token_logps
 from halos_pl.policy.loading import base_model
 
 NAME = "halos_tree"
@@ -171,20 +171,18 @@ def parts(model: nn.Module) -> tuple[Any, Any]:
     return base.base_model if decoder is None or decoder is head else decoder, head  # some call their head so
 
 
-def _hidden(model: nn.Module, run: _Pass, forest: Forest) -> tuple[Tensor, Tie | None]:
-    """Hidden states [tokens, size] of the packed sequence, and what their embedding's gradient goes through."""
-    decoder, head = parts(model)
+def _hidden(model: nn.Module, run: _Pass, forest: Forest) -> Tensor:
+    """Hidden states [tokens, size] of the packed sequence."""
     ids = torch.cat(run.ids)[None]
-    inputs: dict[str, Any] = {"position_ids": torch.cat(run.positions)[None], "use_cache": False}
-    embedding, tie = base_model(model).get_input_embeddings(), None
-    if tied(embedding, head):
-        tie = Tie()
-        inputs["inputs_embeds"] = lookup(embedding, ids, tie)
-    else:
-        inputs["input_ids"] = ids
-    # A mask of four dimensions is handed on as it is; ours is not looked at.
-    inputs["attention_mask"] = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ids.device)
-    return decoder(**inputs, forest=forest).last_hidden_state[0], tie
+    hidden: Tensor = parts(model)[0](
+        input_ids=ids,
+        position_ids=torch.cat(run.positions)[None],
+        # A mask of four dimensions is handed on as it is; ours is not looked at.
+        attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
+        use_cache=False,
+        forest=forest,
+    ).last_hidden_state[0]
+    return hidden
 
 
 @dataclass(frozen=True)
@@ -197,7 +195,6 @@ class States:
         row, column: LongTensor [m], the places of the tokens in [n, T].
         probes: whether they are those of mismatched rows, which have no gradient.
         windows: sliding windows that layers named, None for a layer without one.
-        tie: of head and embedding, where they are one matrix.
     """
 
     hidden: Tensor
@@ -206,7 +203,6 @@ class States:
     column: Tensor
     probes: bool
     windows: set[int | None]
-    tie: Tie | None
 
 
 def tree_states(model: nn.Module, batch: FlatBatch) -> Iterator[States]:
@@ -247,7 +243,7 @@ def tree_states(model: nn.Module, batch: FlatBatch) -> Iterator[States]:
         forest = Forest(run.trees, keep=more, kept=kept)
         ends = {tree.slot: tree.prompt[1] - 1 for tree in run.trees if tree.prompt[1] > tree.prompt[0]}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not mismatched):
-            hidden, tie = _hidden(model, run, forest) if run.size else (None, None)
+            hidden = _hidden(model, run, forest) if run.size else None
             # Hidden states of earlier passes come after those of this one.
             at = {p: run.size + i for i, p in enumerate(last)} | ends
             index = [(at[p], start - 1 + k)[k > 0] for i, p, start, _ in places for k in carried[i].tolist()]
@@ -263,7 +259,6 @@ def tree_states(model: nn.Module, batch: FlatBatch) -> Iterator[States]:
             column=torch.cat([carried[i] for i, *_ in places]).to(device),
             probes=mismatched,
             windows=forest.windows,
-            tie=tie,
         )
 
 
@@ -284,7 +279,7 @@ def tree_logps(model: nn.Module, batch: FlatBatch, windows: set[int | None] | No
     head = parts(model)[1]
     for states in tree_states(model, batch):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not states.probes):
-            found = token_logps(head, states.hidden, states.targets, states.tie)
+            found = token_logps(head, states.hidden, states.targets)
         if windows is not None:
             windows |= states.windows
         out = out.index_put((states.row, states.column), found)
