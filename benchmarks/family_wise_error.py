@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, special, stats
 
-from halos_pl.files import write
+from halos_pl.common.files import write
 from halos_pl.study.power import Noise, power
 from halos_pl.study.run_variance import Runs
 from halos_pl.study.standard_error import MARGIN, Floats, caution, errors, heterogeneous_df

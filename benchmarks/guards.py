@@ -32,17 +32,17 @@ ROOT = Path(__file__).resolve().parents[1]
 FIT = ("base.yaml", "objectives/kto.yaml", "quickstart/quickstart.yaml")
 #: Guard, and the function that does it.
 GUARDS = {
-    "the run's folder is locked and writable": "halos_pl.run_lock:RunLock.take",
-    "config files are read for faults": "halos_pl.lightning_cli:check_files",
-    "monitors are known": "halos_pl.lightning_cli:check_monitors",
+    "the run's folder is locked and writable": "halos_pl.training.run_lock:RunLock.take",
+    "config files are read for faults": "halos_pl.cli.lightning_cli:check_files",
+    "monitors are known": "halos_pl.cli.lightning_cli:check_monitors",
     "the cached tokens are whole (SHA-256)": "halos_pl.data.store:_sums",
     "the converted model is whole (SHA-256)": "halos_pl.policy.source:_intact",
     "all weights were in the files": "halos_pl.policy.loading:check_loaded",
-    "the tokenizer's ids have embeddings": "halos_pl.module:check_vocabulary",
-    "callbacks' states can be loaded": "halos_pl.checkpoint:check_callbacks",
-    "a signal is asked for after each step": "halos_pl.stop_at_step:AgreedSignals.received_sigterm",
-    "settings are kept in checkpoints": "halos_pl.resume:Record.state",
-    "weights are finite before a save": "halos_pl.module:check_finite",
+    "the tokenizer's ids have embeddings": "halos_pl.training.module:check_vocabulary",
+    "callbacks' states can be loaded": "halos_pl.training.checkpoint:check_callbacks",
+    "a signal is asked for after each step": "halos_pl.training.stop_at_step:AgreedSignals.received_sigterm",
+    "settings are kept in checkpoints": "halos_pl.training.resume:Record.state",
+    "weights are finite before a save": "halos_pl.training.module:check_finite",
 }
 
 
@@ -54,7 +54,7 @@ def words(run: Path, *more: str) -> list[str]:
 
 def timed(arguments: list[str]) -> None:
     """Runs a command of ``halos`` with a stopwatch around each guard; prints the seconds as JSON on the last line."""
-    from halos_pl import lightning_cli
+    from halos_pl.cli import lightning_cli
 
     seconds: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
@@ -146,8 +146,8 @@ def saves(count: int, folder: Path) -> None:
     from lightning.fabric.plugins import TorchCheckpointIO
     from lightning.pytorch.callbacks import Callback
 
-    from halos_pl import lightning_cli
-    from halos_pl.checkpoint import LastCheckpoint
+    from halos_pl.cli import lightning_cli
+    from halos_pl.training.checkpoint import LastCheckpoint
 
     times: dict[str, list[float]] = {"before": [], "now": []}
 

@@ -38,7 +38,7 @@ class Watched(torch.nn.Module):
     def __init__(self, objective: Any) -> None:
         super().__init__()
         self.objective, self.seen = objective, []  # type: ignore[var-annotated]
-        self.needs, self.judge = objective.needs, objective.judge
+        self.needs, self.compute_loss = objective.needs, objective.compute_loss
 
     def prepare(self, rows: Any) -> Any:
         """Of the objective."""
@@ -48,7 +48,7 @@ class Watched(torch.nn.Module):
 
 def main() -> None:
     """Measures and prints."""
-    from halos_pl.build import load_objective
+    from halos_pl.objective.build import load_objective
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -61,7 +61,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             write_rows(workload, folder)
             watched = Watched(objective)
-            with patch("halos_pl.module.build_objective", lambda watched=watched, **parts: watched):
+            with patch("halos_pl.training.module.build_objective", lambda watched=watched, **parts: watched):
                 step = ours(workload, folder)[1]
             whole = seconds(step, 3)
         scored = watched.seen[-1]

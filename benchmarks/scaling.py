@@ -53,8 +53,8 @@ def measure(point: Point, threads: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
     from vs_trl import Peak, resident
 
-    from halos_pl.build import load_objective
-    from halos_pl.outcomes import FlatBatch, Rows
+    from halos_pl.batch import LogProbBatch, TokenBatch
+    from halos_pl.objective.build import load_objective
     from halos_pl.policy.logprobs import completion_logps, completion_mask, pack
 
     torch.set_num_threads(threads)
@@ -78,26 +78,26 @@ def measure(point: Point, threads: int) -> None:
     def some(count: int) -> list[torch.Tensor]:
         return list(torch.randint(0, point.vocabulary, (n, count)))
 
-    batch = FlatBatch(
+    batch = TokenBatch(
         prompts=some(point.prompt)[: n // point.shared],
         completions=[*some(point.completion), *some(point.completion)],
         prompt=(torch.arange(n) // point.shared).repeat(2),
         desirable=torch.arange(2 * n) % 2 == 0,
-        rival=torch.full((2 * n,), -1),
-        probe=torch.arange(2 * n) >= n,
+        pair=torch.full((2 * n,), -1),
+        mismatched=torch.arange(2 * n) >= n,
     )
 
     def step() -> None:
         policy.zero_grad(set_to_none=True)
         with torch.no_grad():
             known = completion_logps(reference, batch)
-        rows = Rows(
+        rows = LogProbBatch(
             policy_logps=completion_logps(policy, batch),
             reference_logps=known,
             mask=completion_mask(batch),
             desirable=batch.desirable,
-            rival=batch.rival,
-            probe=batch.probe,
+            pair=batch.pair,
+            mismatched=batch.mismatched,
         )
         objective(rows).loss.backward()
 

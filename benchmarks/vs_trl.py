@@ -16,7 +16,8 @@ of its tensors there.
 Losses are compared with each other, gradients also with the same step in float64: in float32 each side is off by its
 own rounding, under bfloat16 by about a hundredth. Differences of gradients are relative to the largest entry of all.
 
-Useful FLOP are those that the step needs at least, as ``halos_pl.throughput.step_flops`` counts them. They are divided
+Useful FLOP are those that the step needs at least, as ``halos_pl.training.throughput.step_flops`` counts them.
+They are divided
 by the time of our step, AdamW included, and by the FLOP/s of a square matmul of the same dtype measured in between.
 
 Data: $HALOS_TEST_DATA, else ../shared/data beside the checkout.
@@ -225,10 +226,10 @@ def theirs(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Ten
 
 def ours(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Tensor], float]:
     """The same rows, token by token, through the training step of ``HALOModule``."""
-    from halos_pl.build import load_objective
-    from halos_pl.module import HALOModule
-    from halos_pl.outcomes import FlatBatch
-    from halos_pl.throughput import cost, step_flops
+    from halos_pl.batch import TokenBatch
+    from halos_pl.objective.build import load_objective
+    from halos_pl.training.module import HALOModule
+    from halos_pl.training.throughput import cost, step_flops
 
     kind = workload.kind
     rows = json.loads((Path(folder) / "rows.json").read_text())
@@ -239,25 +240,25 @@ def ours(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Tenso
         distinct = {tuple(row["prompt_ids"]): 0 for row in rows}
         number = {ids: i for i, ids in enumerate(distinct)}
         place = torch.tensor([number[tuple(row["prompt_ids"])] for row in rows])
-        batch = FlatBatch(
+        batch = TokenBatch(
             prompts=[torch.tensor(ids) for ids in distinct],
             completions=[torch.tensor(row[key]) for key in ("completion_ids", "KL_completion_ids") for row in rows],
             prompt=place.repeat(2),
             desirable=torch.tensor([row["label"] for row in rows] + [False] * n),
-            rival=torch.full((2 * n,), -1),
-            probe=torch.arange(2 * n) >= n,
+            pair=torch.full((2 * n,), -1),
+            mismatched=torch.arange(2 * n) >= n,
         )
     else:
-        batch = FlatBatch(
+        batch = TokenBatch(
             prompts=prompts,
             completions=[torch.tensor(row[key]) for key in ("chosen_ids", "rejected_ids") for row in rows],
             prompt=torch.arange(n).repeat(2),
             desirable=torch.arange(2 * n) < n,
-            rival=torch.arange(2 * n).roll(n),
-            probe=torch.zeros(2 * n, dtype=torch.bool),
+            pair=torch.arange(2 * n).roll(n),
+            mismatched=torch.zeros(2 * n, dtype=torch.bool),
         )
     halo: Any = load_objective(ROOT / f"experiments/objectives/{kind}.yaml")
-    names = ("reward", "reference_point", "value_function", "feedback", "undesirable", "constant")
+    names = ("reward", "reference_point", "value_function", "feedback", "reflect_undesirable", "loss_offset")
     parts = {name: getattr(halo, name) for name in names}
 
     def made() -> Any:
@@ -372,7 +373,7 @@ APART = {False: 1e-5, True: 0.1}
 
 def compare(name: str, workload: Workload, options: list[str], repeats: int, threads: int) -> dict[str, Any]:
     """One row of the table; ``options`` are those of the command that made ``workload`` what it is."""
-    from halos_pl.throughput import matmul_speed
+    from halos_pl.training.throughput import matmul_speed
 
     with tempfile.TemporaryDirectory() as folder:
         write_rows(workload, folder)

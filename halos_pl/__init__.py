@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from halos_pl.data import FeedbackDataModule
-    from halos_pl.module import HALOModule
+    from halos_pl.training.module import HALOModule
 
 __all__ = ["FeedbackDataModule", "HALOModule"]
 __version__ = "0.1.0"
 
 # Imported on first use, so that an objective over plain tensors does not load transformers and Lightning.
-_HOMES = {"HALOModule": "halos_pl.module", "FeedbackDataModule": "halos_pl.data"}
+_HOMES = {"HALOModule": "halos_pl.training.module", "FeedbackDataModule": "halos_pl.data"}
 
 
 def __getattr__(name: str) -> Any:

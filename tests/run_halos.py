@@ -28,7 +28,7 @@ UNEQUAL = ("rows/s", "tokens/s", "TFLOP/s", "of_matmul")
 
 # A process that has imported everything and computed nothing; each run is forked from it in milliseconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["without_extras", "halos_pl.lightning_cli"])
+_CONTEXT.set_forkserver_preload(["without_extras", "halos_pl.cli.lightning_cli"])
 
 
 def _start() -> None:
@@ -133,7 +133,7 @@ def no_picture(*_: Any, **__: Any) -> Path:
     return Path("none.png")
 
 
-PLOTS = ("halos_pl.callbacks.plot_training", "halos_pl.callbacks.plot_value_function")
+PLOTS = ("halos_pl.training.callbacks.plot_training", "halos_pl.training.callbacks.plot_value_function")
 
 
 def _target(words: list[str], out: str, folder: str, env: dict[str, str]) -> None:
@@ -152,7 +152,7 @@ def _target(words: list[str], out: str, folder: str, env: dict[str, str]) -> Non
     # Else the data loader's workers would be started by a server of their own, which outlives a kill.
     multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
-    from halos_pl.cli import main
+    from halos_pl.cli.main import main
 
     for plot in PLOTS:
         patch(plot, no_picture).start()
@@ -224,7 +224,7 @@ def every_third(names: Iterable[str]) -> list[Any]:
 
 def run_here(capfd: Any, words: list[str]) -> Ended:
     """One run in this process, and what it says on stderr."""
-    from halos_pl.cli import main
+    from halos_pl.cli.main import main
 
     capfd.readouterr()
     status: Any = 0

@@ -23,14 +23,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_halos import ROOT, binary_data, pair_data
 
-from halos_pl.cli import main
-from halos_pl.objective import Objective
+from halos_pl.cli.main import main
+from halos_pl.evaluation.evaluate import METRICS
+from halos_pl.evaluation.held_out import by_example, of_pairs, of_rows
+from halos_pl.evaluation.judging import judged_by
+from halos_pl.objective.halo import Objective
 from halos_pl.provenance import digest_of
 from halos_pl.study import execute, figures, gather, report
-from halos_pl.study.evaluate import METRICS
 from halos_pl.study.headline import headline
-from halos_pl.study.held_out import by_example, of_pairs, of_rows
-from halos_pl.study.judging import judged_by
 from halos_pl.study.plan import Study, StudyError, check, command, load_study, measuring_of
 from halos_pl.study.planned_power import power_lines
 from halos_pl.study.power import Noise, power
@@ -768,7 +768,7 @@ def test_a_study_runs_goes_on_after_a_failure_and_reports(
     assert not list(out.rglob("*.ckpt"))
     here.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("halos_pl.ablate_command.write_report", lambda results: out / "report.html")
+        patch.setattr("halos_pl.cli.ablate.write_report", lambda results: out / "report.html")
         main(["ablate", str(path), f"--out={out}"])
     assert here == []  # nothing is left to do
     # The commands that it prints are whole: one of them by hand gives the same values.

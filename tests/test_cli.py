@@ -16,14 +16,14 @@ import torch
 import yaml
 from run_halos import OBJECTIVES, ROOT, binary_data, config, fit, metrics, pair_data, refused
 
-from halos_pl import build
-from halos_pl.cli import main
+from halos_pl.cli.lightning_cli import HalosCLI
+from halos_pl.cli.main import main
 from halos_pl.data.transforms import Transform
-from halos_pl.lightning_cli import HalosCLI
+from halos_pl.objective import build
 from halos_pl.policy.loading import LoRASpec, ModelSpec, load_model
 from halos_pl.policy.reference import ReferenceModel
 
-PARTS = ("reward", "reference_point", "value_function", "feedback", "undesirable", "extra_terms")
+PARTS = ("reward", "reference_point", "value_function", "feedback", "reflect_undesirable", "extra_terms")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def resolve():
 
 def test_the_base_names_no_plug_in():
     base = yaml.safe_load((ROOT / "experiments" / "base.yaml").read_text())
-    assert not {*PARTS, "reference_model", "constant"} & base["model"].keys()
+    assert not {*PARTS, "reference_model", "loss_offset"} & base["model"].keys()
     assert "one_completion_per_prompt" not in base["data"]
 
 
@@ -100,7 +100,7 @@ def plugins_within(config: Any) -> Iterator[dict[str, Any]]:
 def test_the_objective_file_states_every_argument(objective):
     """In the file itself, not only once defaults are filled in: what it left out could be another file's."""
     stated = yaml.safe_load((ROOT / "experiments" / "objectives" / f"{objective}.yaml").read_text())["model"]
-    assert stated.keys() - {"reference_model"} == {*PARTS, "constant"}
+    assert stated.keys() - {"reference_model"} == {*PARTS, "loss_offset"}
     plugins = list(plugins_within(stated))
     assert plugins
     for plugin in plugins:
@@ -211,7 +211,7 @@ def test_help_names_every_command(capfd):
     ("plugin", "option", "known"),
     [
         ("value_function", "Nope", ("Identity", "KahnemanTversky", "LogSigmoid", "Logistic")),
-        ("reference_point", "Nope", ("MismatchedKL", "Rival", "RunningMean", "Zero")),
+        ("reference_point", "Nope", ("MismatchedKL", "PairedCompletion", "RunningMean", "Zero")),
         ("reward", "Nope", ("LogProb", "LogRatio")),
         ("feedback", "Nope", ("Binary", "Pairwise")),
         ("reference_model", "Nope", ("AdapterOff", "FrozenCopy", "NoReference", "OtherModel")),
@@ -250,7 +250,7 @@ def test_an_unknown_option_is_answered_by_those_like_it(capfd, tmp_path, option,
     ("objective", "option", "said"),
     [
         ("kto", "--trainer.accumulate_grad_batches=2", "accumulate_grad_batches is 2: it would average losses with"),
-        ("kto", "--model.undesirable=null", "the objective lacks undesirable"),
+        ("kto", "--model.reflect_undesirable=null", "the objective lacks undesirable"),
         ("kto", "--checkpoint.every_n_steps=0", "checkpoint.every_n_steps is 0"),
         ("kto", "--model.micro_batch_rows=0", "micro_batch_rows is 0"),
         ("kto", "--data.batch_size=0", "data.batch_size is 0"),
@@ -442,8 +442,8 @@ def test_predictions_of_dpo(tiny_folder, data, tmp_path):
     rewards = {record["row"]: record["r"] for record in records}
     for record in records:
         base, _, side = record["row"].rpartition("#")
-        rival = f"{base}#{'rejected' if side == 'chosen' else 'chosen'}"
-        assert record["z0"] == pytest.approx(rewards[rival], abs=1e-6)
+        pair = f"{base}#{'rejected' if side == 'chosen' else 'chosen'}"
+        assert record["z0"] == pytest.approx(rewards[pair], abs=1e-6)
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])

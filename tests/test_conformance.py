@@ -19,19 +19,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_halos import ROOT
 
-import halos_pl.feedback
-import halos_pl.reference_points
-import halos_pl.rewards
+import halos_pl.objective.feedback
+import halos_pl.objective.reference_points
+import halos_pl.objective.rewards
 import value_functions
-from halos_pl.build import load_objective
-from halos_pl.check_command import END, START, family, family_table
-from halos_pl.cli import main
+from halos_pl.batch import Needs
+from halos_pl.cli.check import END, START, family, family_table
+from halos_pl.cli.main import main
 from halos_pl.conformance import CheckFailed, Report, check_halo, parametrize_with_checks, strategies
-from halos_pl.feedback import Binary, Flipped, Pairwise
-from halos_pl.objective import HALO
-from halos_pl.outcomes import Needs
-from halos_pl.reference_points import MismatchedKL
-from halos_pl.rewards import LogProb, LogRatio
+from halos_pl.objective.build import load_objective
+from halos_pl.objective.feedback import Binary, Flipped, Pairwise
+from halos_pl.objective.halo import HALO
+from halos_pl.objective.reference_points import MismatchedKL
+from halos_pl.objective.rewards import LogProb, LogRatio
 from value_functions import Identity, Logistic, LogSigmoid, ValueFunction
 
 OBJECTIVES = ROOT / "experiments" / "objectives"
@@ -44,7 +44,7 @@ def kto(**parts: Any) -> HALO:
         "reference_point": MismatchedKL(),
         "value_function": Logistic(),
         "feedback": Binary(),
-        "undesirable": "reflect",
+        "reflect_undesirable": True,
     }
     return HALO(**(sound | parts))
 
@@ -141,7 +141,7 @@ def test_unequal_weights_are_said_to_reweight_the_data():
 
 def test_a_reading_is_part_of_the_loss():
     """Log sigma is concave everywhere, so reflected onto undesirable rows it is convex on their gains."""
-    assert verdict(kto(value_function=LogSigmoid(), undesirable="same")) == "halo"
+    assert verdict(kto(value_function=LogSigmoid(), reflect_undesirable=False)) == "halo"
     assert verdict(kto(value_function=LogSigmoid())) == "halo-shaped: fails undesirable_concave_on_gains"
     # Where no undesirable row counts, nothing is reflected.
     alone = kto(value_function=LogSigmoid(), feedback=Binary(lambda_undesirable=0.0))
@@ -180,13 +180,16 @@ def test_a_value_function_violates_what_it_says_it_violates(v):
         MismatchedKL(),
         MismatchedKL(clamp=False),
         *(
-            getattr(halos_pl.reference_points, name)()
-            for name in ("BatchMean", "BatchQuantile", "Rival", "RunningMean")
+            getattr(halos_pl.objective.reference_points, name)()
+            for name in ("BatchMean", "BatchQuantile", "PairedCompletion", "RunningMean")
         ),
         LogRatio(),
         LogRatio(length_normalised=True),
-        halos_pl.rewards.TokenLogRatio(),
-        *(getattr(halos_pl.feedback, name)() for name in ("Binary", "Pairwise", "RobustPairwise", "GroupAdvantage")),
+        halos_pl.objective.rewards.TokenLogRatio(),
+        *(
+            getattr(halos_pl.objective.feedback, name)()
+            for name in ("Binary", "Pairwise", "RobustPairwise", "GroupAdvantage")
+        ),
         Flipped(Pairwise(label_smoothing=0.1)),
     ]
 )
@@ -306,7 +309,7 @@ def test_the_decorator_gives_an_item_a_clause_and_names_both():
 
 @given(st.data())
 def test_rows_hold_what_is_asked_for(data):
-    needs = Needs(**{name: data.draw(st.booleans(), name) for name in ("rivals", "probes", "groups")})
+    needs = Needs(**{name: data.draw(st.booleans(), name) for name in ("pairs", "mismatched", "groups")})
     rows = data.draw(strategies.rows(needs))
     n = len(rows)
     assert rows.mask.any(dim=1).all()
@@ -314,16 +317,16 @@ def test_rows_hold_what_is_asked_for(data):
     assert bool((rows.policy_logps[~rows.mask] == 0).all())
     own = rows.train.nonzero().squeeze(1)
     assert len(own) >= 1
-    if needs.probes:
-        assert bool(rows.probe.any())
-    if needs.rivals:
-        rival = rows.rival[own]
-        assert bool((rows.rival[rival] == own).all())
-        assert bool((rows.desirable[own] != rows.desirable[rival]).all())
-        assert bool((rows.group[own] == rows.group[rival]).all())
+    if needs.mismatched:
+        assert bool(rows.mismatched.any())
+    if needs.pairs:
+        pair = rows.pair[own]
+        assert bool((rows.pair[pair] == own).all())
+        assert bool((rows.desirable[own] != rows.desirable[pair]).all())
+        assert bool((rows.group[own] == rows.group[pair]).all())
     if needs.groups:
         assert all((rows.group[own] == g).sum() >= 2 for g in rows.group[own].tolist())
-    assert bool(((rows.rival >= -1) & (rows.rival < n)).all())
+    assert bool(((rows.pair >= -1) & (rows.pair < n)).all())
 
 
 @pytest.mark.parametrize("largest", [50.0, 0.5])
@@ -574,7 +577,7 @@ def test_all_prints_the_table_and_writes_it_where_it_belongs(tmp_path, capfd, mo
 def test_a_check_waits_for_neither_lightning_nor_transformers():
     import subprocess
 
-    code = "import sys, halos_pl.cli, halos_pl.check_command; print(*(m for m in sys.modules if '.' not in m))"
+    code = "import sys, halos_pl.cli.main, halos_pl.cli.check; print(*(m for m in sys.modules if '.' not in m))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"lightning", "transformers", "datasets", "peft"} & set(loaded)
     assert "torch" in loaded

@@ -17,9 +17,9 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from run_halos import KILLED, ROOT, binary_data, fit, metrics, pair_data, run, run_ranks
 from torch import Tensor
 
-from halos_pl.build import load_objective
-from halos_pl.module import check_trainer
-from halos_pl.outcomes import Needs
+from halos_pl.batch import Needs
+from halos_pl.objective.build import load_objective
+from halos_pl.training.module import check_trainer
 
 SGD = ("--model.optimizer.class_path=torch.optim.SGD", "--model.optimizer.init_args={lr: 1.0, weight_decay: 0.0}")
 # The rate is 1 from the first step on and nothing is clipped: weights before minus after are the gradient.
@@ -118,7 +118,7 @@ def assert_same_weights(one: Path, two: Path, least: float = 1e-6) -> None:
 )
 def test_two_processes_train_as_one(both, objective, two):
     """13 examples in steps of 5, 5 and 3, so the ranks have different numbers of rows."""
-    data = both.pairs if objective_needs(objective).rivals else both.binary
+    data = both.pairs if objective_needs(objective).pairs else both.binary
     options = ("--data.batch_size=5", f"--data.validation={both.pairs}", *SGD, "--trainer.gradient_clip_val=0.1")
     one, two_ = both(objective, data, *options, two=two)
     assert_same_figures(one, two_)

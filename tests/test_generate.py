@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from halos_pl.cli.generate import generate_file
 from halos_pl.data.example import DataError, Prompt
+from halos_pl.data.prompt_files import read_prompts
 from halos_pl.data.tokenize import encode_prompt
-from halos_pl.generate import Sample, generate
-from halos_pl.generate_command import generate_file
 from halos_pl.policy.loading import LoRASpec, ModelSpec, load_model, load_tokenizer
-from halos_pl.prompt_files import read_prompts
+from halos_pl.policy.sampling import Sample, generate
 
 PROMPTS: list[Prompt] = [
     "Could you tell me",

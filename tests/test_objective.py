@@ -15,13 +15,20 @@ from make_rows import random_rows, seeds
 from run_halos import OBJECTIVES as NAMES
 from run_halos import ROOT
 
-from halos_pl.baselines import NLL
-from halos_pl.build import load_objective
-from halos_pl.feedback import Binary, Pairwise
-from halos_pl.objective import HALO, Sum
-from halos_pl.outcomes import Needs, Rows
-from halos_pl.reference_points import BatchQuantile, LeaveOneOut, MismatchedKL, Rival, RunningMean, Zero
-from halos_pl.rewards import LogProb, LogRatio
+from halos_pl.batch import LogProbBatch, Needs
+from halos_pl.objective.baselines import NLL
+from halos_pl.objective.build import load_objective
+from halos_pl.objective.feedback import Binary, Pairwise
+from halos_pl.objective.halo import HALO, Sum
+from halos_pl.objective.reference_points import (
+    BatchQuantile,
+    LeaveOneOut,
+    MismatchedKL,
+    PairedCompletion,
+    RunningMean,
+    Zero,
+)
+from halos_pl.objective.rewards import LogProb, LogRatio
 from value_functions import Identity, KahnemanTversky, Logistic, LogSigmoid
 
 
@@ -35,43 +42,43 @@ def kto(beta=0.1, desirable=1.0, undesirable=1.0, reward=None, reference_point=N
         reference_point=reference_point or MismatchedKL(),
         value_function=Logistic(beta=beta),
         feedback=Binary(lambda_desirable=desirable, lambda_undesirable=undesirable),
-        undesirable="reflect",
-        constant=1.0,
+        reflect_undesirable=True,
+        loss_offset=1.0,
     )
 
 
 def dpo(beta=0.1, smoothing=0.0, reward=None) -> HALO:
     return HALO(
         reward=reward or LogRatio(),
-        reference_point=Rival(),
+        reference_point=PairedCompletion(),
         value_function=LogSigmoid(beta=beta),
         feedback=Pairwise(label_smoothing=smoothing),
-        undesirable="same",
+        reflect_undesirable=False,
     )
 
 
-def as_numpy(rows: Rows):
+def as_numpy(rows: LogProbBatch):
     policy, reference = rows.policy_logps.detach().numpy(), rows.reference_logps.numpy()
     r = np.array([(policy - reference)[i][rows.mask.numpy()[i]].sum() for i in range(len(rows))])
-    return r, rows.desirable.numpy(), rows.probe.numpy(), rows.rival.numpy()
+    return r, rows.desirable.numpy(), rows.mismatched.numpy(), rows.pair.numpy()
 
 
 @given(
     seed=seeds,
     pairs=st.integers(1, 5),
-    probes=st.integers(1, 4),
+    mismatched=st.integers(1, 4),
     beta=st.floats(0.01, 2),
     wd=st.floats(0, 3),
     wu=st.floats(0, 3),
 )
-def test_kto_equals_equation_8(seed, pairs, probes, beta, wd, wu):
-    rows = random_rows(seed, pairs, probes)
-    r, desirable, probe, _ = as_numpy(rows)
-    z0 = max(0.0, r[probe].mean())
+def test_kto_equals_equation_8(seed, pairs, mismatched, beta, wd, wu):
+    rows = random_rows(seed, pairs, mismatched)
+    r, desirable, mismatched, _ = as_numpy(rows)
+    z0 = max(0.0, r[mismatched].mean())
     losses = [
         wd * (1 - sigma(beta * (r[i] - z0))) if desirable[i] else wu * (1 - sigma(beta * (z0 - r[i])))
         for i in range(len(r))
-        if not probe[i]
+        if not mismatched[i]
     ]
     assert kto(beta, wd, wu)(rows).loss.item() == pytest.approx(np.mean(losses), rel=1e-6)
 
@@ -79,8 +86,8 @@ def test_kto_equals_equation_8(seed, pairs, probes, beta, wd, wu):
 @given(seed=seeds, pairs=st.integers(1, 5), beta=st.floats(0.01, 2), smoothing=st.floats(0, 0.49))
 def test_conservative_dpo_equals_its_formula(seed, pairs, beta, smoothing):
     rows = random_rows(seed, pairs)
-    r, desirable, probe, rival = as_numpy(rows)
-    gaps = np.array([r[i] - r[rival[i]] for i in range(len(r)) if desirable[i] and not probe[i]])
+    r, desirable, mismatched, pair = as_numpy(rows)
+    gaps = np.array([r[i] - r[pair[i]] for i in range(len(r)) if desirable[i] and not mismatched[i]])
     expected = -(1 - smoothing) * np.log(sigma(beta * gaps)) - smoothing * np.log(sigma(-beta * gaps))
     assert dpo(beta, smoothing)(rows).loss.item() == pytest.approx(expected.mean(), rel=1e-6)
 
@@ -90,17 +97,17 @@ def test_kto_gradient_equals_the_papers(seed, beta):
     """lambda * s(1 - s) * beta * d(y) for each token, s = sigmoid(beta * u), no gradient through z0."""
     rows = random_rows(seed, 3)
     kto(beta)(rows).loss.backward()
-    r, desirable, probe, _ = as_numpy(rows)
-    s = sigma(beta * (r - max(0.0, r[probe].mean())))
+    r, desirable, mismatched, _ = as_numpy(rows)
+    s = sigma(beta * (r - max(0.0, r[mismatched].mean())))
     expected = np.where(desirable, -1, 1) * s * (1 - s) * beta / 6
-    expected = np.where(probe, 0, expected)[:, None] * np.ones(rows.mask.shape)
+    expected = np.where(mismatched, 0, expected)[:, None] * np.ones(rows.mask.shape)
     assert torch.allclose(rows.policy_logps.grad, torch.from_numpy(expected), atol=1e-7)
 
 
 @given(seed=seeds)
 def test_nll_equals_the_mean_over_desirable_tokens(seed):
     rows = random_rows(seed, 3)
-    kept = (rows.desirable & ~rows.probe)[:, None] & rows.mask
+    kept = (rows.desirable & ~rows.mismatched)[:, None] & rows.mask
     assert NLL()(rows).loss.item() == pytest.approx(-rows.policy_logps[kept].mean().item(), rel=1e-6)
 
 
@@ -131,7 +138,7 @@ OBJECTIVES = FILES | {
         reference_point=MismatchedKL(clamp=False),
         value_function=Logistic(),
         feedback=Binary(),
-        undesirable="same",
+        reflect_undesirable=False,
     ),
     "leave one out": lambda: kto(reference_point=LeaveOneOut()),
     "median": lambda: kto(reference_point=BatchQuantile()),
@@ -177,11 +184,11 @@ def test_the_split_into_micro_batches_does_not_matter(name, seed, cut):
     loss.backward()
     objective = OBJECTIVES[name]()
     context = objective.prepare(split.detach())
-    chosen = (split.desirable & ~split.probe).nonzero().squeeze(1)
+    chosen = (split.desirable & ~split.mismatched).nonzero().squeeze(1)
     total = 0.0
     for some in (chosen[:cut], chosen[cut:]):
-        index = torch.cat([some, split.rival[some]])
-        part = objective.judge(split.select(index), context.select(index)).loss
+        index = torch.cat([some, split.pair[some]])
+        part = objective.compute_loss(split.select(index), context.select(index)).loss
         part.backward()
         total += part.item()
     assert total == pytest.approx(loss.item(), rel=1e-6)
@@ -191,33 +198,37 @@ def test_the_split_into_micro_batches_does_not_matter(name, seed, cut):
 @every
 @given(seed=seeds)
 @settings(max_examples=10)
-def test_probes_get_no_gradient(name, seed):
+def test_mismatched_rows_get_no_gradient(name, seed):
     rows = random_rows(seed, 3)
     OBJECTIVES[name]()(rows).loss.backward()
-    assert bool((rows.policy_logps.grad[rows.probe] == 0).all())
+    assert bool((rows.policy_logps.grad[rows.mismatched] == 0).all())
 
 
 @given(seed=seeds)
 def test_both_readings_agree_for_point_symmetric_values_only(seed):
     rows = random_rows(seed, 3)
 
-    def gradient(v, reading):
+    def gradient(v, reflected):
         halo = HALO(
-            reward=LogRatio(), reference_point=MismatchedKL(), value_function=v, feedback=Binary(), undesirable=reading
+            reward=LogRatio(),
+            reference_point=MismatchedKL(),
+            value_function=v,
+            feedback=Binary(),
+            reflect_undesirable=reflected,
         )
         return torch.autograd.grad(halo(rows).loss, rows.policy_logps)[0]
 
     for v in (Logistic(), Identity()):
-        assert torch.allclose(gradient(v, "same"), gradient(v, "reflect"), atol=1e-9)
+        assert torch.allclose(gradient(v, False), gradient(v, True), atol=1e-9)
     for v in (LogSigmoid(), KahnemanTversky()):
-        assert not torch.allclose(gradient(v, "same"), gradient(v, "reflect"), atol=1e-9)
+        assert not torch.allclose(gradient(v, False), gradient(v, True), atol=1e-9)
 
 
 @given(seed=seeds)
 def test_extreme_rows_are_ignored(seed):
     """Prop. 4.1: KTO's gradient tends to 0 as the outcome leaves for either side."""
     near, far = random_rows(seed, 2), random_rows(seed, 2, scale=1.0)
-    shift = torch.where(far.probe, 0.0, 2000.0)[:, None]
+    shift = torch.where(far.mismatched, 0.0, 2000.0)[:, None]
     moved = far.reference_logps - shift * torch.where(torch.arange(len(far)) % 2 == 0, 1.0, -1.0)[:, None]
     far = dataclasses.replace(far, reference_logps=torch.where(far.mask, moved, 0.0))
     kto()(near).loss.backward()
@@ -239,7 +250,7 @@ def test_shifting_rewards_by_a_constant_cancels_against_their_own_mean(seed, shi
             reference_point=reference,
             value_function=Logistic(beta=1.0),
             feedback=Binary(lambda_undesirable=0.0),
-            undesirable="reflect",
+            reflect_undesirable=True,
         )(rows).loss.item()
 
     follows = MismatchedKL(clamp=False)
@@ -261,7 +272,7 @@ def test_a_denominator_below_one_divides_and_zero_does_not():
             reference_point=MismatchedKL(),
             value_function=Logistic(beta=0.1),
             feedback=feedback(),
-            undesirable="reflect",
+            reflect_undesirable=True,
         )
         for feedback in (Binary, Few)
     ]
@@ -296,15 +307,15 @@ def test_wrong_shapes_are_refused_not_broadcast():
 
 def test_one_class_only_is_defined():
     rows = random_rows(1, 3)
-    keep = (rows.desirable | rows.probe).nonzero().squeeze(1)
+    keep = (rows.desirable | rows.mismatched).nonzero().squeeze(1)
     assert kto()(rows.select(keep)).loss.isfinite()
     undesirable = (~rows.desirable).nonzero().squeeze(1)
     assert NLL()(rows.select(undesirable)).loss.item() == 0
 
 
 def test_needs_are_the_union_of_the_parts():
-    assert kto().needs == Needs(reference=True, probes=True, undesirable=True)
-    assert dpo().needs == Needs(reference=True, rivals=True, undesirable=True)
+    assert kto().needs == Needs(reference=True, mismatched=True, undesirable=True)
+    assert dpo().needs == Needs(reference=True, pairs=True, undesirable=True)
     assert NLL().needs == Needs()
     assert Sum([dpo(), NLL()]).needs == dpo().needs
 
@@ -315,16 +326,6 @@ def test_needs_are_the_union_of_the_parts():
         (lambda: Binary(lambda_desirable=-1.0), "lambda_desirable is -1"),
         (lambda: Pairwise(label_smoothing=0.5), "label_smoothing is 0.5"),
         (lambda: RunningMean(decay=1.0), "decay is 1.0"),
-        (
-            lambda: HALO(
-                reward=LogRatio(),
-                reference_point=Zero(),
-                value_function=Identity(),
-                feedback=Binary(),
-                undesirable="both",
-            ),
-            "'same' or 'reflect'",
-        ),
         (lambda: Sum([]), "no terms"),
     ],
 )
@@ -333,12 +334,18 @@ def test_numbers_outside_their_range_are_refused(build, words):
         build()
 
 
+def test_the_reading_of_undesirable_rows_is_true_or_false():
+    parts = {"reward": LogRatio(), "reference_point": Zero(), "value_function": Identity(), "feedback": Binary()}
+    with pytest.raises(TypeError, match="reflect_undesirable is 'reflect'"):
+        HALO(**parts, reflect_undesirable="reflect")
+
+
 def test_missing_pieces_are_named():
     rows = random_rows(1, 2)
-    alone = dataclasses.replace(rows, rival=torch.full_like(rows.rival, -1))
-    with pytest.raises(ValueError, match="no rival"):
+    alone = dataclasses.replace(rows, pair=torch.full_like(rows.pair, -1))
+    with pytest.raises(ValueError, match="no paired completion"):
         dpo()(alone)
-    with pytest.raises(ValueError, match="no probe rows"):
+    with pytest.raises(ValueError, match="no mismatched rows"):
         kto()(rows.select(rows.train.nonzero().squeeze(1)))
     with pytest.raises(ValueError, match="reference log-probs"):
         kto()(dataclasses.replace(rows, reference_logps=None))
@@ -348,12 +355,12 @@ def test_missing_pieces_are_named():
 
 
 @given(seed=seeds)
-def test_mismatched_kl_is_the_clamped_mean_of_probes_without_gradient(seed):
+def test_mismatched_kl_is_the_clamped_mean_of_mismatched_rows_without_gradient(seed):
     rows = random_rows(seed, 2, 5)
     reward = LogRatio()(rows).float()
     z0 = MismatchedKL()
     got = z0(reward, rows)
-    values = reward[rows.probe].detach().double()
+    values = reward[rows.mismatched].detach().double()
     assert not got.requires_grad
     assert got.item() == pytest.approx(max(0.0, values.mean().item()), abs=1e-6)
     d = {k: v.item() for k, v in z0.diagnostics.items()}

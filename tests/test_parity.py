@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from halos_pl.batch import LogProbBatch, TokenBatch
 from halos_pl.data.tokenize import encode_completion, encode_prompt
-from halos_pl.feedback import Binary, Pairwise
-from halos_pl.objective import HALO
-from halos_pl.outcomes import FlatBatch, Rows
+from halos_pl.objective.feedback import Binary, Pairwise
+from halos_pl.objective.halo import HALO
+from halos_pl.objective.reference_points import MismatchedKL, PairedCompletion
+from halos_pl.objective.rewards import LogRatio
 from halos_pl.policy.logprobs import completion_logps, completion_mask
-from halos_pl.reference_points import MismatchedKL, Rival
-from halos_pl.rewards import LogRatio
 from value_functions import Logistic, LogSigmoid
 
 trl = pytest.importorskip("trl", reason="TRL, the peer that losses are compared with, is not installed")
@@ -63,18 +63,18 @@ def settings(config: Any, tmp_path: Path, rows: int, **options: Any) -> Any:
     )
 
 
-def flat(prompts: list, completions: list, desirable: list, rival: list, probe: list) -> FlatBatch:
-    return FlatBatch(
+def flat(prompts: list, completions: list, desirable: list, pair: list, mismatched: list) -> TokenBatch:
+    return TokenBatch(
         prompts=[torch.tensor(p) for p in prompts],
         completions=[torch.tensor(c) for c in completions],
         prompt=torch.arange(len(prompts)),
         desirable=torch.tensor(desirable),
-        rival=torch.tensor(rival),
-        probe=torch.tensor(probe),
+        pair=torch.tensor(pair),
+        mismatched=torch.tensor(mismatched),
     )
 
 
-def assert_parity(trainer: Any, batch: dict, policy: Any, reference: Any, objective: HALO, ours: FlatBatch) -> Any:
+def assert_parity(trainer: Any, batch: dict, policy: Any, reference: Any, objective: HALO, ours: TokenBatch) -> Any:
     policy.train()
     their_loss = trainer.compute_loss(policy, batch)
     their_loss.backward()
@@ -83,13 +83,13 @@ def assert_parity(trainer: Any, batch: dict, policy: Any, reference: Any, object
     with torch.no_grad():
         reference_logps = completion_logps(reference, ours)
     result = objective(
-        Rows(
+        LogProbBatch(
             completion_logps(policy, ours),
             reference_logps,
             completion_mask(ours),
             ours.desirable,
-            ours.rival,
-            ours.probe,
+            ours.pair,
+            ours.mismatched,
         )
     )
     result.loss.backward()
@@ -138,8 +138,8 @@ def test_kto_equals_trl(tiny_folder, pairs, tmp_path, seed, weights):
         reference_point=MismatchedKL(),
         value_function=Logistic(beta=BETA),
         feedback=Binary(lambda_desirable=weights[0], lambda_undesirable=weights[1]),
-        undesirable="reflect",
-        constant=1.0,
+        reflect_undesirable=True,
+        loss_offset=1.0,
     )
     result = assert_parity(trainer, trainer.data_collator(theirs), policy, reference, objective, batch)
     kl = trainer._metrics["train"]["kl"][-1]
@@ -170,9 +170,9 @@ def test_dpo_equals_trl(tiny_folder, pairs, tmp_path):
     )
     objective = HALO(
         reward=LogRatio(),
-        reference_point=Rival(),
+        reference_point=PairedCompletion(),
         value_function=LogSigmoid(beta=BETA),
         feedback=Pairwise(),
-        undesirable="same",
+        reflect_undesirable=False,
     )
     assert_parity(trainer, trainer.data_collator(theirs), policy, reference, objective, batch)

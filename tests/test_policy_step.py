@@ -26,27 +26,27 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from halos_pl.build import load_objective
-from halos_pl.feedback import Binary, Pairwise
-from halos_pl.generate import sample_tokens
-from halos_pl.metrics import Means, reward_figures
-from halos_pl.module import HALOModule, NonFiniteLossError
-from halos_pl.objective import HALO
-from halos_pl.outcomes import FlatBatch, Rows
+from halos_pl.batch import LogProbBatch, TokenBatch
+from halos_pl.objective.build import load_objective
+from halos_pl.objective.feedback import Binary, Pairwise
+from halos_pl.objective.halo import HALO
+from halos_pl.objective.reference_points import MismatchedKL, PairedCompletion, RunningMean, SampledKL, TokenKL
+from halos_pl.objective.rewards import LogProb, LogRatio
 from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, load_model, load_tokenizer
 from halos_pl.policy.logprobs import (
     compared_logps,
     completion_kl,
     completion_logps,
     completion_mask,
-    mixes_rows,
     pack,
+    padding_fault,
 )
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel, SyncedCopy
+from halos_pl.policy.sampling import sample_tokens
 from halos_pl.policy.tree import is_packed
 from halos_pl.policy.tree import parts as policy_parts
-from halos_pl.reference_points import MismatchedKL, Rival, RunningMean, SampledKL, TokenKL
-from halos_pl.rewards import LogProb, LogRatio
+from halos_pl.training.metrics import Means, reward_figures
+from halos_pl.training.module import HALOModule, NonFiniteLossError
 from value_functions import Logistic, LogSigmoid
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -69,8 +69,8 @@ ARCHITECTURES = {
 }
 
 
-def batch(pairs: int = 3, *, seed: int = 0, probes: bool = True) -> FlatBatch:
-    """Pairs of rows of all lengths, one-token prompts and completions included, and a probe for each row."""
+def batch(pairs: int = 3, *, seed: int = 0, mismatched: bool = True) -> TokenBatch:
+    """Pairs of rows of all lengths, one-token prompts and completions included, and a mismatched row for each row."""
     draw = torch.Generator().manual_seed(seed)
 
     def tokens(longest: int) -> torch.Tensor:
@@ -82,20 +82,20 @@ def batch(pairs: int = 3, *, seed: int = 0, probes: bool = True) -> FlatBatch:
     completions[1] = completions[1][:1]
     n = 2 * pairs
     own = torch.arange(n) // 2
-    twice = n if probes else 0
-    return FlatBatch(
+    twice = n if mismatched else 0
+    return TokenBatch(
         prompts=prompts,
         completions=completions + [completions[(i + 2) % n] for i in range(twice)],
         prompt=torch.cat([own, own[:twice]]),
         desirable=torch.tensor([True, False] * pairs + [False] * twice),
-        rival=torch.tensor([i ^ 1 for i in range(n)] + [-1] * twice),
-        probe=torch.tensor([False] * n + [True] * twice),
+        pair=torch.tensor([i ^ 1 for i in range(n)] + [-1] * twice),
+        mismatched=torch.tensor([False] * n + [True] * twice),
         row_ids=[f"file:{i}" for i in range(n + twice)],
         group=torch.cat([own, own[:twice]]) // 2,  # two pairs answer the same prompt, cut in two ways
     )
 
 
-def one_by_one(model: Any, rows: FlatBatch) -> list[torch.Tensor]:
+def one_by_one(model: Any, rows: TokenBatch) -> list[torch.Tensor]:
     """Each row alone, without padding, every position through the head."""
     found = []
     for prompt, completion in zip(rows.prompt.tolist(), rows.completions, strict=True):
@@ -148,22 +148,22 @@ PARTS: dict[str, dict[str, Any]] = {
         "reference_point": MismatchedKL,
         "value_function": Logistic,
         "feedback": Binary,
-        "undesirable": "reflect",
-        "constant": 1.0,
+        "reflect_undesirable": True,
+        "loss_offset": 1.0,
     },
     "dpo": {
         "reward": LogRatio,
-        "reference_point": Rival,
+        "reference_point": PairedCompletion,
         "value_function": LogSigmoid,
         "feedback": Pairwise,
-        "undesirable": "same",
+        "reflect_undesirable": False,
     },
     "bco": {
         "reward": LogRatio,
         "reference_point": RunningMean,
         "value_function": LogSigmoid,
         "feedback": Binary,
-        "undesirable": "reflect",
+        "reflect_undesirable": True,
     },
 }
 
@@ -185,7 +185,7 @@ def module(
     )
 
 
-def train(model: HALOModule, steps: list[FlatBatch], **options: Any) -> dict[str, float]:
+def train(model: HALOModule, steps: list[TokenBatch], **options: Any) -> dict[str, float]:
     """One optimizer step per batch; the figures logged last."""
     torch.manual_seed(0)
     trainer = quiet_trainer(max_epochs=1, **options)
@@ -266,7 +266,7 @@ def test_the_split_does_not_change_the_step_of_any_objective_file(name, tiny_fol
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("rows", [None, 2])
-def test_z0_of_samples_is_their_mean_log_ratio_and_of_exact_kl_the_probes(rows, tiny_folder, monkeypatch):
+def test_z0_of_samples_is_their_mean_log_ratio_and_of_exact_kl_the_mismatched_rows(rows, tiny_folder, monkeypatch):
     """After a step, so that policy and reference differ."""
     drawn: list[list[list[int]]] = []
 
@@ -274,11 +274,11 @@ def test_z0_of_samples_is_their_mean_log_ratio_and_of_exact_kl_the_probes(rows, 
         drawn.append(sample_tokens(*args, **kwargs))
         return drawn[-1]
 
-    monkeypatch.setattr("halos_pl.module.sample_tokens", spy)
+    monkeypatch.setattr("halos_pl.training.module.sample_tokens", spy)
     for reference_point in (SampledKL(max_new_tokens=6), TokenKL()):
         model = module(tiny_folder, micro_batch_rows=rows, lr=2.0)
         model.objective.reference_point = reference_point
-        steps = [batch(seed=1, probes=False), batch(seed=2, probes=False)]
+        steps = [batch(seed=1, mismatched=False), batch(seed=2, mismatched=False)]
         if isinstance(reference_point, TokenKL):
             steps = [batch(seed=1), batch(seed=2)]
         before: dict[str, Any] = {}
@@ -290,8 +290,8 @@ def test_z0_of_samples_is_their_mean_log_ratio_and_of_exact_kl_the_probes(rows, 
         figures = train(model, steps, callbacks=[Keep()])
         policy, frozen, last = before["policy"].eval(), load(tiny_folder), steps[-1]
         if isinstance(reference_point, TokenKL):
-            probes = last.select(last.probe.nonzero().squeeze(1))
-            expected = completion_kl(policy, nullcontext(frozen), probes).sum(1).mean().item()
+            mismatched = last.select(last.mismatched.nonzero().squeeze(1))
+            expected = completion_kl(policy, nullcontext(frozen), mismatched).sum(1).mean().item()
         else:
             assert len(drawn[-1]) == len(last)
             sampled = replace(last, completions=[torch.tensor(ids) for ids in drawn[-1]])
@@ -303,13 +303,13 @@ def test_z0_of_samples_is_their_mean_log_ratio_and_of_exact_kl_the_probes(rows, 
             expected = torch.stack(ratio).mean().item()
         assert abs(expected) > 1e-3
         assert figures["outcome/z0"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
-        assert figures["outcome/z0_rows"] == len(last.rival[last.rival >= 0])
+        assert figures["outcome/z0_rows"] == len(last.pair[last.pair >= 0])
 
 
 def test_samples_and_mismatches_do_not_go_together(tiny_folder):
     both = [HALO(**(PARTS["kto"] | {k: v() for k, v in PARTS["kto"].items() if isinstance(v, type)}))]
     parts = {k: v() if isinstance(v, type) else v for k, v in PARTS["kto"].items()} | {"reference_point": SampledKL()}
-    with pytest.raises(ValueError, match="both are probes"):
+    with pytest.raises(ValueError, match="both are mismatched rows"):
         HALOModule(ModelSpec(str(tiny_folder)), **parts, extra_terms=both)
 
 
@@ -325,7 +325,7 @@ def test_a_synced_reference_is_the_mixture_it_says(lora, tiny_folder):
         def on_train_batch_start(self, trainer: Any, module: Any, *_: Any) -> None:
             seen.append({n: p.detach().clone() for n, p in module.policy.named_parameters() if p.requires_grad})
 
-    train(model, [batch(seed=s, probes=False) for s in range(5)], callbacks=[Keep()])
+    train(model, [batch(seed=s, mismatched=False) for s in range(5)], callbacks=[Keep()])
     found = reference.state()
     assert found.keys() == seen[0].keys()
     assert any((seen[2][name] - start).abs().max() > 1e-3 for name, start in seen[0].items())
@@ -356,8 +356,8 @@ def test_a_synced_reference_does_not_lose_small_moves_in_half_precision(tiny_fol
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("packing", ["auto", "padded"])
-def test_models_of_one_tokenizer_may_have_other_numbers_of_unused_ids(packing, tiny_folder, tmp_path):
+@pytest.mark.parametrize("prefix_sharing", ["auto", "never"])
+def test_models_of_one_tokenizer_may_have_other_numbers_of_unused_ids(prefix_sharing, tiny_folder, tmp_path):
     """As Qwen2.5 has in its sizes: the KL divergence is over the ids that both have."""
     larger = load_model(ModelSpec(str(tiny_folder)))
     larger.resize_token_embeddings(larger.config.vocab_size + 8, mean_resizing=False)
@@ -367,7 +367,7 @@ def test_models_of_one_tokenizer_may_have_other_numbers_of_unused_ids(packing, t
     for folder in (tiny_folder, tmp_path):
         policy, reference = load(tiny_folder), load(folder)
         with torch.no_grad():
-            for model in (reference, policy) if packing == "auto" else ():
+            for model in (reference, policy) if prefix_sharing == "auto" else ():
                 assert pack(model) is None
             policy.get_input_embeddings().weight.mul_(1.1)
             found.append(compared_logps(policy, nullcontext(reference), batch()))
@@ -377,17 +377,17 @@ def test_models_of_one_tokenizer_may_have_other_numbers_of_unused_ids(packing, t
 
 
 def test_a_pair_is_compared_where_there_is_one():
-    """Rows without a rival are compared with none; and every step has the same figures, as ranks must."""
-    rows = Rows(
+    """Rows without a paired completion are compared with none; and every step has the same figures, as ranks must."""
+    rows = LogProbBatch(
         policy_logps=torch.tensor([[1.0], [2.0], [3.0]]),
         reference_logps=torch.zeros(3, 1),
         mask=torch.ones(3, 1, dtype=torch.bool),
         desirable=torch.tensor([True, False, True]),
-        rival=torch.tensor([1, 0, -1]),
-        probe=torch.zeros(3, dtype=torch.bool),
+        pair=torch.tensor([1, 0, -1]),
+        mismatched=torch.zeros(3, dtype=torch.bool),
     )
-    for rival, wanted in ((rows.rival, [0.0, 1.0]), (torch.full((3,), -1), [0.0, 0.0])):
-        figures = reward_figures(replace(rows, rival=rival), rows.policy_logps.sum(dim=1), 1.0)
+    for pair, wanted in ((rows.pair, [0.0, 1.0]), (torch.full((3,), -1), [0.0, 0.0])):
+        figures = reward_figures(replace(rows, pair=pair), rows.policy_logps.sum(dim=1), 1.0)
         assert torch.stack(figures["rewards/accuracies"]).tolist() == wanted
     means = Means()
     means.add(figures)
@@ -443,7 +443,7 @@ def test_references_that_cannot_serve_are_refused(tiny_folder):
     with pytest.raises(ModelError, match="NoReference"):
         module(tiny_folder, "kto", NoReference())
     with pytest.raises(ValueError, match="takes sdpa attention"):
-        module(tiny_folder, "kto", attn_implementation="eager", packing="tree")
+        module(tiny_folder, "kto", attn_implementation="eager", prefix_sharing="always")
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -527,7 +527,7 @@ def test_parameters_of_an_objective_are_trained_whatever_the_split(objective, ti
     found = {}
     for rows in (None, 2):
         halo: Any = load_objective(f"{ROOT}/experiments/objectives/{objective}.yaml")
-        names = ("reward", "reference_point", "feedback", "undesirable", "constant")
+        names = ("reward", "reference_point", "feedback", "reflect_undesirable", "loss_offset")
         model = HALOModule(
             ModelSpec(str(tiny_folder)),
             **{name: getattr(halo, name) for name in names},
@@ -538,8 +538,8 @@ def test_parameters_of_an_objective_are_trained_whatever_the_split(objective, ti
             warmup_ratio=0.0,
         )
         steps = [batch(seed=1), batch(seed=2)]
-        if not halo.needs.probes:
-            steps = [batch(seed=1, probes=False), batch(seed=2, probes=False)]
+        if not halo.needs.mismatched:
+            steps = [batch(seed=1, mismatched=False), batch(seed=2, mismatched=False)]
         figures = train(model, steps)
         assert "rewards/margins" in figures
         found[rows] = float(model.halo.value_function.beta)
@@ -565,7 +565,7 @@ def test_mixed_precision_does_not_round_the_objective(tiny_folder):
 
 
 def test_what_is_missing_of_an_objective_is_named(tiny_folder):
-    with pytest.raises(ValueError, match="lacks reference_point, feedback, undesirable"):
+    with pytest.raises(ValueError, match="lacks reference_point, feedback, reflect_undesirable"):
         HALOModule(ModelSpec(str(tiny_folder)), reward=LogRatio(), value_function=Logistic())
     with pytest.raises(ValueError, match="no objective"):
         HALOModule(ModelSpec(str(tiny_folder)))
@@ -581,13 +581,13 @@ def test_a_second_pass_has_the_dropout_of_the_first(rows, tiny_gpt2_folder, monk
     seen: dict[tuple[int, ...], list[torch.Tensor]] = {}
     score = HALOModule._score
 
-    def noted(self: HALOModule, given: FlatBatch, index: torch.Tensor, **how: Any) -> Any:
+    def noted(self: HALOModule, given: TokenBatch, index: torch.Tensor, **how: Any) -> Any:
         found = score(self, given, index, **how)
         seen.setdefault(tuple(index.tolist()), []).append(found.policy_logps.detach())
         return found
 
     monkeypatch.setattr(HALOModule, "_score", noted)
-    train(model, [batch(probes=False)])
+    train(model, [batch(mismatched=False)])
     assert len(seen) == (3 if rows else 1)
     for passes in seen.values():
         assert len(passes) == (2 if rows else 1)
@@ -598,14 +598,14 @@ def test_a_second_pass_has_the_dropout_of_the_first(rows, tiny_gpt2_folder, monk
 def test_evaluating_draws_numbers_of_its_own(tiny_folder):
     parts = {k: v() if isinstance(v, type) else v for k, v in PARTS["kto"].items()}
     model = HALOModule(ModelSpec(str(tiny_folder)), **{**parts, "reference_point": SampledKL(max_new_tokens=4)})
-    train(model, [batch(probes=False)])
+    train(model, [batch(mismatched=False)])
     model.eval()
     before = torch.get_rng_state()
-    one, other = (model._with_samples(batch(probes=False)) for _ in range(2))
+    one, other = (model._with_samples(batch(mismatched=False)) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(map(torch.equal, one.completions, other.completions))
     model.train()
-    model._with_samples(batch(probes=False))
+    model._with_samples(batch(mismatched=False))
     assert not torch.equal(torch.get_rng_state(), before)
 
 
@@ -627,15 +627,15 @@ def test_half_precision_does_not_round_the_frequencies_of_positions(tiny_folder)
 
 def test_models_whose_rows_are_not_their_own_are_refused(tiny_gpt2_folder, monkeypatch):
     plain = AutoModelForCausalLM.from_pretrained(tiny_gpt2_folder, attn_implementation="eager")
-    assert mixes_rows(plain) is None
+    assert padding_fault(plain) is None
     # Positions that count the padding, as of models that take none.
     monkeypatch.setattr("halos_pl.policy.logprobs._accepts", lambda model, name: name != "position_ids")
-    assert "beside longer rows" in str(mixes_rows(plain))
+    assert "beside longer rows" in str(padding_fault(plain))
     monkeypatch.undo()
     torch.manual_seed(0)
     both_ways = BertLMHeadModel(BertConfig(vocab_size=300, initializer_range=0.5, **SMALL))
-    assert "depends on the tokens behind it" in str(mixes_rows(both_ways))
-    model = module(tiny_gpt2_folder, packing="padded")
+    assert "depends on the tokens behind it" in str(padding_fault(both_ways))
+    model = module(tiny_gpt2_folder, prefix_sharing="never")
     monkeypatch.setattr("halos_pl.policy.logprobs._accepts", lambda model, name: name != "position_ids")
     with pytest.raises(ModelError, match=r"the policy cannot be used: beside longer rows"):
         train(model, [batch()])

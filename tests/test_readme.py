@@ -11,7 +11,7 @@ from make_rows import random_rows
 
 from halos_pl.data import FeedbackDataModule
 from halos_pl.data.schemas import SCHEMAS
-from halos_pl.study.judging import Row, judged_by
+from halos_pl.evaluation.judging import Row, judged_by
 from value_functions import ValueFunction
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,7 +55,7 @@ def test_the_value_function_shown_works():
 
 def test_the_objective_shown_works():
     rows = random_rows(0, 3, dtype=torch.float32)
-    names = ("policy_logps", "reference_logps", "mask", "desirable", "rival", "probe")
+    names = ("policy_logps", "reference_logps", "mask", "desirable", "pair", "mismatched")
     exec(next(block for block in blocks("python") if "HALO(" in block), {name: getattr(rows, name) for name in names})
     assert rows.policy_logps.grad is not None
     assert rows.policy_logps.grad.abs().sum() > 0

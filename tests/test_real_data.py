@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from halos_pl.cli import main
+from halos_pl.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 

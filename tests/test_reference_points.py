@@ -11,30 +11,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 from make_rows import random_rows, seeds
 
-import halos_pl.reference_points as reference_points
-from halos_pl.outcomes import Needs, Rows
-from halos_pl.reference_points import (
+import halos_pl.objective.reference_points as reference_points
+from halos_pl.batch import LogProbBatch, Needs
+from halos_pl.objective.reference_points import (
     BatchMean,
     BatchQuantile,
     Constant,
     LeaveOneOut,
     MismatchedKL,
+    PairedCompletion,
+    RankMatched,
     ReferencePoint,
-    Rival,
     RunningMean,
     SampledKL,
     SortedMargins,
-    SortedRival,
     TokenKL,
     Zero,
 )
-from halos_pl.rewards import LogRatio, PairMargin
+from halos_pl.objective.rewards import LogRatio, PairMargin
 
 EXAMPLES: dict[str, ReferencePoint] = {
     cls.__name__: cls()
     for cls in (
-        BatchMean, BatchQuantile, LeaveOneOut, MismatchedKL, Rival, RunningMean, SampledKL, SortedMargins,
-        SortedRival, TokenKL, Zero,
+        BatchMean, BatchQuantile, LeaveOneOut, MismatchedKL, PairedCompletion, RunningMean, SampledKL, SortedMargins,
+        RankMatched, TokenKL, Zero,
     )
 } | {"Constant": Constant(value=2.0)}  # fmt: skip
 
@@ -87,9 +87,9 @@ def test_a_row_that_is_alone_with_its_prompt_has_no_one_to_be_compared_with():
 
 
 @given(seed=seeds)
-def test_sorted_rivals_are_matched_by_rank(seed):
+def test_rank_matched_are_matched_by_rank(seed):
     rows, rewards = step(seed)
-    found = SortedRival()(rewards, rows)
+    found = RankMatched()(rewards, rows)
     chosen, rejected = (rewards[rows.train & side].sort().values for side in (rows.desirable, ~rows.desirable))
     for i in rows.train.nonzero().squeeze(1).tolist():
         mine, theirs = (chosen, rejected) if rows.desirable[i] else (rejected, chosen)
@@ -97,42 +97,44 @@ def test_sorted_rivals_are_matched_by_rank(seed):
 
 
 @given(seed=seeds)
-def test_the_gradient_of_a_sorted_rival_is_that_of_the_row_it_is_matched_with(seed):
+def test_the_gradient_of_a_rank_matched_is_that_of_the_row_it_is_matched_with(seed):
     rows, rewards = step(seed)
     rewards = rewards.requires_grad_()
-    u = (rewards - SortedRival()(rewards, rows))[rows.train & rows.desirable]
+    u = (rewards - RankMatched()(rewards, rows))[rows.train & rows.desirable]
     (slope,) = torch.autograd.grad(u.sum(), rewards)
-    assert torch.equal(slope, torch.where(rows.probe, 0.0, torch.where(rows.desirable, 1.0, -1.0)).double())
+    assert torch.equal(slope, torch.where(rows.mismatched, 0.0, torch.where(rows.desirable, 1.0, -1.0)).double())
 
 
-def test_sorted_rivals_need_as_many_of_either_class():
+def test_rank_matched_need_as_many_of_either_class():
     rows, rewards = step(0)
     first = rows.desirable.nonzero()[0, 0]
     rows.desirable[first] = False
     with pytest.raises(ValueError, match="3 desirable and 5 undesirable"):
-        SortedRival()(rewards, rows)
+        RankMatched()(rewards, rows)
 
 
 @given(seed=seeds)
 def test_sorted_margins_are_the_references_own_sorted(seed):
     rows, _ = step(seed)
     margins = PairMargin()(rows)
-    assert bool((margins[rows.probe] == 0).all())
+    assert bool((margins[rows.mismatched] == 0).all())
     z0 = SortedMargins()(margins, rows)
     reference = PairMargin()(dataclasses.replace(rows, policy_logps=rows.reference_logps))
     chosen = rows.train & rows.desirable
     delta = margins[chosen].sort().values - reference[chosen].sort().values
     assert torch.allclose((margins - z0)[chosen][margins[chosen].argsort()], delta)
     # Seen from the rejected side the same, with the other sign.
-    other = rows.rival[chosen]
+    other = rows.pair[chosen]
     assert torch.allclose((margins - z0)[other], -(margins - z0)[chosen])
 
 
 @given(seed=seeds)
-def test_exact_kl_and_samples_are_means_over_the_probes(seed):
+def test_exact_kl_and_samples_are_means_over_the_mismatched_rows(seed):
     rows, rewards = step(seed)
-    assert TokenKL()(rewards, rows).item() == pytest.approx(rows.kl[rows.probe].sum(1).mean().item(), rel=1e-5)
-    assert SampledKL()(rewards, rows).item() == pytest.approx(rewards[rows.probe].mean().item(), rel=1e-4, abs=1e-6)
+    assert TokenKL()(rewards, rows).item() == pytest.approx(rows.kl[rows.mismatched].sum(1).mean().item(), rel=1e-5)
+    assert SampledKL()(rewards, rows).item() == pytest.approx(
+        rewards[rows.mismatched].mean().item(), rel=1e-4, abs=1e-6
+    )
 
 
 @given(seeds=st.lists(seeds, min_size=1, max_size=4), decay=st.floats(0, 0.99))
@@ -140,17 +142,17 @@ def test_a_running_mean_of_kto_s_estimate(seeds, decay):
     running, expected = RunningMean(of=MismatchedKL(), decay=decay), None
     for seed in seeds:
         rows, rewards = step(seed)
-        now = max(0.0, rewards[rows.probe].mean().item())
+        now = max(0.0, rewards[rows.mismatched].mean().item())
         expected = now if expected is None else decay * expected + (1 - decay) * now
         assert running(rewards, rows).item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert running.needs == MismatchedKL().needs
-    assert running.get_extra_state()["count"] == 3 * len(seeds)  # the probes
+    assert running.get_extra_state()["count"] == 3 * len(seeds)  # the mismatched rows
 
 
 def test_what_cannot_be_is_refused():
     rows, rewards = step(0)
-    with pytest.raises(ValueError, match="Rival gives a number for each row"):
-        RunningMean(of=Rival())
+    with pytest.raises(ValueError, match="PairedCompletion gives a number for each row"):
+        RunningMean(of=PairedCompletion())
     with pytest.raises(ValueError, match="Constant looks at no row"):
         RunningMean(of=Constant(value=5.0))
     with pytest.raises(ValueError, match="LeaveOneOut gives a number for each row"):
@@ -159,7 +161,7 @@ def test_what_cannot_be_is_refused():
     class Silent(ReferencePoint):
         needs = Needs(step_rewards=True)
 
-        def forward(self, rewards: torch.Tensor, rows: Rows) -> torch.Tensor:
+        def forward(self, rewards: torch.Tensor, rows: LogProbBatch) -> torch.Tensor:
             return rewards.mean()
 
     running = RunningMean(of=Silent())  # a report is no duty

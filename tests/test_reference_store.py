@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_halos import OBJECTIVES, ROOT, binary_data, fit, metrics, pair_data
 
+from halos_pl.batch import TokenBatch
 from halos_pl.cache import REFERENCE, cache_root
-from halos_pl.cli import main
-from halos_pl.outcomes import FlatBatch
+from halos_pl.cli.main import main
 from halos_pl.policy import reference as references
 from halos_pl.policy.loading import ModelError
 from halos_pl.policy.store import ReferenceStore, fingerprint, keys
@@ -187,13 +187,13 @@ def test_a_key_is_of_the_row_and_nothing_else(lengths: list[tuple[int, int]], se
     draw = random.Random(seed)
     texts = [([draw.randrange(3) for _ in range(p)], [draw.randrange(3) for _ in range(c)]) for p, c in lengths]
     n = len(texts)
-    batch = FlatBatch(
+    batch = TokenBatch(
         prompts=[torch.tensor(p) for p, _ in texts],
         completions=[torch.tensor(c) for _, c in texts],
         prompt=torch.arange(n),
         desirable=torch.ones(n, dtype=torch.bool),
-        rival=torch.full((n,), -1),
-        probe=torch.zeros(n, dtype=torch.bool),
+        pair=torch.full((n,), -1),
+        mismatched=torch.zeros(n, dtype=torch.bool),
     )
     found = keys("model", batch)
     for i in range(n):

@@ -25,7 +25,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from run_halos import ROOT
 
-from halos_pl.cli import main
+from halos_pl.cli.main import main
 from halos_pl.study import figures, report
 from halos_pl.study.comparison import ratio
 from halos_pl.study.digits import decimals, number, of_comparison

@@ -15,9 +15,9 @@ import torch
 from run_halos import KILLED, binary_data, fit, metrics, pair_data, refused, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from halos_pl.callbacks import RunCSVLogger
-from halos_pl.cli import main
-from halos_pl.files import part_of
+from halos_pl.cli.main import main
+from halos_pl.common.files import part_of
+from halos_pl.training.callbacks import RunCSVLogger
 
 # 15 rows in steps of 4: three whole steps and a smaller one make an epoch of 4 steps; two epochs are 8 steps.
 ROWS, EPOCH, STEPS = 15, 4, 8
@@ -304,7 +304,7 @@ def test_two_fits_do_not_write_to_one_folder(finished, tmp_path, capfd):
     source, words = finished
     shutil.copytree(source, tmp_path / "x")
     holder = (
-        "import sys, time; from pathlib import Path; from halos_pl.callbacks import SaveRunConfig;"
+        "import sys, time; from pathlib import Path; from halos_pl.training.callbacks import SaveRunConfig;"
         "SaveRunConfig._claim(s := SaveRunConfig.__new__(SaveRunConfig), Path(sys.argv[1]));"
         "print('held', flush=True); time.sleep(600)"
     )

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from run_halos import ROOT, metrics, pair_data, run
 
-from halos_pl.cli import main
+from halos_pl.cli.main import main
 from halos_pl.study.plan import Study, StudyError, check, load_study
 
 PAPER = ROOT / "experiments/paper"

@@ -17,11 +17,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from halos_pl.feedback import Binary
-from halos_pl.objective import HALO
-from halos_pl.outcomes import Rows
-from halos_pl.reference_points import MismatchedKL, ReferencePoint, Rival, Zero
-from halos_pl.rewards import LogRatio
+from halos_pl.batch import LogProbBatch
+from halos_pl.objective.feedback import Binary
+from halos_pl.objective.halo import HALO
+from halos_pl.objective.reference_points import MismatchedKL, PairedCompletion, ReferencePoint, Zero
+from halos_pl.objective.rewards import LogRatio
 from value_functions import Identity, Logistic, LogSigmoid, ValueFunction
 
 SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "theory" / "contradictory_preferences.py"
@@ -43,7 +43,7 @@ class Given(ReferencePoint):
         super().__init__()
         self.z0 = torch.as_tensor(z0, dtype=torch.float64)
 
-    def forward(self, rewards: Tensor, rows: Rows) -> Tensor:
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
         return self.z0
 
 
@@ -58,21 +58,21 @@ class OwnExpectation(ReferencePoint):
         super().__init__()
         self.q = q
 
-    def forward(self, rewards: Tensor, rows: Rows) -> Tensor:
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
         mean = (self.q * rewards.view_as(self.q)).sum(1, keepdim=True)
         return mean.expand_as(self.q).flatten()
 
 
-def one_token_rows(policy: Tensor, reference: Tensor, desirable: Tensor, rival: Tensor | None = None) -> Rows:
-    """A row an entry of ``policy`` (float [n], nats), none of them a probe."""
+def one_token_rows(policy: Tensor, reference: Tensor, desirable: Tensor, pair: Tensor | None = None) -> LogProbBatch:
+    """A row an entry of ``policy`` (float [n], nats), none of them a mismatched row."""
     n = len(policy)
-    return Rows(
+    return LogProbBatch(
         policy_logps=policy[:, None],
         reference_logps=reference[:, None],
         mask=torch.ones(n, 1, dtype=torch.bool),
         desirable=desirable,
-        rival=torch.full((n,), -1) if rival is None else rival,
-        probe=torch.zeros(n, dtype=torch.bool),
+        pair=torch.full((n,), -1) if pair is None else pair,
+        mismatched=torch.zeros(n, dtype=torch.bool),
     )
 
 
@@ -82,8 +82,8 @@ def halo(value_function: ValueFunction, z0: ReferencePoint, *, desirable=1.0, un
         reference_point=z0,
         value_function=value_function,
         feedback=Binary(lambda_desirable=desirable, lambda_undesirable=undesirable),
-        undesirable="reflect",
-        constant=1.0,
+        reflect_undesirable=True,
+        loss_offset=1.0,
     )
 
 
@@ -164,10 +164,10 @@ def shifted_table(seed: int, n: int, m: int) -> tuple[Tensor, Tensor, Tensor]:
     return random_policy(seed, n, m), random_policy(seed + 1, n, m), h - 0.1
 
 
-def values(v: ValueFunction, z0: ReferencePoint, policy: Tensor, reference: Tensor, rival: Tensor | None = None):
+def values(v: ValueFunction, z0: ReferencePoint, policy: Tensor, reference: Tensor, pair: Tensor | None = None):
     """Human values of all (x, y) as desirable rows; a shift of r by h(x) is one of the reference by -h(x)."""
     desirable = torch.ones(policy.numel(), dtype=torch.bool)
-    outcomes = halo(v, z0)(one_token_rows(policy.flatten(), reference.flatten(), desirable, rival)).outcomes
+    outcomes = halo(v, z0)(one_token_rows(policy.flatten(), reference.flatten(), desirable, pair)).outcomes
     assert outcomes
     return outcomes.value
 
@@ -197,10 +197,10 @@ def test_a_shift_by_h_of_x_keeps_the_bradley_terry_likelihood(seed, n, beta):
     policy, reference, h = shifted_table(seed, n, 2)
     policy.requires_grad_()
     desirable = torch.tensor([True, False] * n)
-    rival = torch.arange(2 * n) ^ 1
+    pair = torch.arange(2 * n) ^ 1
 
     def loss(log_ref: Tensor) -> Tensor:
-        return contradictory.dpo(beta)(one_token_rows(policy.flatten(), log_ref.flatten(), desirable, rival)).loss
+        return contradictory.dpo(beta)(one_token_rows(policy.flatten(), log_ref.flatten(), desirable, pair)).loss
 
     plain, shifted = loss(reference), loss(reference - h)
     gap = (policy - reference)[:, 0] - (policy - reference)[:, 1]
@@ -236,16 +236,18 @@ def test_a_shift_cancels_where_z0_is_the_expectation_of_the_same_reward(seed, n,
         plain = values(Logistic(beta=beta), OwnExpectation(q), policy, reference)
         shifted = values(Logistic(beta=beta), OwnExpectation(q), policy, reference - h)
         assert torch.allclose(plain, shifted, atol=1e-12)
-    # DPO's reference point is such an expectation: Q puts all its mass on the rival, of the same prompt.
+    # DPO's reference point is such an expectation: Q puts all its mass on the paired completion, of the same prompt.
     place = torch.arange(n * m)
-    rival = torch.where(place % m == m - 1, place - (m - 1), place + 1)
-    plain, shifted = (values(LogSigmoid(beta=beta), Rival(), policy, r, rival) for r in (reference, reference - h))
+    pair = torch.where(place % m == m - 1, place - (m - 1), place + 1)
+    plain, shifted = (
+        values(LogSigmoid(beta=beta), PairedCompletion(), policy, r, pair) for r in (reference, reference - h)
+    )
     assert torch.allclose(plain, shifted, atol=1e-12)
 
 
 @given(seed=seeds, n=st.integers(2, 4), m=wide, beta=betas)
 def test_the_mismatched_estimate_follows_the_mean_shift_only(seed, n, m, beta):
-    """KTO's estimate is one number a step: of h(x) it takes off the mean over its probes, not each prompt's own part.
+    """KTO's estimate is one number a step: of h(x) it takes off the mean, not each prompt's own part.
 
     So the shift cancels for an h that is the same for all prompts, and is seen otherwise. The clamp is off: with it
     not even a constant cancels once the mean is negative.
@@ -253,20 +255,20 @@ def test_the_mismatched_estimate_follows_the_mean_shift_only(seed, n, m, beta):
     policy, reference, h = shifted_table(seed, n, m)
     flat = policy.numel()
 
-    def with_probes(log_ref: Tensor) -> Tensor:
+    def with_mismatched(log_ref: Tensor) -> Tensor:
         rows = one_token_rows(
             torch.cat([policy.flatten()] * 2),
             torch.cat([log_ref.flatten()] * 2),
             torch.ones(2 * flat, dtype=torch.bool),
         )
-        rows.probe = torch.arange(2 * flat) >= flat
+        rows.mismatched = torch.arange(2 * flat) >= flat
         outcomes = halo(Logistic(beta=beta), MismatchedKL(clamp=False))(rows).outcomes
         assert outcomes
         return outcomes.outcome
 
-    plain = with_probes(reference)
-    everywhere = with_probes(reference - h.mean())
-    by_prompt = with_probes(reference - h)
+    plain = with_mismatched(reference)
+    everywhere = with_mismatched(reference - h.mean())
+    by_prompt = with_mismatched(reference - h)
     assert torch.allclose(plain, everywhere, atol=1e-5)  # z0 itself is averaged in float32
     left = (h - h.mean()).expand_as(policy).flatten()
     assert torch.allclose(by_prompt - plain, left, atol=1e-5)

@@ -12,26 +12,26 @@ import torch
 from run_halos import binary_data, fit
 from torch.utils.flop_counter import FlopCounterMode
 
-import halos_pl.callbacks
-import halos_pl.throughput
-from halos_pl.cli import main
-from halos_pl.outcomes import FlatBatch
+import halos_pl.training.callbacks
+import halos_pl.training.throughput
+from halos_pl.batch import TokenBatch
+from halos_pl.cli.main import main
 from halos_pl.policy.loading import LoRASpec, ModelSpec, load_model
 from halos_pl.policy.tree import parts
-from halos_pl.throughput import cost, matmul_speed, slow_half, step_flops, step_tokens
+from halos_pl.training.throughput import cost, matmul_speed, slow_half, step_flops, step_tokens
 
 PROMPT, COMPLETION = 7, 5
 
 
-def rows(prompts: int, each: int) -> FlatBatch:
+def rows(prompts: int, each: int) -> TokenBatch:
     n = prompts * each
-    return FlatBatch(
+    return TokenBatch(
         prompts=[torch.arange(3, 3 + PROMPT) for _ in range(prompts)],
         completions=[torch.arange(20, 20 + COMPLETION) for _ in range(n)],
         prompt=torch.arange(prompts).repeat_interleave(each),
         desirable=torch.ones(n, dtype=torch.bool),
-        rival=torch.full((n,), -1),
-        probe=torch.zeros(n, dtype=torch.bool),
+        pair=torch.full((n,), -1),
+        mismatched=torch.zeros(n, dtype=torch.bool),
     )
 
 
@@ -74,8 +74,8 @@ def imitated(monkeypatch: pytest.MonkeyPatch) -> None:
     def speed(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
         return 1e9 if dtype == torch.bfloat16 else 1e11
 
-    monkeypatch.setattr(halos_pl.throughput, "matmul_speed", speed)
-    monkeypatch.setattr(halos_pl.callbacks, "matmul_speed", speed)
+    monkeypatch.setattr(halos_pl.training.throughput, "matmul_speed", speed)
+    monkeypatch.setattr(halos_pl.training.callbacks, "matmul_speed", speed)
 
 
 @pytest.mark.usefixtures("imitated")
@@ -95,7 +95,7 @@ def test_float32_is_not_warned_of(tiny_folder: Path, tmp_path: Path, recwarn: py
 def test_a_slow_product_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven products that take seconds each would hold up every fit."""
     now = iter(range(0, 1000, 5))
-    monkeypatch.setattr(halos_pl.throughput.time, "perf_counter", lambda: float(next(now)))
+    monkeypatch.setattr(halos_pl.training.throughput.time, "perf_counter", lambda: float(next(now)))
     assert matmul_speed(torch.device("cpu"), torch.float32, size=8) == pytest.approx(2 * 8**3 / 5)
     assert next(now) == 10
     assert slow_half(torch.float32, 1.0) is None
@@ -105,7 +105,7 @@ def test_a_share_is_at_most_one_however_slow_the_product_was(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine that is busy when the fit begins measures too low a rate."""
-    monkeypatch.setattr(halos_pl.callbacks, "matmul_speed", lambda *_: 1.0)
+    monkeypatch.setattr(halos_pl.training.callbacks, "matmul_speed", lambda *_: 1.0)
     main(fit(tiny_folder, "kto", binary_data(tmp_path / "data.jsonl", 8), tmp_path / "run"))
     with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
         shares = [float(row["of_matmul"]) for row in csv.DictReader(file)]

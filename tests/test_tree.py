@@ -40,8 +40,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from halos_pl.cli import main
-from halos_pl.outcomes import FlatBatch
+from halos_pl.batch import TokenBatch
+from halos_pl.cli.main import main
 from halos_pl.policy import head, tree
 from halos_pl.policy.logprobs import compared_logps, completion_logps, pack, padded_logps
 from halos_pl.policy.tree import is_packed, tree_logps
@@ -113,39 +113,39 @@ def model(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> FlatBatch:
-    """Prompts and completions of 1 to 12 tokens, shared prompts, probes with and without other rows of their prompt."""
+def batches(draw: st.DrawFn) -> TokenBatch:
+    """Prompts and completions of 1 to 12 tokens, shared prompts, and mismatched rows."""
     lengths = st.integers(1, 12)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     prompts = [torch.randint(0, V, (n,), generator=generator) for n in draw(st.lists(lengths, min_size=1, max_size=4))]
     rows = draw(st.lists(st.tuples(st.integers(0, len(prompts) - 1), lengths, st.booleans()), min_size=1, max_size=9))
     n = len(rows)
-    return FlatBatch(
+    return TokenBatch(
         prompts=prompts,
         completions=[torch.randint(0, V, (length,), generator=generator) for _, length, _ in rows],
         prompt=torch.tensor([p for p, *_ in rows]),
         desirable=torch.ones(n, dtype=torch.bool),
-        rival=torch.full((n,), -1),
-        probe=torch.tensor([probe for *_, probe in rows]),
+        pair=torch.full((n,), -1),
+        mismatched=torch.tensor([mismatched for *_, mismatched in rows]),
     )
 
 
-def results(made: Any, batch: FlatBatch, how: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Log-probs, and the gradient of a weighted sum of those of rows that are no probes."""
+def results(made: Any, batch: TokenBatch, how: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Log-probs, and the gradient of a weighted sum of those of rows that are no mismatched rows."""
     made.zero_grad(set_to_none=True)
     made.config._attn_implementation = tree.NAME if how is tree_logps else "sdpa"
     found = how(made, batch)
     weight = torch.rand(found.shape, generator=torch.Generator().manual_seed(1))
-    total = (found * weight)[~batch.probe].sum()
+    total = (found * weight)[~batch.mismatched].sum()
     if total.requires_grad:
         total.backward()
     return found.detach(), {k: p.grad.clone() for k, p in made.named_parameters() if p.grad is not None}
 
 
-def assert_equal(made: Any, batch: FlatBatch, tolerance: float = 1e-5) -> None:
+def assert_equal(made: Any, batch: TokenBatch, tolerance: float = 1e-5) -> None:
     (a, plain), (b, packed) = (results(made, batch, how) for how in (padded_logps, tree_logps))
     assert (a - b).abs().max() <= tolerance * (1 + a.abs().max())
-    if bool((~batch.probe).any()):
+    if bool((~batch.mismatched).any()):
         assert plain.keys() == packed.keys()
         size = max(g.abs().max() for g in plain.values())
         for name, gradient in plain.items():
@@ -155,13 +155,13 @@ def assert_equal(made: Any, batch: FlatBatch, tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize("name", MODELS)
 @given(batch=batches())
 @settings(max_examples=12, deadline=None, derandomize=True)
-def test_trees_equal_rows(name: str, batch: FlatBatch) -> None:
+def test_trees_equal_rows(name: str, batch: TokenBatch) -> None:
     assert_equal(model(name), batch)
 
 
 @given(batch=batches(), logits=st.sampled_from([1, 3 * V, 7 * V + 1]))
 @settings(max_examples=20, deadline=None, derandomize=True)
-def test_log_probs_by_parts_equal_those_at_once(batch: FlatBatch, logits: int) -> None:
+def test_log_probs_by_parts_equal_those_at_once(batch: TokenBatch, logits: int) -> None:
     before, head.LOGITS = head.LOGITS, logits
     try:
         assert_equal(model("llama"), batch)
@@ -177,20 +177,20 @@ def test_with_gradient_checkpointing(name: str) -> None:
         assert_equal(made, example(seed))
 
 
-def example(seed: int) -> FlatBatch:
-    """Three prompts, one alone with a probe."""
+def example(seed: int) -> TokenBatch:
+    """Three prompts, one alone with a mismatched row."""
     generator = torch.Generator().manual_seed(seed)
 
     def some(n: int) -> Tensor:
         return torch.randint(0, V, (n,), generator=generator)
 
-    return FlatBatch(
+    return TokenBatch(
         prompts=[some(7), some(1), some(4)],
         completions=[some(n) for n in (3, 1, 9, 2, 5, 4, 6)],
         prompt=torch.tensor([0, 0, 1, 1, 2, 0, 1]),
         desirable=torch.ones(7, dtype=torch.bool),
-        rival=torch.full((7,), -1),
-        probe=torch.tensor([False, False, False, False, True, True, True]),
+        pair=torch.full((7,), -1),
+        mismatched=torch.tensor([False, False, False, False, True, True, True]),
     )
 
 
@@ -222,15 +222,15 @@ def test_with_an_adapter_and_with_it_off() -> None:
     assert (wanted - wanted_off).abs().max() > 0.1
 
 
-def test_probes_get_no_gradient_and_change_none() -> None:
+def test_mismatched_rows_get_no_gradient_and_change_none() -> None:
     made, batch = model("llama"), example(2)
     everything = results(made, batch, tree_logps)
-    alone = results(made, batch.select((~batch.probe).nonzero().squeeze(1)), tree_logps)
+    alone = results(made, batch.select((~batch.mismatched).nonzero().squeeze(1)), tree_logps)
     for name, gradient in alone[1].items():
         assert torch.equal(everything[1][name], gradient)
     made.config._attn_implementation = tree.NAME
     found = tree_logps(made, batch)
-    assert torch.autograd.grad(found[batch.probe].sum() + 0 * found.sum(), made.lm_head.weight)[0].abs().max() == 0
+    assert torch.autograd.grad(found[batch.mismatched].sum() + 0 * found.sum(), made.lm_head.weight)[0].abs().max() == 0
 
 
 def test_each_distinct_token_is_computed_once() -> None:
@@ -238,7 +238,7 @@ def test_each_distinct_token_is_computed_once() -> None:
     seen: list[int] = []
     made.model.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(args[0].numel()))
     results(made, batch, tree_logps)
-    # The last token of a completion predicts nothing. Prompt 2 has a probe only, which comes in the second pass.
+    # The last token of a completion predicts nothing. Prompt 2 has one mismatched row only, in the second pass.
     rows = [len(c) - 1 for c in batch.completions]
     assert seen == [7 + 1 + sum(rows[:4]), 4 + sum(rows[4:])]
 
@@ -284,10 +284,10 @@ def test_a_run_is_the_same_packed_and_padded(
     objective: str, kind: str, tiny_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     data = (binary_data if kind == "binary" else pair_data)(tmp_path / "data.jsonl", 12)
-    for packing in ("tree", "padded"):
-        options = (f"--model.packing={packing}", "--trainer.max_steps=3")
-        main(fit(tiny_folder, objective, data, tmp_path / packing, *options))
-    packed, padded = (metrics(tmp_path / packing) for packing in ("tree", "padded"))
+    for prefix_sharing in ("always", "never"):
+        options = (f"--model.prefix_sharing={prefix_sharing}", "--trainer.max_steps=3")
+        main(fit(tiny_folder, objective, data, tmp_path / prefix_sharing, *options))
+    packed, padded = (metrics(tmp_path / prefix_sharing) for prefix_sharing in ("always", "never"))
     assert len(packed) == len(padded) == 3
     for a, b in zip(packed, padded, strict=True):
         a, b = ({k: float(v) for k, v in row.items() if k not in UNEQUAL} for row in (a, b))
@@ -300,7 +300,7 @@ def test_trees_are_refused_where_they_are_demanded_of_a_model_that_cannot(
     data = binary_data(tmp_path / "data.jsonl", 8)
     eager = ("--model.policy.attn_implementation=eager", "--trainer.max_steps=1")
     with pytest.raises(SystemExit):
-        main(fit(tiny_folder, "kto", data, tmp_path / "a", *eager, "--model.packing=tree"))
+        main(fit(tiny_folder, "kto", data, tmp_path / "a", *eager, "--model.prefix_sharing=always"))
     assert "takes sdpa attention, but model.policy.attn_implementation is eager" in capfd.readouterr().err
     main(fit(tiny_folder, "kto", data, tmp_path / "b", *eager))
     assert "the policy computes each row by itself: its attention is eager" in caplog.text
@@ -309,7 +309,7 @@ def test_trees_are_refused_where_they_are_demanded_of_a_model_that_cannot(
 @pytest.mark.parametrize("name", ["llama, tied", "gpt2", "gpt-neox", "gemma"])
 @settings(max_examples=15, deadline=None)
 @given(batch=batches(), most=st.sampled_from([V, 5 * V, 1 << 23]))
-def test_two_models_beside_each_other_are_compared_as_row_by_row(name: str, batch: FlatBatch, most: int) -> None:
+def test_two_models_beside_each_other_are_compared_as_row_by_row(name: str, batch: TokenBatch, most: int) -> None:
     policy, reference = model(name), model(name)
     with torch.no_grad():
         for p in policy.parameters():

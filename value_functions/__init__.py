@@ -12,7 +12,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from value_functions.base import ValueFunction
-from value_functions.base import beta_of as beta_of
+from value_functions.base import reward_scale as reward_scale
 
 _FOUND: dict[str, type[ValueFunction]] = {
     name: cls

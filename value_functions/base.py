@@ -43,6 +43,6 @@ class ValueFunction(nn.Module, ABC):
         return ", ".join(f"{k}={v:g}" for k, v in vars(self).items() if isinstance(v, float))
 
 
-def beta_of(value_function: ValueFunction) -> float:
+def reward_scale(value_function: ValueFunction) -> float:
     """The scale that rewards are shown in; see ``ValueFunction.beta``."""
     return float(getattr(value_function, "beta", 1.0))

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from value_functions.base import ValueFunction, beta_of
+from value_functions.base import ValueFunction, reward_scale
 
 
 class Scaled(ValueFunction):
@@ -25,7 +25,7 @@ class Scaled(ValueFunction):
         super().__init__()
         if not by > 0:
             raise ValueError(f"Scaled: by is {by}; it must be above 0")
-        self.value_function, self.by, self.beta = value_function, float(by), beta_of(value_function)
+        self.value_function, self.by, self.beta = value_function, float(by), reward_scale(value_function)
 
     def forward(self, u: Tensor) -> Tensor:
         return self.by * self.value_function(u)
@@ -44,7 +44,7 @@ class Shifted(ValueFunction):
 
     def __init__(self, value_function: ValueFunction, *, by: float) -> None:
         super().__init__()
-        self.value_function, self.by, self.beta = value_function, float(by), beta_of(value_function)
+        self.value_function, self.by, self.beta = value_function, float(by), reward_scale(value_function)
 
     def forward(self, u: Tensor) -> Tensor:
         return self.value_function(u - self.by)
@@ -69,7 +69,7 @@ class LossAverse(ValueFunction):
         if not loss_aversion > 0:
             raise ValueError(f"LossAverse: loss_aversion is {loss_aversion}; it must be above 0")
         self.value_function, self.loss_aversion = value_function, float(loss_aversion)
-        self.beta = beta_of(value_function)
+        self.beta = reward_scale(value_function)
 
     def forward(self, u: Tensor) -> Tensor:
         value = self.value_function(u)
@@ -97,7 +97,7 @@ class Clipped(ValueFunction):
         self.high = math.inf if high is None else float(high)
         if not self.low <= 0 <= self.high:
             raise ValueError(f"Clipped: the bounds are {low} and {high}; it must be low <= 0 <= high, or null")
-        self.value_function, self.beta = value_function, beta_of(value_function)
+        self.value_function, self.beta = value_function, reward_scale(value_function)
 
     def forward(self, u: Tensor) -> Tensor:
         return self.value_function(u.clamp(self.low, self.high))
@@ -122,7 +122,7 @@ class Mixture(ValueFunction):
             raise ValueError(f"Mixture: the weights are {weights}; each must be at least 0")
         self.value_functions = nn.ModuleList(value_functions)
         self.weights = [float(weight) for weight in weights]
-        self.beta = beta_of(value_functions[0])
+        self.beta = reward_scale(value_functions[0])
 
     def forward(self, u: Tensor) -> Tensor:
         parts = zip(self.weights, self.value_functions, strict=True)

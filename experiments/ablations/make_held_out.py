@@ -16,8 +16,8 @@ sys.path.insert(0, str(QUICKSTART))
 
 from rule import ask, meets_rule  # noqa: E402
 
-from halos_pl.generate import generate  # noqa: E402
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer  # noqa: E402
+from halos_pl.policy.sampling import generate  # noqa: E402
 
 
 def main() -> None:

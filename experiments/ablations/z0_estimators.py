@@ -29,12 +29,20 @@ import matplotlib
 import torch
 from lightning import Callback
 
-from halos_pl.cli import main as halos
-from halos_pl.generate import sample_tokens
-from halos_pl.outcomes import FlatBatch, Rows
+from halos_pl.batch import LogProbBatch, TokenBatch
+from halos_pl.cli.main import main as halos
+from halos_pl.objective.reference_points import (
+    BatchMean,
+    MismatchedKL,
+    ReferencePoint,
+    RunningMean,
+    SampledKL,
+    TokenKL,
+    Zero,
+)
+from halos_pl.objective.rewards import LogRatio
 from halos_pl.policy.logprobs import completion_kl, completion_logps, completion_mask
-from halos_pl.reference_points import BatchMean, MismatchedKL, ReferencePoint, RunningMean, SampledKL, TokenKL, Zero
-from halos_pl.rewards import LogRatio
+from halos_pl.policy.sampling import sample_tokens
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -96,9 +104,9 @@ class Along(Callback):
         self._measure(pl_module, 0)
 
     @torch.no_grad()
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: FlatBatch, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: TokenBatch, batch_idx: int) -> None:
         """The running mean sees every step's rewards, as it does where it is the reference point."""
-        rows = self._rows(pl_module, batch, ~batch.probe)
+        rows = self._rows(pl_module, batch, ~batch.mismatched)
         self.running.train()(LogRatio()(rows), rows)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
@@ -106,22 +114,22 @@ class Along(Callback):
         self._measure(pl_module, trainer.global_step)
 
     @staticmethod
-    def _rows(module: Any, batch: FlatBatch, chosen: torch.Tensor, kl: bool = False) -> Rows:
+    def _rows(module: Any, batch: TokenBatch, chosen: torch.Tensor, kl: bool = False) -> LogProbBatch:
         part = batch.select(chosen.nonzero().squeeze(1))
-        return Rows(
+        return LogProbBatch(
             policy_logps=completion_logps(module.policy, part),
             reference_logps=module.reference_logps(part),
             mask=completion_mask(part),
             desirable=part.desirable,
-            rival=part.rival,
-            probe=part.probe,
+            pair=part.pair,
+            mismatched=part.mismatched,
             group=part.group,
             score=part.score,
             kl=completion_kl(module.policy, module.scoring(), part) if kl else None,
         )
 
-    def _sampled(self, module: Any, batch: FlatBatch) -> FlatBatch:
-        rows = batch.select((~batch.probe).nonzero().squeeze(1))
+    def _sampled(self, module: Any, batch: TokenBatch) -> TokenBatch:
+        rows = batch.select((~batch.mismatched).nonzero().squeeze(1))
         ids = sample_tokens(
             module.policy,
             [rows.prompts[i].tolist() for i in rows.prompt.tolist()],
@@ -132,8 +140,8 @@ class Along(Callback):
         return replace(
             rows,
             completions=[torch.tensor(sampled) for sampled in ids],
-            rival=torch.full_like(rows.rival, -1),
-            probe=torch.ones_like(rows.probe),
+            pair=torch.full_like(rows.pair, -1),
+            mismatched=torch.ones_like(rows.mismatched),
         )
 
     @torch.no_grad()
@@ -141,28 +149,30 @@ class Along(Callback):
         if step not in self.steps or any(point.step == step for point in self.points):
             return
         found: dict[str, list[float]] = {name: [] for name in ESTIMATORS}
-        clocks = {name: Clock() for name in ("rows", "probes", "kl", "samples")}
+        clocks = {name: Clock() for name in ("rows", "mismatched", "kl", "samples")}
         oracle: list[float] = []
         with torch.random.fork_rng():
             torch.manual_seed(step)
             for batch in self.batches:
-                rows = self._rows(module, batch, ~batch.probe)
-                with clocks["probes"]():
-                    probes = self._rows(module, batch, batch.probe)
+                rows = self._rows(module, batch, ~batch.mismatched)
+                with clocks["mismatched"]():
+                    mismatched = self._rows(module, batch, batch.mismatched)
                 with clocks["kl"]():
-                    whole = self._rows(module, batch, batch.probe, kl=True)
+                    whole = self._rows(module, batch, batch.mismatched, kl=True)
                 with clocks["samples"]():
                     own = self._sampled(module, batch)
-                    samples = self._rows(module, own, own.probe)
+                    samples = self._rows(module, own, own.mismatched)
                 kl = completion_kl(module.policy, module.scoring(), own).sum(dim=1)
                 oracle.append(float(kl.mean()))
                 estimators = ESTIMATORS | {"RunningMean": copy.deepcopy(self.running)}
                 for name, estimator in estimators.items():
-                    asked = {"TokenKL": whole, "SampledKL": samples}.get(name, probes if "Mismatched" in name else rows)
+                    asked = {"TokenKL": whole, "SampledKL": samples}.get(
+                        name, mismatched if "Mismatched" in name else rows
+                    )
                     found[name].append(float(estimator(LogRatio()(asked), asked).mean()))
         n = len(self.batches)
         truth = statistics.mean(oracle)
-        cost = {"Mismatched": "probes", "TokenKL": "kl", "SampledKL": "samples"}
+        cost = {"Mismatched": "mismatched", "TokenKL": "kl", "SampledKL": "samples"}
         for name, values in [*found.items(), ("KL of samples (oracle)", oracle)]:
             # Of the difference, batch by batch: estimator and oracle have seen the same prompts.
             off = [value - other for value, other in zip(values, oracle, strict=True)]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from rule import ask, meets_rule
 
-from halos_pl.generate import generate
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
+from halos_pl.policy.sampling import generate
 
 HERE = Path(__file__).parent
 

@@ -24,9 +24,9 @@ from rich.table import Table
 from rule import ask, meets_rule
 from scipy.stats import bootstrap
 
-from halos_pl.export import export
-from halos_pl.generate import Sample, generate, kl_of_samples
+from halos_pl.cli.export import export
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
+from halos_pl.policy.sampling import Sample, generate, kl_of_samples
 
 HERE = Path(__file__).parent
 METRIC = "share of answers that are one short sentence"

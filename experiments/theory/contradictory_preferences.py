@@ -27,11 +27,11 @@ from rich.table import Table
 from scipy.optimize import brentq
 from torch import Tensor
 
-from halos_pl.feedback import Binary, Pairwise
-from halos_pl.objective import HALO, Objective
-from halos_pl.outcomes import Rows
-from halos_pl.reference_points import MismatchedKL, ReferencePoint, Rival
-from halos_pl.rewards import LogRatio
+from halos_pl.batch import LogProbBatch
+from halos_pl.objective.feedback import Binary, Pairwise
+from halos_pl.objective.halo import HALO, Objective
+from halos_pl.objective.reference_points import MismatchedKL, PairedCompletion, ReferencePoint
+from halos_pl.objective.rewards import LogRatio
 from value_functions import Logistic, LogSigmoid
 
 MAJORITY, MINORITY = 0, 1
@@ -42,10 +42,10 @@ def dpo(beta: float) -> HALO:
     """DPO, Rafailov et al. 2023, eq. 7."""
     return HALO(
         reward=LogRatio(),
-        reference_point=Rival(),
+        reference_point=PairedCompletion(),
         value_function=LogSigmoid(beta=beta),
         feedback=Pairwise(),
-        undesirable="same",
+        reflect_undesirable=False,
     )
 
 
@@ -56,13 +56,13 @@ def kto(beta: float, reference_point: ReferencePoint | None = None, *, undesirab
         reference_point=reference_point or MismatchedKL(),
         value_function=Logistic(beta=beta),
         feedback=Binary(lambda_undesirable=undesirable_weight),
-        undesirable="reflect",
-        constant=1.0,
+        reflect_undesirable=True,
+        loss_offset=1.0,
     )
 
 
-def contradictory_rows(policy: Tensor, reference: Tensor, agree: int, pairs: int) -> Rows:
-    """All pairs of one prompt, ``agree`` of them with y_a preferred, then a probe row for each pair's completions.
+def contradictory_rows(policy: Tensor, reference: Tensor, agree: int, pairs: int) -> LogProbBatch:
+    """All pairs of one prompt, ``agree`` of them with y_a preferred, then mismatched rows with the same completions.
 
     Args:
         policy, reference: log-probs of the outcomes, nats, float [outcomes]; the first two are y_a and y_b.
@@ -70,20 +70,20 @@ def contradictory_rows(policy: Tensor, reference: Tensor, agree: int, pairs: int
         pairs: number of pairs.
 
     Returns:
-        4 * ``pairs`` rows of one token: chosen and rejected alternate; the second half are probes.
+        4 * ``pairs`` rows of one token: chosen and rejected alternate; the second half are mismatched rows.
     """
     chosen = torch.tensor([MAJORITY] * agree + [MINORITY] * (pairs - agree))
     outcome = torch.stack([chosen, 1 - chosen], dim=1).flatten()
     n = len(outcome)
     place = torch.arange(n)
     everything = torch.cat([outcome, outcome])
-    return Rows(
+    return LogProbBatch(
         policy_logps=policy[everything, None],
         reference_logps=reference[everything, None],
         mask=torch.ones(2 * n, 1, dtype=torch.bool),
         desirable=torch.cat([place % 2 == 0] * 2),
-        rival=torch.cat([place ^ 1, torch.full((n,), -1)]),
-        probe=torch.cat([torch.zeros(n), torch.ones(n)]).bool(),
+        pair=torch.cat([place ^ 1, torch.full((n,), -1)]),
+        mismatched=torch.cat([torch.zeros(n), torch.ones(n)]).bool(),
     )
 
 

@@ -15,9 +15,9 @@ from halos_pl.conformance import feedback, objective, reference_point, reward, v
 from halos_pl.conformance.report import CheckFailed, Clause, Definition, Report
 from halos_pl.conformance.target import Target, made
 from halos_pl.conformance.witness import Raised, WrongShape
-from halos_pl.objective import Objective
-from halos_pl.reference_points import ReferencePoint
-from halos_pl.rewards import Reward
+from halos_pl.objective.halo import Objective
+from halos_pl.objective.reference_points import ReferencePoint
+from halos_pl.objective.rewards import Reward
 from value_functions import ValueFunction
 
 _NOT_REQUIRED = "reported: required only of an objective that reads undesirable rows as `reflect`"

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from halos_pl.outcomes import Needs
+from halos_pl.batch import Needs
 
 T = TypeVar("T", bound=nn.Module)
 _AS_IT_IS = frozenset((int, float, complex, str, bytes, bool, type(None), type(lambda: None), type(len), Needs))

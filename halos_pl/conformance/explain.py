@@ -121,8 +121,8 @@ EXPLANATIONS: dict[str, Explanation] = {
         " sqrt(|u|), for example, has an infinite one at 0, and NaN under autograd.",
     ),
     "undesirable_non_decreasing": Explanation(
-        "Under `undesirable: reflect` undesirable rows are valued by -v(-u), which must not fall either. Required of an"
-        " objective that reflects; of a value function alone it is only reported.",
+        "Under `reflect_undesirable: true` undesirable rows are valued by -v(-u), which must not fall either."
+        " Required of an objective that reflects; of a value function alone it is only reported.",
         """
         def forward(self, u):
             return torch.sin(u)
@@ -130,13 +130,14 @@ EXPLANATIONS: dict[str, Explanation] = {
         "Let v rise on losses (u < 0) as well; it is the same v, seen in a mirror. Or read undesirable rows as `same`.",
     ),
     "undesirable_concave_on_gains": Explanation(
-        "Under `undesirable: reflect` undesirable rows are valued by -v(-u), whose slope must not grow on u > 0: v is"
-        " convex on losses. Required of an objective that reflects; of a value function alone it is only reported.",
+        "Under `reflect_undesirable: true` undesirable rows are valued by -v(-u), whose slope must not grow on u > 0:"
+        " v is convex on losses. Required of an objective that reflects; only reported of a value function alone.",
         """
         def forward(self, u):
             return F.logsigmoid(u)
         """,
-        "Use an S-shaped v (sigmoid, tanh, Kahneman and Tversky's power function), or set model.undesirable to same.",
+        "Use an S-shaped v (sigmoid, tanh, Kahneman and Tversky's power function), or set"
+        " model.reflect_undesirable to false.",
     ),
     # -- rewards --------------------------------------------------------------------------------------------------
     "reward_shape": Explanation(
@@ -156,7 +157,7 @@ EXPLANATIONS: dict[str, Explanation] = {
             return rows.policy_logps.sum(dim=1)
         """,
         "Subtract rows.reference_logps (with needs = Needs(reference=True)), and remove offsets, margins and bonuses: a"
-        " constant of the loss is model.constant. For a loss without reference model, --definition v1.",
+        " constant of the loss is model.loss_offset. For a loss without reference model, --definition v1.",
     ),
     "reward_linear": Explanation(
         "The reward is l * log(pi_theta / pi_ref) with one factor l > 0 a row, which does not depend on the policy."
@@ -225,8 +226,8 @@ EXPLANATIONS: dict[str, Explanation] = {
         def forward(self, rewards, rows):
             return rewards[rows.train][0].detach()
         """,
-        "Do not pair rows by their place: rows.rival names a pair's other row, rows.group the rows of a prompt,"
-        " rows.probe the mismatched ones.",
+        "Do not pair rows by their place: rows.pair names a pair's other row, rows.group the rows of a prompt,"
+        " rows.mismatched the mismatched ones.",
     ),
     "reference_detached": Explanation(
         'A reference point of scope "step" passes no gradient on to the rewards or the policy.',
@@ -249,10 +250,10 @@ EXPLANATIONS: dict[str, Explanation] = {
         def forward(self, rewards, rows):
             return rewards[rows.train].detach().mean()
         """,
-        "Reduce over ranks before dividing: MeanOverRanks(values).mean (halos_pl.reference_points.base), or"
+        "Reduce over ranks before dividing: MeanOverRanks(values).mean (halos_pl.objective.reference_points.base), or"
         " sum_over_ranks for sums and counts. A median, trimmed mean or rank needs all values:"
         " gather_over_ranks(values)[0]. Both are in halos_pl.distributed; every rank must call them equally often, also"
-        " one without rows. Name what you read in needs: probes=True for mismatched rows, step_rewards=True for the"
+        " one without rows. Name what you read in needs: mismatched=True for mismatched rows, step_rewards=True for the"
         " rewards of the step, whole_step=True where these carry a gradient.",
     ),
     "reference_finite": Explanation(
@@ -274,17 +275,17 @@ EXPLANATIONS: dict[str, Explanation] = {
             sign = torch.where(rows.desirable, 1.0, 0.0)
             return Judgement(sign, rows.train.float(), rows.train.sum().float())
         """,
-        "Return torch.where(rows.desirable, -1.0, 1.0), for probes too. How much a row counts is its weight.",
+        "Return torch.where(rows.desirable, -1.0, 1.0), for mismatched rows too. How much a row counts is its weight.",
     ),
     "feedback_weight": Explanation(
-        "Weights are at least 0, exactly 0 for probes (mismatched rows), and above 0 for some row of some step.",
+        "Weights are at least 0, exactly 0 for mismatched rows, and above 0 for some row of some step.",
         """
         def forward(self, rows):
             sign = torch.where(rows.desirable, -1.0, 1.0)
             return Judgement(sign, torch.ones(len(rows)), rows.train.sum().float())
         """,
-        "Multiply weights by rows.train, which is False for probes. A row that pulls the other way has the other sign,"
-        " not a negative weight.",
+        "Multiply weights by rows.train, which is False for mismatched rows. A row that pulls the other way has the"
+        " other sign, not a negative weight.",
     ),
     "feedback_independent_of_theta": Explanation(
         "Sign, weight and denominator do not depend on what the policy says, and carry no gradient.",
@@ -334,8 +335,8 @@ EXPLANATIONS: dict[str, Explanation] = {
         "The loss is the sum of w * a * v(r - z0) over the rows, divided by the denominator, up to a constant: equal"
         " changes of the loss and an equal gradient. A loss that is not made of the four parts fails as well.",
         """
-        def judge(self, rows, context):
-            result = super().judge(rows, context)
+        def compute_loss(self, rows, context):
+            result = super().compute_loss(rows, context)
             return dataclasses.replace(result, loss=result.loss.square())
         """,
         "Express the change as a part: a transform of the outcome is a value function, a weight is feedback, an offset"
@@ -345,14 +346,14 @@ EXPLANATIONS: dict[str, Explanation] = {
     "one_value_function": Explanation(
         "The value function that the objective shows acts on desirable and on undesirable rows.",
         """
-        def judge(self, rows, context):
+        def compute_loss(self, rows, context):
             u = self.reward(rows) - context.reference_point
             value = torch.where(context.sign < 0, self.value_function(u), torch.tanh(u))
             loss = (context.weight * context.sign * value).sum() / context.denominator
-            return dataclasses.replace(super().judge(rows, context), loss=loss)
+            return dataclasses.replace(super().compute_loss(rows, context), loss=loss)
         """,
         "Use one value function. What distinguishes the classes is their weight (lambda_desirable, lambda_undesirable)"
-        " and the reading of undesirable rows (same, reflect); what distinguishes gains from losses is the shape of v"
+        " and reflect_undesirable; what distinguishes gains from losses is the shape of v"
         " (LossAverse).",
     ),
 }

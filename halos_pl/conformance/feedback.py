@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halos_pl.batch import LogProbBatch
 from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.ranks import Ranks, namespaces
 from halos_pl.conformance.reward import padded
 from halos_pl.conformance.steps import Step, smallest, two_ranks
 from halos_pl.conformance.witness import WrongShape, changed, copied, listed, number, pair
-from halos_pl.feedback import Feedback, Judgement
-from halos_pl.outcomes import Rows
+from halos_pl.objective.feedback import Feedback, Judgement
 
 CLAUSES = (
     "feedback_sign",
@@ -29,9 +29,11 @@ CLAUSES = (
 RELATIVE = 64 * torch.finfo(torch.float32).eps
 
 
-def labels(rows: Rows) -> str:
-    """Who is who, in words: D for desirable, U for undesirable, p for a probe."""
-    names = ["p" if p else "D" if d else "U" for p, d in zip(rows.probe.tolist(), rows.desirable.tolist(), strict=True)]
+def labels(rows: LogProbBatch) -> str:
+    """Who is who, in words: D for desirable, U for undesirable, p for a mismatched row."""
+    names = [
+        "p" if p else "D" if d else "U" for p, d in zip(rows.mismatched.tolist(), rows.desirable.tolist(), strict=True)
+    ]
     return f"rows {' '.join(names[:12])}{' ...' if len(names) > 12 else ''}"
 
 
@@ -46,13 +48,13 @@ class FeedbackChecks:
     def __init__(self, feedback: Feedback, *, examples: int = 60) -> None:
         self.target = feedback
         self.examples = examples
-        self._judged: dict[Step, list[tuple[str, Rows, Judgement]]] = {}
+        self._judged: dict[Step, list[tuple[str, LogProbBatch, Judgement]]] = {}
 
-    def judged(self, rows: Rows) -> Judgement:
+    def judged(self, rows: LogProbBatch) -> Judgement:
         """Sign, weight and denominator."""
         return Judgement(*duplicate(self.target)(rows))
 
-    def judgements(self, step: Step) -> list[tuple[str, Rows, Judgement]]:
+    def judgements(self, step: Step) -> list[tuple[str, LogProbBatch, Judgement]]:
         """Of a fresh copy; of one copy on further steps of that kind; and of that copy in evaluation."""
         if step not in self._judged:
             rows = step.rows()
@@ -65,7 +67,7 @@ class FeedbackChecks:
         return self._judged[step]
 
     def _smallest(self, fault: object, examples: int | None = None) -> str | None:
-        return smallest(fault, self.target.needs, probes=True, examples=examples or self.examples)  # type: ignore[arg-type]
+        return smallest(fault, self.target.needs, mismatched=True, examples=examples or self.examples)  # type: ignore[arg-type]
 
     def feedback_sign(self) -> str | None:
         """-1 or +1 for each row."""
@@ -81,7 +83,7 @@ class FeedbackChecks:
         return self._smallest(fault)
 
     def feedback_weight(self) -> str | None:
-        """At least 0 for each row, 0 for probes, and above 0 for some row of some step."""
+        """At least 0 for each row, 0 for mismatched rows, and above 0 for some row of some step."""
         counted = False
 
         def fault(step: Step) -> str | None:
@@ -89,7 +91,7 @@ class FeedbackChecks:
             for when, rows, (_, weight, _) in self.judgements(step):
                 if tuple(weight.shape) != (len(rows),):
                     return WrongShape(f"{len(rows)} rows, weights of shape {tuple(weight.shape)}")
-                wrong = ~(weight >= 0) | ((weight != 0) & rows.probe)
+                wrong = ~(weight >= 0) | ((weight != 0) & rows.mismatched)
                 if bool(wrong.any()):
                     i = int(wrong.nonzero()[0])
                     kind = labels(rows.select(torch.tensor([i]))).removeprefix("rows ")

@@ -11,6 +11,7 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
+from halos_pl.batch import LogProbBatch
 from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.feedback import FeedbackChecks
 from halos_pl.conformance.ranks import Ranks, namespaces
@@ -19,11 +20,10 @@ from halos_pl.conformance.reward import RewardChecks
 from halos_pl.conformance.steps import Step, smallest, two_ranks
 from halos_pl.conformance.value_function import ValueFunctionChecks
 from halos_pl.conformance.witness import listed, pair
-from halos_pl.feedback import Feedback
-from halos_pl.objective import HALO, Objective, Sum, mean_of_tokens
-from halos_pl.outcomes import Rows
-from halos_pl.reference_points import ReferencePoint
-from halos_pl.rewards import Reward
+from halos_pl.objective.feedback import Feedback
+from halos_pl.objective.halo import HALO, Objective, Sum, mean_of_tokens
+from halos_pl.objective.reference_points import ReferencePoint
+from halos_pl.objective.rewards import Reward
 from value_functions import ValueFunction
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ RELATIVE = 1e-5
 
 def is_halo(objective: Objective) -> TypeGuard[HALO]:
     """Whether the objective is put together from the four parts, whatever its class is."""
-    return hasattr(objective, "undesirable") and all(
+    return hasattr(objective, "reflect_undesirable") and all(
         isinstance(getattr(objective, name, None), kind) for name, kind in PARTS.items()
     )
 
@@ -96,7 +96,7 @@ def sum_of_terms(objective: Sum, examples: int) -> str | None:
     return smallest(fault, objective.needs, examples=max(10, examples // 3))
 
 
-def _untied(rows: Rows) -> Rows:
+def _untied(rows: LogProbBatch) -> LogProbBatch:
     """Every row, and every pair, with a log-prob and a margin of its own: which of two equal ones is first is order."""
 
     def moved(logps: Tensor, by: float) -> Tensor:
@@ -184,7 +184,7 @@ class ObjectiveChecks:
                     seen[int(s)].add(round(w, 6))
 
         try:
-            smallest(look, self.feedback.target.needs, probes=True, examples=self.examples)
+            smallest(look, self.feedback.target.needs, mismatched=True, examples=self.examples)
         except Exception:  # what is wrong with it is said by the feedback's own clauses
             return seen
         return seen
@@ -192,7 +192,7 @@ class ObjectiveChecks:
     @property
     def reflects(self) -> bool:
         """Whether undesirable rows are valued by v~(u) = -v(-u)."""
-        return self.target.undesirable == "reflect"
+        return self.target.reflect_undesirable
 
     @property
     def acts_on_desirable(self) -> bool:
@@ -221,8 +221,8 @@ class ObjectiveChecks:
 
     # -- the loss ----------------------------------------------------------------------------------------------
 
-    def expectation(self, rows: Rows, parts: HALO | None = None) -> Expectation:
-        """The sum of w * a * v over ``rows``, which hold the step's probes as well, by ``parts`` or fresh ones."""
+    def expectation(self, rows: LogProbBatch, parts: HALO | None = None) -> Expectation:
+        """The sum of w * a * v over ``rows``, mismatched rows included, by ``parts`` or fresh ones."""
         parts = parts or self.fresh()
         known = rows.detach()
         sign, weight, denominator = parts.feedback(known)
@@ -247,13 +247,13 @@ class ObjectiveChecks:
         summed = (w * judged).sum() / denominator
         return Expectation(summed, float(((w * judged).abs().sum() / denominator).detach()), sign, weight)
 
-    def _losses(self, rows: Rows, same: Rows, copies: tuple[HALO, HALO]) -> tuple[Tensor, Expectation]:
+    def _losses(self, rows: LogProbBatch, same: LogProbBatch, copies: tuple[HALO, HALO]) -> tuple[Tensor, Expectation]:
         """The loss as judged by the first copy, and what the definition says of ``same`` by the second."""
         judging, parts = copies
         return judging(rows).loss, self.expectation(same, parts)
 
     def _slopes(
-        self, rows: Rows, copies: tuple[HALO, HALO] | None = None
+        self, rows: LogProbBatch, copies: tuple[HALO, HALO] | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Expectation]:
         """Loss and its gradient [n, T], as judged and as the definition says, by two copies or by fresh ones."""
         one, other = (rows.policy_logps.clone().requires_grad_() for _ in range(2))
@@ -262,7 +262,7 @@ class ObjectiveChecks:
         right = expectation.loss
         return loss.detach().double(), _gradient(loss, one), right.detach(), _gradient(right, other), expectation
 
-    def _counts(self, rows: Rows) -> bool:
+    def _counts(self, rows: LogProbBatch) -> bool:
         """Whether any row of the step carries weight, so that there is something to divide by."""
         return float(self.feedback.judged(rows).denominator) > 0
 
@@ -308,7 +308,7 @@ class ObjectiveChecks:
         return self._smallest(fault)
 
     @staticmethod
-    def _wrong_slope(rows: Rows, gradient: Tensor, slope: Tensor) -> str | None:
+    def _wrong_slope(rows: LogProbBatch, gradient: Tensor, slope: Tensor) -> str | None:
         """Where the gradient of the loss is another one than that of sum w * a * v / denominator, in words."""
         off = (gradient - slope).abs()
         most = RELATIVE * max(float(slope.abs().max()), float(gradient.abs().max())) + 1e-12
@@ -357,16 +357,16 @@ class ObjectiveChecks:
         if not parts or not self._counts(rows):
             return None
 
-        def judged(rows: Rows, copy: HALO) -> tuple[Tensor, Tensor]:
+        def outcome_and_loss(rows: LogProbBatch, copy: HALO) -> tuple[Tensor, Tensor]:
             leaf = rows.policy_logps.clone().requires_grad_()
             loss = copy(replace(rows, policy_logps=leaf)).loss
             return loss.detach(), _gradient(loss, leaf)
 
         def on_rank(index: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
             copy = self.fresh()  # here, for duplicating is nothing that two threads should do at once
-            return lambda: judged(rows.select(index), copy)
+            return lambda: outcome_and_loss(rows.select(index), copy)
 
-        loss, slope = judged(rows, self.fresh())
+        loss, slope = outcome_and_loss(rows, self.fresh())
         jobs: list[Callable[[], Any]] = [on_rank(index) for index in parts]
         ranks = Ranks().run(jobs, namespaces(self.target))
         where = f"ranks of {len(parts[0])} and {len(parts[1])} rows"
@@ -399,7 +399,7 @@ class ObjectiveChecks:
             losses = []
             for unit in units:
                 index = train[unit]
-                losses.append(parts.judge(given.select(index), context.select(index)).loss)
+                losses.append(parts.compute_loss(given.select(index), context.select(index)).loss)
             summed = torch.stack(losses).sum()
             size = sum(abs(part.item()) for part in losses)
             if not abs((summed - loss).item()) <= RELATIVE * size + 1e-9:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.ranks import Ranks, namespaces
 from halos_pl.conformance.steps import Step, kept_together, smallest, two_ranks
 from halos_pl.conformance.witness import WrongShape, listed, number, pair
-from halos_pl.objective import mean_of_tokens
-from halos_pl.outcomes import Needs, Rows
-from halos_pl.reference_points import MismatchedKL, ReferencePoint, RunningMean, TokenKL
-from halos_pl.rewards import LogRatio, Reward
+from halos_pl.objective.halo import mean_of_tokens
+from halos_pl.objective.reference_points import MismatchedKL, ReferencePoint, RunningMean, TokenKL
+from halos_pl.objective.rewards import LogRatio, Reward
 
 CLAUSES = (
     "reference_in_range",
@@ -92,28 +92,28 @@ class ReferencePointChecks:
         """A copy in training mode that has not been called."""
         return duplicate(self.target)
 
-    def rows(self, step: Step) -> Rows:
+    def rows(self, step: Step) -> LogProbBatch:
         """The rows that the reference point is called with: those with a loss only, where it is read off row by row."""
         rows = step.rows()
         return rows if self.target.scope == "step" else rows.select(rows.train.nonzero().squeeze(1))
 
-    def rewards(self, rows: Rows) -> Tensor:
+    def rewards(self, rows: LogProbBatch) -> Tensor:
         """Rewards as an objective hands them over, float [n], nats."""
         with torch.no_grad():
             return mean_of_tokens(duplicate(self.reward)(rows), rows.mask)
 
-    def estimate(self, rewards: Tensor, rows: Rows, copy: ReferencePoint | None = None) -> Tensor:
+    def estimate(self, rewards: Tensor, rows: LogProbBatch, copy: ReferencePoint | None = None) -> Tensor:
         """z0 of each row by ``copy``, or by a fresh one, [n], nats, without gradient."""
         with torch.no_grad():
             return (copy or self.fresh())(rewards.clone(), rows).expand(len(rows)).to(torch.float64)
 
-    def estimates(self, rewards: Tensor, rows: Rows) -> Tensor:
+    def estimates(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
         """z0 of each row on the first and the second call of one copy, and in evaluation after them, [3, n]."""
         copy = self.fresh()
         found = [self.estimate(rewards, rows, copy), self.estimate(1.7 * rewards - 0.4, rows, copy)]
         return torch.stack([*found, self.estimate(0.3 * rewards + 1, rows, copy.eval())])
 
-    def reads(self, rewards: Tensor, rows: Rows) -> Tensor:
+    def reads(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
         """Whether z0 of row i depends on the reward of row j, BoolTensor [n, n], found by changing one at a time."""
         z0 = self.estimate(rewards, rows)
         depends = torch.zeros(len(rows), len(rows), dtype=torch.bool)
@@ -190,7 +190,7 @@ class ReferencePointChecks:
         return found or (None if compared else "z0 is each row's own reward, so that every outcome is 0")
 
     @staticmethod
-    def _outside(z0: Tensor, rewards: Tensor, rows: Rows, depends: Tensor | None = None) -> str | None:
+    def _outside(z0: Tensor, rewards: Tensor, rows: LogProbBatch, depends: Tensor | None = None) -> str | None:
         """A row with a loss whose z0 lies outside of the ``rewards``, or of those that it depends on, [n, n]."""
         slack = RELATIVE * (rewards.abs().max() + 1e-30)
         low, high = rewards.min(), rewards.max()
@@ -247,7 +247,7 @@ class ReferencePointChecks:
         return self._smallest(fault, max(10, self.examples // 4))
 
     @staticmethod
-    def _differs(one: Tensor, other: Tensor, rewards: Tensor, rows: Rows) -> tuple[str, str] | None:
+    def _differs(one: Tensor, other: Tensor, rewards: Tensor, rows: LogProbBatch) -> tuple[str, str] | None:
         """The first two numbers that differ, of estimates [calls, n] of those rows that carry a loss."""
         most = RELATIVE * (one.abs().max() + rewards.abs().max())
         wrong = (~((one - other).abs() <= most) & rows.train).nonzero()
@@ -298,7 +298,7 @@ class ReferencePointChecks:
             return None
         rows = step.rows()
         z0 = self.estimate(self.rewards(rows), rows)
-        blank = replace(rows, policy_logps=torch.where(rows.probe[:, None], rows.policy_logps, 0.0))
+        blank = replace(rows, policy_logps=torch.where(rows.mismatched[:, None], rows.policy_logps, 0.0))
         other = self.estimate(self.rewards(blank), blank)
         wrong = ~((z0 - other).abs() <= RELATIVE * z0.abs().max()) & rows.train
         if not bool(wrong.any()):
@@ -307,7 +307,7 @@ class ReferencePointChecks:
         a, b = pair(float(z0[i]), float(other[i]))
         return f"z0 = {a}, {b} before rows have been scored that `needs` does not ask for (step_rewards)"
 
-    def parts(self, rows: Rows, most: int = 12) -> list[Tensor]:
+    def parts(self, rows: LogProbBatch, most: int = 12) -> list[Tensor]:
         """The micro-batches of a step: each of the units that stay together, or up to ``most`` runs of them."""
         units = kept_together(rows, self.needs)
         size = -(-len(units) // most)

@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from halos_pl.messages import plain
+from halos_pl.common.messages import plain
 
 Definition = Literal["icml", "v1"]
 TITLES: dict[Definition, str] = {"icml": "ICML 2024, Def. 3.4", "v1": "arXiv v1"}

@@ -8,18 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halos_pl.batch import LogProbBatch
 from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.steps import Step, kept_together, smallest
 from halos_pl.conformance.witness import WrongShape, changed, copied, listed, number, pair
-from halos_pl.outcomes import Rows
-from halos_pl.rewards import Reward
+from halos_pl.objective.rewards import Reward
 
 CLAUSES = ("reward_shape", "reward_zero_at_reference", "reward_linear", "reward_of_its_row", "reward_padding")
 # arXiv v1 allows any parameterised reward.
 ICML_ONLY = ("reward_zero_at_reference", "reward_linear")
 
 
-def padded(rows: Rows, columns: int) -> Rows:
+def padded(rows: LogProbBatch, columns: int) -> LogProbBatch:
     """The same rows in a wider batch: every [n, T] field gets columns of zeros (False in the mask)."""
     wide = {
         f.name: F.pad(value, (0, columns))
@@ -177,7 +177,7 @@ class RewardChecks:
         return self._smallest(fault, self.examples // 2)
 
     @staticmethod
-    def _per_row(reward: Reward, rows: Rows) -> Tensor:
+    def _per_row(reward: Reward, rows: LogProbBatch) -> Tensor:
         """Rewards [n], those of tokens summed."""
         r = reward(rows).detach()
         return torch.where(rows.mask, r, 0.0).sum(dim=1) if r.dim() == 2 else r

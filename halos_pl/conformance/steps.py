@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 
+from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.conformance.witness import Raised
-from halos_pl.outcomes import Needs, Rows
 
 Labels = Literal["mixed", "desirable", "undesirable"]
 
@@ -23,7 +23,7 @@ class Step:
     Attributes:
         seed: of everything that is drawn.
         units: pairs, or (without ``paired``) rows.
-        probes: mismatched rows.
+        mismatched: mismatched rows.
         tokens: width of the batch; rows have 1 to so many tokens.
         scale: nats; log-probs lie between -3 * scale and 0, as multiples of a tenth of it.
         paired: rows come as pairs of a desirable and an undesirable one.
@@ -34,7 +34,7 @@ class Step:
 
     seed: int = 0
     units: int = 1
-    probes: int = 0
+    mismatched: int = 0
     tokens: int = 1
     scale: float = 1.0
     paired: bool = False
@@ -51,36 +51,36 @@ class Step:
         """Another step of the same kind and size, for the ``call``-th call after one with this step."""
         return replace(self, seed=(self.seed + 7919 * call) % 2**31)
 
-    def rows(self, dtype: torch.dtype = torch.float64) -> Rows:
-        """The rows of the step, in no order, probes among them."""
+    def rows(self, dtype: torch.dtype = torch.float64) -> LogProbBatch:
+        """The rows of the step, in no order, mismatched rows among them."""
         drawn = self._rows(dtype)
-        rows = object.__new__(Rows)  # without looking at the shapes again
+        rows = object.__new__(LogProbBatch)  # without looking at the shapes again
         rows.__dict__.update({name: value.clone() for name, value in drawn.__dict__.items()})
         return rows
 
     @lru_cache(maxsize=4096)  # noqa: B019  (a step is a few numbers)
-    def _rows(self, dtype: torch.dtype) -> Rows:
+    def _rows(self, dtype: torch.dtype) -> LogProbBatch:
         draw = torch.Generator().manual_seed(self.seed)
         train = self.units * (2 if self.paired or self.grouped else 1)
         train -= self.alone and self.grouped and not self.paired
-        n, width = train + self.probes, self.tokens
+        n, width = train + self.mismatched, self.tokens
         place = torch.randperm(n, generator=draw)
         mask = torch.arange(width) < torch.randint(1, width + 1, (n, 1), generator=draw)
         desirable = torch.rand(n, generator=draw) < 0.5
-        rival = torch.full((n,), -1)
+        pair = torch.full((n,), -1)
         own = place[:train]
         if self.paired:
-            rival[own[0::2]], rival[own[1::2]] = own[1::2], own[0::2]
+            pair[own[0::2]], pair[own[1::2]] = own[1::2], own[0::2]
             desirable[own[0::2]], desirable[own[1::2]] = True, False
         elif self.labels != "mixed":
             desirable[own] = self.labels == "desirable"
-        probe = torch.ones(n, dtype=torch.bool)
-        probe[own] = False
+        mismatched = torch.ones(n, dtype=torch.bool)
+        mismatched[own] = False
         # One or two pairs (or rows) to a prompt; where groups are asked for, a row by itself only as `alone`.
         prompt = torch.empty(n, dtype=torch.long)
         each = torch.arange(train) // 2 if self.paired or self.grouped else torch.arange(train)
         prompt[own] = each // (1 + self.seed % 2)
-        prompt[place[train:]] = prompt[own[torch.arange(self.probes) % train]]
+        prompt[place[train:]] = prompt[own[torch.arange(self.mismatched) % train]]
 
         def log_probs() -> torch.Tensor:
             tenths = torch.randint(0, 31, (n, width), generator=draw)
@@ -89,13 +89,13 @@ class Step:
 
         policy, reference = log_probs(), log_probs()
         alike = torch.rand(n, width, generator=draw) < 0.1
-        return Rows(
+        return LogProbBatch(
             policy_logps=torch.where(alike, reference, policy),
             reference_logps=reference,
             mask=mask,
             desirable=desirable,
-            rival=rival,
-            probe=probe,
+            pair=pair,
+            mismatched=mismatched,
             group=prompt,
             kl=log_probs().abs() / 10,
             score=self._scores(desirable),
@@ -115,7 +115,7 @@ class Step:
 # Small ones and what shrinks to them first.
 CHOICES: dict[str, Sequence[Any]] = {
     "units": range(1, 7),
-    "probes": range(5),
+    "mismatched": range(5),
     "tokens": range(1, 6),
     "scale": (1.0, 0.1, 10.0, 100.0),
     "paired": (False, True),
@@ -125,50 +125,50 @@ CHOICES: dict[str, Sequence[Any]] = {
 }
 
 
-def fitted_to(step: Step, needs: Needs, probes: bool | None) -> Step:
-    """The step with what ``needs`` asks for, and without probes where there may be none."""
-    wanted = needs.probes or needs.samples > 0 or needs.exact_kl
-    allowed = wanted or ((not needs.rivals) if probes is None else probes)
+def fitted_to(step: Step, needs: Needs, mismatched: bool | None) -> Step:
+    """The step with what ``needs`` asks for, and without mismatched rows where there may be none."""
+    wanted = needs.mismatched or needs.samples > 0 or needs.exact_kl
+    allowed = wanted or ((not needs.pairs) if mismatched is None else mismatched)
     return replace(
         step,
-        probes=max(step.probes, int(wanted)) if allowed else 0,
-        paired=step.paired or needs.rivals,
+        mismatched=max(step.mismatched, int(wanted)) if allowed else 0,
+        paired=step.paired or needs.pairs,
         grouped=step.grouped or needs.groups,
     )
 
 
-def large_steps(needs: Needs | None = None, *, probes: bool | None = None) -> tuple[Step, ...]:
+def large_steps(needs: Needs | None = None, *, mismatched: bool | None = None) -> tuple[Step, ...]:
     """A few steps with many rows, many prompts, long completions or far log-ratios; see ``steps`` for the arguments."""
     needs = needs or Needs()
-    wanted = needs.probes or needs.samples > 0 or needs.exact_kl
-    allowed = (not needs.rivals) if probes is None else probes
+    wanted = needs.mismatched or needs.samples > 0 or needs.exact_kl
+    allowed = (not needs.pairs) if mismatched is None else mismatched
     sizes = [(300, 1, 1.0), (70, 20, 1.0), (40, 2, 10.0), (6, 130, 100.0), (4, 1100, 1.0)]
     return tuple(
         Step(
             seed=number,
-            units=rows // 2 if needs.rivals or needs.groups else rows,
-            probes=(1 + rows // 4) * (wanted or allowed),
+            units=rows // 2 if needs.pairs or needs.groups else rows,
+            mismatched=(1 + rows // 4) * (wanted or allowed),
             tokens=tokens,
             scale=scale,
-            paired=needs.rivals,
+            paired=needs.pairs,
             grouped=needs.groups,
         )
         for number, (rows, tokens, scale) in enumerate(sizes)
     )
 
 
-def kept_together(rows: Rows, needs: Needs) -> list[list[int]]:
+def kept_together(rows: LogProbBatch, needs: Needs) -> list[list[int]]:
     """Rows, by number, that no split of a step parts: pairs, and whole prompts where they are asked for."""
     units: dict[tuple[str, int], list[int]] = {}
-    for i, (rival, group) in enumerate(zip(rows.rival.tolist(), rows.group.tolist(), strict=True)):
-        if needs.groups and not rows.probe[i]:
+    for i, (pair, group) in enumerate(zip(rows.pair.tolist(), rows.group.tolist(), strict=True)):
+        if needs.groups and not rows.mismatched[i]:
             units.setdefault(("group", group), []).append(i)
         else:
-            units.setdefault(("row", min(i, rival) if rival >= 0 else i), []).append(i)
+            units.setdefault(("row", min(i, pair) if pair >= 0 else i), []).append(i)
     return list(units.values())
 
 
-def two_ranks(rows: Rows, needs: Needs, seed: int) -> list[torch.Tensor]:
+def two_ranks(rows: LogProbBatch, needs: Needs, seed: int) -> list[torch.Tensor]:
     """The step's rows, by number, on either of two ranks; empty where one of them would have no row with a loss."""
     units = kept_together(rows, needs)
     if len(units) < 2:
@@ -182,8 +182,8 @@ def two_ranks(rows: Rows, needs: Needs, seed: int) -> list[torch.Tensor]:
 def _drawn(count: int) -> tuple[Step, ...]:
     """Always the same steps. By themselves: Hypothesis takes longer to draw them than most clauses to be tried."""
     draw = Random(0)
-    # A single row by itself and with a probe, of either label: what is drawn may be of other sizes for long.
-    single = [Step(labels=label, probes=n) for label in ("desirable", "undesirable") for n in (0, 1)]  # type: ignore[arg-type]
+    # A single row by itself and with a mismatched row, of either label: what is drawn may be of other sizes for long.
+    single = [Step(labels=label, mismatched=n) for label in ("desirable", "undesirable") for n in (0, 1)]  # type: ignore[arg-type]
     drawn = [step for _ in range(0, count, _BLOCK) for step in _block(draw)]
     return (*single, *drawn)[:count]
 
@@ -201,7 +201,7 @@ def _block(draw: Random) -> list[Step]:
 
 
 def smallest(
-    fault: Callable[[Step], str | None], needs: Needs, *, probes: bool | None = None, examples: int = 60
+    fault: Callable[[Step], str | None], needs: Needs, *, mismatched: bool | None = None, examples: int = 60
 ) -> str | None:
     """The witness of the smallest step that is found to have a fault; None where ``fault`` finds none.
 
@@ -215,22 +215,22 @@ def smallest(
         except (Exception, SystemExit) as error:
             return Raised.by(error)
 
-    fitted = (fitted_to(step, needs, probes) for step in _drawn(examples))
+    fitted = (fitted_to(step, needs, mismatched) for step in _drawn(examples))
     first = next(((step, witness) for step in fitted if (witness := found(step)) is not None), None)
     if first is None:
-        tried = ((step, found(step)) for step in large_steps(needs, probes=probes))
+        tried = ((step, found(step)) for step in large_steps(needs, mismatched=mismatched))
         wrong = next(((step, witness) for step, witness in tried if witness is not None), None)
         return wrong and _halved(found, *wrong)
     try:
         from halos_pl.conformance.strategies import shrunk
     except ModuleNotFoundError:  # installed without its dependencies: the same verdict, a larger witness
         return _halved(found, *first)
-    return shrunk(found, first[1], needs, probes=probes, examples=examples)
+    return shrunk(found, first[1], needs, mismatched=mismatched, examples=examples)
 
 
 def _halved(found: Callable[[Step], str | None], step: Step, witness: str) -> str:
     """The witness of a step that is half as large in some way, as often as it goes."""
-    for name in ("units", "tokens", "probes"):
+    for name in ("units", "tokens", "mismatched"):
         while (size := getattr(step, name)) > 1:
             smaller = replace(step, **{name: size // 2})
             other = found(smaller)

@@ -1,6 +1,6 @@
 """Hypothesis strategies for tests of plug-ins: outcomes, rows of a step, arguments of a value function.
 
->>> @given(strategies.rows(Needs(rivals=True)))                             # doctest: +SKIP
+>>> @given(strategies.rows(Needs(pairs=True)))                             # doctest: +SKIP
 ... def test_my_reward(rows): ...
 """
 
@@ -17,8 +17,8 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.conformance.steps import CHOICES, Step, fitted_to
-from halos_pl.outcomes import Needs, Rows
 from value_functions import ValueFunction
 
 
@@ -33,21 +33,22 @@ def outcomes(largest: float = 1e4) -> st.SearchStrategy[float]:
     return st.builds(lambda sign, u: sign * min(u, largest), st.sampled_from([1, -1]), size)
 
 
-def steps(needs: Needs | None = None, *, probes: bool | None = None) -> st.SearchStrategy[Step]:
+def steps(needs: Needs | None = None, *, mismatched: bool | None = None) -> st.SearchStrategy[Step]:
     """Steps that provide what ``needs`` asks for.
 
     Args:
         needs: of a plug-in or an objective.
-        probes: whether there may be probes that ``needs`` does not ask for; left out, where rows need no rivals.
+        mismatched: whether there may be mismatched rows that ``needs`` does not ask for; by default,
+            where no pairs are needed.
     """
-    return _any_step.map(lambda step: fitted_to(step, needs or Needs(), probes))
+    return _any_step.map(lambda step: fitted_to(step, needs or Needs(), mismatched))
 
 
 _any_step = st.builds(Step, **{name: st.sampled_from(values) for name, values in CHOICES.items()})
 
 
-def rows(needs: Needs | None = None, dtype: torch.dtype = torch.float64) -> st.SearchStrategy[Rows]:
-    """Rows of a step with pairs, probes, padding and prompts, as ``needs`` asks for."""
+def rows(needs: Needs | None = None, dtype: torch.dtype = torch.float64) -> st.SearchStrategy[LogProbBatch]:
+    """Rows of a step with pairs, mismatched rows, padding and prompts, as ``needs`` asks for."""
     return steps(needs).map(lambda step: step.rows(dtype))
 
 
@@ -111,27 +112,27 @@ class _FoundError(Exception):
 
 
 def shrunk(
-    fault: Callable[[Step], str | None], first: str, needs: Needs, *, probes: bool | None = None, examples: int = 60
+    fault: Callable[[Step], str | None], first: str, needs: Needs, *, mismatched: bool | None = None, examples: int = 60
 ) -> str:
     """The witness of the smallest step with a fault that Hypothesis finds; ``first`` where it finds none.
 
     Args:
         fault: the witness of a step that has one; raises nothing.
         first: the witness known so far.
-        needs, probes: as for ``steps``.
+        needs, mismatched rows: as for ``steps``.
         examples: how many steps are drawn, at least.
     """
     best: tuple[float, str] = (math.inf, first)
     tries, most = 0, min(150, 3 * examples)  # a count and not a time, so that the witness is the same on any machine
 
     @_settings(max(examples, 50), Phase.generate, Phase.shrink)
-    @given(steps(needs, probes=probes))
+    @given(steps(needs, mismatched=mismatched))
     def run(step: Step) -> None:
         nonlocal tries, best
         tries += 1
         witness = fault(step) if tries <= most else None
         if witness is not None:
-            size = (step.units * 2 + step.probes) * 10 + step.tokens + (step.scale != 1)
+            size = (step.units * 2 + step.mismatched) * 10 + step.tokens + (step.scale != 1)
             best = min(best, (size, witness), key=lambda b: b[0])
             raise _FoundError
 

@@ -17,14 +17,14 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from halos_pl.build import load_objective, module_of_file, place_of
-from halos_pl.feedback import Feedback
-from halos_pl.messages import cause
-from halos_pl.misplaced import misplaced
-from halos_pl.objective import Objective
-from halos_pl.reference_points import ReferencePoint
-from halos_pl.rewards import Reward
-from halos_pl.wrong_value import cause_in
+from halos_pl.common.messages import cause
+from halos_pl.common.misplaced import misplaced
+from halos_pl.common.wrong_value import cause_in
+from halos_pl.objective.build import load_objective, module_of_file, place_of
+from halos_pl.objective.feedback import Feedback
+from halos_pl.objective.halo import Objective
+from halos_pl.objective.reference_points import ReferencePoint
+from halos_pl.objective.rewards import Reward
 from value_functions import ValueFunction
 
 Target = Objective | ValueFunction | ReferencePoint | Reward | Feedback

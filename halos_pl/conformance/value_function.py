@@ -241,7 +241,7 @@ class ValueFunctionChecks:
         return self.curve.reflected()
 
     @cached_property
-    def _probes(self) -> Tensor:
+    def _grid_points(self) -> Tensor:
         """Outcomes for the other dtypes: round and odd ones, near 0 and far out."""
         size = torch.cat(
             [
@@ -259,8 +259,8 @@ class ValueFunctionChecks:
         steps = torch.arange(2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
         every = steps[(steps >= 0) & (steps <= FAR)]
         numbers = {
-            torch.float64: self._probes,
-            torch.float32: torch.cat([self._probes, grid(self.cells)[::4]]).float(),
+            torch.float64: self._grid_points,
+            torch.float32: torch.cat([self._grid_points, grid(self.cells)[::4]]).float(),
             torch.bfloat16: torch.cat([every, -every]),
         }
         return {
@@ -312,7 +312,7 @@ class ValueFunctionChecks:
     @cached_property
     def single(self) -> str | None:
         """That v rounds what it is given to float32, so that what is looked at closer than that is noise."""
-        u = self._probes
+        u = self._grid_points
         value, slope = value_and_slope(self.fresh(), u)
         rounded = value_and_slope(self.fresh(), u.float().double())[0]
         # Where another u has to have another value.

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from halos_pl.outcomes import Rows
+from halos_pl.batch import LogProbBatch
 
 
 class WrongShape(str):
@@ -44,13 +44,13 @@ def listed(values: Tensor) -> str:
     return f"({shown}{', ...' if values.numel() > 6 else ''})"
 
 
-def copied(rows: Rows) -> Rows:
+def copied(rows: LogProbBatch) -> LogProbBatch:
     """The same rows in other memory, to compare with afterwards."""
     tensors = {f.name: value for f in fields(rows) if (value := getattr(rows, f.name)) is not None}
     return replace(rows, **{name: value.detach().clone() for name, value in tensors.items()})
 
 
-def changed(before: Rows, after: Rows) -> str | None:
+def changed(before: LogProbBatch, after: LogProbBatch) -> str | None:
     """Which field of the rows was changed in place, in words."""
     for f in fields(before):
         one, other = getattr(before, f.name), getattr(after, f.name)

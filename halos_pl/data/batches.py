@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
-from halos_pl.outcomes import FlatBatch
+from halos_pl.batch import TokenBatch
 
 # Examples of about equal length are looked for among those of so many steps.
 LENGTH_WINDOW = 50
@@ -246,7 +246,7 @@ def mismatches(prompts: Sequence[int], draw: Random) -> list[int | None]:
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenizedRow:
     """One tokenised row.
 
     Attributes:
@@ -255,7 +255,7 @@ class Row:
         completion: token ids, at least one; a sequence or an int array [t].
         desirable: the row's label.
         row_id: its name in messages and files.
-        rival: the place among the rows of the pair's other completion; -1 where they go their own ways.
+        pair: the place among the rows of the pair's other completion; -1 where they go their own ways.
         control: token ids between prompt and completion that say what follows; no part of either.
         score: higher is better, in the source's unit; NaN where there is none.
         loss: bool [t], which tokens of the completion carry the loss; None where all of them do.
@@ -266,14 +266,14 @@ class Row:
     completion: Sequence[int] | NDArray[np.int32]
     desirable: bool
     row_id: str
-    rival: int = -1
+    pair: int = -1
     control: tuple[int, ...] = ()
     score: float = math.nan
     loss: NDArray[np.bool_] | None = None
 
 
-class StepDataset(Dataset[FlatBatch]):
-    """Makes this rank's share of a ``Step`` into a ``FlatBatch``.
+class StepDataset(Dataset[TokenBatch]):
+    """Makes this rank's share of a ``Step`` into a ``TokenBatch``.
 
     Args:
         prompts: the distinct prompts, uncut, as token ids.
@@ -281,29 +281,29 @@ class StepDataset(Dataset[FlatBatch]):
         prompt_of: the prompt's number of each row, int [n]; left out, asked of ``rows``.
         examples: the rows of each example, which stay together: one, the two of a pair, or all of a prompt.
         max_length: tokens of prompt, control tokens and completion together.
-        probes: add, for each of the rank's rows (x_i, y_i), one mismatched row (x_i, y_j).
+        mismatched: add, for each of the rank's rows (x_i, y_i), one mismatched row (x_i, y_j).
         seed: with epoch and step, what the mismatches depend on.
         rank, world_size: the share: every ``world_size``-th example of the step, from ``rank`` on.
         prefix: ids (BOS) that a prompt keeps where it begins with them and its start is cut off.
 
     The mismatches are drawn over the step's rows of all ranks: y_j never answers a prompt equal to x_i, and
     the y_j of a step are its y, each once, wherever that is possible. Where a prompt has more than half of
-    the step's rows (a batch of one, say) the missing y_j come from the rest of the data set. A probe is
+    the step's rows (a batch of one, say) the missing y_j come from the rest of the data set. A mismatched row is
     marked undesirable, though nobody judged it: it is feedback on nothing.
 
     Raises:
-        ValueError: probes where all rows have the same prompt.
+        ValueError: mismatched rows where all rows have the same prompt.
     """
 
     def __init__(
         self,
         prompts: Sequence[Any],
-        rows: Sequence[Row],
+        rows: Sequence[TokenizedRow],
         examples: Sequence[Sequence[int]],
         *,
         max_length: int,
         prompt_of: NDArray[Any] | None = None,
-        probes: bool = False,
+        mismatched: bool = False,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -311,7 +311,7 @@ class StepDataset(Dataset[FlatBatch]):
     ) -> None:
         self.prompts, self.rows, self.examples = prompts, rows, examples
         self.prefix = list(prefix)
-        self.max_length, self.probes, self.seed = max_length, probes, seed
+        self.max_length, self.mismatched, self.seed = max_length, mismatched, seed
         self.rank, self.world_size = rank, world_size
         self._prompt_of = np.array([row.prompt for row in rows], int) if prompt_of is None else prompt_of
         # Rows by prompt, so that one with another prompt is drawn without searching for it.
@@ -319,7 +319,7 @@ class StepDataset(Dataset[FlatBatch]):
         self._numbers, self._first, self._count = np.unique(
             self._prompt_of[self._by_prompt], return_index=True, return_counts=True
         )
-        if probes and len(self._count) < 2:
+        if mismatched and len(self._count) < 2:
             raise ValueError(
                 "The objective's reference point needs mismatched rows (one row's prompt, another's "
                 f"completion), but all {len(rows)} rows have the same prompt. Use data with at least two "
@@ -329,7 +329,7 @@ class StepDataset(Dataset[FlatBatch]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, step: Step) -> FlatBatch:
+    def __getitem__(self, step: Step) -> TokenBatch:
         batch = _Builder(self.prompts, self.prefix)
         rows = [row for example in step.examples for row in self.examples[example]]
         mine: list[int] = []  # places in ``rows``
@@ -337,16 +337,16 @@ class StepDataset(Dataset[FlatBatch]):
         for i, (example, copy) in enumerate(zip(step.examples, _copies(step.examples), strict=True)):
             size = len(self.examples[example])
             if i % self.world_size == self.rank:
-                # Where the example's rows are in this batch; an example may come twice in a step, a rival is its own.
+                # Where the example's rows are in this batch; an example may come twice in a step.
                 here = {rows[place + k]: len(mine) + k for k in range(size)}
                 mine.extend(range(place, place + size))
                 for x in (self.rows[rows[place + k]] for k in range(size)):
-                    rival = here.get(x.rival, -1)
+                    pair = here.get(x.pair, -1)
                     # A second copy's rows are compared among each other, not each with itself.
                     group = x.prompt + copy * len(self.prompts)
-                    batch.add(x, x.prompt_length, x, x.desirable, rival, False, x.row_id, x.score, group)
+                    batch.add(x, x.prompt_length, x, x.desirable, pair, False, x.row_id, x.score, group)
             place += size
-        if self.probes:
+        if self.mismatched:
             partners = self._partners(step, rows)
             for i in mine:
                 x, y = self.rows[rows[i]], self.rows[partners[i]]
@@ -356,7 +356,7 @@ class StepDataset(Dataset[FlatBatch]):
         return batch.build()
 
     def _partners(self, step: Step, rows: list[int]) -> list[int]:
-        """For each row of the step, the row whose completion its probe takes."""
+        """For each row of the step, the row whose completion its mismatched row takes."""
         draw = seeded("mismatch", self.seed, step.epoch, step.index)
         places = mismatches(self._prompt_of[rows].tolist(), draw)
         missing = [i for i, place in enumerate(places) if place is None]
@@ -388,12 +388,12 @@ class _Builder:
 
     def add(
         self,
-        x: Row,
+        x: TokenizedRow,
         length: int,
-        y: Row,
+        y: TokenizedRow,
         desirable: bool,
-        rival: int,
-        probe: bool,
+        pair: int,
+        mismatched: bool,
         name: str,
         score: float,
         group: int,
@@ -404,7 +404,7 @@ class _Builder:
             self.prompts.append(torch.tensor([*self._cut(x.prompt, length), *x.control], dtype=torch.long))
         ids = torch.tensor(np.asarray(y.completion), dtype=torch.long)
         loss = None if y.loss is None else torch.tensor(y.loss)
-        row = (ids, self._known[key], desirable, rival, probe, name, group, score, loss)
+        row = (ids, self._known[key], desirable, pair, mismatched, name, group, score, loss)
         for column, value in zip(self.columns, row, strict=True):
             column.append(value)
 
@@ -415,15 +415,15 @@ class _Builder:
         start = self._prefix if keeps else []
         return [*start, *ids[len(start) - length :].tolist()]
 
-    def build(self) -> FlatBatch:
-        completions, prompt, desirable, rival, probe, row_ids, group, score, loss = self.columns
-        return FlatBatch(
+    def build(self) -> TokenBatch:
+        completions, prompt, desirable, pair, mismatched, row_ids, group, score, loss = self.columns
+        return TokenBatch(
             prompts=self.prompts,
             completions=completions,
             prompt=torch.tensor(prompt, dtype=torch.long),
             desirable=torch.tensor(desirable, dtype=torch.bool),
-            rival=torch.tensor(rival, dtype=torch.long),
-            probe=torch.tensor(probe, dtype=torch.bool),
+            pair=torch.tensor(pair, dtype=torch.long),
+            mismatched=torch.tensor(mismatched, dtype=torch.bool),
             row_ids=row_ids,
             group=torch.tensor(group, dtype=torch.long),
             score=torch.tensor(score, dtype=torch.float32),
@@ -447,12 +447,12 @@ def _as_tensors(value: Any) -> Any:
     )
 
 
-def _rebuild(columns: list[Any]) -> FlatBatch:
-    return FlatBatch(*map(_as_tensors, columns))
+def _rebuild(columns: list[Any]) -> TokenBatch:
+    return TokenBatch(*map(_as_tensors, columns))
 
 
 # A worker would otherwise send each of a batch's many small tensors through a file descriptor of its own,
 # and a large step would run into the limit of open files. Sent as arrays, they travel by value.
 ForkingPickler.register(
-    FlatBatch, lambda batch: (_rebuild, ([_as_arrays(getattr(batch, f.name)) for f in fields(batch)],))
+    TokenBatch, lambda batch: (_rebuild, ([_as_arrays(getattr(batch, f.name)) for f in fields(batch)],))
 )

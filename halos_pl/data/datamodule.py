@@ -1,4 +1,4 @@
-"""The DataModule: files in, one ``FlatBatch`` an optimizer step out."""
+"""The DataModule: files in, one ``TokenBatch`` an optimizer step out."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
+from halos_pl.batch import TokenBatch
+from halos_pl.common.stopping import ignore_signals
 from halos_pl.data.batches import Order, StepDataset, StepSampler, seeded
 from halos_pl.data.example import DataError
 from halos_pl.data.formats import files_of, refuse_missing
@@ -31,8 +33,6 @@ from halos_pl.data.table import Table
 from halos_pl.data.template import template_of, use_template
 from halos_pl.data.tokenize import prefix_ids
 from halos_pl.data.transforms import OnePerPrompt, ThresholdScores, Transform
-from halos_pl.outcomes import FlatBatch
-from halos_pl.stopping import ignore_signals
 
 SPLITS = ("train", "validation", "test", "predict")
 # A mapping of a source's settings, not a ``Source``: given a file's name for a dataclass, jsonargparse would read the
@@ -119,10 +119,10 @@ def _sources(split: str, given: Sources | None) -> list[Source]:
 
 
 class FeedbackDataModule(LightningDataModule):
-    """Human feedback, as one ``FlatBatch`` an optimizer step.
+    """Human feedback, as one ``TokenBatch`` an optimizer step.
 
-    What the objective needs of the data (rivals, mismatched rows, undesirable rows) is asked of
-    ``lightning_module.objective.needs``; pairs under an objective without rivals become independent rows. The
+    What the objective needs of the data (paired completions, mismatched rows, undesirable rows) is asked of
+    ``lightning_module.objective.needs``; pairs become independent rows where the objective needs no pairs. The
     tokenizer is ``lightning_module.tokenizer``. Every source is read, checked and tokenised once, before a model is
     loaded, into a cache that later runs find by its content; batches are read from there, so memory does not grow
     with the data but by some 60 bytes a row.
@@ -130,15 +130,15 @@ class FeedbackDataModule(LightningDataModule):
     Args:
         train, validation, test, predict: a source or a list of sources for each stage: a path or hub name, or a
             mapping ``{path: ..., split: ..., weight: ...}`` of the settings of ``halos_pl.data.Source``. ``predict``
-            falls back to ``test``, then to ``validation``. All but ``train`` keep every row, and pairs as rivals,
+            falls back to ``test``, then to ``validation``. All but ``train`` keep every row, and pairs as pairs,
             whatever the objective needs.
         batch_size: examples of one optimizer step over all ranks together: rows; pairs where the objective
-            needs rivals; prompts, with all their rows, where it compares the rows of a prompt.
+            needs pairs; prompts, with all their rows, where it compares the rows of a prompt.
         eval_batch_size: the same for the other stages; default ``batch_size``.
         max_length: tokens of prompt and completion together. A prompt that does not fit is cut at its start,
             the same for both completions of a pair.
         truncate_completions: cut a completion of ``max_length`` tokens or more at its end; False drops the
-            row (the pair, where the objective needs rivals). Either way the number is reported.
+            row (the pair, where the objective needs pairs). Either way the number is reported.
         on_bad_rows: ``error`` names the faulty rows and stops before a model is loaded; ``skip`` leaves them out, with
             their number in the log and in the run's summary.
         special_tokens_in_text: what becomes of special tokens that the data spell, such as ``<|im_end|>`` in a
@@ -345,7 +345,7 @@ class FeedbackDataModule(LightningDataModule):
         if split != "train":
             # What is held out is measured on every row, and on pairs as pairs, whatever the loss is made from.
             needs = replace(needs, undesirable=True)
-            together = "pairs" if bool((table.rival >= 0).any()) else None
+            together = "pairs" if bool((table.pair >= 0).any()) else None
         made = Split(
             table,
             needs,
@@ -429,7 +429,7 @@ class FeedbackDataModule(LightningDataModule):
                 own.examples,
                 prompt_of=own.table.prompt,
                 max_length=self.max_length,
-                probes=self._module.objective.needs.probes,
+                mismatched=self._module.objective.needs.mismatched,
                 seed=self._seed,
                 rank=rank,
                 world_size=world_size,
@@ -447,7 +447,7 @@ class FeedbackDataModule(LightningDataModule):
             raise DataError(f"{split} data ({', '.join(labels)}): {said}") from error
         return dataset, sampler
 
-    def _loader(self, split: str) -> DataLoader[FlatBatch]:
+    def _loader(self, split: str) -> DataLoader[TokenBatch]:
         dataset, sampler = self._steps(split)
         if split == "train":
             # Lightning makes the first iterator before it tells the sampler the epoch.
@@ -492,22 +492,22 @@ class FeedbackDataModule(LightningDataModule):
         """Let the next training loader begin at step ``step`` of ``epoch``; the epochs after it are whole."""
         self._resume = (epoch, step)
 
-    def train_dataloader(self) -> DataLoader[FlatBatch]:
+    def train_dataloader(self) -> DataLoader[TokenBatch]:
         loader = self._loader("train")
         self._resume = (0, 0)
         return loader
 
-    def val_dataloader(self) -> DataLoader[FlatBatch] | list[Any]:
+    def val_dataloader(self) -> DataLoader[TokenBatch] | list[Any]:
         if not self.sources["validation"]:
             # None is meant, so Lightning's "make sure this was your intention" would only worry the user.
             warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
             return []
         return self._loader("validation")
 
-    def test_dataloader(self) -> DataLoader[FlatBatch]:
+    def test_dataloader(self) -> DataLoader[TokenBatch]:
         return self._loader("test")
 
-    def predict_dataloader(self) -> DataLoader[FlatBatch]:
+    def predict_dataloader(self) -> DataLoader[TokenBatch]:
         return self._loader("predict")
 
     # Checkpoints -----------------------------------------------------------------------------------
@@ -522,7 +522,7 @@ class FeedbackDataModule(LightningDataModule):
             "balance_classes": self.balance_classes,
             "group_by_length": self.group_by_length,
             # The prompt of a mismatched row is cut to what its completion leaves of it.
-            "max_length": self.max_length if self._module.objective.needs.probes else None,
+            "max_length": self.max_length if self._module.objective.needs.mismatched else None,
             "weights": json.dumps([source.weight for source in self.sources["train"]]),
             "objective's needs": json.dumps(asdict(self._module.objective.needs)),
         }

@@ -21,12 +21,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from halos_pl.common.misplaced import misplaced
 from halos_pl.data.arrow import BATCH, BINARY, ROW_FAULTS, SAVED, batches, classes_of, named, saved, validated
 from halos_pl.data.broken import CHUNK, Broken, Read, split_of
 from halos_pl.data.example import DataError, Fault, short
 from halos_pl.data.source import Source
 from halos_pl.data.text import TEXT
-from halos_pl.misplaced import misplaced
 
 #: Line (row, where there are no lines; from 1, 0 for the source as a whole) and what is there.
 Row = tuple[int, dict[str, Any] | Fault]

@@ -10,7 +10,7 @@ from halos_pl.data import formats
 from halos_pl.data.broken import too_large
 from halos_pl.data.columns import Columns, known, without
 from halos_pl.data.example import Example, Fault, Skipped
-from halos_pl.data.judged import judged
+from halos_pl.data.loss_on import judged
 from halos_pl.data.prompts import TextPrompts, asked
 from halos_pl.data.schemas import SCHEMAS, Parse, check, find
 from halos_pl.data.source import Source
@@ -80,7 +80,7 @@ def read(
         source: what to read.
         unused: filled with the names of the columns that say something and that nothing reads.
         text_prompts: what prompts that are plain text mean, see :mod:`halos_pl.data.prompts`.
-        loss_on: which turns of the assistant carry the loss, see :mod:`halos_pl.data.judged`.
+        loss_on: which turns of the assistant carry the loss, see :mod:`halos_pl.data.loss_on`.
     """
     if wrong := _wrong_settings(source):
         yield Fault(source.path, wrong, fatal=True)

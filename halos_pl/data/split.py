@@ -12,11 +12,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from halos_pl.data.batches import Row
+from halos_pl.batch import Needs
+from halos_pl.data.batches import TokenizedRow
 from halos_pl.data.example import DataError
 from halos_pl.data.table import Table
 from halos_pl.data.transforms import groups
-from halos_pl.outcomes import Needs
 
 Together = Literal["pairs", "prompts"]
 
@@ -30,7 +30,7 @@ class FileCounts:
         faulty: rows with a fault, left out (``on_bad_rows: skip``).
         faults: the first ten of them, with what is wrong.
         skipped: rows that are sound but say nothing, by reason, such as ties.
-        pairs: pairs of rivals that enter.
+        pairs: pairs of paired completions that enter.
         rows: rows that enter; a pair has two.
         desirable, undesirable: the same rows by label.
         prompts_cut: rows whose prompt lost tokens at its start.
@@ -100,45 +100,45 @@ class Split:
         room = max_length - 1 - longest_control  # at least one token of the prompt stays
         if room < 1:
             raise DataError(f"data.max_length is {max_length}, which data.control_tokens alone fill; raise it.")
-        if needs.rivals and bool((table.rival < 0).any()):
-            place = int((table.rival < 0).nonzero()[0][0])
+        if needs.pairs and bool((table.pair < 0).any()):
+            place = int((table.pair < 0).nonzero()[0][0])
             raise DataError(
                 f"{table.name(place)}: the objective compares the two completions of a pair, but this row has none to"
                 " be compared with. Use data with chosen and rejected, the transform Pair (data.transforms), or an"
                 " objective for binary feedback such as KTO."
             )
-        if not (needs.rivals or needs.undesirable):
+        if not (needs.pairs or needs.undesirable):
             self._count(table, table.label == 0, "dropped_undesirable")
             table = table.select(table.label != 0)
         length = table.of_rows("length").astype(np.int64)
         too_long = (length > room) & (not truncate_completions)
-        if needs.rivals:  # a pair goes as a whole
-            too_long |= too_long[table.rival]
+        if needs.pairs:  # a pair goes as a whole
+            too_long |= too_long[table.pair]
         self._count(table, too_long, "dropped_too_long")
         table, length = table.select(~too_long), length[~too_long]
         lost = table.first_loss >= np.minimum(length, room)
-        if needs.rivals:
-            lost |= lost[table.rival]
+        if needs.pairs:
+            lost |= lost[table.pair]
         self._count(table, lost, "dropped_without_loss")
         table, length = table.select(~lost), length[~lost]
         self.completion_length = np.minimum(length, room)
         # Both completions of a pair get the same prompt, so the longer one says what is left of it.
-        paired = table.rival >= 0
+        paired = table.pair >= 0
         longest = self.completion_length.copy()
-        longest[paired] = np.maximum(longest[paired], self.completion_length[table.rival[paired]])
+        longest[paired] = np.maximum(longest[paired], self.completion_length[table.pair[paired]])
         self.prompt_length = np.minimum(table.prompt_length, room + 1 - longest)
         whole = needs.groups or keep_together == "prompts"
-        together: Together | None = "prompts" if whole else "pairs" if needs.rivals else keep_together
+        together: Together | None = "prompts" if whole else "pairs" if needs.pairs else keep_together
         self._count(table, table.label == 1, "desirable")
         self._count(table, table.label == 0, "undesirable")
         self._count(table, table.label >= 0, "rows")
         self._count(table, self.prompt_length < table.prompt_length, "prompts_cut")
         self._count(table, length > room, "completions_cut")
-        self.rivals = needs.rivals or keep_together == "pairs"  # whole prompts keep pairs together as well
-        if self.rivals:
-            self._count(table, table.rival > np.arange(len(table)), "pairs")
+        self.pairs = needs.pairs or keep_together == "pairs"  # whole prompts keep pairs together as well
+        if self.pairs:
+            self._count(table, table.pair > np.arange(len(table)), "pairs")
         self.longest = int((self.prompt_length + self.completion_length).max(initial=0))
-        if needs.probes:  # a prompt of one row with the completion of another
+        if needs.mismatched:  # a prompt of one row with the completion of another
             self.longest = int(self.prompt_length.max(initial=0) + self.completion_length.max(initial=0))
         self.longest = min(max_length, self.longest + longest_control)
         self.table = table
@@ -179,12 +179,12 @@ class Split:
         if together == "prompts":
             return groups(self.table.prompt)
         if together == "pairs":
-            rival = self.table.rival
-            return [(i, int(rival[i])) if rival[i] >= 0 else (i,) for i in self.table.units.tolist()]
+            pair = self.table.pair
+            return [(i, int(pair[i])) if pair[i] >= 0 else (i,) for i in self.table.units.tolist()]
         return _Singles(len(self.table))
 
     @property
-    def rows(self) -> Sequence[Row]:
+    def rows(self) -> Sequence[TokenizedRow]:
         return _Rows(self)
 
     @property
@@ -202,7 +202,7 @@ class Split:
         """A hash of what the model would see, in order; file names are no part of it."""
         digest = hashlib.sha256(json.dumps([store.digest for store in self.table.stores]).encode())
         table = self.table
-        columns = [table.source, table.row, table.label, table.score, table.rival]
+        columns = [table.source, table.row, table.label, table.score, table.pair]
         for column in (*columns, self.prompt_length, self.completion_length):
             digest.update(np.ascontiguousarray(column).tobytes())
         digest.update(repr(self.control).encode())
@@ -239,7 +239,7 @@ class _Prompts(Sequence[NDArray[np.int32]]):
         return self.table.prompt_ids(number)
 
 
-class _Rows(Sequence[Row]):
+class _Rows(Sequence[TokenizedRow]):
     """The rows of a split, made when they are asked for."""
 
     def __init__(self, split: Split) -> None:
@@ -252,14 +252,14 @@ class _Rows(Sequence[Row]):
         split, table = self.split, self.split.table
         desirable = bool(table.label[place] == 1)
         loss, length = table.loss(place), int(split.completion_length[place])
-        return Row(
+        return TokenizedRow(
             prompt=int(table.prompt[place]),
             prompt_length=int(split.prompt_length[place]),
             completion=table.completion_ids(place)[:length],
             loss=None if loss is None else loss[:length],
             desirable=desirable,
             row_id=table.name(place),
-            rival=int(table.rival[place]) if split.rivals else -1,
+            pair=int(table.pair[place]) if split.pairs else -1,
             control=split.control[desirable],
             score=float(split.score[place]),
         )

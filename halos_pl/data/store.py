@@ -30,13 +30,14 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.cache import Use, cache_root, limit, make_room
+from halos_pl.common.files import naming, remove
 from halos_pl.data import (
     arrow,
     broken,
     calls,
     columns,
     formats,
-    judged,
+    loss_on,
     meanings,
     prompts,
     published,
@@ -52,7 +53,6 @@ from halos_pl.data import (
 from halos_pl.data import example as example_module
 from halos_pl.data.example import DataError, Example, Fault, Skipped
 from halos_pl.data.source import Source
-from halos_pl.files import naming, remove
 
 CHUNK = 1024  # examples tokenised at a time
 CHUNK_SIZE = 16_000_000  # characters of them
@@ -61,7 +61,7 @@ SHOWN_FAULTS = 10
 SHOWN_PLACES = 3
 KEPT_FAULTS = 1000
 
-# One row of feedback. ``label``: 1 desirable, 0 undesirable, -1 where only a score is known (NaN: none). ``rival``: the
+# One row of feedback. ``label``: 1 desirable, 0 undesirable, -1 where only a score is known (NaN: none). ``pair``: the
 # row of the pair's other completion, -1 where there is none. ``text``: a hash of the completion's tokens.
 ROW = np.dtype(
     [
@@ -70,7 +70,7 @@ ROW = np.dtype(
         ("length", "<i4"),
         ("label", "<i1"),
         ("score", "<f8"),
-        ("rival", "<i8"),
+        ("pair", "<i8"),
         ("line", "<i8"),
         ("suffix", "<i4"),
         ("text", "<u8"),
@@ -236,8 +236,8 @@ class _Writer:
         for name, written in (("rows", np.array(rows, dtype=ROW)), ("prompts", np.array(new, dtype=PROMPT))):
             self.files[name].write(written.tobytes())
         for example_rows in rows:  # what the model sees, and how it was judged
-            prompt, _, length, label, score, rival, _, _, text = example_rows
-            self.digest.update(repr((prompt, length, label, score, rival - self.row, text)).encode())
+            prompt, _, length, label, score, pair, _, _, text = example_rows
+            self.digest.update(repr((prompt, length, label, score, pair - self.row, text)).encode())
         self.digest.update(b"".join(key for _, _, key in new))
 
     def _rows(self, example: Example, prompt: int, found: tokenize.Tokens) -> Iterator[tuple[Any, ...]]:
@@ -349,7 +349,7 @@ def _code() -> str:
         columns,
         meanings,
         prompts,
-        judged,
+        loss_on,
         read,
         tokenize,
         spans,
@@ -439,7 +439,7 @@ def open_store(
         folder: of all stores; left out, ``data`` in :func:`halos_pl.cache.cache_root`.
         special_tokens_in_text: see :class:`halos_pl.data.special.SpecialText`.
         text_prompts: see :mod:`halos_pl.data.prompts`.
-        loss_on: see :mod:`halos_pl.data.judged`.
+        loss_on: see :mod:`halos_pl.data.loss_on`.
 
     Raises:
         DataError: for a fault of the source as a whole, a missing file, say. Faults of rows are in the store.

@@ -1,4 +1,4 @@
-"""The rows of a split as columns: which row of which store, its prompt, its label, its score, its rival.
+"""The rows of a split as columns: which row of which store, its prompt, its label, its score, its paired completion.
 
 A table is a few numbers a row; the tokens stay on disk. Transforms make tables from tables.
 """
@@ -27,7 +27,7 @@ class Table:
         prompt: int64 [n], equal for rows with equal prompts, by their uncut tokens, whatever store they are in.
         label: int8 [n], 1 desirable, 0 undesirable, -1 where only a score is known.
         score: float64 [n], higher is better, NaN where there is none.
-        rival: int64 [n], place of the pair's other row, -1 where there is none.
+        pair: int64 [n], place of the pair's other row, -1 where there is none.
         added: bool [n], rows that a transform made from others.
     """
 
@@ -38,7 +38,7 @@ class Table:
     prompt: NDArray[np.int64]
     label: NDArray[np.int8]
     score: NDArray[np.float64]
-    rival: NDArray[np.int64]
+    pair: NDArray[np.int64]
     added: NDArray[np.bool_]
 
     @classmethod
@@ -63,7 +63,7 @@ class Table:
             columns["prompt"].append(number[prompts + store.rows["prompt"].astype(np.int64)])
             columns["label"].append(np.array(store.rows["label"]))
             columns["score"].append(np.array(store.rows["score"]))
-            columns["rival"].append(np.where(store.rows["rival"] >= 0, store.rows["rival"] + rows, -1))
+            columns["pair"].append(np.where(store.rows["pair"] >= 0, store.rows["pair"] + rows, -1))
             columns["added"].append(np.zeros(n, bool))
             prompts, rows = prompts + len(store.prompts), rows + n
         joined: dict[str, Any] = {name: np.concatenate(parts) for name, parts in columns.items()}
@@ -73,22 +73,22 @@ class Table:
         return len(self.row)
 
     def select(self, index: NDArray[Any]) -> Table:
-        """The rows at ``index`` (int64 [m], or bool [n]); a rival that is not among them becomes -1.
+        """The rows at ``index`` (int64 [m], or bool [n]); a paired completion that is not among them becomes -1.
 
-        A row may be chosen several times only if its rival is not.
+        A row may be chosen several times only if its paired completion is not.
         """
         if index.dtype == bool:
             index = index.nonzero()[0]
         place = np.full(len(self) + 1, -1)
         place[index] = np.arange(len(index))
         chosen: dict[str, Any] = {name: getattr(self, name)[index] for name in COLUMNS}
-        return replace(self, **(chosen | {"rival": place[self.rival[index]]}))  # -1 reads the last place, which is -1
+        return replace(self, **(chosen | {"pair": place[self.pair[index]]}))  # -1 reads the last place, which is -1
 
     def join(self, other: Table) -> Table:
         """The rows of this table and then those of ``other``, which has the same stores."""
         both: dict[str, Any] = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in COLUMNS}
-        moved = np.where(other.rival >= 0, other.rival + len(self), -1)
-        return replace(self, **(both | {"rival": np.concatenate([self.rival, moved])}))
+        moved = np.where(other.pair >= 0, other.pair + len(self), -1)
+        return replace(self, **(both | {"pair": np.concatenate([self.pair, moved])}))
 
     def of_rows(self, column: str) -> NDArray[Any]:
         """A column of the stores' ``rows``, for each row of the table."""
@@ -110,12 +110,12 @@ class Table:
     @property
     def units(self) -> NDArray[np.int64]:
         """int64 [u], the rows to draw from where pairs count as one: single rows, and the first of each pair."""
-        return ((self.rival < 0) | (self.rival > np.arange(len(self)))).nonzero()[0]
+        return ((self.pair < 0) | (self.pair > np.arange(len(self)))).nonzero()[0]
 
-    def with_rivals(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``index`` and the rivals of its rows, ascending."""
-        rivals = self.rival[index]
-        return np.unique(np.concatenate([index, rivals[rivals >= 0]]))
+    def with_pairs(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``index`` and the paired completions of its rows, ascending."""
+        pairs = self.pair[index]
+        return np.unique(np.concatenate([index, pairs[pairs >= 0]]))
 
     def prompt_ids(self, number: int) -> NDArray[np.int32]:
         """Token ids of a distinct prompt, uncut."""

@@ -66,7 +66,7 @@ class KeepFraction(Transform):
     """Keeps a random share of the desirable and of the undesirable rows.
 
     For studies of imbalance (Ethayarajh et al., ICML 2024, section 4.3). The other row of a pair stays, without a
-    rival.
+    paired completion.
 
     Args:
         desirable, undesirable: shares to keep, in [0, 1].
@@ -116,7 +116,7 @@ class FlipLabels(Transform):
         units = table.units
         judged = units[table.label[units] >= 0]
         flipped = _draw(judged, self.share, draw)
-        return _opposed(table, table.with_rivals(flipped)), {"flipped": len(flipped)}
+        return _opposed(table, table.with_pairs(flipped)), {"flipped": len(flipped)}
 
 
 class Contradict(Transform):
@@ -138,7 +138,7 @@ class Contradict(Transform):
     def __call__(self, table: Table, draw: Random) -> tuple[Table, Counts]:
         units = table.units
         drawn = _draw(units[table.label[units] >= 0], self.share, draw)
-        index = table.with_rivals(drawn)
+        index = table.with_pairs(drawn)
         opposed = _opposed(table, index).select(index)
         return table.join(replace(opposed, added=np.ones(len(opposed), bool))), {"added": len(opposed)}
 
@@ -207,8 +207,8 @@ class ThresholdScores(Transform):
         else:
             label[scored] = table.score[scored] >= self.at
         tied &= self.drop_ties
-        alike = (table.rival >= 0) & (label == label[table.rival])
-        made = replace(table, label=label, rival=np.where(alike, -1, table.rival)).select(~tied)
+        alike = (table.pair >= 0) & (label == label[table.pair])
+        made = replace(table, label=label, pair=np.where(alike, -1, table.pair)).select(~tied)
         decided = label[scored & ~tied]
         counts = {"desirable": int((decided == 1).sum()), "undesirable": int((decided == 0).sum())}
         counts |= {"dropped_at_threshold": int(tied.sum())}
@@ -221,8 +221,8 @@ class Unpair(Transform):
     held_out = before_labels = True
 
     def __call__(self, table: Table, draw: Random) -> tuple[Table, Counts]:
-        pairs = int((table.rival >= 0).sum()) // 2
-        return replace(table, rival=np.full(len(table), -1)), {"unpaired": pairs}
+        pairs = int((table.pair >= 0).sum()) // 2
+        return replace(table, pair=np.full(len(table), -1)), {"unpaired": pairs}
 
 
 class Pair(Transform):
@@ -244,7 +244,7 @@ class Pair(Transform):
         self.which = which
 
     def __call__(self, table: Table, draw: Random) -> tuple[Table, Counts]:
-        single = table.rival < 0
+        single = table.pair < 0
         text = table.of_rows("text")
         index: list[int] = []
         for rows in groups(np.where(single, table.prompt, -1)):
@@ -258,10 +258,10 @@ class Pair(Transform):
             ranked = sorted(known, key=lambda row: -worth[row])
             pairs = _pairs(ranked, worth, text, worst_first=self.which == "best_worst")
             index += [row for pair in islice(pairs, 1 if self.which == "best_worst" else None) for row in pair]
-        made = replace(table, rival=np.full(len(table), -1)).select(np.array(index, dtype=np.int64))
+        made = replace(table, pair=np.full(len(table), -1)).select(np.array(index, dtype=np.int64))
         places = np.arange(len(made))
         made = replace(
-            made, rival=np.where(places % 2, places - 1, places + 1), label=np.where(places % 2, 0, 1).astype(np.int8)
+            made, pair=np.where(places % 2, places - 1, places + 1), label=np.where(places % 2, 0, 1).astype(np.int8)
         )
         used = len(set(index))
         counts = {"pairs": len(made) // 2, "dropped_without_partner": int(single.sum()) - used}

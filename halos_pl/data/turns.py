@@ -170,12 +170,12 @@ def refuse_dropped(tokenizer: PreTrainedTokenizerBase, messages: list[Message], 
         if not content or (len(content) >= _TELLING and content in text):
             continue
         try:
-            probe = render(
+            mismatched = render(
                 tokenizer, [*messages[:i], message | {"content": word}, *messages[i + 1 :]], prompt=False, tools=tools
             )
         except ValueError:
             continue  # it reads the content
-        if word not in probe:
+        if word not in mismatched:
             cure = "remove the content beside its calls" if CALLS in message else "remove such messages"
             raise ValueError(
                 f"The chat template ignores the content of message {i + 1} (role {message['role']!r}), so the model"

@@ -16,20 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from halos_pl.outcomes import FlatBatch
+from halos_pl.batch import TokenBatch
 from halos_pl.policy.head import compared_tokens, is_plain, of_shared_ids
 from halos_pl.policy.loading import base_model
 from halos_pl.policy.memory import recomputed
-from halos_pl.policy.tree import is_packed, made_up, parts, same, takes_trees, tree_logps, tree_states
+from halos_pl.policy.tree import is_packed, parts, same, self_test_batch, takes_trees, tree_logps, tree_states
 
 
-def token_mask(batch: FlatBatch) -> Tensor:
+def token_mask(batch: TokenBatch) -> Tensor:
     """BoolTensor [n, T]: which places of the rows' completions, padded on the right to T, hold a token."""
     lengths = torch.tensor([len(c) for c in batch.completions], device=batch.prompt.device)
     return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
 
 
-def completion_mask(batch: FlatBatch) -> Tensor:
+def completion_mask(batch: TokenBatch) -> Tensor:
     """BoolTensor [n, T]: which places of the rows' completions, padded on the right to T, hold a token with loss."""
     mask = token_mask(batch)
     for row, loss in enumerate(batch.loss or ()):
@@ -42,7 +42,7 @@ def _accepts(model: Any, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
 
 
-def _completion_logits(model: nn.Module, batch: FlatBatch) -> tuple[Tensor, Tensor]:
+def _completion_logits(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """Logits float32 [n, T, V] that predict each completion token, and the tokens LongTensor [n, T]."""
     targets = pad_sequence(batch.completions, batch_first=True)
     mask = token_mask(batch)
@@ -69,7 +69,7 @@ def _completion_logits(model: nn.Module, batch: FlatBatch) -> tuple[Tensor, Tens
     return logits.float(), targets
 
 
-def completion_logps(model: nn.Module, batch: FlatBatch) -> Tensor:
+def completion_logps(model: nn.Module, batch: TokenBatch) -> Tensor:
     """Log-probs of the completion tokens under ``model``, by the way that it is ready for (see :func:`pack`).
 
     Args:
@@ -78,7 +78,7 @@ def completion_logps(model: nn.Module, batch: FlatBatch) -> Tensor:
 
     Returns:
         float32 [n, T], whatever the model's dtype; 0 where a row has no token with loss (see
-        :func:`completion_mask`). Of a packed model, probes have no gradient.
+        :func:`completion_mask`). Of a packed model, mismatched rows have no gradient.
     """
     with recomputed():
         return tree_logps(model, batch) if is_packed(model) else padded_logps(model, batch)
@@ -89,7 +89,7 @@ def pack(model: nn.Module) -> str | None:
     return takes_trees(model, _alone_logps)
 
 
-def _alone_logps(model: nn.Module, batch: FlatBatch) -> Tensor:
+def _alone_logps(model: nn.Module, batch: TokenBatch) -> Tensor:
     """Each row in a batch of its own, so that nothing is padded."""
     out = torch.zeros(completion_mask(batch).shape, dtype=torch.float32, device=batch.prompt.device)
     for i in range(len(batch)):
@@ -99,13 +99,13 @@ def _alone_logps(model: nn.Module, batch: FlatBatch) -> Tensor:
 
 
 @torch.no_grad()
-def mixes_rows(model: nn.Module) -> str | None:
+def padding_fault(model: nn.Module) -> str | None:
     """Why :func:`padded_logps` would be wrong of ``model``: what it says of made-up rows; None where it is right.
 
     A model that takes no positions may count padding among them, or carry it along in a state; and one whose
     attention is not causal sees what it is to predict.
     """
-    batch, base, training = made_up(model), base_model(model), model.training
+    batch, base, training = self_test_batch(model), base_model(model), model.training
     eps = torch.finfo(next(base.parameters()).dtype).eps
     last = replace(batch, completions=[torch.cat([c[:-1], (c[-1:] + 1) % 7]) for c in batch.completions])
     model.eval()
@@ -120,7 +120,7 @@ def mixes_rows(model: nn.Module) -> str | None:
     return None
 
 
-def padded_logps(model: nn.Module, batch: FlatBatch) -> Tensor:
+def padded_logps(model: nn.Module, batch: TokenBatch) -> Tensor:
     """The plain way: each row by itself, prompts padded on the left and completions on the right."""
     logits, targets = _completion_logits(model, batch)
     logps = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
@@ -130,7 +130,7 @@ def padded_logps(model: nn.Module, batch: FlatBatch) -> Tensor:
 
 @torch.no_grad()
 def compared_logps(
-    policy: nn.Module, reference: AbstractContextManager[nn.Module], batch: FlatBatch
+    policy: nn.Module, reference: AbstractContextManager[nn.Module], batch: TokenBatch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs of the completion tokens under two models, and KL(policy || reference) at each of them.
 
@@ -167,6 +167,6 @@ def compared_logps(
     return of_policy, of_reference, kl
 
 
-def completion_kl(policy: nn.Module, reference: AbstractContextManager[nn.Module], batch: FlatBatch) -> Tensor:
+def completion_kl(policy: nn.Module, reference: AbstractContextManager[nn.Module], batch: TokenBatch) -> Tensor:
     """KL(policy || reference) along given completions, nats, float32 [n, T]; see :func:`compared_logps`."""
     return compared_logps(policy, reference, batch)[2]

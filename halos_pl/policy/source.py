@@ -20,8 +20,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halos_pl.cache import Use, cache_root, limit, make_room
-from halos_pl.files import remove, share
-from halos_pl.misplaced import misplaced
+from halos_pl.common.files import remove, share
+from halos_pl.common.misplaced import misplaced
 from halos_pl.policy.spec import ModelError, ModelSpec
 
 #: Written last into a converted folder: the SHA-256 of each of its files.

@@ -23,8 +23,8 @@ from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from halos_pl.batch import TokenBatch
 from halos_pl.cache import REFERENCE, Use, cache_root, limit
-from halos_pl.outcomes import FlatBatch
 from halos_pl.policy.loading import ModelError
 
 LARGEST = 4 << 30  # bytes; the least recently used entries make room for new ones
@@ -51,7 +51,7 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]], config: Mapping[str, Any]
     return digest.hexdigest()
 
 
-def keys(model: str, batch: FlatBatch) -> list[bytes]:
+def keys(model: str, batch: TokenBatch) -> list[bytes]:
     """The 16-byte key of each row: a hash of reference (see :func:`fingerprint`), prompt, completion and loss mask."""
 
     def raw(ids: Tensor) -> bytes:

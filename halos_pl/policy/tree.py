@@ -1,12 +1,12 @@
 """Shared prompts computed once: the rows of a batch as trees, without padding and without a mask.
 
-A tree is a prompt and the completions that follow it: the row's own, its rival's, a mismatched one, those of other rows
-with the same prompt. All trees lie one after the other in a single sequence; each token keeps the position that it has
+A tree is a prompt and the completions that follow it: chosen, rejected, mismatched, and those of other rows with the
+same prompt. All trees lie one after the other in a single sequence; each token keeps the position that it has
 in its own row. The model's layers work on tokens, so only attention has to know: an attention function of ours lets a
 token of a prompt see the prompt before it, and a token of a completion its prompt and its own completion. So every
 distinct prompt token and every completion token is computed once, and none besides.
 
-Mismatched rows (probes) get no gradient. They are computed after the others, without gradient, on the keys and values
+Mismatched rows get no gradient. They are computed after the others, without gradient, on the keys and values
 that the pass with gradient has left of their prompts.
 """
 
@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from halos_pl.outcomes import FlatBatch
+from halos_pl.batch import TokenBatch
 from halos_pl.policy.head import token_logps
 from halos_pl.policy.loading import base_model
 
@@ -193,7 +193,7 @@ class States:
         hidden: [m, size].
         targets: LongTensor [m], the tokens.
         row, column: LongTensor [m], the places of the tokens in [n, T].
-        probes: whether they are those of mismatched rows, which have no gradient.
+        mismatched: whether they are those of mismatched rows, which have no gradient.
         windows: sliding windows that layers named, None for a layer without one.
     """
 
@@ -201,12 +201,12 @@ class States:
     targets: Tensor
     row: Tensor
     column: Tensor
-    probes: bool
+    mismatched: bool
     windows: set[int | None]
 
 
-def tree_states(model: nn.Module, batch: FlatBatch) -> Iterator[States]:
-    """Hidden states of all rows: first those with gradient, then, without any, those of probes.
+def tree_states(model: nn.Module, batch: TokenBatch) -> Iterator[States]:
+    """Hidden states of all rows: first those with gradient, then, without any, those of mismatched rows.
 
     Args:
         model: one that :func:`takes_trees`.
@@ -218,13 +218,13 @@ def tree_states(model: nn.Module, batch: FlatBatch) -> Iterator[States]:
         if loss is not None:
             carried[i] = loss.nonzero().squeeze(1).cpu()
     prompts: dict[int, list[int]] = {}
-    probe = batch.probe.tolist()
+    is_mismatched = batch.mismatched.tolist()
     for i, p in enumerate(batch.prompt.tolist()):
         prompts.setdefault(p, []).append(i)
     last: dict[int, Tensor] = {}  # hidden state of each prompt's last token
     kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     for mismatched in (False, True):
-        rows = {p: [i for i in own if probe[i] == mismatched] for p, own in prompts.items()}
+        rows = {p: [i for i in own if is_mismatched[i] == mismatched] for p, own in prompts.items()}
         rows = {p: own for p, own in rows.items() if own}
         if not rows:
             continue
@@ -239,7 +239,7 @@ def tree_states(model: nn.Module, batch: FlatBatch) -> Iterator[States]:
                 places.append((i, p, start, stop - start))
                 branches += [(start, stop)] if stop > start else []
             run.trees.append(Tree(here, tuple(branches), p, len(ids)))
-        more = not mismatched and any(probe)
+        more = not mismatched and any(is_mismatched)
         forest = Forest(run.trees, keep=more, kept=kept)
         ends = {tree.slot: tree.prompt[1] - 1 for tree in run.trees if tree.prompt[1] > tree.prompt[0]}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not mismatched):
@@ -257,13 +257,15 @@ def tree_states(model: nn.Module, batch: FlatBatch) -> Iterator[States]:
             targets=torch.cat([batch.completions[i][carried[i].to(device)] for i, *_ in places]),
             row=torch.cat([torch.full((len(carried[i]),), i) for i, *_ in places]).to(device),
             column=torch.cat([carried[i] for i, *_ in places]).to(device),
-            probes=mismatched,
+            mismatched=mismatched,
             windows=forest.windows,
         )
 
 
-def tree_logps(model: nn.Module, batch: FlatBatch, windows: set[int | None] | None = None) -> Tensor:
-    """Log-probs of the completion tokens under ``model``, as ``completion_logps`` gives them; probes without gradient.
+def tree_logps(model: nn.Module, batch: TokenBatch, windows: set[int | None] | None = None) -> Tensor:
+    """Log-probs of the completion tokens under ``model``, as ``completion_logps`` gives them.
+
+    Mismatched rows get no gradient.
 
     Args:
         model: one that :func:`takes_trees`.
@@ -278,7 +280,7 @@ def tree_logps(model: nn.Module, batch: FlatBatch, windows: set[int | None] | No
     out = torch.zeros(size, dtype=torch.float32, device=batch.prompt.device)
     head = parts(model)[1]
     for states in tree_states(model, batch):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not states.probes):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not states.mismatched):
             found = token_logps(head, states.hidden, states.targets)
         if windows is not None:
             windows |= states.windows
@@ -301,8 +303,8 @@ def _unseen(config: Any, windows: set[int | None]) -> str | None:
     return f"its sliding window of {window} is in its mask only" if window and used and window not in windows else None
 
 
-def made_up(model: nn.Module) -> FlatBatch:
-    """Five rows of three prompts, of 1 to 9 tokens, the last one a probe: to try a model out."""
+def self_test_batch(model: nn.Module) -> TokenBatch:
+    """Five rows of three prompts, of 1 to 9 tokens, the last one a mismatched row: to try a model out."""
     base = base_model(model)
     config = base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
     device = next(base.parameters()).device
@@ -312,13 +314,13 @@ def made_up(model: nn.Module) -> FlatBatch:
         # On the CPU, where the generator is, even while Lightning has new tensors made on a GPU.
         return torch.randint(0, min(config.vocab_size, 1000), (n,), generator=draw, device="cpu").to(device)
 
-    return FlatBatch(
+    return TokenBatch(
         prompts=[some(5), some(1), some(9)],
         completions=[some(4), some(1), some(6), some(3), some(2)],
         prompt=torch.tensor([0, 0, 1, 2, 2], device=device),
         desirable=torch.ones(5, dtype=torch.bool, device=device),
-        rival=torch.full((5,), -1, device=device),
-        probe=torch.tensor([False, False, False, False, True], device=device),
+        pair=torch.full((5,), -1, device=device),
+        mismatched=torch.tensor([False, False, False, False, True], device=device),
     )
 
 
@@ -331,7 +333,7 @@ def same(found: Tensor, wanted: Tensor, eps: float) -> bool:
     return bool((found - wanted).abs().max() <= most)
 
 
-def takes_trees(model: nn.Module, reference: Callable[[nn.Module, FlatBatch], Tensor]) -> str | None:
+def takes_trees(model: nn.Module, reference: Callable[[nn.Module, TokenBatch], Tensor]) -> str | None:
     """Makes ``model`` ready for :func:`tree_logps`; says why not where it is not fit for it.
 
     Found by trying: a few made-up rows must get the same log-probs as by ``reference``, row by row, and those of a row
@@ -351,7 +353,7 @@ def takes_trees(model: nn.Module, reference: Callable[[nn.Module, FlatBatch], Te
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1, 1.0):
             return f"its head has {name}"
-    batch = made_up(model)
+    batch = self_test_batch(model)
     # The first row in other words.
     other = (batch.completions[0] + 1) % min(config.vocab_size, 1000)
     changed = replace(batch, completions=[other, *batch.completions[1:]])

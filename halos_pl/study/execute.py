@@ -21,14 +21,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from halos_pl import stopping
-from halos_pl.checkpoint import LAST, PREVIOUS
-from halos_pl.cli import folder_last
-from halos_pl.ending import SUMMARY, shortfall
-from halos_pl.files import write
-from halos_pl.messages import counted, plain
-from halos_pl.study.evaluate import FILE, measured_how
+from halos_pl.cli.main import folder_last
+from halos_pl.common import stopping
+from halos_pl.common.files import write
+from halos_pl.common.messages import counted, plain
+from halos_pl.evaluation.evaluate import FILE, measured_how
 from halos_pl.study.plan import Checked, Run, Study, StudyError, command, measuring_of
+from halos_pl.training.checkpoint import LAST, PREVIOUS
+from halos_pl.training.ending import SUMMARY, shortfall
 
 STUDY = "study.yaml"
 OVER = "over.yaml"

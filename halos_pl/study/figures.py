@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
+from halos_pl.evaluation.evaluate import METRICS
 from halos_pl.study.comparison import Comparison
-from halos_pl.study.evaluate import METRICS
 from halos_pl.study.plan import Arm
 from halos_pl.study.results import Results
 

@@ -14,19 +14,19 @@ import numpy as np
 import torch
 import yaml
 
-from halos_pl.callbacks import CONFIG, SUMMARY
-from halos_pl.callbacks import METRICS as CURVES
 from halos_pl.conformance.check import reports
-from halos_pl.ending import shortfall
-from halos_pl.module import HALOModule
-from halos_pl.objective import HALO
-from halos_pl.study.evaluate import FILE, measured_how
+from halos_pl.evaluation.evaluate import FILE, measured_how
+from halos_pl.objective.halo import HALO
 from halos_pl.study.execute import PLAN, failure, state
 from halos_pl.study.plan import Run, Study
 from halos_pl.study.recorded import Figures, Key, Recorded
 from halos_pl.study.trivial import baselines, by_length, held_out_records, starts_of
-from halos_pl.trained import module_of_run
-from value_functions import beta_of
+from halos_pl.training.callbacks import CONFIG, SUMMARY
+from halos_pl.training.callbacks import METRICS as CURVES
+from halos_pl.training.ending import shortfall
+from halos_pl.training.module import HALOModule
+from halos_pl.training.trained import module_of_run
+from value_functions import reward_scale
 
 # Of a run's config: which run it is, and where.
 OWN = ("run_dir", "seed_everything", "default_root_dir")
@@ -82,7 +82,7 @@ def describe(study: Study, out: Path) -> Recorded:
 def _training(run: Run, module: HALOModule | None) -> dict[str, dict[str, float]]:
     """Training figures by step and outcomes of the last rows. Margins are in nats: of rewards without beta."""
     halo = module.halo if module is not None else None
-    beta = beta_of(halo.value_function) if halo is not None else 1.0
+    beta = reward_scale(halo.value_function) if halo is not None else 1.0
     found: dict[str, dict[str, float]] = {}
     for name, column in TRAINING.items():
         scale = beta if name == "training/margin" else 1.0

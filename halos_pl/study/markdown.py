@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from halos_pl.messages import plain
+from halos_pl.common.messages import plain
 
 # What Markdown would read as more than text, and only there: "beta * margin" and "[0.1, 0.2]" are none of it.
 _MARKUP = re.compile(r"[\\`|$]|[*~](?=\S)|(?<=\S)[*~]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])|^(?:[#=]|[+-](?!\d))|#$")

@@ -24,17 +24,17 @@ import numpy as np
 
 import halos_pl
 import value_functions
-from halos_pl.build import place_of
+from halos_pl.common.misplaced import misplaced, read_config
+from halos_pl.common.yaml_files import Lines, YAMLFileError
 from halos_pl.data.example import DataError
+from halos_pl.data.prompt_files import read_prompt_rows
 from halos_pl.data.prompts import TEXT_SETTINGS
-from halos_pl.ending import epoch_steps, fit_steps, shortfall
-from halos_pl.misplaced import misplaced, read_config
-from halos_pl.monitors import check_monitors
-from halos_pl.prompt_files import read_prompt_rows
-from halos_pl.study.evaluate import CODE, FILE, METRICS, RATIOS, SHARES, check_arguments, evaluate, measuring
-from halos_pl.study.judging import judged_by
+from halos_pl.evaluation.evaluate import CODE, FILE, METRICS, RATIOS, SHARES, check_arguments, evaluate, measuring
+from halos_pl.evaluation.judging import judged_by
+from halos_pl.objective.build import place_of
 from halos_pl.study.planned_power import assumed
-from halos_pl.yaml_files import Lines, YAMLFileError
+from halos_pl.training.ending import epoch_steps, fit_steps, shortfall
+from halos_pl.training.monitors import check_monitors
 
 KEYS = (
     *("configs", "options", "arms", "axes", "sample", "seeds", "evaluate", "metrics", "primary", "equivalence"),
@@ -508,7 +508,7 @@ def check(study: Study) -> dict[str, Checked]:
     Raises:
         StudyError: for the first arm that is not valid, and for two that come to the same.
     """
-    from halos_pl.lightning_cli import USER_ERRORS, HalosCLI
+    from halos_pl.cli.lightning_cli import USER_ERRORS, HalosCLI
 
     try:
         assumed(study)
@@ -585,7 +585,7 @@ def _parsed(study: Study) -> dict[str, Any]:
     Raises:
         StudyError: where it does not take them.
     """
-    from halos_pl.lightning_cli import tool_parser
+    from halos_pl.cli.lightning_cli import tool_parser
 
     said = io.StringIO()
     try:
@@ -679,7 +679,7 @@ def _check_held_out(study: Study, tokenizer: Any, data: Any) -> int:
                 f"{study.places['held_out']}: held_out: no row is left with a label, as none scores above or below"
                 f" others of its prompt ({counts['dropped_at_threshold']} were dropped)"
             )
-    paired = table.rival >= 0
+    paired = table.pair >= 0
     if paired.any() and not paired.all():
         raise StudyError(
             f"{study.places['evaluate']}: held_out: pairs and single rows; a study measures one or the other"

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from halos_pl.messages import counted
+from halos_pl.common.messages import counted
+from halos_pl.evaluation.evaluate import RATIOS, SHARES
 from halos_pl.study.comparison import ratio
-from halos_pl.study.evaluate import RATIOS, SHARES
 from halos_pl.study.power import FARTHEST, Noise, detectable, power
 from halos_pl.study.run_variance import Runs, run_variance
 from halos_pl.study.standard_error import MARGIN, heterogeneous_df

@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from halos_pl.files import write
-from halos_pl.messages import counted
+from halos_pl.common.files import write
+from halos_pl.common.messages import counted
 from halos_pl.study.plan import Study, StudyError
 
 VALUES = "values.csv.gz"

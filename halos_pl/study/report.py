@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader
 
-from halos_pl.files import write
-from halos_pl.messages import counted, plain
+from halos_pl.common.files import write
+from halos_pl.common.messages import counted, plain
+from halos_pl.evaluation.evaluate import METRICS, PER_TOKEN, RATIOS, SHARES
 from halos_pl.provenance import NO_CHECKOUT
 from halos_pl.study.comparison import Comparison
 from halos_pl.study.digits import decimals, number, of_comparison, of_estimate, p_value, short
-from halos_pl.study.evaluate import METRICS, PER_TOKEN, RATIOS, SHARES
 from halos_pl.study.figures import CURVES, NARROW, PICTURES, png, unit_of
 from halos_pl.study.first_line import first_line
 from halos_pl.study.headline import headline

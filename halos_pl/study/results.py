@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from halos_pl.evaluation.evaluate import METRICS, RATIOS, SHARES
 from halos_pl.study.comparison import Comparison
 from halos_pl.study.decisions import compare
-from halos_pl.study.evaluate import METRICS, RATIOS, SHARES
 from halos_pl.study.gather import describe, gather
 from halos_pl.study.plan import Arm, Run, Study
 from halos_pl.study.recorded import Recorded, read_recorded, write_recorded

@@ -8,13 +8,13 @@ from typing import Any
 
 import yaml
 
-from halos_pl.callbacks import CONFIG
-from halos_pl.study.evaluate import BEFORE as BEFORE_FILE
-from halos_pl.study.evaluate import measured_how
-from halos_pl.study.held_out import of_pairs, of_rows
-from halos_pl.study.measurement import ROWS
+from halos_pl.evaluation.evaluate import BEFORE as BEFORE_FILE
+from halos_pl.evaluation.evaluate import measured_how
+from halos_pl.evaluation.held_out import of_pairs, of_rows
+from halos_pl.evaluation.measurement import ROWS
 from halos_pl.study.plan import BEFORE, SHORTER, Run
 from halos_pl.study.recorded import Figures, Key
+from halos_pl.training.callbacks import CONFIG
 
 #: Accuracy on the pairs whose chosen completion has fewer, as many, and more words than the rejected one.
 STRATA = {

@@ -12,7 +12,7 @@ from halos_pl.data.table import Table
 
 
 def store(rows: Sequence[tuple[int, int, float, int]], path: str = "f.jsonl") -> Store:
-    """A store of rows (prompt, label, score, rival): prompt p has p % 3 + 1 tokens, the i-th row i % 5 + 1."""
+    """A store of rows (prompt, label, score, pair): prompt p has p % 3 + 1 tokens, the i-th row i % 5 + 1."""
     numbers = {p: i for i, p in enumerate(dict.fromkeys(p for p, *_ in rows))}
     tokens: list[int] = []
     prompts = []
@@ -20,8 +20,8 @@ def store(rows: Sequence[tuple[int, int, float, int]], path: str = "f.jsonl") ->
         prompts.append((len(tokens), p % 3 + 1, f"prompt{p:010d}".encode()))
         tokens += [1000 + p] * (p % 3 + 1)
     made: list[Any] = []
-    for i, (p, label, score, rival) in enumerate(rows):
-        made.append((numbers[p], len(tokens), i % 5 + 1, label, score, rival, i + 1, 0, i))
+    for i, (p, label, score, pair) in enumerate(rows):
+        made.append((numbers[p], len(tokens), i % 5 + 1, label, score, pair, i + 1, 0, i))
         tokens += [i] * (i % 5 + 1)
     return Store(
         path=path,

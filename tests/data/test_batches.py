@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from halos_pl.data.batches import LENGTH_WINDOW, Order, Row, Step, StepDataset, StepSampler, mismatches
-from halos_pl.outcomes import FlatBatch
+from halos_pl.batch import TokenBatch
+from halos_pl.data.batches import LENGTH_WINDOW, Order, Step, StepDataset, StepSampler, TokenizedRow, mismatches
 
 law = settings(max_examples=60, deadline=None, derandomize=True)
 groups = st.lists(st.integers(0, 4), max_size=7)
@@ -35,7 +35,7 @@ def dataset(
     prompts = sorted(set(prompt_of))
     n = len(prompt_of)
     rows = [
-        Row(prompts.index(p), 3, (100 + i,), i % 2 == 0, f"f:{i}", i ^ 1 if pairs else -1)
+        TokenizedRow(prompts.index(p), 3, (100 + i,), i % 2 == 0, f"f:{i}", i ^ 1 if pairs else -1)
         for i, p in enumerate(prompt_of)
     ]
     examples = [(i, i + 1) for i in range(0, n, 2)] if pairs else [(i,) for i in range(n)]
@@ -44,21 +44,21 @@ def dataset(
         rows,
         examples,
         max_length=max_length,
-        probes=True,
+        mismatched=True,
         seed=seed,
         rank=rank,
         world_size=world_size,
     )
 
 
-def table(batch: FlatBatch) -> list[tuple[tuple[int, ...], tuple[int, ...], bool, bool, str]]:
-    """(prompt, completion, desirable, probe, name) of each row."""
+def table(batch: TokenBatch) -> list[tuple[tuple[int, ...], tuple[int, ...], bool, bool, str]]:
+    """(prompt, completion, desirable, mismatched row, name) of each row."""
     return [
         (
             tuple(batch.prompts[p].tolist()),
             tuple(batch.completions[i].tolist()),
             bool(batch.desirable[i]),
-            bool(batch.probe[i]),
+            bool(batch.mismatched[i]),
             batch.row_ids[i],
         )
         for i, p in enumerate(batch.prompt.tolist())
@@ -118,24 +118,24 @@ def test_laws_of_a_step(prompt_of: list[int], batch_size: int, world_size: int, 
     others = [Step(0, k, tuple(draw.choices(range(len(whole)), k=draw.randint(world_size, 9)))) for k in range(3)]
     for step in [*sampler, *others]:
         batch = whole[step]
-        rows, probes = [r for r in table(batch) if not r[3]], [r for r in table(batch) if r[3]]
-        # The step's rows, each with one probe that has its prompt and a completion of another.
-        assert len(rows) == len(probes) == sum(len(whole.examples[e]) for e in step.examples)
-        assert Counter(x for x, *_ in rows) == Counter(x for x, *_ in probes)
-        assert all(prompt_of[y[0] - 100] != x[0] for x, y, *_ in probes)
+        rows, mismatched = [r for r in table(batch) if not r[3]], [r for r in table(batch) if r[3]]
+        # The step's rows, each with one mismatched row that has its prompt and a completion of another.
+        assert len(rows) == len(mismatched) == sum(len(whole.examples[e]) for e in step.examples)
+        assert Counter(x for x, *_ in rows) == Counter(x for x, *_ in mismatched)
+        assert all(prompt_of[y[0] - 100] != x[0] for x, y, *_ in mismatched)
         if 2 * max(Counter(x for x, *_ in rows).values()) <= len(rows):
-            assert Counter(y for _, y, *_ in rows) == Counter(y for _, y, *_ in probes)
-        # Names, labels, rivals, shared prompts.
+            assert Counter(y for _, y, *_ in rows) == Counter(y for _, y, *_ in mismatched)
+        # Names, labels, paired completions, shared prompts.
         assert all(name == f"f:{y[0] - 100}" and d == (y[0] % 2 == 0) for _, y, d, _, name in rows)
-        assert all(name.endswith(f" with f:{y[0] - 100}") and not d for _, y, d, _, name in probes)
+        assert all(name.endswith(f" with f:{y[0] - 100}") and not d for _, y, d, _, name in mismatched)
         assert len(batch.prompts) == len({tuple(p.tolist()) for p in batch.prompts})
-        rivals = batch.rival.tolist()
-        for i, rival in enumerate(rivals):
-            assert (rival == -1) == (not pairs or bool(batch.probe[i]))
-            if rival != -1:
-                assert rivals[rival] == i
-                assert abs(int(batch.completions[rival]) - int(batch.completions[i])) == 1
-                assert batch.prompt[rival] == batch.prompt[i]
+        pair_of = batch.pair.tolist()
+        for i, pair in enumerate(pair_of):
+            assert (pair == -1) == (not pairs or bool(batch.mismatched[i]))
+            if pair != -1:
+                assert pair_of[pair] == i
+                assert abs(int(batch.completions[pair]) - int(batch.completions[i])) == 1
+                assert batch.prompt[pair] == batch.prompt[i]
         # Ranks share the step among them and nobody is left without a row.
         shares = [table(part[step]) for part in parts]
         assert all(shares)
@@ -144,20 +144,20 @@ def test_laws_of_a_step(prompt_of: list[int], batch_size: int, world_size: int, 
 
 @given(prompts=st.lists(st.integers(0, 3), min_size=2, max_size=12).filter(lambda p: len(set(p)) > 1), seed=seeds)
 @law
-def test_steps_of_one_row_take_their_probe_from_the_data_set(prompts: list[int], seed: int) -> None:
+def test_steps_of_one_row_take_their_mismatched_row_from_the_data_set(prompts: list[int], seed: int) -> None:
     data = dataset(prompts, seed=seed)
     for step in StepSampler(Order(len(prompts), seed=seed), batch_size=1):
-        (x, *_), (probe_x, probe_y, *_) = table(data[step])
-        assert x == probe_x
-        assert prompts[probe_y[0] - 100] != x[0]
+        (x, *_), (mismatched_x, mismatched_y, *_) = table(data[step])
+        assert x == mismatched_x
+        assert prompts[mismatched_y[0] - 100] != x[0]
 
 
 def test_missing_partners_come_from_outside_the_step_and_are_distinct_where_possible() -> None:
     data = dataset([0] * 6 + [1] * 5)
     for index in range(20):
-        probes = [r for r in table(data[Step(0, index, (0, 1, 2, 3, 4, 6))]) if r[3]]
+        mismatched = [r for r in table(data[Step(0, index, (0, 1, 2, 3, 4, 6))]) if r[3]]
         # Row 6 lends its completion once, the rows outside the step once each.
-        assert {y[0] - 100 for x, y, *_ in probes if x[0] == 0} == {6, 7, 8, 9, 10}
+        assert {y[0] - 100 for x, y, *_ in mismatched if x[0] == 0} == {6, 7, 8, 9, 10}
 
 
 def test_one_prompt_alone_is_refused() -> None:
@@ -165,14 +165,14 @@ def test_one_prompt_alone_is_refused() -> None:
         dataset([1, 1, 1])
 
 
-def test_a_probe_fits_the_length() -> None:
-    rows = [Row(0, 5, (9,), True, "a:1"), Row(1, 2, (9, 8, 7, 6), True, "a:2")]
-    data = StepDataset([[1, 2, 3, 4, 5], [1, 2]], rows, [(0,), (1,)], max_length=6, probes=True)
-    by_probe: dict[bool, set[object]] = {False: set(), True: set()}
-    for x, y, _, probe, _ in table(data[Step(0, 0, (0, 1))]):
-        by_probe[probe].add((x, y))
-    assert by_probe[True] == {((4, 5), (9, 8, 7, 6)), ((1, 2), (9,))}
-    assert by_probe[False] == {((1, 2, 3, 4, 5), (9,)), ((1, 2), (9, 8, 7, 6))}
+def test_a_mismatched_row_fits_the_length() -> None:
+    rows = [TokenizedRow(0, 5, (9,), True, "a:1"), TokenizedRow(1, 2, (9, 8, 7, 6), True, "a:2")]
+    data = StepDataset([[1, 2, 3, 4, 5], [1, 2]], rows, [(0,), (1,)], max_length=6, mismatched=True)
+    by_mismatched: dict[bool, set[object]] = {False: set(), True: set()}
+    for x, y, _, mismatched, _ in table(data[Step(0, 0, (0, 1))]):
+        by_mismatched[mismatched].add((x, y))
+    assert by_mismatched[True] == {((4, 5), (9, 8, 7, 6)), ((1, 2), (9,))}
+    assert by_mismatched[False] == {((1, 2, 3, 4, 5), (9,)), ((1, 2), (9, 8, 7, 6))}
 
 
 def test_mismatches_differ_between_epochs_steps_and_seeds() -> None:
@@ -192,7 +192,7 @@ def test_workers_make_the_same_batches(workers: int) -> None:
     assert [table(batch) for batch in loaded] == [table(batch) for batch in expected]
     for one, two in zip(loaded, expected, strict=True):
         assert [t.dtype for t in one.prompts] == [t.dtype for t in two.prompts]
-        for name in ("prompt", "desirable", "rival", "probe"):
+        for name in ("prompt", "desirable", "pair", "mismatched"):
             assert torch.equal(getattr(one, name), getattr(two, name))
             assert getattr(one, name).dtype == getattr(two, name).dtype
 
@@ -205,7 +205,7 @@ def test_a_large_step_from_a_worker_needs_few_open_files() -> None:
     assert [len(batch) for batch in loader] == [3000, 3000]
 
 
-def identity(batch: FlatBatch) -> FlatBatch:
+def identity(batch: TokenBatch) -> TokenBatch:
     return batch
 
 
@@ -375,7 +375,7 @@ def test_copies_of_an_example_are_not_compared_with_each_other(lengths: Any) -> 
     steps = [order[i : i + 5] for i in range(0, 20, 5)]
     assert lengths is None or all(len(set(step)) == 5 for step in steps)
     data = StepDataset(
-        [[1], [2]], [Row(i // 2, 1, (9,), True, f"a:{i}") for i in range(4)], [(0, 1), (2, 3)], max_length=6
+        [[1], [2]], [TokenizedRow(i // 2, 1, (9,), True, f"a:{i}") for i in range(4)], [(0, 1), (2, 3)], max_length=6
     )
     batch = data[Step(0, 0, (0, 1, 0))]
     one, two, three = batch.group.view(3, 2)

@@ -19,14 +19,14 @@ from run_halos import quiet_trainer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from halos_pl.batch import Needs, TokenBatch
 from halos_pl.data import DataError, FeedbackDataModule, Source, store
-from halos_pl.data.batches import Row, Step, StepDataset
+from halos_pl.data.batches import Step, StepDataset, TokenizedRow
 from halos_pl.data.datamodule import ControlTokens
 from halos_pl.data.transforms import FlipLabels, OnePerPrompt, Pair, ThresholdScores
-from halos_pl.outcomes import FlatBatch, Needs
 
-KTO = Needs(reference=True, probes=True, undesirable=True)
-DPO = Needs(reference=True, rivals=True, undesirable=True)
+KTO = Needs(reference=True, mismatched=True, undesirable=True)
+DPO = Needs(reference=True, pairs=True, undesirable=True)
 SFT = Needs()
 
 
@@ -60,19 +60,19 @@ def text(ids: Tensor) -> str:
 
 
 def train_rows(data: FeedbackDataModule, epoch: int = 0) -> list[list[tuple[str, str, bool, bool, str]]]:
-    """(prompt, completion, desirable, probe, name) of every row of every step of an epoch."""
+    """(prompt, completion, desirable, mismatched row, name) of every row of every step of an epoch."""
     loader = data.train_dataloader()
     loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
     return [rows(batch) for batch in loader]
 
 
-def rows(batch: FlatBatch) -> list[tuple[str, str, bool, bool, str]]:
+def rows(batch: TokenBatch) -> list[tuple[str, str, bool, bool, str]]:
     return [
         (
             text(batch.prompts[int(batch.prompt[i])]),
             text(batch.completions[i]),
             bool(batch.desirable[i]),
-            bool(batch.probe[i]),
+            bool(batch.mismatched[i]),
             batch.row_ids[i],
         )
         for i in range(len(batch))
@@ -96,7 +96,7 @@ def test_binary_rows_enter_once_an_epoch(tmp_path: Path) -> None:
     assert train_rows(data, epoch=1) != steps
 
 
-def test_pairs_without_rivals_are_unpaired_before_shuffling(tmp_path: Path) -> None:
+def test_pairs_without_pairs_are_unpaired_before_shuffling(tmp_path: Path) -> None:
     data = set_up(KTO, train=write_jsonl(tmp_path / "a.jsonl", pairs(64)), batch_size=16)
     steps = [[row for row in step if not row[3]] for step in train_rows(data)]
     assert [len(step) for step in steps] == [16] * 8
@@ -109,21 +109,21 @@ def test_pairs_without_rivals_are_unpaired_before_shuffling(tmp_path: Path) -> N
     }
 
 
-def test_pairs_with_rivals_stay_together(tmp_path: Path) -> None:
+def test_pairs_with_pairs_stay_together(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", pairs())
-    data = set_up(DPO | Needs(probes=True), train=path, batch_size=4)
+    data = set_up(DPO | Needs(mismatched=True), train=path, batch_size=4)
     sizes = []
     for batch in data.train_dataloader():
-        n = int((~batch.probe).sum())
+        n = int((~batch.mismatched).sum())
         sizes.append(n)
-        assert batch.rival.tolist() == [i ^ 1 for i in range(n)] + [-1] * n
+        assert batch.pair.tolist() == [i ^ 1 for i in range(n)] + [-1] * n
         assert batch.desirable.tolist() == [True, False] * (n // 2) + [False] * n
         assert batch.row_ids[0].removesuffix("#chosen") == batch.row_ids[1].removesuffix("#rejected")
     assert sizes == [8, 8, 4]
     assert data.counts()["train"][path]["pairs"] == 10
 
 
-def test_binary_data_do_not_suit_an_objective_with_rivals(tmp_path: Path) -> None:
+def test_binary_data_do_not_suit_an_objective_with_pairs(tmp_path: Path) -> None:
     good, bad = write_jsonl(tmp_path / "a.jsonl", pairs()), write_jsonl(tmp_path / "b.jsonl", binary())
     with pytest.raises(DataError, match=r"b\.jsonl:1: .*compares the two completions.*chosen and rejected"):
         set_up(DPO, train=[good, bad])
@@ -158,20 +158,20 @@ def test_rows_of_a_prompt_stay_together_where_they_are_compared(tmp_path: Path) 
             prompts = {text(batch.prompts[int(batch.prompt[i])]) for i in members}
             assert all(min(prompts).endswith(p) or p.endswith(min(prompts)) for p in prompts)
             seen.append(group)
-        assert bool((batch.rival < 0).all())
+        assert bool((batch.pair < 0).all())
     assert len(seen) == len(set(seen)) == 10
 
 
-def test_pairs_of_a_prompt_keep_their_rivals_within_its_group(tmp_path: Path) -> None:
+def test_pairs_of_a_prompt_keep_their_pairs_within_its_group(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [row | {"prompt": f"p{i % 4}"} for i, row in enumerate(pairs(12))])
     data = set_up(DPO | Needs(groups=True), train=path, batch_size=2)
     sizes = []
     for batch in data.train_dataloader():
         sizes.append(len(batch))
-        rival = batch.rival
-        assert torch.equal(rival[rival], torch.arange(len(batch)))
+        pair = batch.pair
+        assert torch.equal(pair[pair], torch.arange(len(batch)))
         names = [batch.row_ids[i].split("#") for i in range(len(batch))]
-        assert all(names[i][0] == names[j][0] and names[i][1] != names[j][1] for i, j in enumerate(rival.tolist()))
+        assert all(names[i][0] == names[j][0] and names[i][1] != names[j][1] for i, j in enumerate(pair.tolist()))
     assert sizes == [12, 12]
 
 
@@ -185,7 +185,7 @@ def test_control_tokens_stand_between_prompt_and_completion(tmp_path: Path) -> N
         n = len(step) // 2
         for row, old in zip(step[:n], before[:n], strict=True):
             assert row == (old[0] + said[old[2]], *old[1:])
-        for i, (row, old) in enumerate(zip(step[n:], before[n:], strict=True)):  # a probe has its prompt's own
+        for i, (row, old) in enumerate(zip(step[n:], before[n:], strict=True)):  # a mismatched row has its prompt's own
             assert row == (old[0] + said[step[i][2]], *old[1:])
     cut = set_up(KTO, train=path, batch_size=4, max_length=16, control_tokens=control)
     for batch in cut.train_dataloader():
@@ -255,7 +255,7 @@ def test_a_pair_is_cut_and_dropped_as_one(tmp_path: Path) -> None:
 # Independence
 
 
-@pytest.mark.parametrize("needs", [KTO, DPO | Needs(probes=True)])
+@pytest.mark.parametrize("needs", [KTO, DPO | Needs(mismatched=True)])
 @pytest.mark.parametrize("size", [7, 10])
 def test_ranks_and_workers_do_not_change_a_step(tmp_path: Path, needs: Needs, size: int) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", pairs(size))
@@ -269,8 +269,8 @@ def test_ranks_and_workers_do_not_change_a_step(tmp_path: Path, needs: Needs, si
         together = [Counter(row for part in parts for row in part) for parts in zip(*ranks, strict=True)]
         assert together[0] == Counter(whole[0])
         assert all(all(part) for part in zip(*ranks, strict=True))
-        own = Counter(name for step in together for *_, probe, name in step.elements() if not probe)
-        assert own == Counter(name for step in whole for *_, probe, name in step if not probe)
+        own = Counter(name for step in together for *_, mismatched, name in step.elements() if not mismatched)
+        assert own == Counter(name for step in whole for *_, mismatched, name in step if not mismatched)
 
 
 def test_global_seed_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,18 +392,18 @@ class Recorder(LightningModule):
         self.tokenizer, self.objective = tokenizer(), SimpleNamespace(needs=needs)
         self.seen: dict[str, list[list[str]]] = {"train": [], "validation": [], "test": []}
 
-    def training_step(self, batch: FlatBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: TokenBatch, batch_idx: int) -> Tensor:
         self.seen["train"].append(batch.row_ids)
         return self.weight * len(batch)
 
-    def validation_step(self, batch: FlatBatch, batch_idx: int) -> None:
+    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         self.seen["validation"].append(batch.row_ids)
 
-    def test_step(self, batch: FlatBatch, batch_idx: int) -> None:
+    def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
         self.seen["test"].append(batch.row_ids)
 
-    def predict_step(self, batch: FlatBatch, batch_idx: int) -> list[str]:
-        return [name for name, probe in zip(batch.row_ids, batch.probe, strict=True) if not probe]
+    def predict_step(self, batch: TokenBatch, batch_idx: int) -> list[str]:
+        return [name for name, mismatched in zip(batch.row_ids, batch.mismatched, strict=True) if not mismatched]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -591,10 +591,10 @@ def test_pairs_may_stay_together_under_an_objective_that_does_not_compare_them(t
     path = write_jsonl(tmp_path / "a.jsonl", pairs(8))
     data = set_up(KTO, train=path, keep_together="pairs", batch_size=2)
     for batch in data.train_dataloader():
-        own = (~batch.probe).nonzero().squeeze(1)
+        own = (~batch.mismatched).nonzero().squeeze(1)
         assert len(own) == 4
-        assert torch.equal(batch.rival[batch.rival[own]], own)
-        assert torch.equal(batch.group[own], batch.group[batch.rival[own]])
+        assert torch.equal(batch.pair[batch.pair[own]], own)
+        assert torch.equal(batch.group[own], batch.group[batch.pair[own]])
     together = set_up(KTO, train=write_jsonl(tmp_path / "b.jsonl", binary(12, prompts=4)), keep_together="prompts")
     [batch] = together.train_dataloader()
     assert len(batch) == 24
@@ -605,7 +605,7 @@ def test_classes_are_balanced_and_lengths_grouped(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     balanced = set_up(KTO, train=path, balance_classes=True, batch_size=8)
     for batch in balanced.train_dataloader():
-        assert abs(int(batch.desirable[~batch.probe].sum()) - 6) <= 1
+        assert abs(int(batch.desirable[~batch.mismatched].sum()) - 6) <= 1
     grouped = set_up(SFT | Needs(undesirable=True), train=path, group_by_length=True, batch_size=8)
     spans = []
     for batch in grouped.train_dataloader():
@@ -613,7 +613,7 @@ def test_classes_are_balanced_and_lengths_grouped(tmp_path: Path) -> None:
         spans.append(max(lengths) - min(lengths))
     assert sum(spans) <= 55
     both = set_up(KTO, train=path, balance_classes=True, group_by_length=True, batch_size=8)
-    seen = [name for step in train_rows(both) for *_, probe, name in step if not probe]
+    seen = [name for step in train_rows(both) for *_, mismatched, name in step if not mismatched]
     assert len(set(seen)) == len(seen) == 40
 
 
@@ -646,7 +646,7 @@ def test_a_data_set_of_the_hub_is_read_row_by_row(tmp_path: Path, monkeypatch: p
     counts = data.counts()["train"]["owner/feedback[train]"]
     assert counts["rows"] == 20
     assert asked[-1]["streaming"] is True
-    names = [name for step in train_rows(data) for *_, probe, name in step if not probe]
+    names = [name for step in train_rows(data) for *_, mismatched, name in step if not mismatched]
     assert sorted(names)[0] == "owner/feedback[train]:1"
 
 
@@ -791,7 +791,7 @@ def test_pairs_that_a_threshold_puts_on_one_side_are_pairs_no_longer(tmp_path: P
         set_up(DPO, train=path, transforms=[relabel])
     data = set_up(KTO, train=path, transforms=[relabel], keep_together="pairs")
     [batch] = data.train_dataloader()
-    assert int((batch.rival >= 0).sum()) == 2
+    assert int((batch.pair >= 0).sum()) == 2
     assert data.counts()["train"]["transforms"][0]["unpaired"] == 2
 
 
@@ -836,7 +836,7 @@ def test_a_checkpoint_knows_what_mismatched_prompts_were_cut_to(tmp_path: Path) 
 
 def test_a_cut_prompt_keeps_its_first_special_token() -> None:
     prompts = [[1, *range(10, 30)], [2, *range(10, 30)]]
-    rows = [Row(i, 8, [5], True, f"r{i}") for i in range(2)]
+    rows = [TokenizedRow(i, 8, [5], True, f"r{i}") for i in range(2)]
     data = StepDataset(prompts, rows, [(0,), (1,)], max_length=9, prefix=[1])
     batch = data[Step(0, 0, (0, 1))]
     assert [p.tolist() for p in batch.prompts] == [[1, *range(23, 30)], [*range(22, 30)]]
@@ -857,10 +857,10 @@ def test_pairs_beside_single_rows_stay_pairs(tmp_path: Path, needs: Needs) -> No
     two = [write_jsonl(tmp_path / "pairs.jsonl", pairs(3)), write_jsonl(tmp_path / "thumbs.jsonl", binary(4))]
     data = set_up(needs, train=two, validation=two, batch_size=9)
     loaders: list[Any] = [data.train_dataloader(), data.val_dataloader()]
-    assert [int((batch.rival >= 0).sum()) for [batch, *_] in loaders] == [0, 6]
+    assert [int((batch.pair >= 0).sum()) for [batch, *_] in loaders] == [0, 6]
     assert data.counts()["validation"][two[0]]["pairs"] == 3
     [batch] = set_up(needs, train=two, keep_together="pairs", batch_size=9).train_dataloader()
-    own = batch.rival[~batch.probe]
+    own = batch.pair[~batch.mismatched]
     assert (len(own), int((own >= 0).sum())) == (10, 6)
 
 
@@ -868,7 +868,7 @@ def test_prompts_stay_together_also_where_the_objective_wants_pairs(tmp_path: Pa
     rows = [{"prompt": f"p{i % 3}", "chosen": f"good{i}", "rejected": f"bad{i}"} for i in range(9)]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     for batch in set_up(DPO, train=path, keep_together="prompts", batch_size=1).train_dataloader():
-        assert (len(batch), len(set(batch.group.tolist())), int((batch.rival < 0).sum())) == (6, 1, 0)
+        assert (len(batch), len(set(batch.group.tolist())), int((batch.pair < 0).sum())) == (6, 1, 0)
 
 
 @pytest.mark.parametrize("needs", [KTO, DPO, SFT])
@@ -877,14 +877,14 @@ def test_no_row_is_longer_than_the_data_say(tmp_path: Path, needs: Needs) -> Non
         tmp_path / "a.jsonl", [{**row, "prompt": row["prompt"] * (i + 1)} for i, row in enumerate(pairs())]
     )
     for most in (24, 64, 512):
-        data = set_up(needs, train=path, max_length=most, control_tokens=None if needs.probes else ControlTokens())
+        data = set_up(needs, train=path, max_length=most, control_tokens=None if needs.mismatched else ControlTokens())
         lengths = [
             len(batch.prompts[int(p)]) + len(completion)
             for batch in data.train_dataloader()
             for p, completion in zip(batch.prompt, batch.completions, strict=True)
         ]
         assert max(lengths) <= data.longest <= most
-        assert needs.probes or max(lengths) == data.longest
+        assert needs.mismatched or max(lengths) == data.longest
 
 
 def test_the_setting_that_is_too_small_is_the_one_that_is_named(tmp_path: Path) -> None:

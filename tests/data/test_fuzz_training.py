@@ -19,10 +19,10 @@ from test_datamodule import set_up
 from test_fuzz_read import LIMITS, Case, cases
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from halos_pl.build import load_objective
+from halos_pl.batch import LogProbBatch, TokenBatch
 from halos_pl.data import DataError
-from halos_pl.objective import Objective
-from halos_pl.outcomes import FlatBatch, Rows
+from halos_pl.objective.build import load_objective
+from halos_pl.objective.halo import Objective
 from halos_pl.policy.logprobs import completion_logps, completion_mask
 
 _numbers = itertools.count()
@@ -70,10 +70,12 @@ def model() -> Any:
     return LlamaForCausalLM(config)
 
 
-def loss(objective: Objective, model: Any, batch: FlatBatch) -> torch.Tensor:
+def loss(objective: Objective, model: Any, batch: TokenBatch) -> torch.Tensor:
     logps = completion_logps(model, batch)
-    who = (batch.desirable, batch.rival, batch.probe, batch.group)
-    return objective(Rows(logps, logps.detach() - 0.1 * (logps.detach() != 0), completion_mask(batch), *who)).loss
+    who = (batch.desirable, batch.pair, batch.mismatched, batch.group)
+    return objective(
+        LogProbBatch(logps, logps.detach() - 0.1 * (logps.detach() != 0), completion_mask(batch), *who)
+    ).loss
 
 
 def check(case: Case, chosen: dict[str, Any], model: Any, folder: Path) -> None:
@@ -98,7 +100,7 @@ def check(case: Case, chosen: dict[str, Any], model: Any, folder: Path) -> None:
     assert chosen["on_bad_rows"] == "skip" or counts["faulty"] == 0
     trained = 0
     for batch in data.train_dataloader():
-        trained += int((~batch.probe).sum())
+        trained += int((~batch.mismatched).sum())
         value = loss(objective, model, batch)
         assert bool(value.isfinite())
         if value.requires_grad:

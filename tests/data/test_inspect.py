@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from halos_pl.cli import main
+from halos_pl.cli.inspect import PERCENTILES, Inspection, inspect, lambdas, page, show
+from halos_pl.cli.main import main
 from halos_pl.data import Source
-from halos_pl.data.inspect import PERCENTILES, Inspection, inspect, lambdas, page, show
 from halos_pl.data.prompts import counted
 
 

@@ -14,8 +14,8 @@ from chat_templates import FORMS, MARKED, TEMPLATES, shipped, stub
 from conftest import byte_level_tokenizer, write_jsonl
 from transformers import PreTrainedTokenizerBase
 
+from halos_pl.cli.inspect import inspect
 from halos_pl.data.example import Example, Skipped
-from halos_pl.data.inspect import inspect
 from halos_pl.data.read import read
 from halos_pl.data.source import Source
 from halos_pl.data.store import open_store

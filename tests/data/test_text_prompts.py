@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import byte_level_tokenizer, write_jsonl
 
+from halos_pl.cli.inspect import inspect
 from halos_pl.data.columns import prompt_in_context
 from halos_pl.data.example import Example, Fault
-from halos_pl.data.inspect import inspect
 from halos_pl.data.prompts import asked, convention, text_settings
 from halos_pl.data.read import read
 from halos_pl.data.source import Source

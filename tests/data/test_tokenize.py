@@ -14,8 +14,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from halos_pl.data.tokenize import Encoder, encode_batch, encode_completion, encode_prompt
-from halos_pl.generate import Sample
-from halos_pl.sampled_text import sampled_texts
+from halos_pl.policy.sampled_text import sampled_texts
+from halos_pl.policy.sampling import Sample
 
 BOS_CHATML = "{{ bos_token }}" + CHATML
 SAY = [{"role": "user", "content": "Say something"}]

@@ -49,11 +49,11 @@ def names(made: Table) -> list[str]:
 
 
 def consistent(made: Table) -> None:
-    """Rivals name each other, are of the same prompt and of opposite labels."""
-    own = (made.rival >= 0).nonzero()[0]
-    assert np.array_equal(made.rival[made.rival[own]], own)
-    assert np.array_equal(made.prompt[made.rival[own]], made.prompt[own])
-    assert np.array_equal(made.label[made.rival[own]], 1 - made.label[own])
+    """Paired completions name each other, are of the same prompt and of opposite labels."""
+    own = (made.pair >= 0).nonzero()[0]
+    assert np.array_equal(made.pair[made.pair[own]], own)
+    assert np.array_equal(made.prompt[made.pair[own]], made.prompt[own])
+    assert np.array_equal(made.label[made.pair[own]], 1 - made.label[own])
 
 
 EVERY = [
@@ -117,7 +117,7 @@ def test_a_pair_is_flipped_as_one(count: int, share: float, seed: int) -> None:
     given_table = pairs(count)
     made, counts = FlipLabels(share=share)(given_table, Random(seed))
     changed = made.label != given_table.label
-    assert np.array_equal(changed, changed[made.rival])
+    assert np.array_equal(changed, changed[made.pair])
     assert counts["flipped"] == int(changed.sum()) // 2 == round(share * count)
 
 
@@ -137,7 +137,7 @@ def test_a_contradiction_of_a_pair_is_a_pair() -> None:
     made, counts = Contradict(share=1.0)(pairs(3), Random(0))
     assert counts["added"] == 6
     consistent(made)
-    assert (made.rival >= 0).all()
+    assert (made.pair >= 0).all()
 
 
 def test_scores_of_flipped_rows_are_mirrored_within_their_prompt() -> None:
@@ -197,7 +197,7 @@ def test_labels_stay_unless_they_are_to_be_decided_anew() -> None:
 def test_unpair_and_pair_are_inverse_where_a_prompt_has_one_pair() -> None:
     apart, counts = Unpair()(pairs(4), Random(0))
     assert counts == {"unpaired": 4}
-    assert (apart.rival == -1).all()
+    assert (apart.pair == -1).all()
     again, counts = Pair()(apart, Random(0))
     assert counts == {"pairs": 4, "dropped_without_partner": 0}
     for name in COLUMNS:
@@ -230,7 +230,7 @@ def test_pairs_are_of_a_higher_and_a_lower_score(rows: list[tuple[int, int]]) ->
     everything, counts = Pair(which="all")(given_table, Random(0))
     expected = {(i, j) for i, (p, s) in enumerate(rows) for j, (q, t) in enumerate(rows) if p == q and s > t}
     chosen = everything.label == 1
-    found = list(zip(everything.row[chosen].tolist(), everything.row[everything.rival[chosen]].tolist(), strict=True))
+    found = list(zip(everything.row[chosen].tolist(), everything.row[everything.pair[chosen]].tolist(), strict=True))
     assert len(found) == len(set(found))
     assert set(found) == expected
     assert counts["dropped_without_partner"] == len(rows) - len({i for pair in expected for i in pair})
@@ -264,8 +264,8 @@ def test_a_selection_keeps_what_is_in_it(given_table: Table, data: Any) -> None:
     made = given_table.select(kept)
     consistent(made)
     assert made.row.tolist() == given_table.row[kept].tolist()
-    both = {i for i in kept.nonzero()[0] if given_table.rival[i] >= 0 and kept[given_table.rival[i]]}
-    assert int((made.rival >= 0).sum()) == len(both)
+    both = {i for i in kept.nonzero()[0] if given_table.pair[i] >= 0 and kept[given_table.pair[i]]}
+    assert int((made.pair >= 0).sum()) == len(both)
 
 
 def test_equal_prompts_of_two_sources_are_one_prompt() -> None:

@@ -26,10 +26,10 @@ from run_halos import EXAMPLES, ROOT, fit, metrics
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from halos_pl.lightning_cli import HalosCLI
-from halos_pl.module import build_objective
-from halos_pl.objective import Objective
-from halos_pl.outcomes import Rows
+from halos_pl.batch import LogProbBatch
+from halos_pl.cli.lightning_cli import HalosCLI
+from halos_pl.objective.halo import Objective
+from halos_pl.training.module import build_objective
 
 FOLDER = ROOT / "experiments" / "objectives"
 FILES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -41,14 +41,14 @@ class Recorded:
     """One optimizer step of a fit.
 
     Attributes:
-        names, probe: of its rows, in the order of the batch.
+        names, mismatched row: of its rows, in the order of the batch.
         weights: of the policy before the step; of an adapter, merged into the model's own.
         gradient: of each trained parameter, before clipping.
         logged: the step's line in ``metrics.csv``.
     """
 
     names: list[str]
-    probe: list[bool]
+    mismatched: list[bool]
     weights: Weights
     gradient: Weights = field(default_factory=dict)
     logged: dict[str, float] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Recorder(Callback):
         if hasattr(policy, "merge_and_unload"):
             policy = deepcopy(policy).merge_and_unload()
         weights = {name: weight.detach().clone() for name, weight in policy.state_dict().items()}
-        self.steps.append(Recorded(batch.row_ids, batch.probe.tolist(), weights))
+        self.steps.append(Recorded(batch.row_ids, batch.mismatched.tolist(), weights))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         parameters = pl_module.policy.named_parameters()
@@ -151,12 +151,12 @@ class Rescorer:
         """Prompt's text and ids, completion's ids and label of each row of a step."""
         control = LOSSES[objective].control
         found = []
-        for name, probe in zip(step.names, step.probe, strict=True):
-            # A probe "A with B" has the prompt of A and the completion of B.
+        for name, mismatched in zip(step.names, step.mismatched, strict=True):
+            # A mismatched row "A with B" has the prompt of A and the completion of B.
             sides = [self.text(side) for side in name.split(" with ")]
-            assert len(sides) == 1 + probe
+            assert len(sides) == 1 + mismatched
             assert len({prompt for prompt, *_ in sides}) == len(sides)
-            label = sides[0][2] and not probe
+            label = sides[0][2] and not mismatched
             prompt = self.ids(sides[0][0]) + (self.ids(control[not label]) if control else [])
             found.append((sides[0][0], prompt, [*self.ids(sides[-1][1]), self.tokenizer.eos_token_id], label))
         return found
@@ -172,11 +172,11 @@ class Rescorer:
         with torch.no_grad():
             reference = [self.logps(self.reference, prompt, completion) for _, prompt, completion, _ in rows]
         places = {name: i for i, name in enumerate(recorded.names)}
-        rival = []
-        for name, is_probe in zip(recorded.names, recorded.probe, strict=True):
+        pair = []
+        for name, is_mismatched in zip(recorded.names, recorded.mismatched, strict=True):
             stem, _, side = name.rpartition("#")
-            paired = LOSSES[objective].data == "pairs" and not is_probe
-            rival.append(places[f"{stem}#{'rejected' if side == 'chosen' else 'chosen'}"] if paired else -1)
+            paired = LOSSES[objective].data == "pairs" and not is_mismatched
+            pair.append(places[f"{stem}#{'rejected' if side == 'chosen' else 'chosen'}"] if paired else -1)
         prompts = [text for text, *_ in rows]
         padded = torch.nn.utils.rnn.pad_sequence
         return Step(
@@ -184,8 +184,8 @@ class Rescorer:
             reference=padded(reference, batch_first=True),
             mask=padded([torch.ones(len(p), dtype=torch.bool) for p in policy], batch_first=True),
             desirable=torch.tensor([label for *_, label in rows]),
-            rival=torch.tensor(rival),
-            probe=torch.tensor(recorded.probe),
+            pair=torch.tensor(pair),
+            mismatched=torch.tensor(recorded.mismatched),
             prompt=torch.tensor([prompts.index(text) for text in prompts]),
         )
 
@@ -209,19 +209,19 @@ def assert_the_formulas(objective: str, steps: list[Recorded], rescorer: Rescore
     return seen
 
 
-def rows(pairs: int = 4, probes: int = 2, *, seed: int = 0, tokens: int = 5, scale: float = 1.0) -> Rows:
+def rows(pairs: int = 4, mismatched: int = 2, *, seed: int = 0, tokens: int = 5, scale: float = 1.0) -> LogProbBatch:
     """Random log-probs without a model, in groups of two pairs, so that an advantage is over more than two rows."""
-    made = random_rows(seed, pairs, probes, tokens=tokens, scale=scale)
-    return replace(made, group=torch.minimum(torch.arange(len(made)), made.rival.clamp(min=0)) // 2)
+    made = random_rows(seed, pairs, mismatched, tokens=tokens, scale=scale)
+    return replace(made, group=torch.minimum(torch.arange(len(made)), made.pair.clamp(min=0)) // 2)
 
 
-def as_step(rows: Rows, policy: torch.Tensor) -> Step:
+def as_step(rows: LogProbBatch, policy: torch.Tensor) -> Step:
     reference = rows.reference_logps
     assert reference is not None
-    return Step(policy, reference, rows.mask, rows.desirable, rows.rival, rows.probe, rows.group)
+    return Step(policy, reference, rows.mask, rows.desirable, rows.pair, rows.mismatched, rows.group)
 
 
-def assert_equals_formula(name: str, rows: Rows, made: Objective | None = None) -> None:
+def assert_equals_formula(name: str, rows: LogProbBatch, made: Objective | None = None) -> None:
     """Loss and its slope in every log-prob, on plain tensors, of the file's objective or of ``made``."""
     ours, theirs = (rows.policy_logps.detach().clone().requires_grad_() for _ in range(2))
     result = (made or objective(name))(replace(rows, policy_logps=ours))

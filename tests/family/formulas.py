@@ -27,8 +27,8 @@ class Step:
         reference: the same under the reference model.
         mask: bool [n, T], True on completion tokens.
         desirable: bool [n].
-        rival: long [n], the row of the pair's other completion; -1 where rows are not paired.
-        probe: bool [n], rows (x_i, y_j) of mismatched prompt and completion.
+        pair: long [n], the row of the pair's other completion; -1 where rows are not paired.
+        mismatched: bool [n], rows (x_i, y_j) of mismatched prompt and completion.
         prompt: long [n], equal for rows that answer the same prompt.
     """
 
@@ -36,13 +36,13 @@ class Step:
     reference: Tensor
     mask: Tensor
     desirable: Tensor
-    rival: Tensor
-    probe: Tensor
+    pair: Tensor
+    mismatched: Tensor
     prompt: Tensor
 
     @property
     def train(self) -> Tensor:
-        return ~self.probe
+        return ~self.mismatched
 
     @property
     def length(self) -> Tensor:
@@ -62,9 +62,9 @@ class Step:
         return self.policy.sum(1)
 
     def chosen_and_rejected(self, of_rows: Tensor) -> tuple[Tensor, Tensor]:
-        """[pairs] and [pairs]: ``of_rows`` of the chosen rows and of their rivals."""
+        """[pairs] and [pairs]: ``of_rows`` of the chosen rows and of their paired completions."""
         chosen = (self.desirable & self.train).nonzero().squeeze(1)
-        return of_rows[chosen], of_rows[self.rival[chosen]]
+        return of_rows[chosen], of_rows[self.pair[chosen]]
 
     def margin(self, of_rows: Tensor) -> Tensor:
         chosen, rejected = self.chosen_and_rejected(of_rows)
@@ -135,7 +135,7 @@ def some(of: Callable[[Step], Tensor]) -> Question:
 
 def kl(step: Step, of_rows: Tensor) -> Tensor:
     """Mean over the mismatched rows, not below 0, without gradient."""
-    return of_rows[step.probe].detach().mean().clamp(min=0)
+    return of_rows[step.mismatched].detach().mean().clamp(min=0)
 
 
 def over_rows(step: Step, u: Tensor, desirable: Callable[[Tensor], Tensor], undesirable: Callable) -> Tensor:
@@ -146,7 +146,7 @@ def over_rows(step: Step, u: Tensor, desirable: Callable[[Tensor], Tensor], unde
 
 KTO_REACHES = {
     "z0 above 0": lambda step: bool(kl(step, step.r) > 1e-2),
-    "z0 clamped": lambda step: bool(step.r[step.probe].mean() < -1e-2),
+    "z0 clamped": lambda step: bool(step.r[step.mismatched].mean() < -1e-2),
 }
 
 
@@ -185,7 +185,7 @@ def kto_kahneman_tversky(step: Step) -> Tensor:
 
 @loss("kto_no_reference_model", data="rows", uses_reference=False)
 def kto_no_reference_model(step: Step) -> Tensor:
-    u = BETA * (step.logp - step.logp[step.probe].detach().mean())
+    u = BETA * (step.logp - step.logp[step.mismatched].detach().mean())
     return over_rows(step, u, lambda u: 1 - sigma(u), lambda u: 1 - sigma(-u))
 
 

@@ -19,8 +19,8 @@ STEPS = 3
 # Differences stay as small as they are: AdamW would divide what is only rounding by its own size.
 SGD = ("--model.optimizer=torch.optim.SGD", "--model.optimizer.init_args.lr=0.003")
 WAYS: dict[str, tuple[str, ...]] = {
-    "padded": ("--model.packing=padded",),
-    "padded, one row at a time": ("--model.packing=padded", "--model.micro_batch_rows=1"),
+    "padded": ("--model.prefix_sharing=never",),
+    "padded, one row at a time": ("--model.prefix_sharing=never", "--model.micro_batch_rows=1"),
     "one row at a time": ("--model.micro_batch_rows=1",),
     "three rows at a time": ("--model.micro_batch_rows=3",),
     "checkpointed": ("--model.policy.gradient_checkpointing=true",),
@@ -103,15 +103,15 @@ def test_a_step_is_the_same(
             assert float((one.gradient[name] - gradient).abs().max()) <= 1e-5 * size + 1e-9, name
 
 
-@pytest.mark.parametrize("packing", ["tree", "padded"])
+@pytest.mark.parametrize("prefix_sharing", ["always", "never"])
 @pytest.mark.parametrize(
     "objective", [pytest.param(name, marks=[] if i % 20 == 0 else [pytest.mark.slow]) for i, name in enumerate(FILES)]
 )
 def test_under_bfloat16_a_step_is_off_by_its_rounding(
-    objective: str, packing: str, plain: Any, data: dict[str, list[str]], tiny_folder: Path, tmp_path: Path
+    objective: str, prefix_sharing: str, plain: Any, data: dict[str, list[str]], tiny_folder: Path, tmp_path: Path
 ) -> None:
     """Three digits: the loss within 0.02, no entry of the gradient farther off than a twentieth of the largest one."""
-    how = ("--trainer.precision=bf16-mixed", f"--model.packing={packing}")
+    how = ("--trainer.precision=bf16-mixed", f"--model.prefix_sharing={prefix_sharing}")
     [found] = run(objective, tiny_folder, data, tmp_path / "run", *SGD, *how, steps=1)
     wanted = plain(objective)[0]
     assert found.logged["loss"] == pytest.approx(wanted.logged["loss"], rel=0.02, abs=0.02)

@@ -86,7 +86,7 @@ def test_the_formula_says_every_number_of_the_file(objective):
     model = yaml.safe_load((FOLDER / f"{objective}.yaml").read_text())["model"]
     model.pop("reference_model", None)  # how it moves shows over steps only
     if model["reward"] is None:
-        model.pop("constant")  # of a HALO that is not there
+        model.pop("loss_offset")  # of a HALO that is not there
     tried = [rows(seed=seed, scale=3.0) for seed in range(4)]
     if LOSSES[objective].data == "rows":  # one class has more than the other, or their z0 may cancel
         tried = [each.select(torch.arange(1, len(each))) for each in tried]

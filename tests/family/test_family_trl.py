@@ -21,7 +21,7 @@ from family_runs import FILES, objective
 from test_parity import flat, models, pairs, settings  # noqa: F401  (pairs is a fixture)
 from transformers import AutoTokenizer
 
-from halos_pl.outcomes import FlatBatch, Rows
+from halos_pl.batch import LogProbBatch, TokenBatch
 from halos_pl.policy.logprobs import completion_logps, completion_mask
 
 trl = pytest.importorskip("trl", reason="TRL, the peer that losses are compared with, is not installed")
@@ -86,15 +86,15 @@ class Peers:
     def examples(self, trainer: Any) -> list[dict[str, Any]]:
         return [dict(trainer.train_dataset[i]) for i in range(self.n)]
 
-    def paired(self, prompts: list, chosen: list, rejected: list) -> FlatBatch:
+    def paired(self, prompts: list, chosen: list, rejected: list) -> TokenBatch:
         n = len(prompts)
-        rival = [*range(n, 2 * n), *range(n)]
-        return flat(prompts * 2, chosen + rejected, [True] * n + [False] * n, rival, [False] * (2 * n))
+        pair = [*range(n, 2 * n), *range(n)]
+        return flat(prompts * 2, chosen + rejected, [True] * n + [False] * n, pair, [False] * (2 * n))
 
-    def dpo_rows(self, examples: list[dict[str, Any]]) -> FlatBatch:
+    def dpo_rows(self, examples: list[dict[str, Any]]) -> TokenBatch:
         return self.paired(*([row[f"{kind}_ids"] for row in examples] for kind in ("prompt", "chosen", "rejected")))
 
-    def cpo_rows(self, examples: list[dict[str, Any]]) -> FlatBatch:
+    def cpo_rows(self, examples: list[dict[str, Any]]) -> TokenBatch:
         """Completions are the labels that are not -100, prompts what is before them."""
         sides: dict[str, list[list[int]]] = {"prompt": [], "chosen": [], "rejected": []}
         for row in examples:
@@ -104,14 +104,14 @@ class Peers:
             sides["prompt"].append(row["rejected_input_ids"][:-length])
         return self.paired(*sides.values())
 
-    def ours(self, name: str, rows: FlatBatch, term: int | None = None) -> tuple[float, Gradient]:
+    def ours(self, name: str, rows: TokenBatch, term: int | None = None) -> tuple[float, Gradient]:
         """Loss and gradient of an objective file, or of one of its terms, on ``rows``."""
         with torch.no_grad():
             reference = completion_logps(self.reference, rows)
         policy, mask = completion_logps(self.policy, rows), completion_mask(rows)
         made = objective(name)
         made = made if term is None else made.terms[term]
-        whole = Rows(policy, reference, mask, rows.desirable, rows.rival, rows.probe, group=rows.group)
+        whole = LogProbBatch(policy, reference, mask, rows.desirable, rows.pair, rows.mismatched, group=rows.group)
         return gradient_of(made(whole).loss, self.policy)
 
     def of_dpo(
@@ -262,7 +262,7 @@ def test_orpo_in_two_parts(peers):
 
 @pytest.fixture(scope="module")
 def kto(peers):
-    """The KTO trainer, its batch and the same rows with TRL's mismatches as probes."""
+    """The KTO trainer, its batch and the same rows with TRL's mismatches as mismatched rows."""
     labels = [True, False, False, True, True, False]
     sides = ["chosen" if label else "rejected" for label in labels]
     rows = [

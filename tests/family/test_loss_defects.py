@@ -28,8 +28,8 @@ from family_runs import (
 from formulas import LOSSES
 from run_halos import write_data
 
-from halos_pl.objective import HALO, Objective
-from halos_pl.outcomes import Rows
+from halos_pl.batch import LogProbBatch
+from halos_pl.objective.halo import HALO, Objective
 
 LR = "--model.optimizer.init_args.lr=1e-2"
 every_file = pytest.mark.parametrize("name", FILES)
@@ -78,11 +78,11 @@ def test_defect_4_a_log_prob_of_zero_is_no_padding(name):
 
 @every_file
 @pytest.mark.parametrize(
-    ("pairs", "probes", "tokens"), [(4, 2, 10), (4, 2, 8), (4, 2, 2), (1, 1, 2), (1, 1, 1), (3, 3, 4)]
+    ("pairs", "mismatched", "tokens"), [(4, 2, 10), (4, 2, 8), (4, 2, 2), (1, 1, 2), (1, 1, 1), (3, 3, 4)]
 )
-def test_defect_5_nothing_broadcasts(name, pairs, probes, tokens):
-    """As many tokens as rows, train rows, probes or pairs: where a wrong shape would pass without a word."""
-    assert_equals_formula(name, rows(pairs, probes, seed=5, tokens=tokens))
+def test_defect_5_nothing_broadcasts(name, pairs, mismatched, tokens):
+    """As many tokens as rows, train rows, mismatched rows or pairs: where a wrong shape would pass without a word."""
+    assert_equals_formula(name, rows(pairs, mismatched, seed=5, tokens=tokens))
 
 
 @fits(WITH_REFERENCE)
@@ -131,7 +131,7 @@ def test_defect_6_label_smoothing_counts(name):
     halo, made = first_halo(name), rows(seed=6)
     feedback: Any = next(m for m in halo.feedback.modules() if hasattr(m, "label_smoothing"))
 
-    def loss(epsilon: float, rows: Rows = made) -> float:
+    def loss(epsilon: float, rows: LogProbBatch = made) -> float:
         feedback.label_smoothing = epsilon
         return halo(rows).loss.item()
 
@@ -189,7 +189,7 @@ def test_defect_8_a_step_in_parts_is_the_whole_step(name, tiny_folder, data, res
 def test_defect_9_a_step_of_one_class_is_defined(name, desirable):
     """No 0 / 0: neither in the loss nor in its slope."""
     made = rows(seed=9)
-    one = made.select(((made.desirable == desirable) | made.probe).nonzero().squeeze(1))
+    one = made.select(((made.desirable == desirable) | made.mismatched).nonzero().squeeze(1))
     logps = one.policy_logps.detach().requires_grad_()
     loss = objective(name)(dataclasses.replace(one, policy_logps=logps)).loss
     loss.backward()

@@ -18,8 +18,8 @@ from run_halos import binary_data, fit
 
 from halos_pl import cache
 from halos_pl.cache import Use, entries, limit, make_room
-from halos_pl.cache_command import clear, info
-from halos_pl.cli import main
+from halos_pl.cli.cache import clear, info
+from halos_pl.cli.main import main
 from halos_pl.data.source import Source
 from halos_pl.data.store import open_store
 from halos_pl.policy.store import ReferenceStore

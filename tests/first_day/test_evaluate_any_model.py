@@ -13,14 +13,14 @@ import pytest
 from conftest import byte_level_tokenizer, write_jsonl
 from run_halos import binary_data, every_third, fit, pair_data
 
-from halos_pl.cli import main
+from halos_pl.cli.main import main
 from halos_pl.data.tokenize import encode_prompt
-from halos_pl.generate import generate, kl_of_samples
+from halos_pl.evaluation import answers as kept
+from halos_pl.evaluation.evaluate import BEFORE, FILE
+from halos_pl.evaluation.measurement import ANSWERS, ROWS
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
-from halos_pl.study import answers as kept
-from halos_pl.study.evaluate import BEFORE, FILE
-from halos_pl.study.measurement import ANSWERS, ROWS
-from halos_pl.trained import load_run
+from halos_pl.policy.sampling import generate, kl_of_samples
+from halos_pl.training.trained import load_run
 
 CODE = """
 def has_gold(answer, row):
@@ -241,7 +241,7 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(
     monkeypatch.chdir(home)
     (home / "empty").mkdir(exist_ok=True)
     (home / "lost" / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for place in ("halos_pl.named_model.load_model", "halos_pl.module.load_model"):
+    for place in ("halos_pl.training.named_model.load_model", "halos_pl.training.module.load_model"):
         monkeypatch.setattr(place, lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", *words.split(), "--prompts=prompts.jsonl"])

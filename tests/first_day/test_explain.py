@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from run_halos import ROOT
 
-from halos_pl.build import load_objective
-from halos_pl.cli import main
+from halos_pl.batch import Needs
+from halos_pl.cli.main import main
 from halos_pl.conformance import check_halo
 from halos_pl.conformance.check import clause_names
 from halos_pl.conformance.explain import EXPLANATIONS, code, kind_of
@@ -23,12 +23,12 @@ from halos_pl.conformance.reference_point import ReferencePointChecks
 from halos_pl.conformance.reward import RewardChecks
 from halos_pl.conformance.target import TargetError, made
 from halos_pl.conformance.value_function import ValueFunctionChecks
-from halos_pl.feedback import Binary, Feedback, Judgement
-from halos_pl.objective import HALO
-from halos_pl.outcomes import Needs
-from halos_pl.reference_points import MismatchedKL, ReferencePoint
-from halos_pl.reference_points.base import MeanOverRanks
-from halos_pl.rewards import LogRatio, Reward
+from halos_pl.objective.build import load_objective
+from halos_pl.objective.feedback import Binary, Feedback, Judgement
+from halos_pl.objective.halo import HALO
+from halos_pl.objective.reference_points import MismatchedKL, ReferencePoint
+from halos_pl.objective.reference_points.base import MeanOverRanks
+from halos_pl.objective.rewards import LogRatio, Reward
 from value_functions import Logistic, ValueFunction
 
 CHECKS: dict[str, Any] = {
@@ -79,7 +79,7 @@ def test_an_example_fails_its_clause(clause: str) -> None:
     kind = kind_of(clause)
     if kind == "HALO":
         parts = {"reward": LogRatio(), "reference_point": MismatchedKL(clamp=False), "value_function": Logistic()}
-        target = names["Example"](**parts, feedback=Binary(), undesirable="same")
+        target = names["Example"](**parts, feedback=Binary(), reflect_undesirable=False)
     else:
         target = names["Example"]()
     assert getattr(CHECKS[kind](target), clause)() is not None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from halos_pl.cli import main
+from halos_pl.cli.main import main
 from halos_pl.policy.loading import ModelSpec, load_tokenizer
 
 

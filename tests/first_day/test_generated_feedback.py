@@ -12,15 +12,15 @@ from conftest import byte_level_tokenizer, write_jsonl
 from run_halos import binary_data, every_third, fit
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from halos_pl.cli import main
+from halos_pl.cli.main import main
 from halos_pl.data.example import Example
 from halos_pl.data.source import Source
 from halos_pl.data.store import open_store
 from halos_pl.data.tokenize import Encoder, Tokens, encode_prompt
 from halos_pl.data.turns import turn_markers
-from halos_pl.generate import Sample, generate
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
-from halos_pl.sampled_text import SampledText, sampled_texts
+from halos_pl.policy.sampled_text import SampledText, sampled_texts
+from halos_pl.policy.sampling import Sample, generate
 
 MESSAGES = [{"role": "user", "content": "question 1"}]
 
@@ -262,7 +262,7 @@ def test_a_wrong_input_is_a_line_before_a_model_is_loaded(
     word: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("halos_pl.named_model.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("halos_pl.training.named_model.load_model", lambda *_: pytest.fail("a model was loaded"))
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "lists.jsonl").write_text("[1]\n")
     for other in ("table.csv", "packed.jsonl.gz"):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from halos_pl.cli import main
-from halos_pl.study.evaluate import FILE
-from halos_pl.study.judging import Row, judged_by
-from halos_pl.study.measurement import ANSWERS
+from halos_pl.cli.main import main
+from halos_pl.evaluation.evaluate import FILE
+from halos_pl.evaluation.judging import Row, judged_by
+from halos_pl.evaluation.measurement import ANSWERS
 
 ROWS = 50
 RULE = r'''

@@ -10,8 +10,8 @@ import pytest
 import torch
 from run_halos import binary_data, fit, metrics
 
-from halos_pl.cli import main
-from halos_pl.gradients import CLIPPED, SHORT, GradientWatch, mostly_cut
+from halos_pl.cli.main import main
+from halos_pl.training.gradients import CLIPPED, SHORT, GradientWatch, mostly_cut
 
 FEW = ("--trainer.max_epochs=3", "--model.warmup_ratio=0")
 

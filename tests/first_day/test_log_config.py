@@ -11,8 +11,8 @@ import yaml
 from plugins.own_log import Recorder
 from run_halos import binary_data, fit
 
-from halos_pl import log_config
-from halos_pl.cli import main
+from halos_pl.cli.main import main
+from halos_pl.training import log_config
 
 
 def test_any_logger_gets_the_resolved_config_and_numbers_only(tiny_folder: Path, tmp_path: Path) -> None:

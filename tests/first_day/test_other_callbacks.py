@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks.timer import Interval
 from run_halos import binary_data, fit, metrics
 from safetensors.torch import load_file
 
-import halos_pl.yaml_files  # noqa: F401
-from halos_pl.cli import main
+import halos_pl.common.yaml_files  # noqa: F401
+from halos_pl.cli.main import main
 
 
 def test_an_enumeration_of_texts_is_written_as_a_text() -> None:

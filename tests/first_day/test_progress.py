@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from run_halos import binary_data, fit, run
 
-from halos_pl.cli import main
-from halos_pl.progress import Progress, counted
+from halos_pl.cli.main import main
+from halos_pl.common.progress import Progress, counted
 
 PLUGIN = "plugins.own_log"
 

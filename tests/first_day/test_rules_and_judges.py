@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from halos_pl.data.example import DataError
-from halos_pl.generate import Sample
-from halos_pl.prompt_files import PromptRow
-from halos_pl.study.judging import Row, judged_by
-from halos_pl.study.measurement import Measured, Task, _columns
+from halos_pl.data.prompt_files import PromptRow
+from halos_pl.evaluation.judging import Row, judged_by
+from halos_pl.evaluation.measurement import Measured, Task, _columns
+from halos_pl.policy.sampling import Sample
 
 FITS = {
     "rule": {

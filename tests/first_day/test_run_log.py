@@ -10,8 +10,8 @@ import pytest
 from run_halos import KILLED, binary_data, fit, metrics, run
 from test_resume import kill_at
 
-from halos_pl.cli import main
-from halos_pl.run_log import METRICS, RunCSVLogger, StepWriter
+from halos_pl.cli.main import main
+from halos_pl.training.run_log import METRICS, RunCSVLogger, StepWriter
 
 
 def lines(folder: Path) -> list[dict[str, str]]:

@@ -10,8 +10,8 @@ import yaml
 from jsonargparse._util import import_object
 from run_halos import config
 
-from halos_pl.cli import main
-from halos_pl.swapped_class import swaps
+from halos_pl.cli.main import main
+from halos_pl.cli.swapped_class import swaps
 
 SETS = {"lr": 5e-6, "weight_decay": 0.0, "fused": True}  # by base.yaml, for AdamW
 

@@ -13,23 +13,22 @@ from conftest import byte_level_tokenizer, write_jsonl
 from lightning.pytorch.cli import LightningCLI
 from run_halos import ROOT, binary_data, config, fit, pair_data
 
-import halos_pl.module
-from halos_pl.build import build_objective
-from halos_pl.callbacks import named_run_dir
-from halos_pl.cli import at_home, main
+import halos_pl.training.module
+from halos_pl.cli.help_page import COMMANDS
+from halos_pl.cli.lightning_cli import TOOLS
+from halos_pl.cli.main import at_home, main
+from halos_pl.common.wrong_value import misfit
 from halos_pl.data import FeedbackDataModule
-from halos_pl.help_page import COMMANDS
-from halos_pl.lightning_cli import TOOLS
-from halos_pl.module import HALOModule
-from halos_pl.wrong_value import misfit
+from halos_pl.objective.build import build_objective
+from halos_pl.training.callbacks import named_run_dir
+from halos_pl.training.module import HALOModule
 from value_functions import Logistic
 
 # Options as they stand in YAML, laid over a sound fit of KTO, and what the line names. What stands in a class that
 # stands in a list is named by its place.
 OPTIONS: dict[str, tuple[str, ...]] = {
     # -- plug-ins: another type, a typing error, nothing of that name --------------------------------------------------
-    "model: {undesirable: mirror}": ("model.undesirable", "mirror", "same", "reflect"),
-    "model: {undesirable: reflekt}": ("did you mean reflect?",),
+    "model: {reflect_undesirable: mirror}": ("model.reflect_undesirable", "mirror", "true", "false"),
     "model: {value_function: {class_path: Logistic, init_args: {beta: -0.1}}}": ("model.value_function", "is -0.1"),
     "model: {value_function: {class_path: Logistic, init_args: {beta: abc}}}": ("init_args.beta is 'abc'", "a number"),
     "model: {value_function: {class_path: Logistic, init_args: {betta: 1}}}": ("betta", "did you mean beta?"),
@@ -53,7 +52,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "model: {value_function: {class_path: Scaled, init_args: {by: 2, value_function: {class_path: Logistic, init_args:"
     " {beta: -1}}}}}": ("model.value_function.init_args.value_function: ", "beta is -1"),
     "model: {value_function: {class_path: Logistic, init_args: {beta: .inf}}}": ("init_args.beta is inf", "finite"),
-    "model: {constant: .nan}": ("model.constant is nan", "finite"),
+    "model: {loss_offset: .nan}": ("model.loss_offset is nan", "finite"),
     "model: {extra_terms: [{class_path: NLL, init_args: {weight: .nan}}]}": ("extra_terms[0].init_args.weight is nan",),
     "model: {policy: {dtype: null}}": ("model.policy.dtype is null", "leave it out"),
     "model: {policy: {lora: {r: null}}}": ("model.policy.lora.r is null",),
@@ -83,7 +82,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "model: {lr_schedule: cosin}": ("model.lr_schedule", "did you mean cosine?"),
     "model: {warmup_ratio: 2}": ("warmup_ratio is 2", "between 0 and 1"),
     "model: {micro_batch_rows: 0}": ("micro_batch_rows is 0",),
-    "model: {packing: treee}": ("model.packing", "did you mean tree?"),
+    "model: {prefix_sharing: alwayss}": ("model.prefix_sharing", "did you mean tree?"),
     "model: {polcy: {path: x}}": ("model.polcy", "model.policy.path"),
     "model: {policy: {path: /no/such}}": ("model.policy.path", "/no/such"),
     "model: {policy: {path: rows.jsonl}}": ("model.policy.path", "rows.jsonl is a file"),
@@ -248,11 +247,11 @@ WORDS: dict[str, tuple[str, ...]] = {
 }
 # Kept in the default suite: one of each way through the code.
 QUICK = (
-    "model: {undesirable: mirror}",
+    "model: {reflect_undesirable: mirror}",
     "model: {value_function: {class_path: Logistic, init_args: {beta: -0.1}}}",
     "model: {value_function: mine.Nope}",
     "model: {value_function: Scaled}",
-    "model: {constant: .nan}",
+    "model: {loss_offset: .nan}",
     "trainer: {max_time: {hour: 1}}",
     "model: {policy: {lora: {r: null}}}",
     "model: {optimizer: {class_path: AdamW, init_args: {lr: fast}}}",
@@ -278,7 +277,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def load_model(spec: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(halos_pl.module, "load_model", load_model)
+    monkeypatch.setattr(halos_pl.training.module, "load_model", load_model)
     binary_data(tmp_path / "rows.jsonl")
     (tmp_path / "mine.py").write_text(
         "from value_functions import ValueFunction\n"
@@ -288,7 +287,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"\n')
     (tmp_path / "empty").mkdir()
-    (tmp_path / "given.yaml").write_text("model: {undesirable: same}\n")
+    (tmp_path / "given.yaml").write_text("model: {reflect_undesirable: false}\n")
     (tmp_path / "study.yaml").write_text("arms: {}\n")
     return tmp_path
 
@@ -423,7 +422,7 @@ def test_what_python_is_given_is_answered_in_a_line(tiny_folder: Path) -> None:
     """A model for its settings, rows or a data set for a source: what is taken, and none of the rows."""
     datasets = pytest.importorskip("datasets")
     with pytest.raises(TypeError, match="ModelSpec") as error:
-        HALOModule(policy=halos_pl.module.nn.Linear(1, 1))  # type: ignore[arg-type]
+        HALOModule(policy=halos_pl.training.module.nn.Linear(1, 1))  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
     for part, what in ((Logistic, "the class Logistic"), ("Logistic", "a str")):
         with pytest.raises(TypeError, match=f"value_function is {what}"):

@@ -123,7 +123,7 @@ KIND = dict.fromkeys(OBJECTIVES, "pairs") | dict.fromkeys(ROWS, "rows") | {"grpo
 
 def step(cell: str, model: Path, folder: Path) -> dict[str, Any]:
     """What three steps of a cell of the grid give. ``folder`` is empty, and holds the caches."""
-    from halos_pl.cli import main
+    from halos_pl.cli.main import main
 
     objective, way = cell.split("/")
     kind = KIND[objective]
@@ -168,7 +168,7 @@ def recording(folder: Path) -> tuple[str, ...]:
 
 def tokens(model: Path, folder: Path) -> dict[str, list[dict[str, Any]]]:
     """By schema the tokens of its rows, as a fit over the files of all schemas trains on them."""
-    from halos_pl.cli import main
+    from halos_pl.cli.main import main
 
     files = {schema: folder / f"{schema}.jsonl" for schema in SCHEMAS}
     for schema, path in files.items():

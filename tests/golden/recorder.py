@@ -28,8 +28,8 @@ def rows(batch: Any) -> list[dict[str, Any]]:
             "completion": batch.completions[i].tolist(),
             "loss": None if loss[i] is None else loss[i].tolist(),
             "desirable": bool(batch.desirable[i]),
-            "pair": int(batch.rival[i]),
-            "mismatched": bool(batch.probe[i]),
+            "pair": int(batch.pair[i]),
+            "mismatched": bool(batch.mismatched[i]),
             "score": round(float(batch.score[i]), 6),
         }
         for i in range(len(batch))

@@ -1,4 +1,4 @@
-"""Objectives with one mistake each, most of them a HALO whose ``judge`` was overridden."""
+"""Objectives with one mistake each, most of them a HALO whose ``compute_loss`` was overridden."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor
 from value_mutants import MUTANTS as VALUES
 from value_mutants import REFLECTED, only_by_tokens
 
-from halos_pl.feedback import Binary, Feedback, Pairwise
-from halos_pl.objective import HALO, Result, Sum, SumContext, TermContext
-from halos_pl.outcomes import Rows
-from halos_pl.reference_points import MismatchedKL, ReferencePoint, Rival
-from halos_pl.rewards import LogRatio, Reward, TokenLogRatio
+from halos_pl.batch import LogProbBatch
+from halos_pl.objective.feedback import Binary, Feedback, Pairwise
+from halos_pl.objective.halo import HALO, Result, Sum, SumContext, TermContext
+from halos_pl.objective.reference_points import MismatchedKL, PairedCompletion, ReferencePoint
+from halos_pl.objective.rewards import LogRatio, Reward, TokenLogRatio
 from value_functions import Identity, Logistic, LogSigmoid, ValueFunction
 
 
@@ -30,8 +30,8 @@ def halo(kind: type[HALO] = HALO, **parts: Any) -> HALO:
         "reference_point": MismatchedKL(clamp=False),
         "value_function": Logistic(),
         "feedback": Binary(),
-        "undesirable": "reflect",
-        "constant": 1.0,
+        "reflect_undesirable": True,
+        "loss_offset": 1.0,
     }
     return kind(**(sound | parts))
 
@@ -50,14 +50,14 @@ def with_part(part: ValueFunction | Reward | ReferencePoint | Feedback) -> HALO:
 class Spoiled(HALO):
     """A HALO whose loss ``spoil`` changes after the fact; the outcomes that it shows stay right."""
 
-    spoil: Callable[[Tensor, Rows, TermContext, Result], Tensor]
+    spoil: Callable[[Tensor, LogProbBatch, TermContext, Result], Tensor]
 
-    def judge(self, rows: Rows, context: TermContext) -> Result:
-        result = super().judge(rows, context)
+    def compute_loss(self, rows: LogProbBatch, context: TermContext) -> Result:
+        result = super().compute_loss(rows, context)
         return dataclasses.replace(result, loss=type(self).spoil(result.loss, rows, context, result))
 
 
-def spoiled(name: str, change: Callable[[Tensor, Rows, TermContext, Result], Tensor], **parts: Any) -> Mutant:
+def spoiled(name: str, change: Callable[[Tensor, LogProbBatch, TermContext, Result], Tensor], **parts: Any) -> Mutant:
     kind = type("Spoiled", (Spoiled,), {"spoil": staticmethod(change)})
     return Mutant(name, ("identity",), lambda rng: halo(kind, **{k: part() for k, part in parts.items()}))
 
@@ -65,7 +65,7 @@ def spoiled(name: str, change: Callable[[Tensor, Rows, TermContext, Result], Ten
 class OwnDenominator(HALO):
     """Each rank divides by what is on it, so that the ranks' losses do not sum to the step's."""
 
-    def prepare(self, rows: Rows) -> TermContext:
+    def prepare(self, rows: LogProbBatch) -> TermContext:
         return dataclasses.replace(super().prepare(rows), denominator=self.feedback(rows)[2])
 
 
@@ -74,15 +74,17 @@ class TwoValues(HALO):
 
     other: ValueFunction
 
-    def judge(self, rows: Rows, context: TermContext) -> Result:
+    def compute_loss(self, rows: LogProbBatch, context: TermContext) -> Result:
         reward = self.reward(rows)
         z0 = context.reference_point if context.reference_point is not None else self.reference_point(reward, rows)
         u = reward - z0
         v, w = self.value_function, self.other
-        undesirable = -w(-u) if self.undesirable == "reflect" else w(u)
+        undesirable = -w(-u) if self.reflect_undesirable else w(u)
         judged = torch.where(context.sign < 0, -v(u), undesirable)
-        result = super().judge(rows, context)
-        return dataclasses.replace(result, loss=(context.weight * (self.constant + judged)).sum() / context.denominator)
+        result = super().compute_loss(rows, context)
+        return dataclasses.replace(
+            result, loss=(context.weight * (self.loss_offset + judged)).sum() / context.denominator
+        )
 
 
 def two_values(name: str, other: Callable[[Random], ValueFunction], **parts: Any) -> Mutant:
@@ -111,20 +113,20 @@ class _Asymmetric(ValueFunction):
 class LabelsBehindTheBack(HALO):
     """Hands the labels to the value function, which scales undesirable rows on its own."""
 
-    def judge(self, rows: Rows, context: TermContext) -> Result:
+    def compute_loss(self, rows: LogProbBatch, context: TermContext) -> Result:
         self.value_function.undesirable = ~rows.desirable  # type: ignore[assignment]
         try:
-            return super().judge(rows, context)
+            return super().compute_loss(rows, context)
         finally:
             self.value_function.undesirable = None  # type: ignore[assignment]
 
 
 class LateReference(HALO):
-    """Estimates a step's reference point again in ``judge``, with gradient and from what the micro-batch holds."""
+    """Estimates a step's reference point again in ``compute_loss``, with gradient and from the micro-batch."""
 
-    def judge(self, rows: Rows, context: TermContext) -> Result:
+    def compute_loss(self, rows: LogProbBatch, context: TermContext) -> Result:
         reward = self.reward(rows)
-        return super().judge(rows, dataclasses.replace(context, reference_point=reward.mean()))
+        return super().compute_loss(rows, dataclasses.replace(context, reference_point=reward.mean()))
 
 
 class LaterPenalty(HALO):
@@ -136,9 +138,9 @@ class LaterPenalty(HALO):
         super().__init__(**parts)
         self.steps = 0
 
-    def judge(self, rows: Rows, context: TermContext) -> Result:
+    def compute_loss(self, rows: LogProbBatch, context: TermContext) -> Result:
         self.steps += 1
-        result = super().judge(rows, context)
+        result = super().compute_loss(rows, context)
         late = not self.training if self.in_evaluation else self.steps > 1
         return dataclasses.replace(result, loss=result.loss - 0.1 * late * rows.policy_logps.mean())
 
@@ -146,13 +148,13 @@ class LaterPenalty(HALO):
 class OwnSum(Sum):
     """A sum that adds a term of its own to those that it shows."""
 
-    def judge(self, rows: Rows, context: SumContext) -> Result:
-        result = super().judge(rows, context)
+    def compute_loss(self, rows: LogProbBatch, context: SumContext) -> Result:
+        result = super().compute_loss(rows, context)
         return dataclasses.replace(result, loss=result.loss - 0.1 * rows.policy_logps.sum())
 
 
 def recomputed(
-    objective: HALO, rows: Rows, context: TermContext, weight: Callable[[Tensor], Tensor] = lambda w: w
+    objective: HALO, rows: LogProbBatch, context: TermContext, weight: Callable[[Tensor], Tensor] = lambda w: w
 ) -> Tensor:
     """The loss of KTO by hand, with other weights."""
     u = objective.reward(rows) - context.reference_point
@@ -166,8 +168,8 @@ class OtherWeights(HALO):
 
     weights: Callable[[Tensor], Tensor]
 
-    def judge(self, rows: Rows, context: TermContext) -> Result:
-        result = super().judge(rows, context)
+    def compute_loss(self, rows: LogProbBatch, context: TermContext) -> Result:
+        result = super().compute_loss(rows, context)
         return dataclasses.replace(result, loss=recomputed(self, rows, context, type(self).weights))
 
 
@@ -199,7 +201,7 @@ MUTANTS = [
     spoiled(
         "adds an NLL term, DPO",
         lambda loss, rows, c, r: loss - 0.1 * rows.policy_logps[rows.desirable].sum() / c.denominator,
-        reference_point=Rival,
+        reference_point=PairedCompletion,
         feedback=Pairwise,
         value_function=LogSigmoid,
     ),
@@ -227,8 +229,8 @@ MUTANTS = [
     spoiled("the loss is detached", lambda loss, rows, c, r: loss.detach() + 0 * rows.policy_logps.sum()),
     two_values("log sigma for undesirable rows", lambda rng: LogSigmoid()),
     two_values("another beta for undesirable rows", lambda rng: Logistic(beta=rng.choice([0.09, 0.2, 1.0]))),
-    two_values("risk-neutral for undesirable rows", lambda rng: Identity(), undesirable="same"),
-    two_values("another beta for undesirable rows, same", lambda rng: Logistic(beta=0.15), undesirable="same"),
+    two_values("risk-neutral for undesirable rows", lambda rng: Identity(), reflect_undesirable=False),
+    two_values("another beta for undesirable rows, same", lambda rng: Logistic(beta=0.15), reflect_undesirable=False),
     Mutant(
         "labels behind the value function's back",
         ("one_value_function", "identity", "elementwise", "deterministic"),

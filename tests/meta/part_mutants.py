@@ -10,11 +10,11 @@ import torch
 from mutant import Mutant
 from torch import Tensor
 
+from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.distributed import sum_over_ranks
-from halos_pl.feedback import Binary, Feedback, Judgement
-from halos_pl.outcomes import Needs, Rows
-from halos_pl.reference_points import ReferencePoint
-from halos_pl.rewards import Reward
+from halos_pl.objective.feedback import Binary, Feedback, Judgement
+from halos_pl.objective.reference_points import ReferencePoint
+from halos_pl.objective.rewards import Reward
 
 # -- rewards ------------------------------------------------------------------------------------------------
 
@@ -24,31 +24,31 @@ class Formula(Reward):
 
     needs = Needs(reference=True)
 
-    def __init__(self, formula: Callable[[Rows], Tensor]) -> None:
+    def __init__(self, formula: Callable[[LogProbBatch], Tensor]) -> None:
         super().__init__()
         self.formula = formula
 
-    def forward(self, rows: Rows) -> Tensor:
+    def forward(self, rows: LogProbBatch) -> Tensor:
         return self.formula(rows)
 
 
-def token_ratio(rows: Rows) -> Tensor:
+def token_ratio(rows: LogProbBatch) -> Tensor:
     """log pi_theta / pi_ref of each token, [n, T]."""
     assert rows.reference_logps is not None
     return rows.policy_logps - rows.reference_logps
 
 
-def ratio(rows: Rows) -> Tensor:
+def ratio(rows: LogProbBatch) -> Tensor:
     """... of each row, [n]."""
     return token_ratio(rows).sum(dim=1)
 
 
-def reward(name: str, clauses: tuple[str, ...] | str, formula: Callable[[Rows], Tensor]) -> Mutant:
+def reward(name: str, clauses: tuple[str, ...] | str, formula: Callable[[LogProbBatch], Tensor]) -> Mutant:
     clauses = (clauses,) if isinstance(clauses, str) else clauses
     return Mutant(name, clauses, lambda rng: Formula(formula))
 
 
-def scaled(name: str, clause: str, formula: Callable[[Rows, Any], Tensor], *sizes: float) -> Mutant:
+def scaled(name: str, clause: str, formula: Callable[[LogProbBatch, Any], Tensor], *sizes: float) -> Mutant:
     """As ``reward`` with a number that is drawn from ``sizes``."""
 
     def make(rng: Random) -> Reward:
@@ -58,12 +58,12 @@ def scaled(name: str, clause: str, formula: Callable[[Rows, Any], Tensor], *size
     return Mutant(name, (clause,), make)
 
 
-def by_nonzero_ratio(rows: Rows) -> Tensor:
+def by_nonzero_ratio(rows: LogProbBatch) -> Tensor:
     tokens = token_ratio(rows)
     return tokens.sum(dim=1) / (tokens != 0).sum(dim=1)
 
 
-def by_nonzero_logp(rows: Rows) -> Tensor:
+def by_nonzero_logp(rows: LogProbBatch) -> Tensor:
     return ratio(rows) / (rows.policy_logps != 0).sum(dim=1).clamp(min=1)
 
 
@@ -76,7 +76,7 @@ class Counted(Reward):
         super().__init__()
         self.calls, self.call = 0, call
 
-    def forward(self, rows: Rows) -> Tensor:
+    def forward(self, rows: LogProbBatch) -> Tensor:
         self.calls += 1
         return ratio(rows) * (0.9 if self.calls >= self.call else 1.0)
 
@@ -84,7 +84,7 @@ class Counted(Reward):
 class ClampedInEval(Reward):
     needs = Needs(reference=True)
 
-    def forward(self, rows: Rows) -> Tensor:
+    def forward(self, rows: LogProbBatch) -> Tensor:
         return ratio(rows) if self.training else ratio(rows).clamp(-1, 1)
 
 
@@ -219,14 +219,14 @@ class Estimate(ReferencePoint):
     """z0 = ``formula(rewards, rows)`` of the given scope and needs."""
 
     def __init__(
-        self, formula: Callable[[Tensor, Rows], Tensor], *, scope: str = "step", needs: Needs | None = None
+        self, formula: Callable[[Tensor, LogProbBatch], Tensor], *, scope: str = "step", needs: Needs | None = None
     ) -> None:
         super().__init__()
         self.formula = formula
         self.scope = scope  # type: ignore[assignment]
         self.needs = needs or Needs(step_rewards=True)
 
-    def forward(self, rewards: Tensor, rows: Rows) -> Tensor:
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
         return self.formula(rewards, rows)
 
 
@@ -241,31 +241,33 @@ def mean(values: Tensor) -> Tensor:
     return (total / count.clamp(min=1)).to(values)
 
 
-def own(rewards: Tensor, rows: Rows) -> Tensor:
+def own(rewards: Tensor, rows: LogProbBatch) -> Tensor:
     return rewards[rows.train].detach()
 
 
-def estimate(name: str, clauses: tuple[str, ...] | str, formula: Callable[[Tensor, Rows], Tensor], **kwargs) -> Mutant:
+def estimate(
+    name: str, clauses: tuple[str, ...] | str, formula: Callable[[Tensor, LogProbBatch], Tensor], **kwargs
+) -> Mutant:
     clauses = (clauses,) if isinstance(clauses, str) else clauses
     return Mutant(name, clauses, lambda rng: Estimate(formula, **kwargs))
 
 
-def mean_of_rank_means(rewards: Tensor, rows: Rows) -> Tensor:
+def mean_of_rank_means(rewards: Tensor, rows: LogProbBatch) -> Tensor:
     ranks = sum_over_ranks(rewards.new_ones(()))
     return sum_over_ranks(own(rewards, rows).mean()) / ranks
 
 
-def with_gradient(rewards: Tensor, rows: Rows) -> Tensor:
+def with_gradient(rewards: Tensor, rows: LogProbBatch) -> Tensor:
     with torch.enable_grad():
         return ratio(rows)[rows.train].mean()
 
 
-def exponential_mean(rewards: Tensor, rows: Rows) -> Tensor:
+def exponential_mean(rewards: Tensor, rows: LogProbBatch) -> Tensor:
     total, count = over_ranks(own(rewards, rows).exp())
     return (total / count.clamp(min=1)).log().to(rewards)
 
 
-def standardised(rewards: Tensor, rows: Rows) -> Tensor:
+def standardised(rewards: Tensor, rows: LogProbBatch) -> Tensor:
     values = own(rewards, rows)
     center = mean(values)
     spread = (sum_over_ranks((values - center).square().sum()) / (over_ranks(values)[1] - 1)).sqrt()
@@ -273,22 +275,22 @@ def standardised(rewards: Tensor, rows: Rows) -> Tensor:
     return center + 0 * spread
 
 
-def others_of_the_prompt(rewards: Tensor, rows: Rows) -> Tensor:
+def others_of_the_prompt(rewards: Tensor, rows: LogProbBatch) -> Tensor:
     other = (rows.group[:, None] == rows.group[None, :]) & rows.train & ~torch.eye(len(rows), dtype=torch.bool)
     return (other.to(rewards) @ rewards.detach()) / other.sum(dim=1)
 
 
-def inverse_squares(rewards: Tensor, rows: Rows) -> Tensor:
+def inverse_squares(rewards: Tensor, rows: LogProbBatch) -> Tensor:
     values = own(rewards, rows)
     weights = (values - mean(values)).square().reciprocal()
     return (over_ranks(weights * values)[0] / over_ranks(weights)[0]).to(rewards)
 
 
-def neighbours(rewards: Tensor, rows: Rows) -> Tensor:
+def neighbours(rewards: Tensor, rows: LogProbBatch) -> Tensor:
     return rewards.detach().roll(1)
 
 
-def fading_weights(rewards: Tensor, rows: Rows) -> Tensor:
+def fading_weights(rewards: Tensor, rows: LogProbBatch) -> Tensor:
     values = own(rewards, rows)
     weights = 0.9 ** torch.arange(len(values)).to(values)
     return (values * weights).sum() / weights.sum().clamp(min=1e-9)
@@ -303,7 +305,7 @@ class FromZero(ReferencePoint):
         super().__init__()
         self.mean = 0.0
 
-    def forward(self, rewards: Tensor, rows: Rows) -> Tensor:
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
         if self.training:
             self.mean = 0.9 * self.mean + 0.1 * float(mean(own(rewards, rows)))
         return rewards.new_tensor(self.mean)
@@ -314,11 +316,11 @@ class Later(ReferencePoint):
 
     needs = Needs(step_rewards=True)
 
-    def __init__(self, formula: Callable[[Tensor, Rows], Tensor], call: int) -> None:
+    def __init__(self, formula: Callable[[Tensor, LogProbBatch], Tensor], call: int) -> None:
         super().__init__()
         self.formula, self.call, self.calls = formula, call, 0
 
-    def forward(self, rewards: Tensor, rows: Rows) -> Tensor:
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
         self.calls += 1
         late = self.calls >= self.call if self.call else not self.training
         return self.formula(rewards, rows) if late else mean(own(rewards, rows))
@@ -333,27 +335,29 @@ class LeakyAverage(ReferencePoint):
         super().__init__()
         self.mean: Tensor | None = None
 
-    def forward(self, rewards: Tensor, rows: Rows) -> Tensor:
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
         estimate_ = rewards[rows.train].mean()
         self.mean = estimate_.detach() if self.mean is None else 0.9 * self.mean + 0.1 * estimate_
         return self.mean
 
 
-def later(name: str, clauses: tuple[str, ...], formula: Callable[[Tensor, Rows], Tensor], call: int = 2) -> Mutant:
+def later(
+    name: str, clauses: tuple[str, ...], formula: Callable[[Tensor, LogProbBatch], Tensor], call: int = 2
+) -> Mutant:
     return Mutant(name, clauses, lambda rng: Later(formula, call))
 
 
-def halves_in_place(rewards: Tensor, rows: Rows) -> Tensor:
+def halves_in_place(rewards: Tensor, rows: LogProbBatch) -> Tensor:
     return 2 * mean(own(rewards.mul_(0.5), rows))
 
 
-def rival_doubled_in_place(rewards: Tensor, rows: Rows) -> Tensor:
-    rival = torch.where(rows.rival < 0, 0.0, rewards[rows.rival]).clone()
+def pair_doubled_in_place(rewards: Tensor, rows: LogProbBatch) -> Tensor:
+    pair = torch.where(rows.pair < 0, 0.0, rewards[rows.pair]).clone()
     rewards.data.mul_(2)
-    return rival
+    return pair
 
 
-probes = Needs(probes=True)
+mismatched = Needs(mismatched=True)
 IN_RANGE = ("reference_in_range", "reference_shift_equivariant")
 REFERENCES = [
     later("drifts on later calls", IN_RANGE, lambda r, rows: mean(own(r, rows)) + 0.5),
@@ -384,9 +388,9 @@ REFERENCES = [
     estimate(
         "doubles the rewards in place, row by row",
         IN_RANGE,
-        rival_doubled_in_place,
+        pair_doubled_in_place,
         scope="row",
-        needs=Needs(rivals=True),
+        needs=Needs(pairs=True),
     ),
     estimate(
         "sum in place of mean", "reference_in_range", lambda r, rows: sum_over_ranks(own(r, rows).double().sum()).to(r)
@@ -405,8 +409,8 @@ REFERENCES = [
     estimate(
         "clamps at zero",
         ("reference_shift_equivariant", "reference_in_range"),
-        lambda r, rows: mean(r[rows.probe]).clamp(min=0),
-        needs=probes,
+        lambda r, rows: mean(r[rows.mismatched]).clamp(min=0),
+        needs=mismatched,
     ),
     estimate(
         "shrinks towards zero",
@@ -464,7 +468,9 @@ REFERENCES = [
     estimate(
         "reads rows that it did not ask for", "reference_split", lambda r, rows: mean(own(r, rows)), needs=Needs()
     ),
-    estimate("probes and other rows alike", "reference_split", lambda r, rows: mean(r.detach()), needs=probes),
+    estimate(
+        "mismatched rows and other rows alike", "reference_split", lambda r, rows: mean(r.detach()), needs=mismatched
+    ),
     estimate("exponential mean that overflows", "reference_finite", exponential_mean),
     estimate("n - 1 of a single row", "reference_finite", standardised),
     estimate("each row's own reward", "reference_in_range", lambda r, rows: r.detach().clone()),
@@ -485,11 +491,11 @@ class Judge(Feedback):
 
     needs = Needs(reference=True, undesirable=True)
 
-    def __init__(self, spoil: Callable[[Judgement, Rows], Judgement]) -> None:
+    def __init__(self, spoil: Callable[[Judgement, LogProbBatch], Judgement]) -> None:
         super().__init__()
         self.spoil = spoil
 
-    def forward(self, rows: Rows) -> Judgement:
+    def forward(self, rows: LogProbBatch) -> Judgement:
         like = torch.ones_like(rows.desirable, dtype=torch.float32)
         right = Judgement(torch.where(rows.desirable, -like, like), like * rows.train, rows.train.sum().float())
         return self.spoil(right, rows)
@@ -501,12 +507,14 @@ class Grouped(Judge):
     needs = Needs(undesirable=True, groups=True)
 
 
-def of_its_prompt(rows: Rows) -> Tensor:
+def of_its_prompt(rows: LogProbBatch) -> Tensor:
     """How many rows with a loss each row's prompt has."""
     return ((rows.group[:, None] == rows.group[None, :]) & rows.train).sum(dim=1)
 
 
-def feedback(name: str, clauses: tuple[str, ...] | str, spoil: Callable[[Judgement, Rows], Judgement]) -> Mutant:
+def feedback(
+    name: str, clauses: tuple[str, ...] | str, spoil: Callable[[Judgement, LogProbBatch], Judgement]
+) -> Mutant:
     clauses = (clauses,) if isinstance(clauses, str) else clauses
     return Mutant(name, clauses, lambda rng: Judge(spoil))
 
@@ -531,7 +539,7 @@ class LaterJudge(Feedback):
         self.spoil, self.in_evaluation, self.calls = spoil, in_evaluation, 0
         self.right = Binary()
 
-    def forward(self, rows: Rows) -> Judgement:
+    def forward(self, rows: LogProbBatch) -> Judgement:
         self.calls += 1
         judgement: Judgement = self.right(rows)
         late = not self.training if self.in_evaluation else self.calls > 1
@@ -543,17 +551,17 @@ class InPlace(Feedback):
 
     needs = Needs(undesirable=True)
 
-    def __init__(self, spoil: Callable[[Rows], object]) -> None:
+    def __init__(self, spoil: Callable[[LogProbBatch], object]) -> None:
         super().__init__()
         self.spoil, self.right = spoil, Binary()
 
-    def forward(self, rows: Rows) -> Judgement:
+    def forward(self, rows: LogProbBatch) -> Judgement:
         judgement: Judgement = self.right(rows)
         self.spoil(rows)
         return judgement
 
 
-def flipped_where(rows: Callable[[Rows], Tensor | bool]) -> Callable[[Judgement, Rows], Judgement]:
+def flipped_where(rows: Callable[[LogProbBatch], Tensor | bool]) -> Callable[[Judgement, LogProbBatch], Judgement]:
     """A negative weight for some rows."""
     return lambda j, r: j._replace(weight=torch.where(torch.as_tensor(rows(r)), -j.weight, j.weight))
 
@@ -597,7 +605,7 @@ FEEDBACKS = [
         "a denominator for small steps", "feedback_finite", lambda j, rows: j._replace(denominator=64 - j.denominator)
     ),
     feedback("labels 0 and 1 as signs", "feedback_sign", lambda j, rows: j._replace(sign=1 - rows.desirable.float())),
-    feedback("sign 0 for probes", "feedback_sign", lambda j, rows: j._replace(sign=j.sign * rows.train)),
+    feedback("sign 0 for mismatched rows", "feedback_sign", lambda j, rows: j._replace(sign=j.sign * rows.train)),
     feedback(
         "sign 2 for one class",
         "feedback_sign",
@@ -612,7 +620,9 @@ FEEDBACKS = [
         "feedback_weight",
         lambda j, rows: j._replace(weight=(rows.desirable.float() - 0.5) * rows.train),
     ),
-    feedback("probes weigh as well", "feedback_weight", lambda j, rows: j._replace(weight=torch.ones_like(j.weight))),
+    feedback(
+        "mismatched rows weigh as well", "feedback_weight", lambda j, rows: j._replace(weight=torch.ones_like(j.weight))
+    ),
     feedback(
         "`weight or 1.0`",
         "feedback_weight",
@@ -657,7 +667,7 @@ FEEDBACKS = [
     feedback(
         "divides by the pairs where there are none",
         "feedback_finite",
-        lambda j, rows: j._replace(denominator=((rows.rival >= 0) & rows.train).sum().float() / 2),
+        lambda j, rows: j._replace(denominator=((rows.pair >= 0) & rows.train).sum().float() / 2),
     ),
     feedback("n - 1", "feedback_finite", lambda j, rows: j._replace(denominator=j.denominator - 1)),
     feedback("negative denominator", "feedback_finite", lambda j, rows: j._replace(denominator=-j.denominator)),

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.distributed import all_reduce as reduce_everywhere
 from torch.distributed import is_initialized
 
+from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.distributed import sum_over_ranks
-from halos_pl.feedback import Judgement
-from halos_pl.objective import Result, Sum, SumContext
-from halos_pl.outcomes import Needs, Rows
-from halos_pl.reference_points import MismatchedKL, ReferencePoint
+from halos_pl.objective.feedback import Judgement
+from halos_pl.objective.halo import Result, Sum, SumContext
+from halos_pl.objective.reference_points import MismatchedKL, ReferencePoint
 from value_functions import ValueFunction
 
 
@@ -120,7 +120,7 @@ class MeanBy(ReferencePoint):
         super().__init__()
         self.everywhere = everywhere
 
-    def forward(self, rewards: Tensor, rows: Rows) -> Tensor:
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
         total = torch.stack([own(rewards, rows).sum(), rows.train.sum().to(rewards)])
         if is_initialized():
             total = self.everywhere(total)
@@ -136,7 +136,7 @@ class AverageInABuffer(ReferencePoint):
         super().__init__()
         self.register_buffer("mean", torch.tensor(torch.nan))
 
-    def forward(self, rewards: Tensor, rows: Rows) -> Tensor:
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
         estimate = mean(own(rewards, rows)).float()
         if self.training:
             self.mean = torch.where(self.mean.isnan(), estimate, 0.9 * self.mean + 0.1 * estimate)
@@ -154,12 +154,12 @@ class LoggingSum(Sum):
 
     calls = 0
 
-    def judge(self, rows: Rows, context: SumContext) -> Result:
+    def compute_loss(self, rows: LogProbBatch, context: SumContext) -> Result:
         self.calls += 1
-        return super().judge(rows, context)
+        return super().compute_loss(rows, context)
 
 
-def _balanced(judgement: Judgement, rows: Rows) -> Judgement:
+def _balanced(judgement: Judgement, rows: LogProbBatch) -> Judgement:
     """Both classes weigh the same in the step."""
     own = sum_over_ranks(torch.stack([(rows.train & rows.desirable).sum(), (rows.train & ~rows.desirable).sum()]))
     return judgement._replace(weight=judgement.weight / torch.where(rows.desirable, own[0], own[1]).clamp(min=1))
@@ -179,7 +179,7 @@ SOUND_PARTS: dict[str, Callable[[], nn.Module]] = {
     "reduce and broadcast": lambda: MeanBy(_reduced_and_broadcast),
     "an average in a buffer": AverageInABuffer,
     "mean of the pair": lambda: Estimate(
-        lambda r, rows: (r + torch.where(rows.rival < 0, r, r[rows.rival])) / 2, scope="row", needs=Needs(rivals=True)
+        lambda r, rows: (r + torch.where(rows.pair < 0, r, r[rows.pair])) / 2, scope="row", needs=Needs(pairs=True)
     ),
     "a subclass of MismatchedKL with its forward": NamedKL,
     "weights by the share of the class on all ranks": lambda: Judge(_balanced),

@@ -21,11 +21,19 @@ from mutant import CLAUSES, Mutant, draws
 from sound_parts import SOUND_PARTS, LoggingSum
 from unusual_values import UNUSUAL, unusual
 
-from halos_pl import feedback, reference_points, rewards
 from halos_pl.conformance import CheckFailed, Report, check_halo
-from halos_pl.feedback import Binary, Pairwise
-from halos_pl.reference_points import BatchMean, BatchQuantile, Constant, MismatchedKL, Rival, RunningMean, Zero
-from halos_pl.rewards import LogRatio
+from halos_pl.objective import feedback, reference_points, rewards
+from halos_pl.objective.feedback import Binary, Pairwise
+from halos_pl.objective.reference_points import (
+    BatchMean,
+    BatchQuantile,
+    Constant,
+    MismatchedKL,
+    PairedCompletion,
+    RunningMean,
+    Zero,
+)
+from halos_pl.objective.rewards import LogRatio
 from value_functions import Identity, KahnemanTversky, Logistic
 
 MUTANTS = [*value_mutants.MUTANTS, *part_mutants.MUTANTS, *objective_mutants.MUTANTS]
@@ -140,14 +148,14 @@ LIBRARY: dict[type, tuple[Callable[[], Any], set[str]]] = {
     reference_points.Constant: (lambda: reference_points.Constant(value=-1.0), set()),
     reference_points.LeaveOneOut: (reference_points.LeaveOneOut, set()),
     reference_points.MismatchedKL: (reference_points.MismatchedKL, set()),
-    reference_points.Rival: (reference_points.Rival, set()),
+    reference_points.PairedCompletion: (reference_points.PairedCompletion, set()),
     reference_points.RunningMean: (
         lambda: reference_points.RunningMean(of=reference_points.MismatchedKL(), decay=0.9),
         set(),
     ),
     reference_points.SampledKL: (reference_points.SampledKL, set()),
     reference_points.SortedMargins: (reference_points.SortedMargins, ESTIMATED_ELSEWHERE),
-    reference_points.SortedRival: (reference_points.SortedRival, set()),
+    reference_points.RankMatched: (reference_points.RankMatched, set()),
     reference_points.TokenKL: (reference_points.TokenKL, set()),
     reference_points.Zero: (reference_points.Zero, set()),
     feedback.Binary: (lambda: feedback.Binary(denominator="tokens"), set()),
@@ -159,7 +167,7 @@ LIBRARY: dict[type, tuple[Callable[[], Any], set[str]]] = {
 
 
 # The others are held to each clause by tests/test_conformance.py.
-NOT_ELSEWHERE = (reference_points.LeaveOneOut, reference_points.SortedRival, reference_points.TokenKL, rewards.LogOdds)
+NOT_ELSEWHERE = (reference_points.LeaveOneOut, reference_points.RankMatched, reference_points.TokenKL, rewards.LogOdds)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +226,7 @@ SOUND = {
     "mismatched KL without clamp": lambda: MismatchedKL(clamp=False),
     "batch mean": BatchMean,
     "median": BatchQuantile,
-    "rival": Rival,
+    "pair": PairedCompletion,
     "running mean": RunningMean,
     "zero": Zero,
     "binary": lambda: Binary(lambda_undesirable=0.0),
@@ -226,7 +234,9 @@ SOUND = {
     "KTO without clamp": objective_mutants.halo,
     "KTO without clamp, identity": lambda: objective_mutants.halo(value_function=Identity()),
     "KTO without clamp, Kahneman-Tversky": lambda: objective_mutants.halo(value_function=KahnemanTversky()),
-    "KTO without clamp, same": lambda: objective_mutants.halo(value_function=Logistic(beta=1.0), undesirable="same"),
+    "KTO without clamp, same": lambda: objective_mutants.halo(
+        value_function=Logistic(beta=1.0), reflect_undesirable=False
+    ),
 }
 
 

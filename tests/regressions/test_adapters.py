@@ -30,8 +30,8 @@ from run_halos import binary_data, fit
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from halos_pl.cli import main
-from halos_pl.export import _adapter_alone
+from halos_pl.cli.export import _adapter_alone
+from halos_pl.cli.main import main
 from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, load_model, load_tokenizer
 
 IDS = torch.tensor([[5, 9, 17, 33, 80, 120], [7, 200, 90, 91, 4, 6]])

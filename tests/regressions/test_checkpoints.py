@@ -22,12 +22,18 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from run_halos import binary_data, fit, full_disk, metrics, pair_data, refused
 
-import halos_pl.module
-from halos_pl.checkpoint import CheckpointError, CheckpointFiles, NonFiniteWeightsError, check_finite, read_checkpoint
-from halos_pl.cli import main
-from halos_pl.export import export
+import halos_pl.training.module
+from halos_pl.cli.export import export
+from halos_pl.cli.main import main
+from halos_pl.evaluation.evaluate import MEASURED, evaluate
 from halos_pl.policy.loading import ModelSpec, load_model
-from halos_pl.study.evaluate import MEASURED, evaluate
+from halos_pl.training.checkpoint import (
+    CheckpointError,
+    CheckpointFiles,
+    NonFiniteWeightsError,
+    check_finite,
+    read_checkpoint,
+)
 
 ONCE = ("--checkpoint.every_n_steps=1", "--model.warmup_ratio=0", "--model.lr_schedule=constant_with_warmup")
 
@@ -85,14 +91,14 @@ def test_without_hard_links_the_last_two_are_kept_all_the_same(finished, tmp_pat
 @pytest.mark.parametrize("steps", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_diverged_step_is_not_saved(finished, tmp_path, capfd, monkeypatch, steps):
     """Neither over the good checkpoint nor, as the last step, in silence."""
-    step = halos_pl.module.HALOModule.optimizer_step
+    step = halos_pl.training.module.HALOModule.optimizer_step
 
     def diverging(self: Any, *args: Any, **kwargs: Any) -> None:
         step(self, *args, **kwargs)
         if self.global_step == 2:
             next(self.policy.parameters()).data[0, 0] = float("inf")
 
-    monkeypatch.setattr(halos_pl.module.HALOModule, "optimizer_step", diverging)
+    monkeypatch.setattr(halos_pl.training.module.HALOModule, "optimizer_step", diverging)
     words = [*finished[1], f"--run_dir={tmp_path}/x", f"--trainer.max_steps={steps}", "--trainer.max_epochs=2"]
     said = refused(capfd, words)
     assert "embed_tokens.weight" in said
@@ -115,7 +121,7 @@ def test_a_learning_rate_that_breaks_the_only_step_is_an_error(finished, tmp_pat
 
 
 def test_finite_weights_that_give_no_finite_loss_are_not_called_good(finished, tmp_path, capfd, monkeypatch):
-    step = halos_pl.module.HALOModule.optimizer_step
+    step = halos_pl.training.module.HALOModule.optimizer_step
 
     def diverging(self: Any, *args: Any, **kwargs: Any) -> None:
         step(self, *args, **kwargs)
@@ -123,7 +129,7 @@ def test_finite_weights_that_give_no_finite_loss_are_not_called_good(finished, t
             for weight in self.policy.parameters():
                 weight.data *= 1e12
 
-    monkeypatch.setattr(halos_pl.module.HALOModule, "optimizer_step", diverging)
+    monkeypatch.setattr(halos_pl.training.module.HALOModule, "optimizer_step", diverging)
     said = refused(capfd, [*finished[1], f"--run_dir={tmp_path}/x"])
     assert f"last good checkpoint: {tmp_path}/x/checkpoints/previous.ckpt (optimizer step 1)" in said
     assert "last.ckpt" not in said

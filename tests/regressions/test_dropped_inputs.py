@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from conftest import byte_level_tokenizer, write_jsonl
 
+from halos_pl.cli.inspect import inspect
 from halos_pl.data.example import DataError, Example, Fault, Skipped
-from halos_pl.data.inspect import inspect
+from halos_pl.data.prompt_files import read_prompts
 from halos_pl.data.read import read
 from halos_pl.data.source import Source, source_of
-from halos_pl.prompt_files import read_prompts
 
 USER, BOT, OTHER = ({"role": r, "content": c} for r, c in (("user", "Who?"), ("assistant", "Arr"), ("assistant", "I")))
 PIRATE = {"role": "system", "content": "Be a pirate"}

@@ -16,9 +16,9 @@ from run_halos import binary_data, fit, full_disk, refused
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-import halos_pl.named_model
-from halos_pl import export as exporting
-from halos_pl.cli import main
+import halos_pl.training.named_model
+from halos_pl.cli import export as exporting
+from halos_pl.cli.main import main
 from halos_pl.policy.loading import ModelSpec, load_tokenizer
 
 
@@ -63,14 +63,14 @@ def test_a_run_of_half_precision_is_exported_as_it_was_trained(tiny_folder: Path
 
 @pytest.mark.slow
 def test_what_a_dtype_cannot_hold_is_refused(run: Path, tmp_path: Path, capfd: Any, monkeypatch: Any) -> None:
-    loaded = halos_pl.named_model.load_run
+    loaded = halos_pl.training.named_model.load_run
 
     def huge(*named: Any) -> Any:
         module = loaded(*named)
         next(iter(module.policy.parameters())).data[0, 0] = 1e30  # type: ignore[union-attr]
         return module
 
-    monkeypatch.setattr(halos_pl.named_model, "load_run", huge)
+    monkeypatch.setattr(halos_pl.training.named_model, "load_run", huge)
     assert "float16" in refused(capfd, ["export", str(run), str(tmp_path / "out"), "--dtype=float16"])
     assert not (tmp_path / "out").exists()
 

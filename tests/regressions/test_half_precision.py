@@ -18,9 +18,9 @@ from test_policy_step import batch, module
 from torch import nn
 from torch.utils.data import DataLoader
 
-from halos_pl.module import HALOModule
-from halos_pl.optim import LostUpdates, MasterWeights
 from halos_pl.policy.loading import LoRASpec
+from halos_pl.training.module import HALOModule
+from halos_pl.training.optim import LostUpdates, MasterWeights
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, {"lr": 5e-6, "weight_decay": 0.0, "fused": True}),

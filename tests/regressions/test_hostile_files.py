@@ -25,11 +25,11 @@ import pytest
 from conftest import byte_level_tokenizer, write_jsonl
 
 from halos_pl.data.example import DataError, Example, Fault, Skipped
+from halos_pl.data.prompt_files import read_prompts
 from halos_pl.data.read import read
 from halos_pl.data.source import Source
 from halos_pl.data.store import open_store
-from halos_pl.prompt_files import read_prompts
-from halos_pl.study.evaluate import evaluate
+from halos_pl.evaluation.evaluate import evaluate
 
 ROW = {"prompt": "p", "completion": "c", "label": True}
 LARGE = {**ROW, "completion": "a" * 1_500_000}

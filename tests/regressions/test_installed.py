@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from run_halos import ROOT, run, run_all
 
-from halos_pl.lightning_cli import TOOLS
+from halos_pl.cli.lightning_cli import TOOLS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PACKAGE = sorted(path for name in ("halos_pl", "value_functions") for path in (ROOT / name).rglob("*.py"))
@@ -108,7 +108,7 @@ def test_it_may_be_used() -> None:
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     """``halos --version`` says the version, without loading anything."""
     from halos_pl import __version__
-    from halos_pl.cli import main
+    from halos_pl.cli.main import main
 
     main(["--version"])
     assert capsys.readouterr().out == f"halos_pl {__version__}\n"

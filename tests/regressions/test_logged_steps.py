@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from run_halos import KILLED, binary_data, fit, metrics, run
 from test_resume import checkpoint, equal, kill_at
 
-from halos_pl.cli import main
+from halos_pl.cli.main import main
 
 EPOCH = 3
 LIMITS = {

@@ -14,10 +14,10 @@ import torch
 from run_halos import binary_data, fit, refused
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM, LlamaForCausalLM
 
-from halos_pl.cli import main
-from halos_pl.generate import generate, sample_tokens
+from halos_pl.cli.main import main
 from halos_pl.policy.limits import check_vocabulary
 from halos_pl.policy.loading import ModelError, ModelSpec, load_model, load_tokenizer
+from halos_pl.policy.sampling import generate, sample_tokens
 
 
 def larger(tiny: Path, folder: Path) -> Path:

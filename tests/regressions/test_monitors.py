@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from run_halos import binary_data, fit, metrics, pair_data, refused, run
 
-from halos_pl.cli import main
+from halos_pl.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +85,8 @@ def test_all_that_is_logged_is_known(tiny_folder, files, tmp_path):
 
     from lightning.pytorch.callbacks import EarlyStopping
 
-    from halos_pl.lightning_cli import HalosCLI
-    from halos_pl.monitors import check_monitors
+    from halos_pl.cli.lightning_cli import HalosCLI
+    from halos_pl.training.monitors import check_monitors
 
     for objective in ("kto", "sft", "dpo", "grpo", "bco"):
         data = files["binary" if objective in ("kto", "sft", "bco") else "pairs"]

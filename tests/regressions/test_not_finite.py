@@ -21,17 +21,17 @@ from test_policy_step import batch, module
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from halos_pl.cli import main
-from halos_pl.generate import generate
-from halos_pl.module import HALOModule, NonFiniteLossError
-from halos_pl.outcomes import FlatBatch
+from halos_pl.batch import TokenBatch
+from halos_pl.cli.main import main
 from halos_pl.policy.finite import FiniteLogits
+from halos_pl.policy.sampling import generate
 from halos_pl.policy.spec import ModelError
+from halos_pl.training.module import HALOModule, NonFiniteLossError
 
 TOKEN = 299  # in one row of the batch below, and nowhere else
 
 
-def held_out() -> FlatBatch:
+def held_out() -> TokenBatch:
     rows = batch()
     for tokens in (*rows.prompts, *rows.completions):
         tokens[tokens == TOKEN] = 5
@@ -57,7 +57,7 @@ def made(**options: Any) -> Any:
     return quiet_trainer(**{"max_epochs": 1, **options})
 
 
-def loader(*batches: FlatBatch) -> Any:
+def loader(*batches: TokenBatch) -> Any:
     return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 
@@ -77,7 +77,7 @@ def loader(*batches: FlatBatch) -> Any:
     ],
 )
 def test_held_out_figures_that_are_not_finite_raise_and_name_the_row(tiny_folder, command, value, objective):
-    model = module(tiny_folder, objective, packing="padded")
+    model = module(tiny_folder, objective, prefix_sharing="never")
     trainer = made(callbacks=[Break(value)])
     with pytest.raises(NonFiniteLossError) as caught:
         getattr(trainer, command)(model, loader(held_out()))
@@ -85,7 +85,7 @@ def test_held_out_figures_that_are_not_finite_raise_and_name_the_row(tiny_folder
     assert named.split(": ", 1)[1] == "file:3"
     assert not [key for key in trainer.callback_metrics if "auroc" in key]
     # A policy that is whole again has figures, without a trace of what came before.
-    figures = made().validate(module(tiny_folder, objective, packing="padded"), loader(held_out()), verbose=False)
+    figures = made().validate(module(tiny_folder, objective, prefix_sharing="never"), loader(held_out()), verbose=False)
     assert all(map(math.isfinite, figures[0].values()))
 
 
@@ -93,7 +93,7 @@ def test_held_out_figures_that_are_not_finite_raise_and_name_the_row(tiny_folder
 def test_they_raise_within_a_fit_as_well(tiny_folder):
     trainer = made(callbacks=[Break(math.nan)])
     with pytest.raises(NonFiniteLossError, match="file:3"):
-        trainer.fit(module(tiny_folder, packing="padded", lr=1e-3), loader(batch()), loader(held_out()))
+        trainer.fit(module(tiny_folder, prefix_sharing="never", lr=1e-3), loader(batch()), loader(held_out()))
 
 
 @pytest.mark.slow
@@ -177,9 +177,11 @@ class Bar(TQDMProgressBar):
         self.shown.append(self.get_metrics(trainer, pl_module))
 
 
-def one_class(desirable: bool) -> FlatBatch:
-    rows = batch(probes=True)
-    return rows.select(torch.tensor([i for i in range(len(rows)) if rows.desirable[i] == desirable or rows.probe[i]]))
+def one_class(desirable: bool) -> TokenBatch:
+    rows = batch(mismatched=True)
+    return rows.select(
+        torch.tensor([i for i in range(len(rows)) if rows.desirable[i] == desirable or rows.mismatched[i]])
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -203,7 +205,7 @@ def test_a_class_that_a_step_lacks_is_neither_nan_nor_an_older_value(tiny_folder
 def test_a_prediction_that_json_does_not_know_is_not_written(tmp_path: Path):
     from types import SimpleNamespace
 
-    from halos_pl.callbacks import PredictionWriter
+    from halos_pl.training.callbacks import PredictionWriter
 
     trainer: Any = SimpleNamespace(default_root_dir=str(tmp_path), global_rank=0)
     with pytest.raises(ValueError, match="JSON"):

@@ -25,17 +25,17 @@ from lightning.pytorch.trainer.states import TrainerFn
 from run_halos import binary_data, fit, quiet_trainer, refused
 from torch import Tensor, nn
 
-from halos_pl.cli import main
-from halos_pl.feedback import Binary
-from halos_pl.module import HALOModule
-from halos_pl.objective import HALO
-from halos_pl.optim import Change, Schedule, guard
+from halos_pl.cli.main import main
+from halos_pl.objective.feedback import Binary
+from halos_pl.objective.halo import HALO
+from halos_pl.objective.reference_points import MismatchedKL, RunningMean
+from halos_pl.objective.rewards import LogRatio
 from halos_pl.policy.loading import LoRASpec, ModelSpec
 from halos_pl.policy.reference import FrozenCopy, SyncedCopy
-from halos_pl.reference_points import MismatchedKL, RunningMean
-from halos_pl.resume import KeepSettings
-from halos_pl.rewards import LogRatio
-from halos_pl.settings import described
+from halos_pl.training.module import HALOModule
+from halos_pl.training.optim import Change, Schedule, guard
+from halos_pl.training.resume import KeepSettings
+from halos_pl.training.settings import described
 from value_functions import Identity, Logistic, LogSigmoid, ValueFunction
 
 # -- the optimizer and its schedule ---------------------------------------------------------------------
@@ -199,8 +199,8 @@ def kto(**changes: Any) -> HALOModule:
         "reference_point": MismatchedKL(),
         "value_function": Logistic(beta=0.1),
         "feedback": Binary(),
-        "undesirable": "reflect",
-        "constant": 1.0,
+        "reflect_undesirable": True,
+        "loss_offset": 1.0,
     }
     return HALOModule(**{**parts, **changes})
 
@@ -222,7 +222,7 @@ def extra(weight: float) -> list[Any]:
         reference_point=MismatchedKL(),
         value_function=LogSigmoid(beta=weight),
         feedback=Binary(),
-        undesirable="same",
+        reflect_undesirable=False,
     )
     return [halo]
 
@@ -236,8 +236,8 @@ def extra(weight: float) -> list[Any]:
         ({}, {"reward": LogRatio(length_normalised=True)}, "model.reward.length_normalised", ("False", "True")),
         ({}, {"feedback": Binary(lambda_undesirable=2.0)}, "model.feedback.lambda_undesirable", ("1.0", "2.0")),
         ({}, {"feedback": Binary(denominator="tokens")}, "model.feedback.denominator", ("rows", "tokens")),
-        ({}, {"undesirable": "same"}, "model.undesirable", ("reflect", "same")),
-        ({}, {"constant": 0.0}, "model.constant", ("1.0", "0.0")),
+        ({}, {"reflect_undesirable": False}, "model.reflect_undesirable", ("True", "False")),
+        ({}, {"loss_offset": 0.0}, "model.loss_offset", ("1.0", "0.0")),
         ({}, {"reference_point": RunningMean()}, "model.reference_point", ("MismatchedKL", "RunningMean")),
         (
             {"reference_point": RunningMean(of=MismatchedKL())},
@@ -279,7 +279,7 @@ def test_what_makes_another_loss_or_model_is_refused(before, now, key, values):
 @pytest.mark.parametrize(
     ("now", "key"),
     [
-        ({"packing": "padded"}, "model.packing"),
+        ({"prefix_sharing": "never"}, "model.prefix_sharing"),
         ({"micro_batch_rows": 2}, "model.micro_batch_rows"),
         ({"lr_schedule": "cosine"}, "model.lr_schedule"),
         ({"warmup_ratio": 0.5}, "model.warmup_ratio"),

@@ -13,9 +13,9 @@ import pytest
 from run_halos import binary_data, fit, metrics, refused
 
 import halos_pl.data.datamodule
-from halos_pl.callbacks import move_aside
-from halos_pl.cli import main
-from halos_pl.run_lock import RunLock
+from halos_pl.cli.main import main
+from halos_pl.training.callbacks import move_aside
+from halos_pl.training.run_lock import RunLock
 
 
 @contextmanager

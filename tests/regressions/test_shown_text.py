@@ -19,9 +19,9 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 from run_halos import fit, run_here
 
-from halos_pl.cache_command import info
-from halos_pl.cli import main
-from halos_pl.messages import plain
+from halos_pl.cli.cache import info
+from halos_pl.cli.main import main
+from halos_pl.common.messages import plain
 from halos_pl.study import report
 from halos_pl.study.markdown import markdown
 

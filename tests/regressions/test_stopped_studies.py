@@ -69,7 +69,7 @@ EARLY = {"steps": 5, "planned_steps": 8, "ended": "stopped early: no better", "f
     ],
 )
 def test_a_measured_run_counts_when_its_training_is_finished(path, tmp_path, capsys, summary, state, named):
-    from halos_pl.ablate_command import status
+    from halos_pl.cli.ablate import status
 
     study, out = load_study(path), tmp_path / "out"
     execute.claim(study, out, {arm.name: arm.name for arm in study.arms})
@@ -86,7 +86,7 @@ def test_a_measured_run_counts_when_its_training_is_finished(path, tmp_path, cap
 
 
 def test_summaries_of_an_older_version_are_said_to_count(path, tmp_path, capsys):
-    from halos_pl.ablate_command import status
+    from halos_pl.cli.ablate import status
 
     study, out = load_study(path), tmp_path / "out"
     execute.claim(study, out, {arm.name: arm.name for arm in study.arms})

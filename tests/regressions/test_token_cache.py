@@ -15,7 +15,7 @@ import pytest
 from conftest import byte_level_tokenizer, write_jsonl
 from run_halos import full_disk
 
-from halos_pl.cache_command import clear
+from halos_pl.cli.cache import clear
 from halos_pl.data import store
 from halos_pl.data.example import DataError
 from halos_pl.data.source import Source

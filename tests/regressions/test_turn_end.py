@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from halos_pl.data.tokenize import Encoder, encode_completion, encode_prompt
 from halos_pl.data.turns import stop_ids, turn_end, turn_markers
-from halos_pl.generate import add_stops, generate
-from halos_pl.module import HALOModule
+from halos_pl.policy.sampling import add_stops, generate
+from halos_pl.training.module import HALOModule
 
 ASK = [{"role": "user", "content": "Why?"}]
 ANSWER = [{"role": "assistant", "content": "So it is."}]
@@ -334,7 +334,7 @@ def test_generation_stops_at_the_end_of_a_turn(name: str, special: bool) -> None
 def test_training_samples_stop_there_too(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = shipped("gemma")
     seen: list[Any] = []
-    monkeypatch.setattr("halos_pl.module.sample_tokens", lambda *_, stops, **__: seen.append(stops) or [])
+    monkeypatch.setattr("halos_pl.training.module.sample_tokens", lambda *_, stops, **__: seen.append(stops) or [])
     module: Any = SimpleNamespace(tokenizer=tokenizer, training=True, policy=nn.Identity())
     module._stops = HALOModule._stops.func(module)  # type: ignore[attr-defined]
     module.objective = SimpleNamespace(needs=SimpleNamespace(samples=4))

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-import halos_pl.generate_command
-import halos_pl.named_model
-from halos_pl.cli import main
-from halos_pl.files import whole
-from halos_pl.stopping import Stopped
+import halos_pl.cli.generate
+import halos_pl.training.named_model
+from halos_pl.cli.main import main
+from halos_pl.common.files import whole
+from halos_pl.common.stopping import Stopped
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def status_of(given: list[str]) -> int:
 def test_a_stopped_generate_leaves_its_part_under_another_name(
     tiny_folder, prompts, tmp_path, monkeypatch, capfd, end, status
 ):
-    out, sample, calls = tmp_path / "answers.jsonl", halos_pl.generate_command.generate, []
+    out, sample, calls = tmp_path / "answers.jsonl", halos_pl.cli.generate.generate, []
     out.write_text("of before\n")
 
     def generate(*given: Any, **options: Any) -> Any:
@@ -53,7 +53,7 @@ def test_a_stopped_generate_leaves_its_part_under_another_name(
             raise end
         return sample(*given, **options)
 
-    monkeypatch.setattr(halos_pl.generate_command, "generate", generate)
+    monkeypatch.setattr(halos_pl.cli.generate, "generate", generate)
     assert status_of(words(tiny_folder, prompts, f"--out={out}")) == status
     part = tmp_path / "answers.jsonl.halos.part"
     assert out.read_text() == "of before\n"
@@ -61,7 +61,7 @@ def test_a_stopped_generate_leaves_its_part_under_another_name(
     said = capfd.readouterr().err
     assert str(part) in said
     assert "Traceback" not in said
-    monkeypatch.setattr(halos_pl.generate_command, "generate", sample)
+    monkeypatch.setattr(halos_pl.cli.generate, "generate", sample)
     main(words(tiny_folder, prompts, f"--out={out}"))
     assert [json.loads(line)["prompt"] for line in out.open()] == [f"question {i}" for i in range(12)]
     assert not part.exists()
@@ -81,7 +81,7 @@ def test_a_file_beside_the_answers_stays(tiny_folder, prompts, tmp_path, out):
 def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     tiny_folder, prompts, tmp_path, monkeypatch, capfd, place
 ):
-    monkeypatch.setattr(halos_pl.named_model, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(halos_pl.training.named_model, "load_model", lambda *_: pytest.fail("the model was loaded"))
     assert status_of(words(tiny_folder, prompts, f"--out={tmp_path / place}")) == 1
     assert str(tmp_path / place) in capfd.readouterr().err
 

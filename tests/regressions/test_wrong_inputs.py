@@ -16,12 +16,12 @@ import pytest
 from conftest import write_jsonl
 from run_halos import ROOT, binary_data, fit, pair_data
 
-from halos_pl.cli import main
-from halos_pl.lightning_cli import HalosCLI
-from halos_pl.messages import cause
-from halos_pl.study.evaluate import check_arguments
+from halos_pl.cli.lightning_cli import HalosCLI
+from halos_pl.cli.main import main
+from halos_pl.common.messages import cause
+from halos_pl.common.yaml_files import YAMLFileError, read_yaml
+from halos_pl.evaluation.evaluate import check_arguments
 from halos_pl.study.plan import StudyError, load_study
-from halos_pl.yaml_files import YAMLFileError, read_yaml
 
 ALIASES = "\n".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10) if i else 1}]" for i in range(9))
 
@@ -130,7 +130,7 @@ OPTIONS = {
     "data: nothing": "data",
     "model: {policy: {path: 123}}": "model.policy.path",
     "model: {policy: 5}": "policy.path",
-    "model: {undesirable: mirror}": "model.undesirable",
+    "model: {reflect_undesirable: mirror}": "model.reflect_undesirable",
     "model: {value_function: 3}": "model.value_function",
     "model: {value_function: mine.Nope}": "mine",
     "model: {value_function: {class_path: Logistic, init_args: {beta: -0.1}}}": "beta",

@@ -1,0 +1,216 @@
+"""The flat batch: what flows from the data to the loss, with shapes and units.
+
+A batch is ``n`` rows of (prompt, completion). A preference pair is two rows that name each other as
+``pair``; a mismatched pair (x_i, y_j) that only feeds the reference point is a row marked ``mismatched``.
+One forward path serves every loss because every loss sees rows and nothing else.
+
+Glossary (symbol in the paper, name here, unit):
+
+========  ====================  ==========================================================  =======
+r         ``reward``            implied reward l(y) * sum_t log pi_theta(y_t) / pi_ref(y_t)  nats
+z0        ``reference_point``   E_Q[r(x, y')], what an outcome is compared with              nats
+u         ``outcome``           r - z0: a gain where positive, a loss where negative         nats
+v         ``value``             value attributed to the outcome                              utility
+a         ``sign``              -1: raising the value lowers the loss; +1: the opposite      --
+w         ``weight``            weight of the row, at least 0                                --
+========  ====================  ==========================================================  =======
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective needs of the data and the models; a run pays only for what it uses.
+
+    Attributes:
+        reference: log-probs under the reference model.
+        pairs: rows come as pairs that name each other.
+        mismatched: mismatched rows (x_i, y_j), which feed the reference point and get no gradient.
+        undesirable: undesirable rows (a baseline that only imitates does not want them).
+        step_rewards: the reference point averages over the step's own rows, so all of them must have
+            been scored (without gradient) before the first row's loss is known.
+        whole_step: rows of the whole step are compared with each other *with* gradient, so no row's loss is
+            known without all the others.
+        groups: all rows of a prompt come in the same step, on the same rank.
+        exact_kl: the KL divergence over the whole vocabulary at each token of the mismatched rows.
+        samples: mismatched rows are completions that the policy samples, of at most so many tokens; 0 for none.
+    """
+
+    reference: bool = False
+    pairs: bool = False
+    mismatched: bool = False
+    undesirable: bool = False
+    step_rewards: bool = False
+    whole_step: bool = False
+    groups: bool = False
+    exact_kl: bool = False
+    samples: int = 0
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(**{f.name: max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, list) and any(isinstance(v, Tensor) for v in value):
+        return [v.to(device) if isinstance(v, Tensor) else v for v in value]
+    return value
+
+
+def _renumbered(pair: Tensor, index: Tensor) -> Tensor:
+    """``pair[index]`` as places among the selected rows; -1 where the paired completion was not selected."""
+    place = torch.full((len(pair) + 1,), -1, dtype=torch.long, device=pair.device)
+    place[index] = torch.arange(len(index), device=pair.device)
+    return place[pair[index]]  # a pair of -1 reads the extra last place, which holds -1
+
+
+def _scores(score: Tensor | None, desirable: Tensor) -> Tensor:
+    by_label = desirable.float()
+    return by_label if score is None else torch.where(score.isnan(), by_label, score)
+
+
+@dataclass
+class TokenBatch:
+    """Token ids of one optimizer step's rows (this rank's share), free of any layout or padding.
+
+    Attributes:
+        prompts: distinct prompts, each a 1-D LongTensor of at least one token.
+        completions: one 1-D LongTensor of at least one token per row; ends in EOS unless truncated.
+        prompt: LongTensor [n], index of each row's prompt in ``prompts``.
+        desirable: BoolTensor [n].
+        pair: LongTensor [n], index in this batch of the pair's other completion, -1 where there is none.
+        mismatched: BoolTensor [n], True for mismatched rows: they feed z0 only and get no gradient.
+        row_ids: one name per row for messages and files, ``FILE:LINE`` and, for a pair, ``#chosen`` or
+            ``#rejected``; a mismatched row's names both sides.
+        group: LongTensor [n], equal for rows that answer the same prompt, whatever was cut off from it; another one
+            for a second copy of them in the same step. Left out, ``prompt``.
+        score: float32 [n], how good a row is, higher is better, in the unit of the data less the mean of its prompt's
+            rows; where that is NaN or the whole is left out, 1 for a desirable row and 0 for an undesirable one.
+        loss: for each row, which tokens of its completion carry the loss, BoolTensor like the completion; None where
+            all of them do. The others are read but not predicted: other speakers, and turns that were not judged.
+            Left out, all tokens of all rows carry it.
+    """
+
+    prompts: list[Tensor]
+    completions: list[Tensor]
+    prompt: Tensor
+    desirable: Tensor
+    pair: Tensor
+    mismatched: Tensor
+    row_ids: list[str] = field(default_factory=list)
+    group: Tensor = None  # type: ignore[assignment]  # set below where it is left out
+    score: Tensor = None  # type: ignore[assignment]  # the same
+    loss: list[Tensor | None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.group is None:
+            self.group = self.prompt
+        self.score = _scores(self.score, self.desirable)
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def to(self, device: torch.device | str, **_: Any) -> TokenBatch:
+        """The same batch on ``device`` (Lightning moves batches with this)."""
+        return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
+
+    def select(self, index: Tensor) -> TokenBatch:
+        """The rows ``index`` (LongTensor [m]), with prompts and paired completions renumbered.
+
+        A paired completion that is not among the selected rows becomes -1.
+        """
+        chosen = index.tolist()
+        old_prompts, prompt = torch.unique(self.prompt[index], return_inverse=True)
+        return TokenBatch(
+            prompts=[self.prompts[i] for i in old_prompts.tolist()],
+            completions=[self.completions[i] for i in chosen],
+            prompt=prompt,
+            desirable=self.desirable[index],
+            pair=_renumbered(self.pair, index),
+            mismatched=self.mismatched[index],
+            row_ids=[self.row_ids[i] for i in chosen] if self.row_ids else [],
+            group=self.group[index],
+            score=self.score[index],
+            loss=None if self.loss is None else [self.loss[i] for i in chosen],
+        )
+
+
+_PER_TOKEN = ("reference_logps", "mask", "kl")
+_PER_ROW = ("desirable", "pair", "mismatched", "group", "score")
+
+
+@dataclass
+class LogProbBatch:
+    """What an objective sees: log-probs of the rows' completion tokens and who is who. No model, no text.
+
+    Attributes:
+        policy_logps: float32 [n, T], log pi_theta of each completion token, 0 where ``mask`` is False.
+        reference_logps: the same under the reference model, without gradient; None where nothing needs it.
+        mask: BoolTensor [n, T], True on completion tokens (never derived from values: a log-prob may be 0).
+        desirable: BoolTensor [n].
+        pair: LongTensor [n], -1 where there is none.
+        mismatched: BoolTensor [n].
+        group: LongTensor [n], equal for rows that answer the same prompt; left out, every row is its own group.
+        score: float32 [n], how good a row is, as in ``TokenBatch``; left out, 1 or 0 by its label.
+        kl: float32 [n, T], KL(pi_theta || pi_ref) over the whole vocabulary at each token, without gradient;
+            None where nothing needs it.
+    """
+
+    policy_logps: Tensor
+    reference_logps: Tensor | None
+    mask: Tensor
+    desirable: Tensor
+    pair: Tensor
+    mismatched: Tensor
+    group: Tensor = None  # type: ignore[assignment]  # set below where it is left out
+    kl: Tensor | None = None
+    score: Tensor = None  # type: ignore[assignment]  # the same
+
+    def __post_init__(self) -> None:
+        n = self.policy_logps.shape[0]
+        if self.group is None:
+            self.group = torch.arange(n, device=self.policy_logps.device)
+        self.score = _scores(self.score, self.desirable)
+        # Said here once, because (B,) + (B, T) broadcasts to a wrong loss without a word.
+        whole = tuple(self.policy_logps.shape)
+        for names, shape in ((_PER_TOKEN, whole), (_PER_ROW, (n,))):
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and tuple(value.shape) != shape:
+                    raise ValueError(f"LogProbBatch.{name} has shape {tuple(value.shape)}, not {shape}")
+        if len(whole) != 2:
+            raise ValueError(f"LogProbBatch.policy_logps has shape {whole}, not (rows, tokens)")
+
+    def __len__(self) -> int:
+        return self.policy_logps.shape[0]
+
+    @property
+    def train(self) -> Tensor:
+        """BoolTensor [n]: the rows that carry a loss."""
+        return ~self.mismatched
+
+    def detach(self) -> LogProbBatch:
+        """The same rows, cut off from the policy's graph."""
+        return replace(self, policy_logps=self.policy_logps.detach())
+
+    def select(self, index: Tensor) -> LogProbBatch:
+        """The rows ``index`` (LongTensor [m]); a paired completion that is not among them becomes -1."""
+        return LogProbBatch(
+            policy_logps=self.policy_logps[index],
+            reference_logps=None if self.reference_logps is None else self.reference_logps[index],
+            mask=self.mask[index],
+            desirable=self.desirable[index],
+            pair=_renumbered(self.pair, index),
+            mismatched=self.mismatched[index],
+            group=self.group[index],
+            score=self.score[index],
+            kl=None if self.kl is None else self.kl[index],
+        )

@@ -1,0 +1,146 @@
+"""``halos check``: the conformance suite on the command line. The code of the target is executed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json as jsons
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+from rich.console import Console
+
+from halos_pl.common.messages import cause, plain
+from halos_pl.conformance.check import reports
+from halos_pl.conformance.explain import explain, listed
+from halos_pl.conformance.report import TITLES, Definition, Report
+from halos_pl.conformance.target import TargetError, load_target, objective_of, one_line
+
+FAMILY = Path("experiments", "objectives")
+START, END = "<!-- halos check --all: this table is generated -->\n", "<!-- end of the table -->\n"
+
+
+def family(folder: Path | None = None, *, thorough: bool = False) -> Iterator[tuple[str, dict[Definition, Report]]]:
+    """Name and reports, under both definitions, of every objective file in ``folder``.
+
+    Raises:
+        TargetError: where there is no such folder, or a file of it is no objective.
+    """
+    folders = [folder] if folder else [FAMILY, Path(__file__).resolve().parents[2] / FAMILY]
+    home = next((place for place in folders if place.is_dir()), None)
+    if home is None:
+        raise TargetError(f"--all: no folder {folders[0]}; run it in a checkout of halos_pl")
+    shared: dict[Any, Any] = {}
+    for path in sorted(home.glob("*.yaml")):
+        yield path.stem, reports(objective_of(path), thorough=thorough, shared=shared)
+
+
+def family_table(checked: Iterable[tuple[str, dict[Definition, Report]]]) -> Iterator[str]:
+    """The lines of a Markdown table of ``family()``: a row a loss, a column a definition. The README holds a copy."""
+    yield f"| loss | {' | '.join(TITLES.values())} |"
+    yield f"|{'---|' * (1 + len(TITLES))}"
+    for name, found in checked:
+        yield f"| {name} | {' | '.join(found[definition].verdict for definition in TITLES)} |"
+
+
+def _write(table: list[str], path: Path) -> None:
+    """Puts the table in the place of the one between the marks in ``path``."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TargetError(f"{path}: {error.strerror or error}") from error
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise TargetError(f"{path} has no place for the table: it takes a line {START.strip()} and one {END.strip()}")
+    path.write_text(before + start + "".join(f"{line}\n" for line in table) + end + after, encoding="utf-8")
+
+
+def _check_all(json: bool, thorough: bool, write: Path | None) -> None:
+    if json:
+        with contextlib.redirect_stdout(sys.stderr):
+            both = [report for _, found in family(thorough=thorough) for report in found.values()]
+        print(jsons.dumps([report.to_json() for report in both], indent=2))
+        return
+    lines = []
+    for line in family_table(family(thorough=thorough)):
+        print(line, flush=True)
+        lines.append(line)
+    if write:
+        _write(lines, write)
+
+
+def _check_one(target: str, definition: Definition, json: bool, init_args: str | None, thorough: bool) -> Report:
+    # What the target prints is not part of the answer.
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            found = reports(load_target(target, init_args), thorough=thorough)[definition]
+        except SystemExit as error:
+            raise TargetError(f"{target} cannot be checked: it leaves the process, {one_line(error)}") from error
+    report = replace(found, target=target)
+    if report.unusable:
+        raise TargetError(f"{target} cannot be checked: {report.unusable}")
+    if json:
+        print(jsons.dumps(report.to_json(), indent=2))
+    else:  # what is piped somewhere is not wrapped
+        Console(width=None if sys.stdout.isatty() else 1000).print(report)
+        if failed := [clause.clause for clause in report.clauses if clause.status == "failed" and clause.required]:
+            print(f"\nWhat a clause means, and the cure: halos check --explain {failed[0]}")
+    return report
+
+
+def run(words: list[str]) -> None:
+    """``halos check WORDS``: its flags take no value and its target may be left out, unlike those of other commands.
+
+    Raises:
+        SystemExit: 1 for what is no HALO (or fails its clauses), 2 for what could not be checked.
+    """
+    parser = argparse.ArgumentParser(
+        prog="halos check",
+        description="Hold a loss, or a part of one, to the definition of human-aware losses.",
+        epilog="Exit status: 0 for a HALO, or a plug-in that passes its clauses; 1 otherwise; 2 where the target could"
+        " not be checked. The code of the target is executed.",
+    )
+    parser.add_argument(
+        "target",
+        nargs="?",
+        help="an objective's YAML file, a dotted class, path/to/file.py:Class, or the bare name of a plug-in",
+    )
+    parser.add_argument("--definition", choices=get_args(Definition), default="icml", help="ICML 2024 or arXiv v1")
+    parser.add_argument("--json", action="store_true", help="print plain data instead of a table")
+    parser.add_argument("--init_args", metavar="JSON", help="the class's arguments, such as '{\"beta\": 0.2}'")
+    parser.add_argument("--all", action="store_true", help="every file of experiments/objectives, both definitions")
+    parser.add_argument("--write", metavar="FILE", type=Path, help="with --all: put the table into FILE as well")
+    parser.add_argument(
+        "--explain",
+        metavar="CLAUSE",
+        nargs="?",
+        const="",
+        help="what a clause means, an example of failing it, and the cure; without a name, the list of clauses",
+    )
+    parser.add_argument("--thorough", action="store_true", help="search longer, up to 30 s for a target")
+    given = parser.parse_args(words)
+    if given.explain is not None:
+        if given.all or given.target is not None:
+            parser.error("--explain takes no target: name one clause, or none for the list of them")
+        try:
+            print(explain(given.explain) if given.explain else listed())
+        except ValueError as error:
+            print(f"halos check: {plain(error)}", file=sys.stderr)
+            raise SystemExit(2) from error
+        return
+    if given.all == (given.target is not None):
+        parser.error("name one target, or say --all or --explain")
+    try:
+        if given.all:
+            _check_all(given.json, given.thorough, given.write)
+            return
+        report = _check_one(given.target, given.definition, given.json, given.init_args, given.thorough)
+    except TargetError as error:
+        print(f"halos check: {plain(cause(str(error)))}", file=sys.stderr)
+        raise SystemExit(2) from error
+    if not report.sound:
+        raise SystemExit(1)

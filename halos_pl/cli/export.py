@@ -1,0 +1,176 @@
+"""From a run, or another model, to a Hugging Face folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import get_peft_model_state_dict
+from torch import nn
+
+from halos_pl.cache import cache_root
+from halos_pl.common.files import remove, share
+from halos_pl.policy import adapters
+from halos_pl.policy.intact import is_finite
+from halos_pl.policy.loading import base_model, load_model, stored_dtype
+from halos_pl.policy.sampling import add_stops
+from halos_pl.policy.source import ADAPTER_CONFIG, source_of
+from halos_pl.policy.spec import ModelError, ModelSpec
+from halos_pl.training.named_model import named_model
+
+#: Files that say what the weights of a folder are, and its tokenizer.
+WEIGHTS = ("adapter_*", "model*.safetensors*", "pytorch_model*", "generation_config.json")
+TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates",
+    "vocab.*",
+    "merges.txt",
+)
+_PART = ".halos-export"
+
+
+def export(
+    run: str,
+    folder: str,
+    *,
+    adapter: bool = False,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    overwrite: bool = False,
+    ckpt_path: str | None = None,
+) -> None:
+    """Write a run's policy as a Hugging Face folder. The code that the run's config.yaml names is executed.
+
+    Another model is written as it is, an adapter merged into its base.
+
+    Args:
+        run: the run's folder; or a Hugging Face folder, a folder with a peft adapter, or a hub name.
+        folder: where to write; ``AutoModelForCausalLM.from_pretrained`` and ``halos generate`` take it.
+        adapter: of a LoRA policy, write the adapter alone instead of merging it into the model. Where the run began
+            from an adapter, the two become one adapter of the model below them.
+        dtype: of the weights; default: the one they were trained in (model.policy.dtype, or that of a Trainer of half
+            precision).
+        overwrite: write into a folder that is not empty.
+        ckpt_path: another checkpoint than the last one: best (by what the run's ModelCheckpoint monitors), or a file.
+            --checkpoint is the same.
+    """
+    out = Path(folder)
+    if out.exists() and any(path.name != _PART for path in out.iterdir()) and not overwrite:
+        raise FileExistsError(f"{out} is not empty; choose another folder, or say --overwrite true")
+    if adapter and (out / "config.json").exists():
+        raise FileExistsError(f"{out} holds a model, which loaders would put the adapter on; choose another folder")
+    named = named_model(run, ckpt_path)
+    if adapter and named.spec.lora is None:
+        why = "trained the whole model, there is no LoRA adapter to write" if named.run else "is no run"
+        raise ValueError(f"--adapter: {run} {why}")
+    if out.exists() and Path(run).is_dir() and out.samefile(run):
+        raise FileExistsError(f"{out} is the folder that is exported; choose another one")
+    if named.run is None and dtype is None:
+        dtype = stored_dtype(named.spec)  # type: ignore[assignment]
+    whole: Any = named.load("cpu")
+    policy, tokenizer = whole, named.tokenizer()
+    if dtype == "float32" and not adapter:  # before it is merged, so that the sum is not rounded
+        policy.float()
+    if adapter:
+        policy = _adapter_alone(policy, named.spec)
+    elif named.spec.lora is not None:
+        policy = policy.merge_and_unload()
+    if dtype is not None:
+        policy.to(getattr(torch, dtype))
+    _check_finite(policy, run)
+    if not adapter:
+        for name, value in base_model(whole).noise_of_config.items():  # type: ignore[arg-type]
+            setattr(base_model(policy).config, name, value)
+    stops = add_stops(policy, tokenizer)
+    if adapter and stops:
+        print(f"halos: the adapter's base does not stop at the ids {stops}; generate with them as eos_token_id")
+    with _written(out, (*TOKENIZER, *(("adapter_*",) if adapter else WEIGHTS))) as part:
+        policy.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+    kind, given = _dtype_of(policy), stored_dtype(named.spec)
+    said = f", in {kind}" + (f" (its base is in {given}; --dtype chooses)" if dtype is None and given != kind else "")
+    print(f"halos: wrote {'the adapter' if adapter else 'the model'} of {run} to {out}{'' if adapter else said}")
+
+
+def _adapter_alone(policy: Any, spec: ModelSpec) -> Any:
+    """A peft model whose adapter, on the base that it names, is the policy.
+
+    Raises:
+        ValueError: where no adapter is.
+    """
+    root, chain = adapters.chain(spec)
+    if chain:
+        own = (policy.peft_config["default"], get_peft_model_state_dict(policy, save_embedding_layers=False))
+        try:
+            earlier = [(each.config, adapters.weights_of(each)) for each in chain]
+            policy = adapters.combine(load_model(replace(root, lora=None)), [*earlier, own], policy)
+        except ModelError as error:
+            raise ValueError(
+                f"--adapter: the run began from the adapter {spec.path}, and the two cannot be written as one adapter"
+                f" of {root.path} ({error}); export the merged model, without --adapter"
+            ) from error
+    base = source_of(root, weights=False)
+    config = policy.peft_config["default"]
+    config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+    config.revision = root.revision
+    if Path(base).is_relative_to(cache_root()):
+        print(
+            f"halos: the adapter's base is {base}, converted from {root.path}. Only this machine has that folder, and"
+            " a full cache may lose it: copy it and name the copy in adapter_config.json, or export without --adapter"
+        )
+    return policy
+
+
+def _dtype_of(model: nn.Module) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def _check_finite(policy: nn.Module, run: str) -> None:
+    for name, value in policy.named_parameters():
+        if not is_finite(value):
+            raise ValueError(
+                f"{run}: {name} is not finite in {_dtype_of(policy)}: the run diverged, or its weights are too large"
+                " for that dtype; nothing is written"
+            )
+
+
+@contextmanager
+def _written(out: Path, stale: Sequence[str]) -> Iterator[Path]:
+    """A folder to write into; what is in it appears in ``out`` only when all of it has been written.
+
+    Files in ``out`` that match ``stale`` are removed then: they would be taken for parts of what is written.
+
+    Raises:
+        OSError: where something could not be written, as on a full disk; ``out`` is then as it was before.
+    """
+    made = not out.exists()
+    part = out / _PART
+    try:
+        shutil.rmtree(part, ignore_errors=True)  # of one that was killed
+        part.mkdir(parents=True)
+        try:
+            yield part
+        except Exception as error:  # safetensors and tokenizers have exceptions of their own for a full disk
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise OSError(f"{out}: it could not be written ({reason}); the folder is as it was before") from error
+        share(part)
+        for file in {file for pattern in stale for file in out.glob(pattern)}:
+            remove(file)
+        # What makes loaders take the folder for a model comes last.
+        for file in sorted(part.iterdir(), key=lambda file: file.name in ("config.json", ADAPTER_CONFIG)):
+            if (out / file.name).is_dir():
+                remove(out / file.name)
+            os.replace(file, out / file.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        if made:
+            with suppress(OSError):  # it is not empty
+                out.rmdir()

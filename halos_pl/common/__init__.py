@@ -1,0 +1,1 @@
+"""What every part uses: messages, files, YAML, signals."""

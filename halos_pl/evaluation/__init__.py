@@ -1,0 +1,1 @@
+"""Evaluation: held-out rows, sampled answers, rules and judges, for any model."""

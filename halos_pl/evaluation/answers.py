@@ -1,0 +1,106 @@
+"""Answers to prompts, sampled once for each model and way of sampling, and kept for later evaluations."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from halos_pl.cache import ANSWERS, Use, cache_root, make_room
+from halos_pl.common.files import write
+from halos_pl.data.prompt_files import PromptRow
+from halos_pl.data.special import SpecialTokens
+from halos_pl.policy.limits import check_prompts
+from halos_pl.policy.loading import base_model
+from halos_pl.policy.reference import weights_fingerprint
+from halos_pl.policy.sampling import Sample, as_samples, encode_prompts, ends_of, generate
+from halos_pl.policy.store import fingerprint
+from halos_pl.provenance import provenance
+
+
+def answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[PromptRow],
+    special_tokens_in_text: SpecialTokens,
+    *,
+    start: bool = False,
+    **sampling: Any,
+) -> tuple[list[Sample], Path | None]:
+    """The answers of a model to prompts, from the cache where they were sampled in the same way before.
+
+    Args:
+        model: whose answers.
+        tokenizer: its tokenizer.
+        rows: the prompts.
+        special_tokens_in_text: see :func:`halos_pl.policy.sampling.generate`.
+        start: the model may be one with its adapter off, whose answers are those of the model below.
+        sampling: ``max_new_tokens``, ``temperature``, ``batch_size`` and ``seed``.
+
+    Returns:
+        one answer for each prompt; and the file that they were read from, None where they are new.
+
+    Raises:
+        ValueError: for a prompt that cannot be encoded or does not fit the model, naming it.
+    """
+    prompts, names = [row.prompt for row in rows], [row.place for row in rows]
+    tools = [row.tools for row in rows]
+    encoded = encode_prompts(tokenizer, prompts, names, "", special_tokens_in_text, tools)
+    check_prompts(model, tokenizer, encoded, names, sampling["max_new_tokens"])
+    path = cache_root() / ANSWERS / f"{_key(model, tokenizer, encoded, start, sampling)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):  # runs of a study that are measured at the same time wait for the first
+        use = Use(path)
+        known = _read(path, len(rows))
+        use.end()
+        if known is not None:
+            return as_samples(model, tokenizer, encoded, known), path
+        options: dict[str, Any] = {"names": names, "tools": tools, **sampling}
+        options["special_tokens_in_text"] = special_tokens_in_text
+        samples = [each for (each,) in generate(model, tokenizer, prompts, **options)]
+        ids = [sample.completion_ids for sample in samples]
+        write(path, json.dumps({"sha256": _digest(ids), "ids": ids}))
+    make_room()
+    return samples, None
+
+
+def _key(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    start: bool,
+    sampling: dict[str, Any],
+) -> str:
+    """A hash of all that decides what is sampled: weights, prompts, ends, settings, code, libraries and device."""
+    if start or not hasattr(model, "peft_config"):
+        weights = weights_fingerprint(model)
+    else:
+        tensors = chain(model.named_parameters(), model.named_buffers())
+        weights = fingerprint(tensors, base_model(model).config.to_dict())
+    by, device = provenance(), next(model.parameters()).device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    made = [by["revision"], by["halos_pl"], by["versions"], name, torch.get_num_threads()]
+    ends = [ends_of(model, tokenizer), tokenizer.pad_token_id]
+    return hashlib.sha256(json.dumps([weights, prompts, ends, sampling, made]).encode()).hexdigest()[:32]
+
+
+def _digest(ids: list[list[int]]) -> str:
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
+def _read(path: Path, number: int) -> list[list[int]] | None:
+    """The token ids of answers that were kept; None where there are none, or they are damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        ids: list[list[int]] = found["ids"]
+        return ids if found["sha256"] == _digest(ids) and len(ids) == number else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,221 @@
+"""Held-out feedback under a policy and a reference, row by row; and what that says of each example."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Trainer
+from torch import nn
+
+from halos_pl.batch import TokenBatch
+from halos_pl.common.progress import Progress
+from halos_pl.data import FeedbackDataModule
+from halos_pl.data.example import DataError
+from halos_pl.objective.feedback import Binary
+from halos_pl.objective.reference_points import Zero
+from halos_pl.objective.rewards import LogProb, LogRatio
+from halos_pl.policy.logprobs import compared_logps, completion_logps, completion_mask
+from halos_pl.policy.reference import NoReference, ReferenceModel
+from halos_pl.policy.spec import ModelSpec
+from halos_pl.training.checkpoint import load_trained
+from halos_pl.training.module import HALOModule
+from halos_pl.training.named_model import NamedModel
+from halos_pl.training.trained import module_of_run, put_weights
+from value_functions import Logistic
+
+
+class Loaded(ReferenceModel):
+    """A reference that has been loaded already.
+
+    Args:
+        model: in eval mode, on the device of the policy.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def bind(self, policy: nn.Module, spec: ModelSpec, *, stored: bool = False) -> None:
+        return None
+
+    @contextmanager
+    def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
+        yield self.model
+
+
+class Evaluation(HALOModule):
+    """Measures each held-out row under a policy and, where there is one, under a reference."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is a model to compare with."""
+        return not isinstance(self._reference, NoReference)
+
+    @torch.no_grad()
+    def predict_step(self, batch: TokenBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """One record for each row: log-probs under both models and the KL divergence between them, in nats."""
+        assert self.policy is not None
+        if self.has_reference:
+            compared = compared_logps(self.policy, self.scoring(), batch)
+            figures = dict(zip(("policy_logp", "reference_logp", "kl"), compared, strict=True))
+        else:
+            figures = {"policy_logp": completion_logps(self.policy, batch)}
+        tokens = completion_mask(batch).sum(dim=1).tolist()
+        sums = {name: each.sum(dim=1).tolist() for name, each in figures.items()}
+        first = [min(i, pair) if pair >= 0 else i for i, pair in enumerate(batch.pair.tolist())]
+        return [
+            {
+                "row": batch.row_ids[i],
+                "pair": batch.row_ids[first[i]] if batch.pair[i] >= 0 else None,
+                "prompt": int(batch.group[i]),  # as it was before it was cut, which goes by the completion
+                "desirable": bool(batch.desirable[i]),
+                "tokens": tokens[i],
+                "words": len(str(self.tokenizer.decode(batch.completions[i], skip_special_tokens=True)).split()),
+            }
+            | {name: each[i] for name, each in sums.items()}
+            for i in range(len(batch))
+        ]
+
+
+def prepared(model: NamedModel, reference: ReferenceModel | None = None, trained: bool = True) -> Evaluation:
+    """The evaluation of a model.
+
+    Args:
+        model: the policy.
+        reference: what to compare with; None for what a run's policy was before training.
+        trained: give a run's policy its trained weights.
+    """
+    nothing = isinstance(reference, NoReference)
+    module = Evaluation(
+        model.spec,
+        reference_model=reference,
+        reward=LogProb() if nothing else LogRatio(),
+        reference_point=Zero(),
+        value_function=Logistic(beta=1.0),
+        feedback=Binary(),
+        reflect_undesirable=True,
+        prefix_sharing=module_of_run(model.run).prefix_sharing if model.run else "auto",  # type: ignore[arg-type]
+    )
+    module.tokenizer = model.tokenizer()
+    # On one device: of several each would see its own share of the rows.
+    module.trainer = Trainer(
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        devices=1,
+        num_nodes=1,
+        callbacks=[Progress()],
+    )
+    module.configure_model()
+    if model.run and trained:
+        state = load_trained(model.run, model.ckpt_path)
+        put_weights(module, {k: v for k, v in state.items() if k.startswith("policy.")}, model.run)
+    return module
+
+
+def records_of(module: Evaluation, data: FeedbackDataModule, name: str) -> list[dict[str, Any]]:
+    """The records of all rows.
+
+    Raises:
+        DataError: where log-probs are not finite, naming the model.
+    """
+    batches: Any = module.trainer.predict(module, datamodule=data)
+    records = [record for batch in batches for record in batch]
+    names = ("policy_logp", "reference_logp", "kl")
+    lost = sum(not np.isfinite([r[name] for name in names if name in r]).all() for r in records)
+    if lost:
+        raise DataError(f"{name}: {lost} of {len(records)} held-out rows have no finite log-prob: the policy diverged")
+    return records
+
+
+def of_reference(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records that the reference itself would have."""
+    return [{**record, "policy_logp": record["reference_logp"], "kl": 0.0} for record in records]
+
+
+def figures_of(records: list[dict[str, Any]], beta: float) -> dict[str, dict[str, float]]:
+    """Metrics by example, those that the rows give."""
+    return of_pairs(records, beta) | of_rows(records)
+
+
+def of_pairs(records: list[dict[str, Any]], beta: float) -> dict[str, dict[str, float]]:
+    """Metrics of pairs by example; of rows without pairs or a reference nothing."""
+    rewards: dict[str, dict[bool, float]] = defaultdict(dict)
+    for record in records:
+        if record["pair"] is not None and "reference_logp" in record:
+            rewards[record["pair"]][record["desirable"]] = record["policy_logp"] - record["reference_logp"]
+    margins = {pair: both[True] - both[False] for pair, both in rewards.items() if len(both) == 2}
+    found = {
+        "reward_accuracy": {pair: float(m > 0) + 0.5 * (m == 0) for pair, m in margins.items()},
+        "reward_margin": margins,
+        "brier": {pair: (1 - 1 / (1 + float(np.exp(-beta * m)))) ** 2 for pair, m in margins.items()},
+    }
+    if not margins:
+        return {}
+    example = {r["pair"]: name for r, name in zip(records, _examples(records).values(), strict=True)}
+    return {metric: by_example(values, example) for metric, values in found.items()}
+
+
+def of_rows(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Metrics of single rows by example; without a reference those that need none."""
+    nll = {r["row"]: -r["policy_logp"] / r["tokens"] for r in records}
+    example = _examples(records)
+    found = {
+        f"nll_{kind}": by_example({r["row"]: nll[r["row"]] for r in records if r["desirable"] is desirable}, example)
+        for kind, desirable in (("desirable", True), ("undesirable", False))
+    }
+    if not all("reference_logp" in r for r in records):
+        return found
+    rewards: dict[bool, dict[str, float]] = {True: {}, False: {}}
+    for r in records:
+        rewards[r["desirable"]][r["row"]] = r["policy_logp"] - r["reference_logp"]
+    found["kl_held_out"] = by_example({r["row"]: r["kl"] for r in records}, example)
+    if rewards[True] and rewards[False]:
+        found["reward_auroc"] = by_example(_auroc_shares(rewards[True], rewards[False]), example)
+    return found
+
+
+def _examples(records: list[dict[str, Any]]) -> dict[str, str]:
+    """The example that each row belongs to: the first row with its prompt."""
+    first: dict[str, str] = {}
+    return {r["row"]: first.setdefault(r["prompt"], r["row"]) for r in records}
+
+
+def by_example(values: dict[str, float], example: dict[str, str]) -> dict[str, float]:
+    """Values of rows as values of examples with the same mean: the rows of a prompt do not vary by themselves.
+
+    Each is the mean and what the example adds to its error, as of a ratio of two sums (Cochran 1977, section 6.3): how
+    many rows an example has is no variation of what is measured.
+    """
+    if not values:
+        return {}
+    own: dict[str, list[float]] = defaultdict(list)
+    for row, value in values.items():
+        own[example[row]].append(value)
+    if len({len(each) for each in own.values()}) == 1:  # plain means, without rounding
+        return {name: sum(each) / len(each) for name, each in own.items()}
+    mean = sum(values.values()) / len(values)
+    share = len(own) / len(values)
+    return {name: mean + share * (sum(each) - len(each) * mean) for name, each in own.items()}
+
+
+def _auroc_shares(high: dict[str, float], low: dict[str, float]) -> dict[str, float]:
+    """What each row adds to the area under the ROC curve; the mean over all rows is the area.
+
+    Rows of both kinds are a sample. With each row's share of the other kind that it stands right to, less the area, the
+    variance of the mean is that of DeLong et al. 1988, summed by pairs that of Obuchowski 1997.
+    """
+
+    def below(values: dict[str, float], others: dict[str, float]) -> dict[str, float]:
+        """Of each value: the share of the others below it, half of those equal to it."""
+        ordered = np.sort(list(others.values()))
+        places = [np.searchsorted(ordered, list(values.values()), side=side) for side in ("left", "right")]
+        return dict(zip(values, ((places[0] + places[1]) / 2 / len(ordered)).tolist(), strict=True))
+
+    right = {True: below(high, low), False: {row: 1 - share for row, share in below(low, high).items()}}
+    area, rows = float(np.mean(list(right[True].values()))), len(high) + len(low)
+    return {row: area + rows / len(own) * (share - area) for own in right.values() for row, share in own.items()}

@@ -1,0 +1,198 @@
+"""Measures a model and, of a run, the model that it began with: held-out rows, answers, rules and judges."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halos_pl.common.files import whole, write
+from halos_pl.common.messages import plain
+from halos_pl.common.progress import counted
+from halos_pl.data import FeedbackDataModule
+from halos_pl.data.prompt_files import PromptRow
+from halos_pl.evaluation.answers import answers
+from halos_pl.evaluation.held_out import Evaluation, Loaded, by_example, figures_of, of_reference, prepared, records_of
+from halos_pl.evaluation.judging import Judged, Row
+from halos_pl.policy.reference import NoReference, ReferenceModel
+from halos_pl.policy.sampling import Sample, kl_of_samples
+from halos_pl.training.named_model import NamedModel
+
+ROWS = "held_out.jsonl"
+ANSWERS = "answers.jsonl"
+
+#: Values by metric and example.
+Values = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is measured, and how.
+
+    Attributes:
+        data: arguments of the DataModule of held-out feedback; None where there is none.
+        beta: 1 / nats, of the Brier score.
+        rows: prompts to be answered.
+        judging: rule and judge, those that there are.
+        sampling: how answers are sampled, see :func:`halos_pl.evaluation.answers.answers`.
+    """
+
+    data: Mapping[str, Any] | None
+    beta: float
+    rows: Sequence[PromptRow]
+    judging: Mapping[str, Judged]
+    sampling: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found of one model.
+
+    Attributes:
+        records: of held-out rows.
+        samples: its answers.
+        kl: of each answer, nats; empty where there is no reference.
+    """
+
+    records: list[dict[str, Any]]
+    samples: list[Sample]
+    kl: list[float]
+
+
+def measure(model: NamedModel, compared: NamedModel | None, task: Task, folder: Path) -> tuple[Values, Values, bool]:
+    """Measures a model; the rows and the answers are written to a folder, these before they are judged.
+
+    Args:
+        model: the policy.
+        compared: the reference; None for what a run began with.
+        task: what is measured.
+        folder: where ``held_out.jsonl`` and ``answers.jsonl`` are written.
+
+    Returns:
+        the values of the model, those of a run before it was trained (else none), and whether there was a reference.
+
+    Raises:
+        ValueError: for prompts, rows or answers that cannot be used, naming them.
+    """
+    other = compared.load() if compared else None
+    reference: ReferenceModel | None = None if model.run else NoReference()
+    if compared is not None and other is not None:
+        reference = Loaded(other)
+        if compared.tokenizer().get_vocab() != model.tokenizer().get_vocab():
+            both = f"{plain(model.name)} and {plain(compared.name)}"
+            print(f"halos: {both} have different vocabularies, so that their log-probs cannot be compared")
+            reference = NoReference()
+    module = prepared(model, reference)
+    mine = _measured(module, model.name, task)
+    start: Measured | None = None
+    if model.run and reference is None:
+        with module.scoring() as first:
+            samples = _answers(first, module.tokenizer, task, "the model before training", start=True)
+        start = Measured(of_reference(mine.records), samples, [0.0] * len(samples))
+    elif model.run:
+        del module
+        start = _measured(prepared(model, reference, trained=False), f"{model.name} before training", task)
+    others: list[Sample] | None = None
+    if "judge" in task.judging:
+        if compared is not None and other is not None:
+            others = _answers(other, compared.tokenizer(), task, compared.name)
+        else:
+            assert start is not None
+            others = start.samples
+    if task.data is not None:
+        write(folder / ROWS, "".join(json.dumps(record) + "\n" for record in mine.records))
+    lines = _lines(task.rows, mine, start, others)
+    values: list[Values] = []
+    if task.rows:
+        _write(folder / ANSWERS, lines)
+    for each in (mine, start) if start else (mine,):
+        found = figures_of(each.records, task.beta)
+        if task.rows:
+            columns = _columns(each, task, others)
+            for name in task.judging:
+                for line, value in zip(lines, columns[name], strict=True):
+                    (line if each is mine else line["before"])[name] = value
+            _write(folder / ANSWERS, lines)
+            found |= _by_prompt(columns, task.rows)
+        values.append({name: figures for name, figures in found.items() if figures})
+    return values[0], values[1] if start else {}, not isinstance(reference, NoReference)
+
+
+def _measured(module: Evaluation, name: str, task: Task) -> Measured:
+    records = records_of(module, FeedbackDataModule(**task.data), name) if task.data is not None else []
+    if not task.rows:
+        return Measured(records, [], [])
+    module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    assert module.policy is not None
+    samples = _answers(module.policy, module.tokenizer, task, name)
+    kl = kl_of_samples(module.policy, module.scoring, samples, task.sampling["batch_size"])
+    return Measured(records, samples, list(kl) if module.has_reference else [])
+
+
+def _answers(model: Any, tokenizer: Any, task: Task, name: str, start: bool = False) -> list[Sample]:
+    if not task.rows:
+        return []
+    samples, path = answers(model, tokenizer, task.rows, start=start, **task.sampling)
+    if path is not None:
+        print(f"halos: the answers of {plain(name)} were sampled before with the same settings: {path}")
+    return samples
+
+
+def _lines(
+    rows: Sequence[PromptRow], mine: Measured, start: Measured | None, others: list[Sample] | None
+) -> list[dict[str, Any]]:
+    """Of each row its columns, the answer, that of the model before training and that of the judge's other model."""
+    lines = []
+    for i, row in enumerate(rows if mine.samples else ()):
+        extra = {k: v for k, v in row.columns.items() if k != "prompt"}
+        line = {"row": row.name, "prompt": row.prompt} | ({"columns": extra} if extra else {}) | _said(mine.samples[i])
+        if start:
+            line["before"] = _said(start.samples[i])
+        if others:
+            line["other"] = _said(others[i])
+        lines.append(line)
+    return lines
+
+
+def _said(sample: Sample) -> dict[str, Any]:
+    return {"answer": sample.text, "finished": sample.finished, "tokens": len(sample.completion_ids)}
+
+
+def _write(path: Path, lines: list[dict[str, Any]]) -> None:
+    with whole(path) as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def _columns(of: Measured, task: Task, others: list[Sample] | None) -> dict[str, list[float]]:
+    """Metrics of the answers, row by row."""
+    columns = {"kl": of.kl} if of.kl else {}
+    columns["length"] = [float(len(s.completion_ids)) for s in of.samples]
+    columns["finished"] = [float(s.finished) for s in of.samples]
+    if rule := task.judging.get("rule"):
+        judged = counted(list(zip(task.rows, of.samples, strict=True)), "applying the rule")
+        columns["rule"] = [rule(_row(row, s), s.text) for row, s in judged]
+    if judge := task.judging.get("judge"):
+        assert others is not None
+        if others is of.samples:  # a model against itself
+            columns["judge"] = [0.5] * len(others)
+            return columns
+        compared = counted(list(zip(task.rows, of.samples, others, strict=True)), "judging answers")
+        verdicts = [(judge(_row(row, s, o), s.text, o.text), s.text == o.text) for row, s, o in compared]
+        # Equal answers are a tie: a verdict would be on their places.
+        columns["judge"] = [0.5 if equal else verdict for verdict, equal in verdicts]
+    return columns
+
+
+def _row(row: PromptRow, sample: Sample, other: Sample | None = None) -> Row:
+    return Row(row.columns, row.prompt, row.place, sample.finished, other.finished if other else None)
+
+
+def _by_prompt(columns: Mapping[str, list[float]], rows: Sequence[PromptRow]) -> Values:
+    """Metrics by example: a prompt that is listed twice is one example with two answers."""
+    first: dict[str, str] = {}
+    example = {row.name: first.setdefault(json.dumps(row.prompt), row.name) for row in rows}
+    return {name: by_example(dict(zip(example, found, strict=True)), example) for name, found in columns.items()}

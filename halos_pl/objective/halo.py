@@ -1,0 +1,271 @@
+"""The objective: loss = sum_i w_i * (loss_offset + t_i) / denominator, over plain tensors.
+
+t_i = -v(u_i) for a desirable row (a = -1). For an undesirable row (a = +1) there are two readings, and an
+objective says which it takes with ``reflect_undesirable``:
+
+* False: +v(u_i), the a = +1 of the definition (Ethayarajh et al., ICML 2024, Def. 3.4);
+* True: -v(-u_i), how the paper writes KTO (eq. 8): the person values z0 - r.
+
+They agree up to a constant exactly where v is point-symmetric (logistic, identity).
+
+Nothing in this file knows a model. An objective is an ``nn.Module`` over :class:`~halos_pl.batch.LogProbBatch`:
+
+>>> halo = HALO(reward=LogRatio(), reference_point=Zero(), value_function=Logistic(),
+...             feedback=Binary(), reflect_undesirable=True, loss_offset=1.0)      # doctest: +SKIP
+>>> halo(rows).loss.backward()                                             # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from halos_pl.batch import LogProbBatch, Needs
+from halos_pl.distributed import sum_over_ranks
+from halos_pl.objective.feedback import Feedback
+from halos_pl.objective.reference_points import ReferencePoint
+from halos_pl.objective.rewards import Reward
+from value_functions import ValueFunction
+
+
+class Context(Protocol):
+    """What an objective fixes once per optimizer step, before the first row's loss."""
+
+    def select(self, index: Tensor) -> Context:
+        """The context for the rows ``index`` (LongTensor [m]) of the step."""
+
+
+@dataclass(frozen=True)
+class TermContext:
+    """Context of a single term.
+
+    Attributes:
+        sign: float [n], a of each row of the step.
+        weight: float [n], w of each row, 0 for mismatched rows.
+        denominator: float scalar, over all ranks.
+        reference_point: z0 in nats, scalar or [n], without gradient; None where it is read off row by row.
+    """
+
+    sign: Tensor
+    weight: Tensor
+    denominator: Tensor
+    reference_point: Tensor | None = None
+
+    def select(self, index: Tensor) -> TermContext:
+        z0 = self.reference_point
+        return replace(
+            self,
+            sign=self.sign[index],
+            weight=self.weight[index],
+            reference_point=z0[index] if z0 is not None and z0.dim() else z0,
+        )
+
+
+@dataclass(frozen=True)
+class SumContext:
+    """Contexts of a sum's terms."""
+
+    parts: tuple[Context, ...]
+
+    def select(self, index: Tensor) -> SumContext:
+        return SumContext(tuple(part.select(index) for part in self.parts))
+
+
+def mean_of_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    """``values`` [n], or the mean over the real tokens of ``values`` [n, T], as float [n]."""
+    return values if values.dim() == 1 else torch.where(mask, values, 0.0).sum(dim=1) / mask.sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What became of each row that carries a loss, without gradient.
+
+    Where the reward is one of tokens, all are means over a row's tokens, in nats per token.
+
+    Attributes:
+        reward, reference_point, outcome: r, z0 and u = r - z0 in nats, float [m].
+        perceived: what v was called with, nats, float [m]: u, or -u for a reflected row.
+        value: v(perceived), utility, float [m].
+        sign, weight: a and w, float [m].
+    """
+
+    reward: Tensor
+    reference_point: Tensor
+    outcome: Tensor
+    perceived: Tensor
+    value: Tensor
+    sign: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an objective says of some rows.
+
+    Attributes:
+        loss: float32 scalar with gradient. Over the micro-batches of a step and over all ranks the losses
+            *sum* to the loss of the step, because each was divided by the whole step's denominator.
+        outcomes: per row; None where no term is a HALO.
+        terms: the weighted summands of ``loss`` by name, detached; empty where there is only one.
+    """
+
+    loss: Tensor
+    outcomes: Outcomes | None = None
+    terms: dict[str, Tensor] | None = None
+
+
+class Objective(nn.Module, ABC):
+    """Anything that turns rows into a loss: ``prepare`` once per step, then ``compute_loss`` once per micro-batch.
+
+    Called directly, ``objective(rows)``, it does both for a step that is not split.
+    """
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What the data and the models must provide."""
+
+    @abstractmethod
+    def prepare(self, rows: LogProbBatch) -> Context:
+        """Fixes what belongs to the whole step.
+
+        Args:
+            rows: all rows of this rank's share of the step, mismatched rows included, without gradient. Log-probs of
+                rows that ``needs`` does not ask to be scored first may be zeros.
+        """
+
+    @abstractmethod
+    def compute_loss(self, rows: LogProbBatch, context: Any) -> Result:
+        """The loss of one micro-batch: ``rows`` holds no mismatched rows, ``context`` is that of the same rows."""
+
+    def forward(self, rows: LogProbBatch) -> Result:
+        """The loss of one whole step, mismatched rows included in ``rows``."""
+        context = self.prepare(rows.detach())
+        train = rows.train.nonzero().squeeze(1)
+        return self.compute_loss(rows.select(train), context.select(train))
+
+
+def divisor(denominator: Tensor) -> Tensor:
+    """The denominator; 1 where it is 0: a step without a row that counts has a loss of 0, not 0 / 0."""
+    return torch.where(denominator == 0, torch.ones_like(denominator), denominator)
+
+
+class HALO(Objective):
+    """A human-aware loss, put together from its four independent parts.
+
+    Args:
+        reward: r(x, y).
+        reference_point: z0.
+        value_function: v.
+        feedback: a, w and the denominator.
+        reflect_undesirable: how a row with a = +1 is read (see the module's docstring). There is no default.
+        loss_offset: C of each row, in utility; it moves the loss, never its gradient. KTO is written with 1, so
+            that its loss lies between 0 and 1.
+
+    Raises:
+        TypeError: where ``reflect_undesirable`` is not a bool.
+    """
+
+    def __init__(
+        self,
+        *,
+        reward: Reward,
+        reference_point: ReferencePoint,
+        value_function: ValueFunction,
+        feedback: Feedback,
+        reflect_undesirable: bool,
+        loss_offset: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(reflect_undesirable, bool):
+            raise TypeError(f"reflect_undesirable is {reflect_undesirable!r}; it must be True or False")
+        self.reward = reward
+        self.reference_point = reference_point
+        self.value_function = value_function
+        self.feedback = feedback
+        self.reflect_undesirable = reflect_undesirable
+        self.loss_offset = loss_offset
+
+    @property
+    def needs(self) -> Needs:
+        return self.reward.needs | self.reference_point.needs | self.feedback.needs
+
+    @torch.no_grad()
+    def prepare(self, rows: LogProbBatch) -> TermContext:
+        sign, weight, denominator = self.feedback(rows)
+        z0 = None
+        if self.reference_point.scope == "step":
+            z0 = self.reference_point(mean_of_tokens(self.reward(rows), rows.mask), rows)
+        return TermContext(sign, weight, sum_over_ranks(denominator), z0)
+
+    def compute_loss(self, rows: LogProbBatch, context: TermContext) -> Result:
+        reward = self.reward(rows)
+        z0 = context.reference_point
+        if z0 is None:
+            z0 = self.reference_point(mean_of_tokens(reward, rows.mask), rows)
+        sign, weight = context.sign, context.weight
+        if reward.dim() == 2:  # every token is an outcome, with the sign and the weight of its row
+            sign, weight = sign[:, None].expand_as(reward), weight[:, None] * rows.mask
+            z0 = z0[:, None] if z0.dim() else z0
+        outcome = reward - z0
+        desirable = sign < 0
+        reflected = ~desirable if self.reflect_undesirable else torch.zeros_like(desirable)
+        perceived = torch.where(reflected, -outcome, outcome)
+        value = self.value_function(perceived)
+        judged = torch.where(desirable | reflected, -value, value)
+        loss = (weight * (self.loss_offset + judged)).sum() / divisor(context.denominator)
+        shown = {"reward": reward, "reference_point": z0.expand_as(reward), "outcome": outcome}
+        shown |= {"perceived": perceived, "value": value}
+        return Result(
+            loss,
+            Outcomes(
+                **{name: mean_of_tokens(values.detach(), rows.mask) for name, values in shown.items()},
+                sign=context.sign,
+                weight=context.weight,
+            ),
+        )
+
+
+class Sum(Objective):
+    """A composite: the sum of terms, each with its own weights and denominator.
+
+    Args:
+        terms: at least one. The outcomes of the first HALO among them are the ones that are reported.
+
+    Raises:
+        ValueError: without terms.
+    """
+
+    def __init__(self, terms: Sequence[Objective]) -> None:
+        super().__init__()
+        if not terms:
+            raise ValueError("Sum: no terms")
+        self.terms = nn.ModuleList(terms)
+
+    def _objectives(self) -> list[Objective]:
+        return list(self.terms)  # type: ignore[arg-type]
+
+    @property
+    def needs(self) -> Needs:
+        return reduce(or_, (term.needs for term in self._objectives()))
+
+    def prepare(self, rows: LogProbBatch) -> SumContext:
+        return SumContext(tuple(term.prepare(rows) for term in self._objectives()))
+
+    def compute_loss(self, rows: LogProbBatch, context: SumContext) -> Result:
+        terms = self._objectives()
+        results = [term.compute_loss(rows, part) for term, part in zip(terms, context.parts, strict=True)]
+        return Result(
+            loss=torch.stack([r.loss for r in results]).sum(),
+            outcomes=next((r.outcomes for r in results if r.outcomes is not None), None),
+            terms={
+                f"{i}_{type(t).__name__}": r.loss.detach() for i, (t, r) in enumerate(zip(terms, results, strict=True))
+            },
+        )

@@ -1,0 +1,90 @@
+"""Reference points that are estimated from the step's own rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from halos_pl.batch import LogProbBatch, Needs
+from halos_pl.distributed import gather_over_ranks
+from halos_pl.objective.reference_points.base import MeanOverRanks, ReferencePoint
+
+
+class BatchMean(ReferencePoint):
+    """z0 = mean reward of the step's own rows, desirable and undesirable alike, no gradient.
+
+    Q is the data's own distribution of (x, y) instead of mismatched pairs. Each row counts in its own
+    reference point, which pulls outcomes towards 0 by a share of 1/n.
+    """
+
+    needs = Needs(step_rewards=True)
+
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
+        sample = MeanOverRanks(rewards[rows.train])
+        self.report(sample.mean, standard_error=sample.standard_error, rows=sample.count)
+        return sample.mean
+
+
+class BatchQuantile(ReferencePoint):
+    """z0 = a quantile of the rewards of the step's own rows over all ranks, no gradient.
+
+    A reference point that extreme rewards do not move. Between two rows it is interpolated linearly.
+
+    Args:
+        quantile: q in [0, 1]; 0.5 is the median.
+
+    Raises:
+        ValueError: for a q outside [0, 1].
+    """
+
+    needs = Needs(step_rewards=True)
+
+    def __init__(self, *, quantile: float = 0.5) -> None:
+        super().__init__()
+        if not 0 <= quantile <= 1:
+            raise ValueError(f"BatchQuantile: quantile is {quantile}; it must be in [0, 1]")
+        self.quantile = float(quantile)
+
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
+        sample, _ = gather_over_ranks(rewards[rows.train].detach().float())
+        n, q = len(sample), self.quantile
+        if n == 0:
+            zero = rewards.new_zeros(())
+            self.report(zero)
+            return zero
+        estimate = torch.quantile(sample, q)
+        # Without assumptions on the distribution: half the span of the order statistics that lie one
+        # standard deviation of the binomial rank to either side.
+        spread = (q * (1 - q) / n) ** 0.5
+        low, high = torch.quantile(sample, sample.new_tensor([max(q - spread, 0.0), min(q + spread, 1.0)]))
+        self.report(estimate, standard_error=(high - low) / 2, rows=float(n))
+        return estimate
+
+
+class LeaveOneOut(ReferencePoint):
+    """z0 = mean reward of the *other* rows of the same prompt, no gradient.
+
+    The baseline of RLOO (Kool et al. 2019; Ahmadian et al. 2024, section 3.3), with completions of the data in
+    place of samples: Q(Y' | x) is spread over the prompt's other completions. A row that is alone with its
+    prompt has z0 = 0; ``clamped`` says how many are.
+    """
+
+    per_row = True
+    needs = Needs(step_rewards=True, groups=True)
+
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
+        other = (rows.group[:, None] == rows.group[None, :]) & rows.train
+        other &= ~torch.eye(len(rows), dtype=torch.bool, device=rewards.device)
+        rewards = rewards.detach()
+        weight = other.to(rewards)
+        count = weight.sum(dim=1)
+        mean = weight @ rewards / count.clamp(min=1)
+        variance = (weight * (rewards[None, :] - mean[:, None]).square()).sum(dim=1) / (count - 1).clamp(min=1)
+        own = rows.train
+        self.report(
+            MeanOverRanks(mean[own]).mean,
+            standard_error=MeanOverRanks((variance / count.clamp(min=1)).sqrt()[own]).mean,
+            rows=MeanOverRanks(count[own]).mean,
+            clamped=MeanOverRanks((count == 0)[own]).mean,
+        )
+        return mean

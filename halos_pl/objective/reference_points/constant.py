@@ -1,0 +1,34 @@
+"""Reference points that do not look at the rewards."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from halos_pl.batch import LogProbBatch
+from halos_pl.objective.reference_points.base import ReferencePoint
+
+
+class Zero(ReferencePoint):
+    """z0 = 0: outcomes are the rewards themselves (a degenerate reference)."""
+
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
+        zero = rewards.new_zeros(())
+        self.report(zero)
+        return zero
+
+
+class Constant(ReferencePoint):
+    """z0 = a number: a margin that every reward has to clear (a degenerate reference).
+
+    Args:
+        value: nats.
+    """
+
+    def __init__(self, *, value: float) -> None:
+        super().__init__()
+        self.value = float(value)
+
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
+        constant = rewards.new_tensor(self.value)
+        self.report(constant)
+        return constant

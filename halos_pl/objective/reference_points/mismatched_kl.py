@@ -1,0 +1,45 @@
+"""KTO's estimate of the KL divergence."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from halos_pl.batch import LogProbBatch, Needs
+from halos_pl.objective.reference_points.base import MeanOverRanks, ReferencePoint
+
+
+class MismatchedKL(ReferencePoint):
+    """z0 = max(0, mean reward of mismatched rows (x_i, y_j)), no gradient.
+
+    The estimator of KTO (Ethayarajh et al., ICML 2024, section 4.1): rewards of completions of *other* prompts
+    stand in for E_{y' ~ pi_theta}[r(x, y')] = KL(pi_theta || pi_ref). It is biased, but needs no sampling.
+    Sum and count are taken over all ranks of the step.
+
+    Off-policy completions often have a negative mean log-ratio; then the clamp makes z0 = 0, sometimes for
+    whole runs. ``clamped`` among the diagnostics says how often.
+
+    Args:
+        clamp: replace a negative mean by 0, as the paper does, since a KL divergence cannot be negative. Switch
+            it off where the rewards are not log-ratios (``LogProb``), whose mean is negative by nature.
+
+    Raises:
+        ValueError: when called for a step without a mismatched row.
+    """
+
+    needs = Needs(mismatched=True)
+
+    def __init__(self, *, clamp: bool = True) -> None:
+        super().__init__()
+        self.clamp = clamp
+
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
+        sample = MeanOverRanks(rewards[rows.mismatched])
+        if sample.count == 0:
+            raise ValueError("MismatchedKL: the step has no mismatched rows (x_i, y_j) to estimate z0 from")
+        self.report(
+            sample.mean,
+            standard_error=sample.standard_error,
+            rows=sample.count,
+            clamped=(sample.mean < 0) & self.clamp,
+        )
+        return sample.mean.clamp(min=0) if self.clamp else sample.mean

@@ -1,0 +1,33 @@
+"""The other completion of the pair."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from halos_pl.batch import LogProbBatch, Needs
+from halos_pl.objective.reference_points.base import ReferencePoint
+
+
+class PairedCompletion(ReferencePoint):
+    """z0 = reward of the pair's other completion, with gradient.
+
+    This makes DPO a HALO: Q puts all its mass on the rejected completion (Ethayarajh et al., ICML 2024,
+    proof of Thm. 3.5).
+
+    Raises:
+        ValueError: when called with a row, not a mismatched row, that has no paired completion.
+    """
+
+    scope = "row"
+    needs = Needs(pairs=True)
+
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
+        alone = rows.pair < 0
+        if bool((alone & rows.train).any()):
+            raise ValueError(
+                "PairedCompletion: a row has no paired completion; use data with chosen and rejected completions"
+            )
+        pair = torch.where(alone, 0.0, rewards[rows.pair])
+        self.report(pair[rows.train], rows=1.0)
+        return pair

@@ -1,0 +1,1 @@
+"""Training: the step engine, the LightningModule, checkpoints, callbacks and what they leave in a run's folder."""

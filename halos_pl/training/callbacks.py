@@ -1,0 +1,394 @@
+"""What a run leaves behind besides checkpoints: metrics, predictions, a summary, plots."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from halos_pl.batch import TokenBatch
+from halos_pl.common import stopping
+from halos_pl.common.files import naming, part_of, whole, write
+from halos_pl.data.template import CHAT_TEMPLATE
+from halos_pl.objective.halo import HALO
+from halos_pl.provenance import provenance
+from halos_pl.training.checkpoint import LAST
+from halos_pl.training.ending import SUMMARY, record, shortfall, why_ended
+from halos_pl.training.monitors import check_interval, check_monitors
+from halos_pl.training.plots import plot_training, plot_value_function
+from halos_pl.training.resume import align_logged_step
+from halos_pl.training.run_lock import RunLock, refuse_held
+from halos_pl.training.run_log import METRICS, RunCSVLogger
+from halos_pl.training.throughput import Cost, cost, matmul_speed, slow_half, step_flops, step_tokens
+from value_functions import reward_scale
+
+CONFIG = "config.yaml"
+PREDICTIONS = "predictions.jsonl"
+
+
+def holds_run(run_dir: Path) -> bool:
+    """Whether an earlier fit has left something in a folder."""
+    return any((run_dir / mark).exists() for mark in (LAST, METRICS))
+
+
+def named_run_dir(name: str) -> Path:
+    """The folder of a run by its name in a config, where no shell replaces ``~`` and variables.
+
+    Raises:
+        ValueError: for no name, and for one with a variable in it.
+    """
+    if not name:
+        raise ValueError('run_dir is empty; name a folder ("." is the one where you are)')
+    if variable := re.search(r"\$(\w+|\{.*?\})", name):
+        raise ValueError(
+            f"run_dir is {name!r}, but a config replaces no variable such as {variable[0]}; write the folder itself, or"
+            " give --run_dir on the command line, unquoted"
+        )
+    return Path(name).expanduser()
+
+
+def check_run_dir(run_dir: Path, goes_on: bool) -> None:
+    """Refuses a folder that a fit could not write to, before any work is done.
+
+    Raises:
+        OSError: where it is no folder, may not be written to, or another process writes to it.
+    """
+    folder = run_dir.resolve()
+    if run_dir.is_symlink() and not folder.exists():
+        raise FileNotFoundError(f"--run_dir {run_dir} is a link to {folder}, which does not exist; make that folder")
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"--run_dir {run_dir}: {there} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"--run_dir {run_dir}: {there} may not be written to; name another folder")
+    refuse_held(folder, "fit")
+    if not goes_on and holds_run(folder):
+        _check_movable(run_dir)
+
+
+def _check_movable(run_dir: Path) -> None:
+    folder = run_dir.resolve()
+    if folder in (Path.cwd(), *Path.cwd().parents):
+        raise FileExistsError(
+            f"--run_dir {run_dir} holds an earlier run and the working folder, so it cannot be moved aside; name"
+            " another folder, or resume that run with --ckpt_path last"
+        )
+    for command in ("test", "predict"):
+        refuse_held(folder, command)
+
+
+def move_aside(run_dir: Path) -> Path | None:
+    """Renames the folder of an earlier run, if it holds one, to the first free ``NAME.1``, ``NAME.2``, ...
+
+    Returns:
+        its new name; None where there is nothing to rename.
+    """
+    if not holds_run(run_dir):
+        return None
+    _check_movable(run_dir)
+    folder, number = run_dir.resolve(), 1  # a link keeps pointing to the run
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    try:
+        os.rename(folder, aside)
+    except OSError as error:  # a mounted folder, or one beside which nothing may be written
+        raise FileExistsError(
+            f"--run_dir {run_dir} holds an earlier run, which cannot be renamed to {aside} ({error.strerror}); name"
+            " another folder"
+        ) from error
+    rank_zero_info(
+        f"halos: {run_dir} held an earlier run, which is now {aside} (to resume it: --run_dir {aside} --ckpt_path last)"
+    )
+    return aside
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """``config.yaml`` in the run's folder: the resolved config, which ``halos`` takes back with ``--config``.
+
+    A new run moves an earlier one aside and writes its config once the data are known to be sound; a resumed run
+    writes it once its checkpoint is known to fit. Only one fit at a time writes to a folder, from whichever machine,
+    and only one ``halos test`` and one ``halos predict``.
+    """
+
+    _lock: RunLock | None = None
+
+    def _claim(self, folder: Path, command: str = "fit") -> None:
+        """Keeps other processes out of the folder.
+
+        Raises:
+            FileExistsError: where one is at work in it.
+        """
+        self._lock = RunLock(folder, command)
+        self._lock.take()
+
+    def _let_go(self, moved: Path | None = None) -> None:
+        if self._lock is not None:
+            self._lock.release(moved)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._let_go()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._let_go()
+
+    def _goes_on_from(self, trainer: Trainer) -> str | None:
+        """The checkpoint that was named, or the one that Lightning finds when SLURM has requeued the job."""
+        given: str | None = self.config.get("ckpt_path")
+        if given is None and SLURMEnvironment.detect():
+            given = trainer._checkpoint_connector._hpc_resume_path
+        return given
+
+    def _save(self, trainer: Trainer) -> None:
+        path = Path(trainer.default_root_dir) / CONFIG
+        path.parent.mkdir(parents=True, exist_ok=True)
+        config = self.config.clone()
+        config.ckpt_path = None  # used with --config, it describes a run from its start
+        beside = part_of(path)
+        self.parser.save(config, str(beside), skip_none=False, overwrite=True, multifile=False)
+        os.replace(beside, path)
+        template = getattr(trainer.datamodule, "chat_template", None)  # type: ignore[attr-defined]
+        if template is None:
+            (path.parent / CHAT_TEMPLATE).unlink(missing_ok=True)
+        else:
+            write(path.parent / CHAT_TEMPLATE, template)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            check_interval(trainer, trainer.datamodule)  # type: ignore[attr-defined]
+            check_monitors(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
+        if stage == "validate" or not trainer.is_global_zero:
+            return
+        folder, given = Path(trainer.default_root_dir), self._goes_on_from(trainer)
+        self._claim(folder, TrainerFn(stage).value)  # as text, it would be "TrainerFn.FITTING"
+        if stage != "fit":
+            return
+        # A checkpoint of another folder starts a new run.
+        new = not given or not Path(given).resolve().is_relative_to(folder.resolve())
+        if new and (aside := move_aside(folder)):
+            self._let_go(aside)
+            self._claim(folder)
+        if not given:
+            self._save(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and self._goes_on_from(trainer):
+            self._save(trainer)
+
+
+def _numbers(metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    return {k: v.item() for k, v in metrics.items() if not v.isnan()}
+
+
+def _cost(policy: Any) -> Cost | None:
+    """What a token costs; None for a model that is built in another way, which is no reason not to train it."""
+    try:
+        return cost(policy)
+    except (AttributeError, TypeError) as error:
+        rank_zero_info(f"halos: no TFLOP/s are shown, as its cost is not known ({error})")
+        return None
+
+
+class RunReport(Callback):
+    """Speed in the progress bar; at the end a summary file, plots, and a line that says where.
+
+    ``tokens/s`` counts what a step has to look at, ``TFLOP/s`` what it needs at least (see
+    ``halos_pl.training.throughput``), and ``of_matmul`` is the latter as a share of a matrix product's rate,
+    measured when the fit begins. A step that is faster shows that the machine was busy
+    then; from that step on, the share is of the fastest step's rate. TFLOP/s and of_matmul are those of one rank; what a policy samples for its reference point is not counted.
+
+    The outcomes of the first and of the last rows are kept for a plot. In a run's first epoch each row is
+    measured before it is learned from, so the plot shows rows that the policy has not been trained on.
+    """
+
+    ROWS_IN_PLOT = 64
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._step_began = 0.0
+        self._cost: Cost | None = None
+        self._matmul = 1.0
+        self._rows_before: dict[str, int] = {}
+        self._first: list[tuple[float, bool]] = []
+        self._last: deque[tuple[float, bool]] = deque(maxlen=self.ROWS_IN_PLOT)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.monotonic()
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            (Path(trainer.default_root_dir) / SUMMARY).unlink(missing_ok=True)  # of the steps before these
+        for logger in trainer.loggers:
+            if isinstance(logger, RunCSVLogger) and trainer.is_global_zero:
+                self._say_lost(trainer, logger.drop_from(trainer.global_step))
+        policy: Any = getattr(pl_module, "policy", None)
+        if policy is not None:
+            self._cost = _cost(policy)
+            kind = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision))
+            kind = kind or next(policy.parameters()).dtype
+            self._matmul = matmul_speed(pl_module.device, kind)
+            if pl_module.device.type == "cpu" and (why := slow_half(kind, self._matmul)):
+                rank_zero_warn(f"halos: {why}")
+
+    @staticmethod
+    def _say_lost(trainer: Trainer, last: int) -> None:
+        """Warns of log lines that are missing before the step that a run resumes at."""
+        folder, every = Path(trainer.default_root_dir), trainer.log_every_n_steps  # type: ignore[attr-defined]
+        own = trainer.ckpt_path and Path(trainer.ckpt_path).resolve().is_relative_to(folder.resolve())
+        if own and trainer.global_step - 1 - last >= max(every, 1):
+            rank_zero_warn(
+                f"halos: {folder / METRICS} has no lines for steps {last + 1} to {trainer.global_step - 1}; they are"
+                " lost, but the run itself resumes exactly"
+            )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        align_logged_step(trainer)  # before other callbacks log figures of this step
+        self._step_began = time.monotonic()
+        self._rows_before = dict(getattr(pl_module, "reference_rows", {}))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: TokenBatch, batch_idx: int
+    ) -> None:
+        seconds = time.monotonic() - self._step_began
+        ranks = trainer.world_size
+        shown = {"tokens/s": step_tokens(batch) * ranks / seconds}
+        if self._cost is not None:
+            asked = {k: n - self._rows_before[k] for k, n in pl_module.reference_rows.items()}  # type: ignore[operator, union-attr]
+            share = asked["computed"] / max(1, sum(asked.values()))
+            flops = step_flops(self._cost, batch, reference=share) / seconds
+            self._matmul = max(self._matmul, flops)
+            shown |= {"TFLOP/s": flops / 1e12, "of_matmul": flops / self._matmul}
+        pl_module.log("rows/s", int((~batch.mismatched).sum()) * ranks / seconds)
+        pl_module.log_dict(shown, prog_bar=True)
+        if "outcome" in outputs:
+            seen = list(zip(outputs["outcome"].tolist(), outputs["desirable"].tolist(), strict=True))
+            self._first = self._first or seen
+            self._last.extend(seen)
+
+    def _write_summary(self, trainer: Trainer, pl_module: LightningModule, end: dict[str, Any]) -> float:
+        """Writes ``summary.json``; the seconds that the fit has taken."""
+        folder = Path(trainer.default_root_dir)
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        counts = datamodule.counts() if hasattr(datamodule, "counts") else {}
+        seconds = round(time.monotonic() - self._began, 3) if self._began else 0.0
+        summary = {
+            **end,
+            "epochs": trainer.current_epoch,
+            "wall_seconds": seconds,
+            "data": counts,
+            "digests": datamodule.digests("train") if counts else {},
+            "reference_rows": getattr(pl_module, "reference_rows", {}),
+            "metrics": _numbers(trainer.callback_metrics),
+            "last_outcomes": list(self._last),
+            "resumed": getattr(getattr(pl_module, "record", None), "history", []),
+            "by": provenance(),
+        }
+        write(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        return seconds
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Writes the summary of a run that a signal has stopped."""
+        told = stopping.received()
+        stopped = self._began and isinstance(exception, SIGTERMException)
+        if told and stopped and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._write_summary(trainer, pl_module, record(trainer, stopping.name_of(told), finished=False))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Also where nothing was left to train, because the run had been killed after its last step."""
+        if not trainer.is_global_zero:
+            return
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_info(f"halos: a trial of {trainer.global_step} optimizer step(s) has ended; no run was written")
+            return
+        for logger in trainer.loggers:
+            logger.save()
+        folder = Path(trainer.default_root_dir)
+        if not self._began and (folder / SUMMARY).is_file() and shortfall(folder) is None:
+            # That summary has the figures of the steps that were taken.
+            rank_zero_info(f"halos: nothing was left to train; {folder}/ holds the run of {trainer.global_step} steps")
+            return
+        ended = why_ended(trainer)
+        seconds = self._write_summary(trainer, pl_module, record(trainer, ended, finished=True))
+        said = [str(name) for name in (CONFIG, LAST, SUMMARY) if (folder / name).exists()]
+        halo: HALO | None = getattr(pl_module, "halo", None)
+        if (folder / METRICS).is_file():
+            said.append(METRICS)
+            beta = reward_scale(halo.value_function) if halo else 1.0
+            plot = plot_training(folder / METRICS, folder / "training.png", beta=beta)
+            said += [plot.name] if plot else []
+        if halo is not None and self._last:
+            after = f"after: the last {len(self._last)} rows"
+            moments = {"before: the first step": self._first, after: list(self._last)}
+            said.append(plot_value_function(halo.value_function, moments, folder / "value_function.png").name)
+        rank_zero_info(
+            f"halos: {trainer.global_step} optimizer step(s) in {seconds:.0f} s ({ended}); {folder}/ holds "
+            + ", ".join(said)
+        )
+        others = [logger.log_dir for logger in trainer.loggers if not isinstance(logger, RunCSVLogger)]
+        if any(others):
+            rank_zero_info(f"halos: other loggers wrote to {', '.join(filter(None, others))}")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            path = Path(trainer.default_root_dir) / "test.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path, json.dumps(_numbers(trainer.callback_metrics), indent=2) + "\n")
+            rank_zero_info(f"halos: held-out metrics are in {path}")
+
+
+class PredictionWriter(BasePredictionWriter):
+    """``predictions.jsonl`` in the run's folder: one line per row, as ``HALOModule.predict_step`` gives them."""
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="batch")
+
+    def _part(self, trainer: Trainer, rank: int) -> Path:
+        return Path(trainer.default_root_dir) / f"{PREDICTIONS}.rank{rank}"
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        part = self._part(trainer, trainer.global_rank)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text("", encoding="utf-8")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if trainer.predicting:  # a part must not be taken for all predictions
+            self._part(trainer, trainer.global_rank).unlink(missing_ok=True)
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: list[dict[str, Any]],
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        part = self._part(trainer, trainer.global_rank)
+        with naming(part), part.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in prediction)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.strategy.barrier("PredictionWriter")
+        if trainer.is_global_zero:
+            path = Path(trainer.default_root_dir) / PREDICTIONS
+            parts = [self._part(trainer, rank) for rank in range(trainer.world_size)]
+            with whole(path) as file:
+                for part in parts:
+                    with part.open(encoding="utf-8") as of_rank:
+                        shutil.copyfileobj(of_rank, file)
+            for part in parts:
+                part.unlink()
+            rank_zero_info(f"halos: predictions are in {path}")

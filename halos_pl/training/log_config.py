@@ -1,0 +1,82 @@
+"""Loggers learn by which settings a run is made: its resolved config is their hyper-parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+
+from halos_pl.training.settings import described, flat
+
+
+class LogConfig(Callback):
+    """Gives each logger the resolved config: flat to TensorBoard, whose HPARAMS tab has no tree, nested to others.
+
+    The tab compares runs by figures that have to be written together with the hyper-parameters. So TensorBoard gets
+    them when the fit has ended or been stopped, with the figures that it ended with.
+
+    It also opens the loggers whose files may lie in the run's folder. Lightning would open them before an earlier run's
+    folder is moved aside, and they would write to that one, or fail.
+
+    Args:
+        config: the resolved config.
+        held: loggers to open.
+    """
+
+    def __init__(self, config: dict[str, Any], held: Sequence[Logger] = ()) -> None:
+        self._held = [*held]
+        self._config: dict[str, Any] = described({k: v for k, v in config.items() if k != "config"})
+        self._flat = {k: v for k, v in flat(self._config).items() if v != "given"}  # which stands for a mapping
+        self._began = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Before Lightning has the loggers save what they know, and after an earlier run's folder was moved aside."""
+        if self._held and stage == "fit":
+            trainer.loggers = [*trainer.loggers, *self._held]
+            # W&B's first, as Lightning does.
+            for logger in sorted(self._held, key=lambda logger: not isinstance(logger, WandbLogger)):
+                _ = getattr(logger, "experiment", None)
+            self._held = []
+        for logger in trainer.loggers if stage == "fit" else ():
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(self._flat, metrics={})
+            else:
+                logger.log_hyperparams(self._config)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        figures = {k: v.item() for k, v in trainer.callback_metrics.items() if v.numel() == 1}
+        figures = {k: v for k, v in figures.items() if math.isfinite(v)}
+        for logger in trainer.loggers if self._began else ():
+            if isinstance(logger, TensorBoardLogger) and figures:
+                logger.log_hyperparams(self._flat, metrics=figures, step=trainer.global_step - 1)
+        self._began = False
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
+
+
+#: Loggers of Lightning's, and the packages of which they need one.
+PACKAGES = {
+    "TensorBoardLogger": ("tensorboard", "tensorboardX"),
+    "WandbLogger": ("wandb",),
+    "MLFlowLogger": ("mlflow", "mlflow_skinny"),
+    "CometLogger": ("comet_ml",),
+    "NeptuneLogger": ("neptune", "neptune_scale"),
+}
+
+
+def missing_package(class_path: str) -> str:
+    """What to install for a logger, as a sentence; empty where nothing is missing."""
+    name = class_path.rpartition(".")[2]
+    packages = PACKAGES.get(name, ())
+    if not packages or any(find_spec(package) for package in packages):
+        return ""
+    return f"{name} needs {packages[0]}, which is not installed; say pip install {packages[0]}"

@@ -1,0 +1,164 @@
+"""What a step is described with: names and scales that TRL users know, and outcomes in nats.
+
+Every figure is kept as a sum and a count until it is read, so that micro-batches, batches and ranks of
+different sizes, a rank without a row of some class included, add up to the figure of the whole.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from halos_pl.batch import LogProbBatch
+from halos_pl.distributed import sum_over_ranks
+from halos_pl.objective.halo import Outcomes, Result
+from value_functions import ValueFunction
+
+Weighted = tuple[Tensor, Tensor]
+"""A sum and the count it is to be divided by, float scalars."""
+
+
+def over(values: Tensor, where: Tensor) -> Weighted:
+    """Sum and count of ``values`` [n] at the rows ``where`` (BoolTensor [n])."""
+    return torch.where(where, values.float(), 0.0).sum(), where.sum().float()
+
+
+class Losses(dict[str, Tensor]):
+    """A step's loss on this rank, and its terms where there are several: sums over micro-batches."""
+
+    def add(self, result: Result) -> None:
+        """Adds what one micro-batch contributes."""
+        terms = {f"loss/{name}": value for name, value in (result.terms or {}).items()}
+        for name, value in {"loss": result.loss.detach(), **terms}.items():
+            self[name] = self[name] + value if name in self else value
+
+
+class Means:
+    """Weighted means by name, summed over batches and, when read, over ranks."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, figures: dict[str, Weighted]) -> None:
+        """Adds sums and counts; every rank must add the same names in the same order."""
+        for name, pair in figures.items():
+            # float64 where the device has it: an epoch adds up very many float32 values.
+            here = torch.stack([p.detach() for p in pair]).to(torch.float32 if pair[0].is_mps else torch.float64)
+            self._sums[name] = self._sums[name] + here if name in self._sums else here
+
+    def compute(self, *, empty: bool = True) -> dict[str, float]:
+        """The means over all ranks; starts anew afterwards.
+
+        Args:
+            empty: NaN for a name with nothing behind it; without, it is left out. A step that has no row of a class
+                has to say so: Lightning would log the value of an earlier step again. Loggers do not get the NaN (see
+                ``halos_pl.training.absent``).
+        """
+        if not self._sums:
+            return {}
+        names = list(self._sums)
+        totals = sum_over_ranks(torch.stack([self._sums[name] for name in names])).tolist()
+        self._sums = {}
+        return {
+            name: total / count if count else math.nan
+            for name, (total, count) in zip(names, totals, strict=True)
+            if count or empty
+        }
+
+
+def saturation(value_function: ValueFunction, perceived: Tensor) -> Tensor:
+    """BoolTensor [n]: rows whose value has less than 1 % of its slope at the reference point.
+
+    Such rows have (next to) no gradient: Prop. 4.1 of Ethayarajh et al., ICML 2024, at work.
+    """
+    # Lightning evaluates in inference mode, whose tensors know no gradient; a copy made outside of it does.
+    with torch.inference_mode(False), torch.enable_grad():
+        u = torch.cat([perceived.detach().clone(), torch.zeros_like(perceived[:1])]).clone().requires_grad_()
+        (slope,) = torch.autograd.grad(value_function(u).sum(), u)
+    return slope[:-1].abs() < 0.01 * slope[-1].abs()
+
+
+class Suspects:
+    """The rows that a loss that is no number comes from."""
+
+    def __init__(self) -> None:
+        self._scored: list[str] = []
+        self._judged: list[str] = []
+
+    def add(self, names: list[str], rows: LogProbBatch, result: Result) -> None:
+        """Looks at a part of a step; ``names`` are those of its rows."""
+        scored = rows.policy_logps.detach().isfinite().all(dim=1)
+        if rows.reference_logps is not None:
+            scored &= rows.reference_logps.isfinite().all(dim=1)
+        judged = torch.ones_like(scored)
+        if (outcomes := result.outcomes) is not None:
+            for figure in (outcomes.reward, outcomes.reference_point, outcomes.outcome, outcomes.value):
+                judged &= figure.isfinite()
+        both = torch.stack([scored, judged]).tolist()
+        self._scored += [name for name, good in zip(names, both[0], strict=True) if not good]
+        self._judged += [name for name, good in zip(names, both[1], strict=True) if not good]
+
+    @property
+    def names(self) -> list[str]:
+        """Rows whose log-probs are not finite; without such, those whose outcome or value is not.
+
+        The former make the reference point, and with it the outcome of every row, no number.
+        """
+        return self._scored or self._judged
+
+
+def into_unit_interval(reward: Tensor) -> Tensor:
+    """A strictly increasing map of rewards into (0, 1), float64 [n].
+
+    torchmetrics takes scores outside [0, 1] for logits, batch by batch, and would apply a sigmoid to some
+    batches and not to others; and a sigmoid would make large rewards equal.
+    """
+    reward = (reward.cpu() if reward.is_mps else reward).double()  # Apple's GPUs have no float64
+    return 0.5 + 0.5 * reward / (1 + reward.abs())
+
+
+def logp_figures(rows: LogProbBatch) -> dict[str, Weighted]:
+    """Log-probs by class of row, nats, of n rows without mismatched rows."""
+    logps = rows.policy_logps.detach().sum(dim=1)
+    return {"logps/chosen": over(logps, rows.desirable), "logps/rejected": over(logps, ~rows.desirable)}
+
+
+def reward_figures(rows: LogProbBatch, reward: Tensor, beta: float) -> dict[str, Weighted]:
+    """Rewards by class of row, under TRL's names.
+
+    Args:
+        rows: n rows without mismatched rows.
+        reward: nats, [n], without gradient.
+        beta: 1 / nats; rewards are shown as beta * r.
+    """
+    shown = beta * reward
+    figures = {
+        "rewards/chosen": over(shown, rows.desirable),
+        "rewards/rejected": over(shown, ~rows.desirable),
+        "outcome/reward": over(reward, torch.ones_like(rows.desirable)),
+    }
+    # Logged without pairs too: another rank may hold some, and every rank logs the same names.
+    figures["rewards/accuracies"] = over(shown > shown[rows.pair], rows.desirable & (rows.pair >= 0))
+    return figures
+
+
+def outcome_figures(outcomes: Outcomes, value_function: ValueFunction) -> dict[str, Weighted]:
+    """Figures in nats of how rows stand to the reference point."""
+    everywhere = torch.ones_like(outcomes.outcome, dtype=torch.bool)
+    figures = {
+        "z0": outcomes.reference_point,
+        "u": outcomes.outcome,
+        "value": outcomes.value,
+        "gains": outcomes.outcome > 0,
+        "saturation": saturation(value_function, outcomes.perceived),
+    }
+    return {f"outcome/{name}": over(values, everywhere) for name, values in figures.items()}
+
+
+def with_margin(means: dict[str, float]) -> dict[str, float]:
+    """Adds ``rewards/margins``, the difference of the two class means, where there are rewards."""
+    if {"rewards/chosen", "rewards/rejected"} <= means.keys():
+        means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
+    return means

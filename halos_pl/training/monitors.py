@@ -1,0 +1,149 @@
+"""Refuses a callback that monitors a figure which the run will never log, before anything is trained."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, DeviceStatsMonitor, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+from halos_pl.training.ending import epoch_steps, fit_steps
+
+#: Of a training step alone.
+TRAINING = ("grad_norm", "rows/s", "tokens/s", "TFLOP/s", "of_matmul")
+#: What Lightning's ModelCheckpoint knows besides what is logged.
+COUNTERS = ("epoch", "step")
+#: How the messages begin with which Lightning's callbacks give up.
+GIVEN_UP = ("Early stopping conditioned on metric", "`ModelCheckpoint(monitor=")
+
+
+class MonitorError(ValueError):
+    """A callback monitors what is never logged."""
+
+
+def _figures(module: Any, split: Any) -> Iterator[str]:
+    """Names of the figures that rows of a split give; those of any split where it has not been read yet."""
+    table = None if split is None else split.table
+    chosen = table is None or bool((table.label == 1).any())
+    rejected = table is None or bool((table.label == 0).any())
+    yield "loss"
+    for number, term in enumerate(getattr(module.objective, "terms", ())):
+        yield f"loss/{number}_{type(term).__name__}"
+    rewards = module.halo is not None or module.objective.needs.reference
+    for kind in ("logps", *(["rewards"] if rewards else [])):
+        yield from (f"{kind}/{name}" for name, there in (("chosen", chosen), ("rejected", rejected)) if there)
+    if rewards:
+        yield "outcome/reward"
+        if chosen and rejected:
+            yield "rewards/margins"
+        if table is None or bool((table.pair >= 0).any()):
+            yield "rewards/accuracies"
+    if module.halo is not None:
+        yield from (f"outcome/{name}" for name in ("z0", "u", "value", "gains", "saturation"))
+        if module.halo.needs.mismatched and module.halo.needs.reference:
+            yield "kl"
+
+
+def _why_no_validation(trainer: Trainer, data: Any) -> str:
+    """Why no validation is run; empty where one is, or may be."""
+    if not data.sources["validation"]:
+        return "data.validation names no data"
+    if trainer.limit_val_batches == 0:
+        return "trainer.limit_val_batches is 0"
+    if "train" not in data._splits or getattr(trainer, "_val_check_time_interval", None) is not None:
+        return ""
+    batches, interval, every = epoch_steps(trainer, data), trainer.val_check_interval, trainer.check_val_every_n_epoch
+    first = int(interval if isinstance(interval, int) else max(1, int(batches * interval)))
+    first += batches * ((every or 1) - 1)
+    steps = fit_steps(trainer, batches)
+    return f"the first validation would come after step {first}, but the run ends at step {steps}" * (first > steps)
+
+
+def check_interval(trainer: Trainer, data: Any) -> None:
+    """Refuses validations that are further apart than an epoch is long, of data that are set up.
+
+    Raises:
+        ValueError: naming the setting, the length of an epoch and the cure.
+    """
+    interval = trainer.val_check_interval
+    validates = data.sources["validation"] and trainer.limit_val_batches
+    if validates and isinstance(interval, int) and interval == 1:  # which is equal to 1.0, an epoch
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            for name in ("check_on_train_epoch_end", "save_on_train_epoch_end"):
+                if getattr(callback, f"_{name}", ...) is None and getattr(callback, "monitor", None) is not None:
+                    raise ValueError(
+                        f"trainer.val_check_interval is 1, a step, which {type(callback).__name__} takes for an epoch;"
+                        f" set its {name} to false"
+                    )
+    if not validates or not isinstance(interval, int) or trainer.check_val_every_n_epoch is None:
+        return
+    if interval > (steps := epoch_steps(trainer, data)):
+        raise ValueError(
+            f"trainer.val_check_interval is {interval}, but an epoch has {steps} steps; lower it, or count over epochs"
+            " with --trainer.check_val_every_n_epoch null"
+        )
+
+
+def _foreign(callback: Callback) -> bool:
+    return not type(callback).__module__.startswith(("lightning.", "pytorch_lightning.", "halos_pl."))
+
+
+def check_monitors(trainer: Trainer, module: LightningModule, data: Any) -> None:
+    """Compares what callbacks monitor with what will be logged.
+
+    May be called before the data have been read, and again when it is known which rows there are. A name that a
+    user's own callback could log is warned of, one under ``val/`` is refused where no validation will be run.
+
+    Raises:
+        MonitorError: naming the callback, the figure, and those that are like it.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    silent = [type(c).__name__ for c in callbacks if isinstance(c, LearningRateMonitor | DeviceStatsMonitor)]
+    if silent and not trainer.loggers:
+        raise MonitorError(f"{silent[0]} writes to a logger, but trainer.logger is false; leave one of the two out")
+    monitored = [(c, m) for c in callbacks if isinstance(m := getattr(c, "monitor", None), str)]
+    no_validation = _why_no_validation(trainer, data) if monitored else ""
+    training = set(_figures(module, data._splits.get("train"))) | set(TRAINING)
+    held_out = set(_figures(module, data._splits.get("validation")))
+    if {"rewards/chosen", "rewards/rejected"} <= held_out:
+        held_out.add("rewards/auroc")
+    validated = {f"val/{name}" for name in held_out}
+    known = training | (validated if not no_validation else set())
+    for callback, monitor in monitored:
+        if monitor in known or (monitor in COUNTERS and isinstance(callback, ModelCheckpoint)):
+            continue
+        near = difflib.get_close_matches(monitor, sorted(known | validated), n=5, cutoff=0.5) or sorted(known)
+        meant = monitor if monitor.startswith("val/") else near[0]
+        without = no_validation if meant.startswith("val/") else ""
+        if monitor.removeprefix("val/").startswith("outcome/z0_") and module.halo is not None and not without:
+            continue  # a reference point's diagnostics have names of its own
+        said = (
+            f"{type(callback).__name__}.monitor is {monitor!r}, which is never logged"
+            + (f": {meant} takes a validation, but {without}" if without else "")
+            + f". Logged {'with one ' if without else ''}are, for example, {', '.join(near)}"
+        )
+        if without or not any(map(_foreign, callbacks)):
+            raise MonitorError(said)
+        rank_zero_warn(f"halos: {said}; the run ends with an error unless a callback of your own logs it")
+
+
+def given_up(error: BaseException) -> MonitorError | None:
+    """What a monitoring callback of Lightning's has ended the run with, in a line; None for other errors."""
+    first = str(error).partition("\n")[0]
+    return MonitorError(f"{first} The run has ended") if first.startswith(GIVEN_UP) else None
+
+
+#: What a Trainer does about validation, and the value that asks for nothing in particular.
+_OF_VALIDATION = {"val_check_interval": 1.0, "check_val_every_n_epoch": 1, "limit_val_batches": 1.0}
+
+
+def say_unused(trainer: Trainer, data: Any) -> None:
+    """Says which settings of a fit have no effect."""
+    given = [name for name, default in _OF_VALIDATION.items() if getattr(trainer, name) != default]
+    if given and not data.sources["validation"]:
+        names = " and ".join(f"trainer.{name}" for name in given)
+        have = "have" if given[1:] else "has"
+        rank_zero_warn(f"halos: {names} {have} no effect, because data.validation names no data")

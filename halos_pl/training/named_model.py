@@ -1,0 +1,115 @@
+"""One way to name a model for ``generate``, ``evaluate`` and ``export``: a run, a folder, an adapter or a hub name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from halos_pl.common.yaml_files import read_yaml
+from halos_pl.data.prompts import TEXT_SETTINGS, text_settings
+from halos_pl.data.template import template_of, use_template
+from halos_pl.policy.loading import load_model, load_tokenizer, stored_dtype
+from halos_pl.policy.source import ADAPTER_CONFIG
+from halos_pl.policy.spec import ModelError, ModelSpec
+from halos_pl.training.callbacks import CONFIG
+from halos_pl.training.checkpoint import LAST, find_checkpoint
+from halos_pl.training.trained import load_run, module_of_run
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model that can be loaded.
+
+    Attributes:
+        name: as it was given.
+        spec: of the model; of a run, of what its policy was before training.
+        run: the run's folder; None for another model.
+        ckpt_path: the file of a run's checkpoint.
+        text: the settings of the run's data that say how text becomes tokens (``TEXT_SETTINGS``), or their defaults.
+        chat_template: the text of another chat template than its own.
+    """
+
+    name: str
+    spec: ModelSpec
+    run: Path | None
+    ckpt_path: str | None
+    text: dict[str, Any]
+    chat_template: str | None = None
+
+    def text_settings(self, **given: Any) -> dict[str, Any]:
+        """How text becomes tokens: by the settings that are given and not None, else as the run was trained."""
+        return self.text | {name: value for name, value in given.items() if value is not None}
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer, with the chat template that a run was trained with."""
+        tokenizer = module_of_run(self.run).tokenizer if self.run else load_tokenizer(self.spec)
+        if self.chat_template is not None:
+            use_template(tokenizer, self.chat_template, "--chat_template")
+        return tokenizer
+
+    def load(self, device: str | None = None) -> nn.Module:
+        """The model in eval mode.
+
+        Args:
+            device: where; default: a GPU where there is one.
+
+        Raises:
+            ModelError: where it cannot be loaded.
+        """
+        model: Any = load_run(self.run, self.ckpt_path).policy if self.run else load_model(self.spec)
+        return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()  # type: ignore[no-any-return]
+
+
+def _refuse_of_another(run: Path, checkpoint: Path) -> None:
+    """Refuses a checkpoint in the folder of another run, whose weights would be taken for those of this one.
+
+    Raises:
+        ModelError: naming that run.
+    """
+    at = checkpoint.resolve()
+    owner = next((place for place in at.parents if (place / CONFIG).is_file() and (place / LAST).parent.is_dir()), None)
+    if owner is not None and owner != run.resolve():
+        raise ModelError(f"--ckpt_path {checkpoint} is a checkpoint of the run {owner}, not of {run}; name that run")
+
+
+def named_model(name: str, ckpt_path: str | None = None, chat_template: str | None = None) -> NamedModel:
+    """What a name stands for; no weights are read.
+
+    Args:
+        name: a run's folder, a Hugging Face folder, a folder with a peft adapter, a hub name, or ``package:NAME``.
+        ckpt_path: of a run, another checkpoint than the last one: ``best``, or a file.
+        chat_template: another chat template than its own, see :func:`halos_pl.data.template.template_of`.
+
+    Raises:
+        DataError: for a chat template that is none.
+        FileNotFoundError: for a run without its config or a checkpoint.
+        ModelError: for a name that stands for no model, and for a ``ckpt_path`` without a run or of another one.
+    """
+    template = None if chat_template is None else template_of(chat_template, "--chat_template")
+    folder = Path(name)
+    is_model = any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG))
+    # The folder of a run that was moved or copied in part is still meant as one.
+    if not is_model and ((folder / CONFIG).is_file() or (folder / LAST).parent.is_dir()):
+        spec = module_of_run(folder).policy_spec
+        found = find_checkpoint(folder, ckpt_path)  # now: a better one may be saved before it is loaded
+        if ckpt_path not in (None, "last", "best"):
+            _refuse_of_another(folder, found)
+        text = text_settings(read_yaml(folder / CONFIG)[0].get("data") or {})
+        return NamedModel(name, spec, folder, str(found), text, template)
+    if ckpt_path is not None:
+        raise ModelError(f"{name} is no folder of a run, so it has no checkpoint {ckpt_path}")
+    others = [file for kind in ("*.gguf", f"*/{ADAPTER_CONFIG}") for file in folder.glob(kind)]
+    if folder.is_dir() and not is_model and not others:
+        known = f"{CONFIG}, config.json, {ADAPTER_CONFIG} or GGUF file"
+        raise ModelError(f"{name} is not the folder of a run or of a model: it holds no {known}")
+    spec = ModelSpec(path=name, attn_implementation=None)
+    try:
+        stored_dtype(spec)  # reads its configuration
+    except ModelError as error:
+        raise ModelError(str(error).removeprefix("model.policy.path: ")) from error
+    return NamedModel(name, spec, None, None, dict(TEXT_SETTINGS), template)

@@ -1,0 +1,141 @@
+"""Where a fit may be stopped by a signal: between two steps, on all ranks at once, with a checkpoint."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from halos_pl.common import stopping
+from halos_pl.distributed import world_size
+from halos_pl.training.checkpoint import LAST, LastCheckpoint
+from halos_pl.training.monitors import given_up
+
+
+class AgreedSignals:
+    """Instead of Lightning's signal connector, whose handler talks to other ranks in the middle of a step and hangs.
+
+    Lightning's loops ask ``received_sigterm`` after each training step, each evaluation batch and each epoch, and end
+    the run with ``SIGTERMException`` where it is true. Here all ranks ask at the same places, so they agree on
+    whether to stop: one number per step is reduced over the ranks. The handlers are in :mod:`halos_pl.common.stopping`.
+
+    Args:
+        trainer: whose loops ask.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self._requeue = False
+        self._before: Any = None
+
+    @property
+    def received_sigterm(self) -> bool:
+        """Whether some rank has been told to stop. Every rank must ask the same number of times."""
+        told = max(stopping.received() or 0, REQUEUE * self._requeue)
+        if world_size() > 1:
+            flag = torch.tensor(told, dtype=torch.int32, device=self.trainer.strategy.root_device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            told = int(flag)
+        if told >= REQUEUE:
+            self._requeue = False
+            _SignalConnector(self.trainer)._slurm_sigusr_handler_fn(signal.SIGUSR1, None)  # type: ignore[arg-type]
+        elif told:
+            stopping.agree(told)
+        return 0 < told < REQUEUE
+
+    def register_signal_handlers(self) -> None:
+        """Under SLURM with automatic requeueing, handles its signal as Lightning does, but after the step."""
+        environment = self.trainer._accelerator_connector.cluster_environment  # type: ignore[attr-defined]
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+
+            def requeue(*_: Any) -> None:
+                self._requeue = True
+
+            number = environment.requeue_signal or signal.SIGUSR1
+            self._before = number, signal.signal(number, requeue)
+
+    def teardown(self) -> None:
+        """Puts back the handler that was there before."""
+        if self._before is not None:
+            signal.signal(*self._before)
+            self._before = None
+
+
+#: More than any signal's number.
+REQUEUE = 1000
+
+
+class StopAtStep(Callback):
+    """Lets a signal wait until the step is done; then saves ``checkpoints/last.ckpt`` and says how to resume."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        stopping.wait_for_step(True)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # One process may stop anywhere; a rank that did would leave the others waiting for it.
+        if trainer.world_size > 1 and not trainer.sanity_checking:
+            stopping.wait_for_step(True)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_validation_start(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_validation_start(trainer, pl_module)
+
+    def on_predict_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Asks as Lightning's other loops do."""
+        if trainer.received_sigterm:
+            raise SIGTERMException
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if error := given_up(exception):
+            self._save(trainer)
+            raise error from exception
+        if not isinstance(exception, (SIGTERMException, stopping.Stopped)):
+            return
+        launcher: Any = trainer.strategy.launcher
+        children = list(launcher.procs) if isinstance(launcher, _SubprocessScriptLauncher) else []
+        if children:
+            # Its observer would kill this process because a child has ended with an exit status other than 0.
+            launcher.procs.clear()
+        if isinstance(exception, stopping.Stopped):
+            for child in children:
+                child.send_signal(signal.SIGTERM)
+        elif trainer.state.fn == "fit":
+            self._say(trainer, self._save(trainer))
+        stopping.wait_for(children)
+
+    @staticmethod
+    def _save(trainer: Trainer) -> bool:
+        """Writes ``checkpoints/last.ckpt`` where it lacks the last step; False where no step was taken."""
+        step = trainer.global_step
+        if not step or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return False
+        last = next(c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint))
+        if trainer.validating:  # the resumed run repeats the whole validation, so none of its figures are kept
+            progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+            progress.reset()
+            progress.total.ready = progress.total.started = 1
+        last.save(trainer)
+        return True
+
+    @staticmethod
+    def _say(trainer: Trainer, saved: bool) -> None:
+        number = stopping.received()
+        why = stopping.name_of(number) if number else "a signal"
+        if not saved:
+            rank_zero_info(f"halos: stopped by {why}; no step was taken, and nothing is saved")
+            return
+        step, path = trainer.global_step, Path(trainer.default_root_dir) / LAST
+        resume = stopping.command_line("--ckpt_path", "last", without=("--ckpt_path",))
+        rank_zero_info(f"halos: stopped by {why} after step {step}; {path} is saved. Resume with:\n{resume}")

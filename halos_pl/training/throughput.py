@@ -1,0 +1,131 @@
+"""How much of a step's time is useful arithmetic: a count of what it needs at least, and what the machine can do."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from halos_pl.batch import TokenBatch
+from halos_pl.policy.tree import parts
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOP of a dense language model; a multiplication and an addition are two.
+
+    Attributes:
+        token: of a token through the layers: 2 for each weight of their matrices.
+        trained: of those, in weights that are trained.
+        head: of a token through the head.
+        head_trained: of those, in weights that are trained.
+        pair: of a token that sees another, in all layers: 4 * layers * heads * width of a head.
+    """
+
+    token: float
+    trained: float
+    head: float
+    head_trained: float
+    pair: float
+
+
+def cost(model: nn.Module) -> Cost:
+    """The cost of ``model``, a causal language model or a peft model around one.
+
+    Raises:
+        TypeError: for one with experts, of which a token goes through a few.
+    """
+    decoder, head = parts(model)
+    if any(p.dim() == 3 and "expert" in name for name, p in decoder.named_parameters()):
+        raise TypeError("of its experts a token goes through a few")
+    weights = [m.weight for m in decoder.modules() if isinstance(m, (nn.Linear, Conv1D))]
+    config = decoder.config.get_text_config()
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return Cost(
+        token=2.0 * sum(w.numel() for w in weights),
+        trained=2.0 * sum(w.numel() for w in weights if w.requires_grad),
+        head=2.0 * head.weight.numel(),
+        head_trained=2.0 * head.weight.numel() * head.weight.requires_grad,
+        pair=4.0 * config.num_hidden_layers * width,
+    )
+
+
+def step_tokens(batch: TokenBatch) -> int:
+    """Tokens that a step has to look at: each distinct prompt once, and every completion."""
+    used = [len(batch.prompts[i]) for i in set(batch.prompt.tolist())]
+    return sum(used) + sum(map(len, batch.completions))
+
+
+def step_flops(model: Cost, batch: TokenBatch, *, reference: float = 1.0) -> float:
+    """FLOP that an optimizer step needs at least; the optimizer's own are not counted.
+
+    Each distinct prompt token and each completion token once a pass, and only completion tokens through the head.
+    A forward pass for all rows; for all but mismatched rows also a backward pass, which costs as much for what goes in
+    and once more for weights that are trained; and a forward pass of the reference.
+
+    Args:
+        model: its cost; the reference is taken to be of the same size.
+        batch: n rows.
+        reference: share of the rows whose reference log-probs are computed: 0 without one, or with all of them stored.
+    """
+    prompt, mismatched = batch.prompt.tolist(), batch.mismatched.tolist()
+
+    def tokens(rows: list[int], without: set[int]) -> tuple[float, float, float]:
+        """Tokens, those through the head, and pairs that see each other; prompts of ``without`` are there already."""
+        own = {prompt[i] for i in rows}
+        before = [len(batch.prompts[p]) for p in own - without]
+        each = [(len(batch.prompts[prompt[i]]), len(batch.completions[i])) for i in rows]
+        completions = sum(c for _, c in each)
+        seen = sum(p * p / 2 for p in before) + sum(p * c + c * c / 2 for p, c in each)
+        return sum(before) + completions, completions, seen
+
+    def forward(counts: tuple[float, float, float]) -> float:
+        return model.token * counts[0] + model.head * counts[1] + model.pair * counts[2]
+
+    train = [i for i in range(len(batch)) if not mismatched[i]]
+    counts = tokens(train, set())
+    gradient = 2 * forward(counts) + model.pair * counts[2]
+    gradient += model.trained * counts[0] + model.head_trained * counts[1]
+    of_mismatched = forward(tokens([i for i in range(len(batch)) if mismatched[i]], {prompt[i] for i in train}))
+    return gradient + of_mismatched + reference * forward(tokens(list(range(len(batch))), set()))
+
+
+def matmul_speed(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
+    """FLOP/s of a product of two square matrices, the median of a few; of the first one where that takes a second."""
+    products = 1
+    if device.type == "cuda":
+        size *= 4  # a small one would not fill it
+        products = 20  # nor one of them take long beside starting it and hearing of its end
+    a = torch.ones(size, size, device=device, dtype=dtype)
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        for _ in range(products):
+            product = a @ a
+        product.sum().item()  # waits for the device
+        return (time.perf_counter() - start) / products
+
+    found = [seconds()]
+    while found[0] < 1 and (len(found) < 4 or (len(found) < 7 and sum(found) < 0.1)):
+        found.append(seconds())
+    return 2 * size**3 / statistics.median(found[2:] or found)
+
+
+def slow_half(dtype: torch.dtype, speed: float) -> str | None:
+    """Why this CPU should not compute in ``dtype``, whose matrix products have this ``speed``; None where it may.
+
+    Without instructions for bfloat16 or float16 a CPU imitates them, fifty times slower than float32.
+    """
+    single = matmul_speed(torch.device("cpu"), torch.float32) if dtype != torch.float32 else 0.0
+    if speed > single / 2:
+        return None
+    return (
+        f"matrix products in {str(dtype).removeprefix('torch.')} run at {speed / 1e9:.1f} GFLOP/s on this CPU and at"
+        f" {single / 1e9:.0f} in float32: a fit will be faster with --trainer.precision 32-true and"
+        f" --model.policy.dtype float32"
+    )

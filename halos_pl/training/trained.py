@@ -1,0 +1,86 @@
+"""What a run has left, from its folder: its module, and its policy as it was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError
+from lightning.pytorch.cli import LightningArgumentParser
+from torch import nn
+
+from halos_pl.common.foreign_code import model_of_config
+from halos_pl.common.messages import cause
+from halos_pl.data.template import CHAT_TEMPLATE, use_template
+from halos_pl.policy.loading import load_model
+from halos_pl.training.callbacks import CONFIG
+from halos_pl.training.checkpoint import entry_kind, load_trained
+from halos_pl.training.module import HALOModule
+
+
+def module_of_run(run: Path) -> HALOModule:
+    """The module that a run's config describes, with no model loaded.
+
+    Raises:
+        FileNotFoundError: where there is no ``config.yaml``.
+    """
+    if not (run / CONFIG).is_file():
+        raise FileNotFoundError(f"{run / CONFIG}: no such file; {run} is not the folder of a run")
+    model = model_of_config(run / CONFIG)
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(HALOModule, "model")
+    try:
+        config = parser.parse_object({"model": model})
+    except ArgumentError as error:
+        raise ValueError(f"{run / CONFIG}: {cause(str(error))}") from error
+    module: HALOModule = parser.instantiate_classes(config).model
+    take_template(module, run)
+    return module
+
+
+def take_template(module: HALOModule, run: Path) -> None:
+    """Gives the module's tokenizer the chat template that the run was trained with, where it had one of its own."""
+    if (run / CHAT_TEMPLATE).is_file():
+        use_template(module.tokenizer, (run / CHAT_TEMPLATE).read_text(encoding="utf-8"), str(run / CHAT_TEMPLATE))
+
+
+def load_run(run: str | Path, ckpt_path: str | None = None) -> HALOModule:
+    """The module of a run with its trained policy, on the CPU.
+
+    Args:
+        run: the run's folder, with ``config.yaml`` and ``checkpoints/last.ckpt``.
+        ckpt_path: another checkpoint: ``best`` (its ModelCheckpoint's), ``last``, or a file.
+
+    Raises:
+        FileNotFoundError: where one of them is missing.
+        ValueError: where the checkpoint is not of that config's policy.
+    """
+    run = Path(run)
+    module = module_of_run(run)
+    state = load_trained(run, ckpt_path)
+    policy: nn.Module = load_model(module.policy_spec)
+    module.policy = policy
+    put_weights(module, state, run)
+    # A Trainer of half precision has rounded what it trained.
+    trained = {value.dtype for name, value in state.items() if name.startswith("policy.") and value.is_floating_point()}
+    widest = max(trained, key=lambda dtype: dtype.itemsize, default=torch.float32)
+    if widest.itemsize < getattr(torch, module.policy_spec.dtype).itemsize:
+        policy.to(widest)
+    return module
+
+
+def put_weights(module: HALOModule, state: dict[str, Any], run: Path) -> None:
+    """Gives a module, whose policy is loaded, the weights that a run has trained.
+
+    Raises:
+        ValueError: where they are not of that policy.
+    """
+    own = module.state_dict()
+    if wrong := [name for name, value in state.items() if name in own and entry_kind(value) != entry_kind(own[name])]:
+        raise ValueError(f"{run}: the checkpoint does not fit the policy in {CONFIG}: shape or type of {wrong[0]}")
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    if unexpected or trained & set(missing):
+        names = ", ".join(sorted([*unexpected, *(trained & set(missing))])[:5])
+        raise ValueError(f"{run}: the checkpoint does not fit the policy in {CONFIG} (first differences: {names})")
