@@ -208,8 +208,9 @@ class RunReport(Callback):
 
     ``tokens/s`` counts what a step has to look at, ``TFLOP/s`` what it needs at least (see
     ``halos_pl.training.throughput``), and ``of_matmul`` is the latter as a share of a matrix product's rate,
-    measured when the fit begins. A step that is faster shows that the machine was busy
-    then; from that step on, the share is of the fastest step's rate. TFLOP/s and of_matmul are those of one rank; what a policy samples for its reference point is not counted.
+    measured when the fit begins. A step that is faster shows that the machine was busy then; from that step on, the
+    share is of the fastest step's rate. TFLOP/s and of_matmul are those of one rank, without what a policy samples
+    for its reference point.
 
     The outcomes of the first and of the last rows are kept for a plot. In a run's first epoch each row is
     measured before it is learned from, so the plot shows rows that the policy has not been trained on.
