@@ -53,7 +53,7 @@ def measure(point: Point, threads: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
     from vs_trl import Peak, resident
 
-    from halos_pl.batch import LogProbBatch, TokenBatch
+    from halos_pl.batch import Labels, LogProbBatch, TokenBatch
     from halos_pl.objective.build import load_objective
     from halos_pl.policy.logprobs import completion_logps, completion_mask, pack
 
@@ -82,9 +82,7 @@ def measure(point: Point, threads: int) -> None:
         prompts=some(point.prompt)[: n // point.shared],
         completions=[*some(point.completion), *some(point.completion)],
         prompt=(torch.arange(n) // point.shared).repeat(2),
-        desirable=torch.arange(2 * n) % 2 == 0,
-        pair=torch.full((2 * n,), -1),
-        mismatched=torch.arange(2 * n) >= n,
+        labels=Labels(desirable=torch.arange(2 * n) % 2 == 0, mismatched=torch.arange(2 * n) >= n),
     )
 
     def step() -> None:
@@ -95,9 +93,7 @@ def measure(point: Point, threads: int) -> None:
             policy_logps=completion_logps(policy, batch),
             reference_logps=known,
             mask=completion_mask(batch),
-            desirable=batch.desirable,
-            pair=batch.pair,
-            mismatched=batch.mismatched,
+            labels=batch.labels,
         )
         objective(rows).loss.backward()
 

@@ -226,7 +226,7 @@ def theirs(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Ten
 
 def ours(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Tensor], float]:
     """The same rows, token by token, through the training step of ``HALOModule``."""
-    from halos_pl.batch import TokenBatch
+    from halos_pl.batch import Labels, TokenBatch
     from halos_pl.objective.build import load_objective
     from halos_pl.training.module import HALOModule
     from halos_pl.training.throughput import cost, step_flops
@@ -244,18 +244,17 @@ def ours(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Tenso
             prompts=[torch.tensor(ids) for ids in distinct],
             completions=[torch.tensor(row[key]) for key in ("completion_ids", "KL_completion_ids") for row in rows],
             prompt=place.repeat(2),
-            desirable=torch.tensor([row["label"] for row in rows] + [False] * n),
-            pair=torch.full((2 * n,), -1),
-            mismatched=torch.arange(2 * n) >= n,
+            labels=Labels(
+                desirable=torch.tensor([row["label"] for row in rows] + [False] * n),
+                mismatched=torch.arange(2 * n) >= n,
+            ),
         )
     else:
         batch = TokenBatch(
             prompts=prompts,
             completions=[torch.tensor(row[key]) for key in ("chosen_ids", "rejected_ids") for row in rows],
             prompt=torch.arange(n).repeat(2),
-            desirable=torch.arange(2 * n) < n,
-            pair=torch.arange(2 * n).roll(n),
-            mismatched=torch.zeros(2 * n, dtype=torch.bool),
+            labels=Labels(desirable=torch.arange(2 * n) < n, pair=torch.arange(2 * n).roll(n)),
         )
     halo: Any = load_objective(ROOT / f"experiments/objectives/{kind}.yaml")
     names = ("reward", "reference_point", "value_function", "feedback", "reflect_undesirable", "loss_offset")

@@ -57,24 +57,63 @@ class Needs:
         return Needs(**{f.name: max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
 
 
-def _moved(value: Any, device: torch.device | str) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, list) and any(isinstance(v, Tensor) for v in value):
-        return [v.to(device) if isinstance(v, Tensor) else v for v in value]
-    return value
+@dataclass
+class Labels:
+    """What is known of n rows beside their tokens. A further column is added here, and nowhere else.
 
+    Attributes:
+        desirable: BoolTensor [n].
+        pair: LongTensor [n], the row of the pair's other completion, -1 where there is none. Left out, -1.
+        mismatched: BoolTensor [n], rows that feed z0 only and get no gradient: (x_i, y_j), or a sample of the policy.
+            Left out, False.
+        group: LongTensor [n], equal for rows that answer the same prompt, whatever was cut off from it; another one
+            for a second copy of them in the same step. Left out, every row is its own group.
+        score: float32 [n], how good a row is, higher is better, in the unit of the data less the mean of its prompt's
+            rows; where that is NaN or the whole is left out, 1 for a desirable row and 0 for an undesirable one.
 
-def _renumbered(pair: Tensor, index: Tensor) -> Tensor:
-    """``pair[index]`` as places among the selected rows; -1 where the paired completion was not selected."""
-    place = torch.full((len(pair) + 1,), -1, dtype=torch.long, device=pair.device)
-    place[index] = torch.arange(len(index), device=pair.device)
-    return place[pair[index]]  # a pair of -1 reads the extra last place, which holds -1
+    Raises:
+        ValueError: for a column that is not of shape [n].
+    """
 
+    desirable: Tensor
+    pair: Tensor = None  # type: ignore[assignment]  # set below where it is left out, as are the others
+    mismatched: Tensor = None  # type: ignore[assignment]
+    group: Tensor = None  # type: ignore[assignment]
+    score: Tensor = None  # type: ignore[assignment]
 
-def _scores(score: Tensor | None, desirable: Tensor) -> Tensor:
-    by_label = desirable.float()
-    return by_label if score is None else torch.where(score.isnan(), by_label, score)
+    def __post_init__(self) -> None:
+        n, device = len(self.desirable), self.desirable.device
+        if self.pair is None:
+            self.pair = torch.full((n,), -1, device=device)
+        if self.mismatched is None:
+            self.mismatched = torch.zeros(n, dtype=torch.bool, device=device)
+        if self.group is None:
+            self.group = torch.arange(n, device=device)
+        by_label = self.desirable.float()
+        self.score = by_label if self.score is None else torch.where(self.score.isnan(), by_label, self.score)
+        for column in fields(self):
+            shape = tuple(getattr(self, column.name).shape)
+            if shape != (n,):
+                raise ValueError(f"Labels.{column.name} has shape {shape}, not {(n,)}")
+
+    def __len__(self) -> int:
+        return len(self.desirable)
+
+    @property
+    def train(self) -> Tensor:
+        """BoolTensor [n]: the rows that carry a loss."""
+        return ~self.mismatched
+
+    def to(self, device: torch.device | str) -> Labels:
+        """The same labels on ``device``."""
+        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+    def select(self, index: Tensor) -> Labels:
+        """The rows ``index`` (LongTensor [m]), with pairs renumbered; -1 where a pair's other row is not among them."""
+        place = torch.full((len(self) + 1,), -1, dtype=torch.long, device=self.pair.device)
+        place[index] = torch.arange(len(index), device=self.pair.device)
+        chosen = {f.name: getattr(self, f.name)[index] for f in fields(self)}
+        return Labels(**{**chosen, "pair": place[chosen["pair"]]})  # a pair of -1 reads the last place, which holds -1
 
 
 @dataclass
@@ -85,15 +124,9 @@ class TokenBatch:
         prompts: distinct prompts, each a 1-D LongTensor of at least one token.
         completions: one 1-D LongTensor of at least one token per row; ends in EOS unless truncated.
         prompt: LongTensor [n], index of each row's prompt in ``prompts``.
-        desirable: BoolTensor [n].
-        pair: LongTensor [n], index in this batch of the pair's other completion, -1 where there is none.
-        mismatched: BoolTensor [n], True for mismatched rows: they feed z0 only and get no gradient.
+        labels: who is who.
         row_ids: one name per row for messages and files, ``FILE:LINE`` and, for a pair, ``#chosen`` or
             ``#rejected``; a mismatched row's names both sides.
-        group: LongTensor [n], equal for rows that answer the same prompt, whatever was cut off from it; another one
-            for a second copy of them in the same step. Left out, ``prompt``.
-        score: float32 [n], how good a row is, higher is better, in the unit of the data less the mean of its prompt's
-            rows; where that is NaN or the whole is left out, 1 for a desirable row and 0 for an undesirable one.
         loss: for each row, which tokens of its completion carry the loss, BoolTensor like the completion; None where
             all of them do. The others are read but not predicted: other speakers, and turns that were not judged.
             Left out, all tokens of all rows carry it.
@@ -102,49 +135,37 @@ class TokenBatch:
     prompts: list[Tensor]
     completions: list[Tensor]
     prompt: Tensor
-    desirable: Tensor
-    pair: Tensor
-    mismatched: Tensor
+    labels: Labels
     row_ids: list[str] = field(default_factory=list)
-    group: Tensor = None  # type: ignore[assignment]  # set below where it is left out
-    score: Tensor = None  # type: ignore[assignment]  # the same
     loss: list[Tensor | None] | None = None
-
-    def __post_init__(self) -> None:
-        if self.group is None:
-            self.group = self.prompt
-        self.score = _scores(self.score, self.desirable)
 
     def __len__(self) -> int:
         return len(self.completions)
 
     def to(self, device: torch.device | str, **_: Any) -> TokenBatch:
         """The same batch on ``device`` (Lightning moves batches with this)."""
-        return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
+        loss = self.loss and [None if row is None else row.to(device) for row in self.loss]
+        return TokenBatch(
+            prompts=[ids.to(device) for ids in self.prompts],
+            completions=[ids.to(device) for ids in self.completions],
+            prompt=self.prompt.to(device),
+            labels=self.labels.to(device),
+            row_ids=self.row_ids,
+            loss=loss,
+        )
 
     def select(self, index: Tensor) -> TokenBatch:
-        """The rows ``index`` (LongTensor [m]), with prompts and paired completions renumbered.
-
-        A paired completion that is not among the selected rows becomes -1.
-        """
+        """The rows ``index`` (LongTensor [m]), with prompts and pairs renumbered (see :meth:`Labels.select`)."""
         chosen = index.tolist()
         old_prompts, prompt = torch.unique(self.prompt[index], return_inverse=True)
         return TokenBatch(
             prompts=[self.prompts[i] for i in old_prompts.tolist()],
             completions=[self.completions[i] for i in chosen],
             prompt=prompt,
-            desirable=self.desirable[index],
-            pair=_renumbered(self.pair, index),
-            mismatched=self.mismatched[index],
+            labels=self.labels.select(index),
             row_ids=[self.row_ids[i] for i in chosen] if self.row_ids else [],
-            group=self.group[index],
-            score=self.score[index],
             loss=None if self.loss is None else [self.loss[i] for i in chosen],
         )
-
-
-_PER_TOKEN = ("reference_logps", "mask", "kl")
-_PER_ROW = ("desirable", "pair", "mismatched", "group", "score")
 
 
 @dataclass
@@ -155,62 +176,44 @@ class LogProbBatch:
         policy_logps: float32 [n, T], log pi_theta of each completion token, 0 where ``mask`` is False.
         reference_logps: the same under the reference model, without gradient; None where nothing needs it.
         mask: BoolTensor [n, T], True on completion tokens (never derived from values: a log-prob may be 0).
-        desirable: BoolTensor [n].
-        pair: LongTensor [n], -1 where there is none.
-        mismatched: BoolTensor [n].
-        group: LongTensor [n], equal for rows that answer the same prompt; left out, every row is its own group.
-        score: float32 [n], how good a row is, as in ``TokenBatch``; left out, 1 or 0 by its label.
+        labels: who is who.
         kl: float32 [n, T], KL(pi_theta || pi_ref) over the whole vocabulary at each token, without gradient;
             None where nothing needs it.
+
+    Raises:
+        ValueError: for a tensor of another shape, since (B,) + (B, T) would broadcast to a wrong loss.
     """
 
     policy_logps: Tensor
     reference_logps: Tensor | None
     mask: Tensor
-    desirable: Tensor
-    pair: Tensor
-    mismatched: Tensor
-    group: Tensor = None  # type: ignore[assignment]  # set below where it is left out
+    labels: Labels
     kl: Tensor | None = None
-    score: Tensor = None  # type: ignore[assignment]  # the same
 
     def __post_init__(self) -> None:
-        n = self.policy_logps.shape[0]
-        if self.group is None:
-            self.group = torch.arange(n, device=self.policy_logps.device)
-        self.score = _scores(self.score, self.desirable)
-        # Said here once, because (B,) + (B, T) broadcasts to a wrong loss without a word.
-        whole = tuple(self.policy_logps.shape)
-        for names, shape in ((_PER_TOKEN, whole), (_PER_ROW, (n,))):
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and tuple(value.shape) != shape:
-                    raise ValueError(f"LogProbBatch.{name} has shape {tuple(value.shape)}, not {shape}")
-        if len(whole) != 2:
-            raise ValueError(f"LogProbBatch.policy_logps has shape {whole}, not (rows, tokens)")
+        shape = tuple(self.policy_logps.shape)
+        if len(shape) != 2:
+            raise ValueError(f"LogProbBatch.policy_logps has shape {shape}, not (rows, tokens)")
+        if len(self.labels) != shape[0]:
+            raise ValueError(f"LogProbBatch.labels are those of {len(self.labels)} rows, not of {shape[0]}")
+        for name in ("reference_logps", "mask", "kl"):
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) != shape:
+                raise ValueError(f"LogProbBatch.{name} has shape {tuple(value.shape)}, not {shape}")
 
     def __len__(self) -> int:
         return self.policy_logps.shape[0]
-
-    @property
-    def train(self) -> Tensor:
-        """BoolTensor [n]: the rows that carry a loss."""
-        return ~self.mismatched
 
     def detach(self) -> LogProbBatch:
         """The same rows, cut off from the policy's graph."""
         return replace(self, policy_logps=self.policy_logps.detach())
 
     def select(self, index: Tensor) -> LogProbBatch:
-        """The rows ``index`` (LongTensor [m]); a paired completion that is not among them becomes -1."""
+        """The rows ``index`` (LongTensor [m]), with pairs renumbered (see :meth:`Labels.select`)."""
         return LogProbBatch(
             policy_logps=self.policy_logps[index],
             reference_logps=None if self.reference_logps is None else self.reference_logps[index],
             mask=self.mask[index],
-            desirable=self.desirable[index],
-            pair=_renumbered(self.pair, index),
-            mismatched=self.mismatched[index],
-            group=self.group[index],
-            score=self.score[index],
+            labels=self.labels.select(index),
             kl=None if self.kl is None else self.kl[index],
         )

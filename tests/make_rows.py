@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
-from halos_pl.batch import LogProbBatch
+from halos_pl.batch import Labels, LogProbBatch
 
 
 def random_rows(
@@ -37,7 +37,7 @@ def random_rows(
     reference = -scale * torch.rand(n, tokens, generator=g, dtype=dtype) * mask
     group = torch.randint(0, (pairs + 1) // 2, (n,), generator=g)
     group[place] = torch.arange(2 * pairs) // 4
-    return LogProbBatch(policy.requires_grad_(), reference, mask, desirable, pair, mismatched, group)
+    return LogProbBatch(policy.requires_grad_(), reference, mask, Labels(desirable, pair, mismatched, group))
 
 
 seeds = st.integers(0, 2**31 - 1)

@@ -315,18 +315,18 @@ def test_rows_hold_what_is_asked_for(data):
     assert rows.mask.any(dim=1).all()
     assert bool((rows.policy_logps <= 0).all())
     assert bool((rows.policy_logps[~rows.mask] == 0).all())
-    own = rows.train.nonzero().squeeze(1)
+    own = rows.labels.train.nonzero().squeeze(1)
     assert len(own) >= 1
     if needs.mismatched:
-        assert bool(rows.mismatched.any())
+        assert bool(rows.labels.mismatched.any())
     if needs.pairs:
-        pair = rows.pair[own]
-        assert bool((rows.pair[pair] == own).all())
-        assert bool((rows.desirable[own] != rows.desirable[pair]).all())
-        assert bool((rows.group[own] == rows.group[pair]).all())
+        pair = rows.labels.pair[own]
+        assert bool((rows.labels.pair[pair] == own).all())
+        assert bool((rows.labels.desirable[own] != rows.labels.desirable[pair]).all())
+        assert bool((rows.labels.group[own] == rows.labels.group[pair]).all())
     if needs.groups:
-        assert all((rows.group[own] == g).sum() >= 2 for g in rows.group[own].tolist())
-    assert bool(((rows.pair >= -1) & (rows.pair < n)).all())
+        assert all((rows.labels.group[own] == g).sum() >= 2 for g in rows.labels.group[own].tolist())
+    assert bool(((rows.labels.pair >= -1) & (rows.labels.pair < n)).all())
 
 
 @pytest.mark.parametrize("largest", [50.0, 0.5])

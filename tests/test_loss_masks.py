@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from halos_pl.batch import TokenBatch
+from halos_pl.batch import Labels, TokenBatch
 from halos_pl.cli.main import main
 from halos_pl.data.datamodule import FeedbackDataModule
 from halos_pl.data.example import DataError, Example
@@ -50,9 +50,10 @@ def batch() -> TokenBatch:
         prompts=[some(4), some(1)],
         completions=[some(5), some(2), some(3), some(4), some(4)],
         prompt=torch.tensor([0, 0, 0, 1, 1]),
-        desirable=torch.tensor([True, False, True, False, False]),
-        pair=torch.full((5,), -1),
-        mismatched=torch.tensor([False, False, False, False, True]),
+        labels=Labels(
+            desirable=torch.tensor([True, False, True, False, False]),
+            mismatched=torch.tensor([False, False, False, False, True]),
+        ),
         row_ids=list("abcde"),
         loss=[None if mask is None else torch.tensor(mask, dtype=torch.bool) for mask in masks],
     )
@@ -65,7 +66,7 @@ def test_log_probs_are_those_of_the_whole_completion_at_the_tokens_with_loss(nam
     whole, mask = padded_logps(model, replace(rows, loss=None)), completion_mask(rows)
     assert mask.sum(dim=1).tolist() == [3, 2, 1, 2, 2]
     wanted = torch.where(mask, whole, 0.0)
-    weight = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1)) * (~rows.mismatched)[:, None]
+    weight = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1)) * (~rows.labels.mismatched)[:, None]
     gradients = []
     for packed in (False, True):
         if packed:

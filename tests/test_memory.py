@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import halos_pl.policy.head
-from halos_pl.batch import TokenBatch
+from halos_pl.batch import Labels, TokenBatch
 from halos_pl.cli.main import main
 from halos_pl.policy.head import token_logps
 from halos_pl.policy.loading import ModelError, ModelSpec
@@ -36,9 +36,10 @@ def batch() -> TokenBatch:
         prompts=ids[:2],
         completions=ids[2:],
         prompt=torch.tensor([0, 0, 1, 1, 0]),
-        desirable=torch.tensor([True, False, True, False, False]),
-        pair=torch.full((5,), -1),
-        mismatched=torch.tensor([False, False, False, False, True]),
+        labels=Labels(
+            desirable=torch.tensor([True, False, True, False, False]),
+            mismatched=torch.tensor([False, False, False, False, True]),
+        ),
     )
 
 

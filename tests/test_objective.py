@@ -60,7 +60,7 @@ def dpo(beta=0.1, smoothing=0.0, reward=None) -> HALO:
 def as_numpy(rows: LogProbBatch):
     policy, reference = rows.policy_logps.detach().numpy(), rows.reference_logps.numpy()
     r = np.array([(policy - reference)[i][rows.mask.numpy()[i]].sum() for i in range(len(rows))])
-    return r, rows.desirable.numpy(), rows.mismatched.numpy(), rows.pair.numpy()
+    return r, rows.labels.desirable.numpy(), rows.labels.mismatched.numpy(), rows.labels.pair.numpy()
 
 
 @given(
@@ -107,7 +107,7 @@ def test_kto_gradient_equals_the_papers(seed, beta):
 @given(seed=seeds)
 def test_nll_equals_the_mean_over_desirable_tokens(seed):
     rows = random_rows(seed, 3)
-    kept = (rows.desirable & ~rows.mismatched)[:, None] & rows.mask
+    kept = (rows.labels.desirable & ~rows.labels.mismatched)[:, None] & rows.mask
     assert NLL()(rows).loss.item() == pytest.approx(-rows.policy_logps[kept].mean().item(), rel=1e-6)
 
 
@@ -184,10 +184,10 @@ def test_the_split_into_micro_batches_does_not_matter(name, seed, cut):
     loss.backward()
     objective = OBJECTIVES[name]()
     context = objective.prepare(split.detach())
-    chosen = (split.desirable & ~split.mismatched).nonzero().squeeze(1)
+    chosen = (split.labels.desirable & ~split.labels.mismatched).nonzero().squeeze(1)
     total = 0.0
     for some in (chosen[:cut], chosen[cut:]):
-        index = torch.cat([some, split.pair[some]])
+        index = torch.cat([some, split.labels.pair[some]])
         part = objective.compute_loss(split.select(index), context.select(index)).loss
         part.backward()
         total += part.item()
@@ -201,7 +201,7 @@ def test_the_split_into_micro_batches_does_not_matter(name, seed, cut):
 def test_mismatched_rows_get_no_gradient(name, seed):
     rows = random_rows(seed, 3)
     OBJECTIVES[name]()(rows).loss.backward()
-    assert bool((rows.policy_logps.grad[rows.mismatched] == 0).all())
+    assert bool((rows.policy_logps.grad[rows.labels.mismatched] == 0).all())
 
 
 @given(seed=seeds)
@@ -228,7 +228,7 @@ def test_both_readings_agree_for_point_symmetric_values_only(seed):
 def test_extreme_rows_are_ignored(seed):
     """Prop. 4.1: KTO's gradient tends to 0 as the outcome leaves for either side."""
     near, far = random_rows(seed, 2), random_rows(seed, 2, scale=1.0)
-    shift = torch.where(far.mismatched, 0.0, 2000.0)[:, None]
+    shift = torch.where(far.labels.mismatched, 0.0, 2000.0)[:, None]
     moved = far.reference_logps - shift * torch.where(torch.arange(len(far)) % 2 == 0, 1.0, -1.0)[:, None]
     far = dataclasses.replace(far, reference_logps=torch.where(far.mask, moved, 0.0))
     kto()(near).loss.backward()
@@ -283,7 +283,7 @@ def test_an_explicit_weight_of_zero_is_zero():
     rows = random_rows(3, 3)
     result = kto(undesirable=0.0)(rows)
     result.loss.backward()
-    assert bool((rows.policy_logps.grad[~rows.desirable] == 0).all())
+    assert bool((rows.policy_logps.grad[~rows.labels.desirable] == 0).all())
 
 
 def test_equal_policy_and_reference_is_not_read_as_padding():
@@ -299,17 +299,19 @@ def test_equal_policy_and_reference_is_not_read_as_padding():
 
 def test_wrong_shapes_are_refused_not_broadcast():
     rows = random_rows(1, 2)
-    with pytest.raises(ValueError, match=r"desirable has shape \(7, 1\)"):
-        dataclasses.replace(rows, desirable=rows.desirable[:, None])
+    with pytest.raises(ValueError, match=r"pair has shape \(7, 1\)"):
+        dataclasses.replace(rows.labels, pair=rows.labels.pair[:, None])
     with pytest.raises(ValueError, match="reference_logps"):
         dataclasses.replace(rows, reference_logps=rows.reference_logps[:, :1])
+    with pytest.raises(ValueError, match="labels"):
+        dataclasses.replace(rows, labels=rows.labels.select(torch.tensor([0, 1])))
 
 
 def test_one_class_only_is_defined():
     rows = random_rows(1, 3)
-    keep = (rows.desirable | rows.mismatched).nonzero().squeeze(1)
+    keep = (rows.labels.desirable | rows.labels.mismatched).nonzero().squeeze(1)
     assert kto()(rows.select(keep)).loss.isfinite()
-    undesirable = (~rows.desirable).nonzero().squeeze(1)
+    undesirable = (~rows.labels.desirable).nonzero().squeeze(1)
     assert NLL()(rows.select(undesirable)).loss.item() == 0
 
 
@@ -342,11 +344,13 @@ def test_the_reading_of_undesirable_rows_is_true_or_false():
 
 def test_missing_pieces_are_named():
     rows = random_rows(1, 2)
-    alone = dataclasses.replace(rows, pair=torch.full_like(rows.pair, -1))
+    alone = dataclasses.replace(
+        rows, labels=dataclasses.replace(rows.labels, pair=torch.full_like(rows.labels.pair, -1))
+    )
     with pytest.raises(ValueError, match="no paired completion"):
         dpo()(alone)
     with pytest.raises(ValueError, match="no mismatched rows"):
-        kto()(rows.select(rows.train.nonzero().squeeze(1)))
+        kto()(rows.select(rows.labels.train.nonzero().squeeze(1)))
     with pytest.raises(ValueError, match="reference log-probs"):
         kto()(dataclasses.replace(rows, reference_logps=None))
 
@@ -359,11 +363,12 @@ def test_mismatched_kl_is_the_clamped_mean_of_mismatched_rows_without_gradient(s
     rows = random_rows(seed, 2, 5)
     reward = LogRatio()(rows).float()
     z0 = MismatchedKL()
-    got = z0(reward, rows)
-    values = reward[rows.mismatched].detach().double()
+    estimate = z0(reward, rows)
+    got = estimate.value
+    values = reward[rows.labels.mismatched].detach().double()
     assert not got.requires_grad
     assert got.item() == pytest.approx(max(0.0, values.mean().item()), abs=1e-6)
-    d = {k: v.item() for k, v in z0.diagnostics.items()}
+    d = {k: v.item() for k, v in estimate.figures().items()}
     assert d["estimate"] == pytest.approx(values.mean().item(), abs=1e-6)
     assert d["standard_error"] == pytest.approx(values.std().item() / 5**0.5, rel=1e-4)
     assert (d["clamped"], d["rows"]) == (float(values.mean() < 0), 5)
@@ -375,10 +380,10 @@ def test_running_mean_is_the_mean_of_all_rows_so_far(seeds):
     for i, seed in enumerate(seeds):
         rows = random_rows(seed, 1 + i % 3, 2)
         reward = LogRatio()(rows).detach().float()
-        seen += reward[rows.train].tolist()
-        assert z0(reward, rows).item() == pytest.approx(np.mean(seen), abs=1e-5)
+        seen += reward[rows.labels.train].tolist()
+        assert z0(reward, rows).value.item() == pytest.approx(np.mean(seen), abs=1e-5)
     z0.eval()
-    assert z0(reward + 7, rows).item() == pytest.approx(np.mean(seen), abs=1e-5)
+    assert z0(reward + 7, rows).value.item() == pytest.approx(np.mean(seen), abs=1e-5)
     copy = RunningMean()
     copy.load_state_dict(z0.state_dict())
     assert copy.mean == z0.mean
@@ -388,5 +393,5 @@ def test_running_mean_is_the_mean_of_all_rows_so_far(seeds):
 def test_exponential_running_mean_starts_at_the_first_steps_mean():
     z0, rows = RunningMean(decay=0.9), random_rows(0, 2)
     reward = torch.ones(len(rows))
-    assert z0(reward, rows).item() == 1
-    assert z0(3 * reward, rows).item() == pytest.approx(0.9 * 1 + 0.1 * 3)
+    assert z0(reward, rows).value.item() == 1
+    assert z0(3 * reward, rows).value.item() == pytest.approx(0.9 * 1 + 0.1 * 3)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from halos_pl.batch import LogProbBatch, TokenBatch
+from halos_pl.batch import Labels, LogProbBatch, TokenBatch
 from halos_pl.data.tokenize import encode_completion, encode_prompt
 from halos_pl.objective.feedback import Binary, Pairwise
 from halos_pl.objective.halo import HALO
@@ -68,9 +68,7 @@ def flat(prompts: list, completions: list, desirable: list, pair: list, mismatch
         prompts=[torch.tensor(p) for p in prompts],
         completions=[torch.tensor(c) for c in completions],
         prompt=torch.arange(len(prompts)),
-        desirable=torch.tensor(desirable),
-        pair=torch.tensor(pair),
-        mismatched=torch.tensor(mismatched),
+        labels=Labels(desirable=torch.tensor(desirable), pair=torch.tensor(pair), mismatched=torch.tensor(mismatched)),
     )
 
 
@@ -87,9 +85,7 @@ def assert_parity(trainer: Any, batch: dict, policy: Any, reference: Any, object
             completion_logps(policy, ours),
             reference_logps,
             completion_mask(ours),
-            ours.desirable,
-            ours.pair,
-            ours.mismatched,
+            ours.labels,
         )
     )
     result.loss.backward()

@@ -26,7 +26,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from halos_pl.batch import LogProbBatch, TokenBatch
+from halos_pl.batch import Labels, LogProbBatch, TokenBatch
 from halos_pl.objective.build import load_objective
 from halos_pl.objective.feedback import Binary, Pairwise
 from halos_pl.objective.halo import HALO
@@ -87,11 +87,13 @@ def batch(pairs: int = 3, *, seed: int = 0, mismatched: bool = True) -> TokenBat
         prompts=prompts,
         completions=completions + [completions[(i + 2) % n] for i in range(twice)],
         prompt=torch.cat([own, own[:twice]]),
-        desirable=torch.tensor([True, False] * pairs + [False] * twice),
-        pair=torch.tensor([i ^ 1 for i in range(n)] + [-1] * twice),
-        mismatched=torch.tensor([False] * n + [True] * twice),
+        labels=Labels(
+            desirable=torch.tensor([True, False] * pairs + [False] * twice),
+            pair=torch.tensor([i ^ 1 for i in range(n)] + [-1] * twice),
+            mismatched=torch.tensor([False] * n + [True] * twice),
+            group=torch.cat([own, own[:twice]]) // 2,
+        ),
         row_ids=[f"file:{i}" for i in range(n + twice)],
-        group=torch.cat([own, own[:twice]]) // 2,  # two pairs answer the same prompt, cut in two ways
     )
 
 
@@ -290,7 +292,7 @@ def test_z0_of_samples_is_their_mean_log_ratio_and_of_exact_kl_the_mismatched_ro
         figures = train(model, steps, callbacks=[Keep()])
         policy, frozen, last = before["policy"].eval(), load(tiny_folder), steps[-1]
         if isinstance(reference_point, TokenKL):
-            mismatched = last.select(last.mismatched.nonzero().squeeze(1))
+            mismatched = last.select(last.labels.mismatched.nonzero().squeeze(1))
             expected = completion_kl(policy, nullcontext(frozen), mismatched).sum(1).mean().item()
         else:
             assert len(drawn[-1]) == len(last)
@@ -303,7 +305,7 @@ def test_z0_of_samples_is_their_mean_log_ratio_and_of_exact_kl_the_mismatched_ro
             expected = torch.stack(ratio).mean().item()
         assert abs(expected) > 1e-3
         assert figures["outcome/z0"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
-        assert figures["outcome/z0_rows"] == len(last.pair[last.pair >= 0])
+        assert figures["outcome/z0_rows"] == len(last.labels.pair[last.labels.pair >= 0])
 
 
 def test_samples_and_mismatches_do_not_go_together(tiny_folder):
@@ -382,12 +384,12 @@ def test_a_pair_is_compared_where_there_is_one():
         policy_logps=torch.tensor([[1.0], [2.0], [3.0]]),
         reference_logps=torch.zeros(3, 1),
         mask=torch.ones(3, 1, dtype=torch.bool),
-        desirable=torch.tensor([True, False, True]),
-        pair=torch.tensor([1, 0, -1]),
-        mismatched=torch.zeros(3, dtype=torch.bool),
+        labels=Labels(desirable=torch.tensor([True, False, True]), pair=torch.tensor([1, 0, -1])),
     )
-    for pair, wanted in ((rows.pair, [0.0, 1.0]), (torch.full((3,), -1), [0.0, 0.0])):
-        figures = reward_figures(replace(rows, pair=pair), rows.policy_logps.sum(dim=1), 1.0)
+    for pair, wanted in ((rows.labels.pair, [0.0, 1.0]), (torch.full((3,), -1), [0.0, 0.0])):
+        figures = reward_figures(
+            replace(rows, labels=replace(rows.labels, pair=pair)), rows.policy_logps.sum(dim=1), 1.0
+        )
         assert torch.stack(figures["rewards/accuracies"]).tolist() == wanted
     means = Means()
     means.add(figures)

@@ -55,7 +55,7 @@ def test_the_value_function_shown_works():
 
 def test_the_objective_shown_works():
     rows = random_rows(0, 3, dtype=torch.float32)
-    names = ("policy_logps", "reference_logps", "mask", "desirable", "pair", "mismatched")
+    names = ("policy_logps", "reference_logps", "mask", "labels")
     exec(next(block for block in blocks("python") if "HALO(" in block), {name: getattr(rows, name) for name in names})
     assert rows.policy_logps.grad is not None
     assert rows.policy_logps.grad.abs().sum() > 0

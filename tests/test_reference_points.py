@@ -17,6 +17,7 @@ from halos_pl.objective.reference_points import (
     BatchMean,
     BatchQuantile,
     Constant,
+    Estimate,
     LeaveOneOut,
     MismatchedKL,
     PairedCompletion,
@@ -47,14 +48,13 @@ def step(seed: int, pairs: int = 4):
 
 
 def test_every_reference_point_is_an_example():
-    assert EXAMPLES.keys() == set(reference_points.__all__) - {"ReferencePoint", "MeanOverRanks"}
+    assert EXAMPLES.keys() == set(reference_points.__all__) - {"ReferencePoint", "MeanOverRanks", "Estimate"}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_each_reports_the_same_four_figures(name):
     rows, rewards = step(0)
-    EXAMPLES[name](rewards, rows)
-    found = EXAMPLES[name].diagnostics
+    found = EXAMPLES[name](rewards, rows).figures()
     assert {"estimate", "standard_error", "rows", "clamped"} <= found.keys()
     assert all(value.dim() == 0 and value.dtype == torch.float32 and value.isfinite() for value in found.values())
 
@@ -62,37 +62,43 @@ def test_each_reports_the_same_four_figures(name):
 @given(seed=seeds, q=st.floats(0, 1))
 def test_batch_mean_and_quantile(seed, q):
     rows, rewards = step(seed)
-    own = rewards[rows.train].numpy()
-    mean, quantile = BatchMean(), BatchQuantile(quantile=q)
-    assert mean(rewards, rows).item() == pytest.approx(own.mean(), rel=1e-5, abs=1e-6)
-    assert mean.diagnostics["standard_error"].item() == pytest.approx(own.std(ddof=1) / len(own) ** 0.5, rel=1e-5)
-    assert quantile(rewards, rows).item() == pytest.approx(np.quantile(own, q), rel=1e-4, abs=1e-5)
+    own = rewards[rows.labels.train].numpy()
+    mean, quantile = BatchMean()(rewards, rows), BatchQuantile(quantile=q)(rewards, rows)
+    assert mean.value.item() == pytest.approx(own.mean(), rel=1e-5, abs=1e-6)
+    assert mean.figures()["standard_error"].item() == pytest.approx(own.std(ddof=1) / len(own) ** 0.5, rel=1e-5)
+    assert quantile.value.item() == pytest.approx(np.quantile(own, q), rel=1e-4, abs=1e-5)
 
 
 @given(seed=seeds)
 def test_leave_one_out_is_the_mean_of_the_prompts_other_rows(seed):
     rows, rewards = step(seed, pairs=3)  # one prompt with four rows, one with two
-    found = LeaveOneOut()(rewards, rows)
-    for i in rows.train.nonzero().squeeze(1).tolist():
-        others = [j for j in range(len(rows)) if j != i and rows.group[j] == rows.group[i] and rows.train[j]]
+    found = LeaveOneOut()(rewards, rows).value
+    for i in rows.labels.train.nonzero().squeeze(1).tolist():
+        others = [
+            j
+            for j in range(len(rows))
+            if j != i and rows.labels.group[j] == rows.labels.group[i] and rows.labels.train[j]
+        ]
         assert found[i].item() == pytest.approx(rewards[others].mean().item())
 
 
 def test_a_row_that_is_alone_with_its_prompt_has_no_one_to_be_compared_with():
     rows, rewards = step(0)
-    rows = dataclasses.replace(rows, group=torch.arange(len(rows)))
-    alone = LeaveOneOut()
-    assert bool((alone(rewards, rows) == 0).all())
-    assert alone.diagnostics["clamped"] == 1
+    rows = dataclasses.replace(rows, labels=dataclasses.replace(rows.labels, group=torch.arange(len(rows))))
+    alone = LeaveOneOut()(rewards, rows)
+    assert bool((alone.value == 0).all())
+    assert alone.figures()["clamped"] == 1
 
 
 @given(seed=seeds)
 def test_rank_matched_are_matched_by_rank(seed):
     rows, rewards = step(seed)
-    found = RankMatched()(rewards, rows)
-    chosen, rejected = (rewards[rows.train & side].sort().values for side in (rows.desirable, ~rows.desirable))
-    for i in rows.train.nonzero().squeeze(1).tolist():
-        mine, theirs = (chosen, rejected) if rows.desirable[i] else (rejected, chosen)
+    found = RankMatched()(rewards, rows).value
+    chosen, rejected = (
+        rewards[rows.labels.train & side].sort().values for side in (rows.labels.desirable, ~rows.labels.desirable)
+    )
+    for i in rows.labels.train.nonzero().squeeze(1).tolist():
+        mine, theirs = (chosen, rejected) if rows.labels.desirable[i] else (rejected, chosen)
         assert found[i] == theirs[int((mine < rewards[i]).sum())]
 
 
@@ -100,15 +106,17 @@ def test_rank_matched_are_matched_by_rank(seed):
 def test_the_gradient_of_a_rank_matched_is_that_of_the_row_it_is_matched_with(seed):
     rows, rewards = step(seed)
     rewards = rewards.requires_grad_()
-    u = (rewards - RankMatched()(rewards, rows))[rows.train & rows.desirable]
+    u = (rewards - RankMatched()(rewards, rows).value)[rows.labels.train & rows.labels.desirable]
     (slope,) = torch.autograd.grad(u.sum(), rewards)
-    assert torch.equal(slope, torch.where(rows.mismatched, 0.0, torch.where(rows.desirable, 1.0, -1.0)).double())
+    assert torch.equal(
+        slope, torch.where(rows.labels.mismatched, 0.0, torch.where(rows.labels.desirable, 1.0, -1.0)).double()
+    )
 
 
 def test_rank_matched_need_as_many_of_either_class():
     rows, rewards = step(0)
-    first = rows.desirable.nonzero()[0, 0]
-    rows.desirable[first] = False
+    first = rows.labels.desirable.nonzero()[0, 0]
+    rows.labels.desirable[first] = False
     with pytest.raises(ValueError, match="3 desirable and 5 undesirable"):
         RankMatched()(rewards, rows)
 
@@ -117,23 +125,25 @@ def test_rank_matched_need_as_many_of_either_class():
 def test_sorted_margins_are_the_references_own_sorted(seed):
     rows, _ = step(seed)
     margins = PairMargin()(rows)
-    assert bool((margins[rows.mismatched] == 0).all())
-    z0 = SortedMargins()(margins, rows)
+    assert bool((margins[rows.labels.mismatched] == 0).all())
+    z0 = SortedMargins()(margins, rows).value
     reference = PairMargin()(dataclasses.replace(rows, policy_logps=rows.reference_logps))
-    chosen = rows.train & rows.desirable
+    chosen = rows.labels.train & rows.labels.desirable
     delta = margins[chosen].sort().values - reference[chosen].sort().values
     assert torch.allclose((margins - z0)[chosen][margins[chosen].argsort()], delta)
     # Seen from the rejected side the same, with the other sign.
-    other = rows.pair[chosen]
+    other = rows.labels.pair[chosen]
     assert torch.allclose((margins - z0)[other], -(margins - z0)[chosen])
 
 
 @given(seed=seeds)
 def test_exact_kl_and_samples_are_means_over_the_mismatched_rows(seed):
     rows, rewards = step(seed)
-    assert TokenKL()(rewards, rows).item() == pytest.approx(rows.kl[rows.mismatched].sum(1).mean().item(), rel=1e-5)
-    assert SampledKL()(rewards, rows).item() == pytest.approx(
-        rewards[rows.mismatched].mean().item(), rel=1e-4, abs=1e-6
+    assert TokenKL()(rewards, rows).value.item() == pytest.approx(
+        rows.kl[rows.labels.mismatched].sum(1).mean().item(), rel=1e-5
+    )
+    assert SampledKL()(rewards, rows).value.item() == pytest.approx(
+        rewards[rows.labels.mismatched].mean().item(), rel=1e-4, abs=1e-6
     )
 
 
@@ -142,9 +152,9 @@ def test_a_running_mean_of_kto_s_estimate(seeds, decay):
     running, expected = RunningMean(of=MismatchedKL(), decay=decay), None
     for seed in seeds:
         rows, rewards = step(seed)
-        now = max(0.0, rewards[rows.mismatched].mean().item())
+        now = max(0.0, rewards[rows.labels.mismatched].mean().item())
         expected = now if expected is None else decay * expected + (1 - decay) * now
-        assert running(rewards, rows).item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert running(rewards, rows).value.item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert running.needs == MismatchedKL().needs
     assert running.get_extra_state()["count"] == 3 * len(seeds)  # the mismatched rows
 
@@ -161,12 +171,12 @@ def test_what_cannot_be_is_refused():
     class Silent(ReferencePoint):
         needs = Needs(step_rewards=True)
 
-        def forward(self, rewards: torch.Tensor, rows: LogProbBatch) -> torch.Tensor:
-            return rewards.mean()
+        def forward(self, rewards: torch.Tensor, rows: LogProbBatch) -> Estimate:
+            return Estimate(rewards.mean())
 
-    running = RunningMean(of=Silent())  # a report is no duty
+    running = RunningMean(of=Silent())  # it need not say how many rows are behind it
     for reward, mean in ((1.0, 1.0), (3.0, 2.0)):
-        assert running(torch.full_like(rewards, reward), rows) == mean
+        assert running(torch.full_like(rewards, reward), rows).value == mean
     with pytest.raises(ValueError, match=r"quantile is 1\.5"):
         BatchQuantile(quantile=1.5)
     with pytest.raises(ValueError, match="max_new_tokens is 0"):

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_halos import OBJECTIVES, ROOT, binary_data, fit, metrics, pair_data
 
-from halos_pl.batch import TokenBatch
+from halos_pl.batch import Labels, TokenBatch
 from halos_pl.cache import REFERENCE, cache_root
 from halos_pl.cli.main import main
 from halos_pl.policy import reference as references
@@ -191,9 +191,7 @@ def test_a_key_is_of_the_row_and_nothing_else(lengths: list[tuple[int, int]], se
         prompts=[torch.tensor(p) for p, _ in texts],
         completions=[torch.tensor(c) for _, c in texts],
         prompt=torch.arange(n),
-        desirable=torch.ones(n, dtype=torch.bool),
-        pair=torch.full((n,), -1),
-        mismatched=torch.zeros(n, dtype=torch.bool),
+        labels=Labels(desirable=torch.ones(n, dtype=torch.bool)),
     )
     found = keys("model", batch)
     for i in range(n):

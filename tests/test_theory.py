@@ -17,10 +17,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from halos_pl.batch import LogProbBatch
+from halos_pl.batch import Labels, LogProbBatch
 from halos_pl.objective.feedback import Binary
 from halos_pl.objective.halo import HALO
-from halos_pl.objective.reference_points import MismatchedKL, PairedCompletion, ReferencePoint, Zero
+from halos_pl.objective.reference_points import Estimate, MismatchedKL, PairedCompletion, ReferencePoint, Zero
 from halos_pl.objective.rewards import LogRatio
 from value_functions import Identity, Logistic, LogSigmoid, ValueFunction
 
@@ -43,8 +43,8 @@ class Given(ReferencePoint):
         super().__init__()
         self.z0 = torch.as_tensor(z0, dtype=torch.float64)
 
-    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
-        return self.z0
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
+        return Estimate(self.z0)
 
 
 class OwnExpectation(ReferencePoint):
@@ -58,9 +58,9 @@ class OwnExpectation(ReferencePoint):
         super().__init__()
         self.q = q
 
-    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
         mean = (self.q * rewards.view_as(self.q)).sum(1, keepdim=True)
-        return mean.expand_as(self.q).flatten()
+        return Estimate(mean.expand_as(self.q).flatten())
 
 
 def one_token_rows(policy: Tensor, reference: Tensor, desirable: Tensor, pair: Tensor | None = None) -> LogProbBatch:
@@ -70,9 +70,7 @@ def one_token_rows(policy: Tensor, reference: Tensor, desirable: Tensor, pair: T
         policy_logps=policy[:, None],
         reference_logps=reference[:, None],
         mask=torch.ones(n, 1, dtype=torch.bool),
-        desirable=desirable,
-        pair=torch.full((n,), -1) if pair is None else pair,
-        mismatched=torch.zeros(n, dtype=torch.bool),
+        labels=Labels(desirable=desirable, pair=torch.full((n,), -1) if pair is None else pair),
     )
 
 
@@ -261,7 +259,7 @@ def test_the_mismatched_estimate_follows_the_mean_shift_only(seed, n, m, beta):
             torch.cat([log_ref.flatten()] * 2),
             torch.ones(2 * flat, dtype=torch.bool),
         )
-        rows.mismatched = torch.arange(2 * flat) >= flat
+        rows.labels.mismatched = torch.arange(2 * flat) >= flat
         outcomes = halo(Logistic(beta=beta), MismatchedKL(clamp=False))(rows).outcomes
         assert outcomes
         return outcomes.outcome

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import halos_pl.training.callbacks
 import halos_pl.training.throughput
-from halos_pl.batch import TokenBatch
+from halos_pl.batch import Labels, TokenBatch
 from halos_pl.cli.main import main
 from halos_pl.policy.loading import LoRASpec, ModelSpec, load_model
 from halos_pl.policy.tree import parts
@@ -29,9 +29,7 @@ def rows(prompts: int, each: int) -> TokenBatch:
         prompts=[torch.arange(3, 3 + PROMPT) for _ in range(prompts)],
         completions=[torch.arange(20, 20 + COMPLETION) for _ in range(n)],
         prompt=torch.arange(prompts).repeat_interleave(each),
-        desirable=torch.ones(n, dtype=torch.bool),
-        pair=torch.full((n,), -1),
-        mismatched=torch.zeros(n, dtype=torch.bool),
+        labels=Labels(desirable=torch.ones(n, dtype=torch.bool)),
     )
 
 

@@ -40,7 +40,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from halos_pl.batch import TokenBatch
+from halos_pl.batch import Labels, TokenBatch
 from halos_pl.cli.main import main
 from halos_pl.policy import head, tree
 from halos_pl.policy.logprobs import compared_logps, completion_logps, pack, padded_logps
@@ -124,9 +124,9 @@ def batches(draw: st.DrawFn) -> TokenBatch:
         prompts=prompts,
         completions=[torch.randint(0, V, (length,), generator=generator) for _, length, _ in rows],
         prompt=torch.tensor([p for p, *_ in rows]),
-        desirable=torch.ones(n, dtype=torch.bool),
-        pair=torch.full((n,), -1),
-        mismatched=torch.tensor([mismatched for *_, mismatched in rows]),
+        labels=Labels(
+            desirable=torch.ones(n, dtype=torch.bool), mismatched=torch.tensor([mismatched for *_, mismatched in rows])
+        ),
     )
 
 
@@ -136,7 +136,7 @@ def results(made: Any, batch: TokenBatch, how: Any) -> tuple[Tensor, dict[str, T
     made.config._attn_implementation = tree.NAME if how is tree_logps else "sdpa"
     found = how(made, batch)
     weight = torch.rand(found.shape, generator=torch.Generator().manual_seed(1))
-    total = (found * weight)[~batch.mismatched].sum()
+    total = (found * weight)[~batch.labels.mismatched].sum()
     if total.requires_grad:
         total.backward()
     return found.detach(), {k: p.grad.clone() for k, p in made.named_parameters() if p.grad is not None}
@@ -145,7 +145,7 @@ def results(made: Any, batch: TokenBatch, how: Any) -> tuple[Tensor, dict[str, T
 def assert_equal(made: Any, batch: TokenBatch, tolerance: float = 1e-5) -> None:
     (a, plain), (b, packed) = (results(made, batch, how) for how in (padded_logps, tree_logps))
     assert (a - b).abs().max() <= tolerance * (1 + a.abs().max())
-    if bool((~batch.mismatched).any()):
+    if bool((~batch.labels.mismatched).any()):
         assert plain.keys() == packed.keys()
         size = max(g.abs().max() for g in plain.values())
         for name, gradient in plain.items():
@@ -188,9 +188,10 @@ def example(seed: int) -> TokenBatch:
         prompts=[some(7), some(1), some(4)],
         completions=[some(n) for n in (3, 1, 9, 2, 5, 4, 6)],
         prompt=torch.tensor([0, 0, 1, 1, 2, 0, 1]),
-        desirable=torch.ones(7, dtype=torch.bool),
-        pair=torch.full((7,), -1),
-        mismatched=torch.tensor([False, False, False, False, True, True, True]),
+        labels=Labels(
+            desirable=torch.ones(7, dtype=torch.bool),
+            mismatched=torch.tensor([False, False, False, False, True, True, True]),
+        ),
     )
 
 
@@ -225,12 +226,15 @@ def test_with_an_adapter_and_with_it_off() -> None:
 def test_mismatched_rows_get_no_gradient_and_change_none() -> None:
     made, batch = model("llama"), example(2)
     everything = results(made, batch, tree_logps)
-    alone = results(made, batch.select((~batch.mismatched).nonzero().squeeze(1)), tree_logps)
+    alone = results(made, batch.select((~batch.labels.mismatched).nonzero().squeeze(1)), tree_logps)
     for name, gradient in alone[1].items():
         assert torch.equal(everything[1][name], gradient)
     made.config._attn_implementation = tree.NAME
     found = tree_logps(made, batch)
-    assert torch.autograd.grad(found[batch.mismatched].sum() + 0 * found.sum(), made.lm_head.weight)[0].abs().max() == 0
+    assert (
+        torch.autograd.grad(found[batch.labels.mismatched].sum() + 0 * found.sum(), made.lm_head.weight)[0].abs().max()
+        == 0
+    )
 
 
 def test_each_distinct_token_is_computed_once() -> None:

@@ -106,7 +106,7 @@ class Along(Callback):
     @torch.no_grad()
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: TokenBatch, batch_idx: int) -> None:
         """The running mean sees every step's rewards, as it does where it is the reference point."""
-        rows = self._rows(pl_module, batch, ~batch.mismatched)
+        rows = self._rows(pl_module, batch, ~batch.labels.mismatched)
         self.running.train()(LogRatio()(rows), rows)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
@@ -120,16 +120,12 @@ class Along(Callback):
             policy_logps=completion_logps(module.policy, part),
             reference_logps=module.reference_logps(part),
             mask=completion_mask(part),
-            desirable=part.desirable,
-            pair=part.pair,
-            mismatched=part.mismatched,
-            group=part.group,
-            score=part.score,
+            labels=part.labels,
             kl=completion_kl(module.policy, module.scoring(), part) if kl else None,
         )
 
     def _sampled(self, module: Any, batch: TokenBatch) -> TokenBatch:
-        rows = batch.select((~batch.mismatched).nonzero().squeeze(1))
+        rows = batch.select((~batch.labels.mismatched).nonzero().squeeze(1))
         ids = sample_tokens(
             module.policy,
             [rows.prompts[i].tolist() for i in rows.prompt.tolist()],
@@ -140,8 +136,8 @@ class Along(Callback):
         return replace(
             rows,
             completions=[torch.tensor(sampled) for sampled in ids],
-            pair=torch.full_like(rows.pair, -1),
-            mismatched=torch.ones_like(rows.mismatched),
+            pair=torch.full_like(rows.labels.pair, -1),
+            mismatched=torch.ones_like(rows.labels.mismatched),
         )
 
     @torch.no_grad()
@@ -154,14 +150,14 @@ class Along(Callback):
         with torch.random.fork_rng():
             torch.manual_seed(step)
             for batch in self.batches:
-                rows = self._rows(module, batch, ~batch.mismatched)
+                rows = self._rows(module, batch, ~batch.labels.mismatched)
                 with clocks["mismatched"]():
-                    mismatched = self._rows(module, batch, batch.mismatched)
+                    mismatched = self._rows(module, batch, batch.labels.mismatched)
                 with clocks["kl"]():
-                    whole = self._rows(module, batch, batch.mismatched, kl=True)
+                    whole = self._rows(module, batch, batch.labels.mismatched, kl=True)
                 with clocks["samples"]():
                     own = self._sampled(module, batch)
-                    samples = self._rows(module, own, own.mismatched)
+                    samples = self._rows(module, own, own.labels.mismatched)
                 kl = completion_kl(module.policy, module.scoring(), own).sum(dim=1)
                 oracle.append(float(kl.mean()))
                 estimators = ESTIMATORS | {"RunningMean": copy.deepcopy(self.running)}
@@ -169,7 +165,7 @@ class Along(Callback):
                     asked = {"TokenKL": whole, "SampledKL": samples}.get(
                         name, mismatched if "Mismatched" in name else rows
                     )
-                    found[name].append(float(estimator(LogRatio()(asked), asked).mean()))
+                    found[name].append(float(estimator(LogRatio()(asked), asked).value.mean()))
         n = len(self.batches)
         truth = statistics.mean(oracle)
         cost = {"Mismatched": "mismatched", "TokenKL": "kl", "SampledKL": "samples"}

@@ -27,7 +27,7 @@ from rich.table import Table
 from scipy.optimize import brentq
 from torch import Tensor
 
-from halos_pl.batch import LogProbBatch
+from halos_pl.batch import Labels, LogProbBatch
 from halos_pl.objective.feedback import Binary, Pairwise
 from halos_pl.objective.halo import HALO, Objective
 from halos_pl.objective.reference_points import MismatchedKL, PairedCompletion, ReferencePoint
@@ -81,9 +81,11 @@ def contradictory_rows(policy: Tensor, reference: Tensor, agree: int, pairs: int
         policy_logps=policy[everything, None],
         reference_logps=reference[everything, None],
         mask=torch.ones(2 * n, 1, dtype=torch.bool),
-        desirable=torch.cat([place % 2 == 0] * 2),
-        pair=torch.cat([place ^ 1, torch.full((n,), -1)]),
-        mismatched=torch.cat([torch.zeros(n), torch.ones(n)]).bool(),
+        labels=Labels(
+            desirable=torch.cat([place % 2 == 0] * 2),
+            pair=torch.cat([place ^ 1, torch.full((n,), -1)]),
+            mismatched=torch.cat([torch.zeros(n), torch.ones(n)]).bool(),
+        ),
     )
 
 

@@ -202,7 +202,7 @@ EXPLANATIONS: dict[str, Explanation] = {
         needs = Needs(step_rewards=True)
 
         def forward(self, rewards, rows):
-            return 2 * MeanOverRanks(rewards[rows.train]).mean
+            return Estimate(2 * MeanOverRanks(rewards[rows.labels.train]).mean)
         """,
         "Weight rewards by weights of at least 0 that sum to 1, without factor or offset. A clamp such as KTO's max(0,"
         " z0) fails by intent; it is expected of MismatchedKL itself, and of your own class under expected_failures.",
@@ -213,7 +213,7 @@ EXPLANATIONS: dict[str, Explanation] = {
         needs = Needs(step_rewards=True)
 
         def forward(self, rewards, rows):
-            return MeanOverRanks(rewards[rows.train]).mean.clamp(min=0)
+            return Estimate(MeanOverRanks(rewards[rows.labels.train]).mean.clamp(min=0))
         """,
         "Use a location of the rewards (mean, median, quantile, trimmed mean) without clamp, factor or non-linear"
         " function. A running mean must start from the first estimate, not from 0.",
@@ -224,10 +224,10 @@ EXPLANATIONS: dict[str, Explanation] = {
         needs = Needs(step_rewards=True)
 
         def forward(self, rewards, rows):
-            return rewards[rows.train][0].detach()
+            return Estimate(rewards[rows.labels.train][0].detach())
         """,
-        "Do not pair rows by their place: rows.pair names a pair's other row, rows.group the rows of a prompt,"
-        " rows.mismatched the mismatched ones.",
+        "Do not pair rows by their place: rows.labels.pair names a pair's other row, rows.labels.group the rows of a"
+        " prompt, rows.labels.mismatched the mismatched ones.",
     ),
     "reference_detached": Explanation(
         'A reference point of scope "step" passes no gradient on to the rewards or the policy.',
@@ -235,7 +235,7 @@ EXPLANATIONS: dict[str, Explanation] = {
         needs = Needs(step_rewards=True)
 
         def forward(self, rewards, rows):
-            return rewards[rows.train].mean()
+            return Estimate(rewards[rows.labels.train].mean())
         """,
         "Call .detach() on what you average, as in rewards.detach(). In training the rewards come without gradient, but"
         " rows.policy_logps need not, and the clause gives both a gradient. MeanOverRanks and sum_over_ranks detach by"
@@ -248,21 +248,21 @@ EXPLANATIONS: dict[str, Explanation] = {
         needs = Needs(step_rewards=True)
 
         def forward(self, rewards, rows):
-            return rewards[rows.train].detach().mean()
+            return Estimate(rewards[rows.labels.train].detach().mean())
         """,
-        "Reduce over ranks before dividing: MeanOverRanks(values).mean (halos_pl.objective.reference_points.base), or"
+        "Reduce over ranks before dividing: MeanOverRanks(values).estimate() (halos_pl.objective.reference_points), or"
         " sum_over_ranks for sums and counts. A median, trimmed mean or rank needs all values:"
         " gather_over_ranks(values)[0]. Both are in halos_pl.distributed; every rank must call them equally often, also"
         " one without rows. Name what you read in needs: mismatched=True for mismatched rows, step_rewards=True for the"
         " rewards of the step, whole_step=True where these carry a gradient.",
     ),
     "reference_finite": Explanation(
-        "z0 is a finite number for every row, from a step of one row to rewards of 10,000 nats.",
+        "z0 is an Estimate of a finite number for every row, from a step of one row to rewards of 10,000 nats.",
         """
         needs = Needs(step_rewards=True)
 
         def forward(self, rewards, rows):
-            return rewards[rows.train].detach().exp().mean().log()
+            return Estimate(rewards[rows.labels.train].detach().exp().mean().log())
         """,
         "Mind empty selections (count.clamp(min=1)), the spread of a single row, and exp: torch.logsumexp does not"
         " overflow.",
@@ -272,28 +272,29 @@ EXPLANATIONS: dict[str, Explanation] = {
         "The sign of each row is -1 (desirable: raising its value lowers the loss) or +1.",
         """
         def forward(self, rows):
-            sign = torch.where(rows.desirable, 1.0, 0.0)
-            return Judgement(sign, rows.train.float(), rows.train.sum().float())
+            sign = torch.where(rows.labels.desirable, 1.0, 0.0)
+            return Judgement(sign, rows.labels.train.float(), rows.labels.train.sum().float())
         """,
-        "Return torch.where(rows.desirable, -1.0, 1.0), for mismatched rows too. How much a row counts is its weight.",
+        "Return torch.where(rows.labels.desirable, -1.0, 1.0), for mismatched rows too. How much a row counts is its"
+        " weight.",
     ),
     "feedback_weight": Explanation(
         "Weights are at least 0, exactly 0 for mismatched rows, and above 0 for some row of some step.",
         """
         def forward(self, rows):
-            sign = torch.where(rows.desirable, -1.0, 1.0)
-            return Judgement(sign, torch.ones(len(rows)), rows.train.sum().float())
+            sign = torch.where(rows.labels.desirable, -1.0, 1.0)
+            return Judgement(sign, torch.ones(len(rows)), rows.labels.train.sum().float())
         """,
-        "Multiply weights by rows.train, which is False for mismatched rows. A row that pulls the other way has the"
-        " other sign, not a negative weight.",
+        "Multiply weights by rows.labels.train, which is False for mismatched rows. A row that pulls the other way"
+        " has the other sign, not a negative weight.",
     ),
     "feedback_independent_of_theta": Explanation(
         "Sign, weight and denominator do not depend on what the policy says, and carry no gradient.",
         """
         def forward(self, rows):
-            sign = torch.where(rows.desirable, -1.0, 1.0)
-            weight = rows.policy_logps.detach().sum(dim=1).exp() * rows.train
-            return Judgement(sign, weight, rows.train.sum().float())
+            sign = torch.where(rows.labels.desirable, -1.0, 1.0)
+            weight = rows.policy_logps.detach().sum(dim=1).exp() * rows.labels.train
+            return Judgement(sign, weight, rows.labels.train.sum().float())
         """,
         "Use labels, scores, masks and reference_logps only; .detach() removes the gradient, not the dependence. What"
         " follows the policy belongs into the value function.",
@@ -302,8 +303,8 @@ EXPLANATIONS: dict[str, Explanation] = {
         "The same rows are judged alike on every call, in training and in evaluation.",
         """
         def forward(self, rows):
-            sign = torch.where(rows.desirable, -1.0, 1.0)
-            return Judgement(sign, torch.rand(len(rows)) * rows.train, rows.train.sum().float())
+            sign = torch.where(rows.labels.desirable, -1.0, 1.0)
+            return Judgement(sign, torch.rand(len(rows)) * rows.labels.train, rows.labels.train.sum().float())
         """,
         "Remove random draws, counters, running averages and branches on self.training. Random changes of labels are a"
         " transform of the data (data.transforms).",
@@ -313,19 +314,20 @@ EXPLANATIONS: dict[str, Explanation] = {
         " that of the step.",
         """
         def forward(self, rows):
-            sign = torch.where(rows.desirable, -1.0, 1.0)
-            return Judgement(sign, rows.train.float(), torch.tensor(1.0))
+            sign = torch.where(rows.labels.desirable, -1.0, 1.0)
+            return Judgement(sign, rows.labels.train.float(), torch.tensor(1.0))
         """,
-        "Return as denominator a sum over this rank's rows, such as rows.train.sum().float(), and no mean or constant."
+        "Return as denominator a sum over this rank's rows, such as rows.labels.train.sum().float(), and no mean or"
+        " constant."
         " Weights that count the step's rows reduce these counts with halos_pl.distributed.sum_over_ranks first.",
     ),
     "feedback_finite": Explanation(
         "Signs, weights and denominator are finite, and the denominator is a scalar above 0 where a row counts.",
         """
         def forward(self, rows):
-            sign = torch.where(rows.desirable, -1.0, 1.0)
-            weight = rows.train / (rows.mask.sum(dim=1) - 1)
-            return Judgement(sign, weight, rows.train.sum().float())
+            sign = torch.where(rows.labels.desirable, -1.0, 1.0)
+            weight = rows.labels.train / (rows.mask.sum(dim=1) - 1)
+            return Judgement(sign, weight, rows.labels.train.sum().float())
         """,
         "Mind divisions by counts that may be 0 (clamp(min=1)), such as those of a class that a step lacks, and rows of"
         " one token. Return the denominator as a tensor without dimensions.",

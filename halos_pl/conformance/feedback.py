@@ -32,7 +32,8 @@ RELATIVE = 64 * torch.finfo(torch.float32).eps
 def labels(rows: LogProbBatch) -> str:
     """Who is who, in words: D for desirable, U for undesirable, p for a mismatched row."""
     names = [
-        "p" if p else "D" if d else "U" for p, d in zip(rows.mismatched.tolist(), rows.desirable.tolist(), strict=True)
+        "p" if p else "D" if d else "U"
+        for p, d in zip(rows.labels.mismatched.tolist(), rows.labels.desirable.tolist(), strict=True)
     ]
     return f"rows {' '.join(names[:12])}{' ...' if len(names) > 12 else ''}"
 
@@ -91,7 +92,7 @@ class FeedbackChecks:
             for when, rows, (_, weight, _) in self.judgements(step):
                 if tuple(weight.shape) != (len(rows),):
                     return WrongShape(f"{len(rows)} rows, weights of shape {tuple(weight.shape)}")
-                wrong = ~(weight >= 0) | ((weight != 0) & rows.mismatched)
+                wrong = ~(weight >= 0) | ((weight != 0) & rows.labels.mismatched)
                 if bool(wrong.any()):
                     i = int(wrong.nonzero()[0])
                     kind = labels(rows.select(torch.tensor([i]))).removeprefix("rows ")

@@ -226,15 +226,14 @@ class ObjectiveChecks:
         parts = parts or self.fresh()
         known = rows.detach()
         sign, weight, denominator = parts.feedback(known)
-        train = rows.train.nonzero().squeeze(1)
+        train = rows.labels.train.nonzero().squeeze(1)
         own = rows.select(train)
         reward = parts.reward(own)
         if parts.reference_point.scope == "step":
             with torch.no_grad():
-                z0 = parts.reference_point(mean_of_tokens(parts.reward(known), known.mask), known)
-            z0 = z0[train] if z0.dim() else z0
+                z0 = parts.reference_point(mean_of_tokens(parts.reward(known), known.mask), known).select(train).value
         else:
-            z0 = parts.reference_point(mean_of_tokens(reward, own.mask), own)
+            z0 = parts.reference_point(mean_of_tokens(reward, own.mask), own).value
         sign, weight = sign[train], weight[train]
         a, w = sign, weight
         if reward.dim() == 2:
@@ -316,7 +315,7 @@ class ObjectiveChecks:
             return None
         i, t = (~(off <= most)).nonzero()[0].tolist()
         a, b = pair(float(gradient[i, t]), float(slope[i, t]))
-        kind = "desirable" if rows.desirable[i] else "undesirable"
+        kind = "desirable" if rows.labels.desirable[i] else "undesirable"
         logps = f"policy {listed(rows.policy_logps[rows.mask])}"
         return f"{logps}: slope {a} of the loss in a {kind} row, {b} by w a v"
 
@@ -330,7 +329,7 @@ class ObjectiveChecks:
             if not self._counts(rows):
                 return None
             _, gradient, _, slope, expectation = self._slopes(rows)
-            train = rows.train.nonzero().squeeze(1)
+            train = rows.labels.train.nonzero().squeeze(1)
             gradient, slope = gradient[train], slope[train]
             most = RELATIVE * max(float(slope.abs().max()), float(gradient.abs().max())) + 1e-12
             wrong = ~((gradient - slope).abs() <= most).all(dim=1)
@@ -394,7 +393,7 @@ class ObjectiveChecks:
             whole, parts = self.fresh(), self.fresh()
             loss = whole(given).loss
             context = parts.prepare(given.detach())
-            train = rows.train.nonzero().squeeze(1)
+            train = rows.labels.train.nonzero().squeeze(1)
             units = self.reference_point.parts(rows.select(train))
             losses = []
             for unit in units:

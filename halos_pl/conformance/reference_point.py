@@ -16,7 +16,7 @@ from halos_pl.conformance.ranks import Ranks, namespaces
 from halos_pl.conformance.steps import Step, kept_together, smallest, two_ranks
 from halos_pl.conformance.witness import WrongShape, listed, number, pair
 from halos_pl.objective.halo import mean_of_tokens
-from halos_pl.objective.reference_points import MismatchedKL, ReferencePoint, RunningMean, TokenKL
+from halos_pl.objective.reference_points import Estimate, MismatchedKL, ReferencePoint, RunningMean, TokenKL
 from halos_pl.objective.rewards import LogRatio, Reward
 
 CLAUSES = (
@@ -95,7 +95,7 @@ class ReferencePointChecks:
     def rows(self, step: Step) -> LogProbBatch:
         """The rows that the reference point is called with: those with a loss only, where it is read off row by row."""
         rows = step.rows()
-        return rows if self.target.scope == "step" else rows.select(rows.train.nonzero().squeeze(1))
+        return rows if self.target.scope == "step" else rows.select(rows.labels.train.nonzero().squeeze(1))
 
     def rewards(self, rows: LogProbBatch) -> Tensor:
         """Rewards as an objective hands them over, float [n], nats."""
@@ -105,7 +105,7 @@ class ReferencePointChecks:
     def estimate(self, rewards: Tensor, rows: LogProbBatch, copy: ReferencePoint | None = None) -> Tensor:
         """z0 of each row by ``copy``, or by a fresh one, [n], nats, without gradient."""
         with torch.no_grad():
-            return (copy or self.fresh())(rewards.clone(), rows).expand(len(rows)).to(torch.float64)
+            return (copy or self.fresh())(rewards.clone(), rows).value.expand(len(rows)).to(torch.float64)
 
     def estimates(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
         """z0 of each row on the first and the second call of one copy, and in evaluation after them, [3, n]."""
@@ -154,8 +154,8 @@ class ReferencePointChecks:
             nonlocal compared
             rows = self.rows(step)
             drawn = self.rewards(rows)
-            if int(rows.train.sum()) > 1:
-                off = (self.estimate(drawn, rows) - drawn).abs()[rows.train]
+            if int(rows.labels.train.sum()) > 1:
+                off = (self.estimate(drawn, rows) - drawn).abs()[rows.labels.train]
                 compared |= bool((off > RELATIVE * drawn.abs().max()).any())
             given = drawn.clone()
             with torch.no_grad():
@@ -197,7 +197,7 @@ class ReferencePointChecks:
         if depends is not None:
             low = torch.where(depends, rewards, torch.inf).min(dim=1).values
             high = torch.where(depends, rewards, -torch.inf).max(dim=1).values
-        wrong = (~((low - slack <= z0) & (z0 <= high + slack)) & rows.train).nonzero()
+        wrong = (~((low - slack <= z0) & (z0 <= high + slack)) & rows.labels.train).nonzero()
         if not len(wrong):
             return None
         i = int(wrong[0])
@@ -217,7 +217,7 @@ class ReferencePointChecks:
                         before.eval()
                         after.eval()
                     a, b = self.estimate(given, rows, before), self.estimate(given + c, rows, after)
-                    wrong = ~((b - a - c).abs() <= RELATIVE * (given.abs().max() + abs(c))) & rows.train
+                    wrong = ~((b - a - c).abs() <= RELATIVE * (given.abs().max() + abs(c))) & rows.labels.train
                     if bool(wrong.any()):
                         i = int(wrong.nonzero()[0])
                         return (
@@ -250,7 +250,7 @@ class ReferencePointChecks:
     def _differs(one: Tensor, other: Tensor, rewards: Tensor, rows: LogProbBatch) -> tuple[str, str] | None:
         """The first two numbers that differ, of estimates [calls, n] of those rows that carry a loss."""
         most = RELATIVE * (one.abs().max() + rewards.abs().max())
-        wrong = (~((one - other).abs() <= most) & rows.train).nonzero()
+        wrong = (~((one - other).abs() <= most) & rows.labels.train).nonzero()
         return pair(float(one[tuple(wrong[0])]), float(other[tuple(wrong[0])])) if len(wrong) else None
 
     @staticmethod
@@ -272,7 +272,7 @@ class ReferencePointChecks:
                 with torch.enable_grad():
                     rewards = mean_of_tokens(duplicate(self.reward)(rows), rows.mask)
                     rewards = rewards if rewards.requires_grad else rewards.clone().requires_grad_()
-                    z0 = same.train(call < 3)(rewards, rows)
+                    z0 = same.train(call < 3)(rewards, rows).value
                     if not z0.requires_grad:
                         continue
                     into = torch.autograd.grad(z0.sum(), [rewards, policy], allow_unused=True)
@@ -298,9 +298,9 @@ class ReferencePointChecks:
             return None
         rows = step.rows()
         z0 = self.estimate(self.rewards(rows), rows)
-        blank = replace(rows, policy_logps=torch.where(rows.mismatched[:, None], rows.policy_logps, 0.0))
+        blank = replace(rows, policy_logps=torch.where(rows.labels.mismatched[:, None], rows.policy_logps, 0.0))
         other = self.estimate(self.rewards(blank), blank)
-        wrong = ~((z0 - other).abs() <= RELATIVE * z0.abs().max()) & rows.train
+        wrong = ~((z0 - other).abs() <= RELATIVE * z0.abs().max()) & rows.labels.train
         if not bool(wrong.any()):
             return None
         i = int(wrong.nonzero()[0])
@@ -358,12 +358,15 @@ class ReferencePointChecks:
             drawn = self.rewards(rows)
             size = drawn.abs().max() + 1e-9
             for rewards in (drawn, -drawn, drawn / size * 1e4, torch.zeros_like(drawn), drawn * 0 - 1e4):
-                shape = self.fresh()(rewards.clone(), rows).shape
+                estimate = self.fresh()(rewards.clone(), rows)
+                if not isinstance(estimate, Estimate):
+                    return WrongShape(f"it returns a {type(estimate).__name__}, not an Estimate")
+                shape = estimate.value.shape
                 if tuple(shape) not in ((), (len(rows),)):
                     return WrongShape(f"{len(rows)} rows, z0 of shape {tuple(shape)}")
                 z0 = self.estimates(rewards, rows)
-                if not bool(z0[:, rows.train].isfinite().all()):
-                    call = int((~z0[:, rows.train].isfinite()).any(dim=1).nonzero()[0])
+                if not bool(z0[:, rows.labels.train].isfinite().all()):
+                    call = int((~z0[:, rows.labels.train].isfinite()).any(dim=1).nonzero()[0])
                     when = ("", ", on call 2", ", in evaluation after 2 calls")[call]
                     return f"rewards {listed(rewards)}: z0 = {listed(z0[call])}{when}"
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ ICML_ONLY = ("reward_zero_at_reference", "reward_linear")
 
 def padded(rows: LogProbBatch, columns: int) -> LogProbBatch:
     """The same rows in a wider batch: every [n, T] field gets columns of zeros (False in the mask)."""
-    wide = {
+    wide: dict[str, Any] = {
         f.name: F.pad(value, (0, columns))
         for f in fields(rows)
         if isinstance(value := getattr(rows, f.name), Tensor) and value.dim() == 2

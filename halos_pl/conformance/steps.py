@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import torch
 
-from halos_pl.batch import LogProbBatch, Needs
+from halos_pl.batch import Labels, LogProbBatch, Needs
 from halos_pl.conformance.witness import Raised
 
-Labels = Literal["mixed", "desirable", "undesirable"]
+Classes = Literal["mixed", "desirable", "undesirable"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Step:
         tokens: width of the batch; rows have 1 to so many tokens.
         scale: nats; log-probs lie between -3 * scale and 0, as multiples of a tenth of it.
         paired: rows come as pairs of a desirable and an undesirable one.
-        labels: of rows that are not paired.
+        classes: of rows that are not paired.
         grouped: every prompt has two rows or more.
         alone: of a step that is grouped and not paired, the last prompt has a row less: often a single one.
     """
@@ -38,7 +38,7 @@ class Step:
     tokens: int = 1
     scale: float = 1.0
     paired: bool = False
-    labels: Labels = "mixed"
+    classes: Classes = "mixed"
     grouped: bool = False
     alone: bool = False
 
@@ -54,8 +54,10 @@ class Step:
     def rows(self, dtype: torch.dtype = torch.float64) -> LogProbBatch:
         """The rows of the step, in no order, mismatched rows among them."""
         drawn = self._rows(dtype)
-        rows = object.__new__(LogProbBatch)  # without looking at the shapes again
-        rows.__dict__.update({name: value.clone() for name, value in drawn.__dict__.items()})
+        labels, rows = object.__new__(Labels), object.__new__(LogProbBatch)  # without checking the shapes again
+        labels.__dict__.update({name: column.clone() for name, column in drawn.labels.__dict__.items()})
+        tensors = {name: value.clone() for name, value in drawn.__dict__.items() if name != "labels"}
+        rows.__dict__.update(tensors, labels=labels)
         return rows
 
     @lru_cache(maxsize=4096)  # noqa: B019  (a step is a few numbers)
@@ -72,8 +74,8 @@ class Step:
         if self.paired:
             pair[own[0::2]], pair[own[1::2]] = own[1::2], own[0::2]
             desirable[own[0::2]], desirable[own[1::2]] = True, False
-        elif self.labels != "mixed":
-            desirable[own] = self.labels == "desirable"
+        elif self.classes != "mixed":
+            desirable[own] = self.classes == "desirable"
         mismatched = torch.ones(n, dtype=torch.bool)
         mismatched[own] = False
         # One or two pairs (or rows) to a prompt; where groups are asked for, a row by itself only as `alone`.
@@ -93,12 +95,10 @@ class Step:
             policy_logps=torch.where(alike, reference, policy),
             reference_logps=reference,
             mask=mask,
-            desirable=desirable,
-            pair=pair,
-            mismatched=mismatched,
-            group=prompt,
+            labels=Labels(
+                desirable=desirable, pair=pair, mismatched=mismatched, group=prompt, score=self._scores(desirable)
+            ),
             kl=log_probs().abs() / 10,
-            score=self._scores(desirable),
         )
 
     def _scores(self, desirable: torch.Tensor) -> torch.Tensor:
@@ -119,7 +119,7 @@ CHOICES: dict[str, Sequence[Any]] = {
     "tokens": range(1, 6),
     "scale": (1.0, 0.1, 10.0, 100.0),
     "paired": (False, True),
-    "labels": ("mixed", "desirable", "undesirable"),
+    "classes": ("mixed", "desirable", "undesirable"),
     "grouped": (False, True),
     "seed": range(2**31),
 }
@@ -160,8 +160,8 @@ def large_steps(needs: Needs | None = None, *, mismatched: bool | None = None) -
 def kept_together(rows: LogProbBatch, needs: Needs) -> list[list[int]]:
     """Rows, by number, that no split of a step parts: pairs, and whole prompts where they are asked for."""
     units: dict[tuple[str, int], list[int]] = {}
-    for i, (pair, group) in enumerate(zip(rows.pair.tolist(), rows.group.tolist(), strict=True)):
-        if needs.groups and not rows.mismatched[i]:
+    for i, (pair, group) in enumerate(zip(rows.labels.pair.tolist(), rows.labels.group.tolist(), strict=True)):
+        if needs.groups and not rows.labels.mismatched[i]:
             units.setdefault(("group", group), []).append(i)
         else:
             units.setdefault(("row", min(i, pair) if pair >= 0 else i), []).append(i)
@@ -175,7 +175,7 @@ def two_ranks(rows: LogProbBatch, needs: Needs, seed: int) -> list[torch.Tensor]
         return []
     cut = 1 + seed % (len(units) - 1)
     parts = [torch.tensor([i for unit in half for i in unit]) for half in (units[:cut], units[cut:])]
-    return parts if all(bool(rows.train[index].any()) for index in parts) else []
+    return parts if all(bool(rows.labels.train[index].any()) for index in parts) else []
 
 
 @lru_cache(maxsize=8)
@@ -183,7 +183,7 @@ def _drawn(count: int) -> tuple[Step, ...]:
     """Always the same steps. By themselves: Hypothesis takes longer to draw them than most clauses to be tried."""
     draw = Random(0)
     # A single row by itself and with a mismatched row, of either label: what is drawn may be of other sizes for long.
-    single = [Step(labels=label, mismatched=n) for label in ("desirable", "undesirable") for n in (0, 1)]  # type: ignore[arg-type]
+    single = [Step(classes=label, mismatched=n) for label in ("desirable", "undesirable") for n in (0, 1)]  # type: ignore[arg-type]
     drawn = [step for _ in range(0, count, _BLOCK) for step in _block(draw)]
     return (*single, *drawn)[:count]
 

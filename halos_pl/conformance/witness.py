@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,14 +47,18 @@ def listed(values: Tensor) -> str:
 
 def copied(rows: LogProbBatch) -> LogProbBatch:
     """The same rows in other memory, to compare with afterwards."""
-    tensors = {f.name: value for f in fields(rows) if (value := getattr(rows, f.name)) is not None}
-    return replace(rows, **{name: value.detach().clone() for name, value in tensors.items()})
+    tensors: dict[str, Any] = {
+        name: value.detach().clone() for name, value in vars(rows).items() if torch.is_tensor(value)
+    }
+    columns = {name: column.clone() for name, column in vars(rows.labels).items()}
+    return replace(rows, **tensors, labels=replace(rows.labels, **columns))
 
 
 def changed(before: LogProbBatch, after: LogProbBatch) -> str | None:
     """Which field of the rows was changed in place, in words."""
-    for f in fields(before):
-        one, other = getattr(before, f.name), getattr(after, f.name)
-        if one is not None and not torch.equal(one, other):
-            return f"{f.name} of the rows was {listed(one)}, is {listed(other)} after the call: changed in place"
+    now = vars(after) | vars(after.labels)
+    for name, one in (vars(before) | vars(before.labels)).items():
+        other = now[name]
+        if torch.is_tensor(one) and not torch.equal(one, other):
+            return f"{name} of the rows was {listed(one)}, is {listed(other)} after the call: changed in place"
     return None

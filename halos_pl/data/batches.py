@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler
 
-from halos_pl.batch import TokenBatch
+from halos_pl.batch import Labels, TokenBatch
 
 # Examples of about equal length are looked for among those of so many steps.
 LENGTH_WINDOW = 50
@@ -421,30 +421,32 @@ class _Builder:
             prompts=self.prompts,
             completions=completions,
             prompt=torch.tensor(prompt, dtype=torch.long),
-            desirable=torch.tensor(desirable, dtype=torch.bool),
-            pair=torch.tensor(pair, dtype=torch.long),
-            mismatched=torch.tensor(mismatched, dtype=torch.bool),
+            labels=Labels(
+                desirable=torch.tensor(desirable, dtype=torch.bool),
+                pair=torch.tensor(pair, dtype=torch.long),
+                mismatched=torch.tensor(mismatched, dtype=torch.bool),
+                group=torch.tensor(group, dtype=torch.long),
+                score=torch.tensor(score, dtype=torch.float32),
+            ),
             row_ids=row_ids,
-            group=torch.tensor(group, dtype=torch.long),
-            score=torch.tensor(score, dtype=torch.float32),
             loss=loss if any(carried is not None for carried in loss) else None,
         )
 
 
 def _as_arrays(value: Any) -> Any:
-    return (
-        [_as_arrays(v) for v in value]
-        if isinstance(value, list)
-        else (value.numpy() if isinstance(value, Tensor) else value)
-    )
+    if isinstance(value, list):
+        return [_as_arrays(v) for v in value]
+    if isinstance(value, Labels):
+        return {name: column.numpy() for name, column in vars(value).items()}
+    return value.numpy() if isinstance(value, Tensor) else value
 
 
 def _as_tensors(value: Any) -> Any:
-    return (
-        [_as_tensors(v) for v in value]
-        if isinstance(value, list)
-        else (torch.from_numpy(value) if isinstance(value, np.ndarray) else value)
-    )
+    if isinstance(value, list):
+        return [_as_tensors(v) for v in value]
+    if isinstance(value, dict):
+        return Labels(**{name: torch.from_numpy(column) for name, column in value.items()})
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
 
 
 def _rebuild(columns: list[Any]) -> TokenBatch:

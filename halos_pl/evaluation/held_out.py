@@ -66,13 +66,13 @@ class Evaluation(HALOModule):
             figures = {"policy_logp": completion_logps(self.policy, batch)}
         tokens = completion_mask(batch).sum(dim=1).tolist()
         sums = {name: each.sum(dim=1).tolist() for name, each in figures.items()}
-        first = [min(i, pair) if pair >= 0 else i for i, pair in enumerate(batch.pair.tolist())]
+        first = [min(i, pair) if pair >= 0 else i for i, pair in enumerate(batch.labels.pair.tolist())]
         return [
             {
                 "row": batch.row_ids[i],
-                "pair": batch.row_ids[first[i]] if batch.pair[i] >= 0 else None,
-                "prompt": int(batch.group[i]),  # as it was before it was cut, which goes by the completion
-                "desirable": bool(batch.desirable[i]),
+                "pair": batch.row_ids[first[i]] if batch.labels.pair[i] >= 0 else None,
+                "prompt": int(batch.labels.group[i]),  # as it was before it was cut, which goes by the completion
+                "desirable": bool(batch.labels.desirable[i]),
                 "tokens": tokens[i],
                 "words": len(str(self.tokenizer.decode(batch.completions[i], skip_special_tokens=True)).split()),
             }

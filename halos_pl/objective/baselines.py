@@ -41,7 +41,7 @@ class TokenTerm(Objective):
         """The loss of each token, float [n, T]; places outside ``rows.mask`` are not read."""
 
     def prepare(self, rows: LogProbBatch) -> TermContext:
-        kept = (self.counts(rows) & rows.train).float()
+        kept = (self.counts(rows) & rows.labels.train).float()
         counted = kept * rows.mask.sum(dim=1) if self.per == "token" else kept
         return TermContext(sign=-torch.ones_like(kept), weight=kept, denominator=sum_over_ranks(counted.sum()))
 
@@ -81,7 +81,7 @@ class NLL(TokenTerm):
         return Needs(undesirable=self.rows == "all")
 
     def counts(self, rows: LogProbBatch) -> Tensor:
-        return rows.desirable if self.rows == "desirable" else torch.ones_like(rows.desirable)
+        return rows.labels.desirable if self.rows == "desirable" else torch.ones_like(rows.labels.desirable)
 
     def of_tokens(self, rows: LogProbBatch) -> Tensor:
         return -rows.policy_logps
@@ -103,7 +103,7 @@ class Unlikelihood(TokenTerm):
         return Needs(undesirable=True)
 
     def counts(self, rows: LogProbBatch) -> Tensor:
-        return ~rows.desirable
+        return ~rows.labels.desirable
 
     def of_tokens(self, rows: LogProbBatch) -> Tensor:
         # 0 stands in padded places, where the logarithm would be infinite: clamped like a certain token.
@@ -126,7 +126,7 @@ class KLPenalty(TokenTerm):
         return Needs(reference=True, undesirable=True)
 
     def counts(self, rows: LogProbBatch) -> Tensor:
-        return torch.ones_like(rows.desirable)
+        return torch.ones_like(rows.labels.desirable)
 
     def of_tokens(self, rows: LogProbBatch) -> Tensor:
         if rows.reference_logps is None:

@@ -39,12 +39,16 @@ Denominator = Literal["rows", "pairs", "tokens"]
 
 
 def _denominator(rows: LogProbBatch, kind: Denominator) -> Tensor:
-    counted = {"rows": rows.train, "pairs": rows.train & rows.desirable, "tokens": rows.mask[rows.train]}
+    counted = {
+        "rows": rows.labels.train,
+        "pairs": rows.labels.train & rows.labels.desirable,
+        "tokens": rows.mask[rows.labels.train],
+    }
     return counted[kind].sum().float()
 
 
 def _require_pairs(feedback: Feedback, rows: LogProbBatch) -> None:
-    if bool(((rows.pair < 0) & rows.train).any()):
+    if bool(((rows.labels.pair < 0) & rows.labels.train).any()):
         name = type(feedback).__name__
         raise ValueError(f"{name}: a row has no paired completion; this feedback needs data with chosen and rejected")
 
@@ -89,11 +93,11 @@ class Binary(Feedback):
     def forward(self, rows: LogProbBatch) -> Judgement:
         if self.needs.pairs:
             _require_pairs(self, rows)
-        like = torch.ones_like(rows.desirable, dtype=torch.float32)
+        like = torch.ones_like(rows.labels.desirable, dtype=torch.float32)
         return Judgement(
-            sign=torch.where(rows.desirable, -like, like),
-            weight=torch.where(rows.desirable, self.lambda_desirable * like, self.lambda_undesirable * like)
-            * rows.train,
+            sign=torch.where(rows.labels.desirable, -like, like),
+            weight=torch.where(rows.labels.desirable, self.lambda_desirable * like, self.lambda_undesirable * like)
+            * rows.labels.train,
             denominator=_denominator(rows, self.denominator),
         )
 
@@ -119,9 +123,9 @@ class Pairwise(Feedback):
 
     def forward(self, rows: LogProbBatch) -> Judgement:
         _require_pairs(self, rows)
-        like = torch.ones_like(rows.desirable, dtype=torch.float32)
-        weight = torch.where(rows.desirable, (1 - self.label_smoothing) * like, self.label_smoothing * like)
-        return Judgement(sign=-like, weight=weight * rows.train, denominator=_denominator(rows, "pairs"))
+        like = torch.ones_like(rows.labels.desirable, dtype=torch.float32)
+        weight = torch.where(rows.labels.desirable, (1 - self.label_smoothing) * like, self.label_smoothing * like)
+        return Judgement(sign=-like, weight=weight * rows.labels.train, denominator=_denominator(rows, "pairs"))
 
 
 class RobustPairwise(Feedback):
@@ -145,11 +149,11 @@ class RobustPairwise(Feedback):
 
     def forward(self, rows: LogProbBatch) -> Judgement:
         _require_pairs(self, rows)
-        like = torch.ones_like(rows.desirable, dtype=torch.float32)
-        weight = torch.where(rows.desirable, (1 - self.label_smoothing) * like, self.label_smoothing * like)
+        like = torch.ones_like(rows.labels.desirable, dtype=torch.float32)
+        weight = torch.where(rows.labels.desirable, (1 - self.label_smoothing) * like, self.label_smoothing * like)
         return Judgement(
-            sign=torch.where(rows.desirable, -like, like),
-            weight=weight / (1 - 2 * self.label_smoothing) * rows.train,
+            sign=torch.where(rows.labels.desirable, -like, like),
+            weight=weight / (1 - 2 * self.label_smoothing) * rows.labels.train,
             denominator=_denominator(rows, "pairs"),
         )
 
@@ -199,14 +203,16 @@ class GroupAdvantage(Feedback):
         self.only = only
 
     def forward(self, rows: LogProbBatch) -> Judgement:
-        kept = rows.train.float()
-        score = rows.score
-        same = (rows.group[:, None] == rows.group[None, :]).float() * kept  # [n, n], columns of mismatched rows are 0
+        kept = rows.labels.train.float()
+        score = rows.labels.score
+        same = (
+            rows.labels.group[:, None] == rows.labels.group[None, :]
+        ).float() * kept  # [n, n], columns of mismatched rows are 0
         count = same.sum(dim=1).clamp(min=1)
         mean = same @ score / count
         std = (same * (score[None, :] - mean[:, None]).square()).sum(dim=1).div(count).sqrt()
         advantage = (score - mean) / (std + 0.01) * kept
-        side = {"positive": advantage > 0, "negative": advantage < 0, None: rows.train}[self.only]
+        side = {"positive": advantage > 0, "negative": advantage < 0, None: rows.labels.train}[self.only]
         return Judgement(
             sign=torch.where(advantage < 0, torch.ones_like(kept), -torch.ones_like(kept)),
             weight=torch.where(side, advantage.abs(), torch.zeros_like(kept)),

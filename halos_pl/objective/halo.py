@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.distributed import sum_over_ranks
 from halos_pl.objective.feedback import Feedback
-from halos_pl.objective.reference_points import ReferencePoint
+from halos_pl.objective.reference_points import Estimate, ReferencePoint
 from halos_pl.objective.rewards import Reward
 from value_functions import ValueFunction
 
@@ -50,22 +50,17 @@ class TermContext:
         sign: float [n], a of each row of the step.
         weight: float [n], w of each row, 0 for mismatched rows.
         denominator: float scalar, over all ranks.
-        reference_point: z0 in nats, scalar or [n], without gradient; None where it is read off row by row.
+        reference_point: z0, without gradient; None where it is read off row by row.
     """
 
     sign: Tensor
     weight: Tensor
     denominator: Tensor
-    reference_point: Tensor | None = None
+    reference_point: Estimate | None = None
 
     def select(self, index: Tensor) -> TermContext:
         z0 = self.reference_point
-        return replace(
-            self,
-            sign=self.sign[index],
-            weight=self.weight[index],
-            reference_point=z0[index] if z0 is not None and z0.dim() else z0,
-        )
+        return replace(self, sign=self.sign[index], weight=self.weight[index], reference_point=z0 and z0.select(index))
 
 
 @dataclass(frozen=True)
@@ -113,11 +108,13 @@ class Result:
         loss: float32 scalar with gradient. Over the micro-batches of a step and over all ranks the losses
             *sum* to the loss of the step, because each was divided by the whole step's denominator.
         outcomes: per row; None where no term is a HALO.
+        estimate: the z0 behind the outcomes, and how good it is; None where no term is a HALO.
         terms: the weighted summands of ``loss`` by name, detached; empty where there is only one.
     """
 
     loss: Tensor
     outcomes: Outcomes | None = None
+    estimate: Estimate | None = None
     terms: dict[str, Tensor] | None = None
 
 
@@ -148,7 +145,7 @@ class Objective(nn.Module, ABC):
     def forward(self, rows: LogProbBatch) -> Result:
         """The loss of one whole step, mismatched rows included in ``rows``."""
         context = self.prepare(rows.detach())
-        train = rows.train.nonzero().squeeze(1)
+        train = rows.labels.train.nonzero().squeeze(1)
         return self.compute_loss(rows.select(train), context.select(train))
 
 
@@ -197,20 +194,30 @@ class HALO(Objective):
     def needs(self) -> Needs:
         return self.reward.needs | self.reference_point.needs | self.feedback.needs
 
+    def estimate(self, reward: Tensor, rows: LogProbBatch) -> Estimate:
+        """z0 for ``reward``, nats, float [n] or [n, T].
+
+        Raises:
+            TypeError: where the reference point returns something else than an :class:`Estimate`.
+        """
+        z0 = self.reference_point(mean_of_tokens(reward, rows.mask), rows)
+        if not isinstance(z0, Estimate):
+            name = type(self.reference_point).__name__
+            raise TypeError(f"{name} returns a {type(z0).__name__}; return Estimate(value=z0) from its forward")
+        return z0
+
     @torch.no_grad()
     def prepare(self, rows: LogProbBatch) -> TermContext:
         sign, weight, denominator = self.feedback(rows)
         z0 = None
         if self.reference_point.scope == "step":
-            z0 = self.reference_point(mean_of_tokens(self.reward(rows), rows.mask), rows)
+            z0 = self.estimate(self.reward(rows), rows)
         return TermContext(sign, weight, sum_over_ranks(denominator), z0)
 
     def compute_loss(self, rows: LogProbBatch, context: TermContext) -> Result:
         reward = self.reward(rows)
-        z0 = context.reference_point
-        if z0 is None:
-            z0 = self.reference_point(mean_of_tokens(reward, rows.mask), rows)
-        sign, weight = context.sign, context.weight
+        estimate = context.reference_point or self.estimate(reward, rows)
+        z0, sign, weight = estimate.value, context.sign, context.weight
         if reward.dim() == 2:  # every token is an outcome, with the sign and the weight of its row
             sign, weight = sign[:, None].expand_as(reward), weight[:, None] * rows.mask
             z0 = z0[:, None] if z0.dim() else z0
@@ -230,6 +237,7 @@ class HALO(Objective):
                 sign=context.sign,
                 weight=context.weight,
             ),
+            estimate,
         )
 
 
@@ -262,9 +270,11 @@ class Sum(Objective):
     def compute_loss(self, rows: LogProbBatch, context: SumContext) -> Result:
         terms = self._objectives()
         results = [term.compute_loss(rows, part) for term, part in zip(terms, context.parts, strict=True)]
+        of_halo = next((r for r in results if r.outcomes is not None), None)
         return Result(
             loss=torch.stack([r.loss for r in results]).sum(),
-            outcomes=next((r.outcomes for r in results if r.outcomes is not None), None),
+            outcomes=of_halo.outcomes if of_halo else None,
+            estimate=of_halo.estimate if of_halo else None,
             terms={
                 f"{i}_{type(t).__name__}": r.loss.detach() for i, (t, r) in enumerate(zip(terms, results, strict=True))
             },

@@ -202,9 +202,9 @@ class PairMargin(Reward):
     needs = Needs(pairs=True)
 
     def forward(self, rows: LogProbBatch) -> Tensor:
-        logps, alone = rows.policy_logps.sum(dim=1), rows.pair < 0
-        if bool((alone & rows.train).any()):
+        logps, alone = rows.policy_logps.sum(dim=1), rows.labels.pair < 0
+        if bool((alone & rows.labels.train).any()):
             raise ValueError(
                 "PairMargin: a row has no paired completion; this reward needs data with chosen and rejected"
             )
-        return torch.where(alone, 0.0, logps - logps[rows.pair])
+        return torch.where(alone, 0.0, logps - logps[rows.labels.pair])

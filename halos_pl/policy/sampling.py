@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from halos_pl.batch import TokenBatch
+from halos_pl.batch import Labels, TokenBatch
 from halos_pl.common.progress import counted
 from halos_pl.data.example import DataError, Prompt
 from halos_pl.data.special import SpecialText, SpecialTokens
@@ -323,9 +323,7 @@ def kl_of_samples(
             prompts=[torch.tensor(s.prompt_ids) for s in some],
             completions=[torch.tensor(s.completion_ids) for s in some],
             prompt=torch.arange(n),
-            desirable=torch.ones(n, dtype=torch.bool),
-            pair=torch.full((n,), -1),
-            mismatched=torch.zeros(n, dtype=torch.bool),
+            labels=Labels(desirable=torch.ones(n, dtype=torch.bool)),
         ).to(device)
         for i, nats in enumerate(completion_kl(policy, reference(), batch).sum(dim=1).tolist(), start=at + 1):
             if not math.isfinite(nats):

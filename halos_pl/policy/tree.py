@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from halos_pl.batch import TokenBatch
+from halos_pl.batch import Labels, TokenBatch
 from halos_pl.policy.head import token_logps
 from halos_pl.policy.loading import base_model
 
@@ -218,7 +218,7 @@ def tree_states(model: nn.Module, batch: TokenBatch) -> Iterator[States]:
         if loss is not None:
             carried[i] = loss.nonzero().squeeze(1).cpu()
     prompts: dict[int, list[int]] = {}
-    is_mismatched = batch.mismatched.tolist()
+    is_mismatched = batch.labels.mismatched.tolist()
     for i, p in enumerate(batch.prompt.tolist()):
         prompts.setdefault(p, []).append(i)
     last: dict[int, Tensor] = {}  # hidden state of each prompt's last token
@@ -318,9 +318,10 @@ def self_test_batch(model: nn.Module) -> TokenBatch:
         prompts=[some(5), some(1), some(9)],
         completions=[some(4), some(1), some(6), some(3), some(2)],
         prompt=torch.tensor([0, 0, 1, 2, 2], device=device),
-        desirable=torch.ones(5, dtype=torch.bool, device=device),
-        pair=torch.full((5,), -1, device=device),
-        mismatched=torch.tensor([False, False, False, False, True], device=device),
+        labels=Labels(
+            desirable=torch.ones(5, dtype=torch.bool, device=device),
+            mismatched=torch.tensor([False, False, False, False, True], device=device),
+        ),
     )
 
 

@@ -271,7 +271,7 @@ class RunReport(Callback):
             flops = step_flops(self._cost, batch, reference=share) / seconds
             self._matmul = max(self._matmul, flops)
             shown |= {"TFLOP/s": flops / 1e12, "of_matmul": flops / self._matmul}
-        pl_module.log("rows/s", int((~batch.mismatched).sum()) * ranks / seconds)
+        pl_module.log("rows/s", int((~batch.labels.mismatched).sum()) * ranks / seconds)
         pl_module.log_dict(shown, prog_bar=True)
         if "outcome" in outputs:
             seen = list(zip(outputs["outcome"].tolist(), outputs["desirable"].tolist(), strict=True))

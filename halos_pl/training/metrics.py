@@ -122,7 +122,7 @@ def into_unit_interval(reward: Tensor) -> Tensor:
 def logp_figures(rows: LogProbBatch) -> dict[str, Weighted]:
     """Log-probs by class of row, nats, of n rows without mismatched rows."""
     logps = rows.policy_logps.detach().sum(dim=1)
-    return {"logps/chosen": over(logps, rows.desirable), "logps/rejected": over(logps, ~rows.desirable)}
+    return {"logps/chosen": over(logps, rows.labels.desirable), "logps/rejected": over(logps, ~rows.labels.desirable)}
 
 
 def reward_figures(rows: LogProbBatch, reward: Tensor, beta: float) -> dict[str, Weighted]:
@@ -135,12 +135,14 @@ def reward_figures(rows: LogProbBatch, reward: Tensor, beta: float) -> dict[str,
     """
     shown = beta * reward
     figures = {
-        "rewards/chosen": over(shown, rows.desirable),
-        "rewards/rejected": over(shown, ~rows.desirable),
-        "outcome/reward": over(reward, torch.ones_like(rows.desirable)),
+        "rewards/chosen": over(shown, rows.labels.desirable),
+        "rewards/rejected": over(shown, ~rows.labels.desirable),
+        "outcome/reward": over(reward, torch.ones_like(rows.labels.desirable)),
     }
     # Logged without pairs too: another rank may hold some, and every rank logs the same names.
-    figures["rewards/accuracies"] = over(shown > shown[rows.pair], rows.desirable & (rows.pair >= 0))
+    figures["rewards/accuracies"] = over(
+        shown > shown[rows.labels.pair], rows.labels.desirable & (rows.labels.pair >= 0)
+    )
     return figures
 
 

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.classification import BinaryAUROC
 from transformers import PreTrainedTokenizerBase
 
-from halos_pl.batch import LogProbBatch, TokenBatch
+from halos_pl.batch import Labels, LogProbBatch, TokenBatch
 from halos_pl.data.turns import stop_ids
 from halos_pl.distributed import sum_over_ranks, world_size
 from halos_pl.objective.build import build_objective
@@ -340,7 +340,7 @@ class HALOModule(LightningModule):
         with torch.set_grad_enabled(gradient):
             policy = completion_logps(self.policy, part)
         kl = None
-        mismatched = part.mismatched.nonzero().squeeze(1)
+        mismatched = part.labels.mismatched.nonzero().squeeze(1)
         if self.objective.needs.exact_kl and len(mismatched):
             found = completion_kl(self.policy, self.scoring(), part.select(mismatched))
             kl = torch.zeros_like(policy, requires_grad=False)
@@ -350,11 +350,7 @@ class HALOModule(LightningModule):
             policy_logps=F.pad(policy, pad),
             reference_logps=None if reference is None else F.pad(reference, (0, width - reference.shape[1])),
             mask=F.pad(completion_mask(part), pad),
-            desirable=part.desirable,
-            pair=part.pair,
-            mismatched=part.mismatched,
-            group=part.group,
-            score=part.score,
+            labels=part.labels,
             kl=None if kl is None else F.pad(kl, pad),
         )
 
@@ -363,7 +359,7 @@ class HALOModule(LightningModule):
         if self.micro_batch_rows is None or len(index) <= self.micro_batch_rows:
             return [index]
         units: dict[int, list[int]] = {}
-        for i, other in zip(index.tolist(), batch.pair[index].tolist(), strict=True):
+        for i, other in zip(index.tolist(), batch.labels.pair[index].tolist(), strict=True):
             units.setdefault(min(i, other) if other >= 0 else i, []).append(i)
         prompt = batch.prompt.tolist()
         parts: list[list[int]] = [[]]
@@ -382,11 +378,7 @@ class HALOModule(LightningModule):
             policy_logps=zeros,
             reference_logps=zeros.clone() if self._reference_bound else None,
             mask=mask,
-            desirable=batch.desirable,
-            pair=batch.pair,
-            mismatched=batch.mismatched,
-            group=batch.group,
-            score=batch.score,
+            labels=batch.labels,
             kl=zeros.clone() if self.objective.needs.exact_kl else None,
         )
 
@@ -415,12 +407,14 @@ class HALOModule(LightningModule):
             batch,
             completions=[*batch.completions, *(torch.tensor(sampled, device=device) for sampled in ids)],
             prompt=batch.prompt.repeat(2),
-            desirable=torch.cat([batch.desirable, torch.zeros_like(batch.desirable)]),
-            pair=torch.cat([batch.pair, torch.full_like(batch.pair, -1)]),
-            mismatched=torch.arange(2 * n, device=device) >= n,
+            labels=Labels(
+                desirable=torch.cat([batch.labels.desirable, torch.zeros_like(batch.labels.desirable)]),
+                pair=torch.cat([batch.labels.pair, torch.full_like(batch.labels.pair, -1)]),
+                mismatched=torch.arange(2 * n, device=device) >= n,
+                group=batch.labels.group.repeat(2),
+                score=batch.labels.score.repeat(2),
+            ),
             row_ids=[*batch.row_ids, *(f"sample for {name}" for name in batch.row_ids)],
-            group=batch.group.repeat(2),
-            score=batch.score.repeat(2),
             loss=None if batch.loss is None else [*batch.loss, *[None] * n],
         )
 
@@ -458,7 +452,7 @@ class HALOModule(LightningModule):
         needs = self.objective.needs
         if needs.samples:
             batch = self._with_samples(batch)
-        train = (~batch.mismatched).nonzero().squeeze(1)
+        train = (~batch.labels.mismatched).nonzero().squeeze(1)
         parts = self._parts(train, batch)
         # The same on every rank, however many rows each has: what follows gathers over ranks in another order.
         at_once = needs.whole_step and self.micro_batch_rows is not None
@@ -471,7 +465,7 @@ class HALOModule(LightningModule):
             if step.kl is not None and rows.kl is not None:
                 step.kl[index] = rows.kl
 
-        mismatched = batch.mismatched.nonzero().squeeze(1)
+        mismatched = batch.labels.mismatched.nonzero().squeeze(1)
         scored: dict[int, LogProbBatch] = {}
         # With dropout a part's second pass has to be that of the same network as its first.
         drawn: dict[int, tuple[Tensor, Tensor | None]] = {}
@@ -575,7 +569,7 @@ class HALOModule(LightningModule):
             means.add(self._figures(rows, result))
             sound.append(rows.policy_logps.detach().isfinite().all())
             if result.outcomes is not None:
-                seen.append((result.outcomes.outcome, rows.desirable))
+                seen.append((result.outcomes.outcome, rows.labels.desirable))
             suspects.add([batch.row_ids[i] for i in index.tolist()], rows, result)
         # Losses of the ranks sum to the step's, so one rank counts for all of them.
         once = torch.tensor(float(self.global_rank == 0), dtype=torch.float32, device=self.device)
@@ -602,8 +596,8 @@ class HALOModule(LightningModule):
         if outcomes is not None and halo is not None:
             with self._float32():
                 figures |= outcome_figures(outcomes, halo.value_function)
-            diagnostics = halo.reference_point.diagnostics
-            figures |= {f"outcome/z0_{name}": (value * n, n) for name, value in diagnostics.items()}
+            assert result.estimate is not None
+            figures |= {f"outcome/z0_{name}": (value * n, n) for name, value in result.estimate.figures().items()}
             if halo.needs.mismatched and halo.needs.reference:
                 figures["kl"] = figures["outcome/z0"]
         return figures
@@ -729,10 +723,10 @@ class HALOModule(LightningModule):
             reward = result.outcomes.reward if result.outcomes else self._implied_reward(rows)
             if reward is not None:
                 scores = into_unit_interval(reward)
-                self._auroc.update(scores, rows.desirable.long().to(scores.device))
+                self._auroc.update(scores, rows.labels.desirable.long().to(scores.device))
             yield index, rows, result
         # Every step counts with its number of rows: summed over ranks this is loss * rows / rows.
-        here = (~batch.mismatched).sum().float()
+        here = (~batch.labels.mismatched).sum().float()
         everywhere = sum_over_ranks(here)
         self._means.add({name: (value * everywhere, here) for name, value in losses.items()})
 
@@ -783,7 +777,7 @@ class HALOModule(LightningModule):
         for index, rows, result in self._held_out(batch):
             columns: dict[str, list[Any]] = {
                 "row": [batch.row_ids[i] for i in index.tolist()],
-                "desirable": rows.desirable.tolist(),
+                "desirable": rows.labels.desirable.tolist(),
                 "tokens": rows.mask.sum(dim=1).tolist(),
                 "policy_logp": rows.policy_logps.sum(dim=1).tolist(),
             }
@@ -940,7 +934,9 @@ class HALOModule(LightningModule):
 
 
 def _row_ids(batch: TokenBatch) -> list[str]:
-    return [row for row, mismatched in zip(batch.row_ids, batch.mismatched.tolist(), strict=True) if not mismatched]
+    return [
+        row for row, mismatched in zip(batch.row_ids, batch.labels.mismatched.tolist(), strict=True) if not mismatched
+    ]
 
 
 def _rng_state(device: torch.device) -> dict[str, Any]:

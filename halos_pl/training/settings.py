@@ -80,7 +80,7 @@ TRAINER = (
     "check_val_every_n_epoch",
     "log_every_n_steps",
 )
-_OF_MODULES = {*vars(nn.Module()), "diagnostics", "needs"}
+_OF_MODULES = {*vars(nn.Module()), "needs"}
 
 
 def described(value: Any) -> Any:

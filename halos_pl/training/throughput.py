@@ -73,7 +73,7 @@ def step_flops(model: Cost, batch: TokenBatch, *, reference: float = 1.0) -> flo
         batch: n rows.
         reference: share of the rows whose reference log-probs are computed: 0 without one, or with all of them stored.
     """
-    prompt, mismatched = batch.prompt.tolist(), batch.mismatched.tolist()
+    prompt, mismatched = batch.prompt.tolist(), batch.labels.mismatched.tolist()
 
     def tokens(rows: list[int], without: set[int]) -> tuple[float, float, float]:
         """Tokens, those through the head, and pairs that see each other; prompts of ``without`` are there already."""

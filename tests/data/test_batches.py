@@ -57,8 +57,8 @@ def table(batch: TokenBatch) -> list[tuple[tuple[int, ...], tuple[int, ...], boo
         (
             tuple(batch.prompts[p].tolist()),
             tuple(batch.completions[i].tolist()),
-            bool(batch.desirable[i]),
-            bool(batch.mismatched[i]),
+            bool(batch.labels.desirable[i]),
+            bool(batch.labels.mismatched[i]),
             batch.row_ids[i],
         )
         for i, p in enumerate(batch.prompt.tolist())
@@ -129,9 +129,9 @@ def test_laws_of_a_step(prompt_of: list[int], batch_size: int, world_size: int, 
         assert all(name == f"f:{y[0] - 100}" and d == (y[0] % 2 == 0) for _, y, d, _, name in rows)
         assert all(name.endswith(f" with f:{y[0] - 100}") and not d for _, y, d, _, name in mismatched)
         assert len(batch.prompts) == len({tuple(p.tolist()) for p in batch.prompts})
-        pair_of = batch.pair.tolist()
+        pair_of = batch.labels.pair.tolist()
         for i, pair in enumerate(pair_of):
-            assert (pair == -1) == (not pairs or bool(batch.mismatched[i]))
+            assert (pair == -1) == (not pairs or bool(batch.labels.mismatched[i]))
             if pair != -1:
                 assert pair_of[pair] == i
                 assert abs(int(batch.completions[pair]) - int(batch.completions[i])) == 1
@@ -192,9 +192,11 @@ def test_workers_make_the_same_batches(workers: int) -> None:
     assert [table(batch) for batch in loaded] == [table(batch) for batch in expected]
     for one, two in zip(loaded, expected, strict=True):
         assert [t.dtype for t in one.prompts] == [t.dtype for t in two.prompts]
-        for name in ("prompt", "desirable", "pair", "mismatched"):
-            assert torch.equal(getattr(one, name), getattr(two, name))
-            assert getattr(one, name).dtype == getattr(two, name).dtype
+        assert torch.equal(one.prompt, two.prompt)
+        for name, column in vars(one.labels).items():
+            other = getattr(two.labels, name)
+            assert torch.equal(column, other)
+            assert column.dtype == other.dtype
 
 
 def test_a_large_step_from_a_worker_needs_few_open_files() -> None:
@@ -378,9 +380,9 @@ def test_copies_of_an_example_are_not_compared_with_each_other(lengths: Any) -> 
         [[1], [2]], [TokenizedRow(i // 2, 1, (9,), True, f"a:{i}") for i in range(4)], [(0, 1), (2, 3)], max_length=6
     )
     batch = data[Step(0, 0, (0, 1, 0))]
-    one, two, three = batch.group.view(3, 2)
+    one, two, three = batch.labels.group.view(3, 2)
     assert [int(pair.unique().numel()) for pair in (one, two, three)] == [1, 1, 1]
-    assert len(set(batch.group.tolist())) == 3
+    assert len(set(batch.labels.group.tolist())) == 3
     assert batch.prompt.view(3, 2)[0].tolist() == batch.prompt.view(3, 2)[2].tolist()
 
 

@@ -19,7 +19,7 @@ law = settings(max_examples=25, deadline=None, derandomize=True)
 
 def mismatched(batch: TokenBatch) -> list[tuple[str, str]]:
     """(prompt, completion) of the mismatched rows."""
-    places = batch.mismatched.nonzero().squeeze(1).tolist()
+    places = batch.labels.mismatched.nonzero().squeeze(1).tolist()
     return [(text(batch.prompts[int(batch.prompt[i])]), text(batch.completions[i])) for i in places]
 
 
@@ -50,7 +50,7 @@ def test_defects_1_and_2_a_row_never_meets_its_own_completion(
         train.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
         for batch in [*train, *data.val_dataloader()]:
             found = mismatched(batch)
-            assert len(found) == int((~batch.mismatched).sum())
+            assert len(found) == int((~batch.labels.mismatched).sum())
             for prompt, completion in found:  # row i is "p{i % 10}", "c{i}"
                 assert int(completion[1:-10]) % 10 != int(prompt[1:])
 
@@ -60,7 +60,7 @@ def test_defect_3_pairs_that_go_their_own_ways_are_not_sorted_by_class(folder: P
     path = write_jsonl(folder / "b.jsonl", pairs(64))
     data = set_up(KTO, train=path, batch_size=16, shuffle=shuffle)
     for batch in data.train_dataloader():
-        own = batch.desirable[~batch.mismatched]
+        own = batch.labels.desirable[~batch.labels.mismatched]
         assert 0 < int(own.sum()) < len(own)
         for part in own.split(8):  # and neither is any part of a step
             assert 0 < int(part.sum()) < len(part)

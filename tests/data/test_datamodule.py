@@ -71,8 +71,8 @@ def rows(batch: TokenBatch) -> list[tuple[str, str, bool, bool, str]]:
         (
             text(batch.prompts[int(batch.prompt[i])]),
             text(batch.completions[i]),
-            bool(batch.desirable[i]),
-            bool(batch.mismatched[i]),
+            bool(batch.labels.desirable[i]),
+            bool(batch.labels.mismatched[i]),
             batch.row_ids[i],
         )
         for i in range(len(batch))
@@ -114,10 +114,10 @@ def test_pairs_with_pairs_stay_together(tmp_path: Path) -> None:
     data = set_up(DPO | Needs(mismatched=True), train=path, batch_size=4)
     sizes = []
     for batch in data.train_dataloader():
-        n = int((~batch.mismatched).sum())
+        n = int((~batch.labels.mismatched).sum())
         sizes.append(n)
-        assert batch.pair.tolist() == [i ^ 1 for i in range(n)] + [-1] * n
-        assert batch.desirable.tolist() == [True, False] * (n // 2) + [False] * n
+        assert batch.labels.pair.tolist() == [i ^ 1 for i in range(n)] + [-1] * n
+        assert batch.labels.desirable.tolist() == [True, False] * (n // 2) + [False] * n
         assert batch.row_ids[0].removesuffix("#chosen") == batch.row_ids[1].removesuffix("#rejected")
     assert sizes == [8, 8, 4]
     assert data.counts()["train"][path]["pairs"] == 10
@@ -152,13 +152,13 @@ def test_rows_of_a_prompt_stay_together_where_they_are_compared(tmp_path: Path) 
     data = set_up(Needs(groups=True, undesirable=True), train=path, batch_size=3, max_length=12)
     seen: list[int] = []
     for batch in data.train_dataloader():
-        for group in batch.group.unique().tolist():
-            members = [i for i, g in enumerate(batch.group.tolist()) if g == group]
+        for group in batch.labels.group.unique().tolist():
+            members = [i for i, g in enumerate(batch.labels.group.tolist()) if g == group]
             assert len(members) == 3
             prompts = {text(batch.prompts[int(batch.prompt[i])]) for i in members}
             assert all(min(prompts).endswith(p) or p.endswith(min(prompts)) for p in prompts)
             seen.append(group)
-        assert bool((batch.pair < 0).all())
+        assert bool((batch.labels.pair < 0).all())
     assert len(seen) == len(set(seen)) == 10
 
 
@@ -168,7 +168,7 @@ def test_pairs_of_a_prompt_keep_their_pairs_within_its_group(tmp_path: Path) -> 
     sizes = []
     for batch in data.train_dataloader():
         sizes.append(len(batch))
-        pair = batch.pair
+        pair = batch.labels.pair
         assert torch.equal(pair[pair], torch.arange(len(batch)))
         names = [batch.row_ids[i].split("#") for i in range(len(batch))]
         assert all(names[i][0] == names[j][0] and names[i][1] != names[j][1] for i, j in enumerate(pair.tolist()))
@@ -403,7 +403,7 @@ class Recorder(LightningModule):
         self.seen["test"].append(batch.row_ids)
 
     def predict_step(self, batch: TokenBatch, batch_idx: int) -> list[str]:
-        return [name for name, mismatched in zip(batch.row_ids, batch.mismatched, strict=True) if not mismatched]
+        return [name for name, mismatched in zip(batch.row_ids, batch.labels.mismatched, strict=True) if not mismatched]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -544,8 +544,8 @@ def test_scores_become_thumbs_at_the_prompts_mean_and_stay_scores(tmp_path: Path
     assert judged == {i: i % 3 == 2 for i in range(12) if i % 3 != 1}
     # A loss that compares the rows of a prompt reads the scores themselves: no row is dropped.
     [batch] = set_up(Needs(groups=True, undesirable=True), train=path, batch_size=12).train_dataloader()
-    assert sorted(batch.score.tolist()) == [-1.0] * 4 + [0.0] * 4 + [1.0] * 4  # less their prompt's mean
-    assert torch.equal(batch.score > 0, batch.desirable)
+    assert sorted(batch.labels.score.tolist()) == [-1.0] * 4 + [0.0] * 4 + [1.0] * 4  # less their prompt's mean
+    assert torch.equal(batch.labels.score > 0, batch.labels.desirable)
 
 
 def test_transforms_are_applied_in_order_and_those_of_studies_to_training_data_only(tmp_path: Path) -> None:
@@ -591,10 +591,10 @@ def test_pairs_may_stay_together_under_an_objective_that_does_not_compare_them(t
     path = write_jsonl(tmp_path / "a.jsonl", pairs(8))
     data = set_up(KTO, train=path, keep_together="pairs", batch_size=2)
     for batch in data.train_dataloader():
-        own = (~batch.mismatched).nonzero().squeeze(1)
+        own = (~batch.labels.mismatched).nonzero().squeeze(1)
         assert len(own) == 4
-        assert torch.equal(batch.pair[batch.pair[own]], own)
-        assert torch.equal(batch.group[own], batch.group[batch.pair[own]])
+        assert torch.equal(batch.labels.pair[batch.labels.pair[own]], own)
+        assert torch.equal(batch.labels.group[own], batch.labels.group[batch.labels.pair[own]])
     together = set_up(KTO, train=write_jsonl(tmp_path / "b.jsonl", binary(12, prompts=4)), keep_together="prompts")
     [batch] = together.train_dataloader()
     assert len(batch) == 24
@@ -605,7 +605,7 @@ def test_classes_are_balanced_and_lengths_grouped(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     balanced = set_up(KTO, train=path, balance_classes=True, batch_size=8)
     for batch in balanced.train_dataloader():
-        assert abs(int(batch.desirable[~batch.mismatched].sum()) - 6) <= 1
+        assert abs(int(batch.labels.desirable[~batch.labels.mismatched].sum()) - 6) <= 1
     grouped = set_up(SFT | Needs(undesirable=True), train=path, group_by_length=True, batch_size=8)
     spans = []
     for batch in grouped.train_dataloader():
@@ -654,7 +654,7 @@ def test_large_scores_keep_their_differences_and_larger_ones_are_refused(tmp_pat
     rows = [{"prompt": f"p{i // 3}", "completion": f"c{i}", "score": 1_700_000_000 + i % 3} for i in range(6)]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     [batch] = set_up(Needs(groups=True, undesirable=True), train=path, batch_size=6).train_dataloader()
-    assert sorted(batch.score.tolist()) == [-1.0] * 2 + [0.0] * 2 + [1.0] * 2
+    assert sorted(batch.labels.score.tolist()) == [-1.0] * 2 + [0.0] * 2 + [1.0] * 2
     path = write_jsonl(tmp_path / "b.jsonl", [*rows, {"prompt": "p0", "completion": "c", "score": 1e39}])
     with pytest.raises(DataError, match=r"b\.jsonl:\d: the score .* is beyond float32"):
         set_up(Needs(groups=True, undesirable=True), train=path)
@@ -764,7 +764,7 @@ def test_scores_and_labels_are_never_compared_with_each_other(tmp_path: Path) ->
     path = write_jsonl(tmp_path / "c.jsonl", rows)
     [batch] = set_up(Needs(groups=True, undesirable=True), train=path).train_dataloader()
     found = {
-        (text(batch.prompts[int(batch.prompt[i])]), text(batch.completions[i])[:2]): float(batch.score[i])
+        (text(batch.prompts[int(batch.prompt[i])]), text(batch.completions[i])[:2]): float(batch.labels.score[i])
         for i in range(len(batch))
     }
     assert found == {("q", "c0"): 1, ("q", "c1"): 1, ("q", "c2"): 0, ("r", "c0"): -1, ("r", "c1"): 1}
@@ -791,7 +791,7 @@ def test_pairs_that_a_threshold_puts_on_one_side_are_pairs_no_longer(tmp_path: P
         set_up(DPO, train=path, transforms=[relabel])
     data = set_up(KTO, train=path, transforms=[relabel], keep_together="pairs")
     [batch] = data.train_dataloader()
-    assert int((batch.pair >= 0).sum()) == 2
+    assert int((batch.labels.pair >= 0).sum()) == 2
     assert data.counts()["train"]["transforms"][0]["unpaired"] == 2
 
 
@@ -857,10 +857,10 @@ def test_pairs_beside_single_rows_stay_pairs(tmp_path: Path, needs: Needs) -> No
     two = [write_jsonl(tmp_path / "pairs.jsonl", pairs(3)), write_jsonl(tmp_path / "thumbs.jsonl", binary(4))]
     data = set_up(needs, train=two, validation=two, batch_size=9)
     loaders: list[Any] = [data.train_dataloader(), data.val_dataloader()]
-    assert [int((batch.pair >= 0).sum()) for [batch, *_] in loaders] == [0, 6]
+    assert [int((batch.labels.pair >= 0).sum()) for [batch, *_] in loaders] == [0, 6]
     assert data.counts()["validation"][two[0]]["pairs"] == 3
     [batch] = set_up(needs, train=two, keep_together="pairs", batch_size=9).train_dataloader()
-    own = batch.pair[~batch.mismatched]
+    own = batch.labels.pair[~batch.labels.mismatched]
     assert (len(own), int((own >= 0).sum())) == (10, 6)
 
 
@@ -868,7 +868,7 @@ def test_prompts_stay_together_also_where_the_objective_wants_pairs(tmp_path: Pa
     rows = [{"prompt": f"p{i % 3}", "chosen": f"good{i}", "rejected": f"bad{i}"} for i in range(9)]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     for batch in set_up(DPO, train=path, keep_together="prompts", batch_size=1).train_dataloader():
-        assert (len(batch), len(set(batch.group.tolist())), int((batch.pair < 0).sum())) == (6, 1, 0)
+        assert (len(batch), len(set(batch.labels.group.tolist())), int((batch.labels.pair < 0).sum())) == (6, 1, 0)
 
 
 @pytest.mark.parametrize("needs", [KTO, DPO, SFT])

@@ -72,9 +72,8 @@ def model() -> Any:
 
 def loss(objective: Objective, model: Any, batch: TokenBatch) -> torch.Tensor:
     logps = completion_logps(model, batch)
-    who = (batch.desirable, batch.pair, batch.mismatched, batch.group)
     return objective(
-        LogProbBatch(logps, logps.detach() - 0.1 * (logps.detach() != 0), completion_mask(batch), *who)
+        LogProbBatch(logps, logps.detach() - 0.1 * (logps.detach() != 0), completion_mask(batch), batch.labels)
     ).loss
 
 
@@ -100,7 +99,7 @@ def check(case: Case, chosen: dict[str, Any], model: Any, folder: Path) -> None:
     assert chosen["on_bad_rows"] == "skip" or counts["faulty"] == 0
     trained = 0
     for batch in data.train_dataloader():
-        trained += int((~batch.mismatched).sum())
+        trained += int((~batch.labels.mismatched).sum())
         value = loss(objective, model, batch)
         assert bool(value.isfinite())
         if value.requires_grad:

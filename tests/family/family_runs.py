@@ -65,7 +65,7 @@ class Recorder(Callback):
         if hasattr(policy, "merge_and_unload"):
             policy = deepcopy(policy).merge_and_unload()
         weights = {name: weight.detach().clone() for name, weight in policy.state_dict().items()}
-        self.steps.append(Recorded(batch.row_ids, batch.mismatched.tolist(), weights))
+        self.steps.append(Recorded(batch.row_ids, batch.labels.mismatched.tolist(), weights))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         parameters = pl_module.policy.named_parameters()
@@ -212,13 +212,16 @@ def assert_the_formulas(objective: str, steps: list[Recorded], rescorer: Rescore
 def rows(pairs: int = 4, mismatched: int = 2, *, seed: int = 0, tokens: int = 5, scale: float = 1.0) -> LogProbBatch:
     """Random log-probs without a model, in groups of two pairs, so that an advantage is over more than two rows."""
     made = random_rows(seed, pairs, mismatched, tokens=tokens, scale=scale)
-    return replace(made, group=torch.minimum(torch.arange(len(made)), made.pair.clamp(min=0)) // 2)
+    group = torch.minimum(torch.arange(len(made)), made.labels.pair.clamp(min=0)) // 2
+    return replace(made, labels=replace(made.labels, group=group))
 
 
 def as_step(rows: LogProbBatch, policy: torch.Tensor) -> Step:
     reference = rows.reference_logps
     assert reference is not None
-    return Step(policy, reference, rows.mask, rows.desirable, rows.pair, rows.mismatched, rows.group)
+    return Step(
+        policy, reference, rows.mask, rows.labels.desirable, rows.labels.pair, rows.labels.mismatched, rows.labels.group
+    )
 
 
 def assert_equals_formula(name: str, rows: LogProbBatch, made: Objective | None = None) -> None:

@@ -111,7 +111,7 @@ class Peers:
         policy, mask = completion_logps(self.policy, rows), completion_mask(rows)
         made = objective(name)
         made = made if term is None else made.terms[term]
-        whole = LogProbBatch(policy, reference, mask, rows.desirable, rows.pair, rows.mismatched, group=rows.group)
+        whole = LogProbBatch(policy, reference, mask, rows.labels)
         return gradient_of(made(whole).loss, self.policy)
 
     def of_dpo(
@@ -304,7 +304,7 @@ def test_equals_the_grpo_trainers(peers, name, beta):
     shortest = min(len(row["prompt_ids"]) for row in examples)
     # TRL pads prompts on the left and counts positions from there, which rounds otherwise.
     rows = peers.dpo_rows([row | {"prompt_ids": row["prompt_ids"][-shortest:]} for row in examples])
-    rows = dataclasses.replace(rows, group=torch.arange(peers.n).repeat(2))
+    rows = dataclasses.replace(rows, labels=dataclasses.replace(rows.labels, group=torch.arange(peers.n).repeat(2)))
 
     def config(max_length: None, **options: Any) -> Any:
         return trl.GRPOConfig(num_generations=2, use_bias_correction_kl=False, **options)
@@ -318,7 +318,7 @@ def test_equals_the_grpo_trainers(peers, name, beta):
         "prompt_mask": torch.ones_like(torch.stack(prompts)),
         "completion_ids": pad(rows.completions),
         "completion_mask": completion_mask(rows).long(),
-        "advantages": torch.where(rows.desirable, 1.0, -1.0) * (1.0 if name == "ppo_clip" else 0.5 / 0.51),
+        "advantages": torch.where(rows.labels.desirable, 1.0, -1.0) * (1.0 if name == "ppo_clip" else 0.5 / 0.51),
     }
     with torch.no_grad():
         old = completion_logps(peers.reference, rows)

@@ -135,7 +135,12 @@ def test_defect_6_label_smoothing_counts(name):
         feedback.label_smoothing = epsilon
         return halo(rows).loss.item()
 
-    other = loss(0.0, dataclasses.replace(made, desirable=~made.desirable & made.train))
+    other = loss(
+        0.0,
+        dataclasses.replace(
+            made, labels=dataclasses.replace(made.labels, desirable=~made.labels.desirable & made.labels.train)
+        ),
+    )
     expected = 0.7 * loss(0.0) + 0.3 * other
     if name == "robust_dpo":
         expected = (0.7 * loss(0.0) - 0.3 * other) / (1 - 2 * 0.3)
@@ -189,7 +194,7 @@ def test_defect_8_a_step_in_parts_is_the_whole_step(name, tiny_folder, data, res
 def test_defect_9_a_step_of_one_class_is_defined(name, desirable):
     """No 0 / 0: neither in the loss nor in its slope."""
     made = rows(seed=9)
-    one = made.select(((made.desirable == desirable) | made.mismatched).nonzero().squeeze(1))
+    one = made.select(((made.labels.desirable == desirable) | made.labels.mismatched).nonzero().squeeze(1))
     logps = one.policy_logps.detach().requires_grad_()
     loss = objective(name)(dataclasses.replace(one, policy_logps=logps)).loss
     loss.backward()

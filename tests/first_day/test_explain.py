@@ -26,7 +26,7 @@ from halos_pl.conformance.value_function import ValueFunctionChecks
 from halos_pl.objective.build import load_objective
 from halos_pl.objective.feedback import Binary, Feedback, Judgement
 from halos_pl.objective.halo import HALO
-from halos_pl.objective.reference_points import MismatchedKL, ReferencePoint
+from halos_pl.objective.reference_points import Estimate, MismatchedKL, ReferencePoint
 from halos_pl.objective.reference_points.base import MeanOverRanks
 from halos_pl.objective.rewards import LogRatio, Reward
 from value_functions import Logistic, ValueFunction
@@ -45,6 +45,7 @@ NAMES = {
     "Needs": Needs,
     "Judgement": Judgement,
     "MeanOverRanks": MeanOverRanks,
+    "Estimate": Estimate,
     **{kind.__name__: kind for kind in (ValueFunction, Reward, ReferencePoint, Feedback, HALO)},
 }
 MINE = """

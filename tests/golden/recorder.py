@@ -27,10 +27,10 @@ def rows(batch: Any) -> list[dict[str, Any]]:
             "prompt": batch.prompts[batch.prompt[i]].tolist(),
             "completion": batch.completions[i].tolist(),
             "loss": None if loss[i] is None else loss[i].tolist(),
-            "desirable": bool(batch.desirable[i]),
-            "pair": int(batch.pair[i]),
-            "mismatched": bool(batch.mismatched[i]),
-            "score": round(float(batch.score[i]), 6),
+            "desirable": bool(batch.labels.desirable[i]),
+            "pair": int(batch.labels.pair[i]),
+            "mismatched": bool(batch.labels.mismatched[i]),
+            "score": round(float(batch.labels.score[i]), 6),
         }
         for i in range(len(batch))
     ]

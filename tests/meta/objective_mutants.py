@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from mutant import Mutant, Value
 from part_mutants import MUTANTS as PARTS
-from part_mutants import Estimate, mean, own
+from part_mutants import EstimatedBy, mean, own
 from torch import Tensor
 from value_mutants import MUTANTS as VALUES
 from value_mutants import REFLECTED, only_by_tokens
@@ -18,7 +18,7 @@ from value_mutants import REFLECTED, only_by_tokens
 from halos_pl.batch import LogProbBatch
 from halos_pl.objective.feedback import Binary, Feedback, Pairwise
 from halos_pl.objective.halo import HALO, Result, Sum, SumContext, TermContext
-from halos_pl.objective.reference_points import MismatchedKL, PairedCompletion, ReferencePoint
+from halos_pl.objective.reference_points import Estimate, MismatchedKL, PairedCompletion, ReferencePoint
 from halos_pl.objective.rewards import LogRatio, Reward, TokenLogRatio
 from value_functions import Identity, Logistic, LogSigmoid, ValueFunction
 
@@ -76,8 +76,7 @@ class TwoValues(HALO):
 
     def compute_loss(self, rows: LogProbBatch, context: TermContext) -> Result:
         reward = self.reward(rows)
-        z0 = context.reference_point if context.reference_point is not None else self.reference_point(reward, rows)
-        u = reward - z0
+        u = reward - (context.reference_point or self.reference_point(reward, rows)).value
         v, w = self.value_function, self.other
         undesirable = -w(-u) if self.reflect_undesirable else w(u)
         judged = torch.where(context.sign < 0, -v(u), undesirable)
@@ -114,7 +113,7 @@ class LabelsBehindTheBack(HALO):
     """Hands the labels to the value function, which scales undesirable rows on its own."""
 
     def compute_loss(self, rows: LogProbBatch, context: TermContext) -> Result:
-        self.value_function.undesirable = ~rows.desirable  # type: ignore[assignment]
+        self.value_function.undesirable = ~rows.labels.desirable  # type: ignore[assignment]
         try:
             return super().compute_loss(rows, context)
         finally:
@@ -126,7 +125,7 @@ class LateReference(HALO):
 
     def compute_loss(self, rows: LogProbBatch, context: TermContext) -> Result:
         reward = self.reward(rows)
-        return super().compute_loss(rows, dataclasses.replace(context, reference_point=reward.mean()))
+        return super().compute_loss(rows, dataclasses.replace(context, reference_point=Estimate(reward.mean())))
 
 
 class LaterPenalty(HALO):
@@ -200,7 +199,7 @@ MUTANTS = [
     spoiled("forgets the denominator", lambda loss, rows, c, r: loss * c.denominator),
     spoiled(
         "adds an NLL term, DPO",
-        lambda loss, rows, c, r: loss - 0.1 * rows.policy_logps[rows.desirable].sum() / c.denominator,
+        lambda loss, rows, c, r: loss - 0.1 * rows.policy_logps[rows.labels.desirable].sum() / c.denominator,
         reference_point=PairedCompletion,
         feedback=Pairwise,
         value_function=LogSigmoid,
@@ -239,7 +238,7 @@ MUTANTS = [
     Mutant(
         "reference point again in each micro-batch",
         ("reference_detached", "identity", "reference_split"),
-        lambda rng: halo(LateReference, reference_point=Estimate(lambda r, rows: mean(own(r, rows)))),
+        lambda rng: halo(LateReference, reference_point=EstimatedBy(lambda r, rows: mean(own(r, rows)))),
     ),
     *(
         Mutant(f"{name}, reflected", clauses, lambda rng, make=make: halo(value_function=make(rng)))

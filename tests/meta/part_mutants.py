@@ -13,7 +13,7 @@ from torch import Tensor
 from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.distributed import sum_over_ranks
 from halos_pl.objective.feedback import Binary, Feedback, Judgement
-from halos_pl.objective.reference_points import ReferencePoint
+from halos_pl.objective.reference_points import Estimate, ReferencePoint
 from halos_pl.objective.rewards import Reward
 
 # -- rewards ------------------------------------------------------------------------------------------------
@@ -100,7 +100,9 @@ REWARDS = [
         lambda rows: ratio(rows) / (1 + rows.reference_logps.abs().max()),  # type: ignore[union-attr]
     ),
     reward(
-        "times the number of desirable rows", "reward_of_its_row", lambda rows: ratio(rows) * (1 + rows.desirable.sum())
+        "times the number of desirable rows",
+        "reward_of_its_row",
+        lambda rows: ratio(rows) * (1 + rows.labels.desirable.sum()),
     ),
     Mutant(
         "another reward on a later call",
@@ -155,7 +157,9 @@ REWARDS = [
     reward("ratio in place of its log", "reward_zero_at_reference", lambda rows: ratio(rows).clamp(max=50).exp()),
     reward("no reference in it", "reward_zero_at_reference", lambda rows: rows.policy_logps.sum(dim=1)),
     reward(
-        "bonus for desirable rows", "reward_zero_at_reference", lambda rows: ratio(rows) + 0.1 * rows.desirable.float()
+        "bonus for desirable rows",
+        "reward_zero_at_reference",
+        lambda rows: ratio(rows) + 0.1 * rows.labels.desirable.float(),
     ),
     reward("wrong sign", "reward_linear", lambda rows: -ratio(rows)),
     reward("squared", "reward_linear", lambda rows: ratio(rows).square()),
@@ -215,7 +219,7 @@ REWARDS = [
 # -- reference points ---------------------------------------------------------------------------------------
 
 
-class Estimate(ReferencePoint):
+class EstimatedBy(ReferencePoint):
     """z0 = ``formula(rewards, rows)`` of the given scope and needs."""
 
     def __init__(
@@ -226,8 +230,8 @@ class Estimate(ReferencePoint):
         self.scope = scope  # type: ignore[assignment]
         self.needs = needs or Needs(step_rewards=True)
 
-    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
-        return self.formula(rewards, rows)
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
+        return Estimate(self.formula(rewards, rows))
 
 
 def over_ranks(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,14 +246,14 @@ def mean(values: Tensor) -> Tensor:
 
 
 def own(rewards: Tensor, rows: LogProbBatch) -> Tensor:
-    return rewards[rows.train].detach()
+    return rewards[rows.labels.train].detach()
 
 
 def estimate(
     name: str, clauses: tuple[str, ...] | str, formula: Callable[[Tensor, LogProbBatch], Tensor], **kwargs
 ) -> Mutant:
     clauses = (clauses,) if isinstance(clauses, str) else clauses
-    return Mutant(name, clauses, lambda rng: Estimate(formula, **kwargs))
+    return Mutant(name, clauses, lambda rng: EstimatedBy(formula, **kwargs))
 
 
 def mean_of_rank_means(rewards: Tensor, rows: LogProbBatch) -> Tensor:
@@ -259,7 +263,7 @@ def mean_of_rank_means(rewards: Tensor, rows: LogProbBatch) -> Tensor:
 
 def with_gradient(rewards: Tensor, rows: LogProbBatch) -> Tensor:
     with torch.enable_grad():
-        return ratio(rows)[rows.train].mean()
+        return ratio(rows)[rows.labels.train].mean()
 
 
 def exponential_mean(rewards: Tensor, rows: LogProbBatch) -> Tensor:
@@ -276,7 +280,11 @@ def standardised(rewards: Tensor, rows: LogProbBatch) -> Tensor:
 
 
 def others_of_the_prompt(rewards: Tensor, rows: LogProbBatch) -> Tensor:
-    other = (rows.group[:, None] == rows.group[None, :]) & rows.train & ~torch.eye(len(rows), dtype=torch.bool)
+    other = (
+        (rows.labels.group[:, None] == rows.labels.group[None, :])
+        & rows.labels.train
+        & ~torch.eye(len(rows), dtype=torch.bool)
+    )
     return (other.to(rewards) @ rewards.detach()) / other.sum(dim=1)
 
 
@@ -305,10 +313,10 @@ class FromZero(ReferencePoint):
         super().__init__()
         self.mean = 0.0
 
-    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
         if self.training:
             self.mean = 0.9 * self.mean + 0.1 * float(mean(own(rewards, rows)))
-        return rewards.new_tensor(self.mean)
+        return Estimate(rewards.new_tensor(self.mean))
 
 
 class Later(ReferencePoint):
@@ -320,10 +328,10 @@ class Later(ReferencePoint):
         super().__init__()
         self.formula, self.call, self.calls = formula, call, 0
 
-    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
         self.calls += 1
         late = self.calls >= self.call if self.call else not self.training
-        return self.formula(rewards, rows) if late else mean(own(rewards, rows))
+        return Estimate(self.formula(rewards, rows) if late else mean(own(rewards, rows)))
 
 
 class LeakyAverage(ReferencePoint):
@@ -335,10 +343,10 @@ class LeakyAverage(ReferencePoint):
         super().__init__()
         self.mean: Tensor | None = None
 
-    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
-        estimate_ = rewards[rows.train].mean()
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
+        estimate_ = rewards[rows.labels.train].mean()
         self.mean = estimate_.detach() if self.mean is None else 0.9 * self.mean + 0.1 * estimate_
-        return self.mean
+        return Estimate(self.mean)
 
 
 def later(
@@ -352,7 +360,7 @@ def halves_in_place(rewards: Tensor, rows: LogProbBatch) -> Tensor:
 
 
 def pair_doubled_in_place(rewards: Tensor, rows: LogProbBatch) -> Tensor:
-    pair = torch.where(rows.pair < 0, 0.0, rewards[rows.pair]).clone()
+    pair = torch.where(rows.labels.pair < 0, 0.0, rewards[rows.labels.pair]).clone()
     rewards.data.mul_(2)
     return pair
 
@@ -362,7 +370,7 @@ IN_RANGE = ("reference_in_range", "reference_shift_equivariant")
 REFERENCES = [
     later("drifts on later calls", IN_RANGE, lambda r, rows: mean(own(r, rows)) + 0.5),
     later("another number in evaluation", IN_RANGE, lambda r, rows: r.new_tensor(3.0), call=0),
-    later("gradient on later calls", ("reference_detached",), lambda r, rows: r[rows.train].mean()),
+    later("gradient on later calls", ("reference_detached",), lambda r, rows: r[rows.labels.train].mean()),
     Mutant("detaches only its first estimate", ("reference_detached",), lambda rng: LeakyAverage()),
     later("nan on later calls", ("reference_finite", *IN_RANGE), lambda r, rows: mean(own(r, rows)) * torch.nan),
     later(
@@ -382,7 +390,7 @@ REFERENCES = [
     estimate(
         "gradient in large steps",
         ("reference_detached",),
-        lambda r, rows: mean(own(r, rows)) if len(rows) <= 20 else r[rows.train].mean(),
+        lambda r, rows: mean(own(r, rows)) if len(rows) <= 20 else r[rows.labels.train].mean(),
     ),
     estimate("halves the rewards in place", IN_RANGE, halves_in_place),
     estimate(
@@ -409,7 +417,7 @@ REFERENCES = [
     estimate(
         "clamps at zero",
         ("reference_shift_equivariant", "reference_in_range"),
-        lambda r, rows: mean(r[rows.mismatched]).clamp(min=0),
+        lambda r, rows: mean(r[rows.labels.mismatched]).clamp(min=0),
         needs=mismatched,
     ),
     estimate(
@@ -453,13 +461,13 @@ REFERENCES = [
     estimate(
         "mean without detach",
         ("reference_detached", "reference_split"),
-        lambda r, rows: r[rows.train].mean(),
+        lambda r, rows: r[rows.labels.train].mean(),
     ),
     estimate("reads the policy with gradient", ("reference_detached",), with_gradient),
     estimate(
         "soft maximum with gradient",
         ("reference_detached", "reference_split"),
-        lambda r, rows: (torch.softmax(r[rows.train], 0) * r[rows.train]).sum(),
+        lambda r, rows: (torch.softmax(r[rows.labels.train], 0) * r[rows.labels.train]).sum(),
     ),
     estimate("largest of this rank", "reference_split", lambda r, rows: own(r, rows).max()),
     estimate("mean of this rank", "reference_split", lambda r, rows: own(r, rows).mean()),
@@ -496,8 +504,10 @@ class Judge(Feedback):
         self.spoil = spoil
 
     def forward(self, rows: LogProbBatch) -> Judgement:
-        like = torch.ones_like(rows.desirable, dtype=torch.float32)
-        right = Judgement(torch.where(rows.desirable, -like, like), like * rows.train, rows.train.sum().float())
+        like = torch.ones_like(rows.labels.desirable, dtype=torch.float32)
+        right = Judgement(
+            torch.where(rows.labels.desirable, -like, like), like * rows.labels.train, rows.labels.train.sum().float()
+        )
         return self.spoil(right, rows)
 
 
@@ -509,7 +519,7 @@ class Grouped(Judge):
 
 def of_its_prompt(rows: LogProbBatch) -> Tensor:
     """How many rows with a loss each row's prompt has."""
-    return ((rows.group[:, None] == rows.group[None, :]) & rows.train).sum(dim=1)
+    return ((rows.labels.group[:, None] == rows.labels.group[None, :]) & rows.labels.train).sum(dim=1)
 
 
 def feedback(
@@ -523,7 +533,9 @@ def negative_class(desirable: bool) -> Callable[[Random], Feedback]:
     def make(rng: Random) -> Feedback:
         factor = -rng.choice([1e-3, 0.1, 1.0])
         return Judge(
-            lambda j, rows: j._replace(weight=torch.where(rows.desirable == desirable, factor * j.weight, j.weight))
+            lambda j, rows: j._replace(
+                weight=torch.where(rows.labels.desirable == desirable, factor * j.weight, j.weight)
+            )
         )
 
     return make
@@ -579,7 +591,7 @@ FEEDBACKS = [
         lambda rng: LaterJudge(lambda j: j._replace(weight=-j.weight), in_evaluation=True),
     ),
     feedback("negative for long completions", "feedback_weight", flipped_where(lambda r: r.mask.sum(1) > 6)),
-    feedback("negative for later prompts", "feedback_weight", flipped_where(lambda r: r.group >= 16)),
+    feedback("negative for later prompts", "feedback_weight", flipped_where(lambda r: r.labels.group >= 16)),
     feedback("negative in large steps", "feedback_weight", flipped_where(lambda r: len(r) > 32)),
     Mutant(
         "no row weighs anything",
@@ -599,17 +611,21 @@ FEEDBACKS = [
     Mutant(
         "flips the labels in place",
         ("feedback_independent_of_theta", "feedback_sign"),
-        lambda rng: InPlace(lambda rows: rows.desirable.logical_not_()),
+        lambda rng: InPlace(lambda rows: rows.labels.desirable.logical_not_()),
     ),
     feedback(
         "a denominator for small steps", "feedback_finite", lambda j, rows: j._replace(denominator=64 - j.denominator)
     ),
-    feedback("labels 0 and 1 as signs", "feedback_sign", lambda j, rows: j._replace(sign=1 - rows.desirable.float())),
-    feedback("sign 0 for mismatched rows", "feedback_sign", lambda j, rows: j._replace(sign=j.sign * rows.train)),
+    feedback(
+        "labels 0 and 1 as signs", "feedback_sign", lambda j, rows: j._replace(sign=1 - rows.labels.desirable.float())
+    ),
+    feedback(
+        "sign 0 for mismatched rows", "feedback_sign", lambda j, rows: j._replace(sign=j.sign * rows.labels.train)
+    ),
     feedback(
         "sign 2 for one class",
         "feedback_sign",
-        lambda j, rows: j._replace(sign=torch.where(rows.desirable, j.sign, 2 * j.sign)),
+        lambda j, rows: j._replace(sign=torch.where(rows.labels.desirable, j.sign, 2 * j.sign)),
     ),
     feedback("centred signs", "feedback_sign", lambda j, rows: j._replace(sign=j.sign - j.sign.mean())),
     feedback("sign as a column", "feedback_sign", lambda j, rows: j._replace(sign=j.sign[:, None])),
@@ -618,7 +634,7 @@ FEEDBACKS = [
     feedback(
         "advantage with its sign as weight",
         "feedback_weight",
-        lambda j, rows: j._replace(weight=(rows.desirable.float() - 0.5) * rows.train),
+        lambda j, rows: j._replace(weight=(rows.labels.desirable.float() - 0.5) * rows.labels.train),
     ),
     feedback(
         "mismatched rows weigh as well", "feedback_weight", lambda j, rows: j._replace(weight=torch.ones_like(j.weight))
@@ -662,19 +678,19 @@ FEEDBACKS = [
     feedback(
         "divides by the desirable rows only",
         "feedback_finite",
-        lambda j, rows: j._replace(denominator=(rows.desirable & rows.train).sum().float()),
+        lambda j, rows: j._replace(denominator=(rows.labels.desirable & rows.labels.train).sum().float()),
     ),
     feedback(
         "divides by the pairs where there are none",
         "feedback_finite",
-        lambda j, rows: j._replace(denominator=((rows.pair >= 0) & rows.train).sum().float() / 2),
+        lambda j, rows: j._replace(denominator=((rows.labels.pair >= 0) & rows.labels.train).sum().float() / 2),
     ),
     feedback("n - 1", "feedback_finite", lambda j, rows: j._replace(denominator=j.denominator - 1)),
     feedback("negative denominator", "feedback_finite", lambda j, rows: j._replace(denominator=-j.denominator)),
     feedback(
         "weights by the share of the class, 0 / 0",
         ("feedback_finite", "feedback_weight"),
-        lambda j, rows: j._replace(weight=j.weight / (rows.desirable & rows.train).sum() * j.weight),
+        lambda j, rows: j._replace(weight=j.weight / (rows.labels.desirable & rows.labels.train).sum() * j.weight),
     ),
     Mutant(
         "n - 1 of a prompt with one row",
@@ -696,7 +712,7 @@ FEEDBACKS = [
         "feedback_split",
         lambda j, rows: j._replace(sign=torch.where(torch.arange(len(rows)) % 2 == 0, -1.0, 1.0)),
     ),
-    feedback("scores as weights", "feedback_weight", lambda j, rows: j._replace(weight=j.weight * rows.score)),
+    feedback("scores as weights", "feedback_weight", lambda j, rows: j._replace(weight=j.weight * rows.labels.score)),
     feedback(
         "weights that sum to 1 on this rank",
         "feedback_split",
@@ -718,7 +734,7 @@ FEEDBACKS = [
     feedback(
         "weight by the scores of this rank",
         "feedback_split",
-        lambda j, rows: j._replace(weight=j.weight * (rows.score - rows.score.mean()).abs()),
+        lambda j, rows: j._replace(weight=j.weight * (rows.labels.score - rows.labels.score.mean()).abs()),
     ),
 ]
 

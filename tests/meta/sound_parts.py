@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from part_mutants import Estimate, Formula, Judge, mean, own, token_ratio
+from part_mutants import EstimatedBy, Formula, Judge, mean, own, token_ratio
 from torch import Tensor, nn
 from torch.distributed import all_reduce as reduce_everywhere
 from torch.distributed import is_initialized
@@ -17,7 +17,7 @@ from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.distributed import sum_over_ranks
 from halos_pl.objective.feedback import Judgement
 from halos_pl.objective.halo import Result, Sum, SumContext
-from halos_pl.objective.reference_points import MismatchedKL, ReferencePoint
+from halos_pl.objective.reference_points import Estimate, MismatchedKL, ReferencePoint
 from value_functions import ValueFunction
 
 
@@ -120,11 +120,11 @@ class MeanBy(ReferencePoint):
         super().__init__()
         self.everywhere = everywhere
 
-    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
-        total = torch.stack([own(rewards, rows).sum(), rows.train.sum().to(rewards)])
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
+        total = torch.stack([own(rewards, rows).sum(), rows.labels.train.sum().to(rewards)])
         if is_initialized():
             total = self.everywhere(total)
-        return total[0] / total[1].clamp(min=1)
+        return Estimate(total[0] / total[1].clamp(min=1))
 
 
 class AverageInABuffer(ReferencePoint):
@@ -136,11 +136,11 @@ class AverageInABuffer(ReferencePoint):
         super().__init__()
         self.register_buffer("mean", torch.tensor(torch.nan))
 
-    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
         estimate = mean(own(rewards, rows)).float()
         if self.training:
             self.mean = torch.where(self.mean.isnan(), estimate, 0.9 * self.mean + 0.1 * estimate)
-        return self.mean.to(rewards)
+        return Estimate(self.mean.to(rewards))
 
 
 class NamedKL(MismatchedKL):
@@ -161,8 +161,12 @@ class LoggingSum(Sum):
 
 def _balanced(judgement: Judgement, rows: LogProbBatch) -> Judgement:
     """Both classes weigh the same in the step."""
-    own = sum_over_ranks(torch.stack([(rows.train & rows.desirable).sum(), (rows.train & ~rows.desirable).sum()]))
-    return judgement._replace(weight=judgement.weight / torch.where(rows.desirable, own[0], own[1]).clamp(min=1))
+    own = sum_over_ranks(
+        torch.stack(
+            [(rows.labels.train & rows.labels.desirable).sum(), (rows.labels.train & ~rows.labels.desirable).sum()]
+        )
+    )
+    return judgement._replace(weight=judgement.weight / torch.where(rows.labels.desirable, own[0], own[1]).clamp(min=1))
 
 
 SOUND_PARTS: dict[str, Callable[[], nn.Module]] = {
@@ -178,8 +182,10 @@ SOUND_PARTS: dict[str, Callable[[], nn.Module]] = {
     "all_gather_into_tensor": lambda: MeanBy(_gathered),
     "reduce and broadcast": lambda: MeanBy(_reduced_and_broadcast),
     "an average in a buffer": AverageInABuffer,
-    "mean of the pair": lambda: Estimate(
-        lambda r, rows: (r + torch.where(rows.pair < 0, r, r[rows.pair])) / 2, scope="row", needs=Needs(pairs=True)
+    "mean of the pair": lambda: EstimatedBy(
+        lambda r, rows: (r + torch.where(rows.labels.pair < 0, r, r[rows.labels.pair])) / 2,
+        scope="row",
+        needs=Needs(pairs=True),
     ),
     "a subclass of MismatchedKL with its forward": NamedKL,
     "weights by the share of the class on all ranks": lambda: Judge(_balanced),

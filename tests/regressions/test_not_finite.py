@@ -180,7 +180,9 @@ class Bar(TQDMProgressBar):
 def one_class(desirable: bool) -> TokenBatch:
     rows = batch(mismatched=True)
     return rows.select(
-        torch.tensor([i for i in range(len(rows)) if rows.desirable[i] == desirable or rows.mismatched[i]])
+        torch.tensor(
+            [i for i in range(len(rows)) if rows.labels.desirable[i] == desirable or rows.labels.mismatched[i]]
+        )
     )
 
 

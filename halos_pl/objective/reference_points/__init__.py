@@ -1,6 +1,6 @@
 """Reference points: estimators of z0."""
 
-from halos_pl.objective.reference_points.base import MeanOverRanks, ReferencePoint
+from halos_pl.objective.reference_points.base import Estimate, MeanOverRanks, ReferencePoint
 from halos_pl.objective.reference_points.batch import BatchMean, BatchQuantile, LeaveOneOut
 from halos_pl.objective.reference_points.constant import Constant, Zero
 from halos_pl.objective.reference_points.exact import SampledKL, TokenKL
@@ -13,6 +13,7 @@ __all__ = [
     "BatchMean",
     "BatchQuantile",
     "Constant",
+    "Estimate",
     "LeaveOneOut",
     "MeanOverRanks",
     "MismatchedKL",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -10,6 +12,45 @@ from torch import Tensor, nn
 
 from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.distributed import sum_over_ranks
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """z0 of a step or of its rows, and how good the estimate is; all but ``value`` is only logged (``outcome/z0_*``).
+
+    Attributes:
+        value: nats, a scalar for all rows or [n].
+        standard_error: nats, of ``value``; 0 where it is no estimate but exact.
+        rows: how many rows are behind the estimate of one row; None where it does not say.
+        clamped: share of rows whose estimate was replaced by a bound.
+        mean: nats, the estimate before any clamp, averaged over the rows; left out, the mean of ``value``.
+        further: other figures by name.
+    """
+
+    value: Tensor
+    standard_error: Tensor | float = 0.0
+    rows: Tensor | float | None = None
+    clamped: Tensor | float = 0.0
+    mean: Tensor | None = None
+    further: Mapping[str, Tensor | float] = field(default_factory=dict)
+
+    def select(self, index: Tensor) -> Estimate:
+        """That of the rows ``index`` (LongTensor [m])."""
+        return replace(self, value=self.value[index]) if self.value.dim() else self
+
+    def figures(self) -> dict[str, Tensor]:
+        """What is logged, float32 scalars without gradient."""
+        mean = self.value if self.mean is None else self.mean
+        figures = {
+            "standard_error": self.standard_error,
+            "rows": self.rows or 0.0,
+            "clamped": self.clamped,
+            **self.further,
+        }
+        of_float = {"estimate": mean.detach().float().mean()}
+        for name, figure in figures.items():
+            of_float[name] = torch.as_tensor(figure, dtype=torch.float32, device=mean.device).detach()
+        return of_float
 
 
 class ReferencePoint(nn.Module, ABC):
@@ -22,54 +63,21 @@ class ReferencePoint(nn.Module, ABC):
         per_row: with scope ``step``: gives each row a number of its own instead of one for the step.
         needs: which rows must have been scored before ``forward`` is called. A ``step`` reference point that
             does not ask for ``step_rewards`` may read the rewards of mismatched rows only.
-        diagnostics: what the last call had to say about its estimate, a float scalar a name; logged under
-            ``outcome/z0_*``. See :meth:`report`.
     """
 
     scope: Literal["step", "row"] = "step"
     per_row: bool = False
     needs: Needs = Needs()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.diagnostics: dict[str, Tensor] = {}
-
     @abstractmethod
-    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
         """The reference point of each row.
 
         Args:
             rewards: nats, float [n]; detached where ``scope`` is ``step``. Where the reward is one of tokens, the
                 mean over each row's tokens.
             rows: the rows that the rewards belong to.
-
-        Returns:
-            nats, a scalar for all rows or [n].
         """
-
-    def report(
-        self,
-        estimate: Tensor,
-        *,
-        standard_error: Tensor | float = 0.0,
-        rows: Tensor | float = 0.0,
-        clamped: Tensor | float = 0.0,
-        **more: Tensor,
-    ) -> None:
-        """Sets the diagnostics, the same four for every reference point.
-
-        Args:
-            estimate: nats, scalar or [n], before any clamp; of several the mean is kept.
-            standard_error: nats, of the estimate, 0 where it is no estimate but exact.
-            rows: how many rows are behind the estimate of one row.
-            clamped: share of rows whose estimate was replaced by a bound.
-            more: whatever else there is to say.
-        """
-        estimate = estimate.detach().float().mean()
-        figures = {"standard_error": standard_error, "rows": rows, "clamped": clamped, **more}
-        self.diagnostics = {"estimate": estimate}
-        for name, value in figures.items():
-            self.diagnostics[name] = torch.as_tensor(value, dtype=torch.float32, device=estimate.device).detach()
 
 
 class MeanOverRanks:
@@ -90,3 +98,7 @@ class MeanOverRanks:
         squares = sum_over_ranks((values - self.mean).square().sum())
         variance = squares / (self.count - 1).clamp(min=1)
         self.standard_error = (variance / self.count.clamp(min=1)).sqrt()
+
+    def estimate(self) -> Estimate:
+        """Their mean as a reference point."""
+        return Estimate(self.mean, standard_error=self.standard_error, rows=self.count)

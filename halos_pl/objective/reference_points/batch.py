@@ -7,7 +7,7 @@ from torch import Tensor
 
 from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.distributed import gather_over_ranks
-from halos_pl.objective.reference_points.base import MeanOverRanks, ReferencePoint
+from halos_pl.objective.reference_points.base import Estimate, MeanOverRanks, ReferencePoint
 
 
 class BatchMean(ReferencePoint):
@@ -19,10 +19,9 @@ class BatchMean(ReferencePoint):
 
     needs = Needs(step_rewards=True)
 
-    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
-        sample = MeanOverRanks(rewards[rows.train])
-        self.report(sample.mean, standard_error=sample.standard_error, rows=sample.count)
-        return sample.mean
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
+        sample = MeanOverRanks(rewards[rows.labels.train])
+        return sample.estimate()
 
 
 class BatchQuantile(ReferencePoint):
@@ -45,20 +44,17 @@ class BatchQuantile(ReferencePoint):
             raise ValueError(f"BatchQuantile: quantile is {quantile}; it must be in [0, 1]")
         self.quantile = float(quantile)
 
-    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
-        sample, _ = gather_over_ranks(rewards[rows.train].detach().float())
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
+        sample, _ = gather_over_ranks(rewards[rows.labels.train].detach().float())
         n, q = len(sample), self.quantile
         if n == 0:
-            zero = rewards.new_zeros(())
-            self.report(zero)
-            return zero
+            return Estimate(rewards.new_zeros(()), rows=0.0)
         estimate = torch.quantile(sample, q)
         # Without assumptions on the distribution: half the span of the order statistics that lie one
         # standard deviation of the binomial rank to either side.
         spread = (q * (1 - q) / n) ** 0.5
         low, high = torch.quantile(sample, sample.new_tensor([max(q - spread, 0.0), min(q + spread, 1.0)]))
-        self.report(estimate, standard_error=(high - low) / 2, rows=float(n))
-        return estimate
+        return Estimate(estimate, standard_error=(high - low) / 2, rows=float(n))
 
 
 class LeaveOneOut(ReferencePoint):
@@ -72,19 +68,19 @@ class LeaveOneOut(ReferencePoint):
     per_row = True
     needs = Needs(step_rewards=True, groups=True)
 
-    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
-        other = (rows.group[:, None] == rows.group[None, :]) & rows.train
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
+        other = (rows.labels.group[:, None] == rows.labels.group[None, :]) & rows.labels.train
         other &= ~torch.eye(len(rows), dtype=torch.bool, device=rewards.device)
         rewards = rewards.detach()
         weight = other.to(rewards)
         count = weight.sum(dim=1)
         mean = weight @ rewards / count.clamp(min=1)
         variance = (weight * (rewards[None, :] - mean[:, None]).square()).sum(dim=1) / (count - 1).clamp(min=1)
-        own = rows.train
-        self.report(
-            MeanOverRanks(mean[own]).mean,
+        own = rows.labels.train
+        return Estimate(
+            mean,
+            mean=MeanOverRanks(mean[own]).mean,
             standard_error=MeanOverRanks((variance / count.clamp(min=1)).sqrt()[own]).mean,
             rows=MeanOverRanks(count[own]).mean,
             clamped=MeanOverRanks((count == 0)[own]).mean,
         )
-        return mean

@@ -5,16 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from halos_pl.batch import LogProbBatch
-from halos_pl.objective.reference_points.base import ReferencePoint
+from halos_pl.objective.reference_points.base import Estimate, ReferencePoint
 
 
 class Zero(ReferencePoint):
     """z0 = 0: outcomes are the rewards themselves (a degenerate reference)."""
 
-    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
-        zero = rewards.new_zeros(())
-        self.report(zero)
-        return zero
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
+        return Estimate(rewards.new_zeros(()))
 
 
 class Constant(ReferencePoint):
@@ -28,7 +26,5 @@ class Constant(ReferencePoint):
         super().__init__()
         self.value = float(value)
 
-    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
-        constant = rewards.new_tensor(self.value)
-        self.report(constant)
-        return constant
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
+        return Estimate(rewards.new_tensor(self.value))

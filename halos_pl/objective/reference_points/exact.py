@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from halos_pl.batch import LogProbBatch, Needs
-from halos_pl.objective.reference_points.base import MeanOverRanks, ReferencePoint
+from halos_pl.objective.reference_points.base import Estimate, MeanOverRanks, ReferencePoint
 
 
 class TokenKL(ReferencePoint):
@@ -22,14 +22,13 @@ class TokenKL(ReferencePoint):
 
     needs = Needs(reference=True, mismatched=True, exact_kl=True)
 
-    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
         if rows.kl is None:
             raise ValueError("TokenKL: the rows carry no exact KL divergence (LogProbBatch.kl)")
-        sample = MeanOverRanks(rows.kl.sum(dim=1)[rows.mismatched])
+        sample = MeanOverRanks(rows.kl.sum(dim=1)[rows.labels.mismatched])
         if sample.count == 0:
             raise ValueError("TokenKL: the step has no mismatched rows (x_i, y_j) to estimate z0 from")
-        self.report(sample.mean, standard_error=sample.standard_error, rows=sample.count)
-        return sample.mean
+        return sample.estimate()
 
 
 class SampledKL(ReferencePoint):
@@ -54,9 +53,8 @@ class SampledKL(ReferencePoint):
             raise ValueError(f"SampledKL: max_new_tokens is {max_new_tokens}; it must be at least 1")
         self.needs = Needs(samples=max_new_tokens)
 
-    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
-        sample = MeanOverRanks(rewards[rows.mismatched])
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
+        sample = MeanOverRanks(rewards[rows.labels.mismatched])
         if sample.count == 0:
             raise ValueError("SampledKL: the step has no samples of the policy to estimate z0 from")
-        self.report(sample.mean, standard_error=sample.standard_error, rows=sample.count)
-        return sample.mean
+        return sample.estimate()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from halos_pl.batch import LogProbBatch, Needs
-from halos_pl.objective.reference_points.base import MeanOverRanks, ReferencePoint
+from halos_pl.objective.reference_points.base import Estimate, MeanOverRanks, ReferencePoint
 
 
 class MismatchedKL(ReferencePoint):
@@ -16,7 +18,7 @@ class MismatchedKL(ReferencePoint):
     Sum and count are taken over all ranks of the step.
 
     Off-policy completions often have a negative mean log-ratio; then the clamp makes z0 = 0, sometimes for
-    whole runs. ``clamped`` among the diagnostics says how often.
+    whole runs. ``outcome/z0_clamped`` says how often.
 
     Args:
         clamp: replace a negative mean by 0, as the paper does, since a KL divergence cannot be negative. Switch
@@ -32,14 +34,12 @@ class MismatchedKL(ReferencePoint):
         super().__init__()
         self.clamp = clamp
 
-    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
-        sample = MeanOverRanks(rewards[rows.mismatched])
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
+        sample = MeanOverRanks(rewards[rows.labels.mismatched])
         if sample.count == 0:
             raise ValueError("MismatchedKL: the step has no mismatched rows (x_i, y_j) to estimate z0 from")
-        self.report(
-            sample.mean,
-            standard_error=sample.standard_error,
-            rows=sample.count,
-            clamped=(sample.mean < 0) & self.clamp,
+        if not self.clamp:
+            return sample.estimate()
+        return replace(
+            sample.estimate(), value=sample.mean.clamp(min=0), mean=sample.mean, clamped=(sample.mean < 0).float()
         )
-        return sample.mean.clamp(min=0) if self.clamp else sample.mean

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from halos_pl.batch import LogProbBatch, Needs
-from halos_pl.objective.reference_points.base import ReferencePoint
+from halos_pl.objective.reference_points.base import Estimate, ReferencePoint
 
 
 class PairedCompletion(ReferencePoint):
@@ -22,12 +22,10 @@ class PairedCompletion(ReferencePoint):
     scope = "row"
     needs = Needs(pairs=True)
 
-    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
-        alone = rows.pair < 0
-        if bool((alone & rows.train).any()):
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
+        alone = rows.labels.pair < 0
+        if bool((alone & rows.labels.train).any()):
             raise ValueError(
                 "PairedCompletion: a row has no paired completion; use data with chosen and rejected completions"
             )
-        pair = torch.where(alone, 0.0, rewards[rows.pair])
-        self.report(pair[rows.train], rows=1.0)
-        return pair
+        return Estimate(torch.where(alone, 0.0, rewards[rows.labels.pair]), rows=1.0)

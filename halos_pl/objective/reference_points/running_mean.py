@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from halos_pl.batch import LogProbBatch, Needs
-from halos_pl.objective.reference_points.base import ReferencePoint
+from halos_pl.objective.reference_points.base import Estimate, ReferencePoint
 from halos_pl.objective.reference_points.batch import BatchMean
 
 
@@ -50,24 +50,21 @@ class RunningMean(ReferencePoint):
     def set_extra_state(self, state: dict[str, float]) -> None:
         self.mean, self.count = state["mean"], int(state["count"])
 
-    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
-        estimate = self.of(rewards, rows)
-        if estimate.dim():
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
+        of_step = self.of(rewards, rows)
+        if of_step.value.dim():
             raise ValueError(f"RunningMean: {type(self.of).__name__} gives a number for each row, not one a step")
-        step = self.of.diagnostics
-        rows_behind = int(step.get("rows", 1))  # one that reports nothing counts each step equally
+        rows_behind = 1 if of_step.rows is None else int(of_step.rows)  # one that does not say counts each step equally
         if self.training and rows_behind > 0:
             count = self.count + rows_behind
             # The first step has nothing to keep: the share below is 0 for it, under either rule.
             keep = self.count / count if self.decay is None or self.count == 0 else self.decay
-            self.mean = keep * self.mean + (1 - keep) * float(estimate)
+            self.mean = keep * self.mean + (1 - keep) * float(of_step.value)
             self.count = count
-        mean = torch.full_like(estimate, self.mean)
-        self.report(
-            mean,
-            standard_error=step.get("standard_error", 0.0),
-            rows=self.count,
-            clamped=step.get("clamped", 0.0),
-            step_estimate=step.get("estimate", estimate),
+        return Estimate(
+            torch.full_like(of_step.value, self.mean),
+            standard_error=of_step.standard_error,
+            rows=float(self.count),
+            clamped=of_step.clamped,
+            further={"step_estimate": of_step.figures()["estimate"]},
         )
-        return mean

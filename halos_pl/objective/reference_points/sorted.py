@@ -7,7 +7,7 @@ from torch import Tensor
 
 from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.distributed import gather_over_ranks
-from halos_pl.objective.reference_points.base import ReferencePoint
+from halos_pl.objective.reference_points.base import Estimate, ReferencePoint
 
 
 def _by_class(desirable: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,10 +29,10 @@ class RankMatched(ReferencePoint):
     scope = "row"
     needs = Needs(pairs=True, whole_step=True)
 
-    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
-        own = rows.train.nonzero().squeeze(1)
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
+        own = rows.labels.train.nonzero().squeeze(1)
         everyone, first = gather_over_ranks(rewards[own])
-        classes = _by_class(rows.desirable[own])
+        classes = _by_class(rows.labels.desirable[own])
         if len(classes[0]) != len(classes[1]):
             raise ValueError(
                 f"RankMatched: the step has {len(classes[0])} desirable and {len(classes[1])} undesirable rows; rows"
@@ -42,8 +42,7 @@ class RankMatched(ReferencePoint):
         match = torch.empty(len(everyone), dtype=torch.long, device=rewards.device)
         match[best], match[worst] = worst, best
         matched = everyone[match[first : first + len(own)]]
-        self.report(matched, rows=1.0)
-        return torch.zeros_like(rewards).index_put((own,), matched)
+        return Estimate(torch.zeros_like(rewards).index_put((own,), matched), rows=1.0, mean=matched)
 
 
 class SortedMargins(ReferencePoint):
@@ -62,17 +61,17 @@ class SortedMargins(ReferencePoint):
     per_row = True
     needs = Needs(pairs=True, reference=True, step_rewards=True)
 
-    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
-        own = rows.train.nonzero().squeeze(1)
-        if rows.reference_logps is None or bool((rows.pair[own] < 0).any()):
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
+        own = rows.labels.train.nonzero().squeeze(1)
+        if rows.reference_logps is None or bool((rows.labels.pair[own] < 0).any()):
             raise ValueError("SortedMargins needs reference log-probs and rows that all have a paired completion")
         logps = rows.reference_logps.sum(dim=1)
-        margins, first = gather_over_ranks((logps - logps[rows.pair])[own])
+        margins, first = gather_over_ranks((logps - logps[rows.labels.pair])[own])
         everyone, _ = gather_over_ranks(rewards[own])
         matched = torch.empty_like(margins)
         # A rejected row's margin is its paired completion's with the other sign, so the two classes are sorted apart:
         # together, the ranks of a chosen and of a rejected row could mix.
-        for places in _by_class(rows.desirable[own]):
+        for places in _by_class(rows.labels.desirable[own]):
             matched[places[everyone[places].argsort(stable=True)]] = margins[places].sort(stable=True).values
-        self.report(matched, rows=1.0)
-        return torch.zeros_like(rewards).index_put((own,), matched[first : first + len(own)])
+        of_rows = torch.zeros_like(rewards).index_put((own,), matched[first : first + len(own)])
+        return Estimate(of_rows, rows=1.0, mean=matched)
