@@ -96,37 +96,6 @@ def is_plain(head: nn.Module) -> bool:
     return type(head) is nn.Linear and head.bias is None and not _has_hooks(head)
 
 
-@torch.no_grad()
-def compared_tokens(
-    heads: tuple[nn.Module, nn.Module], hidden: tuple[Tensor, Tensor], targets: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Two models beside each other at m tokens, a few rows of logits at a time.
-
-    Args:
-        heads: of p and of q; each :func:`is_plain`.
-        hidden: [m, size] of each.
-        targets: LongTensor [m].
-
-    Returns:
-        log p and log q of each target and KL(p || q) at it, over the whole vocabulary; nats, float32 [m].
-    """
-    found = []
-    parts = max(1, math.ceil(len(targets) * heads[0].weight.shape[0] / LOGITS))  # type: ignore[index, operator]
-    for p, q, t in zip(*(x.tensor_split(parts) for x in (*hidden, targets)), strict=True):
-        log_p, log_q = (head(h).float().log_softmax(dim=1) for head, h in zip(heads, (p, q), strict=True))
-        log_p, log_q = of_shared_ids(log_p, log_q)
-        kl = (log_p.exp() * (log_p - log_q)).sum(dim=1)
-        found.append((*(x.gather(1, t[:, None]).squeeze(1) for x in (log_p, log_q)), kl))
-    log_p, log_q, kl = (torch.cat(each) for each in zip(*found, strict=True))
-    return log_p, log_q, kl
-
-
-def of_shared_ids(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probs [..., size] of the ids that both have: models of one tokenizer may differ in unused ones."""
-    width = min(log_p.shape[-1], log_q.shape[-1])
-    return log_p[..., :width], log_q[..., :width]
-
-
 def token_logps(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """log p of each target.
 

@@ -3,41 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from halos_pl.policy.loading import base_model
+from halos_pl.policy.architecture import Positions, auxiliary_losses, positions, vocabulary_size
 from halos_pl.policy.spec import ModelError
-
-
-class Positions(NamedTuple):
-    """Attributes:
-    most: positions that a model was trained with; None where it has no limit.
-    hard: it cannot compute more than these.
-    alike: tokens of a batch's longest row up to which its rows do not depend on each other; None where they never do.
-    """
-
-    most: int | None
-    hard: bool
-    alike: int | None
-
-
-def positions(model: nn.Module) -> Positions:
-    """The positions of a causal language model of transformers, or of a peft model around one."""
-    config = base_model(model).config.get_text_config()
-    given = getattr(config, "rope_parameters", None) or {}
-    ropes = [given, *(own for own in given.values() if isinstance(own, dict))]  # of all layers, or by their kind
-    long = [rope for rope in ropes if rope.get("rope_type") == "longrope"]
-    alike = None
-    if long:
-        alike = long[0].get("original_max_position_embeddings") or config.original_max_position_embeddings
-    dynamic = any(rope.get("rope_type") == "dynamic" for rope in ropes)
-    most = getattr(config, "max_position_embeddings", None)
-    return Positions(most or None, not given, most if dynamic else alike)
 
 
 def check_length(model: nn.Module, longest: int) -> None:
@@ -106,12 +80,6 @@ def check_prompts(
         )
 
 
-def rows_of_vocabulary(model: nn.Module) -> int:
-    """How many token ids a model knows."""
-    embedding: Any = base_model(model).get_input_embeddings()
-    return int(embedding.weight.shape[0])
-
-
 def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Iterable[tuple[str, Any]]) -> None:
     """Refuses token ids that have no row in the model's embedding.
 
@@ -123,7 +91,7 @@ def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows:
     Raises:
         ModelError: naming the row, the tokens and the cure.
     """
-    known = rows_of_vocabulary(model)
+    known = vocabulary_size(model)
     beyond = {number: token for token, number in tokenizer.get_vocab().items() if number >= known}
     if not beyond:
         return
@@ -143,3 +111,14 @@ def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows:
                 f"{name} has the token {beyond.get(most, '')!r} ({most}), but {about}; {cure}, or remove such rows"
             )
     rank_zero_warn(f"halos: {about}. No row has one of them; in case one does, {cure}")
+
+
+def warn_of_ignored_losses(model: nn.Module) -> None:
+    """Warns of auxiliary losses that transformers would add in training, and an objective does not."""
+    asked = auxiliary_losses(model)
+    if asked:
+        named = ", ".join(f"{name} {'true' if value is True else f'{value:g}'}" for name, value in asked.items())
+        rank_zero_warn(
+            f"halos: the model's config asks for an auxiliary loss ({named}), which is not added: only the objective is"
+            " trained. Watch the load of the experts, or train few steps at a small learning rate"
+        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,10 @@ import torch
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from jinja2 import TemplateSyntaxError
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from halos_pl.policy import adapters
+from halos_pl.policy.architecture import switch_noise_off
 from halos_pl.policy.intact import check_loaded
 from halos_pl.policy.source import source_of
 from halos_pl.policy.spec import LoRASpec, ModelError, ModelSpec, reason
@@ -22,10 +21,7 @@ __all__ = [
     "LoRASpec",
     "ModelError",
     "ModelSpec",
-    "base_model",
     "check_lora",
-    "compile_layers",
-    "frequencies",
     "load_model",
     "load_tokenizer",
     "stored_dtype",
@@ -109,7 +105,7 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
         rank_zero_info(f"halos: {adapter.spec.path} is an adapter of {root.path}; it is merged into its weights")
     if chain:
         model.name_or_path = model.config._name_or_path = spec.path
-    model.noise_of_config = {} if spec.dropout else _switch_noise_off(model)
+    model.noise_of_config = {} if spec.dropout else switch_noise_off(model)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model if spec.lora is None else adapters.with_lora(model, spec.lora)
@@ -153,58 +149,3 @@ def _whole(spec: ModelSpec) -> Any:
     )
     check_loaded(model, info, spec, Path(source_of(spec, weights=False)))
     return model
-
-
-def base_model(model: nn.Module) -> Any:
-    """The model of transformers, below a peft model where there is one."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
-def compile_layers(model: nn.Module) -> None:
-    """Has the parts of each layer that hold no attention compiled when they are first called.
-
-    Attention is left out: it goes over trees of other lengths in every step, and would be compiled anew each time.
-    """
-    base = base_model(model)
-    layers = [layer for part in base.modules() if isinstance(part, nn.ModuleList) for layer in part]
-    for part in (part for layer in layers for part in layer.children()):
-        # transformers numbers its attention modules, so that they find their part of a cache.
-        if part._compiled_call_impl is None and not any(hasattr(module, "layer_idx") for module in part.modules()):
-            part.compile(dynamic=True)
-
-
-def _is_noise(name: str) -> bool:
-    return any(word in name for word in ("dropout", "layerdrop", "jitter")) or name.endswith(("pdrop", "_drop"))
-
-
-def _switch_noise_off(model: nn.Module) -> dict[str, float]:
-    """Sets dropout and the jitter of experts' routers to 0: of modules, and what attention code reads off the config.
-
-    The reference has none, so that a policy with it would differ from it before its first step.
-
-    Returns:
-        what the config said, which belongs into what is exported.
-    """
-    config: Any = model.config
-    before = {name: value for name, value in vars(config).items() if isinstance(value, float) and _is_noise(name)}
-    for name in before:
-        setattr(config, name, 0.0)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and _is_noise(name):
-                setattr(module, name, 0.0)
-    return before
-
-
-def frequencies(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """The frequencies of rotary positions, which no checkpoint holds: (module, name of the buffer, values).
-
-    transformers keeps them in float32 whatever the model's dtype; rounded, they would be those of another model.
-    """
-    for module in model.modules():
-        for name in module._non_persistent_buffers_set:
-            values = module._buffers.get(name)
-            if name.endswith("inv_freq") and values is not None and values.dtype == torch.float32:
-                yield module, name, values

@@ -4,32 +4,38 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from halos_pl.policy.loading import ModelError, ModelSpec, base_model, load_model, load_tokenizer
+from halos_pl.batch import TokenBatch
+from halos_pl.policy.architecture import base_model
+from halos_pl.policy.loading import ModelError, ModelSpec, load_model, load_tokenizer
+from halos_pl.policy.scorer import Scorer
 from halos_pl.policy.store import fingerprint
+
+_NAME = "the reference model"
 
 
 class ReferenceModel(ABC):
-    """Provides the model that log pi_ref is read from.
+    """Gives log pi_ref of rows.
 
-    It is no submodule of the LightningModule: never trained, never wrapped by DDP, never written into a
-    checkpoint.
+    It is no submodule of the LightningModule: never trained, never wrapped by DDP, never written into a checkpoint.
 
     Attributes:
         storable: whether its log-probs can be kept for other runs: it never changes, and has a ``fingerprint``.
         fingerprint: a hash of its weights as they were loaded; set by ``bind`` with ``stored``, where ``storable``.
+        rows_computed: rows that it has scored.
     """
 
     storable = False
     fingerprint: str
+    rows_computed = 0
 
     def check(self, spec: ModelSpec) -> None:
         """Refuses, before anything is loaded, policies of ``spec`` that this reference cannot serve.
@@ -40,33 +46,40 @@ class ReferenceModel(ABC):
         return None
 
     @abstractmethod
-    def bind(self, policy: nn.Module, spec: ModelSpec, *, stored: bool = False) -> None:
-        """Called once, when ``policy`` has just been loaded from ``spec`` and not been trained yet.
+    def bind(self, policy: Scorer, spec: ModelSpec | None, *, stored: bool = False) -> None:
+        """Called once, when ``policy`` has just been loaded and not been trained yet.
 
         Args:
             policy: what is going to be trained.
-            spec: what it was loaded from.
+            spec: what it was loaded from; None for a model that was already in memory.
             stored: its log-probs may all be in the reference store: it is asked for its ``fingerprint``, and
-                may wait with loading weights until ``scoring`` is entered.
+                may load weights only when ``scoring`` is entered.
 
         Raises:
             ModelError: where this reference cannot serve that policy.
         """
 
-    @contextmanager
     @abstractmethod
-    def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
-        """Yields the reference in eval mode on the policy's device."""
+    def scoring(self) -> AbstractContextManager[Scorer]:
+        """Entered to get the reference, in eval mode on the policy's device."""
 
-    def follow(self, policy: nn.Module, step: int) -> None:
+    @torch.no_grad()
+    def logps(self, batch: TokenBatch) -> Tensor:
+        """Log-probs of the completion tokens, float32 [n, T], without gradient (see :meth:`Scorer.forward`)."""
+        self.rows_computed += len(batch)
+        with self.scoring() as scorer:
+            logps: Tensor = scorer(batch)
+            return logps
+
+    def follow(self, step: int) -> None:
         """Called after optimizer step number ``step``, from 1; a frozen reference does nothing."""
         return None
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold of it: nothing of a frozen reference."""
         return {}
 
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
+    def restore(self, state: dict[str, Tensor]) -> None:
         """Puts back what ``state`` returned.
 
         Raises:
@@ -79,7 +92,7 @@ class ReferenceModel(ABC):
             )
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return chain(model.named_parameters(), model.named_buffers())
 
 
@@ -98,12 +111,12 @@ def _without_adapter(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
-def _base_weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The weights of a model without those of its adapter, by the names that they have without it."""
     return ((_without_adapter(name), tensor) for name, tensor in _tensors(model) if ".lora_" not in name)
 
 
-def _cast_like(model: nn.Module, like: dict[str, torch.Tensor]) -> None:
+def _cast_like(model: nn.Module, like: dict[str, Tensor]) -> None:
     """Gives each tensor of ``model`` the dtype and device of its namesake.
 
     The Trainer's precision may have changed the policy's dtypes. Another dtype of any tensor of the reference, a
@@ -118,33 +131,39 @@ class FrozenCopy(ReferenceModel):
 
     storable = True
 
-    def bind(self, policy: nn.Module, spec: ModelSpec, *, stored: bool = False) -> None:
-        self._spec = replace(spec, lora=None)
-        self._model: nn.Module | None = None
+    def bind(self, policy: Scorer, spec: ModelSpec | None, *, stored: bool = False) -> None:
+        self._policy = policy
+        self._spec = spec and replace(spec, lora=None)
+        self._scorer: Scorer | None = None
         if stored:
-            self.fingerprint = weights_fingerprint(policy)
-        else:
-            self._keep(load_model(self._spec) if spec.lora else deepcopy(policy))
+            self.fingerprint = weights_fingerprint(policy.model)
+        if self._spec is None or not stored:
+            with_adapter = hasattr(policy.model, "peft_config")
+            if with_adapter and self._spec is None:
+                raise ModelError("FrozenCopy cannot copy a peft model in memory; choose reference_model: AdapterOff")
+            model = load_model(self._spec) if with_adapter and self._spec else None
+            self._keep(policy.beside(model, _NAME) if model is not None else deepcopy(policy))
 
-    def _keep(self, model: nn.Module) -> nn.Module:
-        self._model = model.eval().requires_grad_(False)
-        return self._model
+    def _keep(self, scorer: Scorer) -> Scorer:
+        self._scorer = scorer.eval().requires_grad_(False)
+        return self._scorer
 
-    def _loaded(self) -> nn.Module:
+    def _loaded(self) -> Scorer:
         """From the files again, since the policy may have been trained."""
+        assert self._spec is not None
         model = load_model(self._spec)
         if weights_fingerprint(model) != self.fingerprint:
             raise ModelError(
                 f"the files of {self._spec.path} have changed since the policy was loaded from them, so the reference"
                 " model is lost; start the run anew"
             )
-        return self._keep(model)
+        return self._keep(self._policy.beside(model, _NAME))
 
     @contextmanager
-    def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
-        model = self._model or self._loaded()
-        _cast_like(model, dict(_base_weights(policy)))
-        yield model
+    def scoring(self) -> Iterator[Scorer]:
+        scorer = self._scorer or self._loaded()
+        _cast_like(scorer.model, dict(_base_weights(self._policy.model)))
+        yield scorer
 
 
 class SyncedCopy(ReferenceModel):
@@ -166,39 +185,41 @@ class SyncedCopy(ReferenceModel):
             raise ValueError(f"SyncedCopy: every is {every} and mix {mix}; it must be every >= 1 and 0 < mix <= 1")
         self.every, self.mix = every, float(mix)
 
-    def bind(self, policy: nn.Module, spec: ModelSpec, *, stored: bool = False) -> None:
-        self._moving = {name for name, p in policy.named_parameters() if p.requires_grad}
-        self._exact: dict[str, torch.Tensor] = {}  # in float32: half precision would lose small moves, each time
-        self._model = deepcopy(policy).eval().requires_grad_(False)  # with its adapter, if it has one
+    def bind(self, policy: Scorer, spec: ModelSpec | None, *, stored: bool = False) -> None:
+        self._policy = policy
+        self._moving = {name for name, p in policy.model.named_parameters() if p.requires_grad}
+        self._exact: dict[str, Tensor] = {}  # in float32: half precision would lose small moves, each time
+        self._scorer = deepcopy(policy).eval().requires_grad_(False)  # with its adapter, if it has one
 
     @contextmanager
-    def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
-        _cast_like(self._model, dict(_tensors(policy)))
-        yield self._model
+    def scoring(self) -> Iterator[Scorer]:
+        _cast_like(self._scorer.model, dict(_tensors(self._policy.model)))
+        yield self._scorer
+
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, p in self._scorer.model.named_parameters() if name in self._moving)
 
     @torch.no_grad()
-    def follow(self, policy: nn.Module, step: int) -> None:
+    def follow(self, step: int) -> None:
         if step % self.every:
             return
-        theirs = dict(policy.named_parameters())
-        for name, own in self._model.named_parameters():
-            if name in self._moving:
-                before = self._exact.get(name, own.data).to(theirs[name].device).float()
-                self._exact[name] = before.lerp(theirs[name].float(), self.mix)
-                own.data = self._exact[name].to(theirs[name])
+        of_policy = dict(self._policy.model.named_parameters())
+        for name, parameter in self._parameters():
+            before = self._exact.get(name, parameter.data).to(of_policy[name].device).float()
+            self._exact[name] = before.lerp(of_policy[name].float(), self.mix)
+            parameter.data = self._exact[name].to(of_policy[name])
 
-    def state(self) -> dict[str, torch.Tensor]:
-        return {n: self._exact.get(n, p.detach()) for n, p in self._model.named_parameters() if n in self._moving}
+    def state(self) -> dict[str, Tensor]:
+        return {name: self._exact.get(name, p.detach()) for name, p in self._parameters()}
 
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
+    def restore(self, state: dict[str, Tensor]) -> None:
         if state.keys() != self._moving:
             raise ValueError(
                 "the checkpoint does not hold the weights of this SyncedCopy: resume with the config of its own run"
             )
-        for name, own in self._model.named_parameters():
-            if name in self._moving:
-                self._exact[name] = state[name].float()
-                own.data = state[name].to(own)
+        for name, parameter in self._parameters():
+            self._exact[name] = state[name].float()
+            parameter.data = state[name].to(parameter)
 
 
 class AdapterOff(ReferenceModel):
@@ -213,19 +234,20 @@ class AdapterOff(ReferenceModel):
                 " reference_model: FrozenCopy"
             )
 
-    def bind(self, policy: nn.Module, spec: ModelSpec, *, stored: bool = False) -> None:
+    def bind(self, policy: Scorer, spec: ModelSpec | None, *, stored: bool = False) -> None:
+        self._policy = policy
         if stored:
-            self.fingerprint = weights_fingerprint(policy)
+            self.fingerprint = weights_fingerprint(policy.model)
 
     @contextmanager
-    def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
-        training = policy.training
-        disable: Any = policy.disable_adapter
+    def scoring(self) -> Iterator[Scorer]:
+        training = self._policy.training
+        disable: Any = self._policy.model.disable_adapter
         try:
             with disable():
-                yield policy.eval()
+                yield self._policy.eval()
         finally:
-            policy.train(training)
+            self._policy.train(training)
 
 
 class OtherModel(ReferenceModel):
@@ -240,19 +262,19 @@ class OtherModel(ReferenceModel):
     def __init__(self, model: ModelSpec) -> None:
         self.spec = model
 
-    def bind(self, policy: nn.Module, spec: ModelSpec, *, stored: bool = False) -> None:
-        if load_tokenizer(spec).get_vocab() != load_tokenizer(self.spec).get_vocab():
+    def bind(self, policy: Scorer, spec: ModelSpec | None, *, stored: bool = False) -> None:
+        if spec and load_tokenizer(spec).get_vocab() != load_tokenizer(self.spec).get_vocab():
             raise ModelError(
                 f"reference_model: {self.spec.path} and the policy {spec.path} have different vocabularies, so"
                 " their log-probs of the same token ids cannot be compared"
             )
-        self._model = load_model(self.spec).eval().requires_grad_(False)
+        self._policy = policy
+        self._scorer = policy.beside(load_model(self.spec), _NAME).eval().requires_grad_(False)
         if stored:
-            self.fingerprint = weights_fingerprint(self._model)
+            self.fingerprint = weights_fingerprint(self._scorer.model)
 
-    @contextmanager
-    def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
-        yield self._model.to(next(policy.parameters()).device)
+    def scoring(self) -> AbstractContextManager[Scorer]:
+        return nullcontext(self._scorer.to(self._policy.device))
 
 
 class NoReference(ReferenceModel):
@@ -263,10 +285,8 @@ class NoReference(ReferenceModel):
             "reference_model is NoReference, but the reward needs log pi_ref; choose reward: LogProb, or a reference"
         )
 
-    def bind(self, policy: nn.Module, spec: ModelSpec, *, stored: bool = False) -> None:
-        self.check(spec)
-
-    @contextmanager
-    def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
+    def bind(self, policy: Scorer, spec: ModelSpec | None, *, stored: bool = False) -> None:
         raise ModelError("NoReference has no model")
-        yield
+
+    def scoring(self) -> AbstractContextManager[Scorer]:
+        raise ModelError("NoReference has no model")

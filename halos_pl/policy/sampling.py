@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -21,9 +21,10 @@ from halos_pl.data.special import SpecialText, SpecialTokens
 from halos_pl.data.tokenize import encode_prompt
 from halos_pl.data.turns import Tools, stop_ids
 from halos_pl.policy.finite import FiniteLogits
-from halos_pl.policy.limits import check_prompts, positions, room, rows_of_vocabulary
-from halos_pl.policy.loading import base_model
-from halos_pl.policy.logprobs import completion_kl
+from halos_pl.policy.architecture import base_model, positions, vocabulary_size
+from halos_pl.policy.kl import Scoring, completion_kl
+from halos_pl.policy.limits import check_prompts, room
+from halos_pl.policy.scorer import Scorer
 from halos_pl.policy.spec import ModelError
 
 LEAST_TEMPERATURE = 1e-6
@@ -133,7 +134,7 @@ def sample_tokens(
     most = [room(places, len(ids), max_new_tokens) for ids in prompts]
     alike = [list(same) for _, same in groupby(work, key=lambda i: most[i])]
     batches = [same[at : at + batch_size] for same in alike for at in range(0, len(same), batch_size)]
-    if pad is None or not 0 <= pad < rows_of_vocabulary(model):
+    if pad is None or not 0 <= pad < vocabulary_size(model):
         pad = 0  # it goes through the model, and is then dropped
     device = next(model.parameters()).device
     generator: Any = model
@@ -159,6 +160,46 @@ def sample_tokens(
                 end = next((at for at, token in enumerate(row) if token in ends), None)
                 found[i] = row if end is None else row[: end + 1]
     return found
+
+
+class PolicySamples:
+    """Adds to a batch, for each of its rows, a completion that the policy samples now, as a mismatched row.
+
+    Args:
+        policy: what samples, at temperature 1 and with the process's own random state.
+        tokenizer: its tokenizer.
+        max_new_tokens: the most tokens of a sample.
+    """
+
+    def __init__(self, policy: Scorer, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
+        self.policy, self.max_new_tokens = policy, max_new_tokens
+        self._stops, self._pad = stop_ids(tokenizer), tokenizer.pad_token_id
+
+    def __call__(self, batch: TokenBatch) -> TokenBatch:
+        """The batch with twice as many rows."""
+        ids = sample_tokens(
+            self.policy.model,
+            [batch.prompts[i].tolist() for i in batch.prompt.tolist()],
+            stops=self._stops,
+            pad=self._pad,
+            max_new_tokens=self.max_new_tokens,
+            names=batch.row_ids,
+        )
+        labels, device, n = batch.labels, batch.prompt.device, len(batch)
+        return replace(
+            batch,
+            completions=[*batch.completions, *(torch.tensor(sampled, device=device) for sampled in ids)],
+            prompt=batch.prompt.repeat(2),
+            labels=Labels(
+                desirable=torch.cat([labels.desirable, torch.zeros_like(labels.desirable)]),
+                pair=torch.cat([labels.pair, torch.full_like(labels.pair, -1)]),
+                mismatched=torch.arange(2 * n, device=device) >= n,
+                group=labels.group.repeat(2),
+                score=labels.score.repeat(2),
+            ),
+            row_ids=[*batch.row_ids, *(f"sample for {name}" for name in batch.row_ids)],
+            loss=None if batch.loss is None else [*batch.loss, *[None] * n],
+        )
 
 
 def check_sampling(**given: float) -> None:
@@ -299,8 +340,8 @@ def as_samples(
 
 
 def kl_of_samples(
-    policy: nn.Module,
-    reference: Callable[[], AbstractContextManager[nn.Module]],
+    policy: Scorer,
+    reference: Scoring,
     samples: Sequence[Sample],
     batch_size: int = 8,
 ) -> Iterator[float]:
@@ -308,14 +349,13 @@ def kl_of_samples(
 
     Args:
         policy: the model that has sampled.
-        reference: called for each batch; what it returns is entered to get the other model.
+        reference: has the other model.
         samples: completions.
         batch_size: samples at a time.
 
     Raises:
         ModelError: where it is not finite, naming the sample.
     """
-    device = next(policy.parameters()).device
     for at in range(0, len(samples), batch_size):
         some = samples[at : at + batch_size]
         n = len(some)
@@ -324,8 +364,8 @@ def kl_of_samples(
             completions=[torch.tensor(s.completion_ids) for s in some],
             prompt=torch.arange(n),
             labels=Labels(desirable=torch.ones(n, dtype=torch.bool)),
-        ).to(device)
-        for i, nats in enumerate(completion_kl(policy, reference(), batch).sum(dim=1).tolist(), start=at + 1):
+        ).to(policy.device)
+        for i, nats in enumerate(completion_kl(policy, reference, batch).sum(dim=1).tolist(), start=at + 1):
             if not math.isfinite(nats):
                 raise ModelError(
                     f"answer {i}: its KL to the reference model is {nats}, so one of the two has no finite logits; its"

@@ -22,10 +22,11 @@ import torch
 from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from halos_pl.batch import TokenBatch
 from halos_pl.cache import REFERENCE, Use, cache_root, limit
-from halos_pl.policy.loading import ModelError
+from halos_pl.policy.spec import ModelError
 
 LARGEST = 4 << 30  # bytes; the least recently used entries make room for new ones
 _DAY = 86400
@@ -227,3 +228,43 @@ class ReferenceStore:
         """Closes the file."""
         self._db.close()
         self._use.end()
+
+
+class StoredReference:
+    """A reference whose log-probs are taken from a store where they are there, and added to it otherwise.
+
+    Args:
+        reference: bound with ``stored``.
+        store: where log-probs are kept.
+        numerics: what they depend on beside weights and rows (``Scorer.numerics`` of the policy), asked for each batch.
+
+    Attributes:
+        rows_stored: rows that were found in the store.
+    """
+
+    def __init__(self, reference: Any, store: ReferenceStore, numerics: Callable[[], tuple[Any, ...]]) -> None:
+        self.reference, self.store, self._numerics = reference, store, numerics
+        self.rows_stored = 0
+
+    @property
+    def rows_computed(self) -> int:
+        """Rows that the reference has scored."""
+        return int(self.reference.rows_computed)
+
+    def scoring(self) -> Any:
+        """Entered to get the model, which may have to be loaded."""
+        return self.reference.scoring()
+
+    @torch.no_grad()
+    def logps(self, batch: TokenBatch) -> Tensor:
+        """Log-probs of the completion tokens, float32 [n, T]: of other batches, so equal up to rounding."""
+        names = keys(" ".join(map(str, (self.reference.fingerprint, *self._numerics()))), batch)
+        logps = self.store.get(names)
+        missing = [i for i, name in enumerate(names) if name not in logps]
+        self.rows_stored += len(batch) - len(missing)
+        if missing:
+            computed = self.reference.logps(batch.select(torch.tensor(missing, device=batch.prompt.device)))
+            fresh = {names[i]: row[: len(batch.completions[i])] for i, row in zip(missing, computed, strict=True)}
+            self.store.put(fresh)
+            logps |= fresh
+        return pad_sequence([logps[name].to(batch.prompt.device) for name in names], batch_first=True)

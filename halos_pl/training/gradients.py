@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+
+from halos_pl.training.non_finite import NonFiniteLossError, highest_lr, lower_lr, non_finite
 
 #: Steps in a row after which it is said.
 ZERO, CLIPPED = 2, 20
@@ -111,3 +114,34 @@ class GradientWatch:
         if what not in self._said:
             self._said.add(what)
             rank_zero_warn(f"halos: {text}")
+
+
+def clip_gradients(module: Any, watch: GradientWatch, optimizer: Any, value: float | None, algorithm: str | None) -> Tensor:
+    """Clips by norm or value, and returns the norm before clipping, which is logged as ``grad_norm``.
+
+    Args:
+        module: the LightningModule.
+        watch: is told of the step.
+        optimizer: what it steps with.
+        value: the norm, or the value of each entry, that gradients are clipped to; None or 0 for none.
+        algorithm: ``norm``, ``value`` or None.
+
+    Raises:
+        NonFiniteLossError: where the norm is not finite, so that the step would make the policy NaN.
+    """
+    parameters = [p for p in module.trainer.precision_plugin.main_params(optimizer) if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    size = norm.item()
+    if not math.isfinite(size):
+        what = f"the loss is finite, but its gradient's norm is {size}"
+        slopes = "is each slope of the value function finite, also at u = 0? halos check looks"
+        hint = f"{lower_lr(module)}. If not: {slopes}" if module.global_step else slopes
+        raise NonFiniteLossError(f"{non_finite(module, what, module.row_ids)}\n{hint}")
+    by_value = algorithm == "value"
+    cut = mostly_cut((p.grad for p in parameters), value) if value and by_value else None
+    watch.see(size, value, lr=highest_lr(optimizer), step=module.global_step, figures=module.figures, cut=cut)
+    if by_value:
+        module.clip_gradients(optimizer, value, algorithm)
+    elif value:
+        torch.nn.utils.clip_grads_with_norm_(parameters, float(value), norm)
+    return norm

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from halos_pl.batch import LogProbBatch
 from halos_pl.distributed import sum_over_ranks
-from halos_pl.objective.halo import Outcomes, Result
-from value_functions import ValueFunction
+from halos_pl.objective.halo import HALO, Outcomes, Result
+from halos_pl.objective.rewards import LogRatio
+from value_functions import ValueFunction, reward_scale
 
 Weighted = tuple[Tensor, Tensor]
 """A sum and the count it is to be divided by, float scalars."""
@@ -164,3 +165,32 @@ def with_margin(means: dict[str, float]) -> dict[str, float]:
     if {"rewards/chosen", "rewards/rejected"} <= means.keys():
         means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     return means
+
+
+def implied_reward(rows: LogProbBatch, result: Result) -> Tensor | None:
+    """r of each row, nats, [n]: the objective's, else the log-ratio where there is a reference."""
+    if result.outcomes is not None:
+        return result.outcomes.reward
+    return None if rows.reference_logps is None else LogRatio()(rows).detach()
+
+
+def row_figures(rows: LogProbBatch, result: Result, halo: HALO | None) -> dict[str, Weighted]:
+    """Everything that is logged of rows, none of them mismatched.
+
+    Args:
+        rows: n rows with a loss.
+        result: what the objective says of them.
+        halo: the HALO whose outcomes are reported; None for a pure baseline.
+    """
+    figures = logp_figures(rows)
+    reward = implied_reward(rows, result)
+    if reward is not None:
+        figures |= reward_figures(rows, reward, reward_scale(halo.value_function) if halo else 1.0)
+    if halo is not None and result.outcomes is not None and result.estimate is not None:
+        with torch.autocast(rows.mask.device.type, enabled=False):
+            figures |= outcome_figures(result.outcomes, halo.value_function)
+        n = rows.mask.new_tensor(len(rows), dtype=torch.float32)
+        figures |= {f"outcome/z0_{name}": (value * n, n) for name, value in result.estimate.figures().items()}
+        if halo.needs.mismatched and halo.needs.reference:
+            figures["kl"] = figures["outcome/z0"]
+    return figures

@@ -356,3 +356,41 @@ def _without_state(group: dict[str, Any]) -> dict[str, Any]:
     numbers = ("weight_decay", "betas", "eps", "momentum", "dampening", "alpha")
     switches = ("nesterov", "centered", "amsgrad", "maximize", "decoupled_weight_decay")
     return {"lr": _plain(lr)} | {key: _plain(group[key]) for key in (*numbers, *switches) if key in group}
+
+
+def prepared_optimizer(
+    make: Callable[[list[nn.Parameter]], Optimizer],
+    masters: MasterWeights,
+    trained: list[nn.Parameter],
+    *,
+    kind: str,
+    warmup_ratio: float,
+    steps: float,
+    changed: Callable[[list[Change]], None],
+) -> tuple[Any, Schedule]:
+    """The optimizer of a run and its schedule.
+
+    Args:
+        make: ``model.optimizer``.
+        masters: float32 copies of what is trained; empty for none.
+        trained: the model's parameters.
+        kind: of the schedule after warm-up.
+        warmup_ratio: share of ``steps`` during which the learning rate rises.
+        steps: optimizer steps of the run; infinite where nothing limits them.
+        changed: see :func:`guard`.
+
+    Raises:
+        ValueError: where the optimizer does not take its settings, or nothing limits the steps.
+    """
+    optimizer = made(make, masters.parameters or trained)
+    guard(optimizer, changed)
+    masters.attach(optimizer)
+    LostUpdates(optimizer, "Set model.master_weights to true")
+    # Else Lightning takes a fused one for an optimizer that unscales gradients, and refuses to clip them for it.
+    optimizer._step_supports_amp_scaling = False
+    if not math.isfinite(steps):
+        raise ValueError(
+            f"model.lr_schedule {kind} and model.warmup_ratio are shares of a run's length, but nothing limits its"
+            " steps; set trainer.max_steps or trainer.max_epochs (trainer.max_time may end it sooner)"
+        )
+    return optimizer, Schedule(optimizer, kind, warmup_steps=round(warmup_ratio * steps), steps=int(steps))

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from halos_pl.batch import TokenBatch
-from halos_pl.policy.tree import parts
+from halos_pl.policy.architecture import decoder_and_head
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def cost(model: nn.Module) -> Cost:
     Raises:
         TypeError: for one with experts, of which a token goes through a few.
     """
-    decoder, head = parts(model)
+    decoder, head = decoder_and_head(model)
     if any(p.dim() == 3 and "expert" in name for name, p in decoder.named_parameters()):
         raise TypeError("of its experts a token goes through a few")
     weights = [m.weight for m in decoder.modules() if isinstance(m, (nn.Linear, Conv1D))]

@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser
-from torch import nn
 
 from halos_pl.common.foreign_code import model_of_config
 from halos_pl.common.messages import cause
 from halos_pl.data.template import CHAT_TEMPLATE, use_template
-from halos_pl.policy.loading import load_model
 from halos_pl.training.callbacks import CONFIG
 from halos_pl.training.checkpoint import entry_kind, load_trained
 from halos_pl.training.module import HALOModule
@@ -59,14 +57,14 @@ def load_run(run: str | Path, ckpt_path: str | None = None) -> HALOModule:
     run = Path(run)
     module = module_of_run(run)
     state = load_trained(run, ckpt_path)
-    policy: nn.Module = load_model(module.policy_spec)
-    module.policy = policy
+    assert module.policy_spec is not None
+    module.load_policy()
     put_weights(module, state, run)
     # A Trainer of half precision has rounded what it trained.
-    trained = {value.dtype for name, value in state.items() if name.startswith("policy.") and value.is_floating_point()}
+    trained = {value.dtype for name, value in state.items() if name.startswith("scorer.") and value.is_floating_point()}
     widest = max(trained, key=lambda dtype: dtype.itemsize, default=torch.float32)
     if widest.itemsize < getattr(torch, module.policy_spec.dtype).itemsize:
-        policy.to(widest)
+        module.policy.to(widest)
     return module
 
 

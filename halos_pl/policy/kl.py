@@ -1,0 +1,92 @@
+"""The KL divergence between two models along given completions, over the whole vocabulary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from halos_pl.batch import TokenBatch
+from halos_pl.policy.architecture import vocabulary_size
+from halos_pl.policy.head import LOGITS
+from halos_pl.policy.logprobs import completion_mask
+from halos_pl.policy.scorer import Scorer
+
+
+class Scoring(Protocol):
+    """What has a model to compare with: a reference."""
+
+    @property
+    def scoring(self) -> Callable[[], AbstractContextManager[Scorer]]:
+        """Entered to get it."""
+
+
+def _of_shared_ids(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs [..., size] of the ids that both have: models of one tokenizer may differ in unused ones."""
+    width = min(log_p.shape[-1], log_q.shape[-1])
+    return log_p[..., :width], log_q[..., :width]
+
+
+def _compared(log_p: Tensor, log_q: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log p and log q of the targets [...], and KL(p || q) there, of log-probs [..., V]."""
+    log_p, log_q = _of_shared_ids(log_p, log_q)
+    of_target = (x.gather(-1, targets[..., None]).squeeze(-1) for x in (log_p, log_q))
+    kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    return (*of_target, kl)  # type: ignore[return-value]
+
+
+def _tokens(policy: Scorer, reference: Scoring, batch: TokenBatch) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, ...]]]:
+    """Yields (rows, columns, compared) for a few tokens at a time, so memory does not grow with the vocabulary."""
+    ours = policy(batch, wanted="states")
+    with reference.scoring() as other:
+        theirs = other(batch, wanted="states")
+    for p, q in zip(ours, theirs, strict=True):
+        chunks = max(1, math.ceil(len(p.targets) * vocabulary_size(policy.model) / LOGITS))
+        pieces = zip(*(x.tensor_split(chunks) for x in (p.hidden, q.hidden, p.targets, p.row, p.column)), strict=True)
+        for of_policy, of_reference, targets, row, column in pieces:
+            log_p = policy(hidden=of_policy).log_softmax(dim=1)
+            with reference.scoring() as other:
+                log_q = other(hidden=of_reference).log_softmax(dim=1)
+            yield row, column, _compared(log_p, log_q, targets)
+
+
+@torch.no_grad()
+def compared_logps(policy: Scorer, reference: Scoring, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of the completion tokens under two models, and KL(policy || reference) at each of them.
+
+    The divergence is summed over the whole vocabulary, exact at every position given its prefix. Where the completions
+    were sampled from the policy, its sum over a completion's tokens is an unbiased, low-variance estimate of the
+    sequences' KL divergence.
+
+    Args:
+        policy: the model whose expectation is taken.
+        reference: has the other model; it may be the policy with its adapter off.
+        batch: n rows.
+
+    Returns:
+        log-probs under the policy, under the reference, and the divergence: nats, float32 [n, T] each, 0 where a row
+        has no token with loss.
+    """
+    with reference.scoring() as other:
+        shared = policy.shares_prefixes and other.shares_prefixes
+        log_q = None if shared else other(batch, wanted="logits").log_softmax(dim=-1)
+    mask = completion_mask(batch)
+    out = [torch.zeros_like(mask, dtype=torch.float32) for _ in range(3)]
+    if log_q is None:
+        for row, column, figures in _tokens(policy, reference, batch):
+            for whole, some in zip(out, figures, strict=True):
+                whole[row, column] = some
+    else:
+        targets = torch.nn.utils.rnn.pad_sequence(batch.completions, batch_first=True)
+        log_p = policy(batch, wanted="logits").log_softmax(dim=-1)
+        out = [torch.where(mask, figures, 0.0) for figures in _compared(log_p, log_q, targets)]
+    return out[0], out[1], out[2]
+
+
+def completion_kl(policy: Scorer, reference: Scoring, batch: TokenBatch) -> Tensor:
+    """KL(policy || reference) along given completions, nats, float32 [n, T]; see :func:`compared_logps`."""
+    return compared_logps(policy, reference, batch)[2]

@@ -1,0 +1,66 @@
+"""What a checkpoint of a run holds beside Lightning's own: trained weights only, the reference, random states, settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.trainer.states import TrainerFn
+
+from halos_pl.training.checkpoint import check_finite, entry_kind
+from halos_pl.training.checks import check_limits
+from halos_pl.training.non_finite import last_good
+from halos_pl.training.random_state import random_states
+from halos_pl.training.resume import finished_progress
+
+
+def fill(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Drops frozen weights from a checkpoint, and adds what else a run resumes from.
+
+    Raises:
+        NonFiniteWeightsError: where the policy has diverged.
+    """
+    if module.reference_bound and (state := module.reference_model.state()):
+        checkpoint["reference_model"] = state
+    trained = set()
+    for name, parameter in module.named_parameters(remove_duplicate=False):  # a tied weight has two names
+        if parameter.requires_grad:
+            trained.add(name)
+        else:
+            checkpoint["state_dict"].pop(name, None)
+    check_finite(checkpoint, trained, last_good(module.trainer))
+    checkpoint["rng_states"] = random_states(module.device)
+    checkpoint["settings"] = module.record.state(module.trainer)
+
+
+def take(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Adds the frozen weights of the policy that has just been loaded; refuses to resume as another run.
+
+    Raises:
+        ValueError: naming what differs from the checkpoint's run, or the limit that it has already reached.
+    """
+    trainer = module.trainer
+    spec = module.policy_spec
+    start_matters = module.reference_bound or spec is None or spec.lora is not None
+    module.record.compare(checkpoint, trainer, start_matters=start_matters)
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            checkpoint["state_dict"].setdefault(name, parameter.detach())
+    _check_state(module, checkpoint["state_dict"])
+    if module.reference_bound:
+        module.reference_model.restore(checkpoint.get("reference_model", {}))
+    if trainer.state.fn == TrainerFn.FITTING:
+        epoch, step = finished_progress(checkpoint["loops"]["fit_loop"])
+        check_limits(trainer, epoch, checkpoint["global_step"])
+        resume_at = getattr(trainer.datamodule, "resume_at", None)
+        if resume_at is not None:
+            resume_at(epoch, step)
+
+
+def _check_state(module: Any, saved: dict[str, Any]) -> None:
+    kinds = [{k: entry_kind(v) for k, v in state.items()} for state in (module.state_dict(), saved)]
+    differing = sorted(k for k in kinds[0].keys() | kinds[1].keys() if kinds[0].get(k, "-") != kinds[1].get(k, "-"))
+    if differing:
+        raise ValueError(
+            f"{module.trainer.ckpt_path} does not fit this policy and objective: {len(differing)} entries differ,"
+            f" first {', '.join(differing[:3])}. Resume with the config of its own run, or start a new run"
+        )

@@ -1,0 +1,90 @@
+"""Trainer settings under which the loss would not be the one that the config says; refused before training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+
+
+def unsupported_strategy(name: str) -> str:
+    """Why a strategy is refused, and what to do instead."""
+    return (
+        f"trainer.strategy {name} is not supported: the reference model is kept out of the strategy's sharding and the"
+        " log-probs are read from the bare policy. Use a single device or ddp; model.policy.lora and"
+        " model.micro_batch_rows save memory"
+    )
+
+
+def check_float16(trainer: Any, dtype: str) -> None:
+    """Refuses to train in float16 without a loss scaler: small gradients would be 0, large ones infinite.
+
+    Args:
+        trainer: Lightning's.
+        dtype: of the weights that are loaded.
+
+    Raises:
+        ValueError: naming the setting and what to choose instead.
+    """
+    setting = "trainer.precision is 16-true" if trainer.precision == "16-true" else ""
+    if dtype == "float16" and getattr(trainer.precision_plugin, "scaler", None) is None:
+        setting = setting or f"model.policy.dtype is float16 and trainer.precision {trainer.precision}"
+    if setting:
+        raise ValueError(
+            f"{setting}: gradients below 6e-8 would be 0 and above 65504 infinite, since nothing scales the loss. Choose"
+            " bfloat16 (trainer.precision bf16-true or bf16-mixed), or float32 weights with 16-mixed on a GPU"
+        )
+
+
+def check_clipping(value: float | None, algorithm: str | None) -> None:
+    """Refuses values that Lightning would silently take for no clipping; null and 0 mean none.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if value is not None and not value >= 0:
+        raise ValueError(
+            f"trainer.gradient_clip_val is {value}; it must be at least 0, or null. 0 and null do not clip"
+        )
+    if algorithm not in (None, "norm", "value"):
+        raise ValueError(f"trainer.gradient_clip_algorithm is {algorithm}; it must be norm or value")
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuses settings that would silently train something else.
+
+    Raises:
+        ValueError: naming the setting, the reason and what to do instead.
+    """
+    if trainer.accumulate_grad_batches > 1:
+        raise ValueError(
+            f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}: it would average losses with"
+            " different reference points and wrong weights. A batch is one optimizer step here: raise"
+            " data.batch_size, and set model.micro_batch_rows to what fits in memory"
+        )
+    check_clipping(trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
+    whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+    if not whole or isinstance(trainer.strategy, DeepSpeedStrategy):  # DeepSpeed's is a subclass of DDP's
+        raise ValueError(unsupported_strategy(type(trainer.strategy).__name__))
+
+
+def check_limits(trainer: Any, epoch: int, taken: int) -> None:
+    """Refuses to resume a run that has already reached a limit.
+
+    Args:
+        trainer: Lightning's.
+        epoch: epochs that the checkpoint has trained.
+        taken: its optimizer steps.
+
+    Raises:
+        ValueError: naming the limit.
+    """
+    most, last = trainer.max_epochs, trainer.max_steps
+    if most is not None and 0 <= most < epoch:
+        raise ValueError(
+            f"trainer.max_epochs is {most}, but {trainer.ckpt_path} has trained {epoch} epochs; raise it to resume"
+        )
+    if 0 <= last < taken:
+        raise ValueError(
+            f"trainer.max_steps is {last}, but {trainer.ckpt_path} has taken {taken} steps; raise it to resume"
+        )
