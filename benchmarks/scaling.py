@@ -53,9 +53,11 @@ def measure(point: Point, threads: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
     from vs_trl import Peak, resident
 
-    from halos_pl.batch import Labels, LogProbBatch, TokenBatch
+    from halos_pl.batch import Labels, TokenBatch
     from halos_pl.objective.build import load_objective
-    from halos_pl.policy.logprobs import completion_logps, completion_mask, pack
+    from halos_pl.policy.reference import FixedModel
+    from halos_pl.policy.scorer import Scorer
+    from halos_pl.training.engine import StepEngine
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -68,10 +70,8 @@ def measure(point: Point, threads: int) -> None:
         tie_word_embeddings=True,
         attn_implementation="sdpa",
     )
-    policy, reference = LlamaForCausalLM(config), LlamaForCausalLM(config).requires_grad_(False)
-    for model in (policy, reference):
-        if why := pack(model):
-            raise SystemExit(why)
+    policy = Scorer(LlamaForCausalLM(config), prefix_sharing="always")
+    reference = FixedModel(LlamaForCausalLM(config).requires_grad_(False), policy)
     objective = load_objective(Path(__file__).resolve().parents[1] / "experiments/objectives/kto.yaml")
     n = point.rows
 
@@ -85,17 +85,11 @@ def measure(point: Point, threads: int) -> None:
         labels=Labels(desirable=torch.arange(2 * n) % 2 == 0, mismatched=torch.arange(2 * n) >= n),
     )
 
+    engine = StepEngine(objective, policy, reference)
+
     def step() -> None:
         policy.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            known = completion_logps(reference, batch)
-        rows = LogProbBatch(
-            policy_logps=completion_logps(policy, batch),
-            reference_logps=known,
-            mask=completion_mask(batch),
-            labels=batch.labels,
-        )
-        objective(rows).loss.backward()
+        engine.step(batch)
 
     before, seconds = resident(), []
     with Peak() as peak:

@@ -39,7 +39,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -224,11 +223,16 @@ def theirs(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Ten
     return trainer.model, step, 0.0
 
 
-def ours(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Tensor], float]:
-    """The same rows, token by token, through the training step of ``HALOModule``."""
+def ours(workload: Workload, folder: str, objective: Any = None) -> tuple[Any, Callable[[], torch.Tensor], float]:
+    """The same rows, token by token, through the engine that ``HALOModule`` trains with."""
     from halos_pl.batch import Labels, TokenBatch
     from halos_pl.objective.build import load_objective
-    from halos_pl.training.module import HALOModule
+    from halos_pl.policy.loading import load_model
+    from halos_pl.policy.memory import keep_freed_memory
+    from halos_pl.policy.reference import AdapterOff, FrozenCopy
+    from halos_pl.policy.scorer import Scorer
+    from halos_pl.policy.store import ReferenceStore, StoredReference
+    from halos_pl.training.engine import StepEngine
     from halos_pl.training.throughput import cost, step_flops
 
     kind = workload.kind
@@ -256,33 +260,35 @@ def ours(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Tenso
             prompt=torch.arange(n).repeat(2),
             labels=Labels(desirable=torch.arange(2 * n) < n, pair=torch.arange(2 * n).roll(n)),
         )
-    halo: Any = load_objective(ROOT / f"experiments/objectives/{kind}.yaml")
-    names = ("reward", "reference_point", "value_function", "feedback", "reflect_undesirable", "loss_offset")
-    parts = {name: getattr(halo, name) for name in names}
+    objective = objective or load_objective(ROOT / f"experiments/objectives/{kind}.yaml")
+    spec = _spec(workload)
 
-    def made() -> Any:
-        module = HALOModule(_spec(workload), reference_store=workload.stored, **parts)
-        # What a module asks of its Trainer where there is none.
-        alone: Any = SimpleNamespace(testing=False, strategy=None, state=SimpleNamespace(fn=None))
-        module._trainer = alone
-        module.configure_model()
-        return module.to(workload.device)
+    def engine() -> StepEngine:
+        policy = Scorer(load_model(spec).train())
+        reference = AdapterOff() if spec.lora else FrozenCopy()
+        reference.bind(policy, spec, stored=workload.stored)
+        store = StoredReference(reference, ReferenceStore(), lambda: policy.numerics) if workload.stored else None
+        policy.to(workload.device)
+        return StepEngine(objective, policy, store or reference)
 
     batch = batch.to(workload.device)
     if workload.stored:  # by another run
         with workload.autocast():
-            list(made()._results(batch, gradient=False))
-    module = made()
-    module.on_fit_start()
+            list(engine().evaluate(batch))
+    ours = engine()
+    keep_freed_memory()
 
     def step() -> torch.Tensor:
-        with workload.autocast():
-            [(_, _, result)] = module._results(batch, gradient=True)
-        result.loss.backward()
-        return result.loss.detach()  # type: ignore[no-any-return]
+        def backward(loss: torch.Tensor) -> None:
+            with torch.autocast(loss.device.type, enabled=False):
+                loss.backward()
 
-    flops = step_flops(cost(module.policy), batch, reference=float(not workload.stored))
-    return module.policy, step, flops
+        with workload.autocast():
+            [part] = ours.step(batch, backward=backward)
+        return part.result.loss
+
+    model = ours.policy.model
+    return model, step, step_flops(cost(model), batch, reference=float(not workload.stored))
 
 
 def worker(side: str, given: Workload, folder: str, threads: int) -> None:

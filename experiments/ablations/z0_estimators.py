@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,9 @@ from halos_pl.objective.reference_points import (
     Zero,
 )
 from halos_pl.objective.rewards import LogRatio
-from halos_pl.policy.logprobs import completion_kl, completion_logps, completion_mask
-from halos_pl.policy.sampling import sample_tokens
+from halos_pl.policy.kl import completion_kl
+from halos_pl.policy.sampling import PolicySamples
+from halos_pl.training.engine import scored_rows
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -106,7 +107,7 @@ class Along(Callback):
     @torch.no_grad()
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: TokenBatch, batch_idx: int) -> None:
         """The running mean sees every step's rewards, as it does where it is the reference point."""
-        rows = self._rows(pl_module, batch, ~batch.labels.mismatched)
+        rows = self._rows(pl_module, batch, batch.labels.train)
         self.running.train()(LogRatio()(rows), rows)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
@@ -116,29 +117,12 @@ class Along(Callback):
     @staticmethod
     def _rows(module: Any, batch: TokenBatch, chosen: torch.Tensor, kl: bool = False) -> LogProbBatch:
         part = batch.select(chosen.nonzero().squeeze(1))
-        return LogProbBatch(
-            policy_logps=completion_logps(module.policy, part),
-            reference_logps=module.reference_logps(part),
-            mask=completion_mask(part),
-            labels=part.labels,
-            kl=completion_kl(module.policy, module.scoring(), part) if kl else None,
-        )
+        return scored_rows(module.scorer, module.reference, part, kl=kl)
 
     def _sampled(self, module: Any, batch: TokenBatch) -> TokenBatch:
-        rows = batch.select((~batch.labels.mismatched).nonzero().squeeze(1))
-        ids = sample_tokens(
-            module.policy,
-            [rows.prompts[i].tolist() for i in rows.prompt.tolist()],
-            stops=[module.tokenizer.eos_token_id],
-            pad=module.tokenizer.pad_token_id,
-            max_new_tokens=self.max_new_tokens,
-        )
-        return replace(
-            rows,
-            completions=[torch.tensor(sampled) for sampled in ids],
-            pair=torch.full_like(rows.labels.pair, -1),
-            mismatched=torch.ones_like(rows.labels.mismatched),
-        )
+        rows = batch.select(batch.labels.train.nonzero().squeeze(1))
+        both = PolicySamples(module.scorer, module.tokenizer, self.max_new_tokens)(rows)
+        return both.select(both.labels.mismatched.nonzero().squeeze(1))
 
     @torch.no_grad()
     def _measure(self, module: Any, step: int) -> None:
@@ -150,7 +134,7 @@ class Along(Callback):
         with torch.random.fork_rng():
             torch.manual_seed(step)
             for batch in self.batches:
-                rows = self._rows(module, batch, ~batch.labels.mismatched)
+                rows = self._rows(module, batch, batch.labels.train)
                 with clocks["mismatched"]():
                     mismatched = self._rows(module, batch, batch.labels.mismatched)
                 with clocks["kl"]():
@@ -158,7 +142,7 @@ class Along(Callback):
                 with clocks["samples"]():
                     own = self._sampled(module, batch)
                     samples = self._rows(module, own, own.labels.mismatched)
-                kl = completion_kl(module.policy, module.scoring(), own).sum(dim=1)
+                kl = completion_kl(module.scorer, module.reference, own).sum(dim=1)
                 oracle.append(float(kl.mean()))
                 estimators = ESTIMATORS | {"RunningMean": copy.deepcopy(self.running)}
                 for name, estimator in estimators.items():

@@ -17,8 +17,8 @@ from torch import nn
 from halos_pl.cache import cache_root
 from halos_pl.common.files import remove, share
 from halos_pl.policy import adapters
-from halos_pl.policy.intact import is_finite
 from halos_pl.policy.architecture import base_model
+from halos_pl.policy.intact import is_finite
 from halos_pl.policy.loading import load_model, stored_dtype
 from halos_pl.policy.sampling import add_stops
 from halos_pl.policy.source import ADAPTER_CONFIG, source_of

@@ -66,12 +66,12 @@ from halos_pl.training.checkpoint import (
     read_checkpoint,
     refuse_code,
 )
+from halos_pl.training.checks import check_trainer, unsupported_strategy
 from halos_pl.training.ending import NotingTrainer
 from halos_pl.training.log_config import LogConfig, missing_package
-from halos_pl.training.checks import check_trainer, unsupported_strategy
 from halos_pl.training.module import HALOModule
-from halos_pl.training.non_finite import NonFiniteLossError
 from halos_pl.training.monitors import check_monitors, say_unused
+from halos_pl.training.non_finite import NonFiniteLossError
 from halos_pl.training.resume import KeepSettings
 from halos_pl.training.stop_at_step import AgreedSignals, StopAtStep
 

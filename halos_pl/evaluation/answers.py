@@ -18,8 +18,8 @@ from halos_pl.cache import ANSWERS, Use, cache_root, make_room
 from halos_pl.common.files import write
 from halos_pl.data.prompt_files import PromptRow
 from halos_pl.data.special import SpecialTokens
-from halos_pl.policy.limits import check_prompts
 from halos_pl.policy.architecture import base_model
+from halos_pl.policy.limits import check_prompts
 from halos_pl.policy.reference import weights_fingerprint
 from halos_pl.policy.sampling import Sample, as_samples, encode_prompts, ends_of, generate
 from halos_pl.policy.store import fingerprint

@@ -3,76 +3,74 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from halos_pl.batch import TokenBatch
+from halos_pl.batch import Needs, TokenBatch
 from halos_pl.common.progress import Progress
 from halos_pl.data import FeedbackDataModule
 from halos_pl.data.example import DataError
-from halos_pl.objective.feedback import Binary
-from halos_pl.objective.reference_points import Zero
-from halos_pl.objective.rewards import LogProb, LogRatio
-from halos_pl.policy.logprobs import compared_logps, completion_logps, completion_mask
-from halos_pl.policy.reference import NoReference, ReferenceModel
-from halos_pl.policy.spec import ModelSpec
+from halos_pl.policy.kl import Scoring, compared_logps
+from halos_pl.policy.limits import check_length, check_vocabulary
+from halos_pl.policy.loading import load_model
+from halos_pl.policy.logprobs import completion_mask
+from halos_pl.policy.reference import AdapterOff, FixedModel, FrozenCopy
+from halos_pl.policy.scorer import Scorer
 from halos_pl.training.checkpoint import load_trained
-from halos_pl.training.module import HALOModule
 from halos_pl.training.named_model import NamedModel
 from halos_pl.training.trained import module_of_run, put_weights
-from value_functions import Logistic
+
+#: Both classes, and pairs as pairs.
+NEEDS = Needs(undesirable=True)
 
 
-class Loaded(ReferenceModel):
-    """A reference that has been loaded already.
+class Evaluation(LightningModule):
+    """Measures each held-out row under a policy and, where there is one, under a reference.
 
     Args:
-        model: in eval mode, on the device of the policy.
+        scorer: the policy.
+        reference: what to compare with; None for nothing.
+        tokenizer: of both.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, scorer: Scorer, reference: Scoring | None, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.scorer, self.reference, self.tokenizer = scorer, reference, tokenizer
 
-    def bind(self, policy: nn.Module, spec: ModelSpec, *, stored: bool = False) -> None:
-        return None
-
-    @contextmanager
-    def scoring(self, policy: nn.Module) -> Iterator[nn.Module]:
-        yield self.model
-
-
-class Evaluation(HALOModule):
-    """Measures each held-out row under a policy and, where there is one, under a reference."""
-
-    @property
-    def has_reference(self) -> bool:
-        """Whether there is a model to compare with."""
-        return not isinstance(self._reference, NoReference)
+    def configure_model(self) -> None:
+        """Refuses rows that are too long for the models, or hold tokens that they do not know."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        scorers = [self.scorer]
+        if self.reference is not None:
+            with self.reference.scoring() as other:
+                scorers.append(other)
+        for scorer in scorers:
+            check_length(scorer.model, getattr(data, "longest", 0))
+            if data is not None:
+                check_vocabulary(scorer.model, self.tokenizer, data.tokens())
 
     @torch.no_grad()
     def predict_step(self, batch: TokenBatch, batch_idx: int) -> list[dict[str, Any]]:
         """One record for each row: log-probs under both models and the KL divergence between them, in nats."""
-        assert self.policy is not None
-        if self.has_reference:
-            compared = compared_logps(self.policy, self.scoring(), batch)
+        if self.reference is not None:
+            compared = compared_logps(self.scorer, self.reference, batch)
             figures = dict(zip(("policy_logp", "reference_logp", "kl"), compared, strict=True))
         else:
-            figures = {"policy_logp": completion_logps(self.policy, batch)}
-        tokens = completion_mask(batch).sum(dim=1).tolist()
+            figures = {"policy_logp": self.scorer(batch)}
+        labels, tokens = batch.labels, completion_mask(batch).sum(dim=1).tolist()
         sums = {name: each.sum(dim=1).tolist() for name, each in figures.items()}
-        first = [min(i, pair) if pair >= 0 else i for i, pair in enumerate(batch.labels.pair.tolist())]
+        first = [min(i, pair) if pair >= 0 else i for i, pair in enumerate(labels.pair.tolist())]
         return [
             {
                 "row": batch.row_ids[i],
-                "pair": batch.row_ids[first[i]] if batch.labels.pair[i] >= 0 else None,
-                "prompt": int(batch.labels.group[i]),  # as it was before it was cut, which goes by the completion
-                "desirable": bool(batch.labels.desirable[i]),
+                "pair": batch.row_ids[first[i]] if labels.pair[i] >= 0 else None,
+                "prompt": int(labels.group[i]),  # as it was before it was cut, which depends on the completion
+                "desirable": bool(labels.desirable[i]),
                 "tokens": tokens[i],
                 "words": len(str(self.tokenizer.decode(batch.completions[i], skip_special_tokens=True)).split()),
             }
@@ -81,40 +79,35 @@ class Evaluation(HALOModule):
         ]
 
 
-def prepared(model: NamedModel, reference: ReferenceModel | None = None, trained: bool = True) -> Evaluation:
+def prepared(
+    model: NamedModel, other: nn.Module | None = None, *, compare: bool = True, trained: bool = True
+) -> Evaluation:
     """The evaluation of a model.
 
     Args:
         model: the policy.
-        reference: what to compare with; None for what a run's policy was before training.
+        other: a model to compare with; None for what a run's policy was before training.
+        compare: whether to compare at all.
         trained: give a run's policy its trained weights.
     """
-    nothing = isinstance(reference, NoReference)
-    module = Evaluation(
-        model.spec,
-        reference_model=reference,
-        reward=LogProb() if nothing else LogRatio(),
-        reference_point=Zero(),
-        value_function=Logistic(beta=1.0),
-        feedback=Binary(),
-        reflect_undesirable=True,
-        prefix_sharing=module_of_run(model.run).prefix_sharing if model.run else "auto",  # type: ignore[arg-type]
+    run = module_of_run(model.run) if model.run else None
+    scorer = Scorer(
+        load_model(model.spec),
+        prefix_sharing=run.prefix_sharing if run else "auto",
+        compiled=model.spec.compile,
+        name="the policy",
     )
-    module.tokenizer = model.tokenizer()
-    # On one device: of several each would see its own share of the rows.
-    module.trainer = Trainer(
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        devices=1,
-        num_nodes=1,
-        callbacks=[Progress()],
-    )
-    module.configure_model()
+    reference: Any = None
+    if compare and other is not None:
+        reference = FixedModel(other, scorer)
+    elif compare:
+        reference = AdapterOff() if model.spec.lora else FrozenCopy()
+        reference.bind(scorer, model.spec)
+    module = Evaluation(scorer, reference, model.tokenizer())
     if model.run and trained:
         state = load_trained(model.run, model.ckpt_path)
-        put_weights(module, {k: v for k, v in state.items() if k.startswith("policy.")}, model.run)
-    return module
+        put_weights(module, {k: v for k, v in state.items() if k.startswith("scorer.")}, model.run)
+    return module.eval()
 
 
 def records_of(module: Evaluation, data: FeedbackDataModule, name: str) -> list[dict[str, Any]]:
@@ -123,7 +116,17 @@ def records_of(module: Evaluation, data: FeedbackDataModule, name: str) -> list[
     Raises:
         DataError: where log-probs are not finite, naming the model.
     """
-    batches: Any = module.trainer.predict(module, datamodule=data)
+    data.connect(tokenizer=module.tokenizer, needs=NEEDS)
+    # On one device: of several each would see its own share of the rows.
+    trainer = Trainer(
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        devices=1,
+        num_nodes=1,
+        callbacks=[Progress()],
+    )
+    batches: Any = trainer.predict(module, datamodule=data)
     records = [record for batch in batches for record in batch]
     names = ("policy_logp", "reference_logp", "kl")
     lost = sum(not np.isfinite([r[name] for name in names if name in r]).all() for r in records)

@@ -16,9 +16,8 @@ from halos_pl.common.progress import counted
 from halos_pl.data import FeedbackDataModule
 from halos_pl.data.prompt_files import PromptRow
 from halos_pl.evaluation.answers import answers
-from halos_pl.evaluation.held_out import Evaluation, Loaded, by_example, figures_of, of_reference, prepared, records_of
+from halos_pl.evaluation.held_out import Evaluation, by_example, figures_of, of_reference, prepared, records_of
 from halos_pl.evaluation.judging import Judged, Row
-from halos_pl.policy.reference import NoReference, ReferenceModel
 from halos_pl.policy.sampling import Sample, kl_of_samples
 from halos_pl.training.named_model import NamedModel
 
@@ -79,23 +78,22 @@ def measure(model: NamedModel, compared: NamedModel | None, task: Task, folder: 
         ValueError: for prompts, rows or answers that cannot be used, naming them.
     """
     other = compared.load() if compared else None
-    reference: ReferenceModel | None = None if model.run else NoReference()
-    if compared is not None and other is not None:
-        reference = Loaded(other)
-        if compared.tokenizer().get_vocab() != model.tokenizer().get_vocab():
-            both = f"{plain(model.name)} and {plain(compared.name)}"
-            print(f"halos: {both} have different vocabularies, so that their log-probs cannot be compared")
-            reference = NoReference()
-    module = prepared(model, reference)
+    compare = compared is not None or bool(model.run)
+    if compared is not None and compared.tokenizer().get_vocab() != model.tokenizer().get_vocab():
+        both = f"{plain(model.name)} and {plain(compared.name)}"
+        print(f"halos: {both} have different vocabularies, so that their log-probs cannot be compared")
+        compare = False
+    module = prepared(model, other, compare=compare)
     mine = _measured(module, model.name, task)
     start: Measured | None = None
-    if model.run and reference is None:
-        with module.scoring() as first:
-            samples = _answers(first, module.tokenizer, task, "the model before training", start=True)
+    if model.run and other is None:
+        assert module.reference is not None
+        with module.reference.scoring() as first:
+            samples = _answers(first.model, module.tokenizer, task, "the model before training", start=True)
         start = Measured(of_reference(mine.records), samples, [0.0] * len(samples))
     elif model.run:
         del module
-        start = _measured(prepared(model, reference, trained=False), f"{model.name} before training", task)
+        start = _measured(prepared(model, other, compare=compare, trained=False), f"{model.name} before training", task)
     others: list[Sample] | None = None
     if "judge" in task.judging:
         if compared is not None and other is not None:
@@ -119,7 +117,7 @@ def measure(model: NamedModel, compared: NamedModel | None, task: Task, folder: 
             _write(folder / ANSWERS, lines)
             found |= _by_prompt(columns, task.rows)
         values.append({name: figures for name, figures in found.items() if figures})
-    return values[0], values[1] if start else {}, not isinstance(reference, NoReference)
+    return values[0], values[1] if start else {}, compare
 
 
 def _measured(module: Evaluation, name: str, task: Task) -> Measured:
@@ -127,10 +125,11 @@ def _measured(module: Evaluation, name: str, task: Task) -> Measured:
     if not task.rows:
         return Measured(records, [], [])
     module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    assert module.policy is not None
-    samples = _answers(module.policy, module.tokenizer, task, name)
-    kl = kl_of_samples(module.policy, module.scoring, samples, task.sampling["batch_size"])
-    return Measured(records, samples, list(kl) if module.has_reference else [])
+    samples = _answers(module.scorer.model, module.tokenizer, task, name)
+    if module.reference is None:
+        return Measured(records, samples, [])
+    kl = kl_of_samples(module.scorer, module.reference, samples, task.sampling["batch_size"])
+    return Measured(records, samples, list(kl))
 
 
 def _answers(model: Any, tokenizer: Any, task: Task, name: str, start: bool = False) -> list[Sample]:

@@ -1,4 +1,4 @@
-"""What is peculiar to a model's family: every attribute that differs between the models of transformers is read here."""
+"""What is peculiar to a family of models: attributes that differ between those of transformers are read only here."""
 
 from __future__ import annotations
 

@@ -39,7 +39,9 @@ def _compared(log_p: Tensor, log_q: Tensor, targets: Tensor) -> tuple[Tensor, Te
     return (*of_target, kl)  # type: ignore[return-value]
 
 
-def _tokens(policy: Scorer, reference: Scoring, batch: TokenBatch) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, ...]]]:
+def _tokens(
+    policy: Scorer, reference: Scoring, batch: TokenBatch
+) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, ...]]]:
     """Yields (rows, columns, compared) for a few tokens at a time, so memory does not grow with the vocabulary."""
     ours = policy(batch, wanted="states")
     with reference.scoring() as other:

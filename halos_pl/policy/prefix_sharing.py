@@ -24,8 +24,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from halos_pl.batch import TokenBatch
-from halos_pl.policy.head import token_logps
 from halos_pl.policy.architecture import decoder_and_head
+from halos_pl.policy.head import token_logps
 
 NAME = "halos_prefix_sharing"
 
@@ -114,7 +114,10 @@ def _attention(
         )
 
     # Split, not sliced: in the backward pass each slice would fill a tensor of the whole sequence with zeros.
-    sizes = [(prefix.branches[-1][1] if prefix.branches else prefix.prompt[1]) - prefix.prompt[0] for prefix in layout.prefixes]
+    sizes = [
+        (prefix.branches[-1][1] if prefix.branches else prefix.prompt[1]) - prefix.prompt[0]
+        for prefix in layout.prefixes
+    ]
     out = []
     for prefix, q, k, v in zip(layout.prefixes, *(x.split(sizes, dim=2) for x in (query, key, value)), strict=True):
         prompt = prefix.prompt[1] - prefix.prompt[0]
@@ -137,7 +140,9 @@ def _attention(
         else:
             k_prompt, v_prompt = layout.kept[layer, prefix.slot]
         if rest:
-            window = sliding_window if sliding_window is not None and prefix.before + max(rest) > sliding_window else None
+            window = (
+                sliding_window if sliding_window is not None and prefix.before + max(rest) > sliding_window else None
+            )
             behind = torch.cat([k_prompt, k], dim=2), torch.cat([v_prompt, v], dim=2)
             out.append(attend(q, *behind, layout.mask(prefix.before, rest, window, query.device)))
     return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None

@@ -22,20 +22,56 @@ from halos_pl.policy.store import fingerprint
 _NAME = "the reference model"
 
 
-class ReferenceModel(ABC):
-    """Gives log pi_ref of rows.
+class Reference(ABC):
+    """What gives log pi_ref of rows.
+
+    Attributes:
+        rows_computed: rows that it has scored.
+    """
+
+    rows_computed = 0
+
+    @abstractmethod
+    def scoring(self) -> AbstractContextManager[Scorer]:
+        """Entered to get the reference, in eval mode on the policy's device."""
+
+    @torch.no_grad()
+    def logps(self, batch: TokenBatch) -> Tensor:
+        """Log-probs of the completion tokens, float32 [n, T], without gradient (see :meth:`Scorer.forward`)."""
+        self.rows_computed += len(batch)
+        with self.scoring() as scorer:
+            logps: Tensor = scorer(batch)
+            return logps
+
+
+class FixedModel(Reference):
+    """A model in memory, for evaluations and loops of one's own; a config cannot name it.
+
+    Args:
+        model: a causal language model.
+        policy: what it is compared with; decides whether prefixes are shared, and the device.
+    """
+
+    def __init__(self, model: nn.Module, policy: Scorer) -> None:
+        self._policy = policy
+        self._scorer = policy.beside(model, _NAME).eval()
+
+    def scoring(self) -> AbstractContextManager[Scorer]:
+        return nullcontext(self._scorer.to(self._policy.device))
+
+
+class ReferenceModel(Reference):
+    """A reference that is made from the policy before it is trained.
 
     It is no submodule of the LightningModule: never trained, never wrapped by DDP, never written into a checkpoint.
 
     Attributes:
         storable: whether its log-probs can be kept for other runs: it never changes, and has a ``fingerprint``.
         fingerprint: a hash of its weights as they were loaded; set by ``bind`` with ``stored``, where ``storable``.
-        rows_computed: rows that it has scored.
     """
 
     storable = False
     fingerprint: str
-    rows_computed = 0
 
     def check(self, spec: ModelSpec) -> None:
         """Refuses, before anything is loaded, policies of ``spec`` that this reference cannot serve.
@@ -58,18 +94,6 @@ class ReferenceModel(ABC):
         Raises:
             ModelError: where this reference cannot serve that policy.
         """
-
-    @abstractmethod
-    def scoring(self) -> AbstractContextManager[Scorer]:
-        """Entered to get the reference, in eval mode on the policy's device."""
-
-    @torch.no_grad()
-    def logps(self, batch: TokenBatch) -> Tensor:
-        """Log-probs of the completion tokens, float32 [n, T], without gradient (see :meth:`Scorer.forward`)."""
-        self.rows_computed += len(batch)
-        with self.scoring() as scorer:
-            logps: Tensor = scorer(batch)
-            return logps
 
     def follow(self, step: int) -> None:
         """Called after optimizer step number ``step``, from 1; a frozen reference does nothing."""

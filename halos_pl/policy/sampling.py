@@ -20,8 +20,8 @@ from halos_pl.data.example import DataError, Prompt
 from halos_pl.data.special import SpecialText, SpecialTokens
 from halos_pl.data.tokenize import encode_prompt
 from halos_pl.data.turns import Tools, stop_ids
-from halos_pl.policy.finite import FiniteLogits
 from halos_pl.policy.architecture import base_model, positions, vocabulary_size
+from halos_pl.policy.finite import FiniteLogits
 from halos_pl.policy.kl import Scoring, completion_kl
 from halos_pl.policy.limits import check_prompts, room
 from halos_pl.policy.scorer import Scorer

@@ -18,7 +18,6 @@ from halos_pl.policy import prefix_sharing
 from halos_pl.policy.architecture import base_model, decoder_and_head, layer_parts, rotary_frequencies
 from halos_pl.policy.logprobs import padded_logits, padded_logps
 from halos_pl.policy.memory import recomputed
-from halos_pl.policy.prefix_sharing import States
 from halos_pl.policy.self_test import padding_fault, sharing_fault
 from halos_pl.policy.spec import ModelError
 

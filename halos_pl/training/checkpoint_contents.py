@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds beside Lightning's own: trained weights only, the reference, random states, settings."""
+"""What a checkpoint holds beside what Lightning puts in: the reference, random states and settings."""
 
 from __future__ import annotations
 

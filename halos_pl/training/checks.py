@@ -31,8 +31,8 @@ def check_float16(trainer: Any, dtype: str) -> None:
         setting = setting or f"model.policy.dtype is float16 and trainer.precision {trainer.precision}"
     if setting:
         raise ValueError(
-            f"{setting}: gradients below 6e-8 would be 0 and above 65504 infinite, since nothing scales the loss. Choose"
-            " bfloat16 (trainer.precision bf16-true or bf16-mixed), or float32 weights with 16-mixed on a GPU"
+            f"{setting}: gradients below 6e-8 would be 0 and above 65504 infinite, since nothing scales the loss."
+            " Choose bfloat16 (trainer.precision bf16-true or bf16-mixed), or float32 weights with 16-mixed on a GPU"
         )
 
 

@@ -27,6 +27,51 @@ class Reference(Scoring, Protocol):
         """Log-probs of the completion tokens, float32 [n, T], without gradient."""
 
 
+def scored_rows(
+    policy: Scorer,
+    reference: Reference | None,
+    batch: TokenBatch,
+    *,
+    gradient: bool = False,
+    kl: bool = False,
+    reference_logps: Tensor | None = None,
+) -> LogProbBatch:
+    """The rows of a batch as an objective sees them.
+
+    Args:
+        policy: the model that is trained.
+        reference: where log pi_ref comes from; None for none.
+        batch: n rows.
+        gradient: of the policy's log-probs.
+        kl: compute the KL divergence over the whole vocabulary at the tokens of mismatched rows.
+        reference_logps: those of the reference, [n, T], where they are known.
+    """
+    # The reference first, before the policy's activations take up memory.
+    if reference is not None and reference_logps is None:
+        reference_logps = reference.logps(batch)
+    with torch.set_grad_enabled(gradient):
+        policy_logps: Tensor = policy(batch)
+    divergence = None
+    mismatched = batch.labels.mismatched.nonzero().squeeze(1)
+    if kl and reference is not None and len(mismatched):
+        of_mismatched = completion_kl(policy, reference, batch.select(mismatched))
+        divergence = torch.zeros_like(policy_logps, requires_grad=False)
+        divergence[mismatched, : of_mismatched.shape[1]] = of_mismatched
+    return LogProbBatch(policy_logps, reference_logps, completion_mask(batch), batch.labels, divergence)
+
+
+def _widened(rows: LogProbBatch, width: int) -> LogProbBatch:
+    """The same rows with padding up to ``width`` tokens."""
+    pad = (0, width - rows.mask.shape[1])
+    return LogProbBatch(
+        policy_logps=F.pad(rows.policy_logps, pad),
+        reference_logps=None if rows.reference_logps is None else F.pad(rows.reference_logps, pad),
+        mask=F.pad(rows.mask, pad),
+        labels=rows.labels,
+        kl=None if rows.kl is None else F.pad(rows.kl, pad),
+    )
+
+
 @dataclass(frozen=True)
 class Part:
     """A micro-batch of a step that is done.
@@ -207,17 +252,18 @@ class _Step:
             alone = len(parts) == 1 and not at_once
             for number, index in enumerate(parts):
                 draws[number] = _Draw.now(self.device)
-                rows = self._keep(index, self._score(index, gradient=self.gradient and alone))
+                first_pass = self._keep(index, self._score(index, gradient=self.gradient and alone))
                 if len(parts) == 1:
-                    scored[number] = rows
+                    scored[number] = first_pass
         with self._float32():
             context = self.objective.prepare(self.rows)
         if at_once:
             yield self._judge_at_once(context.select(train), train, parts, draws)
             return
         for number, index in enumerate(parts):
-            rows = scored.pop(number, None)
-            if rows is None:
+            if number in scored:
+                rows = scored.pop(number)
+            else:
                 draw = draws.get(number)
                 rows = self._score(index, gradient=self.gradient, draw=draw, known=draw is not None)
             with self._float32():
@@ -268,9 +314,7 @@ class _Step:
 
     # -- scoring --------------------------------------------------------------------------------------
 
-    def _score(
-        self, index: Tensor, *, gradient: bool, draw: _Draw | None = None, known: bool = False
-    ) -> LogProbBatch:
+    def _score(self, index: Tensor, *, gradient: bool, draw: _Draw | None = None, known: bool = False) -> LogProbBatch:
         """Log-probs of the rows ``index`` under policy and reference, padded to the whole step's width.
 
         Args:
@@ -280,28 +324,18 @@ class _Step:
             known: an earlier pass of the step has computed those under the reference.
         """
         part = self.batch.select(index)
+        of_reference = self.rows.reference_logps
+        width = max(len(completion) for completion in part.completions)
         with _replayed(draw, self.device):
-            # The reference first, before the policy's activations take up memory.
-            reference: Tensor | None = None
-            if self.rows.reference_logps is not None and self.reference is not None:
-                reference = self.rows.reference_logps[index] if known else self.reference.logps(part)
-            with torch.set_grad_enabled(gradient):
-                policy: Tensor = self.policy(part)
-            kl = None
-            mismatched = part.labels.mismatched.nonzero().squeeze(1)
-            if self.objective.needs.exact_kl and len(mismatched) and self.reference is not None:
-                of_mismatched = completion_kl(self.policy, self.reference, part.select(mismatched))
-                kl = torch.zeros_like(policy, requires_grad=False)
-                kl[mismatched, : of_mismatched.shape[1]] = of_mismatched
-        width = self.rows.mask.shape[1]
-        pad = (0, width - policy.shape[1])
-        return LogProbBatch(
-            policy_logps=F.pad(policy, pad),
-            reference_logps=None if reference is None else F.pad(reference, (0, width - reference.shape[1])),
-            mask=F.pad(completion_mask(part), pad),
-            labels=part.labels,
-            kl=None if kl is None else F.pad(kl, pad),
-        )
+            rows = scored_rows(
+                self.policy,
+                self.reference,
+                part,
+                gradient=gradient,
+                kl=self.objective.needs.exact_kl,
+                reference_logps=of_reference[index, :width] if known and of_reference is not None else None,
+            )
+        return _widened(rows, self.rows.mask.shape[1])
 
     def _keep(self, index: Tensor, rows: LogProbBatch) -> LogProbBatch:
         """Notes what the reference point may read of rows; returns them."""

@@ -116,7 +116,9 @@ class GradientWatch:
             rank_zero_warn(f"halos: {text}")
 
 
-def clip_gradients(module: Any, watch: GradientWatch, optimizer: Any, value: float | None, algorithm: str | None) -> Tensor:
+def clip_gradients(
+    module: Any, watch: GradientWatch, optimizer: Any, value: float | None, algorithm: str | None
+) -> Tensor:
     """Clips by norm or value, and returns the norm before clipping, which is logged as ``grad_norm``.
 
     Args:

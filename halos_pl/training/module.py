@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning import LightningModule
+from lightning import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -131,10 +131,11 @@ class HALOModule(LightningModule):
                 "one term's reference point needs mismatched rows and another one's samples of the policy, which a step"
                 " holds in the same place: give all terms the same kind of reference point"
             )
-        self.policy_spec: ModelSpec | None = None if in_memory else policy
+        self.policy_spec = policy if isinstance(policy, ModelSpec) else None
         self.scorer: Scorer | None = None
-        self._in_memory: list[nn.Module] = [policy] if in_memory else []  # in a list, so as not to be a submodule twice
-        with_adapter = hasattr(policy, "peft_config") if in_memory else policy.lora is not None
+        # In a list, so as not to be a submodule twice.
+        self._in_memory = [policy] if isinstance(policy, nn.Module) else []
+        with_adapter = bool(self.policy_spec and self.policy_spec.lora) or hasattr(policy, "peft_config")
         self.reference_model = reference_model or (AdapterOff() if with_adapter else FrozenCopy())
         self.reference_bound = False
         self.reference: ReferenceModel | StoredReference | None = None
@@ -203,6 +204,13 @@ class HALOModule(LightningModule):
         sampler = PolicySamples(self.scorer, self.tokenizer, samples) if samples else None
         return StepEngine(self.objective, self.scorer, self.reference, self.micro_batch_rows, sampler)
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Connects the data to the tokenizer and the objective; no other hook comes before ``prepare_data``."""
+        connect = getattr(getattr(self.trainer, "datamodule", None), "connect", None)
+        if connect is not None:
+            connect(tokenizer=lambda: self.tokenizer, needs=self.objective.needs)
+        return []
+
     def setup(self, stage: str) -> None:
         """Refuses what would silently train something else."""
         check_trainer(self.trainer)
@@ -240,6 +248,7 @@ class HALOModule(LightningModule):
         if wanted and not self.reference_bound:
             # The policy may have been trained since it was loaded, by a fit that needed no reference.
             start = self.scorer if fresh or self.policy_spec is None else self._scorer()
+            assert start is not None
             self.bind_reference(start)
 
     def _scorer(self) -> Scorer:
@@ -323,7 +332,9 @@ class HALOModule(LightningModule):
             sound = all(bool(part.rows.policy_logps.isfinite().all()) for part in parts)
             what = f"the loss is {self.figures['loss']}"
             raise non_finite(self, what, self.row_ids, suspects.names, diverged=not sound)
-        in_bar = {name: self.figures[name] for name in ("loss", "rewards/margins") if name in self.figures}
+        in_bar: dict[str, Any] = {
+            name: self.figures[name] for name in ("loss", "rewards/margins") if name in self.figures
+        }
         self.log_dict({k: v for k, v in self.figures.items() if k not in in_bar}, batch_size=rows)
         self.log_dict(in_bar, prog_bar=True, batch_size=rows)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser
+from torch import nn
 
 from halos_pl.common.foreign_code import model_of_config
 from halos_pl.common.messages import cause
@@ -68,7 +69,7 @@ def load_run(run: str | Path, ckpt_path: str | None = None) -> HALOModule:
     return module
 
 
-def put_weights(module: HALOModule, state: dict[str, Any], run: Path) -> None:
+def put_weights(module: nn.Module, state: dict[str, Any], run: Path) -> None:
     """Gives a module, whose policy is loaded, the weights that a run has trained.
 
     Raises:
