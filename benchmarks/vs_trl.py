@@ -276,7 +276,7 @@ def ours(workload: Workload, folder: str, objective: Any = None) -> tuple[Any, C
         with workload.autocast():
             list(engine().evaluate(batch))
     ours = engine()
-    keep_freed_memory()
+    keep_freed_memory(ours.policy.device)
 
     def step() -> torch.Tensor:
         def backward(loss: torch.Tensor) -> None:

@@ -142,6 +142,11 @@ class TokenBatch:
     def __len__(self) -> int:
         return len(self.completions)
 
+    @property
+    def train_ids(self) -> list[str]:
+        """The names of the rows that carry a loss."""
+        return [name for name, train in zip(self.row_ids, self.labels.train.tolist(), strict=False) if train]
+
     def to(self, device: torch.device | str, **_: Any) -> TokenBatch:
         """The same batch on ``device`` (Lightning moves batches with this)."""
         loss = self.loss and [None if row is None else row.to(device) for row in self.loss]

@@ -130,7 +130,7 @@ def test_an_objective_trains(tiny_folder, data, tmp_path, objective, kind):
     assert all(map(math.isfinite, losses))
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     start = load_model(ModelSpec(str(tiny_folder))).state_dict()
-    assert any(not torch.equal(state[f"policy.{name}"], weight) for name, weight in start.items())
+    assert any(not torch.equal(state[f"scorer.model.{name}"], weight) for name, weight in start.items())
 
 
 @pytest.mark.parametrize(("objective", "start"), [("kto", 0.5), ("dpo", math.log(2))])
@@ -507,7 +507,7 @@ def trained(run: Path, spec: ModelSpec) -> torch.Tensor:
     policy = load_model(spec)
     before = logits(policy)
     state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    state = {k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")}
+    state = {k.removeprefix("scorer.model."): v for k, v in state.items() if k.startswith("scorer.")}
     assert not policy.load_state_dict(state, strict=False).unexpected_keys
     after = logits(policy)
     assert not torch.equal(after, before)

@@ -169,12 +169,12 @@ def test_the_gradient_is_that_of_one_process(both, objective, two):
     one, two_ = both(objective, data, "--data.batch_size=5", *GRADIENT, two=two)
     start = AutoModelForCausalLM.from_pretrained(both.model).state_dict()
     a, b = weights(one), weights(two_)
-    policy = [name for name in a if name.startswith("policy.")]
-    gradient = {name: a[name] - start[name.removeprefix("policy.")] for name in policy}
+    policy = [name for name in a if name.startswith("scorer.")]
+    gradient = {name: a[name] - start[name.removeprefix("scorer.model.")] for name in policy}
     size = max(float(g.abs().max()) for g in gradient.values())
     assert size > 1e-2
     for name in policy:
-        other = b[name] - start[name.removeprefix("policy.")]
+        other = b[name] - start[name.removeprefix("scorer.model.")]
         # Weights of about 1 hold their difference to 1e-7.
         torch.testing.assert_close(other, gradient[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 

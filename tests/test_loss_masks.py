@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,10 @@ from halos_pl.data.datamodule import FeedbackDataModule
 from halos_pl.data.example import DataError, Example
 from halos_pl.data.template import NAMED, template_of, use_template
 from halos_pl.data.tokenize import Encoder, Tokens
-from halos_pl.policy.logprobs import compared_logps, completion_logps, completion_mask, pack, padded_logps
+from halos_pl.policy.kl import compared_logps
+from halos_pl.policy.logprobs import completion_mask, padded_logps
+from halos_pl.policy.reference import FixedModel
+from halos_pl.policy.scorer import Scorer
 from halos_pl.policy.store import keys
 from halos_pl.training.trained import load_run
 
@@ -68,10 +70,9 @@ def test_log_probs_are_those_of_the_whole_completion_at_the_tokens_with_loss(nam
     wanted = torch.where(mask, whole, 0.0)
     weight = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1)) * (~rows.labels.mismatched)[:, None]
     gradients = []
-    for packed in (False, True):
-        if packed:
-            assert pack(model) is None
-        found = completion_logps(model, rows)
+    for prefix_sharing in ("never", "always"):
+        scorer = Scorer(model, prefix_sharing=prefix_sharing)  # type: ignore[arg-type]
+        found = scorer(rows)
         torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
         model.zero_grad()
         (found * weight).sum().backward()
@@ -81,8 +82,8 @@ def test_log_probs_are_those_of_the_whole_completion_at_the_tokens_with_loss(nam
         torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
     with torch.no_grad():
         some = torch.tensor([3, 0])
-        torch.testing.assert_close(completion_logps(model, rows.select(some)), wanted[some], atol=2e-5, rtol=0)
-        policy, reference, kl = compared_logps(model, nullcontext(model), rows)
+        torch.testing.assert_close(scorer(rows.select(some)), wanted[some], atol=2e-5, rtol=0)
+        policy, reference, kl = compared_logps(scorer, FixedModel(model, scorer), rows)
     torch.testing.assert_close(policy, wanted.detach(), atol=2e-5, rtol=1e-5)
     assert not policy[~mask].any()
     assert not reference[~mask].any()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_halos import binary_data, fit, metrics
-from test_tree import MODELS, SIZE
+from test_prefix_sharing import MODELS, SIZE
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -21,11 +21,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import halos_pl.policy.head
 from halos_pl.batch import Labels, TokenBatch
 from halos_pl.cli.main import main
+from halos_pl.policy.architecture import base_model
 from halos_pl.policy.head import token_logps
 from halos_pl.policy.loading import ModelError, ModelSpec
-from halos_pl.policy.logprobs import pack, padded_logps
+from halos_pl.policy.logprobs import padded_logps
 from halos_pl.policy.memory import recomputed
-from halos_pl.policy.tree import tree_logps
+from halos_pl.policy.prefix_sharing import NAME, shared_logps
+from halos_pl.policy.self_test import sharing_fault
 
 
 def batch() -> TokenBatch:
@@ -43,11 +45,12 @@ def batch() -> TokenBatch:
     )
 
 
-def slopes(model: nn.Module, packed: bool, again: bool, autocast: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+def slopes(model: nn.Module, shared: bool, again: bool, autocast: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probs and the gradient of their weighted sum."""
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext(), recomputed() if again else nullcontext():
-        logps = (tree_logps if packed else padded_logps)(model, batch())
+        base_model(model).config._attn_implementation = NAME if shared else "sdpa"
+        logps = (shared_logps if shared else padded_logps)(model, batch())
     (logps * torch.arange(1, 1 + logps.numel()).view_as(logps)).sum().backward()
     return logps.detach(), {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
 
@@ -57,11 +60,11 @@ def slopes(model: nn.Module, packed: bool, again: bool, autocast: bool = False) 
 def test_bit_by_bit_the_same_without_keeping_what_is_cheap(name: str, autocast: bool) -> None:
     torch.manual_seed(0)
     model = MODELS[name]()
-    for packed in (False, True):
-        if packed and pack(model) is not None:
+    for shared in (False, True):
+        if shared and sharing_fault(model) is not None:
             return
-        logps, gradient = slopes(model, packed, again=False, autocast=autocast)
-        same, other = slopes(model, packed, again=True, autocast=autocast)
+        logps, gradient = slopes(model, shared, again=False, autocast=autocast)
+        same, other = slopes(model, shared, again=True, autocast=autocast)
         assert torch.equal(logps, same)
         assert gradient.keys() == other.keys()
         for key, value in gradient.items():

@@ -17,7 +17,7 @@ from halos_pl.objective.feedback import Binary, Pairwise
 from halos_pl.objective.halo import HALO
 from halos_pl.objective.reference_points import MismatchedKL, PairedCompletion
 from halos_pl.objective.rewards import LogRatio
-from halos_pl.policy.logprobs import completion_logps, completion_mask
+from halos_pl.policy.logprobs import completion_mask, padded_logps
 from value_functions import Logistic, LogSigmoid
 
 trl = pytest.importorskip("trl", reason="TRL, the peer that losses are compared with, is not installed")
@@ -79,10 +79,10 @@ def assert_parity(trainer: Any, batch: dict, policy: Any, reference: Any, object
     theirs = {name: p.grad.clone() for name, p in policy.named_parameters()}
     policy.zero_grad()
     with torch.no_grad():
-        reference_logps = completion_logps(reference, ours)
+        reference_logps = padded_logps(reference, ours)
     result = objective(
         LogProbBatch(
-            completion_logps(policy, ours),
+            padded_logps(policy, ours),
             reference_logps,
             completion_mask(ours),
             ours.labels,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -32,21 +31,18 @@ from halos_pl.objective.feedback import Binary, Pairwise
 from halos_pl.objective.halo import HALO
 from halos_pl.objective.reference_points import MismatchedKL, PairedCompletion, RunningMean, SampledKL, TokenKL
 from halos_pl.objective.rewards import LogProb, LogRatio
+from halos_pl.policy.architecture import decoder_and_head
+from halos_pl.policy.kl import compared_logps
 from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, load_model, load_tokenizer
-from halos_pl.policy.logprobs import (
-    compared_logps,
-    completion_kl,
-    completion_logps,
-    completion_mask,
-    pack,
-    padding_fault,
-)
-from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel, SyncedCopy
+from halos_pl.policy.logprobs import completion_mask, padded_logps
+from halos_pl.policy.reference import AdapterOff, FixedModel, FrozenCopy, NoReference, ReferenceModel, SyncedCopy
 from halos_pl.policy.sampling import sample_tokens
-from halos_pl.policy.tree import is_packed
-from halos_pl.policy.tree import parts as policy_parts
+from halos_pl.policy.scorer import Scorer
+from halos_pl.policy.self_test import padding_fault
+from halos_pl.training.engine import _Step
 from halos_pl.training.metrics import Means, reward_figures
-from halos_pl.training.module import HALOModule, NonFiniteLossError
+from halos_pl.training.module import HALOModule
+from halos_pl.training.non_finite import NonFiniteLossError
 from value_functions import Logistic, LogSigmoid
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -111,12 +107,17 @@ def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
+def compared(policy: Any, reference: Any, rows: TokenBatch, prefix_sharing: Any = "never") -> Any:
+    scorer = Scorer(policy, prefix_sharing=prefix_sharing)
+    return compared_logps(scorer, FixedModel(reference, scorer), rows)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", *ARCHITECTURES])
 def test_log_probs_equal_a_row_by_itself(name, tiny_folder, tiny_gpt2_folder):
     folders = {"llama": tiny_folder, "gpt2": tiny_gpt2_folder}
     model = load(folders[name]) if name in folders else ARCHITECTURES[name]()
     rows = batch()
-    together, mask = completion_logps(model, rows), completion_mask(rows)
+    together, mask = padded_logps(model, rows), completion_mask(rows)
     assert together.dtype == torch.float32
     assert bool((together[~mask] == 0).all())
     for i, alone in enumerate(one_by_one(model, rows)):
@@ -126,17 +127,17 @@ def test_log_probs_equal_a_row_by_itself(name, tiny_folder, tiny_gpt2_folder):
 def test_the_head_sees_completion_positions_only(tiny_folder):
     model, rows, seen = load(tiny_folder), batch(), []
     model.lm_head.register_forward_hook(lambda _m, args, _out: seen.append(args[0].shape))
-    completion_logps(model, rows)
+    padded_logps(model, rows)
     assert seen == [torch.Size([len(rows), max(map(len, rows.completions)), 32])]
 
 
 def test_kl_equals_the_sum_over_the_vocabulary(tiny_folder):
     policy, reference, rows = load(tiny_folder), load(tiny_folder), batch()
-    assert completion_kl(policy, nullcontext(reference), rows).abs().max() < 1e-5
+    assert compared(policy, reference, rows)[2].abs().max() < 1e-5
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
-    kl = completion_kl(policy, nullcontext(reference), rows)
+    kl = compared(policy, reference, rows)[2]
     ids = torch.cat([rows.prompts[rows.prompt[0]], rows.completions[0]])
     p, q = (m(ids[None]).logits[0].double().log_softmax(-1) for m in (policy, reference))
     expected = (p.exp() * (p - q)).sum(-1)[:-1][-len(rows.completions[0]) :]
@@ -229,7 +230,7 @@ def test_rewards_are_exactly_zero_at_the_start_in_mixed_precision(tiny_folder):
             lora = {"lora": LoRASpec(r=4)} if reference else {}
             model = module(tiny_folder, "kto", reference, **lora)
             assert train(model, [batch()], precision=precision)["outcome/reward"] == 0
-            assert is_packed(model.policy)
+            assert model.scorer.shares_prefixes
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -276,7 +277,7 @@ def test_z0_of_samples_is_their_mean_log_ratio_and_of_exact_kl_the_mismatched_ro
         drawn.append(sample_tokens(*args, **kwargs))
         return drawn[-1]
 
-    monkeypatch.setattr("halos_pl.training.module.sample_tokens", spy)
+    monkeypatch.setattr("halos_pl.policy.sampling.sample_tokens", spy)
     for reference_point in (SampledKL(max_new_tokens=6), TokenKL()):
         model = module(tiny_folder, micro_batch_rows=rows, lr=2.0)
         model.objective.reference_point = reference_point
@@ -293,7 +294,7 @@ def test_z0_of_samples_is_their_mean_log_ratio_and_of_exact_kl_the_mismatched_ro
         policy, frozen, last = before["policy"].eval(), load(tiny_folder), steps[-1]
         if isinstance(reference_point, TokenKL):
             mismatched = last.select(last.labels.mismatched.nonzero().squeeze(1))
-            expected = completion_kl(policy, nullcontext(frozen), mismatched).sum(1).mean().item()
+            expected = compared(policy, frozen, mismatched)[2].sum(1).mean().item()
         else:
             assert len(drawn[-1]) == len(last)
             sampled = replace(last, completions=[torch.tensor(ids) for ids in drawn[-1]])
@@ -311,7 +312,7 @@ def test_z0_of_samples_is_their_mean_log_ratio_and_of_exact_kl_the_mismatched_ro
 def test_samples_and_mismatches_do_not_go_together(tiny_folder):
     both = [HALO(**(PARTS["kto"] | {k: v() for k, v in PARTS["kto"].items() if isinstance(v, type)}))]
     parts = {k: v() if isinstance(v, type) else v for k, v in PARTS["kto"].items()} | {"reference_point": SampledKL()}
-    with pytest.raises(ValueError, match="both are mismatched rows"):
+    with pytest.raises(ValueError, match="samples of the policy"):
         HALOModule(ModelSpec(str(tiny_folder)), **parts, extra_terms=both)
 
 
@@ -339,22 +340,23 @@ def test_a_synced_reference_is_the_mixture_it_says(lora, tiny_folder):
 def test_a_synced_reference_does_not_lose_small_moves_in_half_precision(tiny_folder):
     """A hundredth of the way is less than bfloat16 resolves; a hundred times it is most of the way."""
     spec = ModelSpec(str(tiny_folder), dtype="bfloat16")
-    policy, reference = load_model(spec), SyncedCopy(every=1, mix=0.01)
+    scorer, reference = Scorer(load_model(spec)), SyncedCopy(every=1, mix=0.01)
+    policy = scorer.model
     start = {name: p.detach().clone().float() for name, p in policy.named_parameters()}
-    reference.bind(policy, spec)
+    reference.bind(scorer, spec)
     with torch.no_grad():
         for p in policy.parameters():
             p *= 1.0625
     other = SyncedCopy(every=1, mix=0.01)  # goes on from a checkpoint in the middle
-    other.bind(policy, spec)
+    other.bind(scorer, spec)
     for step in range(100):
         if step == 50:
             other.restore(reference.state())
-        (reference if step < 50 else other).follow(policy, step + 1)
+        (reference if step < 50 else other).follow(step + 1)
     for name, p in policy.named_parameters():
         wanted = p.float() + (start[name] - p.float()) * 0.99**100
         assert torch.allclose(other.state()[name], wanted, rtol=1e-3, atol=1e-6), name
-    with other.scoring(policy) as model:
+    with other.scoring() as model:
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
@@ -369,10 +371,8 @@ def test_models_of_one_tokenizer_may_have_other_numbers_of_unused_ids(prefix_sha
     for folder in (tiny_folder, tmp_path):
         policy, reference = load(tiny_folder), load(folder)
         with torch.no_grad():
-            for model in (reference, policy) if prefix_sharing == "auto" else ():
-                assert pack(model) is None
             policy.get_input_embeddings().weight.mul_(1.1)
-            found.append(compared_logps(policy, nullcontext(reference), batch()))
+            found.append(compared(policy, reference, batch(), prefix_sharing))
     assert torch.equal(found[0][0], found[1][0])
     assert found[1][2].shape == found[0][2].shape
     assert found[1][2].isfinite().all()
@@ -411,21 +411,21 @@ def test_adapter_off_equals_a_separate_copy(tiny_folder):
 def test_the_adapter_comes_back_on_and_the_mode_with_it(tiny_folder):
     model = module(tiny_folder, lora=LoRASpec(r=4), lr=1.0)
     train(model, [batch()])
-    policy: Any = model.policy
+    policy: Any = model.scorer
     rows = batch()
     reference = AdapterOff()
     reference.bind(policy, model.policy_spec)
     for training in (True, False):
         policy.train(training)
-        before = completion_logps(policy, rows)
-        with reference.scoring(policy) as scored:
+        before = policy(rows)
+        with reference.scoring() as scored:
             assert not scored.training
-            assert not torch.equal(completion_logps(scored, rows), before)
+            assert not torch.equal(scored(rows), before)
         assert policy.training is training
-        assert torch.equal(completion_logps(policy, rows), before)
-    with pytest.raises(RuntimeError), reference.scoring(policy):
+        assert torch.equal(policy(rows), before)
+    with pytest.raises(RuntimeError), reference.scoring():
         raise RuntimeError
-    assert torch.equal(completion_logps(policy, rows), before)
+    assert torch.equal(policy(rows), before)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -434,7 +434,7 @@ def test_a_frozen_reference_is_no_part_of_the_module(tiny_folder):
     train(model, [batch()])
     own = sum(p.numel() for p in load(tiny_folder).parameters())
     assert sum(p.numel() for p in model.parameters()) == own
-    assert all(name.startswith(("policy.", "objective.", "_auroc.")) for name in model.state_dict())
+    assert all(name.startswith(("scorer.", "objective.")) for name in model.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -544,7 +544,7 @@ def test_parameters_of_an_objective_are_trained_whatever_the_split(objective, ti
             steps = [batch(seed=1, mismatched=False), batch(seed=2, mismatched=False)]
         figures = train(model, steps)
         assert "rewards/margins" in figures
-        found[rows] = float(model.halo.value_function.beta)
+        found[rows] = float(model.objective.halo.value_function.beta)
     assert found[2] == pytest.approx(found[None], rel=1e-5)
     assert abs(found[2] - 0.5) > 1e-6
 
@@ -581,14 +581,14 @@ def test_a_second_pass_has_the_dropout_of_the_first(rows, tiny_gpt2_folder, monk
     model.policy_spec = replace(model.policy_spec, dropout=True)
     model.objective = load_objective(ROOT / "experiments" / "objectives" / "aot.yaml")
     seen: dict[tuple[int, ...], list[torch.Tensor]] = {}
-    score = HALOModule._score
+    score = _Step._score
 
-    def noted(self: HALOModule, given: TokenBatch, index: torch.Tensor, **how: Any) -> Any:
-        found = score(self, given, index, **how)
-        seen.setdefault(tuple(index.tolist()), []).append(found.policy_logps.detach())
-        return found
+    def noted(self: Any, index: torch.Tensor, **how: Any) -> Any:
+        rows = score(self, index, **how)
+        seen.setdefault(tuple(index.tolist()), []).append(rows.policy_logps.detach())
+        return rows
 
-    monkeypatch.setattr(HALOModule, "_score", noted)
+    monkeypatch.setattr(_Step, "_score", noted)
     train(model, [batch(mismatched=False)])
     assert len(seen) == (3 if rows else 1)
     for passes in seen.values():
@@ -603,11 +603,10 @@ def test_evaluating_draws_numbers_of_its_own(tiny_folder):
     train(model, [batch(mismatched=False)])
     model.eval()
     before = torch.get_rng_state()
-    one, other = (model._with_samples(batch(mismatched=False)) for _ in range(2))
+    one, other = (next(model.engine.evaluate(batch(mismatched=False), 3)).batch for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert all(map(torch.equal, one.completions, other.completions))
-    model.train()
-    model._with_samples(batch(mismatched=False))
+    model.engine.step(batch(mismatched=False))
     assert not torch.equal(torch.get_rng_state(), before)
 
 
@@ -631,14 +630,14 @@ def test_models_whose_rows_are_not_their_own_are_refused(tiny_gpt2_folder, monke
     plain = AutoModelForCausalLM.from_pretrained(tiny_gpt2_folder, attn_implementation="eager")
     assert padding_fault(plain) is None
     # Positions that count the padding, as of models that take none.
-    monkeypatch.setattr("halos_pl.policy.logprobs._accepts", lambda model, name: name != "position_ids")
+    monkeypatch.setattr("halos_pl.policy.logprobs.accepts", lambda model, name: name != "position_ids")
     assert "beside longer rows" in str(padding_fault(plain))
     monkeypatch.undo()
     torch.manual_seed(0)
     both_ways = BertLMHeadModel(BertConfig(vocab_size=300, initializer_range=0.5, **SMALL))
-    assert "depends on the tokens behind it" in str(padding_fault(both_ways))
+    assert "depends on later tokens" in str(padding_fault(both_ways))
     model = module(tiny_gpt2_folder, prefix_sharing="never")
-    monkeypatch.setattr("halos_pl.policy.logprobs._accepts", lambda model, name: name != "position_ids")
+    monkeypatch.setattr("halos_pl.policy.logprobs.accepts", lambda model, name: name != "position_ids")
     with pytest.raises(ModelError, match=r"the policy cannot be used: beside longer rows"):
         train(model, [batch()])
 
@@ -646,4 +645,4 @@ def test_models_whose_rows_are_not_their_own_are_refused(tiny_gpt2_folder, monke
 def test_a_head_that_is_called_decoder_is_not_taken_for_the_layers(tiny_folder):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     model.get_decoder = model.get_output_embeddings
-    assert policy_parts(model) == (model.model, model.lm_head)
+    assert decoder_and_head(model) == (model.model, model.lm_head)

@@ -16,8 +16,8 @@ import halos_pl.training.callbacks
 import halos_pl.training.throughput
 from halos_pl.batch import Labels, TokenBatch
 from halos_pl.cli.main import main
+from halos_pl.policy.architecture import decoder_and_head
 from halos_pl.policy.loading import LoRASpec, ModelSpec, load_model
-from halos_pl.policy.tree import parts
 from halos_pl.training.throughput import cost, matmul_speed, slow_half, step_flops, step_tokens
 
 PROMPT, COMPLETION = 7, 5
@@ -36,7 +36,7 @@ def rows(prompts: int, each: int) -> TokenBatch:
 @pytest.mark.parametrize("lora", [None, LoRASpec(r=4)], ids=["full", "lora"])
 def test_flop_of_the_matrices_are_those_that_torch_counts(tiny_folder: Path, lora: LoRASpec | None) -> None:
     model: Any = load_model(ModelSpec(str(tiny_folder), lora=lora))
-    decoder, head = parts(model)
+    decoder, head = decoder_and_head(model)
     batch = rows(1, 1)
     ids = torch.cat([batch.prompts[0], batch.completions[0]])[None]
 

@@ -326,7 +326,7 @@ class HalosCLI(LightningCLI):
         """Refuses, before data are read, what could not work whatever they are."""
         check_length(self.trainer)
         self.model.check_fit(self.trainer)
-        check_lora(self.model.policy_spec)
+        check_lora(self.model.models.spec)
         check_monitors(self.trainer, self.model, self.datamodule)
         say_unused(self.trainer, self.datamodule)
 

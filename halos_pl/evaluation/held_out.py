@@ -93,7 +93,7 @@ def prepared(
     run = module_of_run(model.run) if model.run else None
     scorer = Scorer(
         load_model(model.spec),
-        prefix_sharing=run.prefix_sharing if run else "auto",
+        prefix_sharing=run.models.prefix_sharing if run else "auto",
         compiled=model.spec.compile,
         name="the policy",
     )

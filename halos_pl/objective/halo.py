@@ -129,6 +129,11 @@ class Objective(nn.Module, ABC):
     def needs(self) -> Needs:
         """What the data and the models must provide."""
 
+    @property
+    def halo(self) -> HALO | None:
+        """The HALO whose outcomes are reported; None for a pure baseline."""
+        return next((module for module in self.modules() if isinstance(module, HALO)), None)
+
     @abstractmethod
     def prepare(self, rows: LogProbBatch) -> Context:
         """Fixes what belongs to the whole step.
@@ -248,13 +253,18 @@ class Sum(Objective):
         terms: at least one. The outcomes of the first HALO among them are the ones that are reported.
 
     Raises:
-        ValueError: without terms.
+        ValueError: without terms, and for terms whose reference points need different rows.
     """
 
     def __init__(self, terms: Sequence[Objective]) -> None:
         super().__init__()
         if not terms:
             raise ValueError("Sum: no terms")
+        if any(term.needs.samples for term in terms) and any(term.needs.mismatched for term in terms):
+            raise ValueError(
+                "one term's reference point needs mismatched rows and another one's samples of the policy, which a step"
+                " holds in the same place: give all terms the same kind of reference point"
+            )
         self.terms = nn.ModuleList(terms)
 
     def _objectives(self) -> list[Objective]:

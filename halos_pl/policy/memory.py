@@ -72,13 +72,14 @@ class recomputed(saved_tensors_hooks):
         super().__init__(pack, unpack)
 
 
-def keep_freed_memory() -> None:
-    """Makes the C library keep freed memory instead of handing it back to the kernel, where that is glibc.
+def keep_freed_memory(device: torch.device) -> None:
+    """Makes the C library keep freed memory instead of handing it back to the kernel, where that is glibc's and the
+    model is on the CPU.
 
     A step frees gigabytes and asks for them again in the next one, and for each page the kernel has to fill in zeros:
     5 to 10 % of a CPU step's time.
     """
-    if not sys.platform.startswith("linux"):
+    if device.type != "cpu" or not sys.platform.startswith("linux"):
         return
     trim_threshold, mmap_threshold = -1, -3  # of malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -73,7 +73,9 @@ def describe(study: Study, out: Path) -> Recorded:
             values[arm.name, run.seed] = {**values[arm.name, run.seed], **_training(run, module)}
         if module is not None:
             verdicts[arm.name] = reports(module.objective)["icml"].verdict
-            if module.halo is not None and (drawn := _drawn(module.halo, [values[arm.name, run.seed] for run in own])):
+            if module.objective.halo is not None and (
+                drawn := _drawn(module.objective.halo, [values[arm.name, run.seed] for run in own])
+            ):
                 key = arm.name, own[0].seed
                 values[key] = {**values[key], "value_function": drawn}
     return Recorded(values, _record(study, out, runs, done, faults) | {"verdicts": verdicts})
@@ -81,7 +83,7 @@ def describe(study: Study, out: Path) -> Recorded:
 
 def _training(run: Run, module: HALOModule | None) -> dict[str, dict[str, float]]:
     """Training figures by step and outcomes of the last rows. Margins are in nats: of rewards without beta."""
-    halo = module.halo if module is not None else None
+    halo = module.objective.halo if module is not None else None
     beta = reward_scale(halo.value_function) if halo is not None else 1.0
     found: dict[str, dict[str, float]] = {}
     for name, column in TRAINING.items():

@@ -41,6 +41,10 @@ CONFIG = "config.yaml"
 PREDICTIONS = "predictions.jsonl"
 
 
+def _reference_rows(module: Any) -> dict[str, int]:
+    return module.models.reference_rows if hasattr(module, "models") else {}
+
+
 def holds_run(run_dir: Path) -> bool:
     """Whether an earlier fit has left something in a folder."""
     return any((run_dir / mark).exists() for mark in (LAST, METRICS))
@@ -257,7 +261,7 @@ class RunReport(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         align_logged_step(trainer)  # before other callbacks log figures of this step
         self._step_began = time.monotonic()
-        self._rows_before = dict(getattr(pl_module, "reference_rows", {}))
+        self._rows_before = dict(_reference_rows(pl_module))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: TokenBatch, batch_idx: int
@@ -266,7 +270,7 @@ class RunReport(Callback):
         ranks = trainer.world_size
         shown = {"tokens/s": step_tokens(batch) * ranks / seconds}
         if self._cost is not None:
-            asked = {k: n - self._rows_before[k] for k, n in pl_module.reference_rows.items()}  # type: ignore[operator, union-attr]
+            asked = {k: n - self._rows_before[k] for k, n in _reference_rows(pl_module).items()}
             share = asked["computed"] / max(1, sum(asked.values()))
             flops = step_flops(self._cost, batch, reference=share) / seconds
             self._matmul = max(self._matmul, flops)
@@ -290,7 +294,7 @@ class RunReport(Callback):
             "wall_seconds": seconds,
             "data": counts,
             "digests": datamodule.digests("train") if counts else {},
-            "reference_rows": getattr(pl_module, "reference_rows", {}),
+            "reference_rows": _reference_rows(pl_module),
             "metrics": _numbers(trainer.callback_metrics),
             "last_outcomes": list(self._last),
             "resumed": getattr(getattr(pl_module, "record", None), "history", []),
@@ -323,7 +327,7 @@ class RunReport(Callback):
         ended = why_ended(trainer)
         seconds = self._write_summary(trainer, pl_module, record(trainer, ended, finished=True))
         said = [str(name) for name in (CONFIG, LAST, SUMMARY) if (folder / name).exists()]
-        halo: HALO | None = getattr(pl_module, "halo", None)
+        halo: HALO | None = getattr(getattr(pl_module, "objective", None), "halo", None)
         if (folder / METRICS).is_file():
             said.append(METRICS)
             beta = reward_scale(halo.value_function) if halo else 1.0

@@ -113,7 +113,7 @@ def read_checkpoint(path: Path, *, resume: bool = False, mmap: bool = False) -> 
         what = str(error).splitlines()[0]
         raise CheckpointError(f"{path} is not a checkpoint of a halos run: {what}{_instead_of(path)}") from error
     state = found.get("state_dict") if isinstance(found, dict) else None
-    if not isinstance(state, dict) or not any(str(name).startswith(("policy.", "objective.")) for name in state):
+    if not isinstance(state, dict) or not any(str(name).startswith(("scorer.", "objective.")) for name in state):
         inside = ", ".join(list(map(str, state or found))[:3]) if isinstance(found, dict) else type(found).__name__
         raise CheckpointError(f"{path} is not a checkpoint of a halos run; it holds {inside}{_instead_of(path)}")
     missing = [key for key in ("loops", "optimizer_states", "lr_schedulers") if key not in found]

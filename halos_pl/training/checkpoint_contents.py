@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from halos_pl.training.checkpoint import check_finite, entry_kind
 from halos_pl.training.checks import check_limits
 from halos_pl.training.non_finite import last_good
-from halos_pl.training.random_state import random_states
+from halos_pl.training.random_state import random_states, set_random_state
 from halos_pl.training.resume import finished_progress
 
 
@@ -19,7 +19,7 @@ def fill(module: Any, checkpoint: dict[str, Any]) -> None:
     Raises:
         NonFiniteWeightsError: where the policy has diverged.
     """
-    if module.reference_bound and (state := module.reference_model.state()):
+    if module.models.bound and (state := module.models.reference_model.state()):
         checkpoint["reference_model"] = state
     trained = set()
     for name, parameter in module.named_parameters(remove_duplicate=False):  # a tied weight has two names
@@ -39,21 +39,29 @@ def take(module: Any, checkpoint: dict[str, Any]) -> None:
         ValueError: naming what differs from the checkpoint's run, or the limit that it has already reached.
     """
     trainer = module.trainer
-    spec = module.policy_spec
-    start_matters = module.reference_bound or spec is None or spec.lora is not None
+    spec = module.models.spec
+    start_matters = module.models.bound or spec is None or spec.lora is not None
     module.record.compare(checkpoint, trainer, start_matters=start_matters)
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
             checkpoint["state_dict"].setdefault(name, parameter.detach())
     _check_state(module, checkpoint["state_dict"])
-    if module.reference_bound:
-        module.reference_model.restore(checkpoint.get("reference_model", {}))
+    if module.models.bound:
+        module.models.reference_model.restore(checkpoint.get("reference_model", {}))
+    module.rng_states = checkpoint.get("rng_states")
     if trainer.state.fn == TrainerFn.FITTING:
         epoch, step = finished_progress(checkpoint["loops"]["fit_loop"])
         check_limits(trainer, epoch, checkpoint["global_step"])
         resume_at = getattr(trainer.datamodule, "resume_at", None)
         if resume_at is not None:
             resume_at(epoch, step)
+
+
+def restore_random_state(module: Any) -> None:
+    """Restores what :func:`take` has found of this rank."""
+    states, module.rng_states = module.rng_states, None
+    if states and module.global_rank < len(states):
+        set_random_state(states[module.global_rank], module.device)
 
 
 def _check_state(module: Any, saved: dict[str, Any]) -> None:

@@ -68,6 +68,20 @@ def check_trainer(trainer: Any) -> None:
         raise ValueError(unsupported_strategy(type(trainer.strategy).__name__))
 
 
+def check_arguments(micro_batch_rows: int | None, warmup_ratio: float, optimizer: Any) -> None:
+    """Refuses arguments of the module that are outside their range.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if micro_batch_rows is not None and micro_batch_rows < 1:
+        raise ValueError(f"micro_batch_rows is {micro_batch_rows}; it must be at least 1, or null")
+    if not 0 <= warmup_ratio <= 1:
+        raise ValueError(f"warmup_ratio is {warmup_ratio}; it is a share of the run, between 0 and 1")
+    if optimizer is None:
+        raise ValueError("model.optimizer is null; name one, such as torch.optim.AdamW, or leave it out")
+
+
 def check_limits(trainer: Any, epoch: int, taken: int) -> None:
     """Refuses to resume a run that has already reached a limit.
 

@@ -125,6 +125,24 @@ def _replayed(draw: _Draw | None, device: torch.device) -> Iterator[None]:
         yield
 
 
+class Deferral:
+    """A ``defer_sync`` that only says whether it is entered: for trainers that synchronize by themselves.
+
+    Attributes:
+        active: more micro-batches of the step follow.
+    """
+
+    active = False
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        self.active = True
+        try:
+            yield
+        finally:
+            self.active = False
+
+
 class StepEngine:
     """Computes an optimizer step in micro-batches, with the same result however it is split.
 

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from halos_pl.training.checks import check_clipping
 from halos_pl.training.non_finite import NonFiniteLossError, highest_lr, lower_lr, non_finite
 
 #: Steps in a row after which it is said.
@@ -71,7 +72,7 @@ class GradientWatch:
             self._clipped = []
 
     def finish(self, clip: float | None, *, lr: float, scale: float | None = None) -> None:
-        """Says at the end of a run what applies to all of its steps.
+        """Warns at the end of a run of what applies to all of its steps.
 
         Args:
             clip: what gradients were clipped to.
@@ -116,10 +117,17 @@ class GradientWatch:
             rank_zero_warn(f"halos: {text}")
 
 
+def finish_watch(module: Any, watch: GradientWatch) -> None:
+    """Has ``watch`` warn of what applies to all steps of the module's run."""
+    scaler = getattr(module.trainer.precision_plugin, "scaler", None)
+    scale = scaler.get_scale() if scaler is not None else None
+    watch.finish(module.trainer.gradient_clip_val, lr=highest_lr(module.optimizers()), scale=scale)
+
+
 def clip_gradients(
     module: Any, watch: GradientWatch, optimizer: Any, value: float | None, algorithm: str | None
-) -> Tensor:
-    """Clips by norm or value, and returns the norm before clipping, which is logged as ``grad_norm``.
+) -> None:
+    """Clips by norm or value, and logs the norm before clipping as ``grad_norm``.
 
     Args:
         module: the LightningModule.
@@ -130,8 +138,14 @@ def clip_gradients(
 
     Raises:
         NonFiniteLossError: where the norm is not finite, so that the step would make the policy NaN.
+        ValueError: for an invalid clipping value, which a callback may have set.
     """
-    parameters = [p for p in module.trainer.precision_plugin.main_params(optimizer) if p.grad is not None]
+    check_clipping(value, algorithm)
+    plugin = module.trainer.precision_plugin
+    if getattr(plugin, "scaler", None) is not None:  # float16's scaler skips such steps, and knows the scale
+        module.clip_gradients(optimizer, value, algorithm)
+        return
+    parameters = [p for p in plugin.main_params(optimizer) if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     size = norm.item()
     if not math.isfinite(size):
@@ -139,6 +153,7 @@ def clip_gradients(
         slopes = "is each slope of the value function finite, also at u = 0? halos check looks"
         hint = f"{lower_lr(module)}. If not: {slopes}" if module.global_step else slopes
         raise NonFiniteLossError(f"{non_finite(module, what, module.row_ids)}\n{hint}")
+    module.log("grad_norm", norm)
     by_value = algorithm == "value"
     cut = mostly_cut((p.grad for p in parameters), value) if value and by_value else None
     watch.see(size, value, lr=highest_lr(optimizer), step=module.global_step, figures=module.figures, cut=cut)
@@ -146,4 +161,3 @@ def clip_gradients(
         module.clip_gradients(optimizer, value, algorithm)
     elif value:
         torch.nn.utils.clip_grads_with_norm_(parameters, float(value), norm)
-    return norm

@@ -32,7 +32,7 @@ def _figures(module: Any, split: Any) -> Iterator[str]:
     yield "loss"
     for number, term in enumerate(getattr(module.objective, "terms", ())):
         yield f"loss/{number}_{type(term).__name__}"
-    rewards = module.halo is not None or module.objective.needs.reference
+    rewards = module.objective.halo is not None or module.objective.needs.reference
     for kind in ("logps", *(["rewards"] if rewards else [])):
         yield from (f"{kind}/{name}" for name, there in (("chosen", chosen), ("rejected", rejected)) if there)
     if rewards:
@@ -41,9 +41,9 @@ def _figures(module: Any, split: Any) -> Iterator[str]:
             yield "rewards/margins"
         if table is None or bool((table.pair >= 0).any()):
             yield "rewards/accuracies"
-    if module.halo is not None:
+    if module.objective.halo is not None:
         yield from (f"outcome/{name}" for name in ("z0", "u", "value", "gains", "saturation"))
-        if module.halo.needs.mismatched and module.halo.needs.reference:
+        if module.objective.halo.needs.mismatched and module.objective.halo.needs.reference:
             yield "kl"
 
 
@@ -100,6 +100,7 @@ def check_monitors(trainer: Trainer, module: LightningModule, data: Any) -> None
     Raises:
         MonitorError: naming the callback, the figure, and those that are like it.
     """
+    objective: Any = module.objective
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     silent = [type(c).__name__ for c in callbacks if isinstance(c, LearningRateMonitor | DeviceStatsMonitor)]
     if silent and not trainer.loggers:
@@ -118,7 +119,7 @@ def check_monitors(trainer: Trainer, module: LightningModule, data: Any) -> None
         near = difflib.get_close_matches(monitor, sorted(known | validated), n=5, cutoff=0.5) or sorted(known)
         meant = monitor if monitor.startswith("val/") else near[0]
         without = no_validation if meant.startswith("val/") else ""
-        if monitor.removeprefix("val/").startswith("outcome/z0_") and module.halo is not None and not without:
+        if monitor.removeprefix("val/").startswith("outcome/z0_") and objective.halo is not None and not without:
             continue  # a reference point's diagnostics have names of its own
         said = (
             f"{type(callback).__name__}.monitor is {monitor!r}, which is never logged"

@@ -95,7 +95,7 @@ def named_model(name: str, ckpt_path: str | None = None, chat_template: str | No
     is_model = any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG))
     # The folder of a run that was moved or copied in part is still meant as one.
     if not is_model and ((folder / CONFIG).is_file() or (folder / LAST).parent.is_dir()):
-        spec = module_of_run(folder).policy_spec
+        spec = module_of_run(folder).models.spec
         assert spec is not None  # a config names no model in memory
         found = find_checkpoint(folder, ckpt_path)  # now: a better one may be saved before it is loaded
         if ckpt_path not in (None, "last", "best"):

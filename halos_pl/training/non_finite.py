@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from halos_pl.batch import TokenBatch
+from halos_pl.distributed import sum_over_ranks
 from halos_pl.training.checkpoint import LastCheckpoint
 
 
@@ -57,3 +61,21 @@ def non_finite(
         + last_good(trainer, step if diverged else None)
         + (f"\n{lower_lr(module)}" if diverged and step else "")
     )
+
+
+def check_policy(module: Any, batch: TokenBatch) -> None:
+    """Checks on one row that the last step has not made the policy diverge; of earlier steps the next loss tells.
+
+    Raises:
+        NonFiniteLossError: where the policy has no finite log-probs for it.
+    """
+    device = module.device
+    cuda = [device] if device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices=cuda), module.trainer.precision_plugin.train_step_context():
+        logps = module.scorer(batch.select(torch.tensor([0], device=device)))
+    if float(sum_over_ranks((~logps.isfinite()).any().float())):
+        raise NonFiniteLossError(
+            f"after the last optimizer step, {module.global_step}, the policy has no finite log-probs for"
+            f" {batch.row_ids[0]}: it has diverged. Lower the learning rate (model.optimizer.init_args.lr).\n"
+            + last_good(module.trainer, module.global_step)
+        )

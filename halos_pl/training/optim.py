@@ -358,39 +358,29 @@ def _without_state(group: dict[str, Any]) -> dict[str, Any]:
     return {"lr": _plain(lr)} | {key: _plain(group[key]) for key in (*numbers, *switches) if key in group}
 
 
-def prepared_optimizer(
-    make: Callable[[list[nn.Parameter]], Optimizer],
-    masters: MasterWeights,
-    trained: list[nn.Parameter],
-    *,
-    kind: str,
-    warmup_ratio: float,
-    steps: float,
-    changed: Callable[[list[Change]], None],
-) -> tuple[Any, Schedule]:
-    """The optimizer of a run and its schedule.
+def configured_optimizer(module: Any) -> tuple[MasterWeights, dict[str, Any]]:
+    """The float32 copies that a run's optimizer steps on, and for Lightning the optimizer and its schedule by step.
 
     Args:
-        make: ``model.optimizer``.
-        masters: float32 copies of what is trained; empty for none.
-        trained: the model's parameters.
-        kind: of the schedule after warm-up.
-        warmup_ratio: share of ``steps`` during which the learning rate rises.
-        steps: optimizer steps of the run; infinite where nothing limits them.
-        changed: see :func:`guard`.
+        module: the LightningModule.
 
     Raises:
         ValueError: where the optimizer does not take its settings, or nothing limits the steps.
     """
-    optimizer = made(make, masters.parameters or trained)
-    guard(optimizer, changed)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    masters = MasterWeights(trained if module.master_weights else [])
+    optimizer = made(module.make_optimizer, masters.parameters or trained)
+    guard(optimizer, module.record.add)
     masters.attach(optimizer)
     LostUpdates(optimizer, "Set model.master_weights to true")
     # Else Lightning takes a fused one for an optimizer that unscales gradients, and refuses to clip them for it.
     optimizer._step_supports_amp_scaling = False
+    steps = module.trainer.estimated_stepping_batches
     if not math.isfinite(steps):
         raise ValueError(
-            f"model.lr_schedule {kind} and model.warmup_ratio are shares of a run's length, but nothing limits its"
-            " steps; set trainer.max_steps or trainer.max_epochs (trainer.max_time may end it sooner)"
+            f"model.lr_schedule {module.lr_schedule} and model.warmup_ratio are shares of a run's length, but nothing"
+            " limits its steps; set trainer.max_steps or trainer.max_epochs (trainer.max_time may end it sooner)"
         )
-    return optimizer, Schedule(optimizer, kind, warmup_steps=round(warmup_ratio * steps), steps=int(steps))
+    warmup = round(module.warmup_ratio * steps)
+    schedule = Schedule(optimizer, module.lr_schedule, warmup_steps=warmup, steps=int(steps))
+    return masters, {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

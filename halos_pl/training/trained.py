@@ -58,13 +58,14 @@ def load_run(run: str | Path, ckpt_path: str | None = None) -> HALOModule:
     run = Path(run)
     module = module_of_run(run)
     state = load_trained(run, ckpt_path)
-    assert module.policy_spec is not None
-    module.load_policy()
+    spec = module.models.spec
+    assert spec is not None  # a config names no model in memory
+    module.scorer = module.models.policy()
     put_weights(module, state, run)
     # A Trainer of half precision has rounded what it trained.
     trained = {value.dtype for name, value in state.items() if name.startswith("scorer.") and value.is_floating_point()}
     widest = max(trained, key=lambda dtype: dtype.itemsize, default=torch.float32)
-    if widest.itemsize < getattr(torch, module.policy_spec.dtype).itemsize:
+    if widest.itemsize < getattr(torch, spec.dtype).itemsize:
         module.policy.to(widest)
     return module
 

@@ -23,7 +23,7 @@ from halos_pl.batch import LogProbBatch, TokenBatch
 from halos_pl.data import DataError
 from halos_pl.objective.build import load_objective
 from halos_pl.objective.halo import Objective
-from halos_pl.policy.logprobs import completion_logps, completion_mask
+from halos_pl.policy.logprobs import completion_mask, padded_logps
 
 _numbers = itertools.count()
 options = st.fixed_dictionaries(
@@ -71,7 +71,7 @@ def model() -> Any:
 
 
 def loss(objective: Objective, model: Any, batch: TokenBatch) -> torch.Tensor:
-    logps = completion_logps(model, batch)
+    logps = padded_logps(model, batch)
     return objective(
         LogProbBatch(logps, logps.detach() - 0.1 * (logps.detach() != 0), completion_mask(batch), batch.labels)
     ).loss

@@ -22,7 +22,7 @@ from test_parity import flat, models, pairs, settings  # noqa: F401  (pairs is a
 from transformers import AutoTokenizer
 
 from halos_pl.batch import LogProbBatch, TokenBatch
-from halos_pl.policy.logprobs import completion_logps, completion_mask
+from halos_pl.policy.logprobs import completion_mask, padded_logps
 
 trl = pytest.importorskip("trl", reason="TRL, the peer that losses are compared with, is not installed")
 Gradient = dict[str, torch.Tensor]
@@ -107,8 +107,8 @@ class Peers:
     def ours(self, name: str, rows: TokenBatch, term: int | None = None) -> tuple[float, Gradient]:
         """Loss and gradient of an objective file, or of one of its terms, on ``rows``."""
         with torch.no_grad():
-            reference = completion_logps(self.reference, rows)
-        policy, mask = completion_logps(self.policy, rows), completion_mask(rows)
+            reference = padded_logps(self.reference, rows)
+        policy, mask = padded_logps(self.policy, rows), completion_mask(rows)
         made = objective(name)
         made = made if term is None else made.terms[term]
         whole = LogProbBatch(policy, reference, mask, rows.labels)
@@ -321,7 +321,7 @@ def test_equals_the_grpo_trainers(peers, name, beta):
         "advantages": torch.where(rows.labels.desirable, 1.0, -1.0) * (1.0 if name == "ppo_clip" else 0.5 / 0.51),
     }
     with torch.no_grad():
-        old = completion_logps(peers.reference, rows)
+        old = padded_logps(peers.reference, rows)
     inputs |= {"old_per_token_logps": old, "ref_per_token_logps": old}
     trainer.current_gradient_accumulation_steps = 1
     assert_equal(peers.ours(name, rows), gradient_of(trainer._compute_loss(peers.policy, inputs), peers.policy))

@@ -22,7 +22,7 @@ from halos_pl.training.named_model import named_model
 def checkpoint(path: Path, **states: dict[str, Any]) -> Path:
     """A small checkpoint of a run, with the states of callbacks."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"state_dict": {"policy.w": torch.zeros(1)}, "callbacks": states, "global_step": 1}, path)
+    torch.save({"state_dict": {"scorer.w": torch.zeros(1)}, "callbacks": states, "global_step": 1}, path)
     return path
 
 
@@ -120,7 +120,7 @@ def test_the_weights_that_are_exported_are_those_of_the_best_step(
     assert same == {"best": True, "last": False, "file": True}
     if not options:
         kept = read_checkpoint(best)["state_dict"]
-        assert all(torch.equal(v, kept[f"policy.{k}"]) for k, v in exported["best"].items())
+        assert all(torch.equal(v, kept[f"scorer.model.{k}"]) for k, v in exported["best"].items())
         losses = {}
         for name in ("best", "last"):
             main(["test", f"--config={run}/config.yaml", f"--data.test={data}", f"--checkpoint={name}"])

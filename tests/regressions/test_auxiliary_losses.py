@@ -7,7 +7,7 @@ import warnings
 import pytest
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from halos_pl.policy.auxiliary import warn_of_ignored_losses
+from halos_pl.policy.limits import warn_of_ignored_losses
 
 SMALL = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 16}
 

@@ -143,28 +143,28 @@ def test_what_is_trained_must_be_finite(place, dtype, bad):
     mask = torch.full((2,), float("-inf"))  # which is not trained
     checkpoint: dict[str, Any] = {
         "global_step": 7,
-        "state_dict": {"policy.w": tensors["weight"], "policy.mask": mask, "extra": {"n": 1}},
+        "state_dict": {"scorer.w": tensors["weight"], "scorer.mask": mask, "extra": {"n": 1}},
         "optimizer_states": [{"state": {0: {"step": torch.tensor(3.0), "exp_avg": tensors["optimizer"]}}}],
         "reference_model": {"w": tensors["reference"]},
     }
-    check_finite(checkpoint, {"policy.w"}, "none")  # though the norm is infinite in float16
+    check_finite(checkpoint, {"scorer.w"}, "none")  # though the norm is infinite in float16
     tensors[place][4, 2] = bad
-    named = {"weight": "policy.w", "optimizer": "exp_avg", "reference": "reference_model.w"}[place]
+    named = {"weight": "scorer.w", "optimizer": "exp_avg", "reference": "reference_model.w"}[place]
     with pytest.raises(NonFiniteWeightsError, match=named):
-        check_finite(checkpoint, {"policy.w"}, "none")
+        check_finite(checkpoint, {"scorer.w"}, "none")
     tensors[place][4, 2] = 0
-    checkpoint["state_dict"]["policy.mask"] = torch.tensor([0, float("nan")])
+    checkpoint["state_dict"]["scorer.mask"] = torch.tensor([0, float("nan")])
     with pytest.raises(NonFiniteWeightsError, match=r"policy\.mask"):
-        check_finite(checkpoint, {"policy.w"}, "none")
+        check_finite(checkpoint, {"scorer.w"}, "none")
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path):
     """A full disk, as far as one process can have one for itself: no file may grow beyond a size."""
     path, files = tmp_path / "checkpoints" / "last.ckpt", CheckpointFiles()
-    files.save_checkpoint({"state_dict": {"policy.w": torch.zeros(4)}}, path)
+    files.save_checkpoint({"state_dict": {"scorer.w": torch.zeros(4)}}, path)
     before = path.read_bytes()
     with full_disk(20_000), pytest.raises(OSError, match=r"last\.ckpt cannot be written") as caught:
-        files.save_checkpoint({"state_dict": {"policy.w": torch.zeros(100_000)}}, path)
+        files.save_checkpoint({"state_dict": {"scorer.w": torch.zeros(100_000)}}, path)
     assert "\n" not in str(caught.value)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
@@ -305,7 +305,7 @@ def test_no_damage_changes_what_is_read(tmp_path, seed):
     """Bits flipped anywhere, and where checksums do not reach: in names, sizes and places of the archive's entries."""
     draw, path = random.Random(seed), tmp_path / "last.ckpt"
     torch.manual_seed(seed)
-    weights = {f"policy.{i}": torch.randn(8, 8) for i in range(6)}
+    weights = {f"scorer.{i}": torch.randn(8, 8) for i in range(6)}
     good = {"state_dict": weights, "global_step": 3, "loops": {"a": [1, 2]}}
     CheckpointFiles().save_checkpoint(good, path)
     content = path.read_bytes()
@@ -406,9 +406,9 @@ def test_the_best_checkpoint_is_verified_and_goes_on(finished, tmp_path, capfd):
     assert read_checkpoint(best)["global_step"] == 2
     export(str(tmp_path / "x"), str(tmp_path / "out"), ckpt_path="best")
     exported = load_model(ModelSpec(str(tmp_path / "out"))).state_dict()
-    kept = {k.removeprefix("policy."): v for k, v in read_checkpoint(best)["state_dict"].items()}
+    kept = {k.removeprefix("scorer.model."): v for k, v in read_checkpoint(best)["state_dict"].items()}
     assert all(torch.equal(exported[name], v) for name, v in kept.items() if name in exported)
-    assert not torch.equal(kept["lm_head.weight"], saved(tmp_path / "x")["state_dict"]["policy.lm_head.weight"])
+    assert not torch.equal(kept["lm_head.weight"], saved(tmp_path / "x")["state_dict"]["scorer.model.lm_head.weight"])
     evaluate(str(tmp_path / "x"), held_out=[str(pair_data(tmp_path / "pairs.jsonl"))], ckpt_path="best")
     assert json.loads((tmp_path / "x" / MEASURED).read_text())["evaluate"]["ckpt_path"] == "best"
     main([*words, f"--ckpt_path={best}"])

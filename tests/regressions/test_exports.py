@@ -58,7 +58,7 @@ def test_a_run_of_half_precision_is_exported_as_it_was_trained(tiny_folder: Path
     main(["export", str(tmp_path / "run"), str(tmp_path / "out")])
     assert {value.dtype for value in weights(tmp_path / "out").values()} == {torch.bfloat16}
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert {v.dtype for k, v in state["state_dict"].items() if k.startswith("policy.")} == {torch.bfloat16}
+    assert {v.dtype for k, v in state["state_dict"].items() if k.startswith("scorer.")} == {torch.bfloat16}
 
 
 @pytest.mark.slow

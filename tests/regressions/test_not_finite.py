@@ -103,7 +103,7 @@ def test_the_figures_of_a_diverged_policy_are_an_error_of_each_command(tiny_fold
     main(words)
     path = tmp_path / "run" / "checkpoints" / "last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
-    checkpoint["state_dict"]["policy.model.norm.weight"].fill_(math.nan)
+    checkpoint["state_dict"]["scorer.model.model.norm.weight"].fill_(math.nan)
     torch.save(checkpoint, path)
     for command in ("test", "predict"):
         assert "data.jsonl:1" in refused(capfd, [command, *words[1:]])

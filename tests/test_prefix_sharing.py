@@ -1,9 +1,9 @@
-"""Rows as trees: the same log-probs and gradients as row by row, for families of models and any shape of a batch."""
+"""Shared prefixes: the same log-probs and gradients as row by row, for families of models and any shape of a batch."""
 
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,14 @@ from transformers import (
 
 from halos_pl.batch import Labels, TokenBatch
 from halos_pl.cli.main import main
-from halos_pl.policy import head, tree
-from halos_pl.policy.logprobs import compared_logps, completion_logps, pack, padded_logps
-from halos_pl.policy.tree import is_packed, tree_logps
+from halos_pl.policy import head, kl, prefix_sharing
+from halos_pl.policy.kl import compared_logps
+from halos_pl.policy.logprobs import padded_logps
+from halos_pl.policy.prefix_sharing import shared_logps
+from halos_pl.policy.reference import FixedModel
+from halos_pl.policy.scorer import Scorer
+from halos_pl.policy.self_test import sharing_fault
+from halos_pl.policy.spec import ModelError
 
 V = 101
 SIZE: dict[str, Any] = {
@@ -90,7 +95,7 @@ UNFIT = {
         "attention is eager",
     ),
     # Its convolutions run on from one row into the next.
-    "lfm2": (lambda: _spread(Lfm2ForCausalLM(Lfm2Config(**GROUPED, **MIXED))), "of them are others"),
+    "lfm2": (lambda: _spread(Lfm2ForCausalLM(Lfm2Config(**GROUPED, **MIXED))), "its log-probs change"),
     "lfm2, bfloat16": (
         lambda: _spread(Lfm2ForCausalLM(Lfm2Config(**GROUPED, **MIXED)), std=0.1).bfloat16(),
         "tokens of one row reach another one",
@@ -133,7 +138,7 @@ def batches(draw: st.DrawFn) -> TokenBatch:
 def results(made: Any, batch: TokenBatch, how: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probs, and the gradient of a weighted sum of those of rows that are no mismatched rows."""
     made.zero_grad(set_to_none=True)
-    made.config._attn_implementation = tree.NAME if how is tree_logps else "sdpa"
+    made.config._attn_implementation = prefix_sharing.NAME if how is shared_logps else "sdpa"
     found = how(made, batch)
     weight = torch.rand(found.shape, generator=torch.Generator().manual_seed(1))
     total = (found * weight)[~batch.labels.mismatched].sum()
@@ -143,7 +148,7 @@ def results(made: Any, batch: TokenBatch, how: Any) -> tuple[Tensor, dict[str, T
 
 
 def assert_equal(made: Any, batch: TokenBatch, tolerance: float = 1e-5) -> None:
-    (a, plain), (b, packed) = (results(made, batch, how) for how in (padded_logps, tree_logps))
+    (a, plain), (b, packed) = (results(made, batch, how) for how in (padded_logps, shared_logps))
     assert (a - b).abs().max() <= tolerance * (1 + a.abs().max())
     if bool((~batch.labels.mismatched).any()):
         assert plain.keys() == packed.keys()
@@ -198,7 +203,7 @@ def example(seed: int) -> TokenBatch:
 def test_in_bfloat16_within_its_rounding() -> None:
     made = model("llama", torch.bfloat16)
     batch = example(0)
-    (a, _), (b, _) = (results(made, batch, how) for how in (padded_logps, tree_logps))
+    (a, _), (b, _) = (results(made, batch, how) for how in (padded_logps, shared_logps))
     assert a.dtype == b.dtype == torch.float32
     exact = results(made.float(), batch, padded_logps)[0]
     # Neither is farther from what float32 says than bfloat16's three digits allow of sums over a few layers.
@@ -211,26 +216,24 @@ def test_with_an_adapter_and_with_it_off() -> None:
 
     made: Any = get_peft_model(model("llama"), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     batch = example(1)
-    assert pack(made) is None
-    made.config._attn_implementation = "sdpa"
     wanted = padded_logps(made, batch)
     with made.disable_adapter():
         wanted_off = padded_logps(made, batch)
-    assert pack(made) is None
-    torch.testing.assert_close(completion_logps(made, batch), wanted, rtol=1e-5, atol=1e-5)
+    scorer = Scorer(made, prefix_sharing="always")
+    torch.testing.assert_close(scorer(batch), wanted, rtol=1e-5, atol=1e-5)
     with made.disable_adapter():
-        torch.testing.assert_close(completion_logps(made, batch), wanted_off, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(scorer(batch), wanted_off, rtol=1e-5, atol=1e-5)
     assert (wanted - wanted_off).abs().max() > 0.1
 
 
 def test_mismatched_rows_get_no_gradient_and_change_none() -> None:
     made, batch = model("llama"), example(2)
-    everything = results(made, batch, tree_logps)
-    alone = results(made, batch.select((~batch.labels.mismatched).nonzero().squeeze(1)), tree_logps)
+    everything = results(made, batch, shared_logps)
+    alone = results(made, batch.select((~batch.labels.mismatched).nonzero().squeeze(1)), shared_logps)
     for name, gradient in alone[1].items():
         assert torch.equal(everything[1][name], gradient)
-    made.config._attn_implementation = tree.NAME
-    found = tree_logps(made, batch)
+    made.config._attn_implementation = prefix_sharing.NAME
+    found = shared_logps(made, batch)
     assert (
         torch.autograd.grad(found[batch.labels.mismatched].sum() + 0 * found.sum(), made.lm_head.weight)[0].abs().max()
         == 0
@@ -241,42 +244,50 @@ def test_each_distinct_token_is_computed_once() -> None:
     made, batch = model("llama"), example(3)
     seen: list[int] = []
     made.model.embed_tokens.register_forward_hook(lambda module, args, out: seen.append(args[0].numel()))
-    results(made, batch, tree_logps)
+    results(made, batch, shared_logps)
     # The last token of a completion predicts nothing. Prompt 2 has one mismatched row only, in the second pass.
     rows = [len(c) - 1 for c in batch.completions]
     assert seen == [7 + 1 + sum(rows[:4]), 4 + sum(rows[4:])]
 
 
-def test_whether_a_model_takes_trees_is_found_by_trying() -> None:
+def test_whether_a_model_shares_prefixes_is_found_by_trying() -> None:
     for name in MODELS:
         made = model(name)
-        assert pack(made) is None
-        assert is_packed(made)
-        assert made.training
+        before = made.config._attn_implementation
+        assert sharing_fault(made) is None
+        assert (made.training, made.config._attn_implementation) == (True, before)  # the test leaves no trace
+        assert Scorer(made).shares_prefixes
     for make, why in UNFIT.values():
         unfit: Any = make()
-        assert why in str(pack(unfit))
-        assert not is_packed(unfit)
-        assert completion_logps(unfit, example(0)).shape == (7, 9)
+        assert why in str(sharing_fault(unfit))
+        with pytest.raises(ModelError, match=re.escape(why)):
+            Scorer(unfit, prefix_sharing="always")
+
+
+def test_a_model_that_cannot_share_computes_each_row_by_itself(caplog: pytest.LogCaptureFixture) -> None:
+    scorer = Scorer(UNFIT["gemma2"][0](), name="the policy")
+    assert not scorer.shares_prefixes
+    assert scorer(example(0)).shape == (7, 9)
+    assert "the policy" in caplog.text
 
     class Odd(LlamaForCausalLM):
-        """Its layers never hear of trees."""
+        """Its layers never hear of shared prefixes."""
 
         def get_decoder(self) -> Any:
             inner = self.model
-            return lambda forest, **inputs: inner(**inputs)
+            return lambda layout, **inputs: inner(**inputs)
 
     odd = Odd(LlamaConfig(**GROUPED))
-    assert pack(odd) is not None
+    assert sharing_fault(odd) is not None
     assert odd.config._attn_implementation == "sdpa"
 
 
-def test_a_packed_model_still_samples() -> None:
+def test_a_model_that_shares_prefixes_still_samples() -> None:
     made = model("llama").eval()
     ids = torch.randint(0, V, (2, 6), generator=torch.Generator().manual_seed(0))
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     plain = made.generate(ids, **options)
-    assert pack(made) is None
+    assert Scorer(made).shares_prefixes
     assert torch.equal(made.generate(ids, **options), plain)
 
 
@@ -284,21 +295,21 @@ def test_a_packed_model_still_samples() -> None:
     ("objective", "kind"),
     [("kto", "binary"), ("dpo", "pairs"), ("bco", "binary"), ("grpo", "pairs"), ("orpo", "pairs")],
 )
-def test_a_run_is_the_same_packed_and_padded(
+def test_a_run_is_the_same_shared_and_padded(
     objective: str, kind: str, tiny_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     data = (binary_data if kind == "binary" else pair_data)(tmp_path / "data.jsonl", 12)
-    for prefix_sharing in ("always", "never"):
-        options = (f"--model.prefix_sharing={prefix_sharing}", "--trainer.max_steps=3")
-        main(fit(tiny_folder, objective, data, tmp_path / prefix_sharing, *options))
-    packed, padded = (metrics(tmp_path / prefix_sharing) for prefix_sharing in ("always", "never"))
-    assert len(packed) == len(padded) == 3
-    for a, b in zip(packed, padded, strict=True):
+    for sharing in ("always", "never"):
+        options = (f"--model.prefix_sharing={sharing}", "--trainer.max_steps=3")
+        main(fit(tiny_folder, objective, data, tmp_path / sharing, *options))
+    shared, padded = (metrics(tmp_path / sharing) for sharing in ("always", "never"))
+    assert len(shared) == len(padded) == 3
+    for a, b in zip(shared, padded, strict=True):
         a, b = ({k: float(v) for k, v in row.items() if k not in UNEQUAL} for row in (a, b))
         assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
 
 
-def test_trees_are_refused_where_they_are_demanded_of_a_model_that_cannot(
+def test_sharing_is_refused_where_a_model_cannot(
     tiny_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     data = binary_data(tmp_path / "data.jsonl", 8)
@@ -318,13 +329,13 @@ def test_two_models_beside_each_other_are_compared_as_row_by_row(name: str, batc
     with torch.no_grad():
         for p in policy.parameters():
             p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-    wanted = compared_logps(copy.deepcopy(policy), nullcontext(copy.deepcopy(reference)), batch)
-    assert pack(policy) is None
-    assert pack(reference) is None
+    apart = Scorer(copy.deepcopy(policy), prefix_sharing="never")
+    wanted = compared_logps(apart, FixedModel(copy.deepcopy(reference), apart), batch)
+    shared = Scorer(policy, prefix_sharing="always")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head, "LOGITS", most)
-        found = compared_logps(policy, nullcontext(reference), batch)
+        patch.setattr(kl, "LOGITS", most)
+        found = compared_logps(shared, FixedModel(reference, shared), batch)
     for value, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(value, other, rtol=1e-5, atol=2e-5)
-    torch.testing.assert_close(found[0], completion_logps(policy, batch).detach(), rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(found[0], shared(batch).detach(), rtol=1e-5, atol=2e-5)
     assert bool((found[2] >= -1e-5).all())

@@ -1,0 +1,91 @@
+"""Held-out rows during a run: their figures over all batches and ranks, and a stop where one is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.classification import BinaryAUROC
+
+from halos_pl.batch import TokenBatch
+from halos_pl.distributed import sum_over_ranks
+from halos_pl.training.engine import Part
+from halos_pl.training.metrics import (
+    Losses,
+    Means,
+    Suspects,
+    implied_reward,
+    into_unit_interval,
+    row_figures,
+    with_margin,
+)
+from halos_pl.training.non_finite import non_finite
+
+
+class HeldOut:
+    """Measures held-out batches, and sums their figures until they are read.
+
+    Args:
+        module: the LightningModule.
+
+    Attributes:
+        means: figures of rows, by name.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self.means = Means()
+        self._auroc = BinaryAUROC()
+
+    def parts(self, batch: TokenBatch) -> Iterator[Part]:
+        """Yields the parts of a batch.
+
+        Raises:
+            NonFiniteLossError: on every rank, after the last part, where a row of any rank has no finite figures.
+        """
+        module, suspects = self._module, Suspects()
+        loss = torch.zeros((), dtype=torch.float32, device=module.device)
+        for part in module.engine.evaluate(batch, module.global_step):
+            suspects.add(part.row_ids, part.rows, part.result)
+            loss = loss + part.result.loss
+            yield part
+        wrong = torch.tensor(float(bool(suspects.names)), device=loss.device) + (~loss.isfinite()).float()
+        if bool(sum_over_ranks(wrong) > 0):
+            self.means = Means()
+            self._auroc.reset()
+            what = f"a held-out figure is not finite (loss {loss.item()})"
+            raise non_finite(module, what, batch.train_ids, suspects.names)
+
+    def measured(self, batch: TokenBatch) -> Iterator[Part]:
+        """As :meth:`parts`, and adds their figures."""
+        losses = Losses()
+        for part in self.parts(batch):
+            losses.add(part.result)
+            self.means.add(row_figures(part.rows, part.result, self._module.objective.halo))
+            reward = implied_reward(part.rows, part.result)
+            if reward is not None:
+                scores = into_unit_interval(reward)
+                self._auroc.update(scores, part.rows.labels.desirable.long().to(scores.device))
+            yield part
+        # Every batch counts with its number of rows: summed over ranks this is loss * rows / rows.
+        here = batch.labels.train.sum().float()
+        everywhere = sum_over_ranks(here)
+        self.means.add({name: (value * everywhere, here) for name, value in losses.items()})
+
+    def add_kl(self, kl: Tensor, tokens: Tensor) -> None:
+        """Adds KL divergences of rows, nats, float32 [m, T], over so many tokens."""
+        figures = {"kl/sequence": (kl.sum(), kl.new_tensor(float(len(kl)))), "kl/token": (kl.sum(), tokens.float())}
+        self.means.add(figures)
+
+    def log(self, prefix: str) -> None:
+        """Logs the figures of all ranks, the same on each; starts anew afterwards."""
+        means = with_margin(self.means.compute(empty=False))
+        targets: Any = self._auroc.target
+        labels = torch.cat(list(targets)) if targets else torch.zeros(0)
+        both = sum_over_ranks(torch.stack([(labels == 0).sum(), (labels == 1).sum()]).float().to(self._module.device))
+        if bool((both > 0).all()):
+            means["rewards/auroc"] = float(self._auroc.compute())
+        self._auroc.reset()
+        self._module.log_dict({f"{prefix}/{name}": value for name, value in means.items()}, sync_dist=True)

@@ -1,0 +1,121 @@
+"""The models of a run: the policy, the reference, and the tokenizer."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from halos_pl.policy.limits import check_length, check_vocabulary
+from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
+from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel
+from halos_pl.policy.scorer import PrefixSharing, Scorer
+from halos_pl.policy.store import ReferenceStore, StoredReference
+
+if TYPE_CHECKING:
+    Policy = ModelSpec | nn.Module
+else:
+    Policy = ModelSpec  # what a config may name
+
+
+class Models:
+    """Loads policy and reference as a module's arguments say (see ``HALOModule``).
+
+    Attributes:
+        spec: what the policy is loaded from; None for a model that was already in memory.
+        reference_model: makes the reference; ``bound`` once it has been made.
+        reference: what gives log pi_ref; None until then.
+
+    Raises:
+        TypeError: for a policy that is neither.
+        ValueError: for a combination that cannot work.
+    """
+
+    def __init__(
+        self,
+        policy: ModelSpec | nn.Module,
+        reference_model: ReferenceModel | None,
+        *,
+        needs_reference: bool,
+        prefix_sharing: PrefixSharing,
+        reference_store: bool,
+    ) -> None:
+        self.spec = policy if isinstance(policy, ModelSpec) else None
+        self._in_memory = policy if isinstance(policy, nn.Module) else None
+        if self.spec is None and self._in_memory is None:
+            raise TypeError(
+                f"policy is a {type(policy).__name__}; it takes a ModelSpec, such as ModelSpec(path), or a causal"
+                " language model of transformers"
+            )
+        with_adapter = bool(self.spec and self.spec.lora) or hasattr(policy, "peft_config")
+        self.reference_model = reference_model or (AdapterOff() if with_adapter else FrozenCopy())
+        self.bound = False
+        self.reference: ReferenceModel | StoredReference | None = None
+        self.prefix_sharing, self.stored = prefix_sharing, reference_store
+        if self.spec and needs_reference:
+            self.reference_model.check(self.spec)
+        if self.spec and prefix_sharing == "always" and self.spec.attn_implementation != "sdpa":
+            raise ValueError(
+                f"model.prefix_sharing is always, which takes sdpa attention, but model.policy.attn_implementation is"
+                f" {self.spec.attn_implementation}; choose auto or never"
+            )
+        if reference_store and not self.reference_model.storable and self.can_compare:
+            raise ValueError(
+                f"model.reference_store is true, but log-probs of {type(self.reference_model).__name__} cannot be"
+                " stored: it changes during the run, or has no fingerprint; say false, or choose FrozenCopy or"
+                " AdapterOff"
+            )
+
+    @property
+    def can_compare(self) -> bool:
+        """Whether there is a reference at all."""
+        return not isinstance(self.reference_model, NoReference)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The policy's, loaded without the model.
+
+        Raises:
+            ModelError: where there is none.
+        """
+        return load_tokenizer(self.spec or ModelSpec(str(getattr(self._in_memory, "name_or_path", ""))))
+
+    def policy(self) -> Scorer:
+        """The policy as it was before training."""
+        # transformers loads in eval mode; the only difference here is gradient checkpointing (dropout is off).
+        model = load_model(self.spec) if self.spec else self._in_memory
+        assert model is not None
+        compiled = self.spec is not None and self.spec.compile
+        return Scorer(model.train(), prefix_sharing=self.prefix_sharing, compiled=compiled, name="the policy")
+
+    def bind(self, policy: Scorer, *, fresh: bool, data: Any) -> None:
+        """Makes the reference.
+
+        Args:
+            policy: what is trained.
+            fresh: it has just been loaded; else it may have been trained, by a fit that needed no reference.
+            data: the DataModule, whose rows must fit the reference.
+        """
+        start = policy if fresh or self.spec is None else self.policy()
+        self.reference_model.bind(start, self.spec, stored=self.stored)
+        self.bound = True
+        if self.stored:
+            self.reference = StoredReference(self.reference_model, ReferenceStore(), lambda: policy.numerics)
+        else:
+            self.reference = self.reference_model
+            with self.reference.scoring() as scorer:
+                self.check_rows(scorer, data)
+
+    def check_rows(self, scorer: Scorer, data: Any) -> None:
+        """Refuses rows that are too long for a model, or hold tokens that it does not know."""
+        check_length(scorer.model, getattr(data, "longest", 0))
+        if hasattr(data, "tokens"):
+            check_vocabulary(scorer.model, self.tokenizer, data.tokens())
+
+    @property
+    def reference_rows(self) -> dict[str, int]:
+        """Rows whose reference log-probs were found in the store, and those that were computed."""
+        names = ("stored", "computed")
+        return {name: getattr(self.reference, f"rows_{name}", 0) for name in names}
