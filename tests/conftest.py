@@ -91,7 +91,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_model(spec: ModelSpec) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("halos_pl.training.module.load_model", load_model)
+    monkeypatch.setattr("halos_pl.training.models.load_model", load_model)
 
 
 @pytest.fixture

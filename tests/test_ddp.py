@@ -19,7 +19,7 @@ from torch import Tensor
 
 from halos_pl.batch import Needs
 from halos_pl.objective.build import load_objective
-from halos_pl.training.module import check_trainer
+from halos_pl.training.checks import check_trainer
 
 SGD = ("--model.optimizer.class_path=torch.optim.SGD", "--model.optimizer.init_args={lr: 1.0, weight_decay: 0.0}")
 # The rate is 1 from the first step on and nothing is clipped: weights before minus after are the gradient.

@@ -414,7 +414,7 @@ def test_the_adapter_comes_back_on_and_the_mode_with_it(tiny_folder):
     policy: Any = model.scorer
     rows = batch()
     reference = AdapterOff()
-    reference.bind(policy, model.policy_spec)
+    reference.bind(policy, model.models.spec)
     for training in (True, False):
         policy.train(training)
         before = policy(rows)
@@ -578,7 +578,7 @@ def test_what_is_missing_of_an_objective_is_named(tiny_folder):
 def test_a_second_pass_has_the_dropout_of_the_first(rows, tiny_gpt2_folder, monkeypatch):
     """Or the slope of the loss would be multiplied with the slopes of another network."""
     model = module(tiny_gpt2_folder, micro_batch_rows=rows, lr=0.0)
-    model.policy_spec = replace(model.policy_spec, dropout=True)
+    model.models.spec = replace(model.models.spec, dropout=True)
     model.objective = load_objective(ROOT / "experiments" / "objectives" / "aot.yaml")
     seen: dict[tuple[int, ...], list[torch.Tensor]] = {}
     score = _Step._score

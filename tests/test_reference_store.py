@@ -164,14 +164,15 @@ def test_one_that_moves_is_refused(tiny_folder: Path, tmp_path: Path, capfd: pyt
 
 def test_changed_files_are_found_when_the_reference_has_to_be_loaded(tiny_folder: Path) -> None:
     from halos_pl.policy.loading import ModelSpec, load_model
+    from halos_pl.policy.scorer import Scorer
 
     spec = ModelSpec(str(tiny_folder))
-    policy = load_model(spec)
+    policy = Scorer(load_model(spec))
     reference = references.FrozenCopy()
     with torch.no_grad():
         next(policy.parameters()).add_(1)
     reference.bind(policy, spec, stored=True)
-    with pytest.raises(ModelError, match="have changed since"), reference.scoring(policy):
+    with pytest.raises(ModelError, match="have changed since"), reference.scoring():
         pass
 
 

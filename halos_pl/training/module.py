@@ -1,7 +1,7 @@
 """The LightningModule: plug-ins in, one optimizer step per batch.
 
-Optimization stays automatic, so clipping, loss scaling, closures (LBFGS) and DDP are Lightning's own: it back-propagates
-the last micro-batch of a step, and the engine the others.
+Optimization stays automatic, so clipping, loss scaling, closures (LBFGS) and DDP are Lightning's own. It back-propagates
+the last micro-batch of a step; the engine does the others.
 """
 
 from __future__ import annotations

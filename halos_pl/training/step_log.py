@@ -29,7 +29,7 @@ def log_step(module: Any, parts: Sequence[Part]) -> None:
     means, losses, suspects = Means(), Losses(), Suspects()
     for part in parts:
         losses.add(part.result)
-        means.add(row_figures(part.rows, part.result, module.halo))
+        means.add(row_figures(part.rows, part.result, module.objective.halo))
         suspects.add(part.row_ids, part.rows, part.result)
     # Losses of the ranks sum to the step's, so one rank counts for all of them.
     once = torch.tensor(float(module.global_rank == 0), dtype=torch.float32, device=module.device)

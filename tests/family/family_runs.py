@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halos_pl.batch import LogProbBatch
 from halos_pl.cli.lightning_cli import HalosCLI
+from halos_pl.objective.build import build_objective
 from halos_pl.objective.halo import Objective
-from halos_pl.training.module import build_objective
 
 FOLDER = ROOT / "experiments" / "objectives"
 FILES = sorted(path.stem for path in FOLDER.glob("*.yaml"))

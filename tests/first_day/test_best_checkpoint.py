@@ -14,7 +14,7 @@ from run_halos import binary_data, fit
 from safetensors.torch import load_file
 
 from halos_pl.cli.main import main, spelled
-from halos_pl.policy.spec import ModelError
+from halos_pl.policy.spec import ModelError, ModelSpec
 from halos_pl.training.checkpoint import CheckpointError, find_checkpoint, read_checkpoint
 from halos_pl.training.named_model import named_model
 
@@ -167,7 +167,10 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, monkeypatch: pyt
         checkpoint(tmp_path / name / "checkpoints" / "s=1.ckpt")
         (tmp_path / name / "config.yaml").write_text("data: {}\n")
     kept = checkpoint(tmp_path / "kept" / "s=1.ckpt")  # outside of any run's folder
-    monkeypatch.setattr("halos_pl.training.named_model.module_of_run", lambda _: SimpleNamespace(policy_spec=None))
+    monkeypatch.setattr(
+        "halos_pl.training.named_model.module_of_run",
+        lambda _: SimpleNamespace(models=SimpleNamespace(spec=ModelSpec("m"))),
+    )
     for own in (tmp_path / "a" / "checkpoints" / "s=1.ckpt", kept):
         assert named_model(str(tmp_path / "a"), str(own)).ckpt_path == str(own)
     with pytest.raises(ModelError, match=rf"of the run {tmp_path / 'b'}, not of {tmp_path / 'a'}"):

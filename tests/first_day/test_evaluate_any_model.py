@@ -241,7 +241,7 @@ def test_what_cannot_be_is_refused_before_a_model_is_loaded(
     monkeypatch.chdir(home)
     (home / "empty").mkdir(exist_ok=True)
     (home / "lost" / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for place in ("halos_pl.training.named_model.load_model", "halos_pl.training.module.load_model"):
+    for place in ("halos_pl.training.named_model.load_model", "halos_pl.training.models.load_model"):
         monkeypatch.setattr(place, lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", *words.split(), "--prompts=prompts.jsonl"])

@@ -26,7 +26,8 @@ from halos_pl.cli.main import main
 from halos_pl.policy.finite import FiniteLogits
 from halos_pl.policy.sampling import generate
 from halos_pl.policy.spec import ModelError
-from halos_pl.training.module import HALOModule, NonFiniteLossError
+from halos_pl.training.module import HALOModule
+from halos_pl.training.non_finite import NonFiniteLossError
 
 TOKEN = 299  # in one row of the batch below, and nowhere else
 
