@@ -174,7 +174,7 @@ def entry(cls: type, plot: str | None) -> str:
     instance = example(cls)
     lines = [f"::: {cls.__module__}.{cls.__name__}\n    options:\n      members: false\n"]
     if plot:
-        lines.append(f"![{cls.__name__}]({plot})\n\n`{call(cls)}`\n")
+        lines.append(f"Plot of `{call(cls)}`:\n\n![{cls.__name__}]({plot})\n")
     if hasattr(instance, "needs"):
         lines.append(needs_line(instance.needs) + "\n")
     if isinstance(instance, ReferencePoint):
@@ -208,7 +208,9 @@ def objective_section(path: Path, verdicts: dict[str, list[str]]) -> tuple[str, 
     body = yaml.safe_load(text)
     lines = [f"## {path.stem}\n", " ".join(head) + "\n"]
     if path.stem in verdicts:
-        lines.append(f"Verdict: **{verdicts[path.stem][0]}** (ICML 2024), **{verdicts[path.stem][1]}** (arXiv v1).\n")
+        icml, v1 = verdicts[path.stem]
+        shown = f"**{icml}**" if icml == v1 else f"**{icml}** (ICML 2024), **{v1}** (arXiv v1)"
+        lines.append(f"Verdict: {shown}.\n")
     lines.append(needs_line(objective.needs) + "\n")
     plot = None
     if isinstance(objective, HALO):
@@ -222,14 +224,16 @@ def objective_section(path: Path, verdicts: dict[str, list[str]]) -> tuple[str, 
 def formula(halo: HALO) -> str:
     """The loss as the parts of the objective make it."""
     judged = halo.feedback(step())
-    offset = f"{halo.loss_offset:g} " if halo.loss_offset else ""
-    readings = {-1.0: "− v(u)", 1.0: "− v(−u)" if halo.reflect_undesirable else "+ v(u)"}
+    start = f"{halo.loss_offset:g} " if halo.loss_offset else ""
+    readings = {-1.0: "−v(u)", 1.0: "−v(−u)" if halo.reflect_undesirable else "v(u)"}
+    if start:
+        readings = {a: f"{start}{'− ' if t[0] == '−' else '+ '}{t.lstrip('−')}" for a, t in readings.items()}
     u = f"{type(halo.reward).__name__} − {type(halo.reference_point).__name__}"
     parts = [f"u = {u}", f"v = {halo.value_function!r}"]
     for label, row in (("desirable", 0), ("undesirable", 1)):
         if (weight := float(judged.weight[row])) > 0:
-            factor = "" if weight == 1 else f"{weight:.3g} · "
-            parts.append(f"{label} row: {factor}({offset}{readings[float(judged.sign[row])]})")
+            term = readings[float(judged.sign[row])]
+            parts.append(f"{label} row: {term if weight == 1 else f'{weight:.3g} · ({term})'}")
     return "; ".join(parts)
 
 
@@ -243,9 +247,9 @@ def verdicts() -> dict[str, list[str]]:
 
 
 def help_text(words: list[str]) -> str:
-    """What a command prints for ``--help``, 100 columns wide."""
+    """What a command prints for ``--help``, 84 columns wide."""
     out, program, columns = io.StringIO(), sys.argv, os.environ.get("COLUMNS")
-    sys.argv, os.environ["COLUMNS"] = ["halos"], "100"
+    sys.argv, os.environ["COLUMNS"] = ["halos"], "84"
     try:
         with redirect_stdout(out):
             main([*words, "--help"])
@@ -254,7 +258,8 @@ def help_text(words: list[str]) -> str:
     finally:
         sys.argv = program
         os.environ.pop("COLUMNS") if columns is None else os.environ.update(COLUMNS=columns)
-    return out.getvalue().replace(str(Path.home()), "~")
+    text = out.getvalue().replace(str(Path.home()), "~")
+    return "".join(c for c in text if c == "\n" or c.isprintable())
 
 
 def cli_page() -> str:
@@ -276,7 +281,7 @@ KINDS: list[tuple[str, str, type, Any, str]] = [
         "Value functions",
         ValueFunction,
         value_functions,
-        "v(u) is the value of an outcome u = r − z0. Plots show the arguments below them.",
+        "v(u) is the value of an outcome u = r − z0.",
     ),
     (
         "reference_points",
@@ -343,8 +348,8 @@ def pages() -> Iterator[tuple[str, str | bytes]]:
             yield f"reference/plots/objective_{path.stem}.svg", svg
     yield "reference/objectives.md", "\n".join(sections)
     yield "reference/cli.md", cli_page()
-    yield "changelog.md", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    yield "contributing.md", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
+        yield name.lower(), (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
     for folder, place in ((ROOT / "benchmarks", "performance"), (ROOT / "experiments/ablations/results", "results")):
         for path in sorted(folder.rglob("*")):
             if path.suffix in (".md", ".png", ".csv"):
