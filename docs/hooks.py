@@ -172,7 +172,7 @@ def plot_objective(halo: HALO) -> bytes:
 def entry(cls: type, plot: str | None) -> str:
     """A section of a plug-in: plot and docstring."""
     instance = example(cls)
-    lines = [f"::: {cls.__module__}.{cls.__name__}\n    options:\n      members: false\n"]
+    lines = [f"::: {cls.__module__}.{cls.__name__}\n    options: {{members: false, heading_level: 2}}\n"]
     if plot:
         lines.append(f"Plot of `{call(cls)}`:\n\n![{cls.__name__}]({plot})\n")
     if hasattr(instance, "needs"):
@@ -196,7 +196,10 @@ def feedback_table(feedback: Feedback) -> str:
     judged = feedback(rows_of(torch.zeros(5), torch.zeros(5), labels))
     names = ["chosen, score 0.5", "rejected, score −0.5", "chosen, score 1", "rejected, score −1", "mismatched"]
     lines = ["| row | a | w |", "|---|---|---|"]
-    lines += [f"| {n} | {a:+.0f} | {w:.3g} |" for n, a, w in zip(names, judged.sign, judged.weight, strict=True)]
+    lines += [
+        f"| {n} | {'−' if a < 0 else '+'}1 | {w:.3g} |"
+        for n, a, w in zip(names, judged.sign, judged.weight, strict=True)
+    ]
     return "\n".join([*lines, "", f"Denominator: {float(judged.denominator):g}.", ""])
 
 
@@ -247,9 +250,9 @@ def verdicts() -> dict[str, list[str]]:
 
 
 def help_text(words: list[str]) -> str:
-    """What a command prints for ``--help``, 84 columns wide."""
+    """What a command prints for ``--help``, 80 columns wide."""
     out, program, columns = io.StringIO(), sys.argv, os.environ.get("COLUMNS")
-    sys.argv, os.environ["COLUMNS"] = ["halos"], "84"
+    sys.argv, os.environ["COLUMNS"] = ["halos"], "80"
     try:
         with redirect_stdout(out):
             main([*words, "--help"])
@@ -306,7 +309,7 @@ KINDS: list[tuple[str, str, type, Any, str]] = [
         Feedback,
         halos_pl.objective.feedback,
         "Feedback gives each row a sign a and a weight w, and the denominator of the loss. Each table shows the same "
-        "two pairs and one mismatched row.",
+        "example: two pairs and one mismatched row.",
     ),
     (
         "extra_terms",
@@ -334,7 +337,7 @@ def pages() -> Iterator[tuple[str, str | bytes]]:
                 yield f"reference/{plot}", plots[kind](cls)
             sections.append(entry(cls, plot))
             if kind is Feedback:
-                sections.append(f"`{call(cls)}`\n\n{feedback_table(example(cls))}")
+                sections.append(f"The example under `{call(cls)}`:\n\n{feedback_table(example(cls))}")
         yield f"reference/{stem}.md", "\n".join(sections)
     computed = verdicts()
     sections = [
