@@ -20,19 +20,23 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from mkdocs.structure.files import File, Files
 
+import halos_pl.data.transforms
 import halos_pl.objective.baselines
 import halos_pl.objective.feedback
 import halos_pl.objective.reference_points
 import halos_pl.objective.rewards
+import halos_pl.policy.reference
 import value_functions
 from halos_pl.batch import Labels, LogProbBatch, Needs
 from halos_pl.cli.help_page import COMMANDS
 from halos_pl.cli.main import main
+from halos_pl.data.transforms import Transform
 from halos_pl.objective.build import load_objective
 from halos_pl.objective.feedback import Feedback
 from halos_pl.objective.halo import HALO, Objective
 from halos_pl.objective.reference_points import ReferencePoint
-from halos_pl.objective.rewards import PairMargin, Reward
+from halos_pl.objective.rewards import LogRatio, Reward
+from halos_pl.policy.reference import ReferenceModel
 from value_functions import Identity, Logistic, LogSigmoid, ValueFunction
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,9 +146,7 @@ def plot_reference_point(cls: type) -> bytes:
     z0 = []
     for shift in shifts:
         rows = step(shift)
-        paired = PairMargin()(rows) if "margin" in (cls.__doc__ or "").lower() else None
-        rewards = rows.policy_logps[:, 0] - rows.reference_logps[:, 0] if paired is None else paired  # type: ignore[index]
-        z0.append(float(example(cls)(rewards, rows).value.reshape(-1)[0]))
+        z0.append(float(example(cls)(LogRatio()(rows), rows).value.reshape(-1)[0]))
     return picture(
         lambda axes: axes.plot(shifts, z0, color=NEUTRAL), xlabel="all rewards raised by (nats)", ylabel="z0 (nats)"
     )
@@ -170,8 +172,8 @@ def plot_objective(halo: HALO) -> bytes:
 
 
 def entry(cls: type, plot: str | None) -> str:
-    """A section of a plug-in: plot and docstring."""
-    instance = example(cls)
+    """A section of a class: docstring, plot, needs."""
+    instance = example(cls) if issubclass(cls, torch.nn.Module) else None
     lines = [f"::: {cls.__module__}.{cls.__name__}\n    options: {{members: false, heading_level: 2}}\n"]
     if plot:
         lines.append(f"Plot of `{call(cls)}`:\n\n![{cls.__name__}]({plot})\n")
@@ -317,6 +319,22 @@ KINDS: list[tuple[str, str, type, Any, str]] = [
         Objective,
         halos_pl.objective.baselines,
         "Terms that are not HALOs: the baselines, and what composites add to a HALO in `extra_terms`.",
+    ),
+    (
+        "reference_models",
+        "Reference models",
+        ReferenceModel,
+        halos_pl.policy.reference,
+        "`model.reference_model` chooses what gives log π_ref. The default is `AdapterOff` with LoRA and `FrozenCopy` "
+        "without.",
+    ),
+    (
+        "transforms",
+        "Transforms",
+        Transform,
+        halos_pl.data.transforms,
+        "`data.transforms` is a list of changes to the training data, drawn from the seed and counted in "
+        "`summary.json`. [Your own data](../howto/data.md#order-and-transforms) shows how to use them.",
     ),
 ]
 

@@ -115,7 +115,7 @@ def test_every_plug_in_and_objective_has_a_section_of_the_reference():
     hooks = script("hooks")
     named = {cls.__name__ for _, _, kind, module, _ in hooks.KINDS for cls in hooks.plugins(kind, module)}
     assert set(value_functions.__all__) - {"ValueFunction"} <= named
-    assert {"LogRatio", "MismatchedKL", "Binary", "NLL"} <= named
+    assert {"LogRatio", "MismatchedKL", "Binary", "NLL", "FrozenCopy", "FlipLabels"} <= named
     verdicts = hooks.verdicts()
     assert set(OBJECTIVES) <= set(verdicts)
     section, plot = hooks.objective_section(ROOT / "experiments" / "objectives" / "kto.yaml", verdicts)
