@@ -4,7 +4,7 @@ TORCH := 2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: quickstart test test-slow check lint readme results bench bench-full clean
+.PHONY: quickstart test test-slow test-docs docs docs-build check lint readme results bench bench-full clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python experiments/quickstart/run.py
@@ -15,11 +15,22 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
-check: lint test
+# Code blocks of the docs that train or sample, and the site.
+test-docs: $(INSTALLED) docs-build
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m docs
 
-# The table of verdicts in README.md.
+check: lint docs-build test
+
+# The documentation on http://127.0.0.1:8000, rebuilt as its files change.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+docs-build: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The table of verdicts in the docs.
 readme: $(INSTALLED)
-	$(BIN)/halos check --all --write README.md
+	$(BIN)/halos check --all --write docs/reference/verdicts.md
 
 # Reports, tables and figures of studies, recomputed from what is kept of them: values.csv.gz, record.json and study.yaml.
 RESULTS ?= experiments/ablations/results

@@ -39,7 +39,7 @@ def family(folder: Path | None = None, *, thorough: bool = False) -> Iterator[tu
 
 
 def family_table(checked: Iterable[tuple[str, dict[Definition, Report]]]) -> Iterator[str]:
-    """The lines of a Markdown table of ``family()``: a row a loss, a column a definition. The README holds a copy."""
+    """The lines of a Markdown table of ``family()``, as in docs/reference/verdicts.md: losses by definitions."""
     yield f"| loss | {' | '.join(TITLES.values())} |"
     yield f"|{'---|' * (1 + len(TITLES))}"
     for name, found in checked:
