@@ -6,17 +6,54 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from halos_pl.data import FeedbackDataModule
+    from halos_pl.batch import Labels, LogProbBatch, Needs, TokenBatch
+    from halos_pl.conformance import check_halo, parametrize_with_checks
+    from halos_pl.data import FeedbackDataModule, Source
+    from halos_pl.objective.build import build_objective, load_objective
+    from halos_pl.objective.feedback import Feedback, Judgement
+    from halos_pl.objective.halo import HALO, Objective, Result, Sum
+    from halos_pl.objective.reference_points import Estimate, ReferencePoint
+    from halos_pl.objective.rewards import Reward
+    from halos_pl.policy.loading import load_model, load_tokenizer
+    from halos_pl.policy.reference import AdapterOff, FixedModel, FrozenCopy, OtherModel, SyncedCopy
+    from halos_pl.policy.scorer import Scorer
+    from halos_pl.policy.spec import LoRASpec, ModelSpec
+    from halos_pl.training.engine import StepEngine
     from halos_pl.training.module import HALOModule
+    from value_functions import ValueFunction
 
-__all__ = ["FeedbackDataModule", "HALOModule"]
 __version__ = "0.1.0"
 
-# Imported on first use, so that an objective over plain tensors does not load transformers and Lightning.
-_HOMES = {"HALOModule": "halos_pl.training.module", "FeedbackDataModule": "halos_pl.data"}
+# Where each name lives. Imported on first use, so an objective over plain tensors loads no transformers or Lightning.
+_HOMES = {
+    "halos_pl.batch": ("Labels", "LogProbBatch", "Needs", "TokenBatch"),
+    "halos_pl.conformance": ("check_halo", "parametrize_with_checks"),
+    "halos_pl.data": ("FeedbackDataModule", "Source"),
+    "halos_pl.objective.build": ("build_objective", "load_objective"),
+    "halos_pl.objective.feedback": ("Feedback", "Judgement"),
+    "halos_pl.objective.halo": ("HALO", "Objective", "Result", "Sum"),
+    "halos_pl.objective.reference_points": ("Estimate", "ReferencePoint"),
+    "halos_pl.objective.rewards": ("Reward",),
+    "halos_pl.policy.loading": ("load_model", "load_tokenizer"),
+    "halos_pl.policy.reference": ("AdapterOff", "FixedModel", "FrozenCopy", "OtherModel", "SyncedCopy"),
+    "halos_pl.policy.scorer": ("Scorer",),
+    "halos_pl.policy.spec": ("LoRASpec", "ModelSpec"),
+    "halos_pl.training.engine": ("StepEngine",),
+    "halos_pl.training.module": ("HALOModule",),
+    "value_functions": ("ValueFunction",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = [  # noqa: PLE0604  (the names above)
+    *_HOME_OF,
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"halos_pl has no {name!r}; it has {', '.join(__all__)}")
+    if name in _HOME_OF:
+        return getattr(import_module(_HOME_OF[name]), name)
+    raise AttributeError(f"halos_pl has no {name!r}; it has {', '.join(sorted(_HOME_OF))}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME_OF])

@@ -7,6 +7,7 @@ A comment before a block says why it is not run, or that its commands end with s
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 import subprocess
@@ -231,14 +232,38 @@ def test_other_programs_are_there():
 
 
 @pytest.mark.parametrize("page", pages_with("python"))
-def test_python_runs(folder, page):
+def test_python_runs(folder, page, tiny_folder):
     write_files(page, folder)
+    executed(page, tiny_folder)
+
+
+def executed(page: str, model: Path) -> dict[str, object]:
+    """What the Python blocks of a page leave behind, with ``model`` in place of the one of the hub."""
     space: dict[str, object] = {"__name__": "page"}
     for block in of("python"):
         if block.page == page:
-            code = compile("\n" * block.line + block.text, str(ROOT / page), "exec")
+            text = block.text.replace(HUB_MODEL, str(model))
+            code = compile("\n" * block.line + text, str(ROOT / page), "exec")
             with redirect_stdout(StringIO()):
                 exec(code, space)
+    return space
+
+
+def test_a_plain_loop_has_the_losses_of_a_fit(folder, tiny_folder):
+    losses = executed("docs/howto/plain_pytorch.md", tiny_folder)["losses"]
+    settings = {
+        **{"model.policy.path": tiny_folder, "data.train": "feedback.jsonl", "data.batch_size": 4, "run_dir": "run"},
+        **{"model.optimizer": "SGD", "model.optimizer.init_args.lr": 0.05, "model.micro_batch_rows": 2},
+        **{"model.lr_schedule": "constant_with_warmup", "model.warmup_ratio": 0.0, "trainer.gradient_clip_val": 0},
+        "trainer.accelerator": "cpu",
+    }
+    options = [f"--{name}={value}" for name, value in settings.items()]
+    code, said = status(["fit", *BASE, "--config", "experiments/objectives/kto.yaml", *options])
+    assert code == 0, said
+    with open("run/metrics.csv", encoding="utf-8") as file:
+        fitted = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+    assert len(fitted) > 1
+    assert losses == pytest.approx(fitted, rel=1e-6)
 
 
 @pytest.mark.docs
