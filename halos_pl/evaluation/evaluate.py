@@ -13,10 +13,10 @@ import numpy as np
 
 from halos_pl.common.files import check_target, write
 from halos_pl.common.messages import counted
-from halos_pl.data.datamodule import _sources
 from halos_pl.data.example import DataError
 from halos_pl.data.prompt_files import read_prompt_rows, say_convention
 from halos_pl.data.prompts import TextPrompts
+from halos_pl.data.sources import sources_of
 from halos_pl.evaluation.judging import judged_by
 from halos_pl.evaluation.measurement import ANSWERS, ROWS, Task, measure
 from halos_pl.policy.sampling import check_sampling
@@ -112,7 +112,7 @@ def check_arguments(
     if not 0 < beta < float("inf"):
         raise DataError(f"beta is {beta}; it must be above 0 and finite")
     try:
-        _sources("predict", held_out)
+        sources_of("predict", held_out)
     except ValueError as error:
         raise DataError(str(error).replace("data.predict", "held_out")) from error
 

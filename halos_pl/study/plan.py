@@ -633,6 +633,7 @@ def _check_evaluation(study: Study) -> int:
 def _steps(cli: Any) -> int:
     """Optimizer steps of a fit, after its data have been read and checked."""
     trainer, data = cli.trainer, cli.datamodule
+    data.connect(tokenizer=lambda: cli.model.tokenizer, needs=cli.model.objective.needs)
     trainer.strategy._lightning_module = cli.model
     data.trainer = trainer
     trainer.state.fn = "fit"
@@ -652,7 +653,7 @@ def _check_held_out(study: Study, tokenizer: Any, data: Any) -> int:
     Returns:
         the number of prompts that the primary metric is measured on.
     """
-    from halos_pl.data.datamodule import _sources
+    from halos_pl.data.sources import sources_of
     from halos_pl.data.store import fault_list, open_store
     from halos_pl.data.table import Table
     from halos_pl.data.transforms import ThresholdScores
@@ -664,7 +665,7 @@ def _check_held_out(study: Study, tokenizer: Any, data: Any) -> int:
     text = {name: getattr(data, name) for name in TEXT_SETTINGS}
     text["text_prompts"] = arguments["text_prompts"] or data.text_prompts
     try:
-        sources = _sources("predict", given)
+        sources = sources_of("predict", given)
         stores = [open_store(s, tokenizer, **text) for s in sources]
     except (DataError, OSError, ValueError) as error:
         raise StudyError(f"{study.places['evaluate']}: held_out: {error}") from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -177,13 +176,7 @@ ROWS = [
 
 def module(path: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> FeedbackDataModule:
     data = FeedbackDataModule(path, batch_size=2, **options)
-    objective = SimpleNamespace(needs=Needs())
-    trainer: Any = SimpleNamespace(
-        lightning_module=SimpleNamespace(tokenizer=tokenizer, objective=objective),
-        distributed_sampler_kwargs={"num_replicas": 1, "rank": 0},
-        state=SimpleNamespace(fn=None),
-    )
-    data.trainer = trainer
+    data.connect(tokenizer=tokenizer, needs=Needs())
     data.setup("fit")
     return data
 
