@@ -24,6 +24,7 @@ from halos_pl.common.stopping import ignore_signals
 from halos_pl.data.batches import Order, StepDataset, StepSampler, seeded
 from halos_pl.data.example import DataError
 from halos_pl.data.formats import refuse_missing
+from halos_pl.data.memory import MemorySource
 from halos_pl.data.prompts import TextPrompts, asked, convention, counted, say
 from halos_pl.data.resume import plain, refuse_other_data
 from halos_pl.data.source import OnBadRows
@@ -82,9 +83,9 @@ class FeedbackDataModule(LightningDataModule):
 
     Args:
         train, validation, test, predict: a source or a list of sources for each stage: a path or hub name, or a
-            mapping ``{path: ..., split: ..., weight: ...}`` of the settings of ``halos_pl.data.Source``. ``predict``
-            falls back to ``test``, then to ``validation``. All but ``train`` keep every row, and pairs as pairs,
-            whatever the objective needs.
+            mapping ``{path: ..., split: ..., weight: ...}`` of the settings of ``halos_pl.data.Source``; in Python
+            also a ``datasets.Dataset``, a pandas DataFrame, or a list of rows. ``predict`` defaults to ``test``, then
+            to ``validation``. All but ``train`` keep every row, and pairs as pairs, whatever the objective needs.
         batch_size: examples of one optimizer step over all ranks together: rows; pairs where the objective
             needs pairs; prompts, with all their rows, where it compares the rows of a prompt.
         eval_batch_size: the same for the other stages; default ``batch_size``.
@@ -512,7 +513,14 @@ class FeedbackDataModule(LightningDataModule):
     def _settings(self) -> dict[str, Any]:
         """The settings that decide which rows are trained on."""
         named = {name: getattr(self, name) for name in DECIDE_ROWS}
-        return plain({"train": [source.label for source in self.sources["train"]], **named})
+        digests = self.digests("train")
+        train = [
+            f"{source.label} (in memory, {digests[source.label][:12]})"
+            if isinstance(source, MemorySource)
+            else source.label
+            for source in self.sources["train"]
+        ]
+        return plain({"train": train, **named})
 
     def state_dict(self) -> dict[str, Any]:
         if "train" not in self._splits:

@@ -18,7 +18,7 @@ from tokenizers import AddedToken, normalizers
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.batch import Needs
-from halos_pl.cli.inspect import inspect, page
+from halos_pl.cli.inspect import inspect
 from halos_pl.data import DataError, FeedbackDataModule, Source
 from halos_pl.data.special import SpecialTokens
 from halos_pl.data.store import open_store
@@ -216,7 +216,6 @@ def test_inspect_counts_them(tmp_path: Path) -> None:
         assert figures["examples whose text spells special tokens"] == 2
         assert figures["spelled: <|im_start|>"] == 2
         assert figures["spelled: <|im_end|>"] == 1
-    assert "<|im_start|>" not in page(found)  # escaped
     text = write_jsonl(tmp_path / "text.jsonl", [{"prompt": FORGED, "completion": "a", "label": True}])
     store = open_store(Source(text), byte_level_tokenizer(), tmp_path / "cache")
     assert (store.fault_count, store.spelling) == (0, 1)
