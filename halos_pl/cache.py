@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
-from lightning.pytorch.utilities import rank_zero_info
-
 Kind = Literal["data", "models", "reference", "answers"]
 #: The folder of sampled answers.
 ANSWERS = "answers"
@@ -250,6 +248,8 @@ def make_room(data: Path | None = None) -> None:
     size = sum(entry.size for entry in found)
     if size <= most:
         return
+    from lightning.pytorch.utilities import rank_zero_info  # here, as it takes seconds to import
+
     removed: list[Entry] = []
     for entry in found:
         if size > most and remove(entry):

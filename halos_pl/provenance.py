@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import Distribution, distribution, version
 from pathlib import Path
 from typing import Any
-
-from halos_pl.data.formats import files_of
-from halos_pl.data.source import Source
 
 LIBRARIES = ("halos_pl", "torch", "lightning", "transformers", "peft", "datasets", "scipy", "statsmodels")
 HERE = Path()
@@ -107,22 +103,3 @@ def _revision(folder: Path, *paths: str) -> str | None:
         _git(*status, "-uall", "--", *python, folder=folder, config=off),
     ]
     return f"{commit}{' with changes' if any(said) else ', perhaps with changes' if None in said else ''}"
-
-
-def paths_of(sources: Iterable[Any]) -> list[str]:
-    """The paths of sources, which are texts or mappings."""
-    return [source["path"] if isinstance(source, dict) else source for source in sources if source]
-
-
-def digest_of(path: str) -> str:
-    """The first half of the SHA-256 of a file, or of the names and SHA-256 of the files of a folder or pattern."""
-    found = [Path(source.path) for source in files_of(Source(path))]
-    files = sorted(f for p in found for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file())
-    digests = []
-    for file in files:
-        with file.open("rb") as content:
-            digests.append(hashlib.file_digest(content, "sha256").hexdigest())
-    if len(files) > 1:
-        named = [[str(file), digest] for file, digest in zip(files, digests, strict=True)]
-        digests = [hashlib.sha256(json.dumps(named).encode()).hexdigest()]
-    return digests[0][:32] if digests else "not a file here"

@@ -32,11 +32,12 @@ from halos_pl.study.digits import decimals, number, of_comparison
 from halos_pl.study.first_line import first_line
 from halos_pl.study.gather import _training
 from halos_pl.study.headline import headline
-from halos_pl.study.plan import BEFORE, SHORTER, Study, StudyError, load_study
 from halos_pl.study.planned_power import power_lines
+from halos_pl.study.read import load_study
 from halos_pl.study.recorded import VALUES, Recorded, read_recorded, write_recorded
 from halos_pl.study.report import write_report
 from halos_pl.study.results import Results
+from halos_pl.study.spec import BEFORE, SHORTER, Study, StudyError
 from halos_pl.study.trivial import by_length
 from value_functions import Logistic
 

@@ -13,8 +13,11 @@ import pytest
 import yaml
 from run_halos import ROOT, metrics, pair_data, run
 
+from halos_pl.cli.ablate import Parsers
 from halos_pl.cli.main import main
-from halos_pl.study.plan import Study, StudyError, check, load_study
+from halos_pl.study.preflight import check
+from halos_pl.study.read import load_study
+from halos_pl.study.spec import Study, StudyError
 
 PAPER = ROOT / "experiments/paper"
 
@@ -78,7 +81,7 @@ def test_studies_of_real_feedback_are_valid(shared_data: Path, tmp_path: Path, m
 
 
 def _compares_what_it_says(study: Study) -> None:
-    found = check(study)
+    found = check(study, Parsers()).arms
     assert len(study.seeds) >= 3
     assert found.keys() == {arm.name for arm in study.arms}
     for arm in study.arms:  # they share it

@@ -13,7 +13,6 @@ from lightning import Trainer
 from torch import nn
 
 from halos_pl.batch import TokenBatch
-from halos_pl.common.progress import Progress
 from halos_pl.data import FeedbackDataModule
 from halos_pl.data.example import DataError
 from halos_pl.objective.feedback import Binary
@@ -25,6 +24,7 @@ from halos_pl.policy.spec import ModelSpec
 from halos_pl.training.checkpoint import load_trained
 from halos_pl.training.module import HALOModule
 from halos_pl.training.named_model import NamedModel
+from halos_pl.training.progress import Progress
 from halos_pl.training.trained import module_of_run, put_weights
 from value_functions import Logistic
 

@@ -16,14 +16,12 @@ from halos_pl.common.progress import counted
 from halos_pl.data import FeedbackDataModule
 from halos_pl.data.prompt_files import PromptRow
 from halos_pl.evaluation.answers import answers
+from halos_pl.evaluation.files import ANSWERS, ROWS
 from halos_pl.evaluation.held_out import Evaluation, Loaded, by_example, figures_of, of_reference, prepared, records_of
 from halos_pl.evaluation.judging import Judged, Row
 from halos_pl.policy.reference import NoReference, ReferenceModel
 from halos_pl.policy.sampling import Sample, kl_of_samples
 from halos_pl.training.named_model import NamedModel
-
-ROWS = "held_out.jsonl"
-ANSWERS = "answers.jsonl"
 
 #: Values by metric and example.
 Values = dict[str, dict[str, float]]

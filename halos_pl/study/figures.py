@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
-from halos_pl.evaluation.evaluate import METRICS
+from halos_pl.evaluation.metrics import METRICS
 from halos_pl.study.comparison import Comparison
-from halos_pl.study.plan import Arm
 from halos_pl.study.results import Results
+from halos_pl.study.spec import Arm
 
 #: Inches: on a page, and on a phone, where panels stand one below the other.
 WIDTH, NARROW = 6.2, 3.5

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from halos_pl.common.messages import counted
-from halos_pl.evaluation.evaluate import METRICS
+from halos_pl.evaluation.metrics import METRICS
 from halos_pl.study.comparison import Comparison, ratio
 from halos_pl.study.digits import of_comparison, of_estimate
 from halos_pl.study.results import Results

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from halos_pl.common.messages import counted
-from halos_pl.evaluation.evaluate import RATIOS, SHARES
+from halos_pl.evaluation.metrics import RATIOS, SHARES
 from halos_pl.study.comparison import ratio
 from halos_pl.study.power import FARTHEST, Noise, detectable, power
 from halos_pl.study.run_variance import Runs, run_variance
@@ -21,7 +21,7 @@ from halos_pl.study.standard_error import MARGIN, heterogeneous_df
 from halos_pl.study.statistics import LEVEL
 
 if TYPE_CHECKING:
-    from halos_pl.study.plan import Study
+    from halos_pl.study.spec import Study
 
 #: Differences of shares whose power is stated.
 POINTS = (0.12, 0.2)

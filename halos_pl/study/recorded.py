@@ -29,7 +29,7 @@ from typing import Any
 
 from halos_pl.common.files import write
 from halos_pl.common.messages import counted
-from halos_pl.study.plan import Study, StudyError
+from halos_pl.study.spec import Study, StudyError
 
 VALUES = "values.csv.gz"
 RECORD = "record.json"

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader
 
 from halos_pl.common.files import write
 from halos_pl.common.messages import counted, plain
-from halos_pl.evaluation.evaluate import METRICS, PER_TOKEN, RATIOS, SHARES
+from halos_pl.evaluation.metrics import METRICS, PER_TOKEN, RATIOS, SHARES
 from halos_pl.provenance import NO_CHECKOUT
 from halos_pl.study.comparison import Comparison
 from halos_pl.study.digits import decimals, number, of_comparison, of_estimate, p_value, short
@@ -24,8 +24,8 @@ from halos_pl.study.figures import CURVES, NARROW, PICTURES, png, unit_of
 from halos_pl.study.first_line import first_line
 from halos_pl.study.headline import headline
 from halos_pl.study.markdown import escaped, fence
-from halos_pl.study.plan import BEFORE, command, default_folder
 from halos_pl.study.results import Results
+from halos_pl.study.spec import BEFORE, command, default_folder
 from halos_pl.study.statistics import Estimate, estimate
 from halos_pl.study.trivial import STRATA
 

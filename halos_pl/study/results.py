@@ -10,15 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from halos_pl.evaluation.evaluate import METRICS, RATIOS, SHARES
+from halos_pl.evaluation.metrics import METRICS, RATIOS, SHARES
 from halos_pl.study.comparison import Comparison
 from halos_pl.study.decisions import compare
 from halos_pl.study.gather import describe, gather
-from halos_pl.study.plan import Arm, Run, Study
 from halos_pl.study.recorded import Recorded, read_recorded, write_recorded
 from halos_pl.study.run_variance import Runs
+from halos_pl.study.spec import BEFORE, Arm, Run, Study
 from halos_pl.study.statistics import Estimate, Values, estimate
-from halos_pl.study.trivial import BEFORE
 
 #: By the arm's name.
 Compared = dict[str, Comparison]

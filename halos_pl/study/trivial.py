@@ -6,15 +6,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
-from halos_pl.evaluation.evaluate import BEFORE as BEFORE_FILE
-from halos_pl.evaluation.evaluate import measured_how
+from halos_pl.evaluation.files import BEFORE as BEFORE_FILE
+from halos_pl.evaluation.files import ROWS, measured_how
 from halos_pl.evaluation.held_out import of_pairs, of_rows
-from halos_pl.evaluation.measurement import ROWS
-from halos_pl.study.plan import BEFORE, SHORTER, Run
+from halos_pl.study.finished import config_of
 from halos_pl.study.recorded import Figures, Key
-from halos_pl.training.callbacks import CONFIG
+from halos_pl.study.spec import BEFORE, SHORTER, Run
 
 #: Accuracy on the pairs whose chosen completion has fewer, as many, and more words than the rejected one.
 STRATA = {
@@ -83,9 +80,7 @@ def starts_of(done: list[Run]) -> dict[str, str]:
 
 def start_of(run: Run) -> str:
     """The model that a run started from."""
-    path = run.folder / CONFIG
-    config = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader) if path.is_file() else {}
-    policy = (config.get("model") or {}).get("policy") or {}
+    policy = (config_of(run).get("model") or {}).get("policy") or {}
     return str(policy.get("path", ""))
 
 

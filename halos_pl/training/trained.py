@@ -14,7 +14,7 @@ from halos_pl.common.foreign_code import model_of_config
 from halos_pl.common.messages import cause
 from halos_pl.data.template import CHAT_TEMPLATE, use_template
 from halos_pl.policy.loading import load_model
-from halos_pl.training.callbacks import CONFIG
+from halos_pl.run_dir import CONFIG
 from halos_pl.training.checkpoint import entry_kind, load_trained
 from halos_pl.training.module import HALOModule
 
