@@ -8,9 +8,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
 
 from halos_pl.common.files import check_target, write
 from halos_pl.common.messages import counted
@@ -177,7 +176,7 @@ def _print_values(
         lacking = dict.fromkeys(needs[METRICS[name].unit == "pairs"] for name in missing)
         print(f"halos: skipped, as the held-out data lack {' and '.join(lacking)}: {', '.join(missing)}")
     for name, by_example in values.items():
-        line = f"halos: {name} {np.mean(list(by_example.values())):.4g}"
+        line = f"halos: {name} {fmean(by_example.values()):.4g}"
         if name in before:
-            line += f", before training {np.mean(list(before[name].values())):.4g}"
+            line += f", before training {fmean(before[name].values()):.4g}"
         print(f"{line} (n = {counted(len(by_example), 'prompt')})")
