@@ -133,23 +133,3 @@ def estimate(
     if share:  # values of examples with several rows may lie beyond
         low, high = max(low, 0.0), min(high, 1.0)
     return Estimate(mean, float(low), float(high), examples, seeds, over, float(found.standard_error), math.inf)
-
-
-def win_rate(preferences: object) -> tuple[float, float]:
-    """Win rate against a reference and its standard error, both in percent, as AlpacaEval publishes them.
-
-    Args:
-        preferences: one for each prompt: 1 the reference wins, 2 the model wins, 0 or 1.5 a draw; NaN, where the judge
-            gave no verdict, is left out.
-
-    Raises:
-        ValueError: for another number, or fewer than two verdicts.
-    """
-    given = np.asarray(preferences, dtype=np.float64)
-    given = given[~np.isnan(given)]
-    if not np.isin(given, (0, 1, 1.5, 2)).all():
-        raise ValueError(f"preferences are 0, 1, 1.5 or 2; found {sorted(set(given[~np.isin(given, (0, 1, 1.5, 2))]))}")
-    if len(given) < 2:
-        raise ValueError(f"{len(given)} verdicts; a standard error needs two at least")
-    wins = np.where(given == 0, 0.5, given - 1)
-    return 100 * float(wins.mean()), 100 * float(stats.sem(wins, ddof=1))
