@@ -204,7 +204,7 @@ def test_power_is_said_of_the_planned_seeds_and_prompts(make: Any, tmp_path: Pat
         ({}, ["2 arms x 3 seeds x 80 prompts", "prompt_sd 0.71, run_sd 0 ", "run_sd 0.2 "]),
         ({"power": {"prompt_sd": 0.4, "run_sd": 0.05}}, ["prompt_sd 0.4, run_sd 0.05 (as stated)"]),
         ({"seeds": [0]}, ["2 arms x 1 seed x", "none"]),
-        ({"primary": "length"}, ["unknown; name power"]),
+        ({"primary": "length"}, ["unknown"]),
         ({"primary": "length", "power": {"prompt_sd": 0.4, "run_sd": 0.05}}, ["a factor of"]),
     ):
         said = "\n".join(power_lines(load_study(make(**many | own)), 80))
@@ -495,7 +495,7 @@ def test_runs_say_how_they_were_measured(make: Any, here: list[str], tmp_path: P
             assert digest in (out / "report.md").read_text()
     assert "## At the end of training" in (out / "report.md").read_text()
     assert set(said["by"]) == {"revision", "halos_pl", "versions", "machine"}
-    made = (out / "report.md").read_text().partition("## How it was computed")[2]
+    made = (out / "report.md").read_text().partition("## Methods")[2]
     assert "1 run " in made
     for key in ("revision", "halos_pl", "machine"):
         assert said["by"][key] in made

@@ -1,4 +1,4 @@
-"""The arguments of ``halos evaluate``: which cannot be, and what identifies the files that they name."""
+"""The arguments of ``halos evaluate``: checks, and digests of the files that they name."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from halos_pl.data.source import Source
 from halos_pl.evaluation.metrics import CODE
 from halos_pl.policy.sampling import check_sampling
 
-# Arguments that runs measured by older versions do not name.
+# Arguments that older versions did not have, and did not record.
 LATER = ("ckpt_path", "reference", "prompt_column", "text_prompts", "chat_template")
 
 
 def measuring(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """How and on what a model is measured: arguments of :func:`evaluate`, and a digest of each file they name."""
+    """How and on what a model is measured: the arguments of ``evaluate``, and a digest of each file they name."""
     code = [str(arguments[key]).rpartition(":")[0] for key in CODE if arguments.get(key)]
     data = paths_of([arguments.get("prompts"), *(arguments.get("held_out") or [])])
-    given = {k: v for k, v in arguments.items() if k not in LATER or v is not None}
-    return {"evaluate": given, "files": {path: digest_of(path) for path in sorted({*data, *code})}}
+    recorded = {k: v for k, v in arguments.items() if k not in LATER or v is not None}
+    return {"evaluate": recorded, "files": {path: digest_of(path) for path in sorted({*data, *code})}}
 
 
 def paths_of(sources: Iterable[Any]) -> list[str]:
-    """The paths of sources, which are texts or mappings."""
+    """The paths of sources, which are strings or mappings."""
     return [source["path"] if isinstance(source, dict) else source for source in sources if source]
 
 
 def digest_of(path: str) -> str:
-    """The first half of the SHA-256 of a file, or of the names and SHA-256 of the files of a folder or pattern."""
-    found = [Path(source.path) for source in files_of(Source(path))]
-    files = sorted(f for p in found for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file())
+    """Half of the SHA-256 of a file, or of the names and digests of the files in a folder or pattern."""
+    paths = [Path(source.path) for source in files_of(Source(path))]
+    files = sorted(f for p in paths for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file())
     digests = []
     for file in files:
         with file.open("rb") as content:
@@ -61,17 +61,17 @@ def check_arguments(
     prompt_column: str | None = None,
     **_: Any,
 ) -> None:
-    """Refuses arguments of :func:`evaluate` that cannot be, before any model is loaded.
+    """Refuses invalid arguments of ``evaluate`` before any model is loaded.
 
     Raises:
         DataError: naming the argument.
     """
     if not held_out and not prompts:
-        raise DataError("nothing to measure: name --held_out feedback, --prompts, or both")
+        raise DataError("nothing to measure: name --held_out data, --prompts, or both")
     if (rule or judge) and not prompts:
-        raise DataError("--rule and --judge look at answers: name --prompts as well")
+        raise DataError("--rule and --judge need answers: name --prompts as well")
     if prompt_column and not prompts:
-        raise DataError("--prompt_column is one of --prompts, which names no file")
+        raise DataError("--prompt_column needs --prompts, which names the file")
     if not max_length >= 2:
         raise DataError(f"max_length is {max_length}; it must be at least 2")
     check_sampling(max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature, seed=seed)

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 FILE = "evaluation.json"
-BEFORE = "before.json"  #: the same of the model that a run began with
+BEFORE = "before.json"  #: the same for a run's model before training
 MEASURED = "measured.json"  #: how it was measured, and on what
 ROWS = "held_out.jsonl"
 ANSWERS = "answers.jsonl"
 
 
 def measured_how(run: Path) -> dict[str, Any]:
-    """What a run says of its measuring: :func:`measuring`, and by what (``by``); empty where it says nothing."""
+    """How a run was measured: its ``evaluate`` arguments, digests of ``files``, and code (``by``); empty if unknown."""
     path = run / MEASURED
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return found
+    how: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return how
