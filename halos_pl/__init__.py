@@ -43,9 +43,41 @@ _HOMES = {
     "value_functions": ("ValueFunction",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = [  # noqa: PLE0604  (the names above)
+__all__ = [
     *_HOME_OF,
     "__version__",
+    "Labels",
+    "LogProbBatch",
+    "Needs",
+    "TokenBatch",
+    "check_halo",
+    "parametrize_with_checks",
+    "FeedbackDataModule",
+    "Source",
+    "build_objective",
+    "load_objective",
+    "Feedback",
+    "Judgement",
+    "HALO",
+    "Objective",
+    "Result",
+    "Sum",
+    "Estimate",
+    "ReferencePoint",
+    "Reward",
+    "load_model",
+    "load_tokenizer",
+    "AdapterOff",
+    "FixedModel",
+    "FrozenCopy",
+    "OtherModel",
+    "SyncedCopy",
+    "Scorer",
+    "LoRASpec",
+    "ModelSpec",
+    "StepEngine",
+    "HALOModule",
+    "ValueFunction",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Where things are kept that can be computed again, and how much room they may take."""
+"""The cache of recomputable data: where it is, and its size limit."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
-from lightning.pytorch.utilities import rank_zero_info
-
 Kind = Literal["data", "models", "reference", "answers"]
 #: The folder of sampled answers.
 ANSWERS = "answers"
 REFERENCE = Path("reference") / "logps.sqlite"
-#: Of the disk that the cache is on, where HALOS_CACHE_LIMIT says nothing.
+#: Share of the cache's disk, unless HALOS_CACHE_LIMIT is set.
 DEFAULT_LIMIT = "20%"
 _UNITS = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _KEY = re.compile(r"(gguf-)?[0-9a-f]{32}(?![0-9a-f])")
@@ -26,7 +24,7 @@ _REMOVED = ".removed"
 
 
 class NoHomeError(OSError):
-    """There is no home folder, as for a user ID without an entry in a container."""
+    """There is no home folder, as for a user ID unknown to a container."""
 
 
 class CacheLimitError(ValueError):
@@ -34,49 +32,51 @@ class CacheLimitError(ValueError):
 
 
 def cache_root() -> Path:
-    """``$HALOS_CACHE``, else ``~/.cache/halos_pl``: converted models and tokenised data. It may be deleted.
+    """``$HALOS_CACHE``, by default ``~/.cache/halos_pl``. It may be deleted.
 
     Raises:
-        NoHomeError: where neither is known.
+        NoHomeError: without either.
     """
     place = os.environ.get("HALOS_CACHE") or "~/.cache/halos_pl"
     try:
-        if place.startswith("~") and not os.environ.get("HOME", "unset"):  # it would be the root of the disk
+        if place.startswith("~") and not os.environ.get(
+            "HOME", "unset"
+        ):  # expanduser would return the root of the disk
             raise RuntimeError("HOME is empty")
         return Path(place).expanduser()
     except RuntimeError as error:
-        raise NoHomeError("the user has no home folder to keep a cache in; HALOS_CACHE names another one") from error
+        raise NoHomeError("there is no home folder for the cache; set HALOS_CACHE to another folder") from error
 
 
 def limit_setting() -> str:
-    """The limit of the cache as it was set: ``20%``, ``50GB`` or ``none``."""
+    """The limit of the cache as set: ``20%``, ``50GB`` or ``none``."""
     return os.environ.get("HALOS_CACHE_LIMIT", "").strip() or DEFAULT_LIMIT
 
 
 def limit() -> float:
-    """Bytes that the cache may take; infinite without a limit.
+    """The size limit in bytes; infinite without a limit.
 
     Raises:
-        CacheLimitError: where ``$HALOS_CACHE_LIMIT`` is no size.
+        CacheLimitError: if ``$HALOS_CACHE_LIMIT`` is not valid.
     """
-    given = limit_setting()
-    if given.lower() == "none":
+    setting = limit_setting()
+    if setting.lower() == "none":
         return float("inf")
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]?i?B?)", given, re.IGNORECASE)
-    if not found or (found[2] == "%" and float(found[1]) > 100):
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]?i?B?)", setting, re.IGNORECASE)
+    if not size or (size[2] == "%" and float(size[1]) > 100):
         raise CacheLimitError(
-            f"HALOS_CACHE_LIMIT is {given!r}; it takes a size (50GB), a share of the disk (20%) or none"
+            f"HALOS_CACHE_LIMIT is {setting!r}; it takes a size (50GB), a share of the disk (20%) or none"
         )
-    if found[2] != "%":
-        unit = found[2].upper().replace("I", "")
-        return float(found[1]) * _UNITS[unit if unit.endswith("B") or not unit else f"{unit}B"]
+    if size[2] != "%":
+        unit = size[2].upper().replace("I", "")
+        return float(size[1]) * _UNITS[unit if unit.endswith("B") or not unit else f"{unit}B"]
     place = cache_root().absolute()
-    there = next(folder for folder in (place, *place.parents) if folder.is_dir())
-    return float(found[1]) / 100 * shutil.disk_usage(there).total
+    existing = next(folder for folder in (place, *place.parents) if folder.is_dir())
+    return float(size[1]) / 100 * shutil.disk_usage(existing).total
 
 
 def size_text(size: float) -> str:
-    """A size as people read it."""
+    """A size in readable units."""
     if size == float("inf"):
         return "any size"
     unit, scale = ("GB", 1e9) if size >= 1e9 else ("MB", 1e6) if size >= 1e5 else ("KB", 1e3)
@@ -88,12 +88,12 @@ def size_text(size: float) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing in the cache: a tokenised source, a converted model, the reference store, or the answers of a model.
+    """An entry of the cache: a tokenized source, a converted model, the reference store, or the answers of a model.
 
     Attributes:
-        kind: which of them.
+        kind: which of these.
         path: its folder or file.
-        parts: that, and what a killed command has left of it.
+        parts: the path, and leftovers of killed commands.
         size: bytes of all parts.
         used: when it was last used, seconds since the epoch.
     """
@@ -106,14 +106,14 @@ class Entry:
 
 
 def _mark(path: Path) -> Path:
-    """The file beside an entry whose time is that of its last use, and that is locked while it is used."""
+    """The file beside an entry that has the time of its last use and is locked during use."""
     return path.with_name(f"{path.name}.used")
 
 
 def _size(path: Path) -> int:
     size = 0
     for file in [path] if path.is_file() else path.rglob("*"):
-        with suppress(OSError):  # gone meanwhile
+        with suppress(OSError):  # removed meanwhile
             size += file.stat().st_size if file.is_file() else 0
     return size
 
@@ -126,10 +126,10 @@ def _used(path: Path, parts: list[Path]) -> float:
 
 
 def entries(data: Path | None = None) -> list[Entry]:
-    """What the cache holds, that which was used longest ago first.
+    """The entries of the cache, least recently used first.
 
     Args:
-        data: the folder of tokenised sources, by default the one in :func:`cache_root`.
+        data: the folder of tokenized sources; default: the one in :func:`cache_root`.
     """
     root = cache_root()
     parts: dict[tuple[Kind, Path], list[Path]] = {}
@@ -140,14 +140,12 @@ def entries(data: Path | None = None) -> list[Entry]:
             parts.setdefault((kind, path.with_name(key[0])), []).append(path)
     file = root / REFERENCE
     files = (file, file.with_suffix(".damaged"), *file.parent.glob(f"{file.name}-*"))
-    if there := [path for path in files if path.is_file()]:
-        parts["reference", file] = there
-    for path in sorted((root / ANSWERS).glob("*.json*")):  # with what a killed command has left of one
+    if existing := [path for path in files if path.is_file()]:
+        parts["reference", file] = existing
+    for path in sorted((root / ANSWERS).glob("*.json*")):  # and leftovers of killed commands
         if path != _mark(path.with_suffix("")):
             parts.setdefault(("answers", path.with_name(f"{path.name.partition('.')[0]}.json")), []).append(path)
-    found = []
-    for (kind, path), own in parts.items():
-        found.append(Entry(kind, path, tuple(own), sum(map(_size, own)), _used(path, own)))
+    found = [Entry(*key, tuple(own), sum(map(_size, own)), _used(key[1], own)) for key, own in parts.items()]
     return sorted(found, key=lambda entry: entry.used)
 
 
@@ -155,10 +153,10 @@ def entries(data: Path | None = None) -> list[Entry]:
 
 
 class Use:
-    """Keeps an entry from being removed for as long as this object or its process lives, and notes that it is used.
+    """Protects an entry from removal during the life of this object or its process, and records the use.
 
-    A shared POSIX lock on the file beside the entry, which other machines see where the file system has such locks. In
-    a cache that is only read, or where there are no locks, it does nothing.
+    Holds a shared POSIX lock on the file beside the entry, which other machines respect if the file system supports
+    locks. Does nothing in a read-only cache, or without locks.
 
     Args:
         path: of the entry, which need not exist yet.
@@ -171,7 +169,7 @@ class Use:
 
             while True:
                 file = _mark(path).open("a", encoding="utf-8")
-                fcntl.flock(file, fcntl.LOCK_SH)  # waits while the entry is removed
+                fcntl.flock(file, fcntl.LOCK_SH)  # waits while the entry is being removed
                 if _is(file, _mark(path)):
                     break
                 file.close()
@@ -179,7 +177,7 @@ class Use:
             os.utime(_mark(path))
 
     def end(self) -> None:
-        """Lets the entry be removed."""
+        """Allows the entry to be removed."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -194,7 +192,7 @@ def _is(file: IO[str], path: Path) -> bool:
 
 @contextmanager
 def _unused(path: Path) -> Iterator[bool]:
-    """Whether nobody uses an entry; while entered nobody begins to."""
+    """Whether no process uses an entry; none can begin to while this is entered."""
     try:
         import fcntl
     except ImportError:
@@ -217,21 +215,21 @@ def _unused(path: Path) -> Iterator[bool]:
 
 
 def remove(entry: Entry) -> bool:
-    """Removes an entry, unless a running command uses it; whether it did."""
+    """Removes an entry unless a running command uses it; returns whether it did."""
     with _unused(entry.path) as free:
         try:
-            for part in reversed(entry.parts) if free else ():  # first what was left under that other name
-                # Under another name first: nobody finds half of it.
+            for part in reversed(entry.parts) if free else ():  # leftovers first
+                # Renamed first, so that no process finds half of it.
                 aside = part if part.name.endswith(_REMOVED) else part.with_name(part.name + _REMOVED)
                 os.replace(part, aside)
                 shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
-        except OSError:  # of a cache that may only be read
+        except OSError:  # read-only
             return False
     return free
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a running command uses an entry of a folder, or makes one."""
+    """Whether a running command uses or makes an entry of a folder."""
     for mark in folder.glob("*.used"):
         with _unused(mark.with_suffix("")) as free:
             if not free:
@@ -240,27 +238,29 @@ def in_use(folder: Path) -> bool:
 
 
 def make_room(data: Path | None = None) -> None:
-    """Removes what was used longest ago until the cache is within its limit; what a command uses stays.
+    """Removes the least recently used entries until the cache is within its limit; entries in use stay.
 
     Args:
         data: as for :func:`entries`.
     """
-    most = limit()
-    found = entries(data)
-    size = sum(entry.size for entry in found)
-    if size <= most:
+    largest = limit()
+    every = entries(data)
+    size = sum(entry.size for entry in every)
+    if size <= largest:
         return
+    from lightning.pytorch.utilities import rank_zero_info  # here, as it takes seconds
+
     removed: list[Entry] = []
-    for entry in found:
-        if size > most and remove(entry):
+    for entry in every:
+        if size > largest and remove(entry):
             size -= entry.size
             removed.append(entry)
-    said = f"the cache may take {size_text(most)} (HALOS_CACHE_LIMIT is {limit_setting()})"
+    limited = f"the cache is limited to {size_text(largest)} (HALOS_CACHE_LIMIT is {limit_setting()})"
     if removed:
         days = (time.time() - removed[-1].used) / 86400
         rank_zero_info(
-            f"halos: {said}: what was used longest ago, at least {days:.1f} days, was removed"
-            f" ({size_text(sum(entry.size for entry in removed))} in {len(removed)} of {len(found)} entries)"
+            f"halos: {limited}: removed entries that were not used for at least {days:.1f} days"
+            f" ({size_text(sum(entry.size for entry in removed))} in {len(removed)} of {len(every)} entries)"
         )
-    if size > most:
-        rank_zero_info(f"halos: {said}, but what is in use takes {size_text(size)}")
+    if size > largest:
+        rank_zero_info(f"halos: {limited}, but entries in use take {size_text(size)}")

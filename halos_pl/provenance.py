@@ -1,19 +1,15 @@
-"""By what and on what a run was made."""
+"""The code, libraries and machine that a run was made with."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import Distribution, distribution, version
 from pathlib import Path
 from typing import Any
-
-from halos_pl.data.formats import files_of
-from halos_pl.data.source import Source
 
 LIBRARIES = ("halos_pl", "torch", "lightning", "transformers", "peft", "datasets", "scipy", "statsmodels")
 HERE = Path()
@@ -21,7 +17,7 @@ NO_CHECKOUT = "not in a git checkout"
 
 
 def provenance() -> dict[str, Any]:
-    """By what a run was made: the working folder's revision, halos_pl's own, versions of libraries, the machine."""
+    """The revisions of the working folder and of halos_pl, versions of libraries, and the machine."""
     return {
         "revision": _revision(HERE) or NO_CHECKOUT,
         "halos_pl": own_revision(),
@@ -31,9 +27,9 @@ def provenance() -> dict[str, Any]:
 
 
 def own_revision() -> str:
-    """Which halos_pl runs: the commit of the checkout that it lies in, or that it was installed from, else its version.
+    """The commit of halos_pl, from its checkout or from pip; otherwise its version.
 
-    A package that is installed below another project's checkout is no part of that: only files that git tracks are.
+    A package installed inside another project's checkout does not belong to it: git tracks none of its files.
     """
     package = Path(__file__).resolve().parent
     if _git("ls-files", "--error-unmatch", "--", "__init__.py", folder=package) is not None:
@@ -44,7 +40,7 @@ def own_revision() -> str:
 
 
 def _installed_from(package: Distribution) -> str:
-    """The version, and what pip has noted of its source (PEP 610: direct_url.json)."""
+    """The version, and the source that pip recorded (PEP 610: direct_url.json)."""
     try:
         source = json.loads(package.read_text("direct_url.json") or "{}")
     except ValueError:
@@ -55,10 +51,10 @@ def _installed_from(package: Distribution) -> str:
 
 
 def _git(*words: str, folder: Path = HERE, config: Mapping[str, str] | None = None) -> str | None:
-    """What git says of a folder; None where it fails. Nothing that the folder names is executed.
+    """The output of a git command in a folder, None if it fails; executes nothing that the folder names.
 
-    The folder may be another's, and its ``.git/config`` can name programs: a file-system monitor, hooks, filters, what
-    fetches the missing objects of a partial clone.
+    The folder may be untrusted, and its ``.git/config`` can name programs: a file-system monitor, hooks, filters, and
+    the transport of a partial clone.
     """
     settings = {
         "core.fsmonitor": "false",
@@ -67,9 +63,9 @@ def _git(*words: str, folder: Path = HERE, config: Mapping[str, str] | None = No
         "safe.bareRepository": "explicit",
         **(config or {}),
     }
-    first = int(os.environ.get("GIT_CONFIG_COUNT") or 0)  # those of the environment stay, such as a safe.directory
+    first = int(os.environ.get("GIT_CONFIG_COUNT") or 0)  # settings of the environment stay, such as safe.directory
     env = {**os.environ, "GIT_CONFIG_COUNT": str(first + len(settings))}
-    if folder != HERE:  # these speak of the working folder
+    if folder != HERE:  # these are about the working folder
         env = {k: v for k, v in env.items() if k not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")}
     env |= {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0"}
     for i, (key, value) in enumerate(settings.items(), start=first):
@@ -91,38 +87,19 @@ def _git(*words: str, folder: Path = HERE, config: Mapping[str, str] | None = No
 
 
 def _revision(folder: Path, *paths: str) -> str | None:
-    """The commit of the checkout that a folder is in, and whether it was changed (only at ``paths``, where given)."""
+    """The commit of a folder's checkout, and whether it has changes (only at ``paths``, if there are any)."""
     commit = _git("rev-parse", "HEAD", folder=folder)
     if not commit:
         return None
-    # A filter is a command that git runs on a file before it compares it; one without a command does nothing.
+    # git runs filters on files before it compares them; without a command they do nothing.
     names = r"^filter\..*\.(clean|process|required)$"
     filters = _git("config", "--name-only", "--null", "--get-regexp", names, folder=folder)
     off = {key: "false" if key.endswith(".required") else "" for key in (filters or "").split("\0") if key}
-    # New files of other kinds are data and notes; one of Python may be a plug-in.
+    # Untracked Python files may be plug-ins; others are data and notes.
     status = ("status", "--porcelain", "--ignore-submodules=all")
     python = [f":(glob){path}/**/*.py" for path in paths] or ["*.py"]
-    said = [
+    changes = [
         _git(*status, "-uno", "--", *paths, folder=folder, config=off),
         _git(*status, "-uall", "--", *python, folder=folder, config=off),
     ]
-    return f"{commit}{' with changes' if any(said) else ', perhaps with changes' if None in said else ''}"
-
-
-def paths_of(sources: Iterable[Any]) -> list[str]:
-    """The paths of sources, which are texts or mappings."""
-    return [source["path"] if isinstance(source, dict) else source for source in sources if source]
-
-
-def digest_of(path: str) -> str:
-    """The first half of the SHA-256 of a file, or of the names and SHA-256 of the files of a folder or pattern."""
-    found = [Path(source.path) for source in files_of(Source(path))]
-    files = sorted(f for p in found for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file())
-    digests = []
-    for file in files:
-        with file.open("rb") as content:
-            digests.append(hashlib.file_digest(content, "sha256").hexdigest())
-    if len(files) > 1:
-        named = [[str(file), digest] for file, digest in zip(files, digests, strict=True)]
-        digests = [hashlib.sha256(json.dumps(named).encode()).hexdigest()]
-    return digests[0][:32] if digests else "not a file here"
+    return f"{commit}{' with changes' if any(changes) else ', perhaps with changes' if None in changes else ''}"

@@ -138,7 +138,7 @@ def test_equivalence_is_claimed_within_a_margin_only() -> None:
     assert only(compare("m", arms, "arm 0", planned=3)).decision == "not significant"
     close = only(compare("m", arms, "arm 0", planned=3, margin=0.3))
     assert close.decision == "equivalent"
-    assert "0.3" in close.said
+    assert "0.3" in close.verdict
     assert only(compare("m", arms, "arm 0", planned=3, margin=0.01)).decision == "not significant"
     # Two one-sided tests at 5 % are a 90 % interval within the margin.
     assert close.noise is not None
@@ -166,7 +166,7 @@ def test_words_say_what_seeds_allow() -> None:
     same = {"a": study(9)["arm 0"], "b": study(9)["arm 0"]}
     assert only(compare("m", same, "a", planned=3)).decision == "identical"
     some = only(compare("m", study(9, arms=2, shift=3.0), "arm 0", planned=4))
-    assert some.said == "significant over seeds (3 of 4 seeds)"
+    assert some.verdict == "significant over seeds (3 of 4 seeds)"
 
 
 def test_one_binary_run_of_each_arm_is_tested_by_mcnemar() -> None:
@@ -188,14 +188,14 @@ def test_what_is_detectable_has_that_power_and_else_is_not_stated() -> None:
     assert c.noise is not None
     assert c.detectable is not None
     assert power(c.detectable, c.noise, 0.05 / 3 / MARGIN) == pytest.approx(0.8, abs=0.005)
-    assert f"{c.detectable:.2g}" in c.said
+    assert f"{c.detectable:.2g}" in c.verdict
     few = study(10, prompts=5)
     for c in compare("m", few, "arm 0", planned=3):
         assert c.detectable is None
-        assert "power for a" not in c.said
+        assert "power for a" not in c.verdict
     share = replace(c, noise=Noise(1.0, 1.0, 0.0, 100, 3, 6), share=True)
     assert share.detectable is None  # a share does not differ by more than 1
-    assert "power for a" not in share.said
+    assert "power for a" not in share.verdict
 
 
 def test_power_is_that_of_the_noncentral_t() -> None:
@@ -253,7 +253,7 @@ def test_an_earlier_study_tells_how_much_prompts_and_runs_vary(tmp_path: Path) -
     assert found == pytest.approx((0.6 * math.sqrt(2), 0.3, 0.8 * math.sqrt(2)), rel=0.25)
     with pytest.raises(ValueError, match=r"no two arms"):
         deviations_of(path, "kl")
-    for value, said in (("nan", "no finite numbers"), ("0.5", "does not vary")):
+    for value, said in (("nan", "not finite"), ("0.5", "does not vary")):
         other = [lines[0], *(f"{line.rpartition(',')[0]},{value}" for line in lines[1:])]
         path.write_bytes(gzip.compress("\n".join(other).encode()))
         with pytest.raises(ValueError, match=said):

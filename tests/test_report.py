@@ -32,11 +32,12 @@ from halos_pl.study.digits import decimals, number, of_comparison
 from halos_pl.study.first_line import first_line
 from halos_pl.study.gather import _training
 from halos_pl.study.headline import headline
-from halos_pl.study.plan import BEFORE, SHORTER, Study, StudyError, load_study
 from halos_pl.study.planned_power import power_lines
+from halos_pl.study.read import load_study
 from halos_pl.study.recorded import VALUES, Recorded, read_recorded, write_recorded
 from halos_pl.study.report import write_report
 from halos_pl.study.results import Results
+from halos_pl.study.spec import BEFORE, SHORTER, Study, StudyError
 from halos_pl.study.trivial import by_length
 from value_functions import Logistic
 
@@ -315,9 +316,11 @@ def test_the_first_line_says_where_nothing_was_learned(tmp_path: Path) -> None:
         ("higher where less is better", {"base": 3.0, "other": 4.0}, "brier"),
     ):
         results = results_of(tmp_path / name, shift, before=2.0, metrics=(metric,))
-        assert first_line(results).startswith("Nothing was learned"), name
+        assert results.nothing_learned, name
+        assert "no arm is significantly better than the untrained model" in first_line(results), name
     unknown = results_of(tmp_path / "unknown", {"base": 0.0, "other": -1.0}, before=None)
-    assert not first_line(unknown).startswith("Nothing was learned")
+    assert not unknown.nothing_learned
+    assert "untrained" not in first_line(unknown)
 
 
 def _recorded(folder: Path, arms: list[str], found: dict[tuple[str, int], list[float]], **more: Any) -> Results:
@@ -333,7 +336,7 @@ def test_the_first_line_names_ties_and_what_is_missing(tmp_path: Path) -> None:
     good, bad = [1.0, 1.0, 0.0, 1.0] * 5, [0.0, 1.0, 0.0, 0.0] * 5
     runs = {(arm, seed): good if arm != "a" else bad for arm in "abc" for seed in range(3)}
     tie = first_line(_recorded(tmp_path / "tie", ["a", "b", "c"], runs))
-    assert tie.startswith("b and c are level")
+    assert tie.startswith("b and c ")
     assert " won " not in tie
     assert "000000" not in tie  # digits of a difference that no run varies
     part = {key: own for key, own in runs.items() if key[0] != "c"}
@@ -349,7 +352,7 @@ def test_the_first_line_names_ties_and_what_is_missing(tmp_path: Path) -> None:
 def test_the_first_line_does_not_call_runs_equal_that_were_not_tested_for_it(tmp_path: Path) -> None:
     alike = {(arm, seed): [1.0, 0.0, 1.0] for arm in "ab" for seed in range(2)}
     line = first_line(_recorded(tmp_path, ["a", "b"], alike, seeds=2))
-    assert "no example differs" in line
+    assert "equivalent" in line
     assert "treat them as equal" not in line
 
 
@@ -383,10 +386,9 @@ def test_nothing_is_said_to_be_unlearned_by_an_arm_that_cannot_be_tested_yet(tmp
 
 def test_a_primary_metric_chosen_after_the_runs_is_said(tmp_path: Path) -> None:
     results = results_of(tmp_path, {"a": 0.0, "b": 1.0}, metrics=("reward_margin", "kl"))
-    assert not any("when the study began" in line for line in headline(results))
+    assert not any("kl" in line for line in headline(results))
     write_recorded(Recorded(read_recorded(results.study, tmp_path).values, {"primary": "kl"}), results.study, tmp_path)
-    [line] = [line for line in headline(Results(results.study, tmp_path)) if "when the study began" in line]
-    assert "was kl" in line
+    assert any("kl to reward_margin" in line for line in headline(Results(results.study, tmp_path)))
 
 
 def test_lengths_that_differ_between_runs_leave_the_examples_that_all_have(tmp_path: Path) -> None:
@@ -404,7 +406,9 @@ def test_a_primary_metric_that_no_run_has_is_named(tmp_path: Path) -> None:
     results = results_of(tmp_path, {"a": 0.0, "b": 1.0}, metrics=("reward_margin",))
     again = study_of(tmp_path, ["a", "b"], ["reward_margin", "kl"], primary="kl")
     line = first_line(Results(again, results.out))
-    assert line == "Nothing to compare: none of 6 finished runs was measured by kl, the primary metric."
+    assert line.startswith("Nothing to compare")
+    assert "6 finished runs" in line
+    assert "kl" in line
 
 
 def test_ratios_beyond_all_measure_are_not_written_out(tmp_path: Path) -> None:
@@ -463,7 +467,7 @@ def test_one_arm_alone_is_compared_with_the_model_before_training(tmp_path: Path
     write_report(results)
     table = (tmp_path / "learned" / "report.md").read_text().partition("## reward_margin")[2]
     assert row_of(table, "kto")[-3:] == ["< 0.001".replace("<", "&lt;"), "significant over seeds", of_comparison(c)]
-    assert first_line(results_of(tmp_path / "not", {"kto": 0.0})).startswith("Nothing was learned")
+    assert results_of(tmp_path / "not", {"kto": 0.0}).nothing_learned
     alone = first_line(results_of(tmp_path / "alone", {"kto": 0.0}, before=None))
     assert "nothing to compare it with" in alone
 

@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import yaml
-from run_halos import ROOT, metrics, pair_data, run
+from run_halos import ROOT, metrics, pair_data
 
+from halos_pl.cli.ablate import Parsers
 from halos_pl.cli.main import main
-from halos_pl.study.plan import Study, StudyError, check, load_study
+from halos_pl.study.preflight import check
+from halos_pl.study.read import load_study
+from halos_pl.study.spec import Study, StudyError
 
 PAPER = ROOT / "experiments/paper"
 
@@ -58,8 +61,9 @@ def test_a_study_compares_what_it_says_with_another_model(
     _compares_what_it_says(load_study(ROOT / "experiments/ablations/value_functions.yaml", over))
 
 
-@needs_the_model
-def test_studies_of_real_feedback_are_valid(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_studies_of_real_feedback_are_valid(
+    shared_data: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here = ROOT / "experiments/ablations"
     monkeypatch.setenv("HALOS_TEST_DATA", str(shared_data))
     votes = shared_data / "feedback/pandalm_testset_3annotators.jsonl.gz"
@@ -73,12 +77,16 @@ def test_studies_of_real_feedback_are_valid(shared_data: Path, tmp_path: Path, m
     assert "1 of 69" in made
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     monkeypatch.chdir(tmp_path)
-    _compares_what_it_says(load_study(here / "contradictions.yaml"))
-    _compares_what_it_says(load_study(here / "paper_table_2.yaml", here / "hh_files.yaml"))
+    tiny = {"model.policy.path": str(tiny_folder), "data.max_length": 48}
+    files = yaml.safe_load((here / "hh_files.yaml").read_text())
+    for study, scale in (("contradictions", {}), ("paper_table_2", files)):
+        over = tmp_path / "over.yaml"
+        over.write_text(yaml.safe_dump(scale | {"options": scale.get("options", {}) | tiny}))
+        _compares_what_it_says(load_study(here / f"{study}.yaml", over))
 
 
 def _compares_what_it_says(study: Study) -> None:
-    found = check(study)
+    found = check(study, Parsers()).arms
     assert len(study.seeds) >= 3
     assert found.keys() == {arm.name for arm in study.arms}
     for arm in study.arms:  # they share it
@@ -168,11 +176,11 @@ def test_the_papers_settings_are_read(policy: str, capsys: pytest.CaptureFixture
     assert (data["batch_size"], len(data["train"]), config["trainer"]["max_epochs"]) == (32, 4, 1)
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("objective", ["kto", "dpo"])
 def test_the_papers_settings_take_a_step(objective: str, tiny_folder: Path, tmp_path: Path) -> None:
     """All but the policy's weights and the data, which lie on a hub."""
     options = [f"--model.policy.path={tiny_folder}", f"--data.train={pair_data(tmp_path / 'pairs.jsonl', 40)}"]
     options += ["--data.validation=null", "--trainer.max_steps=1", "--trainer.accelerator=cpu"]
-    ended = run([*_words("pythia_2.8b", objective), *options, f"--run_dir={tmp_path}/run"], tmp_path)
-    assert ended.status == 0, ended
+    main([*_words("pythia_2.8b", objective), *options, f"--run_dir={tmp_path}/run"])
     assert len(metrics(tmp_path / "run")) == 1

@@ -41,15 +41,14 @@ from halos_pl.cli.refused_callbacks import refused_callback
 from halos_pl.cli.swapped_class import LateDefaults, say_swaps
 from halos_pl.common.messages import cause, plain
 from halos_pl.common.misplaced import misplaced, read_config
-from halos_pl.common.progress import Progress
 from halos_pl.common.wrong_value import cause_in, imported, known_classes, naming_keys, near, shown
 from halos_pl.common.yaml_files import YAMLFileError
 from halos_pl.data import DataError, FeedbackDataModule
 from halos_pl.evaluation.evaluate import evaluate
 from halos_pl.objective.build import place_of
 from halos_pl.policy.loading import ModelError, check_lora
+from halos_pl.run_dir import CONFIG, LAST, PREVIOUS
 from halos_pl.training.callbacks import (
-    CONFIG,
     PredictionWriter,
     RunCSVLogger,
     RunReport,
@@ -58,8 +57,6 @@ from halos_pl.training.callbacks import (
     named_run_dir,
 )
 from halos_pl.training.checkpoint import (
-    LAST,
-    PREVIOUS,
     LastCheckpoint,
     NonFiniteWeightsError,
     find_checkpoint,
@@ -72,6 +69,7 @@ from halos_pl.training.log_config import LogConfig, missing_package
 from halos_pl.training.module import HALOModule
 from halos_pl.training.monitors import check_monitors, say_unused
 from halos_pl.training.non_finite import NonFiniteLossError
+from halos_pl.training.progress import Progress
 from halos_pl.training.resume import KeepSettings
 from halos_pl.training.stop_at_step import AgreedSignals, StopAtStep
 

@@ -8,11 +8,9 @@ import sys
 from typing import NoReturn
 
 from halos_pl.cli.help_page import help_page, unknown_command
+from halos_pl.common.import_path import put_last
 from halos_pl.common.messages import plain
 from halos_pl.common.stopping import listening
-
-# Set for the commands of a study: Python is told not to put the working folder first, and it is still put last.
-FOLDER_LAST = "HALOS_FOLDER_LAST"
 
 
 def main(args: list[str] | None = None) -> None:
@@ -36,7 +34,7 @@ def main(args: list[str] | None = None) -> None:
     except FileNotFoundError as error:
         print("halos: the working folder does not exist any more; cd into one that does", file=sys.stderr)
         raise SystemExit(1) from error
-    _put_last(folder)
+    put_last(folder)
     with listening(words):
         if words == ["--version"]:
             from importlib.metadata import version
@@ -86,24 +84,6 @@ def at_home(word: str) -> str:
     """``--run_dir=~/x`` as a shell would make it of ``--run_dir ~/x``; most leave a ``~`` within a word alone."""
     name, mark, value = word.partition("=")
     return f"{name}={os.path.expanduser(value)}" if mark and name.startswith("--") and value.startswith("~/") else word
-
-
-def _put_last(folder: str) -> None:
-    """Lets plug-ins of the user's own be named by dotted path, from the folder where the command is run.
-
-    It comes last on ``sys.path``, where a file in it cannot hide an installed library. ``python -m`` puts it first, and
-    so does an empty entry of PYTHONPATH; one that names it stays. With ``python -P`` it is not there at all.
-    """
-    named = {os.path.abspath(place) for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place}
-    if folder not in named:
-        sys.path[:] = [place for place in sys.path if os.path.abspath(place) != folder]
-        if not sys.flags.safe_path or os.environ.get(FOLDER_LAST):
-            sys.path.append(folder)
-
-
-def folder_last() -> dict[str, str]:
-    """The environment in which ``python -m halos_pl`` does not import from the working folder before it is put last."""
-    return {} if sys.flags.safe_path else {"PYTHONSAFEPATH": "1", FOLDER_LAST: "1"}
 
 
 def _restart_in_utf8() -> NoReturn:

@@ -1,4 +1,4 @@
-"""Answers to prompts, sampled once for each model and way of sampling, and kept for later evaluations."""
+"""Answers to prompts, sampled once per model and sampling settings and cached for later evaluations."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def answers(
     start: bool = False,
     **sampling: Any,
 ) -> tuple[list[Sample], Path | None]:
-    """The answers of a model to prompts, from the cache where they were sampled in the same way before.
+    """The answers of a model to prompts, from the cache if they were sampled in the same way before.
 
     Args:
-        model: whose answers.
+        model: the model.
         tokenizer: its tokenizer.
         rows: the prompts.
         special_tokens_in_text: see :func:`halos_pl.policy.sampling.generate`.
-        start: the model may be one with its adapter off, whose answers are those of the model below.
+        start: it is the model before training, perhaps with its adapter disabled: the answers of its base model.
         sampling: ``max_new_tokens``, ``temperature``, ``batch_size`` and ``seed``.
 
     Returns:
-        one answer for each prompt; and the file that they were read from, None where they are new.
+        one answer per prompt, and the file that they were read from; None if they are new.
 
     Raises:
         ValueError: for a prompt that cannot be encoded or does not fit the model, naming it.
@@ -57,12 +57,12 @@ def answers(
     check_prompts(model, tokenizer, encoded, names, sampling["max_new_tokens"])
     path = cache_root() / ANSWERS / f"{_key(model, tokenizer, encoded, start, sampling)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):  # runs of a study that are measured at the same time wait for the first
+    with FileLock(path.with_suffix(".lock")):  # runs of a study that are measured at once wait for the first
         use = Use(path)
-        known = _read(path, len(rows))
+        cached = _read(path, len(rows))
         use.end()
-        if known is not None:
-            return as_samples(model, tokenizer, encoded, known), path
+        if cached is not None:
+            return as_samples(model, tokenizer, encoded, cached), path
         options: dict[str, Any] = {"names": names, "tools": tools, **sampling}
         options["special_tokens_in_text"] = special_tokens_in_text
         samples = [each for (each,) in generate(model, tokenizer, prompts, **options)]
@@ -79,7 +79,7 @@ def _key(
     start: bool,
     sampling: dict[str, Any],
 ) -> str:
-    """A hash of all that decides what is sampled: weights, prompts, ends, settings, code, libraries and device."""
+    """A hash of everything that affects the samples: weights, prompts, stop tokens, settings, code and device."""
     if start or not hasattr(model, "peft_config"):
         weights = weights_fingerprint(model)
     else:
@@ -87,9 +87,9 @@ def _key(
         weights = fingerprint(tensors, base_model(model).config.to_dict())
     by, device = provenance(), next(model.parameters()).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    made = [by["revision"], by["halos_pl"], by["versions"], name, torch.get_num_threads()]
+    code = [by["revision"], by["halos_pl"], by["versions"], name, torch.get_num_threads()]
     ends = [ends_of(model, tokenizer), tokenizer.pad_token_id]
-    return hashlib.sha256(json.dumps([weights, prompts, ends, sampling, made]).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([weights, prompts, ends, sampling, code]).encode()).hexdigest()[:32]
 
 
 def _digest(ids: list[list[int]]) -> str:
@@ -97,10 +97,10 @@ def _digest(ids: list[list[int]]) -> str:
 
 
 def _read(path: Path, number: int) -> list[list[int]] | None:
-    """The token ids of answers that were kept; None where there are none, or they are damaged."""
+    """The token ids of cached answers; None if there are none, or if they are damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        ids: list[list[int]] = found["ids"]
-        return ids if found["sha256"] == _digest(ids) and len(ids) == number else None
+        content = json.loads(path.read_text(encoding="utf-8"))
+        ids: list[list[int]] = content["ids"]
+        return ids if content["sha256"] == _digest(ids) and len(ids) == number else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -12,7 +12,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.batch import Needs, TokenBatch
-from halos_pl.common.progress import Progress
 from halos_pl.data import FeedbackDataModule
 from halos_pl.data.example import DataError
 from halos_pl.policy.kl import Scoring, compared_logps
@@ -23,6 +22,7 @@ from halos_pl.policy.reference import AdapterOff, FixedModel, FrozenCopy
 from halos_pl.policy.scorer import Scorer
 from halos_pl.training.checkpoint import load_trained
 from halos_pl.training.named_model import NamedModel
+from halos_pl.training.progress import Progress
 from halos_pl.training.trained import module_of_run, put_weights
 
 #: Both classes, and pairs as pairs.

@@ -1,4 +1,4 @@
-"""Measures a model and, of a run, the model that it began with: held-out rows, answers, rules and judges."""
+"""Measures a model and, for a run, the model before training: held-out rows, answers, rules and judges."""
 
 from __future__ import annotations
 
@@ -16,13 +16,11 @@ from halos_pl.common.progress import counted
 from halos_pl.data import FeedbackDataModule
 from halos_pl.data.prompt_files import PromptRow
 from halos_pl.evaluation.answers import answers
+from halos_pl.evaluation.files import ANSWERS, ROWS
 from halos_pl.evaluation.held_out import Evaluation, by_example, figures_of, of_reference, prepared, records_of
 from halos_pl.evaluation.judging import Judged, Row
 from halos_pl.policy.sampling import Sample, kl_of_samples
 from halos_pl.training.named_model import NamedModel
-
-ROWS = "held_out.jsonl"
-ANSWERS = "answers.jsonl"
 
 #: Values by metric and example.
 Values = dict[str, dict[str, float]]
@@ -33,11 +31,11 @@ class Task:
     """What is measured, and how.
 
     Attributes:
-        data: arguments of the DataModule of held-out feedback; None where there is none.
-        beta: 1 / nats, of the Brier score.
-        rows: prompts to be answered.
-        judging: rule and judge, those that there are.
-        sampling: how answers are sampled, see :func:`halos_pl.evaluation.answers.answers`.
+        data: arguments of the DataModule of held-out feedback; None without any.
+        beta: of the Brier score, 1 / nats.
+        rows: prompts to answer.
+        judging: the rule and the judge, as far as they are named.
+        sampling: sampling settings, see :func:`halos_pl.evaluation.answers.answers`.
     """
 
     data: Mapping[str, Any] | None
@@ -49,12 +47,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found of one model.
+    """The measurements of one model.
 
     Attributes:
         records: of held-out rows.
         samples: its answers.
-        kl: of each answer, nats; empty where there is no reference.
+        kl: of each answer, nats; empty without a reference.
     """
 
     records: list[dict[str, Any]]
@@ -63,25 +61,25 @@ class Measured:
 
 
 def measure(model: NamedModel, compared: NamedModel | None, task: Task, folder: Path) -> tuple[Values, Values, bool]:
-    """Measures a model; the rows and the answers are written to a folder, these before they are judged.
+    """Measures a model and writes held-out rows and answers to a folder, the answers before they are judged.
 
     Args:
         model: the policy.
-        compared: the reference; None for what a run began with.
+        compared: the reference; None for a run's model before training.
         task: what is measured.
-        folder: where ``held_out.jsonl`` and ``answers.jsonl`` are written.
+        folder: for ``held_out.jsonl`` and ``answers.jsonl``.
 
     Returns:
-        the values of the model, those of a run before it was trained (else none), and whether there was a reference.
+        the values of the model, those of a run before training (otherwise empty), and whether there was a reference.
 
     Raises:
-        ValueError: for prompts, rows or answers that cannot be used, naming them.
+        ValueError: naming prompts, rows or answers that cannot be used.
     """
     other = compared.load() if compared else None
     compare = compared is not None or bool(model.run)
     if compared is not None and compared.tokenizer().get_vocab() != model.tokenizer().get_vocab():
         both = f"{plain(model.name)} and {plain(compared.name)}"
-        print(f"halos: {both} have different vocabularies, so that their log-probs cannot be compared")
+        print(f"halos: {both} have different vocabularies, so their log-probs cannot be compared")
         compare = False
     module = prepared(model, other, compare=compare)
     mine = _measured(module, model.name, task)
@@ -108,15 +106,15 @@ def measure(model: NamedModel, compared: NamedModel | None, task: Task, folder: 
     if task.rows:
         _write(folder / ANSWERS, lines)
     for each in (mine, start) if start else (mine,):
-        found = figures_of(each.records, task.beta)
+        metrics = figures_of(each.records, task.beta)
         if task.rows:
             columns = _columns(each, task, others)
             for name in task.judging:
                 for line, value in zip(lines, columns[name], strict=True):
                     (line if each is mine else line["before"])[name] = value
             _write(folder / ANSWERS, lines)
-            found |= _by_prompt(columns, task.rows)
-        values.append({name: figures for name, figures in found.items() if figures})
+            metrics |= _by_prompt(columns, task.rows)
+        values.append({name: figures for name, figures in metrics.items() if figures})
     return values[0], values[1] if start else {}, compare
 
 
@@ -137,27 +135,29 @@ def _answers(model: Any, tokenizer: Any, task: Task, name: str, start: bool = Fa
         return []
     samples, path = answers(model, tokenizer, task.rows, start=start, **task.sampling)
     if path is not None:
-        print(f"halos: the answers of {plain(name)} were sampled before with the same settings: {path}")
+        print(f"halos: the answers of {plain(name)} are cached from an earlier evaluation: {path}")
     return samples
 
 
 def _lines(
     rows: Sequence[PromptRow], mine: Measured, start: Measured | None, others: list[Sample] | None
 ) -> list[dict[str, Any]]:
-    """Of each row its columns, the answer, that of the model before training and that of the judge's other model."""
+    """For each row: its columns, the answer, and those of the model before training and of the judge's reference."""
     lines = []
     for i, row in enumerate(rows if mine.samples else ()):
         extra = {k: v for k, v in row.columns.items() if k != "prompt"}
-        line = {"row": row.name, "prompt": row.prompt} | ({"columns": extra} if extra else {}) | _said(mine.samples[i])
+        line = (
+            {"row": row.name, "prompt": row.prompt} | ({"columns": extra} if extra else {}) | _answer(mine.samples[i])
+        )
         if start:
-            line["before"] = _said(start.samples[i])
+            line["before"] = _answer(start.samples[i])
         if others:
-            line["other"] = _said(others[i])
+            line["other"] = _answer(others[i])
         lines.append(line)
     return lines
 
 
-def _said(sample: Sample) -> dict[str, Any]:
+def _answer(sample: Sample) -> dict[str, Any]:
     return {"answer": sample.text, "finished": sample.finished, "tokens": len(sample.completion_ids)}
 
 
@@ -167,7 +167,7 @@ def _write(path: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def _columns(of: Measured, task: Task, others: list[Sample] | None) -> dict[str, list[float]]:
-    """Metrics of the answers, row by row."""
+    """Metrics of the answers by row."""
     columns = {"kl": of.kl} if of.kl else {}
     columns["length"] = [float(len(s.completion_ids)) for s in of.samples]
     columns["finished"] = [float(s.finished) for s in of.samples]
@@ -181,7 +181,7 @@ def _columns(of: Measured, task: Task, others: list[Sample] | None) -> dict[str,
             return columns
         compared = counted(list(zip(task.rows, of.samples, others, strict=True)), "judging answers")
         verdicts = [(judge(_row(row, s, o), s.text, o.text), s.text == o.text) for row, s, o in compared]
-        # Equal answers are a tie: a verdict would be on their places.
+        # Equal answers are a tie: a verdict could only depend on their order.
         columns["judge"] = [0.5 if equal else verdict for verdict, equal in verdicts]
     return columns
 
@@ -194,4 +194,4 @@ def _by_prompt(columns: Mapping[str, list[float]], rows: Sequence[PromptRow]) ->
     """Metrics by example: a prompt that is listed twice is one example with two answers."""
     first: dict[str, str] = {}
     example = {row.name: first.setdefault(json.dumps(row.prompt), row.name) for row in rows}
-    return {name: by_example(dict(zip(example, found, strict=True)), example) for name, found in columns.items()}
+    return {name: by_example(dict(zip(example, column, strict=True)), example) for name, column in columns.items()}

@@ -1,4 +1,4 @@
-"""One arm compared with the reference arm on one metric: what a report says about it."""
+"""One arm compared with the reference arm on one metric, as a report states it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 from halos_pl.study.power import FARTHEST, Noise, detectable
 
-#: What a report states about a comparison. Only the first three are claims, and only the primary metric gets them.
+#: The decision on a comparison. Only the first three are claims, and only the primary metric gets them.
 Decision = Literal[
     "significant over seeds",
     "differs in these runs only",
@@ -23,7 +23,7 @@ Scale = Literal["difference", "ratio"]
 
 
 def ratio(size: float) -> str:
-    """A ratio above 1, with two digits of what it is or, near 1, of what it is beyond."""
+    """A ratio above 1 with two digits or, near 1, two digits of what exceeds 1."""
     beyond = 0 if size <= 1 else math.floor(math.log10(size - 1))
     return f"{size:.{max(2, 1 - beyond)}g}"
 
@@ -37,19 +37,19 @@ class Comparison:
         scale: ``difference`` (arm - reference, in the metric's unit) or ``ratio`` (arm / reference, of geometric means
             over runs; for positive metrics, which are tested on the log scale).
         effect: the estimate, on that scale.
-        low, high: its 95 % interval, not corrected for the other comparisons; of shares within -1 and 1.
-        p: of the test that the decision rests on, uncorrected; NaN where there is no test.
-        adjusted: p corrected for all comparisons of the primary metric; None for an exploratory metric.
-        decision: what the report may say.
-        df: degrees of freedom of the test; NaN where it has none.
-        examples: prompts behind it.
-        seeds: seeds that both sides have; those of the arm where the reference has none. The untrained model has none.
+        low, high: its 95 % interval, not corrected for the other comparisons; within -1 and 1 for shares.
+        p: of the test behind the decision, uncorrected; NaN without a test.
+        adjusted: p corrected for all comparisons on the primary metric; None for an exploratory metric.
+        decision: see ``Decision``.
+        df: degrees of freedom of the test; NaN if it has none.
+        examples: number of prompts.
+        seeds: seeds of both sides; those of the arm if the reference is the untrained model, which has none.
         planned: seeds of the study.
-        margin: of equivalence, on that scale; None where the study names none, or where it is a ratio and the means
-            have none.
-        noise: what the difference varies by, on the scale of the test; None where that is unknown.
+        margin: of equivalence, on that scale; None if the study has none, or if it is a ratio and the means are not
+            positive.
+        noise: variances of the difference, on the scale of the test; None if unknown.
         level: of the strictest step of the correction.
-        share: whether the metric lies between 0 and 1, so that no difference is above 1.
+        share: whether the metric lies between 0 and 1, so that no difference exceeds 1.
     """
 
     metric: str
@@ -73,9 +73,9 @@ class Comparison:
 
     @cached_property
     def detectable(self) -> float | None:
-        """The smallest effect on that scale that such a comparison finds with a power of 0.8, at the strictest step.
+        """The smallest effect on that scale that the test detects with a power of 0.8 at the strictest step.
 
-        None where there is none that the metric can have, or where it cannot be known.
+        None if it is unknown, or larger than the metric allows.
         """
         found = None if self.noise is None or self.exploratory else detectable(self.noise, self.level)
         if found is None or (self.share and found > 1) or (self.scale == "ratio" and found > FARTHEST):
@@ -89,17 +89,17 @@ class Comparison:
 
     @property
     def significant(self) -> bool:
-        """Whether the difference is significant over seeds: other runs of these arms would differ as well."""
+        """Whether the difference is significant over seeds, so that other runs of these arms would differ too."""
         return self.decision == "significant over seeds"
 
     @property
     def runs_only(self) -> bool:
-        """Whether it can only be said that these runs differ, not that other runs would."""
+        """Whether these runs differ, but other runs need not."""
         return self.decision == "differs in these runs only"
 
     @property
     def exploratory(self) -> bool:
-        """Whether the metric is not the primary one, so that only estimate and interval are reported."""
+        """Whether the metric is not the primary one: it has an estimate and an interval, but no decision."""
         return self.adjusted is None
 
     @property
@@ -110,8 +110,8 @@ class Comparison:
         return f"{self.effect:+.3g} [{self.low:+.3g}, {self.high:+.3g}]"
 
     @property
-    def said(self) -> str:
-        """The decision in a few words, with what it rests on where that is not all that was planned."""
+    def verdict(self) -> str:
+        """The decision in a few words, with the number of seeds if some are missing."""
         if self.decision == "equivalent":
             return f"equivalent within {'a factor of' if self.scale == 'ratio' else '±'} {self.margin:.3g}"
         if self.decision == "not significant":

@@ -1,15 +1,15 @@
-"""Compares the arms of a study with one of them, so that 95 % of studies make no false claim about any of them.
+"""Compares the arms of a study with a baseline arm, such that 95 % of studies make no false claim.
 
-With several seeds a difference is tested by t over seeds *and* examples. How much runs vary is estimated from all arms
-together (:mod:`halos_pl.study.run_variance`), as three seeds of one comparison say next to nothing about it. Arms need
-not vary alike, so two more tests have to agree: one with the reference arm's own variance, which every comparison
-shares, and, without correction, one with the arm's own. p is corrected for the comparisons of the primary metric (Holm
-1979); where equivalence may be claimed as well, by Bonferroni, since both kinds of claims share the 5 %. As t is an
-approximation with so few runs, p is first multiplied by a margin that simulated studies show to be enough. Other
-metrics are exploratory: they get estimates and intervals, no p and no decision.
+With several seeds a difference is tested by t over seeds *and* examples. The variance between runs is pooled over all
+arms (:mod:`halos_pl.study.run_variance`), since three seeds of one comparison say next to nothing about it. Arms need
+not vary equally, so two more tests must agree: one with the reference arm's own variance, which all comparisons share,
+and, uncorrected, one with the arm's own. p is corrected for the comparisons on the primary metric by Holm (1979), or by
+Bonferroni if equivalence is tested too, since both kinds of claims share the 5 %. As t is an approximation with so few
+runs, p is first multiplied by a margin that suffices in simulated studies. The other metrics are exploratory: they have
+estimates and intervals, but no p and no decision.
 
-What fixed runs do on other examples is a weaker question, answered by t over the examples alone: "differs in these runs
-only". One seed allows no more; then McNemar's test or the paired permutation over examples answers it.
+"Differs in these runs only" answers a weaker question, whether these runs would differ on other examples, by t over the
+examples alone. With one seed, it is the only question, answered by McNemar's test or a paired permutation test.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from halos_pl.study.statistics import LEVEL, RESAMPLES, estimate
 
 
 class _Test:
-    """The test of one arm against the reference: difference, errors, and the p of each question."""
+    """The test of one arm against the reference: the difference, its standard errors and p-values."""
 
     def __init__(self, arm: Runs, reference: Runs, name: str, other: str, variance: RunVariance | None) -> None:
         if arm.seeds and reference.seeds:
@@ -46,12 +46,12 @@ class _Test:
         self.identical = not values.any()
         by_example = values.mean(axis=0)
         self.examples = examples = float(by_example.var(ddof=1)) / self.count if self.count > 1 else 0.0
-        # No test over examples says more than that of their signs: with few that differ, t would.
+        # No p below that of the sign test: with few examples that differ, t would give one.
         self.least = min(1.0, 2.0 ** (1 - int(np.count_nonzero(by_example))))
         self.runs_p = max(self.least, StandardError(math.sqrt(examples), max(self.count - 1, 1)).p(self.value))
         if len(self.seeds) < 2:
-            found = estimate(values[0])
-            self.low, self.high = found.low, found.high
+            mean = estimate(values[0])
+            self.low, self.high = mean.low, mean.high
             self.runs_p = self.p = _of_examples(one[0], two[0])
             self.df = math.nan
             self.noise = Noise(0.0, examples, 0.0, self.count, 1, math.inf)
@@ -85,15 +85,14 @@ class _Test:
 
     @property
     def own_p(self) -> float:
-        """p by the arm's own variance."""
+        """p with the arm's own variance."""
         return self.own.p(self.value) if self.own else 1.0
 
     def equivalence(self, margin: float, *, share: bool) -> tuple[float, float]:
-        """p of two one-sided tests (Schuirmann 1987) that the difference is beyond the margin; and by the arm's own.
+        """p of two one-sided tests of equivalence (Schuirmann 1987), and p with the arm's own variance.
 
-        Shares that differ by the margin differ on so many examples that these vary by ``margin * (1 - margin)``. Where
-        they vary less here, as with hardly any that differ, it is by luck: the test takes that variance, as a score
-        test does.
+        Shares that differ by the margin have a variance over examples of at least ``margin * (1 - margin)``. The test
+        uses no smaller one, as a score test does: with few examples that differ, the estimate is small by chance.
         """
         if not self.errors or self.own is None:
             return 1.0, 1.0
@@ -104,14 +103,14 @@ class _Test:
 
 
 def _of_examples(one: Values, other: Values) -> float:
-    """p of one run of each arm over examples: McNemar's exact test for binary metrics, else paired permutation."""
+    """p of two single runs over examples: McNemar's exact test for binary metrics, else a paired permutation test."""
     difference = one - other
     if not difference.any() or len(difference) < 2:
         return 1.0
     if np.isin(one, (0, 1)).all() and np.isin(other, (0, 1)).all():
         both = [[((one == a) & (other == b)).sum() for b in (1, 0)] for a in (1, 0)]
         return float(mcnemar(both, exact=True).pvalue)
-    found = stats.permutation_test(
+    test = stats.permutation_test(
         (difference,),
         np.mean,
         permutation_type="samples",
@@ -119,13 +118,13 @@ def _of_examples(one: Values, other: Values) -> float:
         rng=np.random.default_rng(0),
         batch=1000,
     )
-    return float(found.pvalue)
+    return float(test.pvalue)
 
 
 def corrected(p: Sequence[float], family: int, *, step_down: bool) -> list[float]:
     """p corrected for ``family`` comparisons, by Holm or, without stepping down, by Bonferroni.
 
-    Those that cannot be made yet count with p = 1. Written out as statsmodels collects garbage in each call.
+    Comparisons that cannot be made yet count with p = 1. statsmodels has this, but collects garbage in each call.
     """
     order = np.argsort(p, kind="stable")
     steps = family - (np.arange(len(p)) if step_down else np.zeros(len(p)))
@@ -150,17 +149,17 @@ def compare(
 
     Args:
         metric: its name.
-        arms: what has been measured, on the same examples in the same order; the reference is one of them.
+        arms: the runs by arm, the reference included, on the same examples in the same order.
         reference: name of the arm that the others are compared with.
         planned: seeds of the study.
-        family: comparisons of this metric that the study will make, those of arms to come included.
-        primary: whether decisions are wanted; otherwise estimates and intervals.
-        scale: ``ratio`` for positive metrics; where a run's mean is 0, they are compared by differences all the same.
-        margin: of equivalence, on that scale; a ratio above 1, dropped where differences are compared.
+        family: comparisons that the study will make on this metric, those of unfinished arms included.
+        primary: make decisions; otherwise only estimates and intervals.
+        scale: ``ratio`` for positive metrics; differences are used if the mean of a run is 0.
+        margin: of equivalence, on that scale: a ratio above 1, or a difference; ignored if differences replace ratios.
         share: the metric lies between 0 and 1.
 
     Raises:
-        ValueError: for values of different shapes, none, or values that are not finite.
+        ValueError: without values, or for values of different shapes or that are not finite.
     """
     _check(arms)
     if scale == "ratio":
@@ -181,7 +180,7 @@ def compare(
     if not tests:
         return []
     family = max(family, len(tests))
-    # Both kinds of claim share the error rate: of each comparison one hypothesis is true at most.
+    # Claims of difference and of equivalence share the error rate: at most one of a comparison's hypotheses is true.
     step_down = margin is None
     over_seeds = [1.0 if len(t.seeds) < 2 else MARGIN * t.p for t in tests.values()]
     adjusted = [
@@ -196,10 +195,10 @@ def compare(
         both_p = corrected([MARGIN * p for p, _ in both], family, step_down=step_down)
         equivalent = [max(p, own) < LEVEL for p, (_, own) in zip(both_p, both, strict=True)]
     back = np.exp if scale == "ratio" else float
-    found = []
+    comparisons = []
     for (name, test), p, runs_p, same in zip(tests.items(), adjusted, runs_adjusted, equivalent, strict=True):
         one = len(test.seeds) < 2
-        found.append(
+        comparisons.append(
             Comparison(
                 metric=metric,
                 arm=name,
@@ -221,7 +220,7 @@ def compare(
                 share=share,
             )
         )
-    return found
+    return comparisons
 
 
 def _check(arms: Mapping[str, Runs]) -> None:
@@ -230,7 +229,7 @@ def _check(arms: Mapping[str, Runs]) -> None:
         values = runs.values
         if values.ndim != 2 or values.size == 0 or len(values) != max(1, len(runs.seeds)) or len(shapes) > 1:
             raise ValueError(
-                f"values of {name!r} are {values.shape} for seeds {runs.seeds}; wanted are [seeds, examples], the"
+                f"values of {name!r} are {values.shape} for seeds {runs.seeds}; expected [seeds, examples] with the"
                 " same examples for all arms"
             )
         if not np.isfinite(values).all():

@@ -1,4 +1,4 @@
-"""Numbers of a report with as many digits as their intervals leave."""
+"""Numbers of a report, with as many digits as their intervals justify."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import math
 from halos_pl.study.comparison import Comparison
 from halos_pl.study.statistics import Estimate
 
-#: Half an interval whose digits are shown at least.
+#: Half-widths of intervals below this are rounding errors.
 FINEST = 1e-10
 #: The largest ratio that is written out; its inverse is the smallest.
 FARTHEST = 1000.0
 
 
 def decimals(value: float, low: float, high: float) -> int:
-    """Decimals that keep two digits of half the interval's width; three digits of the value where nothing varies."""
+    """Decimals that show two digits of half the interval's width; three digits of the value if nothing varies."""
     scale = (high - low) / 2
     digits = 2
-    if not (math.isfinite(scale) and scale > FINEST):  # below that it is the rounding of floats
+    if not (math.isfinite(scale) and scale > FINEST):
         scale, digits = abs(value), 3
     return min(9, max(0, digits - 1 - math.floor(math.log10(scale)))) if scale > 0 else 0
 
@@ -30,7 +30,7 @@ def number(value: float, places: int, sign: str = "") -> str:
 
 
 def of_estimate(e: Estimate, interval: bool = True) -> str:
-    """A mean, with its 95 % interval."""
+    """A mean with its 95 % interval."""
     places = decimals(e.value, e.low, e.high)
     mean = number(e.value, places)
     return f"{mean} [{number(e.low, places)}, {number(e.high, places)}]" if interval else mean
@@ -40,7 +40,7 @@ def of_comparison(c: Comparison) -> str:
     """An effect with its 95 % interval: ``+0.12 [+0.03, +0.21]``, or ``x 1.4 [1.1, 1.8]`` for a ratio."""
     sign = "" if c.scale == "ratio" else "+"
     places = decimals(c.effect, c.low, c.high)
-    if c.scale == "ratio":  # an interval of ratios has no one width: that of its lower half says how many digits count
+    if c.scale == "ratio":  # the interval is asymmetric: its lower half determines the digits
         places = min(4, max(places, decimals(c.effect, c.low, c.effect)))
     ratio = c.scale == "ratio"
     effect, low, high = (_far(value, ratio) or number(value, places, sign) for value in (c.effect, c.low, c.high))
@@ -48,7 +48,7 @@ def of_comparison(c: Comparison) -> str:
 
 
 def _far(value: float, ratio: bool) -> str:
-    """What is said of a ratio too large or too small to be written out; nothing of others."""
+    """A bound in place of a ratio too large or too small to write out; empty for others."""
     if not ratio or 1 / FARTHEST <= value <= FARTHEST:
         return ""
     return f"> {FARTHEST:g}" if value > 1 else f"< {1 / FARTHEST:g}"

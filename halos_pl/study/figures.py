@@ -1,4 +1,4 @@
-"""The figures of a study's report, as matplotlib draws them from its recorded numbers."""
+"""The figures of a study's report, drawn from its recorded numbers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
-from halos_pl.evaluation.evaluate import METRICS
+from halos_pl.evaluation.metrics import METRICS
 from halos_pl.study.comparison import Comparison
-from halos_pl.study.plan import Arm
 from halos_pl.study.results import Results
+from halos_pl.study.spec import Arm
 
-#: Inches: on a page, and on a phone, where panels stand one below the other.
+#: Inches: on a page, and on a phone, where panels are stacked.
 WIDTH, NARROW = 6.2, 3.5
-#: Inches per line of text, and characters per inch, at 9 points.
+#: Inches per line, and characters per inch, of 9-point text.
 LINE, CHARACTERS = 0.17, 11.5
-#: Okabe and Ito 2008, told apart with any colour vision; without their yellow, which is too pale for a line on white.
+#: Okabe and Ito 2008, safe for colour-blind readers; without yellow, which is too pale on white.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7")
 LINES = ("-", "--", ":", "-.")
 MARKERS = ("", "o", "s", "^", "D", "v", "P", "X", "*")
@@ -61,7 +61,7 @@ def unit_of(metric: str) -> str:
 
 
 def look(number: int) -> dict[str, Any]:
-    """Colour, line and marker of the arm with this number; none of the first 252 looks like another."""
+    """Colour, line and marker of the arm with this number; the first 252 are distinct."""
     line, marker = number // len(COLOURS), number // (len(COLOURS) * len(LINES))
     return {
         "color": COLOURS[number % len(COLOURS)],
@@ -71,16 +71,13 @@ def look(number: int) -> dict[str, Any]:
 
 
 def looks(results: Results) -> dict[str, dict[str, Any]]:
-    """By arm, in the study's order; the baseline's is black."""
+    """Styles by arm, in the study's order; the baseline is black."""
     arms = sorted(results.study.arms, key=lambda arm: arm is not results.baseline)
     return {arm.name: look(number) for number, arm in enumerate(arms)}
 
 
 def png(figure: Figure) -> bytes:
-    """A picture in 256 colours, a third of the size. Those that arms are told apart by stay exactly as they are.
-
-    Equal figures make equal bytes.
-    """
+    """A PNG with 256 colours, a third of the size; the colours of arms stay exact. Equal figures give equal bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, format="png")
     image = Image.open(buffer).convert("RGB")
@@ -101,18 +98,18 @@ def png(figure: Figure) -> bytes:
 
 
 def label(name: str, width: int = 30) -> str:
-    """An arm's name as matplotlib shows it as it is: no formula, not skipped in a legend, in lines of some width."""
+    """An arm's name, wrapped and escaped: matplotlib reads $ as a formula, and leaves _names out of legends."""
     name = "\n".join(textwrap.wrap(name, width) or [name]).replace("$", r"\$")
     return f" {name}" if name.startswith("_") else name
 
 
 def _list(found: Any) -> list[Any]:
-    """The axes that matplotlib returns: alone where there is one, else in an array."""
+    """Axes as a list; matplotlib returns a single one without an array."""
     return list(np.atleast_1d(found).flatten())
 
 
 def _by_seed(results: Results, c: Comparison) -> list[float]:
-    """The effect of a comparison with each seed alone."""
+    """The effect of a comparison for each seed alone."""
     arms = {arm.name: arm for arm in results.study.arms}
     arm, other = arms[c.arm], arms.get(c.reference)
     effects = []
@@ -129,13 +126,13 @@ def _by_seed(results: Results, c: Comparison) -> list[float]:
 
 
 def _places(ticks: list[str]) -> tuple[list[float], float]:
-    """Where each arm is drawn, in lines of text from the top, so that no two labels overlap; and the lines of all."""
+    """The position of each arm, in lines of text from the top, so that labels do not overlap; and the total height."""
     rooms = np.array([max(1.9, tick.count("\n") + 1.6) for tick in ticks])
     return (rooms.cumsum() - rooms / 2).tolist(), float(rooms.sum())
 
 
 def _below(found: dict[str, Comparison]) -> str:
-    """The label of the axis of effects."""
+    """The label of the axis for effects."""
     some = next(iter(found.values()))
     if some.scale == "ratio":
         return label(f"ratio to {some.reference}", 26)
@@ -143,7 +140,7 @@ def _below(found: dict[str, Comparison]) -> str:
 
 
 def _panel(axis: Axes, results: Results, places: dict[str, float], found: dict[str, Comparison]) -> None:
-    """Effects with intervals, a line for each arm; open where nothing is significant."""
+    """Effects with intervals, one line per arm; markers are filled if significant."""
     some = next(iter(found.values()))
     for name, place in places.items():
         if (c := found.get(name)) is None:
@@ -170,7 +167,7 @@ def _panel(axis: Axes, results: Results, places: dict[str, float], found: dict[s
 
 
 def _ratio_axis(axis: Axes) -> None:
-    """A logarithmic axis with a few plain numbers; matplotlib's own overlap where it spans less than a decade."""
+    """A log axis with a few plain numbers; matplotlib's labels overlap if it spans less than a decade."""
     axis.set_xscale("log")
     low, high = axis.get_xlim()
     narrow = high / low < 20
@@ -180,7 +177,7 @@ def _ratio_axis(axis: Axes) -> None:
 
 
 def forest(results: Results, width: float = WIDTH) -> Figure | None:
-    """Paired differences with intervals: from the baseline, and from the model before training."""
+    """Paired differences with intervals, from the baseline and from the model before training."""
     panels = {}
     for metric in results.study.metrics:
         if both := [found for found in (results.comparisons(metric), results.learned(metric)) if found]:
@@ -213,7 +210,7 @@ def forest(results: Results, width: float = WIDTH) -> Figure | None:
 
 
 def curves(results: Results, width: float = WIDTH) -> Figure | None:
-    """Training figures along the steps."""
+    """Training figures by step."""
     known = [name for name in CURVES if any(results.figures(arm, name) for arm in results.study.arms)]
     if not known:
         return None
@@ -290,7 +287,7 @@ def value_functions(results: Results, width: float = WIDTH) -> Figure | None:
 
 
 def heat_map(results: Results, width: float = WIDTH) -> Figure | None:
-    """The primary metric over two options with numbers, where the arms are a grid of them."""
+    """The primary metric over two numeric options, if the arms are a grid of them."""
     arms = results.study.arms
     keys = [
         key
@@ -301,7 +298,7 @@ def heat_map(results: Results, width: float = WIDTH) -> Figure | None:
     metric = results.primary
     found = {arm: results.estimates[metric, arm.name] for arm in arms if (metric, arm.name) in results.estimates}
     places = [tuple(arm.options[key] for key in keys) for arm in arms]
-    if len(keys) != 2 or not found or len(set(places)) < len(places):  # several arms in one place cannot be drawn
+    if len(keys) != 2 or not found or len(set(places)) < len(places):  # several arms at one point cannot be drawn
         return None
     if width < WIDTH:  # the longer side runs down
         keys.sort(key=lambda key: len({arm.options[key] for arm in arms}))
@@ -332,12 +329,12 @@ def heat_map(results: Results, width: float = WIDTH) -> Figure | None:
 PICTURES: dict[str, tuple[str, str, Callable[..., Figure | None]]] = {
     "forest.png": (
         "Differences",
-        "Paired differences with 95 % intervals, which are not corrected. Filled: significant over seeds, after"
-        " correction. Ticks: single seeds",
+        "Paired differences with uncorrected 95 % intervals. Filled: significant over seeds after correction. Ticks:"
+        " single seeds",
         forest,
     ),
     "heat_map.png": ("Over the grid", "Mean of the primary metric", heat_map),
-    "curves.png": ("Training", "Mean over seeds; the bands span the smallest to the largest seed", curves),
+    "curves.png": ("Training", "Mean over seeds; bands from the smallest to the largest seed", curves),
     "value_functions.png": (
         "Value functions",
         "v(u) of each arm over the outcomes u = r - z0 of its last rows: desirable (blue), undesirable (red outlines)",

@@ -1,28 +1,28 @@
-"""The first sentence of a study's report: which arm won, by how much, and whether to believe it."""
+"""The first sentence of a report: which arm won, by how much, and whether to believe it."""
 
 from __future__ import annotations
 
 import math
 
 from halos_pl.common.messages import counted
-from halos_pl.evaluation.evaluate import METRICS
+from halos_pl.evaluation.metrics import METRICS
 from halos_pl.study.comparison import Comparison
 from halos_pl.study.digits import of_comparison, of_estimate, p_value
 from halos_pl.study.results import Results
 
 
 def first_line(results: Results) -> str:
-    """One sentence on the primary metric. Says first of all where no arm is better than the model before training."""
+    """One sentence on the primary metric; first of all, whether any arm is better than the model before training."""
     metric = results.primary
     _, what, more = METRICS[metric]
     measured = [arm for arm in results.ranked if (metric, arm.name) in results.estimates]
     done, runs, arms = len(results.done), len(results.runs), len(results.study.arms)
     if done and not measured:
-        return (
-            f"Nothing to compare: none of {counted(done, 'finished run')} was measured by {metric}, the primary metric."
-        )
+        return f"Nothing to compare: none of {counted(done, 'finished run')} has {metric}, the primary metric."
     if results.baseline not in measured or (len(measured) == 1 < arms):
-        lacks = f", none of {results.baseline.name}" if measured and results.baseline not in measured else ""
+        lacks = (
+            f", none of the baseline {results.baseline.name}" if measured and results.baseline not in measured else ""
+        )
         return f"Nothing to compare yet: {done} of {runs} runs finished{lacks}."
     best = measured[0]
     means = {arm.name: results.estimates[metric, arm.name] for arm in measured}
@@ -32,9 +32,8 @@ def first_line(results: Results) -> str:
     if results.nothing_learned:
         c = learned.get(best.name) or next(iter(learned.values()))
         return (
-            f"{so_far}Nothing was learned, as far as these data show: on {metric} ({what}), no arm is significantly"
-            f" better than the untrained model; the best, {c.arm}, has {of_estimate(means[c.arm])}, a {_kind(c)} of"
-            f" {of_comparison(c)}{_p(c)}."
+            f"{so_far}No sign of learning: on {metric} ({what}), no arm is significantly better than the untrained"
+            f" model; the best, {c.arm}, has {of_estimate(means[c.arm])}, a {_kind(c)} of {of_comparison(c)}{_p(c)}."
         )
     if arms == 1:
         gain = learned.get(best.name)
@@ -45,22 +44,22 @@ def first_line(results: Results) -> str:
     against = results.comparisons(metric)
     if best is not results.baseline:
         found, before = against.get(best.name), ""
-    else:  # the next best, whose difference to the baseline is the one that was tested
+    else:  # the test is of the second best against the baseline
         found = next((against[arm.name] for arm in measured[1:] if arm.name in against), None)
-        before = f"next comes {found.arm}, " if found else ""
+        before = f"{found.arm} is next, " if found else ""
     level = [name for name, e in means.items() if math.isclose(e.value, means[best.name].value)]
     line = f"{best.name} {'won' if more is not None else 'is highest'} on {metric} ({what}) with {mean}"
     if len(level) > 1:
-        line = f"{' and '.join(level)} are level on {metric} ({what}) with {mean}"
+        line = f"{' and '.join(level)} are tied on {metric} ({what}) with {mean}"
     if found is None:
         return f"{so_far}{line}; no other arm shares a seed with it."
-    said = f"{before}{of_comparison(found)} against {results.baseline.name}"
-    # Means are of all runs of an arm, the difference is paired: of the seeds that both have, and of ratios.
+    difference = f"{before}{of_comparison(found)} against {results.baseline.name}"
+    # The means are over all runs, the difference over seeds that both arms have; ratios are of geometric means.
     if (found.effect - found.null) * (1 if more is not False else -1) * (-1 if before else 1) < 0:
         pairs = "" if found.scale == "difference" else f"{_kind(found)}s of "
         of = f"{pairs}{counted(found.seeds, 'seed')} that both have"
-        return f"{so_far}{line}; but over {of}, {said}: do not believe the order, as these disagree."
-    return f"{so_far}{line}; {said}; {belief(found)}."
+        return f"{so_far}{line}; but over {of}, {difference}: do not believe the order, as these disagree."
+    return f"{so_far}{line}; {difference}; {belief(found)}."
 
 
 def _kind(c: Comparison) -> str:
@@ -75,9 +74,9 @@ def belief(c: Comparison) -> str:
     """Whether to believe a difference, and why."""
     return {
         "significant over seeds": f"believe it: the difference is significant over seeds{_p(c)}",
-        "differs in these runs only": "do not generalise it: these runs differ, but runs with other seeds may not",
-        "equivalent": f"treat them as equal: they are {c.said}",
-        "identical": "no example differs in these runs, which does not show that they are equivalent",
+        "differs in these runs only": "do not generalize: these runs differ, but runs with other seeds may not",
+        "equivalent": f"treat them as equal: they are {c.verdict}",
+        "identical": "these runs agree on every example, which does not show that the arms are equivalent",
         "one seed so far": "too early to say: only one seed has finished",
         "exploratory": "do not rely on it: it was not tested",
     }.get(c.decision, f"do not believe it: the difference is not significant{_p(c)}")

@@ -1,4 +1,4 @@
-"""The power of a study at the planned seeds and prompts, stated before its first run."""
+"""The power of a study with the planned seeds and prompts, before its first run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from halos_pl.common.messages import counted
-from halos_pl.evaluation.evaluate import RATIOS, SHARES
+from halos_pl.evaluation.metrics import RATIOS, SHARES
 from halos_pl.study.comparison import ratio
 from halos_pl.study.power import FARTHEST, Noise, detectable, power
 from halos_pl.study.run_variance import Runs, run_variance
@@ -21,48 +21,48 @@ from halos_pl.study.standard_error import MARGIN, heterogeneous_df
 from halos_pl.study.statistics import LEVEL
 
 if TYPE_CHECKING:
-    from halos_pl.study.plan import Study
+    from halos_pl.study.spec import Study
 
 #: Differences of shares whose power is stated.
 POINTS = (0.12, 0.2)
-#: SD over prompts of the difference of two shares at worst: both 0.5, and nothing in common.
+#: The largest SD over prompts of the difference of two shares: both 0.5 and independent.
 WORST = math.sqrt(0.5)
-#: SD of runs that is assumed at worst where none is known: 0.4 of the SD of a share over prompts.
+#: The SD of runs assumed as the worst case: 0.4 of the SD of a share over prompts.
 WORST_RUN = 0.2
 
 
 def assumed(study: Study) -> list[tuple[str, float, float, float]]:
-    """The standard deviations that the power is computed for: (their source, of prompts, of runs, of sampling).
+    """The standard deviations that the power is computed for: (source, of prompts, of runs, of sampling).
 
-    Empty where nothing is known of them.
+    Empty if nothing is known about them.
 
     Raises:
-        ValueError: for values of an earlier study that do not tell.
+        ValueError: for values of an earlier study that do not determine them.
     """
-    given = study.power
-    if "values" in given:
-        path = Path(given["values"])
+    settings = study.power
+    if "values" in settings:
+        path = Path(settings["values"])
         return [(f"from {path}", *deviations_of(path, study.primary))]
-    if given:
-        return [("as stated", given["prompt_sd"], given["run_sd"], given.get("sampling_sd", 0.0))]
+    if settings:
+        return [("as stated", settings["prompt_sd"], settings["run_sd"], settings.get("sampling_sd", 0.0))]
     if study.primary in SHARES:
-        prompts = "worst case of a share over prompts"
+        prompts = "worst case for a share"
         return [
-            (f"{prompts}, runs do not vary", WORST, 0.0, 0.0),
-            (f"{prompts}, run SD 0.4 of a share's", WORST, WORST_RUN, 0.0),
+            (f"{prompts}; runs do not vary", WORST, 0.0, 0.0),
+            (f"{prompts}; runs vary with 0.4 of its SD", WORST, WORST_RUN, 0.0),
         ]
     return []
 
 
 def deviations_of(path: Path, metric: str) -> tuple[float, float, float]:
-    """SD over prompts, of runs and of sampling in an earlier study, means over its pairs of arms.
+    """SD over prompts, of runs and of sampling in an earlier study, averaged over its pairs of arms.
 
     Args:
         path: its ``values.csv.gz``.
-        metric: on the log scale for one of ``RATIOS``.
+        metric: on the log scale for those in ``RATIOS``.
 
     Raises:
-        ValueError: where it cannot be read, or has no two arms with two seeds in common.
+        ValueError: if it cannot be read, or no two arms have two seeds in common.
     """
     values: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
     try:
@@ -73,7 +73,7 @@ def deviations_of(path: Path, metric: str) -> tuple[float, float, float]:
     except (OSError, EOFError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read as the values of a study: {error or type(error).__name__}") from error
     if any(not math.isfinite(value) for own in values.values() for value in own.values()):
-        raise ValueError(f"{path} has values of {metric} that are no finite numbers")
+        raise ValueError(f"{path} has values of {metric} that are not finite")
     common = sorted(set.intersection(*map(set, values.values()))) if values else []
     arms: dict[str, Runs] = {}
     for name in {arm for arm, _ in values}:
@@ -94,54 +94,58 @@ def deviations_of(path: Path, metric: str) -> tuple[float, float, float]:
             prompts.append(max(float(difference.mean(axis=0).var(ddof=1)) - sampling / len(seeds), 0.0))
     variance = run_variance(arms)
     if not prompts or variance is None:
-        raise ValueError(f"{path} has no two arms with two seeds in common that were measured by {metric}")
+        raise ValueError(f"{path} has no two arms with {metric} for two seeds in common")
     sampling = float(np.mean(samplings))
     runs = max(variance.paired - sampling / 2 / len(common), 0.0)
-    found = math.sqrt(float(np.mean(prompts))), math.sqrt(runs), math.sqrt(sampling)
-    if max(found) <= 1e-12 * max(float(np.abs(own.values).max()) for own in arms.values()):  # the rounding of floats
-        raise ValueError(f"{path}: {metric} does not vary there, so it does not tell what the power is")
-    return found
+    deviations = math.sqrt(float(np.mean(prompts))), math.sqrt(runs), math.sqrt(sampling)
+    if max(deviations) <= 1e-12 * max(
+        float(np.abs(own.values).max()) for own in arms.values()
+    ):  # the rounding of floats
+        raise ValueError(f"{path}: {metric} does not vary there, so the power cannot be computed from it")
+    return deviations
 
 
 def power_lines(study: Study, examples: int) -> list[str]:
-    """The power of the comparisons on the primary metric, one line for each set of standard deviations.
+    """The power of comparisons on the primary metric, one line per set of standard deviations.
 
     Args:
         study: the study.
         examples: prompts of the primary metric.
 
     Raises:
-        ValueError: for values of an earlier study that do not tell.
+        ValueError: for values of an earlier study that do not determine it.
     """
     arms, seeds, metric = len(study.arms), len(study.seeds), study.primary
     comparisons = arms - 1
     size_of = f"{counted(arms, 'arm')} x {counted(seeds, 'seed')} x {counted(examples, 'prompt')}"
     head = f"power for {metric}, the primary metric, with {size_of}"
     if not comparisons:
-        return [f"{head}: not computed, as there is one arm, which is compared with the untrained model"]
+        return [f"{head}: not computed, as the only arm is compared with the untrained model"]
     if seeds == 1:
-        return [f"{head}: none, as no difference can be significant over one seed"]
-    found = assumed(study)
-    if not found:
-        return [f"{head}: unknown; name power: {{prompt_sd, run_sd}}, or {{values: an earlier study's values.csv.gz}}"]
+        return [f"{head}: none, since no difference can be significant over one seed"]
+    assumptions = assumed(study)
+    if not assumptions:
+        return [f"{head}: unknown; set power: {{prompt_sd, run_sd}}, or {{values: values.csv.gz of an earlier study}}"]
     df = heterogeneous_df((seeds - 1) * comparisons, seeds)
     lines = [f"{head}: t with {df:g} run degrees of freedom, level {LEVEL:g} / {comparisons}"]
-    for source, prompt_sd, run_sd, sampling_sd in found:
+    for source, prompt_sd, run_sd, sampling_sd in assumptions:
         noise = Noise.planned(
             prompt_sd=prompt_sd, run_sd=run_sd, sampling_sd=sampling_sd, count=examples, seeds=seeds, arms=arms
         )
         level = LEVEL / comparisons / MARGIN
         size = detectable(noise, level)
-        known = f"prompt_sd {prompt_sd:.2g}, run_sd {run_sd:.2g}"
-        known += f", sampling_sd {sampling_sd:.2g}" if sampling_sd else ""
-        said = [f"{power(p, noise, level):.2f} for {100 * p:.0f} points" for p in POINTS if metric in SHARES]
+        deviations = f"prompt_sd {prompt_sd:.2g}, run_sd {run_sd:.2g}"
+        deviations += f", sampling_sd {sampling_sd:.2g}" if sampling_sd else ""
+        powers = [f"{power(p, noise, level):.2f} for {100 * p:.0f} points" for p in POINTS if metric in SHARES]
         if size is None or (metric in SHARES and size > 1) or (metric in RATIOS and size > FARTHEST):
-            said.append("0.80 for no difference that is possible")
+            powers.append("never 0.80, whatever the difference")
         elif metric in RATIOS:
-            said.append(f"0.80 for a factor of {ratio(math.exp(size))}")
+            powers.append(f"0.80 for a factor of {ratio(math.exp(size))}")
         else:
-            said.append(f"0.80 for {f'{100 * size:.0f} points' if metric in SHARES else f'a difference of {size:.2g}'}")
-        lines.append(f"  {known} ({source}): {', '.join(said)}")
+            powers.append(
+                f"0.80 for {f'{100 * size:.0f} points' if metric in SHARES else f'a difference of {size:.2g}'}"
+            )
+        lines.append(f"  {deviations} ({source}): {', '.join(powers)}")
     if not study.power:
-        lines.append("  for sharper figures, state power: {prompt_sd, run_sd} or {values}, from a pilot")
+        lines.append("  for sharper figures, set power: {prompt_sd, run_sd} or {values} from a pilot study")
     return lines

@@ -1,4 +1,4 @@
-"""Power of a comparison over seeds: before a study for what is assumed, in its report for what was found."""
+"""Power of a comparison over seeds: for assumed variances before a study, for estimated ones in its report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from halos_pl.study.standard_error import Floats, caution, errors, heterogeneous
 from halos_pl.study.statistics import LEVEL
 
 POWER = 0.8
-#: Outcomes of the run variances that the power is averaged over; a power of 2, for Sobol's points.
+#: Draws of the run variances that the power is averaged over; a power of 2, for Sobol points.
 DRAWS = 1024
 #: The largest logarithm of a ratio that counts as detectable: a factor of 1000.
 FARTHEST = math.log(1000)
@@ -21,16 +21,16 @@ FARTHEST = math.log(1000)
 
 @dataclass(frozen=True)
 class Noise:
-    """What a difference between two arms varies by.
+    """The variances of a difference between two arms.
 
     Attributes:
-        run: variance of one arm's mean over its seeds, what sampling adds included.
+        run: variance of an arm's mean over its seeds, sampling included.
         examples: variance of the difference over examples.
-        sampling: the part of it that varies anew by run and example, which both of the above include.
-        count: examples.
+        sampling: the part that varies by run and example, contained in both of the above.
+        count: number of examples.
         seeds: of each arm.
         df: of the pooled run variance.
-        arms: 2 where both sides have seeds, 1 where the reference is a model without.
+        arms: 2 if both sides have seeds, 1 if the reference is a model without seeds.
     """
 
     run: float
@@ -45,15 +45,15 @@ class Noise:
     def planned(
         cls, *, prompt_sd: float, run_sd: float, sampling_sd: float, count: int, seeds: int, arms: int
     ) -> Noise:
-        """The noise of a comparison of two out of so many arms.
+        """The noise of a comparison in a planned study.
 
         Args:
-            prompt_sd: SD over prompts of the paired difference of two arms, as far as it is the same in every run.
-            run_sd: SD over seeds of an arm's mean, beyond what sampling and prompts add.
-            sampling_sd: SD of the paired difference of two runs on a prompt from seed to seed, as sampled answers have.
-            count: prompts.
+            prompt_sd: SD over prompts of the paired difference of two arms, averaged over runs.
+            run_sd: SD over seeds of an arm's mean, without the effect of sampling and prompts.
+            sampling_sd: SD from seed to seed of the paired difference of two runs on a prompt, as of sampled answers.
+            count: number of prompts.
             seeds: of each arm.
-            arms: with seeds, the reference arm included.
+            arms: number of arms with seeds, the reference arm included.
         """
         sampling = sampling_sd**2 / (seeds * count)
         return cls(
@@ -72,15 +72,15 @@ class Noise:
 
 
 def power(effect: float, noise: Noise, level: float) -> float:
-    """The chance to find a difference, two-sided.
+    """The probability to detect a difference, two-sided.
 
-    The tests by the pooled run variance, by the reference arm's own and (at :data:`LEVEL`) by the arm's own have to
-    agree. With one of them alone the chance is that of the noncentral t; it is computed as what that is, the mean of a
-    normal chance over the values that the run variances may take, and over those of all three.
+    Three tests must agree: with the pooled run variance, with the reference arm's own and (at :data:`LEVEL`) with the
+    arm's own. For one of them this would be the noncentral t: the mean of a normal probability over the distribution of
+    the run variance. Here that mean is taken over the joint distribution of all three.
 
     Args:
         effect: the true difference.
-        noise: what it varies by.
+        noise: its variances.
         level: of the test: 0.05 divided by the number of comparisons and by ``MARGIN``.
     """
     if noise.error == 0:
@@ -93,12 +93,12 @@ def power(effect: float, noise: Noise, level: float) -> float:
 
 @lru_cache(maxsize=64)
 def _reach(noise: Noise, level: float) -> Floats:
-    """What a difference must exceed, for each of ``DRAWS`` outcomes of the run variances."""
+    """The difference that is just significant, for each of ``DRAWS`` draws of the run variances."""
     free = noise.seeds - 1
     arms = max(1, round(noise.df / free)) + (noise.arms == 2)
     points = stats.qmc.Sobol(free * arms, rng=np.random.default_rng(0)).random(DRAWS)
     normal = special.ndtri(np.clip(points, 1e-9, 1 - 1e-9)).reshape(DRAWS, free, arms)
-    if noise.arms == 2:  # what is common to a seed cancels
+    if noise.arms == 2:  # the effect of the seed cancels
         normal *= math.sqrt(arms / (arms - 1))
         normal -= normal.mean(axis=2, keepdims=True)
     own = noise.run * (normal**2).mean(axis=1)
@@ -112,26 +112,26 @@ def _reach(noise: Noise, level: float) -> Floats:
         ]
     else:
         tests = [([(pooled, noise.df)], level), ([(own[:, 0], free)], LEVEL)]
-    found = []
+    reaches = []
     for runs, at in tests:
         size, df_of = errors(runs, noise.examples, noise.sampling, noise.count, care)
-        found.append(special.stdtrit(df_of, 1 - at / 2) * size)
-    return np.asarray(np.max(found, axis=0))
+        reaches.append(special.stdtrit(df_of, 1 - at / 2) * size)
+    return np.asarray(np.max(reaches, axis=0))
 
 
 def _t_power(shift: float, df: float, bound: float) -> float:
-    """The chance that a noncentral t is beyond the bound on either side."""
+    """The probability that a noncentral t exceeds the bound on either side."""
     shift = abs(shift)
     above = float(stats.nct.sf(bound, df, shift))
     if math.isnan(above):  # scipy's series does not converge far out
         return float(shift > bound)
-    return above + float(np.nan_to_num(stats.nct.cdf(-bound, df, shift)))  # NaN as well where it is next to 0
+    return above + float(np.nan_to_num(stats.nct.cdf(-bound, df, shift)))  # NaN if it is close to 0
 
 
 def detectable(noise: Noise, level: float) -> float | None:
-    """The smallest difference that is found with probability ``POWER``; None where none is.
+    """The smallest difference that is detected with probability ``POWER``.
 
-    None as well where nothing varies, which does not tell, and for so few examples that no outcome is below the level.
+    None if there is none, if nothing varies, and if no outcome of so few examples is significant at the level.
     """
     if not noise.error or 2.0 ** (1 - noise.count) >= level:
         return None

@@ -1,14 +1,13 @@
-"""What a study's report is computed from: ``values.csv.gz``, all its numbers, and ``record.json``, what was run.
+"""What a report is computed from: the numbers in ``values.csv.gz``, and what was run in ``record.json``.
 
-``values.csv.gz`` has one line for each number: ``run, arm, seed, metric, example, value``. Values are written so that
-they read back exactly, and equal values make equal bytes. Beside the metrics of ``halos evaluate`` it holds, for the
-figures,
+``values.csv.gz`` has one line per number: ``run, arm, seed, metric, example, value``. Values read back exactly, and
+equal values give equal bytes. Besides the metrics of ``halos evaluate`` it holds, for the figures,
 
-- ``training/...``: a training figure; the example is the optimizer step;
+- ``training/...``: a training figure, whose example is the optimizer step;
 - ``outcome/desirable`` and ``outcome/undesirable``: outcomes u = r - z0 of the last rows, in nats;
-- ``value_function``: v at u; the example is u in nats.
+- ``value_function``: v at u, whose example is u in nats.
 
-Lines without a seed belong to a baseline that is no arm, such as the model before training.
+Lines without a seed belong to baselines that are not arms, such as the model before training.
 """
 
 from __future__ import annotations
@@ -29,42 +28,37 @@ from typing import Any
 
 from halos_pl.common.files import write
 from halos_pl.common.messages import counted
-from halos_pl.study.plan import Study, StudyError
+from halos_pl.study.spec import Study, StudyError
 
 VALUES = "values.csv.gz"
 RECORD = "record.json"
-DIGEST = "values_sha256"  #: in the record: of the text in ``values.csv.gz``
+DIGEST = "values_sha256"  #: key of the record: the digest of the text in ``values.csv.gz``
 COLUMNS = ("run", "arm", "seed", "metric", "example", "value")
 
 #: By metric and example.
 Figures = Mapping[str, Mapping[str, float]]
-#: An arm's name and the seed; no seed for a baseline that is no arm.
+#: An arm's name and a seed; no seed for a baseline that is not an arm.
 Key = tuple[str, int | None]
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """The numbers of a study's runs and what is known of how they came about.
+    """The numbers of a study's runs, and how they were made.
 
     Attributes:
-        values: by run, metric and example; only runs that can be compared.
-        record: the words of a report: the study's file, verdicts of ``halos check``, revisions, digests, missing runs.
-            Empty where there is no ``record.json``.
+        values: by run, metric and example, of runs that can be compared.
+        record: the study's file, verdicts of ``halos check``, revisions, digests and missing runs; empty without
+            ``record.json``.
     """
 
     values: Mapping[Key, Figures]
     record: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def baselines(self) -> tuple[str, ...]:
-        """Names of the baselines that are no arm."""
-        return tuple(name for name, seed in self.values if seed is None)
-
 
 def write_recorded(recorded: Recorded, study: Study, out: Path) -> None:
-    """Writes both files into the study's folder; the same numbers make the same bytes.
+    """Writes both files into the study's folder; equal numbers give equal bytes.
 
-    Earlier files with runs that these do not have are kept beside them.
+    Earlier files with runs that are missing now are kept under another name.
     """
     folders = {arm.name: arm.folder for arm in study.arms}
     text = io.StringIO()
@@ -90,13 +84,13 @@ def write_recorded(recorded: Recorded, study: Study, out: Path) -> None:
 
 
 def _keep_lost(recorded: Recorded, out: Path) -> None:
-    """Moves both files aside where they hold runs that are not recorded now, as after a folder was removed."""
+    """Renames both files if they hold runs that are missing now, as after a folder was removed."""
     path = out / VALUES
     new = {(name, str(seed)) for name, seed in recorded.values if seed is not None}
     try:
         with gzip.open(path, "rt", newline="", encoding="utf-8") as file:
             old = {(line["arm"], line["seed"]) for line in csv.DictReader(file) if line["seed"]}
-    except (OSError, EOFError, KeyError, ValueError, csv.Error):  # there is none, or nothing can be made of it
+    except (OSError, EOFError, KeyError, ValueError, csv.Error):  # absent or unreadable
         return
     if lost := old - new:
         number = next(i for i in itertools.count(1) if not (out / _aside(VALUES, i)).exists())
@@ -104,8 +98,8 @@ def _keep_lost(recorded: Recorded, out: Path) -> None:
             if (out / name).is_file():
                 os.replace(out / name, out / _aside(name, number))
         print(
-            f"halos: {path} holds {counted(len(lost), 'run')} that cannot be read from the study's folders now; it is"
-            f" kept as {_aside(VALUES, number)}"
+            f"halos: {path} holds {counted(len(lost), 'run')} that are no longer in the study's folder; it is kept as"
+            f" {_aside(VALUES, number)}"
         )
 
 
@@ -116,27 +110,27 @@ def _aside(name: str, number: int) -> str:
 
 
 def read_recorded(study: Study, out: Path) -> Recorded:
-    """What :func:`write_recorded` wrote; nothing where there is no ``values.csv.gz``.
+    """What :func:`write_recorded` wrote; empty without ``values.csv.gz``.
 
     Raises:
-        StudyError: for a file that cannot be read, or whose lines do not belong to the study.
+        StudyError: for a file that cannot be read, or with lines that do not belong to the study.
     """
     path = out / VALUES
     if not path.is_file():
         return Recorded({})
     runs: dict[Key, dict[str, dict[str, float]]] = {}
-    known = {(arm.name, seed) for arm in study.arms for seed in study.seeds}
+    planned = {(arm.name, seed) for arm in study.arms for seed in study.seeds}
     try:
         with gzip.open(path, "rb") as packed:
             content = packed.read()
         with io.StringIO(content.decode(), newline="") as file:
             lines = csv.DictReader(file)
             if lines.fieldnames is None or set(COLUMNS) - set(lines.fieldnames):
-                raise StudyError(f"{path}: the columns are {lines.fieldnames}; they must be {', '.join(COLUMNS)}")
+                raise StudyError(f"{path}: the columns are {lines.fieldnames}; expected {', '.join(COLUMNS)}")
             for line in lines:
                 place = f"{path}:{lines.line_num}"
                 key = (line["arm"], int(line["seed"]) if line["seed"] else None)
-                if key[1] is not None and key not in known:
+                if key[1] is not None and key not in planned:
                     raise StudyError(f"{place}: the study has no arm {key[0]!r} with seed {key[1]}")
                 values = runs.setdefault(key, {}).setdefault(line["metric"], {})
                 value = float(line["value"])
@@ -160,17 +154,17 @@ def read_recorded(study: Study, out: Path) -> Recorded:
     except ValueError as error:
         raise StudyError(f"{note} cannot be read: {error}") from error
     if not isinstance(record, dict):
-        raise StudyError(f"{note} is not the record of a study: it holds no JSON object")
-    if record.pop(DIGEST, made := hashlib.sha256(content).hexdigest()) != made:
+        raise StudyError(f"{note} is not the record of a study: it is no JSON object")
+    if record.pop(DIGEST, digest := hashlib.sha256(content).hexdigest()) != digest:
         raise StudyError(
             f"{path} is not the file that {note} was written with: its SHA-256 differs. Restore both; or, if the values"
-            f" are meant to differ, remove {note}, and the report calls their origin not recorded"
+            f" were changed on purpose, remove {note}, and the report states that their origin is not recorded"
         )
     return Recorded(ordered, record)
 
 
 def _check_examples(runs: Mapping[Key, Figures], study: Study, path: Path) -> None:
-    """Refuses runs that were measured on different examples, which cannot be paired."""
+    """Refuses runs with different examples, which cannot be paired."""
     for metric in study.metrics:
         first: tuple[Key, frozenset[str]] | None = None
         for key, figures in runs.items():
@@ -180,4 +174,4 @@ def _check_examples(runs: Mapping[Key, Figures], study: Study, path: Path) -> No
             first = first or (key, own)
             if lost := sorted(own ^ first[1]):
                 both = " and ".join(f"{arm!r} with seed {seed}" for arm, seed in (first[0], key))
-                raise StudyError(f"{path}: {metric} of {both} is of different examples, such as {lost[0]!r}")
+                raise StudyError(f"{path}: {metric} of {both} has different examples, such as {lost[0]!r}")

@@ -1,6 +1,6 @@
-"""The report of a study: ``report.md`` with figures beside it, and one ``report.html`` that holds everything.
+"""The report of a study: ``report.md`` with figures beside it, and a self-contained ``report.html``.
 
-All of it is computed from ``values.csv.gz``, ``record.json`` and the study's YAML.
+Both are computed from ``values.csv.gz``, ``record.json`` and the study's YAML.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader
 
 from halos_pl.common.files import write
 from halos_pl.common.messages import counted, plain
-from halos_pl.evaluation.evaluate import METRICS, PER_TOKEN, RATIOS, SHARES
+from halos_pl.evaluation.metrics import METRICS, PER_TOKEN, RATIOS, SHARES
 from halos_pl.provenance import NO_CHECKOUT
 from halos_pl.study.comparison import Comparison
 from halos_pl.study.digits import decimals, number, of_comparison, of_estimate, p_value, short
@@ -24,31 +24,31 @@ from halos_pl.study.figures import CURVES, NARROW, PICTURES, png, unit_of
 from halos_pl.study.first_line import first_line
 from halos_pl.study.headline import headline
 from halos_pl.study.markdown import escaped, fence
-from halos_pl.study.plan import BEFORE, command, default_folder
 from halos_pl.study.results import Results
+from halos_pl.study.spec import BEFORE, command, default_folder
 from halos_pl.study.statistics import Estimate, estimate
 from halos_pl.study.trivial import STRATA
 
 METHODS = (
-    "An example is all that is measured on one prompt. Differences are paired by example and by seed. With several "
-    "seeds they are tested by t over seeds and examples: the variance of runs is pooled over all arms, and tests by "
-    "the two arms' own variances have to agree. With one seed they are tested over examples (McNemar's test for "
-    "binary metrics, else a permutation test). {family} The other metrics are exploratory: they get estimates with "
-    "95 % intervals, which are not corrected, and no decision. 'Differs in these runs only' takes the runs as fixed; "
-    "it is tested over examples. Positive metrics such as KL are compared by ratios, on the log scale, unless a "
-    "run's mean is not above 0. '80 % power for' names the smallest difference that the corrected test would detect "
-    "that often, given the variances found here."
+    "An example is everything measured on one prompt. Differences are paired by example and by seed. With several "
+    "seeds they are tested by a t test over seeds and examples: the variance between runs is pooled over all arms, and "
+    "the tests with each arm's own variance must agree. With one seed they are tested over examples (McNemar's test "
+    "for binary metrics, otherwise a permutation test). {family} The other metrics are exploratory: they have "
+    "uncorrected 95 % intervals and no decision. 'Differs in these runs only' is tested over examples, with the runs "
+    "taken as fixed. Positive metrics such as KL are compared by ratios, on the log scale, unless the mean of a run "
+    "is not above 0. '80 % power for' is the smallest difference that the corrected test would detect with that "
+    "probability, given the variances estimated here."
 )
 SEVERAL = (
-    "On the primary metric, p is corrected for all comparisons with the baseline ({method}), so that at most 5 % of "
-    "studies without a difference claim one."
+    "On the primary metric, p is corrected for all comparisons with the baseline ({method}): at most 5 % of studies "
+    "without any difference claim one."
 )
 ALONE = "On the primary metric, the arm is tested against the model before training."
 TEMPLATES = Environment(loader=PackageLoader("halos_pl.study", "."), autoescape=lambda name: ".html" in (name or ""))
 
 
 def _ends(results: Results) -> list[dict[str, Any]]:
-    """Training figures at the last step, the mean over the seeds and each seed's."""
+    """Training figures at the last step: the mean over seeds, and each seed."""
     rows = []
     for arm in results.ranked:
         figures = []
@@ -61,32 +61,33 @@ def _ends(results: Results) -> list[dict[str, Any]]:
 
 
 def _perplexity(metric: str, e: Estimate) -> str:
-    """What a negative log-prob per token comes to, in the usual words."""
+    """The perplexity of a negative log-prob per token."""
     return f" (perplexity {math.exp(e.value):.3g})" if metric in PER_TOKEN else ""
 
 
 def _of(c: Comparison, e: Estimate) -> str:
-    """Which n a difference is of, where the arm has more seeds than it shares with its reference."""
+    """The seeds of a difference, if the arm has more than it shares with its reference."""
     return f" (of {counted(c.seeds, 'seed')})" if c.seeds < e.seeds else ""
 
 
 def _decided(c: Comparison) -> dict[str, str]:
-    """The cells of a table that say what was decided."""
+    """The cells of a table with the decision."""
     p = "" if math.isnan(c.p) else p_value(c.p if c.adjusted is None else c.adjusted)
     return {
         "p": p.removeprefix("p ").removeprefix("= "),
-        "said": c.said,
+        "said": c.verdict,
         "how": "significant" if c.significant else "runs" if c.runs_only else "",
     }
 
 
 def _row(metric: str, name: str, e: Estimate | None, places: int, *, none: bool) -> dict[str, Any]:
-    """The cells of a table that every row has.
+    """The cells that every row of a table has.
 
     Args:
-        metric, name, e: which, and its mean; None where it was not measured.
-        places: decimals of a mean without an interval, one number for all rows but those that it would make 0.
-        none: a baseline that is no arm.
+        metric, name: which.
+        e: its mean; None if it was not measured.
+        places: decimals of a mean without an interval, the same for all rows, unless it would round the mean to 0.
+        none: a baseline that is not an arm.
     """
     if e and e.value and not round(e.value, places):
         places = max(places, decimals(e.value, e.low, e.high))
@@ -101,7 +102,7 @@ def _row(metric: str, name: str, e: Estimate | None, places: int, *, none: bool)
 
 
 def _table(results: Results, metric: str) -> dict[str, Any]:
-    """One metric: a row for each arm, the best first, and one for each baseline that is no arm."""
+    """One metric: a row per arm, the best first, and one per baseline that is not an arm."""
     several = len(results.study.arms) > 1
     against, learned, rows = results.comparisons(metric), results.learned(metric), []
     known = [e for (name, _), e in results.estimates.items() if name == metric]
@@ -136,7 +137,7 @@ def _table(results: Results, metric: str) -> dict[str, Any]:
 
 
 def _by_length(results: Results) -> list[dict[str, Any]]:
-    """Reward accuracy by which of the two completions has fewer words, and the mean over the two kinds that differ."""
+    """Reward accuracy by which completion has fewer words, and the mean of pairs whose lengths differ."""
     rows = []
     every = [*((arm.name, False) for arm in results.ranked), *((name, True) for name in results.baselines)]
     for name, none in every:
@@ -157,10 +158,10 @@ def _by_length(results: Results) -> list[dict[str, Any]]:
 
 
 def _made(by: dict[str, Any]) -> str:
-    """How many runs were made by what."""
+    """The runs made by one combination of code, libraries and machine."""
     runs = counted(by["runs"], "run")
     if "revision" not in by:
-        return f"{runs}, which do not say by which revision"
+        return f"{runs} without a recorded revision"
     place, own = by["revision"], by.get("halos_pl")
     place = place if place == NO_CHECKOUT else f"at revision {place}"
     code = f"{place}" if own in (None, by["revision"]) else f"by halos_pl {own}, in a folder {place}"
@@ -169,7 +170,7 @@ def _made(by: dict[str, Any]) -> str:
 
 
 def content(results: Results) -> dict[str, Any]:
-    """All that both forms of the report say."""
+    """The content of both forms of the report."""
     arms, record = results.ranked, results.record
     study = record.get("study", str(results.study.path))
     over = record.get("over")
@@ -178,7 +179,7 @@ def content(results: Results) -> dict[str, Any]:
     if out != default_folder(study, over):
         names += ["--out", str(out)]
     tested = any(c.margin is not None for c in results.comparisons(results.primary).values())
-    method = "Bonferroni, as equivalence is tested as well" if tested else "Holm 1979"
+    method = "Bonferroni, since equivalence is tested too" if tested else "Holm 1979"
     family = SEVERAL.format(method=method) if len(results.study.arms) > 1 else ALONE
     tables = [_table(results, metric) for metric in results.study.metrics]
     rows = [row["arm"] for row in tables[0]["rows"]]
@@ -219,7 +220,7 @@ def content(results: Results) -> dict[str, Any]:
 
 
 def write_report(results: Results) -> Path:
-    """Writes both forms into the study's folder, from what :meth:`Results.recorded` reads; also of half a study.
+    """Writes both forms into the folder of a study, finished or not, from :meth:`Results.recorded`.
 
     Returns:
         the HTML file.
@@ -229,18 +230,18 @@ def write_report(results: Results) -> Path:
     for name, (title, caption, draw) in PICTURES.items():
         path = results.out / name
         if (figure := draw(results)) is None:
-            path.unlink(missing_ok=True)  # or an earlier one would stay beside a report that does not show it
+            path.unlink(missing_ok=True)  # of an earlier report
             continue
         data = png(figure)
         path.write_bytes(data)
         small = png(draw(results, NARROW) or figure)
         shown = {"wide": base64.b64encode(data).decode(), "narrow": base64.b64encode(small).decode()}
         pictures.append({"title": title, "caption": caption, "name": name, **shown})
-    said = content(results)
-    commands = "\n".join(["", *(line for pair in said["commands"] for line in pair)])
-    commands = plain(f"{said['command']}\n{commands}")
-    md = {**escaped(said), "commands": commands, "fence": fence(commands)}
-    for name, own in {"report.md": md, "report.html": {**said, "commands": commands}}.items():
-        text = TEMPLATES.get_template(f"{name}.jinja").render({**own, "pictures": pictures})
+    texts = content(results)
+    commands = "\n".join(["", *(line for pair in texts["commands"] for line in pair)])
+    commands = plain(f"{texts['command']}\n{commands}")
+    md = {**escaped(texts), "commands": commands, "fence": fence(commands)}
+    for name, values in {"report.md": md, "report.html": {**texts, "commands": commands}}.items():
+        text = TEMPLATES.get_template(f"{name}.jinja").render({**values, "pictures": pictures})
         write(results.out / name, plain(text))
     return results.out / "report.html"

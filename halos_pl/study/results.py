@@ -1,4 +1,4 @@
-"""What a study has found so far: values by arm, seed and example, estimates, comparisons."""
+"""The results of a study so far: values by arm, seed and example, estimates and comparisons."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from halos_pl.evaluation.evaluate import METRICS, RATIOS, SHARES
+from halos_pl.evaluation.metrics import METRICS, RATIOS, SHARES
 from halos_pl.study.comparison import Comparison
 from halos_pl.study.decisions import compare
 from halos_pl.study.gather import describe, gather
-from halos_pl.study.plan import Arm, Run, Study
 from halos_pl.study.recorded import Recorded, read_recorded, write_recorded
 from halos_pl.study.run_variance import Runs
+from halos_pl.study.spec import BEFORE, Arm, Run, Study
 from halos_pl.study.statistics import Estimate, Values, estimate
-from halos_pl.study.trivial import BEFORE
 
 #: By the arm's name.
 Compared = dict[str, Comparison]
@@ -30,6 +29,7 @@ class Results:
     Args:
         study: the study.
         out: its folder.
+        recorded: values to use; None for those of its runs, or if there are none, of ``values.csv.gz``.
     """
 
     def __init__(self, study: Study, out: Path, recorded: Recorded | None = None) -> None:
@@ -42,49 +42,49 @@ class Results:
             recorded = Recorded(values)
         recorded = recorded or read_recorded(study, out)
         self._values = recorded.values
-        #: What is known of the runs besides their numbers; empty for runs that were not recorded yet.
+        #: The record beside the values; empty for runs that are not recorded yet.
         self.record = recorded.record
-        #: Runs that have been trained and measured, and can be compared.
+        #: Runs that are trained and measured and can be compared.
         self.done = [run for run in self.runs if (run.arm.name, run.seed) in self._values]
 
     @property
     def has_runs(self) -> bool:
-        """Whether there is the folder of a run, finished or not, and not only what was recorded of it."""
+        """Whether any run has a folder, finished or not, beside what was recorded."""
         return any(run.folder.is_dir() for run in self.runs)
 
     def recorded(self) -> Results:
-        """The same results, computed from ``values.csv.gz`` and ``record.json`` alone.
+        """The same results, from ``values.csv.gz`` and ``record.json`` alone.
 
-        Where there are runs both files are written first, and the code that the runs' configs name is executed.
+        If there are runs, both files are written first, which executes the code that the runs' configs name.
         """
         if self.has_runs:
             write_recorded(describe(self.study, self.out), self.study, self.out)
-        found = Results(self.study, self.out, read_recorded(self.study, self.out))
-        found.faults = self.faults
-        return found
+        results = Results(self.study, self.out, read_recorded(self.study, self.out))
+        results.faults = self.faults
+        return results
 
     def seeds(self, arm: Arm) -> tuple[int, ...]:
         """The seeds that an arm has finished."""
         return tuple(seed for seed in self.study.seeds if (arm.name, seed) in self._values)
 
     def values(self, metric: str, arm: Arm, seeds: Iterable[int]) -> Values | None:
-        """[seeds, examples], examples in one order for all arms; None where a run lacks the metric."""
-        found = [self._values[arm.name, seed].get(metric, {}) for seed in seeds]
-        if not found or not all(found):
+        """[seeds, examples], examples in the same order for all arms; None if a run lacks the metric."""
+        by_seed = [self._values[arm.name, seed].get(metric, {}) for seed in seeds]
+        if not by_seed or not all(by_seed):
             return None
-        names = sorted(found[0])
-        return np.array([[each[name] for name in names] for each in found], dtype=np.float64)
+        names = sorted(by_seed[0])
+        return np.array([[each[name] for name in names] for each in by_seed], dtype=np.float64)
 
     @cached_property
     def estimates(self) -> dict[tuple[str, str], Estimate]:
-        """By metric and arm, for what is finished."""
-        found = {}
+        """By metric and arm, for finished runs."""
+        estimates = {}
         for metric in self.study.metrics:
             for arm in self.study.arms:
                 values = self.values(metric, arm, self.seeds(arm))
                 if values is not None:
-                    found[metric, arm.name] = estimate(values, share=metric in SHARES, positive=metric in RATIOS)
-        return found
+                    estimates[metric, arm.name] = estimate(values, share=metric in SHARES, positive=metric in RATIOS)
+        return estimates
 
     @property
     def baseline(self) -> Arm:
@@ -92,25 +92,23 @@ class Results:
         return next(arm for arm in self.study.arms if arm.name == self.study.baseline)
 
     def stratum(self, name: str, metric: str) -> Values | None:
-        """[seeds, examples] of a metric of some examples only, of an arm or a baseline that is none.
+        """[seeds, examples] of a metric on a subset of the examples, for an arm or another baseline.
 
-        Of the examples that all its runs have: completions that are cut by another tokenizer may have other lengths.
+        Examples that not all its runs have are left out: lengths may differ between tokenizers.
         """
-        found = [f[metric] for (owner, _), f in self._values.items() if owner == name and f.get(metric)]
-        if not found:
-            return None
-        shared = sorted(set.intersection(*map(set, found)))
-        return np.array([[each[name] for name in shared] for each in found], dtype=np.float64) if shared else None
+        by_seed = [f[metric] for (owner, _), f in self._values.items() if owner == name and f.get(metric)]
+        shared = sorted(set.intersection(*map(set, by_seed))) if by_seed else []
+        return np.array([[each[name] for name in shared] for each in by_seed], dtype=np.float64) if shared else None
 
     @property
     def primary(self) -> str:
-        """The metric that decides."""
+        """The metric that decisions are made on."""
         return self.study.primary
 
     @cached_property
     def ranked(self) -> list[Arm]:
-        """The arms by the primary metric, best first (highest first where neither is better); unmeasured ones last."""
-        more = METRICS[self.primary][2]
+        """The arms by the primary metric, best first (highest first if neither is better), unmeasured ones last."""
+        more = METRICS[self.primary].higher_is_better
 
         def place(arm: Arm) -> tuple[bool, float]:
             e = self.estimates.get((self.primary, arm.name))
@@ -119,13 +117,13 @@ class Results:
         return sorted(self.study.arms, key=place)
 
     def _runs(self, metric: str, arms: Iterable[Arm]) -> dict[str, Runs]:
-        """The finished runs of those arms that have the metric."""
-        found = {}
+        """The finished runs of arms that have the metric."""
+        runs = {}
         for arm in arms:
             seeds = self.seeds(arm)
             if (values := self.values(metric, arm, seeds)) is not None:
-                found[arm.name] = Runs(values, seeds)
-        return found
+                runs[arm.name] = Runs(values, seeds)
+        return runs
 
     def _compared(self, metric: str, runs: dict[str, Runs], reference: str, family: int, primary: bool) -> Compared:
         found = compare(
@@ -147,7 +145,7 @@ class Results:
         for metric in self.study.metrics:
             runs = self._runs(metric, self.ranked)
             if self.study.baseline in runs:
-                # Arms to come count as well: else what is found early would be corrected for fewer.
+                # Arms that are not finished count too, or early claims would be corrected for fewer comparisons.
                 others = len(self.study.arms) - 1
                 found[metric] = self._compared(metric, runs, self.study.baseline, others, metric == self.primary)
         return found
@@ -155,12 +153,12 @@ class Results:
     def comparisons(self, metric: str) -> Compared:
         """Each other arm against the baseline arm, by name, in the order of :attr:`ranked`.
 
-        Only those on the primary metric carry decisions.
+        Only those on the primary metric have decisions.
         """
         return self._comparisons.get(metric, {})
 
     def untrained(self, arm: Arm) -> str | None:
-        """The baseline that is the model which an arm started from, where it is known."""
+        """The name of the untrained model that an arm started from; None if unknown."""
         name = BEFORE if BEFORE in self.baselines else self.record.get("starts", {}).get(arm.name)
         return name if name in self.baselines else None
 
@@ -180,10 +178,9 @@ class Results:
         return {arm.name: found[arm.name] for arm in self.ranked if arm.name in found}
 
     def _from_nothing(self, c: Comparison, before: Values) -> Comparison:
-        """A positive metric less one that is 0 throughout, as the KL of an untrained model is.
+        """A positive metric compared with 0 everywhere, such as the KL of an untrained model.
 
-        The difference is the arm's own mean, and has its interval, which ends above 0 and is not as wide as the runs of
-        another arm would make it.
+        The difference is the arm's own mean with its own interval: positive, and not widened by other arms' runs.
         """
         own = self.estimates.get((c.metric, c.arm))
         if c.metric not in RATIOS or before.any() or own is None or not c.exploratory:
@@ -201,18 +198,19 @@ class Results:
     def learned(self, metric: str) -> Compared:
         """Each arm against the model before training, by name, in the order of :attr:`ranked`.
 
-        Without decisions, unless there is one arm alone: those of a report, which share an error rate of 5 %, are
-        against the baseline arm.
+        There are decisions only if the study has one arm; otherwise the error rate of 5 % is spent on comparisons with
+        the baseline arm.
         """
         return self._learned.get(metric, {})
 
     @cached_property
     def nothing_learned(self) -> bool:
-        """Whether no arm is significantly better than the model before training, on a primary metric that knows better.
+        """Whether no arm is significantly better than the model before training on the primary metric.
 
-        False where that model was not measured, and as long as an arm cannot be tested, as it has one seed of several.
+        False if neither direction is better, if that model was not measured, and as long as an arm cannot be tested
+        because only one of several seeds is finished.
         """
-        more = METRICS[self.primary][2]
+        more = METRICS[self.primary].higher_is_better
         found = self._against_untrained(self.primary, primary=True)
         untested = [arm for arm in self._runs(self.primary, self.study.arms) if arm not in found]
         untested += [c.arm for c in found.values() if c.decision == "one seed so far"]
@@ -221,19 +219,19 @@ class Results:
         return known and not any((c.effect > c.null) == more for c in sure)
 
     def figures(self, arm: Arm, metric: str) -> list[Mapping[str, float]]:
-        """Of each finished seed of an arm: the values of a metric, such as a training figure by step."""
-        found = [self._values[arm.name, seed].get(metric, {}) for seed in self.seeds(arm)]
-        return [each for each in found if each]
+        """For each finished seed of an arm: the values of a metric, such as a training figure by step."""
+        by_seed = [self._values[arm.name, seed].get(metric, {}) for seed in self.seeds(arm)]
+        return [each for each in by_seed if each]
 
     @property
     def baselines(self) -> tuple[str, ...]:
-        """Names of the baselines that are no arm, such as the model before training."""
+        """Names of the baselines that are not arms, such as the model before training."""
         return tuple(name for name, seed in self._values if seed is None)
 
     def of_baseline(self, metric: str, name: str) -> Values | None:
-        """[1, examples], in the order of :meth:`values`; None where it has no such metric, or of other examples."""
-        found = self._values[name, None].get(metric, {})
+        """[1, examples], in the order of :meth:`values`; None if it lacks the metric or has other examples."""
+        values = self._values[name, None].get(metric, {})
         arms = next((f[metric] for (_, seed), f in self._values.items() if seed is not None and metric in f), {})
-        if not found or set(found) != set(arms):
+        if not values or set(values) != set(arms):
             return None
-        return np.array([[found[example] for example in sorted(found)]], dtype=np.float64)
+        return np.array([[values[example] for example in sorted(values)]], dtype=np.float64)

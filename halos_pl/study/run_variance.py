@@ -1,4 +1,4 @@
-"""How much the runs of an arm vary: estimated over all arms together, since each arm has few seeds."""
+"""The variance between runs, estimated over all arms together, since each arm has few seeds."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ class Runs:
 
     Attributes:
         values: [seeds, examples]; one row for a model without seeds.
-        seeds: those of the rows; empty for a model that was not trained, whose runs cannot vary.
+        seeds: of the rows; empty for an untrained model, which has no runs to vary.
     """
 
     values: Values
     seeds: tuple[int, ...]
 
     def on(self, seeds: tuple[int, ...]) -> Values:
-        """[seeds, examples] of some seeds; without seeds of its own the one row for each."""
+        """[seeds, examples] of some seeds; the single row repeated if it has no seeds."""
         rows = [self.seeds.index(seed) for seed in seeds] if self.seeds else [0] * max(1, len(seeds))
         return self.values[rows]
 
     @property
     def logs(self) -> Runs | None:
-        """The same on the log scale, None where a run's mean is not positive.
+        """The same on the log scale; None if the mean of a run is not positive.
 
-        A run's mean becomes its logarithm; its examples vary around that by their share of the mean, which is what they
-        add to the error of the logarithm (the delta method). So examples of 0 are no trouble.
+        The mean of a run becomes its logarithm, and examples vary around it relative to the mean (the delta method), so
+        examples may be 0.
         """
         means = self.values.mean(axis=1, keepdims=True)
         return Runs(np.log(means) + self.values / means - 1, self.seeds) if (means > 0).all() else None
@@ -42,13 +42,13 @@ class Runs:
 
 @dataclass(frozen=True)
 class RunVariance:
-    """Variance of a run's mean over examples, in the metric's unit squared; it includes what sampling adds to it.
+    """Variance of a run's mean over examples, in the squared unit of the metric, sampling included.
 
     Attributes:
-        paired, paired_df: without what is common to all runs of a seed, which cancels between arms; the residual of
-            arms by seeds.
-        whole, whole_df: with it, for a comparison with a model without seeds; degrees of freedom by Satterthwaite.
-        own: by arm, of its runs alone, without what is common to a seed.
+        paired, paired_df: without the effect of the seed, which cancels between arms: the residual of arms x seeds.
+        whole, whole_df: with the effect of the seed, for a comparison with a model without seeds; degrees of freedom
+            by Satterthwaite.
+        own: by arm, of its runs alone, without the effect of the seed.
         own_whole: by arm, with it.
         own_df: by arm.
     """
@@ -64,7 +64,7 @@ class RunVariance:
 
 @lru_cache
 def _fit(names: tuple[str, ...], seeds: tuple[int, ...]) -> tuple[Values, Values]:
-    """Which run is of which arm, and the hat matrix of arms and seeds, for runs with those names and seeds."""
+    """The indicator matrix of arms, and the hat matrix of arms and seeds, for runs with these names and seeds."""
     of_arm = np.array([[name == each for each in dict.fromkeys(names)] for name in names], dtype=np.float64)
     of_seed = np.array([[seed == each for each in sorted(set(seeds))] for seed in seeds], dtype=np.float64)
     design = np.hstack([of_arm, of_seed])
@@ -72,10 +72,10 @@ def _fit(names: tuple[str, ...], seeds: tuple[int, ...]) -> tuple[Values, Values
 
 
 def run_variance(arms: Mapping[str, Runs]) -> RunVariance | None:
-    """The variance of runs, by least squares on the means of all runs; arms without seeds are not pooled.
+    """The variance between runs, by least squares on the means of all runs; arms without seeds are left out.
 
     Returns:
-        None where no arm has two seeds.
+        None if no arm has two seeds.
     """
     trained = {name: runs for name, runs in arms.items() if runs.seeds}
     names = [name for name, runs in trained.items() for _ in runs.seeds]

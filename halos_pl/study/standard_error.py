@@ -1,4 +1,4 @@
-"""The standard error of a difference over seeds and examples, with degrees of freedom that keep the error rate."""
+"""The standard error of a difference over seeds and examples, with conservative degrees of freedom."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-#: The power of the runs' share of the variance by which their degrees of freedom count. At 1, two arms with three seeds
-#: make 1 % more false claims than at 0.6.
+#: Degrees of freedom of runs are weighted by their share of the variance to this power. With 1, two arms with three
+#: seeds make 1 % more false claims than with 0.6.
 CAUTION = 0.6
-#: Degrees of freedom of the pooled run variance from which the power is 1: those of four arms with three seeds.
+#: From these degrees of freedom of the pooled run variance the power is 1: four arms with three seeds.
 ENOUGH = 6
-#: p of t is multiplied by this, since t is an approximation here: without it simulated studies make up to 5.8 % false
-#: claims, with it fewer than 5 %.
+#: p is multiplied by this, since t is an approximation: simulated studies make up to 5.8 % false claims without it, and
+#: fewer than 5 % with it.
 MARGIN = 1.3
 
 Floats = NDArray[np.float64]
 
 
 def caution(df: float) -> float:
-    """The power of the runs' share for a pooled run variance with so many degrees of freedom."""
+    """The power for a pooled run variance with these degrees of freedom."""
     return CAUTION if df < ENOUGH else 1.0
 
 
 def heterogeneous_df(df: float, seeds: int) -> float:
-    """Degrees of freedom of a pooled variance of arms that need not vary alike: one fewer, but no fewer than of two."""
+    """Degrees of freedom of a variance pooled over unequal arms: one fewer, but at least those of two arms."""
     return max(df - 1, seeds - 1)
 
 
@@ -40,17 +40,17 @@ def errors(
 ) -> tuple[Floats, Floats]:
     """Standard errors of differences and their degrees of freedom, elementwise.
 
-    The variance is that of examples and of runs; both contain what varies by run *and* example, such as sampled
-    answers, so that part is subtracted once: ``examples + max(runs - sampling, 0)``. Degrees of freedom weigh those of
-    both, runs by their share of the variance to the power of ``caution``. Satterthwaite (1946) squares the shares:
-    with few runs whose variance comes out small by luck, he takes the error to be small *and* well known.
+    The variances over examples and over runs both contain what varies by run *and* example, such as sampled answers,
+    which is subtracted once: ``examples + max(runs - sampling, 0)``. The degrees of freedom of runs are weighted by
+    their share of the variance to the power of ``caution``. Satterthwaite (1946) squares the shares: if the variance of
+    a few runs is small by chance, the error then seems small *and* well known.
 
     Args:
-        runs: variances of the means of each side over its runs, with their degrees of freedom; they add up, and
-            among themselves their degrees of freedom are Satterthwaite's.
+        runs: variances of the mean of each side over its runs, with their degrees of freedom; the variances are added,
+            and their degrees of freedom combined by Satterthwaite.
         examples: variance of the mean difference over examples.
-        sampling: the part that is in both.
-        count: examples.
+        sampling: the part contained in both.
+        count: number of examples.
         caution: see :func:`caution`.
     """
     total = np.asarray(sum(variance for variance, _ in runs), dtype=np.float64)
@@ -91,5 +91,5 @@ class StandardError:
         return float(special.stdtr(self.df, -bound / self.size)) if self.size else float(bound <= 0)
 
     def reach(self, level: float) -> float:
-        """What a difference must exceed to be significant at a two-sided level."""
+        """The difference that is just significant at a two-sided level."""
         return float(special.stdtrit(self.df, 1 - level / 2)) * self.size

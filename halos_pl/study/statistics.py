@@ -1,12 +1,12 @@
-"""Means of a metric with their intervals: what is random (examples, seeds) is said, and every figure carries its n.
+"""Means of a metric with their intervals.
 
-Values of a metric are a matrix [seeds, examples]: each seed's run is measured on the same held-out examples.
+The values of a metric are a matrix [seeds, examples]: the run of each seed is measured on the same held-out examples.
 
-Seeds are few. The quantiles of a bootstrap over three of them are its extremes, and such an interval misses the truth
-one time in four. So with several seeds the standard error is the sum of what varies over seeds and over examples, and
-t with the degrees of freedom that they leave (Satterthwaite 1946) gives the interval. Where seeds matter and are two or
-three, a 95 % interval of one arm's mean still misses the truth in 6 to 10 cases of 100. Arms are compared elsewhere
-(:mod:`halos_pl.study.decisions`), with more care.
+Seeds are few. A bootstrap over three seeds has their extremes as its quantiles, and its 95 % interval misses the truth
+one time in four. With several seeds, the interval is therefore that of t, with a standard error over seeds and examples
+and its degrees of freedom (Satterthwaite 1946). If seeds matter and there are two or three, a 95 % interval of an arm's
+mean still misses the truth 6 to 10 times in 100. Comparisons of arms are more careful
+(:mod:`halos_pl.study.decisions`).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class Estimate:
 
     Attributes:
         value: the mean over seeds and examples, in the metric's own unit.
-        low, high: of the interval; equal to ``value`` where nothing varies.
-        examples: held-out examples behind it.
-        seeds: runs behind it.
-        over: what the interval treats as random: ``examples`` (BCa bootstrap; the run is taken as given), or
+        low, high: of the interval; equal to ``value`` if nothing varies.
+        examples: number of held-out examples.
+        seeds: number of runs.
+        over: what the interval treats as random: ``examples`` (BCa bootstrap, with the run taken as fixed), or
             ``seeds and examples``.
         error: standard error.
-        freedom: degrees of freedom of the standard error.
+        freedom: its degrees of freedom.
     """
 
     value: float
@@ -54,7 +54,7 @@ def _matrix(values: object) -> Values:
     matrix = np.atleast_2d(np.asarray(values, dtype=np.float64))
     if matrix.ndim != 2 or matrix.size == 0:
         raise ValueError(
-            f"values of shape {np.asarray(values).shape}; wanted are [seeds, examples], at least one of each"
+            f"values of shape {np.asarray(values).shape}; expected [seeds, examples], at least one of each"
         )
     if not np.isfinite(matrix).all():
         raise ValueError(f"{int((~np.isfinite(matrix)).sum())} of {matrix.size} values are not finite")
@@ -64,8 +64,8 @@ def _matrix(values: object) -> Values:
 def _crossed_error(matrix: Values) -> tuple[float, float]:
     """Standard error of the mean over seeds and examples, and its degrees of freedom (Satterthwaite 1946).
 
-    The variances of both margins contain what varies by seed *and* example, such as what was sampled; it is subtracted
-    once, but no more than leaves the largest of the three parts.
+    The variances over seeds and over examples both contain what varies by seed *and* example, such as sampled answers;
+    it is subtracted once, as long as the largest of the three parts remains.
     """
     seeds, examples = matrix.shape
     rows, columns = matrix.mean(axis=1, keepdims=True), matrix.mean(axis=0, keepdims=True)
@@ -77,9 +77,9 @@ def _crossed_error(matrix: Values) -> tuple[float, float]:
 
 
 def _within(mean: float, error: float, reach: float, share: bool, positive: bool) -> tuple[float, float]:
-    """``reach`` standard errors to either side; of a share along the log odds, of a positive mean along the log."""
+    """``reach`` standard errors to either side: on the log odds of a share, on the log of a positive mean."""
     if positive and mean > 0:
-        far = min(reach * error / mean, 100.0)  # e^100 is as good as no bound
+        far = min(reach * error / mean, 100.0)  # e^100 is practically unbounded
         return mean * math.exp(-far), mean * math.exp(far)
     if not (share and 0 < mean < 1):
         return mean - reach * error, mean + reach * error
@@ -93,20 +93,19 @@ def estimate(
 ) -> Estimate:
     """The mean of a metric with its 95 % interval.
 
-    With one seed it is the BCa bootstrap over examples (Efron 1987); with several, the standard error over seeds and
-    examples, times a quantile of t. Few seeds say little about how much seeds vary: such an interval is
-    wide.
+    With one seed, the BCa bootstrap over examples (Efron 1987); with several, the standard error over seeds and
+    examples times a quantile of t, which is wide for few seeds.
 
     Args:
         values: [seeds, examples] or [examples].
-        share: the mean lies between 0 and 1, and so does its interval: with several seeds it is one of the log odds,
-            and where all values are 0 or all are 1 that of Clopper and Pearson for so many examples.
-        positive: the mean is above 0, and so is its interval: with several seeds it is one of the logarithm.
+        share: the mean and its interval lie between 0 and 1: with several seeds the interval is on the log odds, and if
+            all values are 0 or all are 1 it is that of Clopper and Pearson.
+        positive: the mean and its interval are above 0: with several seeds the interval is on the log scale.
         resamples: of the bootstrap.
-        seed: of its random numbers.
+        seed: of the bootstrap.
 
     Raises:
-        ValueError: for no values, or values that are not finite.
+        ValueError: without values, or for values that are not finite.
     """
     matrix = _matrix(values)
     seeds, examples = matrix.shape
@@ -126,30 +125,10 @@ def estimate(
         return Estimate(mean, low, high, examples, seeds, over, error, freedom)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        found = stats.bootstrap((matrix[0],), np.mean, n_resamples=resamples, method="BCa", rng=rng, batch=1000)
-    low, high = found.confidence_interval
-    if not math.isfinite(low + high):  # so few different values that BCa has no answer
-        low, high = np.quantile(found.bootstrap_distribution, [LEVEL / 2, 1 - LEVEL / 2])
-    if share:  # values of examples with several rows may lie beyond
+        bootstrap = stats.bootstrap((matrix[0],), np.mean, n_resamples=resamples, method="BCa", rng=rng, batch=1000)
+    low, high = bootstrap.confidence_interval
+    if not math.isfinite(low + high):  # BCa is undefined for too few different values
+        low, high = np.quantile(bootstrap.bootstrap_distribution, [LEVEL / 2, 1 - LEVEL / 2])
+    if share:  # examples with several rows may exceed it
         low, high = max(low, 0.0), min(high, 1.0)
-    return Estimate(mean, float(low), float(high), examples, seeds, over, float(found.standard_error), math.inf)
-
-
-def win_rate(preferences: object) -> tuple[float, float]:
-    """Win rate against a reference and its standard error, both in percent, as AlpacaEval publishes them.
-
-    Args:
-        preferences: one for each prompt: 1 the reference wins, 2 the model wins, 0 or 1.5 a draw; NaN, where the judge
-            gave no verdict, is left out.
-
-    Raises:
-        ValueError: for another number, or fewer than two verdicts.
-    """
-    given = np.asarray(preferences, dtype=np.float64)
-    given = given[~np.isnan(given)]
-    if not np.isin(given, (0, 1, 1.5, 2)).all():
-        raise ValueError(f"preferences are 0, 1, 1.5 or 2; found {sorted(set(given[~np.isin(given, (0, 1, 1.5, 2))]))}")
-    if len(given) < 2:
-        raise ValueError(f"{len(given)} verdicts; a standard error needs two at least")
-    wins = np.where(given == 0, 0.5, given - 1)
-    return 100 * float(wins.mean()), 100 * float(stats.sem(wins, ddof=1))
+    return Estimate(mean, float(low), float(high), examples, seeds, over, float(bootstrap.standard_error), math.inf)

@@ -1,4 +1,4 @@
-"""Baselines that are no arm of a study: the model before training, and the rule that fewer words win."""
+"""Baselines that are not arms: the model before training, and the rule that fewer words win."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
-from halos_pl.evaluation.evaluate import BEFORE as BEFORE_FILE
-from halos_pl.evaluation.evaluate import measured_how
+from halos_pl.evaluation.files import BEFORE as BEFORE_FILE
+from halos_pl.evaluation.files import ROWS, measured_how
 from halos_pl.evaluation.held_out import of_pairs, of_rows
-from halos_pl.evaluation.measurement import ROWS
-from halos_pl.study.plan import BEFORE, SHORTER, Run
+from halos_pl.study.finished import config_of
 from halos_pl.study.recorded import Figures, Key
-from halos_pl.training.callbacks import CONFIG
+from halos_pl.study.spec import BEFORE, SHORTER, Run
 
-#: Accuracy on the pairs whose chosen completion has fewer, as many, and more words than the rejected one.
+#: Accuracy on pairs whose chosen completion has fewer, as many, or more words than the rejected one.
 STRATA = {
     "reward_accuracy/chosen_shorter": -1,
     "reward_accuracy/same_length": 0,
@@ -26,7 +23,7 @@ Record = dict[str, Any]
 
 
 def held_out_records(run: Run) -> list[Record]:
-    """What was measured of each held-out row of a run; nothing where it had no held-out rows."""
+    """The record of each held-out row of a run; empty without held-out rows."""
     path = run.folder / ROWS
     if not path.is_file():
         return []
@@ -34,9 +31,9 @@ def held_out_records(run: Run) -> list[Record]:
 
 
 def by_length(records: list[Record]) -> dict[str, dict[str, float]]:
-    """Reward accuracy by the lengths of the two completions, in words; nothing where words were not counted.
+    """Reward accuracy by the lengths of the two completions in words; empty if words were not counted.
 
-    The mean of the first and the last does not gain from a reward that merely prefers short completions.
+    The mean of the first and the last is 0.5 for a reward that only prefers short completions.
     """
     longer: dict[str, int] = {}
     for record in records:
@@ -52,13 +49,13 @@ def by_length(records: list[Record]) -> dict[str, dict[str, float]]:
 
 
 def baselines(done: list[Run]) -> dict[Key, Figures]:
-    """The metrics of both baselines, on the examples that the finished runs were measured on."""
-    found: dict[Key, Figures] = {}
+    """The metrics of both baselines, on the examples of the finished runs."""
+    figures: dict[Key, Figures] = {}
     starts = {run: start_of(run) for run in done}
     several = len(set(starts.values())) > 1
     for start in dict.fromkeys(starts.values()):
         run = next(run for run in done if starts[run] == start)
-        found[before_name(start, several), None] = _before(run)
+        figures[before_name(start, several), None] = _before(run)
     if done:
         words = [
             {**r, "policy_logp": -r["words"], "reference_logp": 0.0} for r in held_out_records(done[0]) if "words" in r
@@ -66,31 +63,29 @@ def baselines(done: list[Run]) -> dict[Key, Figures]:
         shorter = of_pairs(words, 1.0) | of_rows(words) | by_length(words) if words else {}
         kept = {name: shorter[name] for name in ("reward_accuracy", "reward_auroc", *STRATA) if shorter.get(name)}
         if kept:
-            found[SHORTER, None] = kept
-    return found
+            figures[SHORTER, None] = kept
+    return figures
 
 
 def before_name(start: str, several: bool) -> str:
-    """The name of the baseline that is a model before training, of one or of several that the arms start from."""
+    """The baseline that is a model before training; named if the arms start from several models."""
     return f"{BEFORE} ({start})" if several else BEFORE
 
 
 def starts_of(done: list[Run]) -> dict[str, str]:
-    """By arm: the name of the model that it started from, as a baseline."""
+    """The baseline that each arm started from, by arm."""
     starts = {run.arm.name: start_of(run) for run in done}
     return {arm: before_name(start, len(set(starts.values())) > 1) for arm, start in starts.items()}
 
 
 def start_of(run: Run) -> str:
-    """The model that a run started from."""
-    path = run.folder / CONFIG
-    config = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader) if path.is_file() else {}
-    policy = (config.get("model") or {}).get("policy") or {}
+    """The path of the model that a run started from."""
+    policy = (config_of(run).get("model") or {}).get("policy") or {}
     return str(policy.get("path", ""))
 
 
 def _before(run: Run) -> Figures:
-    """What was measured of the model that a run started from; its accuracy by length is that of ties."""
+    """The metrics of the model that a run started from; as its own reference, it ties on every pair."""
     path = run.folder / BEFORE_FILE
     found: dict[str, Mapping[str, float]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if measured_how(run.folder).get("evaluate", {}).get("reference") is None:

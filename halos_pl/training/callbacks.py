@@ -27,8 +27,8 @@ from halos_pl.common.files import naming, part_of, whole, write
 from halos_pl.data.template import CHAT_TEMPLATE
 from halos_pl.objective.halo import HALO
 from halos_pl.provenance import provenance
-from halos_pl.training.checkpoint import LAST
-from halos_pl.training.ending import SUMMARY, record, shortfall, why_ended
+from halos_pl.run_dir import CONFIG, LAST, SUMMARY, shortfall
+from halos_pl.training.ending import record, why_ended
 from halos_pl.training.monitors import check_interval, check_monitors
 from halos_pl.training.plots import plot_training, plot_value_function
 from halos_pl.training.resume import align_logged_step
@@ -37,7 +37,6 @@ from halos_pl.training.run_log import METRICS, RunCSVLogger
 from halos_pl.training.throughput import Cost, cost, matmul_speed, slow_half, step_flops, step_tokens
 from value_functions import reward_scale
 
-CONFIG = "config.yaml"
 PREDICTIONS = "predictions.jsonl"
 
 

@@ -22,9 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from halos_pl.common.files import PART
-
-LAST = Path("checkpoints") / "last.ckpt"
-PREVIOUS = LAST.with_name("previous.ckpt")
+from halos_pl.run_dir import LAST, PREVIOUS
 
 
 class CheckpointError(ValueError):

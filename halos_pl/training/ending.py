@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
-
-SUMMARY = "summary.json"
 
 
 def planned_steps(trainer: Trainer) -> int | None:
@@ -79,38 +75,6 @@ def record(trainer: Trainer, ended: str, finished: bool) -> dict[str, Any]:
         "ended": ended,
         "finished": finished,
     }
-
-
-def shortfall(folder: Path) -> str | None:
-    """Why the training in a run's folder does not count as finished; None where it does.
-
-    A summary of an older version, which wrote one at a regular end only, has no ``finished``; see :func:`untold`.
-    """
-    path = folder / SUMMARY
-    if not path.is_file():
-        return f"it has no {SUMMARY}: its training did not finish"
-    said = _said(path)
-    if said is None:
-        return f"its {SUMMARY} cannot be read"
-    if said.get("finished", True) is True:
-        return None
-    steps, planned = said.get("steps"), said.get("planned_steps")
-    return f"ended by {said.get('ended')} after {steps} of {planned} steps"
-
-
-def untold(folder: Path) -> bool:
-    """Whether the summary in a run's folder is of an older version, and does not say if training was finished."""
-    path = folder / SUMMARY
-    said = _said(path) if path.is_file() else None
-    return said is not None and "finished" not in said
-
-
-def _said(path: Path) -> dict[str, Any] | None:
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    return said if isinstance(said, dict) else None
 
 
 def epoch_steps(trainer: Trainer, data: Any) -> int:

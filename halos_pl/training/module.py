@@ -1,7 +1,7 @@
 """The LightningModule: plug-ins in, one optimizer step per batch.
 
-Optimization stays automatic, so clipping, loss scaling, closures (LBFGS) and DDP are Lightning's own. It back-propagates
-the last micro-batch of a step; the engine does the others.
+Optimization stays automatic, so clipping, loss scaling, closures (LBFGS) and DDP are Lightning's own. Lightning
+back-propagates the last micro-batch of a step, the engine the others.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from halos_pl.data.template import template_of, use_template
 from halos_pl.policy.loading import load_model, load_tokenizer, stored_dtype
 from halos_pl.policy.source import ADAPTER_CONFIG
 from halos_pl.policy.spec import ModelError, ModelSpec
-from halos_pl.training.callbacks import CONFIG
-from halos_pl.training.checkpoint import LAST, find_checkpoint
+from halos_pl.run_dir import CONFIG, LAST
+from halos_pl.training.checkpoint import find_checkpoint
 from halos_pl.training.trained import load_run, module_of_run
 
 

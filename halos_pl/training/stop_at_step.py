@@ -18,7 +18,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from halos_pl.common import stopping
 from halos_pl.distributed import world_size
-from halos_pl.training.checkpoint import LAST, LastCheckpoint
+from halos_pl.run_dir import LAST
+from halos_pl.training.checkpoint import LastCheckpoint
 from halos_pl.training.monitors import given_up
 
 

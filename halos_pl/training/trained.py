@@ -13,7 +13,7 @@ from torch import nn
 from halos_pl.common.foreign_code import model_of_config
 from halos_pl.common.messages import cause
 from halos_pl.data.template import CHAT_TEMPLATE, use_template
-from halos_pl.training.callbacks import CONFIG
+from halos_pl.run_dir import CONFIG
 from halos_pl.training.checkpoint import entry_kind, load_trained
 from halos_pl.training.module import HALOModule
 

@@ -21,13 +21,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from halos_pl.study.plan import load_study
 from run_halos import OBJECTIVES, ROOT
 
 from halos_pl.cli.help_page import COMMANDS
 from halos_pl.cli.lightning_cli import tool_parser
 from halos_pl.cli.main import main
 from halos_pl.conformance.target import load_target
-from halos_pl.study.plan import load_study
 
 BLOCK = re.compile(
     r"^(?:<!-- (?P<note>[^\n]*?) -->\n)?```(?P<head>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL

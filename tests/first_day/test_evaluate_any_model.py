@@ -16,8 +16,7 @@ from run_halos import binary_data, every_third, fit, pair_data
 from halos_pl.cli.main import main
 from halos_pl.data.tokenize import encode_prompt
 from halos_pl.evaluation import answers as kept
-from halos_pl.evaluation.evaluate import BEFORE, FILE
-from halos_pl.evaluation.measurement import ANSWERS, ROWS
+from halos_pl.evaluation.files import ANSWERS, BEFORE, FILE, ROWS
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
 from halos_pl.policy.sampling import generate, kl_of_samples
 from halos_pl.training.trained import load_run

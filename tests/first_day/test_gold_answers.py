@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from halos_pl.cli.main import main
-from halos_pl.evaluation.evaluate import FILE
+from halos_pl.evaluation.files import ANSWERS, FILE
 from halos_pl.evaluation.judging import Row, judged_by
-from halos_pl.evaluation.measurement import ANSWERS
 
 ROWS = 50
 RULE = r'''

@@ -17,7 +17,8 @@ import pytest
 from run_halos import binary_data, fit, run
 
 from halos_pl.cli.main import main
-from halos_pl.common.progress import Progress, counted
+from halos_pl.common.progress import counted
+from halos_pl.training.progress import Progress
 
 PLUGIN = "plugins.own_log"
 

@@ -25,7 +25,8 @@ from run_halos import binary_data, fit, full_disk, metrics, pair_data, refused
 import halos_pl.training.module
 from halos_pl.cli.export import export
 from halos_pl.cli.main import main
-from halos_pl.evaluation.evaluate import MEASURED, evaluate
+from halos_pl.evaluation.evaluate import evaluate
+from halos_pl.evaluation.files import MEASURED
 from halos_pl.policy.loading import ModelSpec, load_model
 from halos_pl.training.checkpoint import (
     CheckpointError,

@@ -15,9 +15,14 @@ import pytest
 import yaml
 from run_halos import ROOT, pair_data
 
-from halos_pl.study import execute
-from halos_pl.study.plan import Study, load_study, measuring_of
+from halos_pl.cli.ablate import Parsers, status
+from halos_pl.evaluation.arguments import measuring
+from halos_pl.study.claim import claim
+from halos_pl.study.preflight import Checked, CheckedArm, evaluate_arguments
+from halos_pl.study.read import load_study
 from halos_pl.study.results import Results
+from halos_pl.study.spec import Study
+from halos_pl.study.state import state as state_of
 
 
 @pytest.fixture
@@ -46,10 +51,15 @@ def measured(study: Study, out: Path, number: int, summary: dict[str, Any] | Non
     """A run that was trained and measured, as its files have it."""
     folder = study.runs(out)[number].folder
     folder.mkdir(parents=True)
-    (folder / "measured.json").write_text(json.dumps(measuring_of(study)))
+    (folder / "measured.json").write_text(json.dumps(measuring(evaluate_arguments(study, Parsers()))))
     (folder / "evaluation.json").write_text(json.dumps({"nll_desirable": {"a": 1.0, "b": 2.0 + number}}))
     if summary is not None:
         (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def claimed(study: Study, out: Path) -> None:
+    arms = {arm.name: CheckedArm(8, arm.name) for arm in study.arms}
+    claim(study, out, Checked(arms, 2, measuring(evaluate_arguments(study, Parsers()))))
 
 
 WHOLE = {"steps": 8, "planned_steps": 8, "ended": "max_epochs=1 reached", "finished": True}
@@ -69,14 +79,12 @@ EARLY = {"steps": 5, "planned_steps": 8, "ended": "stopped early: no better", "f
     ],
 )
 def test_a_measured_run_counts_when_its_training_is_finished(path, tmp_path, capsys, summary, state, named):
-    from halos_pl.cli.ablate import status
-
     study, out = load_study(path), tmp_path / "out"
-    execute.claim(study, out, {arm.name: arm.name for arm in study.arms})
+    claimed(study, out)
     measured(study, out, 0, WHOLE)
     measured(study, out, 1, summary)
     results, run = Results(study, out), study.runs(out)[1]
-    assert execute.state(run) == state
+    assert state_of(run) == state
     assert (run in results.done) is run.done is (state == "done")
     status(str(out))
     for word in named:
@@ -86,10 +94,8 @@ def test_a_measured_run_counts_when_its_training_is_finished(path, tmp_path, cap
 
 
 def test_summaries_of_an_older_version_are_said_to_count(path, tmp_path, capsys):
-    from halos_pl.cli.ablate import status
-
     study, out = load_study(path), tmp_path / "out"
-    execute.claim(study, out, {arm.name: arm.name for arm in study.arms})
+    claimed(study, out)
     measured(study, out, 0, WHOLE)
     measured(study, out, 1, {"steps": 8})
     status(str(out))
@@ -143,7 +149,7 @@ def test_a_stopped_study_goes_on(path, tmp_path, whom):
     assert process.returncode == (143 if whom == "study" else 130), said
     assert "Traceback" not in said
     runs = load_study(path).runs(out)
-    assert execute.state(runs[0]) == "stopped"
+    assert state_of(runs[0]) == "stopped"
     assert not runs[0].measured
     steps = json.loads((first / "summary.json").read_text())
     assert 0 < steps["steps"] < steps["planned_steps"] == 3200

@@ -20,8 +20,9 @@ from halos_pl.cli.lightning_cli import HalosCLI
 from halos_pl.cli.main import main
 from halos_pl.common.messages import cause
 from halos_pl.common.yaml_files import YAMLFileError, read_yaml
-from halos_pl.evaluation.evaluate import check_arguments
-from halos_pl.study.plan import StudyError, load_study
+from halos_pl.evaluation.arguments import check_arguments
+from halos_pl.study.read import load_study
+from halos_pl.study.spec import StudyError
 
 ALIASES = "\n".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10) if i else 1}]" for i in range(9))
 

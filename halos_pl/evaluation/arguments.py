@@ -1,0 +1,83 @@
+"""The arguments of ``halos evaluate``: checks, and digests of the files that they name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from halos_pl.data.example import DataError
+from halos_pl.data.formats import files_of
+from halos_pl.data.source import Source
+from halos_pl.data.sources import sources_of
+from halos_pl.evaluation.metrics import CODE
+from halos_pl.policy.sampling import check_sampling
+
+# Arguments that older versions did not have, and did not record.
+LATER = ("ckpt_path", "reference", "prompt_column", "text_prompts", "chat_template")
+
+
+def measuring(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """How and on what a model is measured: the arguments of ``evaluate``, and a digest of each file they name."""
+    code = [str(arguments[key]).rpartition(":")[0] for key in CODE if arguments.get(key)]
+    data = paths_of([arguments.get("prompts"), *(arguments.get("held_out") or [])])
+    recorded = {k: v for k, v in arguments.items() if k not in LATER or v is not None}
+    return {"evaluate": recorded, "files": {path: digest_of(path) for path in sorted({*data, *code})}}
+
+
+def paths_of(sources: Iterable[Any]) -> list[str]:
+    """The paths of sources, which are strings or mappings."""
+    return [source["path"] if isinstance(source, dict) else source for source in sources if source]
+
+
+def digest_of(path: str) -> str:
+    """Half of the SHA-256 of a file, or of the names and digests of the files in a folder or pattern."""
+    paths = [Path(source.path) for source in files_of(Source(path))]
+    files = sorted(f for p in paths for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file())
+    digests = []
+    for file in files:
+        with file.open("rb") as content:
+            digests.append(hashlib.file_digest(content, "sha256").hexdigest())
+    if len(files) > 1:
+        named = [[str(file), digest] for file, digest in zip(files, digests, strict=True)]
+        digests = [hashlib.sha256(json.dumps(named).encode()).hexdigest()]
+    return digests[0][:32] if digests else "not a file here"
+
+
+def check_arguments(
+    *,
+    held_out: Any,
+    prompts: str | None,
+    rule: str | None,
+    judge: str | None,
+    max_length: int,
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int,
+    beta: float,
+    seed: int = 0,
+    prompt_column: str | None = None,
+    **_: Any,
+) -> None:
+    """Refuses invalid arguments of ``evaluate`` before any model is loaded.
+
+    Raises:
+        DataError: naming the argument.
+    """
+    if not held_out and not prompts:
+        raise DataError("nothing to measure: name --held_out data, --prompts, or both")
+    if (rule or judge) and not prompts:
+        raise DataError("--rule and --judge need answers: name --prompts as well")
+    if prompt_column and not prompts:
+        raise DataError("--prompt_column needs --prompts, which names the file")
+    if not max_length >= 2:
+        raise DataError(f"max_length is {max_length}; it must be at least 2")
+    check_sampling(max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature, seed=seed)
+    if not 0 < beta < float("inf"):
+        raise DataError(f"beta is {beta}; it must be above 0 and finite")
+    try:
+        sources_of("predict", held_out)
+    except ValueError as error:
+        raise DataError(str(error).replace("data.predict", "held_out")) from error

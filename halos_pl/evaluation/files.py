@@ -1,0 +1,20 @@
+"""What an evaluation leaves in a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+FILE = "evaluation.json"
+BEFORE = "before.json"  #: the same for a run's model before training
+MEASURED = "measured.json"  #: how it was measured, and on what
+ROWS = "held_out.jsonl"
+ANSWERS = "answers.jsonl"
+
+
+def measured_how(run: Path) -> dict[str, Any]:
+    """How a run was measured: its ``evaluate`` arguments, digests of ``files``, and code (``by``); empty if unknown."""
+    path = run / MEASURED
+    how: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return how

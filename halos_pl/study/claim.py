@@ -1,0 +1,71 @@
+"""A folder belongs to one study: what it holds was trained and measured as the study says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from halos_pl.common.files import write
+from halos_pl.evaluation.files import FILE, measured_how
+from halos_pl.study.preflight import Checked
+from halos_pl.study.spec import Study, StudyError
+from halos_pl.study.state import OVER, PLAN, STUDY
+
+
+def claim(study: Study, out: Path, checked: Checked) -> None:
+    """Makes ``out`` the folder of this study.
+
+    Raises:
+        StudyError: if it belongs to another one, or holds runs that were trained or measured otherwise.
+    """
+    digests = checked.digests
+    plan: dict[str, Any] = {
+        "study": str(study.path),
+        "over": None if study.over is None else str(study.over),
+        "digests": {arm.folder: digests[arm.name] for arm in study.arms},
+        "seeds": list(study.seeds),
+        "primary": study.primary,
+        **checked.measuring,
+    }
+    file = out / PLAN
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        _check_same(study, out, plan, before)
+        plan["digests"] = {**before["digests"], **plan["digests"]}
+        if any(run.measured for run in study.runs(out)):  # one chosen later may be the one that came out best
+            plan["primary"] = before.get("primary")
+    elif out.is_dir() and any(out.iterdir()):
+        raise StudyError(f"{out} is not empty and holds no study; name another folder with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write(file, json.dumps(plan, indent=2) + "\n")
+    for name, source in ((STUDY, study.path), (OVER, study.over)):
+        if source is not None:
+            write(out / name, source.read_text(encoding="utf-8"))
+        else:
+            (out / name).unlink(missing_ok=True)
+
+
+def _check_same(study: Study, out: Path, plan: dict[str, Any], before: dict[str, Any]) -> None:
+    """Refuses a folder whose runs are not those of the plan.
+
+    A file of another name is the same study if it has one of its runs, as after an arm was added or the file renamed.
+    """
+    same = any(before["digests"].get(folder) == digest for folder, digest in plan["digests"].items())
+    others = any((out / folder).is_dir() for folder in before["digests"])
+    if others and not same and Path(before["study"]).resolve() != study.path.resolve():
+        raise StudyError(f"{out} holds the results of another study, {before['study']}; name another folder with --out")
+    for arm in study.arms:
+        folder = out / arm.folder
+        if folder.is_dir() and before["digests"].get(arm.folder) != plan["digests"][arm.folder]:
+            raise StudyError(
+                f"{out} holds the results of another study: arm {arm.name!r} had another config or other data; name"
+                f" another folder with --out, or remove {folder} to run the arm again"
+            )
+    for run in study.runs(out):
+        if run.done and any(plan[key] != measured_how(run.folder).get(key) for key in ("evaluate", "files")):
+            raise StudyError(
+                f"{out} holds the results of another study: {run.folder} was measured in another way or on other files;"
+                f" name another folder with --out, or remove each {FILE} in it to measure again (and to train again if"
+                " there is no checkpoint)"
+            )

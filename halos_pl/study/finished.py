@@ -1,0 +1,118 @@
+"""The finished runs of a study: those whose figures can be compared, and why the others are skipped."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from halos_pl.evaluation.files import FILE, measured_how
+from halos_pl.run_dir import CONFIG, SUMMARY, shortfall
+from halos_pl.study.spec import Run, Study
+
+#: Values by metric and example.
+Metrics = dict[str, dict[str, float]]
+# Settings that differ from run to run: which run it is, and where.
+OWN = ("run_dir", "seed_everything", "default_root_dir")
+
+
+def finished(study: Study, out: Path) -> tuple[dict[Run, Metrics], dict[Run, str]]:
+    """The measured runs in a study's folder.
+
+    Returns:
+        the metrics of those that can be compared, and why each of the others is skipped.
+    """
+    measured: dict[Run, Metrics] = {
+        run: json.loads((run.folder / FILE).read_text(encoding="utf-8")) for run in study.runs(out) if run.measured
+    }
+    faults = _faults(study, measured)
+    return {run: metrics for run, metrics in measured.items() if run not in faults}, faults
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """The summary of a run's training; empty if there is none."""
+    path = run.folder / SUMMARY
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content
+
+
+def config_of(run: Run) -> dict[str, Any]:
+    """A run's config; empty if there is none."""
+    path = run.folder / CONFIG
+    content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader) if path.is_file() else {}
+    return content or {}
+
+
+def _faults(study: Study, measured: dict[Run, Metrics]) -> dict[Run, str]:
+    """Runs that were measured before their training was done or made in another way than most, and runs whose values
+    are not finite or not on the examples of most runs."""
+    short = {run: f"it was measured, but {why}" for run in measured if (why := shortfall(run.folder))}
+    rest = {run: metrics for run, metrics in measured.items() if run not in short}
+    faults = _made_otherwise(rest)
+    for metric in study.metrics:
+        examples = {run: frozenset(metrics.get(metric, {})) for run, metrics in rest.items()}
+        usual = Counter(examples.values()).most_common(1)[0][0] if examples else frozenset()
+        for run, names in examples.items():
+            lost = sum(not math.isfinite(value) for value in rest[run].get(metric, {}).values())
+            if lost:
+                faults[run] = f"{metric} of {lost} of {len(names)} examples is not finite"
+            elif names != usual:
+                faults[run] = (
+                    f"{metric} has {len(names)} examples; {len(names ^ usual)} differ from those of other runs"
+                )
+    return faults | short
+
+
+def _made_otherwise(runs: Iterable[Run]) -> dict[Run, str]:
+    """Runs with another config than other seeds of their arm, or measured otherwise than most.
+
+    A file that changes while a study runs, such as a config, data or the rule, leaves no other trace.
+    """
+    faults: dict[Run, str] = {}
+    arms: dict[str, list[Run]] = defaultdict(list)
+    measured = {}
+    for run in runs:
+        arms[run.arm.name].append(run)
+        how = {key: value for key, value in measured_how(run.folder).items() if key != "by"}
+        measured[run] = {key: json.dumps(value) for key, value in _leaves(how).items()}
+    for why, settings in [
+        ("measured in another way than most", measured),
+        *(
+            ("trained in another way than other seeds", {run: _trained_how(run) for run in own})
+            for own in arms.values()
+        ),
+    ]:
+        usual = Counter(json.dumps(each, sort_keys=True) for each in settings.values()).most_common(1)
+        for run, each in settings.items():
+            common = json.loads(usual[0][0])
+            keys = sorted(key for key in {*each, *common} if each.get(key) != common.get(key))
+            if keys:
+                faults[run] = f"{why}: {', '.join(keys)} differ{'s' * (len(keys) == 1)}"
+    for own in arms.values():  # as after raising max_steps of some; older summaries do not say
+        planned = {run: steps for run in own if (steps := summary(run).get("planned_steps")) is not None}
+        usual_steps = Counter(planned.values()).most_common(1)
+        faults |= {
+            run: f"trained for {steps} planned steps, other seeds for {usual_steps[0][0]}"
+            for run, steps in planned.items()
+            if steps != usual_steps[0][0]
+        }
+    return faults
+
+
+def _trained_how(run: Run) -> dict[str, str]:
+    """A run's config and the digests of its data, as JSON by dotted key."""
+    settings = _leaves(config_of(run)) if (run.folder / CONFIG).is_file() else {}
+    settings |= {f"the data {name}": digest for name, digest in summary(run).get("digests", {}).items()}
+    return {key: json.dumps(value) for key, value in settings.items() if key.rpartition(".")[2] not in OWN}
+
+
+def _leaves(node: Any, at: str = "") -> dict[str, Any]:
+    """The values of a nested mapping by dotted key."""
+    if not isinstance(node, dict):
+        return {at: node}
+    return {k: v for key, own in node.items() for k, v in _leaves(own, f"{at}.{key}" if at else str(key)).items()}

@@ -1,0 +1,241 @@
+"""Tries out a study before its first run: parses every arm, builds its module, reads its data; loads no model."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import re
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import halos_pl
+import value_functions
+from halos_pl.data.example import DataError
+from halos_pl.data.prompt_files import read_prompt_rows
+from halos_pl.data.prompts import TextPrompts
+from halos_pl.evaluation.arguments import check_arguments, measuring
+from halos_pl.evaluation.evaluate import ARGUMENTS
+from halos_pl.evaluation.judging import judged_by
+from halos_pl.evaluation.metrics import CODE, METRICS
+from halos_pl.study.held_out import check_held_out
+from halos_pl.study.planned_power import assumed
+from halos_pl.study.spec import Arm, Run, Study, StudyError
+from halos_pl.training.ending import epoch_steps, fit_steps
+from halos_pl.training.monitors import check_monitors
+
+#: Devices that every machine has; of a cluster's nodes nothing is known here.
+PLACEMENT = {
+    "trainer.accelerator": "cpu",
+    "trainer.devices": 1,
+    "trainer.num_nodes": 1,
+    "trainer.strategy": "auto",
+}
+
+
+class CommandLine(Protocol):
+    """The parsers of the command line, which the command hands in. Both print their errors and exit."""
+
+    @property
+    def user_errors(self) -> tuple[type[Exception], ...]:
+        """Errors that a user can fix."""
+
+    def fit(self, words: list[str]) -> Any:
+        """A LightningCLI with ``config``, ``parser``, ``trainer``, ``model`` and ``datamodule`` of ``halos fit``."""
+
+    def evaluate(self, words: list[str]) -> Mapping[str, Any]:
+        """The arguments of ``halos evaluate``, by name."""
+
+
+@dataclass(frozen=True)
+class CheckedArm:
+    """What the pre-flight found out about an arm.
+
+    Attributes:
+        steps: optimizer steps of a run.
+        digest: of the resolved config and data, without seed and folder.
+    """
+
+    steps: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the pre-flight found out about a study.
+
+    Attributes:
+        arms: by name.
+        examples: prompts that the primary metric is measured on.
+        measuring: how and on what runs are measured, see :func:`halos_pl.evaluation.arguments.measuring`.
+    """
+
+    arms: Mapping[str, CheckedArm]
+    examples: int
+    measuring: Mapping[str, Any]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """By arm."""
+        return {name: arm.digest for name, arm in self.arms.items()}
+
+
+def check(study: Study, line: CommandLine) -> Checked:
+    """Tries out every arm, and the evaluation.
+
+    Raises:
+        StudyError: for the first arm that is not valid, two arms with the same config, and anything that cannot be
+            measured.
+    """
+    try:
+        assumed(study)
+    except ValueError as error:
+        raise StudyError(f"{study.places['power']}: power: {error}") from error
+    arguments = evaluate_arguments(study, line)
+    prompts = _check_evaluation(study, arguments)
+    arms: dict[str, CheckedArm] = {}
+    by_digest: dict[str, Arm] = {}
+    first: Any = None
+    with _logged_once():
+        for arm in study.arms:
+            cli, checked = _check_arm(study, arm, line)
+            if other := by_digest.get(checked.digest):
+                raise StudyError(
+                    f"{study.path}:{arm.line}: arm {arm.name!r} resolves to the same config as arm {other.name!r}"
+                    f" (line {other.line}); change or remove one"
+                )
+            by_digest[checked.digest] = arm
+            arms[arm.name] = checked
+            first = first or cli
+        held_out = check_held_out(study, arguments, first.model.tokenizer, first.datamodule)
+    examples = prompts if METRICS[study.primary].unit == "prompts" else held_out
+    return Checked(arms, examples, measuring(arguments))
+
+
+@contextlib.contextmanager
+def _logged_once() -> Iterator[None]:
+    """Lightning logs no message twice while this is entered, since most arms have the same data and devices."""
+    logged: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return message not in logged and not logged.add(message)  # type: ignore[func-returns-value]
+
+    handlers = [h for name in ("lightning.pytorch", "lightning.fabric") for h in logging.getLogger(name).handlers]
+    for handler in handlers:
+        handler.addFilter(is_new)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_new)
+
+
+def _check_arm(study: Study, arm: Arm, line: CommandLine) -> tuple[Any, CheckedArm]:
+    words = arm.words("unused", study.seeds[0])[1:]
+    # The digest covers the devices of a cluster's nodes all the same.
+    placed = {} if study.cluster is None else {k: v for k, v in arm.options.items() if k in PLACEMENT}
+    if study.cluster is not None:
+        words += [f"--{key}={value}" for key, value in PLACEMENT.items()]
+    printed, place = io.StringIO(), f"{study.path}:{arm.line}: arm {arm.name!r}"
+    try:
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
+            cli = line.fit(words)
+            config = cli.config.clone()
+            config.run_dir, config.seed_everything = "", 0
+            config.trainer.default_root_dir = None
+            steps = _steps(cli)
+            data = [store.digest for store in cli.datamodule.stores("train")]
+            dumped = cli.parser.dump(config, skip_none=False)
+            code = _plugin_digests(dumped)
+    except SystemExit as error:
+        raise StudyError(f"{place}: {_parser_error(printed.getvalue()) or error}") from error
+    except line.user_errors as error:
+        raise StudyError(f"{place}: {error}") from error
+    except Exception as error:  # of Lightning, another library or a plug-in
+        raise StudyError(f"{place}: {type(error).__name__}: {error}") from error
+    resolved = dumped + repr(data) + "".join(map(repr, filter(None, (placed, code))))
+    return cli, CheckedArm(steps, hashlib.sha256(resolved.encode()).hexdigest())
+
+
+def _steps(cli: Any) -> int:
+    """Optimizer steps of a fit, after reading and checking its data."""
+    trainer, data = cli.trainer, cli.datamodule
+    data.connect(tokenizer=lambda: cli.model.tokenizer, needs=cli.model.objective.needs)
+    trainer.strategy._lightning_module = cli.model
+    data.trainer = trainer
+    trainer.state.fn = "fit"
+    data.setup("fit")
+    check_monitors(trainer, cli.model, data)
+    return fit_steps(trainer, epoch_steps(trainer, data))
+
+
+def _plugin_digests(config: str) -> list[str]:
+    """The SHA-256 of the user's own files with plug-ins that a config names.
+
+    Installed packages and halos_pl have a version or a revision, which the report names; a user's file may change
+    between two runs.
+    """
+    ours = {Path(halos_pl.__file__).parent, Path(value_functions.__file__).parent}
+    installed = {Path(path) for path in {*sysconfig.get_paths().values()}}
+    digests = set()
+    for path in set(re.findall(r"class_path: (\S+)", config)):
+        module = sys.modules.get(path.rpartition(".")[0])
+        file = Path(getattr(module, "__file__", None) or "")
+        if file.is_file() and not (ours | installed) & set(file.parents):
+            digests.add(hashlib.sha256(file.read_bytes()).hexdigest())
+    return sorted(digests)
+
+
+def _parser_error(printed: str) -> str:
+    """The error that a parser printed, without usage and hints."""
+    message = printed.partition("error: ")[2] or printed
+    lines = message.partition("\nAll options: ")[0].splitlines()
+    return "\n".join(line for line in lines if line.strip())
+
+
+def evaluate_arguments(study: Study, line: CommandLine) -> dict[str, Any]:
+    """The arguments of ``halos evaluate`` for the study's runs, as its parser reads them.
+
+    Raises:
+        StudyError: if it refuses them.
+    """
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            arguments = line.evaluate(study.evaluation(Run(study.arms[0], 0, Path("unused")))[1:])
+    except SystemExit as error:
+        raise StudyError(f"{study.places['evaluate']}: evaluate: {_parser_error(printed.getvalue())}") from error
+    return {name: arguments[name] for name in ARGUMENTS}
+
+
+def _check_evaluation(study: Study, arguments: Mapping[str, Any]) -> int:
+    """Checks the arguments of the evaluation, the functions that it calls and its prompts.
+
+    Returns:
+        the number of different prompts; one that is listed twice is one example.
+    """
+    try:
+        check_arguments(**arguments)
+    except DataError as error:
+        raise StudyError(f"{study.places['evaluate']}: evaluate: {error}") from error
+    for key in CODE:
+        if arguments[key]:
+            try:
+                judged_by(arguments[key], key)
+            except ValueError as error:
+                raise StudyError(f"{study.places[key]}: {key}: {error}") from error
+    if not arguments["prompts"]:
+        return 0
+    text_prompts: TextPrompts = arguments["text_prompts"] or "chat"
+    try:
+        rows = read_prompt_rows(Path(arguments["prompts"]), text_prompts, arguments["prompt_column"])
+    except DataError as error:
+        raise StudyError(f"{study.places['prompts']}: prompts: {error}") from error
+    return len({json.dumps(row.prompt) for row in rows})

@@ -1,0 +1,261 @@
+"""Reads a study file; every fault names its line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from halos_pl.common.misplaced import misplaced, read_config
+from halos_pl.common.yaml_files import Lines, YAMLFileError
+from halos_pl.evaluation.evaluate import ARGUMENTS
+from halos_pl.evaluation.metrics import CODE, METRICS, RATIOS, SHARES
+from halos_pl.study.grid import OBJECTIVE, Place, grid
+from halos_pl.study.spec import BEFORE, SHORTER, Arm, Study, StudyError
+
+KEYS = (
+    *("configs", "options", "arms", "axes", "sample", "seeds", "evaluate", "metrics", "primary", "equivalence"),
+    *("power", "baseline", "cluster", "note"),
+)
+#: What a second file may replace: the scale of a study, not its question.
+OVER = tuple(key for key in KEYS if key not in ("arms", "axes", "sample", "baseline"))
+#: Keys of ``power``: standard deviations, or the values of an earlier study.
+POWER = ("prompt_sd", "run_sd", "sampling_sd", "values")
+#: The largest possible standard deviations for a share: of differences between -1 and 1, and of means between 0 and 1.
+MOST = {"prompt_sd": 1.0, "run_sd": 0.5, "sampling_sd": 1.0}
+#: The largest seed that Lightning takes.
+LAST_SEED = 2**32 - 1
+# Options that a study sets for each run.
+OWN = {
+    "run_dir": "each run has its own folder below that of --out",
+    "seed_everything": "name the seeds in seeds",
+    "config": "name files in configs, or in objective of an arm",
+}
+
+
+def load_study(path: str | Path, over: str | Path | None = None) -> Study:
+    """The study of a file.
+
+    Args:
+        path: the study file.
+        over: a second file, whose keys (those of ``OVER``) replace those of the study; its options are added last.
+
+    Raises:
+        StudyError: naming the line at fault.
+    """
+    return _Reader(Path(path), None if over is None else Path(over)).study()
+
+
+class _Reader:
+    def __init__(self, path: Path, over: Path | None = None) -> None:
+        self.path = path
+        self.over = over
+        self.content, self.lines = self._read(path)
+        # The second file and its lines, by each key that it replaces.
+        self.replaced: dict[str, tuple[Path, Lines]] = {}
+        self.last_options: dict[str, Any] = {}
+        if over is not None:
+            content, lines = self._read(over)
+            self.replaced = {key: (over, lines) for key in content}
+            for key in content:
+                if key not in OVER:
+                    raise self.fault(f"{key!r} cannot be laid over a study; it takes {', '.join(OVER)}", key)
+            # They win over the options of arms too, such as a batch size that only suits a small model.
+            self.last_options = content.pop("options", {})
+            if not isinstance(self.last_options, dict):
+                raise self.fault(f"options is {self.last_options!r}; it must be a mapping", "options")
+            self.content = {**self.content, **content}
+
+    @staticmethod
+    def _read(path: Path) -> tuple[dict[str, Any], Lines]:
+        """Content, and the line of each key."""
+        try:
+            return read_config(path)
+        except OSError as error:
+            if path.is_dir():
+                raise StudyError(f"{misplaced(path)}; halos ablate takes the YAML file of a study") from error
+            from halos_pl.objective.build import place_of  # here, as it loads torch
+
+            raise StudyError(f"{path} cannot be read: {error.strerror or error}{place_of(path)}") from error
+        except YAMLFileError as error:
+            raise StudyError(str(error)) from error
+
+    @staticmethod
+    def _line(lines: Mapping[tuple[str, ...], int], place: Place) -> int:
+        """The line of the innermost key that has one; a key merged into a mapping has none of its own."""
+        names = tuple(map(str, place))
+        while names and names not in lines:
+            names = names[:-1]
+        return lines.get(names, 1)
+
+    def where(self, *place: Any) -> str:
+        """File and line of a key."""
+        path, lines = self.replaced.get(str(place[0]), (self.path, self.lines)) if place else (self.path, self.lines)
+        return f"{path}:{self._line(lines, place)}"
+
+    def fault(self, message: str, *place: Any) -> StudyError:
+        """An error at the innermost key that has a line."""
+        return StudyError(f"{self.where(*place)}: {message}")
+
+    def get(self, key: str, kind: type, default: Any) -> Any:
+        value = self.content.get(key, default)
+        if value is not default and not isinstance(value, kind):
+            names: dict[Any, str] = {list: "a list", dict: "a mapping", str: "a text"}
+            raise self.fault(f"{key} is {value!r}; it must be {names[kind]}", key)
+        for name in value if kind is dict and value and key != "arms" else ():
+            if not isinstance(name, str):
+                why = f"YAML does not read the key {name!r} of {key} as a string; put it in quotes"
+                raise self.fault(why, key, name)
+        return value
+
+    def study(self) -> Study:
+        for key in self.content:
+            if key not in KEYS:
+                raise self.fault(f"unknown key {key!r}; a study has {', '.join(KEYS)}", key)
+        arms = self._arms()
+        evaluate = self.get("evaluate", dict, {})
+        for key in evaluate:
+            if key not in ARGUMENTS:
+                raise self.fault(f"unknown key {key!r} of evaluate; it takes {', '.join(ARGUMENTS)}", "evaluate", key)
+        baseline = self.get("baseline", str, arms[0].name)
+        if baseline not in [arm.name for arm in arms]:
+            names = ", ".join(arm.name for arm in arms)
+            raise self.fault(f"baseline {baseline!r} is no arm; the arms are {names}", "baseline")
+        metrics = self._metrics(evaluate)
+        primary = self._primary(metrics)
+        return Study(
+            path=self.path,
+            arms=tuple(arms),
+            seeds=self._seeds(),
+            evaluate=evaluate,
+            metrics=metrics,
+            primary=primary,
+            equivalence=self._equivalence(primary),
+            power=self._power(primary),
+            baseline=baseline,
+            cluster=self.get("cluster", dict, None),
+            note=self.get("note", str, ""),
+            over=self.over,
+            places={key: self.where(key) for key in ("evaluate", "metrics", "cluster", "power")}
+            | {key: self.where("evaluate", key) for key in (*CODE, "prompts", "held_out")},
+        )
+
+    def _arms(self) -> list[Arm]:
+        configs = self._files(self.get("configs", list, []), "configs")
+        options = self.get("options", dict, {})
+        points = grid(
+            self.get("arms", dict, {}),
+            self.get("axes", dict, {}),
+            self.get("sample", dict, None),
+            self.content.get("baseline"),
+            self.fault,
+        )
+        arms = [
+            Arm(
+                point.name,
+                (*configs, *self._files(point.configs, *point.place, OBJECTIVE)),
+                {**options, **point.options, **self.last_options},
+                self._line(self.lines, point.place),
+            )
+            for point in points
+        ]
+        if not arms:
+            raise self.fault("no arm: the grid is empty; name arms, axes with values, or both", "axes")
+        for key in {key for arm in arms for key in arm.options if key in OWN}:
+            places = [("options", key), ("axes", key), *(("arms", arm.name, key) for arm in arms)]
+            place = next((place for place in places if place in self.lines), ("options",))
+            raise self.fault(f"{key} cannot be set by a study: {OWN[key]}", *place)
+        by_folder: dict[str, Arm] = {}
+        for arm in arms:
+            where = f"{self.path}:{arm.line}"
+            if arm.name == SHORTER or arm.name.startswith(BEFORE):
+                raise StudyError(f"{where}: arm {arm.name!r} has the name of a baseline; give it another")
+            if arm.folder in by_folder:
+                both = f"{by_folder[arm.folder].name!r} and {arm.name!r}"
+                raise StudyError(f"{where}: the arms {both} would share the folder {arm.folder!r}; rename one")
+            by_folder[arm.folder] = arm
+        return arms
+
+    def _files(self, files: list[Any], *place: Any) -> tuple[str, ...]:
+        """Names of config files."""
+        for file in files:
+            if not isinstance(file, str):
+                why = f"YAML does not read {file!r:.60} as a file name; put it in quotes if it is one"
+                raise self.fault(why, *place)
+        return tuple(files)
+
+    def _seeds(self) -> tuple[int, ...]:
+        seeds = self.get("seeds", list, [0])
+        if not seeds or any(not isinstance(seed, int) or isinstance(seed, bool) or seed < 0 for seed in seeds):
+            raise self.fault(f"seeds is {seeds}; it takes a list of whole numbers from 0", "seeds")
+        if max(seeds) > LAST_SEED:
+            raise self.fault(f"seeds is {seeds}; a seed is at most {LAST_SEED}", "seeds")
+        if len(set(seeds)) < len(seeds):
+            raise self.fault(f"seeds is {seeds}: a seed is listed twice", "seeds")
+        return tuple(seeds)
+
+    def _metrics(self, evaluate: Mapping[str, Any]) -> tuple[str, ...]:
+        metrics = self.get("metrics", list, [])
+        if not metrics:
+            raise self.fault(f"no metrics; choose from {', '.join(METRICS)}", "metrics")
+        for i, metric in enumerate(metrics):
+            if not isinstance(metric, str) or metric not in METRICS:
+                raise self.fault(f"unknown metric {metric!r}; choose from {', '.join(METRICS)}", "metrics", i)
+            if metric in metrics[:i]:
+                raise self.fault(f"metric {metric} is listed twice", "metrics")
+            unit = METRICS[metric].unit
+            needed = "prompts" if unit == "prompts" else "held_out"
+            needed = metric if metric in CODE and "prompts" in evaluate else needed
+            if not evaluate.get(needed):
+                raise self.fault(f"metric {metric} is measured on {unit}, but evaluate has no {needed}", "metrics", i)
+        return tuple(metrics)
+
+    def _primary(self, metrics: tuple[str, ...]) -> str:
+        primary: str = self.get("primary", str, metrics[0])
+        if primary not in metrics:
+            raise self.fault(f"primary {primary!r} is not among the metrics {', '.join(metrics)}", "primary")
+        if self.over is not None and {"metrics", "primary"} & set(self.replaced):
+            for key in ("equivalence", "power"):
+                if key in self.content and key not in self.replaced:
+                    why = f"{key} belongs to the primary metric, which {self.over} may replace; set it there too"
+                    raise self.fault(why, key)
+        return primary
+
+    def _number(self, value: Any, name: str, *place: str, above: float | None = None) -> float:
+        """A finite number, at least 0 or above a bound."""
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or not (value >= 0 if above is None else value > above):
+            bound = "at least 0" if above is None else f"above {above:g}"
+            raise self.fault(f"{name} is {value!r}; it must be a number, {bound}", *place)
+        return float(value)
+
+    def _equivalence(self, primary: str) -> float | None:
+        value = self.content.get("equivalence")
+        if value is None:
+            return None
+        margin = self._number(value, "equivalence", "equivalence", above=1 if primary in RATIOS else 0)
+        if primary in SHARES and margin >= 1:
+            raise self.fault(f"equivalence is {value!r}; {primary} is a share, so it must be below 1", "equivalence")
+        return margin
+
+    def _power(self, primary: str) -> dict[str, Any]:
+        settings: dict[str, Any] = self.get("power", dict, None) or {}
+        for key in settings:
+            if key not in POWER:
+                raise self.fault(f"unknown key {key!r} of power; it takes {', '.join(POWER)}", "power", key)
+        if "values" in settings:
+            if len(settings) > 1 or not isinstance(settings["values"], str):
+                why = "power takes values, the path of an earlier study's values.csv.gz, alone, or prompt_sd and run_sd"
+                raise self.fault(why, "power", "values")
+            return settings
+        if settings and not {"prompt_sd", "run_sd"} <= set(settings):
+            raise self.fault(f"power has {', '.join(settings)}; it takes prompt_sd and run_sd together", "power")
+        deviations = {key: self._number(value, f"power.{key}", "power", key) for key, value in settings.items()}
+        for key, value in deviations.items() if primary in SHARES else ():
+            if value > MOST[key]:
+                why = f"power.{key} is {value:g}; {primary} is a share, so it is at most {MOST[key]:g}"
+                raise self.fault(f"{why}: 12 points are 0.12", "power", key)
+        if deviations and not any(deviations.values()):
+            raise self.fault("power says that nothing varies; prompt_sd or run_sd must be above 0", "power")
+        return deviations

@@ -1,0 +1,135 @@
+"""What a study is: its arms and seeds, what is measured, and the commands of its runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from halos_pl.evaluation.files import FILE
+from halos_pl.run_dir import shortfall
+
+#: Rows of every report that are not arms.
+BEFORE, SHORTER = "before training", "fewer words wins"
+
+
+class StudyError(ValueError):
+    """A study cannot be run as it is; the message names the file, the line and what to do."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training.
+
+    Attributes:
+        name: shown in reports; its folder has the same name, with special characters replaced.
+        configs: config files, in order; later ones win.
+        options: values of ``halos fit`` by dotted key; they win over the files.
+        line: its line in the study file.
+    """
+
+    name: str
+    configs: tuple[str, ...]
+    options: Mapping[str, Any] = field(hash=False)
+    line: int
+
+    @property
+    def folder(self) -> str:
+        return re.sub(r"[^\w.=-]+", "_", self.name).strip("._") or "arm"
+
+    def words(self, run_dir: Path | str, seed: int) -> list[str]:
+        """The words of the command that trains a run, after ``halos``."""
+        words = ["fit", *(f"--config={path}" for path in self.configs)]
+        for key, value in self.options.items():
+            text = value if isinstance(value, str) else json.dumps(value)
+            words.append(f"--{key}={text}")
+        return [*words, f"--seed_everything={seed}", f"--run_dir={run_dir}"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed.
+
+    Attributes:
+        arm, seed: which.
+        folder: its run folder, as of any ``halos fit``.
+    """
+
+    arm: Arm
+    seed: int
+    folder: Path
+
+    @property
+    def fit(self) -> list[str]:
+        return self.arm.words(self.folder, self.seed)
+
+    @property
+    def measured(self) -> bool:
+        return (self.folder / FILE).is_file()
+
+    @property
+    def done(self) -> bool:
+        """Whether it was trained for all its planned steps, and measured after that."""
+        return self.measured and shortfall(self.folder) is None
+
+
+@dataclass(frozen=True)
+class Study:
+    """The content of a study file.
+
+    Attributes:
+        path: the file.
+        arms: in order; the first is the baseline unless the file names another.
+        seeds: of each arm.
+        evaluate: arguments of ``halos evaluate``, except the run.
+        metrics: compared in the report, in this order.
+        primary: the metric that decisions are made on; the others are exploratory.
+        equivalence: the largest difference in the primary metric that counts as equivalent, a ratio for metrics in
+            RATIOS; None if equivalence is not tested.
+        power: assumptions of the power analysis: ``prompt_sd``, ``run_sd`` and optionally ``sampling_sd``, or
+            ``values``, the values.csv.gz of an earlier study; empty if unknown.
+        baseline: the arm that the others are compared with.
+        cluster: parameters of submitit; None to run on this machine.
+        note: the question that the study asks, for the report.
+        over: the second file, which was laid over the first.
+        places: file and line of some keys, for errors.
+    """
+
+    path: Path
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    evaluate: Mapping[str, Any]
+    metrics: tuple[str, ...]
+    primary: str
+    baseline: str
+    equivalence: float | None = None
+    power: Mapping[str, Any] = field(default_factory=dict)
+    cluster: Mapping[str, Any] | None = None
+    note: str = ""
+    over: Path | None = None
+    places: Mapping[str, str] = field(default_factory=dict)
+
+    def runs(self, out: Path) -> list[Run]:
+        """Every arm with every seed, seed by seed: an interrupted study has complete rounds of arms."""
+        return [Run(arm, seed, out / arm.folder / f"seed-{seed}") for seed in self.seeds for arm in self.arms]
+
+    def evaluation(self, run: Run) -> list[str]:
+        """The words of the command that measures a run, after ``halos``."""
+        words = ["evaluate", str(run.folder)]
+        for key, value in self.evaluate.items():
+            words.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
+        return words
+
+
+def command(words: list[str]) -> str:
+    """The command as typed in a shell."""
+    return f"halos {shlex.join(words)}"
+
+
+def default_folder(study: str | Path, over: str | Path | None) -> Path:
+    """The default of ``--out``: below runs/, named after the study's files."""
+    return Path("runs") / "-".join(Path(path).stem for path in (study, over) if path)

@@ -1,0 +1,42 @@
+"""How far the runs of a study are, from the files beside and in their folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from halos_pl.common.files import write
+from halos_pl.run_dir import SUMMARY, shortfall
+from halos_pl.study.spec import Run, command
+
+#: In a study's folder: its files, and what it was when its first run began.
+STUDY, OVER, PLAN = "study.yaml", "over.yaml", "plan.json"
+
+
+def failure_file(run: Run) -> Path:
+    """The file that records that a run has failed, and why."""
+    return run.folder.with_name(f"{run.folder.name}.failed.json")
+
+
+def record_failure(run: Run, words: list[str], why: str) -> None:
+    """Records the command that failed, and why."""
+    path = failure_file(run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, json.dumps({"command": command(words), "error": why}) + "\n")
+
+
+def failure(run: Run) -> dict[str, str]:
+    """The ``command`` that failed, and its ``error``."""
+    content: dict[str, str] = json.loads(failure_file(run).read_text(encoding="utf-8"))
+    return content
+
+
+def state(run: Run) -> str:
+    """``done``, ``failed``, ``stopped`` by a signal, ``begun`` or ``waiting``."""
+    if run.done:
+        return "done"
+    if failure_file(run).is_file():
+        return "failed"
+    if (run.folder / SUMMARY).is_file() and shortfall(run.folder):
+        return "stopped"
+    return "begun" if run.folder.is_dir() else "waiting"

@@ -1,0 +1,85 @@
+"""How long a study will take: two steps are timed before it begins."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from filelock import FileLock
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from halos_pl.common.messages import counted, plain
+from halos_pl.run_dir import SUMMARY
+from halos_pl.study import processes
+from halos_pl.study.execute import duration
+from halos_pl.study.preflight import Checked
+from halos_pl.study.spec import Run, Study, command
+
+FOLDER = "timed_step"
+
+
+def timed_step(study: Study, out: Path, env: Mapping[str, str]) -> tuple[float, float] | None:
+    """Times two steps of the first unfinished arm whose steps do not fail.
+
+    Returns:
+        seconds of a step, and of starting a run; None, with a message, if all fail, which their later steps may not.
+    """
+    folder = out / FOLDER
+    log = out / f"{FOLDER}.{processes.LOG}"
+    unfinished = {run.arm.name: run.arm for run in study.runs(out) if not run.done}
+    with FileLock(out / f"{FOLDER}.lock"):
+        for arm in unfinished.values():
+            log.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)  # left by a study that was stopped
+            start = time.monotonic()
+            words = [*arm.words(folder, study.seeds[0]), "--trainer.max_steps=2"]
+            status = processes.run_command(words, log, env)
+            if not status:
+                total = time.monotonic() - start
+                training = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["wall_seconds"]
+                shutil.rmtree(folder)
+                return training / 2, total - training
+            why = plain(processes.last_words(log, 0, status))
+            print(f"halos: two steps of arm {arm.name!r} fail: {why}", file=sys.stderr)
+    return None
+
+
+def show_plan(study: Study, checked: Checked, runs: list[Run], times: tuple[float, float] | None, jobs: int) -> None:
+    """Prints the arms, their commands, and how long the study may take.
+
+    Args:
+        study, checked, runs: what is planned.
+        times: seconds of a step and of a start; None if unknown.
+        jobs: runs at a time.
+    """
+    console = Console()
+    table = Table(
+        title=f"{escape(plain(study.path))}: {counted(len(study.arms), 'arm')} x {counted(len(study.seeds), 'seed')}",
+        title_justify="left",
+    )
+    for column in ("arm", "steps", "command of its first run"):
+        table.add_column(column, overflow="fold")
+    for arm in study.arms:
+        first = next(run for run in runs if run.arm is arm)
+        steps = str(checked.arms[arm.name].steps)
+        table.add_row(escape(plain(arm.name)), steps, escape(plain(command(first.fit))))
+    console.print(table)
+    unfinished = [run for run in runs if not run.done]
+    summary = f"{counted(len(runs), 'run')}, {len(runs) - len(unfinished)} already done"
+    if times is not None:
+        step, start = times
+        total = sum(start + step * checked.arms[run.arm.name].steps for run in unfinished)
+        summary += f"; a step takes {_two_digits(step)} s, a start {start:.0f} s: about"
+        summary += f" {duration(total / max(1, min(jobs, len(unfinished))))} with {jobs} at a time, without measuring"
+    console.print(f"{summary}.", highlight=False)
+
+
+def _two_digits(seconds: float) -> str:
+    """Without an exponent: 160, 4.6, 0.12."""
+    return f"{float(f'{seconds:.2g}'):g}"
