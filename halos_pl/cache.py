@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
-from lightning.pytorch.utilities import rank_zero_info
-
 Kind = Literal["data", "models", "reference", "answers"]
 #: The folder of sampled answers.
 ANSWERS = "answers"
 REFERENCE = Path("reference") / "logps.sqlite"
+#: Bytes of that file; the least recently used log-probs make room for new ones.
+LARGEST = 4 << 30
 #: Of the disk that the cache is on, where HALOS_CACHE_LIMIT says nothing.
 DEFAULT_LIMIT = "20%"
 _UNITS = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
@@ -250,6 +250,8 @@ def make_room(data: Path | None = None) -> None:
     size = sum(entry.size for entry in found)
     if size <= most:
         return
+    from lightning.pytorch.utilities import rank_zero_info  # here, as it takes seconds to import
+
     removed: list[Entry] = []
     for entry in found:
         if size > most and remove(entry):

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from halos_pl.cli.main import folder_last
 from halos_pl.common import stopping
 from halos_pl.common.files import write
+from halos_pl.common.import_path import folder_last
 from halos_pl.common.messages import counted, plain
 from halos_pl.evaluation.evaluate import FILE, measured_how
 from halos_pl.study.plan import Checked, Run, Study, StudyError, command, measuring_of

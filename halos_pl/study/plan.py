@@ -24,6 +24,7 @@ import numpy as np
 
 import halos_pl
 import value_functions
+from halos_pl.common.experiments import hint, presets
 from halos_pl.common.misplaced import misplaced, read_config
 from halos_pl.common.yaml_files import Lines, YAMLFileError
 from halos_pl.data.example import DataError
@@ -31,7 +32,6 @@ from halos_pl.data.prompt_files import read_prompt_rows
 from halos_pl.data.prompts import TEXT_SETTINGS
 from halos_pl.evaluation.evaluate import CODE, FILE, METRICS, RATIOS, SHARES, check_arguments, evaluate, measuring
 from halos_pl.evaluation.judging import judged_by
-from halos_pl.objective.build import place_of
 from halos_pl.study.planned_power import assumed
 from halos_pl.training.ending import epoch_steps, fit_steps, shortfall
 from halos_pl.training.monitors import check_monitors
@@ -91,7 +91,7 @@ class Arm:
 
     def words(self, run_dir: Path | str, seed: int) -> list[str]:
         """The command, to be put behind ``halos``."""
-        words = ["fit", *(f"--config={path}" for path in self.configs)]
+        words = ["fit", "--no_base", *(f"--config={path}" for path in self.configs)]
         for key, value in self.options.items():
             text = value if isinstance(value, str) else json.dumps(value)
             words.append(f"--{key}={text}")
@@ -208,7 +208,7 @@ class _Reader:
         except OSError as error:
             if path.is_dir():
                 raise StudyError(f"{misplaced(path)}; halos ablate takes the YAML file of a study") from error
-            raise StudyError(f"{path} cannot be read: {error.strerror or error}{place_of(path)}") from error
+            raise StudyError(f"{path} cannot be read: {error.strerror or error}{hint(path, presets())}") from error
         except YAMLFileError as error:
             raise StudyError(str(error)) from error
 
@@ -585,7 +585,7 @@ def _parsed(study: Study) -> dict[str, Any]:
     Raises:
         StudyError: where it does not take them.
     """
-    from halos_pl.cli.lightning_cli import tool_parser
+    from halos_pl.cli.commands import tool_parser
 
     said = io.StringIO()
     try:

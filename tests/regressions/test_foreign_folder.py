@@ -17,7 +17,7 @@ import pytest
 from run_halos import ROOT, config, refused, run_all
 
 import halos_pl.provenance
-from halos_pl.cli.main import folder_last
+from halos_pl.common.import_path import folder_last
 from halos_pl.provenance import provenance
 
 

@@ -1,0 +1,27 @@
+"""Plug-ins are imported from the working folder, after everything that is installed."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+#: Set for the processes of a study: ``python -P`` keeps the working folder off ``sys.path``, and ours puts it last.
+FOLDER_LAST = "HALOS_FOLDER_LAST"
+
+
+def put_last(folder: str) -> None:
+    """Put the working folder last on ``sys.path``: plug-ins there are found, and none hides an installed library.
+
+    ``python -m`` and an empty entry of PYTHONPATH put it first. An entry of PYTHONPATH that names it stays where it is,
+    and with ``python -P`` it is left out.
+    """
+    named = {os.path.abspath(place) for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place}
+    if folder not in named:
+        sys.path[:] = [place for place in sys.path if os.path.abspath(place) != folder]
+        if not sys.flags.safe_path or os.environ.get(FOLDER_LAST):
+            sys.path.append(folder)
+
+
+def folder_last() -> dict[str, str]:
+    """The environment in which ``python -m halos_pl`` imports nothing from the working folder until it is put last."""
+    return {} if sys.flags.safe_path else {"PYTHONSAFEPATH": "1", FOLDER_LAST: "1"}
