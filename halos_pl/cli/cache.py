@@ -15,6 +15,7 @@ from rich.table import Table
 
 from halos_pl.cache import (
     ANSWERS,
+    LARGEST,
     REFERENCE,
     Entry,
     cache_root,
@@ -26,7 +27,6 @@ from halos_pl.cache import (
     size_text,
 )
 from halos_pl.common.messages import plain
-from halos_pl.policy.store import LARGEST
 
 _KINDS = {
     "data": "checked and tokenised sources of feedback",

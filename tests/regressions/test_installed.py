@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from run_halos import ROOT, run, run_all
 
-from halos_pl.cli.lightning_cli import TOOLS
+from halos_pl.cli.commands import TOOLS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PACKAGE = sorted(path for name in ("halos_pl", "value_functions") for path in (ROOT / name).rglob("*.py"))
@@ -112,4 +112,4 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
     main(["--version"])
     assert capsys.readouterr().out == f"halos_pl {__version__}\n"
-    assert PROJECT["version"] == __version__
+    assert "version" in PROJECT["dynamic"]
