@@ -4,10 +4,18 @@ TORCH := 2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: quickstart test test-slow check lint readme results bench bench-full clean
+.PHONY: quickstart install test test-slow test-install check lint readme results bench bench-full clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python experiments/quickstart/run.py
+
+# For use, into the environment of $(PYTHON), without what the tests need.
+install:
+	$(PYTHON) -m pip install .
+
+# The wheel in a clean environment: installed, and a step trained, from another folder. Some minutes, and the network.
+test-install:
+	PYTHON=$(PYTHON) TORCH=$(TORCH) .ci/test_install
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal

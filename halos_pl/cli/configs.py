@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 
 from halos_pl.cli.errors import RunError
 from halos_pl.cli.help_page import TRAINER_COMMANDS
-from halos_pl.common.experiments import BASE, EXPERIMENTS, config_file, objectives, presets
+from halos_pl.common.experiments import BASE, config_file, is_shipped, objectives, presets
 from halos_pl.common.misplaced import read_config
 from halos_pl.common.own_plugins import import_own
 from halos_pl.common.yaml_files import YAMLFileError
@@ -72,7 +72,7 @@ def expanded(words: Sequence[str]) -> list[str]:
         )
     if base and not resolved and not any(Path(file).resolve() == BASE.resolve() for file in files):
         chosen.insert(0, str(BASE))
-    own = [content for path, content in contents.items() if EXPERIMENTS not in Path(path).resolve().parents]
+    own = [content for path, content in contents.items() if not is_shipped(path)]
     import_own([*own, *map(_value, others)], KINDS)
     return [*command, *(f"--config={file}" for file in (*chosen, *files)), *others]
 

@@ -37,6 +37,11 @@ def presets() -> dict[str, Path]:
     return {name: path for name, path in names.items() if "/results/" not in name}
 
 
+def is_shipped(path: str | Path) -> bool:
+    """Whether a file is one of ``experiments/``."""
+    return EXPERIMENTS in Path(path).resolve().parents
+
+
 def config_file(name: str, shipped: dict[str, Path], option: str) -> Path:
     """The file that an option's value stands for.
 

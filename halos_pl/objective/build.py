@@ -13,7 +13,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 import halos_pl.objective
-from halos_pl.common.experiments import config_file, objectives
+from halos_pl.common.experiments import config_file, is_shipped, objectives
 from halos_pl.common.messages import cause
 from halos_pl.common.own_plugins import import_all, import_own
 from halos_pl.common.renamed import new_value, renamed
@@ -136,7 +136,8 @@ def load_objective(path: str | Path) -> Objective:
         if new := renamed(key, names):
             raise ValueError(f"{path}: model.{key} is now model.{new}{_was(new, value)}")
     try:
-        import_own(parts, PARTS.values())
+        if not is_shipped(path):
+            import_own(parts, PARTS.values())
         return build_objective(**_parser().instantiate(_parser().parse_object(parts)))
     except ArgumentError as error:
         raise ValueError(f"{path}: {cause_in(error) or cause(str(error))}") from error
