@@ -15,6 +15,8 @@ from typing import IO, Literal
 Kind = Literal["data", "models", "reference", "answers"]
 #: The folder of sampled answers.
 ANSWERS = "answers"
+#: The folder of kept help pages, some kilobytes.
+HELP = "help"
 REFERENCE = Path("reference") / "logps.sqlite"
 #: Bytes of that file; the least recently used log-probs make room for new ones.
 LARGEST = 4 << 30

@@ -6,9 +6,12 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from run_halos import ROOT
+
+from halos_pl.cli.cached_help import show_help
 
 HEAVY = {"torch", "lightning", "transformers", "datasets", "scipy", "matplotlib", "statsmodels", "pandas", "peft"}
 
@@ -61,6 +64,7 @@ def imported_by(module: str) -> set[str]:
         ("halos_pl.cli.cache", HEAVY | {"hypothesis"}),
         ("halos_pl.cli.objectives", HEAVY | {"hypothesis"}),
         ("halos_pl.cli.new", HEAVY | {"hypothesis"}),
+        ("halos_pl.cli.cached_help", HEAVY | {"hypothesis"}),
         ("halos_pl.cli.check", HEAVY - {"torch"} | {"hypothesis", "halos_pl.study", "halos_pl.training"}),
         ("halos_pl.cli.lightning_cli", {"statsmodels", "hypothesis", "halos_pl.study", "halos_pl.conformance"}),
     ],
@@ -89,3 +93,30 @@ def test_commands_that_only_read_start_without_heavy_libraries() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "kto" in done.stdout
     assert not HEAVY & set(done.stderr.split())
+
+
+def test_the_help_of_a_fit_is_kept_until_something_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HALOS_CACHE", str(tmp_path))
+    made: list[list[str]] = []
+
+    def command(words: list[str]) -> None:
+        made.append(words)
+        print(f"options {len(made)}")
+        raise SystemExit(0)
+
+    def shown(words: list[str]) -> str:
+        with pytest.raises(SystemExit) as ended:
+            show_help(words, command)
+        assert not ended.value.code
+        return capsys.readouterr().out
+
+    assert [shown(["fit", "--help"]) for _ in range(2)] == ["options 1\n"] * 2
+    assert shown(["test", "--help"]) == "options 2\n"
+    monkeypatch.setenv("COLUMNS", "50")
+    assert shown(["fit", "--help"]) == "options 3\n"
+    monkeypatch.setattr("halos_pl.cli.cached_help.version", lambda name: "0")
+    assert shown(["fit", "--help"]) == "options 4\n"
+    monkeypatch.setenv("HALOS_CACHE", "/dev/null/nowhere")  # which cannot be written to
+    assert [shown(["fit", "--help"]) for _ in range(2)] == ["options 5\n", "options 6\n"]

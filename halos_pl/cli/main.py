@@ -7,7 +7,7 @@ import os
 import sys
 from typing import NoReturn
 
-from halos_pl.cli.help_page import help_page, unknown_command
+from halos_pl.cli.help_page import TRAINER_COMMANDS, help_page, unknown_command
 from halos_pl.cli.words import at_home, spelled
 from halos_pl.common.import_path import put_last
 from halos_pl.common.messages import plain
@@ -67,10 +67,18 @@ def _dispatch(words: list[str]) -> None:
                 run_tool(tool, words[len(tool.split()) :])
             elif words[0] == "data":
                 raise RunError("say halos data inspect SOURCE; data settings are options of fit, such as --data.train")
-            else:
-                from halos_pl.cli.lightning_cli import HalosCLI
+            elif words[0] in TRAINER_COMMANDS and words[1:] in (["--help"], ["-h"]):
+                from halos_pl.cli.cached_help import show_help
 
-                HalosCLI(words)
+                show_help(words, _lightning)
+            else:
+                _lightning(words)
+
+
+def _lightning(words: list[str]) -> None:
+    from halos_pl.cli.lightning_cli import HalosCLI
+
+    HalosCLI(words)
 
 
 def _restart_in_utf8() -> NoReturn:
