@@ -4,10 +4,18 @@ TORCH := 2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: quickstart test test-slow test-docs docs docs-build check lint readme results bench bench-full clean
+.PHONY: quickstart install test test-slow test-docs test-install docs docs-build check lint readme results bench bench-full clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python experiments/quickstart/run.py
+
+# For use, into the environment of $(PYTHON), without what the tests need.
+install:
+	$(PYTHON) -m pip install .
+
+# The wheel in a clean environment: installed, and a step trained, from another folder. Some minutes, and the network.
+test-install:
+	PYTHON=$(PYTHON) TORCH=$(TORCH) .ci/test_install
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -28,9 +36,9 @@ docs: $(INSTALLED)
 docs-build: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# The table of verdicts in the docs.
+# The verdicts of the shipped losses: the table in the docs, and the one that halos objectives lists.
 readme: $(INSTALLED)
-	$(BIN)/halos check --all --write docs/reference/verdicts.md
+	$(BIN)/halos check --all --write docs/reference/verdicts.md --write experiments/objectives.json
 
 # Reports, tables and figures of studies, recomputed from what is kept of them: values.csv.gz, record.json and study.yaml.
 RESULTS ?= experiments/ablations/results

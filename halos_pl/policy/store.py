@@ -25,10 +25,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from halos_pl.batch import TokenBatch
-from halos_pl.cache import REFERENCE, Use, cache_root, limit
+from halos_pl.cache import LARGEST, REFERENCE, Use, cache_root, limit
 from halos_pl.policy.spec import ModelError
 
-LARGEST = 4 << 30  # bytes; the least recently used entries make room for new ones
 _DAY = 86400
 _TABLE = "CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, used INTEGER, sum INTEGER, logps BLOB)"
 
