@@ -339,6 +339,18 @@ KINDS: list[tuple[str, str, type, Any, str]] = [
 ]
 
 
+def notebook_page(text: str) -> str:
+    """A script with cells as a page: Markdown cells as text, the others as Python."""
+    sections = []
+    for cell in re.split(r"(?m)^# %%", text)[1:]:
+        kind, _, body = cell.partition("\n")
+        if "[markdown]" in kind:
+            sections.append(re.sub(r"(?m)^# ?", "", body).strip())
+        else:
+            sections.append(f"```python\n{body.strip()}\n```")
+    return "\n\n".join(sections) + "\n"
+
+
 def pages() -> Iterator[tuple[str, str | bytes]]:
     """Every generated file of the site: its path below docs/, and its content."""
     plots: dict[type, Callable[[type], bytes]] = {
@@ -369,6 +381,9 @@ def pages() -> Iterator[tuple[str, str | bytes]]:
             yield f"reference/plots/objective_{path.stem}.svg", svg
     yield "reference/objectives.md", "\n".join(sections)
     yield "reference/cli.md", cli_page()
+    for path in sorted((ROOT / "docs" / "notebooks").glob("*.py")):
+        source = f"[Download this page as a script with cells]({path.name}).\n"
+        yield f"notebooks/{path.stem}.md", notebook_page(path.read_text(encoding="utf-8")) + "\n" + source
     for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
         yield name.lower(), (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
     for folder, place in ((ROOT / "benchmarks", "performance"), (ROOT / "experiments/ablations/results", "results")):

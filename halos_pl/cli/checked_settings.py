@@ -18,8 +18,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from halos_pl.cli.errors import RunError
 from halos_pl.common.wrong_value import imported, near, shown
-from halos_pl.training.log_config import missing_package
 from halos_pl.training.checks import unsupported_strategy
+from halos_pl.training.log_config import missing_package
 
 # What tells a process of the others.
 LAUNCHERS = {"MASTER_ADDR", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "LSB_JOBID"}

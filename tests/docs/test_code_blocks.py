@@ -8,6 +8,7 @@ A comment before a block says why it is not run, or that its commands end with s
 from __future__ import annotations
 
 import csv
+import os
 import re
 import shlex
 import subprocess
@@ -264,6 +265,13 @@ def test_a_plain_loop_has_the_losses_of_a_fit(folder, tiny_folder):
         fitted = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
     assert len(fitted) > 1
     assert losses == pytest.approx(fitted, rel=1e-6)
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "notebooks").glob("*.py")), ids=lambda path: path.stem)
+def test_notebooks_run(folder, path):
+    command = [sys.executable, str(path)]
+    assert subprocess.run(command, cwd=folder, check=False, env=os.environ | {"MPLBACKEND": "Agg"}).returncode == 0
 
 
 @pytest.mark.docs
