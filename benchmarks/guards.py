@@ -38,11 +38,11 @@ GUARDS = {
     "the cached tokens are whole (SHA-256)": "halos_pl.data.store:_sums",
     "the converted model is whole (SHA-256)": "halos_pl.policy.source:_intact",
     "all weights were in the files": "halos_pl.policy.loading:check_loaded",
-    "the tokenizer's ids have embeddings": "halos_pl.training.module:check_vocabulary",
+    "the tokenizer's ids have embeddings": "halos_pl.training.models:check_vocabulary",
     "callbacks' states can be loaded": "halos_pl.training.checkpoint:check_callbacks",
     "a signal is asked for after each step": "halos_pl.training.stop_at_step:AgreedSignals.received_sigterm",
     "settings are kept in checkpoints": "halos_pl.training.resume:Record.state",
-    "weights are finite before a save": "halos_pl.training.module:check_finite",
+    "weights are finite before a save": "halos_pl.training.checkpoint_contents:check_finite",
 }
 
 

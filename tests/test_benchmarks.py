@@ -1,0 +1,63 @@
+"""Each benchmark still starts: a step of it on a tiny model. Seconds are no matter of a test."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from run_halos import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import guards
+import scaling
+import vs_trl
+from before_after import median_interval
+
+
+@pytest.mark.parametrize("name", ["kto_live", "kto_stored", "kto_lora", "dpo_live", "dpo_bf16"])
+def test_our_side_takes_a_step(name: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALOS_CACHE", str(tmp_path / "cache"))
+    workload = replace(vs_trl.WORKLOADS[name], model=str(tiny_folder))
+    keys = ("chosen_ids", "rejected_ids") if workload.kind == "dpo" else ("completion_ids", "KL_completion_ids")
+    rows = [
+        {"prompt_ids": [5 + i, 6], keys[0]: [7, 8 + i], keys[1]: [9, 10, 11], "label": i % 2 == 0} for i in range(4)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    policy, step, flops = vs_trl.ours(workload, str(tmp_path))
+    assert float(step()) == pytest.approx(0.5 if workload.kind == "kto" else 0.6931, abs=1e-3)
+    gradients = [p.grad for p in policy.parameters() if p.requires_grad]
+    assert all(g is not None for g in gradients)
+    assert sum(float(g.abs().sum()) for g in gradients) > 0
+    assert flops > 0
+
+
+def test_scaling_measures_a_point(capsys: pytest.CaptureFixture[str]) -> None:
+    scaling.measure(scaling.Point(rows=2, prompt=4, completion=3, vocabulary=64), threads=1)
+    measured = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert measured["seconds"] > 0
+    assert measured["embedding_gradient_megabytes"] == 64 * 256 * 4 / 1e6
+
+
+@pytest.mark.parametrize("place", guards.GUARDS.values())
+def test_the_guards_that_are_timed_exist(place: str) -> None:
+    module, _, path = place.partition(":")
+    owner: object = import_module(module)
+    for name in path.split("."):
+        owner = getattr(owner, name)
+    assert callable(owner) or isinstance(owner, property)
+
+
+def test_the_interval_of_a_median_holds_it() -> None:
+    torch.manual_seed(0)
+    held = 0
+    for sample in torch.randn(400, 20).tolist():
+        median, low, high = median_interval(sample)
+        assert low <= median <= high
+        held += low <= 0 <= high
+    assert held >= 0.93 * 400
