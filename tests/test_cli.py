@@ -250,7 +250,7 @@ def test_an_unknown_option_is_answered_by_those_like_it(capfd, tmp_path, option,
     ("objective", "option", "said"),
     [
         ("kto", "--trainer.accumulate_grad_batches=2", "accumulate_grad_batches is 2: it would average losses with"),
-        ("kto", "--model.reflect_undesirable=null", "the objective lacks undesirable"),
+        ("kto", "--model.reflect_undesirable=null", "the objective lacks reflect_undesirable"),
         ("kto", "--checkpoint.every_n_steps=0", "checkpoint.every_n_steps is 0"),
         ("kto", "--model.micro_batch_rows=0", "micro_batch_rows is 0"),
         ("kto", "--data.batch_size=0", "data.batch_size is 0"),
