@@ -1,4 +1,4 @@
-"""How far a command has come: a bar on a terminal, a plain line now and then in a file or a pipe."""
+"""Progress of a loop: a bar on a terminal, a plain line now and then in a file or a pipe."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def clock(seconds: float) -> str:
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether a bar can be drawn: not where the terminal says that it is 0 columns wide, as some do in containers."""
+    """Whether a bar can be drawn; some terminals in containers are 0 columns wide."""
     if not stream.isatty() or os.environ.get("TERM") == "dumb":
         return False
     with suppress(OSError):
@@ -30,12 +30,12 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 def counted(items: Collection[T], what: str, max_seconds: float = 30.0) -> Iterator[T]:
-    """The items one by one, while standard error says how many are done.
+    """The items one by one, with the progress on standard error.
 
     Args:
-        items: what is worked on.
-        what: is done with them: "sampling answers".
-        max_seconds: without a terminal, the least time between two lines; a terminal gets a bar.
+        items: to iterate over.
+        what: description of the work, such as "sampling answers".
+        max_seconds: without a terminal, the shortest time between two lines.
     """
     if is_terminal(sys.stderr):
         yield from tqdm(items, desc=what, leave=False)

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Timer, TQDMProgressBar
 from halos_pl.common.progress import clock, is_terminal
 from halos_pl.training.ending import planned_steps
 
-#: Of the figures in the progress bar, those that say nothing about learning.
+#: Metrics of the progress bar that say nothing about learning.
 _TECHNICAL = ("v_num", "TFLOP/s", "of_matmul")
 
 
@@ -25,12 +25,12 @@ def _listed(figures: dict[str, Any]) -> str:
 
 
 class Progress(TQDMProgressBar):
-    """Counts the optimizer steps of the whole run. Where standard output is no terminal, it prints plain lines.
+    """Counts the optimizer steps of the whole run: in a bar on a terminal, in plain lines elsewhere.
 
     Args:
-        every_n_steps: without a terminal, print a line each time so many steps have been taken. Null: about 50 lines
-            a run, and one at least every ``max_seconds``.
-        max_seconds: without a terminal and without ``every_n_steps``, the longest time between two lines.
+        every_n_steps: without a terminal, steps between two lines; null prints about 50 lines per run, and at least one
+            every ``max_seconds``.
+        max_seconds: without a terminal or ``every_n_steps``, the longest time between two lines.
 
     Raises:
         ValueError: for a number outside its range.
@@ -55,7 +55,7 @@ class Progress(TQDMProgressBar):
         return self._terminal and super().is_enabled
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Prints above the bar, or just prints where there is none."""
+        """Prints above the bar; just prints without one."""
         if self._terminal:
             super().print(*args, **kwargs)
         elif self._enabled:
@@ -63,7 +63,7 @@ class Progress(TQDMProgressBar):
 
     # -- training -------------------------------------------------------------------------------------
 
-    def on_train_start(self, trainer: Trainer, *_: Any) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         self._planned, self._first = planned_steps(trainer), trainer.global_step
         self._began = self._said = time.monotonic()
         self.train_progress_bar = bar = self.init_train_tqdm()
@@ -93,7 +93,7 @@ class Progress(TQDMProgressBar):
         return {k: v for k, v in self.get_metrics(trainer, pl_module).items() if k not in _TECHNICAL}
 
     def _due(self, step: int) -> bool:
-        """Whether a line is to be printed after ``step`` steps: also after the first one of this fit, and the last."""
+        """Whether to print a line after ``step`` steps; always after the first and the last one of this fit."""
         if step in (self._first + 1, self._planned):
             return True
         if self.every_n_steps:
@@ -102,7 +102,7 @@ class Progress(TQDMProgressBar):
         return often or time.monotonic() - self._said >= self.max_seconds
 
     def _left(self, trainer: Trainer) -> str:
-        """How long the fit is going to take at the rate so far, validations included, or until its ``max_time``."""
+        """The remaining time of the fit at the rate so far, validations included, or until its ``max_time``."""
         taken, ends = trainer.global_step - self._first, []
         if self._planned is not None and taken:
             ends.append((time.monotonic() - self._began) / taken * (self._planned - trainer.global_step))
@@ -113,15 +113,15 @@ class Progress(TQDMProgressBar):
 
     # -- evaluation -----------------------------------------------------------------------------------
 
-    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         super().on_validation_batch_end(trainer, *args, **kwargs)
         self._batch("validation", args[3], self.total_val_batches_current_dataloader)
 
-    def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def on_test_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         super().on_test_batch_end(trainer, *args, **kwargs)
         self._batch("test", args[3], self.total_test_batches_current_dataloader)
 
-    def on_predict_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def on_predict_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         super().on_predict_batch_end(trainer, *args, **kwargs)
         self._batch("predict", args[3], self.total_predict_batches_current_dataloader)
 
