@@ -83,7 +83,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOME_OF:
         return getattr(import_module(_HOME_OF[name]), name)
-    raise AttributeError(f"halos_pl has no {name!r}; it has {', '.join(sorted(_HOME_OF))}")
+    from halos_pl.common.renamed import renamed
+
+    new = renamed(name, __all__)
+    hint = f"did you mean {new}?" if new else f"it has {', '.join(sorted(_HOME_OF))}"
+    raise AttributeError(f"halos_pl has no {name!r}; {hint}")
 
 
 def __dir__() -> list[str]:
