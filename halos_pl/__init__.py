@@ -70,7 +70,6 @@ __all__ = [
     "SyncedCopy",
     "TokenBatch",
     "ValueFunction",
-    "__version__",
     "build_objective",
     "check_halo",
     "load_model",
