@@ -1,8 +1,7 @@
-"""``halos data inspect``: the content of a source of feedback, as tables in the terminal and as a page."""
+"""``halos data inspect``: what a source of feedback holds, as tables in the terminal or as JSON."""
 
 from __future__ import annotations
 
-import html
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -36,22 +35,22 @@ from halos_pl.data.transforms import ThresholdScores
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 BINS = 16
-# Upper end of lambda_D n_D / (lambda_U n_U) in the paper's versions; the lower end is 1.
+# Upper bound of lambda_D n_D / (lambda_U n_U) in the paper's versions; the lower bound is 1.
 IMBALANCE = {"arXiv v1": 4 / 3, "v4 and v5": 3 / 2}
 SHOWN_PROMPT_TOKENS = 120
-#: Marks around tokens that carry the loss, visible without colours.
+#: Around tokens that carry the loss, for terminals without colours.
 LOSS = ("⟦", "⟧")
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One row, token by token, for a person to read.
+class ShownRow:
+    """One row, token by token.
 
     Attributes:
         name: of the row.
         verdict: ``desirable``, ``undesirable``, or the score of a row that has only a score.
-        prompt, completion: the text of each token; only the end of a long prompt.
-        loss: for each text of the completion, whether its tokens carry the loss.
+        prompt, completion: the text of each token; of a long prompt only the end.
+        loss: for each text of the completion, whether it carries the loss.
     """
 
     name: str
@@ -61,27 +60,27 @@ class Judged:
     loss: list[bool]
 
     def parts(self) -> Iterator[tuple[str, list[str]]]:
-        """The parts that are only read (``prompt``, ``context``) and those that carry the loss (``loss``), in order."""
+        """The texts in order, in runs that carry the loss (``loss``) or do not (``prompt``, ``context``)."""
         yield "prompt", self.prompt
-        for carries, own in groupby(zip(self.loss, self.completion, strict=True), key=lambda pair: pair[0]):
-            yield "loss" if carries else "context", [text for _, text in own]
+        for carries, run in groupby(zip(self.loss, self.completion, strict=True), key=lambda pair: pair[0]):
+            yield "loss" if carries else "context", [text for _, text in run]
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """The content of a source.
+    """What a source holds.
 
     Attributes:
         source: its name.
-        figures: counts by name, in the order in which they are shown.
-        lambdas: for each version of the paper, the weights that its rule gives.
-        percentiles: lengths in tokens at ``PERCENTILES`` of the rows: prompts, completions and both together.
-        histogram: (from, to, rows), lengths of prompt and completion together in tokens.
-        max_length: the length in tokens for which truncated and dropped rows were counted.
+        figures: counts by name, in display order.
+        lambdas: the class weights that each version of the paper gives.
+        percentiles: tokens of prompts, completions and both together, at ``PERCENTILES`` of the rows.
+        histogram: (from, to, rows) by tokens of prompt and completion together.
+        max_length: tokens; rows that it would truncate or drop are counted.
         faults: the first few, a line each.
-        unused: columns that hold values and that nothing reads.
+        unused: columns that hold values but are not read.
         text_prompts: how plain-text prompts are encoded; None if there are none.
-        notes: about some of the examples, and the number of those.
+        notes: remarks on examples, with the number of examples.
         examples: a few rows.
     """
 
@@ -95,24 +94,24 @@ class Inspection:
     unused: list[str]
     text_prompts: str | None
     notes: dict[str, int]
-    examples: list[Judged]
+    examples: list[ShownRow]
 
 
 def lambdas(desirable: int, undesirable: int, most: float) -> str:
-    """Weights with lambda_D n_D / (lambda_U n_U) in [1, ``most``], where the class with fewer rows is weighted up.
+    """Weights with lambda_D n_D / (lambda_U n_U) in [1, ``most``]; the smaller class is weighted up.
 
     The rule of Ethayarajh et al. (ICML 2024, section 4.2): [1, 4/3] in arXiv v1, [1, 3/2] in v4 and v5.
     """
     if not desirable or not undesirable:
-        return "one class only: the rule does not apply"
+        return "only one class: the rule does not apply"
     ratio = undesirable / desirable
-    if ratio * most >= 1:  # lambda_D of at least 1 can do it
+    if ratio * most >= 1:
         return f"lambda_U = 1, lambda_D from {max(ratio, 1.0):.3g} to {ratio * most:.3g}"
     return f"lambda_D = 1, lambda_U from {1 / (ratio * most):.3g} to {1 / ratio:.3g}"
 
 
 def _contradictions(table: Table, text: NDArray[np.uint64]) -> int:
-    """The number of distinct rows judged both ways and of distinct pairs preferred both ways."""
+    """How many distinct rows have both labels, and how many distinct pairs are preferred both ways."""
     single = table.pair < 0
     verdicts: dict[Any, set[Any]] = {}
     for prompt, words, label in zip(
@@ -158,36 +157,36 @@ def _figures(store: Store, table: Table, judged: Table, max_length: int) -> dict
     return {name: float(value) if isinstance(value, np.floating) else value for name, value in figures.items()}
 
 
-def _judged(tokenizer: PreTrainedTokenizerBase, table: Table, place: int) -> Judged:
+def _shown_row(tokenizer: PreTrainedTokenizerBase, table: Table, place: int) -> ShownRow:
     words = {1: "desirable", 0: "undesirable"}
     ids, loss = table.completion_ids(place), table.loss(place)
     loss = np.ones(len(ids), bool) if loss is None else loss
     edges = [0, *((loss[1:] != loss[:-1]).nonzero()[0] + 1).tolist(), len(ids)]
     texts: list[str] = []
     carries: list[bool] = []
-    for start, stop in pairwise(edges):  # characters of several tokens are not shown across an edge
-        own = _shown(tokenizer, ids[start:stop])
-        texts += own
-        carries += [bool(loss[start])] * len(own)
-    return Judged(
+    for start, stop in pairwise(edges):  # a character of several tokens is not shown across an edge
+        run = _token_texts(tokenizer, ids[start:stop])
+        texts += run
+        carries += [bool(loss[start])] * len(run)
+    return ShownRow(
         name=table.name(place),
         verdict=words.get(int(table.label[place]), f"score {table.score[place]:g}"),
-        prompt=_shown(tokenizer, table.prompt_ids(int(table.prompt[place]))[-SHOWN_PROMPT_TOKENS:]),
+        prompt=_token_texts(tokenizer, table.prompt_ids(int(table.prompt[place]))[-SHOWN_PROMPT_TOKENS:]),
         completion=texts,
         loss=carries,
     )
 
 
-def _shown(tokenizer: PreTrainedTokenizerBase, ids: NDArray[np.int32]) -> list[str]:
-    """The text of each token, or of tokens that together form a character; control characters are escaped."""
-    shown, waiting = [], []
+def _token_texts(tokenizer: PreTrainedTokenizerBase, ids: NDArray[np.int32]) -> list[str]:
+    """The text of each token, or of the tokens that make up one character; control characters are escaped."""
+    texts, pending = [], []
     for token in ids.tolist():
-        waiting.append(token)
-        text = str(tokenizer.decode(waiting))
-        if not text.endswith("\ufffd") or len(waiting) == 4:  # no character has more bytes
-            shown.append(plain(text))
-            waiting = []
-    return [*shown, *([str(tokenizer.decode(waiting))] if waiting else [])]
+        pending.append(token)
+        text = str(tokenizer.decode(pending))
+        if not text.endswith("\ufffd") or len(pending) == 4:  # a character has at most four bytes
+            texts.append(plain(text))
+            pending = []
+    return [*texts, *([str(tokenizer.decode(pending))] if pending else [])]
 
 
 def inspect(
@@ -202,18 +201,18 @@ def inspect(
     text_prompts: TextPrompts = "plain",
     loss_on: LossOn = "last",
 ) -> Inspection:
-    """The content of ``source`` as a model with this tokenizer would see it.
+    """What ``source`` holds, as a model with this tokenizer sees it.
 
     Args:
-        source: what to read; faulty rows are counted and shown, not raised.
+        source: what to read; faulty rows are counted and listed, not raised.
         tokenizer: of the model to be trained.
-        max_length: in tokens; rows that it would truncate or drop are counted.
-        examples: how many rows to show, drawn at random with ``seed``.
-        seed: of that draw.
+        max_length: tokens; rows that it would truncate or drop are counted.
+        examples: number of random rows to show.
+        seed: of their draw.
         cache_dir, special_tokens_in_text, text_prompts, loss_on: see ``FeedbackDataModule``.
 
     Raises:
-        DataError: the source cannot be read at all, a missing file, say.
+        DataError: the source as a whole cannot be read.
     """
     store = open_store(source, tokenizer, cache_dir, special_tokens_in_text, text_prompts, loss_on)
     table = Table.of([store])
@@ -222,7 +221,7 @@ def inspect(
     lengths = {"prompt": prompt, "completion": completion, "together": prompt + completion}
     histogram: list[tuple[int, int, int]] = []
     if len(table):
-        # Bins of equal width up to the 99th percentile; the rest share the last one.
+        # Bins of equal width up to the 99th percentile; longer rows share the last bin.
         low, high, most = np.percentile(lengths["together"], (0, 99, 100)).astype(int).tolist()
         edges = np.unique(np.append(np.linspace(low, high, BINS).astype(int), most + 1))
         counts = np.histogram(lengths["together"], edges)[0]
@@ -246,7 +245,7 @@ def inspect(
         unused=store.unused,
         text_prompts=convention(store.text_prompts, text_prompts, bool(tokenizer.chat_template)),
         notes=store.notes,
-        examples=[_judged(tokenizer, table, place) for place in chosen],
+        examples=[_shown_row(tokenizer, table, place) for place in chosen],
     )
 
 
@@ -254,42 +253,44 @@ def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
-def show(found: Inspection, console: Console) -> None:
-    """Prints an inspection."""
-    console.print(Text(plain(f"{found.source}\n"), "bold"))
+def show(inspection: Inspection, console: Console) -> None:
+    """Prints an inspection as tables."""
+    console.print(Text(plain(f"{inspection.source}\n"), "bold"))
     grid = Grid(box=None, show_header=False, padding=(0, 2, 0, 0))
     grid.add_column()
     grid.add_column(justify="right")
-    for name, value in found.figures.items():
-        name = name.replace("max_length", f"max_length {found.max_length}")
+    for name, value in inspection.figures.items():
+        name = name.replace("max_length", f"max_length {inspection.max_length}")
         grid.add_row(Text(plain(name)), _number(value))
     console.print(grid)
-    console.print("\nweights by the paper's rule, lambda_D n_D / (lambda_U n_U) from 1 to 4/3 (v1) or 3/2 (v4, v5):")
-    for version, said in found.lambdas.items():
-        console.print(f"  {version}: {said}", highlight=False)
+    console.print(
+        "\nclass weights by the paper's rule: lambda_D n_D / (lambda_U n_U) from 1 to 4/3 (v1) or 3/2 (v4, v5):"
+    )
+    for version, weights in inspection.lambdas.items():
+        console.print(f"  {version}: {weights}", highlight=False)
     lengths = Grid(title="tokens, by percentile of the rows", title_justify="left", box=None, padding=(0, 2, 0, 0))
     lengths.add_column("")
     for percentile in PERCENTILES:
         lengths.add_column(f"{percentile}", justify="right")
-    for name, values in found.percentiles.items():
+    for name, values in inspection.percentiles.items():
         lengths.add_row(name, *map(str, values))
     console.print()
     console.print(lengths)
-    most = max((rows for *_, rows in found.histogram), default=1)
+    most = max((rows for *_, rows in inspection.histogram), default=1)
     console.print("\nrows by tokens of prompt and completion together")
-    for low, high, rows in found.histogram:
+    for low, high, rows in inspection.histogram:
         console.print(f"  {low:>6} to {high:<6} {'█' * round(40 * rows / most):<40} {rows:,}", highlight=False)
-    if found.text_prompts:
-        console.print(Text(f"\n{found.text_prompts}"))
-    for note in counted(found.notes):
+    if inspection.text_prompts:
+        console.print(Text(f"\n{inspection.text_prompts}"))
+    for note in counted(inspection.notes):
         console.print(Text(f"\n{note}"))
-    if found.unused:
-        console.print(Text(f"\nnot used: {', '.join(found.unused)}"))
-    if found.faults:
-        console.print(f"\n[red]faults[/red] (the first of {found.figures['faulty rows']:,})")
-        for fault in found.faults:
+    if inspection.unused:
+        console.print(Text(f"\nnot used: {', '.join(inspection.unused)}"))
+    if inspection.faults:
+        console.print(f"\n[red]faults[/red] (the first of {inspection.figures['faulty rows']:,})")
+        for fault in inspection.faults:
             console.print(Text(plain(f"  {fault}")))
-    for row in found.examples:
+    for row in inspection.examples:
         console.print(Text(plain(f"\n{row.name}, {row.verdict}"), "bold"))
         text = Text()
         for kind, part in row.parts():
@@ -299,70 +300,8 @@ def show(found: Inspection, console: Console) -> None:
                 text.append(token, colours[i % 2])
             text.append(LOSS[1] * (kind == "loss"), "bold")
         console.print(text)
-    if found.examples:
+    if inspection.examples:
         console.print(Text(f"\n({LOSS[0]}...{LOSS[1]} marks the tokens that carry the loss)"))
-
-
-_STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-h1{font-size:1.4rem;overflow-wrap:anywhere} h2{font-size:1.1rem;margin-top:2rem}
-table{border-collapse:collapse} td,th{padding:.15rem .8rem .15rem 0;text-align:right;font-variant-numeric:tabular-nums}
-td:first-child,th:first-child{text-align:left} .wide{overflow-x:auto}
-.bars td{white-space:nowrap} .bars td:nth-child(2){width:min(20rem,45vw)}
-.bar{background:#4a7fb5;height:1rem;min-width:1px} .fault{color:#c2452d;overflow-wrap:anywhere}
-.text{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f6f4;padding:.8rem;border-radius:.4rem}
-.p:nth-child(odd){color:#2b5d8a} .p{color:#577fa5} .c{background:#cfe8dc} .c:nth-child(odd){background:#a9d7bf}
-.verdict{font-weight:600;overflow-wrap:anywhere}
-"""
-
-
-def page(found: Inspection) -> str:
-    """An inspection as one self-contained HTML page."""
-    e = html.escape
-    figures = "".join(
-        f"<tr><td>{e(name.replace('max_length', f'max_length {found.max_length}'))}</td><td>{_number(value)}</td></tr>"
-        for name, value in found.figures.items()
-    )
-    rule = "".join(f"<tr><td>{e(version)}</td><td>{e(said)}</td></tr>" for version, said in found.lambdas.items())
-    head = "".join(f"<th>{p}</th>" for p in PERCENTILES)
-    lengths = "".join(
-        f"<tr><td>{name}</td>{''.join(f'<td>{v}</td>' for v in values)}</tr>"
-        for name, values in found.percentiles.items()
-    )
-    most = max((rows for *_, rows in found.histogram), default=1)
-    bars = "".join(
-        f'<tr><td>{low} to {high}</td><td><div class="bar" style="width:{100 * rows / most:.1f}%">'
-        f"</div></td><td>{rows:,}</td></tr>"
-        for low, high, rows in found.histogram
-    )
-    faults = "".join(f'<p class="fault">{e(fault)}</p>' for fault in found.faults)
-    examples = "".join(
-        f'<p class="verdict">{e(row.name)}, {e(row.verdict)}</p><div class="text">'
-        + "".join(
-            f"{LOSS[0] * (kind == 'loss')}"
-            + "".join(f'<span class="{"c" if kind == "loss" else "p"}">{e(token)}</span>' for token in part)
-            + f"{LOSS[1] * (kind == 'loss')}"
-            for kind, part in row.parts()
-        )
-        + "</div>"
-        for row in found.examples
-    )
-    text = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>{e(found.source)}</title>
-<style>{_STYLE}</style></head><body><h1>{e(found.source)}</h1>
-<table>{figures}</table>
-<h2>Weights by the paper's rule</h2><p>λ_D·n_D / (λ_U·n_U) from 1 to 4/3 (arXiv v1) or 3/2 (v4, v5)</p>
-<table>{rule}</table>
-<h2>Tokens, by percentile of the rows</h2><div class="wide"><table><tr><th></th>{head}</tr>{lengths}</table></div>
-<h2>Rows by tokens of prompt and completion together</h2><table class="bars">{bars}</table>
-{f"<p>{e(found.text_prompts)}</p>" if found.text_prompts else ""}
-{"".join(f"<p>{e(note)}</p>" for note in counted(found.notes))}
-{f"<p>Not used: {e(', '.join(found.unused))}</p>" if found.unused else ""}
-{f"<h2>Faults</h2>{faults}" if faults else ""}
-<h2>Rows</h2><p>Tokens that carry the loss stand on green, between {LOSS[0]} and {LOSS[1]}.</p>{examples}
-</body></html>
-"""
-    return plain(text)
 
 
 def inspect_source(
@@ -385,7 +324,6 @@ def inspect_source(
     text_prompts: TextPrompts = "plain",
     loss_on: LossOn = "last",
     chat_template: str | None = None,
-    html: str | None = None,
     json_file: str | None = None,
 ) -> None:
     """Show what a source of feedback holds: classes, lengths, repeats, contradictions, faults, a few rows.
@@ -393,31 +331,30 @@ def inspect_source(
     Args:
         source: a file, a folder, or the name of a hub data set.
         tokenizer: of the model to be trained: a hub name, a local folder, or package:NAME.
-        max_length: in tokens; rows that it would truncate or drop are counted.
-        examples: how many rows to show.
+        max_length: tokens; rows that it would truncate or drop are counted.
+        examples: number of random rows to show.
         split: of a hub data set or a saved DatasetDict.
         name: configuration of a hub data set.
         data_dir: sub-folder of a hub data set.
         revision: of a hub data set.
         schema: name of the row schema; default: detected from the columns.
-        columns: other names of columns, such as {prompt: question}.
+        columns: your column names, such as {prompt: question} to read question as prompt.
         ignore: columns, message keys and placeholders such as <image> that may be dropped.
-        max_row_mb: the largest row allowed, in megabytes.
-        rows: read only this many rows from the start.
+        max_row_mb: size limit of a row, in megabytes.
+        rows: read only the first rows, this many.
         streaming: read a hub data set row by row.
         special_tokens_in_text: as in data.special_tokens_in_text: refuse, split or allow.
         text_prompts: as in data.text_prompts: plain or chat.
         loss_on: as in data.loss_on: last or all.
         chat_template: as in data.chat_template: a .jinja file, a folder, chatml, or the template itself.
-        html: also write it to this file, as a page.
-        json_file: also write it to this file, as JSON.
+        json_file: also write the figures to this file, as JSON.
 
     Raises:
-        DataError: the source cannot be read.
+        DataError: the source as a whole cannot be read.
     """
     from halos_pl.policy.loading import ModelSpec, load_tokenizer
 
-    given = Source(
+    chosen = Source(
         source,
         split=split,
         name=name,
@@ -430,17 +367,16 @@ def inspect_source(
         rows=rows,
         streaming=streaming,
     )
-    for path in filter(None, (html, json_file)):
-        if Path(path).is_dir():
-            raise DataError(f"{path} is a folder; name a file to write to")
-    # Before a tokenizer is loaded, let alone converted.
-    refuse_missing([given])
+    if json_file and Path(json_file).is_dir():
+        raise DataError(f"--json_file {json_file} is a folder; name a file to write to")
+    # Before a tokenizer is loaded or converted.
+    refuse_missing([chosen])
     template = None if chat_template is None else template_of(chat_template, "--chat_template")
     loaded = load_tokenizer(ModelSpec(tokenizer))
     if template is not None:
         use_template(loaded, template, "--chat_template")
-    found = inspect(
-        given,
+    inspection = inspect(
+        chosen,
         loaded,
         max_length=max_length,
         examples=examples,
@@ -449,9 +385,8 @@ def inspect_source(
         loss_on=loss_on,
     )
     console = Console()
-    show(found, console)
-    for target, text in ((html, page(found)), (json_file, json.dumps(asdict(found), indent=2))):
-        if target:
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
-            write(Path(target), text)
-            console.print(Text(plain(f"\nwritten to {target}")))
+    show(inspection, console)
+    if json_file:
+        Path(json_file).parent.mkdir(parents=True, exist_ok=True)
+        write(Path(json_file), json.dumps(asdict(inspection), indent=2))
+        console.print(Text(plain(f"\nwritten to {json_file}")))

@@ -120,7 +120,7 @@ class Columns:
         own = any(column == "instruction" for column in schema.columns)
         self.instruction = "instruction" if own else "prompt" if mapped else None
         # Columnar files fill in keys that an object lacks with nulls.
-        self._filled = not any(ending in TEXT for ending in Path(source.path).suffixes)
+        self._filled = source.fills_columns and not any(ending in TEXT for ending in Path(source.path).suffixes)
 
     def checked(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row, with its ``input`` appended to its instruction.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,14 +17,18 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
-from halos_pl.batch import TokenBatch
+from halos_pl.batch import Needs, TokenBatch
 from halos_pl.common.stopping import ignore_signals
 from halos_pl.data.batches import Order, StepDataset, StepSampler, seeded
 from halos_pl.data.example import DataError
-from halos_pl.data.formats import files_of, refuse_missing
+from halos_pl.data.formats import refuse_missing
+from halos_pl.data.memory import MemorySource
 from halos_pl.data.prompts import TextPrompts, asked, convention, counted, say
-from halos_pl.data.source import OnBadRows, Source, source_of
+from halos_pl.data.resume import plain, refuse_other_data
+from halos_pl.data.source import OnBadRows
+from halos_pl.data.sources import Sources, sources_of
 from halos_pl.data.spans import LossOn, check_loss_on
 from halos_pl.data.special import SpecialTokens
 from halos_pl.data.split import Split, Together
@@ -32,13 +36,23 @@ from halos_pl.data.store import Store, fault_list, open_store
 from halos_pl.data.table import Table
 from halos_pl.data.template import template_of, use_template
 from halos_pl.data.tokenize import prefix_ids
-from halos_pl.data.transforms import OnePerPrompt, ThresholdScores, Transform
+from halos_pl.data.transforms import Transform, in_order, plan
 
 SPLITS = ("train", "validation", "test", "predict")
-# A mapping of a source's settings, not a ``Source``: given a file's name for a dataclass, jsonargparse would read the
-# file as its settings.
-Given = str | dict[str, Any]
-Sources = Given | list[Given]
+# Settings that decide which rows are trained on, beside the sources.
+DECIDE_ROWS = (
+    "max_length",
+    "truncate_completions",
+    "on_bad_rows",
+    "special_tokens_in_text",
+    "text_prompts",
+    "chat_template",
+    "loss_on",
+    "transforms",
+    "keep_together",
+    "control_tokens",
+)
+Tokenizer = PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -60,78 +74,18 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
-def _ordered(transforms: list[Transform], one_per_prompt: bool) -> list[Transform]:
-    """The transforms as given, with ``OnePerPrompt``, if it is asked for, before all that want labels.
-
-    Raises:
-        ValueError: for scores that would become labels only when labels have been used.
-    """
-    place = next((i for i, t in enumerate(transforms) if not t.before_labels), len(transforms))
-    late = next((t for t in transforms[place:] if isinstance(t, ThresholdScores) and not t.relabel), None)
-    if late:
-        name = type(transforms[place]).__name__
-        raise ValueError(f"data.transforms: ThresholdScores comes behind {name}, which wants labels; put it before")
-    return [*transforms[:place], *([OnePerPrompt()] if one_per_prompt else []), *transforms[place:]]
-
-
-def _no_source(given: Any) -> str:
-    """What was given in place of a source, without its rows, and what is taken instead."""
-    takes = "it takes a path, a name on the hub, a mapping {path: ..., ...} of a source's settings, or a list of these"
-    if isinstance(given, dict):
-        keys = ", ".join(map(str, list(given)[:8]))
-        if {"prompt", "completion", "chosen", "messages"} & set(given):
-            return f"holds a row, with the columns {keys}; {takes}. Write the rows to a .jsonl file and name that"
-        return f"is a mapping without path, with the keys {keys}; {takes}"
-    save = ""
-    if hasattr(given, "save_to_disk"):
-        save = '. Save it with save_to_disk("folder"), and name that folder'
-    elif hasattr(given, "to_parquet"):
-        save = '. Save it with to_parquet("file.parquet"), and name that file'
-    return f"is a {type(given).__name__}; {takes}{save}"
-
-
-def _sources(split: str, given: Sources | None) -> list[Source]:
-    """The sources of a split; a folder or a pattern of files is one source a file.
-
-    Raises:
-        ValueError: for one that is listed twice, or a weight of what is not trained on.
-    """
-    each = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
-    sources = []
-    for one in each:
-        if isinstance(one, str):
-            sources.append(Source(one))
-        elif isinstance(one, Source):
-            sources.append(one)
-        elif isinstance(one, os.PathLike):
-            sources.append(Source(os.fspath(one)))
-        elif isinstance(one, dict) and "path" in one:
-            sources.append(source_of(one, f"data.{split}"))
-        else:
-            raise ValueError(f"data.{split} {_no_source(one)}")
-    sources = [file for source in sources for file in files_of(source)]
-    if split != "train" and any(source.weight != 1 for source in sources):
-        raise ValueError(f"data.{split} has a source with a weight; only training data are weighted")
-    labels = [source.label for source in sources]
-    if twice := [label for label in dict.fromkeys(labels) if labels.count(label) > 1]:
-        raise ValueError(f"data.{split} lists {', '.join(twice)} more than once; list each once, with a weight.")
-    return sources
-
-
 class FeedbackDataModule(LightningDataModule):
-    """Human feedback, as one ``TokenBatch`` an optimizer step.
+    """Human feedback, as one ``TokenBatch`` per optimizer step.
 
-    What the objective needs of the data (paired completions, mismatched rows, undesirable rows) is asked of
-    ``lightning_module.objective.needs``; pairs become independent rows where the objective needs no pairs. The
-    tokenizer is ``lightning_module.tokenizer``. Every source is read, checked and tokenised once, before a model is
-    loaded, into a cache that later runs find by its content; batches are read from there, so memory does not grow
-    with the data but by some 60 bytes a row.
+    Every source is read, checked and tokenised once, before a model is loaded, into a cache that later runs find by
+    its content. Batches are read from there, so memory grows by only some 60 bytes per row. Tokenizer and objective
+    are set by :meth:`connect`; pairs become independent rows where the objective needs no pairs.
 
     Args:
         train, validation, test, predict: a source or a list of sources for each stage: a path or hub name, or a
-            mapping ``{path: ..., split: ..., weight: ...}`` of the settings of ``halos_pl.data.Source``. ``predict``
-            falls back to ``test``, then to ``validation``. All but ``train`` keep every row, and pairs as pairs,
-            whatever the objective needs.
+            mapping ``{path: ..., split: ..., weight: ...}`` of the settings of ``halos_pl.data.Source``; in Python
+            also a ``datasets.Dataset``, a pandas DataFrame, or a list of rows. ``predict`` defaults to ``test``, then
+            to ``validation``. All but ``train`` keep every row, and pairs as pairs, whatever the objective needs.
         batch_size: examples of one optimizer step over all ranks together: rows; pairs where the objective
             needs pairs; prompts, with all their rows, where it compares the rows of a prompt.
         eval_batch_size: the same for the other stages; default ``batch_size``.
@@ -208,61 +162,94 @@ class FeedbackDataModule(LightningDataModule):
         ):
             if value < least:
                 raise ValueError(f"data.{name} is {value}; it must be at least {least}.")
-        given = {"train": train, "validation": validation, "test": test, "predict": predict or test or validation}
-        self.sources = {split: _sources(split, value) for split, value in given.items()}
+        splits = {"train": train, "validation": validation, "test": test, "predict": predict}
+        self.sources = {split: sources_of(split, data) for split, data in splits.items()}
+        self.sources["predict"] = self.sources["predict"] or self.sources["test"] or self.sources["validation"]
         self.batch_size = batch_size
         self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
         self.max_length, self.truncate_completions = max_length, truncate_completions
         self.on_bad_rows = on_bad_rows
         self.special_tokens_in_text, self.text_prompts = special_tokens_in_text, text_prompts
         self.loss_on = loss_on
-        #: The text of the template, where the config names one.
+        #: The text of the template; None for the tokenizer's own.
         self.chat_template = None if chat_template is None else template_of(chat_template)
-        asked("", text_prompts)  # refuses what is no convention
+        asked("", text_prompts)  # raises for an unknown value
         check_loss_on(loss_on)
-        self.transforms = _ordered(list(transforms or []), one_completion_per_prompt)
+        self.transforms = in_order(list(transforms or []), one_completion_per_prompt)
         self.shuffle, self.drop_last, self.keep_together = shuffle, drop_last, keep_together
         self.balance_classes, self.group_by_length = balance_classes, group_by_length
         self.control_tokens = control_tokens
         self.num_workers, self.seed = num_workers, seed
         self.cache_dir = Path(cache_dir) if cache_dir else None
-        self._stores: dict[str, Store] = {}  # by the source's key; each is opened once a process
-        self._tokenizer: Any = None
+        self._connection: tuple[Tokenizer | Callable[[], Tokenizer], Needs] | None = None
+        self._tokenizer: tuple[Tokenizer, Any] | None = None  # and its chat template
+        self._stores: dict[str, Store] = {}  # by the source's key; each is opened once per process
         self._splits: dict[str, Split] = {}
         self._transformed: dict[str, list[dict[str, Any]]] = {}
         self._resume = (0, 0)
 
-    # Reading ---------------------------------------------------------------------------------------
+    # Connection --------------------------------------------------------------------------------------
+
+    def connect(self, *, tokenizer: Tokenizer | Callable[[], Tokenizer], needs: Needs) -> None:
+        """Sets the model's tokenizer and the objective's needs. ``HALOModule`` calls it under a Trainer.
+
+        Without a Trainer, call it before :meth:`setup`. For another model or objective, call both again.
+
+        Args:
+            tokenizer: of the policy, or a function that loads it; it is called after the files have been found.
+            needs: of the objective, see :class:`halos_pl.batch.Needs`.
+        """
+        self._connection = tokenizer, needs
+
+    @property
+    def _connected(self) -> tuple[Tokenizer | Callable[[], Tokenizer], Needs]:
+        if self._connection is None:
+            raise RuntimeError(
+                "FeedbackDataModule is not connected to a model: call data.connect(tokenizer=..., needs=...) before"
+                " data.setup(), or pass both to Trainer.fit(HALOModule(...), datamodule=data)"
+            )
+        return self._connection
+
+    @property
+    def needs(self) -> Needs:
+        """The objective's needs, after :meth:`connect`."""
+        return self._connected[1]
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, with ``chat_template`` where that is set, after :meth:`connect`."""
+        tokenizer, needs = self._connected
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            tokenizer = tokenizer()
+            self._connection = tokenizer, needs
+        if self.chat_template is not None:
+            use_template(tokenizer, self.chat_template)
+        return tokenizer
+
+    # Reading -----------------------------------------------------------------------------------------
 
     def _wanted(self, stage: str | None) -> list[str]:
-        """The splits of the stage that have sources; every such split where no stage is named."""
+        """The splits of a stage that have sources; without a stage, all splits that have."""
         required = {"fit": "train", "validate": "validation", "test": "test", "predict": "predict"}.get(stage or "")
         if required and not self.sources[required]:
             raise ValueError(f"No {required} data: set data.{required} to a file or a list of files.")
         wanted = SPLITS if required is None else (required, *(["validation"] if stage == "fit" else []))
         return [split for split in wanted if self.sources[split]]
 
-    @property
-    def _module(self) -> Any:
-        if self.trainer is None or self.trainer.lightning_module is None:
-            raise RuntimeError("FeedbackDataModule needs a Trainer and a module: use it with Trainer.fit.")
-        return self.trainer.lightning_module
-
-    def _open(self, splits: Sequence[str]) -> None:
-        """Opens the stores of the splits; all their faults are known before any is raised."""
-        faults: list[tuple[int, str]] = []
-        count = 0
+    def _open(self, splits: Sequence[str]) -> Tokenizer:
+        """Opens the stores of the splits, and reports the faults of all of them in one error."""
+        _ = self._connected
         refuse_missing(source for split in splits for source in self.sources[split])
-        tokenizer = self._module.tokenizer
-        if self.chat_template is not None:
-            use_template(tokenizer, self.chat_template)
+        tokenizer = self.tokenizer
         if self._tokenizer != (state := (tokenizer, tokenizer.chat_template)):  # of another model
             self._tokenizer, self._stores = state, {}
             if "strftime_now" in str(tokenizer.chat_template):
                 rank_zero_warn(
-                    "halos: the chat template writes the day's date: prompts that are tokenised on another day, or"
-                    " generated from, are other prompts. Write a date into the template, and save the tokenizer"
+                    "halos: the chat template writes today's date, so prompts tokenised or generated from on another"
+                    " day differ. Write a fixed date into the template and save the tokenizer"
                 )
+        faults: list[tuple[int, str]] = []
+        count = 0
         for key, source in {s.key: s for split in splits for s in self.sources[split]}.items():
             if key not in self._stores:
                 try:
@@ -277,76 +264,71 @@ class FeedbackDataModule(LightningDataModule):
                 count += self._stores[key].fault_count
         if count:
             raise DataError(fault_list(faults, count))
+        return tokenizer
 
     def prepare_data(self) -> None:
-        """Read, check and tokenise every source of the stage; Lightning calls it before a model is loaded.
+        """Reads, checks and tokenises every source of the stage. Lightning calls it before a model is loaded.
 
         Raises:
-            DataError: a fault in a source or in a row.
+            DataError: a source or a row is faulty.
         """
         state = self.trainer.state.fn if self.trainer else None
-        # With several ranks ``setup`` raises instead, on all of them: one that dies here leaves the others waiting.
+        # With several ranks ``setup`` raises instead, on all of them: if one rank failed here, the others would hang.
         with suppress(*([DataError] if self.trainer and self.trainer.world_size > 1 else [])):
             self._open(self._wanted(str(state.value) if state else None))
 
     def setup(self, stage: str | None = None) -> None:
-        """Make the stage's data fit the objective's needs.
+        """Prepares the splits of a stage for the objective's needs.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``; None for every split that has sources.
 
         Raises:
-            DataError: a fault in a source or in a row, or data that do not suit the objective.
+            DataError: a source or a row is faulty, or the data do not suit the objective.
+            RuntimeError: :meth:`connect` has not been called.
         """
         splits = self._wanted(stage)
-        self._open(splits)
+        tokenizer = self._open(splits)
         for split in splits:
-            self._splits[split] = self._split(split)
-            self._steps(split)  # now, before a model is loaded and an earlier run's folder is moved aside
+            self._splits[split] = self._split(split, tokenizer)
+            self._steps(split)  # fails now rather than after a model is loaded and an earlier run is moved aside
 
     def stores(self, split: str) -> list[Store]:
-        """What has been read of the split's sources, after ``setup``."""
+        """The tokenised sources of a split, after :meth:`setup`."""
         return [self._stores[source.key] for source in self.sources[split]]
-
-    def plan(self, split: str) -> list[Transform]:
-        """The transforms of a split in the order in which they are applied, the one that makes labels among them."""
-        chosen = [t for t in self.transforms if split == "train" or t.held_out]
-        if any(isinstance(t, ThresholdScores) for t in chosen):
-            return chosen
-        place = next((i for i, t in enumerate(chosen) if not t.before_labels), len(chosen))
-        # A loss that compares the rows of a prompt reads the scores themselves: there a row at the mean says something.
-        default = ThresholdScores(drop_ties=not self._module.objective.needs.groups)
-        return [*chosen[:place], default, *chosen[place:]]
 
     def _table(self, split: str) -> Table:
         """The split's rows after all transforms, each with a label."""
         table = Table.of(self.stores(split))
         self._transformed[split] = []
-        for transform in self.plan(split):
-            own = transform in self.transforms
-            if not own and not bool((table.label < 0).any()):
-                continue  # nothing is without a label
+        # A loss that compares the rows of a prompt reads the scores themselves, so rows at the mean count there.
+        for transform in plan(self.transforms, train=split == "train", drop_ties=not self.needs.groups):
+            listed = transform in self.transforms
+            if not listed and not bool((table.label < 0).any()):
+                continue  # every row has a label
             name = type(transform).__name__
-            # By its place in the list as given, so that its draw does not depend on what the plan puts between.
-            place = self.transforms.index(transform) if own else len(self.transforms)
-            made: Any = transform(table, seeded("transform", self._seed, place))
-            if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], Table)):
-                raise ValueError(f"data.transforms: {name} returned {type(made).__name__}, not (Table, counts)")
-            table, counts = made
+            # The place in the user's list, so that a draw does not depend on what the plan inserts.
+            place = self.transforms.index(transform) if listed else len(self.transforms)
+            result: Any = transform(table, seeded("transform", self._seed, place))
+            if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Table)):
+                raise ValueError(f"data.transforms: {name} returned {type(result).__name__}, not (Table, counts)")
+            table, counts = result
             self._transformed[split].append({"transform": name, **counts})
             rank_zero_info(f"{split} data, {name}: {', '.join(f'{k} {v}' for k, v in counts.items())}")
         return table
 
-    def _split(self, split: str) -> Split:
+    def _split(self, split: str, tokenizer: Tokenizer) -> Split:
         table = self._table(split)
         control = None
         if self.control_tokens is not None:
             texts = {True: self.control_tokens.desirable, False: self.control_tokens.undesirable}
-            tokenizer = self._module.tokenizer
             control = {k: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for k, text in texts.items()}
-        needs, together = self._module.objective.needs, self.keep_together
+        needs, together = self.needs, self.keep_together
         if split != "train":
-            # What is held out is measured on every row, and on pairs as pairs, whatever the loss is made from.
+            # Held-out data are measured on every row, and pairs as pairs, whatever the loss needs.
             needs = replace(needs, undesirable=True)
             together = "pairs" if bool((table.pair >= 0).any()) else None
-        made = Split(
+        prepared = Split(
             table,
             needs,
             max_length=self.max_length,
@@ -354,22 +336,22 @@ class FeedbackDataModule(LightningDataModule):
             control=control,
             keep_together=together,
         )
-        for store in table.stores:
-            said = convention(store.text_prompts, self.text_prompts, bool(self._module.tokenizer.chat_template))
-            rank_zero_info(f"{split} data {store.path}: {made.counts[store.path]}")
-            say(f"{split} data {store.path}", [*([said] if said else []), *counted(store.notes)])
+        for source, store in zip(self.sources[split], table.stores, strict=True):
+            name, counts = f"{split} data {store.path}", prepared.counts[store.path]
+            rank_zero_info(f"{name}: {counts}")
+            prompts = convention(store.text_prompts, self.text_prompts, bool(tokenizer.chat_template))
+            say(name, [*([prompts] if prompts else []), *counted(store.notes)])
             if store.unused:
-                rank_zero_info(f"{split} data {store.path}: not used: {', '.join(store.unused)}")
+                rank_zero_info(f"{name}: not used: {', '.join(store.unused)}")
             if store.fault_count:
                 rank_zero_info(f"{split} data, skipped:\n{fault_list(store.causes, store.fault_count)}")
-        for source, store in zip(self.sources[split], table.stores, strict=True):
             if source.weight != 1:
-                number = round(source.weight * made.counts[store.path].rows)
-                rank_zero_info(f"{split} data {store.path}: weight {source.weight:g}, about {number} rows an epoch")
-        if not len(made.table):
+                number = round(source.weight * counts.rows)
+                rank_zero_info(f"{name}: weight {source.weight:g}, about {number} rows per epoch")
+        if not len(prepared.table):
             labels = ", ".join(store.path for store in table.stores)
-            raise DataError(f"{labels}: no row is left for {split}, see the counts above.")
-        return made
+            raise DataError(f"{labels}: no row is left for {split}; see the counts above.")
+        return prepared
 
     @property
     def _seed(self) -> int:
@@ -380,7 +362,7 @@ class FeedbackDataModule(LightningDataModule):
 
         Returns:
             ``{split: {source: {name: number}}}`` with the names of ``FileCounts`` and ``unused``, the source's columns
-            that nothing reads; and beside the sources ``transforms``, a list with what each of them did.
+            that nothing reads; beside the sources ``transforms``, a list of what each of them did.
         """
         return {
             name: {
@@ -394,57 +376,57 @@ class FeedbackDataModule(LightningDataModule):
         }
 
     def digests(self, split: str) -> dict[str, str]:
-        """A hash of tokens and rows of each source, by its path, after ``setup``; those of the hub have one, too."""
+        """A hash of tokens and labels of each source, by its name, after :meth:`setup`."""
         return {store.path: store.digest for store in self.stores(split)}
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row of the splits set up so far, prompt and completion together."""
+        """Tokens of the longest row, prompt and completion together, of the splits set up so far."""
         return max((split.longest for split in self._splits.values()), default=0)
 
     def tokens(self) -> Iterator[tuple[str, NDArray[Any]]]:
-        """Name and token ids of each row of the splits set up so far, prompt, control tokens and completion."""
+        """Name and token ids (prompt, control tokens, completion) of each row of the splits set up so far."""
         for split in self._splits.values():
             for row in split.rows:
                 prompt = split.prompts[row.prompt][-row.prompt_length :]
                 yield row.row_id, np.concatenate([prompt, np.array(row.control, np.int32), row.completion])
 
-    # Loaders ---------------------------------------------------------------------------------------
+    # Loaders -----------------------------------------------------------------------------------------
 
     def _steps(self, split: str) -> tuple[StepDataset, StepSampler]:
-        """Makes the batches of a split, and says which there are.
+        """The data set and sampler that make the batches of a split.
 
         Raises:
-            DataError: where the data cannot make such batches.
+            DataError: the data cannot make such batches.
         """
-        train, own = split == "train", self._splits[split]
-        labels = [source.label for source in self.sources[split]]
-        # None where there is one process; with model parallelism these are not the world's rank and size.
-        place: dict[str, Any] = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
-        world_size, rank = place.get("num_replicas", 1), place.get("rank", 0)
+        train, rows = split == "train", self._splits[split]
+        # None for a single process; with model parallelism these differ from the world's rank and size.
+        share: dict[str, Any] = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
+        world_size, rank = share.get("num_replicas", 1), share.get("rank", 0)
         try:
             dataset = StepDataset(
-                own.prompts,
-                own.rows,
-                own.examples,
-                prompt_of=own.table.prompt,
+                rows.prompts,
+                rows.rows,
+                rows.examples,
+                prompt_of=rows.table.prompt,
                 max_length=self.max_length,
-                mismatched=self._module.objective.needs.mismatched,
+                mismatched=self.needs.mismatched,
                 seed=self._seed,
                 rank=rank,
                 world_size=world_size,
-                prefix=prefix_ids(self._module.tokenizer),
+                prefix=prefix_ids(self.tokenizer),
             )
             sampler = StepSampler(
-                self._order(own) if train else Order(len(dataset), seed=self._seed, shuffle=False),
+                self._order(rows) if train else Order(len(dataset), seed=self._seed, shuffle=False),
                 batch_size=self.batch_size if train else self.eval_batch_size,
                 world_size=world_size,
                 drop_last=self.drop_last and train,
                 same_every_epoch=not train,
             )
         except ValueError as error:
-            said = str(error) if train else str(error).replace("batch_size", "eval_batch_size")
-            raise DataError(f"{split} data ({', '.join(labels)}): {said}") from error
+            reason = str(error) if train else str(error).replace("batch_size", "eval_batch_size")
+            labels = ", ".join(source.label for source in self.sources[split])
+            raise DataError(f"{split} data ({labels}): {reason}") from error
         return dataset, sampler
 
     def _loader(self, split: str) -> DataLoader[TokenBatch]:
@@ -460,8 +442,8 @@ class FeedbackDataModule(LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             worker_init_fn=ignore_signals,
-            # Iterating draws a seed for the workers. From the global state it would change a resumed run, which
-            # iterates less often.
+            # Each iterator draws a seed for the workers. Drawn from the global state, it would change a resumed run,
+            # which makes fewer iterators.
             generator=torch.Generator().manual_seed(self._seed),
             collate_fn=_identity,
         )
@@ -489,7 +471,7 @@ class FeedbackDataModule(LightningDataModule):
         )
 
     def resume_at(self, epoch: int, step: int) -> None:
-        """Let the next training loader begin at step ``step`` of ``epoch``; the epochs after it are whole."""
+        """Makes the next training loader begin at step ``step`` of ``epoch``; later epochs are whole."""
         self._resume = (epoch, step)
 
     def train_dataloader(self) -> DataLoader[TokenBatch]:
@@ -499,7 +481,7 @@ class FeedbackDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[TokenBatch] | list[Any]:
         if not self.sources["validation"]:
-            # None is meant, so Lightning's "make sure this was your intention" would only worry the user.
+            # Lightning would ask whether that was intended.
             warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")
             return []
         return self._loader("validation")
@@ -510,9 +492,10 @@ class FeedbackDataModule(LightningDataModule):
     def predict_dataloader(self) -> DataLoader[TokenBatch]:
         return self._loader("predict")
 
-    # Checkpoints -----------------------------------------------------------------------------------
+    # Checkpoints -------------------------------------------------------------------------------------
 
     def _fingerprint(self) -> dict[str, Any]:
+        """What a resumed run must have in common with its checkpoint."""
         return {
             "training data": self._splits["train"].digest,
             "batch_size": self.batch_size,
@@ -522,38 +505,34 @@ class FeedbackDataModule(LightningDataModule):
             "balance_classes": self.balance_classes,
             "group_by_length": self.group_by_length,
             # The prompt of a mismatched row is cut to what its completion leaves of it.
-            "max_length": self.max_length if self._module.objective.needs.mismatched else None,
+            "max_length": self.max_length if self.needs.mismatched else None,
             "weights": json.dumps([source.weight for source in self.sources["train"]]),
-            "objective's needs": json.dumps(asdict(self._module.objective.needs)),
+            "objective's needs": json.dumps(asdict(self.needs)),
         }
 
+    def _settings(self) -> dict[str, Any]:
+        """The settings that decide which rows are trained on."""
+        named = {name: getattr(self, name) for name in DECIDE_ROWS}
+        digests = self.digests("train")
+        train = [
+            f"{source.label} (in memory, {digests[source.label][:12]})"
+            if isinstance(source, MemorySource)
+            else source.label
+            for source in self.sources["train"]
+        ]
+        return plain({"train": train, **named})
+
     def state_dict(self) -> dict[str, Any]:
-        return {"fingerprint": self._fingerprint()} if "train" in self._splits else {}
+        if "train" not in self._splits:
+            return {}
+        return {"fingerprint": self._fingerprint(), "settings": self._settings()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to resume with other data or batches than the checkpoint's: it would be another run.
+        """Refuses to resume with other data or batches than the checkpoint's; without training data, does nothing.
 
         Raises:
-            ValueError: naming what differs. Nothing is checked where no training data are set up.
+            ValueError: names what differs.
         """
-        if "train" not in self._splits or "fingerprint" not in state_dict:
-            return
-        saved, now = state_dict["fingerprint"], self._fingerprint()
-        saved = {"max_length": now["max_length"]} | saved  # older checkpoints do not say
-        differing = [self._difference(key, saved.get(key), now[key]) for key in now if saved.get(key) != now[key]]
-        if differing:
-            raise ValueError(
-                f"the checkpoint is of a run with other data or batches: {'; '.join(differing)}. "
-                "Resume with the same settings, or start a new run."
-            )
-
-    def _difference(self, key: str, saved: Any, now: Any) -> str:
-        """What differs, in words; of hashes and of what is kept as JSON only the parts that say something."""
-        if key == "training data":
-            changed = getattr(getattr(self._module, "record", None), "found", ())
-            return f"{key} (other rows{''.join(f', {c}' for c in changed if c.key.startswith('data.'))})"
-        if key == "objective's needs":
-            before, after = json.loads(saved or "{}"), json.loads(now)
-            named = [f"{k}: {before.get(k)} -> {v}" for k, v in after.items() if before.get(k) != v]
-            return f"{key} ({', '.join(named)})"
-        return f"{key} (saved {saved}, now {now})"
+        if "train" in self._splits and "fingerprint" in state_dict:
+            settings = state_dict.get("settings", {})
+            refuse_other_data(state_dict["fingerprint"], self._fingerprint(), settings, self._settings())

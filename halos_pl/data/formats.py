@@ -22,9 +22,10 @@ from typing import Any
 import pyarrow as pa
 
 from halos_pl.common.misplaced import misplaced
-from halos_pl.data.arrow import BATCH, BINARY, ROW_FAULTS, SAVED, batches, classes_of, named, saved, validated
-from halos_pl.data.broken import CHUNK, Broken, Read, split_of
+from halos_pl.data.arrow import BINARY, ROW_FAULTS, SAVED, saved
+from halos_pl.data.broken import CHUNK, Broken, Read
 from halos_pl.data.example import DataError, Fault, short
+from halos_pl.data.memory import MemorySource, dataset_rows
 from halos_pl.data.source import Source
 from halos_pl.data.text import TEXT
 
@@ -32,27 +33,6 @@ from halos_pl.data.text import TEXT
 Row = tuple[int, dict[str, Any] | Fault]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-def _dataset(found: Any, source: Source) -> Read:
-    """Rows of a ``datasets`` object, of one split if it has several."""
-    import datasets  # takes a second, and files do without
-
-    if isinstance(found, dict):
-        split = split_of(list(found), source.split, "data set")
-        if isinstance(split, Broken):
-            yield 0, split
-            return
-        found = found[split]
-    features = getattr(found, "features", None)
-    classes = classes_of(features.to_dict()) if isinstance(features, datasets.Features) else {}
-    if isinstance(found, datasets.Dataset):
-        # As stored: a column of images, say, is not decoded.
-        tables = validated(found.with_format("arrow").iter(BATCH))
-        yield from batches(tables, found.column_names, classes, source.max_row)
-    else:
-        for number, row in enumerate(found, start=1):
-            yield number, named(dict(row), classes)
 
 
 def is_hub_name(path: str) -> bool:
@@ -90,7 +70,7 @@ def _hub(source: Source) -> Read:
             revision=source.revision,
             streaming=source.streaming,
         )
-        for number, row in _dataset(found, source):
+        for number, row in dataset_rows(found, source):
             yield number, row
     except Exception as error:  # whatever the hub, the network or the builder of the data set raise
         message = " ".join(str(error).split())
@@ -133,7 +113,7 @@ def refuse_missing(sources: Iterable[Source]) -> None:
     Raises:
         DataError: naming all of them.
     """
-    sources = list(sources)
+    sources = [source for source in sources if not isinstance(source, MemorySource)]
     missing = [source.path for source in sources if not Path(source.path).exists() and not is_hub_name(source.path)]
     if missing:
         raise DataError(f"{', '.join(missing)}: {NOT_THERE.format(Path.cwd())}")
@@ -150,6 +130,8 @@ def files_of(source: Source) -> list[Source]:
     Raises:
         ValueError: for several files and a number of rows, or for files of training and of held-out data.
     """
+    if isinstance(source, MemorySource):
+        return [source]
     path = Path(source.path)
     found: list[Path] = []
     if path.is_dir():
@@ -250,6 +232,9 @@ def _unknown_kind(path: str) -> str:
 
 
 def _read(source: Source) -> Read:
+    if isinstance(source, MemorySource):
+        yield from source.read()
+        return
     path = source.path
     kind = _kind(path)
     if wrong := _wrong_settings(source):
@@ -286,7 +271,7 @@ def rows(source: Source) -> Iterator[Row]:
     empty = True
     for line, row in islice(_read(source), source.rows):
         empty = False
-        place = f"{source.path}:{line}" if line else source.path
+        place = source.place(line) if line else source.path
         if isinstance(row, Broken):
             # What a library says of a damaged file may hold parts of it.
             reason = "".join(c if c.isprintable() else "?" for c in " ".join(str(row).split()))

@@ -94,7 +94,7 @@ def read(
     kept: list[tuple[str, dict[str, Any] | Fault]] = []  # where a row needs the whole source
     ended = False  # by a fault of the source as a whole
     for line, found in formats.rows(source):
-        place = f"{source.path}:{line}"
+        place = source.place(line)
         item: dict[str, Any] | Fault = found
         if isinstance(found, dict):
             found = without(found, source.ignore, idle) if source.ignore else found

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -62,6 +62,17 @@ class Source:
     def key(self) -> str:
         """The same for sources that are read the same way, however often their rows are seen."""
         return repr(replace(self, weight=1.0))
+
+    before_line: ClassVar[str] = ":"
+
+    def place(self, line: int | str) -> str:
+        """The name of a line (a row, in formats without lines), in messages and row names."""
+        return f"{self.path}{self.before_line}{line}"
+
+    @property
+    def fills_columns(self) -> bool:
+        """Whether every row has every column, so that an empty value may mean that it has none; text formats aside."""
+        return True
 
     @property
     def max_row(self) -> int:

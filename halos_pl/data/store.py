@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from halos_pl.data import (
     formats,
     loss_on,
     meanings,
+    memory,
     prompts,
     published,
     read,
@@ -106,6 +107,7 @@ class Store:
         text_prompts: number of examples whose prompt is plain text in the source.
         notes: what is to be said of some examples, and of how many.
         spans: ``SPAN`` [s], by row, stretches of completions that carry the loss; none where all of one does.
+        before_line: between ``path`` and line in a row's name.
     """
 
     path: str
@@ -127,14 +129,15 @@ class Store:
     text_prompts: int = 0
     notes: dict[str, int] = field(default_factory=dict)
     spans: NDArray[Any] = field(default_factory=lambda: np.empty(0, SPAN))
+    before_line: str = ":"
 
     def __reduce__(self) -> Any:
         """Sent to a worker as its place: pickled, the mapped arrays would be copied."""
-        return super().__reduce__() if self.folder is None else (_open, (self.path, self.folder))
+        return super().__reduce__() if self.folder is None else (_open, (self.path, self.folder, self.before_line))
 
     def name(self, row: int) -> str:
         """``SOURCE:LINE``, and which of the line's rows it is."""
-        return f"{self.path}:{self.rows['line'][row]}{self.suffixes[self.rows['suffix'][row]]}"
+        return f"{self.path}{self.before_line}{self.rows['line'][row]}{self.suffixes[self.rows['suffix'][row]]}"
 
     def prompt(self, number: int) -> NDArray[np.int32]:
         """Token ids of a prompt, uncut."""
@@ -241,7 +244,7 @@ class _Writer:
         self.digest.update(b"".join(key for _, _, key in new))
 
     def _rows(self, example: Example, prompt: int, found: tokenize.Tokens) -> Iterator[tuple[Any, ...]]:
-        line, _, rest = example.row_id[len(self.source.path) + 1 :].partition("#")
+        line, _, rest = example.row_id.removeprefix(self.source.place("")).partition("#")
         part = f"#{rest}" if rest else ""
         first = self.row
         for k, (ids, carrying) in enumerate(zip(found.completions, found.spans, strict=True)):
@@ -348,6 +351,7 @@ def _code() -> str:
         schemas,
         columns,
         meanings,
+        memory,
         prompts,
         loss_on,
         read,
@@ -381,10 +385,12 @@ def _content(path: Path) -> str:
 
 
 def _key(source: Source, tokenizer: PreTrainedTokenizerBase, *how: str) -> str:
-    settings = asdict(source)
-    del settings["weight"]  # how often rows are seen is no part of what they are
+    # How often rows are seen does not change them.
+    settings = {f.name: getattr(source, f.name) for f in fields(source) if f.name not in ("weight", "data")}
     path = Path(source.path)
-    if path.exists():
+    if isinstance(source, memory.MemorySource):
+        settings["path"], content = "", source.digest()
+    elif path.exists():
         settings["path"] = "".join(path.suffixes)  # a copy elsewhere is the same source
         content = _content(path)
     else:
@@ -393,7 +399,7 @@ def _key(source: Source, tokenizer: PreTrainedTokenizerBase, *how: str) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def _open(path: str, folder: Path) -> Store:
+def _open(path: str, folder: Path, before_line: str = ":") -> Store:
     def mapped(name: str, dtype: Any) -> NDArray[Any]:
         file = folder / name
         empty: NDArray[Any] = np.empty(0, dtype)  # an empty file cannot be mapped
@@ -402,7 +408,7 @@ def _open(path: str, folder: Path) -> Store:
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     arrays = mapped("tokens", "<i4"), mapped("prompts", PROMPT), mapped("rows", ROW)
     spans = mapped(SPANS, SPAN) if (folder / SPANS).is_file() else np.empty(0, SPAN)
-    return Store(path, *arrays, **meta, spans=spans, folder=folder)
+    return Store(path, *arrays, **meta, spans=spans, folder=folder, before_line=before_line)
 
 
 def _sums(folder: Path) -> str:
@@ -413,12 +419,12 @@ def _sums(folder: Path) -> str:
     return "".join(lines)
 
 
-def _found(path: str, folder: Path) -> Store | None:
+def _found(path: str, folder: Path, before_line: str) -> Store | None:
     """The store in ``folder``; None where there is none, or where a byte of it is not what was written."""
     if not all((folder / name).is_file() for name in ("meta.json", *FILES, SUMS)):
         return None  # a pipe, say, would never end
     try:
-        return _open(path, folder) if (folder / SUMS).read_bytes() == _sums(folder).encode() else None
+        return _open(path, folder, before_line) if (folder / SUMS).read_bytes() == _sums(folder).encode() else None
     except (OSError, ValueError, TypeError):
         return None
 
@@ -445,7 +451,8 @@ def open_store(
         DataError: for a fault of the source as a whole, a missing file, say. Faults of rows are in the store.
     """
     path = Path(source.path)
-    if not path.exists() and not formats.is_hub_name(source.path):
+    in_memory = isinstance(source, memory.MemorySource)
+    if not in_memory and not path.exists() and not formats.is_hub_name(source.path):
         raise DataError(str(next(iter(read.read(source)))))
     home = folder or cache_root() / "data"
     try:
@@ -456,7 +463,7 @@ def open_store(
     with suppress(OSError):  # a cache that is only read may be read-only
         home.mkdir(parents=True, exist_ok=True)
     use = Use(place)
-    if store := _found(source.label, place):  # without the lock, for the same reason
+    if store := _found(source.label, place, source.before_line):  # without the lock, for the same reason
         return replace(store, use=use)
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -467,7 +474,7 @@ def open_store(
             " HALOS_CACHE"
         ) from error
     with FileLock(f"{place}.lock"):
-        if (store := _found(source.label, place)) is None:  # else another process has just written it
+        if (store := _found(source.label, place, source.before_line)) is None:  # not written meanwhile
             if place.exists():
                 rank_zero_info(f"halos: what the cache holds of {source.path} is damaged; it is recomputed")
             part = place.with_suffix(".part")
@@ -480,6 +487,6 @@ def open_store(
                 os.replace(part, place)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
-            store = _open(source.label, place)
+            store = _open(source.label, place, source.before_line)
     make_room(home)
     return replace(store, use=use)

@@ -285,6 +285,41 @@ def _pairs(
                 yield high, ranked[low]
 
 
+# Lists of transforms -------------------------------------------------------------------------------------
+
+
+def in_order(transforms: Sequence[Transform], one_per_prompt: bool) -> list[Transform]:
+    """The transforms, with ``OnePerPrompt``, where wanted, before the first that needs labels.
+
+    Raises:
+        ValueError: ``ThresholdScores`` would make labels only after a transform has used them.
+    """
+    place = _first_on_labels(transforms)
+    if any(isinstance(t, ThresholdScores) and not t.relabel for t in transforms[place:]):
+        name = type(transforms[place]).__name__
+        raise ValueError(f"data.transforms: ThresholdScores comes after {name}, which needs labels; put it before")
+    return [*transforms[:place], *([OnePerPrompt()] if one_per_prompt else []), *transforms[place:]]
+
+
+def plan(transforms: Sequence[Transform], *, train: bool, drop_ties: bool) -> list[Transform]:
+    """The transforms that a split goes through, the one that turns scores into labels among them.
+
+    Args:
+        transforms: in order.
+        train: whether the split is trained on; else only transforms with ``held_out`` apply.
+        drop_ties: of the ``ThresholdScores`` that is added where the list has none.
+    """
+    chosen = [t for t in transforms if train or t.held_out]
+    if any(isinstance(t, ThresholdScores) for t in chosen):
+        return chosen
+    place = _first_on_labels(chosen)
+    return [*chosen[:place], ThresholdScores(drop_ties=drop_ties), *chosen[place:]]
+
+
+def _first_on_labels(transforms: Sequence[Transform]) -> int:
+    return next((i for i, t in enumerate(transforms) if not t.before_labels), len(transforms))
+
+
 def groups(numbers: Sequence[int] | NDArray[Any]) -> list[list[int]]:
     """Places of equal numbers, in the order in which the numbers first occur."""
     found: dict[int, list[int]] = {}

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from halos_pl.data.datamodule import _sources
 from halos_pl.data.example import DataError
 from halos_pl.data.formats import files_of
 from halos_pl.data.source import Source
+from halos_pl.data.sources import sources_of
 from halos_pl.evaluation.metrics import CODE
 from halos_pl.policy.sampling import check_sampling
 
@@ -78,6 +78,6 @@ def check_arguments(
     if not 0 < beta < float("inf"):
         raise DataError(f"beta is {beta}; it must be above 0 and finite")
     try:
-        _sources("predict", held_out)
+        sources_of("predict", held_out)
     except ValueError as error:
         raise DataError(str(error).replace("data.predict", "held_out")) from error

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from halos_pl.data.datamodule import _sources
 from halos_pl.data.example import DataError
 from halos_pl.data.prompts import TEXT_SETTINGS
+from halos_pl.data.sources import sources_of
 from halos_pl.data.store import fault_list, open_store
 from halos_pl.data.table import Table
 from halos_pl.data.transforms import ThresholdScores
@@ -44,7 +44,7 @@ def check_held_out(study: Study, arguments: Mapping[str, Any], tokenizer: Any, d
     text = {name: getattr(data, name) for name in TEXT_SETTINGS}
     text["text_prompts"] = arguments["text_prompts"] or data.text_prompts
     try:
-        stores = [open_store(source, tokenizer, **text) for source in _sources("predict", sources)]
+        stores = [open_store(source, tokenizer, **text) for source in sources_of("predict", sources)]
     except (DataError, OSError, ValueError) as error:
         raise StudyError(f"{place}: {error}") from error
     for store in stores:

@@ -167,6 +167,7 @@ def _check_arm(study: Study, arm: Arm, line: CommandLine) -> tuple[Any, CheckedA
 def _steps(cli: Any) -> int:
     """Optimizer steps of a fit, after reading and checking its data."""
     trainer, data = cli.trainer, cli.datamodule
+    data.connect(tokenizer=lambda: cli.model.tokenizer, needs=cli.model.objective.needs)
     trainer.strategy._lightning_module = cli.model
     data.trainer = trainer
     trainer.state.fn = "fit"

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from lightning import LightningModule
+from lightning import Callback, LightningModule
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
@@ -212,6 +212,13 @@ class HALOModule(LightningModule):
     def halo(self) -> HALO | None:
         """The HALO whose outcomes are reported, None for a pure baseline."""
         return next((m for m in self.objective.modules() if isinstance(m, HALO)), None)
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Connects the data to the tokenizer and the objective; no other hook comes before ``prepare_data``."""
+        connect = getattr(getattr(self.trainer, "datamodule", None), "connect", None)
+        if connect is not None:
+            connect(tokenizer=lambda: self.tokenizer, needs=self.objective.needs)
+        return []
 
     def setup(self, stage: str) -> None:
         """Refuses what would silently train something else."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import re
 from pathlib import Path
@@ -16,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from halos_pl.cli.inspect import PERCENTILES, Inspection, inspect, lambdas, page, show
+from halos_pl.cli.inspect import PERCENTILES, Inspection, inspect, lambdas, show
 from halos_pl.cli.main import main
 from halos_pl.data import Source
 from halos_pl.data.prompts import counted
@@ -95,22 +94,17 @@ def test_tokens_of_the_completion_are_marked_and_markup_is_text(tmp_path: Path) 
     found = inspected(write_jsonl(tmp_path / "a.jsonl", rows), tmp_path, examples=1)
     assert "".join(found.examples[0].prompt) == "<b>[red]"
     assert "".join(found.examples[0].completion) == "<script>[/red]<|im_end|>"
-    text = page(found)
-    assert "<script>" not in text
-    marked = re.sub(r"<[^>]+>", "", text[text.index('class="c"') - 6 :])
-    assert marked.startswith("&lt;script&gt;[/red]&lt;|im_end|&gt;")
     with (tmp_path / "out").open("w") as file:
         show(found, Console(file=file, width=100))
     assert "<b>[red]⟦<script>[/red]<|im_end|>⟧" in (tmp_path / "out").read_text()  # no colours in a file
 
 
-def test_the_command_writes_a_page_and_json(tmp_path: Path, tiny_folder: Path, capfd: Any) -> None:
+def test_the_command_shows_tables_and_writes_json(tmp_path: Path, tiny_folder: Path, capfd: Any) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"q": f"p{i}", "completion": "c", "label": i % 2} for i in range(9)])
     words = [f"--tokenizer={tiny_folder}", "--columns={prompt: q}", "--rows=8"]
-    main(["data", "inspect", path, *words, f"--html={tmp_path}/out/a.html", f"--json_file={tmp_path}/out/a.json"])
+    main(["data", "inspect", path, *words, f"--json_file={tmp_path}/out/a.json"])
     assert "distinct prompts" in capfd.readouterr().out
     assert json.loads((tmp_path / "out/a.json").read_text())["figures"]["rows"] == 8
-    assert (tmp_path / "out/a.html").read_text().startswith("<!doctype html>")
     with pytest.raises(SystemExit) as stopped:
         main(["data", "inspect", str(tmp_path / "absent.jsonl"), f"--tokenizer={tiny_folder}"])
     assert stopped.value.code == 1
@@ -121,14 +115,13 @@ def test_the_command_writes_a_page_and_json(tmp_path: Path, tiny_folder: Path, c
     assert "--chat_template: absent.jinja" in capfd.readouterr().err
 
 
-def test_notes_stand_in_the_terminal_and_on_the_page(tmp_path: Path) -> None:
+def test_notes_are_shown(tmp_path: Path) -> None:
     tokenizer = shipped("qwen3")
     ask = [{"role": "user", "content": "Why?"}]
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": ask, "completion": "So.", "label": True}])
     found = inspect(Source(path), tokenizer, cache_dir=tmp_path / "cache")
     [note] = counted(found.notes)
     assert repr("<think>\n\n</think>\n\n") in note
-    assert html.escape(note) in page(found)
     with (tmp_path / "out").open("w") as file:
         show(found, Console(file=file, width=500))
     assert note in (tmp_path / "out").read_text()
@@ -139,7 +132,6 @@ def test_a_source_without_a_sound_row(tmp_path: Path) -> None:
     found = inspected(write_jsonl(tmp_path / "a.jsonl", rows), tmp_path)
     assert (found.figures["rows"], found.figures["faulty rows"], found.examples) == (0, 3, [])
     show(found, Console(quiet=True))
-    page(found)
 
 
 def test_what_a_terminal_would_obey_and_what_takes_several_tokens(tmp_path: Path) -> None:

@@ -428,14 +428,15 @@ def test_what_python_is_given_is_answered_in_a_line(tiny_folder: Path) -> None:
         with pytest.raises(TypeError, match=f"value_function is {what}"):
             build_objective(value_function=part)  # type: ignore[arg-type]
     rows = [{"prompt": "Say 0.", "completion": "0", "label": True}]
-    wrong_sources: list[tuple[Any, str]] = [(rows, ".jsonl"), (rows[0], ".jsonl"), (5, "int")]
-    for given, named in [*wrong_sources, (datasets.Dataset.from_list(rows), "save_to_disk")]:
+    splits = datasets.DatasetDict(a=datasets.Dataset.from_list(rows))
+    wrong_sources: list[tuple[Any, str]] = [(rows[0], "list of rows"), (5, "int"), (splits, "data['a']")]
+    for given, named in wrong_sources:
         with pytest.raises(ValueError, match=r"data\.train") as wrong:
-            FeedbackDataModule(train=given)  # type: ignore[arg-type]
+            FeedbackDataModule(train=given)
         assert named in str(wrong.value)
         assert "Say 0." not in str(wrong.value)
         assert "\n" not in str(wrong.value)
-    assert FeedbackDataModule(train=tiny_folder / "rows.jsonl").sources["train"][0].path.endswith("rows.jsonl")  # type: ignore[arg-type]
+    assert FeedbackDataModule(train=tiny_folder / "rows.jsonl").sources["train"][0].path.endswith("rows.jsonl")
 
 
 def test_the_help_names_every_command_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,10 +133,8 @@ def test_a_terminal_is_told_nothing(tmp_path: Path, tiny_folder: Path, capsys: p
     texts = [text for text in HOSTILE if text.strip()]
     rows = [{"prompt": text, "completion": text, "label": i % 2 == 0} for i, text in enumerate(texts)]
     data = write_jsonl(tmp_path / "hostile.jsonl", rows)
-    page = tmp_path / "page.html"
-    main(["data", "inspect", data, f"--tokenizer={tiny_folder}", f"--examples={len(rows)}", f"--html={page}"])
+    main(["data", "inspect", data, f"--tokenizer={tiny_folder}", f"--examples={len(rows)}"])
     said = capsys.readouterr().out
-    assert not re.search("[\x1b\x07\x9b\u202e]", page.read_text(encoding="utf-8"))
     assert "\\x1b[31m" in said
     assert "[red]markup[/red]" in said
     assert not re.search("[\x1b\x07\x9b\u202e]", said)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from tokenizers import AddedToken, normalizers
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.batch import Needs
-from halos_pl.cli.inspect import inspect, page
+from halos_pl.cli.inspect import inspect
 from halos_pl.data import DataError, FeedbackDataModule, Source
 from halos_pl.data.special import SpecialTokens
 from halos_pl.data.store import open_store
@@ -177,13 +176,7 @@ ROWS = [
 
 def module(path: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> FeedbackDataModule:
     data = FeedbackDataModule(path, batch_size=2, **options)
-    objective = SimpleNamespace(needs=Needs())
-    trainer: Any = SimpleNamespace(
-        lightning_module=SimpleNamespace(tokenizer=tokenizer, objective=objective),
-        distributed_sampler_kwargs={"num_replicas": 1, "rank": 0},
-        state=SimpleNamespace(fn=None),
-    )
-    data.trainer = trainer
+    data.connect(tokenizer=tokenizer, needs=Needs())
     data.setup("fit")
     return data
 
@@ -223,7 +216,6 @@ def test_inspect_counts_them(tmp_path: Path) -> None:
         assert figures["examples whose text spells special tokens"] == 2
         assert figures["spelled: <|im_start|>"] == 2
         assert figures["spelled: <|im_end|>"] == 1
-    assert "<|im_start|>" not in page(found)  # escaped
     text = write_jsonl(tmp_path / "text.jsonl", [{"prompt": FORGED, "completion": "a", "label": True}])
     store = open_store(Source(text), byte_level_tokenizer(), tmp_path / "cache")
     assert (store.fault_count, store.spelling) == (0, 1)

@@ -292,7 +292,7 @@ COMMANDS = {
     "data inspect rows.jsonl --tokenizer folder": "folder",
     "data inspect rows.jsonl --tokenizer MODEL --rows -1": "rows",
     "data inspect rows.jsonl --tokenizer MODEL --columns [a]": "columns",
-    "data inspect rows.jsonl --tokenizer MODEL --html folder": "folder",
+    "data inspect rows.jsonl --tokenizer MODEL --json_file folder": "folder",
     "cache nope": "nope",
     "cache info x": "x",
     "cache clear --kind x": "kind",

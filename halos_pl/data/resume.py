@@ -1,0 +1,43 @@
+"""What a checkpoint keeps of the data, and whether a run may resume with other data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+Settings = dict[str, Any]
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON would give it back; an object becomes ``{class: attributes}``."""
+    return json.loads(json.dumps(value, default=lambda o: {type(o).__name__: getattr(o, "__dict__", None)}))
+
+
+def refuse_other_data(saved: Mapping[str, Any], now: Mapping[str, Any], was: Settings, settings: Settings) -> None:
+    """Refuses to resume with data or batches that differ from the checkpoint's: it would be another run.
+
+    Args:
+        saved, now: what must be equal, by name; a name that an older checkpoint lacks is not compared.
+        was, settings: settings of the DataModule then and now, to explain why rows differ.
+
+    Raises:
+        ValueError: names what differs.
+    """
+    differing = [key for key in now if key in saved and saved[key] != now[key]]
+    if differing:
+        named = "; ".join(_difference(key, saved[key], now[key], was, settings) for key in differing)
+        raise ValueError(
+            f"the checkpoint is of a run with other data or batches: {named}. Restore these settings to resume, or"
+            " start a new run."
+        )
+
+
+def _difference(key: str, saved: Any, now: Any, was: Settings, settings: Settings) -> str:
+    if key == "training data":  # a hash, which says nothing
+        changed = [f"data.{name}: {was[name]} -> {v}" for name, v in settings.items() if was.get(name, v) != v]
+        return f"{key} ({', '.join(['other rows', *changed])})"
+    if key == "objective's needs":
+        before, after = json.loads(saved), json.loads(now)
+        return f"{key} ({', '.join(f'{k}: {before.get(k)} -> {v}' for k, v in after.items() if before.get(k) != v)})"
+    return f"{key} (saved {saved}, now {now})"
