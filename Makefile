@@ -4,10 +4,18 @@ TORCH := 2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: quickstart test test-slow check lint readme results bench bench-full clean
+.PHONY: quickstart install test test-slow test-install check lint readme results bench bench-full clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python experiments/quickstart/run.py
+
+# For use, into the environment of $(PYTHON), without what the tests need.
+install:
+	$(PYTHON) -m pip install .
+
+# The wheel in a clean environment: installed, and a step trained, from another folder. Some minutes, and the network.
+test-install:
+	PYTHON=$(PYTHON) TORCH=$(TORCH) .ci/test_install
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
@@ -17,9 +25,9 @@ test-slow: $(INSTALLED)
 
 check: lint test
 
-# The table of verdicts in README.md.
+# The verdicts of the shipped losses: the table in README.md, and the one that halos objectives lists.
 readme: $(INSTALLED)
-	$(BIN)/halos check --all --write README.md
+	$(BIN)/halos check --all --write README.md --write experiments/objectives.json
 
 # Reports, tables and figures of studies, recomputed from what is kept of them: values.csv.gz, record.json and study.yaml.
 RESULTS ?= experiments/ablations/results

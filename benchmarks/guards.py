@@ -33,7 +33,7 @@ FIT = ("base.yaml", "objectives/kto.yaml", "quickstart/quickstart.yaml")
 #: Guard, and the function that does it.
 GUARDS = {
     "the run's folder is locked and writable": "halos_pl.training.run_lock:RunLock.take",
-    "config files are read for faults": "halos_pl.cli.lightning_cli:check_files",
+    "config files are read for faults": "halos_pl.cli.configs:check_files",
     "monitors are known": "halos_pl.cli.lightning_cli:check_monitors",
     "the cached tokens are whole (SHA-256)": "halos_pl.data.store:_sums",
     "the converted model is whole (SHA-256)": "halos_pl.policy.source:_intact",
@@ -54,7 +54,7 @@ def words(run: Path, *more: str) -> list[str]:
 
 def timed(arguments: list[str]) -> None:
     """Runs a command of ``halos`` with a stopwatch around each guard; prints the seconds as JSON on the last line."""
-    from halos_pl.cli import lightning_cli
+    from halos_pl.cli.lightning_cli import HalosCLI
 
     seconds: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
@@ -79,7 +79,7 @@ def timed(arguments: list[str]) -> None:
         found = vars(owner)[attribute]
         kept = isinstance(found, property)
         setattr(owner, attribute, property(watch(name, found.fget)) if kept else watch(name, found))
-    lightning_cli.run(arguments)
+    HalosCLI(arguments)
     print(json.dumps({name: (seconds[name], calls[name]) for name in GUARDS}))
 
 
@@ -146,7 +146,7 @@ def saves(count: int, folder: Path) -> None:
     from lightning.fabric.plugins import TorchCheckpointIO
     from lightning.pytorch.callbacks import Callback
 
-    from halos_pl.cli import lightning_cli
+    from halos_pl.cli.lightning_cli import HalosCLI
     from halos_pl.training.checkpoint import LastCheckpoint
 
     times: dict[str, list[float]] = {"before": [], "now": []}
@@ -181,7 +181,7 @@ def saves(count: int, folder: Path) -> None:
     sys.modules.setdefault("guards", import_as)
     words_of_fit = words(folder / "save", "--trainer.max_steps=1", "--trainer.callbacks+=guards.Save")
     os.chdir(ROOT)
-    lightning_cli.run([*words_of_fit, "--model.policy.lora=null", "--model.reference_model=null"])
+    HalosCLI([*words_of_fit, "--model.policy.lora=null", "--model.reference_model=null"])
     size = (folder / "save" / "checkpoints" / "last.ckpt").stat().st_size / 1e9
     before, now = (statistics.median(times[name][1:]) for name in ("before", "now"))
     spread = {name: f"{min(t[1:]):.2f} to {max(t[1:]):.2f}" for name, t in times.items()}

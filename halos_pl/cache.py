@@ -15,7 +15,11 @@ from typing import IO, Literal
 Kind = Literal["data", "models", "reference", "answers"]
 #: The folder of sampled answers.
 ANSWERS = "answers"
+#: The folder of kept help pages, some kilobytes.
+HELP = "help"
 REFERENCE = Path("reference") / "logps.sqlite"
+#: Bytes of that file; the least recently used log-probs make room for new ones.
+LARGEST = 4 << 30
 #: Share of the cache's disk, unless HALOS_CACHE_LIMIT is set.
 DEFAULT_LIMIT = "20%"
 _UNITS = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
@@ -248,7 +252,7 @@ def make_room(data: Path | None = None) -> None:
     size = sum(entry.size for entry in every)
     if size <= largest:
         return
-    from lightning.pytorch.utilities import rank_zero_info  # here, as it takes seconds
+    from lightning.pytorch.utilities import rank_zero_info  # here, as it takes seconds to import
 
     removed: list[Entry] = []
     for entry in every:

@@ -268,7 +268,7 @@ def test_what_cannot_be_trained_is_refused_with_the_reason(tiny_folder, data, tm
 
 def test_no_objective_is_an_error(tiny_folder, data, tmp_path, capfd):
     words = ["fit", config("base"), f"--model.policy.path={tiny_folder}", f"--data.train={data['binary']}"]
-    assert "no objective: choose one with --config" in refused(capfd, [*words, f"--run_dir={tmp_path}/run"])
+    assert "--objective NAME" in refused(capfd, [*words, f"--run_dir={tmp_path}/run"])
 
 
 GOOD = '{"prompt": "a", "completion": "b", "label": true}\n'

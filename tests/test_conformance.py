@@ -26,6 +26,8 @@ import value_functions
 from halos_pl.batch import Needs
 from halos_pl.cli.check import END, START, family, family_table
 from halos_pl.cli.main import main
+from halos_pl.cli.verdicts import verdicts
+from halos_pl.common.experiments import OBJECTIVES_TABLE, objectives
 from halos_pl.conformance import CheckFailed, Report, check_halo, parametrize_with_checks, strategies
 from halos_pl.objective.build import load_objective
 from halos_pl.objective.feedback import Binary, Flipped, Pairwise
@@ -62,12 +64,16 @@ def status(report: Report, clause: str) -> str:
 
 @pytest.fixture(scope="module")
 def checked():
-    return dict(family(OBJECTIVES))
+    return dict(family(objectives().values()))
 
 
 def test_the_readme_holds_the_table_of_the_family(checked):
     shown = (ROOT / "README.md").read_text().partition(START)[2].partition(END)[0]
     assert shown.splitlines() == list(family_table(checked.items())), "it is another one now; say make readme"
+
+
+def test_the_table_of_halos_objectives_is_the_computed_one(checked):
+    assert OBJECTIVES_TABLE.read_text(encoding="utf-8") == verdicts(checked), "it is another one now; say make readme"
 
 
 def test_the_header_of_a_file_says_its_verdict(checked):
@@ -554,20 +560,18 @@ def test_one_target_or_all(capfd):
 
 
 def test_all_prints_the_table_and_writes_it_where_it_belongs(tmp_path, capfd, monkeypatch):
-    folder = tmp_path / "experiments" / "objectives"
-    folder.mkdir(parents=True)
-    for name in ("sft", "simpo"):
-        (folder / f"{name}.yaml").write_text((OBJECTIVES / f"{name}.yaml").read_text())
-    page = tmp_path / "page.md"
+    two = {name: OBJECTIVES / f"{name}.yaml" for name in ("sft", "simpo")}
+    monkeypatch.setattr("halos_pl.cli.check.objectives", lambda: two)
+    page, table = tmp_path / "page.md", tmp_path / "table.json"
     page.write_text(f"before\n{START}old\n{END}after\n")
-    monkeypatch.chdir(tmp_path)
-    code, out, _ = halos_check(capfd, "--all", "--write", page)
+    code, out, _ = halos_check(capfd, "--all", "--write", page, "--write", table)
     assert code == 0
     assert out == (
         "| loss | ICML 2024, Def. 3.4 | arXiv v1 |\n|---|---|---|\n| sft | not a halo | not a halo |\n"
         "| simpo | halo-shaped: fails reward_zero_at_reference | halo |\n"
     )
     assert page.read_text() == f"before\n{START}{out}{END}after\n"
+    assert [row["name"] for row in json.loads(table.read_text())] == ["sft", "simpo"]
     page.write_text("no marks\n")
     code, _, _ = halos_check(capfd, "--all", "--write", page)
     assert code == 2

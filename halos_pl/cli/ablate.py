@@ -32,9 +32,9 @@ class Parsers:
     @property
     def user_errors(self) -> tuple[type[Exception], ...]:
         """Errors that a user can fix."""
-        from halos_pl.cli.lightning_cli import USER_ERRORS
+        from halos_pl.cli.errors import user_errors
 
-        return USER_ERRORS
+        return user_errors()
 
     def fit(self, words: list[str]) -> Any:
         """The command with its objects built, but not run."""
@@ -44,7 +44,7 @@ class Parsers:
 
     def evaluate(self, words: list[str]) -> Mapping[str, Any]:
         """The parsed arguments."""
-        from halos_pl.cli.lightning_cli import tool_parser
+        from halos_pl.cli.commands import tool_parser
 
         arguments: Mapping[str, Any] = tool_parser("evaluate").parse_args(words).as_dict()
         return arguments

@@ -15,6 +15,8 @@ from rich.table import Table
 
 from halos_pl.cache import (
     ANSWERS,
+    HELP,
+    LARGEST,
     REFERENCE,
     Entry,
     cache_root,
@@ -26,7 +28,6 @@ from halos_pl.cache import (
     size_text,
 )
 from halos_pl.common.messages import plain
-from halos_pl.policy.store import LARGEST
 
 _KINDS = {
     "data": "checked and tokenised sources of feedback",
@@ -83,7 +84,8 @@ def clear(*, kind: Literal["all", "data", "models", "answers", "reference"] = "a
     homes: dict[str, Path] = {"data": root / "data", "models": root, "answers": root / ANSWERS}
     homes["reference"] = (root / REFERENCE).parent
     if kind == "all":
-        shutil.rmtree(root / "locks", ignore_errors=True)  # of earlier versions
+        for name in (HELP, "locks"):  # the latter of earlier versions
+            shutil.rmtree(root / name, ignore_errors=True)
     for name in _KINDS if kind == "all" else (kind,):
         own = [entry for entry in entries() if entry.kind == name]
         gone = [entry for entry in own if remove(entry)]

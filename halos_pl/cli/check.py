@@ -4,37 +4,35 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json as jsons
+import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
 
+from halos_pl.cli.verdicts import verdicts
+from halos_pl.common.experiments import PresetError, config_file, objectives
 from halos_pl.common.messages import cause, plain
+from halos_pl.common.own_plugins import OwnPluginError, import_own
 from halos_pl.conformance.check import reports
 from halos_pl.conformance.explain import explain, listed
 from halos_pl.conformance.report import TITLES, Definition, Report
-from halos_pl.conformance.target import TargetError, load_target, objective_of, one_line
+from halos_pl.conformance.target import KINDS, TargetError, load_target, objective_of, one_line
 
-FAMILY = Path("experiments", "objectives")
 START, END = "<!-- halos check --all: this table is generated -->\n", "<!-- end of the table -->\n"
 
 
-def family(folder: Path | None = None, *, thorough: bool = False) -> Iterator[tuple[str, dict[Definition, Report]]]:
-    """Name and reports, under both definitions, of every objective file in ``folder``.
+def family(files: Iterable[Path], *, thorough: bool = False) -> Iterator[tuple[str, dict[Definition, Report]]]:
+    """Name and reports, under both definitions, of objective files.
 
     Raises:
-        TargetError: where there is no such folder, or a file of it is no objective.
+        TargetError: for a file that is no objective.
     """
-    folders = [folder] if folder else [FAMILY, Path(__file__).resolve().parents[2] / FAMILY]
-    home = next((place for place in folders if place.is_dir()), None)
-    if home is None:
-        raise TargetError(f"--all: no folder {folders[0]}; run it in a checkout of halos_pl")
     shared: dict[Any, Any] = {}
-    for path in sorted(home.glob("*.yaml")):
+    for path in files:
         yield path.stem, reports(objective_of(path), thorough=thorough, shared=shared)
 
 
@@ -47,7 +45,7 @@ def family_table(checked: Iterable[tuple[str, dict[Definition, Report]]]) -> Ite
 
 
 def _write(table: list[str], path: Path) -> None:
-    """Puts the table in the place of the one between the marks in ``path``."""
+    """Replaces the table between the marks in a Markdown file."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -59,32 +57,53 @@ def _write(table: list[str], path: Path) -> None:
     path.write_text(before + start + "".join(f"{line}\n" for line in table) + end + after, encoding="utf-8")
 
 
-def _check_all(json: bool, thorough: bool, write: Path | None) -> None:
-    if json:
+def _check_all(as_json: bool, thorough: bool, targets: Sequence[Path]) -> None:
+    checked: dict[str, dict[Definition, Report]] = {}
+
+    def each() -> Iterator[tuple[str, dict[Definition, Report]]]:
+        for name, both in family(objectives().values(), thorough=thorough):
+            checked[name] = both
+            yield name, both
+
+    if as_json:
         with contextlib.redirect_stdout(sys.stderr):
-            both = [report for _, found in family(thorough=thorough) for report in found.values()]
-        print(jsons.dumps([report.to_json() for report in both], indent=2))
+            flat = [report.to_json() for _, both in each() for report in both.values()]
+        print(json.dumps(flat, indent=2))
         return
     lines = []
-    for line in family_table(family(thorough=thorough)):
+    for line in family_table(each()):
         print(line, flush=True)
         lines.append(line)
-    if write:
-        _write(lines, write)
+    for path in targets:
+        if path.suffix == ".json":
+            path.write_text(verdicts(checked), encoding="utf-8")
+        else:
+            _write(lines, path)
 
 
-def _check_one(target: str, definition: Definition, json: bool, init_args: str | None, thorough: bool) -> Report:
+def _named(target: str) -> str:
+    """The file of a shipped objective, for its name; imports a plug-in of the working folder that has the name."""
+    try:
+        if target in objectives():
+            return str(config_file(target, objectives(), "halos check"))
+        import_own(target, KINDS)
+    except (PresetError, OwnPluginError) as error:
+        raise TargetError(str(error)) from error
+    return target
+
+
+def _check_one(target: str, definition: Definition, as_json: bool, init_args: str | None, thorough: bool) -> Report:
     # What the target prints is not part of the answer.
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            found = reports(load_target(target, init_args), thorough=thorough)[definition]
+            found = reports(load_target(_named(target), init_args), thorough=thorough)[definition]
         except SystemExit as error:
             raise TargetError(f"{target} cannot be checked: it leaves the process, {one_line(error)}") from error
     report = replace(found, target=target)
     if report.unusable:
         raise TargetError(f"{target} cannot be checked: {report.unusable}")
-    if json:
-        print(jsons.dumps(report.to_json(), indent=2))
+    if as_json:
+        print(json.dumps(report.to_json(), indent=2))
     else:  # what is piped somewhere is not wrapped
         Console(width=None if sys.stdout.isatty() else 1000).print(report)
         if failed := [clause.clause for clause in report.clauses if clause.status == "failed" and clause.required]:
@@ -107,13 +126,20 @@ def run(words: list[str]) -> None:
     parser.add_argument(
         "target",
         nargs="?",
-        help="an objective's YAML file, a dotted class, path/to/file.py:Class, or the bare name of a plug-in",
+        help="an objective (its name or YAML file), or a plug-in (its name, a dotted class, path/to/file.py:Class)",
     )
     parser.add_argument("--definition", choices=get_args(Definition), default="icml", help="ICML 2024 or arXiv v1")
     parser.add_argument("--json", action="store_true", help="print plain data instead of a table")
     parser.add_argument("--init_args", metavar="JSON", help="the class's arguments, such as '{\"beta\": 0.2}'")
-    parser.add_argument("--all", action="store_true", help="every file of experiments/objectives, both definitions")
-    parser.add_argument("--write", metavar="FILE", type=Path, help="with --all: put the table into FILE as well")
+    parser.add_argument("--all", action="store_true", help="every shipped objective, under both definitions")
+    parser.add_argument(
+        "--write",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="with --all: also write the table into FILE, between its marks, or as .json what halos objectives lists",
+    )
     parser.add_argument(
         "--explain",
         metavar="CLAUSE",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 
+#: The commands of Lightning's Trainer.
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 #: Every command with a line on what it does. A table, because importing the commands takes ten seconds.
 COMMANDS = {
     "fit": "Train a model on human feedback; writes a run's folder.",
@@ -14,6 +16,8 @@ COMMANDS = {
     "generate": "Sample completions of prompts.",
     "evaluate": "Measure a run, or any model, example by example.",
     "check": "Hold a loss, or a part of one, to the definition of human-aware losses.",
+    "objectives": "List the shipped losses with formula, needs and verdict.",
+    "new": "Write a skeleton of a plug-in or a loss, with its test.",
     "data inspect": "Show what a source of feedback holds, before training on it.",
     "ablate": "Run a study: arms, seeds, measurements, report.",
     "ablate status": "Show the progress of a study.",
@@ -24,6 +28,9 @@ COMMANDS = {
 }
 EPILOG = """\
 halos COMMAND --help lists the options of a command; halos fit --model.value_function.help Logistic, those of a plug-in.
+halos fit --objective kto --data.train FILE trains; halos objectives lists the losses. base.yaml comes first, then the
+objective, then the files of --config in their order, then all other options. A config is a file or the name of a
+shipped one, such as data/shp.
 halos fit ... --print_config=comments prints the resolved config with a comment on each setting.
 
 A config that names classes runs code: classes of other packages and files are imported, and trust_remote_code executes

@@ -1,4 +1,4 @@
-"""The console script ``halos``."""
+"""The console script ``halos``: dispatches to the command that is named, which alone is imported."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import os
 import sys
 from typing import NoReturn
 
-from halos_pl.cli.help_page import help_page, unknown_command
+from halos_pl.cli.help_page import TRAINER_COMMANDS, help_page, unknown_command
+from halos_pl.cli.words import at_home, spelled
 from halos_pl.common.import_path import put_last
 from halos_pl.common.messages import plain
 from halos_pl.common.stopping import listening
@@ -27,8 +28,6 @@ def main(args: list[str] | None = None) -> None:
     words = [at_home(word) for word in spelled(sys.argv[1:] if args is None else args)]
     if args is None:
         sys.argv[1:] = words
-    else:
-        args = words
     try:
         folder = os.getcwd()
     except FileNotFoundError as error:
@@ -36,54 +35,50 @@ def main(args: list[str] | None = None) -> None:
         raise SystemExit(1) from error
     put_last(folder)
     with listening(words):
-        if words == ["--version"]:
-            from importlib.metadata import version
-
-            print(f"halos_pl {version('halos_pl')}")
-        elif not words or words[0] in ("--help", "-h", "help"):
-            print(help_page(), file=sys.stdout if words else sys.stderr)
-            raise SystemExit(0 if words else 2)
-        elif said := unknown_command(words[0]):
-            print(f"halos: {plain(said)}", file=sys.stderr)
-            raise SystemExit(2)
-        # Imported by command: a check takes less time than it takes to load Lightning and transformers.
-        elif words[:1] == ["check"]:
-            from halos_pl.cli import check
-
-            check.run(words[1:])
-        else:
-            from halos_pl.cli import lightning_cli
-
-            lightning_cli.run(args)
+        _dispatch(words)
 
 
-def spelled(words: list[str]) -> list[str]:
-    """The words of a command, in which ``--checkpoint best``, ``last`` or a file is another spelling of --ckpt_path.
-
-    For the Trainer's commands ``--checkpoint`` also names a YAML file or a mapping of the settings of that name.
+def _dispatch(words: list[str]) -> None:
+    """Imports the command and runs it.
 
     Raises:
-        SystemExit: where both are given.
+        SystemExit: with the status of the command.
     """
-    always, trainer = ("export", "evaluate"), ("fit", "test", "validate", "predict")
-    found = list(words)
-    for i, word in enumerate(words):
-        name, mark, value = word.partition("=")
-        value = value if mark else words[i + 1] if i + 1 < len(words) else ""
-        named = value in ("best", "last") or value.endswith(".ckpt")
-        if name == "--checkpoint" and (words[0] in always or (words[0] in trainer and named)):
-            found[i] = f"--ckpt_path{mark}{value if mark else ''}"
-    given = [word.partition("=")[0] for word in found].count("--ckpt_path")
-    if found != words and given > 1:
-        print("halos: --checkpoint and --ckpt_path are the same option; give one of them", file=sys.stderr)
+    if words == ["--version"]:
+        from halos_pl import __version__
+
+        print(f"halos_pl {__version__}")
+    elif not words or words[0] in ("--help", "-h", "help"):
+        print(help_page(), file=sys.stdout if words else sys.stderr)
+        raise SystemExit(0 if words else 2)
+    elif wrong := unknown_command(words[0]):
+        print(f"halos: {plain(wrong)}", file=sys.stderr)
         raise SystemExit(2)
-    return found
+    elif words[0] == "check":
+        from halos_pl.cli import check
+
+        check.run(words[1:])
+    else:
+        from halos_pl.cli.commands import run_tool, tool_of
+        from halos_pl.cli.errors import RunError, reported
+
+        with reported():
+            if tool := tool_of(words):
+                run_tool(tool, words[len(tool.split()) :])
+            elif words[0] == "data":
+                raise RunError("say halos data inspect SOURCE; data settings are options of fit, such as --data.train")
+            elif words[0] in TRAINER_COMMANDS and words[1:] in (["--help"], ["-h"]):
+                from halos_pl.cli.cached_help import show_help
+
+                show_help(words, _lightning)
+            else:
+                _lightning(words)
 
 
-def at_home(word: str) -> str:
-    """``--run_dir=~/x`` as a shell would make it of ``--run_dir ~/x``; most leave a ``~`` within a word alone."""
-    name, mark, value = word.partition("=")
-    return f"{name}={os.path.expanduser(value)}" if mark and name.startswith("--") and value.startswith("~/") else word
+def _lightning(words: list[str]) -> None:
+    from halos_pl.cli.lightning_cli import HalosCLI
+
+    HalosCLI(words)
 
 
 def _restart_in_utf8() -> NoReturn:

@@ -27,6 +27,10 @@ from jsonargparse import ArgumentParser, Namespace, add_instantiator
 from jsonargparse._actions import _ActionHelpClassPath
 from jsonargparse._typehints import ActionTypeHint, NestedArg
 
+from halos_pl.common.own_plugins import own_plugins
+from halos_pl.common.renamed import RENAMED
+from halos_pl.common.subclasses import subclasses
+
 _SEQUENCES = (list, tuple, set, frozenset, collections.abc.Iterable, collections.abc.Sequence)
 _MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
 _WORDS: dict[Any, str] = {
@@ -123,18 +127,6 @@ def _is_factory(hint: Any) -> bool:
     return get_origin(hint) is collections.abc.Callable
 
 
-def subclasses(base: type) -> list[type]:
-    """The classes that have been imported and can be made where a ``base`` is wanted, by name."""
-    found: dict[str, type] = {}
-    todo = [base]
-    while todo:
-        cls = todo.pop()
-        todo += type.__subclasses__(cls)
-        if not inspect.isabstract(cls) and not cls.__name__.startswith("_"):
-            found.setdefault(cls.__name__, cls)
-    return [found[name] for name in sorted(found)]
-
-
 def _in_words(hint: Any) -> list[str]:
     if hint in _WORDS:
         return [_WORDS[hint]]
@@ -158,6 +150,7 @@ def _in_words(hint: Any) -> list[str]:
     names = [cls.__name__ for cls in subclasses(base)]
     if len(names) > LISTED:  # with those of the user's own modules
         names = [cls.__name__ for cls in subclasses(base) if cls.__module__.partition(".")[0] in _OURS]
+    names += sorted(own_plugins(base).keys() - {*names})
     few = f" ({', '.join(names)}; or the dotted path of your own)" if 0 < len(names) <= LISTED else " by its name"
     return [f"a class that extends {base.__module__.removesuffix('.base')}.{base.__name__}{few}"]
 
@@ -169,6 +162,8 @@ def _in_words_of(hint: Any) -> list[str]:
 def near(given: Any, known: Iterable[str]) -> str:
     """Which of the known names was probably meant; nothing where none is like it."""
     by_case = {name.lower(): name for name in known}
+    if (new := RENAMED.get(str(given), "")).lower() in by_case:
+        return new
     found = difflib.get_close_matches(str(given).lower(), by_case, n=1, cutoff=0.7)
     return by_case[found[0]] if found else ""
 

@@ -17,10 +17,11 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
+from halos_pl.common.experiments import hint, objectives
 from halos_pl.common.messages import cause
 from halos_pl.common.misplaced import misplaced
 from halos_pl.common.wrong_value import cause_in
-from halos_pl.objective.build import load_objective, module_of_file, place_of
+from halos_pl.objective.build import load_objective, module_of_file
 from halos_pl.objective.feedback import Feedback
 from halos_pl.objective.halo import Objective
 from halos_pl.objective.reference_points import ReferencePoint
@@ -126,7 +127,7 @@ def objective_of(path: str | Path) -> Target:
     try:
         return load_objective(path)
     except OSError as error:
-        raise TargetError(f"{path}: {error.strerror or error}{place_of(path)}") from error
+        raise TargetError(f"{path}: {error.strerror or error}{hint(path, objectives())}") from error
     except (ValueError, yaml.YAMLError, SystemExit) as error:
         said = " ".join(str(error).split())  # most of them name the file themselves
         raise TargetError(said if str(path) in said else f"{path}: {said}") from error

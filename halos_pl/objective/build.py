@@ -12,8 +12,11 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-import halos_pl.objective.baselines  # noqa: F401  (so that its terms are found by their bare names)
+import halos_pl.objective
+from halos_pl.common.experiments import config_file, is_shipped, objectives
 from halos_pl.common.messages import cause
+from halos_pl.common.own_plugins import import_all, import_own
+from halos_pl.common.renamed import new_value, renamed
 from halos_pl.common.wrong_value import cause_in
 from halos_pl.common.yaml_files import read_yaml
 from halos_pl.objective.feedback import Feedback
@@ -22,19 +25,10 @@ from halos_pl.objective.reference_points import ReferencePoint
 from halos_pl.objective.rewards import Reward
 from value_functions import ValueFunction
 
-# An installed package has no experiments/ beside it.
-_HOME = Path(__file__).resolve().parents[2]
-_CHECKOUT = (_HOME / "experiments").is_dir()
-_PLACE = "" if _CHECKOUT else " (of a checkout of halos_pl; what pip installs holds none)"
+import_all(halos_pl.objective)
 
-
-def place_of(path: str | Path) -> str:
-    """Where the files of ``experiments/`` are, for an error about one of them that is not there; else nothing."""
-    if Path(path).parts[:1] != ("experiments",) or Path(path).exists():
-        return ""
-    return f"; experiments/ is in {_HOME if _CHECKOUT else 'a checkout of halos_pl, and what pip installs holds none'}"
-
-
+#: The kinds of plug-ins of an objective, by the argument that takes them. Those in the files of this package and of the
+#: working folder are found by their bare names.
 PARTS: dict[str, type] = {
     "value_function": ValueFunction,
     "reference_point": ReferencePoint,
@@ -101,11 +95,11 @@ def build_objective(
     elif len(missing) < len(parts):
         raise ValueError(
             f"the objective lacks {', '.join(missing)}: a HALO is a reward, a reference_point, a value_function, a"
-            f" feedback and reflect_undesirable (true or false); see experiments/objectives/{_PLACE}"
+            " feedback and reflect_undesirable (true or false)"
         )
     if not terms:
         raise ValueError(
-            f"no objective: choose one with --config experiments/objectives/NAME.yaml{_PLACE}, or set model.reward,"
+            "no objective: choose one with --objective NAME (halos objectives lists them), or set model.reward,"
             " model.reference_point, model.value_function, model.feedback and model.reflect_undesirable"
         )
     return terms[0] if len(terms) == 1 else Sum(terms)
@@ -119,26 +113,37 @@ def _parser() -> ArgumentParser:
 
 
 def load_objective(path: str | Path) -> Objective:
-    """The objective of a YAML file such as those of ``experiments/objectives/``, without any model.
+    """The objective of a YAML file, built from its plug-ins alone: no model, no data.
 
-    What the ``model:`` part says of policy, reference model and optimizer is not looked at.
+    Policy, reference model and optimizer in its ``model:`` part are ignored.
 
     Args:
-        path: the file.
+        path: the file, or the name of a shipped objective such as ``kto``.
 
     Raises:
-        FileNotFoundError: where there is none.
-        ValueError: for a file that is no objective, naming the file and what is wrong with it.
+        FileNotFoundError: where there is no such file.
+        ValueError: for a name that is unknown or ambiguous, or a file that is no objective; names what is wrong.
     """
+    if Path(path).suffix not in (".yaml", ".yml"):
+        path = config_file(str(path), objectives(), "objective")
     content, _ = read_yaml(path)
     model = content.get("model")
     if not isinstance(model, dict):
         raise ValueError(f"{path}: no objective file; it has no model: part that names plug-ins")
-    known = inspect.signature(build_objective).parameters
-    parts: dict[str, Any] = {name: value for name, value in model.items() if name in known}
+    names = inspect.signature(build_objective).parameters
+    parts: dict[str, Any] = {name: value for name, value in model.items() if name in names}
+    for key, value in model.items():
+        if new := renamed(key, names):
+            raise ValueError(f"{path}: model.{key} is now model.{new}{_was(new, value)}")
     try:
+        if not is_shipped(path):
+            import_own(parts, PARTS.values())
         return build_objective(**_parser().instantiate(_parser().parse_object(parts)))
     except ArgumentError as error:
         raise ValueError(f"{path}: {cause_in(error) or cause(str(error))}") from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _was(name: str, value: object) -> str:
+    return f": {value} is {new}" if (new := new_value(name, value)) else ""

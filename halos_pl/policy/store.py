@@ -24,10 +24,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from halos_pl.batch import TokenBatch
-from halos_pl.cache import REFERENCE, Use, cache_root, limit
+from halos_pl.cache import LARGEST, REFERENCE, Use, cache_root, limit
 from halos_pl.policy.loading import ModelError
 
-LARGEST = 4 << 30  # bytes; the least recently used entries make room for new ones
 _DAY = 86400
 _TABLE = "CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, used INTEGER, sum INTEGER, logps BLOB)"
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from halos_pl.common.experiments import hint, presets
 from halos_pl.common.misplaced import misplaced, read_config
 from halos_pl.common.yaml_files import Lines, YAMLFileError
 from halos_pl.evaluation.evaluate import ARGUMENTS
@@ -75,9 +76,7 @@ class _Reader:
         except OSError as error:
             if path.is_dir():
                 raise StudyError(f"{misplaced(path)}; halos ablate takes the YAML file of a study") from error
-            from halos_pl.objective.build import place_of  # here, as it loads torch
-
-            raise StudyError(f"{path} cannot be read: {error.strerror or error}{place_of(path)}") from error
+            raise StudyError(f"{path} cannot be read: {error.strerror or error}{hint(path, presets())}") from error
         except YAMLFileError as error:
             raise StudyError(str(error)) from error
 

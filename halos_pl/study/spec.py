@@ -43,7 +43,7 @@ class Arm:
 
     def words(self, run_dir: Path | str, seed: int) -> list[str]:
         """The words of the command that trains a run, after ``halos``."""
-        words = ["fit", *(f"--config={path}" for path in self.configs)]
+        words = ["fit", "--no_base", *(f"--config={path}" for path in self.configs)]
         for key, value in self.options.items():
             text = value if isinstance(value, str) else json.dumps(value)
             words.append(f"--{key}={text}")

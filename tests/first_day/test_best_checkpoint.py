@@ -13,7 +13,8 @@ import torch
 from run_halos import binary_data, fit
 from safetensors.torch import load_file
 
-from halos_pl.cli.main import main, spelled
+from halos_pl.cli.main import main
+from halos_pl.cli.words import spelled
 from halos_pl.policy.spec import ModelError
 from halos_pl.training.checkpoint import CheckpointError, find_checkpoint, read_checkpoint
 from halos_pl.training.named_model import named_model

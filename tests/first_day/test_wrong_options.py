@@ -14,9 +14,10 @@ from lightning.pytorch.cli import LightningCLI
 from run_halos import ROOT, binary_data, config, fit, pair_data
 
 import halos_pl.training.module
+from halos_pl.cli.commands import TOOLS
 from halos_pl.cli.help_page import COMMANDS
-from halos_pl.cli.lightning_cli import TOOLS
-from halos_pl.cli.main import at_home, main
+from halos_pl.cli.main import main
+from halos_pl.cli.words import at_home
 from halos_pl.common.wrong_value import misfit
 from halos_pl.data import FeedbackDataModule
 from halos_pl.objective.build import build_objective

@@ -6,9 +6,13 @@ Found on a first day as a new user: every command died without the dev extra, fo
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
+import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -16,7 +20,8 @@ from pathlib import Path
 import pytest
 from run_halos import ROOT, run, run_all
 
-from halos_pl.cli.lightning_cli import TOOLS
+from halos_pl.cli.commands import TOOLS
+from halos_pl.common.experiments import EXPERIMENTS, presets
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PACKAGE = sorted(path for name in ("halos_pl", "value_functions") for path in (ROOT / name).rglob("*.py"))
@@ -59,7 +64,7 @@ def test_every_import_is_declared() -> None:
 
 
 # What they import does not differ, but for check: the others are one module's.
-QUICK = ["check", "fit", "generate"]
+QUICK = ["check", "fit", "generate", "new"]
 OTHERS = ["validate", "test", "predict", *(name for name in TOOLS if name not in QUICK)]
 
 
@@ -70,6 +75,58 @@ def test_every_command_starts_without_extras(tmp_path: Path, commands: list[str]
     for command, ended in zip(commands, said, strict=True):
         assert ended.status == 0, f"{command}: {ended}"
         assert "usage: halos" in ended
+
+
+def test_a_fit_reads_its_options_without_extras(tmp_path: Path) -> None:
+    ended = run(["fit", "--objective=kto", "--print_config"], tmp_path)
+    assert ended.status == 0, ended
+    assert "class_path: value_functions.Logistic" in ended
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The files of the wheel, built from a copy, as setuptools writes beside what it builds."""
+    source = tmp_path_factory.mktemp("source")
+    for folder in ("halos_pl", "value_functions", "experiments"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    code = "import sys; from setuptools.build_meta import build_wheel; print(build_wheel(sys.argv[1]))"
+    words = [sys.executable, "-c", code, str(source)]
+    name = subprocess.run(words, cwd=source, capture_output=True, text=True, check=True).stdout.split()[-1]
+    with zipfile.ZipFile(source / name) as archive:
+        return archive.namelist()
+
+
+def test_the_wheel_holds_what_a_command_reads(wheel: list[str]) -> None:
+    """All code, all shipped configs with the data that they name, templates; no results of studies, no tests."""
+    code = {str(path.relative_to(ROOT)) for path in PACKAGE}
+    configs = {f"halos_pl/experiments/{path.relative_to(EXPERIMENTS)}" for path in presets().values()}
+    others = {
+        *("halos_pl/experiments/objectives.json", "halos_pl/experiments/quickstart/feedback.jsonl"),
+        *("halos_pl/experiments/quickstart/rule.py", "halos_pl/experiments/ablations/prompts.txt"),
+        *("halos_pl/py.typed", "value_functions/py.typed"),
+        *(str(path.relative_to(ROOT)) for path in (ROOT / "halos_pl").rglob("*.jinja")),
+    }
+    assert code | configs | others <= {*wheel}
+    top = {name.partition("/")[0] for name in wheel if ".dist-info/" not in name}
+    assert top == {"halos_pl", "value_functions"}
+    assert not [name for name in wheel if "/results/" in name or name.endswith(".png")]
+
+
+def test_an_installed_package_finds_its_configs_inside_itself(tmp_path: Path) -> None:
+    """And not in an experiments folder that lies beside it and belongs to others."""
+    shutil.copytree(ROOT / "halos_pl" / "common", tmp_path / "halos_pl" / "common")
+    (tmp_path / "halos_pl" / "__init__.py").touch()
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "halos_pl" / "experiments" / "objectives").mkdir(parents=True)
+    (tmp_path / "halos_pl" / "experiments" / "objectives" / "only.yaml").touch()
+    code = "from halos_pl.common.experiments import *; print(EXPERIMENTS, *objectives())"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env, cwd=tmp_path
+    )
+    assert said.stdout.split() == [str(tmp_path / "halos_pl" / "experiments"), "only"]
 
 
 def test_the_block_blocks(tmp_path: Path) -> None:
@@ -112,4 +169,4 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
     main(["--version"])
     assert capsys.readouterr().out == f"halos_pl {__version__}\n"
-    assert PROJECT["version"] == __version__
+    assert "version" in PROJECT["dynamic"]

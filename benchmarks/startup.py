@@ -1,0 +1,70 @@
+"""How long commands take to start: seconds from the shell to the end, and what they import.
+
+    python benchmarks/startup.py --repeats 5
+
+The first start after a boot also reads the libraries from the disk; each command runs once before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+#: Command, and the seconds that it may take on an idle core.
+COMMANDS = {
+    "--version": 1.5,
+    "--help": 1.5,
+    "cache info": 1.5,
+    "objectives": 1.5,
+    "ablate status FOLDER": 1.5,
+    "check --help": None,
+    "fit --help": 4.0,
+}
+LIBRARIES = ("torch", "lightning", "transformers", "scipy", "matplotlib", "datasets", "statsmodels", "hypothesis")
+
+
+def run(words: list[str]) -> float:
+    """Seconds that a command takes."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "halos_pl", *words], capture_output=True, check=False)
+    return time.perf_counter() - start
+
+
+def imports(words: list[str]) -> list[str]:
+    """Which of the libraries a command imports."""
+    code = (
+        "import contextlib, os, sys\n"
+        "from halos_pl.cli.main import main\n"
+        "with open(os.devnull, 'w') as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null),"
+        " contextlib.suppress(SystemExit):\n"
+        "    main(sys.argv[1:])\n"
+        f"print(*(name for name in {LIBRARIES} if name in sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def main() -> None:
+    """Prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    repeats = parser.parse_args().repeats
+    print("| halos ... | seconds, median | from and to | at most | imports |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for command, limit in COMMANDS.items():
+            words = [folder if word == "FOLDER" else word for word in command.split()]
+            loaded = imports(words)  # and warms the caches of the disk
+            times = [run(words) for _ in range(repeats)]
+            spread = f"{min(times):.2f} to {max(times):.2f}"
+            most = f"{limit:g}" if limit else ""
+            print(
+                f"| {command} | {statistics.median(times):.2f} | {spread} | {most} | {', '.join(loaded)} |", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()

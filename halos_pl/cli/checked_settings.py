@@ -1,0 +1,205 @@
+"""Settings of a Trainer's command that are refused before data or model are loaded, each with a cure."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import is_dataclass
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from jsonargparse import Namespace
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from halos_pl.cli.errors import RunError
+from halos_pl.common.wrong_value import imported, near, shown
+from halos_pl.training.log_config import missing_package
+from halos_pl.training.module import unsupported_strategy
+
+# What tells a process of the others.
+LAUNCHERS = {"MASTER_ADDR", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "LSB_JOBID"}
+
+
+def check_length(trainer: Any) -> None:
+    """Refuses a fit of no step, and one without an end.
+
+    Raises:
+        RunError: naming the setting.
+    """
+    for name in ("max_steps", "max_epochs", "limit_train_batches"):
+        if getattr(trainer, name) == 0:
+            raise RunError(f"trainer.{name} is 0, so that nothing would be trained")
+    for what in ("steps", "epochs"):
+        least, most = getattr(trainer, f"min_{what}") or 0, getattr(trainer, f"max_{what}")
+        if most is not None and 0 <= most < least:
+            raise RunError(
+                f"trainer.min_{what} is {least}, but trainer.max_{what} is {most}; raise the latter or lower the former"
+            )
+    if trainer.loggers and trainer.log_every_n_steps < 1:
+        raise RunError(
+            f"trainer.log_every_n_steps is {trainer.log_every_n_steps}, so that metrics.csv would stay empty; it must"
+            " be at least 1. --trainer.logger false turns logging off"
+        )
+    if trainer.val_check_interval == 0:
+        raise RunError(
+            "trainer.val_check_interval is 0; it takes steps, or a share of an epoch above 0."
+            " --trainer.limit_val_batches 0 turns validation off"
+        )
+    if trainer.max_steps == -1 and trainer.max_epochs == -1:
+        raise RunError(
+            "nothing limits the steps of the fit, of whose length model.lr_schedule and model.warmup_ratio are shares;"
+            " set trainer.max_steps or trainer.max_epochs (trainer.max_time may end it sooner)"
+        )
+
+
+def check_settings(trainer: Any) -> None:
+    """Refuses what Lightning would refuse later with advice that leads nowhere, or would break.
+
+    Raises:
+        RunError: naming the setting, the reason and what to do instead.
+    """
+    given = trainer.strategy
+    strategy = given if isinstance(given, str) else given.class_path.rpartition(".")[2]
+    if re.match(r"fsdp|deepspeed|model_?parallel", strategy, re.IGNORECASE):
+        raise RunError(unsupported_strategy(strategy))
+    if re.match(r"ddp_(spawn|fork|notebook)", strategy):
+        raise RunError(f"trainer.strategy {strategy} is not supported: each rank runs the command itself. Use ddp")
+    if trainer.num_nodes > 1 and not LAUNCHERS & os.environ.keys():
+        raise RunError(
+            f"trainer.num_nodes is {trainer.num_nodes}, but nothing says where the other nodes are, so this one would"
+            " wait for them. Start a process on each node with torchrun or srun, or set MASTER_ADDR and NODE_RANK"
+        )
+    if trainer.overfit_batches:
+        raise RunError(
+            f"trainer.overfit_batches is {trainer.overfit_batches}: Lightning would replace the sampler, which decides"
+            " what a step is. Use --trainer.limit_train_batches, more --trainer.max_epochs, and --data.shuffle false"
+        )
+    check_time(trainer.max_time)
+    if trainer.enable_checkpointing is False or trainer.barebones:
+        raise RunError(
+            "a run keeps checkpoints/last.ckpt, to go on from; --trainer.enable_checkpointing false and"
+            " --trainer.barebones true are not supported. --checkpoint.every_n_steps 1000000 writes it at the end only"
+        )
+
+
+def check_time(given: Any) -> None:
+    """Refuses a ``trainer.max_time`` that is none, which Lightning says of the accelerator, or that has passed.
+
+    Raises:
+        RunError: naming it, and the form that it takes.
+    """
+    if given is None:
+        return
+    form = "a text in quotes, DD:HH:MM:SS, or a mapping such as {hours: 12}"
+    try:
+        length = Timer(dict(settings_of(given)) if isinstance(given, Mapping | Namespace) else given).time_remaining()
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise RunError(f"trainer.max_time is {shown(given)}; it takes {form}") from error
+    if length is not None and length < 0:
+        raise RunError(f"trainer.max_time is {shown(given)}, a time that has passed; it takes {form}")
+
+
+def check_loggers(given: Any) -> None:
+    """Refuses a logger whose package is not installed.
+
+    Args:
+        given: ``trainer.logger``, as parsed.
+
+    Raises:
+        RunError: naming what to install.
+    """
+    for number, logger in enumerate(given if isinstance(given, list) else [given]):
+        path = logger.get("class_path") if isinstance(logger, Namespace) else None
+        if missing := missing_package(str(path)):
+            raise RunError(f"trainer.logger{f'[{number}]' if isinstance(given, list) else ''}: {missing}")
+
+
+# What a Trainer computes on, and the value that leaves it to Lightning.
+_MACHINE = {"accelerator": "auto", "devices": "auto", "num_nodes": 1, "strategy": "auto", "precision": None}
+
+
+def refused_trainer(error: Exception, given: Any) -> str:
+    """Which options of a Trainer are at fault, and why, in a line."""
+    said = " ".join(str(error).split())
+    settings = {name: value for name, value in settings_of(given).items() if value is not None}
+    blamed = [name for name in settings if re.search(rf"\b{name}\b", said)]
+    blamed = [name for name in blamed if settings[name] != _MACHINE.get(name)]
+    if not blamed:  # the message may give the value alone
+        blamed = [name for name, value in settings.items() if isinstance(value, str) and repr(value) in said]
+        blamed = [name for name in blamed if name not in _MACHINE]
+    if not blamed:
+        blamed = [name for name in _MACHINE if name in settings and settings[name] != _MACHINE[name]]
+    here = ", ".join(name for name in AcceleratorRegistry if AcceleratorRegistry[name]["accelerator"].is_available())
+    names = {"accelerator": ["gpu", *AcceleratorRegistry], "strategy": StrategyRegistry.available_strategies()}
+    parts = []
+    for name in blamed:
+        guess = near(settings[name], names.get(name, ()))
+        guess = f" (did you mean {guess}?)" if guess not in ("", settings[name]) else ""
+        parts.append(f"trainer.{name} is {shown(settings[name])}{guess}")
+    has = f"; this machine has: {here}" if {"accelerator", "devices"} & {*blamed} else ""
+    return f"{' and '.join(parts) or 'trainer'}: {said.rstrip('.!')}{has}"
+
+
+def check_nulls(kind: Any, given: Mapping[str, Any], where: str) -> None:
+    """Refuses null for a setting of a class that takes none; a parser lets it through to where it is compared or added.
+
+    Args:
+        kind: the class.
+        given: its settings, as parsed; those of the classes among them are looked at too.
+        where: the key that holds them.
+
+    Raises:
+        RunError: naming the key.
+    """
+    try:
+        hints = get_type_hints(kind.__init__)
+        parameters = inspect.signature(kind).parameters
+    except (AttributeError, NameError, TypeError, ValueError):  # it says nothing of its settings
+        return
+    for name, value in given.items():
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, Mapping | Namespace) and isinstance(part.get("class_path"), str):
+                check_nulls(
+                    imported(part["class_path"]), settings_of(part.get("init_args")), f"{where}.{name}.init_args"
+                )
+        hint = hints.get(name, Any)
+        group = next((each for each in (hint, *get_args(hint)) if is_dataclass(each)), None)
+        if group is not None and isinstance(value, Mapping | Namespace) and "class_path" not in value:
+            check_nulls(group, settings_of(value), f"{where}.{name}")
+        optional = hint is Any or isinstance(hint, TypeVar) or type(None) in get_args(hint)
+        if value is None and not optional and name in parameters and parameters[name].default is not None:
+            raise RunError(f"{where}.{name} is null; it takes a value, or leave it out")
+
+
+def check_numbers(given: Any, where: str) -> None:
+    """Refuses numbers that are not finite: the loss would be NaN, and the rows of its step be blamed.
+
+    Args:
+        given: the settings of a group, as parsed.
+        where: the key that holds them.
+
+    Raises:
+        RunError: naming the key.
+    """
+    if isinstance(given, float) and not math.isfinite(given):
+        raise RunError(f"{where} is {given}; it must be finite")
+    if isinstance(given, list | tuple):
+        for i, each in enumerate(given):
+            check_numbers(each, f"{where}[{i}]")
+    if isinstance(given, Mapping | Namespace):
+        bounds = str(given.get("class_path")).endswith(".Clipped")  # which may be infinite
+        for name, value in settings_of(given).items():
+            if not bounds or name != "init_args":
+                check_numbers(value, f"{where}.{name}")
+            elif (inner := settings_of(value).get("value_function")) is not None:
+                check_numbers(inner, f"{where}.{name}.value_function")
+
+
+def settings_of(given: Any) -> Mapping[str, Any]:
+    """Parsed settings as a mapping."""
+    return vars(given) if isinstance(given, Namespace) else given or {}

@@ -1,0 +1,53 @@
+"""The commands that are plain functions: each is imported when it is run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib import import_module
+
+from halos_pl.cli.parser import HalosParser
+
+#: Module and function by the command's name, a longer name before one that begins it.
+TOOLS = {
+    "export": "halos_pl.cli.export:export",
+    "generate": "halos_pl.cli.generate:generate_file",
+    "evaluate": "halos_pl.evaluation.evaluate:evaluate",
+    "ablate status": "halos_pl.cli.ablate:status",
+    "ablate report": "halos_pl.cli.ablate:report",
+    "ablate": "halos_pl.cli.ablate:ablate",
+    "data inspect": "halos_pl.cli.inspect:inspect_source",
+    "cache info": "halos_pl.cli.cache:info",
+    "cache clear": "halos_pl.cli.cache:clear",
+    "cache": "halos_pl.cli.cache:info",
+    "objectives": "halos_pl.cli.objectives:objectives",
+    "new": "halos_pl.cli.new:new",
+}
+
+
+def tool_of(words: list[str]) -> str | None:
+    """The command of ``TOOLS`` that the words begin with."""
+    return next((name for name in TOOLS if words[: len(name.split())] == name.split()), None)
+
+
+def _function(name: str) -> Callable[..., None]:
+    module, _, function = TOOLS[name].partition(":")
+    tool: Callable[..., None] = getattr(import_module(module), function)
+    return tool
+
+
+def tool_parser(name: str) -> HalosParser:
+    """The parser of a command of ``TOOLS``: parameters before the ``*`` are positional, the others are options."""
+    tool = _function(name)
+    kinds = inspect.signature(tool).parameters
+    options: set[str | int] = {key for key, p in kinds.items() if p.kind is p.KEYWORD_ONLY}
+    parser = HalosParser(prog=f"halos {name}", description=(tool.__doc__ or "").splitlines()[0])
+    parser.add_function_arguments(tool, as_positional=True, as_group=False, skip=options)
+    parser.add_function_arguments(tool, as_positional=False, as_group=False, skip=set[str | int](kinds) - options)
+    return parser
+
+
+def run_tool(name: str, words: list[str]) -> None:
+    """Runs a command of ``TOOLS`` with the words behind its name."""
+    parser = tool_parser(name)
+    _function(name)(**parser.instantiate(parser.parse_args(words)).as_dict())

@@ -1,0 +1,127 @@
+"""The config files of a Trainer's command: which they are, in which order, and whether they can be read.
+
+``base.yaml`` comes first, then the file of ``--objective``, then those of ``--config`` in the order given, then all
+other options, wherever they stand on the command line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.callbacks import Callback
+
+from halos_pl.cli.errors import RunError
+from halos_pl.cli.help_page import TRAINER_COMMANDS
+from halos_pl.common.experiments import BASE, config_file, is_shipped, objectives, presets
+from halos_pl.common.misplaced import read_config
+from halos_pl.common.own_plugins import import_own
+from halos_pl.common.yaml_files import YAMLFileError
+from halos_pl.data.transforms import Transform
+from halos_pl.objective.build import PARTS
+from halos_pl.policy.reference import ReferenceModel
+from halos_pl.run_dir import CONFIG, LAST
+
+#: The keys of a config that hold a mapping.
+GROUPS = ("data", "model", "checkpoint", "progress", "trainer")
+#: The kinds of plug-ins that are found by their bare names in the working folder.
+KINDS = (*PARTS.values(), ReferenceModel, Transform, Callback)
+_RESOLVED = {*GROUPS, "seed_everything", "run_dir"}
+
+
+def expanded(words: Sequence[str]) -> list[str]:
+    """The words of a Trainer's command with paths for the names of configs, and all configs in front.
+
+    ``base.yaml`` is implied, unless ``--no_base`` is given or a config states every setting, as a run's
+    ``config.yaml`` does.
+
+    Raises:
+        PresetError: for a name that stands for no file, or for two.
+        RunError: where ``--objective`` is given twice, or has no effect.
+        YAMLFileError: for a file that cannot be used.
+    """
+    words = list(words)
+    command = [words.pop(0)] if words[:1] and words[0] in TRAINER_COMMANDS else []
+    names: dict[str, list[str]] = {"--objective": [], "--config": []}
+    others: list[str] = []
+    base = True
+    while words:
+        word = words.pop(0)
+        flag, mark, value = word.partition("=")
+        flag = "--config" if flag == "-c" else flag
+        if flag == "--no_base":
+            value = value if mark else words.pop(0) if words[:1] in (["true"], ["false"]) else "true"
+            base = value != "true"
+        elif flag in names and (mark or words):
+            names[flag].append(value if mark else words.pop(0))
+        else:
+            others.append(word)
+    chosen = [str(config_file(name, objectives(), "--objective")) for name in names["--objective"]]
+    files = [str(config_file(name, presets(), "--config")) for name in names["--config"]]
+    if len(chosen) > 1:
+        raise RunError(f"--objective is given twice, {' and '.join(names['--objective'])}; a run has one objective")
+    contents = check_files([*chosen, *files])
+    resolved = next((path for path, content in contents.items() if content.keys() >= _RESOLVED), None)
+    if resolved and chosen:
+        raise RunError(
+            f"--objective {names['--objective'][0]} has no effect: {resolved} states every setting; drop one"
+        )
+    if base and not resolved and not any(Path(file).resolve() == BASE.resolve() for file in files):
+        chosen.insert(0, str(BASE))
+    own = [content for path, content in contents.items() if not is_shipped(path)]
+    import_own([*own, *map(_value, others)], KINDS)
+    return [*command, *(f"--config={file}" for file in (*chosen, *files)), *others]
+
+
+def _value(word: str) -> Any:
+    """The value in a word, as YAML reads it."""
+    text = word.partition("=")[2] if word.startswith("--") else word
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        return text
+
+
+def check_files(paths: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Refuses config files that a parser would misread or not understand, by file and line.
+
+    Returns:
+        What each of them holds, but for pipes, which can be read only once.
+
+    Raises:
+        YAMLFileError: naming file and line.
+    """
+    contents = {}
+    for path in paths:
+        if Path(path).is_file():
+            contents[path], lines = read_config(path)
+            for key in GROUPS:
+                if not isinstance(contents[path].get(key, {}), (dict, str)):
+                    value = json.dumps(contents[path][key], default=str)
+                    raise YAMLFileError(f"{path}:{lines[(key,)]}: {key} is {value}; it takes a mapping")
+    return contents
+
+
+def config_files(words: Sequence[Any]) -> list[str]:
+    """The config files among expanded words."""
+    return [str(word).partition("=")[2] for word in words if str(word).startswith("--config=")]
+
+
+def refuse_moved(words: Any, run_dir: Path) -> None:
+    """Refuses the config of a run whose folder was moved: another run may be where it was.
+
+    Raises:
+        RunError: naming both folders.
+    """
+    if any(isinstance(word, str) and word.partition("=")[0] == "--run_dir" for word in words):
+        return
+    for path in config_files(words):
+        folder = Path(path).parent
+        if Path(path).name == CONFIG and (folder / LAST).is_file() and folder.resolve() != run_dir.resolve():
+            raise RunError(
+                f"{path} belongs to a run, but its run_dir is {run_dir}: the folder was moved or copied; add"
+                f" --run_dir {folder} to take that run"
+            )

@@ -1,0 +1,61 @@
+"""``halos new``: a commented skeleton of a plug-in or a loss, with the test that holds it to the definition."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from pathlib import Path
+from typing import Literal
+
+from halos_pl.cli.skeletons import PLUGINS, TESTS
+from halos_pl.common.experiments import EXPERIMENTS, objectives
+from halos_pl.common.files import write
+
+Kind = Literal["value_function", "reward", "reference_point", "feedback", "objective"]
+_PACKAGE = Path(__file__).resolve().parents[1]
+#: Where a file of each kind belongs in a checkout, whose tests find it by themselves.
+FOLDERS: dict[Kind, Path] = {
+    "value_function": _PACKAGE.parent / "value_functions",
+    "reward": _PACKAGE / "objective",
+    "reference_point": _PACKAGE / "objective" / "reference_points",
+    "feedback": _PACKAGE / "objective",
+    "objective": EXPERIMENTS / "objectives",
+}
+
+
+def new(kind: Kind, name: str, *, package: bool = False) -> None:
+    """Write a skeleton of a plug-in or a loss, and its test, into the working folder.
+
+    Args:
+        kind: what to write.
+        name: of the class, such as SoftSign, or of the objective, such as my_loss. The file is named after it.
+        package: write into the checkout of halos_pl instead, where its own tests find the file.
+
+    Raises:
+        ValueError: for a name that no class or file can have, or that is taken.
+        FileExistsError: where a file is there already.
+    """
+    words = [word for word in re.split(r"[_\W]+|(?<=[a-z0-9])(?=[A-Z])", name) if word]
+    snake = "_".join(words).lower()
+    if not re.fullmatch(r"[A-Za-z]\w*", name) or keyword.iskeyword(snake):
+        raise ValueError(f"{name!r} cannot be a name: use letters, digits and _, beginning with a letter")
+    cls = "".join(word[:1].upper() + word[1:] for word in words)
+    if kind == "objective" and snake in objectives():
+        raise ValueError(f"an objective {snake} is shipped with halos_pl; choose another name")
+    if package and EXPERIMENTS.parent == _PACKAGE:
+        raise ValueError("--package is for a checkout of halos_pl, and this one is installed; leave it out")
+    folder = FOLDERS[kind] if package else Path()
+    source = folder / f"{snake}.{'yaml' if kind == 'objective' else 'py'}"
+    files = {source: PLUGINS[kind]}
+    if not package:
+        files[folder / f"test_{snake}.py"] = TESTS["objective" if kind == "objective" else "plugin"]
+    if existing := [str(path) for path in files if path.exists()]:
+        raise FileExistsError(f"{' and '.join(existing)} already exists; choose another name")
+    for path, text in files.items():
+        write(path, text.replace("CLASS", cls).replace("MODULE", snake))
+        print(f"halos: wrote {path}")
+    use = f"--objective {snake}" if kind == "objective" else f"--model.{kind} {cls}"
+    target = str(source) if kind == "objective" else cls
+    print(
+        f"halos: next: halos check {target}; {'make test' if package else f'pytest test_{snake}.py'}; halos fit {use}"
+    )

@@ -1,0 +1,180 @@
+"""The texts that ``halos new`` writes. CLASS stands for the class, MODULE for the file without its ending."""
+
+_VALUE_FUNCTION = '''"""CLASS: a value function."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from value_functions.base import ValueFunction
+
+
+class CLASS(ValueFunction):
+    """v(u) = tanh(beta * u).
+
+    Args:
+        beta: slope at u = 0, 1 / nats.
+
+    Raises:
+        ValueError: for a beta that is not positive.
+    """
+
+    def __init__(self, *, beta: float = 0.1) -> None:
+        super().__init__()
+        if not beta > 0:
+            raise ValueError(f"CLASS: beta is {beta}; it must be positive")
+        self.beta = beta
+
+    def forward(self, u: Tensor) -> Tensor:
+        # u = r - z0 in nats, any shape. Return the value of each element, with the shape and dtype of u.
+        # A HALO needs v non-decreasing everywhere, and concave where u > 0.
+        return torch.tanh(self.beta * u)
+'''
+
+_REWARD = '''"""CLASS: a reward."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from halos_pl.batch import LogProbBatch, Needs
+from halos_pl.objective.rewards import Reward
+
+
+class CLASS(Reward):
+    """r = scale * sum over the completion's tokens of log pi_theta / pi_ref.
+
+    Args:
+        scale: l(y) of the definition, the same for all completions; above 0.
+
+    Raises:
+        ValueError: for a scale that is not positive.
+    """
+
+    # What the reward needs of data and models; see Needs.
+    needs = Needs(reference=True)
+
+    def __init__(self, *, scale: float = 1.0) -> None:
+        super().__init__()
+        if not scale > 0:
+            raise ValueError(f"CLASS: scale is {scale}; it must be positive")
+        self.scale = scale
+
+    def forward(self, rows: LogProbBatch) -> Tensor:
+        # Log-probs of the tokens are [n, T], 0 in padding. Return nats: [n], or [n, T] for a reward of each token.
+        if rows.reference_logps is None:
+            raise ValueError("CLASS needs log-probs of a reference model")
+        return self.scale * (rows.policy_logps - rows.reference_logps).sum(dim=1)
+'''
+
+_REFERENCE_POINT = '''"""CLASS: a reference point."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from halos_pl.batch import LogProbBatch, Needs
+from halos_pl.objective.reference_points.base import Estimate, MeanOverRanks, ReferencePoint
+
+
+class CLASS(ReferencePoint):
+    """z0 = mean reward of the step's own rows, over all ranks."""
+
+    # "step": one estimate for the optimizer step, without gradient. "row": read off each row, with gradient.
+    scope = "step"
+    # What must be known before forward is called; see Needs. Here the rewards of the step's own rows.
+    needs = Needs(step_rewards=True)
+
+    def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
+        # rewards are [n], nats. rows.labels says which row is desirable, mismatched, or the other one of a pair.
+        # Reduce sums and counts over the ranks, never means: ranks may hold different numbers of rows.
+        return MeanOverRanks(rewards[rows.labels.train]).estimate()
+'''
+
+_FEEDBACK = '''"""CLASS: feedback."""
+
+from __future__ import annotations
+
+import torch
+
+from halos_pl.batch import LogProbBatch, Needs
+from halos_pl.objective.feedback import Feedback, Judgement
+
+
+class CLASS(Feedback):
+    """Thumbs up or down for each row; undesirable rows count ``undesirable_weight`` times.
+
+    Args:
+        undesirable_weight: lambda_U, at least 0.
+
+    Raises:
+        ValueError: for a negative weight.
+    """
+
+    # What the feedback needs of the data; see Needs.
+    needs = Needs(undesirable=True)
+
+    def __init__(self, *, undesirable_weight: float = 1.0) -> None:
+        super().__init__()
+        if not undesirable_weight >= 0:
+            raise ValueError(f"CLASS: undesirable_weight is {undesirable_weight}; it must be at least 0")
+        self.undesirable_weight = undesirable_weight
+
+    def forward(self, rows: LogProbBatch) -> Judgement:
+        # Read labels only, never log-probs: sign and weight do not depend on the policy.
+        labels = rows.labels
+        ones = torch.ones_like(labels.desirable, dtype=torch.float32)
+        return Judgement(
+            sign=torch.where(labels.desirable, -ones, ones),  # -1: a higher value lowers the loss
+            weight=torch.where(labels.desirable, ones, self.undesirable_weight * ones) * labels.train,
+            denominator=labels.train.sum().float(),  # of this rank; the loss is divided by the sum over ranks
+        )
+'''
+
+_OBJECTIVE = """\
+# MODULE: KTO with another value function. Say here what the loss is, where it comes from, and its verdict.
+# halos objectives kto shows another one; halos check --explain lists the clauses of the definition.
+model:
+  reward: {class_path: LogRatio, init_args: {length_normalised: false}} # r, in nats
+  reference_point: {class_path: MismatchedKL, init_args: {clamp: true}} # z0, what r is compared with
+  value_function: {class_path: Tanh, init_args: {beta: 0.1}} # v(r - z0)
+  feedback: {class_path: Binary, init_args: {lambda_desirable: 1.0, lambda_undesirable: 1.0, denominator: rows}}
+  reflect_undesirable: true # an undesirable row has the value -v(-u); false: +v(u)
+  loss_offset: 0.0 # added to the loss of each row; it has no gradient
+  extra_terms: null # such as [{class_path: NLL, init_args: {weight: 0.1}}]
+  reference_model: null
+data: {one_completion_per_prompt: false, control_tokens: null}
+"""
+
+PLUGINS = {
+    "value_function": _VALUE_FUNCTION,
+    "reward": _REWARD,
+    "reference_point": _REFERENCE_POINT,
+    "feedback": _FEEDBACK,
+    "objective": _OBJECTIVE,
+}
+
+TESTS = {
+    "plugin": '''"""CLASS keeps the clauses of the definition that are its own."""
+
+from MODULE import CLASS
+
+from halos_pl.conformance import parametrize_with_checks
+
+
+@parametrize_with_checks([CLASS()])
+def test_it_can_be_part_of_a_halo(check):
+    check()
+''',
+    "objective": '''"""MODULE.yaml is a human-aware loss."""
+
+from pathlib import Path
+
+from halos_pl.conformance import check_halo
+
+
+def test_it_is_a_halo():
+    assert check_halo(Path(__file__).with_name("MODULE.yaml")).verdict == "halo"
+''',
+}

@@ -1,0 +1,12 @@
+"""What pyproject.toml cannot say: ``experiments/`` travels in the wheel as ``halos_pl/experiments``."""
+
+from setuptools import find_namespace_packages, find_packages, setup
+
+HOME = "halos_pl.experiments"
+# The results of studies stay behind.
+folders = [HOME, *(f"{HOME}.{name}" for name in find_namespace_packages("experiments", exclude=["*results*"]))]
+
+setup(
+    packages=[*find_packages(include=["halos_pl*", "value_functions*"]), *folders],
+    package_dir={HOME: "experiments"},
+)
