@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from run_halos import ROOT
 
+import halos_pl
 from halos_pl.cli.cached_help import show_help
 
 HEAVY = {"torch", "lightning", "transformers", "datasets", "scipy", "matplotlib", "statsmodels", "pandas", "peft"}
@@ -120,3 +121,10 @@ def test_the_help_of_a_fit_is_kept_until_something_changes(
     assert shown(["fit", "--help"]) == "options 4\n"
     monkeypatch.setenv("HALOS_CACHE", "/dev/null/nowhere")  # which cannot be written to
     assert [shown(["fit", "--help"]) for _ in range(2)] == ["options 5\n", "options 6\n"]
+
+
+def test_what_the_package_exports_is_there_and_an_old_name_is_answered_by_the_new_one() -> None:
+    for name in halos_pl.__all__:
+        assert getattr(halos_pl, name).__name__ == name
+    with pytest.raises(AttributeError, match="TokenBatch"):
+        _ = halos_pl.FlatBatch

@@ -87,7 +87,7 @@ def export(
         policy.to(getattr(torch, dtype))
     _check_finite(policy, run)
     if not adapter:
-        for name, value in base_model(whole).noise_of_config.items():  # type: ignore[arg-type]
+        for name, value in base_model(whole).noise_of_config.items():
             setattr(base_model(policy).config, name, value)
     stops = add_stops(policy, tokenizer)
     if adapter and stops:

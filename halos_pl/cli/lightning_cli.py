@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from halos_pl.cli.checked_settings import (
     check_length,
@@ -36,7 +36,6 @@ from halos_pl.policy.loading import check_lora
 from halos_pl.run_dir import CONFIG, LAST, PREVIOUS
 from halos_pl.training.callbacks import (
     PredictionWriter,
-    RunCSVLogger,
     RunReport,
     SaveRunConfig,
     check_run_dir,
@@ -54,6 +53,7 @@ from halos_pl.training.module import HALOModule, check_trainer
 from halos_pl.training.monitors import check_monitors, say_unused
 from halos_pl.training.progress import Progress
 from halos_pl.training.resume import KeepSettings
+from halos_pl.training.run_log import RunCSVLogger
 from halos_pl.training.stop_at_step import AgreedSignals, StopAtStep
 
 #: Errors that a user can fix.

@@ -18,27 +18,30 @@ from halos_pl.common.wrong_value import plain_data, shown
 from halos_pl.common.yaml_files import read_yaml
 
 
+def _namespace(content: dict[str, Any]) -> Namespace:
+    return Namespace(content)  # type: ignore[no-untyped-call]
+
+
 class LateDefaults(LightningArgumentParser):
     """Fills in the settings of an option's default class last, and only where no other class was named."""
 
     def _default_classes(self) -> Iterator[tuple[str, Namespace]]:
         for action in self._actions:
             if isinstance(action.default, Mapping | Namespace) and isinstance(action.default.get("class_path"), str):
-                yield action.dest, Namespace(plain_data(action.default))
+                yield action.dest, _namespace(plain_data(action.default))
 
     def _parse_defaults_and_environ(self, defaults: bool = True, *given: Any, **options: Any) -> Namespace:
         config: Namespace = super()._parse_defaults_and_environ(defaults, *given, **options)
         for key, default in self._default_classes() if defaults else ():
-            config[key] = Namespace(class_path=default.class_path)
+            config[key] = _namespace({"class_path": default.class_path})
         return config
 
     def _parse_common(self, cfg: Namespace, env: Any, defaults: bool, *given: Any, **options: Any) -> Namespace:
         for key, default in self._default_classes() if defaults else ():
             now = cfg.get(key)
             if isinstance(now, Namespace) and now.get("class_path") == default.class_path:
-                now["init_args"] = Namespace(
-                    {**default.get("init_args", {}), **vars(now.get("init_args", Namespace()))}
-                )
+                settings = now.get("init_args")
+                now["init_args"] = _namespace({**default.get("init_args", {}), **(vars(settings) if settings else {})})
         return super()._parse_common(cfg, env, defaults, *given, **options)
 
 

@@ -25,7 +25,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentParser, Namespace, add_instantiator
 from jsonargparse._actions import _ActionHelpClassPath
-from jsonargparse._typehints import ActionTypeHint, NestedArg
+from jsonargparse._typehints import ActionTypeHint
+from jsonargparse._util import NestedArg
 
 from halos_pl.common.own_plugins import own_plugins
 from halos_pl.common.renamed import RENAMED

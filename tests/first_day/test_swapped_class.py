@@ -37,7 +37,7 @@ def resolved(words: list[str], capfd: pytest.CaptureFixture[str]) -> Any:
 )
 def test_another_optimizer_has_its_own_defaults(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Alone it has those of its signature; over base.yaml it has what that file sets, too."""
-    alone = resolved([f"--model.optimizer={name}"], capfd)["optimizer"]["init_args"]
+    alone = resolved(["--no_base", f"--model.optimizer={name}"], capfd)["optimizer"]["init_args"]
     signature = inspect.signature(import_object(name)).parameters
     assert alone == {key: list(d) if isinstance(d := signature[key].default, tuple) else d for key in alone}
     assert {*signature} - {*alone} == {"params"}
