@@ -35,7 +35,7 @@ GUARDS = {
     "the run's folder is locked and writable": "halos_pl.training.run_lock:RunLock.take",
     "config files are read for faults": "halos_pl.cli.configs:check_files",
     "monitors are known": "halos_pl.cli.lightning_cli:check_monitors",
-    "the cached tokens are whole (SHA-256)": "halos_pl.data.store:_sums",
+    "the cached tokens are whole (SHA-256)": "halos_pl.data.store:checksums",
     "the converted model is whole (SHA-256)": "halos_pl.policy.source:_intact",
     "all weights were in the files": "halos_pl.policy.loading:check_loaded",
     "the tokenizer's ids have embeddings": "halos_pl.training.module:check_vocabulary",

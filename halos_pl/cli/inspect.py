@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from halos_pl.batch import Needs
 from halos_pl.common.files import write
 from halos_pl.common.messages import plain
-from halos_pl.data.batches import seeded
 from halos_pl.data.example import DataError
 from halos_pl.data.formats import refuse_missing
+from halos_pl.data.order import seeded
 from halos_pl.data.prompts import TextPrompts, convention, counted
 from halos_pl.data.source import Source
 from halos_pl.data.spans import LossOn

@@ -1,7 +1,7 @@
 """Rows of Arrow's formats: Parquet, Arrow files and streams, folders of ``datasets.save_to_disk``.
 
-An Arrow file is memory as it is laid out: a wrong offset in it reads what is not there, and ends the process. So
-every batch is validated before it is used. Integers of a ``ClassLabel`` become their names, which say what they mean.
+An Arrow file is mapped into memory as it is: a wrong offset would read outside of it and crash the process. So every
+batch is validated first. Integers of a ``ClassLabel`` become their names.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from halos_pl.data.broken import CHUNK, Broken, Read, split_of, too_large, twice
 from halos_pl.data.example import short
 
 BATCH = 1024  # rows decoded at a time
-SHARED = 16  # times the bound of a row: what values that rows share may take, decoded together
+SHARED = 16  # size limit of values shared by rows, once decoded, in multiples of a row's limit
 _VIEWS = {pa.string_view().id, pa.binary_view().id, pa.list_view(pa.null()).id, pa.large_list_view(pa.null()).id}
 _VIEWS |= {pa.run_end_encoded(pa.int32(), pa.null()).id}
-ROW_FAULTS = (UnicodeDecodeError, ValueError, OverflowError, SystemError)  # what decoding a value may raise
-Classes = dict[str, Any]  # by column, what ``_class`` says of it
+ROW_FAULTS = (UnicodeDecodeError, ValueError, OverflowError, SystemError)  # that decoding a value may raise
+Classes = dict[str, Any]  # by column, as ``_class`` returns them
 
 _YES_NO = {"yes": True, "no": False}
 
 
 def meanings(names: Sequence[str]) -> list[Any]:
-    """The names of a ClassLabel; those of the answers to a question are true and false."""
+    """The names of a ClassLabel; yes and no become true and false."""
     plain = [str(name).strip().lower() for name in names]
     return [_YES_NO[name] for name in plain] if set(plain) == set(_YES_NO) else list(names)
 
 
 def _class(feature: Any) -> Any:
-    """The ClassLabels in a feature as ``datasets`` writes it: a tuple of names, or a list or dict that leads to one."""
+    """The ClassLabels in a feature as ``datasets`` writes it: a tuple of names, or a list or dict that holds one."""
     if isinstance(feature, list) and len(feature) == 1:  # as early versions write a list
         return [inner] if (inner := _class(feature[0])) else None
     if not isinstance(feature, dict):
@@ -58,10 +58,10 @@ def classes_of(features: Any) -> Classes:
 
 
 def _classes_of(schema: pa.Schema) -> Classes:
-    """The ClassLabels of a file that ``datasets`` has written.
+    """The ClassLabels of a file written by ``datasets``.
 
     Raises:
-        ValueError: its metadata are damaged, so that what an integer means is unknown.
+        ValueError: the metadata are damaged, so the meaning of integers is unknown.
     """
     written = (schema.metadata or {}).get(b"huggingface")
     try:
@@ -81,7 +81,7 @@ def _named(value: Any, names: Any) -> Any:
             return value
         if value >= len(names):
             raise ValueError(f"is {value}, but its ClassLabel has {len(names)} names")
-        return names[value] if value >= 0 else None  # -1 stands for none
+        return names[value] if value >= 0 else None  # -1 means no label
     if isinstance(names, list) and isinstance(value, list):
         return [_named(item, names[0]) for item in value]
     if isinstance(names, dict) and isinstance(value, dict):
@@ -90,7 +90,7 @@ def _named(value: Any, names: Any) -> Any:
 
 
 def named(row: Any, classes: Classes) -> Any:
-    """The row with names in place of the integers of its ClassLabels; a row that cannot be read is left as it is."""
+    """The row with the names of its ClassLabels in place of integers; a Broken row is returned as it is."""
     for column, names in classes.items() if isinstance(row, dict) else ():
         try:
             row |= {column: _named(row[column], names)} if column in row else {}
@@ -99,26 +99,26 @@ def named(row: Any, classes: Classes) -> Any:
     return row
 
 
-def batches(found: Iterable[Any], names: Sequence[str], classes: Classes, most: int) -> Read:
+def batches(tables: Iterable[Any], names: Sequence[str], classes: Classes, most: int) -> Read:
     """Rows of record batches or tables, numbered from 1, in bounded memory.
 
     Args:
-        found: batches that are sound but for the text in them.
+        tables: valid except for the text in them.
         names: of the columns.
         classes: the names of integers, by column.
-        most: bytes that a row may take.
+        most: size limit of a row, in bytes.
     """
     if (double := twice(names)) is not None:
         reason = f"the column {short(double)} appears twice in the file; rename one of the two"
         yield 0, Broken(reason, double, ends=True)
         return
     number = 0
-    for large in found:
+    for large in tables:
         for start in range(0, large.num_rows, BATCH):
             batch = large.slice(start, BATCH)
             rows: Any = None
             if batch.nbytes <= most and _shared(batch) <= SHARED * most:  # no row is larger
-                with suppress(*ROW_FAULTS):  # some row's; it is found below
+                with suppress(*ROW_FAULTS):  # of one row, found below
                     rows = batch.to_pylist()
             for row in rows or (_row(batch.slice(i, 1), most) for i in range(batch.num_rows)):
                 number += 1
@@ -126,24 +126,24 @@ def batches(found: Iterable[Any], names: Sequence[str], classes: Classes, most: 
 
 
 def _shared(batch: Any) -> int:
-    """Bytes that rows may take which share a value: it is stored once and decoded once for each."""
-    found = 0
+    """Decoded size of values that rows share: they are stored once, but decoded for each row."""
+    size = 0
     for column in batch.columns:
         for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
             if pa.types.is_dictionary(chunk.type):
                 values = chunk.dictionary
                 text = any(is_one(values.type) for is_one in (pa.types.is_string, pa.types.is_large_string))
                 largest = (pc.max(pc.binary_length(values)).as_py() or 0) if text else values.nbytes
-                found += len(chunk) * largest
+                size += len(chunk) * largest
             elif chunk.type.id in _VIEWS:
-                found += len(chunk) * chunk.get_total_buffer_size()
-    return found
+                size += len(chunk) * chunk.get_total_buffer_size()
+    return size
 
 
 def _row(batch: Any, most: int) -> Any:
     """The one row of a batch."""
     try:
-        # A slice still has the whole dictionary.
+        # A slice keeps the whole dictionary.
         columns = [c.combine_chunks() if isinstance(c, pa.ChunkedArray) else c for c in batch.columns]
         columns = [c.dictionary_decode() if pa.types.is_dictionary(c.type) else c for c in columns]
         if (size := sum(column.nbytes for column in columns)) > most:
@@ -155,7 +155,7 @@ def _row(batch: Any, most: int) -> Any:
 
 
 def _of_bytes(kind: pa.DataType) -> pa.DataType:
-    """The type with bytes in place of text."""
+    """The type with binary in place of text."""
     if pa.types.is_struct(kind):
         return pa.struct([field.with_type(_of_bytes(field.type)) for field in kind])
     for is_one, make in ((pa.types.is_list, pa.list_), (pa.types.is_large_list, pa.large_list)):
@@ -164,23 +164,23 @@ def _of_bytes(kind: pa.DataType) -> pa.DataType:
     return {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(kind, kind)
 
 
-def validated(found: Iterable[Any]) -> Iterable[Any]:
-    """The batches, none of whose offsets and lengths lead out of its memory.
+def validated(tables: Iterable[Any]) -> Iterable[Any]:
+    """The batches or tables, after a check that offsets and lengths stay within their memory.
 
     Raises:
-        pa.ArrowException: one's do.
+        pa.ArrowException: they do not.
     """
-    for batch in found:
+    for batch in tables:
         try:
             batch.validate(full=True)
         except pa.ArrowInvalid as error:
             if "UTF8" not in str(error):
                 raise
-            # Validation ends at its first error: the rest may be wrong in other ways than as text.
+            # Validation stops at its first error; the rest may have other errors than wrong text.
             batch.validate()
             fields = [field.with_type(_of_bytes(field.type)) for field in batch.schema]
             batch.cast(pa.schema(fields)).validate(full=True)
-            # Only text is wrong; the row that has it is found when rows are decoded one by one.
+            # Only text is wrong; the row is found by decoding rows one by one.
             for i in range(batch.num_rows):
                 yield batch.slice(i, 1)
             continue
@@ -188,13 +188,13 @@ def validated(found: Iterable[Any]) -> Iterable[Any]:
 
 
 def _parquet(path: str, most: int) -> Read:
-    # Without these two, a row group is read as a whole, and a file may be one row group.
+    # Without these two, whole row groups are read, and a file may be a single row group.
     with pq.ParquetFile(path, buffer_size=CHUNK, pre_buffer=False) as file:
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         at = BATCH
         for group in groups:
             mean = group.total_byte_size // max(1, group.num_rows)
-            if mean > most:  # some row is larger, and reading it takes the memory
+            if mean > most:  # some row is larger, and reading it would take that much memory
                 yield 0, too_large(most, mean, ends=True)
                 return
             at = min(at, max(1, 4 * most // max(1, mean)))
@@ -202,7 +202,7 @@ def _parquet(path: str, most: int) -> Read:
 
 
 def _arrow(path: str, most: int) -> Read:
-    """Both of Arrow's own formats: files for random access, and streams, which ``datasets`` writes."""
+    """Arrow's formats: random-access files, and streams, which ``datasets`` writes."""
     yield from _arrow_rows(path, most, None)
 
 
@@ -210,12 +210,12 @@ def _arrow_rows(path: str, most: int, classes: Classes | None) -> Read:
     with pa.memory_map(path) as source:
         if source.read(6) == b"ARROW1":
             file = pa.ipc.open_file(source)
-            found: Any = (file.get_batch(i) for i in range(file.num_record_batches))
+            record_batches: Any = (file.get_batch(i) for i in range(file.num_record_batches))
         else:
             source.seek(0)
-            file = found = pa.ipc.open_stream(source)
+            file = record_batches = pa.ipc.open_stream(source)
         classes = _classes_of(file.schema) | (classes or {})
-        yield from batches(validated(iter(found)), file.schema.names, classes, most)
+        yield from batches(validated(iter(record_batches)), file.schema.names, classes, most)
 
 
 BINARY = {".parquet": _parquet, ".arrow": _arrow}
@@ -226,13 +226,13 @@ SAVED = ("dataset_info.json", "dataset_dict.json")
 
 
 def _regular(path: Path) -> Path:
-    """The path, unless a pipe or a device is there, which may never end.
+    """The path, unless it is a pipe or a device, which may never end.
 
     Raises:
-        ValueError: one is.
+        ValueError: it is.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise ValueError(f"{path.name} is no file")
+        raise ValueError(f"{path.name} is not a file")
     return path
 
 
@@ -242,14 +242,14 @@ def _object(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it holds something else.
     """
-    found = json.loads(_regular(path).read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name} is {short(found)}, not an object")
-    return found
+    content = json.loads(_regular(path).read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} is {short(content)}, not an object")
+    return content
 
 
 def saved(path: str, split: str | None, most: int) -> Read:
-    """Rows of a folder of ``datasets.save_to_disk``, of one split if it has several.
+    """Rows of a folder of ``datasets.save_to_disk``, of one split if there are several.
 
     Raises:
         OSError, ValueError, TypeError, KeyError, pa.ArrowException: the folder is damaged.
@@ -271,7 +271,7 @@ def saved(path: str, split: str | None, most: int) -> Read:
     classes = classes_of(_object(folder / "dataset_info.json").get("features"))
     number = 0
     for file in state["_data_files"]:
-        # Only the name: the files are in the folder.
+        # Only the name counts: the files are in the folder.
         for _, row in _arrow_rows(str(_regular(folder / Path(file["filename"]).name)), most, classes):
             number += 1
             yield number, row

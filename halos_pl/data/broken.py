@@ -1,4 +1,4 @@
-"""What a reader of files gives in place of a row that it cannot read, and what all readers share."""
+"""Rows that cannot be read, and other things that all file readers share."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from halos_pl.data.example import short
 
-#: Line (row, where there are no lines; from 1, 0 for the source as a whole), and the row or a ``Broken``.
+#: The line (or row, in formats without lines; from 1, or 0 for the source as a whole), and the row or a ``Broken``.
 Read = Iterator[tuple[int, Any]]
 
 CHUNK = 1 << 20  # bytes read at a time
 
 
 class Broken(Exception):
-    """A row that cannot be read. ``ends``: nor can any that follows."""
+    """A row that cannot be read; with ``ends``, nor can any row after it."""
 
     def __init__(self, reason: str, column: str | None = None, ends: bool = False) -> None:
         super().__init__(reason)
@@ -22,7 +22,7 @@ class Broken(Exception):
 
 
 def too_large(most: int, size: int | None = None, ends: bool = False) -> Broken:
-    """A row of more than ``most`` bytes; ``size`` is how many, where that is known."""
+    """The fault of a row of more than ``most`` bytes; ``size`` is its size if known."""
     what = f"takes {size / 1e6:,.1f} MB, more than" if size else "takes more than"
     rest = "; no row from here on can be read" if ends else ""
     return Broken(
@@ -30,18 +30,18 @@ def too_large(most: int, size: int | None = None, ends: bool = False) -> Broken:
     )
 
 
-def split_of(known: Sequence[str], wanted: str | None, what: str) -> str | Broken:
-    """The split to read: the one that is wanted, or the only one there is; a Broken where that is none of ``known``."""
-    if wanted is None and len(known) == 1:
-        return known[0]
-    if wanted in known:
+def split_of(splits: Sequence[str], wanted: str | None, what: str) -> str | Broken:
+    """The split to read: ``wanted``, or the only one; a Broken if that is none of ``splits``."""
+    if wanted is None and len(splits) == 1:
+        return splits[0]
+    if wanted in splits:
         return str(wanted)
     wrong = f"has no split {short(wanted)}" if wanted else "has several splits"
-    return Broken(f"the {what} {wrong}; name one of {', '.join(map(str, known))} as 'split'", ends=True)
+    return Broken(f"the {what} {wrong}; name one of {', '.join(map(str, splits))} as 'split'", ends=True)
 
 
 def twice(names: Sequence[str]) -> str | None:
-    """The first name that is there twice."""
+    """The first name that occurs twice."""
     seen: set[str] = set()
     for name in names:
         if name in seen:

@@ -33,22 +33,22 @@ def objects_of(value: Any, what: str, filled: bool = False) -> list[dict[str, An
     Args:
         value: of a column or key.
         what: ``tool`` or ``call``, for the error.
-        filled: drop nulls, with which columnar files fill in keys that an object lacks.
+        filled: drop nulls, with which columnar files fill missing keys.
 
     Raises:
-        ValueError: it is no such list.
+        ValueError: ``value`` is not such a list.
     """
-    given = _parsed(value)
-    found = [_parsed(item) for item in given] if isinstance(given, list) else None
-    if not found or not all(isinstance(item, dict) and _name(item) for item in found):
+    listed = _parsed(value)
+    objects = [_parsed(item) for item in listed] if isinstance(listed, list) else None
+    if not objects or not all(isinstance(item, dict) and _name(item) for item in objects):
         form = '{"type": "function", "function": {"name": ..., ' + {"tool": '"parameters"', "call": '"arguments"'}[what]
         raise ValueError(f"must be a list of {what}s, each an object such as {form}: ...}}}}, or the same as JSON text")
-    found = [_without_null(item) for item in found] if filled else found
-    return [_with_arguments(item) for item in found] if what == "call" else found
+    objects = [_without_null(item) for item in objects] if filled else objects
+    return [_with_arguments(item) for item in objects] if what == "call" else objects
 
 
 def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    """The call with its arguments under ``arguments``, which Llama's and Anthropic's formats name otherwise."""
+    """The call with its arguments under ``arguments``; Llama's and Anthropic's formats use other names."""
     if isinstance(call.get("function"), dict):
         return {**call, "function": _with_arguments(call["function"])}
     other = next((key for key in ("parameters", "input") if key in call), None)
@@ -137,7 +137,7 @@ def tool_forms(tools: list[dict[str, Any]] | None) -> Iterator[list[dict[str, An
 
 
 def _as_object(value: Any) -> Any:
-    return found if isinstance(found := _parsed(value), dict) else value
+    return parsed if isinstance(parsed := _parsed(value), dict) else value
 
 
 def _as_text(value: Any) -> Any:
@@ -149,7 +149,7 @@ def _same(value: Any) -> Any:
 
 
 def forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The messages in each form that a template may require for tool calls, the given one first."""
+    """The messages in each form that a template may require for tool calls, the original first."""
     if not any(CALLS in message for message in messages):
         yield messages
         return
@@ -173,11 +173,13 @@ def printed_wrong(messages: list[dict[str, Any]], text: str) -> bool:
     """Whether a rendering holds a call as Python's repr, or its JSON quoted within JSON."""
     for message in messages:
         for call in message.get(CALLS, ()):
-            given = (call.get("function") or call).get("arguments")
-            if isinstance(given, dict) and given and str(given) in text and str(given) != _as_text(given):
-                return True
-            quoted = json.dumps(given, ensure_ascii=False)
-            if isinstance(given, str) and _as_object(given) is not given and quoted in text:
+            arguments = (call.get("function") or call).get("arguments")
+            if isinstance(arguments, dict) and arguments:
+                printed = str(arguments)
+                if printed in text and printed != _as_text(arguments):
+                    return True
+            quoted = json.dumps(arguments, ensure_ascii=False)
+            if isinstance(arguments, str) and _as_object(arguments) is not arguments and quoted in text:
                 return True
     return False
 
@@ -186,4 +188,4 @@ def says_none(messages: list[dict[str, Any]], text: str) -> bool:
     """Whether a rendering prints a null content as ``None``."""
     if all(message["content"] is not None for message in messages):
         return False
-    return text.count("None") > sum(said.count("None") for said in message_texts(messages))
+    return text.count("None") > sum(part.count("None") for part in message_texts(messages))

@@ -1,4 +1,4 @@
-"""What happens to columns that a schema does not ask for: they are used, refused by name, or listed as unused.
+"""Columns beyond those of the schema: used, refused by name, or listed as unused.
 
 A column with a meaning in some known format is never dropped silently. A system text and earlier turns become messages
 of the prompt, an ``input`` is appended to its ``instruction``, and the rest (pictures, part of a prompt) is refused
@@ -36,7 +36,7 @@ from halos_pl.data.prompts import TextPrompts, asked
 from halos_pl.data.schemas import SCHEMAS, Schema
 from halos_pl.data.source import Source
 from halos_pl.data.text import TEXT
-from halos_pl.data.values import ROLES, BadRow, Messages, checked_text, given, messages_of, prompt_of
+from halos_pl.data.values import ROLES, BadRow, Messages, checked_text, has_value, messages_of, prompt_of
 
 _MESSAGE = frozenset(("role", "content", "from", "value", *CARRIED))
 _TOOLS = "tools"
@@ -45,7 +45,7 @@ _TELLING = 16  # characters; a prompt may contain a shorter text by chance
 
 
 @cache
-def known(name: str) -> bool:
+def is_read(name: str) -> bool:
     """Whether some schema reads a column ``name``, so that ``Source.columns`` may map to it."""
     read = {part for schema in SCHEMAS.values() for column in schema.columns for part in column.split("|")}
     patterns = (SYSTEM, PARTS, DIALOGUES)
@@ -90,7 +90,7 @@ def _kinds(schema: Schema, columns: frozenset[str]) -> _Kinds:
 def _parts(kinds: _Kinds, row: dict[str, Any]) -> dict[str, Any]:
     """Columns that hold parts of a prompt; a mere count of turns does not."""
     counts = {name for name in kinds.parts if means(DIALOGUES, name) and isinstance(row[name], int | float)}
-    return {name: row[name] for name in kinds.parts if name not in counts and given(row[name])}
+    return {name: row[name] for name in kinds.parts if name not in counts and has_value(row[name])}
 
 
 def without(value: Any, ignored: Sequence[str], idle: set[str], depth: int = 6) -> Any:
@@ -110,30 +110,30 @@ class Columns:
     Args:
         source: whose rows they are.
         schema: of the rows.
-        unused: filled with the columns and message keys that hold values and that nothing reads.
+        unused: filled with the columns and message keys that hold values but are not read.
     """
 
     def __init__(self, source: Source, schema: Schema, unused: dict[str, None]) -> None:
         self.source, self.schema, self.unused = source, schema, unused
         # Alpaca's instruction and input are one prompt.
         mapped = source.columns.get("prompt") == "instruction"
-        own = any(column == "instruction" for column in schema.columns)
-        self.instruction = "instruction" if own else "prompt" if mapped else None
-        # Columnar files fill in keys that an object lacks with nulls.
+        is_column = "instruction" in schema.columns
+        self.instruction = "instruction" if is_column else "prompt" if mapped else None
+        # Columnar files fill missing keys with nulls.
         self._filled = source.fills_columns and not any(ending in TEXT for ending in Path(source.path).suffixes)
 
     def checked(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row, with its ``input`` appended to its instruction.
 
         Raises:
-            BadRow: a column, message key or placeholder has a meaning, but nothing reads it.
+            BadRow: a column, message key or placeholder has a meaning, but is not read.
         """
         row = {name: unfilled(value) for name, value in row.items()} if self._filled else row
         kinds = _kinds(self.schema, frozenset(row))
         for name in kinds.refused:
             value, why = row[name], reason(COLUMNS, name)
             assert why is not None
-            if given(value) and _counts(value, why):
+            if has_value(value) and _counts(value, why):
                 raise BadRow(why, name, ignorable=name)
             self._note(name, value)
         for name in kinds.unused:
@@ -142,11 +142,11 @@ class Columns:
         for name in (*kinds.system, *kinds.parts):
             for text in _leaves(row[name]):
                 self._check_text(text, name, "")
-        if self.schema.prepare:  # rows are understood only once all have been read
+        if self.schema.prepare:  # a row can only be read with all others
             for name in (*kinds.system, *_parts(kinds, row), *kinds.tools):
-                if given(row[name]):
+                if has_value(row[name]):
                     raise BadRow(f"is not read by the schema '{self.schema.name}'", name, ignorable=name)
-        if self.instruction and "input" in kinds.parts and given(row["input"]):
+        if self.instruction and "input" in kinds.parts and has_value(row["input"]):
             parts = row[self.instruction], row["input"]
             if all(isinstance(part, str) for part in parts):
                 row = {k: v for k, v in row.items() if k != "input"} | {self.instruction: "\n".join(parts)}
@@ -159,7 +159,7 @@ class Columns:
             BadRow: a text prompt has no place for them, or a part of the prompt is missing from it.
         """
         kinds = _kinds(self.schema, frozenset(row))
-        system = {name: row[name] for name in kinds.system if given(row[name])}
+        system = {name: row[name] for name in kinds.system if has_value(row[name])}
         parts = _parts(kinds, row)
         tools = self._tools(row[_TOOLS]) if kinds.tools else None
         for item in items:
@@ -173,7 +173,7 @@ class Columns:
 
     def _tools(self, value: Any) -> list[dict[str, Any]] | None:
         """The tools that the model may call; None if the column holds none."""
-        if not given(value) or not _counts(value, TEMPLATE):
+        if not has_value(value) or not _counts(value, TEMPLATE):
             return None
         try:
             return objects_of(value, "tool", filled=self._filled)
@@ -181,7 +181,7 @@ class Columns:
             raise BadRow(str(error), _TOOLS, ignorable=_TOOLS) from error
 
     def _note(self, name: str, value: Any) -> None:
-        if name not in self.unused and given(value):
+        if name not in self.unused and has_value(value):
             self.unused[name] = None
 
     def _check_values(self, row: dict[str, Any], columns: Sequence[str]) -> None:
@@ -205,14 +205,14 @@ class Columns:
                         self._check_text(item, column, f", item {i}")
 
     def _check_message(self, message: dict[str, Any], column: str, within: str, judged: bool) -> None:
-        """``judged``: the message may carry the loss."""
+        """Refuses keys and texts that would be lost; ``judged``: the message may carry the loss."""
         if message.keys() <= {"role", "content"} or message.keys() <= {"from", "value"}:
             texts: tuple[str, ...] = ("content", "value")
         elif message.keys() & {"role", "from"}:
             texts = ("content", "value")
             for key in message.keys() - _MESSAGE:
                 value, why = message[key], reason(KEYS, key)
-                if why and given(value) and not (value == "final" and means("channel", key)):  # the answer itself
+                if why and has_value(value) and not (value == "final" and means("channel", key)):  # the answer itself
                     raise BadRow(f"has {key}, which {why}", column, within, key)
                 if not means(FLAGS, key):
                     self._note(f"{column}: {key}", value)
@@ -237,13 +237,13 @@ class Columns:
     def _check_text(self, text: str, column: str, within: str) -> None:
         if "<" not in text and "[IMG" not in text:
             return
-        for found in PLACEHOLDER.finditer(text):
-            if found[0] not in self.source.ignore and not is_markup(found, text):
+        for match in PLACEHOLDER.finditer(text):
+            if match[0] not in self.source.ignore and not is_markup(match, text):
                 raise BadRow(
-                    f"holds {found[0]}, which stands for a picture or sound, and the model reads text only",
+                    f"holds {match[0]}, which stands for a picture or sound, and the model reads text only",
                     column,
                     within,
-                    found[0],
+                    match[0],
                 )
 
 
@@ -260,12 +260,12 @@ def prompt_in_context(row: dict[str, Any], text_prompts: TextPrompts = "plain") 
     columns = Columns(Source("prompts"), Schema("prompts", ("prompt",)), {})
     row = {name: value for name, value in row.items() if reason(COLUMNS, name) not in (ANSWER, MARGIN, WEIGHT)}
     example = Example(asked(prompt_of(row), text_prompts), (), (), "")
-    found = columns.in_context([example], columns.checked(row))
-    return next(item for item in found if isinstance(item, Example))
+    items = columns.in_context([example], columns.checked(row))
+    return next(item for item in items if isinstance(item, Example))
 
 
 def _counts(value: Any, why: str) -> bool:
-    """Whether a column really holds what its name suggests; the name may be used for something else."""
+    """Whether a column holds what its name suggests; data sets also use such names for other things."""
     if why is WEIGHT:
         return isinstance(value, int | float) and value != 1
     if why.startswith(TEMPLATE) and isinstance(value, str):  # a single word is not a list of tools
@@ -286,7 +286,7 @@ def _with_context(example: Example, system: dict[str, Any], parts: dict[str, Any
     """
     messages = example.prompt if isinstance(example.prompt, list) else None
     question = all_texts(example.prompt)
-    said = [text for completion in example.completions for text in all_texts(completion)]
+    answers = [text for completion in example.completions for text in all_texts(completion)]
     for name, text in system.items():
         if not isinstance(text, str):
             raise BadRow(f"is {short(text)}; it must be text", name)
@@ -301,7 +301,7 @@ def _with_context(example: Example, system: dict[str, Any], parts: dict[str, Any
         elif messages[0]["role"] != "system":
             messages = [{"role": "system", "content": checked_text(text, name)}, *messages]
         elif messages[0]["content"].strip() != text.strip():
-            raise BadRow("is given, and the prompt has another system message; keep one", name, ignorable=name)
+            raise BadRow("differs from the system message of the prompt; keep one of them", name, ignorable=name)
     for name, value in parts.items():
         if name.lower() == "history" and messages is not None and isinstance(value, list):
             earlier = _turns(value, name)
@@ -310,11 +310,11 @@ def _with_context(example: Example, system: dict[str, Any], parts: dict[str, Any
                 messages = [*messages[:start], *earlier, *messages[start:]]
             continue
         leaves = list(_leaves(value))
-        held = question + said if means(DIALOGUES, name) else question  # an answer may quote what the prompt lacks
-        # The last turn of a dialogue may be another answer than those that were judged.
+        held = question + answers if means(DIALOGUES, name) else question  # an answer may quote what the prompt lacks
+        # The last turn of a dialogue may be an answer that was not judged.
         if not all(_holds(held, leaf) for leaf in (leaves[:-1] if len(leaves) > 1 else leaves)):
             raise BadRow(
-                "is a part of the prompt in some formats, and the prompt lacks it; add it to the prompt, or map it"
+                "is part of the prompt in some formats, but not of this prompt; add it to the prompt, or map it"
                 f" (columns: {{prompt: {name}}})",
                 name,
                 ignorable=name,
@@ -350,5 +350,5 @@ def _leaves(value: Any, depth: int = 4) -> Iterator[str]:
         for key, item in value.items():
             if key not in ("role", "from"):
                 yield from _leaves(item, depth - 1)
-    elif given(value):
+    elif has_value(value):
         yield value if isinstance(value, str) else str(value)

@@ -7,36 +7,39 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.batch import Needs, TokenBatch
 from halos_pl.common.stopping import ignore_signals
-from halos_pl.data.batches import Order, StepDataset, StepSampler, seeded
+from halos_pl.data.batches import StepDataset
 from halos_pl.data.example import DataError
 from halos_pl.data.formats import refuse_missing
 from halos_pl.data.memory import MemorySource
+from halos_pl.data.order import Order, StepSampler
 from halos_pl.data.prompts import TextPrompts, asked, convention, counted, say
 from halos_pl.data.resume import plain, refuse_other_data
 from halos_pl.data.source import OnBadRows
 from halos_pl.data.sources import Sources, sources_of
 from halos_pl.data.spans import LossOn, check_loss_on
 from halos_pl.data.special import SpecialTokens
-from halos_pl.data.split import Split, Together
-from halos_pl.data.store import Store, fault_list, open_store
+from halos_pl.data.split import ControlTokens, Split, Together
+from halos_pl.data.steps import training_order
+from halos_pl.data.store import Store, fault_list
+from halos_pl.data.stores import Stores
 from halos_pl.data.table import Table
 from halos_pl.data.template import template_of, use_template
 from halos_pl.data.tokenize import prefix_ids
-from halos_pl.data.transforms import Transform, in_order, plan
+from halos_pl.data.transforms import Transform, apply, in_order
 
 SPLITS = ("train", "validation", "test", "predict")
 # Settings that decide which rows are trained on, beside the sources.
@@ -55,21 +58,6 @@ DECIDE_ROWS = (
 Tokenizer = PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
-class ControlTokens:
-    """Texts put between prompt and completion that tell the model what follows, for conditional fine-tuning.
-
-    They are tokenised like any text of the prompt and carry no loss. To sample from the model afterwards, end the
-    prompt with the desirable one.
-
-    Attributes:
-        desirable, undesirable: the text for rows of either label.
-    """
-
-    desirable: str = "<|good|>"
-    undesirable: str = "<|bad|>"
-
-
 def _identity(batch: Any) -> Any:
     return batch
 
@@ -86,43 +74,41 @@ class FeedbackDataModule(LightningDataModule):
             mapping ``{path: ..., split: ..., weight: ...}`` of the settings of ``halos_pl.data.Source``; in Python
             also a ``datasets.Dataset``, a pandas DataFrame, or a list of rows. ``predict`` defaults to ``test``, then
             to ``validation``. All but ``train`` keep every row, and pairs as pairs, whatever the objective needs.
-        batch_size: examples of one optimizer step over all ranks together: rows; pairs where the objective
-            needs pairs; prompts, with all their rows, where it compares the rows of a prompt.
-        eval_batch_size: the same for the other stages; default ``batch_size``.
-        max_length: tokens of prompt and completion together. A prompt that does not fit is cut at its start,
-            the same for both completions of a pair.
-        truncate_completions: cut a completion of ``max_length`` tokens or more at its end; False drops the
-            row (the pair, where the objective needs pairs). Either way the number is reported.
-        on_bad_rows: ``error`` names the faulty rows and stops before a model is loaded; ``skip`` leaves them out, with
-            their number in the log and in the run's summary.
-        special_tokens_in_text: what becomes of special tokens that the data spell, such as ``<|im_end|>`` in a
-            message: ``refuse`` counts a row as faulty if one of its messages spells a token that marks turns;
-            ``split`` encodes them as plain text; ``allow`` encodes them as the special tokens.
-        text_prompts: what a prompt that is plain text means, here and where the run is evaluated or generates:
-            ``plain`` encodes it as it is, as TRL does; ``chat`` puts it into the chat template as a user's message
-            and the completion as the answer. Message lists always go through the template.
-        chat_template: another chat template than the tokenizer's, which for a base model has none: a .jinja file, a
-            folder with a tokenizer, ``chatml``, or the template itself. It is kept in the run's folder, and used by
-            whatever evaluates, generates or exports the run.
-        loss_on: which turns of the assistant carry the loss, each with the token that ends it. ``last``: the last one;
-            what comes before it is read as a part of the prompt. ``all``: every turn of a completion, and of a
-            conversation that is judged as a whole (``messages``) every turn in it; a prompt in a column of its own, and
-            what both conversations of a pair begin with, carry none. What others say never does.
-        transforms: changes to the data for studies, applied in order (see ``halos_pl.data.transforms``). Rows that have
-            only scores get thumbs by ``ThresholdScores``, at their prompt's mean, unless a transform says otherwise.
-        shuffle: shuffle the training examples anew each epoch.
-        keep_together: rows that make one example, and so come in the same step, though the objective does not need
-            it: ``pairs``, or ``prompts`` with all their rows; ``batch_size`` then counts these. Null for single rows.
-        balance_classes: every training step has desirable and undesirable rows in the proportion of the whole data.
-        group_by_length: make training steps of examples of about equal length, so that there is less padding.
+        batch_size: examples per optimizer step over all ranks: rows; pairs if the objective needs pairs; prompts
+            with all their rows if it compares the rows of a prompt.
+        eval_batch_size: the same for the other stages; default: ``batch_size``.
+        max_length: tokens of prompt and completion together. A longer prompt is cut at its start, the same for both
+            completions of a pair.
+        truncate_completions: cut a completion of ``max_length`` tokens or more at its end; false drops the row (the
+            pair, if the objective needs pairs). Either way they are counted in the log.
+        on_bad_rows: ``error`` names the faulty rows and stops before a model is loaded; ``skip`` leaves them out and
+            counts them in the log and the run's summary.
+        special_tokens_in_text: how special tokens spelled in the data are treated, such as ``<|im_end|>`` in a
+            message: ``refuse`` makes a row faulty if a message spells a token that marks turns; ``split`` encodes
+            them as plain text; ``allow`` encodes them as special tokens.
+        text_prompts: how plain-text prompts are encoded in training, evaluation and generation: ``plain`` as they
+            are, as in TRL; ``chat`` as a user message in the chat template, with the completion as the answer. Message
+            lists always go through the template.
+        chat_template: replaces the tokenizer's (a base model has none): a .jinja file, a folder with a tokenizer,
+            ``chatml``, or the template itself. It is kept in the run's folder, for evaluation, generation and export.
+        loss_on: which assistant turns carry the loss, each with the token that ends it. ``last``: the last one; what
+            comes before it counts as prompt. ``all``: every turn of a completion, and of a conversation judged as a
+            whole (``messages``); a prompt in its own column, and what both conversations of a pair begin with, carry
+            none. Other roles never do.
+        transforms: changes to the data for studies, applied in order (see ``halos_pl.data.transforms``). Rows with
+            only a score are labelled by ``ThresholdScores`` at their prompt's mean, unless a transform does it.
+        shuffle: shuffle the training examples in each epoch.
+        keep_together: rows that come in the same step even if the objective does not need it: ``pairs``, or
+            ``prompts`` with all their rows; ``batch_size`` then counts these. Null: single rows.
+        balance_classes: give every training step desirable and undesirable rows in the proportion of the whole data.
+        group_by_length: make training steps of examples of similar length, which need less padding.
         drop_last: leave out a smaller last training step.
-        one_completion_per_prompt: train on one random row of each distinct prompt: the transform ``OnePerPrompt``
-            before all that want labels. It is a setting of its own because an objective file may ask for it.
+        one_completion_per_prompt: train on one random row per distinct prompt: the transform ``OnePerPrompt``, before
+            all that need labels. A setting of its own, so that an objective file can ask for it.
         control_tokens: texts between prompt and completion that name the row's label; null for none.
         num_workers: processes that make batches; the batches do not depend on it.
-        seed: what order and mismatches depend on; default the global seed (``seed_everything``), else 0.
-        cache_dir: where tokenised sources are kept; default ``data`` in ``$HALOS_CACHE``, else in
-            ``~/.cache/halos_pl``.
+        seed: of order and mismatches; default: the global seed (``seed_everything``), else 0.
+        cache_dir: of tokenised sources; default: ``data`` in ``$HALOS_CACHE``, else in ``~/.cache/halos_pl``.
     """
 
     def __init__(
@@ -180,10 +166,14 @@ class FeedbackDataModule(LightningDataModule):
         self.balance_classes, self.group_by_length = balance_classes, group_by_length
         self.control_tokens = control_tokens
         self.num_workers, self.seed = num_workers, seed
-        self.cache_dir = Path(cache_dir) if cache_dir else None
         self._connection: tuple[Tokenizer | Callable[[], Tokenizer], Needs] | None = None
-        self._tokenizer: tuple[Tokenizer, Any] | None = None  # and its chat template
-        self._stores: dict[str, Store] = {}  # by the source's key; each is opened once per process
+        self._stores = Stores(
+            on_bad_rows=on_bad_rows,
+            cache_dir=Path(cache_dir) if cache_dir else None,
+            special_tokens_in_text=special_tokens_in_text,
+            text_prompts=text_prompts,
+            loss_on=loss_on,
+        )
         self._splits: dict[str, Split] = {}
         self._transformed: dict[str, list[dict[str, Any]]] = {}
         self._resume = (0, 0)
@@ -236,35 +226,11 @@ class FeedbackDataModule(LightningDataModule):
         wanted = SPLITS if required is None else (required, *(["validation"] if stage == "fit" else []))
         return [split for split in wanted if self.sources[split]]
 
-    def _open(self, splits: Sequence[str]) -> Tokenizer:
-        """Opens the stores of the splits, and reports the faults of all of them in one error."""
+    def _open(self, splits: Sequence[str]) -> None:
         _ = self._connected
-        refuse_missing(source for split in splits for source in self.sources[split])
-        tokenizer = self.tokenizer
-        if self._tokenizer != (state := (tokenizer, tokenizer.chat_template)):  # of another model
-            self._tokenizer, self._stores = state, {}
-            if "strftime_now" in str(tokenizer.chat_template):
-                rank_zero_warn(
-                    "halos: the chat template writes today's date, so prompts tokenised or generated from on another"
-                    " day differ. Write a fixed date into the template and save the tokenizer"
-                )
-        faults: list[tuple[int, str]] = []
-        count = 0
-        for key, source in {s.key: s for split in splits for s in self.sources[split]}.items():
-            if key not in self._stores:
-                try:
-                    how = (self.special_tokens_in_text, self.text_prompts, self.loss_on)
-                    self._stores[key] = open_store(source, tokenizer, self.cache_dir, *how)
-                except DataError as error:
-                    faults.append((1, str(error)))
-                    count += 1
-                    continue
-            if self.on_bad_rows == "error":
-                faults += self._stores[key].causes
-                count += self._stores[key].fault_count
-        if count:
-            raise DataError(fault_list(faults, count))
-        return tokenizer
+        sources = [source for split in splits for source in self.sources[split]]
+        refuse_missing(sources)
+        self._stores.open(sources, self.tokenizer)
 
     def prepare_data(self) -> None:
         """Reads, checks and tokenises every source of the stage. Lightning calls it before a model is loaded.
@@ -288,41 +254,27 @@ class FeedbackDataModule(LightningDataModule):
             RuntimeError: :meth:`connect` has not been called.
         """
         splits = self._wanted(stage)
-        tokenizer = self._open(splits)
+        self._open(splits)
         for split in splits:
-            self._splits[split] = self._split(split, tokenizer)
+            self._splits[split] = self._split(split)
             self._steps(split)  # fails now rather than after a model is loaded and an earlier run is moved aside
 
     def stores(self, split: str) -> list[Store]:
         """The tokenised sources of a split, after :meth:`setup`."""
-        return [self._stores[source.key] for source in self.sources[split]]
+        return self._stores.of(self.sources[split])
 
-    def _table(self, split: str) -> Table:
-        """The split's rows after all transforms, each with a label."""
-        table = Table.of(self.stores(split))
-        self._transformed[split] = []
-        # A loss that compares the rows of a prompt reads the scores themselves, so rows at the mean count there.
-        for transform in plan(self.transforms, train=split == "train", drop_ties=not self.needs.groups):
-            listed = transform in self.transforms
-            if not listed and not bool((table.label < 0).any()):
-                continue  # every row has a label
-            name = type(transform).__name__
-            # The place in the user's list, so that a draw does not depend on what the plan inserts.
-            place = self.transforms.index(transform) if listed else len(self.transforms)
-            result: Any = transform(table, seeded("transform", self._seed, place))
-            if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Table)):
-                raise ValueError(f"data.transforms: {name} returned {type(result).__name__}, not (Table, counts)")
-            table, counts = result
-            self._transformed[split].append({"transform": name, **counts})
-            rank_zero_info(f"{split} data, {name}: {', '.join(f'{k} {v}' for k, v in counts.items())}")
-        return table
-
-    def _split(self, split: str, tokenizer: Tokenizer) -> Split:
-        table = self._table(split)
-        control = None
-        if self.control_tokens is not None:
-            texts = {True: self.control_tokens.desirable, False: self.control_tokens.undesirable}
-            control = {k: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for k, text in texts.items()}
+    def _split(self, split: str) -> Split:
+        table, self._transformed[split] = apply(
+            Table.of(self.stores(split)),
+            self.transforms,
+            train=split == "train",
+            # A loss that compares the rows of a prompt reads the scores themselves, so rows at the mean count there.
+            drop_ties=not self.needs.groups,
+            seed=self._seed,
+        )
+        for report in self._transformed[split]:
+            counts = ", ".join(f"{name} {value}" for name, value in report.items() if name != "transform")
+            rank_zero_info(f"{split} data, {report['transform']}: {counts}")
         needs, together = self.needs, self.keep_together
         if split != "train":
             # Held-out data are measured on every row, and pairs as pairs, whatever the loss needs.
@@ -333,13 +285,20 @@ class FeedbackDataModule(LightningDataModule):
             needs,
             max_length=self.max_length,
             truncate_completions=self.truncate_completions,
-            control=control,
+            control=None if self.control_tokens is None else self.control_tokens.ids(self.tokenizer),
             keep_together=together,
         )
-        for source, store in zip(self.sources[split], table.stores, strict=True):
+        self._log(split, prepared)
+        if not len(prepared.table):
+            labels = ", ".join(store.path for store in table.stores)
+            raise DataError(f"{labels}: no row is left for {split}; see the counts above.")
+        return prepared
+
+    def _log(self, split: str, prepared: Split) -> None:
+        for source, store in zip(self.sources[split], prepared.table.stores, strict=True):
             name, counts = f"{split} data {store.path}", prepared.counts[store.path]
             rank_zero_info(f"{name}: {counts}")
-            prompts = convention(store.text_prompts, self.text_prompts, bool(tokenizer.chat_template))
+            prompts = convention(store.text_prompts, self.text_prompts, bool(self.tokenizer.chat_template))
             say(name, [*([prompts] if prompts else []), *counted(store.notes)])
             if store.unused:
                 rank_zero_info(f"{name}: not used: {', '.join(store.unused)}")
@@ -348,10 +307,6 @@ class FeedbackDataModule(LightningDataModule):
             if source.weight != 1:
                 number = round(source.weight * counts.rows)
                 rank_zero_info(f"{name}: weight {source.weight:g}, about {number} rows per epoch")
-        if not len(prepared.table):
-            labels = ", ".join(store.path for store in table.stores)
-            raise DataError(f"{labels}: no row is left for {split}; see the counts above.")
-        return prepared
 
     @property
     def _seed(self) -> int:
@@ -416,8 +371,19 @@ class FeedbackDataModule(LightningDataModule):
                 world_size=world_size,
                 prefix=prefix_ids(self.tokenizer),
             )
+            order = Order(len(dataset), seed=self._seed, shuffle=False)
+            if train:
+                order = training_order(
+                    rows,
+                    self.sources["train"],
+                    seed=self._seed,
+                    shuffle=self.shuffle,
+                    balance_classes=self.balance_classes,
+                    group_by_length=self.group_by_length,
+                    batch_size=self.batch_size,
+                )
             sampler = StepSampler(
-                self._order(rows) if train else Order(len(dataset), seed=self._seed, shuffle=False),
+                order,
                 batch_size=self.batch_size if train else self.eval_batch_size,
                 world_size=world_size,
                 drop_last=self.drop_last and train,
@@ -446,28 +412,6 @@ class FeedbackDataModule(LightningDataModule):
             # which makes fewer iterators.
             generator=torch.Generator().manual_seed(self._seed),
             collate_fn=_identity,
-        )
-
-    def _order(self, split: Split) -> Order:
-        table, first = split.table, np.array([example[0] for example in split.examples])
-        weight = np.array([source.weight for source in self.sources["train"]])[table.source]
-        if len(set(weight.tolist())) > 1:
-            for example in split.examples:
-                if len(set(weight[list(example)].tolist())) > 1:
-                    one, other = (table.name(max(example, key=lambda i: s * weight[i])) for s in (1, -1))
-                    raise ValueError(
-                        f"{one} and {other} come together, but their sources have different weights; give both the same"
-                    )
-        desirable = split.of_examples((table.label == 1).astype(int))
-        return Order(
-            len(split.examples),
-            seed=self._seed,
-            shuffle=self.shuffle,
-            source=table.source[first],
-            weights=[source.weight for source in self.sources["train"]],
-            classes=desirable if self.balance_classes else None,
-            lengths=split.of_examples(split.prompt_length + split.completion_length) if self.group_by_length else None,
-            batch_size=self.batch_size,
         )
 
     def resume_at(self, epoch: int, step: int) -> None:

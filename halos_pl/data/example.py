@@ -1,4 +1,4 @@
-"""What a row of feedback is once it has been read, whatever file and columns it came from."""
+"""Feedback once it has been read, independent of file and columns."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from halos_pl.data.calls import all_texts, texts_of
 
-#: Plain text, or a conversation: a list of ``{"role": ..., "content": ...}``, where the content is empty if there is
-#: none; the further keys of :data:`halos_pl.data.calls.CARRIED` are the chat template's.
+#: Plain text, or a conversation: a list of ``{"role": ..., "content": ...}``, with empty content if there is none, and
+#: with the keys of :data:`halos_pl.data.calls.CARRIED` for the chat template.
 Prompt = str | list[dict[str, Any]]
 
 
@@ -19,7 +19,7 @@ _shorten.maxlevel = 3
 
 
 def short(value: Any) -> str:
-    """A value as it is shown in a message: at most 60 printable characters, however large or deep it is."""
+    """A value for a message, in at most 60 printable characters."""
     text = _shorten.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -30,19 +30,19 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Example:
-    """Completions of one prompt that were judged together: what one row of a source says.
+    """Completions of one prompt that were judged together: the content of one row.
 
     Attributes:
         prompt: text or messages.
         completions: one or more.
-        labels: one for each completion: True for desirable, False for undesirable, None where only a score is known.
-            Of a pair (True, False).
-        scores: one for each completion, higher is better, in the source's own unit; None where there is none.
-        paired: there are two completions, and the first is preferred to the second.
-        row_id: ``SOURCE:LINE``, with the source as it was given and lines (or rows) counted from 1.
-        text_prompt: the source has the prompt as plain text, whatever it has become since.
-        tools: JSON schemas of what the model may call, for the chat template; None where there are none.
-        finished: for each completion, whether it has an end; one that was cut gets none. Left out, all have.
+        labels: for each completion True (desirable), False (undesirable) or None (only a score); (True, False) for a
+            pair.
+        scores: for each completion, higher is better, in the source's unit; None for none.
+        paired: there are two completions, and the first is preferred.
+        row_id: ``SOURCE:LINE``, lines or rows counted from 1.
+        text_prompt: the source has the prompt as plain text, even if it has become messages.
+        tools: JSON schemas of what the model may call, for the chat template; None for none.
+        finished: for each completion, whether it is complete and gets an end token; default: all are.
     """
 
     prompt: Prompt
@@ -57,7 +57,7 @@ class Example:
 
     @property
     def size(self) -> int:
-        """Characters of its prompt and of all its completions."""
+        """Characters of the prompt, the tools and all completions."""
         texts = (text for part in (self.prompt, *self.completions) for text in all_texts(part))
         return sum(map(len, texts)) + sum(map(len, texts_of(self.tools)))
 
@@ -73,10 +73,10 @@ class Fault:
     """What is wrong with a row, or with a whole source.
 
     Attributes:
-        place: ``SOURCE:LINE``, or ``SOURCE`` for what concerns all of it.
-        column: of the row; None where no one column is at fault.
-        reason: what is wrong, with the value where that helps, and what to do.
-        fatal: nothing of the source can be used, so that there is nothing to skip.
+        place: ``SOURCE:LINE``, or ``SOURCE`` for the source as a whole.
+        reason: what is wrong, and what to do.
+        column: of the row; None if no single column is at fault.
+        fatal: nothing more of the source can be read.
     """
 
     place: str
@@ -90,11 +90,11 @@ class Fault:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A row that is sound but says nothing that a loss could use, such as a tie between two responses.
+    """A valid row that no loss can use, such as a tie.
 
     Attributes:
         place: ``SOURCE:LINE``.
-        reason: in a few words, the same for all rows of a kind, so that they can be counted: ``tie``.
+        reason: a few words, by which rows are counted: ``tie``.
     """
 
     place: str

@@ -1,7 +1,7 @@
-"""Rows of a source, whatever it is stored as: files, folders of ``datasets``, data sets of the hub.
+"""Reads the rows of a source: a file, a folder of ``datasets``, a data set on the hub, or rows in memory.
 
-A new kind of file is one generator of (line, row) and one entry of ``TEXT`` or ``BINARY``. Nothing here knows what
-a row means. No file is ever wholly in memory, and no fault of a file is an exception: it is one of the rows.
+A new file format is one generator of (line, row) and one entry of ``TEXT`` or ``BINARY``. Nothing here depends on the
+meaning of a row. Files are never wholly in memory, and a fault of a file is yielded like a row, not raised.
 """
 
 from __future__ import annotations
@@ -29,29 +29,25 @@ from halos_pl.data.memory import MemorySource, dataset_rows
 from halos_pl.data.source import Source
 from halos_pl.data.text import TEXT
 
-#: Line (row, where there are no lines; from 1, 0 for the source as a whole) and what is there.
+#: The line (or row, in formats without lines; from 1, or 0 for the source as a whole) and its content.
 Row = tuple[int, dict[str, Any] | Fault]
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether ``path`` is the name of a data set of the hub: ``owner/name``, and nothing of that path exists here."""
+    """Whether ``path`` is the name of a data set on the hub: ``owner/name``, and no such path exists."""
     return bool(_HUB_NAME.fullmatch(path)) and _kind(path) is None and not Path(path).exists()
 
 
 def hub_version(source: Source) -> str:
-    """What the rows of a hub data set depend on: its commit. Offline, the one last downloaded.
-
-    Returns:
-        The commit; without a network and a download, the revision that was asked for.
-    """
+    """The commit of a hub data set; offline, of its last download; without one, the requested revision."""
     import huggingface_hub
     from huggingface_hub import constants, file_download
 
     try:
         return str(huggingface_hub.HfApi().dataset_info(source.path, revision=source.revision, timeout=10).sha)
-    except Exception:  # the hub's client raises those of several HTTP libraries
+    except Exception:  # the hub's client raises errors of several HTTP libraries
         folder = file_download.repo_folder_name(repo_id=source.path, repo_type="dataset")
         ref = Path(constants.HF_HUB_CACHE) / folder / "refs" / (source.revision or "main")
         return ref.read_text(encoding="utf-8").strip() if ref.is_file() else source.revision or "main"
@@ -62,7 +58,7 @@ def _hub(source: Source) -> Read:
 
     number = 0
     try:
-        found = datasets.load_dataset(
+        dataset = datasets.load_dataset(
             source.path,
             source.name,
             data_dir=source.data_dir,
@@ -70,17 +66,17 @@ def _hub(source: Source) -> Read:
             revision=source.revision,
             streaming=source.streaming,
         )
-        for number, row in dataset_rows(found, source):
+        for number, row in dataset_rows(dataset, source):
             yield number, row
-    except Exception as error:  # whatever the hub, the network or the builder of the data set raise
+    except Exception as error:  # of the hub, the network, or the builder of the data set
         message = " ".join(str(error).split())
         if number:
             yield number + 1, Broken(f"reading stopped here ({type(error).__name__}: {message}); try again", ends=True)
         else:
             reason = (
-                f"no such file or folder (relative to {Path.cwd()}), and as a data set of the hub it cannot be loaded "
-                f"({type(error).__name__}: {message}); check the name, its 'name', 'data_dir', 'split' and 'revision', "
-                "and the network"
+                f"no such file or folder (relative to {Path.cwd()}), and no data set on the hub that can be loaded "
+                f"({type(error).__name__}: {message}); check the path, 'name', 'data_dir', 'split', 'revision' and the "
+                "network"
             )
             yield 0, Broken(reason, ends=True)
 
@@ -91,7 +87,7 @@ _PACKED = (".gz", ".zst")
 
 
 def _kind(path: str) -> str | None:
-    """The ending that says how a file is read; None for one that is not known."""
+    """The file extension that decides how a file is read; None for an unknown one."""
     name = Path(path).name.lower()
     for packed in _PACKED:
         if name.endswith(packed):
@@ -108,10 +104,10 @@ NOT_THERE = "no such file (relative to {}); check the path"
 
 
 def refuse_missing(sources: Iterable[Source]) -> None:
-    """Refuses sources that are not there, as can be told before anything is loaded.
+    """Refuses missing sources and unknown file formats, before anything is loaded.
 
     Raises:
-        DataError: naming all of them.
+        DataError: names them.
     """
     sources = [source for source in sources if not isinstance(source, MemorySource)]
     missing = [source.path for source in sources if not Path(source.path).exists() and not is_hub_name(source.path)]
@@ -123,46 +119,47 @@ def refuse_missing(sources: Iterable[Source]) -> None:
 
 
 def files_of(source: Source) -> list[Source]:
-    """The source itself, or a source for each data file of the folder or pattern (``part-*.parquet``) that it names.
+    """The source itself, or one source per data file of the folder or pattern (``part-*.parquet``) that it names.
 
     A folder of ``save_to_disk`` is one source.
 
     Raises:
-        ValueError: for several files and a number of rows, or for files of training and of held-out data.
+        ValueError: there are several files and ``rows`` is set, or the files are of several splits.
     """
     if isinstance(source, MemorySource):
         return [source]
     path = Path(source.path)
-    found: list[Path] = []
+    files: list[Path] = []
     if path.is_dir():
         if not any((path / mark).exists() for mark in SAVED):
-            found = [file for file in sorted(path.iterdir()) if file.is_file() and _kind(str(file))]
+            files = [file for file in sorted(path.iterdir()) if file.is_file() and _kind(str(file))]
     elif not path.exists():
-        found = [Path(name) for name in sorted(glob.glob(source.path))]
-    words = [_SPLITS & set(re.findall(r"[a-z]+", file.name.lower())) for file in found]
-    held_out = sorted({word for own in words if "train" not in own for word in own})
-    if held_out and any("train" in own for own in words):
+        files = [Path(name) for name in sorted(glob.glob(source.path))]
+    splits = [_SPLITS & set(re.findall(r"[a-z]+", file.name.lower())) for file in files]
+    held_out = sorted({word for words in splits if "train" not in words for word in words})
+    if held_out and any("train" in words for words in splits):
         raise ValueError(
-            f"{source.path}: its files' names are those of several splits (train, {', '.join(held_out)});"
+            f"{source.path}: the file names are those of several splits (train, {', '.join(held_out)});"
             " name the files of one"
         )
-    if source.rows is not None and len(found) > 1:
+    if source.rows is not None and len(files) > 1:
         raise ValueError(
-            f"{source.path}: rows is {source.rows}, of one file, but there are {len(found)}; name them one by one"
+            f"{source.path}: rows is {source.rows}, which counts per file, but there are {len(files)} files; name them"
+            " one by one"
         )
-    return [replace(source, path=str(file)) for file in found] or [source]
+    return [replace(source, path=str(file)) for file in files] or [source]
 
 
 def _opened(path: str) -> Any:
     if path.lower().endswith(".gz"):
         return gzip.open(path, "rb")
     if path.lower().endswith(".zst"):
-        return pa.input_stream(path, compression="zstd")  # notices a cut-off file; the zstandard package does not
+        return pa.input_stream(path, compression="zstd")  # unlike zstandard, it notices a truncated file
     return open(path, "rb")
 
 
 class _Counted(io.RawIOBase):
-    """Counts the lines that have been read of a stream, to say where it breaks off."""
+    """Counts the lines read from a stream, to name the line where it breaks off."""
 
     def __init__(self, stream: Any) -> None:
         self.stream, self.lines = stream, 0
@@ -171,14 +168,14 @@ class _Counted(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        read = self.stream.read1(min(len(buffer), 1 << 16))  # little, so that little is lost where it breaks off
+        read = self.stream.read1(min(len(buffer), 1 << 16))  # little, so that little is lost when it breaks off
         buffer[: len(read)] = read
         self.lines += read.count(b"\n")
         return len(read)
 
 
 def _file(path: str, kind: str, most: int) -> Read:
-    """Rows of a file, and its fault where the file itself is at fault."""
+    """Rows of a file, and a fault of the file itself."""
     packed = path.endswith(_PACKED)
     place, counted = 0, None
     try:
@@ -194,19 +191,19 @@ def _file(path: str, kind: str, most: int) -> Read:
         line = counted.lines + 1 if counted else place + 1
         if isinstance(error, EOFError) or "Truncated compressed stream" in str(error):
             what = "gzip" if path.endswith(".gz") else "zstd"
-            reason = f"the {what} stream ends early: the file is cut off; copy or download it again"
+            reason = f"the {what} stream ends early: the file is truncated; copy or download it again"
         elif packed:
             what = "gzip" if path.endswith(".gz") else "Zstandard"
-            reason = f"cannot be read ({error}); it may not be a {what} file, or be damaged"
+            reason = f"cannot be read ({error}); it is no {what} file, or damaged; copy or download it again"
         elif kind in BINARY:
-            reason = f"cannot be read as {kind[1:].title()} ({error}); it may be cut off or damaged"
+            reason = f"cannot be read as {kind[1:].title()} ({error}); it may be truncated; copy or download it again"
         else:
             reason = f"cannot be read ({error}); check its permissions"
         yield line, Broken(" ".join(reason.split()), ends=True)
 
 
 def irregular(path: str) -> str | None:
-    """What is at ``path``, where it is neither a file nor a folder: to open one of these may wait for ever."""
+    """What is at ``path`` if it is neither file nor folder: opening it may block forever."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):  # nothing is there
@@ -216,19 +213,19 @@ def irregular(path: str) -> str | None:
 
 
 def _wrong_settings(source: Source) -> str | None:
-    """Settings that a file has no use for: they would be ignored in silence."""
+    """Refuses settings that would be silently ignored for a file."""
     path = Path(source.path)
     if is_hub_name(source.path) or not path.exists():
         return None
     settings = ["name", "data_dir", "revision", "streaming", *(["split"] if path.is_file() else [])]
-    given = ", ".join(f"'{name}'" for name in settings if getattr(source, name))
+    wrong = ", ".join(f"'{name}'" for name in settings if getattr(source, name))
     where = "a file" if path.is_file() else "a folder"
-    return f"{given} is for data sets of the hub, and this is {where} here; leave it out" if given else None
+    return f"{wrong} is for data sets on the hub, but this is {where}; remove it" if wrong else None
 
 
 def _unknown_kind(path: str) -> str:
-    known = ", ".join([*(f"{ending}[.gz|.zst]" for ending in TEXT), *BINARY])
-    return "; ".join(filter(None, (f"unknown kind of file; supported are {known}", misplaced(path))))
+    formats = ", ".join([*(f"{ending}[.gz|.zst]" for ending in TEXT), *BINARY])
+    return "; ".join(filter(None, (f"unknown file format; supported are {formats}", misplaced(path))))
 
 
 def _read(source: Source) -> Read:
@@ -240,7 +237,7 @@ def _read(source: Source) -> Read:
     if wrong := _wrong_settings(source):
         yield 0, Broken(wrong, ends=True)
     elif what := irregular(path):
-        yield 0, Broken(f"is {what}; write what it gives to a file, and name that", ends=True)
+        yield 0, Broken(f"is {what}; write its content to a file, and name that", ends=True)
     elif Path(path).is_dir():
         if any((Path(path) / name).is_file() for name in SAVED):
             try:
@@ -261,19 +258,18 @@ def _read(source: Source) -> Read:
 
 
 def rows(source: Source) -> Iterator[Row]:
-    """The rows of a source in its order, in bounded memory; at most ``source.rows`` of them.
+    """The rows of a source in order, at most ``source.rows``, in bounded memory.
 
     Yields:
-        The line where a row begins (the row's number in formats without lines), counted from 1, and the row; a
-        ``Fault`` in place of one that cannot be read. After a ``fatal`` fault nothing follows. A source without any
-        rows is a fatal fault.
+        The line where a row begins (or the row's number), from 1, and the row, or a ``Fault`` for one that cannot be
+        read. Nothing follows a ``fatal`` fault. A source without rows is a fatal fault.
     """
     empty = True
     for line, row in islice(_read(source), source.rows):
         empty = False
         place = source.place(line) if line else source.path
         if isinstance(row, Broken):
-            # What a library says of a damaged file may hold parts of it.
+            # A library's message may quote bytes of a damaged file.
             reason = "".join(c if c.isprintable() else "?" for c in " ".join(str(row).split()))
             yield line, Fault(place, reason, row.column, row.ends)
             if row.ends:
@@ -283,4 +279,4 @@ def rows(source: Source) -> Iterator[Row]:
         else:
             yield line, Fault(place, f"the row is {short(row)}, not an object with a value for each column")
     if empty:
-        yield 0, Fault(source.path, "holds no rows; was it written completely?", fatal=True)
+        yield 0, Fault(source.path, "holds no rows; check that it was written completely", fatal=True)

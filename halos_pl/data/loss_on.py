@@ -1,4 +1,4 @@
-"""What of an example was judged: the last turn of the assistant, or every turn (``data.loss_on``)."""
+"""Which part of an example carries the loss: the assistant's last turn, or every turn (``data.loss_on``)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from halos_pl.data.values import LATER, PARTED
 
 
 def judged(example: Example, schema: Schema, loss_on: LossOn) -> Iterator[Example | Skipped]:
-    """The example with prompt and completions parted by what carries the loss.
+    """The example, split into prompt and completions by what carries the loss.
 
-    ``last``: what comes before the last turn of the assistant belongs to the prompt, so that a prompt that is too long
-    is cut there. Completions that differ before it stay as they are if only tools speak in them, and are skipped if a
-    user does: they answer different questions.
+    ``last``: everything before the assistant's last turn becomes part of the prompt, where a long prompt is cut.
+    Completions that differ earlier are kept if only tools speak in them, and skipped if a user does: then they answer
+    different questions.
 
-    ``all``: of a conversation that was judged as a whole the completion begins with the assistant's first turn.
+    ``all``: the completion of a conversation judged as a whole begins with the assistant's first turn.
     """
     if isinstance(example.prompt, str):
         yield example
@@ -46,17 +46,17 @@ def _last(example: Example, schema: Schema) -> Iterator[Example | Skipped]:
     if all(isinstance(completion, str) or len(completion) == 1 for completion in example.completions):
         yield example
         return
-    said = [_messages(completion) for completion in example.completions]
-    before = said[0][:-1]
-    # Behind a turn of its own the last one would go on with that.
-    if all(turns[:-1] == before for turns in said) and before[-1]["role"] != "assistant":
+    dialogues = [_messages(completion) for completion in example.completions]
+    before = dialogues[0][:-1]
+    # After another assistant turn, the last one would continue it.
+    if all(turns[:-1] == before for turns in dialogues) and before[-1]["role"] != "assistant":
         prompt: list[Any] = list(example.prompt)
         if begun(example.prompt) and before[0]["role"] == "assistant":
             prompt[-1] = {**prompt[-1], **before[0], "content": prompt[-1]["content"] + before[0]["content"]}
             before = before[1:]
-        yield replace(example, prompt=prompt + before, completions=tuple(turns[-1:] for turns in said))
+        yield replace(example, prompt=prompt + before, completions=tuple(turns[-1:] for turns in dialogues))
         return
-    asked = [any(message["role"] == "user" for message in turns) for turns in said]
+    asked = [any(message["role"] == "user" for message in turns) for turns in dialogues]
     if example.paired:
         if any(asked):
             yield Skipped(example.row_id, LATER if "prompt" in schema.columns else PARTED)
@@ -67,5 +67,5 @@ def _last(example: Example, schema: Schema) -> Iterator[Example | Skipped]:
     yield from (Skipped(f"{example.row_id}#{i}", LATER) for i, later in enumerate(asked, start=1) if later)
     if kept:
         columns = {name: getattr(example, name) for name in ("completions", "labels", "scores", "finished")}
-        few: dict[str, Any] = {name: tuple(values[i] for i in kept) for name, values in columns.items()}
-        yield replace(example, **few)
+        selected: dict[str, Any] = {name: tuple(values[i] for i in kept) for name, values in columns.items()}
+        yield replace(example, **selected)

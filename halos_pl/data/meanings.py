@@ -1,6 +1,6 @@
-"""Names of columns and of keys of messages that carry meaning in some published format.
+"""Names of columns and message keys that have a meaning in some published format.
 
-A name counts in any spelling: ``toolCalls``, ``Tool Calls`` and ``tool_calls`` are one.
+Spelling does not matter: ``toolCalls``, ``Tool Calls`` and ``tool_calls`` are the same name.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-MEDIA = "holds pictures or sound, and the model reads text only"
+MEDIA = "holds pictures or sound, but the model reads only text"
 TEMPLATE = "is for the chat template"
-GIVEN_NOTHING = "is for the chat template, which is given messages and 'tools' only; write it into the messages"
+UNREAD = "is for the chat template, which gets only messages and 'tools'; write it into the messages"
 ANSWER = "would be lost; write it into the completion"
-MARGIN = "says by how much one answer is better, which no loss reads"
-WEIGHT = "says how much the row counts, which no loss reads"
+MARGIN = "says by how much one answer is better, which no loss uses"
+WEIGHT = "is a weight of the row, which no loss uses"
 
 SYSTEM = r"(custom_)?sys(tem)?(_?(prompt|message|msg|instructions?|text|content))?|preamble"
 _MEDIA = (
@@ -28,13 +28,13 @@ _TOOLS = (
 _THOUGHTS = r"(tool|function)_calls?|reasoning(_(content|details|text))?|thinking(_content)?|thoughts?"
 COLUMNS = {
     _MEDIA: MEDIA,
-    _TOOLS: f"{TEMPLATE}, which is given tools from a column 'tools'; rename it (columns: {{tools: NAME}})",
-    r"documents|tool_choice|chat_template_kwargs": GIVEN_NOTHING,
+    _TOOLS: f"{TEMPLATE}, which gets tools from a column 'tools'; rename it (columns: {{tools: NAME}})",
+    r"documents|tool_choice|chat_template_kwargs": UNREAD,
     _THOUGHTS: ANSWER,
     "margin": MARGIN,
     r"((sample|example|loss|importance)_)?weight": WEIGHT,
 }
-#: Parts of a prompt in one format or another. Beside a prompt that holds their text they say nothing new.
+#: Parts of a prompt in some format; redundant beside a prompt that contains their text.
 PARTS = (
     r"(user_)?(prompt|input|query|question|request|instruction)|user_message|prompts|inputs|problem|post|article"
     r"|contexts?|context_messages|background|passages?|ctxs|docs|document|demonstrations|few_shot(_examples|_prompt)?"
@@ -43,7 +43,7 @@ PARTS = (
 )
 DIALOGUES = r"messages|conversations?|dialog(ue)?|turns|trajectory"
 _LOST = "would be lost; write it into content"
-_RENAMED = "would be lost; name the key tool_calls or reasoning_content, which the chat template is given"
+_RENAMED = "would be lost; rename the key to tool_calls or reasoning_content, which the chat template gets"
 #: Keys of messages.
 KEYS = {
     _MEDIA: MEDIA,
@@ -51,25 +51,25 @@ KEYS = {
     _TOOLS + r"|documents?|tool_call_id|tool_responses?": _LOST,
     r"name|refusal|files?|attachments?|context|channel|recipient": _LOST,
 }
-#: Keys that say which messages carry the loss, and with which weight.
+#: Keys that select or weight the messages that carry the loss.
 FLAGS = r"((loss|sample)_)?weight|train|training|trainable|learn|loss|(loss_)?mask|masked|train(ing)?_detail"
 _EDGES = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
 @lru_cache(maxsize=4096)
 def plain(name: str) -> str:
-    """The name in small letters with underscores: ``systemPrompt`` and ``System-Prompt`` are ``system_prompt``."""
+    """The name in snake case: ``systemPrompt`` and ``System-Prompt`` are ``system_prompt``."""
     return re.sub(r"[\s.-]+", "_", _EDGES.sub("_", name.strip())).lower()
 
 
 @lru_cache(maxsize=4096)
 def means(pattern: str, name: str) -> bool:
-    """Whether the name is one of those of ``pattern``, however it is spelled."""
+    """Whether the name matches ``pattern`` in any spelling."""
     return re.fullmatch(pattern, plain(name)) is not None
 
 
 def reason(table: dict[str, str], name: str) -> str | None:
-    """What ``table`` says of the name; None where it is not in it."""
+    """The entry of ``table`` for the name; None if there is none."""
     return next((why for pattern, why in table.items() if means(pattern, name)), None)
 
 
@@ -82,10 +82,10 @@ PLACEHOLDER = re.compile(
 )
 
 
-def is_markup(found: re.Match[str], text: str) -> bool:
-    """Whether a placeholder is the opening tag of an element that holds something."""
-    rest = text[found.end() :].lower()
-    name = found[0][1:-1].lower()
-    opened, closed = found[0][0], "</" if found[0][0] == "<" else "[/"
+def is_markup(match: re.Match[str], text: str) -> bool:
+    """Whether a placeholder is the opening tag of an element with content."""
+    rest = text[match.end() :].lower()
+    name = match[0][1:-1].lower()
+    opened, closed = match[0][0], "</" if match[0][0] == "<" else "[/"
     end = rest.find(f"{closed}{name}{'>' if opened == '<' else ']'}")
     return end >= 0 and rest[:end].strip() not in ("", "./")  # (<image>./</image>) is MiniCPM's placeholder

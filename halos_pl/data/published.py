@@ -1,4 +1,4 @@
-"""Published sets of several answers to a prompt, or of human verdicts, in columns of their own."""
+"""Published data sets with formats of their own: UltraFeedback, SHP, PandaLM, OASST."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from halos_pl.data.values import (
     score_of,
 )
 
-LONGEST = 1000  # messages of a way through a tree
+LONGEST = 1000  # messages on a path through a tree
 
 
 def ultrafeedback(row: dict[str, Any], place: str) -> Items:
@@ -51,7 +51,7 @@ def ultrafeedback(row: dict[str, Any], place: str) -> Items:
 
 
 def shp(row: dict[str, Any], place: str) -> Items:
-    """Two answers to a post; ``labels`` is 1 where A is preferred."""
+    """Two answers to a post; ``labels`` is 1 if A is preferred."""
     first = first_of(row, "labels")
     prompt = not_blank(plain_text(row, "history"), "history")
     a, b = plain_text(row, "human_ref_A"), plain_text(row, "human_ref_B")
@@ -65,36 +65,36 @@ _ANNOTATOR = re.compile(r"annotator\d+")
 
 
 def pandalm(row: dict[str, Any], place: str) -> Items:
-    """A pair for each annotator's verdict, 1 or 2 for the better response; annotators that disagree both count."""
+    """A pair for each annotator's verdict, 1 or 2 for the better response; disagreeing annotators both count."""
     parts = [plain_text(row, "instruction"), plain_text(row, "input") if row.get("input") is not None else ""]
     prompt = not_blank("\n".join(part for part in parts if part.strip()), "instruction")
     verdicts = {}
     for column in sorted(filter(_ANNOTATOR.fullmatch, row), key=lambda name: (len(name), name)):
         verdict = score_of(row[column], column)
         if verdict not in (None, 0, 1, 2):
-            raise BadRow(f"is {short(row[column])}; a verdict is 0 (tie), 1 or 2, or null where there is none", column)
+            raise BadRow(f"is {short(row[column])}; a verdict is 0 (tie), 1, 2 or null", column)
         verdicts[column] = verdict
     responses = []
     for column in ("response1", "response2"):
         if isinstance(row[column], bool | int | float):
-            # The published file has JSON's true for a model's "True", or its "true": no one can tell.
+            # The published file has JSON's true for a model's "True" or "true": which one is unknown.
             return [Skipped(place, "response is not text")]
         responses.append(plain_text(row, column))
     if any(map(is_blank, responses)):
         return [Skipped(place, EMPTY)]
     items: Items = []
     for column, verdict in verdicts.items():
-        own = f"{place}#{column}"
+        name = f"{place}#{column}"
         if not verdict:
-            items.append(Skipped(own, "no verdict" if verdict is None else TIE))
+            items.append(Skipped(name, "no verdict" if verdict is None else TIE))
         else:
             better = 0 if verdict == 1 else 1
-            items += pair(prompt, responses[better], responses[1 - better], own)
+            items += pair(prompt, responses[better], responses[1 - better], name)
     return items
 
 
 class Trees:
-    """OASST's messages: each assistant's message with a rank is an example, its prompt the way from the root to it."""
+    """OASST's message trees: each ranked assistant message is an example; its prompt is the path from the root."""
 
     reads = ("message_id", "parent_id", "text", "role", "rank", "deleted")
 
@@ -110,7 +110,7 @@ class Trees:
         if not isinstance(name, str):
             raise BadRow(f"is {short(name)}; it must be text", "message_id")
         if self.messages[name] is not row:
-            raise BadRow(f"is {short(name)}, as in a row before; each message needs its own", "message_id")
+            raise BadRow(f"is {short(name)}, as in an earlier row; each message needs its own", "message_id")
         message = self._turn(row)
         if self._deleted(row):
             return [Skipped(place, "deleted message")]
@@ -120,40 +120,40 @@ class Trees:
             return [Skipped(place, "no rank")]
         rank = score_of(row["rank"], "rank")
         if (depth := self._depth(name)) == math.inf:
-            raise BadRow("leads back to the message itself: a message cannot answer itself", "parent_id")
+            raise BadRow("leads back to this message; a message cannot answer itself", "parent_id")
         if depth > LONGEST:
-            raise BadRow(f"leads to {depth:,.0f} messages above, more than {LONGEST:,}; remove the row", "parent_id")
+            raise BadRow(f"has {depth:,.0f} messages above, more than {LONGEST:,}; remove the row", "parent_id")
         prompt: Messages = []
         above = row
         while (parent := above.get("parent_id")) is not None:
             if not isinstance(parent, str) or parent not in self.messages:
                 what = "is" if above is row else "of a message above is"
-                raise BadRow(f"{what} {short(parent)}, which is no message_id of this source", "parent_id")
+                raise BadRow(f"{what} {short(parent)}, which is not a message_id of this source", "parent_id")
             above = self.messages[parent]
             if self._deleted(above):
                 return [Skipped(place, "deleted message in the prompt")]
             prompt.append(self._turn(above))
         prompt.reverse()
         if is_blank(prompt):
-            raise BadRow("is null or leads to no text, so that there is no prompt; rank answers only", "parent_id")
+            raise BadRow("leads to no prompt; only answers may have a rank", "parent_id")
         not_blank([message], "text")
         return one(prompt, [message], place, None, 0.0 - (rank or 0.0))
 
     def _depth(self, name: str) -> float:
-        """How many messages are above one; infinite where its parents go round in a circle. Each is followed once."""
-        way: dict[str, None] = {}
+        """The number of messages above one, infinite for a cycle. Each message is visited once."""
+        path: dict[str, None] = {}
         while name not in self._depths:
-            way[name] = None
+            path[name] = None
             parent = self.messages[name].get("parent_id")
-            if isinstance(parent, str) and parent in way:
-                self._depths |= dict.fromkeys(way, math.inf)
+            if isinstance(parent, str) and parent in path:
+                self._depths |= dict.fromkeys(path, math.inf)
             elif isinstance(parent, str) and parent in self.messages:
                 name = parent
             else:
                 self._depths[name] = 0
-        for depth, below in enumerate(reversed(way), start=0 if name in way else 1):
+        for depth, below in enumerate(reversed(path), start=0 if name in path else 1):
             self._depths[below] = self._depths[name] + depth
-        return self._depths[next(iter(way), name)]
+        return self._depths[next(iter(path), name)]
 
     @staticmethod
     def _deleted(row: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""A source as checked examples: every fault names its file, line and column, and what to do about it."""
+"""A source as checked examples. Every fault names file, line and column, and what to do."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 from halos_pl.data import formats
 from halos_pl.data.broken import too_large
-from halos_pl.data.columns import Columns, known, without
+from halos_pl.data.columns import Columns, is_read, without
 from halos_pl.data.example import Example, Fault, Skipped
 from halos_pl.data.loss_on import judged
 from halos_pl.data.prompts import TextPrompts, asked
 from halos_pl.data.schemas import SCHEMAS, Parse, check, find
 from halos_pl.data.source import Source
 from halos_pl.data.spans import LossOn
-from halos_pl.data.values import BadRow, given
+from halos_pl.data.values import BadRow, has_value
 
 
 def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    """The row with ``columns`` (new name: name in the file) under their new names."""
+    """The row with ``columns`` (schema's name: name in the file) renamed."""
     if not columns:
         return row
     moved = {new: row[old] for new, old in columns.items() if old in row}
@@ -43,7 +43,7 @@ def _items(
     loss_on: LossOn,
 ) -> Iterator[Example | Fault | Skipped]:
     try:
-        # All of a row or nothing: what it says of its first answer may be undone by its second.
+        # All examples of a row or none: a fault in its second answer discards the first.
         items = list(columns.in_context([_asked(item, text_prompts) for item in parse(row, place)], row))
         for item in items:
             if isinstance(item, Example) and item.size > source.max_row:  # a tree's prompt is many rows
@@ -56,9 +56,9 @@ def _items(
 
 def _wrong_settings(source: Source) -> str | None:
     if source.schema is not None and source.schema not in SCHEMAS:
-        return f"there is no schema '{source.schema}'; there are {', '.join(SCHEMAS)}"
-    if new := [name for name in source.columns if not known(name)]:
-        return f"'columns' gives a column '{new[0]}', which no schema reads; write it as {{name of the schema: yours}}"
+        return f"there is no schema '{source.schema}'; choose one of {', '.join(SCHEMAS)}"
+    if new := [name for name in source.columns if not is_read(name)]:
+        return f"'columns' names '{new[0]}', which no schema reads; write {{schema's name: your name}}"
     return None
 
 
@@ -68,19 +68,18 @@ def read(
     text_prompts: TextPrompts = "plain",
     loss_on: LossOn = "last",
 ) -> Iterator[Example | Fault | Skipped]:
-    """What each row of a source says, in its order: one example or several, a fault, or that it was skipped and why.
+    """The examples, faults and skipped rows of a source, in order.
 
-    Memory is bounded by the largest row (``oasst``: by the texts of the source, whose trees need all of it).
+    Memory is bounded by the largest row (``oasst``: by the texts of the whole source, as its trees need all rows).
 
-    The schema is the one named by ``source.schema``, or that of the first row that has the columns of one; a row of
-    another schema is a fault. What becomes of further columns says :mod:`halos_pl.data.columns`. A fault with
-    ``fatal`` is the last of the source.
+    The schema is ``source.schema``, or that of the first row that fits one; a row of another schema is a fault. For
+    further columns see :mod:`halos_pl.data.columns`. Nothing follows a ``fatal`` fault.
 
     Args:
         source: what to read.
-        unused: filled with the names of the columns that say something and that nothing reads.
-        text_prompts: what prompts that are plain text mean, see :mod:`halos_pl.data.prompts`.
-        loss_on: which turns of the assistant carry the loss, see :mod:`halos_pl.data.loss_on`.
+        unused: filled with the names of columns that hold values but are not read.
+        text_prompts: how plain-text prompts are encoded, see :mod:`halos_pl.data.prompts`.
+        loss_on: which assistant turns carry the loss, see :mod:`halos_pl.data.loss_on`.
     """
     if wrong := _wrong_settings(source):
         yield Fault(source.path, wrong, fatal=True)
@@ -89,23 +88,23 @@ def read(
     unused = {} if unused is None else unused
     columns = Columns(source, schema, unused) if schema else None
     missing = set(source.columns.values())  # until a row has them
-    idle = {name for name in source.ignore if name.isidentifier()}  # until a row has them; not placeholders
-    first: int | None = None  # the line that the schema was found by
-    kept: list[tuple[str, dict[str, Any] | Fault]] = []  # where a row needs the whole source
-    ended = False  # by a fault of the source as a whole
-    for line, found in formats.rows(source):
+    idle = {name for name in source.ignore if name.isidentifier()}  # until a row has them; without placeholders
+    first: str | None = None  # the row that the schema was detected from
+    kept: list[tuple[str, dict[str, Any] | Fault]] = []  # for a schema that needs the whole source
+    ended = False  # by a fatal fault
+    for line, row in formats.rows(source):
         place = source.place(line)
-        item: dict[str, Any] | Fault = found
-        if isinstance(found, dict):
-            found = without(found, source.ignore, idle) if source.ignore else found
-            item = _renamed(found, source.columns)
-            missing -= found.keys()
+        item: dict[str, Any] | Fault = row
+        if isinstance(row, dict):
+            row = without(row, source.ignore, idle) if source.ignore else row
+            item = _renamed(row, source.columns)
+            missing -= row.keys()
             for new, old in source.columns.items():
-                if new in found and new not in source.columns.values() and given(found[new]):
+                if new in row and new not in source.columns.values() and has_value(row[new]):
                     unused[f"{new} ({old} is read as {new})"] = None
             try:
                 if schema is None:
-                    schema, first = find(item, source.columns), line
+                    schema, first = find(item, source.columns), place
                     columns = Columns(source, schema, unused)
                 else:
                     check(item, schema, first, source.columns)
@@ -114,7 +113,7 @@ def read(
             except BadRow as bad:
                 item = bad.fault(place, source.columns)
         else:
-            ended = found.fatal
+            ended = row.fatal
         if schema is not None and schema.prepare:
             if isinstance(item, dict):
                 item = {name: item[name] for name in schema.reads if name in item}
@@ -128,7 +127,7 @@ def read(
             yield from _items(schema.parse, item, place, source, columns, text_prompts, loss_on)
     if missing and columns is not None and not ended:
         name = min(missing)
-        yield Fault(source.path, f"'columns' names a column '{name}', which no row has; correct its name", fatal=True)
+        yield Fault(source.path, f"'columns' names the column '{name}', which no row has; correct the name", fatal=True)
         return
     unused |= dict.fromkeys(f"{name} (ignored, but no row has it)" for name in sorted(idle))
     if schema is not None and schema.prepare:

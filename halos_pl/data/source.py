@@ -1,4 +1,4 @@
-"""Where feedback comes from: a file, a folder, or a data set of the hub, and how it is to be read."""
+"""A source of feedback: a file, a folder, or a data set on the hub, and how to read it."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 @dataclass(frozen=True)
 class Source:
-    """One source of feedback. In YAML a bare string stands for a source with this path.
+    """One source of feedback. In YAML, a string is a source with that path.
 
     Attributes:
-        path: a file (``.jsonl``, ``.json``, ``.csv``, ``.parquet``, ``.arrow``; the text ones also with ``.gz`` or
-            ``.zst``), a folder written by ``datasets.save_to_disk``, or the name of a data set of the hub
-            (``owner/name``). A path that exists is never taken for a name of the hub. ``~`` and ``$VARIABLE`` of the
-            environment are replaced by what they stand for.
-        split: of a hub data set or a saved ``DatasetDict``; needed where there are several.
+        path: a file (``.jsonl``, ``.json``, ``.csv``, ``.parquet``, ``.arrow``; text files also with ``.gz`` or
+            ``.zst``), a folder written by ``datasets.save_to_disk``, or the name of a data set on the hub
+            (``owner/name``). A path that exists takes precedence over a hub name. ``~`` and environment variables
+            (``$NAME``) are expanded.
+        split: of a hub data set or a saved ``DatasetDict``; required if there are several.
         name: configuration of a hub data set.
         data_dir: sub-folder of a hub data set, such as ``harmless-base`` of ``Anthropic/hh-rlhf``.
         revision: of a hub data set.
-        schema: name of the row schema; null finds it by the columns of the first row.
-        columns: other names of columns: ``{prompt: question}`` reads the column ``question`` as ``prompt``.
-        ignore: what may be dropped though it carries meaning: names of columns, of keys of messages, and placeholders
-            such as ``<image>`` that are text here.
-        max_row_mb: megabytes that a row may take; a larger one is a fault, found before it is tokenised.
-        rows: read only so many rows from the start; null for all. With ``streaming`` no more is downloaded.
-        streaming: read a hub data set row by row, without downloading all of it first.
-        weight: how many times an epoch of training sees each row of the source: 0.5 for a half drawn anew each epoch,
-            2.0 for each row twice.
+        schema: name of the row schema; null: detected from the columns of the first row.
+        columns: your column names: ``{prompt: question}`` reads the column ``question`` as ``prompt``.
+        ignore: columns, message keys and placeholders such as ``<image>`` that may be dropped although they carry
+            meaning.
+        max_row_mb: size limit of a row in megabytes; a larger row is a fault.
+        rows: read only the first rows, this many; null: all. With ``streaming`` no more is downloaded.
+        streaming: read a hub data set row by row, without downloading it first.
+        weight: how often a training epoch sees each row: 0.5 for half of the rows, drawn anew each epoch, 2.0 for each
+            row twice.
 
     Raises:
-        ValueError: for an empty path or one that cannot be looked up, a ``weight`` or ``max_row_mb``
-            that is not a number above 0, or ``rows`` below 1.
+        ValueError: the path is empty or cannot be looked up, ``weight`` or ``max_row_mb`` is not a positive number, or
+            ``rows`` is below 1.
     """
 
     path: str
@@ -55,12 +55,12 @@ class Source:
 
     @property
     def label(self) -> str:
-        """Its name in messages, counts and row names: the path, and what tells it from others with the same path."""
+        """The name in messages and counts: the path, configuration, sub-folder and split."""
         return "/".join(filter(None, (self.path, self.name, self.data_dir))) + (f"[{self.split}]" if self.split else "")
 
     @property
     def key(self) -> str:
-        """The same for sources that are read the same way, however often their rows are seen."""
+        """Equal for sources that are read the same way, regardless of their weight."""
         return repr(replace(self, weight=1.0))
 
     before_line: ClassVar[str] = ":"
@@ -81,12 +81,12 @@ class Source:
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise ValueError("a source has an empty path; name a file, a folder, or a data set of the hub")
+            raise ValueError("a source has an empty path; name a file, a folder, or a data set on the hub")
         object.__setattr__(self, "path", os.path.expanduser(os.path.expandvars(self.path)))
         try:
             os.stat(self.path)
         except (FileNotFoundError, NotADirectoryError):
-            pass  # it may be a name of the hub, or a pattern
+            pass  # it may be a hub name, or a pattern
         except OSError as error:
             if error.errno in (errno.ENAMETOOLONG, errno.EACCES):
                 raise ValueError(f"{self.path}: cannot be looked up ({error.strerror}); check the path") from error
@@ -101,19 +101,19 @@ OnBadRows = Literal["error", "skip"]
 
 
 def source_of(settings: Mapping[str, Any], where: str) -> Source:
-    """A source from plain settings, as they stand in YAML.
+    """A source from plain settings, as in YAML.
 
     Args:
-        settings: by the names of ``Source``'s attributes.
-        where: what to call them in an error.
+        settings: attributes of ``Source`` by name.
+        where: their name in errors.
 
     Raises:
-        ValueError: for an unknown name, a missing path, or a value of another type or out of its range.
+        ValueError: a name is unknown, the path is missing, or a value has the wrong type or range.
     """
-    known = [f.name for f in fields(Source)]
-    unknown = [str(name) for name in settings if name not in known]
+    names = [f.name for f in fields(Source)]
+    unknown = [str(name) for name in settings if name not in names]
     if unknown:
-        raise ValueError(f"{where} has no setting {', '.join(unknown)}; a source takes {', '.join(known)}")
+        raise ValueError(f"{where} has no setting {', '.join(unknown)}; a source takes {', '.join(names)}")
     for name, value in settings.items():
         for key in value if isinstance(value, Mapping) else ():
             if not isinstance(key, str):

@@ -14,24 +14,20 @@ from typing import Literal, get_args
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.data.calls import CALLS, THOUGHTS, message_texts
-from halos_pl.data.turns import (
+from halos_pl.data.render import (
     DOUBLED_SPAN,
     OPENED,
     Message,
     Tools,
-    TurnEnd,
-    any_of,
     around_content,
     before_content,
-    call_end,
-    ending,
     refuse_dropped,
     refuse_ignored,
     render,
     render_begun,
-    turn_markers,
     without_opening,
 )
+from halos_pl.data.turns import TurnEnd, any_of, call_end, ending, turn_markers
 
 #: Which of the assistant's turns in a completion carry the loss.
 LossOn = Literal["last", "all"]

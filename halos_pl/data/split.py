@@ -1,4 +1,4 @@
-"""From a table to what a split trains on: rows cut to a length, examples, and what became of every row."""
+"""The rows of a split, cut to a length and grouped into examples, and what became of every row."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from halos_pl.batch import Needs
 from halos_pl.data.batches import TokenizedRow
@@ -21,23 +22,43 @@ from halos_pl.data.transforms import groups
 Together = Literal["pairs", "prompts"]
 
 
+@dataclass(frozen=True)
+class ControlTokens:
+    """Texts between prompt and completion that tell the model which label follows, for conditional fine-tuning.
+
+    They are tokenised like any text of the prompt and carry no loss. To sample from the trained model, end the prompt
+    with the desirable one.
+
+    Attributes:
+        desirable, undesirable: the text for rows of either label.
+    """
+
+    desirable: str = "<|good|>"
+    undesirable: str = "<|bad|>"
+
+    def ids(self, tokenizer: PreTrainedTokenizerBase) -> dict[bool, tuple[int, ...]]:
+        """The token ids for desirable (True) and undesirable rows."""
+        texts = {True: self.desirable, False: self.undesirable}
+        return {k: tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for k, text in texts.items()}
+
+
 @dataclass
 class FileCounts:
     """What became of one source's rows.
 
     Attributes:
-        examples: sound rows of the source; one of them may hold several completions.
-        faulty: rows with a fault, left out (``on_bad_rows: skip``).
-        faults: the first ten of them, with what is wrong.
-        skipped: rows that are sound but say nothing, by reason, such as ties.
-        pairs: pairs of paired completions that enter.
-        rows: rows that enter; a pair has two.
+        examples: valid rows of the source; each may hold several completions.
+        faulty: faulty rows, left out (``on_bad_rows: skip``).
+        faults: the first ten of them.
+        skipped: valid rows that no loss can use, such as ties, by reason.
+        pairs: pairs in use.
+        rows: rows in use; a pair has two.
         desirable, undesirable: the same rows by label.
-        prompts_cut: rows whose prompt lost tokens at its start.
-        completions_cut: rows whose completion lost tokens at its end, its EOS among them.
-        dropped_too_long: rows left out because the completion does not fit (``truncate_completions`` off).
-        dropped_without_loss: rows left out because nothing that carries the loss fits.
-        dropped_undesirable: rows left out because the objective wants desirable ones only.
+        prompts_cut: rows whose prompt is cut at its start.
+        completions_cut: rows whose completion is cut at its end, and so has no EOS.
+        dropped_too_long: rows whose completion does not fit (``truncate_completions: false``).
+        dropped_without_loss: rows of which no token that carries the loss fits.
+        dropped_undesirable: undesirable rows, if the objective uses only desirable ones.
     """
 
     examples: int = 0
@@ -57,7 +78,7 @@ class FileCounts:
     def __str__(self) -> str:
         text = f"{self.examples} examples, {self.rows} rows ({self.desirable} desirable, "
         text += f"{self.undesirable} undesirable), {self.pairs} pairs"
-        seldom = (
+        notes = (
             (self.faulty, "faulty rows skipped"),
             *((number, f"rows skipped: {reason}") for reason, number in self.skipped.items()),
             (self.prompts_cut, "prompts cut at the start"),
@@ -66,19 +87,29 @@ class FileCounts:
             (self.dropped_without_loss, "rows dropped: the turn that carries the loss lies beyond max_length"),
             (self.dropped_undesirable, "rows dropped: undesirable, which the objective does not use"),
         )
-        return "; ".join([text, *(f"{number} {what}" for number, what in seldom if number)])
+        return "; ".join([text, *(f"{number} {what}" for number, what in notes if number)])
 
 
 class Split:
-    """What a split trains on: the rows of a table, cut to ``max_length``, as ``StepDataset`` wants them.
+    """The rows of a split, cut to ``max_length``, as ``StepDataset`` takes them.
 
     Attributes:
-        table: the rows that enter.
-        rows: the same as a sequence of ``Row``.
-        prompts: the distinct prompts, uncut, as token ids.
-        examples: the rows of each example, which stay together.
-        counts: per source.
-        longest: the most tokens that a row of a batch may have, prompt, control tokens and completion together.
+        table: the rows in use.
+        counts: by source.
+        examples: the indices of the rows of each example.
+        prompt_length, completion_length: tokens of each row that are kept, int64 [n].
+        score: of each row, less the mean of its prompt; float64 [n], NaN for none.
+        longest: upper bound of a batch row's tokens: prompt, control tokens and completion.
+
+    Args:
+        table: all rows, each with a label.
+        needs: of the objective.
+        max_length, truncate_completions, keep_together: see ``FeedbackDataModule``.
+        control: control tokens for desirable (True) and undesirable rows.
+
+    Raises:
+        DataError: control tokens fill ``max_length``; the objective needs pairs and a row has none; or a score does
+            not fit float32.
     """
 
     def __init__(
@@ -97,22 +128,22 @@ class Split:
             for store in table.stores
         }
         longest_control = max(map(len, self.control.values()))
-        room = max_length - 1 - longest_control  # at least one token of the prompt stays
+        room = max_length - 1 - longest_control  # keeps at least one token of the prompt
         if room < 1:
-            raise DataError(f"data.max_length is {max_length}, which data.control_tokens alone fill; raise it.")
+            raise DataError(f"data.max_length is {max_length}, and data.control_tokens alone fill it; raise it")
         if needs.pairs and bool((table.pair < 0).any()):
             place = int((table.pair < 0).nonzero()[0][0])
             raise DataError(
-                f"{table.name(place)}: the objective compares the two completions of a pair, but this row has none to"
-                " be compared with. Use data with chosen and rejected, the transform Pair (data.transforms), or an"
-                " objective for binary feedback such as KTO."
+                f"{table.name(place)}: the objective compares the two completions of a pair, but this row has no pair;"
+                " use data with chosen and rejected, the transform Pair (data.transforms), or an objective for binary"
+                " feedback such as KTO"
             )
         if not (needs.pairs or needs.undesirable):
             self._count(table, table.label == 0, "dropped_undesirable")
             table = table.select(table.label != 0)
         length = table.of_rows("length").astype(np.int64)
         too_long = (length > room) & (not truncate_completions)
-        if needs.pairs:  # a pair goes as a whole
+        if needs.pairs:  # a pair is dropped as a whole
             too_long |= too_long[table.pair]
         self._count(table, too_long, "dropped_too_long")
         table, length = table.select(~too_long), length[~too_long]
@@ -122,7 +153,7 @@ class Split:
         self._count(table, lost, "dropped_without_loss")
         table, length = table.select(~lost), length[~lost]
         self.completion_length = np.minimum(length, room)
-        # Both completions of a pair get the same prompt, so the longer one says what is left of it.
+        # Both completions of a pair get the same prompt, so the longer one decides how much of it is kept.
         paired = table.pair >= 0
         longest = self.completion_length.copy()
         longest[paired] = np.maximum(longest[paired], self.completion_length[table.pair[paired]])
@@ -134,11 +165,11 @@ class Split:
         self._count(table, table.label >= 0, "rows")
         self._count(table, self.prompt_length < table.prompt_length, "prompts_cut")
         self._count(table, length > room, "completions_cut")
-        self.pairs = needs.pairs or keep_together == "pairs"  # whole prompts keep pairs together as well
+        self.pairs = needs.pairs or keep_together == "pairs"  # whole prompts include their pairs
         if self.pairs:
             self._count(table, table.pair > np.arange(len(table)), "pairs")
         self.longest = int((self.prompt_length + self.completion_length).max(initial=0))
-        if needs.mismatched:  # a prompt of one row with the completion of another
+        if needs.mismatched:  # one row's prompt with another row's completion
             self.longest = int(self.prompt_length.max(initial=0) + self.completion_length.max(initial=0))
         self.longest = min(max_length, self.longest + longest_control)
         self.table = table
@@ -152,15 +183,15 @@ class Split:
             setattr(counts, name, getattr(counts, name) + count)
 
     def _scores(self) -> NDArray[np.float64]:
-        """Each row's score less the mean of its prompt's: what float32 keeps of large ones that differ by little.
+        """Each row's score less the mean of its prompt, so that float32 keeps small differences of large scores.
 
-        NaN where a row of the prompt has no score.
+        NaN if any row of the prompt has no score.
 
         Raises:
-            DataError: for one that float32 cannot hold.
+            DataError: a score does not fit float32.
         """
         table, scored = self.table, ~np.isnan(self.table.score)
-        # Where a row of the prompt has none, labels are compared: never one against the other.
+        # If a row of the prompt has no score, labels are compared: never a label with a score.
         lacks = np.zeros(len(table.prompt_places), bool)
         lacks[table.prompt[~scored]] = True
         scored &= ~lacks[table.prompt]
@@ -171,8 +202,9 @@ class Split:
         beyond = (~np.isfinite(score[scored]) | (np.abs(score[scored]) > 1e30)).nonzero()[0]
         if len(beyond):
             place = int(scored.nonzero()[0][beyond[0]])
-            given = f"{table.name(place)}: the score {table.score[place]:g}"
-            raise DataError(f"{given} is beyond float32; rescale the scores")
+            raise DataError(
+                f"{table.name(place)}: the score {table.score[place]:g} does not fit float32; rescale the scores"
+            )
         return score
 
     def _examples(self, together: Together | None) -> Sequence[Sequence[int]]:
@@ -185,21 +217,23 @@ class Split:
 
     @property
     def rows(self) -> Sequence[TokenizedRow]:
+        """The rows with their tokens, read on access."""
         return _Rows(self)
 
     @property
     def prompts(self) -> Sequence[NDArray[np.int32]]:
+        """Token ids of the distinct prompts, uncut, read on access."""
         return _Prompts(self.table)
 
     def of_examples(self, values: NDArray[Any]) -> NDArray[Any]:
-        """The sum over each example's rows of ``values`` [n]."""
+        """Sums ``values`` [n] over the rows of each example."""
         if isinstance(self.examples, _Singles):
             return values
         return np.array([values[list(example)].sum() for example in self.examples])
 
     @cached_property
     def digest(self) -> str:
-        """A hash of what the model would see, in order; file names are no part of it."""
+        """A hash of what the model sees, in order, independent of file names."""
         digest = hashlib.sha256(json.dumps([store.digest for store in self.table.stores]).encode())
         table = self.table
         columns = [table.source, table.row, table.label, table.score, table.pair]
@@ -212,7 +246,7 @@ class Split:
 
 
 class _Singles(Sequence[tuple[int]]):
-    """Every row an example of its own."""
+    """Every row is an example."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -227,8 +261,6 @@ class _Singles(Sequence[tuple[int]]):
 
 
 class _Prompts(Sequence[NDArray[np.int32]]):
-    """Token ids of the distinct prompts, read when they are asked for."""
-
     def __init__(self, table: Table) -> None:
         self.table = table
 
@@ -240,8 +272,6 @@ class _Prompts(Sequence[NDArray[np.int32]]):
 
 
 class _Rows(Sequence[TokenizedRow]):
-    """The rows of a split, made when they are asked for."""
-
     def __init__(self, split: Split) -> None:
         self.split = split
 

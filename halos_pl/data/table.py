@@ -1,7 +1,4 @@
-"""The rows of a split as columns: which row of which store, its prompt, its label, its score, its paired completion.
-
-A table is a few numbers a row; the tokens stay on disk. Transforms make tables from tables.
-"""
+"""The rows of a split as columns of numbers; the tokens stay on disk. Transforms make tables from tables."""
 
 from __future__ import annotations
 
@@ -17,17 +14,17 @@ from halos_pl.data.store import Store
 
 @dataclass(frozen=True)
 class Table:
-    """Columns of equal length n, a place for each row.
+    """Columns of length n, one entry per row.
 
     Attributes:
-        stores: where the tokens are.
-        prompt_places: int64 [p, 2], store and number there of each distinct prompt.
+        stores: of the tokens.
+        prompt_places: int64 [p, 2], the store of each distinct prompt, and its number there.
         source: int32 [n], the store of each row.
-        row: int64 [n], the row there.
-        prompt: int64 [n], equal for rows with equal prompts, by their uncut tokens, whatever store they are in.
-        label: int8 [n], 1 desirable, 0 undesirable, -1 where only a score is known.
-        score: float64 [n], higher is better, NaN where there is none.
-        pair: int64 [n], place of the pair's other row, -1 where there is none.
+        row: int64 [n], its index there.
+        prompt: int64 [n], equal for prompts with equal uncut tokens, in any store.
+        label: int8 [n], 1 desirable, 0 undesirable, -1 if there is only a score.
+        score: float64 [n], higher is better, NaN for none.
+        pair: int64 [n], index of the pair's other row, -1 for none.
         added: bool [n], rows that a transform made from others.
     """
 
@@ -43,13 +40,13 @@ class Table:
 
     @classmethod
     def of(cls, stores: Sequence[Store]) -> Table:
-        """All rows of ``stores``, one store after the other."""
+        """All rows of ``stores``, in order."""
         keys = np.concatenate([np.empty(0, "S16"), *(store.prompts["key"] for store in stores)])
         owners = np.concatenate(
             [np.empty((0, 2), np.int64), *(_places(i, len(store.prompts)) for i, store in enumerate(stores))]
         )
         _, first, number = np.unique(keys, return_index=True, return_inverse=True)
-        # Numbered in the order in which they first occur.
+        # Numbered by first occurrence.
         order = np.argsort(first)
         rank = np.empty_like(order)
         rank[order] = np.arange(len(order))
@@ -73,19 +70,19 @@ class Table:
         return len(self.row)
 
     def select(self, index: NDArray[Any]) -> Table:
-        """The rows at ``index`` (int64 [m], or bool [n]); a paired completion that is not among them becomes -1.
+        """The rows at ``index`` (int64 [m], or bool [n]); a pair that loses its other row becomes -1.
 
-        A row may be chosen several times only if its paired completion is not.
+        A row may be selected several times only if its pair is not.
         """
         if index.dtype == bool:
             index = index.nonzero()[0]
         place = np.full(len(self) + 1, -1)
         place[index] = np.arange(len(index))
         chosen: dict[str, Any] = {name: getattr(self, name)[index] for name in COLUMNS}
-        return replace(self, **(chosen | {"pair": place[self.pair[index]]}))  # -1 reads the last place, which is -1
+        return replace(self, **(chosen | {"pair": place[self.pair[index]]}))  # -1 reads the last entry, which is -1
 
     def join(self, other: Table) -> Table:
-        """The rows of this table and then those of ``other``, which has the same stores."""
+        """The rows of this table, then those of ``other``, which must have the same stores."""
         both: dict[str, Any] = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in COLUMNS}
         moved = np.where(other.pair >= 0, other.pair + len(self), -1)
         return replace(self, **(both | {"pair": np.concatenate([self.pair, moved])}))
@@ -109,11 +106,11 @@ class Table:
 
     @property
     def units(self) -> NDArray[np.int64]:
-        """int64 [u], the rows to draw from where pairs count as one: single rows, and the first of each pair."""
+        """int64 [u], single rows and the first row of each pair."""
         return ((self.pair < 0) | (self.pair > np.arange(len(self)))).nonzero()[0]
 
     def with_pairs(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        """``index`` and the paired completions of its rows, ascending."""
+        """``index`` and the other rows of its pairs, ascending."""
         pairs = self.pair[index]
         return np.unique(np.concatenate([index, pairs[pairs >= 0]]))
 
@@ -127,20 +124,20 @@ class Table:
         return self.stores[self.source[place]].completion(int(self.row[place]))
 
     def loss(self, place: int) -> NDArray[np.bool_] | None:
-        """bool [t], which tokens of a row's completion carry the loss, uncut; None where all of them do."""
+        """Which tokens of a row's uncut completion carry the loss, bool [t]; None if all do."""
         return self.stores[self.source[place]].loss(int(self.row[place]))
 
     @property
     def first_loss(self) -> NDArray[np.int64]:
-        """int64 [n], the first token of each row's completion that carries the loss."""
-        found = np.zeros(len(self), np.int64)
+        """The first token of each row's completion that carries the loss, int64 [n]."""
+        first = np.zeros(len(self), np.int64)
         for i, store in enumerate(self.stores):
             here = self.source == i
-            found[here] = store.first_loss()[self.row[here]]
-        return found
+            first[here] = store.first_loss()[self.row[here]]
+        return first
 
     def name(self, place: int) -> str:
-        """``SOURCE:LINE`` and which of the line's rows it is, for messages and files."""
+        """The row's name: ``SOURCE:LINE``, and which of the line's rows it is."""
         name = self.stores[self.source[place]].name(int(self.row[place]))
         return f"{name}#contradicted" if self.added[place] else name
 

@@ -1,4 +1,4 @@
-"""A chat template given by the user (``data.chat_template``), for a base model or instead of the tokenizer's."""
+"""The user's chat template (``data.chat_template``), for a base model or in place of the tokenizer's."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ NAMED = {
 }
 
 
-def template_of(given: str, name: str = "data.chat_template") -> str:
+def template_of(template: str, name: str = "data.chat_template") -> str:
     """The text of a template.
 
     Args:
-        given: a file, a folder with a tokenizer, a key of ``NAMED``, or the template itself (anything with braces).
+        template: a file, a folder with a tokenizer, a key of ``NAMED``, or the template itself (anything with braces).
         name: of the setting, for messages.
 
     Raises:
-        DataError: no template can be read there.
+        DataError: it cannot be read.
     """
-    if "{{" in given or "{%" in given:
-        return given
-    if given in NAMED and not Path(given).exists():
-        return NAMED[given]
-    path = Path(given).expanduser()
+    if "{{" in template or "{%" in template:
+        return template
+    if template in NAMED and not Path(template).exists():
+        return NAMED[template]
+    path = Path(template).expanduser()
     try:
         if path.is_dir():
             return _of_folder(path, name)
@@ -46,11 +46,11 @@ def template_of(given: str, name: str = "data.chat_template") -> str:
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
         raise DataError(
-            f"{name}: {given}: {why}; name a .jinja file, a folder with a tokenizer, {' or '.join(NAMED)},"
+            f"{name}: {template}: {why}; name a .jinja file, a folder with a tokenizer, {' or '.join(NAMED)},"
             " or give the template itself"
         ) from error
     if not text.strip():
-        raise DataError(f"{name}: {given} is empty; name a file with a Jinja template")
+        raise DataError(f"{name}: {template} is empty; name a file with a Jinja template")
     return text
 
 
@@ -59,24 +59,24 @@ def _of_folder(folder: Path, name: str) -> str:
         return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
     config = folder / "tokenizer_config.json"
     try:
-        found = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
+        template = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
     except (ValueError, AttributeError):
-        found = None
-    if isinstance(found, list):  # several by name; tokenizers use this one unless told otherwise
-        found = next((each.get("template") for each in found if each.get("name") == "default"), None)
-    if not isinstance(found, str):
+        template = None
+    if isinstance(template, list):  # several by name, of which tokenizers use "default"
+        template = next((each.get("template") for each in template if each.get("name") == "default"), None)
+    if not isinstance(template, str):
         raise DataError(f"{name}: {folder} holds no chat template ({CHAT_TEMPLATE}); name a .jinja file")
-    return found
+    return template
 
 
 def use_template(tokenizer: PreTrainedTokenizerBase, text: str, name: str = "data.chat_template") -> None:
-    """Gives the tokenizer a template.
+    """Sets the tokenizer's template.
 
-    Where it has no token ``<|im_end|>``, the named ``chatml`` ends turns with EOS: the model would spell the end of its
-    answer letter by letter, and rules would find it in the answer.
+    If the tokenizer has no token ``<|im_end|>``, the named ``chatml`` ends turns with EOS, as the model would otherwise
+    spell the end of its answer letter by letter.
 
     Raises:
-        DataError: it is not valid Jinja.
+        DataError: the template is not valid Jinja.
     """
     if text == NAMED["chatml"] and "<|im_end|>" not in tokenizer.get_vocab() and tokenizer.eos_token:
         text = text.replace(_CHATML_END, "eos_token + '\\n'")
@@ -86,5 +86,5 @@ def use_template(tokenizer: PreTrainedTokenizerBase, text: str, name: str = "dat
     except TemplateSyntaxError as error:
         tokenizer.chat_template = before
         raise DataError(f"{name} is not valid Jinja (line {error.lineno}: {error.message}); correct it") from error
-    except Exception:  # it rejects this dialogue; it may accept those of the data
+    except Exception:  # it rejects this dialogue, but may accept those of the data
         return

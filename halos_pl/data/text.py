@@ -1,6 +1,6 @@
-"""Rows of text files: JSON lines, lists of JSON objects, CSV. Nothing here knows what a row means.
+"""Rows of text files: JSON lines, lists of JSON objects, CSV. Nothing here depends on the meaning of a row.
 
-No file is ever wholly in memory, no line longer than ``most`` bytes is, and no fault of a row is an exception.
+Neither a file nor a line longer than ``most`` bytes is ever wholly in memory. A fault of a row is yielded, not raised.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 from halos_pl.data.broken import CHUNK, Broken, Read, too_large, twice
 from halos_pl.data.example import short
 
-BLANK = 16  # blank lines one after the other may take one such part of the bound
-SKIPPED = 64  # of a line that is too long, so many times the bound are passed over to find the next one
+BLANK = 16  # consecutive blank lines may take at most 1/16 of a row's size limit
+SKIPPED = 64  # of a line that is too long, at most 64 times the limit is skipped to find the next one
 _BLANK = re.compile(r"[ \t\r\n]*")
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of other bytes
 
@@ -27,14 +27,14 @@ _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what "surrogateescape" makes of oth
 
 
 class _DuplicateKey(ValueError):
-    """A key that stands twice in an object."""
+    """A key that occurs twice in an object."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
         raise _DuplicateKey(twice([name for name, _ in pairs]))
-    return found
+    return values
 
 
 _JSON = json.JSONDecoder(object_pairs_hook=_object)
@@ -42,7 +42,7 @@ _PLAIN_JSON = json.JSONDecoder()
 
 
 def _json_fault(error: Exception, ends: bool = False, line: int | None = None) -> Broken:
-    """``line`` is that of the fault where it is not the one that the row begins in."""
+    """The fault of a row; ``line`` is where it is, if that is not the row's first line."""
     if isinstance(error, _DuplicateKey):
         name = str(error)
         return Broken(f"the key {short(name)} appears twice in one object; keep one of the two", name)
@@ -56,7 +56,7 @@ def _json_fault(error: Exception, ends: bool = False, line: int | None = None) -
 
 
 def _decoded(text: str, at: int) -> tuple[Any, int]:
-    """The value that begins at ``at``, or a Broken with the key that stands twice in it; and where it ends."""
+    """The value that begins at ``at``, or a Broken for a duplicate key; and where it ends."""
     try:
         return _JSON.raw_decode(text, at)
     except _DuplicateKey as error:
@@ -65,7 +65,8 @@ def _decoded(text: str, at: int) -> tuple[Any, int]:
 
 def _json_line(raw: bytes) -> Any:
     try:
-        return _JSON.decode(raw.decode("utf-8").removesuffix("\n"))  # or a fault at its end is one of the next line
+        # Without the line break, as a fault at the end of the line would be located on the next one.
+        return _JSON.decode(raw.decode("utf-8").removesuffix("\n"))
     except UnicodeDecodeError as error:
         return Broken(f"not UTF-8 text ({error.reason} at byte {error.start + 1}); save it as UTF-8")
     except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
@@ -73,8 +74,8 @@ def _json_line(raw: bytes) -> Any:
 
 
 def _lines(stream: io.BufferedReader, most: int) -> Iterator[bytes | Broken]:
-    """Each line, or a Broken in place of one of more than ``most`` bytes; blank lines in a row count as one."""
-    blank = 0  # a packed file of line breaks has no end in sight
+    """Each line, or a Broken for one of more than ``most`` bytes."""
+    blank = 0  # a compressed file of line breaks may be huge
     while raw := stream.readline(most + 1):
         blank = 0 if raw.strip() else blank + len(raw)
         if BLANK * blank > most:
@@ -108,7 +109,7 @@ def _json_lines(stream: io.BufferedReader, most: int) -> Read:
 
 
 class _Text:
-    """The text of a stream, a piece at a time: ``text`` from ``at`` on is what has not been consumed yet."""
+    """The text of a stream, read piece by piece; ``text`` from ``at`` on is not consumed yet."""
 
     def __init__(self, stream: io.BufferedReader, most: int) -> None:
         self.stream, self.most = stream, most
@@ -117,7 +118,7 @@ class _Text:
         self.line, self._counted = 1, 0  # ``line`` is the line of the character ``_counted``
 
     def more(self) -> bool:
-        """Reads on, as much again as there is, so that a large row is not decoded over and over."""
+        """Reads on, at least doubling the text, so that decoding a large row takes linear time."""
         if self.ended:
             return False
         self.here()
@@ -139,18 +140,18 @@ class _Text:
         return self.line
 
     def next(self) -> str:
-        """The next character that is not blank, and moves to it; empty at the end."""
+        """Moves to the next character that is not blank, and returns it; empty at the end."""
         while True:
-            found = _BLANK.match(self.text, self.at)
-            self.at = found.end() if found else self.at
+            blank = _BLANK.match(self.text, self.at)
+            self.at = blank.end() if blank else self.at
             if self.at < len(self.text) or not self.more():
                 return self.text[self.at : self.at + 1]
 
     def value(self) -> Any:
-        """The JSON value that begins here, or a Broken with the key that stands twice in it; moves behind it.
+        """The JSON value that begins here, or a Broken for a duplicate key; moves past it.
 
         Raises:
-            Broken: it is no JSON, or larger than a row may be.
+            Broken: it is not JSON, or too large.
         """
         while True:
             try:
@@ -180,8 +181,8 @@ def _json_list(stream: io.BufferedReader, most: int) -> Read:
     try:
         text.next()
         text.at += 1
-        going_on = text.next() != "]"
-        while going_on:
+        more = text.next() != "]"
+        while more:
             text.line = line = text.here()
             value = text.value()
             yield line, value
@@ -189,12 +190,12 @@ def _json_list(stream: io.BufferedReader, most: int) -> Read:
             if after not in (",", "]"):
                 text.line = line  # the row is at fault, not what follows it
                 raise Broken(
-                    "invalid JSON (no ',' or ']' after this row); was the file written completely? "
-                    "No row from here on can be read",
+                    "invalid JSON (no ',' or ']' after this row); check that the file was written completely; no row"
+                    " from here on can be read",
                     ends=True,
                 )
-            going_on = after == ","
-            if going_on:
+            more = after == ","
+            if more:
                 text.at += 1
                 text.next()
         text.at += 1

@@ -18,56 +18,20 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from halos_pl.data.calls import all_texts
+from halos_pl.data.ends import (
+    blank_before,
+    eos_id,
+    ids_of,
+    prefix_ids,
+    refuse_end_inside,
+    with_end,
+    without_end,
+)
 from halos_pl.data.example import Example, Prompt
+from halos_pl.data.render import Tools, refuse_dropped, refuse_ignored, render, render_begun
 from halos_pl.data.spans import Conversation, LossOn, Written, begun, check_loss_on, common_prompt
 from halos_pl.data.special import SpecialText, SpecialTokens
-from halos_pl.data.turns import (
-    Tools,
-    TurnEnd,
-    refuse_dropped,
-    refuse_ignored,
-    render,
-    render_begun,
-    spelled_end,
-    turn_end,
-)
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
-    # verbose=False: a text longer than model_max_length is truncated, and counted, later.
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
-
-
-def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens (BOS, [CLS]) that the tokenizer itself prepends to a text.
-
-    Found by encoding, because ``add_bos_token``, post-processors and ``bos_token`` need not agree.
-    """
-    with_special, plain = _ids(tokenizer, "a", special=True), _ids(tokenizer, "a")
-    for start in range(len(with_special) - len(plain) + 1):
-        if with_special[start : start + len(plain)] == plain:
-            return with_special[:start]
-    return []
-
-
-def _blank_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of a line break, if the tokenizer prepends a blank to a text (SentencePiece's dummy prefix).
-
-    A completion continues a rendered prompt, so no blank belongs before it: it is tokenised after a line break, which
-    is then removed. Empty for tokenizers without such a prefix.
-    """
-    head = _ids(tokenizer, "\n")
-    return head if _ids(tokenizer, "\na") != head + _ids(tokenizer, "a") else []
-
-
-def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "The tokenizer has no EOS token, so the model could never learn to stop: "
-            "set tokenizer.eos_token to a token of its vocabulary and save the tokenizer again."
-        )
-    return int(tokenizer.eos_token_id)
+from halos_pl.data.turns import TurnEnd, spelled_end, turn_end
 
 
 def _prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, tools: Tools = None) -> str:
@@ -90,56 +54,14 @@ def _prompt_ids(prefix: list[int], prompt: Prompt, ids: list[int]) -> list[int]:
     return ids
 
 
-def _unended(ends: Sequence[str], text: str) -> str:
-    """The text without end tokens at its end, and without the blanks that follow them in rendered dialogues."""
-    while end := next((end for end in ends if text.rstrip().endswith(end)), None):
-        text = text.rstrip().removesuffix(end)
-    return text
-
-
-def _stripped(ends: Sequence[str], completion: Prompt) -> Prompt:
-    """The completion without end tokens at the end of its texts; they are added again later.
-
-    Raises:
-        ValueError: it holds nothing else.
-    """
-    if isinstance(completion, str):
-        found: Prompt = _unended(ends, completion)
-    else:
-        found = [{**message, "content": _unended(ends, message["content"])} for message in completion]
-    if not any(text.strip() for text in all_texts(found)) and any(text.strip() for text in all_texts(completion)):
-        raise ValueError("The completion is nothing but the EOS token; give it some text, or remove the row.")
-    return found
-
-
-def _refuse_end_inside(ends: Sequence[str], eos: str, completion: Prompt) -> None:
-    """Refuses end tokens within a text, where the model would learn both to stop and to continue."""
-    for text in all_texts(completion):
-        for end in ends:
-            if end in text:
-                name = "the EOS token" if end == eos else "the token that ends a turn,"
-                raise ValueError(
-                    f"The completion spells {name} {end} before its end; remove it, or the row, or set"
-                    " data.special_tokens_in_text to split, which encodes it as plain text."
-                )
-
-
 #: An empty span at the start of a text, ``<think>\n\n</think>\n\n``, or the closing tag of one opened by the prompt.
 _EMPTY_SPAN = re.compile(r"\s*(?:<(\w+)>\s*</\1>|</\w+>)\s*")
 
 
 def _empty_span(written: Written, answer: list[dict[str, Any]]) -> str | None:
     """The empty span with which the template, not the answer itself, begins the last turn."""
-    found = _EMPTY_SPAN.match(written.pieces[-1][0])
-    return None if found is None or _EMPTY_SPAN.match(answer[-1]["content"]) else found[0]
-
-
-def _ended(end: int | None, ids: list[int]) -> list[int]:
-    if end is None:
-        return ids
-    while ids and ids[-1] == end:
-        ids.pop()
-    return [*ids, end]
+    span = _EMPTY_SPAN.match(written.pieces[-1][0])
+    return None if span is None or _EMPTY_SPAN.match(answer[-1]["content"]) else span[0]
 
 
 def encode_prompt(
@@ -170,7 +92,7 @@ def encode_prompt(
         held: Any = [m["content"] for m in special.hold(_as_messages(tools))]  # type: ignore[index, union-attr]
         [ids] = special.encode_held([_prompt_text(tokenizer, special.hold(prompt), held or None)])
     else:
-        ids = _ids(tokenizer, _prompt_text(tokenizer, prompt, tools))
+        ids = ids_of(tokenizer, _prompt_text(tokenizer, prompt, tools))
     return _prompt_ids(prefix_ids(tokenizer), prompt, ids)
 
 
@@ -263,7 +185,7 @@ class Encoder:
         self.spelled: Counter[str] = Counter()
         self.spelling = 0
         self.notes: Counter[str] = Counter()
-        self._eos, self._prefix, self._blank = _eos(tokenizer), prefix_ids(tokenizer), _blank_before(tokenizer)
+        self._eos, self._prefix, self._blank = eos_id(tokenizer), prefix_ids(tokenizer), blank_before(tokenizer)
         self._ends: dict[tuple[str, ...], TurnEnd | None] = {}
         self._spelled_end = spelled_end(tokenizer)
 
@@ -293,20 +215,20 @@ class Encoder:
         chat = not isinstance(prompt, str)
         split = self.special.mode == "split"
         try:
-            found = [self._turn_end(prompt, completion) for completion in example.completions]
+            turn_ends = [self._turn_end(prompt, completion) for completion in example.completions]
         except ValueError:  # the template refuses these messages; rendering them below raises its reason
-            found = [None] * len(example.completions)
-        ends = [(eos,) if end is None or not chat else tuple({eos: 0, end.token: 0}) for end in found]
-        spoken = [_stripped(own, completion) for own, completion in zip(ends, example.completions, strict=True)]
-        spelled = self.special.found(prompt, *spoken, _as_messages(tools))
+            turn_ends = [None] * len(example.completions)
+        ends = [(eos,) if end is None or not chat else tuple({eos: 0, end.token: 0}) for end in turn_ends]
+        texts = [without_end(tokens, c) for tokens, c in zip(ends, example.completions, strict=True)]
+        spelled = self.special.found(prompt, *texts, _as_messages(tools))
         self.spelled.update(spelled)
         self.spelling += bool(spelled)
-        for own, completion in zip(ends, spoken, strict=True):
+        for tokens, completion in zip(ends, texts, strict=True):
             if not split:
-                _refuse_end_inside(own, eos, completion)
+                refuse_end_inside(tokens, eos, completion)
         if not chat:
-            return self._plain(example, spoken, found, held=split and bool(spelled))
-        answers = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in spoken]
+            return self._plain(example, texts, turn_ends, held=split and bool(spelled))
+        answers = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in texts]
         self.special.refuse("The prompt", prompt)
         self.special.refuse("The tools", _as_messages(tools))
         for answer in answers:
@@ -321,7 +243,7 @@ class Encoder:
         written = common_prompt(
             [
                 Conversation(self.tokenizer, prompt, answer, end=end, finished=whole, **how).written(self.loss_on)
-                for answer, end, whole in zip(answers, found, example.finished, strict=True)
+                for answer, end, whole in zip(answers, turn_ends, example.finished, strict=True)
             ]
         )
         self._note(written, answers)
@@ -335,12 +257,12 @@ class Encoder:
         before_all = written[0].prompt if written else _prompt_text(self.tokenizer, prompt, tools)
         return _Texts(held, before_all, pieces, last)
 
-    def _plain(self, example: Example, spoken: list[Prompt], found: list[TurnEnd | None], *, held: bool) -> _Texts:
+    def _plain(self, example: Example, texts: list[Prompt], turn_ends: list[TurnEnd | None], *, held: bool) -> _Texts:
         if example.tools:
             raise ValueError(_TEXT_TOOLS)
         prompt, last = example.prompt, []
         pieces: list[tuple[tuple[str, bool], ...]] = []
-        for text, end, finished in zip(spoken, found, example.finished, strict=True):
+        for text, end, finished in zip(texts, turn_ends, example.finished, strict=True):
             if not isinstance(text, str):
                 raise ValueError(
                     "The completion is a message list but the prompt is plain text: give both as messages "
@@ -382,13 +304,13 @@ class Encoder:
         places: list[tuple[_Texts, int] | ValueError] = []
         for example in examples:
             try:
-                found = self._texts(example)
+                parts = self._texts(example)
             except ValueError as error:
                 places.append(error)
                 continue
-            behind = self._behind(example)
-            places.append((found, len(texts[found.held])))
-            texts[found.held] += [found.prompt, *(behind + text for own in found.pieces for text, _ in own)]
+            before = self._before(example)
+            places.append((parts, len(texts[parts.held])))
+            texts[parts.held] += [parts.prompt, *(before + text for pieces in parts.pieces for text, _ in pieces)]
         ids: dict[bool, list[list[int]] | ValueError] = {}
         for held, some in texts.items():
             try:
@@ -401,7 +323,7 @@ class Encoder:
             except ValueError as error:
                 yield error
 
-    def _behind(self, example: Example) -> str:
+    def _before(self, example: Example) -> str:
         return "\n" if self._blank and not isinstance(example.prompt, str) else ""
 
     def _encoded(
@@ -413,32 +335,32 @@ class Encoder:
         if isinstance(place, ValueError):
             raise place
         texts, at = place
-        found = ids[texts.held]
-        if isinstance(found, ValueError):
-            raise found
-        prompt, blank = found[at], self._blank if self._behind(example) else []
+        encoded = ids[texts.held]
+        if isinstance(encoded, ValueError):
+            raise encoded
+        prompt, blank = encoded[at], self._blank if self._before(example) else []
         completions, spans = [], []
         for pieces, end in zip(texts.pieces, texts.ends, strict=True):
             completion: list[int] = []
-            own: list[tuple[int, int]] = []
+            ranges: list[tuple[int, int]] = []
             for number, (text, loss) in enumerate(pieces, start=1):
                 at += 1
-                piece = found[at]
+                piece = encoded[at]
                 if blank:  # a line break that has merged with the next character cannot be removed
                     piece = piece[len(blank) :] if piece[: len(blank)] == blank else self._ids([text], texts.held)[0]
-                piece = _ended(end, piece) if number == len(pieces) else piece
-                own += [(len(completion), len(completion) + len(piece))] if loss and piece else []
+                piece = with_end(end, piece) if number == len(pieces) else piece
+                ranges += [(len(completion), len(completion) + len(piece))] if loss and piece else []
                 completion += piece
             if not completion:
                 raise ValueError("The completion gives no token with this tokenizer; give it some text.")
             completions.append(completion)
-            spans.append([] if own == [(0, len(completion))] else own)
+            spans.append([] if ranges == [(0, len(completion))] else ranges)
         return Tokens(_prompt_ids(self._prefix, example.prompt, prompt), completions, spans)
 
     def batch(self, conversations: Sequence[tuple[Prompt, Sequence[Prompt]]]) -> Iterator[Encoded | ValueError]:
         """As :func:`encode_batch`."""
-        for found in self.encode([Example(prompt, tuple(own), (), "") for prompt, own in conversations]):
-            yield found if isinstance(found, ValueError) else (found.prompt, found.completions)
+        for tokens in self.encode([Example(prompt, tuple(c), (), "") for prompt, c in conversations]):
+            yield tokens if isinstance(tokens, ValueError) else (tokens.prompt, tokens.completions)
 
 
 def encode_batch(

@@ -7,9 +7,9 @@ A transform is a class with one method; the DataModule applies a list of them in
         - {class_path: KeepFraction, init_args: {desirable: 0.1}}
         - {class_path: FlipLabels, init_args: {share: 0.2}}
 
-All but those that say what a row *is* (``ThresholdScores``, ``Pair``, ``Unpair``) leave held-out data alone. A
-transform that works on scores comes before ``ThresholdScores``, one that works on labels behind it; where the list has
-none, scores become labels just before the first transform that wants them, or at the end.
+Only transforms that define what a row is (``ThresholdScores``, ``Pair``, ``Unpair``) apply to held-out data. A
+transform of scores comes before ``ThresholdScores``, one of labels after it. A list without it turns scores into labels
+just before the first transform that needs labels, or at the end.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from halos_pl.data.order import seeded
 from halos_pl.data.table import Table
 
 Counts = dict[str, int]
@@ -36,7 +37,7 @@ def _share(transform: object, name: str, value: float) -> float:
 
 
 def _draw(population: NDArray[np.int64], share: float, draw: Random) -> NDArray[np.int64]:
-    """A share of ``population``, rounded to whole ones, ascending."""
+    """A random share of ``population``, rounded, in ascending order."""
     number = round(share * len(population))
     return population[np.array(sorted(draw.sample(range(len(population)), number)), dtype=np.int64)]
 
@@ -45,8 +46,8 @@ class Transform(ABC):
     """Makes a table from a table.
 
     Attributes:
-        held_out: whether it is applied to validation, test and prediction data as well.
-        before_labels: whether it can work on rows that have scores and no labels yet.
+        held_out: apply it to validation, test and prediction data, too.
+        before_labels: it accepts rows with scores and no labels yet.
     """
 
     held_out: bool = False
@@ -54,25 +55,24 @@ class Transform(ABC):
 
     @abstractmethod
     def __call__(self, table: Table, draw: Random) -> tuple[Table, Counts]:
-        """The new table, and how many rows or pairs were treated how.
+        """The new table, and counts by name of what was done.
 
         Args:
-            table: left as it is.
-            draw: the source of randomness, a function of the seed and of the transform's place in the list.
+            table: is not changed.
+            draw: random generator, a function of the seed and the transform's place in the list.
         """
 
 
 class KeepFraction(Transform):
     """Keeps a random share of the desirable and of the undesirable rows.
 
-    For studies of imbalance (Ethayarajh et al., ICML 2024, section 4.3). The other row of a pair stays, without a
-    paired completion.
+    For studies of imbalance (Ethayarajh et al., ICML 2024, section 4.3). The other row of a pair stays as a single row.
 
     Args:
         desirable, undesirable: shares to keep, in [0, 1].
 
     Raises:
-        ValueError: for another share.
+        ValueError: a share is outside [0, 1].
     """
 
     def __init__(self, *, desirable: float = 1.0, undesirable: float = 1.0) -> None:
@@ -81,17 +81,16 @@ class KeepFraction(Transform):
     def __call__(self, table: Table, draw: Random) -> tuple[Table, Counts]:
         kept, counts = [(table.label < 0).nonzero()[0]], {}
         for label, share in self.shares.items():
-            own = (table.label == label).nonzero()[0]
-            kept.append(_draw(own, share, draw))
-            counts[f"dropped_{'desirable' if label else 'undesirable'}"] = len(own) - len(kept[-1])
+            rows = (table.label == label).nonzero()[0]
+            kept.append(_draw(rows, share, draw))
+            counts[f"dropped_{'desirable' if label else 'undesirable'}"] = len(rows) - len(kept[-1])
         return table.select(np.sort(np.concatenate(kept))), counts
 
 
 class OnePerPrompt(Transform):
-    """Keeps one random row of each distinct prompt: one y per x.
+    """Keeps one random row per distinct prompt: one y per x; a pair loses a row.
 
-    So no prompt is seen with both its good and its bad answer (Ethayarajh et al., ICML 2024, section 4.3). A pair
-    loses one of its rows.
+    No prompt is then seen with both its good and its bad answer (Ethayarajh et al., ICML 2024, section 4.3).
     """
 
     def __call__(self, table: Table, draw: Random) -> tuple[Table, Counts]:
@@ -100,13 +99,13 @@ class OnePerPrompt(Transform):
 
 
 class FlipLabels(Transform):
-    """Turns round the labels of a random share of the rows; of pairs, which row is preferred.
+    """Flips the labels of a random share of the rows, and the preference of pairs.
 
     Args:
         share: of single rows and pairs together, in [0, 1].
 
     Raises:
-        ValueError: for another share.
+        ValueError: a share is outside [0, 1].
     """
 
     def __init__(self, *, share: float) -> None:
@@ -120,7 +119,7 @@ class FlipLabels(Transform):
 
 
 class Contradict(Transform):
-    """Adds, for a random share of the rows, the same row with the opposite label; of pairs, the opposite preference.
+    """Adds a random share of the rows once more with the opposite label, and of pairs with the opposite preference.
 
     For studies of contradictory feedback (Ethayarajh et al., ICML 2024, Thm. 4.3). The names of added rows end in
     ``#contradicted``.
@@ -129,7 +128,7 @@ class Contradict(Transform):
         share: of single rows and pairs together, in [0, 1].
 
     Raises:
-        ValueError: for another share.
+        ValueError: a share is outside [0, 1].
     """
 
     def __init__(self, *, share: float) -> None:
@@ -144,10 +143,9 @@ class Contradict(Transform):
 
 
 def _opposed(table: Table, index: NDArray[np.int64]) -> Table:
-    """The table with the judgement of the rows ``index`` turned round.
+    """The table with the judgement of the rows ``index`` reversed.
 
-    Labels become the opposite; scores are mirrored within the range of their prompt's scores, so that they stay in the
-    source's unit.
+    Labels are flipped, and scores are mirrored within the range of their prompt's scores, to keep their unit.
     """
     label, score = table.label.copy(), table.score.copy()
     label[index] = np.where(label[index] < 0, label[index], 1 - label[index])
@@ -162,18 +160,18 @@ def _opposed(table: Table, index: NDArray[np.int64]) -> Table:
 
 
 class ThresholdScores(Transform):
-    """Scores to thumbs: desirable above the threshold, undesirable below it.
+    """Turns scores into labels: desirable above the threshold, undesirable below it.
 
     Args:
-        at: a number, which itself counts as desirable; or ``prompt_mean`` or ``prompt_median``, the mean or median of
-            the prompt's rows, where a row exactly at it (one alone with its prompt, say) has no label and is dropped.
-        relabel: decide anew for rows that have a label as well as a score; False leaves them alone. A pair whose rows
-            are then both desirable, or both not, is one no longer: its rows go their own ways.
-        drop_ties: drop rows exactly at their prompt's mean or median; False counts them as undesirable (for losses that
-            look at the scores themselves, as GRPO).
+        at: a number, at which a score is desirable; or ``prompt_mean`` or ``prompt_median``, the mean or median of the
+            prompt's rows, at which a score (such as that of a single row) gives no label and the row is dropped.
+        relabel: relabel rows that have both a label and a score. A pair whose rows get the same label becomes two
+            single rows.
+        drop_ties: drop rows exactly at their prompt's mean or median; False makes them undesirable (for losses that use
+            the scores themselves, as GRPO).
 
     Raises:
-        ValueError: for another word.
+        ValueError: ``at`` is an unknown word.
     """
 
     held_out = before_labels = True
@@ -197,26 +195,26 @@ class ThresholdScores(Transform):
         if isinstance(self.at, str):
             middle: Any = np.mean if self.at == "prompt_mean" else np.median
             for rows in groups(np.where(scored, table.prompt, -1)):
-                own = np.array(rows)
-                if scored[own[0]]:
-                    score = table.score[own]
+                here = np.array(rows)
+                if scored[here[0]]:
+                    score = table.score[here]
                     bound = middle(score)
-                    # The mean of equal numbers is rounded, and would lie above or below all of them.
-                    tied[own] = np.isclose(score, bound, rtol=1e-9, atol=0) | (score.min() == score.max())
-                    label[own] = (score > bound) & ~tied[own]
+                    # The rounded mean of equal numbers may lie above or below all of them.
+                    tied[here] = np.isclose(score, bound, rtol=1e-9, atol=0) | (score.min() == score.max())
+                    label[here] = (score > bound) & ~tied[here]
         else:
             label[scored] = table.score[scored] >= self.at
         tied &= self.drop_ties
         alike = (table.pair >= 0) & (label == label[table.pair])
-        made = replace(table, label=label, pair=np.where(alike, -1, table.pair)).select(~tied)
+        labelled = replace(table, label=label, pair=np.where(alike, -1, table.pair)).select(~tied)
         decided = label[scored & ~tied]
         counts = {"desirable": int((decided == 1).sum()), "undesirable": int((decided == 0).sum())}
         counts |= {"dropped_at_threshold": int(tied.sum())}
-        return made, counts | ({"unpaired": int(alike.sum()) // 2} if alike.any() else {})
+        return labelled, counts | ({"unpaired": int(alike.sum()) // 2} if alike.any() else {})
 
 
 class Unpair(Transform):
-    """The two rows of each pair go their own ways, as feedback on one completion each."""
+    """Splits each pair into two single rows."""
 
     held_out = before_labels = True
 
@@ -226,14 +224,16 @@ class Unpair(Transform):
 
 
 class Pair(Transform):
-    """Makes pairs of the rows of each prompt: of a higher and a lower score, or of a desirable and an undesirable row.
+    """Makes pairs of the rows of a prompt: a higher and a lower score, or a desirable and an undesirable row.
 
-    Scores count where all rows of the prompt have one, labels elsewhere. Rows that are paired already stay so. A row
-    may be part of several pairs, but never of one with the same completion. Rows without a partner are dropped, as are
-    those with a score alone among rows without.
+    Scores count if all rows of the prompt have one, else labels. Existing pairs are kept. A row may be part of several
+    pairs, but not of one with an equal completion. Rows without a partner are dropped.
 
     Args:
-        which: ``best_worst``, one pair a prompt of its highest and its lowest row; ``all`` pairs with a difference.
+        which: ``best_worst``, one pair per prompt of its highest and lowest row; or ``all`` pairs that differ.
+
+    Raises:
+        ValueError: ``which`` is unknown.
     """
 
     held_out = before_labels = True
@@ -251,28 +251,28 @@ class Pair(Transform):
             if not single[rows[0]]:
                 continue
             score = table.score[rows]
-            own = table.label[rows] if np.isnan(score).any() else score  # never one against the other
-            worth = dict(zip(rows, own.tolist(), strict=True))
-            # A row with a score alone has no label to be compared by. Stable: of equals the first of the data.
-            known = [row for row in rows if np.isfinite(score).all() or table.label[row] >= 0]
-            ranked = sorted(known, key=lambda row: -worth[row])
+            values = table.label[rows] if np.isnan(score).any() else score  # never a label against a score
+            worth = dict(zip(rows, values.tolist(), strict=True))
+            # Where labels count, rows with only a score are left out. The sort is stable: the first of equals wins.
+            comparable = [row for row in rows if np.isfinite(score).all() or table.label[row] >= 0]
+            ranked = sorted(comparable, key=lambda row: -worth[row])
             pairs = _pairs(ranked, worth, text, worst_first=self.which == "best_worst")
             index += [row for pair in islice(pairs, 1 if self.which == "best_worst" else None) for row in pair]
-        made = replace(table, pair=np.full(len(table), -1)).select(np.array(index, dtype=np.int64))
-        places = np.arange(len(made))
-        made = replace(
-            made, pair=np.where(places % 2, places - 1, places + 1), label=np.where(places % 2, 0, 1).astype(np.int8)
+        paired = replace(table, pair=np.full(len(table), -1)).select(np.array(index, dtype=np.int64))
+        places = np.arange(len(paired))
+        paired = replace(
+            paired, pair=np.where(places % 2, places - 1, places + 1), label=np.where(places % 2, 0, 1).astype(np.int8)
         )
         used = len(set(index))
-        counts = {"pairs": len(made) // 2, "dropped_without_partner": int(single.sum()) - used}
-        return table.select(~single).join(made), counts
+        counts = {"pairs": len(paired) // 2, "dropped_without_partner": int(single.sum()) - used}
+        return table.select(~single).join(paired), counts
 
 
 def _pairs(
     ranked: list[int], worth: dict[int, float], text: NDArray[Any], *, worst_first: bool
 ) -> Iterator[tuple[int, int]]:
-    """Every pair of a better and a worse row with different completions, of rows from the best to the worst."""
-    below = len(ranked)  # where the rows begin that are worse than this one
+    """Every pair of a better and a worse row with different completions; ``ranked`` is sorted, best first."""
+    below = len(ranked)  # index of the first row that is worse
     starts: dict[int, int] = {}
     for k in reversed(range(len(ranked))):
         if k + 1 < len(ranked) and worth[ranked[k]] > worth[ranked[k + 1]]:
@@ -316,13 +316,37 @@ def plan(transforms: Sequence[Transform], *, train: bool, drop_ties: bool) -> li
     return [*chosen[:place], ThresholdScores(drop_ties=drop_ties), *chosen[place:]]
 
 
+def apply(
+    table: Table, transforms: Sequence[Transform], *, train: bool, drop_ties: bool, seed: int
+) -> tuple[Table, list[dict[str, Any]]]:
+    """The table after the transforms of :func:`plan`, and what each of them did: its name and its counts.
+
+    Raises:
+        ValueError: a transform does not return a table and its counts.
+    """
+    reports: list[dict[str, Any]] = []
+    for transform in plan(transforms, train=train, drop_ties=drop_ties):
+        listed = transform in transforms
+        if not listed and not bool((table.label < 0).any()):
+            continue  # every row has a label
+        name = type(transform).__name__
+        # The place in the user's list, so that a draw does not depend on what the plan inserts.
+        place = transforms.index(transform) if listed else len(transforms)
+        result: Any = transform(table, seeded("transform", seed, place))
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Table)):
+            raise ValueError(f"data.transforms: {name} returned {type(result).__name__}, not (Table, counts)")
+        table, counts = result
+        reports.append({"transform": name, **counts})
+    return table, reports
+
+
 def _first_on_labels(transforms: Sequence[Transform]) -> int:
     return next((i for i, t in enumerate(transforms) if not t.before_labels), len(transforms))
 
 
 def groups(numbers: Sequence[int] | NDArray[Any]) -> list[list[int]]:
-    """Places of equal numbers, in the order in which the numbers first occur."""
-    found: dict[int, list[int]] = {}
+    """The indices of equal numbers, ordered by first occurrence."""
+    indices: dict[int, list[int]] = {}
     for place, number in enumerate(np.asarray(numbers).tolist()):
-        found.setdefault(number, []).append(place)
-    return list(found.values())
+        indices.setdefault(number, []).append(place)
+    return list(indices.values())

@@ -1,4 +1,4 @@
-"""The values of a row, checked: texts, messages, labels, scores, and the examples that they make."""
+"""Checks the values of a row (texts, messages, labels, scores) and makes examples from them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class BadRow(Exception):
     """What is wrong with a row.
 
     Args:
-        reason: what is wrong and what to do; continues "column 'x'" where there is a column.
-        column: by the name that the schema has for it.
-        within: which part of the column, such as ``, message 2``.
-        ignorable: what a source may list in ``ignore`` to have the row all the same.
+        reason: what is wrong and what to do; with a column, it continues "column 'x'".
+        column: the schema's name of the column.
+        within: the part of the column, such as ``, message 2``.
+        ignorable: what the source may list in ``ignore`` to accept the row.
     """
 
     def __init__(self, reason: str, column: str | None = None, within: str = "", ignorable: str | None = None) -> None:
@@ -37,46 +37,55 @@ class BadRow(Exception):
         self.reason, self.column, self.within, self.ignorable = reason, column, within, ignorable
 
     def fault(self, place: str, renamed: Mapping[str, str]) -> Fault:
-        """It as a fault of the row at ``place``, with the column by its name in the file."""
+        """The fault of the row at ``place``, with the column's name in the file.
+
+        Args:
+            place: of the row.
+            renamed: ``Source.columns``.
+        """
         if self.column is None:
             return Fault(place, self.reason)
         name = renamed.get(self.column, self.column)
-        # Not the name that the schema has for it: columns are ignored by their names in the file.
+        # ``ignore`` takes the names in the file, not those of the schema.
         ignorable = name if self.ignorable == self.column else self.ignorable
         anyway = f"; to train without it, add 'ignore: [\"{ignorable}\"]' to the source" if ignorable else ""
         return Fault(place, f"column '{name}'{self.within} {self.reason}{anyway}", name)
 
 
 def checked_text(value: str, column: str, within: str = "") -> str:
-    """The text, which UTF-8 can hold."""
+    """The text.
+
+    Raises:
+        BadRow: UTF-8 cannot encode it.
+    """
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError:
             raise BadRow(
-                "holds half of a surrogate pair, which is not text; remove or repair the \\ud8xx escape", column, within
+                "holds half a surrogate pair, which is not text; remove or repair the \\ud8xx escape", column, within
             ) from None
     return value
 
 
 def plain_text(row: dict[str, Any], column: str) -> str:
-    """A column that must be text, but may be empty."""
+    """A column that must be text and may be empty."""
     value = row[column]
     if not isinstance(value, str):
         raise BadRow(f"is {short(value)}; it must be text", column)
     return checked_text(value, column)
 
 
-def given(value: Any, depth: int = 4) -> bool:
-    """Whether a value says something: null, NaN, a blank text, and a container of nothing else do not."""
+def has_value(value: Any, depth: int = 4) -> bool:
+    """Whether a value is not null, NaN, a blank text, or a container of only these."""
     if isinstance(value, str):
         return value.strip() not in ("", "[]", "{}", "null")
     if isinstance(value, list | dict) and depth:
-        return any(given(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value))
+        return any(has_value(item, depth - 1) for item in (value.values() if isinstance(value, dict) else value))
     return value is not None and value == value  # NaN is not equal to itself
 
 
-# The names that formats have for who speaks, in small letters, and the template's.
+# Lower-case names of roles in published formats, and the chat template's names.
 ROLES = {name: name for name in ("user", "assistant", "system", "developer", "tool", "function", "ipython")}
 ROLES |= dict.fromkeys(("human", "prompter"), "user")
 ROLES |= dict.fromkeys(("gpt", "chatgpt", "bot", "chatbot", "ai", "model", "function_call", "tool_call"), "assistant")
@@ -84,16 +93,16 @@ ROLES |= dict.fromkeys(("observation", "tool_response", "function_response"), "t
 
 
 @lru_cache(maxsize=1024)
-def _role(given: str) -> tuple[str, str | None]:
-    """The template's name of a role, whatever its case; and the role that a misspelt one is like."""
-    name = given.strip().lower()
-    if name in ROLES:
-        return ROLES[name], None
-    return given, next(iter(difflib.get_close_matches(name, ROLES, n=1, cutoff=0.8)), None)
+def _role(name: str) -> tuple[str, str | None]:
+    """The template's name of a role in any case; for an unknown one, the role that it resembles."""
+    lower = name.strip().lower()
+    if lower in ROLES:
+        return ROLES[lower], None
+    return name, next(iter(difflib.get_close_matches(lower, ROLES, n=1, cutoff=0.8)), None)
 
 
 def _joined(parts: list[Any], column: str, within: str) -> str:
-    """The text of a content that is a list of parts ``{"type": "text", "text": ...}``."""
+    """The text of a content given as parts ``{"type": "text", "text": ...}``."""
     texts = []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -103,7 +112,7 @@ def _joined(parts: list[Any], column: str, within: str) -> str:
                 f"has {what}; the model reads text only, as text or as {{'type': 'text', 'text': ...}}", column, within
             )
         for key in part.keys() - {"type", "text"}:
-            if (why := reason(KEYS, key)) and given(part[key]):
+            if (why := reason(KEYS, key)) and has_value(part[key]):
                 raise BadRow(f"has a part with {key}, which {why}", column, within, key)
         texts.append(part["text"])
     return "".join(texts)
@@ -113,43 +122,43 @@ _STYLES = (("role", "content"), ("from", "value"))
 
 
 def _carried(value: dict[str, Any], column: str, within: str) -> dict[str, Any]:
-    """What a message holds for the chat template besides its role and content."""
-    found: dict[str, Any] = {}
+    """The keys of a message for the chat template besides role and content."""
+    carried: dict[str, Any] = {}
     for key in CARRIED:
-        if not given(value.get(key)):
+        if not has_value(value.get(key)):
             continue
         if key == CALLS:
             try:
-                found[key] = objects_of(value[key], "call")
+                carried[key] = objects_of(value[key], "call")
             except ValueError as error:
                 raise BadRow(f"has {key} that {error}", column, within, key) from error
         elif isinstance(value[key], str):
-            found[key] = checked_text(value[key], column, within)
+            carried[key] = checked_text(value[key], column, within)
         else:
             raise BadRow(f"has the {key} {short(value[key])}; it must be text", column, within, key)
-    return found
+    return carried
 
 
 def message_of(value: Any, column: str, within: str = "") -> dict[str, Any]:
-    """An object with ``role`` and ``content``, or ShareGPT's ``from`` and ``value``, and what else a template may read.
+    """A message from ``role`` and ``content``, or ShareGPT's ``from`` and ``value``, with the template's other keys.
 
-    The content may be null or missing beside calls of tools or thoughts; it is then an empty text.
+    Beside tool calls or thoughts the content may be null or missing; it is then empty.
     """
     if not isinstance(value, dict):
         raise BadRow(f"is {short(value)}; it must be an object with 'role' and 'content'", column, within)
     keys, others = _STYLES if value.get("role") is not None or "from" not in value else _STYLES[::-1]
-    said: dict[str, Any] = {key: value.get(key) for key in keys}
+    fields: dict[str, Any] = {key: value.get(key) for key in keys}
     carried = _carried(value, column, within)
-    if isinstance(said[keys[1]], list):
-        said[keys[1]] = _joined(said[keys[1]], column, within)
-    if said[keys[1]] is None and carried.keys() & {CALLS, *THOUGHTS}:
-        said[keys[1]] = ""
-    for key, text in said.items():
+    if isinstance(fields[keys[1]], list):
+        fields[keys[1]] = _joined(fields[keys[1]], column, within)
+    if fields[keys[1]] is None and carried.keys() & {CALLS, *THOUGHTS}:
+        fields[keys[1]] = ""
+    for key, text in fields.items():
         if not isinstance(text, str):
-            found = f"has the {key} {short(text)}" if key in value else f"has no '{key}'"
-            raise BadRow(f"{found}; every message needs a '{keys[0]}' and a '{keys[1]}', both text", column, within)
+            what = f"has the {key} {short(text)}" if key in value else f"has no '{key}'"
+            raise BadRow(f"{what}; every message needs a '{keys[0]}' and a '{keys[1]}', both text", column, within)
         checked_text(text, column, within)
-    role, content = (said[key] for key in keys)
+    role, content = (fields[key] for key in keys)
     if is_blank(role):
         raise BadRow(f"has an empty {keys[0]}; name one, such as 'user' or 'assistant'", column, within)
     name, near = _role(role)
@@ -157,8 +166,8 @@ def message_of(value: Any, column: str, within: str = "") -> dict[str, Any]:
         raise BadRow(f"has the {keys[0]} {short(role)}; did you mean {short(near)}?", column, within)
     for key, other in zip(keys, others, strict=True):
         twice = value.get(other)
-        same = twice == said[key] or (key == keys[0] and isinstance(twice, str) and _role(twice)[0] == name)
-        if given(twice) and not same:
+        same = twice == fields[key] or (key == keys[0] and isinstance(twice, str) and _role(twice)[0] == name)
+        if has_value(twice) and not same:
             raise BadRow(f"has '{key}' and '{other}', which differ; keep one of them", column, within)
     return {"role": name, "content": content, **carried}
 
@@ -168,7 +177,7 @@ def messages_of(value: list[Any], column: str) -> Messages:
     return [message_of(message, column, f", message {i}") for i, message in enumerate(value, start=1)]
 
 
-# All but blanks, control characters and what takes no place: zero-width, direction marks, fillers, selectors, tags.
+# All but whitespace, control characters and invisible ones: zero-width, direction marks, fillers, selectors, tags.
 _VISIBLE = re.compile(
     r"[^\s\x00-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
     r"\u2028-\u202f\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e0fff]"
@@ -176,7 +185,7 @@ _VISIBLE = re.compile(
 
 
 def is_blank(value: Prompt) -> bool:
-    """Whether there is no character to be seen."""
+    """Whether a prompt or completion has no visible character and no tool call."""
     if isinstance(value, str):
         return not _VISIBLE.search(value)
     texts = (message.get(key, "") for message in value for key in ("content", *THOUGHTS))
@@ -184,7 +193,11 @@ def is_blank(value: Prompt) -> bool:
 
 
 def not_blank(value: Prompt, column: str, within: str = "") -> Prompt:
-    """A text or messages in which there is something to be seen."""
+    """The text or messages.
+
+    Raises:
+        BadRow: nothing in them is visible.
+    """
     if is_blank(value):
         what = "some text" if isinstance(value, str) else "a message with some text"
         raise BadRow(f"is empty; give it {what} or remove the row", column, within)
@@ -203,15 +216,15 @@ def prompt_like(value: Any, column: str, within: str = "") -> Prompt:
 
 
 def prompt_of(row: dict[str, Any], column: str = "prompt") -> Prompt:
-    """A column that is text or messages, and not blank."""
+    """A column of text or messages that is not blank."""
     return not_blank(prompt_like(row[column], column), column)
 
 
 def continued(prompt: Prompt, value: Any, column: str, within: str = "") -> tuple[Prompt, Prompt]:
     """Prompt and completion, where ``value`` may repeat the prompt's messages.
 
-    A prompt of text becomes the messages up to its own, if the completion is a conversation that holds it as the
-    last of the user's: so are UltraFeedback's binarised forms.
+    If the completion is a conversation whose last user message is the text prompt, as in the binarised UltraFeedback,
+    the messages up to it become the prompt.
     """
     completion = prompt_like(value, column, within)
     if isinstance(completion, list):
@@ -228,33 +241,31 @@ def continued(prompt: Prompt, value: Any, column: str, within: str = "") -> tupl
             if completion and len(completion) == len(prompt):
                 raise BadRow("only repeats the prompt; add the assistant's message", column, within)
             completion = completion[len(prompt) :]
-        # What is said before the assistant speaks is asked, wherever it stands.
+        # Messages before the assistant's first belong to the prompt.
         first = next((i for i, m in enumerate(completion) if m["role"] == "assistant"), 0)
         if first and isinstance(prompt, list):
             before, completion = completion[:first], completion[first:]
-            prompt = prompt if prompt[-first:] == before else prompt + before  # repeated but for what came before it
+            prompt = prompt if prompt[-first:] == before else prompt + before
     return prompt, completion
 
 
 def completion_of(prompt: Prompt, value: Any, column: str, within: str = "") -> tuple[Prompt, Prompt]:
-    """As ``continued``, with a completion that is not blank."""
+    """As :func:`continued`, with a completion that is not blank."""
     prompt, completion = continued(prompt, value, column, within)
     return prompt, not_blank(completion, column, within)
 
 
-def both_of(given: Prompt, row: dict[str, Any], first: str, second: str) -> tuple[Prompt, Prompt, Prompt]:
+def both_of(question: Prompt, row: dict[str, Any], first: str, second: str) -> tuple[Prompt, Prompt, Prompt]:
     """The prompt and both completions of a pair."""
-    prompt, one = completion_of(given, row[first], first)
-    other, two = completion_of(given, row[second], second)
+    prompt, one = completion_of(question, row[first], first)
+    other, two = completion_of(question, row[second], second)
     if other != prompt:
-        raise BadRow(
-            f"does not repeat the same prompt as '{first}', so that it does not answer the same messages", second
-        )
+        raise BadRow(f"repeats another prompt than '{first}'; both must answer the same messages", second)
     return prompt, one, two
 
 
 TRUE_FALSE = ({"true", "1", "1.0"}, {"false", "0", "0.0"})
-# What people call the two kinds of feedback, as text or as the names of a ClassLabel.
+# Common names of the two kinds of feedback, as text or as names of a ClassLabel.
 _GOOD = TRUE_FALSE[0] | {"good", "desirable", "chosen", "preferred", "accepted", "accept", "positive", "correct"}
 _GOOD |= {"helpful", "safe", "like", "liked", "up", "upvote", "thumbs_up", "thumbsup", "win"}
 _BAD = TRUE_FALSE[1] | {"bad", "undesirable", "rejected", "reject", "dispreferred", "negative", "incorrect", "wrong"}
@@ -271,13 +282,13 @@ def label_of(
     false: str = "undesirable",
     words: tuple[set[str], set[str]] = (_GOOD, _BAD),
 ) -> bool:
-    """True or 1 and false or 0; as text too, for in CSV all is text, and so are the names of a ClassLabel.
+    """A label: true or 1, false or 0, or one of ``words``, as in CSV files and the names of a ClassLabel.
 
     Args:
-        row: of the file.
-        column: where the label is.
-        true, false: what the two mean.
-        words: texts in small letters for the two.
+        row: by column.
+        column: of the label.
+        true, false: meaning of the two, for messages.
+        words: lower-case texts for the two.
     """
     value = row[column]
     if isinstance(value, str):
@@ -295,9 +306,9 @@ def first_of(row: dict[str, Any], column: str) -> bool:
 
 
 def agreed_label(row: dict[str, Any], columns: tuple[str, ...]) -> bool:
-    """The label in whichever of ``columns`` there is one; if in several, they agree."""
-    there = [name for name in columns if name in row]
-    filled = [name for name in there if row[name] is not None] or there[:1]
+    """The label from the first of ``columns`` that has one; others must agree."""
+    present = [name for name in columns if name in row]
+    filled = [name for name in present if row[name] is not None] or present[:1]
     labels = [label_of(row, name) for name in filled]
     if len(set(labels)) > 1:
         raise BadRow(f"is {short(row[filled[0]])}, but '{filled[1]}' says the opposite; keep one of them", filled[0])
@@ -313,7 +324,7 @@ def score_of(value: Any, column: str, within: str = "") -> float | None:
             return float(value)
     except (ValueError, OverflowError):
         pass
-    raise BadRow(f"is {short(value)}; a score must be a finite number, or null where there is none", column, within)
+    raise BadRow(f"is {short(value)}; a score must be a finite number, or null", column, within)
 
 
 def answered(completion: Prompt) -> bool:
@@ -322,15 +333,15 @@ def answered(completion: Prompt) -> bool:
 
 
 def flag_of(value: Any, column: str, within: str = "") -> bool:
-    """Whether a completion is finished; null where it is."""
+    """Whether a completion is finished; null means yes."""
     if value is None:
         return True
-    if isinstance(value, str) and value.strip().lower() in ("true", "false"):  # all is text in CSV
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):  # CSV has only text
         return value.strip().lower() == "true"
     if value in (0, 1):
         return bool(value)
     raise BadRow(
-        f"is {short(value)}; it must be true, or false where the completion was cut and gets no end", column, within
+        f"is {short(value)}; it must be true, or false for a completion that was cut and gets no EOS", column, within
     )
 
 
@@ -342,7 +353,7 @@ def one(
     score: float | None = None,
     finished: bool = True,
 ) -> Items:
-    """An example of one completion, if the assistant speaks last in it."""
+    """An example of one completion; skipped if the assistant does not speak last."""
     if not answered(completion):
         return [Skipped(place, UNANSWERED)]
     return [Example(prompt, (completion,), (label,), place, (score,), finished=(finished,))]
@@ -356,7 +367,7 @@ def pair(
     scores: tuple[float | None, ...] = (),
     finished: tuple[bool, ...] = (),
 ) -> Items:
-    """An example of a pair, if its completions differ and the assistant speaks last in both."""
+    """An example of a pair; skipped if its completions are equal or the assistant does not speak last."""
     if chosen == rejected:
         return [Skipped(place, SAME)]
     if not (answered(chosen) and answered(rejected)):
@@ -365,7 +376,7 @@ def pair(
 
 
 def pair_scores(row: dict[str, Any], first: str, second: str) -> tuple[float | None, ...]:
-    """The scores in two columns that need not be there."""
+    """The scores in two optional columns."""
     return score_of(row.get(first), first), score_of(row.get(second), second)
 
 
@@ -380,7 +391,7 @@ def list_of(row: dict[str, Any], column: str) -> list[Any]:
 def group(
     prompt: Prompt, judged: Iterable[tuple[Prompt, float | None]], place: str, finished: Sequence[bool] = ()
 ) -> Items:
-    """One example of all that have a score; the others are skipped one by one."""
+    """One example of all completions with a score; the others are skipped."""
     items: Items = []
     kept: list[tuple[Prompt, float, bool]] = []
     for number, (completion, score) in enumerate(judged, start=1):

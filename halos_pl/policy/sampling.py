@@ -17,9 +17,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from halos_pl.batch import Labels, TokenBatch
 from halos_pl.common.progress import counted
 from halos_pl.data.example import DataError, Prompt
+from halos_pl.data.render import Tools
 from halos_pl.data.special import SpecialText, SpecialTokens
 from halos_pl.data.tokenize import encode_prompt
-from halos_pl.data.turns import Tools, stop_ids
+from halos_pl.data.turns import stop_ids
 from halos_pl.policy.finite import FiniteLogits
 from halos_pl.policy.limits import check_prompts, positions, room, rows_of_vocabulary
 from halos_pl.policy.loading import base_model

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from halos_pl.data.store import PROMPT, ROW, Store
+from halos_pl.data.layout import PROMPT, ROW
+from halos_pl.data.store import Store
 from halos_pl.data.table import Table
 
 

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from halos_pl.batch import TokenBatch
-from halos_pl.data.batches import LENGTH_WINDOW, Order, Step, StepDataset, StepSampler, TokenizedRow, mismatches
+from halos_pl.data.batches import StepDataset, TokenizedRow
+from halos_pl.data.mismatches import mismatches
+from halos_pl.data.order import LENGTH_WINDOW, Order, Step, StepSampler
 
 law = settings(max_examples=60, deadline=None, derandomize=True)
 groups = st.lists(st.integers(0, 4), max_size=7)

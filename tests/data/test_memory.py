@@ -181,8 +181,8 @@ def test_rows_in_memory_are_mixed_weighted_and_renamed(tmp_path: Path) -> None:
 
 def test_equal_rows_are_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     builds: list[str] = []
-    build = store._build
-    monkeypatch.setattr(store, "_build", lambda source, *rest: builds.append(source.path) or build(source, *rest))
+    build = store.build
+    monkeypatch.setattr(store, "build", lambda source, *rest: builds.append(source.path) or build(source, *rest))
     folder = str(tmp_path / "cache")
     for container in CONTAINERS.values():
         builds.clear()

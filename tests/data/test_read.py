@@ -149,7 +149,7 @@ def test_rows_limits_what_is_read(tmp_path: Path) -> None:
     path.write_text((json.dumps(ROW) + "\n") * 3 + "{oops\n")
     assert len(examples(path, rows=3)) == 3
     write_jsonl(tmp_path / "b.jsonl", [ROW])
-    with pytest.raises(ValueError, match="rows is 3, of one file, but there are 2"):
+    with pytest.raises(ValueError, match=r"rows is 3, .*there are 2 files"):
         files_of(Source(f"{tmp_path}/*.jsonl", rows=3))
     assert len(faults(path)) == 1
 
@@ -171,7 +171,7 @@ def test_a_schema_that_is_named_is_not_looked_for(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{**ROW, **PAIR}] * 2)
     assert "fits 'unpaired' (prompt+completion+label) and 'paired'" in str(faults(path)[0])
     assert all(example.paired for example in examples(path, schema="paired"))
-    assert "there is no schema 'pairs'; there are unpaired, paired" in refused(path, schema="pairs")
+    assert "there is no schema 'pairs'; choose one of unpaired, paired" in refused(path, schema="pairs")
 
 
 def test_real_data(shared_data: Path) -> None:
@@ -232,7 +232,7 @@ def test_streaming_takes_no_more_rows_than_asked_for(monkeypatch: pytest.MonkeyP
 
 def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     message = refused("owner/name", split="train")  # no test has a network: HF_HUB_OFFLINE
-    assert re.match(r"owner/name: no such file or folder .* cannot be loaded \(.*check the name", message)
+    assert re.match(r"owner/name: no such file or folder .* hub .*revision", message)
 
     def rows() -> Any:
         yield ROW
@@ -301,13 +301,13 @@ def test_what_is_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ({**ROW, "prompt": [{"role": "user", "content": 1}]}, "message 1 has the content 1; every message"),
         ({**ROW, "prompt": [{"role": " ", "content": "a"}]}, "message 1 has an empty role"),
         ({**ROW, "completion": [BOT]}, "'completion' is a message list but 'prompt' is plain text"),
-        ({**ROW, "completion": "\ud800"}, "column 'completion' holds half of a surrogate pair"),
+        ({**ROW, "completion": "\ud800"}, "column 'completion' holds .*surrogate"),
         ({**PAIR, "rejected": " "}, "column 'rejected' is empty"),
         ({**PAIR, "prompt": [USER], "chosen": [USER]}, "column 'chosen' only repeats the prompt"),
         ({**PAIR, "prompt": None}, "column 'prompt' is None"),
-        ({"prompt": "p", "completion": "c"}, r"lacks 'label' .*\(this one has: 'prompt', 'completion'\).*'columns'"),
+        ({"prompt": "p", "completion": "c"}, r"lacks 'label' .*'prompt', 'completion'.*'columns'"),
         ({"prompt": "p", "chosen": "c"}, "lacks 'rejected'"),
-        ({"chosen": "c", "rejected": "r"}, r"a row of 'implicit' \(chosen\+rejected\), but line 1 is .*'paired'"),
+        ({"chosen": "c", "rejected": "r"}, r"'implicit' \(chosen\+rejected\).*:1 .*'paired'"),
         ({}, "lacks 'prompt', 'completion', 'label'"),
         (["a"], r"the row is \['a'\], not an object"),
         (None, "the row is None, not an object"),
@@ -329,7 +329,8 @@ def test_a_file_of_two_kinds_of_rows(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"id": 1}, ROW, PAIR])
     first, second = faults(path)
     assert "lacks" in str(first)
-    assert str(second).startswith(f"{path}:3: a row of 'paired' (prompt+chosen+rejected), but line 2 is a row of ")
+    assert str(second).startswith(f"{path}:3: ")
+    assert re.search(r"'paired' \(prompt\+chosen\+rejected\).*:2 .*'unpaired'", str(second))
 
 
 @pytest.mark.parametrize(
@@ -340,8 +341,9 @@ def test_a_file_of_two_kinds_of_rows(tmp_path: Path) -> None:
     ],
 )
 def test_a_hole_in_the_first_row_does_not_choose_for_the_others(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
-    [found] = faults(write_jsonl(tmp_path / "a.jsonl", rows))
-    assert "but line 1 is a row of" in str(found)
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    [found] = faults(path)
+    assert f"but {path}:1 fits" in str(found)
 
 
 @pytest.mark.parametrize(
@@ -406,7 +408,7 @@ def test_a_list_goes_on_after_a_key_that_stands_twice(tmp_path: Path) -> None:
         (b'prompt,completion,label\np,"c,1\np,c,1\n', 2, r"invalid CSV \(unexpected end of data\); check the quotes"),
         (b"prompt,label,label\np,c,1\n", 1, "column 'label' appears twice in the header"),
         (b"prompt,completion,label\np,,1\n", 2, "column 'completion' is None"),
-        (b"prompt;completion;label\np;c;1\n", 2, "this one has: 'prompt;completion;label'"),
+        (b"prompt;completion;label\np;c;1\n", 2, "'prompt;completion;label'"),
     ],
 )
 def test_a_faulty_csv_is_named(tmp_path: Path, content: bytes, line: int, reason: str) -> None:
@@ -441,7 +443,7 @@ def test_faulty_files(tmp_path: Path) -> None:
     assert re.search(r"nope\.jsonl: no such file .*; check the path", refused(tmp_path / "nope.jsonl"))
     assert "is a folder; name the file in it" in refused(tmp_path)
     (tmp_path / "a.txt").touch()
-    assert re.search(r"unknown kind of file; supported are \.jsonl", refused(tmp_path / "a.txt"))
+    assert re.search(r"unknown file .*supported are \.jsonl", refused(tmp_path / "a.txt"))
     for name, content in (
         ("a.jsonl", ""),
         ("b.jsonl", "\n \n"),
@@ -456,17 +458,17 @@ def test_faulty_files(tmp_path: Path) -> None:
     for ending, what in ((".gz", "gzip"), (".zst", "Zstandard")):
         path = tmp_path / f"plain.jsonl{ending}"
         path.write_text(json.dumps(ROW))
-        assert re.search(rf"plain\.jsonl{ending}:1: cannot be read .*may not be a {what} file", refused(path))
+        assert re.search(rf"plain\.jsonl{ending}:1: cannot be read .*no {what} file", refused(path))
     for name in ("a.parquet", "a.arrow"):
         for content in (b"", b"not that", b"ARROW1\0\0 no", b"PAR1 no PAR1"):
             (tmp_path / name).write_bytes(content)
-            assert "it may be cut off or damaged" in refused(tmp_path / name)
+            assert "it may be truncated" in refused(tmp_path / name)
             assert faults(tmp_path / name)[0].fatal
 
 
 def test_settings_of_the_hub_are_refused_for_files(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [ROW])
-    assert "'revision', 'split' is for data sets of the hub, and this is a file" in refused(
+    assert "'revision', 'split' is for data sets on the hub, but this is a file" in refused(
         path, split="train", revision="x"
     )
     datasets.DatasetDict(
@@ -474,7 +476,7 @@ def test_settings_of_the_hub_are_refused_for_files(tmp_path: Path) -> None:
     ).save_to_disk(tmp_path / "saved")
     assert "name one of train, test as 'split'" in refused(tmp_path / "saved")
     assert "has no split 'dev'; name one of train, test" in refused(tmp_path / "saved", split="dev")
-    assert "'streaming' is for data sets of the hub" in refused(tmp_path / "saved", split="test", streaming=True)
+    assert "'streaming' is for data sets on the hub" in refused(tmp_path / "saved", split="test", streaming=True)
     assert len(examples(tmp_path / "saved", split="test")) == 2
     datasets.Dataset.from_list([ROW]).save_to_disk(tmp_path / "plain")
     assert "remove 'split: test'" in refused(tmp_path / "plain", split="test")

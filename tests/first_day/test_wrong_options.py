@@ -474,7 +474,7 @@ def test_comments_of_a_config_need_a_library_that_is_named(capfd: pytest.Capture
         main(words)
     said = capfd.readouterr().out
     assert ended.value.code == 0
-    assert re.search(r"# .*examples of one optimizer step.*\n(\s*#.*\n)*\s*batch_size: 32", said)
+    assert re.search(r"# .*examples per optimizer step.*\n(\s*#.*\n)*\s*batch_size: 32", said)
 
 
 def test_pairs_for_a_loss_of_pairs(place: Path, tiny_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

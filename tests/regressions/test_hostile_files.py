@@ -284,12 +284,12 @@ def test_a_bomb_of_gigabytes(tmp_path: Path, name: str) -> None:
 
 
 def test_large_rows_are_tokenised_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from halos_pl.data import store
+    from halos_pl.data import build_store
 
-    monkeypatch.setattr(store, "CHUNK_SIZE", 2_000_000)
+    monkeypatch.setattr(build_store, "CHUNK_SIZE", 2_000_000)
     examples = [Example("p", ("a" * 700_000,), (True,), f"a:{i}") for i in range(10)]
-    assert [len(chunk) for chunk in store._chunks(examples)] == [3, 3, 3, 1]
-    assert [len(chunk) for chunk in store._chunks([Example("p", ("c",), (True,), "a:1")] * 1500)] == [1024, 476]
+    assert [len(chunk) for chunk in build_store._chunks(examples)] == [3, 3, 3, 1]
+    assert [len(chunk) for chunk in build_store._chunks([Example("p", ("c",), (True,), "a:1")] * 1500)] == [1024, 476]
 
 
 # Text that is none

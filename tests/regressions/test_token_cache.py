@@ -16,8 +16,9 @@ from conftest import byte_level_tokenizer, write_jsonl
 from run_halos import full_disk
 
 from halos_pl.cli.cache import clear
-from halos_pl.data import store
+from halos_pl.data import cache_key, store
 from halos_pl.data.example import DataError
+from halos_pl.data.layout import SUMS, checksums
 from halos_pl.data.source import Source
 from halos_pl.data.store import Store, open_store
 
@@ -38,13 +39,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, Path, Path, 
 @pytest.fixture
 def builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The sources that were read."""
-    real, seen = store._build, []
+    real, seen = store.build, []
 
     def counted(source: Source, *rest: Any) -> None:
         seen.append(source.path)
         real(source, *rest)
 
-    monkeypatch.setattr(store, "_build", counted)
+    monkeypatch.setattr(store, "build", counted)
     return seen
 
 
@@ -81,7 +82,7 @@ def test_any_meta_is_recomputed(made: Any, builds: list[str], tmp_path: Path, co
     assert len(builds) == 1
     # Consistent with its sums, it is still no store.
     (there / "meta.json").write_bytes(content.encode(errors="surrogateescape"))
-    (there / store.SUMS).write_text(store._sums(there))
+    (there / SUMS).write_text(checksums(there))
     assert open_store(source, tokenizer, tmp_path).examples == 20
     assert len(builds) == 2
 
@@ -123,7 +124,7 @@ def test_what_is_left_of_an_earlier_version_is_no_store(made: Any, builds: list[
     source, _, folder, tokenizer = made
     there = tmp_path / folder.name
     shutil.copytree(folder, there)
-    (there / store.SUMS).unlink()  # there were sizes in their place
+    (there / SUMS).unlink()  # there were sizes in their place
     meta = json.loads((there / "meta.json").read_text())
     sizes = {name: (there / name).stat().st_size for name in ("tokens", "prompts", "rows")}
     (there / "meta.json").write_text(json.dumps({"sizes": sizes, **meta}))
@@ -137,7 +138,7 @@ def test_a_file_that_may_not_be_read_is_named(made: Any, tmp_path: Path, monkeyp
     def refuse(*_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(store, "_content", refuse)
+    monkeypatch.setattr(cache_key, "content_hash", refuse)
     with pytest.raises(DataError, match=r"a\.jsonl: cannot be read"):
         open_store(source, tokenizer, tmp_path)
 
