@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,9 +21,6 @@ from halos_pl.study.read import load_study
 from halos_pl.study.recorded import VALUES, read_recorded
 from halos_pl.study.spec import Run, Study, StudyError, default_folder
 from halos_pl.study.state import OVER, STUDY, failure, state
-
-if TYPE_CHECKING:
-    from halos_pl.study.results import Results
 
 
 class Parsers:
@@ -69,7 +66,6 @@ def ablate(
     from halos_pl.study.planned_power import power_lines
     from halos_pl.study.preflight import check
     from halos_pl.study.processes import environment
-    from halos_pl.study.results import Results
     from halos_pl.study.timing import show_plan, timed_step
 
     if jobs < 1:
@@ -92,24 +88,29 @@ def ablate(
     except (KeyboardInterrupt, Stopped):
         print("\nhalos: the runs have stopped; the same command resumes them", file=sys.stderr)
         raise
-    results = Results(spec, folder)
-    _report(results)
-    if bad := len(failed) + len(results.faults):
+    skipped = _report(spec, folder)
+    if bad := len(failed) + skipped:
         raise StudyError(f"{bad} of {len(runs)} runs have failed or are skipped: halos ablate status {folder}")
 
 
-def _report(results: Results) -> None:
-    """Writes the report and prints what it says first."""
+def _report(study: Study, folder: Path) -> int:
+    """Writes the report and prints its first lines.
+
+    Returns:
+        the number of measured runs that are skipped.
+    """
     from halos_pl.study.first_line import first_line
     from halos_pl.study.headline import headline
     from halos_pl.study.report import write_report
     from halos_pl.study.results import Results
 
+    results = Results(study, folder)
     _warn_untold(results.done)
     path = write_report(results)
-    results = Results(results.study, results.out, read_recorded(results.study, results.out))  # as the report has them
-    lines = [first_line(results), *headline(results), f"halos: the report is {path}; report.md is beside it"]
+    reported = Results(study, folder, read_recorded(study, folder))
+    lines = [first_line(reported), *headline(reported), f"halos: the report is {path}; report.md is beside it"]
     print("\n".join(map(plain, lines)))
+    return len(results.faults)
 
 
 def _warn_untold(done: list[Run]) -> None:
@@ -170,9 +171,7 @@ def report(folder: str) -> None:
     Raises:
         StudyError: for a folder without study.yaml, or with neither runs nor values.
     """
-    from halos_pl.study.results import Results
-
-    results = Results(_study_of(folder), Path(folder))
-    if not results.has_runs and not (results.out / VALUES).is_file():
+    study, path = _study_of(folder), Path(folder)
+    if not (path / VALUES).is_file() and not any(run.folder.is_dir() for run in study.runs(path)):
         raise StudyError(f"{folder}: nothing to report: no run has begun, and there is no {VALUES}")
-    _report(results)
+    _report(study, path)

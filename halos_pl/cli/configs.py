@@ -23,8 +23,7 @@ from halos_pl.common.yaml_files import YAMLFileError
 from halos_pl.data.transforms import Transform
 from halos_pl.objective.build import PARTS
 from halos_pl.policy.reference import ReferenceModel
-from halos_pl.training.callbacks import CONFIG
-from halos_pl.training.checkpoint import LAST
+from halos_pl.run_dir import CONFIG, LAST
 
 #: The keys of a config that hold a mapping.
 GROUPS = ("data", "model", "checkpoint", "progress", "trainer")

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from halos_pl.common.files import check_target, write
+from halos_pl.common.files import write
 from halos_pl.common.messages import counted
 from halos_pl.evaluation.files import ANSWERS, BEFORE, FILE, MEASURED, ROWS
 from halos_pl.evaluation.metrics import COMPARING, METRICS
-
-if TYPE_CHECKING:
-    from halos_pl.training.named_model import NamedModel
 
 
 def evaluate(
@@ -77,7 +72,7 @@ def evaluate(
     from halos_pl.data.prompt_files import read_prompt_rows, say_convention
     from halos_pl.evaluation.arguments import check_arguments, measuring
     from halos_pl.evaluation.judging import judged_by
-    from halos_pl.evaluation.measurement import Task, measure
+    from halos_pl.evaluation.measurement import Task, measure, output_folder, with_chat_template
     from halos_pl.provenance import provenance
     from halos_pl.training.named_model import named_model
 
@@ -93,7 +88,7 @@ def evaluate(
         raise DataError(
             f"--judge needs a reference to compare with, as {model} is not a run; name one with --reference"
         )
-    folder = _place(named, out)
+    folder = output_folder(named, out)
     how = measuring(arguments) | {"by": provenance()}  # hash the files before they are read
     if folder != named.run:
         how["model"] = model
@@ -102,7 +97,7 @@ def evaluate(
     if rows:
         say_convention(rows, text["text_prompts"], named.tokenizer())
     if judge and compared and any(not isinstance(row.prompt, str) for row in rows):
-        compared = _with_chat_template(compared, named)
+        compared = with_chat_template(compared, named)
     sampling = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -130,31 +125,6 @@ def evaluate(
 
 #: What identifies an evaluation: every argument but the model and the folder it writes to.
 ARGUMENTS = tuple(name for name in inspect.signature(evaluate).parameters if name not in ("model", "out"))
-
-
-def _place(model: NamedModel, out: str | None) -> Path:
-    """The folder to write to.
-
-    Raises:
-        OSError: if it cannot be created or written.
-    """
-    if out is None and model.run:
-        return model.run
-    folder = Path(out) if out else Path("runs/evaluated") / re.sub(r"[^\w.=-]+", "-", model.name).strip("-.")
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"--out {folder} is a file; name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    check_target(folder / FILE)
-    return folder
-
-
-def _with_chat_template(reference: NamedModel, model: NamedModel) -> NamedModel:
-    """The reference, with the chat template of the model if it has none: a base model answers the same messages."""
-    if reference.tokenizer().chat_template:
-        return reference
-    print(f"halos: {reference.name} has no chat template; using that of {model.name}")
-    template = model.tokenizer().chat_template
-    return replace(reference, chat_template=template if isinstance(template, str) else None)
 
 
 def _print_values(

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from halos_pl.common.files import whole, write
+from halos_pl.common.files import check_target, whole, write
 from halos_pl.common.messages import plain
 from halos_pl.common.progress import counted
 from halos_pl.data import FeedbackDataModule
 from halos_pl.data.prompt_files import PromptRow
 from halos_pl.evaluation.answers import answers
-from halos_pl.evaluation.files import ANSWERS, ROWS
+from halos_pl.evaluation.files import ANSWERS, FILE, ROWS
 from halos_pl.evaluation.held_out import Evaluation, by_example, figures_of, of_reference, prepared, records_of
 from halos_pl.evaluation.judging import Judged, Row
 from halos_pl.policy.sampling import Sample, kl_of_samples
@@ -58,6 +59,31 @@ class Measured:
     records: list[dict[str, Any]]
     samples: list[Sample]
     kl: list[float]
+
+
+def output_folder(model: NamedModel, out: str | None) -> Path:
+    """The folder that an evaluation writes to: ``out``, a run's own, or one named after the model.
+
+    Raises:
+        OSError: if it cannot be created or written.
+    """
+    if out is None and model.run:
+        return model.run
+    folder = Path(out) if out else Path("runs/evaluated") / re.sub(r"[^\w.=-]+", "-", model.name).strip("-.")
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--out {folder} is a file; name a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    check_target(folder / FILE)
+    return folder
+
+
+def with_chat_template(reference: NamedModel, model: NamedModel) -> NamedModel:
+    """The reference, with the chat template of the model if it has none: a base model answers the same messages."""
+    if reference.tokenizer().chat_template:
+        return reference
+    print(f"halos: {reference.name} has no chat template; using that of {model.name}")
+    template = model.tokenizer().chat_template
+    return replace(reference, chat_template=template if isinstance(template, str) else None)
 
 
 def measure(model: NamedModel, compared: NamedModel | None, task: Task, folder: Path) -> tuple[Values, Values, bool]:
