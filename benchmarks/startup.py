@@ -2,7 +2,8 @@
 
     python benchmarks/startup.py --repeats 5
 
-The first start after a boot also reads the libraries from the disk; each command runs once before it is timed.
+Each command runs once before it is timed: the first start after a boot also reads the libraries from the disk, and
+the first fit --help makes the text that later ones show.
 """
 
 from __future__ import annotations

@@ -367,7 +367,8 @@ def test_a_wrong_word_is_answered_without_pages_of_usage(data, tiny_folder, tmp_
     assert "beta is 'abc'" in said
     assert "LogSigmoid" not in said  # the class is right
     assert len(refused(capfd, [*words, "--data.trian=x"], status=2).splitlines()) == 1
-    assert "check, data, ablate" in refused(capfd, ["foo"], status=2)
+    named = refused(capfd, ["foo"], status=2)
+    assert all(command in named for command in ("fit", "check", "data", "ablate"))
 
 
 def test_an_evaluation_takes_the_runs_own_checkpoint(run, data, capfd):
