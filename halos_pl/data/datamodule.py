@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from halos_pl.batch import Needs, TokenBatch
 from halos_pl.common.stopping import ignore_signals
 from halos_pl.data.batches import StepDataset
+from halos_pl.data.ends import prefix_ids
 from halos_pl.data.example import DataError
 from halos_pl.data.formats import refuse_missing
 from halos_pl.data.memory import MemorySource
@@ -38,7 +39,6 @@ from halos_pl.data.store import Store, fault_list
 from halos_pl.data.stores import Stores
 from halos_pl.data.table import Table
 from halos_pl.data.template import template_of, use_template
-from halos_pl.data.tokenize import prefix_ids
 from halos_pl.data.transforms import Transform, apply, in_order
 
 SPLITS = ("train", "validation", "test", "predict")
@@ -464,7 +464,8 @@ class FeedbackDataModule(LightningDataModule):
             else source.label
             for source in self.sources["train"]
         ]
-        return plain({"train": train, **named})
+        settings: dict[str, Any] = plain({"train": train, **named})
+        return settings
 
     def state_dict(self) -> dict[str, Any]:
         if "train" not in self._splits:

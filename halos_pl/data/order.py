@@ -125,7 +125,7 @@ class Order:
         return [example for *_, example in sorted(places)]
 
 
-class StepSampler(DistributedSampler):
+class StepSampler(DistributedSampler[Any]):
     """Yields the examples of an epoch as ``Step`` s of ``batch_size`` examples over all ranks.
 
     Every rank gets the same steps, and ``StepDataset`` takes the rank's share. It is a ``DistributedSampler`` only to

@@ -11,8 +11,9 @@ from halos_pl.data.broken import too_large
 from halos_pl.data.columns import Columns, is_read, without
 from halos_pl.data.example import Example, Fault, Skipped
 from halos_pl.data.loss_on import judged
+from halos_pl.data.parsers import Parse
 from halos_pl.data.prompts import TextPrompts, asked
-from halos_pl.data.schemas import SCHEMAS, Parse, check, find
+from halos_pl.data.schemas import SCHEMAS, check, find
 from halos_pl.data.source import Source
 from halos_pl.data.spans import LossOn
 from halos_pl.data.values import BadRow, has_value

@@ -132,7 +132,7 @@ class Conversation:
         self.tokenizer, self.tools, self.end, self.finished = tokenizer, tools, end, finished
         self.first, self.unopened = len(prompt), ""
         self._heads: dict[int, str] = {} if heads is None else heads
-        self._cut = completion[-1]["content"]
+        self._cut: str = completion[-1]["content"]
         self._begun = begun(prompt) and completion[0]["role"] == "assistant"
         if self._begun:
             self.first -= 1

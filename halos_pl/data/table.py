@@ -117,15 +117,15 @@ class Table:
     def prompt_ids(self, number: int) -> NDArray[np.int32]:
         """Token ids of a distinct prompt, uncut."""
         store, there = self.prompt_places[number].tolist()
-        return self.stores[store].prompt(there)
+        return self.stores[int(store)].prompt(int(there))
 
     def completion_ids(self, place: int) -> NDArray[np.int32]:
         """Token ids of a row's completion, uncut."""
-        return self.stores[self.source[place]].completion(int(self.row[place]))
+        return self.stores[int(self.source[place])].completion(int(self.row[place]))
 
     def loss(self, place: int) -> NDArray[np.bool_] | None:
         """Which tokens of a row's uncut completion carry the loss, bool [t]; None if all do."""
-        return self.stores[self.source[place]].loss(int(self.row[place]))
+        return self.stores[int(self.source[place])].loss(int(self.row[place]))
 
     @property
     def first_loss(self) -> NDArray[np.int64]:
@@ -138,7 +138,7 @@ class Table:
 
     def name(self, place: int) -> str:
         """The row's name: ``SOURCE:LINE``, and which of the line's rows it is."""
-        name = self.stores[self.source[place]].name(int(self.row[place]))
+        name = self.stores[int(self.source[place])].name(int(self.row[place]))
         return f"{name}#contradicted" if self.added[place] else name
 
 

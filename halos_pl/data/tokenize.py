@@ -89,7 +89,7 @@ def encode_prompt(
         special.refuse("The prompt", prompt)
         special.refuse("The tools", _as_messages(tools))
     if special is not None and special.mode == "split" and special.found(prompt, _as_messages(tools)):
-        held: Any = [m["content"] for m in special.hold(_as_messages(tools))]  # type: ignore[index, union-attr]
+        held: Any = [m["content"] for m in special.hold(_as_messages(tools))]  # type: ignore[index]
         [ids] = special.encode_held([_prompt_text(tokenizer, special.hold(prompt), held or None)])
     else:
         ids = ids_of(tokenizer, _prompt_text(tokenizer, prompt, tools))

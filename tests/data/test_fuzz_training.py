@@ -121,7 +121,7 @@ def _fuzz(case: Case, chosen: dict[str, Any], model: Any, base: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @given(case=files(), chosen=options)
-@settings(LIMITS, max_examples=100)
+@settings(LIMITS, max_examples=30)
 def test_any_file_trains_or_is_refused(
     case: Case, chosen: dict[str, Any], model: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

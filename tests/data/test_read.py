@@ -123,13 +123,13 @@ def test_all_formats_give_the_same_rows_and_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", ["json", "csv", "jsonl.zst"])
 def test_a_long_file_is_read_in_linear_time(tmp_path: Path, ending: str) -> None:
     if ending == "csv":
-        content = "prompt,completion,label\n" + '"p\n",c,1\n' * 20_000
+        content = "prompt,completion,label\n" + '"p\n",c,1\n' * 10_000
     else:
-        content = json.dumps([ROW] * 20_000, indent=1) if ending == "json" else (json.dumps(ROW) + "\n") * 20_000
+        content = json.dumps([ROW] * 10_000, indent=1) if ending == "json" else (json.dumps(ROW) + "\n") * 10_000
     path = packed(tmp_path / f"a.{ending}", content.encode())
     start = time.perf_counter()
-    assert len(examples(path)) == 20_000
-    assert time.perf_counter() - start < 5
+    assert len(examples(path)) == 10_000
+    assert time.perf_counter() - start < 3
 
 
 def test_a_row_larger_than_the_pieces_of_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -516,10 +516,10 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     """Of a list in one line and of a table in one row group, no more than pieces are held."""
     import tracemalloc
 
-    rows = [{**ROW, "prompt": f"{i} " * 200} for i in range(20_000)]
+    rows = [{**ROW, "prompt": f"{i} " * 200} for i in range(12_000)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     size = (tmp_path / "a.json").stat().st_size
-    assert size > 20_000_000
+    assert size > 12_000_000
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", compression="none", use_dictionary=False)
     for name in ("a.json", "a.parquet"):
         before = pa.total_allocated_bytes()
