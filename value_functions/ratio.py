@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class RatioClip(ValueFunction):
         ValueError: for bounds that do not enclose 1.
     """
 
-    violates = ("concave_on_gains",)
+    violates: Mapping[str, str] = {"concave_on_gains": "e^u is convex on (0, log high)"}
 
     def __init__(self, *, low: float | None = None, high: float | None = None) -> None:
         super().__init__()

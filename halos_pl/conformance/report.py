@@ -17,7 +17,7 @@ Status = Literal["passed", "failed", "expected"]
 
 
 @dataclass(frozen=True)
-class Clause:
+class ClauseResult:
     """One clause of the definition, held against one target.
 
     Attributes:
@@ -63,7 +63,7 @@ class Report:
     target: str
     definition: Definition
     verdict: str
-    clauses: list[Clause]
+    clauses: list[ClauseResult]
     seconds: float = 0.0
     unusable: str | None = None
 

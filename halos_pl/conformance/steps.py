@@ -183,7 +183,8 @@ def _drawn(count: int) -> tuple[Step, ...]:
     """Always the same steps. By themselves: Hypothesis takes longer to draw them than most clauses to be tried."""
     draw = Random(0)
     # A single row by itself and with a mismatched row, of either label: what is drawn may be of other sizes for long.
-    single = [Step(classes=label, mismatched=n) for label in ("desirable", "undesirable") for n in (0, 1)]  # type: ignore[arg-type]
+    labels: tuple[Classes, ...] = ("desirable", "undesirable")
+    single = [Step(classes=label, mismatched=n) for label in labels for n in (0, 1)]
     drawn = [step for _ in range(0, count, _BLOCK) for step in _block(draw)]
     return (*single, *drawn)[:count]
 

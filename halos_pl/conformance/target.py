@@ -164,7 +164,8 @@ def load_target(target: str | os.PathLike[str], init_args: str | None = None) ->
         if missing:
             raise TargetError(f"{target} needs arguments that were not given: {', '.join(missing)}; see --init_args")
         if given:
-            return _instance(found, given, f"{target} with {init_args}")
+            instance: Target = _instance(found, given, f"{target} with {init_args}")
+            return instance
     try:
         return made(found)
     except (Exception, SystemExit) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.distributed import sum_over_ranks
+from value_functions.discovery import Declared
 
 
 @dataclass(frozen=True)
@@ -53,21 +55,31 @@ class Estimate:
         return of_float
 
 
-class ReferencePoint(nn.Module, ABC):
+class ReferencePoint(nn.Module, Declared, ABC):
     """Estimates z0 = E_Q[r(x, y')], what the rewards of a step are compared with.
+
+    A subclass is a small ``nn.Module`` with keyword-only hyper-parameters and one method, ``forward``. In a file of
+    this package it is found by its bare name, without being registered anywhere; in any other importable module, by its
+    dotted path.
 
     Attributes:
         scope: ``step``: estimated for a whole optimizer step over all ranks, without gradient, called once
             per step however the step is split into micro-batches. ``row``: read off the row itself and the
             rows that stay with it (its paired completion; with ``needs.whole_step`` all of them), with gradient.
-        per_row: with scope ``step``: gives each row a number of its own instead of one for the step.
+        per_row: of scope ``step``: gives each row a number of its own instead of one for the step.
         needs: which rows must have been scored before ``forward`` is called. A ``step`` reference point that
             does not ask for ``step_rewards`` may read the rewards of mismatched rows only.
+        violates: clause to reason; see :class:`~value_functions.discovery.Declared`.
+        excused: clause to reason, of ``reference_in_range`` and ``reference_shift_equivariant``: an estimate of z0 that
+            is by design no mean of the rewards at hand. Reports list these failures as ``expected``, with the reason,
+            and they do not count against a loss. A subclass with a ``forward`` of its own inherits none.
     """
 
     scope: Literal["step", "row"] = "step"
     per_row: bool = False
     needs: Needs = Needs()
+    excused: Mapping[str, str] = MappingProxyType({})
+    _statements = ("violates", "excused")
 
     @abstractmethod
     def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
@@ -77,6 +89,9 @@ class ReferencePoint(nn.Module, ABC):
             rewards: nats, float [n]; detached where ``scope`` is ``step``. Where the reward is one of tokens, the
                 mean over each row's tokens.
             rows: the rows that the rewards belong to.
+
+        Returns:
+            nats, one number for all rows, or [n].
         """
 
 
