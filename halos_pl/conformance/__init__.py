@@ -1,4 +1,4 @@
-"""The definition of human-aware losses as a test suite: is this loss, or this part of one, a HALO?
+"""The definition of human-aware losses as a test suite: is this loss, or this part of a loss, a HALO?
 
 >>> from halos_pl.conformance import check_halo
 >>> print(check_halo(Logistic(), on_fail="report"))                          # doctest: +SKIP

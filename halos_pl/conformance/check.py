@@ -18,7 +18,7 @@ from halos_pl.conformance.objective import halo_shaped
 from halos_pl.conformance.reference_case import ReferencePointCase
 from halos_pl.conformance.report import CheckFailed, ClauseResult, Definition, Report
 from halos_pl.conformance.reward import RewardCase
-from halos_pl.conformance.target import Target, made
+from halos_pl.conformance.target import Target, as_target
 from halos_pl.conformance.value_case import ValueFunctionCase
 from halos_pl.conformance.witness import Raised, WrongShape
 from halos_pl.objective.halo import Objective
@@ -224,7 +224,9 @@ def check_halo(
         raise ValueError(f"definition is {definition!r}; choose icml or v1")
     if on_fail not in ("raise", "report"):
         raise ValueError(f"on_fail is {on_fail!r}; choose raise or report")
-    every = reports(made(target), expected_failures=expected_failures, max_examples=max_examples, thorough=thorough)
+    every = reports(
+        as_target(target), expected_failures=expected_failures, max_examples=max_examples, thorough=thorough
+    )
     report = every[definition]
     if on_fail == "raise" and any(clause.status == "failed" and clause.required for clause in report.clauses):
         raise CheckFailed(report)

@@ -14,31 +14,31 @@ from torch import Tensor
 EPS = torch.finfo(torch.float64).eps
 EDGE, FAR = 100.0, 1e4
 CELLS = 500_000
-# Where ``F.softplus`` becomes linear it jumps by 2e-9, which is no fault of who uses it: allowed there, by this share
-# of what v reaches.
+# ``F.softplus`` jumps by 2e-9 where it becomes linear, which is no fault of its users: a jump by this share of what v
+# reaches is allowed there.
 JUMP = 3e-8
 Function = Callable[[Tensor], Tensor]
 
 
 class WrongShapeError(ValueError):
-    """A function returned another shape than it was given."""
+    """A function returned another shape than its input has."""
 
 
-# What a row's loss may hand back to v, so that a backward that changes it is found out; powers of two divide exactly.
+# Upstream gradients of v; a backward that alters them shows. Powers of two divide exactly.
 LARGEST_COTANGENT = 4.0
 _COTANGENTS = (1.0, -1.0, LARGEST_COTANGENT, -0.5, 0.25, -2.0, -1.0)
 
 
 @lru_cache(maxsize=1)
 def _cotangents() -> Tensor:
-    """As many as the largest batch has rows, in an order without a period."""
+    """As many as the largest batch has rows, in aperiodic order."""
     draw = torch.Generator().manual_seed(0)
     order = torch.randint(len(_COTANGENTS), (2 * CELLS,), generator=draw)
     return torch.tensor(_COTANGENTS, dtype=torch.float64)[order]
 
 
 def cotangents(like: Tensor) -> Tensor:
-    """Signed powers of two, another one for each row, of the shape and dtype of ``like``."""
+    """Signed powers of two that differ between rows, of the shape and dtype of ``like``."""
     every, n = _cotangents(), like.numel()
     every = every if n <= len(every) else every.repeat(1 + n // len(every))
     return every[:n].view(like.shape).to(like.dtype)
@@ -50,14 +50,14 @@ def value_and_slope(v: Function, u: Tensor, view: Function | None = None) -> tup
     Args:
         v: a value function.
         u: nats.
-        view: what v is called with is this view of ``u``, and so are the values and slopes; left out, ``u`` itself.
+        view: makes of ``u`` what v is called with, and of the slopes likewise; left out, v is called with ``u``.
     """
     view = view or (lambda tensor: tensor)
     with torch.enable_grad():
         leaf = u.detach().clone().requires_grad_()
-        given = view(leaf.clone())  # a copy, so that a change in place is found by its own clause only
-        shape = given.shape
-        value = v(given)
+        inputs = view(leaf.clone())  # a copy, so that a change in place is found by its own clause only
+        shape = inputs.shape
+        value = v(inputs)
         if value.shape != shape:
             raise WrongShapeError(f"v of {tuple(shape)} has shape {tuple(value.shape)}")
         slope = None
@@ -71,7 +71,7 @@ def value_and_slope(v: Function, u: Tensor, view: Function | None = None) -> tup
 
 @dataclass(frozen=True)
 class Noise:
-    """What rounding may do at each point of a curve.
+    """How far rounding may move a curve at each of its points.
 
     Attributes:
         value, slope: float64 [n].
@@ -109,8 +109,12 @@ class Curve:
         old = torch.ones(len(self.u) + len(other.u), dtype=torch.bool)
         old[place] = False
 
-        def merged(own: Tensor, further: Tensor) -> Tensor:
-            return torch.empty(len(old), dtype=own.dtype).masked_scatter_(old, own).index_copy_(0, place, further)
+        def merged(old_values: Tensor, further: Tensor) -> Tensor:
+            return (
+                torch.empty(len(old), dtype=old_values.dtype)
+                .masked_scatter_(old, old_values)
+                .index_copy_(0, place, further)
+            )
 
         names = ("u", "value", "slope")
         return replace(self, **{name: merged(getattr(self, name), getattr(other, name)) for name in names})

@@ -24,7 +24,7 @@ RELATIVE = 64 * torch.finfo(torch.float32).eps
 
 
 def labels(rows: LogProbBatch) -> str:
-    """Who is who, in words: D for desirable, U for undesirable, p for a mismatched row."""
+    """The labels in short: D for desirable, U for undesirable, p for a mismatched row."""
     names = [
         "p" if p else "D" if d else "U"
         for p, d in zip(rows.labels.mismatched.tolist(), rows.labels.desirable.tolist(), strict=True)
@@ -117,8 +117,8 @@ def feedback_weight(case: FeedbackCase) -> str | None:
             counted |= bool((weight > 0).any())
         return None
 
-    found = case.smallest(fault)
-    return found if found or counted else "every row weighs 0, so nothing is learnt"
+    witness = case.smallest(fault)
+    return witness if witness or counted else "every row weighs 0, so nothing is learnt"
 
 
 @explained(
@@ -139,8 +139,8 @@ def feedback_independent_of_theta(case: FeedbackCase) -> str | None:
         leaf = rows.policy_logps.clone().requires_grad_()
         before = copied(rows)
         one = case.judged(replace(rows, policy_logps=leaf))
-        if found := changed(before, replace(rows, policy_logps=leaf)):
-            return f"{labels(before)}: {found}"
+        if witness := changed(before, replace(rows, policy_logps=leaf)):
+            return f"{labels(before)}: {witness}"
         assert rows.reference_logps is not None
         others = [rows.policy_logps * 0.5, rows.reference_logps, torch.zeros_like(rows.policy_logps)]
         for name, a in one._asdict().items():
@@ -179,8 +179,8 @@ def feedback_deterministic(case: FeedbackCase) -> str | None:
         for call in range(1, 6):
             same.train(call % 4 > 0)
             again = Judgement(*same(step.later(call).rows() if call == 3 else rows))
-            if call != 3 and (found := _differs(first, again, place, again.denominator)):
-                return f"{labels(rows)}: {found} on call {call}{'' if same.training else ', in evaluation'}"
+            if call != 3 and (witness := _differs(first, again, place, again.denominator)):
+                return f"{labels(rows)}: {witness} on call {call}{'' if same.training else ', in evaluation'}"
         return None
 
     return case.smallest(fault, max(10, case.examples // 4))
@@ -200,12 +200,12 @@ def feedback_split(case: FeedbackCase) -> str | None:
 
     The ranks' denominators add up to that of the step.
     """
-    found = case.smallest(partial(_other_layouts, case), max(10, case.examples // 2))
-    return found or case.smallest(partial(_two_ranks, case), max(10, case.examples // 4))
+    witness = case.smallest(partial(_other_layouts, case), max(10, case.examples // 2))
+    return witness or case.smallest(partial(_two_ranks, case), max(10, case.examples // 4))
 
 
 def _differs(whole: Judgement, other: Judgement, index: Tensor, denominator: Tensor) -> str | None:
-    """What of the rows ``index`` is judged otherwise, in words, or that the denominator is another one."""
+    """Where the judgement of the rows ``index``, or the denominator, differs, in words; else None."""
     for name in ("sign", "weight"):
         one, two = getattr(whole, name)[index], getattr(other, name)
         wrong = (~((one - two).abs() <= RELATIVE * one.abs().max())).nonzero()
@@ -222,14 +222,14 @@ def _other_layouts(case: FeedbackCase, step: Step) -> str | None:
     whole = case.judged(rows)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(step.seed))
     place = torch.arange(len(rows))
-    for index, given, where in (
+    for index, layout, where in (
         (place.flip(0), rows.select(place.flip(0)), "in the opposite order"),
         (order, rows.select(order), f"in the order {[i + 1 for i in order.tolist()][:12]}"),
         (place, padded(rows, 3), "with three columns of padding more"),
     ):
-        judged = case.judged(given)
-        if found := _differs(whole, judged, index, judged.denominator):
-            return f"{labels(rows)}: {found} {where}"
+        judged = case.judged(layout)
+        if witness := _differs(whole, judged, index, judged.denominator):
+            return f"{labels(rows)}: {witness} {where}"
     return None
 
 
@@ -243,8 +243,8 @@ def _two_ranks(case: FeedbackCase, step: Step) -> str | None:
     judged = Ranks().run(jobs, namespaces(case.target))
     summed = torch.stack([part.denominator for part in judged]).sum()
     for index, part in zip(parts, judged, strict=True):
-        if found := _differs(whole, part, index, summed):
-            return f"{labels(rows)}: {found} on ranks of {len(parts[0])} and {len(parts[1])} rows"
+        if witness := _differs(whole, part, index, summed):
+            return f"{labels(rows)}: {witness} on ranks of {len(parts[0])} and {len(parts[1])} rows"
     return None
 
 

@@ -43,7 +43,7 @@ def gradient_of(loss: Tensor, leaf: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Expectation:
-    """What the definition says of some rows, from the parts alone.
+    """The loss of some rows by the definition, from the parts alone.
 
     Attributes:
         loss: sum of w * a * v / denominator, float64 scalar with gradient.
@@ -118,7 +118,7 @@ class HaloCase(Case):
 
     @cached_property
     def weights(self) -> dict[int, set[float]]:
-        """The weights above 0 that desirable (-1) and undesirable (+1) rows were seen with."""
+        """The weights above 0 that desirable (-1) and undesirable (+1) rows have."""
         seen: dict[int, set[float]] = {-1: set(), 1: set()}
 
         def look(step: Step) -> None:
@@ -129,7 +129,7 @@ class HaloCase(Case):
 
         try:
             smallest(look, self.feedback.target.needs, mismatched=True, examples=self.examples)
-        except Exception:  # what is wrong with it is said by the feedback's own clauses
+        except Exception:  # the feedback's own clauses report it
             return seen
         return seen
 
@@ -164,22 +164,26 @@ class HaloCase(Case):
         return bool((off > 1e-9 * near.slope.abs().max()).any())
 
     def expectation(self, rows: LogProbBatch, parts: HALO | None = None) -> Expectation:
-        """The sum of w * a * v over ``rows``, mismatched rows included, by ``parts`` or fresh ones."""
+        """The sum of w * a * v over ``rows``, which include mismatched ones, by ``parts`` or a fresh copy."""
         parts = parts or self.fresh()
-        known = rows.detach()
-        sign, weight, denominator = parts.feedback(known)
+        detached = rows.detach()
+        sign, weight, denominator = parts.feedback(detached)
         train = rows.labels.train.nonzero().squeeze(1)
-        own = rows.select(train)
-        reward = parts.reward(own)
+        train_rows = rows.select(train)
+        reward = parts.reward(train_rows)
         if parts.reference_point.scope == "step":
             with torch.no_grad():
-                z0 = parts.reference_point(mean_of_tokens(parts.reward(known), known.mask), known).select(train).value
+                z0 = (
+                    parts.reference_point(mean_of_tokens(parts.reward(detached), detached.mask), detached)
+                    .select(train)
+                    .value
+                )
         else:
-            z0 = parts.reference_point(mean_of_tokens(reward, own.mask), own).value
+            z0 = parts.reference_point(mean_of_tokens(reward, train_rows.mask), train_rows).value
         sign, weight = sign[train], weight[train]
         a, w = sign, weight
         if reward.dim() == 2:
-            a, w = a[:, None].expand_as(reward), w[:, None] * own.mask
+            a, w = a[:, None].expand_as(reward), w[:, None] * train_rows.mask
             z0 = z0[:, None] if z0.dim() else z0
         u = reward - z0
         undesirable = a > 0
@@ -189,7 +193,7 @@ class HaloCase(Case):
         return Expectation(summed, float(((w * judged).abs().sum() / denominator).detach()), sign, weight)
 
     def losses(self, rows: LogProbBatch, same: LogProbBatch, copies: tuple[HALO, HALO]) -> tuple[Tensor, Expectation]:
-        """The loss as judged by the first copy, and what the definition says of ``same`` by the second."""
+        """The loss of ``rows`` by the first copy, and that of ``same`` by the definition and the second copy."""
         judging, parts = copies
         return judging(rows).loss, self.expectation(same, parts)
 
@@ -198,8 +202,8 @@ class HaloCase(Case):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Expectation]:
         """Loss and its gradient [n, T], as judged and as the definition says, by two copies or by fresh ones."""
         one, other = (rows.policy_logps.clone().requires_grad_() for _ in range(2))
-        given = replace(rows, policy_logps=one), replace(rows, policy_logps=other)
-        loss, expectation = self.losses(*given, copies or (self.fresh(), self.fresh()))
+        batches = replace(rows, policy_logps=one), replace(rows, policy_logps=other)
+        loss, expectation = self.losses(*batches, copies or (self.fresh(), self.fresh()))
         right = expectation.loss
         return loss.detach().double(), gradient_of(loss, one), right.detach(), gradient_of(right, other), expectation
 

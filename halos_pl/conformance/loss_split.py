@@ -25,7 +25,7 @@ def loss_split(case: HaloCase) -> str | None:
 
 
 def _untied(rows: LogProbBatch) -> LogProbBatch:
-    """Every row, and every pair, with a log-prob and a margin of its own: which of two equal ones is first is order."""
+    """The rows with log-probs and margins all different, since ties are broken by order."""
 
     def moved(logps: Tensor, by: float) -> Tensor:
         off = by * (1 + logps.abs().max()) * (1 + torch.arange(len(logps))).sqrt()
@@ -47,7 +47,7 @@ def _two_ranks(case: HaloCase, step: Step) -> str | None:
         return loss.detach(), gradient_of(loss, leaf)
 
     def on_rank(index: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-        copy = case.fresh()  # here, for duplicating is nothing that two threads should do at once
+        copy = case.fresh()  # here, since two threads must not copy at once
         return lambda: outcome_and_loss(rows.select(index), copy)
 
     loss, slope = outcome_and_loss(rows, case.fresh())
@@ -60,11 +60,11 @@ def _two_ranks(case: HaloCase, step: Step) -> str | None:
         a, b = pair(float(loss), summed)
         return f"loss {a} of the step, {b} summed over {where}"
     most = RELATIVE * float(slope.abs().max()) + 1e-12
-    for index, (_, own) in zip(parts, ranks, strict=True):
-        off = (~((slope[index][:, : own.shape[1]] - own).abs() <= most)).nonzero()
+    for index, (_, of_rank) in zip(parts, ranks, strict=True):
+        off = (~((slope[index][:, : of_rank.shape[1]] - of_rank).abs() <= most)).nonzero()
         if len(off):
             i, t = off[0].tolist()
-            a, b = pair(float(slope[index[i], t]), float(own[i, t]))
+            a, b = pair(float(slope[index[i], t]), float(of_rank[i, t]))
             return f"slope {a} of the loss of the step, {b} on {where}"
     return None
 
@@ -75,16 +75,16 @@ def _micro_batches(case: HaloCase) -> str | None:
         if not case.counts(rows):
             return None
         leaf = rows.policy_logps.clone().requires_grad_()
-        given = replace(rows, policy_logps=leaf)
+        batch = replace(rows, policy_logps=leaf)
         whole, parts = case.fresh(), case.fresh()
-        loss = whole(given).loss
-        context = parts.prepare(given.detach())
+        loss = whole(batch).loss
+        context = parts.prepare(batch.detach())
         train = rows.labels.train.nonzero().squeeze(1)
         units = case.reference_point.parts(rows.select(train))
         losses = []
         for unit in units:
             index = train[unit]
-            losses.append(parts.compute_loss(given.select(index), context.select(index)).loss)
+            losses.append(parts.compute_loss(batch.select(index), context.select(index)).loss)
         summed = torch.stack(losses).sum()
         size = sum(abs(part.item()) for part in losses)
         if not abs((summed - loss).item()) <= RELATIVE * size + 1e-9:

@@ -42,22 +42,22 @@ def is_halo(objective: Objective) -> TypeGuard[HALO]:
 
 
 def terms(objective: Objective, name: str = "") -> list[tuple[str, Objective]]:
-    """The summands of an objective by name, sums of sums taken apart; one without a name for what is no sum."""
+    """The terms of an objective by name, nested sums flattened; an objective that is no sum is its only term."""
     if not isinstance(objective, Sum):
         return [(name, objective)]
     if len(objective.terms) == 1:
         return terms(objective.terms[0], name)  # type: ignore[arg-type]
-    found: list[tuple[str, Objective]] = []
+    summands: list[tuple[str, Objective]] = []
     for i, term in enumerate(objective.terms):
-        found += terms(term, f"{name}{i}_{type(term).__name__}.")  # type: ignore[arg-type]
-    return found
+        summands += terms(term, f"{name}{i}_{type(term).__name__}.")  # type: ignore[arg-type]
+    return summands
 
 
 def own_sums(objective: Objective) -> list[Sum]:
-    """The sums within it, itself included, that are of another class than ``Sum`` and may add up otherwise."""
+    """The sums in an objective, itself included, of a subclass of ``Sum``, which may add up differently."""
     if not isinstance(objective, Sum):
         return []
-    inner = [found for term in objective.terms for found in own_sums(term)]  # type: ignore[arg-type]
+    inner = [inner_sum for term in objective.terms for inner_sum in own_sums(term)]  # type: ignore[arg-type]
     return inner if type(objective) is Sum else [objective, *inner]
 
 
@@ -68,8 +68,8 @@ def sum_of_terms(objective: Sum, examples: int) -> str | None:
         both = []
         for parts in ([duplicate(objective)], [duplicate(term) for term in objective.terms]):
             leaf = step.rows().policy_logps.requires_grad_()
-            given = replace(step.rows(), policy_logps=leaf)
-            loss = torch.stack([part(given).loss for part in parts]).sum()
+            batch = replace(step.rows(), policy_logps=leaf)
+            loss = torch.stack([part(batch).loss for part in parts]).sum()
             both.append((loss.detach().double(), gradient_of(loss, leaf)))
         (loss, slope), (right, right_slope) = both
         if not bool((loss - right).abs() <= RELATIVE * right.abs() + 1e-9):
@@ -105,9 +105,9 @@ def identity(case: HaloCase) -> str | None:
         if not case.counts(rows):
             return None
         loss, gradient, right, slope, expectation = case.slopes(rows)
-        found = _wrong_slope(rows, gradient, slope)
-        if found:
-            return found
+        witness = _wrong_slope(rows, gradient, slope)
+        if witness:
+            return witness
         for factor in (0.5, 2.0):
             moved = replace(rows, policy_logps=rows.policy_logps * factor)
             there, right_there = case.losses(moved, moved, (case.fresh(), case.fresh()))
@@ -126,25 +126,25 @@ def identity(case: HaloCase) -> str | None:
                 for copy in copies:
                     copy.train(call < 3)
                 _, gradient, _, slope, _ = case.slopes(later, copies)
-                found = _wrong_slope(later, gradient, slope)
-                if found:
-                    return f"{found}, on call {call}{'' if call < 3 else ' in evaluation'}"
+                witness = _wrong_slope(later, gradient, slope)
+                if witness:
+                    return f"{witness}, on call {call}{'' if call < 3 else ' in evaluation'}"
         return None
 
     return case.smallest(fault)
 
 
 def _wrong_slope(rows: LogProbBatch, gradient: Tensor, slope: Tensor) -> str | None:
-    """Where the gradient of the loss is another one than that of sum w * a * v / denominator, in words."""
+    """Where the gradient of the loss differs from that of sum w * a * v / denominator, in words; else None."""
     off = (gradient - slope).abs()
     most = RELATIVE * max(float(slope.abs().max()), float(gradient.abs().max())) + 1e-12
     if bool((off <= most).all()):
         return None
     i, t = (~(off <= most)).nonzero()[0].tolist()
     a, b = pair(float(gradient[i, t]), float(slope[i, t]))
-    kind = "desirable" if rows.labels.desirable[i] else "undesirable"
+    kind = "a desirable" if rows.labels.desirable[i] else "an undesirable"
     logps = f"policy {listed(rows.policy_logps[rows.mask])}"
-    return f"{logps}: slope {a} of the loss in a {kind} row, {b} by w a v"
+    return f"{logps}: slope {a} of the loss in {kind} row, {b} by w a v"
 
 
 @explained(
@@ -174,9 +174,9 @@ def one_value_function(case: HaloCase) -> str | None:
         wrong = ~((gradient - slope).abs() <= most).all(dim=1)
         sides = {a: (expectation.sign == a) & (expectation.weight > 0) for a in (-1, 1)}
         for a, name in ((-1, "desirable"), (1, "undesirable")):
-            own, other = wrong & sides[a], sides[-a]
-            if bool(own.any()) and bool(other.any()) and not bool((wrong & other).any()):
-                i = int(own.nonzero()[0])
+            here, there = wrong & sides[a], sides[-a]
+            if bool(here.any()) and bool(there.any()) and not bool((wrong & there).any()):
+                i = int(here.nonzero()[0])
                 t = int((gradient - slope)[i].abs().argmax())
                 x, y = pair(float(gradient[i, t]), float(slope[i, t]))
                 return f"slope {x} of the loss in a row with a = {a:+d} ({name}), {y} by v; the others are right"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from halos_pl.conformance.check import check_halo, clauses
 from halos_pl.conformance.report import Definition, Report
-from halos_pl.conformance.target import made
+from halos_pl.conformance.target import as_target
 
 if TYPE_CHECKING:
     import pytest
@@ -40,7 +40,7 @@ def parametrize_with_checks(
 
     items = []
     expected = expected_failures or {}
-    objects = [made(target) for target in targets]
+    objects = [as_target(target) for target in targets]
     names = [[clause.name for clause in clauses(target, definition)] for target in objects]
     unknown = set(expected).difference(*names)
     if unknown:

@@ -44,11 +44,11 @@ def reference_in_range(case: ReferencePointCase) -> str | None:
         if int(rows.labels.train.sum()) > 1:
             off = (case.estimate(drawn, rows) - drawn).abs()[rows.labels.train]
             compared |= bool((off > RELATIVE * drawn.abs().max()).any())
-        given = drawn.clone()
+        after = drawn.clone()
         with torch.no_grad():
-            case.fresh()(given, rows)
-        if not torch.equal(given, drawn):
-            return f"rewards {listed(drawn)} are {listed(given)} after the call: changed in place"
+            case.fresh()(after, rows)
+        if not torch.equal(after, drawn):
+            return f"rewards {listed(drawn)} are {listed(after)} after the call: changed in place"
         everyone = torch.ones(len(rows), len(rows), dtype=torch.bool)
         depends = everyone if step.large else case.reads(drawn, rows)
         depends[~depends.any(dim=1)] = True
@@ -63,18 +63,18 @@ def reference_in_range(case: ReferencePointCase) -> str | None:
             torch.full_like(drawn, 7e3),
             torch.full_like(drawn, -7e3),
         ):
-            found = _outside(case.estimate(rewards, rows), rewards, rows, depends)
-            if found:
-                return found
+            witness = _outside(case.estimate(rewards, rows), rewards, rows, depends)
+            if witness:
+                return witness
             seen.append(rewards)
-            found = _outside(case.estimate(rewards, rows, same), torch.cat(seen), rows)
-            if found:
-                return f"{found}, on call {len(seen)}"
-        found = _outside(case.estimate(drawn, rows, same.eval()), torch.cat(seen), rows)
-        return found and f"{found}, in evaluation after {len(seen)} calls"
+            witness = _outside(case.estimate(rewards, rows, same), torch.cat(seen), rows)
+            if witness:
+                return f"{witness}, on call {len(seen)}"
+        witness = _outside(case.estimate(drawn, rows, same.eval()), torch.cat(seen), rows)
+        return witness and f"{witness}, in evaluation after {len(seen)} calls"
 
-    found = case.constant_witness() or case.smallest(fault, examples=max(10, case.examples // 8))
-    return found or (None if compared else "z0 is each row's own reward, so that every outcome is 0")
+    witness = case.constant_witness() or case.smallest(fault, examples=max(10, case.examples // 8))
+    return witness or (None if compared else "z0 is each row's own reward, so that every outcome is 0")
 
 
 def _outside(z0: Tensor, rewards: Tensor, rows: LogProbBatch, depends: Tensor | None = None) -> str | None:
@@ -110,16 +110,16 @@ def reference_shift_equivariant(case: ReferencePointCase) -> str | None:
         for c in (1.0, -3.5, 10.0):
             before, after = case.fresh(), case.fresh()
             for later in (0.0, 0.7, -0.4, 0.2):
-                given = rewards * (1 + later)
+                scaled = rewards * (1 + later)
                 if later == 0.2:
                     before.eval()
                     after.eval()
-                a, b = case.estimate(given, rows, before), case.estimate(given + c, rows, after)
-                wrong = ~((b - a - c).abs() <= RELATIVE * (given.abs().max() + abs(c))) & rows.labels.train
+                a, b = case.estimate(scaled, rows, before), case.estimate(scaled + c, rows, after)
+                wrong = ~((b - a - c).abs() <= RELATIVE * (scaled.abs().max() + abs(c))) & rows.labels.train
                 if bool(wrong.any()):
                     i = int(wrong.nonzero()[0])
                     return (
-                        f"rewards {listed(given)}: z0 = {number(float(a[i]))}; all {c:+g}: z0 = {number(float(b[i]))}"
+                        f"rewards {listed(scaled)}: z0 = {number(float(a[i]))}; all {c:+g}: z0 = {number(float(b[i]))}"
                     )
         return None
 

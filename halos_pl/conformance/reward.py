@@ -155,9 +155,9 @@ def reward_linear(case: RewardCase) -> str | None:
             if bool(((slopes[0] - slopes[1]).abs() * rows.mask > 1e-6 * size + 1e-12).any()):
                 off = (slopes[0] - slopes[1]).abs() * rows.mask
                 return _mixed(per_row, leaf, int(off.max(dim=1).values.argmax()))
-            own = slopes[0]
-            scale = torch.where(rows.mask, own, 0.0).sum(dim=1) / rows.mask.sum(dim=1)
-            uneven = (own - scale[:, None]).abs() * rows.mask > 1e-6 * scale.abs()[:, None] + 1e-12
+            slope = slopes[0]
+            scale = torch.where(rows.mask, slope, 0.0).sum(dim=1) / rows.mask.sum(dim=1)
+            uneven = (slope - scale[:, None]).abs() * rows.mask > 1e-6 * scale.abs()[:, None] + 1e-12
             moved = torch.zeros_like(scale) if first is None else (scale - first).abs() - 1e-6 * first.abs()
             wrong = uneven.any(dim=1) | ~(scale > 1e-12) | ~(moved <= 0)
             if bool(wrong.any()):
@@ -165,7 +165,7 @@ def reward_linear(case: RewardCase) -> str | None:
                 logps = f"policy {listed(policy[i][rows.mask[i]])}"
                 logps += f", reference {listed(rows.reference_logps[i][rows.mask[i]])}"  # type: ignore[index]
                 if bool(uneven[i].any()):
-                    return f"{logps}: slopes {listed(own[i][rows.mask[i]])} of the reward in the tokens differ"
+                    return f"{logps}: slopes {listed(slope[i][rows.mask[i]])} of the reward in the tokens differ"
                 if not scale[i] > 1e-12:
                     return f"{logps}: slope {float(scale[i]):.6g} of the reward in the log-ratio"
                 a, b = pair(float(first[i]), float(scale[i]))  # type: ignore[index]
@@ -205,20 +205,20 @@ def reward_of_its_row(case: RewardCase) -> str | None:
         units = kept_together(rows, case.target.needs)
         for chosen in (units[0], units[-1], [i for unit in units[::2] for i in unit]):
             index = torch.tensor(chosen)
-            found = _differs(r[index], _per_row(case.fresh(), rows.select(index)))
-            if found:
-                return f"{found} among {len(chosen)} of the {len(rows)} rows alone"
+            witness = _differs(r[index], _per_row(case.fresh(), rows.select(index)))
+            if witness:
+                return f"{witness} among {len(chosen)} of the {len(rows)} rows alone"
         same = case.fresh()
         for call in range(1 if step.large else 4):
             later = step.later(call).rows()
             before = copied(later)
-            found = _differs(_per_row(case.fresh(), copied(later)), _per_row(same, later))
-            if found:
-                return f"{found} on call {call + 1}"
+            witness = _differs(_per_row(case.fresh(), copied(later)), _per_row(same, later))
+            if witness:
+                return f"{witness} on call {call + 1}"
             if changed(before, later):
                 return changed(before, later)
-        found = _differs(r, _per_row(same.eval(), rows))
-        return found and f"{found} in evaluation, after other calls"
+        witness = _differs(r, _per_row(same.eval(), rows))
+        return witness and f"{witness} in evaluation, after other calls"
 
     return case.smallest(fault, case.examples // 2)
 
@@ -230,7 +230,7 @@ def _per_row(reward: Reward, rows: LogProbBatch) -> Tensor:
 
 
 def _differs(one: Tensor, other: Tensor) -> str | None:
-    """Where a row's reward is another one, in words."""
+    """Where the rewards of a row differ, in words; else None."""
     wrong = ~((one - other).abs() <= 1e-9 * (1e-9 + one.abs().max())) & ~(one.isnan() & other.isnan())
     if not bool(wrong.any()):
         return None
@@ -284,8 +284,8 @@ def _slope(total: Tensor, leaf: Tensor) -> Tensor:
 
 
 def _mixed(per_row: Tensor, leaf: Tensor, row: int) -> str:
-    """Which row's reward depends on ``row`` as well, in words."""
-    sizes = [float(_slope(own, leaf)[row].abs().max()) if i != row else -1.0 for i, own in enumerate(per_row)]
+    """Which other row's reward depends on ``row``, in words."""
+    sizes = [float(_slope(r, leaf)[row].abs().max()) if i != row else -1.0 for i, r in enumerate(per_row)]
     i = max(range(len(sizes)), key=sizes.__getitem__)
     return f"the reward of row {i + 1} changes by {sizes[i]:.6g} per nat of row {row + 1}"
 

@@ -71,8 +71,8 @@ def survey(v: Function, cells: int = CELLS, most: int = 400) -> Curve:
         go_left = left > right
         low = _where(go_left, low, middle)
         high = _where(go_left, middle, high)
-    found, value, slope = (torch.cat([getattr(part, name) for part in seen]) for name in ("u", "value", "slope"))
-    return curve.with_points(Curve(found, value, slope, seams))
+    u, value, slope = (torch.cat([getattr(part, name) for part in seen]) for name in ("u", "value", "slope"))
+    return curve.with_points(Curve(u, value, slope, seams))
 
 
 def _extremes(curve: Curve, most: int = 1000) -> Tensor:

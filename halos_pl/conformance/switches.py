@@ -16,7 +16,7 @@ _STEPS = {"sign", "sgn", "floor", "ceil", "round", "trunc"}
 
 
 class Switches(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records, for each operation that takes one of several ways, which way each element went.
+    """Records for each operation that branches (a comparison, a clamp, abs …) which branch each element took.
 
     Attributes:
         states: a float64 [count] for each such operation, in the order of the calls.
@@ -69,7 +69,7 @@ class Switches(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def switches(v: Function, u: Tensor) -> Switches:
-    """What was recorded of v(u)."""
+    """The recording of v(u)."""
     mode = Switches(u.numel())
     with torch.no_grad(), mode:
         v(u.clone())
@@ -77,7 +77,7 @@ def switches(v: Function, u: Tensor) -> Switches:
 
 
 def operations(v: Function) -> int:
-    """How many operations with floats one call of v takes: each may round once."""
+    """How many float operations one call of v takes; each may round once."""
     mode = Switches(-1)
     with torch.no_grad(), mode:
         v(torch.tensor([0.5, -0.5]))
@@ -85,7 +85,7 @@ def operations(v: Function) -> int:
 
 
 def breakpoints(v: Function, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Points on either side of the places where the code inside v takes another way.
+    """Points on either side of each place where the code inside v takes another branch.
 
     Args:
         v: a value function.

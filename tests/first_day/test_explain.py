@@ -18,7 +18,7 @@ from halos_pl.conformance import check_halo
 from halos_pl.conformance.check import checks_of, clauses
 from halos_pl.conformance.clause import EXPLANATIONS
 from halos_pl.conformance.explain import code, kind_of
-from halos_pl.conformance.target import TargetError, made
+from halos_pl.conformance.target import TargetError, as_target
 from halos_pl.conformance.witness import Raised
 from halos_pl.objective.build import load_objective
 from halos_pl.objective.feedback import Binary, Feedback, Judgement
@@ -127,9 +127,9 @@ def test_check_halo_takes_what_the_command_takes(tmp_path: Path, monkeypatch: py
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "own_softsign.py").write_text(MINE, encoding="utf-8")
     for target in ("own_softsign.py:Softsign", "own_softsign.Softsign"):
-        assert type(made(target)).__name__ == "Softsign"
-    assert isinstance(made("Logistic"), Logistic)
-    assert isinstance(made(ROOT / "experiments/objectives/kto.yaml"), HALO)
+        assert type(as_target(target)).__name__ == "Softsign"
+    assert isinstance(as_target("Logistic"), Logistic)
+    assert isinstance(as_target(ROOT / "experiments/objectives/kto.yaml"), HALO)
     assert check_halo(f"{os.fspath(tmp_path)}/own_softsign.py:Softsign").sound
     for wrong, named in {"Logistc": "Logistic", "nope.yaml": "nope.yaml", "own_softsign.py": ":Softsign"}.items():
         with pytest.raises(TargetError, match=named) as error:
