@@ -211,7 +211,7 @@ def test_a_new_file_in_the_folder_of_its_kind_is_checked_by_its_bare_name(tmp_pa
     for name, package in models.items():
         folder = tmp_path / package.replace(".", "/")
         (folder / f"brand_{name.lower()}.py").write_text(
-            f"from {package} import {name}\n\n\nclass Brand{name}({name}):\n    pass\n"
+            f"from {library(package)[name].__module__} import {name}\n\n\nclass Brand{name}({name}):\n    pass\n"
         )
     code = f"import halos_pl.cli.main as m\nfor name in {list(models)}:\n    m.main(['check', 'Brand' + name])"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
