@@ -7,12 +7,12 @@ from halos_pl.objective.feedback.base import Feedback, Judgement
 
 
 class Flipped(Feedback):
-    """Another feedback with the opposite sign: what it raises is lowered.
+    """Another feedback with the opposite sign: it lowers what that one raises.
 
     A term that also holds the chosen completion down, as in NCA or APO-down.
 
     Args:
-        feedback: whose weights and denominator are kept.
+        feedback: the one whose weights and denominator are kept.
     """
 
     def __init__(self, feedback: Feedback) -> None:

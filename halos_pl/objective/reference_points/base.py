@@ -18,12 +18,12 @@ from value_functions.discovery import Declared
 
 @dataclass(frozen=True)
 class Estimate:
-    """z0 of a step or of its rows, and how good the estimate is; all but ``value`` is only logged (``outcome/z0_*``).
+    """z0 of a step or of its rows, and how good the estimate is. All but ``value`` is only logged (``outcome/z0_*``).
 
     Attributes:
         value: nats, a scalar for all rows or [n].
-        standard_error: nats, of ``value``; 0 where it is no estimate but exact.
-        rows: how many rows are behind the estimate of one row; None where it does not say.
+        standard_error: nats, of ``value``; 0 if it is exact.
+        rows: how many rows the estimate of one row averages; None if unknown.
         clamped: share of rows whose estimate was replaced by a bound.
         mean: nats, the estimate before any clamp, averaged over the rows; left out, the mean of ``value``.
         further: other figures by name.
@@ -37,11 +37,11 @@ class Estimate:
     further: Mapping[str, Tensor | float] = field(default_factory=dict)
 
     def select(self, index: Tensor) -> Estimate:
-        """That of the rows ``index`` (LongTensor [m])."""
+        """The estimate of the rows ``index`` (LongTensor [m])."""
         return replace(self, value=self.value[index]) if self.value.dim() else self
 
     def figures(self) -> dict[str, Tensor]:
-        """What is logged, float32 scalars without gradient."""
+        """The logged figures by name, float32 scalars without gradient."""
         mean = self.value if self.mean is None else self.mean
         figures = {
             "standard_error": self.standard_error,
@@ -98,7 +98,7 @@ class ReferencePoint(nn.Module, Declared, ABC):
 class MeanOverRanks:
     """Mean and standard error of a sample that is spread over the ranks.
 
-    Two reductions (sum and count, then squared deviations): exact, and blind to how rows fall on ranks.
+    Two reductions (sum and count, then squared deviations): exact, however rows fall on ranks.
 
     Attributes:
         mean: float scalar, 0 where no rank holds a value.

@@ -17,7 +17,7 @@ class ForwardKL(Reward):
     """r = 1 - exp(-log-ratio): DPO under a forward-KL constraint instead of the reverse one.
 
     The score of Wang et al. 2023 ("Beyond reverse KL", table 1), shifted so that r = 0 where policy equals
-    reference. Not linear in the log-ratio. Below -40 nats it goes on linearly, where exp would overflow.
+    reference. Not linear in the log-ratio. Below -40 nats it continues linearly, where exp would overflow.
     """
 
     needs = Needs(reference=True)
@@ -46,7 +46,7 @@ class AlphaDivergence(Reward):
 
     The score of Wang et al. 2023 ("Beyond reverse KL", table 1), up to its constant factor as in TRL, and
     shifted so that r = 0 where policy equals reference. Not linear in the log-ratio. Where the exponent
-    is above 40 it goes on linearly.
+    is above 40 it continues linearly.
 
     Args:
         alpha: in (0, 1); towards 1 r becomes the log-ratio, at 0 it is the forward KL divergence's.
