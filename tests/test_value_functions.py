@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from make_parts import example, library
 
 import value_functions
 from value_functions import (
@@ -31,17 +33,8 @@ from value_functions import (
 )
 from value_functions.bounded import bounded_exp
 
-# What cannot be made without arguments: a function made from others.
-MADE = {
-    "Clipped": lambda: Clipped(Identity(), low=-20.0, high=30.0),
-    "LossAverse": lambda: LossAverse(Logistic(), loss_aversion=2.25),
-    "Mixture": lambda: Mixture([Logistic(), Identity()], weights=[0.5, 2.0]),
-    "Scaled": lambda: Scaled(LogSigmoid(), by=0.1),
-    "Shifted": lambda: Shifted(LogSigmoid(beta=2.0), by=0.5),
-}
-NAMES = [name for name in value_functions.__all__ if name != "ValueFunction"]
-FOUND = [MADE.get(name, getattr(value_functions, name)) for name in NAMES]
-every = pytest.mark.parametrize("cls", FOUND, ids=NAMES)
+CLASSES = library(value_functions.__name__)
+every = pytest.mark.parametrize("make", [partial(example, cls) for cls in CLASSES.values()], ids=CLASSES)
 outcomes = st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=8)
 
 
@@ -51,13 +44,13 @@ def slope(v: ValueFunction, u: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_folder_is_discovered():
-    assert {"Logistic", "LogSigmoid", "KahnemanTversky", "Mixture"} <= set(NAMES)
+    assert {"Logistic", "LogSigmoid", "KahnemanTversky", "Mixture"} <= CLASSES.keys()
 
 
 @every
 @given(us=outcomes)
-def test_elementwise_and_input_left_alone(cls, us):
-    v, u = cls(), torch.tensor(us, dtype=torch.float64)
+def test_elementwise_and_input_left_alone(make, us):
+    v, u = make(), torch.tensor(us, dtype=torch.float64)
     before = u.clone()
     together = v(u)
     assert together.shape == u.shape
@@ -68,10 +61,10 @@ def test_elementwise_and_input_left_alone(cls, us):
 
 
 @every
-def test_non_decreasing_and_concave_on_gains(cls):
-    v = cls()
+def test_non_decreasing_and_concave_on_gains(make):
+    v = make()
     if v.violates:
-        pytest.skip(f"it says that it violates {', '.join(v.violates)}; tests/test_conformance.py holds it to that")
+        pytest.skip(f"it states that it violates {', '.join(v.violates)}; tests/test_conformance.py holds it to that")
     u = torch.linspace(-100, 100, 200_001, dtype=torch.float64)
     d = slope(v, u)
     assert bool((d >= 0).all()), f"decreases at u = {u[d < 0][0]}"
@@ -82,23 +75,23 @@ def test_non_decreasing_and_concave_on_gains(cls):
 
 @every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_value_and_slope_are_finite_up_to_ten_thousand_nats(cls, dtype):
+def test_value_and_slope_are_finite_up_to_ten_thousand_nats(make, dtype):
     u = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1.0, -1.0, 88.0, 90.0, -90.0, 1e4, -1e4], dtype=dtype)
-    v = cls()
+    v = make()
     assert v(u).dtype == dtype
     assert bool(v(u).isfinite().all())
     assert bool(slope(v, u).isfinite().all())
 
 
 @every
-def test_learns_at_the_reference_point_where_every_run_starts(cls):
-    assert slope(cls(), torch.zeros(3, dtype=torch.float64)).abs().min() > 0
+def test_learns_at_the_reference_point_where_every_run_starts(make):
+    assert slope(make(), torch.zeros(3, dtype=torch.float64)).abs().min() > 0
 
 
 @every
 @given(u=st.floats(-50, 50).filter(lambda u: min(abs(u - kink) for kink in (-20, 0, 10, 30)) > 1e-3))
-def test_slope_agrees_with_finite_differences(cls, u):
-    v, h = cls(), 1e-6
+def test_slope_agrees_with_finite_differences(make, u):
+    v, h = make(), 1e-6
     at = torch.tensor([u - h, u + h], dtype=torch.float64)
     low, high = v(at)
     assert slope(v, torch.tensor([u], dtype=torch.float64)).item() == pytest.approx(

@@ -1,25 +1,18 @@
 """Value functions: v(u), one file each, torch only.
 
-Every class in this folder is found here by itself: ``from value_functions import Logistic`` works, the
-command line takes the bare class name, and the tests hold it to its contract.
+A class in any file of this folder is found by itself: ``from value_functions import Logistic`` works, the command line
+takes the bare class name, and the tests hold it to the clauses of a value function.
 """
 
 from __future__ import annotations
 
-import inspect
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import Any
 
 from value_functions.base import ValueFunction
 from value_functions.base import reward_scale as reward_scale
+from value_functions.discovery import plug_ins
 
-_FOUND: dict[str, type[ValueFunction]] = {
-    name: cls
-    for module in iter_modules(__path__)
-    for name, cls in vars(import_module(f"{__name__}.{module.name}")).items()
-    if inspect.isclass(cls) and issubclass(cls, ValueFunction) and not inspect.isabstract(cls)
-}
+_FOUND = plug_ins(__name__, ValueFunction)
 __all__ = ["ValueFunction", *sorted(_FOUND)]
 
 

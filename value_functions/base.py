@@ -6,27 +6,26 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from value_functions.discovery import Declared
 
-class ValueFunction(nn.Module, ABC):
+
+class ValueFunction(nn.Module, Declared, ABC):
     """The value v(u) that a person attributes to an outcome u = r - z0.
 
-    A subclass is a small ``nn.Module`` with keyword-only hyper-parameters and one method, ``forward``.
-    A file in this package that holds one is found by the command line and by the tests without being
-    registered anywhere; a class of any other importable module is chosen by its dotted path.
+    A subclass is a small ``nn.Module`` with keyword-only hyper-parameters and one method, ``forward``. In a file of
+    this package it is found by its bare name, without being registered anywhere; in any other importable module, by its
+    dotted path.
 
-    For a HALO (Ethayarajh et al., ICML 2024, Def. 3.4) v must be non-decreasing everywhere and concave on
-    gains (u > 0). Nothing here enforces that: a value function that is not is worth studying too.
+    In a HALO (Ethayarajh et al., ICML 2024, Def. 3.4) v is non-decreasing everywhere and concave on gains (u > 0).
+    Nothing enforces that: a value function that breaks it is worth studying too, and says so in ``violates``.
 
     Attributes:
-        beta: what outcomes are multiplied with before they are valued (1 / nats). ``rewards/*`` are logged
-            as beta * r, the scale that users of other libraries know. A number or a learnable parameter; where there is
-            none, it is 1.
-        violates: clauses of the definition that the function does not keep, by their names in
-            ``halos_pl.conformance``. It informs readers; the tests hold it to what is found.
+        beta: factor of outcomes before they are valued (1 / nats), a number or a learnable parameter; 1 if there is
+            none. ``rewards/*`` are logged as beta * r, the scale that users of other libraries know.
+        violates: clause to reason; see :class:`~value_functions.discovery.Declared`.
     """
 
     beta: float | Tensor  # no default: torch refuses a parameter whose name is taken
-    violates: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, u: Tensor) -> Tensor:
@@ -44,5 +43,5 @@ class ValueFunction(nn.Module, ABC):
 
 
 def reward_scale(value_function: ValueFunction) -> float:
-    """The scale that rewards are shown in; see ``ValueFunction.beta``."""
+    """The scale that rewards are logged in; see ``ValueFunction.beta``."""
     return float(getattr(value_function, "beta", 1.0))

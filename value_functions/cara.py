@@ -13,7 +13,7 @@ class CARA(ValueFunction):
     """v(u) = 1 - e^(-beta u): concave everywhere, at most 1, slope beta at 0.
 
     Exponential utility (Pratt 1964): risk aversion is the same at any level of outcome, so a constant added
-    to all outcomes changes no choice. Losses beyond 40 / beta nats go on linearly, where exp would overflow.
+    to all outcomes changes no choice. Losses beyond 40 / beta nats continue linearly, where exp would overflow.
 
     Args:
         beta: absolute risk aversion, 1 / nats; above 0.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +26,10 @@ class DiscoPOP(ValueFunction):
         ValueError: for a tau that is not above 0.
     """
 
-    violates = ("non_decreasing", "concave_on_gains")
+    violates: Mapping[str, str] = {
+        "non_decreasing": "it falls around u = 0, where it passes from the logistic to the exponential",
+        "concave_on_gains": "it rises again after that dip",
+    }
 
     def __init__(self, *, beta: float = 0.1, tau: float = 0.05) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,10 @@ class ExoPair(ValueFunction):
         ValueError: for an epsilon outside its range: at 0 the divergence is infinite.
     """
 
-    violates = ("non_decreasing", "concave_on_gains")
+    violates: Mapping[str, str] = {
+        "non_decreasing": "it peaks where sigmoid(beta u) = 1 - epsilon",
+        "concave_on_gains": "it levels off towards log(1 - epsilon) beyond its peak",
+    }
 
     def __init__(self, *, beta: float = 0.1, label_smoothing: float = 1e-3) -> None:
         super().__init__()

@@ -52,7 +52,8 @@ class KahnemanTversky(ValueFunction):
         self.eps = float(eps)
 
     def _power(self, size: Tensor, curvature: float) -> Tensor:
-        return (size + self.eps) ** curvature - self.eps**curvature
+        at_zero: float = self.eps**curvature
+        return (size + self.eps) ** curvature - at_zero
 
     def forward(self, u: Tensor) -> Tensor:
         x = self.beta * u

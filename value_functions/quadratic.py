@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from value_functions.base import ValueFunction
@@ -20,7 +22,7 @@ class Quadratic(ValueFunction):
         ValueError: for a beta that is not above 0.
     """
 
-    violates = ("non_decreasing",)
+    violates: Mapping[str, str] = {"non_decreasing": "it falls beyond its target 1 / (2 beta)"}
 
     def __init__(self, *, beta: float = 0.1) -> None:
         super().__init__()

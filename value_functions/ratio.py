@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ class RatioClip(ValueFunction):
 
     With only ``high`` = 1 + epsilon the value of a good action, with only ``low`` = 1 - epsilon that of a bad one
     (Schulman et al. 2017, eq. 7). e^u is convex on (0, log high), so by the letter it is no value function of a
-    HALO; ``Clipped`` over ``Identity`` clips in log-space and is one. Beyond 40 nats it goes on linearly.
+    HALO; ``Clipped`` over ``Identity`` clips in log-space and is one. Beyond 40 nats it continues linearly.
 
     Args:
         low, high: ratios, 0 < low < 1 < high; null for no bound.
@@ -25,7 +26,7 @@ class RatioClip(ValueFunction):
         ValueError: for bounds that do not enclose 1.
     """
 
-    violates = ("concave_on_gains",)
+    violates: Mapping[str, str] = {"concave_on_gains": "e^u is convex on (0, log high)"}
 
     def __init__(self, *, low: float | None = None, high: float | None = None) -> None:
         super().__init__()

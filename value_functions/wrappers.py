@@ -28,7 +28,8 @@ class Scaled(ValueFunction):
         self.value_function, self.by, self.beta = value_function, float(by), reward_scale(value_function)
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.by * self.value_function(u)
+        value: Tensor = self.value_function(u)
+        return self.by * value
 
 
 class Shifted(ValueFunction):
@@ -47,7 +48,8 @@ class Shifted(ValueFunction):
         self.value_function, self.by, self.beta = value_function, float(by), reward_scale(value_function)
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.value_function(u - self.by)
+        value: Tensor = self.value_function(u - self.by)
+        return value
 
 
 class LossAverse(ValueFunction):
@@ -100,7 +102,8 @@ class Clipped(ValueFunction):
         self.value_function, self.beta = value_function, reward_scale(value_function)
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.value_function(u.clamp(self.low, self.high))
+        value: Tensor = self.value_function(u.clamp(self.low, self.high))
+        return value
 
 
 class Mixture(ValueFunction):

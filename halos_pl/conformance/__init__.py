@@ -1,4 +1,4 @@
-"""The definition of human-aware losses as a test suite: is this loss, or this part of one, a HALO?
+"""The definition of human-aware losses as a test suite: is this loss, or this part of a loss, a HALO?
 
 >>> from halos_pl.conformance import check_halo
 >>> print(check_halo(Logistic(), on_fail="report"))                          # doctest: +SKIP
@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from halos_pl.conformance.check import check_halo
 from halos_pl.conformance.pytest_entry import parametrize_with_checks
-from halos_pl.conformance.report import CheckFailed, Clause, Report
+from halos_pl.conformance.report import CheckFailed, ClauseResult, Report
 
 if TYPE_CHECKING:
     from halos_pl.conformance import strategies
 
-__all__ = ["CheckFailed", "Clause", "Report", "check_halo", "parametrize_with_checks", "strategies"]
+__all__ = ["CheckFailed", "ClauseResult", "Report", "check_halo", "parametrize_with_checks", "strategies"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,230 +1,116 @@
-"""From checks to a report: which clauses a target has, what they found, and the verdict."""
+"""From clauses to a report: what a target is held to, what was found, and the verdict."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 
 from halos_pl.conformance import feedback, objective, reference_point, reward, value_function
-from halos_pl.conformance.report import CheckFailed, Clause, Definition, Report
-from halos_pl.conformance.target import Target, made
+from halos_pl.conformance.clause import Clause
+from halos_pl.conformance.feedback import FeedbackCase
+from halos_pl.conformance.halo_case import HaloCase
+from halos_pl.conformance.objective import halo_shaped
+from halos_pl.conformance.reference_case import ReferencePointCase
+from halos_pl.conformance.report import CheckFailed, ClauseResult, Definition, Report
+from halos_pl.conformance.reward import RewardCase
+from halos_pl.conformance.target import Target, as_target
+from halos_pl.conformance.value_case import ValueFunctionCase
 from halos_pl.conformance.witness import Raised, WrongShape
 from halos_pl.objective.halo import Objective
 from halos_pl.objective.reference_points import ReferencePoint
 from halos_pl.objective.rewards import Reward
 from value_functions import ValueFunction
 
-_NOT_REQUIRED = "reported: required only of an objective that reads undesirable rows as `reflect`"
-_NO_WEIGHT = "reported: no row that it acts on carries weight"
-_SINGLE = "v rounds its outcomes to float32 (see precision), which is what this may be"
-_DEGENERATE = "a degenerate reference: there are no rewards that it averages"
-
-
-def _halo_shaped(failed: list[str]) -> str:
-    return f"halo-shaped: fails {', '.join(failed)}"
+# Rows of a report are in the order of the definition; this is how many times more is searched with ``thorough``.
+_THOROUGH = 10
 
 
 @dataclass(frozen=True)
-class _Checks:
-    """The checks of one target, not run yet.
+class Checks:
+    """What a target is held to, not run yet.
 
     Attributes:
         name: of the target.
-        clauses: what to call for each clause; ``None`` says that it holds.
-        icml_only: clauses of the ICML definition that v1 does not have.
-        expected: clauses that the library's own classes are known to fail, with the reason.
-        notes: what is to be said of a clause beside its witness.
-        hints: what is to be said of a clause that failed.
-        optional: clauses that are only reported.
-        overall: the verdict, given the names of the clauses that failed.
+        clauses: in the order of the definition.
+        verdict: that on the target, given the names of the clauses that failed.
     """
 
     name: str
-    clauses: dict[str, Callable[[], str | None]]
-    icml_only: frozenset[str] = frozenset()
-    expected: dict[str, str] = field(default_factory=dict)
-    notes: Callable[[], dict[str, str]] = dict
-    hints: dict[str, str] = field(default_factory=dict)
-    optional: Callable[[], dict[str, str]] = dict
-    overall: Callable[[list[str]], str] = lambda failed: _halo_shaped(failed) if failed else "halo"
+    clauses: list[Clause]
+    verdict: Callable[[list[str]], str]
 
 
-def _once(checks: object, name: str) -> str | None:
-    """What a clause found, looked for only once: terms of a sum may share the checks of a part."""
-    found: dict[str, str | None] = vars(checks).setdefault("found", {})
-    if name not in found:
-        found[name] = getattr(checks, name)()
-    return found[name]
+def _verdict_of_part(failed: list[str]) -> str:
+    return halo_shaped(failed) if failed else "halo"
 
 
-def _bound(checks: object, names: tuple[str, ...], prefix: str = "") -> dict[str, Callable[[], str | None]]:
-    return {prefix + name: partial(_once, checks, name) for name in names}
-
-
-def _rounded(of_v: value_function.ValueFunctionChecks, prefix: str = "") -> dict[str, str]:
-    """What is to be said of the clauses that a value function failed, where it computes in less than float64."""
-    found: dict[str, str | None] = vars(of_v).get("found", {})
-    if found.get("precision") is None or found["precision"] != of_v.single:
-        return {}
-    return {prefix + name: _SINGLE for name, witness in found.items() if witness and name != "precision"}
-
-
-def _of_halo(target: objective.HALO, prefix: str, examples: int, thorough: bool, shared: dict[Any, Any]) -> _Checks:
-    checks = objective.ObjectiveChecks(target, examples=examples, thorough=thorough, shared=shared)
-    v_clauses = tuple(n for n in value_function.CLAUSES if checks.reflects or n not in value_function.UNDESIRABLE)
-    clauses = (
-        _bound(checks.value_function, v_clauses, prefix)
-        | _bound(checks.reward, reward.CLAUSES, prefix)
-        | _bound(checks.reference_point, reference_point.CLAUSES, prefix)
-        | _bound(checks.feedback, feedback.CLAUSES, prefix)
-        | _bound(checks, objective.CLAUSES, prefix)
-    )
-    clauses[f"{prefix}reference_split"] = checks.reference_split
-    expected = {prefix + name: why for name, why in reference_point.expected(target.reference_point).items()}
-
-    def optional() -> dict[str, str]:
-        idle: tuple[str, ...] = ()
-        if not checks.acts_reflected:
-            idle += value_function.UNDESIRABLE
-        if not checks.acts_on_desirable:
-            idle += ("non_decreasing", "concave_on_gains")
-        found = dict.fromkeys((prefix + name for name in idle), _NO_WEIGHT)
-        # A reference that is a number whatever happens has a verdict of its own.
-        if checks.reference_point.degenerate is not None:
-            found |= dict.fromkeys((f"{prefix}reference_in_range", f"{prefix}reference_shift_equivariant"), _DEGENERATE)
-        return found
-
-    def notes() -> dict[str, str]:
-        rounded = _rounded(checks.value_function, prefix)
-        weights = sorted(checks.weights[-1] | checks.weights[1])
-        if len(weights) < 2:
-            return rounded
-        by = f"{weights[0]:g} to {weights[-1]:g}" if len(weights) > 3 else ", ".join(f"{w:g}" for w in weights)
-        return rounded | {f"{prefix}feedback_weight": f"rows weigh {by}: judged on the data re-weighted so"}
-
-    def overall(failed: list[str]) -> str:
-        reflected = [name for name in failed if name.removeprefix(prefix) in value_function.UNDESIRABLE]
-        # What v itself, its reward or its feedback lack is said first; then that there is no reference point; then what
-        # only the reflection of v lacks, since against z0 = 0 there are no gains and losses to reflect about.
-        if failed and (len(failed) > len(reflected) or checks.reference_point.degenerate is None):
-            return _halo_shaped(failed)
-        if checks.reference_point.degenerate is not None:
-            return "degenerate reference"
-        return "halo (two-sided)" if checks.two_sided else "halo"
-
-    return _Checks(
-        name=type(target).__name__,
-        clauses=clauses,
-        icml_only=frozenset(prefix + name for name in reward.ICML_ONLY),
-        expected=expected,
-        hints={prefix + name: why for name, why in reference_point.hints(target.reference_point).items()},
-        notes=notes,
-        optional=optional,
-        overall=overall,
-    )
-
-
-def _of_objective(target: Objective, examples: int, thorough: bool, shared: dict[Any, Any]) -> _Checks:
+def _checks_of_objective(target: Objective, examples: int, thorough: bool, shared: dict[Any, Any] | None) -> Checks:
     parts = objective.terms(target)
     halos = [(name, term) for name, term in parts if objective.is_halo(term)]
     if not halos:
         witness = f"{type(target).__name__} holds no reward, reference point, value function and feedback"
-        return _Checks(type(target).__name__, {"identity": lambda: witness}, overall=lambda failed: "not a halo")
+        return Checks(type(target).__name__, [Clause("identity", lambda: witness)], lambda failed: "not a halo")
     examples = max(1, examples // len(halos))  # shared out among the terms, so that a sum takes no longer
-    each = [_of_halo(term, name if len(halos) > 1 else "", examples, thorough, shared) for name, term in halos]  # type: ignore[arg-type]
+    shared = {} if shared is None else shared
+    cases = [
+        HaloCase(term, objective.CLAUSES, examples=examples, thorough=thorough, shared=shared) for _, term in halos
+    ]
+    clauses = [
+        clause.of_term(name if len(halos) > 1 else "")
+        for (name, _), case in zip(halos, cases, strict=True)
+        for clause in objective.clauses(case)
+    ]
     sums = objective.own_sums(target)
     if sums:
-        # A sum of another class may add up otherwise, so that it says something else than its terms.
-        inner = each[0].clauses.get("identity", lambda: None)
+        # A sum of another class may add up differently, and then says something else than its terms.
+        at = next(i for i, clause in enumerate(clauses) if clause.name.endswith("identity"))
+        of_terms = clauses[at].check
 
         def identity() -> str | None:
-            return next(filter(None, (objective.sum_of_terms(own, examples) for own in sums)), None) or inner()
+            return next(filter(None, (objective.sum_of_terms(own, examples) for own in sums)), None) or of_terms()
 
-        each[0].clauses["identity"] = identity
+        clauses[at] = replace(clauses[at], check=identity)
     if len(parts) == 1:
-        return each[0]
-
-    def merged(name: str) -> dict[str, str]:
-        return {key: why for checks in each for key, why in getattr(checks, name)().items()}
-
-    return _Checks(
-        name=" + ".join(type(term).__name__ for _, term in parts),
-        clauses={name: call for checks in each for name, call in checks.clauses.items()},
-        icml_only=frozenset().union(*(checks.icml_only for checks in each)),
-        expected={key: why for checks in each for key, why in checks.expected.items()},
-        hints={key: why for checks in each for key, why in checks.hints.items()},
-        notes=lambda: merged("notes"),
-        optional=lambda: merged("optional"),
-        overall=lambda failed: "composite",
-    )
+        return Checks(type(halos[0][1]).__name__, clauses, lambda failed: objective.verdict(cases[0], failed))
+    name = " + ".join(type(term).__name__ for _, term in parts)
+    return Checks(name, clauses, lambda failed: "composite")
 
 
-def _checks(target: Target, examples: int, thorough: bool, shared: dict[Any, Any]) -> _Checks:
+def checks_of(
+    target: Target, examples: int = 60, thorough: bool = False, shared: dict[Any, Any] | None = None
+) -> Checks:
+    """What ``target`` is held to; the arguments are those of :func:`reports`."""
     name = type(target).__name__
     if isinstance(target, Objective):
-        return _of_objective(target, examples, thorough, shared)
+        return _checks_of_objective(target, examples, thorough, shared)
     if isinstance(target, ValueFunction):
-        of_v = value_function.ValueFunctionChecks(target, thorough=thorough)
-        reported = dict.fromkeys(value_function.UNDESIRABLE, _NOT_REQUIRED)
-        return _Checks(
-            name,
-            _bound(of_v, value_function.CLAUSES),
-            notes=lambda: _rounded(of_v),
-            optional=lambda: reported,
-        )
+        v = ValueFunctionCase(target, value_function.CLAUSES, thorough=thorough)
+        return Checks(name, list(value_function.clauses(v)), _verdict_of_part)
     if isinstance(target, Reward):
-        of_r = reward.RewardChecks(target, examples=examples)
-        return _Checks(name, _bound(of_r, reward.CLAUSES), icml_only=frozenset(reward.ICML_ONLY))
+        return Checks(name, list(reward.clauses(RewardCase(target, examples=examples))), _verdict_of_part)
     if isinstance(target, ReferencePoint):
-        of_z = reference_point.ReferencePointChecks(target, examples=examples)
+        z0 = ReferencePointCase(target, reference_point.CLAUSES, reference_point.EXCUSABLE, examples=examples)
 
-        def optional() -> dict[str, str]:
-            if of_z.degenerate is None:
-                return {}
-            return dict.fromkeys(("reference_in_range", "reference_shift_equivariant"), _DEGENERATE)
+        def verdict(failed: list[str]) -> str:
+            return "degenerate reference" if not failed and z0.constant is not None else _verdict_of_part(failed)
 
-        def overall(failed: list[str]) -> str:
-            if failed:
-                return _halo_shaped(failed)
-            return "halo" if of_z.degenerate is None else "degenerate reference"
-
-        return _Checks(
-            name,
-            _bound(of_z, reference_point.CLAUSES),
-            expected=reference_point.expected(target),
-            hints=reference_point.hints(target),
-            optional=optional,
-            overall=overall,
-        )
-    of_f = feedback.FeedbackChecks(target, examples=examples)
-    return _Checks(name, _bound(of_f, feedback.CLAUSES))
+        return Checks(name, list(reference_point.clauses(z0)), verdict)
+    return Checks(name, list(feedback.clauses(FeedbackCase(target, examples=examples))), _verdict_of_part)
 
 
-def clause_names(target: Target, definition: Definition = "icml") -> list[str]:
-    """The clauses that ``target`` is held to, without checking them."""
-    checks = _checks(target, 1, False, {})
-    return [name for name in checks.clauses if definition == "icml" or name not in checks.icml_only]
-
-
-def _witness(call: Callable[[], str | None]) -> str | None:
-    try:
-        return call()
-    except (Exception, SystemExit) as error:  # code under check that leaves the process would hide what it is
-        return Raised.by(error)
+def clauses(target: Target, definition: Definition = "icml") -> Iterator[Clause]:
+    """The clauses that ``target`` is held to under ``definition``, not run yet."""
+    return (clause for clause in checks_of(target).clauses if definition == "icml" or not clause.icml_only)
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Thousands of small operations: waiting for other threads costs more than they do, on a busy machine ten times.
-
-    And with gradients, whatever the caller has switched off.
-    """
+    """One thread, since the operations are small and many; and gradients, whatever the caller has switched off."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -234,13 +120,26 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _unusable(witnesses: Mapping[str, str | None]) -> str | None:
-    """Why nothing can be said of the target: something of another shape came back, or it always raises."""
-    shapes = [witness for witness in witnesses.values() if isinstance(witness, WrongShape)]
-    raised = [witness for witness in witnesses.values() if isinstance(witness, Raised)]
+def _unusable(witnesses: list[str | None]) -> str | None:
+    """Why nothing can be said of the target: it returned something of another shape, or it always raises."""
+    shapes = [witness for witness in witnesses if isinstance(witness, WrongShape)]
+    raised = [witness for witness in witnesses if isinstance(witness, Raised)]
     if shapes:
         return shapes[0]
     return raised[0] if len(raised) == len(witnesses) else None
+
+
+def _result(clause: Clause, witness: str | None, expected_failures: Mapping[str, str]) -> tuple[ClauseResult, bool]:
+    """The row of one clause, and whether its failure counts against the target."""
+    if witness is None:
+        return ClauseResult(clause.name, "passed", reason=clause.note()), False
+    if excused := clause.excused():
+        return ClauseResult(clause.name, "expected", witness, excused), False
+    unneeded = clause.not_required()
+    row = ClauseResult(clause.name, "failed", witness, unneeded or clause.note(), required=unneeded is None)
+    if clause.name in expected_failures:
+        row = replace(row, status="expected", reason=expected_failures[clause.name])
+    return row, unneeded is None
 
 
 def reports(
@@ -253,45 +152,41 @@ def reports(
 ) -> dict[Definition, Report]:
     """The report under each definition, from one run of the checks.
 
-    Of objectives that are given the same ``shared``, parts that are the same function are held to their clauses once.
+    Args:
+        target: see :func:`check_halo`, as are ``expected_failures``, ``max_examples`` and ``thorough``.
+        shared: a dictionary that remembers the parts of earlier objectives; equal parts are checked once.
+
+    Raises:
+        ValueError: see :func:`check_halo`.
     """
     start = time.perf_counter()
-    given = expected_failures or {}
-    if not isinstance(given, Mapping) or not all(isinstance(why, str) and why.strip() for why in given.values()):
-        raise ValueError(f"expected_failures is {given!r}; it takes a reason for each clause, {{clause: reason}}")
+    expected = expected_failures or {}
+    if not isinstance(expected, Mapping) or not all(isinstance(why, str) and why.strip() for why in expected.values()):
+        raise ValueError(f"expected_failures is {expected!r}; it takes a reason for each clause, {{clause: reason}}")
     if max_examples < 1:
         raise ValueError(f"max_examples is {max_examples}; it must be at least 1")
-    checks = _checks(target, max_examples * (10 if thorough else 1), thorough, {} if shared is None else shared)
-    unknown = [name for name in given if name not in checks.clauses]
+    checks = checks_of(target, max_examples * (_THOROUGH if thorough else 1), thorough, shared)
+    names = [clause.name for clause in checks.clauses]
+    unknown = [name for name in expected if name not in names]
     if unknown:
-        clauses = ", ".join(checks.clauses)
-        raise ValueError(f"expected_failures: {checks.name} has no clause {unknown[0]!r}; it has {clauses}")
+        raise ValueError(f"expected_failures: {checks.name} has no clause {unknown[0]!r}; it has {', '.join(names)}")
     with _one_thread():
-        witnesses = {name: _witness(call) for name, call in checks.clauses.items()}
-        optional = {name: why for name, why in checks.optional().items() if witnesses.get(name) is not None}
-        notes = checks.notes()
-    seconds = time.perf_counter() - start
-    found: dict[Definition, Report] = {}
-    for definition in get_args(Definition):
-        names = [n for n in witnesses if definition == "icml" or n not in checks.icml_only]
-        rows, failed = [], []
-        for name in names:
-            row = Clause(name, "passed", witnesses[name], notes.get(name))
-            # A reference point that is a number has a verdict of its own, which says it all.
-            known = checks.expected.get(name) or (_DEGENERATE if optional.get(name) == _DEGENERATE else None)
-            if row.witness is not None:
-                if known:
-                    row = replace(row, status="expected", reason=known)
-                elif name in optional:
-                    row = replace(row, status="failed", reason=optional[name], required=False)
-                else:
-                    failed.append(name)
-                    row = replace(row, status="failed", reason=checks.hints.get(name) or row.reason)
-                if name in given and row.status == "failed":
-                    row = replace(row, status="expected", reason=given[name])
-            rows.append(row)
-        found[definition] = Report(checks.name, definition, checks.overall(failed), rows, seconds, _unusable(witnesses))
-    return found
+        witnesses = [clause.witness() for clause in checks.clauses]
+        results = [
+            (clause, *_result(clause, witness, expected))
+            for clause, witness in zip(checks.clauses, witnesses, strict=True)
+        ]
+        verdicts: dict[Definition, str] = {}
+        rows: dict[Definition, list[ClauseResult]] = {}
+        for definition in get_args(Definition):
+            mine = [(row, counts) for clause, row, counts in results if definition == "icml" or not clause.icml_only]
+            rows[definition] = [row for row, _ in mine]
+            verdicts[definition] = checks.verdict([row.clause for row, counts in mine if counts])
+    seconds, unusable = time.perf_counter() - start, _unusable(witnesses)
+    return {
+        definition: Report(checks.name, definition, verdicts[definition], rows[definition], seconds, unusable)
+        for definition in verdicts
+    }
 
 
 def check_halo(
@@ -329,9 +224,10 @@ def check_halo(
         raise ValueError(f"definition is {definition!r}; choose icml or v1")
     if on_fail not in ("raise", "report"):
         raise ValueError(f"on_fail is {on_fail!r}; choose raise or report")
-    report = reports(made(target), expected_failures=expected_failures, max_examples=max_examples, thorough=thorough)[
-        definition
-    ]
+    every = reports(
+        as_target(target), expected_failures=expected_failures, max_examples=max_examples, thorough=thorough
+    )
+    report = every[definition]
     if on_fail == "raise" and any(clause.status == "failed" and clause.required for clause in report.clauses):
         raise CheckFailed(report)
     return report

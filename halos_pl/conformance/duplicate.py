@@ -1,4 +1,4 @@
-"""Fresh copies of what is checked, so that no clause sees what another one left behind."""
+"""Fresh copies of a plug-in, so that no clause sees the state that another one left behind."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _copy(value: Any) -> Any:
 def duplicate(module: T) -> T:
     """A copy of ``module`` that shares no state with it, in training mode.
 
-    As ``copy.deepcopy``, ten times as fast and at ease with tensors that have a graph; a check makes thousands. Two
+    Like ``copy.deepcopy``, but ten times as fast (a check makes thousands of copies), and tensors may have a graph. Two
     attributes that are one object become two.
     """
     copy: T = module.__class__.__new__(module.__class__)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from halos_pl.conformance.check import check_halo, clause_names
+from halos_pl.conformance.check import check_halo, clauses
 from halos_pl.conformance.report import Definition, Report
-from halos_pl.conformance.target import made
+from halos_pl.conformance.target import as_target
 
 if TYPE_CHECKING:
     import pytest
@@ -40,27 +40,26 @@ def parametrize_with_checks(
 
     items = []
     expected = expected_failures or {}
-    unknown = set(expected).difference(*(clause_names(made(target), definition) for target in targets))
+    objects = [as_target(target) for target in targets]
+    names = [[clause.name for clause in clauses(target, definition)] for target in objects]
+    unknown = set(expected).difference(*names)
     if unknown:
         raise ValueError(f"expected_failures: no target has a clause {min(unknown)!r}")
-    for number, given in enumerate(targets):
-        target = made(given)
-        names = clause_names(target, definition)
+    kinds = [type(target).__name__ for target in objects]
+    for number, (target, of_target, kind) in enumerate(zip(objects, names, kinds, strict=True)):
 
         @cache
-        def report(target: Any = target, names: Sequence[str] = tuple(names)) -> Report:
+        def report(target: Any = target, of_target: Sequence[str] = tuple(of_target)) -> Report:
             return check_halo(
                 target,
                 definition=definition,
-                expected_failures={clause: why for clause, why in expected.items() if clause in names},
+                expected_failures={clause: why for clause, why in expected.items() if clause in of_target},
                 on_fail="report",
                 max_examples=max_examples,
             )
 
-        same = [other for other in targets if type(made(other)) is type(target)]
-        name = type(target).__name__ + (f"{number}" if len(same) > 1 else "")
-        for clause in names:
-            items.append(pytest.param(_item(report, clause), id=f"{name}-{clause}"))
+        name = f"{kind}{number}" if kinds.count(kind) > 1 else kind
+        items += [pytest.param(_item(report, clause), id=f"{name}-{clause}") for clause in of_target]
     return pytest.mark.parametrize("check", items)
 
 

@@ -1,4 +1,4 @@
-"""Ranks of torch.distributed as threads of one process, for clauses that hold a plug-in to them."""
+"""Ranks of torch.distributed as threads of one process, for clauses on several ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class _Done:
-    """The handle of a collective operation that has been waited for."""
+    """The handle of a finished collective operation."""
 
     def wait(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -24,22 +24,22 @@ class _Done:
 
 
 def namespaces(module: nn.Module) -> list[dict[str, Any]]:
-    """The globals that the code of a plug-in and of its parts looks names up in."""
-    found: dict[int, dict[str, Any]] = {}
+    """The globals in which the code of a plug-in and of its parts looks names up."""
+    spaces: dict[int, dict[str, Any]] = {}
     for part in module.modules():
         functions = [value for value in vars(part).values() if inspect.isfunction(value)]
         homes = [vars(sys.modules[c.__module__]) for c in type(part).__mro__ if c.__module__ in sys.modules]
         for names in (*homes, *(f.__globals__ for f in functions)):
             if str(names.get("__name__")).partition(".")[0] not in ("torch", "builtins"):
-                found[id(names)] = names
-    return list(found.values())
+                spaces[id(names)] = names
+    return list(spaces.values())
 
 
 class Ranks:
     """Two ranks as two threads of this process, which meet at each collective operation.
 
-    torch.distributed itself is replaced for as long as it takes, so that a plug-in that calls it directly is served
-    as well as one that uses ``halos_pl.distributed``. A real process group would take seconds to start.
+    They replace torch.distributed itself for as long as they run, so that it does not matter whether a plug-in calls it
+    directly or through ``halos_pl.distributed``. A real process group would take seconds to start.
     """
 
     def __init__(self, count: int = 2) -> None:
@@ -49,7 +49,7 @@ class Ranks:
         self.local = threading.local()
 
     def exchange(self, value: Any) -> list[Any]:
-        """What every rank brought, in the order of the ranks."""
+        """The values of all ranks, in their order."""
         self.slots[self.local.rank] = value
         self.barrier.wait(timeout=5)
         everything = list(self.slots)
@@ -95,7 +95,7 @@ class Ranks:
 
     @contextmanager
     def in_place_of_torch(self, namespaces: Sequence[dict[str, Any]] = ()) -> Iterator[None]:
-        """torch.distributed as these ranks see it, also under names that ``namespaces`` have imported from it."""
+        """Replaces torch.distributed by these ranks, also under names imported from it into ``namespaces``."""
         stand_ins: dict[str, Any] = {
             "is_available": lambda: True,
             "is_initialized": lambda: True,
@@ -129,10 +129,11 @@ class Ranks:
                 namespace[key] = original
 
     def run(self, jobs: list[Callable[[], Any]], namespaces: Sequence[dict[str, Any]] = ()) -> list[Any]:
-        """The results of one job a rank; see ``in_place_of_torch`` for ``namespaces``.
+        """Runs one job on each rank and returns the results; for ``namespaces`` see :meth:`in_place_of_torch`.
 
         Raises:
-            Exception: what a job raised, or that the ranks did not make the same calls.
+            RuntimeError: if the ranks did not make the same calls of torch.distributed.
+            Exception: whatever a job raised.
         """
         results: list[Any] = [None] * self.count
         errors: list[Exception] = []

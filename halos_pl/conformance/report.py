@@ -1,4 +1,4 @@
-"""What a check found: a row a clause, and a verdict computed from the rows."""
+"""The report of a check: one row for each clause, and a verdict computed from the rows."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Status = Literal["passed", "failed", "expected"]
 
 
 @dataclass(frozen=True)
-class Clause:
-    """One clause of the definition, held against one target.
+class ClauseResult:
+    """How one target fared with one clause of the definition.
 
     Attributes:
-        clause: its name, with the term in front where an objective holds several HALO terms.
-        status: ``passed``, ``failed``, or ``expected``: failed, for a reason that is known.
-        witness: the smallest counter-example found, in numbers; None where none was.
-        reason: what else is to be said, such as why a failure was expected.
-        required: whether a failure counts against the target; a clause that is only reported does not.
+        clause: its name, after the term's if an objective sums several HALOs.
+        status: ``passed``, ``failed``, or ``expected``: failed, for a reason that was stated.
+        witness: the smallest counter-example found, in numbers; else None.
+        reason: a remark, such as why the failure was expected.
+        required: whether a failure counts against the target; that of a clause that is only reported does not.
     """
 
     clause: str
@@ -40,41 +40,41 @@ class Clause:
         return self.status if self.required or self.status != "failed" else "failed (not required)"
 
     @property
-    def said(self) -> str:
+    def details(self) -> str:
         """Witness and reason."""
         return "; ".join(text for text in (self.witness, self.reason) if text)
 
 
 @dataclass(frozen=True)
 class Report:
-    """All clauses of one target under one definition.
+    """How one target fared with all its clauses under one definition.
 
     Attributes:
         target: its name.
         definition: ``icml`` (ICML 2024, Def. 3.4) or ``v1`` (arXiv v1: any parameterised reward).
         verdict: ``halo``, ``halo (two-sided)``, ``degenerate reference``, ``halo-shaped: fails A, B``,
-            ``composite`` or ``not a halo``. Of a plug-in alone it speaks of the clauses that are its own: ``halo`` says
-            that it can be part of one.
+            ``composite`` or ``not a halo``. For a plug-in alone it covers the clauses of its kind: ``halo`` means that
+            it can be part of one.
         clauses: in the order of the definition.
-        seconds: what the check took.
-        unusable: why nothing can be said of the target (it always raises, or returns another shape); else None.
+        seconds: how long the check took.
+        unusable: why the target cannot be checked (it always raises, or returns another shape); else None.
     """
 
     target: str
     definition: Definition
     verdict: str
-    clauses: list[Clause]
+    clauses: list[ClauseResult]
     seconds: float = 0.0
     unusable: str | None = None
 
     @property
     def failed(self) -> list[str]:
-        """Names of the clauses with status ``failed``, those that are only reported included."""
+        """Names of the clauses with status ``failed``, including those that are only reported."""
         return [clause.clause for clause in self.clauses if clause.status == "failed"]
 
     @property
     def sound(self) -> bool:
-        """Whether the verdict is one that the command line answers with exit status 0."""
+        """Whether the verdict is ``halo``, one-sided or two-sided; then ``halos check`` exits with status 0."""
         return self.verdict in ("halo", "halo (two-sided)")
 
     def to_json(self) -> dict[str, Any]:
@@ -90,12 +90,12 @@ class Report:
 
     @property
     def heading(self) -> str:
-        """What was checked against what."""
+        """Target, definition and duration."""
         return f"{self.target}, definition: {TITLES[self.definition]}, {self.seconds:.1f} s"
 
     def __str__(self) -> str:
         width = max([len(clause.clause) for clause in self.clauses], default=0)
-        lines = [f"{clause.clause:<{width}}  {clause.shown:<8}  {clause.said}".rstrip() for clause in self.clauses]
+        lines = [f"{clause.clause:<{width}}  {clause.shown:<8}  {clause.details}".rstrip() for clause in self.clauses]
         return "\n".join([self.heading, "", *lines, "", f"verdict: {self.verdict}"])
 
     def __rich__(self) -> Group:
@@ -105,20 +105,20 @@ class Report:
         colours = {"passed": "green", "failed": "red", "expected": "yellow"}
         for clause in self.clauses:
             colour = colours[clause.status] if clause.required else "yellow"
-            table.add_row(Text(clause.clause), Text(clause.shown, colour), Text(plain(clause.said)))
+            table.add_row(Text(clause.clause), Text(clause.shown, colour), Text(plain(clause.details)))
         verdict = Text.assemble("verdict: ", (self.verdict, "bold green" if self.sound else "bold red"))
         return Group(Text(plain(self.heading)), "", table, "", verdict)
 
 
 class CheckFailed(AssertionError):
-    """A clause failed that was not expected to. ``report`` has the rest.
+    """A clause failed unexpectedly.
 
-    Args:
-        report: what was found.
+    Attributes:
+        report: the whole report.
     """
 
     def __init__(self, report: Report) -> None:
         self.report = report
-        found = [c for c in report.clauses if c.status == "failed" and c.required]
-        said = "\n".join(f"  {c.clause}: {c.witness or c.reason}" for c in found)
-        super().__init__(f"{report.target} under {TITLES[report.definition]}: {report.verdict}\n{said}")
+        failed = [c for c in report.clauses if c.status == "failed" and c.required]
+        details = "\n".join(f"  {c.clause}: {c.witness or c.reason}" for c in failed)
+        super().__init__(f"{report.target} under {TITLES[report.definition]}: {report.verdict}\n{details}")

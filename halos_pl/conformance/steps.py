@@ -18,18 +18,18 @@ Classes = Literal["mixed", "desirable", "undesirable"]
 
 @dataclass(frozen=True)
 class Step:
-    """What the rows of a step are made from; small numbers give small steps.
+    """How the rows of a step are drawn; small numbers give small steps.
 
     Attributes:
-        seed: of everything that is drawn.
+        seed: of all random draws.
         units: pairs, or (without ``paired``) rows.
         mismatched: mismatched rows.
-        tokens: width of the batch; rows have 1 to so many tokens.
+        tokens: width of the batch; a row has between 1 and this many.
         scale: nats; log-probs lie between -3 * scale and 0, as multiples of a tenth of it.
         paired: rows come as pairs of a desirable and an undesirable one.
         classes: of rows that are not paired.
         grouped: every prompt has two rows or more.
-        alone: of a step that is grouped and not paired, the last prompt has a row less: often a single one.
+        alone: drops one row of the last prompt, which often leaves a single one; if grouped and not paired.
     """
 
     seed: int = 0
@@ -44,15 +44,15 @@ class Step:
 
     @property
     def large(self) -> bool:
-        """Whether it is larger than those that are drawn, so that a check of each of its rows takes long."""
+        """Whether it is larger than the drawn ones, so that checking row by row would take long."""
         return self.units > 6 or self.tokens > 5
 
     def later(self, call: int) -> Step:
-        """Another step of the same kind and size, for the ``call``-th call after one with this step."""
+        """Another step of the same kind and size, for the ``call``-th call after this step."""
         return replace(self, seed=(self.seed + 7919 * call) % 2**31)
 
     def rows(self, dtype: torch.dtype = torch.float64) -> LogProbBatch:
-        """The rows of the step, in no order, mismatched rows among them."""
+        """The rows of the step in random order, mismatched rows among them."""
         drawn = self._rows(dtype)
         labels, rows = object.__new__(Labels), object.__new__(LogProbBatch)  # without checking the shapes again
         labels.__dict__.update({name: column.clone() for name, column in drawn.labels.__dict__.items()})
@@ -70,19 +70,19 @@ class Step:
         mask = torch.arange(width) < torch.randint(1, width + 1, (n, 1), generator=draw)
         desirable = torch.rand(n, generator=draw) < 0.5
         pair = torch.full((n,), -1)
-        own = place[:train]
+        trained = place[:train]
         if self.paired:
-            pair[own[0::2]], pair[own[1::2]] = own[1::2], own[0::2]
-            desirable[own[0::2]], desirable[own[1::2]] = True, False
+            pair[trained[0::2]], pair[trained[1::2]] = trained[1::2], trained[0::2]
+            desirable[trained[0::2]], desirable[trained[1::2]] = True, False
         elif self.classes != "mixed":
-            desirable[own] = self.classes == "desirable"
+            desirable[trained] = self.classes == "desirable"
         mismatched = torch.ones(n, dtype=torch.bool)
-        mismatched[own] = False
+        mismatched[trained] = False
         # One or two pairs (or rows) to a prompt; where groups are asked for, a row by itself only as `alone`.
         prompt = torch.empty(n, dtype=torch.long)
         each = torch.arange(train) // 2 if self.paired or self.grouped else torch.arange(train)
-        prompt[own] = each // (1 + self.seed % 2)
-        prompt[place[train:]] = prompt[own[torch.arange(self.mismatched) % train]]
+        prompt[trained] = each // (1 + self.seed % 2)
+        prompt[place[train:]] = prompt[trained[torch.arange(self.mismatched) % train]]
 
         def log_probs() -> torch.Tensor:
             tenths = torch.randint(0, 31, (n, width), generator=draw)
@@ -104,7 +104,7 @@ class Step:
     def _scores(self, desirable: torch.Tensor) -> torch.Tensor:
         """How good each row is, of either sign whatever its label; missing for some, and in every third step.
 
-        Of a generator of its own: what else is drawn does not depend on it.
+        From a generator of their own, so that no other draw depends on them.
         """
         draw = torch.Generator().manual_seed(self.seed + 1)
         score = torch.randint(-20, 21, desirable.shape, generator=draw).float() / 10
@@ -183,7 +183,8 @@ def _drawn(count: int) -> tuple[Step, ...]:
     """Always the same steps. By themselves: Hypothesis takes longer to draw them than most clauses to be tried."""
     draw = Random(0)
     # A single row by itself and with a mismatched row, of either label: what is drawn may be of other sizes for long.
-    single = [Step(classes=label, mismatched=n) for label in ("desirable", "undesirable") for n in (0, 1)]  # type: ignore[arg-type]
+    labels: tuple[Classes, ...] = ("desirable", "undesirable")
+    single = [Step(classes=label, mismatched=n) for label in labels for n in (0, 1)]
     drawn = [step for _ in range(0, count, _BLOCK) for step in _block(draw)]
     return (*single, *drawn)[:count]
 
@@ -209,31 +210,31 @@ def smallest(
     drawn shows a fault does Hypothesis run, to shrink it.
     """
 
-    def found(step: Step) -> str | None:
+    def witness_at(step: Step) -> str | None:
         try:
             return fault(step)
         except (Exception, SystemExit) as error:
             return Raised.by(error)
 
     fitted = (fitted_to(step, needs, mismatched) for step in _drawn(examples))
-    first = next(((step, witness) for step in fitted if (witness := found(step)) is not None), None)
+    first = next(((step, witness) for step in fitted if (witness := witness_at(step)) is not None), None)
     if first is None:
-        tried = ((step, found(step)) for step in large_steps(needs, mismatched=mismatched))
+        tried = ((step, witness_at(step)) for step in large_steps(needs, mismatched=mismatched))
         wrong = next(((step, witness) for step, witness in tried if witness is not None), None)
-        return wrong and _halved(found, *wrong)
+        return wrong and _halved(witness_at, *wrong)
     try:
         from halos_pl.conformance.strategies import shrunk
     except ModuleNotFoundError:  # installed without its dependencies: the same verdict, a larger witness
-        return _halved(found, *first)
-    return shrunk(found, first[1], needs, mismatched=mismatched, examples=examples)
+        return _halved(witness_at, *first)
+    return shrunk(witness_at, first[1], needs, mismatched=mismatched, examples=examples)
 
 
-def _halved(found: Callable[[Step], str | None], step: Step, witness: str) -> str:
+def _halved(witness_at: Callable[[Step], str | None], step: Step, witness: str) -> str:
     """The witness of a step that is half as large in some way, as often as it goes."""
     for name in ("units", "tokens", "mismatched"):
         while (size := getattr(step, name)) > 1:
             smaller = replace(step, **{name: size // 2})
-            other = found(smaller)
+            other = witness_at(smaller)
             if other is None:
                 break
             step, witness = smaller, other

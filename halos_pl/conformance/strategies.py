@@ -1,4 +1,4 @@
-"""Hypothesis strategies for tests of plug-ins: outcomes, rows of a step, arguments of a value function.
+"""Hypothesis strategies for tests of plug-ins: outcomes, rows of a step, arguments of a class.
 
 >>> @given(strategies.rows(Needs(pairs=True)))                             # doctest: +SKIP
 ... def test_my_reward(rows): ...
@@ -34,12 +34,12 @@ def outcomes(largest: float = 1e4) -> st.SearchStrategy[float]:
 
 
 def steps(needs: Needs | None = None, *, mismatched: bool | None = None) -> st.SearchStrategy[Step]:
-    """Steps that provide what ``needs`` asks for.
+    """Steps of rows, drawn for the clauses of the suite.
 
     Args:
-        needs: of a plug-in or an objective.
-        mismatched: whether there may be mismatched rows that ``needs`` does not ask for; by default,
-            where no pairs are needed.
+        needs: what the rows must provide.
+        mismatched: whether there may be mismatched rows that ``needs`` does not ask for; left out, unless it asks for
+            pairs.
     """
     return _any_step.map(lambda step: fitted_to(step, needs or Needs(), mismatched))
 
@@ -48,7 +48,7 @@ _any_step = st.builds(Step, **{name: st.sampled_from(values) for name, values in
 
 
 def rows(needs: Needs | None = None, dtype: torch.dtype = torch.float64) -> st.SearchStrategy[LogProbBatch]:
-    """Rows of a step with pairs, mismatched rows, padding and prompts, as ``needs`` asks for."""
+    """Rows of a step: with padding, and with pairs, mismatched rows and whole prompts as ``needs`` asks."""
     return steps(needs).map(lambda step: step.rows(dtype))
 
 
@@ -73,7 +73,7 @@ def _of_annotation(annotation: Any, default: Any) -> st.SearchStrategy[Any]:
 
 
 def arguments(cls: type) -> st.SearchStrategy[dict[str, Any]]:
-    """Keyword arguments that ``cls`` can be made with, from the annotations and defaults of its constructor.
+    """Keyword arguments for the constructor of ``cls``, drawn by its annotations and defaults.
 
     Arguments that the constructor refuses with a ``ValueError`` are not drawn.
     """
@@ -114,13 +114,13 @@ class _FoundError(Exception):
 def shrunk(
     fault: Callable[[Step], str | None], first: str, needs: Needs, *, mismatched: bool | None = None, examples: int = 60
 ) -> str:
-    """The witness of the smallest step with a fault that Hypothesis finds; ``first`` where it finds none.
+    """The witness of the smallest faulty step that Hypothesis finds; ``first`` if it finds none.
 
     Args:
-        fault: the witness of a step that has one; raises nothing.
-        first: the witness known so far.
-        needs, mismatched rows: as for ``steps``.
-        examples: how many steps are drawn, at least.
+        fault: gives the witness of a faulty step, else None; never raises.
+        first: the witness so far.
+        needs, mismatched: as for :func:`steps`.
+        examples: how many steps to draw, at least.
     """
     best: tuple[float, str] = (math.inf, first)
     tries, most = 0, min(150, 3 * examples)  # a count and not a time, so that the witness is the same on any machine

@@ -1,4 +1,4 @@
-"""What may be checked: an object, a class, or the name of one; from a file, a module or an objective's YAML.
+"""Targets of a check: an object, a class, or where to find one: in a file, a module or an objective's YAML.
 
 The code of the target is executed.
 """
@@ -40,12 +40,12 @@ class TargetError(ValueError):
 
 
 def one_line(error: BaseException) -> str:
-    """An exception of other people's code, as ``Class: message`` in at most 300 characters."""
+    """An exception from foreign code as ``Class: message``, in at most 300 characters."""
     return " ".join(f"{type(error).__name__}: {cause_in(error) or cause(str(error))}".split())[:300]
 
 
 def _imported() -> list[type]:
-    """The plug-ins that have been imported."""
+    """The plug-ins that are imported."""
     found, todo = [], list[type](KINDS)
     while todo:
         cls = todo.pop()
@@ -56,7 +56,7 @@ def _imported() -> list[type]:
 
 
 def _known(name: str) -> type | None:
-    """The class of that bare name among the plug-ins that have been imported, the library's own first."""
+    """The imported plug-in of that bare name, the library's own first; else None."""
     found = [cls for cls in _imported() if cls.__name__ == name]
     return min(found, key=lambda c: not c.__module__.startswith(("halos_pl", "value_functions")), default=None)
 
@@ -109,7 +109,7 @@ def _from_module(path: str) -> Any:
 
 
 def _instance(cls: type, given: dict[str, Any], what: str) -> Any:
-    """``cls`` with arguments of plain data, plug-ins among them instantiated."""
+    """An instance of ``cls`` from plain data, with plug-ins among its arguments instantiated."""
     try:
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(cls, "it", fail_untyped=False)
@@ -134,14 +134,14 @@ def objective_of(path: str | Path) -> Target:
 
 
 def load_target(target: str | os.PathLike[str], init_args: str | None = None) -> Target:
-    """What ``halos check TARGET`` and ``check_halo(TARGET)`` check.
+    """The object that ``halos check TARGET`` and ``check_halo(TARGET)`` check.
 
     Args:
         target: an objective's YAML file, ``path/to/file.py:Class``, a dotted class, or the bare name of a plug-in.
         init_args: the class's arguments as JSON; plug-ins among them as {"class_path": ..., "init_args": ...}.
 
     Raises:
-        TargetError: where there is nothing to check, in one line.
+        TargetError: if there is nothing to check, in one line.
     """
     target = os.fspath(target)
     if target.endswith((".yaml", ".yml")):
@@ -165,18 +165,19 @@ def load_target(target: str | os.PathLike[str], init_args: str | None = None) ->
         if missing:
             raise TargetError(f"{target} needs arguments that were not given: {', '.join(missing)}; see --init_args")
         if given:
-            return _instance(found, given, f"{target} with {init_args}")
+            instance: Target = _instance(found, given, f"{target} with {init_args}")
+            return instance
     try:
-        return made(found)
+        return as_target(found)
     except (Exception, SystemExit) as error:
         raise TargetError(f"{target}: {' '.join(str(error).split())[:300]}") from error
 
 
-def made(target: object) -> Target:
-    """The target itself, an instance of a class that can be made without arguments, or what a name or path stands for.
+def as_target(target: object) -> Target:
+    """The target itself, an instance of a class without required arguments, or what a name or path stands for.
 
     Raises:
-        TargetError: where a name or path stands for nothing that can be checked.
+        TargetError: if a name or path stands for nothing that can be checked.
         TypeError: for anything else, in one line.
     """
     kinds = ", ".join(kind.__name__ for kind in KINDS)

@@ -1,4 +1,4 @@
-"""What a check says of a fault: text that a person can put into a calculator."""
+"""How a check describes a fault: in numbers that a person can put into a calculator."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from halos_pl.batch import LogProbBatch
 
 
 class WrongShape(str):
-    """A witness that something of another shape came back, so that nothing else can be said of the target."""
+    """A witness that the target returned another shape, so that no other clause means anything."""
 
 
 class Raised(str):
-    """A witness that the target raised."""
+    """A witness that the target raised an error."""
 
     @classmethod
     def by(cls, error: BaseException) -> Raised:
-        """In one line."""
+        """The error in one line."""
         return cls(f"raises {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
 def number(x: float) -> str:
-    """A number with no more digits than it has."""
+    """A number with the digits it needs, at most 12."""
     return f"{x + 0.0:.12g}"  # no -0
 
 
 def pair(x: float, y: float) -> tuple[str, str]:
-    """Two different numbers with as few digits as show the difference."""
+    """Two different numbers, with just enough digits to show the difference."""
     x, y = x + 0.0, y + 0.0
     for digits in range(3, 17):
         a, b = f"{x:.{digits}g}", f"{y:.{digits}g}"
@@ -46,7 +46,7 @@ def listed(values: Tensor) -> str:
 
 
 def copied(rows: LogProbBatch) -> LogProbBatch:
-    """The same rows in other memory, to compare with afterwards."""
+    """The same rows in memory of their own, to compare with afterwards."""
     tensors: dict[str, Any] = {
         name: value.detach().clone() for name, value in vars(rows).items() if torch.is_tensor(value)
     }
@@ -55,7 +55,7 @@ def copied(rows: LogProbBatch) -> LogProbBatch:
 
 
 def changed(before: LogProbBatch, after: LogProbBatch) -> str | None:
-    """Which field of the rows was changed in place, in words."""
+    """Which field of the rows was changed in place, in words; else None."""
     now = vars(after) | vars(after.labels)
     for name, one in (vars(before) | vars(before.labels)).items():
         other = now[name]

@@ -1,4 +1,4 @@
-"""Losses that are no HALOs, as terms of their own: baselines and the extra terms of composites."""
+"""Losses that are not HALOs: baselines, and extra terms of composites."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from value_functions.bounded import bounded_exp
 
 
 class TokenTerm(Objective):
-    """A sum over the tokens of some rows: what a subclass says of a token, of which rows, divided by what.
+    """A sum over the tokens of some rows, divided by their number; a subclass gives the loss of a token, and the rows.
 
     Args:
         weight: factor of the term.
-        per: what it is a mean over: ``token``, of the rows that count, or ``row``, of the same.
+        per: ``token`` for a mean over the tokens of the rows that count, ``row`` for a mean over these rows.
 
     Raises:
-        ValueError: for another ``per``.
+        ValueError: if ``per`` is anything else.
     """
 
     def __init__(self, *, weight: float = 1.0, per: Literal["token", "row"] = "token") -> None:
@@ -34,7 +34,7 @@ class TokenTerm(Objective):
 
     @abstractmethod
     def counts(self, rows: LogProbBatch) -> Tensor:
-        """BoolTensor [n]: the rows that count; mismatched rows are left out by themselves."""
+        """BoolTensor [n]: the rows that count; mismatched rows never do."""
 
     @abstractmethod
     def of_tokens(self, rows: LogProbBatch) -> Tensor:
@@ -57,7 +57,7 @@ class NLL(TokenTerm):
 
     Args:
         weight: factor of the term.
-        per: what it is a mean over, ``token`` or ``row`` (then of the log-likelihoods of whole completions).
+        per: a mean over ``token``, or over ``row`` (of the log-likelihoods of whole completions).
         rows: ``desirable`` ones only, or ``all`` (conditional fine-tuning on control tokens).
 
     Raises:
@@ -114,7 +114,7 @@ class KLPenalty(TokenTerm):
     """e^-d + d - 1 at each token, d = log pi_theta / pi_ref: at least 0, and 0 where they agree.
 
     The "k3" estimator of KL(pi_theta || pi_ref) of Schulman 2020 that GRPO uses (Shao et al. 2024, eq. 4); unbiased
-    on the policy's own samples, on data a penalty. Past d = -40 nats it goes on linearly.
+    on the policy's own samples, on data a penalty. Past d = -40 nats it continues linearly.
 
     Args:
         weight: factor of the term.

@@ -80,7 +80,7 @@ def mean_of_tokens(values: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What became of each row that carries a loss, without gradient.
+    """How each row that carries a loss fared, without gradient.
 
     Where the reward is one of tokens, all are means over a row's tokens, in nats per token.
 
@@ -102,7 +102,7 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class Result:
-    """What an objective says of some rows.
+    """The loss of some rows, and what is logged of it.
 
     Attributes:
         loss: float32 scalar with gradient. Over the micro-batches of a step and over all ranks the losses

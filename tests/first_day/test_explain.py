@@ -15,14 +15,11 @@ from run_halos import ROOT
 from halos_pl.batch import Needs
 from halos_pl.cli.main import main
 from halos_pl.conformance import check_halo
-from halos_pl.conformance.check import clause_names
-from halos_pl.conformance.explain import EXPLANATIONS, code, kind_of
-from halos_pl.conformance.feedback import FeedbackChecks
-from halos_pl.conformance.objective import ObjectiveChecks
-from halos_pl.conformance.reference_point import ReferencePointChecks
-from halos_pl.conformance.reward import RewardChecks
-from halos_pl.conformance.target import TargetError, made
-from halos_pl.conformance.value_function import ValueFunctionChecks
+from halos_pl.conformance.check import checks_of, clauses
+from halos_pl.conformance.clause import EXPLANATIONS
+from halos_pl.conformance.explain import code, kind_of
+from halos_pl.conformance.target import TargetError, as_target
+from halos_pl.conformance.witness import Raised
 from halos_pl.objective.build import load_objective
 from halos_pl.objective.feedback import Binary, Feedback, Judgement
 from halos_pl.objective.halo import HALO
@@ -31,13 +28,6 @@ from halos_pl.objective.reference_points.base import MeanOverRanks
 from halos_pl.objective.rewards import LogRatio, Reward
 from value_functions import Logistic, ValueFunction
 
-CHECKS: dict[str, Any] = {
-    "ValueFunction": ValueFunctionChecks,
-    "Reward": RewardChecks,
-    "ReferencePoint": ReferencePointChecks,
-    "Feedback": FeedbackChecks,
-    "HALO": ObjectiveChecks,
-}
 NAMES = {
     "torch": torch,
     "F": F,
@@ -69,7 +59,7 @@ def test_every_clause_of_the_suite_is_explained() -> None:
     """As the suite itself names them, of every kind of target."""
     kto = load_objective(ROOT / "experiments/objectives/kto.yaml")
     targets = [Logistic(), LogRatio(), MismatchedKL(), Binary(), kto]
-    assert {name for target in targets for name in clause_names(target)} == set(EXPLANATIONS)
+    assert {clause.name for target in targets for clause in clauses(target)} == set(EXPLANATIONS)
     assert all(it.means and it.cure for it in EXPLANATIONS.values())
 
 
@@ -83,7 +73,9 @@ def test_an_example_fails_its_clause(clause: str) -> None:
         target = names["Example"](**parts, feedback=Binary(), reflect_undesirable=False)
     else:
         target = names["Example"]()
-    assert getattr(CHECKS[kind](target), clause)() is not None
+    witness = next(it for it in checks_of(target).clauses if it.name == clause).witness()
+    assert witness is not None
+    assert not isinstance(witness, Raised)
 
 
 def test_explain_prints_meaning_example_and_cure(capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,9 +127,9 @@ def test_check_halo_takes_what_the_command_takes(tmp_path: Path, monkeypatch: py
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "own_softsign.py").write_text(MINE, encoding="utf-8")
     for target in ("own_softsign.py:Softsign", "own_softsign.Softsign"):
-        assert type(made(target)).__name__ == "Softsign"
-    assert isinstance(made("Logistic"), Logistic)
-    assert isinstance(made(ROOT / "experiments/objectives/kto.yaml"), HALO)
+        assert type(as_target(target)).__name__ == "Softsign"
+    assert isinstance(as_target("Logistic"), Logistic)
+    assert isinstance(as_target(ROOT / "experiments/objectives/kto.yaml"), HALO)
     assert check_halo(f"{os.fspath(tmp_path)}/own_softsign.py:Softsign").sound
     for wrong, named in {"Logistc": "Logistic", "nope.yaml": "nope.yaml", "own_softsign.py": ":Softsign"}.items():
         with pytest.raises(TargetError, match=named) as error:

@@ -156,7 +156,7 @@ def recomputed(
     objective: HALO, rows: LogProbBatch, context: TermContext, weight: Callable[[Tensor], Tensor] = lambda w: w
 ) -> Tensor:
     """The loss of KTO by hand, with other weights."""
-    u = objective.reward(rows) - context.reference_point
+    u = objective.reward(rows) - context.reference_point.value
     v = objective.value_function
     judged = torch.where(context.sign < 0, -v(u), -v(-u))
     return (weight(context.weight) * (1 + judged)).sum() / context.denominator

@@ -470,7 +470,7 @@ def clipped_ratio(rng: Random) -> ValueFunction:
 
 def jumps_up_a_little(rng: Random) -> ValueFunction:
     place = rng.uniform(20, 99)
-    return Value(lambda u: u + 1e-6 * torch.heaviside(u - place, torch.zeros((), dtype=u.dtype)))
+    return Value(lambda u: u + 1e-6 * torch.heaviside(u.detach() - place, torch.zeros((), dtype=u.dtype)))
 
 
 def rises_behind_the_backward(rng: Random) -> ValueFunction:

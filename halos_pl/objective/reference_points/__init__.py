@@ -1,28 +1,28 @@
-"""Reference points: estimators of z0."""
+"""Reference points: z0, what the rewards of a step are compared with.
 
-from halos_pl.objective.reference_points.base import Estimate, MeanOverRanks, ReferencePoint
-from halos_pl.objective.reference_points.batch import BatchMean, BatchQuantile, LeaveOneOut
-from halos_pl.objective.reference_points.constant import Constant, Zero
-from halos_pl.objective.reference_points.exact import SampledKL, TokenKL
-from halos_pl.objective.reference_points.mismatched_kl import MismatchedKL
-from halos_pl.objective.reference_points.paired_completion import PairedCompletion
-from halos_pl.objective.reference_points.running_mean import RunningMean
-from halos_pl.objective.reference_points.sorted import RankMatched, SortedMargins
+A class in any file of this folder is found by itself: the command line takes its bare name, and the tests hold it to
+the clauses of its kind. The imports below only tell type checkers about the library's own.
+"""
 
-__all__ = [
-    "BatchMean",
-    "BatchQuantile",
-    "Constant",
-    "Estimate",
-    "LeaveOneOut",
-    "MeanOverRanks",
-    "MismatchedKL",
-    "PairedCompletion",
-    "RankMatched",
-    "ReferencePoint",
-    "RunningMean",
-    "SampledKL",
-    "SortedMargins",
-    "TokenKL",
-    "Zero",
-]
+from __future__ import annotations
+
+from halos_pl.objective.reference_points.base import Estimate as Estimate
+from halos_pl.objective.reference_points.base import MeanOverRanks as MeanOverRanks
+from halos_pl.objective.reference_points.base import ReferencePoint as ReferencePoint
+from halos_pl.objective.reference_points.batch import BatchMean as BatchMean
+from halos_pl.objective.reference_points.batch import BatchQuantile as BatchQuantile
+from halos_pl.objective.reference_points.batch import LeaveOneOut as LeaveOneOut
+from halos_pl.objective.reference_points.by_rank import RankMatched as RankMatched
+from halos_pl.objective.reference_points.by_rank import SortedMargins as SortedMargins
+from halos_pl.objective.reference_points.constant import Constant as Constant
+from halos_pl.objective.reference_points.constant import Zero as Zero
+from halos_pl.objective.reference_points.exact import SampledKL as SampledKL
+from halos_pl.objective.reference_points.exact import TokenKL as TokenKL
+from halos_pl.objective.reference_points.mismatched_kl import MismatchedKL as MismatchedKL
+from halos_pl.objective.reference_points.paired_completion import PairedCompletion as PairedCompletion
+from halos_pl.objective.reference_points.running_mean import RunningMean as RunningMean
+from value_functions.discovery import plug_ins
+
+_FOUND = plug_ins(__name__, ReferencePoint)
+globals().update(_FOUND)
+__all__ = ["ReferencePoint", "Estimate", "MeanOverRanks", *sorted(_FOUND)]

@@ -1,4 +1,4 @@
-"""Reference points that do not look at the rewards."""
+"""Reference points that do not read the rewards."""
 
 from __future__ import annotations
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.objective.reference_points.base import Estimate, MeanOverRanks, ReferencePoint
+
+_EXACT = "the KL divergence is summed over the vocabulary and does not read the rewards whose mean it is"
 
 
 class TokenKL(ReferencePoint):
@@ -21,6 +25,7 @@ class TokenKL(ReferencePoint):
     """
 
     needs = Needs(reference=True, mismatched=True, exact_kl=True)
+    excused: Mapping[str, str] = dict.fromkeys(("reference_in_range", "reference_shift_equivariant"), _EXACT)
 
     def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
         if rows.kl is None:

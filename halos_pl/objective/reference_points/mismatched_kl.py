@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
 
 from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.objective.reference_points.base import Estimate, MeanOverRanks, ReferencePoint
+
+_CLAMP = "the paper's own: no KL divergence is negative, so a negative estimate becomes 0 (Ethayarajh et al. 2024, 4.1)"
 
 
 class MismatchedKL(ReferencePoint):
@@ -29,6 +32,7 @@ class MismatchedKL(ReferencePoint):
     """
 
     needs = Needs(mismatched=True)
+    excused: Mapping[str, str] = dict.fromkeys(("reference_in_range", "reference_shift_equivariant"), _CLAMP)
 
     def __init__(self, *, clamp: bool = True) -> None:
         super().__init__()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,16 @@ class RunningMean(ReferencePoint):
         self.decay = decay
         self.mean = 0.0
         self.count = 0
+
+    @property
+    def excused(self) -> Mapping[str, str]:  # type: ignore[override]
+        """What the averaged estimate is excused from."""
+        return self.of.excused
+
+    @property
+    def violates(self) -> Mapping[str, str]:  # type: ignore[override]
+        """What the averaged estimate violates."""
+        return self.of.violates
 
     def get_extra_state(self) -> dict[str, float]:
         return {"mean": self.mean, "count": self.count}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,9 @@ class RankMatched(ReferencePoint):
         return Estimate(torch.zeros_like(rewards).index_put((own,), matched), rows=1.0, mean=matched)
 
 
+_MARGINS = "it is a margin of the reference model, not a mean of rewards"
+
+
 class SortedMargins(ReferencePoint):
     """z0 = the reference's margin of the same rank, no gradient.
 
@@ -60,6 +65,7 @@ class SortedMargins(ReferencePoint):
 
     per_row = True
     needs = Needs(pairs=True, reference=True, step_rewards=True)
+    violates: Mapping[str, str] = dict.fromkeys(("reference_in_range", "reference_shift_equivariant"), _MARGINS)
 
     def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
         own = rows.labels.train.nonzero().squeeze(1)

@@ -1,0 +1,154 @@
+"""A clause of the definition: a plain function of a target, with its explanation beside it.
+
+A function that takes a :class:`Case` and returns ``None`` or a witness is a clause once it is decorated with
+:func:`explained` and listed in the ``CLAUSES`` of its kind. A kind's ``clauses(case)`` yields them bound to a target;
+``check_halo``, the pytest decorator and ``halos check`` all run what it yields.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar
+
+from halos_pl.conformance.target import TargetError
+from halos_pl.conformance.witness import Raised
+
+Law = Callable[[Any], str | None]
+L = TypeVar("L", bound=Law)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One clause in words.
+
+    Attributes:
+        means: what the clause demands; the docstring of its function.
+        example: the body of a class that fails it; the class extends the clause's kind of target.
+        cure: what to change where it fails.
+    """
+
+    means: str
+    example: str
+    cure: str
+
+
+EXPLANATIONS: dict[str, Explanation] = {}
+
+
+def explained(*, example: str, cure: str) -> Callable[[L], L]:
+    """Registers a clause's explanation, with the docstring as its meaning; the function stays as it is."""
+
+    def register(law: L) -> L:
+        means = " ".join((law.__doc__ or "").split())
+        EXPLANATIONS[law.__name__] = Explanation(means, example, " ".join(cure.split()))
+        return law
+
+    return register
+
+
+def _nothing() -> str | None:
+    return None
+
+
+def witness_of(check: Callable[[], str | None]) -> str | None:
+    """What a check found; code under check that raises, or leaves the process, is a witness too."""
+    try:
+        return check()
+    except (Exception, SystemExit) as error:
+        return Raised.by(error)
+
+
+@dataclass(frozen=True)
+class Clause:
+    """One clause, bound to one target.
+
+    Attributes:
+        name: of the clause, after the term's where an objective sums several.
+        check: runs it: ``None`` if the clause holds, else a witness.
+        icml_only: whether only the ICML definition has the clause; arXiv v1 does not.
+        excused: asked once the check has failed: why the failure is expected, else ``None``.
+        not_required: likewise: why the failure is reported but does not count, else ``None``.
+        note: asked once all checks have run: a remark for the report, else ``None``.
+    """
+
+    name: str
+    check: Callable[[], str | None]
+    icml_only: bool = False
+    excused: Callable[[], str | None] = _nothing
+    not_required: Callable[[], str | None] = _nothing
+    note: Callable[[], str | None] = _nothing
+
+    def witness(self) -> str | None:
+        """What the check finds; a target that raises, or leaves the process, is a witness too."""
+        return witness_of(self.check)
+
+    def of_term(self, prefix: str) -> Clause:
+        """The same clause of a term in a sum."""
+        return replace(self, name=prefix + self.name)
+
+
+class Case:
+    """One target, and what its clauses share. Each clause runs once, also where several terms share the target.
+
+    Args:
+        target: the object under check; only copies of it are called.
+        laws: the clauses of its kind.
+
+    Raises:
+        TargetError: if ``target.violates`` is no mapping from clauses of its kind to reasons.
+    """
+
+    def __init__(self, target: Any, laws: tuple[Law, ...]) -> None:
+        self.laws = laws
+        self.plug_in = target
+        self.violates = reasons(target, "violates", laws)
+        self._witnesses: dict[str, str | None] = {}
+
+    def witness(self, law: Law) -> str | None:
+        """``None`` if the clause holds, else its witness."""
+        name = law.__name__
+        if name not in self._witnesses:
+            self._witnesses[name] = witness_of(partial(law, self))
+        return self._witnesses[name]
+
+    def clause(self, law: Law, **details: Any) -> Clause:
+        """The clause, bound to this target; ``details`` are further attributes of a :class:`Clause`."""
+        return Clause(
+            law.__name__, **({"check": partial(self.witness, law), "note": partial(self.note, law)} | details)
+        )
+
+    def note(self, law: Law) -> str | None:
+        """Why the target fails the clause, if its author says so; or why what a base class says does not count."""
+        name = law.__name__
+        if self.witness(law) is None:
+            return None
+        if name in self.violates:
+            return self.violates[name]
+        cls = type(self.plug_in)
+        for base in cls.__mro__[1:]:
+            for attribute in ("excused", "violates"):
+                declared = vars(base).get(attribute)
+                if isinstance(declared, Mapping) and name in declared:
+                    return (
+                        f"{base.__name__}.{attribute} speaks of its own forward; {cls.__name__} has another one and"
+                        f" may state a reason in an {attribute} of its own"
+                    )
+        return None
+
+
+def reasons(target: Any, attribute: str, laws: tuple[Law, ...]) -> dict[str, str]:
+    """What a plug-in declares of itself in ``violates`` or ``excused``: a reason for each clause."""
+    declared = getattr(target, attribute, {})
+    name = f"{type(target).__name__}.{attribute}"
+    if not isinstance(declared, Mapping) or not all(isinstance(why, str) and why.strip() for why in declared.values()):
+        raise TargetError(f"{name} is {declared!r}; it takes a reason for each clause, {{clause: reason}}")
+    clauses = [law.__name__ for law in laws]
+    for clause in declared:
+        if clause not in clauses:
+            near = difflib.get_close_matches(str(clause), clauses, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(clauses)}"
+            raise TargetError(f"{name} names {clause!r}; {hint}")
+    return dict(declared)

@@ -1,0 +1,92 @@
+"""The clause that a reference point is the same however a step is split over ranks and micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from halos_pl.conformance.clause import explained
+from halos_pl.conformance.ranks import Ranks, namespaces
+from halos_pl.conformance.reference_case import RELATIVE, ReferencePointCase, first_difference, untied
+from halos_pl.conformance.steps import Step, two_ranks
+from halos_pl.conformance.witness import listed, pair
+
+
+@explained(
+    example="""
+        needs = Needs(step_rewards=True)
+
+        def forward(self, rewards, rows):
+            return Estimate(rewards[rows.labels.train].detach().mean())
+        """,
+    cure="""Reduce over ranks before dividing: MeanOverRanks(values).estimate() (halos_pl.objective.reference_points),
+    or sum_over_ranks for sums and counts. A median, trimmed mean or rank needs all values:
+    gather_over_ranks(values)[0]. Both are in halos_pl.distributed; every rank must call them equally often, also one
+    without rows. Name what you read in needs: mismatched=True for mismatched rows, step_rewards=True for the rewards of
+    the step, whole_step=True where these carry a gradient.""",
+)
+def reference_split(case: ReferencePointCase) -> str | None:
+    """z0 is the same on two ranks as on one, and in micro-batches as in one batch.
+
+    It reads only the rows that `needs` asks for. Of an objective, the losses of the parts also sum to the loss of the
+    step.
+    """
+    return (
+        case.smallest(partial(_unscored_rows, case))
+        or case.smallest(partial(_micro_batches, case), max(10, case.examples // 2))
+        or case.smallest(partial(_two_ranks, case), max(10, case.examples // 6))
+    )
+
+
+def _unscored_rows(case: ReferencePointCase, step: Step) -> str | None:
+    asked = case.target.needs
+    if case.target.scope != "step" or asked.step_rewards or asked.whole_step:
+        return None
+    rows = step.rows()
+    z0 = case.estimate(case.rewards(rows), rows)
+    blank = replace(rows, policy_logps=torch.where(rows.labels.mismatched[:, None], rows.policy_logps, 0.0))
+    other = case.estimate(case.rewards(blank), blank)
+    wrong = ~((z0 - other).abs() <= RELATIVE * z0.abs().max()) & rows.labels.train
+    if not bool(wrong.any()):
+        return None
+    i = int(wrong.nonzero()[0])
+    a, b = pair(float(z0[i]), float(other[i]))
+    return f"z0 = {a}, {b} before rows have been scored that `needs` does not ask for (step_rewards)"
+
+
+def _micro_batches(case: ReferencePointCase, step: Step) -> str | None:
+    if case.target.scope == "step" or case.target.needs.whole_step:
+        return None
+    rows = case.rows(step)
+    rewards = case.rewards(rows)
+    z0 = case.estimates(rewards, rows)
+    for index in case.parts(rows):
+        part = case.estimates(rewards[index], rows.select(index))
+        wrong = first_difference(z0[:, index], part, rewards, rows.select(index))
+        if wrong:
+            shown = f"rewards {listed(rewards)}: z0 = {wrong[0]} of one of rows {listed(index + 1)}"
+            return f"{shown}; in a micro-batch of these {len(index)}: {wrong[1]}"
+    return None
+
+
+def _two_ranks(case: ReferencePointCase, step: Step) -> str | None:
+    rows = case.rows(step)
+    rewards = untied(case.rewards(rows))
+    z0 = case.estimates(rewards, rows)
+    parts = two_ranks(rows, case.needs, step.seed)
+    if not parts:
+        return None
+    jobs: list[Callable[[], Tensor]] = [
+        lambda index=index: case.estimates(rewards[index], rows.select(index))  # type: ignore[misc]
+        for index in parts
+    ]
+    for index, part in zip(parts, Ranks().run(jobs, namespaces(case.target)), strict=True):
+        wrong = first_difference(z0[:, index], part, rewards, rows.select(index))
+        if wrong:
+            a, b = wrong
+            return f"rewards {listed(rewards)}: z0 = {a}; on ranks of {len(parts[0])} and {len(parts[1])} rows: {b}"
+    return None

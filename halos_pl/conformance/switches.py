@@ -1,0 +1,126 @@
+"""Where the code inside a value function switches: recorded from the operations that it executes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from halos_pl.conformance.curve import Function
+
+_COMPARISONS = {"gt", "lt", "ge", "le", "eq", "ne"}
+_BOUNDS = {"clamp", "clamp_min", "clamp_max", "hardtanh", "relu", "threshold", "leaky_relu", "elu", "celu"}
+_STEPS = {"sign", "sgn", "floor", "ceil", "round", "trunc"}
+
+
+class Switches(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records for each operation that branches (a comparison, a clamp, abs …) which branch each element took.
+
+    Attributes:
+        states: a float64 [count] for each such operation, in the order of the calls.
+        seams: places in ``states`` of ``F.softplus``, which becomes linear with a jump.
+        unknown_seams: whether there is one of another shape.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = count
+        self.states: list[Tensor] = []
+        self.seams: list[int] = []
+        self.unknown_seams = False
+        self.operations = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: skipping it means importing it, which takes as long as a check does."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        before = args[0].clone() if name.endswith("_") and args and isinstance(args[0], Tensor) else None
+        out = func(*args, **(kwargs or {}))
+        name = name.rstrip("_")
+        if isinstance(out, Tensor) and out.is_floating_point():
+            self.operations += 1
+        given = before if before is not None else (args[0] if args else None)
+        if name == "softplus" and isinstance(given, Tensor):
+            beta, threshold = (float(x) for x in (*args[1:], *(1, 20)[len(args) - 1 :]))
+            if given.numel() == self.count:
+                self.seams.append(len(self.states))
+                self.states.append((given * beta > threshold).detach().flatten().double())
+            self.unknown_seams |= given.numel() != self.count
+        if isinstance(out, Tensor) and out.numel() == self.count and isinstance(given, Tensor):
+            state = None
+            if name in _COMPARISONS:
+                state = out
+            elif name in _BOUNDS and given.numel() == self.count:
+                state = (out - given).sign()
+            elif name in ("minimum", "maximum", "fmin", "fmax") and given.numel() == self.count:
+                state = out == given
+            elif name == "abs":
+                state = given.sign()
+            elif name in _STEPS:
+                state = out
+            if state is not None:
+                self.states.append(state.detach().flatten().double())
+        return out
+
+
+def switches(v: Function, u: Tensor) -> Switches:
+    """The recording of v(u)."""
+    mode = Switches(u.numel())
+    with torch.no_grad(), mode:
+        v(u.clone())
+    return mode
+
+
+def operations(v: Function) -> int:
+    """How many float operations one call of v takes; each may round once."""
+    mode = Switches(-1)
+    with torch.no_grad(), mode:
+        v(torch.tensor([0.5, -0.5]))
+    return mode.operations
+
+
+def breakpoints(v: Function, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Points on either side of each place where the code inside v takes another branch.
+
+    Args:
+        v: a value function.
+        u: nats, float64 [n], ascending.
+
+    Returns:
+        nats, float64 [m]: for each place the two sides, found by bisection; and those of them, float64 [2, k], where
+        ``F.softplus`` becomes linear.
+    """
+    events, places, first, last = [], [], [], []
+    mode = switches(v, u)
+    for number, state in enumerate(mode.states):
+        change = (state[1:] != state[:-1]).nonzero().squeeze(1)
+        change = change[:: max(1, len(change) // 200)]
+        events.append(torch.full_like(change, number))
+        places.append(change)
+        first.append(state[change])
+        last.append(state[change + 1])
+    everywhere = u.new_tensor([[-torch.inf], [torch.inf]])
+    if not events or sum(map(len, events)) == 0:
+        return u.new_empty(0), everywhere if mode.unknown_seams else everywhere[:, :0]
+    # Twice: for where the left way ends and for where the right one begins; between them may be a third one.
+    event, place = torch.cat(events).repeat(2), torch.cat(places).repeat(2)
+    start, end = torch.cat(first).repeat(2), torch.cat(last).repeat(2)
+    leaving = torch.arange(len(event)) < len(event) // 2
+    low, high = u[place], u[place + 1]
+    rows = torch.arange(len(event))
+    for _ in range(60):
+        middle = (low + high) / 2
+        states = switches(v, middle).states
+        if len(states) != len(events):
+            break
+        way = torch.stack(states)[event, rows]
+        left = torch.where(leaving, way == start, way != end)
+        low, high = torch.where(left, middle, low), torch.where(left, high, middle)
+    seam = torch.isin(event, torch.tensor(mode.seams))
+    seams = everywhere if mode.unknown_seams else torch.stack([low[seam], high[seam]])
+    return torch.cat([low, high]), seams

@@ -1,0 +1,120 @@
+"""What the clauses of a value function share: fresh copies of it, its curve, and its values in each dtype."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from halos_pl.conformance.clause import Case, Law
+from halos_pl.conformance.curve import CELLS, FAR, Curve, grid, value_and_slope
+from halos_pl.conformance.duplicate import duplicate
+from halos_pl.conformance.search import survey
+from value_functions import ValueFunction
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+def varied_outcomes(n: int) -> Tensor:
+    """n different outcomes, near and far, of both signs, in no order; nats, float64 [n]."""
+    steps = torch.arange(n, dtype=torch.float64)
+    size = 10 ** ((steps * 0.618034) % 1 * 5 - 3)  # 1e-3 to 100
+    return torch.where(steps % 2 == 0, size, -size)
+
+
+class Sample(NamedTuple):
+    """v and v' at outcomes ``u``: computed in the dtype of ``u``, and exactly (in float64)."""
+
+    u: Tensor
+    value: Tensor
+    slope: Tensor
+    exact_value: Tensor
+    exact_slope: Tensor
+
+
+class ValueFunctionCase(Case):
+    """One value function under check.
+
+    Args:
+        value_function: the target. Each clause calls a fresh copy, so that one with a memory does not spoil the others.
+        laws: the clauses it is held to.
+        thorough: search a grid four times as dense.
+    """
+
+    def __init__(self, value_function: ValueFunction, laws: tuple[Law, ...], *, thorough: bool = False) -> None:
+        super().__init__(value_function, laws)
+        self.target = value_function
+        self.cells = CELLS * (4 if thorough else 1)
+
+    def fresh(self) -> ValueFunction:
+        """A copy in training mode that has not been called."""
+        return duplicate(self.target)
+
+    @cached_property
+    def curve(self) -> Curve:
+        """v in float64 over |u| <= 1e4."""
+        return survey(self.fresh(), self.cells)
+
+    @cached_property
+    def reflected(self) -> Curve:
+        """-v(-u), which values reflected undesirable rows, over the same range."""
+        return self.curve.reflected()
+
+    @cached_property
+    def _grid_points(self) -> Tensor:
+        """Outcomes for the other dtypes: round and odd ones, near 0 and far out."""
+        size = torch.cat(
+            [
+                torch.logspace(-38, -9, 30, dtype=torch.float64),
+                torch.logspace(-9, 4, 800, dtype=torch.float64),
+                torch.linspace(0, 100, 1001, dtype=torch.float64),
+                torch.linspace(100, FAR, 1001, dtype=torch.float64),
+            ]
+        )
+        return torch.cat([size, -size])
+
+    @cached_property
+    def samples(self) -> dict[torch.dtype, Sample]:
+        """v in each dtype beside the exact v: at every bfloat16 number; in float32 also at every fourth grid point."""
+        steps = torch.arange(2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+        positive = steps[(steps >= 0) & (steps <= FAR)]
+        outcomes = {
+            torch.float64: self._grid_points,
+            torch.float32: torch.cat([self._grid_points, grid(self.cells)[::4]]).float(),
+            torch.bfloat16: torch.cat([positive, -positive]),
+        }
+        return {
+            dtype: Sample(u, *value_and_slope(self.fresh(), u), *value_and_slope(self.fresh(), u.double()))
+            for dtype, u in outcomes.items()
+        }
+
+    @cached_property
+    def single_precision(self) -> str | None:
+        """A witness that v rounds its input to float32, so that anything finer is noise; else None."""
+        u = self._grid_points
+        value, slope = value_and_slope(self.fresh(), u)
+        rounded = value_and_slope(self.fresh(), u.float().double())[0]
+        # Outcomes where another u must have another value.
+        telling = (u.abs() > 0.1) & (u.abs() < 10) & (slope.abs() > 1e-3) & (u != u.float().double())
+        alike = telling & (value == rounded)
+        if int(alike.sum()) < 20 or int(alike.sum()) < 0.99 * int(telling.sum()):
+            return None
+        at = int(alike.nonzero()[0])
+        return (
+            f"u in float64 is rounded to float32 or less: v({float(u[at])!r}) = v({float(u[at].float())!r}) ="
+            f" {float(value[at])!r}; compute in the dtype of u"
+        )
+
+    def size_around(self, v: ValueFunction, u: Tensor) -> Tensor:
+        """The largest |v| and |u v'| near each outcome and its opposite: what v may round on the way, float64 [n].
+
+        Within 1 nat and within half of the outcome. The opposite counts because v may cancel there what it adds up
+        here.
+        """
+        near = torch.cat([u + d for d in (-1.0, -0.3, 0.0, 0.3, 1.0)] + [u * f for f in (0.5, 0.8, 1.25, 1.5)])
+        near = torch.cat([near, -near]).clamp(-FAR, FAR)
+        value, slope = value_and_slope(v, near)
+        size = (value.abs() + (near * slope).abs()).nan_to_num(posinf=0.0)
+        return size.view(len(near) // max(1, len(u)), len(u)).max(dim=0).values

@@ -1,0 +1,193 @@
+"""Clauses on a value function's numbers: finite, precise in every dtype, with the right gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from halos_pl.conformance.clause import explained
+from halos_pl.conformance.curve import EDGE, EPS, FAR, LARGEST_COTANGENT, value_and_slope
+from halos_pl.conformance.switches import operations
+from halos_pl.conformance.value_case import DTYPES, ValueFunctionCase, varied_outcomes
+from halos_pl.conformance.witness import number, pair
+from value_functions import ValueFunction
+
+
+@explained(
+    example="""
+        def forward(self, u):
+            return torch.log(torch.sigmoid(u))
+        """,
+    cure="""Use the stable form: F.logsigmoid(u) for log(sigmoid(u)), torch.log1p, torch.expm1, F.softplus. Under
+    torch.where both branches must be finite, since the gradient of the unused one is multiplied by 0, and 0 * inf is
+    NaN.""",
+)
+def finite(case: ValueFunctionCase) -> str | None:
+    """Values and gradients are finite numbers for every |u| up to 10,000 nats."""
+    # In the other dtypes, only where the exact number fits into the dtype.
+    for dtype, sample in case.samples.items():
+        most = 0.99 * torch.finfo(dtype).max
+        for name, computed, exact, largest in (
+            ("v", sample.value, sample.exact_value, most),
+            ("v'", sample.slope, sample.exact_slope, most / LARGEST_COTANGENT),
+        ):
+            fits = torch.ones_like(computed, dtype=torch.bool) if dtype == torch.float64 else exact.abs() < largest
+            bad = (~computed.isfinite() & fits).nonzero().squeeze(1)
+            if len(bad):
+                at = int(bad[sample.u[bad].double().abs().argmin()])
+                shown = "" if dtype == torch.float64 else f", exactly {number(float(exact[at]))}"
+                return f"{name}({number(float(sample.u[at]))}) = {float(computed[at])} in {str(dtype)[6:]}{shown}"
+    bad = (~(case.curve.value.isfinite() & case.curve.slope.isfinite())).nonzero().squeeze(1)
+    if len(bad):
+        at = int(bad[0])
+        return (
+            f"at u = {float(case.curve.u[at])!r}: v = {float(case.curve.value[at])},"
+            f" v' = {float(case.curve.slope[at])} in float64"
+        )
+    return _beyond_domain(case)
+
+
+def _beyond_domain(case: ValueFunctionCase) -> str | None:
+    """A function that declares a ``domain`` must continue linearly beyond it."""
+    domain = getattr(case.target, "domain", None)
+    if domain is None:
+        return None
+    low, high = domain
+    for edge, far in ((low, -FAR), (high, FAR)):
+        if edge is None or abs(edge) >= FAR:  # None is no bound, nor is an infinite one
+            continue
+        u = edge + (far - edge) * torch.logspace(-6, 0, 4001, dtype=torch.float64)
+        slope = value_and_slope(case.fresh(), u)[1]
+        off = (slope - slope[0]).abs() > 1e-6 * slope[0].abs()
+        if bool(off.any()):
+            at = int(off.nonzero()[0])
+            a, b = pair(float(slope[0]), float(slope[at]))
+            return f"declared domain {low} to {high}, yet v' is {a} at its edge and {b} at u = {float(u[at]):g}"
+    return None
+
+
+@explained(
+    example="""
+        def forward(self, u):
+            return (1e4 + torch.tanh(u)) - 1e4
+        """,
+    cure="""Avoid differences of large, nearly equal numbers (torch.expm1(x) instead of exp(x) - 1), casts to another
+    dtype, and constants that depend on the dtype. Rounding to float32 inside is reported, with that reason.""",
+)
+def precision(case: ValueFunctionCase) -> str | None:
+    """In float32 and bfloat16 the values and slopes agree with those in float64 up to rounding."""
+    # Values for |u| <= 1e4, slopes for |u| <= 100. The bound is the textbook's: each of v's k operations rounds once,
+    # which is as if u had been off by k roundings, and the value by k roundings of its size. Slopes may cancel on the
+    # way, so they may be off by k roundings of the steepest slope.
+    if case.single_precision:
+        return case.single_precision
+    count = operations(case.fresh()) + 2
+    for dtype in DTYPES[1:]:
+        sample, eps, v = case.samples[dtype], torch.finfo(dtype).eps, case.fresh()
+        tiny = torch.finfo(torch.float32).tiny
+        fits = (sample.exact_value.abs() < 0.99 * torch.finfo(dtype).max) & (sample.u.double().abs() > 1e-20)
+        value, slope, u = sample.value.double(), sample.slope.double(), sample.u.double()
+        # Most are right at first sight; the rest are compared with everything that rounding explains.
+        rough = count * eps * (sample.exact_value.abs() + (u * sample.exact_slope).abs()) + tiny
+        at = _most_doubtful(torch.where(fits, (value - sample.exact_value).abs() / rough, 0.0))
+        low, high = _around(v, u[at], count * eps, 0)
+        size = case.size_around(v, u[at])
+        off = torch.maximum(low - value[at], value[at] - high) - count * eps * size - tiny
+        if bool((off > 0).any()):
+            worst = int(at[(off / (size + 1e-300)).masked_fill(off <= 0, -1).argmax()])
+            a, b = pair(float(value[worst]), float(sample.exact_value[worst]))
+            return f"v({number(float(u[worst]))}) = {a} in {str(dtype)[6:]}, {b} in float64"
+        near = fits & (u.abs() <= EDGE)
+        slack = 4 * count * eps * float(sample.exact_slope[near].abs().nan_to_num().max())
+        at = _most_doubtful(torch.where(near, (slope - sample.exact_slope).abs() / (slack + tiny), 0.0))
+        low, high = _around(v, u[at], count * eps, 1)
+        off = torch.maximum(low - slope[at], slope[at] - high) - slack - tiny
+        off = torch.where(sample.exact_slope[at].abs() < 0.2 * torch.finfo(dtype).max, off, -torch.inf)
+        if bool((off > 0).any()):
+            worst = int(at[off.argmax()])
+            a, b = pair(float(slope[worst]), float(sample.exact_slope[worst]))
+            return f"v'({number(float(u[worst]))}) = {a} in {str(dtype)[6:]}, {b} in float64"
+    return None
+
+
+def _around(v: ValueFunction, u: Tensor, relative: float, which: int) -> tuple[Tensor, Tensor]:
+    """Lowest and highest value (0) or slope (1) in float64, as far around each outcome as rounding may move it."""
+    shares = (-1, -0.6, -0.3, -0.1, 0, 0.1, 0.3, 0.6, 1)
+    around = torch.stack([value_and_slope(v, u * (1 + relative * t))[which] for t in shares])
+    return around.min(dim=0).values, around.max(dim=0).values
+
+
+def _most_doubtful(ratio: Tensor, most: int = 20_000) -> Tensor:
+    """Places where ``ratio`` is above 1, the largest first, and at least one place."""
+    ratio = ratio.nan_to_num(posinf=torch.finfo(ratio.dtype).max)
+    return ratio.topk(max(1, min(most, int((ratio > 1).sum())))).indices
+
+
+@explained(
+    example="""
+        def forward(self, u):
+            return torch.sigmoid(u).detach() + 0.5 * (u - u.detach())
+        """,
+    cure="""Let the gradient flow: no detach, item, round or no_grad between u and the value. At a kink return one of
+    the two slopes: sqrt(|u|), for example, has an infinite one at 0, and NaN under autograd.""",
+)
+def gradient(case: ValueFunctionCase) -> str | None:
+    """Autograd's slope is that of the values (finite differences), also at u = 0, where every run starts."""
+    return _gradient_at_zero(case) or _gradient_elsewhere(case)
+
+
+def _gradient_at_zero(case: ValueFunctionCase) -> str | None:
+    """At a kink the slope may be anything between the slopes on the left and on the right."""
+    u, v = torch.zeros(2, dtype=torch.float64), case.fresh()  # two, since a batch of one has a cotangent of 1
+    value, slope = value_and_slope(v, u)
+    if not bool(value.isfinite().all() and slope.isfinite().all()):
+        return None  # another clause says so
+    around, witness = float(case.size_around(v, u)[0]), None
+    for exponent in range(2, 13):
+        step = 10.0**-exponent
+        with torch.no_grad():
+            sides = (v(u + step) - value) / step, (value - v(u - step)) / step
+        right, left = (float(side[0]) for side in sides)
+        most, rounding = max(abs(left), abs(right)), 64 * EPS * around / step
+        slack = 1e-5 * most + rounding
+        inside = (slope >= min(left, right) - slack) & (slope <= max(left, right) + slack)
+        if bool(inside.all()) and rounding <= 1e-2 * most:
+            return None
+        if not bool(inside.all()) and (witness is None or exponent == 6):
+            wrong = float(slope[~inside][0])
+            witness = f"v'(0) = {wrong:.6g} by autograd, {left:.6g} on its left and {right:.6g} on its right"
+    return witness
+
+
+def _gradient_elsewhere(case: ValueFunctionCase) -> str | None:
+    curve = case.curve.finite()
+    inside = curve.u.abs() <= 100
+    slack, curve = curve.noise.value[inside], curve.part(inside)
+    h, rise = curve.u.diff(), curve.value.diff()
+    off = (rise - h * (curve.slope[1:] + curve.slope[:-1]) / 2).abs() - h * curve.slope.diff().abs()
+    doubt = (off > slack[1:] + slack[:-1]).nonzero().squeeze(1)
+    doubt = doubt[:: max(1, len(doubt) // 2000)]
+    # Points inside cells that do not fit, and points everywhere; only by bad luck is one of them a kink or a jump.
+    far = torch.logspace(-6, 4, 300, dtype=torch.float64) * 1.0173
+    u = torch.cat([curve.u[doubt] + 0.3819 * h[doubt], varied_outcomes(1000) * 1.0091, far, -far])
+    u = u[u != 0]
+    v = case.fresh()
+    value, slope = value_and_slope(v, u)
+    wrong = value.isfinite() & slope.isfinite()
+    shown, around = slope, case.size_around(v, u)
+    for size in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7):
+        step = size * u.abs()
+        with torch.no_grad():
+            right, left = (v(u + step) - value) / step, (value - v(u - step)) / step
+        rounding = 64 * EPS * around / step
+        center = (right + left) / 2
+        slack = 1e-5 * torch.maximum(slope.abs(), center.abs()) + rounding
+        between = (slope >= torch.minimum(left, right) - slack) & (slope <= torch.maximum(left, right) + slack)
+        shown = torch.where(wrong & (rounding < 1e-3 * (slope - center).abs()), center, shown)
+        wrong &= ~between
+    if not bool(wrong.any()):
+        return None
+    worst = ((shown - slope).abs() / (shown.abs() + slope.abs() + 1e-300)).masked_fill(~wrong, -1)
+    at = int(worst.argmax())
+    a, b = pair(float(slope[at]), float(shown[at]))
+    return f"v'({u[at]:.6g}) = {a} by autograd, {b} by finite differences"

@@ -1,0 +1,72 @@
+"""The contract of a feedback, and what several of them share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from halos_pl.batch import LogProbBatch, Needs
+from value_functions.discovery import Declared
+
+
+class Judgement(NamedTuple):
+    """What people said of each row.
+
+    Attributes:
+        sign: float [n], a in {-1, +1}; -1: raising the value lowers the loss (desirable).
+        weight: float [n], w >= 0; 0 for mismatched rows.
+        denominator: float scalar, what this rank adds to the divisor of the step's loss.
+    """
+
+    sign: Tensor
+    weight: Tensor
+    denominator: Tensor
+
+
+class Feedback(nn.Module, Declared, ABC):
+    """Judges rows by their labels alone: never by ``policy_logps``, since a and w do not depend on theta.
+
+    A subclass is a small ``nn.Module`` with keyword-only hyper-parameters and one method, ``forward``. In a file of
+    this package it is found by its bare name, without being registered anywhere; in any other importable module, by its
+    dotted path.
+
+    Attributes:
+        needs: what the rows must provide.
+        violates: clause to reason; see :class:`~value_functions.discovery.Declared`.
+    """
+
+    needs: Needs = Needs(undesirable=True)
+
+    @abstractmethod
+    def forward(self, rows: LogProbBatch) -> Judgement:
+        """Sign, weight and denominator.
+
+        Args:
+            rows: this rank's share of a step, mismatched rows included; its log-probs may not have been computed yet.
+        """
+
+
+Denominator = Literal["rows", "pairs", "tokens"]
+
+
+def denominator_of(rows: LogProbBatch, kind: Denominator) -> Tensor:
+    """How many rows, pairs or tokens carry a loss on this rank, float scalar."""
+    counted = {
+        "rows": rows.labels.train,
+        "pairs": rows.labels.train & rows.labels.desirable,
+        "tokens": rows.mask[rows.labels.train],
+    }
+    return counted[kind].sum().float()
+
+
+def require_pairs(feedback: Feedback, rows: LogProbBatch) -> None:
+    """Refuses rows without a paired completion.
+
+    Raises:
+        ValueError: naming the class of ``feedback``.
+    """
+    if bool(((rows.labels.pair < 0) & rows.labels.train).any()):
+        name = type(feedback).__name__
+        raise ValueError(f"{name}: a row has no paired completion; this feedback needs data with chosen and rejected")

@@ -1,0 +1,70 @@
+"""One completion preferred to another."""
+
+from __future__ import annotations
+
+import torch
+
+from halos_pl.batch import LogProbBatch, Needs
+from halos_pl.objective.feedback.base import Feedback, Judgement, denominator_of, require_pairs
+
+
+def _epsilon(feedback: Feedback, label_smoothing: float) -> float:
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"{type(feedback).__name__}: label_smoothing is {label_smoothing}; it must be in [0, 0.5)")
+    return float(label_smoothing)
+
+
+class Pairwise(Feedback):
+    """One completion preferred to its paired completion; the loss is a mean over pairs.
+
+    With label smoothing the rejected row is taken as the preferred one with weight epsilon, which is
+    conservative DPO (Mitchell 2023). Without it rejected rows have weight 0: they act as reference only.
+
+    Args:
+        label_smoothing: probability epsilon in [0, 0.5) that a preference was recorded the wrong way round.
+
+    Raises:
+        ValueError: for an epsilon outside its range; when called, for a row without a paired completion.
+    """
+
+    needs = Needs(pairs=True, undesirable=True)
+
+    def __init__(self, *, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.label_smoothing = _epsilon(self, label_smoothing)
+
+    def forward(self, rows: LogProbBatch) -> Judgement:
+        require_pairs(self, rows)
+        like = torch.ones_like(rows.labels.desirable, dtype=torch.float32)
+        weight = torch.where(rows.labels.desirable, (1 - self.label_smoothing) * like, self.label_smoothing * like)
+        return Judgement(sign=-like, weight=weight * rows.labels.train, denominator=denominator_of(rows, "pairs"))
+
+
+class RobustPairwise(Feedback):
+    """One completion preferred to its paired completion, unbiased under label noise; the loss is a mean over pairs.
+
+    Robust DPO (Chowdhury et al. 2024, eq. 12): weights (1 - epsilon) / (1 - 2 epsilon) for the chosen row and,
+    with the opposite sign, epsilon / (1 - 2 epsilon) for the rejected one. Its objective reads ``same``.
+
+    Args:
+        label_smoothing: probability epsilon in [0, 0.5) that a preference was recorded the wrong way round.
+
+    Raises:
+        ValueError: for an epsilon outside its range; when called, for a row without a paired completion.
+    """
+
+    needs = Needs(pairs=True, undesirable=True)
+
+    def __init__(self, *, label_smoothing: float = 0.1) -> None:
+        super().__init__()
+        self.label_smoothing = _epsilon(self, label_smoothing)
+
+    def forward(self, rows: LogProbBatch) -> Judgement:
+        require_pairs(self, rows)
+        like = torch.ones_like(rows.labels.desirable, dtype=torch.float32)
+        weight = torch.where(rows.labels.desirable, (1 - self.label_smoothing) * like, self.label_smoothing * like)
+        return Judgement(
+            sign=torch.where(rows.labels.desirable, -like, like),
+            weight=weight / (1 - 2 * self.label_smoothing) * rows.labels.train,
+            denominator=denominator_of(rows, "pairs"),
+        )

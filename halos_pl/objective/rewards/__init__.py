@@ -1,0 +1,23 @@
+"""Rewards: what a completion is worth to the policy, in nats.
+
+A class in any file of this folder is found by itself: the command line takes its bare name, and the tests hold it to
+the clauses of its kind. The imports below only tell type checkers about the library's own.
+"""
+
+from __future__ import annotations
+
+from halos_pl.objective.rewards.base import Reward as Reward
+from halos_pl.objective.rewards.divergences import AlphaDivergence as AlphaDivergence
+from halos_pl.objective.rewards.divergences import ForwardKL as ForwardKL
+from halos_pl.objective.rewards.divergences import JensenShannon as JensenShannon
+from halos_pl.objective.rewards.humanline import HumanlineLogRatio as HumanlineLogRatio
+from halos_pl.objective.rewards.log_odds import LogOdds as LogOdds
+from halos_pl.objective.rewards.log_prob import LogProb as LogProb
+from halos_pl.objective.rewards.log_ratio import LogRatio as LogRatio
+from halos_pl.objective.rewards.log_ratio import TokenLogRatio as TokenLogRatio
+from halos_pl.objective.rewards.pair_margin import PairMargin as PairMargin
+from value_functions.discovery import plug_ins
+
+_FOUND = plug_ins(__name__, Reward)
+globals().update(_FOUND)
+__all__ = ["Reward", *sorted(_FOUND)]
