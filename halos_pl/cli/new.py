@@ -16,9 +16,9 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 #: Where a file of each kind belongs in a checkout, whose tests find it by themselves.
 FOLDERS: dict[Kind, Path] = {
     "value_function": _PACKAGE.parent / "value_functions",
-    "reward": _PACKAGE / "objective",
+    "reward": _PACKAGE / "objective" / "rewards",
     "reference_point": _PACKAGE / "objective" / "reference_points",
-    "feedback": _PACKAGE / "objective",
+    "feedback": _PACKAGE / "objective" / "feedback",
     "objective": EXPERIMENTS / "objectives",
 }
 

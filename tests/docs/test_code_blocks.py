@@ -22,11 +22,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from halos_pl.study.plan import load_study
+from halos_pl.study.read import load_study
 from run_halos import OBJECTIVES, ROOT
 
 from halos_pl.cli.help_page import COMMANDS
-from halos_pl.cli.lightning_cli import tool_parser
+from halos_pl.cli.commands import tool_parser
 from halos_pl.cli.main import main
 from halos_pl.conformance.target import load_target
 
