@@ -30,12 +30,14 @@ from halos_pl.training.module import HALOModule
 
 __all__ = ["Fit", "binary_rows", "fit", "pair_rows", "random_rows", "tiny_model", "tiny_tokenizer"]
 
-_CHATML = (
+#: A chat template that marks turns with ``<|im_start|>`` and ``<|im_end|>``.
+CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
     "+ '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-_CORPUS = [
+#: What the tokenizer is trained on.
+CORPUS = [
     "The answer is forty-two, and the question was lost on the way.",
     "Could you tell me how to bake bread? Mix flour, water, salt and yeast; wait; bake it for an hour.",
     "system user assistant: I am sorry, but I cannot help with that.",
@@ -111,7 +113,7 @@ def pair_rows(count: int = 6, *, seed: int = 0) -> list[dict[str, Any]]:
 # -- models -------------------------------------------------------------------------------------------------
 
 
-def tiny_tokenizer(chat_template: str | None = _CHATML) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
     """A lossless byte-level tokenizer of a few hundred tokens, with EOS and padding; it adds no BOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -122,7 +124,7 @@ def tiny_tokenizer(chat_template: str | None = _CHATML) -> PreTrainedTokenizerFa
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_CORPUS, trainer)
+    tokenizer.train_from_iterator(CORPUS, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ import pytest
 import torch
 from hypothesis import settings
 from run_halos import PLOTS, no_picture
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from halos_pl.policy.loading import LoRASpec, ModelSpec, load_model
+from halos_pl.testing import tiny_model, tiny_tokenizer
 
 # The suite is run in as many processes as there are cores; with tiny models threads cost more than they give. And runs
 # that are compared bit for bit need the same number of threads: a sum over two may round in another way.
@@ -29,46 +28,6 @@ torch.set_num_threads(1)
 # A busy machine is no fault of the code.
 settings.register_profile("halos", deadline=None)
 settings.load_profile("halos")
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
-    "+ '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-CORPUS = [
-    "The answer is forty-two, and the question was lost on the way.",
-    "Could you tell me how to bake bread? Mix flour, water, salt and yeast; wait; bake it for an hour.",
-    "system user assistant: I am sorry, but I cannot help with that.",
-    "A duck lays 16 eggs a day: 3 + 4 = 7, and 9 are left.",
-]
-
-
-def write_jsonl(path: Path, rows: Iterable[Any]) -> str:
-    """Write each row as a line of JSON; the path, as a string."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def byte_level_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """A lossless tokenizer of a few hundred tokens, with EOS and padding, that adds no BOS."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=360,
-        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|pad|>",
-        chat_template=chat_template,
-        model_max_length=512,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -122,28 +81,6 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ.pop("HALOS_CACHE") if before is None else os.environ.update(HALOS_CACHE=before)
 
 
-def make_tiny_llama(folder: Path) -> Path:
-    """A tiny random Llama and its tokenizer in ``folder``, as the hub would hold them."""
-    tokenizer = byte_level_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,  # ten times the usual, so that log-probs vary
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def adapter(tiny_folder: Path, tmp_path: Path) -> tuple[Any, Path]:
     """The tiny model with a LoRA adapter that changes it, and a folder with that adapter and the tokenizer."""
@@ -153,21 +90,21 @@ def adapter(tiny_folder: Path, tmp_path: Path) -> tuple[Any, Path]:
             if "lora_B" in name:
                 p.normal_(generator=torch.Generator().manual_seed(0))
     policy.save_pretrained(tmp_path / "adapter")
-    byte_level_tokenizer().save_pretrained(tmp_path / "adapter")
+    tiny_tokenizer().save_pretrained(tmp_path / "adapter")
     return policy, tmp_path / "adapter"
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny random Llama and its tokenizer, as the hub would hold them."""
-    return make_tiny_llama(tmp_path_factory.mktemp("tiny_llama"))
+    return tiny_model(tmp_path_factory.mktemp("tiny_llama"))
 
 
 @pytest.fixture(scope="session")
 def tiny_gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As ``tiny_folder`` with GPT-2: absolute positions, tied embeddings, dropout in its configuration."""
     folder = tmp_path_factory.mktemp("tiny_gpt2")
-    tokenizer = byte_level_tokenizer()
+    tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=len(tokenizer),

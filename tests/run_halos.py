@@ -39,6 +39,12 @@ def _start() -> None:
         ensure_running()
 
 
+def write_jsonl(path: Path, rows: Iterable[Any]) -> str:
+    """Write each row as a line of JSON; the path, as a string."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
 def config(name: str) -> str:
     """The option that names a file below ``experiments/``."""
     return f"--config={ROOT}/experiments/{name}.yaml"

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_level_tokenizer
 from run_halos import fit, metrics
 from tokenizers import Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel
@@ -27,6 +26,7 @@ from halos_pl.policy.logprobs import completion_mask, padded_logps
 from halos_pl.policy.reference import FixedModel
 from halos_pl.policy.scorer import Scorer
 from halos_pl.policy.store import keys
+from halos_pl.testing import tiny_tokenizer
 from halos_pl.training.trained import load_run
 
 V = 61
@@ -116,7 +116,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> 
     folder = tmp_path_factory.mktemp("base") / "model"
     shutil.copytree(tiny_folder, folder)
     (folder / "chat_template.jinja").unlink(missing_ok=True)
-    byte_level_tokenizer(None).save_pretrained(folder)
+    tiny_tokenizer(None).save_pretrained(folder)
     assert not (folder / "chat_template.jinja").exists()
     return folder
 
@@ -149,14 +149,14 @@ def test_a_template_that_is_none(tmp_path: Path) -> None:
     assert template_of("chatml") == NAMED["chatml"]
     (tmp_path / "a.jinja").write_text("{{ messages }}", encoding="utf-8")
     assert template_of(str(tmp_path / "a.jinja")) == "{{ messages }}"
-    byte_level_tokenizer("{{ messages }} {{ 1 }}").save_pretrained(tmp_path / "model")
+    tiny_tokenizer("{{ messages }} {{ 1 }}").save_pretrained(tmp_path / "model")
     assert template_of(str(tmp_path / "model")) == "{{ messages }} {{ 1 }}"
     config = tmp_path / "model" / "tokenizer_config.json"  # as older folders have several
     (tmp_path / "model" / "chat_template.jinja").unlink()
     named = [{"name": "rag", "template": "{{ 2 }}"}, {"name": "default", "template": "{{ messages }}"}]
     config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": named}))
     assert template_of(str(tmp_path / "model")) == "{{ messages }}"
-    byte_level_tokenizer(None).save_pretrained(tmp_path / "base")
+    tiny_tokenizer(None).save_pretrained(tmp_path / "base")
     (tmp_path / "empty.jinja").touch()
     (tmp_path / "b.jinja").write_bytes(b"\xff")
     for wrong in ("absent.jinja", "base", "empty.jinja", "b.jinja"):
@@ -193,7 +193,7 @@ def test_chatml_ends_turns_with_eos_where_its_end_is_no_token() -> None:
         "c<|endoftext|>",
     ]
     assert not encoder.notes
-    known = byte_level_tokenizer(None)
+    known = tiny_tokenizer(None)
     use_template(known, template_of("chatml"))
     assert known.chat_template == NAMED["chatml"]
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make_rows import random_rows, seeds
 from run_halos import OBJECTIVES as NAMES
 from run_halos import ROOT
 
@@ -29,7 +28,10 @@ from halos_pl.objective.reference_points import (
     Zero,
 )
 from halos_pl.objective.rewards import LogProb, LogRatio
+from halos_pl.testing import random_rows
 from value_functions import Identity, KahnemanTversky, Logistic, LogSigmoid
+
+seeds = st.integers(0, 2**31 - 1)
 
 
 def sigma(x):

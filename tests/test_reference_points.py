@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from make_parts import example, library
-from make_rows import random_rows, seeds
 
 import halos_pl.objective.reference_points as reference_points
 from halos_pl.batch import LogProbBatch, Needs
@@ -30,6 +29,9 @@ from halos_pl.objective.reference_points import (
     TokenKL,
 )
 from halos_pl.objective.rewards import LogRatio, PairMargin
+from halos_pl.testing import random_rows
+
+seeds = st.integers(0, 2**31 - 1)
 
 EXAMPLES: dict[str, ReferencePoint] = {name: example(cls) for name, cls in library(reference_points.__name__).items()}
 

@@ -15,7 +15,8 @@ from halos_pl.conformance.clause import Case, Clause, Law, explained
 from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.ranks import Ranks, namespaces
 from halos_pl.conformance.reward import padded
-from halos_pl.conformance.steps import Step, smallest, two_ranks
+from halos_pl.conformance.smallest import smallest
+from halos_pl.conformance.steps import Step, two_ranks
 from halos_pl.conformance.witness import WrongShape, changed, copied, listed, number, pair
 from halos_pl.objective.feedback import Feedback, Judgement
 

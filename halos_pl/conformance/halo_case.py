@@ -18,7 +18,8 @@ from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.feedback import FeedbackCase
 from halos_pl.conformance.reference_case import ReferencePointCase
 from halos_pl.conformance.reward import RewardCase
-from halos_pl.conformance.steps import Step, smallest
+from halos_pl.conformance.smallest import smallest
+from halos_pl.conformance.steps import Step
 from halos_pl.conformance.value_case import ValueFunctionCase
 from halos_pl.objective.halo import HALO, mean_of_tokens
 

@@ -17,7 +17,8 @@ from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.halo_case import RELATIVE, HaloCase, gradient_of
 from halos_pl.conformance.loss_split import loss_split
 from halos_pl.conformance.reference_split import reference_split
-from halos_pl.conformance.steps import Step, smallest
+from halos_pl.conformance.smallest import smallest
+from halos_pl.conformance.steps import Step
 from halos_pl.conformance.value_curve import UNDESIRABLE, concave_on_gains, non_decreasing
 from halos_pl.conformance.witness import listed, pair
 from halos_pl.objective.feedback import Feedback

@@ -11,7 +11,8 @@ from torch import Tensor
 from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.conformance.clause import Case, Law, reasons
 from halos_pl.conformance.duplicate import duplicate
-from halos_pl.conformance.steps import Step, kept_together, smallest
+from halos_pl.conformance.smallest import smallest
+from halos_pl.conformance.steps import Step, kept_together
 from halos_pl.conformance.witness import pair
 from halos_pl.objective.halo import mean_of_tokens
 from halos_pl.objective.reference_points import Estimate, ReferencePoint

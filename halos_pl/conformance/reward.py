@@ -13,7 +13,8 @@ from torch import Tensor
 from halos_pl.batch import LogProbBatch
 from halos_pl.conformance.clause import Case, Clause, Law, explained
 from halos_pl.conformance.duplicate import duplicate
-from halos_pl.conformance.steps import Step, kept_together, smallest
+from halos_pl.conformance.smallest import smallest
+from halos_pl.conformance.steps import Step, kept_together
 from halos_pl.conformance.witness import WrongShape, changed, copied, listed, number, pair
 from halos_pl.objective.rewards import Reward
 

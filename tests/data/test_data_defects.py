@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from run_halos import write_jsonl
 from test_datamodule import DPO, KTO, SFT, binary, pairs, set_up, text, tokenizer
 
 from halos_pl.batch import TokenBatch

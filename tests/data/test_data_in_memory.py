@@ -11,17 +11,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import byte_level_tokenizer, write_jsonl
+from run_halos import write_jsonl
 
 from halos_pl.batch import Needs, TokenBatch
 from halos_pl.data import DataError, FeedbackDataModule, store
 from halos_pl.data.transforms import FlipLabels
+from halos_pl.testing import tiny_tokenizer
 
 pd = pytest.importorskip("pandas")
 
 PLAIN = Needs(undesirable=True)
 KTO = Needs(reference=True, mismatched=True, undesirable=True)
-TOKENIZER = byte_level_tokenizer()
+TOKENIZER = tiny_tokenizer()
 ASK = [{"role": "user", "content": "What is 6 times 7?"}]
 BINARY = [{"prompt": f"p{i % 4}", "completion": f"c{i}", "label": i % 3 > 0} for i in range(10)]
 CHATS = [

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import byte_level_tokenizer, write_jsonl
 from lightning.pytorch import LightningModule, Trainer
-from run_halos import quiet_trainer
+from run_halos import quiet_trainer, write_jsonl
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -25,6 +24,7 @@ from halos_pl.data.batches import StepDataset, TokenizedRow
 from halos_pl.data.order import Step
 from halos_pl.data.split import ControlTokens
 from halos_pl.data.transforms import FlipLabels, OnePerPrompt, Pair, ThresholdScores
+from halos_pl.testing import tiny_tokenizer
 
 KTO = Needs(reference=True, mismatched=True, undesirable=True)
 DPO = Needs(reference=True, pairs=True, undesirable=True)
@@ -33,7 +33,7 @@ SFT = Needs()
 
 @cache
 def tokenizer() -> PreTrainedTokenizerBase:
-    return byte_level_tokenizer()
+    return tiny_tokenizer()
 
 
 def binary(n: int = 10, prompts: int = 10) -> list[dict[str, Any]]:
@@ -379,7 +379,7 @@ def test_errors_name_the_file(tmp_path: Path) -> None:
         tmp_path / "m.jsonl", [{"prompt": [{"role": "user", "content": "a"}], "completion": "b", "label": 1}]
     )
     data = FeedbackDataModule(messages)
-    data.connect(tokenizer=byte_level_tokenizer(None), needs=KTO)
+    data.connect(tokenizer=tiny_tokenizer(None), needs=KTO)
     with pytest.raises(DataError, match=r"m\.jsonl:1: .*no chat template"):
         data.setup("fit")
 
@@ -825,7 +825,7 @@ def test_another_model_gets_its_own_tokens(tmp_path: Path) -> None:
     data = set_up(SFT, train=write_jsonl(tmp_path / "a.jsonl", chat))
     before = train_rows(data)
     template = "{% for m in messages %}## {{ m.content }}<|im_end|>{% endfor %}"
-    data.connect(tokenizer=byte_level_tokenizer(template), needs=SFT)
+    data.connect(tokenizer=tiny_tokenizer(template), needs=SFT)
     data.setup("fit")
     assert {row[0][:2] for step in train_rows(data) for row in step} == {"##"}
     assert {row[0][:2] for step in before for row in step} == {"<|"}
@@ -871,7 +871,7 @@ def test_a_template_that_writes_the_date_is_pointed_out(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", binary())
     data = set_up(SFT, train=path)
     template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    data.connect(tokenizer=byte_level_tokenizer(template), needs=SFT)
+    data.connect(tokenizer=tiny_tokenizer(template), needs=SFT)
     with pytest.warns(UserWarning, match="chat template writes .*date"):
         data.setup("fit")
 

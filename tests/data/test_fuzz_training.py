@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_level_tokenizer
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from run_halos import ROOT
@@ -24,6 +23,7 @@ from halos_pl.data import DataError
 from halos_pl.objective.build import load_objective
 from halos_pl.objective.halo import Objective
 from halos_pl.policy.logprobs import completion_mask, padded_logps
+from halos_pl.testing import tiny_tokenizer
 
 _numbers = itertools.count()
 options = st.fixed_dictionaries(
@@ -60,7 +60,7 @@ def files(draw: st.DrawFn) -> Case:
 def model() -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(byte_level_tokenizer()),
+        vocab_size=len(tiny_tokenizer()),
         hidden_size=8,
         intermediate_size=8,
         num_hidden_layers=1,

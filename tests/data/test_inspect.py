@@ -10,19 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 from chat_templates import shipped
-from conftest import byte_level_tokenizer, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from run_halos import write_jsonl
 
 from halos_pl.cli.inspect import PERCENTILES, Inspection, inspect, lambdas, show
 from halos_pl.cli.main import main
 from halos_pl.data import Source
 from halos_pl.data.prompts import counted
+from halos_pl.testing import tiny_tokenizer
 
 
 def inspected(path: str, tmp_path: Path, **options: Any) -> Inspection:
-    return inspect(Source(path), byte_level_tokenizer(), cache_dir=tmp_path / "cache", **options)
+    return inspect(Source(path), tiny_tokenizer(), cache_dir=tmp_path / "cache", **options)
 
 
 def test_counts(tmp_path: Path) -> None:
@@ -55,7 +56,7 @@ def test_counts(tmp_path: Path) -> None:
         "v4 and v5": "lambda_U = 1, lambda_D from 4 to 6",
     }
     assert "a.jsonl:6: column 'completion' is empty" in found.faults[0]
-    lengths = [len(byte_level_tokenizer()(row["completion"])["input_ids"]) + 1 for row in rows[:5]]
+    lengths = [len(tiny_tokenizer()(row["completion"])["input_ids"]) + 1 for row in rows[:5]]
     assert found.percentiles["completion"] == np.percentile(lengths, PERCENTILES).round().astype(int).tolist()
     assert sum(number for *_, number in found.histogram) == 5
 

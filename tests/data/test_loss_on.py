@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chat_templates import FORMS, MARKED, TEMPLATES, shipped, stub
-from conftest import byte_level_tokenizer, write_jsonl
+from run_halos import write_jsonl
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.cli.inspect import inspect
@@ -21,6 +21,7 @@ from halos_pl.data.source import Source
 from halos_pl.data.store import open_store
 from halos_pl.data.tokenize import Encoder, Tokens, encode_prompt
 from halos_pl.data.values import messages_of
+from halos_pl.testing import tiny_tokenizer
 
 Spans = list[tuple[str, bool]]
 
@@ -422,7 +423,7 @@ def test_answers_that_are_cut(tmp_path: Path) -> None:
 
 
 def test_the_store_keeps_what_carries_the_loss(tmp_path: Path) -> None:
-    tokenizer = byte_level_tokenizer()
+    tokenizer = tiny_tokenizer()
     source = Source(write_jsonl(tmp_path / "a.jsonl", [{"messages": TALK, "label": True}]))
     last = open_store(source, tokenizer, tmp_path / "cache")
     every = open_store(source, tokenizer, tmp_path / "cache", loss_on="all")

@@ -17,7 +17,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import write_jsonl
+from run_halos import write_jsonl
 
 from halos_pl.data import formats, text
 from halos_pl.data.example import Example, Fault, Skipped

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from run_halos import write_jsonl
 
 from halos_pl.data.example import Example, Fault, Skipped
 from halos_pl.data.parsers import shared_text

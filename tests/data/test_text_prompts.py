@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import byte_level_tokenizer, write_jsonl
+from run_halos import write_jsonl
 
 from halos_pl.cli.inspect import inspect
 from halos_pl.data.columns import prompt_in_context
@@ -18,6 +18,7 @@ from halos_pl.data.read import read
 from halos_pl.data.source import Source
 from halos_pl.data.store import open_store
 from halos_pl.data.tokenize import encode_prompt
+from halos_pl.testing import tiny_tokenizer
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "Why?", "completion": "So it is.", "label": True},
@@ -29,7 +30,7 @@ ROWS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("text_prompts", ["plain", "chat"])
 @pytest.mark.parametrize("row", ROWS)
 def test_what_is_sampled_and_trained_on_has_one_format(tmp_path: Path, row: Any, text_prompts: Any) -> None:
-    tokenizer = byte_level_tokenizer()
+    tokenizer = tiny_tokenizer()
     source = Source(write_jsonl(tmp_path / "a.jsonl", [row]))
     store = open_store(source, tokenizer, tmp_path / "cache", text_prompts=text_prompts)
     sampled_from = prompt_in_context({"prompt": row["prompt"]}, text_prompts).prompt
@@ -60,14 +61,14 @@ def test_a_system_column_has_a_place_before_a_text_prompt_in_the_template(tmp_pa
 def test_the_convention_is_said_and_kept(tmp_path: Path) -> None:
     for how in ("plain", "chat"):
         path = write_jsonl(tmp_path / "a.jsonl", ROWS[:1])
-        found = inspect(Source(path), byte_level_tokenizer(), cache_dir=tmp_path / "c", text_prompts=how)  # type: ignore[arg-type]
+        found = inspect(Source(path), tiny_tokenizer(), cache_dir=tmp_path / "c", text_prompts=how)  # type: ignore[arg-type]
         assert f"text_prompts: {how}" in str(found.text_prompts)
     assert convention(0, "plain", True) is None
     assert text_settings({"text_prompts": "chat", "batch_size": 4})["text_prompts"] == "chat"
     assert text_settings({}) == {"special_tokens_in_text": "refuse", "text_prompts": "plain", "loss_on": "last"}
     with pytest.raises(ValueError, match="text_prompts"):
         asked("Why?", "both")  # type: ignore[arg-type]
-    faults = open_store(Source(path), byte_level_tokenizer(None), tmp_path / "c", text_prompts="chat").found_faults
+    faults = open_store(Source(path), tiny_tokenizer(None), tmp_path / "c", text_prompts="chat").found_faults
     assert "no chat template" in faults[0][1]
 
 

@@ -6,7 +6,6 @@ from functools import cache
 from typing import Any
 
 import pytest
-from conftest import CHATML, CORPUS, byte_level_tokenizer
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from halos_pl.data.tokenize import Encoder, encode_batch, encode_completion, encode_prompt
 from halos_pl.policy.sampled_text import sampled_texts
 from halos_pl.policy.sampling import Sample
+from halos_pl.testing import CHATML, CORPUS, tiny_tokenizer
 
 BOS_CHATML = "{{ bos_token }}" + CHATML
 SAY = [{"role": "user", "content": "Say something"}]
@@ -36,12 +36,12 @@ def fast(tokenizer: Tokenizer, **options: Any) -> PreTrainedTokenizerFast:
 
 @cache
 def byte_level() -> PreTrainedTokenizerBase:
-    return byte_level_tokenizer()
+    return tiny_tokenizer()
 
 
 @cache
 def byte_level_bos() -> PreTrainedTokenizerBase:
-    base = byte_level_tokenizer().backend_tokenizer
+    base = tiny_tokenizer().backend_tokenizer
     base.add_special_tokens(["<s>"])
     adds(base, first="<s>")
     return fast(base, bos_token="<s>", eos_token="<|im_end|>", chat_template=BOS_CHATML)
@@ -210,7 +210,7 @@ def test_a_text_may_spell_its_bos_itself() -> None:
 
 
 def test_nothing_follows_the_templates_end_of_a_turn_where_eos_is_another_token() -> None:
-    tokenizer = byte_level_tokenizer()
+    tokenizer = tiny_tokenizer()
     tokenizer.eos_token = "<|pad|>"
     assert tokenizer.decode(encode_completion(tokenizer, SAY, "Yes")) == "Yes<|im_end|>"
     assert tokenizer.decode(encode_completion(tokenizer, "Say", "Yes")) == "Yes<|pad|>"
@@ -229,14 +229,14 @@ def test_the_boundary_does_not_depend_on_the_completion(text: str) -> None:
 
 
 def test_no_eos() -> None:
-    tokenizer = byte_level_tokenizer()
+    tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match=r"no EOS token.*set tokenizer\.eos_token"):
         encode_completion(tokenizer, "a", "b")
 
 
 def test_no_chat_template() -> None:
-    tokenizer = byte_level_tokenizer(chat_template=None)
+    tokenizer = tiny_tokenizer(chat_template=None)
     with pytest.raises(ValueError, match=r"no chat template.*instruct model"):
         encode_prompt(tokenizer, SAY)
     with pytest.raises(ValueError, match="no chat template"):
@@ -249,7 +249,7 @@ def test_message_completion_after_a_text_prompt() -> None:
 
 
 def test_template_that_does_not_continue_its_prompt() -> None:
-    tokenizer = byte_level_tokenizer(CHATML.replace("assistant\n' }}{% endif", "assistant\nAnswer: ' }}{% endif"))
+    tokenizer = tiny_tokenizer(CHATML.replace("assistant\n' }}{% endif", "assistant\nAnswer: ' }}{% endif"))
     with pytest.raises(ValueError, match=r"does not continue the prompt.*Answer: "):
         encode_completion(tokenizer, SAY, "Yes")
 
@@ -262,9 +262,7 @@ def test_template_that_refuses() -> None:
 def test_template_that_ignores_the_completion() -> None:
     with pytest.raises(ValueError, match="writes nothing for the completion"):
         encode_completion(
-            byte_level_tokenizer(
-                "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
-            ),
+            tiny_tokenizer("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"),
             SAY,
             "Yes",
         )

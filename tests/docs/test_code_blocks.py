@@ -22,13 +22,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from halos_pl.study.read import load_study
 from run_halos import OBJECTIVES, ROOT
 
-from halos_pl.cli.help_page import COMMANDS
 from halos_pl.cli.commands import tool_parser
+from halos_pl.cli.help_page import COMMANDS
 from halos_pl.cli.main import main
+from halos_pl.common.experiments import objectives
 from halos_pl.conformance.target import load_target
+from halos_pl.study.read import load_study
 
 BLOCK = re.compile(
     r"^(?:<!-- (?P<note>[^\n]*?) -->\n)?```(?P<head>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
@@ -122,29 +123,6 @@ def write_files(page: str, folder: Path) -> None:
 # -- commands -----------------------------------------------------------------------------------------------
 
 
-def understood(words: list[str]) -> list[str] | None:
-    """The words as this version takes them; None where it lacks the command.
-
-    Objectives by name came with ``halos objectives``; without it they are files.
-    """
-    if "objectives" in COMMANDS:
-        return words
-    if words[0] in ("objectives", "new"):
-        return None
-    words = list(words)
-    if words[0] == "check" and words[1:2] and words[1] in OBJECTIVES:
-        words[1] = f"experiments/objectives/{words[1]}.yaml"
-    if "--objective" in words:
-        place = words.index("--objective")
-        name = words[place + 1]
-        words[place : place + 2] = [
-            *BASE,
-            "--config",
-            name if name.endswith(".yaml") else f"experiments/objectives/{name}.yaml",
-        ]
-    return words
-
-
 def status(words: list[str]) -> tuple[int, str]:
     said = StringIO()
     try:
@@ -160,8 +138,8 @@ def halos(page: str) -> Iterator[tuple[Block, list[str]]]:
     for block in of("bash"):
         if block.page == page:
             for words in commands(block):
-                if words[0] == "halos" and (taken := understood(words[1:])) is not None:
-                    yield block, taken
+                if words[0] == "halos":
+                    yield block, words[1:]
 
 
 def quick(words: list[str]) -> bool:
@@ -180,7 +158,7 @@ def test_commands_are_understood(folder, page):
             code, said = status(words)
             assert code == wanted, f"{block}: halos {' '.join(words)}\n{said}"
         elif words[0] == "check":
-            load_target(words[1], None)
+            load_target(str(objectives().get(words[1], words[1])), None)
         elif words[0] in TRAINER:
             if "runs/mine/config.yaml" in words:  # what a run would have left
                 words[words.index("runs/mine/config.yaml")] = BASE[1]

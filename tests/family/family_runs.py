@@ -21,7 +21,6 @@ import yaml
 from formulas import LOSSES, Step
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback
-from make_rows import random_rows
 from run_halos import EXAMPLES, ROOT, fit, metrics
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -30,6 +29,7 @@ from halos_pl.batch import LogProbBatch
 from halos_pl.cli.lightning_cli import HalosCLI
 from halos_pl.objective.build import build_objective
 from halos_pl.objective.halo import Objective
+from halos_pl.testing import random_rows
 
 FOLDER = ROOT / "experiments" / "objectives"
 FILES = sorted(path.stem for path in FOLDER.glob("*.yaml"))

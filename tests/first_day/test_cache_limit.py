@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import byte_level_tokenizer
 from run_halos import binary_data, fit
 
 from halos_pl import cache
@@ -23,6 +22,7 @@ from halos_pl.cli.main import main
 from halos_pl.data.source import Source
 from halos_pl.data.store import open_store
 from halos_pl.policy.store import ReferenceStore
+from halos_pl.testing import tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def test_what_is_no_limit_is_refused_before_any_work(given: str, monkeypatch: An
     assert stopped.value.code == 1
     assert "HALOS_CACHE_LIMIT" in capfd.readouterr().err
     with pytest.raises(ValueError, match="HALOS_CACHE_LIMIT"):
-        open_store(Source(str(binary_data(tmp_path / "a.jsonl"))), byte_level_tokenizer())
+        open_store(Source(str(binary_data(tmp_path / "a.jsonl"))), tiny_tokenizer())
 
 
 def test_of_all_kinds_the_oldest_go_first(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,7 @@ def test_what_a_killed_command_left_counts_and_goes(root: Path, monkeypatch: pyt
 def test_a_source_that_is_used_again_is_newer(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading counts as use, also where nothing is written; looking at the cache does not."""
     sources = [Source(str(binary_data(tmp_path / f"{i}.jsonl", 30, seed=i))) for i in range(3)]
-    tokenizer = byte_level_tokenizer()
+    tokenizer = tiny_tokenizer()
     stores = [open_store(source, tokenizer) for source in sources[:2]]
     folders = [store.folder for store in stores]
     for days, folder in zip((2, 1), folders, strict=True):

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import byte_level_tokenizer, write_jsonl
-from run_halos import binary_data, every_third, fit, pair_data
+from run_halos import binary_data, every_third, fit, pair_data, write_jsonl
 
 from halos_pl.cli.main import main
 from halos_pl.data.tokenize import encode_prompt
@@ -19,6 +18,7 @@ from halos_pl.evaluation import answers as kept
 from halos_pl.evaluation.files import ANSWERS, BEFORE, FILE, ROWS
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
 from halos_pl.policy.sampling import generate, kl_of_samples
+from halos_pl.testing import tiny_tokenizer
 from halos_pl.training.trained import load_run
 
 CODE = """
@@ -144,7 +144,7 @@ def test_a_base_model_as_reference_is_asked_in_the_models_chat_template(
     """It has none of its own, and --chat_template is the model's."""
     shutil.copytree(tiny_folder, tmp_path / "base")
     (tmp_path / "base" / "chat_template.jinja").unlink(missing_ok=True)
-    byte_level_tokenizer(None).save_pretrained(tmp_path / "base")
+    tiny_tokenizer(None).save_pretrained(tmp_path / "base")
     answers = []
     asked = [(tmp_path / "base", "chat"), (tiny_folder, "chat"), (tiny_folder, "plain")]
     for number, (reference, text) in enumerate(asked):

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 from chat_templates import TEMPLATES, stub
-from conftest import byte_level_tokenizer, write_jsonl
-from run_halos import binary_data, every_third, fit
+from run_halos import binary_data, every_third, fit, write_jsonl
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from halos_pl.cli.main import main
@@ -21,6 +20,7 @@ from halos_pl.data.turns import turn_markers
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
 from halos_pl.policy.sampled_text import SampledText, sampled_texts
 from halos_pl.policy.sampling import Sample, generate
+from halos_pl.testing import tiny_tokenizer
 
 MESSAGES = [{"role": "user", "content": "question 1"}]
 
@@ -195,7 +195,7 @@ def test_the_convention_is_said(tiny_folder: Path, tmp_path: Path, capsys: Any) 
 
 @pytest.mark.slow
 def test_a_base_model_takes_a_template(tmp_path: Path, tiny_folder: Path, capfd: Any) -> None:
-    tokenizer = byte_level_tokenizer(chat_template=None)
+    tokenizer = tiny_tokenizer(chat_template=None)
     folder = tmp_path / "base"
     LlamaForCausalLM.from_pretrained(tiny_folder).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import byte_level_tokenizer, write_jsonl
 from lightning.pytorch.cli import LightningCLI
-from run_halos import ROOT, binary_data, config, fit, pair_data
+from run_halos import ROOT, binary_data, config, fit, pair_data, write_jsonl
 
 import halos_pl.training.module
 from halos_pl.cli.commands import TOOLS
@@ -21,6 +20,7 @@ from halos_pl.cli.words import at_home
 from halos_pl.common.wrong_value import misfit
 from halos_pl.data import FeedbackDataModule
 from halos_pl.objective.build import build_objective
+from halos_pl.testing import tiny_tokenizer
 from halos_pl.training.callbacks import named_run_dir
 from halos_pl.training.module import HALOModule
 from value_functions import Logistic
@@ -377,7 +377,7 @@ def test_a_cause_that_rows_share_is_told_once(
     place: Path, tiny_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A base model has no chat template, which every row of messages lacks; another fault is told beside it."""
-    byte_level_tokenizer(None).save_pretrained(tiny := place / "base")
+    tiny_tokenizer(None).save_pretrained(tiny := place / "base")
     (tiny / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
     (tiny / "chat_template.jinja").unlink(missing_ok=True)
     chat = {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]}

@@ -4,7 +4,7 @@ Write those files anew, in about ten minutes, only where numbers are meant to ch
 
     PYTHONPATH=tests python tests/golden/golden_fits.py
 
-Everything a fit reads is made here: a tiny model and its tokenizer (``conftest.py``), and rows of every schema.
+Everything a fit reads is made here: a tiny model and its tokenizer (``halos_pl.testing``), and rows of every schema.
 """
 
 from __future__ import annotations
@@ -186,14 +186,14 @@ def write() -> None:
     """Writes both files of golden values."""
     from unittest.mock import patch
 
-    import conftest
+    from halos_pl.testing import tiny_model
 
     torch.set_num_threads(1)
     for plot in PLOTS:
         patch(plot, no_picture).start()
     made: dict[str, dict[str, Any]] = {"steps": {"machine": machine()}, "tokens": {}}
     with tempfile.TemporaryDirectory() as place:
-        model = conftest.make_tiny_llama(Path(place) / "model")
+        model = tiny_model(Path(place) / "model")
         for name in (*CELLS, "tokens"):
             folder = Path(place) / name.replace("/", "-")
             folder.mkdir()

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import byte_level_tokenizer, write_jsonl
+from run_halos import write_jsonl
 
 from halos_pl.cli.inspect import inspect
 from halos_pl.data.example import DataError, Example, Fault, Skipped
 from halos_pl.data.prompt_files import read_prompts
 from halos_pl.data.read import read
 from halos_pl.data.source import Source, source_of
+from halos_pl.testing import tiny_tokenizer
 
 USER, BOT, OTHER = ({"role": r, "content": c} for r, c in (("user", "Who?"), ("assistant", "Arr"), ("assistant", "I")))
 PIRATE = {"role": "system", "content": "Be a pirate"}
@@ -254,7 +255,7 @@ def test_what_nothing_reads_is_listed(tmp_path: Path) -> None:
     unused: dict[str, None] = {}
     assert all(isinstance(item, Example) for item in read(Source(path), unused))
     assert list(unused) == ["id", "lang", "prompt: date"]
-    assert inspect(Source(path), byte_level_tokenizer(), cache_dir=tmp_path / "cache").unused == list(unused)
+    assert inspect(Source(path), tiny_tokenizer(), cache_dir=tmp_path / "cache").unused == list(unused)
 
 
 def test_settings_that_would_be_ignored(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import byte_level_tokenizer, write_jsonl
+from run_halos import write_jsonl
 
 from halos_pl.data.example import DataError, Example, Fault, Skipped
 from halos_pl.data.prompt_files import read_prompts
@@ -30,6 +30,7 @@ from halos_pl.data.read import read
 from halos_pl.data.source import Source
 from halos_pl.data.store import open_store
 from halos_pl.evaluation.evaluate import evaluate
+from halos_pl.testing import tiny_tokenizer
 
 ROW = {"prompt": "p", "completion": "c", "label": True}
 LARGE = {**ROW, "completion": "a" * 1_500_000}
@@ -176,7 +177,7 @@ def test_a_pipe_is_not_opened(tmp_path: Path, name: str) -> None:
     (tmp_path / "link.jsonl").symlink_to(path)
     assert refused(tmp_path / "link.jsonl").fatal
     with pytest.raises(DataError, match="is a pipe"):
-        open_store(Source(str(path)), byte_level_tokenizer(), tmp_path / "cache")
+        open_store(Source(str(path)), tiny_tokenizer(), tmp_path / "cache")
 
 
 def test_what_else_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

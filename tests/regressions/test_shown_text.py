@@ -14,10 +14,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import write_jsonl
 from markdown_it import MarkdownIt
 from rich.console import Console
-from run_halos import fit, run_here
+from run_halos import fit, run_here, write_jsonl
 
 from halos_pl.cli.cache import info
 from halos_pl.cli.main import main

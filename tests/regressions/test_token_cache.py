@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import byte_level_tokenizer, write_jsonl
-from run_halos import full_disk
+from run_halos import full_disk, write_jsonl
 
 from halos_pl.cli.cache import clear
 from halos_pl.data import cache_key, store
@@ -21,6 +20,7 @@ from halos_pl.data.example import DataError
 from halos_pl.data.layout import SUMS, checksums
 from halos_pl.data.source import Source
 from halos_pl.data.store import Store, open_store
+from halos_pl.testing import tiny_tokenizer
 
 FILES = ["SHA256SUMS", "meta.json", "prompts", "rows", "tokens"]
 
@@ -30,7 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, Path, Path, 
     """A source, the folder of the cache, the one store in it, and its tokenizer."""
     folder = tmp_path_factory.mktemp("made")
     rows = [{"prompt": f"p{i}", "chosen": f"c{i}", "rejected": "r" * (i + 1), "id": i} for i in range(20)]
-    source, tokenizer = Source(write_jsonl(folder / "a.jsonl", rows)), byte_level_tokenizer()
+    source, tokenizer = Source(write_jsonl(folder / "a.jsonl", rows)), tiny_tokenizer()
     found = open_store(source, tokenizer, folder / "cache")
     assert found.folder
     return source, folder / "cache", found.folder, tokenizer
@@ -158,7 +158,7 @@ def test_clear_leaves_nothing(made: Any, tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("what", ["file", "link", "pipe"])
 def test_what_is_no_folder_is_replaced(tmp_path: Path, ending: str, what: str) -> None:
     source = Source(write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "c", "label": True}]))
-    tokenizer, cache = byte_level_tokenizer(), tmp_path / "stores"
+    tokenizer, cache = tiny_tokenizer(), tmp_path / "stores"
     place = open_store(source, tokenizer, cache).folder
     assert place is not None
     shutil.rmtree(place)
@@ -172,5 +172,5 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     """And the cache is as empty as before."""
     source = Source(write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "c" * 9000, "label": True}]))
     with full_disk(1000), pytest.raises(OSError, match=re.escape(str(tmp_path / "cache"))):
-        open_store(source, byte_level_tokenizer(), tmp_path / "cache")
+        open_store(source, tiny_tokenizer(), tmp_path / "cache")
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_dir() and any(path.iterdir())]

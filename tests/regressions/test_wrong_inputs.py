@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import write_jsonl
-from run_halos import ROOT, binary_data, fit, pair_data
+from run_halos import ROOT, binary_data, fit, pair_data, write_jsonl
 
 from halos_pl.cli.lightning_cli import HalosCLI
 from halos_pl.cli.main import main

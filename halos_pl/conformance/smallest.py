@@ -1,0 +1,75 @@
+"""The smallest step that shows a fault."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from random import Random
+
+from halos_pl.batch import Needs
+from halos_pl.conformance.steps import CHOICES, Classes, Step, fitted_to, large_steps
+from halos_pl.conformance.witness import Raised
+
+
+@lru_cache(maxsize=8)
+def _drawn(count: int) -> tuple[Step, ...]:
+    """Always the same steps. By themselves: Hypothesis takes longer to draw them than most clauses to be tried."""
+    draw = Random(0)
+    # A single row by itself and with a mismatched row, of either label: what is drawn may be of other sizes for long.
+    labels: tuple[Classes, ...] = ("desirable", "undesirable")
+    single = [Step(classes=label, mismatched=n) for label in labels for n in (0, 1)]
+    drawn = [step for _ in range(0, count, _BLOCK) for step in _block(draw)]
+    return (*single, *drawn)[:count]
+
+
+# Of these many steps each has every size and kind equally often (a Latin hypercube), however few are drawn.
+_BLOCK = 12
+
+
+def _block(draw: Random) -> list[Step]:
+    columns = {}
+    for name, values in CHOICES.items():
+        rounds, rest = divmod(_BLOCK, len(values))
+        columns[name] = draw.sample([*(list(values) * rounds if rounds else ()), *draw.sample(values, rest)], _BLOCK)
+    return [Step(**{name: column[i] for name, column in columns.items()}) for i in range(_BLOCK)]
+
+
+def smallest(
+    fault: Callable[[Step], str | None], needs: Needs, *, mismatched: bool | None = None, examples: int = 60
+) -> str | None:
+    """The witness of the smallest step that is found to have a fault; None where ``fault`` finds none.
+
+    The steps are drawn once for all clauses, and a few fixed large ones are added; only where one of those that were
+    drawn shows a fault does Hypothesis run, to shrink it.
+    """
+
+    def witness_at(step: Step) -> str | None:
+        try:
+            return fault(step)
+        except (Exception, SystemExit) as error:
+            return Raised.by(error)
+
+    fitted = (fitted_to(step, needs, mismatched) for step in _drawn(examples))
+    first = next(((step, witness) for step in fitted if (witness := witness_at(step)) is not None), None)
+    if first is None:
+        tried = ((step, witness_at(step)) for step in large_steps(needs, mismatched=mismatched))
+        wrong = next(((step, witness) for step, witness in tried if witness is not None), None)
+        return wrong and _halved(witness_at, *wrong)
+    try:
+        from halos_pl.conformance.strategies import shrunk
+    except ModuleNotFoundError:  # installed without its dependencies: the same verdict, a larger witness
+        return _halved(witness_at, *first)
+    return shrunk(witness_at, first[1], needs, mismatched=mismatched, examples=examples)
+
+
+def _halved(witness_at: Callable[[Step], str | None], step: Step, witness: str) -> str:
+    """The witness of a step that is half as large in some way, as often as it goes."""
+    for name in ("units", "tokens", "mismatched"):
+        while (size := getattr(step, name)) > 1:
+            smaller = replace(step, **{name: size // 2})
+            other = witness_at(smaller)
+            if other is None:
+                break
+            step, witness = smaller, other
+    return witness
