@@ -283,7 +283,7 @@ GOOD = '{"prompt": "a", "completion": "b", "label": true}\n'
         (GOOD + '{"prompt": "a", "completion": "b", "label": "maybe"}\n', ["data.jsonl:2", "'label'", "maybe"]),
         (GOOD + '{"prompt": "a", "completion": "", "label": true}\n', ["data.jsonl:2", "'completion' is empty"]),
         (GOOD + "{prompt\n", ["data.jsonl:2", "invalid JSON"]),
-        (GOOD + '{"prompt": "a", "chosen": "b", "rejected": "c"}\n', ["data.jsonl:2", "line 1"]),
+        (GOOD + '{"prompt": "a", "chosen": "b", "rejected": "c"}\n', ["data.jsonl:2", "data.jsonl:1 "]),
     ],
 )
 @pytest.mark.parametrize("split", ["train", "validation"])

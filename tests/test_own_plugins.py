@@ -106,9 +106,9 @@ def test_a_file_that_nobody_names_is_not_executed(here: Path) -> None:
 
 
 def test_a_file_that_does_not_import_is_named(here: Path) -> None:
-    (here / "mine.py").write_text("import no_such_library\nclass Mine(ValueFunction):\n    pass\n")
+    (here / "mine.py").write_text("import no_such_library\nclass DoesNotImport(ValueFunction):\n    pass\n")
     with pytest.raises(OwnPluginError, match=r"mine\.py does not import: .*no_such_library"):
-        import_own("Mine", PARTS.values())
+        import_own("DoesNotImport", PARTS.values())
 
 
 @pytest.mark.parametrize(

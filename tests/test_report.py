@@ -225,7 +225,9 @@ def test_margins_are_in_nats_whatever_beta_is(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("step,rewards/margins,outcome/z0\n1,3.0,0.5\n2,,0.7\n3,5.0,\n")
     run: Any = SimpleNamespace(folder=tmp_path)
     for beta in (0.1, 2.0):
-        module: Any = SimpleNamespace(halo=SimpleNamespace(value_function=Logistic(beta=beta)))
+        module: Any = SimpleNamespace(
+            objective=SimpleNamespace(halo=SimpleNamespace(value_function=Logistic(beta=beta)))
+        )
         found = _training(run, module)
         assert found["training/margin"] == {"1": 3.0 / beta, "3": 5.0 / beta}
         assert found["training/z0"] == {"1": 0.5, "2": 0.7}

@@ -382,8 +382,8 @@ def test_the_frozen_reference_is_not_in_the_checkpoint(finished, tiny_folder):
     saved = checkpoint(run_dir)["state_dict"]  # torch.load(weights_only=True)
     policy = AutoModelForCausalLM.from_pretrained(tiny_folder)
     # A tied weight may be there once; nothing is there that is not the policy's.
-    assert saved.keys() <= {f"policy.{name}" for name in policy.state_dict()}
-    assert saved.keys() >= {f"policy.{name}" for name, _ in policy.named_parameters()}
+    assert saved.keys() <= {f"scorer.model.{name}" for name in policy.state_dict()}
+    assert saved.keys() >= {f"scorer.model.{name}" for name, _ in policy.named_parameters()}
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -397,8 +397,8 @@ def test_frozen_base_weights_are_not_in_the_checkpoint(tiny_folder, tmp_path, ti
         LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder)
     main(fit(folder, "bco", data, tmp_path / "run", *options))
     saved = checkpoint(tmp_path / "run")["state_dict"]
-    assert all("lora_" in name for name in saved if name.startswith("policy."))
-    assert {name for name in saved if not name.startswith("policy.")} == {
+    assert all("lora_" in name for name in saved if name.startswith("scorer."))
+    assert {name for name in saved if not name.startswith("scorer.")} == {
         "objective.reference_point._extra_state",
     }
     assert sum("lora_" in name for name in saved) == 2 * 2 * 7  # A and B of 7 layers in each of 2 blocks

@@ -14,11 +14,7 @@ from halos_pl.data.source import Source, source_of
 # A mapping of settings, not a ``Source``: jsonargparse would read a path given for a dataclass as a settings file.
 Given = str | dict[str, Any]
 if TYPE_CHECKING:
-    import datasets
-    import pandas as pd
-    import pyarrow as pa
-
-    Item: TypeAlias = "Given | os.PathLike[str] | Source | datasets.Dataset | pd.DataFrame | pa.Table"
+    Item: TypeAlias = "Given | os.PathLike[str] | Source | Any"  # a Dataset, a DataFrame or a Table
     Sources: TypeAlias = "Item | Sequence[Item]"
 else:  # what a command line or a YAML file can hold
     Sources = Given | list[Given]

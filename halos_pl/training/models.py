@@ -6,8 +6,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from halos_pl.policy.architecture import base_model
 from halos_pl.policy.limits import check_length, check_vocabulary
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel
@@ -43,7 +44,8 @@ class Models:
         reference_store: bool,
     ) -> None:
         self.spec = policy if isinstance(policy, ModelSpec) else None
-        self._in_memory = policy if isinstance(policy, nn.Module) else None
+        is_model = isinstance(policy, nn.Module) and isinstance(base_model(policy), PreTrainedModel)
+        self._in_memory: Any = policy if is_model else None
         if self.spec is None and self._in_memory is None:
             raise TypeError(
                 f"policy is a {type(policy).__name__}; it takes a ModelSpec, such as ModelSpec(path), or a causal"

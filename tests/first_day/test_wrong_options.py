@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.cli import LightningCLI
 from run_halos import ROOT, binary_data, config, fit, pair_data, write_jsonl
 
-import halos_pl.training.module
+import halos_pl.training.models
 from halos_pl.cli.commands import TOOLS
 from halos_pl.cli.help_page import COMMANDS
 from halos_pl.cli.main import main
@@ -278,7 +279,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def load_model(spec: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(halos_pl.training.module, "load_model", load_model)
+    monkeypatch.setattr(halos_pl.training.models, "load_model", load_model)
     binary_data(tmp_path / "rows.jsonl")
     (tmp_path / "mine.py").write_text(
         "from value_functions import ValueFunction\n"
@@ -423,7 +424,7 @@ def test_what_python_is_given_is_answered_in_a_line(tiny_folder: Path) -> None:
     """A model for its settings, rows or a data set for a source: what is taken, and none of the rows."""
     datasets = pytest.importorskip("datasets")
     with pytest.raises(TypeError, match="ModelSpec") as error:
-        HALOModule(policy=halos_pl.training.module.nn.Linear(1, 1))  # type: ignore[arg-type]
+        HALOModule(policy=torch.nn.Linear(1, 1))  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
     for part, what in ((Logistic, "the class Logistic"), ("Logistic", "a str")):
         with pytest.raises(TypeError, match=f"value_function is {what}"):

@@ -155,7 +155,7 @@ def test_what_is_trained_must_be_finite(place, dtype, bad):
         check_finite(checkpoint, {"scorer.w"}, "none")
     tensors[place][4, 2] = 0
     checkpoint["state_dict"]["scorer.mask"] = torch.tensor([0, float("nan")])
-    with pytest.raises(NonFiniteWeightsError, match=r"policy\.mask"):
+    with pytest.raises(NonFiniteWeightsError, match=r"scorer\.mask"):
         check_finite(checkpoint, {"scorer.w"}, "none")
 
 

@@ -15,10 +15,10 @@ from chat_templates import TEMPLATES, shipped, stub
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from halos_pl.batch import Labels, TokenBatch
 from halos_pl.data.tokenize import Encoder, encode_completion, encode_prompt
 from halos_pl.data.turns import stop_ids, turn_end, turn_markers
-from halos_pl.policy.sampling import add_stops, generate
-from halos_pl.training.module import HALOModule
+from halos_pl.policy.sampling import PolicySamples, add_stops, generate
 
 ASK = [{"role": "user", "content": "Why?"}]
 ANSWER = [{"role": "assistant", "content": "So it is."}]
@@ -334,14 +334,19 @@ def test_generation_stops_at_the_end_of_a_turn(name: str, special: bool) -> None
 def test_training_samples_stop_there_too(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = shipped("gemma")
     seen: list[Any] = []
-    monkeypatch.setattr("halos_pl.training.module.sample_tokens", lambda *_, stops, **__: seen.append(stops) or [])
-    module: Any = SimpleNamespace(tokenizer=tokenizer, training=True, policy=nn.Identity())
-    module._stops = HALOModule._stops.func(module)  # type: ignore[attr-defined]
-    module.objective = SimpleNamespace(needs=SimpleNamespace(samples=4))
-    batch: Any = SimpleNamespace(prompt=torch.zeros(0, dtype=torch.long), prompts=[], row_ids=[])
-    with pytest.raises(TypeError):  # where it goes on with what is no batch
-        HALOModule._with_samples(module, batch)
+    monkeypatch.setattr("halos_pl.policy.sampling.sample_tokens", lambda *_, stops, **__: seen.append(stops) or [[7]])
+    policy: Any = SimpleNamespace(model=nn.Identity())
+    batch = TokenBatch(
+        prompts=[torch.tensor([5])],
+        completions=[torch.tensor([6])],
+        prompt=torch.zeros(1, dtype=torch.long),
+        labels=Labels(torch.tensor([True])),
+        row_ids=["a"],
+    )
+    with_sample = PolicySamples(policy, tokenizer, 4)(batch)
     assert seen == [stop_ids(tokenizer)]
+    assert with_sample.labels.mismatched.tolist() == [False, True]
+    assert with_sample.completions[1].tolist() == [7]
 
 
 def test_no_template() -> None:
