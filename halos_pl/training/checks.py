@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from transformers import PreTrainedModel
+
+from halos_pl.policy.architecture import base_model
+from halos_pl.policy.spec import ModelSpec
 
 
 def unsupported_strategy(name: str) -> str:
@@ -68,12 +72,18 @@ def check_trainer(trainer: Any) -> None:
         raise ValueError(unsupported_strategy(type(trainer.strategy).__name__))
 
 
-def check_arguments(micro_batch_rows: int | None, warmup_ratio: float, optimizer: Any) -> None:
-    """Refuses arguments of the module that are outside their range.
+def check_arguments(policy: Any, micro_batch_rows: int | None, warmup_ratio: float, optimizer: Any) -> None:
+    """Refuses arguments of the module that cannot be.
 
     Raises:
-        ValueError: naming the argument.
+        TypeError: for a policy that is no model.
+        ValueError: for a number outside its range, naming the argument.
     """
+    if not isinstance(policy, ModelSpec) and not isinstance(base_model(policy), PreTrainedModel):
+        raise TypeError(
+            f"policy is a {type(policy).__name__}; it takes a ModelSpec, such as ModelSpec(path), or a causal language"
+            " model of transformers"
+        )
     if micro_batch_rows is not None and micro_batch_rows < 1:
         raise ValueError(f"micro_batch_rows is {micro_batch_rows}; it must be at least 1, or null")
     if not 0 <= warmup_ratio <= 1:

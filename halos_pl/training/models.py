@@ -6,9 +6,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from halos_pl.policy.architecture import base_model
 from halos_pl.policy.limits import check_length, check_vocabulary
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel
@@ -30,7 +29,6 @@ class Models:
         reference: what gives log pi_ref; None until then.
 
     Raises:
-        TypeError: for a policy that is neither.
         ValueError: for a combination that cannot work.
     """
 
@@ -44,13 +42,7 @@ class Models:
         reference_store: bool,
     ) -> None:
         self.spec = policy if isinstance(policy, ModelSpec) else None
-        is_model = isinstance(policy, nn.Module) and isinstance(base_model(policy), PreTrainedModel)
-        self._in_memory: Any = policy if is_model else None
-        if self.spec is None and self._in_memory is None:
-            raise TypeError(
-                f"policy is a {type(policy).__name__}; it takes a ModelSpec, such as ModelSpec(path), or a causal"
-                " language model of transformers"
-            )
+        self._in_memory: Any = policy if self.spec is None else None
         with_adapter = bool(self.spec and self.spec.lora) or hasattr(policy, "peft_config")
         self.reference_model = reference_model or (AdapterOff() if with_adapter else FrozenCopy())
         self.bound = False

@@ -104,7 +104,7 @@ class HALOModule(LightningModule):
         super().__init__()
         arguments = locals()
         parts = {name: arguments[name] for name in inspect.signature(build_objective).parameters}
-        check_arguments(micro_batch_rows, warmup_ratio, optimizer)
+        check_arguments(policy, micro_batch_rows, warmup_ratio, optimizer)
         self.objective = build_objective(**parts)
         self.models = Models(
             policy,
