@@ -436,7 +436,7 @@ def test_a_folder_is_refused_where_it_holds_other_results(make: Any, tmp_path: P
     plain = study()
     claimed(study("seeds: [5]\n"), out, digests)
     claimed(plain, out, digests)
-    assert not (out / "over.yaml").exists()  # or the report would be of the seed 5 for ever
+    assert not (out / "overrides.yaml").exists()  # or the report would be of the seed 5 for ever
     # Nothing is measured yet: other ways of measuring are free.
     measured = {"prompts": str(tmp_path / "prompts.txt"), "max_new_tokens": 3}
     claimed(study(evaluate=measured), out, digests)

@@ -250,17 +250,16 @@ def test_a_damaged_entry_is_reported_and_never_used(tmp_path: Path, caplog: pyte
         caplog.clear()
 
 
-def test_a_damaged_file_is_put_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_file_is_deleted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "s.sqlite"
     path.write_bytes(b"this is no database, and longer than its header would be" * 20)
     with closing(ReferenceStore(path)) as store:
         assert "is damaged" in caplog.text
         store.put({b"a": torch.ones(1)})
         assert len(store) == 1
-    assert (tmp_path / "s.damaged").is_file()
 
 
-def test_one_that_another_process_has_mended_is_not_put_aside_again(tmp_path: Path) -> None:
+def test_one_that_another_process_has_replaced_is_not_deleted_again(tmp_path: Path) -> None:
     """Both had it open when it was damaged; what the first one keeps, the second one finds."""
     path = tmp_path / "s.sqlite"
     names = [bytes([i, j]) for i in range(50) for j in range(50)]
@@ -294,7 +293,7 @@ def test_a_store_that_fails_does_not_end_a_run(tmp_path: Path, caplog: pytest.Lo
         assert store.get([b"a", b"b"]).keys() == {b"a"}
 
 
-def test_a_file_damaged_in_the_middle_is_put_aside_when_it_is_read(tmp_path: Path) -> None:
+def test_a_file_damaged_in_the_middle_is_deleted_when_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "s.sqlite"
     names = [bytes([i, j]) for i in range(50) for j in range(50)]
     with closing(ReferenceStore(path)) as store:
@@ -308,7 +307,7 @@ def test_a_file_damaged_in_the_middle_is_put_aside_when_it_is_read(tmp_path: Pat
         assert store.get([b"a"])[b"a"] == 1
 
 
-def test_a_file_damaged_in_the_middle_is_put_aside_when_it_is_written(tmp_path: Path) -> None:
+def test_a_file_damaged_in_the_middle_is_deleted_when_it_is_written(tmp_path: Path) -> None:
     path = tmp_path / "s.sqlite"
     with closing(ReferenceStore(path)) as store:
         store.put({bytes([i, j]): torch.ones(30) for i in range(50) for j in range(50)})

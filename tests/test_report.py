@@ -82,7 +82,7 @@ def results_of(
             values[arm, seed] = own
     if before is not None:
         values[BEFORE, None] = {m: {n: before + 0.1 * float(draw.normal()) for n in names} for m in metrics}
-    record = {"study": str(folder / "study.yaml"), "over": None, "out": str(folder), "missing": [], "made": []}
+    record = {"study": str(folder / "study.yaml"), "overrides": None, "out": str(folder), "missing": [], "made": []}
     write_recorded(Recorded(values, record), study, folder)
     return Results(study, folder)
 

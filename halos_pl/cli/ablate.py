@@ -20,7 +20,7 @@ from halos_pl.study.finished import finished
 from halos_pl.study.read import load_study
 from halos_pl.study.recorded import VALUES, read_recorded
 from halos_pl.study.spec import Run, Study, StudyError, default_folder
-from halos_pl.study.state import OVER, STUDY, failure, state
+from halos_pl.study.state import OVERRIDES, STUDY, failure, state
 
 
 class Parsers:
@@ -48,13 +48,13 @@ class Parsers:
 
 
 def ablate(
-    study: str, *, over: str | None = None, out: str | None = None, jobs: int = 1, keep_checkpoints: bool = False
+    study: str, *, overrides: str | None = None, out: str | None = None, jobs: int = 1, keep_checkpoints: bool = False
 ) -> None:
     """Run a study: train and measure every arm with every seed, and write a report. Resumes an interrupted study.
 
     Args:
         study: the study's YAML file.
-        over: a second file that changes the scale: its options are added to those of the study, and its configs, seeds
+        overrides: a second file that changes the scale: its options are added to those of the study, and its configs, seeds
             and evaluate replace the study's.
         out: folder for all results; default: runs/ and the name of the file.
         jobs: runs at a time; they share the CPU cores.
@@ -70,8 +70,8 @@ def ablate(
 
     if jobs < 1:
         raise StudyError(f"--jobs is {jobs}; it must be at least 1")
-    spec = load_study(study, over)
-    folder = Path(out) if out else default_folder(study, over)
+    spec = load_study(study, overrides)
+    folder = Path(out) if out else default_folder(study, overrides)
     checked = check(spec, Parsers())
     if spec.cluster is not None:
         with tempfile.TemporaryDirectory() as elsewhere:  # it makes its folder at once, before the study's is claimed
@@ -127,8 +127,8 @@ def _study_of(folder: str) -> Study:
     path = Path(folder)
     if not (path / STUDY).is_file():
         raise StudyError(f"{folder} is not the folder of a study: it holds no {STUDY}")
-    over = path / OVER
-    return load_study(path / STUDY, over if over.is_file() else None)
+    overrides = path / OVERRIDES
+    return load_study(path / STUDY, overrides if overrides.is_file() else None)
 
 
 def status(folder: str) -> None:

@@ -50,7 +50,7 @@ def render(
     refused: Exception | None = None
     for tool_form, form in product(tool_forms(tools), forms(messages)):
         try:
-            text = str(tokenizer.apply_chat_template(form, tools=tool_form, tokenize=False, **how))  # type: ignore[arg-type]
+            text = str(tokenizer.apply_chat_template(form, tools=tool_form, tokenize=False, **how))
         except Exception as error:  # templates raise jinja2.TemplateError, TypeError, ...
             # The template's own message (raise_exception) is more helpful than an error in it.
             refused = refused if refused and type(error) is not TemplateError else error

@@ -130,7 +130,7 @@ def with_tokenizer(spec: ModelSpec) -> ModelSpec:
 
 def find_file(spec: ModelSpec, name: str) -> bool:
     """Whether a repository of the hub has a file."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     options: Any = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
     return cached_file(spec.path, name, revision=spec.revision, **options) is not None
@@ -140,7 +140,7 @@ def weights_of(adapter: Adapter) -> dict[str, Tensor]:
     """The weights in an adapter's file, by the names that peft gives them there; no pickle is executed."""
     source = source_of(adapter.spec)
     options: Any = {} if Path(source).is_dir() else {"revision": adapter.spec.revision}
-    return load_peft_weights(source, device="cpu", **options)  # type: ignore[no-any-return]
+    return load_peft_weights(source, device="cpu", **options)
 
 
 def merge(model: Any, adapter: Adapter) -> Any:

@@ -11,7 +11,7 @@ from transformers import LogitsProcessor
 from halos_pl.policy.spec import ModelError
 
 
-class FiniteLogits(LogitsProcessor):  # type: ignore[misc]
+class FiniteLogits(LogitsProcessor):
     """Stops sampling at logits without a finite largest one. Greedy decoding would take any token of such a row.
 
     Args:

@@ -26,7 +26,7 @@ class _LogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -53,7 +53,7 @@ class _LogProbs(torch.autograd.Function):
         return torch.cat(found)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Any:
         hidden, weight, targets, sums = ctx.saved_tensors
         dtype, parts = ctx.dtype, ctx.parts
         into_hidden, into_weight = ctx.needs_input_grad[:2]
@@ -124,4 +124,4 @@ def token_logps(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
         return part(hidden, targets)
     # Parts of equal size: a last one of a single row would be multiplied by another kernel, which may round otherwise.
     both = zip(hidden.tensor_split(parts), targets.tensor_split(parts), strict=True)
-    return torch.cat([checkpoint(part, h, t, use_reentrant=False) for h, t in both])  # type: ignore[misc]
+    return torch.cat([checkpoint(part, h, t, use_reentrant=False) for h, t in both])

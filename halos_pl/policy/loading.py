@@ -108,7 +108,8 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     model.noise_of_config = {} if spec.dropout else switch_noise_off(model)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model if spec.lora is None else adapters.with_lora(model, spec.lora)
+    whole: PreTrainedModel = model if spec.lora is None else adapters.with_lora(model, spec.lora)
+    return whole
 
 
 def check_lora(spec: ModelSpec) -> None:

@@ -259,6 +259,8 @@ class AdapterOff(ReferenceModel):
             )
 
     def bind(self, policy: Scorer, spec: ModelSpec | None, *, stored: bool = False) -> None:
+        if not hasattr(policy.model, "disable_adapter"):
+            raise ModelError("reference_model: AdapterOff needs a policy with an adapter; choose FrozenCopy")
         self._policy = policy
         if stored:
             self.fingerprint = weights_fingerprint(policy.model)

@@ -94,7 +94,7 @@ class ReferenceStore:
             except sqlite3.OperationalError:  # busy or read-only, not damaged
                 raise
             except sqlite3.DatabaseError as error:
-                self._mend(error)
+                self._renew(error)
         except (OSError, sqlite3.OperationalError) as error:
             raise ModelError(
                 f"the reference store {self.path} cannot be written ({error}); name another folder with HALOS_CACHE, or"
@@ -116,8 +116,8 @@ class ReferenceStore:
         self._inode = self.path.stat().st_ino
         return db
 
-    def _mend(self, error: Exception) -> None:
-        """Reconnects; a damaged file is moved aside first, unless another process has already replaced it."""
+    def _renew(self, error: Exception) -> None:
+        """Reconnects; a damaged file is deleted first, unless another process has already replaced it."""
         if hasattr(self, "_db"):
             self._db.close()
         with FileLock(self.path.with_suffix(".lock")):
@@ -130,24 +130,23 @@ class ReferenceStore:
                 raise
             except sqlite3.DatabaseError:
                 pass
-            aside = self.path.with_suffix(".damaged")
             rank_zero_info(
-                f"halos: the reference store {self.path} is damaged ({error}); it is now {aside.name}, and its entries"
-                " are recomputed"
+                f"halos: the reference store {self.path} is damaged ({error}); it is deleted, and its entries are"
+                " recomputed"
             )
-            self.path.replace(aside)
+            self.path.unlink()
             self._db = self._connection()
 
     def _try(self, work: Callable[[], None]) -> None:
         """Does ``work`` on the current file, as another process may have moved or removed the one opened before.
 
-        Tries again after a repair. If that fails too, on a full disk, say, it warns once: the run does not need it.
+        Tries again with a new file. If that fails too, on a full disk, say, it warns once: the run does not need it.
         """
         why: Exception | None = None
         for _ in range(2):
             try:
                 if why is not None:
-                    self._mend(why)
+                    self._renew(why)
                 elif not self.path.exists() or self.path.stat().st_ino != self._inode:
                     self._db.close()
                     self._db = self._connection()

@@ -10,7 +10,7 @@ from halos_pl.common.files import write
 from halos_pl.evaluation.files import FILE, measured_how
 from halos_pl.study.preflight import Checked
 from halos_pl.study.spec import Study, StudyError
-from halos_pl.study.state import OVER, PLAN, STUDY
+from halos_pl.study.state import OVERRIDES, PLAN, STUDY
 
 
 def claim(study: Study, out: Path, checked: Checked) -> None:
@@ -22,7 +22,7 @@ def claim(study: Study, out: Path, checked: Checked) -> None:
     digests = checked.digests
     plan: dict[str, Any] = {
         "study": str(study.path),
-        "over": None if study.over is None else str(study.over),
+        "overrides": None if study.overrides is None else str(study.overrides),
         "digests": {arm.folder: digests[arm.name] for arm in study.arms},
         "seeds": list(study.seeds),
         "primary": study.primary,
@@ -39,7 +39,7 @@ def claim(study: Study, out: Path, checked: Checked) -> None:
         raise StudyError(f"{out} is not empty and holds no study; name another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     write(file, json.dumps(plan, indent=2) + "\n")
-    for name, source in ((STUDY, study.path), (OVER, study.over)):
+    for name, source in ((STUDY, study.path), (OVERRIDES, study.overrides)):
         if source is not None:
             write(out / name, source.read_text(encoding="utf-8"))
         else:

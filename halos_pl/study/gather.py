@@ -128,7 +128,7 @@ def _record(study: Study, out: Path, runs: list[Run], done: list[Run], faults: M
     ]
     return {
         "study": plan.get("study", str(study.path)),
-        "over": plan["over"] if plan else None if study.over is None else str(study.over),
+        "overrides": plan["overrides"] if plan else None if study.overrides is None else str(study.overrides),
         "out": str(out),
         "primary": plan.get("primary"),
         "starts": starts_of(done),

@@ -20,7 +20,7 @@ KEYS = (
     *("power", "baseline", "cluster", "note"),
 )
 #: What a second file may replace: the scale of a study, not its question.
-OVER = tuple(key for key in KEYS if key not in ("arms", "axes", "sample", "baseline"))
+REPLACEABLE = tuple(key for key in KEYS if key not in ("arms", "axes", "sample", "baseline"))
 #: Keys of ``power``: standard deviations, or the values of an earlier study.
 POWER = ("prompt_sd", "run_sd", "sampling_sd", "values")
 #: The largest possible standard deviations for a share: of differences between -1 and 1, and of means between 0 and 1.
@@ -35,33 +35,33 @@ OWN = {
 }
 
 
-def load_study(path: str | Path, over: str | Path | None = None) -> Study:
+def load_study(path: str | Path, overrides: str | Path | None = None) -> Study:
     """The study of a file.
 
     Args:
         path: the study file.
-        over: a second file, whose keys (those of ``OVER``) replace those of the study; its options are added last.
+        overrides: a second file, whose keys (those of ``REPLACEABLE``) replace those of the study; its options are added last.
 
     Raises:
         StudyError: naming the line at fault.
     """
-    return _Reader(Path(path), None if over is None else Path(over)).study()
+    return _Reader(Path(path), None if overrides is None else Path(overrides)).study()
 
 
 class _Reader:
-    def __init__(self, path: Path, over: Path | None = None) -> None:
+    def __init__(self, path: Path, overrides: Path | None = None) -> None:
         self.path = path
-        self.over = over
+        self.overrides = overrides
         self.content, self.lines = self._read(path)
         # The second file and its lines, by each key that it replaces.
         self.replaced: dict[str, tuple[Path, Lines]] = {}
         self.last_options: dict[str, Any] = {}
-        if over is not None:
-            content, lines = self._read(over)
-            self.replaced = {key: (over, lines) for key in content}
+        if overrides is not None:
+            content, lines = self._read(overrides)
+            self.replaced = {key: (overrides, lines) for key in content}
             for key in content:
-                if key not in OVER:
-                    raise self.fault(f"{key!r} cannot be laid over a study; it takes {', '.join(OVER)}", key)
+                if key not in REPLACEABLE:
+                    raise self.fault(f"{key!r} cannot be laid over a study; it takes {', '.join(REPLACEABLE)}", key)
             # They win over the options of arms too, such as a batch size that only suits a small model.
             self.last_options = content.pop("options", {})
             if not isinstance(self.last_options, dict):
@@ -135,7 +135,7 @@ class _Reader:
             baseline=baseline,
             cluster=self.get("cluster", dict, None),
             note=self.get("note", str, ""),
-            over=self.over,
+            overrides=self.overrides,
             places={key: self.where(key) for key in ("evaluate", "metrics", "cluster", "power")}
             | {key: self.where("evaluate", key) for key in (*CODE, "prompts", "held_out")},
         )
@@ -214,10 +214,10 @@ class _Reader:
         primary: str = self.get("primary", str, metrics[0])
         if primary not in metrics:
             raise self.fault(f"primary {primary!r} is not among the metrics {', '.join(metrics)}", "primary")
-        if self.over is not None and {"metrics", "primary"} & set(self.replaced):
+        if self.overrides is not None and {"metrics", "primary"} & set(self.replaced):
             for key in ("equivalence", "power"):
                 if key in self.content and key not in self.replaced:
-                    why = f"{key} belongs to the primary metric, which {self.over} may replace; set it there too"
+                    why = f"{key} belongs to the primary metric, which {self.overrides} may replace; set it there too"
                     raise self.fault(why, key)
         return primary
 

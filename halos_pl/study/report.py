@@ -173,10 +173,10 @@ def content(results: Results) -> dict[str, Any]:
     """The content of both forms of the report."""
     arms, record = results.ranked, results.record
     study = record.get("study", str(results.study.path))
-    over = record.get("over")
+    overrides = record.get("overrides")
     out = Path(record.get("out", results.out))
-    names = [study, *(["--over", over] if over else [])]
-    if out != default_folder(study, over):
+    names = [study, *(["--overrides", overrides] if overrides else [])]
+    if out != default_folder(study, overrides):
         names += ["--out", str(out)]
     tested = any(c.margin is not None for c in results.comparisons(results.primary).values())
     method = "Bonferroni, since equivalence is tested too" if tested else "Holm 1979"

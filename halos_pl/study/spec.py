@@ -95,7 +95,7 @@ class Study:
         baseline: the arm that the others are compared with.
         cluster: parameters of submitit; None to run on this machine.
         note: the question that the study asks, for the report.
-        over: the second file, which was laid over the first.
+        overrides: the second file, which was laid over the first.
         places: file and line of some keys, for errors.
     """
 
@@ -110,7 +110,7 @@ class Study:
     power: Mapping[str, Any] = field(default_factory=dict)
     cluster: Mapping[str, Any] | None = None
     note: str = ""
-    over: Path | None = None
+    overrides: Path | None = None
     places: Mapping[str, str] = field(default_factory=dict)
 
     def runs(self, out: Path) -> list[Run]:
@@ -130,6 +130,6 @@ def command(words: list[str]) -> str:
     return f"halos {shlex.join(words)}"
 
 
-def default_folder(study: str | Path, over: str | Path | None) -> Path:
+def default_folder(study: str | Path, overrides: str | Path | None) -> Path:
     """The default of ``--out``: below runs/, named after the study's files."""
-    return Path("runs") / "-".join(Path(path).stem for path in (study, over) if path)
+    return Path("runs") / "-".join(Path(path).stem for path in (study, overrides) if path)

@@ -10,7 +10,7 @@ from halos_pl.run_dir import SUMMARY, shortfall
 from halos_pl.study.spec import Run, command
 
 #: In a study's folder: its files, and what it was when its first run began.
-STUDY, OVER, PLAN = "study.yaml", "over.yaml", "plan.json"
+STUDY, OVERRIDES, PLAN = "study.yaml", "overrides.yaml", "plan.json"
 
 
 def failure_file(run: Run) -> Path:

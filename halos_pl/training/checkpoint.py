@@ -99,7 +99,7 @@ def read_checkpoint(path: Path, *, resume: bool = False, mmap: bool = False) -> 
     if wrong := damage(path):
         raise CheckpointError(f"{path} {wrong}{_instead_of(path)}")
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         name = _class_in(error)
         what = f"holds an object of {name}" if name else f"holds more than tensors and plain values ({error})"
@@ -122,7 +122,8 @@ def read_checkpoint(path: Path, *, resume: bool = False, mmap: bool = False) -> 
         )
     if resume and (wrong := _unusable(found)):
         raise CheckpointError(f"{path} is not a checkpoint that a fit can resume from: {wrong}{_instead_of(path)}")
-    return found
+    checkpoint: dict[str, Any] = found
+    return checkpoint
 
 
 def _class_in(error: pickle.UnpicklingError) -> str | None:

@@ -109,7 +109,7 @@ class _Draw:
 
 def _forked(device: torch.device) -> AbstractContextManager[None]:
     """When it is left, the random state is as it was."""
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])  # type: ignore[no-any-return]
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from halos_pl.policy.limits import check_length, check_vocabulary
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel
 from halos_pl.policy.scorer import PrefixSharing, Scorer
+from halos_pl.policy.spec import ModelError
 from halos_pl.policy.store import ReferenceStore, StoredReference
 
 if TYPE_CHECKING:
@@ -74,7 +75,11 @@ class Models:
         Raises:
             ModelError: where there is none.
         """
-        return load_tokenizer(self.spec or ModelSpec(str(getattr(self._in_memory, "name_or_path", ""))))
+        if self.spec is not None:
+            return load_tokenizer(self.spec)
+        if not (folder := str(getattr(self._in_memory, "name_or_path", ""))):
+            raise ModelError("the policy in memory has no folder to load a tokenizer from; set module.tokenizer to it")
+        return load_tokenizer(ModelSpec(folder))
 
     def policy(self) -> Scorer:
         """The policy as it was before training."""

@@ -103,9 +103,8 @@ class HALOModule(LightningModule):
     ) -> None:
         super().__init__()
         arguments = locals()
-        parts = {name: arguments[name] for name in inspect.signature(build_objective).parameters}
         check_arguments(policy, micro_batch_rows, warmup_ratio, optimizer)
-        self.objective = build_objective(**parts)
+        self.objective = build_objective(**{k: arguments[k] for k in inspect.signature(build_objective).parameters})
         self.models = Models(
             policy,
             reference_model,

@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from typing import Any, cast
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
@@ -151,17 +151,17 @@ class RunCSVLogger(CSVLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> StepWriter:  # type: ignore[override]
+    def experiment(self) -> StepWriter:
         if self._experiment is None:
             self._experiment = StepWriter(log_dir=self.log_dir)
         return cast(StepWriter, self._experiment)
 
     @rank_zero_only
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:  # type: ignore[override]
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Notes figures of a step; they are written when the step is complete, by :meth:`save`."""
         self.experiment.log_metrics(metrics, step)
 
-    def log_hyperparams(self, params: Any = None) -> None:  # type: ignore[override]
+    def log_hyperparams(self, params: Any = None) -> None:
         """Nothing: ``config.yaml`` is beside ``metrics.csv``."""
 
     def drop_from(self, step: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning import LightningModule, Trainer
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
@@ -56,7 +56,7 @@ class AgreedSignals:
 
     def register_signal_handlers(self) -> None:
         """Under SLURM with automatic requeueing, handles its signal as Lightning does, but after the step."""
-        environment = self.trainer._accelerator_connector.cluster_environment  # type: ignore[attr-defined]
+        environment = self.trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
 
             def requeue(*_: Any) -> None:

@@ -1,0 +1,76 @@
+"""A model, a tokenizer and rows that are already in memory train as from files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Trainer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from halos_pl import AdapterOff, FeedbackDataModule, HALOModule, ModelSpec, load_objective, testing
+from halos_pl.policy.spec import ModelError
+
+ROWS = testing.binary_rows(8)
+
+
+def trained(policy: Any, tokenizer: Any = None, **options: Any) -> HALOModule:
+    module = HALOModule(
+        policy=policy,
+        extra_terms=[load_objective("kto")],
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        **options,
+    )
+    if tokenizer is not None:
+        module.tokenizer = tokenizer
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, datamodule=FeedbackDataModule(train=ROWS, batch_size=4, seed=0))
+    return module
+
+
+def test_a_model_in_memory_is_trained_in_place_as_one_from_a_folder(tiny_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    module = trained(model)
+    assert module.policy is model
+    of_folder = trained(ModelSpec(str(tiny_folder))).policy.state_dict()
+    start = AutoModelForCausalLM.from_pretrained(tiny_folder).state_dict()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, of_folder[name]), name
+    assert any(not torch.equal(weight, start[name]) for name, weight in model.state_dict().items())
+
+
+def test_an_adapter_in_memory_is_its_own_reference_when_off(tiny_folder: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    before = {name: p.clone() for name, p in base.named_parameters()}
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    module = trained(model, testing.tiny_tokenizer())
+    assert isinstance(module.models.reference_model, AdapterOff)
+    for name, p in model.get_base_model().named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(p, before[name.replace(".base_layer", "")]), name
+
+
+def test_what_a_model_in_memory_lacks_is_named(tiny_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_config(AutoModelForCausalLM.from_pretrained(tiny_folder).config)
+    model.name_or_path = ""
+    with pytest.raises(ModelError, match="tokenizer"):
+        trained(model)
+    with pytest.raises(ModelError, match="AdapterOff needs a policy with an adapter"):
+        trained(model, testing.tiny_tokenizer(), reference_model=AdapterOff())
+
+
+def test_the_helpers_for_tests_of_ones_own_fit(tiny_folder: Path) -> None:
+    fitted = testing.fit(load_objective("dpo"), testing.pair_rows(8), tiny_folder, steps=3)
+    assert len(fitted.steps) == 3
+    assert fitted.steps[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert fitted.steps[-1]["loss"] != fitted.steps[0]["loss"]
