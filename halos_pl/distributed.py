@@ -54,6 +54,6 @@ def gather_over_ranks(values: Tensor) -> tuple[Tensor, int]:
     counts = values.new_zeros(world_size(), dtype=torch.long)
     counts[dist.get_rank()] = len(values)
     sizes = sum_over_ranks(counts).tolist()
-    padded: Any = _Gather.apply(F.pad(values, (0, max(sizes) - len(values))))
+    padded: Any = _Gather.apply(F.pad(values, (0, max(sizes) - len(values))))  # type: ignore[no-untyped-call]
     gathered = torch.cat([part[:size] for part, size in zip(padded, sizes, strict=True)])
     return gathered, sum(sizes[: dist.get_rank()])

@@ -54,8 +54,8 @@ def ablate(
 
     Args:
         study: the study's YAML file.
-        overrides: a second file that changes the scale: its options are added to those of the study, and its configs, seeds
-            and evaluate replace the study's.
+        overrides: a second file that changes the scale: its options are added to those of the study, and its
+            configs, seeds and evaluate replace the study's.
         out: folder for all results; default: runs/ and the name of the file.
         jobs: runs at a time; they share the CPU cores.
         keep_checkpoints: keep the last checkpoint of each run after measuring it.

@@ -15,7 +15,7 @@ _BOUNDS = {"clamp", "clamp_min", "clamp_max", "hardtanh", "relu", "threshold", "
 _STEPS = {"sign", "sgn", "floor", "ceil", "round", "trunc"}
 
 
-class Switches(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Switches(TorchDispatchMode):
     """Records for each operation that branches (a comparison, a clamp, abs …) which branch each element took.
 
     Attributes:

@@ -66,7 +66,7 @@ class recomputed(saved_tensors_hooks):
             if not isinstance(kept, _Recipe):
                 return kept
             if last[0] is not kept.node:
-                last[:] = kept.node, _AGAIN[kept.node.name()](kept.node)
+                last[:] = kept.node, _AGAIN[kept.node.name()](kept.node)  # type: ignore[no-untyped-call]
             return last[1].view(kept.shape)  # type: ignore[no-any-return]
 
         super().__init__(pack, unpack)

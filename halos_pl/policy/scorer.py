@@ -130,7 +130,7 @@ class Scorer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Scorer:
         """Moves and casts the model, but leaves the frequencies of rotary positions as precise as they were."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for module, name, values in self._frequencies:
             buffer = module._buffers[name]
             if buffer is not None and buffer.dtype.itemsize < values.dtype.itemsize:

@@ -40,7 +40,8 @@ def load_study(path: str | Path, overrides: str | Path | None = None) -> Study:
 
     Args:
         path: the study file.
-        overrides: a second file, whose keys (those of ``REPLACEABLE``) replace those of the study; its options are added last.
+        overrides: a second file, whose keys (those of ``REPLACEABLE``) replace those of the study; its options are
+            added last.
 
     Raises:
         StudyError: naming the line at fault.
