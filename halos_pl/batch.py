@@ -41,6 +41,7 @@ class Needs:
         groups: all rows of a prompt come in the same step, on the same rank.
         exact_kl: the KL divergence over the whole vocabulary at each token of the mismatched rows.
         samples: mismatched rows are completions that the policy samples, of at most so many tokens; 0 for none.
+        routing: how the policy's experts share the tokens, so that the policy must be a mixture of experts.
     """
 
     reference: bool = False
@@ -52,6 +53,7 @@ class Needs:
     groups: bool = False
     exact_kl: bool = False
     samples: int = 0
+    routing: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(**{f.name: max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
@@ -174,6 +176,43 @@ class TokenBatch:
 
 
 @dataclass
+class Routing:
+    """How a mixture of experts routed the tokens of n rows: sums over a row's tokens and all layers with E experts.
+
+    A token counts if the model reads it to predict a later one: the prompt and the completion without its last token.
+    A prompt that several rows share counts in each of them.
+
+    Attributes:
+        probability: float32 [n, E], the router's probability of each expert. Zeros for mismatched rows.
+        chosen: float32 [n, E], how often each expert was among those chosen for a token, without gradient.
+
+    Raises:
+        ValueError: for tensors of different shapes.
+    """
+
+    probability: Tensor
+    chosen: Tensor
+
+    def __post_init__(self) -> None:
+        if self.probability.dim() != 2 or self.probability.shape != self.chosen.shape:
+            shapes = tuple(self.probability.shape), tuple(self.chosen.shape)
+            raise ValueError(
+                f"Routing.probability and chosen have shapes {shapes[0]} and {shapes[1]}, not (rows, experts)"
+            )
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def detach(self) -> Routing:
+        """The same sums, detached from the policy's graph."""
+        return Routing(self.probability.detach(), self.chosen)
+
+    def select(self, index: Tensor) -> Routing:
+        """The rows ``index`` (LongTensor [m])."""
+        return Routing(self.probability[index], self.chosen[index])
+
+
+@dataclass
 class LogProbBatch:
     """What an objective sees: log-probs of the rows' completion tokens and who is who. No model, no text.
 
@@ -184,6 +223,7 @@ class LogProbBatch:
         labels: who is who.
         kl: float32 [n, T], KL(pi_theta || pi_ref) over the whole vocabulary at each token, without gradient;
             None where nothing needs it.
+        routing: how the policy's experts share the rows' tokens; None where nothing needs it.
 
     Raises:
         ValueError: for a tensor of another shape, since (B,) + (B, T) would broadcast to a wrong loss.
@@ -194,6 +234,7 @@ class LogProbBatch:
     mask: Tensor
     labels: Labels
     kl: Tensor | None = None
+    routing: Routing | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.policy_logps.shape)
@@ -205,13 +246,16 @@ class LogProbBatch:
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != shape:
                 raise ValueError(f"LogProbBatch.{name} has shape {tuple(value.shape)}, not {shape}")
+        if self.routing is not None and len(self.routing) != shape[0]:
+            raise ValueError(f"LogProbBatch.routing is that of {len(self.routing)} rows, not of {shape[0]}")
 
     def __len__(self) -> int:
         return self.policy_logps.shape[0]
 
     def detach(self) -> LogProbBatch:
-        """The same rows, cut off from the policy's graph."""
-        return replace(self, policy_logps=self.policy_logps.detach())
+        """The same rows, detached from the policy's graph."""
+        routing = None if self.routing is None else self.routing.detach()
+        return replace(self, policy_logps=self.policy_logps.detach(), routing=routing)
 
     def select(self, index: Tensor) -> LogProbBatch:
         """The rows ``index`` (LongTensor [m]), with pairs renumbered (see :meth:`Labels.select`)."""
@@ -221,4 +265,5 @@ class LogProbBatch:
             mask=self.mask[index],
             labels=self.labels.select(index),
             kl=None if self.kl is None else self.kl[index],
+            routing=None if self.routing is None else self.routing.select(index),
         )

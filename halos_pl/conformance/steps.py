@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from halos_pl.batch import Labels, LogProbBatch, Needs
+from halos_pl.batch import Labels, LogProbBatch, Needs, Routing
 
 Classes = Literal["mixed", "desirable", "undesirable"]
 
@@ -54,8 +54,8 @@ class Step:
         drawn = self._rows(dtype)
         labels, rows = object.__new__(Labels), object.__new__(LogProbBatch)  # without checking the shapes again
         labels.__dict__.update({name: column.clone() for name, column in drawn.labels.__dict__.items()})
-        tensors = {name: value.clone() for name, value in drawn.__dict__.items() if name != "labels"}
-        rows.__dict__.update(tensors, labels=labels)
+        tensors = {name: value.clone() for name, value in drawn.__dict__.items() if isinstance(value, torch.Tensor)}
+        rows.__dict__.update(tensors, labels=labels, routing=self._routing(drawn))
         return rows
 
     @lru_cache(maxsize=4096)  # noqa: B019  (a step is a few numbers)
@@ -98,6 +98,15 @@ class Step:
             ),
             kl=log_probs().abs() / 10,
         )
+
+    def _routing(self, rows: LogProbBatch) -> Routing:
+        """How three experts share the rows' tokens, two of which are chosen for each; of a generator of its own."""
+        draw = torch.Generator().manual_seed(self.seed + 2)
+        tokens = rows.mask[..., None] * rows.labels.train[:, None, None]
+        logits = torch.randn(*rows.mask.shape, 3, generator=draw, dtype=torch.float64)
+        chosen = torch.zeros_like(logits).scatter_(2, logits.topk(2, dim=2).indices, 1.0)
+        probability = (logits.softmax(dim=2) * tokens).sum(dim=1)
+        return Routing(probability.to(rows.policy_logps.dtype), (chosen * tokens).sum(dim=1).float())
 
     def _scores(self, desirable: torch.Tensor) -> torch.Tensor:
         """How good each row is, of either sign whatever its label; missing for some, and in every third step.

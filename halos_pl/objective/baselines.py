@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from halos_pl.batch import LogProbBatch, Needs
+from halos_pl.batch import LogProbBatch, Needs, Routing
 from halos_pl.distributed import sum_over_ranks
 from halos_pl.objective.halo import Objective, Result, TermContext, divisor
 from value_functions.bounded import bounded_exp
@@ -133,3 +134,57 @@ class KLPenalty(TokenTerm):
             raise ValueError("KLPenalty needs reference log-probs: choose a reference_model")
         d = rows.policy_logps - rows.reference_logps
         return bounded_exp(-d) + d - 1
+
+
+@dataclass(frozen=True)
+class RouterContext:
+    """What :class:`RouterLoss` fixes once per step.
+
+    Attributes:
+        slope: float [E], the loss per unit of each expert's summed probability.
+    """
+
+    slope: Tensor
+
+    def select(self, index: Tensor) -> RouterContext:
+        """The same: it does not depend on the rows."""
+        return self
+
+
+class RouterLoss(Objective):
+    """E * sum_e f_e * P_e of a mixture of E experts, the load-balancing loss of Fedus et al. 2022, eq. 4 to 6.
+
+    P_e is the mean of the router's probabilities of expert e over the tokens of all rows that carry a loss and all
+    layers with experts; f_e is how often e is chosen per token, without gradient. With k experts per token it is k
+    where the load is balanced. It equals ``load_balancing_loss_func`` of transformers on the whole step, however the
+    step is split; the price is a second forward pass where it is split. See :class:`~halos_pl.batch.Routing` for the
+    tokens that count.
+
+    Args:
+        weight: Factor of the term, such as the config's ``router_aux_loss_coef``; the paper takes 0.01.
+    """
+
+    def __init__(self, *, weight: float = 0.01) -> None:
+        super().__init__()
+        self.weight = float(weight)
+
+    @property
+    def needs(self) -> Needs:
+        # Rows are scored before the first row's loss: f is that of the whole step.
+        return Needs(step_rewards=True, routing=True)
+
+    def prepare(self, rows: LogProbBatch) -> RouterContext:
+        routing = _of_experts(rows)
+        train = rows.labels.train[:, None]
+        chosen = sum_over_ranks((routing.chosen * train).sum(dim=0))
+        tokens = sum_over_ranks((routing.probability * train).sum())
+        return RouterContext(chosen.numel() * chosen / divisor(tokens) ** 2)
+
+    def compute_loss(self, rows: LogProbBatch, context: RouterContext) -> Result:
+        return Result(self.weight * (context.slope * _of_experts(rows).probability.sum(dim=0)).sum())
+
+
+def _of_experts(rows: LogProbBatch) -> Routing:
+    if rows.routing is None:
+        raise ValueError("RouterLoss needs the routing of a mixture of experts: set LogProbBatch.routing")
+    return rows.routing

@@ -129,6 +129,12 @@ def auxiliary_losses(model: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in coefficients.items() if name.startswith("z_")}  # added in any case
 
 
+def experts_per_token(model: nn.Module) -> int | None:
+    """How many experts a router chooses for each token; None for a model that returns no logits of a router."""
+    count = getattr(base_model(model), "num_experts_per_tok", None)  # transformers computes its own such loss with it
+    return int(count) if count and accepts(model, "output_router_logits") else None
+
+
 def _is_noise(name: str) -> bool:
     return any(word in name for word in ("dropout", "layerdrop", "jitter")) or name.endswith(("pdrop", "_drop"))
 

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from halos_pl.policy.architecture import Positions, auxiliary_losses, positions, vocabulary_size
+from halos_pl.policy.architecture import Positions, auxiliary_losses, experts_per_token, positions, vocabulary_size
 from halos_pl.policy.spec import ModelError
 
 
@@ -113,12 +113,24 @@ def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows:
     rank_zero_warn(f"halos: {about}. No row has one of them; in case one does, {cure}")
 
 
-def warn_of_ignored_losses(model: nn.Module) -> None:
-    """Warns of auxiliary losses that transformers would add in training, and an objective does not."""
-    asked = auxiliary_losses(model)
-    if asked:
-        named = ", ".join(f"{name} {'true' if value is True else f'{value:g}'}" for name, value in asked.items())
-        rank_zero_warn(
-            f"halos: the model's config asks for an auxiliary loss ({named}), which is not added: only the objective is"
-            " trained. Watch the load of the experts, or train few steps at a small learning rate"
-        )
+def warn_of_ignored_losses(model: nn.Module, *, router_loss: bool) -> None:
+    """Warns of auxiliary losses that transformers would add in training, and the objective does not.
+
+    Args:
+        model: the policy.
+        router_loss: Whether the objective balances the load of the experts.
+    """
+    enabled = auxiliary_losses(model)
+    if router_loss:
+        enabled = {name: value for name, value in enabled.items() if name.startswith("z_")}
+    if not enabled:
+        return
+    settings = ", ".join(f"{name} {'true' if value is True else f'{value:g}'}" for name, value in enabled.items())
+    weight = next((value for name, value in enabled.items() if name.endswith("aux_loss_coef")), None)
+    cure = (
+        f"; to balance the load of the experts, add {{class_path: RouterLoss, init_args: {{weight: {weight:g}}}}} to"
+        " model.extra_terms"
+        if weight and experts_per_token(model)
+        else ""
+    )
+    rank_zero_warn(f"halos: the model's config enables an auxiliary loss ({settings}), which is not trained{cure}")

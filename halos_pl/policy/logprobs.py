@@ -1,4 +1,4 @@
-"""Which completion tokens carry the loss, and the plain way to their log-probs: each row by itself, padded.
+"""Which completion tokens carry the loss, and the plain way to their log-probs: each row separately, padded.
 
 Prompts are padded on the left and completions on the right, so every completion starts in the same column and the
 model's head runs on completion positions only: no tensor of rows x length x vocabulary.
@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from halos_pl.batch import TokenBatch
+from halos_pl.batch import Routing, TokenBatch
 from halos_pl.policy.architecture import accepts
+from halos_pl.policy.routing import row_routing, token_routing
 
 
 def token_mask(batch: TokenBatch) -> Tensor:
@@ -32,8 +33,20 @@ def completion_mask(batch: TokenBatch) -> Tensor:
     return mask
 
 
-def padded_logits(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-    """Logits float32 [n, T, V] that predict each completion token, and the tokens LongTensor [n, T]."""
+def padded_logits(
+    model: nn.Module, batch: TokenBatch, experts: int | None = None
+) -> tuple[Tensor, Tensor, Routing | None]:
+    """Runs the model on padded rows.
+
+    Args:
+        model: a causal language model of transformers, or a peft model around one.
+        batch: n rows.
+        experts: Number of experts that a router chooses for each token; None to return no routing.
+
+    Returns:
+        The logits that predict each completion token, float32 [n, T, V]; the tokens, LongTensor [n, T]; and the
+        routing of the rows.
+    """
     targets = pad_sequence(batch.completions, batch_first=True)
     mask = token_mask(batch)
     prompts = [batch.prompts[i] for i in batch.prompt.tolist()]
@@ -51,16 +64,40 @@ def padded_logits(model: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor]:
     columns = torch.arange(first, first + count, device=targets.device)
     if not accepts(model, "position_ids"):
         del inputs["position_ids"]
+    if experts is not None:
+        inputs["output_router_logits"] = True
     if accepts(model, "logits_to_keep"):
-        logits = model(**inputs, logits_to_keep=columns).logits
+        outputs = model(**inputs, logits_to_keep=columns)
+        logits = outputs.logits
     else:
-        logits = model(**inputs).logits[:, columns]
-    return logits.float(), targets
+        outputs = model(**inputs)
+        logits = outputs.logits[:, columns]
+    routing = None
+    if experts is not None:
+        rows, width = attention_mask.shape
+        ends = [i * width + context.shape[1] for i in range(rows)]  # of the prompts
+        spans = [
+            [(end - len(prompt), end + len(completion) - 1)]
+            for end, prompt, completion in zip(ends, prompts, batch.completions, strict=True)
+        ]
+        of_rows = row_routing(token_routing(outputs.router_logits, rows * width, experts), spans)
+        train = batch.labels.train[:, None]
+        routing = Routing(of_rows.probability * train, of_rows.chosen * train)
+    return logits.float(), targets, routing
+
+
+def padded_scores(model: nn.Module, batch: TokenBatch, experts: int | None = None) -> tuple[Tensor, Routing | None]:
+    """Log-probs of the completion tokens, float32 [n, T], 0 where a row has no token with loss; and the routing.
+
+    Args:
+        model, batch, experts: as for :func:`padded_logits`.
+    """
+    logits, targets, routing = padded_logits(model, batch, experts)
+    logps = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    # where, not a product: padding may have any log-prob, and 0 * inf is not 0.
+    return torch.where(completion_mask(batch), logps, 0.0), routing
 
 
 def padded_logps(model: nn.Module, batch: TokenBatch) -> Tensor:
     """Log-probs of the completion tokens, float32 [n, T], 0 where a row has no token with loss."""
-    logits, targets = padded_logits(model, batch)
-    logps = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-    # where, not a product: a padded place may hold anything, and 0 * inf is not 0.
-    return torch.where(completion_mask(batch), logps, 0.0)
+    return padded_scores(model, batch)[0]

@@ -23,9 +23,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from halos_pl.batch import TokenBatch
+from halos_pl.batch import Routing, TokenBatch
 from halos_pl.policy.architecture import decoder_and_head
 from halos_pl.policy.head import token_logps
+from halos_pl.policy.routing import row_routing, token_routing
 
 NAME = "halos_prefix_sharing"
 
@@ -168,18 +169,20 @@ class _Pass:
         return start, self.size
 
 
-def _hidden(model: nn.Module, run: _Pass, layout: Layout) -> Tensor:
-    """Hidden states [tokens, size] of the packed sequence."""
+def _hidden(model: nn.Module, run: _Pass, layout: Layout, experts: int | None) -> tuple[Tensor, Routing | None]:
+    """Hidden states [tokens, size] of the packed sequence, and the routing of its tokens if ``experts`` is given."""
     ids = torch.cat(run.ids)[None]
-    hidden: Tensor = decoder_and_head(model)[0](
+    outputs = decoder_and_head(model)[0](
         input_ids=ids,
         position_ids=torch.cat(run.positions)[None],
         # A mask of four dimensions is passed on as it is; our attention does not read it.
         attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
         use_cache=False,
         layout=layout,
-    ).last_hidden_state[0]
-    return hidden
+        **({} if experts is None else {"output_router_logits": True}),
+    )
+    routing = None if experts is None else token_routing(outputs.router_logits, run.size, experts)
+    return outputs.last_hidden_state[0], routing
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,7 @@ class States:
         row, column: LongTensor [m], the places of the tokens in [n, T].
         mismatched: whether they are those of mismatched rows, which have no gradient.
         windows: sliding windows that layers named, None for a layer without one.
+        routing: the routing of all n rows, of which mismatched ones have zeros; None unless it was requested.
     """
 
     hidden: Tensor
@@ -200,14 +204,16 @@ class States:
     column: Tensor
     mismatched: bool
     windows: set[int | None]
+    routing: Routing | None = None
 
 
-def shared_states(model: nn.Module, batch: TokenBatch) -> Iterator[States]:
+def shared_states(model: nn.Module, batch: TokenBatch, experts: int | None = None) -> Iterator[States]:
     """Hidden states of all rows: first those with gradient, then, without any, those of mismatched rows.
 
     Args:
         model: one that can share prefixes (see ``halos_pl.policy.self_test``), with its attention set to ``NAME``.
         batch: n rows.
+        experts: Number of experts that a router chooses for each token; None to return no routing.
     """
     # The tokens of each completion that carry the loss; a completion is computed as a whole all the same.
     carried = [torch.arange(len(c)) for c in batch.completions]
@@ -227,6 +233,7 @@ def shared_states(model: nn.Module, batch: TokenBatch) -> Iterator[States]:
             continue
         run = _Pass()
         places: list[tuple[int, int, int, int]] = []  # (row, prompt, branch's first token, tokens of the branch)
+        spans: list[list[tuple[int, int]]] = [[] for _ in is_mismatched]  # each row's tokens, with its prompt's
         for p, own in rows.items():
             ids = batch.prompts[p]
             here = (run.size, run.size) if p in last else run.append(ids, 0)
@@ -234,13 +241,16 @@ def shared_states(model: nn.Module, batch: TokenBatch) -> Iterator[States]:
             for i in own:
                 start, stop = run.append(batch.completions[i][:-1], len(ids))  # nothing is predicted from the last
                 places.append((i, p, start, stop - start))
+                spans[i] = [here, (start, stop)]
                 branches += [(start, stop)] if stop > start else []
             run.prefixes.append(SharedPrefix(here, tuple(branches), p, len(ids)))
         more = not mismatched and any(is_mismatched)
         layout = Layout(run.prefixes, keep=more, kept=kept)
         ends = {prefix.slot: prefix.prompt[1] - 1 for prefix in run.prefixes if prefix.prompt[1] > prefix.prompt[0]}
         with torch.set_grad_enabled(torch.is_grad_enabled() and not mismatched):
-            hidden = _hidden(model, run, layout) if run.size else None
+            hidden, of_tokens = (
+                _hidden(model, run, layout, None if mismatched else experts) if run.size else (None, None)
+            )
             # Hidden states of earlier passes come after those of this one.
             at = {p: run.size + i for i, p in enumerate(last)} | ends
             index = [(at[p], start - 1 + k)[k > 0] for i, p, start, _ in places for k in carried[i].tolist()]
@@ -256,28 +266,40 @@ def shared_states(model: nn.Module, batch: TokenBatch) -> Iterator[States]:
             column=torch.cat([carried[i] for i, *_ in places]).to(device),
             mismatched=mismatched,
             windows=layout.windows,
+            routing=None if of_tokens is None else row_routing(of_tokens, spans),
         )
 
 
-def shared_logps(model: nn.Module, batch: TokenBatch, windows: set[int | None] | None = None) -> Tensor:
-    """Log-probs of the completion tokens under ``model``; mismatched rows get no gradient.
+def shared_scores(
+    model: nn.Module, batch: TokenBatch, experts: int | None = None, windows: set[int | None] | None = None
+) -> tuple[Tensor, Routing | None]:
+    """Log-probs of the completion tokens and the routing of the rows; mismatched rows get no gradient.
 
     Args:
         model: one that can share prefixes (see ``halos_pl.policy.self_test``), with its attention set to ``NAME``.
         batch: n rows.
-        windows: where to note the sliding windows that layers name.
+        experts: Number of experts that a router chooses for each token; None to return no routing.
+        windows: Set to which the sliding windows that layers name are added.
 
     Returns:
-        float32 [n, T], 0 where a row has no token with loss.
+        Log-probs, float32 [n, T], 0 where a row has no token with loss; and the routing, None where it was not
+        requested or all rows are mismatched.
     """
     size = len(batch), max(len(c) for c in batch.completions)
     # Not in the default dtype, which a Trainer of bf16-true sets to bfloat16.
-    out = torch.zeros(size, dtype=torch.float32, device=batch.prompt.device)
+    logps = torch.zeros(size, dtype=torch.float32, device=batch.prompt.device)
     head = decoder_and_head(model)[1]
-    for states in shared_states(model, batch):
+    routing = None
+    for states in shared_states(model, batch, experts):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not states.mismatched):
-            found = token_logps(head, states.hidden, states.targets)
+            of_tokens = token_logps(head, states.hidden, states.targets)
         if windows is not None:
             windows |= states.windows
-        out = out.index_put((states.row, states.column), found)
-    return out
+        logps = logps.index_put((states.row, states.column), of_tokens)
+        routing = routing if states.routing is None else states.routing
+    return logps, routing
+
+
+def shared_logps(model: nn.Module, batch: TokenBatch, windows: set[int | None] | None = None) -> Tensor:
+    """Log-probs of the completion tokens, float32 [n, T] (see :func:`shared_scores`)."""
+    return shared_scores(model, batch, windows=windows)[0]

@@ -13,11 +13,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from halos_pl.batch import TokenBatch
+from halos_pl.batch import Routing, TokenBatch
 from halos_pl.policy import prefix_sharing
 from halos_pl.policy.architecture import base_model, decoder_and_head, layer_parts, rotary_frequencies
-from halos_pl.policy.logprobs import padded_logits, padded_logps
+from halos_pl.policy.logprobs import padded_logits, padded_scores
 from halos_pl.policy.memory import recomputed
+from halos_pl.policy.routing import check_router
 from halos_pl.policy.self_test import padding_fault, sharing_fault
 from halos_pl.policy.spec import ModelError
 
@@ -88,21 +89,25 @@ class Scorer(nn.Module):
         self,
         batch: TokenBatch | None = None,
         *,
-        wanted: Literal["logps", "states", "logits"] = "logps",
+        wanted: Literal["logps", "routing", "states", "logits"] = "logps",
         hidden: Tensor | None = None,
     ) -> Any:
         """Runs the model.
 
         Args:
             batch: n rows.
-            wanted: what of them: ``logps``; ``states``, the hidden states of a model that shares prefixes; or
-                ``logits``, each row by itself.
-            hidden: instead of a batch, hidden states [m, size] of an earlier pass.
+            wanted: The result: ``logps``; ``routing``, the log-probs and the routing of a mixture of experts;
+                ``states``, the hidden states of a model that shares prefixes; or ``logits``, each row separately.
+            hidden: Hidden states [m, size] from an earlier pass, in place of a batch.
 
         Returns:
             ``logps``: log-probs of the completion tokens, float32 [n, T] whatever the model's dtype, 0 where a row has
-            no token with loss; where prefixes are shared, mismatched rows have no gradient. ``states``: a list of
-            :class:`States`. ``logits``: float32 [n, T, V]. Of ``hidden``: logits float32 [m, V].
+            no token with loss; where prefixes are shared, mismatched rows have no gradient. ``routing``: a tuple of
+            these and a :class:`Routing` (None where all rows are mismatched). ``states``: a list of :class:`States`.
+            ``logits``: float32 [n, T, V]. For ``hidden``: logits float32 [m, V].
+
+        Raises:
+            ModelError: if the routing is requested of a model that is no mixture of experts.
         """
         if hidden is not None:
             return decoder_and_head(self.model)[1](hidden).float()
@@ -111,8 +116,13 @@ class Scorer(nn.Module):
             return list(prefix_sharing.shared_states(self.model, batch))
         if wanted == "logits":
             return padded_logits(self.model, batch)[0]
+        experts = check_router(self.model) if wanted == "routing" else None
         with recomputed():
-            return (prefix_sharing.shared_logps if self.shares_prefixes else padded_logps)(self.model, batch)
+            scores: tuple[Tensor, Routing | None]
+            scores = (prefix_sharing.shared_scores if self.shares_prefixes else padded_scores)(
+                self.model, batch, experts
+            )
+        return scores if wanted == "routing" else scores[0]
 
     @property
     def device(self) -> torch.device:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halos_pl.batch import LogProbBatch, TokenBatch
+from halos_pl.batch import LogProbBatch, Routing, TokenBatch
 from halos_pl.distributed import world_size
 from halos_pl.objective.halo import Context, Objective, Result
 from halos_pl.policy.kl import Scoring, completion_kl
@@ -34,6 +34,7 @@ def scored_rows(
     *,
     gradient: bool = False,
     kl: bool = False,
+    routing: bool = False,
     reference_logps: Tensor | None = None,
 ) -> LogProbBatch:
     """The rows of a batch as an objective sees them.
@@ -44,20 +45,21 @@ def scored_rows(
         batch: n rows.
         gradient: of the policy's log-probs.
         kl: compute the KL divergence over the whole vocabulary at the tokens of mismatched rows.
+        routing: Whether to return how the policy's experts share the tokens.
         reference_logps: those of the reference, [n, T], where they are known.
     """
     # The reference first, before the policy's activations take up memory.
     if reference is not None and reference_logps is None:
         reference_logps = reference.logps(batch)
     with torch.set_grad_enabled(gradient):
-        policy_logps: Tensor = policy(batch)
+        policy_logps, of_experts = policy(batch, wanted="routing") if routing else (policy(batch), None)
     divergence = None
     mismatched = batch.labels.mismatched.nonzero().squeeze(1)
     if kl and reference is not None and len(mismatched):
         of_mismatched = completion_kl(policy, reference, batch.select(mismatched))
         divergence = torch.zeros_like(policy_logps, requires_grad=False)
         divergence[mismatched, : of_mismatched.shape[1]] = of_mismatched
-    return LogProbBatch(policy_logps, reference_logps, completion_mask(batch), batch.labels, divergence)
+    return LogProbBatch(policy_logps, reference_logps, completion_mask(batch), batch.labels, divergence, of_experts)
 
 
 def _widened(rows: LogProbBatch, width: int) -> LogProbBatch:
@@ -69,7 +71,13 @@ def _widened(rows: LogProbBatch, width: int) -> LogProbBatch:
         mask=F.pad(rows.mask, pad),
         labels=rows.labels,
         kl=None if rows.kl is None else F.pad(rows.kl, pad),
+        routing=rows.routing,
     )
+
+
+def _differentiable(rows: LogProbBatch) -> list[Tensor]:
+    """What the policy computed for the rows, through which gradients flow."""
+    return [rows.policy_logps] if rows.routing is None else [rows.policy_logps, rows.routing.probability]
 
 
 @dataclass(frozen=True)
@@ -296,18 +304,23 @@ class _Step:
         passes with gradient are back-propagated with. Exact, at the price of one more forward pass.
         """
         rows = self.rows.select(train)
-        leaf = replace(rows, policy_logps=rows.policy_logps.clone().requires_grad_(self.gradient))
+        leaves = replace(rows, policy_logps=rows.policy_logps.clone().requires_grad_(self.gradient))
+        if rows.routing is not None:
+            probability = rows.routing.probability.clone().requires_grad_(self.gradient)
+            leaves.routing = replace(rows.routing, probability=probability)
         with self._float32():
-            result = self.objective.compute_loss(leaf, context)
+            result = self.objective.compute_loss(leaves, context)
         if self.gradient:
-            slope = torch.zeros_like(self.rows.policy_logps)
+            scores = _differentiable(leaves)
             parameters = [p for p in self.objective.parameters() if p.requires_grad]
-            slope[train], *of_parameters = torch.autograd.grad(
-                result.loss, [leaf.policy_logps, *parameters], allow_unused=True, materialize_grads=True
-            )
+            slopes = torch.autograd.grad(result.loss, [*scores, *parameters], allow_unused=True, materialize_grads=True)
+            of_scores, of_parameters = slopes[: len(scores)], slopes[len(scores) :]
+            place = torch.empty(len(self.batch), dtype=torch.long, device=self.device)
+            place[train] = torch.arange(len(train), device=self.device)
             for number, index in enumerate(parts):
-                scored = self._score(index, gradient=True, draw=draws[number], known=True)
-                linear = (scored.policy_logps * slope[index]).sum()
+                scored = _differentiable(self._score(index, gradient=True, draw=draws[number], known=True))
+                products = [(score * slope[place[index]]).sum() for score, slope in zip(scored, of_scores, strict=True)]
+                linear = torch.stack(products).sum()
                 last = number == len(parts) - 1
                 if last:
                     for parameter, its_slope in zip(parameters, of_parameters, strict=True):
@@ -351,6 +364,7 @@ class _Step:
                 part,
                 gradient=gradient,
                 kl=self.objective.needs.exact_kl,
+                routing=self.objective.needs.routing,
                 reference_logps=of_reference[index, :width] if known and of_reference is not None else None,
             )
         return _widened(rows, self.rows.mask.shape[1])
@@ -362,6 +376,12 @@ class _Step:
             self.rows.reference_logps[index] = rows.reference_logps
         if self.rows.kl is not None and rows.kl is not None:
             self.rows.kl[index] = rows.kl
+        if rows.routing is not None:
+            if self.rows.routing is None:  # the number of experts is known now
+                zeros = torch.zeros_like(rows.routing.chosen[:1]).repeat(len(self.rows), 1)
+                self.rows.routing = Routing(zeros, zeros.clone())
+            self.rows.routing.probability[index] = rows.routing.probability.detach()
+            self.rows.routing.chosen[index] = rows.routing.chosen
         return rows
 
     def _blank(self) -> LogProbBatch:

@@ -28,6 +28,7 @@ from halos_pl.policy.limits import warn_of_ignored_losses
 from halos_pl.policy.loading import ModelSpec
 from halos_pl.policy.memory import keep_freed_memory
 from halos_pl.policy.reference import ReferenceModel
+from halos_pl.policy.routing import check_router
 from halos_pl.policy.sampling import PolicySamples
 from halos_pl.policy.scorer import PrefixSharing, Scorer
 from halos_pl.training import checkpoint_contents
@@ -180,9 +181,11 @@ class HALOModule(LightningModule):
         fresh, data = self.scorer is None, getattr(self.trainer, "datamodule", None)
         if fresh:
             self.scorer = self.models.policy()
+            if self.objective.needs.routing:
+                check_router(self.policy)
             self.record.start = weights_sample(self.policy)
             if self.trainer.state.fn == TrainerFn.FITTING:
-                warn_of_ignored_losses(self.policy)
+                warn_of_ignored_losses(self.policy, router_loss=self.objective.needs.routing)
         assert self.scorer is not None
         self.models.check_rows(self.scorer, data)
         # Testing measures the KL divergence, so there even a loss that needs no reference gets one.

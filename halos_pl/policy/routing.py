@@ -1,0 +1,61 @@
+"""How a mixture of experts routes tokens: what the load-balancing loss is computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from halos_pl.batch import Routing
+from halos_pl.policy.architecture import experts_per_token
+from halos_pl.policy.spec import ModelError
+
+
+def check_router(model: nn.Module, name: str = "the policy") -> int:
+    """The number of experts that a model's routers choose for each token.
+
+    Raises:
+        ModelError: for a model without a router, or with one whose logits it does not return.
+    """
+    count = experts_per_token(model)
+    if count is None:
+        raise ModelError(
+            f"the objective needs the routing of a mixture of experts (RouterLoss), but {name} returns no router"
+            " logits; remove the term or choose a mixture of experts"
+        )
+    return count
+
+
+def token_routing(layers: Sequence[Tensor], tokens: int, count: int) -> Routing:
+    """How each of ``tokens`` tokens was routed.
+
+    Args:
+        layers: router logits of each layer, [..., E], all for the same tokens in the same order.
+        tokens: their number.
+        count: experts that are chosen for a token.
+
+    Raises:
+        ModelError: where layers differ in their number of experts, or do not route every token.
+    """
+    shapes = {tuple(logits.flatten(0, -2).shape) for logits in layers}
+    if len(shapes) != 1 or next(iter(shapes))[0] != tokens:
+        raise ModelError(f"RouterLoss: the model's routers return logits of shape {sorted(shapes)} for {tokens} tokens")
+    probability = torch.stack([logits.flatten(0, -2).float().softmax(dim=-1) for logits in layers])
+    best = probability.detach().topk(count, dim=-1).indices
+    chosen = F.one_hot(best, probability.shape[-1]).sum(dim=-2)  # [layers, tokens, E]
+    return Routing(probability.sum(dim=0), chosen.sum(dim=0).float())
+
+
+def row_routing(of_tokens: Routing, spans: Sequence[Sequence[tuple[int, int]]]) -> Routing:
+    """Sums the routing of tokens over the spans (start, stop) of each row's tokens."""
+    device = of_tokens.chosen.device
+    token = torch.cat([torch.arange(a, b) for row in spans for a, b in row]).to(device)
+    row = torch.repeat_interleave(
+        torch.arange(len(spans)), torch.tensor([sum(b - a for a, b in each) for each in spans])
+    ).to(device)
+    zeros = torch.zeros(len(spans), of_tokens.chosen.shape[1], dtype=torch.float32, device=device)
+    return Routing(
+        zeros.index_add(0, row, of_tokens.probability[token]), zeros.index_add(0, row, of_tokens.chosen[token])
+    )
