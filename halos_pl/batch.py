@@ -1,8 +1,8 @@
-"""The flat batch: what flows from the data to the loss, with shapes and units.
+"""Batches: the data that flow from files to the loss, with shapes and units.
 
-A batch is ``n`` rows of (prompt, completion). A preference pair is two rows that name each other as
-``pair``; a mismatched pair (x_i, y_j) that only feeds the reference point is a row marked ``mismatched``.
-One forward path serves every loss because every loss sees rows and nothing else.
+A batch is ``n`` rows of (prompt, completion). A preference pair is two rows that refer to each other as ``pair``. A
+mismatched row (x_i, y_j), which only feeds the reference point, is marked ``mismatched``. All losses share one forward
+path because they see nothing but rows.
 
 Glossary (symbol in the paper, name here, unit):
 
@@ -27,21 +27,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective needs of the data and the models; a run pays only for what it uses.
+    """What an objective needs from data and models; a run computes nothing else.
 
     Attributes:
-        reference: log-probs under the reference model.
-        pairs: rows come as pairs that name each other.
-        mismatched: mismatched rows (x_i, y_j), which feed the reference point and get no gradient.
-        undesirable: undesirable rows (a baseline that only imitates does not want them).
-        step_rewards: the reference point averages over the step's own rows, so all of them must have
-            been scored (without gradient) before the first row's loss is known.
-        whole_step: rows of the whole step are compared with each other *with* gradient, so no row's loss is
-            known without all the others.
-        groups: all rows of a prompt come in the same step, on the same rank.
-        exact_kl: the KL divergence over the whole vocabulary at each token of the mismatched rows.
-        samples: mismatched rows are completions that the policy samples, of at most so many tokens; 0 for none.
-        routing: how the policy's experts share the tokens, so that the policy must be a mixture of experts.
+        reference: Log-probs under the reference model.
+        pairs: Rows come as pairs that refer to each other.
+        mismatched: Mismatched rows (x_i, y_j), which feed the reference point and get no gradient.
+        undesirable: Undesirable rows; a baseline that only imitates has no use for them.
+        step_rewards: The reference point averages over the step's rows, so all of them must be scored (without
+            gradient) before the first row's loss is known.
+        whole_step: Rows of the whole step are compared with each other *with* gradient, so no row's loss is known
+            without all the others.
+        groups: All rows of a prompt come in the same step, on the same rank.
+        exact_kl: KL divergence over the whole vocabulary at each token of the mismatched rows.
+        samples: Maximum number of tokens of completions that the policy samples as mismatched rows; 0 for none.
+        routing: How the policy's experts share the tokens; the policy must be a mixture of experts.
     """
 
     reference: bool = False
@@ -61,24 +61,24 @@ class Needs:
 
 @dataclass
 class Labels:
-    """What is known of n rows beside their tokens. A further column is added here, and nowhere else.
+    """The labels of n rows. To add a column to all batches, add it here.
 
     Attributes:
         desirable: BoolTensor [n].
-        pair: LongTensor [n], the row of the pair's other completion, -1 where there is none. Left out, -1.
-        mismatched: BoolTensor [n], rows that feed z0 only and get no gradient: (x_i, y_j), or a sample of the policy.
-            Left out, False.
-        group: LongTensor [n], equal for rows that answer the same prompt, whatever was cut off from it; another one
-            for a second copy of them in the same step. Left out, every row is its own group.
-        score: float32 [n], how good a row is, higher is better, in the unit of the data less the mean of its prompt's
-            rows; where that is NaN or the whole is left out, 1 for a desirable row and 0 for an undesirable one.
+        pair: LongTensor [n], row of the pair's other completion, -1 for none (default).
+        mismatched: BoolTensor [n], rows that only feed z0 and get no gradient: (x_i, y_j), or a sample of the policy.
+            Default: False.
+        group: LongTensor [n], equal for rows that answer the same prompt, however it was truncated; a second copy of
+            them in the same step has a different number. Default: each row is its own group.
+        score: float32 [n], quality of a row, higher is better, in the unit of the data minus the mean of its prompt's
+            rows. NaN, and the default, stand for 1 in desirable and 0 in undesirable rows.
 
     Raises:
         ValueError: for a column that is not of shape [n].
     """
 
     desirable: Tensor
-    pair: Tensor = None  # type: ignore[assignment]  # set below where it is left out, as are the others
+    pair: Tensor = None  # type: ignore[assignment]  # __post_init__ sets the defaults
     mismatched: Tensor = None  # type: ignore[assignment]
     group: Tensor = None  # type: ignore[assignment]
     score: Tensor = None  # type: ignore[assignment]
@@ -111,27 +111,27 @@ class Labels:
         return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
     def select(self, index: Tensor) -> Labels:
-        """The rows ``index`` (LongTensor [m]), with pairs renumbered; -1 where a pair's other row is not among them."""
+        """The rows ``index`` (LongTensor [m]), with pairs renumbered; -1 if a pair's other row is not among them."""
         place = torch.full((len(self) + 1,), -1, dtype=torch.long, device=self.pair.device)
         place[index] = torch.arange(len(index), device=self.pair.device)
         chosen = {f.name: getattr(self, f.name)[index] for f in fields(self)}
-        return Labels(**{**chosen, "pair": place[chosen["pair"]]})  # a pair of -1 reads the last place, which holds -1
+        return Labels(**{**chosen, "pair": place[chosen["pair"]]})  # a pair of -1 reads the last entry, which is -1
 
 
 @dataclass
 class TokenBatch:
-    """Token ids of one optimizer step's rows (this rank's share), free of any layout or padding.
+    """Token ids of the rows of one optimizer step (this rank's share), without layout or padding.
 
     Attributes:
-        prompts: distinct prompts, each a 1-D LongTensor of at least one token.
-        completions: one 1-D LongTensor of at least one token per row; ends in EOS unless truncated.
+        prompts: Distinct prompts, each a 1-D LongTensor of at least one token.
+        completions: One 1-D LongTensor of at least one token per row; ends in EOS unless truncated.
         prompt: LongTensor [n], index of each row's prompt in ``prompts``.
-        labels: who is who.
-        row_ids: one name per row for messages and files, ``FILE:LINE`` and, for a pair, ``#chosen`` or
-            ``#rejected``; a mismatched row's names both sides.
-        loss: for each row, which tokens of its completion carry the loss, BoolTensor like the completion; None where
-            all of them do. The others are read but not predicted: other speakers, and turns that were not judged.
-            Left out, all tokens of all rows carry it.
+        labels: Labels of the rows.
+        row_ids: Name of each row for messages and files: ``FILE:LINE`` and, for a pair, ``#chosen`` or ``#rejected``;
+            a mismatched row has the names of both sides.
+        loss: For each row, a BoolTensor like the completion, True on the tokens that carry the loss, or None if all do.
+            The others are read but not predicted: other speakers, and turns that were not judged. Default: all tokens
+            of all rows.
     """
 
     prompts: list[Tensor]
@@ -214,19 +214,19 @@ class Routing:
 
 @dataclass
 class LogProbBatch:
-    """What an objective sees: log-probs of the rows' completion tokens and who is who. No model, no text.
+    """The input of an objective: log-probs of the rows' completion tokens, and labels. No model, no text.
 
     Attributes:
         policy_logps: float32 [n, T], log pi_theta of each completion token, 0 where ``mask`` is False.
-        reference_logps: the same under the reference model, without gradient; None where nothing needs it.
-        mask: BoolTensor [n, T], True on completion tokens (never derived from values: a log-prob may be 0).
-        labels: who is who.
-        kl: float32 [n, T], KL(pi_theta || pi_ref) over the whole vocabulary at each token, without gradient;
-            None where nothing needs it.
-        routing: how the policy's experts share the rows' tokens; None where nothing needs it.
+        reference_logps: The same under the reference model, without gradient; None if not needed.
+        mask: BoolTensor [n, T], True on completion tokens with loss. Never derived from values: a log-prob may be 0.
+        labels: Labels of the rows.
+        kl: float32 [n, T], KL(pi_theta || pi_ref) over the whole vocabulary at each token, without gradient; None if
+            not needed.
+        routing: How the policy's experts share the rows' tokens; None if not needed.
 
     Raises:
-        ValueError: for a tensor of another shape, since (B,) + (B, T) would broadcast to a wrong loss.
+        ValueError: for a tensor of the wrong shape, since (B,) + (B, T) would broadcast to a wrong loss.
     """
 
     policy_logps: Tensor

@@ -288,9 +288,7 @@ def test_rows_beyond_the_models_positions_are_refused_or_warned_of(tiny_folder: 
     learned, rotary = (load_model(ModelSpec(str(folder))) for folder in (tiny_gpt2_folder, tiny_folder))
     for model in (learned, rotary):
         check_length(model, 512)
-    with pytest.raises(
-        ModelError, match=r"rows of 513 tokens, and the model 512 positions: set data\.max_length to 512"
-    ):
+    with pytest.raises(ModelError, match=r"rows of 513 tokens.* 512 positions.* data\.max_length to 512"):
         check_length(learned, 513)
     with pytest.warns(UserWarning, match="rows of 513 tokens"):
         check_length(rotary, 513)

@@ -105,7 +105,7 @@ UNFIT = {
         lambda: Qwen2MoeForCausalLM(
             Qwen2MoeConfig(**GROUPED, sliding_window=24, use_sliding_window=True, num_experts=4)
         ),
-        "sliding window of 24 is in its mask only",
+        "sliding window of 24",
     ),
 }
 
@@ -318,7 +318,7 @@ def test_sharing_is_refused_where_a_model_cannot(
         main(fit(tiny_folder, "kto", data, tmp_path / "a", *eager, "--model.prefix_sharing=always"))
     assert "takes sdpa attention, but model.policy.attn_implementation is eager" in capfd.readouterr().err
     main(fit(tiny_folder, "kto", data, tmp_path / "b", *eager))
-    assert "the policy computes each row by itself: its attention is eager" in caplog.text
+    assert "its attention is eager" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["llama, tied", "gpt2", "gpt-neox", "gemma"])

@@ -16,14 +16,14 @@ from value_functions.bounded import bounded_exp
 
 
 class TokenTerm(Objective):
-    """A sum over the tokens of some rows, divided by their number; a subclass gives the loss of a token, and the rows.
+    """A mean over the tokens of some rows; a subclass defines the loss of a token and the rows that count.
 
     Args:
-        weight: factor of the term.
+        weight: Factor of the term.
         per: ``token`` for a mean over the tokens of the rows that count, ``row`` for a mean over these rows.
 
     Raises:
-        ValueError: if ``per`` is anything else.
+        ValueError: for any other ``per``.
     """
 
     def __init__(self, *, weight: float = 1.0, per: Literal["token", "row"] = "token") -> None:
@@ -35,11 +35,11 @@ class TokenTerm(Objective):
 
     @abstractmethod
     def counts(self, rows: LogProbBatch) -> Tensor:
-        """BoolTensor [n]: the rows that count; mismatched rows never do."""
+        """BoolTensor [n]: the rows that count; mismatched rows are excluded anyway."""
 
     @abstractmethod
     def of_tokens(self, rows: LogProbBatch) -> Tensor:
-        """The loss of each token, float [n, T]; places outside ``rows.mask`` are not read."""
+        """The loss of each token, float [n, T]; values outside ``rows.mask`` are ignored."""
 
     def prepare(self, rows: LogProbBatch) -> TermContext:
         kept = (self.counts(rows) & rows.labels.train).float()
@@ -54,15 +54,15 @@ class TokenTerm(Objective):
 class NLL(TokenTerm):
     """Negative log-likelihood of completions.
 
-    Alone it is supervised fine-tuning; beside a HALO, the regulariser of CPO, SLiC or ORPO.
+    On its own this is supervised fine-tuning; beside a HALO it is the regulariser of CPO, SLiC or ORPO.
 
     Args:
-        weight: factor of the term.
-        per: a mean over ``token``, or over ``row`` (of the log-likelihoods of whole completions).
-        rows: ``desirable`` ones only, or ``all`` (conditional fine-tuning on control tokens).
+        weight: Factor of the term.
+        per: ``token`` for a mean over tokens, ``row`` for a mean over the log-likelihoods of whole completions.
+        rows: ``desirable`` rows only, or ``all`` (conditional fine-tuning on control tokens).
 
     Raises:
-        ValueError: for another ``per`` or ``rows``.
+        ValueError: for any other ``per`` or ``rows``.
     """
 
     def __init__(
@@ -91,12 +91,12 @@ class NLL(TokenTerm):
 class Unlikelihood(TokenTerm):
     """-log(1 - pi_theta(y_t)) at each token of undesirable completions.
 
-    Welleck et al. 2019, eq. 4, at the level of sequences. A token closer to certainty than 1e-6 counts as 1 - 1e-6,
-    so that the loss stays finite.
+    Welleck et al. 2019, eq. 4, at the sequence level. Probabilities are capped at 1 - 1e-6, which keeps the loss
+    finite.
 
     Args:
-        weight: factor of the term.
-        per: what it is a mean over, ``token`` or ``row``.
+        weight: Factor of the term.
+        per: ``token`` for a mean over tokens, ``row`` for a mean over rows.
     """
 
     @property
@@ -107,19 +107,19 @@ class Unlikelihood(TokenTerm):
         return ~rows.labels.desirable
 
     def of_tokens(self, rows: LogProbBatch) -> Tensor:
-        # 0 stands in padded places, where the logarithm would be infinite: clamped like a certain token.
+        # Padding has log-prob 0, where the logarithm would be infinite; it is clamped like a certain token.
         return -torch.log(-torch.expm1(rows.policy_logps.clamp(max=-1e-6)))
 
 
 class KLPenalty(TokenTerm):
-    """e^-d + d - 1 at each token, d = log pi_theta / pi_ref: at least 0, and 0 where they agree.
+    """e^-d + d - 1 at each token, d = log pi_theta / pi_ref: at least 0, and 0 where policy and reference agree.
 
-    The "k3" estimator of KL(pi_theta || pi_ref) of Schulman 2020 that GRPO uses (Shao et al. 2024, eq. 4); unbiased
-    on the policy's own samples, on data a penalty. Past d = -40 nats it continues linearly.
+    The "k3" estimator of KL(pi_theta || pi_ref) of Schulman 2020, as in GRPO (Shao et al. 2024, eq. 4). It is unbiased
+    on the policy's own samples; on other data it is a penalty. Below d = -40 nats it continues linearly.
 
     Args:
-        weight: factor of the term.
-        per: what it is a mean over, ``token`` or ``row``.
+        weight: Factor of the term.
+        per: ``token`` for a mean over tokens, ``row`` for a mean over rows.
     """
 
     @property
@@ -138,7 +138,7 @@ class KLPenalty(TokenTerm):
 
 @dataclass(frozen=True)
 class RouterContext:
-    """What :class:`RouterLoss` fixes once per step.
+    """Context of :class:`RouterLoss`.
 
     Attributes:
         slope: float [E], the loss per unit of each expert's summed probability.
@@ -152,13 +152,13 @@ class RouterContext:
 
 
 class RouterLoss(Objective):
-    """E * sum_e f_e * P_e of a mixture of E experts, the load-balancing loss of Fedus et al. 2022, eq. 4 to 6.
+    """E * sum_e f_e * P_e for a mixture of E experts: the load-balancing loss of Fedus et al. 2022, eq. 4 to 6.
 
-    P_e is the mean of the router's probabilities of expert e over the tokens of all rows that carry a loss and all
-    layers with experts; f_e is how often e is chosen per token, without gradient. With k experts per token it is k
-    where the load is balanced. It equals ``load_balancing_loss_func`` of transformers on the whole step, however the
-    step is split; the price is a second forward pass where it is split. See :class:`~halos_pl.batch.Routing` for the
-    tokens that count.
+    P_e is the router's mean probability of expert e, f_e the mean number of times that e is chosen for a token (without
+    gradient), both over all layers with experts and the tokens of all rows that carry a loss
+    (:class:`~halos_pl.batch.Routing` says which). If k experts are chosen per token, a balanced load gives k. The term
+    equals ``load_balancing_loss_func`` of transformers on the whole step; if the step is split, that takes a second
+    forward pass.
 
     Args:
         weight: Factor of the term, such as the config's ``router_aux_loss_coef``; the paper takes 0.01.
@@ -170,7 +170,7 @@ class RouterLoss(Objective):
 
     @property
     def needs(self) -> Needs:
-        # Rows are scored before the first row's loss: f is that of the whole step.
+        # All rows are scored before the first loss, because f is that of the whole step.
         return Needs(step_rewards=True, routing=True)
 
     def prepare(self, rows: LogProbBatch) -> RouterContext:

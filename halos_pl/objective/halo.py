@@ -1,14 +1,14 @@
 """The objective: loss = sum_i w_i * (loss_offset + t_i) / denominator, over plain tensors.
 
-t_i = -v(u_i) for a desirable row (a = -1). For an undesirable row (a = +1) there are two readings, and an
-objective says which it takes with ``reflect_undesirable``:
+t_i = -v(u_i) for a desirable row (a = -1). There are two readings of an undesirable row (a = +1), and
+``reflect_undesirable`` chooses between them:
 
 * False: +v(u_i), the a = +1 of the definition (Ethayarajh et al., ICML 2024, Def. 3.4);
-* True: -v(-u_i), how the paper writes KTO (eq. 8): the person values z0 - r.
+* True: -v(-u_i), as in the paper's KTO loss (eq. 8): the person values z0 - r.
 
-They agree up to a constant exactly where v is point-symmetric (logistic, identity).
+They agree up to a constant exactly if v is point-symmetric (logistic, identity).
 
-Nothing in this file knows a model. An objective is an ``nn.Module`` over :class:`~halos_pl.batch.LogProbBatch`:
+An objective is an ``nn.Module`` over :class:`~halos_pl.batch.LogProbBatch`; nothing in this file depends on a model:
 
 >>> halo = HALO(reward=LogRatio(), reference_point=Zero(), value_function=Logistic(),
 ...             feedback=Binary(), reflect_undesirable=True, loss_offset=1.0)      # doctest: +SKIP
@@ -36,7 +36,7 @@ from value_functions import ValueFunction
 
 
 class Context(Protocol):
-    """What an objective fixes once per optimizer step, before the first row's loss."""
+    """Values that an objective fixes once per optimizer step, before the first row's loss."""
 
     def select(self, index: Tensor) -> Context:
         """The context for the rows ``index`` (LongTensor [m]) of the step."""
@@ -49,8 +49,8 @@ class TermContext:
     Attributes:
         sign: float [n], a of each row of the step.
         weight: float [n], w of each row, 0 for mismatched rows.
-        denominator: float scalar, over all ranks.
-        reference_point: z0, without gradient; None where it is read off row by row.
+        denominator: float scalar, summed over all ranks.
+        reference_point: z0, without gradient; None if it is computed with each micro-batch.
     """
 
     sign: Tensor
@@ -65,7 +65,7 @@ class TermContext:
 
 @dataclass(frozen=True)
 class SumContext:
-    """Contexts of a sum's terms."""
+    """Contexts of the terms of a sum."""
 
     parts: tuple[Context, ...]
 
@@ -74,19 +74,19 @@ class SumContext:
 
 
 def mean_of_tokens(values: Tensor, mask: Tensor) -> Tensor:
-    """``values`` [n], or the mean over the real tokens of ``values`` [n, T], as float [n]."""
+    """``values`` [n] unchanged, or the mean of ``values`` [n, T] over the tokens in ``mask``; float [n]."""
     return values if values.dim() == 1 else torch.where(mask, values, 0.0).sum(dim=1) / mask.sum(dim=1)
 
 
 @dataclass(frozen=True)
 class Outcomes:
-    """How each row that carries a loss fared, without gradient.
+    """The outcomes of the m rows that carry a loss, without gradient.
 
-    Where the reward is one of tokens, all are means over a row's tokens, in nats per token.
+    For a token-level reward, all values are means over a row's tokens, in nats per token.
 
     Attributes:
         reward, reference_point, outcome: r, z0 and u = r - z0 in nats, float [m].
-        perceived: what v was called with, nats, float [m]: u, or -u for a reflected row.
+        perceived: Argument of v in nats, float [m]: u, or -u for a reflected row.
         value: v(perceived), utility, float [m].
         sign, weight: a and w, float [m].
     """
@@ -102,14 +102,14 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class Result:
-    """The loss of some rows, and what is logged of it.
+    """The loss of some rows, and values to log.
 
     Attributes:
-        loss: float32 scalar with gradient. Over the micro-batches of a step and over all ranks the losses
-            *sum* to the loss of the step, because each was divided by the whole step's denominator.
-        outcomes: per row; None where no term is a HALO.
-        estimate: the z0 behind the outcomes, and how good it is; None where no term is a HALO.
-        terms: the weighted summands of ``loss`` by name, detached; empty where there is only one.
+        loss: float32 scalar with gradient. The losses of all micro-batches and ranks *sum* to the loss of the step,
+            because each is divided by the whole step's denominator.
+        outcomes: Outcomes of the rows; None if no term is a HALO.
+        estimate: z0 of the outcomes and its precision; None if no term is a HALO.
+        terms: Weighted summands of ``loss`` by name, detached; None if there is only one.
     """
 
     loss: Tensor
@@ -119,60 +119,60 @@ class Result:
 
 
 class Objective(nn.Module, ABC):
-    """Anything that turns rows into a loss: ``prepare`` once per step, then ``compute_loss`` once per micro-batch.
+    """A loss over rows: ``prepare`` is called once per step, then ``compute_loss`` once per micro-batch.
 
-    Called directly, ``objective(rows)``, it does both for a step that is not split.
+    ``objective(rows)`` does both for a step without micro-batches.
     """
 
     @property
     @abstractmethod
     def needs(self) -> Needs:
-        """What the data and the models must provide."""
+        """What data and models must provide."""
 
     @property
     def halo(self) -> HALO | None:
-        """The HALO whose outcomes are reported; None for a pure baseline."""
+        """The HALO whose outcomes are reported; None if no term is a HALO."""
         return next((module for module in self.modules() if isinstance(module, HALO)), None)
 
     @abstractmethod
     def prepare(self, rows: LogProbBatch) -> Context:
-        """Fixes what belongs to the whole step.
+        """Computes the values that the whole step shares.
 
         Args:
-            rows: all rows of this rank's share of the step, mismatched rows included, without gradient. Log-probs of
-                rows that ``needs`` does not ask to be scored first may be zeros.
+            rows: All rows of this rank's share of the step, including mismatched rows, without gradient. Log-probs may
+                be zeros in rows that ``needs`` does not require to be scored first.
         """
 
     @abstractmethod
     def compute_loss(self, rows: LogProbBatch, context: Any) -> Result:
-        """The loss of one micro-batch: ``rows`` holds no mismatched rows, ``context`` is that of the same rows."""
+        """The loss of one micro-batch without mismatched rows; ``context`` belongs to the same rows."""
 
     def forward(self, rows: LogProbBatch) -> Result:
-        """The loss of one whole step, mismatched rows included in ``rows``."""
+        """The loss of a whole step; ``rows`` include mismatched rows."""
         context = self.prepare(rows.detach())
         train = rows.labels.train.nonzero().squeeze(1)
         return self.compute_loss(rows.select(train), context.select(train))
 
 
 def divisor(denominator: Tensor) -> Tensor:
-    """The denominator; 1 where it is 0: a step without a row that counts has a loss of 0, not 0 / 0."""
+    """The denominator, or 1 if it is 0: a step in which no row counts has a loss of 0, not 0 / 0."""
     return torch.where(denominator == 0, torch.ones_like(denominator), denominator)
 
 
 class HALO(Objective):
-    """A human-aware loss, put together from its four independent parts.
+    """A human-aware loss, composed of four independent parts.
 
     Args:
         reward: r(x, y).
         reference_point: z0.
         value_function: v.
         feedback: a, w and the denominator.
-        reflect_undesirable: how a row with a = +1 is read (see the module's docstring). There is no default.
-        loss_offset: C of each row, in utility; it moves the loss, never its gradient. KTO is written with 1, so
-            that its loss lies between 0 and 1.
+        reflect_undesirable: Reading of rows with a = +1 (see the module's docstring). There is no default.
+        loss_offset: Constant added to each row's loss, in utility; it shifts the loss but not its gradient. KTO uses
+            1, which keeps its loss between 0 and 1.
 
     Raises:
-        TypeError: where ``reflect_undesirable`` is not a bool.
+        TypeError: if ``reflect_undesirable`` is not a bool.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class HALO(Objective):
         """z0 for ``reward``, nats, float [n] or [n, T].
 
         Raises:
-            TypeError: where the reference point returns something else than an :class:`Estimate`.
+            TypeError: if the reference point does not return an :class:`Estimate`.
         """
         z0 = self.reference_point(mean_of_tokens(reward, rows.mask), rows)
         if not isinstance(z0, Estimate):
@@ -223,7 +223,7 @@ class HALO(Objective):
         reward = self.reward(rows)
         estimate = context.reference_point or self.estimate(reward, rows)
         z0, sign, weight = estimate.value, context.sign, context.weight
-        if reward.dim() == 2:  # every token is an outcome, with the sign and the weight of its row
+        if reward.dim() == 2:  # each token is an outcome with its row's sign and weight
             sign, weight = sign[:, None].expand_as(reward), weight[:, None] * rows.mask
             z0 = z0[:, None] if z0.dim() else z0
         outcome = reward - z0
@@ -231,14 +231,14 @@ class HALO(Objective):
         reflected = ~desirable if self.reflect_undesirable else torch.zeros_like(desirable)
         perceived = torch.where(reflected, -outcome, outcome)
         value = self.value_function(perceived)
-        judged = torch.where(desirable | reflected, -value, value)
-        loss = (weight * (self.loss_offset + judged)).sum() / divisor(context.denominator)
-        shown = {"reward": reward, "reference_point": z0.expand_as(reward), "outcome": outcome}
-        shown |= {"perceived": perceived, "value": value}
+        signed = torch.where(desirable | reflected, -value, value)
+        loss = (weight * (self.loss_offset + signed)).sum() / divisor(context.denominator)
+        of_rows = {"reward": reward, "reference_point": z0.expand_as(reward), "outcome": outcome}
+        of_rows |= {"perceived": perceived, "value": value}
         return Result(
             loss,
             Outcomes(
-                **{name: mean_of_tokens(values.detach(), rows.mask) for name, values in shown.items()},
+                **{name: mean_of_tokens(values.detach(), rows.mask) for name, values in of_rows.items()},
                 sign=context.sign,
                 weight=context.weight,
             ),
@@ -250,10 +250,10 @@ class Sum(Objective):
     """A composite: the sum of terms, each with its own weights and denominator.
 
     Args:
-        terms: at least one. The outcomes of the first HALO among them are the ones that are reported.
+        terms: One or more terms. The outcomes of the first HALO among them are reported.
 
     Raises:
-        ValueError: without terms, and for terms whose reference points need different rows.
+        ValueError: without terms, and if their reference points need different mismatched rows.
     """
 
     def __init__(self, terms: Sequence[Objective]) -> None:
@@ -262,8 +262,8 @@ class Sum(Objective):
             raise ValueError("Sum: no terms")
         if any(term.needs.samples for term in terms) and any(term.needs.mismatched for term in terms):
             raise ValueError(
-                "one term's reference point needs mismatched rows and another one's samples of the policy, which a step"
-                " holds in the same place: give all terms the same kind of reference point"
+                "one term's reference point needs mismatched rows and another's needs samples of the policy, but a step"
+                " has either: give all terms the same kind of reference point"
             )
         self.terms = nn.ModuleList(terms)
 

@@ -19,13 +19,13 @@ from halos_pl.policy.routing import row_routing, token_routing
 
 
 def token_mask(batch: TokenBatch) -> Tensor:
-    """BoolTensor [n, T]: which places of the rows' completions, padded on the right to T, hold a token."""
+    """BoolTensor [n, T]: True on the tokens of the rows' completions, False on the padding on their right."""
     lengths = torch.tensor([len(c) for c in batch.completions], device=batch.prompt.device)
     return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
 
 
 def completion_mask(batch: TokenBatch) -> Tensor:
-    """BoolTensor [n, T]: which places of the rows' completions, padded on the right to T, hold a token with loss."""
+    """BoolTensor [n, T]: True on the completion tokens that carry the loss; padding is on the right."""
     mask = token_mask(batch)
     for row, loss in enumerate(batch.loss or ()):
         if loss is not None:
@@ -39,13 +39,13 @@ def padded_logits(
     """Runs the model on padded rows.
 
     Args:
-        model: a causal language model of transformers, or a peft model around one.
+        model: Causal language model of transformers, or a peft model around one.
         batch: n rows.
         experts: Number of experts that a router chooses for each token; None to return no routing.
 
     Returns:
-        The logits that predict each completion token, float32 [n, T, V]; the tokens, LongTensor [n, T]; and the
-        routing of the rows.
+        Logits that predict each completion token, float32 [n, T, V]; the tokens, LongTensor [n, T]; and the routing
+        of the rows.
     """
     targets = pad_sequence(batch.completions, batch_first=True)
     mask = token_mask(batch)

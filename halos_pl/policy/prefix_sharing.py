@@ -1,13 +1,12 @@
 """Prefix sharing: every distinct prompt is computed once for all rows that share it, without padding or a mask.
 
-A shared prefix is a prompt with the completions that follow it: chosen, rejected, mismatched, and those of other rows
-with the same prompt. All prefixes lie one after the other in a single sequence; each token keeps the position that it
-has in its own row. The model's layers work on tokens, so only attention has to know: our attention function lets a
-token of a prompt see the prompt before it, and a token of a completion its prompt and its own completion. So every
-distinct prompt token and every completion token is computed once.
+A shared prefix is a prompt followed by its completions: chosen, rejected, mismatched, and those of other rows with the
+same prompt. All prefixes are packed into a single sequence, where each token keeps the position it has in its row. Only
+attention looks across tokens, and our attention function shows a prompt token the prompt before it, and a completion
+token its prompt and its own completion. So each distinct prompt token and each completion token is computed once.
 
-Mismatched rows get no gradient. They are computed after the others, without gradient, on the keys and values that the
-pass with gradient has left of their prompts.
+Mismatched rows get no gradient. They are computed after the others, without gradient, from the keys and values that the
+pass with gradient has cached for their prompts.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ NAME = "halos_prefix_sharing"
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """Where a prompt and its completions are in the packed sequence.
+    """The position of a prompt and its completions in the packed sequence.
 
     Attributes:
-        prompt: (start, stop) of the prompt's tokens; empty where its keys and values are those of an earlier pass.
+        prompt: (start, stop) of the prompt's tokens; empty if its keys and values come from an earlier pass.
         branches: (start, stop) of each completion's tokens.
-        slot: the prompt's number, under which its keys and values are kept.
-        before: tokens of the prompt.
+        slot: Number of the prompt, the key to its cached keys and values.
+        before: Number of tokens of the prompt.
     """
 
     prompt: tuple[int, int]
@@ -50,14 +49,14 @@ class SharedPrefix:
 
 @dataclass
 class Layout:
-    """The prefixes of one pass, and what is kept of its prompts for another one.
+    """The prefixes of one pass, and the cached keys and values of their prompts.
 
     Attributes:
-        prefixes: in the order of the packed sequence.
-        keep: whether keys and values of the prompts are kept.
-        kept: keys and values [1, heads, tokens, size] without gradient, by (layer, slot).
-        masks: made once a pass, not once a layer.
-        windows: the sliding windows that the layers asked for.
+        prefixes: Prefixes in the order of the packed sequence.
+        keep: Whether to cache keys and values of the prompts for a later pass.
+        kept: Cached keys and values [1, heads, tokens, size] without gradient, by (layer, slot).
+        masks: Attention masks, built once for all layers.
+        windows: Sliding windows that the layers passed to their attention.
     """
 
     prefixes: list[SharedPrefix]
@@ -67,14 +66,14 @@ class Layout:
     windows: set[int | None] = field(default_factory=set)
 
     def mask(self, before: int, lengths: tuple[int, ...], window: int | None, device: torch.device) -> Tensor:
-        """Who sees whom, BoolTensor [sum(lengths), before + sum(lengths)]: completions behind ``before`` tokens."""
+        """Attention mask, BoolTensor [sum(lengths), before + sum(lengths)], of completions after ``before`` tokens."""
         key = (before, lengths, window)
         if key not in self.masks:
             size = sum(lengths)
             branch = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
             position = torch.cat([torch.arange(length) for length in lengths])
-            own = (branch[:, None] == branch[None, :]) & (position[:, None] >= position[None, :])
-            mask = torch.cat([torch.ones(size, before, dtype=torch.bool), own], dim=1)
+            causal = (branch[:, None] == branch[None, :]) & (position[:, None] >= position[None, :])
+            mask = torch.cat([torch.ones(size, before, dtype=torch.bool), causal], dim=1)
             if window is not None:
                 where = torch.cat([torch.arange(before), before + position])
                 mask &= (before + position)[:, None] - where[None, :] < window
@@ -107,14 +106,14 @@ def _attention(
     layer = int(getattr(module, "layer_idx"))  # noqa: B009  (mypy knows modules as tensors)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        shared = groups > 1 and q.device.type == "cpu"  # elsewhere not every kernel shares heads behind a mask
+        shared = groups > 1 and q.device.type == "cpu"  # elsewhere, not every kernel with a mask shares heads
         if groups > 1 and not shared:
             k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None, enable_gqa=shared
         )
 
-    # Split, not sliced: in the backward pass each slice would fill a tensor of the whole sequence with zeros.
+    # Split, not sliced: the backward pass of each slice would allocate zeros for the whole sequence.
     sizes = [
         (prefix.branches[-1][1] if prefix.branches else prefix.prompt[1]) - prefix.prompt[0]
         for prefix in layout.prefixes
@@ -124,7 +123,7 @@ def _attention(
         prompt = prefix.prompt[1] - prefix.prompt[0]
         rest = tuple(b - a for a, b in prefix.branches)
         if prompt:
-            # The prompt and its first completion are one causal sequence, which needs no mask.
+            # The prompt and its first completion form one causal sequence, which needs no mask.
             n, rest = prompt + sum(rest[:1]), rest[1:]
             narrow = sliding_window is not None and n > sliding_window
             mask = layout.mask(0, (n,), sliding_window, query.device) if narrow else None
@@ -155,7 +154,7 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
 
 @dataclass
 class _Pass:
-    """What goes into one pass: tokens, positions, prefixes, and which hidden state predicts which completion token."""
+    """The input of one pass: tokens, positions and prefixes."""
 
     ids: list[Tensor] = field(default_factory=list)
     positions: list[Tensor] = field(default_factory=list)
@@ -175,7 +174,7 @@ def _hidden(model: nn.Module, run: _Pass, layout: Layout, experts: int | None) -
     outputs = decoder_and_head(model)[0](
         input_ids=ids,
         position_ids=torch.cat(run.positions)[None],
-        # A mask of four dimensions is passed on as it is; our attention does not read it.
+        # transformers passes a four-dimensional mask on unchanged, and our attention ignores it.
         attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
         use_cache=False,
         layout=layout,
@@ -187,15 +186,15 @@ def _hidden(model: nn.Module, run: _Pass, layout: Layout, experts: int | None) -
 
 @dataclass(frozen=True)
 class States:
-    """What the m completion tokens that carry the loss are predicted from.
+    """Hidden states that predict the m completion tokens with loss.
 
     Attributes:
-        hidden: [m, size].
-        targets: LongTensor [m], the tokens.
-        row, column: LongTensor [m], the places of the tokens in [n, T].
-        mismatched: whether they are those of mismatched rows, which have no gradient.
-        windows: sliding windows that layers named, None for a layer without one.
-        routing: the routing of all n rows, of which mismatched ones have zeros; None unless it was requested.
+        hidden: Hidden states [m, size].
+        targets: LongTensor [m], the tokens to predict.
+        row, column: LongTensor [m], positions of the tokens in [n, T].
+        mismatched: Whether the tokens belong to mismatched rows, which have no gradient.
+        windows: Sliding windows that layers passed to their attention, None for a layer without one.
+        routing: Routing of all n rows, zero for mismatched ones; None unless it was requested.
     """
 
     hidden: Tensor
@@ -211,11 +210,11 @@ def shared_states(model: nn.Module, batch: TokenBatch, experts: int | None = Non
     """Hidden states of all rows: first those with gradient, then, without any, those of mismatched rows.
 
     Args:
-        model: one that can share prefixes (see ``halos_pl.policy.self_test``), with its attention set to ``NAME``.
+        model: Model that can share prefixes (see ``halos_pl.policy.self_test``), with its attention set to ``NAME``.
         batch: n rows.
         experts: Number of experts that a router chooses for each token; None to return no routing.
     """
-    # The tokens of each completion that carry the loss; a completion is computed as a whole all the same.
+    # The tokens of each completion that carry the loss. The whole completion is computed in any case.
     carried = [torch.arange(len(c)) for c in batch.completions]
     for i, loss in enumerate(batch.loss or ()):
         if loss is not None:
@@ -227,18 +226,18 @@ def shared_states(model: nn.Module, batch: TokenBatch, experts: int | None = Non
     last: dict[int, Tensor] = {}  # hidden state of each prompt's last token
     kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     for mismatched in (False, True):
-        rows = {p: [i for i in own if is_mismatched[i] == mismatched] for p, own in prompts.items()}
-        rows = {p: own for p, own in rows.items() if own}
+        rows = {p: [i for i in members if is_mismatched[i] == mismatched] for p, members in prompts.items()}
+        rows = {p: members for p, members in rows.items() if members}
         if not rows:
             continue
         run = _Pass()
-        places: list[tuple[int, int, int, int]] = []  # (row, prompt, branch's first token, tokens of the branch)
+        places: list[tuple[int, int, int, int]] = []  # (row, prompt, first token of the branch, its length)
         spans: list[list[tuple[int, int]]] = [[] for _ in is_mismatched]  # each row's tokens, with its prompt's
-        for p, own in rows.items():
+        for p, members in rows.items():
             ids = batch.prompts[p]
             here = (run.size, run.size) if p in last else run.append(ids, 0)
             branches = []
-            for i in own:
+            for i in members:
                 start, stop = run.append(batch.completions[i][:-1], len(ids))  # nothing is predicted from the last
                 places.append((i, p, start, stop - start))
                 spans[i] = [here, (start, stop)]
@@ -251,7 +250,7 @@ def shared_states(model: nn.Module, batch: TokenBatch, experts: int | None = Non
             hidden, of_tokens = (
                 _hidden(model, run, layout, None if mismatched else experts) if run.size else (None, None)
             )
-            # Hidden states of earlier passes come after those of this one.
+            # Hidden states from an earlier pass come after those of this one.
             at = {p: run.size + i for i, p in enumerate(last)} | ends
             index = [(at[p], start - 1 + k)[k > 0] for i, p, start, _ in places for k in carried[i].tolist()]
             pool = torch.cat([each for each in (hidden, *last.values()) if each is not None])
@@ -276,17 +275,15 @@ def shared_scores(
     """Log-probs of the completion tokens and the routing of the rows; mismatched rows get no gradient.
 
     Args:
-        model: one that can share prefixes (see ``halos_pl.policy.self_test``), with its attention set to ``NAME``.
-        batch: n rows.
-        experts: Number of experts that a router chooses for each token; None to return no routing.
-        windows: Set to which the sliding windows that layers name are added.
+        model, batch, experts: As in :func:`shared_states`.
+        windows: Set to add the layers' sliding windows to.
 
     Returns:
-        Log-probs, float32 [n, T], 0 where a row has no token with loss; and the routing, None where it was not
-        requested or all rows are mismatched.
+        Log-probs, float32 [n, T], 0 where a row has no token with loss; and the routing, None if it was not requested
+        or all rows are mismatched.
     """
     size = len(batch), max(len(c) for c in batch.completions)
-    # Not in the default dtype, which a Trainer of bf16-true sets to bfloat16.
+    # The dtype is explicit because bf16-true changes the default.
     logps = torch.zeros(size, dtype=torch.float32, device=batch.prompt.device)
     head = decoder_and_head(model)[1]
     routing = None

@@ -1,7 +1,7 @@
-"""The one entry to a model: everything that needs its log-probs, hidden states or logits calls a ``Scorer``.
+"""The one entry to a model: all code that needs log-probs, hidden states or logits calls a ``Scorer``.
 
-Wrappers such as DDP, ``fully_shard`` and ``torch.compile`` act on a module's forward pass, so nothing may run a model's
-decoder or read its head's weight outside of it.
+Wrappers such as DDP, ``fully_shard`` and ``torch.compile`` act on a module's forward pass, so no other code may run a
+model's decoder or read the weight of its head.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ class Scorer(nn.Module):
     """A causal language model as a function from rows to log-probs.
 
     Args:
-        model: of transformers, or a peft model around one.
-        prefix_sharing: ``always``: each prompt is computed once for all rows that share it, without padding.
-            ``never``: each row is computed by itself. ``auto``: prompts are shared where a self-test finds the same
-            log-probs; otherwise a line says why not.
-        compiled: compile the parts of each layer that hold no attention when they are first called. Attention sees
-            other lengths in every step, and would be compiled anew each time.
-        name: of the model, for messages.
+        model: Causal language model of transformers, or a peft model around one.
+        prefix_sharing: ``always`` computes each prompt once for all rows that share it, without padding. ``never``
+            computes each row separately. ``auto`` shares prompts if a self-test gets the same log-probs, and logs the
+            reason if not.
+        compiled: Whether to compile the parts of each layer without attention on their first call. Attention sees
+            different lengths in each step and would be recompiled every time.
+        name: Name of the model in messages.
 
     Attributes:
-        model: the model.
-        shares_prefixes: whether rows share prompts.
+        model: The model.
+        shares_prefixes: Whether rows share prompts.
 
     Raises:
-        ModelError: where prompts shall always be shared and cannot be; where the model's log-probs are wrong in a
-            padded batch.
+        ModelError: if ``prefix_sharing`` is ``always`` and the model cannot share prompts, or if the model computes
+            wrong log-probs in a padded batch.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Scorer(nn.Module):
         self.model = model
         self._options: dict[str, Any] = {"prefix_sharing": prefix_sharing, "compiled": compiled}
         self._frequencies = [(module, key, values.clone()) for module, key, values in rotary_frequencies(model)]
-        # A reference may be loaded in the middle of a step, under autocast, whose rounding is no fault of the model.
+        # A reference may be loaded during a step. The self-test must not see the rounding of its autocast.
         with torch.autocast(next(model.parameters()).device.type, enabled=False):
             why = None if prefix_sharing == "never" else sharing_fault(model)
             self.shares_prefixes = prefix_sharing != "never" and why is None
@@ -70,7 +70,7 @@ class Scorer(nn.Module):
         if wrong:
             raise ModelError(f"{name} cannot be used: {wrong}")
         if why:
-            rank_zero_info(f"halos: {name} computes each row by itself: {why}")
+            rank_zero_info(f"halos: {name} does not share prompts between rows: {why}")
         if self.shares_prefixes:
             base_model(model).set_attn_implementation(self.attention)
         if compiled:
@@ -78,11 +78,11 @@ class Scorer(nn.Module):
                 if part._compiled_call_impl is None:
                     part.compile(dynamic=True)
 
-    #: The attention function of models that share prefixes.
+    #: Name of the attention function of models that share prefixes.
     attention = prefix_sharing.NAME
 
     def beside(self, model: nn.Module, name: str) -> Scorer:
-        """A scorer of another model with the same options."""
+        """A scorer with the same options for another model."""
         return Scorer(model, name=name, **self._options)
 
     def forward(
@@ -126,12 +126,12 @@ class Scorer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return next(self.model.parameters()).device
 
     @property
     def numerics(self) -> tuple[Any, ...]:
-        """What its log-probs depend on beside weights and rows: dtypes, autocast, device, precision of products."""
+        """What log-probs depend on beside weights and rows: dtypes, autocast, device, precision of products."""
         device = self.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         dtype = next(self.model.parameters()).dtype
@@ -139,7 +139,7 @@ class Scorer(nn.Module):
         return (dtype, autocast, *buffers, device, torch.get_float32_matmul_precision())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Scorer:
-        """Moves and casts the model, but leaves the frequencies of rotary positions as precise as they were."""
+        """Moves and casts the model, but keeps the precision of its rotary frequencies."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for module, name, values in self._frequencies:
             buffer = module._buffers[name]
