@@ -52,10 +52,8 @@ class Step:
     def rows(self, dtype: torch.dtype = torch.float64) -> LogProbBatch:
         """The rows of the step in random order, mismatched rows among them."""
         drawn = self._rows(dtype)
-        labels, rows = object.__new__(Labels), object.__new__(LogProbBatch)  # without checking the shapes again
-        labels.__dict__.update({name: column.clone() for name, column in drawn.labels.__dict__.items()})
-        tensors = {name: value.clone() for name, value in drawn.__dict__.items() if isinstance(value, torch.Tensor)}
-        rows.__dict__.update(tensors, labels=labels, routing=self._routing(drawn))
+        rows: LogProbBatch = _copy(drawn)
+        rows.labels, rows.routing = _copy(drawn.labels), _copy(drawn.routing)
         return rows
 
     @lru_cache(maxsize=4096)  # noqa: B019  (a step is a few numbers)
@@ -97,16 +95,16 @@ class Step:
                 desirable=desirable, pair=pair, mismatched=mismatched, group=prompt, score=self._scores(desirable)
             ),
             kl=log_probs().abs() / 10,
+            routing=self._routing(mask & ~mismatched[:, None], dtype),
         )
 
-    def _routing(self, rows: LogProbBatch) -> Routing:
-        """How three experts share the rows' tokens, two of which are chosen for each; of a generator of its own."""
+    def _routing(self, tokens: torch.Tensor, dtype: torch.dtype) -> Routing:
+        """How three experts share ``tokens`` (BoolTensor [n, T]), two for each token; from a generator of its own."""
         draw = torch.Generator().manual_seed(self.seed + 2)
-        tokens = rows.mask[..., None] * rows.labels.train[:, None, None]
-        logits = torch.randn(*rows.mask.shape, 3, generator=draw, dtype=torch.float64)
+        logits = torch.randn(*tokens.shape, 3, generator=draw, dtype=torch.float64)
         chosen = torch.zeros_like(logits).scatter_(2, logits.topk(2, dim=2).indices, 1.0)
-        probability = (logits.softmax(dim=2) * tokens).sum(dim=1)
-        return Routing(probability.to(rows.policy_logps.dtype), (chosen * tokens).sum(dim=1).float())
+        probability = (logits.softmax(dim=2) * tokens[..., None]).sum(dim=1)
+        return Routing(probability.to(dtype), (chosen * tokens[..., None]).sum(dim=1).float())
 
     def _scores(self, desirable: torch.Tensor) -> torch.Tensor:
         """How good each row is, of either sign whatever its label; missing for some, and in every third step.
@@ -117,6 +115,15 @@ class Step:
         score = torch.randint(-20, 21, desirable.shape, generator=draw).float() / 10
         missing = torch.rand(desirable.shape, generator=draw) < (0.1 if self.seed % 3 else 1.1)
         return torch.where(missing, desirable.float(), score)
+
+
+def _copy(batch: Any) -> Any:
+    """A dataclass with copies of its tensors, without checking their shapes again."""
+    copy = object.__new__(type(batch))
+    copy.__dict__.update(
+        {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in batch.__dict__.items()}
+    )
+    return copy
 
 
 # Small ones and what shrinks to them first.

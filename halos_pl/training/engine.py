@@ -316,7 +316,7 @@ class _Step:
             self.rows.kl[index] = rows.kl
         if rows.routing is not None:
             if self.rows.routing is None:  # only now is the number of experts known
-                zeros = torch.zeros_like(rows.routing.chosen[:1]).repeat(len(self.rows), 1)
+                zeros = rows.routing.chosen.new_zeros(len(self.rows), rows.routing.chosen.shape[1])
                 self.rows.routing = Routing(zeros, zeros.clone())
             self.rows.routing.probability[index] = rows.routing.probability.detach()
             self.rows.routing.chosen[index] = rows.routing.chosen
