@@ -32,11 +32,12 @@ from halos_pl.data.meanings import (
     means,
     reason,
 )
+from halos_pl.data.messages import ROLES, Messages, messages_of, prompt_of
 from halos_pl.data.prompts import TextPrompts, asked
 from halos_pl.data.schemas import SCHEMAS, Schema
 from halos_pl.data.source import Source
 from halos_pl.data.text import TEXT
-from halos_pl.data.values import ROLES, BadRow, Messages, checked_text, has_value, messages_of, prompt_of
+from halos_pl.data.values import BadRow, checked_text, has_value
 
 _MESSAGE = frozenset(("role", "content", "from", "value", *CARRIED))
 _TOOLS = "tools"

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from halos_pl.data.example import Example, Prompt, Skipped
+from halos_pl.data.items import LATER, PARTED
 from halos_pl.data.schemas import Schema
 from halos_pl.data.spans import LossOn, begun
-from halos_pl.data.values import LATER, PARTED
 
 
 def judged(example: Example, schema: Schema, loss_on: LossOn) -> Iterator[Example | Skipped]:

@@ -12,34 +12,19 @@ from contextlib import suppress
 from typing import Any
 
 from halos_pl.data.example import Skipped, short
-from halos_pl.data.values import (
-    EMPTY,
-    NO_SCORE,
-    PARTED,
-    SAME,
-    TIE,
-    BadRow,
-    Items,
+from halos_pl.data.items import EMPTY, NO_SCORE, PARTED, SAME, TIE, Items, group, one, pair
+from halos_pl.data.messages import (
     Messages,
-    agreed_label,
     both_of,
     completion_of,
-    first_of,
-    flag_of,
-    group,
     is_blank,
-    label_of,
-    list_of,
     message_of,
     messages_of,
     not_blank,
-    one,
-    pair,
-    pair_scores,
     prompt_like,
     prompt_of,
-    score_of,
 )
+from halos_pl.data.values import BadRow, agreed_label, first_of, flag_of, label_of, list_of, pair_scores, score_of
 
 #: Turns a row and its place (``SOURCE:LINE``) into examples. Raises BadRow.
 Parse = Callable[[dict[str, Any], str], Items]

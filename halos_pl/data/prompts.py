@@ -6,10 +6,8 @@ user message and goes through the template as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
-
-from lightning.pytorch.utilities import rank_zero_info
 
 from halos_pl.data.example import Prompt
 
@@ -52,12 +50,6 @@ def convention(number: int, text_prompts: TextPrompts, has_template: bool) -> st
 def counted(notes: Mapping[str, int]) -> list[str]:
     """Notes about examples as lines that begin with the number of those examples."""
     return [f"{number} example{'s' * (number > 1)}: {note}" for note, number in notes.items()]
-
-
-def say(source: str, notes: Iterable[str]) -> None:
-    """Logs how a source's texts become tokens, one line for each of ``notes``."""
-    for note in notes:
-        rank_zero_info(f"{source}: {note}")
 
 
 def text_settings(data: Mapping[str, Any]) -> dict[str, Any]:

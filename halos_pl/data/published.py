@@ -8,25 +8,17 @@ from collections.abc import Iterable
 from typing import Any
 
 from halos_pl.data.example import Prompt, Skipped, short
+from halos_pl.data.items import EMPTY, TIE, Items, group, one, pair
+from halos_pl.data.messages import Messages, is_blank, not_blank, prompt_of
 from halos_pl.data.values import (
-    EMPTY,
-    TIE,
     TRUE_FALSE,
     BadRow,
-    Items,
-    Messages,
     checked_text,
     first_of,
-    group,
-    is_blank,
     label_of,
     list_of,
-    not_blank,
-    one,
-    pair,
     pair_scores,
     plain_text,
-    prompt_of,
     score_of,
 )
 

@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from halos_pl.data.memory import MemorySource
+from halos_pl.data.source import Source
+
 Settings = dict[str, Any]
+#: Settings of the DataModule that, with the sources, decide which rows are trained on.
+DECIDE_ROWS = (
+    "max_length",
+    "truncate_completions",
+    "on_bad_rows",
+    "special_tokens_in_text",
+    "text_prompts",
+    "chat_template",
+    "loss_on",
+    "transforms",
+    "keep_together",
+    "control_tokens",
+)
 
 
 def plain(value: Any) -> Any:
     """``value`` as JSON would give it back; an object becomes ``{class: attributes}``."""
     return json.loads(json.dumps(value, default=lambda o: {type(o).__name__: getattr(o, "__dict__", None)}))
+
+
+def described(sources: Sequence[Source], digests: Mapping[str, str]) -> list[str]:
+    """The label of each source, and for rows in memory the start of their digest (``digests`` is by label)."""
+    return [
+        f"{source.label} (in memory, {digests[source.label][:12]})"
+        if isinstance(source, MemorySource)
+        else source.label
+        for source in sources
+    ]
 
 
 def refuse_other_data(saved: Mapping[str, Any], now: Mapping[str, Any], was: Settings, settings: Settings) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.batch import Needs
-from halos_pl.data.batches import TokenizedRow
+from halos_pl.data.batches import StepDataset, TokenizedRow
 from halos_pl.data.example import DataError
 from halos_pl.data.table import Table
 from halos_pl.data.transforms import groups
@@ -122,6 +122,7 @@ class Split:
         control: Mapping[bool, tuple[int, ...]] | None = None,
         keep_together: Together | None = None,
     ) -> None:
+        self.max_length = max_length
         self.control = control or {True: (), False: ()}
         self.counts = {
             store.path: FileCounts(store.examples, store.fault_count, store.faults[:10], dict(store.skipped))
@@ -224,6 +225,31 @@ class Split:
     def prompts(self) -> Sequence[NDArray[np.int32]]:
         """Token ids of the distinct prompts, uncut, read on access."""
         return _Prompts(self.table)
+
+    def dataset(self, prefix: Sequence[int], *, mismatched: bool, seed: int, rank: int, world_size: int) -> StepDataset:
+        """The data set that makes the split's batches; for the arguments see :class:`StepDataset`.
+
+        Raises:
+            ValueError: mismatched rows are needed, but all rows have the same prompt.
+        """
+        return StepDataset(
+            self.prompts,
+            self.rows,
+            self.examples,
+            prompt_of=self.table.prompt,
+            max_length=self.max_length,
+            mismatched=mismatched,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            prefix=prefix,
+        )
+
+    def tokens(self) -> Iterator[tuple[str, NDArray[np.int32]]]:
+        """Name and token ids (prompt, control tokens, completion) of each row."""
+        for row in self.rows:
+            prompt = self.prompts[row.prompt][-row.prompt_length :]
+            yield row.row_id, np.concatenate([prompt, np.array(row.control, np.int32), row.completion])
 
     def of_examples(self, values: NDArray[Any]) -> NDArray[Any]:
         """Sums ``values`` [n] over the rows of each example."""

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from halos_pl.data.example import Example, Prompt
+from halos_pl.data.messages import is_blank
 from halos_pl.data.render import Tools
 from halos_pl.data.tokenize import Encoder, Tokens
-from halos_pl.data.values import is_blank
 from halos_pl.policy.sampling import Sample
 
 

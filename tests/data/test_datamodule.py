@@ -506,17 +506,17 @@ def test_bad_data_are_refused_before_setup(tmp_path: Path) -> None:
 
 
 def test_files_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from halos_pl.data import datamodule
+    from halos_pl.data import report
 
     lines: list[str] = []
-    monkeypatch.setattr(datamodule, "rank_zero_info", lines.append)
+    monkeypatch.setattr(report, "rank_zero_info", lines.append)
     path = write_jsonl(tmp_path / "a.jsonl", [*binary(), {"prompt": "p", "completion": "z" * 99, "label": False}])
     set_up(SFT, train=path, validation=path, max_length=20)
     assert lines[0] == (
         f"train data {path}: 11 examples, 6 rows (6 desirable, 0 undesirable), 0 pairs; "
         "5 rows dropped: undesirable, which the objective does not use"
     )
-    assert len(lines) == 2
+    assert sum(" examples, " in line for line in lines) == 2  # one line per split
 
 
 def test_real_data(shared_data: Path) -> None:
@@ -531,10 +531,10 @@ def test_real_data(shared_data: Path) -> None:
 
 
 def test_bad_rows_are_named_or_skipped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from halos_pl.data import datamodule
+    from halos_pl.data import report
 
     lines: list[str] = []
-    monkeypatch.setattr(datamodule, "rank_zero_info", lines.append)
+    monkeypatch.setattr(report, "rank_zero_info", lines.append)
     bad = [{"prompt": "p", "completion": "", "label": True}, {"prompt": "p", "completion": "c", "label": 7}]
     one = write_jsonl(tmp_path / "a.jsonl", [*binary(), *bad])
     two = write_jsonl(tmp_path / "b.jsonl", [*binary(3), bad[0]])

@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from halos_pl.cli.inspect import inspect
 from halos_pl.data.example import Example, Skipped
+from halos_pl.data.messages import messages_of
 from halos_pl.data.read import read
 from halos_pl.data.source import Source
 from halos_pl.data.store import open_store
 from halos_pl.data.tokenize import Encoder, Tokens, encode_prompt
-from halos_pl.data.values import messages_of
 from halos_pl.testing import tiny_tokenizer
 
 Spans = list[tuple[str, bool]]

@@ -1,0 +1,55 @@
+"""What became of the rows of a split: lines for the log, and the counts of a run's summary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from halos_pl.data.prompts import TextPrompts, convention, counted
+from halos_pl.data.source import Source
+from halos_pl.data.split import Split
+from halos_pl.data.store import fault_list
+
+
+def log_transforms(name: str, reports: Sequence[Mapping[str, Any]]) -> None:
+    """Logs a line for each transform of the split ``name``."""
+    for report in reports:
+        counts = ", ".join(f"{key} {value}" for key, value in report.items() if key != "transform")
+        rank_zero_info(f"{name} data, {report['transform']}: {counts}")
+
+
+def log_split(
+    name: str, split: Split, sources: Sequence[Source], text_prompts: TextPrompts, *, has_template: bool
+) -> None:
+    """Logs for each source how many of its rows are used, skipped and cut, and how its text is encoded.
+
+    Args:
+        name: name of the split.
+        split: the rows in use.
+        sources: the split's sources, in the order of its stores.
+        text_prompts: how plain-text prompts are encoded.
+        has_template: whether the tokenizer has a chat template.
+    """
+    for source, store in zip(sources, split.table.stores, strict=True):
+        title, counts = f"{name} data {store.path}", split.counts[store.path]
+        rank_zero_info(f"{title}: {counts}")
+        prompts = convention(store.text_prompts, text_prompts, has_template)
+        for note in [*([prompts] if prompts else []), *counted(store.notes)]:
+            rank_zero_info(f"{title}: {note}")
+        if store.unused:
+            rank_zero_info(f"{title}: not used: {', '.join(store.unused)}")
+        if store.fault_count:
+            rank_zero_info(f"{name} data, skipped:\n{fault_list(store.causes, store.fault_count)}")
+        if source.weight != 1:
+            number = round(source.weight * counts.rows)
+            rank_zero_info(f"{title}: weight {source.weight:g}, about {number} rows per epoch")
+
+
+def counts_of(split: Split, reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """The split's counts as :meth:`halos_pl.data.FeedbackDataModule.counts` returns them."""
+    stores = split.table.stores
+    by_source = {store.path: asdict(split.counts[store.path]) | {"unused": store.unused} for store in stores}
+    return {**by_source, "transforms": reports}
