@@ -67,6 +67,8 @@ def imported_by(module: str) -> set[str]:
         ("halos_pl.cli.new", HEAVY | {"hypothesis"}),
         ("halos_pl.cli.cached_help", HEAVY | {"hypothesis"}),
         ("halos_pl.cli.check", HEAVY - {"torch"} | {"hypothesis", "halos_pl.study", "halos_pl.training"}),
+        ("halos_pl.cli.inspect", HEAVY - {"torch", "transformers"} | {"hypothesis", "halos_pl.training"}),
+        ("halos_pl.data", HEAVY | {"hypothesis"}),
         ("halos_pl.cli.lightning_cli", {"statsmodels", "hypothesis", "halos_pl.study", "halos_pl.conformance"}),
     ],
 )

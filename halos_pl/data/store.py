@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
-from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
@@ -219,6 +218,8 @@ def open_store(
     with FileLock(f"{place}.lock"):
         if (store := _load(source, place)) is None:  # else another process has built it meanwhile
             if place.exists():
+                from lightning.pytorch.utilities import rank_zero_info
+
                 rank_zero_info(f"halos: the cached tokens of {source.path} are damaged; they are recomputed")
             part = place.with_suffix(".part")
             remove(part)
