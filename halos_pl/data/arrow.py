@@ -1,6 +1,6 @@
 """Rows of Arrow's formats: Parquet, Arrow files and streams, folders of ``datasets.save_to_disk``.
 
-An Arrow file is mapped into memory as it is: a wrong offset would read outside of it and crash the process. So every
+An Arrow file is mapped into memory, where a wrong offset would read outside of it and crash the process. So every
 batch is validated first. Integers of a ``ClassLabel`` become their names.
 """
 
@@ -104,7 +104,7 @@ def batches(tables: Iterable[Any], names: Sequence[str], classes: Classes, most:
 
     Args:
         tables: valid except for the text in them.
-        names: of the columns.
+        names: names of the columns.
         classes: the names of integers, by column.
         most: size limit of a row, in bytes.
     """
@@ -240,7 +240,7 @@ def _object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: it contains something else.
     """
     content = json.loads(_regular(path).read_text(encoding="utf-8"))
     if not isinstance(content, dict):
@@ -264,7 +264,7 @@ def saved(path: str, split: str | None, most: int) -> Read:
     state = _object(folder / "state.json")
     if folder == Path(path) and split and str(state.get("_split")) != split:
         which = f"the split {state['_split']}" if state.get("_split") else "a data set without splits"
-        yield 0, Broken(f"the folder holds {which}; remove 'split: {split}', or name another split", ends=True)
+        yield 0, Broken(f"the folder contains {which}; remove 'split: {split}', or name another split", ends=True)
         return
     if state.get("_indices_data_files"):
         raise ValueError("it holds a selection of rows, as early versions of datasets wrote it")

@@ -36,7 +36,7 @@ class TokenizedRow:
         row_id: name in messages and files.
         pair: index of the row with the pair's other completion; -1 for a single row.
         control: token ids between prompt and completion that name the label.
-        score: higher is better, in the source's unit; NaN for none.
+        score: higher is better, in the source's unit; NaN if missing.
         loss: which tokens of the completion carry the loss, bool [t]; None for all.
     """
 
@@ -64,8 +64,8 @@ class StepDataset(Dataset[TokenBatch]):
         examples: the indices of the rows of each example: one row, the two of a pair, or all of a prompt.
         max_length: tokens of prompt, control tokens and completion together.
         prompt_of: the prompt number of each row, int [n]; default: read from ``rows``.
-        mismatched: add one mismatched row (x_i, y_j) for each of the rank's rows (x_i, y_i).
-        seed: of the mismatches, together with epoch and step.
+        mismatched: whether to add one mismatched row (x_i, y_j) for each of the rank's rows (x_i, y_i).
+        seed: seed of the mismatches, together with epoch and step.
         rank, world_size: the rank takes every ``world_size``-th example of the step, beginning with ``rank``.
         prefix: ids (BOS) that a prompt beginning with them keeps when its start is cut.
 

@@ -144,7 +144,7 @@ def build(source: Source, encoder: Encoder, folder: Path, text_prompts: TextProm
     Raises:
         DataError: the source as a whole is faulty. Faults of rows are stored.
     """
-    description = TextColumn("{task.description}", markup=False)  # a path may hold brackets
+    description = TextColumn("{task.description}", markup=False)  # a path may contain brackets
     columns = (SpinnerColumn(), description, TextColumn("{task.completed:,} rows"))
     with Progress(*columns, TimeElapsedColumn(), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(f"checking {source.path}", total=None)

@@ -1,4 +1,4 @@
-"""Tools, tool calls and thoughts: what a message holds for the chat template besides its role and content.
+"""Tools, tool calls and thoughts: the parts of a message, besides role and content, that the chat template gets.
 
 Data sets store the same thing in several forms: tools as JSON text, the arguments of a call as text or as an object,
 the ``content`` beside a call as null, as an empty text, or not at all. Templates accept some of these forms and fail on
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 CALLS = "tool_calls"
-#: Keys under which messages hold the model's thoughts. transformers maps them to the one that a template reads.
+#: Keys of the model's thoughts in messages. transformers maps them to the one that a template reads.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 #: Message keys, besides role and content, that are passed to the template.
 CARRIED = (CALLS, "tool_call_id", "name", *THOUGHTS)
@@ -31,9 +31,9 @@ def objects_of(value: Any, what: str, filled: bool = False) -> list[dict[str, An
     """Tools or tool calls: a list of objects, where the list or each object may be JSON text.
 
     Args:
-        value: of a column or key.
+        value: value of a column or key.
         what: ``tool`` or ``call``, for the error.
-        filled: drop nulls, with which columnar files fill missing keys.
+        filled: whether to drop nulls, with which columnar files fill missing keys.
 
     Raises:
         ValueError: ``value`` is not such a list.
@@ -170,7 +170,7 @@ def forms(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 
 
 def printed_wrong(messages: list[dict[str, Any]], text: str) -> bool:
-    """Whether a rendering holds a call as Python's repr, or its JSON quoted within JSON."""
+    """Whether a rendering contains a call as Python's repr, or its JSON quoted within JSON."""
     for message in messages:
         for call in message.get(CALLS, ()):
             arguments = (call.get("function") or call).get("arguments")

@@ -89,15 +89,15 @@ def _kinds(schema: Schema, columns: frozenset[str]) -> _Kinds:
 
 
 def _parts(kinds: _Kinds, row: dict[str, Any]) -> dict[str, Any]:
-    """Columns that hold parts of a prompt; a mere count of turns does not."""
+    """Columns with parts of a prompt; a mere count of turns is none."""
     counts = {name for name in kinds.parts if means(DIALOGUES, name) and isinstance(row[name], int | float)}
     return {name: row[name] for name in kinds.parts if name not in counts and has_value(row[name])}
 
 
 def without(value: Any, ignored: Sequence[str], idle: set[str], depth: int = 6) -> Any:
-    """A row without the keys ``ignored``, nor those of its messages, down to lists of lists of them.
+    """A row without the keys ``ignored``, in itself and in its messages.
 
-    Those that it has are removed from ``idle``.
+    Keys that occur are removed from ``idle``.
     """
     if isinstance(value, dict) and depth:
         idle.difference_update(value)
@@ -109,9 +109,9 @@ class Columns:
     """The columns of one source's rows.
 
     Args:
-        source: whose rows they are.
-        schema: of the rows.
-        unused: filled with the columns and message keys that hold values but are not read.
+        source: source of the rows.
+        schema: schema of the rows.
+        unused: receives the columns and message keys that have values but are not read.
     """
 
     def __init__(self, source: Source, schema: Schema, unused: dict[str, None]) -> None:
@@ -143,7 +143,7 @@ class Columns:
         for name in (*kinds.system, *kinds.parts):
             for text in _leaves(row[name]):
                 self._check_text(text, name, "")
-        if self.schema.prepare:  # a row can only be read with all others
+        if self.schema.prepare:  # its rows cannot be read one by one
             for name in (*kinds.system, *_parts(kinds, row), *kinds.tools):
                 if has_value(row[name]):
                     raise BadRow(f"is not read by the schema '{self.schema.name}'", name, ignorable=name)
@@ -173,7 +173,7 @@ class Columns:
             yield item
 
     def _tools(self, value: Any) -> list[dict[str, Any]] | None:
-        """The tools that the model may call; None if the column holds none."""
+        """The tools that the model may call; None if there are none."""
         if not has_value(value) or not _counts(value, TEMPLATE):
             return None
         try:
@@ -241,7 +241,7 @@ class Columns:
         for match in PLACEHOLDER.finditer(text):
             if match[0] not in self.source.ignore and not is_markup(match, text):
                 raise BadRow(
-                    f"holds {match[0]}, which stands for a picture or sound, and the model reads text only",
+                    f"contains {match[0]}, which stands for a picture or sound, and the model reads text only",
                     column,
                     within,
                     match[0],
@@ -252,8 +252,8 @@ def prompt_in_context(row: dict[str, Any], text_prompts: TextPrompts = "plain") 
     """The ``prompt`` of a row to be answered, with its system text, earlier turns and tools, but no completions.
 
     Args:
-        row: with a ``prompt``.
-        text_prompts: how a plain-text prompt is encoded, see :mod:`halos_pl.data.prompts`.
+        row: a row with a ``prompt``.
+        text_prompts: encoding of plain-text prompts, see :mod:`halos_pl.data.prompts`.
 
     Raises:
         BadRow: the prompt is invalid, or another column has a meaning but no place in it.
@@ -266,7 +266,7 @@ def prompt_in_context(row: dict[str, Any], text_prompts: TextPrompts = "plain") 
 
 
 def _counts(value: Any, why: str) -> bool:
-    """Whether a column holds what its name suggests; data sets also use such names for other things."""
+    """Whether a column contains what its name suggests; data sets also use such names for other things."""
     if why is WEIGHT:
         return isinstance(value, int | float) and value != 1
     if why.startswith(TEMPLATE) and isinstance(value, str):  # a single word is not a list of tools

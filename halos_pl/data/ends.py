@@ -11,7 +11,7 @@ from halos_pl.data.example import Prompt
 
 
 def ids_of(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
-    """Token ids of a text, with the special tokens that the tokenizer adds where ``special``."""
+    """Token ids of a text; with ``special``, including the special tokens that the tokenizer adds."""
     # verbose=False: a text longer than model_max_length is truncated, and counted, later.
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
@@ -63,7 +63,7 @@ def without_end(ends: Sequence[str], completion: Prompt) -> Prompt:
     """The completion without end tokens at the end of its texts; they are added again later.
 
     Raises:
-        ValueError: it holds nothing else.
+        ValueError: it contains nothing else.
     """
     if isinstance(completion, str):
         stripped: Prompt = _unended(ends, completion)

@@ -1,4 +1,4 @@
-"""Feedback once it has been read, independent of file and columns."""
+"""Feedback after reading, independent of file format and columns."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Example:
         completions: one or more.
         labels: for each completion True (desirable), False (undesirable) or None (only a score); (True, False) for a
             pair.
-        scores: for each completion, higher is better, in the source's unit; None for none.
-        paired: there are two completions, and the first is preferred.
+        scores: for each completion, higher is better, in the source's unit; None if missing.
+        paired: whether these are two completions of which the first is preferred.
         row_id: ``SOURCE:LINE``, lines or rows counted from 1.
-        text_prompt: the source has the prompt as plain text, even if it has become messages.
-        tools: JSON schemas of what the model may call, for the chat template; None for none.
+        text_prompt: whether the source has the prompt as plain text, even if it became a message.
+        tools: JSON schemas of the tools that the model may call, for the chat template; None if there are none.
         finished: for each completion, whether it is complete and gets an end token; default: all are.
     """
 
@@ -70,13 +70,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with a row, or with a whole source.
+    """A fault of a row or of a whole source.
 
     Attributes:
         place: ``SOURCE:LINE``, or ``SOURCE`` for the source as a whole.
-        reason: what is wrong, and what to do.
-        column: of the row; None if no single column is at fault.
-        fatal: nothing more of the source can be read.
+        reason: the fault, and how to fix it.
+        column: the column at fault; None if no single column is.
+        fatal: whether the rest of the source cannot be read.
     """
 
     place: str
@@ -94,7 +94,7 @@ class Skipped:
 
     Attributes:
         place: ``SOURCE:LINE``.
-        reason: a few words, by which rows are counted: ``tie``.
+        reason: short reason, by which skipped rows are counted, such as ``tie``.
     """
 
     place: str

@@ -213,7 +213,7 @@ def irregular(path: str) -> str | None:
 
 
 def _wrong_settings(source: Source) -> str | None:
-    """Refuses settings that would be silently ignored for a file."""
+    """The fault of settings that would be silently ignored for a file; None if there are none."""
     path = Path(source.path)
     if is_hub_name(source.path) or not path.exists():
         return None
@@ -279,4 +279,4 @@ def rows(source: Source) -> Iterator[Row]:
         else:
             yield line, Fault(place, f"the row is {short(row)}, not an object with a value for each column")
     if empty:
-        yield 0, Fault(source.path, "holds no rows; check that it was written completely", fatal=True)
+        yield 0, Fault(source.path, "contains no rows; check that it was written completely", fatal=True)

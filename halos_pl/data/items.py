@@ -11,7 +11,7 @@ Items = list[Example | Skipped]
 
 NO_SCORE, TIE, EMPTY, SAME = "no score", "tie", "empty response", "both completions are the same"
 PARTED = "dialogues differ before the last turn"
-LATER = "another than the assistant speaks in a completion"
+LATER = "a completion contains a user message"
 UNANSWERED = "a completion does not end with the assistant"
 
 

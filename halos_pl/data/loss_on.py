@@ -56,15 +56,15 @@ def _last(example: Example, schema: Schema) -> Iterator[Example | Skipped]:
             before = before[1:]
         yield replace(example, prompt=prompt + before, completions=tuple(turns[-1:] for turns in dialogues))
         return
-    asked = [any(message["role"] == "user" for message in turns) for turns in dialogues]
+    user_speaks = [any(message["role"] == "user" for message in turns) for turns in dialogues]
     if example.paired:
-        if any(asked):
+        if any(user_speaks):
             yield Skipped(example.row_id, LATER if "prompt" in schema.columns else PARTED)
         else:
             yield example
         return
-    kept = [i for i, later in enumerate(asked) if not later]
-    yield from (Skipped(f"{example.row_id}#{i}", LATER) for i, later in enumerate(asked, start=1) if later)
+    kept = [i for i, later in enumerate(user_speaks) if not later]
+    yield from (Skipped(f"{example.row_id}#{i}", LATER) for i, later in enumerate(user_speaks, start=1) if later)
     if kept:
         columns = {name: getattr(example, name) for name in ("completions", "labels", "scores", "finished")}
         selected: dict[str, Any] = {name: tuple(values[i] for i in kept) for name, values in columns.items()}

@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-MEDIA = "holds pictures or sound, but the model reads only text"
+MEDIA = "contains pictures or sound, but the model reads only text"
 TEMPLATE = "is for the chat template"
 UNREAD = "is for the chat template, which gets only messages and 'tools'; write it into the messages"
 ANSWER = "would be lost; write it into the completion"
-MARGIN = "says by how much one answer is better, which no loss uses"
+MARGIN = "is a margin between the answers, which no loss uses"
 WEIGHT = "is a weight of the row, which no loss uses"
 
 SYSTEM = r"(custom_)?sys(tem)?(_?(prompt|message|msg|instructions?|text|content))?|preamble"

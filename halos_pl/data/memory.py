@@ -84,7 +84,7 @@ def _tables(data: Any) -> Iterator[pa.Table]:
 
 
 def _plain_row(row: Any) -> Any:
-    """The row as JSON could hold it, or a Broken; what is no mapping is returned as it is."""
+    """The row as plain JSON values, or a Broken; anything but a mapping is returned unchanged."""
     if not isinstance(row, Mapping):
         return row
     columns = {}
@@ -95,7 +95,7 @@ def _plain_row(row: Any) -> Any:
             reason = "is nested too deeply" if isinstance(error, RecursionError) else str(error)
             return Broken(f"column {short(name)} {reason}; give text, numbers, lists and dicts", str(name))
         if not isinstance(name, str):
-            return Broken(f"the column name {short(name)} is no text; rename the column")
+            return Broken(f"the column name {short(name)} is not text; rename the column")
     return columns
 
 
@@ -104,17 +104,17 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, Mapping):
         if wrong := next((key for key in value if not isinstance(key, str)), None):
-            raise TypeError(f"has the key {short(wrong)}, which is no text")
+            raise TypeError(f"has the key {short(wrong)}, which is not text")
         return {key: _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
     if hasattr(value, "tolist"):  # an array, or a number of NumPy's
         return _plain(value.tolist())
-    raise TypeError(f"holds a {type(value).__name__}")
+    raise TypeError(f"contains a {type(value).__name__}")
 
 
 def dataset_rows(dataset: Any, source: Source) -> Read:
-    """Rows of a ``datasets`` object, numbered from 1; of one split where there are several."""
+    """Rows of a ``datasets`` object, numbered from 1; of one split if there are several."""
     import datasets  # takes a second, which files do not need
 
     if isinstance(dataset, dict):
@@ -135,12 +135,12 @@ def dataset_rows(dataset: Any, source: Source) -> Read:
 
 
 def in_memory(data: Any) -> Any:
-    """The rows of an object that holds rows, as ``MemorySource`` takes them; None for any other object.
+    """The rows of an object, as ``MemorySource`` takes them; None for an object of another kind.
 
     Raises:
-        ValueError: the object holds rows in a form that cannot be read; says what to give instead.
+        ValueError: the rows have a form that cannot be read; the message names an alternative.
     """
-    datasets, pandas = (sys.modules.get(name) for name in ("datasets", "pandas"))  # its owner has imported it
+    datasets, pandas = (sys.modules.get(name) for name in ("datasets", "pandas"))  # the caller has imported it
     if isinstance(data, pa.Table):
         return data
     if pandas is not None and isinstance(data, pandas.DataFrame):

@@ -23,7 +23,7 @@ ROLES |= dict.fromkeys(("observation", "tool_response", "function_response"), "t
 
 @lru_cache(maxsize=1024)
 def _role(name: str) -> tuple[str, str | None]:
-    """The template's name of a role in any case; for an unknown one, the role that it resembles."""
+    """The template's name of a role; for an unknown role, its name and the role that it resembles, if any."""
     lower = name.strip().lower()
     if lower in ROLES:
         return ROLES[lower], None
@@ -31,7 +31,7 @@ def _role(name: str) -> tuple[str, str | None]:
 
 
 def _joined(parts: list[Any], column: str, within: str) -> str:
-    """The text of a content given as parts ``{"type": "text", "text": ...}``."""
+    """The text of content in parts ``{"type": "text", "text": ...}``."""
     texts = []
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -51,7 +51,7 @@ _STYLES = (("role", "content"), ("from", "value"))
 
 
 def _carried(value: dict[str, Any], column: str, within: str) -> dict[str, Any]:
-    """The keys of a message for the chat template besides role and content."""
+    """The keys of a message, besides role and content, that the chat template gets."""
     carried: dict[str, Any] = {}
     for key in CARRIED:
         if not has_value(value.get(key)):
@@ -71,7 +71,7 @@ def _carried(value: dict[str, Any], column: str, within: str) -> dict[str, Any]:
 def message_of(value: Any, column: str, within: str = "") -> dict[str, Any]:
     """A message from ``role`` and ``content``, or ShareGPT's ``from`` and ``value``, with the template's other keys.
 
-    Beside tool calls or thoughts the content may be null or missing; it is then empty.
+    With tool calls or thoughts, the content may be null or missing; it is then empty.
     """
     if not isinstance(value, dict):
         raise BadRow(f"is {short(value)}; it must be an object with 'role' and 'content'", column, within)
@@ -122,10 +122,10 @@ def is_blank(value: Prompt) -> bool:
 
 
 def not_blank(value: Prompt, column: str, within: str = "") -> Prompt:
-    """The text or messages.
+    """``value``, unchanged.
 
     Raises:
-        BadRow: nothing in them is visible.
+        BadRow: it has no visible text.
     """
     if is_blank(value):
         what = "some text" if isinstance(value, str) else "a message with some text"
@@ -150,7 +150,7 @@ def prompt_of(row: dict[str, Any], column: str = "prompt") -> Prompt:
 
 
 def continued(prompt: Prompt, value: Any, column: str, within: str = "") -> tuple[Prompt, Prompt]:
-    """Prompt and completion, where ``value`` may repeat the prompt's messages.
+    """Prompt and completion; ``value`` may repeat the prompt's messages.
 
     If the completion is a conversation whose last user message is the text prompt, as in the binarised UltraFeedback,
     the messages up to it become the prompt.
@@ -158,14 +158,14 @@ def continued(prompt: Prompt, value: Any, column: str, within: str = "") -> tupl
     completion = prompt_like(value, column, within)
     if isinstance(completion, list):
         if isinstance(prompt, str):
-            asked = max((i for i, m in enumerate(completion) if m["role"] == "user"), default=-1)
-            if asked < 0 or completion[asked]["content"].strip() != prompt.strip():
+            last_user = max((i for i, m in enumerate(completion) if m["role"] == "user"), default=-1)
+            if last_user < 0 or completion[last_user]["content"].strip() != prompt.strip():
                 raise BadRow(
                     "is a message list but 'prompt' is plain text; give both as messages or both as text",
                     column,
                     within,
                 )
-            prompt = completion[: asked + 1]
+            prompt = completion[: last_user + 1]
         if completion[: len(prompt)] == prompt:  # the conversation repeated from its start
             if completion and len(completion) == len(prompt):
                 raise BadRow("only repeats the prompt; add the assistant's message", column, within)
@@ -189,7 +189,7 @@ def both_of(question: Prompt, row: dict[str, Any], first: str, second: str) -> t
     prompt, one = completion_of(question, row[first], first)
     other, two = completion_of(question, row[second], second)
     if other != prompt:
-        raise BadRow(f"repeats another prompt than '{first}'; both must answer the same messages", second)
+        raise BadRow(f"repeats a different prompt than '{first}'; both must answer the same messages", second)
     return prompt, one, two
 
 

@@ -1,4 +1,4 @@
-"""Which completion each mismatched row takes."""
+"""The completion of each mismatched row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def mismatches(prompts: Sequence[int], draw: Random) -> list[int | None]:
     rows of that prompt, in both directions, and the remaining entries are None.
 
     Args:
-        prompts: the prompt number of each row.
+        prompts: prompt number of each row.
         draw: random generator.
     """
     groups: dict[int, list[int]] = {}

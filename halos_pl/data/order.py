@@ -1,4 +1,4 @@
-"""Which examples make up each optimizer step: a function of the seed, the epoch and the step, and of nothing else."""
+"""Which examples make up each optimizer step: a function of the seed, the epoch and the step, and nothing else."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def seeded(purpose: str, *numbers: int) -> Random:
 
 
 def copies(examples: Sequence[int]) -> Iterator[int]:
-    """For each of ``examples``, how often it has come before."""
+    """For each of ``examples``, how often it has occurred before."""
     seen: Counter[int] = Counter()
     for example in examples:
         yield seen[example]
@@ -138,11 +138,12 @@ class StepSampler(DistributedSampler[Any]):
         start: the first step to yield; the next iterator starts at 0 again.
 
     Args:
-        order: of the examples.
+        order: order of the examples.
         batch_size: examples per step over all ranks, at least ``world_size``.
         world_size: number of ranks.
-        drop_last: leave out a smaller last step.
-        same_every_epoch: ignore ``set_epoch``, so that evaluations in different epochs see the same mismatched rows.
+        drop_last: whether to leave out a smaller last step.
+        same_every_epoch: whether to ignore ``set_epoch``, so that evaluations in all epochs see the same mismatched
+            rows.
 
     Raises:
         ValueError: ``batch_size`` is below ``world_size``, or there is no step.

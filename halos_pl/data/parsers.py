@@ -1,7 +1,7 @@
-"""From a row to examples: one function for each set of columns in which people publish feedback.
+"""Turns rows into examples: one function for each set of columns in which people publish feedback.
 
-What a published data set is known to hold and no loss can use (a tie, an empty answer) is skipped and counted; what
-must be a mistake is a fault.
+Rows that published data sets contain but no loss can use (a tie, an empty answer) are skipped and counted; obvious
+mistakes are faults.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Parse = Callable[[dict[str, Any], str], Items]
 def unpaired(row: dict[str, Any], place: str) -> Items:
     """A completion with a label."""
     label, score = agreed_label(row, ("label", "kto_tag")), None
-    with suppress(BadRow):  # optional: a column of this name may hold anything
+    with suppress(BadRow):  # optional: a column of this name may contain anything
         score = score_of(row.get("score"), "score")
     both = completion_of(prompt_of(row), row["completion"], "completion")
     return one(*both, place, label, score, _finished(row))
@@ -79,7 +79,7 @@ _OWN_COLUMN = "put the prompt into a column 'prompt'"
 
 
 def implicit(row: dict[str, Any], place: str) -> Items:
-    """A chosen and a rejected text, or conversation; the prompt is what both begin with."""
+    """A chosen and a rejected text, or conversation; the prompt is their common start."""
     chosen, rejected = (not_blank(prompt_like(row[c], c), c) for c in ("chosen", "rejected"))
     if isinstance(chosen, str) and isinstance(rejected, str):
         if _is_hh(chosen) or _is_hh(rejected):
@@ -106,7 +106,7 @@ def implicit(row: dict[str, Any], place: str) -> Items:
         raise BadRow(f"and 'chosen' do not begin with the same prompt; {_OWN_COLUMN}", "rejected")
     for column, value in (("chosen", chosen), ("rejected", rejected)):
         if is_blank(value[end:]):
-            raise BadRow(f"holds nothing after the prompt that both begin with; {_OWN_COLUMN}", column)
+            raise BadRow(f"has nothing after the prompt that both begin with; {_OWN_COLUMN}", column)
     return pair(chosen[:end], chosen[end:], rejected[end:], place, _scores(row), _both_finished(row))
 
 
@@ -243,9 +243,9 @@ def scored_lists(row: dict[str, Any], place: str) -> Items:
     completions, scores = list_of(row, "completions"), list_of(row, "scores")
     if len(completions) != len(scores):
         raise BadRow(f"has {len(scores)} values for {len(completions)} completions; give one each", "scores")
-    own_prompt = prompt_of(row)
+    row_prompt = prompt_of(row)
     both = [
-        completion_of(own_prompt, value, "completions", f", item {i}") for i, value in enumerate(completions, start=1)
+        completion_of(row_prompt, value, "completions", f", item {i}") for i, value in enumerate(completions, start=1)
     ]
     for i, (prompt, _) in enumerate(both, start=1):
         if prompt != both[0][0]:
@@ -256,4 +256,4 @@ def scored_lists(row: dict[str, Any], place: str) -> Items:
     if flags is not None and not (isinstance(flags, list) and len(flags) == len(completions)):
         raise BadRow(f"must list true or false for each of the {len(completions)} completions", "finished")
     finished = [flag_of(flag, "finished", f", item {i}") for i, flag in enumerate(flags or (), start=1)]
-    return group(both[0][0] if both else own_prompt, judged, place, finished)
+    return group(both[0][0] if both else row_prompt, judged, place, finished)

@@ -21,7 +21,7 @@ from halos_pl.data.values import BadRow
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt and the row of the file that holds it.
+    """A prompt and its row in the file.
 
     Attributes:
         place: ``PATH:LINE``, for messages.
@@ -29,7 +29,7 @@ class PromptRow:
         columns: the whole row as in the file; for a ``.txt`` file only ``prompt``.
         prompt: text or messages, with the system text and earlier turns from other columns of the row.
         is_text: whether the file has the prompt as plain text, even if it has become messages.
-        tools: JSON schemas of what the model may call; None if there are none.
+        tools: JSON schemas of the tools that the model may call; None if there are none.
     """
 
     place: str
@@ -40,7 +40,7 @@ class PromptRow:
     tools: list[dict[str, Any]] | None = None
 
 
-#: The column that tells of each sampled answer whether training on its text gives the tokens that were sampled.
+#: The column that marks sampled answers whose text, in training, gives exactly the sampled tokens.
 SAME_TOKENS = "same_tokens"
 
 #: Columns with answers to a prompt or judgements of them, which do not belong to newly sampled answers.
@@ -66,7 +66,7 @@ def _lines(path: Path, most: int) -> Iterator[bytes]:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Only the prompts of :func:`read_prompt_rows`, with text as it is."""
+    """Only the prompts of :func:`read_prompt_rows`, with text unchanged."""
     return [row.prompt for row in read_prompt_rows(path)]
 
 
@@ -75,11 +75,11 @@ def read_prompt_rows(
 ) -> list[PromptRow]:
     """The prompts of a file.
 
-    A ``.txt`` file has one a line; JSON lines have one each, a text or a message list.
+    A ``.txt`` file has one per line; each JSON line has one, a text or a message list.
 
     Args:
-        path: of the file.
-        text_prompts: how a plain-text prompt is encoded, see :mod:`halos_pl.data.prompts`.
+        path: the file.
+        text_prompts: encoding of plain-text prompts, see :mod:`halos_pl.data.prompts`.
         prompt_column: the column of JSON lines that holds the prompt; default: ``prompt``.
 
     Raises:
@@ -92,7 +92,7 @@ def read_prompt_rows(
         raise DataError(f"{path}: is {what}; write its content to a file, and name that")
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "no such file"
-        raise DataError(f"{path}: {what}; --prompts takes a .txt file, or JSON lines with a '{column}' each")
+        raise DataError(f"{path}: {what}; --prompts takes a .txt file, or JSON lines, each with a '{column}'")
     if path.suffix.lower() in _OTHER:
         raise DataError(f"{path}: --prompts takes a .txt file or uncompressed JSON lines; convert the file")
     rows: list[PromptRow] = []
@@ -107,10 +107,10 @@ def read_prompt_rows(
             raise DataError(f"{place}: not UTF-8 text; save it as UTF-8") from error
         if line.strip():
             columns = {"prompt": line} if is_lines else _row(line, place, column)
-            asked, is_text = _asked(columns, place, column, text_prompts), isinstance(columns[column], str)
-            rows.append(PromptRow(place, f"{path.name}:{number}", columns, asked.prompt, is_text, asked.tools))
+            example, is_text = _example(columns, place, column, text_prompts), isinstance(columns[column], str)
+            rows.append(PromptRow(place, f"{path.name}:{number}", columns, example.prompt, is_text, example.tools))
     if not rows:
-        raise DataError(f"{path}: the file holds no prompts; add one a line")
+        raise DataError(f"{path}: the file contains no prompts; add one per line")
     return rows
 
 
@@ -126,24 +126,24 @@ def say_convention(rows: list[PromptRow], text_prompts: TextPrompts, tokenizer: 
             f"{texts[0].place}: a text prompt cannot go through a chat template (text_prompts: chat), because the"
             " tokenizer has none; name one with chat_template, or set text_prompts: plain"
         )
-    if said := convention(len(texts), text_prompts, bool(tokenizer.chat_template)):
-        print(f"halos: {said}")
+    if line := convention(len(texts), text_prompts, bool(tokenizer.chat_template)):
+        print(f"halos: {line}")
 
 
 def _row(line: str, place: str, column: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:  # not JSONDecodeError alone
-        raise DataError(f'{place}: not a JSON object with "{column}", one a line') from error
+        raise DataError(f'{place}: not a JSON object with "{column}", one per line') from error
     if not isinstance(row, dict):
-        raise DataError(f'{place}: not a JSON object with "{column}", one a line')
+        raise DataError(f'{place}: not a JSON object with "{column}", one per line')
     if column not in row:
         has = ", ".join(map(short, list(row)[:8])) or "none"
         raise DataError(f"{place}: no column '{column}' (columns: {has}); --prompt_column names another one")
     return row
 
 
-def _asked(columns: dict[str, Any], place: str, column: str, text_prompts: TextPrompts) -> Example:
+def _example(columns: dict[str, Any], place: str, column: str, text_prompts: TextPrompts) -> Example:
     row = columns if column == "prompt" else {k: v for k, v in columns.items() if k != column}
     try:
         return prompt_in_context(row | {"prompt": columns[column]}, text_prompts)

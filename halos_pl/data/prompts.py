@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from halos_pl.data.example import Prompt
 
-#: ``plain``: a text prompt is encoded as it is. ``chat``: it becomes a user message in the chat template.
+#: ``plain``: a text prompt is encoded unchanged. ``chat``: it becomes a user message in the chat template.
 TextPrompts = Literal["plain", "chat"]
 
 #: Settings of ``data:`` that decide how text becomes tokens, with their defaults. Commands that read text for a run's
@@ -34,7 +34,7 @@ def convention(number: int, text_prompts: TextPrompts, has_template: bool) -> st
     """A line for the log on how ``number`` text prompts are encoded; None if there are none.
 
     Args:
-        number: of plain-text prompts.
+        number: number of plain-text prompts.
         text_prompts: the setting.
         has_template: whether the tokenizer has a chat template.
     """
@@ -48,7 +48,7 @@ def convention(number: int, text_prompts: TextPrompts, has_template: bool) -> st
 
 
 def counted(notes: Mapping[str, int]) -> list[str]:
-    """Notes about examples as lines that begin with the number of those examples."""
+    """The notes as lines, each with its number of examples."""
     return [f"{number} example{'s' * (number > 1)}: {note}" for note, number in notes.items()]
 
 

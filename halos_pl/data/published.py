@@ -1,4 +1,4 @@
-"""Published data sets with formats of their own: UltraFeedback, SHP, PandaLM, OASST."""
+"""Published data sets with special formats: UltraFeedback, SHP, PandaLM, OASST."""
 
 from __future__ import annotations
 

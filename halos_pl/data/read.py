@@ -77,10 +77,10 @@ def read(
     further columns see :mod:`halos_pl.data.columns`. Nothing follows a ``fatal`` fault.
 
     Args:
-        source: what to read.
-        unused: filled with the names of columns that hold values but are not read.
-        text_prompts: how plain-text prompts are encoded, see :mod:`halos_pl.data.prompts`.
-        loss_on: which assistant turns carry the loss, see :mod:`halos_pl.data.loss_on`.
+        source: source to read.
+        unused: receives the names of columns that have values but are not read.
+        text_prompts: encoding of plain-text prompts, see :mod:`halos_pl.data.prompts`.
+        loss_on: assistant turns that carry the loss, see :mod:`halos_pl.data.loss_on`.
     """
     if wrong := _wrong_settings(source):
         yield Fault(source.path, wrong, fatal=True)

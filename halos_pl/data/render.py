@@ -37,9 +37,9 @@ def render(
     Args:
         tokenizer: with a chat template.
         messages: the dialogue.
-        prompt: end with the head of an answer.
-        tools: that the model may call.
-        begun: end with the content of the last message; see :func:`render_begun`.
+        prompt: whether to end with the head of an answer.
+        tools: tools that the model may call.
+        begun: whether to end with the content of the last message; see :func:`render_begun`.
 
     Raises:
         ValueError: there is no chat template, or it refuses the messages.

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of the data, and whether a run may resume with other data."""
+"""The data's part of a checkpoint, and the refusal to resume with other data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DECIDE_ROWS = (
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON would give it back; an object becomes ``{class: attributes}``."""
+    """``value`` after a round trip through JSON; an object becomes ``{class: attributes}``."""
     return json.loads(json.dumps(value, default=lambda o: {type(o).__name__: getattr(o, "__dict__", None)}))
 
 
@@ -44,8 +44,8 @@ def refuse_other_data(saved: Mapping[str, Any], now: Mapping[str, Any], was: Set
     """Refuses to resume with data or batches that differ from the checkpoint's: it would be another run.
 
     Args:
-        saved, now: what must be equal, by name; a name that an older checkpoint lacks is not compared.
-        was, settings: settings of the DataModule then and now, to explain why rows differ.
+        saved, now: values that must be equal, by name; names missing from an older checkpoint are not compared.
+        was, settings: settings of the DataModule at the checkpoint and now, to explain why rows differ.
 
     Raises:
         ValueError: names what differs.
@@ -54,13 +54,13 @@ def refuse_other_data(saved: Mapping[str, Any], now: Mapping[str, Any], was: Set
     if differing:
         named = "; ".join(_difference(key, saved[key], now[key], was, settings) for key in differing)
         raise ValueError(
-            f"the checkpoint is of a run with other data or batches: {named}. Restore these settings to resume, or"
+            f"the checkpoint is from a run with other data or batches: {named}. Restore these settings to resume, or"
             " start a new run."
         )
 
 
 def _difference(key: str, saved: Any, now: Any, was: Settings, settings: Settings) -> str:
-    if key == "training data":  # a hash, which says nothing
+    if key == "training data":  # a hash, which explains nothing
         changed = [f"data.{name}: {was[name]} -> {v}" for name, v in settings.items() if was.get(name, v) != v]
         return f"{key} ({', '.join(['other rows', *changed])})"
     if key == "objective's needs":

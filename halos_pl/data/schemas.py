@@ -22,12 +22,12 @@ class Schema:
     """A set of columns, and how a row that has them is read.
 
     Attributes:
-        name: as in ``Source.schema``.
+        name: its name, as in ``Source.schema``.
         columns: required columns; ``a|b`` is either of two.
         also: optional columns, as a regular expression.
         parse: reads one row; None with ``prepare``.
         without: columns that rule the schema out.
-        prepare: makes ``parse`` from all rows of the source, where a row cannot be read alone.
+        prepare: makes ``parse`` from all rows of the source, if a row cannot be read alone.
         reads: with ``prepare``, the columns to keep in memory.
         conversation: the judged text is a whole conversation, not the answer to a prompt.
     """
@@ -126,7 +126,7 @@ def find(row: dict[str, Any], renamed: Mapping[str, str]) -> Schema:
     """The one schema whose columns a row has. A null counts as a value only if nothing fits without.
 
     Args:
-        row: by column.
+        row: values by column.
         renamed: ``Source.columns``.
 
     Raises:
@@ -146,8 +146,8 @@ def check(row: dict[str, Any], schema: Schema, first: str | None, renamed: Mappi
     """Checks that a row fits ``schema``.
 
     Args:
-        row: by column.
-        schema: of the source.
+        row: values by column.
+        schema: schema of the source.
         first: the name of the row that the schema was detected from; None if the schema was named.
         renamed: ``Source.columns``.
 

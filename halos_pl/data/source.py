@@ -21,17 +21,17 @@ class Source:
             ``.zst``), a folder written by ``datasets.save_to_disk``, or the name of a data set on the hub
             (``owner/name``). A path that exists takes precedence over a hub name. ``~`` and environment variables
             (``$NAME``) are expanded.
-        split: of a hub data set or a saved ``DatasetDict``; required if there are several.
+        split: split of a hub data set or a saved ``DatasetDict``; required if there are several.
         name: configuration of a hub data set.
         data_dir: sub-folder of a hub data set, such as ``harmless-base`` of ``Anthropic/hh-rlhf``.
-        revision: of a hub data set.
+        revision: revision of a hub data set.
         schema: name of the row schema; null: detected from the columns of the first row.
         columns: your column names: ``{prompt: question}`` reads the column ``question`` as ``prompt``.
         ignore: columns, message keys and placeholders such as ``<image>`` that may be dropped although they carry
             meaning.
         max_row_mb: size limit of a row in megabytes; a larger row is a fault.
-        rows: read only the first rows, this many; null: all. With ``streaming`` no more is downloaded.
-        streaming: read a hub data set row by row, without downloading it first.
+        rows: number of rows to read, from the start; null: all. With ``streaming`` no more are downloaded.
+        streaming: whether to read a hub data set row by row, without downloading it first.
         weight: how often a training epoch sees each row: 0.5 for half of the rows, drawn anew each epoch, 2.0 for each
             row twice.
 
@@ -71,7 +71,7 @@ class Source:
 
     @property
     def fills_columns(self) -> bool:
-        """Whether every row has every column, so that an empty value may mean that it has none; text formats aside."""
+        """Whether every row has every column, so that a null may stand for a missing value; not so in text formats."""
         return True
 
     @property
@@ -105,7 +105,7 @@ def source_of(settings: Mapping[str, Any], where: str) -> Source:
 
     Args:
         settings: attributes of ``Source`` by name.
-        where: their name in errors.
+        where: name of the settings in errors.
 
     Raises:
         ValueError: a name is unknown, the path is missing, or a value has the wrong type or range.

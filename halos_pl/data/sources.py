@@ -26,11 +26,11 @@ def sources_of(split: str, data: Sources | None) -> list[Source]:
     """The sources of a split. A folder, or a pattern of files, becomes one source per file.
 
     Args:
-        split: the name of the argument, for messages.
+        split: name of the argument, for messages.
         data: the argument. A list of mappings is a list of rows, unless the first is a mapping of settings.
 
     Raises:
-        ValueError: ``data`` is no source, lists one twice, or weights data that are not trained on.
+        ValueError: ``data`` is not a source, lists one twice, or weights data that are not trained on.
     """
     if data is None:
         items: list[Any] = []
@@ -51,12 +51,12 @@ def sources_of(split: str, data: Sources | None) -> list[Source]:
 
 
 def _is_row(item: Any) -> bool:
-    """Whether a mapping holds feedback and not the settings of a source."""
+    """Whether a mapping is feedback, not the settings of a source."""
     return isinstance(item, Mapping) and "path" not in item and not set(item) <= _SETTINGS
 
 
 def _source(argument: str, item: Any, name: str) -> Source:
-    """One source; ``name`` is what rows in memory are called."""
+    """One source; ``name`` is the name of rows in memory."""
     if isinstance(item, Source):
         return item
     if isinstance(item, str | os.PathLike):
@@ -78,7 +78,7 @@ def _source(argument: str, item: Any, name: str) -> Source:
 
 
 def _no_source(item: Any) -> str:
-    """What is wrong with an argument that is no source, without quoting its rows."""
+    """Why an argument is not a source, without quoting its rows."""
     takes = (
         "it takes a path, a name on the hub, a mapping {path: ..., ...} of a source's settings, a list of these, or in"
         " Python a datasets.Dataset, a pandas DataFrame or a list of rows"

@@ -34,7 +34,8 @@ LossOn = Literal["last", "all"]
 
 
 def check_loss_on(loss_on: str) -> None:
-    """
+    """Checks the setting ``data.loss_on``.
+
     Raises:
         ValueError: the setting is unknown.
     """
@@ -76,7 +77,7 @@ class Written:
         if not self.prompt.startswith(prompt):
             raise ValueError(
                 "The chat template writes the prompt differently for the completions of this row; use a template whose"
-                " prompt does not depend on the answer, or give each completion a row of its own."
+                " prompt does not depend on the answer, or give each completion its own row."
             )
         opened = self.prompt[len(prompt) :]
         if not opened:
@@ -106,16 +107,16 @@ class Conversation:
     """A conversation, and the positions of its turns in its rendering.
 
     Args:
-        tokenizer: with a chat template.
+        tokenizer: tokenizer with a chat template.
         prompt: messages.
         completion: messages; the first continues the prompt's last one if that is the assistant's.
-        tools: that the model may call.
+        tools: tools that the model may call.
         end: how the template ends the assistant's last turn; None if it writes no token there.
         finished: whether the last answer is complete, not truncated.
         heads: shared by the completions of one prompt, so that the prompt is rendered once.
 
     Raises:
-        ValueError: what is wrong with the conversation.
+        ValueError: the conversation is at fault.
     """
 
     def __init__(
@@ -138,8 +139,8 @@ class Conversation:
             self.first -= 1
             if self.first not in self._heads:
                 self._heads[self.first] = render_begun(tokenizer, prompt, tools)
-            said = {**prompt[-1], **completion[0], "content": prompt[-1]["content"] + completion[0]["content"]}
-            prompt, completion = prompt[:-1], [said, *completion[1:]]
+            continued = {**prompt[-1], **completion[0], "content": prompt[-1]["content"] + completion[0]["content"]}
+            prompt, completion = prompt[:-1], [continued, *completion[1:]]
         self.messages = prompt + completion
         spoken = [i for i in range(self.first, len(self.messages)) if self.messages[i]["role"] == "assistant"]
         #: The assistant's turns in the completion.
@@ -150,7 +151,7 @@ class Conversation:
         self.last_end = call_end(tokenizer, self.whole, end) if CALLS in self.messages[-1] else end
 
     def _head(self, turn: int) -> str:
-        """What the model is given before it generates this turn."""
+        """The model's input when it generates this turn."""
         if turn == self.first and turn in self._heads:
             return self._heads[turn]
         head = render(self.tokenizer, self.messages[:turn], prompt=True, tools=self.tools)
@@ -179,7 +180,7 @@ class Conversation:
         else:
             if not continued or whole.startswith(self._head(self.first)):
                 return whole
-        # The template rewrites the unfinished answer. In use it is kept as it is, and so is its continuation.
+        # The template rewrites the unfinished answer. In generation it stays unchanged, and so does its continuation.
         return self._literal(self._after())
 
     def _after(self) -> str:
@@ -188,7 +189,7 @@ class Conversation:
         return around[1] if around else ""
 
     def _literal(self, end: str) -> str:
-        """The last answer, unchanged, after what the model is given before it."""
+        """The last answer, unchanged, after the model's input for it."""
         head = self._head(len(self.messages) - 1)
         self._rendered = self.messages[:-1], head
         return head + self._cut + end
@@ -206,11 +207,11 @@ class Conversation:
         head = self._head(len(self.messages) - 1)
         opened, span = OPENED.search(head), _SPAN.match(content)
         close = f"</{opened[1]}>" if opened else ""
-        thoughts, found, answer = content.partition(close) if close else (content, "", "")
-        own = thoughts.strip().removeprefix(f"<{opened[1]}>").strip() if opened else ""
+        thoughts, closing, answer = content.partition(close) if close else (content, "", "")
+        inner = thoughts.strip().removeprefix(f"<{opened[1]}>").strip() if opened else ""
         # The text that follows the head may also be an empty span that the template adds.
-        continued = whole.startswith(head) and whole[len(head) :].lstrip().startswith(own)
-        if opened and found and not continued:
+        continued = whole.startswith(head) and whole[len(head) :].lstrip().startswith(inner)
+        if opened and closing and not continued:
             at = self._end_of(answer, whole)
             after = whole[at:] if at is not None else self._after()
             return head + without_opening(head, thoughts) + close + answer.rstrip() + after
@@ -247,14 +248,14 @@ class Conversation:
                     self.unopened = self.unopened or head[at:]
                     return at
         # Earlier turns may be rendered differently once there are later ones: find the head in its full context.
-        own = before_content(self.tokenizer, self.messages, turn, self.tools)
-        if own and (head is None or turn != self.first):
-            if self.whole.startswith(own):
-                return len(own)
+        before = before_content(self.tokenizer, self.messages, turn, self.tools)
+        if before and (head is None or turn != self.first):
+            if self.whole.startswith(before):
+                return len(before)
             # The template writes this turn's thoughts before its content, so the two agree only up to the head.
             opening = head.removeprefix(self._closed(turn)) if head else ""
-            at = own.rfind(opening) + len(opening)
-            if opening and len(opening) <= at <= _same(own, self.whole):
+            at = before.rfind(opening) + len(opening)
+            if opening and len(opening) <= at <= _same(before, self.whole):
                 return at
         raise ValueError(_not_continued(head or "", self.whole))
 
@@ -270,8 +271,8 @@ class Conversation:
         last = self.messages[-1]
         if last["role"] != "assistant" or last.keys() <= {"role", "content"}:
             return len(self.whole)
-        said = [last["content"], *(last[key] for key in THOUGHTS if key in last)]
-        text = next((text.strip() for text in said if text.strip()), "")
+        texts = [last["content"], *(last[key] for key in THOUGHTS if key in last)]
+        text = next((text.strip() for text in texts if text.strip()), "")
         if CALLS not in last and (at := self._end_of(text, self.whole)) is not None:
             return at
         if self.last_end is None:
@@ -297,21 +298,21 @@ class Conversation:
         closed = self._closed(turn + 1)
         if len(closed.rstrip()) > start and self.whole.startswith(closed.rstrip()):
             return len(closed.rstrip())
-        own = ending(self.tokenizer, closed)
-        if own is not None and (at := region.find(own.token)) >= 0:
-            return start + at + len(own.token)
-        said = 0
+        closing = ending(self.tokenizer, closed)
+        if closing is not None and (at := region.find(closing.token)) >= 0:
+            return start + at + len(closing.token)
+        spoken = 0
         for text in message_texts([self.messages[turn]]):
-            at = region.find(text.strip(), said)
-            said = at + len(text.strip()) if text.strip() and at >= 0 else said
-        if said and (marker := any_of(turn_markers(self.tokenizer)).search(region, said)):
+            at = region.find(text.strip(), spoken)
+            spoken = at + len(text.strip()) if text.strip() and at >= 0 else spoken
+        if spoken and (marker := any_of(turn_markers(self.tokenizer)).search(region, spoken)):
             return start + marker.end()
-        if not said:
+        if not spoken:
             raise ValueError(
                 f"The end of message {turn + 1} cannot be found in the rendered conversation; use loss_on: last, or a"
                 " chat template that ends every turn with a token."
             )
-        return start + said
+        return start + spoken
 
     def written(self, loss_on: LossOn) -> Written:
         """The conversation split into prompt and completion.
@@ -351,8 +352,8 @@ def _not_continued(before: str, whole: str) -> str:
     return (
         f"The chat template does not continue the prompt when the completion is added: the prompt continues with"
         f" {before[same : same + 40]!r}, the conversation with {whole[same : same + 40]!r}, so the model would be"
-        " trained on another prefix than it meets in use. Use a template whose generation prompt is the start of an"
-        " assistant message (chat_template), or plain text."
+        " trained on another prefix than it meets in generation. Use a template whose generation prompt is the start of"
+        " an assistant message (chat_template), or plain text."
     )
 
 

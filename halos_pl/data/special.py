@@ -42,7 +42,7 @@ class SpecialText:
     end of a completion counts as its end in every mode.
 
     Args:
-        tokenizer: of the model to be trained.
+        tokenizer: tokenizer of the model to be trained.
         mode: ``refuse``, ``split`` or ``allow``.
 
     Attributes:
@@ -87,7 +87,7 @@ class SpecialText:
         """Refuses messages that forge a turn.
 
         Args:
-            name: of the text, for the error.
+            name: name of the text, for the error.
             text: messages; plain text is accepted.
 
         Raises:

@@ -57,7 +57,7 @@ class FileCounts:
         prompts_cut: rows whose prompt is cut at its start.
         completions_cut: rows whose completion is cut at its end, and so has no EOS.
         dropped_too_long: rows whose completion does not fit (``truncate_completions: false``).
-        dropped_without_loss: rows of which no token that carries the loss fits.
+        dropped_without_loss: rows whose tokens that carry the loss all lie beyond ``max_length``.
         dropped_undesirable: undesirable rows, if the objective uses only desirable ones.
     """
 
@@ -95,15 +95,15 @@ class Split:
 
     Attributes:
         table: the rows in use.
-        counts: by source.
+        counts: counts by source.
         examples: the indices of the rows of each example.
         prompt_length, completion_length: tokens of each row that are kept, int64 [n].
-        score: of each row, less the mean of its prompt; float64 [n], NaN for none.
+        score: score of each row, less the mean of its prompt; float64 [n], NaN if missing.
         longest: upper bound of a batch row's tokens: prompt, control tokens and completion.
 
     Args:
         table: all rows, each with a label.
-        needs: of the objective.
+        needs: needs of the objective.
         max_length, truncate_completions, keep_together: see ``FeedbackDataModule``.
         control: control tokens for desirable (True) and undesirable rows.
 

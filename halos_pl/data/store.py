@@ -53,16 +53,16 @@ class Store:
         fault_count: number of all faults.
         fault_reasons: number of faults for each of the first ``KEPT_FAULTS`` reasons.
         skipped: number of valid rows that no loss can use, by reason.
-        unused: columns that hold values but are not read.
+        unused: columns that have values but are not read.
         digest: a hash of tokens and labels, independent of file names.
-        folder: of the store; None for one in memory.
+        folder: folder of the store; None for one in memory.
         spelling: number of examples, faulty ones included, whose text spells a special token.
         spelled: the same for each such token.
         use: protects the store from removal while it is open.
         text_prompts: number of examples with a plain-text prompt.
         notes: remarks on examples, with the number of examples.
-        spans: ``SPAN`` [s], by row, ranges of completion tokens that carry the loss; a row without any: all.
-        before_line: between ``path`` and line in a row's name.
+        spans: ``SPAN`` [s], by row, ranges of completion tokens that carry the loss; of a row without any, all do.
+        before_line: separator of ``path`` and line in a row's name.
     """
 
     path: str
@@ -184,9 +184,9 @@ def open_store(
     """The store of ``source``: from the cache, or built. A damaged one is deleted, logged and built again.
 
     Args:
-        source: what to read.
-        tokenizer: with a chat template if the source has messages.
-        folder: of all stores; default: ``data`` in :func:`halos_pl.cache.cache_root`.
+        source: source to read.
+        tokenizer: the policy's tokenizer, with a chat template if the source has messages.
+        folder: folder of all stores; default: ``data`` in :func:`halos_pl.cache.cache_root`.
         special_tokens_in_text: see :class:`halos_pl.data.special.SpecialText`.
         text_prompts: see :mod:`halos_pl.data.prompts`.
         loss_on: see :mod:`halos_pl.data.loss_on`.

@@ -48,8 +48,8 @@ class Stores:
             self._tokenizer, self._stores = state, {}
             if "strftime_now" in str(tokenizer.chat_template):
                 rank_zero_warn(
-                    "halos: the chat template writes today's date, so prompts tokenised or generated from on another"
-                    " day differ. Write a fixed date into the template and save the tokenizer"
+                    "halos: the chat template writes today's date, so prompts encoded on different days"
+                    " differ. Write a fixed date into the template and save the tokenizer"
                 )
         faults: list[tuple[int, str]] = []
         count = 0

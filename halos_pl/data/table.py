@@ -17,14 +17,14 @@ class Table:
     """Columns of length n, one entry per row.
 
     Attributes:
-        stores: of the tokens.
+        stores: token stores of the sources.
         prompt_places: int64 [p, 2], the store of each distinct prompt, and its number there.
         source: int32 [n], the store of each row.
         row: int64 [n], its index there.
         prompt: int64 [n], equal for prompts with equal uncut tokens, in any store.
         label: int8 [n], 1 desirable, 0 undesirable, -1 if there is only a score.
-        score: float64 [n], higher is better, NaN for none.
-        pair: int64 [n], index of the pair's other row, -1 for none.
+        score: float64 [n], higher is better, NaN if missing.
+        pair: int64 [n], index of the pair's other row, -1 for a single row.
         added: bool [n], rows that a transform made from others.
     """
 
@@ -72,7 +72,7 @@ class Table:
     def select(self, index: NDArray[Any]) -> Table:
         """The rows at ``index`` (int64 [m], or bool [n]); a pair that loses its other row becomes -1.
 
-        A row may be selected several times only if its pair is not.
+        A row may be selected several times only if its pair's other row is not selected.
         """
         if index.dtype == bool:
             index = index.nonzero()[0]

@@ -1,4 +1,4 @@
-"""The user's chat template (``data.chat_template``), for a base model or in place of the tokenizer's."""
+"""The user's chat template (``data.chat_template``), for a base model or to replace the tokenizer's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from halos_pl.data.example import DataError
 
-#: The file in a run's folder that holds the template the run was trained with.
+#: The file in a run's folder with the template that the run was trained with.
 CHAT_TEMPLATE = "chat_template.jinja"
 
 _CHATML_END = "'<|im_end|>\\n'"
@@ -29,7 +29,7 @@ def template_of(template: str, name: str = "data.chat_template") -> str:
 
     Args:
         template: a file, a folder with a tokenizer, a key of ``NAMED``, or the template itself (anything with braces).
-        name: of the setting, for messages.
+        name: name of the setting, for messages.
 
     Raises:
         DataError: it cannot be read.
@@ -65,7 +65,7 @@ def _of_folder(folder: Path, name: str) -> str:
     if isinstance(template, list):  # several by name, of which tokenizers use "default"
         template = next((each.get("template") for each in template if each.get("name") == "default"), None)
     if not isinstance(template, str):
-        raise DataError(f"{name}: {folder} holds no chat template ({CHAT_TEMPLATE}); name a .jinja file")
+        raise DataError(f"{name}: {folder} has no chat template ({CHAT_TEMPLATE}); name a .jinja file")
     return template
 
 

@@ -276,7 +276,7 @@ def _csv_row(header: list[str], cells: list[str]) -> Any:
     if len(cells) != len(header):
         return Broken(
             f"the row has {len(cells)} values but the header has {len(header)} columns; "
-            "quote values that hold commas or line breaks"
+            "quote values that contain commas or line breaks"
         )
     for name, cell in zip(header, cells, strict=True):
         if not cell.isascii() and _NOT_UTF8.search(cell):

@@ -4,7 +4,7 @@ A completion ends with the token at which the model stops: EOS after plain text,
 messages (``<end_of_turn>``, ``<|eot_id|>``) if the chat template writes one. What the template writes after that token,
 a line break or EOS, carries no loss, because the model never generates it.
 
-A completion is tokenised on its own, never together with its prompt: in use, too, generation starts after the prompt's
+A completion is tokenised on its own, never together with its prompt: generation, too, starts after the prompt's
 last token. So no token spans the boundary.
 """
 
@@ -74,10 +74,10 @@ def encode_prompt(
     up to the template whether there is a BOS.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         prompt: text or messages.
-        special: how special tokens in it are treated; default: encoded as the tokenizer encodes them.
-        tools: JSON schemas of what the model may call, for the chat template.
+        special: treatment of special tokens in it; default: encoded as the tokenizer encodes them.
+        tools: JSON schemas of the tools that the model may call, for the chat template.
 
     Raises:
         ValueError: there is no chat template for messages, the template refuses or ignores messages or tools, the
@@ -131,8 +131,8 @@ class Tokens:
     """An example as token ids.
 
     Attributes:
-        prompt: ids.
-        completions: ids of each.
+        prompt: ids of the prompt.
+        completions: ids of each completion.
         spans: for each completion the (start, stop) ranges of tokens that carry the loss; empty if all of them do.
     """
 
@@ -146,9 +146,9 @@ class _Texts:
     """An example as texts to be encoded.
 
     Attributes:
-        held: whether they hold placeholders for special tokens.
-        prompt: the text.
-        pieces: of each completion, each with whether it carries the loss.
+        held: whether they contain placeholders for special tokens.
+        prompt: text of the prompt.
+        pieces: pieces of each completion, each with whether it carries the loss.
         ends: the last token id of each completion; None if it was truncated.
     """
 
@@ -162,8 +162,8 @@ class Encoder:
     """Encodes conversations with one tokenizer.
 
     Args:
-        tokenizer: with a chat template if the conversations are messages.
-        special_tokens_in_text: how they are treated, see :class:`halos_pl.data.special.SpecialText`.
+        tokenizer: the tokenizer, with a chat template if the conversations are messages.
+        special_tokens_in_text: treatment of special tokens, see :class:`halos_pl.data.special.SpecialText`.
         loss_on: which assistant turns of a completion carry the loss.
 
     Attributes:
@@ -205,9 +205,10 @@ class Encoder:
             return self._ends[roles]
 
     def _texts(self, example: Example) -> _Texts:
-        """
+        """The example as texts to be encoded.
+
         Raises:
-            ValueError: what is wrong with the conversation.
+            ValueError: the conversation is at fault.
         """
         eos: str = str(self.tokenizer.eos_token)
         prompt: Any = example.prompt
@@ -279,7 +280,7 @@ class Encoder:
             self.notes[f"the generation prompt ends with {unopened!r}, but answers are rendered without it"] += 1
         if self._spelled_end and any(each.ends for each in written):
             self.notes[
-                f"the chat template ends an answer with {self._spelled_end!r}, in which there is no token of the"
+                f"the chat template ends an answer with {self._spelled_end!r}, which contains no token of the"
                 " tokenizer, so the model writes it as text before EOS; use a template that ends turns with eos_token"
             ] += 1
         if empty := next((span for pair in zip(written, answers, strict=True) if (span := _empty_span(*pair))), None):
@@ -299,7 +300,7 @@ class Encoder:
         return [list(each) for each in ids]
 
     def encode(self, examples: Sequence[Example]) -> Iterator[Tokens | ValueError]:
-        """Token ids of each example in order, or what is wrong with it; all texts are tokenised in one call."""
+        """Token ids of each example in order, or its fault; all texts are tokenised in one call."""
         texts: dict[bool, list[str]] = {False: [], True: []}
         places: list[tuple[_Texts, int] | ValueError] = []
         for example in examples:

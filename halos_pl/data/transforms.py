@@ -46,8 +46,8 @@ class Transform(ABC):
     """Makes a table from a table.
 
     Attributes:
-        held_out: apply it to validation, test and prediction data, too.
-        before_labels: it accepts rows with scores and no labels yet.
+        held_out: whether it also applies to validation, test and prediction data.
+        before_labels: whether it accepts rows with scores and no labels yet.
     """
 
     held_out: bool = False
@@ -55,10 +55,10 @@ class Transform(ABC):
 
     @abstractmethod
     def __call__(self, table: Table, draw: Random) -> tuple[Table, Counts]:
-        """The new table, and counts by name of what was done.
+        """The new table, and counts of the changes by name.
 
         Args:
-            table: is not changed.
+            table: the rows; left unchanged.
             draw: random generator, a function of the seed and the transform's place in the list.
         """
 
@@ -102,7 +102,7 @@ class FlipLabels(Transform):
     """Flips the labels of a random share of the rows, and the preference of pairs.
 
     Args:
-        share: of single rows and pairs together, in [0, 1].
+        share: share of single rows and pairs together, in [0, 1].
 
     Raises:
         ValueError: a share is outside [0, 1].
@@ -119,13 +119,13 @@ class FlipLabels(Transform):
 
 
 class Contradict(Transform):
-    """Adds a random share of the rows once more with the opposite label, and of pairs with the opposite preference.
+    """Repeats a random share of the rows with the opposite label, and of pairs with the opposite preference.
 
     For studies of contradictory feedback (Ethayarajh et al., ICML 2024, Thm. 4.3). The names of added rows end in
     ``#contradicted``.
 
     Args:
-        share: of single rows and pairs together, in [0, 1].
+        share: share of single rows and pairs together, in [0, 1].
 
     Raises:
         ValueError: a share is outside [0, 1].
@@ -163,12 +163,13 @@ class ThresholdScores(Transform):
     """Turns scores into labels: desirable above the threshold, undesirable below it.
 
     Args:
-        at: a number, at which a score is desirable; or ``prompt_mean`` or ``prompt_median``, the mean or median of the
-            prompt's rows, at which a score (such as that of a single row) gives no label and the row is dropped.
-        relabel: relabel rows that have both a label and a score. A pair whose rows get the same label becomes two
-            single rows.
-        drop_ties: drop rows exactly at their prompt's mean or median; False makes them undesirable (for losses that use
-            the scores themselves, as GRPO).
+        at: threshold: a number, at which a score is still desirable; or ``prompt_mean`` or ``prompt_median``, the mean
+            or median of the prompt's rows, at which a score (such as that of a single row) gives no label and the row
+            is dropped.
+        relabel: whether to relabel rows that have both a label and a score. A pair whose rows get the same label
+            becomes two single rows.
+        drop_ties: whether to drop rows exactly at their prompt's mean or median; False makes them undesirable (for
+            losses that use the scores themselves, such as GRPO).
 
     Raises:
         ValueError: ``at`` is an unknown word.
@@ -289,7 +290,7 @@ def _pairs(
 
 
 def in_order(transforms: Sequence[Transform], one_per_prompt: bool) -> list[Transform]:
-    """The transforms, with ``OnePerPrompt``, where wanted, before the first that needs labels.
+    """The transforms; with ``one_per_prompt``, ``OnePerPrompt`` comes before the first that needs labels.
 
     Raises:
         ValueError: ``ThresholdScores`` would make labels only after a transform has used them.
@@ -302,12 +303,12 @@ def in_order(transforms: Sequence[Transform], one_per_prompt: bool) -> list[Tran
 
 
 def plan(transforms: Sequence[Transform], *, train: bool, drop_ties: bool) -> list[Transform]:
-    """The transforms that a split goes through, the one that turns scores into labels among them.
+    """The transforms of a split, including the one that turns scores into labels.
 
     Args:
-        transforms: in order.
+        transforms: transforms in order.
         train: whether the split is trained on; else only transforms with ``held_out`` apply.
-        drop_ties: of the ``ThresholdScores`` that is added where the list has none.
+        drop_ties: ``drop_ties`` of the ``ThresholdScores`` that is added if the list has none.
     """
     chosen = [t for t in transforms if train or t.held_out]
     if any(isinstance(t, ThresholdScores) for t in chosen):
@@ -319,7 +320,7 @@ def plan(transforms: Sequence[Transform], *, train: bool, drop_ties: bool) -> li
 def apply(
     table: Table, transforms: Sequence[Transform], *, train: bool, drop_ties: bool, seed: int
 ) -> tuple[Table, list[dict[str, Any]]]:
-    """The table after the transforms of :func:`plan`, and what each of them did: its name and its counts.
+    """The table after the transforms of :func:`plan`, and the name and counts of each.
 
     Raises:
         ValueError: a transform does not return a table and its counts.

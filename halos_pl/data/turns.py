@@ -1,6 +1,6 @@
 """Where an assistant's turn ends in a chat template, and which tokens mark turns.
 
-Both are found by rendering test dialogues, so they hold for any template.
+Both are derived from rendered test dialogues, so this works for any template.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class TurnEnd:
     """How the template ends an assistant's turn.
 
     Attributes:
-        token: at which the model stops.
-        id: of that token.
+        token: token at which the model stops.
+        id: id of that token.
         after: what the template writes after it at the end of a dialogue, such as a line break.
     """
 
@@ -102,7 +102,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, roles: Sequence[str] = ()) -> T
 
     Args:
         tokenizer: without a chat template, the result is None.
-        roles: of a dialogue to try if the template refuses the plain ones; the last is the assistant's.
+        roles: roles of a dialogue to try if the template refuses the plain ones; the last is the assistant's.
 
     Raises:
         ValueError: the template refuses every dialogue.

@@ -11,13 +11,13 @@ from halos_pl.data.example import Fault, short
 
 
 class BadRow(Exception):
-    """What is wrong with a row.
+    """A fault of a row.
 
     Args:
-        reason: what is wrong and what to do; with a column, it continues "column 'x'".
+        reason: the fault and how to fix it; with a column, it continues "column 'x'".
         column: the schema's name of the column.
         within: the part of the column, such as ``, message 2``.
-        ignorable: what the source may list in ``ignore`` to accept the row.
+        ignorable: name that the source may list in ``ignore`` to accept the row.
     """
 
     def __init__(self, reason: str, column: str | None = None, within: str = "", ignorable: str | None = None) -> None:
@@ -28,7 +28,7 @@ class BadRow(Exception):
         """The fault of the row at ``place``, with the column's name in the file.
 
         Args:
-            place: of the row.
+            place: place of the row.
             renamed: ``Source.columns``.
         """
         if self.column is None:
@@ -41,7 +41,7 @@ class BadRow(Exception):
 
 
 def checked_text(value: str, column: str, within: str = "") -> str:
-    """The text.
+    """``value``, unchanged.
 
     Raises:
         BadRow: UTF-8 cannot encode it.
@@ -51,7 +51,7 @@ def checked_text(value: str, column: str, within: str = "") -> str:
             value.encode()
         except UnicodeEncodeError:
             raise BadRow(
-                "holds half a surrogate pair, which is not text; remove or repair the \\ud8xx escape", column, within
+                "contains half a surrogate pair, which is not text; remove or repair the \\ud8xx escape", column, within
             ) from None
     return value
 
@@ -94,10 +94,10 @@ def label_of(
     """A label: true or 1, false or 0, or one of ``words``, as in CSV files and the names of a ClassLabel.
 
     Args:
-        row: by column.
-        column: of the label.
-        true, false: meaning of the two, for messages.
-        words: lower-case texts for the two.
+        row: values by column.
+        column: column of the label.
+        true, false: meanings of the two labels, for messages.
+        words: lower-case texts that stand for true and for false.
     """
     value = row[column]
     if isinstance(value, str):

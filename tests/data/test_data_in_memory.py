@@ -131,7 +131,7 @@ def test_a_fault_names_split_row_and_column(container: str) -> None:
 @pytest.mark.parametrize(
     ("row", "named"),
     [
-        ({**BINARY[0], "label": object()}, "'label' holds a object"),
+        ({**BINARY[0], "label": object()}, "'label' contains a object"),
         ({**BINARY[0], "prompt": [{"role": "user", "content": {1: "a"}}]}, "'prompt' has the key 1"),
         ({**BINARY[0], 3: "a"}, "column name 3"),
         (7, "the row is 7"),

@@ -301,7 +301,7 @@ def test_what_is_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ({**ROW, "prompt": [{"role": "user", "content": 1}]}, "message 1 has the content 1; every message"),
         ({**ROW, "prompt": [{"role": " ", "content": "a"}]}, "message 1 has an empty role"),
         ({**ROW, "completion": [BOT]}, "'completion' is a message list but 'prompt' is plain text"),
-        ({**ROW, "completion": "\ud800"}, "column 'completion' holds .*surrogate"),
+        ({**ROW, "completion": "\ud800"}, "column 'completion' .*surrogate"),
         ({**PAIR, "rejected": " "}, "column 'rejected' is empty"),
         ({**PAIR, "prompt": [USER], "chosen": [USER]}, "column 'chosen' only repeats the prompt"),
         ({**PAIR, "prompt": None}, "column 'prompt' is None"),
@@ -452,9 +452,9 @@ def test_faulty_files(tmp_path: Path) -> None:
         ("e.csv", "a,b"),
     ):
         (tmp_path / name).write_text(content)
-        assert re.match(re.escape(str(tmp_path / name)) + ": holds no rows", refused(tmp_path / name))
+        assert re.match(re.escape(str(tmp_path / name)) + ": .*no rows", refused(tmp_path / name))
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "f.parquet")
-    assert "holds no rows" in refused(tmp_path / "f.parquet")
+    assert "no rows" in refused(tmp_path / "f.parquet")
     for ending, what in ((".gz", "gzip"), (".zst", "Zstandard")):
         path = tmp_path / f"plain.jsonl{ending}"
         path.write_text(json.dumps(ROW))

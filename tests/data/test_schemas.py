@@ -141,7 +141,7 @@ def test_a_text_prompt_that_the_conversations_hold(tmp_path: Path, prompt: str) 
     assert found.scores == (8.0, 5.0)
     assert "column 'score_rejected' is 'bad'" in refused(tmp_path, {**row, "score_rejected": "bad"})
     assert "'prompt' is plain text" in refused(tmp_path, {**row, "prompt": "what?"})
-    assert "repeats another prompt than 'chosen'" in refused(tmp_path, {**row, "rejected": [USER, OTHER]})
+    assert "different prompt than 'chosen'" in refused(tmp_path, {**row, "rejected": [USER, OTHER]})
     assert example(tmp_path, {"prompt": "hi", "completion": [USER, BOT], "label": 1}).prompt == [USER]
 
 
@@ -161,9 +161,7 @@ def test_what_the_user_says_in_a_completion_does_not_carry_the_loss(tmp_path: Pa
     ]
     for row in rows:
         found = read_rows(tmp_path, row)
-        assert [item.reason for item in found if isinstance(item, Skipped)] == [
-            "another than the assistant speaks in a completion"
-        ]
+        assert [item.reason for item in found if isinstance(item, Skipped)] == ["a completion contains a user message"]
 
 
 def test_conversations_that_end_in_different_questions_are_no_pair(tmp_path: Path) -> None:
@@ -179,7 +177,7 @@ def test_conversations_that_end_in_different_questions_are_no_pair(tmp_path: Pat
     assert [m["content"] for m in prompt] == ["Hi", "Hello", "2 + 2?"]
     assert (chosen[0]["content"], rejected[0]["content"]) == ("4", "5")
     both["rejected"][0] = turn("human", "3 + 3?")
-    assert "repeats another prompt than 'chosen'" in refused(tmp_path, row | both)
+    assert "different prompt than 'chosen'" in refused(tmp_path, row | both)
 
 
 @pytest.mark.parametrize("column", ["tools", "chat_template_kwargs"])
