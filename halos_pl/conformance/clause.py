@@ -25,9 +25,9 @@ class Explanation:
     """One clause in words.
 
     Attributes:
-        means: what the clause demands; the docstring of its function.
+        means: the demand of the clause: the docstring of its function.
         example: the body of a class that fails it; the class extends the clause's kind of target.
-        cure: what to change where it fails.
+        cure: how to fix a target that fails it.
     """
 
     means: str
@@ -39,7 +39,7 @@ EXPLANATIONS: dict[str, Explanation] = {}
 
 
 def explained(*, example: str, cure: str) -> Callable[[L], L]:
-    """Registers a clause's explanation, with the docstring as its meaning; the function stays as it is."""
+    """Registers a clause's explanation, with the docstring as its meaning; the function is unchanged."""
 
     def register(law: L) -> L:
         means = " ".join((law.__doc__ or "").split())
@@ -54,7 +54,7 @@ def _nothing() -> str | None:
 
 
 def witness_of(check: Callable[[], str | None]) -> str | None:
-    """What a check found; code under check that raises, or leaves the process, is a witness too."""
+    """The witness of a check; an exception or exit of the code under check is a witness too."""
     try:
         return check()
     except (Exception, SystemExit) as error:
@@ -66,12 +66,12 @@ class Clause:
     """One clause, bound to one target.
 
     Attributes:
-        name: of the clause, after the term's where an objective sums several.
-        check: runs it: ``None`` if the clause holds, else a witness.
+        name: name of the clause, after the term's name if an objective sums several.
+        check: runs the clause: ``None`` if the clause holds, else a witness.
         icml_only: whether only the ICML definition has the clause; arXiv v1 does not.
-        excused: asked once the check has failed: why the failure is expected, else ``None``.
-        not_required: likewise: why the failure is reported but does not count, else ``None``.
-        note: asked once all checks have run: a remark for the report, else ``None``.
+        excused: called after a failure: why it is expected, else ``None``.
+        not_required: likewise: why it is reported but does not count, else ``None``.
+        note: called once all checks have run: a remark for the report, else ``None``.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Clause:
     note: Callable[[], str | None] = _nothing
 
     def witness(self) -> str | None:
-        """What the check finds; a target that raises, or leaves the process, is a witness too."""
+        """The witness of the check; an exception or exit of the target is a witness too."""
         return witness_of(self.check)
 
     def of_term(self, prefix: str) -> Clause:
@@ -91,14 +91,14 @@ class Clause:
 
 
 class Case:
-    """One target, and what its clauses share. Each clause runs once, also where several terms share the target.
+    """One target, and the state that its clauses share. Each clause runs once, even if several terms share the target.
 
     Args:
         target: the object under check; only copies of it are called.
         laws: the clauses of its kind.
 
     Raises:
-        TargetError: if ``target.violates`` is no mapping from clauses of its kind to reasons.
+        TargetError: ``target.violates`` is not a mapping from clauses of its kind to reasons.
     """
 
     def __init__(self, target: Any, laws: tuple[Law, ...]) -> None:
@@ -121,7 +121,7 @@ class Case:
         )
 
     def note(self, law: Law) -> str | None:
-        """Why the target fails the clause, if its author says so; or why what a base class says does not count."""
+        """The author's reason why the target fails the clause, or why a reason of a base class does not count."""
         name = law.__name__
         if self.witness(law) is None:
             return None
@@ -133,14 +133,14 @@ class Case:
                 declared = vars(base).get(attribute)
                 if isinstance(declared, Mapping) and name in declared:
                     return (
-                        f"{base.__name__}.{attribute} speaks of its own forward; {cls.__name__} has another one and"
-                        f" may state a reason in an {attribute} of its own"
+                        f"{base.__name__}.{attribute} is about the forward of {base.__name__}; {cls.__name__}"
+                        f" overrides it and may state a reason in {cls.__name__}.{attribute}"
                     )
         return None
 
 
 def reasons(target: Any, attribute: str, laws: tuple[Law, ...]) -> dict[str, str]:
-    """What a plug-in declares of itself in ``violates`` or ``excused``: a reason for each clause."""
+    """The reasons by clause that a plug-in declares in ``violates`` or ``excused``."""
     declared = getattr(target, attribute, {})
     name = f"{type(target).__name__}.{attribute}"
     if not isinstance(declared, Mapping) or not all(isinstance(why, str) and why.strip() for why in declared.values()):

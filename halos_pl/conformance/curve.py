@@ -1,4 +1,4 @@
-"""The curve of a value function: values and slopes on a dense float64 grid, and what rounding may do to them."""
+"""The curve of a value function: values and slopes on a dense float64 grid, and their rounding errors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 EPS = torch.finfo(torch.float64).eps
 EDGE, FAR = 100.0, 1e4
 CELLS = 500_000
-# ``F.softplus`` jumps by 2e-9 where it becomes linear, which is no fault of its users: a jump by this share of what v
-# reaches is allowed there.
+# ``F.softplus`` jumps by 2e-9 where it becomes linear, which is not its users' fault: a jump by this share of the range
+# of v is allowed there.
 JUMP = 3e-8
 Function = Callable[[Tensor], Tensor]
 
@@ -50,12 +50,12 @@ def value_and_slope(v: Function, u: Tensor, view: Function | None = None) -> tup
     Args:
         v: a value function.
         u: nats.
-        view: makes of ``u`` what v is called with, and of the slopes likewise; left out, v is called with ``u``.
+        view: maps ``u`` to the input of v, and the slopes likewise; default: v is called with ``u``.
     """
     view = view or (lambda tensor: tensor)
     with torch.enable_grad():
         leaf = u.detach().clone().requires_grad_()
-        inputs = view(leaf.clone())  # a copy, so that a change in place is found by its own clause only
+        inputs = view(leaf.clone())  # a copy, so that only its clause reports a change in place
         shape = inputs.shape
         value = v(inputs)
         if value.shape != shape:
@@ -63,7 +63,7 @@ def value_and_slope(v: Function, u: Tensor, view: Function | None = None) -> tup
         slope = None
         if value.requires_grad:
             back = cotangents(value)
-            # Of the sum, since torch imports sympy (half a second) for those who hand it a gradient of their own.
+            # Of the sum, since torch imports sympy (half a second) if it is passed an upstream gradient.
             (slope,) = torch.autograd.grad((value * back).sum(), leaf, allow_unused=True)
     value = value.detach()
     return value, torch.zeros_like(value) if slope is None else view(slope.detach()) / back
@@ -130,7 +130,7 @@ class Curve:
 
     @cached_property
     def noise(self) -> Noise:
-        """Rounding of float64, relative to what v reaches at each point; at its seams also the jump of ``F.softplus``.
+        """Rounding of float64, relative to the size of v at each point; at its seams also the jump of ``F.softplus``.
 
         A jump is a fault however small it is, so nothing is allowed for it but what rounding explains: of v, and of
         the slopes that an increment is compared with.
@@ -138,7 +138,7 @@ class Curve:
         at_zero = self.value[int(torch.searchsorted(self.u, 0.0).clamp(max=len(self.u) - 1))]
         steepest = _outward(self.slope.abs(), self.u)
         size = self.value.abs() + (self.u * self.slope).abs()
-        # Near 0 what is rounded on the way may be larger than v itself, which starts at 0: as large as 1 nat away.
+        # Near 0 intermediate results may be larger than v itself, which starts at 0: as large as 1 nat away.
         near = size[self.u.abs() <= 1]
         size = torch.maximum(size, near.max() if len(near) else size.new_zeros(()))
         gap = self.u.diff()
@@ -176,7 +176,7 @@ def grid(cells: int = CELLS) -> Tensor:
 
 
 def _outward(values: Tensor, u: Tensor) -> Tensor:
-    """Largest of ``values`` between 0 and each point, on its own side of 0."""
+    """Largest of ``values`` between 0 and each point, on the same side of 0."""
     zero = int(torch.searchsorted(u, 0.0))
     losses = values[:zero].flip(0).cummax(0).values.flip(0) if zero else values[:0]
     gains = values[zero:].cummax(0).values if zero < len(values) else values[:0]

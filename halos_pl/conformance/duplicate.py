@@ -1,4 +1,4 @@
-"""Fresh copies of a plug-in, so that no clause sees the state that another one left behind."""
+"""Fresh copies of a plug-in, so that no clause sees the state left by another."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from halos_pl.batch import Needs
 
 T = TypeVar("T", bound=nn.Module)
-_AS_IT_IS = frozenset((int, float, complex, str, bytes, bool, type(None), type(lambda: None), type(len), Needs))
+_UNCHANGED = frozenset((int, float, complex, str, bytes, bool, type(None), type(lambda: None), type(len), Needs))
 
 
 def _copy(value: Any) -> Any:
     kind = type(value)
-    if kind in _AS_IT_IS or isinstance(value, type):
+    if kind in _UNCHANGED or isinstance(value, type):
         return value
     if kind in (dict, OrderedDict):
         return kind((key, _copy(item)) for key, item in value.items()) if value else kind()
@@ -30,7 +30,7 @@ def _copy(value: Any) -> Any:
         return value.detach().clone().requires_grad_(value.requires_grad and value.is_leaf)
     try:
         return deepcopy(value)
-    except TypeError:  # locks, files, generators: what cannot be copied is shared
+    except TypeError:  # locks, files, generators: a value that cannot be copied is shared
         return value
 
 
@@ -44,7 +44,7 @@ def duplicate(module: T) -> T:
     state = copy.__dict__
     state.update(module.__dict__)
     for name, value in module.__dict__.items():
-        if type(value) not in _AS_IT_IS:
+        if type(value) not in _UNCHANGED:
             state[name] = _copy(value)
     state["training"] = True
     return copy

@@ -1,6 +1,6 @@
-"""``halos check --explain``: what a clause means, an example that fails it, and the cure.
+"""``halos check --explain``: the meaning of a clause, an example that fails it, and the cure.
 
-The texts stand beside the clauses (:func:`halos_pl.conformance.clause.explained`).
+The texts are next to the clauses (:func:`halos_pl.conformance.clause.explained`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def code(clause: str) -> str:
 
 
 def listed() -> str:
-    """All clauses by kind, each with the gist of what it means."""
+    """All clauses by kind, each with the gist of its meaning."""
     lines = []
     for kind, laws in CLAUSES.items():
         names = [law.__name__ for law in laws]
@@ -44,13 +44,13 @@ def listed() -> str:
 
 
 def explain(name: str) -> str:
-    """What a clause means, an example that fails it, and the cure.
+    """The meaning of a clause, an example that fails it, and the cure.
 
     Args:
-        name: of the clause; a term in front of it, as in the report on a sum, is ignored.
+        name: name of the clause; a term in front of it, as in the report on a sum, is ignored.
 
     Raises:
-        ValueError: if there is no such clause, naming those that are spelt like it.
+        ValueError: there is no such clause; the message names similar ones.
     """
     clause = name.rpartition(".")[2]
     if clause not in EXPLANATIONS:

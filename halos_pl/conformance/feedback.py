@@ -38,7 +38,7 @@ class FeedbackCase(Case):
 
     Args:
         feedback: the target; copies of it are called.
-        examples: how many steps each clause is tried on.
+        examples: number of steps that each clause is tried on.
     """
 
     def __init__(self, feedback: Feedback, *, examples: int = 60) -> None:
@@ -52,7 +52,7 @@ class FeedbackCase(Case):
         return Judgement(*duplicate(self.target)(rows))
 
     def judgements(self, step: Step) -> list[tuple[str, LogProbBatch, Judgement]]:
-        """Those of a fresh copy, of one copy on further steps of that kind, and of that copy in evaluation."""
+        """Judgements by a fresh copy, by one copy on further steps of that kind, and by that copy in evaluation."""
         if step not in self._judged:
             rows = step.rows()
             judgements = [("", rows, self.judged(rows))]
@@ -64,7 +64,7 @@ class FeedbackCase(Case):
         return self._judged[step]
 
     def smallest(self, fault: Callable[[Step], str | None], examples: int | None = None) -> str | None:
-        """The witness of the smallest step found at fault, else None."""
+        """The witness of the smallest faulty step, else None."""
         return smallest(fault, self.target.needs, mismatched=True, examples=examples or self.examples)
 
 
@@ -130,10 +130,10 @@ def feedback_weight(case: FeedbackCase) -> str | None:
             return Judgement(sign, weight, rows.labels.train.sum().float())
         """,
     cure="""Use labels, scores, masks and reference_logps only; .detach() removes the gradient, not the dependence. What
-    follows the policy belongs into the value function.""",
+    depends on the policy belongs in the value function.""",
 )
 def feedback_independent_of_theta(case: FeedbackCase) -> str | None:
-    """Sign, weight and denominator do not depend on what the policy says, and carry no gradient."""
+    """Sign, weight and denominator do not depend on the policy, and carry no gradient."""
 
     def fault(step: Step) -> str | None:
         rows = step.rows()
@@ -193,8 +193,9 @@ def feedback_deterministic(case: FeedbackCase) -> str | None:
             sign = torch.where(rows.labels.desirable, -1.0, 1.0)
             return Judgement(sign, rows.labels.train.float(), torch.tensor(1.0))
         """,
-    cure="""Return as denominator a sum over this rank's rows, such as rows.labels.train.sum().float(), and no mean or
-    constant. Weights that count the step's rows reduce these counts with halos_pl.distributed.sum_over_ranks first.""",
+    cure="""Return as denominator a sum over this rank's rows, such as rows.labels.train.sum().float(), not a mean
+    or a constant. Weights that count the step's rows reduce these counts with
+    halos_pl.distributed.sum_over_ranks first.""",
 )
 def feedback_split(case: FeedbackCase) -> str | None:
     """A row is judged alike in any order, with any padding and on any rank.
@@ -226,7 +227,7 @@ def _other_layouts(case: FeedbackCase, step: Step) -> str | None:
     for index, layout, where in (
         (place.flip(0), rows.select(place.flip(0)), "in the opposite order"),
         (order, rows.select(order), f"in the order {[i + 1 for i in order.tolist()][:12]}"),
-        (place, padded(rows, 3), "with three columns of padding more"),
+        (place, padded(rows, 3), "with three more columns of padding"),
     ):
         judged = case.judged(layout)
         if witness := _differs(whole, judged, index, judged.denominator):
@@ -256,8 +257,8 @@ def _two_ranks(case: FeedbackCase, step: Step) -> str | None:
             weight = rows.labels.train / (rows.mask.sum(dim=1) - 1)
             return Judgement(sign, weight, rows.labels.train.sum().float())
         """,
-    cure="""Mind divisions by counts that may be 0 (clamp(min=1)), such as those of a class that a step lacks, and rows
-    of one token. Return the denominator as a tensor without dimensions.""",
+    cure="""Beware of divisions by counts that may be 0 (clamp(min=1)), such as those of a class that a step lacks, and
+    rows of one token. Return the denominator as a tensor without dimensions.""",
 )
 def feedback_finite(case: FeedbackCase) -> str | None:
     """Signs, weights and denominator are finite, and the denominator is a scalar above 0 where a row counts."""
@@ -266,7 +267,7 @@ def feedback_finite(case: FeedbackCase) -> str | None:
         step = replace(step, alone=case.target.needs.groups)
         for when, rows, (sign, weight, denominator) in case.judgements(step):
             if not isinstance(denominator, Tensor) or denominator.dim() != 0:
-                return f"{labels(rows)}: the denominator {denominator} is no scalar{when}"
+                return f"{labels(rows)}: the denominator {denominator} is not a scalar{when}"
             figures = torch.cat([weight.flatten(), sign.flatten(), denominator.flatten()])
             counts = bool((weight.nan_to_num() != 0).any())
             if not bool(figures.isfinite().all()) or (counts and not float(denominator) > 0):

@@ -1,4 +1,4 @@
-"""What the clauses of a HALO share: the cases of its four parts, and the loss that the definition makes of them."""
+"""The state that the clauses of a HALO share: the cases of its four parts, and their loss by the definition."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RELATIVE = 1e-5
 
 
 def _state(part: object) -> object:
-    """Equal for two parts exactly if they are the same function: of one class, with all that they hold."""
+    """Equal for two parts exactly if they are the same function: of one class, with equal contents."""
     try:
         return pickle.dumps(part)
     except Exception:  # a lambda, say: the same only as itself
@@ -48,7 +48,7 @@ class Expectation:
 
     Attributes:
         loss: sum of w * a * v / denominator, float64 scalar with gradient.
-        size: sum of the same terms' sizes.
+        size: sum of the terms' absolute values.
         sign, weight: of each row that carries a loss.
     """
 
@@ -59,14 +59,14 @@ class Expectation:
 
 
 class HaloCase(Case):
-    """One HALO under check, beyond its parts, which have cases of their own.
+    """One HALO under check, apart from its parts, which have their own cases.
 
     Args:
         objective: the target; copies of it are called.
-        laws: the clauses it is held to.
-        examples: how many steps each clause is tried on.
-        thorough: of its value function.
-        shared: cases of parts that other terms or objectives have too; these run their clauses once.
+        laws: its clauses.
+        examples: number of steps that each clause is tried on.
+        thorough: whether to search its value function thoroughly.
+        shared: cases of parts that other terms or objectives share; their clauses run once.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class HaloCase(Case):
         cases = {} if shared is None else shared
 
         def shared_case(make: Callable[[], T], *parts: object) -> T:
-            # An id is the part's only for as long as the part lives: the key holds it too.
+            # An id is unique only while the part lives, so the entry keeps the part.
             key = (examples, thorough, *map(_state, parts))
             return cases.setdefault(key, (make(), parts))[0]  # type: ignore[no-any-return]
 
@@ -109,7 +109,7 @@ class HaloCase(Case):
         self.feedback: FeedbackCase = shared_case(lambda: FeedbackCase(f, examples=examples), f)
 
     def smallest(self, fault: Callable[[Step], str | None]) -> str | None:
-        """The witness of the smallest step found at fault, else None."""
+        """The witness of the smallest faulty step, else None."""
         # A sixth of the examples: each costs several backward passes.
         return smallest(fault, self.target.needs, examples=max(10, self.examples // 6))
 
@@ -201,7 +201,7 @@ class HaloCase(Case):
     def slopes(
         self, rows: LogProbBatch, copies: tuple[HALO, HALO] | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Expectation]:
-        """Loss and its gradient [n, T], as judged and as the definition says, by two copies or by fresh ones."""
+        """Loss and its gradient [n, T], of the objective and by the definition, from two copies or fresh ones."""
         one, other = (rows.policy_logps.clone().requires_grad_() for _ in range(2))
         batches = replace(rows, policy_logps=one), replace(rows, policy_logps=other)
         loss, expectation = self.losses(*batches, copies or (self.fresh(), self.fresh()))
@@ -209,5 +209,5 @@ class HaloCase(Case):
         return loss.detach().double(), gradient_of(loss, one), right.detach(), gradient_of(right, other), expectation
 
     def counts(self, rows: LogProbBatch) -> bool:
-        """Whether any row of the step carries weight, so that there is something to divide by."""
+        """Whether any row of the step carries weight, so that the denominator is not 0."""
         return float(self.feedback.judged(rows).denominator) > 0

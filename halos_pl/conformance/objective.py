@@ -1,4 +1,4 @@
-"""The clauses of an objective: those of its four parts, and that its loss is what the definition says of them."""
+"""The clauses of an objective: those of its four parts, and that its loss follows from them by the definition."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ PARTS: dict[str, type] = {
 
 
 def is_halo(objective: Objective) -> TypeGuard[HALO]:
-    """Whether the objective is put together from the four parts, whatever its class is."""
+    """Whether the objective consists of the four parts, whatever its class."""
     return hasattr(objective, "reflect_undesirable") and all(
         isinstance(getattr(objective, name, None), kind) for name, kind in PARTS.items()
     )
 
 
 def terms(objective: Objective, name: str = "") -> list[tuple[str, Objective]]:
-    """The terms of an objective by name, nested sums flattened; an objective that is no sum is its only term."""
+    """The terms of an objective by name, nested sums flattened; an objective that is not a sum is its only term."""
     if not isinstance(objective, Sum):
         return [(name, objective)]
     if len(objective.terms) == 1:
@@ -98,7 +98,7 @@ def sum_of_terms(objective: Sum, examples: int) -> str | None:
 def identity(case: HaloCase) -> str | None:
     """The loss is the sum of w * a * v(r - z0) over the rows, divided by the denominator, up to a constant.
 
-    Equal changes of the loss and an equal gradient show it. A loss that is not made of the four parts fails as well.
+    It is shown by equal changes of the loss and an equal gradient. A loss that is not made of the four parts fails too.
     """
 
     def fault(step: Step) -> str | None:
@@ -119,7 +119,7 @@ def identity(case: HaloCase) -> str | None:
                     f"log-probs {listed(rows.policy_logps[rows.mask])} times {factor}: the loss changes by {a},"
                     f" sum w a v by {b}"
                 )
-        # One copy on further steps, and in evaluation; beside it one whose parts are called as often.
+        # One copy on further steps, and in evaluation; next to one whose parts are called as often.
         copies = case.fresh(), case.fresh()
         for call in range(1, 2 if step.large else 4):
             later = step.later(call).rows() if call < 3 else rows
@@ -194,7 +194,7 @@ def clauses(case: HaloCase) -> Iterator[Clause]:
     """The clauses of a HALO: those of its parts as they act in it, and those of its loss."""
 
     def idle(law: Law) -> str | None:
-        """Why what v does here does not matter."""
+        """Why v does not matter here."""
         acts = True
         if law in UNDESIRABLE:
             acts = case.acts_reflected
@@ -225,11 +225,11 @@ def _weights(case: HaloCase) -> str | None:
 
 
 def verdict(case: HaloCase, failed: list[str]) -> str:
-    """The verdict on a HALO of which the clauses ``failed`` do not hold."""
+    """The verdict on a HALO that fails the clauses ``failed``."""
     reflected = [name for name in failed if name in {law.__name__ for law in UNDESIRABLE}]
     constant = case.reference_point.constant is not None
-    # First what v itself, its reward or its feedback lack; then that there is no reference point; then what only the
-    # reflection of v lacks, since against a constant z0 there are no gains and losses to reflect about.
+    # First faults of v itself, its reward or its feedback; then the lack of a reference point; then faults that only
+    # the reflection of v has, since against a constant z0 there are no gains and losses to reflect about.
     if failed and (len(failed) > len(reflected) or not constant):
         return halo_shaped(failed)
     if constant:
@@ -238,5 +238,5 @@ def verdict(case: HaloCase, failed: list[str]) -> str:
 
 
 def halo_shaped(failed: list[str]) -> str:
-    """The verdict on what has the parts of a HALO but fails some clauses."""
+    """The verdict on an objective with the parts of a HALO that fails some clauses."""
     return f"halo-shaped: fails {', '.join(failed)}"

@@ -27,7 +27,7 @@ def parametrize_with_checks(
     ... def test_plugins(check):
     ...     check()
 
-    The function receives ``check``, which raises AssertionError with the witness where the clause fails. A clause
+    The function receives ``check``, which raises AssertionError with the witness if the clause fails. A clause
     that is expected to fail, or that is only reported, is marked xfail when it does. Each target is checked once.
 
     Args:

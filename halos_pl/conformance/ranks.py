@@ -24,7 +24,7 @@ class _Done:
 
 
 def namespaces(module: nn.Module) -> list[dict[str, Any]]:
-    """The globals in which the code of a plug-in and of its parts looks names up."""
+    """The globals that the code of a plug-in and of its parts uses."""
     spaces: dict[int, dict[str, Any]] = {}
     for part in module.modules():
         functions = [value for value in vars(part).values() if inspect.isfunction(value)]
@@ -38,7 +38,7 @@ def namespaces(module: nn.Module) -> list[dict[str, Any]]:
 class Ranks:
     """Two ranks as two threads of this process, which meet at each collective operation.
 
-    They replace torch.distributed itself for as long as they run, so that it does not matter whether a plug-in calls it
+    They replace torch.distributed itself while they run, so that it does not matter whether a plug-in calls it
     directly or through ``halos_pl.distributed``. A real process group would take seconds to start.
     """
 
@@ -132,7 +132,7 @@ class Ranks:
         """Runs one job on each rank and returns the results; for ``namespaces`` see :meth:`in_place_of_torch`.
 
         Raises:
-            RuntimeError: if the ranks did not make the same calls of torch.distributed.
+            RuntimeError: the ranks did not make the same calls of torch.distributed.
             Exception: whatever a job raised.
         """
         results: list[Any] = [None] * self.count

@@ -1,4 +1,4 @@
-"""What the clauses of a reference point share: rewards to call it with, and its estimates."""
+"""The state that the clauses of a reference point share: rewards to call it with, and its estimates."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class ReferencePointCase(Case):
     """One reference point under check.
 
     Args:
-        reference_point: the target; copies of it are called, so that what it remembers does not matter.
-        laws: the clauses it is held to.
+        reference_point: the target; copies of it are called, so that its memory does not matter.
+        laws: its clauses.
         excusable: those of them that its ``excused`` may name.
-        reward: where its rewards come from; left out, ``LogRatio``.
-        needs: what the rows must provide; left out, what the two ask for.
-        examples: how many steps each clause is tried on.
+        reward: source of its rewards; default: ``LogRatio``.
+        needs: needs that the rows must meet; default: those of the two.
+        examples: number of steps that each clause is tried on.
 
     Raises:
-        TargetError: if ``reference_point.excused`` names a clause that is not ``excusable``.
+        TargetError: ``reference_point.excused`` names a clause that is not ``excusable``.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class ReferencePointCase(Case):
         self.examples = examples
 
     def smallest(self, fault: Callable[[Step], str | None], examples: int | None = None) -> str | None:
-        """The witness of the smallest step found at fault, else None."""
+        """The witness of the smallest faulty step, else None."""
         return smallest(fault, self.needs, examples=examples or self.examples)
 
     def fresh(self) -> ReferencePoint:
@@ -68,7 +68,7 @@ class ReferencePointCase(Case):
         return rows if self.target.scope == "step" else rows.select(rows.labels.train.nonzero().squeeze(1))
 
     def rewards(self, rows: LogProbBatch) -> Tensor:
-        """Rewards as an objective hands them over, float [n], nats."""
+        """Rewards as an objective passes them, float [n], nats."""
         with torch.no_grad():
             return mean_of_tokens(duplicate(self.reward)(rows), rows.mask)
 
@@ -98,7 +98,7 @@ class ReferencePointCase(Case):
 
     @cached_property
     def constant(self) -> float | None:
-        """The number that z0 is whatever the rewards and the rows are; None if it depends on anything."""
+        """The constant value of z0; None if it depends on the rewards or the rows."""
         seen: set[float] = set()
 
         def look(step: Step) -> str | None:
@@ -131,5 +131,5 @@ def first_difference(one: Tensor, other: Tensor, rewards: Tensor, rows: LogProbB
 
 
 def untied(rewards: Tensor) -> Tensor:
-    """All different, since the ranks of equal rewards are a matter of order."""
+    """The rewards, all made different, since the ranks of equal rewards depend on their order."""
     return rewards + 1e-3 * torch.pi * (1 + rewards.abs().max()) * torch.arange(len(rewards)).to(rewards)

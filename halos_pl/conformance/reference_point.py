@@ -28,12 +28,12 @@ from halos_pl.objective.reference_points import Estimate
             return Estimate(2 * MeanOverRanks(rewards[rows.labels.train]).mean)
         """,
     cure="""Weight rewards by weights of at least 0 that sum to 1, without factor or offset. A clamp such as KTO's
-    max(0, z0) fails by intent: a class of your own states that reason in `excused`.""",
+    max(0, z0) fails by design: your own class states that reason in `excused`.""",
 )
 def reference_in_range(case: ReferencePointCase) -> str | None:
     """z0 is a mean of rewards, E_Q[r]: between the least and the largest reward that it depends on.
 
-    And it is not always each row's own reward.
+    And it is not always the row's own reward.
     """
     compared = False
 
@@ -163,8 +163,8 @@ def reference_permutation_equivariant(case: ReferencePointCase) -> str | None:
             return Estimate(rewards[rows.labels.train].mean())
         """,
     cure="""Call .detach() on what you average, as in rewards.detach(). In training the rewards come without gradient,
-    but rows.policy_logps need not, and the clause gives both a gradient. MeanOverRanks and sum_over_ranks detach by
-    themselves. If z0 is meant to carry a gradient, as in DPO, it is read off each row: scope = "row".""",
+    but rows.policy_logps need not, and the clause gives both a gradient. MeanOverRanks and sum_over_ranks detach
+    anyway. If z0 is meant to carry a gradient, as in DPO, it is computed from each row: scope = "row".""",
 )
 def reference_detached(case: ReferencePointCase) -> str | None:
     """A reference point of scope "step" passes no gradient on to the rewards or the policy."""
@@ -200,8 +200,8 @@ def reference_detached(case: ReferencePointCase) -> str | None:
         def forward(self, rewards, rows):
             return Estimate(rewards[rows.labels.train].detach().exp().mean().log())
         """,
-    cure="""Mind empty selections (count.clamp(min=1)), the spread of a single row, and exp: torch.logsumexp does not
-    overflow.""",
+    cure="""Beware of empty selections (count.clamp(min=1)), the spread of a single row, and exp: torch.logsumexp does
+    not overflow.""",
 )
 def reference_finite(case: ReferencePointCase) -> str | None:
     """z0 is an Estimate of a finite number for every row, from a step of one row to rewards of 10,000 nats."""
@@ -235,7 +235,7 @@ CLAUSES: tuple[Law, ...] = (
     reference_split,
     reference_finite,
 )
-# What an estimate of E_Q[r] need not keep, for a reason that its author states: see ``ReferencePoint.excused``.
+# Clauses that an estimate of E_Q[r] may fail, for a reason that its author states: see ``ReferencePoint.excused``.
 EXCUSABLE: tuple[Law, ...] = (reference_in_range, reference_shift_equivariant)
 CONSTANT = "a degenerate reference: z0 averages no rewards"
 
@@ -244,7 +244,7 @@ def clauses(case: ReferencePointCase) -> Iterator[Clause]:
     """The clauses of a reference point."""
 
     def excused(law: Law) -> str | None:
-        # A reference point that is a number has a verdict of its own, which says it all.
+        # A constant reference point has its own verdict, which covers these.
         return case.excused.get(law.__name__) or (CONSTANT if law in EXCUSABLE and case.constant is not None else None)
 
     for law in case.laws:

@@ -25,14 +25,14 @@ from halos_pl.conformance.witness import listed, pair
         """,
     cure="""Reduce over ranks before dividing: MeanOverRanks(values).estimate() (halos_pl.objective.reference_points),
     or sum_over_ranks for sums and counts. A median, trimmed mean or rank needs all values:
-    gather_over_ranks(values)[0]. Both are in halos_pl.distributed; every rank must call them equally often, also one
-    without rows. Name what you read in needs: mismatched=True for mismatched rows, step_rewards=True for the rewards of
-    the step, whole_step=True where these carry a gradient.""",
+    gather_over_ranks(values)[0]. Both are in halos_pl.distributed; every rank, even one without rows, must call them
+    equally often. Name what you read in needs: mismatched=True for mismatched rows, step_rewards=True for the rewards
+    of the step, whole_step=True where these carry a gradient.""",
 )
 def reference_split(case: ReferencePointCase) -> str | None:
     """z0 is the same on two ranks as on one, and in micro-batches as in one batch.
 
-    It reads only the rows that `needs` asks for. Of an objective, the losses of the parts also sum to the loss of the
+    It reads only the rows that `needs` names. In an objective, the losses of the parts also sum to the loss of the
     step.
     """
     return (
@@ -43,8 +43,8 @@ def reference_split(case: ReferencePointCase) -> str | None:
 
 
 def _unscored_rows(case: ReferencePointCase, step: Step) -> str | None:
-    asked = case.target.needs
-    if case.target.scope != "step" or asked.step_rewards or asked.whole_step:
+    needs = case.target.needs
+    if case.target.scope != "step" or needs.step_rewards or needs.whole_step:
         return None
     rows = step.rows()
     z0 = case.estimate(case.rewards(rows), rows)
@@ -55,7 +55,7 @@ def _unscored_rows(case: ReferencePointCase, step: Step) -> str | None:
         return None
     i = int(wrong.nonzero()[0])
     a, b = pair(float(z0[i]), float(other[i]))
-    return f"z0 = {a}, {b} before rows have been scored that `needs` does not ask for (step_rewards)"
+    return f"z0 = {a}, {b} before rows that `needs` does not name (step_rewards) are scored"
 
 
 def _micro_batches(case: ReferencePointCase, step: Step) -> str | None:

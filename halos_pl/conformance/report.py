@@ -18,14 +18,14 @@ Status = Literal["passed", "failed", "expected"]
 
 @dataclass(frozen=True)
 class ClauseResult:
-    """How one target fared with one clause of the definition.
+    """The result of one clause for one target.
 
     Attributes:
-        clause: its name, after the term's if an objective sums several HALOs.
-        status: ``passed``, ``failed``, or ``expected``: failed, for a reason that was stated.
+        clause: its name, after the term's name if an objective sums several HALOs.
+        status: ``passed``, ``failed``, or ``expected``: failed, for a stated reason.
         witness: the smallest counter-example found, in numbers; else None.
         reason: a remark, such as why the failure was expected.
-        required: whether a failure counts against the target; that of a clause that is only reported does not.
+        required: whether a failure counts against the target; false for a clause that is only reported.
     """
 
     clause: str
@@ -47,7 +47,7 @@ class ClauseResult:
 
 @dataclass(frozen=True)
 class Report:
-    """How one target fared with all its clauses under one definition.
+    """The results of all clauses of one target under one definition.
 
     Attributes:
         target: its name.
@@ -55,8 +55,8 @@ class Report:
         verdict: ``halo``, ``halo (two-sided)``, ``degenerate reference``, ``halo-shaped: fails A, B``,
             ``composite`` or ``not a halo``. For a plug-in alone it covers the clauses of its kind: ``halo`` means that
             it can be part of one.
-        clauses: in the order of the definition.
-        seconds: how long the check took.
+        clauses: results in the order of the definition.
+        seconds: duration of the check.
         unusable: why the target cannot be checked (it always raises, or returns another shape); else None.
     """
 

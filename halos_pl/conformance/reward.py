@@ -34,7 +34,7 @@ class RewardCase(Case):
 
     Args:
         reward: the target; copies of it are called.
-        examples: how many steps each clause is tried on.
+        examples: number of steps that each clause is tried on.
     """
 
     def __init__(self, reward: Reward, *, examples: int = 60) -> None:
@@ -43,7 +43,7 @@ class RewardCase(Case):
         self.examples = examples
 
     def smallest(self, fault: Callable[[Step], str | None], examples: int | None = None) -> str | None:
-        """The witness of the smallest step found at fault, else None."""
+        """The witness of the smallest faulty step, else None."""
         return smallest(fault, self.target.needs, examples=examples or self.examples)
 
     def fresh(self) -> Reward:
@@ -125,7 +125,7 @@ def reward_zero_at_reference(case: RewardCase) -> str | None:
     value function.""",
 )
 def reward_linear(case: RewardCase) -> str | None:
-    """The reward is l * log(pi_theta / pi_ref) with one factor l > 0 a row, which does not depend on the policy.
+    """The reward is l * log(pi_theta / pi_ref) with one factor l > 0 per row, which does not depend on the policy.
 
     ICML 2024 only; arXiv v1 allows any reward.
     """
@@ -194,8 +194,8 @@ def reward_linear(case: RewardCase) -> str | None:
             ratio = (rows.policy_logps - rows.reference_logps).sum(dim=1)
             return ratio / len(rows)
         """,
-    cure="""Remove statistics of the batch, counters and branches on self.training. What rows are compared with is the
-    job of the reference point; how much they count, that of the feedback.""",
+    cure="""Remove statistics of the batch, counters and branches on self.training. Comparing rows with something is the
+    job of the reference point; weighting them, that of the feedback.""",
 )
 def reward_of_its_row(case: RewardCase) -> str | None:
     """The reward of a row depends on that row alone: not on the rows beside it, on earlier calls, or on evaluation."""

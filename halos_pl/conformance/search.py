@@ -1,7 +1,7 @@
 """Search for faults of a value function over its whole range.
 
 A grid cell of 4e-4 nats is 25 times narrower than the narrowest fault that must be found (0.01 nats), and half a
-million points cost a twentieth of a second. Narrower faults are looked for where there is a sign of one: at the
+million points cost a twentieth of a second. Narrower faults are searched where there is a sign of one: at the
 constants that the code compares with, and in cells whose increment does not fit the slopes at their ends (a jump has
 no derivative).
 """
@@ -25,12 +25,12 @@ def _misfit(a: Curve, b: Curve) -> Tensor:
 
 
 def survey(v: Function, cells: int = CELLS, most: int = 400) -> Curve:
-    """The curve of v over |u| <= 1e4 with all the points that a fault could hide at, non-finite ones included.
+    """The curve of v over |u| <= 1e4 with all the points where a fault could hide, non-finite ones included.
 
     Args:
         v: a value function; it is called many times, with up to ``cells`` outcomes.
-        cells: of the dense part of the grid.
-        most: suspicious cells that are looked into.
+        cells: number of cells in the dense part of the grid.
+        most: maximum number of suspicious cells to examine.
     """
     u = grid(cells)
     edges, seams = breakpoints(v, u)
@@ -47,7 +47,7 @@ def survey(v: Function, cells: int = CELLS, most: int = 400) -> Curve:
         return curve
     extremes = _extremes(sound)
     if len(extremes):
-        # The next points on either side, so that what is as narrow as a cell has several points.
+        # The next points on either side, so that a fault as narrow as a cell has several points.
         sides = sound.u[(extremes[:, None] + torch.tensor([-1, 1])).clamp(0, len(sound.u) - 1)]
         share = torch.linspace(0, 1, 9, dtype=torch.float64)[1:-1]
         center = sound.u[extremes, None]
@@ -123,7 +123,7 @@ def falls(curve: Curve) -> tuple[float, float] | None:
 
 
 def bends_up(curve: Curve) -> tuple[float, float] | None:
-    """Two gains u1 < u2 between which v is convex: its slope grows or v jumps; None where v is concave on gains."""
+    """Two gains u1 < u2 between which v is convex: its slope grows or v jumps; None if v is concave on gains."""
     curve = curve.finite()
     gains = curve.u > 0
     curve, floor = curve.part(gains), curve.noise

@@ -14,16 +14,16 @@ from halos_pl.conformance.witness import Raised
 
 @lru_cache(maxsize=8)
 def _drawn(count: int) -> tuple[Step, ...]:
-    """Always the same steps. By themselves: Hypothesis takes longer to draw them than most clauses to be tried."""
+    """Always the same steps. Not drawn by Hypothesis, which takes longer than most clauses take to try them."""
     draw = Random(0)
-    # A single row by itself and with a mismatched row, of either label: what is drawn may be of other sizes for long.
+    # First a single row, alone and with a mismatched row, of either label, as random draws may not reach these sizes.
     labels: tuple[Classes, ...] = ("desirable", "undesirable")
     single = [Step(classes=label, mismatched=n) for label in labels for n in (0, 1)]
     drawn = [step for _ in range(0, count, _BLOCK) for step in _block(draw)]
     return (*single, *drawn)[:count]
 
 
-# Of these many steps each has every size and kind equally often (a Latin hypercube), however few are drawn.
+# A block of this many steps has every size and kind equally often (a Latin hypercube), however few are drawn.
 _BLOCK = 12
 
 
@@ -38,10 +38,10 @@ def _block(draw: Random) -> list[Step]:
 def smallest(
     fault: Callable[[Step], str | None], needs: Needs, *, mismatched: bool | None = None, examples: int = 60
 ) -> str | None:
-    """The witness of the smallest step that is found to have a fault; None where ``fault`` finds none.
+    """The witness of the smallest faulty step; None if ``fault`` finds none.
 
-    The steps are drawn once for all clauses, and a few fixed large ones are added; only where one of those that were
-    drawn shows a fault does Hypothesis run, to shrink it.
+    The steps are drawn once for all clauses, and a few fixed large ones are added; Hypothesis runs only if a drawn
+    step shows a fault, to shrink it.
     """
 
     def witness_at(step: Step) -> str | None:

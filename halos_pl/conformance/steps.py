@@ -19,15 +19,15 @@ class Step:
     """How the rows of a step are drawn; small numbers give small steps.
 
     Attributes:
-        seed: of all random draws.
+        seed: seed of all random draws.
         units: pairs, or (without ``paired``) rows.
-        mismatched: mismatched rows.
+        mismatched: number of mismatched rows.
         tokens: width of the batch; a row has between 1 and this many.
         scale: nats; log-probs lie between -3 * scale and 0, as multiples of a tenth of it.
-        paired: rows come as pairs of a desirable and an undesirable one.
-        classes: of rows that are not paired.
-        grouped: every prompt has two rows or more.
-        alone: drops one row of the last prompt, which often leaves a single one; if grouped and not paired.
+        paired: whether rows come as pairs of a desirable and an undesirable one.
+        classes: labels of rows that are not paired.
+        grouped: whether every prompt has two rows or more.
+        alone: whether to drop one row of the last prompt, if grouped and not paired; this often leaves a single one.
     """
 
     seed: int = 0
@@ -74,7 +74,7 @@ class Step:
             desirable[trained] = self.classes == "desirable"
         mismatched = torch.ones(n, dtype=torch.bool)
         mismatched[trained] = False
-        # One or two pairs (or rows) to a prompt; where groups are asked for, a row by itself only as `alone`.
+        # One or two pairs (or rows) per prompt; with groups, a single row only if `alone`.
         prompt = torch.empty(n, dtype=torch.long)
         each = torch.arange(train) // 2 if self.paired or self.grouped else torch.arange(train)
         prompt[trained] = each // (1 + self.seed % 2)
@@ -109,7 +109,7 @@ class Step:
     def _scores(self, desirable: torch.Tensor) -> torch.Tensor:
         """How good each row is, of either sign whatever its label; missing for some, and in every third step.
 
-        From a generator of their own, so that no other draw depends on them.
+        Drawn from a separate generator, so that no other draw depends on them.
         """
         draw = torch.Generator().manual_seed(self.seed + 1)
         score = torch.randint(-20, 21, desirable.shape, generator=draw).float() / 10
@@ -126,7 +126,7 @@ def _copy(batch: Any) -> Any:
     return copy
 
 
-# Small ones and what shrinks to them first.
+# Simplest values first: Hypothesis shrinks towards them.
 CHOICES: dict[str, Sequence[Any]] = {
     "units": range(1, 7),
     "mismatched": range(5),
@@ -140,7 +140,7 @@ CHOICES: dict[str, Sequence[Any]] = {
 
 
 def fitted_to(step: Step, needs: Needs, mismatched: bool | None) -> Step:
-    """The step with what ``needs`` asks for, and without mismatched rows where there may be none."""
+    """The step adapted to ``needs``, without mismatched rows if none are allowed."""
     wanted = needs.mismatched or needs.samples > 0 or needs.exact_kl
     allowed = wanted or ((not needs.pairs) if mismatched is None else mismatched)
     return replace(
@@ -172,7 +172,7 @@ def large_steps(needs: Needs | None = None, *, mismatched: bool | None = None) -
 
 
 def kept_together(rows: LogProbBatch, needs: Needs) -> list[list[int]]:
-    """Rows, by number, that no split of a step parts: pairs, and whole prompts where they are asked for."""
+    """Rows, by number, that no split of a step separates: pairs, and whole prompts if needed."""
     units: dict[tuple[str, int], list[int]] = {}
     for i, (pair, group) in enumerate(zip(rows.labels.pair.tolist(), rows.labels.group.tolist(), strict=True)):
         if needs.groups and not rows.labels.mismatched[i]:
@@ -183,7 +183,7 @@ def kept_together(rows: LogProbBatch, needs: Needs) -> list[list[int]]:
 
 
 def two_ranks(rows: LogProbBatch, needs: Needs, seed: int) -> list[torch.Tensor]:
-    """The step's rows, by number, on either of two ranks; empty where one of them would have no row with a loss."""
+    """The step's rows, by number, on either of two ranks; empty if one of them would have no row with a loss."""
     units = kept_together(rows, needs)
     if len(units) < 2:
         return []

@@ -37,9 +37,8 @@ def steps(needs: Needs | None = None, *, mismatched: bool | None = None) -> st.S
     """Steps of rows, drawn for the clauses of the suite.
 
     Args:
-        needs: what the rows must provide.
-        mismatched: whether there may be mismatched rows that ``needs`` does not ask for; left out, unless it asks for
-            pairs.
+        needs: needs that the rows must meet.
+        mismatched: whether there may be mismatched rows that ``needs`` does not name; default: unless it names pairs.
     """
     return _any_step.map(lambda step: fitted_to(step, needs or Needs(), mismatched))
 
@@ -48,7 +47,7 @@ _any_step = st.builds(Step, **{name: st.sampled_from(values) for name, values in
 
 
 def rows(needs: Needs | None = None, dtype: torch.dtype = torch.float64) -> st.SearchStrategy[LogProbBatch]:
-    """Rows of a step: with padding, and with pairs, mismatched rows and whole prompts as ``needs`` asks."""
+    """Rows of a step: with padding, and with pairs, mismatched rows and whole prompts according to ``needs``."""
     return steps(needs).map(lambda step: step.rows(dtype))
 
 
@@ -86,9 +85,9 @@ def arguments(cls: type) -> st.SearchStrategy[dict[str, Any]]:
         drawn = _of_annotation(hints.get(p.name, Any), default)
         each[p.name] = drawn if p.default is p.empty else st.one_of(st.just(default), drawn)
 
-    def accepted(given_arguments: dict[str, Any]) -> bool:
+    def accepted(values: dict[str, Any]) -> bool:
         try:
-            cls(**given_arguments)
+            cls(**values)
         except ValueError:
             return False
         return True
@@ -117,10 +116,10 @@ def shrunk(
     """The witness of the smallest faulty step that Hypothesis finds; ``first`` if it finds none.
 
     Args:
-        fault: gives the witness of a faulty step, else None; never raises.
+        fault: returns the witness of a faulty step, else None; never raises.
         first: the witness so far.
         needs, mismatched: as for :func:`steps`.
-        examples: how many steps to draw, at least.
+        examples: minimum number of steps to draw.
     """
     best: tuple[float, str] = (math.inf, first)
     tries, most = 0, min(150, 3 * examples)  # a count and not a time, so that the witness is the same on any machine
@@ -136,6 +135,6 @@ def shrunk(
             best = min(best, (size, witness), key=lambda b: b[0])
             raise _FoundError
 
-    with suppress(Exception):  # what was found, or that the tries ran out while it was shrunk
+    with suppress(Exception):  # the fault itself, or the end of the tries while it is shrunk
         run()
     return best[1]

@@ -44,23 +44,23 @@ class Switches(TorchDispatchMode):
         name = name.rstrip("_")
         if isinstance(out, Tensor) and out.is_floating_point():
             self.operations += 1
-        given = before if before is not None else (args[0] if args else None)
-        if name == "softplus" and isinstance(given, Tensor):
+        operand = before if before is not None else (args[0] if args else None)
+        if name == "softplus" and isinstance(operand, Tensor):
             beta, threshold = (float(x) for x in (*args[1:], *(1, 20)[len(args) - 1 :]))
-            if given.numel() == self.count:
+            if operand.numel() == self.count:
                 self.seams.append(len(self.states))
-                self.states.append((given * beta > threshold).detach().flatten().double())
-            self.unknown_seams |= given.numel() != self.count
-        if isinstance(out, Tensor) and out.numel() == self.count and isinstance(given, Tensor):
+                self.states.append((operand * beta > threshold).detach().flatten().double())
+            self.unknown_seams |= operand.numel() != self.count
+        if isinstance(out, Tensor) and out.numel() == self.count and isinstance(operand, Tensor):
             state = None
             if name in _COMPARISONS:
                 state = out
-            elif name in _BOUNDS and given.numel() == self.count:
-                state = (out - given).sign()
-            elif name in ("minimum", "maximum", "fmin", "fmax") and given.numel() == self.count:
-                state = out == given
+            elif name in _BOUNDS and operand.numel() == self.count:
+                state = (out - operand).sign()
+            elif name in ("minimum", "maximum", "fmin", "fmax") and operand.numel() == self.count:
+                state = out == operand
             elif name == "abs":
-                state = given.sign()
+                state = operand.sign()
             elif name in _STEPS:
                 state = out
             if state is not None:
@@ -77,7 +77,7 @@ def switches(v: Function, u: Tensor) -> Switches:
 
 
 def operations(v: Function) -> int:
-    """How many float operations one call of v takes; each may round once."""
+    """Number of float operations in one call of v; each may round once."""
     mode = Switches(-1)
     with torch.no_grad(), mode:
         v(torch.tensor([0.5, -0.5]))
@@ -107,7 +107,7 @@ def breakpoints(v: Function, u: Tensor) -> tuple[Tensor, Tensor]:
     everywhere = u.new_tensor([[-torch.inf], [torch.inf]])
     if not events or sum(map(len, events)) == 0:
         return u.new_empty(0), everywhere if mode.unknown_seams else everywhere[:, :0]
-    # Twice: for where the left way ends and for where the right one begins; between them may be a third one.
+    # Twice: for the end of the left branch and for the start of the right one; a third may lie between them.
     event, place = torch.cat(events).repeat(2), torch.cat(places).repeat(2)
     start, end = torch.cat(first).repeat(2), torch.cat(last).repeat(2)
     leaving = torch.arange(len(event)) < len(event) // 2

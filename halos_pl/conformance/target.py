@@ -1,4 +1,4 @@
-"""Targets of a check: an object, a class, or where to find one: in a file, a module or an objective's YAML.
+"""Targets of a check: an object, a class, or the place of one: in a file, a module or an objective's YAML.
 
 The code of the target is executed.
 """
@@ -46,19 +46,19 @@ def one_line(error: BaseException) -> str:
 
 def _imported() -> list[type]:
     """The plug-ins that are imported."""
-    found, todo = [], list[type](KINDS)
+    classes, todo = [], list[type](KINDS)
     while todo:
         cls = todo.pop()
         todo += cls.__subclasses__()
         if not inspect.isabstract(cls):
-            found.append(cls)
-    return found
+            classes.append(cls)
+    return classes
 
 
 def _known(name: str) -> type | None:
-    """The imported plug-in of that bare name, the library's own first; else None."""
-    found = [cls for cls in _imported() if cls.__name__ == name]
-    return min(found, key=lambda c: not c.__module__.startswith(("halos_pl", "value_functions")), default=None)
+    """The imported plug-in of that bare name, one of the library first; else None."""
+    candidates = [cls for cls in _imported() if cls.__name__ == name]
+    return min(candidates, key=lambda c: not c.__module__.startswith(("halos_pl", "value_functions")), default=None)
 
 
 def _classes_of(home: Any) -> list[str]:
@@ -68,8 +68,8 @@ def _classes_of(home: Any) -> list[str]:
     return [name for name, part in named if part.__module__ in (inside, getattr(home, "__module__", inside))]
 
 
-def _like(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, set(known), n=1)
+def _like(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, set(names), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -77,14 +77,14 @@ def _from_file(path: Path, name: str) -> Any:
     if not path.is_file():
         raise TargetError(f"{path}: no such file")
     try:
-        found: Any = module_of_file(path, "target")
+        place: Any = module_of_file(path, "target")
     except (Exception, SystemExit) as error:
         raise TargetError(f"{path} does not import: {one_line(error)}") from error
     for part in filter(None, name.split(".")):  # Outer.Inner as well
-        if not hasattr(found, part):
-            raise TargetError(f"{path} has no {name!r}{_like(part, _classes_of(found))}")
-        found = getattr(found, part)
-    return found
+        if not hasattr(place, part):
+            raise TargetError(f"{path} has no {name!r}{_like(part, _classes_of(place))}")
+        place = getattr(place, part)
+    return place
 
 
 def _from_module(path: str) -> Any:
@@ -96,8 +96,8 @@ def _from_module(path: str) -> Any:
     if not module:
         cls = _known(name)
         if cls is None:
-            like = _like(name, (known.__name__ for known in _imported()))
-            raise TargetError(f"{path!r} is no known plug-in{like}; {ACCEPTED}")
+            like = _like(name, (plug_in.__name__ for plug_in in _imported()))
+            raise TargetError(f"{path!r} is not a known plug-in{like}; {ACCEPTED}")
         return cls
     try:
         home = importlib.import_module(module)
@@ -108,12 +108,12 @@ def _from_module(path: str) -> Any:
     return getattr(home, name)
 
 
-def _instance(cls: type, given: dict[str, Any], what: str) -> Any:
+def _instance(cls: type, arguments: dict[str, Any], what: str) -> Any:
     """An instance of ``cls`` from plain data, with plug-ins among its arguments instantiated."""
     try:
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(cls, "it", fail_untyped=False)
-        return parser.instantiate(parser.parse_object({"it": given})).as_dict()["it"]
+        return parser.instantiate(parser.parse_object({"it": arguments})).as_dict()["it"]
     except (Exception, SystemExit) as error:
         raise TargetError(f"{what}: {one_line(error)}") from error
 
@@ -122,15 +122,15 @@ def objective_of(path: str | Path) -> Target:
     """The objective of a YAML file, built from its plug-ins alone: no policy, no data.
 
     Raises:
-        TargetError: where the file cannot be read, or does not describe an objective.
+        TargetError: the file cannot be read, or does not describe an objective.
     """
     try:
         return load_objective(path)
     except OSError as error:
         raise TargetError(f"{path}: {error.strerror or error}{hint(path, objectives())}") from error
     except (ValueError, yaml.YAMLError, SystemExit) as error:
-        said = " ".join(str(error).split())  # most of them name the file themselves
-        raise TargetError(said if str(path) in said else f"{path}: {said}") from error
+        message = " ".join(str(error).split())  # most of them name the file themselves
+        raise TargetError(message if str(path) in message else f"{path}: {message}") from error
 
 
 def load_target(target: str | os.PathLike[str], init_args: str | None = None) -> Target:
@@ -141,7 +141,7 @@ def load_target(target: str | os.PathLike[str], init_args: str | None = None) ->
         init_args: the class's arguments as JSON; plug-ins among them as {"class_path": ..., "init_args": ...}.
 
     Raises:
-        TargetError: if there is nothing to check, in one line.
+        TargetError: there is nothing to check; the message is one line.
     """
     target = os.fspath(target)
     if target.endswith((".yaml", ".yml")):
@@ -151,34 +151,34 @@ def load_target(target: str | os.PathLike[str], init_args: str | None = None) ->
     if (what := misplaced(target)) and not target.endswith(".py"):
         raise TargetError(f"{what}; {ACCEPTED.replace('give', 'halos check takes')}")
     path, colon, name = target.rpartition(":")
-    found = _from_file(Path(path), name) if colon else _from_module(target)
-    given: Any = {}
+    target_object = _from_file(Path(path), name) if colon else _from_module(target)
+    arguments: Any = {}
     if init_args is not None:
         try:
-            given = json.loads(init_args)
+            arguments = json.loads(init_args)
         except ValueError as error:
             raise TargetError(f"--init_args is not JSON: {error}") from error
-        if not isinstance(given, dict) or not inspect.isclass(found):
+        if not isinstance(arguments, dict) or not inspect.isclass(target_object):
             raise TargetError('--init_args takes a class\'s arguments as an object, such as {"beta": 0.1}')
-    if inspect.isclass(found) and issubclass(found, KINDS) and not inspect.isabstract(found):
-        missing = [name for name in required_arguments(found) if name not in given]
+    if inspect.isclass(target_object) and issubclass(target_object, KINDS) and not inspect.isabstract(target_object):
+        missing = [name for name in required_arguments(target_object) if name not in arguments]
         if missing:
-            raise TargetError(f"{target} needs arguments that were not given: {', '.join(missing)}; see --init_args")
-        if given:
-            instance: Target = _instance(found, given, f"{target} with {init_args}")
+            raise TargetError(f"{target} lacks required arguments: {', '.join(missing)}; see --init_args")
+        if arguments:
+            instance: Target = _instance(target_object, arguments, f"{target} with {init_args}")
             return instance
     try:
-        return as_target(found)
+        return as_target(target_object)
     except (Exception, SystemExit) as error:
         raise TargetError(f"{target}: {' '.join(str(error).split())[:300]}") from error
 
 
 def as_target(target: object) -> Target:
-    """The target itself, an instance of a class without required arguments, or what a name or path stands for.
+    """The target itself, an instance of a class without required arguments, or the target of a name or path.
 
     Raises:
-        TargetError: if a name or path stands for nothing that can be checked.
-        TypeError: for anything else, in one line.
+        TargetError: the name or path leads to nothing that can be checked.
+        TypeError: the target is of another kind; the message is one line.
     """
     kinds = ", ".join(kind.__name__ for kind in KINDS)
     if isinstance(target, str | os.PathLike):
@@ -191,7 +191,7 @@ def as_target(target: object) -> Target:
             raise TypeError(f"{target.__name__} is abstract: it lacks {lacks}")
         missing = required_arguments(target)
         if missing:
-            raise TypeError(f"{target.__name__} needs arguments that were not given: {', '.join(missing)}")
+            raise TypeError(f"{target.__name__} lacks required arguments: {', '.join(missing)}")
         return target()
     if not isinstance(target, KINDS):
         raise TypeError(

@@ -10,11 +10,11 @@ from halos_pl.conformance.curve import FAR, Function, value_and_slope
 from halos_pl.conformance.value_case import DTYPES, ValueFunctionCase, varied_outcomes
 from halos_pl.conformance.witness import WrongShape, number, pair
 
-# Outcomes are those of rows, [n], or of tokens, [n, T]. What a person would try first comes first.
+# Outcomes are those of rows, [n], or of tokens, [n, T]. The most obvious ones come first.
 SHAPES = ((3,), (2, 3), (1,), (1, 1), (5, 1), (0,), (2, 1, 3))
 # Every small batch, and those on either side of the powers of two that code splits batches at.
 SIZES = (*range(1, 301), *(2**k + d for k in range(9, 15) for d in (-1, 0, 1)), 1000, 20001)
-# What a value function may be called with instead of [12, 10] outcomes: other shapes, and views with strides.
+# Inputs of a value function other than [12, 10] outcomes: other shapes, and views with strides.
 VIEWS: dict[str, Function] = {
     "of shape (12, 10)": lambda u: u,
     "of shape (1, 120)": lambda u: u.reshape(1, -1),
@@ -53,14 +53,14 @@ def shape(case: ValueFunctionCase) -> str | None:
 
 
 def _alone(case: ValueFunctionCase, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Value and slope of each outcome in a batch of its own."""
+    """Value and slope of each outcome in a batch of one."""
     v = case.fresh()
     parts = [value_and_slope(v, row) for row in u[:, None]]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
 def _difference(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], u: Tensor) -> str | None:
-    """Where two answers to the same outcomes differ by more than a different order of operations explains."""
+    """Where two answers to the same outcomes differ by more than the order of operations explains."""
     if torch.equal(one[0], other[0]) and torch.equal(one[1], other[1]):  # almost every call
         return None
     eps = torch.finfo(u.dtype).eps
@@ -97,7 +97,7 @@ def elementwise(case: ValueFunctionCase) -> str | None:
             u, expected = view(base[index]), (view(alone[0][index]), view(alone[1][index]))  # noqa: B023
             u, *both = (x.flatten() for x in (u, *expected, *value_and_slope(case.fresh(), base[index], view)))  # noqa: B023
             difference = _difference((both[0], both[1]), (both[2], both[3]), u)
-            return difference and f"{difference}{batch}; the first is its value in a batch of its own"
+            return difference and f"{difference}{batch}; the first is its value in a batch of one"
 
         for n in SIZES[number_::2]:  # half of them in either dtype, every size in one
             if difference := compare((torch.arange(n) * (1 + n % 4) + n) % len(base), lambda u: u):

@@ -1,4 +1,4 @@
-"""What the clauses of a value function share: fresh copies of it, its curve, and its values in each dtype."""
+"""The state that the clauses of a value function share: fresh copies, its curve, and its values in each dtype."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class ValueFunctionCase(Case):
 
     Args:
         value_function: the target. Each clause calls a fresh copy, so that one with a memory does not spoil the others.
-        laws: the clauses it is held to.
-        thorough: search a grid four times as dense.
+        laws: its clauses.
+        thorough: whether to search a grid four times as dense.
     """
 
     def __init__(self, value_function: ValueFunction, laws: tuple[Law, ...], *, thorough: bool = False) -> None:
@@ -108,7 +108,7 @@ class ValueFunctionCase(Case):
         )
 
     def size_around(self, v: ValueFunction, u: Tensor) -> Tensor:
-        """The largest |v| and |u v'| near each outcome and its opposite: what v may round on the way, float64 [n].
+        """The largest |v| and |u v'| near each outcome and its opposite: the size of what v rounds, float64 [n].
 
         Within 1 nat and within half of the outcome. The opposite counts because v may cancel there what it adds up
         here.

@@ -53,7 +53,7 @@ def concave_on_gains(case: ValueFunctionCase) -> str | None:
 def undesirable_non_decreasing(case: ValueFunctionCase) -> str | None:
     """Under `reflect_undesirable: true` undesirable rows are valued by -v(-u), which must not fall either.
 
-    Required of an objective that reflects; of a value function alone it is only reported.
+    Required of an objective that reflects; for a value function alone it is only reported.
     """
     place = falls(case.reflected)
     return place and _fall_in_numbers(_reflected_values(case), *place, "v~") + _MIRROR
@@ -70,13 +70,13 @@ def undesirable_non_decreasing(case: ValueFunctionCase) -> str | None:
 def undesirable_concave_on_gains(case: ValueFunctionCase) -> str | None:
     """Under `reflect_undesirable: true` the slope of -v(-u) must not grow on u > 0: v is convex on losses.
 
-    Required of an objective that reflects; of a value function alone it is only reported.
+    Required of an objective that reflects; for a value function alone it is only reported.
     """
     place = bends_up(case.reflected)
     return place and _bend_in_numbers(_reflected_values(case), *place, "v~") + _MIRROR
 
 
-# Of a value function alone these are only reported.
+# For a value function alone these are only reported.
 UNDESIRABLE = (undesirable_non_decreasing, undesirable_concave_on_gains)
 _MIRROR = ", where v~(u) = -v(-u)"
 

@@ -45,7 +45,7 @@ def clauses(
 
     Args:
         case: the value function.
-        not_required: why a clause that failed is only reported, else None; left out, that of a value function alone.
+        not_required: why a failed clause is only reported, else None; default: that of a value function alone.
     """
 
     def note(law: Law) -> str | None:

@@ -54,7 +54,7 @@ def _beyond_domain(case: ValueFunctionCase) -> str | None:
         return None
     low, high = domain
     for edge, far in ((low, -FAR), (high, FAR)):
-        if edge is None or abs(edge) >= FAR:  # None is no bound, nor is an infinite one
+        if edge is None or abs(edge) >= FAR:  # None and infinity are no bounds
             continue
         u = edge + (far - edge) * torch.logspace(-6, 0, 4001, dtype=torch.float64)
         slope = value_and_slope(case.fresh(), u)[1]
@@ -141,7 +141,7 @@ def _gradient_at_zero(case: ValueFunctionCase) -> str | None:
     u, v = torch.zeros(2, dtype=torch.float64), case.fresh()  # two, since a batch of one has a cotangent of 1
     value, slope = value_and_slope(v, u)
     if not bool(value.isfinite().all() and slope.isfinite().all()):
-        return None  # another clause says so
+        return None  # another clause reports it
     around, witness = float(case.size_around(v, u)[0]), None
     for exponent in range(2, 13):
         step = 10.0**-exponent

@@ -1,4 +1,4 @@
-"""How a check describes a fault: in numbers that a person can put into a calculator."""
+"""Descriptions of faults, in numbers that a person can put into a calculator."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def listed(values: Tensor) -> str:
 
 
 def copied(rows: LogProbBatch) -> LogProbBatch:
-    """The same rows in memory of their own, to compare with afterwards."""
+    """A copy of the rows that shares no memory, to compare with afterwards."""
     tensors: dict[str, Any] = {
         name: value.detach().clone() for name, value in vars(rows).items() if torch.is_tensor(value)
     }
