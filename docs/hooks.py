@@ -1,4 +1,4 @@
-"""The pages of the site that come from the code: MkDocs calls ``on_files`` before it reads any page."""
+"""Generates the pages of the site that come from the code: MkDocs calls ``on_files`` before it reads any page."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 import yaml
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 from mkdocs.structure.files import File, Files
+from notebook_page import notebook_page
+from reference_plots import plot_objective, plot_reference_point, plot_reward, plot_value, rows_of, step
 
 import halos_pl.data.transforms
 import halos_pl.objective.baselines
@@ -27,21 +27,23 @@ import halos_pl.objective.reference_points
 import halos_pl.objective.rewards
 import halos_pl.policy.reference
 import value_functions
-from halos_pl.batch import Labels, LogProbBatch, Needs
+from halos_pl.batch import Labels, Needs
 from halos_pl.cli.help_page import COMMANDS
 from halos_pl.cli.main import main
+from halos_pl.conformance.clause import EXPLANATIONS
+from halos_pl.conformance.explain import CLAUSES, code
 from halos_pl.data.transforms import Transform
+from halos_pl.evaluation.metrics import METRICS
 from halos_pl.objective.build import load_objective
 from halos_pl.objective.feedback import Feedback
 from halos_pl.objective.halo import HALO, Objective
 from halos_pl.objective.reference_points import ReferencePoint
-from halos_pl.objective.rewards import LogRatio, Reward
+from halos_pl.objective.rewards import Reward
 from halos_pl.policy.reference import ReferenceModel
 from value_functions import Identity, Logistic, LogSigmoid, ValueFunction
 
 ROOT = Path(__file__).resolve().parents[1]
-DESIRABLE, UNDESIRABLE, NEUTRAL = "#1b7f5c", "#c2452d", "#4a4a4a"
-#: Arguments for the plug-ins that have some without a default.
+#: Arguments of plug-ins that cannot be created without any.
 ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "Scaled": lambda: {"value_function": Logistic(), "by": 2.0},
     "Shifted": lambda: {"value_function": LogSigmoid(), "by": 10.0},
@@ -54,7 +56,7 @@ ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def plugins(kind: type, module: Any) -> list[type]:
-    """The concrete classes of a kind that ``module`` holds, by name."""
+    """The concrete classes of a kind in ``module``, sorted by name."""
     classes = {value for _, value in inspect.getmembers(module, inspect.isclass) if issubclass(value, kind)}
     if kind is ValueFunction:
         classes = {getattr(value_functions, name) for name in value_functions.__all__}
@@ -62,12 +64,12 @@ def plugins(kind: type, module: Any) -> list[type]:
 
 
 def example(cls: type) -> Any:
-    """An instance with default arguments, and those of ``ARGUMENTS`` where there is no default."""
+    """An instance with default arguments, or with those in ``ARGUMENTS``."""
     return cls(**ARGUMENTS.get(cls.__name__, dict)())
 
 
 def call(cls: type) -> str:
-    """How ``example(cls)`` is written in Python."""
+    """``example(cls)`` as Python code."""
 
     def shown(value: Any) -> str:
         if isinstance(value, list):
@@ -79,100 +81,13 @@ def call(cls: type) -> str:
 
 
 def needs_line(needs: Needs) -> str:
-    """The needs of a plug-in, in a sentence."""
+    """The needs of a plug-in as a sentence."""
     names = [f.name for f in fields(needs) if getattr(needs, f.name)]
     return f"Needs: {', '.join(f'`{name}`' for name in names)}." if names else "Needs nothing."
 
 
-def picture(draw: Callable[[Any], None], *, xlabel: str, ylabel: str) -> bytes:
-    """An SVG of one panel; the same bytes each time."""
-    figure = Figure(figsize=(6, 2.6))
-    figure.subplots_adjust(left=0.12, right=0.98, bottom=0.19, top=0.97)
-    axes = figure.subplots()
-    axes.axhline(0, color="0.85", linewidth=0.8, zorder=0)
-    axes.axvline(0, color="0.85", linewidth=0.8, zorder=0)
-    draw(axes)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False)
-    out = io.BytesIO()
-    with rc_context({"svg.hashsalt": "halos_pl"}):
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
-
-
-def rows_of(policy: torch.Tensor, reference: torch.Tensor, labels: Labels) -> LogProbBatch:
-    """Rows whose completions are one token long."""
-    mask = torch.ones(len(policy), 1, dtype=torch.bool)
-    return LogProbBatch(policy[:, None], reference[:, None], mask, labels, kl=torch.full((len(policy), 1), 0.5))
-
-
-def step(shift: float = 0.0) -> LogProbBatch:
-    """Four pairs and four mismatched rows, all rewards raised by ``shift``."""
-    reward = torch.tensor([2.0, -1.0, 1.0, 0.5, -1.5, 0.0, 3.0, -2.0, -0.5, 1.0, -1.0, 1.5]) + shift
-    pair = torch.tensor([1, 0, 3, 2, 5, 4, 7, 6, -1, -1, -1, -1])
-    group = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 0, 1, 2, 3])
-    desirable = torch.tensor([True, False] * 4 + [False] * 4)
-    return rows_of(reward - 2, torch.full((12,), -2.0), Labels(desirable, pair, torch.arange(12) >= 8, group))
-
-
-def plot_value(v: ValueFunction) -> bytes:
-    """v over outcomes of up to 40 nats."""
-    u = torch.linspace(-40, 40, 801)
-    with torch.no_grad():
-        value = v(u)
-    keep = value.abs() <= 60 * value[u.abs() <= 10].abs().max()
-    return picture(
-        lambda axes: axes.plot(u[keep], value[keep], color=NEUTRAL), xlabel="outcome u (nats)", ylabel="value v(u)"
-    )
-
-
-def plot_reward(reward: Reward) -> bytes:
-    """r of a one-token completion over its log-ratio; a pair's other completion keeps the reference's log-prob."""
-    ratio = torch.linspace(-1.99, 1.99, 200)
-    n = len(ratio)
-    pair = torch.cat([torch.arange(n) + n, torch.arange(n)])
-    labels = Labels(torch.arange(2 * n) < n, pair)
-    policy = torch.cat([ratio - 2, torch.full((n,), -2.0)])
-    r = reward(rows_of(policy, torch.full((2 * n,), -2.0), labels))[:n].reshape(n, -1)[:, 0]
-    return picture(
-        lambda axes: axes.plot(ratio, r, color=NEUTRAL), xlabel="log π_θ/π_ref, with log π_ref = −2", ylabel="r (nats)"
-    )
-
-
-def plot_reference_point(cls: type) -> bytes:
-    """z0 of a step's first row as all rewards of the step are raised."""
-    shifts = torch.linspace(-4, 4, 81).tolist()
-    z0 = []
-    for shift in shifts:
-        rows = step(shift)
-        z0.append(float(example(cls)(LogRatio()(rows), rows).value.reshape(-1)[0]))
-    return picture(
-        lambda axes: axes.plot(shifts, z0, color=NEUTRAL), xlabel="all rewards raised by (nats)", ylabel="z0 (nats)"
-    )
-
-
-def plot_objective(halo: HALO) -> bytes:
-    """The loss of a row of either class over its outcome, as far as the class carries a loss at all."""
-    u = torch.linspace(-40, 40, 801)
-    judged = halo.feedback(step())
-    with torch.no_grad():
-        losses = {-1.0: halo.loss_offset - halo.value_function(u), 1.0: halo.loss_offset + halo.value_function(u)}
-        if halo.reflect_undesirable:
-            losses[1.0] = halo.loss_offset - halo.value_function(-u)
-
-    def draw(axes: Any) -> None:
-        for label, colour, row in (("desirable", DESIRABLE, 0), ("undesirable", UNDESIRABLE, 1)):
-            if (weight := float(judged.weight[row])) > 0:
-                loss = weight * losses[float(judged.sign[row])]
-                keep = loss.abs() <= 60 * loss[u.abs() <= 10].abs().max()
-                axes.plot(u[keep], loss[keep], color=colour, label=f"{label} row")
-
-    return picture(draw, xlabel="outcome u (nats)", ylabel="loss of a row")
-
-
 def entry(cls: type, plot: str | None) -> str:
-    """A section of a class: docstring, plot, needs."""
+    """The section of a class: docstring, plot, needs."""
     instance = example(cls) if issubclass(cls, torch.nn.Module) else None
     lines = [f"::: {cls.__module__}.{cls.__name__}\n    options: {{members: false, heading_level: 2}}\n"]
     if plot:
@@ -187,7 +102,7 @@ def entry(cls: type, plot: str | None) -> str:
 
 
 def feedback_table(feedback: Feedback) -> str:
-    """What a feedback says of two pairs and a mismatched row."""
+    """Sign and weight of two pairs and a mismatched row, as a table."""
     labels = Labels(
         torch.tensor([True, False, True, False, False]),
         torch.tensor([1, 0, 3, 2, -1]),
@@ -206,7 +121,7 @@ def feedback_table(feedback: Feedback) -> str:
 
 
 def objective_section(path: Path, verdicts: dict[str, list[str]]) -> tuple[str, bytes | None]:
-    """A section of an objective file, and its plot where the whole objective is one loss of outcomes."""
+    """The section of an objective file, and its plot if the objective is a single HALO."""
     text = path.read_text(encoding="utf-8")
     head = [line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), text.splitlines())]
     objective: Objective = load_objective(path)
@@ -227,7 +142,7 @@ def objective_section(path: Path, verdicts: dict[str, list[str]]) -> tuple[str, 
 
 
 def formula(halo: HALO) -> str:
-    """The loss as the parts of the objective make it."""
+    """The loss of an objective as text."""
     judged = halo.feedback(step())
     start = f"{halo.loss_offset:g} " if halo.loss_offset else ""
     readings = {-1.0: "−v(u)", 1.0: "−v(−u)" if halo.reflect_undesirable else "v(u)"}
@@ -252,7 +167,7 @@ def verdicts() -> dict[str, list[str]]:
 
 
 def help_text(words: list[str]) -> str:
-    """What a command prints for ``--help``, 80 columns wide."""
+    """The output of a command with ``--help``, 80 columns wide."""
     out, program, columns = io.StringIO(), sys.argv, os.environ.get("COLUMNS")
     sys.argv, os.environ["COLUMNS"] = ["halos"], "80"
     try:
@@ -268,15 +183,53 @@ def help_text(words: list[str]) -> str:
 
 
 def cli_page() -> str:
-    """Every command with the options that its parser knows."""
-    lines = ["# Command line\n", "Generated from the parsers. `halos COMMAND --help` prints the same.\n"]
-    shared = "validate", "test", "predict"
-    for name, what in COMMANDS.items():
-        lines.append(f"## halos {name}\n\n{what}\n")
-        if name in shared:
-            lines.append("Takes the options of [`halos fit`](#halos-fit), and `--ckpt_path`.\n")
+    """Every command with its help text."""
+    lines = ["# Command line\n", "Every command and its options, as printed by `halos COMMAND --help`.\n"]
+    lines += ["| command | |\n|---|---|"]
+    for name, summary in COMMANDS.items():
+        lines[-1] += f"\n| [`halos {name}`](#halos-{name.replace(' ', '-')}) | {summary} |"
+    lines[-1] += "\n"
+    for name, summary in COMMANDS.items():
+        lines.append(f"## halos {name}\n\n{summary}\n")
+        if name in ("validate", "test", "predict"):
+            lines.append("Takes the options of [`halos fit`](#halos-fit).\n")
         else:
             lines.append(f"```text\n{help_text(name.split()).strip()}\n```\n")
+    return "\n".join(lines)
+
+
+def clauses_page() -> str:
+    """Every clause of the definition: its meaning, an example that fails it, and the remedy."""
+    lines = [
+        "# Clauses\n",
+        "`halos check` tests these clauses of the [definition](../concepts/definition.md), each on the kind of plug-in "
+        "that it belongs to. Each section shows a class that fails the clause, and the remedy; `halos check --explain "
+        "CLAUSE` prints the same.\n",
+    ]
+    for kind, laws in CLAUSES.items():
+        lines.append(f"## {kind}\n")
+        for law in laws:
+            name = law.__name__
+            text = EXPLANATIONS[name]
+            lines.append(f"### {name}\n\n{text.means}\n\n```python\n{code(name)}\n```\n\n**Remedy.** {text.cure}\n")
+    return "\n".join(lines)
+
+
+def evaluation_metrics_page() -> str:
+    """Every metric of ``halos evaluate``."""
+    better = {True: "higher", False: "lower", None: "–"}
+    lines = [
+        "# Evaluation metrics\n",
+        "[`halos evaluate`](../howto/evaluate.md) measures these; [studies](../howto/study.md) compare them. Reward "
+        "is the log-ratio to the reference: the model before training, or `--reference`.\n",
+        "| metric | meaning | measured on | better |\n|---|---|---|---|",
+    ]
+    for name, metric in METRICS.items():
+        lines[-1] += f"\n| `{name}` | {metric.meaning} | {metric.unit} | {better[metric.higher_is_better]} |"
+    lines.append(
+        "\nRows with the same prompt are not independent, so they count as one example, their mean: the n of a metric "
+        "is a number of prompts. Examples are pairs or single rows.\n"
+    )
     return "\n".join(lines)
 
 
@@ -293,17 +246,18 @@ KINDS: list[tuple[str, str, type, Any, str]] = [
         "Reference points",
         ReferencePoint,
         halos_pl.objective.reference_points,
-        "z0 is what the reward of a row is compared with. Each plot shows z0 of the first row of one fixed step (four "
-        "pairs and four mismatched rows) as all rewards of the step rise together: a slope of 1 means that z0 follows "
-        "the rewards, 0 that it does not.",
+        "The reward of a row is compared with [z0](../concepts/reference_point.md). Each plot shows z0 of the first "
+        "row of one fixed step (four pairs and four mismatched rows) as all rewards of the step rise together: a slope "
+        "of 1 means that z0 follows the rewards, a slope of 0 that it does not.",
     ),
     (
         "rewards",
         "Rewards",
         Reward,
         halos_pl.objective.rewards,
-        "r(x, y) is what a completion is worth to the policy. Each plot shows r of a completion of one token over its "
-        "log-ratio; where a pair is needed, the policy gives its other completion the log-prob of the reference.",
+        "r(x, y) measures how much more likely the policy makes a completion than the reference does. Each plot shows "
+        "r of a one-token completion against its log-ratio. If the reward needs a pair, the other completion has the "
+        "same log-prob under policy and reference.",
     ),
     (
         "feedback",
@@ -318,44 +272,32 @@ KINDS: list[tuple[str, str, type, Any, str]] = [
         "Extra terms",
         Objective,
         halos_pl.objective.baselines,
-        "Terms that are not HALOs: the baselines, and what composites add to a HALO in `extra_terms`.",
+        "Terms that are not HALOs: the baselines, and the terms that composites add to a HALO in `extra_terms`.",
     ),
     (
         "reference_models",
         "Reference models",
         ReferenceModel,
         halos_pl.policy.reference,
-        "`model.reference_model` chooses what gives log π_ref. The default is `AdapterOff` with LoRA and `FrozenCopy` "
-        "without.",
+        "`model.reference_model` selects the model that computes log π_ref. The default is `AdapterOff` with LoRA and "
+        "`FrozenCopy` without.",
     ),
     (
         "transforms",
         "Transforms",
         Transform,
         halos_pl.data.transforms,
-        "`data.transforms` is a list of changes to the training data, drawn from the seed and counted in "
+        "`data.transforms` is a list of changes to the training data. They draw from the seed and record counts in "
         "`summary.json`. [Your own data](../howto/data.md#order-and-transforms) shows how to use them.",
     ),
 ]
 
 
-def notebook_page(text: str) -> str:
-    """A script with cells as a page: Markdown cells as text, the others as Python."""
-    sections = []
-    for cell in re.split(r"(?m)^# %%", text)[1:]:
-        kind, _, body = cell.partition("\n")
-        if "[markdown]" in kind:
-            sections.append(re.sub(r"(?m)^# ?", "", body).strip())
-        else:
-            sections.append(f"```python\n{body.strip()}\n```")
-    return "\n\n".join(sections) + "\n"
-
-
 def pages() -> Iterator[tuple[str, str | bytes]]:
-    """Every generated file of the site: its path below docs/, and its content."""
+    """Every generated file of the site: its path relative to docs/, and its content."""
     plots: dict[type, Callable[[type], bytes]] = {
         ValueFunction: lambda cls: plot_value(example(cls)),
-        ReferencePoint: plot_reference_point,
+        ReferencePoint: lambda cls: plot_reference_point(lambda: example(cls)),
         Reward: lambda cls: plot_reward(example(cls)),
     }
     for stem, title, kind, module, text in KINDS:
@@ -371,8 +313,9 @@ def pages() -> Iterator[tuple[str, str | bytes]]:
         yield f"reference/{stem}.md", "\n".join(sections)
     computed = verdicts()
     sections = [
-        "# Objectives\n\nEach is a file in `experiments/objectives/`; `halos fit --objective NAME` trains with it. "
-        "Plots show the loss of one row, times its weight, over its outcome.\n"
+        "# Objectives\n\nThe shipped losses. Each is a file in `experiments/objectives/`; `halos fit --objective NAME` "
+        "trains with it. Plots show the weighted loss of one row against its outcome. [Verdicts](verdicts.md) lists "
+        "which are HALOs.\n"
     ]
     for path in sorted((ROOT / "experiments" / "objectives").glob("*.yaml")):
         section, svg = objective_section(path, computed)
@@ -381,9 +324,14 @@ def pages() -> Iterator[tuple[str, str | bytes]]:
             yield f"reference/plots/objective_{path.stem}.svg", svg
     yield "reference/objectives.md", "\n".join(sections)
     yield "reference/cli.md", cli_page()
+    yield "reference/clauses.md", clauses_page()
+    yield "reference/evaluation_metrics.md", evaluation_metrics_page()
     for path in sorted((ROOT / "docs" / "notebooks").glob("*.py")):
+        page, figures = notebook_page(path.stem, path.read_text(encoding="utf-8"))
         source = f"[Download this page as a script with cells]({path.name}).\n"
-        yield f"notebooks/{path.stem}.md", notebook_page(path.read_text(encoding="utf-8")) + "\n" + source
+        yield f"notebooks/{path.stem}.md", f"{page}\n{source}"
+        for name, figure in figures.items():
+            yield f"notebooks/{name}", figure
     for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
         yield name.lower(), (ROOT / name).read_text(encoding="utf-8").replace("](docs/", "](")
     for folder, place in ((ROOT / "benchmarks", "performance"), (ROOT / "experiments/ablations/results", "results")):
@@ -393,12 +341,12 @@ def pages() -> Iterator[tuple[str, str | bytes]]:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the generated files to those of docs/."""
+    """Adds the generated files to those in docs/."""
     for path, content in pages():
         files.append(File.generated(config, path, content=content))
     return files
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Docstrings name other objects as Sphinx does; their last part is shown."""
+    """Replaces Sphinx roles of docstrings by the last part of the name in code font."""
     return re.sub(r":(?:class|meth|mod|func|attr):<code>~?(?:[\w.]+\.)?(\w+)</code>", r"<code>\1</code>", html)

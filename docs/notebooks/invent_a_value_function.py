@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Invent a value function
 #
-# Write one, check it against the definition of human-aware losses, plot it, and train with it.
+# Write a value function, check it against the definition of human-aware losses, plot it, and train with it.
 
 # %%
 import tempfile
@@ -18,7 +18,7 @@ from value_functions import Logistic
 
 
 class Arctangent(ValueFunction):
-    """v(u) = 1/2 + atan(beta * u) / pi: as steep as the logistic at 0, with heavier tails."""
+    """v(u) = 1/2 + atan(beta * u) / pi: like the logistic, with heavier tails."""
 
     def __init__(self, *, beta: float = 0.1) -> None:
         super().__init__()
@@ -29,8 +29,8 @@ class Arctangent(ValueFunction):
 
 
 # %% [markdown]
-# The suite tries to refute each clause of the definition, and shows the smallest outcome that does. This one passes: it
-# never falls, and it is concave on gains.
+# `check_halo` tries to refute each clause of the definition and shows the smallest counterexample. This function
+# passes: it never decreases, and it is concave on gains.
 
 # %%
 report = check_halo(Arctangent())
@@ -41,14 +41,14 @@ assert report.verdict == "halo"
 u = torch.linspace(-100, 100, 401)
 for function in (Arctangent(), Logistic(beta=0.1)):
     plt.plot(u, function(u), label=type(function).__name__)
-plt.xlabel("outcome u, nats")
+plt.xlabel("outcome u (nats)")
 plt.ylabel("value v(u)")
 plt.legend()
 plt.show()
 
 # %% [markdown]
-# KTO with the new value function. `testing.fit` trains a tiny random model for a few steps; `halos fit --objective kto
-# --model.value_function mine.Arctangent` trains a real one.
+# This is KTO with the new value function. `testing.fit` trains a tiny random model for a few steps. To train a real
+# one, put the class in a file and run `halos fit --objective kto --model.value_function Arctangent`.
 
 # %%
 objective = HALO(
@@ -60,7 +60,8 @@ objective = HALO(
     loss_offset=1.0,
 )
 folder = testing.tiny_model(Path(tempfile.mkdtemp()))
-trained = testing.fit(objective, testing.binary_rows(12), folder, steps=6, lr=0.5)
+rows = testing.binary_rows(12)
+trained = testing.fit(objective, rows, folder, steps=6, lr=0.5)
 losses = [step["loss"] for step in trained.steps]
 print([round(loss, 4) for loss in losses])
 assert losses[0] == 0.5  # every reward is 0 before the first step
