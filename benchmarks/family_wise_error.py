@@ -2,10 +2,10 @@
 
     python benchmarks/family_wise_error.py --studies 2000 --write docs/statistics.md
 
-The decisions are those of `halos_pl.study.decisions.compare`, written out for many studies at once; a test compares the
-two. A value is the sum of what arm, prompt, arm and prompt, run, and run and prompt add; a binary one is drawn from the
-logistic function of such a sum. The power stands beside that of cbdf31b, where each comparison estimated its own run
-variance.
+The decisions are those of `halos_pl.study.decisions.compare`, vectorised over many studies; a test compares the two. A
+value is the sum of the effects of arm, prompt, arm × prompt, run, and run × prompt; a binary one is drawn from the
+logistic function of such a sum. The power is compared with that of an unpooled method, in which each comparison
+estimates its own run variance.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from halos_pl.study.statistics import LEVEL
 #: A variance of runs with its degrees of freedom.
 Part = tuple[Floats, Floats | float]
 
-BEFORE = "cbdf31b"
+UNPOOLED = "unpooled"
 BEGIN, END = "<!-- simulated -->", "<!-- end of what is simulated -->"
 
 
-#: SD over prompts of the log odds that a binary metric is drawn from.
+#: SD over prompts of the log odds from which a binary metric is drawn.
 LATENT = 1.5
 
 
@@ -43,15 +43,15 @@ class Setting:
     """One kind of study.
 
     Attributes:
-        arms: with the reference arm.
-        seeds, prompts, metrics: of the study.
-        run: SD over runs, in SDs over prompts (of the log odds where the metric is binary).
-        binary: whether values are 0 or 1.
-        uneven: whose run SD is three times that of the other arms: ``reference``, ``arm`` or nobody's.
-        untrained: the reference is a model without seeds.
-        sampled: share of the variance over prompts that is drawn anew in each run, where the metric is not binary.
-        base: mean of a binary metric.
-        effect: true difference of the first other arm: a share, or in SDs over prompts.
+        arms: Number of arms, including the reference arm.
+        seeds, prompts, metrics: Numbers of each in the study.
+        run: SD over runs, in SDs over prompts (of the log odds for a binary metric).
+        binary: Whether values are 0 or 1.
+        uneven: Which arm's run SD is three times that of the others: ``reference``, ``arm`` or, if empty, none.
+        untrained: Whether the reference is a model without seeds.
+        sampled: Share of the variance over prompts that is drawn anew in each run, for a continuous metric.
+        base: Mean of a binary metric.
+        effect: True difference of the first other arm: a share, or in SDs over prompts.
     """
 
     arms: int
@@ -68,20 +68,20 @@ class Setting:
 
     @property
     def kind(self) -> str:
-        """What is special about it."""
-        kind = f"binary, mean {self.base:g}" if self.binary else f"continuous, {100 * self.sampled:g} % sampled"
+        """The metric and anything unusual, as a table cell."""
+        kind = f"binary, mean {self.base:g}" if self.binary else f"continuous, {100 * self.sampled:g}% sampled"
         uneven = f"; run SD of {'the reference' if self.uneven == 'reference' else 'one arm'} three times the others'"
         return kind + (uneven if self.uneven else "") + ("; untrained reference" if self.untrained else "")
 
     def run_sd(self, arm: int) -> float:
-        """SD over runs of an arm."""
+        """The SD of an arm over runs."""
         one = {"": None, "reference": 0, "arm": 1}[self.uneven]
         return self.run if one is None or arm == one else self.run / 3
 
 
 @lru_cache
 def log_odds(share: float) -> float:
-    """The mean of the log odds at which binary values have that mean."""
+    """The mean of the log odds for which binary values have the mean ``share``."""
     normal = np.linspace(-4, 4, 401)
     weights = stats.norm.pdf(normal)
 
@@ -92,9 +92,9 @@ def log_odds(share: float) -> float:
 
 
 def drawn(s: Setting, studies: int, rng: np.random.Generator) -> Floats:
-    """[studies, arms, seeds, prompts]: the primary metric; an untrained reference has the same values for each seed.
+    """The primary metric, [studies, arms, seeds, prompts]; an untrained reference has the same values for each seed.
 
-    The other metrics of a study are exploratory, so that nothing is claimed of them.
+    The other metrics of a study are exploratory: no claims are made about them.
     """
     shape = (studies, s.arms, s.seeds, s.prompts)
     prompts = rng.normal(size=(studies, 1, 1, s.prompts)) + rng.normal(size=(studies, s.arms, 1, s.prompts))
@@ -115,7 +115,7 @@ def drawn(s: Setting, studies: int, rng: np.random.Generator) -> Floats:
 
 
 def arms_of(s: Setting, values: Floats) -> dict[str, Runs]:
-    """One study, as reports have it."""
+    """One study in the form that reports use."""
     bare = [s.untrained and arm == 0 for arm in range(s.arms)]
     seeds = tuple(range(s.seeds))
     return {f"arm {i}": Runs(v[:1] if bare[i] else v, () if bare[i] else seeds) for i, v in enumerate(values)}
@@ -123,10 +123,9 @@ def arms_of(s: Setting, values: Floats) -> dict[str, Runs]:
 
 @dataclass(frozen=True)
 class Found:
-    """Of many studies, [studies, arms - 1]: corrected p, and what is said to differ in these runs only.
+    """Decisions of many studies, [studies, arms - 1]: corrected p, and whether arms differ in these runs only.
 
-    ``before`` has p of cbdf31b after Holm's correction over the arms. Its bootstrap over seeds and examples converges
-    to the closed form that is used instead.
+    ``before`` is p of the unpooled method after Holm's correction over the arms.
     """
 
     p: Floats
@@ -135,7 +134,7 @@ class Found:
 
     @property
     def significant(self) -> NDArray[np.bool_]:
-        """What is significant over seeds."""
+        """Whether each difference is significant over seeds."""
         return self.p < LEVEL
 
 
@@ -152,7 +151,7 @@ def _holm(p: Floats) -> Floats:
 
 
 def decided(s: Setting, values: Floats) -> Found:
-    """The decisions of studies, from [studies, arms, seeds, prompts]."""
+    """The decisions of studies with values [studies, arms, seeds, prompts]."""
     free, count = s.seeds - 1, s.prompts
     differences = values[:, 1:] - values[:, :1]
     by_run, by_example = differences.mean(axis=3), differences.mean(axis=2)
@@ -202,10 +201,10 @@ def decided(s: Setting, values: Floats) -> Found:
 
 @dataclass(frozen=True)
 class Count:
-    """Of so many studies: those that claim anything, that claim significance, that find the first other arm.
+    """How many studies claim anything, claim significance, and find the first other arm.
 
-    ``least`` has the smallest corrected p of each study, ``first`` that of the first other arm; ``least_before`` and
-    ``first_before`` have those of cbdf31b.
+    ``least`` is the smallest corrected p of each study and ``first`` that of the first other arm; ``least_before`` and
+    ``first_before`` are those of the unpooled method.
     """
 
     claimed: int
@@ -224,7 +223,7 @@ def count(setting: Setting, studies: int, seed: int) -> Count:
     parts = [decided(setting, drawn(setting, min(step, studies - at), rng)) for at in range(0, studies, step)]
     p = np.concatenate([part.p for part in parts])
     significant = claims = p < LEVEL
-    if not setting.run:  # that runs differ is false only where no run differs from another
+    if not setting.run:  # "differs in these runs only" is false only if no run differs from another
         claims = claims | np.concatenate([part.runs_only for part in parts])
     before = np.concatenate([part.before for part in parts])
     return Count(
@@ -239,7 +238,7 @@ def count(setting: Setting, studies: int, seed: int) -> Count:
 
 
 def bounds(hits: int, of: int) -> tuple[float, float]:
-    """95 % interval of Clopper and Pearson."""
+    """The 95% interval of Clopper and Pearson."""
     low, high = stats.binomtest(hits, of).proportion_ci(0.95, "exact")
     return float(low), float(high)
 
@@ -269,7 +268,7 @@ GRID = [
     *(Setting(4, 3, 300, 0.2, sampled=1.0, uneven=whose) for whose in ("", "reference", "arm")),
     *(Setting(arms, 3, prompts, 0.2, True, uneven="reference") for arms, prompts in ((4, 60), (12, 300))),
 ]
-#: Run SDs that studies of one design may have; what they have is not known, so the worst of them sets cbdf31b's level.
+#: Run SDs that studies of one design may have. The true one is unknown, so the worst sets the unpooled method's level.
 RUNS = (0.0, 0.2, 0.4)
 COMPARED = [
     Setting(arms, seeds, prompts, 0.0, True)
@@ -296,7 +295,7 @@ def planned(setting: Setting, effect: float) -> float:
     """The power that a study's plan states, from the true standard deviations."""
     s = setting
     noise = Noise.planned(
-        prompt_sd=math.sqrt(1 - s.sampled),  # of the difference: half of each arm's variance is common to both
+        prompt_sd=math.sqrt(1 - s.sampled),  # of the difference: both arms share half of each one's variance
         run_sd=s.run,
         sampling_sd=math.sqrt(2 * s.sampled),
         count=s.prompts,
@@ -307,14 +306,14 @@ def planned(setting: Setting, effect: float) -> float:
 
 
 def level_of(least: Floats, rate: float) -> float:
-    """The level of corrected p below which that share of studies falls."""
+    """The corrected p below which a share ``rate`` of studies falls."""
     return float(np.sort(least)[min(len(least) - 1, round(rate * len(least)))])
 
 
 def table(studies: int, seed: int, tell: Callable[[str], None]) -> Iterator[str]:
     """The lines of the three tables."""
     yield from (
-        f"Share of {studies} simulated studies without any true difference whose report claims one (95 % interval).",
+        f"Share of {studies} simulated studies without any true difference whose report claims one (95% interval).",
         "",
         "| arms x metrics | seeds x prompts | run SD | metric | false claims |",
         "|---|---|---|---|---|",
@@ -329,14 +328,14 @@ def table(studies: int, seed: int, tell: Callable[[str], None]) -> Iterator[str]
     yield from (
         "",
         f"How often {studies} simulated studies find the one arm that differs (binary metric, mean 0.4), and how many"
-        f" of {2 * studies} without a difference claim one. Power is that of this method as it is; of {BEFORE} at the"
-        f" level at which it makes as many false claims in that setting; of {BEFORE} at the level at which it makes 5 %"
-        f" in the worst of the run SDs {', '.join(f'{run:g}' for run in RUNS)}; and of both at the levels at which they"
-        " make 5 % in that very setting.",
+        f' of {2 * studies} without a difference claim one. "Power" is that of this method. The {UNPOOLED} method is'
+        " shown at the level at which it makes as many false claims in that setting, and at the level at which it makes"
+        f" 5% in the worst of the run SDs {', '.join(f'{run:g}' for run in RUNS)}. The last two columns show both"
+        " methods at the levels at which they make 5% in that very setting.",
         "",
-        f"| arms | seeds x prompts | run SD | false claims | false claims, {BEFORE} | points | power |"
-        f" {BEFORE}, as many false claims | {BEFORE}, 5 % in the worst run SD | power at 5 % here |"
-        f" {BEFORE}, 5 % here |",
+        f"| arms | seeds x prompts | run SD | false claims | false claims, {UNPOOLED} | points | power |"
+        f" {UNPOOLED}, as many false claims | {UNPOOLED}, 5% in the worst run SD | power at 5% here |"
+        f" {UNPOOLED}, 5% here |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     )
     for design in COMPARED:
@@ -375,11 +374,11 @@ def table(studies: int, seed: int, tell: Callable[[str], None]) -> Iterator[str]
 
 
 def main() -> None:
-    """Prints the tables, and writes them where asked."""
+    """Prints the tables, and writes them to a file with ``--write``."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--studies", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", type=Path, help=f"file whose text between {BEGIN} and {END} is replaced")
+    parser.add_argument("--write", type=Path, help=f"file in which the text between {BEGIN} and {END} is replaced")
     args = parser.parse_args()
     lines = list(table(args.studies, args.seed, lambda line: print(line, flush=True)))
     if args.write:
