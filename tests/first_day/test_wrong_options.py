@@ -1,5 +1,6 @@
-"""What a user gets for a wrong input: one line that names the option, what was given and what to do, before a model is
-loaded. ``README.md`` beside this file says what each gave before.
+"""A wrong input gets one line that names the option, its value and the remedy, before a model is loaded.
+
+``README.md`` in this folder lists the kinds of inputs.
 """
 
 from __future__ import annotations
