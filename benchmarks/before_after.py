@@ -1,11 +1,11 @@
-"""A training step of this checkout beside that of another one, such as an earlier commit.
+"""Compares a training step of this checkout with that of another one, such as an earlier commit.
 
     git worktree add ../before COMMIT
     .venv/bin/python benchmarks/before_after.py ../before [--workloads kto_live dpo_live] [--pairs 20]
 
 Both sides load the same rows and must compute the same loss and gradient. Then they step in turn, in random order
-within each pair. Printed is the median of the ratios of this checkout's time to the other's, with a 95 % interval from
-order statistics: no assumption about the distribution. Run it on an otherwise idle machine.
+within each pair. The table shows the median ratio of this checkout's time to the other's, with a 95% interval from
+order statistics, which assumes nothing about the distribution. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parents[1]
 
 
 def median_interval(values: list[float]) -> tuple[float, float, float]:
-    """Median, and the order statistics that hold the true one in at least 95 % of samples."""
+    """Median, and the order statistics that contain the true one in at least 95% of samples."""
     ordered, n = sorted(values), len(values)
     below = max(int(binom.ppf(0.025, n, 0.5)) - 1, 0)
     return statistics.median(ordered), ordered[below], ordered[n - 1 - below]
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
-    print("| step | now, s | before, s | now / before [95 %] | now, GB | before, GB | gradient, apart |")
+    print("| step | now, s | before, s | now / before [95%] | now, GB | before, GB | gradient, apart |")
     print("|---|---|---|---|---|---|---|")
     for workload in args.workloads:
         print(compare(args.other, workload, args.pairs, args.threads), flush=True)

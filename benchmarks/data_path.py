@@ -1,11 +1,11 @@
-"""How long it takes to check and tokenise feedback, and how much memory a large file needs.
+"""Measures how long it takes to check and tokenise feedback, and how much memory a large file needs.
 
     python benchmarks/data_path.py [--rows 100000] [--gigabytes 1.0]
 
-Writes files of random words into a temporary folder (rows of about 700 characters, text and chat), then measures, each
-in a process of its own:
+Writes files of random words into a temporary folder (rows of about 700 characters, text and chat). Then it measures,
+each in a separate process:
 
-* reading and checking alone; with tokenising, into the cache; and finding it in the cache;
+* the time to read and check; to tokenise into the cache as well; and to find the result in the cache;
 * the peak memory of ``halos fit`` (KTO, 3 steps of 8 rows, a tiny random model) on a file of 10 MB and on a large one.
 
 Prints a table. The tokenizer is SmolLM2's.

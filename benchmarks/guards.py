@@ -1,15 +1,15 @@
-"""What the guards against silent faults cost: in a fit, and in writing a checkpoint.
+"""Measures what the checks against silent faults cost in a run, and in writing a checkpoint.
 
     python benchmarks/guards.py [--baseline cbdf31b] [--steps 50] [--pairs 1] [--saves 5]
 
 Three tables:
 
-1. One fit of the quickstart (SmolLM2-135M, LoRA, 8 rows a step) with a stopwatch around each guard; shares are of the
+1. One run of the quickstart (SmolLM2-135M, LoRA, 8 rows per step) with a timer around each check; shares are of the
    whole process.
-2. The same fit by this checkout and by an earlier commit, ``--baseline``, in turn; both must log the same losses. A
-   fit's time varies by a tenth, so this only shows that the stopwatches missed nothing large.
-3. A checkpoint of SmolLM2-135M and its AdamW state, 1.6 GB, written in turn as the baseline did (Lightning's writer,
-   then fsync and rename) and by this checkout's ``LastCheckpoint``.
+2. The same run by this checkout and by an earlier commit, ``--baseline``, in turn; both must log the same losses. A
+   run's time varies by a tenth, so this only shows that the timers missed nothing large.
+3. A checkpoint of SmolLM2-135M and its AdamW state, 1.6 GB, written in turn by Lightning's writer (then fsync and
+   rename) and by ``LastCheckpoint``.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FIT = ("base.yaml", "objectives/kto.yaml", "quickstart/quickstart.yaml")
-#: Guard, and the function that does it.
+#: Each check with its function.
 GUARDS = {
     "the run's folder is locked and writable": "halos_pl.training.run_lock:RunLock.take",
     "config files are read for faults": "halos_pl.cli.configs:check_files",
-    "monitors are known": "halos_pl.cli.lightning_cli:check_monitors",
-    "the cached tokens are whole (SHA-256)": "halos_pl.data.store:checksums",
-    "the converted model is whole (SHA-256)": "halos_pl.policy.source:_intact",
+    "monitored metrics exist": "halos_pl.cli.lightning_cli:check_monitors",
+    "the cached tokens are intact (SHA-256)": "halos_pl.data.store:checksums",
+    "the converted model is intact (SHA-256)": "halos_pl.policy.source:_intact",
     "all weights were in the files": "halos_pl.policy.loading:check_loaded",
     "the tokenizer's ids have embeddings": "halos_pl.training.models:check_vocabulary",
     "callbacks' states can be loaded": "halos_pl.training.checkpoint:check_callbacks",
-    "a signal is asked for after each step": "halos_pl.training.stop_at_step:AgreedSignals.received_sigterm",
-    "settings are kept in checkpoints": "halos_pl.training.resume:Record.state",
+    "a signal is checked for after each step": "halos_pl.training.stop_at_step:AgreedSignals.received_sigterm",
+    "settings are saved in checkpoints": "halos_pl.training.resume:Record.state",
     "weights are finite before a save": "halos_pl.training.checkpoint_contents:check_finite",
 }
 
 
 def words(run: Path, *more: str) -> list[str]:
-    """Of a fit of the quickstart."""
+    """The command line of a quickstart run."""
     configs = [word for name in FIT for word in ("--config", f"experiments/{name}")]
     return ["fit", *configs, f"--run_dir={run}", "--trainer.enable_progress_bar=false", *more]
 
 
 def timed(arguments: list[str]) -> None:
-    """Runs a command of ``halos`` with a stopwatch around each guard; prints the seconds as JSON on the last line."""
+    """Runs a command of ``halos`` with a timer around each check; prints the seconds as JSON on the last line."""
     from halos_pl.cli.lightning_cli import HalosCLI
 
     seconds: dict[str, float] = defaultdict(float)
@@ -110,13 +110,13 @@ def losses(run: Path) -> list[str]:
 
 def guards(steps: int, folder: Path) -> None:
     """Table 1."""
-    fit(ROOT, folder / "warm", 1)  # the caches are filled, as they are for all but the first run
-    wall, _, said = fit(ROOT, folder / "watched", steps, watched=True)
-    found = json.loads(said.strip().splitlines()[-1])
-    print(f"| guard | calls | ms | share of {wall:.0f} s |\n|---|---|---|---|")
-    for name, (seconds, calls) in found.items():
+    fit(ROOT, folder / "warm", 1)  # fills the caches, which are cold only for the first run
+    wall, _, output = fit(ROOT, folder / "watched", steps, watched=True)
+    timings = json.loads(output.strip().splitlines()[-1])
+    print(f"| check | calls | ms | share of {wall:.0f} s |\n|---|---|---|---|")
+    for name, (seconds, calls) in timings.items():
         print(f"| {name} | {calls} | {1000 * seconds:.1f} | {seconds / wall:.3%} |")
-    whole = sum(seconds for seconds, _ in found.values())
+    whole = sum(seconds for seconds, _ in timings.values())
     print(f"| together | | {1000 * whole:.0f} | {whole / wall:.2%} |\n", flush=True)
 
 
@@ -152,11 +152,11 @@ def saves(count: int, folder: Path) -> None:
     times: dict[str, list[float]] = {"before": [], "now": []}
 
     class Save(Callback):
-        """Writes each kind of checkpoint in turn when the fit has ended."""
+        """Writes both kinds of checkpoint in turn at the end of training."""
 
         def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            own = next(c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint))
-            own.save(trainer)  # the file that is replaced is there for both sides
+            checkpoint = next(c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint))
+            checkpoint.save(trainer)  # so that both sides replace an existing file
             target = folder / "before.ckpt"
 
             def before() -> None:
@@ -167,8 +167,8 @@ def saves(count: int, folder: Path) -> None:
                 os.replace(beside, target)
 
             def now() -> None:
-                own._saved_step = -1  # as if it were another step
-                own.save(trainer)
+                checkpoint._saved_step = -1  # as if it were another step
+                checkpoint.save(trainer)
 
             for _ in range(count + 1):
                 for name, save in (("before", before), ("now", now)):
@@ -185,13 +185,13 @@ def saves(count: int, folder: Path) -> None:
     size = (folder / "save" / "checkpoints" / "last.ckpt").stat().st_size / 1e9
     before, now = (statistics.median(times[name][1:]) for name in ("before", "now"))
     spread = {name: f"{min(t[1:]):.2f} to {max(t[1:]):.2f}" for name, t in times.items()}
-    print(f"| {size:.2f} GB | before | now | ratio |\n|---|---|---|---|")
+    print(f"| {size:.2f} GB | Lightning | halos_pl | ratio |\n|---|---|---|---|")
     print(f"| seconds, median of {count} | {before:.2f} | {now:.2f} | {now / before:.2f} |")
-    print(f"| seconds, from and to | {spread['before']} | {spread['now']} | |", flush=True)
+    print(f"| seconds, range | {spread['before']} | {spread['now']} | |", flush=True)
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Prints the three tables."""
     if sys.argv[1:2] == ["--timed"]:
         timed(sys.argv[2:])
         return

@@ -1,10 +1,10 @@
-"""How much of a step's time the objective takes: reward, z0, value, feedback and the loss's own gradient.
+"""Measures the objective's share of a step's time: reward, z0, value, feedback and the gradient of the loss.
 
     python benchmarks/overhead.py [--threads 2]
 
 The step is that of ``vs_trl.py``'s kto_live and dpo_live (SmolLM2-135M, 8 rows, live reference). The objective is timed
-by itself on the log-probs of that step, forwards and backwards down to them, 50 times, and the median is set beside the
-median of three steps.
+separately on the log-probs of that step, forward and backward, 50 times; its median is compared with the median of
+three whole steps.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""How a step's time and memory grow with rows, prompt length, completions per prompt and vocabulary.
+"""Measures how a step's time and memory grow with rows, prompt length, completions per prompt and vocabulary.
 
     python benchmarks/scaling.py [--threads 2] [--out benchmarks/scaling]
 
-KTO with a live reference on a random Llama of 12 layers, width 256, in float32, each point in a process of its own: two
-steps warm up, three are timed, the median counts. Memory is the process's peak less what it held before the first step,
-so weights, tokens and libraries are not in it, but gradients are. Writes a table (CSV) and a plot (PNG).
+KTO with a live reference on a random Llama of 12 layers, width 256, in float32. Each point runs in a separate process:
+two warm-up steps, then the median of three. Memory is the process's peak minus its use before the first step, so it
+includes gradients but not weights, tokens and libraries. Writes a table (CSV) and a plot (PNG).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""How long commands take to start: seconds from the shell to the end, and what they import.
+"""Measures how long commands take to start: seconds from call to exit, and the heavy libraries that they import.
 
     python benchmarks/startup.py --repeats 5
 
-Each command runs once before it is timed: the first start after a boot also reads the libraries from the disk, and
-the first fit --help makes the text that later ones show.
+Each command runs once before it is timed: the first start after a boot also reads the libraries from disk, and the
+first ``fit --help`` creates the text that later ones print.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
-    print("| halos ... | seconds, median | from and to | at most | imports |\n|---|---|---|---|---|")
+    print("| halos ... | seconds, median | range | target | imports |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for command, limit in COMMANDS.items():
             words = [folder if word == "FOLDER" else word for word in command.split()]
-            loaded = imports(words)  # and warms the caches of the disk
+            loaded = imports(words)  # also warms the disk caches
             times = [run(words) for _ in range(repeats)]
             spread = f"{min(times):.2f} to {max(times):.2f}"
             most = f"{limit:g}" if limit else ""

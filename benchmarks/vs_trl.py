@@ -1,26 +1,25 @@
-"""A training step side by side with TRL's: first the same loss and gradient, then time and memory.
+"""Compares a training step with TRL's: first that loss and gradient are the same, then time and memory.
 
     python benchmarks/vs_trl.py [--workloads kto_live dpo_live ...] [--repeats 3] [--threads 2] [--json FILE]
         [--device cuda] [--times 16] [--model FOLDER]
 
-Each side runs in a process of its own with the same model (SmolLM2-135M-Instruct, float32; rows that say bfloat16
-compute under autocast), the same rows of real human feedback (HH-RLHF), the same mismatches, torch's AdamW (fused) and
-as many threads.
-On a GPU both sides share the card: it must hold their models and their caches of memory at once. --times multiplies
-the rows of a step and --model names a larger model, so as to fill it.
-TRL is set as fast as it goes: no gradient checkpointing, no padding to a fixed length, its own loss without Liger
-(which has no CPU kernels). Two steps warm up, then steps are timed in turn, one of each side after the other, and the
-median of the ratios is shown. Memory is the peak of the whole process, models, optimizer state and all; on a GPU that
-of its tensors there.
+Each side runs in a separate process with the same model (SmolLM2-135M-Instruct in float32; the bfloat16 rows use
+autocast), the same rows of real human feedback (HH-RLHF), the same mismatches, torch's fused AdamW and the same number
+of threads. TRL uses its fastest settings: no gradient checkpointing, no padding to a fixed length, its own loss without
+Liger (which has no CPU kernels). After two warm-up steps, the two sides step in turn; the table shows the median of the
+ratios. Memory is the peak of the whole process, including models and optimizer state; on a GPU, that of its tensors.
 
-Losses are compared with each other, gradients also with the same step in float64: in float32 each side is off by its
-own rounding, under bfloat16 by about a hundredth. Differences of gradients are relative to the largest entry of all.
+On a GPU, both sides share the card, which must hold both models and both memory pools at once. To fill it, --times
+multiplies the rows of a step and --model names a larger model.
 
-Useful FLOP are those that the step needs at least, as ``halos_pl.training.throughput.step_flops`` counts them.
-They are divided
-by the time of our step, AdamW included, and by the FLOP/s of a square matmul of the same dtype measured in between.
+Losses are compared with each other, gradients also with the same step in float64: in float32, each side deviates by its
+own rounding, under bfloat16 by about a hundredth. Differences of gradients are relative to the largest entry.
 
-Data: $HALOS_TEST_DATA, else ../shared/data beside the checkout.
+Useful FLOP are the least that the step needs, as counted by ``halos_pl.training.throughput.step_flops``. They are
+divided by the time of our step, including AdamW, and by the FLOP/s of a square matrix product of the same dtype,
+measured in between.
+
+Data: $HALOS_TEST_DATA, or ../shared/data next to the checkout.
 """
 
 from __future__ import annotations
