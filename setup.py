@@ -1,9 +1,9 @@
-"""What pyproject.toml cannot say: ``experiments/`` travels in the wheel as ``halos_pl/experiments``."""
+"""Ships ``experiments/`` in the wheel as ``halos_pl/experiments``, which pyproject.toml cannot express."""
 
 from setuptools import find_namespace_packages, find_packages, setup
 
 HOME = "halos_pl.experiments"
-# The results of studies stay behind.
+# The wheel leaves out the results of studies.
 folders = [HOME, *(f"{HOME}.{name}" for name in find_namespace_packages("experiments", exclude=["*results*"]))]
 
 setup(
