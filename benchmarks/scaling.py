@@ -1,6 +1,6 @@
 """Measures how a step's time and memory grow with rows, prompt length, completions per prompt and vocabulary.
 
-    python benchmarks/scaling.py [--threads 2] [--out benchmarks/scaling]
+    python benchmarks/scaling.py [--threads 2] [--out benchmarks/scaling] [--replot]
 
 KTO with a live reference on a random Llama of 12 layers, width 256, in float32. Each point runs in a separate process:
 two warm-up steps, then the median of three. Memory is the process's peak minus its use before the first step, so it
@@ -41,10 +41,10 @@ AXES: dict[str, list[Point]] = {
     "vocabulary": [Point(vocabulary=8192 * n) for n in (1, 2, 4, 8)],
 }
 LABELS = {
-    "rows": "rows of a step",
-    "prompt": "tokens of a prompt",
-    "shared": "completions per prompt (16 rows, prompts of 256 tokens)",
-    "vocabulary": "vocabulary",
+    "rows": "rows per step",
+    "prompt": "prompt length (tokens)",
+    "shared": "completions per prompt (16 rows)",
+    "vocabulary": "vocabulary (tokens)",
 }
 
 
@@ -109,43 +109,53 @@ def measure(point: Point, threads: int) -> None:
     )
 
 
+def plot(table: Path, picture: Path) -> None:
+    """Draws time and memory against each axis from the CSV."""
+    from matplotlib.figure import Figure
+
+    with table.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    figure = Figure(figsize=(4 * len(AXES), 6), layout="constrained")
+    grid = figure.subplots(2, len(AXES))
+    for column, name in enumerate(AXES):
+        points = [line for line in lines if line["axis"] == name]
+        at = [int(point[name]) for point in points]
+        for row, key, label in ((0, "seconds", "seconds per step"), (1, "megabytes", "MB beyond the weights")):
+            values = [float(point[key]) for point in points]
+            axes = grid[row][column]
+            axes.plot(at, values, marker="o")
+            axes.set(xlabel=LABELS[name], ylabel=label, ylim=(0, 1.08 * max(values)), xscale="log")
+            axes.set_xticks(at, [str(n) for n in at], minor=False)
+            axes.minorticks_off()
+    figure.savefig(picture, dpi=80)
+
+
 def main() -> None:
-    """Measures, prints and plots."""
+    """Measures, prints and plots; with --replot, only plots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "scaling")
+    parser.add_argument("--replot", action="store_true", help="draw the plot again from the CSV")
     parser.add_argument("--point", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.point:
         measure(Point(**json.loads(args.point)), args.threads)
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, grid = plt.subplots(2, len(AXES), figsize=(4 * len(AXES), 6), layout="constrained")
-    lines = []
-    for column, (name, points) in enumerate(AXES.items()):
-        found = []
-        for point in points:
-            words = [sys.executable, __file__, "--threads", str(args.threads), "--point", json.dumps(asdict(point))]
-            out = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-            found.append(json.loads(out.splitlines()[-1]))
-            lines.append({"axis": name, **asdict(point), **{k: round(v, 3) for k, v in found[-1].items()}})
-            print(lines[-1], flush=True)
-        at = [getattr(point, name) for point in points]
-        for row, figure_name, unit in ((0, "seconds", "s a step"), (1, "megabytes", "MB above the weights")):
-            axes = grid[row][column]
-            axes.plot(at, [f[figure_name] for f in found], marker="o")
-            axes.set(xlabel=LABELS[name], ylabel=unit, ylim=(0, None), xscale="log")
-            axes.set_xticks(at, [str(n) for n in at], minor=False)
-            axes.minorticks_off()
-    figure.savefig(args.out.with_suffix(".png"), dpi=80)
-    with args.out.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
+    table = args.out.with_suffix(".csv")
+    if not args.replot:
+        lines = []
+        for name, points in AXES.items():
+            for point in points:
+                words = [sys.executable, __file__, "--threads", str(args.threads), "--point", json.dumps(asdict(point))]
+                out = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+                measured = {key: round(value, 3) for key, value in json.loads(out.splitlines()[-1]).items()}
+                lines.append({"axis": name, **asdict(point), **measured})
+                print(lines[-1], flush=True)
+        with table.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(lines[0]))
+            writer.writeheader()
+            writer.writerows(lines)
+    plot(table, args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

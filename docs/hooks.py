@@ -239,7 +239,8 @@ KINDS: list[tuple[str, str, type, Any, str]] = [
         "Value functions",
         ValueFunction,
         value_functions,
-        "v(u) is the value of an outcome u = r − z0.",
+        "v(u) is the value of an outcome u = r − z0. In a HALO, v is non-decreasing everywhere and concave on gains "
+        "(u > 0). Each plot shows v for outcomes of up to 40 nats.",
     ),
     (
         "reference_points",
