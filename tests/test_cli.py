@@ -354,7 +354,7 @@ def test_what_lightning_would_refuse_late_or_break_is_refused(data, tiny_folder,
         "strategy=fsdp": "trainer.strategy fsdp is not supported: the reference model",
         "strategy=deepspeed_stage_3": "Use a single device or ddp",
         "overfit_batches=1": "Use --trainer.limit_train_batches",
-        "enable_checkpointing=false": "a run keeps checkpoints/last.ckpt",
+        "enable_checkpointing=false": "checkpoints/last.ckpt",
     }.items():
         words = fit(tiny_folder, "kto", data["binary"], tmp_path / "run", f"--trainer.{option}")
         assert said in refused(capfd, words), option
@@ -369,6 +369,11 @@ def test_a_wrong_word_is_answered_without_pages_of_usage(data, tiny_folder, tmp_
     assert len(refused(capfd, [*words, "--data.trian=x"], status=2).splitlines()) == 1
     named = refused(capfd, ["foo"], status=2)
     assert all(command in named for command in ("fit", "check", "data", "ablate"))
+
+
+def test_the_program_is_named_halos_in_python_m_too(monkeypatch, capfd):
+    monkeypatch.setattr("sys.argv", ["/somewhere/halos_pl/__main__.py"])
+    assert refused(capfd, ["fit", "--nope"], status=2).startswith("halos fit: ")
 
 
 def test_an_evaluation_takes_the_runs_own_checkpoint(run, data, capfd):
@@ -548,8 +553,7 @@ def test_export_of_an_adapter_merged_and_alone(tiny_folder, data, tmp_path, capf
     # Loaders would put an adapter on the model beside it; a whole model takes the place of an adapter.
     shutil.copytree(tmp_path / "merged", tmp_path / "model")
     words = ["export", str(tmp_path / "run"), str(tmp_path / "model"), "--adapter=true", "--overwrite=true"]
-    said = refused(capfd, words)
-    assert "holds a model" in said
+    assert f"{tmp_path}/model contains a model" in refused(capfd, words)
     shutil.copytree(tmp_path / "adapter", tmp_path / "both")
     main(["export", str(tmp_path / "run"), str(tmp_path / "both"), "--overwrite=true"])
     assert not list((tmp_path / "both").glob("adapter_*"))
@@ -589,7 +593,7 @@ def test_a_callback_that_gathers_gradients_is_refused(tiny_folder, data, tmp_pat
 def test_a_run_without_an_end_is_refused(tiny_folder, data, tmp_path, capfd):
     words = fit(tiny_folder, "kto", data["binary"], tmp_path / "run")
     said = refused(capfd, [*words, "--trainer.max_epochs=-1", "--trainer.max_time=00:00:00:05"])
-    assert "nothing limits the steps" in said
+    assert "trainer.max_steps" in said
 
 
 def test_export_refuses_a_folder_that_is_not_empty(run, tmp_path, capfd):

@@ -1,4 +1,4 @@
-"""Settings of a Trainer's command that are refused before data or model are loaded, each with a cure."""
+"""Refuses wrong settings of a Trainer command before data or model are loaded, and names the fix."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import StrategyRegistry
 
 from halos_pl.cli.errors import RunError
-from halos_pl.common.wrong_value import imported, near, shown
+from halos_pl.common.type_words import imported, near, shown
 from halos_pl.training.checks import unsupported_strategy
 from halos_pl.training.log_config import missing_package
 
-# What tells a process of the others.
+# Variables by which launchers tell a process about the others.
 LAUNCHERS = {"MASTER_ADDR", "TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "LSB_JOBID"}
 
 
 def check_length(trainer: Any) -> None:
-    """Refuses a fit of no step, and one without an end.
+    """Refuses a fit without steps, or without an end.
 
     Raises:
-        RunError: naming the setting.
+        RunError: names the setting.
     """
     for name in ("max_steps", "max_epochs", "limit_train_batches"):
         if getattr(trainer, name) == 0:
-            raise RunError(f"trainer.{name} is 0, so that nothing would be trained")
+            raise RunError(f"trainer.{name} is 0, so nothing would be trained")
     for what in ("steps", "epochs"):
         least, most = getattr(trainer, f"min_{what}") or 0, getattr(trainer, f"max_{what}")
         if most is not None and 0 <= most < least:
@@ -42,7 +42,7 @@ def check_length(trainer: Any) -> None:
             )
     if trainer.loggers and trainer.log_every_n_steps < 1:
         raise RunError(
-            f"trainer.log_every_n_steps is {trainer.log_every_n_steps}, so that metrics.csv would stay empty; it must"
+            f"trainer.log_every_n_steps is {trainer.log_every_n_steps}, so metrics.csv would stay empty; it must"
             " be at least 1. --trainer.logger false turns logging off"
         )
     if trainer.val_check_interval == 0:
@@ -52,85 +52,86 @@ def check_length(trainer: Any) -> None:
         )
     if trainer.max_steps == -1 and trainer.max_epochs == -1:
         raise RunError(
-            "nothing limits the steps of the fit, of whose length model.lr_schedule and model.warmup_ratio are shares;"
-            " set trainer.max_steps or trainer.max_epochs (trainer.max_time may end it sooner)"
+            "the fit has no number of steps, which model.lr_schedule and model.warmup_ratio depend on; set"
+            " trainer.max_steps or trainer.max_epochs (trainer.max_time may end it sooner)"
         )
 
 
 def check_settings(trainer: Any) -> None:
-    """Refuses what Lightning would refuse later with advice that leads nowhere, or would break.
+    """Refuses settings that would break, or that Lightning refuses late and with unhelpful advice.
 
     Raises:
-        RunError: naming the setting, the reason and what to do instead.
+        RunError: names the setting, the reason and the alternative.
     """
-    given = trainer.strategy
-    strategy = given if isinstance(given, str) else given.class_path.rpartition(".")[2]
+    strategy = trainer.strategy
+    strategy = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
     if re.match(r"fsdp|deepspeed|model_?parallel", strategy, re.IGNORECASE):
         raise RunError(unsupported_strategy(strategy))
     if re.match(r"ddp_(spawn|fork|notebook)", strategy):
         raise RunError(f"trainer.strategy {strategy} is not supported: each rank runs the command itself. Use ddp")
     if trainer.num_nodes > 1 and not LAUNCHERS & os.environ.keys():
         raise RunError(
-            f"trainer.num_nodes is {trainer.num_nodes}, but nothing says where the other nodes are, so this one would"
-            " wait for them. Start a process on each node with torchrun or srun, or set MASTER_ADDR and NODE_RANK"
+            f"trainer.num_nodes is {trainer.num_nodes}, but no launcher has given the address of the other nodes. Start"
+            " a process on each node with torchrun or srun, or set MASTER_ADDR and NODE_RANK"
         )
     if trainer.overfit_batches:
         raise RunError(
-            f"trainer.overfit_batches is {trainer.overfit_batches}: Lightning would replace the sampler, which decides"
-            " what a step is. Use --trainer.limit_train_batches, more --trainer.max_epochs, and --data.shuffle false"
+            f"trainer.overfit_batches is {trainer.overfit_batches}: Lightning would replace the sampler, which chooses"
+            " the rows of a step. Use --trainer.limit_train_batches, more --trainer.max_epochs and --data.shuffle false"
         )
     check_time(trainer.max_time)
     if trainer.enable_checkpointing is False or trainer.barebones:
         raise RunError(
-            "a run keeps checkpoints/last.ckpt, to go on from; --trainer.enable_checkpointing false and"
+            "a run always keeps checkpoints/last.ckpt, to resume from; --trainer.enable_checkpointing false and"
             " --trainer.barebones true are not supported. --checkpoint.every_n_steps 1000000 writes it at the end only"
         )
 
 
-def check_time(given: Any) -> None:
-    """Refuses a ``trainer.max_time`` that is none, which Lightning says of the accelerator, or that has passed.
+def check_time(max_time: Any) -> None:
+    """Refuses an invalid or negative ``trainer.max_time``, for which Lightning would blame the accelerator.
 
     Raises:
-        RunError: naming it, and the form that it takes.
+        RunError: names the value and the right format.
     """
-    if given is None:
+    if max_time is None:
         return
     form = "a text in quotes, DD:HH:MM:SS, or a mapping such as {hours: 12}"
     try:
-        length = Timer(dict(settings_of(given)) if isinstance(given, Mapping | Namespace) else given).time_remaining()
+        duration = dict(settings_of(max_time)) if isinstance(max_time, Mapping | Namespace) else max_time
+        length = Timer(duration).time_remaining()
     except (MisconfigurationException, TypeError, ValueError) as error:
-        raise RunError(f"trainer.max_time is {shown(given)}; it takes {form}") from error
+        raise RunError(f"trainer.max_time is {shown(max_time)}; it takes {form}") from error
     if length is not None and length < 0:
-        raise RunError(f"trainer.max_time is {shown(given)}, a time that has passed; it takes {form}")
+        raise RunError(f"trainer.max_time is {shown(max_time)}, which is negative; it takes {form}")
 
 
-def check_loggers(given: Any) -> None:
+def check_loggers(loggers: Any) -> None:
     """Refuses a logger whose package is not installed.
 
     Args:
-        given: ``trainer.logger``, as parsed.
+        loggers: parsed value of ``trainer.logger``.
 
     Raises:
-        RunError: naming what to install.
+        RunError: names the package to install.
     """
-    for number, logger in enumerate(given if isinstance(given, list) else [given]):
+    for number, logger in enumerate(loggers if isinstance(loggers, list) else [loggers]):
         path = logger.get("class_path") if isinstance(logger, Namespace) else None
         if missing := missing_package(str(path)):
-            raise RunError(f"trainer.logger{f'[{number}]' if isinstance(given, list) else ''}: {missing}")
+            raise RunError(f"trainer.logger{f'[{number}]' if isinstance(loggers, list) else ''}: {missing}")
 
 
-# What a Trainer computes on, and the value that leaves it to Lightning.
+# Settings of the hardware, with the value that leaves each to Lightning.
 _MACHINE = {"accelerator": "auto", "devices": "auto", "num_nodes": 1, "strategy": "auto", "precision": None}
 
 
-def refused_trainer(error: Exception, given: Any) -> str:
-    """Which options of a Trainer are at fault, and why, in a line."""
-    said = " ".join(str(error).split())
-    settings = {name: value for name, value in settings_of(given).items() if value is not None}
-    blamed = [name for name in settings if re.search(rf"\b{name}\b", said)]
+def refused_trainer(error: Exception, config: Any) -> str:
+    """One line on the options of a Trainer that caused an error, and why."""
+    reason = " ".join(str(error).split())
+    settings = {name: value for name, value in settings_of(config).items() if value is not None}
+    blamed = [name for name in settings if re.search(rf"\b{name}\b", reason)]
     blamed = [name for name in blamed if settings[name] != _MACHINE.get(name)]
-    if not blamed:  # the message may give the value alone
-        blamed = [name for name, value in settings.items() if isinstance(value, str) and repr(value) in said]
+    if not blamed:  # the message may contain only the value
+        blamed = [name for name, value in settings.items() if isinstance(value, str) and repr(value) in reason]
         blamed = [name for name in blamed if name not in _MACHINE]
     if not blamed:
         blamed = [name for name in _MACHINE if name in settings and settings[name] != _MACHINE[name]]
@@ -142,26 +143,26 @@ def refused_trainer(error: Exception, given: Any) -> str:
         guess = f" (did you mean {guess}?)" if guess not in ("", settings[name]) else ""
         parts.append(f"trainer.{name} is {shown(settings[name])}{guess}")
     has = f"; this machine has: {here}" if {"accelerator", "devices"} & {*blamed} else ""
-    return f"{' and '.join(parts) or 'trainer'}: {said.rstrip('.!')}{has}"
+    return f"{' and '.join(parts) or 'trainer'}: {reason.rstrip('.!')}{has}"
 
 
-def check_nulls(kind: Any, given: Mapping[str, Any], where: str) -> None:
-    """Refuses null for a setting of a class that takes none; a parser lets it through to where it is compared or added.
+def check_nulls(kind: Any, settings: Mapping[str, Any], where: str) -> None:
+    """Refuses null for settings that cannot be null; the parser accepts it, and the class would fail later.
 
     Args:
         kind: the class.
-        given: its settings, as parsed; those of the classes among them are looked at too.
-        where: the key that holds them.
+        settings: parsed settings of the class; those of nested classes are checked too.
+        where: key of the settings.
 
     Raises:
-        RunError: naming the key.
+        RunError: names the key.
     """
     try:
         hints = get_type_hints(kind.__init__)
         parameters = inspect.signature(kind).parameters
-    except (AttributeError, NameError, TypeError, ValueError):  # it says nothing of its settings
+    except (AttributeError, NameError, TypeError, ValueError):  # it does not declare its settings
         return
-    for name, value in given.items():
+    for name, value in settings.items():
         for part in value if isinstance(value, list) else [value]:
             if isinstance(part, Mapping | Namespace) and isinstance(part.get("class_path"), str):
                 check_nulls(
@@ -176,30 +177,30 @@ def check_nulls(kind: Any, given: Mapping[str, Any], where: str) -> None:
             raise RunError(f"{where}.{name} is null; it takes a value, or leave it out")
 
 
-def check_numbers(given: Any, where: str) -> None:
-    """Refuses numbers that are not finite: the loss would be NaN, and the rows of its step be blamed.
+def check_numbers(setting: Any, where: str) -> None:
+    """Refuses numbers that are not finite: the loss would be NaN, and its rows would be blamed.
 
     Args:
-        given: the settings of a group, as parsed.
-        where: the key that holds them.
+        setting: parsed value, or nested settings.
+        where: key of the setting.
 
     Raises:
-        RunError: naming the key.
+        RunError: names the key.
     """
-    if isinstance(given, float) and not math.isfinite(given):
-        raise RunError(f"{where} is {given}; it must be finite")
-    if isinstance(given, list | tuple):
-        for i, each in enumerate(given):
+    if isinstance(setting, float) and not math.isfinite(setting):
+        raise RunError(f"{where} is {setting}; it must be finite")
+    if isinstance(setting, list | tuple):
+        for i, each in enumerate(setting):
             check_numbers(each, f"{where}[{i}]")
-    if isinstance(given, Mapping | Namespace):
-        bounds = str(given.get("class_path")).endswith(".Clipped")  # which may be infinite
-        for name, value in settings_of(given).items():
+    if isinstance(setting, Mapping | Namespace):
+        bounds = str(setting.get("class_path")).endswith(".Clipped")  # its bounds may be infinite
+        for name, value in settings_of(setting).items():
             if not bounds or name != "init_args":
                 check_numbers(value, f"{where}.{name}")
             elif (inner := settings_of(value).get("value_function")) is not None:
                 check_numbers(inner, f"{where}.{name}.value_function")
 
 
-def settings_of(given: Any) -> Mapping[str, Any]:
+def settings_of(parsed: Any) -> Mapping[str, Any]:
     """Parsed settings as a mapping."""
-    return vars(given) if isinstance(given, Namespace) else given or {}
+    return vars(parsed) if isinstance(parsed, Namespace) else parsed or {}

@@ -1,4 +1,4 @@
-"""LightningCLI over the module and the DataModule: fit, validate, test and predict, with one folder a run."""
+"""LightningCLI for module and DataModule: fit, validate, test and predict, with one folder per run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from halos_pl.cli.help_page import COMMANDS, EPILOG
 from halos_pl.cli.parser import HalosParser
 from halos_pl.cli.refused_callbacks import refused_callback
 from halos_pl.cli.swapped_class import LateDefaults, say_swaps
-from halos_pl.common.wrong_value import naming_keys
+from halos_pl.common.refused_settings import naming_keys
 from halos_pl.data import FeedbackDataModule
 from halos_pl.policy.loading import check_lora
 from halos_pl.run_dir import CONFIG, LAST, PREVIOUS
@@ -69,19 +69,19 @@ _GROUP_CLASSES: dict[str, Any] = {
 
 
 class TrainerParser(HalosParser, LateDefaults):
-    """The parser of a command of Lightning's Trainer."""
+    """The parser of a Trainer command."""
 
 
 class HalosCLI(LightningCLI):
-    """LightningCLI over :class:`HALOModule` and :class:`FeedbackDataModule`, with one folder per run.
+    """LightningCLI for :class:`HALOModule` and :class:`FeedbackDataModule`, with one folder per run.
 
-    Everything a run writes is in ``run_dir``: the resolved config, checkpoints, metrics, a summary, plots.
-    ``--ckpt_path last`` means that folder's last checkpoint, and is an error where there is none. A new fit
-    into a folder that holds a run already moves that run aside instead of writing into it. Only one fit at a time
-    writes to a folder, also where several machines share it.
+    A run writes everything into ``run_dir``: the resolved config, checkpoints, metrics, a summary, plots.
+    ``--ckpt_path last`` means that folder's last checkpoint, and is an error if there is none. A new fit into the
+    folder of an earlier run moves that run aside instead of overwriting it. Only one fit at a time writes to a folder,
+    even if several machines share it.
 
-    A fit that is told to stop by Ctrl-C, SIGTERM or another signal saves a checkpoint when its step is done, says how
-    to go on, and exits with 128 plus the signal's number; see :mod:`halos_pl.common.stopping`.
+    When Ctrl-C, SIGTERM or another signal stops a fit, it finishes its step, saves a checkpoint, prints how to resume,
+    and exits with 128 plus the signal's number; see :mod:`halos_pl.common.stopping`.
     """
 
     def __init__(self, args: Sequence[str] | None = None, *, run: bool = True) -> None:
@@ -108,6 +108,7 @@ class HalosCLI(LightningCLI):
             },
             seed_everything_default=0,
             parser_kwargs={
+                "prog": "halos",
                 "description": "Align language models with human-aware losses.",
                 "epilog": EPILOG,
                 **({name: {"description": COMMANDS[name]} for name in self.subcommands()} if run else {}),
@@ -120,21 +121,21 @@ class HalosCLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The command that was asked for; all of them where none is, for the help. Each one's parser takes a while."""
-        known = LightningCLI.subcommands()
-        asked = self._words[0] if self._words else None
-        return {asked: known[asked]} if asked in known else known
+        """The command to run, as building each parser takes a while; all of them for the help."""
+        commands = LightningCLI.subcommands()
+        command = self._words[0] if self._words else None
+        return {command: commands[command]} if command in commands else commands
 
     @property
     def _own(self) -> Any:
-        """The config of the command, or, where none is run, of what a fit would be."""
+        """The config of the command, or of a fit if none is run."""
         return self.config[self.subcommand] if self.subcommand else self.config
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--run_dir", type=str, default="runs/latest", help="Folder of everything this run writes.")
+        parser.add_argument("--run_dir", type=str, default="runs/latest", help="Folder for all files of this run.")
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         parser.add_class_arguments(Progress, "progress")
-        if not self._runs:  # what a run's config.yaml holds besides, as an argument of its command
+        if not self._runs:  # arguments of a command, which a run's config.yaml contains too
             for name in ("ckpt_path", "weights_only"):
                 parser.add_argument(f"--{name}", default=None)
 
@@ -145,7 +146,7 @@ class HalosCLI(LightningCLI):
             raise RunError(f"seed_everything is {self._own.seed_everything}: it must be 0 to {2**32 - 1}") from error
 
     def _parse_ckpt_path(self) -> None:
-        """Nothing: our checkpoints hold no hyper-parameters; ``config.yaml`` does."""
+        """Does nothing: hyper-parameters are in ``config.yaml``, not in checkpoints."""
 
     def before_instantiate_classes(self) -> None:
         config = self._own
@@ -155,30 +156,29 @@ class HalosCLI(LightningCLI):
             check_nulls(kind, settings_of(config.get(name)), name)
         check_numbers({key: value for key, value in settings_of(config.model).items() if key != "optimizer"}, "model")
         check_loggers(config.trainer.logger)
-        if said := refused_callback(config.trainer.callbacks, config.model.policy.dtype, config.trainer.precision):
-            raise RunError(said)
+        if why := refused_callback(config.trainer.callbacks, config.model.policy.dtype, config.trainer.precision):
+            raise RunError(why)
         run_dir = named_run_dir(config.run_dir)
         config.run_dir = str(run_dir)
         if any(str(word).startswith("--trainer.default_root_dir") for word in self._words):
             rank_zero_warn(f"halos: trainer.default_root_dir has no effect: all files go to run_dir, {run_dir}")
         config.trainer.default_root_dir = str(run_dir)
         if self.subcommand == "fit" and getattr(rank_zero_only, "rank", 0) == 0:
-            given = config.get("ckpt_path")
-            inside = given and (given == "last" or Path(given).resolve().is_relative_to(run_dir.resolve()))
+            resumed = config.get("ckpt_path")
+            inside = resumed and (resumed == "last" or Path(resumed).resolve().is_relative_to(run_dir.resolve()))
             check_run_dir(run_dir, goes_on=bool(inside))
         if self.subcommand not in ("fit", None) and not config.get("ckpt_path"):
             refuse_moved(self._words, run_dir)
             if any(os.path.lexists(run_dir / name) for name in (LAST, PREVIOUS)):
-                rank_zero_info(f"halos: {self.subcommand} takes {run_dir / LAST}; --ckpt_path names another one")
+                rank_zero_info(f"halos: {self.subcommand} uses {run_dir / LAST}; choose another with --ckpt_path")
                 config.ckpt_path = "last"
             else:
                 rank_zero_info(
-                    f"halos: {self.subcommand} takes the policy as it is before training, since {run_dir} holds no"
-                    " checkpoint"
+                    f"halos: {self.subcommand} uses the policy before training, since {run_dir} has no checkpoint"
                 )
         refuse_code(config.get("weights_only"))
         if config.get("ckpt_path"):
-            # Looked at now: what is wrong with it is said before data and model are loaded.
+            # Checked now, before data and model are loaded.
             path = find_checkpoint(run_dir, str(config.ckpt_path))
             read_checkpoint(path, resume=self.subcommand == "fit", mmap=True)
             config.ckpt_path = str(path)
@@ -196,7 +196,7 @@ class HalosCLI(LightningCLI):
     before_validate = before_test = before_predict = _check_measures
 
     def before_fit(self) -> None:
-        """Refuses, before data are read, what could not work whatever they are."""
+        """Refuses settings that cannot work with any data, before the data are read."""
         check_length(self.trainer)
         self.model.check_fit(self.trainer)
         check_lora(self.model.models.spec)
@@ -205,11 +205,11 @@ class HalosCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         config = self._own
-        given = self._get(self.config_init, "trainer")["logger"]
-        if config.trainer.barebones or given is False:
+        loggers = self._get(self.config_init, "trainer")["logger"]
+        if config.trainer.barebones or loggers is False:
             kwargs["logger"] = False
-        else:  # the run's own metrics are kept beside those of any other logger
-            others = given if isinstance(given, list) else [given] if isinstance(given, Logger) else []
+        else:  # metrics.csv is written beside any other logger
+            others = loggers if isinstance(loggers, list) else [loggers] if isinstance(loggers, Logger) else []
             csv = [RunCSVLogger(config.run_dir)] if self.subcommand == "fit" else []
             kwargs["logger"] = [*csv, *others] or False
         callbacks = self._get(self.config_init, "trainer")["callbacks"] or []
@@ -220,13 +220,13 @@ class HalosCLI(LightningCLI):
             trainer: Any = super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, TypeError, ValueError, ImportError) as error:
             raise RunError(refused_trainer(error, config.trainer)) from error
-        # First, so that the time of a step is without what others do after it, such as writing a checkpoint.
-        # KeepSettings comes before what writes this run's config.yaml.
+        # First, so that the time of a step excludes the work of other callbacks, such as writing a checkpoint.
+        # KeepSettings must come before SaveRunConfig, which writes config.yaml.
         trainer.callbacks[:0] = [self._held, RunReport(), StopAtStep(), KeepSettings(config.clone().as_dict(), CONFIG)]
-        own = [logger for logger in trainer.loggers if isinstance(logger, RunCSVLogger)]
-        held = [logger for logger in trainer.loggers if logger not in own] if own else []
-        trainer.loggers = own or trainer.loggers
-        # Behind what moves an earlier run aside.
+        csv_loggers = [logger for logger in trainer.loggers if isinstance(logger, RunCSVLogger)]
+        held = [logger for logger in trainer.loggers if logger not in csv_loggers] if csv_loggers else []
+        trainer.loggers = csv_loggers or trainer.loggers
+        # After the callback that moves an earlier run aside.
         trainer.callbacks += [PredictionWriter(), LogConfig(config.clone().as_dict(), held)]
         trainer._signal_connector = AgreedSignals(trainer)
         check_trainer(trainer)

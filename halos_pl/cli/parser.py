@@ -1,4 +1,4 @@
-"""The parser of every command: what is wrong with an option is said in one line, with what there is instead."""
+"""The parser of every command: an error about an option is one line, with the valid alternatives."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from jsonargparse import ArgumentParser
 from halos_pl.cli.help_page import TRAINER_COMMANDS
 from halos_pl.common.messages import cause, plain
 from halos_pl.common.misplaced import misplaced
+from halos_pl.common.parser_errors import cause_in
 from halos_pl.common.renamed import VALUES, renamed
-from halos_pl.common.wrong_value import cause_in, known_classes
+from halos_pl.common.type_words import known_classes
 
-# How jsonargparse words that there is no such option: of a class or file, of a command in a file, on the command line.
+# jsonargparse's wording for unknown options: of a class or file, of a command in a file, on the command line.
 UNKNOWN_OPTION = r"(?:^Option '|does not accept option '|unrecognized arguments: -*)(?P<key>[\w.]+)"
 
 
-#: Options that stand for config files, and are replaced by them before the others are parsed.
+#: Options for config files, which are read before the other options are parsed.
 PRESET_OPTIONS = {
-    "objective": "The loss: a name that halos objectives lists, or a YAML file. Configs and options override it.",
-    "no_base": "Do not start from the shipped settings of base.yaml.",
+    "objective": "The loss: a name from halos objectives, or a YAML file. Configs and options override it.",
+    "no_base": "Do not start from the settings of the shipped base.yaml.",
 }
 
 
 class HalosParser(ArgumentParser):
-    """Says what there is when the name of a plug-in or of an option is wrong, which jsonargparse does not."""
+    """Suggests valid names when the name of a plug-in or an option is wrong, which jsonargparse does not."""
 
     def _near(self, key: str) -> str:
-        """The options whose names are like ``key``, or all of them where they are few, as of a plug-in."""
+        """Options with names similar to ``key``, or all of them if they are few, as in a plug-in."""
         parsers = [self, *(p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values())]
         names = {action.dest for parser in parsers for action in parser._actions} - {"help", "print_shtab"}
         names |= {*PRESET_OPTIONS} if any(map(_of_trainer, parsers)) else set()
@@ -43,12 +44,12 @@ class HalosParser(ArgumentParser):
         return f" There is: {', '.join(near)}." if near else ""
 
     def format_help(self, *args: Any, **options: Any) -> str:
-        """The help with the plug-ins first and the Trainer last; the order of the options stays as it is elsewhere."""
+        """The help with plug-ins first and the Trainer last; nothing else depends on this order."""
         if _of_trainer(self) and not any(action.dest == "objective" for action in self._actions):
             self.add_argument("--objective", metavar="NAME|FILE", help=PRESET_OPTIONS["objective"])
             self.add_argument("--no_base", action="store_true", help=PRESET_OPTIONS["no_base"])
         groups, usage = self._action_groups, self.usage
-        own = [list(group._group_actions) for group in groups]
+        ordered = [list(group._group_actions) for group in groups]
         try:
             if _of_trainer(self):
                 command = self.prog.replace(" [options]", "")
@@ -60,39 +61,39 @@ class HalosParser(ArgumentParser):
             return super().format_help(*args, **options)
         finally:
             self._action_groups, self.usage = groups, usage
-            for group, actions in zip(groups, own, strict=True):
+            for group, actions in zip(groups, ordered, strict=True):
                 group._group_actions[:] = actions
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # of a class within a value: the option that holds it says what is wrong
+        if not self.exit_on_error:  # a class inside a value: the error of its option is printed
             super().error(message, ex)
-        said = cause_in(ex)
-        said = f"{said}{hidden(said)}" if said else " ".join(cause(message).split())
+        fault = cause_in(ex)
+        fault = f"{fault}{hidden(fault)}" if fault else " ".join(cause(message).split())
         command = self.prog.replace(" [options]", "")
         if inside := re.match(r"Subcommand '(\w+)'", message):  # a key of a config file
             command += f" {inside[1]}"
-        if missing := re.match(r"the following arguments are required: (?:(\w+)\.)?(.*)", said):
+        if missing := re.match(r"the following arguments are required: (?:(\w+)\.)?(.*)", fault):
             command += f" {missing[1]}" if missing[1] in TRAINER_COMMANDS else ""
-            said = f"{missing[2]} must be given, in a config or on the command line"
-        elif word := re.match(r"unrecognized arguments: ([^-\s]\S*)", said):
-            said = f"{said}; {misplaced(word[1]) or 'an option begins with --, as in --objective NAME'}"
-        elif unknown := re.search(UNKNOWN_OPTION, said):
-            said = f"{said.rstrip('.')}.{self._near(unknown['key'])} All options: {command} --help"
-        elif '"comments" for --print_config' in said:
-            said += "; comments need ruamel.yaml: pip install 'ruamel.yaml>=0.18.15'"
-        elif "for --print_config" in said:
-            said += "; it takes comments, skip_default, skip_null"
-        # The usage alone fills a screen, and what went wrong would be below it.
-        print(f"{command}: error: {plain(said)}", file=sys.stderr)
+            fault = f"{missing[2]} must be given, in a config or on the command line"
+        elif word := re.match(r"unrecognized arguments: ([^-\s]\S*)", fault):
+            fault = f"{fault}; {misplaced(word[1]) or 'an option begins with --, as in --objective NAME'}"
+        elif unknown := re.search(UNKNOWN_OPTION, fault):
+            fault = f"{fault.rstrip('.')}.{self._near(unknown['key'])} All options: {command} --help"
+        elif '"comments" for --print_config' in fault:
+            fault += "; comments need ruamel.yaml: pip install 'ruamel.yaml>=0.18.15'"
+        elif "for --print_config" in fault:
+            fault += "; it takes comments, skip_default, skip_null"
+        # Without the usage, which fills a screen and would push the error off it.
+        print(f"{command}: error: {plain(fault)}", file=sys.stderr)
         raise SystemExit(2) from ex
 
 
 def _of_trainer(parser: ArgumentParser) -> bool:
-    """Whether it parses a command of Lightning's Trainer, which has a hundred options."""
+    """Whether this is the parser of a Trainer command, with its hundred options."""
     return any(action.dest.startswith("trainer.") for action in parser._actions)
 
 
-# The order of the help: what a run is about comes first.
+# The order of options in the help.
 FIRST = (
     *("help", "objective", "config", "no_base", "print_config", "run_dir", "model.value_function"),
     *("model.reference_point", "model.reward", "model.feedback", "model.reflect_undesirable", "model.policy", "data"),
@@ -101,17 +102,17 @@ FIRST = (
 
 
 def rank(option: str) -> int:
-    """The place of an option in the help."""
+    """The position of an option in the help."""
     fits = [i for i, name in enumerate(FIRST) if option == name or option.startswith(f"{name}.")]
     last = len(FIRST) + (option.partition(".")[0] == "trainer")
     return min(fits, default=last)
 
 
 def hidden(message: str) -> str:
-    """Which installed module a message is about that hides one of the working folder; nothing where none does."""
+    """A clause about an installed module in a message that hides a file of the working folder; empty if none does."""
     for name in re.findall(r"[A-Za-z_]\w*(?=(?:\.\w+)+)", message):
         file = getattr(sys.modules.get(name), "__file__", None)
-        for own in (Path(f"{name}.py"), Path(name, "__init__.py")):
-            if file and own.is_file() and own.resolve() != Path(file).resolve():
-                return f"; {name} is {file}, which is installed; {own} has the same name: rename it"
+        for local in (Path(f"{name}.py"), Path(name, "__init__.py")):
+            if file and local.is_file() and local.resolve() != Path(file).resolve():
+                return f"; {name} is the installed {file}, which hides {local}: rename yours"
     return ""

@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser
 from halos_pl.common.experiments import hint, objectives
 from halos_pl.common.messages import cause
 from halos_pl.common.misplaced import misplaced
-from halos_pl.common.wrong_value import cause_in
+from halos_pl.common.parser_errors import cause_in
 from halos_pl.objective.build import load_objective, module_of_file
 from halos_pl.objective.feedback import Feedback
 from halos_pl.objective.halo import Objective

@@ -16,8 +16,8 @@ import halos_pl.objective
 from halos_pl.common.experiments import config_file, is_shipped, objectives
 from halos_pl.common.messages import cause
 from halos_pl.common.own_plugins import import_all, import_own
+from halos_pl.common.parser_errors import cause_in
 from halos_pl.common.renamed import new_value, renamed
-from halos_pl.common.wrong_value import cause_in
 from halos_pl.common.yaml_files import read_yaml
 from halos_pl.objective.feedback import Feedback
 from halos_pl.objective.halo import HALO, Objective, Sum
