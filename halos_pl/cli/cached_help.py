@@ -1,4 +1,4 @@
-"""The help of a Trainer's command is kept, as making it takes loading Lightning and all that it imports."""
+"""Caches the help of a Trainer command, since rendering it imports Lightning."""
 
 from __future__ import annotations
 
@@ -18,34 +18,36 @@ _LIBRARIES = ("jsonargparse", "lightning", "torch", "torchmetrics", "transformer
 
 
 def show_help(words: list[str], command: Callable[[list[str]], object]) -> None:
-    """Prints what ``command(words)`` prints, as it was kept if nothing has changed since: code, versions, width.
+    """Prints the output of ``command(words)``, from the cache if code, versions and width are unchanged.
 
     Raises:
         SystemExit: as the command does.
     """
-    kept = None
+    cached, text = None, ""
     with contextlib.suppress(OSError):
-        kept = cache_root() / HELP / f"{_digest(words)}.txt"
-        print(kept.read_text(encoding="utf-8"), end="")
+        cached = cache_root() / HELP / f"{_digest(words)}.txt"
+        text = cached.read_text(encoding="utf-8")
+    if text:
+        print(text, end="")
         raise SystemExit(0)
-    with contextlib.redirect_stdout(io.StringIO()) as text:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
         try:
             command(words)
         except SystemExit as end:
             if end.code:
                 raise
-    print(text.getvalue(), end="")
-    if kept is not None:
+    print(output.getvalue(), end="")
+    if cached is not None:
         with contextlib.suppress(OSError):
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(text.getvalue(), encoding="utf-8")
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            cached.write_text(output.getvalue(), encoding="utf-8")
     raise SystemExit(0)
 
 
 def _digest(words: list[str]) -> str:
-    """Of all that the text depends on."""
+    """Digest of everything that the text depends on."""
     code = [path for folder in (_PACKAGE, _PACKAGE.with_name("value_functions")) for path in folder.rglob("*.py")]
     files = sorted((str(path), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in code)
     versions = [sys.version, *((name, version(name)) for name in _LIBRARIES)]
-    facts = [words, sys.argv[0], shutil.get_terminal_size().columns, versions, files]
+    facts = [words, shutil.get_terminal_size().columns, versions, files]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]

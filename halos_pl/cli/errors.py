@@ -1,4 +1,4 @@
-"""What a command says when it fails: a line for what a user can fix, a traceback for what only we can."""
+"""Errors of commands: one line for those that a user can fix, a traceback for bugs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from halos_pl.cache import NoHomeError, cache_root
+from halos_pl.cli.broken_pipe import is_unread
 from halos_pl.common.messages import cause, plain
 
 
 class RunError(RuntimeError):
-    """The run's folder or settings do not allow what was asked."""
+    """A command that the run's folder or settings do not allow."""
 
 
 # Warnings that other libraries address to their own developers.
@@ -32,7 +33,7 @@ NOISE = (
     r".*dataloader is not resumable",  # it is: a batch is a function of seed, epoch and step
     r".*LightningCLI's args parameter",
 )
-# An advertisement; and a reason of stopping that is not the true one after early stopping: RunReport says that.
+# An advertisement, and Lightning's reason for stopping, wrong after early stopping; RunReport logs the right one.
 UNSAID = r"litlogger|`Trainer\.fit` stopped: `max"
 
 # Errors that a user can fix, beside RunError, OSError and ValueError.
@@ -44,17 +45,17 @@ _ERRORS = {
 
 
 def user_errors() -> tuple[type[Exception], ...]:
-    """The errors that a user can fix. One whose module is not imported cannot have been raised."""
+    """Errors that a user can fix; one whose module is not imported cannot have been raised."""
     loaded = [getattr(sys.modules[module], name) for module, name in _ERRORS.items() if module in sys.modules]
     return (RunError, OSError, ValueError, *loaded)
 
 
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Says in one line what a user can fix, and hides what other libraries tell their developers.
+    """Prints errors that a user can fix in one line, and hides warnings that libraries address to their developers.
 
     Raises:
-        SystemExit: with status 1, for what a user can fix.
+        SystemExit: with status 1, for an error that a user can fix.
     """
     for noise in NOISE:
         warnings.filterwarnings("ignore", noise)
@@ -65,35 +66,37 @@ def reported() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if is_unread(error):
+            raise
         if isinstance(error, user_errors()):
             print(f"halos: {type(error).__name__}: {plain(cause(str(error)))}{_cure(error)}", file=sys.stderr)
             raise SystemExit(1) from error
         if re.search(r"Connection (closed|reset) by peer", str(error)):  # gloo's words in a collective
-            print("halos: another process of this run has ended; its own lines say why", file=sys.stderr)
+            print("halos: another process of this run has ended; see its output for the reason", file=sys.stderr)
             raise SystemExit(1) from error
         error.add_note(
-            "halos: this is a fault of halos_pl, or of a plug-in named in the lines above, and not of your data or"
-            " options; please report it with these lines"
+            "halos: this is a bug in halos_pl, or in a plug-in named in the lines above, not in your data or options;"
+            " please report it with these lines"
         )
         raise
 
 
-_FORMAT: list[Callable[..., str]] = []  # how warnings were formatted before
+_FORMAT: list[Callable[..., str]] = []  # the formatter that was replaced
 
 
 def _warning(*args: Any, **kwargs: Any) -> str:
-    """A warning as it is shown: without the control characters of a path or a column's name."""
+    """The text of a warning, without control characters from paths or column names."""
     return plain(_FORMAT[-1](*args, **kwargs))
 
 
 def _shown(record: logging.LogRecord) -> bool:
-    """Shows a line of the log unless it is noise, without the control characters of a path or a column's name."""
+    """Whether to show a log line; removes control characters from paths or column names."""
     record.msg, record.args = plain(record.getMessage()), ()
     return not re.search(UNSAID, record.msg)
 
 
 def _cure(error: BaseException) -> str:
-    """What to do about a file that cannot be written."""
+    """How to fix the error of a file that cannot be written."""
     if not isinstance(error, OSError):
         return ""
     cures, place = [], error.filename

@@ -1,4 +1,4 @@
-"""The console script ``halos``: dispatches to the command that is named, which alone is imported."""
+"""The console script ``halos``: imports and runs the command that is named."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 from typing import NoReturn
 
+from halos_pl.cli.broken_pipe import ending_quietly
 from halos_pl.cli.help_page import TRAINER_COMMANDS, help_page, unknown_command
 from halos_pl.cli.words import at_home, spelled
 from halos_pl.common.import_path import put_last
@@ -15,7 +16,10 @@ from halos_pl.common.stopping import listening
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point of the console script; ``args`` are its words, by default those of this process.
+    """Entry point of the console script.
+
+    Args:
+        args: words of the command line; default: those of this process.
 
     Raises:
         SystemExit: with the status of the command.
@@ -23,7 +27,7 @@ def main(args: list[str] | None = None) -> None:
     if args is None and os.name == "posix" and not sys.flags.utf8_mode and sys.getfilesystemencoding() != "utf-8":
         _restart_in_utf8()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what the terminal has no character for is shown by its number
+        if isinstance(stream, io.TextIOWrapper):  # characters that the terminal lacks are shown as numbers
             stream.reconfigure(errors="backslashreplace")
     words = [at_home(word) for word in spelled(sys.argv[1:] if args is None else args)]
     if args is None:
@@ -31,10 +35,10 @@ def main(args: list[str] | None = None) -> None:
     try:
         folder = os.getcwd()
     except FileNotFoundError as error:
-        print("halos: the working folder does not exist any more; cd into one that does", file=sys.stderr)
+        print("halos: the working folder no longer exists; cd into another one", file=sys.stderr)
         raise SystemExit(1) from error
     put_last(folder)
-    with listening(words):
+    with ending_quietly(), listening(words):
         _dispatch(words)
 
 
@@ -66,7 +70,7 @@ def _dispatch(words: list[str]) -> None:
             if tool := tool_of(words):
                 run_tool(tool, words[len(tool.split()) :])
             elif words[0] == "data":
-                raise RunError("say halos data inspect SOURCE; data settings are options of fit, such as --data.train")
+                raise RunError("use halos data inspect SOURCE; data settings are options of fit, such as --data.train")
             elif words[0] in TRAINER_COMMANDS and words[1:] in (["--help"], ["-h"]):
                 from halos_pl.cli.cached_help import show_help
 
@@ -82,12 +86,11 @@ def _lightning(words: list[str]) -> None:
 
 
 def _restart_in_utf8() -> NoReturn:
-    """The same command in Python's UTF-8 mode, in the same process: every file is UTF-8, whatever the locale.
+    """Restarts the command in Python's UTF-8 mode, in the same process: every file is UTF-8 in any locale.
 
-    An encoding at each ``open`` of ours would not cover those of other libraries, nor file names. The terminal keeps
-    its own encoding.
+    Passing an encoding to each ``open`` would not cover other libraries or file names. The terminal keeps its encoding.
     """
-    if sys.stdout is not None:  # None where it is closed
+    if sys.stdout is not None:  # None if closed
         os.environ["PYTHONIOENCODING"] = f"{sys.stdout.encoding}:backslashreplace"
-    os.environ["PYTHONUTF8"] = "1"  # for the processes of this one
+    os.environ["PYTHONUTF8"] = "1"  # for child processes
     os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
