@@ -15,6 +15,7 @@ from run_halos import ROOT, metrics, pair_data
 
 from halos_pl.cli.ablate import Parsers
 from halos_pl.cli.main import main
+from halos_pl.common.experiments import EXPERIMENTS, presets
 from halos_pl.study.preflight import check
 from halos_pl.study.read import load_study
 from halos_pl.study.spec import Study, StudyError
@@ -46,19 +47,21 @@ needs_the_model = pytest.mark.skipif(
 @pytest.mark.slow
 @needs_the_model
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_a_study_is_valid_and_compares_what_it_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_a_study_is_valid_and_compares_what_it_says(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     _compares_what_it_says(load_study(path))
 
 
 def test_a_study_compares_what_it_says_with_another_model(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one whose arms are of most kinds, without the minute that its own model takes to be converted."""
-    monkeypatch.chdir(ROOT)
+    """By name, from another folder: the one with most kinds of arms, without the minute to convert its own model."""
+    monkeypatch.chdir(tmp_path)
     over = tmp_path / "over.yaml"
     over.write_text(yaml.safe_dump({"options": {"model.policy.path": str(tiny_folder)}}))
-    _compares_what_it_says(load_study(ROOT / "experiments/ablations/value_functions.yaml", over))
+    _compares_what_it_says(load_study("ablations/value_functions", over))
 
 
 def test_studies_of_real_feedback_are_valid(
@@ -75,7 +78,6 @@ def test_studies_of_real_feedback_are_valid(
     ).stdout
     assert "votes.jsonl: 204 pairs" in made
     assert "1 of 69" in made
-    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     monkeypatch.chdir(tmp_path)
     tiny = {"model.policy.path": str(tiny_folder), "data.max_length": 48}
     files = yaml.safe_load((here / "hh_files.yaml").read_text())
@@ -90,9 +92,31 @@ def _compares_what_it_says(study: Study) -> None:
     assert len(study.seeds) >= 3
     assert found.keys() == {arm.name for arm in study.arms}
     for arm in study.arms:  # they share it
-        assert yaml.safe_load((ROOT / arm.configs[1]).read_text())["model"]["reference_store"]
+        assert yaml.safe_load(presets()[arm.configs[1]].read_text())["model"]["reference_store"]
     # Every arm learns for as long, or the comparison is of something else.
     assert len({arm.steps for arm in found.values()}) == 1, {name: arm.steps for name, arm in found.items()}
+
+
+def test_a_study_names_shipped_files_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = load_study("ablations/beta", "ablations/float32")
+    assert study.arms[0].configs == ("base", "ablations/small", "objectives/kto")
+    assert study.arms[0].options["data.train"] == str(EXPERIMENTS / "quickstart/feedback.jsonl")
+    assert study.evaluate["rule"] == f"{EXPERIMENTS}/quickstart/rule.py:meets_rule"
+    assert study.evaluate["held_out"] == [str(EXPERIMENTS / "ablations/held_out.jsonl")]
+    # A file in the working folder comes first, and what is no file stays a name.
+    (tmp_path / "experiments/quickstart").mkdir(parents=True)
+    (tmp_path / "experiments/quickstart/feedback.jsonl").touch()
+    study = load_study("ablations/beta")
+    assert study.arms[0].options["data.train"] == "experiments/quickstart/feedback.jsonl"
+    (tmp_path / "kto.yaml").touch()
+    with pytest.raises(StudyError, match="ambiguous") as error:
+        load_study("ablations/beta")
+    assert str(error.value).startswith(f"{EXPERIMENTS}/ablations/beta.yaml:")
+    (tmp_path / "ablations").mkdir()
+    (tmp_path / "ablations/beta.yaml").touch()
+    with pytest.raises(StudyError, match="ambiguous"):
+        load_study("ablations/beta")
 
 
 def test_what_is_read_from_results_is_recomputed() -> None:

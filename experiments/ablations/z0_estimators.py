@@ -206,6 +206,7 @@ def main() -> None:
     words = ["fit"]
     for config in ("base", "ablations/small", "objectives/kto"):
         words += ["--config", os.path.relpath(experiments / f"{config}.yaml")]
+    words += ["--data.train", os.path.relpath(experiments / "quickstart" / "feedback.jsonl")]
     words += [f"--run_dir={args.out}/run", "--trainer.callbacks+=z0_estimators.Along"]
     words += [f"--trainer.callbacks.steps={args.steps}", f"--trainer.callbacks.batches={args.batches}"]
     words += [f"--trainer.callbacks.max_new_tokens={args.max_new_tokens}", f"--trainer.callbacks.out={args.out}"]

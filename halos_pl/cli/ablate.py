@@ -1,4 +1,4 @@
-"""``halos ablate``: carries out a study, shows its progress, and writes its report."""
+"""``halos ablate``: runs a study, shows its progress, and writes its report."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def ablate(
     """Run a study: train and measure every arm with every seed, and write a report. Resumes an interrupted study.
 
     Args:
-        study: the study's YAML file.
-        overrides: a second file that changes the scale: its options are added to those of the study, and its
+        study: YAML file of the study, or the name of a shipped one, such as ablations/beta.
+        overrides: second file, which changes the scale: its options are added to those of the study, and its
             configs, seeds and evaluate replace the study's.
-        out: folder for all results; default: runs/ and the name of the file.
-        jobs: runs at a time; they share the CPU cores.
-        keep_checkpoints: keep the last checkpoint of each run after measuring it.
+        out: folder for all results; default: runs/NAME, after the study's file.
+        jobs: number of runs at a time; they share the CPU cores.
+        keep_checkpoints: whether to keep the last checkpoint of each run after measuring it.
     """
-    # Imported here: status does without the libraries that a model needs, and starts in a second.
+    # Imported here, so that status, which needs no model, starts in a second.
     from halos_pl.study.claim import claim
     from halos_pl.study.execute import execute, executor_of
     from halos_pl.study.planned_power import power_lines
@@ -74,30 +74,30 @@ def ablate(
     folder = Path(out) if out else default_folder(study, overrides)
     checked = check(spec, Parsers())
     if spec.cluster is not None:
-        with tempfile.TemporaryDirectory() as elsewhere:  # it makes its folder at once, before the study's is claimed
+        with tempfile.TemporaryDirectory() as elsewhere:  # submitit makes its folder before the study's is claimed
             executor_of(spec, Path(elsewhere))
     claim(spec, folder, checked)
     runs = spec.runs(folder)
     try:
         if not all(run.done for run in runs):
             print(plain("\n".join(power_lines(spec, checked.examples))))
-            # The nodes of a cluster are not like the machine that submits to them.
+            # A cluster's nodes differ from the machine that submits to them.
             times = None if spec.cluster is not None else timed_step(spec, folder, environment(jobs))
             show_plan(spec, checked, runs, times, jobs)
         failed = execute(spec, folder, jobs, keep_checkpoints)
     except (KeyboardInterrupt, Stopped):
-        print("\nhalos: the runs have stopped; the same command resumes them", file=sys.stderr)
+        print("\nhalos: the runs were stopped; the same command resumes them", file=sys.stderr)
         raise
     skipped = _report(spec, folder)
     if bad := len(failed) + skipped:
-        raise StudyError(f"{bad} of {len(runs)} runs have failed or are skipped: halos ablate status {folder}")
+        raise StudyError(f"{bad} of {len(runs)} runs failed or are skipped; see halos ablate status {folder}")
 
 
 def _report(study: Study, folder: Path) -> int:
     """Writes the report and prints its first lines.
 
     Returns:
-        the number of measured runs that are skipped.
+        Number of measured runs that are skipped.
     """
     from halos_pl.study.first_line import first_line
     from halos_pl.study.headline import headline
@@ -116,8 +116,8 @@ def _report(study: Study, folder: Path) -> int:
 def _warn_untold(done: list[Run]) -> None:
     if old := [run for run in done if untold(run.folder)]:
         print(
-            f"halos: {len(old)} of {len(done)} runs were trained by an older version, whose {SUMMARY} does not say"
-            f" whether they took all their steps; they count as finished: {plain(old[0].folder)}"
+            f"halos: {len(old)} of {len(done)} runs count as finished, though the {SUMMARY} of the older version that"
+            f" trained them does not record whether they took all their steps: {plain(old[0].folder)}"
             f"{', ...' if len(old) > 1 else ''}",
             file=sys.stderr,
         )
@@ -126,7 +126,7 @@ def _warn_untold(done: list[Run]) -> None:
 def _study_of(folder: str) -> Study:
     path = Path(folder)
     if not (path / STUDY).is_file():
-        raise StudyError(f"{folder} is not the folder of a study: it holds no {STUDY}")
+        raise StudyError(f"{folder} is not a study's folder: it has no {STUDY}")
     overrides = path / OVERRIDES
     return load_study(path / STUDY, overrides if overrides.is_file() else None)
 
@@ -135,7 +135,7 @@ def status(folder: str) -> None:
     """Show the progress of a study.
 
     Args:
-        folder: the study's folder.
+        folder: folder of the study.
     """
     study = _study_of(folder)
     runs = study.runs(Path(folder))
@@ -161,17 +161,17 @@ def status(folder: str) -> None:
 
 
 def report(folder: str) -> None:
-    """Recompute the report of a study, finished or not, from its runs or, without these, from its values.csv.gz.
+    """Recompute the report of a study, finished or not, from its runs, or from its values.csv.gz if there are none.
 
     Executes the code that the runs' configs name.
 
     Args:
-        folder: the study's folder: with its runs, or with study.yaml, values.csv.gz and record.json.
+        folder: folder of the study: with its runs, or with study.yaml, values.csv.gz and record.json.
 
     Raises:
-        StudyError: for a folder without study.yaml, or with neither runs nor values.
+        StudyError: if the folder has no study.yaml, or neither runs nor values.
     """
     study, path = _study_of(folder), Path(folder)
     if not (path / VALUES).is_file() and not any(run.folder.is_dir() for run in study.runs(path)):
-        raise StudyError(f"{folder}: nothing to report: no run has begun, and there is no {VALUES}")
+        raise StudyError(f"{folder}: nothing to report: no run has started, and there is no {VALUES}")
     _report(study, path)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from halos_pl.common.experiments import hint, presets
+from halos_pl.common.experiments import PresetError, config_file, hint, objectives, presets, shipped_paths
 from halos_pl.common.misplaced import misplaced, read_config
 from halos_pl.common.yaml_files import Lines, YAMLFileError
 from halos_pl.evaluation.evaluate import ARGUMENTS
@@ -36,17 +36,24 @@ OWN = {
 
 
 def load_study(path: str | Path, overrides: str | Path | None = None) -> Study:
-    """The study of a file.
+    """The study in a file.
 
     Args:
-        path: the study file.
-        overrides: a second file, whose keys (those of ``REPLACEABLE``) replace those of the study; its options are
-            added last.
+        path: study file, or bare name of a shipped one, such as ``ablations/beta``.
+        overrides: second file, or name of a shipped one. Its keys (those of ``REPLACEABLE``) replace those of the
+            study; its options are added last.
 
     Raises:
-        StudyError: naming the line at fault.
+        StudyError: names the line at fault.
     """
-    return _Reader(Path(path), None if overrides is None else Path(overrides)).study()
+    return _Reader(_study_file(path), None if overrides is None else _study_file(overrides)).study()
+
+
+def _study_file(path: str | Path) -> Path:
+    try:
+        return config_file(str(path), presets(), "the study") if str(path) in presets() else Path(path)
+    except PresetError as error:
+        raise StudyError(str(error)) from error
 
 
 class _Reader:
@@ -73,7 +80,8 @@ class _Reader:
     def _read(path: Path) -> tuple[dict[str, Any], Lines]:
         """Content, and the line of each key."""
         try:
-            return read_config(path)
+            content, lines = read_config(path)
+            return shipped_paths(content), lines
         except OSError as error:
             if path.is_dir():
                 raise StudyError(f"{misplaced(path)}; halos ablate takes the YAML file of a study") from error
@@ -154,7 +162,7 @@ class _Reader:
         arms = [
             Arm(
                 point.name,
-                (*configs, *self._files(point.configs, *point.place, OBJECTIVE)),
+                (*configs, *self._objectives(point.configs, *point.place, OBJECTIVE)),
                 {**options, **point.options, **self.last_options},
                 self._line(self.lines, point.place),
             )
@@ -184,6 +192,16 @@ class _Reader:
                 why = f"YAML does not read {file!r:.60} as a file name; put it in quotes if it is one"
                 raise self.fault(why, *place)
         return tuple(files)
+
+    def _objectives(self, names: list[Any], *place: Any) -> tuple[str, ...]:
+        """Names of config files; that of a shipped objective becomes a name for ``--config``, ``objectives/kto``."""
+        shipped = objectives()
+        try:
+            for name in (name for name in self._files(names, *place) if name in shipped):
+                config_file(name, shipped, OBJECTIVE)  # refuses a name that is a file too
+        except PresetError as error:
+            raise self.fault(str(error), *place) from error
+        return tuple(f"objectives/{name}" if name in shipped else name for name in names)
 
     def _seeds(self) -> tuple[int, ...]:
         seeds = self.get("seeds", list, [0])

@@ -105,6 +105,7 @@ def test_the_wheel_holds_what_a_command_reads(wheel: list[str]) -> None:
     others = {
         *("halos_pl/experiments/objectives.json", "halos_pl/experiments/quickstart/feedback.jsonl"),
         *("halos_pl/experiments/quickstart/rule.py", "halos_pl/experiments/ablations/prompts.txt"),
+        *("halos_pl/experiments/ablations/prompts_60.txt", "halos_pl/experiments/ablations/held_out.jsonl"),
         *("halos_pl/py.typed", "value_functions/py.typed"),
         *(str(path.relative_to(ROOT)) for path in (ROOT / "halos_pl").rglob("*.jinja")),
     }
