@@ -641,7 +641,7 @@ def test_one_target_or_all(capfd):
     for words in ([], ["Logistic", "--all"]):
         code, _, err = halos_check(capfd, *words)
         assert code == 2
-        assert "name one target, or say --all" in err
+        assert "target, --all" in err
 
 
 def test_all_prints_the_table_and_writes_it_where_it_belongs(tmp_path, capfd, monkeypatch):

@@ -1,4 +1,4 @@
-"""``halos cache``: what is kept for later runs, how large it is, and its removal."""
+"""``halos cache``: shows the content and size of the cache, and empties it."""
 
 from __future__ import annotations
 
@@ -32,16 +32,17 @@ from halos_pl.common.messages import plain
 _KINDS = {
     "data": "checked and tokenised sources of feedback",
     "models": "converted GGUF models",
-    "answers": "sampled answers of models that were evaluated",
+    "answers": "sampled answers of evaluated models",
     "reference": f"reference log-probs (at most {LARGEST / 1e9:.1f} GB)",
 }
 
 
-def _count(kind: str, own: list[Entry]) -> int:
-    if kind != "reference" or not own:
-        return len(own)
+def _count(kind: str, stored: list[Entry]) -> int:
+    if kind != "reference" or not stored:
+        return len(stored)
     try:
-        with closing(sqlite3.connect(f"file:{own[0].path.as_posix()}?mode=ro", uri=True)) as db:  # this is no use of it
+        # Read-only, so that this does not count as a use.
+        with closing(sqlite3.connect(f"file:{stored[0].path.as_posix()}?mode=ro", uri=True)) as db:
             return int(db.execute("SELECT count(*) FROM logps").fetchone()[0])
     except sqlite3.Error:  # damaged, or being written
         return 0
@@ -53,21 +54,21 @@ def _ago(when: float) -> str:
 
 
 def info() -> None:
-    """What the cache holds, how large it is, how large it may become, and when it was last used."""
-    found, most = entries(), limit()
+    """Show the content, size and size limit of the cache, and when it was last used."""
+    stored, most = entries(), limit()
     table = Table(title=escape(plain(cache_root())))
     for column in ("kind", "what", "entries", "MB", "used first", "used last"):
         table.add_column(column, justify="right" if column in ("entries", "MB") else "left")
     for kind, what in _KINDS.items():
-        own = [entry for entry in found if entry.kind == kind]
-        used = [_ago(own[0].used), _ago(own[-1].used)] if own else ["", ""]
-        size = sum(entry.size for entry in own) / 1e6
-        table.add_row(kind, what, f"{_count(kind, own):,}", f"{size:,.1f}", *used)
-    size, console = sum(entry.size for entry in found), Console()
+        alike = [entry for entry in stored if entry.kind == kind]
+        used = [_ago(alike[0].used), _ago(alike[-1].used)] if alike else ["", ""]
+        size = sum(entry.size for entry in alike) / 1e6
+        table.add_row(kind, what, f"{_count(kind, alike):,}", f"{size:,.1f}", *used)
+    size, console = sum(entry.size for entry in stored), Console()
     console.print(table)
     console.print(
-        f"{size_text(size)} of {size_text(most)} (HALOS_CACHE_LIMIT: {limit_setting()}). When something is added beyond"
-        " the limit, what was used longest ago is removed; what a running command uses stays.",
+        f"{size_text(size)} of {size_text(most)} (HALOS_CACHE_LIMIT: {limit_setting()}). Beyond the limit, the least"
+        " recently used entries are removed, except those that a running command uses.",
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -75,23 +76,24 @@ def info() -> None:
 
 
 def clear(*, kind: Literal["all", "data", "models", "answers", "reference"] = "all") -> None:
-    """Removes what the cache holds, but for what a running command uses; it is recomputed when it is needed.
+    """Empty the cache, except for entries that a running command uses; they are recomputed when needed.
 
     Args:
-        kind: what to remove.
+        kind: kind of entries to remove.
     """
     root = cache_root()
     homes: dict[str, Path] = {"data": root / "data", "models": root, "answers": root / ANSWERS}
     homes["reference"] = (root / REFERENCE).parent
     if kind == "all":
-        for name in (HELP, "locks"):  # the latter of earlier versions
+        for name in (HELP, "locks"):  # earlier versions wrote locks
             shutil.rmtree(root / name, ignore_errors=True)
     for name in _KINDS if kind == "all" else (kind,):
-        own = [entry for entry in entries() if entry.kind == name]
-        gone = [entry for entry in own if remove(entry)]
-        kept = f"; {len(own) - len(gone)} of {len(own)} entries are in use and stay" if len(gone) < len(own) else ""
+        stored = [entry for entry in entries() if entry.kind == name]
+        gone = [entry for entry in stored if remove(entry)]
+        left = len(stored) - len(gone)
+        kept = f"; {left} of {len(stored)} entries are in use and stay" if left else ""
         if not kept and not in_use(homes[name]):
-            for left in root.glob("gguf-*.lock") if name == "models" else (homes[name],):
-                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-        said = f"{name}: {sum(entry.size for entry in gone) / 1e6:,.1f} MB removed{kept}"
-        Console().print(said, highlight=False)
+            for path in root.glob("gguf-*.lock") if name == "models" else (homes[name],):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        size = sum(entry.size for entry in gone) / 1e6
+        Console().print(f"{name}: {size:,.1f} MB removed{kept}", highlight=False)

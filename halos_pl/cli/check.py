@@ -26,10 +26,10 @@ START, END = "<!-- halos check --all: this table is generated -->\n", "<!-- end 
 
 
 def family(files: Iterable[Path], *, thorough: bool = False) -> Iterator[tuple[str, dict[Definition, Report]]]:
-    """Name and reports, under both definitions, of objective files.
+    """Name and reports under both definitions of each objective file.
 
     Raises:
-        TargetError: for a file that is no objective.
+        TargetError: if a file is not an objective.
     """
     shared: dict[Any, Any] = {}
     for path in files:
@@ -37,15 +37,15 @@ def family(files: Iterable[Path], *, thorough: bool = False) -> Iterator[tuple[s
 
 
 def family_table(checked: Iterable[tuple[str, dict[Definition, Report]]]) -> Iterator[str]:
-    """The lines of a Markdown table of ``family()``, as in docs/reference/verdicts.md: losses by definitions."""
+    """Lines of a Markdown table from ``family()``, losses by definitions, as in docs/reference/verdicts.md."""
     yield f"| loss | {' | '.join(TITLES.values())} |"
     yield f"|{'---|' * (1 + len(TITLES))}"
-    for name, found in checked:
-        yield f"| {name} | {' | '.join(found[definition].verdict for definition in TITLES)} |"
+    for name, by_definition in checked:
+        yield f"| {name} | {' | '.join(by_definition[definition].verdict for definition in TITLES)} |"
 
 
 def _write(table: list[str], path: Path) -> None:
-    """Replaces the table between the marks in a Markdown file."""
+    """Replaces the table between the markers in a Markdown file."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -53,7 +53,7 @@ def _write(table: list[str], path: Path) -> None:
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
     if not end:
-        raise TargetError(f"{path} has no place for the table: it takes a line {START.strip()} and one {END.strip()}")
+        raise TargetError(f"{path} has no place for the table; add the lines {START.strip()} and {END.strip()}")
     path.write_text(before + start + "".join(f"{line}\n" for line in table) + end + after, encoding="utf-8")
 
 
@@ -82,7 +82,7 @@ def _check_all(as_json: bool, thorough: bool, targets: Sequence[Path]) -> None:
 
 
 def _named(target: str) -> str:
-    """The file of a shipped objective, for its name; imports a plug-in of the working folder that has the name."""
+    """The file of a shipped objective, by name; imports a plug-in of that name from the working folder."""
     try:
         if target in objectives():
             return str(config_file(target, objectives(), "halos check"))
@@ -93,35 +93,35 @@ def _named(target: str) -> str:
 
 
 def _check_one(target: str, definition: Definition, as_json: bool, init_args: str | None, thorough: bool) -> Report:
-    # What the target prints is not part of the answer.
+    # The target's own output is not part of the report.
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            found = reports(load_target(_named(target), init_args), thorough=thorough)[definition]
+            report = reports(load_target(_named(target), init_args), thorough=thorough)[definition]
         except SystemExit as error:
-            raise TargetError(f"{target} cannot be checked: it leaves the process, {one_line(error)}") from error
-    report = replace(found, target=target)
+            raise TargetError(f"{target} cannot be checked: it ends the process with {one_line(error)}") from error
+    report = replace(report, target=target)
     if report.unusable:
         raise TargetError(f"{target} cannot be checked: {report.unusable}")
     if as_json:
         print(json.dumps(report.to_json(), indent=2))
-    else:  # what is piped somewhere is not wrapped
+    else:  # piped output is not wrapped
         Console(width=None if sys.stdout.isatty() else 1000).print(report)
         if failed := [clause.clause for clause in report.clauses if clause.status == "failed" and clause.required]:
-            print(f"\nWhat a clause means, and the cure: halos check --explain {failed[0]}")
+            print(f"\nhalos check --explain {failed[0]} shows what the clause means and how to fix it")
     return report
 
 
 def run(words: list[str]) -> None:
-    """``halos check WORDS``: its flags take no value and its target may be left out, unlike those of other commands.
+    """``halos check WORDS``. Unlike in other commands, flags take no value and the target is optional.
 
     Raises:
-        SystemExit: 1 for what is no HALO (or fails its clauses), 2 for what could not be checked.
+        SystemExit: 1 if the target is no HALO or fails its clauses, 2 if it could not be checked.
     """
     parser = argparse.ArgumentParser(
         prog="halos check",
-        description="Hold a loss, or a part of one, to the definition of human-aware losses.",
-        epilog="Exit status: 0 for a HALO, or a plug-in that passes its clauses; 1 otherwise; 2 where the target could"
-        " not be checked. The code of the target is executed.",
+        description="Check a loss, or a part of one, against the definition of human-aware losses.",
+        epilog="Exit status: 0 for a HALO, or a plug-in that passes its clauses; 1 otherwise; 2 if the target could not"
+        " be checked. The code of the target is executed.",
     )
     parser.add_argument(
         "target",
@@ -129,42 +129,42 @@ def run(words: list[str]) -> None:
         help="an objective (its name or YAML file), or a plug-in (its name, a dotted class, path/to/file.py:Class)",
     )
     parser.add_argument("--definition", choices=get_args(Definition), default="icml", help="ICML 2024 or arXiv v1")
-    parser.add_argument("--json", action="store_true", help="print plain data instead of a table")
-    parser.add_argument("--init_args", metavar="JSON", help="the class's arguments, such as '{\"beta\": 0.2}'")
-    parser.add_argument("--all", action="store_true", help="every shipped objective, under both definitions")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--init_args", metavar="JSON", help="arguments of the class, such as '{\"beta\": 0.2}'")
+    parser.add_argument("--all", action="store_true", help="check every shipped objective under both definitions")
     parser.add_argument(
         "--write",
         metavar="FILE",
         type=Path,
         action="append",
         default=[],
-        help="with --all: also write the table into FILE, between its marks, or as .json what halos objectives lists",
+        help="with --all: also write the table into FILE, between its markers, or as .json for halos objectives",
     )
     parser.add_argument(
         "--explain",
         metavar="CLAUSE",
         nargs="?",
         const="",
-        help="what a clause means, an example of failing it, and the cure; without a name, the list of clauses",
+        help="explain a clause, with an example that fails it and the fix; without a name, list the clauses",
     )
-    parser.add_argument("--thorough", action="store_true", help="search longer, up to 30 s for a target")
-    given = parser.parse_args(words)
-    if given.explain is not None:
-        if given.all or given.target is not None:
-            parser.error("--explain takes no target: name one clause, or none for the list of them")
+    parser.add_argument("--thorough", action="store_true", help="search longer, up to 30 s per target")
+    options = parser.parse_args(words)
+    if options.explain is not None:
+        if options.all or options.target is not None:
+            parser.error("--explain takes no target; give one clause, or none to list them")
         try:
-            print(explain(given.explain) if given.explain else listed())
+            print(explain(options.explain) if options.explain else listed())
         except ValueError as error:
             print(f"halos check: {plain(error)}", file=sys.stderr)
             raise SystemExit(2) from error
         return
-    if given.all == (given.target is not None):
-        parser.error("name one target, or say --all or --explain")
+    if options.all == (options.target is not None):
+        parser.error("give one target, --all or --explain")
     try:
-        if given.all:
-            _check_all(given.json, given.thorough, given.write)
+        if options.all:
+            _check_all(options.json, options.thorough, options.write)
             return
-        report = _check_one(given.target, given.definition, given.json, given.init_args, given.thorough)
+        report = _check_one(options.target, options.definition, options.json, options.init_args, options.thorough)
     except TargetError as error:
         print(f"halos check: {plain(cause(str(error)))}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -1,4 +1,4 @@
-"""The commands that are plain functions: each is imported when it is run."""
+"""Commands that are plain functions, each imported when it runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib import import_module
 
 from halos_pl.cli.parser import HalosParser
 
-#: Module and function by the command's name, a longer name before one that begins it.
+#: Module and function by command; longer names come before their prefixes.
 TOOLS = {
     "export": "halos_pl.cli.export:export",
     "generate": "halos_pl.cli.generate:generate_file",
@@ -26,7 +26,7 @@ TOOLS = {
 
 
 def tool_of(words: list[str]) -> str | None:
-    """The command of ``TOOLS`` that the words begin with."""
+    """The command of ``TOOLS`` at the start of the words, if any."""
     return next((name for name in TOOLS if words[: len(name.split())] == name.split()), None)
 
 
@@ -37,7 +37,7 @@ def _function(name: str) -> Callable[..., None]:
 
 
 def tool_parser(name: str) -> HalosParser:
-    """The parser of a command of ``TOOLS``: parameters before the ``*`` are positional, the others are options."""
+    """The parser of a command in ``TOOLS``: parameters before the ``*`` are positional, the others are options."""
     tool = _function(name)
     kinds = inspect.signature(tool).parameters
     options: set[str | int] = {key for key, p in kinds.items() if p.kind is p.KEYWORD_ONLY}
@@ -48,6 +48,6 @@ def tool_parser(name: str) -> HalosParser:
 
 
 def run_tool(name: str, words: list[str]) -> None:
-    """Runs a command of ``TOOLS`` with the words behind its name."""
+    """Runs a command in ``TOOLS`` with the words after its name."""
     parser = tool_parser(name)
     _function(name)(**parser.instantiate(parser.parse_args(words)).as_dict())

@@ -1,7 +1,7 @@
-"""The config files of a Trainer's command: which they are, in which order, and whether they can be read.
+"""Finds, orders and checks the config files of a Trainer command.
 
-``base.yaml`` comes first, then the file of ``--objective``, then those of ``--config`` in the order given, then all
-other options, wherever they stand on the command line.
+``base.yaml`` comes first, then the file of ``--objective``, then those of ``--config`` in order, then all other
+options, wherever they are on the command line.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from halos_pl.objective.build import PARTS
 from halos_pl.policy.reference import ReferenceModel
 from halos_pl.run_dir import CONFIG, LAST
 
-#: The keys of a config that hold a mapping.
+#: Keys of a config whose values are mappings.
 GROUPS = ("data", "model", "checkpoint", "progress", "trainer")
-#: The kinds of plug-ins that are found by their bare names in the working folder.
+#: Kinds of plug-ins that are found in the working folder by their bare names.
 KINDS = (*PARTS.values(), ReferenceModel, Transform, Callback)
 _RESOLVED = {*GROUPS, "seed_everything", "run_dir"}
 
 
 def expanded(words: Sequence[str]) -> list[str]:
-    """The words of a Trainer's command with paths for the names of configs, and all configs in front.
+    """The words of a Trainer command, with the paths of all its configs first.
 
-    ``base.yaml`` is implied, unless ``--no_base`` is given or a config states every setting, as a run's
+    ``base.yaml`` is implied, unless ``--no_base`` is given or a config contains every setting, as a run's
     ``config.yaml`` does.
 
     Raises:
-        PresetError: for a name that stands for no file, or for two.
-        RunError: where ``--objective`` is given twice, or has no effect.
-        YAMLFileError: for a file that cannot be used.
+        PresetError: if the name of a config matches no file, or two.
+        RunError: if ``--objective`` is given twice, or has no effect.
+        YAMLFileError: if a file cannot be used.
     """
     words = list(words)
     command = [words.pop(0)] if words[:1] and words[0] in TRAINER_COMMANDS else []
@@ -62,22 +62,22 @@ def expanded(words: Sequence[str]) -> list[str]:
     chosen = [str(config_file(name, objectives(), "--objective")) for name in names["--objective"]]
     files = [str(config_file(name, presets(), "--config")) for name in names["--config"]]
     if len(chosen) > 1:
-        raise RunError(f"--objective is given twice, {' and '.join(names['--objective'])}; a run has one objective")
+        raise RunError(f"--objective is given twice, {' and '.join(names['--objective'])}; give only one")
     contents = check_files([*chosen, *files])
     resolved = next((path for path, content in contents.items() if content.keys() >= _RESOLVED), None)
     if resolved and chosen:
         raise RunError(
-            f"--objective {names['--objective'][0]} has no effect: {resolved} states every setting; drop one"
+            f"--objective {names['--objective'][0]} has no effect, as {resolved} contains every setting; remove one"
         )
     if base and not resolved and not any(Path(file).resolve() == BASE.resolve() for file in files):
         chosen.insert(0, str(BASE))
-    own = [content for path, content in contents.items() if not is_shipped(path)]
-    import_own([*own, *map(_value, others)], KINDS)
+    users = [content for path, content in contents.items() if not is_shipped(path)]
+    import_own([*users, *map(_value, others)], KINDS)
     return [*command, *(f"--config={file}" for file in (*chosen, *files)), *others]
 
 
 def _value(word: str) -> Any:
-    """The value in a word, as YAML reads it."""
+    """The value in a word, parsed as YAML."""
     text = word.partition("=")[2] if word.startswith("--") else word
     try:
         return yaml.safe_load(text)
@@ -86,13 +86,13 @@ def _value(word: str) -> Any:
 
 
 def check_files(paths: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Refuses config files that a parser would misread or not understand, by file and line.
+    """Refuses config files that a parser would misread or could not read.
 
     Returns:
-        What each of them holds, but for pipes, which can be read only once.
+        Content of each file, except pipes, which can be read only once.
 
     Raises:
-        YAMLFileError: naming file and line.
+        YAMLFileError: names file and line.
     """
     contents = {}
     for path in paths:
@@ -111,10 +111,10 @@ def config_files(words: Sequence[Any]) -> list[str]:
 
 
 def refuse_moved(words: Any, run_dir: Path) -> None:
-    """Refuses the config of a run whose folder was moved: another run may be where it was.
+    """Refuses the config of a run whose folder was moved: the old path may belong to another run.
 
     Raises:
-        RunError: naming both folders.
+        RunError: names both folders.
     """
     if any(isinstance(word, str) and word.partition("=")[0] == "--run_dir" for word in words):
         return
@@ -123,5 +123,5 @@ def refuse_moved(words: Any, run_dir: Path) -> None:
         if Path(path).name == CONFIG and (folder / LAST).is_file() and folder.resolve() != run_dir.resolve():
             raise RunError(
                 f"{path} belongs to a run, but its run_dir is {run_dir}: the folder was moved or copied; add"
-                f" --run_dir {folder} to take that run"
+                f" --run_dir {folder} to use that run"
             )

@@ -1,4 +1,4 @@
-"""From a run, or another model, to a Hugging Face folder."""
+"""``halos export``: writes the policy of a run, or another model, as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from halos_pl.policy.source import ADAPTER_CONFIG, source_of
 from halos_pl.policy.spec import ModelError, ModelSpec
 from halos_pl.training.named_model import named_model
 
-#: Files that say what the weights of a folder are, and its tokenizer.
+#: Files of a model's weights, and of its tokenizer.
 WEIGHTS = ("adapter_*", "model*.safetensors*", "pytorch_model*", "generation_config.json")
 TOKENIZER = (
     "tokenizer*",
@@ -50,35 +50,35 @@ def export(
 ) -> None:
     """Write a run's policy as a Hugging Face folder. The code that the run's config.yaml names is executed.
 
-    Another model is written as it is, an adapter merged into its base.
+    Any other model is written unchanged, with an adapter merged into its base.
 
     Args:
-        run: the run's folder; or a Hugging Face folder, a folder with a peft adapter, or a hub name.
-        folder: where to write; ``AutoModelForCausalLM.from_pretrained`` and ``halos generate`` take it.
-        adapter: of a LoRA policy, write the adapter alone instead of merging it into the model. Where the run began
-            from an adapter, the two become one adapter of the model below them.
-        dtype: of the weights; default: the one they were trained in (model.policy.dtype, or that of a Trainer of half
-            precision).
-        overwrite: write into a folder that is not empty.
-        ckpt_path: another checkpoint than the last one: best (by what the run's ModelCheckpoint monitors), or a file.
-            --checkpoint is the same.
+        run: folder of the run; or a Hugging Face folder, a folder with a peft adapter, or a hub name.
+        folder: folder to write, which ``AutoModelForCausalLM.from_pretrained`` and ``halos generate`` can load.
+        adapter: whether to write only the adapter of a LoRA policy instead of merging it into the model. If the run
+            started from an adapter, both become one adapter of the base model.
+        dtype: dtype of the weights; default: that of training (model.policy.dtype, or that of a half-precision
+            Trainer).
+        overwrite: whether to write into a folder that is not empty.
+        ckpt_path: checkpoint other than the last: best (as monitored by the run's ModelCheckpoint), or a file. Also
+            spelled --checkpoint.
     """
     out = Path(folder)
     if out.exists() and any(path.name != _PART for path in out.iterdir()) and not overwrite:
-        raise FileExistsError(f"{out} is not empty; choose another folder, or say --overwrite true")
+        raise FileExistsError(f"{out} is not empty; choose another folder, or use --overwrite true")
     if adapter and (out / "config.json").exists():
-        raise FileExistsError(f"{out} holds a model, which loaders would put the adapter on; choose another folder")
+        raise FileExistsError(f"{out} contains a model, to which loaders would add the adapter; choose another folder")
     named = named_model(run, ckpt_path)
     if adapter and named.spec.lora is None:
-        why = "trained the whole model, there is no LoRA adapter to write" if named.run else "is no run"
+        why = "trained the whole model, so there is no LoRA adapter" if named.run else "is not a run"
         raise ValueError(f"--adapter: {run} {why}")
     if out.exists() and Path(run).is_dir() and out.samefile(run):
-        raise FileExistsError(f"{out} is the folder that is exported; choose another one")
+        raise FileExistsError(f"{out} is the folder to export; choose another one")
     if named.run is None and dtype is None:
         dtype = stored_dtype(named.spec)  # type: ignore[assignment]
     whole: Any = named.load("cpu")
     policy, tokenizer = whole, named.tokenizer()
-    if dtype == "float32" and not adapter:  # before it is merged, so that the sum is not rounded
+    if dtype == "float32" and not adapter:  # before merging, so that the sum is not rounded
         policy.float()
     if adapter:
         policy = _adapter_alone(policy, named.spec)
@@ -92,30 +92,31 @@ def export(
             setattr(base_model(policy).config, name, value)
     stops = add_stops(policy, tokenizer)
     if adapter and stops:
-        print(f"halos: the adapter's base does not stop at the ids {stops}; generate with them as eos_token_id")
+        print(f"halos: the adapter's base does not stop at the ids {stops}; pass them as eos_token_id to generate")
     with _written(out, (*TOKENIZER, *(("adapter_*",) if adapter else WEIGHTS))) as part:
         policy.save_pretrained(part)
         tokenizer.save_pretrained(part)
-    kind, given = _dtype_of(policy), stored_dtype(named.spec)
-    said = f", in {kind}" + (f" (its base is in {given}; --dtype chooses)" if dtype is None and given != kind else "")
-    print(f"halos: wrote {'the adapter' if adapter else 'the model'} of {run} to {out}{'' if adapter else said}")
+    written, stored = _dtype_of(policy), stored_dtype(named.spec)
+    base = f" (its base is in {stored}; choose with --dtype)" if dtype is None and stored != written else ""
+    what = "the adapter" if adapter else "the model"
+    print(f"halos: wrote {what} of {run} to {out}{'' if adapter else f', in {written}{base}'}")
 
 
 def _adapter_alone(policy: Any, spec: ModelSpec) -> Any:
-    """A peft model whose adapter, on the base that it names, is the policy.
+    """A peft model whose adapter, on the base that it names, gives the policy.
 
     Raises:
-        ValueError: where no adapter is.
+        ValueError: if no single adapter does.
     """
     root, chain = adapters.chain(spec)
     if chain:
-        own = (policy.peft_config["default"], get_peft_model_state_dict(policy, save_embedding_layers=False))
+        latest = (policy.peft_config["default"], get_peft_model_state_dict(policy, save_embedding_layers=False))
         try:
             earlier = [(each.config, adapters.weights_of(each)) for each in chain]
-            policy = adapters.combine(load_model(replace(root, lora=None)), [*earlier, own], policy)
+            policy = adapters.combine(load_model(replace(root, lora=None)), [*earlier, latest], policy)
         except ModelError as error:
             raise ValueError(
-                f"--adapter: the run began from the adapter {spec.path}, and the two cannot be written as one adapter"
+                f"--adapter: the run started from the adapter {spec.path}, and the two cannot be written as one adapter"
                 f" of {root.path} ({error}); export the merged model, without --adapter"
             ) from error
     base = source_of(root, weights=False)
@@ -124,8 +125,8 @@ def _adapter_alone(policy: Any, spec: ModelSpec) -> Any:
     config.revision = root.revision
     if Path(base).is_relative_to(cache_root()):
         print(
-            f"halos: the adapter's base is {base}, converted from {root.path}. Only this machine has that folder, and"
-            " a full cache may lose it: copy it and name the copy in adapter_config.json, or export without --adapter"
+            f"halos: the adapter's base is {base}, converted from {root.path}. That folder is in this machine's cache,"
+            " which may drop it: copy it and name the copy in adapter_config.json, or export without --adapter"
         )
     return policy
 
@@ -139,39 +140,39 @@ def _check_finite(policy: nn.Module, run: str) -> None:
         if not is_finite(value):
             raise ValueError(
                 f"{run}: {name} is not finite in {_dtype_of(policy)}: the run diverged, or its weights are too large"
-                " for that dtype; nothing is written"
+                " for that dtype; nothing was written"
             )
 
 
 @contextmanager
 def _written(out: Path, stale: Sequence[str]) -> Iterator[Path]:
-    """A folder to write into; what is in it appears in ``out`` only when all of it has been written.
+    """A folder to write into, whose files move to ``out`` only when all of them have been written.
 
-    Files in ``out`` that match ``stale`` are removed then: they would be taken for parts of what is written.
+    Files in ``out`` that match ``stale`` are then removed, since loaders would mix them with the new ones.
 
     Raises:
-        OSError: where something could not be written, as on a full disk; ``out`` is then as it was before.
+        OSError: if a file cannot be written, as on a full disk; ``out`` is then unchanged.
     """
-    made = not out.exists()
+    new = not out.exists()
     part = out / _PART
     try:
-        shutil.rmtree(part, ignore_errors=True)  # of one that was killed
+        shutil.rmtree(part, ignore_errors=True)  # left by a killed process
         part.mkdir(parents=True)
         try:
             yield part
-        except Exception as error:  # safetensors and tokenizers have exceptions of their own for a full disk
+        except Exception as error:  # safetensors and tokenizers raise their own errors on a full disk
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise OSError(f"{out}: it could not be written ({reason}); the folder is as it was before") from error
+            raise OSError(f"{out} could not be written ({reason}); the folder is unchanged") from error
         share(part)
         for file in {file for pattern in stale for file in out.glob(pattern)}:
             remove(file)
-        # What makes loaders take the folder for a model comes last.
+        # The file that makes loaders accept the folder as a model comes last.
         for file in sorted(part.iterdir(), key=lambda file: file.name in ("config.json", ADAPTER_CONFIG)):
             if (out / file.name).is_dir():
                 remove(out / file.name)
             os.replace(file, out / file.name)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-        if made:
-            with suppress(OSError):  # it is not empty
+        if new:
+            with suppress(OSError):  # not empty
                 out.rmdir()

@@ -1,4 +1,4 @@
-"""``halos generate``: samples completions of the prompts in a file, in a format that ``halos fit`` reads."""
+"""``halos generate``: samples completions of the prompts in a file, in the format of ``halos fit``."""
 
 from __future__ import annotations
 
@@ -42,30 +42,30 @@ def generate_file(
     """Sample completions of the prompts in a file. The code that a run's config.yaml names is executed.
 
     Args:
-        model: a run's folder, a Hugging Face folder, a folder with a peft adapter, or a hub name.
-        prompts: a .txt file with one prompt a line, or JSON lines with "prompt", a text or a message list.
-        prompt_column: the column of JSON lines that holds the prompt; default: "prompt".
+        model: folder of a run, a Hugging Face folder, a folder with a peft adapter, or a hub name.
+        prompts: .txt file with one prompt per line, or JSON lines with "prompt", a text or a message list.
+        prompt_column: column of JSON lines with the prompt; default: "prompt".
         out: JSON lines to write; default: beside the prompts. Each row has the columns of its prompt's row, "prompt" as
-            given to the model (messages if it went through the chat template), and lists of the same length:
-            "completions"; "finished", whether the model ended each; and "same_tokens", whether training on its text
-            gives the tokens that were sampled (special tokens that the text must not spell are dropped). halos fit
-            reads the rows once a list "scores" is added. Until sampling is done, the file ends in .part.
-        text_prompts: how a plain-text prompt is encoded: plain as it is, chat as a user message in the chat template;
+            the model got it (messages if the chat template was applied), and lists of equal length: "completions";
+            "finished", whether the model ended each; and "same_tokens", whether training on its text gives the sampled
+            tokens (special tokens that the text must not spell are dropped). halos fit reads the rows once a list
+            "scores" is added. Until sampling is done, the file ends in .part.
+        text_prompts: encoding of plain-text prompts: plain (unchanged) or chat (a user message in the chat template);
             default: as the run was trained (data.text_prompts), else plain.
-        chat_template: a chat template instead of the model's: a .jinja file, a folder with a tokenizer, chatml, or the
-            template itself; default: the one that the run was trained with, else the tokenizer's.
-        max_new_tokens: the maximum length of a completion in tokens.
-        temperature: of the softmax; 0 takes the likeliest token.
-        top_p: sample from the likeliest tokens that together have this probability.
-        num_samples: completions per prompt.
-        one_per_row: write a row for each completion, with "completion", "finished" and "same_tokens"; halos fit reads
-            such rows once "label" or "score" is added.
-        batch_size: completions sampled at a time.
-        seed: of the sampling.
+        chat_template: chat template that replaces the model's: a .jinja file, a folder with a tokenizer, chatml, or the
+            template itself; default: that of the run's training, else the tokenizer's.
+        max_new_tokens: maximum length of a completion, in tokens.
+        temperature: temperature of the softmax; 0 always takes the likeliest token.
+        top_p: probability mass of the likeliest tokens to sample from.
+        num_samples: number of completions per prompt.
+        one_per_row: whether to write one row per completion, with "completion", "finished" and "same_tokens"; halos fit
+            reads such rows once "label" or "score" is added.
+        batch_size: number of completions sampled at a time.
+        seed: seed of the sampling.
         control: text between every prompt and its completion; "<|good|>" for a model trained with csft.yaml.
-        special_tokens_in_text: special tokens that a message spells: refuse those that forge a turn, split them into
-            plain text, or allow them; default: as the run was trained, else refuse.
-        ckpt_path: for a run, a checkpoint other than the last: best (from its ModelCheckpoint), or a file.
+        special_tokens_in_text: treatment of special tokens spelled in a message: refuse those that forge a turn, split
+            them into plain text, or allow them; default: as the run was trained, else refuse.
+        ckpt_path: checkpoint of a run other than the last: best (from its ModelCheckpoint), or a file.
     """
     sampling: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -76,10 +76,10 @@ def generate_file(
     }
     check_sampling(seed=seed, **sampling)
     path = Path(prompts)
-    read_prompt_rows(path, text_prompts or "chat", prompt_column)  # report faults of the file before those of the model
+    read_prompt_rows(path, text_prompts or "chat", prompt_column)  # fail before the model is loaded
     target = Path(out) if out else path.with_suffix(".completions.jsonl")
     if target.exists() and target.samefile(path):
-        raise FileExistsError(f"--out {target} is the file of the prompts, which would be lost; name another file")
+        raise FileExistsError(f"--out {target} is the file with the prompts, which would be lost; name another file")
     check_target(target)
     named = named_model(model, ckpt_path, chat_template)
     text = named.text_settings(text_prompts=text_prompts, special_tokens_in_text=special_tokens_in_text)
@@ -89,27 +89,27 @@ def generate_file(
     say_convention(rows, text["text_prompts"], tokenizer)
     stale = sorted({name for row in rows for name in row.columns.keys() & ANSWERS})
     if stale:
-        print(f"halos: not copied from {plain(path)}, because they belong to other answers: {', '.join(stale)}")
-    asked, names = [row.prompt for row in rows], [row.place for row in rows]
+        print(f"halos: columns of {plain(path)} that belong to other answers are not copied: {', '.join(stale)}")
+    inputs, names = [row.prompt for row in rows], [row.place for row in rows]
     tools = [row.tools for row in rows]
-    encoded = encode_prompts(tokenizer, asked, names, control, text["special_tokens_in_text"], tools)
+    encoded = encode_prompts(tokenizer, inputs, names, control, text["special_tokens_in_text"], tools)
     encoder = Encoder(tokenizer, text["special_tokens_in_text"])
     policy = named.load()
-    check_prompts(policy, tokenizer, encoded, names, max_new_tokens)  # before any is sampled
+    check_prompts(policy, tokenizer, encoded, names, max_new_tokens)  # before any sampling
     chunk = 8 * max(1, batch_size // num_samples)
     done = others = 0
     try:
         with whole(target, keep=True) as file:
-            # Written in chunks, so that an interrupted run keeps what it has sampled.
+            # In chunks, so that an interrupted run keeps its samples.
             for at in range(0, len(rows), chunk):
                 part = slice(at, at + chunk)
-                own: dict[str, Any] = {"seed": seed + at, "names": names[part], "tools": tools[part]}
-                samples = generate(policy, tokenizer, asked[part], **own, **sampling)
-                both = list(zip(asked[part], tools[part], strict=True))
+                options: dict[str, Any] = {"seed": seed + at, "names": names[part], "tools": tools[part]}
+                samples = generate(policy, tokenizer, inputs[part], **options, **sampling)
+                both = list(zip(inputs[part], tools[part], strict=True))
                 texts = sampled_texts(encoder, both, samples, control=control, together=not one_per_row)
-                others += sum(not text.same_tokens for found in texts for text in found)
-                for row, found in zip(rows[part], texts, strict=True):
-                    file.writelines(f"{line}\n" for line in _lines(row, found, one_per_row))
+                others += sum(not text.same_tokens for completions in texts for text in completions)
+                for row, completions in zip(rows[part], texts, strict=True):
+                    file.writelines(f"{line}\n" for line in _lines(row, completions, one_per_row))
                 file.flush()
                 done = at + len(samples)
     except BaseException:
@@ -118,19 +118,19 @@ def generate_file(
         raise
     if others:
         print(
-            f"halos: training on {others} of {len(rows) * num_samples} completions gives other tokens than were sampled"
-            f" ({SAME_TOKENS}: false): the tokenizer splits their text differently, or a special token was dropped from"
-            " it because it would forge a turn"
+            f"halos: training on {others} of {len(rows) * num_samples} completions would not give the sampled tokens"
+            f" ({SAME_TOKENS}: false): the tokenizer splits their text differently, or a special token that would forge"
+            " a turn was dropped"
         )
     print(f"halos: completions of {len(rows)} prompts are in {target}")
 
 
-def _lines(row: PromptRow, found: list[SampledText], one_per_row: bool) -> Iterator[str]:
-    """The completions of a prompt as JSON, beside the columns of its row."""
+def _lines(row: PromptRow, texts: list[SampledText], one_per_row: bool) -> Iterator[str]:
+    """The completions of a prompt as JSON, with the columns of its row."""
     kept = {name: value for name, value in row.columns.items() if name not in ANSWERS} | {"prompt": row.prompt}
-    finished, same = [each.finished for each in found], [each.same_tokens for each in found]
-    rows = [{"completions": [each.text for each in found], "finished": finished, SAME_TOKENS: same}]
+    finished, same = [each.finished for each in texts], [each.same_tokens for each in texts]
+    rows = [{"completions": [each.text for each in texts], "finished": finished, SAME_TOKENS: same}]
     if one_per_row:
-        rows = [{"completion": each.text, "finished": each.finished, SAME_TOKENS: each.same_tokens} for each in found]
+        rows = [{"completion": each.text, "finished": each.finished, SAME_TOKENS: each.same_tokens} for each in texts]
     for columns in rows:
         yield json.dumps(kept | columns, ensure_ascii=False)

@@ -1,6 +1,6 @@
-"""Lines that Lightning writes as soon as a Trainer is made are held back until work begins.
+"""Holds back the lines that Lightning logs when it creates a Trainer, until work begins.
 
-Whatever is wrong with options, data or model is found before that, and an error then stands by itself.
+Errors in options, data or model come before that, and are then the only output.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-#: What a machine has, and the seed.
+#: Lines about devices and the seed.
 HELD = re.compile(r"(GPU|TPU|HPU|IPU) available|Seed set to|Trainer will use only|`Trainer\(.*\)` was configured")
 _LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
@@ -22,14 +22,14 @@ _LOGGERS = (
 
 
 class HeldLines(Callback):
-    """Holds those lines while it is entered, and writes them when training, validation or prediction starts."""
+    """Holds those lines back, and logs them when training, validation, testing or prediction starts."""
 
     def __init__(self) -> None:
         self._records: list[tuple[logging.Logger, logging.LogRecord]] = []
         self._filters: list[tuple[logging.Logger, Any]] = []
 
     def hold(self) -> None:
-        """From now on."""
+        """Starts to hold lines back."""
         for name in _LOGGERS:
             logger = logging.getLogger(name)
 
@@ -43,7 +43,7 @@ class HeldLines(Callback):
             self._filters.append((logger, keep))
 
     def release(self, *, write: bool) -> None:
-        """Ends the holding back, and writes what has been held, or drops it."""
+        """Stops holding lines back, and logs or drops the held ones."""
         for logger, keep in self._filters:
             logger.removeFilter(keep)
         records, self._filters, self._records = self._records, [], []

@@ -1,4 +1,4 @@
-"""The text of ``halos --help`` and the answer to an unknown command; imports nothing heavy."""
+"""The text of ``halos --help`` and the error about an unknown command; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 
 #: The commands of Lightning's Trainer.
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-#: Every command with a line on what it does. A table, because importing the commands takes ten seconds.
+#: A line about each command, kept here because importing the commands takes ten seconds.
 COMMANDS = {
     "fit": "Train a model on human feedback; writes a run's folder.",
     "validate": "Measure a run's model on data.validation.",
@@ -14,22 +14,22 @@ COMMANDS = {
     "predict": "Write log-probs, reward, outcome and value of each row of data.predict.",
     "export": "Write a run's model as a Hugging Face folder.",
     "generate": "Sample completions of prompts.",
-    "evaluate": "Measure a run, or any model, example by example.",
-    "check": "Hold a loss, or a part of one, to the definition of human-aware losses.",
+    "evaluate": "Measure a run, or any model, per example.",
+    "check": "Check a loss, or a part of one, against the definition of human-aware losses.",
     "objectives": "List the shipped losses with formula, needs and verdict.",
     "new": "Write a skeleton of a plug-in or a loss, with its test.",
-    "data inspect": "Show what a source of feedback holds, before training on it.",
+    "data inspect": "Show the content of a source of feedback, before training on it.",
     "ablate": "Run a study: arms, seeds, measurements, report.",
     "ablate status": "Show the progress of a study.",
-    "ablate report": "Write a report on what a study has measured so far.",
-    "cache": "Show what the cache holds.",
-    "cache info": "The same.",
+    "ablate report": "Write a report on the measurements of a study so far.",
+    "cache": "Show content and size of the cache.",
+    "cache info": "Same as halos cache.",
     "cache clear": "Empty the cache.",
 }
 EPILOG = """\
 halos COMMAND --help lists the options of a command; halos fit --model.value_function.help Logistic, those of a plug-in.
-halos fit --objective kto --data.train FILE trains; halos objectives lists the losses. base.yaml comes first, then the
-objective, then the files of --config in their order, then all other options. A config is a file or the name of a
+halos fit --objective kto --data.train FILE trains; halos objectives lists the losses. Later settings win: base.yaml,
+then the objective, then the files of --config in order, then all other options. A config is a file or the name of a
 shipped one, such as data/shp.
 halos fit ... --print_config=comments prints the resolved config with a comment on each setting.
 
@@ -49,10 +49,10 @@ def help_page() -> str:
 
 
 def unknown_command(word: str) -> str:
-    """What is wrong with the first word of a command line; empty if it is a command or an option."""
-    known = list(dict.fromkeys(name.partition(" ")[0] for name in COMMANDS))
-    if word.startswith("-") or word in known:
+    """The error about the first word of a command line; empty if it is a command or an option."""
+    commands = list(dict.fromkeys(name.partition(" ")[0] for name in COMMANDS))
+    if word.startswith("-") or word in commands:
         return ""
-    near = difflib.get_close_matches(word, known, n=1)
+    near = difflib.get_close_matches(word, commands, n=1)
     guess = f"; did you mean {near[0]}?" if near else ""
-    return f"no command is named {word!r}{guess}; it takes one of: {', '.join(known)}"
+    return f"no command is named {word!r}{guess}; it takes one of: {', '.join(commands)}"

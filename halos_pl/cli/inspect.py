@@ -1,4 +1,4 @@
-"""``halos data inspect``: what a source of feedback holds, as tables in the terminal or as JSON."""
+"""``halos data inspect``: shows the content of a source of feedback, as tables in the terminal or as JSON."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BINS = 16
 # Upper bound of lambda_D n_D / (lambda_U n_U) in the paper's versions; the lower bound is 1.
 IMBALANCE = {"arXiv v1": 4 / 3, "v4 and v5": 3 / 2}
 SHOWN_PROMPT_TOKENS = 120
-#: Around tokens that carry the loss, for terminals without colours.
+#: Marks around tokens that carry the loss, for terminals without colours.
 LOSS = ("⟦", "⟧")
 
 
@@ -47,10 +47,10 @@ class ShownRow:
     """One row, token by token.
 
     Attributes:
-        name: of the row.
-        verdict: ``desirable``, ``undesirable``, or the score of a row that has only a score.
-        prompt, completion: the text of each token; of a long prompt only the end.
-        loss: for each text of the completion, whether it carries the loss.
+        name: name of the row.
+        verdict: ``desirable``, ``undesirable``, or the score if the row has no label.
+        prompt, completion: text of each token; only the end of a long prompt.
+        loss: whether each text of the completion carries the loss.
     """
 
     name: str
@@ -60,7 +60,7 @@ class ShownRow:
     loss: list[bool]
 
     def parts(self) -> Iterator[tuple[str, list[str]]]:
-        """The texts in order, in runs that carry the loss (``loss``) or do not (``prompt``, ``context``)."""
+        """The texts in order, in runs with the loss (``loss``) or without (``prompt``, ``context``)."""
         yield "prompt", self.prompt
         for carries, run in groupby(zip(self.loss, self.completion, strict=True), key=lambda pair: pair[0]):
             yield "loss" if carries else "context", [text for _, text in run]
@@ -68,18 +68,18 @@ class ShownRow:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a source holds.
+    """The content of a source.
 
     Attributes:
-        source: its name.
+        source: name of the source.
         figures: counts by name, in display order.
-        lambdas: the class weights that each version of the paper gives.
-        percentiles: tokens of prompts, completions and both together, at ``PERCENTILES`` of the rows.
+        lambdas: class weights by version of the paper.
+        percentiles: numbers of tokens of prompts, completions and both together, at ``PERCENTILES`` of the rows.
         histogram: (from, to, rows) by tokens of prompt and completion together.
-        max_length: tokens; rows that it would truncate or drop are counted.
-        faults: the first few, a line each.
-        unused: columns that hold values but are not read.
-        text_prompts: how plain-text prompts are encoded; None if there are none.
+        max_length: length limit in tokens; rows that it would truncate or drop are counted.
+        faults: the first few faults, one line each.
+        unused: columns with values that are not read.
+        text_prompts: encoding of plain-text prompts; None if there are none.
         notes: remarks on examples, with the number of examples.
         examples: a few rows.
     """
@@ -111,7 +111,7 @@ def lambdas(desirable: int, undesirable: int, most: float) -> str:
 
 
 def _contradictions(table: Table, text: NDArray[np.uint64]) -> int:
-    """How many distinct rows have both labels, and how many distinct pairs are preferred both ways."""
+    """Number of distinct rows with both labels plus distinct pairs that are preferred both ways."""
     single = table.pair < 0
     verdicts: dict[Any, set[Any]] = {}
     for prompt, words, label in zip(
@@ -164,7 +164,7 @@ def _shown_row(tokenizer: PreTrainedTokenizerBase, table: Table, place: int) -> 
     edges = [0, *((loss[1:] != loss[:-1]).nonzero()[0] + 1).tolist(), len(ids)]
     texts: list[str] = []
     carries: list[bool] = []
-    for start, stop in pairwise(edges):  # a character of several tokens is not shown across an edge
+    for start, stop in pairwise(edges):  # no character is shown across an edge
         run = _token_texts(tokenizer, ids[start:stop])
         texts += run
         carries += [bool(loss[start])] * len(run)
@@ -178,7 +178,7 @@ def _shown_row(tokenizer: PreTrainedTokenizerBase, table: Table, place: int) -> 
 
 
 def _token_texts(tokenizer: PreTrainedTokenizerBase, ids: NDArray[np.int32]) -> list[str]:
-    """The text of each token, or of the tokens that make up one character; control characters are escaped."""
+    """The text of each token, or of several that make up one character; control characters are escaped."""
     texts, pending = [], []
     for token in ids.tolist():
         pending.append(token)
@@ -201,18 +201,18 @@ def inspect(
     text_prompts: TextPrompts = "plain",
     loss_on: LossOn = "last",
 ) -> Inspection:
-    """What ``source`` holds, as a model with this tokenizer sees it.
+    """The content of ``source``, as a model with this tokenizer sees it.
 
     Args:
-        source: what to read; faulty rows are counted and listed, not raised.
-        tokenizer: of the model to be trained.
-        max_length: tokens; rows that it would truncate or drop are counted.
+        source: source to read; faulty rows are counted and listed.
+        tokenizer: tokenizer of the model to be trained.
+        max_length: length limit in tokens; rows that it would truncate or drop are counted.
         examples: number of random rows to show.
-        seed: of their draw.
+        seed: seed of their draw.
         cache_dir, special_tokens_in_text, text_prompts, loss_on: see ``FeedbackDataModule``.
 
     Raises:
-        DataError: the source as a whole cannot be read.
+        DataError: if the source as a whole cannot be read.
     """
     store = open_store(source, tokenizer, cache_dir, special_tokens_in_text, text_prompts, loss_on)
     table = Table.of([store])
@@ -264,7 +264,7 @@ def show(inspection: Inspection, console: Console) -> None:
         grid.add_row(Text(plain(name)), _number(value))
     console.print(grid)
     console.print(
-        "\nclass weights by the paper's rule: lambda_D n_D / (lambda_U n_U) from 1 to 4/3 (v1) or 3/2 (v4, v5):"
+        "\nclass weights by the paper's rule, lambda_D n_D / (lambda_U n_U) from 1 to 4/3 (v1) or 3/2 (v4, v5):"
     )
     for version, weights in inspection.lambdas.items():
         console.print(f"  {version}: {weights}", highlight=False)
@@ -326,31 +326,31 @@ def inspect_source(
     chat_template: str | None = None,
     json_file: str | None = None,
 ) -> None:
-    """Show what a source of feedback holds: classes, lengths, repeats, contradictions, faults, a few rows.
+    """Show the content of a source of feedback: classes, lengths, repeats, contradictions, faults, a few rows.
 
     Args:
-        source: a file, a folder, or the name of a hub data set.
-        tokenizer: of the model to be trained: a hub name, a local folder, or package:NAME.
-        max_length: tokens; rows that it would truncate or drop are counted.
+        source: file, folder, or name of a hub data set.
+        tokenizer: tokenizer of the model to be trained: a hub name, a local folder, or package:NAME.
+        max_length: length limit in tokens; rows that it would truncate or drop are counted.
         examples: number of random rows to show.
-        split: of a hub data set or a saved DatasetDict.
+        split: split of a hub data set or a saved DatasetDict.
         name: configuration of a hub data set.
         data_dir: sub-folder of a hub data set.
-        revision: of a hub data set.
+        revision: revision of a hub data set.
         schema: name of the row schema; default: detected from the columns.
         columns: your column names, such as {prompt: question} to read question as prompt.
         ignore: columns, message keys and placeholders such as <image> that may be dropped.
         max_row_mb: size limit of a row, in megabytes.
-        rows: read only the first rows, this many.
-        streaming: read a hub data set row by row.
+        rows: number of rows to read, from the first; default: all.
+        streaming: whether to read a hub data set row by row.
         special_tokens_in_text: as in data.special_tokens_in_text: refuse, split or allow.
         text_prompts: as in data.text_prompts: plain or chat.
         loss_on: as in data.loss_on: last or all.
         chat_template: as in data.chat_template: a .jinja file, a folder, chatml, or the template itself.
-        json_file: also write the figures to this file, as JSON.
+        json_file: JSON file to write the figures to; default: none.
 
     Raises:
-        DataError: the source as a whole cannot be read.
+        DataError: if the source as a whole cannot be read.
     """
     from halos_pl.policy.loading import ModelSpec, load_tokenizer
 
@@ -369,8 +369,7 @@ def inspect_source(
     )
     if json_file and Path(json_file).is_dir():
         raise DataError(f"--json_file {json_file} is a folder; name a file to write to")
-    # Before a tokenizer is loaded or converted.
-    refuse_missing([chosen])
+    refuse_missing([chosen])  # before a tokenizer is loaded or converted
     template = None if chat_template is None else template_of(chat_template, "--chat_template")
     loaded = load_tokenizer(ModelSpec(tokenizer))
     if template is not None:

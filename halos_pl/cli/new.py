@@ -1,4 +1,4 @@
-"""``halos new``: a commented skeleton of a plug-in or a loss, with the test that holds it to the definition."""
+"""``halos new``: writes a commented skeleton of a plug-in or a loss, with a test of its clauses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from halos_pl.common.files import write
 
 Kind = Literal["value_function", "reward", "reference_point", "feedback", "objective"]
 _PACKAGE = Path(__file__).resolve().parents[1]
-#: Where a file of each kind belongs in a checkout, whose tests find it by themselves.
+#: Folder for each kind in a checkout, whose tests find new files there.
 FOLDERS: dict[Kind, Path] = {
     "value_function": _PACKAGE.parent / "value_functions",
     "reward": _PACKAGE / "objective" / "rewards",
@@ -27,23 +27,23 @@ def new(kind: Kind, name: str, *, package: bool = False) -> None:
     """Write a skeleton of a plug-in or a loss, and its test, into the working folder.
 
     Args:
-        kind: what to write.
-        name: of the class, such as SoftSign, or of the objective, such as my_loss. The file is named after it.
-        package: write into the checkout of halos_pl instead, where its own tests find the file.
+        kind: kind of the plug-in, or objective.
+        name: name of the class, such as SoftSign, or of the objective, such as my_loss. The file is named after it.
+        package: whether to write into the checkout of halos_pl, whose tests then find the file.
 
     Raises:
-        ValueError: for a name that no class or file can have, or that is taken.
-        FileExistsError: where a file is there already.
+        ValueError: if the name is taken, or no name for a class or file.
+        FileExistsError: if a file exists already.
     """
     words = [word for word in re.split(r"[_\W]+|(?<=[a-z0-9])(?=[A-Z])", name) if word]
     snake = "_".join(words).lower()
     if not re.fullmatch(r"[A-Za-z]\w*", name) or keyword.iskeyword(snake):
-        raise ValueError(f"{name!r} cannot be a name: use letters, digits and _, beginning with a letter")
+        raise ValueError(f"{name!r} cannot be a name; use letters, digits and _, starting with a letter")
     cls = "".join(word[:1].upper() + word[1:] for word in words)
     if kind == "objective" and snake in objectives():
         raise ValueError(f"an objective {snake} is shipped with halos_pl; choose another name")
     if package and EXPERIMENTS.parent == _PACKAGE:
-        raise ValueError("--package is for a checkout of halos_pl, and this one is installed; leave it out")
+        raise ValueError("--package needs a checkout of halos_pl, but this is an installed package; leave it out")
     folder = FOLDERS[kind] if package else Path()
     source = folder / f"{snake}.{'yaml' if kind == 'objective' else 'py'}"
     files = {source: PLUGINS[kind]}

@@ -1,4 +1,4 @@
-"""``halos objectives``: lists the shipped losses from a table that ``halos check --all --write`` makes."""
+"""``halos objectives``: lists the shipped losses from a table written by ``halos check --all --write``."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ def objectives(*, show: str | None = None) -> None:
     """List the shipped losses with formula, needs and verdict.
 
     Args:
-        show: print the file of this loss instead: a name of the list, or a YAML file.
+        show: loss whose file to print instead: a name from the list, or a YAML file.
     """
     if show is not None:
         path = config_file(show, shipped(), "--show")
         print(f"# {path}\n{path.read_text(encoding='utf-8').rstrip()}")
         return
-    print(
-        "halos fit --objective NAME takes these. Below each: v(r - z0), feedback; what it needs. The verdict is that of"
-    )
-    print("halos check under ICML 2024, Def. 3.4.")
+    print("Losses for halos fit --objective NAME, with the verdict of halos check (ICML 2024, Def. 3.4).")
+    print("Second line: v(r - z0), feedback; needs.")
     rows = json.loads(OBJECTIVES_TABLE.read_text(encoding="utf-8"))
     width = max(len(each["name"]) for each in rows)
     for each in rows:

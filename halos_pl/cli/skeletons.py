@@ -1,4 +1,4 @@
-"""The texts that ``halos new`` writes. CLASS stands for the class, MODULE for the file without its ending."""
+"""Texts that ``halos new`` writes. CLASS is replaced by the class, MODULE by the file name without suffix."""
 
 _VALUE_FUNCTION = '''"""CLASS: a value function."""
 
@@ -17,7 +17,7 @@ class CLASS(ValueFunction):
         beta: slope at u = 0, 1 / nats.
 
     Raises:
-        ValueError: for a beta that is not positive.
+        ValueError: if beta is not positive.
     """
 
     def __init__(self, *, beta: float = 0.1) -> None:
@@ -27,7 +27,7 @@ class CLASS(ValueFunction):
         self.beta = beta
 
     def forward(self, u: Tensor) -> Tensor:
-        # u = r - z0 in nats, any shape. Return the value of each element, with the shape and dtype of u.
+        # u = r - z0 in nats, any shape. Return the value of each element, in the same shape and dtype.
         # A HALO needs v non-decreasing everywhere, and concave where u > 0.
         return torch.tanh(self.beta * u)
 '''
@@ -49,10 +49,10 @@ class CLASS(Reward):
         scale: l(y) of the definition, the same for all completions; above 0.
 
     Raises:
-        ValueError: for a scale that is not positive.
+        ValueError: if scale is not positive.
     """
 
-    # What the reward needs of data and models; see Needs.
+    # What data and models must provide; see Needs.
     needs = Needs(reference=True)
 
     def __init__(self, *, scale: float = 1.0) -> None:
@@ -64,7 +64,7 @@ class CLASS(Reward):
     def forward(self, rows: LogProbBatch) -> Tensor:
         # Log-probs of the tokens are [n, T], 0 in padding. Return nats: [n], or [n, T] for a reward of each token.
         if rows.reference_logps is None:
-            raise ValueError("CLASS needs log-probs of a reference model")
+            raise ValueError("CLASS needs the log-probs of a reference model")
         return self.scale * (rows.policy_logps - rows.reference_logps).sum(dim=1)
 '''
 
@@ -79,15 +79,15 @@ from halos_pl.objective.reference_points.base import Estimate, MeanOverRanks, Re
 
 
 class CLASS(ReferencePoint):
-    """z0 = mean reward of the step's own rows, over all ranks."""
+    """z0 = mean reward of the step's rows (without mismatched ones), over all ranks."""
 
-    # "step": one estimate for the optimizer step, without gradient. "row": read off each row, with gradient.
+    # "step": one estimate per optimizer step, without gradient. "row": one per row, with gradient.
     scope = "step"
-    # What must be known before forward is called; see Needs. Here the rewards of the step's own rows.
+    # What must be computed before forward is called; see Needs. Here: the rewards of the step's rows.
     needs = Needs(step_rewards=True)
 
     def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
-        # rewards are [n], nats. rows.labels says which row is desirable, mismatched, or the other one of a pair.
+        # rewards: [n], nats. rows.labels: which rows are desirable or mismatched, and which form a pair.
         # Reduce sums and counts over the ranks, never means: ranks may hold different numbers of rows.
         return MeanOverRanks(rewards[rows.labels.train]).estimate()
 '''
@@ -103,16 +103,16 @@ from halos_pl.objective.feedback import Feedback, Judgement
 
 
 class CLASS(Feedback):
-    """Thumbs up or down for each row; undesirable rows count ``undesirable_weight`` times.
+    """Binary feedback per row; undesirable rows count ``undesirable_weight`` times.
 
     Args:
         undesirable_weight: lambda_U, at least 0.
 
     Raises:
-        ValueError: for a negative weight.
+        ValueError: if the weight is negative.
     """
 
-    # What the feedback needs of the data; see Needs.
+    # What the data must provide; see Needs.
     needs = Needs(undesirable=True)
 
     def __init__(self, *, undesirable_weight: float = 1.0) -> None:
@@ -122,22 +122,22 @@ class CLASS(Feedback):
         self.undesirable_weight = undesirable_weight
 
     def forward(self, rows: LogProbBatch) -> Judgement:
-        # Read labels only, never log-probs: sign and weight do not depend on the policy.
+        # Use only labels, never log-probs: sign and weight must not depend on the policy.
         labels = rows.labels
         ones = torch.ones_like(labels.desirable, dtype=torch.float32)
         return Judgement(
             sign=torch.where(labels.desirable, -ones, ones),  # -1: a higher value lowers the loss
             weight=torch.where(labels.desirable, ones, self.undesirable_weight * ones) * labels.train,
-            denominator=labels.train.sum().float(),  # of this rank; the loss is divided by the sum over ranks
+            denominator=labels.train.sum().float(),  # on this rank; the loss is divided by the sum over ranks
         )
 '''
 
 _OBJECTIVE = """\
-# MODULE: KTO with another value function. Say here what the loss is, where it comes from, and its verdict.
-# halos objectives kto shows another one; halos check --explain lists the clauses of the definition.
+# MODULE: KTO with another value function. Describe the loss, its source and its verdict here.
+# halos objectives --show kto prints an example; halos check --explain lists the clauses of the definition.
 model:
   reward: {class_path: LogRatio, init_args: {length_normalised: false}} # r, in nats
-  reference_point: {class_path: MismatchedKL, init_args: {clamp: true}} # z0, what r is compared with
+  reference_point: {class_path: MismatchedKL, init_args: {clamp: true}} # z0, which r is compared with
   value_function: {class_path: Tanh, init_args: {beta: 0.1}} # v(r - z0)
   feedback: {class_path: Binary, init_args: {lambda_desirable: 1.0, lambda_undesirable: 1.0, denominator: rows}}
   reflect_undesirable: true # an undesirable row has the value -v(-u); false: +v(u)
@@ -156,7 +156,7 @@ PLUGINS = {
 }
 
 TESTS = {
-    "plugin": '''"""CLASS keeps the clauses of the definition that are its own."""
+    "plugin": '''"""CLASS passes the clauses of the definition for its kind."""
 
 from MODULE import CLASS
 

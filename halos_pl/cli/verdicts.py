@@ -1,4 +1,4 @@
-"""The table of the shipped losses: computed from their files and the reports of their checks."""
+"""The table of the shipped losses, computed from their files and the reports of their checks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from halos_pl.objective.build import PARTS, load_objective
 
 
 def verdicts(checked: Mapping[str, Mapping[Definition, Report]]) -> str:
-    """The text of ``experiments/objectives.json``: a line for each loss that was checked."""
+    """The text of ``experiments/objectives.json``: one line per checked loss."""
     rows = [_row(name, reports) for name, reports in checked.items()]
     return "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n"
 
@@ -33,10 +33,10 @@ def _row(name: str, reports: Mapping[Definition, Report]) -> dict[str, Any]:
 
 
 def formula(model: Mapping[str, Any]) -> str:
-    """An objective in a line, in terms of its plug-ins: ``Logistic(beta=0.1)(LogRatio - MismatchedKL), Binary``.
+    """An objective in one line, by its plug-ins: ``Logistic(beta=0.1)(LogRatio - MismatchedKL), Binary``.
 
     Args:
-        model: of an objective's file.
+        model: the ``model:`` part of an objective's file.
     """
     terms = [_part(term) for term in model.get("extra_terms") or []]
     if model.get("reward"):
@@ -48,7 +48,7 @@ def formula(model: Mapping[str, Any]) -> str:
 
 
 def _part(spec: Any) -> str:
-    """A plug-in by its name, with the arguments that are not its defaults."""
+    """A plug-in by name, with arguments that differ from its defaults."""
     if not isinstance(spec, dict) or "class_path" not in spec:
         return str(spec)
     name = spec["class_path"].rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""The words of a command line: other spellings of an option, and ``~`` within a word."""
+"""Words of a command line: alternative spellings of an option, and ``~`` inside a word."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ import sys
 
 
 def spelled(words: list[str]) -> list[str]:
-    """The words of a command, in which ``--checkpoint best``, ``last`` or a file is another spelling of --ckpt_path.
+    """The words of a command, with ``--ckpt_path`` for ``--checkpoint best``, ``last`` or a file.
 
-    For the Trainer's commands ``--checkpoint`` also names a YAML file or a mapping of the settings of that name.
+    For the Trainer's commands, ``--checkpoint`` may also be a YAML file or a mapping of the settings of that name.
 
     Raises:
-        SystemExit: where both are given.
+        SystemExit: if both options are given.
     """
     always, trainer = ("export", "evaluate"), ("fit", "test", "validate", "predict")
-    found = list(words)
+    respelled = list(words)
     for i, word in enumerate(words):
         name, mark, value = word.partition("=")
         value = value if mark else words[i + 1] if i + 1 < len(words) else ""
         named = value in ("best", "last") or value.endswith(".ckpt")
         if name == "--checkpoint" and (words[0] in always or (words[0] in trainer and named)):
-            found[i] = f"--ckpt_path{mark}{value if mark else ''}"
-    given = [word.partition("=")[0] for word in found].count("--ckpt_path")
-    if found != words and given > 1:
-        print("halos: --checkpoint and --ckpt_path are the same option; give one of them", file=sys.stderr)
+            respelled[i] = f"--ckpt_path{mark}{value if mark else ''}"
+    count = [word.partition("=")[0] for word in respelled].count("--ckpt_path")
+    if respelled != words and count > 1:
+        print("halos: --checkpoint and --ckpt_path are the same option; give only one", file=sys.stderr)
         raise SystemExit(2)
-    return found
+    return respelled
 
 
 def at_home(word: str) -> str:
-    """``--run_dir=~/x`` as a shell would make it of ``--run_dir ~/x``; most leave a ``~`` within a word alone."""
+    """``--run_dir=~/x`` with the home folder, which most shells expand only in ``--run_dir ~/x``."""
     name, mark, value = word.partition("=")
     return f"{name}={os.path.expanduser(value)}" if mark and name.startswith("--") and value.startswith("~/") else word

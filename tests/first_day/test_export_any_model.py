@@ -43,4 +43,4 @@ def test_what_only_a_run_has_is_refused(tiny_folder: Path, tmp_path: Path, words
     assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit):
         main(["export", str(tiny_folder), str(tiny_folder), "--overwrite=true"])
-    assert "the folder that is exported" in capfd.readouterr().err
+    assert f"{tiny_folder} is the folder" in capfd.readouterr().err
