@@ -394,9 +394,7 @@ def test_a_key_that_is_written_twice_is_refused(make: Any) -> None:
     path.write_text(
         "\n".join([*lines[:again], f"  kto: {{objective: {ROOT}/experiments/objectives/dpo.yaml}}", *lines[again:]])
     )
-    with pytest.raises(
-        StudyError, match=rf"study.yaml:{again + 1}: 'kto' is already there in line {line_of(path, '  kto:')}"
-    ):
+    with pytest.raises(StudyError, match=rf"study.yaml:{again + 1}: 'kto' .*line {line_of(path, '  kto:')}"):
         load_study(path)
 
 

@@ -1,1 +1,1 @@
-"""What every part uses: messages, files, YAML, signals."""
+"""Used by every part: messages, files, YAML, signals."""

@@ -1,4 +1,4 @@
-"""Files that other users and programs are meant to read: whole, and with the modes that the umask asks for."""
+"""Writes files for other users and programs: complete, and with the modes of the umask."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PART = ".part"
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link or a folder with all that is in it; does nothing where there is none."""
+    """Removes a file, a link, or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -22,9 +22,9 @@ def remove(path: Path) -> None:
 
 
 def share(folder: Path) -> None:
-    """Gives a folder and all that is in it the modes that the umask asks for.
+    """Gives a folder and its content the modes of the umask.
 
-    safetensors and ``tempfile`` create files that their owner alone can read.
+    safetensors and ``tempfile`` create files that only their owner can read.
     """
     umask = os.umask(0)  # there is no other way to read it
     os.umask(umask)
@@ -35,29 +35,31 @@ def share(folder: Path) -> None:
 
 
 def part_of(path: Path) -> Path:
-    """Where :func:`whole` writes what is to be ``path``; ``path`` itself where that is a pipe, a device or the like."""
+    """The file that :func:`whole` renames to ``path``; ``path`` itself if it is a pipe, a device or the like."""
     path = path.resolve()
     return path if path.exists() and not path.is_file() else path.with_name(f"{path.name}.halos{PART}")
 
 
 def check_target(path: Path) -> None:
-    """Refuses a path that no file can be written to, before the work that is to be kept in it.
+    """Refuses a path that cannot be written, before the work whose result it is for.
 
     Raises:
-        OSError: naming it.
+        OSError: names the path.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file to write to")
     folder = path.resolve().parent
     if not folder.is_dir():
-        raise FileNotFoundError(f"{path} cannot be written: there is no folder {folder}; make it, or name another file")
+        raise FileNotFoundError(
+            f"{path} cannot be written: there is no folder {folder}; create it or name another file"
+        )
     if not path.exists() and not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"{path} cannot be written: {folder} may not be written to; name another file")
+        raise PermissionError(f"{path} cannot be written: no permission to write to {folder}; name another file")
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Names ``path`` in errors of the system that name no file, such as that of a full disk.
+    """Adds ``path`` to errors of the system that name no file, such as that of a full disk.
 
     Raises:
         OSError: with ``path`` as its file.
@@ -72,14 +74,14 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def whole(path: Path, *, keep: bool = False) -> Iterator[IO[str]]:
-    """A text file to write, which appears as ``path`` when all of it has been written; until then an older one stays.
+    """A text file to write, which replaces ``path`` once it is complete.
 
     Args:
-        path: of the file; a link stays one.
-        keep: leave the part that was written (see :func:`part_of`) where the rest could not be.
+        path: path of the file; a link stays a link.
+        keep: whether to keep an incomplete file (see :func:`part_of`) after an error.
 
     Raises:
-        OSError: naming the file, where it cannot be written.
+        OSError: if the file cannot be written; names it.
     """
     beside, path = part_of(path), path.resolve()
     try:

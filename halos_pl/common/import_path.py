@@ -1,4 +1,4 @@
-"""Plug-ins are imported from the working folder, after everything that is installed."""
+"""Imports plug-ins from the working folder, after installed packages."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ FOLDER_LAST = "HALOS_FOLDER_LAST"
 
 
 def put_last(folder: str) -> None:
-    """Put the working folder last on ``sys.path``: plug-ins there are found, and none hides an installed library.
+    """Puts the working folder last on ``sys.path``, so that its plug-ins are found but hide no installed library.
 
-    ``python -m`` and an empty entry of PYTHONPATH put it first. An entry of PYTHONPATH that names it stays where it is,
+    ``python -m`` and an empty entry of PYTHONPATH put it first. An entry of PYTHONPATH that names it keeps its place,
     and with ``python -P`` it is left out.
     """
     named = {os.path.abspath(place) for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place}
@@ -23,5 +23,5 @@ def put_last(folder: str) -> None:
 
 
 def folder_last() -> dict[str, str]:
-    """The environment in which ``python -m halos_pl`` imports nothing from the working folder until it is put last."""
+    """Environment variables by which ``python -m halos_pl`` also puts the working folder last."""
     return {} if sys.flags.safe_path else {"PYTHONSAFEPATH": "1", FOLDER_LAST: "1"}

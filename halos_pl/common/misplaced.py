@@ -1,4 +1,4 @@
-"""What a file or folder is that was given where something else is wanted, and which commands take it."""
+"""Identifies a file or folder that was passed to the wrong option or command."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ _DATA = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 
 
 def misplaced(path: Any) -> str:
-    """A clause such as ``rows.jsonl is a file of data, which ... take``; empty where nothing is known of it."""
+    """A clause such as ``rows.jsonl is a data file, which ... take``; empty if the file is not recognised."""
     place = Path(str(path))
     try:
         what = _of_folder(place) if place.is_dir() else _of_file(place) if place.is_file() else ""
-    except OSError:  # a name that is too long, say
+    except OSError:  # such as a name that is too long
         return ""
     return f"{place.name} is {what}" if what else ""
 
 
 def read_config(path: str | Path) -> tuple[dict[str, Any], Lines]:
-    """As :func:`halos_pl.common.yaml_files.read_yaml`; the error about a file of data says where that belongs.
+    """As :func:`halos_pl.common.yaml_files.read_yaml`; the error about a data file names the commands that take it.
 
     Raises:
-        OSError: where the file cannot be read.
-        YAMLFileError: where it cannot be used.
+        OSError: if the file cannot be read.
+        YAMLFileError: if it cannot be used.
     """
     try:
         return read_yaml(path)
@@ -51,7 +51,7 @@ def _of_folder(folder: Path) -> str:
 
 def _of_file(file: Path) -> str:
     if _is_data(file):
-        return "a file of data, which halos fit --data.train and halos data inspect take"
+        return "a data file, which halos fit --data.train and halos data inspect take"
     if file.suffix not in (".yaml", ".yml"):
         return ""
     try:

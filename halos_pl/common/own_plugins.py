@@ -1,6 +1,6 @@
-"""Plug-ins of the user's own are found by their bare names in the Python files of the working folder.
+"""Finds the user's plug-ins by their bare names in the Python files of the working folder.
 
-The files are searched as text. One is executed only where a command names a class of it.
+The files are searched as text. A file is executed only if a command names one of its classes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _LARGEST = 1_000_000  # bytes; a larger file is no plug-in
 
 
 class OwnPluginError(ValueError):
-    """A bare name stands for two classes, or for one that cannot be imported."""
+    """A bare name that two classes have, or whose class cannot be imported."""
 
 
 def import_all(package: ModuleType) -> None:
@@ -30,7 +30,7 @@ def import_all(package: ModuleType) -> None:
 
 
 def _classes_here() -> dict[str, list[tuple[Path, set[str]]]]:
-    """File and names of the base classes by the name of each class in the working folder's files."""
+    """For each class name in the files of the working folder: file and names of the base classes."""
     classes: dict[str, list[tuple[Path, set[str]]]] = {}
     for path in sorted(Path().glob("*.py")):
         if path.stem.isidentifier() and path.is_file() and path.stat().st_size <= _LARGEST:
@@ -41,28 +41,28 @@ def _classes_here() -> dict[str, list[tuple[Path, set[str]]]]:
 
 
 def own_plugins(base: type) -> dict[str, list[Path]]:
-    """The classes of the working folder that extend ``base``, going by their text: name, and the files that have it."""
+    """Classes of the working folder that extend ``base``, according to their text: the files with each name."""
     classes = _classes_here()
     names = {base.__name__, *(cls.__name__ for cls in subclasses(base))}
-    found: dict[str, list[Path]] = {}
+    plugins: dict[str, list[Path]] = {}
     while more := {
-        name: [path for path, bases in places if bases & (names | found.keys())]
+        name: [path for path, bases in places if bases & (names | plugins.keys())]
         for name, places in classes.items()
-        if name not in found and any(bases & (names | found.keys()) for _, bases in places)
+        if name not in plugins and any(bases & (names | plugins.keys()) for _, bases in places)
     }:
-        found |= more
-    return found
+        plugins |= more
+    return plugins
 
 
 def import_own(values: Any, kinds: Collection[type]) -> None:
-    """Imports the files of the working folder whose plug-ins are among ``values`` by their bare names.
+    """Imports the files of the working folder with plug-ins whose bare names are among ``values``.
 
     Args:
         values: plain data, such as a config.
-        kinds: the base classes of plug-ins.
+        kinds: base classes of plug-ins.
 
     Raises:
-        OwnPluginError: for a name that two files have, or a file and the library; for a file that does not import.
+        OwnPluginError: if a name is in two files, or in a file and the library; if a file does not import.
     """
     names = set(_strings(values))
     for kind in kinds:
@@ -72,7 +72,7 @@ def import_own(values: Any, kinds: Collection[type]) -> None:
             installed = {cls.__module__ for cls in every_subclass(kind) if cls.__name__ == name}
             dotted = [f"{module}.{name}" for module in sorted({*installed, *(file.stem for file in files)})]
             if len(dotted) > 1:
-                raise OwnPluginError(f"{name} is ambiguous; say which one you mean: {' or '.join(dotted)}")
+                raise OwnPluginError(f"{name} is ambiguous; use one of {' or '.join(dotted)}")
             if not hasattr(_imported(files[0]), name):
                 raise OwnPluginError(f"{files[0]} is hidden by an installed module of that name; rename the file")
 
@@ -81,8 +81,8 @@ def _imported(file: Path) -> ModuleType:
     try:
         return import_module(file.stem)
     except Exception as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise OwnPluginError(f"{file} does not import: {said}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise OwnPluginError(f"{file} does not import: {reason}") from error
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Progress of a loop: a bar on a terminal, a plain line now and then in a file or a pipe."""
+"""Progress of a loop: a bar on a terminal, occasional plain lines in a file or a pipe."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 def counted(items: Collection[T], what: str, max_seconds: float = 30.0) -> Iterator[T]:
-    """The items one by one, with the progress on standard error.
+    """Yields the items, with progress on standard error.
 
     Args:
         items: to iterate over.
         what: description of the work, such as "sampling answers".
-        max_seconds: without a terminal, the shortest time between two lines.
+        max_seconds: shortest time between two lines without a terminal.
     """
     if is_terminal(sys.stderr):
         yield from tqdm(items, desc=what, leave=False)
         return
-    began = said = time.monotonic()
+    began = printed = time.monotonic()
     for number, item in enumerate(items):
         now = time.monotonic()
-        if number and now - said >= max_seconds:
-            said, spent = now, now - began
+        if number and now - printed >= max_seconds:
+            printed, spent = now, now - began
             left = spent / number * (len(items) - number)
             done = f"{what}: {number}/{len(items)}"
             print(f"{done}; {clock(spent)} so far, {clock(left)} left", file=sys.stderr, flush=True)

@@ -1,10 +1,10 @@
-"""Settings and classes that earlier versions named otherwise; an error about one suggests the name it has now."""
+"""Renamed settings and classes: an error about an old name suggests the new one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-#: The new name by the old one: of settings, of plug-ins, and of what Python code imports.
+#: New names of settings, plug-ins and Python imports, by old name.
 RENAMED = {
     "undesirable": "reflect_undesirable",
     "constant": "loss_offset",
@@ -17,7 +17,7 @@ RENAMED = {
     "FlatBatch": "TokenBatch",
     "Rows": "LogProbBatch",
 }
-#: The new value of a renamed setting by the old one.
+#: New values of renamed settings, by old value.
 VALUES = {
     "reflect_undesirable": {"reflect": "true", "same": "false"},
     "prefix_sharing": {"tree": "always", "padded": "never"},
@@ -25,12 +25,12 @@ VALUES = {
 
 
 def renamed(key: str, names: Iterable[str]) -> str:
-    """Which of ``names`` a dotted key of an earlier version stands for; empty where it is none of them."""
+    """The new name, among ``names``, of a dotted key from an earlier version; empty if there is none."""
     before, dot, last = key.rpartition(".")
     new = f"{before}{dot}{RENAMED.get(last, '')}"
     return new if last in RENAMED and new in set(names) else ""
 
 
 def new_value(name: str, value: object) -> str:
-    """The value of a renamed setting that an old value stands for; empty where none does."""
+    """The new value for an old value of a renamed setting; empty if there is none."""
     return VALUES.get(name.rpartition(".")[2], {}).get(str(value), "")

@@ -1,9 +1,8 @@
 """Signals end a command cleanly: a fit saves a checkpoint first, and the exit status names the signal.
 
-A command that is told to stop exits with 128 plus the signal's number, as a shell counts it: 130 after Ctrl-C, 143
-after SIGTERM, 129 after its terminal has closed. A fit finishes its optimizer step, saves ``checkpoints/last.ckpt`` and
-prints the command that resumes it. Before its first step, and in any other command, it stops at once, as it does at a
-second Ctrl-C.
+A stopped command exits with 128 plus the signal's number, as in a shell: 130 after Ctrl-C, 143 after SIGTERM, 129 after
+its terminal has closed. A fit finishes its optimizer step, saves ``checkpoints/last.ckpt`` and prints the command that
+resumes it. A fit before its first step, and any other command, stops at once, as does a fit at a second Ctrl-C.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, n))
-# Launchers such as GNU timeout send a signal to the process and to its group, which are not two presses of Ctrl-C.
+# Seconds. Launchers such as GNU timeout signal the process and its group, which is not a second Ctrl-C.
 REPEAT = 0.1
 
 
 class Stopped(BaseException):
-    """A signal has told this process to stop; not an ``Exception``, so that no handler of errors swallows it."""
+    """A signal has stopped this process; not an ``Exception``, so that no error handler swallows it."""
 
     def __init__(self, signum: int) -> None:
         self.signum = signum
@@ -34,15 +33,15 @@ class Stopped(BaseException):
 
 
 class _State:
-    """Which signals this process has received, and how it reacts to them."""
+    """The signals that this process has received, and its reaction to them."""
 
     def __init__(self) -> None:
-        self.owner = 0  # the process that listens; a forked one does not
+        self.owner = 0  # the process that handles signals; forked ones do not
         self.words: list[str] = []
         self.signum: int | None = None
         self.when = 0.0
         self.interrupts = 0
-        self.waits = False  # for a step to end, rather than stopping at once
+        self.waits = False  # for the end of a step, instead of stopping at once
         self.children: list[subprocess.Popen[bytes]] = []
 
 
@@ -55,31 +54,31 @@ def name_of(signum: int) -> str:
 
 
 def received() -> int | None:
-    """The signal that has told this process to stop, None where none has."""
+    """The signal that is stopping this process; None if there is none."""
     return _state.signum
 
 
 def agree(signum: int) -> None:
-    """Takes over a signal that another rank has received."""
+    """Adopts a signal that another rank has received."""
     _state.signum = _state.signum or signum
 
 
 def wait_for_step(waits: bool) -> None:
-    """Whether a signal waits until the code that asks :func:`received` after each step sees it, or stops at once."""
+    """Sets whether signals wait for the end of a step, where the caller checks :func:`received`, or stop at once."""
     _state.waits = waits
 
 
 def wait_for(children: list[subprocess.Popen[bytes]]) -> None:
-    """Makes this process end after its children, which are stopping too and may still need it."""
+    """Makes this process outlive its children, which are stopping too and may still need it."""
     _state.children += children
 
 
 def command_line(*more: str, without: tuple[str, ...] = ()) -> str:
-    """The command as a person types it.
+    """The command as typed in a shell.
 
     Args:
         more: words to add.
-        without: options, such as ``--ckpt_path``, whose words are dropped.
+        without: options to drop, with their values, such as ``--ckpt_path``.
     """
     words, skip = [], False
     for word in _state.words:
@@ -92,14 +91,14 @@ def command_line(*more: str, without: tuple[str, ...] = ()) -> str:
 
 
 def say(text: str) -> None:
-    """Prints a line on the terminal from within a signal handler; only on the first rank of a machine."""
+    """Prints a line from a signal handler, only on the first rank of a machine."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        with suppress(OSError):  # of a terminal that is gone
+        with suppress(OSError):  # the terminal is gone
             os.write(2, f"\nhalos: {text}\n".encode())
 
 
 def _leave_terminal() -> None:
-    """Discards what is printed from now on: writing to a terminal that is gone would fail, and the fit with it."""
+    """Discards further output: writing to a closed terminal would fail, and end the fit."""
     for fd in (1, 2):
         with suppress(OSError):
             os.fstat(fd)
@@ -138,25 +137,25 @@ def _handle(signum: int, frame: Any) -> None:
 
 
 def ignore_signals(worker: int = 0) -> None:
-    """Makes a data loader's process ignore signals that are sent to a whole job; its main process ends it."""
+    """Makes a data loader's worker ignore signals to the whole job; its main process ends it."""
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 
 @contextmanager
 def listening(words: list[str]) -> Iterator[None]:
-    """While entered, signals end the command cleanly.
+    """Inside this context, signals end the command cleanly.
 
-    A signal that the process was started to ignore, as SIGHUP under nohup, stays ignored.
+    Signals that the process was started to ignore, as SIGHUP under nohup, stay ignored.
 
     Args:
-        words: of the command, for the line that says how to resume.
+        words: words of the command, for the line on how to resume.
 
     Raises:
-        SystemExit: with 128 plus the signal's number, where one has come.
+        SystemExit: with 128 plus the number of a received signal.
     """
     global _state
-    if threading.current_thread() is not threading.main_thread():  # only that one may listen
+    if threading.current_thread() is not threading.main_thread():  # only that thread can handle signals
         yield
         return
     outer, _state = _state, _State()
@@ -172,7 +171,7 @@ def listening(words: list[str]) -> Iterator[None]:
     except BaseException as error:
         failed = error
     finally:
-        told, at_once = _state.signum, not _state.waits
+        stopped_by, at_once = _state.signum, not _state.waits
         for child in _state.children:
             try:
                 child.wait(timeout=10)
@@ -182,12 +181,12 @@ def listening(words: list[str]) -> Iterator[None]:
         for signum, handler in before.items():
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
     if isinstance(failed, KeyboardInterrupt):
-        told = told or signal.SIGINT
-    # A library may have replaced our exception by another; Lightning's own SystemExit has no code.
-    if told is not None and (failed is None or at_once or not _is_fault(failed)):
+        stopped_by = stopped_by or signal.SIGINT
+    # A library may have replaced our exception; Lightning's own SystemExit has no code.
+    if stopped_by is not None and (failed is None or at_once or not _is_fault(failed)):
         if at_once and os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"halos: stopped by {name_of(told)}", file=sys.stderr)
-        raise SystemExit(128 + told) from None
+            print(f"halos: stopped by {name_of(stopped_by)}", file=sys.stderr)
+        raise SystemExit(128 + stopped_by) from None
     if failed is not None:
         raise failed
 

@@ -1,4 +1,4 @@
-"""The classes that extend another one."""
+"""Subclasses of a class."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def every_subclass(base: type) -> Iterator[type]:
 
 
 def subclasses(base: type) -> list[type]:
-    """The classes that have been imported and can be made where a ``base`` is wanted, by name."""
+    """The imported concrete classes that extend ``base``, and ``base`` if it is concrete, sorted by name."""
     by_name: dict[str, type] = {}
     for cls in every_subclass(base):
         if not inspect.isabstract(cls) and not cls.__name__.startswith("_"):

@@ -1,4 +1,4 @@
-"""YAML files as a user writes them: UTF-8, and refused where YAML would read something else than what is meant."""
+"""Reads YAML files in UTF-8, and refuses values that YAML would read in an unexpected way."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ import yaml
 Lines = dict[tuple[str, ...], int]
 
 _MOST_NODES = 100_000
-# What YAML 1.1 reads as a number to another base than 10: 010 is 8, and 1:30 is 90.
+# Numbers that YAML 1.1 reads in a base other than 10: 010 is 8, and 1:30 is 90.
 _OTHER_BASE = re.compile(r"[-+]?(0[0-9_]+|[1-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 
 
 class YAMLFileError(ValueError):
-    """A file that cannot be used as it is; the message names file and line."""
+    """A file that cannot be used; the message names file and line."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Leaves dates as the texts that they are, as the command line does."""
+    """Reads dates as texts, as the command line does."""
 
 
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-# A text that is also a member of an enumeration, as Lightning's defaults may be, is written as a text.
+# Members of an enumeration of texts, as in Lightning's defaults, are written as texts.
 yaml.SafeDumper.add_multi_representer(str, lambda dumper, text: dumper.represent_str(str.__str__(text)))
 
 
 def read_yaml(path: str | Path) -> tuple[dict[str, Any], Lines]:
-    """The mapping that a file holds, and the line of each of its keys.
+    """The mapping in a file, and the line of each of its keys.
 
     Raises:
-        OSError: where it cannot be read.
-        YAMLFileError: where it is not UTF-8 or not YAML, holds no mapping, or says something twice or ambiguously.
+        OSError: if the file cannot be read.
+        YAMLFileError: if it is not UTF-8, not YAML or not a mapping, or has a duplicate key or an ambiguous number.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -55,10 +55,10 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], Lines]:
             raise
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        said = getattr(error, "problem", None) or error
-        raise YAMLFileError(f"{path}{line}: not YAML: {' '.join(str(said).split())}") from error
+        problem = getattr(error, "problem", None) or error
+        raise YAMLFileError(f"{path}{line}: not YAML: {' '.join(str(problem).split())}") from error
     if not isinstance(content, dict):
-        what = "is empty" if content is None else f"holds {_kind(content)}"
+        what = "is empty" if content is None else f"contains {_kind(content)}"
         raise YAMLFileError(f"{path} {what}; it takes a mapping, lines such as KEY: VALUE")
     return content, lines
 
@@ -68,23 +68,23 @@ def _kind(content: Any) -> str:
 
 
 def _lines(root: yaml.Node | None, path: str | Path) -> Lines:
-    """The line of each key and item; refuses a key that is there twice, and scalars that are read otherwise."""
+    """The line of each key and item; refuses duplicate keys and ambiguous numbers."""
     lines: Lines = {}
     if root is not None:
         _size(root, path, {}, set())
         for place, node in _places(root):
-            known, line = lines.get(place), node.start_mark.line + 1
-            if known is not None:  # YAML would keep the last one
-                raise YAMLFileError(f"{path}:{line}: {place[-1]!r} is already there in line {known}; remove one")
+            first, line = lines.get(place), node.start_mark.line + 1
+            if first is not None:  # YAML would keep the last one
+                raise YAMLFileError(f"{path}:{line}: {place[-1]!r} is already in line {first}; remove one")
             lines[place] = line
     return lines
 
 
 def _size(node: yaml.Node, path: str | Path, sizes: dict[int, int], within: set[int]) -> int:
-    """How many nodes a node comes to when its aliases are written out."""
+    """Number of nodes below a node, itself included, once its aliases are expanded."""
     line = node.start_mark.line + 1
     if id(node) in within:
-        raise YAMLFileError(f"{path}:{line}: an anchor that holds itself")
+        raise YAMLFileError(f"{path}:{line}: an anchor that contains itself")
     if id(node) not in sizes:
         if isinstance(node, yaml.ScalarNode):
             if node.style is None and _OTHER_BASE.fullmatch(node.value) and node.tag.endswith((":int", ":float")):
@@ -98,7 +98,7 @@ def _size(node: yaml.Node, path: str | Path, sizes: dict[int, int], within: set[
             parts = [part for pair in node.value for part in pair] if pairs else node.value
             sizes[id(node)] = 1 + sum(_size(part, path, sizes, within | {id(node)}) for part in parts)
         if sizes[id(node)] > _MOST_NODES:
-            raise YAMLFileError(f"{path}:{line}: more than {_MOST_NODES:,} values when its aliases are written out")
+            raise YAMLFileError(f"{path}:{line}: more than {_MOST_NODES:,} values once its aliases are expanded")
     return sizes[id(node)]
 
 
