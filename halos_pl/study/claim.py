@@ -1,4 +1,4 @@
-"""A folder belongs to one study: what it holds was trained and measured as the study says."""
+"""Claims a folder for one study, whose runs alone it may contain."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def claim(study: Study, out: Path, checked: Checked) -> None:
     """Makes ``out`` the folder of this study.
 
     Raises:
-        StudyError: if it belongs to another one, or holds runs that were trained or measured otherwise.
+        StudyError: if it belongs to another one, or contains runs that were trained or measured otherwise.
     """
     digests = checked.digests
     plan: dict[str, Any] = {
@@ -36,7 +36,7 @@ def claim(study: Study, out: Path, checked: Checked) -> None:
         if any(run.measured for run in study.runs(out)):  # one chosen later may be the one that came out best
             plan["primary"] = before.get("primary")
     elif out.is_dir() and any(out.iterdir()):
-        raise StudyError(f"{out} is not empty and holds no study; name another folder with --out")
+        raise StudyError(f"{out} is not empty and is not a study's folder; name another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     write(file, json.dumps(plan, indent=2) + "\n")
     for name, source in ((STUDY, study.path), (OVERRIDES, study.overrides)):
@@ -54,18 +54,18 @@ def _check_same(study: Study, out: Path, plan: dict[str, Any], before: dict[str,
     same = any(before["digests"].get(folder) == digest for folder, digest in plan["digests"].items())
     others = any((out / folder).is_dir() for folder in before["digests"])
     if others and not same and Path(before["study"]).resolve() != study.path.resolve():
-        raise StudyError(f"{out} holds the results of another study, {before['study']}; name another folder with --out")
+        raise StudyError(f"{out} contains the results of another study, {before['study']}; choose another --out")
     for arm in study.arms:
         folder = out / arm.folder
         if folder.is_dir() and before["digests"].get(arm.folder) != plan["digests"][arm.folder]:
             raise StudyError(
-                f"{out} holds the results of another study: arm {arm.name!r} had another config or other data; name"
+                f"{out} contains the results of another study: arm {arm.name!r} had another config or other data; name"
                 f" another folder with --out, or remove {folder} to run the arm again"
             )
     for run in study.runs(out):
         if run.done and any(plan[key] != measured_how(run.folder).get(key) for key in ("evaluate", "files")):
             raise StudyError(
-                f"{out} holds the results of another study: {run.folder} was measured in another way or on other files;"
+                f"{out} contains the results of another study: {run.folder} was measured differently or on other files;"
                 f" name another folder with --out, or remove each {FILE} in it to measure again (and to train again if"
                 " there is no checkpoint)"
             )

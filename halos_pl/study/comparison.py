@@ -77,10 +77,10 @@ class Comparison:
 
         None if it is unknown, or larger than the metric allows.
         """
-        found = None if self.noise is None or self.exploratory else detectable(self.noise, self.level)
-        if found is None or (self.share and found > 1) or (self.scale == "ratio" and found > FARTHEST):
+        size = None if self.noise is None or self.exploratory else detectable(self.noise, self.level)
+        if size is None or (self.share and size > 1) or (self.scale == "ratio" and size > FARTHEST):
             return None
-        return math.exp(found) if self.scale == "ratio" else found
+        return math.exp(size) if self.scale == "ratio" else size
 
     @property
     def null(self) -> float:

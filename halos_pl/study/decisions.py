@@ -148,18 +148,19 @@ def compare(
     """Compares each arm with the reference arm on one metric.
 
     Args:
-        metric: its name.
-        arms: the runs by arm, the reference included, on the same examples in the same order.
+        metric: name of the metric.
+        arms: runs by arm, the reference included, on the same examples in the same order.
         reference: name of the arm that the others are compared with.
-        planned: seeds of the study.
-        family: comparisons that the study will make on this metric, those of unfinished arms included.
-        primary: make decisions; otherwise only estimates and intervals.
+        planned: number of seeds of the study.
+        family: number of comparisons that the study will make on this metric, those of unfinished arms included.
+        primary: whether to make decisions; otherwise there are only estimates and intervals.
         scale: ``ratio`` for positive metrics; differences are used if the mean of a run is 0.
-        margin: of equivalence, on that scale: a ratio above 1, or a difference; ignored if differences replace ratios.
-        share: the metric lies between 0 and 1.
+        margin: margin of equivalence, on that scale: a ratio above 1, or a difference; ignored if differences replace
+            ratios.
+        share: whether the metric lies between 0 and 1.
 
     Raises:
-        ValueError: without values, or for values of different shapes or that are not finite.
+        ValueError: if there are no values, or they differ in shape or are not finite.
     """
     _check(arms)
     if scale == "ratio":

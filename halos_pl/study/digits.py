@@ -23,7 +23,7 @@ def decimals(value: float, low: float, high: float) -> int:
 
 
 def number(value: float, places: int, sign: str = "") -> str:
-    """A number with so many decimals; one that rounds to 0 has no minus sign."""
+    """A number with this many decimals; one that rounds to 0 has no minus sign."""
     if not math.isfinite(value):
         return f"{value:{sign}}"
     return f"{round(value, places) + 0.0:{sign}.{places}f}"

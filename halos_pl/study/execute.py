@@ -1,4 +1,4 @@
-"""Carries out a study: one process per run, each of which can also be started by hand."""
+"""Executes a study: one process per run, each of which can also be started by hand."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from halos_pl.study.state import failure_file, record_failure
 def execute(
     study: Study, out: Path, jobs: int, keep_checkpoints: bool, tell: Callable[[str], None] = print
 ) -> dict[str, str]:
-    """Carries out the runs that are not done; one that fails does not stop the others.
+    """Executes the runs that are not done; one that fails does not stop the others.
 
     Returns:
-        why each failed run failed, by its folder.
+        Reason of each failure, by run folder.
     """
     runs = [run for run in study.runs(out) if not run.done or ((run.folder / LAST).is_file() and not keep_checkpoints)]
     if study.cluster is not None:
@@ -72,16 +72,16 @@ def execute_run(
 ) -> str | None:
     """Trains and measures one run, from where an earlier attempt left it.
 
-    The output of its commands goes beside its folder, whose content ``halos fit`` moves aside. If another process works
-    on the run, as after a cluster's jobs were submitted twice, this one waits for it.
+    The output of its commands goes into a file beside its folder, since ``halos fit`` moves that folder's content
+    aside. If another process works on the run, as after submitting a cluster's jobs twice, this one waits for it.
 
     Args:
-        run, study: which.
+        run, study: run to execute, and its study.
         env: environment of its processes; None for that of this process.
-        keep_checkpoints: keep the checkpoints after measuring.
+        keep_checkpoints: whether to keep the checkpoints after measuring.
 
     Returns:
-        why it failed; None if it did not.
+        Reason of the failure; None after success.
     """
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run.folder.with_name(f"{run.folder.name}.lock"))
@@ -121,7 +121,7 @@ def _train_and_measure(run: Run, study: Study, env: Mapping[str, str], lock: int
                 record_failure(run, words, why)
             return why
         if words[0] == "fit" and (short := shortfall(run.folder)):
-            why = f"it is not measured: {short}"
+            why = f"not measured: {short}"
             record_failure(run, words, why)
             return why
     return None

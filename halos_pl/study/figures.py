@@ -82,8 +82,8 @@ def png(figure: Figure) -> bytes:
     figure.savefig(buffer, dpi=110, format="png")
     image = Image.open(buffer).convert("RGB")
     pixels = np.asarray(image, dtype=np.int64)
-    known, places = np.unique(pixels @ np.array([65536, 256, 1]), return_inverse=True)
-    colours = np.stack([known // 65536, known // 256 % 256, known % 256], axis=1)
+    codes, places = np.unique(pixels @ np.array([65536, 256, 1]), return_inverse=True)
+    colours = np.stack([codes // 65536, codes // 256 % 256, codes % 256], axis=1)
     kept = [[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in dict.fromkeys((*COLOURS, SIGNIFICANT, NOT, "#FFFFFF"))]
     rest = image.quantize(256 - len(kept)).getpalette() or []
     palette = np.array([*kept, *np.reshape(rest, (-1, 3)).tolist()])
@@ -103,9 +103,9 @@ def label(name: str, width: int = 30) -> str:
     return f" {name}" if name.startswith("_") else name
 
 
-def _list(found: Any) -> list[Any]:
+def _list(axes: Any) -> list[Any]:
     """Axes as a list; matplotlib returns a single one without an array."""
-    return list(np.atleast_1d(found).flatten())
+    return list(np.atleast_1d(axes).flatten())
 
 
 def _by_seed(results: Results, c: Comparison) -> list[float]:
@@ -131,19 +131,19 @@ def _places(ticks: list[str]) -> tuple[list[float], float]:
     return (rooms.cumsum() - rooms / 2).tolist(), float(rooms.sum())
 
 
-def _below(found: dict[str, Comparison]) -> str:
+def _below(comparisons: dict[str, Comparison]) -> str:
     """The label of the axis for effects."""
-    some = next(iter(found.values()))
+    some = next(iter(comparisons.values()))
     if some.scale == "ratio":
         return label(f"ratio to {some.reference}", 26)
     return f"{label(f'difference from {some.reference}', 26)}\n{unit_of(some.metric)}"
 
 
-def _panel(axis: Axes, results: Results, places: dict[str, float], found: dict[str, Comparison]) -> None:
+def _panel(axis: Axes, results: Results, places: dict[str, float], comparisons: dict[str, Comparison]) -> None:
     """Effects with intervals, one line per arm; markers are filled if significant."""
-    some = next(iter(found.values()))
+    some = next(iter(comparisons.values()))
     for name, place in places.items():
-        if (c := found.get(name)) is None:
+        if (c := comparisons.get(name)) is None:
             continue
         colour, fill, width = (SIGNIFICANT, SIGNIFICANT, 2.2) if c.significant else (NOT, "white", 1.4)
         axis.plot([c.low, c.high], [place, place], color=colour, linewidth=width)
@@ -159,7 +159,7 @@ def _panel(axis: Axes, results: Results, places: dict[str, float], found: dict[s
         axis.text(
             some.null, place, " baseline ", fontsize=8, color=NOT, va="center", ha="left" if room < 0.5 else "right"
         )
-    axis.set_xlabel(_below(found), fontsize=9)
+    axis.set_xlabel(_below(comparisons), fontsize=9)
     axis.grid(axis="x", color="0.92")
     axis.tick_params(axis="x", labelsize=8)
     if some.scale == "difference":
@@ -180,7 +180,7 @@ def forest(results: Results, width: float = WIDTH) -> Figure | None:
     """Paired differences with intervals, from the baseline and from the model before training."""
     panels = {}
     for metric in results.study.metrics:
-        if both := [found for found in (results.comparisons(metric), results.learned(metric)) if found]:
+        if both := [each for each in (results.comparisons(metric), results.learned(metric)) if each]:
             panels[metric] = both
     if not panels:
         return None
@@ -192,7 +192,7 @@ def forest(results: Results, width: float = WIDTH) -> Figure | None:
     rows = {metric: 1 if width == WIDTH else len(both) for metric, both in panels.items()}
     heights = []
     for metric, both in panels.items():
-        below = sorted(_below(found).count("\n") + 3.4 for found in both)[-rows[metric] :]
+        below = sorted(_below(each).count("\n") + 3.4 for each in both)[-rows[metric] :]
         heights.append(LINE * (lines * rows[metric] + sum(below) + titles[metric].count("\n") + 1))
     figure = Figure(figsize=(width, sum(heights)), layout="constrained")
     parts = _list(figure.subfigures(len(panels), 1, height_ratios=heights))
@@ -211,24 +211,24 @@ def forest(results: Results, width: float = WIDTH) -> Figure | None:
 
 def curves(results: Results, width: float = WIDTH) -> Figure | None:
     """Training figures by step."""
-    known = [name for name in CURVES if any(results.figures(arm, name) for arm in results.study.arms)]
-    if not known:
+    drawn = [name for name in CURVES if any(results.figures(arm, name) for arm in results.study.arms)]
+    if not drawn:
         return None
     styles = looks(results)
-    arms = [arm for arm in results.ranked if any(results.figures(arm, name) for name in known)]
+    arms = [arm for arm in results.ranked if any(results.figures(arm, name) for name in drawn)]
     names = {arm.name: label(arm.name, 40 if width == WIDTH else 30) for arm in arms}
     longest = max(len(line) for name in names.values() for line in name.split("\n"))
     columns = max(1, min(3, len(arms), int((width - 0.3) / (0.085 * longest + 0.6))))
     lines = sum(1 + name.count("\n") for name in names.values()) / columns + 1
-    figure = Figure(figsize=(width, 2.3 * len(known) + 0.19 * lines), layout="constrained")
+    figure = Figure(figsize=(width, 2.3 * len(drawn) + 0.19 * lines), layout="constrained")
     handles = {}
-    for axis, name in zip(_list(figure.subplots(len(known), 1, sharex=True)), known, strict=True):
+    for axis, name in zip(_list(figure.subplots(len(drawn), 1, sharex=True)), drawn, strict=True):
         for arm in arms:
-            found = results.figures(arm, name)
-            shared = sorted(set.intersection(*map(set, found)), key=int) if found else []
+            by_seed = results.figures(arm, name)
+            shared = sorted(set.intersection(*map(set, by_seed)), key=int) if by_seed else []
             if not shared:
                 continue
-            values = np.array([[each[step] for step in shared] for each in found])
+            values = np.array([[each[step] for step in shared] for each in by_seed])
             steps, style = [int(step) for step in shared], styles[arm.name]
             every = max(1, len(steps) // 8)
             (handles[arm.name],) = axis.plot(steps, values.mean(axis=0), linewidth=1.5, markevery=every, **style)
@@ -296,24 +296,24 @@ def heat_map(results: Results, width: float = WIDTH) -> Figure | None:
         and len({arm.options[key] for arm in arms}) > 1
     ]
     metric = results.primary
-    found = {arm: results.estimates[metric, arm.name] for arm in arms if (metric, arm.name) in results.estimates}
+    estimates = {arm: results.estimates[metric, arm.name] for arm in arms if (metric, arm.name) in results.estimates}
     places = [tuple(arm.options[key] for key in keys) for arm in arms]
-    if len(keys) != 2 or not found or len(set(places)) < len(places):  # several arms at one point cannot be drawn
+    if len(keys) != 2 or not estimates or len(set(places)) < len(places):  # several arms at one point cannot be drawn
         return None
     if width < WIDTH:  # the longer side runs down
         keys.sort(key=lambda key: len({arm.options[key] for arm in arms}))
     columns, rows = (sorted({arm.options[key] for arm in arms}) for key in keys)
     values = np.full((len(rows), len(columns)), np.nan)
-    for arm, e in found.items():
+    for arm, e in estimates.items():
         values[rows.index(arm.options[keys[1]]), columns.index(arm.options[keys[0]])] = e.value
     size = min(width, 2.2 + 0.9 * len(columns))
     cell = (size - 1.6) / len(columns)
     figure = Figure(figsize=(size, 1.5 + (0.55 if cell > 0.5 else 0.7) * len(rows)), layout="constrained")
     axis = figure.subplots()
     image = axis.imshow(values, origin="lower", cmap="viridis", aspect="auto")
-    known = values[np.isfinite(values)]
+    finite = values[np.isfinite(values)]
     for i, j in np.argwhere(np.isfinite(values)):
-        ink = "black" if values[i, j] > known.min() + 0.6 * np.ptp(known) else "white"
+        ink = "black" if values[i, j] > finite.min() + 0.6 * np.ptp(finite) else "white"
         turned = 0 if cell > 0.5 else 90  # where a cell is narrower than its number
         axis.text(j, i, f"{values[i, j]:.3g}", ha="center", va="center", color=ink, fontsize=9, rotation=turned)
     axis.set_xticks(range(len(columns)), [f"{c:g}" for c in columns], rotation=0 if cell > 0.5 else 90)

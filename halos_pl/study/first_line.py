@@ -43,23 +43,23 @@ def first_line(results: Results) -> str:
         return f"{so_far}{best.name} has {mean} on {metric} ({what}), {gained}."
     against = results.comparisons(metric)
     if best is not results.baseline:
-        found, before = against.get(best.name), ""
+        comparison, before = against.get(best.name), ""
     else:  # the test is of the second best against the baseline
-        found = next((against[arm.name] for arm in measured[1:] if arm.name in against), None)
-        before = f"{found.arm} is next, " if found else ""
+        comparison = next((against[arm.name] for arm in measured[1:] if arm.name in against), None)
+        before = f"{comparison.arm} is next, " if comparison else ""
     level = [name for name, e in means.items() if math.isclose(e.value, means[best.name].value)]
     line = f"{best.name} {'won' if more is not None else 'is highest'} on {metric} ({what}) with {mean}"
     if len(level) > 1:
         line = f"{' and '.join(level)} are tied on {metric} ({what}) with {mean}"
-    if found is None:
+    if comparison is None:
         return f"{so_far}{line}; no other arm shares a seed with it."
-    difference = f"{before}{of_comparison(found)} against {results.baseline.name}"
+    difference = f"{before}{of_comparison(comparison)} against {results.baseline.name}"
     # The means are over all runs, the difference over seeds that both arms have; ratios are of geometric means.
-    if (found.effect - found.null) * (1 if more is not False else -1) * (-1 if before else 1) < 0:
-        pairs = "" if found.scale == "difference" else f"{_kind(found)}s of "
-        of = f"{pairs}{counted(found.seeds, 'seed')} that both have"
+    if (comparison.effect - comparison.null) * (1 if more is not False else -1) * (-1 if before else 1) < 0:
+        pairs = "" if comparison.scale == "difference" else f"{_kind(comparison)}s of "
+        of = f"{pairs}{counted(comparison.seeds, 'seed')} that both have"
         return f"{so_far}{line}; but over {of}, {difference}: do not believe the order, as these disagree."
-    return f"{so_far}{line}; {difference}; {belief(found)}."
+    return f"{so_far}{line}; {difference}; {belief(comparison)}."
 
 
 def _kind(c: Comparison) -> str:

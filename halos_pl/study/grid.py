@@ -14,18 +14,18 @@ from halos_pl.study.spec import StudyError
 
 #: The key of an arm that names config files.
 OBJECTIVE = "objective"
-#: Where a key is in the study file.
+#: Path of a key in the study file.
 Place = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class GridPoint:
-    """An arm as the study file gives it.
+    """An arm in the study file.
 
     Attributes:
-        name: of the arm.
+        name: name of the arm.
         settings: dotted options, and config files under ``objective``.
-        place: for errors.
+        place: path of its key, for errors.
     """
 
     name: str
@@ -93,7 +93,7 @@ def _named(name: Any, settings: Any, fault: Callable[..., StudyError]) -> GridPo
     if not isinstance(name, str):
         raise fault(f"YAML reads the name of an arm as {name!r}; put it in quotes", "arms")
     if not name.isprintable():
-        raise fault(f"the name of arm {name!r} has a character that cannot be shown; remove it", "arms")
+        raise fault(f"the name of arm {name!r} has a character that cannot be printed; remove it", "arms")
     return GridPoint(name, settings or {}, ("arms", name))
 
 

@@ -57,14 +57,15 @@ def _besides(some: list[Comparison]) -> str:
     if some[0].decision != "not significant":
         return ""
     sizes = {c.arm: c.detectable for c in some}
-    known = [size for size in sizes.values() if size is not None]
+    detected = [size for size in sizes.values() if size is not None]
     none = [arm for arm, size in sizes.items() if size is None]
     parts = []
-    if known:
+    if detected:
         of = "" if not none else f" of {'; '.join(arm for arm in sizes if arm not in none)}"
-        most = f"a factor of {ratio(max(known))}" if some[0].scale == "ratio" else f"a difference of {max(known):.2g}"
-        parts.append(f"80 % power{of} for {most}")
+        most = max(detected)
+        size = f"a factor of {ratio(most)}" if some[0].scale == "ratio" else f"a difference of {most:.2g}"
+        parts.append(f"80 % power{of} for {size}")
     if none:
-        of = "" if not known else f" of {'; '.join(none)}"
+        of = "" if not detected else f" of {'; '.join(none)}"
         parts.append(f"too few values{of} for 80 % power at any difference")
     return f" ({', '.join(parts)})"

@@ -18,8 +18,8 @@ _LINK = re.compile(r"(?<=\w):(?=//)|(?<=www)\.", re.IGNORECASE)
 def markdown(text: str) -> str:
     """A text escaped for a paragraph, a heading or a table cell, in one line."""
     line = " ".join(plain(text).split())
-    line = re.sub("[&<>@]", lambda found: _HTML[found[0]], _NUMBERED.sub(r"\1\\\2", _MARKUP.sub(r"\\\g<0>", line)))
-    return _LINK.sub(lambda found: f"&#{ord(found[0])};", line)
+    line = re.sub("[&<>@]", lambda match: _HTML[match[0]], _NUMBERED.sub(r"\1\\\2", _MARKUP.sub(r"\\\g<0>", line)))
+    return _LINK.sub(lambda match: f"&#{ord(match[0])};", line)
 
 
 def escaped(content: Any) -> Any:

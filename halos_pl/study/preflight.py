@@ -30,7 +30,7 @@ from halos_pl.study.spec import Arm, Run, Study, StudyError
 from halos_pl.training.ending import epoch_steps, fit_steps
 from halos_pl.training.monitors import check_monitors
 
-#: Devices that every machine has; of a cluster's nodes nothing is known here.
+#: Devices that every machine has, since those of a cluster's nodes are unknown.
 PLACEMENT = {
     "trainer.accelerator": "cpu",
     "trainer.devices": 1,
@@ -55,11 +55,11 @@ class CommandLine(Protocol):
 
 @dataclass(frozen=True)
 class CheckedArm:
-    """What the pre-flight found out about an arm.
+    """The pre-flight's results for an arm.
 
     Attributes:
-        steps: optimizer steps of a run.
-        digest: of the resolved config and data, without seed and folder.
+        steps: number of optimizer steps of a run.
+        digest: digest of the resolved config and data, without seed and folder.
     """
 
     steps: int
@@ -68,11 +68,11 @@ class CheckedArm:
 
 @dataclass(frozen=True)
 class Checked:
-    """What the pre-flight found out about a study.
+    """The pre-flight's results for a study.
 
     Attributes:
-        arms: by name.
-        examples: prompts that the primary metric is measured on.
+        arms: results by arm.
+        examples: number of prompts that the primary metric is measured on.
         measuring: how and on what runs are measured, see :func:`halos_pl.evaluation.arguments.measuring`.
     """
 
@@ -82,7 +82,7 @@ class Checked:
 
     @property
     def digests(self) -> dict[str, str]:
-        """By arm."""
+        """Digests by arm."""
         return {name: arm.digest for name, arm in self.arms.items()}
 
 

@@ -75,7 +75,7 @@ def _decided(c: Comparison) -> dict[str, str]:
     p = "" if math.isnan(c.p) else p_value(c.p if c.adjusted is None else c.adjusted)
     return {
         "p": p.removeprefix("p ").removeprefix("= "),
-        "said": c.verdict,
+        "verdict": c.verdict,
         "how": "significant" if c.significant else "runs" if c.runs_only else "",
     }
 
@@ -84,10 +84,10 @@ def _row(metric: str, name: str, e: Estimate | None, places: int, *, none: bool)
     """The cells that every row of a table has.
 
     Args:
-        metric, name: which.
-        e: its mean; None if it was not measured.
+        metric, name: metric and arm.
+        e: mean; None if it was not measured.
         places: decimals of a mean without an interval, the same for all rows, unless it would round the mean to 0.
-        none: a baseline that is not an arm.
+        none: whether this is a baseline that is not an arm.
     """
     if e and e.value and not round(e.value, places):
         places = max(places, decimals(e.value, e.low, e.high))
@@ -97,7 +97,7 @@ def _row(metric: str, name: str, e: Estimate | None, places: int, *, none: bool)
         "mean": number(e.value, places) if e else "–",
         "figure": f"{of_estimate(e)}{_perplexity(metric, e)}" if e else "–",
         "n": (str(e.examples) if none else f"{e.examples} x {e.seeds}") if e else "–",
-        **dict.fromkeys(("difference", "p", "said", "how", "learned"), ""),
+        **dict.fromkeys(("difference", "p", "verdict", "how", "learned"), ""),
     }
 
 
@@ -105,12 +105,12 @@ def _table(results: Results, metric: str) -> dict[str, Any]:
     """One metric: a row per arm, the best first, and one per baseline that is not an arm."""
     several = len(results.study.arms) > 1
     against, learned, rows = results.comparisons(metric), results.learned(metric), []
-    known = [e for (name, _), e in results.estimates.items() if name == metric]
-    places = statistics.median_low(decimals(e.value, e.low, e.high) for e in known) if known else 0
+    estimates = [e for (name, _), e in results.estimates.items() if name == metric]
+    places = statistics.median_low(decimals(e.value, e.low, e.high) for e in estimates) if estimates else 0
     for arm in results.ranked:
         e, c, before = results.estimates.get((metric, arm.name)), against.get(arm.name), learned.get(arm.name)
         row = _row(metric, arm.name, e, places, none=False)
-        row["said"] = "missing" if e is None else "baseline" if several else "exploratory"
+        row["verdict"] = "missing" if e is None else "baseline" if several else "exploratory"
         if c is not None and e is not None:
             row |= {
                 "difference": f"{of_comparison(c)}{_of(c, e)}",
@@ -124,7 +124,7 @@ def _table(results: Results, metric: str) -> dict[str, Any]:
     for name in results.baselines:
         values = results.of_baseline(metric, name)
         e = None if values is None else estimate(values, share=metric in SHARES, positive=metric in RATIOS)
-        rows.append(_row(metric, name, e, places, none=True) | {"said": "not trained" if e else "not measured"})
+        rows.append(_row(metric, name, e, places, none=True) | {"verdict": "not trained" if e else "not measured"})
     _, what, more = METRICS[metric]
     wanted = "" if more is None else "; higher is better" if more else "; lower is better"
     return {

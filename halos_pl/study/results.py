@@ -126,7 +126,7 @@ class Results:
         return runs
 
     def _compared(self, metric: str, runs: dict[str, Runs], reference: str, family: int, primary: bool) -> Compared:
-        found = compare(
+        comparisons = compare(
             metric,
             runs,
             reference,
@@ -137,18 +137,18 @@ class Results:
             margin=self.study.equivalence if primary else None,
             share=metric in SHARES,
         )
-        return {each.arm: each for each in found}
+        return {each.arm: each for each in comparisons}
 
     @cached_property
     def _comparisons(self) -> dict[str, Compared]:
-        found: dict[str, Compared] = {}
+        comparisons: dict[str, Compared] = {}
         for metric in self.study.metrics:
             runs = self._runs(metric, self.ranked)
             if self.study.baseline in runs:
                 # Arms that are not finished count too, or early claims would be corrected for fewer comparisons.
                 others = len(self.study.arms) - 1
-                found[metric] = self._compared(metric, runs, self.study.baseline, others, metric == self.primary)
-        return found
+                comparisons[metric] = self._compared(metric, runs, self.study.baseline, others, metric == self.primary)
+        return comparisons
 
     def comparisons(self, metric: str) -> Compared:
         """Each other arm against the baseline arm, by name, in the order of :attr:`ranked`.
@@ -167,15 +167,15 @@ class Results:
         for arm in self.ranked:
             if (before := self.untrained(arm)) is not None:
                 starts[before].append(arm)
-        found: Compared = {}
+        comparisons: Compared = {}
         for before, arms in starts.items():
             values = self.of_baseline(metric, before)
             runs = self._runs(metric, arms)
             if values is not None and runs:
                 runs[before] = Runs(values, ())
                 compared = self._compared(metric, runs, before, len(self.study.arms), primary)
-                found |= {name: self._from_nothing(c, values) for name, c in compared.items()}
-        return {arm.name: found[arm.name] for arm in self.ranked if arm.name in found}
+                comparisons |= {name: self._from_nothing(c, values) for name, c in compared.items()}
+        return {arm.name: comparisons[arm.name] for arm in self.ranked if arm.name in comparisons}
 
     def _from_nothing(self, c: Comparison, before: Values) -> Comparison:
         """A positive metric compared with 0 everywhere, such as the KL of an untrained model.
@@ -211,12 +211,12 @@ class Results:
         because only one of several seeds is finished.
         """
         more = METRICS[self.primary].higher_is_better
-        found = self._against_untrained(self.primary, primary=True)
-        untested = [arm for arm in self._runs(self.primary, self.study.arms) if arm not in found]
-        untested += [c.arm for c in found.values() if c.decision == "one seed so far"]
-        sure = [c for c in found.values() if c.significant or (c.runs_only and c.planned == 1)]
-        known = more is not None and bool(found) and not untested
-        return known and not any((c.effect > c.null) == more for c in sure)
+        comparisons = self._against_untrained(self.primary, primary=True)
+        untested = [arm for arm in self._runs(self.primary, self.study.arms) if arm not in comparisons]
+        untested += [c.arm for c in comparisons.values() if c.decision == "one seed so far"]
+        sure = [c for c in comparisons.values() if c.significant or (c.runs_only and c.planned == 1)]
+        tested = more is not None and bool(comparisons) and not untested
+        return tested and not any((c.effect > c.null) == more for c in sure)
 
     def figures(self, arm: Arm, metric: str) -> list[Mapping[str, float]]:
         """For each finished seed of an arm: the values of a metric, such as a training figure by step."""

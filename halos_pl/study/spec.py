@@ -1,4 +1,4 @@
-"""What a study is: its arms and seeds, what is measured, and the commands of its runs."""
+"""A study: its arms, seeds and measurements, and the commands of its runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BEFORE, SHORTER = "before training", "fewer words wins"
 
 
 class StudyError(ValueError):
-    """A study cannot be run as it is; the message names the file, the line and what to do."""
+    """A study that cannot be run; the message names the file, the line and the fix."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Arm:
     """One way of training.
 
     Attributes:
-        name: shown in reports; its folder has the same name, with special characters replaced.
+        name: name in reports, and of the folder, with special characters replaced.
         configs: config files, in order; later ones win.
         options: values of ``halos fit`` by dotted key; they win over the files.
         line: its line in the study file.
@@ -55,8 +55,8 @@ class Run:
     """One arm with one seed.
 
     Attributes:
-        arm, seed: which.
-        folder: its run folder, as of any ``halos fit``.
+        arm, seed: arm and seed.
+        folder: run folder, as of any ``halos fit``.
     """
 
     arm: Arm
@@ -82,20 +82,20 @@ class Study:
     """The content of a study file.
 
     Attributes:
-        path: the file.
-        arms: in order; the first is the baseline unless the file names another.
-        seeds: of each arm.
+        path: path of the file.
+        arms: arms in order; the first is the baseline unless the file names another.
+        seeds: seeds of each arm.
         evaluate: arguments of ``halos evaluate``, except the run.
-        metrics: compared in the report, in this order.
+        metrics: metrics of the report, in this order.
         primary: the metric that decisions are made on; the others are exploratory.
         equivalence: the largest difference in the primary metric that counts as equivalent, a ratio for metrics in
             RATIOS; None if equivalence is not tested.
         power: assumptions of the power analysis: ``prompt_sd``, ``run_sd`` and optionally ``sampling_sd``, or
             ``values``, the values.csv.gz of an earlier study; empty if unknown.
-        baseline: the arm that the others are compared with.
+        baseline: name of the arm that the others are compared with.
         cluster: parameters of submitit; None to run on this machine.
-        note: the question that the study asks, for the report.
-        overrides: the second file, which was laid over the first.
+        note: question of the study, for the report.
+        overrides: second file, which replaces keys of the first.
         places: file and line of some keys, for errors.
     """
 

@@ -98,14 +98,14 @@ def estimate(
 
     Args:
         values: [seeds, examples] or [examples].
-        share: the mean and its interval lie between 0 and 1: with several seeds the interval is on the log odds, and if
-            all values are 0 or all are 1 it is that of Clopper and Pearson.
-        positive: the mean and its interval are above 0: with several seeds the interval is on the log scale.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
+        share: whether the mean and its interval lie between 0 and 1: with several seeds the interval is on the log
+            odds, and if all values are 0 or all are 1 it is that of Clopper and Pearson.
+        positive: whether the mean and its interval are above 0: with several seeds the interval is on the log scale.
+        resamples: number of resamples of the bootstrap.
+        seed: seed of the bootstrap.
 
     Raises:
-        ValueError: without values, or for values that are not finite.
+        ValueError: if there are no values, or they are not finite.
     """
     matrix = _matrix(values)
     seeds, examples = matrix.shape

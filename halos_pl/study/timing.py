@@ -28,7 +28,7 @@ def timed_step(study: Study, out: Path, env: Mapping[str, str]) -> tuple[float, 
     """Times two steps of the first unfinished arm whose steps do not fail.
 
     Returns:
-        seconds of a step, and of starting a run; None, with a message, if all fail, which their later steps may not.
+        Seconds of a step, and of starting a run; None, with a message, if all of them fail.
     """
     folder = out / FOLDER
     log = out / f"{FOLDER}.{processes.LOG}"
@@ -54,9 +54,9 @@ def show_plan(study: Study, checked: Checked, runs: list[Run], times: tuple[floa
     """Prints the arms, their commands, and how long the study may take.
 
     Args:
-        study, checked, runs: what is planned.
+        study, checked, runs: the study, its pre-flight and its runs.
         times: seconds of a step and of a start; None if unknown.
-        jobs: runs at a time.
+        jobs: number of runs at a time.
     """
     console = Console()
     table = Table(

@@ -40,12 +40,12 @@ def by_length(records: list[Record]) -> dict[str, dict[str, float]]:
         if record["pair"] is not None and "words" in record:
             sign = 1 if record["desirable"] else -1
             longer[record["pair"]] = longer.get(record["pair"], 0) + sign * record["words"]
-    found = {}
+    accuracies = {}
     for name, side in STRATA.items():
         some = [r for r in records if r["pair"] in longer and (longer[r["pair"]] > 0) - (longer[r["pair"]] < 0) == side]
         if some:
-            found[name] = of_pairs(some, 1.0)["reward_accuracy"]
-    return found
+            accuracies[name] = of_pairs(some, 1.0)["reward_accuracy"]
+    return accuracies
 
 
 def baselines(done: list[Run]) -> dict[Key, Figures]:
@@ -87,7 +87,7 @@ def start_of(run: Run) -> str:
 def _before(run: Run) -> Figures:
     """The metrics of the model that a run started from; as its own reference, it ties on every pair."""
     path = run.folder / BEFORE_FILE
-    found: dict[str, Mapping[str, float]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    metrics: dict[str, Mapping[str, float]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if measured_how(run.folder).get("evaluate", {}).get("reference") is None:
-        found |= by_length([{**r, "policy_logp": r["reference_logp"]} for r in held_out_records(run)])
-    return {name: values for name, values in found.items() if values}
+        metrics |= by_length([{**r, "policy_logp": r["reference_logp"]} for r in held_out_records(run)])
+    return {name: values for name, values in metrics.items() if values}

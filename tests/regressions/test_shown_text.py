@@ -80,7 +80,7 @@ def test_our_own_texts_stay_readable() -> None:
 
 
 def _everywhere(text: str) -> dict[str, Any]:
-    row = dict.fromkeys(("mean", "figure", "n", "difference", "p", "said", "learned"), text)
+    row = dict.fromkeys(("mean", "figure", "n", "difference", "p", "verdict", "learned"), text)
     return {
         "title": text,
         "overview": [(text, [{**row, "how": ""}])],
