@@ -38,15 +38,15 @@ UNSAID = r"litlogger|`Trainer\.fit` stopped: `max"
 
 # Errors that a user can fix, beside RunError, OSError and ValueError.
 _ERRORS = {
-    "halos_pl.training.non_finite": "NonFiniteLossError",
-    "halos_pl.training.checkpoint": "NonFiniteWeightsError",
-    "lightning.fabric.utilities.exceptions": "MisconfigurationException",
+    "halos_pl.training.non_finite": ("NonFiniteLossError", "NonFiniteWeightsError"),
+    "lightning.fabric.utilities.exceptions": ("MisconfigurationException",),
 }
 
 
 def user_errors() -> tuple[type[Exception], ...]:
-    """Errors that a user can fix; one whose module is not imported cannot have been raised."""
-    loaded = [getattr(sys.modules[module], name) for module, name in _ERRORS.items() if module in sys.modules]
+    """The errors that a user can fix. One whose module is not imported cannot have been raised."""
+    imported = {module: names for module, names in _ERRORS.items() if module in sys.modules}
+    loaded = [getattr(sys.modules[module], name) for module, names in imported.items() for name in names]
     return (RunError, OSError, ValueError, *loaded)
 
 

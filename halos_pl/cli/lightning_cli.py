@@ -41,12 +41,9 @@ from halos_pl.training.callbacks import (
     check_run_dir,
     named_run_dir,
 )
-from halos_pl.training.checkpoint import (
-    LastCheckpoint,
-    find_checkpoint,
-    read_checkpoint,
-    refuse_code,
-)
+from halos_pl.training.checkpoint import LastCheckpoint
+from halos_pl.training.checkpoint_reading import read_checkpoint, refuse_code
+from halos_pl.training.checkpoint_search import find_checkpoint
 from halos_pl.training.checks import check_trainer
 from halos_pl.training.ending import NotingTrainer
 from halos_pl.training.log_config import LogConfig

@@ -1,4 +1,4 @@
-"""Held-out feedback under a policy and a reference, row by row; and what that says of each example."""
+"""Measures held-out feedback under a policy and a reference, and computes metrics by example."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from halos_pl.policy.loading import load_model
 from halos_pl.policy.logprobs import completion_mask
 from halos_pl.policy.reference import AdapterOff, FixedModel, FrozenCopy
 from halos_pl.policy.scorer import Scorer
-from halos_pl.training.checkpoint import load_trained
+from halos_pl.training.checkpoint_search import load_trained
 from halos_pl.training.named_model import NamedModel
 from halos_pl.training.progress import Progress
 from halos_pl.training.trained import module_of_run, put_weights
 
-#: Both classes, and pairs as pairs.
+#: Both classes of rows, pairs included.
 NEEDS = Needs(undesirable=True)
 
 
 class Evaluation(LightningModule):
-    """Measures each held-out row under a policy and, where there is one, under a reference.
+    """Measures each held-out row under a policy and, if there is one, a reference.
 
     Args:
         scorer: the policy.
-        reference: what to compare with; None for nothing.
-        tokenizer: of both.
+        reference: the reference; None without one.
+        tokenizer: the tokenizer of both.
     """
 
     def __init__(self, scorer: Scorer, reference: Scoring | None, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -43,7 +43,7 @@ class Evaluation(LightningModule):
         self.scorer, self.reference, self.tokenizer = scorer, reference, tokenizer
 
     def configure_model(self) -> None:
-        """Refuses rows that are too long for the models, or hold tokens that they do not know."""
+        """Refuses rows that are too long for the models, or contain tokens that they do not know."""
         data: Any = getattr(self.trainer, "datamodule", None)
         scorers = [self.scorer]
         if self.reference is not None:
@@ -69,7 +69,7 @@ class Evaluation(LightningModule):
             {
                 "row": batch.row_ids[i],
                 "pair": batch.row_ids[first[i]] if labels.pair[i] >= 0 else None,
-                "prompt": int(labels.group[i]),  # as it was before it was cut, which depends on the completion
+                "prompt": int(labels.group[i]),  # before truncation, which depends on the completion
                 "desirable": bool(labels.desirable[i]),
                 "tokens": tokens[i],
                 "words": len(str(self.tokenizer.decode(batch.completions[i], skip_special_tokens=True)).split()),
@@ -86,9 +86,9 @@ def prepared(
 
     Args:
         model: the policy.
-        other: a model to compare with; None for what a run's policy was before training.
-        compare: whether to compare at all.
-        trained: give a run's policy its trained weights.
+        other: the reference; None for a run's policy before training.
+        compare: whether to use a reference at all.
+        trained: whether to load a run's trained weights.
     """
     run = module_of_run(model.run) if model.run else None
     scorer = Scorer(
@@ -114,10 +114,10 @@ def records_of(module: Evaluation, data: FeedbackDataModule, name: str) -> list[
     """The records of all rows.
 
     Raises:
-        DataError: where log-probs are not finite, naming the model.
+        DataError: naming the model, if log-probs are not finite.
     """
     data.connect(tokenizer=module.tokenizer, needs=NEEDS)
-    # On one device: of several each would see its own share of the rows.
+    # On one device: each of several would get only its share of the rows.
     trainer = Trainer(
         logger=False,
         enable_checkpointing=False,
@@ -136,23 +136,23 @@ def records_of(module: Evaluation, data: FeedbackDataModule, name: str) -> list[
 
 
 def of_reference(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records that the reference itself would have."""
+    """The records of the reference itself."""
     return [{**record, "policy_logp": record["reference_logp"], "kl": 0.0} for record in records]
 
 
 def figures_of(records: list[dict[str, Any]], beta: float) -> dict[str, dict[str, float]]:
-    """Metrics by example, those that the rows give."""
+    """All metrics by example that the rows allow."""
     return of_pairs(records, beta) | of_rows(records)
 
 
 def of_pairs(records: list[dict[str, Any]], beta: float) -> dict[str, dict[str, float]]:
-    """Metrics of pairs by example; of rows without pairs or a reference nothing."""
+    """Metrics of pairs by example; empty without pairs or a reference."""
     rewards: dict[str, dict[bool, float]] = defaultdict(dict)
     for record in records:
         if record["pair"] is not None and "reference_logp" in record:
             rewards[record["pair"]][record["desirable"]] = record["policy_logp"] - record["reference_logp"]
     margins = {pair: both[True] - both[False] for pair, both in rewards.items() if len(both) == 2}
-    found = {
+    metrics = {
         "reward_accuracy": {pair: float(m > 0) + 0.5 * (m == 0) for pair, m in margins.items()},
         "reward_margin": margins,
         "brier": {pair: (1 - 1 / (1 + float(np.exp(-beta * m)))) ** 2 for pair, m in margins.items()},
@@ -160,26 +160,26 @@ def of_pairs(records: list[dict[str, Any]], beta: float) -> dict[str, dict[str, 
     if not margins:
         return {}
     example = {r["pair"]: name for r, name in zip(records, _examples(records).values(), strict=True)}
-    return {metric: by_example(values, example) for metric, values in found.items()}
+    return {metric: by_example(values, example) for metric, values in metrics.items()}
 
 
 def of_rows(records: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Metrics of single rows by example; without a reference those that need none."""
+    """Metrics of single rows by example; without a reference, those that need none."""
     nll = {r["row"]: -r["policy_logp"] / r["tokens"] for r in records}
     example = _examples(records)
-    found = {
+    metrics = {
         f"nll_{kind}": by_example({r["row"]: nll[r["row"]] for r in records if r["desirable"] is desirable}, example)
         for kind, desirable in (("desirable", True), ("undesirable", False))
     }
     if not all("reference_logp" in r for r in records):
-        return found
+        return metrics
     rewards: dict[bool, dict[str, float]] = {True: {}, False: {}}
     for r in records:
         rewards[r["desirable"]][r["row"]] = r["policy_logp"] - r["reference_logp"]
-    found["kl_held_out"] = by_example({r["row"]: r["kl"] for r in records}, example)
+    metrics["kl_held_out"] = by_example({r["row"]: r["kl"] for r in records}, example)
     if rewards[True] and rewards[False]:
-        found["reward_auroc"] = by_example(_auroc_shares(rewards[True], rewards[False]), example)
-    return found
+        metrics["reward_auroc"] = by_example(_auroc_shares(rewards[True], rewards[False]), example)
+    return metrics
 
 
 def _examples(records: list[dict[str, Any]]) -> dict[str, str]:
@@ -189,36 +189,39 @@ def _examples(records: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def by_example(values: dict[str, float], example: dict[str, str]) -> dict[str, float]:
-    """Values of rows as values of examples with the same mean: the rows of a prompt do not vary by themselves.
+    """Turns values of rows into values of examples with the same mean, as the rows of a prompt are not independent.
 
-    Each is the mean and what the example adds to its error, as of a ratio of two sums (Cochran 1977, section 6.3): how
-    many rows an example has is no variation of what is measured.
+    Each is the mean plus the example's contribution to its error as a ratio of two sums (Cochran 1977, section 6.3), so
+    that the number of rows per example does not count as variation of the metric.
     """
     if not values:
         return {}
-    own: dict[str, list[float]] = defaultdict(list)
+    grouped: dict[str, list[float]] = defaultdict(list)
     for row, value in values.items():
-        own[example[row]].append(value)
-    if len({len(each) for each in own.values()}) == 1:  # plain means, without rounding
-        return {name: sum(each) / len(each) for name, each in own.items()}
+        grouped[example[row]].append(value)
+    if len({len(each) for each in grouped.values()}) == 1:  # plain means, without rounding
+        return {name: sum(each) / len(each) for name, each in grouped.items()}
     mean = sum(values.values()) / len(values)
-    share = len(own) / len(values)
-    return {name: mean + share * (sum(each) - len(each) * mean) for name, each in own.items()}
+    share = len(grouped) / len(values)
+    return {name: mean + share * (sum(each) - len(each) * mean) for name, each in grouped.items()}
 
 
 def _auroc_shares(high: dict[str, float], low: dict[str, float]) -> dict[str, float]:
-    """What each row adds to the area under the ROC curve; the mean over all rows is the area.
+    """Each row's contribution to the area under the ROC curve; the mean over all rows is the area.
 
-    Rows of both kinds are a sample. With each row's share of the other kind that it stands right to, less the area, the
-    variance of the mean is that of DeLong et al. 1988, summed by pairs that of Obuchowski 1997.
+    Rows of both classes are a sample. A row's contribution is the area plus the weighted deviation from it of the
+    row's share: the part of the other class that it is ranked correctly against. The variance of the mean is that of
+    DeLong et al. 1988; with contributions summed by pair, that of Obuchowski 1997.
     """
 
     def below(values: dict[str, float], others: dict[str, float]) -> dict[str, float]:
-        """Of each value: the share of the others below it, half of those equal to it."""
+        """For each value, the share of ``others`` below it, counting equal ones half."""
         ordered = np.sort(list(others.values()))
         places = [np.searchsorted(ordered, list(values.values()), side=side) for side in ("left", "right")]
         return dict(zip(values, ((places[0] + places[1]) / 2 / len(ordered)).tolist(), strict=True))
 
     right = {True: below(high, low), False: {row: 1 - share for row, share in below(low, high).items()}}
     area, rows = float(np.mean(list(right[True].values()))), len(high) + len(low)
-    return {row: area + rows / len(own) * (share - area) for own in right.values() for row, share in own.items()}
+    return {
+        row: area + rows / len(shares) * (share - area) for shares in right.values() for row, share in shares.items()
+    }

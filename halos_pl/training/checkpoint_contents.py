@@ -1,23 +1,23 @@
-"""What a checkpoint holds beside what Lightning puts in: the reference, random states and settings."""
+"""What a checkpoint contains besides Lightning's own entries: the reference, random states and settings."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
-from halos_pl.training.checkpoint import check_finite, entry_kind
 from halos_pl.training.checks import check_limits
-from halos_pl.training.non_finite import last_good
+from halos_pl.training.non_finite import check_finite, last_good
 from halos_pl.training.random_state import random_states, set_random_state
 from halos_pl.training.resume import finished_progress
 
 
 def fill(module: Any, checkpoint: dict[str, Any]) -> None:
-    """Drops frozen weights from a checkpoint, and adds what else a run resumes from.
+    """Drops frozen weights from a checkpoint, and adds everything else that a run resumes from.
 
     Raises:
-        NonFiniteWeightsError: where the policy has diverged.
+        NonFiniteWeightsError: if the policy has diverged.
     """
     if module.models.bound and (state := module.models.reference_model.state()):
         checkpoint["reference_model"] = state
@@ -58,10 +58,15 @@ def take(module: Any, checkpoint: dict[str, Any]) -> None:
 
 
 def restore_random_state(module: Any) -> None:
-    """Restores what :func:`take` has found of this rank."""
+    """Restores this rank's random state, which :func:`take` has read."""
     states, module.rng_states = module.rng_states, None
     if states and module.global_rank < len(states):
         set_random_state(states[module.global_rank], module.device)
+
+
+def entry_kind(value: Any) -> Any:
+    """Shape and kind of number of a state dict's entry, which an entry that replaces it must share."""
+    return (value.shape, value.is_floating_point()) if isinstance(value, Tensor) else None
 
 
 def _check_state(module: Any, saved: dict[str, Any]) -> None:

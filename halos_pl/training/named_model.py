@@ -17,7 +17,7 @@ from halos_pl.policy.loading import load_model, load_tokenizer, stored_dtype
 from halos_pl.policy.source import ADAPTER_CONFIG
 from halos_pl.policy.spec import ModelError, ModelSpec
 from halos_pl.run_dir import CONFIG, LAST
-from halos_pl.training.checkpoint import find_checkpoint
+from halos_pl.training.checkpoint_search import find_checkpoint
 from halos_pl.training.trained import load_run, module_of_run
 
 
@@ -26,12 +26,12 @@ class NamedModel:
     """A model that can be loaded.
 
     Attributes:
-        name: as it was given.
-        spec: of the model; of a run, of what its policy was before training.
-        run: the run's folder; None for another model.
-        ckpt_path: the file of a run's checkpoint.
-        text: the settings of the run's data that say how text becomes tokens (``TEXT_SETTINGS``), or their defaults.
-        chat_template: the text of another chat template than its own.
+        name: the name by which the user calls it.
+        spec: specification of the model; for a run, of its policy before training.
+        run: the run's folder; None for other models.
+        ckpt_path: the file of the run's checkpoint; None for other models.
+        text: the run's settings for encoding text (``TEXT_SETTINGS``), or their defaults.
+        chat_template: the text of a chat template to use instead of the model's.
     """
 
     name: str
@@ -41,9 +41,9 @@ class NamedModel:
     text: dict[str, Any]
     chat_template: str | None = None
 
-    def text_settings(self, **given: Any) -> dict[str, Any]:
-        """How text becomes tokens: by the settings that are given and not None, else as the run was trained."""
-        return self.text | {name: value for name, value in given.items() if value is not None}
+    def text_settings(self, **overrides: Any) -> dict[str, Any]:
+        """The settings for encoding text: ``overrides`` that are not None, otherwise those of the run's training."""
+        return self.text | {name: value for name, value in overrides.items() if value is not None}
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer, with the chat template that a run was trained with."""
@@ -56,17 +56,17 @@ class NamedModel:
         """The model in eval mode.
 
         Args:
-            device: where; default: a GPU where there is one.
+            device: the device; default: a GPU if there is one.
 
         Raises:
-            ModelError: where it cannot be loaded.
+            ModelError: if it cannot be loaded.
         """
         model: Any = load_run(self.run, self.ckpt_path).policy if self.run else load_model(self.spec)
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()  # type: ignore[no-any-return]
 
 
-def _refuse_of_another(run: Path, checkpoint: Path) -> None:
-    """Refuses a checkpoint in the folder of another run, whose weights would be taken for those of this one.
+def _refuse_other_run(run: Path, checkpoint: Path) -> None:
+    """Refuses a checkpoint in another run's folder, whose weights would pass for those of this one.
 
     Raises:
         ModelError: naming that run.
@@ -78,36 +78,36 @@ def _refuse_of_another(run: Path, checkpoint: Path) -> None:
 
 
 def named_model(name: str, ckpt_path: str | None = None, chat_template: str | None = None) -> NamedModel:
-    """What a name stands for; no weights are read.
+    """The model of that name; reads no weights.
 
     Args:
         name: a run's folder, a Hugging Face folder, a folder with a peft adapter, a hub name, or ``package:NAME``.
-        ckpt_path: of a run, another checkpoint than the last one: ``best``, or a file.
-        chat_template: another chat template than its own, see :func:`halos_pl.data.template.template_of`.
+        ckpt_path: another checkpoint of a run than the last one: ``best``, or a file.
+        chat_template: a chat template to use instead of its own, see :func:`halos_pl.data.template.template_of`.
 
     Raises:
-        DataError: for a chat template that is none.
-        FileNotFoundError: for a run without its config or a checkpoint.
-        ModelError: for a name that stands for no model, and for a ``ckpt_path`` without a run or of another one.
+        DataError: if the chat template is invalid.
+        FileNotFoundError: if a run lacks its config or a checkpoint.
+        ModelError: if no model has that name, or if ``ckpt_path`` comes without a run or belongs to another run.
     """
     template = None if chat_template is None else template_of(chat_template, "--chat_template")
     folder = Path(name)
     is_model = any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG))
-    # The folder of a run that was moved or copied in part is still meant as one.
+    # A run's folder that was moved or copied in part still counts as one.
     if not is_model and ((folder / CONFIG).is_file() or (folder / LAST).parent.is_dir()):
         spec = module_of_run(folder).models.spec
         assert spec is not None  # a config names no model in memory
-        found = find_checkpoint(folder, ckpt_path)  # now: a better one may be saved before it is loaded
+        checkpoint = find_checkpoint(folder, ckpt_path)  # now, as a better one may be saved before it is loaded
         if ckpt_path not in (None, "last", "best"):
-            _refuse_of_another(folder, found)
+            _refuse_other_run(folder, checkpoint)
         text = text_settings(read_yaml(folder / CONFIG)[0].get("data") or {})
-        return NamedModel(name, spec, folder, str(found), text, template)
+        return NamedModel(name, spec, folder, str(checkpoint), text, template)
     if ckpt_path is not None:
-        raise ModelError(f"{name} is no folder of a run, so it has no checkpoint {ckpt_path}")
+        raise ModelError(f"{name} is not the folder of a run, so it has no checkpoint {ckpt_path}")
     others = [file for kind in ("*.gguf", f"*/{ADAPTER_CONFIG}") for file in folder.glob(kind)]
     if folder.is_dir() and not is_model and not others:
-        known = f"{CONFIG}, config.json, {ADAPTER_CONFIG} or GGUF file"
-        raise ModelError(f"{name} is not the folder of a run or of a model: it holds no {known}")
+        expected = f"{CONFIG}, config.json, {ADAPTER_CONFIG} or GGUF file"
+        raise ModelError(f"{name} is not the folder of a run or a model: it contains no {expected}")
     spec = ModelSpec(path=name, attn_implementation=None)
     try:
         stored_dtype(spec)  # reads its configuration

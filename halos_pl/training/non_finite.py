@@ -1,11 +1,12 @@
-"""A run stops at the first number that is not finite, and says which rows it comes from and where to go on."""
+"""Stops a run at the first number that is not finite, and names the rows or weights and where to resume."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from halos_pl.batch import TokenBatch
 from halos_pl.distributed import sum_over_ranks
@@ -13,26 +14,30 @@ from halos_pl.training.checkpoint import LastCheckpoint
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss of a step is not a finite number; the message names its rows and the last checkpoint."""
+    """The loss of a step is not finite; the message names its rows and the last checkpoint."""
+
+
+class NonFiniteWeightsError(FloatingPointError):
+    """The weights to be saved are not finite; the message names the first tensors and the last good checkpoint."""
 
 
 def highest_lr(optimizer: Any) -> float:
-    """The learning rate as the config gives it, before warm-up and decay."""
+    """The learning rate that the config sets, before warm-up and decay."""
     return max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
 
 
 def lower_lr(module: Any) -> str:
-    """What to do about a policy that has diverged."""
+    """Advice for a policy that has diverged."""
     lr = highest_lr(module.optimizers())
     return f"the policy has probably diverged: lower model.optimizer.init_args.lr (it is {lr:g})"
 
 
 def last_good(trainer: Any, diverged_at: int | None = None) -> str:
-    """Which checkpoint to go on from.
+    """A line that names the checkpoint to resume from.
 
     Args:
-        trainer: Lightning's.
-        diverged_at: the step before which the policy's weights were lost; None where they are sound.
+        trainer: Lightning's Trainer.
+        diverged_at: step before which the weights diverged; None if they are finite.
     """
     kept = [c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)]
     return kept[0].good(diverged_at) if kept else "no checkpoints are kept"
@@ -45,10 +50,10 @@ def non_finite(
 
     Args:
         module: the LightningModule.
-        what: is not finite.
+        what: a clause that names the figure, such as "the loss is nan".
         rows: names of the batch's rows.
-        suspects: those that it comes from.
-        diverged: the policy's own log-probs are not finite.
+        suspects: names of the rows that cause it.
+        diverged: whether the policy's own log-probs are not finite.
     """
     named = f"rows with a non-finite log-prob or value: {', '.join(suspects)}\n" if suspects else ""
     step, trainer = module.global_step, module.trainer
@@ -64,10 +69,10 @@ def non_finite(
 
 
 def check_policy(module: Any, batch: TokenBatch) -> None:
-    """Checks on one row that the last step has not made the policy diverge; of earlier steps the next loss tells.
+    """Checks on one row that the policy has not diverged in the last step; the next loss tells for earlier steps.
 
     Raises:
-        NonFiniteLossError: where the policy has no finite log-probs for it.
+        NonFiniteLossError: if the policy's log-probs for that row are not finite.
     """
     device = module.device
     cuda = [device] if device.type == "cuda" else []
@@ -79,3 +84,44 @@ def check_policy(module: Any, batch: TokenBatch) -> None:
             f" {batch.row_ids[0]}: it has diverged. Lower the learning rate (model.optimizer.init_args.lr).\n"
             + last_good(module.trainer, module.global_step)
         )
+
+
+def check_finite(checkpoint: Mapping[str, Any], trained: set[str], good: str) -> None:
+    """Refuses to save weights that have diverged. Reads each tensor once and copies one number from each device.
+
+    Args:
+        checkpoint: the checkpoint to be written.
+        trained: names of the trained entries of its ``state_dict``; others, such as masks, may contain infinities.
+        good: last line of the message, which names the last good checkpoint.
+
+    Raises:
+        NonFiniteWeightsError: naming the first tensors that are not finite.
+    """
+    state = [(name, t) for name, t in checkpoint["state_dict"].items() if isinstance(t, Tensor)]
+    fixed = [(name, torch.where(t.isinf(), 0, t)) for name, t in state if name not in trained and t.is_floating_point()]
+    checked = [(name, t) for name, t in state if name in trained]
+    checked += fixed + list(_tensors(checkpoint.get("reference_model", {}), "reference_model"))
+    for number, optimizer in enumerate(checkpoint.get("optimizer_states", [])):
+        checked += _tensors(optimizer.get("state", {}), f"optimizer_states.{number}")
+    checked = [(name, t) for name, t in checked if t.is_floating_point() and t.numel()]
+    if not checked or torch.nn.utils.get_total_norm([t for _, t in checked]).isfinite():
+        return
+    names, what = [name for name, tensor in checked if not tensor.isfinite().all()], "are not finite"
+    if not names:  # no policy can be computed with weights whose squares overflow
+        names = [n for n, t in state if n in trained and t.numel() and not t.float().norm().isfinite()]
+        what = "are so large that their squares are not finite"
+    if not names:
+        return
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    raise NonFiniteWeightsError(
+        f"after optimizer step {checkpoint['global_step']} these {what}: {', '.join(names[:3])}{more}; nothing"
+        f" was saved. Lower the learning rate (model.optimizer.init_args.lr).\n{good}"
+    )
+
+
+def _tensors(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(tree, Tensor):
+        yield name, tree
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _tensors(value, f"{name}.{key}")

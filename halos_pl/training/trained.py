@@ -1,4 +1,4 @@
-"""What a run has left, from its folder: its module, and its policy as it was trained."""
+"""Loads a run from its folder: its module and its trained policy."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from halos_pl.common.foreign_code import model_of_config
 from halos_pl.common.messages import cause
 from halos_pl.data.template import CHAT_TEMPLATE, use_template
 from halos_pl.run_dir import CONFIG
-from halos_pl.training.checkpoint import entry_kind, load_trained
+from halos_pl.training.checkpoint_contents import entry_kind
+from halos_pl.training.checkpoint_search import load_trained
 from halos_pl.training.module import HALOModule
 
 
 def module_of_run(run: Path) -> HALOModule:
-    """The module that a run's config describes, with no model loaded.
+    """The module that a run's config describes, without loading a model.
 
     Raises:
-        FileNotFoundError: where there is no ``config.yaml``.
+        FileNotFoundError: if there is no ``config.yaml``.
     """
     if not (run / CONFIG).is_file():
         raise FileNotFoundError(f"{run / CONFIG}: no such file; {run} is not the folder of a run")
@@ -39,7 +40,7 @@ def module_of_run(run: Path) -> HALOModule:
 
 
 def take_template(module: HALOModule, run: Path) -> None:
-    """Gives the module's tokenizer the chat template that the run was trained with, where it had one of its own."""
+    """Gives the module's tokenizer the chat template that the run set for training, if any."""
     if (run / CHAT_TEMPLATE).is_file():
         use_template(module.tokenizer, (run / CHAT_TEMPLATE).read_text(encoding="utf-8"), str(run / CHAT_TEMPLATE))
 
@@ -49,11 +50,11 @@ def load_run(run: str | Path, ckpt_path: str | None = None) -> HALOModule:
 
     Args:
         run: the run's folder, with ``config.yaml`` and ``checkpoints/last.ckpt``.
-        ckpt_path: another checkpoint: ``best`` (its ModelCheckpoint's), ``last``, or a file.
+        ckpt_path: another checkpoint: ``best`` (according to its ModelCheckpoint), ``last``, or a file.
 
     Raises:
-        FileNotFoundError: where one of them is missing.
-        ValueError: where the checkpoint is not of that config's policy.
+        FileNotFoundError: if one of them is missing.
+        ValueError: if the checkpoint does not fit the config's policy.
     """
     run = Path(run)
     module = module_of_run(run)
@@ -62,7 +63,7 @@ def load_run(run: str | Path, ckpt_path: str | None = None) -> HALOModule:
     assert spec is not None  # a config names no model in memory
     module.scorer = module.models.policy()
     put_weights(module, state, run)
-    # A Trainer of half precision has rounded what it trained.
+    # A Trainer in half precision has rounded the trained weights.
     trained = {value.dtype for name, value in state.items() if name.startswith("scorer.") and value.is_floating_point()}
     widest = max(trained, key=lambda dtype: dtype.itemsize, default=torch.float32)
     if widest.itemsize < getattr(torch, spec.dtype).itemsize:
@@ -71,13 +72,13 @@ def load_run(run: str | Path, ckpt_path: str | None = None) -> HALOModule:
 
 
 def put_weights(module: nn.Module, state: dict[str, Any], run: Path) -> None:
-    """Gives a module, whose policy is loaded, the weights that a run has trained.
+    """Loads a run's trained weights into a module whose policy is loaded.
 
     Raises:
-        ValueError: where they are not of that policy.
+        ValueError: if they do not fit that policy.
     """
-    own = module.state_dict()
-    if wrong := [name for name, value in state.items() if name in own and entry_kind(value) != entry_kind(own[name])]:
+    kinds = {name: entry_kind(value) for name, value in module.state_dict().items()}
+    if wrong := [name for name, value in state.items() if name in kinds and kinds[name] != entry_kind(value)]:
         raise ValueError(f"{run}: the checkpoint does not fit the policy in {CONFIG}: shape or type of {wrong[0]}")
     missing, unexpected = module.load_state_dict(state, strict=False)
     trained = {name for name, p in module.named_parameters() if p.requires_grad}

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from halos_pl.cli.main import main
 from halos_pl.cli.words import spelled
 from halos_pl.policy.spec import ModelError, ModelSpec
-from halos_pl.training.checkpoint import CheckpointError, find_checkpoint, read_checkpoint
+from halos_pl.training.checkpoint_reading import CheckpointError, read_checkpoint
+from halos_pl.training.checkpoint_search import find_checkpoint
 from halos_pl.training.named_model import named_model
 
 
@@ -60,7 +61,7 @@ def test_where_none_is_best_or_several_are_that_is_said(tmp_path: Path) -> None:
     cases: dict[str, dict[str, Any]] = {
         "without a ModelCheckpoint": {},
         "monitors nothing": {"ModelCheckpoint": state(best[0], None)},
-        "not kept any": {"ModelCheckpoint": state("")},
+        "not saved any": {"ModelCheckpoint": state("")},
         rf"{best[0]} \(by val/loss\).*{best[1]} \(by kl\)": {"a": state(best[0]), "b": state(best[1], "kl")},
     }
     for said, states in cases.items():

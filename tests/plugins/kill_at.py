@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from halos_pl.training.checkpoint import CheckpointFiles
+from halos_pl.training.checkpoint_files import CheckpointFiles
 
 Moment = Literal["after_step", "validating", "validated", "writing", "written", "after_checkpoint"]
 

@@ -28,13 +28,9 @@ from halos_pl.cli.main import main
 from halos_pl.evaluation.evaluate import evaluate
 from halos_pl.evaluation.files import MEASURED
 from halos_pl.policy.loading import ModelSpec, load_model
-from halos_pl.training.checkpoint import (
-    CheckpointError,
-    CheckpointFiles,
-    NonFiniteWeightsError,
-    check_finite,
-    read_checkpoint,
-)
+from halos_pl.training.checkpoint_files import CheckpointFiles
+from halos_pl.training.checkpoint_reading import CheckpointError, read_checkpoint
+from halos_pl.training.non_finite import NonFiniteWeightsError, check_finite
 
 ONCE = ("--checkpoint.every_n_steps=1", "--model.warmup_ratio=0", "--model.lr_schedule=constant_with_warmup")
 

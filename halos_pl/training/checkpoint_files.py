@@ -1,0 +1,87 @@
+"""Writes checkpoint files so that a kill at any moment leaves an intact one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from halos_pl.common.files import PART
+from halos_pl.training.checkpoint_reading import read_checkpoint, refuse_code
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Writes a checkpoint to a temporary file, flushes it to disk and renames it; verifies a file before loading it.
+
+    A kill at any moment leaves the old file or the new one. ``storage_options={"keep": path}`` also keeps the old one.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Writes ``checkpoint`` to ``path``.
+
+        Raises:
+            OSError: if the file, which the message names, cannot be written; an older one there is unchanged.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path)
+            return
+        path = Path(path)
+        beside = path.with_name(f"{path.name}{PART}")
+        keep = (storage_options or {}).get("keep")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(checkpoint, beside)
+            _sync(beside)
+            if keep is not None and path.is_file():
+                _keep(path, Path(keep))
+            os.replace(beside, path)
+            _sync(path.parent)
+        except (OSError, RuntimeError) as error:
+            less = "; --checkpoint.keep 1 takes a third less" if keep is not None else ""
+            raise OSError(f"{path} cannot be written: {_reason(error, path.parent)}{less}") from error
+        finally:
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Loads the checkpoint at ``path`` to the CPU.
+
+        Raises:
+            CheckpointError: see :func:`~halos_pl.training.checkpoint_reading.read_checkpoint`.
+        """
+        refuse_code(weights_only)
+        return read_checkpoint(Path(path))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _keep(path: Path, aside: Path) -> None:
+    """Gives a file a second name; where the file system has hard links, ``path`` exists throughout."""
+    beside = aside.with_name(f"{aside.name}{PART}")
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(path, beside)
+        os.replace(beside, aside)
+    except OSError:
+        os.replace(path, aside)
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if "unexpected pos" not in str(error):
+        return str(error).splitlines()[0]
+    with suppress(OSError):  # torch's words for a truncated write
+        return f"only part of it was written, with {shutil.disk_usage(folder).free / 1e6:.0f} MB left on the disk"
+    return "only part of it was written"
