@@ -1,4 +1,9 @@
-"""How much of a step's time is useful arithmetic: a count of what it needs at least, and what the machine can do."""
+"""The share of a step's time that is useful arithmetic: the least FLOP that it needs, and the machine's speed.
+
+Lightning's ``ThroughputMonitor`` has none of this. It divides a count that the module supplies by the time, and its
+``measure_flops`` counts what a model executes, padding and recomputation included. It takes the machine's peak from a
+table of data sheets without CPUs, and assumes steps of equal size.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +24,11 @@ class Cost:
     """FLOP of a dense language model; a multiplication and an addition are two.
 
     Attributes:
-        token: of a token through the layers: 2 for each weight of their matrices.
-        trained: of those, in weights that are trained.
-        head: of a token through the head.
-        head_trained: of those, in weights that are trained.
-        pair: of a token that sees another, in all layers: 4 * layers * heads * width of a head.
+        token: FLOP per token in the layers: 2 for each weight of their matrices.
+        trained: the part of ``token`` in trained weights.
+        head: FLOP per token in the head.
+        head_trained: the part of ``head`` in trained weights.
+        pair: FLOP per pair of tokens that attend to each other, in all layers: 4 * layers * heads * width of a head.
     """
 
     token: float
@@ -37,11 +42,11 @@ def cost(model: nn.Module) -> Cost:
     """The cost of ``model``, a causal language model or a peft model around one.
 
     Raises:
-        TypeError: for one with experts, of which a token goes through a few.
+        TypeError: for a mixture of experts, where a token passes through only some of the weights.
     """
     decoder, head = decoder_and_head(model)
     if any(p.dim() == 3 and "expert" in name for name, p in decoder.named_parameters()):
-        raise TypeError("of its experts a token goes through a few")
+        raise TypeError("each token passes through only some of its experts")
     weights = [m.weight for m in decoder.modules() if isinstance(m, (nn.Linear, Conv1D))]
     config = decoder.config.get_text_config()
     heads = config.num_attention_heads
@@ -56,29 +61,29 @@ def cost(model: nn.Module) -> Cost:
 
 
 def step_tokens(batch: TokenBatch) -> int:
-    """Tokens that a step has to look at: each distinct prompt once, and every completion."""
-    used = [len(batch.prompts[i]) for i in set(batch.prompt.tolist())]
-    return sum(used) + sum(map(len, batch.completions))
+    """Number of tokens that a step has to process: each distinct prompt once, and every completion."""
+    prompts = [len(batch.prompts[i]) for i in set(batch.prompt.tolist())]
+    return sum(prompts) + sum(map(len, batch.completions))
 
 
 def step_flops(model: Cost, batch: TokenBatch, *, reference: float = 1.0) -> float:
-    """FLOP that an optimizer step needs at least; the optimizer's own are not counted.
+    """The least FLOP that an optimizer step needs, not counting the optimizer itself.
 
-    Each distinct prompt token and each completion token once a pass, and only completion tokens through the head.
-    A forward pass for all rows; for all but mismatched rows also a backward pass, which costs as much for what goes in
-    and once more for weights that are trained; and a forward pass of the reference.
+    A pass computes each distinct prompt token and each completion token once, and only completion tokens in the head.
+    All rows need a forward pass; all but mismatched rows also a backward pass, which costs as much again for the
+    activations and as much again for trained weights; the reference needs a forward pass.
 
     Args:
-        model: its cost; the reference is taken to be of the same size.
+        model: cost of the policy; the reference is assumed to be of the same size.
         batch: n rows.
-        reference: share of the rows whose reference log-probs are computed: 0 without one, or with all of them stored.
+        reference: share of the rows whose reference log-probs are computed: 0 without one, or if all are stored.
     """
     prompt, mismatched = batch.prompt.tolist(), batch.labels.mismatched.tolist()
 
     def tokens(rows: list[int], without: set[int]) -> tuple[float, float, float]:
-        """Tokens, those through the head, and pairs that see each other; prompts of ``without`` are there already."""
-        own = {prompt[i] for i in rows}
-        before = [len(batch.prompts[p]) for p in own - without]
+        """Tokens, tokens in the head, and pairs that attend to each other; ``without`` are prompts computed before."""
+        needed = {prompt[i] for i in rows}
+        before = [len(batch.prompts[p]) for p in needed - without]
         each = [(len(batch.prompts[prompt[i]]), len(batch.completions[i])) for i in rows]
         completions = sum(c for _, c in each)
         seen = sum(p * p / 2 for p in before) + sum(p * c + c * c / 2 for p, c in each)
@@ -96,11 +101,11 @@ def step_flops(model: Cost, batch: TokenBatch, *, reference: float = 1.0) -> flo
 
 
 def matmul_speed(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    """FLOP/s of a product of two square matrices, the median of a few; of the first one where that takes a second."""
+    """FLOP/s of a product of two square matrices: the median of a few, or the first one if it takes a second."""
     products = 1
     if device.type == "cuda":
-        size *= 4  # a small one would not fill it
-        products = 20  # nor one of them take long beside starting it and hearing of its end
+        size *= 4  # a small product would not fill it
+        products = 20  # one product would be short compared with its launch and synchronization
     a = torch.ones(size, size, device=device, dtype=dtype)
 
     def seconds() -> float:
@@ -110,16 +115,16 @@ def matmul_speed(device: torch.device, dtype: torch.dtype, size: int = 1024) -> 
         product.sum().item()  # waits for the device
         return (time.perf_counter() - start) / products
 
-    found = [seconds()]
-    while found[0] < 1 and (len(found) < 4 or (len(found) < 7 and sum(found) < 0.1)):
-        found.append(seconds())
-    return 2 * size**3 / statistics.median(found[2:] or found)
+    times = [seconds()]
+    while times[0] < 1 and (len(times) < 4 or (len(times) < 7 and sum(times) < 0.1)):
+        times.append(seconds())
+    return 2 * size**3 / statistics.median(times[2:] or times)
 
 
 def slow_half(dtype: torch.dtype, speed: float) -> str | None:
-    """Why this CPU should not compute in ``dtype``, whose matrix products have this ``speed``; None where it may.
+    """Why this CPU should not compute in ``dtype``, whose matrix products run at ``speed``; None if it may.
 
-    Without instructions for bfloat16 or float16 a CPU imitates them, fifty times slower than float32.
+    A CPU without instructions for bfloat16 or float16 emulates them, fifty times slower than float32.
     """
     single = matmul_speed(torch.device("cpu"), torch.float32) if dtype != torch.float32 else 0.0
     if speed > single / 2:
