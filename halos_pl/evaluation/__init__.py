@@ -1,1 +1,1 @@
-"""Evaluation: held-out rows, sampled answers, rules and judges, for any model."""
+"""Evaluation of any model: held-out rows, sampled answers, rules and judges."""

@@ -1,4 +1,4 @@
-"""Answers to prompts, sampled once per model and sampling settings and cached for later evaluations."""
+"""Answers to prompts, sampled once per model and sampling settings, and cached for later evaluations."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ def answers(
     start: bool = False,
     **sampling: Any,
 ) -> tuple[list[Sample], Path | None]:
-    """The answers of a model to prompts, from the cache if they were sampled in the same way before.
+    """The answers of a model to prompts, from the cache if they have been sampled with the same settings.
 
     Args:
         model: the model.
         tokenizer: its tokenizer.
         rows: the prompts.
         special_tokens_in_text: see :func:`halos_pl.policy.sampling.generate`.
-        start: it is the model before training, perhaps with its adapter disabled: the answers of its base model.
-        sampling: ``max_new_tokens``, ``temperature``, ``batch_size`` and ``seed``.
+        start: whether it is the model before training, perhaps with its adapter disabled, which answers like its base.
+        sampling: settings ``max_new_tokens``, ``temperature``, ``batch_size`` and ``seed``.
 
     Returns:
-        one answer per prompt, and the file that they were read from; None if they are new.
+        one answer per prompt, and the file that they were read from, or None if they are new.
 
     Raises:
-        ValueError: for a prompt that cannot be encoded or does not fit the model, naming it.
+        ValueError: naming the prompt, if one cannot be encoded or does not fit the model.
     """
     prompts, names = [row.prompt for row in rows], [row.place for row in rows]
     tools = [row.tools for row in rows]
@@ -57,7 +57,7 @@ def answers(
     check_prompts(model, tokenizer, encoded, names, sampling["max_new_tokens"])
     path = cache_root() / ANSWERS / f"{_key(model, tokenizer, encoded, start, sampling)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):  # runs of a study that are measured at once wait for the first
+    with FileLock(path.with_suffix(".lock")):  # concurrent evaluations of a study wait for the first
         use = Use(path)
         cached = _read(path, len(rows))
         use.end()
@@ -85,9 +85,9 @@ def _key(
     else:
         tensors = chain(model.named_parameters(), model.named_buffers())
         weights = fingerprint(tensors, base_model(model).config.to_dict())
-    by, device = provenance(), next(model.parameters()).device
+    origin, device = provenance(), next(model.parameters()).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    code = [by["revision"], by["halos_pl"], by["versions"], name, torch.get_num_threads()]
+    code = [origin["revision"], origin["halos_pl"], origin["versions"], name, torch.get_num_threads()]
     ends = [ends_of(model, tokenizer), tokenizer.pad_token_id]
     return hashlib.sha256(json.dumps([weights, prompts, ends, sampling, code]).encode()).hexdigest()[:32]
 

@@ -15,12 +15,12 @@ from halos_pl.data.sources import sources_of
 from halos_pl.evaluation.metrics import CODE
 from halos_pl.policy.sampling import check_sampling
 
-# Arguments that older versions did not have, and did not record.
+# Arguments that older versions lacked, and so did not record.
 LATER = ("ckpt_path", "reference", "prompt_column", "text_prompts", "chat_template")
 
 
 def measuring(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """How and on what a model is measured: the arguments of ``evaluate``, and a digest of each file they name."""
+    """A record of an evaluation: the arguments of ``evaluate``, and a digest of each file they name."""
     code = [str(arguments[key]).rpartition(":")[0] for key in CODE if arguments.get(key)]
     data = paths_of([arguments.get("prompts"), *(arguments.get("held_out") or [])])
     recorded = {k: v for k, v in arguments.items() if k not in LATER or v is not None}

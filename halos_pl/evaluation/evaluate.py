@@ -37,7 +37,7 @@ def evaluate(
 ) -> None:
     """Measure a model on held-out data; executes the code of rule, judge and a run's config.yaml.
 
-    Values are recorded example by example, so that models can be compared in pairs. For a run, the model before
+    Values are recorded by example, so that models can be compared in pairs. For a run, the model before
     training is measured too, with the same prompts and seeds (before.json). A run with control tokens is measured
     without them. Special tokens in held-out text are treated as in the run's training.
 
@@ -45,25 +45,25 @@ def evaluate(
         model: the folder of a run, a Hugging Face model folder, a folder with a peft adapter, or a hub name.
         held_out: held-out feedback: a path, a mapping as for data.predict, or a list of these.
         prompts: prompts to answer: a .txt file, or JSON lines with "prompt".
-        prompt_column: the column of the JSON lines that holds the prompt, if it is not "prompt".
-        text_prompts: plain encodes text prompts and held-out text as they are; chat makes each the user's message in
-            the chat template; default: as in the run's training (data.text_prompts), otherwise plain.
+        prompt_column: the JSON lines' column with the prompt, if it is not "prompt".
+        text_prompts: plain encodes text prompts and held-out text unchanged; chat puts each into the chat template as
+            a user message; default: as in the run's training (data.text_prompts), otherwise plain.
         chat_template: a chat template to use instead of the model's: a .jinja file, a folder with a tokenizer, chatml,
             or the template itself; default: the one used in training, otherwise the tokenizer's.
-        rule: path/to/file.py:function(answer, row) -> 1 if the answer meets the rule, 0 if not, or a number between.
+        rule: path/to/file.py:function(answer, row) -> 1 if the answer meets the rule, 0 if not, or a number in between.
             row["column"] is a column of the prompt's row; row.text and row.messages are the prompt, and row.finished
-            says whether the model ended the answer itself.
+            tells whether the model ended the answer itself.
         judge: path/to/file.py:function(answer, other, row) -> 1 if it prefers the answer, 0 if it prefers the other
             one, which is the reference's, 0.5 for a tie; row also has row.other_finished.
         reference: the model that rewards, KL and the judge compare with, named like the model; default: the run's model
             before training. Without a reference, metrics that need one are skipped.
-        beta: of the Brier score, 1 / nats.
+        beta: beta of the Brier score, 1 / nats.
         max_length: maximum tokens of a held-out prompt and its completion together.
         max_new_tokens: maximum tokens of an answer.
         temperature: sampling temperature.
         batch_size: rows or answers per batch.
         seed: sampling seed.
-        ckpt_path: another checkpoint of the run than the last: best (by its ModelCheckpoint), or a file.
+        ckpt_path: a checkpoint of the run other than the last: best (according to its ModelCheckpoint), or a file.
         out: folder for evaluation.json, held_out.jsonl and answers.jsonl; default: the run's folder, or one below
             runs/evaluated for other models.
     """
@@ -85,9 +85,7 @@ def evaluate(
     named = named_model(model, ckpt_path, chat_template)
     compared = named_model(reference) if reference else None
     if judge and not compared and not named.run:
-        raise DataError(
-            f"--judge needs a reference to compare with, as {model} is not a run; name one with --reference"
-        )
+        raise DataError(f"--judge needs a reference to compare with, as {model} is not a run; set --reference")
     folder = output_folder(named, out)
     how = measuring(arguments) | {"by": provenance()}  # hash the files before they are read
     if folder != named.run:
@@ -110,7 +108,7 @@ def evaluate(
         data = {"predict": list(held_out), "batch_size": batch_size, "max_length": max_length} | text
     task = Task(data, beta, rows, judging, sampling)
     values, before, has_reference = measure(named, compared, task, folder)
-    # Files of an earlier evaluation would pass for this one's.
+    # Files from an earlier evaluation would pass for this one's.
     for name, is_new in ((FILE, False), (ROWS, data is not None), (ANSWERS, bool(rows))):
         if not is_new:
             (folder / name).unlink(missing_ok=True)
@@ -123,7 +121,7 @@ def evaluate(
     _print_values(values, before, data is not None, bool(rows), has_reference)
 
 
-#: What identifies an evaluation: every argument but the model and the folder it writes to.
+#: Arguments that identify an evaluation: all but the model and the output folder.
 ARGUMENTS = tuple(name for name in inspect.signature(evaluate).parameters if name not in ("model", "out"))
 
 
@@ -134,12 +132,12 @@ def _print_values(
     with_prompts: bool,
     with_reference: bool,
 ) -> None:
-    """Print what was measured, and what was not and why."""
+    """Print the metrics' means, and which metrics were skipped and why."""
     expected = [name for name, metric in METRICS.items() if with_rows and metric.unit != "prompts"]
     expected += ["kl"] * with_prompts
     missing = [name for name in expected if not values.get(name)]
     if not with_reference and (skipped := [name for name in missing if name in COMPARING]):
-        print(f"halos: skipped for lack of a reference (--reference names one): {', '.join(skipped)}")
+        print(f"halos: skipped for lack of a reference (set --reference): {', '.join(skipped)}")
         missing = [name for name in missing if name not in COMPARING]
     if missing:
         needs = {True: "pairs", False: "both desirable and undesirable rows"}

@@ -1,4 +1,4 @@
-"""What an evaluation leaves in a folder."""
+"""The files of an evaluation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 FILE = "evaluation.json"
 BEFORE = "before.json"  #: the same for a run's model before training
-MEASURED = "measured.json"  #: how it was measured, and on what
+MEASURED = "measured.json"  #: the settings and the data of the evaluation
 ROWS = "held_out.jsonl"
 ANSWERS = "answers.jsonl"
 

@@ -1,4 +1,4 @@
-"""Rules and judges: functions of the user's that grade answers.
+"""Rules and judges: the user's functions that grade answers.
 
 A rule is ``rule(answer: str, row: Row) -> float``; a judge is ``judge(answer: str, other: str, row: Row) -> float``.
 """
@@ -21,12 +21,12 @@ import torch
 from halos_pl.data.example import DataError, Prompt
 from halos_pl.objective.build import module_of_file
 
-#: The parameters of each kind, and older ones without the row.
+#: The parameters of each kind, and their older form without the row.
 FORMS: dict[str, tuple[str, ...]] = {"rule": ("answer", "row"), "judge": ("answer", "other", "row")}
 OLDER: dict[str, tuple[str, ...]] = {"rule": ("answer", "finished"), "judge": ("prompt", "answer", "other")}
 #: What each kind returns.
 RETURNS = {
-    "rule": "True or 1 if the answer meets it, False or 0 if not, or a number between",
+    "rule": "True or 1 if the answer meets it, False or 0 if not, or a number in between",
     "judge": "1 if the answer is preferred, 0 if the other one is, 0.5 for a tie",
 }
 
@@ -35,8 +35,8 @@ class Row(dict[str, Any]):
     """A row of the prompts file: its columns, such as a gold answer, with ``row["column"]``.
 
     Attributes:
-        text: the prompt as text; of messages, the content of the last one.
-        messages: the prompt as messages; text becomes a single user message.
+        text: the prompt as text; for messages, the content of the last one.
+        messages: the prompt as messages; a text is a single user message.
         finished: whether the model ended the answer itself, before the length limit.
         other_finished: the same for the other answer; None for a rule.
         place: ``FILE:LINE``.
@@ -57,9 +57,9 @@ class Judged:
 
     Attributes:
         kind: ``rule`` or ``judge``.
-        function: the user's.
-        by_name: pass the row by name.
-        older: it takes the parameters of ``OLDER``.
+        function: the user's function.
+        by_name: whether to pass the row by name.
+        older: whether it takes the parameters in ``OLDER``.
     """
 
     kind: str
@@ -71,7 +71,7 @@ class Judged:
         """The verdict, from 0 to 1.
 
         Raises:
-            DataError: naming the row, if the function fails, exits or returns something else.
+            DataError: naming the row, if the function fails, exits or returns anything else.
         """
         answers = (answer, other) if self.kind == "judge" else (answer,)
         arguments: tuple[Any, ...] = (*answers, row)
@@ -103,7 +103,7 @@ def judged_by(place: str, kind: str) -> Judged:
         kind: ``rule`` or ``judge``.
 
     Raises:
-        ValueError: if there is none, or its parameters are not those of the kind.
+        ValueError: if there is no such function, or its parameters do not fit the kind.
     """
     path, _, name = place.rpartition(":")
     if not path or not Path(path).is_file():
@@ -130,9 +130,9 @@ def judged_by(place: str, kind: str) -> Judged:
 
 
 def _checked(function: Callable[..., Any], kind: str) -> Judged:
-    """The function with the way to call it.
+    """The function, and how to call it.
 
-    Parameters are matched by name: with another order, the function would silently compute something else.
+    Parameters are matched by name: in another order, the function would silently compute something else.
 
     Raises:
         ValueError: if its parameters do not fit the kind.

@@ -29,13 +29,13 @@ Values = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Task:
-    """What is measured, and how.
+    """An evaluation task.
 
     Attributes:
-        data: arguments of the DataModule of held-out feedback; None without any.
-        beta: of the Brier score, 1 / nats.
+        data: arguments of the held-out DataModule; None without held-out feedback.
+        beta: beta of the Brier score, 1 / nats.
         rows: prompts to answer.
-        judging: the rule and the judge, as far as they are named.
+        judging: the rule and the judge, if any.
         sampling: sampling settings, see :func:`halos_pl.evaluation.answers.answers`.
     """
 
@@ -51,9 +51,9 @@ class Measured:
     """The measurements of one model.
 
     Attributes:
-        records: of held-out rows.
+        records: records of the held-out rows.
         samples: its answers.
-        kl: of each answer, nats; empty without a reference.
+        kl: KL divergence of each answer, nats; empty without a reference.
     """
 
     records: list[dict[str, Any]]
@@ -78,7 +78,7 @@ def output_folder(model: NamedModel, out: str | None) -> Path:
 
 
 def with_chat_template(reference: NamedModel, model: NamedModel) -> NamedModel:
-    """The reference, with the chat template of the model if it has none: a base model answers the same messages."""
+    """The reference, with the model's chat template if it has none, so that a base model answers the same messages."""
     if reference.tokenizer().chat_template:
         return reference
     print(f"halos: {reference.name} has no chat template; using that of {model.name}")
@@ -92,7 +92,7 @@ def measure(model: NamedModel, compared: NamedModel | None, task: Task, folder: 
     Args:
         model: the policy.
         compared: the reference; None for a run's model before training.
-        task: what is measured.
+        task: the evaluation task.
         folder: for ``held_out.jsonl`` and ``answers.jsonl``.
 
     Returns:
@@ -192,20 +192,20 @@ def _write(path: Path, lines: list[dict[str, Any]]) -> None:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def _columns(of: Measured, task: Task, others: list[Sample] | None) -> dict[str, list[float]]:
+def _columns(measured: Measured, task: Task, others: list[Sample] | None) -> dict[str, list[float]]:
     """Metrics of the answers by row."""
-    columns = {"kl": of.kl} if of.kl else {}
-    columns["length"] = [float(len(s.completion_ids)) for s in of.samples]
-    columns["finished"] = [float(s.finished) for s in of.samples]
+    columns = {"kl": measured.kl} if measured.kl else {}
+    columns["length"] = [float(len(s.completion_ids)) for s in measured.samples]
+    columns["finished"] = [float(s.finished) for s in measured.samples]
     if rule := task.judging.get("rule"):
-        judged = counted(list(zip(task.rows, of.samples, strict=True)), "applying the rule")
+        judged = counted(list(zip(task.rows, measured.samples, strict=True)), "applying the rule")
         columns["rule"] = [rule(_row(row, s), s.text) for row, s in judged]
     if judge := task.judging.get("judge"):
         assert others is not None
-        if others is of.samples:  # a model against itself
+        if others is measured.samples:  # a model against itself
             columns["judge"] = [0.5] * len(others)
             return columns
-        compared = counted(list(zip(task.rows, of.samples, others, strict=True)), "judging answers")
+        compared = counted(list(zip(task.rows, measured.samples, others, strict=True)), "judging answers")
         verdicts = [(judge(_row(row, s, o), s.text, o.text), s.text == o.text) for row, s, o in compared]
         # Equal answers are a tie: a verdict could only depend on their order.
         columns["judge"] = [0.5 if equal else verdict for verdict, equal in verdicts]
@@ -217,7 +217,7 @@ def _row(row: PromptRow, sample: Sample, other: Sample | None = None) -> Row:
 
 
 def _by_prompt(columns: Mapping[str, list[float]], rows: Sequence[PromptRow]) -> Values:
-    """Metrics by example: a prompt that is listed twice is one example with two answers."""
+    """Metrics by example; a prompt that occurs twice is one example with two answers."""
     first: dict[str, str] = {}
     example = {row.name: first.setdefault(json.dumps(row.prompt), row.name) for row in rows}
     return {name: by_example(dict(zip(example, column, strict=True)), example) for name, column in columns.items()}

@@ -12,8 +12,8 @@ class Metric(NamedTuple):
         unit: measured on each of these held-out ``pairs``, ``rows``, ``examples`` (pairs or single rows) or
             ``prompts``. Rows with the same prompt count as one example, their mean, since they are not independent:
             the n of a metric is a number of prompts.
-        meaning: the mean of what, with its unit.
-        higher_is_better: None where neither is.
+        meaning: the quantity whose mean is reported, with its unit.
+        higher_is_better: whether higher is better; None if neither direction is.
     """
 
     unit: str
@@ -53,5 +53,5 @@ SHARES = frozenset(name for name, metric in METRICS.items() if metric.meaning.st
 RATIOS = frozenset({"kl", "kl_held_out", "length"})
 #: Negative log-probs per token; their exponentials are perplexities.
 PER_TOKEN = frozenset(name for name, metric in METRICS.items() if metric.meaning.endswith("nats per token"))
-#: Metrics that a function of the user's computes, and the arguments that name it as ``file.py:function``.
+#: Metrics that a user's function computes, and the arguments that name it as ``file.py:function``.
 CODE = ("rule", "judge")
