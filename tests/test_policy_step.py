@@ -444,7 +444,7 @@ def test_references_that_cannot_serve_are_refused(tiny_folder):
         module(tiny_folder, "kto", AdapterOff())
     with pytest.raises(ModelError, match="NoReference"):
         module(tiny_folder, "kto", NoReference())
-    with pytest.raises(ValueError, match="takes sdpa attention"):
+    with pytest.raises(ValueError, match="needs sdpa attention"):
         module(tiny_folder, "kto", attn_implementation="eager", prefix_sharing="always")
 
 

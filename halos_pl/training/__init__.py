@@ -1,1 +1,1 @@
-"""Training: the step engine, the LightningModule, checkpoints, callbacks and what they leave in a run's folder."""
+"""Training: the step engine, the LightningModule, checkpoints, callbacks and the files of a run."""

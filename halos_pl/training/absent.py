@@ -1,7 +1,7 @@
-"""Keeps figures that do not exist away from loggers and the progress bar.
+"""Hides missing figures from loggers and the progress bar.
 
-A step without a row of some class has no mean of it. The module logs NaN there: where a step does not log a name,
-Lightning would pass on an earlier step's value. Beyond that NaN is of no use, and some loggers reject it.
+A step without rows of some class has no mean for that class. The module then logs NaN, because Lightning would
+otherwise repeat an earlier step's value. Beyond that NaN is of no use, and some loggers reject it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from lightning import Trainer
 
 
 class _Numbers:
-    """A logger's ``log_metrics``, called without what is NaN, and not at all where nothing is left."""
+    """A logger's ``log_metrics``, called without NaNs, and not at all if no figure is left."""
 
     def __init__(self, log_metrics: Callable[..., Any]) -> None:
         self.log_metrics = log_metrics
@@ -25,7 +25,7 @@ class _Numbers:
 
 
 class _Shown:
-    """A progress bar's ``get_metrics``, without what is NaN."""
+    """A progress bar's ``get_metrics``, without NaNs."""
 
     def __init__(self, get_metrics: Callable[..., dict[str, Any]]) -> None:
         self.get_metrics = get_metrics
@@ -39,7 +39,7 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def keep_out_absent(trainer: Trainer) -> None:
-    """Passes only figures that exist to the loggers and the progress bar of ``trainer``; a second call does nothing."""
+    """Passes no NaNs to the loggers and the progress bar of ``trainer``; a second call does nothing."""
     for logger in trainer.loggers:
         if not isinstance(logger.log_metrics, _Numbers):
             logger.log_metrics = _Numbers(logger.log_metrics)  # type: ignore[method-assign]

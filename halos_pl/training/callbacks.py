@@ -1,4 +1,4 @@
-"""What a run leaves behind besides checkpoints: metrics, predictions, a summary, plots."""
+"""Callbacks that write a run's files besides its checkpoints: config, predictions, summary and plots."""
 
 from __future__ import annotations
 
@@ -45,22 +45,22 @@ def _reference_rows(module: Any) -> dict[str, int]:
 
 
 def holds_run(run_dir: Path) -> bool:
-    """Whether an earlier fit has left something in a folder."""
+    """Whether a folder contains an earlier fit."""
     return any((run_dir / mark).exists() for mark in (LAST, METRICS))
 
 
 def named_run_dir(name: str) -> Path:
-    """The folder of a run by its name in a config, where no shell replaces ``~`` and variables.
+    """The run folder named in a config, where no shell expands ``~`` or variables.
 
     Raises:
-        ValueError: for no name, and for one with a variable in it.
+        ValueError: if the name is empty or contains a variable.
     """
     if not name:
-        raise ValueError('run_dir is empty; name a folder ("." is the one where you are)')
+        raise ValueError('run_dir is empty; name a folder ("." is the current one)')
     if variable := re.search(r"\$(\w+|\{.*?\})", name):
         raise ValueError(
-            f"run_dir is {name!r}, but a config replaces no variable such as {variable[0]}; write the folder itself, or"
-            " give --run_dir on the command line, unquoted"
+            f"run_dir is {name!r}, but a config does not expand variables such as {variable[0]}; write out the path, or"
+            " set --run_dir on the command line, unquoted"
         )
     return Path(name).expanduser()
 
@@ -69,16 +69,16 @@ def check_run_dir(run_dir: Path, goes_on: bool) -> None:
     """Refuses a folder that a fit could not write to, before any work is done.
 
     Raises:
-        OSError: where it is no folder, may not be written to, or another process writes to it.
+        OSError: if it is not a folder, is not writable, or another process is writing to it.
     """
     folder = run_dir.resolve()
     if run_dir.is_symlink() and not folder.exists():
-        raise FileNotFoundError(f"--run_dir {run_dir} is a link to {folder}, which does not exist; make that folder")
+        raise FileNotFoundError(f"--run_dir {run_dir} is a link to {folder}, which does not exist; create that folder")
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
         raise NotADirectoryError(f"--run_dir {run_dir}: {there} is a file; name a folder")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"--run_dir {run_dir}: {there} may not be written to; name another folder")
+        raise PermissionError(f"--run_dir {run_dir}: {there} is not writable; name another folder")
     refuse_held(folder, "fit")
     if not goes_on and holds_run(folder):
         _check_movable(run_dir)
@@ -88,18 +88,18 @@ def _check_movable(run_dir: Path) -> None:
     folder = run_dir.resolve()
     if folder in (Path.cwd(), *Path.cwd().parents):
         raise FileExistsError(
-            f"--run_dir {run_dir} holds an earlier run and the working folder, so it cannot be moved aside; name"
-            " another folder, or resume that run with --ckpt_path last"
+            f"--run_dir {run_dir} contains an earlier run and the working folder, so it cannot be renamed; name another"
+            " folder, or resume that run with --ckpt_path last"
         )
     for command in ("test", "predict"):
         refuse_held(folder, command)
 
 
 def move_aside(run_dir: Path) -> Path | None:
-    """Renames the folder of an earlier run, if it holds one, to the first free ``NAME.1``, ``NAME.2``, ...
+    """Renames a folder that contains an earlier run to the first free ``NAME.1``, ``NAME.2``, ...
 
     Returns:
-        its new name; None where there is nothing to rename.
+        the new name; None if there is nothing to rename.
     """
     if not holds_run(run_dir):
         return None
@@ -109,23 +109,23 @@ def move_aside(run_dir: Path) -> Path | None:
         number += 1
     try:
         os.rename(folder, aside)
-    except OSError as error:  # a mounted folder, or one beside which nothing may be written
+    except OSError as error:  # a mounted folder, or one in a read-only folder
         raise FileExistsError(
-            f"--run_dir {run_dir} holds an earlier run, which cannot be renamed to {aside} ({error.strerror}); name"
+            f"--run_dir {run_dir} contains an earlier run, which cannot be renamed to {aside} ({error.strerror}); name"
             " another folder"
         ) from error
     rank_zero_info(
-        f"halos: {run_dir} held an earlier run, which is now {aside} (to resume it: --run_dir {aside} --ckpt_path last)"
+        f"halos: renamed the earlier run in {run_dir} to {aside} (to resume it: --run_dir {aside} --ckpt_path last)"
     )
     return aside
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """``config.yaml`` in the run's folder: the resolved config, which ``halos`` takes back with ``--config``.
+    """Writes ``config.yaml`` to the run's folder: the resolved config, which ``halos`` reads with ``--config``.
 
-    A new run moves an earlier one aside and writes its config once the data are known to be sound; a resumed run
-    writes it once its checkpoint is known to fit. Only one fit at a time writes to a folder, from whichever machine,
-    and only one ``halos test`` and one ``halos predict``.
+    A new run renames an earlier one and writes its config once the data have been validated; a resumed run writes it
+    once its checkpoint has been loaded. Only one fit at a time writes to a folder, from whichever machine, and only
+    one ``halos test`` and one ``halos predict``.
     """
 
     _lock: RunLock | None = None
@@ -134,7 +134,7 @@ class SaveRunConfig(SaveConfigCallback):
         """Keeps other processes out of the folder.
 
         Raises:
-            FileExistsError: where one is at work in it.
+            FileExistsError: if another process is writing to it.
         """
         self._lock = RunLock(folder, command)
         self._lock.take()
@@ -149,18 +149,18 @@ class SaveRunConfig(SaveConfigCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._let_go()
 
-    def _goes_on_from(self, trainer: Trainer) -> str | None:
-        """The checkpoint that was named, or the one that Lightning finds when SLURM has requeued the job."""
-        given: str | None = self.config.get("ckpt_path")
-        if given is None and SLURMEnvironment.detect():
-            given = trainer._checkpoint_connector._hpc_resume_path
-        return given
+    def _resumes_from(self, trainer: Trainer) -> str | None:
+        """The checkpoint that the config names, or the one that Lightning finds when SLURM has requeued the job."""
+        checkpoint: str | None = self.config.get("ckpt_path")
+        if checkpoint is None and SLURMEnvironment.detect():
+            checkpoint = trainer._checkpoint_connector._hpc_resume_path
+        return checkpoint
 
     def _save(self, trainer: Trainer) -> None:
         path = Path(trainer.default_root_dir) / CONFIG
         path.parent.mkdir(parents=True, exist_ok=True)
         config = self.config.clone()
-        config.ckpt_path = None  # used with --config, it describes a run from its start
+        config.ckpt_path = None  # with --config, it describes a run from the start
         beside = part_of(path)
         self.parser.save(config, str(beside), skip_none=False, overwrite=True, multifile=False)
         os.replace(beside, path)
@@ -176,20 +176,20 @@ class SaveRunConfig(SaveConfigCallback):
             check_monitors(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
         if stage == "validate" or not trainer.is_global_zero:
             return
-        folder, given = Path(trainer.default_root_dir), self._goes_on_from(trainer)
-        self._claim(folder, TrainerFn(stage).value)  # as text, it would be "TrainerFn.FITTING"
+        folder, checkpoint = Path(trainer.default_root_dir), self._resumes_from(trainer)
+        self._claim(folder, TrainerFn(stage).value)  # an enum, whose text is "TrainerFn.FITTING"
         if stage != "fit":
             return
-        # A checkpoint of another folder starts a new run.
-        new = not given or not Path(given).resolve().is_relative_to(folder.resolve())
+        # A checkpoint from another folder starts a new run.
+        new = not checkpoint or not Path(checkpoint).resolve().is_relative_to(folder.resolve())
         if new and (aside := move_aside(folder)):
             self._let_go(aside)
             self._claim(folder)
-        if not given:
+        if not checkpoint:
             self._save(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and self._goes_on_from(trainer):
+        if trainer.is_global_zero and self._resumes_from(trainer):
             self._save(trainer)
 
 
@@ -198,25 +198,25 @@ def _numbers(metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:
 
 
 def _cost(policy: Any) -> Cost | None:
-    """What a token costs; None for a model that is built in another way, which is no reason not to train it."""
+    """The cost of a token; None for a model of an unknown structure, which can still be trained."""
     try:
         return cost(policy)
     except (AttributeError, TypeError) as error:
-        rank_zero_info(f"halos: no TFLOP/s are shown, as its cost is not known ({error})")
+        rank_zero_info(f"halos: TFLOP/s are not logged, as the model's cost is unknown: {error}")
         return None
 
 
 class RunReport(Callback):
-    """Speed in the progress bar; at the end a summary file, plots, and a line that says where.
+    """Logs the speed; at the end, writes a summary and plots, and prints where they are.
 
-    ``tokens/s`` counts what a step has to look at, ``TFLOP/s`` what it needs at least (see
-    ``halos_pl.training.throughput``), and ``of_matmul`` is the latter as a share of a matrix product's rate,
-    measured when the fit begins. A step that is faster shows that the machine was busy then; from that step on, the
-    share is of the fastest step's rate. TFLOP/s and of_matmul are those of one rank, without what a policy samples
-    for its reference point.
+    ``tokens/s`` counts the tokens that a step has to process, ``TFLOP/s`` the least arithmetic that it needs (see
+    ``halos_pl.training.throughput``), and ``of_matmul`` is the latter as a share of the rate of a matrix product,
+    measured when the fit begins. A faster step shows that the machine was busy then; from that step on, the share is
+    of the fastest step's rate. TFLOP/s and of_matmul are those of one rank, without any sampling for the reference
+    point.
 
-    The outcomes of the first and of the last rows are kept for a plot. In a run's first epoch each row is
-    measured before it is learned from, so the plot shows rows that the policy has not been trained on.
+    The outcomes of the first and the last rows are kept for a plot. In a run's first epoch each row is measured
+    before the policy is trained on it, so the plot shows rows that are new to the policy.
     """
 
     ROWS_IN_PLOT = 64
@@ -233,10 +233,10 @@ class RunReport(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.monotonic()
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            (Path(trainer.default_root_dir) / SUMMARY).unlink(missing_ok=True)  # of the steps before these
+            (Path(trainer.default_root_dir) / SUMMARY).unlink(missing_ok=True)  # from an earlier fit
         for logger in trainer.loggers:
             if isinstance(logger, RunCSVLogger) and trainer.is_global_zero:
-                self._say_lost(trainer, logger.drop_from(trainer.global_step))
+                self._warn_of_lost_lines(trainer, logger.drop_from(trainer.global_step))
         policy: Any = getattr(pl_module, "policy", None)
         if policy is not None:
             self._cost = _cost(policy)
@@ -247,14 +247,14 @@ class RunReport(Callback):
                 rank_zero_warn(f"halos: {why}")
 
     @staticmethod
-    def _say_lost(trainer: Trainer, last: int) -> None:
-        """Warns of log lines that are missing before the step that a run resumes at."""
+    def _warn_of_lost_lines(trainer: Trainer, last: int) -> None:
+        """Warns if log lines are missing before the step at which a run resumes."""
         folder, every = Path(trainer.default_root_dir), trainer.log_every_n_steps  # type: ignore[attr-defined]
-        own = trainer.ckpt_path and Path(trainer.ckpt_path).resolve().is_relative_to(folder.resolve())
-        if own and trainer.global_step - 1 - last >= max(every, 1):
+        from_here = trainer.ckpt_path and Path(trainer.ckpt_path).resolve().is_relative_to(folder.resolve())
+        if from_here and trainer.global_step - 1 - last >= max(every, 1):
             rank_zero_warn(
                 f"halos: {folder / METRICS} has no lines for steps {last + 1} to {trainer.global_step - 1}; they are"
-                " lost, but the run itself resumes exactly"
+                " lost, but the run resumes exactly"
             )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -269,20 +269,20 @@ class RunReport(Callback):
         ranks = trainer.world_size
         shown = {"tokens/s": step_tokens(batch) * ranks / seconds}
         if self._cost is not None:
-            asked = {k: n - self._rows_before[k] for k, n in _reference_rows(pl_module).items()}
-            share = asked["computed"] / max(1, sum(asked.values()))
+            counts = {k: n - self._rows_before[k] for k, n in _reference_rows(pl_module).items()}
+            share = counts["computed"] / max(1, sum(counts.values()))
             flops = step_flops(self._cost, batch, reference=share) / seconds
             self._matmul = max(self._matmul, flops)
             shown |= {"TFLOP/s": flops / 1e12, "of_matmul": flops / self._matmul}
         pl_module.log("rows/s", int((~batch.labels.mismatched).sum()) * ranks / seconds)
         pl_module.log_dict(shown, prog_bar=True)
         if "outcome" in outputs:
-            seen = list(zip(outputs["outcome"].tolist(), outputs["desirable"].tolist(), strict=True))
-            self._first = self._first or seen
-            self._last.extend(seen)
+            rows = list(zip(outputs["outcome"].tolist(), outputs["desirable"].tolist(), strict=True))
+            self._first = self._first or rows
+            self._last.extend(rows)
 
     def _write_summary(self, trainer: Trainer, pl_module: LightningModule, end: dict[str, Any]) -> float:
-        """Writes ``summary.json``; the seconds that the fit has taken."""
+        """Writes ``summary.json`` and returns the duration of the fit in seconds."""
         folder = Path(trainer.default_root_dir)
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         counts = datamodule.counts() if hasattr(datamodule, "counts") else {}
@@ -304,41 +304,41 @@ class RunReport(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes the summary of a run that a signal has stopped."""
-        told = stopping.received()
+        number = stopping.received()
         stopped = self._began and isinstance(exception, SIGTERMException)
-        if told and stopped and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._write_summary(trainer, pl_module, record(trainer, stopping.name_of(told), finished=False))
+        if number and stopped and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._write_summary(trainer, pl_module, record(trainer, stopping.name_of(number), finished=False))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Also where nothing was left to train, because the run had been killed after its last step."""
+        """Also called if nothing was left to train, because the run had been killed after its last step."""
         if not trainer.is_global_zero:
             return
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_info(f"halos: a trial of {trainer.global_step} optimizer step(s) has ended; no run was written")
+            rank_zero_info(f"halos: the trial run of {trainer.global_step} optimizer step(s) is over; it saved nothing")
             return
         for logger in trainer.loggers:
             logger.save()
         folder = Path(trainer.default_root_dir)
         if not self._began and (folder / SUMMARY).is_file() and shortfall(folder) is None:
-            # That summary has the figures of the steps that were taken.
-            rank_zero_info(f"halos: nothing was left to train; {folder}/ holds the run of {trainer.global_step} steps")
+            # That summary has the figures of the steps taken.
+            rank_zero_info(f"halos: nothing was left to train; {folder}/ has the run of {trainer.global_step} steps")
             return
         ended = why_ended(trainer)
         seconds = self._write_summary(trainer, pl_module, record(trainer, ended, finished=True))
-        said = [str(name) for name in (CONFIG, LAST, SUMMARY) if (folder / name).exists()]
+        files = [str(name) for name in (CONFIG, LAST, SUMMARY) if (folder / name).exists()]
         halo: HALO | None = getattr(getattr(pl_module, "objective", None), "halo", None)
         if (folder / METRICS).is_file():
-            said.append(METRICS)
+            files.append(METRICS)
             beta = reward_scale(halo.value_function) if halo else 1.0
             plot = plot_training(folder / METRICS, folder / "training.png", beta=beta)
-            said += [plot.name] if plot else []
+            files += [plot.name] if plot else []
         if halo is not None and self._last:
             after = f"after: the last {len(self._last)} rows"
             moments = {"before: the first step": self._first, after: list(self._last)}
-            said.append(plot_value_function(halo.value_function, moments, folder / "value_function.png").name)
+            files.append(plot_value_function(halo.value_function, moments, folder / "value_function.png").name)
         rank_zero_info(
-            f"halos: {trainer.global_step} optimizer step(s) in {seconds:.0f} s ({ended}); {folder}/ holds "
-            + ", ".join(said)
+            f"halos: {trainer.global_step} optimizer step(s) in {seconds:.0f} s ({ended}); {folder}/ contains "
+            + ", ".join(files)
         )
         others = [logger.log_dir for logger in trainer.loggers if not isinstance(logger, RunCSVLogger)]
         if any(others):
@@ -353,7 +353,7 @@ class RunReport(Callback):
 
 
 class PredictionWriter(BasePredictionWriter):
-    """``predictions.jsonl`` in the run's folder: one line per row, as ``HALOModule.predict_step`` gives them."""
+    """Writes ``predictions.jsonl`` to the run's folder: one record of ``HALOModule.predict_step`` per line."""
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
@@ -367,7 +367,7 @@ class PredictionWriter(BasePredictionWriter):
         part.write_text("", encoding="utf-8")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if trainer.predicting:  # a part must not be taken for all predictions
+        if trainer.predicting:  # a part must not pass for all predictions
             self._part(trainer, trainer.global_rank).unlink(missing_ok=True)
 
     def write_on_batch_end(

@@ -1,4 +1,4 @@
-"""Trainer settings under which the loss would not be the one that the config says; refused before training."""
+"""Refuses settings under which the loss would differ from the config's, before training."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from halos_pl.policy.spec import ModelSpec
 
 
 def unsupported_strategy(name: str) -> str:
-    """Why a strategy is refused, and what to do instead."""
+    """Why a strategy is refused, and what to use instead."""
     return (
-        f"trainer.strategy {name} is not supported: the reference model is kept out of the strategy's sharding and the"
-        " log-probs are read from the bare policy. Use a single device or ddp; model.policy.lora and"
+        f"trainer.strategy {name} is not supported: it would not shard the reference model, and the log-probs"
+        " are read from the bare policy. Use a single device or ddp; model.policy.lora and"
         " model.micro_batch_rows save memory"
     )
 
@@ -24,8 +24,8 @@ def check_float16(trainer: Any, dtype: str) -> None:
     """Refuses to train in float16 without a loss scaler: small gradients would be 0, large ones infinite.
 
     Args:
-        trainer: Lightning's.
-        dtype: of the weights that are loaded.
+        trainer: Lightning's Trainer.
+        dtype: dtype in which the weights are loaded.
 
     Raises:
         ValueError: naming the setting and what to choose instead.
@@ -41,7 +41,7 @@ def check_float16(trainer: Any, dtype: str) -> None:
 
 
 def check_clipping(value: float | None, algorithm: str | None) -> None:
-    """Refuses values that Lightning would silently take for no clipping; null and 0 mean none.
+    """Refuses values that Lightning would silently treat as no clipping; null and 0 mean no clipping.
 
     Raises:
         ValueError: naming the setting.
@@ -73,16 +73,16 @@ def check_trainer(trainer: Any) -> None:
 
 
 def check_arguments(policy: Any, micro_batch_rows: int | None, warmup_ratio: float, optimizer: Any) -> None:
-    """Refuses arguments of the module that cannot be.
+    """Refuses invalid arguments of the module.
 
     Raises:
-        TypeError: for a policy that is no model.
-        ValueError: for a number outside its range, naming the argument.
+        TypeError: if the policy is not a model.
+        ValueError: if a number is out of range, naming the argument.
     """
     if not isinstance(policy, ModelSpec) and not isinstance(base_model(policy), PreTrainedModel):
         raise TypeError(
-            f"policy is a {type(policy).__name__}; it takes a ModelSpec, such as ModelSpec(path), or a causal language"
-            " model of transformers"
+            f"policy is a {type(policy).__name__}; it must be a ModelSpec, such as ModelSpec(path), or a causal"
+            " language model of transformers"
         )
     if micro_batch_rows is not None and micro_batch_rows < 1:
         raise ValueError(f"micro_batch_rows is {micro_batch_rows}; it must be at least 1, or null")
@@ -96,9 +96,9 @@ def check_limits(trainer: Any, epoch: int, taken: int) -> None:
     """Refuses to resume a run that has already reached a limit.
 
     Args:
-        trainer: Lightning's.
-        epoch: epochs that the checkpoint has trained.
-        taken: its optimizer steps.
+        trainer: Lightning's Trainer.
+        epoch: number of epochs that the checkpoint has trained.
+        taken: number of its optimizer steps.
 
     Raises:
         ValueError: naming the limit.

@@ -1,4 +1,4 @@
-"""How long a fit was planned to be, and why it has ended."""
+"""The planned length of a fit, and why it has ended."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ def planned_steps(trainer: Trainer) -> int | None:
 
 
 class NotingTrainer(Trainer):
-    """Lightning's Trainer, which also notes what has asked it to stop.
+    """Lightning's Trainer, which also records what has told it to stop.
 
     Attributes:
-        stopped_by: the callback, module or other object; None where nothing has.
+        stopped_by: the callback, module or other object that told it to stop; None if nothing has.
     """
 
     stopped_by: Any = None
-    _told = False
+    _stopping = False
 
     @property
     def should_stop(self) -> bool:
-        return self._told
+        return self._stopping
 
     @should_stop.setter
     def should_stop(self, value: bool) -> None:
-        if value and not self._told:
+        if value and not self._stopping:
             caller = sys._getframe(1)
             self.stopped_by = caller.f_locals.get("self", caller.f_code.co_qualname)
         if not value:
             self.stopped_by = None
-        self._told = bool(value)
+        self._stopping = bool(value)
 
 
 def why_ended(trainer: Trainer) -> str:
-    """What ended a fit regularly: the setting whose limit was reached, or the callback that stopped it."""
+    """Why a fit ended without an error: the limit that was reached, or the callback that stopped it."""
     if 0 < trainer.max_steps <= trainer.global_step:
         return f"max_steps={trainer.max_steps} reached"
     planned = planned_steps(trainer)
@@ -66,8 +66,8 @@ def record(trainer: Trainer, ended: str, finished: bool) -> dict[str, Any]:
     """What ``summary.json`` records of a run's end.
 
     Returns:
-        ``steps`` taken, ``planned_steps`` (None without a limit), ``ended`` in words, and ``finished``: whether it
-        ended as configured, so that ``--ckpt_path last`` would find nothing left to train.
+        ``steps`` taken, ``planned_steps`` (None without a limit), ``ended`` in words, and ``finished``: whether the
+        run ended as configured, so that ``--ckpt_path last`` would find nothing left to train.
     """
     return {
         "steps": trainer.global_step,
@@ -78,13 +78,13 @@ def record(trainer: Trainer, ended: str, finished: bool) -> dict[str, Any]:
 
 
 def epoch_steps(trainer: Trainer, data: Any) -> int:
-    """Optimizer steps of an epoch, of data that are set up."""
+    """Number of optimizer steps of an epoch; the data must be set up."""
     batches, limit = len(data.train_dataloader()), trainer.limit_train_batches
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 def fit_steps(trainer: Trainer, epoch: int) -> int:
-    """Optimizer steps of a fit with so many in an epoch, by what limits it first."""
+    """Number of optimizer steps of a fit with ``epoch`` steps per epoch, by the limit that is reached first."""
     ends = []
     if trainer.max_epochs and trainer.max_epochs > 0:
         ends.append(epoch * trainer.max_epochs)

@@ -1,4 +1,4 @@
-"""Says once what keeps a run from learning although its loss is finite: no gradient, or none that is not clipped."""
+"""Warns once if a run with a finite loss does not learn: its gradients are zero, or all of them are clipped."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from torch import Tensor
 from halos_pl.training.checks import check_clipping
 from halos_pl.training.non_finite import NonFiniteLossError, highest_lr, lower_lr, non_finite
 
-#: Steps in a row after which it is said.
+#: Consecutive steps after which a warning is due.
 ZERO, CLIPPED = 2, 20
-#: A shorter run, of at least so many steps all of which were clipped, is told at its end.
+#: A shorter run of at least so many steps, all of them clipped, is warned about at its end.
 SHORT = 5
-#: Clipping by value leaves nothing but signs where it cuts so large a share of a gradient's entries.
+#: Clipping by value leaves little but signs if it cuts at least this share of a gradient's entries.
 MOST = 0.99
 
 
 def mostly_cut(gradients: Iterable[Tensor], value: float) -> bool:
-    """Whether clipping by value cuts at least ``MOST`` of the entries that are not 0."""
+    """Whether clipping by value cuts at least ``MOST`` of the nonzero entries."""
     parts = list(gradients)
-    cut, all_of_them = (sum(torch.count_nonzero(g.abs() > limit) for g in parts) for limit in (value, 0))
-    return bool(all_of_them) and bool(cut >= MOST * all_of_them)
+    cut, nonzero = (sum(torch.count_nonzero(g.abs() > limit) for g in parts) for limit in (value, 0))
+    return bool(nonzero) and bool(cut >= MOST * nonzero)
 
 
 class GradientWatch:
-    """Looks at the norm of each step's gradient, which is on the host already."""
+    """Watches the norm of each step's gradient, which is already on the host."""
 
     def __init__(self) -> None:
         self._steps = self._zero = 0
         self._clipped: list[float] = []
         self._learned = False  # some step had a gradient
         self._by_value = False
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     def see(
         self,
@@ -48,21 +48,23 @@ class GradientWatch:
         figures: Mapping[str, float],
         cut: bool | None = None,
     ) -> None:
-        """Takes note of a step.
+        """Records a step.
 
         Args:
-            norm: of the gradient before clipping, finite.
-            clip: the norm that it is clipped to, or each of its entries; None or 0 for none.
-            lr: the highest of the run.
-            step: optimizer steps before this one.
-            figures: what the step logs.
-            cut: where entries are clipped, whether (nearly) all of them are.
+            norm: norm of the gradient before clipping, finite.
+            clip: limit of the norm or of each entry; None or 0 for no clipping.
+            lr: the run's highest learning rate.
+            step: number of optimizer steps before this one.
+            figures: figures that the step logs.
+            cut: with clipping by value, whether (nearly) all entries are cut.
         """
         self._by_value = cut is not None
         self._steps += 1
         self._zero = self._zero + 1 if norm == 0 else 0
         if self._zero == ZERO:
-            self._say("zero", f"the gradient is exactly 0 since step {step - ZERO + 2}: {self._why_zero(lr, figures)}")
+            self._warn_once(
+                "zero", f"the gradient is exactly 0 since step {step - ZERO + 2}: {self._why_zero(lr, figures)}"
+            )
         self._learned = self._learned or norm > 0
         if clip and (norm > clip if cut is None else cut):
             self._clipped.append(norm)
@@ -72,17 +74,17 @@ class GradientWatch:
             self._clipped = []
 
     def finish(self, clip: float | None, *, lr: float, scale: float | None = None) -> None:
-        """Warns at the end of a run of what applies to all of its steps.
+        """Issues the warnings that take a whole run.
 
         Args:
-            clip: what gradients were clipped to.
-            lr: the highest of the run.
-            scale: of the loss, where float16's scaler has one.
+            clip: limit that gradients were clipped to.
+            lr: the run's highest learning rate.
+            scale: scale of the loss, if float16's scaler sets one.
         """
         if clip and len(self._clipped) == self._steps >= SHORT:
             self._say_clipped(clip, lr, f"all {self._steps} steps were")
         if scale is not None and scale < 1:
-            self._say(
+            self._warn_once(
                 "scale",
                 f"the scale of the loss has fallen to {scale:g}: gradients overflow in float16, and such steps are"
                 f" skipped. Lower model.optimizer.init_args.lr (it is {lr:g}), or choose trainer.precision bf16-mixed",
@@ -91,34 +93,34 @@ class GradientWatch:
     def _why_zero(self, lr: float, figures: Mapping[str, Any]) -> str:
         lower = f"lower model.optimizer.init_args.lr (it is {lr:g})"
         if not self._learned:
-            lower = "it was so before the first step, so the learning rate is not the cause"
+            lower = "the first gradient was 0 already, so the learning rate is not the cause"
         saturated, outcome = figures.get("outcome/saturation", 0.0), figures.get("outcome/u")
         if saturated > 0.9 and outcome is not None:
             return (
-                f"nothing is learned, as the value function is flat where the outcomes are (outcome/u is {outcome:.3g}"
-                f" nats, {100 * saturated:.0f} % of the rows are saturated). {lower[:1].upper()}{lower[1:]}; or lower"
-                " beta, the value function's"
+                f"nothing is learned, as the value function is flat at the outcomes (outcome/u is {outcome:.3g} nats,"
+                f" {100 * saturated:.0f} % of the rows are saturated). {lower[:1].upper()}{lower[1:]}; or lower the"
+                " value function's beta"
             )
-        return f"nothing is learned. Unless the loss is as small as it can be, the policy has diverged: {lower}"
+        return f"nothing is learned. Unless the loss is at its minimum, the policy has diverged: {lower}"
 
     def _say_clipped(self, clip: float, lr: float, which: str) -> None:
         low, high = min(self._clipped), max(self._clipped)
         where = " in nearly all entries" if self._by_value else ""
-        self._say(
+        self._warn_once(
             "clipped",
             f"{which} clipped{where}: grad_norm is {low:.3g} to {high:.3g}, trainer.gradient_clip_val is {clip:g}. If"
             f" the loss does not fall, lower model.optimizer.init_args.lr (it is {lr:g}); if it does, raise the"
             " clipping value",
         )
 
-    def _say(self, what: str, text: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
+    def _warn_once(self, what: str, text: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
             rank_zero_warn(f"halos: {text}")
 
 
 def finish_watch(module: Any, watch: GradientWatch) -> None:
-    """Has ``watch`` warn of what applies to all steps of the module's run."""
+    """Ends ``watch`` with the module's run, so that it issues its last warnings."""
     scaler = getattr(module.trainer.precision_plugin, "scaler", None)
     scale = scaler.get_scale() if scaler is not None else None
     watch.finish(module.trainer.gradient_clip_val, lr=highest_lr(module.optimizers()), scale=scale)
@@ -131,14 +133,14 @@ def clip_gradients(
 
     Args:
         module: the LightningModule.
-        watch: is told of the step.
-        optimizer: what it steps with.
-        value: the norm, or the value of each entry, that gradients are clipped to; None or 0 for none.
+        watch: records the step.
+        optimizer: the optimizer whose gradients are clipped.
+        value: limit of the norm or of each entry; None or 0 for no clipping.
         algorithm: ``norm``, ``value`` or None.
 
     Raises:
-        NonFiniteLossError: where the norm is not finite, so that the step would make the policy NaN.
-        ValueError: for an invalid clipping value, which a callback may have set.
+        NonFiniteLossError: if the norm is not finite, so that the step would make the policy NaN.
+        ValueError: if the clipping value, which a callback may have set, is invalid.
     """
     check_clipping(value, algorithm)
     plugin = module.trainer.precision_plugin
@@ -149,9 +151,9 @@ def clip_gradients(
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     size = norm.item()
     if not math.isfinite(size):
-        what = f"the loss is finite, but its gradient's norm is {size}"
-        slopes = "is each slope of the value function finite, also at u = 0? halos check looks"
-        hint = f"{lower_lr(module)}. If not: {slopes}" if module.global_step else slopes
+        what = f"the loss is finite, but the norm of its gradient is {size}"
+        slopes = "check that the value function has a finite slope everywhere, also at u = 0: halos check"
+        hint = f"{lower_lr(module)}. If that does not help, {slopes}" if module.global_step else slopes
         raise NonFiniteLossError(f"{non_finite(module, what, module.row_ids)}\n{hint}")
     module.log("grad_norm", norm)
     by_value = algorithm == "value"

@@ -1,4 +1,4 @@
-"""Held-out rows during a run: their figures over all batches and ranks, and a stop where one is not finite."""
+"""Figures of held-out rows during a run, over all batches and ranks; stops the run if one is not finite."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from halos_pl.training.non_finite import non_finite
 
 
 class HeldOut:
-    """Measures held-out batches, and sums their figures until they are read.
+    """Measures held-out batches and accumulates their figures until they are logged.
 
     Args:
         module: the LightningModule.
 
     Attributes:
-        means: figures of rows, by name.
+        means: figures of the rows by name.
     """
 
     def __init__(self, module: Any) -> None:
@@ -43,7 +43,7 @@ class HeldOut:
         """Yields the parts of a batch.
 
         Raises:
-            NonFiniteLossError: on every rank, after the last part, where a row of any rank has no finite figures.
+            NonFiniteLossError: on every rank, after the last part, if a figure of a row on any rank is not finite.
         """
         module, suspects = self._module, Suspects()
         loss = torch.zeros((), dtype=torch.float32, device=module.device)
@@ -59,7 +59,7 @@ class HeldOut:
             raise non_finite(module, what, batch.train_ids, suspects.names)
 
     def measured(self, batch: TokenBatch) -> Iterator[Part]:
-        """As :meth:`parts`, and adds their figures."""
+        """Like :meth:`parts`, and adds their figures."""
         losses = Losses()
         for part in self.parts(batch):
             losses.add(part.result)
@@ -69,18 +69,18 @@ class HeldOut:
                 scores = into_unit_interval(reward)
                 self._auroc.update(scores, part.rows.labels.desirable.long().to(scores.device))
             yield part
-        # Every batch counts with its number of rows: summed over ranks this is loss * rows / rows.
+        # Each batch is weighted by its number of rows: summed over ranks this is loss * rows / rows.
         here = batch.labels.train.sum().float()
         everywhere = sum_over_ranks(here)
         self.means.add({name: (value * everywhere, here) for name, value in losses.items()})
 
     def add_kl(self, kl: Tensor, tokens: Tensor) -> None:
-        """Adds KL divergences of rows, nats, float32 [m, T], over so many tokens."""
+        """Adds KL divergences of rows, nats, float32 [m, T], over ``tokens`` tokens."""
         figures = {"kl/sequence": (kl.sum(), kl.new_tensor(float(len(kl)))), "kl/token": (kl.sum(), tokens.float())}
         self.means.add(figures)
 
     def log(self, prefix: str) -> None:
-        """Logs the figures of all ranks, the same on each; starts anew afterwards."""
+        """Logs the figures over all ranks, equal on each, and resets them."""
         means = with_margin(self.means.compute(empty=False))
         targets: Any = self._auroc.target
         labels = torch.cat(list(targets)) if targets else torch.zeros(0)

@@ -1,4 +1,4 @@
-"""Loggers learn by which settings a run is made: its resolved config is their hyper-parameters."""
+"""Gives loggers a run's resolved config as hyper-parameters."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from halos_pl.training.settings import described, flat
 
 
 class LogConfig(Callback):
-    """Gives each logger the resolved config: flat to TensorBoard, whose HPARAMS tab has no tree, nested to others.
+    """Gives each logger the resolved config: flat for TensorBoard, whose HPARAMS tab has no tree, nested for others.
 
-    The tab compares runs by figures that have to be written together with the hyper-parameters. So TensorBoard gets
-    them when the fit has ended or been stopped, with the figures that it ended with.
+    The tab compares runs by figures that must be written together with the hyper-parameters. So TensorBoard gets them
+    again when the fit ends or is stopped, with its last figures.
 
-    It also opens the loggers whose files may lie in the run's folder. Lightning would open them before an earlier run's
-    folder is moved aside, and they would write to that one, or fail.
+    It also opens the loggers whose files may be in the run's folder. Lightning would open them before an earlier run's
+    folder is renamed, and they would write to that one, or fail.
 
     Args:
         config: the resolved config.
@@ -31,14 +31,14 @@ class LogConfig(Callback):
     def __init__(self, config: dict[str, Any], held: Sequence[Logger] = ()) -> None:
         self._held = [*held]
         self._config: dict[str, Any] = described({k: v for k, v in config.items() if k != "config"})
-        self._flat = {k: v for k, v in flat(self._config).items() if v != "given"}  # which stands for a mapping
+        self._flat = {k: v for k, v in flat(self._config).items() if v != "given"}  # a placeholder for mappings
         self._began = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Before Lightning has the loggers save what they know, and after an earlier run's folder was moved aside."""
+        """Runs before Lightning has the loggers save, and after an earlier run's folder was renamed."""
         if self._held and stage == "fit":
             trainer.loggers = [*trainer.loggers, *self._held]
-            # W&B's first, as Lightning does.
+            # W&B first, as in Lightning.
             for logger in sorted(self._held, key=lambda logger: not isinstance(logger, WandbLogger)):
                 _ = getattr(logger, "experiment", None)
             self._held = []
@@ -63,7 +63,7 @@ class LogConfig(Callback):
         self.on_train_end(trainer, pl_module)
 
 
-#: Loggers of Lightning's, and the packages of which they need one.
+#: Lightning's loggers, and the packages of which each needs one.
 PACKAGES = {
     "TensorBoardLogger": ("tensorboard", "tensorboardX"),
     "WandbLogger": ("wandb",),
@@ -74,9 +74,9 @@ PACKAGES = {
 
 
 def missing_package(class_path: str) -> str:
-    """What to install for a logger, as a sentence; empty where nothing is missing."""
+    """A sentence with the package to install for a logger; empty if none is missing."""
     name = class_path.rpartition(".")[2]
     packages = PACKAGES.get(name, ())
     if not packages or any(find_spec(package) for package in packages):
         return ""
-    return f"{name} needs {packages[0]}, which is not installed; say pip install {packages[0]}"
+    return f"{name} needs {packages[0]}, which is not installed; run pip install {packages[0]}"

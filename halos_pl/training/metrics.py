@@ -1,7 +1,7 @@
-"""What a step is described with: names and scales that TRL users know, and outcomes in nats.
+"""The figures of a step, with TRL's names and scales, and outcomes in nats.
 
 Every figure is kept as a sum and a count until it is read, so that micro-batches, batches and ranks of
-different sizes, a rank without a row of some class included, add up to the figure of the whole.
+different sizes, even a rank without rows of some class, add up to the figure of the whole.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from halos_pl.objective.rewards import LogRatio
 from value_functions import ValueFunction, reward_scale
 
 Weighted = tuple[Tensor, Tensor]
-"""A sum and the count it is to be divided by, float scalars."""
+"""A sum and the count to divide it by, float scalars."""
 
 
 def over(values: Tensor, where: Tensor) -> Weighted:
@@ -27,17 +27,17 @@ def over(values: Tensor, where: Tensor) -> Weighted:
 
 
 class Losses(dict[str, Tensor]):
-    """A step's loss on this rank, and its terms where there are several: sums over micro-batches."""
+    """A step's loss on this rank, and its terms if it has several: sums over micro-batches."""
 
     def add(self, result: Result) -> None:
-        """Adds what one micro-batch contributes."""
+        """Adds one micro-batch."""
         terms = {f"loss/{name}": value for name, value in (result.terms or {}).items()}
         for name, value in {"loss": result.loss.detach(), **terms}.items():
             self[name] = self[name] + value if name in self else value
 
 
 class Means:
-    """Weighted means by name, summed over batches and, when read, over ranks."""
+    """Weighted means by name, accumulated over batches and, when read, over ranks."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -45,16 +45,16 @@ class Means:
     def add(self, figures: dict[str, Weighted]) -> None:
         """Adds sums and counts; every rank must add the same names in the same order."""
         for name, pair in figures.items():
-            # float64 where the device has it: an epoch adds up very many float32 values.
+            # float64 if the device has it, as an epoch adds up very many float32 values.
             here = torch.stack([p.detach() for p in pair]).to(torch.float32 if pair[0].is_mps else torch.float64)
             self._sums[name] = self._sums[name] + here if name in self._sums else here
 
     def compute(self, *, empty: bool = True) -> dict[str, float]:
-        """The means over all ranks; starts anew afterwards.
+        """The means over all ranks; resets them.
 
         Args:
-            empty: NaN for a name with nothing behind it; without, it is left out. A step that has no row of a class
-                has to say so: Lightning would log the value of an earlier step again. Loggers do not get the NaN (see
+            empty: whether a name with a count of 0 gives NaN; otherwise it is left out. A step without rows of a class
+                must log NaN, or Lightning would log an earlier step's value again. Loggers do not get the NaN (see
                 ``halos_pl.training.absent``).
         """
         if not self._sums:
@@ -70,11 +70,11 @@ class Means:
 
 
 def saturation(value_function: ValueFunction, perceived: Tensor) -> Tensor:
-    """BoolTensor [n]: rows whose value has less than 1 % of its slope at the reference point.
+    """BoolTensor [n]: rows where the value's slope is less than 1 % of the slope at the reference point.
 
-    Such rows have (next to) no gradient: Prop. 4.1 of Ethayarajh et al., ICML 2024, at work.
+    Such rows have (almost) no gradient, as in Prop. 4.1 of Ethayarajh et al., ICML 2024.
     """
-    # Lightning evaluates in inference mode, whose tensors know no gradient; a copy made outside of it does.
+    # Lightning evaluates in inference mode, whose tensors have no gradient; a copy made outside it does.
     with torch.inference_mode(False), torch.enable_grad():
         u = torch.cat([perceived.detach().clone(), torch.zeros_like(perceived[:1])]).clone().requires_grad_()
         (slope,) = torch.autograd.grad(value_function(u).sum(), u)
@@ -82,57 +82,57 @@ def saturation(value_function: ValueFunction, perceived: Tensor) -> Tensor:
 
 
 class Suspects:
-    """The rows that a loss that is no number comes from."""
+    """Finds the rows that cause a non-finite loss."""
 
     def __init__(self) -> None:
-        self._scored: list[str] = []
-        self._judged: list[str] = []
+        self._bad_logps: list[str] = []
+        self._bad_outcomes: list[str] = []
 
     def add(self, names: list[str], rows: LogProbBatch, result: Result) -> None:
-        """Looks at a part of a step; ``names`` are those of its rows."""
-        scored = rows.policy_logps.detach().isfinite().all(dim=1)
+        """Checks a part of a step, whose rows are called ``names``."""
+        logps = rows.policy_logps.detach().isfinite().all(dim=1)
         if rows.reference_logps is not None:
-            scored &= rows.reference_logps.isfinite().all(dim=1)
-        judged = torch.ones_like(scored)
+            logps &= rows.reference_logps.isfinite().all(dim=1)
+        values = torch.ones_like(logps)
         if (outcomes := result.outcomes) is not None:
             for figure in (outcomes.reward, outcomes.reference_point, outcomes.outcome, outcomes.value):
-                judged &= figure.isfinite()
-        both = torch.stack([scored, judged]).tolist()
-        self._scored += [name for name, good in zip(names, both[0], strict=True) if not good]
-        self._judged += [name for name, good in zip(names, both[1], strict=True) if not good]
+                values &= figure.isfinite()
+        finite = torch.stack([logps, values]).tolist()
+        self._bad_logps += [name for name, good in zip(names, finite[0], strict=True) if not good]
+        self._bad_outcomes += [name for name, good in zip(names, finite[1], strict=True) if not good]
 
     @property
     def names(self) -> list[str]:
-        """Rows whose log-probs are not finite; without such, those whose outcome or value is not.
+        """Rows whose log-probs are not finite, or, if there are none, those whose outcome or value is not.
 
-        The former make the reference point, and with it the outcome of every row, no number.
+        The former make the reference point, and thus the outcome of every row, non-finite.
         """
-        return self._scored or self._judged
+        return self._bad_logps or self._bad_outcomes
 
 
 def into_unit_interval(reward: Tensor) -> Tensor:
-    """A strictly increasing map of rewards into (0, 1), float64 [n].
+    """A strictly increasing map of rewards to (0, 1), float64 [n].
 
-    torchmetrics takes scores outside [0, 1] for logits, batch by batch, and would apply a sigmoid to some
-    batches and not to others; and a sigmoid would make large rewards equal.
+    torchmetrics treats scores outside [0, 1] as logits, batch by batch, and would apply a sigmoid to some
+    batches but not to others; and a sigmoid would make large rewards equal.
     """
     reward = (reward.cpu() if reward.is_mps else reward).double()  # Apple's GPUs have no float64
     return 0.5 + 0.5 * reward / (1 + reward.abs())
 
 
 def logp_figures(rows: LogProbBatch) -> dict[str, Weighted]:
-    """Log-probs by class of row, nats, of n rows without mismatched rows."""
+    """Log-probs by class, nats, of n rows without mismatched rows."""
     logps = rows.policy_logps.detach().sum(dim=1)
     return {"logps/chosen": over(logps, rows.labels.desirable), "logps/rejected": over(logps, ~rows.labels.desirable)}
 
 
 def reward_figures(rows: LogProbBatch, reward: Tensor, beta: float) -> dict[str, Weighted]:
-    """Rewards by class of row, under TRL's names.
+    """Rewards by class, under TRL's names.
 
     Args:
         rows: n rows without mismatched rows.
-        reward: nats, [n], without gradient.
-        beta: 1 / nats; rewards are shown as beta * r.
+        reward: rewards, nats, [n], without gradient.
+        beta: scale, 1 / nats; the figures are of beta * r.
     """
     shown = beta * reward
     figures = {
@@ -148,7 +148,7 @@ def reward_figures(rows: LogProbBatch, reward: Tensor, beta: float) -> dict[str,
 
 
 def outcome_figures(outcomes: Outcomes, value_function: ValueFunction) -> dict[str, Weighted]:
-    """Figures in nats of how rows stand to the reference point."""
+    """Figures of the rows' outcomes relative to the reference point, in nats."""
     everywhere = torch.ones_like(outcomes.outcome, dtype=torch.bool)
     figures = {
         "z0": outcomes.reference_point,
@@ -161,26 +161,26 @@ def outcome_figures(outcomes: Outcomes, value_function: ValueFunction) -> dict[s
 
 
 def with_margin(means: dict[str, float]) -> dict[str, float]:
-    """Adds ``rewards/margins``, the difference of the two class means, where there are rewards."""
+    """Adds ``rewards/margins``, the difference of the two class means, if both exist."""
     if {"rewards/chosen", "rewards/rejected"} <= means.keys():
         means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
     return means
 
 
 def implied_reward(rows: LogProbBatch, result: Result) -> Tensor | None:
-    """r of each row, nats, [n]: the objective's, else the log-ratio where there is a reference."""
+    """r of each row, nats, [n]: the objective's, otherwise the log-ratio if there is a reference."""
     if result.outcomes is not None:
         return result.outcomes.reward
     return None if rows.reference_logps is None else LogRatio()(rows).detach()
 
 
 def row_figures(rows: LogProbBatch, result: Result, halo: HALO | None) -> dict[str, Weighted]:
-    """Everything that is logged of rows, none of them mismatched.
+    """All figures that are logged for rows, none of them mismatched.
 
     Args:
         rows: n rows with a loss.
-        result: what the objective says of them.
-        halo: the HALO whose outcomes are reported; None for a pure baseline.
+        result: the objective's result for them.
+        halo: the HALO whose outcomes are logged; None for a pure baseline.
     """
     figures = logp_figures(rows)
     reward = implied_reward(rows, result)

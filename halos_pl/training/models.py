@@ -18,19 +18,19 @@ from halos_pl.policy.store import ReferenceStore, StoredReference
 if TYPE_CHECKING:
     Policy = ModelSpec | nn.Module
 else:
-    Policy = ModelSpec  # what a config may name
+    Policy = ModelSpec  # all that a config may name
 
 
 class Models:
-    """Loads policy and reference as a module's arguments say (see ``HALOModule``).
+    """Loads policy and reference according to a module's arguments (see ``HALOModule``).
 
     Attributes:
-        spec: what the policy is loaded from; None for a model that was already in memory.
-        reference_model: makes the reference; ``bound`` once it has been made.
-        reference: what gives log pi_ref; None until then.
+        spec: the policy's specification; None for a model that was already in memory.
+        reference_model: makes the reference; ``bound`` once it has done so.
+        reference: source of log pi_ref; None until then.
 
     Raises:
-        ValueError: for a combination that cannot work.
+        ValueError: if the arguments cannot be combined.
     """
 
     def __init__(
@@ -53,27 +53,27 @@ class Models:
             self.reference_model.check(self.spec)
         if self.spec and prefix_sharing == "always" and self.spec.attn_implementation != "sdpa":
             raise ValueError(
-                f"model.prefix_sharing is always, which takes sdpa attention, but model.policy.attn_implementation is"
+                f"model.prefix_sharing is always, which needs sdpa attention, but model.policy.attn_implementation is"
                 f" {self.spec.attn_implementation}; choose auto or never"
             )
         if reference_store and not self.reference_model.storable and self.can_compare:
             raise ValueError(
                 f"model.reference_store is true, but log-probs of {type(self.reference_model).__name__} cannot be"
-                " stored: it changes during the run, or has no fingerprint; say false, or choose FrozenCopy or"
+                " stored: it changes during the run, or has no fingerprint; set it to false, or choose FrozenCopy or"
                 " AdapterOff"
             )
 
     @property
     def can_compare(self) -> bool:
-        """Whether there is a reference at all."""
+        """Whether there is a reference."""
         return not isinstance(self.reference_model, NoReference)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The policy's, loaded without the model.
+        """The policy's tokenizer, loaded without the model.
 
         Raises:
-            ModelError: where there is none.
+            ModelError: if there is none.
         """
         if self.spec is not None:
             return load_tokenizer(self.spec)
@@ -82,7 +82,7 @@ class Models:
         return load_tokenizer(ModelSpec(folder))
 
     def policy(self) -> Scorer:
-        """The policy as it was before training."""
+        """The policy before training."""
         # transformers loads in eval mode; the only difference here is gradient checkpointing (dropout is off).
         model = load_model(self.spec) if self.spec else self._in_memory
         assert model is not None
@@ -93,8 +93,8 @@ class Models:
         """Makes the reference.
 
         Args:
-            policy: what is trained.
-            fresh: it has just been loaded; else it may have been trained, by a fit that needed no reference.
+            policy: the model that is trained.
+            fresh: whether it has just been loaded; otherwise a fit without a reference may have trained it.
             data: the DataModule, whose rows must fit the reference.
         """
         start = policy if fresh or self.spec is None else self.policy()
@@ -108,13 +108,13 @@ class Models:
                 self.check_rows(scorer, data)
 
     def check_rows(self, scorer: Scorer, data: Any) -> None:
-        """Refuses rows that are too long for a model, or hold tokens that it does not know."""
+        """Refuses rows that are too long for a model, or contain tokens that it does not know."""
         check_length(scorer.model, getattr(data, "longest", 0))
         if hasattr(data, "tokens"):
             check_vocabulary(scorer.model, self.tokenizer, data.tokens())
 
     @property
     def reference_rows(self) -> dict[str, int]:
-        """Rows whose reference log-probs were found in the store, and those that were computed."""
+        """Numbers of rows whose reference log-probs were stored, and of those where they were computed."""
         names = ("stored", "computed")
         return {name: getattr(self.reference, f"rows_{name}", 0) for name in names}

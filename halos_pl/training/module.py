@@ -1,4 +1,4 @@
-"""The LightningModule: plug-ins in, one optimizer step per batch.
+"""The LightningModule: built from plug-ins, one optimizer step per batch.
 
 Optimization stays automatic, so clipping, loss scaling, closures (LBFGS) and DDP are Lightning's own. Lightning
 back-propagates the last micro-batch of a step, the engine the others.
@@ -54,33 +54,33 @@ class HALOModule(LightningModule):
     changing the result (see :class:`~halos_pl.training.engine.StepEngine`).
 
     Args:
-        policy: the model to align; in Python also a causal language model in memory.
-        reference_model: where log pi_ref comes from. Null: the policy with its adapter off under LoRA, else a
-            frozen copy; none is loaded where nothing needs it.
+        policy: the model to align; in Python, also a causal language model in memory.
+        reference_model: source of log pi_ref. Null: the policy with its adapter off under LoRA, otherwise a frozen
+            copy; none is loaded if nothing needs it.
         reward: r(x, y), in nats.
         reference_point: z0, in nats.
         value_function: v.
         feedback: sign, weight and denominator of each row.
-        reflect_undesirable: how undesirable rows are read: true for -v(-u), as the KTO paper does; false for +v(u).
-        loss_offset: C of each row, in utility; it moves the loss, never its gradient.
-        extra_terms: further terms of a composite; or the whole objective, where the above are null.
-        micro_batch_rows: rows that are forwarded with gradient at a time; null for all rows of the step.
+        reflect_undesirable: value of undesirable rows: true for -v(-u), as in the KTO paper; false for +v(u).
+        loss_offset: constant C of each row, in utility; it shifts the loss, never its gradient.
+        extra_terms: further terms of a composite, or the whole objective if the above are null.
+        micro_batch_rows: number of rows per forward pass with gradient; null for all rows of the step.
         prefix_sharing: ``always``: each prompt is computed once for all rows that share it (mismatched ones
-            included), without padding. ``never``: each row is computed by itself. ``auto``: prompts are shared where a
-            self-test finds the same log-probs; otherwise a line says why not.
-        reference_store: keep the reference's log-probs on disk, by content, and take them from there: a further epoch
+            included), without padding. ``never``: each row is computed separately. ``auto``: prompts are shared if a
+            self-test finds the same log-probs; otherwise a line tells why not.
+        reference_store: whether to keep the reference's log-probs on disk, by content, and reuse them: a further epoch
             or run over the same rows does not recompute them, and a run that finds all of them does not even load a
-            ``FrozenCopy``. They are those of other batches, so equal to within rounding, not bit by bit.
-        optimizer: makes the optimizer from the trainable parameters.
-        lr_schedule: shape of the learning rate after warm-up; a name of ``transformers.get_scheduler``.
+            ``FrozenCopy``. They were computed in other batches, so they are equal within rounding, not bit for bit.
+        optimizer: a callable that makes the optimizer from the trainable parameters.
+        lr_schedule: shape of the learning rate after warm-up, a name from ``transformers.get_scheduler``.
         warmup_ratio: share of the run's optimizer steps during which the learning rate rises from 0.
-        master_weights: the optimizer steps on float32 copies of bfloat16 or float16 weights, as small updates would
-            otherwise be rounded away. With AdamW it takes 18 bytes per trained parameter instead of 8 (float32: 16).
-            Logged figures are those of the rounded weights: in the first steps at a small learning rate they lag behind
-            those of a float32 run.
+        master_weights: whether the optimizer steps on float32 copies of bfloat16 or float16 weights, as small updates
+            would otherwise be rounded away. With AdamW this takes 18 bytes per trained parameter instead of 8 (float32:
+            16). Logged figures are those of the rounded weights: in the first steps at a small learning rate they lag
+            behind those of a float32 run.
 
     Raises:
-        ValueError: for an incomplete objective or a number outside its range.
+        ValueError: if the objective is incomplete or a number is out of range.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class HALOModule(LightningModule):
             policy=policy if isinstance(policy, ModelSpec) else type(policy).__name__,
             reference_model=self.models.reference_model,
         )
-        #: Names of the rows of the batch, and what its step logs.
+        #: Names of the batch's rows, and the figures that its step logs.
         self.row_ids: list[str] = []
         self.figures: dict[str, float] = {}
         self._held_out = HeldOut(self)
@@ -133,12 +133,12 @@ class HALOModule(LightningModule):
 
     @property
     def policy(self) -> Any:
-        """The model that is trained, of transformers or peft; None before it is loaded."""
+        """The model that is trained, a transformers or peft model; None before it is loaded."""
         return self.scorer.model if self.scorer is not None else None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The policy's; assign it for a model in memory whose folder holds none."""
+        """The policy's tokenizer; assign one for a model in memory whose folder has none."""
         return self.models.tokenizer
 
     @tokenizer.setter
@@ -147,7 +147,7 @@ class HALOModule(LightningModule):
 
     @property
     def engine(self) -> StepEngine:
-        """What computes the steps, with the models as they are now."""
+        """The engine that computes the steps, with the current models."""
         assert self.scorer is not None
         samples = self.objective.needs.samples
         sampler = PolicySamples(self.scorer, self.tokenizer, samples) if samples else None
@@ -167,7 +167,7 @@ class HALOModule(LightningModule):
             self.check_fit(self.trainer)
 
     def check_fit(self, trainer: Any) -> None:
-        """Refuses, before a model is loaded, settings that it cannot be trained with.
+        """Refuses settings that a model cannot be trained with, before it is loaded.
 
         Raises:
             ValueError: naming the setting.
@@ -177,7 +177,7 @@ class HALOModule(LightningModule):
         check_optimizer(self.make_optimizer, trainer.strategy.root_device, vectors=not (spec and spec.lora))
 
     def configure_model(self) -> None:
-        """Loads policy and reference, after the data have been validated."""
+        """Loads policy and reference once the data have been validated."""
         fresh, data = self.scorer is None, getattr(self.trainer, "datamodule", None)
         if fresh:
             self.scorer = self.models.policy()
@@ -188,7 +188,7 @@ class HALOModule(LightningModule):
                 warn_of_ignored_losses(self.policy, router_loss=self.objective.needs.routing)
         assert self.scorer is not None
         self.models.check_rows(self.scorer, data)
-        # Testing measures the KL divergence, so there even a loss that needs no reference gets one.
+        # Testing measures the KL divergence, so even a loss that needs no reference gets one.
         wanted = self.objective.needs.reference or (self.trainer.testing and self.models.can_compare)
         if wanted and not self.models.bound:
             self.models.bind(self.scorer, fresh=fresh, data=data)
@@ -197,8 +197,8 @@ class HALOModule(LightningModule):
         """One optimizer step. All micro-batches but the last are back-propagated here, the last by Lightning.
 
         Returns:
-            ``loss`` of the last micro-batch, with gradient; for a HALO, of this rank's rows, also ``outcome``
-            (u in nats, float [n]) and ``desirable`` (BoolTensor [n]).
+            ``loss`` of the last micro-batch, with gradient; for a HALO, also this rank's ``outcome`` (u in nats,
+            float [n]) and ``desirable`` (BoolTensor [n]).
         """
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
@@ -225,7 +225,7 @@ class HALOModule(LightningModule):
         self._held_out.log("val")
 
     def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        """As in validation, and the exact token-level KL divergence along the held-out completions."""
+        """Like validation, plus the exact token-level KL divergence along the held-out completions."""
         for part in self._held_out.measured(batch):
             if self.scorer is not None and self.models.reference is not None:
                 kl = completion_kl(self.scorer, self.models.reference, part.batch.select(part.index))
@@ -238,27 +238,27 @@ class HALOModule(LightningModule):
         """One record per row: log-probs, r, z0, u (nats) and value.
 
         Raises:
-            NonFiniteLossError: where one of them is not a finite number, which JSON does not know.
+            NonFiniteLossError: if one of them is not finite, which JSON cannot express.
         """
         return [record for part in self._held_out.parts(batch) for record in records_of(part)]
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over trainable parameters, and its schedule by optimizer step.
+        """The optimizer of the trainable parameters, and its schedule by optimizer step.
 
         Raises:
-            ValueError: where the optimizer does not take its settings, or nothing limits the steps.
+            ValueError: if the optimizer rejects its settings, or nothing limits the number of steps.
         """
         self._masters, configured = configured_optimizer(self)
         return configured
 
     def on_after_backward(self) -> None:
         """Moves the gradients to the weights that the optimizer steps on."""
-        # Several ranks sum them in the step's last backward pass, so they must not be moved before.
+        # Ranks sum their gradients in the step's last backward pass, so they must not be moved before.
         if not self._deferral.active or world_size() == 1:
             self._masters.take_gradients()
 
     def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: gradients of earlier micro-batches are already there; ``training_step`` has zeroed before."""
+        """Does nothing: ``training_step`` zeroes gradients, and those of earlier micro-batches must stay."""
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
@@ -266,7 +266,7 @@ class HALOModule(LightningModule):
         clip_gradients(self, self._gradients, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Takes the step, and lets a reference that follows the policy follow it before anything is saved."""
+        """Takes the step, and updates a reference that follows the policy before anything is saved."""
         super().optimizer_step(*args, **kwargs)
         if self.models.bound:
             self.models.reference_model.follow(self.global_step + 1)  # counted once this hook returns
@@ -281,7 +281,7 @@ class HALOModule(LightningModule):
         keep_freed_memory(self.device)
 
     def on_train_start(self) -> None:
-        """Restores the random state last, after everything that draws numbers while a run is set up."""
+        """Restores the random state last, after everything that draws numbers during setup."""
         self.record.say(self.trainer)
         checkpoint_contents.restore_random_state(self)
 
@@ -295,7 +295,7 @@ class HALOModule(LightningModule):
         finish_watch(self, self._gradients)
 
 
-#: Arguments that a checkpoint keeps as they are.
+#: Arguments that a checkpoint stores unchanged.
 _RECORDED = (
     *inspect.signature(build_objective).parameters,
     *("micro_batch_rows", "prefix_sharing", "reference_store", "lr_schedule", "warmup_ratio", "master_weights"),

@@ -1,4 +1,4 @@
-"""Refuses a callback that monitors a figure which the run will never log, before anything is trained."""
+"""Refuses a callback that monitors a figure that the run never logs, before training."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from halos_pl.training.ending import epoch_steps, fit_steps
 
-#: Of a training step alone.
+#: Figures of training steps only.
 TRAINING = ("grad_norm", "rows/s", "tokens/s", "TFLOP/s", "of_matmul")
-#: What Lightning's ModelCheckpoint knows besides what is logged.
+#: Names that Lightning's ModelCheckpoint accepts besides logged figures.
 COUNTERS = ("epoch", "step")
-#: How the messages begin with which Lightning's callbacks give up.
+#: Beginnings of the messages with which Lightning's callbacks give up.
 GIVEN_UP = ("Early stopping conditioned on metric", "`ModelCheckpoint(monitor=")
 
 
 class MonitorError(ValueError):
-    """A callback monitors what is never logged."""
+    """A callback monitors a figure that is never logged."""
 
 
 def _figures(module: Any, split: Any) -> Iterator[str]:
-    """Names of the figures that rows of a split give; those of any split where it has not been read yet."""
+    """Names of the figures that the rows of a split give; all possible names if it has not been read yet."""
     table = None if split is None else split.table
     chosen = table is None or bool((table.label == 1).any())
     rejected = table is None or bool((table.label == 0).any())
@@ -48,7 +48,7 @@ def _figures(module: Any, split: Any) -> Iterator[str]:
 
 
 def _why_no_validation(trainer: Trainer, data: Any) -> str:
-    """Why no validation is run; empty where one is, or may be."""
+    """Why no validation will run; empty if one will, or may."""
     if not data.sources["validation"]:
         return "data.validation names no data"
     if trainer.limit_val_batches == 0:
@@ -63,19 +63,19 @@ def _why_no_validation(trainer: Trainer, data: Any) -> str:
 
 
 def check_interval(trainer: Trainer, data: Any) -> None:
-    """Refuses validations that are further apart than an epoch is long, of data that are set up.
+    """Refuses a validation interval that is longer than an epoch; the data must be set up.
 
     Raises:
-        ValueError: naming the setting, the length of an epoch and the cure.
+        ValueError: naming the setting, the length of an epoch and the remedy.
     """
     interval = trainer.val_check_interval
     validates = data.sources["validation"] and trainer.limit_val_batches
-    if validates and isinstance(interval, int) and interval == 1:  # which is equal to 1.0, an epoch
+    if validates and isinstance(interval, int) and interval == 1:  # equal to 1.0, which is an epoch
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             for name in ("check_on_train_epoch_end", "save_on_train_epoch_end"):
                 if getattr(callback, f"_{name}", ...) is None and getattr(callback, "monitor", None) is not None:
                     raise ValueError(
-                        f"trainer.val_check_interval is 1, a step, which {type(callback).__name__} takes for an epoch;"
+                        f"trainer.val_check_interval is 1 step, which {type(callback).__name__} takes for an epoch;"
                         f" set its {name} to false"
                     )
     if not validates or not isinstance(interval, int) or trainer.check_val_every_n_epoch is None:
@@ -92,13 +92,13 @@ def _foreign(callback: Callback) -> bool:
 
 
 def check_monitors(trainer: Trainer, module: LightningModule, data: Any) -> None:
-    """Compares what callbacks monitor with what will be logged.
+    """Compares the figures that callbacks monitor with those that will be logged.
 
-    May be called before the data have been read, and again when it is known which rows there are. A name that a
-    user's own callback could log is warned of, one under ``val/`` is refused where no validation will be run.
+    May be called before the data have been read, and again afterwards. A name that a user's own callback could log
+    gives a warning; one under ``val/`` is refused if no validation will run.
 
     Raises:
-        MonitorError: naming the callback, the figure, and those that are like it.
+        MonitorError: naming the callback, the figure, and similar names.
     """
     objective: Any = module.objective
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
@@ -112,39 +112,39 @@ def check_monitors(trainer: Trainer, module: LightningModule, data: Any) -> None
     if {"rewards/chosen", "rewards/rejected"} <= held_out:
         held_out.add("rewards/auroc")
     validated = {f"val/{name}" for name in held_out}
-    known = training | (validated if not no_validation else set())
+    logged = training | (validated if not no_validation else set())
     for callback, monitor in monitored:
-        if monitor in known or (monitor in COUNTERS and isinstance(callback, ModelCheckpoint)):
+        if monitor in logged or (monitor in COUNTERS and isinstance(callback, ModelCheckpoint)):
             continue
-        near = difflib.get_close_matches(monitor, sorted(known | validated), n=5, cutoff=0.5) or sorted(known)
+        near = difflib.get_close_matches(monitor, sorted(logged | validated), n=5, cutoff=0.5) or sorted(logged)
         meant = monitor if monitor.startswith("val/") else near[0]
         without = no_validation if meant.startswith("val/") else ""
         if monitor.removeprefix("val/").startswith("outcome/z0_") and objective.halo is not None and not without:
-            continue  # a reference point's diagnostics have names of its own
-        said = (
+            continue  # a reference point names its diagnostics itself
+        message = (
             f"{type(callback).__name__}.monitor is {monitor!r}, which is never logged"
-            + (f": {meant} takes a validation, but {without}" if without else "")
-            + f". Logged {'with one ' if without else ''}are, for example, {', '.join(near)}"
+            + (f": {meant} needs a validation, but {without}" if without else "")
+            + f". Figures that are logged{' with one' if without else ''} include {', '.join(near)}"
         )
         if without or not any(map(_foreign, callbacks)):
-            raise MonitorError(said)
-        rank_zero_warn(f"halos: {said}; the run ends with an error unless a callback of your own logs it")
+            raise MonitorError(message)
+        rank_zero_warn(f"halos: {message}; the run ends with an error unless your own callback logs it")
 
 
 def given_up(error: BaseException) -> MonitorError | None:
-    """What a monitoring callback of Lightning's has ended the run with, in a line; None for other errors."""
+    """The error with which a monitoring callback of Lightning ended the run, in one line; None for other errors."""
     first = str(error).partition("\n")[0]
     return MonitorError(f"{first} The run has ended") if first.startswith(GIVEN_UP) else None
 
 
-#: What a Trainer does about validation, and the value that asks for nothing in particular.
-_OF_VALIDATION = {"val_check_interval": 1.0, "check_val_every_n_epoch": 1, "limit_val_batches": 1.0}
+#: A Trainer's settings of validation, and their defaults.
+_VALIDATION = {"val_check_interval": 1.0, "check_val_every_n_epoch": 1, "limit_val_batches": 1.0}
 
 
 def say_unused(trainer: Trainer, data: Any) -> None:
-    """Says which settings of a fit have no effect."""
-    given = [name for name, default in _OF_VALIDATION.items() if getattr(trainer, name) != default]
-    if given and not data.sources["validation"]:
-        names = " and ".join(f"trainer.{name}" for name in given)
-        have = "have" if given[1:] else "has"
+    """Warns of settings of a fit that have no effect."""
+    unused = [name for name, default in _VALIDATION.items() if getattr(trainer, name) != default]
+    if unused and not data.sources["validation"]:
+        names = " and ".join(f"trainer.{name}" for name in unused)
+        have = "have" if unused[1:] else "has"
         rank_zero_warn(f"halos: {names} {have} no effect, because data.validation names no data")

@@ -1,8 +1,8 @@
-"""What the optimizer steps on, and what a resumed run takes from its checkpoint.
+"""Optimizers: float32 master weights, the schedule, and the state that a resumed run takes from its checkpoint.
 
-A weight of 8 or 11 bits of precision does not move when a step is smaller than half the gap to the next number; with
+A weight of 8 or 11 bits of precision does not move if a step is smaller than half the gap to the next number; with
 AdamW at a learning rate of 5e-6 nearly every step is. So the optimizer steps on float32 copies of such weights
-(Micikevicius et al. 2018, "Mixed precision training", section 3.1), and the model holds the rounded values.
+(Micikevicius et al. 2018, "Mixed precision training", section 3.1), and the model has the rounded values.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 HALF = (torch.bfloat16, torch.float16)
-#: Settings of how an optimizer computes, not of what.
+#: Settings that choose an optimizer's implementation, not its result.
 _IMPLEMENTATION = {"fused", "foreach", "capturable", "differentiable"}
-#: Parts of names of settings that may become or stop being 0 without changing what state the optimizer has.
+#: Parts of names of settings that may change from or to 0 without changing which state the optimizer has.
 _STATELESS = ("lr", "decay", "eps", "beta")
-#: What to do about updates that float32 weights lose.
+#: Advice for updates that float32 weights lose.
 RAISE = "Raise model.optimizer.init_args.lr"
 
 
@@ -43,18 +43,18 @@ def _shown(value: Any) -> str:
 
 
 class MasterWeights:
-    """Float32 copies of half-precision parameters; the optimizer steps on them, the model gets them rounded.
+    """Float32 copies of half-precision parameters: the optimizer steps on them, the model gets them rounded.
 
     They are part of the optimizer's state dict, so a run resumes exactly. They cost 4 bytes per parameter, and the
     optimizer's state and gradients are float32 as well: with AdamW 18 bytes per trained parameter instead of 8.
 
     Args:
-        parameters: what is trained; float32 ones are used as they are.
+        parameters: the trained parameters; float32 ones are used without a copy.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self.pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
-        #: What the optimizer is made from.
+        #: The parameters to make the optimizer from.
         self.parameters: list[nn.Parameter] = []
         self._passes = 0  # over the batch, within the optimizer's step
         for parameter in parameters:
@@ -66,26 +66,26 @@ class MasterWeights:
 
     def attach(self, optimizer: Optimizer) -> None:
         """Makes ``optimizer`` round its weights into the model after each step, and save and load them."""
-        optimizer.register_step_pre_hook(lambda *_: self._count_anew())
+        optimizer.register_step_pre_hook(lambda *_: self._reset_passes())
         optimizer.register_step_post_hook(lambda *_: self._round())
         optimizer.register_state_dict_post_hook(self._save)
         optimizer.register_load_state_dict_pre_hook(self._load)
 
-    def _count_anew(self) -> None:
+    def _reset_passes(self) -> None:
         self._passes = 0
 
     def begin_pass(self) -> None:
-        """Must be called before each pass over the batch: within a step LBFGS moves its weights between passes."""
+        """Must be called before each pass over the batch: LBFGS moves its weights between the passes of a step."""
         if self._passes:
             self._round()
         self._passes += 1
 
     @torch.no_grad()
     def take_gradients(self) -> None:
-        """Moves the gradients of the model's weights to the float32 ones, and adds to what is there."""
+        """Moves the gradients of the model's weights to the float32 copies, adding to theirs."""
         for parameter, master in self.pairs:
             if parameter.grad is not None:
-                # Sums over micro-batches are float32's, too.
+                # Sums over micro-batches are float32, too.
                 master.grad = parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
                 parameter.grad = None
 
@@ -100,46 +100,46 @@ class MasterWeights:
     @torch.no_grad()
     def _load(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         saved = state.get("master_weights")
-        if not self.pairs:  # the checkpoint may have some: this run resumes from the rounded weights
+        if not self.pairs:  # the checkpoint may have some; this run resumes from the rounded weights
             return
-        if saved is None:  # the checkpoint has none: they start at the weights that have just been loaded
+        if saved is None:  # the checkpoint has none; they start at the weights just loaded
             saved = [parameter.detach() for parameter, _ in self.pairs]
         for (_, master), value in zip(self.pairs, saved, strict=True):
             master.copy_(value)
 
 
-def made(make: Callable[[list[nn.Parameter]], Optimizer], parameters: list[nn.Parameter]) -> Any:
-    """What ``model.optimizer`` makes of the parameters.
+def make_optimizer(make: Callable[[list[nn.Parameter]], Optimizer], parameters: list[nn.Parameter]) -> Any:
+    """The optimizer that ``model.optimizer`` makes from the parameters.
 
     Raises:
-        ValueError: where it does not take its settings.
+        ValueError: if it rejects its settings.
     """
     try:
         return make(parameters)
-    except (RuntimeError, TypeError, ValueError) as error:  # as of lr: null, or of fused: true on some devices
+    except (RuntimeError, TypeError, ValueError) as error:  # as with lr: null, or with fused: true on some devices
         raise ValueError(f"model.optimizer: {error}; check its init_args") from error
 
 
 def check_optimizer(make: Callable[[list[nn.Parameter]], Optimizer], device: torch.device, *, vectors: bool) -> None:
     """Refuses, before a model is loaded, an optimizer that could not train it.
 
-    It is made for a matrix and a vector of zeros, and takes a step along a gradient of 0.
+    The optimizer is made for a matrix and a vector of zeros, and takes a step along a gradient of 0.
 
     Args:
-        make: makes it from what it trains.
-        device: of what is trained.
-        vectors: vectors are trained too, such as the weights of norms; under LoRA there are only matrices.
+        make: makes the optimizer from the trained parameters.
+        device: device of the parameters.
+        vectors: whether vectors are trained too, such as the weights of norms; under LoRA there are only matrices.
 
     Raises:
         ValueError: naming the setting.
     """
     parameters = [nn.Parameter(torch.zeros(shape, device=device)) for shape in ((2, 2), (2,))]
     matrices = parameters[:1]
-    optimizer = made(make, matrices)
+    optimizer = make_optimizer(make, matrices)
     if vectors:
         try:
             optimizer = make(parameters)
-        except ValueError as error:  # as of Muon
+        except ValueError as error:  # as with Muon
             raise ValueError(
                 f"model.optimizer: {error}. A whole model has vectors too, such as the weights of its norms; with"
                 " model.policy.lora only matrices are trained"
@@ -159,10 +159,10 @@ def check_optimizer(make: Callable[[list[nn.Parameter]], Optimizer], device: tor
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             optimizer.step(lambda: torch.zeros((), device=device))
-    except RuntimeError as error:  # as of SparseAdam, whose gradients are sparse
+    except RuntimeError as error:  # as with SparseAdam, whose gradients are sparse
         if not isinstance(error, NotImplementedError):
             raise ValueError(f"model.optimizer: {type(optimizer).__name__} cannot take a step: {error}") from error
-    except Exception:  # what else goes wrong may be due to the zeros
+    except Exception:  # other errors may be due to the zeros
         pass
 
 
@@ -171,19 +171,19 @@ def _is_zero(value: Any) -> bool:
 
 
 class LostUpdates:
-    """Warns of the share of weights, from a sample, that an optimizer's step leaves unchanged.
+    """Warns if an optimizer's step leaves a share of the weights unchanged, as measured on a sample.
 
-    Measured at the first step with a learning rate above 0, and at the first one at its full height. Of half-precision
-    weights one in a hundred is worth saying; of float32 ones some always are, as their gradient is small.
+    Measured at the first step with a learning rate above 0, and at the first step at the peak rate. With half-precision
+    weights 1 % is worth a warning; with float32, some weights never move, as their gradients are small.
 
     Args:
-        optimizer: what steps on them.
-        hint: the end of the warning about half-precision weights, which says what to do.
+        optimizer: the optimizer that steps on them.
+        hint: the advice that ends the warning about half-precision weights.
     """
 
     SAMPLE = 4096
-    WORTH_SAYING = 0.01
-    WORTH_SAYING_OF_FLOAT32 = 0.99
+    NOTABLE = 0.01
+    NOTABLE_IN_FLOAT32 = 0.99
 
     def __init__(self, optimizer: Optimizer, hint: str) -> None:
         self.hint = hint
@@ -195,7 +195,7 @@ class LostUpdates:
         optimizer.register_step_pre_hook(lambda *_: self._look(optimizer))
         optimizer.register_step_post_hook(lambda *_: self._compare(optimizer))
         if all(_is_zero(group.get("lr")) for group in optimizer.param_groups):
-            rank_zero_warn("halos: model.optimizer.init_args.lr is 0, so that no weight will change")
+            rank_zero_warn("halos: model.optimizer.init_args.lr is 0, so no weight will change")
 
     def _sample(self, values: Tensor) -> Tensor:
         each = max(1, self.SAMPLE // len(self._parameters))
@@ -225,25 +225,25 @@ class LostUpdates:
                 kept += int((moving & (self._sample(parameter) == before)).sum())
         lr, full = self._height(optimizer)
         self._before, self._measured, self._done = [], True, full
-        if with_gradient and kept > with_gradient * (self.WORTH_SAYING if self._half else self.WORTH_SAYING_OF_FLOAT32):
+        if with_gradient and kept > with_gradient * (self.NOTABLE if self._half else self.NOTABLE_IN_FLOAT32):
             kinds = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in self._parameters}))
             rank_zero_warn(
                 f"halos: {100 * kept / with_gradient:.0f} % of the {kinds} weights with a gradient kept their value in"
-                f" a step of {type(optimizer).__name__} at a learning rate of {lr:g}: its updates are smaller than"
-                f" their precision, and are lost. {self.hint if self._half else RAISE}"
+                f" a step of {type(optimizer).__name__} at a learning rate of {lr:g}: updates below their precision"
+                f" are lost. {self.hint if self._half else RAISE}"
             )
 
 
 class Schedule(LambdaLR):
-    """A schedule of ``transformers.get_scheduler`` that a resumed run may change.
+    """A schedule from ``transformers.get_scheduler`` that a resumed run may change.
 
-    Of a checkpoint it uses only how many steps have been taken; peak and shape are those of this run.
+    It takes only the number of steps from a checkpoint; peak and shape are those of this run.
 
     Args:
-        optimizer: whose learning rate it sets.
-        name: of the shape after warm-up.
-        warmup_steps: optimizer steps during which the learning rate rises from 0.
-        steps: optimizer steps of the run.
+        optimizer: the optimizer whose learning rate it sets.
+        name: name of the shape after warm-up.
+        warmup_steps: number of optimizer steps during which the learning rate rises from 0.
+        steps: number of optimizer steps of the run.
     """
 
     def __init__(self, optimizer: Optimizer, name: str, *, warmup_steps: int, steps: int) -> None:
@@ -268,13 +268,13 @@ class Schedule(LambdaLR):
             changed = [str(Change(k, shapes[0][k], v)) for k, v in self.shape.items() if shapes[0].get(k, v) != v]
             why = f" ({'; '.join(changed)}; warm-up and decay are shares of the whole run)" if changed else ""
             rank_zero_info(
-                f"halos: the learning rate resumes at {now[0]:g} at optimizer step {self.last_epoch}, where that of the"
-                f" checkpoint's run was {before[0]:g}{why}"
+                f"halos: the learning rate resumes at {now[0]:g} at optimizer step {self.last_epoch}, and was"
+                f" {before[0]:g} in the checkpoint's run{why}"
             )
 
 
 def _plain(value: Any) -> Any:
-    """A hyper-parameter in types that ``torch.load(weights_only=True)`` accepts, and that compare."""
+    """A hyper-parameter in comparable types that ``torch.load(weights_only=True)`` accepts."""
     if isinstance(value, Tensor):
         return value.item() if value.numel() == 1 else value.tolist()
     if isinstance(value, list | tuple):
@@ -292,58 +292,58 @@ def _may_change(key: str, before: Any, now: Any) -> bool:
     for one, other in zip(*numbers, strict=True):
         if any(isinstance(value, bool) or not isinstance(value, int | float) for value in (one, other)):
             return False
-        if (one == 0) != (other == 0) and not stateless:  # momentum without the sums that it is made from
+        if (one == 0) != (other == 0) and not stateless:  # momentum lacks the sums that it consists of
             return False
     return True
 
 
 def guard(optimizer: Optimizer, changed: Callable[[list[Change]], None]) -> None:
-    """Makes a new ``optimizer`` keep its own settings when it loads a state, and refuse a state that it cannot use.
+    """Makes a new ``optimizer`` keep its settings when it loads a state, and refuse a state that it cannot use.
 
-    torch would take the settings from the checkpoint and ignore those of this run. Must be called before a schedule
-    changes the learning rate.
+    torch would take the settings from the checkpoint and ignore this run's. Must be called before a schedule changes
+    the learning rate.
 
     Args:
-        optimizer: any. Some keep state in their groups, so that only what is there now counts as settings.
-        changed: called with the settings that differ, when a state is loaded.
+        optimizer: any optimizer. Some keep state in their groups later, so only the current entries count as settings.
+        changed: called with the settings that differ when a state is loaded.
     """
     name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
-    own = [{k: _plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    settings = [{k: _plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
 
     def save(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        return {**state, "class": name, "settings": own}
+        return {**state, "class": name, "settings": settings}
 
     def load(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         before = state.get("class", name)
         if before != name:
             raise ValueError(
-                f"model.optimizer is {name}, but the checkpoint's was {before}, whose state it cannot use; resume"
-                " with the latter, or start a new run"
+                f"model.optimizer is {name}, which cannot use the state of {before} in the checkpoint; resume with the"
+                " latter, or start a new run"
             )
         before, now = (
             [len(group["params"]) for group in part] for part in (state["param_groups"], optimizer.param_groups)
         )
         if before != now:
             raise ValueError(
-                f"model.optimizer has groups of {now} parameters, but the checkpoint's of {before}; start a new run"
+                f"model.optimizer has groups of {now} parameters, but the checkpoint has {before}; start a new run"
             )
-        found: dict[str, Change] = {}
+        changes: dict[str, Change] = {}
         groups = []
         older = [_without_state(group) for group in state["param_groups"]]
         for mine, was, saved, group in zip(
-            own, state.get("settings", older), state["param_groups"], optimizer.param_groups, strict=True
+            settings, state.get("settings", older), state["param_groups"], optimizer.param_groups, strict=True
         ):
             differing = [k for k in mine if k in was and was[k] != mine[k]]
             for key in differing:
-                found.setdefault(key, Change(f"model.optimizer.{key}", was[key], mine[key]))
+                changes.setdefault(key, Change(f"model.optimizer.{key}", was[key], mine[key]))
             taken = {*differing, *({"initial_lr"} if "lr" in differing else ())}
             groups.append({**saved, **{key: group[key] for key in taken if key in group}})
-        if refused := [change for key, change in found.items() if not _may_change(key, *change[1:])]:
+        if refused := [change for key, change in changes.items() if not _may_change(key, *change[1:])]:
             raise ValueError(
                 f"the checkpoint's {type(optimizer).__name__} cannot resume with {'; '.join(map(str, refused))}, which"
-                " needs another state. Resume with the value of the checkpoint's run, or start a new run"
+                " needs a different state. Resume with the checkpoint's value, or start a new run"
             )
-        changed(list(found.values()))
+        changed(list(changes.values()))
         return {**state, "param_groups": groups}
 
     optimizer.register_state_dict_post_hook(save)
@@ -351,7 +351,7 @@ def guard(optimizer: Optimizer, changed: Callable[[list[Change]], None]) -> None
 
 
 def _without_state(group: dict[str, Any]) -> dict[str, Any]:
-    """The settings in a group of an older checkpoint, which mixes them with state: those of torch's optimizers."""
+    """The settings of torch's optimizers in a group of an older checkpoint, which mixes settings and state."""
     lr = group.get("initial_lr", group["lr"])
     numbers = ("weight_decay", "betas", "eps", "momentum", "dampening", "alpha")
     switches = ("nesterov", "centered", "amsgrad", "maximize", "decoupled_weight_decay")
@@ -359,27 +359,27 @@ def _without_state(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def configured_optimizer(module: Any) -> tuple[MasterWeights, dict[str, Any]]:
-    """The float32 copies that a run's optimizer steps on, and for Lightning the optimizer and its schedule by step.
+    """The master weights of a run, and its optimizer and schedule in Lightning's form.
 
     Args:
         module: the LightningModule.
 
     Raises:
-        ValueError: where the optimizer does not take its settings, or nothing limits the steps.
+        ValueError: if the optimizer rejects its settings, or nothing limits the number of steps.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
     masters = MasterWeights(trained if module.master_weights else [])
-    optimizer = made(module.make_optimizer, masters.parameters or trained)
+    optimizer = make_optimizer(module.make_optimizer, masters.parameters or trained)
     guard(optimizer, module.record.add)
     masters.attach(optimizer)
     LostUpdates(optimizer, "Set model.master_weights to true")
-    # Else Lightning takes a fused one for an optimizer that unscales gradients, and refuses to clip them for it.
+    # Otherwise Lightning assumes that a fused optimizer unscales its gradients itself, and refuses to clip them.
     optimizer._step_supports_amp_scaling = False
     steps = module.trainer.estimated_stepping_batches
     if not math.isfinite(steps):
         raise ValueError(
             f"model.lr_schedule {module.lr_schedule} and model.warmup_ratio are shares of a run's length, but nothing"
-            " limits its steps; set trainer.max_steps or trainer.max_epochs (trainer.max_time may end it sooner)"
+            " limits its steps; set trainer.max_steps or trainer.max_epochs (trainer.max_time may still end it sooner)"
         )
     warmup = round(module.warmup_ratio * steps)
     schedule = Schedule(optimizer, module.lr_schedule, warmup_steps=warmup, steps=int(steps))

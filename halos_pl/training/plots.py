@@ -1,4 +1,4 @@
-"""Pictures of a run."""
+"""Plots of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _column(rows: list[dict[str, str]], name: str) -> tuple[list[int], list[floa
 
 
 def _figure(height: float, gap: float) -> Figure:
-    """Seven inches wide, with margins for a title and labels: a layout that matplotlib finds costs a drawing more."""
+    """Seven inches wide, with fixed margins for title and labels: an automatic layout would draw the figure twice."""
     figure = Figure(figsize=(7, height))
     figure.subplots_adjust(left=0.12, right=0.97, bottom=0.5 / height, top=1 - 0.35 / height, hspace=gap)
     return figure
@@ -30,12 +30,12 @@ def plot_training(metrics: Path, out: Path, *, beta: float = 1.0) -> Path | None
     """Rewards by class and the reference point over optimizer steps, all times beta, and the loss below.
 
     Args:
-        metrics: a run's ``metrics.csv``, where rewards are beta * r already.
+        metrics: a run's ``metrics.csv``, whose rewards are beta * r.
         out: the PNG to write.
-        beta: the value function's, 1 / nats.
+        beta: the value function's beta, 1 / nats.
 
     Returns:
-        ``out``, or None where the run logged no loss.
+        ``out``, or None if the run logged no loss.
     """
     with metrics.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -64,17 +64,17 @@ def plot_training(metrics: Path, out: Path, *, beta: float = 1.0) -> Path | None
 def plot_value_function(
     value_function: ValueFunction, moments: Mapping[str, Sequence[tuple[float, bool]]], out: Path
 ) -> Path:
-    """v, and below it the outcomes of some rows at some moments of the run.
+    """Plots v, and below it the outcomes of some rows at some moments of the run.
 
     Args:
-        value_function: drawn in the top panel, on the CPU.
-        moments: by name: rows as (outcome u in nats, whether the row is desirable).
+        value_function: the value function of the top panel, on the CPU.
+        moments: rows as (outcome u in nats, whether the row is desirable), by name of the moment.
         out: the PNG to write.
     """
     everything = torch.tensor([u for rows in moments.values() for u, _ in rows])
-    # The axis follows the bulk of the rows; what lies beyond its ends is drawn at them.
+    # The axis covers the bulk of the rows; outliers are drawn at its ends.
     reach = max(1.0, 1.1 * float(everything.abs().quantile(0.99)))
-    # v is drawn as far as it bends, which may be far beyond where the rows are.
+    # v is drawn as far as it bends, which may be far beyond the rows.
     beta = reward_scale(value_function)
     shape = max(reach, 4 / beta) if beta > 0 else reach
     figure = _figure(2.4 + 1.6 * len(moments), gap=0.25)

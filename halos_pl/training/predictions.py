@@ -1,4 +1,4 @@
-"""What ``halos predict`` says of each row."""
+"""The records of ``halos predict``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from halos_pl.training.engine import Part
 
 
 def records_of(part: Part) -> list[dict[str, Any]]:
-    """One record per row of a part: its name, log-probs, r, z0, u (nats) and value."""
+    """One record per row of a part: name, label, tokens, log-probs, r, z0 and u (nats), and value."""
     rows, outcomes = part.rows, part.result.outcomes
     columns: dict[str, list[Any]] = {
         "row": part.row_ids,

@@ -1,4 +1,4 @@
-"""The progress of a fit: a bar on a terminal, a plain line now and then in a file or a pipe."""
+"""The progress of a fit: a bar on a terminal, occasional plain lines in a file or a pipe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Timer, TQDMProgressBar
 from halos_pl.common.progress import clock, is_terminal
 from halos_pl.training.ending import planned_steps
 
-#: Metrics of the progress bar that say nothing about learning.
+#: Metrics of the progress bar that tell nothing about learning.
 _TECHNICAL = ("v_num", "TFLOP/s", "of_matmul")
 
 
@@ -28,12 +28,12 @@ class Progress(TQDMProgressBar):
     """Counts the optimizer steps of the whole run: in a bar on a terminal, in plain lines elsewhere.
 
     Args:
-        every_n_steps: without a terminal, steps between two lines; null prints about 50 lines per run, and at least one
-            every ``max_seconds``.
-        max_seconds: without a terminal or ``every_n_steps``, the longest time between two lines.
+        every_n_steps: number of steps between two lines, without a terminal; null prints about 50 lines per run, and at
+            least one every ``max_seconds``.
+        max_seconds: longest time between two lines, without a terminal or ``every_n_steps``.
 
     Raises:
-        ValueError: for a number outside its range.
+        ValueError: if a number is out of range.
     """
 
     LINES = 50
@@ -48,7 +48,7 @@ class Progress(TQDMProgressBar):
         self._terminal = is_terminal(sys.stdout)
         self._planned: int | None = None
         self._first = 0
-        self._began = self._said = time.monotonic()
+        self._began = self._printed = time.monotonic()
 
     @property
     def is_enabled(self) -> bool:
@@ -65,7 +65,7 @@ class Progress(TQDMProgressBar):
 
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         self._planned, self._first = planned_steps(trainer), trainer.global_step
-        self._began = self._said = time.monotonic()
+        self._began = self._printed = time.monotonic()
         self.train_progress_bar = bar = self.init_train_tqdm()
         if not bar.disable:
             bar.total, bar.initial, bar.n = self._planned, self._first, self._first
@@ -87,22 +87,22 @@ class Progress(TQDMProgressBar):
             spent = clock(time.monotonic() - self._began)
             total = f"/{self._planned}" if self._planned else ""
             where = f"step {step}{total}, epoch {trainer.current_epoch}"
-            self._say(f"{where}: {_listed(figures)}; {spent} so far, {self._left(trainer)} left")
+            self._print_line(f"{where}: {_listed(figures)}; {spent} so far, {self._left(trainer)} left")
 
     def _figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         return {k: v for k, v in self.get_metrics(trainer, pl_module).items() if k not in _TECHNICAL}
 
     def _due(self, step: int) -> bool:
-        """Whether to print a line after ``step`` steps; always after the first and the last one of this fit."""
+        """Whether to print a line after ``step`` steps; always after the first and the last step of this fit."""
         if step in (self._first + 1, self._planned):
             return True
         if self.every_n_steps:
             return step % self.every_n_steps == 0
         often = bool(self._planned) and step % math.ceil(self._planned / self.LINES) == 0  # type: ignore[operator]
-        return often or time.monotonic() - self._said >= self.max_seconds
+        return often or time.monotonic() - self._printed >= self.max_seconds
 
     def _left(self, trainer: Trainer) -> str:
-        """The remaining time of the fit at the rate so far, validations included, or until its ``max_time``."""
+        """The remaining time of the fit at the rate so far, including validations, or until its ``max_time``."""
         taken, ends = trainer.global_step - self._first, []
         if self._planned is not None and taken:
             ends.append((time.monotonic() - self._began) / taken * (self._planned - trainer.global_step))
@@ -128,15 +128,15 @@ class Progress(TQDMProgressBar):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
         if self._enabled and not self._terminal and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            found = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+            figures = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
             names = ("val/loss", "val/rewards/margins", "val/rewards/accuracies")
-            shown: dict[str, Any] = {name: found[name] for name in names if name in found}
-            self._say(f"validation after step {trainer.global_step}: {_listed(shown)}")
+            shown: dict[str, Any] = {name: figures[name] for name in names if name in figures}
+            self._print_line(f"validation after step {trainer.global_step}: {_listed(shown)}")
 
     def _batch(self, what: str, index: int, total: float) -> None:
-        if self._enabled and not self._terminal and time.monotonic() - self._said >= self.max_seconds:
-            self._say(f"{what}: batch {index + 1}" + (f"/{total:.0f}" if math.isfinite(total) else ""))
+        if self._enabled and not self._terminal and time.monotonic() - self._printed >= self.max_seconds:
+            self._print_line(f"{what}: batch {index + 1}" + (f"/{total:.0f}" if math.isfinite(total) else ""))
 
-    def _say(self, line: str) -> None:
-        self._said = time.monotonic()
+    def _print_line(self, line: str) -> None:
+        self._printed = time.monotonic()
         print(line, flush=True)

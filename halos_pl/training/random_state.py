@@ -1,4 +1,4 @@
-"""The random state of a process, as its checkpoint holds it."""
+"""Saves and restores the random states of a run's processes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from halos_pl.distributed import world_size
 
 
 def random_states(device: torch.device) -> list[dict[str, Any]]:
-    """Those of all ranks: each process's and its GPU's, in types that ``torch.load(weights_only=True)`` accepts.
+    """The random states of all ranks, in types that ``torch.load(weights_only=True)`` accepts.
 
-    Of its own GPU only, as the run may resume on a machine with other GPUs.
+    Each has the state of its own GPU only, as the run may resume on a machine with other GPUs.
     """
     state = _collect_rng_states(include_cuda=False)
     name, keys, *rest = state["numpy"]

@@ -1,4 +1,4 @@
-"""One writer at a time in a run's folder, also from other machines that share its disk."""
+"""Allows one writer at a time in a run's folder, even across machines that share its disk."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lightning.pytorch.utilities import rank_zero_info
 class RunLock:
     """A lock file in the folder that it protects, so that every machine that sees the folder sees the lock.
 
-    It is a POSIX lock, which network file systems support too: it ends with its process, however that ends, and a data
-    loader's forked processes do not inherit it. It stays valid when the folder is renamed.
+    It is a POSIX lock, which network file systems support too: it ends with its process, however that ends, and forked
+    processes of a data loader do not inherit it. It stays valid when the folder is renamed.
 
     Args:
-        folder: made where it is missing.
+        folder: the folder, created if it is missing.
         command: the kind of writer; different kinds do not exclude each other.
     """
 
@@ -30,8 +30,8 @@ class RunLock:
         """Takes the lock, or reports that the file system does not support locks.
 
         Raises:
-            FileExistsError: where another process holds it.
-            OSError: where nothing can be written to the folder.
+            FileExistsError: if another process holds it.
+            OSError: if the folder is not writable.
         """
         try:
             import fcntl
@@ -44,7 +44,7 @@ class RunLock:
             file = self._place.open("a", encoding="utf-8")
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Its holder may have removed or moved it after it was opened here.
+                # Its holder may have removed or moved the file after it was opened here.
                 if self._place.exists() and os.path.samestat(os.fstat(file.fileno()), self._place.stat()):
                     self._file = file
             except OSError as error:
@@ -73,7 +73,7 @@ def refuse_held(folder: Path, command: str) -> None:
     """Refuses a folder that another process writes to; creates nothing.
 
     Raises:
-        FileExistsError: where one does.
+        FileExistsError: if another process does.
     """
     if (folder / f".{command}.lock").is_file() and os.access(folder, os.W_OK):
         lock = RunLock(folder, command)

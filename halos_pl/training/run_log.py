@@ -1,4 +1,4 @@
-"""``metrics.csv`` in a run's folder: one line a logged step, whoever logs its figures, and whenever."""
+"""``metrics.csv`` in a run's folder: one line per logged step, whenever and by whomever its figures are logged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from halos_pl.common.files import whole
 
 METRICS = "metrics.csv"
-#: Columns from left to right, by their names or what these begin with; "" stands for all others.
+#: Columns from left to right, by name or beginning of the name; "" stands for all others.
 ORDER = (
     *("step", "epoch", "loss", "grad_norm", "rewards", "kl", "outcome", "logps", "", "val"),
     *("rows/s", "tokens/s", "TFLOP/s", "of_matmul", "DeviceStatsMonitor"),
@@ -25,7 +25,7 @@ ORDER = (
 
 
 def column_order(name: str) -> tuple[int, int, str]:
-    """Sorts the columns of ``metrics.csv``: what a reader looks for first comes first."""
+    """Sort key for the columns of ``metrics.csv``: the most important figures come first."""
 
     def place(name: str) -> int:
         begins = (i for i, first in enumerate(ORDER) if first and re.match(rf"{re.escape(first)}(?:[/.]|$)", name))
@@ -44,7 +44,7 @@ def _text(names: list[str], rows: list[dict[str, Any]], *, header: bool = False)
 
 
 def _parse(path: Path, text: str) -> tuple[list[str], list[dict[str, str]]]:
-    """Names and rows of a ``metrics.csv``. A row that a kill or a disk has damaged is dropped, and that is said."""
+    """Names and rows of a ``metrics.csv``. Drops rows that a kill or a disk has damaged, with a warning."""
     rows: list[dict[str, str]] = []
     damaged: list[int] = []
     with io.StringIO(text, newline="") as file:
@@ -56,7 +56,7 @@ def _parse(path: Path, text: str) -> tuple[list[str], list[dict[str, str]]]:
                 rows.append(row)
             else:
                 damaged.append(reader.line_num)
-    if rows and not damaged and not text.endswith("\n"):  # a number that was cut off is a number still
+    if rows and not damaged and not text.endswith("\n"):  # a truncated number still parses
         damaged.append(reader.line_num)
         rows.pop()
     if "step" not in names:
@@ -68,27 +68,27 @@ def _parse(path: Path, text: str) -> tuple[list[str], list[dict[str, str]]]:
 
 
 class StepWriter(ExperimentWriter):
-    """Writes one line a step, and continues the ``metrics.csv`` that is there.
+    """Writes one line per step, and continues an existing ``metrics.csv``.
 
-    The last lines stay open: figures of the same step that are logged later, such as those of its validation, are
-    added to its line, which is then written again in its place.
+    The last lines stay open: figures of a step that are logged later, such as those of its validation, are added to
+    its line, which is then rewritten in place.
     """
 
-    #: Steps whose lines may still grow. Two, as some callbacks log under the number of the step that comes next.
+    #: Number of steps whose lines may still grow: two, as some callbacks log under the next step's number.
     OPEN = 2
 
     def __init__(self, log_dir: str) -> None:
         self._open: dict[int, dict[str, Any]] = {}
-        self._end = 0  # of the lines that do not change any more, in bytes
+        self._end = 0  # size of the final lines, in bytes
         self._changed = False
         self._read = False
         super().__init__(log_dir)
 
     def _check_log_dir_exists(self) -> None:
-        """Leaves the file, which Lightning would delete, to the first figures: an earlier run is moved aside later."""
+        """Keeps the file, which Lightning would delete: an earlier run's folder is renamed later."""
 
     def _resume(self) -> None:
-        """Reads the names of the columns, and opens the last line."""
+        """Reads the names of the columns, and reopens the last line."""
         self._read = True
         path = Path(self.metrics_file_path)
         lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
@@ -111,7 +111,7 @@ class StepWriter(ExperimentWriter):
         self._changed = True
 
     def save(self) -> None:
-        """Writes what is new. A kill at any moment leaves all lines but the open ones as they were."""
+        """Writes new figures. A kill at any moment leaves all lines but the open ones unchanged."""
         if not self._changed:
             return
         path, there = Path(self.metrics_file_path), Path(self.metrics_file_path).is_file()
@@ -136,7 +136,7 @@ class StepWriter(ExperimentWriter):
 
 
 class RunCSVLogger(CSVLogger):
-    """``metrics.csv`` in the run's folder, one line a logged step, kept when the run is resumed.
+    """``metrics.csv`` in the run's folder, one line per logged step, continued when the run is resumed.
 
     Args:
         run_dir: the run's folder.
@@ -158,17 +158,17 @@ class RunCSVLogger(CSVLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Notes figures of a step; they are written when the step is complete, by :meth:`save`."""
+        """Collects figures of a step; :meth:`save` writes them when the step is complete."""
         self.experiment.log_metrics(metrics, step)
 
     def log_hyperparams(self, params: Any = None) -> None:
-        """Nothing: ``config.yaml`` is beside ``metrics.csv``."""
+        """Does nothing: ``config.yaml`` is beside ``metrics.csv``."""
 
     def drop_from(self, step: int) -> int:
-        """Drops the lines of optimizer step ``step`` and later: a resumed run writes them again.
+        """Drops the lines of optimizer step ``step`` and later, which a resumed run writes again.
 
         Returns:
-            The step of the last line that is left; -1 where there is none.
+            The step of the last remaining line; -1 if there is none.
         """
         path = Path(self.log_dir) / METRICS
         if not path.is_file():
@@ -180,12 +180,12 @@ class RunCSVLogger(CSVLogger):
                 file.write(_text(sorted(names, key=column_order), _one_a_step(kept), header=True).decode())
         else:
             path.unlink()
-        self._experiment = None  # it knows the names of what was there
+        self._experiment = None  # it knows the old columns
         return max((int(row["step"]) for row in kept), default=-1)
 
 
 def _one_a_step(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Joins the lines of a step, which earlier versions wrote apart."""
+    """Joins the lines of each step, which earlier versions wrote separately."""
     joined: dict[str, dict[str, str]] = {}
     for row in rows:
         joined.setdefault(row["step"], {}).update({name: value for name, value in row.items() if value})

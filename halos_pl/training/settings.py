@@ -1,7 +1,7 @@
-"""The settings a checkpoint was trained with, and what a resumed run may change of them.
+"""The settings that a checkpoint was trained with, and which of them a resumed run may change.
 
-They are kept in the checkpoint itself, since a config.yaml beside it may have been edited. Whatever differs is either
-refused, with both values, or takes effect and is reported.
+They are stored in the checkpoint itself, since a config.yaml beside it may have been edited. A setting that differs is
+either refused, with both values, or takes effect and is reported.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from halos_pl.training.optim import Change
 
 Settings = dict[str, Any]
-"""Values of plain types by dotted key; a class has its name as the value, and its arguments as keys below."""
+"""Values of plain types by dotted key; the value of a class is its name, and its arguments are keys below."""
 
-#: What a resumed run cannot change: its steps would be those of another loss, or of another model.
+#: Settings that a resumed run cannot change: it would train with another loss, or another model.
 FIXED = (
     "model.policy",
     "model.reference_model",
@@ -38,9 +38,9 @@ FIXED = (
     "model.loss_offset",
     "model.extra_terms",
     "trainer.precision",
-    "seed_everything",  # the random state is the checkpoint's, so another seed would not be used
+    "seed_everything",  # the random state comes from the checkpoint, so another seed would have no effect
 )
-#: Of these, what changes results by rounding at most. The weights behind a path are compared by themselves.
+#: Those among them that change results at most by rounding. The weights behind a path are compared separately.
 FREE = tuple(
     f"model.policy.{name}"
     for name in (
@@ -53,11 +53,11 @@ FREE = tuple(
         "compile",
     )
 )
-#: What an evaluation cannot change, as it would measure another model. The rest is only how it is measured.
+#: Settings that an evaluation cannot change, as it would measure another model. Others only change how it measures.
 MODEL = ("model.policy.lora", "model.policy.dropout")
-#: Places of files, which are no settings of a run.
+#: Paths of files, which do not count as settings of a run.
 PLACES = ("run_dir", "ckpt_path", "weights_only", "config", "trainer.default_root_dir", "data.cache_dir")
-#: What does not affect a run's results: two runs that differ only in these have the same weights.
+#: Settings that do not affect a run's results: two runs that differ only in these have the same weights.
 ASIDE = (
     "checkpoint",
     "progress",
@@ -68,7 +68,7 @@ ASIDE = (
     "trainer.enable_progress_bar",
     "trainer.enable_model_summary",
 )
-#: What is read from the Trainer, since not every run has a config.
+#: Settings that are read from the Trainer, since not every run has a config.
 TRAINER = (
     "precision",
     "max_steps",
@@ -86,8 +86,8 @@ _OF_MODULES = {*vars(nn.Module()), "needs"}
 def described(value: Any) -> Any:
     """``value`` in plain types; an object as ``{class_path, init_args}``.
 
-    The arguments of an object are its attributes of the names of its constructor's parameters; all of its attributes
-    where one of these is missing. A learned parameter is described by its shape.
+    The arguments of an object are its attributes that are named like its constructor's parameters; all of its
+    attributes if one of these is missing. A learned parameter is described by its shape.
     """
     if value is None or isinstance(value, bool):
         return value
@@ -118,20 +118,22 @@ def _name(thing: Any) -> str:
 def _arguments(value: Any) -> dict[str, Any]:
     try:
         taken = list(inspect.signature(type(value)).parameters.values())
-    except ValueError:  # a type that is not written in Python does not tell
+    except ValueError:  # a type that is not written in Python has no signature
         taken = []
     named = [p.name for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    own = dict(vars(value)) if hasattr(value, "__dict__") else {}
+    attributes = dict(vars(value)) if hasattr(value, "__dict__") else {}
     if isinstance(value, nn.Module):
         for kind in ("_parameters", "_buffers", "_modules"):
-            own |= own.get(kind, {})
-    if all(name in own for name in named):
-        return {name: own[name] for name in named}
-    return {k: v for k, v in own.items() if (k not in _OF_MODULES and not callable(v)) or isinstance(v, nn.Module)}
+            attributes |= attributes.get(kind, {})
+    if all(name in attributes for name in named):
+        return {name: attributes[name] for name in named}
+    return {
+        k: v for k, v in attributes.items() if (k not in _OF_MODULES and not callable(v)) or isinstance(v, nn.Module)
+    }
 
 
 def flat(value: Any, key: str = "") -> Settings:
-    """A tree of settings by dotted key."""
+    """Flattens a tree of settings to dotted keys."""
 
     def entries(value: Any, key: str) -> Iterator[tuple[str, Any]]:
         if isinstance(value, Mapping) and "class_path" in value:
@@ -160,7 +162,7 @@ def of_trainer(trainer: Any) -> Settings:
 
 
 def environment(trainer: Any) -> Settings:
-    """What a run is computed on, which may change its results by rounding."""
+    """The hardware and versions that a run uses, which may change its results by rounding."""
     device = trainer.strategy.root_device
     return {
         "ranks": trainer.world_size,
@@ -174,12 +176,12 @@ def environment(trainer: Any) -> Settings:
 
 
 def differing(saved: Settings, now: Settings) -> list[Change]:
-    """The settings that both name and that differ; not the arguments of a class that has been replaced."""
-    found: list[Change] = []
+    """The settings that are in both and differ, without the arguments of a replaced class."""
+    differences: list[Change] = []
     for key in sorted(saved.keys() & now.keys()):
-        if saved[key] != now[key] and not any(key.startswith(f"{change.key}.") for change in found):
-            found.append(Change(key, saved[key], now[key]))
-    return found
+        if saved[key] != now[key] and not any(key.startswith(f"{change.key}.") for change in differences):
+            differences.append(Change(key, saved[key], now[key]))
+    return differences
 
 
 def _below(key: str, places: Sequence[str]) -> bool:
@@ -192,30 +194,30 @@ def aside(config: Settings, *, wanted: bool) -> Settings:
 
 
 def changes(saved: Mapping[str, Any], module: Settings, config: Settings | None) -> list[Change]:
-    """What a run changes of the settings in its checkpoint.
+    """The changes that a run makes to the settings in its checkpoint.
 
     Args:
         saved: ``settings`` of the checkpoint.
-        module: the settings that are read from module and Trainer.
-        config: those of the config, None without one; they add arguments that objects do not keep.
+        module: settings read from module and Trainer.
+        config: settings of the config, which add arguments that objects do not keep; None without a config.
     """
-    found = differing(saved.get("module") or {}, module)
-    known = saved.get("module", {}).keys() & module.keys()
+    changed = differing(saved.get("module") or {}, module)
+    compared = saved.get("module", {}).keys() & module.keys()
     for change in differing(saved.get("config") or {}, config or {}):
-        if change.key not in known and not _below(change.key, [change.key for change in found]):
-            found.append(change)
-    return found
+        if change.key not in compared and not _below(change.key, [change.key for change in changed]):
+            changed.append(change)
+    return changed
 
 
-def refused(found: Sequence[Change], *, fitting: bool) -> list[Change]:
-    """The changes that a run cannot make: a resumed fit where ``fitting``, else an evaluation."""
+def refused(changed: Sequence[Change], *, fitting: bool) -> list[Change]:
+    """The changes that a run cannot make: a resumed fit if ``fitting``, otherwise an evaluation."""
     if not fitting:
-        return [change for change in found if _below(change.key, MODEL)]
-    return [change for change in found if _below(change.key, FIXED) and not _below(change.key, FREE)]
+        return [change for change in changed if _below(change.key, MODEL)]
+    return [change for change in changed if _below(change.key, FIXED) and not _below(change.key, FREE)]
 
 
 def of_file(path: Path) -> Settings:
-    """The settings in a run's config.yaml; empty where there is none that can be read."""
+    """The settings in a run's config.yaml; empty if it cannot be read."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -224,14 +226,14 @@ def of_file(path: Path) -> Settings:
 
 
 def weights_sample(model: nn.Module) -> Tensor:
-    """About 1024 of the weights, evenly spread, without those of an adapter: float32, on the CPU."""
+    """About 1024 evenly spread weights, without an adapter's: float32, on the CPU."""
     weights = [p.detach() for name, p in model.named_parameters() if ".lora_" not in name]
     each = max(1, 1024 // max(1, len(weights)))
     return torch.cat([w.flatten()[:: max(1, w.numel() // each)][:each].float().cpu() for w in weights])
 
 
 def same_weights(one: Tensor, other: Tensor) -> bool:
-    """Whether two samples are of the same weights, up to the rounding of an adapter merged on another machine."""
+    """Whether two samples come from the same weights, up to the rounding of an adapter merged on another machine."""
     if one.shape != other.shape:
         return False
     return float((~torch.isclose(one, other, rtol=1e-5, atol=1e-8)).float().mean()) < 0.05

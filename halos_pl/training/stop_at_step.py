@@ -1,4 +1,4 @@
-"""Where a fit may be stopped by a signal: between two steps, on all ranks at once, with a checkpoint."""
+"""Lets a signal stop a fit only between two steps, on all ranks at once, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from halos_pl.training.monitors import given_up
 
 
 class AgreedSignals:
-    """Instead of Lightning's signal connector, whose handler talks to other ranks in the middle of a step and hangs.
+    """Replaces Lightning's signal connector, whose handler communicates with other ranks mid-step and hangs.
 
-    Lightning's loops ask ``received_sigterm`` after each training step, each evaluation batch and each epoch, and end
-    the run with ``SIGTERMException`` where it is true. Here all ranks ask at the same places, so they agree on
-    whether to stop: one number per step is reduced over the ranks. The handlers are in :mod:`halos_pl.common.stopping`.
+    Lightning's loops read ``received_sigterm`` after each training step, each evaluation batch and each epoch, and end
+    the run with ``SIGTERMException`` if it is true. All ranks read it at the same points, so they can agree on whether
+    to stop: one number per step is reduced over the ranks. The handlers are in :mod:`halos_pl.common.stopping`.
 
     Args:
-        trainer: whose loops ask.
+        trainer: the Trainer whose loops read it.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -41,21 +41,21 @@ class AgreedSignals:
 
     @property
     def received_sigterm(self) -> bool:
-        """Whether some rank has been told to stop. Every rank must ask the same number of times."""
-        told = max(stopping.received() or 0, REQUEUE * self._requeue)
+        """Whether some rank has received a signal to stop. Every rank must read this equally often."""
+        number = max(stopping.received() or 0, REQUEUE * self._requeue)
         if world_size() > 1:
-            flag = torch.tensor(told, dtype=torch.int32, device=self.trainer.strategy.root_device)
+            flag = torch.tensor(number, dtype=torch.int32, device=self.trainer.strategy.root_device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            told = int(flag)
-        if told >= REQUEUE:
+            number = int(flag)
+        if number >= REQUEUE:
             self._requeue = False
             _SignalConnector(self.trainer)._slurm_sigusr_handler_fn(signal.SIGUSR1, None)  # type: ignore[arg-type]
-        elif told:
-            stopping.agree(told)
-        return 0 < told < REQUEUE
+        elif number:
+            stopping.agree(number)
+        return 0 < number < REQUEUE
 
     def register_signal_handlers(self) -> None:
-        """Under SLURM with automatic requeueing, handles its signal as Lightning does, but after the step."""
+        """Under SLURM with automatic requeueing, handles its signal like Lightning, but after the step."""
         environment = self.trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
 
@@ -66,24 +66,24 @@ class AgreedSignals:
             self._before = number, signal.signal(number, requeue)
 
     def teardown(self) -> None:
-        """Puts back the handler that was there before."""
+        """Restores the previous handler."""
         if self._before is not None:
             signal.signal(*self._before)
             self._before = None
 
 
-#: More than any signal's number.
+#: Stands for SLURM's signal; above any signal number.
 REQUEUE = 1000
 
 
 class StopAtStep(Callback):
-    """Lets a signal wait until the step is done; then saves ``checkpoints/last.ckpt`` and says how to resume."""
+    """Delays a signal until the step is done; then saves ``checkpoints/last.ckpt`` and prints how to resume."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         stopping.wait_for_step(True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # One process may stop anywhere; a rank that did would leave the others waiting for it.
+        # A single process may stop anywhere; with several, the other ranks would wait for it.
         if trainer.world_size > 1 and not trainer.sanity_checking:
             stopping.wait_for_step(True)
 
@@ -94,7 +94,7 @@ class StopAtStep(Callback):
         self.on_validation_start(trainer, pl_module)
 
     def on_predict_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """Asks as Lightning's other loops do."""
+        """Stops like Lightning's other loops."""
         if trainer.received_sigterm:
             raise SIGTERMException
 
@@ -107,23 +107,23 @@ class StopAtStep(Callback):
         launcher: Any = trainer.strategy.launcher
         children = list(launcher.procs) if isinstance(launcher, _SubprocessScriptLauncher) else []
         if children:
-            # Its observer would kill this process because a child has ended with an exit status other than 0.
+            # Its observer would kill this process when a child ends with a nonzero exit status.
             launcher.procs.clear()
         if isinstance(exception, stopping.Stopped):
             for child in children:
                 child.send_signal(signal.SIGTERM)
         elif trainer.state.fn == "fit":
-            self._say(trainer, self._save(trainer))
+            self._report(trainer, self._save(trainer))
         stopping.wait_for(children)
 
     @staticmethod
     def _save(trainer: Trainer) -> bool:
-        """Writes ``checkpoints/last.ckpt`` where it lacks the last step; False where no step was taken."""
+        """Writes ``checkpoints/last.ckpt`` if it lacks the last step; returns False if no step was taken."""
         step = trainer.global_step
         if not step or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return False
         last = next(c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint))
-        if trainer.validating:  # the resumed run repeats the whole validation, so none of its figures are kept
+        if trainer.validating:  # the resumed run repeats the whole validation, so its figures are dropped
             progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
             progress.reset()
             progress.total.ready = progress.total.started = 1
@@ -131,11 +131,11 @@ class StopAtStep(Callback):
         return True
 
     @staticmethod
-    def _say(trainer: Trainer, saved: bool) -> None:
+    def _report(trainer: Trainer, saved: bool) -> None:
         number = stopping.received()
         why = stopping.name_of(number) if number else "a signal"
         if not saved:
-            rank_zero_info(f"halos: stopped by {why}; no step was taken, and nothing is saved")
+            rank_zero_info(f"halos: stopped by {why} before the first step; nothing was saved")
             return
         step, path = trainer.global_step, Path(trainer.default_root_dir) / LAST
         resume = stopping.command_line("--ckpt_path", "last", without=("--ckpt_path",))

@@ -292,11 +292,11 @@ def test_what_makes_another_loss_or_model_is_refused(before, now, key, values):
 def test_what_may_change_is_noted(now, key):
     module = kto(**now)
     compare(kto(), module)
-    assert [change.key for change in module.record.found] == [key]
+    assert [change.key for change in module.record.changes] == [key]
     # Said the same in another way, nothing has changed.
     module = kto(reference_model=FrozenCopy(), extra_terms=[])
     compare(kto(), module)
-    assert module.record.found == []
+    assert module.record.changes == []
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -305,7 +305,7 @@ def test_settings_of_the_trainer():
         compare(kto(), kto(), to=trainer(precision="bf16-mixed"))
     module = kto()
     compare(kto(), module, to=trainer(max_steps=7, gradient_clip_val=0.5))
-    assert {c.key: (c.before, c.now) for c in module.record.found} == {
+    assert {c.key: (c.before, c.now) for c in module.record.changes} == {
         "trainer.max_steps": (-1, 7),
         "trainer.gradient_clip_val": (None, 0.5),
     }

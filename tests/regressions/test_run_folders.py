@@ -138,7 +138,7 @@ def test_a_file_is_no_folder(finished, tmp_path, capfd):
 def test_a_folder_that_may_not_be_written_to(finished, tmp_path, capfd, monkeypatch):
     access = os.access  # tests may be run by root, who may
     monkeypatch.setattr(os, "access", lambda path, *given, **more: path != tmp_path and access(path, *given, **more))
-    assert f"{tmp_path} may not be written to" in refused(capfd, [*finished[1], f"--run_dir={tmp_path}/x"])
+    assert f"{tmp_path} is not writable" in refused(capfd, [*finished[1], f"--run_dir={tmp_path}/x"])
 
 
 @pytest.mark.usefixtures("unread")
