@@ -480,9 +480,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_its_step(clip, tiny_
 
     parts = {k: v() if isinstance(v, type) else v for k, v in PARTS["kto"].items()}
     model = HALOModule(ModelSpec(str(tiny_folder)), **{**parts, "value_function": Textbook()})
-    with pytest.raises(
-        NonFiniteLossError, match=r"norm is nan at optimizer step 0(.|\n)*file:0, file:1(.|\n)*at u = 0"
-    ):
+    with pytest.raises(NonFiniteLossError, match=r"is nan at optimizer step 0(.|\n)*file:0, file:1(.|\n)*at u = 0"):
         train(model, [batch()], gradient_clip_val=clip)
     assert all(weight.isfinite().all() for weight in weights(model).values())
 
