@@ -351,7 +351,7 @@ def test_the_config_that_was_written_makes_the_same_run(finished, tmp_path):
 
 def test_what_lightning_would_refuse_late_or_break_is_refused(data, tiny_folder, no_model, tmp_path, capfd):
     for option, said in {
-        "strategy=fsdp": "trainer.strategy fsdp is not supported: the reference model",
+        "strategy=fsdp": "trainer.strategy fsdp is not supported",
         "strategy=deepspeed_stage_3": "Use a single device or ddp",
         "overfit_batches=1": "Use --trainer.limit_train_batches",
         "enable_checkpointing=false": "checkpoints/last.ckpt",
