@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from halos_pl.policy.limits import check_length
-from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, load_model, load_tokenizer
+from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, load_model, load_tokenizer, stored_noise
 from halos_pl.policy.self_test import self_test_batch
 
 needs_smollm2 = pytest.mark.skipif(
@@ -110,14 +110,14 @@ def test_tokenizer_without_padding_pads_with_eos(tiny_folder: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("path", "gguf_file", "says"),
     [
-        ("package:no_such_package", None, "no package 'no_such_package' is installed"),
-        ("package:no_such_package.part", None, "no package 'no_such_package.part' is installed"),
-        ("package:", None, "no package '' is installed"),
-        ("/no/such/folder", None, "/no/such/folder is no folder here"),
+        ("package:no_such_package", None, "'no_such_package'"),
+        ("package:no_such_package.part", None, "'no_such_package.part'"),
+        ("package:", None, "package ''"),
+        ("/no/such/folder", None, "/no/such/folder"),
         ("somebody/some-model", None, "somebody/some-model could not be loaded: .*name a local folder"),
-        ("EMPTY", None, r"neither config.json nor exactly one GGUF file \(found: none\)"),
-        ("TWO", None, r"found: a.gguf, b.gguf"),
-        ("TWO", "c.gguf", "holds no c.gguf; its GGUF files: a.gguf, b.gguf"),
+        ("EMPTY", None, r"neither config.json nor exactly one GGUF file .*none"),
+        ("TWO", None, "a.gguf, b.gguf"),
+        ("TWO", "c.gguf", "c.gguf; .*a.gguf, b.gguf"),
         ("TWO", "a.gguf", "a.gguf cannot be read as a GGUF model"),
     ],
 )
@@ -259,7 +259,8 @@ def test_an_adapter_on_one_end_of_tied_weights_is_refused(
 def test_a_merged_adapter_keeps_what_the_config_said_of_dropout(tiny_gpt2_folder: Path, tmp_path: Path) -> None:
     load_model(ModelSpec(str(tiny_gpt2_folder), lora=LoRASpec(r=2))).save_pretrained(tmp_path)
     load_tokenizer(ModelSpec(str(tiny_gpt2_folder))).save_pretrained(tmp_path)
-    assert load_model(ModelSpec(str(tmp_path))).noise_of_config["attn_pdrop"] == 0.1
+    assert load_model(ModelSpec(str(tmp_path))).config.attn_pdrop == 0.0
+    assert stored_noise(ModelSpec(str(tmp_path)))["attn_pdrop"] == 0.1
 
 
 def test_the_jitter_of_a_router_is_off(tiny_folder: Path, tmp_path: Path) -> None:
@@ -281,7 +282,8 @@ def test_the_jitter_of_a_router_is_off(tiny_folder: Path, tmp_path: Path) -> Non
     off, on = (load_model(ModelSpec(str(folder), dropout=dropout)).train() for dropout in (False, True))
     assert torch.equal(off(ids).logits, off(ids).logits)
     assert not torch.equal(on(ids).logits, on(ids).logits)
-    assert off.noise_of_config["router_jitter_noise"] == 0.5
+    assert off.config.router_jitter_noise == 0.0
+    assert stored_noise(ModelSpec(str(folder)))["router_jitter_noise"] == 0.5
 
 
 def test_rows_beyond_the_models_positions_are_refused_or_warned_of(tiny_folder: Path, tiny_gpt2_folder: Path) -> None:

@@ -98,7 +98,7 @@ UNFIT = {
     "lfm2": (lambda: _spread(Lfm2ForCausalLM(Lfm2Config(**GROUPED, **MIXED))), "its log-probs change"),
     "lfm2, bfloat16": (
         lambda: _spread(Lfm2ForCausalLM(Lfm2Config(**GROUPED, **MIXED)), std=0.1).bfloat16(),
-        "tokens of one row reach another one",
+        "tokens of one row reach another row",
     ),
     # No made-up row is long enough to leave its window.
     "qwen2-moe, window": (

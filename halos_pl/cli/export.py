@@ -16,11 +16,11 @@ from torch import nn
 
 from halos_pl.cache import cache_root
 from halos_pl.common.files import remove, share
+from halos_pl.data.turns import stop_ids
 from halos_pl.policy import adapters
-from halos_pl.policy.architecture import base_model
+from halos_pl.policy.architecture import add_eos_ids, set_noise
 from halos_pl.policy.intact import is_finite
-from halos_pl.policy.loading import load_model, stored_dtype
-from halos_pl.policy.sampling import add_stops
+from halos_pl.policy.loading import load_model, stored_dtype, stored_noise
 from halos_pl.policy.source import ADAPTER_CONFIG, source_of
 from halos_pl.policy.spec import ModelError, ModelSpec
 from halos_pl.training.named_model import named_model
@@ -76,8 +76,8 @@ def export(
         raise FileExistsError(f"{out} is the folder to export; choose another one")
     if named.run is None and dtype is None:
         dtype = stored_dtype(named.spec)  # type: ignore[assignment]
-    whole: Any = named.load("cpu")
-    policy, tokenizer = whole, named.tokenizer()
+    policy: Any = named.load("cpu")
+    tokenizer = named.tokenizer()
     if dtype == "float32" and not adapter:  # before merging, so that the sum is not rounded
         policy.float()
     if adapter:
@@ -88,9 +88,8 @@ def export(
         policy.to(getattr(torch, dtype))
     _check_finite(policy, run)
     if not adapter:
-        for name, value in base_model(whole).noise_of_config.items():
-            setattr(base_model(policy).config, name, value)
-    stops = add_stops(policy, tokenizer)
+        set_noise(policy, stored_noise(named.spec))
+    stops = add_eos_ids(policy, stop_ids(tokenizer))
     if adapter and stops:
         print(f"halos: the adapter's base does not stop at the ids {stops}; pass them as eos_token_id to generate")
     with _written(out, (*TOKENIZER, *(("adapter_*",) if adapter else WEIGHTS))) as part:

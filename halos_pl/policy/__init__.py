@@ -1,1 +1,1 @@
-"""The model side: loading, reference models, log-probs. It never imports a loss."""
+"""Models: loading, reference models, log-probs and sampling. Never imports a loss."""

@@ -1,13 +1,16 @@
-"""Differences between model families: only this file reads attributes that vary between models of transformers."""
+"""Differences between models: only this file reads or sets what varies between those of transformers and peft."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
+from transformers.pytorch_utils import Conv1D
 
 #: Config keys with the coefficients of auxiliary losses.
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "z_loss_coefficient")
@@ -127,7 +130,7 @@ def auxiliary_losses(model: nn.Module) -> dict[str, Any]:
     coefficients = {name: getattr(config, name) for name in _COEFFICIENTS if getattr(config, name, None)}
     if getattr(config, "output_router_logits", False):
         return {"output_router_logits": True, **coefficients} if coefficients else {}
-    return {name: value for name, value in coefficients.items() if name.startswith("z_")}  # these are always added
+    return {name: value for name, value in coefficients.items() if name.startswith("z_")}  # added in any case
 
 
 def experts_per_token(model: nn.Module) -> int | None:
@@ -136,26 +139,188 @@ def experts_per_token(model: nn.Module) -> int | None:
     return int(count) if count and accepts(model, "output_router_logits") else None
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model in eval mode, and back in its own mode at the end."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+# -- layers ---------------------------------------------------------------------------------------------
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether a model is a peft model."""
+    return hasattr(model, "peft_config")
+
+
+def adapter_off(model: nn.Module) -> Callable[[], AbstractContextManager[None]] | None:
+    """A context in which the adapter of a peft model has no effect; None if the model has no adapter."""
+    return getattr(model, "disable_adapter", None)
+
+
+def is_adapted(layer: Any) -> bool:
+    """Whether a peft adapter wraps a layer."""
+    return hasattr(layer, "base_layer")
+
+
+def without_adapter(layer: nn.Module) -> Any:
+    """The layer that a peft adapter wraps; a plain layer itself."""
+    return getattr(layer, "base_layer", layer)
+
+
+def layer_matrices(model: nn.Module) -> list[Tensor]:
+    """The weights of a model's linear layers, without the head.
+
+    Raises:
+        TypeError: for a mixture of experts, as each token goes through only a few of them.
+    """
+    decoder, _ = decoder_and_head(model)
+    if any(p.dim() == 3 and "expert" in name for name, p in decoder.named_parameters()):
+        raise TypeError("each token goes through only a few of the model's experts")
+    return [m.weight for m in decoder.modules() if isinstance(m, (nn.Linear, Conv1D))]
+
+
+def attention_width(model: nn.Module) -> int:
+    """Layers * heads * width of a head."""
+    config = text_config(model)
+    heads: int = config.num_attention_heads
+    return config.num_hidden_layers * heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)  # type: ignore[no-any-return]
+
+
+# -- attention ------------------------------------------------------------------------------------------
+
+
+def attention_function(model: nn.Module) -> str:
+    """The name of a model's attention function, such as ``sdpa``."""
+    return base_model(model).config._attn_implementation  # type: ignore[no-any-return]
+
+
+@contextmanager
+def use_attention(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Switches a model to the attention function ``name`` (None: no change) and back at the end."""
+    config = base_model(model).config
+    before = config._attn_implementation
+    config._attn_implementation = name or before
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+# -- noise ----------------------------------------------------------------------------------------------
+
+
 def _is_noise(name: str) -> bool:
     return any(word in name for word in ("dropout", "layerdrop", "jitter")) or name.endswith(("pdrop", "_drop"))
 
 
-def switch_noise_off(model: nn.Module) -> dict[str, float]:
-    """Sets dropout and router jitter to 0, in the modules and in the config, which attention code reads.
+def noise_settings(config: Any) -> dict[str, float]:
+    """The probabilities of dropout and the jitter of experts' routers in a config, by name."""
+    return {name: value for name, value in vars(config).items() if isinstance(value, float) and _is_noise(name)}
 
-    The reference has no noise, so a noisy policy would differ from it before the first step.
 
-    Returns:
-        The previous values in the config, which belong in an exported model.
+def set_noise(model: nn.Module, settings: dict[str, float]) -> None:
+    """Writes :func:`noise_settings` into a model's config, for the folder that it is saved to."""
+    for name, value in settings.items():
+        setattr(base_model(model).config, name, value)
+
+
+def switch_noise_off(model: nn.Module) -> None:
+    """Sets dropout and the jitter of experts' routers to 0, in modules and in the config, which attention code reads.
+
+    The reference has none, so a policy with noise would differ from it before its first step.
     """
-    config: Any = model.config
-    before = {name: value for name, value in vars(config).items() if isinstance(value, float) and _is_noise(name)}
-    for name in before:
-        setattr(config, name, 0.0)
+    set_noise(model, dict.fromkeys(noise_settings(base_model(model).config), 0.0))
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and _is_noise(name):
                 setattr(module, name, 0.0)
-    return before
+
+
+# -- precision ------------------------------------------------------------------------------------------
+
+
+def dtype_of_config(config: Any) -> str | None:
+    """The dtype that a config names, such as ``bfloat16``; None if it names none."""
+    dtype = getattr(config, "dtype", None)
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def quantisation(model: nn.Module) -> str | None:
+    """The name of the method by which a model's weights are quantised; None if they are not.
+
+    transformers dequantises some formats, and then removes the quantisation from the config.
+    """
+    settings: Any = getattr(model.config, "quantization_config", None)
+    if settings is None:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    return str(getattr(method, "value", method or "unknown method"))
+
+
+def keeps_quantised(model: nn.Module) -> bool:
+    """Whether a model computes with quantised weights, so that an adapter can be trained on top of them."""
+    return bool(getattr(model, "is_quantized", False))
+
+
+def forget_quantisation(model: Any) -> None:
+    """Marks a model with dequantised float32 weights as a plain one; otherwise it could not be saved."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    del model.config.quantization_config
+    model.config.dtype = torch.float32
+
+
+# -- generation -----------------------------------------------------------------------------------------
+
+
+def eos_setting(model: nn.Module) -> Any:
+    """The ``eos_token_id`` of a model's generation settings: an id, a list of ids, None, or whatever its file has."""
+    return getattr(getattr(base_model(model), "generation_config", None), "eos_token_id", None)
+
+
+def eos_ids(model: nn.Module) -> list[int]:
+    """The ids at which a model's own generation settings stop."""
+    ids = eos_setting(model)
+    return list(ids) if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def add_eos_ids(model: nn.Module, ids: Sequence[int]) -> list[int]:
+    """Adds ids at which a model's own generation settings stop; returns those that were missing."""
+    present = eos_ids(model)
+    missing = [token for token in ids if token not in present]
+    if missing:
+        base_model(model).generation_config.eos_token_id = [*present, *missing]
+    return missing
+
+
+@contextmanager
+def plain_generation(model: nn.Module) -> Iterator[None]:
+    """Sets a model's own generation settings aside.
+
+    transformers takes top_k, repetition_penalty and the like from them unless the caller sets them. The samples would
+    then not follow the model's distribution, as KL estimates assume.
+    """
+    # Under an adapter generate() copies the outer settings to the inner model, so the inner ones matter.
+    inner = base_model(model)
+    settings = inner.generation_config
+    inner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = settings
+
+
+# -- name -----------------------------------------------------------------------------------------------
+
+
+def set_name(model: Any, name: str) -> None:
+    """Sets the name or path that a model goes by in messages and in the config of an adapter."""
+    model.name_or_path = model.config._name_or_path = name

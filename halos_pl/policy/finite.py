@@ -1,4 +1,4 @@
-"""Whether a model that samples still gives numbers that a token can be drawn from."""
+"""Stops sampling from a model whose logits are not finite."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ from halos_pl.policy.spec import ModelError
 
 
 class FiniteLogits(LogitsProcessor):
-    """Stops sampling at logits without a finite largest one. Greedy decoding would take any token of such a row.
+    """Stops sampling if the largest logit of a row is not finite; greedy decoding would pick an arbitrary token.
 
     Args:
-        names: of the rows of the batch, for the message.
-        start: tokens of a padded prompt.
-        ends: ids at which a completion ends; what follows them does not count.
+        names: names of the rows of the batch, for the message.
+        start: number of tokens of a prompt, padding included.
+        ends: ids that end a completion; logits after them are ignored.
 
     Raises:
-        ModelError: naming the row.
+        ModelError: names the row.
     """
 
     def __init__(self, names: Sequence[str], start: int, ends: Sequence[int]) -> None:
         self.names, self.start, self.ends = names, start, list(ends)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Gives back ``scores`` (rows x vocabulary) as they are."""
-        wrong = ~scores.amax(dim=-1).isfinite()  # of NaN it is NaN
+        """Returns ``scores`` (rows x vocabulary) unchanged."""
+        wrong = ~scores.amax(dim=-1).isfinite()  # the maximum of NaN is NaN
         if wrong.any():
-            said = input_ids[:, self.start :]
-            over = torch.isin(said, torch.tensor(self.ends, device=said.device)).any(dim=-1)
-            for name, is_wrong in zip(self.names, (wrong & ~over).tolist(), strict=True):
+            completions = input_ids[:, self.start :]
+            ended = torch.isin(completions, torch.tensor(self.ends, device=completions.device)).any(dim=-1)
+            for name, is_wrong in zip(self.names, (wrong & ~ended).tolist(), strict=True):
                 if is_wrong:
                     raise ModelError(
-                        f"{name}: the model's logits are not finite after {said.shape[1]} tokens of its answer, so none"
-                        " can be sampled; its weights are too large or damaged, or its dtype overflows (try float32)"
+                        f"{name}: the model's logits are not finite after {completions.shape[1]} tokens of its answer,"
+                        " so no token can be sampled; its weights are too large or damaged, or its dtype"
+                        " overflows (try float32)"
                     )
         return scores

@@ -1,4 +1,4 @@
-"""Log-probs of tokens from hidden states, a few rows of logits at a time: memory does not grow with the vocabulary."""
+"""Log-probs of tokens from hidden states, in parts, so that memory does not grow with the vocabulary."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-LOGITS = 1 << 23  # at most so many logits are in memory at a time (32 MB in float32)
+LOGITS = 1 << 23  # maximum number of logits in memory at a time (32 MB in float32)
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """float32 [m, V]; the product itself in the dtype of both."""
+    """float32 [m, V]; the product is computed in the dtype of its factors."""
     return (hidden @ weight.t()).float()
 
 
 class _LogProbs(torch.autograd.Function):
-    """log softmax(h W')[target] by parts, whose logits are made again in the backward pass and then overwritten.
+    """log softmax(h W')[target], in parts whose logits are recomputed, and then overwritten, in the backward pass.
 
     With p the softmax of a row and g the gradient of its log-prob, the gradient of its logits is g (onehot - p). The
-    last part's exponentials are kept: they are in memory anyway when the backward pass begins with them.
+    exponentials of the last part are kept: the backward pass begins with them, so they would be in memory anyway.
     """
 
     @staticmethod
@@ -35,53 +35,56 @@ class _LogProbs(torch.autograd.Function):
         parts: int,
         keep: bool,
     ) -> Tensor:
-        found, sums, last = [], [], None
+        logps, sums, last = [], [], None
         cast = weight.to(dtype)
         for h, t in zip(hidden.to(dtype).tensor_split(parts), targets.tensor_split(parts), strict=True):
-            last = None  # gone before the next ones are made
+            last = None  # freed before the next part is computed
             logits = _logits(h, cast)
             of_targets = logits.gather(1, t[:, None]).squeeze(1)
-            # logsumexp, in the memory of the logits.
+            # logsumexp, in place.
             largest = logits.amax(dim=1, keepdim=True)
             total = logits.sub_(largest).exp_().sum(dim=1)
             sums.append(total.log().add_(largest.squeeze(1)))
-            found.append(of_targets - sums[-1])
+            logps.append(of_targets - sums[-1])
             last = logits, total
             del logits
         ctx.save_for_backward(hidden, weight, targets, torch.cat(sums))
         ctx.dtype, ctx.parts, ctx.last = dtype, parts, last if keep else None
-        return torch.cat(found)
+        return torch.cat(logps)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         hidden, weight, targets, sums = ctx.saved_tensors
         dtype, parts = ctx.dtype, ctx.parts
         into_hidden, into_weight = ctx.needs_input_grad[:2]
-        cast, given = weight.to(dtype), hidden.to(dtype)
-        # Of a single part the product is the gradient itself; several are added up in float32.
+        cast, cast_hidden = weight.to(dtype), hidden.to(dtype)
+        # With one part, the product is the gradient itself; several are accumulated in float32.
         total: Tensor | None = None
         slopes = []
-        split = [x.tensor_split(parts)[::-1] for x in (given, targets, sums, gradient.float())]
+        split = [x.tensor_split(parts)[::-1] for x in (cast_hidden, targets, sums, gradient.float())]
         for h, t, s, g in zip(*split, strict=True):
             if ctx.last is None:
                 slope = _logits(h, cast).sub_(s[:, None]).exp_().mul_(-g[:, None])
             else:
                 exponentials, of_row = ctx.last
-                slope, ctx.last = exponentials.mul_((-g / of_row)[:, None]), None  # a second backward makes them again
+                slope, ctx.last = (
+                    exponentials.mul_((-g / of_row)[:, None]),
+                    None,
+                )  # a second backward pass recomputes them
                 del exponentials
             slope.scatter_add_(1, t[:, None], g[:, None])
             slope = slope.to(dtype)
             if into_hidden:
                 slopes.append(slope @ cast)
             if into_weight:
-                own = slope.t()
+                slope_t = slope.t()
                 if total is None:
-                    total = (own @ h).float() if parts > 1 else own @ h
+                    total = (slope_t @ h).float() if parts > 1 else slope_t @ h
                 elif dtype == torch.float32:
-                    total.addmm_(own, h)
+                    total.addmm_(slope_t, h)
                 else:
-                    total += own @ h
-                del own
+                    total += slope_t @ h
+                del slope_t
             del slope
         into = total.to(weight.dtype) if total is not None else None
         return (torch.cat(slopes[::-1]).to(hidden.dtype) if into_hidden else None, into, *[None] * 4)
@@ -92,7 +95,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def is_plain(head: nn.Module) -> bool:
-    """Whether ``head`` is a matrix and nothing else: no bias, no adapter, no hooks."""
+    """Whether ``head`` is just a matrix, without bias, adapter or hooks."""
     return type(head) is nn.Linear and head.bias is None and not _has_hooks(head)
 
 
@@ -100,8 +103,8 @@ def token_logps(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """log p of each target.
 
     Args:
-        head: from hidden states to logits: a linear layer, or any other module.
-        hidden: [m, size], what each target is predicted from.
+        head: linear layer or other module that maps hidden states to logits.
+        hidden: [m, size], the hidden states that predict the targets.
         targets: LongTensor [m].
 
     Returns:
@@ -122,6 +125,6 @@ def token_logps(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
 
     if parts == 1:
         return part(hidden, targets)
-    # Parts of equal size: a last one of a single row would be multiplied by another kernel, which may round otherwise.
+    # Parts of equal size: a last part of one row would be computed by another kernel, which may round differently.
     both = zip(hidden.tensor_split(parts), targets.tensor_split(parts), strict=True)
     return torch.cat([checkpoint(part, h, t, use_reentrant=False) for h, t in both])

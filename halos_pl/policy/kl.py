@@ -1,4 +1,4 @@
-"""The KL divergence between two models along given completions, over the whole vocabulary."""
+"""The KL divergence between two models along the tokens of completions, over the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from halos_pl.policy.scorer import Scorer
 
 
 class Scoring(Protocol):
-    """What has a model to compare with: a reference."""
+    """Has a model to compare the policy with, as references do."""
 
     @property
     def scoring(self) -> Callable[[], AbstractContextManager[Scorer]]:
-        """Entered to get it."""
+        """Returns a context manager that gives the model."""
 
 
 def _of_shared_ids(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probs [..., size] of the ids that both have: models of one tokenizer may differ in unused ones."""
+    """Log-probs [..., size] of the ids that both models have; with the same tokenizer, unused ids may differ."""
     width = min(log_p.shape[-1], log_q.shape[-1])
     return log_p[..., :width], log_q[..., :width]
 
 
 def _compared(log_p: Tensor, log_q: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log p and log q of the targets [...], and KL(p || q) there, of log-probs [..., V]."""
+    """log p and log q of the targets [...], and KL(p || q) at each of them, from log-probs [..., V]."""
     log_p, log_q = _of_shared_ids(log_p, log_q)
     of_target = (x.gather(-1, targets[..., None]).squeeze(-1) for x in (log_p, log_q))
     kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
@@ -42,7 +42,7 @@ def _compared(log_p: Tensor, log_q: Tensor, targets: Tensor) -> tuple[Tensor, Te
 def _tokens(
     policy: Scorer, reference: Scoring, batch: TokenBatch
 ) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, ...]]]:
-    """Yields (rows, columns, compared) for a few tokens at a time, so memory does not grow with the vocabulary."""
+    """Yields (rows, columns, compared) for a few tokens at a time, so that memory does not grow with the vocabulary."""
     ours = policy(batch, wanted="states")
     with reference.scoring() as other:
         theirs = other(batch, wanted="states")
@@ -60,18 +60,18 @@ def _tokens(
 def compared_logps(policy: Scorer, reference: Scoring, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs of the completion tokens under two models, and KL(policy || reference) at each of them.
 
-    The divergence is summed over the whole vocabulary, exact at every position given its prefix. Where the completions
-    were sampled from the policy, its sum over a completion's tokens is an unbiased, low-variance estimate of the
-    sequences' KL divergence.
+    The divergence is summed over the whole vocabulary, so it is exact at every position given its prefix. If the
+    completions were sampled from the policy, its sum over a completion's tokens is an unbiased, low-variance estimate
+    of the KL divergence between sequences.
 
     Args:
-        policy: the model whose expectation is taken.
-        reference: has the other model; it may be the policy with its adapter off.
+        policy: model over which the expectation is taken.
+        reference: reference with the other model, which may be the policy with its adapter off.
         batch: n rows.
 
     Returns:
-        log-probs under the policy, under the reference, and the divergence: nats, float32 [n, T] each, 0 where a row
-        has no token with loss.
+        Log-probs under the policy, log-probs under the reference, and the divergence: nats, float32 [n, T] each, 0
+        where a row has no token with loss.
     """
     with reference.scoring() as other:
         shared = policy.shares_prefixes and other.shares_prefixes
@@ -90,5 +90,5 @@ def compared_logps(policy: Scorer, reference: Scoring, batch: TokenBatch) -> tup
 
 
 def completion_kl(policy: Scorer, reference: Scoring, batch: TokenBatch) -> Tensor:
-    """KL(policy || reference) along given completions, nats, float32 [n, T]; see :func:`compared_logps`."""
+    """KL(policy || reference) at each completion token, nats, float32 [n, T]; see :func:`compared_logps`."""
     return compared_logps(policy, reference, batch)[2]

@@ -1,4 +1,4 @@
-"""Loading policies: a hub name, a local folder or a GGUF file; dropout off; LoRA."""
+"""Loads models from a hub name, a local folder or a GGUF file, without dropout, with or without LoRA."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from halos_pl.policy import adapters
-from halos_pl.policy.architecture import switch_noise_off
+from halos_pl.policy.architecture import dtype_of_config, noise_settings, set_name, switch_noise_off
 from halos_pl.policy.intact import check_loaded
 from halos_pl.policy.source import source_of
 from halos_pl.policy.spec import LoRASpec, ModelError, ModelSpec, reason
@@ -25,6 +25,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "stored_dtype",
+    "stored_noise",
 ]
 
 
@@ -34,65 +35,65 @@ def _loaded(loader: Any, spec: ModelSpec, *, weights: bool, **options: Any) -> A
         return loader.from_pretrained(
             source, revision=spec.revision or "main", trust_remote_code=spec.trust_remote_code, **options
         )
-    except Exception as error:  # a foreign or broken file leads to whatever: UnpicklingError, KeyError, RuntimeError
+    except Exception as error:  # a foreign or broken file can raise anything: UnpicklingError, KeyError, RuntimeError
         if "couldn't connect" in str(error) and not Path(source).is_dir():
             offline = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the hub cannot be reached"
             raise ModelError(
-                f"{spec.path} could not be loaded: it is no folder here, not in the cache, and {offline}; check the"
+                f"{spec.path} could not be loaded: it is not a local folder, not in the cache, and {offline}; check the"
                 " name and the connection, or name a local folder"
             ) from error
         if "trust_remote_code" in str(error):
-            hint = "say trust_remote_code: true (model.policy) if you trust that code"
+            hint = "set model.policy.trust_remote_code to true if you trust that code"
         elif "attention implementation" in str(error) or "FlashAttention" in str(error):
-            hint = "say attn_implementation: eager (model.policy)"
+            hint = "set model.policy.attn_implementation to eager"
         elif Path(source).is_dir():
-            hint = "check that the folder is complete and its files undamaged"
+            hint = "check that the folder is complete and its files are intact"
         else:
-            hint = "it is no folder here either; check the name and the connection, or name a local folder"
+            hint = "it is not a local folder either; check the name and the connection, or name a local folder"
         raise ModelError(f"{spec.path} could not be loaded: {reason(error)}; {hint}") from error
 
 
 def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, without the model; an adapter without one has that of its base.
+    """The tokenizer of a model; for an adapter without a tokenizer, that of its base. Loads no weights.
 
     Raises:
-        ModelError: where there is none.
+        ModelError: it cannot be loaded.
     """
     holder = adapters.with_tokenizer(spec)
     tokenizer: PreTrainedTokenizerBase = _loaded(AutoTokenizer, holder, weights=False)
     template = Path(spec.path) / "chat_template.jinja"
-    if holder is not spec and template.is_file():  # an adapter's, beside the tokenizer of its base
+    if holder is not spec and template.is_file():  # the adapter's own, with the tokenizer of its base
         tokenizer.chat_template = template.read_text(encoding="utf-8")
     _check_template(tokenizer, spec)
     if tokenizer.pad_token_id is None:
-        # Padding is masked wherever it occurs, so any token serves.
+        # Padding is masked everywhere, so any token will do.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> None:
-    """Refuses a chat template that is not valid Jinja, before every row of the data is blamed for it."""
+    """Refuses a chat template that is not valid Jinja; otherwise the error would name a row of the data."""
     if not tokenizer.chat_template:
         return
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     except TemplateSyntaxError as error:
         raise ModelError(
-            f"{spec.path}: its chat template is not valid Jinja (line {error.lineno}: {error.message}); mend it, or"
-            " get it again"
+            f"{spec.path}: its chat template is not valid Jinja (line {error.lineno}: {error.message}); fix it, or"
+            " download it again"
         ) from error
-    except Exception:  # it refuses these messages; those of the data are another matter
+    except Exception:  # it refuses this message, but may accept those of the data
         return
 
 
 def load_model(spec: ModelSpec) -> PreTrainedModel:
-    """The causal language model of ``spec``, on the CPU; a peft model around it under LoRA.
+    """The causal language model of ``spec``, on the CPU; with ``spec.lora``, a peft model around it.
 
-    A model that is itself an adapter is merged into its base. The result depends on ``spec`` and, for a new adapter, on
-    the seed last given to torch, not on how many random numbers have been drawn since.
+    An adapter in ``spec.path`` is merged into its base. The result depends on ``spec`` and, for a new adapter, on
+    torch's initial seed, but not on how many random numbers have been drawn since.
 
     Raises:
-        ModelError: where it cannot be loaded, or its files and its configuration do not match.
+        ModelError: it cannot be loaded, or its files and its configuration do not match.
     """
     root, chain = adapters.chain(spec)
     try:
@@ -100,12 +101,13 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     except ModelError as error:
         raise (adapters.lost(chain[0].spec, root.path, error) if chain else error) from error
     for adapter in chain:
-        # A new adapter would take the place of the one that is there, and without one nothing would be left to train.
+        # A new adapter would replace this one; without a new one, there would be nothing to train.
         model = adapters.merge(model, adapter)
-        rank_zero_info(f"halos: {adapter.spec.path} is an adapter of {root.path}; it is merged into its weights")
+        rank_zero_info(f"halos: {adapter.spec.path} is an adapter of {root.path} and is merged into it")
     if chain:
-        model.name_or_path = model.config._name_or_path = spec.path
-    model.noise_of_config = {} if spec.dropout else switch_noise_off(model)
+        set_name(model, spec.path)
+    if not spec.dropout:
+        switch_noise_off(model)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     whole: PreTrainedModel = model if spec.lora is None else adapters.with_lora(model, spec.lora)
@@ -113,10 +115,10 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
 
 
 def check_lora(spec: ModelSpec) -> None:
-    """Refuses an adapter that could not be put on a model, by the model's configuration: no weights are read.
+    """Refuses an adapter that does not fit the model's configuration. Reads no weights.
 
     Raises:
-        ModelError: as :func:`load_model` would, for a name among its targets that is no layer's, say.
+        ModelError: as in :func:`load_model`, for a target module that does not exist, for example.
     """
     if spec.lora is None:
         return
@@ -125,20 +127,28 @@ def check_lora(spec: ModelSpec) -> None:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=root.trust_remote_code)
-    except Exception:  # a model that is made on a real device only
+    except Exception:  # some models cannot be built on the meta device
         return
     adapters.with_lora(model, spec.lora)
 
 
 def stored_dtype(spec: ModelSpec) -> str | None:
-    """The dtype that the config of a model, or of an adapter's base, names; None where it names none."""
+    """The dtype in the config of a model, or of an adapter's base; None if it has none."""
+    return dtype_of_config(_stored_config(spec))
+
+
+def stored_noise(spec: ModelSpec) -> dict[str, float]:
+    """The dropout settings in the config of a model, or of an adapter's base; :func:`load_model` sets them to 0."""
+    return noise_settings(_stored_config(spec))
+
+
+def _stored_config(spec: ModelSpec) -> Any:
     root, _ = adapters.chain(spec)
-    found = getattr(_loaded(AutoConfig, root, weights=False), "dtype", None)
-    return None if found is None else str(found).removeprefix("torch.")
+    return _loaded(AutoConfig, root, weights=False)
 
 
 def _whole(spec: ModelSpec) -> Any:
-    """The model of a folder or hub name with all weights in it."""
+    """The model in a folder or on the hub, checked against its files."""
     model, info = _loaded(
         AutoModelForCausalLM,
         spec,
@@ -146,7 +156,7 @@ def _whole(spec: ModelSpec) -> Any:
         dtype=getattr(torch, spec.dtype),
         attn_implementation=spec.attn_implementation,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are named below
+        ignore_mismatched_sizes=True,  # check_loaded names them
     )
     check_loaded(model, info, spec, Path(source_of(spec, weights=False)))
     return model

@@ -1,4 +1,4 @@
-"""Less memory, and less time spent on memory, for the same numbers bit by bit."""
+"""Saves memory, and time spent on memory, without changing a bit of the result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _product(node: Any) -> Tensor:
     return node._saved_self * node._saved_other  # type: ignore[no-any-return]
 
 
-# How the result of an operation is made again from what its own backward keeps anyway.
+# Recomputes the result of an operation from the tensors that its own backward pass keeps anyway.
 _AGAIN = {
     "MulBackward0": _product,
     "SiluBackward0": lambda node: F.silu(node._saved_self),
@@ -29,33 +29,33 @@ _AGAIN = {
 
 @dataclass(frozen=True)
 class _Recipe:
-    """Stands for a tensor that is not kept: what made it, and the shape that it is wanted in."""
+    """Stands for a tensor that is not kept: the operation that computed it, and the tensor's shape."""
 
     node: Any
     shape: torch.Size
 
 
 def _maker(tensor: Tensor) -> Any:
-    """The operation that ``tensor`` can be made again by, None where there is none."""
+    """The operation that can recompute ``tensor``; None if there is none."""
     node = tensor.grad_fn if tensor.is_contiguous() else None
     while node is not None and node.name() in _VIEWS:
         node = node.next_functions[0][0]
     if node is None or node.name() not in _AGAIN:
         return None
-    # A product keeps a factor only where the other one has a gradient.
+    # A product keeps a factor only if the other one has a gradient.
     return node if all(function is not None for function, _ in node.next_functions) else None
 
 
 class recomputed(saved_tensors_hooks):
-    """While entered, results of cheap operations are not kept for the backward pass, but made again there.
+    """A context in which the results of cheap operations are recomputed in the backward pass instead of kept.
 
-    Those are products of two activations and activation functions: of a Llama layer the normalised and the gated
-    hidden states, two fifths of all that is kept. As checkpointing without its second forward pass: no matrix product
-    is computed again, and what is, is computed from the same numbers by the same operation.
+    These are products of two activations, and activation functions: in a Llama layer the normalised and the gated
+    hidden states, two fifths of everything kept. It is checkpointing without the second forward pass: no matrix product
+    is recomputed, and each result comes from the same operation on the same numbers.
     """
 
     def __init__(self) -> None:
-        last: list[Any] = [None, None]  # several matrix products in a row ask for the same tensor
+        last: list[Any] = [None, None]  # consecutive matrix products often use the same tensor
 
         def pack(tensor: Tensor) -> Tensor | _Recipe:
             node = _maker(tensor)
@@ -73,15 +73,14 @@ class recomputed(saved_tensors_hooks):
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Makes the C library keep freed memory instead of handing it back to the kernel, where that is glibc's and the
-    model is on the CPU.
+    """Makes glibc keep freed memory instead of returning it to the kernel, if the model is on the CPU.
 
-    A step frees gigabytes and asks for them again in the next one, and for each page the kernel has to fill in zeros:
-    5 to 10 % of a CPU step's time.
+    Each step frees gigabytes that the next one allocates again, and the kernel has to zero every page: 5 to 10 % of the
+    time of a step on the CPU.
     """
     if device.type != "cpu" or not sys.platform.startswith("linux"):
         return
-    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    trim_threshold, mmap_threshold = -1, -3  # from malloc.h
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(mmap_threshold, 1 << 30)

@@ -1,4 +1,4 @@
-"""Reference models: where log pi_ref comes from."""
+"""Reference models, which give log pi_ref."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from halos_pl.batch import TokenBatch
-from halos_pl.policy.architecture import base_model
+from halos_pl.policy.architecture import adapter_off, base_model, evaluating, has_adapter
 from halos_pl.policy.loading import ModelError, ModelSpec, load_model, load_tokenizer
 from halos_pl.policy.scorer import Scorer
 from halos_pl.policy.store import fingerprint
@@ -23,17 +22,17 @@ _NAME = "the reference model"
 
 
 class Reference(ABC):
-    """What gives log pi_ref of rows.
+    """Gives log pi_ref of rows.
 
     Attributes:
-        rows_computed: rows that it has scored.
+        rows_computed: number of rows that it has scored.
     """
 
     rows_computed = 0
 
     @abstractmethod
     def scoring(self) -> AbstractContextManager[Scorer]:
-        """Entered to get the reference, in eval mode on the policy's device."""
+        """A context manager that gives the reference as a scorer, in eval mode on the policy's device."""
 
     @torch.no_grad()
     def logps(self, batch: TokenBatch) -> Tensor:
@@ -45,11 +44,11 @@ class Reference(ABC):
 
 
 class FixedModel(Reference):
-    """A model in memory, for evaluations and loops of one's own; a config cannot name it.
+    """A model in memory, for evaluations and custom loops; not available in a config.
 
     Args:
-        model: a causal language model.
-        policy: what it is compared with; decides whether prefixes are shared, and the device.
+        model: causal language model.
+        policy: policy that it is compared with; it determines the device and whether prefixes are shared.
     """
 
     def __init__(self, model: nn.Module, policy: Scorer) -> None:
@@ -61,58 +60,58 @@ class FixedModel(Reference):
 
 
 class ReferenceModel(Reference):
-    """A reference that is made from the policy before it is trained.
+    """A reference derived from the policy before training.
 
-    It is no submodule of the LightningModule: never trained, never wrapped by DDP, never written into a checkpoint.
+    It is not a submodule of the LightningModule: it is never trained, wrapped by DDP, or saved in a checkpoint.
 
     Attributes:
-        storable: whether its log-probs can be kept for other runs: it never changes, and has a ``fingerprint``.
-        fingerprint: a hash of its weights as they were loaded; set by ``bind`` with ``stored``, where ``storable``.
+        storable: whether its log-probs can be stored for other runs: it never changes, and has a ``fingerprint``.
+        fingerprint: hash of its weights as loaded; set by ``bind`` with ``stored``, if ``storable``.
     """
 
     storable = False
     fingerprint: str
 
     def check(self, spec: ModelSpec) -> None:
-        """Refuses, before anything is loaded, policies of ``spec`` that this reference cannot serve.
+        """Refuses policies that this reference does not work with, before anything is loaded.
 
         Raises:
-            ModelError: with the reason and what to choose instead.
+            ModelError: names the reason and an alternative.
         """
         return None
 
     @abstractmethod
     def bind(self, policy: Scorer, spec: ModelSpec | None, *, stored: bool = False) -> None:
-        """Called once, when ``policy`` has just been loaded and not been trained yet.
+        """Called once, after ``policy`` has been loaded and before it is trained.
 
         Args:
-            policy: what is going to be trained.
-            spec: what it was loaded from; None for a model that was already in memory.
-            stored: its log-probs may all be in the reference store: it is asked for its ``fingerprint``, and
-                may load weights only when ``scoring`` is entered.
+            policy: policy that will be trained.
+            spec: specification that it was loaded from; None for a model that was already in memory.
+            stored: whether its log-probs come from the reference store. It must then set ``fingerprint``, and should
+                load weights only when ``scoring`` is entered, as the store may contain all log-probs.
 
         Raises:
-            ModelError: where this reference cannot serve that policy.
+            ModelError: this reference does not work with that policy.
         """
 
     def follow(self, step: int) -> None:
-        """Called after optimizer step number ``step``, from 1; a frozen reference does nothing."""
+        """Called after optimizer step ``step``, counted from 1; a frozen reference does nothing."""
         return None
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold of it: nothing of a frozen reference."""
+        """The weights that a checkpoint must contain; none for a frozen reference."""
         return {}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Puts back what ``state`` returned.
+        """Restores the weights that ``state`` returned.
 
         Raises:
-            ValueError: where the state is another reference's.
+            ValueError: the weights are those of another reference.
         """
         if state:
             raise ValueError(
-                f"the checkpoint holds the weights of a reference that moves, but reference_model is"
-                f" {type(self).__name__}: resume with the config of the checkpoint's own run"
+                f"the checkpoint contains the weights of a moving reference, but reference_model is"
+                f" {type(self).__name__}; resume with the config that the checkpoint was trained with"
             )
 
 
@@ -121,9 +120,10 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """The :func:`fingerprint` of a model, of one with an adapter without it.
+    """The :func:`fingerprint` of a model, without its adapter if it has one.
 
-    Without frequencies of positions, which follow from the config: not to the last bit on every device.
+    Leaves out the frequencies of rotary positions: they follow from the config, but may differ in the last bit between
+    devices.
     """
     kept = {_without_adapter(name) for name in model.state_dict()}
     weights = ((name, tensor) for name, tensor in _base_weights(model) if name in kept)
@@ -131,20 +131,20 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def _without_adapter(name: str) -> str:
-    """The name that a weight below a peft model has in the model without it."""
+    """The name of a peft model's weight in the model without the adapter."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a model without those of its adapter, by the names that they have without it."""
+    """The weights of a model without its adapter, with their names in that model."""
     return ((_without_adapter(name), tensor) for name, tensor in _tensors(model) if ".lora_" not in name)
 
 
 def _cast_like(model: nn.Module, like: dict[str, Tensor]) -> None:
-    """Gives each tensor of ``model`` the dtype and device of its namesake.
+    """Gives each tensor of ``model`` the dtype and device of the one with the same name in ``like``.
 
-    The Trainer's precision may have changed the policy's dtypes. Another dtype of any tensor of the reference, a
-    rotary embedding's float32 buffer among bfloat16 weights say, would make the first rewards differ from 0.
+    The Trainer's precision may have changed the policy's dtypes. If a single tensor of the reference has another dtype,
+    such as a float32 rotary buffer among bfloat16 weights, the first rewards differ from 0.
     """
     for name, tensor in _tensors(model):
         tensor.data = tensor.data.to(like[name])
@@ -162,7 +162,7 @@ class FrozenCopy(ReferenceModel):
         if stored:
             self.fingerprint = weights_fingerprint(policy.model)
         if self._spec is None or not stored:
-            with_adapter = hasattr(policy.model, "peft_config")
+            with_adapter = has_adapter(policy.model)
             if with_adapter and self._spec is None:
                 raise ModelError("FrozenCopy cannot copy a peft model in memory; choose reference_model: AdapterOff")
             model = load_model(self._spec) if with_adapter and self._spec else None
@@ -173,13 +173,13 @@ class FrozenCopy(ReferenceModel):
         return self._scorer
 
     def _loaded(self) -> Scorer:
-        """From the files again, since the policy may have been trained."""
+        """The reference loaded from its files, as the policy may already have been trained."""
         assert self._spec is not None
         model = load_model(self._spec)
         if weights_fingerprint(model) != self.fingerprint:
             raise ModelError(
                 f"the files of {self._spec.path} have changed since the policy was loaded from them, so the reference"
-                " model is lost; start the run anew"
+                " model is lost; start a new run"
             )
         return self._keep(self._policy.beside(model, _NAME))
 
@@ -191,28 +191,30 @@ class FrozenCopy(ReferenceModel):
 
 
 class SyncedCopy(ReferenceModel):
-    """A copy of the policy that follows it: every so many steps reference = mix * policy + (1 - mix) * reference.
+    """A copy of the policy that follows it: after every few steps reference = mix * policy + (1 - mix) * reference.
 
-    ``mix=1`` replaces the reference, as online and humanline alignment do; less is the soft update of TR-DPO
-    (Gorbatovski et al. 2024, section 3). Only what is trained moves; it is written into checkpoints.
+    ``mix=1`` replaces the reference, as in online and humanline alignment; a smaller one is the soft update of TR-DPO
+    (Gorbatovski et al. 2024, section 3). Only trained weights move; they are saved in checkpoints.
 
     Args:
-        every: optimizer steps between two updates.
+        every: number of optimizer steps between two updates.
         mix: share of the policy, in (0, 1].
 
     Raises:
-        ValueError: for a number outside its range.
+        ValueError: a number is outside its range.
     """
 
     def __init__(self, *, every: int, mix: float = 1.0) -> None:
         if every < 1 or not 0 < mix <= 1:
-            raise ValueError(f"SyncedCopy: every is {every} and mix {mix}; it must be every >= 1 and 0 < mix <= 1")
+            raise ValueError(
+                f"SyncedCopy: every is {every} and mix is {mix}; every must be at least 1, and mix in (0, 1]"
+            )
         self.every, self.mix = every, float(mix)
 
     def bind(self, policy: Scorer, spec: ModelSpec | None, *, stored: bool = False) -> None:
         self._policy = policy
         self._moving = {name for name, p in policy.model.named_parameters() if p.requires_grad}
-        self._exact: dict[str, Tensor] = {}  # in float32: half precision would lose small moves, each time
+        self._exact: dict[str, Tensor] = {}  # in float32, as half precision would lose small updates
         self._scorer = deepcopy(policy).eval().requires_grad_(False)  # with its adapter, if it has one
 
     @contextmanager
@@ -239,7 +241,8 @@ class SyncedCopy(ReferenceModel):
     def restore(self, state: dict[str, Tensor]) -> None:
         if state.keys() != self._moving:
             raise ValueError(
-                "the checkpoint does not hold the weights of this SyncedCopy: resume with the config of its own run"
+                "the checkpoint does not contain the weights of this SyncedCopy; resume with the config that"
+                " it was trained with"
             )
         for name, parameter in self._parameters():
             self._exact[name] = state[name].float()
@@ -259,28 +262,24 @@ class AdapterOff(ReferenceModel):
             )
 
     def bind(self, policy: Scorer, spec: ModelSpec | None, *, stored: bool = False) -> None:
-        if not hasattr(policy.model, "disable_adapter"):
+        switched_off = adapter_off(policy.model)
+        if switched_off is None:
             raise ModelError("reference_model: AdapterOff needs a policy with an adapter; choose FrozenCopy")
-        self._policy = policy
+        self._policy, self._switched_off = policy, switched_off
         if stored:
             self.fingerprint = weights_fingerprint(policy.model)
 
     @contextmanager
     def scoring(self) -> Iterator[Scorer]:
-        training = self._policy.training
-        disable: Any = self._policy.model.disable_adapter
-        try:
-            with disable():
-                yield self._policy.eval()
-        finally:
-            self._policy.train(training)
+        with self._switched_off(), evaluating(self._policy):
+            yield self._policy
 
 
 class OtherModel(ReferenceModel):
-    """Another model than the policy's own start, e.g. a larger one. It must share the policy's vocabulary.
+    """A model other than the initial policy, such as a larger one, with the same vocabulary.
 
     Args:
-        model: what to load.
+        model: specification of the model.
     """
 
     storable = True
@@ -304,11 +303,11 @@ class OtherModel(ReferenceModel):
 
 
 class NoReference(ReferenceModel):
-    """None at all: an objective that needs one is refused."""
+    """No reference: objectives that need one are refused."""
 
     def check(self, spec: ModelSpec) -> None:
         raise ModelError(
-            "reference_model is NoReference, but the reward needs log pi_ref; choose reward: LogProb, or a reference"
+            "reference_model is NoReference, but the reward needs log pi_ref; choose a reference, or reward: LogProb"
         )
 
     def bind(self, policy: Scorer, spec: ModelSpec | None, *, stored: bool = False) -> None:

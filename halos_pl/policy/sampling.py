@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from halos_pl.batch import Labels, TokenBatch
 from halos_pl.common.progress import counted
@@ -21,7 +20,7 @@ from halos_pl.data.render import Tools
 from halos_pl.data.special import SpecialText, SpecialTokens
 from halos_pl.data.tokenize import encode_prompt
 from halos_pl.data.turns import stop_ids
-from halos_pl.policy.architecture import base_model, positions, vocabulary_size
+from halos_pl.policy.architecture import eos_ids, evaluating, plain_generation, positions, vocabulary_size
 from halos_pl.policy.finite import FiniteLogits
 from halos_pl.policy.kl import Scoring, completion_kl
 from halos_pl.policy.limits import check_prompts, room
@@ -37,10 +36,10 @@ class Sample:
     """One completion.
 
     Attributes:
-        prompt_ids, completion_ids: token ids; the completion's end in that token where it is finished.
-        raw: the completion without special tokens and the one that ended it, with blanks at its ends: a completion of
-            plain text begins with the blank that parts it from its prompt.
-        finished: the model ended it by itself, by EOS or the end of a turn.
+        prompt_ids, completion_ids: token ids; a finished completion includes the token that ended it.
+        raw: text of the completion without special tokens and the token that ended it, not stripped: after a
+            plain-text prompt it usually begins with a space.
+        finished: whether the model ended it, with EOS or the end of a turn.
     """
 
     prompt_ids: list[int]
@@ -50,48 +49,13 @@ class Sample:
 
     @property
     def text(self) -> str:
-        """The completion without blanks at its ends."""
+        """The completion, stripped."""
         return self.raw.strip()
 
 
-def _own_ends(model: nn.Module) -> list[int]:
-    """The ids at which the model's own generation settings stop."""
-    own = base_model(model).generation_config.eos_token_id
-    return list(own) if isinstance(own, list) else [] if own is None else [own]
-
-
 def ends_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids at which a completion ends: those that the model's settings name, EOS, and the end of a turn."""
-    return sorted({*_own_ends(model), *stop_ids(tokenizer)})
-
-
-@contextmanager
-def _plain_sampling(model: Any) -> Iterator[None]:
-    """Sets aside what a model's own generation settings add.
-
-    transformers fills in top_k, repetition_penalty and the like from them wherever the caller says nothing; the
-    samples would then not be the model's distribution, which a KL estimate takes them for.
-    """
-    # Under an adapter generate() copies the outer settings to the inner model, so these are the ones to set.
-    inner = base_model(model)
-    own = inner.generation_config
-    training = model.training
-    model.eval()
-    inner.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        inner.generation_config = own
-        model.train(training)
-
-
-def add_stops(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Has the model's own generation settings stop where :func:`generate` does; the ids that they lacked."""
-    own = _own_ends(model)
-    missing = [token for token in stop_ids(tokenizer) if token not in own]
-    if missing:
-        base_model(model).generation_config.eos_token_id = [*own, *missing]
-    return missing
+    """The ids that end a completion: those in the model's generation settings, EOS, and the end of a turn."""
+    return sorted({*eos_ids(model), *stop_ids(tokenizer)})
 
 
 @torch.no_grad()
@@ -108,42 +72,42 @@ def sample_tokens(
     names: Sequence[str] | None = None,
     progress: bool = False,
 ) -> list[list[int]]:
-    """Samples one completion for each prompt with the process's own random state.
+    """Samples one completion per prompt, using the global random state.
 
     Args:
-        model: a causal language model of transformers, or a peft model around one.
+        model: causal language model of transformers, or a peft model around one.
         prompts: token ids.
-        stops: ids at which a completion ends, besides the model's own; the id is part of the completion.
-        pad: any id.
-        max_new_tokens: the most tokens of a completion; fewer where the model has no position for them.
+        stops: ids that end a completion, in addition to the model's own; the completion includes the id.
+        pad: id of the padding, any.
+        max_new_tokens: maximum number of tokens per completion; fewer if the model runs out of positions.
         temperature, top_p, batch_size: see :func:`generate`.
-        names: of the prompts, for messages.
-        progress: say on standard error how far it is.
+        names: names of the prompts, for messages.
+        progress: whether to show progress on standard error.
 
     Returns:
         Token ids of each completion, in the order of the prompts.
 
     Raises:
-        ModelError: where the logits are not finite, naming the prompt.
+        ModelError: the logits are not finite; names the prompt.
     """
-    named = names or [f"prompt {i + 1}" for i in range(len(prompts))]
-    # Prompts of like length side by side: little padding.
-    work = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    found: list[list[int]] = [[] for _ in prompts]
-    # A completion ends where the positions do, whatever prompts are beside its own.
-    places = positions(model)
-    most = [room(places, len(ids), max_new_tokens) for ids in prompts]
-    alike = [list(same) for _, same in groupby(work, key=lambda i: most[i])]
-    batches = [same[at : at + batch_size] for same in alike for at in range(0, len(same), batch_size)]
+    names = names or [f"prompt {i + 1}" for i in range(len(prompts))]
+    # Sorted by length, so that there is little padding.
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
+    completions: list[list[int]] = [[] for _ in prompts]
+    # Batches share max_new_tokens, so that a completion's length does not depend on the other prompts.
+    limits = positions(model)
+    most = [room(limits, len(ids), max_new_tokens) for ids in prompts]
+    groups = [list(group) for _, group in groupby(order, key=lambda i: most[i])]
+    batches = [group[at : at + batch_size] for group in groups for at in range(0, len(group), batch_size)]
     if pad is None or not 0 <= pad < vocabulary_size(model):
-        pad = 0  # it goes through the model, and is then dropped
+        pad = 0  # it goes through the model, so it needs a row in the embedding
     device = next(model.parameters()).device
     generator: Any = model
     options: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-    ends = {*_own_ends(model), *stops}  # some models name more than one, e.g. of a turn and of a text
-    with _plain_sampling(model):
+    ends = {*eos_ids(model), *stops}  # some models have several, for a turn and for a text
+    with evaluating(model), plain_generation(model):
         for batch in counted(batches, "sampling, in batches") if progress else batches:
             ids = [torch.tensor(prompts[i]) for i in batch]
             inputs = pad_sequence(ids, batch_first=True, padding_side="left").to(device)
@@ -154,22 +118,22 @@ def sample_tokens(
                 max_new_tokens=most[batch[0]],
                 eos_token_id=sorted(ends),
                 pad_token_id=pad,
-                logits_processor=[FiniteLogits([named[i] for i in batch], inputs.shape[1], sorted(ends))],
+                logits_processor=[FiniteLogits([names[i] for i in batch], inputs.shape[1], sorted(ends))],
                 **options,
             )
             for i, row in zip(batch, out[:, inputs.shape[1] :].tolist(), strict=True):
                 end = next((at for at, token in enumerate(row) if token in ends), None)
-                found[i] = row if end is None else row[: end + 1]
-    return found
+                completions[i] = row if end is None else row[: end + 1]
+    return completions
 
 
 class PolicySamples:
-    """Adds to a batch, for each of its rows, a completion that the policy samples now, as a mismatched row.
+    """For each row of a batch, samples a completion from the current policy and adds it as a mismatched row.
 
     Args:
-        policy: what samples, at temperature 1 and with the process's own random state.
-        tokenizer: its tokenizer.
-        max_new_tokens: the most tokens of a sample.
+        policy: model to sample from, at temperature 1, using the global random state.
+        tokenizer: tokenizer of the policy.
+        max_new_tokens: maximum number of tokens per sample.
     """
 
     def __init__(self, policy: Scorer, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
@@ -203,16 +167,16 @@ class PolicySamples:
         )
 
 
-def check_sampling(**given: float) -> None:
-    """Refuses settings of :func:`generate` outside their ranges, and what logits cannot be divided by.
+def check_sampling(**settings: float) -> None:
+    """Refuses settings of :func:`generate` that are outside their ranges.
 
     Args:
-        given: settings by name, those that there are.
+        settings: the settings by name; any of them may be omitted.
 
     Raises:
-        DataError: naming the value and the range.
+        DataError: names the setting and its range.
     """
-    for name, value in given.items():
+    for name, value in settings.items():
         if name == "top_p" and not 0 < value <= 1:
             raise DataError(f"top_p is {value}; it must be above 0 and at most 1")
         if name == "temperature" and not (value == 0 or LEAST_TEMPERATURE <= value < math.inf):
@@ -234,17 +198,17 @@ def encode_prompts(
     """Token ids of the prompts; see :func:`generate`.
 
     Raises:
-        ValueError: naming a prompt that cannot be encoded, and why.
+        ValueError: a prompt cannot be encoded; names the prompt and the reason.
     """
     ending = list(tokenizer(control, add_special_tokens=False)["input_ids"]) if control else []
     special = SpecialText(tokenizer, special_tokens_in_text)
-    found = []
-    for name, prompt, own in zip(names, prompts, tools or [None] * len(prompts), strict=True):
+    encoded = []
+    for name, prompt, prompt_tools in zip(names, prompts, tools or [None] * len(prompts), strict=True):
         try:
-            found.append(encode_prompt(tokenizer, prompt, special, own) + ending)
+            encoded.append(encode_prompt(tokenizer, prompt, special, prompt_tools) + ending)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-    return found
+    return encoded
 
 
 @torch.no_grad()
@@ -267,32 +231,32 @@ def generate(
 ) -> list[list[Sample]]:
     """Samples completions; the same arguments give the same completions.
 
-    A completion ends at the ids that the model's ``generation_config`` names, at EOS, and at the token with which the
-    chat template ends a turn.
+    A completion ends at any id in the model's ``generation_config``, at EOS, or at the token with which the chat
+    template ends a turn.
 
     Args:
-        model: a causal language model of transformers, or a peft model around one.
-        tokenizer: its tokenizer.
+        model: causal language model of transformers, or a peft model around one.
+        tokenizer: tokenizer of the model.
         prompts: texts or message lists.
-        max_new_tokens: the most tokens of a completion.
-        temperature: of the softmax; 0 takes the likeliest token.
-        top_p: sample among the likeliest tokens that hold this share of the probability.
-        num_samples: completions per prompt.
-        batch_size: completions at a time.
-        seed: of the sampling. The process's own random state is left as it was.
+        max_new_tokens: maximum number of tokens per completion.
+        temperature: temperature of the softmax; 0 takes the most likely token.
+        top_p: share of the probability mass whose most likely tokens are sampled from.
+        num_samples: number of completions per prompt.
+        batch_size: number of completions sampled at a time.
+        seed: seed of the sampling. The global random state is left unchanged.
         control: text between every prompt and its completion, such as the control token of conditional
             fine-tuning.
-        special_tokens_in_text: what becomes of special tokens that messages spell, see
+        special_tokens_in_text: how to treat special tokens in the text of messages, see
             :class:`halos_pl.data.special.SpecialText`.
-        tools: for each prompt JSON schemas of what the model may call, or None.
-        names: of the prompts, for messages.
-        progress: say on standard error how far it is.
+        tools: JSON schemas of the tools that the model may call, or None, for each prompt.
+        names: names of the prompts, for messages.
+        progress: whether to show progress on standard error.
 
     Returns:
         For each prompt, in order, its ``num_samples`` completions.
 
     Raises:
-        ValueError: for a number outside its range, and for a prompt that cannot be encoded or does not fit the model.
+        ValueError: a number is outside its range, or a prompt cannot be encoded or does not fit the model.
     """
     check_sampling(
         temperature=temperature,
@@ -330,13 +294,13 @@ def as_samples(
     prompts: Sequence[list[int]],
     completions: Sequence[list[int]],
 ) -> list[Sample]:
-    """What the model said, from the token ids of each prompt and of its completion."""
+    """Decodes completions from the token ids of each prompt and its completion."""
     ends, samples = ends_of(model, tokenizer), []
-    for prompt, kept in zip(prompts, completions, strict=True):
-        finished = kept[-1] in ends
-        # The end of a turn need not be a special token, which decoding skips.
-        text = tokenizer.decode(kept[:-1] if finished else kept, skip_special_tokens=True)
-        samples.append(Sample(prompt, kept, str(text), finished))
+    for prompt, ids in zip(prompts, completions, strict=True):
+        finished = ids[-1] in ends
+        # The end of a turn need not be a special token, so decoding might not skip it.
+        text = tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True)
+        samples.append(Sample(prompt, ids, str(text), finished))
     return samples
 
 
@@ -346,16 +310,16 @@ def kl_of_samples(
     samples: Sequence[Sample],
     batch_size: int = 8,
 ) -> Iterator[float]:
-    """KL(policy || reference) of each sample in turn, exact at each of its tokens and summed over them, in nats.
+    """Yields KL(policy || reference) of each sample: exact at each token, summed over the tokens, in nats.
 
     Args:
-        policy: the model that has sampled.
-        reference: has the other model.
+        policy: model that the samples were drawn from.
+        reference: reference whose model is compared with it.
         samples: completions.
-        batch_size: samples at a time.
+        batch_size: number of samples at a time.
 
     Raises:
-        ModelError: where it is not finite, naming the sample.
+        ModelError: the divergence is not finite; names the sample.
     """
     for at in range(0, len(samples), batch_size):
         some = samples[at : at + batch_size]
@@ -369,7 +333,7 @@ def kl_of_samples(
         for i, nats in enumerate(completion_kl(policy, reference, batch).sum(dim=1).tolist(), start=at + 1):
             if not math.isfinite(nats):
                 raise ModelError(
-                    f"answer {i}: its KL to the reference model is {nats}, so one of the two has no finite logits; its"
-                    " weights are too large or damaged, or its dtype overflows (try float32)"
+                    f"answer {i}: its KL to the reference model is {nats}, so one of the two models has logits that are"
+                    " not finite; its weights are too large or damaged, or its dtype overflows (try float32)"
                 )
             yield nats

@@ -1,7 +1,6 @@
-"""Finds by trying whether a model may be computed with shared prefixes, or with padding.
+"""Tests whether a model gives the right log-probs with shared prefixes, or with padding.
 
-No list of architectures could be complete: the same few rows are computed in several ways, and must get the same
-log-probs.
+No list of architectures could be complete, so a few rows are computed in several ways, which must agree.
 """
 
 from __future__ import annotations
@@ -16,23 +15,30 @@ from torch import Tensor, nn
 
 from halos_pl.batch import Labels, TokenBatch
 from halos_pl.policy import prefix_sharing
-from halos_pl.policy.architecture import base_model, hidden_limit, logit_change, text_config
+from halos_pl.policy.architecture import (
+    attention_function,
+    evaluating,
+    hidden_limit,
+    logit_change,
+    text_config,
+    use_attention,
+)
 from halos_pl.policy.logprobs import completion_mask, padded_logps
 
 
 def self_test_batch(model: nn.Module) -> TokenBatch:
-    """Five rows of three prompts, of 1 to 9 tokens; the last row is mismatched."""
+    """Five rows that share three prompts, of 1 to 9 tokens; the last row is mismatched."""
     size = min(text_config(model).vocab_size, 1000)
     device = next(model.parameters()).device
     draw = torch.Generator().manual_seed(0)
 
-    def some(n: int) -> Tensor:
-        # On the CPU, where the generator is, even while Lightning creates new tensors on a GPU.
+    def random_ids(n: int) -> Tensor:
+        # On the CPU, like the generator, even while Lightning creates tensors on a GPU by default.
         return torch.randint(0, size, (n,), generator=draw, device="cpu").to(device)
 
     return TokenBatch(
-        prompts=[some(5), some(1), some(9)],
-        completions=[some(4), some(1), some(6), some(3), some(2)],
+        prompts=[random_ids(5), random_ids(1), random_ids(9)],
+        completions=[random_ids(4), random_ids(1), random_ids(6), random_ids(3), random_ids(2)],
         prompt=torch.tensor([0, 0, 1, 2, 2], device=device),
         labels=Labels(
             desirable=torch.ones(5, dtype=torch.bool, device=device),
@@ -42,31 +48,23 @@ def self_test_batch(model: nn.Module) -> TokenBatch:
 
 
 def _equal(logps: Tensor, expected: Tensor, eps: float) -> bool:
-    """Whether log-probs differ by no more than rounding, of a model in a dtype with this ``eps``.
+    """Whether log-probs differ by rounding only, for a model whose dtype has this ``eps``.
 
-    A model gathers some of half precision's eps, and may gather many of float32's, which log-probs always are.
+    In half precision errors add up to a few eps. Log-probs are always float32, where they may add up to many.
     """
     most = max(8 * eps, 2000 * torch.finfo(torch.float32).eps) * (1 + expected.abs().max())
     return bool((logps - expected).abs().max() <= most)
 
 
 @contextmanager
-def _evaluating(model: nn.Module, attention: str | None = None) -> Iterator[None]:
-    """In evaluation mode without gradient, and with an attention function of this name; restores both."""
-    base, training = base_model(model), model.training
-    before = base.config._attn_implementation
-    try:
-        with torch.no_grad():
-            model.eval()
-            base.config._attn_implementation = attention or before
-            yield
-    finally:
-        base.config._attn_implementation = before
-        model.train(training)
+def _testing(model: nn.Module, attention: str | None = None) -> Iterator[None]:
+    """In eval mode, without gradient, with the attention function of this name; restores all of them."""
+    with evaluating(model), torch.no_grad(), use_attention(model, attention):
+        yield
 
 
 def _one_by_one(model: nn.Module, batch: TokenBatch) -> Tensor:
-    """Each row in a batch of its own, so that nothing is padded."""
+    """Computes each row separately, so that nothing is padded."""
     logps = torch.zeros(completion_mask(batch).shape, dtype=torch.float32, device=batch.prompt.device)
     for i in range(len(batch)):
         row = padded_logps(model, batch.select(torch.tensor([i], device=batch.prompt.device)))[0]
@@ -75,14 +73,14 @@ def _one_by_one(model: nn.Module, batch: TokenBatch) -> Tensor:
 
 
 def sharing_fault(model: nn.Module) -> str | None:
-    """Why prefixes cannot be shared between rows of a model; None where they can.
+    """Why rows of a model cannot share prefixes; None if they can.
 
-    Rows must get the same log-probs as one by one, and those of a row must not depend on what the others say.
+    Rows must get the same log-probs as separately, and a row's must not depend on the other completions.
 
     Args:
-        model: a causal language model of transformers, or a peft model around one; left as it is.
+        model: causal language model of transformers, or a peft model around one; left unchanged.
     """
-    attention = base_model(model).config._attn_implementation
+    attention = attention_function(model)
     if attention not in ("sdpa", prefix_sharing.NAME):
         return f"its attention is {attention}, not sdpa"
     if change := logit_change(model):
@@ -92,9 +90,9 @@ def sharing_fault(model: nn.Module) -> str | None:
     changed = replace(batch, completions=[other, *batch.completions[1:]])
     windows: set[int | None] = set()
     try:
-        with _evaluating(model, "sdpa"):
+        with _testing(model, "sdpa"):
             expected = _one_by_one(model, batch)
-        with _evaluating(model, prefix_sharing.NAME):
+        with _testing(model, prefix_sharing.NAME):
             logps = prefix_sharing.shared_logps(model, batch, windows)
             of_changed = prefix_sharing.shared_logps(model, changed)[1:]
     except Exception as error:
@@ -102,25 +100,25 @@ def sharing_fault(model: nn.Module) -> str | None:
     eps, single = (torch.finfo(dtype).eps for dtype in (next(model.parameters()).dtype, torch.float32))
     if not _equal(logps, expected, eps):
         return "its log-probs change"
-    # The same sums, so mostly no difference at all.
+    # The same sums, so usually there is no difference at all.
     if not bool((of_changed - logps[1:]).abs().max() <= max(eps / 16, 10 * single) * (1 + expected.abs().max())):
-        return "tokens of one row reach another one"
+        return "tokens of one row reach another row"
     return hidden_limit(model, windows)
 
 
 def padding_fault(model: nn.Module) -> str | None:
-    """Why padded rows get wrong log-probs of a model; None where they do not.
+    """Why a model gives wrong log-probs to padded rows; None if they are right.
 
-    A model that takes no positions may count padding among them, or carry it along in a state; and one whose attention
-    is not causal sees what it is to predict.
+    A model that takes no positions may count padding, or carry it along in a state. Without causal attention, a model
+    sees the tokens that it has to predict.
 
     Args:
-        model: as for :func:`sharing_fault`.
+        model: as in :func:`sharing_fault`.
     """
     batch = self_test_batch(model)
     eps = torch.finfo(next(model.parameters()).dtype).eps
     last: list[Any] = [torch.cat([c[:-1], (c[-1:] + 1) % 7]) for c in batch.completions]
-    with _evaluating(model):
+    with _testing(model):
         alone, together = _one_by_one(model, batch), padded_logps(model, batch)
         otherwise = _one_by_one(model, replace(batch, completions=last))
     if not _equal(together, alone, eps):
@@ -128,5 +126,5 @@ def padding_fault(model: nn.Module) -> str | None:
         return f"beside longer rows a token's log-prob differs by up to {off:.2g} nats from its value without padding"
     before = torch.arange(alone.shape[1], device=alone.device) < completion_mask(batch).sum(dim=1, keepdim=True) - 1
     if not _equal(otherwise.where(before, alone), alone, eps):
-        return "a token's log-prob depends on later tokens: as configured, it is no causal language model"
+        return "a token's log-prob depends on later tokens: as configured, this is not a causal language model"
     return None

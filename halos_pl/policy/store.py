@@ -1,8 +1,8 @@
 """The reference store: log pi_ref of completions, keyed by content and shared by all runs.
 
-A SQLite file in the cache folder with one entry for each (reference weights, precision, prompt, completion). Its
-entries do not depend on batches, order or epochs. Several processes may use it at once; checksums detect damaged
-entries, which are then recomputed.
+A SQLite file in the cache folder with one entry per (reference weights, precision, prompt, completion). Its entries
+do not depend on batches, order or epochs. Several processes may use it at once; checksums detect damaged entries, which
+are then recomputed.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ _DAY = 86400
 _TABLE = "CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, used INTEGER, sum INTEGER, logps BLOB)"
 
 
-# Keys of a config that do not affect log-probs; nor do those that start with _.
-_NO_MATTER = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "return_dict"}
+#: Keys of a config that do not affect log-probs; nor do those that start with _.
+_IRRELEVANT = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "return_dict"}
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]], config: Mapping[str, Any]) -> str:
-    """A hash of a model: of names, dtypes, shapes and bytes of its weights, and of its config.
+    """A hash of a model's config and of the names, dtypes, shapes and bytes of its weights.
 
     Args:
-        tensors: the weights; those on an accelerator are copied.
-        config: from ``to_dict`` of transformers' config.
+        tensors: names and weights; those on an accelerator are copied to the CPU.
+        config: transformers' config as a dict.
     """
-    matters = {k: v for k, v in config.items() if k not in _NO_MATTER and not k.startswith("_")}
-    digest = hashlib.sha256(json.dumps(matters, sort_keys=True, default=str).encode())
+    relevant = {k: v for k, v in config.items() if k not in _IRRELEVANT and not k.startswith("_")}
+    digest = hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode())
     for name, tensor in sorted(tensors, key=lambda named: named[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -58,29 +58,29 @@ def keys(model: str, batch: TokenBatch) -> list[bytes]:
         return len(ids).to_bytes(4, "little") + ids.cpu().numpy().astype("<i4").tobytes()
 
     prompts = [hashlib.blake2b(model.encode() + raw(ids)) for ids in batch.prompts]
-    found = []
+    row_keys = []
     for row, (prompt, completion) in enumerate(zip(batch.prompt.tolist(), batch.completions, strict=True)):
         digest = prompts[prompt].copy()
         digest.update(raw(completion))
         loss = batch.loss[row] if batch.loss else None
         if loss is not None:
             digest.update(loss.cpu().numpy().tobytes())
-        found.append(digest.digest()[:16])
-    return found
+        row_keys.append(digest.digest()[:16])
+    return row_keys
 
 
 class ReferenceStore:
     """Log-probs of completion tokens under frozen reference models, on disk.
 
     Args:
-        path: of the SQLite file; default: ``reference/logps.sqlite`` in :func:`halos_pl.cache.cache_root`.
+        path: path of the SQLite file; default: ``reference/logps.sqlite`` in :func:`halos_pl.cache.cache_root`.
         largest: maximum size of the file in bytes; the limit of the whole cache also applies.
 
     Attributes:
         damaged: number of damaged entries found, which are recomputed.
 
     Raises:
-        ModelError: the file cannot be written.
+        ModelError: the file cannot be created or written.
     """
 
     def __init__(self, path: Path | None = None, largest: int = LARGEST) -> None:
@@ -97,8 +97,8 @@ class ReferenceStore:
                 self._renew(error)
         except (OSError, sqlite3.OperationalError) as error:
             raise ModelError(
-                f"the reference store {self.path} cannot be written ({error}); name another folder with HALOS_CACHE, or"
-                " set model.reference_store to false"
+                f"the reference store {self.path} cannot be written ({error}); set HALOS_CACHE to another folder, or"
+                " model.reference_store to false"
             ) from error
 
     def _connection(self) -> sqlite3.Connection:
@@ -159,7 +159,7 @@ class ReferenceStore:
 
     def get(self, wanted: Sequence[bytes]) -> dict[bytes, Tensor]:
         """The stored entries of ``wanted``, float32 [tokens] each, without missing and damaged ones."""
-        found: dict[bytes, Tensor] = {}
+        stored: dict[bytes, Tensor] = {}
         bad: list[bytes] = []
         now = int(time.time())
 
@@ -170,11 +170,11 @@ class ReferenceStore:
                 if row is None:
                     continue
                 used, checksum, blob = row
-                whole = isinstance(used, int) and isinstance(blob, bytes) and len(blob) % 4 == 0
-                if not whole or zlib.crc32(key + blob) != checksum:
+                well_formed = isinstance(used, int) and isinstance(blob, bytes) and len(blob) % 4 == 0
+                if not well_formed or zlib.crc32(key + blob) != checksum:
                     bad.append(key)
                     continue
-                found[key] = torch.from_numpy(np.frombuffer(blob, "<f4").astype(np.float32))
+                stored[key] = torch.from_numpy(np.frombuffer(blob, "<f4").astype(np.float32))
                 stale += [key] if now - used > _DAY else []
             if bad or stale:  # the time of use is updated once a day, not at each step
                 with self._db:
@@ -185,7 +185,7 @@ class ReferenceStore:
         if bad:
             self.damaged += len(bad)
             rank_zero_info(f"halos: {len(bad)} damaged entries of the reference store {self.path} are recomputed")
-        return found
+        return stored
 
     def put(self, entries: dict[bytes, Tensor]) -> None:
         """Stores log-probs, float32 [tokens] each, except those that are not finite."""
@@ -229,15 +229,16 @@ class ReferenceStore:
 
 
 class StoredReference:
-    """A reference whose log-probs are taken from a store where they are there, and added to it otherwise.
+    """A reference whose log-probs come from a store; those that it lacks are computed and added.
 
     Args:
-        reference: bound with ``stored``.
-        store: where log-probs are kept.
-        numerics: what they depend on beside weights and rows (``Scorer.numerics`` of the policy), asked for each batch.
+        reference: reference that was bound with ``stored``.
+        store: store of its log-probs.
+        numerics: function that gives what log-probs depend on besides weights and rows (the policy's
+            ``Scorer.numerics``); called for each batch.
 
     Attributes:
-        rows_stored: rows that were found in the store.
+        rows_stored: number of rows that were found in the store.
     """
 
     def __init__(self, reference: Any, store: ReferenceStore, numerics: Callable[[], tuple[Any, ...]]) -> None:
@@ -246,16 +247,16 @@ class StoredReference:
 
     @property
     def rows_computed(self) -> int:
-        """Rows that the reference has scored."""
+        """Number of rows that the reference has scored."""
         return int(self.reference.rows_computed)
 
     def scoring(self) -> Any:
-        """Entered to get the model, which may have to be loaded."""
+        """A context manager that gives the model, which may have to be loaded first."""
         return self.reference.scoring()
 
     @torch.no_grad()
     def logps(self, batch: TokenBatch) -> Tensor:
-        """Log-probs of the completion tokens, float32 [n, T]: of other batches, so equal up to rounding."""
+        """Log-probs of the completion tokens, float32 [n, T]; stored ones, from other batches, equal up to rounding."""
         names = keys(" ".join(map(str, (self.reference.fingerprint, *self._numerics()))), batch)
         logps = self.store.get(names)
         missing = [i for i, name in enumerate(names) if name not in logps]

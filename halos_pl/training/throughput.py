@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from halos_pl.batch import TokenBatch
-from halos_pl.policy.architecture import decoder_and_head
+from halos_pl.policy.architecture import attention_width, decoder_and_head, layer_matrices
 
 
 @dataclass(frozen=True)
@@ -44,19 +43,14 @@ def cost(model: nn.Module) -> Cost:
     Raises:
         TypeError: for a mixture of experts, where a token passes through only some of the weights.
     """
-    decoder, head = decoder_and_head(model)
-    if any(p.dim() == 3 and "expert" in name for name, p in decoder.named_parameters()):
-        raise TypeError("each token passes through only some of its experts")
-    weights = [m.weight for m in decoder.modules() if isinstance(m, (nn.Linear, Conv1D))]
-    config = decoder.config.get_text_config()
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    _, head = decoder_and_head(model)
+    weights = layer_matrices(model)
     return Cost(
         token=2.0 * sum(w.numel() for w in weights),
         trained=2.0 * sum(w.numel() for w in weights if w.requires_grad),
         head=2.0 * head.weight.numel(),
         head_trained=2.0 * head.weight.numel() * head.weight.requires_grad,
-        pair=4.0 * config.num_hidden_layers * width,
+        pair=4.0 * attention_width(model),
     )
 
 
