@@ -1,1 +1,1 @@
-"""The objective: rewards, reference points, value functions and feedback, put together as a loss. No model in it."""
+"""The objective: rewards, reference points, value functions and feedback combined into a loss; no models."""

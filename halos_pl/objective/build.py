@@ -1,4 +1,4 @@
-"""From plug-ins, or from the file that names them, to an objective."""
+"""Builds an objective from plug-ins, or from the YAML file that names them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from value_functions import ValueFunction
 
 import_all(halos_pl.objective)
 
-#: The kinds of plug-ins of an objective, by the argument that takes them. Those in the files of this package and of the
-#: working folder are found by their bare names.
+#: The base class of each kind of plug-in, by the argument that takes it. Plug-ins in this package and in the working
+#: folder are available by their bare names.
 PARTS: dict[str, type] = {
     "value_function": ValueFunction,
     "reference_point": ReferencePoint,
@@ -39,23 +39,23 @@ PARTS: dict[str, type] = {
 
 
 def module_of_file(path: Path, prefix: str) -> ModuleType:
-    """A file of the user's own, executed as a module that may import what lies beside it.
+    """Executes a user's file as a module, which may import the files beside it.
 
     Args:
-        path: the file.
-        prefix: put before its name, so that it hides no library's.
+        path: path of the file.
+        prefix: prefix of the module's name, so that it hides no library.
 
     Raises:
-        ImportError: where it is no Python file.
-        Exception: whatever its code raises.
+        ImportError: it is not a Python file.
+        Exception: any error that its code raises.
     """
     spec = importlib.util.spec_from_file_location(f"{prefix}_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    sys.modules[spec.name] = module  # dataclasses look up their module there
     if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))  # last: what lies there hides no library
+        sys.path.append(str(path.parent))  # last, so that these files hide no library
     spec.loader.exec_module(module)
     return module
 
@@ -70,11 +70,11 @@ def build_objective(
     loss_offset: float = 0.0,
     extra_terms: list[Objective] | None = None,
 ) -> Objective:
-    """One objective from the plug-ins: a HALO, a sum with extra terms, or the extra terms alone.
+    """Builds an objective from plug-ins: a HALO, its sum with extra terms, or the extra terms alone.
 
     Raises:
-        ValueError: where some, but not all, parts of a HALO are given, or nothing is.
-        TypeError: for a part that is something else.
+        ValueError: some, but not all, parts of a HALO are set; or nothing is.
+        TypeError: a part is not an instance of its kind.
     """
     parts = {
         "reward": reward,
@@ -86,15 +86,15 @@ def build_objective(
     terms = list(extra_terms or [])
     for name, part in [*parts.items(), *(("extra_terms", term) for term in terms)]:
         if name in PARTS and part is not None and not isinstance(part, PARTS[name]):
-            what = f"the class {part.__name__}" if inspect.isclass(part) else f"a {type(part).__name__}"
-            raise TypeError(f"{name} is {what}; it takes an instance of a {PARTS[name].__name__}")
+            actual = f"the class {part.__name__}" if inspect.isclass(part) else f"a {type(part).__name__}"
+            raise TypeError(f"{name} is {actual}; it must be an instance of {PARTS[name].__name__}")
     missing = [name for name, part in parts.items() if part is None]
     if not missing:
         halo = HALO(**parts, loss_offset=loss_offset)  # type: ignore[arg-type]
         terms.insert(0, halo)
     elif len(missing) < len(parts):
         raise ValueError(
-            f"the objective lacks {', '.join(missing)}: a HALO is a reward, a reference_point, a value_function, a"
+            f"the objective lacks {', '.join(missing)}; a HALO needs reward, reference_point, value_function,"
             " feedback and reflect_undesirable (true or false)"
         )
     if not terms:
@@ -113,23 +113,23 @@ def _parser() -> ArgumentParser:
 
 
 def load_objective(path: str | Path) -> Objective:
-    """The objective of a YAML file, built from its plug-ins alone: no model, no data.
+    """The objective in a YAML file. Loads neither a model nor data.
 
-    Policy, reference model and optimizer in its ``model:`` part are ignored.
+    Policy, reference model and optimizer in its ``model`` section are ignored.
 
     Args:
-        path: the file, or the name of a shipped objective such as ``kto``.
+        path: path of the file, or name of a shipped objective such as ``kto``.
 
     Raises:
-        FileNotFoundError: where there is no such file.
-        ValueError: for a name that is unknown or ambiguous, or a file that is no objective; names what is wrong.
+        FileNotFoundError: there is no such file.
+        ValueError: the name is unknown or ambiguous, or the file is not a valid objective; names the fault.
     """
     if Path(path).suffix not in (".yaml", ".yml"):
         path = config_file(str(path), objectives(), "objective")
     content, _ = read_yaml(path)
     model = content.get("model")
     if not isinstance(model, dict):
-        raise ValueError(f"{path}: no objective file; it has no model: part that names plug-ins")
+        raise ValueError(f"{path} is not an objective file: it has no model section that names plug-ins")
     names = inspect.signature(build_objective).parameters
     parts: dict[str, Any] = {name: value for name, value in model.items() if name in names}
     for key, value in model.items():

@@ -1,7 +1,7 @@
-"""Feedback: which way each row pulls (a), how hard (w), and what the loss is divided by.
+"""Feedback: the sign (a) and weight (w) of each row, and the denominator of the loss.
 
-A class in any file of this folder is found by itself: the command line takes its bare name, and the tests hold it to
-the clauses of its kind. The imports below only tell type checkers about the library's own.
+Classes in the files of this folder are discovered: the command line takes their bare names, and the tests check them
+against the clauses of their kind. The imports below are for type checkers.
 """
 
 from __future__ import annotations

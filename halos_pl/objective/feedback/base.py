@@ -1,4 +1,4 @@
-"""The contract of a feedback, and what several of them share."""
+"""The contract of feedback, and shared helpers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from value_functions.discovery import Declared
 
 
 class Judgement(NamedTuple):
-    """What people said of each row.
+    """People's judgement of each row, as signs and weights.
 
     Attributes:
         sign: float [n], a in {-1, +1}; -1: raising the value lowers the loss (desirable).
         weight: float [n], w >= 0; 0 for mismatched rows.
-        denominator: float scalar, what this rank adds to the divisor of the step's loss.
+        denominator: float scalar, this rank's share of the denominator of the step's loss.
     """
 
     sign: Tensor
@@ -26,14 +26,14 @@ class Judgement(NamedTuple):
 
 
 class Feedback(nn.Module, Declared, ABC):
-    """Judges rows by their labels alone: never by ``policy_logps``, since a and w do not depend on theta.
+    """Judges rows by their labels alone, not by ``policy_logps``: a and w do not depend on theta.
 
     A subclass is a small ``nn.Module`` with keyword-only hyper-parameters and one method, ``forward``. In a file of
-    this package it is found by its bare name, without being registered anywhere; in any other importable module, by its
-    dotted path.
+    this package it is available by its bare name, without registration; in any other importable module, by its dotted
+    path.
 
     Attributes:
-        needs: what the rows must provide.
+        needs: inputs that the rows must provide.
         violates: clause to reason; see :class:`~value_functions.discovery.Declared`.
     """
 
@@ -44,7 +44,7 @@ class Feedback(nn.Module, Declared, ABC):
         """Sign, weight and denominator.
 
         Args:
-            rows: this rank's share of a step, mismatched rows included; its log-probs may not have been computed yet.
+            rows: this rank's share of a step, including mismatched rows; the log-probs may not have been computed yet.
         """
 
 
@@ -52,7 +52,7 @@ Denominator = Literal["rows", "pairs", "tokens"]
 
 
 def denominator_of(rows: LogProbBatch, kind: Denominator) -> Tensor:
-    """How many rows, pairs or tokens carry a loss on this rank, float scalar."""
+    """Number of rows, pairs or tokens with a loss on this rank, float scalar."""
     counted = {
         "rows": rows.labels.train,
         "pairs": rows.labels.train & rows.labels.desirable,
@@ -65,7 +65,7 @@ def require_pairs(feedback: Feedback, rows: LogProbBatch) -> None:
     """Refuses rows without a paired completion.
 
     Raises:
-        ValueError: naming the class of ``feedback``.
+        ValueError: a row has none; names the class of ``feedback``.
     """
     if bool(((rows.labels.pair < 0) & rows.labels.train).any()):
         name = type(feedback).__name__

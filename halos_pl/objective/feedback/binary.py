@@ -11,7 +11,7 @@ from halos_pl.objective.feedback.base import Denominator, Feedback, Judgement, d
 
 
 class Binary(Feedback):
-    """Thumbs up or down for each row by itself.
+    """Thumbs up or down for each row separately.
 
     Ethayarajh et al., ICML 2024, eq. 8. The paper advises lambda_D * n_D / (lambda_U * n_U) in [1, 4/3]
     (arXiv v1), [1, 3/2] (v4, v5).
@@ -19,12 +19,12 @@ class Binary(Feedback):
     Args:
         lambda_desirable: weight of desirable rows (lambda_D), at least 0.
         lambda_undesirable: weight of undesirable rows (lambda_U), at least 0.
-        denominator: what the loss is a mean over: ``rows``; ``pairs``, which needs data with chosen and
+        denominator: unit that the loss is averaged over: ``rows``; ``pairs``, which needs data with chosen and
             rejected; or ``tokens`` of all rows.
 
     Raises:
-        ValueError: for a negative weight, or another denominator; when called, over pairs, for a row without
-            a paired completion.
+        ValueError: a weight is negative, or the denominator is unknown; when called, over pairs: a row has no paired
+            completion.
     """
 
     def __init__(

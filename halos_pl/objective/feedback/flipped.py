@@ -1,4 +1,4 @@
-"""Another feedback, turned round."""
+"""Feedback with its sign flipped."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from halos_pl.objective.feedback.base import Feedback, Judgement
 
 
 class Flipped(Feedback):
-    """Another feedback with the opposite sign: it lowers what that one raises.
+    """Another feedback with the opposite sign: lowers the value of rows that it raises, and vice versa.
 
-    A term that also holds the chosen completion down, as in NCA or APO-down.
+    For a term that also holds the chosen completion down, as in NCA or APO-down.
 
     Args:
-        feedback: the one whose weights and denominator are kept.
+        feedback: feedback to flip; its weights and denominator are kept.
     """
 
     def __init__(self, feedback: Feedback) -> None:

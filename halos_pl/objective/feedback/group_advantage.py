@@ -11,20 +11,20 @@ from halos_pl.objective.feedback.base import Feedback, Judgement, denominator_of
 
 
 class GroupAdvantage(Feedback):
-    """How much better a row was than its prompt's other rows; the loss is a mean over tokens.
+    """Judges each row by its advantage over the prompt's rows; the loss is a mean over tokens.
 
-    A = (s - mean) / (std + 0.01) within the rows of one prompt, s = the row's score where the data have scores, else 1
-    for a desirable row and 0 for an undesirable one; sign -sign(A), weight |A|. GRPO's advantage (Shao et al. 2024,
-    section 4.1.2), offline. A prompt whose rows are all alike has weight 0. The deviation is that of the prompt's own
-    rows, and 0.01 is in the unit of the scores; TRL takes the sample's (n - 1) and 1e-4, so that a pair with scores 0
-    and 1 has +-0.71 there, and +-0.98 here.
+    A = (s - mean) / (std + 0.01) over the rows of one prompt, where s is the row's score if the data have scores,
+    otherwise 1 for a desirable and 0 for an undesirable row; sign -sign(A), weight |A|. GRPO's advantage (Shao et al.
+    2024, section 4.1.2), offline. If all rows of a prompt have the same score, their weight is 0. std is the population
+    standard deviation of the prompt's rows, and 0.01 is in the unit of the scores. TRL uses the sample standard
+    deviation (n - 1) and 1e-4, so a pair with scores 0 and 1 gets +-0.71 there, and +-0.98 here.
 
     Args:
-        only: rows with a ``positive`` or a ``negative`` advantage; null for both. The other rows get weight 0
-            but are counted in the denominator.
+        only: sign of the advantage of the rows to train on: ``positive`` or ``negative``; null for both. The other rows
+            get weight 0 but count in the denominator.
 
     Raises:
-        ValueError: for another ``only``.
+        ValueError: ``only`` is none of these.
     """
 
     needs = Needs(groups=True, undesirable=True)

@@ -24,14 +24,14 @@ def _smoothed(rows: LogProbBatch, epsilon: float) -> Tensor:
 class Pairwise(Feedback):
     """One completion preferred to its paired completion; the loss is a mean over pairs.
 
-    With label smoothing the rejected row is taken as the preferred one with weight epsilon, which is
-    conservative DPO (Mitchell 2023). Without it rejected rows have weight 0: they act as reference only.
+    With label smoothing, the rejected row also counts as the preferred one, with weight epsilon, as in conservative DPO
+    (Mitchell 2023). Without, rejected rows have weight 0 and only serve as reference points.
 
     Args:
-        label_smoothing: probability epsilon in [0, 0.5) that a preference was recorded the wrong way round.
+        label_smoothing: probability epsilon in [0, 0.5) that a preference label is flipped.
 
     Raises:
-        ValueError: for an epsilon outside its range; when called, for a row without a paired completion.
+        ValueError: epsilon is outside its range; when called: a row has no paired completion.
     """
 
     needs = Needs(pairs=True, undesirable=True)
@@ -56,10 +56,10 @@ class RobustPairwise(Feedback):
     ``reflect_undesirable`` to false.
 
     Args:
-        label_smoothing: probability epsilon in [0, 0.5) that a preference was recorded the wrong way round.
+        label_smoothing: probability epsilon in [0, 0.5) that a preference label is flipped.
 
     Raises:
-        ValueError: for an epsilon outside its range; when called, for a row without a paired completion.
+        ValueError: epsilon is outside its range; when called: a row has no paired completion.
     """
 
     needs = Needs(pairs=True, undesirable=True)

@@ -1,7 +1,7 @@
-"""Reference points: z0, what the rewards of a step are compared with.
+"""Reference points: z0, with which the rewards of a step are compared.
 
-A class in any file of this folder is found by itself: the command line takes its bare name, and the tests hold it to
-the clauses of its kind. The imports below only tell type checkers about the library's own.
+Classes in the files of this folder are discovered: the command line takes their bare names, and the tests check them
+against the clauses of their kind. The imports below are for type checkers.
 """
 
 from __future__ import annotations

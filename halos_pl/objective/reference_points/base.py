@@ -18,14 +18,14 @@ from value_functions.discovery import Declared
 
 @dataclass(frozen=True)
 class Estimate:
-    """z0 of a step or of its rows, and how good the estimate is. All but ``value`` is only logged (``outcome/z0_*``).
+    """z0 of a step or of its rows, and its accuracy. Everything but ``value`` is only logged (``outcome/z0_*``).
 
     Attributes:
         value: nats, a scalar for all rows or [n].
-        standard_error: nats, of ``value``; 0 if it is exact.
-        rows: how many rows the estimate of one row averages; None if unknown.
-        clamped: share of rows whose estimate was replaced by a bound.
-        mean: nats, the estimate before any clamp, averaged over the rows; left out, the mean of ``value``.
+        standard_error: standard error of ``value``, nats; 0 if it is exact.
+        rows: number of rows averaged for the estimate of one row; None if unknown.
+        clamped: share of rows whose estimate was clamped to a bound.
+        mean: estimate before clamping, averaged over the rows, nats; default: the mean of ``value``.
         further: other figures by name.
     """
 
@@ -37,7 +37,7 @@ class Estimate:
     further: Mapping[str, Tensor | float] = field(default_factory=dict)
 
     def select(self, index: Tensor) -> Estimate:
-        """The estimate of the rows ``index`` (LongTensor [m])."""
+        """The estimate for the rows ``index`` (LongTensor [m])."""
         return replace(self, value=self.value[index]) if self.value.dim() else self
 
     def figures(self) -> dict[str, Tensor]:
@@ -49,30 +49,30 @@ class Estimate:
             "clamped": self.clamped,
             **self.further,
         }
-        of_float = {"estimate": mean.detach().float().mean()}
+        scalars = {"estimate": mean.detach().float().mean()}
         for name, figure in figures.items():
-            of_float[name] = torch.as_tensor(figure, dtype=torch.float32, device=mean.device).detach()
-        return of_float
+            scalars[name] = torch.as_tensor(figure, dtype=torch.float32, device=mean.device).detach()
+        return scalars
 
 
 class ReferencePoint(nn.Module, Declared, ABC):
-    """Estimates z0 = E_Q[r(x, y')], what the rewards of a step are compared with.
+    """Estimates z0 = E_Q[r(x, y')], with which the rewards of a step are compared.
 
     A subclass is a small ``nn.Module`` with keyword-only hyper-parameters and one method, ``forward``. In a file of
-    this package it is found by its bare name, without being registered anywhere; in any other importable module, by its
-    dotted path.
+    this package it is available by its bare name, without registration; in any other importable module, by its dotted
+    path.
 
     Attributes:
-        scope: ``step``: estimated for a whole optimizer step over all ranks, without gradient, called once
-            per step however the step is split into micro-batches. ``row``: read off the row itself and the
-            rows that stay with it (its paired completion; with ``needs.whole_step`` all of them), with gradient.
-        per_row: of scope ``step``: gives each row a number of its own instead of one for the step.
-        needs: which rows must have been scored before ``forward`` is called. A ``step`` reference point that
-            does not ask for ``step_rewards`` may read the rewards of mismatched rows only.
+        scope: ``step``: estimated for a whole optimizer step over all ranks, without gradient; called once per step,
+            regardless of micro-batches. ``row``: computed from the row itself and the rows that stay with it (its
+            paired completion; with ``needs.whole_step``, all rows), with gradient.
+        per_row: whether a reference point of scope ``step`` gives each row its own number instead of one for the step.
+        needs: inputs that must be available when ``forward`` is called. A ``step`` reference point that does not need
+            ``step_rewards`` may only read the rewards of mismatched rows.
         violates: clause to reason; see :class:`~value_functions.discovery.Declared`.
-        excused: clause to reason, of ``reference_in_range`` and ``reference_shift_equivariant``: an estimate of z0 that
-            is by design no mean of the rewards at hand. Reports list these failures as ``expected``, with the reason,
-            and they do not count against a loss. A subclass with a ``forward`` of its own inherits none.
+        excused: clause to reason, for ``reference_in_range`` and ``reference_shift_equivariant`` if the estimate is by
+            design not a mean of the given rewards. Reports show these failures as ``expected``, with the reason,
+            and they do not count against a loss. A subclass that defines ``forward`` inherits none.
     """
 
     scope: Literal["step", "row"] = "step"
@@ -86,24 +86,24 @@ class ReferencePoint(nn.Module, Declared, ABC):
         """The reference point of each row.
 
         Args:
-            rewards: nats, float [n]; detached where ``scope`` is ``step``. Where the reward is one of tokens, the
-                mean over each row's tokens.
-            rows: the rows that the rewards belong to.
+            rewards: nats, float [n]; detached if ``scope`` is ``step``. For a reward per token, the mean over each
+                row's tokens.
+            rows: rows that the rewards belong to.
 
         Returns:
-            nats, one number for all rows, or [n].
+            Nats, one number for all rows, or [n].
         """
 
 
 class MeanOverRanks:
-    """Mean and standard error of a sample that is spread over the ranks.
+    """Mean and standard error of a sample that is distributed over the ranks.
 
-    Two reductions (sum and count, then squared deviations): exact, however rows fall on ranks.
+    Two reductions (sum and count, then squared deviations) make it exact for any distribution of rows over ranks.
 
     Attributes:
-        mean: float scalar, 0 where no rank holds a value.
-        standard_error: float scalar, of the mean; 0 for fewer than two values.
-        count: float scalar, number of values over all ranks.
+        mean: float scalar; 0 if no rank has a value.
+        standard_error: standard error of the mean, float scalar; 0 for fewer than two values.
+        count: number of values over all ranks, float scalar.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -115,5 +115,5 @@ class MeanOverRanks:
         self.standard_error = (variance / self.count.clamp(min=1)).sqrt()
 
     def estimate(self) -> Estimate:
-        """Their mean as a reference point."""
+        """The mean as a reference point."""
         return Estimate(self.mean, standard_error=self.standard_error, rows=self.count)

@@ -1,4 +1,4 @@
-"""Reference points that are estimated from the step's own rows."""
+"""Reference points estimated from the rewards of the step's rows."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from halos_pl.objective.reference_points.base import Estimate, MeanOverRanks, Re
 
 
 class BatchMean(ReferencePoint):
-    """z0 = mean reward of the step's own rows, desirable and undesirable alike, no gradient.
+    """z0 = mean reward of the step's rows, desirable and undesirable alike, no gradient.
 
-    Q is the data's own distribution of (x, y) instead of mismatched pairs. Each row counts in its own
-    reference point, which pulls outcomes towards 0 by a share of 1/n.
+    Q is the data distribution of (x, y) instead of that of mismatched pairs. Each row is part of its own reference
+    point, which shrinks outcomes by a fraction 1/n.
     """
 
     needs = Needs(step_rewards=True)
@@ -25,15 +25,15 @@ class BatchMean(ReferencePoint):
 
 
 class BatchQuantile(ReferencePoint):
-    """z0 = a quantile of the rewards of the step's own rows over all ranks, no gradient.
+    """z0 = a quantile of the rewards of the step's rows over all ranks, no gradient.
 
-    A reference point that extreme rewards do not move. Between two rows it is interpolated linearly.
+    A reference point that is robust to extreme rewards. Interpolates linearly between rows.
 
     Args:
         quantile: q in [0, 1]; 0.5 is the median.
 
     Raises:
-        ValueError: for a q outside [0, 1].
+        ValueError: q is outside [0, 1].
     """
 
     needs = Needs(step_rewards=True)
@@ -50,8 +50,8 @@ class BatchQuantile(ReferencePoint):
         if n == 0:
             return Estimate(rewards.new_zeros(()), rows=0.0)
         estimate = torch.quantile(sample, q)
-        # Without assumptions on the distribution: half the span of the order statistics that lie one
-        # standard deviation of the binomial rank to either side.
+        # Free of distributional assumptions: half the distance between the order statistics one standard deviation
+        # of the binomial rank to either side.
         spread = (q * (1 - q) / n) ** 0.5
         low, high = torch.quantile(sample, sample.new_tensor([max(q - spread, 0.0), min(q + spread, 1.0)]))
         return Estimate(estimate, standard_error=(high - low) / 2, rows=float(n))
@@ -60,9 +60,9 @@ class BatchQuantile(ReferencePoint):
 class LeaveOneOut(ReferencePoint):
     """z0 = mean reward of the *other* rows of the same prompt, no gradient.
 
-    The baseline of RLOO (Kool et al. 2019; Ahmadian et al. 2024, section 3.3), with completions of the data in
-    place of samples: Q(Y' | x) is spread over the prompt's other completions. A row that is alone with its
-    prompt has z0 = 0; ``clamped`` says how many are.
+    The baseline of RLOO (Kool et al. 2019; Ahmadian et al. 2024, section 3.3), with completions from the data in
+    place of samples: Q(Y' | x) is uniform over the prompt's other completions. The only row of a prompt has z0 = 0;
+    ``clamped`` is the share of such rows.
     """
 
     per_row = True
@@ -76,11 +76,11 @@ class LeaveOneOut(ReferencePoint):
         count = weight.sum(dim=1)
         mean = weight @ rewards / count.clamp(min=1)
         variance = (weight * (rewards[None, :] - mean[:, None]).square()).sum(dim=1) / (count - 1).clamp(min=1)
-        own = rows.labels.train
+        train = rows.labels.train
         return Estimate(
             mean,
-            mean=MeanOverRanks(mean[own]).mean,
-            standard_error=MeanOverRanks((variance / count.clamp(min=1)).sqrt()[own]).mean,
-            rows=MeanOverRanks(count[own]).mean,
-            clamped=MeanOverRanks((count == 0)[own]).mean,
+            mean=MeanOverRanks(mean[train]).mean,
+            standard_error=MeanOverRanks((variance / count.clamp(min=1)).sqrt()[train]).mean,
+            rows=MeanOverRanks(count[train]).mean,
+            clamped=MeanOverRanks((count == 0)[train]).mean,
         )

@@ -16,10 +16,10 @@ class Zero(ReferencePoint):
 
 
 class Constant(ReferencePoint):
-    """z0 = a number: a margin that every reward has to clear (a degenerate reference).
+    """z0 = a fixed number: a margin that every reward has to exceed (a degenerate reference).
 
     Args:
-        value: nats.
+        value: z0, nats.
     """
 
     def __init__(self, *, value: float) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.objective.reference_points.base import Estimate, MeanOverRanks, ReferencePoint
 
-_CLAMP = "the paper's own: no KL divergence is negative, so a negative estimate becomes 0 (Ethayarajh et al. 2024, 4.1)"
+_CLAMP = "as in the paper: no KL divergence is negative, so a negative estimate becomes 0 (Ethayarajh et al. 2024, 4.1)"
 
 
 class MismatchedKL(ReferencePoint):
@@ -18,17 +18,17 @@ class MismatchedKL(ReferencePoint):
 
     The estimator of KTO (Ethayarajh et al., ICML 2024, section 4.1): rewards of completions of *other* prompts
     stand in for E_{y' ~ pi_theta}[r(x, y')] = KL(pi_theta || pi_ref). It is biased, but needs no sampling.
-    Sum and count are taken over all ranks of the step.
+    The mean is over all ranks of the step.
 
-    Off-policy completions often have a negative mean log-ratio; then the clamp makes z0 = 0, sometimes for
-    whole runs. ``outcome/z0_clamped`` says how often.
+    Off-policy completions often have a negative mean log-ratio; the clamp then sets z0 to 0, sometimes for
+    whole runs. ``outcome/z0_clamped`` shows how often.
 
     Args:
-        clamp: replace a negative mean by 0, as the paper does, since a KL divergence cannot be negative. Switch
-            it off where the rewards are not log-ratios (``LogProb``), whose mean is negative by nature.
+        clamp: whether to replace a negative mean by 0, as in the paper, since a KL divergence cannot be negative. Set
+            it to false for rewards that are not log-ratios, such as ``LogProb``, whose mean is always negative.
 
     Raises:
-        ValueError: when called for a step without a mismatched row.
+        ValueError: when called: the step has no mismatched row.
     """
 
     needs = Needs(mismatched=True)

@@ -16,7 +16,7 @@ class PairedCompletion(ReferencePoint):
     proof of Thm. 3.5).
 
     Raises:
-        ValueError: when called with a row, not a mismatched row, that has no paired completion.
+        ValueError: when called: a row that is not mismatched has no paired completion.
     """
 
     scope = "row"

@@ -1,4 +1,4 @@
-"""A mean over the estimates of this and earlier steps."""
+"""The mean of another estimate over steps."""
 
 from __future__ import annotations
 
@@ -13,23 +13,21 @@ from halos_pl.objective.reference_points.batch import BatchMean
 
 
 class RunningMean(ReferencePoint):
-    """z0 = mean of another estimate over the steps so far, this one included, no gradient.
+    """z0 = mean of another estimate over all steps up to the current one, no gradient.
 
-    Over ``BatchMean``, its default, the reward shift of BCO (Jung et al. 2024, section 4): all rows, desirable
-    and undesirable alike, counted equally. Over ``MismatchedKL`` a steadier estimate of KTO's z0. Mean and
-    count are part of the state dict, so a resumed run goes on where it was; they move in
-    training only, once per step, and are the same on every rank. They are numbers, not buffers, because a
-    Trainer of half precision would round buffers.
+    With ``BatchMean``, the default, this is the reward shift of BCO (Jung et al. 2024, section 4): all rows, desirable
+    and undesirable alike, count equally. With ``MismatchedKL`` it is a smoother estimate of KTO's z0. Mean and count
+    are in the state dict, so a resumed run continues with them; they change in training only, once per step, and are
+    equal on all ranks. They are numbers, not buffers, as a Trainer in half precision would round buffers.
 
     Args:
-        of: what is averaged; of scope ``step``, one number a step.
-        decay: None for the plain mean over all rows so far, each step counted with its rows; a number in [0, 1)
-            for an exponential moving average of the steps' estimates, ``decay`` being the share of the old average
-            that is kept.
+        of: reference point to average; of scope ``step``, with one number per step.
+        decay: None for the mean over all rows so far, with each step weighted by its number of rows; a number in [0, 1)
+            for an exponential moving average over steps, where ``decay`` is the weight of the old average.
 
     Raises:
-        ValueError: for a decay outside [0, 1), or an ``of`` that gives each row a number or that needs nothing; when
-            called, for one that does not say that it does.
+        ValueError: decay is outside [0, 1), or ``of`` gives a number for each row or needs no inputs; when called:
+            ``of`` turns out to give a number for each row.
     """
 
     def __init__(self, *, of: ReferencePoint | None = None, decay: float | None = None) -> None:
@@ -39,8 +37,8 @@ class RunningMean(ReferencePoint):
         self.of = of or BatchMean()
         each = self.of.scope != "step" or self.of.per_row
         if each or self.of.needs == Needs():
-            why = "gives a number for each row, not one a step" if each else "looks at no row"
-            raise ValueError(f"RunningMean: {type(self.of).__name__} {why}; there is no mean to keep")
+            why = "gives a number for each row, not one per step" if each else "does not depend on the rows"
+            raise ValueError(f"RunningMean: {type(self.of).__name__} {why}, so it cannot be averaged over steps")
         self.needs = self.of.needs
         self.decay = decay
         self.mean = 0.0
@@ -48,12 +46,12 @@ class RunningMean(ReferencePoint):
 
     @property
     def excused(self) -> Mapping[str, str]:  # type: ignore[override]
-        """What the averaged estimate is excused from."""
+        """The clauses that the averaged estimate is excused from."""
         return self.of.excused
 
     @property
     def violates(self) -> Mapping[str, str]:  # type: ignore[override]
-        """What the averaged estimate violates."""
+        """The clauses that the averaged estimate violates."""
         return self.of.violates
 
     def get_extra_state(self) -> dict[str, float]:
@@ -65,11 +63,11 @@ class RunningMean(ReferencePoint):
     def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
         of_step = self.of(rewards, rows)
         if of_step.value.dim():
-            raise ValueError(f"RunningMean: {type(self.of).__name__} gives a number for each row, not one a step")
-        rows_behind = 1 if of_step.rows is None else int(of_step.rows)  # one that does not say counts each step equally
-        if self.training and rows_behind > 0:
-            count = self.count + rows_behind
-            # The first step has nothing to keep: the share below is 0 for it, under either rule.
+            raise ValueError(f"RunningMean: {type(self.of).__name__} gives a number for each row, not one per step")
+        weight = 1 if of_step.rows is None else int(of_step.rows)  # if unknown, each step counts equally
+        if self.training and weight > 0:
+            count = self.count + weight
+            # In the first step there is no old mean, so its weight is 0 either way.
             keep = self.count / count if self.decay is None or self.count == 0 else self.decay
             self.mean = keep * self.mean + (1 - keep) * float(of_step.value)
             self.count = count

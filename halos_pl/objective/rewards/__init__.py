@@ -1,7 +1,7 @@
-"""Rewards: what a completion is worth to the policy, in nats.
+"""Rewards: the value of a completion to the policy, in nats.
 
-A class in any file of this folder is found by itself: the command line takes its bare name, and the tests hold it to
-the clauses of its kind. The imports below only tell type checkers about the library's own.
+Classes in the files of this folder are discovered: the command line takes their bare names, and the tests check them
+against the clauses of their kind. The imports below are for type checkers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Rewards of policies constrained by other divergences than the reverse KL divergence."""
+"""Rewards of policies that are constrained by a divergence other than the reverse KL."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class AlphaDivergence(Reward):
 
     The score of Wang et al. 2023 ("Beyond reverse KL", table 1), up to its constant factor as in TRL, and
     shifted so that r = 0 where policy equals reference. Not linear in the log-ratio. Where the exponent
-    is above 40 it continues linearly.
+    exceeds 40, it continues linearly.
 
     Args:
-        alpha: in (0, 1); towards 1 r becomes the log-ratio, at 0 it is the forward KL divergence's.
+        alpha: order of the divergence, in (0, 1); r tends to the log-ratio towards 1, and to ``ForwardKL`` towards 0.
 
     Raises:
-        ValueError: for an alpha outside (0, 1).
+        ValueError: alpha is outside (0, 1).
     """
 
     needs = Needs(reference=True)

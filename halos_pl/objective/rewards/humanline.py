@@ -1,4 +1,4 @@
-"""The log-ratio with perceived, clamped token probabilities."""
+"""The log-ratio of token probabilities as people perceive them, clamped."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from halos_pl.objective.rewards.base import Reward, log_ratios
 
 
 class HumanlineLogRatio(Reward):
-    """Log-ratio with each token's share clamped: sum_t clamp(log pi_theta / pi_ref, low, high).
+    """Sum of clamped token log-ratios: sum_t clamp(log pi_theta / pi_ref, low, high).
 
     Humanline (Liu et al. 2025, "Humanline: online alignment as perceptual loss"): people perceive token
-    probabilities with distortion, which is imitated by clipping. A token outside the range has no gradient, so r
-    is not linear in the log-ratio. Made for a reference that is re-synced with the policy (``SyncedCopy``).
+    probabilities with a distortion, which clamping imitates. Tokens outside the range have no gradient, so r is
+    not linear in the log-ratio. Meant for a reference that is re-synced with the policy (``SyncedCopy``).
 
     Args:
-        low, high: nats, log epsilon_P and log epsilon_R.
+        low, high: range of a token's log-ratio, nats: log epsilon_P and log epsilon_R.
 
     Raises:
-        ValueError: unless low < 0 < high.
+        ValueError: not low < 0 < high.
     """
 
     needs = Needs(reference=True)
@@ -30,7 +30,7 @@ class HumanlineLogRatio(Reward):
     def __init__(self, *, low: float = -1.0, high: float = 1.5) -> None:
         super().__init__()
         if not low < 0 < high:
-            raise ValueError(f"HumanlineLogRatio: the range is {low} to {high}; it must include 0")
+            raise ValueError(f"HumanlineLogRatio: the range is {low} to {high}; low must be below 0 and high above 0")
         self.low, self.high = float(low), float(high)
 
     def forward(self, rows: LogProbBatch) -> Tensor:

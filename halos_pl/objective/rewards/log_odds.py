@@ -14,8 +14,8 @@ from halos_pl.objective.rewards.base import Reward, per_row
 class LogOdds(Reward):
     """log[p / (1 - p)] of p = exp(mean log pi_theta per token), the geometric mean of the tokens' probabilities.
 
-    ORPO (Hong et al. 2024, eq. 4). Needs no reference model; not linear in any log-ratio. A mean log-prob
-    closer to 0 than 1e-6 counts as -1e-6, where the odds are a million to one.
+    ORPO (Hong et al. 2024, eq. 4). Needs no reference model; not linear in any log-ratio. Mean log-probs
+    are clamped to at most -1e-6, where the odds are a million to one.
     """
 
     violates: Mapping[str, str] = {

@@ -1,4 +1,4 @@
-"""The margin of a pair, as AOT compares it."""
+"""The margin of a pair, as in AOT."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from halos_pl.objective.rewards.base import Reward
 
 
 class PairMargin(Reward):
-    """log pi_theta of the row less that of its paired completion, with gradient through both; no reference in it.
+    """log pi_theta of the row minus that of its paired completion, with gradient through both; uses no reference.
 
-    What AOT compares, quantile by quantile, with the reference's margins (Melnyk et al. 2024, "Distributional
+    AOT compares these margins, quantile by quantile, with those of the reference (Melnyk et al. 2024, "Distributional
     preference alignment via optimal transport", paired variant); see ``SortedMargins``.
 
-    Mismatched rows, which have none, are worth 0.
+    Mismatched rows, which have no paired completion, get 0.
 
     Raises:
-        ValueError: when called with another row that has no paired completion.
+        ValueError: when called: any other row has no paired completion.
     """
 
     needs = Needs(pairs=True)
