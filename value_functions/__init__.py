@@ -1,7 +1,7 @@
-"""Value functions: v(u), one file each, torch only.
+"""Value functions v(u), one per file, depending on torch only.
 
-A class in any file of this folder is found by itself: ``from value_functions import Logistic`` works, the command line
-takes the bare class name, and the tests hold it to the clauses of a value function.
+Classes in the files of this folder are discovered: ``from value_functions import Logistic`` works, the command line
+takes their bare names, and the tests check them against the clauses of a value function.
 """
 
 from __future__ import annotations

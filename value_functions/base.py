@@ -13,15 +13,15 @@ class ValueFunction(nn.Module, Declared, ABC):
     """The value v(u) that a person attributes to an outcome u = r - z0.
 
     A subclass is a small ``nn.Module`` with keyword-only hyper-parameters and one method, ``forward``. In a file of
-    this package it is found by its bare name, without being registered anywhere; in any other importable module, by its
-    dotted path.
+    this package it is available by its bare name, without registration; in any other importable module, by its dotted
+    path.
 
     In a HALO (Ethayarajh et al., ICML 2024, Def. 3.4) v is non-decreasing everywhere and concave on gains (u > 0).
-    Nothing enforces that: a value function that breaks it is worth studying too, and says so in ``violates``.
+    Nothing enforces that: other value functions are worth studying too, and declare it in ``violates``.
 
     Attributes:
-        beta: factor of outcomes before they are valued (1 / nats), a number or a learnable parameter; 1 if there is
-            none. ``rewards/*`` are logged as beta * r, the scale that users of other libraries know.
+        beta: factor by which outcomes are multiplied first (1 / nats), a number or a learnable parameter; optional.
+            ``rewards/*`` are logged as beta * r, the scale used by other libraries.
         violates: clause to reason; see :class:`~value_functions.discovery.Declared`.
     """
 
@@ -32,10 +32,10 @@ class ValueFunction(nn.Module, Declared, ABC):
         """Value of each outcome.
 
         Args:
-            u: outcomes in nats, any shape; elementwise, so rows never mix.
+            u: outcomes in nats, any shape; the function must be elementwise.
 
         Returns:
-            Values in utility, the shape and dtype of ``u``.
+            Values in units of utility, with the shape and dtype of ``u``.
         """
 
     def extra_repr(self) -> str:
@@ -43,5 +43,5 @@ class ValueFunction(nn.Module, Declared, ABC):
 
 
 def reward_scale(value_function: ValueFunction) -> float:
-    """The scale that rewards are logged in; see ``ValueFunction.beta``."""
+    """The factor by which rewards are multiplied in logs; see ``ValueFunction.beta``."""
     return float(getattr(value_function, "beta", 1.0))

@@ -12,14 +12,14 @@ from value_functions.bounded import bounded_exp
 class CARA(ValueFunction):
     """v(u) = 1 - e^(-beta u): concave everywhere, at most 1, slope beta at 0.
 
-    Exponential utility (Pratt 1964): risk aversion is the same at any level of outcome, so a constant added
-    to all outcomes changes no choice. Losses beyond 40 / beta nats continue linearly, where exp would overflow.
+    Exponential utility (Pratt 1964): risk aversion does not depend on the outcome, so adding a constant to all
+    outcomes changes no choice. Losses beyond 40 / beta nats continue linearly, as exp would overflow.
 
     Args:
         beta: absolute risk aversion, 1 / nats; above 0.
 
     Raises:
-        ValueError: for a beta that is not above 0.
+        ValueError: beta is not above 0.
     """
 
     def __init__(self, *, beta: float = 0.1) -> None:
@@ -30,5 +30,5 @@ class CARA(ValueFunction):
 
     def forward(self, u: Tensor) -> Tensor:
         x = -self.beta * u
-        # expm1 keeps small outcomes exact; the tangent takes over where it would overflow.
+        # expm1 is exact for small outcomes; the tangent replaces it before it overflows.
         return torch.where(x < 1, -torch.expm1(x.clamp(max=1)), 1 - bounded_exp(x))

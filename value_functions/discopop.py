@@ -1,4 +1,4 @@
-"""The value function that a language model discovered."""
+"""The value function of DiscoPOP, discovered by a language model."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ class DiscoPOP(ValueFunction):
     """With x = beta * u and m = sigmoid(x / tau): v = (1 - m) * log sigmoid(x) - m * e^-x.
 
     The log-ratio modulated loss of Lu et al. 2024 ("Discovering preference optimization algorithms", eq. 5):
-    logistic for losses, exponential for gains. Not monotone around 0, so it is no value function of a HALO.
+    logistic for losses, exponential for gains. Not monotone around 0, so it is not the value function of a HALO.
 
     Args:
         beta: 1 / nats.
-        tau: width of the passage from one to the other, in units of x; above 0.
+        tau: width of the transition between the two, in units of x; above 0.
 
     Raises:
-        ValueError: for a tau that is not above 0.
+        ValueError: tau is not above 0.
     """
 
     violates: Mapping[str, str] = {
-        "non_decreasing": "it falls around u = 0, where it passes from the logistic to the exponential",
+        "non_decreasing": "it falls around u = 0, in the transition from the logistic to the exponential",
         "concave_on_gains": "it rises again after that dip",
     }
 
@@ -40,6 +40,6 @@ class DiscoPOP(ValueFunction):
 
     def forward(self, u: Tensor) -> Tensor:
         x = self.beta * u
-        # In one exponent: m * e^-x would be 0 * inf deep in losses.
+        # As one exponential: m * e^-x would be 0 * inf for large losses.
         exponential = bounded_exp(F.logsigmoid(x / self.tau) - x)
         return torch.sigmoid(-x / self.tau) * F.logsigmoid(x) - exponential

@@ -1,4 +1,4 @@
-"""How a plug-in is found: as a class in a file of its package, without being registered anywhere."""
+"""Discovery of plug-ins: classes in the files of a package, without registration."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 
 def plug_ins(package: str, base: type) -> dict[str, type[Any]]:
-    """The concrete subclasses of ``base`` in the files of ``package``, by name; imports these files.
+    """Imports the files of ``package`` and returns the concrete subclasses of ``base`` in them, by name.
 
     Raises:
-        ImportError: if two files define a class of the same name.
+        ImportError: two files define a class of the same name.
     """
     classes: dict[str, type[Any]] = {}
     for file in iter_modules(import_module(package).__path__):
@@ -28,13 +28,13 @@ def plug_ins(package: str, base: type) -> dict[str, type[Any]]:
 
 
 class Declared:
-    """A plug-in that states which clauses of the definition it does not keep, and why.
+    """A plug-in that declares which clauses of the definition it violates, and why.
 
-    A subclass with a ``forward`` of its own answers for itself: it inherits none of these statements.
+    A subclass that defines ``forward`` inherits none of these declarations.
 
     Attributes:
         violates: clause (see ``halos check --explain``) to reason. Reports show the reason beside a failure, which
-            counts all the same; the tests of the library hold each of its parts to exactly what it states.
+            still counts. The library's tests require that each of its plug-ins violates exactly these clauses.
     """
 
     violates: Mapping[str, str] = MappingProxyType({})

@@ -16,14 +16,14 @@ class ExoPair(ValueFunction):
     """v(u) = -KL(q || p): q = (sigmoid(beta u), sigmoid(-beta u)), p = (1 - epsilon, epsilon).
 
     EXO, the reverse KL divergence from the smoothed preference (Ji et al. 2024, eq. 16). It peaks where
-    sigmoid(beta u) = 1 - epsilon and falls towards log(1 - epsilon) beyond, so it is no value function of a HALO.
+    sigmoid(beta u) = 1 - epsilon and falls towards log(1 - epsilon) beyond, so it is not the value function of a HALO.
 
     Args:
         beta: 1 / nats.
-        label_smoothing: epsilon in (0, 0.5), the share of the rejected completion.
+        label_smoothing: epsilon in (0, 0.5), the probability that the rejected completion is preferred.
 
     Raises:
-        ValueError: for an epsilon outside its range: at 0 the divergence is infinite.
+        ValueError: epsilon is outside its range; at 0 the divergence would be infinite.
     """
 
     violates: Mapping[str, str] = {

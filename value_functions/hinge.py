@@ -8,17 +8,17 @@ from value_functions.base import ValueFunction
 
 
 class Hinge(ValueFunction):
-    """v(u) = min(0, beta * u - margin): linear up to the margin, then nothing more to gain.
+    """v(u) = min(0, beta * u - margin): linear up to the margin, constant beyond.
 
-    With ``margin=1`` the hinge loss of RSO (Liu et al. 2023, eq. 10), with ``beta=1`` the calibration loss
-    of SLiC (Zhao et al. 2023, eq. 1).
+    With ``margin=1`` this gives the hinge loss of RSO (Liu et al. 2023, eq. 10), with ``beta=1`` the calibration
+    loss of SLiC (Zhao et al. 2023, eq. 1).
 
     Args:
         beta: value of one nat, 1 / nats; above 0.
-        margin: beta * u that satisfies.
+        margin: value of beta * u beyond which the function is constant.
 
     Raises:
-        ValueError: for a beta that is not above 0.
+        ValueError: beta is not above 0.
     """
 
     def __init__(self, *, beta: float = 0.1, margin: float = 1.0) -> None:

@@ -8,16 +8,16 @@ from value_functions.base import ValueFunction
 
 
 class Identity(ValueFunction):
-    """v(u) = beta * u: risk-neutral, every nat of outcome is worth the same.
+    """v(u) = beta * u: risk-neutral, as every nat has the same value.
 
-    The paper's ablation "v = identity" (Ethayarajh et al., ICML 2024, Table 2). With it the reference point
-    is a baseline only: it cancels wherever it carries no gradient.
+    The paper's ablation "v = identity" (Ethayarajh et al., ICML 2024, Table 2). The reference point then
+    only shifts the loss, unless it has a gradient.
 
     Args:
         beta: value of one nat.
 
     Raises:
-        ValueError: for a beta that is not above 0.
+        ValueError: beta is not above 0.
     """
 
     def __init__(self, *, beta: float = 0.1) -> None:

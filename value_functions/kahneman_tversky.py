@@ -14,19 +14,19 @@ class KahnemanTversky(ValueFunction):
     Tversky & Kahneman, "Advances in Prospect Theory" (1992), who fit alpha = loss_curvature = 0.88 and
     loss_aversion = 2.25 to median choices between gambles; eq. 4 of Ethayarajh et al., ICML 2024.
 
-    |x|^alpha has an infinite slope at 0, and 0 is where every run starts (the policy equals its reference).
-    So each side is smoothed as (|x| + eps)^alpha - eps^alpha, which keeps v(0) = 0, monotonicity and the
-    curvature of either side, and makes the slope finite. At exactly 0 the gradient is that of gains.
+    |x|^alpha has an infinite slope at 0, where every run starts (the policy equals its reference). So each side is
+    smoothed as (|x| + eps)^alpha - eps^alpha, which makes the slope finite and preserves v(0) = 0, monotonicity and
+    the curvature of both sides. At exactly 0 the gradient is that of gains.
 
     Args:
         alpha: curvature of gains, in (0, 1].
         loss_curvature: curvature of losses, in (0, 1].
-        loss_aversion: how much more a loss weighs than a gain of the same size (lambda); above 0.
-        beta: outcomes are multiplied with it first, 1 / nats.
+        loss_aversion: factor of losses (lambda), above 0.
+        beta: factor by which outcomes are multiplied first, 1 / nats; above 0.
         eps: width of the smoothing at 0, in units of x; above 0.
 
     Raises:
-        ValueError: for a parameter outside its range.
+        ValueError: a parameter is outside its range.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class KahnemanTversky(ValueFunction):
 
     def forward(self, u: Tensor) -> Tensor:
         x = self.beta * u
-        # Each branch is clamped to its own side, so that the one not taken has a finite gradient as well.
+        # Each branch is clamped to its side, so that the unused one has a finite gradient too.
         gain = self._power(x.clamp(min=0), self.alpha)
         loss = -self.loss_aversion * self._power((-x).clamp(min=0), self.loss_curvature)
         return torch.where(x >= 0, gain, loss)

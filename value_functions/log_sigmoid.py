@@ -9,16 +9,16 @@ from value_functions.base import ValueFunction
 
 
 class LogSigmoid(ValueFunction):
-    """v(u) = log sigmoid(beta * u): concave everywhere, at most 0, about beta * u deep in losses.
+    """v(u) = log sigmoid(beta * u): concave everywhere, below 0, close to beta * u for large losses.
 
     The value function of DPO (Rafailov et al. 2023, eq. 7; shown to be a HALO in Ethayarajh et al., ICML
-    2024, Thm. 3.5) and, with an undesirable side, of the paper's ablation "v = log sigma".
+    2024, Thm. 3.5) and, applied to undesirable rows too, of the paper's ablation "v = log sigma".
 
     Args:
         beta: risk aversion, 1 / nats.
 
     Raises:
-        ValueError: for a beta that is not above 0.
+        ValueError: beta is not above 0.
     """
 
     def __init__(self, *, beta: float = 0.1) -> None:

@@ -11,14 +11,14 @@ from value_functions.base import ValueFunction
 class Logistic(ValueFunction):
     """v(u) = sigmoid(beta * u): concave in gains, convex in losses, saturating on both sides.
 
-    The value function of KTO (Ethayarajh et al., ICML 2024, eq. 7). Rows far from the reference point get a
-    vanishing gradient, so extreme, possibly mislabelled rows are ignored (Prop. 4.1).
+    The value function of KTO (Ethayarajh et al., ICML 2024, eq. 7). The gradient vanishes
+    far from the reference point, so extreme, possibly mislabelled rows are ignored (Prop. 4.1).
 
     Args:
-        beta: risk aversion, 1 / nats. The higher, the sooner a gain saturates.
+        beta: risk aversion, 1 / nats. The higher it is, the sooner gains saturate.
 
     Raises:
-        ValueError: for a beta that is not above 0.
+        ValueError: beta is not above 0.
     """
 
     def __init__(self, *, beta: float = 0.1) -> None:

@@ -10,16 +10,16 @@ from value_functions.base import ValueFunction
 
 
 class Quadratic(ValueFunction):
-    """v(u) = -(u - 1 / (2 beta))^2: a target to be met, beyond which more is worse.
+    """v(u) = -(u - 1 / (2 beta))^2: a target; beyond it, more is worse.
 
     IPO (Azar et al. 2023, eq. 17, where beta is tau) and SPPO (Wu et al. 2024, eq. 4.4). It falls beyond its target, so
-    it is no value function of a HALO.
+    it is not the value function of a HALO.
 
     Args:
         beta: 1 / nats; the target is at 1 / (2 beta) nats.
 
     Raises:
-        ValueError: for a beta that is not above 0.
+        ValueError: beta is not above 0.
     """
 
     violates: Mapping[str, str] = {"non_decreasing": "it falls beyond its target 1 / (2 beta)"}

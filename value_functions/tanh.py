@@ -11,14 +11,14 @@ from value_functions.base import ValueFunction
 class Tanh(ValueFunction):
     """v(u) = tanh(beta * u): concave in gains, convex in losses, v(0) = 0, between -1 and 1.
 
-    2 * sigmoid(2 beta u) - 1, so KTO with twice the risk aversion and twice the stakes: the slope at 0 is
-    beta, as of ``Identity`` and ``CARA``.
+    Equals 2 * sigmoid(2 beta u) - 1: KTO with twice the risk aversion and twice the scale. The slope at 0 is beta,
+    as for ``Identity`` and ``CARA``.
 
     Args:
         beta: 1 / nats.
 
     Raises:
-        ValueError: for a beta that is not above 0.
+        ValueError: beta is not above 0.
     """
 
     def __init__(self, *, beta: float = 0.1) -> None:

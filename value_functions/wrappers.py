@@ -1,4 +1,4 @@
-"""Value functions made from others. Each says what it preserves of them."""
+"""Value functions built from others, and the properties that they preserve."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from value_functions.base import ValueFunction, reward_scale
 
 
 class Scaled(ValueFunction):
-    """by * v(u): stakes. Preserves monotonicity, curvature and v(0) = 0.
+    """by * v(u). Preserves monotonicity, curvature and v(0) = 0.
 
     Args:
         value_function: v.
-        by: above 0.
+        by: factor, above 0.
 
     Raises:
-        ValueError: for a factor that is not above 0.
+        ValueError: the factor is not above 0.
     """
 
     def __init__(self, value_function: ValueFunction, *, by: float) -> None:
@@ -33,14 +33,14 @@ class Scaled(ValueFunction):
 
 
 class Shifted(ValueFunction):
-    """v(u - by): a margin that outcomes have to clear before they count as gains.
+    """v(u - by): a margin that outcomes have to exceed to count as gains.
 
-    Preserves monotonicity. Curvature moves along: concave on gains remains so where v is concave on
-    (-by, infinity) too, as log sigmoid and the identity are; a logistic with a margin above 0 is convex on (0, by).
+    Preserves monotonicity. Curvature shifts: the result is concave on gains if v is concave on (-by, infinity), as log
+    sigmoid and the identity are; a logistic with a margin above 0 is convex on (0, by).
 
     Args:
         value_function: v.
-        by: nats. SimPO's target margin gamma is by = gamma / beta.
+        by: margin, nats. SimPO's target margin gamma corresponds to by = gamma / beta.
     """
 
     def __init__(self, value_function: ValueFunction, *, by: float) -> None:
@@ -55,15 +55,15 @@ class Shifted(ValueFunction):
 class LossAverse(ValueFunction):
     """v(0) + loss_aversion * (v(u) - v(0)) for losses, v(u) for gains: a kink at the reference point.
 
-    Kahneman & Tversky 1979: losses loom larger than gains. Preserves monotonicity, concavity on gains and v(0). It acts
-    on u < 0 only, so under ``reflect`` it weighs the losses of either class.
+    Kahneman & Tversky 1979: losses loom larger than gains. Preserves monotonicity, concavity on gains and v(0). It only
+    affects u < 0, so with ``reflect_undesirable`` it weights the losses of both classes.
 
     Args:
         value_function: v.
-        loss_aversion: lambda, above 0; 2.25 in Tversky & Kahneman 1992.
+        loss_aversion: factor of losses (lambda), above 0; 2.25 in Tversky & Kahneman 1992.
 
     Raises:
-        ValueError: for a lambda that is not above 0.
+        ValueError: lambda is not above 0.
     """
 
     def __init__(self, value_function: ValueFunction, *, loss_aversion: float) -> None:
@@ -80,17 +80,17 @@ class LossAverse(ValueFunction):
 
 
 class Clipped(ValueFunction):
-    """v(u) with u kept between ``low`` and ``high``: outcomes beyond them have no gradient.
+    """v(u) with u clamped to [``low``, ``high``]: outcomes outside have no gradient.
 
-    Clipping in log-space. Preserves monotonicity and, for high >= 0, concavity on gains. With low > 0 it would be flat
-    and then rise on gains, which is convex: low must be at most 0.
+    Clips in log-space. Preserves monotonicity and, for high >= 0, concavity on gains. With low > 0 it would be flat
+    before it rises on gains, which is convex, so low must be at most 0.
 
     Args:
         value_function: v.
-        low, high: nats, low <= 0 <= high; null for no bound.
+        low, high: bounds of u, nats, low <= 0 <= high; null for no bound.
 
     Raises:
-        ValueError: for bounds that do not enclose 0.
+        ValueError: the bounds do not enclose 0.
     """
 
     def __init__(self, value_function: ValueFunction, *, low: float | None = None, high: float | None = None) -> None:
@@ -98,7 +98,9 @@ class Clipped(ValueFunction):
         self.low = -math.inf if low is None else float(low)
         self.high = math.inf if high is None else float(high)
         if not self.low <= 0 <= self.high:
-            raise ValueError(f"Clipped: the bounds are {low} and {high}; it must be low <= 0 <= high, or null")
+            raise ValueError(
+                f"Clipped: the bounds are {low} and {high}; they must satisfy low <= 0 <= high, or be null"
+            )
         self.value_function, self.beta = value_function, reward_scale(value_function)
 
     def forward(self, u: Tensor) -> Tensor:
@@ -107,20 +109,20 @@ class Clipped(ValueFunction):
 
 
 class Mixture(ValueFunction):
-    """sum_k weights[k] * v_k(u): between two attitudes. Preserves what all its parts have in common.
+    """sum_k weights[k] * v_k(u), a blend of attitudes to risk. Preserves properties shared by all v_k.
 
     Args:
-        value_functions: at least one v_k. The first one's beta is the scale that rewards are shown in.
-        weights: as many, at least 0.
+        value_functions: at least one v_k. Rewards are logged with the beta of the first.
+        weights: one weight per v_k, at least 0.
 
     Raises:
-        ValueError: for no parts, another number of weights, or a negative one.
+        ValueError: there are no v_k, the number of weights differs, or a weight is negative.
     """
 
     def __init__(self, value_functions: list[ValueFunction], *, weights: list[float]) -> None:
         super().__init__()
         if not value_functions or len(weights) != len(value_functions):
-            raise ValueError(f"Mixture: {len(value_functions)} value functions and {len(weights)} weights")
+            raise ValueError(f"Mixture: there are {len(value_functions)} value functions and {len(weights)} weights")
         if not all(weight >= 0 for weight in weights):
             raise ValueError(f"Mixture: the weights are {weights}; each must be at least 0")
         self.value_functions = nn.ModuleList(value_functions)
