@@ -1,4 +1,4 @@
-"""Human-aware losses as compositions of independent plug-ins, trained with PyTorch Lightning."""
+"""Human-aware losses composed of independent plug-ins, trained with PyTorch Lightning."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Where each name lives. Imported on first use, so an objective over plain tensors loads no transformers or Lightning.
+# The module of each name. Imported on first use, so that objectives on plain tensors load no transformers or Lightning.
 _HOMES = {
     "halos_pl.batch": ("Labels", "LogProbBatch", "Needs", "TokenBatch"),
     "halos_pl.conformance": ("check_halo", "parametrize_with_checks"),

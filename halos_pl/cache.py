@@ -1,4 +1,4 @@
-"""The cache of recomputable data: where it is, and its size limit."""
+"""The cache of recomputable data: its location and its size limit."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from typing import IO, Literal
 Kind = Literal["data", "models", "reference", "answers"]
 #: The folder of sampled answers.
 ANSWERS = "answers"
-#: The folder of kept help pages, some kilobytes.
+#: The folder of cached help pages, a few kilobytes.
 HELP = "help"
 REFERENCE = Path("reference") / "logps.sqlite"
-#: Bytes of that file; the least recently used log-probs make room for new ones.
+#: Maximum size of that file in bytes; the least recently used log-probs make room for new ones.
 LARGEST = 4 << 30
 #: Share of the cache's disk, unless HALOS_CACHE_LIMIT is set.
 DEFAULT_LIMIT = "20%"
@@ -28,7 +28,7 @@ _REMOVED = ".removed"
 
 
 class NoHomeError(OSError):
-    """There is no home folder, as for a user ID unknown to a container."""
+    """There is no home folder, as for a container's unknown user ID."""
 
 
 class CacheLimitError(ValueError):
@@ -36,16 +36,15 @@ class CacheLimitError(ValueError):
 
 
 def cache_root() -> Path:
-    """``$HALOS_CACHE``, by default ``~/.cache/halos_pl``. It may be deleted.
+    """The cache folder: ``$HALOS_CACHE``, by default ``~/.cache/halos_pl``. It may be deleted.
 
     Raises:
-        NoHomeError: without either.
+        NoHomeError: neither HALOS_CACHE nor a home folder exists.
     """
     place = os.environ.get("HALOS_CACHE") or "~/.cache/halos_pl"
     try:
-        if place.startswith("~") and not os.environ.get(
-            "HOME", "unset"
-        ):  # expanduser would return the root of the disk
+        # With an empty HOME, expanduser would return the root of the disk.
+        if place.startswith("~") and not os.environ.get("HOME", "unset"):
             raise RuntimeError("HOME is empty")
         return Path(place).expanduser()
     except RuntimeError as error:
@@ -61,7 +60,7 @@ def limit() -> float:
     """The size limit in bytes; infinite without a limit.
 
     Raises:
-        CacheLimitError: if ``$HALOS_CACHE_LIMIT`` is not valid.
+        CacheLimitError: ``$HALOS_CACHE_LIMIT`` is not valid.
     """
     setting = limit_setting()
     if setting.lower() == "none":
@@ -69,7 +68,7 @@ def limit() -> float:
     size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]?i?B?)", setting, re.IGNORECASE)
     if not size or (size[2] == "%" and float(size[1]) > 100):
         raise CacheLimitError(
-            f"HALOS_CACHE_LIMIT is {setting!r}; it takes a size (50GB), a share of the disk (20%) or none"
+            f"HALOS_CACHE_LIMIT is {setting!r}; it must be a size (50GB), a share of the disk (20%) or none"
         )
     if size[2] != "%":
         unit = size[2].upper().replace("I", "")
@@ -95,11 +94,11 @@ class Entry:
     """An entry of the cache: a tokenized source, a converted model, the reference store, or the answers of a model.
 
     Attributes:
-        kind: which of these.
-        path: its folder or file.
-        parts: the path, and leftovers of killed commands.
-        size: bytes of all parts.
-        used: when it was last used, seconds since the epoch.
+        kind: kind of entry.
+        path: folder or file of the entry.
+        parts: ``path``, and leftovers of killed commands.
+        size: size of all parts in bytes.
+        used: time of the last use, seconds since the epoch.
     """
 
     kind: Kind
@@ -110,7 +109,7 @@ class Entry:
 
 
 def _mark(path: Path) -> Path:
-    """The file beside an entry that has the time of its last use and is locked during use."""
+    """The file beside an entry that records its last use and is locked during use."""
     return path.with_name(f"{path.name}.used")
 
 
@@ -133,7 +132,7 @@ def entries(data: Path | None = None) -> list[Entry]:
     """The entries of the cache, least recently used first.
 
     Args:
-        data: the folder of tokenized sources; default: the one in :func:`cache_root`.
+        data: folder of tokenized sources; default: the one in :func:`cache_root`.
     """
     root = cache_root()
     parts: dict[tuple[Kind, Path], list[Path]] = {}
@@ -149,8 +148,8 @@ def entries(data: Path | None = None) -> list[Entry]:
     for path in sorted((root / ANSWERS).glob("*.json*")):  # and leftovers of killed commands
         if path != _mark(path.with_suffix("")):
             parts.setdefault(("answers", path.with_name(f"{path.name.partition('.')[0]}.json")), []).append(path)
-    found = [Entry(*key, tuple(own), sum(map(_size, own)), _used(key[1], own)) for key, own in parts.items()]
-    return sorted(found, key=lambda entry: entry.used)
+    every = [Entry(*key, tuple(paths), sum(map(_size, paths)), _used(key[1], paths)) for key, paths in parts.items()]
+    return sorted(every, key=lambda entry: entry.used)
 
 
 # -- use ------------------------------------------------------------------------------------------------
@@ -159,11 +158,11 @@ def entries(data: Path | None = None) -> list[Entry]:
 class Use:
     """Protects an entry from removal during the life of this object or its process, and records the use.
 
-    Holds a shared POSIX lock on the file beside the entry, which other machines respect if the file system supports
-    locks. Does nothing in a read-only cache, or without locks.
+    Keeps a shared POSIX lock on the file beside the entry, which other machines respect if the file system supports
+    locks. Does nothing if the cache is read-only or locks are unavailable.
 
     Args:
-        path: of the entry, which need not exist yet.
+        path: path of the entry, which need not exist yet.
     """
 
     def __init__(self, path: Path) -> None:
@@ -196,7 +195,7 @@ def _is(file: IO[str], path: Path) -> bool:
 
 @contextmanager
 def _unused(path: Path) -> Iterator[bool]:
-    """Whether no process uses an entry; none can begin to while this is entered."""
+    """Whether an entry is unused; no process can start to use it in this context."""
     try:
         import fcntl
     except ImportError:
@@ -223,7 +222,7 @@ def remove(entry: Entry) -> bool:
     with _unused(entry.path) as free:
         try:
             for part in reversed(entry.parts) if free else ():  # leftovers first
-                # Renamed first, so that no process finds half of it.
+                # Renamed first, so that no process sees part of it.
                 aside = part if part.name.endswith(_REMOVED) else part.with_name(part.name + _REMOVED)
                 os.replace(part, aside)
                 shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
@@ -233,7 +232,7 @@ def remove(entry: Entry) -> bool:
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a running command uses or makes an entry of a folder."""
+    """Whether a running command uses or creates an entry in a folder."""
     for mark in folder.glob("*.used"):
         with _unused(mark.with_suffix("")) as free:
             if not free:
@@ -245,7 +244,7 @@ def make_room(data: Path | None = None) -> None:
     """Removes the least recently used entries until the cache is within its limit; entries in use stay.
 
     Args:
-        data: as for :func:`entries`.
+        data: as in :func:`entries`.
     """
     largest = limit()
     every = entries(data)
@@ -263,7 +262,7 @@ def make_room(data: Path | None = None) -> None:
     if removed:
         days = (time.time() - removed[-1].used) / 86400
         rank_zero_info(
-            f"halos: {limited}: removed entries that were not used for at least {days:.1f} days"
+            f"halos: {limited}: removed entries not used for at least {days:.1f} days"
             f" ({size_text(sum(entry.size for entry in removed))} in {len(removed)} of {len(every)} entries)"
         )
     if size > largest:

@@ -1,4 +1,4 @@
-"""Sums and collections over ranks, the only thing the objective knows of distributed training."""
+"""Sums and gathers over ranks: the objective's only contact with distributed training."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 
 
 def world_size() -> int:
-    """Number of processes that train together; 1 where torch.distributed is not in use."""
+    """Number of processes that train together; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The sum of ``tensor`` (same shape on every rank) over all ranks, without gradient.
 
-    Every rank must call it the same number of times. A mean over ranks is never taken anywhere: ranks may
-    hold different numbers of rows, or none of a class, so sums and counts are reduced and divided after.
+    Every rank must call it the same number of times. Means are computed from reduced sums and counts, not averaged over
+    ranks, which may have different numbers of rows, or no rows of a class.
     """
     total = tensor.detach().clone()
     if world_size() > 1:
@@ -28,12 +28,12 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """The tensors of all ranks, stacked; back, what all ranks' losses say of this rank's own."""
+    """Stacks the tensors of all ranks; the backward pass sums the gradients of this rank's tensor over all ranks."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor) -> Tensor:
-        everyone = [torch.empty_like(own) for _ in range(world_size())]
-        dist.all_gather(everyone, own.contiguous())
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        everyone = [torch.empty_like(local) for _ in range(world_size())]
+        dist.all_gather(everyone, local.contiguous())
         return torch.stack(everyone)
 
     @staticmethod
@@ -42,12 +42,12 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_over_ranks(values: Tensor) -> tuple[Tensor, int]:
-    """The values [n] of all ranks, in the order of the ranks, *with* gradient; ranks may hold different numbers.
+    """Gathers values [n] from all ranks, in rank order, *with* gradient; n may differ between ranks.
 
-    Every rank must call it the same number of times, and back-propagate through it the same number of times.
+    Every rank must call it, and back-propagate through it, the same number of times.
 
     Returns:
-        float [N], and the place where this rank's own values begin.
+        The values, float [N], and the index at which this rank's values begin.
     """
     if world_size() == 1:
         return values, 0

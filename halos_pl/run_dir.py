@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: the names of its files, and whether its summary says that training has finished."""
+"""The files in a run's folder, and whether its training has finished."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PREVIOUS = LAST.with_name("previous.ckpt")
 def shortfall(folder: Path) -> str | None:
     """Why the training in a run's folder does not count as finished; None if it does.
 
-    Older versions wrote a summary only after a regular end, and without ``finished``; see :func:`untold`.
+    Older versions wrote a summary, without ``finished``, only after training had finished; see :func:`untold`.
     """
     path = folder / SUMMARY
     if not path.is_file():

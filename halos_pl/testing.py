@@ -1,11 +1,11 @@
-"""Helpers for tests of your own parts: random rows, tiny models and data, and a fit that takes seconds.
+"""Helpers for testing your own plug-ins: random rows, tiny models and data, and a fit that takes seconds.
 
 >>> from halos_pl import testing
 >>> rows = testing.random_rows(seed=0, pairs=3)                                  # for an objective or a plug-in
 >>> folder = testing.tiny_model(tmp_path / "model")                              # doctest: +SKIP
 >>> steps = testing.fit(objective, testing.binary_rows(), folder).steps          # doctest: +SKIP
 
-``halos_pl.conformance`` holds a part to the laws of its kind; these helpers are for what is particular to yours.
+``halos_pl.conformance`` checks a plug-in against the laws of its kind; these helpers are for your own tests.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CHATML = (
     "+ '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-#: What the tokenizer is trained on.
+#: Texts that the tokenizer is trained on.
 CORPUS = [
     "The answer is forty-two, and the question was lost on the way.",
     "Could you tell me how to bake bread? Mix flour, water, salt and yeast; wait; bake it for an hour.",
@@ -57,18 +57,18 @@ def random_rows(
     dtype: torch.dtype = torch.float64,
     scale: float = 1.0,
 ) -> LogProbBatch:
-    """Rows with random log-probs: pairs in no order, then mismatched rows; completions of 1 to ``tokens`` tokens.
+    """Rows with random log-probs: pairs in random order, then mismatched rows; completions of 1 to ``tokens`` tokens.
 
     Args:
-        seed: of everything.
-        pairs: chosen and rejected rows; up to two pairs answer the same prompt.
-        mismatched: rows that feed the reference point only.
-        tokens: the longest completion.
-        dtype: of the log-probs.
-        scale: the largest log-prob of a token is 0, the smallest ``-scale``, nats.
+        seed: seed of all random numbers.
+        pairs: number of pairs of a chosen and a rejected row; up to two pairs share a prompt.
+        mismatched: number of mismatched rows, which only feed the reference point.
+        tokens: maximum number of tokens of a completion.
+        dtype: dtype of the log-probs.
+        scale: range of a token's log-prob, which is between ``-scale`` and 0, nats.
 
     Returns:
-        2 * pairs + mismatched rows; ``policy_logps`` asks for a gradient.
+        2 * pairs + mismatched rows; ``policy_logps`` requires a gradient.
     """
     generator = torch.Generator().manual_seed(seed)
     n = 2 * pairs + mismatched
@@ -93,7 +93,7 @@ def _words(draw: random.Random, longest: int) -> str:
 
 
 def binary_rows(count: int = 12, *, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows of binary feedback on distinct prompts, both labels, texts of several lengths."""
+    """Rows of binary feedback with distinct prompts, both labels and texts of various lengths."""
     draw = random.Random(seed)
     return [
         {"prompt": f"question {i} {_words(draw, 4)}", "completion": _words(draw, 6), "label": i % 3 != 0}
@@ -102,7 +102,7 @@ def binary_rows(count: int = 12, *, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def pair_rows(count: int = 6, *, seed: int = 0) -> list[dict[str, Any]]:
-    """Pairs on distinct prompts, texts of several lengths."""
+    """Preference pairs with distinct prompts and texts of various lengths."""
     draw = random.Random(seed)
     return [
         {"prompt": f"question {i} {_words(draw, 4)}", "chosen": _words(draw, 6), "rejected": _words(draw, 6)}
@@ -114,7 +114,7 @@ def pair_rows(count: int = 6, *, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def tiny_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """A lossless byte-level tokenizer of a few hundred tokens, with EOS and padding; it adds no BOS."""
+    """A lossless byte-level tokenizer with a few hundred tokens, EOS and padding; it adds no BOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -136,7 +136,7 @@ def tiny_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFas
 
 
 def tiny_model(folder: Path) -> Path:
-    """Writes a random Llama of 30,000 weights and its tokenizer to a folder, as the hub would hold them."""
+    """Writes a random Llama with 30,000 weights and its tokenizer to a Hugging Face folder, and returns the folder."""
     tokenizer = tiny_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -163,11 +163,11 @@ def tiny_model(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a fit leaves.
+    """The result of :func:`fit`.
 
     Attributes:
-        module: with the trained policy (``module.policy``).
-        steps: the logged figures of each optimizer step.
+        module: LightningModule with the trained policy (``module.policy``).
+        steps: logged figures of each optimizer step.
     """
 
     module: HALOModule
@@ -195,12 +195,12 @@ def fit(
     """Trains a model for a few steps of SGD on the CPU, without files.
 
     Args:
-        objective: what is minimized.
-        data: rows, or a file of them.
-        model: a folder or hub name, such as that of :func:`tiny_model`.
-        steps: optimizer steps.
-        lr: a constant learning rate.
-        batch_size: rows of a step; pairs, where the objective needs them.
+        objective: objective to minimize.
+        data: rows, or a file with rows.
+        model: folder or hub name, such as the folder from :func:`tiny_model`.
+        steps: number of optimizer steps.
+        lr: constant learning rate.
+        batch_size: number of rows per step; of pairs, if the objective needs pairs.
         options: further arguments of ``HALOModule``, such as ``micro_batch_rows``.
     """
     recorder = _Steps()
