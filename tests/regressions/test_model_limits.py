@@ -139,7 +139,7 @@ def test_a_model_without_sdpa_attention(tiny_folder: Path, tmp_path: Path, capfd
         main(["generate", str(tmp_path / "neo"), f"--prompts={prompts}"])
     prompts.write_text("xyz " * 40 + "\n")
     assert f"{MOST} positions" in refused(capfd, ["generate", str(tmp_path / "neo"), f"--prompts={prompts}"])
-    with pytest.raises(ModelError, match="attn_implementation: eager"):
+    with pytest.raises(ModelError, match="attn_implementation to eager"):
         load_model(ModelSpec(str(tmp_path / "neo")))
 
 
