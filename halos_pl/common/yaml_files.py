@@ -21,13 +21,13 @@ class YAMLFileError(ValueError):
     """A file that cannot be used; the message names file and line."""
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.CSafeLoader):
     """Reads dates as texts, as the command line does."""
 
 
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    for first, resolvers in yaml.CSafeLoader.yaml_implicit_resolvers.items()
 }
 # Members of an enumeration of texts, as in Lightning's defaults, are written as texts.
 yaml.SafeDumper.add_multi_representer(str, lambda dumper, text: dumper.represent_str(str.__str__(text)))
@@ -45,9 +45,10 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], Lines]:
     except UnicodeDecodeError as error:
         raise YAMLFileError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
         lines = _lines(node, path)
-        content = yaml.load(text, Loader=_Loader)
+        content = None if node is None else loader.construct_document(node)
     except RecursionError as error:
         raise YAMLFileError(f"{path} is nested too deeply") from error
     except (yaml.YAMLError, ValueError) as error:

@@ -19,8 +19,8 @@ from mutant import CLAUSES, Mutant, draws
 from sound_parts import SOUND_PARTS, LoggingSum
 from unusual_values import UNUSUAL, unusual
 
-from halos_pl.conformance import CheckFailed, check_halo
-from halos_pl.conformance.check import checks_of
+from halos_pl.conformance import CheckFailed, check_halo, strategies
+from halos_pl.conformance.check import checks_of, reports
 from halos_pl.conformance.witness import Raised
 from halos_pl.objective import reference_points
 from halos_pl.objective.feedback import Binary
@@ -35,6 +35,12 @@ SEEDS = range(1, 20)
 every_unusual = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if i % 3 else ()) for i, name in enumerate(UNUSUAL)]
 )
+
+
+@pytest.fixture
+def unshrunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A witness is enough; that the smallest is looked for takes half the time, and is tested in test_conformance.py."""
+    monkeypatch.setattr(strategies, "shrunk", lambda fault, first, needs, **_: first)
 
 
 def assert_caught(mutant: Mutant, seed: int) -> str:
@@ -52,6 +58,7 @@ def assert_passes(name: str, seed: int) -> None:
     assert not wrong, f"seed {seed}: {name} was rejected\n{report}"
 
 
+@pytest.mark.usefixtures("unshrunk")
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: f"{m.clauses[0]}: {m.name}")
 def test_a_mutant_is_caught_by_the_clause_it_belongs_to(mutant):
     witness = assert_caught(mutant, 0)
@@ -59,6 +66,7 @@ def test_a_mutant_is_caught_by_the_clause_it_belongs_to(mutant):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unshrunk")
 @pytest.mark.parametrize("mutant", objective_mutants.PLANTED, ids=lambda m: m.name)
 def test_a_mutant_is_caught_behind_an_objective(mutant):
     assert_caught(mutant, 0)
@@ -70,6 +78,7 @@ def test_a_correct_function_passes(name):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unshrunk")
 @pytest.mark.parametrize("mutant", [m for m in MUTANTS if m.drawn], ids=lambda m: f"{m.clauses[0]}: {m.name}")
 def test_a_mutant_is_caught_at_other_places_and_sizes(mutant):
     for seed in SEEDS:
@@ -85,7 +94,7 @@ def test_a_correct_function_passes_at_other_places_and_scales(name):
 
 @pytest.mark.parametrize("name", SOUND_PARTS)
 def test_what_is_written_otherwise_passes(name):
-    report = check_halo(SOUND_PARTS[name](), on_fail="report")
+    report = check_halo(SOUND_PARTS[name](), on_fail="report", max_examples=30)
     assert report.sound, str(report)
 
 
@@ -93,6 +102,7 @@ def test_a_sum_of_another_class_that_adds_nothing_passes():
     assert check_halo(LoggingSum([objective_mutants.halo()]), max_examples=10).verdict == "halo"
 
 
+@pytest.mark.usefixtures("unshrunk")
 def test_a_subclass_with_a_forward_of_its_own_answers_for_itself_and_is_told_so():
     class Logging(reference_points.MismatchedKL):
         def forward(self, rewards: Any, rows: Any) -> Any:
@@ -128,11 +138,17 @@ SOUND = {
 }
 
 
+@pytest.fixture(scope="module")
+def shared() -> dict[Any, Any]:
+    """The parts that several objectives have, each checked once."""
+    return {}
+
+
 @pytest.mark.parametrize("name", SOUND)
-def test_what_the_mutants_were_made_of_passes(name):
+def test_what_the_mutants_were_made_of_passes(name, shared):
     """Otherwise a mutant would be caught for what it has in common with the sound part. Of the library's parts
     themselves this is shown in tests/test_conformance.py."""
-    report = check_halo(SOUND[name](), on_fail="report", max_examples=15)
+    report = reports(SOUND[name](), max_examples=15, shared=shared)["icml"]
     assert not report.failed, str(report)
 
 
