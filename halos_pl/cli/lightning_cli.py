@@ -112,6 +112,7 @@ class HalosCLI(LightningCLI):
             },
             parser_class=TrainerParser,
             auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # checkpoints hold no hyper-parameters; config.yaml does
             trainer_class=NotingTrainer,
             args=self._words,
             run=run,
