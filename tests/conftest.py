@@ -1,4 +1,8 @@
-"""Fixtures shared by all tests: tiny models and tokenizers made on the spot, nothing downloaded."""
+"""Fixtures shared by all tests: tiny models and tokenizers made on the spot, nothing downloaded.
+
+Libraries that take seconds to import are imported in the fixtures: the process that hands the tests to workers needs
+none of them.
+"""
 
 from __future__ import annotations
 
@@ -7,34 +11,40 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
-import torch
 from hypothesis import settings
-from run_halos import PLOTS, no_picture
-from transformers import GPT2Config, GPT2LMHeadModel
+from run_halos import SHORTCUTS
 
-from halos_pl.policy.loading import LoRASpec, ModelSpec, load_model
-from halos_pl.testing import tiny_model, tiny_tokenizer
-
-# The suite is run in as many processes as there are cores; with tiny models threads cost more than they give. And runs
-# that are compared bit for bit need the same number of threads: a sum over two may round in another way.
-torch.set_num_threads(1)
+if TYPE_CHECKING:
+    from halos_pl.policy.loading import ModelSpec
 
 # A busy machine is no fault of the code.
 settings.register_profile("halos", deadline=None)
 settings.load_profile("halos")
 
 
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for fits of fixtures of a wider scope, which are made before."""
-    for plot in PLOTS:
-        monkeypatch.setattr(plot, no_picture)
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """The suite is run in as many processes as there are cores; with tiny models threads cost more than they give.
+
+    And runs that are compared bit for bit need the same number of threads: a sum over two may round in another way.
+    """
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shortcuts() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, instead in SHORTCUTS.items():
+            patch.setattr(name, instead)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +69,8 @@ def conversions(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     The cache is the folder ``cache`` of ``tmp_path``.
     """
+    from halos_pl.policy.loading import ModelSpec
+
     made: list[int] = []
 
     def convert(folder: Path, gguf_file: str, to: Path) -> None:
@@ -84,6 +96,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def adapter(tiny_folder: Path, tmp_path: Path) -> tuple[Any, Path]:
     """The tiny model with a LoRA adapter that changes it, and a folder with that adapter and the tokenizer."""
+    import torch
+
+    from halos_pl.policy.loading import LoRASpec, ModelSpec, load_model
+    from halos_pl.testing import tiny_tokenizer
+
     policy: Any = load_model(ModelSpec(str(tiny_folder), lora=LoRASpec(r=2)))
     with torch.no_grad():
         for name, p in policy.named_parameters():
@@ -97,12 +114,19 @@ def adapter(tiny_folder: Path, tmp_path: Path) -> tuple[Any, Path]:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny random Llama and its tokenizer, as the hub would hold them."""
+    from halos_pl.testing import tiny_model
+
     return tiny_model(tmp_path_factory.mktemp("tiny_llama"))
 
 
 @pytest.fixture(scope="session")
 def tiny_gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As ``tiny_folder`` with GPT-2: absolute positions, tied embeddings, dropout in its configuration."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from halos_pl.testing import tiny_tokenizer
+
     folder = tmp_path_factory.mktemp("tiny_gpt2")
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)

@@ -8,18 +8,21 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import socket
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 OBJECTIVES = sorted(path.stem for path in (ROOT / "experiments" / "objectives").glob("*.yaml"))
@@ -135,12 +138,34 @@ def metrics(run: Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if v and k not in UNEQUAL} for row in csv.DictReader(file)]
 
 
-def no_picture(*_: Any, **__: Any) -> Path:
-    """Instead of a run's plots, which take up to half of a short fit's time and are looked at in test_cli."""
+def _no_picture(*_: Any, **__: Any) -> Path:
+    """Instead of a run's plots."""
     return Path("none.png")
 
 
-PLOTS = ("halos_pl.training.callbacks.plot_training", "halos_pl.training.callbacks.plot_value_function")
+def _matmul_speed(*_: Any, **__: Any) -> float:
+    """Instead of a measurement of the machine."""
+    return 1e11
+
+
+@cache
+def _provenance_of(folder: str) -> dict[str, Any]:
+    from halos_pl.provenance import provenance
+
+    return provenance()
+
+
+#: Parts of a fit that take most of a short one's time, and what the tests do instead. Each part has its own tests:
+#: the plots in test_cli, the measurement in test_throughput, the revisions in test_foreign_folder. Only a machine that
+#: loses its power needs the last one, which makes the disk write a checkpoint at once.
+SHORTCUTS: dict[str, Any] = {
+    "halos_pl.training.callbacks.plot_training": _no_picture,
+    "halos_pl.training.callbacks.plot_value_function": _no_picture,
+    "halos_pl.training.callbacks.matmul_speed": _matmul_speed,
+    "halos_pl.training.throughput.matmul_speed": _matmul_speed,
+    "halos_pl.training.callbacks.provenance": lambda: _provenance_of(os.getcwd()),
+    "halos_pl.training.checkpoint._sync": lambda _: None,
+}
 
 
 def _target(words: list[str], out: str, folder: str, env: dict[str, str]) -> None:
@@ -161,8 +186,8 @@ def _target(words: list[str], out: str, folder: str, env: dict[str, str]) -> Non
     torch.set_num_threads(1)
     from halos_pl.cli.main import main
 
-    for plot in PLOTS:
-        patch(plot, no_picture).start()
+    for name, instead in SHORTCUTS.items():
+        patch(name, instead).start()
     main(words)
 
 
@@ -227,6 +252,27 @@ def quiet_trainer(**options: Any) -> Any:
 def every_third(names: Iterable[str]) -> list[Any]:
     """The others belong to the slow suite."""
     return [pytest.param(name, marks=pytest.mark.slow if i % 3 else []) for i, name in enumerate(names)]
+
+
+def _classes(part: Any) -> str:
+    """The classes that a part of a config names, without their numbers."""
+    return " ".join(re.findall(r"'class_path': '(\w+)'", str(part))) or str(part)
+
+
+def one_of_each_kind(names: Iterable[str]) -> list[Any]:
+    """The first objective of each set of classes that decide what a step computes; the others belong to the slow suite.
+
+    Those that share all of these differ in their value function, or in numbers.
+    """
+    parts = ("reference_point", "feedback", "extra_terms", "reference_model")
+    kinds: set[tuple[str, ...]] = set()
+    params = []
+    for name in names:
+        model = yaml.safe_load((ROOT / f"experiments/objectives/{name}.yaml").read_text())["model"]
+        kind = tuple(_classes(model.get(part)) for part in parts)
+        params.append(pytest.param(name, marks=pytest.mark.slow if kind in kinds else []))
+        kinds.add(kind)
+    return params
 
 
 def run_here(capfd: Any, words: list[str]) -> Ended:

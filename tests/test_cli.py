@@ -9,12 +9,13 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from run_halos import OBJECTIVES, ROOT, binary_data, config, fit, metrics, pair_data, refused
+from run_halos import OBJECTIVES, ROOT, SHORTCUTS, binary_data, config, fit, metrics, pair_data, refused
 
 from halos_pl.cli.lightning_cli import HalosCLI
 from halos_pl.cli.main import main
@@ -23,6 +24,7 @@ from halos_pl.objective import build
 from halos_pl.policy.loading import LoRASpec, ModelSpec, load_model
 from halos_pl.policy.reference import ReferenceModel
 
+WHOLE = {name: resolve_name(name) for name in SHORTCUTS}  # before the tests begin, which take the short ones
 PARTS = ("reward", "reference_point", "value_function", "feedback", "reflect_undesirable", "extra_terms")
 
 
@@ -109,10 +111,9 @@ def test_the_objective_file_states_every_argument(objective):
         assert plugin["init_args"].keys() == named, plugin
 
 
-# Every file after three others: with each argument stated in each file (above), what a file follows cannot matter.
-@pytest.mark.parametrize(("place", "turn"), [(i, turn) for i in range(len(OBJECTIVES)) for turn in (1, 7, 16)])
-def test_nothing_of_one_objective_leaks_into_another(resolve, place, turn):
-    second, first = OBJECTIVES[place], OBJECTIVES[(place + turn) % len(OBJECTIVES)]
+# Every file after one other: with each argument stated in each file (above), what a file follows cannot matter.
+@pytest.mark.parametrize(("first", "second"), zip(OBJECTIVES, OBJECTIVES[1:] + OBJECTIVES[:1], strict=True))
+def test_nothing_of_one_objective_leaks_into_another(resolve, first, second):
     alone = resolve(config(f"objectives/{second}"))
     after = resolve(config(f"objectives/{first}"), config(f"objectives/{second}"))
     assert after["model"] == alone["model"]
@@ -276,17 +277,17 @@ GOOD = '{"prompt": "a", "completion": "b", "label": true}\n'
 
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(
-    ("content", "named"),
+    ("split", "content", "named"),
     [
-        (None, ["data.jsonl: no such file"]),
-        ("", ["data.jsonl", "no row"]),
-        (GOOD + '{"prompt": "a", "completion": "b", "label": "maybe"}\n', ["data.jsonl:2", "'label'", "maybe"]),
-        (GOOD + '{"prompt": "a", "completion": "", "label": true}\n', ["data.jsonl:2", "'completion' is empty"]),
-        (GOOD + "{prompt\n", ["data.jsonl:2", "invalid JSON"]),
-        (GOOD + '{"prompt": "a", "chosen": "b", "rejected": "c"}\n', ["data.jsonl:2", "data.jsonl:1 "]),
+        ("train", None, ["data.jsonl: no such file"]),
+        ("train", "", ["data.jsonl", "no row"]),
+        ("validation", "", ["data.jsonl", "no row"]),
+        ("train", GOOD + GOOD.replace("true", '"maybe"'), ["data.jsonl:2", "'label'", "maybe"]),
+        ("train", GOOD + GOOD.replace('"b"', '""'), ["data.jsonl:2", "'completion' is empty"]),
+        ("validation", GOOD + "{prompt\n", ["data.jsonl:2", "invalid JSON"]),
+        ("train", GOOD + '{"prompt": "a", "chosen": "b", "rejected": "c"}\n', ["data.jsonl:2", "data.jsonl:1 "]),
     ],
 )
-@pytest.mark.parametrize("split", ["train", "validation"])
 def test_faults_in_data_are_found_before_a_model_is_loaded(tiny_folder, data, tmp_path, capfd, content, named, split):
     file = tmp_path / "data.jsonl"
     if content is not None:
@@ -303,10 +304,13 @@ def test_faults_in_data_are_found_before_a_model_is_loaded(tiny_folder, data, tm
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_folder, data) -> Path:
-    """The folder of a finished KTO run with validation."""
+    """The folder of a finished KTO run with validation, with nothing left out."""
     run = tmp_path_factory.mktemp("finished") / "run"
     options = (f"--data.validation={data['pairs']}", f"--data.test={data['pairs']}", "--checkpoint.every_n_steps=2")
-    main(fit(tiny_folder, "kto", data["binary"], run, *options))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, part in WHOLE.items():
+            patch.setattr(name, part)
+        main(fit(tiny_folder, "kto", data["binary"], run, *options))
     return run
 
 
