@@ -13,6 +13,7 @@ import yaml
 Lines = dict[tuple[str, ...], int]
 
 _MOST_NODES = 100_000
+_MOST_LEVELS = 100
 # Numbers that YAML 1.1 reads in a base other than 10: 010 is 8, and 1:30 is 90.
 _OTHER_BASE = re.compile(r"[-+]?(0[0-9_]+|[1-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 
@@ -49,8 +50,6 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], Lines]:
         node = loader.get_single_node()
         lines = _lines(node, path)
         content = None if node is None else loader.construct_document(node)
-    except RecursionError as error:
-        raise YAMLFileError(f"{path} is nested too deeply") from error
     except (yaml.YAMLError, ValueError) as error:
         if isinstance(error, YAMLFileError):
             raise
@@ -86,9 +85,11 @@ def _size(node: yaml.Node, path: str | Path, sizes: dict[int, int], within: set[
     line = node.start_mark.line + 1
     if id(node) in within:
         raise YAMLFileError(f"{path}:{line}: an anchor that contains itself")
+    if len(within) > _MOST_LEVELS:
+        raise YAMLFileError(f"{path}:{line}: nested too deeply, in more than {_MOST_LEVELS} levels")
     if id(node) not in sizes:
         if isinstance(node, yaml.ScalarNode):
-            if node.style is None and _OTHER_BASE.fullmatch(node.value) and node.tag.endswith((":int", ":float")):
+            if not node.style and _OTHER_BASE.fullmatch(node.value) and node.tag.endswith((":int", ":float")):
                 raise YAMLFileError(
                     f"{path}:{line}: YAML reads {node.value} in a base other than 10; put it in quotes if it is a"
                     " name, and leave out leading zeros if it is a number"

@@ -162,7 +162,8 @@ class SaveRunConfig(SaveConfigCallback):
         config = self.config.clone()
         config.ckpt_path = None  # with --config, it describes a run from the start
         beside = part_of(path)
-        self.parser.save(config, str(beside), skip_none=False, overwrite=True, multifile=False)
+        # The parser has checked it.
+        self.parser.save(config, str(beside), skip_none=False, skip_validation=True, overwrite=True, multifile=False)
         os.replace(beside, path)
         template = getattr(trainer.datamodule, "chat_template", None)  # type: ignore[attr-defined]
         if template is None:

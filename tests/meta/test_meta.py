@@ -19,8 +19,11 @@ from mutant import CLAUSES, Mutant, draws
 from sound_parts import SOUND_PARTS, LoggingSum
 from unusual_values import UNUSUAL, unusual
 
+from halos_pl.batch import Needs
 from halos_pl.conformance import CheckFailed, check_halo, strategies
 from halos_pl.conformance.check import checks_of, reports
+from halos_pl.conformance.smallest import _halved, smallest
+from halos_pl.conformance.steps import Step
 from halos_pl.conformance.witness import Raised
 from halos_pl.objective import reference_points
 from halos_pl.objective.feedback import Binary
@@ -39,7 +42,7 @@ every_unusual = pytest.mark.parametrize(
 
 @pytest.fixture
 def unshrunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A witness is enough; that the smallest is looked for takes half the time, and is tested in test_conformance.py."""
+    """Any witness will do; the search for the smallest, which has a test below, took half the time."""
     monkeypatch.setattr(strategies, "shrunk", lambda fault, first, needs, **_: first)
 
 
@@ -150,6 +153,16 @@ def test_what_the_mutants_were_made_of_passes(name, shared):
     themselves this is shown in tests/test_conformance.py."""
     report = reports(SOUND[name](), max_examples=15, shared=shared)["icml"]
     assert not report.failed, str(report)
+
+
+def test_the_witness_is_that_of_the_smallest_step_at_fault():
+    """Also without Hypothesis, as far as halving goes."""
+
+    def fault(step: Step) -> str | None:
+        return f"{step.units} {step.mismatched} {step.tokens}" if step.units >= 3 and step.tokens >= 2 else None
+
+    assert smallest(fault, Needs()) == "3 0 2"
+    assert _halved(fault, Step(units=12, tokens=8, mismatched=4), "12 4 8") == "3 1 2"
 
 
 def test_every_clause_has_at_least_two_mutants():
