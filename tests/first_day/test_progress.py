@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_halos import binary_data, fit, run
+from run_halos import binary_data, fit
 
 from halos_pl.cli.main import main
 from halos_pl.common.progress import counted
@@ -23,12 +23,12 @@ from halos_pl.training.progress import Progress
 PLUGIN = "plugins.own_log"
 
 
-def shown(model: Path, folder: Path, *options: str, rows: int = 24) -> str:
+def shown(capfd: Any, model: Path, folder: Path, *options: str, rows: int = 24) -> str:
     """What a fit of 6 steps an epoch prints; it has no terminal."""
     words = fit(model, "kto", binary_data(folder / "data.jsonl", rows), folder / "run", *options)
-    ended = run([*words, "--trainer.enable_progress_bar=true"], folder)
-    assert ended.status == 0, ended
-    return ended
+    capfd.readouterr()
+    main([*words, "--trainer.enable_progress_bar=true"])
+    return str(capfd.readouterr().out)
 
 
 def steps(text: str) -> list[tuple[int, int]]:
@@ -40,9 +40,9 @@ def ended(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_lines_count_against_max_steps_and_go_on_when_resumed(tiny_folder: Path, tmp_path: Path) -> None:
+def test_lines_count_against_max_steps_and_go_on_when_resumed(tiny_folder: Path, tmp_path: Path, capfd: Any) -> None:
     """Of an epoch of 6 steps the run takes 3, then 5."""
-    text = shown(tiny_folder, tmp_path, "--trainer.max_steps=3")
+    text = shown(capfd, tiny_folder, tmp_path, "--trainer.max_steps=3")
     assert steps(text) == [(1, 3), (2, 3), (3, 3)]
     assert "\r" not in text
     for line in text.splitlines():
@@ -51,15 +51,15 @@ def test_lines_count_against_max_steps_and_go_on_when_resumed(tiny_folder: Path,
             assert re.search(r"tokens/s [\d,.e+]+", line)
             assert "nan" not in line
             assert line.endswith("left")
-    text = shown(tiny_folder, tmp_path, "--trainer.max_steps=5", "--ckpt_path=last", "--trainer.max_epochs=9")
+    text = shown(capfd, tiny_folder, tmp_path, "--trainer.max_steps=5", "--ckpt_path=last", "--trainer.max_epochs=9")
     assert steps(text) == [(4, 5), (5, 5)]
     assert ended(tmp_path)["ended"] == "max_steps=5 reached"
 
 
-def test_lines_at_the_steps_that_are_asked_for(tiny_folder: Path, tmp_path: Path) -> None:
+def test_lines_at_the_steps_that_are_asked_for(tiny_folder: Path, tmp_path: Path, capfd: Any) -> None:
     """Over epochs that are cut short, with validations between."""
     more = ("--trainer.max_epochs=2", "--trainer.limit_train_batches=4", "--progress.every_n_steps=3")
-    text = shown(tiny_folder, tmp_path, *more, f"--data.validation={tmp_path}/data.jsonl")
+    text = shown(capfd, tiny_folder, tmp_path, *more, f"--data.validation={tmp_path}/data.jsonl")
     assert steps(text) == [(1, 8), (3, 8), (6, 8), (8, 8)]
     assert re.findall(r"^validation after step (\d+): val/loss [\d.]+", text, re.MULTILINE) == ["4", "8"]
     assert ended(tmp_path)["ended"] == "max_epochs=2 reached"

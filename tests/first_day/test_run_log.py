@@ -58,7 +58,8 @@ def test_the_first_columns_are_those_that_are_looked_for_first(logged: Path) -> 
     assert len(set(found)) == len(found)
 
 
-@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow  # the same of a run with a LearningRateMonitor: tests/test_resume.py
+@pytest.mark.parametrize("step", [2, 3])
 def test_a_resumed_run_writes_the_same_file(tiny_folder: Path, tmp_path: Path, step: int) -> None:
     """Killed after an epoch's last step and its validation, or before; columns and lines are those of a whole run."""
     data = binary_data(tmp_path / "data.jsonl")
