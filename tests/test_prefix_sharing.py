@@ -159,13 +159,13 @@ def assert_equal(made: Any, batch: TokenBatch, tolerance: float = 1e-5) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 @given(batch=batches())
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 def test_trees_equal_rows(name: str, batch: TokenBatch) -> None:
     assert_equal(model(name), batch)
 
 
 @given(batch=batches(), logits=st.sampled_from([1, 3 * V, 7 * V + 1]))
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=9, deadline=None, derandomize=True)
 def test_log_probs_by_parts_equal_those_at_once(batch: TokenBatch, logits: int) -> None:
     before, head.LOGITS = head.LOGITS, logits
     try:
@@ -293,7 +293,14 @@ def test_a_model_that_shares_prefixes_still_samples() -> None:
 
 @pytest.mark.parametrize(
     ("objective", "kind"),
-    [("kto", "binary"), ("dpo", "pairs"), ("bco", "binary"), ("grpo", "pairs"), ("orpo", "pairs")],
+    [
+        ("kto", "binary"),
+        ("dpo", "pairs"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("bco", "binary"), ("grpo", "pairs"), ("orpo", "pairs"))
+        ),
+    ],
 )
 def test_a_run_is_the_same_shared_and_padded(
     objective: str, kind: str, tiny_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -321,8 +328,10 @@ def test_sharing_is_refused_where_a_model_cannot(
     assert "its attention is eager" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["llama, tied", "gpt2", "gpt-neox", "gemma"])
-@settings(max_examples=15, deadline=None)
+@pytest.mark.parametrize(
+    "name", ["llama, tied", "gpt2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt-neox", "gemma"))]
+)
+@settings(max_examples=8, deadline=None)
 @given(batch=batches(), most=st.sampled_from([V, 5 * V, 1 << 23]))
 def test_two_models_beside_each_other_are_compared_as_row_by_row(name: str, batch: TokenBatch, most: int) -> None:
     policy, reference = model(name), model(name)

@@ -106,25 +106,11 @@ def test_a_frozen_copy_is_not_loaded_where_all_is_stored(
 
 
 def test_a_study_computes_the_reference_once(tiny_folder: Path, tmp_path: Path) -> None:
-    """Twelve objectives over the same pairs: one of them computes the reference, eleven find it."""
+    """Four objectives over the same pairs: one of them computes the reference, three find it."""
     data = pair_data(tmp_path / "data.jsonl", 8)
-    names = [
-        "dpo",
-        "cdpo",
-        "robust_dpo",
-        "hinge",
-        "ipo",
-        "slic",
-        "bco_pair",
-        "nca_pair",
-        "apo_zero",
-        "apo_down",
-        "sppo_hard",
-        "exo_pair",
-    ]
     computed = {}
-    for name in names:
-        main(fit(tiny_folder, name, data, tmp_path / name, STORED))
+    for name in ("dpo", "ipo", "bco_pair", "apo_down"):
+        main(fit(tiny_folder, name, data, tmp_path / name, STORED, "--data.batch_size=8"))
         computed[name] = rows_of(tmp_path / name)["computed"]
     # 8 pairs are 16 rows.
     assert sum(computed.values()) == 16, computed
