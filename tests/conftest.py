@@ -23,8 +23,8 @@ from run_halos import SHORTCUTS
 if TYPE_CHECKING:
     from halos_pl.policy.loading import ModelSpec
 
-# A busy machine is no fault of the code.
-settings.register_profile("halos", deadline=None)
+# A busy machine is no fault of the code. Half of the usual examples: the suite is run often, each time with others.
+settings.register_profile("halos", deadline=None, max_examples=50)
 settings.load_profile("halos")
 
 

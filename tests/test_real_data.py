@@ -25,10 +25,15 @@ def binary_rows(pairs: Path, out: Path, count: int) -> Path:
     return out
 
 
+def first_pairs(pairs: Path, out: Path, count: int) -> Path:
+    with gzip.open(pairs, "rt") as file:
+        out.write_text("".join(line for _, line in zip(range(count), file, strict=False)))
+    return out
+
+
 def ten_steps(shared_data: Path, tmp_path: Path, model: str, objective: str, *options: str) -> list[dict[str, str]]:
     data = shared_data / "feedback" / "hh_rlhf_train.jsonl.gz"
-    if objective == "kto":
-        data = binary_rows(data, tmp_path / "kto.jsonl", 200)
+    data = (binary_rows if objective == "kto" else first_pairs)(data, tmp_path / f"{objective}.jsonl", 200)
     run = tmp_path / "run"
     configs = [f"--config={ROOT}/experiments/{name}.yaml" for name in ("base", f"objectives/{objective}")]
     main(
@@ -83,7 +88,7 @@ FILES: dict[str, tuple[tuple[int, int | None, int | None], tuple[str, ...] | Non
 
 
 # One of each shape; the others are like one of them.
-SOON = {"hh_rlhf_test", "oasst_en100_scored", "kto_en_demo", "gsm8k_solutions_unpaired"}
+SOON = {"hh_rlhf_test", "oasst_en100_scored", "kto_en_demo"}
 
 
 @pytest.mark.parametrize(

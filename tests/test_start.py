@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,11 @@ def names_in(node: ast.AST) -> Iterator[str]:
             yield from names_in(child)
 
 
+@cache
+def _imports_of(file: str) -> list[str]:
+    return [*names_in(ast.parse(Path(file).read_text(encoding="utf-8")))]
+
+
 def imported_by(module: str) -> set[str]:
     """All modules of ours that importing ``module`` imports, and the libraries by their top-level names."""
     seen: set[str] = set()
@@ -52,8 +58,7 @@ def imported_by(module: str) -> set[str]:
                 seen.add(part.partition(".")[0])
             elif part not in seen:
                 seen.add(part)
-                with open(file, encoding="utf-8") as code:
-                    todo += names_in(ast.parse(code.read()))
+                todo += _imports_of(file)
     return seen
 
 
