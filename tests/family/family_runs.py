@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from formulas import LOSSES, Step
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.callbacks import Callback
 from run_halos import EXAMPLES, ROOT, fit, metrics
 from torch import Tensor
@@ -107,18 +107,30 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+@cache
+def _parsed(name: str) -> Namespace:
+    model = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())["model"]
+    model.pop("reference_model", None)
+    return _parser().parse_object({"model": model})
+
+
+def _spaces(part: Any) -> Any:
+    """The parser's namespaces in place of a parsed file's mappings."""
+    if isinstance(part, list):
+        return [_spaces(each) for each in part]
+    return Namespace(**{key: _spaces(each) for key, each in part.items()}) if isinstance(part, dict) else part
+
+
 def objective(name: str, change: Callable[[dict[str, Any]], None] = lambda model: None) -> Objective:
     """The objective of a file, by the parser of the command line.
 
     Args:
         name: of the file.
-        change: edits the file's ``model`` before it is parsed.
+        change: edits the file's ``model``, as the parser has read it.
     """
-    model = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())["model"]
-    model.pop("reference_model", None)
+    model = deepcopy(_parsed(name).model).as_dict()
     change(model)
-    parser = _parser()
-    return build_objective(**parser.instantiate_classes(parser.parse_object({"model": model})).model)
+    return build_objective(**_parser().instantiate_classes(Namespace(model=_spaces(model))).model)
 
 
 class Rescorer:
