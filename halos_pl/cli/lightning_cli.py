@@ -146,10 +146,6 @@ class HalosCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Does nothing: hyper-parameters are in ``config.yaml``, not in checkpoints."""
 
-    def _dump_config(self) -> None:
-        """Nothing either: Lightning would write the whole config out once more for those hyper-parameters."""
-        self.config_dump: dict[str, Any] = {}
-
     def before_instantiate_classes(self) -> None:
         config = self._own
         say_swaps(self._words, config_files(self._words), config)
