@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from halos_pl.policy.limits import check_length
@@ -192,8 +193,19 @@ def test_damaged_conversion_is_made_anew(conversions: tuple[ModelSpec, list[int]
     assert len(made) == 2
 
 
-def _write_gguf(model: Any, tokenizer: Any, path: Path) -> None:
-    """A Llama and its byte-level tokenizer as llama.cpp's converter writes them, in float32."""
+def _write_gguf(
+    model: Any,
+    tokenizer: Any,
+    path: Path,
+    rename: Mapping[str, str] | None = None,
+    more: Mapping[str, Tensor] | None = None,
+) -> None:
+    """A Llama and its byte-level tokenizer as llama.cpp's converter writes them, in float32.
+
+    Args:
+        rename: Other names for tensors; one with an empty name is not written.
+        more: Further tensors.
+    """
     config, vocabulary = model.config, json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config.num_hidden_layers)
@@ -219,7 +231,11 @@ def _write_gguf(model: Any, tokenizer: Any, path: Path) -> None:
         for part, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
             if part in name:  # llama.cpp rotates neighbouring dimensions, transformers those half a head apart
                 weight = weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-        writer.add_tensor(names.get_name(name, (".weight",)), weight.numpy())
+        written = names.get_name(name, (".weight",))
+        if written := (rename or {}).get(written, written):
+            writer.add_tensor(written, weight.numpy())
+    for name, weight in (more or {}).items():
+        writer.add_tensor(name, weight.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -248,6 +264,34 @@ def test_a_gguf_file_gives_the_model_and_the_tokenizer_in_it(
     assert own(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert (own.eos_token_id, own.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
     assert found.generation_config.eos_token_id == own.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("tensor", "name"),
+    [("blk.0.attn_q.weight", "blk.0.query.weight"), ("blk.1.ffn_up.weight", ""), ("output_norm.weight", "norm.weight")],
+)
+def test_a_gguf_file_with_other_tensors_than_the_models_is_refused(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensor: str, name: str
+) -> None:
+    """transformers gives such weights random values, and drops a tensor that it does not know."""
+    monkeypatch.setenv("HALOS_CACHE", str(tmp_path / "cache"))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
+    (tmp_path / "model").mkdir()
+    _write_gguf(model, tokenizer, tmp_path / "model" / "tiny.gguf", {tensor: name})
+    with pytest.raises(ModelError, match=f"tiny.gguf.*lacks .*{f'contains.* {name}' if name else ''}"):
+        load_model(ModelSpec(str(tmp_path / "model")))
+
+
+def test_a_gguf_file_with_a_tensor_too_many_is_refused(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The factors by which Llama 3.1 scales its rotary frequencies, for example, which transformers drops."""
+    monkeypatch.setenv("HALOS_CACHE", str(tmp_path / "cache"))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
+    (tmp_path / "model").mkdir()
+    _write_gguf(model, tokenizer, tmp_path / "model" / "tiny.gguf", more={"rope_freqs.weight": torch.ones(4)})
+    with pytest.raises(ModelError, match=r"tiny.gguf.*contains.* rope_freqs.weight"):
+        load_model(ModelSpec(str(tmp_path / "model")))
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def check_loaded(model: Any, info: Mapping[str, Any], spec: ModelSpec, folder: P
     if missing := sorted(info["missing_keys"]):
         raise ModelError(
             f"{spec.path} lacks {_count(missing)} of a {type(model).__name__}"
-            f" ({_some(missing)}); is it a complete causal language model?"
+            f" ({some(missing)}); is it a complete causal language model?"
         )
     _check_unexpected(model, sorted(info["unexpected_keys"]), spec)
     method = quantisation(model)
@@ -66,7 +66,8 @@ def _count(names: list[Any]) -> str:
     return f"{len(names)} weight{'s' * (len(names) > 1)}"
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The first three names, for an error message."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
@@ -90,12 +91,12 @@ def _check_unexpected(model: Any, unexpected: list[str], spec: ModelSpec) -> Non
     if inside := [name for name in unexpected if is_used(name)]:
         raise ModelError(
             f"{spec.path} contains {_count(inside)} that the {type(model).__name__} in config.json does not use"
-            f" ({_some(inside)}), so it would be another model. Is it quantised, was it saved with an adapter, or does"
+            f" ({some(inside)}), so it would be another model. Is it quantised, was it saved with an adapter, or does"
             " config.json belong to another model?"
         )
     if unexpected:
         rank_zero_warn(
-            f"halos: {spec.path}: {_count(unexpected)} not used by a {type(model).__name__}: {_some(unexpected)}"
+            f"halos: {spec.path}: {_count(unexpected)} not used by a {type(model).__name__}: {some(unexpected)}"
         )
 
 

@@ -23,6 +23,7 @@ from halos_pl.cache import Use, cache_root, limit, make_room
 from halos_pl.common.files import remove, share
 from halos_pl.common.misplaced import misplaced
 from halos_pl.policy.architecture import forget_quantisation
+from halos_pl.policy.intact import some
 from halos_pl.policy.spec import ModelError, ModelSpec
 
 #: Written last into a converted folder: the SHA-256 of each of its files.
@@ -181,13 +182,24 @@ def _converted(folder: Path, gguf_file: str, weights: bool) -> Path:
 
 def _convert(folder: Path, gguf_file: str, to: Path) -> None:
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32)
+        model: Any
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=gguf_file, dtype=torch.float32, output_loading_info=True
+        )
+        unused = _unused_tensors(folder / gguf_file, model)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
     except Exception as error:  # a broken file can raise anything: struct.error, KeyError ...
         raise ModelError(
             f"{folder / gguf_file} cannot be read as a GGUF model ({type(error).__name__}: {error});"
             " download it again, or choose an architecture that transformers reads from GGUF"
         ) from error
+    if info["missing_keys"] or unused:
+        faults = {"lacks": sorted(info["missing_keys"]), "contains, for no layer that transformers reads,": unused}
+        listed = " and ".join(f"{verb} {some(names)}" for verb, names in faults.items() if names)
+        raise ModelError(
+            f"{folder / gguf_file} does not fit a {type(model).__name__}: it {listed}; download it again, or use the"
+            " original model"
+        )
     forget_quantisation(model)
     try:
         model.save_pretrained(to)
@@ -197,3 +209,15 @@ def _convert(folder: Path, gguf_file: str, to: Path) -> None:
             f"{folder / gguf_file} cannot be converted into {to.parent} ({error}); free some space there, or set"
             " HALOS_CACHE to another folder"
         ) from error
+
+
+def _unused_tensors(path: Path, model: Any) -> list[str]:
+    """Names of a GGUF file's tensors that transformers drops, such as the factors of scaled rotary frequencies."""
+    from gguf import GGUFReader
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    file = GGUFReader(path)
+    field = file.get_field("general.architecture")
+    processor = reading.TENSOR_PROCESSORS.get(field.contents() if field else None, reading.TensorProcessor)
+    used = reading.get_gguf_hf_weights_map(model, processor(config={}))
+    return sorted(tensor.name for tensor in file.tensors if tensor.name not in used)
