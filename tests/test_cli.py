@@ -258,7 +258,7 @@ def test_an_unknown_option_is_answered_by_those_like_it(capfd, tmp_path, option,
         ("dpo", "", "the objective compares the two completions of a pair"),
         ("dpo", "", "binary.jsonl:1"),
         ("kto", "--data.train=null", "set data.train"),
-        ("kto", "--model.policy.path=/no/such/folder", "/no/such/folder is no folder"),
+        ("kto", "--model.policy.path=/no/such/folder", "/no/such/folder is not a local folder"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_with_the_reason(tiny_folder, data, tmp_path, capfd, objective, option, said):

@@ -110,11 +110,11 @@ def test_both_tables_hold_the_same_verdicts():
 def test_the_header_of_a_file_says_its_verdict():
     """The header is written by a person, the verdict is computed."""
     words = {
-        "halo": r"A HALO\b",
+        "halo": r"[Aa] HALO\b",
         "halo (two-sided)": r"two-sided HALO\b",
         "degenerate reference": r"degenerate\s+reference",
         "composite": r"[Cc]omposite",
-        "not a halo": r"baseline, no HALO",
+        "not a halo": r"baseline, not a HALO",
         "halo-shaped": r"HALO-shaped|HALO (only )?for a uniform pi_ref",
     }
     wrong = {}

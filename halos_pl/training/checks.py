@@ -14,9 +14,8 @@ from halos_pl.policy.spec import ModelSpec
 def unsupported_strategy(name: str) -> str:
     """Why a strategy is refused, and what to use instead."""
     return (
-        f"trainer.strategy {name} is not supported: it would not shard the reference model, and the log-probs"
-        " are read from the bare policy. Use a single device or ddp; model.policy.lora and"
-        " model.micro_batch_rows save memory"
+        f"trainer.strategy {name} is not supported: models are not sharded. Use a single device or ddp;"
+        " model.policy.lora and model.micro_batch_rows save memory"
     )
 
 

@@ -18,7 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from halos_pl.batch import Labels, TokenBatch
 from halos_pl.data.tokenize import Encoder, encode_completion, encode_prompt
 from halos_pl.data.turns import stop_ids, turn_end, turn_markers
-from halos_pl.policy.sampling import PolicySamples, add_stops, generate
+from halos_pl.policy.architecture import add_eos_ids
+from halos_pl.policy.sampling import PolicySamples, generate
 
 ASK = [{"role": "user", "content": "Why?"}]
 ANSWER = [{"role": "assistant", "content": "So it is."}]
@@ -325,10 +326,10 @@ def test_generation_stops_at_the_end_of_a_turn(name: str, special: bool) -> None
     assert sample.finished
     assert sample.text == ""
     # And where it is used without this package.
-    assert add_stops(model, tokenizer) == [tokenizer.convert_tokens_to_ids(token)]
+    assert add_eos_ids(model, stop_ids(tokenizer)) == [tokenizer.convert_tokens_to_ids(token)]
     out = model.generate(torch.tensor([encode_prompt(tokenizer, ASK)]), max_new_tokens=5, do_sample=False)
     assert out[0].tolist() == [*encode_prompt(tokenizer, ASK), *sample.completion_ids]
-    assert add_stops(model, tokenizer) == []
+    assert add_eos_ids(model, stop_ids(tokenizer)) == []
 
 
 def test_training_samples_stop_there_too(monkeypatch: pytest.MonkeyPatch) -> None:
