@@ -65,7 +65,7 @@ def _source(argument: str, item: Any, name: str) -> Source:
         if isinstance(item["path"], str | os.PathLike):
             return source_of(item, argument)
         settings = source_of({**item, "path": name}, argument)
-        memory = _source(argument, item["path"], name)
+        memory = _source(f"{argument}.path", item["path"], name)
         options = {field.name: getattr(settings, field.name) for field in fields(Source)}
         return replace(memory, **options)
     try:
@@ -89,5 +89,9 @@ def _no_source(item: Any) -> str:
             return f"is a mapping without path, with the keys {keys}; {takes}"
         if any(isinstance(value, list) for value in item.values()) and "messages" not in item:
             return f"is a mapping of columns ({keys}); pass datasets.Dataset.from_dict(...) of it"
-        return f"is a single row, with the columns {keys}; pass a list of rows"
-    return f"is a {type(item).__name__}; {takes}"
+        return (
+            f"is a mapping with the keys {keys} and without path: pass a list of rows if it is a row, and add path if"
+            " it is a source's settings"
+        )
+    shown = repr(item) if item is None or isinstance(item, bool | int | float) else f"a {type(item).__name__}"
+    return f"is {shown}; {takes}"

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.cli import LightningCLI
 from run_halos import ROOT, binary_data, config, fit, pair_data, write_jsonl
 
@@ -88,7 +90,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "model: {prefix_sharing: alwayss}": ("model.prefix_sharing", "did you mean always?"),
     "model: {polcy: {path: x}}": ("model.polcy", "model.policy.path"),
     "model: {policy: {path: /no/such}}": ("model.policy.path", "/no/such"),
-    "model: {policy: {path: rows.jsonl}}": ("model.policy.path", "rows.jsonl is a file"),
+    "model: {policy: {path: rows.jsonl}}": ("model.policy.path", "rows.jsonl is a data file"),
     "model: {policy: {path: ''}}": ("model.policy.path is empty",),
     "model: {policy: {path: null}}": ("model.policy.path",),
     "model: {policy: {dtype: float61}}": ("model.policy.dtype", "did you mean float16?"),
@@ -118,7 +120,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "trainer: {max_epochs: -5}": ("trainer.max_epochs is -5",),
     "trainer: {max_steps: many}": ("trainer.max_steps is 'many'", "a whole number"),
     "trainer: {max_time: {hour: 1}}": ("trainer.max_time is", "hours"),
-    "trainer: {max_time: {hours: -1}}": ("trainer.max_time is", "has passed"),
+    "trainer: {max_time: {hours: -1}}": ("trainer.max_time is", "negative"),
     "trainer: {max_time: soon}": ("trainer.max_time is 'soon'", "DD:HH:MM:SS"),
     "trainer: {gradient_clip_val: -1}": ("trainer.gradient_clip_val is -1",),
     "trainer: {gradient_clip_algorithm: nope}": ("gradient_clip_algorithm", "norm"),
@@ -310,6 +312,14 @@ def refused(words: list[str], capfd: pytest.CaptureFixture[str]) -> str:
 CASES = [*OPTIONS, *WORDS]
 
 
+def key_paths(settings: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all settings in a file, those of groups included."""
+    if isinstance(settings, dict):
+        for key, value in settings.items():
+            yield f"{prefix}{key}"
+            yield from key_paths(value, f"{prefix}{key}.")
+
+
 @pytest.mark.parametrize("given", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_a_wrong_option_is_told_in_a_line(
     given: str, place: Path, tiny_folder: Path, capfd: pytest.CaptureFixture[str]
@@ -317,10 +327,10 @@ def test_a_wrong_option_is_told_in_a_line(
     words = fit(tiny_folder, "kto", place / "rows.jsonl", place / "run")
     if given in OPTIONS:
         (place / "given.yaml").write_text(f"{given}\n", encoding="utf-8")
-        # What the file says is not said again on the command line.
-        keys = re.findall(r"^(\w+): (?:\{(\w+): (?:\{(\w+):)?)?", given)[0]
-        same = {"--" + ".".join(filter(None, keys[:i])) for i in (1, 2, 3)}
-        words = [word for word in words if word.partition("=")[0] not in same] + ["--config=given.yaml"]
+        # An option on the command line would override the file's.
+        keys = list(key_paths(yaml.safe_load(given)))
+        words = [word for word in words if word.partition("=")[0].removeprefix("--") not in keys]
+        words.append("--config=given.yaml")
     else:
         words.append(given)
     line = refused(words, capfd)
@@ -348,7 +358,7 @@ COMMANDS_WRONG: dict[str, tuple[str, ...]] = {
     'check Logistic --init_args {"beta":"x"}': ("beta",),
     'check Logistic --init_args {"betta":1}': ("betta",),
     "export nope out": ("nope",),
-    "export nope out --checkpoint best": ("nope is no folder of a run", "checkpoint best"),
+    "export nope out --checkpoint best": ("nope is not the folder of a run", "checkpoint best"),
     "ablate nope.yaml": ("nope.yaml",),
     "data inspect nope.jsonl": ("nope.jsonl",),
     "generate nope --prompts rows.jsonl": ("nope",),
@@ -432,7 +442,7 @@ def test_what_python_is_given_is_answered_in_a_line(tiny_folder: Path) -> None:
             build_objective(value_function=part)  # type: ignore[arg-type]
     rows = [{"prompt": "Say 0.", "completion": "0", "label": True}]
     splits = datasets.DatasetDict(a=datasets.Dataset.from_list(rows))
-    wrong_sources: list[tuple[Any, str]] = [(rows[0], "list of rows"), (5, "int"), (splits, "data['a']")]
+    wrong_sources: list[tuple[Any, str]] = [(rows[0], "list of rows"), (5, "is 5"), (splits, "data['a']")]
     for given, named in wrong_sources:
         with pytest.raises(ValueError, match=r"data\.train") as wrong:
             FeedbackDataModule(train=given)
