@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from filelock import FileLock
@@ -182,10 +182,8 @@ def _converted(folder: Path, gguf_file: str, weights: bool) -> Path:
 
 def _convert(folder: Path, gguf_file: str, to: Path) -> None:
     try:
-        model: Any
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=gguf_file, dtype=torch.float32, output_loading_info=True
-        )
+        loader: Any = AutoModelForCausalLM
+        model, info = loader.from_pretrained(folder, gguf_file=gguf_file, dtype=torch.float32, output_loading_info=True)
         unused = _unused_tensors(folder / gguf_file, model)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf_file)
     except Exception as error:  # a broken file can raise anything: struct.error, KeyError ...
@@ -214,9 +212,9 @@ def _convert(folder: Path, gguf_file: str, to: Path) -> None:
 def _unused_tensors(path: Path, model: Any) -> list[str]:
     """Names of a GGUF file's tensors that transformers drops, such as the factors of scaled rotary frequencies."""
     from gguf import GGUFReader
-    from transformers import modeling_gguf_pytorch_utils as reading
+    from transformers import modeling_gguf_pytorch_utils
 
-    file = GGUFReader(path)
+    file, reading = GGUFReader(path), cast(Any, modeling_gguf_pytorch_utils)
     field = file.get_field("general.architecture")
     processor = reading.TENSOR_PROCESSORS.get(field.contents() if field else None, reading.TensorProcessor)
     used = reading.get_gguf_hf_weights_map(model, processor(config={}))
