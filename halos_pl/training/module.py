@@ -68,9 +68,9 @@ class HALOModule(LightningModule):
         prefix_sharing: ``always``: each prompt is computed once for all rows that share it (mismatched ones
             included), without padding. ``never``: each row is computed separately. ``auto``: prompts are shared if a
             self-test finds the same log-probs; otherwise a line tells why not.
-        reference_store: whether to keep the reference's log-probs on disk, by content, and reuse them: a further epoch
-            or run over the same rows does not recompute them, and a run that finds all of them does not even load a
-            ``FrozenCopy``. They were computed in other batches, so they are equal within rounding, not bit for bit.
+        reference_store: whether to keep the reference's log-probs on disk, by content, and reuse them in later epochs
+            and runs; a run that finds all of them does not even load a ``FrozenCopy``. They were computed in other
+            batches, so they are equal within rounding, not bit for bit.
         optimizer: a callable that makes the optimizer from the trainable parameters.
         lr_schedule: shape of the learning rate after warm-up, a name from ``transformers.get_scheduler``.
         warmup_ratio: share of the run's optimizer steps during which the learning rate rises from 0.
@@ -124,10 +124,8 @@ class HALOModule(LightningModule):
         #: Names of the batch's rows, and the figures that its step logs.
         self.row_ids: list[str] = []
         self.figures: dict[str, float] = {}
-        self._held_out = HeldOut(self)
-        self._gradients = GradientWatch()
-        self._masters = MasterWeights([])
-        self._deferral = Deferral()
+        self._held_out, self._gradients = HeldOut(self), GradientWatch()
+        self._masters, self._deferral = MasterWeights([]), Deferral()
         self._last_loss: Tensor | None = None
         self.rng_states: list[dict[str, Any]] | None = None
 
@@ -149,8 +147,8 @@ class HALOModule(LightningModule):
     def engine(self) -> StepEngine:
         """The engine that computes the steps, with the current models."""
         assert self.scorer is not None
-        samples = self.objective.needs.samples
-        sampler = PolicySamples(self.scorer, self.tokenizer, samples) if samples else None
+        count = self.objective.needs.samples
+        sampler = PolicySamples(self.scorer, self.tokenizer, count) if count else None
         return StepEngine(self.objective, self.scorer, self.models.reference, self.micro_batch_rows, sampler)
 
     def configure_callbacks(self) -> list[Callback]:
