@@ -18,7 +18,7 @@ from halos_pl.cache import ANSWERS, Use, cache_root, make_room
 from halos_pl.common.files import write
 from halos_pl.data.prompt_files import PromptRow
 from halos_pl.data.special import SpecialTokens
-from halos_pl.policy.architecture import base_model
+from halos_pl.policy.architecture import base_model, has_adapter
 from halos_pl.policy.limits import check_prompts
 from halos_pl.policy.reference import weights_fingerprint
 from halos_pl.policy.sampling import Sample, as_samples, encode_prompts, ends_of, generate
@@ -80,7 +80,7 @@ def _key(
     sampling: dict[str, Any],
 ) -> str:
     """A hash of everything that affects the samples: weights, prompts, stop tokens, settings, code and device."""
-    if start or not hasattr(model, "peft_config"):
+    if start or not has_adapter(model):
         weights = weights_fingerprint(model)
     else:
         tensors = chain(model.named_parameters(), model.named_buffers())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from halos_pl.policy.architecture import has_adapter
 from halos_pl.policy.limits import check_length, check_vocabulary
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel
@@ -44,7 +45,7 @@ class Models:
     ) -> None:
         self.spec = policy if isinstance(policy, ModelSpec) else None
         self._in_memory: Any = policy if self.spec is None else None
-        with_adapter = bool(self.spec and self.spec.lora) or hasattr(policy, "peft_config")
+        with_adapter = bool(policy.lora) if isinstance(policy, ModelSpec) else has_adapter(policy)
         self.reference_model = reference_model or (AdapterOff() if with_adapter else FrozenCopy())
         self.bound = False
         self.reference: ReferenceModel | StoredReference | None = None

@@ -75,9 +75,8 @@ class HALOModule(LightningModule):
         lr_schedule: shape of the learning rate after warm-up, a name from ``transformers.get_scheduler``.
         warmup_ratio: share of the run's optimizer steps during which the learning rate rises from 0.
         master_weights: whether the optimizer steps on float32 copies of bfloat16 or float16 weights, as small updates
-            would otherwise be rounded away. With AdamW this takes 18 bytes per trained parameter instead of 8 (float32:
-            16). Logged figures are those of the rounded weights: in the first steps at a small learning rate they lag
-            behind those of a float32 run.
+            would be rounded away. With AdamW: 18 bytes per trained parameter instead of 8 (float32: 16). Logged figures
+            are those of the rounded weights, which lag behind at first if the learning rate is small.
 
     Raises:
         ValueError: if the objective is incomplete or a number is out of range.
