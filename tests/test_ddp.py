@@ -16,9 +16,11 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
 from run_halos import KILLED, ROOT, binary_data, fit, metrics, pair_data, run, run_ranks
 from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from halos_pl.batch import Needs
 from halos_pl.objective.build import load_objective
+from halos_pl.policy.loading import ModelSpec, load_tokenizer
 from halos_pl.training.checks import check_trainer
 
 SGD = ("--model.optimizer.class_path=torch.optim.SGD", "--model.optimizer.init_args={lr: 1.0, weight_decay: 0.0}")
@@ -129,6 +131,21 @@ def test_two_processes_train_as_one(both, objective, two):
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, two_)]
     assert summaries[0]["data"] == summaries[1]["data"]
     assert summaries[0]["metrics"].keys() == summaries[1]["metrics"].keys()
+
+
+def test_the_load_of_experts_is_that_of_all_ranks(both: Both, tmp_path: Path) -> None:
+    """RouterLoss multiplies two means over the tokens of the step; the mean of the ranks' products would differ."""
+    tokenizer = load_tokenizer(ModelSpec(str(both.model)))
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = MixtralConfig(**size, vocab_size=len(tokenizer), num_key_value_heads=2, num_local_experts=4)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    of_experts = Both(tmp_path, tmp_path / "model")
+    router = '--model.extra_terms=[{"class_path": "RouterLoss", "init_args": {"weight": 10.0}}]'
+    options = (router, "--data.batch_size=5", *SGD, "--trainer.gradient_clip_val=0.1")
+    one, two = of_experts("kto", both.binary, *options, two=("--model.micro_batch_rows=2",))
+    assert_same_figures(one, two)
+    assert_same_weights(one, two)
 
 
 @pytest.mark.parametrize(
