@@ -1,7 +1,7 @@
 """Hides missing figures from loggers and the progress bar.
 
 A step without rows of some class has no mean for that class. The module then logs NaN, because Lightning would
-otherwise repeat an earlier step's value. Beyond that NaN is of no use, and some loggers reject it.
+otherwise repeat an earlier step's value. The NaN has no other use, and some loggers reject it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from lightning import Trainer
 
 
 class _Numbers:
-    """A logger's ``log_metrics``, called without NaNs, and not at all if no figure is left."""
+    """A logger's ``log_metrics``, called without NaNs; not called if no figure is left."""
 
     def __init__(self, log_metrics: Callable[..., Any]) -> None:
         self.log_metrics = log_metrics
@@ -39,7 +39,7 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def keep_out_absent(trainer: Trainer) -> None:
-    """Passes no NaNs to the loggers and the progress bar of ``trainer``; a second call does nothing."""
+    """Keeps NaNs from the loggers and the progress bar of ``trainer``; a second call does nothing."""
     for logger in trainer.loggers:
         if not isinstance(logger.log_metrics, _Numbers):
             logger.log_metrics = _Numbers(logger.log_metrics)  # type: ignore[method-assign]

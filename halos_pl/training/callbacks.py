@@ -124,8 +124,8 @@ class SaveRunConfig(SaveConfigCallback):
     """Writes ``config.yaml`` to the run's folder: the resolved config, which ``halos`` reads with ``--config``.
 
     A new run renames an earlier one and writes its config once the data have been validated; a resumed run writes it
-    once its checkpoint has been loaded. Only one fit at a time writes to a folder, from whichever machine, and only
-    one ``halos test`` and one ``halos predict``.
+    once its checkpoint has been loaded. At any time, at most one fit, one ``halos test`` and one ``halos predict``
+    write to a folder, on whichever machine.
     """
 
     _lock: RunLock | None = None
@@ -199,7 +199,7 @@ def _numbers(metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:
 
 
 def _cost(policy: Any) -> Cost | None:
-    """The cost of a token; None for a model of an unknown structure, which can still be trained."""
+    """The cost per token; None for a model of unknown structure, which can still be trained."""
     try:
         return cost(policy)
     except (AttributeError, TypeError) as error:
@@ -208,12 +208,12 @@ def _cost(policy: Any) -> Cost | None:
 
 
 class RunReport(Callback):
-    """Logs the speed; at the end, writes a summary and plots, and prints where they are.
+    """Logs the speed. At the end, writes a summary and plots, and prints where they are.
 
     ``tokens/s`` counts the tokens that a step has to process, ``TFLOP/s`` the least arithmetic that it needs (see
     ``halos_pl.training.throughput``), and ``of_matmul`` is the latter as a share of the rate of a matrix product,
-    measured when the fit begins. A faster step shows that the machine was busy then; from that step on, the share is
-    of the fastest step's rate. TFLOP/s and of_matmul are those of one rank, without any sampling for the reference
+    measured when the fit begins. If a step is faster, the machine was busy during that measurement; from then on, the
+    share is relative to the fastest step. TFLOP/s and of_matmul are per rank and exclude sampling for the reference
     point.
 
     The outcomes of the first and the last rows are kept for a plot. In a run's first epoch each row is measured
@@ -321,8 +321,8 @@ class RunReport(Callback):
             logger.save()
         folder = Path(trainer.default_root_dir)
         if not self._began and (folder / SUMMARY).is_file() and shortfall(folder) is None:
-            # That summary has the figures of the steps taken.
-            rank_zero_info(f"halos: nothing was left to train; {folder}/ has the run of {trainer.global_step} steps")
+            # The existing summary has the figures of those steps.
+            rank_zero_info(f"halos: nothing was left to train; {folder}/ contains all {trainer.global_step} steps")
             return
         ended = why_ended(trainer)
         seconds = self._write_summary(trainer, pl_module, record(trainer, ended, finished=True))

@@ -34,13 +34,13 @@ def check_callbacks(trainer: Trainer) -> None:
         except pickle.UnpicklingError as error:
             raise CheckpointError(
                 f"trainer.callbacks: the state of {type(callback).__name__} contains"
-                f" {refused_class(error) or 'an object'}, which no checkpoint can hold: let its state_dict return"
+                f" {refused_class(error) or 'an object'}, which a checkpoint cannot contain: let its state_dict return"
                 " tensors, numbers, strings, lists and dicts"
             ) from error
 
 
 def _after(loop: Any, then: Callable[[], None]) -> None:
-    """Calls ``then`` whenever one of Lightning's loops has finished a step or an epoch, where Lightning has no hook."""
+    """Calls ``then`` whenever a loop of Lightning's finishes a step or an epoch, as Lightning has no hook there."""
     finish = loop.on_advance_end
 
     def on_advance_end(*args: Any) -> None:

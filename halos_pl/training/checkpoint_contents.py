@@ -1,4 +1,4 @@
-"""What a checkpoint contains besides Lightning's own entries: the reference, random states and settings."""
+"""A checkpoint's contents besides Lightning's own entries: the reference, random states and settings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def fill(module: Any, checkpoint: dict[str, Any]) -> None:
 
 
 def take(module: Any, checkpoint: dict[str, Any]) -> None:
-    """Adds the frozen weights of the policy that has just been loaded; refuses to resume as another run.
+    """Adds the loaded policy's frozen weights to a checkpoint; refuses to resume a different run.
 
     Raises:
         ValueError: naming what differs from the checkpoint's run, or the limit that it has already reached.
@@ -65,7 +65,7 @@ def restore_random_state(module: Any) -> None:
 
 
 def entry_kind(value: Any) -> Any:
-    """Shape and kind of number of a state dict's entry, which an entry that replaces it must share."""
+    """Shape of a state dict's entry, and whether it is floating-point; a replacement must have the same."""
     return (value.shape, value.is_floating_point()) if isinstance(value, Tensor) else None
 
 

@@ -42,7 +42,7 @@ class CheckpointFiles(TorchCheckpointIO):
             os.replace(beside, path)
             _sync(path.parent)
         except (OSError, RuntimeError) as error:
-            less = "; --checkpoint.keep 1 takes a third less" if keep is not None else ""
+            less = "; --checkpoint.keep 1 takes a third less space" if keep is not None else ""
             raise OSError(f"{path} cannot be written: {_reason(error, path.parent)}{less}") from error
         finally:
             with suppress(OSError):

@@ -117,7 +117,7 @@ def refused_class(error: pickle.UnpicklingError) -> str | None:
 
 
 def _malformed_entry(checkpoint: Mapping[str, Any]) -> str:
-    """The first entry that is not in the form that a fit resumes from; empty if all of them are."""
+    """The first entry from which a fit cannot resume; empty if there is none."""
     loops = checkpoint["loops"].get("fit_loop") if isinstance(checkpoint["loops"], Mapping) else None
     counts = ("epoch_progress", "epoch_loop.batch_progress", "epoch_loop.val_loop.batch_progress")
     if not isinstance(loops, Mapping) or not all(isinstance(loops.get(name), Mapping) for name in counts):

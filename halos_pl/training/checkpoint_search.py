@@ -23,7 +23,7 @@ def find_checkpoint(run: Path, name: str | None = None) -> Path:
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
-        CheckpointError: if the run does not tell which checkpoint is best, or the file cannot be used.
+        CheckpointError: if the run does not record which checkpoint is best, or the file cannot be used.
     """
     last, previous = run / LAST, run / PREVIOUS
     if name in (None, "last"):
@@ -51,7 +51,7 @@ def _best(run: Path) -> Path:
     """The best checkpoint by the metric that the run's ModelCheckpoint monitors.
 
     Its path is recorded in ``last.ckpt``. If that file is gone, because the fit has found a better one since, the
-    newest other checkpoint tells.
+    newest other checkpoint names it.
     """
     last = find_checkpoint(run)
     others = sorted({*last.parent.rglob("*.ckpt")} - {last}, key=lambda path: -path.stat().st_mtime)
@@ -69,7 +69,7 @@ def _best(run: Path) -> Path:
         if len(monitored) != 1:
             if number:
                 continue
-            raise CheckpointError(f"no checkpoint is the best one: {_why_none_is_best(run, kept, monitored)}")
+            raise CheckpointError(f"cannot tell which checkpoint is best: {_why_unclear(run, kept, monitored)}")
         name, state = monitored.popitem()
         parts = Path(name).parts[Path(name).is_absolute() :]
         # The run's folder may have been renamed since, and another run may have taken its place.
@@ -84,10 +84,10 @@ def _best(run: Path) -> Path:
     raise FileNotFoundError(f"{gone} does not exist; it was the best checkpoint of {run}")
 
 
-def _why_none_is_best(run: Path, kept: Sequence[Mapping[str, Any]], monitored: Mapping[str, Mapping[str, Any]]) -> str:
+def _why_unclear(run: Path, kept: Sequence[Mapping[str, Any]], monitored: Mapping[str, Mapping[str, Any]]) -> str:
     if monitored:
         each = ", ".join(f"{path} (by {state['monitor']})" for path, state in sorted(monitored.items()))
-        return f"the ModelCheckpoints of {run} found several: {each}; name one of these files"
+        return f"the ModelCheckpoints of {run} have one each: {each}; name one of these files"
     if any(state.get("monitor") for state in kept):
         return f"the ModelCheckpoint of {run} has not saved any yet"
     if kept:

@@ -1,4 +1,4 @@
-"""Refuses settings under which the loss would differ from the config's, before training."""
+"""Refuses, before training, settings under which the loss would differ from the config's."""
 
 from __future__ import annotations
 

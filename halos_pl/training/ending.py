@@ -18,10 +18,11 @@ def planned_steps(trainer: Trainer) -> int | None:
 
 
 class NotingTrainer(Trainer):
-    """Lightning's Trainer, which also records what has told it to stop.
+    """Lightning's Trainer, which also records what stopped it.
 
     Attributes:
-        stopped_by: the callback, module or other object that told it to stop; None if nothing has.
+        stopped_by: the callback, module or other object that stopped it, or the name of a function; None if nothing
+            has.
     """
 
     stopped_by: Any = None
@@ -63,7 +64,7 @@ def why_ended(trainer: Trainer) -> str:
 
 
 def record(trainer: Trainer, ended: str, finished: bool) -> dict[str, Any]:
-    """What ``summary.json`` records of a run's end.
+    """The entries of ``summary.json`` on a run's end.
 
     Returns:
         ``steps`` taken, ``planned_steps`` (None without a limit), ``ended`` in words, and ``finished``: whether the

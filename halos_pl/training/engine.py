@@ -154,12 +154,12 @@ class StepEngine:
     def evaluate(self, batch: TokenBatch, moment: object = None) -> Iterator[Part]:
         """Yields the parts of a step in turn, without a backward pass.
 
-        The random state does not change, because a run that resumes after an evaluation does not repeat it.
+        The random state does not change, because a run that resumes after an evaluation does not repeat the evaluation.
 
         Args:
             batch: This rank's share of the step.
-            moment: Part of the seed of the policy's samples, beside the names of the rows and torch's seed: the step
-                of the run, for example.
+            moment: Seeds the policy's samples, together with the rows' names and torch's seed; for example, the run's
+                step.
         """
         if self.sampler and self.objective.needs.samples:
             with _forked(self.policy.device):
@@ -238,8 +238,8 @@ class _Step:
     def _whole_step(self, context: Context, train: Tensor, parts: list[Tensor], draws: dict[int, _Draw]) -> Part:
         """A step whose rows are compared with each other, computed in micro-batches all the same.
 
-        The loss is computed from log-probs without gradient. Its slope in each of them then weights the passes with
-        gradient. This is exact and costs one more forward pass.
+        The loss is computed from log-probs without gradient. Its derivatives with respect to them then weight the
+        passes with gradient. This is exact and costs one more forward pass.
         """
         rows = self.rows.select(train)
         leaves = replace(rows, policy_logps=rows.policy_logps.clone().requires_grad_(self.gradient))
@@ -308,7 +308,7 @@ class _Step:
         return widened(rows, self.rows.mask.shape[1])
 
     def _keep(self, index: Tensor, rows: LogProbBatch) -> LogProbBatch:
-        """Stores what the reference point may read of rows, and returns the rows."""
+        """Stores the rows' scores, which the reference point may read, and returns the rows."""
         self.rows.policy_logps[index] = rows.policy_logps.detach()
         if self.rows.reference_logps is not None and rows.reference_logps is not None:
             self.rows.reference_logps[index] = rows.reference_logps

@@ -15,7 +15,7 @@ from halos_pl.training.non_finite import NonFiniteLossError, highest_lr, lower_l
 
 #: Consecutive steps after which a warning is due.
 ZERO, CLIPPED = 2, 20
-#: A shorter run of at least so many steps, all of them clipped, is warned about at its end.
+#: A shorter run causes the warning at its end if it has at least this many steps and all of them were clipped.
 SHORT = 5
 #: Clipping by value leaves little but signs if it cuts at least this share of a gradient's entries.
 MOST = 0.99
@@ -74,20 +74,20 @@ class GradientWatch:
             self._clipped = []
 
     def finish(self, clip: float | None, *, lr: float, scale: float | None = None) -> None:
-        """Issues the warnings that take a whole run.
+        """Issues the warnings that depend on the whole run.
 
         Args:
             clip: limit that gradients were clipped to.
             lr: the run's highest learning rate.
-            scale: scale of the loss, if float16's scaler sets one.
+            scale: loss scale, if float16's scaler sets one.
         """
         if clip and len(self._clipped) == self._steps >= SHORT:
             self._say_clipped(clip, lr, f"all {self._steps} steps were")
         if scale is not None and scale < 1:
             self._warn_once(
                 "scale",
-                f"the scale of the loss has fallen to {scale:g}: gradients overflow in float16, and such steps are"
-                f" skipped. Lower model.optimizer.init_args.lr (it is {lr:g}), or choose trainer.precision bf16-mixed",
+                f"the loss scale has fallen to {scale:g}: gradients overflow in float16, and such steps are skipped."
+                f" Lower model.optimizer.init_args.lr (it is {lr:g}), or choose trainer.precision bf16-mixed",
             )
 
     def _why_zero(self, lr: float, figures: Mapping[str, Any]) -> str:

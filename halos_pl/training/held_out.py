@@ -59,7 +59,7 @@ class HeldOut:
             raise non_finite(module, what, batch.train_ids, suspects.names)
 
     def measured(self, batch: TokenBatch) -> Iterator[Part]:
-        """Like :meth:`parts`, and adds their figures."""
+        """Like :meth:`parts`, but also accumulates their figures."""
         losses = Losses()
         for part in self.parts(batch):
             losses.add(part.result)

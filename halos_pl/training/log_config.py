@@ -35,7 +35,7 @@ class LogConfig(Callback):
         self._began = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Runs before Lightning has the loggers save, and after an earlier run's folder was renamed."""
+        """Runs after an earlier run's folder has been renamed, and before Lightning makes the loggers save."""
         if self._held and stage == "fit":
             trainer.loggers = [*trainer.loggers, *self._held]
             # W&B first, as in Lightning.
@@ -63,7 +63,7 @@ class LogConfig(Callback):
         self.on_train_end(trainer, pl_module)
 
 
-#: Lightning's loggers, and the packages of which each needs one.
+#: Packages by Lightning's loggers; each logger needs one of its packages.
 PACKAGES = {
     "TensorBoardLogger": ("tensorboard", "tensorboardX"),
     "WandbLogger": ("wandb",),

@@ -1,7 +1,7 @@
 """The figures of a step, with TRL's names and scales, and outcomes in nats.
 
 Every figure is kept as a sum and a count until it is read, so that micro-batches, batches and ranks of
-different sizes, even a rank without rows of some class, add up to the figure of the whole.
+different sizes, even a rank without rows of some class, add up to the figure of the whole step.
 """
 
 from __future__ import annotations

@@ -27,8 +27,9 @@ class Models:
 
     Attributes:
         spec: the policy's specification; None for a model that was already in memory.
-        reference_model: makes the reference; ``bound`` once it has done so.
-        reference: source of log pi_ref; None until then.
+        reference_model: makes the reference.
+        bound: whether it has made it.
+        reference: source of log pi_ref; None until it is made.
 
     Raises:
         ValueError: if the arguments cannot be combined.
@@ -116,6 +117,6 @@ class Models:
 
     @property
     def reference_rows(self) -> dict[str, int]:
-        """Numbers of rows whose reference log-probs were stored, and of those where they were computed."""
+        """Numbers of rows whose reference log-probs came from the store, and of rows where they were computed."""
         names = ("stored", "computed")
         return {name: getattr(self.reference, f"rows_{name}", 0) for name in names}

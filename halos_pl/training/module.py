@@ -67,7 +67,7 @@ class HALOModule(LightningModule):
         micro_batch_rows: number of rows per forward pass with gradient; null for all rows of the step.
         prefix_sharing: ``always``: each prompt is computed once for all rows that share it (mismatched ones
             included), without padding. ``never``: each row is computed separately. ``auto``: prompts are shared if a
-            self-test finds the same log-probs; otherwise a line tells why not.
+            self-test finds the same log-probs; otherwise a log line gives the reason.
         reference_store: whether to keep the reference's log-probs on disk, by content, and reuse them in later epochs
             and runs; a run that finds all of them does not even load a ``FrozenCopy``. They were computed in other
             batches, so they are equal within rounding, not bit for bit.
@@ -79,6 +79,7 @@ class HALOModule(LightningModule):
             are those of the rounded weights, which lag behind at first if the learning rate is small.
 
     Raises:
+        TypeError: if the policy is not a model.
         ValueError: if the objective is incomplete or a number is out of range.
     """
 
@@ -151,7 +152,7 @@ class HALOModule(LightningModule):
         return StepEngine(self.objective, self.scorer, self.models.reference, self.micro_batch_rows, sampler)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Connects the data to the tokenizer and the objective; no other hook comes before ``prepare_data``."""
+        """Connects the data to the tokenizer and the objective; no other hook runs before ``prepare_data``."""
         connect = getattr(getattr(self.trainer, "datamodule", None), "connect", None)
         if connect is not None:
             connect(tokenizer=lambda: self.tokenizer, needs=self.objective.needs)

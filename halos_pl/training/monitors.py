@@ -1,4 +1,4 @@
-"""Refuses a callback that monitors a figure that the run never logs, before training."""
+"""Refuses, before training, a callback that monitors a figure the run never logs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from halos_pl.training.ending import epoch_steps, fit_steps
 TRAINING = ("grad_norm", "rows/s", "tokens/s", "TFLOP/s", "of_matmul")
 #: Names that Lightning's ModelCheckpoint accepts besides logged figures.
 COUNTERS = ("epoch", "step")
-#: Beginnings of the messages with which Lightning's callbacks give up.
+#: First words of the messages with which Lightning's callbacks give up.
 GIVEN_UP = ("Early stopping conditioned on metric", "`ModelCheckpoint(monitor=")
 
 
@@ -63,7 +63,7 @@ def _why_no_validation(trainer: Trainer, data: Any) -> str:
 
 
 def check_interval(trainer: Trainer, data: Any) -> None:
-    """Refuses a validation interval that is longer than an epoch; the data must be set up.
+    """Refuses a validation interval longer than an epoch, or one that a callback misreads; the data must be set up.
 
     Raises:
         ValueError: naming the setting, the length of an epoch and the remedy.
@@ -82,8 +82,8 @@ def check_interval(trainer: Trainer, data: Any) -> None:
         return
     if interval > (steps := epoch_steps(trainer, data)):
         raise ValueError(
-            f"trainer.val_check_interval is {interval}, but an epoch has {steps} steps; lower it, or count over epochs"
-            " with --trainer.check_val_every_n_epoch null"
+            f"trainer.val_check_interval is {interval}, but an epoch has {steps} steps; lower it, or count across"
+            " epochs with --trainer.check_val_every_n_epoch null"
         )
 
 
@@ -104,7 +104,7 @@ def check_monitors(trainer: Trainer, module: LightningModule, data: Any) -> None
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     silent = [type(c).__name__ for c in callbacks if isinstance(c, LearningRateMonitor | DeviceStatsMonitor)]
     if silent and not trainer.loggers:
-        raise MonitorError(f"{silent[0]} writes to a logger, but trainer.logger is false; leave one of the two out")
+        raise MonitorError(f"{silent[0]} writes to a logger, but trainer.logger is false; set a logger, or remove it")
     monitored = [(c, m) for c in callbacks if isinstance(m := getattr(c, "monitor", None), str)]
     no_validation = _why_no_validation(trainer, data) if monitored else ""
     training = set(_figures(module, data._splits.get("train"))) | set(TRAINING)
@@ -120,7 +120,7 @@ def check_monitors(trainer: Trainer, module: LightningModule, data: Any) -> None
         meant = monitor if monitor.startswith("val/") else near[0]
         without = no_validation if meant.startswith("val/") else ""
         if monitor.removeprefix("val/").startswith("outcome/z0_") and objective.halo is not None and not without:
-            continue  # a reference point names its diagnostics itself
+            continue  # reference points choose the names of their diagnostics
         message = (
             f"{type(callback).__name__}.monitor is {monitor!r}, which is never logged"
             + (f": {meant} needs a validation, but {without}" if without else "")
@@ -142,7 +142,7 @@ _VALIDATION = {"val_check_interval": 1.0, "check_val_every_n_epoch": 1, "limit_v
 
 
 def say_unused(trainer: Trainer, data: Any) -> None:
-    """Warns of settings of a fit that have no effect."""
+    """Warns about validation settings that have no effect."""
     unused = [name for name, default in _VALIDATION.items() if getattr(trainer, name) != default]
     if unused and not data.sources["validation"]:
         names = " and ".join(f"trainer.{name}" for name in unused)

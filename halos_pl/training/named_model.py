@@ -26,7 +26,7 @@ class NamedModel:
     """A model that can be loaded.
 
     Attributes:
-        name: the name by which the user calls it.
+        name: its name as the user wrote it.
         spec: specification of the model; for a run, of its policy before training.
         run: the run's folder; None for other models.
         ckpt_path: the file of the run's checkpoint; None for other models.
@@ -78,12 +78,12 @@ def _refuse_other_run(run: Path, checkpoint: Path) -> None:
 
 
 def named_model(name: str, ckpt_path: str | None = None, chat_template: str | None = None) -> NamedModel:
-    """The model of that name; reads no weights.
+    """The model called ``name``; reads no weights.
 
     Args:
         name: a run's folder, a Hugging Face folder, a folder with a peft adapter, a hub name, or ``package:NAME``.
-        ckpt_path: another checkpoint of a run than the last one: ``best``, or a file.
-        chat_template: a chat template to use instead of its own, see :func:`halos_pl.data.template.template_of`.
+        ckpt_path: a run's checkpoint: ``last`` (default), ``best``, or a file.
+        chat_template: a chat template to use instead of the model's, see :func:`halos_pl.data.template.template_of`.
 
     Raises:
         DataError: if the chat template is invalid.

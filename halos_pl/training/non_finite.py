@@ -22,7 +22,7 @@ class NonFiniteWeightsError(FloatingPointError):
 
 
 def highest_lr(optimizer: Any) -> float:
-    """The learning rate that the config sets, before warm-up and decay."""
+    """The highest learning rate that the config sets, before warm-up and decay."""
     return max(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
 
 
@@ -69,7 +69,7 @@ def non_finite(
 
 
 def check_policy(module: Any, batch: TokenBatch) -> None:
-    """Checks on one row that the policy has not diverged in the last step; the next loss tells for earlier steps.
+    """Checks on one row that the last step did not make the policy diverge; for earlier steps, the next loss shows it.
 
     Raises:
         NonFiniteLossError: if the policy's log-probs for that row are not finite.
@@ -114,8 +114,8 @@ def check_finite(checkpoint: Mapping[str, Any], trained: set[str], good: str) ->
         return
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     raise NonFiniteWeightsError(
-        f"after optimizer step {checkpoint['global_step']} these {what}: {', '.join(names[:3])}{more}; nothing"
-        f" was saved. Lower the learning rate (model.optimizer.init_args.lr).\n{good}"
+        f"after optimizer step {checkpoint['global_step']}, these tensors {what}: {', '.join(names[:3])}{more};"
+        f" nothing was saved. Lower the learning rate (model.optimizer.init_args.lr).\n{good}"
     )
 
 

@@ -2,7 +2,7 @@
 
 A weight of 8 or 11 bits of precision does not move if a step is smaller than half the gap to the next number; with
 AdamW at a learning rate of 5e-6 nearly every step is. So the optimizer steps on float32 copies of such weights
-(Micikevicius et al. 2018, "Mixed precision training", section 3.1), and the model has the rounded values.
+(Micikevicius et al. 2018, "Mixed precision training", section 3.1), and the model gets the rounded values.
 """
 
 from __future__ import annotations
@@ -100,9 +100,9 @@ class MasterWeights:
     @torch.no_grad()
     def _load(self, optimizer: Optimizer, state: dict[str, Any]) -> None:
         saved = state.get("master_weights")
-        if not self.pairs:  # the checkpoint may have some; this run resumes from the rounded weights
+        if not self.pairs:  # even if the checkpoint has copies, this run resumes from the rounded weights
             return
-        if saved is None:  # the checkpoint has none; they start at the weights just loaded
+        if saved is None:  # the checkpoint has no copies; they start at the weights just loaded
             saved = [parameter.detach() for parameter, _ in self.pairs]
         for (_, master), value in zip(self.pairs, saved, strict=True):
             master.copy_(value)
@@ -292,7 +292,7 @@ def _may_change(key: str, before: Any, now: Any) -> bool:
     for one, other in zip(*numbers, strict=True):
         if any(isinstance(value, bool) or not isinstance(value, int | float) for value in (one, other)):
             return False
-        if (one == 0) != (other == 0) and not stateless:  # momentum lacks the sums that it consists of
+        if (one == 0) != (other == 0) and not stateless:  # momentum needs sums that a run without it did not keep
             return False
     return True
 
@@ -304,7 +304,7 @@ def guard(optimizer: Optimizer, changed: Callable[[list[Change]], None]) -> None
     the learning rate.
 
     Args:
-        optimizer: any optimizer. Some keep state in their groups later, so only the current entries count as settings.
+        optimizer: any optimizer. Some add state to their groups later, so only the present entries count as settings.
         changed: called with the settings that differ when a state is loaded.
     """
     name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"

@@ -64,7 +64,7 @@ def plot_training(metrics: Path, out: Path, *, beta: float = 1.0) -> Path | None
 def plot_value_function(
     value_function: ValueFunction, moments: Mapping[str, Sequence[tuple[float, bool]]], out: Path
 ) -> Path:
-    """Plots v, and below it the outcomes of some rows at some moments of the run.
+    """Plots v, and below it the outcomes of some rows at several moments of the run.
 
     Args:
         value_function: the value function of the top panel, on the CPU.

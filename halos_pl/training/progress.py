@@ -30,7 +30,7 @@ class Progress(TQDMProgressBar):
     Args:
         every_n_steps: number of steps between two lines, without a terminal; null prints about 50 lines per run, and at
             least one every ``max_seconds``.
-        max_seconds: longest time between two lines, without a terminal or ``every_n_steps``.
+        max_seconds: maximum seconds between two lines, without a terminal or ``every_n_steps``.
 
     Raises:
         ValueError: if a number is out of range.

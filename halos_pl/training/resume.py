@@ -41,13 +41,12 @@ def finished_progress(fit_loop: dict[str, Any]) -> tuple[int, int]:
     epoch without counting it, and that epoch is lost. Such a state is rewritten to its meaning: the epoch is over, the
     next has not begun.
 
-    A run that was stopped during a validation repeats that validation before it trains.
-
     Conversely, a fit that ``max_steps`` ends within an epoch closes that epoch. Such a state is rewritten to leave the
     epoch open, so that a longer fit continues with the rest of its rows.
 
-    Within an epoch a state is rewritten to that after a step and its validation, if one was due: Lightning would count
-    a step twice if it was saved after its validation.
+    Within an epoch, the state is rewritten to the one after a step and its validation, if any was due: Lightning would
+    count the step twice if it was saved after its validation. A run that was stopped during a validation repeats that
+    validation before it trains.
 
     Args:
         fit_loop: ``checkpoint["loops"]["fit_loop"]``; changed in place.
@@ -78,9 +77,8 @@ def finished_progress(fit_loop: dict[str, Any]) -> tuple[int, int]:
     fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = steps
     optimizer = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
     for counts in (fit_loop["epoch_loop.scheduler_progress"], *optimizer.values()):
-        counts["current"] = dict.fromkeys(
-            counts["current"], 0
-        )  # counts of the epoch, which nothing resets under max_steps
+        # The epoch's counts, which nothing resets under max_steps.
+        counts["current"] = dict.fromkeys(counts["current"], 0)
     return begun, 0
 
 
@@ -142,8 +140,8 @@ class Record:
             saved = {"config": aside(of_file(Path(str(trainer.ckpt_path)).parent.parent / "config.yaml"), wanted=False)}
             how = "compared only with the config.yaml of its folder" if saved["config"] else "not compared"
             rank_zero_info(
-                f"halos: {trainer.ckpt_path} is from an older version and has no record of its settings: this run's are"
-                f" {how}"
+                f"halos: {trainer.ckpt_path} is from an older version and has no record of its settings, so this run's"
+                f" are {how}"
             )
         now = self.module | of_trainer(trainer)
         changed = changes(saved, now, self.config)

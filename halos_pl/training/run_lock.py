@@ -13,8 +13,8 @@ from lightning.pytorch.utilities import rank_zero_info
 class RunLock:
     """A lock file in the folder that it protects, so that every machine that sees the folder sees the lock.
 
-    It is a POSIX lock, which network file systems support too: it ends with its process, however that ends, and forked
-    processes of a data loader do not inherit it. It stays valid when the folder is renamed.
+    It is a POSIX lock, which network file systems support too. It ends with its process in any case, a data loader's
+    forked processes do not inherit it, and it stays valid when the folder is renamed.
 
     Args:
         folder: the folder, created if it is missing.
@@ -73,7 +73,7 @@ def refuse_held(folder: Path, command: str) -> None:
     """Refuses a folder that another process writes to; creates nothing.
 
     Raises:
-        FileExistsError: if another process does.
+        FileExistsError: if another process is writing to it.
     """
     if (folder / f".{command}.lock").is_file() and os.access(folder, os.W_OK):
         lock = RunLock(folder, command)

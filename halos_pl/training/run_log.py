@@ -180,7 +180,7 @@ class RunCSVLogger(CSVLogger):
                 file.write(_text(sorted(names, key=column_order), _one_a_step(kept), header=True).decode())
         else:
             path.unlink()
-        self._experiment = None  # it knows the old columns
+        self._experiment = None  # it has the old columns
         return max((int(row["step"]) for row in kept), default=-1)
 
 

@@ -1,4 +1,4 @@
-"""From token ids to what an objective sees: log-probs of the rows under policy and reference."""
+"""From token ids to an objective's input: log-probs of the rows under policy and reference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from halos_pl.policy.scorer import Scorer
 
 
 class Reference(Scoring, Protocol):
-    """Log-probs under the reference model, and the model itself where a KL divergence needs it."""
+    """Log-probs under the reference model, and the model itself for KL divergences."""
 
     def logps(self, batch: TokenBatch) -> Tensor:
         """Log-probs of the completion tokens, float32 [n, T], without gradient."""
@@ -39,8 +39,8 @@ def scored_rows(
         batch: n rows.
         gradient: Whether the policy's log-probs get a gradient.
         kl: Whether to compute the KL divergence over the whole vocabulary at the tokens of mismatched rows.
-        routing: Whether to return how the policy's experts share the tokens.
-        reference_logps: Log-probs under the reference, [n, T], if they are known already.
+        routing: Whether to return how the policy's router spreads the tokens over the experts.
+        reference_logps: Log-probs under the reference, [n, T], if they have been computed already.
     """
     # The reference first, before the policy's activations take up memory.
     if reference is not None and reference_logps is None:
@@ -70,5 +70,5 @@ def widened(rows: LogProbBatch, width: int) -> LogProbBatch:
 
 
 def differentiable(rows: LogProbBatch) -> list[Tensor]:
-    """What the policy computed for the rows with a gradient: log-probs and, if any, the router's probabilities."""
+    """The policy's outputs for the rows that get a gradient: log-probs and, if any, the router's probabilities."""
     return [rows.policy_logps] if rows.routing is None else [rows.policy_logps, rows.routing.probability]

@@ -31,7 +31,7 @@ def log_step(module: Any, parts: Sequence[Part]) -> None:
         losses.add(part.result)
         means.add(row_figures(part.rows, part.result, module.objective.halo))
         suspects.add(part.row_ids, part.rows, part.result)
-    # The ranks' losses sum to the step's, so they are divided by one count in all.
+    # The ranks' losses sum to the step's loss, so their counts must sum to 1.
     once = torch.tensor(float(module.global_rank == 0), dtype=torch.float32, device=module.device)
     means.add({name: (value, once) for name, value in losses.items()})
     figures = module.figures = with_margin(means.compute())

@@ -118,7 +118,7 @@ class StopAtStep(Callback):
 
     @staticmethod
     def _save(trainer: Trainer) -> bool:
-        """Writes ``checkpoints/last.ckpt`` if it lacks the last step; returns False if no step was taken."""
+        """Writes ``checkpoints/last.ckpt`` if it lacks the last step; returns False if there is nothing to save."""
         step = trainer.global_step
         if not step or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return False

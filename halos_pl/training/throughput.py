@@ -20,7 +20,7 @@ from halos_pl.policy.architecture import attention_width, decoder_and_head, laye
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOP of a dense language model; a multiplication and an addition are two.
+    """FLOP of a dense language model; a multiplication and an addition count as two.
 
     Attributes:
         token: FLOP per token in the layers: 2 for each weight of their matrices.

@@ -24,6 +24,7 @@ def module_of_run(run: Path) -> HALOModule:
 
     Raises:
         FileNotFoundError: if there is no ``config.yaml``.
+        ValueError: if it is invalid.
     """
     if not (run / CONFIG).is_file():
         raise FileNotFoundError(f"{run / CONFIG}: no such file; {run} is not the folder of a run")
@@ -50,11 +51,11 @@ def load_run(run: str | Path, ckpt_path: str | None = None) -> HALOModule:
 
     Args:
         run: the run's folder, with ``config.yaml`` and ``checkpoints/last.ckpt``.
-        ckpt_path: another checkpoint: ``best`` (according to its ModelCheckpoint), ``last``, or a file.
+        ckpt_path: the checkpoint: ``last`` (default), ``best`` (according to the run's ModelCheckpoint), or a file.
 
     Raises:
-        FileNotFoundError: if one of them is missing.
-        ValueError: if the checkpoint does not fit the config's policy.
+        FileNotFoundError: if the config or the checkpoint is missing.
+        ValueError: if one of them is invalid, or the checkpoint does not fit the config's policy.
     """
     run = Path(run)
     module = module_of_run(run)
