@@ -20,7 +20,7 @@ HELP = "help"
 REFERENCE = Path("reference") / "logps.sqlite"
 #: Maximum size of that file in bytes; the least recently used log-probs make room for new ones.
 LARGEST = 4 << 30
-#: Share of the cache's disk, unless HALOS_CACHE_LIMIT is set.
+#: The limit unless HALOS_CACHE_LIMIT is set: a share of the cache's disk.
 DEFAULT_LIMIT = "20%"
 _UNITS = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _KEY = re.compile(r"(gguf-)?[0-9a-f]{32}(?![0-9a-f])")
@@ -39,7 +39,7 @@ def cache_root() -> Path:
     """The cache folder: ``$HALOS_CACHE``, by default ``~/.cache/halos_pl``. It may be deleted.
 
     Raises:
-        NoHomeError: neither HALOS_CACHE nor a home folder exists.
+        NoHomeError: HALOS_CACHE is not set, and there is no home folder.
     """
     place = os.environ.get("HALOS_CACHE") or "~/.cache/halos_pl"
     try:
@@ -156,7 +156,7 @@ def entries(data: Path | None = None) -> list[Entry]:
 
 
 class Use:
-    """Protects an entry from removal during the life of this object or its process, and records the use.
+    """Protects an entry from removal until :meth:`end` is called or the process ends, and records the use.
 
     Keeps a shared POSIX lock on the file beside the entry, which other machines respect if the file system supports
     locks. Does nothing if the cache is read-only or locks are unavailable.

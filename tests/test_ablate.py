@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -503,7 +504,7 @@ def test_runs_say_how_they_were_measured(make: Any, here: list[str], tmp_path: P
     main(["ablate", str(make(metrics=["length"], seeds=[0], arms=other, evaluate=more)), f"--out={out}"])
     with pytest.raises(SystemExit):
         main(["ablate", str(make(metrics=["length"], seeds=[0], evaluate=more)), f"--out={out}"])
-    assert "kto/seed-0 was measured in another way" in capsys.readouterr().err
+    assert "kto/seed-0 was measured differently" in capsys.readouterr().err
 
 
 def test_a_run_that_cannot_be_compared_is_left_out_by_name(make: Any, tmp_path: Path) -> None:
@@ -544,9 +545,9 @@ def test_a_run_that_was_made_in_another_way_is_left_out(make: Any, tmp_path: Pat
     changed.write_text(json.dumps({**said, "by": {"revision": "other"}}))
     faults = Results(study, out).faults
     assert list(faults) == [runs[5], runs[2], runs[3]]
-    assert faults[runs[2]] == "trained in another way than other seeds: model.lr differs"
-    assert faults[runs[3]] == "trained in another way than other seeds: the data x.jsonl differs"
-    assert faults[runs[5]].startswith("measured in another way than most: files.")
+    assert re.fullmatch("trained .*: model.lr differs", faults[runs[2]])
+    assert re.fullmatch("trained .*: the data x.jsonl differs", faults[runs[3]])
+    assert re.match("measured .*: files.", faults[runs[5]])
 
 
 def test_an_interrupted_study_keeps_what_failed_before(

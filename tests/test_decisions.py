@@ -52,7 +52,7 @@ def test_run_variance_is_the_residual_of_arms_by_seeds() -> None:
     assert found.whole == pytest.approx(means.var(axis=1, ddof=1).mean())
     assert 2 <= found.whole_df <= 6  # of three arms by themselves; 2 where all variance is common to a seed
     # Arms whose own variances are those of independent runs have them on average.
-    assert np.mean(list(found.own.values())) == pytest.approx(found.paired)
+    assert np.mean(list(found.by_arm.values())) == pytest.approx(found.paired)
 
 
 def test_a_model_without_seeds_is_not_pooled() -> None:

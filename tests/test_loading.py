@@ -278,7 +278,7 @@ def test_a_gguf_file_with_other_tensors_than_the_models_is_refused(
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
     (tmp_path / "model").mkdir()
     _write_gguf(model, tokenizer, tmp_path / "model" / "tiny.gguf", {tensor: name})
-    with pytest.raises(ModelError, match=f"tiny.gguf.*lacks .*{f'contains.* {name}' if name else ''}"):
+    with pytest.raises(ModelError, match=f"tiny.gguf.*lacks .*{name}"):
         load_model(ModelSpec(str(tmp_path / "model")))
 
 
@@ -290,7 +290,7 @@ def test_a_gguf_file_with_a_tensor_too_many_is_refused(
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
     (tmp_path / "model").mkdir()
     _write_gguf(model, tokenizer, tmp_path / "model" / "tiny.gguf", more={"rope_freqs.weight": torch.ones(4)})
-    with pytest.raises(ModelError, match=r"tiny.gguf.*contains.* rope_freqs.weight"):
+    with pytest.raises(ModelError, match=r"tiny.gguf.* rope_freqs.weight"):
         load_model(ModelSpec(str(tmp_path / "model")))
 
 
@@ -356,7 +356,7 @@ def test_an_adapter_on_one_end_of_tied_weights_is_refused(
     config = LlamaForCausalLM.from_pretrained(tiny_folder).config
     config.tie_word_embeddings = True
     tied = _folder_of(LlamaForCausalLM(config), tiny_folder, tmp_path)
-    with pytest.raises(ModelError, match=f"{named} is tied to the model's other end"):
+    with pytest.raises(ModelError, match=f"target_modules: .*tied.*{named}"):
         load_model(ModelSpec(str(tied), lora=LoRASpec(target_modules=targets)))
     load_model(ModelSpec(str(tied), lora=LoRASpec(target_modules="all-linear")))
     load_model(ModelSpec(str(tiny_folder), lora=LoRASpec(target_modules=targets)))  # not tied

@@ -13,7 +13,7 @@ from typing import Any
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SHIPPED = _PACKAGE / "experiments"
 
-#: The folder. The package's own comes first: a folder beside an installed package belongs to others.
+#: The folder. The one inside the package comes first: beside an installed package, it would be someone else's.
 EXPERIMENTS = _SHIPPED if _SHIPPED.is_dir() else _PACKAGE.parent / "experiments"
 #: Settings that every fit starts from.
 BASE = EXPERIMENTS / "base.yaml"
@@ -72,7 +72,7 @@ def config_file(name: str, shipped: dict[str, Path], option: str) -> Path:
 
 
 def hint(path: str | Path, shipped: Collection[str]) -> str:
-    """The shipped config that a missing file was probably meant to be, as a clause for an error; may be empty."""
+    """A clause for an error about a missing file, with the shipped config that was probably meant; may be empty."""
     path = Path(path)
     parts = path.parts[path.parts.index("experiments") + 1 :] if "experiments" in path.parts else path.parts
     bare = Path(*parts).with_suffix("").as_posix() if parts else ""
@@ -90,10 +90,10 @@ def _near(name: str, candidates: Iterable[str]) -> str:
 
 
 def shipped_paths(value: Any) -> Any:
-    """The value with each path ``experiments/...`` that only a shipped file has replaced by that file's full path.
+    """Replaces ``experiments/...`` with the full path of the shipped file, unless the working folder has that file.
 
     Args:
-        value: plain data. ``experiments/rule.py:function`` is such a path too. Files in the working folder come first.
+        value: plain data. ``experiments/rule.py:function`` is such a path as well.
     """
     if isinstance(value, dict):
         return {key: shipped_paths(part) for key, part in value.items()}

@@ -41,7 +41,7 @@ def part_of(path: Path) -> Path:
 
 
 def check_target(path: Path) -> None:
-    """Refuses a path that cannot be written, before the work whose result it is for.
+    """Refuses a path that cannot be written, before the work whose result it will contain.
 
     Raises:
         OSError: names the path.

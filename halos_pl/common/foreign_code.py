@@ -11,7 +11,7 @@ from typing import Any
 from halos_pl.common.messages import plain
 from halos_pl.common.yaml_files import YAMLFileError, read_yaml
 
-# Packages of a run's usual parts.
+#: Packages whose classes are not reported.
 KNOWN = ("halos_pl", "value_functions", "torch", "lightning", "pytorch_lightning", "transformers", "peft")
 
 

@@ -43,7 +43,7 @@ def _of_folder(folder: Path) -> str:
     if (folder / "study.yaml").is_file():
         return "the folder of a study, which halos ablate report takes"
     if (folder / "config.yaml").is_file():
-        return "the folder of a run, which halos evaluate and halos export take, and halos test by its config.yaml"
+        return "the folder of a run, which halos evaluate and halos export take; halos test takes its config.yaml"
     if any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         return "a model, which halos evaluate and halos fit --model.policy.path take"
     return "a folder"

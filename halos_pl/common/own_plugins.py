@@ -41,7 +41,7 @@ def _classes_here() -> dict[str, list[tuple[Path, set[str]]]]:
 
 
 def own_plugins(base: type) -> dict[str, list[Path]]:
-    """Classes of the working folder that extend ``base``, according to their text: the files with each name."""
+    """Classes in the working folder that extend ``base``, according to the text: for each name, the files with it."""
     classes = _classes_here()
     names = {base.__name__, *(cls.__name__ for cls in subclasses(base))}
     plugins: dict[str, list[Path]] = {}
@@ -62,7 +62,7 @@ def import_own(values: Any, kinds: Collection[type]) -> None:
         kinds: base classes of plug-ins.
 
     Raises:
-        OwnPluginError: if a name is in two files, or in a file and the library; if a file does not import.
+        OwnPluginError: if a name is in two files, or in a file and the library, or if a file cannot be imported.
     """
     names = set(_strings(values))
     for kind in kinds:

@@ -33,9 +33,9 @@ def counted(items: Collection[T], what: str, max_seconds: float = 30.0) -> Itera
     """Yields the items, with progress on standard error.
 
     Args:
-        items: to iterate over.
+        items: items to iterate over.
         what: description of the work, such as "sampling answers".
-        max_seconds: shortest time between two lines without a terminal.
+        max_seconds: seconds after which another line is printed, without a terminal.
     """
     if is_terminal(sys.stderr):
         yield from tqdm(items, desc=what, leave=False)

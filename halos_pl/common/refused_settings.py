@@ -1,4 +1,4 @@
-"""A class that refuses its settings is named by its key in the config."""
+"""Adds the key in the config to the error of a class that refuses its settings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ add_instantiator(_make, object)
 
 @contextmanager
 def naming_keys(config: Any, errors: tuple[type[Exception], ...]) -> Iterator[None]:
-    """Adds to the error of a class that refuses its settings the key of ``config`` that names the class.
+    """Adds the key of ``config`` that names a class to the error with which the class refuses its settings.
 
     Args:
         config: the config whose classes are instantiated inside the context.

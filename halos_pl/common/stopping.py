@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2") if hasattr(signal, n))
-# Seconds. Launchers such as GNU timeout signal the process and its group, which is not a second Ctrl-C.
+# Seconds within which a second signal is ignored, as launchers such as GNU timeout signal the process and its group.
 REPEAT = 0.1
 
 
@@ -149,7 +149,7 @@ def listening(words: list[str]) -> Iterator[None]:
     Signals that the process was started to ignore, as SIGHUP under nohup, stay ignored.
 
     Args:
-        words: words of the command, for the line on how to resume.
+        words: words of the command, for the line that tells how to resume.
 
     Raises:
         SystemExit: with 128 plus the number of a received signal.

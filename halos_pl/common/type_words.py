@@ -61,7 +61,7 @@ def alternatives(hint: Any) -> list[Any]:
 
 
 def class_of(hint: Any) -> type | None:
-    """The class whose objects ``hint`` accepts, or whose factories; None for types that no config can make."""
+    """The class of the objects that ``hint`` accepts or its factories make; None if no config can make them."""
     if is_factory(hint):
         returned = [part for part in alternatives(get_args(hint)[-1]) if inspect.isclass(part)]
         return class_of(returned[0]) if returned else None
@@ -80,7 +80,7 @@ def is_factory(hint: Any) -> bool:
 
 
 def in_words(hint: Any) -> list[str]:
-    """What a type accepts, in words; nothing for a type that no config can make."""
+    """The values that a type accepts, in words; empty for a type that no config can make."""
     return [words for part in alternatives(hint) for words in _one_in_words(part)]
 
 
@@ -137,7 +137,7 @@ def known_classes(help_of: str | None) -> str:
     """
     path = re.match(r"Help for --\S+\.help=(\S+)$", help_of or "")
     cls = imported(path[1]) if path else None
-    return f"There is {', '.join(in_words(cls))}." if inspect.isclass(cls) and inspect.isabstract(cls) else ""
+    return f"Choose {', '.join(in_words(cls))}." if inspect.isclass(cls) and inspect.isabstract(cls) else ""
 
 
 def imported(path: str) -> Any:

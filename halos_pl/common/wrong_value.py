@@ -42,7 +42,7 @@ class Misfit:
         key: dotted key of the part at fault, starting with the option: ``a.init_args.b``, ``a[0]``.
         value: the part at fault.
         reason: the fault, if it is more than a wrong type.
-        accepts: what the option accepts instead, in words.
+        accepts: values that the option accepts, in words.
         near: the name that was probably meant.
         depth: how far type and value agree.
     """
@@ -185,7 +185,7 @@ def _within_settings(key: str, cls: type, settings: dict[str, Any], *, factory: 
     """The first setting of a class that is unknown, has a wrong type, or is missing."""
     parser = ArgumentParser(exit_on_error=False)
     try:
-        # The argument of a factory, such as an optimizer's parameters, is no setting.
+        # The argument of a factory, such as an optimizer's parameters, is not a setting.
         parser.add_class_arguments(cls, fail_untyped=False, skip=set[str | int]([1]) if factory else None)
     except Exception:
         return None

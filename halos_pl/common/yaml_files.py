@@ -30,7 +30,7 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.CSafeLoader.yaml_implicit_resolvers.items()
 }
-# Members of an enumeration of texts, as in Lightning's defaults, are written as texts.
+# Members of a string enumeration, as in Lightning's defaults, are written as strings.
 yaml.SafeDumper.add_multi_representer(str, lambda dumper, text: dumper.represent_str(str.__str__(text)))
 
 
@@ -86,7 +86,7 @@ def _size(node: yaml.Node, path: str | Path, sizes: dict[int, int], within: set[
     if id(node) in within:
         raise YAMLFileError(f"{path}:{line}: an anchor that contains itself")
     if len(within) > _MOST_LEVELS:
-        raise YAMLFileError(f"{path}:{line}: nested too deeply, in more than {_MOST_LEVELS} levels")
+        raise YAMLFileError(f"{path}:{line}: nested more than {_MOST_LEVELS} levels deep")
     if id(node) not in sizes:
         if isinstance(node, yaml.ScalarNode):
             if not node.style and _OTHER_BASE.fullmatch(node.value) and node.tag.endswith((":int", ":float")):

@@ -42,7 +42,7 @@ def answers(
         tokenizer: its tokenizer.
         rows: the prompts.
         special_tokens_in_text: see :func:`halos_pl.policy.sampling.generate`.
-        start: whether it is the model before training, perhaps with its adapter disabled, which answers like its base.
+        start: whether this is the model before training, which answers like its base even if it has an adapter.
         sampling: settings ``max_new_tokens``, ``temperature``, ``batch_size`` and ``seed``.
 
     Returns:

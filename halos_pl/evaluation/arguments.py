@@ -15,7 +15,7 @@ from halos_pl.data.sources import sources_of
 from halos_pl.evaluation.metrics import CODE
 from halos_pl.policy.sampling import check_sampling
 
-# Arguments that older versions lacked, and so did not record.
+#: Arguments that older versions lacked, and so did not record.
 LATER = ("ckpt_path", "reference", "prompt_column", "text_prompts", "chat_template")
 
 

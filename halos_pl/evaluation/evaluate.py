@@ -37,15 +37,15 @@ def evaluate(
 ) -> None:
     """Measure a model on held-out data; executes the code of rule, judge and a run's config.yaml.
 
-    Values are recorded by example, so that models can be compared in pairs. For a run, the model before
-    training is measured too, with the same prompts and seeds (before.json). A run with control tokens is measured
-    without them. Special tokens in held-out text are treated as in the run's training.
+    Values are recorded by example, for paired comparisons of models. For a run, the model before training is
+    measured too, with the same prompts and seeds (before.json). A run with control tokens is measured without
+    them. Special tokens in held-out text are treated as in the run's training.
 
     Args:
         model: the folder of a run, a Hugging Face model folder, a folder with a peft adapter, or a hub name.
         held_out: held-out feedback: a path, a mapping as for data.predict, or a list of these.
         prompts: prompts to answer: a .txt file, or JSON lines with "prompt".
-        prompt_column: the JSON lines' column with the prompt, if it is not "prompt".
+        prompt_column: the column of the JSON lines with the prompt; default: "prompt".
         text_prompts: plain encodes text prompts and held-out text unchanged; chat puts each into the chat template as
             a user message; default: as in the run's training (data.text_prompts), otherwise plain.
         chat_template: a chat template to use instead of the model's: a .jinja file, a folder with a tokenizer, chatml,

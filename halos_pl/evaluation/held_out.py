@@ -209,9 +209,9 @@ def by_example(values: dict[str, float], example: dict[str, str]) -> dict[str, f
 def _auroc_shares(high: dict[str, float], low: dict[str, float]) -> dict[str, float]:
     """Each row's contribution to the area under the ROC curve; the mean over all rows is the area.
 
-    Rows of both classes are a sample. A row's contribution is the area plus the weighted deviation from it of the
-    row's share: the part of the other class that it is ranked correctly against. The variance of the mean is that of
-    DeLong et al. 1988; with contributions summed by pair, that of Obuchowski 1997.
+    Rows of both classes are a sample. A row's share is the part of the other class that it is ranked correctly against;
+    its contribution is the area plus the weighted deviation of its share from the area. The variance of the mean is
+    that of DeLong et al. 1988; with contributions summed by pair, that of Obuchowski 1997.
     """
 
     def below(values: dict[str, float], others: dict[str, float]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from halos_pl.objective.build import module_of_file
 #: The parameters of each kind, and their older form without the row.
 FORMS: dict[str, tuple[str, ...]] = {"rule": ("answer", "row"), "judge": ("answer", "other", "row")}
 OLDER: dict[str, tuple[str, ...]] = {"rule": ("answer", "finished"), "judge": ("prompt", "answer", "other")}
-#: What each kind returns.
+#: The return value of each kind.
 RETURNS = {
     "rule": "True or 1 if the answer meets it, False or 0 if not, or a number in between",
     "judge": "1 if the answer is preferred, 0 if the other one is, 0.5 for a tie",
@@ -117,7 +117,7 @@ def judged_by(place: str, kind: str) -> Judged:
         raise ValueError(f"{place!r}: {path} has no function {name!r}")
     if inspect.isclass(function):
         if not any("__call__" in base.__dict__ for base in function.__mro__):
-            raise ValueError(f"{place!r}: its instances cannot be called; give the class a __call__")
+            raise ValueError(f"{place!r}: instances of the class cannot be called; give it a __call__")
         try:
             function = function()
         except (Exception, SystemExit) as error:

@@ -87,13 +87,13 @@ def with_chat_template(reference: NamedModel, model: NamedModel) -> NamedModel:
 
 
 def measure(model: NamedModel, compared: NamedModel | None, task: Task, folder: Path) -> tuple[Values, Values, bool]:
-    """Measures a model and writes held-out rows and answers to a folder, the answers before they are judged.
+    """Measures a model and writes held-out rows and answers to a folder; answers are written before they are judged.
 
     Args:
         model: the policy.
         compared: the reference; None for a run's model before training.
         task: the evaluation task.
-        folder: for ``held_out.jsonl`` and ``answers.jsonl``.
+        folder: folder to write ``held_out.jsonl`` and ``answers.jsonl`` to.
 
     Returns:
         the values of the model, those of a run before training (otherwise empty), and whether there was a reference.

@@ -9,9 +9,9 @@ class Metric(NamedTuple):
     """A metric.
 
     Attributes:
-        unit: measured on each of these held-out ``pairs``, ``rows``, ``examples`` (pairs or single rows) or
-            ``prompts``. Rows with the same prompt count as one example, their mean, since they are not independent:
-            the n of a metric is a number of prompts.
+        unit: the held-out items that it is measured on: ``pairs``, ``rows``, ``examples`` (pairs or single rows) or
+            ``prompts``. Rows with the same prompt count as one example with their mean, since they are not
+            independent: the n of a metric is a number of prompts.
         meaning: the quantity whose mean is reported, with its unit.
         higher_is_better: whether higher is better; None if neither direction is.
     """

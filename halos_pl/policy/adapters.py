@@ -171,12 +171,14 @@ def merge(model: Any, adapter: Adapter) -> Any:
         missing = sorted(name for name in result.missing_keys if any(part in name for part in parts))
         unexpected = sorted(name for name in result.unexpected_keys if not _is_twice(weights, name))
         if missing or unexpected:
-            faults = [("lacks", missing), ("contains, for no layer of the model,", unexpected)]
-            raise ModelError("; ".join(f"it {verb} {names[0]}, {len(names)} in all" for verb, names in faults if names))
+            faults = [f"it lacks {missing[0]} ({len(missing)} in all)"] if missing else []
+            if unexpected:
+                faults.append(f"no layer of the model matches {unexpected[0]} ({len(unexpected)} in all)")
+            raise ModelError("; ".join(faults))
         if tied := tied_target(adapted):
             raise ModelError(
-                f"it has separate weights for {tied}, which is tied to the model's other end, so it cannot be merged;"
-                " untie them first"
+                f"it has separate weights for {tied}, but the model's embedding and head are tied, so it cannot be"
+                " merged; untie them first"
             )
         merged = adapted.merge_and_unload()
     except Exception as error:  # peft and torch raise various errors for a file that does not fit
@@ -224,7 +226,7 @@ def _resize(model: Any, weights: dict[str, Tensor], path: str) -> None:
 
 
 def tied_target(model: Any) -> str | None:
-    """Which of embedding and head has an adapter, if the two are tied; None if neither or not tied."""
+    """The one of embedding and head that has an adapter, if the two are tied; otherwise None."""
     base = model.get_base_model()
     ends = {"the embedding": base.get_input_embeddings(), "the head": base.get_output_embeddings()}
     inner = [without_adapter(end) for end in ends.values() if end is not None]
@@ -252,7 +254,7 @@ def with_lora(model: Any, lora: LoRASpec) -> Any:
             torch.manual_seed(torch.initial_seed())
             adapted = get_peft_model(model, config)
     except ValueError as error:
-        if part := re.match(r"Target module (\w+)", str(error)):  # followed by its whole content
+        if part := re.match(r"Target module (\w+)", str(error)):  # the message continues with the whole module
             raise ModelError(
                 f"model.policy.lora.target_modules: {lora.target_modules!r} includes a {part[1]}, which cannot have an"
                 f" adapter; name layers: {', '.join(_layers(model))}"
@@ -260,8 +262,8 @@ def with_lora(model: Any, lora: LoRASpec) -> Any:
         raise ModelError(f"model.policy.lora: {reason(error)}") from error
     if tied := tied_target(adapted):
         raise ModelError(
-            f"model.policy.lora.target_modules: {tied} is tied to the model's other end, so merging an adapter of one"
-            " would change the other; leave it out"
+            f"model.policy.lora.target_modules: the model's embedding and head are tied, so merging an adapter of"
+            f" {tied} would change the other as well; leave out {tied}"
         )
     return adapted
 
@@ -394,4 +396,4 @@ def _check_sum(combined: Any, policy: Any) -> None:
         name = name.replace(".base_layer.", ".")
         theirs, ours = weight(policy, name), weight(combined, name)
         if ours.shape != theirs.shape or float((ours - theirs).abs().max()) > rounding * float(theirs.abs().max()):
-            raise ModelError(f"one of them changes {name} by something else than a low-rank sum")
+            raise ModelError(f"one of them changes {name} by something other than a low-rank sum")

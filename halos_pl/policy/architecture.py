@@ -1,4 +1,4 @@
-"""Differences between models: only this file reads or sets what varies between those of transformers and peft."""
+"""Differences between models: only this file reads or sets attributes that not all transformers or peft models have."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def base_model(model: nn.Module) -> Any:
-    """The model of transformers, unwrapped from its peft model if any."""
+    """The transformers model, unwrapped from its peft model, if any."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
@@ -38,7 +38,7 @@ def decoder_and_head(model: nn.Module) -> tuple[Any, Any]:
 
 
 def accepts(model: nn.Module, argument: str) -> bool:
-    """Whether the forward method of the model of transformers takes an argument."""
+    """Whether the forward method of the transformers model takes an argument."""
     forward: Any = base_model(model).forward  # a peft model takes anything and passes it on
     return argument in inspect.signature(forward).parameters
 
@@ -72,8 +72,8 @@ class Positions(NamedTuple):
     Attributes:
         most: Number of positions the model was trained with; None without a limit.
         hard: Whether the model cannot compute more than these.
-        alike: Length in tokens of a batch's longest row up to which its rows are independent of each other; None if
-            they always are.
+        alike: Number of tokens up to which the longest row of a batch does not affect the others; None if it never
+            does.
     """
 
     most: int | None
@@ -113,7 +113,7 @@ def rotary_frequencies(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tenso
 
 
 def layer_parts(model: nn.Module) -> Iterator[nn.Module]:
-    """Yields the parts of each layer without attention."""
+    """Yields the parts of each layer that contain no attention."""
     layers = [layer for part in base_model(model).modules() if isinstance(part, nn.ModuleList) for layer in part]
     for part in (part for layer in layers for part in layer.children()):
         # transformers numbers its attention modules, so that each finds its part of the cache.
@@ -141,7 +141,7 @@ def experts_per_token(model: nn.Module) -> int | None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model in eval mode, and back in its own mode at the end."""
+    """Puts a model in eval mode, and restores its mode at the end."""
     training = model.training
     model.eval()
     try:

@@ -67,10 +67,8 @@ class _LogProbs(torch.autograd.Function):
                 slope = _logits(h, cast).sub_(s[:, None]).exp_().mul_(-g[:, None])
             else:
                 exponentials, of_row = ctx.last
-                slope, ctx.last = (
-                    exponentials.mul_((-g / of_row)[:, None]),
-                    None,
-                )  # a second backward pass recomputes them
+                slope = exponentials.mul_((-g / of_row)[:, None])
+                ctx.last = None  # a second backward pass recomputes them
                 del exponentials
             slope.scatter_add_(1, t[:, None], g[:, None])
             slope = slope.to(dtype)

@@ -15,7 +15,7 @@ from halos_pl.policy.spec import ModelError, ModelSpec
 
 #: Names in older files that are not weights: masks and frequencies, which are now computed.
 _BUFFERS = ("inv_freq", "masked_bias", "attn.bias", "attention.bias")
-#: The names in safetensors of dtypes that need no scale.
+#: Names of safetensors' dtypes that need no scale.
 _PLAIN = {"F64", "F32", "F16", "BF16"}
 
 

@@ -18,7 +18,7 @@ from halos_pl.policy.scorer import Scorer
 
 
 class Scoring(Protocol):
-    """Has a model to compare the policy with, as references do."""
+    """An object with a model to compare the policy with, such as a reference."""
 
     @property
     def scoring(self) -> Callable[[], AbstractContextManager[Scorer]]:
@@ -66,7 +66,7 @@ def compared_logps(policy: Scorer, reference: Scoring, batch: TokenBatch) -> tup
 
     Args:
         policy: model over which the expectation is taken.
-        reference: reference with the other model, which may be the policy with its adapter off.
+        reference: source of the other model, which may be the policy with its adapter off.
         batch: n rows.
 
     Returns:

@@ -15,7 +15,7 @@ from halos_pl.policy.spec import ModelError
 
 
 def check_length(model: nn.Module, longest: int) -> None:
-    """Refuses rows that exceed a model's positions, or warns of them.
+    """Refuses rows that exceed a model's positions, or warns about them.
 
     Args:
         model: The policy.
@@ -115,10 +115,10 @@ def check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows:
 
 
 def warn_of_ignored_losses(model: nn.Module, *, router_loss: bool) -> None:
-    """Warns of auxiliary losses that transformers would add in training, and the objective does not.
+    """Warns about auxiliary losses that transformers would add in training, but the objective does not.
 
     Args:
-        model: the policy.
+        model: The policy.
         router_loss: Whether the objective balances the load of the experts.
     """
     enabled = auxiliary_losses(model)

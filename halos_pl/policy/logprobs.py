@@ -1,4 +1,4 @@
-"""Which completion tokens carry the loss, and the plain way to their log-probs: each row separately, padded.
+"""Which completion tokens carry the loss, and the plain way to compute their log-probs: each row separately, padded.
 
 Prompts are padded on the left and completions on the right, so every completion starts in the same column and the
 model's head runs on completion positions only: no tensor of rows x length x vocabulary.

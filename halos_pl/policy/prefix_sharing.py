@@ -2,8 +2,9 @@
 
 A shared prefix is a prompt followed by its completions: chosen, rejected, mismatched, and those of other rows with the
 same prompt. All prefixes are packed into a single sequence, where each token keeps the position it has in its row. Only
-attention looks across tokens, and our attention function shows a prompt token the prompt before it, and a completion
-token its prompt and its own completion. So each distinct prompt token and each completion token is computed once.
+attention looks across tokens. Our attention function lets a prompt token attend to the prompt up to it, and a
+completion token to its prompt and its own completion. So each distinct prompt token and each completion token is
+computed once.
 
 Mismatched rows get no gradient. They are computed after the others, without gradient, from the keys and values that the
 pass with gradient has cached for their prompts.
@@ -37,7 +38,7 @@ class SharedPrefix:
     Attributes:
         prompt: (start, stop) of the prompt's tokens; empty if its keys and values come from an earlier pass.
         branches: (start, stop) of each completion's tokens.
-        slot: Number of the prompt, the key to its cached keys and values.
+        slot: Index of the prompt, under which its keys and values are cached.
         before: Number of tokens of the prompt.
     """
 
@@ -95,7 +96,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of transformers' interface over a layout; query [1, heads, tokens, size]."""
-    if layout is None:  # sampling, say
+    if layout is None:  # when sampling, for example
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, sliding_window=sliding_window, **kwargs
         )
@@ -103,7 +104,7 @@ def _attention(
         raise NotImplementedError("attention with a soft cap or with sinks")
     layout.windows.add(sliding_window)
     groups = query.shape[1] // key.shape[1]
-    layer = int(getattr(module, "layer_idx"))  # noqa: B009  (mypy knows modules as tensors)
+    layer = int(getattr(module, "layer_idx"))  # noqa: B009  (mypy would take it for a tensor)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         shared = groups > 1 and q.device.type == "cpu"  # elsewhere, not every kernel with a mask shares heads
@@ -169,7 +170,7 @@ class _Pass:
 
 
 def _hidden(model: nn.Module, run: _Pass, layout: Layout, experts: int | None) -> tuple[Tensor, Routing | None]:
-    """Hidden states [tokens, size] of the packed sequence, and the routing of its tokens if ``experts`` is given."""
+    """Hidden states [tokens, size] of the packed sequence, and the routing of its tokens unless ``experts`` is None."""
     ids = torch.cat(run.ids)[None]
     outputs = decoder_and_head(model)[0](
         input_ids=ids,

@@ -191,7 +191,7 @@ class FrozenCopy(ReferenceModel):
 
 
 class SyncedCopy(ReferenceModel):
-    """A copy of the policy that follows it: after every few steps reference = mix * policy + (1 - mix) * reference.
+    """A copy of the policy that follows it: every few steps, reference = mix * policy + (1 - mix) * reference.
 
     ``mix=1`` replaces the reference, as in online and humanline alignment; a smaller one is the soft update of TR-DPO
     (Gorbatovski et al. 2024, section 3). Only trained weights move; they are saved in checkpoints.

@@ -1,4 +1,4 @@
-"""How a mixture of experts routes tokens: what the load-balancing loss is computed from."""
+"""How a mixture of experts routes tokens: the input of the load-balancing loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_router(model: nn.Module, name: str = "the policy") -> int:
     """The number of experts that a model's routers choose for each token.
 
     Raises:
-        ModelError: for a model without a router, or with one whose logits it does not return.
+        ModelError: if the model has no router, or does not return its logits.
     """
     count = experts_per_token(model)
     if count is None:
@@ -33,11 +33,11 @@ def token_routing(layers: Sequence[Tensor], tokens: int, count: int) -> Routing:
 
     Args:
         layers: router logits of each layer, [..., E], all for the same tokens in the same order.
-        tokens: their number.
-        count: experts that are chosen for a token.
+        tokens: number of tokens.
+        count: number of experts chosen for each token.
 
     Raises:
-        ModelError: where layers differ in their number of experts, or do not route every token.
+        ModelError: if layers differ in their number of experts, or do not route every token.
     """
     shapes = {tuple(logits.flatten(0, -2).shape) for logits in layers}
     if len(shapes) != 1 or next(iter(shapes))[0] != tokens:

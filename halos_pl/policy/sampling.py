@@ -37,7 +37,7 @@ class Sample:
 
     Attributes:
         prompt_ids, completion_ids: token ids; a finished completion includes the token that ended it.
-        raw: text of the completion without special tokens and the token that ended it, not stripped: after a
+        raw: text of the completion without special tokens or the token that ended it, not stripped: after a
             plain-text prompt it usually begins with a space.
         finished: whether the model ended it, with EOS or the end of a turn.
     """
@@ -78,7 +78,7 @@ def sample_tokens(
         model: causal language model of transformers, or a peft model around one.
         prompts: token ids.
         stops: ids that end a completion, in addition to the model's own; the completion includes the id.
-        pad: id of the padding, any.
+        pad: any id to pad with; None for 0.
         max_new_tokens: maximum number of tokens per completion; fewer if the model runs out of positions.
         temperature, top_p, batch_size: see :func:`generate`.
         names: names of the prompts, for messages.
@@ -240,7 +240,7 @@ def generate(
         prompts: texts or message lists.
         max_new_tokens: maximum number of tokens per completion.
         temperature: temperature of the softmax; 0 takes the most likely token.
-        top_p: share of the probability mass whose most likely tokens are sampled from.
+        top_p: total probability of the most likely tokens to sample from; 1 samples from all.
         num_samples: number of completions per prompt.
         batch_size: number of completions sampled at a time.
         seed: seed of the sampling. The global random state is left unchanged.
@@ -294,7 +294,7 @@ def as_samples(
     prompts: Sequence[list[int]],
     completions: Sequence[list[int]],
 ) -> list[Sample]:
-    """Decodes completions from the token ids of each prompt and its completion."""
+    """The samples with these token ids, one completion per prompt."""
     ends, samples = ends_of(model, tokenizer), []
     for prompt, ids in zip(prompts, completions, strict=True):
         finished = ids[-1] in ends

@@ -103,11 +103,11 @@ class Scorer(nn.Module):
         Returns:
             ``logps``: log-probs of the completion tokens, float32 [n, T] whatever the model's dtype, 0 where a row has
             no token with loss; where prefixes are shared, mismatched rows have no gradient. ``routing``: a tuple of
-            these and a :class:`Routing` (None where all rows are mismatched). ``states``: a list of :class:`States`.
+            these and a :class:`Routing` (None if all rows are mismatched). ``states``: a list of :class:`States`.
             ``logits``: float32 [n, T, V]. For ``hidden``: logits float32 [m, V].
 
         Raises:
-            ModelError: if the routing is requested of a model that is no mixture of experts.
+            ModelError: if the routing is requested from a model that is not a mixture of experts.
         """
         if hidden is not None:
             return decoder_and_head(self.model)[1](hidden).float()
@@ -131,7 +131,7 @@ class Scorer(nn.Module):
 
     @property
     def numerics(self) -> tuple[Any, ...]:
-        """What log-probs depend on beside weights and rows: dtypes, autocast, device, precision of products."""
+        """The settings that affect log-probs: dtypes, autocast, device, precision of matrix products."""
         device = self.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         dtype = next(self.model.parameters()).dtype

@@ -50,7 +50,7 @@ def self_test_batch(model: nn.Module) -> TokenBatch:
 def _equal(logps: Tensor, expected: Tensor, eps: float) -> bool:
     """Whether log-probs differ by rounding only, for a model whose dtype has this ``eps``.
 
-    In half precision errors add up to a few eps. Log-probs are always float32, where they may add up to many.
+    In half precision, errors add up to a few eps; in float32, the dtype of all log-probs, they may add up to many.
     """
     most = max(8 * eps, 2000 * torch.finfo(torch.float32).eps) * (1 + expected.abs().max())
     return bool((logps - expected).abs().max() <= most)
@@ -58,7 +58,7 @@ def _equal(logps: Tensor, expected: Tensor, eps: float) -> bool:
 
 @contextmanager
 def _testing(model: nn.Module, attention: str | None = None) -> Iterator[None]:
-    """In eval mode, without gradient, with the attention function of this name; restores all of them."""
+    """Puts the model in eval mode, without gradient, with the named attention function; restores all three."""
     with evaluating(model), torch.no_grad(), use_attention(model, attention):
         yield
 
@@ -75,7 +75,7 @@ def _one_by_one(model: nn.Module, batch: TokenBatch) -> Tensor:
 def sharing_fault(model: nn.Module) -> str | None:
     """Why rows of a model cannot share prefixes; None if they can.
 
-    Rows must get the same log-probs as separately, and a row's must not depend on the other completions.
+    Rows must get the same log-probs as when computed separately, and they must not depend on other completions.
 
     Args:
         model: causal language model of transformers, or a peft model around one; left unchanged.

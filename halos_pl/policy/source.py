@@ -148,8 +148,8 @@ def _converted(folder: Path, gguf_file: str, weights: bool) -> Path:
     """The Hugging Face folder with a GGUF file's dequantised weights, converted on first use and then kept.
 
     It is kept under ``$HALOS_CACHE`` (default ``~/.cache/halos_pl``) by content: loading it takes a second,
-    dequantising a quarter of a minute. It gets its name only once it is complete, and is verified on each use; if
-    damaged, it is converted again.
+    dequantising 15. The folder gets its name only once it is complete, and is verified on each use; if damaged, the
+    file is converted again.
     """
     target = cache_root() / f"gguf-{_digest(folder / gguf_file)[:32]}"
     limit()  # raises for an invalid setting before the work
@@ -192,11 +192,12 @@ def _convert(folder: Path, gguf_file: str, to: Path) -> None:
             " download it again, or choose an architecture that transformers reads from GGUF"
         ) from error
     if info["missing_keys"] or unused:
-        faults = {"lacks": sorted(info["missing_keys"]), "contains, for no layer that transformers reads,": unused}
-        listed = " and ".join(f"{verb} {some(names)}" for verb, names in faults.items() if names)
+        missing = sorted(info["missing_keys"])
+        faults = [f"it lacks {some(missing)}"] if missing else []
+        faults += [f"transformers does not read its {some(unused)}"] if unused else []
         raise ModelError(
-            f"{folder / gguf_file} does not fit a {type(model).__name__}: it {listed}; download it again, or use the"
-            " original model"
+            f"{folder / gguf_file} does not fit a {type(model).__name__}: {', and '.join(faults)}; download it again,"
+            " or use the original model"
         )
     forget_quantisation(model)
     try:

@@ -62,7 +62,7 @@ class ModelSpec:
         gradient_checkpointing: whether to recompute activations in the backward pass: less memory, more time.
         compile: whether to compile the normalisation and feed-forward parts of each layer with ``torch.compile``.
             Compilation takes half a minute at the start and needs a C++ compiler (on a GPU, Triton). Worth trying on a
-            GPU; on a CPU it was measured not to pay off.
+            GPU; on a CPU, it did not pay off in measurements.
         dropout: whether to keep the model's dropout. If not, every dropout probability is set to 0 (GPT-2 ships with
             0.1), so that rewards start at exactly 0.
         lora: adapter to train instead of the whole model.

@@ -140,7 +140,8 @@ class ReferenceStore:
     def _try(self, work: Callable[[], None]) -> None:
         """Does ``work`` on the current file, as another process may have moved or removed the one opened before.
 
-        Tries again with a new file. If that fails too, on a full disk, say, it warns once: the run does not need it.
+        If it fails, tries again with a new file. If that fails too, as on a full disk, warns once: the run does not
+        need the store.
         """
         why: Exception | None = None
         for _ in range(2):
@@ -234,8 +235,8 @@ class StoredReference:
     Args:
         reference: reference that was bound with ``stored``.
         store: store of its log-probs.
-        numerics: function that gives what log-probs depend on besides weights and rows (the policy's
-            ``Scorer.numerics``); called for each batch.
+        numerics: function that returns the settings that affect log-probs (the policy's ``Scorer.numerics``); called
+            for each batch.
 
     Attributes:
         rows_stored: number of rows that were found in the store.
@@ -256,7 +257,7 @@ class StoredReference:
 
     @torch.no_grad()
     def logps(self, batch: TokenBatch) -> Tensor:
-        """Log-probs of the completion tokens, float32 [n, T]; stored ones, from other batches, equal up to rounding."""
+        """Log-probs of the completion tokens, float32 [n, T]; stored ones differ from these by rounding."""
         names = keys(" ".join(map(str, (self.reference.fingerprint, *self._numerics()))), batch)
         logps = self.store.get(names)
         missing = [i for i, name in enumerate(names) if name not in logps]

@@ -1,4 +1,4 @@
-"""Claims a folder for one study, whose runs alone it may contain."""
+"""Claims a folder for one study; it may contain no other study's runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def claim(study: Study, out: Path, checked: Checked) -> None:
         before = json.loads(file.read_text(encoding="utf-8"))
         _check_same(study, out, plan, before)
         plan["digests"] = {**before["digests"], **plan["digests"]}
-        if any(run.measured for run in study.runs(out)):  # one chosen later may be the one that came out best
+        if any(run.measured for run in study.runs(out)):  # a metric chosen later may be the one with the best result
             plan["primary"] = before.get("primary")
     elif out.is_dir() and any(out.iterdir()):
         raise StudyError(f"{out} is not empty and is not a study's folder; name another folder with --out")
@@ -49,7 +49,7 @@ def claim(study: Study, out: Path, checked: Checked) -> None:
 def _check_same(study: Study, out: Path, plan: dict[str, Any], before: dict[str, Any]) -> None:
     """Refuses a folder whose runs are not those of the plan.
 
-    A file of another name is the same study if it has one of its runs, as after an arm was added or the file renamed.
+    A study file with another name is the same study if they share a run, as when an arm was added or the file renamed.
     """
     same = any(before["digests"].get(folder) == digest for folder, digest in plan["digests"].items())
     others = any((out / folder).is_dir() for folder in before["digests"])

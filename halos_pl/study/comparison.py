@@ -23,7 +23,7 @@ Scale = Literal["difference", "ratio"]
 
 
 def ratio(size: float) -> str:
-    """A ratio above 1 with two digits or, near 1, two digits of what exceeds 1."""
+    """A ratio above 1 with two significant digits or, near 1, with two digits of its excess over 1."""
     beyond = 0 if size <= 1 else math.floor(math.log10(size - 1))
     return f"{size:.{max(2, 1 - beyond)}g}"
 
@@ -33,22 +33,22 @@ class Comparison:
     """An arm against the reference arm, paired by example, and by seed where both have seeds.
 
     Attributes:
-        metric, arm, reference: which.
+        metric, arm, reference: names of the metric and of the two arms.
         scale: ``difference`` (arm - reference, in the metric's unit) or ``ratio`` (arm / reference, of geometric means
             over runs; for positive metrics, which are tested on the log scale).
         effect: the estimate, on that scale.
         low, high: its 95 % interval, not corrected for the other comparisons; within -1 and 1 for shares.
-        p: of the test behind the decision, uncorrected; NaN without a test.
+        p: p of the test behind the decision, uncorrected; NaN without a test.
         adjusted: p corrected for all comparisons on the primary metric; None for an exploratory metric.
         decision: see ``Decision``.
         df: degrees of freedom of the test; NaN if it has none.
         examples: number of prompts.
-        seeds: seeds of both sides; those of the arm if the reference is the untrained model, which has none.
-        planned: seeds of the study.
-        margin: of equivalence, on that scale; None if the study has none, or if it is a ratio and the means are not
-            positive.
+        seeds: number of seeds that both sides have; the arm's if the reference is the untrained model, which has none.
+        planned: number of seeds of the study.
+        margin: margin of equivalence, on that scale; None if the study has none, or if it is a ratio and the means are
+            not positive.
         noise: variances of the difference, on the scale of the test; None if unknown.
-        level: of the strictest step of the correction.
+        level: level of the strictest step of the correction.
         share: whether the metric lies between 0 and 1, so that no difference exceeds 1.
     """
 

@@ -1,6 +1,6 @@
-"""Compares the arms of a study with a baseline arm, such that 95 % of studies make no false claim.
+"""Compares the arms of a study with a baseline arm, so that 95 % of studies make no false claim.
 
-With several seeds a difference is tested by t over seeds *and* examples. The variance between runs is pooled over all
+With several seeds, a difference is tested by t over seeds *and* examples. The variance between runs is pooled over all
 arms (:mod:`halos_pl.study.run_variance`), since three seeds of one comparison say next to nothing about it. Arms need
 not vary equally, so two more tests must agree: one with the reference arm's own variance, which all comparisons share,
 and, uncorrected, one with the arm's own. p is corrected for the comparisons on the primary metric by Holm (1979), or by
@@ -41,7 +41,7 @@ class _Test:
         self.count = values.shape[1]
         self.value = float(values.mean())
         self.errors: list[StandardError] = []
-        self.own: StandardError | None = None
+        self.arm_error: StandardError | None = None
         self.noise: Noise | None = None
         self.identical = not values.any()
         by_example = values.mean(axis=0)
@@ -70,23 +70,26 @@ class _Test:
 
         if paired:
             df, pooled = heterogeneous_df(variance.paired_df, seeds), variance.paired
-            self.errors = [error((2 * pooled, df)), error((variance.own[other], variance.own_df[other]), (pooled, df))]
-            self.own = error((variance.own[name], variance.own_df[name]), (pooled, df))
+            self.errors = [
+                error((2 * pooled, df)),
+                error((variance.by_arm[other], variance.df_by_arm[other]), (pooled, df)),
+            ]
+            self.arm_error = error((variance.by_arm[name], variance.df_by_arm[name]), (pooled, df))
             self.noise = Noise(pooled / seeds, examples, sampling, self.count, seeds, variance.paired_df)
         else:
             trained = name if arm.seeds else other
             self.errors = [error((variance.whole, variance.whole_df))]
-            self.own = error((variance.own_whole[trained], variance.own_df[trained]))
+            self.arm_error = error((variance.whole_by_arm[trained], variance.df_by_arm[trained]))
             self.noise = Noise(variance.whole / seeds, examples, sampling, self.count, seeds, variance.whole_df, 1)
         self.p = max(self.least, *(each.p(self.value) for each in self.errors))
-        widest = max((*self.errors, self.own), key=lambda each: each.reach(LEVEL))
+        widest = max((*self.errors, self.arm_error), key=lambda each: each.reach(LEVEL))
         self.df = max(self.errors, key=lambda each: each.p(self.value)).df
         self.low, self.high = self.value - widest.reach(LEVEL), self.value + widest.reach(LEVEL)
 
     @property
-    def own_p(self) -> float:
+    def arm_p(self) -> float:
         """p with the arm's own variance."""
-        return self.own.p(self.value) if self.own else 1.0
+        return self.arm_error.p(self.value) if self.arm_error else 1.0
 
     def equivalence(self, margin: float, *, share: bool) -> tuple[float, float]:
         """p of two one-sided tests of equivalence (Schuirmann 1987), and p with the arm's own variance.
@@ -94,12 +97,12 @@ class _Test:
         Shares that differ by the margin have a variance over examples of at least ``margin * (1 - margin)``. The test
         uses no smaller one, as a score test does: with few examples that differ, the estimate is small by chance.
         """
-        if not self.errors or self.own is None:
+        if not self.errors or self.arm_error is None:
             return 1.0, 1.0
         room = margin - abs(self.value)
         more = max(margin * (1 - margin) / self.count - self.examples, 0.0) if share else 0.0
-        *errors, own = (StandardError(math.hypot(e.size, math.sqrt(more)), e.df) for e in (*self.errors, self.own))
-        return max(each.below(room) for each in errors), own.below(room)
+        errors = [StandardError(math.hypot(e.size, math.sqrt(more)), e.df) for e in (*self.errors, self.arm_error)]
+        return max(each.below(room) for each in errors[:-1]), errors[-1].below(room)
 
 
 def _of_examples(one: Values, other: Values) -> float:
@@ -124,7 +127,8 @@ def _of_examples(one: Values, other: Values) -> float:
 def corrected(p: Sequence[float], family: int, *, step_down: bool) -> list[float]:
     """p corrected for ``family`` comparisons, by Holm or, without stepping down, by Bonferroni.
 
-    Comparisons that cannot be made yet count with p = 1. statsmodels has this, but collects garbage in each call.
+    Comparisons that cannot be made yet count with p = 1. statsmodels has this too, but runs the garbage collector in
+    each call.
     """
     order = np.argsort(p, kind="stable")
     steps = family - (np.arange(len(p)) if step_down else np.zeros(len(p)))
@@ -185,7 +189,7 @@ def compare(
     step_down = margin is None
     over_seeds = [1.0 if len(t.seeds) < 2 else MARGIN * t.p for t in tests.values()]
     adjusted = [
-        max(p, t.own_p) if len(t.seeds) > 1 else p
+        max(p, t.arm_p) if len(t.seeds) > 1 else p
         for p, t in zip(corrected(over_seeds, family, step_down=step_down), tests.values(), strict=True)
     ]
     over_examples = [t.runs_p if len(t.seeds) < 2 else MARGIN * t.runs_p for t in tests.values()]
@@ -194,7 +198,7 @@ def compare(
     if margin is not None:
         both = [t.equivalence(margin, share=share) for t in tests.values()]
         both_p = corrected([MARGIN * p for p, _ in both], family, step_down=step_down)
-        equivalent = [max(p, own) < LEVEL for p, (_, own) in zip(both_p, both, strict=True)]
+        equivalent = [max(p, arm_p) < LEVEL for p, (_, arm_p) in zip(both_p, both, strict=True)]
     back = np.exp if scale == "ratio" else float
     comparisons = []
     for (name, test), p, runs_p, same in zip(tests.items(), adjusted, runs_adjusted, equivalent, strict=True):

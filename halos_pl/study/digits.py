@@ -60,5 +60,5 @@ def p_value(p: float) -> str:
 
 
 def short(value: float) -> str:
-    """Three digits."""
+    """A number with three significant digits."""
     return f"{float(f'{value:.3g}'):g}"

@@ -70,10 +70,10 @@ def _outcome(why: str | None) -> str:
 def execute_run(
     run: Run, study: Study, env: Mapping[str, str] | None = None, keep_checkpoints: bool = False
 ) -> str | None:
-    """Trains and measures one run, from where an earlier attempt left it.
+    """Trains and measures one run, from where an earlier attempt left off.
 
-    The output of its commands goes into a file beside its folder, since ``halos fit`` moves that folder's content
-    aside. If another process works on the run, as after submitting a cluster's jobs twice, this one waits for it.
+    The output of its commands goes into a file beside its folder, since ``halos fit`` may rename that folder. If
+    another process works on the run, as after submitting a cluster's jobs twice, this one waits for it.
 
     Args:
         run, study: run to execute, and its study.

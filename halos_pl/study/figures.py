@@ -36,13 +36,13 @@ OUTCOMES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Curve:
-    """A training figure of the report: its axis label, with the unit."""
+    """A training figure of the report: its title and unit."""
 
     title: str
     unit: str
 
 
-#: By metric of ``values.csv.gz``.
+#: Curves by metric of ``values.csv.gz``.
 CURVES = {
     "training/margin": Curve("reward margin between the classes, without beta", "nats"),
     "training/z0": Curve("reference point z0", "nats"),
@@ -325,7 +325,7 @@ def heat_map(results: Results, width: float = WIDTH) -> Figure | None:
     return figure
 
 
-#: File name: title, caption, what draws it.
+#: Title, caption and drawing function by file name.
 PICTURES: dict[str, tuple[str, str, Callable[..., Figure | None]]] = {
     "forest.png": (
         "Differences",

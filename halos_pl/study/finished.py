@@ -17,8 +17,8 @@ from halos_pl.study.spec import Run, Study
 
 #: Values by metric and example.
 Metrics = dict[str, dict[str, float]]
-# Settings that differ from run to run: which run it is, and where.
-OWN = ("run_dir", "seed_everything", "default_root_dir")
+#: Settings that differ from run to run: its seed and its folder.
+PER_RUN = ("run_dir", "seed_everything", "default_root_dir")
 
 
 def finished(study: Study, out: Path) -> tuple[dict[Run, Metrics], dict[Run, str]]:
@@ -49,8 +49,8 @@ def config_of(run: Run) -> dict[str, Any]:
 
 
 def _faults(study: Study, measured: dict[Run, Metrics]) -> dict[Run, str]:
-    """Runs that were measured before their training was done or made in another way than most, and runs whose values
-    are not finite or not on the examples of most runs."""
+    """Why runs cannot be compared: measured before the end of training, made differently from most, values that are not
+    finite, or other examples than most."""
     short = {run: f"it was measured, but {why}" for run in measured if (why := shortfall(run.folder))}
     rest = {run: metrics for run, metrics in measured.items() if run not in short}
     faults = _made_otherwise(rest)
@@ -69,7 +69,7 @@ def _faults(study: Study, measured: dict[Run, Metrics]) -> dict[Run, str]:
 
 
 def _made_otherwise(runs: Iterable[Run]) -> dict[Run, str]:
-    """Runs with another config than other seeds of their arm, or measured otherwise than most.
+    """Runs whose config differs from other seeds of their arm, or that were measured differently from most.
 
     A file that changes while a study runs, such as a config, data or the rule, leaves no other trace.
     """
@@ -81,11 +81,8 @@ def _made_otherwise(runs: Iterable[Run]) -> dict[Run, str]:
         how = {key: value for key, value in measured_how(run.folder).items() if key != "by"}
         measured[run] = {key: json.dumps(value) for key, value in _leaves(how).items()}
     for why, settings in [
-        ("measured in another way than most", measured),
-        *(
-            ("trained in another way than other seeds", {run: _trained_how(run) for run in own})
-            for own in arms.values()
-        ),
+        ("measured differently from most", measured),
+        *(("trained differently from other seeds", {run: _trained_how(run) for run in arm}) for arm in arms.values()),
     ]:
         usual = Counter(json.dumps(each, sort_keys=True) for each in settings.values()).most_common(1)
         for run, each in settings.items():
@@ -93,8 +90,8 @@ def _made_otherwise(runs: Iterable[Run]) -> dict[Run, str]:
             keys = sorted(key for key in {*each, *common} if each.get(key) != common.get(key))
             if keys:
                 faults[run] = f"{why}: {', '.join(keys)} differ{'s' * (len(keys) == 1)}"
-    for own in arms.values():  # as after raising max_steps of some; older summaries do not say
-        planned = {run: steps for run in own if (steps := summary(run).get("planned_steps")) is not None}
+    for arm in arms.values():  # as after raising max_steps of some; older summaries do not record it
+        planned = {run: steps for run in arm if (steps := summary(run).get("planned_steps")) is not None}
         usual_steps = Counter(planned.values()).most_common(1)
         faults |= {
             run: f"trained for {steps} planned steps, other seeds for {usual_steps[0][0]}"
@@ -108,11 +105,11 @@ def _trained_how(run: Run) -> dict[str, str]:
     """A run's config and the digests of its data, as JSON by dotted key."""
     settings = _leaves(config_of(run)) if (run.folder / CONFIG).is_file() else {}
     settings |= {f"the data {name}": digest for name, digest in summary(run).get("digests", {}).items()}
-    return {key: json.dumps(value) for key, value in settings.items() if key.rpartition(".")[2] not in OWN}
+    return {key: json.dumps(value) for key, value in settings.items() if key.rpartition(".")[2] not in PER_RUN}
 
 
 def _leaves(node: Any, at: str = "") -> dict[str, Any]:
     """The values of a nested mapping by dotted key."""
     if not isinstance(node, dict):
         return {at: node}
-    return {k: v for key, own in node.items() for k, v in _leaves(own, f"{at}.{key}" if at else str(key)).items()}
+    return {k: v for key, part in node.items() for k, v in _leaves(part, f"{at}.{key}" if at else str(key)).items()}

@@ -1,4 +1,4 @@
-"""Gathers what a report is computed from, out of the folders of a study's runs."""
+"""Gathers the data of a report from the folders of a study's runs."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from halos_pl.training.run_log import METRICS
 from halos_pl.training.trained import module_of_run
 from value_functions import reward_scale
 
-#: Training figures of a report by column of ``metrics.csv``, where the first is multiplied by beta.
+#: Columns of ``metrics.csv`` by training figure of a report; the first column is multiplied by beta.
 TRAINING = {
     "training/margin": "rewards/margins",
     "training/z0": "outcome/z0",
     "training/z0_standard_error": "outcome/z0_standard_error",
     "training/gains": "outcome/gains",
 }
-#: The most steps of a curve that are kept, evenly spaced.
+#: Maximum number of steps to keep of a curve, evenly spaced.
 STEPS = 400
 #: Points of a value function's curve.
 GRID = 401
@@ -44,7 +44,7 @@ def gather(study: Study, out: Path) -> tuple[dict[Key, Figures], dict[Run, str]]
     """The metrics of the finished runs in a study's folder, and of the baselines that are not arms.
 
     Returns:
-        them, and why each measured run that is skipped cannot be compared.
+        the metrics, and the reason for each measured run that is skipped.
     """
     measured, faults = finished(study, out)
     values: dict[Key, Figures] = {
@@ -54,22 +54,22 @@ def gather(study: Study, out: Path) -> tuple[dict[Key, Figures], dict[Run, str]]
 
 
 def describe(study: Study, out: Path) -> Recorded:
-    """Everything a report is computed from; executes the code that the runs' configs name."""
+    """All data of a report; executes the code that the runs' configs name."""
     values, faults = gather(study, out)
     runs = study.runs(out)
     done = [run for run in runs if (run.arm.name, run.seed) in values]
     verdicts = {}
     for arm in study.arms:
-        own = [run for run in done if run.arm is arm]
-        module = module_of_run(own[0].folder) if own and (own[0].folder / CONFIG).is_file() else None
-        for run in own:
+        of_arm = [run for run in done if run.arm is arm]
+        module = module_of_run(of_arm[0].folder) if of_arm and (of_arm[0].folder / CONFIG).is_file() else None
+        for run in of_arm:
             values[arm.name, run.seed] = {**values[arm.name, run.seed], **_training(run, module)}
         if module is not None:
             verdicts[arm.name] = reports(module.objective)["icml"].verdict
             if module.objective.halo is not None and (
-                curve := _value_curve(module.objective.halo, [values[arm.name, r.seed] for r in own])
+                curve := _value_curve(module.objective.halo, [values[arm.name, r.seed] for r in of_arm])
             ):
-                key = arm.name, own[0].seed
+                key = arm.name, of_arm[0].seed
                 values[key] = {**values[key], "value_function": curve}
     return Recorded(values, _record(study, out, runs, done, faults) | {"verdicts": verdicts})
 
@@ -115,7 +115,7 @@ def _value_curve(halo: HALO, runs: list[Figures]) -> dict[str, float]:
 
 
 def _record(study: Study, out: Path, runs: list[Run], done: list[Run], faults: Mapping[Run, str]) -> dict[str, Any]:
-    """What a report states besides numbers."""
+    """The contents of a report besides numbers."""
     plan = json.loads((out / PLAN).read_text(encoding="utf-8")) if (out / PLAN).is_file() else {}
     missing = [
         {

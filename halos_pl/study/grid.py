@@ -102,7 +102,7 @@ def _sampled(
 ) -> list[GridPoint]:
     whole = all(type(sample.get(key, 0)) is int for key in ("size", "seed"))
     if set(sample) - {"size", "seed"} or not whole or sample.get("size", 0) < 1:
-        raise fault(f"sample is {sample}; it takes size, at least 1, and seed, whole numbers", "sample")
+        raise fault(f"sample is {sample}; it takes two whole numbers: size, at least 1, and seed", "sample")
     if sample["size"] > len(points):
         raise fault(f"sample.size is {sample['size']}, but there are only {len(points)} arms", "sample")
     kept = [i for i, point in enumerate(points) if point.name == baseline]

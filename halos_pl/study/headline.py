@@ -1,4 +1,4 @@
-"""A report's summary of its primary metric: every decision, and what could have been detected."""
+"""A report's summary of its primary metric: every decision, and the effects that could have been detected."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _group(c: Comparison) -> str:
 
 
 def _besides(some: list[Comparison]) -> str:
-    """What these comparisons could have detected, and which could not have detected anything."""
+    """The effect that these comparisons could have detected, and the arms for which there is none."""
     if some[0].decision != "not significant":
         return ""
     sizes = {c.arm: c.detectable for c in some}

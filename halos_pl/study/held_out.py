@@ -1,4 +1,4 @@
-"""Checks before the first run that the held-out data give the metrics that a study asks for."""
+"""Checks, before the first run, that a study's metrics can be computed from its held-out data."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def check_held_out(study: Study, arguments: Mapping[str, Any], tokenizer: Any, d
 
     Args:
         study: the study.
-        arguments: those of ``halos evaluate``.
-        tokenizer: of the policy.
-        data: a DataModule of training, for its text settings.
+        arguments: arguments of ``halos evaluate``.
+        tokenizer: the policy's tokenizer.
+        data: a DataModule used in training, for its text settings.
 
     Returns:
         the number of prompts that the primary metric is measured on.

@@ -7,7 +7,7 @@ from typing import Any
 
 from halos_pl.common.messages import plain
 
-# Markup, only where Markdown would read it as such: "beta * margin" and "[0.1, 0.2]" stay as they are.
+# Markup, only where Markdown would read it as such: "beta * margin" and "[0.1, 0.2]" stay unchanged.
 _MARKUP = re.compile(r"[\\`|$]|[*~](?=\S)|(?<=\S)[*~]|(?<![^\W_])_|_(?![^\W_])|\](?=[(\[:])|^(?:[#=]|[+-](?!\d))|#$")
 _NUMBERED = re.compile(r"^(\d+)([.)])(?=\s|$)")
 _HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "&#64;"}

@@ -58,8 +58,8 @@ def deviations_of(path: Path, metric: str) -> tuple[float, float, float]:
     """SD over prompts, of runs and of sampling in an earlier study, averaged over its pairs of arms.
 
     Args:
-        path: its ``values.csv.gz``.
-        metric: on the log scale for those in ``RATIOS``.
+        path: ``values.csv.gz`` of that study.
+        metric: name of the metric; those in ``RATIOS`` are taken on the log scale.
 
     Raises:
         ValueError: if it cannot be read, or no two arms have two seeds in common.
@@ -72,17 +72,17 @@ def deviations_of(path: Path, metric: str) -> tuple[float, float, float]:
                     values[line["arm"], int(line["seed"])][line["example"]] = float(line["value"])
     except (OSError, EOFError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise ValueError(f"{path} cannot be read as the values of a study: {error or type(error).__name__}") from error
-    if any(not math.isfinite(value) for own in values.values() for value in own.values()):
+    if any(not math.isfinite(value) for by_example in values.values() for value in by_example.values()):
         raise ValueError(f"{path} has values of {metric} that are not finite")
     common = sorted(set.intersection(*map(set, values.values()))) if values else []
     arms: dict[str, Runs] = {}
     for name in {arm for arm, _ in values}:
         seeds = tuple(sorted(seed for arm, seed in values if arm == name))
-        own: Runs | None = Runs(np.array([[values[name, s][e] for e in common] for s in seeds]), seeds)
-        if metric in RATIOS and own is not None and common:
-            own = own.logs
-        if own is not None and len(seeds) > 1:
-            arms[name] = own
+        of_arm: Runs | None = Runs(np.array([[values[name, s][e] for e in common] for s in seeds]), seeds)
+        if metric in RATIOS and of_arm is not None and common:
+            of_arm = of_arm.logs
+        if of_arm is not None and len(seeds) > 1:
+            arms[name] = of_arm
     prompts, samplings = [], []
     for one, other in itertools.combinations(arms.values(), 2):
         seeds = tuple(sorted(set(one.seeds) & set(other.seeds)))
@@ -98,9 +98,8 @@ def deviations_of(path: Path, metric: str) -> tuple[float, float, float]:
     sampling = float(np.mean(samplings))
     runs = max(variance.paired - sampling / 2 / len(common), 0.0)
     deviations = math.sqrt(float(np.mean(prompts))), math.sqrt(runs), math.sqrt(sampling)
-    if max(deviations) <= 1e-12 * max(
-        float(np.abs(own.values).max()) for own in arms.values()
-    ):  # the rounding of floats
+    rounding = 1e-12 * max(float(np.abs(of_arm.values).max()) for of_arm in arms.values())
+    if max(deviations) <= rounding:
         raise ValueError(f"{path}: {metric} does not vary there, so the power cannot be computed from it")
     return deviations
 

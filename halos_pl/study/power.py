@@ -28,8 +28,8 @@ class Noise:
         examples: variance of the difference over examples.
         sampling: the part that varies by run and example, contained in both of the above.
         count: number of examples.
-        seeds: of each arm.
-        df: of the pooled run variance.
+        seeds: number of seeds of each arm.
+        df: degrees of freedom of the pooled run variance.
         arms: 2 if both sides have seeds, 1 if the reference is a model without seeds.
     """
 
@@ -52,7 +52,7 @@ class Noise:
             run_sd: SD over seeds of an arm's mean, without the effect of sampling and prompts.
             sampling_sd: SD from seed to seed of the paired difference of two runs on a prompt, as of sampled answers.
             count: number of prompts.
-            seeds: of each arm.
+            seeds: number of seeds of each arm.
             arms: number of arms with seeds, the reference arm included.
         """
         sampling = sampling_sd**2 / (seeds * count)
@@ -72,16 +72,16 @@ class Noise:
 
 
 def power(effect: float, noise: Noise, level: float) -> float:
-    """The probability to detect a difference, two-sided.
+    """The probability of detecting a difference, two-sided.
 
     Three tests must agree: with the pooled run variance, with the reference arm's own and (at :data:`LEVEL`) with the
-    arm's own. For one of them this would be the noncentral t: the mean of a normal probability over the distribution of
-    the run variance. Here that mean is taken over the joint distribution of all three.
+    arm's own. The power of a single test follows from the noncentral t: the mean of a normal probability over the
+    distribution of the run variance. Here that mean is taken over the joint distribution of all three.
 
     Args:
         effect: the true difference.
         noise: its variances.
-        level: of the test: 0.05 divided by the number of comparisons and by ``MARGIN``.
+        level: level of the test: 0.05 divided by the number of comparisons and by ``MARGIN``.
     """
     if noise.error == 0:
         return float(effect != 0)
@@ -101,17 +101,17 @@ def _reach(noise: Noise, level: float) -> Floats:
     if noise.arms == 2:  # the effect of the seed cancels
         normal *= math.sqrt(arms / (arms - 1))
         normal -= normal.mean(axis=2, keepdims=True)
-    own = noise.run * (normal**2).mean(axis=1)
-    pooled, care = own.mean(axis=1), caution(noise.df)
+    of_arms = noise.run * (normal**2).mean(axis=1)
+    pooled, care = of_arms.mean(axis=1), caution(noise.df)
     if noise.arms == 2:
         df = heterogeneous_df(noise.df, noise.seeds)
         tests = [
             ([(2 * pooled, df)], level),
-            ([(own[:, 0], free), (pooled, df)], level),
-            ([(own[:, 1], free), (pooled, df)], LEVEL),
+            ([(of_arms[:, 0], free), (pooled, df)], level),
+            ([(of_arms[:, 1], free), (pooled, df)], LEVEL),
         ]
     else:
-        tests = [([(pooled, noise.df)], level), ([(own[:, 0], free)], LEVEL)]
+        tests = [([(pooled, noise.df)], level), ([(of_arms[:, 0], free)], LEVEL)]
     reaches = []
     for runs, at in tests:
         size, df_of = errors(runs, noise.examples, noise.sampling, noise.count, care)
@@ -131,7 +131,7 @@ def _t_power(shift: float, df: float, bound: float) -> float:
 def detectable(noise: Noise, level: float) -> float | None:
     """The smallest difference that is detected with probability ``POWER``.
 
-    None if there is none, if nothing varies, and if no outcome of so few examples is significant at the level.
+    None if there is none, if nothing varies, or if no outcome of so few examples is significant at the level.
     """
     if not noise.error or 2.0 ** (1 - noise.count) >= level:
         return None

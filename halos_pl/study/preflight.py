@@ -40,7 +40,7 @@ PLACEMENT = {
 
 
 class CommandLine(Protocol):
-    """The parsers of the command line, which the command hands in. Both print their errors and exit."""
+    """The parsers of the command line, which the command passes in. Both print their errors and exit."""
 
     @property
     def user_errors(self) -> tuple[type[Exception], ...]:
@@ -73,7 +73,7 @@ class Checked:
     Attributes:
         arms: results by arm.
         examples: number of prompts that the primary metric is measured on.
-        measuring: how and on what runs are measured, see :func:`halos_pl.evaluation.arguments.measuring`.
+        measuring: a record of the evaluation, see :func:`halos_pl.evaluation.arguments.measuring`.
     """
 
     arms: Mapping[str, CheckedArm]
@@ -120,7 +120,7 @@ def check(study: Study, line: CommandLine) -> Checked:
 
 @contextlib.contextmanager
 def _logged_once() -> Iterator[None]:
-    """Lightning logs no message twice while this is entered, since most arms have the same data and devices."""
+    """In this context, Lightning logs each message only once, since most arms have the same data and devices."""
     logged: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
@@ -177,7 +177,7 @@ def _steps(cli: Any) -> int:
 
 
 def _plugin_digests(config: str) -> list[str]:
-    """The SHA-256 of the user's own files with plug-ins that a config names.
+    """SHA-256 digests of the user's files with plug-ins that a config names.
 
     Installed packages and halos_pl have a version or a revision, which the report names; a user's file may change
     between two runs.

@@ -28,7 +28,7 @@ class _Children:
         self._stopped_by: int | None = None
 
     def run(self, words: list[str], **options: Any) -> int:
-        """The exit status of a command; that of a stopped one if no more may be started."""
+        """Runs a command and returns its exit status; that of a stopped command if no more may be started."""
         with self._lock:
             if self._stopped_by is not None:
                 return 128 + self._stopped_by
@@ -50,7 +50,7 @@ class _Children:
             process.send_signal(signal.SIGTERM)
 
     def stop_all(self, number: int) -> None:
-        """Stops all of them on this signal, and starts no others."""
+        """Stops all commands because of this signal, and starts no others."""
         with self._lock:
             self._stopped_by = number
             for process in self._running:
@@ -74,10 +74,10 @@ def run_command(words: list[str], log: Path, env: Mapping[str, str], lock: int |
     """Runs a command of ``halos``.
 
     Args:
-        words: after ``halos``.
-        log: its output is appended to this file.
-        env: its environment.
-        lock: a file descriptor that it inherits, so that the file stays locked if this process dies.
+        words: words of the command after ``halos``.
+        log: file that its output is appended to.
+        env: environment of its process.
+        lock: file descriptor that it inherits, so that the file stays locked if this process dies.
 
     Returns:
         its exit status.

@@ -19,7 +19,7 @@ KEYS = (
     *("configs", "options", "arms", "axes", "sample", "seeds", "evaluate", "metrics", "primary", "equivalence"),
     *("power", "baseline", "cluster", "note"),
 )
-#: What a second file may replace: the scale of a study, not its question.
+#: Keys that a second file may replace: those of a study's scale, not of its question.
 REPLACEABLE = tuple(key for key in KEYS if key not in ("arms", "axes", "sample", "baseline"))
 #: Keys of ``power``: standard deviations, or the values of an earlier study.
 POWER = ("prompt_sd", "run_sd", "sampling_sd", "values")
@@ -27,8 +27,8 @@ POWER = ("prompt_sd", "run_sd", "sampling_sd", "values")
 MOST = {"prompt_sd": 1.0, "run_sd": 0.5, "sampling_sd": 1.0}
 #: The largest seed that Lightning takes.
 LAST_SEED = 2**32 - 1
-# Options that a study sets for each run.
-OWN = {
+# Options that a study sets for each run, and what to do instead.
+PER_RUN = {
     "run_dir": "each run has its own folder below that of --out",
     "seed_everything": "name the seeds in seeds",
     "config": "name files in configs, or in objective of an arm",
@@ -69,7 +69,7 @@ class _Reader:
             self.replaced = {key: (overrides, lines) for key in content}
             for key in content:
                 if key not in REPLACEABLE:
-                    raise self.fault(f"{key!r} cannot be laid over a study; it takes {', '.join(REPLACEABLE)}", key)
+                    raise self.fault(f"a second file cannot set {key!r}; it takes {', '.join(REPLACEABLE)}", key)
             # They win over the options of arms too, such as a batch size that only suits a small model.
             self.last_options = content.pop("options", {})
             if not isinstance(self.last_options, dict):
@@ -91,7 +91,7 @@ class _Reader:
 
     @staticmethod
     def _line(lines: Mapping[tuple[str, ...], int], place: Place) -> int:
-        """The line of the innermost key that has one; a key merged into a mapping has none of its own."""
+        """The line of the innermost key that has one; a key that was merged into a mapping has none."""
         names = tuple(map(str, place))
         while names and names not in lines:
             names = names[:-1]
@@ -129,7 +129,7 @@ class _Reader:
         baseline = self.get("baseline", str, arms[0].name)
         if baseline not in [arm.name for arm in arms]:
             names = ", ".join(arm.name for arm in arms)
-            raise self.fault(f"baseline {baseline!r} is no arm; the arms are {names}", "baseline")
+            raise self.fault(f"baseline {baseline!r} is not an arm; the arms are {names}", "baseline")
         metrics = self._metrics(evaluate)
         primary = self._primary(metrics)
         return Study(
@@ -169,11 +169,11 @@ class _Reader:
             for point in points
         ]
         if not arms:
-            raise self.fault("no arm: the grid is empty; name arms, axes with values, or both", "axes")
-        for key in {key for arm in arms for key in arm.options if key in OWN}:
+            raise self.fault("no arms: the grid is empty; name arms, axes with values, or both", "axes")
+        for key in {key for arm in arms for key in arm.options if key in PER_RUN}:
             places = [("options", key), ("axes", key), *(("arms", arm.name, key) for arm in arms)]
             place = next((place for place in places if place in self.lines), ("options",))
-            raise self.fault(f"{key} cannot be set by a study: {OWN[key]}", *place)
+            raise self.fault(f"{key} cannot be set by a study: {PER_RUN[key]}", *place)
         by_folder: dict[str, Arm] = {}
         for arm in arms:
             where = f"{self.path}:{arm.line}"
@@ -194,7 +194,7 @@ class _Reader:
         return tuple(files)
 
     def _objectives(self, names: list[Any], *place: Any) -> tuple[str, ...]:
-        """Names of config files; that of a shipped objective becomes a name for ``--config``, ``objectives/kto``."""
+        """Names of config files; the name of a shipped objective becomes one for ``--config``: ``objectives/kto``."""
         shipped = objectives()
         try:
             for name in (name for name in self._files(names, *place) if name in shipped):
@@ -264,7 +264,7 @@ class _Reader:
                 raise self.fault(f"unknown key {key!r} of power; it takes {', '.join(POWER)}", "power", key)
         if "values" in settings:
             if len(settings) > 1 or not isinstance(settings["values"], str):
-                why = "power takes values, the path of an earlier study's values.csv.gz, alone, or prompt_sd and run_sd"
+                why = "power takes values (path of an earlier study's values.csv.gz) alone, or prompt_sd and run_sd"
                 raise self.fault(why, "power", "values")
             return settings
         if settings and not {"prompt_sd", "run_sd"} <= set(settings):
@@ -275,5 +275,5 @@ class _Reader:
                 why = f"power.{key} is {value:g}; {primary} is a share, so it is at most {MOST[key]:g}"
                 raise self.fault(f"{why}: 12 points are 0.12", "power", key)
         if deviations and not any(deviations.values()):
-            raise self.fault("power says that nothing varies; prompt_sd or run_sd must be above 0", "power")
+            raise self.fault("power states that nothing varies; prompt_sd or run_sd must be above 0", "power")
         return deviations

@@ -1,7 +1,7 @@
-"""What a report is computed from: the numbers in ``values.csv.gz``, and what was run in ``record.json``.
+"""The data of a report: the numbers in ``values.csv.gz``, and a record of the runs in ``record.json``.
 
-``values.csv.gz`` has one line per number: ``run, arm, seed, metric, example, value``. Values read back exactly, and
-equal values give equal bytes. Besides the metrics of ``halos evaluate`` it holds, for the figures,
+``values.csv.gz`` has one line per number: ``run, arm, seed, metric, example, value``. Values are read back exactly, and
+equal values give equal bytes. Besides the metrics of ``halos evaluate``, it contains, for the figures,
 
 - ``training/...``: a training figure, whose example is the optimizer step;
 - ``outcome/desirable`` and ``outcome/undesirable``: outcomes u = r - z0 of the last rows, in nats;
@@ -35,7 +35,7 @@ RECORD = "record.json"
 DIGEST = "values_sha256"  #: key of the record: the digest of the text in ``values.csv.gz``
 COLUMNS = ("run", "arm", "seed", "metric", "example", "value")
 
-#: By metric and example.
+#: Values by metric and example.
 Figures = Mapping[str, Mapping[str, float]]
 #: An arm's name and a seed; no seed for a baseline that is not an arm.
 Key = tuple[str, int | None]
@@ -46,7 +46,7 @@ class Recorded:
     """The numbers of a study's runs, and how they were made.
 
     Attributes:
-        values: by run, metric and example, of runs that can be compared.
+        values: numbers by run, metric and example, of runs that can be compared.
         record: the study's file, verdicts of ``halos check``, revisions, digests and missing runs; empty without
             ``record.json``.
     """
@@ -84,7 +84,7 @@ def write_recorded(recorded: Recorded, study: Study, out: Path) -> None:
 
 
 def _keep_lost(recorded: Recorded, out: Path) -> None:
-    """Renames both files if they hold runs that are missing now, as after a folder was removed."""
+    """Renames both files if they contain runs that are missing now, as after a folder was removed."""
     path = out / VALUES
     new = {(name, str(seed)) for name, seed in recorded.values if seed is not None}
     try:
@@ -98,7 +98,7 @@ def _keep_lost(recorded: Recorded, out: Path) -> None:
             if (out / name).is_file():
                 os.replace(out / name, out / _aside(name, number))
         print(
-            f"halos: {path} holds {counted(len(lost), 'run')} that are no longer in the study's folder; it is kept as"
+            f"halos: {path} contains {counted(len(lost), 'run')} no longer in the study's folder; it is kept as"
             f" {_aside(VALUES, number)}"
         )
 
@@ -110,7 +110,7 @@ def _aside(name: str, number: int) -> str:
 
 
 def read_recorded(study: Study, out: Path) -> Recorded:
-    """What :func:`write_recorded` wrote; empty without ``values.csv.gz``.
+    """The data that :func:`write_recorded` wrote; empty without ``values.csv.gz``.
 
     Raises:
         StudyError: for a file that cannot be read, or with lines that do not belong to the study.
@@ -154,7 +154,7 @@ def read_recorded(study: Study, out: Path) -> Recorded:
     except ValueError as error:
         raise StudyError(f"{note} cannot be read: {error}") from error
     if not isinstance(record, dict):
-        raise StudyError(f"{note} is not the record of a study: it is no JSON object")
+        raise StudyError(f"{note} is not the record of a study: it is not a JSON object")
     if record.pop(DIGEST, digest := hashlib.sha256(content).hexdigest()) != digest:
         raise StudyError(
             f"{path} is not the file that {note} was written with: its SHA-256 differs. Restore both; or, if the values"
@@ -168,10 +168,10 @@ def _check_examples(runs: Mapping[Key, Figures], study: Study, path: Path) -> No
     for metric in study.metrics:
         first: tuple[Key, frozenset[str]] | None = None
         for key, figures in runs.items():
-            own = frozenset(figures.get(metric, {}))
+            examples = frozenset(figures.get(metric, {}))
             if key[1] is None:
                 continue
-            first = first or (key, own)
-            if lost := sorted(own ^ first[1]):
+            first = first or (key, examples)
+            if lost := sorted(examples ^ first[1]):
                 both = " and ".join(f"{arm!r} with seed {seed}" for arm, seed in (first[0], key))
                 raise StudyError(f"{path}: {metric} of {both} has different examples, such as {lost[0]!r}")

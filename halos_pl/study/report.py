@@ -162,9 +162,9 @@ def _made(by: dict[str, Any]) -> str:
     runs = counted(by["runs"], "run")
     if "revision" not in by:
         return f"{runs} without a recorded revision"
-    place, own = by["revision"], by.get("halos_pl")
+    place, version = by["revision"], by.get("halos_pl")
     place = place if place == NO_CHECKOUT else f"at revision {place}"
-    code = f"{place}" if own in (None, by["revision"]) else f"by halos_pl {own}, in a folder {place}"
+    code = f"{place}" if version in (None, by["revision"]) else f"by halos_pl {version}, in a folder {place}"
     versions = ", ".join(f"{name} {number}" for name, number in by.get("versions", {}).items())
     return f"{runs} {code}; {versions}; {by.get('machine')}"
 
@@ -230,7 +230,7 @@ def write_report(results: Results) -> Path:
     for name, (title, caption, draw) in PICTURES.items():
         path = results.out / name
         if (figure := draw(results)) is None:
-            path.unlink(missing_ok=True)  # of an earlier report
+            path.unlink(missing_ok=True)  # from an earlier report
             continue
         data = png(figure)
         path.write_bytes(data)

@@ -19,7 +19,7 @@ from halos_pl.study.run_variance import Runs
 from halos_pl.study.spec import BEFORE, Arm, Run, Study
 from halos_pl.study.statistics import Estimate, Values, estimate
 
-#: By the arm's name.
+#: Comparisons by name of the arm.
 Compared = dict[str, Comparison]
 
 
@@ -49,7 +49,7 @@ class Results:
 
     @property
     def has_runs(self) -> bool:
-        """Whether any run has a folder, finished or not, beside what was recorded."""
+        """Whether any run has a folder, finished or not."""
         return any(run.folder.is_dir() for run in self.runs)
 
     def recorded(self) -> Results:
@@ -68,7 +68,7 @@ class Results:
         return tuple(seed for seed in self.study.seeds if (arm.name, seed) in self._values)
 
     def values(self, metric: str, arm: Arm, seeds: Iterable[int]) -> Values | None:
-        """[seeds, examples], examples in the same order for all arms; None if a run lacks the metric."""
+        """Values [seeds, examples], examples in the same order for all arms; None if a run lacks the metric."""
         by_seed = [self._values[arm.name, seed].get(metric, {}) for seed in seeds]
         if not by_seed or not all(by_seed):
             return None
@@ -77,7 +77,7 @@ class Results:
 
     @cached_property
     def estimates(self) -> dict[tuple[str, str], Estimate]:
-        """By metric and arm, for finished runs."""
+        """Estimates by metric and arm, for finished runs."""
         estimates = {}
         for metric in self.study.metrics:
             for arm in self.study.arms:
@@ -92,7 +92,7 @@ class Results:
         return next(arm for arm in self.study.arms if arm.name == self.study.baseline)
 
     def stratum(self, name: str, metric: str) -> Values | None:
-        """[seeds, examples] of a metric on a subset of the examples, for an arm or another baseline.
+        """Values [seeds, examples] of a metric on a subset of the examples, for an arm or another baseline.
 
         Examples that not all its runs have are left out: lengths may differ between tokenizers.
         """
@@ -182,10 +182,10 @@ class Results:
 
         The difference is the arm's own mean with its own interval: positive, and not widened by other arms' runs.
         """
-        own = self.estimates.get((c.metric, c.arm))
-        if c.metric not in RATIOS or before.any() or own is None or not c.exploratory:
+        mean = self.estimates.get((c.metric, c.arm))
+        if c.metric not in RATIOS or before.any() or mean is None or not c.exploratory:
             return c
-        return replace(c, effect=own.value, low=own.low, high=own.high)
+        return replace(c, effect=mean.value, low=mean.low, high=mean.high)
 
     @cached_property
     def _learned(self) -> dict[str, Compared]:
@@ -229,7 +229,7 @@ class Results:
         return tuple(name for name, seed in self._values if seed is None)
 
     def of_baseline(self, metric: str, name: str) -> Values | None:
-        """[1, examples], in the order of :meth:`values`; None if it lacks the metric or has other examples."""
+        """Values [1, examples], in the order of :meth:`values`; None if it lacks the metric or has other examples."""
         values = self._values[name, None].get(metric, {})
         arms = next((f[metric] for (_, seed), f in self._values.items() if seed is not None and metric in f), {})
         if not values or set(values) != set(arms):

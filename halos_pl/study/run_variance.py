@@ -18,14 +18,14 @@ class Runs:
 
     Attributes:
         values: [seeds, examples]; one row for a model without seeds.
-        seeds: of the rows; empty for an untrained model, which has no runs to vary.
+        seeds: seeds of the rows; empty for an untrained model, which has no runs to vary.
     """
 
     values: Values
     seeds: tuple[int, ...]
 
     def on(self, seeds: tuple[int, ...]) -> Values:
-        """[seeds, examples] of some seeds; the single row repeated if it has no seeds."""
+        """Values [seeds, examples] of some seeds; the single row repeated if the model has no seeds."""
         rows = [self.seeds.index(seed) for seed in seeds] if self.seeds else [0] * max(1, len(seeds))
         return self.values[rows]
 
@@ -48,18 +48,18 @@ class RunVariance:
         paired, paired_df: without the effect of the seed, which cancels between arms: the residual of arms x seeds.
         whole, whole_df: with the effect of the seed, for a comparison with a model without seeds; degrees of freedom
             by Satterthwaite.
-        own: by arm, of its runs alone, without the effect of the seed.
-        own_whole: by arm, with it.
-        own_df: by arm.
+        by_arm: variance of each arm's runs alone, without the effect of the seed.
+        whole_by_arm: the same with the effect of the seed.
+        df_by_arm: degrees of freedom of both.
     """
 
     paired: float
     paired_df: float
     whole: float
     whole_df: float
-    own: Mapping[str, float]
-    own_whole: Mapping[str, float]
-    own_df: Mapping[str, int]
+    by_arm: Mapping[str, float]
+    whole_by_arm: Mapping[str, float]
+    df_by_arm: Mapping[str, int]
 
 
 @lru_cache
@@ -92,20 +92,20 @@ def run_variance(arms: Mapping[str, Runs]) -> RunVariance | None:
     if 0 < df < all_df and all_squares > 0:
         common = max(all_squares - squares, 0.0)
         whole_df = all_squares**2 / (common**2 / (all_df - df) + squares**2 / df)
-    own, own_whole, own_df = {}, {}, {}
+    by_arm, whole_by_arm, df_by_arm = {}, {}, {}
     for place, (name, runs) in enumerate(trained.items()):
         if len(runs.seeds) > 1:
             rows = of_arm[:, place] > 0
             left = float((1 - np.diag(hat)[rows]).sum())
-            own[name] = float(rest[rows] @ rest[rows]) / left if left > 1e-9 else 0.0
-            own_whole[name] = float(means[rows].var(ddof=1))
-            own_df[name] = len(runs.seeds) - 1
+            by_arm[name] = float(rest[rows] @ rest[rows]) / left if left > 1e-9 else 0.0
+            whole_by_arm[name] = float(means[rows].var(ddof=1))
+            df_by_arm[name] = len(runs.seeds) - 1
     return RunVariance(
         paired=squares / df if df else 0.0,
         paired_df=float(df),
         whole=all_squares / all_df,
         whole_df=whole_df,
-        own=own,
-        own_whole=own_whole,
-        own_df=own_df,
+        by_arm=by_arm,
+        whole_by_arm=whole_by_arm,
+        df_by_arm=df_by_arm,
     )

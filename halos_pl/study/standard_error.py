@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-#: Degrees of freedom of runs are weighted by their share of the variance to this power. With 1, two arms with three
+#: Degrees of freedom of runs are weighted by their share of the variance to the power of this. With 1, two arms with three
 #: seeds make 1 % more false claims than with 0.6.
 CAUTION = 0.6
-#: From these degrees of freedom of the pooled run variance the power is 1: four arms with three seeds.
+#: If the pooled run variance has at least this many degrees of freedom, the exponent is 1: four arms with three seeds.
 ENOUGH = 6
 #: p is multiplied by this, since t is an approximation: simulated studies make up to 5.8 % false claims without it, and
 #: fewer than 5 % with it.
@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 
 
 def caution(df: float) -> float:
-    """The power for a pooled run variance with these degrees of freedom."""
+    """The exponent for a pooled run variance with these degrees of freedom."""
     return CAUTION if df < ENOUGH else 1.0
 
 
@@ -40,10 +40,10 @@ def errors(
 ) -> tuple[Floats, Floats]:
     """Standard errors of differences and their degrees of freedom, elementwise.
 
-    The variances over examples and over runs both contain what varies by run *and* example, such as sampled answers,
-    which is subtracted once: ``examples + max(runs - sampling, 0)``. The degrees of freedom of runs are weighted by
-    their share of the variance to the power of ``caution``. Satterthwaite (1946) squares the shares: if the variance of
-    a few runs is small by chance, the error then seems small *and* well known.
+    The variances over examples and over runs both contain the part that varies by run *and* example, such as sampled
+    answers, which is subtracted once: ``examples + max(runs - sampling, 0)``. The degrees of freedom of runs are
+    weighted by their share of the variance to the power of ``caution``. Satterthwaite (1946) squares the shares: if the
+    variance of a few runs is small by chance, the error then seems both small and precise.
 
     Args:
         runs: variances of the mean of each side over its runs, with their degrees of freedom; the variances are added,
@@ -56,9 +56,9 @@ def errors(
     total = np.asarray(sum(variance for variance, _ in runs), dtype=np.float64)
     size = examples + np.maximum(total - sampling, 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        own = np.asarray(sum(np.square(variance) / df for variance, df in runs)) / total**2
+        of_runs = np.asarray(sum(np.square(variance) / df for variance, df in runs)) / total**2
         inverse = np.where(total > 0, (total / np.maximum(size, total)) ** caution, 0.0)
-        inverse = np.where(total > 0, inverse * own, 0.0) + ((1 - inverse) / (count - 1) if count > 1 else 0.0)
+        inverse = np.where(total > 0, inverse * of_runs, 0.0) + ((1 - inverse) / (count - 1) if count > 1 else 0.0)
         df = 1 / inverse
     if count > 1:
         df = np.minimum(df, count - 1)
@@ -81,7 +81,7 @@ class StandardError:
         return cls(float(size), float(df))
 
     def p(self, difference: float) -> float:
-        """Two-sided p of t."""
+        """Two-sided p of a t test."""
         if self.size == 0:
             return 1.0 if difference == 0 else 0.0
         return float(2 * special.stdtr(self.df, -abs(difference) / self.size))

@@ -1,4 +1,4 @@
-"""How far the runs of a study are, from the files beside and in their folders."""
+"""The progress of a study's runs, read from the files in and beside their folders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from halos_pl.common.files import write
 from halos_pl.run_dir import SUMMARY, shortfall
 from halos_pl.study.spec import Run, command
 
-#: In a study's folder: its files, and what it was when its first run began.
+#: Files in a study's folder: copies of the study's files, and its plan.
 STUDY, OVERRIDES, PLAN = "study.yaml", "overrides.yaml", "plan.json"
 
 

@@ -31,7 +31,7 @@ class Estimate:
 
     Attributes:
         value: the mean over seeds and examples, in the metric's own unit.
-        low, high: of the interval; equal to ``value`` if nothing varies.
+        low, high: ends of the interval; equal to ``value`` if nothing varies.
         examples: number of held-out examples.
         seeds: number of runs.
         over: what the interval treats as random: ``examples`` (BCa bootstrap, with the run taken as fixed), or
@@ -64,8 +64,8 @@ def _matrix(values: object) -> Values:
 def _crossed_error(matrix: Values) -> tuple[float, float]:
     """Standard error of the mean over seeds and examples, and its degrees of freedom (Satterthwaite 1946).
 
-    The variances over seeds and over examples both contain what varies by seed *and* example, such as sampled answers;
-    it is subtracted once, as long as the largest of the three parts remains.
+    The variances over seeds and over examples both contain the part that varies by seed *and* example, such as sampled
+    answers; it is subtracted once, but the result is at least the largest of the three.
     """
     seeds, examples = matrix.shape
     rows, columns = matrix.mean(axis=1, keepdims=True), matrix.mean(axis=0, keepdims=True)
