@@ -69,7 +69,7 @@ class _Reader:
             self.replaced = {key: (overrides, lines) for key in content}
             for key in content:
                 if key not in REPLACEABLE:
-                    raise self.fault(f"a second file cannot set {key!r}; it takes {', '.join(REPLACEABLE)}", key)
+                    raise self.fault(f"{key!r} cannot be set in a second file; it takes {', '.join(REPLACEABLE)}", key)
             # They win over the options of arms too, such as a batch size that only suits a small model.
             self.last_options = content.pop("options", {})
             if not isinstance(self.last_options, dict):

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-#: Degrees of freedom of runs are weighted by their share of the variance to the power of this. With 1, two arms with three
+#: Degrees of freedom of runs are weighted by their share of the variance to this power. With 1, two arms with three
 #: seeds make 1 % more false claims than with 0.6.
 CAUTION = 0.6
 #: If the pooled run variance has at least this many degrees of freedom, the exponent is 1: four arms with three seeds.
