@@ -16,7 +16,7 @@ from typing import Any
 from halos_pl.common.subclasses import every_subclass, subclasses
 
 _CLASS = re.compile(r"^class (\w+)\(([^)]*)\)", re.MULTILINE)
-_LARGEST = 1_000_000  # bytes; a larger file is no plug-in
+_LARGEST = 1_000_000  # bytes; a larger file is not a plug-in
 
 
 class OwnPluginError(ValueError):

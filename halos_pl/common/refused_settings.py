@@ -1,4 +1,4 @@
-"""Adds the key in the config to the error of a class that refuses its settings."""
+"""Names the key in the config in the error of a class that refuses its settings."""
 
 from __future__ import annotations
 

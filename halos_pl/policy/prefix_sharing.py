@@ -144,8 +144,8 @@ def _attention(
             window = (
                 sliding_window if sliding_window is not None and prefix.before + max(rest) > sliding_window else None
             )
-            behind = torch.cat([k_prompt, k], dim=2), torch.cat([v_prompt, v], dim=2)
-            out.append(attend(q, *behind, layout.mask(prefix.before, rest, window, query.device)))
+            joined = torch.cat([k_prompt, k], dim=2), torch.cat([v_prompt, v], dim=2)
+            out.append(attend(q, *joined, layout.mask(prefix.before, rest, window, query.device)))
     return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 
 

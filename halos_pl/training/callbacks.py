@@ -69,7 +69,8 @@ def check_run_dir(run_dir: Path, goes_on: bool) -> None:
     """Refuses a folder that a fit could not write to, before any work is done.
 
     Raises:
-        OSError: if it is not a folder, is not writable, or another process is writing to it.
+        OSError: if it is not a folder, is not writable, or contains an earlier run that cannot be renamed, or another
+            process is writing to it.
     """
     folder = run_dir.resolve()
     if run_dir.is_symlink() and not folder.exists():
@@ -100,6 +101,9 @@ def move_aside(run_dir: Path) -> Path | None:
 
     Returns:
         the new name; None if there is nothing to rename.
+
+    Raises:
+        FileExistsError: if the folder cannot be renamed, or another process is writing to it.
     """
     if not holds_run(run_dir):
         return None

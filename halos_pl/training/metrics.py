@@ -140,7 +140,7 @@ def reward_figures(rows: LogProbBatch, reward: Tensor, beta: float) -> dict[str,
         "rewards/rejected": over(shown, ~rows.labels.desirable),
         "outcome/reward": over(reward, torch.ones_like(rows.labels.desirable)),
     }
-    # Logged without pairs too: another rank may hold some, and every rank logs the same names.
+    # Logged without pairs too: another rank may have some, and every rank logs the same names.
     figures["rewards/accuracies"] = over(
         shown > shown[rows.labels.pair], rows.labels.desirable & (rows.labels.pair >= 0)
     )

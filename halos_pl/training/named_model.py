@@ -59,7 +59,7 @@ class NamedModel:
             device: the device; default: a GPU if there is one.
 
         Raises:
-            ModelError: if it cannot be loaded.
+            ValueError: if the model or the run's checkpoint cannot be loaded.
         """
         model: Any = load_run(self.run, self.ckpt_path).policy if self.run else load_model(self.spec)
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()  # type: ignore[no-any-return]
@@ -86,6 +86,7 @@ def named_model(name: str, ckpt_path: str | None = None, chat_template: str | No
         chat_template: a chat template to use instead of the model's, see :func:`halos_pl.data.template.template_of`.
 
     Raises:
+        CheckpointError: if the run does not record which checkpoint is best.
         DataError: if the chat template is invalid.
         FileNotFoundError: if a run lacks its config or a checkpoint.
         ModelError: if no model has that name, or if ``ckpt_path`` comes without a run or belongs to another run.

@@ -300,8 +300,8 @@ def _may_change(key: str, before: Any, now: Any) -> bool:
 def guard(optimizer: Optimizer, changed: Callable[[list[Change]], None]) -> None:
     """Makes a new ``optimizer`` keep its settings when it loads a state, and refuse a state that it cannot use.
 
-    torch would take the settings from the checkpoint and ignore this run's. Must be called before a schedule changes
-    the learning rate.
+    torch would take the settings from the checkpoint and ignore this run's. A state that cannot be used then raises a
+    ValueError. Must be called before a schedule changes the learning rate.
 
     Args:
         optimizer: any optimizer. Some add state to their groups later, so only the present entries count as settings.
