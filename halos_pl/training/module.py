@@ -147,8 +147,7 @@ class HALOModule(LightningModule):
     def engine(self) -> StepEngine:
         """The engine that computes the steps, with the current models."""
         assert self.scorer is not None
-        count = self.objective.needs.samples
-        sampler = PolicySamples(self.scorer, self.tokenizer, count) if count else None
+        sampler = PolicySamples(self.scorer, self.tokenizer, n) if (n := self.objective.needs.samples) else None
         return StepEngine(self.objective, self.scorer, self.models.reference, self.micro_batch_rows, sampler)
 
     def configure_callbacks(self) -> list[Callback]:
