@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -269,3 +270,27 @@ def test_sharded_strategies_are_refused(kind):
 @pytest.mark.parametrize("strategy", [SingleDeviceStrategy("cpu"), DDPStrategy()])
 def test_what_works_is_not_refused(strategy):
     check_trainer(trainer_of(strategy))
+
+
+@pytest.mark.parametrize(
+    ("objective", "micro"),
+    [("kto", 0), ("kto", 1), pytest.param("dpo_forward_kl", 2, marks=pytest.mark.slow)],
+)
+def test_a_plain_loop_steps_through_ddp(tmp_path, tiny_folder, objective, micro):
+    """A wrapped scorer, and ranks with different numbers of micro-batches: gradients are exchanged once per step."""
+    data = (pair_data if objective.startswith("dpo") else binary_data)(tmp_path / "data.jsonl", 5)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    words = [sys.executable, str(ROOT / "tests" / "ddp_loop.py"), str(tiny_folder), str(data)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    each = [
+        subprocess.Popen([*words, rank, port, objective, str(micro)], cwd=tmp_path, env=env, stderr=subprocess.PIPE)
+        for rank in ("0", "1")
+    ]
+    errors = [process.communicate(timeout=120)[1].decode() for process in each]
+    for rank, (process, said) in enumerate(zip(each, errors, strict=True)):
+        assert process.returncode == 0, said
+        off, exchanges, _ = (tmp_path / f"rank.{rank}").read_text(encoding="utf-8").split()
+        assert float(off) < 1e-4
+        assert int(exchanges) == 1

@@ -14,7 +14,7 @@ from halos_pl.batch import TokenBatch
 from halos_pl.policy.architecture import vocabulary_size
 from halos_pl.policy.head import LOGITS
 from halos_pl.policy.logprobs import completion_mask
-from halos_pl.policy.scorer import Scorer
+from halos_pl.policy.scorer import Scorer, scorer_of
 
 
 class Scoring(Protocol):
@@ -47,7 +47,7 @@ def _tokens(
     with reference.scoring() as other:
         theirs = other(batch, wanted="states")
     for p, q in zip(ours, theirs, strict=True):
-        chunks = max(1, math.ceil(len(p.targets) * vocabulary_size(policy.model) / LOGITS))
+        chunks = max(1, math.ceil(len(p.targets) * vocabulary_size(scorer_of(policy).model) / LOGITS))
         pieces = zip(*(x.tensor_split(chunks) for x in (p.hidden, q.hidden, p.targets, p.row, p.column)), strict=True)
         for of_policy, of_reference, targets, row, column in pieces:
             log_p = policy(hidden=of_policy).log_softmax(dim=1)
@@ -74,7 +74,7 @@ def compared_logps(policy: Scorer, reference: Scoring, batch: TokenBatch) -> tup
         where a row has no token with loss.
     """
     with reference.scoring() as other:
-        shared = policy.shares_prefixes and other.shares_prefixes
+        shared = scorer_of(policy).shares_prefixes and other.shares_prefixes
         log_q = None if shared else other(batch, wanted="logits").log_softmax(dim=-1)
     mask = completion_mask(batch)
     out = [torch.zeros_like(mask, dtype=torch.float32) for _ in range(3)]

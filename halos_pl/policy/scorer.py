@@ -146,3 +146,8 @@ class Scorer(nn.Module):
             if buffer is not None and buffer.dtype.itemsize < values.dtype.itemsize:
                 module._buffers[name] = values.to(buffer.device)
         return self
+
+
+def scorer_of(policy: nn.Module) -> Scorer:
+    """The scorer inside a wrapper such as DDP, which hides its attributes; only the wrapper may be called."""
+    return next((part for part in policy.modules() if isinstance(part, Scorer)), policy)  # type: ignore[return-value]

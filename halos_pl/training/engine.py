@@ -14,7 +14,7 @@ from halos_pl.batch import LogProbBatch, Routing, TokenBatch
 from halos_pl.distributed import world_size
 from halos_pl.objective.halo import Context, Objective, Result
 from halos_pl.policy.logprobs import completion_mask
-from halos_pl.policy.scorer import Scorer
+from halos_pl.policy.scorer import Scorer, scorer_of
 from halos_pl.training.scored_rows import Reference, differentiable, scored_rows, widened
 
 
@@ -103,7 +103,7 @@ class StepEngine:
 
     Args:
         objective: Loss to minimize.
-        policy: Model to train.
+        policy: Model to train; also a wrapper around the scorer, such as DDP.
         reference: Source of log pi_ref; None if the objective needs none.
         micro_batch_rows: Number of rows in a forward pass with gradient; None for all rows of the step.
         sampler: Adds samples of the policy to a batch; required if the objective needs them.
@@ -143,7 +143,7 @@ class StepEngine:
         Args:
             batch: This rank's share of the step.
             backward: Called with the loss of each micro-batch.
-            defer_sync: Context of all backward passes but the last, such as ``ddp.no_sync``, so that ranks exchange
+            defer_sync: Context of all micro-batches but the last, such as ``ddp.no_sync``, so that ranks exchange
                 gradients once.
         """
         if self.sampler and self.objective.needs.samples:
@@ -162,7 +162,7 @@ class StepEngine:
                 step.
         """
         if self.sampler and self.objective.needs.samples:
-            with _forked(self.policy.device):
+            with _forked(scorer_of(self.policy).device):
                 names = hashlib.sha256(repr((batch.row_ids, moment, torch.initial_seed())).encode())
                 torch.manual_seed(int.from_bytes(names.digest()[:4]))
                 batch = self.sampler(batch)
@@ -203,7 +203,7 @@ class _Step:
         scored: dict[int, LogProbBatch] = {}
         # With dropout, the second pass of a part must use the same network as the first.
         draws: dict[int, _Draw] = {}
-        if len(parts) == 1 and not at_once and len(mismatched) and self.policy.shares_prefixes:
+        if len(parts) == 1 and not at_once and len(mismatched) and scorer_of(self.policy).shares_prefixes:
             # One pass for the whole step: mismatched rows share the others' prompts and get no gradient.
             everything = torch.arange(len(self.batch), device=self.device)
             scored[0] = self._keep(everything, self._score(everything, gradient=self.gradient)).select(train)
@@ -225,14 +225,16 @@ class _Step:
             yield self._whole_step(context.select(train), train, parts, draws)
             return
         for number, index in enumerate(parts):
-            if number in scored:
-                rows = scored.pop(number)
-            else:
-                draw = draws.get(number)
-                rows = self._score(index, gradient=self.gradient, draw=draw, again=draw is not None)
-            with self._float32():
-                result = self.objective.compute_loss(rows, context.select(index))
-            self._back_propagate(result.loss, last=number == len(parts) - 1)
+            last = number == len(parts) - 1
+            with self._synchronized(last):
+                if number in scored:
+                    rows = scored.pop(number)
+                else:
+                    draw = draws.get(number)
+                    rows = self._score(index, gradient=self.gradient, draw=draw, again=draw is not None)
+                with self._float32():
+                    result = self.objective.compute_loss(rows, context.select(index))
+                self._back_propagate(result.loss)
             yield self._part(index, rows, result)
 
     def _whole_step(self, context: Context, train: Tensor, parts: list[Tensor], draws: dict[int, _Draw]) -> Part:
@@ -256,27 +258,26 @@ class _Step:
             place = torch.empty(len(self.batch), dtype=torch.long, device=self.device)
             place[train] = torch.arange(len(train), device=self.device)
             for number, index in enumerate(parts):
-                scored = differentiable(self._score(index, gradient=True, draw=draws[number], again=True))
-                products = [(score * slope[place[index]]).sum() for score, slope in zip(scored, of_scores, strict=True)]
-                linear = torch.stack(products).sum()
                 last = number == len(parts) - 1
-                if last:
-                    for parameter, its_slope in zip(parameters, of_parameters, strict=True):
-                        linear = linear + (parameter * its_slope).sum()
-                    linear = linear + (result.loss - linear).detach()  # reported as the loss itself
-                self._back_propagate(linear, last=last)
+                with self._synchronized(last):
+                    scored = differentiable(self._score(index, gradient=True, draw=draws[number], again=True))
+                    pairs = zip(scored, of_scores, strict=True)
+                    linear = torch.stack([(score * slope[place[index]]).sum() for score, slope in pairs]).sum()
+                    if last:
+                        for parameter, its_slope in zip(parameters, of_parameters, strict=True):
+                            linear = linear + (parameter * its_slope).sum()
+                        linear = linear + (result.loss - linear).detach()  # reported as the loss itself
+                    self._back_propagate(linear)
         return self._part(train, rows, result)
 
-    def _back_propagate(self, loss: Tensor, *, last: bool) -> None:
-        if self.backward is None:
-            return
-        # The ranks' losses sum to the step's loss, but their gradients are averaged.
-        scaled = loss * world_size()
-        if last:
-            self.backward(scaled)
-        else:
-            with self.defer_sync():
-                self.backward(scaled)
+    def _synchronized(self, last: bool) -> AbstractContextManager[object]:
+        """The context of a micro-batch: its passes forward and backward, as DDP decides in the forward pass."""
+        return nullcontext() if last or self.backward is None else self.defer_sync()
+
+    def _back_propagate(self, loss: Tensor) -> None:
+        if self.backward is not None:
+            # The ranks' losses sum to the step's loss, but their gradients are averaged.
+            self.backward(loss * world_size())
 
     def _part(self, index: Tensor, rows: LogProbBatch, result: Result) -> Part:
         return Part(index, self.batch, rows.detach(), replace(result, loss=result.loss.detach()))
