@@ -15,6 +15,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Number of this process among those that train together, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The sum of ``tensor`` (same shape on every rank) over all ranks, without gradient.
 

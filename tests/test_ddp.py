@@ -274,7 +274,11 @@ def test_what_works_is_not_refused(strategy):
 
 @pytest.mark.parametrize(
     ("objective", "micro"),
-    [("kto", 0), ("kto", 1), pytest.param("dpo_forward_kl", 2, marks=pytest.mark.slow)],
+    [
+        pytest.param("kto", 0, marks=pytest.mark.slow),
+        ("kto", 1),
+        pytest.param("dpo_forward_kl", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_plain_loop_steps_through_ddp(tmp_path, tiny_folder, objective, micro):
     """A wrapped scorer, and ranks with different numbers of micro-batches: gradients are exchanged once per step."""

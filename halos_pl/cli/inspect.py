@@ -352,7 +352,7 @@ def inspect_source(
     Raises:
         DataError: if the source as a whole cannot be read.
     """
-    from halos_pl.policy.loading import ModelSpec, load_tokenizer
+    from halos_pl.policy.loading import ModelError, ModelSpec, load_tokenizer
 
     chosen = Source(
         source,
@@ -371,7 +371,10 @@ def inspect_source(
         raise DataError(f"--json_file {json_file} is a folder; name a file to write to")
     refuse_missing([chosen])  # before a tokenizer is loaded or converted
     template = None if chat_template is None else template_of(chat_template, "--chat_template")
-    loaded = load_tokenizer(ModelSpec(tokenizer))
+    try:
+        loaded = load_tokenizer(ModelSpec(tokenizer))
+    except ModelError as error:
+        raise ModelError(str(error).replace("model.policy.path", "--tokenizer", 1)) from error
     if template is not None:
         use_template(loaded, template, "--chat_template")
     inspection = inspect(

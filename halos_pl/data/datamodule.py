@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from halos_pl import distributed
 from halos_pl.batch import Needs, TokenBatch
 from halos_pl.data.batches import StepDataset
 from halos_pl.data.ends import prefix_ids
@@ -309,7 +310,8 @@ class FeedbackDataModule(LightningDataModule):
         """
         # None for a single process; with model parallelism these differ from the world's rank and size.
         share: dict[str, Any] = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
-        rank, world_size = share.get("rank", 0), share.get("num_replicas", 1)
+        rank = share.get("rank", 0 if self.trainer else distributed.rank())
+        world_size = share.get("num_replicas", 1 if self.trainer else distributed.world_size())
         prepared, train, seed = self._splits[split], split == "train", self._seed
         try:
             dataset = prepared.dataset(

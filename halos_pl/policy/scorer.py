@@ -1,7 +1,7 @@
 """The one entry to a model: all code that needs log-probs, hidden states or logits calls a ``Scorer``.
 
 Wrappers such as DDP, ``fully_shard`` and ``torch.compile`` act on a module's forward pass, so no other code may run a
-model's decoder or read the weight of its head.
+model's decoder or read the weight of its head. Sampling is the exception: ``generate`` of transformers runs the model.
 """
 
 from __future__ import annotations

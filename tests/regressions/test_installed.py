@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from run_halos import ROOT, run, run_all
 
+import halos_pl
 from halos_pl.cli.commands import TOOLS
 from halos_pl.common.experiments import EXPERIMENTS, presets
 
@@ -91,6 +92,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    left = source / "build" / "lib" / "halos_pl" / "gone.py"  # by an earlier build, of a file that was removed since
+    left.parent.mkdir(parents=True)
+    left.touch()
     code = "import sys; from setuptools.build_meta import build_wheel; print(build_wheel(sys.argv[1]))"
     words = [sys.executable, "-c", code, str(source)]
     name = subprocess.run(words, cwd=source, capture_output=True, text=True, check=True).stdout.split()[-1]
@@ -112,7 +116,11 @@ def test_the_wheel_holds_what_a_command_reads(wheel: list[str]) -> None:
     assert code | configs | others <= {*wheel}
     top = {name.partition("/")[0] for name in wheel if ".dist-info/" not in name}
     assert top == {"halos_pl", "value_functions"}
-    assert not [name for name in wheel if "/results/" in name or name.endswith(".png")]
+    assert not [name for name in wheel if "/results/" in name or name.endswith((".png", "gone.py"))]
+
+
+def test_the_citation_has_the_packages_version() -> None:
+    assert f"\nversion: {halos_pl.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 def test_an_installed_package_finds_its_configs_inside_itself(tmp_path: Path) -> None:
