@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from lightning import Trainer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from halos_pl import AdapterOff, FeedbackDataModule, HALOModule, ModelSpec, load_objective, testing
+from halos_pl import AdapterOff, FeedbackDataModule, FixedModel, HALOModule, ModelSpec, Scorer, load_objective, testing
 from halos_pl.policy.spec import ModelError
 
 ROWS = testing.binary_rows(8)
@@ -74,3 +75,29 @@ def test_the_helpers_for_tests_of_ones_own_fit(tiny_folder: Path) -> None:
     assert len(fitted.steps) == 3
     assert fitted.steps[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
     assert fitted.steps[-1]["loss"] != fitted.steps[0]["loss"]
+
+
+def test_a_data_set_with_a_transform_is_refused_and_hidden_columns_stay_hidden() -> None:
+    rows = Dataset.from_list([{**row, "system": "Be brief."} for row in ROWS])
+    with pytest.raises(ValueError, match="transform"):
+        FeedbackDataModule(train=rows.with_transform(lambda batch: batch))
+    shown = FeedbackDataModule(train=rows.with_format("numpy", columns=["prompt", "completion", "label"]))
+    shown.connect(tokenizer=testing.tiny_tokenizer(), needs=load_objective("kto").needs)
+    shown.setup("fit")
+    assert shown.counts()["train"]["train"]["rows"] == len(ROWS)
+
+
+def test_settings_of_the_hub_are_refused_for_rows_in_memory() -> None:
+    with pytest.raises(ValueError, match="split, streaming"):
+        FeedbackDataModule(train={"path": ROWS, "split": "train", "streaming": True})
+
+
+def test_float16_weights_in_memory_are_refused(tiny_folder: Path) -> None:
+    with pytest.raises(ValueError, match="float16"):
+        trained(AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float16))
+
+
+def test_a_fixed_reference_is_not_the_policy(tiny_folder: Path) -> None:
+    policy = Scorer(AutoModelForCausalLM.from_pretrained(tiny_folder))
+    with pytest.raises(ValueError, match="policy itself"):
+        FixedModel(policy.model, policy)

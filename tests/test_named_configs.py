@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from halos_pl.cli.errors import RunError
 from halos_pl.cli.lightning_cli import HalosCLI
 from halos_pl.cli.main import main
 from halos_pl.common.experiments import BASE, EXPERIMENTS, PresetError, objectives, presets
-from halos_pl.objective.build import load_objective
+from halos_pl.common.yaml_files import YAMLFileError
+from halos_pl.objective.build import NOT_OF_THE_OBJECTIVE, build_objective, load_objective
+from halos_pl.training.module import HALOModule
 
 
 @pytest.fixture(autouse=True)
@@ -117,3 +120,23 @@ def test_a_run_of_a_name_and_of_the_config_that_it_leaves(here: Path, tiny_folde
     assert not {"objective", "no_base"} & saved.keys()
     assert names(["test", "--config=run/config.yaml"]) == ["run/config.yaml"]
     assert "no effect" in refused(capfd, ["test", "--objective=dpo", "--config=run/config.yaml"])
+
+
+@pytest.mark.parametrize("words", [["--conf", "own.yaml"], ["--conf=own.yaml"], ["-cown.yaml"]])
+def test_an_abbreviated_config_comes_before_the_flags_too(here: Path, words: list[str]) -> None:
+    (here / "own.yaml").write_text("data: {batch_size: 7}\n")
+    assert expanded(["fit", "--data.batch_size=5", *words])[-1] == "--data.batch_size=5"
+
+
+@pytest.mark.parametrize("key", ["config: other.yaml", "objective: kto", "no_base: true"])
+def test_a_config_cannot_hold_options_of_the_command_line(here: Path, key: str) -> None:
+    (here / "own.yaml").write_text(key + "\n")
+    with pytest.raises(YAMLFileError, match=f"own.yaml:1: {key.partition(':')[0]}"):
+        expanded(["fit", "--config=own.yaml"])
+
+
+def test_an_objective_file_with_an_unknown_setting_is_refused(here: Path) -> None:
+    assert {*NOT_OF_THE_OBJECTIVE} == {*signature(HALOModule).parameters} - {*signature(build_objective).parameters}
+    (here / "own.yaml").write_text("model: {extra_term: [], extra_terms: [NLL]}\n")
+    with pytest.raises(ValueError, match="extra_term; did you mean extra_terms"):
+        load_objective("own.yaml")

@@ -27,6 +27,8 @@ from halos_pl.run_dir import CONFIG, LAST
 
 #: Keys of a config whose values are mappings.
 GROUPS = ("data", "model", "checkpoint", "progress", "trainer")
+#: Options that only the command line has. The parser ignores the first in a file.
+OPTIONS = ("config", "objective", "no_base", "print_config")
 #: Kinds of plug-ins that are found in the working folder by their bare names.
 KINDS = (*PARTS.values(), ReferenceModel, Transform, Callback)
 _RESOLVED = {*GROUPS, "seed_everything", "run_dir"}
@@ -51,7 +53,10 @@ def expanded(words: Sequence[str]) -> list[str]:
     while words:
         word = words.pop(0)
         flag, mark, value = word.partition("=")
-        flag = "--config" if flag == "-c" else flag
+        if word.startswith("-c") and not mark and len(word) > 2:  # -cFILE
+            flag, mark, value = "-c", "=", word[2:]
+        # The parser accepts abbreviations too, but would read such a file in the place where it is named.
+        flag = "--config" if flag == "-c" or (len(flag) > 3 and "--config".startswith(flag)) else flag
         if flag == "--no_base":
             value = value if mark else words.pop(0) if words[:1] in (["true"], ["false"]) else "true"
             base = value != "true"
@@ -98,6 +103,11 @@ def check_files(paths: Sequence[str]) -> dict[str, dict[str, Any]]:
     for path in paths:
         if Path(path).is_file():
             contents[path], lines = read_config(path)
+            for key in OPTIONS:
+                if contents[path].get(key) is not None:
+                    raise YAMLFileError(
+                        f"{path}:{lines[(key,)]}: {key} is an option of the command line, not of a config; use --{key}"
+                    )
             for key in GROUPS:
                 if not isinstance(contents[path].get(key, {}), (dict, str)):
                     value = json.dumps(contents[path][key], default=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import keyword
 import re
 from pathlib import Path
@@ -42,6 +43,8 @@ def new(kind: Kind, name: str, *, package: bool = False) -> None:
     cls = "".join(word[:1].upper() + word[1:] for word in words)
     if kind == "objective" and snake in objectives():
         raise ValueError(f"an objective {snake} is shipped with halos_pl; choose another name")
+    if kind != "objective":
+        _refuse_taken(kind, cls, snake, package=package)
     if package and EXPERIMENTS.parent == _PACKAGE:
         raise ValueError("--package needs a checkout of halos_pl, but this is an installed package; leave it out")
     folder = FOLDERS[kind] if package else Path()
@@ -59,3 +62,15 @@ def new(kind: Kind, name: str, *, package: bool = False) -> None:
     print(
         f"halos: next: halos check {target}; {'make test' if package else f'pytest test_{snake}.py'}; halos fit {use}"
     )
+
+
+def _refuse_taken(kind: Kind, cls: str, module: str, *, package: bool) -> None:
+    """Refuses a class that halos_pl has, and a file that an installed module would hide."""
+    from halos_pl.common.subclasses import subclasses  # with the plug-ins, which take a second to import
+    from halos_pl.objective.build import PARTS
+
+    if any(each.__name__ == cls for each in subclasses(PARTS[kind])):
+        raise ValueError(f"a {kind} {cls} is part of halos_pl; choose another name")
+    installed = None if package or Path(f"{module}.py").exists() else importlib.util.find_spec(module)
+    if installed is not None and installed.origin is not None:
+        raise ValueError(f"an installed module {module} would hide {module}.py; choose another name")

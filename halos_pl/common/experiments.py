@@ -54,9 +54,11 @@ def config_file(name: str, shipped: dict[str, Path], option: str) -> Path:
     Raises:
         PresetError: if the name is both a file and a shipped config, or neither.
     """
+    if not name:
+        raise PresetError(f"{option} has no value; give the path or name of a config")
     path = Path(name)
     files = [path] if path.is_file() or path.is_fifo() or path.is_char_device() else []
-    if name and path.suffix not in _SUFFIXES:
+    if path.suffix not in _SUFFIXES:
         files += [file for file in (path.with_name(f"{path.name}{ending}") for ending in _SUFFIXES) if file.is_file()]
     candidates = [*files, *([shipped[name]] if name in shipped else [])]
     if len(candidates) > 1:
@@ -85,7 +87,7 @@ def hint(path: str | Path, shipped: Collection[str]) -> str:
 
 def _near(name: str, candidates: Iterable[str]) -> str:
     by_end = {candidate.rpartition("/")[2]: candidate for candidate in candidates}
-    matches = difflib.get_close_matches(name.rpartition("/")[2], by_end, n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(name.rpartition("/")[2].lower(), by_end, n=1, cutoff=0.6)
     return by_end[matches[0]] if matches else ""
 
 

@@ -151,7 +151,18 @@ def in_memory(data: Any) -> Any:
         raise ValueError(f"is a {type(data).__name__}; pass one of its splits, such as data[{short(next(iter(data)))}]")
     if isinstance(data, datasets.IterableDataset):
         raise ValueError("is an IterableDataset; pass a Dataset, or name the data set with streaming: true")
-    return data if isinstance(data, datasets.Dataset) else None
+    return _as_shown(data) if isinstance(data, datasets.Dataset) else None
+
+
+def _as_shown(dataset: Any) -> Any:
+    """The data set without the columns that its format hides."""
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            "has a transform that changes rows when they are read (set_transform or with_transform); apply it first,"
+            " with map"
+        )
+    shown = dataset.format["columns"]
+    return dataset if shown == dataset.column_names else dataset.select_columns(shown)
 
 
 def _of_frame(frame: Any) -> pa.Table:

@@ -65,6 +65,8 @@ def _source(argument: str, item: Any, name: str) -> Source:
         if isinstance(item["path"], str | os.PathLike):
             return source_of(item, argument)
         settings = source_of({**item, "path": name}, argument)
+        if wrong := [key for key in ("split", "name", "data_dir", "revision", "streaming") if getattr(settings, key)]:
+            raise ValueError(f"{argument} sets {', '.join(wrong)}, which rows in memory do not have; remove it")
         memory = _source(f"{argument}.path", item["path"], name)
         options = {field.name: getattr(settings, field.name) for field in fields(Source)}
         return replace(memory, **options)

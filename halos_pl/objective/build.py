@@ -18,6 +18,7 @@ from halos_pl.common.messages import cause
 from halos_pl.common.own_plugins import import_all, import_own
 from halos_pl.common.parser_errors import cause_in
 from halos_pl.common.renamed import new_value, renamed
+from halos_pl.common.type_words import near
 from halos_pl.common.yaml_files import read_yaml
 from halos_pl.objective.feedback import Feedback
 from halos_pl.objective.halo import HALO, Objective, Sum
@@ -105,6 +106,20 @@ def build_objective(
     return terms[0] if len(terms) == 1 else Sum(terms)
 
 
+#: Keys of a file's ``model`` section beside those of an objective: the other settings of ``HALOModule``.
+NOT_OF_THE_OBJECTIVE = (
+    "policy",
+    "reference_model",
+    "micro_batch_rows",
+    "prefix_sharing",
+    "reference_store",
+    "optimizer",
+    "lr_schedule",
+    "warmup_ratio",
+    "master_weights",
+)
+
+
 @cache
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
@@ -133,8 +148,11 @@ def load_objective(path: str | Path) -> Objective:
     names = inspect.signature(build_objective).parameters
     parts: dict[str, Any] = {name: value for name, value in model.items() if name in names}
     for key, value in model.items():
-        if new := renamed(key, names):
+        if new := renamed(key, (*names, *NOT_OF_THE_OBJECTIVE)):
             raise ValueError(f"{path}: model.{key} is now model.{new}{_was(new, value)}")
+        if key.partition(".")[0] not in (*names, *NOT_OF_THE_OBJECTIVE):
+            guess = near(key, (*names, *NOT_OF_THE_OBJECTIVE))
+            raise ValueError(f"{path}: model has no setting {key}{f'; did you mean {guess}?' if guess else ''}")
     try:
         if not is_shipped(path):
             import_own(parts, PARTS.values())

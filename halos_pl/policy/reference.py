@@ -49,9 +49,14 @@ class FixedModel(Reference):
     Args:
         model: causal language model.
         policy: policy that it is compared with; it determines the device and whether prefixes are shared.
+
+    Raises:
+        ValueError: the model is that of the policy.
     """
 
     def __init__(self, model: nn.Module, policy: Scorer) -> None:
+        if model is policy.model:
+            raise ValueError("FixedModel: the model is the policy itself, which training changes; give it a copy")
         self._policy = policy
         self._scorer = policy.beside(model, _NAME).eval()
 

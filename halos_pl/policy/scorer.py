@@ -7,7 +7,7 @@ model's decoder or read the weight of its head. Sampling is the exception: ``gen
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -55,6 +55,10 @@ class Scorer(nn.Module):
         name: str = "the model",
     ) -> None:
         super().__init__()
+        if prefix_sharing not in get_args(PrefixSharing):
+            raise ValueError(
+                f"prefix_sharing is {prefix_sharing!r}; it must be one of {', '.join(get_args(PrefixSharing))}"
+            )
         self.model = model
         self._options: dict[str, Any] = {"prefix_sharing": prefix_sharing, "compiled": compiled}
         self._frequencies = [(module, key, values.clone()) for module, key, values in rotary_frequencies(model)]

@@ -83,6 +83,11 @@ def check_arguments(policy: Any, micro_batch_rows: int | None, warmup_ratio: flo
             f"policy is a {type(policy).__name__}; it must be a ModelSpec, such as ModelSpec(path), or a causal"
             " language model of transformers"
         )
+    if not isinstance(policy, ModelSpec) and base_model(policy).get_output_embeddings() is None:
+        raise TypeError(
+            f"policy is a {type(base_model(policy)).__name__}, which has no language-model head; load it with"
+            " AutoModelForCausalLM"
+        )
     if micro_batch_rows is not None and micro_batch_rows < 1:
         raise ValueError(f"micro_batch_rows is {micro_batch_rows}; it must be at least 1, or null")
     if not 0 <= warmup_ratio <= 1:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from halos_pl.policy.architecture import has_adapter
+from halos_pl.policy.architecture import base_model, has_adapter, noise_settings
 from halos_pl.policy.limits import check_length, check_vocabulary
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel
@@ -66,6 +67,11 @@ class Models:
             )
 
     @property
+    def dtype(self) -> str:
+        """Name of the dtype of the policy's weights."""
+        return self.spec.dtype if self.spec else str(next(self._in_memory.parameters()).dtype).removeprefix("torch.")
+
+    @property
     def can_compare(self) -> bool:
         """Whether there is a reference."""
         return not isinstance(self.reference_model, NoReference)
@@ -88,6 +94,13 @@ class Models:
         # transformers loads in eval mode; the only difference here is gradient checkpointing (dropout is off).
         model = load_model(self.spec) if self.spec else self._in_memory
         assert model is not None
+        noise = {} if self.spec else {name: p for name, p in noise_settings(base_model(model).config).items() if p > 0}
+        if noise:
+            listed = ", ".join(f"{name} {probability:g}" for name, probability in noise.items())
+            rank_zero_warn(
+                f"halos: the policy in memory is trained with dropout ({listed}), which its reference does not have;"
+                " load it with these settings at 0 to train without"
+            )
         compiled = self.spec is not None and self.spec.compile
         return Scorer(model.train(), prefix_sharing=self.prefix_sharing, compiled=compiled, name="the policy")
 

@@ -170,7 +170,7 @@ class HALOModule(LightningModule):
             ValueError: naming the setting.
         """
         spec = self.models.spec
-        check_float16(trainer, spec.dtype if spec else "")
+        check_float16(trainer, self.models.dtype)
         check_optimizer(self.make_optimizer, trainer.strategy.root_device, vectors=not (spec and spec.lora))
 
     def configure_model(self) -> None:
