@@ -84,6 +84,8 @@ def build_objective(
         "feedback": feedback,
         "reflect_undesirable": reflect_undesirable,
     }
+    if not isinstance(extra_terms, list | tuple | None):
+        raise TypeError(f"extra_terms is a {type(extra_terms).__name__}; it must be a list of objectives")
     terms = list(extra_terms or [])
     for name, part in [*parts.items(), *(("extra_terms", term) for term in terms)]:
         if name in PARTS and part is not None and not isinstance(part, PARTS[name]):
@@ -97,6 +99,10 @@ def build_objective(
         raise ValueError(
             f"the objective lacks {', '.join(missing)}; a HALO needs reward, reference_point, value_function,"
             " feedback and reflect_undesirable (true or false)"
+        )
+    elif loss_offset:
+        raise ValueError(
+            f"loss_offset is {loss_offset:g}, but the objective has no HALO that it could belong to; leave it out"
         )
     if not terms:
         raise ValueError(

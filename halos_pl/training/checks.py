@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from transformers import PreTrainedModel
 
 from halos_pl.policy.architecture import base_model
+from halos_pl.policy.reference import ReferenceModel
+from halos_pl.policy.scorer import PrefixSharing
 from halos_pl.policy.spec import ModelSpec
+from halos_pl.training.optim import LRShape
 
 
 def unsupported_strategy(name: str) -> str:
@@ -71,12 +74,20 @@ def check_trainer(trainer: Any) -> None:
         raise ValueError(unsupported_strategy(type(trainer.strategy).__name__))
 
 
-def check_arguments(policy: Any, micro_batch_rows: int | None, warmup_ratio: float, optimizer: Any) -> None:
+def check_arguments(
+    policy: Any,
+    reference_model: Any,
+    micro_batch_rows: Any,
+    prefix_sharing: Any,
+    optimizer: Any,
+    lr_schedule: Any,
+    warmup_ratio: Any,
+) -> None:
     """Refuses invalid arguments of the module.
 
     Raises:
-        TypeError: if the policy is not a model.
-        ValueError: if a number is out of range, naming the argument.
+        TypeError: if a model, a reference or an optimizer is of another kind.
+        ValueError: if a number is out of range or a name unknown, naming the argument.
     """
     if not isinstance(policy, ModelSpec) and not isinstance(base_model(policy), PreTrainedModel):
         raise TypeError(
@@ -88,12 +99,25 @@ def check_arguments(policy: Any, micro_batch_rows: int | None, warmup_ratio: flo
             f"policy is a {type(base_model(policy)).__name__}, which has no language-model head; load it with"
             " AutoModelForCausalLM"
         )
-    if micro_batch_rows is not None and micro_batch_rows < 1:
-        raise ValueError(f"micro_batch_rows is {micro_batch_rows}; it must be at least 1, or null")
+    if reference_model is not None and not isinstance(reference_model, ReferenceModel):
+        raise TypeError(
+            f"reference_model is a {type(reference_model).__name__}; it must be a ReferenceModel, such as FrozenCopy()"
+            " or OtherModel(ModelSpec(path))"
+        )
+    if micro_batch_rows is not None and (not isinstance(micro_batch_rows, int) or micro_batch_rows < 1):
+        raise ValueError(f"micro_batch_rows is {micro_batch_rows}; it must be a whole number from 1, or null")
+    for name, value, kind in (("prefix_sharing", prefix_sharing, PrefixSharing), ("lr_schedule", lr_schedule, LRShape)):
+        if value not in get_args(kind):
+            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(get_args(kind))}")
     if not 0 <= warmup_ratio <= 1:
         raise ValueError(f"warmup_ratio is {warmup_ratio}; it is a share of the run, between 0 and 1")
     if optimizer is None:
         raise ValueError("model.optimizer is null; name one, such as torch.optim.AdamW, or leave it out")
+    if not callable(optimizer):
+        raise TypeError(
+            f"optimizer is an instance of {type(optimizer).__name__}; it must be a callable that makes one, such as"
+            " lambda parameters: torch.optim.AdamW(parameters, lr=1e-5)"
+        )
 
 
 def check_limits(trainer: Any, epoch: int, taken: int) -> None:

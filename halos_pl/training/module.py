@@ -7,7 +7,7 @@ back-propagates the last micro-batch of a step, the engine the others.
 from __future__ import annotations
 
 import inspect
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule
@@ -39,7 +39,7 @@ from halos_pl.training.gradients import GradientWatch, clip_gradients, finish_wa
 from halos_pl.training.held_out import HeldOut
 from halos_pl.training.models import Models, Policy
 from halos_pl.training.non_finite import check_policy
-from halos_pl.training.optim import MasterWeights, check_optimizer, configured_optimizer
+from halos_pl.training.optim import LRShape, MasterWeights, check_optimizer, configured_optimizer
 from halos_pl.training.predictions import records_of
 from halos_pl.training.resume import Record, align_logged_step
 from halos_pl.training.settings import weights_sample
@@ -98,13 +98,13 @@ class HALOModule(LightningModule):
         prefix_sharing: PrefixSharing = "auto",
         reference_store: bool = False,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-6, weight_decay=0.0, fused=True),
-        lr_schedule: Literal["constant_with_warmup", "linear", "cosine"] = "linear",
+        lr_schedule: LRShape = "linear",
         warmup_ratio: float = 0.1,
         master_weights: bool = True,
     ) -> None:
         super().__init__()
         arguments = locals()
-        check_arguments(policy, micro_batch_rows, warmup_ratio, optimizer)
+        check_arguments(**{k: arguments[k] for k in inspect.signature(check_arguments).parameters})
         self.objective = build_objective(**{k: arguments[k] for k in inspect.signature(build_objective).parameters})
         self.models = Models(
             policy,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -24,6 +24,8 @@ _IMPLEMENTATION = {"fused", "foreach", "capturable", "differentiable"}
 #: Parts of names of settings that may change from or to 0 without changing which state the optimizer has.
 _STATELESS = ("lr", "decay", "eps", "beta")
 #: Advice for updates that float32 weights lose.
+#: Shapes of the learning rate after warm-up, by their names in transformers.
+LRShape = Literal["constant_with_warmup", "linear", "cosine"]
 RAISE = "Raise model.optimizer.init_args.lr"
 
 
