@@ -1,8 +1,8 @@
-"""Makes held_out.jsonl: pairs of the base model's answers to the quickstart's held-out prompts, told apart by its rule.
+"""Creates held_out.jsonl: pairs of the base model's answers to the quickstart's held-out prompts, labelled by its rule.
 
     .venv/bin/python experiments/ablations/make_held_out.py
 
-Of each prompt whose answers differ in it, the first that meets the rule and the first that does not.
+Each pair consists of the first answer to a prompt that satisfies the rule and the first that does not.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def main() -> None:
         seed=1,
     )
     rows = []
-    for prompt, found in zip(prompts, answers, strict=True):
+    for prompt, samples in zip(prompts, answers, strict=True):
         texts: dict[bool, list[str]] = {True: [], False: []}
-        for answer in found:
+        for answer in samples:
             if answer.text:
                 texts[meets_rule(answer.text, answer.finished)].append(answer.text)
         if texts[True] and texts[False]:
@@ -45,7 +45,7 @@ def main() -> None:
             rows.append({"prompt": prompt, **turns})
     out = Path(__file__).with_name("held_out.jsonl")
     out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    print(f"{out}: {len(rows)} pairs of {len(prompts)} prompts; the other prompts' answers do not differ in the rule")
+    print(f"{out}: {len(rows)} pairs from {len(prompts)} prompts; the rule does not separate the others' answers")
 
 
 if __name__ == "__main__":

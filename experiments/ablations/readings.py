@@ -1,4 +1,4 @@
-"""Recomputes what results/README.md reads from its tables, from the held-out pairs, and from the value functions.
+"""Recomputes numbers in results/README.md from its tables, the held-out pairs and the value functions.
 
 .venv/bin/python experiments/ablations/readings.py
 .venv/bin/python experiments/ablations/readings.py --reference runs/pandalm/reference/held_out.jsonl
@@ -26,7 +26,7 @@ BETA = 0.1
 
 
 def by_length() -> Iterator[str]:
-    """The rule that fewer words win, on the held-out pairs."""
+    """The rule "fewer words wins" on the held-out pairs."""
     pairs = [json.loads(line) for line in (HERE / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
     words = [[len(pair[side][-1]["content"].split()) for side in ("chosen", "rejected")] for pair in pairs]
     signs = Counter(int(np.sign(chosen - rejected)) for chosen, rejected in words)
@@ -35,17 +35,17 @@ def by_length() -> Iterator[str]:
 
 
 def weight(value_function: ValueFunction, u: float = -0.5) -> float:
-    """How much a desirable row weighs beside an undesirable one, which is reflected, at an outcome of ``u`` nats."""
+    """Weight of a desirable row relative to a reflected undesirable one, at an outcome of ``u`` nats."""
     points = torch.tensor([u, -u], dtype=torch.float64, requires_grad=True)
     (slopes,) = torch.autograd.grad(value_function(points).sum(), points)
     return float(slopes[0] / slopes[1])
 
 
 def slopes() -> Iterator[str]:
-    """Studies 1 and 3: ratios of slopes, and what they explain of the KL."""
-    some = {"kto": Logistic(beta=BETA), "identity": Identity(beta=BETA), "log sigmoid": LogSigmoid(beta=BETA)}
-    some |= {"cara": CARA(), "Kahneman-Tversky": KahnemanTversky()}
-    yield "ratio of slopes: " + ", ".join(f"{name} {weight(each):.2f}" for name, each in some.items())
+    """Studies 1 and 3: ratios of slopes, and how much of the KL they explain."""
+    functions = {"kto": Logistic(beta=BETA), "identity": Identity(beta=BETA), "log sigmoid": LogSigmoid(beta=BETA)}
+    functions |= {"cara": CARA(), "Kahneman-Tversky": KahnemanTversky()}
+    yield "ratio of slopes: " + ", ".join(f"{name} {weight(each):.2f}" for name, each in functions.items())
     study = yaml.safe_load((HERE / "sensitivity.yaml").read_text(encoding="utf-8"))
     points = []
     table = (HERE / "results/sensitivity/report.md").read_text(encoding="utf-8").partition("\n## ")[0]
@@ -57,12 +57,12 @@ def slopes() -> Iterator[str]:
             points.append((math.log(weight(v)), math.log(float(cells[4]))))
     axes = [len(values) for key, values in study["axes"].items() if key != "objective"]
     assert len(points) == math.prod(axes)
-    found = stats.linregress(*zip(*points, strict=True))
-    yield f"log KL on the log ratio of slopes, {len(points)} points: R2 = {found.rvalue**2:.2f}"
+    fit = stats.linregress(*zip(*points, strict=True))
+    yield f"log KL on the log ratio of slopes, {len(points)} points: R2 = {fit.rvalue**2:.2f}"
 
 
 def imbalance() -> Iterator[str]:
-    """Study 4: the share of all rows against a quarter and a tenth of the desirable ones, paired by seed."""
+    """Study 4: all desirable rows compared with a quarter and a tenth of them, paired by seed."""
     page = (HERE / "results/README.md").read_text(encoding="utf-8").partition("## 4.")[2].partition("\n## ")[0]
     rule = {}
     for line in page.splitlines():
@@ -75,13 +75,13 @@ def imbalance() -> Iterator[str]:
 
 
 def detectable() -> Iterator[str]:
-    """The power for what earlier code called detectable, at the strictest of 49 comparisons, with 2 df."""
+    """Power at the size that earlier code called detectable, at the strictest of 49 comparisons, with 2 df."""
     bound, df = stats.t.isf(0.05 / 49 / 2, 2), 2
     yield f"power for a 'detectable' size: {stats.nct.sf(bound, df, bound + stats.t.isf(0.2, df)):.2f}"
 
 
 def shown(studies: int = 2000) -> Iterator[str]:
-    """How often a study of 8 arms and 7 independent metrics, none of which differ, had any difference "shown"."""
+    """How often a study of 8 arms and 7 independent metrics without any difference reported one as "shown"."""
     sys.path.insert(0, str(HERE.parents[1] / "benchmarks"))
     from family_wise_error import Setting, count
 
@@ -92,7 +92,7 @@ def shown(studies: int = 2000) -> Iterator[str]:
 
 
 def contradictions(path: Path) -> Iterator[str]:
-    """Study 5b: how often the reference prefers the minority's completion by more than DPO's optimum makes up for."""
+    """Study 5b: how often the reference prefers the minority's completion by more than DPO's optimum can offset."""
     logps: dict[str, dict[bool, float]] = defaultdict(dict)
     prompts: dict[str, int] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -106,7 +106,7 @@ def contradictions(path: Path) -> Iterator[str]:
 
 
 def main() -> None:
-    """Prints a line for each reading."""
+    """Prints all numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, help="held_out.jsonl of the model before training, see study 5b")
     args = parser.parse_args()

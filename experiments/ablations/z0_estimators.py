@@ -1,12 +1,12 @@
-"""Estimates of z0 along one run of KTO: bias, spread and cost of each, beside the KL divergence itself.
+"""Bias, spread and cost of each estimator of z0 along one KTO run, compared with the KL divergence itself.
 
     .venv/bin/python experiments/ablations/z0_estimators.py [--steps 0 4 8 16] [--batches 24] [--out runs/z0]
 
-A run of ``halos fit`` stops at some steps, where every estimator is asked for z0 on the same batches of training rows.
-The oracle is E[KL(pi_theta || pi_ref)] over answers that the policy samples to the prompts of these batches: exact at
-each of their tokens, cut off after ``--max_new_tokens``. Bias is the mean over batches less the oracle, spread the
-standard deviation over batches, cost the time that an estimate takes beyond the training rows' log-probs. Writes
-z0.csv, z0.md and z0.png.
+A run of ``halos fit`` pauses at some steps, and every estimator computes z0 on the same batches of training rows. The
+oracle is E[KL(pi_theta || pi_ref)] over answers to the prompts of these batches, sampled from the policy: exact at each
+token, cut off after ``--max_new_tokens``. Bias is the mean over batches minus the oracle, spread the standard deviation
+over batches, cost the time that an estimate takes in addition to the training rows' log-probs. Writes z0.csv, z0.md and
+z0.png.
 """
 
 from __future__ import annotations
@@ -85,13 +85,13 @@ class Clock:
 
 
 class Along(Callback):
-    """Measures at some steps of a run.
+    """Measures the estimators at some steps of a run.
 
     Args:
-        steps: optimizer steps after which it measures; 0 is before the first.
-        batches: of training rows that each estimator is asked for.
-        max_new_tokens: where a sample is cut off.
-        out: folder of z0.csv.
+        steps: optimizer steps after which to measure; 0 is before the first.
+        batches: number of batches of training rows for each estimator.
+        max_new_tokens: maximum length of a sample, in tokens.
+        out: folder for z0.csv.
     """
 
     def __init__(self, steps: list[int], batches: int, max_new_tokens: int, out: str) -> None:
@@ -100,18 +100,18 @@ class Along(Callback):
         self.running = RunningMean()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Draws the batches that are asked about, and measures before the first step."""
+        """Draws the batches, and measures before the first step."""
         self.batches = list(islice(iter(trainer.datamodule.train_dataloader()), self.count))
         self._measure(pl_module, 0)
 
     @torch.no_grad()
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: TokenBatch, batch_idx: int) -> None:
-        """The running mean sees every step's rewards, as it does where it is the reference point."""
+        """Shows the running mean every step's rewards, as if it were the reference point."""
         rows = self._rows(pl_module, batch, batch.labels.train)
         self.running.train()(LogRatio()(rows), rows)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        """Measures where it is due."""
+        """Measures after this step if it is one of the chosen steps."""
         self._measure(pl_module, trainer.global_step)
 
     @staticmethod
@@ -128,7 +128,7 @@ class Along(Callback):
     def _measure(self, module: Any, step: int) -> None:
         if step not in self.steps or any(point.step == step for point in self.points):
             return
-        found: dict[str, list[float]] = {name: [] for name in ESTIMATORS}
+        estimates: dict[str, list[float]] = {name: [] for name in ESTIMATORS}
         clocks = {name: Clock() for name in ("rows", "mismatched", "kl", "samples")}
         oracle: list[float] = []
         with torch.random.fork_rng():
@@ -138,30 +138,30 @@ class Along(Callback):
                 with clocks["mismatched"]():
                     mismatched = self._rows(module, batch, batch.labels.mismatched)
                 with clocks["kl"]():
-                    whole = self._rows(module, batch, batch.labels.mismatched, kl=True)
+                    with_kl = self._rows(module, batch, batch.labels.mismatched, kl=True)
                 with clocks["samples"]():
-                    own = self._sampled(module, batch)
-                    samples = self._rows(module, own, own.labels.mismatched)
-                kl = completion_kl(module.scorer, module.reference, own).sum(dim=1)
+                    sampled = self._sampled(module, batch)
+                    samples = self._rows(module, sampled, sampled.labels.mismatched)
+                kl = completion_kl(module.scorer, module.reference, sampled).sum(dim=1)
                 oracle.append(float(kl.mean()))
                 estimators = ESTIMATORS | {"RunningMean": copy.deepcopy(self.running)}
                 for name, estimator in estimators.items():
-                    asked = {"TokenKL": whole, "SampledKL": samples}.get(
+                    inputs = {"TokenKL": with_kl, "SampledKL": samples}.get(
                         name, mismatched if "Mismatched" in name else rows
                     )
-                    found[name].append(float(estimator(LogRatio()(asked), asked).value.mean()))
+                    estimates[name].append(float(estimator(LogRatio()(inputs), inputs).value.mean()))
         n = len(self.batches)
         truth = statistics.mean(oracle)
         cost = {"Mismatched": "mismatched", "TokenKL": "kl", "SampledKL": "samples"}
-        for name, values in [*found.items(), ("KL of samples (oracle)", oracle)]:
-            # Of the difference, batch by batch: estimator and oracle have seen the same prompts.
-            off = [value - other for value, other in zip(values, oracle, strict=True)]
+        for name, values in [*estimates.items(), ("KL of samples (oracle)", oracle)]:
+            # Paired by batch: estimator and oracle see the same prompts.
+            errors = [value - other for value, other in zip(values, oracle, strict=True)]
             spread = statistics.stdev(values)
-            of = statistics.stdev(off) if values is not oracle else spread
+            error_sd = statistics.stdev(errors) if values is not oracle else spread
             clock = next((clocks[key] for start, key in cost.items() if name.startswith(start)), Clock())
             seconds = (clock if values is not oracle else clocks["samples"]).seconds / n
             mean = statistics.mean(values)
-            self.points.append(Point(step, name, n, mean, mean - truth, of / n**0.5, spread, seconds))
+            self.points.append(Point(step, name, n, mean, mean - truth, error_sd / n**0.5, spread, seconds))
         with (self.out / "z0.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(asdict(self.points[0])))
             writer.writeheader()
@@ -169,16 +169,16 @@ class Along(Callback):
 
 
 def draw(points: list[dict[str, str]], path: Path) -> None:
-    """Estimates over the run, with their spread; the oracle as a line."""
+    """Plots the estimates along the run with their spread, and the oracle as a line."""
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     names = list(dict.fromkeys(point["estimator"] for point in points))
     for number, name in enumerate(names):
-        own = [point for point in points if point["estimator"] == name]
+        series = [point for point in points if point["estimator"] == name]
         oracle = "oracle" in name
         axis.errorbar(
-            [float(p["step"]) + (0 if oracle else 0.12 * (number - len(names) / 2)) for p in own],
-            [float(p["mean"]) for p in own],
-            yerr=None if oracle else [float(p["spread"]) for p in own],
+            [float(p["step"]) + (0 if oracle else 0.12 * (number - len(names) / 2)) for p in series],
+            [float(p["mean"]) for p in series],
+            yerr=None if oracle else [float(p["spread"]) for p in series],
             label=name,
             color="black" if oracle else f"C{number}",
             linewidth=2 if oracle else 1,
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=24)
     parser.add_argument("--max_new_tokens", type=int, default=48)
     parser.add_argument("--out", type=Path, default=Path("runs/z0"))
-    parser.add_argument("fit_args", nargs="*", help="handed on to halos fit, after --")
+    parser.add_argument("fit_args", nargs="*", help="options for halos fit, after --")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     sys.path.insert(0, str(Path(__file__).parent))
@@ -214,7 +214,7 @@ def main() -> None:
     with (args.out / "z0.csv").open(newline="") as file:
         points = list(csv.DictReader(file))
     draw(points, args.out / "z0.png")
-    lines = ["| step | estimator | mean, nats | bias | ± (95 %) | spread over batches | cost, s |", f"|{'---|' * 7}"]
+    lines = ["| step | estimator | mean, nats | bias | ± (95%) | spread over batches | cost, s |", f"|{'---|' * 7}"]
     for p in points:
         mean, bias, error, spread = (float(p[key]) for key in ("mean", "bias", "standard_error", "spread"))
         lines.append(

