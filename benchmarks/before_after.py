@@ -35,7 +35,7 @@ def median_interval(values: list[float]) -> tuple[float, float, float]:
 
 
 def side(checkout: Path, name: str, workload: str, folder: str, threads: int) -> Any:
-    """A process that steps whenever a line comes in."""
+    """Starts a process that runs a step for each line on its stdin."""
     words = [sys.executable, str(checkout / "benchmarks" / "vs_trl.py"), "--side", "ours", "--workloads", workload]
     place = Path(folder) / name
     place.mkdir()
@@ -51,7 +51,7 @@ def side(checkout: Path, name: str, workload: str, folder: str, threads: int) ->
 
 
 def compare(other: Path, workload: str, pairs: int, threads: int) -> str:
-    """A row of the table."""
+    """One row of the table."""
     with tempfile.TemporaryDirectory() as folder:
         write_rows(WORKLOADS[workload], folder)
         sides = {n: side(c, n, workload, folder, threads) for n, c in (("now", HERE), ("before", other.resolve()))}
@@ -81,7 +81,7 @@ def compare(other: Path, workload: str, pairs: int, threads: int) -> str:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures all workloads and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path)
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=["kto_live", "dpo_live"])

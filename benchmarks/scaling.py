@@ -25,7 +25,7 @@ import torch
 
 @dataclass(frozen=True)
 class Point:
-    """A step: its rows, tokens of each prompt and completion, rows that share a prompt, and the model's vocabulary."""
+    """A step: number of rows, tokens per prompt and completion, rows per prompt, and size of the vocabulary."""
 
     rows: int = 8
     prompt: int = 128
@@ -49,7 +49,7 @@ LABELS = {
 
 
 def measure(point: Point, threads: int) -> None:
-    """Prints seconds and bytes of one point as JSON."""
+    """Prints time and memory of one point as JSON."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from vs_trl import Peak, resident
 
@@ -75,12 +75,12 @@ def measure(point: Point, threads: int) -> None:
     objective = load_objective(Path(__file__).resolve().parents[1] / "experiments/objectives/kto.yaml")
     n = point.rows
 
-    def some(count: int) -> list[torch.Tensor]:
+    def random_tokens(count: int) -> list[torch.Tensor]:
         return list(torch.randint(0, point.vocabulary, (n, count)))
 
     batch = TokenBatch(
-        prompts=some(point.prompt)[: n // point.shared],
-        completions=[*some(point.completion), *some(point.completion)],
+        prompts=random_tokens(point.prompt)[: n // point.shared],
+        completions=[*random_tokens(point.completion), *random_tokens(point.completion)],
         prompt=(torch.arange(n) // point.shared).repeat(2),
         labels=Labels(desirable=torch.arange(2 * n) % 2 == 0, mismatched=torch.arange(2 * n) >= n),
     )

@@ -3,7 +3,7 @@
     python benchmarks/startup.py --repeats 5
 
 Each command runs once before it is timed: the first start after a boot also reads the libraries from disk, and the
-first ``fit --help`` creates the text that later ones print.
+first ``fit --help`` caches the text that later calls print.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 
-#: Command, and the seconds that it may take on an idle core.
+#: Each command with its target in seconds on an idle core.
 COMMANDS = {
     "--version": 1.5,
     "--help": 1.5,
@@ -29,14 +29,14 @@ LIBRARIES = ("torch", "lightning", "transformers", "scipy", "matplotlib", "datas
 
 
 def run(words: list[str]) -> float:
-    """Seconds that a command takes."""
+    """Run time of a command, in seconds."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "halos_pl", *words], capture_output=True, check=False)
     return time.perf_counter() - start
 
 
 def imports(words: list[str]) -> list[str]:
-    """Which of the libraries a command imports."""
+    """The heavy libraries that a command imports."""
     code = (
         "import contextlib, os, sys\n"
         "from halos_pl.cli.main import main\n"

@@ -49,19 +49,19 @@ BETA = 0.1
 
 @dataclass(frozen=True)
 class Workload:
-    """What both sides compute.
+    """A step that both sides compute.
 
     Attributes:
-        what: for the table.
+        what: description, for the table.
         kind: kto or dpo.
-        rows: ``first`` or ``next`` four pairs, both sides of each; ``more``: all eight, of which KTO takes one side
-            each; ``scored`` and ``long``: see ``rows_of``.
-        lora: train an adapter; the reference is the model with it off.
-        stored: the reference's log-probs are computed beforehand, on both sides.
-        bf16: under autocast to bfloat16.
-        times: so many times as many rows as ``what`` says.
-        device: where models and batches are.
-        model: the policy's path.
+        rows: ``first`` or ``next``: four pairs, with both completions; ``more``: all eight pairs, of which KTO uses one
+            completion each; ``scored`` and ``long``: see ``rows_of``.
+        lora: whether to train an adapter; the reference is then the model with the adapter off.
+        stored: whether both sides compute the reference's log-probs beforehand.
+        bf16: whether to run under autocast to bfloat16.
+        times: factor by which to multiply the number of rows in ``what``.
+        device: device of models and batches.
+        model: path of the policy.
     """
 
     what: str
@@ -75,7 +75,7 @@ class Workload:
     model: str = MODEL
 
     def autocast(self) -> torch.autocast:
-        """What forward passes run in; backward passes do not, as in any fit."""
+        """The context of forward passes; backward passes run outside it, as in any fit."""
         return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
 
 
@@ -107,29 +107,29 @@ def _feedback() -> Iterator[dict[str, Any]]:
 
 
 def pairs(count: int) -> list[dict[str, Any]]:
-    """The first human preferences of at most 1,500 characters each way."""
+    """The first human preferences whose dialogues have at most 1,500 characters each."""
     short = (row for row in _feedback() if max(len(row["chosen_raw"]), len(row["rejected_raw"])) <= 1500)
     return [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in islice(short, count)]
 
 
 def texts(sizes: list[int], model: str) -> list[str]:
-    """Stretches of the data's text of about so many of the model's tokens, all different."""
+    """Distinct excerpts of the data, each of about the given number of the model's tokens."""
     from halos_pl.policy.loading import ModelSpec, load_tokenizer
 
     tokenizer = load_tokenizer(ModelSpec(model))
-    rows = islice(_feedback(), max(40, sum(sizes) // 60))  # a row has more than 60 tokens, in the mean
+    rows = islice(_feedback(), max(40, sum(sizes) // 60))  # a row has more than 60 tokens on average
     ids = tokenizer("".join(row["chosen_raw"] for row in rows))["input_ids"]
-    found, start = [], 0
+    excerpts, start = [], 0
     for size in sizes:
-        found.append(str(tokenizer.decode(ids[start : start + size])))
+        excerpts.append(str(tokenizer.decode(ids[start : start + size])))
         start += size
-    return found
+    return excerpts
 
 
 def rows_of(workload: Workload) -> list[dict[str, Any]]:
-    """Rows of TRL's format."""
+    """The rows of a workload in TRL's format."""
     if workload.rows in ("scored", "long"):
-        # Four long rows, for with eight TRL's side takes more memory than a machine of 24 GB has.
+        # Four long rows: with eight, TRL's side runs out of memory on a machine with 24 GB.
         count, rows = (n * workload.times for n in ((2, 8) if workload.rows == "scored" else (4, 4)))
         prompts, completions = texts([512] * count, workload.model), texts([64] * rows, workload.model)
         return [
@@ -137,21 +137,21 @@ def rows_of(workload: Workload) -> list[dict[str, Any]]:
             for i in range(rows)
         ]
     four = 4 * workload.times
-    found = pairs(2 * four)
+    preferences = pairs(2 * four)
     if workload.rows != "more":
-        found = found[four:] if workload.rows == "next" else found[:four]
+        preferences = preferences[four:] if workload.rows == "next" else preferences[:four]
     if workload.kind == "dpo":
-        return found
+        return preferences
     sides = ("chosen", "rejected")
     return [
         {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
-        for i, pair in enumerate(found)
+        for i, pair in enumerate(preferences)
         for side in (sides[i % 2 : i % 2 + 1] if workload.rows == "more" else sides)
     ]
 
 
 def _moved(policy: Any) -> None:
-    """Moves the policy away from its reference, the same on both sides, so that no reward is 0."""
+    """Moves the policy away from its reference, equally on both sides, so that no reward is 0."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -166,7 +166,7 @@ def _spec(workload: Workload) -> Any:
 
 
 def their_trainer(workload: Workload, folder: str) -> tuple[Any, Any]:
-    """TRL's trainer and the batch that its collator makes."""
+    """TRL's trainer, and the rows of its training data."""
     import trl
     from datasets import Dataset
 
@@ -201,14 +201,14 @@ def their_trainer(workload: Workload, folder: str) -> tuple[Any, Any]:
 
 
 def write_rows(workload: Workload, folder: str) -> None:
-    """The rows as TRL tokenises and mismatches them, in ``rows.json``, where ``ours`` reads them."""
+    """Writes the rows, tokenised and mismatched by TRL, to ``rows.json`` for ``ours``."""
     kept = ("prompt_ids", "completion_ids", "KL_completion_ids", "chosen_ids", "rejected_ids", "label")
     rows = their_trainer(replace(workload, stored=False, device="cpu"), folder)[1]
     (Path(folder) / "rows.json").write_text(json.dumps([{k: row[k] for k in kept if k in row} for row in rows]))
 
 
 def theirs(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Tensor], float]:
-    """The policy, and what computes loss and gradient."""
+    """TRL's policy, a function that computes loss and gradient, and 0 FLOP, which are counted on our side only."""
     with workload.autocast():
         trainer, rows = their_trainer(workload, folder)
     batch = trainer._prepare_inputs(trainer.data_collator(rows))
@@ -223,7 +223,7 @@ def theirs(workload: Workload, folder: str) -> tuple[Any, Callable[[], torch.Ten
 
 
 def ours(workload: Workload, folder: str, objective: Any = None) -> tuple[Any, Callable[[], torch.Tensor], float]:
-    """The same rows, token by token, through the engine that ``HALOModule`` trains with."""
+    """Our policy, a function that computes loss and gradient on the same tokens, and the useful FLOP of a step."""
     from halos_pl.batch import Labels, TokenBatch
     from halos_pl.objective.build import load_objective
     from halos_pl.policy.loading import load_model
@@ -239,7 +239,7 @@ def ours(workload: Workload, folder: str, objective: Any = None) -> tuple[Any, C
     n = len(rows)
     prompts = [torch.tensor(row["prompt_ids"]) for row in rows]
     if kind == "kto":
-        # A prompt that two rows share is one prompt here, as the DataModule makes it.
+        # Rows with the same prompt share it, as in the DataModule.
         distinct = {tuple(row["prompt_ids"]): 0 for row in rows}
         number = {ids: i for i, ids in enumerate(distinct)}
         place = torch.tensor([number[tuple(row["prompt_ids"])] for row in rows])
@@ -271,7 +271,7 @@ def ours(workload: Workload, folder: str, objective: Any = None) -> tuple[Any, C
         return StepEngine(objective, policy, store or reference)
 
     batch = batch.to(workload.device)
-    if workload.stored:  # by another run
+    if workload.stored:  # as an earlier run would have done
         with workload.autocast():
             list(engine().evaluate(batch))
     ours = engine()
@@ -290,13 +290,13 @@ def ours(workload: Workload, folder: str, objective: Any = None) -> tuple[Any, C
     return model, step, step_flops(cost(model), batch, reference=float(not workload.stored))
 
 
-def worker(side: str, given: Workload, folder: str, threads: int) -> None:
-    """Answers on stdout: loads, writes its gradient, then makes a step whenever a line comes in on stdin."""
+def worker(side: str, workload: Workload, folder: str, threads: int) -> None:
+    """Loads one side, writes its gradient, then runs a step for each line on stdin and reports it on stdout."""
     torch.set_num_threads(threads)
-    torch.manual_seed(0)  # of a new adapter
+    torch.manual_seed(0)  # for a new adapter
     if side == "exact":
-        given = replace(given, bf16=False)
-    policy, step, flops = (theirs if side == "theirs" else ours)(given, folder)
+        workload = replace(workload, bf16=False)
+    policy, step, flops = (theirs if side == "theirs" else ours)(workload, folder)
     _moved(policy)
     if side == "exact":
         policy.double()
@@ -311,12 +311,12 @@ def worker(side: str, given: Workload, folder: str, threads: int) -> None:
     optimizer = torch.optim.AdamW(parameters, lr=5e-6, weight_decay=0.0, fused=True)
 
     def whole() -> float:
-        wait(given.device)
+        wait(workload.device)
         start = time.perf_counter()
         step()
         optimizer.step()
         optimizer.zero_grad()
-        wait(given.device)
+        wait(workload.device)
         return time.perf_counter() - start
 
     optimizer.step()
@@ -324,24 +324,24 @@ def worker(side: str, given: Workload, folder: str, threads: int) -> None:
     whole()
     print(json.dumps({"flops": flops}), flush=True)
     for _ in sys.stdin:
-        with Peak() if given.device == "cpu" else CardPeak() as peak:
+        with Peak() if workload.device == "cpu" else CardPeak() as peak:
             seconds = whole()
         print(json.dumps({"seconds": seconds, "peak": peak.most}), flush=True)
 
 
 def wait(device: str) -> None:
-    """Until a GPU has done what it was given."""
+    """Waits until a GPU has finished its work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds."""
+    """Resident memory of this process, in bytes."""
     return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Peak:
-    """The most memory that this process held in between, as Linux notes it."""
+    """Peak memory of this process inside the context, in bytes, as recorded by Linux."""
 
     def __enter__(self) -> Peak:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # proc(5): the peak counts from here
@@ -353,7 +353,7 @@ class Peak:
 
 
 class CardPeak:
-    """The most memory that this process's tensors held on the GPU in between."""
+    """Peak memory of this process's tensors on the GPU inside the context, in bytes."""
 
     def __enter__(self) -> CardPeak:
         torch.cuda.reset_peak_memory_stats()
@@ -367,16 +367,24 @@ def _ask(process: Any) -> dict[str, Any]:
     while line := process.stdout.readline():
         if line.startswith("{"):
             return json.loads(line)  # type: ignore[no-any-return]
-    raise SystemExit("a side has ended early; see its messages above")
+    raise SystemExit("one side ended early; see its messages above")
 
 
-# The most that loss and gradient of both sides may differ, relative to the loss and to the gradient's largest entry; in
-# bfloat16 either is off by a few hundredths.
+# Largest difference allowed between the two sides, relative to the loss and to the gradient's largest entry, without and
+# with bfloat16, under which each side deviates by a few hundredths.
 APART = {False: 1e-5, True: 0.1}
 
 
 def compare(name: str, workload: Workload, options: list[str], repeats: int, threads: int) -> dict[str, Any]:
-    """One row of the table; ``options`` are those of the command that made ``workload`` what it is."""
+    """One row of the table.
+
+    Args:
+        name: key of the workload in ``WORKLOADS``.
+        workload: the workload, with the command's options applied.
+        options: those options as words, for the processes of both sides.
+        repeats: number of timed steps per side.
+        threads: number of threads per side.
+    """
     from halos_pl.training.throughput import matmul_speed
 
     with tempfile.TemporaryDirectory() as folder:
@@ -393,28 +401,28 @@ def compare(name: str, workload: Workload, options: list[str], repeats: int, thr
             )
             if side == "exact":
                 if process.wait():
-                    raise SystemExit("the step in float64 has failed; see its messages above")
+                    raise SystemExit("the step in float64 failed; see its messages above")
             else:
-                sides[side] = process  # both load and warm up at a time; nothing is timed before both are ready
+                sides[side] = process  # both load and warm up at once; timing starts when both are ready
         flops = {side: _ask(process)["flops"] for side, process in sides.items()}
-        found = {side: torch.load(Path(folder) / f"{side}.pt", map_location="cpu") for side in ("exact", *sides)}
-        gradients = {side: result["gradient"] for side, result in found.items()}
+        results = {side: torch.load(Path(folder) / f"{side}.pt", map_location="cpu") for side in ("exact", *sides)}
+        gradients = {side: result["gradient"] for side, result in results.items()}
         size = max(float(g.abs().max()) for g in gradients["exact"].values())
 
-        def off(a: str, b: str) -> float:
+        def difference(a: str, b: str) -> float:
             assert gradients[a].keys() == gradients[b].keys()
             return (
                 max(float((gradients[a][k].double() - g.double()).abs().max()) for k, g in gradients[b].items()) / size
             )
 
         differences: dict[str, Any] = {
-            "loss_rel_diff": abs(float(found["ours"]["loss"] - found["theirs"]["loss"]))
-            / abs(float(found["theirs"]["loss"])),
-            "grad_rel_diff": off("ours", "theirs"),
-            "grad_rel_error": {side: off(side, "exact") for side in sides},
+            "loss_rel_diff": abs(float(results["ours"]["loss"] - results["theirs"]["loss"]))
+            / abs(float(results["theirs"]["loss"])),
+            "grad_rel_diff": difference("ours", "theirs"),
+            "grad_rel_error": {side: difference(side, "exact") for side in sides},
         }
         if (apart := max(differences["loss_rel_diff"], differences["grad_rel_diff"])) > APART[workload.bf16]:
-            raise SystemExit(f"{name}: both sides must compute the same, but loss or gradient are {apart:.0e} apart")
+            raise SystemExit(f"{name}: both sides must agree, but loss or gradient differ by {apart:.0e}")
         seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
         peaks = dict.fromkeys(sides, 0)
         speed = []
@@ -453,21 +461,21 @@ def compare(name: str, workload: Workload, options: list[str], repeats: int, thr
 
 
 def cpu_name() -> str:
-    """As Linux says it."""
+    """Name of the CPU, as Linux reports it."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures all workloads and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=[*WORKLOADS, "all"], default=SHORT)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--times", type=int, default=1, help="multiplies the rows of a step")
-    parser.add_argument("--model", default=MODEL, help="a folder or a name on the hub")
+    parser.add_argument("--times", type=int, default=1, help="factor for the number of rows in a step")
+    parser.add_argument("--model", default=MODEL, help="local folder or hub name")
     parser.add_argument("--side", choices=["exact", "ours", "theirs"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -476,28 +484,28 @@ def main() -> None:
         args.workloads = list(WORKLOADS)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here")
-    given = {
+    workloads = {
         name: replace(WORKLOADS[name], times=args.times, device=args.device, model=args.model)
         for name in args.workloads
     }
     if args.side:
-        return worker(args.side, given[args.workloads[0]], args.folder, args.threads)
+        return worker(args.side, workloads[args.workloads[0]], args.folder, args.threads)
     import transformers
     import trl
 
     versions = f"trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
-    print("float32 but for rows that say bfloat16", end=", ")
+    print("float32, except in rows named bfloat16", end=", ")
     machine = f"{args.threads} threads, {cpu_name()}" if args.device == "cpu" else torch.cuda.get_device_name()
     print(f"{machine}, {versions}, {time.strftime('%Y-%m-%d')}")
-    print(f"{args.model}, {args.times} times the rows that a line says\n", flush=True)
+    print(f"{args.model}, {args.times} times the stated number of rows\n", flush=True)
     options = ["--device", args.device, "--times", str(args.times), "--model", args.model]
     columns = ["step", "ours, s", "TRL, s", "times faster", "ours, GB", "TRL, GB", "memory", "loss, apart"]
     columns += ["gradient, apart", "ours to float64", "TRL to float64", "useful FLOP/s of matmul"]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
-    found = []
-    for name, workload in given.items():
+    rows = []
+    for name, workload in workloads.items():
         row = compare(name, workload, options, args.repeats, args.threads)
-        found.append(row)
+        rows.append(row)
         seconds, memory, error = row["seconds"], row["gigabytes"], row["grad_rel_error"]
         figures = [f"{seconds['ours']:.1f}", f"{seconds['theirs']:.1f}", f"{row['time_ratio']:.2f}"]
         figures += [f"{memory['ours']:.1f}", f"{memory['theirs']:.1f}", f"{row['memory_ratio']:.2f}"]
@@ -505,7 +513,7 @@ def main() -> None:
         figures += [f"{error['ours']:.0e}", f"{error['theirs']:.0e}", f"{row['useful_flops_share']:.0%}"]
         print(f"| {workload.what} | {' | '.join(figures)} |", flush=True)
         if args.json:
-            args.json.write_text(json.dumps(found, indent=2) + "\n")
+            args.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":
