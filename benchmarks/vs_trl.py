@@ -370,8 +370,8 @@ def _ask(process: Any) -> dict[str, Any]:
     raise SystemExit("one side ended early; see its messages above")
 
 
-# Largest difference allowed between the two sides, relative to the loss and to the gradient's largest entry, without and
-# with bfloat16, under which each side deviates by a few hundredths.
+# Largest difference allowed between the two sides, relative to the loss and to the gradient's largest entry, without
+# and with bfloat16, under which each side deviates by a few hundredths.
 APART = {False: 1e-5, True: 0.1}
 
 

@@ -12,11 +12,11 @@ from value_functions.base import ValueFunction
 from value_functions.base import reward_scale as reward_scale
 from value_functions.discovery import plug_ins
 
-_FOUND = plug_ins(__name__, ValueFunction)
-__all__ = ["ValueFunction", *sorted(_FOUND)]
+_PLUG_INS = plug_ins(__name__, ValueFunction)
+__all__ = ["ValueFunction", *sorted(_PLUG_INS)]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _FOUND:
-        return _FOUND[name]
+    if name in _PLUG_INS:
+        return _PLUG_INS[name]
     raise AttributeError(f"value_functions has no {name!r}; it has {', '.join(__all__)}")

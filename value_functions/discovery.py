@@ -33,7 +33,7 @@ class Declared:
     A subclass that defines ``forward`` inherits none of these declarations.
 
     Attributes:
-        violates: clause (see ``halos check --explain``) to reason. Reports show the reason beside a failure, which
+        violates: clause (see ``halos check --explain``) to reason. Reports show the reason next to a failure, which
             still counts. The library's tests require that each of its plug-ins violates exactly these clauses.
     """
 

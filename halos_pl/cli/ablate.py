@@ -54,9 +54,9 @@ def ablate(
 
     Args:
         study: YAML file of the study, or the name of a shipped one, such as ablations/beta.
-        overrides: second file, which changes the scale: its options are added to those of the study, and its
-            configs, seeds and evaluate replace the study's.
-        out: folder for all results; default: runs/NAME, after the study's file.
+        overrides: second file, or the name of a shipped one, which changes the scale: its options are added to those of
+            the study, and its other keys, such as configs, seeds and evaluate, replace the study's.
+        out: folder for all results; default: runs/NAME, after the study's file (and that of --overrides).
         jobs: number of runs at a time; they share the CPU cores.
         keep_checkpoints: whether to keep the last checkpoint of each run after measuring it.
     """
@@ -143,7 +143,7 @@ def status(folder: str) -> None:
     done = list(metrics)
     title = f"{escape(plain(folder))}: {len(done)} of {len(runs)} runs done"
     table = Table(title=title, title_justify="left")
-    for column in ("run", "state", "why"):
+    for column in ("run", "state", "reason"):
         table.add_column(column, overflow="fold")
     for run in runs:
         how, why = state(run), ""
@@ -161,7 +161,7 @@ def status(folder: str) -> None:
 
 
 def report(folder: str) -> None:
-    """Recompute the report of a study, finished or not, from its runs, or from its values.csv.gz if there are none.
+    """Recompute the report of a study, finished or not, from its runs or, if there are none, from its values.csv.gz.
 
     Executes the code that the runs' configs name.
 

@@ -18,7 +18,7 @@ _copies: dict[int, int] = {}
 
 @contextmanager
 def ending_quietly() -> Iterator[None]:
-    """Inside this context, a command ends without a message when it cannot write to stdout or stderr any more.
+    """Inside this context, a command ends without a message once stdout or stderr has no reader.
 
     Raises:
         SystemExit: with ``STATUS``.

@@ -57,7 +57,7 @@ def info() -> None:
     """Show the content, size and size limit of the cache, and when it was last used."""
     stored, most = entries(), limit()
     table = Table(title=escape(plain(cache_root())))
-    for column in ("kind", "what", "entries", "MB", "used first", "used last"):
+    for column in ("kind", "content", "entries", "MB", "least recent use", "latest use"):
         table.add_column(column, justify="right" if column in ("entries", "MB") else "left")
     for kind, what in _KINDS.items():
         alike = [entry for entry in stored if entry.kind == kind]

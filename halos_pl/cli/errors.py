@@ -33,7 +33,7 @@ NOISE = (
     r".*dataloader is not resumable",  # it is: a batch is a function of seed, epoch and step
     r".*LightningCLI's args parameter",
 )
-# An advertisement, and Lightning's reason for stopping, wrong after early stopping; RunReport logs the right one.
+# An advertisement, and Lightning's reason for stopping, wrong after early stopping: RunReport logs the right one.
 UNSAID = r"litlogger|`Trainer\.fit` stopped: `max"
 
 # Errors that a user can fix, beside RunError, OSError and ValueError.

@@ -53,7 +53,7 @@ def export(
     Any other model is written unchanged, with an adapter merged into its base.
 
     Args:
-        run: folder of the run; or a Hugging Face folder, a folder with a peft adapter, or a hub name.
+        run: folder of the run; or a Hugging Face folder, a folder with a peft adapter, a hub name, or package:NAME.
         folder: folder to write, which ``AutoModelForCausalLM.from_pretrained`` and ``halos generate`` can load.
         adapter: whether to write only the adapter of a LoRA policy instead of merging it into the model. If the run
             started from an adapter, both become one adapter of the base model.
@@ -102,7 +102,7 @@ def export(
 
 
 def _adapter_alone(policy: Any, spec: ModelSpec) -> Any:
-    """A peft model whose adapter, on the base that it names, gives the policy.
+    """A peft model whose adapter, applied to the base that it names, gives the policy.
 
     Raises:
         ValueError: if no single adapter does.

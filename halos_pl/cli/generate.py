@@ -42,14 +42,14 @@ def generate_file(
     """Sample completions of the prompts in a file. The code that a run's config.yaml names is executed.
 
     Args:
-        model: folder of a run, a Hugging Face folder, a folder with a peft adapter, or a hub name.
+        model: folder of a run, a Hugging Face folder, a folder with a peft adapter, a hub name, or package:NAME.
         prompts: .txt file with one prompt per line, or JSON lines with "prompt", a text or a message list.
         prompt_column: column of JSON lines with the prompt; default: "prompt".
         out: JSON lines to write; default: beside the prompts. Each row has the columns of its prompt's row, "prompt" as
             the model got it (messages if the chat template was applied), and lists of equal length: "completions";
             "finished", whether the model ended each; and "same_tokens", whether training on its text gives the sampled
-            tokens (special tokens that the text must not spell are dropped). halos fit reads the rows once a list
-            "scores" is added. Until sampling is done, the file ends in .part.
+            tokens (special tokens that the text must not contain are dropped). halos fit reads the rows once a list
+            "scores" is added. Until sampling is done, the file's name ends in .part.
         text_prompts: encoding of plain-text prompts: plain (unchanged) or chat (a user message in the chat template);
             default: as the run was trained (data.text_prompts), else plain.
         chat_template: chat template that replaces the model's: a .jinja file, a folder with a tokenizer, chatml, or the
@@ -76,7 +76,7 @@ def generate_file(
     }
     check_sampling(seed=seed, **sampling)
     path = Path(prompts)
-    read_prompt_rows(path, text_prompts or "chat", prompt_column)  # fail before the model is loaded
+    read_prompt_rows(path, text_prompts or "chat", prompt_column)  # to fail before the model is loaded
     target = Path(out) if out else path.with_suffix(".completions.jsonl")
     if target.exists() and target.samefile(path):
         raise FileExistsError(f"--out {target} is the file with the prompts, which would be lost; name another file")

@@ -329,7 +329,7 @@ def inspect_source(
     """Show the content of a source of feedback: classes, lengths, repeats, contradictions, faults, a few rows.
 
     Args:
-        source: file, folder, or name of a hub data set.
+        source: path of a file or folder, or name of a hub data set.
         tokenizer: tokenizer of the model to be trained: a hub name, a local folder, or package:NAME.
         max_length: length limit in tokens; rows that it would truncate or drop are counted.
         examples: number of random rows to show.

@@ -112,7 +112,7 @@ class HalosCLI(LightningCLI):
             },
             parser_class=TrainerParser,
             auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,  # checkpoints hold no hyper-parameters; config.yaml does
+            load_from_checkpoint_support=False,  # hyper-parameters are in config.yaml, not in checkpoints
             trainer_class=NotingTrainer,
             args=self._words,
             run=run,
@@ -125,7 +125,7 @@ class HalosCLI(LightningCLI):
         return {command: commands[command]} if command in commands else commands
 
     @property
-    def _own(self) -> Any:
+    def _config(self) -> Any:
         """The config of the command, or of a fit if none is run."""
         return self.config[self.subcommand] if self.subcommand else self.config
 
@@ -141,13 +141,13 @@ class HalosCLI(LightningCLI):
         try:
             super()._set_seed()
         except ValueError as error:
-            raise RunError(f"seed_everything is {self._own.seed_everything}: it must be 0 to {2**32 - 1}") from error
+            raise RunError(f"seed_everything is {self._config.seed_everything}: it must be 0 to {2**32 - 1}") from error
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing: hyper-parameters are in ``config.yaml``, not in checkpoints."""
 
     def before_instantiate_classes(self) -> None:
-        config = self._own
+        config = self._config
         say_swaps(self._words, config_files(self._words), config)
         check_settings(config.trainer)
         for name, kind in _GROUP_CLASSES.items():
@@ -182,14 +182,14 @@ class HalosCLI(LightningCLI):
             config.ckpt_path = str(path)
 
     def instantiate_classes(self) -> None:
-        with naming_keys(self._own, (*USER_ERRORS, TypeError, ImportError)):
+        with naming_keys(self._config, (*USER_ERRORS, TypeError, ImportError)):
             super().instantiate_classes()
 
     def _check_measures(self) -> None:
         """Refuses a command that would measure nothing."""
         name = f"limit_{'val' if self.subcommand == 'validate' else self.subcommand}_batches"
         if getattr(self.trainer, name) == 0:
-            raise RunError(f"trainer.{name} is 0, so that nothing would be measured")
+            raise RunError(f"trainer.{name} is 0, so nothing would be measured")
 
     before_validate = before_test = before_predict = _check_measures
 
@@ -202,7 +202,7 @@ class HalosCLI(LightningCLI):
         say_unused(self.trainer, self.datamodule)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        config = self._own
+        config = self._config
         loggers = self._get(self.config_init, "trainer")["logger"]
         if config.trainer.barebones or loggers is False:
             kwargs["logger"] = False

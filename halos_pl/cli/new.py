@@ -33,8 +33,8 @@ def new(kind: Kind, name: str, *, package: bool = False) -> None:
         package: whether to write into the checkout of halos_pl, whose tests then find the file.
 
     Raises:
-        ValueError: if the name is taken, or no name for a class or file.
-        FileExistsError: if a file exists already.
+        ValueError: if the name is taken or invalid.
+        FileExistsError: if a file already exists.
     """
     words = [word for word in re.split(r"[_\W]+|(?<=[a-z0-9])(?=[A-Z])", name) if word]
     snake = "_".join(words).lower()

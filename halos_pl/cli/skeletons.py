@@ -88,7 +88,7 @@ class CLASS(ReferencePoint):
 
     def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
         # rewards: [n], nats. rows.labels: which rows are desirable or mismatched, and which form a pair.
-        # Reduce sums and counts over the ranks, never means: ranks may hold different numbers of rows.
+        # Add up sums and counts over ranks, never means: ranks may have different numbers of rows.
         return MeanOverRanks(rewards[rows.labels.train]).estimate()
 '''
 

@@ -46,7 +46,7 @@ class LateDefaults(LightningArgumentParser):
 
 
 def swaps(part: Any, config: Any, where: str, key: str = "") -> Iterator[str]:
-    """What became of settings for a class that another class has replaced.
+    """The settings kept and lost where another class has replaced a class.
 
     Args:
         part: content of one file or option, as mappings.
@@ -84,7 +84,7 @@ def _short(path: Any) -> str:
 
 
 def say_swaps(words: Any, files: Iterable[str], config: Any) -> None:
-    """Logs what became of settings in files and options whose class another file or option has replaced."""
+    """Logs the settings kept and lost where a later file or option has replaced a class."""
     parts: list[tuple[str, Any]] = [(path, read_yaml(path)[0]) for path in files if Path(path).is_file()]
     for word in words if isinstance(words, list) else ():
         if word.startswith("--"):

@@ -1,4 +1,4 @@
-"""Runs the clauses of a target and makes the report and the verdict."""
+"""Runs the clauses of a target and computes the report and the verdict."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from halos_pl.objective.reference_points import ReferencePoint
 from halos_pl.objective.rewards import Reward
 from value_functions import ValueFunction
 
-# With ``thorough``, this many times more steps are searched.
+# Factor of the number of steps searched with ``thorough``.
 _THOROUGH = 10
 
 
 @dataclass(frozen=True)
 class Checks:
-    """The checks of a target, not run yet.
+    """The checks of a target, before they run.
 
     Attributes:
         name: name of the target.
@@ -55,7 +55,7 @@ def _checks_of_objective(target: Objective, examples: int, thorough: bool, share
     if not halos:
         witness = f"{type(target).__name__} does not consist of a reward, reference point, value function and feedback"
         return Checks(type(target).__name__, [Clause("identity", lambda: witness)], lambda failed: "not a halo")
-    examples = max(1, examples // len(halos))  # shared out among the terms, so that a sum takes no longer
+    examples = max(1, examples // len(halos))  # divided among the terms, so that a sum takes no longer
     shared = {} if shared is None else shared
     cases = [
         HaloCase(term, objective.CLAUSES, examples=examples, thorough=thorough, shared=shared) for _, term in halos
@@ -67,7 +67,7 @@ def _checks_of_objective(target: Objective, examples: int, thorough: bool, share
     ]
     sums = objective.own_sums(target)
     if sums:
-        # A sum of another class may add up differently, so that its loss is not that of its terms.
+        # A sum of another class may add up differently, so its loss may differ from that of its terms.
         at = next(i for i, clause in enumerate(clauses) if clause.name.endswith("identity"))
         of_terms = clauses[at].check
 
@@ -84,7 +84,7 @@ def _checks_of_objective(target: Objective, examples: int, thorough: bool, share
 def checks_of(
     target: Target, examples: int = 60, thorough: bool = False, shared: dict[Any, Any] | None = None
 ) -> Checks:
-    """The checks of ``target``; for the arguments see :func:`reports`."""
+    """The checks of ``target``; see :func:`reports` for the arguments."""
     name = type(target).__name__
     if isinstance(target, Objective):
         return _checks_of_objective(target, examples, thorough, shared)
@@ -104,13 +104,13 @@ def checks_of(
 
 
 def clauses(target: Target, definition: Definition = "icml") -> Iterator[Clause]:
-    """The clauses of ``target`` under ``definition``, not run yet."""
+    """The clauses of ``target`` under ``definition``, before they run."""
     return (clause for clause in checks_of(target).clauses if definition == "icml" or not clause.icml_only)
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """One thread, since the operations are small and many; and gradients, even if the caller disabled them."""
+    """Uses one thread, since the operations are many and small, and enables gradients even if the caller did not."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -121,7 +121,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _unusable(witnesses: list[str | None]) -> str | None:
-    """Why the target cannot be judged: it returned another shape, or it always raises."""
+    """Why the target cannot be judged: it returns a wrong shape, or always raises."""
     shapes = [witness for witness in witnesses if isinstance(witness, WrongShape)]
     raised = [witness for witness in witnesses if isinstance(witness, Raised)]
     if shapes:
@@ -179,9 +179,11 @@ def reports(
         verdicts: dict[Definition, str] = {}
         rows: dict[Definition, list[ClauseResult]] = {}
         for definition in get_args(Definition):
-            mine = [(row, counts) for clause, row, counts in results if definition == "icml" or not clause.icml_only]
-            rows[definition] = [row for row, _ in mine]
-            verdicts[definition] = checks.verdict([row.clause for row, counts in mine if counts])
+            applicable = [
+                (row, counts) for clause, row, counts in results if definition == "icml" or not clause.icml_only
+            ]
+            rows[definition] = [row for row, _ in applicable]
+            verdicts[definition] = checks.verdict([row.clause for row, counts in applicable if counts])
     seconds, unusable = time.perf_counter() - start, _unusable(witnesses)
     return {
         definition: Report(checks.name, definition, verdicts[definition], rows[definition], seconds, unusable)
@@ -202,23 +204,23 @@ def check_halo(
 
     Args:
         target: an ``Objective``, ``ValueFunction``, ``ReferencePoint``, ``Reward`` or ``Feedback``, or such a class
-            that can be made without arguments; or, as on the command line, an objective's YAML file,
+            without required arguments; or, as on the command line, an objective's YAML file,
             ``path/to/file.py:Class``, a dotted class, or the bare name of a plug-in.
         definition: ``icml`` (Ethayarajh et al., ICML 2024, Def. 3.4) or ``v1`` (arXiv v1: any parameterised reward).
         expected_failures: clauses that may fail, each with a reason. They are reported as ``expected`` and do not
             raise. The verdict does not change: it is computed, and cannot be declared.
-        on_fail: ``raise`` for a clause that fails and is not expected, or ``report`` in any case. Clauses that are only
-            reported (those of -v(-u) for a value function alone) never raise.
-        max_examples: number of steps of random rows that each clause of a reward, reference point, feedback or
-            objective is tried on. Value functions are searched on a grid instead.
+        on_fail: ``raise`` to raise if a clause fails unexpectedly, ``report`` to return the report in any case. Clauses
+            that are only reported (those of -v(-u) for a value function alone) never raise.
+        max_examples: number of steps of random rows on which to try each clause of a reward, reference point, feedback
+            or objective. Value functions are searched on a grid instead.
         thorough: whether to try ten times as many steps, and a grid four times as dense.
 
     Raises:
         CheckFailed: see ``on_fail``; an AssertionError with the ``report``.
         TypeError: the target is of another kind.
-        TargetError: a ValueError: a name or file has nothing to check.
-        ValueError: another definition or ``on_fail``, an expected failure of a clause that the target does not
-            have or without a reason, or fewer than one example.
+        TargetError: a name or file contains nothing to check; a subclass of ValueError.
+        ValueError: ``definition``, ``on_fail`` or ``max_examples`` is invalid, or an expected failure has no reason or
+            names a clause that the target does not have.
     """
     if definition not in get_args(Definition):
         raise ValueError(f"definition is {definition!r}; choose icml or v1")

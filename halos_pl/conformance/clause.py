@@ -1,8 +1,8 @@
-"""A clause of the definition: a plain function of a target, with its explanation beside it.
+"""A clause of the definition: a plain function of a target, with its explanation.
 
 A function that takes a :class:`Case` and returns ``None`` or a witness is a clause once it is decorated with
 :func:`explained` and listed in the ``CLAUSES`` of its kind. A kind's ``clauses(case)`` yields them bound to a target;
-``check_halo``, the pytest decorator and ``halos check`` all run what it yields.
+``check_halo``, the pytest decorator and ``halos check`` all run these.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Explanation:
     """One clause in words.
 
     Attributes:
-        means: the demand of the clause: the docstring of its function.
-        example: the body of a class that fails it; the class extends the clause's kind of target.
-        cure: how to fix a target that fails it.
+        means: meaning of the clause: the docstring of its function.
+        example: body of a class that fails it; the class extends the clause's kind of target.
+        cure: remedy for a target that fails it.
     """
 
     means: str
@@ -68,10 +68,10 @@ class Clause:
     Attributes:
         name: name of the clause, after the term's name if an objective sums several.
         check: runs the clause: ``None`` if the clause holds, else a witness.
-        icml_only: whether only the ICML definition has the clause; arXiv v1 does not.
-        excused: called after a failure: why it is expected, else ``None``.
-        not_required: likewise: why it is reported but does not count, else ``None``.
-        note: called once all checks have run: a remark for the report, else ``None``.
+        icml_only: whether only the ICML definition has the clause, and arXiv v1 does not.
+        excused: called after a failure; returns the reason why it is expected, else ``None``.
+        not_required: called after a failure; returns the reason why it does not count, else ``None``.
+        note: called after all checks; returns a remark for the report, else ``None``.
     """
 
     name: str

@@ -14,24 +14,24 @@ from torch import Tensor
 EPS = torch.finfo(torch.float64).eps
 EDGE, FAR = 100.0, 1e4
 CELLS = 500_000
-# ``F.softplus`` jumps by 2e-9 where it becomes linear, which is not its users' fault: a jump by this share of the range
+# ``F.softplus`` jumps by 2e-9 where it becomes linear, which its users cannot help: a jump by this share of the range
 # of v is allowed there.
 JUMP = 3e-8
 Function = Callable[[Tensor], Tensor]
 
 
 class WrongShapeError(ValueError):
-    """A function returned another shape than its input has."""
+    """A function returned a tensor of another shape than its input."""
 
 
-# Upstream gradients of v; a backward that alters them shows. Powers of two divide exactly.
+# Upstream gradients of v, which reveal a backward that alters them. Powers of two divide exactly.
 LARGEST_COTANGENT = 4.0
 _COTANGENTS = (1.0, -1.0, LARGEST_COTANGENT, -0.5, 0.25, -2.0, -1.0)
 
 
 @lru_cache(maxsize=1)
 def _cotangents() -> Tensor:
-    """As many as the largest batch has rows, in aperiodic order."""
+    """One per row of the largest batch, in aperiodic order."""
     draw = torch.Generator().manual_seed(0)
     order = torch.randint(len(_COTANGENTS), (2 * CELLS,), generator=draw)
     return torch.tensor(_COTANGENTS, dtype=torch.float64)[order]
@@ -71,7 +71,7 @@ def value_and_slope(v: Function, u: Tensor, view: Function | None = None) -> tup
 
 @dataclass(frozen=True)
 class Noise:
-    """How far rounding may move a curve at each of its points.
+    """Bounds on the effect of rounding at each point of a curve.
 
     Attributes:
         value, slope: float64 [n].
@@ -120,7 +120,7 @@ class Curve:
         return replace(self, **{name: merged(getattr(self, name), getattr(other, name)) for name in names})
 
     def part(self, index: Any) -> Curve:
-        """Some of the points."""
+        """A subset of the points."""
         return replace(self, u=self.u[index], value=self.value[index], slope=self.slope[index])
 
     def finite(self) -> Curve:
@@ -164,7 +164,7 @@ def grid(cells: int = CELLS) -> Tensor:
         torch.cat(
             [
                 torch.logspace(-12, -3, 2000, dtype=torch.float64),
-                # A step that is no round number, so that no periodic fault hides between the points.
+                # A step that is not a round number, so that no periodic fault hides between the points.
                 torch.arange(1, cells // 2 + 1, dtype=torch.float64) * (EDGE / (cells // 2) * 0.99999871),
                 torch.logspace(2, 4, 20000, dtype=torch.float64),
             ]

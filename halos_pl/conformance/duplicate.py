@@ -1,4 +1,4 @@
-"""Fresh copies of a plug-in, so that no clause sees the state left by another."""
+"""Fresh copies of a plug-in, so that no clause sees state left by another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``halos check --explain``: the meaning of a clause, an example that fails it, and the cure.
+"""``halos check --explain``: the meaning of a clause, an example that fails it, and the remedy.
 
 The texts are next to the clauses (:func:`halos_pl.conformance.clause.explained`).
 """
@@ -40,14 +40,14 @@ def listed() -> str:
         width = max(map(len, names))
         gists = [EXPLANATIONS[name].means.partition(". ")[0].partition(": ")[0].rstrip(".") for name in names]
         lines += ["", f"{kind}:", *(f"  {name:<{width}}  {gist}" for name, gist in zip(names, gists, strict=True))]
-    return "\n".join([*lines[1:], "", "halos check --explain CLAUSE shows an example that fails it, and the cure."])
+    return "\n".join([*lines[1:], "", "halos check --explain CLAUSE shows an example that fails it, and the remedy."])
 
 
 def explain(name: str) -> str:
-    """The meaning of a clause, an example that fails it, and the cure.
+    """The meaning of a clause, an example that fails it, and the remedy.
 
     Args:
-        name: name of the clause; a term in front of it, as in the report on a sum, is ignored.
+        name: name of the clause; a prefix with the name of a term, as in the report on a sum, is ignored.
 
     Raises:
         ValueError: there is no such clause; the message names similar ones.
@@ -63,6 +63,6 @@ def explain(name: str) -> str:
         for text in (explanation.means, explanation.cure)
     )
     return (
-        f"{clause}, a clause of a {kind_of(clause)}\n\nIt means\n{means}\n\nThis fails it\n"
-        f"{textwrap.indent(code(clause), '  ')}\n\nThe cure\n{cure}"
+        f"{clause}, a clause of a {kind_of(clause)}\n\nMeaning\n{means}\n\nExample that fails\n"
+        f"{textwrap.indent(code(clause), '  ')}\n\nRemedy\n{cure}"
     )

@@ -38,7 +38,7 @@ class FeedbackCase(Case):
 
     Args:
         feedback: the target; copies of it are called.
-        examples: number of steps that each clause is tried on.
+        examples: number of steps on which each clause is tried.
     """
 
     def __init__(self, feedback: Feedback, *, examples: int = 60) -> None:
@@ -48,11 +48,11 @@ class FeedbackCase(Case):
         self._judged: dict[Step, list[tuple[str, LogProbBatch, Judgement]]] = {}
 
     def judged(self, rows: LogProbBatch) -> Judgement:
-        """Sign, weight and denominator, by a fresh copy."""
+        """Sign, weight and denominator from a fresh copy."""
         return Judgement(*duplicate(self.target)(rows))
 
     def judgements(self, step: Step) -> list[tuple[str, LogProbBatch, Judgement]]:
-        """Judgements by a fresh copy, by one copy on further steps of that kind, and by that copy in evaluation."""
+        """Judgements of a fresh copy, of one copy on further steps of that kind, and of that copy in evaluation."""
         if step not in self._judged:
             rows = step.rows()
             judgements = [("", rows, self.judged(rows))]
@@ -74,8 +74,8 @@ class FeedbackCase(Case):
             sign = torch.where(rows.labels.desirable, 1.0, 0.0)
             return Judgement(sign, rows.labels.train.float(), rows.labels.train.sum().float())
         """,
-    cure="""Return torch.where(rows.labels.desirable, -1.0, 1.0), for mismatched rows too. How much a row counts is its
-    weight.""",
+    cure="""Return torch.where(rows.labels.desirable, -1.0, 1.0), for mismatched rows too. The weight decides how much a
+    row counts.""",
 )
 def feedback_sign(case: FeedbackCase) -> str | None:
     """The sign of each row is -1 (desirable: raising its value lowers the loss) or +1."""
@@ -119,7 +119,7 @@ def feedback_weight(case: FeedbackCase) -> str | None:
         return None
 
     witness = case.smallest(fault)
-    return witness if witness or counted else "every row weighs 0, so nothing is learnt"
+    return witness if witness or counted else "every row has weight 0, so nothing is learnt"
 
 
 @explained(
@@ -129,8 +129,8 @@ def feedback_weight(case: FeedbackCase) -> str | None:
             weight = rows.policy_logps.detach().sum(dim=1).exp() * rows.labels.train
             return Judgement(sign, weight, rows.labels.train.sum().float())
         """,
-    cure="""Use labels, scores, masks and reference_logps only; .detach() removes the gradient, not the dependence. What
-    depends on the policy belongs in the value function.""",
+    cure="""Use labels, scores, masks and reference_logps only; .detach() removes the gradient, not the dependence.
+    Anything that depends on the policy belongs in the value function.""",
 )
 def feedback_independent_of_theta(case: FeedbackCase) -> str | None:
     """Sign, weight and denominator do not depend on the policy, and carry no gradient."""
@@ -148,7 +148,7 @@ def feedback_independent_of_theta(case: FeedbackCase) -> str | None:
             if a.requires_grad:
                 return f"{labels(rows)}: the {name} has a gradient in the policy's log-probs"
             for number_, policy in enumerate(others):
-                # The exact KL divergence is the policy's as well.
+                # The exact KL divergence depends on the policy, too.
                 kl = None if rows.kl is None else rows.kl * number_
                 b = getattr(case.judged(replace(rows, policy_logps=policy, kl=kl)), name)
                 if a.shape != b.shape or not bool(((a == b) | (a.isnan() & b.isnan())).all()):
@@ -171,7 +171,7 @@ def feedback_independent_of_theta(case: FeedbackCase) -> str | None:
     a transform of the data (data.transforms).""",
 )
 def feedback_deterministic(case: FeedbackCase) -> str | None:
-    """The same rows are judged alike on every call, in training and in evaluation."""
+    """The same rows get the same judgement on every call, in training and in evaluation."""
 
     def fault(step: Step) -> str | None:
         rows = step.rows()
@@ -193,12 +193,12 @@ def feedback_deterministic(case: FeedbackCase) -> str | None:
             sign = torch.where(rows.labels.desirable, -1.0, 1.0)
             return Judgement(sign, rows.labels.train.float(), torch.tensor(1.0))
         """,
-    cure="""Return as denominator a sum over this rank's rows, such as rows.labels.train.sum().float(), not a mean
-    or a constant. Weights that count the step's rows reduce these counts with
-    halos_pl.distributed.sum_over_ranks first.""",
+    cure="""Return a sum over this rank's rows as the denominator, such as rows.labels.train.sum().float(), not a mean
+    or a constant. If weights depend on counts over the step, sum these counts first with
+    halos_pl.distributed.sum_over_ranks.""",
 )
 def feedback_split(case: FeedbackCase) -> str | None:
-    """A row is judged alike in any order, with any padding and on any rank.
+    """A row gets the same judgement in any order, with any padding and on any rank.
 
     The ranks' denominators add up to that of the step.
     """
@@ -261,7 +261,7 @@ def _two_ranks(case: FeedbackCase, step: Step) -> str | None:
     rows of one token. Return the denominator as a tensor without dimensions.""",
 )
 def feedback_finite(case: FeedbackCase) -> str | None:
-    """Signs, weights and denominator are finite, and the denominator is a scalar above 0 where a row counts."""
+    """Signs, weights and denominator are finite, and the denominator is a scalar, above 0 if any row counts."""
 
     def fault(step: Step) -> str | None:
         step = replace(step, alone=case.target.needs.groups)

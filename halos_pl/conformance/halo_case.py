@@ -1,4 +1,4 @@
-"""The state that the clauses of a HALO share: the cases of its four parts, and their loss by the definition."""
+"""The state that the clauses of a HALO share: the cases of its four parts, and the loss that follows from them."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from halos_pl.conformance.value_case import ValueFunctionCase
 from halos_pl.objective.halo import HALO, mean_of_tokens
 
 T = TypeVar("T")
-# A float32 in the loss is no fault.
+# Float32 inside the loss is no fault.
 RELATIVE = 1e-5
 
 
 def _state(part: object) -> object:
-    """Equal for two parts exactly if they are the same function: of one class, with equal contents."""
+    """A key that is equal for two parts if and only if they have the same class and equal contents."""
     try:
         return pickle.dumps(part)
-    except Exception:  # a lambda, say: the same only as itself
+    except Exception:  # such as a lambda, which equals only itself
         return id(part)
 
 
 def gradient_of(loss: Tensor, leaf: Tensor) -> Tensor:
-    """The gradient of the loss in ``leaf``; zeros if it has none."""
+    """The gradient of the loss with respect to ``leaf``; zeros if there is none."""
     gradient = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
     return torch.zeros_like(leaf) if gradient is None else gradient
 
@@ -119,7 +119,7 @@ class HaloCase(Case):
 
     @cached_property
     def weights(self) -> dict[int, set[float]]:
-        """The weights above 0 that desirable (-1) and undesirable (+1) rows have."""
+        """The weights above 0 of desirable (-1) and undesirable (+1) rows."""
         seen: dict[int, set[float]] = {-1: set(), 1: set()}
 
         def look(step: Step) -> None:

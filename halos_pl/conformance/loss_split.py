@@ -25,7 +25,7 @@ def loss_split(case: HaloCase) -> str | None:
 
 
 def _untied(rows: LogProbBatch) -> LogProbBatch:
-    """The rows with log-probs and margins all made different, since ties are broken by order."""
+    """The rows with all log-probs and margins made distinct, since ties are broken by order."""
 
     def moved(logps: Tensor, by: float) -> Tensor:
         off = by * (1 + logps.abs().max()) * (1 + torch.arange(len(logps))).sqrt()

@@ -1,4 +1,4 @@
-"""The clauses of an objective: those of its four parts, and that its loss follows from them by the definition."""
+"""The clauses of an objective: those of its four parts, and those on how the loss follows from them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def terms(objective: Objective, name: str = "") -> list[tuple[str, Objective]]:
 
 
 def own_sums(objective: Objective) -> list[Sum]:
-    """The sums in an objective, itself included, of a subclass of ``Sum``, which may add up differently."""
+    """All instances of subclasses of ``Sum`` in an objective (itself included), which may add up differently."""
     if not isinstance(objective, Sum):
         return []
     inner = [inner_sum for term in objective.terms for inner_sum in own_sums(term)]  # type: ignore[arg-type]
@@ -92,13 +92,13 @@ def sum_of_terms(objective: Sum, examples: int) -> str | None:
             return dataclasses.replace(result, loss=result.loss.square())
         """,
     cure="""Express the change as a part: a transform of the outcome is a value function, a weight is feedback, an
-    offset is the reference point. A further term (an SFT loss, say) goes into model.extra_terms, which makes the loss a
-    composite.""",
+    offset is the reference point. A further term, such as an SFT loss, belongs in model.extra_terms, which makes the
+    loss a composite.""",
 )
 def identity(case: HaloCase) -> str | None:
     """The loss is the sum of w * a * v(r - z0) over the rows, divided by the denominator, up to a constant.
 
-    It is shown by equal changes of the loss and an equal gradient. A loss that is not made of the four parts fails too.
+    Changes of the loss and gradients are compared. A loss that does not consist of the four parts fails too.
     """
 
     def fault(step: Step) -> str | None:
@@ -160,7 +160,7 @@ def _wrong_slope(rows: LogProbBatch, gradient: Tensor, slope: Tensor) -> str | N
     reflect_undesirable; gains and losses differ by the shape of v (LossAverse).""",
 )
 def one_value_function(case: HaloCase) -> str | None:
-    """The value function that the objective shows acts on desirable and on undesirable rows."""
+    """The objective's value_function acts on both desirable and undesirable rows."""
     if case.witness(identity) is None:
         return None
 
@@ -187,14 +187,14 @@ def one_value_function(case: HaloCase) -> str | None:
 
 
 CLAUSES: tuple[Law, ...] = (identity, one_value_function)
-_NO_WEIGHT = "reported: it acts on no row that carries weight"
+_NO_WEIGHT = "reported only: it acts on no row with a weight above 0"
 
 
 def clauses(case: HaloCase) -> Iterator[Clause]:
     """The clauses of a HALO: those of its parts as they act in it, and those of its loss."""
 
     def idle(law: Law) -> str | None:
-        """Why v does not matter here."""
+        """Why v does not matter to this objective, else None."""
         acts = True
         if law in UNDESIRABLE:
             acts = case.acts_reflected
@@ -216,12 +216,12 @@ def clauses(case: HaloCase) -> Iterator[Clause]:
 
 
 def _weights(case: HaloCase) -> str | None:
-    """A remark on rows that do not all weigh the same."""
+    """A remark if rows have different weights."""
     weights = sorted(case.weights[-1] | case.weights[1])
     if len(weights) < 2:
         return None
     by = f"{weights[0]:g} to {weights[-1]:g}" if len(weights) > 3 else ", ".join(f"{w:g}" for w in weights)
-    return f"rows weigh {by}: judged on the data re-weighted so"
+    return f"rows have weights {by}: judged on the data with these weights"
 
 
 def verdict(case: HaloCase, failed: list[str]) -> str:

@@ -49,7 +49,7 @@ class Ranks:
         self.local = threading.local()
 
     def exchange(self, value: Any) -> list[Any]:
-        """The values of all ranks, in their order."""
+        """The values of all ranks, in rank order."""
         self.slots[self.local.rank] = value
         self.barrier.wait(timeout=5)
         everything = list(self.slots)
@@ -116,7 +116,7 @@ class Ranks:
             for path, stand_in in stand_ins.items():
                 home, _, name = f"torch.distributed.{path}".rpartition(".")
                 names = vars(importlib.import_module(home))
-                if name not in names:  # of another version of torch
+                if name not in names:  # absent from this version of torch
                     continue
                 original = names[name]
                 imported = [(ns, key) for ns in namespaces for key, value in ns.items() if value is original]

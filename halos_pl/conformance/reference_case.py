@@ -18,7 +18,7 @@ from halos_pl.objective.halo import mean_of_tokens
 from halos_pl.objective.reference_points import Estimate, ReferencePoint
 from halos_pl.objective.rewards import LogRatio, Reward
 
-# Estimates may be float32 inside (sums over ranks are), whatever the rewards are.
+# Estimates may use float32 inside, as sums over ranks do, whatever the dtype of the rewards.
 RELATIVE = 256 * torch.finfo(torch.float32).eps
 
 
@@ -63,7 +63,7 @@ class ReferencePointCase(Case):
         return duplicate(self.target)
 
     def rows(self, step: Step) -> LogProbBatch:
-        """The rows that the reference point is called with; of scope ``row``, only those with a loss."""
+        """The rows that the reference point is called with; for scope ``row``, only those with a loss."""
         rows = step.rows()
         return rows if self.target.scope == "step" else rows.select(rows.labels.train.nonzero().squeeze(1))
 
@@ -73,7 +73,7 @@ class ReferencePointCase(Case):
             return mean_of_tokens(duplicate(self.reward)(rows), rows.mask)
 
     def estimate(self, rewards: Tensor, rows: LogProbBatch, copy: ReferencePoint | None = None) -> Tensor:
-        """z0 of each row by ``copy``, or by a fresh one, without gradient; nats, float64 [n]."""
+        """z0 of each row from ``copy``, or from a fresh one, without gradient; nats, float64 [n]."""
         with torch.no_grad():
             estimate: Estimate = (copy or self.fresh())(rewards.clone(), rows)
             return estimate.value.expand(len(rows)).to(torch.float64)
@@ -124,12 +124,12 @@ class ReferencePointCase(Case):
 
 
 def first_difference(one: Tensor, other: Tensor, rewards: Tensor, rows: LogProbBatch) -> tuple[str, str] | None:
-    """The first two numbers that differ, of estimates [calls, n] of those rows that carry a loss."""
+    """The first two numbers that differ between estimates [calls, n], among rows that carry a loss; else None."""
     most = RELATIVE * (one.abs().max() + rewards.abs().max())
     wrong = (~((one - other).abs() <= most) & rows.labels.train).nonzero()
     return pair(float(one[tuple(wrong[0])]), float(other[tuple(wrong[0])])) if len(wrong) else None
 
 
 def untied(rewards: Tensor) -> Tensor:
-    """The rewards, all made different, since the ranks of equal rewards depend on their order."""
+    """The rewards, all made distinct, since the ranks of equal rewards depend on their order."""
     return rewards + 1e-3 * torch.pi * (1 + rewards.abs().max()) * torch.arange(len(rewards)).to(rewards)

@@ -1,4 +1,4 @@
-"""The clauses of a reference point: a location of the rewards it averages, the same however a step is split."""
+"""The clauses of a reference point: a mean of rewards that does not depend on how a step is split."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from halos_pl.objective.reference_points import Estimate
         def forward(self, rewards, rows):
             return Estimate(2 * MeanOverRanks(rewards[rows.labels.train]).mean)
         """,
-    cure="""Weight rewards by weights of at least 0 that sum to 1, without factor or offset. A clamp such as KTO's
-    max(0, z0) fails by design: your own class states that reason in `excused`.""",
+    cure="""Average rewards with weights of at least 0 that sum to 1, without factor or offset. A clamp such as KTO's
+    max(0, z0) fails by design: state that reason in `excused` of your class.""",
 )
 def reference_in_range(case: ReferencePointCase) -> str | None:
-    """z0 is a mean of rewards, E_Q[r]: between the least and the largest reward that it depends on.
+    """z0 is a mean of rewards, E_Q[r]: between the smallest and the largest reward that it depends on.
 
-    And it is not always the row's own reward.
+    It must not always be the row's own reward.
     """
     compared = False
 
@@ -78,7 +78,7 @@ def reference_in_range(case: ReferencePointCase) -> str | None:
 
 
 def _outside(z0: Tensor, rewards: Tensor, rows: LogProbBatch, depends: Tensor | None = None) -> str | None:
-    """A row with a loss whose z0 lies outside of the ``rewards``, or of those that it depends on, [n, n]."""
+    """A row with a loss whose z0 is outside the range of ``rewards``, or of those it ``depends`` on (bool [n, n])."""
     slack = RELATIVE * (rewards.abs().max() + 1e-30)
     low, high = rewards.min(), rewards.max()
     if depends is not None:
@@ -102,7 +102,7 @@ def _outside(z0: Tensor, rewards: Tensor, rows: LogProbBatch, depends: Tensor | 
     function. A running mean must start from the first estimate, not from 0.""",
 )
 def reference_shift_equivariant(case: ReferencePointCase) -> str | None:
-    """If all rewards are c nats higher, z0 is c nats higher, so that outcomes stay the same."""
+    """If all rewards rise by c nats, z0 rises by c nats, so that outcomes stay the same."""
 
     def fault(step: Step) -> str | None:
         rows = case.rows(step)
@@ -133,8 +133,8 @@ def reference_shift_equivariant(case: ReferencePointCase) -> str | None:
         def forward(self, rewards, rows):
             return Estimate(rewards[rows.labels.train][0].detach())
         """,
-    cure="""Do not pair rows by their place: rows.labels.pair names a pair's other row, rows.labels.group the rows of a
-    prompt, rows.labels.mismatched the mismatched ones.""",
+    cure="""Do not match rows by position: rows.labels.pair gives a pair's other row, rows.labels.group the rows of a
+    prompt, and rows.labels.mismatched the mismatched rows.""",
 )
 def reference_permutation_equivariant(case: ReferencePointCase) -> str | None:
     """The order of the rows does not matter: each row's z0 is the same in any order."""
@@ -162,12 +162,12 @@ def reference_permutation_equivariant(case: ReferencePointCase) -> str | None:
         def forward(self, rewards, rows):
             return Estimate(rewards[rows.labels.train].mean())
         """,
-    cure="""Call .detach() on what you average, as in rewards.detach(). In training the rewards come without gradient,
-    but rows.policy_logps need not, and the clause gives both a gradient. MeanOverRanks and sum_over_ranks detach
-    anyway. If z0 is meant to carry a gradient, as in DPO, it is computed from each row: scope = "row".""",
+    cure="""Detach the values that you average, as in rewards.detach(). In training, the rewards have no gradient, but
+    rows.policy_logps may have one; the clause gives both a gradient. MeanOverRanks and sum_over_ranks detach by
+    themselves. If z0 is meant to carry a gradient, as in DPO, compute it per row: scope = "row".""",
 )
 def reference_detached(case: ReferencePointCase) -> str | None:
-    """A reference point of scope "step" passes no gradient on to the rewards or the policy."""
+    """A reference point of scope "step" passes no gradient to the rewards or the policy."""
     if case.target.scope != "step":
         return None
 
@@ -200,8 +200,8 @@ def reference_detached(case: ReferencePointCase) -> str | None:
         def forward(self, rewards, rows):
             return Estimate(rewards[rows.labels.train].detach().exp().mean().log())
         """,
-    cure="""Beware of empty selections (count.clamp(min=1)), the spread of a single row, and exp: torch.logsumexp does
-    not overflow.""",
+    cure="""Beware of empty selections (count.clamp(min=1)), of the standard deviation of a single row, and of exp:
+    torch.logsumexp does not overflow.""",
 )
 def reference_finite(case: ReferencePointCase) -> str | None:
     """z0 is an Estimate of a finite number for every row, from a step of one row to rewards of 10,000 nats."""
@@ -235,7 +235,7 @@ CLAUSES: tuple[Law, ...] = (
     reference_split,
     reference_finite,
 )
-# Clauses that an estimate of E_Q[r] may fail, for a reason that its author states: see ``ReferencePoint.excused``.
+# Clauses that an estimate of E_Q[r] may fail for a stated reason; see ``ReferencePoint.excused``.
 EXCUSABLE: tuple[Law, ...] = (reference_in_range, reference_shift_equivariant)
 CONSTANT = "a degenerate reference: z0 averages no rewards"
 
@@ -244,7 +244,7 @@ def clauses(case: ReferencePointCase) -> Iterator[Clause]:
     """The clauses of a reference point."""
 
     def excused(law: Law) -> str | None:
-        # A constant reference point has its own verdict, which covers these.
+        # A constant reference point gets a verdict that covers these clauses.
         return case.excused.get(law.__name__) or (CONSTANT if law in EXCUSABLE and case.constant is not None else None)
 
     for law in case.laws:

@@ -1,4 +1,4 @@
-"""The clause that a reference point is the same however a step is split over ranks and micro-batches."""
+"""The clause that a reference point does not depend on the split of a step over ranks and micro-batches."""
 
 from __future__ import annotations
 

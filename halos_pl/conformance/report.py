@@ -23,7 +23,7 @@ class ClauseResult:
     Attributes:
         clause: its name, after the term's name if an objective sums several HALOs.
         status: ``passed``, ``failed``, or ``expected``: failed, for a stated reason.
-        witness: the smallest counter-example found, in numbers; else None.
+        witness: the smallest counterexample found, in numbers; else None.
         reason: a remark, such as why the failure was expected.
         required: whether a failure counts against the target; false for a clause that is only reported.
     """
@@ -53,11 +53,11 @@ class Report:
         target: its name.
         definition: ``icml`` (ICML 2024, Def. 3.4) or ``v1`` (arXiv v1: any parameterised reward).
         verdict: ``halo``, ``halo (two-sided)``, ``degenerate reference``, ``halo-shaped: fails A, B``,
-            ``composite`` or ``not a halo``. For a plug-in alone it covers the clauses of its kind: ``halo`` means that
+            ``composite`` or ``not a halo``. For a plug-in alone, it covers the clauses of its kind: ``halo`` means that
             it can be part of one.
         clauses: results in the order of the definition.
-        seconds: duration of the check.
-        unusable: why the target cannot be checked (it always raises, or returns another shape); else None.
+        seconds: duration of the check, in seconds.
+        unusable: why the target cannot be checked (it always raises, or returns a wrong shape); else None.
     """
 
     target: str
@@ -100,8 +100,8 @@ class Report:
 
     def __rich__(self) -> Group:
         table = Table(box=None, padding=(0, 2, 0, 0))
-        for title in ("clause", "status", "smallest witness, and why"):
-            table.add_column(title, no_wrap=title != "smallest witness, and why")
+        for title in ("clause", "status", "smallest counterexample, and reason"):
+            table.add_column(title, no_wrap=title in ("clause", "status"))
         colours = {"passed": "green", "failed": "red", "expected": "yellow"}
         for clause in self.clauses:
             colour = colours[clause.status] if clause.required else "yellow"

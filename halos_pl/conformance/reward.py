@@ -1,4 +1,4 @@
-"""The clauses of a reward: r = l(y) * log[pi_theta / pi_ref] with l > 0, a function of its row, blind to padding."""
+"""The clauses of a reward: r = l(y) * log[pi_theta / pi_ref] with l > 0, a function of its row, without padding."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RewardCase(Case):
 
     Args:
         reward: the target; copies of it are called.
-        examples: number of steps that each clause is tried on.
+        examples: number of steps on which each clause is tried.
     """
 
     def __init__(self, reward: Reward, *, examples: int = 60) -> None:
@@ -93,7 +93,7 @@ def reward_shape(case: RewardCase) -> str | None:
             return rows.policy_logps.sum(dim=1)
         """,
     cure="""Subtract rows.reference_logps (with needs = Needs(reference=True)), and remove offsets, margins and bonuses:
-    a constant of the loss is model.loss_offset. For a loss without reference model, --definition v1.""",
+    a constant in the loss is model.loss_offset. For a loss without a reference model, use --definition v1.""",
 )
 def reward_zero_at_reference(case: RewardCase) -> str | None:
     """Where the policy equals the reference model, the reward is 0. ICML 2024 only; arXiv v1 allows any reward."""
@@ -121,8 +121,8 @@ def reward_zero_at_reference(case: RewardCase) -> str | None:
         def forward(self, rows):
             return (rows.policy_logps - rows.reference_logps).sum(dim=1).clamp(-5, 5)
         """,
-    cure="""Keep the log-ratio linear, such as divided by the length, and move clamps, squares and saturation into the
-    value function.""",
+    cure="""Keep the reward linear in the log-ratio (dividing by the length is fine), and move clamps, squares and
+    saturation into the value function.""",
 )
 def reward_linear(case: RewardCase) -> str | None:
     """The reward is l * log(pi_theta / pi_ref) with one factor l > 0 per row, which does not depend on the policy.
@@ -143,12 +143,12 @@ def reward_linear(case: RewardCase) -> str | None:
         reward = case.fresh()
         for policy in policies:
             leaf = policy.clone().requires_grad_()
-            # The exact KL divergence is the policy's as well.
+            # The exact KL divergence depends on the policy, too.
             kl = None if rows.kl is None else rows.kl * (1 + len(values))
             r = reward(replace(rows, policy_logps=leaf, kl=kl))
             tokens = r.dim() == 2
             per_row = torch.where(rows.mask, r, 0.0).sum(dim=1) if tokens else r
-            # Two sums of the rows with other weights have slopes in proportion to them, unless rows mix.
+            # The slopes of two differently weighted sums are proportional to the weights, unless rows mix.
             weights = torch.rand(2, n, generator=torch.Generator().manual_seed(step.seed), dtype=leaf.dtype) + 0.5
             slopes = [_slope((w * per_row).sum(), leaf) / w[:, None] for w in weights]
             values.append(per_row.detach())
@@ -194,11 +194,11 @@ def reward_linear(case: RewardCase) -> str | None:
             ratio = (rows.policy_logps - rows.reference_logps).sum(dim=1)
             return ratio / len(rows)
         """,
-    cure="""Remove statistics of the batch, counters and branches on self.training. Comparing rows with something is the
-    job of the reference point; weighting them, that of the feedback.""",
+    cure="""Remove statistics of the batch, counters and branches on self.training. Comparing rows is the job of the
+    reference point; weighting them is the job of the feedback.""",
 )
 def reward_of_its_row(case: RewardCase) -> str | None:
-    """The reward of a row depends on that row alone: not on the rows beside it, on earlier calls, or on evaluation."""
+    """The reward of a row depends on that row alone: not on other rows, on earlier calls, or on evaluation mode."""
 
     def fault(step: Step) -> str | None:
         rows = step.rows()
@@ -246,11 +246,11 @@ def _differs(one: Tensor, other: Tensor) -> str | None:
         def forward(self, rows):
             return (rows.policy_logps - rows.reference_logps).mean(dim=1)
         """,
-    cure="""Log-probs of padding are 0, so sums may run over it, but nothing else: divide by rows.mask.sum(dim=1), and
-    take the last token by the mask, not by the last column.""",
+    cure="""Log-probs of padding are 0, so sums may include it, but nothing else may: divide by rows.mask.sum(dim=1),
+    and find the last token with the mask, not in the last column.""",
 )
 def reward_padding(case: RewardCase) -> str | None:
-    """More padding does not change the reward, and a reward of tokens is finite on padding."""
+    """More padding does not change the reward, and a reward per token is finite on padding."""
 
     def fault(step: Step) -> str | None:
         rows = step.rows()

@@ -18,7 +18,7 @@ from halos_pl.conformance.switches import breakpoints
 
 
 def _misfit(a: Curve, b: Curve) -> Tensor:
-    """How far the increment from a to b is from what the slopes at either end allow, in utility, float64 [n]."""
+    """Distance of the increment from a to b from the range that the slopes at both ends allow, utility, float64 [n]."""
     h, rise = b.u - a.u, b.value - a.value
     low, high = torch.minimum(a.slope, b.slope) * h, torch.maximum(a.slope, b.slope) * h
     return torch.maximum(low - rise, rise - high).clamp(min=0).nan_to_num(nan=torch.inf)
@@ -61,7 +61,7 @@ def survey(v: Function, cells: int = CELLS, most: int = 400) -> Curve:
     worst = worst[doubt[worst] > 0.5]
     if not len(worst):
         return curve
-    # Bisected towards the half that fits worse: a jump stays, an inflection point vanishes.
+    # Bisected towards the less consistent half: a jump stays, an inflection point vanishes.
     low, high = sound.part(worst), sound.part(worst + 1)
     seen = []
     for _ in range(45):
@@ -76,7 +76,7 @@ def survey(v: Function, cells: int = CELLS, most: int = 400) -> Curve:
 
 
 def _extremes(curve: Curve, most: int = 1000) -> Tensor:
-    """Points, by number, where the slope is lower or higher than on either side: there it may go further in between."""
+    """Indices of points whose slope is a local extremum: the slope may be more extreme between them."""
     before, slope, after = curve.slope[:-2], curve.slope[1:-1], curve.slope[2:]
     dip = torch.minimum(before, after) - slope
     peak = slope - torch.maximum(before, after)
@@ -90,7 +90,7 @@ def _where(condition: Tensor, a: Curve, b: Curve) -> Curve:
 
 
 def _without_single_points(slope: Tensor) -> Tensor:
-    """Median of three: at a kink autograd may return anything for the one point that lies on it."""
+    """Median of three: autograd may return anything for a point that lies on a kink."""
     if len(slope) < 3:
         return slope
     a, b, c = slope[:-2], slope[1:-1], slope[2:]
@@ -109,7 +109,7 @@ def falls(curve: Curve) -> tuple[float, float] | None:
     down = slope < -floor.slope
     if not bool(drop.any()) and not bool(down.any()):
         return None
-    # Shown by the largest fall within a nat of the fall that is nearest to 0.
+    # The largest fall within one nat of the fall nearest to 0.
     places = torch.cat([drop.nonzero().squeeze(1), down.nonzero().squeeze(1)])
     first = int(places[curve.u[places].abs().argmin()])
     window = (curve.u - curve.u[first]).abs() <= 1

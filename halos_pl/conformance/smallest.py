@@ -14,9 +14,9 @@ from halos_pl.conformance.witness import Raised
 
 @lru_cache(maxsize=8)
 def _drawn(count: int) -> tuple[Step, ...]:
-    """Always the same steps. Not drawn by Hypothesis, which takes longer than most clauses take to try them."""
+    """Always the same steps; drawing them with Hypothesis would take longer than most clauses do."""
     draw = Random(0)
-    # First a single row, alone and with a mismatched row, of either label, as random draws may not reach these sizes.
+    # First a single row of either label, alone and with a mismatched row: random draws may not reach these sizes.
     labels: tuple[Classes, ...] = ("desirable", "undesirable")
     single = [Step(classes=label, mismatched=n) for label in labels for n in (0, 1)]
     drawn = [step for _ in range(0, count, _BLOCK) for step in _block(draw)]
@@ -58,13 +58,13 @@ def smallest(
         return wrong and _halved(witness_at, *wrong)
     try:
         from halos_pl.conformance.strategies import shrunk
-    except ModuleNotFoundError:  # installed without its dependencies: the same verdict, a larger witness
+    except ModuleNotFoundError:  # Hypothesis is not installed: the same verdict, with a larger witness
         return _halved(witness_at, *first)
     return shrunk(witness_at, first[1], needs, mismatched=mismatched, examples=examples)
 
 
 def _halved(witness_at: Callable[[Step], str | None], step: Step, witness: str) -> str:
-    """The witness of a step that is half as large in some way, as often as it goes."""
+    """The witness after halving the step in some way as often as possible."""
     for name in ("units", "tokens", "mismatched"):
         while (size := getattr(step, name)) > 1:
             smaller = replace(step, **{name: size // 2})

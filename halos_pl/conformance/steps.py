@@ -42,7 +42,7 @@ class Step:
 
     @property
     def large(self) -> bool:
-        """Whether it is larger than the drawn ones, so that checking row by row would take long."""
+        """Whether the step is larger than the drawn ones, so that checking row by row would take long."""
         return self.units > 6 or self.tokens > 5
 
     def later(self, call: int) -> Step:
@@ -82,7 +82,7 @@ class Step:
 
         def log_probs() -> torch.Tensor:
             tenths = torch.randint(0, 31, (n, width), generator=draw)
-            certain = torch.rand(n, width, generator=draw) < 0.1  # a log-prob of 0 is no padding
+            certain = torch.rand(n, width, generator=draw) < 0.1  # a log-prob of 0 is not padding
             return -(tenths * ~certain).to(dtype) / 10 * self.scale * mask
 
         policy, reference = log_probs(), log_probs()
@@ -99,7 +99,7 @@ class Step:
         )
 
     def _routing(self, tokens: torch.Tensor, dtype: torch.dtype) -> Routing:
-        """How three experts share ``tokens`` (BoolTensor [n, T]), two for each token; from a generator of its own."""
+        """The routing of ``tokens`` (BoolTensor [n, T]) to three experts, two per token; from a separate generator."""
         draw = torch.Generator().manual_seed(self.seed + 2)
         logits = torch.randn(*tokens.shape, 3, generator=draw, dtype=torch.float64)
         chosen = torch.zeros_like(logits).scatter_(2, logits.topk(2, dim=2).indices, 1.0)
@@ -107,7 +107,7 @@ class Step:
         return Routing(probability.to(dtype), (chosen * tokens[..., None]).sum(dim=1).float())
 
     def _scores(self, desirable: torch.Tensor) -> torch.Tensor:
-        """How good each row is, of either sign whatever its label; missing for some, and in every third step.
+        """Scores of the rows, of either sign regardless of the label; missing for some rows, and in every third step.
 
         Drawn from a separate generator, so that no other draw depends on them.
         """
@@ -172,7 +172,7 @@ def large_steps(needs: Needs | None = None, *, mismatched: bool | None = None) -
 
 
 def kept_together(rows: LogProbBatch, needs: Needs) -> list[list[int]]:
-    """Rows, by number, that no split of a step separates: pairs, and whole prompts if needed."""
+    """Indices of rows that no split of a step separates: pairs, and whole prompts if needed."""
     units: dict[tuple[str, int], list[int]] = {}
     for i, (pair, group) in enumerate(zip(rows.labels.pair.tolist(), rows.labels.group.tolist(), strict=True)):
         if needs.groups and not rows.labels.mismatched[i]:
@@ -183,7 +183,7 @@ def kept_together(rows: LogProbBatch, needs: Needs) -> list[list[int]]:
 
 
 def two_ranks(rows: LogProbBatch, needs: Needs, seed: int) -> list[torch.Tensor]:
-    """The step's rows, by number, on either of two ranks; empty if one of them would have no row with a loss."""
+    """Indices of the step's rows on each of two ranks; empty if one rank would have no row with a loss."""
     units = kept_together(rows, needs)
     if len(units) < 2:
         return []

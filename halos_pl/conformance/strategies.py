@@ -23,7 +23,7 @@ from value_functions import ValueFunction
 
 
 def outcomes(largest: float = 1e4) -> st.SearchStrategy[float]:
-    """Outcomes u in nats: 0, tiny, ordinary and huge ones of either sign, at most ``largest`` in size."""
+    """Outcomes u in nats: 0, tiny, ordinary and huge ones of either sign, with |u| at most ``largest``."""
     size = st.one_of(
         st.sampled_from([0.0, 1e-12, 1e-6, 1.0, 100.0, largest]),
         st.floats(0.0, min(10.0, largest)),
@@ -72,7 +72,7 @@ def _of_annotation(annotation: Any, default: Any) -> st.SearchStrategy[Any]:
 
 
 def arguments(cls: type) -> st.SearchStrategy[dict[str, Any]]:
-    """Keyword arguments for the constructor of ``cls``, drawn by its annotations and defaults.
+    """Keyword arguments for the constructor of ``cls``, drawn according to its annotations and defaults.
 
     Arguments that the constructor refuses with a ``ValueError`` are not drawn.
     """
@@ -122,7 +122,7 @@ def shrunk(
         examples: minimum number of steps to draw.
     """
     best: tuple[float, str] = (math.inf, first)
-    tries, most = 0, min(150, 3 * examples)  # a count and not a time, so that the witness is the same on any machine
+    tries, most = 0, min(150, 3 * examples)  # a count, not a time limit, so that the witness is the same on any machine
 
     @_settings(max(examples, 50), Phase.generate, Phase.shrink)
     @given(steps(needs, mismatched=mismatched))
@@ -135,6 +135,6 @@ def shrunk(
             best = min(best, (size, witness), key=lambda b: b[0])
             raise _FoundError
 
-    with suppress(Exception):  # the fault itself, or the end of the tries while it is shrunk
+    with suppress(Exception):  # the fault itself, or the last try while it is shrunk
         run()
     return best[1]

@@ -1,4 +1,4 @@
-"""Where the code inside a value function switches: recorded from the operations that it executes."""
+"""Places where the code of a value function switches branches, recorded from the operations that it executes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STEPS = {"sign", "sgn", "floor", "ceil", "round", "trunc"}
 
 
 class Switches(TorchDispatchMode):
-    """Records for each operation that branches (a comparison, a clamp, abs …) which branch each element took.
+    """Records which branch each element takes in each operation that branches (a comparison, a clamp, abs …).
 
     Attributes:
         states: a float64 [count] for each such operation, in the order of the calls.
@@ -34,7 +34,7 @@ class Switches(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No: skipping it means importing it, which takes as long as a check does."""
+        """False: skipping it means importing it, which takes as long as a check."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -85,7 +85,7 @@ def operations(v: Function) -> int:
 
 
 def breakpoints(v: Function, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Points on either side of each place where the code inside v takes another branch.
+    """Points on either side of each place where the code inside v switches branches.
 
     Args:
         v: a value function.

@@ -1,4 +1,4 @@
-"""Targets of a check: an object, a class, or the place of one: in a file, a module or an objective's YAML.
+"""Targets of a check: an object, a class, the path of a class in a file or module, or an objective's YAML file.
 
 The code of the target is executed.
 """
@@ -45,7 +45,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _imported() -> list[type]:
-    """The plug-ins that are imported."""
+    """All imported plug-ins."""
     classes, todo = [], list[type](KINDS)
     while todo:
         cls = todo.pop()
@@ -55,8 +55,8 @@ def _imported() -> list[type]:
     return classes
 
 
-def _known(name: str) -> type | None:
-    """The imported plug-in of that bare name, one of the library first; else None."""
+def _plug_in_named(name: str) -> type | None:
+    """The imported plug-in with this bare name, preferably from the library; else None."""
     candidates = [cls for cls in _imported() if cls.__name__ == name]
     return min(candidates, key=lambda c: not c.__module__.startswith(("halos_pl", "value_functions")), default=None)
 
@@ -91,10 +91,10 @@ def _from_module(path: str) -> Any:
     if path.endswith(".py"):
         names = _classes_of(_from_file(Path(path), ""))
         listed = f"; it has {', '.join(names)}" if names else ""
-        raise TargetError(f"{path}: say which class of it, {path}:{names[0] if names else 'Class'}{listed}")
+        raise TargetError(f"{path}: name a class in it, as in {path}:{names[0] if names else 'Class'}{listed}")
     module, _, name = path.rpartition(".")
     if not module:
-        cls = _known(name)
+        cls = _plug_in_named(name)
         if cls is None:
             like = _like(name, (plug_in.__name__ for plug_in in _imported()))
             raise TargetError(f"{path!r} is not a known plug-in{like}; {ACCEPTED}")
@@ -129,7 +129,7 @@ def objective_of(path: str | Path) -> Target:
     except OSError as error:
         raise TargetError(f"{path}: {error.strerror or error}{hint(path, objectives())}") from error
     except (ValueError, yaml.YAMLError, SystemExit) as error:
-        message = " ".join(str(error).split())  # most of them name the file themselves
+        message = " ".join(str(error).split())  # most messages already name the file
         raise TargetError(message if str(path) in message else f"{path}: {message}") from error
 
 

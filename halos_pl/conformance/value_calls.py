@@ -12,7 +12,7 @@ from halos_pl.conformance.witness import WrongShape, number, pair
 
 # Outcomes are those of rows, [n], or of tokens, [n, T]. The most obvious ones come first.
 SHAPES = ((3,), (2, 3), (1,), (1, 1), (5, 1), (0,), (2, 1, 3))
-# Every small batch, and those on either side of the powers of two that code splits batches at.
+# Every small batch, and sizes around the powers of two at which code splits batches.
 SIZES = (*range(1, 301), *(2**k + d for k in range(9, 15) for d in (-1, 0, 1)), 1000, 20001)
 # Inputs of a value function other than [12, 10] outcomes: other shapes, and views with strides.
 VIEWS: dict[str, Function] = {
@@ -60,7 +60,7 @@ def _alone(case: ValueFunctionCase, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _difference(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], u: Tensor) -> str | None:
-    """Where two answers to the same outcomes differ by more than the order of operations explains."""
+    """Where two results for the same outcomes differ by more than the order of operations explains; else None."""
     if torch.equal(one[0], other[0]) and torch.equal(one[1], other[1]):  # almost every call
         return None
     eps = torch.finfo(u.dtype).eps
@@ -83,8 +83,8 @@ def _difference(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], u: Ten
         def forward(self, u):
             return torch.sigmoid(u - u.mean())
         """,
-    cure="""Remove statistics of the batch such as u.mean(), u.max() or softmax. Comparing outcomes with something is
-    the job of the reference point; a scale is a constant.""",
+    cure="""Remove statistics of the batch such as u.mean(), u.max() or softmax. Comparisons are the job of the
+    reference point; a scale is a constant.""",
 )
 def elementwise(case: ValueFunctionCase) -> str | None:
     """The value of an outcome depends on that outcome alone, not on the other rows, the batch size or the position."""
@@ -99,10 +99,10 @@ def elementwise(case: ValueFunctionCase) -> str | None:
             difference = _difference((both[0], both[1]), (both[2], both[3]), u)
             return difference and f"{difference}{batch}; the first is its value in a batch of one"
 
-        for n in SIZES[number_::2]:  # half of them in either dtype, every size in one
+        for n in SIZES[number_::2]:  # half of the sizes in each dtype
             if difference := compare((torch.arange(n) * (1 + n % 4) + n) % len(base), lambda u: u):
                 return difference
-        # All alike, as at the start of every run, where every outcome is 0.
+        # All equal, as at the start of every run, where every outcome is 0.
         for n, at in ((2, 0), (9, 0), (64, 0), (9, 5)):
             if difference := compare(torch.full((n,), at), lambda u: u, " that are all alike"):
                 return difference
@@ -166,7 +166,7 @@ def deterministic(case: ValueFunctionCase) -> str | None:
     cure="Use the operation without the trailing underscore (clamp, not clamp_), or work on u.clone().",
 )
 def no_in_place_change(case: ValueFunctionCase) -> str | None:
-    """v leaves its input unchanged: the objective still needs u afterwards."""
+    """v does not change its input: the objective needs u afterwards."""
     for dtype in DTYPES:
         far = torch.tensor([0.0, 1e-9, -1e-9, FAR, -FAR])
         batches = [torch.cat([varied_outcomes(n), far]) for n in (1, 115, 595)]

@@ -18,7 +18,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
 def varied_outcomes(n: int) -> Tensor:
-    """n different outcomes, near and far, of both signs, in no order; nats, float64 [n]."""
+    """n distinct outcomes of both signs, near and far, in no order; nats, float64 [n]."""
     steps = torch.arange(n, dtype=torch.float64)
     size = 10 ** ((steps * 0.618034) % 1 * 5 - 3)  # 1e-3 to 100
     return torch.where(steps % 2 == 0, size, -size)
@@ -77,7 +77,7 @@ class ValueFunctionCase(Case):
 
     @cached_property
     def samples(self) -> dict[torch.dtype, Sample]:
-        """v in each dtype beside the exact v: at every bfloat16 number; in float32 also at every fourth grid point."""
+        """v in each dtype and exactly: at every bfloat16 number; in float32 also at every fourth grid point."""
         steps = torch.arange(2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
         positive = steps[(steps >= 0) & (steps <= FAR)]
         outcomes = {
@@ -96,7 +96,7 @@ class ValueFunctionCase(Case):
         u = self._grid_points
         value, slope = value_and_slope(self.fresh(), u)
         rounded = value_and_slope(self.fresh(), u.float().double())[0]
-        # Outcomes where another u must have another value.
+        # Outcomes at which a different u must have a different value.
         telling = (u.abs() > 0.1) & (u.abs() < 10) & (slope.abs() > 1e-3) & (u != u.float().double())
         alike = telling & (value == rounded)
         if int(alike.sum()) < 20 or int(alike.sum()) < 0.99 * int(telling.sum()):

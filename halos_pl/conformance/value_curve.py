@@ -19,7 +19,7 @@ from halos_pl.conformance.witness import number, pair
         def forward(self, u):
             return torch.sin(u)
         """,
-    cure="""Check the sign of each term and of each parameter that may be negative. Where v would turn, let it saturate
+    cure="""Check the sign of each term and of each parameter that may be negative. Where v would fall, let it saturate
     instead, with clamp, sigmoid or tanh.""",
 )
 def non_decreasing(case: ValueFunctionCase) -> str | None:
@@ -33,8 +33,8 @@ def non_decreasing(case: ValueFunctionCase) -> str | None:
         def forward(self, u):
             return torch.where(u > 0, u.square() + u, u)
         """,
-    cure="""Use a form whose slope shrinks or stays: sigmoid, log1p, 1 - exp(-u), a power of at most 1, or a straight
-    line. A kink may only bend down.""",
+    cure="""Use a form whose slope shrinks or stays constant: sigmoid, log1p, 1 - exp(-u), a power of at most 1, or a
+    straight line. A kink may only bend down.""",
 )
 def concave_on_gains(case: ValueFunctionCase) -> str | None:
     """Each further gain counts for less: on u > 0 the slope of v never grows, and v never jumps."""
@@ -47,11 +47,11 @@ def concave_on_gains(case: ValueFunctionCase) -> str | None:
         def forward(self, u):
             return torch.sin(u)
         """,
-    cure="""Let v rise on losses (u < 0) as well: it is the same v, seen in a mirror. Or set model.reflect_undesirable
-    to false.""",
+    cure="""Let v rise on losses (u < 0) as well: reflection maps them to gains. Or set model.reflect_undesirable to
+    false.""",
 )
 def undesirable_non_decreasing(case: ValueFunctionCase) -> str | None:
-    """Under `reflect_undesirable: true` undesirable rows are valued by -v(-u), which must not fall either.
+    """With `reflect_undesirable: true`, undesirable rows are valued by -v(-u), which must not fall either.
 
     Required of an objective that reflects; for a value function alone it is only reported.
     """
@@ -68,7 +68,7 @@ def undesirable_non_decreasing(case: ValueFunctionCase) -> str | None:
     to false.""",
 )
 def undesirable_concave_on_gains(case: ValueFunctionCase) -> str | None:
-    """Under `reflect_undesirable: true` the slope of -v(-u) must not grow on u > 0: v is convex on losses.
+    """With `reflect_undesirable: true`, the slope of -v(-u) must not grow on u > 0: v must be convex on losses.
 
     Required of an objective that reflects; for a value function alone it is only reported.
     """
@@ -97,7 +97,7 @@ def _rounded(x: float, digits: int) -> list[float]:
 
 
 def _fall_in_numbers(f: Function, u1: float, u2: float, name: str) -> str:
-    """Text that shows f(u1) > f(u2), with as few digits as do."""
+    """Text that shows f(u1) > f(u2), with as few digits as possible."""
     candidates = [(a, b) for d in range(15) for a in _rounded(u1, d) for b in _rounded(u2, d) if a < b]
     candidates.append((u1, u2))
     values = f(torch.tensor(candidates, dtype=torch.float64).flatten()).view(-1, 2)
@@ -112,7 +112,7 @@ def _fall_in_numbers(f: Function, u1: float, u2: float, name: str) -> str:
 
 
 def _bend_in_numbers(f: Function, u1: float, u2: float, name: str) -> str:
-    """Text that shows f(c) below the chord from c - w to c + w, with as few digits as do."""
+    """Text that shows f(c) below the chord from c - w to c + w, with as few digits as possible."""
     c = u1 + (u2 - u1) * torch.linspace(0, 1, 201, dtype=torch.float64)
     w = (u2 - u1 + 1e-9) * 2.0 ** torch.arange(-8, 8, dtype=torch.float64)
     w = torch.cat([w, 10.0 ** torch.arange(-8, 1)])

@@ -30,7 +30,7 @@ CLAUSES: tuple[Law, ...] = (
     undesirable_non_decreasing,
     undesirable_concave_on_gains,
 )
-_NOT_REQUIRED = "reported: required only of an objective with reflect_undesirable: true"
+_NOT_REQUIRED = "reported only: required of objectives with reflect_undesirable: true"
 _SINGLE = "v rounds its outcomes to float32 (see precision), which may be the cause"
 
 

@@ -71,14 +71,14 @@ def _beyond_domain(case: ValueFunctionCase) -> str | None:
         def forward(self, u):
             return (1e4 + torch.tanh(u)) - 1e4
         """,
-    cure="""Avoid differences of large, nearly equal numbers (torch.expm1(x) instead of exp(x) - 1), casts to another
-    dtype, and constants that depend on the dtype. Rounding to float32 inside is reported, with that reason.""",
+    cure="""Avoid differences of large, nearly equal numbers (use torch.expm1(x) instead of exp(x) - 1), casts to
+    another dtype, and constants that depend on the dtype. If v rounds to float32 inside, the report says so.""",
 )
 def precision(case: ValueFunctionCase) -> str | None:
     """In float32 and bfloat16 the values and slopes agree with those in float64 up to rounding."""
-    # Values for |u| <= 1e4, slopes for |u| <= 100. The bound is the textbook's: each of v's k operations rounds once,
-    # which is as if u had been off by k roundings, and the value by k roundings of its size. Slopes may cancel on the
-    # way, so they may be off by k roundings of the steepest slope.
+    # Values for |u| <= 1e4, slopes for |u| <= 100. The textbook bound: each of v's k operations rounds once, as if u
+    # were off by k roundings and the value by k roundings of its size. Slopes may cancel on the way, so they may be off
+    # by k roundings of the steepest slope.
     if case.single_precision:
         return case.single_precision
     count = operations(case.fresh()) + 2
@@ -87,7 +87,7 @@ def precision(case: ValueFunctionCase) -> str | None:
         tiny = torch.finfo(torch.float32).tiny
         fits = (sample.exact_value.abs() < 0.99 * torch.finfo(dtype).max) & (sample.u.double().abs() > 1e-20)
         value, slope, u = sample.value.double(), sample.slope.double(), sample.u.double()
-        # Most are right at first sight; the rest are compared with everything that rounding explains.
+        # A rough bound clears most values; the others are compared with all that rounding can explain.
         rough = count * eps * (sample.exact_value.abs() + (u * sample.exact_slope).abs()) + tiny
         at = _most_doubtful(torch.where(fits, (value - sample.exact_value).abs() / rough, 0.0))
         low, high = _around(v, u[at], count * eps, 0)
@@ -128,16 +128,16 @@ def _most_doubtful(ratio: Tensor, most: int = 20_000) -> Tensor:
         def forward(self, u):
             return torch.sigmoid(u).detach() + 0.5 * (u - u.detach())
         """,
-    cure="""Let the gradient flow: no detach, item, round or no_grad between u and the value. At a kink return one of
-    the two slopes: sqrt(|u|), for example, has an infinite one at 0, and NaN under autograd.""",
+    cure="""Let the gradient flow: no detach, item, round or no_grad between u and the value. At a kink, return one of
+    the two slopes: sqrt(|u|), for example, has an infinite slope at 0, and NaN under autograd.""",
 )
 def gradient(case: ValueFunctionCase) -> str | None:
-    """Autograd's slope is that of the values (finite differences), also at u = 0, where every run starts."""
+    """Autograd's slope agrees with finite differences of the values, also at u = 0, where every run starts."""
     return _gradient_at_zero(case) or _gradient_elsewhere(case)
 
 
 def _gradient_at_zero(case: ValueFunctionCase) -> str | None:
-    """At a kink the slope may be anything between the slopes on the left and on the right."""
+    """Checks u = 0. At a kink, the slope may be anything between the slopes on the left and on the right."""
     u, v = torch.zeros(2, dtype=torch.float64), case.fresh()  # two, since a batch of one has a cotangent of 1
     value, slope = value_and_slope(v, u)
     if not bool(value.isfinite().all() and slope.isfinite().all()):
@@ -167,7 +167,7 @@ def _gradient_elsewhere(case: ValueFunctionCase) -> str | None:
     off = (rise - h * (curve.slope[1:] + curve.slope[:-1]) / 2).abs() - h * curve.slope.diff().abs()
     doubt = (off > slack[1:] + slack[:-1]).nonzero().squeeze(1)
     doubt = doubt[:: max(1, len(doubt) // 2000)]
-    # Points inside cells that do not fit, and points everywhere; only by bad luck is one of them a kink or a jump.
+    # Points inside inconsistent cells, and points everywhere; one of them is a kink or a jump only by bad luck.
     far = torch.logspace(-6, 4, 300, dtype=torch.float64) * 1.0173
     u = torch.cat([curve.u[doubt] + 0.3819 * h[doubt], varied_outcomes(1000) * 1.0091, far, -far])
     u = u[u != 0]

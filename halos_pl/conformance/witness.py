@@ -1,4 +1,4 @@
-"""Descriptions of faults, in numbers that a person can put into a calculator."""
+"""Descriptions of faults, in numbers that can be checked with a calculator."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from halos_pl.batch import LogProbBatch
 
 
 class WrongShape(str):
-    """A witness that the target returned another shape, so that no other clause means anything."""
+    """A witness that the target returned a wrong shape, which makes all other clauses meaningless."""
 
 
 class Raised(str):
@@ -25,7 +25,7 @@ class Raised(str):
 
 
 def number(x: float) -> str:
-    """A number with the digits it needs, at most 12."""
+    """A number with as many digits as it needs, at most 12."""
     return f"{x + 0.0:.12g}"  # no -0
 
 
@@ -40,7 +40,7 @@ def pair(x: float, y: float) -> tuple[str, str]:
 
 
 def listed(values: Tensor) -> str:
-    """Up to six numbers."""
+    """The first six numbers at most, in brackets."""
     shown = ", ".join(f"{x + 0.0:.6g}" for x in values.detach().flatten()[:6].tolist())
     return f"({shown}{', ...' if values.numel() > 6 else ''})"
 

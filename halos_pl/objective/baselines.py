@@ -54,7 +54,7 @@ class TokenTerm(Objective):
 class NLL(TokenTerm):
     """Negative log-likelihood of completions.
 
-    On its own this is supervised fine-tuning; beside a HALO it is the regulariser of CPO, SLiC or ORPO.
+    Alone, this is supervised fine-tuning; added to a HALO, it is the regulariser of CPO, SLiC or ORPO.
 
     Args:
         weight: Factor of the term.
@@ -147,7 +147,7 @@ class RouterContext:
     slope: Tensor
 
     def select(self, index: Tensor) -> RouterContext:
-        """The same: it does not depend on the rows."""
+        """This context: it does not depend on the rows."""
         return self
 
 
@@ -155,13 +155,13 @@ class RouterLoss(Objective):
     """E * sum_e f_e * P_e for a mixture of E experts: the load-balancing loss of Fedus et al. 2022, eq. 4 to 6.
 
     P_e is the router's mean probability of expert e, f_e the mean number of times that e is chosen for a token (without
-    gradient), both over all layers with experts and the tokens of all rows that carry a loss
-    (:class:`~halos_pl.batch.Routing` says which). If k experts are chosen per token, a balanced load gives k. The term
-    equals ``load_balancing_loss_func`` of transformers on the whole step; if the step is split, that takes a second
-    forward pass.
+    gradient), both over all layers with experts and the tokens of all rows that carry a loss (see
+    :class:`~halos_pl.batch.Routing`). If k experts are chosen per token, a balanced load gives k. The term equals
+    ``load_balancing_loss_func`` of transformers on the whole step; if the step is split, it takes a second forward
+    pass.
 
     Args:
-        weight: Factor of the term, such as the config's ``router_aux_loss_coef``; the paper takes 0.01.
+        weight: Factor of the term, such as the config's ``router_aux_loss_coef``; the paper uses 0.01.
     """
 
     def __init__(self, *, weight: float = 0.01) -> None:
@@ -170,7 +170,7 @@ class RouterLoss(Objective):
 
     @property
     def needs(self) -> Needs:
-        # All rows are scored before the first loss, because f is that of the whole step.
+        # All rows are scored before the first loss, because f is a mean over the whole step.
         return Needs(step_rewards=True, routing=True)
 
     def prepare(self, rows: LogProbBatch) -> RouterContext:

@@ -6,7 +6,7 @@ t_i = -v(u_i) for a desirable row (a = -1). There are two readings of an undesir
 * False: +v(u_i), the a = +1 of the definition (Ethayarajh et al., ICML 2024, Def. 3.4);
 * True: -v(-u_i), as in the paper's KTO loss (eq. 8): the person values z0 - r.
 
-They agree up to a constant exactly if v is point-symmetric (logistic, identity).
+They agree up to a constant if and only if v is point-symmetric (logistic, identity).
 
 An objective is an ``nn.Module`` over :class:`~halos_pl.batch.LogProbBatch`; nothing in this file depends on a model:
 
@@ -263,7 +263,7 @@ class Sum(Objective):
         if any(term.needs.samples for term in terms) and any(term.needs.mismatched for term in terms):
             raise ValueError(
                 "one term's reference point needs mismatched rows and another's needs samples of the policy, but a step"
-                " has either: give all terms the same kind of reference point"
+                " has only one of the two: give all terms the same kind of reference point"
             )
         self.terms = nn.ModuleList(terms)
 

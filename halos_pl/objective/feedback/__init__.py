@@ -15,6 +15,6 @@ from halos_pl.objective.feedback.pairwise import Pairwise as Pairwise
 from halos_pl.objective.feedback.pairwise import RobustPairwise as RobustPairwise
 from value_functions.discovery import plug_ins
 
-_FOUND = plug_ins(__name__, Feedback)
-globals().update(_FOUND)
-__all__ = ["Feedback", "Judgement", *sorted(_FOUND)]
+_PLUG_INS = plug_ins(__name__, Feedback)
+globals().update(_PLUG_INS)
+__all__ = ["Feedback", "Judgement", *sorted(_PLUG_INS)]

@@ -7,12 +7,12 @@ from halos_pl.objective.feedback.base import Feedback, Judgement
 
 
 class Flipped(Feedback):
-    """Another feedback with the opposite sign: lowers the value of rows that it raises, and vice versa.
+    """Another feedback with the opposite sign: it lowers the value of rows that the other raises, and vice versa.
 
-    For a term that also holds the chosen completion down, as in NCA or APO-down.
+    For a term that pushes down the chosen completion too, as in NCA or APO-down.
 
     Args:
-        feedback: feedback to flip; its weights and denominator are kept.
+        feedback: feedback whose sign is flipped; its weights and denominator are kept.
     """
 
     def __init__(self, feedback: Feedback) -> None:

@@ -23,6 +23,6 @@ from halos_pl.objective.reference_points.paired_completion import PairedCompleti
 from halos_pl.objective.reference_points.running_mean import RunningMean as RunningMean
 from value_functions.discovery import plug_ins
 
-_FOUND = plug_ins(__name__, ReferencePoint)
-globals().update(_FOUND)
-__all__ = ["ReferencePoint", "Estimate", "MeanOverRanks", *sorted(_FOUND)]
+_PLUG_INS = plug_ins(__name__, ReferencePoint)
+globals().update(_PLUG_INS)
+__all__ = ["ReferencePoint", "Estimate", "MeanOverRanks", *sorted(_PLUG_INS)]

@@ -50,8 +50,8 @@ class BatchQuantile(ReferencePoint):
         if n == 0:
             return Estimate(rewards.new_zeros(()), rows=0.0)
         estimate = torch.quantile(sample, q)
-        # Free of distributional assumptions: half the distance between the order statistics one standard deviation
-        # of the binomial rank to either side.
+        # Without distributional assumptions: half the distance between the quantiles one standard deviation of the
+        # binomial rank below and above.
         spread = (q * (1 - q) / n) ** 0.5
         low, high = torch.quantile(sample, sample.new_tensor([max(q - spread, 0.0), min(q + spread, 1.0)]))
         return Estimate(estimate, standard_error=(high - low) / 2, rows=float(n))
@@ -61,8 +61,8 @@ class LeaveOneOut(ReferencePoint):
     """z0 = mean reward of the *other* rows of the same prompt, no gradient.
 
     The baseline of RLOO (Kool et al. 2019; Ahmadian et al. 2024, section 3.3), with completions from the data in
-    place of samples: Q(Y' | x) is uniform over the prompt's other completions. The only row of a prompt has z0 = 0;
-    ``clamped`` is the share of such rows.
+    place of samples: Q(Y' | x) is uniform over the prompt's other completions. A row whose prompt has no other row
+    gets z0 = 0; ``clamped`` is the share of such rows.
     """
 
     per_row = True

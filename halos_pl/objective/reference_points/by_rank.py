@@ -38,7 +38,7 @@ class RankMatched(ReferencePoint):
         if len(classes[0]) != len(classes[1]):
             raise ValueError(
                 f"RankMatched: the step has {len(classes[0])} desirable and {len(classes[1])} undesirable rows;"
-                " matching by rank needs as many of each, so use data with chosen and rejected"
+                " matching by rank needs equal numbers, so use data with chosen and rejected"
             )
         best, worst = (places[everyone[places].detach().argsort(stable=True)] for places in classes)
         match = torch.empty(len(everyone), dtype=torch.long, device=rewards.device)

@@ -1,4 +1,4 @@
-"""Rewards: the value of a completion to the policy, in nats.
+"""Rewards: how strongly the policy prefers a completion, in nats.
 
 Classes in the files of this folder are discovered: the command line takes their bare names, and the tests check them
 against the clauses of their kind. The imports below are for type checkers.
@@ -18,6 +18,6 @@ from halos_pl.objective.rewards.log_ratio import TokenLogRatio as TokenLogRatio
 from halos_pl.objective.rewards.pair_margin import PairMargin as PairMargin
 from value_functions.discovery import plug_ins
 
-_FOUND = plug_ins(__name__, Reward)
-globals().update(_FOUND)
-__all__ = ["Reward", *sorted(_FOUND)]
+_PLUG_INS = plug_ins(__name__, Reward)
+globals().update(_PLUG_INS)
+__all__ = ["Reward", *sorted(_PLUG_INS)]

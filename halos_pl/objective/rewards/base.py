@@ -11,7 +11,7 @@ from value_functions.discovery import Declared
 
 
 class Reward(nn.Module, Declared, ABC):
-    """r(x, y): the value of a completion to the policy, in nats.
+    """r(x, y): the implied reward of a completion, in nats; it measures how strongly the policy prefers it.
 
     A subclass is a small ``nn.Module`` with keyword-only hyper-parameters and one method, ``forward``. In a file of
     this package it is available by its bare name, without registration; in any other importable module, by its dotted
