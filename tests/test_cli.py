@@ -1,4 +1,4 @@
-"""The command: objectives in YAML, overrides, plug-ins of the user's own, errors, what a run leaves, export."""
+"""The command line: objectives in YAML, overrides, users' plug-ins, errors, files of a run, export."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def data(tmp_path_factory) -> dict[str, Path]:
 
 
 class Parsed(HalosCLI):
-    """Stops when the words have been read."""
+    """Stops after parsing."""
 
     def before_instantiate_classes(self) -> None:
         pass
@@ -52,7 +52,7 @@ class Parsed(HalosCLI):
 
 @pytest.fixture(scope="module")
 def resolve():
-    """From options to the resolved config, as plain dicts."""
+    """A function from options to the resolved config, as plain dicts."""
     parser = Parsed(["fit", config("base"), config("objectives/kto")]).parser
 
     def parse(*options: str) -> dict[str, Any]:
@@ -62,14 +62,14 @@ def resolve():
     return parse
 
 
-def test_the_base_names_no_plug_in():
+def test_base_yaml_names_no_plug_in():
     base = yaml.safe_load((ROOT / "experiments" / "base.yaml").read_text())
     assert not {*PARTS, "reference_model", "loss_offset"} & base["model"].keys()
     assert "one_completion_per_prompt" not in base["data"]
 
 
 def test_every_objective_states_the_same_settings():
-    """Then laying one over another leaves nothing of the first."""
+    """So nothing of one objective remains when another is loaded on top of it."""
     files = {name: yaml.safe_load((ROOT / f"experiments/objectives/{name}.yaml").read_text()) for name in OBJECTIVES}
     assert {tuple(file) for file in files.values()} == {("model", "data")}
     assert len({frozenset(file["model"]) for file in files.values()}) == 1
@@ -86,7 +86,7 @@ KNOWN = {cls.__name__: cls for base in (*build.PARTS.values(), ReferenceModel, T
 
 
 def plugins_within(config: Any) -> Iterator[dict[str, Any]]:
-    """Everything in a config that names a class, at any depth; a bare name is a class without arguments."""
+    """All parts of a config that name a class, at any depth; a bare name is a class without arguments."""
     if isinstance(config, str) and config in KNOWN:
         yield {"class_path": config, "init_args": {}}
     if isinstance(config, dict) and "class_path" in config:
@@ -99,8 +99,8 @@ def plugins_within(config: Any) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_the_objective_file_states_every_argument(objective):
-    """In the file itself, not only once defaults are filled in: what it left out could be another file's."""
+def test_an_objective_file_states_every_argument(objective):
+    """In the file itself, before defaults are filled in: a missing argument could come from another file."""
     stated = yaml.safe_load((ROOT / "experiments" / "objectives" / f"{objective}.yaml").read_text())["model"]
     assert stated.keys() - {"reference_model"} == {*PARTS, "loss_offset"}
     plugins = list(plugins_within(stated))
@@ -148,7 +148,7 @@ def test_before_the_first_update_every_reward_is_exactly_zero(tiny_folder, data,
 # -- the command line -----------------------------------------------------------------------------------
 
 
-def test_a_plug_in_is_chosen_and_set_on_the_command_line(resolve):
+def test_plug_ins_are_chosen_and_configured_on_the_command_line(resolve):
     kto = config("objectives/kto")
 
     def value_function(*options: str) -> Any:
@@ -168,7 +168,7 @@ def test_a_plug_in_is_chosen_and_set_on_the_command_line(resolve):
     assert chosen["value_function"] == value_function()
 
 
-def test_a_value_function_of_the_users_own_trains(tiny_folder, data, tmp_path, monkeypatch):
+def test_a_users_own_value_function_trains(tiny_folder, data, tmp_path, monkeypatch):
     (tmp_path / "my_values.py").write_text(
         "import torch\n"
         "from value_functions import ValueFunction\n\n\n"
@@ -220,7 +220,7 @@ def test_help_names_every_command(capfd):
         ("value_function", "no.such.module.Nope", ("Identity", "Logistic")),
     ],
 )
-def test_an_unknown_plug_in_lists_those_that_exist(capfd, plugin, option, known):
+def test_the_error_for_an_unknown_plug_in_lists_the_existing_ones(capfd, plugin, option, known):
     said = refused(capfd, ["fit", config("base"), config("objectives/kto"), f"--model.{plugin}={option}"], status=2)
     [line] = [line for line in said.splitlines() if f"model.{plugin}" in line]
     assert all(name in line for name in known)
@@ -236,7 +236,7 @@ def test_an_unknown_plug_in_lists_those_that_exist(capfd, plugin, option, known)
         ("model: {value_function: {class_path: Logistic, init_args: {betta: 1}}}", "betta is 1: ", "beta"),
     ],
 )
-def test_an_unknown_option_is_answered_by_those_like_it(capfd, tmp_path, option, said, near):
+def test_the_error_for_an_unknown_option_lists_similar_ones(capfd, tmp_path, option, said, near):
     if not option.startswith("--"):
         (tmp_path / "own.yaml").write_text(option)
         option = f"--config={tmp_path / 'own.yaml'}"
@@ -261,13 +261,15 @@ def test_an_unknown_option_is_answered_by_those_like_it(capfd, tmp_path, option,
         ("kto", "--model.policy.path=/no/such/folder", "/no/such/folder is not a local folder"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_with_the_reason(tiny_folder, data, tmp_path, capfd, objective, option, said):
+def test_impossible_combinations_are_refused_with_the_reason(
+    tiny_folder, data, tmp_path, capfd, objective, option, said
+):
     words = fit(tiny_folder, objective, data["binary"], tmp_path / "run", *([option] if option else []))
     assert said in refused(capfd, words)
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
 
 
-def test_no_objective_is_an_error(tiny_folder, data, tmp_path, capfd):
+def test_a_missing_objective_is_an_error(tiny_folder, data, tmp_path, capfd):
     words = ["fit", config("base"), f"--model.policy.path={tiny_folder}", f"--data.train={data['binary']}"]
     assert "--objective NAME" in refused(capfd, [*words, f"--run_dir={tmp_path}/run"])
 
@@ -304,7 +306,7 @@ def test_faults_in_data_are_found_before_a_model_is_loaded(tiny_folder, data, tm
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_folder, data) -> Path:
-    """The folder of a finished KTO run with validation, with nothing left out."""
+    """The complete folder of a finished KTO run with validation."""
     run = tmp_path_factory.mktemp("finished") / "run"
     options = (f"--data.validation={data['pairs']}", f"--data.test={data['pairs']}", "--checkpoint.every_n_steps=2")
     with pytest.MonkeyPatch.context() as patch:
@@ -316,11 +318,11 @@ def finished(tmp_path_factory, tiny_folder, data) -> Path:
 
 @pytest.fixture
 def run(finished, tmp_path) -> Path:
-    """A copy of it."""
+    """A copy of the finished run."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def test_what_a_fit_writes(finished):
+def test_files_of_a_run(finished):
     written = {str(p.relative_to(finished)) for p in finished.rglob("*") if p.is_file()}
     assert written == {
         "config.yaml",
@@ -343,7 +345,7 @@ def test_what_a_fit_writes(finished):
     assert sum("val/loss" in row for row in metrics(finished)) == 1
 
 
-def test_the_config_that_was_written_makes_the_same_run(finished, tmp_path):
+def test_the_saved_config_reproduces_the_run(finished, tmp_path):
     main(["fit", f"--config={finished}/config.yaml", f"--run_dir={tmp_path}/again"])
     assert metrics(tmp_path / "again") == metrics(finished)
     first, again = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (finished, tmp_path / "again"))
@@ -353,7 +355,7 @@ def test_the_config_that_was_written_makes_the_same_run(finished, tmp_path):
     assert again == first
 
 
-def test_what_lightning_would_refuse_late_or_break_is_refused(data, tiny_folder, no_model, tmp_path, capfd):
+def test_settings_that_lightning_refuses_late_or_breaks_on_are_refused(data, tiny_folder, no_model, tmp_path, capfd):
     for option, said in {
         "strategy=fsdp": "trainer.strategy fsdp is not supported",
         "strategy=deepspeed_stage_3": "Use a single device or ddp",
@@ -365,7 +367,7 @@ def test_what_lightning_would_refuse_late_or_break_is_refused(data, tiny_folder,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_wrong_word_is_answered_without_pages_of_usage(data, tiny_folder, tmp_path, capfd):
+def test_errors_do_not_print_the_usage(data, tiny_folder, tmp_path, capfd):
     words = fit(tiny_folder, "kto", data["binary"], tmp_path / "run")
     said = refused(capfd, [*words, "--model.value_function.beta=abc"], status=2)
     assert "beta is 'abc'" in said
@@ -375,13 +377,13 @@ def test_a_wrong_word_is_answered_without_pages_of_usage(data, tiny_folder, tmp_
     assert all(command in named for command in ("fit", "check", "data", "ablate"))
 
 
-def test_the_program_is_named_halos_in_python_m_too(monkeypatch, capfd):
+def test_python_m_names_the_program_halos(monkeypatch, capfd):
     monkeypatch.setattr("sys.argv", ["/somewhere/halos_pl/__main__.py"])
     assert refused(capfd, ["fit", "--nope"], status=2).startswith("halos fit: ")
 
 
-def test_an_evaluation_takes_the_runs_own_checkpoint(run, data, capfd):
-    """Without one it would measure the model as it was before the run, and say so to nobody."""
+def test_evaluation_uses_the_checkpoint_of_the_run(run, data, capfd):
+    """Otherwise it would silently measure the untrained model."""
     words = [f"--config={run}/config.yaml", f"--run_dir={run}"]
     main(["test", *words, "--ckpt_path=last"])
     wanted = json.loads((run / "test.json").read_text())
@@ -390,7 +392,7 @@ def test_an_evaluation_takes_the_runs_own_checkpoint(run, data, capfd):
     assert abs(wanted["test/rewards/chosen"]) > 0
 
 
-def test_a_run_that_had_ended_says_so_and_keeps_its_summary(data, tiny_folder, tmp_path, caplog):
+def test_resuming_a_finished_run_reports_that_and_keeps_its_summary(data, tiny_folder, tmp_path, caplog):
     words = fit(tiny_folder, "kto", data["binary"], tmp_path / "run", "--trainer.max_steps=2")
     main(words)
     before = (tmp_path / "run" / "summary.json").read_text()
@@ -402,7 +404,7 @@ def test_a_run_that_had_ended_says_so_and_keeps_its_summary(data, tiny_folder, t
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
 
 
-def test_a_logger_of_the_users_own_does_not_replace_the_runs_metrics(data, tiny_folder, tmp_path, caplog):
+def test_a_users_own_logger_does_not_replace_metrics_csv(data, tiny_folder, tmp_path, caplog):
     own = ("--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path}/own")
     main(fit(tiny_folder, "kto", data["binary"], tmp_path / "run", "--trainer.max_steps=1", *own))
     assert len(metrics(tmp_path / "run")) == 1
@@ -410,7 +412,7 @@ def test_a_logger_of_the_users_own_does_not_replace_the_runs_metrics(data, tiny_
     assert f"other loggers wrote to {tmp_path}/own" in caplog.text
 
 
-def test_a_command_that_would_measure_nothing_is_refused(run, capfd):
+def test_commands_that_would_measure_nothing_are_refused(run, capfd):
     words = ["test", f"--config={run}/config.yaml", f"--run_dir={run}", "--trainer.limit_test_batches=0"]
     assert "trainer.limit_test_batches is 0" in refused(capfd, words)
 
@@ -457,7 +459,7 @@ def test_predictions_of_dpo(tiny_folder, data, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
-def test_commands_on_a_run_leave_its_other_files_alone(run, data, command):
+def test_commands_on_a_run_do_not_change_its_other_files(run, data, command):
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     option = f"--data.{ {'validate': 'validation'}.get(command, command) }={data['pairs']}"
     main([command, f"--config={run}/config.yaml", f"--run_dir={run}", "--ckpt_path=last", option])
@@ -467,7 +469,7 @@ def test_commands_on_a_run_leave_its_other_files_alone(run, data, command):
 # -- a loss that is no number ---------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny_folder, data, tmp_path, capfd):
+def test_a_non_finite_loss_stops_the_run(tiny_folder, data, tmp_path, capfd):
     run = tmp_path / "run"
     options = ("--model.value_function=plugins.fragile.NaNAtStep", "--model.value_function.step=2")
     more = ("--checkpoint.every_n_steps=1", "--data.shuffle=false")
@@ -484,7 +486,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_folder, data, tmp_path, ca
     assert [row["step"] for row in metrics(run)] == ["0", "1"]
 
 
-def test_going_on_from_another_runs_checkpoint_leaves_the_run_that_is_there(tiny_folder, data, tmp_path):
+def test_resuming_from_another_runs_checkpoint_moves_the_existing_run_aside(tiny_folder, data, tmp_path):
     for name in ("one", "two"):
         main(fit(tiny_folder, "kto", data["binary"], tmp_path / name, "--trainer.max_steps=2"))
     before = {p.relative_to(tmp_path / "two"): p.read_bytes() for p in (tmp_path / "two").rglob("*") if p.is_file()}
@@ -495,7 +497,7 @@ def test_going_on_from_another_runs_checkpoint_leaves_the_run_that_is_there(tiny
     assert (tmp_path / "two" / "config.yaml").is_file()
 
 
-def test_a_loss_that_is_not_finite_at_the_first_step(tiny_folder, data, tmp_path, capfd):
+def test_a_non_finite_loss_at_the_first_step(tiny_folder, data, tmp_path, capfd):
     options = ("--model.value_function=plugins.fragile.NaNAtStep", "--model.value_function.step=0")
     said = refused(capfd, fit(tiny_folder, "kto", data["binary"], tmp_path / "run", *options))
     assert "last good checkpoint: none was written yet" in said
@@ -513,7 +515,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def trained(run: Path, spec: ModelSpec) -> torch.Tensor:
-    """Logits of the policy that is in a run's checkpoint."""
+    """Logits of the policy in a run's checkpoint."""
     policy = load_model(spec)
     before = logits(policy)
     state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
@@ -524,7 +526,7 @@ def trained(run: Path, spec: ModelSpec) -> torch.Tensor:
     return after
 
 
-def test_export_of_a_whole_model(run, tiny_folder, tmp_path, capfd):
+def test_export_of_a_full_model(run, tiny_folder, tmp_path, capfd):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     main(["export", str(run), str(tmp_path / "model")])
@@ -569,8 +571,8 @@ def test_export_of_an_adapter_merged_and_alone(tiny_folder, data, tmp_path, capf
         torch.testing.assert_close(logits(further), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_an_exported_model_has_the_dropout_of_the_one_it_was(tiny_gpt2_folder, data, tmp_path):
-    """It was off while the run trained, which says nothing of what is trained from there."""
+def test_an_exported_model_has_the_dropout_of_its_base(tiny_gpt2_folder, data, tmp_path):
+    """Dropout is off in the run, but later training of the exported model should keep the base's."""
     main(fit(tiny_gpt2_folder, "kto", data["binary"], tmp_path / "run", "--trainer.max_steps=1"))
     main(["export", str(tmp_path / "run"), str(tmp_path / "model")])
     before, after = (
@@ -579,7 +581,7 @@ def test_an_exported_model_has_the_dropout_of_the_one_it_was(tiny_gpt2_folder, d
     assert after["attn_pdrop"] == before["attn_pdrop"] == 0.1
 
 
-def test_trying_a_config_out_leaves_the_run_that_is_there(tiny_folder, data, tmp_path):
+def test_a_trial_run_does_not_change_the_existing_run(tiny_folder, data, tmp_path):
     words = fit(tiny_folder, "kto", data["binary"], tmp_path / "run")
     main(words)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -611,7 +613,7 @@ def test_export_refuses_a_folder_that_is_not_empty(run, tmp_path, capfd):
     assert (folder / "config.json").is_file()
 
 
-def test_export_of_what_is_no_run(tmp_path, capfd):
+def test_export_refuses_a_folder_without_a_run(tmp_path, capfd):
     said = refused(capfd, ["export", str(tmp_path), str(tmp_path / "model")])
     assert f"{tmp_path} is not the folder of a run" in said
     assert not (tmp_path / "model").exists()

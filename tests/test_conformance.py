@@ -1,4 +1,4 @@
-"""The suite as its users meet it: ``check_halo``, the pytest decorator, the strategies, ``halos check``, verdicts.
+"""The conformance suite for its users: ``check_halo``, the pytest decorator, strategies, ``halos check``, verdicts.
 
 That it catches what it should is shown in ``tests/meta``.
 """
@@ -74,7 +74,7 @@ SAMPLE = ("kto", "kto_kahneman_tversky", "kto_zero_reference", "simpo", "ppo_cli
 
 
 def table() -> dict[str, dict[Definition, str]]:
-    """The verdicts that the docs show, by objective and definition."""
+    """The verdicts in the docs, by objective and definition."""
     shown = TABLE.read_text().partition(START)[2].partition(END)[0].splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown]
     return {name: dict(zip(TITLES, verdicts, strict=True)) for name, *verdicts in cells}
@@ -88,27 +88,27 @@ def sample():
 
 
 @pytest.mark.slow
-def test_the_tables_of_the_family_are_the_computed_ones():
+def test_the_verdict_tables_match_the_code():
     checked = dict(family(objectives().values()))
     shown = TABLE.read_text().partition(START)[2].partition(END)[0]
     assert shown.splitlines() == list(family_table(checked.items())), "it is another one now; say make readme"
     assert OBJECTIVES_TABLE.read_text(encoding="utf-8") == verdicts(checked), "it is another one now; say make readme"
 
 
-def test_the_table_names_every_objective_and_holds_the_verdicts_of_a_sample(sample):
+def test_the_table_lists_every_objective_and_agrees_with_a_sample(sample):
     recorded = table()
     assert list(recorded) == sorted(path.stem for path in OBJECTIVES.glob("*.yaml"))
     computed = {name: {definition: report.verdict for definition, report in of.items()} for name, of in sample.items()}
     assert computed == {name: recorded[name] for name in SAMPLE}
 
 
-def test_both_tables_hold_the_same_verdicts():
+def test_both_tables_contain_the_same_verdicts():
     listed = json.loads(OBJECTIVES_TABLE.read_text(encoding="utf-8"))
     assert {row["name"]: row["verdict"] for row in listed} == table()
 
 
-def test_the_header_of_a_file_says_its_verdict():
-    """The header is written by a person, the verdict is computed."""
+def test_the_header_of_a_file_states_its_verdict():
+    """Headers are written by hand, verdicts are computed."""
     words = {
         "halo": r"[Aa] HALO\b",
         "halo (two-sided)": r"two-sided HALO\b",
@@ -133,7 +133,7 @@ def test_verdicts_use_these_words_only():
             assert re.fullmatch(VERDICTS, words), (name, words)
 
 
-def test_what_the_definitions_say_of_well_known_losses():
+def test_verdicts_on_well_known_losses():
     verdicts = table()
     for name in ("kto", "dpo", "hinge"):
         assert verdicts[name]["icml"] == "halo"
@@ -177,7 +177,7 @@ def test_the_report_lists_unequal_weights():
 
 
 def test_a_reading_is_part_of_the_loss():
-    """Log sigma is concave everywhere, so reflected onto undesirable rows it is convex on their gains."""
+    """Log sigmoid is concave everywhere, so its reflection onto undesirable rows is convex on their gains."""
     assert verdict(kto(value_function=LogSigmoid(), reflect_undesirable=False)) == "halo"
     assert verdict(kto(value_function=LogSigmoid())) == "halo-shaped: fails undesirable_concave_on_gains"
     # Where no undesirable row counts, nothing is reflected.
@@ -191,7 +191,7 @@ def test_a_reading_is_part_of_the_loss():
 @pytest.mark.parametrize(
     "part", [cls for package in PACKAGES for cls in library(package).values()], ids=lambda cls: cls.__name__
 )
-def test_a_part_of_the_library_fails_the_clauses_that_it_says_it_fails_and_no_others(part):
+def test_a_shipped_part_fails_exactly_its_declared_clauses(part):
     instance = example(part)
     report = check_halo(instance, on_fail="report")
     failed = {c.clause: c.reason for c in report.clauses if c.status == "failed" and c.required}
@@ -201,7 +201,7 @@ def test_a_part_of_the_library_fails_the_clauses_that_it_says_it_fails_and_no_ot
         assert expected == dict(getattr(instance, "excused", {})), str(report)
 
 
-def test_a_class_in_any_file_of_a_package_is_found_and_a_second_of_its_name_refused(tmp_path, monkeypatch):
+def test_classes_are_discovered_and_duplicate_names_refused(tmp_path, monkeypatch):
     package = f"package_{id(tmp_path)}"
     (tmp_path / package).mkdir()
     (tmp_path / package / "__init__.py").touch()
@@ -232,7 +232,7 @@ def test_a_new_file_in_the_folder_of_its_kind_is_checked_by_its_bare_name(tmp_pa
 
 
 class Doubled(MismatchedKL):
-    """Says why it is no mean, and has another forward than the class that it extends."""
+    """States why it is not a mean, and overrides the forward of its base class."""
 
     excused = dict.fromkeys(("reference_in_range", "reference_shift_equivariant"), "twice the estimate, on purpose")
 
@@ -245,7 +245,7 @@ class Louder(Doubled):
         return super().forward(rewards, rows)
 
 
-def test_a_plug_in_of_ones_own_states_what_it_is_excused_from_and_a_subclass_answers_for_itself():
+def test_a_plug_in_states_its_excused_clauses_and_a_subclass_inherits_none():
     report = check_halo(Doubled(), max_examples=10)
     assert {c.clause: c.reason for c in report.clauses if c.status == "expected"} == Doubled.excused
     assert report.verdict == "halo"
@@ -278,7 +278,7 @@ def test_a_declared_violation_is_shown_with_its_reason_and_counts():
         ("excused", {"reference_split": "it would count"}, "'reference_split'"),
     ],
 )
-def test_a_statement_that_names_no_clause_of_its_kind_or_gives_no_reason_is_refused(attribute, statement, named):
+def test_declarations_without_a_valid_clause_or_reason_are_refused(attribute, statement, named):
     wrong = type("Wrong", (MismatchedKL,), {attribute: statement})
     with pytest.raises(TargetError, match=re.escape(named)) as raised:
         check_halo(wrong(), on_fail="report")
@@ -290,7 +290,7 @@ def test_the_decorator_runs_each_clause(check):
     check()
 
 
-def test_the_reflected_value_is_reported_of_a_bare_value_function_and_not_required():
+def test_reflected_clauses_of_a_value_function_are_reported_but_not_required():
     report = check_halo(LogSigmoid())
     assert status(report, "undesirable_concave_on_gains") == "failed"
     assert report.verdict == "halo"
@@ -333,7 +333,7 @@ def test_unknown_words_are_refused(wrong):
         (value_functions.Scaled, "arguments: value_function, by"),
     ],
 )
-def test_what_is_no_target_is_refused_in_a_line(target, said):
+def test_invalid_targets_are_refused_in_one_line(target, said):
     with pytest.raises(TypeError, match=re.escape(said)) as raised:
         check_halo(target)
     assert "\n" not in str(raised.value)
@@ -348,7 +348,7 @@ def test_what_is_no_target_is_refused_in_a_line(target, said):
         ({"max_examples": 0}, "at least 1"),
     ],
 )
-def test_what_cannot_be_expected_is_refused(arguments, said):
+def test_invalid_expected_failures_are_refused(arguments, said):
     with pytest.raises(ValueError, match=said):
         check_halo(Logistic(), **arguments)
 
@@ -365,25 +365,25 @@ def test_a_loss_without_any_weight_is_no_halo():
     assert verdict(nothing) == "halo-shaped: fails feedback_weight"
 
 
-def test_the_target_is_left_as_it_was():
+def test_the_target_is_unchanged():
     bco = load_objective(OBJECTIVES / "bco.yaml")
     before = (str(bco.state_dict()), bco.training)
     check_halo(bco, on_fail="report", max_examples=10)
     assert (str(bco.state_dict()), bco.training) == before
 
 
-def test_the_report_is_the_same_each_time():
+def test_reports_are_reproducible():
     one, other = (check_halo(kto(reward=LogProb()), on_fail="report", max_examples=10) for _ in range(2))
     assert one.to_json() == other.to_json()
 
 
-def test_threads_are_given_back():
+def test_the_number_of_threads_is_restored():
     before = torch.get_num_threads()
     check_halo(Logistic())
     assert torch.get_num_threads() == before
 
 
-def test_the_decorator_gives_an_item_a_clause_and_names_both():
+def test_the_decorator_gives_one_item_per_clause_and_names_both():
     marked = parametrize_with_checks([Falling(), LogRatio(), Falling()])
     names, items = marked.args
     assert names == "check"
@@ -401,7 +401,7 @@ def test_the_decorator_gives_an_item_a_clause_and_names_both():
 
 
 @given(st.data())
-def test_rows_hold_what_is_asked_for(data):
+def test_rows_satisfy_the_needs(data):
     needs = Needs(**{name: data.draw(st.booleans(), name) for name in ("pairs", "mismatched", "groups")})
     rows = data.draw(strategies.rows(needs))
     n = len(rows)
@@ -439,7 +439,7 @@ def test_arguments_make_an_instance(cls, data):
 
 @pytest.fixture
 def own_file(tmp_path):
-    """A file outside of the repository with sound and unsound classes."""
+    """A file outside the repository with sound and unsound classes."""
     file = tmp_path / "mine.py"
     file.write_text(
         textwrap.dedent(
@@ -529,7 +529,7 @@ def halos_check(capfd: Any, *words: object) -> tuple[int, str, str]:
     return code, out, err
 
 
-def test_a_class_in_a_file_outside_the_repository_right_and_wrong(own_file, capfd):
+def test_sound_and_unsound_classes_outside_the_repository(own_file, capfd):
     code, out, _ = halos_check(capfd, f"{own_file}:Softsign")
     assert code == 0
     assert "verdict: halo\n" in out
@@ -539,7 +539,7 @@ def test_a_class_in_a_file_outside_the_repository_right_and_wrong(own_file, capf
     assert "verdict: halo-shaped: fails non_decreasing" in out
 
 
-def test_an_objective_of_yaml_by_name_by_path_and_with_arguments(capfd):
+def test_objectives_by_name_and_path_and_classes_with_arguments(capfd):
     code, out, _ = halos_check(capfd, OBJECTIVES / "dpo.yaml")
     assert code == 0
     assert "verdict: halo\n" in out
@@ -615,7 +615,7 @@ def test_arguments_without_annotations_and_inner_classes(own_file, capfd):
     assert halos_check(capfd, f"{own_file}:Outer.Inner")[0] == 0
 
 
-def test_what_a_target_prints_is_no_part_of_the_json(own_file, capfd):
+def test_output_of_a_target_is_not_part_of_the_json(own_file, capfd):
     code, out, err = halos_check(capfd, f"{own_file}:Chatty", "--json")
     assert code == 0
     assert json.loads(out)["verdict"] == "halo"

@@ -1,4 +1,4 @@
-"""The step with a real, tiny model: log-probs against a plain loop, rewards of exactly 0 at the start, splits."""
+"""The step of a tiny model: log-probs compared with a plain loop, rewards of exactly 0 at the start, splits."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ ARCHITECTURES = {
 
 
 def batch(pairs: int = 3, *, seed: int = 0, mismatched: bool = True) -> TokenBatch:
-    """Pairs of rows of all lengths, one-token prompts and completions included, and a mismatched row for each row."""
+    """Pairs of all lengths, including one-token prompts and completions, and a mismatched row for each row."""
     draw = torch.Generator().manual_seed(seed)
 
     def tokens(longest: int) -> torch.Tensor:
@@ -94,7 +94,7 @@ def batch(pairs: int = 3, *, seed: int = 0, mismatched: bool = True) -> TokenBat
 
 
 def one_by_one(model: Any, rows: TokenBatch) -> list[torch.Tensor]:
-    """Each row alone, without padding, every position through the head."""
+    """Log-probs of each row alone, without padding, with the head applied to every position."""
     found = []
     for prompt, completion in zip(rows.prompt.tolist(), rows.completions, strict=True):
         ids = torch.cat([rows.prompts[prompt], completion])
@@ -113,7 +113,7 @@ def compared(policy: Any, reference: Any, rows: TokenBatch, prefix_sharing: Any 
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", *ARCHITECTURES])
-def test_log_probs_equal_a_row_by_itself(name, tiny_folder, tiny_gpt2_folder):
+def test_log_probs_equal_those_of_each_row_alone(name, tiny_folder, tiny_gpt2_folder):
     folders = {"llama": tiny_folder, "gpt2": tiny_gpt2_folder}
     model = load(folders[name]) if name in folders else ARCHITECTURES[name]()
     rows = batch()
@@ -124,7 +124,7 @@ def test_log_probs_equal_a_row_by_itself(name, tiny_folder, tiny_gpt2_folder):
         assert torch.allclose(together[i][mask[i]], alone, atol=2e-5)
 
 
-def test_the_head_sees_completion_positions_only(tiny_folder):
+def test_the_head_is_applied_to_completion_positions_only(tiny_folder):
     model, rows, seen = load(tiny_folder), batch(), []
     model.lm_head.register_forward_hook(lambda _m, args, _out: seen.append(args[0].shape))
     padded_logps(model, rows)
@@ -189,7 +189,7 @@ def module(
 
 
 def train(model: HALOModule, steps: list[TokenBatch], **options: Any) -> dict[str, float]:
-    """One optimizer step per batch; the figures logged last."""
+    """Takes one optimizer step per batch; returns the metrics logged last."""
     torch.manual_seed(0)
     trainer = quiet_trainer(max_epochs=1, **options)
     trainer.fit(model, DataLoader(steps, batch_size=None))  # type: ignore[arg-type]
@@ -214,7 +214,7 @@ SETUPS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("objective", PARTS)
 @pytest.mark.parametrize("setup", SETUPS)
 def test_every_reward_is_exactly_zero_at_the_start(setup, objective, tiny_folder, tiny_gpt2_folder):
-    """Same kernels, same shapes, dropout off: GPT-2 has a dropout of 0.1 unless it is switched off."""
+    """Same kernels, same shapes, no dropout: GPT-2 has a dropout of 0.1 unless it is switched off."""
     for folder in (tiny_folder, tiny_gpt2_folder):
         model = module(folder, objective, **dict(SETUPS[setup]))
         figures = train(model, [batch()])
@@ -237,7 +237,7 @@ def test_rewards_are_exactly_zero_at_the_start_in_mixed_precision(tiny_folder):
 @pytest.mark.parametrize("objective", PARTS)
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_the_split_does_not_change_the_step(objective, clip, tiny_folder):
-    """Two steps with any micro_batch_rows give the weights and figures of the unsplit ones; clipping included."""
+    """Two steps with any micro_batch_rows give the weights and metrics of unsplit steps, also with clipping."""
     results = {}
     for rows in (None, 1, 3, 4):
         model = module(tiny_folder, objective, micro_batch_rows=rows, lr=0.5)
@@ -254,7 +254,7 @@ def test_the_split_does_not_change_the_step(objective, clip, tiny_folder):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", one_of_each_kind(OBJECTIVES))
 def test_the_split_does_not_change_the_step_of_any_objective_file(name, tiny_folder):
-    """At the second step, where rewards are no longer 0. A plug-in that needs the whole step gets it."""
+    """At the second step, when rewards are no longer 0. A plug-in that needs the whole step gets it."""
     results = {}
     for rows in (None, 2):
         model = module(tiny_folder, micro_batch_rows=rows, lr=0.02)
@@ -309,7 +309,7 @@ def test_z0_of_samples_is_their_mean_log_ratio_and_of_exact_kl_the_mismatched_ro
         assert figures["outcome/z0_rows"] == len(last.labels.pair[last.labels.pair >= 0])
 
 
-def test_samples_and_mismatches_do_not_go_together(tiny_folder):
+def test_samples_and_mismatched_rows_exclude_each_other(tiny_folder):
     both = [HALO(**(PARTS["kto"] | {k: v() for k, v in PARTS["kto"].items() if isinstance(v, type)}))]
     parts = {k: v() if isinstance(v, type) else v for k, v in PARTS["kto"].items()} | {"reference_point": SampledKL()}
     with pytest.raises(ValueError, match="samples of the policy"):
@@ -318,8 +318,8 @@ def test_samples_and_mismatches_do_not_go_together(tiny_folder):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("lora", [None, LoRASpec(r=4)])
-def test_a_synced_reference_is_the_mixture_it_says(lora, tiny_folder):
-    """Five steps, moved after the 2nd and the 4th: each time 0.6 of the policy and 0.4 of what it was."""
+def test_a_synced_reference_is_the_stated_mixture(lora, tiny_folder):
+    """Five steps, synced after the 2nd and the 4th: each time 0.6 of the policy plus 0.4 of the old reference."""
     reference = SyncedCopy(every=2, mix=0.6)
     model = module(tiny_folder, "dpo", reference, lora=lora, lr=0.5)
     seen: list[dict[str, torch.Tensor]] = []
@@ -338,7 +338,7 @@ def test_a_synced_reference_is_the_mixture_it_says(lora, tiny_folder):
 
 
 def test_a_synced_reference_does_not_lose_small_moves_in_half_precision(tiny_folder):
-    """A hundredth of the way is less than bfloat16 resolves; a hundred times it is most of the way."""
+    """A hundredth of the distance is below bfloat16's resolution; a hundred such moves are most of the distance."""
     spec = ModelSpec(str(tiny_folder), dtype="bfloat16")
     scorer, reference = Scorer(load_model(spec)), SyncedCopy(every=1, mix=0.01)
     policy = scorer.model
@@ -361,8 +361,8 @@ def test_a_synced_reference_does_not_lose_small_moves_in_half_precision(tiny_fol
 
 
 @pytest.mark.parametrize("prefix_sharing", ["auto", "never"])
-def test_models_of_one_tokenizer_may_have_other_numbers_of_unused_ids(prefix_sharing, tiny_folder, tmp_path):
-    """As Qwen2.5 has in its sizes: the KL divergence is over the ids that both have."""
+def test_models_with_one_tokenizer_may_differ_in_unused_ids(prefix_sharing, tiny_folder, tmp_path):
+    """As in the sizes of Qwen2.5: the KL divergence is over the ids that both models have."""
     larger = load_model(ModelSpec(str(tiny_folder)))
     larger.resize_token_embeddings(larger.config.vocab_size + 8, mean_resizing=False)
     larger.save_pretrained(tmp_path)
@@ -379,7 +379,7 @@ def test_models_of_one_tokenizer_may_have_other_numbers_of_unused_ids(prefix_sha
 
 
 def test_a_pair_is_compared_where_there_is_one():
-    """Rows without a paired completion are compared with none; and every step has the same figures, as ranks must."""
+    """Rows without a paired completion are not compared; every step logs the same metrics, as ranks must agree."""
     rows = LogProbBatch(
         policy_logps=torch.tensor([[1.0], [2.0], [3.0]]),
         reference_logps=torch.zeros(3, 1),
@@ -398,7 +398,7 @@ def test_a_pair_is_compared_where_there_is_one():
 
 @pytest.mark.filterwarnings("ignore")
 def test_adapter_off_equals_a_separate_copy(tiny_folder):
-    """After steps that moved the adapter: were it left on in the reference, rewards would still be 0."""
+    """After steps that moved the adapter: if it stayed on in the reference, rewards would still be 0."""
     steps = [batch(seed=s) for s in range(3)]
     off = train(module(tiny_folder, lora=LoRASpec(r=4), lr=1.0), steps)
     copy = train(module(tiny_folder, "kto", FrozenCopy(), lora=LoRASpec(r=4), lr=1.0), steps)
@@ -408,7 +408,7 @@ def test_adapter_off_equals_a_separate_copy(tiny_folder):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_adapter_comes_back_on_and_the_mode_with_it(tiny_folder):
+def test_adapter_and_mode_are_restored(tiny_folder):
     model = module(tiny_folder, lora=LoRASpec(r=4), lr=1.0)
     train(model, [batch()])
     policy: Any = model.scorer
@@ -429,7 +429,7 @@ def test_the_adapter_comes_back_on_and_the_mode_with_it(tiny_folder):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_frozen_reference_is_no_part_of_the_module(tiny_folder):
+def test_a_frozen_reference_is_not_part_of_the_module(tiny_folder):
     model = module(tiny_folder)
     train(model, [batch()])
     own = sum(p.numel() for p in load(tiny_folder).parameters())
@@ -438,8 +438,8 @@ def test_a_frozen_reference_is_no_part_of_the_module(tiny_folder):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_references_that_cannot_serve_are_refused(tiny_folder):
-    """When the config is read, not when data and weights have been."""
+def test_unusable_references_are_refused(tiny_folder):
+    """When the config is read, before data and weights are."""
     with pytest.raises(ModelError, match="AdapterOff needs a policy with an adapter"):
         module(tiny_folder, "kto", AdapterOff())
     with pytest.raises(ModelError, match="NoReference"):
@@ -449,7 +449,7 @@ def test_references_that_cannot_serve_are_refused(tiny_folder):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_no_reference_is_loaded_where_none_is_needed(tiny_folder, monkeypatch):
+def test_no_reference_is_loaded_if_none_is_needed(tiny_folder, monkeypatch):
     monkeypatch.setattr(FrozenCopy, "bind", lambda *_: pytest.fail("a reference was loaded"))
     parts = {k: v() if isinstance(v, type) else v for k, v in PARTS["kto"].items()}
     model = HALOModule(ModelSpec(str(tiny_folder)), **{**parts, "reward": LogProb()})
@@ -457,7 +457,7 @@ def test_no_reference_is_loaded_where_none_is_needed(tiny_folder, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tiny_folder):
+def test_a_non_finite_loss_stops_the_run_and_names_the_rows(tiny_folder):
     class Broken(Logistic):
         def forward(self, u: torch.Tensor) -> torch.Tensor:
             return torch.where(torch.arange(len(u)) == 2, float("nan"), super().forward(u))
@@ -471,8 +471,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tiny_folder)
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("clip", [None, 1.0])
-def test_a_gradient_that_is_not_finite_stops_the_run_before_its_step(clip, tiny_folder):
-    """The slope of x ** 0.88 at 0, where every run begins, is infinite, and that of where() then no number."""
+def test_a_non_finite_gradient_stops_the_run_before_its_step(clip, tiny_folder):
+    """At 0, where every run starts, x ** 0.88 has an infinite slope, so the gradient of where() is NaN."""
 
     class Textbook(Logistic):
         def forward(self, u: torch.Tensor) -> torch.Tensor:
@@ -487,7 +487,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_its_step(clip, tiny_
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("clip", [None, 0.1])
-def test_the_norm_of_the_gradient_is_logged_as_it_was_before_clipping(clip, tiny_folder):
+def test_the_gradient_norm_is_logged_before_clipping(clip, tiny_folder):
     model = module(tiny_folder, "dpo", lr=1.0)
     model.trainer = SimpleNamespace(testing=False, state=SimpleNamespace(fn=None))  # type: ignore[assignment]
     model.configure_model()
@@ -499,8 +499,8 @@ def test_the_norm_of_the_gradient_is_logged_as_it_was_before_clipping(clip, tiny
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_is_tested_after_a_fit_in_one_process_is_compared_with_the_start(tiny_folder):
-    """The fit needs no reference, so that the test is the first to ask for one: the policy is not what it was."""
+def test_a_test_after_a_fit_compares_with_the_untrained_model(tiny_folder):
+    """The fit needs no reference, so the test is the first to use one, when the policy has already changed."""
     parts = {k: v() if isinstance(v, type) else v for k, v in PARTS["kto"].items()}
     model = HALOModule(
         ModelSpec(str(tiny_folder)),
@@ -513,7 +513,7 @@ def test_what_is_tested_after_a_fit_in_one_process_is_compared_with_the_start(ti
 
 
 class Learnt(Logistic):
-    """Its beta is trained, and is neither shown nor kept as a number."""
+    """A logistic whose beta is trained, and neither shown nor stored as a number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -523,7 +523,7 @@ class Learnt(Logistic):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("objective", ["kto", "aot_unpaired"])
-def test_parameters_of_an_objective_are_trained_whatever_the_split(objective, tiny_folder):
+def test_parameters_of_an_objective_are_trained_under_any_split(objective, tiny_folder):
     found = {}
     for rows in (None, 2):
         halo: Any = load_objective(f"{ROOT}/experiments/objectives/{objective}.yaml")
@@ -549,7 +549,7 @@ def test_parameters_of_an_objective_are_trained_whatever_the_split(objective, ti
 
 @pytest.mark.filterwarnings("ignore")
 def test_mixed_precision_does_not_round_the_objective(tiny_folder):
-    """A matrix product in a plug-in would be one of bfloat16 under the Trainer's autocast."""
+    """Under the Trainer's autocast, a matrix product in a plug-in would run in bfloat16."""
     seen = []
 
     class Product(Logistic):
@@ -564,7 +564,7 @@ def test_mixed_precision_does_not_round_the_objective(tiny_folder):
     assert set(seen) == {torch.float32}
 
 
-def test_what_is_missing_of_an_objective_is_named(tiny_folder):
+def test_missing_parts_of_an_objective_are_named(tiny_folder):
     with pytest.raises(ValueError, match="lacks reference_point, feedback, reflect_undesirable"):
         HALOModule(ModelSpec(str(tiny_folder)), reward=LogRatio(), value_function=Logistic())
     with pytest.raises(ValueError, match="no objective"):
@@ -573,8 +573,8 @@ def test_what_is_missing_of_an_objective_is_named(tiny_folder):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("rows", [None, 2])
-def test_a_second_pass_has_the_dropout_of_the_first(rows, tiny_gpt2_folder, monkeypatch):
-    """Or the slope of the loss would be multiplied with the slopes of another network."""
+def test_a_second_pass_repeats_the_dropout_of_the_first(rows, tiny_gpt2_folder, monkeypatch):
+    """Otherwise the gradient of the loss would be multiplied with gradients of another network."""
     model = module(tiny_gpt2_folder, micro_batch_rows=rows, lr=0.0)
     model.models.spec = replace(model.models.spec, dropout=True)
     model.objective = load_objective(ROOT / "experiments" / "objectives" / "aot.yaml")
@@ -595,7 +595,7 @@ def test_a_second_pass_has_the_dropout_of_the_first(rows, tiny_gpt2_folder, monk
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_evaluating_draws_numbers_of_its_own(tiny_folder):
+def test_evaluation_does_not_advance_the_random_state(tiny_folder):
     parts = {k: v() if isinstance(v, type) else v for k, v in PARTS["kto"].items()}
     model = HALOModule(ModelSpec(str(tiny_folder)), **{**parts, "reference_point": SampledKL(max_new_tokens=4)})
     train(model, [batch(mismatched=False)])
@@ -610,7 +610,7 @@ def test_evaluating_draws_numbers_of_its_own(tiny_folder):
 
 @pytest.mark.filterwarnings("ignore")
 def test_half_precision_does_not_round_the_frequencies_of_positions(tiny_folder):
-    """As from_pretrained in that dtype: what is exported is then the model that was trained."""
+    """As with from_pretrained in that dtype, so the exported model equals the trained one."""
     model = module(tiny_folder, lr=0.0)
     kinds: list[torch.dtype] = []
 
@@ -624,7 +624,7 @@ def test_half_precision_does_not_round_the_frequencies_of_positions(tiny_folder)
     assert figures["outcome/reward"] == 0
 
 
-def test_models_whose_rows_are_not_their_own_are_refused(tiny_gpt2_folder, monkeypatch):
+def test_models_that_mix_rows_are_refused(tiny_gpt2_folder, monkeypatch):
     plain = AutoModelForCausalLM.from_pretrained(tiny_gpt2_folder, attn_implementation="eager")
     assert padding_fault(plain) is None
     # Positions that count the padding, as of models that take none.
@@ -640,7 +640,7 @@ def test_models_whose_rows_are_not_their_own_are_refused(tiny_gpt2_folder, monke
         train(model, [batch()])
 
 
-def test_a_head_that_is_called_decoder_is_not_taken_for_the_layers(tiny_folder):
+def test_a_head_named_decoder_is_not_mistaken_for_the_layers(tiny_folder):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     model.get_decoder = model.get_output_embeddings
     assert decoder_and_head(model) == (model.model, model.lm_head)

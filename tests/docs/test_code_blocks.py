@@ -94,7 +94,7 @@ def titled(page: str, name: str) -> str:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder with the files that pages take for granted, as the tutorial shows them."""
+    """A folder with the files that pages assume, as shown in the tutorial."""
     feedback = titled("docs/tutorial.md", "feedback.jsonl")
     for name in ("feedback.jsonl", "held_out.jsonl"):
         (tmp_path / name).write_text(feedback)
@@ -150,7 +150,7 @@ def quick(words: list[str]) -> bool:
 
 
 @pytest.mark.parametrize("page", pages_with("bash", "halos"))
-def test_commands_are_understood(folder, page):
+def test_commands_parse(folder, page):
     write_files(page, folder)
     for block, words in halos(page):
         if quick(words):
@@ -195,7 +195,7 @@ def test_commands_run(folder, page, tiny_folder):
         assert code == 0, f"{block}: halos {' '.join(words)}\n{said[-3000:]}"
 
 
-def test_other_programs_are_there():
+def test_other_programs_exist():
     makefile = (ROOT / "Makefile").read_text()
     for block in of("bash"):
         for words in commands(block):
@@ -217,7 +217,7 @@ def test_python_runs(folder, page, tiny_folder):
 
 
 def executed(page: str, model: Path) -> dict[str, object]:
-    """What the Python blocks of a page leave behind, with ``model`` in place of the one of the hub."""
+    """The namespace after the Python blocks of a page, with ``model`` in place of the hub's."""
     space: dict[str, object] = {"__name__": "page"}
     for block in of("python"):
         if block.page == page:
@@ -228,7 +228,7 @@ def executed(page: str, model: Path) -> dict[str, object]:
     return space
 
 
-def test_a_plain_loop_has_the_losses_of_a_fit(folder, tiny_folder):
+def test_a_plain_loop_gives_the_losses_of_halos_fit(folder, tiny_folder):
     losses = executed("docs/howto/plain_pytorch.md", tiny_folder)["losses"]
     settings = {
         **{"model.policy.path": tiny_folder, "data.train": "feedback.jsonl", "data.batch_size": 4, "run_dir": "run"},
@@ -253,7 +253,7 @@ def test_notebooks_run(folder, path):
 
 
 @pytest.mark.docs
-def test_the_tests_shown_pass(folder):
+def test_the_documented_tests_pass(folder):
     for block in of("python"):
         if block.title.startswith("test_"):
             (folder / block.title).write_text(block.text)
@@ -262,7 +262,7 @@ def test_the_tests_shown_pass(folder):
 
 
 @pytest.mark.parametrize("block", of("yaml"), ids=str)
-def test_yaml_is_understood(folder, block):
+def test_yaml_parses(folder, block):
     write_files(block.page, folder)
     content = yaml.safe_load(block.text)
     if {"arms", "primary"} & content.keys():
