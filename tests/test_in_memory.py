@@ -101,3 +101,21 @@ def test_a_fixed_reference_is_not_the_policy(tiny_folder: Path) -> None:
     policy = Scorer(AutoModelForCausalLM.from_pretrained(tiny_folder))
     with pytest.raises(ValueError, match="policy itself"):
         FixedModel(policy.model, policy)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "named"),
+    [
+        ("reference_model", "base", "FrozenCopy"),
+        ("reference_model", torch.nn.Linear(1, 1), "Linear"),
+        ("prefix_sharing", True, "auto, always, never"),
+        ("lr_schedule", "cosinus", "cosine"),
+        ("micro_batch_rows", 1.5, "1.5"),
+        ("optimizer", torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), "SGD"),
+        ("extra_terms", load_objective("sft"), "list"),
+        ("loss_offset", 5.0, "5"),
+    ],
+)
+def test_an_argument_that_would_fail_later_or_do_nothing_is_refused(argument: str, value: Any, named: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"{argument} is .*{named}"):
+        HALOModule(**{"policy": ModelSpec("any"), "extra_terms": [load_objective("sft")]} | {argument: value})

@@ -53,9 +53,9 @@ def chain(spec: ModelSpec) -> tuple[ModelSpec, list[Adapter]]:
     while (config := _config_of(spec)) is not None:
         seen.add(_place(spec))
         base = str(config.base_model_name_or_path or "")
-        below = replace(spec, path=base, revision=config.revision, gguf_file=None)
         adapters.insert(0, Adapter(spec, config))
-        if not base or _place(below) in seen:
+        below = replace(spec, path=base, revision=config.revision, gguf_file=None) if base else None
+        if below is None or _place(below) in seen:
             raise ModelError(
                 f"{spec.path} is an adapter, but its {ADAPTER_CONFIG} names {repr(base) if base else 'no model'} as its"
                 " base; set base_model_name_or_path there to the name or the absolute path of that model"

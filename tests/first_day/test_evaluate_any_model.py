@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,9 @@ from halos_pl.data.tokenize import encode_prompt
 from halos_pl.evaluation import answers as kept
 from halos_pl.evaluation.files import ANSWERS, BEFORE, FILE, ROWS
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
+from halos_pl.policy.reference import FixedModel
 from halos_pl.policy.sampling import generate, kl_of_samples
+from halos_pl.policy.scorer import Scorer
 from halos_pl.testing import tiny_tokenizer
 from halos_pl.training.trained import load_run
 
@@ -133,7 +134,8 @@ def test_another_reference_is_compared_with(home: Path, tiny_folder: Path, tiny_
     model, tokenizer = load_model(ModelSpec(str(tiny_folder))), load_tokenizer(ModelSpec(str(tiny_folder)))
     how: dict[str, Any] = {"max_new_tokens": 6, "temperature": 1.0, "seed": 3, "batch_size": 4, "progress": False}
     samples = [s for (s,) in generate(model, tokenizer, [f"question {i}" for i in range(5)], **how)]
-    expected = list(kl_of_samples(model, lambda: nullcontext(other), samples))
+    policy = Scorer(model)
+    expected = list(kl_of_samples(policy, FixedModel(other, policy), samples))
     assert list(read(home / "other", BEFORE)["kl"].values()) == pytest.approx(expected, rel=1e-4)
     assert read(home / "other")["kl"] != read(home / "other", BEFORE)["kl"]
 

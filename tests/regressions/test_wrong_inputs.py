@@ -246,7 +246,6 @@ COMMANDS = {
     "generate folder --prompts prompts.txt": "folder",
     "evaluate run": "held_out",
     "evaluate nope --prompts prompts.txt": "nope",
-    "evaluate run --held_out pairs.jsonl": "held_out",
     'evaluate run --held_out ["nope.jsonl"]': "nope.jsonl",
     'evaluate run --held_out ["empty.jsonl"]': "empty.jsonl",
     'evaluate run --held_out ["binary.dat"]': "binary.dat",
