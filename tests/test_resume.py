@@ -122,13 +122,20 @@ def runs(tmp_path_factory, tiny_folder, tiny_gpt2_folder) -> Runs:
 
 
 def assert_same_run(whole: Path, resumed: Path) -> None:
-    """Every logged figure, and everything in the last checkpoint: weights, optimizer, schedule, random state."""
+    """Every logged figure, and everything in the last checkpoint: weights, optimizer, schedule, random state.
+
+    Except for the number of validation batches since the epoch began: Lightning 2.6 counts those of a validation that
+    ended just before the checkpoint again. It uses the number only to notice that a validation was stopped.
+    """
     first_lines = [(run / "metrics.csv").read_text().splitlines()[0] for run in (whole, resumed)]
     assert first_lines[0] == first_lines[1]
     a, b = metrics(whole), metrics(resumed)
     assert [row["step"] for row in b] == [row["step"] for row in a]
     assert equal(a, b, "metrics.csv") == []
-    assert equal(checkpoint(whole), checkpoint(resumed)) == []
+    a, b = checkpoint(whole), checkpoint(resumed)
+    for content in (a, b):
+        del content["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]
+    assert equal(a, b) == []
 
 
 DEFAULT: list[tuple[str, int, str, int]] = [
