@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import deepcopy
 from dataclasses import replace
 from itertools import chain
 
@@ -171,7 +170,7 @@ class FrozenCopy(ReferenceModel):
             if with_adapter and self._spec is None:
                 raise ModelError("FrozenCopy cannot copy a peft model in memory; choose reference_model: AdapterOff")
             model = load_model(self._spec) if with_adapter and self._spec else None
-            self._keep(policy.beside(model, _NAME) if model is not None else deepcopy(policy))
+            self._keep(policy.beside(model, _NAME) if model is not None else policy.copy())
 
     def _keep(self, scorer: Scorer) -> Scorer:
         self._scorer = scorer.eval().requires_grad_(False)
@@ -220,7 +219,7 @@ class SyncedCopy(ReferenceModel):
         self._policy = policy
         self._moving = {name for name, p in policy.model.named_parameters() if p.requires_grad}
         self._exact: dict[str, Tensor] = {}  # in float32, as half precision would lose small updates
-        self._scorer = deepcopy(policy).eval().requires_grad_(False)  # with its adapter, if it has one
+        self._scorer = policy.copy().eval().requires_grad_(False)  # with its adapter, if it has one
 
     @contextmanager
     def scoring(self) -> Iterator[Scorer]:

@@ -7,6 +7,7 @@ model's decoder or read the weight of its head. Sampling is the exception: ``gen
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any, Literal, get_args
 
 import torch
@@ -77,13 +78,21 @@ class Scorer(nn.Module):
             rank_zero_info(f"halos: {name} does not share prompts between rows: {why}")
         if self.shares_prefixes:
             base_model(model).set_attn_implementation(self.attention)
-        if compiled:
-            for part in layer_parts(model):
-                if part._compiled_call_impl is None:
-                    part.compile(dynamic=True)
+        self._compile()
 
     #: Name of the attention function of models that share prefixes.
     attention = prefix_sharing.NAME
+
+    def _compile(self) -> None:
+        for part in layer_parts(self.model) if self._options["compiled"] else ():
+            if part._compiled_call_impl is None:
+                part.compile(dynamic=True)
+
+    def copy(self) -> Scorer:
+        """An independent copy, compiled if this one is: compiled layers round differently."""
+        other = deepcopy(self)  # drops what is compiled
+        other._compile()
+        return other
 
     def beside(self, model: nn.Module, name: str) -> Scorer:
         """A scorer with the same options for another model."""
