@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_families import MODELS, SIZE
 from run_halos import binary_data, fit, metrics
-from test_prefix_sharing import MODELS, SIZE
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
+from trl_parity import BETA, flat, models, settings, short_pairs
 
-from halos_pl.batch import Labels, LogProbBatch, TokenBatch
+from halos_pl.batch import LogProbBatch, TokenBatch
 from halos_pl.data.tokenize import encode_completion, encode_prompt
 from halos_pl.objective.feedback import Binary, Pairwise
 from halos_pl.objective.halo import HALO
@@ -21,55 +19,6 @@ from halos_pl.policy.logprobs import completion_mask, padded_logps
 from value_functions import Logistic, LogSigmoid
 
 trl = pytest.importorskip("trl", reason="TRL, the peer that losses are compared with, is not installed")
-BETA = 0.3
-
-
-@pytest.fixture(scope="module")
-def pairs(shared_data) -> list[dict[str, Any]]:
-    """Six short human preferences."""
-    found: list[dict[str, Any]] = []
-    with gzip.open(shared_data / "feedback" / "hh_rlhf_train.jsonl.gz", "rt") as file:
-        for line in file:
-            row = json.loads(line)
-            if len(line) < 900:
-                found.append({key: row[key] for key in ("prompt", "chosen", "rejected")})
-            if len(found) == 6:
-                break
-    return found
-
-
-def models(folder: Path, seed: int) -> tuple[Any, Any]:
-    """A policy that differs from its reference, so that no reward is 0."""
-    policy, reference = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
-    return policy, reference
-
-
-def settings(config: Any, tmp_path: Path, rows: int, **options: Any) -> Any:
-    return config(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=rows,
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        max_length=None,
-        beta=BETA,
-        disable_tqdm=True,
-        **options,
-    )
-
-
-def flat(prompts: list, completions: list, desirable: list, pair: list, mismatched: list) -> TokenBatch:
-    return TokenBatch(
-        prompts=[torch.tensor(p) for p in prompts],
-        completions=[torch.tensor(c) for c in completions],
-        prompt=torch.arange(len(prompts)),
-        labels=Labels(desirable=torch.tensor(desirable), pair=torch.tensor(pair), mismatched=torch.tensor(mismatched)),
-    )
 
 
 def assert_parity(trainer: Any, batch: dict, policy: Any, reference: Any, objective: HALO, ours: TokenBatch) -> Any:
@@ -97,8 +46,9 @@ def assert_parity(trainer: Any, batch: dict, policy: Any, reference: Any, object
 
 
 @pytest.mark.parametrize(("seed", "weights"), [(1, (1.0, 1.0)), (2, (1.5, 0.7)), (5, (0.5, 2.0))])
-def test_kto_equals_trl(tiny_folder, pairs, tmp_path, seed, weights):
+def test_kto_equals_trl(tiny_folder, shared_data, tmp_path, seed, weights):
     """Same rows, same mismatches (TRL's rotation), unequal weights, z0 clamped or not as the seed has it."""
+    pairs = short_pairs(shared_data)
     from datasets import Dataset
 
     rows = [
@@ -144,7 +94,8 @@ def test_kto_equals_trl(tiny_folder, pairs, tmp_path, seed, weights):
     assert shown == pytest.approx(trainer._metrics["train"]["rewards/chosen"][-1], rel=1e-3)
 
 
-def test_dpo_equals_trl(tiny_folder, pairs, tmp_path):
+def test_dpo_equals_trl(tiny_folder, shared_data, tmp_path):
+    pairs = short_pairs(shared_data)
     from datasets import Dataset
 
     n = len(pairs)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback
+from policy_steps import PARTS, batch, module
 from run_halos import OBJECTIVES, ROOT, one_of_each_kind, quiet_trainer
 from torch.utils.data import DataLoader
 from transformers import (
@@ -27,15 +28,14 @@ from transformers import (
 
 from halos_pl.batch import Labels, LogProbBatch, TokenBatch
 from halos_pl.objective.build import load_objective
-from halos_pl.objective.feedback import Binary, Pairwise
 from halos_pl.objective.halo import HALO
-from halos_pl.objective.reference_points import MismatchedKL, PairedCompletion, RunningMean, SampledKL, TokenKL
+from halos_pl.objective.reference_points import SampledKL, TokenKL
 from halos_pl.objective.rewards import LogProb, LogRatio
 from halos_pl.policy.architecture import decoder_and_head
 from halos_pl.policy.kl import compared_logps
 from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, load_model, load_tokenizer
 from halos_pl.policy.logprobs import completion_mask, padded_logps
-from halos_pl.policy.reference import AdapterOff, FixedModel, FrozenCopy, NoReference, ReferenceModel, SyncedCopy
+from halos_pl.policy.reference import AdapterOff, FixedModel, FrozenCopy, NoReference, SyncedCopy
 from halos_pl.policy.sampling import sample_tokens
 from halos_pl.policy.scorer import Scorer
 from halos_pl.policy.self_test import padding_fault
@@ -43,7 +43,7 @@ from halos_pl.training.engine import _Step
 from halos_pl.training.metrics import Means, reward_figures
 from halos_pl.training.module import HALOModule
 from halos_pl.training.non_finite import NonFiniteLossError
-from value_functions import Logistic, LogSigmoid
+from value_functions import Logistic
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -63,34 +63,6 @@ ARCHITECTURES = {
         Gemma2ForCausalLM,
     ),
 }
-
-
-def batch(pairs: int = 3, *, seed: int = 0, mismatched: bool = True) -> TokenBatch:
-    """Pairs of all lengths, including one-token prompts and completions, and a mismatched row for each row."""
-    draw = torch.Generator().manual_seed(seed)
-
-    def tokens(longest: int) -> torch.Tensor:
-        return torch.randint(5, 300, (int(torch.randint(1, longest + 1, (1,), generator=draw)),), generator=draw)
-
-    prompts = [tokens(9) for _ in range(pairs)]
-    prompts[0] = prompts[0][:1]
-    completions = [tokens(7) for _ in range(2 * pairs)]
-    completions[1] = completions[1][:1]
-    n = 2 * pairs
-    own = torch.arange(n) // 2
-    twice = n if mismatched else 0
-    return TokenBatch(
-        prompts=prompts,
-        completions=completions + [completions[(i + 2) % n] for i in range(twice)],
-        prompt=torch.cat([own, own[:twice]]),
-        labels=Labels(
-            desirable=torch.tensor([True, False] * pairs + [False] * twice),
-            pair=torch.tensor([i ^ 1 for i in range(n)] + [-1] * twice),
-            mismatched=torch.tensor([False] * n + [True] * twice),
-            group=torch.cat([own, own[:twice]]) // 2,
-        ),
-        row_ids=[f"file:{i}" for i in range(n + twice)],
-    )
 
 
 def one_by_one(model: Any, rows: TokenBatch) -> list[torch.Tensor]:
@@ -143,49 +115,6 @@ def test_kl_equals_the_sum_over_the_vocabulary(tiny_folder):
     expected = (p.exp() * (p - q)).sum(-1)[:-1][-len(rows.completions[0]) :]
     assert torch.allclose(kl[0][: len(expected)].double(), expected, atol=1e-5)
     assert bool((kl >= -1e-6).all())
-
-
-PARTS: dict[str, dict[str, Any]] = {
-    "kto": {
-        "reward": LogRatio,
-        "reference_point": MismatchedKL,
-        "value_function": Logistic,
-        "feedback": Binary,
-        "reflect_undesirable": True,
-        "loss_offset": 1.0,
-    },
-    "dpo": {
-        "reward": LogRatio,
-        "reference_point": PairedCompletion,
-        "value_function": LogSigmoid,
-        "feedback": Pairwise,
-        "reflect_undesirable": False,
-    },
-    "bco": {
-        "reward": LogRatio,
-        "reference_point": RunningMean,
-        "value_function": LogSigmoid,
-        "feedback": Binary,
-        "reflect_undesirable": True,
-    },
-}
-
-
-def module(
-    folder: Path, objective: str = "kto", reference: ReferenceModel | None = None, *, lr: float = 1.0, **options: Any
-) -> HALOModule:
-    of_policy = ("lora", "gradient_checkpointing", "dtype", "attn_implementation")
-    spec = {key: options.pop(key) for key in of_policy if key in options}
-    parts = {k: v() if isinstance(v, type) else v for k, v in PARTS[objective].items()}
-    return HALOModule(
-        ModelSpec(str(folder), **spec),
-        reference,
-        **parts,
-        optimizer=lambda params: torch.optim.SGD(params, lr=lr),
-        lr_schedule="constant_with_warmup",
-        warmup_ratio=0.0,
-        **options,
-    )
 
 
 def train(model: HALOModule, steps: list[TokenBatch], **options: Any) -> dict[str, float]:

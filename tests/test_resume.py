@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from kills import checkpoint, equal, kill_at
 from run_halos import KILLED, binary_data, fit, metrics, pair_data, refused, run
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -44,37 +44,6 @@ SETUPS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "study": ("kto", "llama", STUDY),
 }
 PAIRS = {"dpo", "tr_dpo"}
-
-
-def kill_at(step: int, moment: str) -> list[str]:
-    name = "plugins.kill_at.KillAt"
-    return [
-        f"--trainer.callbacks+={name}",
-        f"--trainer.callbacks.step={step}",
-        f"--trainer.callbacks.moment={moment}",
-    ]
-
-
-def equal(a: Any, b: Any, where: str = "") -> list[str]:
-    """The places where two checkpoints differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        if a.keys() != b.keys():
-            return [f"{where}: {sorted(map(str, a.keys() ^ b.keys()))}"]
-        return [place for key in a for place in equal(a[key], b[key], f"{where}/{key}")]
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        if len(a) != len(b):
-            return [f"{where}: {len(a)} and {len(b)} items"]
-        return [place for i, (x, y) in enumerate(zip(a, b, strict=True)) for place in equal(x, y, f"{where}/{i}")]
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        same = a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-    else:
-        same = type(a) is type(b) and a == b
-    return [] if same else [where]
-
-
-def checkpoint(run_dir: Path) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
-    return found
 
 
 class Runs:

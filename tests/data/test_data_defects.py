@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from data_modules import DPO, KTO, SFT, binary, pairs, set_up, text, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_halos import write_jsonl
-from test_datamodule import DPO, KTO, SFT, binary, pairs, set_up, text, tokenizer
 
 from halos_pl.batch import TokenBatch
 from halos_pl.data import DataError

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import pickle
 from collections import Counter
-from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from data_modules import DPO, KTO, SFT, binary, connected, pairs, set_up, text, tokenizer
 from lightning.pytorch import LightningModule, Trainer
 from run_halos import quiet_trainer, write_jsonl
 from torch import Tensor
@@ -25,42 +24,6 @@ from halos_pl.data.order import Step
 from halos_pl.data.split import ControlTokens
 from halos_pl.data.transforms import FlipLabels, OnePerPrompt, Pair, ThresholdScores
 from halos_pl.testing import tiny_tokenizer
-
-KTO = Needs(reference=True, mismatched=True, undesirable=True)
-DPO = Needs(reference=True, pairs=True, undesirable=True)
-SFT = Needs()
-
-
-@cache
-def tokenizer() -> PreTrainedTokenizerBase:
-    return tiny_tokenizer()
-
-
-def binary(n: int = 10, prompts: int = 10) -> list[dict[str, Any]]:
-    return [{"prompt": f"p{i % prompts}", "completion": f"c{i}", "label": i % 3 > 0} for i in range(n)]
-
-
-def pairs(n: int = 10) -> list[dict[str, Any]]:
-    return [{"prompt": f"p{i}", "chosen": f"good{i}", "rejected": f"bad{i}"} for i in range(n)]
-
-
-def connected(needs: Needs, **options: Any) -> FeedbackDataModule:
-    data = FeedbackDataModule(**options)
-    data.connect(tokenizer=tokenizer(), needs=needs)
-    return data
-
-
-def set_up(needs: Needs, stage: str = "fit", rank: int = 0, world_size: int = 1, **options: Any) -> FeedbackDataModule:
-    data = connected(needs, **options)
-    if world_size > 1:
-        trainer: Any = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": world_size, "rank": rank})
-        data.trainer = trainer
-    data.setup(stage)
-    return data
-
-
-def text(ids: Tensor) -> str:
-    return tokenizer().decode(ids)
 
 
 def train_rows(data: FeedbackDataModule, epoch: int = 0) -> list[list[tuple[str, str, bool, bool, str]]]:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from data_modules import set_up
+from fuzz_cases import LIMITS, Case, cases
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from run_halos import ROOT
-from test_datamodule import set_up
-from test_fuzz_read import LIMITS, Case, cases
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from halos_pl.batch import LogProbBatch, TokenBatch

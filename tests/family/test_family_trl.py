@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 from family_runs import FILES, objective
-from test_parity import flat, models, pairs, settings  # noqa: F401  (pairs is a fixture)
 from transformers import AutoTokenizer
+from trl_parity import flat, models, settings, short_pairs
 
 from halos_pl.batch import LogProbBatch, TokenBatch
 from halos_pl.policy.logprobs import completion_mask, padded_logps
@@ -140,7 +140,8 @@ def set_all(trainer: Any, settings: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def peers(tiny_folder, pairs, tmp_path_factory):  # noqa: F811
+def peers(tiny_folder, shared_data, tmp_path_factory):
+    pairs = short_pairs(shared_data)
     return Peers(tiny_folder, pairs, tmp_path_factory.mktemp("trl"))
 
 

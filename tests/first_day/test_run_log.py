@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kills import kill_at
 from run_halos import KILLED, binary_data, fit, metrics, run
-from test_resume import kill_at
 
 from halos_pl.cli.main import main
 from halos_pl.training.run_log import METRICS, RunCSVLogger, StepWriter

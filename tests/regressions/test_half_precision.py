@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from lightning import Trainer
+from policy_steps import batch, module
 from run_halos import fit as words_of
 from run_halos import pair_data, quiet_trainer, run, run_ranks
-from test_policy_step import batch, module
 from torch import nn
 from torch.utils.data import DataLoader
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kills import checkpoint, equal, kill_at
 from lightning.pytorch.callbacks import Callback
 from run_halos import KILLED, binary_data, fit, metrics, run
-from test_resume import checkpoint, equal, kill_at
 
 from halos_pl.cli.main import main
 

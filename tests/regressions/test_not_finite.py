@@ -16,8 +16,8 @@ import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import Logger
+from policy_steps import batch, module
 from run_halos import binary_data, fit, quiet_trainer, refused
-from test_policy_step import batch, module
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

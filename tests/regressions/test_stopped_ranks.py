@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from run_halos import binary_data, fit, metrics, run_ranks
-from test_stopped_runs import saved, signal_at
+from stopping import saved, signal_at
 
 OPTIONS = ("--trainer.max_epochs=2", "--data.seed=47")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from run_halos import Ended, binary_data, fit, metrics, run, run_here
+from stopping import saved, signal_at
 
 OPTIONS = ("--trainer.max_epochs=2", "--data.seed=47")
 EPOCH, STEPS = 4, 8
@@ -44,16 +45,6 @@ class Fits:
 @pytest.fixture(scope="module")
 def fits(tmp_path_factory, tiny_folder) -> Fits:
     return Fits(tmp_path_factory.mktemp("stopped"), tiny_folder)
-
-
-def signal_at(name: str, moment: str, step: int = 0, **more: object) -> list[str]:
-    given = {"name": name, "moment": moment, "step": step, **more}
-    plugin = "plugins.signal_at.SignalAt"
-    return [f"--trainer.callbacks+={plugin}", *(f"--trainer.callbacks.{k}={v}" for k, v in given.items())]
-
-
-def saved(run_dir: Path) -> dict:
-    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
 
 
 def assert_same(whole: Path, parts: Path) -> None:
