@@ -12,7 +12,17 @@ from lightning import Trainer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from halos_pl import AdapterOff, FeedbackDataModule, FixedModel, HALOModule, ModelSpec, Scorer, load_objective, testing
+from halos_pl import (
+    AdapterOff,
+    FeedbackDataModule,
+    FixedModel,
+    HALOModule,
+    ModelSpec,
+    Scorer,
+    StepEngine,
+    load_objective,
+    testing,
+)
 from halos_pl.policy.spec import ModelError
 
 ROWS = testing.binary_rows(8)
@@ -119,3 +129,25 @@ def test_a_fixed_reference_is_not_the_policy(tiny_folder: Path) -> None:
 def test_an_argument_that_would_fail_later_or_do_nothing_is_refused(argument: str, value: Any, named: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"{argument} is .*{named}"):
         HALOModule(**{"policy": ModelSpec("any"), "extra_terms": [load_objective("sft")]} | {argument: value})
+
+
+def test_an_engine_says_what_it_takes(tiny_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    scorer, sft = Scorer(model), load_objective("sft")
+    for arguments, named in {
+        ("sft", scorer, None): "objective is a str",
+        (sft, model, None): "policy is a LlamaForCausalLM",
+        (sft, scorer, model): "reference is a LlamaForCausalLM",
+    }.items():
+        with pytest.raises(TypeError, match=named):
+            StepEngine(*arguments)
+    with pytest.raises(ValueError, match=r"2\.5"):
+        StepEngine(sft, scorer, None, 2.5)  # type: ignore[arg-type]
+    data = FeedbackDataModule(train=ROWS)
+    with pytest.raises(TypeError, match=r"objective\.needs"):
+        data.connect(tokenizer=testing.tiny_tokenizer(), needs=sft)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="tokenizer is a str"):
+        data.connect(tokenizer=str(tiny_folder), needs=sft.needs)  # type: ignore[arg-type]
+    data.connect(tokenizer=testing.tiny_tokenizer(), needs=sft.needs)
+    with pytest.raises(RuntimeError, match="setup"):
+        data.train_dataloader()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def test_log_probs_are_those_of_the_whole_completion_at_the_tokens_with_loss(nam
     with torch.no_grad():
         some = torch.tensor([3, 0])
         torch.testing.assert_close(scorer(rows.select(some)), wanted[some], atol=2e-5, rtol=0)
-        policy, reference, kl = compared_logps(scorer, FixedModel(model, scorer), rows)
+        policy, reference, kl = compared_logps(scorer, FixedModel(deepcopy(model), scorer), rows)
     torch.testing.assert_close(policy, wanted.detach(), atol=2e-5, rtol=1e-5)
     assert not policy[~mask].any()
     assert not reference[~mask].any()

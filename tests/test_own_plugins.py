@@ -90,7 +90,9 @@ def test_new_overwrites_nothing_and_refuses_names_of_nothing(here: Path) -> None
 
 
 def test_a_name_of_the_library_and_of_a_file_is_refused(here: Path) -> None:
-    new("value_function", "Logistic")
+    with pytest.raises(ValueError, match="Logistic is part of halos_pl"):
+        new("value_function", "Logistic")
+    (here / "logistic.py").write_text("class Logistic(ValueFunction):\n    pass\n")
     with pytest.raises(OwnPluginError, match=r"logistic\.Logistic or value_functions\.logistic\.Logistic"):
         import_own({"value_function": {"class_path": "Logistic"}}, PARTS.values())
     import_own({"value_function": "value_functions.Logistic"}, PARTS.values())

@@ -69,7 +69,8 @@ def _refuse_taken(kind: Kind, cls: str, module: str, *, package: bool) -> None:
     from halos_pl.common.subclasses import subclasses  # with the plug-ins, which take a second to import
     from halos_pl.objective.build import PARTS
 
-    if any(each.__name__ == cls for each in subclasses(PARTS[kind])):
+    ours = (each for each in subclasses(PARTS[kind]) if each.__module__.startswith(("halos_pl.", "value_functions.")))
+    if any(each.__name__ == cls for each in ours):
         raise ValueError(f"a {kind} {cls} is part of halos_pl; choose another name")
     installed = None if package or Path(f"{module}.py").exists() else importlib.util.find_spec(module)
     if installed is not None and installed.origin is not None:

@@ -14,11 +14,11 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 
 from halos_pl import distributed
 from halos_pl.batch import Needs, TokenBatch
 from halos_pl.data.batches import StepDataset
+from halos_pl.data.connection import Connection, NotConnected, Tokenizer
 from halos_pl.data.ends import prefix_ids
 from halos_pl.data.example import DataError
 from halos_pl.data.formats import refuse_missing
@@ -39,7 +39,6 @@ from halos_pl.data.template import template_of, use_template
 from halos_pl.data.transforms import Transform, apply, in_order
 
 STAGES = {"fit": "train", "validate": "validation", "test": "test", "predict": "predict"}  # the split each one needs
-Tokenizer = PreTrainedTokenizerBase
 
 
 class FeedbackDataModule(LightningDataModule):
@@ -141,7 +140,7 @@ class FeedbackDataModule(LightningDataModule):
         self.shuffle, self.drop_last, self.keep_together = shuffle, drop_last, keep_together
         self.balance_classes, self.group_by_length = balance_classes, group_by_length
         self.control_tokens, self.seed = control_tokens, seed
-        self._connection: tuple[Tokenizer | Callable[[], Tokenizer], Needs] | None = None
+        self._connection: Connection | NotConnected = NotConnected()
         self._stores = Stores(
             on_bad_rows=on_bad_rows,
             cache_dir=Path(cache_dir) if cache_dir else None,
@@ -163,30 +162,21 @@ class FeedbackDataModule(LightningDataModule):
         Args:
             tokenizer: the policy's tokenizer, or a function that loads it, called once all files are known to exist.
             needs: the objective's needs.
-        """
-        self._connection = tokenizer, needs
 
-    @property
-    def _connected(self) -> tuple[Tokenizer | Callable[[], Tokenizer], Needs]:
-        if self._connection is None:
-            raise RuntimeError(
-                "FeedbackDataModule is not connected to a model: call data.connect(tokenizer=..., needs=...) before"
-                " data.setup(), or pass both to Trainer.fit(HALOModule(...), datamodule=data)"
-            )
-        return self._connection
+        Raises:
+            TypeError: if an argument is of another kind.
+        """
+        self._connection = Connection(tokenizer, needs)
 
     @property
     def needs(self) -> Needs:
         """The objective's needs, after :meth:`connect`."""
-        return self._connected[1]
+        return self._connection.needs
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, with ``chat_template`` if set, after :meth:`connect`."""
-        tokenizer, needs = self._connected
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
-            tokenizer = tokenizer()
-            self._connection = tokenizer, needs
+        tokenizer = self._connection.tokenizer
         if self.chat_template is not None:
             use_template(tokenizer, self.chat_template)
         return tokenizer
@@ -202,7 +192,7 @@ class FeedbackDataModule(LightningDataModule):
         return [split for split in splits if self.sources[split]]
 
     def _open(self, splits: Sequence[str]) -> None:
-        _ = self._connected
+        _ = self.needs  # raises if not connected, before anything is read
         sources = [source for split in splits for source in self.sources[split]]
         refuse_missing(sources)
         self._stores.open(sources, self.tokenizer)
@@ -309,6 +299,8 @@ class FeedbackDataModule(LightningDataModule):
             DataError: the data do not fill such batches.
         """
         # None for a single process; with model parallelism these differ from the world's rank and size.
+        if split not in self._splits:
+            raise RuntimeError(f"the {split} data are not set up: call data.setup() first")
         share: dict[str, Any] = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
         rank = share.get("rank", 0 if self.trainer else distributed.rank())
         world_size = share.get("num_replicas", 1 if self.trainer else distributed.world_size())

@@ -163,4 +163,5 @@ class Scorer(nn.Module):
 
 def scorer_of(policy: nn.Module) -> Scorer:
     """The scorer inside a wrapper such as DDP, which hides its attributes; only the wrapper may be called."""
-    return next((part for part in policy.modules() if isinstance(part, Scorer)), policy)  # type: ignore[return-value]
+    parts: Any = policy.modules() if isinstance(policy, nn.Module) else ()
+    return next((part for part in parts if isinstance(part, Scorer)), policy)  # type: ignore[return-value]

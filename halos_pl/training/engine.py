@@ -109,6 +109,7 @@ class StepEngine:
         sampler: Adds samples of the policy to a batch; required if the objective needs them.
 
     Raises:
+        TypeError: if the objective, the policy or the reference is of another kind.
         ValueError: if ``micro_batch_rows`` is below 1, or a reference or sampler that the objective needs is missing.
     """
 
@@ -120,8 +121,16 @@ class StepEngine:
         micro_batch_rows: int | None = None,
         sampler: Callable[[TokenBatch], TokenBatch] | None = None,
     ) -> None:
-        if micro_batch_rows is not None and micro_batch_rows < 1:
-            raise ValueError(f"micro_batch_rows is {micro_batch_rows}; it must be at least 1, or None")
+        if not isinstance(objective, Objective):
+            raise TypeError(
+                f"objective is a {type(objective).__name__}; pass an Objective, such as load_objective(...)"
+            )
+        if not isinstance(scorer_of(policy), Scorer):
+            raise TypeError(f"policy is a {type(policy).__name__}; pass a Scorer, such as Scorer(model)")
+        if reference is not None and not callable(getattr(reference, "logps", None)):
+            raise TypeError(f"reference is a {type(reference).__name__}; pass FixedModel(model, policy), for example")
+        if micro_batch_rows is not None and not (isinstance(micro_batch_rows, int) and micro_batch_rows >= 1):
+            raise ValueError(f"micro_batch_rows is {micro_batch_rows}; it must be a whole number from 1, or None")
         if objective.needs.reference and reference is None:
             raise ValueError("the objective needs log pi_ref; give the engine a reference")
         if objective.needs.samples and sampler is None:
