@@ -97,6 +97,14 @@ def test_files_and_targets_named_exist():
             assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), (path, target)
 
 
+def test_the_links_of_the_readme_lead_to_files():
+    """MkDocs checks those of the site, which the README is not part of."""
+    links = re.findall(r"\]\(([^)#]+)", README)
+    assert links
+    for link in links:
+        assert link.startswith("https://") or (ROOT / link).exists(), link
+
+
 def test_the_readme_is_short_and_names_real_losses():
     assert len(README.splitlines()) <= 130
     table = README.partition("| family |")[2].partition("\n\n")[0]
