@@ -255,7 +255,7 @@ def test_the_error_for_an_unknown_option_lists_similar_ones(capfd, tmp_path, opt
         ("kto", "--checkpoint.every_n_steps=0", "checkpoint.every_n_steps is 0"),
         ("kto", "--model.micro_batch_rows=0", "micro_batch_rows is 0"),
         ("kto", "--data.batch_size=0", "data.batch_size is 0"),
-        ("dpo", "", "the objective compares the two completions of a pair"),
+        ("dpo", "", "chosen and rejected"),
         ("dpo", "", "binary.jsonl:1"),
         ("kto", "--data.train=null", "set data.train"),
         ("kto", "--model.policy.path=/no/such/folder", "/no/such/folder is not a local folder"),

@@ -118,10 +118,10 @@ def test_tokenizer_without_padding_pads_with_eos(tiny_folder: Path, tmp_path: Pa
         ("package:", None, "package ''"),
         ("/no/such/folder", None, "/no/such/folder"),
         ("somebody/some-model", None, "somebody/some-model could not be loaded: .*name a local folder"),
-        ("EMPTY", None, r"neither config.json nor exactly one GGUF file .*none"),
+        ("EMPTY", None, r"config\.json .*GGUF .*none"),
         ("TWO", None, "a.gguf, b.gguf"),
         ("TWO", "c.gguf", "c.gguf; .*a.gguf, b.gguf"),
-        ("TWO", "a.gguf", "a.gguf cannot be read as a GGUF model"),
+        ("TWO", "a.gguf", r"a\.gguf .*GGUF"),
     ],
 )
 def test_errors_say_what_is_wrong(
@@ -402,7 +402,7 @@ def test_rows_beyond_the_models_positions_are_refused_or_warned_of(tiny_folder: 
         check_length(rotary, 513)
     rotary.config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 64}
     check_length(rotary, 64)
-    with pytest.raises(ModelError, match=r"would depend on each other: set data\.max_length to 64"):
+    with pytest.raises(ModelError, match=r"data\.max_length to 64"):
         check_length(rotary, 65)
 
 

@@ -369,7 +369,7 @@ def test_a_frozen_reference_is_not_part_of_the_module(tiny_folder):
 @pytest.mark.filterwarnings("ignore")
 def test_unusable_references_are_refused(tiny_folder):
     """When the config is read, before data and weights are."""
-    with pytest.raises(ModelError, match="AdapterOff needs a policy with an adapter"):
+    with pytest.raises(ModelError, match=r"AdapterOff .*FrozenCopy"):
         module(tiny_folder, "kto", AdapterOff())
     with pytest.raises(ModelError, match="NoReference"):
         module(tiny_folder, "kto", NoReference())

@@ -319,7 +319,7 @@ def test_the_first_line_says_where_nothing_was_learned(tmp_path: Path) -> None:
     ):
         results = results_of(tmp_path / name, shift, before=2.0, metrics=(metric,))
         assert results.nothing_learned, name
-        assert "no arm is significantly better than the untrained model" in first_line(results), name
+        assert "untrained" in first_line(results), name
     unknown = results_of(tmp_path / "unknown", {"base": 0.0, "other": -1.0}, before=None)
     assert not unknown.nothing_learned
     assert "untrained" not in first_line(unknown)

@@ -80,7 +80,7 @@ def imitated(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("option", ["--trainer.precision=bf16-mixed", "--model.policy.dtype=bfloat16"])
 def test_half_precision_that_the_cpu_imitates_is_warned_of(option: str, tiny_folder: Path, tmp_path: Path) -> None:
     data = binary_data(tmp_path / "data.jsonl", 4)
-    with pytest.warns(UserWarning, match=r"bfloat16 run at 1.0 GFLOP/s on this CPU and at 100 in float32: a fit"):
+    with pytest.warns(UserWarning, match=r"bfloat16 .*1\.0 GFLOP/s .*100 .*float32"):
         main(fit(tiny_folder, "kto", data, tmp_path / "run", option))
 
 

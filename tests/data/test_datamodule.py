@@ -199,7 +199,7 @@ def test_one_completion_per_prompt(tmp_path: Path) -> None:
         assert counts["desirable"] == sum(row[2] for row in own)
         kept[seed] = {row[4] for row in own}
     assert len({frozenset(names) for names in kept.values()}) == 3
-    with pytest.raises(DataError, match=r"b\.jsonl:\d+#\w+: the objective compares the two completions of a pair"):
+    with pytest.raises(DataError, match=r"b\.jsonl:\d+#\w+: .*no pair"):
         set_up(DPO, train=write_jsonl(tmp_path / "b.jsonl", pairs()), transforms=[OnePerPrompt()])
 
 
@@ -775,7 +775,7 @@ def test_pairs_that_a_threshold_puts_on_one_side_are_pairs_no_longer(tmp_path: P
     ]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     relabel = ThresholdScores(at=5, relabel=True)
-    with pytest.raises(DataError, match="compares the two completions of a pair"):
+    with pytest.raises(DataError, match=r"a\.jsonl:\d+.*no pair"):
         set_up(DPO, train=path, transforms=[relabel])
     data = set_up(KTO, train=path, transforms=[relabel], keep_together="pairs")
     [batch] = data.train_dataloader()
@@ -805,7 +805,7 @@ def test_sources_of_different_weights_do_not_share_a_prompt_that_stays_together(
 def test_a_folder_of_several_splits_is_no_training_set(tmp_path: Path) -> None:
     for name in ("train", "test"):
         write_jsonl(tmp_path / f"{name}-00000.jsonl", binary())
-    with pytest.raises(ValueError, match=r"several splits \(train, test\); name the files of one"):
+    with pytest.raises(ValueError, match=r"several splits \(train, test\)"):
         set_up(KTO, train=str(tmp_path))
     assert len(train_rows(set_up(KTO, train=str(tmp_path / "train*.jsonl"), batch_size=16))) == 1
     (tmp_path / "one").mkdir()  # one file whose name has both words is one split

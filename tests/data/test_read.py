@@ -247,7 +247,7 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     _hub(monkeypatch, rows)
     items = list(read(Source("owner/name")))
     assert isinstance(items[0], Example)
-    assert str(items[1]) == "owner/name:2: reading stopped here (ConnectionError: gone away); try again"
+    assert re.match(r"owner/name:2: .*ConnectionError: gone away", str(items[1]))
     assert isinstance(items[1], Fault)
     assert items[1].fatal
 
@@ -299,14 +299,14 @@ def test_what_is_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ({**ROW, "prompt": ""}, "column 'prompt' is empty"),
         ({**ROW, "prompt": []}, "column 'prompt' is empty"),
         ({**ROW, "prompt": [{"role": "user", "content": " "}]}, "column 'prompt' is empty"),
-        ({**ROW, "prompt": None}, "column 'prompt' is None; it must be text or a list of messages"),
-        ({**ROW, "completion": 3}, "column 'completion' is 3; it must be text or a list"),
+        ({**ROW, "prompt": None}, "column 'prompt' is None; .*list of messages"),
+        ({**ROW, "completion": 3}, "column 'completion' is 3; .*list of messages"),
         ({**ROW, "prompt": ["hi"]}, "column 'prompt', message 1 is 'hi'; it must be an object"),
         ({**ROW, "prompt": [USER, {"role": "user"}]}, "column 'prompt', message 2 has no 'content'"),
         ({**ROW, "prompt": [{"content": "hi"}]}, "column 'prompt', message 1 has no 'role'"),
         ({**ROW, "prompt": [{"role": "user", "content": 1}]}, "message 1 has the content 1; every message"),
         ({**ROW, "prompt": [{"role": " ", "content": "a"}]}, "message 1 has an empty role"),
-        ({**ROW, "completion": [BOT]}, "'completion' is a message list but 'prompt' is plain text"),
+        ({**ROW, "completion": [BOT]}, "'completion' .*message list.*'prompt' .*plain text"),
         ({**ROW, "completion": "\ud800"}, "column 'completion' .*surrogate"),
         ({**PAIR, "rejected": " "}, "column 'rejected' is empty"),
         ({**PAIR, "prompt": [USER], "chosen": [USER]}, "column 'chosen' only repeats the prompt"),
@@ -355,7 +355,7 @@ def test_a_hole_in_the_first_row_does_not_choose_for_the_others(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("content", "line", "reason"),
     [
-        (b'{"prompt": "p"', 1, "invalid JSON .*; write one JSON object on each line"),
+        (b'{"prompt": "p"', 1, "invalid JSON .*one JSON object"),
         (json.dumps(ROW).encode() + b"\n{oops}\n", 2, "invalid JSON .* at column 2"),
         (b'{"prompt": "p", "label":\n', 1, "invalid JSON .* at column 25"),
         (b'{"label": ' + b"9" * 5000 + b"}", 1, "invalid JSON"),
@@ -442,12 +442,12 @@ def test_messages_in_a_csv_are_messages_however_they_were_written(tmp_path: Path
         writer.writerows([[cell, "c", "1"] for cell in cells] + [[text, "c", "0"] for text in texts])
     assert [example.prompt for example in examples(path)] == [said] * len(cells) + texts
     path.write_text("prompt,completion,label\n\"[{'role': 'user', 'content': 'cut o\",c,1\n")
-    assert re.search(r"a\.csv:2: column 'prompt' looks like a list of messages but is not valid JSON", refused(path))
+    assert re.search(r"a\.csv:2: column 'prompt' .*list of messages.*not valid JSON", refused(path))
 
 
 def test_faulty_files(tmp_path: Path) -> None:
     assert re.search(r"nope\.jsonl: no such file .*; check the path", refused(tmp_path / "nope.jsonl"))
-    assert "is a folder; name the file in it" in refused(tmp_path)
+    assert "is a folder" in refused(tmp_path)
     (tmp_path / "a.txt").touch()
     assert re.search(r"unknown file .*supported are \.jsonl", refused(tmp_path / "a.txt"))
     for name, content in (
@@ -474,20 +474,18 @@ def test_faulty_files(tmp_path: Path) -> None:
 
 def test_settings_of_the_hub_are_refused_for_files(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [ROW])
-    assert "'revision', 'split' is for data sets on the hub, but this is a file" in refused(
-        path, split="train", revision="x"
-    )
+    assert re.search("'revision', 'split' .*hub.*file", refused(path, split="train", revision="x"))
     datasets.DatasetDict(
         train=datasets.Dataset.from_list([ROW]), test=datasets.Dataset.from_list([ROW, ROW])
     ).save_to_disk(tmp_path / "saved")
     assert "name one of train, test as 'split'" in refused(tmp_path / "saved")
     assert "has no split 'dev'; name one of train, test" in refused(tmp_path / "saved", split="dev")
-    assert "'streaming' is for data sets on the hub" in refused(tmp_path / "saved", split="test", streaming=True)
+    assert re.search("'streaming' .*hub", refused(tmp_path / "saved", split="test", streaming=True))
     assert len(examples(tmp_path / "saved", split="test")) == 2
     datasets.Dataset.from_list([ROW]).save_to_disk(tmp_path / "plain")
     assert "remove 'split: test'" in refused(tmp_path / "plain", split="test")
     (tmp_path / "saved" / "test" / "state.json").write_text("{")
-    assert "cannot be read as a folder of datasets.save_to_disk" in refused(tmp_path / "saved", split="test")
+    assert re.search(r"cannot be read .*save_to_disk", refused(tmp_path / "saved", split="test"))
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])

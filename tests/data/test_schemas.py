@@ -209,7 +209,7 @@ def test_as_trl_extracts_prompts(tmp_path: Path) -> None:
         ([BOT], [OTHER], "column 'rejected' and 'chosen' .*prompt"),
         ([USER, BOT], "hi yo", "column 'rejected' and 'chosen' .*text.*message lists"),
         ([], [USER], "column 'chosen' is empty"),
-        (HH + " a\n\nHuman: x", HH + " b", "column 'chosen' must be a dialogue of Human: and Assistant: that ends"),
+        (HH + " a\n\nHuman: x", HH + " b", "column 'chosen' .*dialogue.*Human:.*Assistant:"),
         (HH + " a", "\n\nHuman: hi", "column 'rejected' must be a dialogue"),
         ("hi " + HH + " a", HH + " b", "column 'chosen' must be a dialogue"),
     ],
@@ -314,7 +314,7 @@ def test_scored(tmp_path: Path, column: str, value: Any, score: float) -> None:
 def test_scores_that_are_no_numbers(tmp_path: Path, value: Any) -> None:
     row = {"prompt": "p", "completion": "c", "score": value}
     assert "column 'score' is" in refused(tmp_path, row)
-    assert "a score must be a finite number" in refused(tmp_path, row)
+    assert "finite number" in refused(tmp_path, row)
     lists = {"prompt": "p", "completions": ["a", "b"], "scores": [1, value]}
     assert "column 'scores', item 2 is" in refused(tmp_path, lists)
 
@@ -346,7 +346,7 @@ def test_ultrafeedback(tmp_path: Path) -> None:
     assert skipped(tmp_path, {**row, "completions": []}) == ["no completions"]
     bad = {**row, "completions": [{"response": "a", "overall_score": "N/A"}]}
     assert "column 'completions', item 1, 'overall_score' is 'N/A'" in refused(tmp_path, bad)
-    assert "item 1 is 'a'; it must be an object with a 'response'" in refused(tmp_path, {**row, "completions": ["a"]})
+    assert re.search("item 1 is 'a'.*'response'", refused(tmp_path, {**row, "completions": ["a"]}))
 
 
 # Verdicts
@@ -368,7 +368,7 @@ def test_pandalm(tmp_path: Path) -> None:
     assert (tie, none) == (Skipped(f"{place}#annotator3", "tie"), Skipped(f"{place}#annotator4", "no verdict"))
     assert isinstance(ten, Example)
     assert ten.row_id == f"{place}#annotator10"
-    assert "column 'annotator2' is 3; a verdict is 0 (tie), 1, 2 or null" in refused(tmp_path, {**row, "annotator2": 3})
+    assert "column 'annotator2' is 3" in refused(tmp_path, {**row, "annotator2": 3})
     assert "column 'response1' is ['a']" in refused(tmp_path, {**row, "response1": ["a"]})
     assert skipped(tmp_path, {**row, "response1": True}) == ["response is not text"]
     assert skipped(tmp_path, {**row, "response1": ""}) == ["empty response"]
@@ -424,7 +424,7 @@ def test_oasst_trees_that_are_no_trees(tmp_path: Path) -> None:
     )
     items = read_rows(tmp_path, *rows, {"message_id": 3, "text": "a", "role": "prompter"}, "no row")
     reasons = {
-        2: "column 'parent_id' is 'nowhere', which is not a message_id",
+        2: "column 'parent_id' is 'nowhere'",
         3: "column 'parent_id' leads to no prompt",
         4: "column 'parent_id' leads back to this message",
         6: "column 'message_id' is 'q', as in an earlier row",
