@@ -241,13 +241,13 @@ class LogProbBatch:
         if len(shape) != 2:
             raise ValueError(f"LogProbBatch.policy_logps has shape {shape}, not (rows, tokens)")
         if len(self.labels) != shape[0]:
-            raise ValueError(f"LogProbBatch.labels are those of {len(self.labels)} rows, not of {shape[0]}")
+            raise ValueError(f"LogProbBatch.labels has {len(self.labels)} rows, but policy_logps has {shape[0]}")
         for name in ("reference_logps", "mask", "kl"):
             value = getattr(self, name)
             if value is not None and tuple(value.shape) != shape:
                 raise ValueError(f"LogProbBatch.{name} has shape {tuple(value.shape)}, not {shape}")
         if self.routing is not None and len(self.routing) != shape[0]:
-            raise ValueError(f"LogProbBatch.routing is that of {len(self.routing)} rows, not of {shape[0]}")
+            raise ValueError(f"LogProbBatch.routing has {len(self.routing)} rows, but policy_logps has {shape[0]}")
 
     def __len__(self) -> int:
         return self.policy_logps.shape[0]

@@ -248,11 +248,11 @@ def test_a_detectable_size_is_stated_only_of_arms_that_have_one(make: Any, tmp_p
     object.__setattr__(found["b"], "noise", replace(found["b"].noise, run=1.0))
     assert found["b"].detectable is None
     said = " ".join(headline(results))
-    assert f"80 % power of c for a difference of {found['c'].detectable:.2g}" in said
+    assert f"80% power of c for a difference of {found['c'].detectable:.2g}" in said
     assert "too few values of b" in said
     object.__setattr__(found["c"], "noise", found["b"].noise)
     found["c"].__dict__.pop("detectable")
-    assert "80 % power for a" not in " ".join(headline(results))
+    assert "80% power for a" not in " ".join(headline(results))
 
 
 def test_arms_are_crossed_with_axes_and_sampled(make: Any) -> None:

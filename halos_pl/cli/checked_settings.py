@@ -174,7 +174,7 @@ def check_nulls(kind: Any, settings: Mapping[str, Any], where: str) -> None:
             check_nulls(group, settings_of(value), f"{where}.{name}")
         optional = hint is Any or isinstance(hint, TypeVar) or type(None) in get_args(hint)
         if value is None and not optional and name in parameters and parameters[name].default is not None:
-            raise RunError(f"{where}.{name} is null; it takes a value, or leave it out")
+            raise RunError(f"{where}.{name} is null; set it to a value, or leave it out")
 
 
 def check_numbers(setting: Any, where: str) -> None:

@@ -217,7 +217,7 @@ def check_halo(
 
     Raises:
         CheckFailed: see ``on_fail``; an AssertionError with the ``report``.
-        TypeError: the target is of another kind.
+        TypeError: the target has the wrong type.
         TargetError: a name or file contains nothing to check; a subclass of ValueError.
         ValueError: ``definition``, ``on_fail`` or ``max_examples`` is invalid, or an expected failure has no reason or
             names a clause that the target does not have.

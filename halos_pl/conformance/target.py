@@ -178,7 +178,7 @@ def as_target(target: object) -> Target:
 
     Raises:
         TargetError: the name or path leads to nothing that can be checked.
-        TypeError: the target is of another kind; the message is one line.
+        TypeError: the target has the wrong type; the message is one line.
     """
     kinds = ", ".join(kind.__name__ for kind in KINDS)
     if isinstance(target, str | os.PathLike):

@@ -219,7 +219,7 @@ class Columns:
                     self._note(f"{column}: {key}", value)
                 elif value not in (None, 1) and _speaks(message) == "assistant" and (judged or value != 0):
                     raise BadRow(
-                        f"has the {key} {short(value)}, but a judged answer carries the whole loss",
+                        f"has the {key} {short(value)}, but the answer that was judged always carries the loss",
                         column,
                         within,
                         key,

@@ -20,7 +20,7 @@ class Connection:
         needs: the objective's needs.
 
     Raises:
-        TypeError: if an argument is of another kind.
+        TypeError: if an argument has the wrong type.
     """
 
     def __init__(self, tokenizer: Tokenizer | Callable[[], Tokenizer], needs: Needs) -> None:

@@ -164,7 +164,7 @@ class FeedbackDataModule(LightningDataModule):
             needs: the objective's needs.
 
         Raises:
-            TypeError: if an argument is of another kind.
+            TypeError: if an argument has the wrong type.
         """
         self._connection = Connection(tokenizer, needs)
 

@@ -139,8 +139,8 @@ def files_of(source: Source) -> list[Source]:
     held_out = sorted({word for words in splits if "train" not in words for word in words})
     if held_out and any("train" in words for words in splits):
         raise ValueError(
-            f"{source.path}: the file names are those of several splits (train, {', '.join(held_out)});"
-            " name the files of one"
+            f"{source.path}: the files belong to several splits (train, {', '.join(held_out)});"
+            " name the files of one split"
         )
     if source.rows is not None and len(files) > 1:
         raise ValueError(

@@ -135,7 +135,7 @@ def dataset_rows(dataset: Any, source: Source) -> Read:
 
 
 def in_memory(data: Any) -> Any:
-    """The rows of an object, as ``MemorySource`` takes them; None for an object of another kind.
+    """The rows of an object, as ``MemorySource`` takes them; None for an object of another type.
 
     Raises:
         ValueError: the rows have a form that cannot be read; the message names an alternative.

@@ -158,5 +158,7 @@ class SpecialText:
             model["unk_token"] = named(model["unk_token"])
         renamed = Tokenizer.from_str(json.dumps(state))
         if wrong := [t for t in self.tokens if renamed.token_to_id(named(t)) != backend.token_to_id(t)]:
-            raise ValueError(f"data.special_tokens_in_text: split cannot hide {wrong[0]} from this tokenizer")
+            raise ValueError(
+                f"data.special_tokens_in_text: split cannot hide {wrong[0]} from this tokenizer; use refuse or allow"
+            )
         return renamed

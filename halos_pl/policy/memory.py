@@ -75,7 +75,7 @@ class recomputed(saved_tensors_hooks):
 def keep_freed_memory(device: torch.device) -> None:
     """Makes glibc keep freed memory instead of returning it to the kernel, if the model is on the CPU.
 
-    Each step frees gigabytes that the next one allocates again, and the kernel has to zero every page: 5 to 10 % of the
+    Each step frees gigabytes that the next one allocates again, and the kernel has to zero every page: 5 to 10% of the
     time of a step on the CPU.
     """
     if device.type != "cpu" or not sys.platform.startswith("linux"):

@@ -50,7 +50,7 @@ class FixedModel(Reference):
         policy: policy that it is compared with; it determines the device and whether prefixes are shared.
 
     Raises:
-        ValueError: the model is that of the policy.
+        ValueError: the model is the policy's own.
     """
 
     def __init__(self, model: nn.Module, policy: Scorer) -> None:

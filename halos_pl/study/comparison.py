@@ -37,7 +37,7 @@ class Comparison:
         scale: ``difference`` (arm - reference, in the metric's unit) or ``ratio`` (arm / reference, of geometric means
             over runs; for positive metrics, which are tested on the log scale).
         effect: the estimate, on that scale.
-        low, high: its 95 % interval, not corrected for the other comparisons; within -1 and 1 for shares.
+        low, high: its 95% interval, not corrected for the other comparisons; within -1 and 1 for shares.
         p: p of the test behind the decision, uncorrected; NaN without a test.
         adjusted: p corrected for all comparisons on the primary metric; None for an exploratory metric.
         decision: see ``Decision``.
@@ -116,9 +116,9 @@ class Comparison:
             return f"equivalent within {'a factor of' if self.scale == 'ratio' else '±'} {self.margin:.3g}"
         if self.decision == "not significant":
             if self.detectable is None:
-                return "not significant (too few values for 80 % power at any difference)"
+                return "not significant (too few values for 80% power at any difference)"
             ratios = self.scale == "ratio"
             size = f"a factor of {ratio(self.detectable)}" if ratios else f"a difference of {self.detectable:.2g}"
-            return f"not significant (80 % power for {size})"
+            return f"not significant (80% power for {size})"
         some = 1 < self.seeds < self.planned and self.decision in ("significant over seeds", "equivalent")
         return f"{self.decision} ({self.seeds} of {self.planned} seeds)" if some else self.decision

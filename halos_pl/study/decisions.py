@@ -1,10 +1,10 @@
-"""Compares the arms of a study with a baseline arm, so that 95 % of studies make no false claim.
+"""Compares the arms of a study with a baseline arm, so that 95% of studies make no false claim.
 
 With several seeds, a difference is tested by t over seeds *and* examples. The variance between runs is pooled over all
 arms (:mod:`halos_pl.study.run_variance`), since three seeds of one comparison tell next to nothing about it. Arms may
 vary unequally, so two more tests must agree: one with the reference arm's own variance, which all comparisons share,
 and, uncorrected, one with the arm's own. p is corrected for the comparisons on the primary metric by Holm (1979), or by
-Bonferroni if equivalence is tested too, since both kinds of claims share the 5 %. As t is an approximation with so few
+Bonferroni if equivalence is tested too, since both kinds of claims share the 5%. As t is an approximation with so few
 runs, p is first multiplied by a margin that suffices in simulated studies. The other metrics are exploratory: they have
 estimates and intervals, but no p and no decision.
 

@@ -30,14 +30,14 @@ def number(value: float, places: int, sign: str = "") -> str:
 
 
 def of_estimate(e: Estimate, interval: bool = True) -> str:
-    """A mean with its 95 % interval."""
+    """A mean with its 95% interval."""
     places = decimals(e.value, e.low, e.high)
     mean = number(e.value, places)
     return f"{mean} [{number(e.low, places)}, {number(e.high, places)}]" if interval else mean
 
 
 def of_comparison(c: Comparison) -> str:
-    """An effect with its 95 % interval: ``+0.12 [+0.03, +0.21]``, or ``x 1.4 [1.1, 1.8]`` for a ratio."""
+    """An effect with its 95% interval: ``+0.12 [+0.03, +0.21]``, or ``x 1.4 [1.1, 1.8]`` for a ratio."""
     sign = "" if c.scale == "ratio" else "+"
     places = decimals(c.effect, c.low, c.high)
     if c.scale == "ratio":  # the interval is asymmetric: its lower half determines the digits

@@ -329,7 +329,7 @@ def heat_map(results: Results, width: float = WIDTH) -> Figure | None:
 PICTURES: dict[str, tuple[str, str, Callable[..., Figure | None]]] = {
     "forest.png": (
         "Differences",
-        "Paired differences with uncorrected 95 % intervals. Filled: significant over seeds after correction. Ticks:"
+        "Paired differences with uncorrected 95% intervals. Filled: significant over seeds after correction. Ticks:"
         " single seeds",
         forest,
     ),

@@ -67,7 +67,9 @@ def grid(
     for key, values in axes.items():
         for point in named:
             if key in point.settings:
-                raise fault(f"{key} is an axis, and set by arm {point.name!r} as well", "arms", point.name, key)
+                raise fault(
+                    f"{key} is an axis, but arm {point.name!r} sets it too; remove one", "arms", point.name, key
+                )
         if not isinstance(values, list) or not values:
             raise fault(f"axis {key} has no values, so the grid is empty; give it a list", "axes", key)
     if axes:

@@ -36,7 +36,7 @@ def headline(results: Results) -> list[str]:
     if (planned := results.record.get("primary")) not in (None, metric):
         lines.append(
             f"The primary metric was changed from {planned} to {metric} after the study began: if it was chosen for its"
-            " results, more than 5 % of such claims are false."
+            " results, more than 5% of such claims are false."
         )
     if missing := len(results.runs) - len(results.done):
         lines.append(f"Missing: {missing} of {len(results.runs)} runs.")
@@ -64,8 +64,8 @@ def _besides(some: list[Comparison]) -> str:
         of = "" if not none else f" of {'; '.join(arm for arm in sizes if arm not in none)}"
         most = max(detected)
         size = f"a factor of {ratio(most)}" if some[0].scale == "ratio" else f"a difference of {most:.2g}"
-        parts.append(f"80 % power{of} for {size}")
+        parts.append(f"80% power{of} for {size}")
     if none:
         of = "" if not detected else f" of {'; '.join(none)}"
-        parts.append(f"too few values{of} for 80 % power at any difference")
+        parts.append(f"too few values{of} for 80% power at any difference")
     return f" ({', '.join(parts)})"

@@ -34,13 +34,13 @@ METHODS = (
     "seeds they are tested by a t test over seeds and examples: the variance between runs is pooled over all arms, and "
     "the tests with each arm's own variance must agree. With one seed they are tested over examples (McNemar's test "
     "for binary metrics, otherwise a permutation test). {family} The other metrics are exploratory: they have "
-    "uncorrected 95 % intervals and no decision. 'Differs in these runs only' is tested over examples, with the runs "
+    "uncorrected 95% intervals and no decision. 'Differs in these runs only' is tested over examples, with the runs "
     "taken as fixed. Positive metrics such as KL are compared by ratios, on the log scale, unless the mean of a run "
-    "is not above 0. '80 % power for' is the smallest difference that the corrected test would detect with that "
+    "is not above 0. '80% power for' is the smallest difference that the corrected test would detect with that "
     "probability, given the variances estimated here."
 )
 SEVERAL = (
-    "On the primary metric, p is corrected for all comparisons with the baseline ({method}): at most 5 % of studies "
+    "On the primary metric, p is corrected for all comparisons with the baseline ({method}): at most 5% of studies "
     "without any difference claim one."
 )
 ALONE = "On the primary metric, the arm is tested against the model before training."

@@ -198,7 +198,7 @@ class Results:
     def learned(self, metric: str) -> Compared:
         """Each arm against the model before training, by name, in the order of :attr:`ranked`.
 
-        There are decisions only if the study has one arm; otherwise the error rate of 5 % is spent on comparisons with
+        There are decisions only if the study has one arm; otherwise the error rate of 5% is spent on comparisons with
         the baseline arm.
         """
         return self._learned.get(metric, {})

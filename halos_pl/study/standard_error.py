@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from scipy import special
 
 #: Degrees of freedom of runs are weighted by their share of the variance to this power. With 1, two arms with three
-#: seeds make 1 % more false claims than with 0.6.
+#: seeds make 1% more false claims than with 0.6.
 CAUTION = 0.6
 #: If the pooled run variance has at least this many degrees of freedom, the exponent is 1: four arms with three seeds.
 ENOUGH = 6
-#: p is multiplied by this, since t is an approximation: simulated studies make up to 5.8 % false claims without it, and
-#: fewer than 5 % with it.
+#: p is multiplied by this, since t is an approximation: simulated studies make up to 5.8% false claims without it, and
+#: fewer than 5% with it.
 MARGIN = 1.3
 
 Floats = NDArray[np.float64]

@@ -2,9 +2,9 @@
 
 The values of a metric are a matrix [seeds, examples]: the run of each seed is measured on the same held-out examples.
 
-Seeds are few. A bootstrap over three seeds has their extremes as its quantiles, and its 95 % interval misses the truth
+Seeds are few. A bootstrap over three seeds has their extremes as its quantiles, and its 95% interval misses the truth
 one time in four. With several seeds, the interval is therefore that of t, with a standard error over seeds and examples
-and its degrees of freedom (Satterthwaite 1946). If seeds matter and there are two or three, a 95 % interval of an arm's
+and its degrees of freedom (Satterthwaite 1946). If seeds matter and there are two or three, a 95% interval of an arm's
 mean still misses the truth 6 to 10 times in 100. Comparisons of arms are more careful
 (:mod:`halos_pl.study.decisions`).
 """
@@ -27,7 +27,7 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and its 95 % interval.
+    """A mean and its 95% interval.
 
     Attributes:
         value: the mean over seeds and examples, in the metric's own unit.
@@ -91,7 +91,7 @@ def _within(mean: float, error: float, reach: float, share: bool, positive: bool
 def estimate(
     values: object, *, share: bool = False, positive: bool = False, resamples: int = RESAMPLES, seed: int = 0
 ) -> Estimate:
-    """The mean of a metric with its 95 % interval.
+    """The mean of a metric with its 95% interval.
 
     With one seed, the BCa bootstrap over examples (Efron 1987); with several, the standard error over seeds and
     examples times a quantile of t, which is wide for few seeds.

@@ -86,7 +86,7 @@ def check_arguments(
     """Refuses invalid arguments of the module.
 
     Raises:
-        TypeError: if a model, a reference or an optimizer is of another kind.
+        TypeError: if a model, a reference or an optimizer has the wrong type.
         ValueError: if a number is out of range or a name unknown, naming the argument.
     """
     if not isinstance(policy, ModelSpec) and not isinstance(base_model(policy), PreTrainedModel):

@@ -109,7 +109,7 @@ class StepEngine:
         sampler: Adds samples of the policy to a batch; required if the objective needs them.
 
     Raises:
-        TypeError: if the objective, the policy or the reference is of another kind.
+        TypeError: if the objective, the policy or the reference has the wrong type.
         ValueError: if ``micro_batch_rows`` is below 1, or a reference or sampler that the objective needs is missing.
     """
 

@@ -98,7 +98,7 @@ class GradientWatch:
         if saturated > 0.9 and outcome is not None:
             return (
                 f"nothing is learned, as the value function is flat at the outcomes (outcome/u is {outcome:.3g} nats,"
-                f" {100 * saturated:.0f} % of the rows are saturated). {lower[:1].upper()}{lower[1:]}; or lower the"
+                f" {100 * saturated:.0f}% of the rows are saturated). {lower[:1].upper()}{lower[1:]}; or lower the"
                 " value function's beta"
             )
         return f"nothing is learned. Unless the loss is at its minimum, the policy has diverged: {lower}"

@@ -70,7 +70,7 @@ class Means:
 
 
 def saturation(value_function: ValueFunction, perceived: Tensor) -> Tensor:
-    """BoolTensor [n]: rows where the value's slope is less than 1 % of the slope at the reference point.
+    """BoolTensor [n]: rows where the value's slope is less than 1% of the slope at the reference point.
 
     Such rows have (almost) no gradient, as in Prop. 4.1 of Ethayarajh et al., ICML 2024.
     """

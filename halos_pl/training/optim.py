@@ -176,7 +176,7 @@ class LostUpdates:
     """Warns if an optimizer's step leaves a share of the weights unchanged, as measured on a sample.
 
     Measured at the first step with a learning rate above 0, and at the first step at the peak rate. With half-precision
-    weights 1 % is worth a warning; with float32, some weights never move, as their gradients are small.
+    weights 1% is worth a warning; with float32, some weights never move, as their gradients are small.
 
     Args:
         optimizer: the optimizer that steps on them.
@@ -230,7 +230,7 @@ class LostUpdates:
         if with_gradient and kept > with_gradient * (self.NOTABLE if self._half else self.NOTABLE_IN_FLOAT32):
             kinds = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in self._parameters}))
             rank_zero_warn(
-                f"halos: {100 * kept / with_gradient:.0f} % of the {kinds} weights with a gradient kept their value in"
+                f"halos: {100 * kept / with_gradient:.0f}% of the {kinds} weights with a gradient kept their value in"
                 f" a step of {type(optimizer).__name__} at a learning rate of {lr:g}: updates below their precision"
                 f" are lost. {self.hint if self._half else RAISE}"
             )
