@@ -38,8 +38,6 @@ from halos_pl.training.callbacks import (
     PredictionWriter,
     RunReport,
     SaveRunConfig,
-    check_run_dir,
-    named_run_dir,
 )
 from halos_pl.training.checkpoint import LastCheckpoint
 from halos_pl.training.checkpoint_reading import read_checkpoint, refuse_code
@@ -51,6 +49,7 @@ from halos_pl.training.module import HALOModule
 from halos_pl.training.monitors import check_monitors, say_unused
 from halos_pl.training.progress import Progress
 from halos_pl.training.resume import KeepSettings
+from halos_pl.training.run_folder import check_run_dir, named_run_dir
 from halos_pl.training.run_log import RunCSVLogger
 from halos_pl.training.stop_at_step import AgreedSignals, StopAtStep
 

@@ -25,8 +25,8 @@ from halos_pl.common.wrong_value import misfit
 from halos_pl.data import FeedbackDataModule
 from halos_pl.objective.build import build_objective
 from halos_pl.testing import tiny_tokenizer
-from halos_pl.training.callbacks import named_run_dir
 from halos_pl.training.module import HALOModule
+from halos_pl.training.run_folder import named_run_dir
 from value_functions import Logistic
 
 # Options as they stand in YAML, laid over a sound fit of KTO, and what the line names. What stands in a class that

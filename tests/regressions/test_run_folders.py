@@ -14,7 +14,7 @@ from run_halos import binary_data, fit, metrics, refused
 
 import halos_pl.data.datamodule
 from halos_pl.cli.main import main
-from halos_pl.training.callbacks import move_aside
+from halos_pl.training.run_folder import move_aside
 from halos_pl.training.run_lock import RunLock
 
 
