@@ -84,9 +84,9 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(_HOME_OF[name]), name)
     from halos_pl.common.renamed import renamed
 
-    new = renamed(name, __all__)
-    hint = f"did you mean {new}?" if new else f"it has {', '.join(sorted(_HOME_OF))}"
-    raise AttributeError(f"halos_pl has no {name!r}; {hint}")
+    if new := renamed(name, __all__):
+        raise ImportError(f"halos_pl has no {name!r}; did you mean {new}?")  # from ... import hides an AttributeError
+    raise AttributeError(f"halos_pl has no {name!r}; it has {', '.join(sorted(_HOME_OF))}")
 
 
 def __dir__() -> list[str]:
