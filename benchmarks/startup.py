@@ -9,11 +9,16 @@ first ``fit --help`` caches the text that later calls print.
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
+
+from halos_pl.common.experiments import EXPERIMENTS
+from halos_pl.study.state import STUDY
 
 #: Each command with its target in seconds on an idle core.
 COMMANDS = {
@@ -31,7 +36,7 @@ LIBRARIES = ("torch", "lightning", "transformers", "scipy", "matplotlib", "datas
 def run(words: list[str]) -> float:
     """Run time of a command, in seconds."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "halos_pl", *words], capture_output=True, check=False)
+    subprocess.run([sys.executable, "-m", "halos_pl", *words], capture_output=True, check=True)
     return time.perf_counter() - start
 
 
@@ -56,6 +61,7 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     print("| halos ... | seconds, median | range | target | imports |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(EXPERIMENTS / "ablations" / "beta.yaml", Path(folder) / STUDY)
         for command, limit in COMMANDS.items():
             words = [folder if word == "FOLDER" else word for word in command.split()]
             loaded = imports(words)  # also warms the disk caches
