@@ -73,7 +73,7 @@ def test_what_is_lost_without_them_is_measured_and_said():
     before = parameter.detach().clone()
     with pytest.warns(UserWarning, match="bfloat16") as caught:
         steps(parameter, optimizer, none, 1)
-    (share,) = re.findall(r"(\d+) %", str(caught[0].message))
+    (share,) = re.findall(r"(\d+)%", str(caught[0].message))
     assert float(share) / 100 == pytest.approx(float((parameter == before).float().mean()), abs=0.03)
     for lr, kind in ((5e-2, torch.bfloat16), (5e-6, torch.float32)):  # nothing is lost: nothing is said
         large = weight(kind)
