@@ -34,3 +34,10 @@ def renamed(key: str, names: Iterable[str]) -> str:
 def new_value(name: str, value: object) -> str:
     """The new value for an old value of a renamed setting; empty if there is none."""
     return VALUES.get(name.rpartition(".")[2], {}).get(str(value), "")
+
+
+def lacks(cls: type) -> str:
+    """The abstract methods that a class lacks, and the new names of old ones that it has."""
+    missing = sorted(getattr(cls, "__abstractmethods__", ()))
+    old = [f"{before} is now {after}" for before, after in RENAMED.items() if after in missing and before in vars(cls)]
+    return "; ".join([", ".join(missing), *old])

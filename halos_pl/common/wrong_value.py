@@ -16,7 +16,8 @@ from typing import Any, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
-from halos_pl.common.subclasses import subclasses
+from halos_pl.common.renamed import lacks
+from halos_pl.common.subclasses import every_subclass, subclasses
 from halos_pl.common.type_words import (
     MAPPINGS,
     SEQUENCES,
@@ -161,6 +162,9 @@ def _class_at(base: type, path: str) -> tuple[Any, str, str]:
         cls = by_name.get(name)
         if name == base.__name__ and inspect.isabstract(base):
             return None, "it is abstract: name a class that extends it", ""
+        unfinished = [] if cls else [part for part in every_subclass(base) if part.__name__ == name]
+        if unfinished:
+            return None, f"it is abstract: it lacks {lacks(unfinished[0])}", ""
         return cls, "" if cls else f"no {base.__name__} has that name", near(name, by_name)
     try:
         home = importlib.import_module(module)
@@ -176,8 +180,7 @@ def _class_at(base: type, path: str) -> tuple[Any, str, str]:
     if inspect.isclass(cls) and not issubclass(cls, base):
         return None, f"{name} does not extend {base.__name__}", ""
     if inspect.isclass(cls) and inspect.isabstract(cls):
-        lacks = ", ".join(sorted(cls.__abstractmethods__))  # type: ignore[attr-defined]
-        return None, f"{name} is abstract: it lacks {lacks}", ""
+        return None, f"{name} is abstract: it lacks {lacks(cls)}", ""
     return cls, "", ""
 
 

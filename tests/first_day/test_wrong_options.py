@@ -47,6 +47,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "model: {value_function: 3}": ("model.value_function is 3", "Logistic"),
     "model: {value_function: Scaled}": ("model.value_function", "needs value_function, by"),
     "model: {value_function: value_functions.ValueFunction}": ("abstract", "forward"),
+    "model: {value_function: Unfinished}": ("model.value_function", "abstract", "forward"),
+    "model: {extra_terms: [EarlierTerm]}": ("model.extra_terms[0]", "abstract", "judge is now compute_loss"),
     "model: {value_function: torch.nn.Linear}": ("Linear does not extend ValueFunction",),
     "model: {value_function: {class_path: Scaled, init_args: {by: 2, value_function: Logistc}}}": (
         "model.value_function.init_args.value_function",
@@ -287,6 +289,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "mine.py").write_text(
         "from value_functions import ValueFunction\n"
         "class Softsign(ValueFunction):\n    def forward(self, u):\n        return u / (1 + u.abs())\n"
+        "class Unfinished(ValueFunction):\n    pass\n"
+        "from halos_pl import Objective\n"
+        "class EarlierTerm(Objective):\n    def judge(self, rows, context):\n        return 0\n"
     )
     (tmp_path / "broken.py").write_text("def x(:\n")
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
