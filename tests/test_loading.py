@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -242,15 +242,26 @@ def _write_gguf(
     writer.close()
 
 
+@pytest.fixture
+def gguf_of_tiny(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModelSpec]:
+    """Writes the tiny model to a GGUF file, with the options of ``_write_gguf``."""
+    monkeypatch.setenv("HALOS_CACHE", str(tmp_path / "cache"))
+
+    def written(*args: Any, **options: Any) -> ModelSpec:
+        (tmp_path / "model").mkdir()
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
+        _write_gguf(model, tokenizer, tmp_path / "model" / "tiny.gguf", *args, **options)
+        return ModelSpec(str(tmp_path / "model"))
+
+    return written
+
+
 def test_a_gguf_file_gives_the_model_and_the_tokenizer_in_it(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, gguf_of_tiny: Callable[..., ModelSpec]
 ) -> None:
     """In float32, so to the last bit; that quantised weights are read as transformers reads them, a slow test shows."""
-    monkeypatch.setenv("HALOS_CACHE", str(tmp_path / "cache"))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
-    (tmp_path / "model").mkdir()
-    _write_gguf(model, tokenizer, tmp_path / "model" / "tiny.gguf")
-    spec = ModelSpec(str(tmp_path / "model"))
+    spec = gguf_of_tiny()
     found, own = load_model(spec), load_tokenizer(spec)
     assert {p.dtype for p in found.parameters()} == {torch.float32}
     assert found.state_dict().keys() == model.state_dict().keys()
@@ -271,27 +282,19 @@ def test_a_gguf_file_gives_the_model_and_the_tokenizer_in_it(
     [("blk.0.attn_q.weight", "blk.0.query.weight"), ("blk.1.ffn_up.weight", ""), ("output_norm.weight", "norm.weight")],
 )
 def test_a_gguf_file_with_other_tensors_than_the_models_is_refused(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tensor: str, name: str
+    gguf_of_tiny: Callable[..., ModelSpec], tensor: str, name: str
 ) -> None:
     """transformers gives such weights random values, and drops a tensor that it does not know."""
-    monkeypatch.setenv("HALOS_CACHE", str(tmp_path / "cache"))
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
-    (tmp_path / "model").mkdir()
-    _write_gguf(model, tokenizer, tmp_path / "model" / "tiny.gguf", {tensor: name})
+    spec = gguf_of_tiny({tensor: name})
     with pytest.raises(ModelError, match=f"tiny.gguf.*lacks .*{name}"):
-        load_model(ModelSpec(str(tmp_path / "model")))
+        load_model(spec)
 
 
-def test_a_gguf_file_with_a_tensor_too_many_is_refused(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gguf_file_with_a_tensor_too_many_is_refused(gguf_of_tiny: Callable[..., ModelSpec]) -> None:
     """The factors by which Llama 3.1 scales its rotary frequencies, for example, which transformers drops."""
-    monkeypatch.setenv("HALOS_CACHE", str(tmp_path / "cache"))
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_folder), AutoTokenizer.from_pretrained(tiny_folder)
-    (tmp_path / "model").mkdir()
-    _write_gguf(model, tokenizer, tmp_path / "model" / "tiny.gguf", more={"rope_freqs.weight": torch.ones(4)})
+    spec = gguf_of_tiny(more={"rope_freqs.weight": torch.ones(4)})
     with pytest.raises(ModelError, match=r"tiny.gguf.* rope_freqs.weight"):
-        load_model(ModelSpec(str(tmp_path / "model")))
+        load_model(spec)
 
 
 @pytest.mark.slow

@@ -298,12 +298,13 @@ class FeedbackDataModule(LightningDataModule):
         Raises:
             DataError: the data do not fill such batches.
         """
-        # None for a single process; with model parallelism these differ from the world's rank and size.
         if split not in self._splits:
             raise RuntimeError(f"the {split} data are not set up: call data.setup() first")
-        share: dict[str, Any] = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {}
-        rank = share.get("rank", 0 if self.trainer else distributed.rank())
-        world_size = share.get("num_replicas", 1 if self.trainer else distributed.world_size())
+        rank, world_size = distributed.rank(), distributed.world_size()
+        if self.trainer:
+            # None for a single process; with model parallelism these differ from the world's rank and size.
+            share: dict[str, Any] = self.trainer.distributed_sampler_kwargs or {}
+            rank, world_size = share.get("rank", 0), share.get("num_replicas", 1)
         prepared, train, seed = self._splits[split], split == "train", self._seed
         try:
             dataset = prepared.dataset(
