@@ -13,7 +13,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from multiprocessing.forkserver import ensure_running
@@ -226,19 +226,34 @@ def run_all(
     return ended
 
 
+def in_ranks(function: Callable[..., None], ranks: int, *arguments: Any, timeout: float = 120) -> None:
+    """Calls ``function(rank, *arguments)`` in processes that run at the same time."""
+    _start()
+    processes = [_CONTEXT.Process(target=function, args=(rank, *arguments)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(timeout)
+            assert process.exitcode is not None, f"a rank still runs after {timeout} s"
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def run(words: list[str], folder: Path) -> Ended:
     """One run in a process of its own."""
     return run_all([words], folder)[0]
 
 
-def run_ranks(words: list[str], folder: Path, ranks: int = 2) -> list[Ended]:
+def run_ranks(words: list[str], folder: Path, ranks: int = 2, strategy: str = "ddp") -> list[Ended]:
     """One run over ``ranks`` processes, as a launcher would start them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}
     env = [{**where, "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    return run_all([[*words, f"--trainer.devices={ranks}", "--trainer.strategy=ddp"]] * ranks, folder, env)
+    return run_all([[*words, f"--trainer.devices={ranks}", f"--trainer.strategy={strategy}"]] * ranks, folder, env)
 
 
 def quiet_trainer(**options: Any) -> Any:

@@ -100,7 +100,7 @@ def test_a_frozen_copy_is_not_loaded_where_all_is_stored(
     def never(*args: Any) -> Any:
         raise AssertionError("the reference was loaded")
 
-    monkeypatch.setattr(references, "load_model", never)
+    monkeypatch.setattr(references, "load_reference", never)
     main(fit(tiny_folder, "dpo", data, tmp_path / "b", STORED))
     assert rows_of(tmp_path / "b")["computed"] == 0
 

@@ -65,7 +65,7 @@ def check_settings(trainer: Any) -> None:
     """
     strategy = trainer.strategy
     strategy = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
-    if re.match(r"fsdp|deepspeed|model_?parallel", strategy, re.IGNORECASE):
+    if re.match(r"fsdp(?!2)|deepspeed|model_?parallel", strategy, re.IGNORECASE):
         raise RunError(unsupported_strategy(strategy))
     if re.match(r"ddp_(spawn|fork|notebook)", strategy):
         raise RunError(f"trainer.strategy {strategy} is not supported: each rank runs the command itself. Use ddp")

@@ -121,6 +121,21 @@ def layer_parts(model: nn.Module) -> Iterator[nn.Module]:
             yield part
 
 
+def block_names(model: nn.Module) -> list[str]:
+    """The names of a model's blocks (its layers), which run one after the other.
+
+    They are the items of the module lists whose classes transformers never splits over devices. If it names none, they
+    are the items of the longest module list.
+    """
+    base = base_model(model)
+    classes = set(getattr(base, "_no_split_modules", None) or ())
+    lists = {name: part for name, part in base.named_modules() if isinstance(part, nn.ModuleList) and len(part)}
+    blocks = [name for name, part in lists.items() if {type(block).__name__ for block in part} & classes]
+    outer = [name for name in blocks if not any(name.startswith(f"{other}.") for other in blocks)]
+    chosen = outer or sorted(lists, key=lambda name: -len(lists[name]))[:1]
+    return [f"{name}.{number}" for name in chosen for number in range(len(lists[name]))]
+
+
 def auxiliary_losses(model: nn.Module) -> dict[str, Any]:
     """The settings by which a config enables auxiliary losses, such as the load balancing of experts.
 

@@ -8,7 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
+
+from halos_pl.policy.sharding import plain_type
 
 LOGITS = 1 << 23  # maximum number of logits in memory at a time (32 MB in float32)
 
@@ -88,13 +91,11 @@ class _LogProbs(torch.autograd.Function):
         return (torch.cat(slopes[::-1]).to(hidden.dtype) if into_hidden else None, into, *[None] * 4)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def is_plain(head: nn.Module) -> bool:
     """Whether ``head`` is just a matrix, without bias, adapter or hooks."""
-    return type(head) is nn.Linear and head.bias is None and not _has_hooks(head)
+    hooks = len(head._forward_hooks) + len(head._forward_pre_hooks)
+    sharded = isinstance(head, FSDPModule)  # by hooks, which gather its weight
+    return plain_type(head) is nn.Linear and head.bias is None and (sharded or not hooks)
 
 
 def token_logps(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:

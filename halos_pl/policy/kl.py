@@ -15,6 +15,7 @@ from halos_pl.policy.architecture import vocabulary_size
 from halos_pl.policy.head import LOGITS
 from halos_pl.policy.logprobs import completion_mask
 from halos_pl.policy.scorer import Scorer, scorer_of
+from halos_pl.policy.sharding import is_sharded, most_over_ranks
 
 
 class Scoring(Protocol):
@@ -43,11 +44,14 @@ def _tokens(
     policy: Scorer, reference: Scoring, batch: TokenBatch
 ) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, ...]]]:
     """Yields (rows, columns, compared) for a few tokens at a time, so that memory does not grow with the vocabulary."""
+    model = scorer_of(policy).model
     ours = policy(batch, wanted="states")
     with reference.scoring() as other:
         theirs = other(batch, wanted="states")
     for p, q in zip(ours, theirs, strict=True):
-        chunks = max(1, math.ceil(len(p.targets) * vocabulary_size(scorer_of(policy).model) / LOGITS))
+        chunks = max(1, math.ceil(len(p.targets) * vocabulary_size(model) / LOGITS))
+        if is_sharded(model):  # each product with a sharded head is a collective operation
+            (chunks,) = most_over_ranks(chunks)
         pieces = zip(*(x.tensor_split(chunks) for x in (p.hidden, q.hidden, p.targets, p.row, p.column)), strict=True)
         for of_policy, of_reference, targets, row, column in pieces:
             log_p = policy(hidden=of_policy).log_softmax(dim=1)

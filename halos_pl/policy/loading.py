@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from halos_pl.policy import adapters
 from halos_pl.policy.architecture import dtype_of_config, noise_settings, set_name, switch_noise_off
 from halos_pl.policy.intact import check_loaded
+from halos_pl.policy.sharding import Sharding, equalize, shard
 from halos_pl.policy.source import source_of
 from halos_pl.policy.spec import LoRASpec, ModelError, ModelSpec, reason
 
@@ -86,18 +89,28 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> None
         return
 
 
-def load_model(spec: ModelSpec) -> PreTrainedModel:
+def load_model(spec: ModelSpec, sharding: Sharding | None = None) -> PreTrainedModel:
     """The causal language model of ``spec``, on the CPU; with ``spec.lora``, a peft model around it.
 
     An adapter in ``spec.path`` is merged into its base. The result depends on ``spec`` and, for a new adapter, on
     torch's initial seed, but not on how many random numbers have been drawn since.
 
+    Args:
+        spec: the model.
+        sharding: how to shard it over the ranks; each rank then reads its slice of the files. None: each rank loads
+            all of it. A new adapter is not sharded.
+
     Raises:
         ModelError: it cannot be loaded, or its files and its configuration do not match.
     """
     root, chain = adapters.chain(spec)
+    if sharding is not None and chain:
+        rank_zero_info(
+            f"halos: {spec.path} is an adapter, so each rank loads the whole of {root.path} to merge it before it is"
+            " sharded; merge it into a folder of its own to avoid that"
+        )
     try:
-        model = _whole(root)
+        model = _load(root, None if chain else sharding)
     except ModelError as error:
         raise (adapters.lost(chain[0].spec, root.path, error) if chain else error) from error
     for adapter in chain:
@@ -108,10 +121,27 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
         set_name(model, spec.path)
     if not spec.dropout:
         switch_noise_off(model)
+    if sharding is not None:
+        shard(model, sharding)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    whole: PreTrainedModel = model if spec.lora is None else adapters.with_lora(model, spec.lora)
-    return whole
+    adapted: PreTrainedModel = model if spec.lora is None else adapters.with_lora(model, spec.lora)
+    if sharding is not None:
+        equalize(adapted.parameters())
+    return adapted
+
+
+def load_reference(spec: ModelSpec, sharding: Sharding | None = None) -> PreTrainedModel:
+    """A model that is not trained, sharded like the policy.
+
+    Where the policy's weights are gathered in bfloat16, these are stored in it: the same numbers in half the memory.
+
+    Raises:
+        ModelError: as in :func:`load_model`.
+    """
+    if sharding is not None and sharding.half:
+        spec = replace(spec, dtype="bfloat16")
+    return load_model(spec, None if sharding is not None and sharding.whole_reference else sharding)
 
 
 def check_lora(spec: ModelSpec) -> None:
@@ -123,13 +153,20 @@ def check_lora(spec: ModelSpec) -> None:
     if spec.lora is None:
         return
     root, _ = adapters.chain(spec)
-    config = _loaded(AutoConfig, root, weights=False)
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=root.trust_remote_code)
+        model = _empty(root)
+    except ModelError:
+        raise
     except Exception:  # some models cannot be built on the meta device
         return
     adapters.with_lora(model, spec.lora)
+
+
+def _empty(spec: ModelSpec) -> Any:
+    """The model on the meta device, without weights."""
+    config = _loaded(AutoConfig, spec, weights=False)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
 
 
 def stored_dtype(spec: ModelSpec) -> str | None:
@@ -147,8 +184,13 @@ def _stored_config(spec: ModelSpec) -> Any:
     return _loaded(AutoConfig, root, weights=False)
 
 
-def _whole(spec: ModelSpec) -> Any:
+def _load(spec: ModelSpec, sharding: Sharding | None) -> Any:
     """The model in a folder or on the hub, checked against its files."""
+    spread: dict[str, Any] = {}
+    if sharding is not None and sharding.by_loader:
+        spread = {"distributed_config": sharding.distributed_config(_empty(spec))}
+        # It warns of rules for other architectures.
+        logging.getLogger("transformers.distributed.mixin").setLevel(logging.ERROR)
     model, info = _loaded(
         AutoModelForCausalLM,
         spec,
@@ -157,6 +199,7 @@ def _whole(spec: ModelSpec) -> Any:
         attn_implementation=spec.attn_implementation,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # check_loaded names them
+        **spread,
     )
     check_loaded(model, info, spec, Path(source_of(spec, weights=False)))
     return model

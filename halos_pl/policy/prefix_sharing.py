@@ -27,6 +27,7 @@ from halos_pl.batch import Routing, TokenBatch
 from halos_pl.policy.architecture import decoder_and_head
 from halos_pl.policy.head import token_logps
 from halos_pl.policy.routing import row_routing, token_routing
+from halos_pl.policy.sharding import is_sharded, run
 
 NAME = "halos_prefix_sharing"
 
@@ -48,7 +49,6 @@ class SharedPrefix:
     before: int
 
 
-@dataclass
 class Layout:
     """The prefixes of one pass, and the cached keys and values of their prompts.
 
@@ -60,11 +60,17 @@ class Layout:
         windows: Sliding windows that the layers passed to their attention.
     """
 
-    prefixes: list[SharedPrefix]
-    keep: bool = False
-    kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    masks: dict[Any, Tensor] = field(default_factory=dict)
-    windows: set[int | None] = field(default_factory=set)
+    # Not a dataclass: FSDP copies each dataclass that a block gets, so what the block adds to it would be lost.
+    def __init__(
+        self,
+        prefixes: list[SharedPrefix],
+        keep: bool = False,
+        kept: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        self.prefixes, self.keep = prefixes, keep
+        self.kept = {} if kept is None else kept
+        self.masks: dict[Any, Tensor] = {}
+        self.windows: set[int | None] = set()
 
     def mask(self, before: int, lengths: tuple[int, ...], window: int | None, device: torch.device) -> Tensor:
         """Attention mask, BoolTensor [sum(lengths), before + sum(lengths)], of completions after ``before`` tokens."""
@@ -244,6 +250,8 @@ def shared_states(model: nn.Module, batch: TokenBatch, experts: int | None = Non
                 spans[i] = [here, (start, stop)]
                 branches += [(start, stop)] if stop > start else []
             run.prefixes.append(SharedPrefix(here, tuple(branches), p, len(ids)))
+        if not run.size and is_sharded(model):  # the other ranks may have tokens, and gather weights from this one
+            run.prefixes = [SharedPrefix(run.append(batch.prompts[0][:1], 0), (), -1, 1)]
         more = not mismatched and any(is_mismatched)
         layout = Layout(run.prefixes, keep=more, kept=kept)
         ends = {prefix.slot: prefix.prompt[1] - 1 for prefix in run.prefixes if prefix.prompt[1] > prefix.prompt[0]}
@@ -283,6 +291,12 @@ def shared_scores(
         Log-probs, float32 [n, T], 0 where a row has no token with loss; and the routing, None if it was not requested
         or all rows are mismatched.
     """
+    return run(model, lambda: _shared_scores(model, batch, experts, windows))
+
+
+def _shared_scores(
+    model: nn.Module, batch: TokenBatch, experts: int | None, windows: set[int | None] | None
+) -> tuple[Tensor, Routing | None]:
     size = len(batch), max(len(c) for c in batch.completions)
     # The dtype is explicit because bf16-true changes the default.
     logps = torch.zeros(size, dtype=torch.float32, device=batch.prompt.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from halos_pl.batch import TokenBatch
 from halos_pl.policy.architecture import adapter_off, base_model, evaluating, has_adapter
-from halos_pl.policy.loading import ModelError, ModelSpec, load_model, load_tokenizer
+from halos_pl.policy.loading import ModelError, ModelSpec, load_reference, load_tokenizer
 from halos_pl.policy.scorer import Scorer
+from halos_pl.policy.sharding import is_sharded, whole
 from halos_pl.policy.store import fingerprint
 
 _NAME = "the reference model"
@@ -123,14 +124,16 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return chain(model.named_parameters(), model.named_buffers())
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """The :func:`fingerprint` of a model, without its adapter if it has one.
+def weights_fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> str:
+    """The :func:`fingerprint` of a model, without its adapter if it has one; all ranks must call it if it is sharded.
+
+    With ``dtype``, its fingerprint in that dtype.
 
     Leaves out the frequencies of rotary positions: they follow from the config, but may differ in the last bit between
     devices.
     """
     kept = {_without_adapter(name) for name in model.state_dict()}
-    weights = ((name, tensor) for name, tensor in _base_weights(model) if name in kept)
+    weights = ((name, whole(tensor).to(dtype)) for name, tensor in _base_weights(model) if name in kept)
     return fingerprint(weights, base_model(model).config.to_dict())
 
 
@@ -144,13 +147,21 @@ def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((_without_adapter(name), tensor) for name, tensor in _tensors(model) if ".lora_" not in name)
 
 
-def _cast_like(model: nn.Module, like: dict[str, Tensor]) -> None:
-    """Gives each tensor of ``model`` the dtype and device of the one with the same name in ``like``.
+def _match(scorer: Scorer, policy: Scorer, tensors: Callable[[nn.Module], Iterator[tuple[str, Tensor]]]) -> None:
+    """Gives each tensor of a reference the dtype and device of the policy's tensor with the same name.
 
     The Trainer's precision may have changed the policy's dtypes. If a single tensor of the reference has another dtype,
     such as a float32 rotary buffer among bfloat16 weights, the first rewards differ from 0.
+
+    The reference of a sharded policy only gets its device: it was loaded in the dtype in which the policy's weights are
+    gathered.
     """
-    for name, tensor in _tensors(model):
+    if policy.sharding is not None:
+        if scorer.device != policy.device:
+            scorer.to(policy.device)
+        return
+    like = dict(tensors(policy.model))
+    for name, tensor in _tensors(scorer.model):
         tensor.data = tensor.data.to(like[name])
 
 
@@ -164,13 +175,16 @@ class FrozenCopy(ReferenceModel):
         self._spec = spec and replace(spec, lora=None)
         self._scorer: Scorer | None = None
         if stored:
-            self.fingerprint = weights_fingerprint(policy.model)
+            half = policy.sharding is not None and policy.sharding.half
+            self.fingerprint = weights_fingerprint(policy.model, torch.bfloat16 if half else None)
         if self._spec is None or not stored:
             with_adapter = has_adapter(policy.model)
             if with_adapter and self._spec is None:
                 raise ModelError("FrozenCopy cannot copy a peft model in memory; choose reference_model: AdapterOff")
-            model = load_model(self._spec) if with_adapter and self._spec else None
-            self._keep(policy.beside(model, _NAME) if model is not None else policy.copy())
+            if self._spec and (with_adapter or policy.sharding):
+                self._keep(policy.beside(load_reference(self._spec, policy.sharding), _NAME))
+            else:
+                self._keep(policy.copy())
 
     def _keep(self, scorer: Scorer) -> Scorer:
         self._scorer = scorer.eval().requires_grad_(False)
@@ -179,7 +193,7 @@ class FrozenCopy(ReferenceModel):
     def _loaded(self) -> Scorer:
         """The reference loaded from its files, as the policy may already have been trained."""
         assert self._spec is not None
-        model = load_model(self._spec)
+        model = load_reference(self._spec, self._policy.sharding)
         if weights_fingerprint(model) != self.fingerprint:
             raise ModelError(
                 f"the files of {self._spec.path} have changed since the policy was loaded from them, so the reference"
@@ -190,7 +204,7 @@ class FrozenCopy(ReferenceModel):
     @contextmanager
     def scoring(self) -> Iterator[Scorer]:
         scorer = self._scorer or self._loaded()
-        _cast_like(scorer.model, dict(_base_weights(self._policy.model)))
+        _match(scorer, self._policy, _base_weights)
         yield scorer
 
 
@@ -219,11 +233,16 @@ class SyncedCopy(ReferenceModel):
         self._policy = policy
         self._moving = {name for name, p in policy.model.named_parameters() if p.requires_grad}
         self._exact: dict[str, Tensor] = {}  # in float32, as half precision would lose small updates
-        self._scorer = policy.copy().eval().requires_grad_(False)  # with its adapter, if it has one
+        # With its adapter, if it has one.
+        if policy.sharding and spec:
+            copy = policy.beside(load_reference(spec, policy.sharding), _NAME)
+        else:
+            copy = policy.copy()
+        self._scorer = copy.eval().requires_grad_(False)
 
     @contextmanager
     def scoring(self) -> Iterator[Scorer]:
-        _cast_like(self._scorer.model, dict(_tensors(self._policy.model)))
+        _match(self._scorer, self._policy, _tensors)
         yield self._scorer
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -235,9 +254,17 @@ class SyncedCopy(ReferenceModel):
             return
         of_policy = dict(self._policy.model.named_parameters())
         for name, parameter in self._parameters():
-            before = self._exact.get(name, parameter.data).to(of_policy[name].device).float()
-            self._exact[name] = before.lerp(of_policy[name].float(), self.mix)
-            parameter.data = self._exact[name].to(of_policy[name])
+            target = of_policy[name] if is_sharded(self._scorer.model) else whole(of_policy[name])
+            before = self._exact.get(name, parameter.data).to(target.device).float()
+            self._exact[name] = before.lerp(target.float(), self.mix)
+            self._set(parameter, self._exact[name])
+
+    @torch.no_grad()
+    def _set(self, parameter: nn.Parameter, values: Tensor) -> None:
+        if is_sharded(self._scorer.model):
+            parameter.copy_(values)  # in place: FSDP gathers this memory, not a tensor that replaces it
+        else:
+            parameter.data = values.to(parameter)
 
     def state(self) -> dict[str, Tensor]:
         return {name: self._exact.get(name, p.detach()) for name, p in self._parameters()}
@@ -250,7 +277,7 @@ class SyncedCopy(ReferenceModel):
             )
         for name, parameter in self._parameters():
             self._exact[name] = state[name].float()
-            parameter.data = state[name].to(parameter)
+            self._set(parameter, state[name])
 
 
 class AdapterOff(ReferenceModel):
@@ -298,12 +325,15 @@ class OtherModel(ReferenceModel):
                 " their log-probs of the same token ids cannot be compared"
             )
         self._policy = policy
-        self._scorer = policy.beside(load_model(self.spec), _NAME).eval().requires_grad_(False)
+        model = load_reference(self.spec, policy.sharding)
+        self._scorer = policy.beside(model, _NAME).eval().requires_grad_(False)
         if stored:
             self.fingerprint = weights_fingerprint(self._scorer.model)
 
     def scoring(self) -> AbstractContextManager[Scorer]:
-        return nullcontext(self._scorer.to(self._policy.device))
+        if self._scorer.device != self._policy.device:
+            self._scorer.to(self._policy.device)
+        return nullcontext(self._scorer)
 
 
 class NoReference(ReferenceModel):

@@ -21,6 +21,7 @@ from halos_pl.policy.logprobs import padded_logits, padded_scores
 from halos_pl.policy.memory import recomputed
 from halos_pl.policy.routing import check_router
 from halos_pl.policy.self_test import padding_fault, sharing_fault
+from halos_pl.policy.sharding import Sharding, is_sharded, reshard, run
 from halos_pl.policy.spec import ModelError
 
 PrefixSharing = Literal["auto", "always", "never"]
@@ -37,9 +38,11 @@ class Scorer(nn.Module):
         compiled: Whether to compile the parts of each layer without attention on their first call. Attention sees
             different lengths in each step and would be recompiled every time.
         name: Name of the model in messages.
+        sharding: How the model is sharded over the ranks; None if each rank holds all of it.
 
     Attributes:
         model: The model.
+        sharding: As above.
         shares_prefixes: Whether rows share prompts.
 
     Raises:
@@ -54,13 +57,14 @@ class Scorer(nn.Module):
         prefix_sharing: PrefixSharing = "auto",
         compiled: bool = False,
         name: str = "the model",
+        sharding: Sharding | None = None,
     ) -> None:
         super().__init__()
         if prefix_sharing not in get_args(PrefixSharing):
             raise ValueError(
                 f"prefix_sharing is {prefix_sharing!r}; it must be one of {', '.join(get_args(PrefixSharing))}"
             )
-        self.model = model
+        self.model, self.sharding = model, sharding
         self._options: dict[str, Any] = {"prefix_sharing": prefix_sharing, "compiled": compiled}
         self._frequencies = [(module, key, values.clone()) for module, key, values in rotary_frequencies(model)]
         # A reference may be loaded during a step. The self-test must not see the rounding of its autocast.
@@ -68,6 +72,7 @@ class Scorer(nn.Module):
             why = None if prefix_sharing == "never" else sharing_fault(model)
             self.shares_prefixes = prefix_sharing != "never" and why is None
             wrong = None if self.shares_prefixes else padding_fault(model)
+        reshard(model)
         if why and prefix_sharing == "always":
             raise ModelError(
                 f"model.prefix_sharing is always, but {name} cannot share prompts: {why}; choose auto or never"
@@ -90,13 +95,14 @@ class Scorer(nn.Module):
 
     def copy(self) -> Scorer:
         """An independent copy, compiled if this one is: compiled layers round differently."""
+        assert not is_sharded(self.model), "a sharded model is loaded again instead"
         other = deepcopy(self)  # drops what is compiled
         other._compile()
         return other
 
     def beside(self, model: nn.Module, name: str) -> Scorer:
         """A scorer with the same options for another model."""
-        return Scorer(model, name=name, **self._options)
+        return Scorer(model, name=name, sharding=self.sharding, **self._options)
 
     def forward(
         self,
@@ -122,11 +128,17 @@ class Scorer(nn.Module):
         Raises:
             ModelError: if the routing is requested from a model that is not a mixture of experts.
         """
+        result = self._result(batch, wanted, hidden)
+        if not torch.is_grad_enabled():
+            reshard(self.model)
+        return result
+
+    def _result(self, batch: TokenBatch | None, wanted: str, hidden: Tensor | None) -> Any:
         if hidden is not None:
-            return decoder_and_head(self.model)[1](hidden).float()
+            return run(self.model, lambda: decoder_and_head(self.model)[1](hidden).float())
         assert batch is not None
         if wanted == "states":
-            return list(prefix_sharing.shared_states(self.model, batch))
+            return run(self.model, lambda: list(prefix_sharing.shared_states(self.model, batch)))
         if wanted == "logits":
             return padded_logits(self.model, batch)[0]
         experts = check_router(self.model) if wanted == "routing" else None
@@ -148,8 +160,9 @@ class Scorer(nn.Module):
         device = self.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         dtype = next(self.model.parameters()).dtype
+        gathered = ("gathered in bfloat16",) if is_sharded(self.model) and self.sharding and self.sharding.half else ()
         buffers = {module._buffers[name].dtype for module, name, _ in self._frequencies} - {dtype}  # type: ignore[union-attr]
-        return (dtype, autocast, *buffers, device, torch.get_float32_matmul_precision())
+        return (dtype, autocast, *gathered, *buffers, device, torch.get_float32_matmul_precision())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Scorer:
         """Moves and casts the model, but keeps the precision of its rotary frequencies."""

@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from halos_pl.batch import TokenBatch
 from halos_pl.cache import LARGEST, REFERENCE, Use, cache_root, limit
+from halos_pl.policy.sharding import most_over_ranks
 from halos_pl.policy.spec import ModelError
 
 _DAY = 86400
@@ -33,7 +34,15 @@ _TABLE = "CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, used INTEGER, 
 
 
 #: Keys of a config that do not affect log-probs; nor do those that start with _.
-_IRRELEVANT = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "return_dict"}
+_IRRELEVANT = {
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "return_dict",
+    "distributed_config",
+}
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]], config: Mapping[str, Any]) -> str:
@@ -237,13 +246,16 @@ class StoredReference:
         store: store of its log-probs.
         numerics: function that returns the settings that affect log-probs (the policy's ``Scorer.numerics``); called
             for each batch.
+        sharded: whether the reference is sharded over the ranks, so that all of them must compute if one of them does.
 
     Attributes:
         rows_stored: number of rows that were found in the store.
     """
 
-    def __init__(self, reference: Any, store: ReferenceStore, numerics: Callable[[], tuple[Any, ...]]) -> None:
-        self.reference, self.store, self._numerics = reference, store, numerics
+    def __init__(
+        self, reference: Any, store: ReferenceStore, numerics: Callable[[], tuple[Any, ...]], sharded: bool = False
+    ) -> None:
+        self.reference, self.store, self._numerics, self._sharded = reference, store, numerics, sharded
         self.rows_stored = 0
 
     @property
@@ -262,6 +274,9 @@ class StoredReference:
         logps = self.store.get(names)
         missing = [i for i, name in enumerate(names) if name not in logps]
         self.rows_stored += len(batch) - len(missing)
+        if self._sharded:
+            # Each pass of a sharded reference is a pass of all ranks, over all of their rows.
+            missing = list(range(len(batch))) if most_over_ranks(len(missing))[0] else []
         if missing:
             computed = self.reference.logps(batch.select(torch.tensor(missing, device=batch.prompt.device)))
             fresh = {names[i]: row[: len(batch.completions[i])] for i, row in zip(missing, computed, strict=True)}

@@ -55,6 +55,8 @@ def take(module: Any, checkpoint: dict[str, Any]) -> None:
         resume_at = getattr(trainer.datamodule, "resume_at", None)
         if resume_at is not None:
             resume_at(epoch, step)
+            # A strategy that restores after it has set up the optimizer has made a loader already.
+            trainer.fit_loop._combined_loader = None
 
 
 def restore_random_state(module: Any) -> None:

@@ -7,18 +7,20 @@ from typing import Any, get_args
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from transformers import PreTrainedModel
 
+from halos_pl.batch import Needs
 from halos_pl.policy.architecture import base_model
 from halos_pl.policy.reference import ReferenceModel
 from halos_pl.policy.scorer import PrefixSharing
 from halos_pl.policy.spec import ModelSpec
 from halos_pl.training.optim import LRShape
+from halos_pl.training.strategy import ShardedStrategy
 
 
 def unsupported_strategy(name: str) -> str:
     """Why a strategy is refused, and what to use instead."""
     return (
-        f"trainer.strategy {name} is not supported: models are not sharded. Use a single device or ddp;"
-        " model.policy.lora and model.micro_batch_rows save memory"
+        f"trainer.strategy {name} is not supported. Use a single device, ddp, or fsdp2, which shards models over the"
+        " ranks"
     )
 
 
@@ -69,9 +71,23 @@ def check_trainer(trainer: Any) -> None:
             " data.batch_size, and set model.micro_batch_rows to what fits in memory"
         )
     check_clipping(trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
-    whole = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
-    if not whole or isinstance(trainer.strategy, DeepSpeedStrategy):  # DeepSpeed's is a subclass of DDP's
+    known = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy, ShardedStrategy))
+    if not known or isinstance(trainer.strategy, DeepSpeedStrategy):  # DeepSpeed's is a subclass of DDP's
         raise ValueError(unsupported_strategy(type(trainer.strategy).__name__))
+
+
+def check_sharded(trainer: Any, needs: Needs) -> None:
+    """Refuses an objective that fsdp2 cannot compute.
+
+    Raises:
+        ValueError: naming the part and what to do instead.
+    """
+    if needs.samples and isinstance(trainer.strategy, ShardedStrategy):
+        raise ValueError(
+            "model.reference_point samples from the policy, which fsdp2 does not support: ranks would generate answers"
+            " of different lengths, and wait for each other forever. Choose a reference point that needs no samples,"
+            " such as MismatchedKL, or trainer.strategy ddp"
+        )
 
 
 def check_arguments(

@@ -13,8 +13,10 @@ from torch import Tensor
 from halos_pl.batch import LogProbBatch, Routing, TokenBatch
 from halos_pl.distributed import world_size
 from halos_pl.objective.halo import Context, Objective, Result
+from halos_pl.policy.kl import completion_kl
 from halos_pl.policy.logprobs import completion_mask
 from halos_pl.policy.scorer import Scorer, scorer_of
+from halos_pl.policy.sharding import is_sharded, most_over_ranks
 from halos_pl.training.scored_rows import Reference, differentiable, scored_rows, widened
 
 
@@ -177,6 +179,25 @@ class StepEngine:
                 batch = self.sampler(batch)
         yield from _Step(self, batch, None, nullcontext).parts()
 
+    @torch.no_grad()
+    def divergences(self, batch: TokenBatch) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields KL(policy || reference) at the completion tokens of rows that are not mismatched.
+
+        Args:
+            batch: This rank's share of the step.
+
+        Yields:
+            For a few rows at a time, nats, float32 [m, T], and the number of tokens with loss.
+        """
+        assert self.reference is not None
+        step = _Step(self, batch, None, nullcontext)
+        train = batch.labels.train.nonzero().squeeze(1)
+        for index in step.equal_parts(train)[0]:
+            part = batch.select(index if len(index) else train[:1])
+            kl = completion_kl(self.policy, self.reference, part)
+            if len(index):
+                yield kl, completion_mask(part).sum()
+
 
 class _Step:
     """The state of one step.
@@ -197,7 +218,7 @@ class _Step:
         self.objective, self.policy, self.reference = engine.objective, engine.policy, engine.reference
         self.micro_batch_rows, self.batch = engine.micro_batch_rows, batch
         self.backward, self.defer_sync = backward, defer_sync
-        self.gradient = backward is not None
+        self.scorer, self.gradient = scorer_of(engine.policy), backward is not None
         self.device = batch.prompt.device
         self.rows = self._blank()
 
@@ -206,26 +227,26 @@ class _Step:
         needs = self.objective.needs
         train = self.batch.labels.train.nonzero().squeeze(1)
         mismatched = self.batch.labels.mismatched.nonzero().squeeze(1)
-        parts = self._split(train)
+        parts, of_mismatched = self.equal_parts(train, mismatched)
         # Must not depend on a rank's number of rows: the two branches gather over ranks in different orders.
         at_once = needs.whole_step and self.micro_batch_rows is not None
         scored: dict[int, LogProbBatch] = {}
         # With dropout, the second pass of a part must use the same network as the first.
         draws: dict[int, _Draw] = {}
-        if len(parts) == 1 and not at_once and len(mismatched) and scorer_of(self.policy).shares_prefixes:
+        if len(parts) == 1 and not at_once and of_mismatched and self.scorer.shares_prefixes:
             # One pass for the whole step: mismatched rows share the others' prompts and get no gradient.
             everything = torch.arange(len(self.batch), device=self.device)
             scored[0] = self._keep(everything, self._score(everything, gradient=self.gradient)).select(train)
-        elif len(mismatched):
-            for index in self._split(mismatched):
-                self._keep(index, self._score(index, gradient=False))
+        else:
+            for index in of_mismatched:
+                self._keep(index, self._score(index, gradient=False, instead=mismatched[:1]))
         if not scored and (needs.step_rewards or at_once):
             # With one part, the pass with gradient also serves z0. With several, an extra pass is needed, because the
             # first part's loss already depends on the last part's rewards.
             alone = len(parts) == 1 and not at_once
             for number, index in enumerate(parts):
                 draws[number] = _Draw.now(self.device)
-                first_pass = self._keep(index, self._score(index, gradient=self.gradient and alone))
+                first_pass = self._keep(index, self._score(index, gradient=self.gradient and alone, instead=train[:1]))
                 if len(parts) == 1:
                     scored[number] = first_pass
         with self._float32():
@@ -240,7 +261,12 @@ class _Step:
                     rows = scored.pop(number)
                 else:
                     draw = draws.get(number)
-                    rows = self._score(index, gradient=self.gradient, draw=draw, again=draw is not None)
+                    rows = self._score(
+                        index, gradient=self.gradient, draw=draw, again=draw is not None, instead=train[:1]
+                    )
+                if not len(index):
+                    self._back_propagate(rows.policy_logps.sum())
+                    continue
                 with self._float32():
                     result = self.objective.compute_loss(rows, context.select(index))
                 self._back_propagate(result.loss)
@@ -269,7 +295,9 @@ class _Step:
             for number, index in enumerate(parts):
                 last = number == len(parts) - 1
                 with self._synchronized(last):
-                    scored = differentiable(self._score(index, gradient=True, draw=draws[number], again=True))
+                    scored = differentiable(
+                        self._score(index, gradient=True, draw=draws[number], again=True, instead=train[:1])
+                    )
                     pairs = zip(scored, of_scores, strict=True)
                     linear = torch.stack([(score * slope[place[index]]).sum() for score, slope in pairs]).sum()
                     if last:
@@ -293,7 +321,15 @@ class _Step:
 
     # -- scoring --------------------------------------------------------------------------------------
 
-    def _score(self, index: Tensor, *, gradient: bool, draw: _Draw | None = None, again: bool = False) -> LogProbBatch:
+    def _score(
+        self,
+        index: Tensor,
+        *,
+        gradient: bool,
+        draw: _Draw | None = None,
+        again: bool = False,
+        instead: Tensor | None = None,
+    ) -> LogProbBatch:
         """Log-probs of the rows ``index`` under policy and reference, padded to the width of the whole step.
 
         Args:
@@ -301,7 +337,11 @@ class _Step:
             gradient: Whether the policy's log-probs get a gradient.
             draw: Random state to replay, so that dropout repeats an earlier pass.
             again: Whether an earlier pass of the step has scored these rows under the reference.
+            instead: Row to score, and drop, if ``index`` is empty.
         """
+        if not len(index):
+            assert instead is not None
+            return self._score(instead, gradient=gradient, draw=draw, again=again).select(index)
         part = self.batch.select(index)
         of_reference = self.rows.reference_logps
         width = max(len(completion) for completion in part.completions)
@@ -344,6 +384,20 @@ class _Step:
             labels=self.batch.labels,
             kl=zeros.clone() if self.objective.needs.exact_kl else None,
         )
+
+    def equal_parts(self, *indices: Tensor) -> list[list[Tensor]]:
+        """The parts of each index, as many as on the other ranks if the model is sharded.
+
+        Each pass is then a collective operation, so a rank with fewer parts begins with empty ones.
+        """
+        split = [self._split(index) if len(index) else [] for index in indices]
+        if self.micro_batch_rows is None or not is_sharded(self.scorer.model):
+            return split
+        most = most_over_ranks(*map(len, split))
+        return [
+            [index[:0]] * (number - len(parts)) + parts
+            for index, parts, number in zip(indices, split, most, strict=True)
+        ]
 
     def _split(self, index: Tensor) -> list[Tensor]:
         """Splits ``index`` into parts of at most ``micro_batch_rows`` rows, keeping pairs and, if possible, prompts."""

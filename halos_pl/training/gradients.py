@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from halos_pl.policy.sharding import local, total_norm
 from halos_pl.training.checks import check_clipping
 from halos_pl.training.non_finite import NonFiniteLossError, highest_lr, lower_lr, non_finite
 
@@ -24,7 +25,7 @@ MOST = 0.99
 def mostly_cut(gradients: Iterable[Tensor], value: float) -> bool:
     """Whether clipping by value cuts at least ``MOST`` of the nonzero entries."""
     parts = list(gradients)
-    cut, nonzero = (sum(torch.count_nonzero(g.abs() > limit) for g in parts) for limit in (value, 0))
+    cut, nonzero = (sum(torch.count_nonzero(local(g).abs() > limit) for g in parts) for limit in (value, 0))
     return bool(nonzero) and bool(cut >= MOST * nonzero)
 
 
@@ -148,7 +149,7 @@ def clip_gradients(
         module.clip_gradients(optimizer, value, algorithm)
         return
     parameters = [p for p in plugin.main_params(optimizer) if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = total_norm([p.grad for p in parameters])
     size = norm.item()
     if not math.isfinite(size):
         what = f"the loss is finite, but the norm of its gradient is {size}"

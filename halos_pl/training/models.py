@@ -14,6 +14,7 @@ from halos_pl.policy.limits import check_length, check_vocabulary
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel
 from halos_pl.policy.scorer import PrefixSharing, Scorer
+from halos_pl.policy.sharding import Sharding
 from halos_pl.policy.spec import ModelError
 from halos_pl.policy.store import ReferenceStore, StoredReference
 
@@ -30,6 +31,7 @@ class Models:
         spec: the policy's specification; None for a model that was already in memory.
         reference_model: makes the reference.
         bound: whether it has made it.
+        sharding: how models are sharded over the ranks; None if each rank holds all of them.
         reference: source of log pi_ref; None until it is made.
 
     Raises:
@@ -50,6 +52,7 @@ class Models:
         with_adapter = bool(policy.lora) if isinstance(policy, ModelSpec) else has_adapter(policy)
         self.reference_model = reference_model or (AdapterOff() if with_adapter else FrozenCopy())
         self.bound = False
+        self.sharding: Sharding | None = None
         self.reference: ReferenceModel | StoredReference | None = None
         self.prefix_sharing, self.stored = prefix_sharing, reference_store
         if self.spec and needs_reference:
@@ -92,7 +95,12 @@ class Models:
     def policy(self) -> Scorer:
         """The policy before training."""
         # transformers loads in eval mode; the only difference here is gradient checkpointing (dropout is off).
-        model = load_model(self.spec) if self.spec else self._in_memory
+        if self.sharding and not self.spec:
+            raise ModelError(
+                "fsdp2 loads each rank's share of a model from its files, but the policy is in memory; save it with"
+                " save_pretrained, and pass ModelSpec(folder)"
+            )
+        model = load_model(self.spec, self.sharding) if self.spec else self._in_memory
         assert model is not None
         noise = {} if self.spec else {name: p for name, p in noise_settings(base_model(model).config).items() if p > 0}
         if noise:
@@ -102,7 +110,13 @@ class Models:
                 " load it with these settings at 0 to train without"
             )
         compiled = self.spec is not None and self.spec.compile
-        return Scorer(model.train(), prefix_sharing=self.prefix_sharing, compiled=compiled, name="the policy")
+        return Scorer(
+            model.train(),
+            prefix_sharing=self.prefix_sharing,
+            compiled=compiled,
+            name="the policy",
+            sharding=self.sharding,
+        )
 
     def bind(self, policy: Scorer, *, fresh: bool, data: Any) -> None:
         """Makes the reference.
@@ -116,7 +130,8 @@ class Models:
         self.reference_model.bind(start, self.spec, stored=self.stored)
         self.bound = True
         if self.stored:
-            self.reference = StoredReference(self.reference_model, ReferenceStore(), lambda: policy.numerics)
+            sharded = self.sharding is not None
+            self.reference = StoredReference(self.reference_model, ReferenceStore(), lambda: policy.numerics, sharded)
         else:
             self.reference = self.reference_model
             with self.reference.scoring() as scorer:

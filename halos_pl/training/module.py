@@ -23,7 +23,6 @@ from halos_pl.objective.feedback import Feedback
 from halos_pl.objective.halo import Objective
 from halos_pl.objective.reference_points import ReferencePoint
 from halos_pl.objective.rewards import Reward
-from halos_pl.policy.kl import completion_kl
 from halos_pl.policy.limits import warn_of_ignored_losses
 from halos_pl.policy.loading import ModelSpec
 from halos_pl.policy.memory import keep_freed_memory
@@ -31,9 +30,10 @@ from halos_pl.policy.reference import ReferenceModel
 from halos_pl.policy.routing import check_router
 from halos_pl.policy.sampling import PolicySamples
 from halos_pl.policy.scorer import PrefixSharing, Scorer
+from halos_pl.policy.sharding import average_plain_gradients
 from halos_pl.training import checkpoint_contents
 from halos_pl.training.absent import keep_out_absent
-from halos_pl.training.checks import check_arguments, check_float16, check_trainer
+from halos_pl.training.checks import check_arguments, check_float16, check_sharded, check_trainer
 from halos_pl.training.engine import Deferral, StepEngine
 from halos_pl.training.gradients import GradientWatch, clip_gradients, finish_watch
 from halos_pl.training.held_out import HeldOut
@@ -44,6 +44,7 @@ from halos_pl.training.predictions import records_of
 from halos_pl.training.resume import Record, align_logged_step
 from halos_pl.training.settings import weights_sample
 from halos_pl.training.step_log import log_step, outcomes_of
+from halos_pl.training.strategy import ShardedStrategy
 from value_functions import ValueFunction
 
 
@@ -159,7 +160,9 @@ class HALOModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         check_trainer(self.trainer)
+        check_sharded(self.trainer, self.objective.needs)
         keep_out_absent(self.trainer)
+        self.models.sharding = getattr(self.trainer.strategy, "sharding", None)
         if stage == "fit":
             self.check_fit(self.trainer)
 
@@ -171,7 +174,9 @@ class HALOModule(LightningModule):
         """
         spec = self.models.spec
         check_float16(trainer, self.models.dtype)
-        check_optimizer(self.make_optimizer, trainer.strategy.root_device, vectors=not (spec and spec.lora))
+        lora = spec and spec.lora
+        sharded = isinstance(trainer.strategy, ShardedStrategy) and not lora and world_size() > 1
+        check_optimizer(self.make_optimizer, trainer.strategy.root_device, vectors=not lora, sharded=sharded)
 
     def configure_model(self) -> None:
         """Loads policy and reference once the data have been validated."""
@@ -224,9 +229,10 @@ class HALOModule(LightningModule):
     def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
         """Like validation, plus the exact token-level KL divergence along the held-out completions."""
         for part in self._held_out.measured(batch):
-            if self.scorer is not None and self.models.reference is not None:
-                kl = completion_kl(self.scorer, self.models.reference, part.batch.select(part.index))
-                self._held_out.add_kl(kl, part.rows.mask.sum())
+            batch = part.batch
+        if self.models.reference is not None:
+            for kl, tokens in self.engine.divergences(batch):
+                self._held_out.add_kl(kl, tokens)
 
     def on_test_epoch_end(self) -> None:
         self._held_out.log("test")
@@ -250,9 +256,14 @@ class HALOModule(LightningModule):
 
     def on_after_backward(self) -> None:
         """Moves the gradients to the weights that the optimizer steps on."""
-        # Ranks sum their gradients in the step's last backward pass, so they must not be moved before.
-        if not self._deferral.active or world_size() == 1:
+        # DDP sums the ranks' gradients in the step's last backward pass, so they must not be moved before.
+        if not self._deferral.active or world_size() == 1 or self.models.sharding:
             self._masters.take_gradients()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Averages over the ranks the gradients that FSDP does not: those of an adapter or of the objective."""
+        if self.models.sharding:
+            average_plain_gradients(p for group in optimizer.param_groups for p in group["params"])
 
     def optimizer_zero_grad(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: ``training_step`` zeroes gradients, and those of earlier micro-batches must stay."""

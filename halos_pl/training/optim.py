@@ -18,6 +18,8 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
+from halos_pl.policy.sharding import as_shard, local
+
 HALF = (torch.bfloat16, torch.float16)
 #: Settings that choose an optimizer's implementation, not its result.
 _IMPLEMENTATION = {"fused", "foreach", "capturable", "differentiable"}
@@ -110,7 +112,7 @@ class MasterWeights:
             master.copy_(value)
 
 
-def make_optimizer(make: Callable[[list[nn.Parameter]], Optimizer], parameters: list[nn.Parameter]) -> Any:
+def make_optimizer(make: Callable[[list[Any]], Optimizer], parameters: list[Any]) -> Any:
     """The optimizer that ``model.optimizer`` makes from the parameters.
 
     Raises:
@@ -122,7 +124,13 @@ def make_optimizer(make: Callable[[list[nn.Parameter]], Optimizer], parameters: 
         raise ValueError(f"model.optimizer: {error}; check its init_args") from error
 
 
-def check_optimizer(make: Callable[[list[nn.Parameter]], Optimizer], device: torch.device, *, vectors: bool) -> None:
+def check_optimizer(
+    make: Callable[[list[nn.Parameter]], Optimizer],
+    device: torch.device,
+    *,
+    vectors: bool,
+    sharded: bool = False,
+) -> None:
     """Refuses, before a model is loaded, an optimizer that could not train it.
 
     The optimizer is made for a matrix and a vector of zeros, and takes a step along a gradient of 0.
@@ -131,11 +139,13 @@ def check_optimizer(make: Callable[[list[nn.Parameter]], Optimizer], device: tor
         make: makes the optimizer from the trained parameters.
         device: device of the parameters.
         vectors: whether vectors are trained too, such as the weights of norms; under LoRA there are only matrices.
+        sharded: whether the parameters are sharded over the ranks.
 
     Raises:
         ValueError: naming the setting.
     """
-    parameters = [nn.Parameter(torch.zeros(shape, device=device)) for shape in ((2, 2), (2,))]
+    zeros = [torch.zeros(shape, device=device) for shape in ((2, 2), (2,))]
+    parameters = [nn.Parameter(as_shard(values) if sharded else values) for values in zeros]
     matrices = parameters[:1]
     optimizer = make_optimizer(make, matrices)
     if vectors:
@@ -162,6 +172,12 @@ def check_optimizer(make: Callable[[list[nn.Parameter]], Optimizer], device: tor
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             optimizer.step(lambda: torch.zeros((), device=device))
     except RuntimeError as error:  # as with SparseAdam, whose gradients are sparse
+        if sharded:
+            fused = any(group.get("fused") for group in optimizer.param_groups)
+            hint = "; set model.optimizer.init_args.fused to false" if fused else ""
+            raise ValueError(
+                f"model.optimizer: {type(optimizer).__name__} cannot step on weights that fsdp2 shards: {error}{hint}"
+            ) from error
         if not isinstance(error, NotImplementedError):
             raise ValueError(f"model.optimizer: {type(optimizer).__name__} cannot take a step: {error}") from error
     except Exception:  # other errors may be due to the zeros
@@ -201,7 +217,8 @@ class LostUpdates:
 
     def _sample(self, values: Tensor) -> Tensor:
         each = max(1, self.SAMPLE // len(self._parameters))
-        return values.detach().flatten()[:: max(1, values.numel() // each)]
+        values = local(values.detach())
+        return values.flatten()[:: max(1, values.numel() // each)]
 
     @staticmethod
     def _height(optimizer: Optimizer) -> tuple[float, bool]:
@@ -371,7 +388,12 @@ def configured_optimizer(module: Any) -> tuple[MasterWeights, dict[str, Any]]:
     """
     trained = [p for p in module.parameters() if p.requires_grad]
     masters = MasterWeights(trained if module.master_weights else [])
-    optimizer = make_optimizer(module.make_optimizer, masters.parameters or trained)
+    stepped = masters.parameters or trained
+    # Fused optimizers take no group with sharded and other parameters; those of the objective, which come first, are
+    # never sharded.
+    count = sum(p.requires_grad for p in module.objective.parameters())
+    groups = [{"params": part} for part in (stepped[:count], stepped[count:])]
+    optimizer = make_optimizer(module.make_optimizer, groups if count and stepped[count:] else stepped)
     guard(optimizer, module.record.add)
     masters.attach(optimizer)
     LostUpdates(optimizer, "Set model.master_weights to true")

@@ -21,6 +21,7 @@ import transformers
 import yaml
 from torch import Tensor, nn
 
+from halos_pl.policy.sharding import whole
 from halos_pl.training.optim import Change
 
 Settings = dict[str, Any]
@@ -229,7 +230,8 @@ def weights_sample(model: nn.Module) -> Tensor:
     """About 1024 evenly spread weights, without an adapter's: float32, on the CPU."""
     weights = [p.detach() for name, p in model.named_parameters() if ".lora_" not in name]
     each = max(1, 1024 // max(1, len(weights)))
-    return torch.cat([w.flatten()[:: max(1, w.numel() // each)][:each].float().cpu() for w in weights])
+    samples = (whole(w).flatten()[:: max(1, w.numel() // each)][:each] for w in weights)
+    return torch.cat([sample.float().cpu() for sample in samples])
 
 
 def same_weights(one: Tensor, other: Tensor) -> bool:

@@ -1,0 +1,99 @@
+"""The strategy for models that do not fit on one device: Lightning's model parallelism over torch's FSDP2."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any, Literal
+
+from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from typing_extensions import override
+
+from halos_pl.policy.sharding import Sharding
+
+
+class GatheredHalf(Precision):
+    """``bf16-mixed`` of sharded models: float32 weights are gathered in bfloat16, so autocast has nothing to do.
+
+    Autocast would keep the rounded weights of all layers for the backward pass, which FSDP could not free.
+    """
+
+    precision: Any = "bf16-mixed"
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """Shards weights, gradients and optimizer state of the policy, and the reference, over all ranks (FSDP2).
+
+    The step and its result are those of a single device. A checkpoint is a folder to which all ranks write.
+
+    Args:
+        replicas: number of groups of ranks that each hold all weights (hybrid sharding, HSDP). With one per node, only
+            gradients travel between nodes.
+        reference: ``sharded``: over the ranks, like the policy; ``whole``: on each rank, which saves its traffic if
+            it is small.
+        reshard_after_forward: whether to free the weights of a block after its forward pass; if not, a rank holds all
+            weights during a step, which saves a third of the traffic.
+        process_group_backend: backend of torch.distributed; default: NCCL on GPUs, with gloo for tensors on the CPU.
+        timeout: longest time that a rank waits for the others.
+
+    Raises:
+        ValueError: if an option is invalid, or ``replicas`` does not divide the number of ranks.
+    """
+
+    strategy_name = "fsdp2"
+
+    def __init__(
+        self,
+        replicas: int = 1,
+        reference: Literal["sharded", "whole"] = "sharded",
+        reshard_after_forward: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        super().__init__(tensor_parallel_size=1, process_group_backend=process_group_backend, timeout=timeout)
+        if not isinstance(replicas, int) or replicas < 1:
+            raise ValueError(f"trainer.strategy: replicas is {replicas}; it must be a whole number from 1")
+        if reference not in ("sharded", "whole"):
+            raise ValueError(f"trainer.strategy: reference is {reference!r}; it must be sharded or whole")
+        self.replicas, self.reference, self.reshard_after_forward = replicas, reference, reshard_after_forward
+
+    @override
+    def setup_environment(self) -> None:
+        ranks = self._data_parallel_size = self.num_nodes * self.num_processes
+        if ranks % self.replicas:
+            raise ValueError(
+                f"trainer.strategy: {self.replicas} replicas do not divide {ranks} ranks"
+                f" ({self.num_nodes} x {self.num_processes}); choose a divisor, such as the number of nodes"
+            )
+        if str(self.precision_plugin.precision).startswith("16"):
+            raise ValueError(
+                f"trainer.precision is {self.precision_plugin.precision}, whose loss scale fsdp2 does not support;"
+                " choose bf16-mixed or bf16-true"
+            )
+        if isinstance(self.precision_plugin, MixedPrecision):
+            self._precision_plugin = GatheredHalf()
+        super().setup_environment()
+        os.environ["LOCAL_RANK"] = str(self.local_rank)  # transformers chooses its device by it; SLURM does not set it
+
+    @override
+    def _get_process_group_backend(self) -> str:
+        backend = super()._get_process_group_backend()
+        return "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
+
+    @property
+    def sharding(self) -> Sharding:
+        """How models are sharded."""
+        return Sharding(
+            shards=self.world_size // self.replicas,
+            replicas=self.replicas,
+            device=self.root_device.type,
+            half=str(self.precision_plugin.precision).startswith("bf16"),
+            reshard=self.reshard_after_forward,
+            whole_reference=self.reference == "whole",
+        )
+
+
+StrategyRegistry.register(
+    ShardedStrategy.strategy_name, ShardedStrategy, description="Fully sharded data parallelism (torch's FSDP2)"
+)

@@ -1,0 +1,151 @@
+"""Steps of a sharded policy, on ranks that are forked from the tests, compared with those of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import traceback
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from run_halos import in_ranks
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step to compare.
+
+    Attributes:
+        model: folder of the model.
+        data: file or files of the rows.
+        objective: name of the objective.
+        policy: further settings of the policy.
+        reference: name and arguments of the reference's class; None for the default.
+        micro: number of rows in a pass; None for all.
+        half: whether weights are gathered in bfloat16, instead of autocast.
+        whole_reference: as in ``Sharding``.
+        prefix_sharing: as for ``Scorer``.
+    """
+
+    model: str
+    data: str | list[str]
+    objective: str
+    policy: Mapping[str, Any] = field(default_factory=dict)
+    micro: int | None = None
+    half: bool = False
+    whole_reference: bool = False
+    prefix_sharing: str = "auto"
+
+
+@dataclass(frozen=True)
+class Step:
+    """The result of a step: its loss, and the gradients by name."""
+
+    loss: float
+    gradients: dict[str, torch.Tensor]
+    first_rewards: float
+    shares: bool
+
+
+def _step(case: Case, sharding: Any) -> Step:
+    from halos_pl import (
+        AdapterOff,
+        FeedbackDataModule,
+        FrozenCopy,
+        ModelSpec,
+        Scorer,
+        StepEngine,
+        load_model,
+        load_objective,
+    )
+    from halos_pl.policy.loading import LoRASpec, load_tokenizer
+    from halos_pl.policy.sharding import average_plain_gradients, whole
+
+    torch.manual_seed(0)
+    options = dict(case.policy)
+    if lora := options.pop("lora", None):
+        options["lora"] = LoRASpec(**lora)
+    spec, objective = ModelSpec(case.model, **options), load_objective(case.objective)
+    scorer = Scorer(load_model(spec, sharding).train(), prefix_sharing=case.prefix_sharing, sharding=sharding)
+    reference: Any = AdapterOff() if lora else FrozenCopy()
+    reference.bind(scorer, spec)
+    data = FeedbackDataModule(train=case.data, batch_size=5)
+    data.connect(tokenizer=load_tokenizer(spec), needs=objective.needs)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    autocast = torch.autocast("cpu", torch.bfloat16) if case.half and sharding is None else nullcontext()
+    with autocast, torch.no_grad():
+        apart = (scorer(batch) - reference.logps(batch)).abs().max()
+    with torch.no_grad():  # away from the reference, by the same steps in each process
+        for name, p in scorer.named_parameters():
+            if p.requires_grad:
+                draw = torch.Generator().manual_seed(sum(name.encode()))
+                step = 0.05 * torch.randn(p.shape, generator=draw)
+                if isinstance(p, torch.distributed.tensor.DTensor):
+                    step = torch.distributed.tensor.distribute_tensor(step, p.device_mesh, p.placements)
+                p.add_(step)
+    with autocast:
+        parts = StepEngine(objective, scorer, reference, case.micro).step(batch)
+    trained = {name: p for name, p in scorer.named_parameters() if p.requires_grad}
+    if sharding is not None:
+        average_plain_gradients(trained.values())
+    gradients = {name: whole(p.grad).clone() for name, p in trained.items() if p.grad is not None}
+    loss = torch.stack([part.result.loss for part in parts]).sum()
+    if sharding is not None:
+        dist.all_reduce(loss)
+    return Step(float(loss), gradients, float(apart), scorer.shares_prefixes)
+
+
+def _rank(rank: int, ranks: int, replicas: int, port: int, folder: str, cases: dict[str, Case]) -> None:
+    from halos_pl.policy.sharding import Sharding
+
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {}
+    try:
+        alone = {name: _step(case, None) for name, case in cases.items()}
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank)
+        )
+        dist.init_process_group("gloo", timeout=timedelta(seconds=40))
+        for name, case in cases.items():
+            sharding = Sharding(ranks // replicas, replicas, half=case.half, whole_reference=case.whole_reference)
+            step = _step(case, sharding)
+            one, many = alone[name].gradients, step.gradients
+            results[name] = {
+                "same_names": one.keys() == many.keys(),
+                "gradient": max(float((one[n] - many[n]).abs().max()) for n in one),
+                "size": max(float(g.abs().max()) for g in one.values()),
+                "loss": abs(alone[name].loss - step.loss),
+                "first_rewards": step.first_rewards,
+                "shares": step.shares == alone[name].shares,
+            }
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        results["error"] = traceback.format_exc()
+    Path(folder, f"steps.{rank}.json").write_text(json.dumps(results), encoding="utf-8")
+
+
+def compare(cases: Mapping[str, Case], folder: Path, *, ranks: int = 2, replicas: int = 1) -> dict[str, dict[str, Any]]:
+    """How far each step of a sharded policy is from that of one process.
+
+    Returns:
+        By case, the largest difference of a ``gradient`` and the ``size`` of the largest one, the difference of the
+        ``loss``, the largest reward before any step (``first_rewards``), and whether gradients have the same names.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    in_ranks(_rank, ranks, ranks, replicas, port, str(folder), dict(cases))
+    results: list[dict[str, Any]] = []
+    for rank in range(ranks):
+        results.append(json.loads((folder / f"steps.{rank}.json").read_text(encoding="utf-8")))
+        assert "error" not in results[-1], results[-1]["error"]
+    return results[0]
