@@ -226,7 +226,7 @@ def run_all(
     return ended
 
 
-def in_ranks(function: Callable[..., None], ranks: int, *arguments: Any, timeout: float = 120) -> None:
+def in_ranks(function: Callable[..., None], ranks: int, *arguments: Any, timeout: float = 900) -> None:
     """Calls ``function(rank, *arguments)`` in processes that run at the same time."""
     _start()
     processes = [_CONTEXT.Process(target=function, args=(rank, *arguments)) for rank in range(ranks)]

@@ -20,6 +20,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from halos_pl.cache import cache_root
 from halos_pl.policy.architecture import is_adapted, without_adapter
+from halos_pl.policy.sharding import whole_shapes
 from halos_pl.policy.source import ADAPTER_CONFIG, source_of
 from halos_pl.policy.spec import LoRASpec, ModelError, ModelSpec, reason
 
@@ -250,7 +251,7 @@ def with_lora(model: Any, lora: LoRASpec) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), whole_shapes(model):
             torch.manual_seed(torch.initial_seed())
             adapted = get_peft_model(model, config)
     except ValueError as error:

@@ -103,6 +103,8 @@ def load_model(spec: ModelSpec, sharding: Sharding | None = None) -> PreTrainedM
     Raises:
         ModelError: it cannot be loaded, or its files and its configuration do not match.
     """
+    if sharding is not None and sharding.stored_half:  # FSDP cannot cast a model that it has sharded
+        spec = replace(spec, dtype="bfloat16")
     root, chain = adapters.chain(spec)
     if sharding is not None and chain:
         rank_zero_info(

@@ -21,7 +21,7 @@ from halos_pl.policy.logprobs import padded_logits, padded_scores
 from halos_pl.policy.memory import recomputed
 from halos_pl.policy.routing import check_router
 from halos_pl.policy.self_test import padding_fault, sharing_fault
-from halos_pl.policy.sharding import Sharding, is_sharded, reshard, run
+from halos_pl.policy.sharding import Sharding, gathered_dtype, is_sharded, reshard, run
 from halos_pl.policy.spec import ModelError
 
 PrefixSharing = Literal["auto", "always", "never"]
@@ -160,7 +160,7 @@ class Scorer(nn.Module):
         device = self.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         dtype = next(self.model.parameters()).dtype
-        gathered = ("gathered in bfloat16",) if is_sharded(self.model) and self.sharding and self.sharding.half else ()
+        gathered = (f"gathered in {gathered_dtype(self.model)}",) if is_sharded(self.model) else ()
         buffers = {module._buffers[name].dtype for module, name, _ in self._frequencies} - {dtype}  # type: ignore[union-attr]
         return (dtype, autocast, *gathered, *buffers, device, torch.get_float32_matmul_precision())
 

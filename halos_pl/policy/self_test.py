@@ -24,6 +24,7 @@ from halos_pl.policy.architecture import (
     use_attention,
 )
 from halos_pl.policy.logprobs import completion_mask, padded_logps
+from halos_pl.policy.sharding import gathered_dtype
 
 
 def self_test_batch(model: nn.Module) -> TokenBatch:
@@ -97,7 +98,7 @@ def sharing_fault(model: nn.Module) -> str | None:
             of_changed = prefix_sharing.shared_logps(model, changed)[1:]
     except Exception as error:
         return f"it fails on them ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
-    eps, single = (torch.finfo(dtype).eps for dtype in (next(model.parameters()).dtype, torch.float32))
+    eps, single = (torch.finfo(dtype).eps for dtype in (gathered_dtype(model), torch.float32))
     if not _equal(logps, expected, eps):
         return "its log-probs change"
     # The same sums, so usually there is no difference at all.
@@ -116,7 +117,7 @@ def padding_fault(model: nn.Module) -> str | None:
         model: as in :func:`sharing_fault`.
     """
     batch = self_test_batch(model)
-    eps = torch.finfo(next(model.parameters()).dtype).eps
+    eps = torch.finfo(gathered_dtype(model)).eps
     last: list[Any] = [torch.cat([c[:-1], (c[-1:] + 1) % 7]) for c in batch.completions]
     with _testing(model):
         alone, together = _one_by_one(model, batch), padded_logps(model, batch)

@@ -7,7 +7,8 @@ pass. Every block of a pass is a collective operation, so **all ranks must make 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, TypeVar
@@ -39,6 +40,7 @@ class Sharding:
         replicas: number of such groups; gradients are averaged over all of them.
         device: type of the ranks' devices.
         half: whether weights are gathered in bfloat16 and their gradients reduced in float32.
+        stored_half: whether they are also stored in bfloat16.
         reshard: whether the weights of a block are freed after its forward pass, and gathered again for its backward
             pass. If not, a pass holds all of them.
         whole_reference: whether each rank holds the whole reference model, so that it need not be gathered.
@@ -48,6 +50,7 @@ class Sharding:
     replicas: int = 1
     device: str = "cpu"
     half: bool = False
+    stored_half: bool = False
     reshard: bool = True
     whole_reference: bool = False
 
@@ -109,6 +112,7 @@ def shard(model: nn.Module, sharding: Sharding) -> nn.Module:
         for name, part in model.named_modules()
         if name and isinstance(part, FSDPModule) and not f"{name}.".startswith(blocks)
     ]
+    sharded.gathered_dtype = sharding.policy.param_dtype
     sharded.run = MethodType(_run, sharded)
     register_fsdp_forward_method(sharded, "run")
     return model
@@ -145,6 +149,35 @@ def plain_type(module: nn.Module) -> type[nn.Module]:
     """The class of a module before ``fully_shard`` gave it one of its own."""
     kind = type(module)
     return kind.__mro__[2] if isinstance(module, FSDPModule) else kind
+
+
+@contextmanager
+def whole_shapes(model: nn.Module) -> Iterator[None]:
+    """Lets peft see the weights of a sharded model with their whole shapes, without their values.
+
+    peft takes a hybrid mesh for tensor parallelism, and would make an adapter that fits a shard.
+    """
+    sharded = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(parameter, DTensor)
+    ]
+    for module, name, parameter in sharded:
+        empty = torch.empty((), dtype=parameter.dtype, device=parameter.device)
+        module._parameters[name] = nn.Parameter(empty.expand(parameter.shape), parameter.requires_grad)
+    try:
+        yield
+    finally:
+        for module, name, parameter in sharded:
+            parameter.requires_grad_(bool(getattr(module, name).requires_grad))
+            module._parameters[name] = parameter
+
+
+def gathered_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype in which a model's weights enter a pass."""
+    dtype: torch.dtype = getattr(base_model(model), "gathered_dtype", None) or next(model.parameters()).dtype
+    return dtype
 
 
 # -- tensors --------------------------------------------------------------------------------------------

@@ -89,6 +89,7 @@ class ShardedStrategy(ModelParallelStrategy):
             replicas=self.replicas,
             device=self.root_device.type,
             half=str(self.precision_plugin.precision).startswith("bf16"),
+            stored_half=self.precision_plugin.precision == "bf16-true",
             reshard=self.reshard_after_forward,
             whole_reference=self.reference == "whole",
         )
