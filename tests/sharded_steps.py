@@ -6,11 +6,12 @@ import json
 import os
 import socket
 import traceback
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -133,6 +134,62 @@ def _rank(rank: int, ranks: int, replicas: int, port: int, folder: str, cases: d
     Path(folder, f"steps.{rank}.json").write_text(json.dumps(results), encoding="utf-8")
 
 
+def _memory() -> int:
+    """The resident memory of this process, in bytes, with the pages of files that it has read."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+
+
+@contextmanager
+def _peak() -> Iterator[list[int]]:
+    """Gives a list that contains, at the end, how much memory was taken at most, in bytes."""
+    before, most, stop = _memory(), [0], Event()
+
+    def watch() -> None:
+        while not stop.wait(0.002):
+            most[0] = max(most[0], _memory() - before)
+
+    watcher = Thread(target=watch)
+    watcher.start()
+    yield most
+    stop.set()
+    watcher.join()
+
+
+def _load(rank: int, ranks: int, port: int, folder: str, model: str) -> None:
+    from halos_pl import ModelSpec, load_model
+    from halos_pl.policy.sharding import Sharding
+
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank)
+    )
+    dist.init_process_group("gloo", timeout=timedelta(seconds=100))
+    warm = load_model(ModelSpec(f"{model}-small"), Sharding(ranks))  # imports everything
+    with _peak() as most:
+        loaded = load_model(ModelSpec(model), Sharding(ranks))
+    Path(folder, f"peak.{rank}").write_text(str(most[0]), encoding="utf-8")
+    del warm, loaded
+    dist.barrier()
+
+
+def loading_peaks(model: str, folder: Path, ranks: int) -> list[int]:
+    """The memory that each rank takes at most to load its shard of a model, in bytes.
+
+    Args:
+        model: folder of the model; a small model of the same kind is in the folder of that name with ``-small``.
+        folder: for files.
+        ranks: number of ranks.
+    """
+    in_ranks(_load, ranks, ranks, _free_port(), str(folder), model)
+    return [int((folder / f"peak.{rank}").read_text(encoding="utf-8")) for rank in range(ranks)]
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def compare(cases: Mapping[str, Case], folder: Path, *, ranks: int = 2, replicas: int = 1) -> dict[str, dict[str, Any]]:
     """How far each step of a sharded policy is from that of one process.
 
@@ -140,10 +197,7 @@ def compare(cases: Mapping[str, Case], folder: Path, *, ranks: int = 2, replicas
         By case, the largest difference of a ``gradient`` and the ``size`` of the largest one, the difference of the
         ``loss``, the largest reward before any step (``first_rewards``), and whether gradients have the same names.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    in_ranks(_rank, ranks, ranks, replicas, port, str(folder), dict(cases))
+    in_ranks(_rank, ranks, ranks, replicas, _free_port(), str(folder), dict(cases))
     results: list[dict[str, Any]] = []
     for rank in range(ranks):
         results.append(json.loads((folder / f"steps.{rank}.json").read_text(encoding="utf-8")))

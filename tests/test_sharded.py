@@ -10,7 +10,8 @@ import pytest
 import torch
 from model_families import GROUPED, MODELS, SIZE
 from run_halos import OBJECTIVES, binary_data, fit, metrics, pair_data, run, run_ranks, write_data
-from sharded_steps import Case, compare
+from sharded_steps import Case, compare, loading_peaks
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from halos_pl.batch import Needs
 from halos_pl.objective.build import load_objective
@@ -20,8 +21,8 @@ from halos_pl.training.checks import check_sharded
 from halos_pl.training.strategy import ShardedStrategy
 
 # A sum over tokens or ranks in another order.
-ROUNDING = 2e-7
-# Of a gradient in bfloat16, which autocast and gathered weights round at different places.
+ROUNDING = 1e-5
+# In bfloat16, autocast and gathered weights round at different places.
 HALF = 0.1
 LORA: dict[str, Any] = {"lora": {"r": 2}}
 
@@ -88,8 +89,8 @@ def check(step: dict[str, Any], *, half: bool = False) -> None:
     assert step["shares"], "prefix sharing was lost"
     assert step["first_rewards"] == 0
     assert step["size"] > 0.01
-    assert step["gradient"] <= (HALF * step["size"] if half else ROUNDING)
-    assert step["loss"] <= (1e-2 if half else ROUNDING)
+    assert step["gradient"] <= (HALF if half else ROUNDING) * step["size"]
+    assert step["loss"] <= (1e-2 if half else 1e-6)
 
 
 @pytest.mark.parametrize("name", SAMPLE)
@@ -127,6 +128,21 @@ def test_every_objective(folder: Path, models: dict[str, str], tmp_path: Path) -
     assert len(cases) > 30
     for step in compare(cases, folder).values():
         check(step)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's memory")
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_no_rank_holds_a_whole_model(ranks: int, tmp_path: Path) -> None:
+    """Not even while it loads: each rank reads its slice of the files."""
+    for name, hidden in (("model", 1024), ("model-small", 32)):
+        shape = {"vocab_size": 512, "hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": 6}
+        LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4)).save_pretrained(tmp_path / name)
+    size = (tmp_path / "model" / "model.safetensors").stat().st_size
+    assert size > 250e6
+    peaks = loading_peaks(str(tmp_path / "model"), tmp_path, ranks)
+    assert min(peaks) > 0.9 * size / ranks  # the measurement sees the shard
+    assert max(peaks) < size * (0.9 if ranks == 2 else 0.7)  # pages of the file that were read ahead count as well
 
 
 # -- runs -----------------------------------------------------------------------------------------------
