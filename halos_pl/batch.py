@@ -19,7 +19,7 @@ w         ``weight``            weight of the row, at least 0                   
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,6 +118,20 @@ class Labels:
         return Labels(**{**chosen, "pair": place[chosen["pair"]]})  # a pair of -1 reads the last entry, which is -1
 
 
+class HostView(NamedTuple):
+    """The numbers of a batch that decide how it is computed, as Python lists: reading them never waits for a device.
+
+    Attributes:
+        prompt: [n], index of each row's prompt, as in :class:`TokenBatch`.
+        mismatched: [n], whether a row is mismatched, as in :class:`Labels`.
+        loss: [n], ascending positions of each completion's tokens with loss; None if all have it.
+    """
+
+    prompt: list[int]
+    mismatched: list[bool]
+    loss: list[list[int] | None]
+
+
 @dataclass
 class TokenBatch:
     """Token ids of the rows of one optimizer step (this rank's share), without layout or padding.
@@ -143,6 +157,16 @@ class TokenBatch:
 
     def __len__(self) -> int:
         return len(self.completions)
+
+    @property
+    def host(self) -> HostView:
+        """The batch's layout on the host. A batch that was created on a device waits for it."""
+        view: HostView | None = self.__dict__.get("_host")  # not a field: replace() drops it
+        if view is None:
+            masks = self.loss or [None] * len(self)
+            positions = [None if mask is None else mask.nonzero().squeeze(1).tolist() for mask in masks]
+            view = HostView(self.prompt.tolist(), self.labels.mismatched.tolist(), positions)
+        return view
 
     @property
     def train_ids(self) -> list[str]:
