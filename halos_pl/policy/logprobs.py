@@ -16,12 +16,14 @@ from torch.nn.utils.rnn import pad_sequence
 from halos_pl.batch import Routing, TokenBatch
 from halos_pl.policy.architecture import accepts
 from halos_pl.policy.routing import row_routing, token_routing
+from halos_pl.policy.upload import upload
 
 
 def token_mask(batch: TokenBatch) -> Tensor:
     """BoolTensor [n, T]: True on the tokens of the rows' completions, False on the padding on their right."""
-    lengths = torch.tensor([len(c) for c in batch.completions], device=batch.prompt.device)
-    return torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+    lengths = [len(completion) for completion in batch.completions]
+    (on_device,) = upload([lengths], batch.prompt.device)
+    return torch.arange(max(lengths), device=on_device.device) < on_device[:, None]
 
 
 def completion_mask(batch: TokenBatch) -> Tensor:
@@ -49,7 +51,7 @@ def padded_logits(
     """
     targets = pad_sequence(batch.completions, batch_first=True)
     mask = token_mask(batch)
-    prompts = [batch.prompts[i] for i in batch.prompt.tolist()]
+    prompts = [batch.prompts[i] for i in batch.host.prompt]
     context = pad_sequence(prompts, batch_first=True, padding_side="left")
     real = pad_sequence([torch.ones_like(p) for p in prompts], batch_first=True, padding_side="left")
     attention_mask = torch.cat([real, mask.long()], dim=1)

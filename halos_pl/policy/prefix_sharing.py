@@ -13,11 +13,10 @@ pass with gradient has cached for their prompts.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -28,64 +27,10 @@ from halos_pl.policy.architecture import decoder_and_head
 from halos_pl.policy.head import token_logps
 from halos_pl.policy.routing import row_routing, token_routing
 from halos_pl.policy.sharding import is_sharded, run
+from halos_pl.policy.shared_attention import Layout, SharedPrefix, choose
+from halos_pl.policy.upload import ramps, repeats, upload
 
 NAME = "halos_prefix_sharing"
-
-
-@dataclass(frozen=True)
-class SharedPrefix:
-    """The position of a prompt and its completions in the packed sequence.
-
-    Attributes:
-        prompt: (start, stop) of the prompt's tokens; empty if its keys and values come from an earlier pass.
-        branches: (start, stop) of each completion's tokens.
-        slot: Index of the prompt, under which its keys and values are cached.
-        before: Number of tokens of the prompt.
-    """
-
-    prompt: tuple[int, int]
-    branches: tuple[tuple[int, int], ...]
-    slot: int
-    before: int
-
-
-class Layout:
-    """The prefixes of one pass, and the cached keys and values of their prompts.
-
-    Attributes:
-        prefixes: Prefixes in the order of the packed sequence.
-        keep: Whether to cache keys and values of the prompts for a later pass.
-        kept: Cached keys and values [1, heads, tokens, size] without gradient, by (layer, slot).
-        masks: Attention masks, built once for all layers.
-        windows: Sliding windows that the layers passed to their attention.
-    """
-
-    # Not a dataclass: FSDP copies each dataclass that a block gets, so what the block adds to it would be lost.
-    def __init__(
-        self,
-        prefixes: list[SharedPrefix],
-        keep: bool = False,
-        kept: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None,
-    ) -> None:
-        self.prefixes, self.keep = prefixes, keep
-        self.kept = {} if kept is None else kept
-        self.masks: dict[Any, Tensor] = {}
-        self.windows: set[int | None] = set()
-
-    def mask(self, before: int, lengths: tuple[int, ...], window: int | None, device: torch.device) -> Tensor:
-        """Attention mask, BoolTensor [sum(lengths), before + sum(lengths)], of completions after ``before`` tokens."""
-        key = (before, lengths, window)
-        if key not in self.masks:
-            size = sum(lengths)
-            branch = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-            position = torch.cat([torch.arange(length) for length in lengths])
-            causal = (branch[:, None] == branch[None, :]) & (position[:, None] >= position[None, :])
-            mask = torch.cat([torch.ones(size, before, dtype=torch.bool), causal], dim=1)
-            if window is not None:
-                where = torch.cat([torch.arange(before), before + position])
-                mask &= (before + position)[:, None] - where[None, :] < window
-            self.masks[key] = mask.to(device)
-        return self.masks[key]
 
 
 def _attention(
@@ -109,85 +54,129 @@ def _attention(
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
         raise NotImplementedError("attention with a soft cap or with sinks")
     layout.windows.add(sliding_window)
-    groups = query.shape[1] // key.shape[1]
     layer = int(getattr(module, "layer_idx"))  # noqa: B009  (mypy would take it for a tensor)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        shared = groups > 1 and q.device.type == "cpu"  # elsewhere, not every kernel with a mask shares heads
-        if groups > 1 and not shared:
-            k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None, enable_gqa=shared
-        )
-
-    # Split, not sliced: the backward pass of each slice would allocate zeros for the whole sequence.
-    sizes = [
-        (prefix.branches[-1][1] if prefix.branches else prefix.prompt[1]) - prefix.prompt[0]
-        for prefix in layout.prefixes
-    ]
-    out = []
-    for prefix, q, k, v in zip(layout.prefixes, *(x.split(sizes, dim=2) for x in (query, key, value)), strict=True):
-        prompt = prefix.prompt[1] - prefix.prompt[0]
-        rest = tuple(b - a for a, b in prefix.branches)
-        if prompt:
-            # The prompt and its first completion form one causal sequence, which needs no mask.
-            n, rest = prompt + sum(rest[:1]), rest[1:]
-            narrow = sliding_window is not None and n > sliding_window
-            mask = layout.mask(0, (n,), sliding_window, query.device) if narrow else None
-            if layout.keep:
-                layout.kept[layer, prefix.slot] = k[:, :, :prompt].detach(), v[:, :, :prompt].detach()
-            if rest:
-                pieces = prompt, n - prompt, q.shape[2] - n
-                (k_prompt, k_first, k), (v_prompt, v_first, v) = (x.split(pieces, dim=2) for x in (k, v))
-                first, q = q.split((n, q.shape[2] - n), dim=2)
-                whole = torch.cat([k_prompt, k_first], dim=2), torch.cat([v_prompt, v_first], dim=2)
-                out.append(attend(first, *whole, mask))
-            else:
-                out.append(attend(q, k, v, mask))
-        else:
-            k_prompt, v_prompt = layout.kept[layer, prefix.slot]
-        if rest:
-            window = (
-                sliding_window if sliding_window is not None and prefix.before + max(rest) > sliding_window else None
-            )
-            joined = torch.cat([k_prompt, k], dim=2), torch.cat([v_prompt, v], dim=2)
-            out.append(attend(q, *joined, layout.mask(prefix.before, rest, window, query.device)))
-    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+    if layout.keep:
+        layout.kept[layer] = key.detach(), value.detach()
+    attend = choose(query, value, dropout)
+    return attend(layout, layer, query, key, value, scale=scaling, window=sliding_window, dropout=dropout), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
 
 
-@dataclass
 class _Pass:
-    """The input of one pass: tokens, positions and prefixes."""
+    """One pass, planned on the host: its packed sequence, and the tokens with loss that its hidden states predict.
 
-    ids: list[Tensor] = field(default_factory=list)
-    positions: list[Tensor] = field(default_factory=list)
-    prefixes: list[SharedPrefix] = field(default_factory=list)
-    size: int = 0
+    Args:
+        batch: Batch to which the rows belong.
+        rows: Numbers of the pass's rows, by prompt.
+        mismatched: Whether the rows are mismatched.
+        never_empty: Whether to compute a token that no row needs if no row needs any.
+        earlier: Pass whose keys and values the prompts that it has computed are taken from.
 
-    def append(self, ids: Tensor, first_position: int) -> tuple[int, int]:
-        start, self.size = self.size, self.size + len(ids)
-        self.ids.append(ids)
-        self.positions.append(torch.arange(first_position, first_position + len(ids), device=ids.device))
-        return start, self.size
+    Attributes:
+        layout: Layout of the packed sequence.
+        ids: Tokens [layout.size].
+        ends: Position in the packed sequence of the last token of each prompt that this pass computes.
+        rows: Numbers of the rows, in the order of the packed sequence.
+        spans: For each row of the batch, (start, stop) of its prompt's tokens and of its own.
+    """
+
+    def __init__(
+        self,
+        batch: TokenBatch,
+        rows: dict[int, list[int]],
+        *,
+        mismatched: bool,
+        never_empty: bool = False,
+        earlier: _Pass | None = None,
+    ) -> None:
+        self.mismatched = mismatched
+        self.rows = [i for members in rows.values() for i in members]
+        self.ends: dict[int, int] = {}
+        self.spans: list[list[tuple[int, int]]] = [[] for _ in batch.completions]
+        computed = {} if earlier is None else {prefix.slot: prefix.prompt for prefix in earlier.layout.prefixes}
+        pieces, prefixes, size = [], [], 0
+        for p, members in rows.items():
+            prompt = computed.get(p)
+            if prompt is None:
+                pieces.append(batch.prompts[p])
+                prompt = size, size + len(batch.prompts[p])
+                size = prompt[1]
+                self.ends[p] = size - 1
+            branches = {}
+            for i in members:
+                branches[i] = size, size + len(batch.completions[i]) - 1  # nothing is predicted from the last token
+                pieces.append(batch.completions[i][:-1])
+                self.spans[i] = [prompt, branches[i]]
+                size = branches[i][1]
+            branches = {i: (start, stop) for i, (start, stop) in branches.items() if stop > start}
+            prefixes.append(SharedPrefix(p, prompt, tuple(branches.values()), tuple(branches), earlier=p in computed))
+        if never_empty and not size:
+            pieces, prefixes, size = [batch.prompts[0][:1]], [SharedPrefix(-1, (0, 1), (), ())], 1
+        self.ids = torch.cat(pieces)
+        self.layout: Layout = Layout(prefixes, None if earlier is None else earlier.layout)
+        # Hidden states from the earlier pass come after those of this one.
+        self._prompt_states = self.ends | {
+            p: size + number for number, p in enumerate(earlier.ends if earlier is not None else ())
+        }
+
+    def columns(self, batch: TokenBatch) -> list[Tensor]:
+        """LongTensors on the CPU: the end of each prompt; for each token with loss the position of the hidden state
+        that predicts it, its position among the tokens of all completions, its row and its column; then those of the
+        layout."""
+        prompt, loss = batch.host.prompt, batch.host.loss
+        states, targets, rows, columns = [], [], [], []  # runs (start, length)
+        offset = 0
+        for i in self.rows:
+            positions, size = loss[i], len(batch.completions[i])
+            for k, length in [(0, size)] if positions is None else [(k, 1) for k in positions]:
+                if k == 0:
+                    states.append((self._prompt_states[prompt[i]], 1))
+                states.append((self.spans[i][1][0] + max(k - 1, 0), length - (k == 0)))
+                targets.append((offset + k, length))
+                rows.append((i, length))
+                columns.append((k, length))
+            offset += size
+        kernels = batch.prompt.device.type != "cpu"
+        of_layout = self.layout.columns() if kernels and self.layout.size else [self.layout.positions()]
+        ends = torch.tensor(list(self.ends.values()), dtype=torch.long, device="cpu")
+        return [ends, ramps(states), ramps(targets), repeats(rows), ramps(columns), *of_layout]
 
 
-def _hidden(model: nn.Module, run: _Pass, layout: Layout, experts: int | None) -> tuple[Tensor, Routing | None]:
+def _planned(batch: TokenBatch, never_empty: bool) -> list[_Pass]:
+    """The pass with gradient and the pass of mismatched rows, each if it has rows."""
+    members: dict[int, list[int]] = {}
+    for i, p in enumerate(batch.host.prompt):
+        members.setdefault(p, []).append(i)
+    is_mismatched = batch.host.mismatched
+    passes: list[_Pass] = []
+    for kind in (False, True):
+        rows = {p: [i for i in numbers if is_mismatched[i] == kind] for p, numbers in members.items()}
+        rows = {p: numbers for p, numbers in rows.items() if numbers}
+        if rows:
+            earlier = passes[0] if passes else None
+            passes.append(_Pass(batch, rows, mismatched=kind, never_empty=never_empty, earlier=earlier))
+    return passes
+
+
+def _hidden(
+    model: nn.Module, current: _Pass, positions: Tensor, experts: int | None
+) -> tuple[Tensor | None, Routing | None]:
     """Hidden states [tokens, size] of the packed sequence, and the routing of its tokens unless ``experts`` is None."""
-    ids = torch.cat(run.ids)[None]
+    if not current.layout.size:
+        return None, None
     outputs = decoder_and_head(model)[0](
-        input_ids=ids,
-        position_ids=torch.cat(run.positions)[None],
+        input_ids=current.ids[None],
+        position_ids=positions[None],
         # transformers passes a four-dimensional mask on unchanged, and our attention ignores it.
-        attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
+        attention_mask=torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=current.ids.device),
         use_cache=False,
-        layout=layout,
+        layout=current.layout,
         **({} if experts is None else {"output_router_logits": True}),
     )
-    routing = None if experts is None else token_routing(outputs.router_logits, run.size, experts)
+    routing = None if experts is None else token_routing(outputs.router_logits, current.layout.size, experts)
     return outputs.last_hidden_state[0], routing
 
 
@@ -216,65 +205,43 @@ class States:
 def shared_states(model: nn.Module, batch: TokenBatch, experts: int | None = None) -> Iterator[States]:
     """Hidden states of all rows: first those with gradient, then, without any, those of mismatched rows.
 
+    On a GPU nothing waits for the device: all indices are built on the host and copied once.
+
     Args:
         model: Model that can share prefixes (see ``halos_pl.policy.self_test``), with its attention set to ``NAME``.
         batch: n rows.
         experts: Number of experts that a router chooses for each token; None to return no routing.
     """
-    # The tokens of each completion that carry the loss. The whole completion is computed in any case.
-    carried = [torch.arange(len(c)) for c in batch.completions]
-    for i, loss in enumerate(batch.loss or ()):
-        if loss is not None:
-            carried[i] = loss.nonzero().squeeze(1).cpu()
-    prompts: dict[int, list[int]] = {}
-    is_mismatched = batch.labels.mismatched.tolist()
-    for i, p in enumerate(batch.prompt.tolist()):
-        prompts.setdefault(p, []).append(i)
-    last: dict[int, Tensor] = {}  # hidden state of each prompt's last token
-    kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-    for mismatched in (False, True):
-        rows = {p: [i for i in members if is_mismatched[i] == mismatched] for p, members in prompts.items()}
-        rows = {p: members for p, members in rows.items() if members}
-        if not rows:
-            continue
-        run = _Pass()
-        places: list[tuple[int, int, int, int]] = []  # (row, prompt, first token of the branch, its length)
-        spans: list[list[tuple[int, int]]] = [[] for _ in is_mismatched]  # each row's tokens, with its prompt's
-        for p, members in rows.items():
-            ids = batch.prompts[p]
-            here = (run.size, run.size) if p in last else run.append(ids, 0)
-            branches = []
-            for i in members:
-                start, stop = run.append(batch.completions[i][:-1], len(ids))  # nothing is predicted from the last
-                places.append((i, p, start, stop - start))
-                spans[i] = [here, (start, stop)]
-                branches += [(start, stop)] if stop > start else []
-            run.prefixes.append(SharedPrefix(here, tuple(branches), p, len(ids)))
-        if not run.size and is_sharded(model):  # the other ranks may have tokens, and gather weights from this one
-            run.prefixes = [SharedPrefix(run.append(batch.prompts[0][:1], 0), (), -1, 1)]
-        more = not mismatched and any(is_mismatched)
-        layout = Layout(run.prefixes, keep=more, kept=kept)
-        ends = {prefix.slot: prefix.prompt[1] - 1 for prefix in run.prefixes if prefix.prompt[1] > prefix.prompt[0]}
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not mismatched):
-            hidden, of_tokens = (
-                _hidden(model, run, layout, None if mismatched else experts) if run.size else (None, None)
-            )
-            # Hidden states from an earlier pass come after those of this one.
-            at = {p: run.size + i for i, p in enumerate(last)} | ends
-            index = [(at[p], start - 1 + k)[k > 0] for i, p, start, _ in places for k in carried[i].tolist()]
-            pool = torch.cat([each for each in (hidden, *last.values()) if each is not None])
-            states = pool.index_select(0, torch.tensor(index, device=pool.device))
-        if more:
-            last = {p: pool[end].detach()[None] for p, end in ends.items()}
-        device = batch.prompt.device
+    device = batch.prompt.device
+    # Without tokens on this rank, others may have some, and gather weights from it.
+    passes = _planned(batch, never_empty=is_sharded(model))
+    columns = [each.columns(batch) for each in passes]
+    on_device = iter(upload([column for each in columns for column in each], device))
+    last: Tensor | None = None  # hidden states of the last tokens of the first pass's prompts
+    for current, of_current in zip(passes, columns, strict=True):
+        ends, index, target, row, column, *of_layout = (next(on_device) for _ in of_current)
+        if len(of_layout) > 1:
+            current.layout.place(of_layout)
+        current.layout.keep = current is not passes[-1]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not current.mismatched):
+            hidden, of_tokens = _hidden(model, current, of_layout[0], None if current.mismatched else experts)
+            pools = [each for each in (hidden, last) if each is not None]
+            pool = torch.cat(pools) if len(pools) > 1 else pools[0]
+            states = pool.index_select(0, index)
+        if current.layout.keep:
+            last = pool.detach().index_select(0, ends)
+        else:
+            for each in passes:  # a layer that is recomputed in the backward pass need not keep its keys again
+                each.layout.keep = False
+                each.layout.kept.clear()
         yield States(
             hidden=states,
-            targets=torch.cat([batch.completions[i][carried[i].to(device)] for i, *_ in places]),
-            row=torch.cat([torch.full((len(carried[i]),), i) for i, *_ in places]).to(device),
-            column=torch.cat([carried[i] for i, *_ in places]).to(device),
-            mismatched=mismatched,
-            windows=layout.windows,
-            routing=None if of_tokens is None else row_routing(of_tokens, spans),
+            targets=torch.cat([batch.completions[i] for i in current.rows]).index_select(0, target),
+            row=row,
+            column=column,
+            mismatched=current.mismatched,
+            windows=current.layout.windows,
+            routing=None if of_tokens is None else row_routing(of_tokens, current.spans),
         )
 
 

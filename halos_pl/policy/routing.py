@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from halos_pl.batch import Routing
 from halos_pl.policy.architecture import experts_per_token
 from halos_pl.policy.spec import ModelError
+from halos_pl.policy.upload import ramps, repeats, upload
 
 
 def check_router(model: nn.Module, name: str = "the policy") -> int:
@@ -51,10 +52,9 @@ def token_routing(layers: Sequence[Tensor], tokens: int, count: int) -> Routing:
 def row_routing(of_tokens: Routing, spans: Sequence[Sequence[tuple[int, int]]]) -> Routing:
     """Sums the routing of tokens over the spans (start, stop) of each row's tokens."""
     device = of_tokens.chosen.device
-    token = torch.cat([torch.arange(a, b) for row in spans for a, b in row]).to(device)
-    row = torch.repeat_interleave(
-        torch.arange(len(spans)), torch.tensor([sum(b - a for a, b in each) for each in spans])
-    ).to(device)
+    runs = [(a, b - a) for row in spans for a, b in row]
+    lengths = [(i, sum(b - a for a, b in row)) for i, row in enumerate(spans)]
+    token, row = upload([ramps(runs), repeats(lengths)], device)
     zeros = torch.zeros(len(spans), of_tokens.chosen.shape[1], dtype=torch.float32, device=device)
     return Routing(
         zeros.index_add(0, row, of_tokens.probability[token]), zeros.index_add(0, row, of_tokens.chosen[token])

@@ -1,25 +1,45 @@
-"""Copies from the host to a device that nothing waits for."""
+"""Index lists that are built on the host and copied to a device without waiting for it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+# All on the CPU, even while Lightning creates tensors on a GPU by default.
 
-def upload(columns: Sequence[Sequence[int]], device: torch.device) -> list[Tensor]:
-    """Copies lists of integers to a device, all in one copy.
+
+def _numbers(values: Iterable[int]) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.long, device="cpu")
+
+
+def ramps(runs: Sequence[tuple[int, int]]) -> Tensor:
+    """The concatenation of ``start, start + 1, ...`` over runs (start, length), LongTensor on the CPU."""
+    starts, lengths = _numbers(a for a, _ in runs), _numbers(n for _, n in runs)
+    total = sum(n for _, n in runs)
+    shift = torch.repeat_interleave(starts - lengths.cumsum(0) + lengths, lengths, output_size=total)
+    return torch.arange(total, device="cpu") + shift
+
+
+def repeats(runs: Sequence[tuple[int, int]]) -> Tensor:
+    """The concatenation of each value, repeated, over runs (value, count), LongTensor on the CPU."""
+    total = sum(n for _, n in runs)
+    return torch.repeat_interleave(_numbers(v for v, _ in runs), _numbers(n for _, n in runs), output_size=total)
+
+
+def upload(columns: Sequence[Tensor | Sequence[int]], device: torch.device) -> list[Tensor]:
+    """Copies integers to a device, all in one copy.
 
     Args:
-        columns: Lists of any lengths.
+        columns: Lists of integers or LongTensors [m] on the CPU, of any lengths.
         device: Device to copy to. The copy to a GPU is asynchronous, from pinned memory.
 
     Returns:
-        A LongTensor on ``device`` for each list, views of one buffer.
+        A LongTensor on ``device`` for each column, views of one buffer.
     """
-    # On the CPU, even while Lightning creates tensors on a GPU by default.
-    buffer = torch.tensor([i for column in columns for i in column], dtype=torch.long, device="cpu")
-    if device.type != "cpu":
-        buffer = buffer.pin_memory().to(device, non_blocking=True)
-    return list(buffer.split([len(column) for column in columns]))
+    tensors = [column if isinstance(column, Tensor) else _numbers(column) for column in columns]
+    buffer = torch.cat(tensors)
+    if device.type == "cuda":
+        buffer = buffer.pin_memory()
+    return list(buffer.to(device, non_blocking=True).split([len(column) for column in tensors]))
