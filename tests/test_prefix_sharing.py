@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_families import GROUPED, MODELS, V
 from run_halos import UNEQUAL, binary_data, fit, metrics, pair_data
-from torch import Tensor
+from shared_rows import batches, example, model, results, spread
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -27,9 +27,9 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from halos_pl.batch import Labels, TokenBatch
+from halos_pl.batch import TokenBatch
 from halos_pl.cli.main import main
-from halos_pl.policy import head, kl, prefix_sharing
+from halos_pl.policy import head, prefix_sharing
 from halos_pl.policy.kl import compared_logps
 from halos_pl.policy.logprobs import padded_logps
 from halos_pl.policy.prefix_sharing import shared_logps
@@ -41,15 +41,6 @@ from halos_pl.policy.spec import ModelError
 MIXED = {"layer_types": ["conv", "full_attention"]}
 
 
-def _spread(made: Any, std: float = 0.2) -> Any:
-    """With weights so large that log-probs vary."""
-    torch.manual_seed(0)
-    for p in made.parameters():
-        if p.dim() > 1:
-            torch.nn.init.normal_(p, std=std)
-    return made
-
-
 UNFIT = {
     "gemma2": (lambda: Gemma2ForCausalLM(Gemma2Config(**GROUPED, head_dim=8)), "attention is eager"),
     "bloom": (
@@ -57,9 +48,9 @@ UNFIT = {
         "attention is eager",
     ),
     # Its convolutions run on from one row into the next.
-    "lfm2": (lambda: _spread(Lfm2ForCausalLM(Lfm2Config(**GROUPED, **MIXED))), "its log-probs change"),
+    "lfm2": (lambda: spread(Lfm2ForCausalLM(Lfm2Config(**GROUPED, **MIXED))), "its log-probs change"),
     "lfm2, bfloat16": (
-        lambda: _spread(Lfm2ForCausalLM(Lfm2Config(**GROUPED, **MIXED)), std=0.1).bfloat16(),
+        lambda: spread(Lfm2ForCausalLM(Lfm2Config(**GROUPED, **MIXED)), std=0.1).bfloat16(),
         "tokens of one row reach another row",
     ),
     # No made-up row is long enough to leave its window.
@@ -70,43 +61,6 @@ UNFIT = {
         "sliding window of 24",
     ),
 }
-
-
-def model(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A tiny random one whose log-probs vary."""
-    torch.manual_seed(0)
-    made: Any = _spread(MODELS[name]())
-    return made.to(dtype).train()
-
-
-@st.composite
-def batches(draw: st.DrawFn) -> TokenBatch:
-    """Prompts and completions of 1 to 12 tokens, shared prompts, and mismatched rows."""
-    lengths = st.integers(1, 12)
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    prompts = [torch.randint(0, V, (n,), generator=generator) for n in draw(st.lists(lengths, min_size=1, max_size=4))]
-    rows = draw(st.lists(st.tuples(st.integers(0, len(prompts) - 1), lengths, st.booleans()), min_size=1, max_size=9))
-    n = len(rows)
-    return TokenBatch(
-        prompts=prompts,
-        completions=[torch.randint(0, V, (length,), generator=generator) for _, length, _ in rows],
-        prompt=torch.tensor([p for p, *_ in rows]),
-        labels=Labels(
-            desirable=torch.ones(n, dtype=torch.bool), mismatched=torch.tensor([mismatched for *_, mismatched in rows])
-        ),
-    )
-
-
-def results(made: Any, batch: TokenBatch, how: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Log-probs, and the gradient of a weighted sum of those of rows that are no mismatched rows."""
-    made.zero_grad(set_to_none=True)
-    made.config._attn_implementation = prefix_sharing.NAME if how is shared_logps else "sdpa"
-    found = how(made, batch)
-    weight = torch.rand(found.shape, generator=torch.Generator().manual_seed(1))
-    total = (found * weight)[~batch.labels.mismatched].sum()
-    if total.requires_grad:
-        total.backward()
-    return found.detach(), {k: p.grad.clone() for k, p in made.named_parameters() if p.grad is not None}
 
 
 def assert_equal(made: Any, batch: TokenBatch, tolerance: float = 1e-5) -> None:
@@ -142,24 +96,6 @@ def test_with_gradient_checkpointing(name: str) -> None:
     made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for seed in range(3):
         assert_equal(made, example(seed))
-
-
-def example(seed: int) -> TokenBatch:
-    """Three prompts, one alone with a mismatched row."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def some(n: int) -> Tensor:
-        return torch.randint(0, V, (n,), generator=generator)
-
-    return TokenBatch(
-        prompts=[some(7), some(1), some(4)],
-        completions=[some(n) for n in (3, 1, 9, 2, 5, 4, 6)],
-        prompt=torch.tensor([0, 0, 1, 1, 2, 0, 1]),
-        labels=Labels(
-            desirable=torch.ones(7, dtype=torch.bool),
-            mismatched=torch.tensor([False, False, False, False, True, True, True]),
-        ),
-    )
 
 
 def test_in_bfloat16_within_its_rounding() -> None:
@@ -304,7 +240,7 @@ def test_two_models_beside_each_other_are_compared_as_row_by_row(name: str, batc
     wanted = compared_logps(apart, FixedModel(copy.deepcopy(reference), apart), batch)
     shared = Scorer(policy, prefix_sharing="always")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kl, "LOGITS", most)
+        patch.setattr(head, "LOGITS", most)
         found = compared_logps(shared, FixedModel(reference, shared), batch)
     for value, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(value, other, rtol=1e-5, atol=2e-5)

@@ -13,12 +13,43 @@ from torch.utils.checkpoint import checkpoint
 
 from halos_pl.policy.sharding import plain_type
 
-LOGITS = 1 << 23  # maximum number of logits in memory at a time (32 MB in float32)
+LOGITS = 1 << 23  # maximum number of logits in memory at a time on a CPU (32 MB in float32)
+GPU_LOGITS = 1 << 28  # on a GPU (1 GB in float32), where smaller products would leave it idle
+
+
+def most_logits(device: torch.device) -> int:
+    """Maximum number of logits in memory at a time: on a GPU, in float32, at most a 64th of its memory.
+
+    It depends on the GPU's total memory, not on what is free, so that runs on equal GPUs round alike.
+    """
+    if device.type != "cuda":
+        return LOGITS
+    return min(GPU_LOGITS, torch.cuda.get_device_properties(device).total_memory // (64 * 4))
+
+
+def _is_mixed(tensor: Tensor) -> bool:
+    """Whether torch can return products of such tensors in float32, the precision in which a GPU sums them."""
+    return tensor.device.type == "cuda" and torch.version.cuda is not None and tensor.dtype.itemsize == 2
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """The matrix product in float32; except on a GPU, it is first rounded to the dtype of its factors."""
+    return torch.mm(a, b, out_dtype=torch.float32) if _is_mixed(a) else (a @ b).float()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Adds a matrix product to a float32 matrix, without a copy of it if possible."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif _is_mixed(a):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """float32 [m, V]; the product is computed in the dtype of its factors."""
-    return (hidden @ weight.t()).float()
+    """float32 [m, V]."""
+    return _product(hidden, weight.t())
 
 
 class _LogProbs(torch.autograd.Function):
@@ -80,11 +111,9 @@ class _LogProbs(torch.autograd.Function):
             if into_weight:
                 slope_t = slope.t()
                 if total is None:
-                    total = (slope_t @ h).float() if parts > 1 else slope_t @ h
-                elif dtype == torch.float32:
-                    total.addmm_(slope_t, h)
+                    total = _product(slope_t, h) if parts > 1 else slope_t @ h
                 else:
-                    total += slope_t @ h
+                    _add_product(total, slope_t, h)
                 del slope_t
             del slope
         into = total.to(weight.dtype) if total is not None else None
@@ -110,7 +139,7 @@ def token_logps(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
         float32 [m].
     """
     weight: Any = head.weight
-    parts = max(1, math.ceil(len(targets) * len(weight) / LOGITS))
+    parts = max(1, math.ceil(len(targets) * len(weight) / most_logits(hidden.device)))
     if is_plain(head):
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)

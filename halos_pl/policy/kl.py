@@ -12,7 +12,7 @@ from torch import Tensor
 
 from halos_pl.batch import TokenBatch
 from halos_pl.policy.architecture import vocabulary_size
-from halos_pl.policy.head import LOGITS
+from halos_pl.policy.head import most_logits
 from halos_pl.policy.logprobs import completion_mask
 from halos_pl.policy.scorer import Scorer, scorer_of
 from halos_pl.policy.sharding import is_sharded, most_over_ranks
@@ -49,7 +49,8 @@ def _tokens(
     with reference.scoring() as other:
         theirs = other(batch, wanted="states")
     for p, q in zip(ours, theirs, strict=True):
-        chunks = max(1, math.ceil(len(p.targets) * vocabulary_size(model) / LOGITS))
+        logits = len(p.targets) * vocabulary_size(model)
+        chunks = max(1, math.ceil(logits / most_logits(p.hidden.device)))
         if is_sharded(model):  # each product with a sharded head is a collective operation
             (chunks,) = most_over_ranks(chunks)
         pieces = zip(*(x.tensor_split(chunks) for x in (p.hidden, q.hidden, p.targets, p.row, p.column)), strict=True)

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from halos_pl.batch import Routing, TokenBatch
 from halos_pl.policy import prefix_sharing
-from halos_pl.policy.architecture import base_model, decoder_and_head, layer_parts, rotary_frequencies
+from halos_pl.policy.architecture import (
+    attention_function,
+    base_model,
+    decoder_and_head,
+    layer_parts,
+    rotary_frequencies,
+)
 from halos_pl.policy.logprobs import padded_logits, padded_scores
 from halos_pl.policy.memory import recomputed
 from halos_pl.policy.routing import check_router
@@ -64,26 +70,49 @@ class Scorer(nn.Module):
             raise ValueError(
                 f"prefix_sharing is {prefix_sharing!r}; it must be one of {', '.join(get_args(PrefixSharing))}"
             )
-        self.model, self.sharding = model, sharding
+        self.model, self.sharding, self._name = model, sharding, name
         self._options: dict[str, Any] = {"prefix_sharing": prefix_sharing, "compiled": compiled}
         self._frequencies = [(module, key, values.clone()) for module, key, values in rotary_frequencies(model)]
+        self.shares_prefixes = prefix_sharing != "never"
+        self._tested: set[tuple[str, torch.dtype | None]] = set()
         # A reference may be loaded during a step. The self-test must not see the rounding of its autocast.
         with torch.autocast(next(model.parameters()).device.type, enabled=False):
-            why = None if prefix_sharing == "never" else sharing_fault(model)
-            self.shares_prefixes = prefix_sharing != "never" and why is None
-            wrong = None if self.shares_prefixes else padding_fault(model)
-        reshard(model)
-        if why and prefix_sharing == "always":
-            raise ModelError(
-                f"model.prefix_sharing is always, but {name} cannot share prompts: {why}; choose auto or never"
-            )
-        if wrong:
-            raise ModelError(f"{name} cannot be used: {wrong}")
-        if why:
-            rank_zero_info(f"halos: {name} does not share prompts between rows: {why}")
-        if self.shares_prefixes:
-            base_model(model).set_attn_implementation(self.attention)
+            self._test()
         self._compile()
+
+    @property
+    def _kernels(self) -> tuple[str, torch.dtype | None]:
+        """Type of the device and, on a GPU, dtype of an autocast: together they decide which kernels compute a pass."""
+        device = self.device.type
+        autocast = device != "cpu" and torch.is_autocast_enabled(device)
+        return device, torch.get_autocast_dtype(device) if autocast else None
+
+    def _test(self) -> None:
+        """Tests whether rows can share prompts, and else whether padded rows are right, with the current kernels.
+
+        Raises:
+            ModelError: as the class.
+        """
+        self._tested.add(self._kernels)
+        device = "" if self.device.type == "cpu" else f" on {self.device.type}"
+        why = sharing_fault(self.model) if self.shares_prefixes else None
+        if why and self._options["prefix_sharing"] == "always":
+            raise ModelError(
+                f"model.prefix_sharing is always, but {self._name} cannot share prompts{device}: {why};"
+                " choose auto or never"
+            )
+        if why:
+            self.shares_prefixes = False
+            if attention_function(self.model) == self.attention:  # shared on another device
+                base_model(self.model).set_attn_implementation("sdpa")
+        wrong = None if self.shares_prefixes else padding_fault(self.model)
+        reshard(self.model)
+        if wrong:
+            raise ModelError(f"{self._name} cannot be used{device}: {wrong}")
+        if why:
+            rank_zero_info(f"halos: {self._name} does not share prompts between rows{device}: {why}")
+        if self.shares_prefixes:
+            base_model(self.model).set_attn_implementation(self.attention)
 
     #: Name of the attention function of models that share prefixes.
     attention = prefix_sharing.NAME
@@ -125,8 +154,11 @@ class Scorer(nn.Module):
             these and a :class:`Routing` (None if all rows are mismatched). ``states``: a list of :class:`States`.
             ``logits``: float32 [n, T, V]. For ``hidden``: logits float32 [m, V].
 
+        The first pass on a GPU repeats the self-test there, with the pass's autocast.
+
         Raises:
-            ModelError: if the routing is requested from a model that is not a mixture of experts.
+            ModelError: if the routing is requested from a model that is not a mixture of experts, or the states from a
+                model that does not share prefixes, or if the self-test on a GPU fails as in the constructor.
         """
         result = self._result(batch, wanted, hidden)
         if not torch.is_grad_enabled():
@@ -137,7 +169,11 @@ class Scorer(nn.Module):
         if hidden is not None:
             return run(self.model, lambda: decoder_and_head(self.model)[1](hidden).float())
         assert batch is not None
+        if self._kernels not in self._tested:  # the first pass after a move to a GPU
+            self._test()
         if wanted == "states":
+            if not self.shares_prefixes:
+                raise ModelError(f"{self._name} does not share prompts; set model.prefix_sharing to never")
             return run(self.model, lambda: list(prefix_sharing.shared_states(self.model, batch)))
         if wanted == "logits":
             return padded_logits(self.model, batch)[0]

@@ -49,12 +49,21 @@ def self_test_batch(model: nn.Module) -> TokenBatch:
 
 
 def _equal(logps: Tensor, expected: Tensor, eps: float) -> bool:
-    """Whether log-probs differ by rounding only, for a model whose dtype has this ``eps``.
+    """Whether log-probs differ by rounding only, for a model with this rounding error ``eps``.
 
     In half precision, errors add up to a few eps; in float32, the dtype of all log-probs, they may add up to many.
     """
     most = max(8 * eps, 2000 * torch.finfo(torch.float32).eps) * (1 + expected.abs().max())
     return bool((logps - expected).abs().max() <= most)
+
+
+def _rounding(model: nn.Module) -> float:
+    """The relative rounding error of a model's products: of their dtype, or of TF32 on a GPU."""
+    device = next(model.parameters()).device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else gathered_dtype(model)
+    if dtype == torch.float32 and device == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        return 2.0**-10
+    return torch.finfo(dtype).eps
 
 
 @contextmanager
@@ -98,7 +107,7 @@ def sharing_fault(model: nn.Module) -> str | None:
             of_changed = prefix_sharing.shared_logps(model, changed)[1:]
     except Exception as error:
         return f"it fails on them ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
-    eps, single = (torch.finfo(dtype).eps for dtype in (gathered_dtype(model), torch.float32))
+    eps, single = _rounding(model), torch.finfo(torch.float32).eps
     if not _equal(logps, expected, eps):
         return "its log-probs change"
     # The same sums, so usually there is no difference at all.
@@ -117,7 +126,7 @@ def padding_fault(model: nn.Module) -> str | None:
         model: as in :func:`sharing_fault`.
     """
     batch = self_test_batch(model)
-    eps = torch.finfo(gathered_dtype(model)).eps
+    eps = _rounding(model)
     last: list[Any] = [torch.cat([c[:-1], (c[-1:] + 1) % 7]) for c in batch.completions]
     with _testing(model):
         alone, together = _one_by_one(model, batch), padded_logps(model, batch)

@@ -9,9 +9,9 @@ tokens.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
@@ -363,21 +363,18 @@ def _dtype(query: Tensor) -> torch.dtype:
 
 def _runs_varlen(query: Tensor, value: Tensor) -> bool:
     """Whether torch's FlashAttention supports the tensors and the device."""
+    if torch.version.cuda is None or _dtype(query) not in (torch.float16, torch.bfloat16):
+        return False
+    major, minor = torch.cuda.get_device_capability(query.device)
     width = query.shape[-1]
-    return (
-        torch.version.cuda is not None
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-        and _dtype(query) in (torch.float16, torch.bfloat16)
-        and width == value.shape[-1]
-        and width % 8 == 0
-        and width <= 256
-    )
+    widest = 256 if (major, minor) in ((8, 0), (9, 0), (10, 0)) else 192  # others lack the memory for the backward pass
+    return major >= 8 and width == value.shape[-1] and width % 8 == 0 and width <= widest
 
 
 def _runs_flex(query: Tensor) -> bool:
     """Whether FlexAttention supports the tensors, and its compiler is installed."""
     dtypes = torch.float16, torch.bfloat16, torch.float32
-    return _dtype(query) in dtypes and query.shape[-1] >= 16 and importlib.util.find_spec("triton") is not None
+    return _dtype(query) in dtypes and query.shape[-1] >= 16 and find_spec("triton") is not None
 
 
 def choose(query: Tensor, value: Tensor, dropout: float) -> Attend:
