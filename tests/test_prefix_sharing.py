@@ -148,6 +148,23 @@ def test_each_distinct_token_is_computed_once() -> None:
     assert seen == [7 + 1 + sum(rows[:4]), 4 + sum(rows[4:])]
 
 
+def test_a_sharded_model_makes_a_pass_without_tokens_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other ranks may have tokens in the pass, and need this rank's weights."""
+    tested, whole = model("llama"), example(0)
+    # The mismatched row's only token is predicted by a prompt that the first pass computes.
+    batch = whole.select(torch.tensor([0, 1]))
+    batch.labels.mismatched = torch.tensor([False, True])
+    tested.config._attn_implementation = prefix_sharing.NAME
+    wanted = shared_logps(tested, batch)
+    sizes: list[int] = []
+    tested.model.embed_tokens.register_forward_hook(lambda module, args, out: sizes.append(args[0].numel()))
+    for sharded, expected in ((False, [7 + 2]), (True, [7 + 2, 1])):
+        monkeypatch.setattr(prefix_sharing, "is_sharded", lambda _, answer=sharded: answer)
+        sizes.clear()
+        assert torch.equal(shared_logps(tested, batch), wanted)
+        assert sizes == expected
+
+
 def test_whether_a_model_shares_prefixes_is_found_by_trying() -> None:
     for name in MODELS:
         made = model(name)
