@@ -27,7 +27,7 @@ from halos_pl.policy.logprobs import padded_logits, padded_scores
 from halos_pl.policy.memory import recomputed
 from halos_pl.policy.routing import check_router
 from halos_pl.policy.self_test import padding_fault, sharing_fault
-from halos_pl.policy.sharding import Sharding, gathered_dtype, is_sharded, reshard, run
+from halos_pl.policy.sharding import Sharding, gathered_dtype, is_sharded, most_over_ranks, reshard, run
 from halos_pl.policy.spec import ModelError
 
 PrefixSharing = Literal["auto", "always", "never"]
@@ -96,6 +96,8 @@ class Scorer(nn.Module):
         self._tested.add(self._kernels)
         device = "" if self.device.type == "cpu" else f" on {self.device.type}"
         why = sharing_fault(self.model) if self.shares_prefixes else None
+        if is_sharded(self.model) and most_over_ranks(why is not None)[0]:
+            why = why or "it failed the self-test on another rank"  # all ranks must make the same passes
         if why and self._options["prefix_sharing"] == "always":
             raise ModelError(
                 f"model.prefix_sharing is always, but {self._name} cannot share prompts{device}: {why};"
