@@ -17,8 +17,9 @@ Kind = Literal["data", "models", "reference", "answers"]
 ANSWERS = "answers"
 #: The folder of cached help pages, a few kilobytes.
 HELP = "help"
-REFERENCE = Path("reference") / "logps.sqlite"
-#: Maximum size of that file in bytes; the least recently used log-probs make room for new ones.
+#: The folder of the reference store.
+REFERENCE = Path("reference") / "logps"
+#: Maximum size of that folder in bytes; the least recently used log-probs make room for new ones.
 LARGEST = 4 << 30
 #: The limit unless HALOS_CACHE_LIMIT is set: a share of the cache's disk.
 DEFAULT_LIMIT = "20%"
@@ -141,10 +142,11 @@ def entries(data: Path | None = None) -> list[Entry]:
     for kind, path in places:
         if (key := _KEY.match(path.name)) and path.is_dir():
             parts.setdefault((kind, path.with_name(key[0])), []).append(path)
-    file = root / REFERENCE
-    files = (file, file.with_suffix(".damaged"), *file.parent.glob(f"{file.name}-*"))
-    if existing := [path for path in files if path.is_file()]:
-        parts["reference", file] = existing
+    store = root / REFERENCE
+    earlier = store.with_suffix(".sqlite")  # an earlier version's store, no longer read
+    for path in sorted(store.parent.glob(f"{store.name}*")):
+        if path.suffix != ".used":
+            parts.setdefault(("reference", earlier if path.name.startswith(earlier.name) else store), []).append(path)
     for path in sorted((root / ANSWERS).glob("*.json*")):  # and leftovers of killed commands
         if path != _mark(path.with_suffix("")):
             parts.setdefault(("answers", path.with_name(f"{path.name.partition('.')[0]}.json")), []).append(path)

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import multiprocessing
+import os
 import random
-import sqlite3
-from contextlib import closing
+import shutil
+import socket
+import tempfile
+import time
+import warnings
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import SoftFileLease
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from run_halos import OBJECTIVES, ROOT, binary_data, fit, metrics, pair_data
+from run_halos import OBJECTIVES, ROOT, binary_data, fit, full_disk, metrics, pair_data
 
 from halos_pl.batch import Labels, TokenBatch
 from halos_pl.cache import REFERENCE, cache_root
 from halos_pl.cli.main import main
+from halos_pl.common.files import PART
 from halos_pl.policy import reference as references
+from halos_pl.policy import segments
 from halos_pl.policy.loading import ModelError
+from halos_pl.policy.segments import SUFFIX, Segments
 from halos_pl.policy.store import ReferenceStore, fingerprint, keys
 
 STORED = "--model.reference_store=true"
@@ -205,142 +215,269 @@ def test_a_fingerprint_is_of_names_dtypes_shapes_values_and_config() -> None:
     assert len(names) == 6
 
 
-def test_what_is_not_finite_is_not_kept(tmp_path: Path) -> None:
-    with closing(ReferenceStore(tmp_path / "s.sqlite")) as store:
-        store.put({b"a": torch.tensor([-1.0, torch.nan]), b"b": torch.tensor([-1.0])})
-        assert store.get([b"a", b"b"]).keys() == {b"b"}
+def key(*numbers: int) -> bytes:
+    return hashlib.blake2b(bytes(numbers), digest_size=16).digest()
 
 
-def test_a_damaged_entry_is_reported_and_never_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "s.sqlite"
-    logps = some(4, 3)
+A, B, C = key(1), key(2), key(3)
+
+
+def segments_of(path: Path) -> list[Path]:
+    return sorted(path.glob(f"*{SUFFIX}"))
+
+
+def size_of(path: Path) -> int:
+    return sum(segment.stat().st_size for segment in segments_of(path))
+
+
+def age(path: Path, seconds: float) -> None:
+    """As if nothing had happened in the folder for so long."""
+    for segment in segments_of(path):
+        os.utime(segment, (segment.stat().st_mtime - seconds,) * 2)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+def test_what_is_not_finite_is_not_kept(path: Path) -> None:
     with closing(ReferenceStore(path)) as store:
-        store.put(dict(zip((b"a", b"b"), logps, strict=True)))
-    for change in (
-        "logps = x'00000000'",
-        "logps = substr(logps, 1, 8)",
-        "sum = sum + 1",
-        "key = x'63'",
-        "logps = NULL",
-        "used = 'a'",
-    ):
-        with closing(sqlite3.connect(path)) as db, db:
-            db.execute(f"UPDATE logps SET {change} WHERE key = ?", (b"a",))
-        with closing(ReferenceStore(path)) as store:
-            assert store.get([b"a", b"b", b"c"]).keys() == {b"b"}
-            assert store.damaged == 1
-            assert "1 damaged entries" in caplog.text
-            assert len(store) == 1
-            store.put({b"a": logps[0]})
-            assert torch.equal(store.get([b"a"])[b"a"], logps[0])
+        store.put({A: torch.tensor([-1.0, torch.nan]), B: torch.tensor([-1.0])})
+        assert store.get([A, B]).keys() == {B}
+
+
+def test_every_flipped_bit_is_found_and_costs_no_other_block(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """In a value only this one is lost, elsewhere the block. It is reported, recomputed, and right from then on."""
+    logps = dict(zip((A, B, C), some(4, 3, 2), strict=True))
+    with closing(ReferenceStore(path)) as store:
+        store.put({A: logps[A], B: logps[B]})
+        first = size_of(path)
+        store.put({C: logps[C]})
+    (segment,) = segments_of(path)
+    whole = segment.read_bytes()
+    for place in random.Random(0).sample(range(8 * first), 60):
+        damaged = bytearray(whole)
+        damaged[place // 8] ^= 1 << place % 8
+        segment.write_bytes(damaged)
         caplog.clear()
+        with closing(ReferenceStore(path)) as store:
+            stored = store.get([A, B, C])
+            in_values = place // 8 >= first - 4 * 7
+            assert len(stored) == (2 if in_values else 1)
+            assert all(torch.equal(value, logps[name]) for name, value in stored.items())
+            assert C in stored
+            assert store.damaged == 1
+            assert len(store) == len(stored)
+            assert "1 damaged" in caplog.text
+            store.put({name: value for name, value in logps.items() if name not in stored})
+        with closing(ReferenceStore(path)) as store:
+            stored = store.get([A, B, C])
+            assert all(torch.equal(stored[name], value) for name, value in logps.items())
+        for other in set(segments_of(path)) - {segment}:
+            other.unlink()
 
 
-def test_a_damaged_file_is_deleted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "s.sqlite"
-    path.write_bytes(b"this is no database, and longer than its header would be" * 20)
+def test_a_killed_writer_loses_only_its_last_entries(path: Path) -> None:
+    """Wherever its file was cut; nothing is reported as damaged."""
     with closing(ReferenceStore(path)) as store:
-        assert "is damaged" in caplog.text
-        store.put({b"a": torch.ones(1)})
+        store.put({A: torch.ones(3)})
+        first = size_of(path)
+        store.put({B: torch.ones(5), C: torch.ones(2)})
+    (segment,) = segments_of(path)
+    whole = segment.read_bytes()
+    for size in range(len(whole)):
+        segment.write_bytes(whole[:size])
+        with closing(ReferenceStore(path)) as store:
+            assert store.get([A, B, C]).keys() == ({A} if size >= first else set())
+            assert store.damaged == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"this is no segment" * 400, b"halosV1\n" * 400])
+def test_a_file_without_entries_does_no_harm(path: Path, content: bytes) -> None:
+    path.mkdir()
+    (path / f"0{SUFFIX}").write_bytes(content)
+    with closing(ReferenceStore(path)) as store:
+        store.put({A: torch.ones(1)})
         assert len(store) == 1
 
 
-def test_one_that_another_process_has_replaced_is_not_deleted_again(tmp_path: Path) -> None:
-    """Both had it open when it was damaged; what the first one keeps, the second one finds."""
-    path = tmp_path / "s.sqlite"
-    names = [bytes([i, j]) for i in range(50) for j in range(50)]
+def test_other_processes_see_entries_within_the_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(ReferenceStore(path)) as one, closing(ReferenceStore(path)) as other:
+        one.put({A: torch.ones(1)})
+        assert not other.get([A])  # the folder has just been listed
+        monkeypatch.setitem(segments.LIST_AGAIN, "an entry is missing", 0.0)
+        assert other.get([A])[A] == 1
+        one.put({B: torch.ones(2)})
+        assert other.get([A, B]).keys() == {A, B}
+
+
+def test_a_folder_that_is_removed_begins_anew(path: Path) -> None:
+    """What one process keeps afterwards, the other finds."""
+    with closing(ReferenceStore(path)) as one, closing(ReferenceStore(path)) as other:
+        one.put({A: torch.ones(1)})
+        other.put({B: torch.ones(1)})
+        shutil.rmtree(path)
+        assert not other.get([C])
+        for store, name in ((one, A), (other, B)):
+            store.put({name: torch.ones(2)})
+            assert store.get([name])[name].tolist() == [1, 1]
     with closing(ReferenceStore(path)) as store:
-        store.put({name: torch.ones(30) for name in names})
-    two = ReferenceStore(path)
-    whole = bytearray(path.read_bytes())
-    whole[4096:-1] = bytes(len(whole) - 4097)
-    path.write_bytes(whole)
-    one = ReferenceStore(path)
-    with closing(one), closing(two):
-        one.put({b"a": torch.ones(1)})
-        assert two.get(names) == {}
-        assert two.get([b"a"])
-        two.put({b"b": torch.ones(1)})
-        for store in (one, two):
-            assert store.get([b"a", b"b"]).keys() == {b"a", b"b"}
+        assert len(store) == 2
 
 
-def test_a_store_that_fails_does_not_end_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with closing(ReferenceStore(tmp_path / "s.sqlite")) as store:
-        store.put({b"a": torch.ones(1)})
-        with closing(sqlite3.connect(tmp_path / "s.sqlite")) as other:
-            other.execute("BEGIN EXCLUSIVE")
-            store._connection = lambda: sqlite3.connect(tmp_path / "s.sqlite", timeout=0)  # type: ignore[method-assign]
-            store._db.execute("PRAGMA busy_timeout = 0")
-            with pytest.warns(UserWarning, match="continuing without it"):
-                store.put({b"b": torch.ones(1)})
-            assert store.get([b"a"]) == {}
-            other.rollback()
-        assert store.get([b"a", b"b"]).keys() == {b"a"}
-
-
-def test_a_file_damaged_in_the_middle_is_deleted_when_it_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "s.sqlite"
-    names = [bytes([i, j]) for i in range(50) for j in range(50)]
+def test_a_full_disk_does_not_end_a_run(path: Path) -> None:
+    """It warns once, keeps what was stored, and goes on storing when there is room again."""
+    names = [key(9, i) for i in range(20)]
     with closing(ReferenceStore(path)) as store:
-        store.put({name: torch.ones(30) for name in names})
-    whole = bytearray(path.read_bytes())
-    whole[4096:-1] = bytes(len(whole) - 4097)
-    path.write_bytes(whole)
+        store.put({A: torch.ones(10)})
+        with full_disk(size_of(path) + 50), warnings.catch_warnings(record=True, action="always") as warned:
+            for name in names:
+                store.put({name: torch.ones(100)})
+        assert [str(path) in str(warning.message) for warning in warned] == [True]
+        assert store.get([A, *names]).keys() == {A}
+        assert size_of(path) < 1000  # no incomplete blocks
+        store.put({B: torch.ones(100)})
     with closing(ReferenceStore(path)) as store:
-        assert store.get(names) == {}
-        store.put({b"a": torch.ones(1)})
-        assert store.get([b"a"])[b"a"] == 1
-
-
-def test_a_file_damaged_in_the_middle_is_deleted_when_it_is_written(tmp_path: Path) -> None:
-    path = tmp_path / "s.sqlite"
-    with closing(ReferenceStore(path)) as store:
-        store.put({bytes([i, j]): torch.ones(30) for i in range(50) for j in range(50)})
-    whole = bytearray(path.read_bytes())
-    whole[4096:-1] = bytes(len(whole) - 4097)
-    path.write_bytes(whole)
-    with closing(ReferenceStore(path)) as store:
-        store.put({b"a": torch.ones(1)})
-        assert store.get([b"a"])[b"a"] == 1
+        assert store.get([A, B, *names]).keys() == {A, B}
+        assert store.damaged == 0
 
 
 def test_it_is_refused_where_it_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelError, match="HALOS_CACHE"):
-        ReferenceStore(tmp_path / "file" / "s.sqlite")
+        ReferenceStore(tmp_path / "file" / "store")
 
 
-def test_its_size_is_bounded_and_the_oldest_go_first(tmp_path: Path) -> None:
-    path, largest = tmp_path / "s.sqlite", 200_000
+def test_its_size_is_bounded_and_the_oldest_go_first(path: Path) -> None:
+    largest = 200_000
     with closing(ReferenceStore(path, largest)) as store:
         for step in range(100):
-            store.put({bytes([step, row]): torch.ones(100) for row in range(20)})
-        assert path.stat().st_size < 1.5 * largest
-        assert not store.get([bytes([0, row]) for row in range(20)])
-        assert len(store.get([bytes([99, row]) for row in range(20)])) == 20
+            store.put({key(step, row): torch.ones(100) for row in range(20)})
+            assert size_of(path) < 1.1 * largest
+        assert size_of(path) > 0.7 * largest
+        assert not store.get([key(0, row) for row in range(20)])
+        assert len(store.get([key(99, row) for row in range(20)])) == 20
 
 
-def _write(path: str, number: int) -> None:
-    with closing(ReferenceStore(Path(path))) as store:
+def test_what_is_used_stays_longer_than_what_was_written_later(path: Path) -> None:
+    for name in (A, B):
+        with closing(ReferenceStore(path)) as store:
+            store.put({name: torch.ones(300)})
+    age(path, 3 * 86400)
+    with closing(ReferenceStore(path, 3000)) as store:
+        assert A in store.get([A])
+        store.put({C: torch.ones(300)})
+        assert store.get([A, B, C]).keys() == {A, C}
+
+
+def test_segments_of_ended_runs_are_merged(path: Path) -> None:
+    """All entries are kept, whoever has the old segments open; those of running processes stay."""
+    values = {key(9, i): torch.full((i + 1,), float(i)) for i in range(segments.SMALL + 5)}
+    for name, value in values.items():
+        with closing(ReferenceStore(path)) as store:
+            store.put({A: torch.ones(1), name: value})  # A is stored by all of them
+    with closing(ReferenceStore(path)) as running:
+        age(path, 2 * segments.IDLE)
+        running.put({B: torch.ones(1)})
+        (path / f"left{PART}").touch()
+        os.utime(path / f"left{PART}", (1, 1))
+        with closing(ReferenceStore(path)) as store:
+            assert len(segments_of(path)) == 2
+            assert not list(path.glob(f"*{PART}"))
+            for each in (store, running):
+                stored = each.get([*values])
+                assert all(torch.equal(stored[name], value) for name, value in values.items())
+            assert len(store) == len(values) + 2
+    with closing(ReferenceStore(path)) as store:
+        assert len(store) == len(values) + 2
+        assert store.damaged == 0
+
+
+def test_two_that_compact_at_once_lose_nothing(path: Path) -> None:
+    """As if the lock of one had expired: the second one merges what the first one has just replaced."""
+    values = {key(i): torch.full((3,), float(i)) for i in range(segments.SMALL + 1)}
+    for name, value in values.items():
+        with closing(ReferenceStore(path)) as store:
+            store.put({name: value})
+    with closing(ReferenceStore(path)) as first:
+        age(path, 2 * segments.IDLE)
+        with closing(Segments(path, read_only=True)) as second:
+            small = second._small()
+            with closing(ReferenceStore(path)):
+                assert len(segments_of(path)) == 1
+            second._merge(small)
+        assert first.get([*values]).keys() == values.keys()
+    with closing(ReferenceStore(path)) as store:
+        assert len(store) == len(values)
+
+
+def test_a_compaction_that_a_dead_machine_began_does_not_block(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with closing(ReferenceStore(path, 20_000)) as store, monkeypatch.context() as elsewhere:
+        elsewhere.setattr(socket, "gethostname", lambda: "dead-node")
+        begun = SoftFileLease(path / ".compacting", lease_duration=30.0)
+        begun.acquire()
+        shutil.copy(path / ".compacting", path / "left")
+        begun.release()
+        os.replace(path / "left", path / ".compacting")
+        for step in range(10):
+            store.put({key(step): torch.ones(1000)})
+        assert size_of(path) > 20_000  # somebody else is at it
+        now = time.monotonic
+        elsewhere.setattr(time, "monotonic", lambda: now() + 31)
+        for step in range(10, 12):
+            store.put({key(step): torch.ones(1000)})
+        assert size_of(path) <= 20_000
+
+
+def _write(path: str, number: int, largest: int) -> None:
+    with closing(ReferenceStore(Path(path), largest)) as store:
         for step in range(30):
-            found = store.get([bytes([step, row]) for row in range(8)])
-            assert all(bool((logps == step).all()) for logps in found.values())
-            store.put({bytes([step, row]): torch.full((row + 1,), float(step)) for row in range(8)})
+            stored = store.get([key(step, row) for row in range(8)])
+            assert all(bool((logps == step).all()) for logps in stored.values())
+            store.put({key(step, row): torch.full((row + 1,), float(step)) for row in range(8)})
+        assert store.damaged == 0
 
 
-def test_several_processes_write_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "s.sqlite"
+@pytest.mark.parametrize("largest", [1 << 20, 4000])
+def test_several_processes_write_at_once(path: Path, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where each of them drops the others' entries all the time."""
+    monkeypatch.setitem(segments.LIST_AGAIN, "an entry is missing", 0.0)
     forked = multiprocessing.get_context("fork")  # a new interpreter would take seconds to import torch
-    processes = [forked.Process(target=_write, args=(str(path), number)) for number in range(4)]
+    processes = [forked.Process(target=_write, args=(str(path), number, largest)) for number in range(4)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    with closing(ReferenceStore(path)) as store:
-        assert len(store) == 30 * 8
+    with closing(ReferenceStore(path, largest)) as store:
+        assert size_of(path) < 1.5 * largest
+        assert largest < 1 << 20 or len(store) == 30 * 8
         assert store.damaged == 0
+
+
+@given(
+    steps=st.lists(
+        st.tuples(st.integers(0, 1), st.lists(st.tuples(st.integers(0, 300), st.integers(1, 9)), max_size=6)),
+        max_size=30,
+    )
+)
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_it_is_a_dict_of_two_writers(steps: list[tuple[int, list[tuple[int, int]]]]) -> None:
+    """A value is one that was stored under its key, and every key that was stored is there, also for a third one."""
+    stored: dict[bytes, set[int]] = {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as closed:
+        writers = [closed.enter_context(closing(Segments(Path(folder)))) for _ in range(2)]
+        for writer, entries in steps:
+            values = {key(number % 256, number // 256): bytes(length) for number, length in entries}
+            writers[writer].put(values)
+            for name, value in values.items():
+                stored.setdefault(name, set()).add(len(value))
+            assert {*writers[writer].get([*values])} == {*values}
+        third = closed.enter_context(closing(Segments(Path(folder), read_only=True)))
+        read = third.get([*stored])
+        assert len(third) == len(stored) == len(read)
+        assert all(len(value) in stored[name] for name, value in read.items())
 
 
 def test_cache_info_and_clear(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import sqlite3
 import time
-from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
@@ -38,14 +36,12 @@ _KINDS = {
 
 
 def _count(kind: str, stored: list[Entry]) -> int:
-    if kind != "reference" or not stored:
+    if kind != "reference":
         return len(stored)
-    try:
-        # Read-only, so that this does not count as a use.
-        with closing(sqlite3.connect(f"file:{stored[0].path.as_posix()}?mode=ro", uri=True)) as db:
-            return int(db.execute("SELECT count(*) FROM logps").fetchone()[0])
-    except sqlite3.Error:  # damaged, or being written
-        return 0
+    from halos_pl.policy.segments import Segments  # here, as numpy takes a while to import
+
+    folder = cache_root() / REFERENCE
+    return len(Segments(folder, read_only=True)) if folder.is_dir() else 0
 
 
 def _ago(when: float) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +14,11 @@ from typing import IO
 
 #: The ending of a file that is not complete yet.
 PART = ".part"
+
+
+def unique_name() -> str:
+    """A part of a file name that no other process on any machine uses: host, process and a random number."""
+    return f"{re.sub(r'[^A-Za-z0-9-]', '_', socket.gethostname())}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def remove(path: Path) -> None:

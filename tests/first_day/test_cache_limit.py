@@ -34,15 +34,10 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def put(root: Path, kind: str, number: int, days: float, size: int = 1000) -> Path:
     """An entry of ``size`` bytes that was last used so many days ago."""
-    if kind == "reference":
-        file = root / cache.REFERENCE
-        file.parent.mkdir(parents=True)
-        file.write_bytes(bytes(size))
-        path = file
-    else:
-        path = root / (f"gguf-{number:032x}" if kind == "models" else f"data/{number:032x}")
-        path.mkdir(parents=True)
-        (path / "file").write_bytes(bytes(size))
+    folders = {"models": f"gguf-{number:032x}", "data": f"data/{number:032x}", "reference": cache.REFERENCE}
+    path = root / folders[kind]
+    path.mkdir(parents=True)
+    (path / "file").write_bytes(bytes(size))
     mark = path.with_name(f"{path.name}.used")
     mark.touch()
     os.utime(mark, (time.time() - days * 86400,) * 2)
@@ -115,6 +110,19 @@ def test_what_a_killed_command_left_counts_and_goes(root: Path, monkeypatch: pyt
     assert [entry.path for entry in entries()] == [whole]
 
 
+def test_the_reference_store_of_an_earlier_version_goes_first(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(root, "reference", 0, days=0)
+    earlier = [root / "reference" / f"logps.sqlite{ending}" for ending in ("", "-journal")]
+    for file in earlier:
+        file.write_bytes(bytes(1000))
+        os.utime(file, (1, 1))
+    assert sum(entry.size for entry in entries()) == 3000
+    monkeypatch.setenv("HALOS_CACHE_LIMIT", "1000")
+    make_room()
+    assert not any(file.exists() for file in earlier)
+    assert [entry.path for entry in entries()] == [root / cache.REFERENCE]
+
+
 def test_a_source_that_is_used_again_is_newer(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading counts as use, also where nothing is written; looking at the cache does not."""
     sources = [Source(str(binary_data(tmp_path / f"{i}.jsonl", 30, seed=i))) for i in range(3)]
@@ -146,12 +154,13 @@ def test_the_reference_store_keeps_to_the_limit_and_gives_room_back(monkeypatch:
     rows = {i.to_bytes(16, "big"): torch.full((256,), -1.0) for i in range(400)}
     with closing(ReferenceStore()) as store:
         store.put(rows)
-        size = store.path.stat().st_size
+        (size,) = (entry.size for entry in entries())
     monkeypatch.setenv("HALOS_CACHE_LIMIT", "100kB")
     with closing(ReferenceStore()) as store:
-        store.put({b"new": torch.ones(1)})
-        assert store.path.stat().st_size <= 110_000 < size
-        assert b"new" in store.get([b"new"])
+        new = b"new".ljust(16)
+        store.put({new: torch.ones(1)})
+        assert entries()[0].size <= 110_000 < size
+        assert new in store.get([new])
         make_room()  # it is in use
         assert 50 < len(store) < 100
 
