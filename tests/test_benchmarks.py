@@ -12,8 +12,13 @@ import pytest
 import torch
 from run_halos import ROOT
 
+from halos_pl.data.datamodule import FeedbackDataModule
+from halos_pl.data.order import Order, StepSampler
+from halos_pl.testing import tiny_tokenizer
+
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import balance
 import guards
 import scaling
 import vs_trl
@@ -35,6 +40,24 @@ def test_our_side_takes_a_step(name: str, tiny_folder: Path, tmp_path: Path, mon
     assert all(g is not None for g in gradients)
     assert sum(float(g.abs().sum()) for g in gradients) > 0
     assert flops > 0
+
+
+def test_balance_measures_two_ways(tmp_path: Path) -> None:
+    """The first and the third row of each step are long: by turns, rank 0 has both."""
+    rows = [
+        {"prompt": f"question {i}", "completion": "x" * (1 if i % 2 else 100), "label": i % 3 == 0} for i in range(8)
+    ]
+    data = FeedbackDataModule(train=rows, cache_dir=str(tmp_path))
+    data.connect(tokenizer=tiny_tokenizer(), needs=balance.KTO)
+    data.setup("fit")
+    split, sampler = data._splits["train"], StepSampler(Order(8, shuffle=False), batch_size=4, world_size=2)
+    by_turns, by_tokens = (
+        balance.imbalance(kind, 2, sampler, split, replace(balance.KTO, mismatched=False))
+        for kind in (balance.ByTurns, balance.StepDataset)
+    )
+    assert len(by_turns) == len(by_tokens) == 2
+    assert (by_turns > 1.5).all()
+    assert (by_tokens < 1.1).all()
 
 
 def test_scaling_measures_a_point(capsys: pytest.CaptureFixture[str]) -> None:

@@ -229,13 +229,12 @@ def test_prediction_and_test_by_two_ranks_cover_every_row(both):
                 assert ended.status == 0, ended
         predictions = [json.loads(line) for line in (run_dir / "predictions.jsonl").read_text().splitlines()]
         assert not list(run_dir.glob("predictions.jsonl.*"))
-        found[ranks] = (
-            json.loads((run_dir / "test.json").read_text()),
-            sorted(predictions, key=lambda record: record["row"]),
-        )
+        found[ranks] = (json.loads((run_dir / "test.json").read_text()), predictions)
     assert found[2][0] == pytest.approx(found[1][0], rel=1e-6, abs=2e-5)
     assert len(found[1][1]) == 2 * 13
-    assert [p["row"] for p in found[2][1]] == [p["row"] for p in found[1][1]]
+    names = [f"{both.pairs}:{line}#{which}" for line in range(1, 14) for which in ("chosen", "rejected")]
+    assert [p["row"] for p in found[1][1]] == names
+    assert [p["row"] for p in found[2][1]] == names  # in the order of the data
     for a, b in zip(found[1][1], found[2][1], strict=True):
         assert {k: v for k, v in b.items() if k != "row"} == pytest.approx(
             {k: v for k, v in a.items() if k != "row"}, rel=1e-6, abs=2e-5

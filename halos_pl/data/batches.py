@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate, pairwise
 from multiprocessing.reduction import ForkingPickler
 from random import Random
 from typing import Any
@@ -22,6 +23,7 @@ from torch.utils.data import Dataset
 from halos_pl.batch import Labels, TokenBatch
 from halos_pl.data.mismatches import mismatches
 from halos_pl.data.order import Step, copies, seeded
+from halos_pl.data.shares import shares
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ class StepDataset(Dataset[TokenBatch]):
         prompt_of: the prompt number of each row, int [n]; default: read from ``rows``.
         mismatched: whether to add one mismatched row (x_i, y_j) for each of the rank's rows (x_i, y_i).
         seed: seed of the mismatches, together with epoch and step.
-        rank, world_size: the rank takes every ``world_size``-th example of the step, beginning with ``rank``.
+        rank, world_size: this rank and the number of ranks, which share a step by tokens (see
+            :func:`halos_pl.data.shares.shares`).
+        lengths: tokens of each row's prompt and of its completion, two int [n]; default: read from ``rows``.
         prefix: ids (BOS) that a prompt beginning with them keeps when its start is cut.
 
     Raises:
@@ -86,12 +90,17 @@ class StepDataset(Dataset[TokenBatch]):
         rank: int = 0,
         world_size: int = 1,
         prefix: Sequence[int] = (),
+        lengths: tuple[NDArray[Any], NDArray[Any]] | None = None,
     ) -> None:
         self.prompts, self.rows, self.examples = prompts, rows, examples
         self.prefix = list(prefix)
         self.max_length, self.mismatched, self.seed = max_length, mismatched, seed
         self.rank, self.world_size = rank, world_size
         self._prompt_of = np.array([row.prompt for row in rows], int) if prompt_of is None else prompt_of
+        if lengths is None and world_size > 1:
+            both = [(row.prompt_length + len(row.control), len(row.completion)) for row in rows]
+            lengths = (np.array([prompt for prompt, _ in both]), np.array([completion for _, completion in both]))
+        self._lengths = lengths
         # Rows sorted by prompt, to draw one with another prompt without a search.
         self._by_prompt = np.argsort(self._prompt_of, kind="stable")
         self._numbers, self._first, self._count = np.unique(
@@ -110,28 +119,45 @@ class StepDataset(Dataset[TokenBatch]):
     def __getitem__(self, step: Step) -> TokenBatch:
         batch = _Builder(self.prompts, self.prefix)
         rows = [row for example in step.examples for row in self.examples[example]]
+        partners = self._partners(step, rows) if self.mismatched else []
+        counts = [len(self.examples[example]) for example in step.examples]
+        starts = [0, *accumulate(counts)]
+        copy = list(copies(step.examples))
         mine: list[int] = []  # this rank's rows, as indices into ``rows``
-        place = 0
-        for i, (example, copy) in enumerate(zip(step.examples, copies(step.examples), strict=True)):
-            size = len(self.examples[example])
-            if i % self.world_size == self.rank:
-                # The rows' indices in this batch; an example may come twice in a step.
-                here = {rows[place + k]: len(mine) + k for k in range(size)}
-                mine.extend(range(place, place + size))
-                for x in (self.rows[rows[place + k]] for k in range(size)):
-                    pair = here.get(x.pair, -1)
-                    # Rows of a second copy are compared with each other, not with the first copy.
-                    group = x.prompt + copy * len(self.prompts)
-                    batch.add(x, x.prompt_length, x, x.desirable, pair, False, x.row_id, x.score, group)
-            place += size
-        if self.mismatched:
-            partners = self._partners(step, rows)
-            for i in mine:
-                x, y = self.rows[rows[i]], self.rows[partners[i]]
-                length = min(x.prompt_length, self.max_length - len(x.control) - len(y.completion))
-                name = f"{x.row_id} with {y.row_id}"
-                batch.add(x, length, y, False, -1, True, name, math.nan, x.prompt)
+        for i in self._share(rows, partners, starts):
+            places = range(starts[i], starts[i + 1])
+            # The rows' indices in this batch; an example may come twice in a step.
+            here = {rows[place]: len(mine) + k for k, place in enumerate(places)}
+            mine.extend(places)
+            for x in (self.rows[rows[place]] for place in places):
+                pair = here.get(x.pair, -1)
+                # Rows of a second copy are compared with each other, not with the first copy.
+                group = x.prompt + copy[i] * len(self.prompts)
+                batch.add(x, x.prompt_length, x, x.desirable, pair, False, x.row_id, x.score, group)
+        for i in mine if self.mismatched else ():
+            x, y = self.rows[rows[i]], self.rows[partners[i]]
+            length = min(x.prompt_length, self.max_length - len(x.control) - len(y.completion))
+            name = f"{x.row_id} with {y.row_id}"
+            batch.add(x, length, y, False, -1, True, name, math.nan, x.prompt)
         return batch.build()
+
+    def _share(self, rows: list[int], partners: list[int], starts: list[int]) -> Sequence[int]:
+        """This rank's examples of the step, by index; the rows of example i are ``starts[i]`` to ``starts[i + 1]``."""
+        if self.world_size == 1:
+            return range(len(starts) - 1)
+        assert self._lengths is not None
+        prompt, completion = self._lengths
+        prompts, tokens = [prompt[rows]], completion[rows]
+        if partners:  # a prompt is cut to fit its completion
+            prompts.append(np.minimum(prompts[0], self.max_length - completion[partners]))
+            tokens = tokens + completion[partners]
+        spans = list(pairwise(starts))
+        return shares(
+            [int(self._prompt_of[rows[start]]) for start, _ in spans],
+            [{length for lengths in prompts for length in lengths[start:end].tolist()} for start, end in spans],
+            [int(tokens[start:end].sum()) for start, end in spans],
+            self.world_size,
+        )[self.rank]
 
     def _partners(self, step: Step, rows: list[int]) -> list[int]:
         """For each row of the step, the row whose completion its mismatched row takes."""

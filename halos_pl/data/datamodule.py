@@ -286,6 +286,11 @@ class FeedbackDataModule(LightningDataModule):
         for split in self._splits.values():
             yield from split.tokens()
 
+    def row_names(self, split: str) -> list[str]:
+        """The names of a split's rows in the order of the data, after :meth:`setup`."""
+        table = self._splits[split].table
+        return [table.name(row) for row in range(len(table))]
+
     @property
     def _batching(self) -> Batching:
         return Batching(self.batch_size, self.shuffle, self.drop_last, self.balance_classes, self.group_by_length)

@@ -243,6 +243,7 @@ class Split:
             rank=rank,
             world_size=world_size,
             prefix=prefix,
+            lengths=(self.prompt_length, self.completion_length),
         )
 
     def tokens(self) -> Iterator[tuple[str, NDArray[np.int32]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from halos_pl.batch import TokenBatch
 from halos_pl.common import stopping
 from halos_pl.common.files import naming, part_of, whole, write
+from halos_pl.data.datamodule import FeedbackDataModule
 from halos_pl.data.template import CHAT_TEMPLATE
 from halos_pl.objective.halo import HALO
 from halos_pl.provenance import provenance
@@ -278,7 +278,10 @@ class RunReport(Callback):
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes ``predictions.jsonl`` to the run's folder: one record of ``HALOModule.predict_step`` per line."""
+    """Writes ``predictions.jsonl`` to the run's folder: one record of ``HALOModule.predict_step`` per line.
+
+    They are in the order of the data, however ranks and micro-batches share the rows.
+    """
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
@@ -314,10 +317,12 @@ class PredictionWriter(BasePredictionWriter):
         if trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / PREDICTIONS
             parts = [self._part(trainer, rank) for rank in range(trainer.world_size)]
+            lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines(keepends=True)]
+            if isinstance(data := trainer.datamodule, FeedbackDataModule):  # type: ignore[attr-defined]
+                place = {name: i for i, name in enumerate(data.row_names("predict"))}
+                lines.sort(key=lambda line: place.get(json.loads(line)["row"], len(place)))
             with whole(path) as file:
-                for part in parts:
-                    with part.open(encoding="utf-8") as of_rank:
-                        shutil.copyfileobj(of_rank, file)
+                file.writelines(lines)
             for part in parts:
                 part.unlink()
             rank_zero_info(f"halos: predictions are in {path}")

@@ -144,6 +144,32 @@ def test_laws_of_a_step(prompt_of: list[int], batch_size: int, world_size: int, 
         assert Counter(row for share in shares for row in share) == Counter(table(batch))
 
 
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=4, max_size=12),
+    mismatched=st.booleans(),
+    world_size=st.integers(2, 4),
+    seed=seeds,
+)
+@law
+def test_no_rank_has_more_than_an_equal_share_and_one_example(
+    lengths: list[tuple[int, int]], mismatched: bool, world_size: int, seed: int
+) -> None:
+    """Counted in the tokens of the batches themselves: distinct prompts as cut, and all completions."""
+    prompts = [[i] * length for i, (length, _) in enumerate(lengths)]
+    rows = [TokenizedRow(i, p, (9,) * c, True, f"f:{i}") for i, (p, c) in enumerate(lengths)]
+    options: Any = {"max_length": 12, "mismatched": mismatched, "seed": seed}
+    examples = [(i,) for i in range(len(rows))]
+    step = Step(0, 0, tuple(range(len(rows))))
+
+    def tokens(batch: TokenBatch) -> int:
+        return sum(map(len, batch.prompts)) + sum(map(len, batch.completions))
+
+    every = [StepDataset(prompts, rows, examples, rank=r, world_size=world_size, **options) for r in range(world_size)]
+    alone = [StepDataset(prompts, rows, examples, rank=r, world_size=len(rows), **options) for r in range(len(rows))]
+    loads = [tokens(dataset[step]) for dataset in every]
+    assert max(loads) <= sum(loads) / world_size + max(tokens(dataset[step]) for dataset in alone)
+
+
 @given(prompts=st.lists(st.integers(0, 3), min_size=2, max_size=12).filter(lambda p: len(set(p)) > 1), seed=seeds)
 @law
 def test_steps_of_one_row_take_their_mismatched_row_from_the_data_set(prompts: list[int], seed: int) -> None:
