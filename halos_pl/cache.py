@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
+
+from halos_pl.common.files import host_name
 
 Kind = Literal["data", "models", "reference", "answers"]
 #: The folder of sampled answers.
@@ -26,6 +30,10 @@ DEFAULT_LIMIT = "20%"
 _UNITS = {"": 1.0, "B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _KEY = re.compile(r"(gguf-)?[0-9a-f]{32}(?![0-9a-f])")
 _REMOVED = ".removed"
+_MARK = ".used"
+#: Seconds after which the marks of entries in use are renewed, and after which another machine's mark expires. Clocks
+#: of machines may differ by the rest.
+RENEWED, EXPIRES = 600.0, 3600.0
 
 
 class NoHomeError(OSError):
@@ -109,24 +117,38 @@ class Entry:
     used: float
 
 
-def _mark(path: Path) -> Path:
-    """The file beside an entry that records its last use and is locked during use."""
-    return path.with_name(f"{path.name}.used")
+def mark_of(path: Path) -> Path:
+    """The file beside an entry that records its last use on this machine and is locked during use."""
+    return path.with_name(f"{path.name}.{host_name()}{_MARK}")
+
+
+def _marks(path: Path) -> list[Path]:
+    """The marks of an entry on all machines."""
+    return [mark for mark in path.parent.glob(f"{path.name}.*{_MARK}") if _marked(mark) == path]
+
+
+def _marked(mark: Path) -> Path:
+    return mark.with_name(mark.name.rsplit(".", 2)[0])
 
 
 def _size(path: Path) -> int:
     size = 0
-    for file in [path] if path.is_file() else path.rglob("*"):
+    files = [path] if path.is_file() else (Path(place, name) for place, _, names in os.walk(path) for name in names)
+    for file in files:
         with suppress(OSError):  # removed meanwhile
             size += file.stat().st_size if file.is_file() else 0
     return size
 
 
-def _used(path: Path, parts: list[Path]) -> float:
-    for place in (_mark(path), *parts):
-        with suppress(OSError):
-            return place.stat().st_mtime
+def _time(path: Path) -> float:
+    """The time of the last change; 0 if the file has been removed meanwhile."""
+    with suppress(OSError):
+        return path.stat().st_mtime
     return 0.0
+
+
+def _used(path: Path, parts: list[Path]) -> float:
+    return max(map(_time, _marks(path))) if _marks(path) else _time(parts[0])
 
 
 def entries(data: Path | None = None) -> list[Entry]:
@@ -145,10 +167,10 @@ def entries(data: Path | None = None) -> list[Entry]:
     store = root / REFERENCE
     earlier = store.with_suffix(".sqlite")  # an earlier version's store, no longer read
     for path in sorted(store.parent.glob(f"{store.name}*")):
-        if path.suffix != ".used":
+        if path.suffix != _MARK:
             parts.setdefault(("reference", earlier if path.name.startswith(earlier.name) else store), []).append(path)
     for path in sorted((root / ANSWERS).glob("*.json*")):  # and leftovers of killed commands
-        if path != _mark(path.with_suffix("")):
+        if path.suffix != _MARK:
             parts.setdefault(("answers", path.with_name(f"{path.name.partition('.')[0]}.json")), []).append(path)
     every = [Entry(*key, tuple(paths), sum(map(_size, paths)), _used(key[1], paths)) for key, paths in parts.items()]
     return sorted(every, key=lambda entry: entry.used)
@@ -160,8 +182,9 @@ def entries(data: Path | None = None) -> list[Entry]:
 class Use:
     """Protects an entry from removal until :meth:`end` is called or the process ends, and records the use.
 
-    Keeps a shared POSIX lock on the file beside the entry, which other machines respect if the file system supports
-    locks. Does nothing if the cache is read-only or locks are unavailable.
+    On this machine, a shared POSIX lock on a file beside the entry protects it. To other machines that share the file
+    system, which may have no locks, the time of that file tells that the entry is in use; a thread renews it. Does
+    nothing if the cache is read-only.
 
     Args:
         path: path of the entry, which need not exist yet.
@@ -169,23 +192,46 @@ class Use:
 
     def __init__(self, path: Path) -> None:
         self._file: IO[str] | None = None
+        self.mark = mark_of(path)
         with suppress(OSError, ImportError):
             import fcntl
 
             while True:
-                file = _mark(path).open("a", encoding="utf-8")
-                fcntl.flock(file, fcntl.LOCK_SH)  # waits while the entry is being removed
-                if _is(file, _mark(path)):
+                file = self.mark.open("a", encoding="utf-8")
+                with suppress(OSError):  # the file system has no locks
+                    fcntl.flock(file, fcntl.LOCK_SH)  # waits while the entry is being removed
+                if _is(file, self.mark):
                     break
                 file.close()
             self._file = file
-            os.utime(_mark(path))
+            os.utime(self.mark)
+            _renew(self)
 
     def end(self) -> None:
         """Allows the entry to be removed."""
+        _in_use.discard(self)
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+_in_use: weakref.WeakSet[Use] = weakref.WeakSet()
+_renewing = threading.Lock()
+
+
+def _renew(use: Use) -> None:
+    """Lets a thread renew the mark until the use ends."""
+    _in_use.add(use)
+    if _renewing.acquire(blocking=False):
+        threading.Thread(target=_renew_all, name="halos cache", daemon=True).start()
+
+
+def _renew_all() -> None:
+    while True:
+        time.sleep(RENEWED)
+        for use in list(_in_use):
+            with suppress(OSError):
+                os.utime(use.mark)
 
 
 def _is(file: IO[str], path: Path) -> bool:
@@ -195,28 +241,35 @@ def _is(file: IO[str], path: Path) -> bool:
         return False
 
 
+def _used_elsewhere(path: Path) -> bool:
+    """Whether a command on another machine uses an entry, or used it not long ago."""
+    return any(time.time() - _time(mark) < EXPIRES for mark in _marks(path) if mark != mark_of(path))
+
+
 @contextmanager
 def _unused(path: Path) -> Iterator[bool]:
-    """Whether an entry is unused; no process can start to use it in this context."""
+    """Whether an entry is unused; no process on this machine can start to use it in this context."""
+    mark = mark_of(path)
     try:
         import fcntl
-    except ImportError:
-        yield False
-        return
-    try:
-        file = _mark(path).open("a", encoding="utf-8")
-    except OSError:
+
+        before = _time(mark)
+        file = mark.open("a", encoding="utf-8")
+    except (OSError, ImportError):
         yield False
         return
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = _is(file, _mark(path))
-        except OSError:
+            free = _is(file, mark)
+        except BlockingIOError:
             free = False
+        except OSError:  # the file system has no locks
+            free = time.time() - before > EXPIRES
+        free = free and not _used_elsewhere(path)
         yield free
-        if free:
-            _mark(path).unlink(missing_ok=True)
+        for each in _marks(path) if free else ():
+            each.unlink(missing_ok=True)
 
 
 def remove(entry: Entry) -> bool:
@@ -227,6 +280,9 @@ def remove(entry: Entry) -> bool:
                 # Renamed first, so that no process sees part of it.
                 aside = part if part.name.endswith(_REMOVED) else part.with_name(part.name + _REMOVED)
                 os.replace(part, aside)
+                if part == entry.path and _used_elsewhere(part):  # since then
+                    os.replace(aside, part)
+                    return False
                 shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
         except OSError:  # read-only
             return False
@@ -235,8 +291,8 @@ def remove(entry: Entry) -> bool:
 
 def in_use(folder: Path) -> bool:
     """Whether a running command uses or creates an entry in a folder."""
-    for mark in folder.glob("*.used"):
-        with _unused(mark.with_suffix("")) as free:
+    for path in {_marked(mark) for mark in folder.glob(f"*{_MARK}")}:
+        with _unused(path) as free:
             if not free:
                 return True
     return False

@@ -7,8 +7,8 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -16,9 +16,14 @@ from typing import IO
 PART = ".part"
 
 
+def host_name() -> str:
+    """The name of this machine as part of a file name, without dots."""
+    return re.sub(r"[^A-Za-z0-9-]", "_", socket.gethostname())
+
+
 def unique_name() -> str:
     """A part of a file name that no other process on any machine uses: host, process and a random number."""
-    return f"{re.sub(r'[^A-Za-z0-9-]', '_', socket.gethostname())}-{os.getpid()}-{secrets.token_hex(4)}"
+    return f"{host_name()}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def remove(path: Path) -> None:
@@ -27,6 +32,29 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def publish(part: Path, place: Path, intact: Callable[[], bool]) -> None:
+    """Renames a complete folder to ``place``, where processes on other machines may look or do the same.
+
+    An intact folder that another process has put there meanwhile stays, and ``part`` is left for its owner to remove. A
+    damaged one is replaced.
+
+    Args:
+        part: the folder, on the same disk.
+        place: its final path.
+        intact: tells whether there is an intact folder at ``place``.
+    """
+    try:
+        os.rename(part, place)
+    except OSError:
+        if intact():
+            return
+        aside = place.with_name(f"{place.name}.{unique_name()}.removed")
+        os.rename(place, aside)
+        os.rename(part, place)
+        with suppress(OSError):  # NFS keeps files that this machine has open; the limit of the cache counts them
+            remove(aside)
 
 
 def share(folder: Path) -> None:
@@ -42,10 +70,10 @@ def share(folder: Path) -> None:
             path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
-def part_of(path: Path) -> Path:
+def part_of(path: Path, writer: str = "halos") -> Path:
     """The file that :func:`whole` renames to ``path``; ``path`` itself if it is a pipe, a device or the like."""
     path = path.resolve()
-    return path if path.exists() and not path.is_file() else path.with_name(f"{path.name}.halos{PART}")
+    return path if path.exists() and not path.is_file() else path.with_name(f"{path.name}.{writer}{PART}")
 
 
 def check_target(path: Path) -> None:
@@ -81,17 +109,18 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def whole(path: Path, *, keep: bool = False) -> Iterator[IO[str]]:
+def whole(path: Path, *, keep: bool = False, writer: str = "halos") -> Iterator[IO[str]]:
     """A text file to write, which replaces ``path`` once it is complete.
 
     Args:
         path: path of the file; a link stays a link.
         keep: whether to keep an incomplete file (see :func:`part_of`) after an error.
+        writer: part of its name; a :func:`unique_name` if several processes may write ``path`` at once.
 
     Raises:
         OSError: if the file cannot be written; names it.
     """
-    beside, path = part_of(path), path.resolve()
+    beside, path = part_of(path, writer), path.resolve()
     try:
         with naming(path), beside.open("w", newline="", encoding="utf-8") as file:
             yield file
@@ -103,7 +132,7 @@ def whole(path: Path, *, keep: bool = False) -> Iterator[IO[str]]:
         raise
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, text: str, *, writer: str = "halos") -> None:
     """Writes ``path`` as :func:`whole` does."""
-    with whole(path) as file:
+    with whole(path, writer=writer) as file:
         file.write(text)

@@ -39,7 +39,7 @@ class Lease:
         Yields:
             Whether the lock is held.
         """
-        while not self._acquired(5 if wait else 0):
+        while not self._acquired(DURATION / 6 if wait else 0):
             if not wait:
                 yield False
                 return

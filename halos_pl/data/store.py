@@ -7,7 +7,6 @@ content: see :func:`halos_pl.data.cache_key.store_key`.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -15,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.cache import Use, cache_root, limit, make_room
-from halos_pl.common.files import naming, remove
+from halos_pl.common.files import PART, naming, publish, unique_name
+from halos_pl.common.leases import Lease
 from halos_pl.data.build_store import build
 from halos_pl.data.cache_key import store_key
 from halos_pl.data.example import DataError
@@ -215,20 +214,18 @@ def open_store(
             f"the cache folder {home} cannot be written ({error.strerror}); name another one with data.cache_dir or"
             " HALOS_CACHE"
         ) from error
-    with FileLock(f"{place}.lock"):
+    with Lease(Path(f"{place}.lock")).held():
         if (store := _load(source, place)) is None:  # else another process has built it meanwhile
             if place.exists():
                 from lightning.pytorch.utilities import rank_zero_info
 
                 rank_zero_info(f"halos: the cached tokens of {source.path} are damaged; they are recomputed")
-            part = place.with_suffix(".part")
-            remove(part)
+            part = place.with_name(f"{place.name}.{unique_name()}{PART}")
             part.mkdir()
             try:
                 with naming(part):
                     build(source, Encoder(tokenizer, special_tokens_in_text, loss_on), part, text_prompts)
-                remove(place)
-                os.replace(part, place)
+                publish(part, place, intact=lambda: _load(source, place) is not None)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
             store = _open(source.label, place, source.before_line)

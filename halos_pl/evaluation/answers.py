@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.cache import ANSWERS, Use, cache_root, make_room
-from halos_pl.common.files import write
+from halos_pl.common.files import unique_name, write
+from halos_pl.common.leases import Lease
 from halos_pl.data.prompt_files import PromptRow
 from halos_pl.data.special import SpecialTokens
 from halos_pl.policy.architecture import base_model, has_adapter
@@ -57,7 +57,7 @@ def answers(
     check_prompts(model, tokenizer, encoded, names, sampling["max_new_tokens"])
     path = cache_root() / ANSWERS / f"{_key(model, tokenizer, encoded, start, sampling)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):  # concurrent evaluations of a study wait for the first
+    with Lease(path.with_suffix(".lock")).held():  # concurrent evaluations of a study wait for the first
         use = Use(path)
         cached = _read(path, len(rows))
         use.end()
@@ -67,7 +67,7 @@ def answers(
         options["special_tokens_in_text"] = special_tokens_in_text
         samples = [each for (each,) in generate(model, tokenizer, prompts, **options)]
         ids = [sample.completion_ids for sample in samples]
-        write(path, json.dumps({"sha256": _digest(ids), "ids": ids}))
+        write(path, json.dumps({"sha256": _digest(ids), "ids": ids}), writer=unique_name())
     make_room()
     return samples, None
 

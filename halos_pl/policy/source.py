@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
 from contextlib import suppress
@@ -15,12 +14,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halos_pl.cache import Use, cache_root, limit, make_room
-from halos_pl.common.files import remove, share
+from halos_pl.common.files import publish, share
+from halos_pl.common.leases import Lease
 from halos_pl.common.misplaced import misplaced
 from halos_pl.policy.architecture import forget_quantisation
 from halos_pl.policy.intact import some
@@ -160,20 +159,19 @@ def _converted(folder: Path, gguf_file: str, weights: bool) -> Path:
     if _intact(target, weights):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    # One process converts while the others wait; none removes a folder that another has just written.
-    with FileLock(target.with_suffix(".lock")):
+    # One process converts while the others, on any machine, wait.
+    with Lease(target.with_suffix(".lock")).held():
         if _intact(target, weights):
             return target
         if target.exists():
             rank_zero_info(f"halos: {target}, converted from {gguf_file}, is damaged and is converted again")
-        remove(target)
         beside = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
         try:
             _convert(folder, gguf_file, beside)
             written = {p.name: _digest(p) for p in _files(beside)}
             (beside / _COMPLETE).write_text(json.dumps(written), encoding="utf-8")
             share(beside)
-            os.replace(beside, target)
+            publish(beside, target, intact=lambda: _intact(target, weights))
         finally:
             shutil.rmtree(beside, ignore_errors=True)
     make_room()

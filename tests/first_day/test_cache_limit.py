@@ -38,7 +38,7 @@ def put(root: Path, kind: str, number: int, days: float, size: int = 1000) -> Pa
     path = root / folders[kind]
     path.mkdir(parents=True)
     (path / "file").write_bytes(bytes(size))
-    mark = path.with_name(f"{path.name}.used")
+    mark = cache.mark_of(path)
     mark.touch()
     os.utime(mark, (time.time() - days * 86400,) * 2)
     return path
@@ -82,7 +82,7 @@ def test_what_is_in_use_stays_whoever_uses_it(root: Path, monkeypatch: pytest.Mo
     here, there, free = (put(root, "data", number, days=9 - number) for number in range(3))
     use = Use(here)
     code = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_SH); print('held', flush=True)"
-    words = [sys.executable, "-c", f"{code}; sys.stdin.read()", f"{there}.used"]
+    words = [sys.executable, "-c", f"{code}; sys.stdin.read()", str(cache.mark_of(there))]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
@@ -130,7 +130,7 @@ def test_a_source_that_is_used_again_is_newer(root: Path, tmp_path: Path, monkey
     stores = [open_store(source, tokenizer) for source in sources[:2]]
     folders = [store.folder for store in stores]
     for days, folder in zip((2, 1), folders, strict=True):
-        os.utime(f"{folder}.used", (time.time() - days * 86400,) * 2)
+        os.utime(cache.mark_of(folder), (time.time() - days * 86400,) * 2)
     stores = [open_store(sources[0], tokenizer)]
     info()
     gc.collect()

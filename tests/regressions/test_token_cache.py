@@ -112,7 +112,7 @@ def test_a_whole_store_is_used_without_writing(made: Any, builds: list[str], mon
 
     for name in ("mkdir", "touch"):
         monkeypatch.setattr(Path, name, refuse)
-    monkeypatch.setattr(store, "FileLock", refuse)
+    monkeypatch.setattr(store, "Lease", refuse)
     assert open_store(source, tokenizer, cache).examples == 20
     assert not builds
     other = Source(source.path, rows=3)  # which the cache does not hold
