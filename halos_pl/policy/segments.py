@@ -196,18 +196,22 @@ class Segments:
     def put(self, values: Mapping[bytes, bytes]) -> None:
         """Stores values; other processes see them the next time that they list the folder.
 
+        A key that is in the store already keeps its value.
+
         Raises:
             OSError: the values cannot be written, as on a full disk.
         """
-        if not values:
+        stored = self._index.find(list(values))
+        new = {k: v for k, v in values.items() if k not in stored or stored[k].segment not in self._by_number}
+        if not new:
             return
         try:
-            self._append(values)
+            self._append(new)
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ESTALE):
                 raise
             self.folder.mkdir(parents=True, exist_ok=True)  # another process has removed the segment or the folder
-            self._append(values)
+            self._append(new)
         if self._size > self.largest:
             self._compact()
 
