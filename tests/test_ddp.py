@@ -134,6 +134,19 @@ def test_two_processes_train_as_one(both, objective, two):
     assert summaries[0]["metrics"].keys() == summaries[1]["metrics"].keys()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["kto", "dpo"])
+def test_three_processes_train_as_one(both: Both, objective: str, tmp_path: Path) -> None:
+    """Shares of one or two examples, which the ranks take by tokens."""
+    data = both.pairs if objective == "dpo" else both.binary
+    options = ("--data.batch_size=5", *SGD, "--trainer.gradient_clip_val=0.1")
+    ended = [run(fit(both.model, objective, data, tmp_path / "one", *options), tmp_path)]
+    ended += run_ranks(fit(both.model, objective, data, tmp_path / "three", *options), tmp_path, ranks=3)
+    assert [each.status for each in ended] == [0] * 4
+    assert_same_figures(tmp_path / "one", tmp_path / "three")
+    assert_same_weights(tmp_path / "one", tmp_path / "three")
+
+
 def test_the_load_of_experts_is_that_of_all_ranks(both: Both, tmp_path: Path) -> None:
     """RouterLoss multiplies two means over the tokens of the step; the mean of the ranks' products would differ."""
     tokenizer = load_tokenizer(ModelSpec(str(both.model)))
