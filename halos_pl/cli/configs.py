@@ -130,7 +130,7 @@ def refuse_moved(words: Any, run_dir: Path) -> None:
         return
     for path in config_files(words):
         folder = Path(path).parent
-        if Path(path).name == CONFIG and (folder / LAST).is_file() and folder.resolve() != run_dir.resolve():
+        if Path(path).name == CONFIG and (folder / LAST).exists() and folder.resolve() != run_dir.resolve():
             raise RunError(
                 f"{path} belongs to a run, but its run_dir is {run_dir}: the folder was moved or copied; add"
                 f" --run_dir {folder} to use that run"

@@ -19,6 +19,7 @@ from halos_pl.run_dir import LAST, PREVIOUS, shortfall
 from halos_pl.study import processes
 from halos_pl.study.spec import Run, Study, StudyError
 from halos_pl.study.state import failure_file, record_failure
+from halos_pl.training.checkpoint_links import remove_checkpoint
 
 
 def execute(
@@ -29,7 +30,7 @@ def execute(
     Returns:
         Reason of each failure, by run folder.
     """
-    runs = [run for run in study.runs(out) if not run.done or ((run.folder / LAST).is_file() and not keep_checkpoints)]
+    runs = [run for run in study.runs(out) if not run.done or ((run.folder / LAST).exists() and not keep_checkpoints)]
     if study.cluster is not None:
         return _on_cluster(study, out, runs, keep_checkpoints, tell)
     failed: dict[str, str] = {}
@@ -94,7 +95,7 @@ def execute_run(
         why = None if run.done else _train_and_measure(run, study, os.environ if env is None else env, descriptor(lock))
         if run.done and not keep_checkpoints:  # also those of a process that outlived an interrupted study
             for checkpoint in (LAST, PREVIOUS):
-                (run.folder / checkpoint).unlink(missing_ok=True)
+                remove_checkpoint(run.folder / checkpoint)
         return why
     finally:
         lock.release()
@@ -109,7 +110,7 @@ def _train_and_measure(run: Run, study: Study, env: Mapping[str, str], lock: int
     log = run.folder.with_name(f"{run.folder.name}.{processes.LOG}")
     failure_file(run).unlink(missing_ok=True)
     commands = []
-    begun = (run.folder / LAST).is_file()
+    begun = (run.folder / LAST).exists()
     if not (begun and shortfall(run.folder) is None):  # a finished run without its weights cannot be measured
         commands.append([*run.fit, *(["--ckpt_path=last"] if begun else [])])
     commands.append(study.evaluation(run))

@@ -13,10 +13,12 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from halos_pl.common.files import PART
+from halos_pl.common.files import PART, remove
 from halos_pl.run_dir import LAST, PREVIOUS
 from halos_pl.training.checkpoint_files import CheckpointFiles
+from halos_pl.training.checkpoint_links import remove_checkpoint
 from halos_pl.training.checkpoint_reading import CheckpointError, refused_class
+from halos_pl.training.sharded_checkpoint import ShardedCheckpoints
 
 
 def check_callbacks(trainer: Trainer) -> None:
@@ -87,7 +89,7 @@ class LastCheckpoint(Checkpoint):
         plugin: CheckpointIO = trainer.strategy.checkpoint_io
         if type(plugin) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointFiles()
-        elif not isinstance(plugin, CheckpointFiles):
+        elif not isinstance(plugin, CheckpointFiles | ShardedCheckpoints):
             raise ValueError(
                 f"trainer.plugins: {type(plugin).__name__} is not supported: halos writes and verifies checkpoints"
                 " itself; remove it"
@@ -98,7 +100,7 @@ class LastCheckpoint(Checkpoint):
             folder = Path(trainer.default_root_dir) / LAST.parent
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob(f"*{PART}"):  # by a run that was killed while writing
-                left.unlink()
+                remove(left)
             trial = folder / f"trial{PART}"
             trial.touch()
             trial.unlink()
@@ -131,12 +133,12 @@ class LastCheckpoint(Checkpoint):
             return
         folder = Path(trainer.default_root_dir)
         keep = self.keep == 2 and self._last_is_valid
-        options = {"keep": folder / PREVIOUS} if keep else None
+        options = {"rotate": True, "keep": folder / PREVIOUS if keep else None}
         trainer.save_checkpoint(folder / LAST, weights_only=False, storage_options=options)
         if keep:
             self._previous = (str(folder / PREVIOUS), self._saved_step)
         elif trainer.is_global_zero and not (self._previous and self.keep == 2):
-            (folder / PREVIOUS).unlink(missing_ok=True)  # left from before the run resumed from elsewhere
+            remove_checkpoint(folder / PREVIOUS)  # left from before the run resumed from elsewhere
         self.last_model_path, self._saved_step, self._last_is_valid = str(folder / LAST), trainer.global_step, True
 
     def good(self, diverged: int | None = None) -> str:
@@ -170,11 +172,11 @@ class LastCheckpoint(Checkpoint):
         folder, loaded = Path(trainer.default_root_dir), Path(trainer.ckpt_path)
         self.last_model_path = str(loaded)
         last, previous = folder / LAST, folder / PREVIOUS
-        if last.is_file() and last.samefile(loaded):
+        if last.exists() and last.samefile(loaded):
             self._saved_step, self._last_is_valid = trainer.global_step, True
             if self.keep == 1 and trainer.is_global_zero:
-                previous.unlink(missing_ok=True)
-        elif previous.is_file() and previous.samefile(loaded):
+                remove_checkpoint(previous)
+        elif previous.exists() and previous.samefile(loaded):
             self._previous = (str(previous), trainer.global_step)  # kept, as last.ckpt may be damaged
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

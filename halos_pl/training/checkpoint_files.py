@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from halos_pl.common.files import PART
+from halos_pl.common.files import PART, remove
+from halos_pl.training.checkpoint_links import keep_as, remove_checkpoint, remove_unused
 from halos_pl.training.checkpoint_reading import read_checkpoint, refuse_code
 
 
@@ -37,13 +38,16 @@ class CheckpointFiles(TorchCheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(checkpoint, beside)
             _sync(beside)
-            if keep is not None and path.is_file():
-                _keep(path, Path(keep))
+            if keep is not None and path.exists():
+                keep_as(path, Path(keep))
+            if path.is_dir() and not path.is_symlink():
+                remove(path)
             os.replace(beside, path)
             _sync(path.parent)
+            remove_unused(path.parent)
         except (OSError, RuntimeError) as error:
             less = "; --checkpoint.keep 1 takes a third less space" if keep is not None else ""
-            raise OSError(f"{path} cannot be written: {_reason(error, path.parent)}{less}") from error
+            raise OSError(f"{path} cannot be written: {write_reason(error, path.parent)}{less}") from error
         finally:
             with suppress(OSError):
                 beside.unlink(missing_ok=True)
@@ -57,6 +61,13 @@ class CheckpointFiles(TorchCheckpointIO):
         refuse_code(weights_only)
         return read_checkpoint(Path(path))
 
+    def remove_checkpoint(self, path: Any) -> None:
+        """Removes a file or a folder, if it exists."""
+        if "://" in str(path):
+            super().remove_checkpoint(path)
+        else:
+            remove_checkpoint(Path(path))
+
 
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
@@ -66,18 +77,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _keep(path: Path, aside: Path) -> None:
-    """Gives a file a second name; where the file system has hard links, ``path`` exists throughout."""
-    beside = aside.with_name(f"{aside.name}{PART}")
-    beside.unlink(missing_ok=True)
-    try:
-        os.link(path, beside)
-        os.replace(beside, aside)
-    except OSError:
-        os.replace(path, aside)
-
-
-def _reason(error: Exception, folder: Path) -> str:
+def write_reason(error: Exception, folder: Path) -> str:
+    """Why a checkpoint cannot be written to ``folder``, in a few words."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if "unexpected pos" not in str(error):

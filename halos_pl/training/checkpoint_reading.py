@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ from typing import Any
 import torch
 
 from halos_pl.run_dir import LAST, PREVIOUS
+from halos_pl.training.checkpoint_manifest import REST, Manifest, read_manifest, wrong_digest, wrong_files
+from halos_pl.training.checkpoint_shards import Shards
+from halos_pl.training.checkpoint_tree import put
 
 
 class CheckpointError(ValueError):
@@ -52,8 +55,11 @@ def _damage_of(path: Path, inode: int, size: int, changed: int) -> str | None:
 def damage(path: Path) -> str | None:
     """How the bytes of a checkpoint are damaged; None if they are intact. ``torch.load`` verifies no checksum.
 
-    Reads the whole file, at about 0.5 GB per second, unless this process has already read it.
+    Reads all of it, a file at about 0.5 GB per second, unless this process has already read it.
     """
+    if path.is_dir():
+        manifest = read_manifest(path)
+        return manifest if isinstance(manifest, str) else wrong_files(manifest) or wrong_digest(manifest)
     status = path.stat()
     return _damage_of(path, status.st_ino, status.st_size, status.st_mtime_ns)
 
@@ -62,27 +68,40 @@ def alternative(path: Path) -> str:
     """Suggests an intact checkpoint from the same folder, as the end of a message; empty if there is none."""
     for name in (LAST.name, PREVIOUS.name):
         other = path.with_name(name)
-        if other.is_file() and not other.samefile(path) and not damage(other):
+        if other.exists() and not other.samefile(path) and not damage(other):
             return f"; {other} is intact: resume with --ckpt_path {other}"
     return ""
 
 
-def read_checkpoint(path: Path, *, resume: bool = False, mmap: bool = False) -> dict[str, Any]:
-    """Loads a checkpoint of a halos run to the CPU. Verifies its bytes and executes nothing in it.
+def read_checkpoint(
+    path: Path, *, resume: bool = False, mmap: bool = False, only: Collection[str] | None = None
+) -> dict[str, Any]:
+    """Loads a checkpoint of a halos run, a file or a folder, to the CPU. Verifies its bytes and runs no code in it.
 
     Args:
-        path: the file.
+        path: the checkpoint.
         resume: whether it must contain everything that a fit needs to resume, not only the weights.
-        mmap: whether to map the tensors instead of reading them, to inspect the file.
+        mmap: whether to inspect it only: the tensors of a file are mapped, not read; the shards of a folder are neither
+            read nor verified, and their tensors are on the meta device.
+        only: the entries whose tensors are needed, such as ``state_dict``; those of other entries of a folder are on
+            the meta device. Default: all.
 
     Raises:
-        FileNotFoundError: if the file does not exist.
-        CheckpointError: if the file is damaged, would run code, or is not from a halos run.
+        FileNotFoundError: if there is no such checkpoint.
+        CheckpointError: if it is damaged, would run code, or is not from a halos run.
     """
-    if wrong := damage(path):
+    manifest = read_manifest(path) if path.is_dir() else None
+    if isinstance(manifest, Manifest):
+        wrong = wrong_files(manifest) or wrong_digest(manifest, only=[REST] if mmap else None)
+    else:
+        wrong = manifest or damage(path)
+    if wrong:
         raise CheckpointError(f"{path} {wrong}{alternative(path)}")
+    file = manifest.folder / REST if isinstance(manifest, Manifest) else path
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        content: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and file is path)
+        if isinstance(manifest, Manifest):
+            _put_tensors(content, manifest, () if mmap else only)
     except pickle.UnpicklingError as error:
         name = refused_class(error)
         what = f"contains an object of {name}" if name else f"contains more than tensors and plain values ({error})"
@@ -108,6 +127,19 @@ def read_checkpoint(path: Path, *, resume: bool = False, mmap: bool = False) -> 
         raise CheckpointError(f"{path} cannot be resumed from: its entry {wrong} is malformed{alternative(path)}")
     checkpoint: dict[str, Any] = content
     return checkpoint
+
+
+def _put_tensors(content: Any, manifest: Manifest, only: Collection[str] | None) -> None:
+    wanted = [entry for entry in manifest.entries if only is None or entry.path[0] in only]
+    whole: dict[str, torch.Tensor] = {}
+    with Shards(manifest.folder, manifest.shards if wanted else ()) as shards:
+        for entry in wanted:
+            if entry.key not in whole:
+                whole[entry.key] = shards.whole(entry.key, entry.shape, entry.dtype)
+            put(content, entry.path, whole[entry.key])
+    for entry in manifest.entries:
+        if only is not None and entry.path[0] not in only:
+            put(content, entry.path, torch.empty(entry.shape, dtype=entry.dtype, device="meta"))
 
 
 def refused_class(error: pickle.UnpicklingError) -> str | None:

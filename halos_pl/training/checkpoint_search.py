@@ -15,7 +15,7 @@ from halos_pl.training.checkpoint_reading import CheckpointError, alternative, r
 
 
 def find_checkpoint(run: Path, name: str | None = None) -> Path:
-    """The file of a run's checkpoint.
+    """A run's checkpoint, a file or a folder.
 
     Args:
         run: the run's folder.
@@ -27,12 +27,12 @@ def find_checkpoint(run: Path, name: str | None = None) -> Path:
     """
     last, previous = run / LAST, run / PREVIOUS
     if name in (None, "last"):
-        if last.exists() or not previous.is_file():
+        if last.exists() or not previous.exists():
             return _existing(last, f"{run} is not the folder of a run that has reached a checkpoint")
         rank_zero_info(f"halos: {last} does not exist; using {previous}")
         return previous
     if name != "best":
-        return _existing(Path(str(name)), "a checkpoint is last, best, or a file")
+        return _existing(Path(str(name)), "a checkpoint is last, best, or a path")
     return _best(run)
 
 
@@ -43,7 +43,7 @@ def load_trained(run: Path, name: str | None = None) -> dict[str, Tensor]:
         FileNotFoundError: if the run has no such checkpoint.
         CheckpointError: if the checkpoint cannot be used.
     """
-    state: dict[str, Tensor] = read_checkpoint(find_checkpoint(run, name))["state_dict"]
+    state: dict[str, Tensor] = read_checkpoint(find_checkpoint(run, name), only=("state_dict",))["state_dict"]
     return state
 
 
@@ -75,7 +75,7 @@ def _best(run: Path) -> Path:
         # The run's folder may have been renamed since, and another run may have taken its place.
         inside = (run.joinpath(*parts[first:]) for first in range(len(parts)))
         for best in (*inside, Path(name)):
-            if best.is_file():
+            if best.exists():
                 score = state.get("best_model_score")
                 of = f" ({float(score):.6g})" if score is not None else ""
                 rank_zero_info(f"halos: {best} is the best checkpoint of {run} by {state['monitor']}{of}")
@@ -98,8 +98,8 @@ def _why_unclear(run: Path, kept: Sequence[Mapping[str, Any]], monitored: Mappin
 def _existing(path: Path, why: str) -> Path:
     if path.is_symlink() and not path.exists():
         raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which does not exist")
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path} is not a regular file{alternative(path)}")
-    if not path.is_file():
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise CheckpointError(f"{path} is not a file or a folder{alternative(path)}")
+    if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; {why}")
     return path

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from halos_pl.batch import TokenBatch
-from halos_pl.distributed import sum_over_ranks
+from halos_pl.distributed import sum_over_ranks, world_size
 from halos_pl.training.checkpoint import LastCheckpoint
+from halos_pl.training.checkpoint_tree import local_of
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -89,27 +90,32 @@ def check_policy(module: Any, batch: TokenBatch) -> None:
 def check_finite(checkpoint: Mapping[str, Any], trained: set[str], good: str) -> None:
     """Refuses to save weights that have diverged. Reads each tensor once and copies one number from each device.
 
+    All ranks must call it; each checks its own parts of sharded tensors.
+
     Args:
         checkpoint: the checkpoint to be written.
         trained: names of the trained entries of its ``state_dict``; others, such as masks, may contain infinities.
         good: last line of the message, which names the last good checkpoint.
 
     Raises:
-        NonFiniteWeightsError: naming the first tensors that are not finite.
+        NonFiniteWeightsError: on all ranks, naming the first tensors that are not finite.
     """
-    state = [(name, t) for name, t in checkpoint["state_dict"].items() if isinstance(t, Tensor)]
+    state = [(name, local_of(t)) for name, t in checkpoint["state_dict"].items() if isinstance(t, Tensor)]
     fixed = [(name, torch.where(t.isinf(), 0, t)) for name, t in state if name not in trained and t.is_floating_point()]
     checked = [(name, t) for name, t in state if name in trained]
     checked += fixed + list(_tensors(checkpoint.get("reference_model", {}), "reference_model"))
     for number, optimizer in enumerate(checkpoint.get("optimizer_states", [])):
         checked += _tensors(optimizer.get("state", {}), f"optimizer_states.{number}")
     checked = [(name, t) for name, t in checked if t.is_floating_point() and t.numel()]
-    if not checked or torch.nn.utils.get_total_norm([t for _, t in checked]).isfinite():
+    finite = not checked or bool(torch.nn.utils.get_total_norm([t for _, t in checked]).isfinite())
+    device = checked[0][1].device if checked else torch.device("cpu")
+    if not float(sum_over_ranks(torch.tensor(0.0 if finite else 1.0, device=device))):
         return
     names, what = [name for name, tensor in checked if not tensor.isfinite().all()], "are not finite"
+    names = _of_all_ranks(names)
     if not names:  # no policy can be computed with weights whose squares overflow
         names = [n for n, t in state if n in trained and t.numel() and not t.float().norm().isfinite()]
-        what = "are so large that their squares are not finite"
+        names, what = _of_all_ranks(names), "are so large that their squares are not finite"
     if not names:
         return
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -119,9 +125,17 @@ def check_finite(checkpoint: Mapping[str, Any], trained: set[str], good: str) ->
     )
 
 
+def _of_all_ranks(names: list[str]) -> list[str]:
+    """The names on any rank, each once."""
+    everywhere: list[Any] = [names] * world_size()
+    if world_size() > 1:
+        torch.distributed.all_gather_object(everywhere, names)
+    return list(dict.fromkeys(name for part in everywhere for name in part))
+
+
 def _tensors(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(tree, Tensor):
-        yield name, tree
+        yield name, local_of(tree)
     elif isinstance(tree, Mapping):
         for key, value in tree.items():
             yield from _tensors(value, f"{name}.{key}")
