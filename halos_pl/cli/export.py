@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from peft import get_peft_model_state_dict
 from torch import nn
 
@@ -23,7 +25,8 @@ from halos_pl.policy.intact import is_finite
 from halos_pl.policy.loading import load_model, stored_dtype, stored_noise
 from halos_pl.policy.source import ADAPTER_CONFIG, source_of
 from halos_pl.policy.spec import ModelError, ModelSpec
-from halos_pl.training.named_model import named_model
+from halos_pl.training.named_model import NamedModel, named_model
+from halos_pl.training.offloaded import NonFiniteError, offloaded_policy
 
 #: Files of a model's weights, and of its tokenizer.
 WEIGHTS = ("adapter_*", "model*.safetensors*", "pytorch_model*", "generation_config.json")
@@ -47,6 +50,7 @@ def export(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     overwrite: bool = False,
     ckpt_path: str | None = None,
+    max_shard_size: str = "5GB",
 ) -> None:
     """Write a run's policy as a Hugging Face folder. The code that the run's config.yaml names is executed.
 
@@ -60,9 +64,14 @@ def export(
         dtype: dtype of the weights; default: that of training (model.policy.dtype, or that of a half-precision
             Trainer).
         overwrite: whether to write into a folder that is not empty.
-        ckpt_path: checkpoint other than the last: best (as monitored by the run's ModelCheckpoint), or a file. Also
+        ckpt_path: checkpoint other than the last: best (as monitored by the run's ModelCheckpoint), or a path. Also
             spelled --checkpoint.
+        max_shard_size: largest size of a file of weights, such as 500MB; a larger model is split into several files.
     """
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise ValueError(f"--max_shard_size {max_shard_size} is not a size, such as 5GB or 500MB") from error
     out = Path(folder)
     if out.exists() and any(path.name != _PART for path in out.iterdir()) and not overwrite:
         raise FileExistsError(f"{out} is not empty; choose another folder, or use --overwrite true")
@@ -76,7 +85,8 @@ def export(
         raise FileExistsError(f"{out} is the folder to export; choose another one")
     if named.run is None and dtype is None:
         dtype = stored_dtype(named.spec)  # type: ignore[assignment]
-    policy: Any = named.load("cpu")
+    offloaded = _offloaded(named)
+    policy: Any = offloaded or named.load("cpu")
     tokenizer = named.tokenizer()
     if dtype == "float32" and not adapter:  # before merging, so that the sum is not rounded
         policy.float()
@@ -86,19 +96,29 @@ def export(
         policy = policy.merge_and_unload()
     if dtype is not None:
         policy.to(getattr(torch, dtype))
-    _check_finite(policy, run)
+    if offloaded is None:  # otherwise, each weight is checked when it is read
+        _check_finite(policy, run)
     if not adapter:
         set_noise(policy, stored_noise(named.spec))
     stops = add_eos_ids(policy, stop_ids(tokenizer))
     if adapter and stops:
         print(f"halos: the adapter's base does not stop at the ids {stops}; pass them as eos_token_id to generate")
     with _written(out, (*TOKENIZER, *(("adapter_*",) if adapter else WEIGHTS))) as part:
-        policy.save_pretrained(part)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+            policy.save_pretrained(part, **({} if adapter else {"max_shard_size": max_shard_size}))
         tokenizer.save_pretrained(part)
     written, stored = _dtype_of(policy), stored_dtype(named.spec)
     base = f" (its base is in {stored}; choose with --dtype)" if dtype is None and stored != written else ""
     what = "the adapter" if adapter else "the model"
     print(f"halos: wrote {what} of {run} to {out}{'' if adapter else f', in {written}{base}'}")
+
+
+def _offloaded(named: NamedModel) -> Any:
+    """The policy with its weights left in a folder checkpoint, if it is in one and needs no merging."""
+    if named.run is None or named.ckpt_path is None or not (checkpoint := Path(named.ckpt_path)).is_dir():
+        return None
+    return offloaded_policy(named.run, checkpoint)
 
 
 def _adapter_alone(policy: Any, spec: ModelSpec) -> Any:
@@ -137,10 +157,7 @@ def _dtype_of(model: nn.Module) -> str:
 def _check_finite(policy: nn.Module, run: str) -> None:
     for name, value in policy.named_parameters():
         if not is_finite(value):
-            raise ValueError(
-                f"{run}: {name} is not finite in {_dtype_of(policy)}: the run diverged, or its weights are too large"
-                " for that dtype; nothing was written"
-            )
+            raise NonFiniteError(run, name, value)
 
 
 @contextmanager
@@ -159,6 +176,8 @@ def _written(out: Path, stale: Sequence[str]) -> Iterator[Path]:
         part.mkdir(parents=True)
         try:
             yield part
+        except NonFiniteError:
+            raise
         except Exception as error:  # safetensors and tokenizers raise their own errors on a full disk
             reason = " ".join(str(error).split()) or type(error).__name__
             raise OSError(f"{out} could not be written ({reason}); the folder is unchanged") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
@@ -40,7 +41,7 @@ from halos_pl.training.callbacks import (
     SaveRunConfig,
 )
 from halos_pl.training.checkpoint import LastCheckpoint
-from halos_pl.training.checkpoint_reading import read_checkpoint, refuse_code
+from halos_pl.training.checkpoint_reading import check_checkpoint, refuse_code
 from halos_pl.training.checkpoint_search import find_checkpoint
 from halos_pl.training.checks import check_trainer
 from halos_pl.training.ending import NotingTrainer
@@ -177,7 +178,7 @@ class HalosCLI(LightningCLI):
         if config.get("ckpt_path"):
             # Checked now, before data and model are loaded.
             path = find_checkpoint(run_dir, str(config.ckpt_path))
-            read_checkpoint(path, resume=self.subcommand == "fit", mmap=True)
+            check_checkpoint(path, resume=self.subcommand == "fit", alone=_get_rank() is None)
             config.ckpt_path = str(path)
 
     def instantiate_classes(self) -> None:

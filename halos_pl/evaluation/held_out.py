@@ -20,10 +20,10 @@ from halos_pl.policy.loading import load_model
 from halos_pl.policy.logprobs import completion_mask
 from halos_pl.policy.reference import AdapterOff, FixedModel, FrozenCopy
 from halos_pl.policy.scorer import Scorer
-from halos_pl.training.checkpoint_search import load_trained
+from halos_pl.training.checkpoint_search import find_checkpoint
 from halos_pl.training.named_model import NamedModel
 from halos_pl.training.progress import Progress
-from halos_pl.training.trained import module_of_run, put_weights
+from halos_pl.training.trained import load_weights, module_of_run
 
 #: Both classes of rows, pairs included.
 NEEDS = Needs(undesirable=True)
@@ -105,8 +105,7 @@ def prepared(
         reference.bind(scorer, model.spec)
     module = Evaluation(scorer, reference, model.tokenizer())
     if model.run and trained:
-        state = load_trained(model.run, model.ckpt_path)
-        put_weights(module, {k: v for k, v in state.items() if k.startswith("scorer.")}, model.run)
+        load_weights(module, find_checkpoint(model.run, model.ckpt_path), model.run, "scorer.")
     return module.eval()
 
 

@@ -74,6 +74,25 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_empty(spec: ModelSpec) -> PreTrainedModel | None:
+    """The model of ``spec`` without its weights, on the meta device; None if it is an adapter to be merged.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    if spec.lora is not None or adapters.chain(spec)[1]:
+        return None
+    model: PreTrainedModel = _loaded(
+        AutoModelForCausalLM,
+        spec,
+        weights=True,
+        dtype=getattr(torch, spec.dtype),
+        attn_implementation=spec.attn_implementation,
+        device_map="meta",
+    )
+    return model
+
+
 def _check_template(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> None:
     """Refuses a chat template that is not valid Jinja; otherwise the error would name a row of the data."""
     if not tokenizer.chat_template:

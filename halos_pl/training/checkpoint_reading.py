@@ -129,6 +129,24 @@ def read_checkpoint(
     return checkpoint
 
 
+def check_checkpoint(path: Path, *, resume: bool, alone: bool) -> None:
+    """Refuses a checkpoint that cannot be used, before data and model are loaded.
+
+    Args:
+        path: the checkpoint.
+        resume: whether a fit is to resume from it.
+        alone: whether this process is the only one so far. Otherwise the shards of a folder are only verified when the
+            ranks load them, as they share that work then and fail together.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+        CheckpointError: if it cannot be used.
+    """
+    read_checkpoint(path, resume=resume, mmap=True)
+    if alone and (wrong := damage(path)):
+        raise CheckpointError(f"{path} {wrong}{alternative(path)}")
+
+
 def _put_tensors(content: Any, manifest: Manifest, only: Collection[str] | None) -> None:
     wanted = [entry for entry in manifest.entries if only is None or entry.path[0] in only]
     whole: dict[str, torch.Tensor] = {}

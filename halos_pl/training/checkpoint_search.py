@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
 from halos_pl.run_dir import LAST, PREVIOUS
 from halos_pl.training.checkpoint_reading import CheckpointError, alternative, read_checkpoint
@@ -34,17 +33,6 @@ def find_checkpoint(run: Path, name: str | None = None) -> Path:
     if name != "best":
         return _existing(Path(str(name)), "a checkpoint is last, best, or a path")
     return _best(run)
-
-
-def load_trained(run: Path, name: str | None = None) -> dict[str, Tensor]:
-    """The state dict of a run's checkpoint, by default the last one (see :func:`find_checkpoint`).
-
-    Raises:
-        FileNotFoundError: if the run has no such checkpoint.
-        CheckpointError: if the checkpoint cannot be used.
-    """
-    state: dict[str, Tensor] = read_checkpoint(find_checkpoint(run, name), only=("state_dict",))["state_dict"]
-    return state
 
 
 def _best(run: Path) -> Path:

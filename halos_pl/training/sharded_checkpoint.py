@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ def _replicas(tensor: DTensor) -> int:
     return torch.Size(sizes).numel()
 
 
-def load_sharded(path: Path, live: Mapping[str, Any]) -> dict[str, Any]:
+def load_sharded(path: Path, live: Mapping[str, Any], only: Collection[str] | None = None) -> dict[str, Any]:
     """Reads a checkpoint, a folder or a file, into a sharded run. All ranks must call it; each reads its own parts.
 
     Args:
@@ -145,9 +145,10 @@ def load_sharded(path: Path, live: Mapping[str, Any]) -> dict[str, Any]:
             ``parameters``: the parameters of each optimizer, in the order of its groups. The tensors of ``state_dict``
             are overwritten if they have the shape of those in the checkpoint; the other tensors show how to shard new
             ones.
+        only: the entries whose tensors are needed, such as ``state_dict``; default: all.
 
     Returns:
-        The checkpoint. An entry that the run lacks, or that has another shape, has no data (it is on the meta device).
+        The checkpoint. A weight that the run lacks, or that has another shape there, is on the meta device.
 
     Raises:
         CheckpointError: on all ranks, if the checkpoint is damaged, contains code, or is not from a halos run.
@@ -163,6 +164,8 @@ def load_sharded(path: Path, live: Mapping[str, Any]) -> dict[str, Any]:
     def read() -> None:
         with Shards(manifest.folder, manifest.shards) if manifest else WholeTensors(tensors) as source:
             for entry in entries:
+                if only is not None and entry.path[0] not in only:
+                    continue
                 put(checkpoint, entry.path, _read(source, entry, live, path))
 
     together(read)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser
-from torch import nn
+from torch import Tensor, nn
 
 from halos_pl.common.foreign_code import model_of_config
 from halos_pl.common.messages import cause
 from halos_pl.data.template import CHAT_TEMPLATE, use_template
 from halos_pl.run_dir import CONFIG
 from halos_pl.training.checkpoint_contents import entry_kind
-from halos_pl.training.checkpoint_search import load_trained
+from halos_pl.training.checkpoint_reading import read_checkpoint
+from halos_pl.training.checkpoint_search import find_checkpoint
 from halos_pl.training.module import HALOModule
+from halos_pl.training.sharded_checkpoint import load_sharded
 
 
 def module_of_run(run: Path) -> HALOModule:
@@ -51,7 +54,7 @@ def load_run(run: str | Path, ckpt_path: str | None = None) -> HALOModule:
 
     Args:
         run: the run's folder, with ``config.yaml`` and ``checkpoints/last.ckpt``.
-        ckpt_path: the checkpoint: ``last`` (default), ``best`` (according to the run's ModelCheckpoint), or a file.
+        ckpt_path: the checkpoint: ``last`` (default), ``best`` (according to the run's ModelCheckpoint), or a path.
 
     Raises:
         FileNotFoundError: if the config or the checkpoint is missing.
@@ -59,30 +62,57 @@ def load_run(run: str | Path, ckpt_path: str | None = None) -> HALOModule:
     """
     run = Path(run)
     module = module_of_run(run)
-    state = load_trained(run, ckpt_path)
+    path = find_checkpoint(run, ckpt_path)
     spec = module.models.spec
     assert spec is not None  # a config names no model in memory
     module.scorer = module.models.policy()
-    put_weights(module, state, run)
-    # A Trainer in half precision has rounded the trained weights.
-    trained = {value.dtype for name, value in state.items() if name.startswith("scorer.") and value.is_floating_point()}
-    widest = max(trained, key=lambda dtype: dtype.itemsize, default=torch.float32)
-    if widest.itemsize < getattr(torch, spec.dtype).itemsize:
-        module.policy.to(widest)
+    state = load_weights(module, path, run)
+    dtype = trained_dtype(state)
+    if dtype.itemsize < getattr(torch, spec.dtype).itemsize:
+        module.policy.to(dtype)
     return module
 
 
-def put_weights(module: nn.Module, state: dict[str, Any], run: Path) -> None:
-    """Loads a run's trained weights into a module whose policy is loaded.
+def trained_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
+    """The widest dtype of a policy's trained weights, which a Trainer in half precision has rounded."""
+    dtypes = {value.dtype for name, value in state.items() if name.startswith("scorer.") and value.is_floating_point()}
+    return max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
+
+
+def load_weights(module: nn.Module, path: Path, run: Path, prefix: str = "") -> dict[str, Tensor]:
+    """Loads a checkpoint's weights, one tensor at a time, into a module whose policy is loaded.
+
+    Args:
+        module: the module.
+        path: the checkpoint.
+        run: folder of its run, for messages.
+        prefix: beginning of the names of the weights to load.
+
+    Returns:
+        The checkpoint's weights; those of a folder are on the meta device.
 
     Raises:
-        ValueError: if they do not fit that policy.
+        CheckpointError: if the checkpoint cannot be used.
+        ValueError: if the weights do not fit that policy.
+    """
+    whole: dict[str, Tensor] = read_checkpoint(path, mmap=True)["state_dict"]
+    state = {name: value for name, value in whole.items() if name.startswith(prefix)}
+    check_weights(module, state, run)
+    load_sharded(path, {"state_dict": module.state_dict()}, only=("state_dict",))
+    return state
+
+
+def check_weights(module: nn.Module, state: Mapping[str, Any], run: Path) -> None:
+    """Refuses a checkpoint's weights that do not fit the policy of a module.
+
+    Raises:
+        ValueError: if they do not; names the first differences.
     """
     kinds = {name: entry_kind(value) for name, value in module.state_dict().items()}
     if wrong := [name for name, value in state.items() if name in kinds and kinds[name] != entry_kind(value)]:
         raise ValueError(f"{run}: the checkpoint does not fit the policy in {CONFIG}: shape or type of {wrong[0]}")
-    missing, unexpected = module.load_state_dict(state, strict=False)
-    trained = {name for name, p in module.named_parameters() if p.requires_grad}
-    if unexpected or trained & set(missing):
-        names = ", ".join(sorted([*unexpected, *(trained & set(missing))])[:5])
+    unexpected = state.keys() - kinds.keys()
+    missing = {name for name, p in module.named_parameters() if p.requires_grad} - state.keys()
+    if unexpected or missing:
+        names = ", ".join(sorted(unexpected | missing)[:5])
         raise ValueError(f"{run}: the checkpoint does not fit the policy in {CONFIG} (first differences: {names})")
