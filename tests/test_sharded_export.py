@@ -69,7 +69,7 @@ def test_a_folder_exports_as_a_file_does_a_file_at_a_time(finished, tmp_path, mo
         return tensor
 
     monkeypatch.setattr(Shards, "whole", watched)
-    monkeypatch.setattr("halos_pl.policy.loading._whole", None)  # no other weights are read
+    monkeypatch.setattr("halos_pl.training.models.load_model", None)  # no other weights are read
     export(str(folder / "folders"), str(tmp_path / "folder"), dtype=dtype, max_shard_size="20KB")
     files = [load_file(path) for path in (tmp_path / "folder").glob("model-*.safetensors")]
     sizes = [sum(t.nbytes for t in weights.values()) for weights in files]
