@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from typing_extensions import override
 
 from halos_pl.policy.sharding import Sharding
+from halos_pl.training.sharded_checkpoint import FolderCheckpoints
 
 
 class GatheredHalf(Precision):
@@ -22,7 +23,7 @@ class GatheredHalf(Precision):
     precision: Any = "bf16-mixed"
 
 
-class ShardedStrategy(ModelParallelStrategy):
+class ShardedStrategy(FolderCheckpoints, ModelParallelStrategy):
     """Shards weights, gradients and optimizer state of the policy, and the reference, over all ranks (FSDP2).
 
     The step and its result are those of a single device. A checkpoint is a folder to which all ranks write.
