@@ -28,7 +28,7 @@ from halos_pl.training.checkpoint_files import CheckpointFiles
 from halos_pl.training.checkpoint_reading import CheckpointError, read_checkpoint
 from halos_pl.training.checkpoint_search import find_checkpoint
 from halos_pl.training.non_finite import NonFiniteWeightsError, check_finite
-from halos_pl.training.sharded_checkpoint import load_sharded, save_sharded
+from halos_pl.training.sharded_checkpoint import ShardedCheckpoints, load_sharded, save_sharded
 
 
 class Net(nn.Module):
@@ -377,6 +377,17 @@ def test_no_code_is_run(tmp_path):
     with pytest.raises(CheckpointError, match="could run code"):
         read_checkpoint(tmp_path / "a")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_file_system_without_links_is_refused_before_training(tmp_path, monkeypatch):
+    def symlink_to(*args: Any, **options: Any) -> None:
+        raise PermissionError("no symbolic links here")
+
+    ShardedCheckpoints().check_folder(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(Path, "symlink_to", symlink_to)
+    with pytest.raises(OSError, match=f"{tmp_path} is on a file system without symbolic links"):
+        ShardedCheckpoints().check_folder(tmp_path)
 
 
 def unwritable(folder: Path) -> str:

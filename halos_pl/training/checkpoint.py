@@ -18,7 +18,6 @@ from halos_pl.run_dir import LAST, PREVIOUS
 from halos_pl.training.checkpoint_files import CheckpointFiles
 from halos_pl.training.checkpoint_links import remove_checkpoint
 from halos_pl.training.checkpoint_reading import CheckpointError, refused_class
-from halos_pl.training.sharded_checkpoint import ShardedCheckpoints
 
 
 def check_callbacks(trainer: Trainer) -> None:
@@ -88,8 +87,8 @@ class LastCheckpoint(Checkpoint):
         """
         plugin: CheckpointIO = trainer.strategy.checkpoint_io
         if type(plugin) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = CheckpointFiles()
-        elif not isinstance(plugin, CheckpointFiles | ShardedCheckpoints):
+            trainer.strategy.checkpoint_io = plugin = CheckpointFiles()
+        elif not isinstance(plugin, CheckpointFiles):
             raise ValueError(
                 f"trainer.plugins: {type(plugin).__name__} is not supported: halos writes and verifies checkpoints"
                 " itself; remove it"
@@ -101,9 +100,7 @@ class LastCheckpoint(Checkpoint):
             folder.mkdir(parents=True, exist_ok=True)
             for left in folder.glob(f"*{PART}"):  # by a run that was killed while writing
                 remove(left)
-            trial = folder / f"trial{PART}"
-            trial.touch()
-            trial.unlink()
+            plugin.check_folder(folder)
         loop = trainer.fit_loop
         _after(loop.epoch_loop, lambda: None if self._epoch_ends(trainer) else self._save_if_due(trainer))
         _after(loop, lambda: self._save_if_due(trainer))
@@ -172,11 +169,15 @@ class LastCheckpoint(Checkpoint):
         folder, loaded = Path(trainer.default_root_dir), Path(trainer.ckpt_path)
         self.last_model_path = str(loaded)
         last, previous = folder / LAST, folder / PREVIOUS
-        if last.exists() and last.samefile(loaded):
+        # A network file system may show an earlier state to other ranks, which must save at the same steps.
+        is_last, is_previous = trainer.strategy.broadcast(
+            [name.exists() and name.samefile(loaded) for name in (last, previous)]
+        )
+        if is_last:
             self._saved_step, self._last_is_valid = trainer.global_step, True
             if self.keep == 1 and trainer.is_global_zero:
                 remove_checkpoint(previous)
-        elif previous.exists() and previous.samefile(loaded):
+        elif is_previous:
             self._previous = (str(previous), trainer.global_step)  # kept, as last.ckpt may be damaged
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -46,8 +46,7 @@ class CheckpointFiles(TorchCheckpointIO):
             _sync(path.parent)
             remove_unused(path.parent)
         except (OSError, RuntimeError) as error:
-            less = "; --checkpoint.keep 1 takes a third less space" if keep is not None else ""
-            raise OSError(f"{path} cannot be written: {write_reason(error, path.parent)}{less}") from error
+            raise OSError(f"{path} cannot be written: {write_reason(error, path.parent, keep)}") from error
         finally:
             with suppress(OSError):
                 beside.unlink(missing_ok=True)
@@ -60,6 +59,16 @@ class CheckpointFiles(TorchCheckpointIO):
         """
         refuse_code(weights_only)
         return read_checkpoint(Path(path))
+
+    def check_folder(self, folder: Path) -> None:
+        """Refuses a folder that no checkpoint can be written to.
+
+        Raises:
+            OSError: names the folder.
+        """
+        trial = folder / f"trial{PART}"
+        trial.touch()
+        trial.unlink()
 
     def remove_checkpoint(self, path: Any) -> None:
         """Removes a file or a folder, if it exists."""
@@ -77,12 +86,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_reason(error: Exception, folder: Path) -> str:
-    """Why a checkpoint cannot be written to ``folder``, in a few words."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+def write_reason(error: Exception, folder: Path, keep: Any = None) -> str:
+    """Why a checkpoint cannot be written to ``folder``; a way to save space if another one is kept there as well."""
+    less = "; --checkpoint.keep 1 takes a third less space" if keep is not None else ""
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}{less}"
     if "unexpected pos" not in str(error):
-        return str(error).splitlines()[0]
+        return f"{str(error).splitlines()[0]}{less}"
     with suppress(OSError):  # torch's words for a truncated write
-        return f"only part of it was written, with {shutil.disk_usage(folder).free / 1e6:.0f} MB left on the disk"
-    return "only part of it was written"
+        free = shutil.disk_usage(folder).free / 1e6
+        return f"only part of it was written, with {free:.0f} MB left on the disk{less}"
+    return f"only part of it was written{less}"

@@ -78,8 +78,8 @@ def split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tens
         The rest of the tree, the tensors by key, each once, and the places where they belong.
 
     Raises:
-        TypeError: if a tensor is of a class of its own, such as the state of an 8-bit optimizer.
-        ValueError: if two tensors would have the same name.
+        ValueError: if a tensor is of a class of its own, such as the state of an 8-bit optimizer, or two would have the
+            same name.
     """
     rest = {key: value for key, value in checkpoint.items()}
     tensors: dict[str, Tensor] = {}
@@ -91,7 +91,7 @@ def split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tens
         key = ".".join(map(str, path))
         part = local_of(tensor)
         if type(part) not in (Tensor, torch.nn.Parameter):
-            raise TypeError(f"{key} is a {type(part).__name__}, which the checkpoint of a sharded run cannot contain")
+            raise ValueError(f"{key} is a {type(part).__name__}, which the checkpoint of a sharded run cannot contain")
         # The same storage on one rank is the same on all, also where this rank's part is empty.
         place = (part.untyped_storage()._cdata, part.storage_offset(), part.stride(), tensor.shape, tensor.dtype)
         entries.append(Entry(path, tensor.shape, tensor.dtype, names.setdefault(place, key)))

@@ -108,7 +108,7 @@ def check_finite(checkpoint: Mapping[str, Any], trained: set[str], good: str) ->
         checked += _tensors(optimizer.get("state", {}), f"optimizer_states.{number}")
     checked = [(name, t) for name, t in checked if t.is_floating_point() and t.numel()]
     finite = not checked or bool(torch.nn.utils.get_total_norm([t for _, t in checked]).isfinite())
-    device = checked[0][1].device if checked else torch.device("cpu")
+    device = state[0][1].device if state else torch.device("cpu")  # also on a rank whose parts are all empty
     if not float(sum_over_ranks(torch.tensor(0.0 if finite else 1.0, device=device))):
         return
     names, what = [name for name, tensor in checked if not tensor.isfinite().all()], "are not finite"

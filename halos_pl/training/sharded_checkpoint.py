@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -23,8 +22,8 @@ from torch.distributed.tensor import DTensor
 
 from halos_pl.common.files import PART, remove
 from halos_pl.distributed import rank, world_size
-from halos_pl.training.checkpoint_files import write_reason
-from halos_pl.training.checkpoint_links import folder_for, keep_as, point, remove_checkpoint, remove_unused
+from halos_pl.training.checkpoint_files import CheckpointFiles, write_reason
+from halos_pl.training.checkpoint_links import folder_for, keep_as, point, remove_unused
 from halos_pl.training.checkpoint_manifest import (
     REST,
     Manifest,
@@ -123,7 +122,7 @@ def save_sharded(checkpoint: Mapping[str, Any], path: Path, *, rotate: bool = Fa
         if not isinstance(cause, OSError | RuntimeError):  # such as KeyboardInterrupt
             raise cause from None
         which = f" by rank {number}" if world_size() > 1 else ""
-        raise OSError(f"{path} cannot be written{which}: {write_reason(cause, path.parent)}") from cause
+        raise OSError(f"{path} cannot be written{which}: {write_reason(cause, path.parent, keep)}") from cause
 
 
 def _make_empty(folder: Path) -> None:
@@ -219,8 +218,8 @@ def offsets_of(tensor: Tensor) -> Sequence[int]:
     return tuple(chunk.offsets)
 
 
-class ShardedCheckpoints(TorchCheckpointIO):
-    """Writes checkpoints as folders and loads them whole; all ranks must save together."""
+class ShardedCheckpoints(CheckpointFiles):
+    """Writes checkpoints as folders, for which all ranks must call it together; loads them whole."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """See :func:`save_sharded`; ``storage_options`` are its other arguments.
@@ -230,17 +229,11 @@ class ShardedCheckpoints(TorchCheckpointIO):
         """
         save_sharded(checkpoint, Path(path), **(storage_options or {}))
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Loads the whole checkpoint to the CPU of this process.
-
-        Raises:
-            CheckpointError: if it cannot be used.
-        """
-        refuse_code(weights_only)
-        return read_checkpoint(Path(path))
-
-    def remove_checkpoint(self, path: Any) -> None:
-        remove_checkpoint(Path(path))
+    def check_folder(self, folder: Path) -> None:
+        super().check_folder(folder)
+        trial = folder / f"trial{PART}"
+        point(trial, folder)
+        trial.unlink()
 
 
 class FolderCheckpoints(Strategy):
