@@ -240,9 +240,25 @@ def test_the_last_two_are_kept_also_beside_files(tmp_path):
     assert list((tmp_path / "copy" / LAST).parent.iterdir()) == []
 
 
+def test_links_that_a_user_has_made_are_kept(tmp_path):
+    run = Run().train(1)
+    run.save(tmp_path / "elsewhere" / "step-1")
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "last.ckpt").symlink_to(tmp_path / "elsewhere" / "step-1")
+    run.train(1).save(tmp_path / LAST, rotate=True, keep=tmp_path / PREVIOUS)
+    (folder / "mine.ckpt").symlink_to(folder / "step-2")
+    assert names(tmp_path) == {"last.ckpt": 2, "previous.ckpt": 1}
+    run.train(1).save(tmp_path / LAST, rotate=True)
+    assert names(tmp_path) == {"last.ckpt": 3, "previous.ckpt": 1}
+    assert read_checkpoint(folder / "mine.ckpt")["global_step"] == 2
+    with pytest.raises(ValueError, match="s3://bucket/a is a URL"):
+        ShardedCheckpoints().save_checkpoint({}, "s3://bucket/a")
+
+
 def test_a_name_without_links_is_replaced(tmp_path):
     run, path = Run(), tmp_path / "best.ckpt"
-    CheckpointFiles().save_checkpoint(run.live(), path)
+    CheckpointFiles().save_checkpoint(run.live(), path)  # a file
     for _ in range(2):
         run.train(1).save(path)
         assert read_checkpoint(path)["global_step"] == run.step

@@ -18,7 +18,7 @@ _OLD = f".old{PART}"
 
 
 def folder_for(parent: Path, step: int) -> Path:
-    """A name of a new folder for the checkpoint of a step."""
+    """A free name for the folder of a step's checkpoint."""
     folder, number = parent / f"step-{step}", 1
     while os.path.lexists(folder):
         number += 1
@@ -26,8 +26,8 @@ def folder_for(parent: Path, step: int) -> Path:
     return folder
 
 
-def point(link: Path, folder: Path) -> None:
-    """Makes ``link`` point to a folder beside it; there is a checkpoint of that name throughout.
+def point(link: Path, target: str) -> None:
+    """Makes ``link`` a link to ``target``, relative to its own folder; it exists throughout, unless it is a folder now.
 
     Raises:
         OSError: if the file system has no symbolic links.
@@ -35,13 +35,13 @@ def point(link: Path, folder: Path) -> None:
     beside = link.with_name(f"{link.name}.link{PART}")
     remove(beside)
     try:
-        beside.symlink_to(folder.name, target_is_directory=True)
+        beside.symlink_to(target, target_is_directory=True)
     except OSError as error:
         raise OSError(
             f"{link.parent} is on a file system without symbolic links, which the checkpoints of a sharded run need;"
             " choose another run_dir"
         ) from error
-    if link.is_dir() and not link.is_symlink():  # a copy of a run that has resolved its links
+    if link.is_dir() and not link.is_symlink():  # copying the run has resolved its links
         os.rename(link, link.with_name(f"{link.name}{_OLD}"))
     os.replace(beside, link)
 
@@ -49,7 +49,7 @@ def point(link: Path, folder: Path) -> None:
 def keep_as(name: Path, aside: Path) -> None:
     """Gives a checkpoint a second name; where the file system has links, ``name`` exists throughout."""
     if name.is_symlink():
-        point(aside, Path(os.readlink(name)))
+        point(aside, os.readlink(name))
         return
     if aside.is_dir() and not aside.is_symlink():
         os.rename(aside, aside.with_name(f"{aside.name}{_OLD}"))
@@ -64,10 +64,10 @@ def keep_as(name: Path, aside: Path) -> None:
 
 def remove_unused(parent: Path) -> None:
     """Removes the folders of older checkpoints, which no link in ``parent`` points to."""
-    used = {os.readlink(path) for path in parent.iterdir() if path.is_symlink()}
+    used = {path.resolve() for path in parent.iterdir() if path.is_symlink()}
     for path in parent.iterdir():
-        ours = _FOLDER.fullmatch(path.name) and path.name not in used and (path / MANIFEST).is_file()
-        if ours or path.name.endswith(_OLD):
+        unused = _FOLDER.fullmatch(path.name) and path.resolve() not in used and (path / MANIFEST).is_file()
+        if unused or path.name.endswith(_OLD):
             remove(path)
 
 

@@ -81,22 +81,21 @@ def split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tens
         ValueError: if a tensor is of a class of its own, such as the state of an 8-bit optimizer, or two would have the
             same name.
     """
-    rest = {key: value for key, value in checkpoint.items()}
     tensors: dict[str, Tensor] = {}
     names: dict[Any, str] = {}
     entries = []
-    for path, tensor in walk(rest):
+    for path, tensor in walk(checkpoint):
         if path[0] not in LARGE and not isinstance(tensor, DTensor):
             continue
         key = ".".join(map(str, path))
         part = local_of(tensor)
         if type(part) not in (Tensor, torch.nn.Parameter):
             raise ValueError(f"{key} is a {type(part).__name__}, which the checkpoint of a sharded run cannot contain")
-        # The same storage on one rank is the same on all, also where this rank's part is empty.
+        # Tensors that share their storage do so on all ranks, even if this rank's parts are empty.
         place = (part.untyped_storage()._cdata, part.storage_offset(), part.stride(), tensor.shape, tensor.dtype)
         entries.append(Entry(path, tensor.shape, tensor.dtype, names.setdefault(place, key)))
         if names[place] == key:
             if key in tensors:
                 raise ValueError(f"the checkpoint contains two tensors called {key}")
             tensors[key] = tensor
-    return without(rest, {entry.path for entry in entries}), tensors, entries
+    return without(checkpoint, {entry.path for entry in entries}), tensors, entries

@@ -65,22 +65,27 @@ def together(action: Callable[[], Any]) -> Any:
     return result
 
 
-def save_sharded(checkpoint: Mapping[str, Any], path: Path, *, rotate: bool = False, keep: Path | None = None) -> None:
+def save_sharded(
+    checkpoint: Mapping[str, Any], path: str | Path, *, rotate: bool = False, keep: Path | None = None
+) -> None:
     """Writes a checkpoint, whose tensors may be sharded, to a folder. All ranks must call it.
 
-    The folder gets its name once it is complete and flushed to the disk, so a kill at any moment leaves an earlier
-    checkpoint or the new one. (Between two renamings, an earlier checkpoint at ``path`` itself has no name, unless
-    ``rotate``.)
+    The folder gets its name once it is complete and flushed to the disk, so a kill at any moment leaves the earlier
+    checkpoint or the new one. Without ``rotate``, an earlier checkpoint at ``path`` is renamed just before.
 
     Args:
         checkpoint: the checkpoint; all ranks must have the same entries, and rank 0's other values are saved.
         path: name of the checkpoint.
         rotate: whether ``path`` becomes a link to a folder ``step-N`` beside it, which is replaced atomically.
-        keep: second name for the checkpoint that has been at ``path``, if any.
+        keep: second name for the checkpoint that was at ``path``, if any.
 
     Raises:
         OSError: on all ranks, if one cannot write its part; the message gives the reason, and nothing is changed.
+        ValueError: if ``path`` is a URL.
     """
+    if "://" in str(path):
+        raise ValueError(f"{path} is a URL, but the checkpoint of a sharded run is a folder; choose another dirpath")
+    path = Path(path)
     rest, tensors, entries = split(checkpoint)
     step = int(checkpoint.get("global_step", 0))
     part = path.with_name(f"{path.name}.{step}{PART}")  # another name each time, as network file systems cache names
@@ -99,7 +104,7 @@ def save_sharded(checkpoint: Mapping[str, Any], path: Path, *, rotate: bool = Fa
             sync(path.parent)
             if keep is not None and os.path.lexists(path):
                 keep_as(path, keep)
-            point(path, folder)
+            point(path, folder.name)
             sync(path.parent)
             remove_unused(path.parent)
         else:
@@ -219,7 +224,7 @@ def offsets_of(tensor: Tensor) -> Sequence[int]:
 
 
 class ShardedCheckpoints(CheckpointFiles):
-    """Writes checkpoints as folders, for which all ranks must call it together; loads them whole."""
+    """Writes checkpoints as folders; all ranks must save together. Each process loads a whole checkpoint."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """See :func:`save_sharded`; ``storage_options`` are its other arguments.
@@ -227,17 +232,17 @@ class ShardedCheckpoints(CheckpointFiles):
         Raises:
             OSError: if the folder cannot be written.
         """
-        save_sharded(checkpoint, Path(path), **(storage_options or {}))
+        save_sharded(checkpoint, path, **(storage_options or {}))
 
     def check_folder(self, folder: Path) -> None:
         super().check_folder(folder)
         trial = folder / f"trial{PART}"
-        point(trial, folder)
+        point(trial, folder.name)
         trial.unlink()
 
 
 class FolderCheckpoints(Strategy):
-    """Saves and loads a sharded run: a base class of a strategy, to be named before Lightning's."""
+    """The part of a strategy that saves and loads a sharded run; must come before Lightning's strategy as a base."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -248,12 +253,12 @@ class FolderCheckpoints(Strategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The module's state, sharded as it is."""
+        """The module's state; its tensors stay sharded."""
         assert self.lightning_module is not None
         return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """The optimizer's state, sharded as it is, by the parameters' numbers."""
+        """The optimizer's state by parameter number, as in a single file; its tensors stay sharded."""
         state: dict[str, Any] = getattr(optimizer, "_optimizer", optimizer).state_dict()
         return state
 
