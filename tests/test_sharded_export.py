@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from run_halos import binary_data, fit, metrics, refused
+from run_halos import binary_data, fit, metrics, pair_data, refused
 from safetensors.torch import load_file
 
 from halos_pl.cli.export import export
 from halos_pl.cli.main import main
+from halos_pl.evaluation.evaluate import evaluate
+from halos_pl.evaluation.files import FILE
 from halos_pl.run_dir import LAST, PREVIOUS
 from halos_pl.training.checkpoint_reading import read_checkpoint
 from halos_pl.training.checkpoint_shards import Shards
@@ -89,6 +91,19 @@ def test_a_folder_is_loaded_and_goes_on_with_one_device_bit_for_bit(finished, tm
     assert metrics(run) == metrics(folder / "run")
     again, straight = read_checkpoint(run / LAST), read_checkpoint(folder / "run" / LAST)
     assert all(torch.equal(again["state_dict"][k], v) for k, v in straight["state_dict"].items())
+
+
+@pytest.mark.slow
+def test_a_folder_is_evaluated_as_a_file_is(finished, tmp_path):
+    folder, _ = finished
+    held_out = [str(pair_data(tmp_path / "pairs.jsonl"))]
+    measured = []
+    for name in ("run", "folders"):
+        run = Path(shutil.copytree(folder / name, tmp_path / name, symlinks=True))
+        evaluate(str(run), held_out=held_out)
+        measured.append(json.loads((run / FILE).read_text()))
+    assert measured[0]
+    assert measured[0] == measured[1]
 
 
 def test_damage_and_weights_that_are_not_finite_are_named(finished, tmp_path, capfd):
