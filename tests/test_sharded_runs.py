@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from run_halos import KILLED, Ended, binary_data, fit, metrics, pair_data, run, 
 from halos_pl.cli.export import export
 from halos_pl.policy.loading import ModelSpec, load_model
 from halos_pl.run_dir import LAST, PREVIOUS
+from halos_pl.training.checkpoint_manifest import Manifest, read_manifest
 from halos_pl.training.checkpoint_reading import read_checkpoint
 from halos_pl.training.checkpoint_search import find_checkpoint
 from halos_pl.training.trained import load_run
@@ -78,6 +80,27 @@ def test_the_best_checkpoint_is_exported(finished, tmp_path):
     exported = load_model(ModelSpec(str(tmp_path / "out"))).state_dict()
     weights = read_checkpoint(path)["state_dict"]
     assert all(torch.equal(exported[name.removeprefix("scorer.model.")], value) for name, value in weights.items())
+
+
+@pytest.mark.slow
+def test_tied_weights_are_saved_once_and_exported(tmp_path, tiny_gpt2_folder):
+    words = fit(tiny_gpt2_folder, "kto", binary_data(tmp_path / "data.jsonl", 12), tmp_path / "run")
+    sharded(words, tmp_path)
+    manifest = read_manifest(tmp_path / "run" / LAST)
+    assert isinstance(manifest, Manifest)
+    names = ("state_dict.scorer.model.lm_head.weight", "state_dict.scorer.model.transformer.wte.weight")
+    tied = [entry for entry in manifest.entries if ".".join(map(str, entry.path)) in names]
+    assert len(tied) == 2
+    assert len({e.key for e in tied}) == 1
+    export(str(tmp_path / "run"), str(tmp_path / "out"))
+    exported: Any = load_model(ModelSpec(str(tmp_path / "out")))
+    assert exported.lm_head.weight is exported.transformer.wte.weight
+    weights = read_checkpoint(tmp_path / "run" / LAST)["state_dict"]
+    assert all(torch.equal(exported.state_dict()[n.removeprefix("scorer.model.")], v) for n, v in weights.items())
+    config, before = (json.loads((place / "config.json").read_text()) for place in (tmp_path / "out", tiny_gpt2_folder))
+    assert {k: config[k] for k in ("resid_pdrop", "embd_pdrop")} == {
+        k: before[k] for k in ("resid_pdrop", "embd_pdrop")
+    }
 
 
 @pytest.mark.slow
