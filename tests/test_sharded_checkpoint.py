@@ -206,6 +206,21 @@ def test_it_goes_on_with_another_number_of_ranks(two_ranks):
     assert (manifest["ranks"], manifest["replicas"], manifest["step"]) == (4, 2, 4)
 
 
+class LowBit(torch.Tensor):
+    """Like the state of an 8-bit optimizer."""
+
+
+def test_tensors_of_other_classes_are_refused_unless_they_are_not_needed(tmp_path, monkeypatch):
+    state = {"state": {0: {"exp_avg": torch.zeros(2).as_subclass(LowBit)}}}
+    checkpoint = {"state_dict": {"scorer.w": torch.ones(2)}, "optimizer_states": [state]}
+    with pytest.raises(ValueError, match=r"optimizer_states\.0\.state\.0\.exp_avg is a LowBit"):
+        save_sharded(checkpoint, tmp_path / "a.ckpt")
+    monkeypatch.setattr("halos_pl.training.sharded_checkpoint.read_checkpoint", lambda *_, **__: dict(checkpoint))
+    live = {"state_dict": {"scorer.w": torch.zeros(2)}}
+    load_sharded(tmp_path / "a file", live, only=("state_dict",))
+    assert live["state_dict"]["scorer.w"].sum() == 2
+
+
 # -- names ---------------------------------------------------------------------------------------------------------
 
 

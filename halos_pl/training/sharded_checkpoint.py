@@ -161,7 +161,9 @@ def load_sharded(path: Path, live: Mapping[str, Any], only: Collection[str] | No
     checkpoint: dict[str, Any] = together(lambda: read_checkpoint(path, mmap=True))
     manifest: Manifest | None = together(lambda: _manifest(path)) if path.is_dir() else None
     if manifest is None:
-        checkpoint, tensors, entries = split(checkpoint)
+        needed = {name: part for name, part in checkpoint.items() if only is None or name in only}
+        rest, tensors, entries = split(needed)
+        checkpoint |= rest
     else:
         entries = manifest.entries
 
