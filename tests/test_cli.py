@@ -358,7 +358,7 @@ def test_the_saved_config_reproduces_the_run(finished, tmp_path):
 def test_settings_that_lightning_refuses_late_or_breaks_on_are_refused(data, tiny_folder, no_model, tmp_path, capfd):
     for option, said in {
         "strategy=fsdp": "trainer.strategy fsdp is not supported",
-        "strategy=deepspeed_stage_3": "Use a single device or ddp",
+        "strategy=deepspeed_stage_3": "Use fsdp2",
         "overfit_batches=1": "Use --trainer.limit_train_batches",
         "enable_checkpointing=false": "checkpoints/last.ckpt",
     }.items():

@@ -14,7 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 from run_halos import KILLED, ROOT, binary_data, fit, metrics, pair_data, run, run_ranks
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -22,7 +28,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from halos_pl.batch import Needs
 from halos_pl.objective.build import load_objective
 from halos_pl.policy.loading import ModelSpec, load_tokenizer
-from halos_pl.training.checks import check_trainer
+from halos_pl.training.checks import check_replicas, check_trainer, refused_strategy
 
 SGD = ("--model.optimizer.class_path=torch.optim.SGD", "--model.optimizer.init_args={lr: 1.0, weight_decay: 0.0}")
 # The rate is 1 from the first step on and nothing is clipped: weights before minus after are the gradient.
@@ -266,17 +272,59 @@ def test_the_command_starts_its_second_process_itself(both, tmp_path):
     assert_same_figures(tmp_path / "alone", tmp_path / "run")
 
 
-def trainer_of(strategy: Any) -> Any:
+def trainer_of(strategy: Any, world_size: int = 1) -> Any:
     return SimpleNamespace(
-        strategy=strategy, accumulate_grad_batches=1, gradient_clip_val=None, gradient_clip_algorithm=None
+        strategy=strategy,
+        world_size=world_size,
+        accumulate_grad_batches=1,
+        gradient_clip_val=None,
+        gradient_clip_algorithm=None,
     )
 
 
-@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])
-def test_sharded_strategies_are_refused(kind):
-    strategy: Any = kind.__new__(kind)  # neither can be made without what it needs, a GPU or deepspeed
-    with pytest.raises(ValueError, match=f"{kind.__name__} is not supported.*[Uu]se a single device or ddp"):
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
+def test_other_sharding_is_refused(kind):
+    strategy: Any = kind.__new__(kind)  # each needs a GPU, or a package, to be made
+    with pytest.raises(ValueError, match=f"{kind.__name__} is not supported.*Use fsdp2"):
         check_trainer(trainer_of(strategy))
+
+
+@pytest.mark.parametrize(
+    ("names", "way_out"),
+    [
+        ("fsdp fsdp_cpu_offload lightning.pytorch.strategies.FSDPStrategy", "fsdp2"),
+        ("deepspeed deepspeed_stage_3_offload_nvme lightning.pytorch.strategies.DeepSpeedStrategy", "fsdp2"),
+        ("tensor_parallel model_parallel lightning.pytorch.strategies.ModelParallelStrategy", "replicas"),
+        ("context_parallel sequence_parallel cp", "micro_batch_rows"),
+        ("ddp_spawn ddp_fork_find_unused_parameters_true ddp_notebook xla_debug", "Use ddp"),
+    ],
+)
+def test_a_refused_strategy_is_named_with_the_way_out(names, way_out):
+    for name in names.split():
+        reason = refused_strategy(name)
+        assert reason is not None
+        assert name.rpartition(".")[2] in reason
+        assert way_out in reason
+        assert "\n" not in reason
+
+
+@pytest.mark.parametrize(
+    "name", ["fsdp2", "halos_pl.training.strategy.ShardedStrategy", "ddp", "auto", "single_device"]
+)
+def test_no_other_name_is_refused(name):
+    assert refused_strategy(name) is None
+
+
+@pytest.mark.parametrize(
+    ("replicas", "ranks", "fits"),
+    [(1, 1, True), (2, 8, True), (8, 8, True), (3, 8, False), (0, 2, False), (4, 2, False)],
+)
+def test_replicas_must_divide_the_number_of_ranks(replicas, ranks, fits):
+    if fits:
+        check_replicas(replicas, ranks)
+    else:
+        with pytest.raises(ValueError, match=f"replicas is {replicas}.*{ranks}"):
+            check_replicas(replicas, ranks)
 
 
 @pytest.mark.parametrize("strategy", [SingleDeviceStrategy("cpu"), DDPStrategy()])

@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from halos_pl.cli.errors import RunError
 from halos_pl.common.type_words import imported, near, shown
-from halos_pl.training.checks import unsupported_strategy
+from halos_pl.training.checks import refused_strategy
 from halos_pl.training.log_config import missing_package
 
 # Variables by which launchers tell a process about the others.
@@ -64,11 +64,8 @@ def check_settings(trainer: Any) -> None:
         RunError: names the setting, the reason and the alternative.
     """
     strategy = trainer.strategy
-    strategy = strategy if isinstance(strategy, str) else strategy.class_path.rpartition(".")[2]
-    if re.match(r"fsdp(?!2)|deepspeed|model_?parallel", strategy, re.IGNORECASE):
-        raise RunError(unsupported_strategy(strategy))
-    if re.match(r"ddp_(spawn|fork|notebook)", strategy):
-        raise RunError(f"trainer.strategy {strategy} is not supported: each rank runs the command itself. Use ddp")
+    if why := refused_strategy(strategy if isinstance(strategy, str) else strategy.class_path):
+        raise RunError(why)
     if trainer.num_nodes > 1 and not LAUNCHERS & os.environ.keys():
         raise RunError(
             f"trainer.num_nodes is {trainer.num_nodes}, but no launcher has given the address of the other nodes. Start"

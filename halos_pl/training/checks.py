@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, get_args
 
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from transformers import PreTrainedModel
 
 from halos_pl.batch import Needs
@@ -15,13 +16,84 @@ from halos_pl.policy.spec import ModelSpec
 from halos_pl.training.optim import LRShape
 from halos_pl.training.strategy import ShardedStrategy
 
+#: Strategies that are refused: a pattern of their names and class names, and the reason with the way out.
+_REFUSED_STRATEGIES = (
+    (
+        r"fsdp(_cpu_offload|Strategy)?|xla_?fsdp(Strategy)?",
+        "FSDP1 wraps the whole module, so that the backward passes inside a step would run within its forward pass, and"
+        " it cannot clip by the norm of all gradients. Use fsdp2, which shards policy and reference",
+    ),
+    (
+        r"deepspeed(_?\w+)?",
+        "DeepSpeed's engine takes over backward passes, clipping and accumulation, which a step does itself, and ZeRO-3"
+        " frees weights that log-probs still need. Use fsdp2, which shards weights, gradients and optimizer state",
+    ),
+    (
+        r"tensor_?parallel\w*|tp",
+        "tensor parallelism would split the head, but log-probs are computed from its whole weight. Use fsdp2;"
+        " replicas sets how many groups of devices each keep a sharded copy",
+    ),
+    (
+        r"(context|sequence)_?parallel\w*|cp",
+        "context parallelism would split rows over devices, but rewards and prefix sharing take whole rows. Use fsdp2,"
+        " with model.micro_batch_rows and model.policy.gradient_checkpointing for long rows",
+    ),
+    (
+        r"model_?parallel(Strategy)?",
+        "it leaves the sharding to the module, and its tensor_parallel_size would split the head, but log-probs are"
+        " computed from its whole weight. Use fsdp2, with replicas instead of data_parallel_size",
+    ),
+    (
+        r"(ddp|xla)_(spawn|fork|notebook|debug)\w*|ddp_notebook\w*",
+        "each rank runs the command itself. Use ddp",
+    ),
+)
 
-def unsupported_strategy(name: str) -> str:
-    """Why a strategy is refused, and what to use instead."""
-    return (
-        f"trainer.strategy {name} is not supported. Use a single device, ddp, or fsdp2, which shards models over the"
-        " ranks"
-    )
+
+def refused_strategy(name: str) -> str | None:
+    """Why a strategy is refused and what to use instead, in one line; None if nothing is known against it.
+
+    Args:
+        name: registered name, such as ``deepspeed_stage_3``, or the name or path of a class.
+    """
+    word = name.rpartition(".")[2]
+    for pattern, reason in _REFUSED_STRATEGIES:
+        if re.fullmatch(pattern, word, re.IGNORECASE):
+            return f"trainer.strategy {word} is not supported: {reason}"
+    return None
+
+
+def check_replicas(replicas: int, world_size: int) -> None:
+    """Refuses a number of replicas over which the ranks cannot be divided.
+
+    Args:
+        replicas: Number of groups of ranks, each of which holds one sharded copy of the models.
+        world_size: Number of ranks.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    if replicas < 1 or world_size % replicas:
+        divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        raise ValueError(
+            f"trainer.strategy.init_args.replicas is {replicas}, but it must divide the number of ranks, {world_size}"
+            f" (trainer.devices times trainer.num_nodes): {', '.join(map(str, divisors))}"
+        )
+
+
+def _check_strategy(trainer: Any) -> None:
+    """Refuses a strategy under which a step would not compute the loss of the whole batch.
+
+    Raises:
+        ValueError: naming the strategy, the reason and the way out.
+    """
+    strategy, kind = trainer.strategy, type(trainer.strategy)
+    if isinstance(strategy, ShardedStrategy):
+        check_replicas(strategy.replicas, trainer.world_size)
+    elif reason := next(filter(None, (refused_strategy(each.__name__) for each in kind.__mro__)), None):
+        raise ValueError(reason)
+    elif not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise ValueError(f"trainer.strategy {kind.__name__} is not supported. Use a single device, ddp or fsdp2")
 
 
 def check_float16(trainer: Any, dtype: str) -> None:
@@ -71,9 +143,7 @@ def check_trainer(trainer: Any) -> None:
             " data.batch_size, and set model.micro_batch_rows to what fits in memory"
         )
     check_clipping(trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
-    known = isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy, ShardedStrategy))
-    if not known or isinstance(trainer.strategy, DeepSpeedStrategy):  # DeepSpeed's is a subclass of DDP's
-        raise ValueError(unsupported_strategy(type(trainer.strategy).__name__))
+    _check_strategy(trainer)
 
 
 def check_sharded(trainer: Any, needs: Needs) -> None:
