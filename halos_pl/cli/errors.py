@@ -50,6 +50,13 @@ def user_errors() -> tuple[type[Exception], ...]:
     return (RunError, OSError, ValueError, *loaded)
 
 
+def described(error: BaseException) -> tuple[str, bool]:
+    """One line on an error, and whether a user can fix it."""
+    if isinstance(error, user_errors()):
+        return f"{type(error).__name__}: {plain(cause(str(error)))}{_cure(error)}", True
+    return f"{type(error).__name__}: {plain(str(error).strip().partition(chr(10))[0])}", False
+
+
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
     """Prints errors that a user can fix in one line, and hides warnings that libraries address to their developers.
@@ -65,18 +72,24 @@ def reported() -> Iterator[None]:
         warnings.formatwarning = _warning
     try:
         yield
-    except Exception as error:
-        if is_unread(error):
+    except BaseException as error:
+        ranks: Any = sys.modules.get("halos_pl.training.rank_failure")
+        if ranks is not None and isinstance(error, ranks.PeerFailed):
+            if error.prints:
+                print(f"halos: {plain(error)}; this rank ends too", file=sys.stderr)
+            raise SystemExit(1) from error
+        if not isinstance(error, Exception) or is_unread(error):
             raise
-        if isinstance(error, user_errors()):
-            print(f"halos: {type(error).__name__}: {plain(cause(str(error)))}{_cure(error)}", file=sys.stderr)
+        rank, (text, fixable) = ranks.prefix() if ranks else "", described(error)
+        if fixable:
+            print(f"halos: {rank}{text}", file=sys.stderr)
             raise SystemExit(1) from error
         if re.search(r"Connection (closed|reset) by peer", str(error)):  # gloo's words in a collective
             print("halos: another process of this run has ended; see its output for the reason", file=sys.stderr)
             raise SystemExit(1) from error
         error.add_note(
-            "halos: this is a bug in halos_pl, or in a plug-in named in the lines above, not in your data or options;"
-            " please report it with these lines"
+            f"halos: {rank}this is a bug in halos_pl, or in a plug-in named in the lines above, not in your data or"
+            " options; please report it with these lines"
         )
         raise
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from halos_pl.cli.checked_settings import (
     settings_of,
 )
 from halos_pl.cli.configs import config_files, expanded, refuse_moved
-from halos_pl.cli.errors import RunError, user_errors
+from halos_pl.cli.errors import RunError, described, user_errors
 from halos_pl.cli.held_lines import HeldLines
 from halos_pl.cli.help_page import COMMANDS, EPILOG
 from halos_pl.cli.parser import HalosParser
@@ -49,6 +50,7 @@ from halos_pl.training.log_config import LogConfig
 from halos_pl.training.module import HALOModule
 from halos_pl.training.monitors import check_monitors, say_unused
 from halos_pl.training.progress import Progress
+from halos_pl.training.rank_failure import NoteFailure, watch_trainer, watching
 from halos_pl.training.resume import KeepSettings
 from halos_pl.training.run_folder import check_run_dir, named_run_dir
 from halos_pl.training.run_log import RunCSVLogger
@@ -87,7 +89,8 @@ class HalosCLI(LightningCLI):
         if run:
             self._held.hold()
         try:
-            self._start(run)
+            with watching(described) if run else nullcontext():
+                self._start(run)
         finally:
             self._held.release(write=False)
 
@@ -220,7 +223,8 @@ class HalosCLI(LightningCLI):
             raise RunError(refused_trainer(error, config.trainer)) from error
         # First, so that the time of a step excludes the work of other callbacks, such as writing a checkpoint.
         # KeepSettings must come before SaveRunConfig, which writes config.yaml.
-        trainer.callbacks[:0] = [self._held, RunReport(), StopAtStep(), KeepSettings(config.clone().as_dict(), CONFIG)]
+        settings = KeepSettings(config.clone().as_dict(), CONFIG)
+        trainer.callbacks[:0] = [NoteFailure(), self._held, RunReport(), StopAtStep(), settings]
         csv_loggers = [logger for logger in trainer.loggers if isinstance(logger, RunCSVLogger)]
         held = [logger for logger in trainer.loggers if logger not in csv_loggers] if csv_loggers else []
         trainer.loggers = csv_loggers or trainer.loggers
@@ -228,4 +232,6 @@ class HalosCLI(LightningCLI):
         trainer.callbacks += [PredictionWriter(), LogConfig(config.clone().as_dict(), held)]
         trainer._signal_connector = AgreedSignals(trainer)
         check_trainer(trainer)
+        if self._runs:
+            watch_trainer(trainer, described)
         return trainer

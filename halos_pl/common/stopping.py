@@ -43,6 +43,7 @@ class _State:
         self.interrupts = 0
         self.waits = False  # for the end of a step, instead of stopping at once
         self.children: list[subprocess.Popen[bytes]] = []
+        self.interruption: BaseException | None = None
 
 
 _state = _State()
@@ -61,6 +62,20 @@ def received() -> int | None:
 def agree(signum: int) -> None:
     """Adopts a signal that another rank has received."""
     _state.signum = _state.signum or signum
+
+
+def interrupt(error: BaseException) -> bool:
+    """Raises an error in the main thread, from another one, as soon as it executes Python code.
+
+    Returns:
+        False if that is impossible, because this module does not handle signals.
+    """
+    number, thread = getattr(signal, "SIGUSR2", None), threading.main_thread().ident
+    if number is None or thread is None or signal.getsignal(number) is not _handle:
+        return False
+    _state.interruption = error
+    signal.pthread_kill(thread, number)
+    return True
 
 
 def wait_for_step(waits: bool) -> None:
@@ -117,6 +132,9 @@ def _handle(signum: int, frame: Any) -> None:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         return
+    if _state.interruption is not None:
+        error, _state.interruption = _state.interruption, None
+        raise error
     first, now = _state.signum is None, time.monotonic()
     if not first and now - _state.when < REPEAT:
         return
