@@ -1,4 +1,4 @@
-"""Fits that are killed at a chosen moment, and comparisons of checkpoints."""
+"""Fits that are killed, or fail on one rank, at a chosen moment, and comparisons of checkpoints."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ def kill_at(step: int, moment: str) -> list[str]:
         f"--trainer.callbacks.step={step}",
         f"--trainer.callbacks.moment={moment}",
     ]
+
+
+def fail_at(**options: object) -> list[str]:
+    name = "plugins.fail_at.FailAt"
+    return [f"--trainer.callbacks+={name}", *(f"--trainer.callbacks.{k}={v}" for k, v in options.items())]
 
 
 def equal(a: Any, b: Any, where: str = "") -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import threading
@@ -22,7 +23,7 @@ def free_port() -> int:
 
 
 def failure(rank: int, text: str) -> Failure:
-    return Failure(rank, rank, socket.gethostname(), text, printed=True)
+    return Failure(rank, rank, 0, socket.gethostname(), text, printed=True)
 
 
 class Run:
@@ -30,7 +31,7 @@ class Run:
 
     def __init__(self, world_size: int) -> None:
         port = free_port()
-        self.places = [Place(rank, rank, world_size, "127.0.0.1", port) for rank in range(world_size)]
+        self.places = [Place(rank, rank, 0, world_size, "127.0.0.1", port) for rank in range(world_size)]
         self.ends: list[Hub | Spoke] = []
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -162,11 +163,31 @@ class Collective(RuntimeError):
 
 def test_a_broken_connection_is_blamed_on_the_rank_that_failed():
     port = free_port()
-    first, second = (RankWatch(Place(rank, rank, 2, "127.0.0.1", port), describe) for rank in (0, 1))
+    first, second = (RankWatch(Place(rank, rank, 0, 2, "127.0.0.1", port), describe) for rank in (0, 1))
     second.note(ValueError("row 7"))
     with pytest.raises(PeerFailed, match=r"rank 1 .*row 7"):
         first.end(Collective())
     second.end(ValueError("row 7"))
+
+
+@pytest.mark.parametrize(
+    ("failed", "printed", "printers"),
+    [
+        ((0, 0), True, [(0, 1)]),  # the failing rank prints on its own node
+        ((1, 0), True, [(0, 1)]),
+        ((1, 0), False, [(0, 0), (0, 1)]),
+        ((0, 0), False, [(0, 1), (1, 0)]),  # the first rank of its node is dead
+    ],
+)
+def test_each_node_prints_one_line(failed, printed, printers):
+    """Ranks are named by local rank and node."""
+    watch = RankWatch.__new__(RankWatch)
+    found = []
+    for local_rank, node in itertools.product((0, 1), (0, 1)):
+        watch.place = Place(2 * node + local_rank, local_rank, node, 4, "", 0)
+        if (local_rank, node) != failed and watch._prints(Failure(9, *failed, "host", "", printed)):
+            found.append((local_rank, node))
+    assert found == printers
 
 
 def test_a_blocked_process_is_ended_with_one_line(monkeypatch, capsys):
@@ -182,8 +203,8 @@ def test_a_blocked_process_is_ended_with_one_line(monkeypatch, capsys):
     monkeypatch.setattr(rank_failure.os, "_exit", exit_now)
     monkeypatch.setattr(rank_failure, "FORCE", 0.1)
     port = free_port()
-    first = RankWatch(Place(0, 0, 2, "127.0.0.1", port), describe)
-    dying = Spoke(Place(1, 1, 2, "127.0.0.1", port))
+    first = RankWatch(Place(0, 0, 0, 2, "127.0.0.1", port), describe)
+    dying = Spoke(Place(1, 1, 0, 2, "127.0.0.1", port))
     while dying._connection is None:
         dying.poll(0.05)
     dying._connection.close()

@@ -176,11 +176,11 @@ class RankWatch:
             text = f"ended with status {error.code}"
         else:
             text = self._describe(error)[0]
-        return Failure(place.rank, place.local_rank, socket.gethostname(), text, printed)
+        return Failure(place.rank, place.local_rank, place.node, socket.gethostname(), text, printed)
 
     def _prints(self, failure: Failure) -> bool:
-        """Whether this rank prints another one's failure: the first on each machine where that rank does not."""
-        here = failure.host == socket.gethostname()
+        """Whether this rank prints another one's failure: the first on each node where that rank does not."""
+        here = failure.node == self.place.node
         if here and failure.printed:
             return False
         return self.place.local_rank == int(here and failure.local_rank == 0)
@@ -212,7 +212,13 @@ def _start(environment: ClusterEnvironment, rank: int, world_size: int, describe
     if world_size > 1 and _watch is None and environment.main_port > 0:
         agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         place = Place(
-            rank, environment.local_rank(), world_size, environment.main_address, environment.main_port, agent
+            rank=rank,
+            local_rank=environment.local_rank(),
+            node=environment.node_rank(),
+            world_size=world_size,
+            address=environment.main_address,
+            port=environment.main_port,
+            agent=agent,
         )
         _watch, _rank = RankWatch(place, describe, lambda: environment.creates_processes_externally), rank
 

@@ -34,7 +34,8 @@ class Place:
 
     Attributes:
         rank: Number of the rank in the run.
-        local_rank: Number of the rank on its machine.
+        local_rank: Number of the rank on its node.
+        node: Number of the node.
         world_size: Number of ranks.
         address: Address of the launch's store, as in ``MASTER_ADDR``.
         port: Port of the store.
@@ -43,6 +44,7 @@ class Place:
 
     rank: int
     local_rank: int
+    node: int
     world_size: int
     address: str
     port: int
@@ -55,7 +57,8 @@ class Failure:
 
     Attributes:
         rank: Rank that failed.
-        local_rank: Number of that rank on its machine.
+        local_rank: Number of that rank on its node.
+        node: Number of its node.
         host: Name of its machine.
         text: One line on the failure.
         printed: Whether that rank prints the line itself.
@@ -63,6 +66,7 @@ class Failure:
 
     rank: int
     local_rank: int
+    node: int
     host: str
     text: str
     printed: bool
@@ -123,10 +127,15 @@ class _Peer:
 
     rank: int = -1
     local_rank: int = 0
+    node: int = 0
     host: str = ""
     pending: bytes = b""
     joined: bool = False
     done: bool = False
+
+    def death(self) -> Failure:
+        """The failure of a rank whose connection has ended without a word."""
+        return Failure(self.rank, self.local_rank, self.node, self.host, _DIED, printed=False)
 
     def lines(self, received: bytes) -> list[dict[str, Any]]:
         """The messages that are complete."""
@@ -216,7 +225,8 @@ class Hub(Links):
                 if message.get("token") != self._token:
                     received = b""
                     break
-                peer.rank, peer.local_rank, peer.host = message["rank"], message["local_rank"], message["host"]
+                peer.rank, peer.local_rank = message["rank"], message["local_rank"]
+                peer.node, peer.host = message["node"], message["host"]
                 _send(connection, {"welcome": socket.gethostname()})
                 if self.failure is not None:
                     self._pass_on(connection, peer, self.failure)
@@ -233,7 +243,7 @@ class Hub(Links):
                     self._over.add(peer.rank)
                     self._changed.notify_all()
             if peer.joined and not peer.done:
-                self.tell(Failure(peer.rank, peer.local_rank, peer.host, _DIED, printed=False))
+                self.tell(peer.death())
 
     def _pass_on(self, connection: socket.socket, peer: _Peer, failure: Failure) -> None:
         _send(connection, {"failure": asdict(failure)})
@@ -272,7 +282,7 @@ class Spoke(Links):
     def __init__(self, place: Place) -> None:
         super().__init__(place)
         self._connection: socket.socket | None = None
-        self._hub = _Peer(0, 0, place.address)
+        self._hub = _Peer(rank=0, host=place.address)
         self._unsent: Failure | None = None
 
     def _connect(self) -> None:
@@ -284,7 +294,7 @@ class Spoke(Links):
         if not store.check(["watch"]):
             return
         where = json.loads(store.get("watch"))
-        hello = {"token": where["token"], "rank": place.rank, "local_rank": place.local_rank}
+        hello = {"token": where["token"], "rank": place.rank, "local_rank": place.local_rank, "node": place.node}
         for host in where["hosts"]:
             with suppress(OSError):
                 connection = _kept(socket.create_connection((host, where["port"]), 2))
@@ -318,7 +328,7 @@ class Spoke(Links):
         self._handle(received)
         if not received:
             if not self._hub.done:
-                self._heard(self._unsent or Failure(0, 0, self._hub.host, _DIED, printed=False))
+                self._heard(self._unsent or self._hub.death())
             time.sleep(seconds)
 
     def _handle(self, received: bytes) -> None:

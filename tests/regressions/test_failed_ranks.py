@@ -5,15 +5,9 @@ from __future__ import annotations
 import time
 
 import pytest
+from kills import fail_at
 from run_halos import KILLED, binary_data, fit, run_ranks
 from stopping import saved
-
-
-def fail_at(**options: object) -> list[str]:
-    return [
-        "--trainer.callbacks+=plugins.fail_at.FailAt",
-        *(f"--trainer.callbacks.{k}={v}" for k, v in options.items()),
-    ]
 
 
 @pytest.mark.slow

@@ -1,0 +1,86 @@
+"""The launch files start a run over two "nodes" of this machine, which trains like one process and resumes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kills import fail_at
+from run_halos import ROOT, binary_data, fit, metrics, run
+
+LAUNCH = ROOT / "experiments" / "launch"
+
+
+def halos_lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("halos: ")]
+
+
+class Nodes:
+    """Starts a launch file as each node of a cluster would, on this machine."""
+
+    def __init__(self, folder: Path, model: Path, data: Path) -> None:
+        self.folder, self.model, self.data = folder, model, data
+
+    def options(self, run_dir: Path, *more: str) -> list[str]:
+        words = fit(
+            self.model, "bco", self.data, run_dir, "--trainer.max_epochs=2", "--checkpoint.every_n_steps=1", *more
+        )[1:]
+        return [w for w in words if not w.startswith(("--config=", "--run_dir="))]
+
+    def env(self, run_dir: Path, **more: str) -> dict[str, str]:
+        path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+        return {
+            **os.environ,
+            "PATH": path,
+            "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "PRECISION": "32-true",
+            "STRATEGY": "ddp",
+            "OBJECTIVE": "bco",
+            "RUN_DIR": str(run_dir),
+            **more,
+        }
+
+    def __call__(self, file: str, words: list[str], env: list[dict[str, str]]) -> tuple[list[int], list[str]]:
+        """Exit statuses and outputs."""
+        command = ["bash", str(LAUNCH / file), *words]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started = [subprocess.Popen(command, cwd=self.folder, env=each, **pipes) for each in env]  # type: ignore[call-overload]
+        outputs = [process.communicate(timeout=240)[0] for process in started]
+        return [process.returncode for process in started], outputs
+
+
+@pytest.fixture
+def nodes(tmp_path, tiny_folder) -> Nodes:
+    return Nodes(tmp_path, tiny_folder, binary_data(tmp_path / "data.jsonl", 13))
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in LAUNCH.iterdir()))
+def test_a_launch_file_is_valid(file):
+    subprocess.run(["bash", "-n", str(LAUNCH / file)], check=True)
+
+
+@pytest.mark.slow
+def test_torchrun_on_two_nodes_trains_like_one_process_and_resumes(nodes, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    run_dir = tmp_path / "two"
+    env = [nodes.env(run_dir, NODES="2", GPUS="1", PORT=port)] * 2
+    statuses, outputs = nodes("torchrun.sh", nodes.options(run_dir, *fail_at(rank=1, how="user", step=2)), env)
+    assert statuses == [1, 1], outputs
+    lines = halos_lines("".join(outputs))
+    assert len(lines) == 2, outputs  # one on each node
+    assert all("rank 1" in line and "no widget" in line for line in lines)
+    statuses, outputs = nodes("torchrun.sh", nodes.options(run_dir), env)
+    assert statuses == [0, 0], outputs
+    assert run(fit(nodes.model, "bco", nodes.data, tmp_path / "one", "--trainer.max_epochs=2"), tmp_path).status == 0
+    one, two = metrics(tmp_path / "one"), metrics(run_dir)
+    assert [line["step"] for line in two] == [line["step"] for line in one]
+    for a, b in zip(one, two, strict=True):
+        assert float(b["loss"]) == pytest.approx(float(a["loss"]), abs=1e-5)
