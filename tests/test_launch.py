@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from kills import fail_at
+from kills import checkpoint, fail_at
 from run_halos import ROOT, binary_data, fit, metrics, run
+
+from halos_pl.training.slurm import is_requeued, note_job
 
 LAUNCH = ROOT / "experiments" / "launch"
 
@@ -57,7 +59,7 @@ class Nodes:
 
 @pytest.fixture
 def nodes(tmp_path, tiny_folder) -> Nodes:
-    return Nodes(tmp_path, tiny_folder, binary_data(tmp_path / "data.jsonl", 13))
+    return Nodes(tmp_path, tiny_folder, binary_data(tmp_path / "data.jsonl", 12))
 
 
 @pytest.mark.parametrize("file", sorted(path.name for path in LAUNCH.iterdir()))
@@ -84,3 +86,67 @@ def test_torchrun_on_two_nodes_trains_like_one_process_and_resumes(nodes, tmp_pa
     assert [line["step"] for line in two] == [line["step"] for line in one]
     for a, b in zip(one, two, strict=True):
         assert float(b["loss"]) == pytest.approx(float(a["loss"]), abs=1e-5)
+
+
+SRUN = """#!/bin/bash
+# Starts the tasks of a job on this machine, one a node, as srun does on a cluster.
+shift  # --kill-on-bad-exit=1
+pids=()
+for ((i = 0; i < SLURM_NTASKS; i++)); do
+  SLURM_PROCID=$i SLURM_NODEID=$i SLURM_LOCALID=0 "$@" &
+  pids+=($!)
+done
+status=0
+for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+exit $status
+"""
+
+
+def program(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.mark.slow
+def test_a_slurm_job_is_requeued_and_resumes(nodes, tmp_path):
+    run_dir, programs = tmp_path / "job", tmp_path / "bin"
+    programs.mkdir()
+    program(programs / "srun", SRUN)
+    program(programs / "scontrol", f'#!/bin/bash\necho "$@" >> {tmp_path}/scontrol.log\n')
+    program(programs / "halos", f'#!/bin/bash\nexec {sys.executable} -m halos_pl "$@"\n')
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = nodes.env(run_dir, SLURM_JOB_ID="4242", SLURM_JOB_NAME="kto", SLURM_NNODES="2", SLURM_NTASKS="2")
+    env |= {
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_NODELIST": "localhost",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+    }
+    env["PATH"] = f"{programs}{os.pathsep}{env['PATH']}"
+    send = {"name": "SIGUSR1", "moment": "on_before_zero_grad", "step": 2}
+    words = [
+        "--trainer.callbacks+=plugins.signal_at.SignalAt",
+        *(f"--trainer.callbacks.{k}={v}" for k, v in send.items()),
+    ]
+    statuses, outputs = nodes("kto.sbatch", nodes.options(run_dir, *words), [env])
+    assert statuses == [128 + 10], outputs
+    assert (tmp_path / "scontrol.log").read_text() == "requeue 4242\n"
+    assert checkpoint(run_dir)["global_step"] == 3
+    statuses, outputs = nodes("kto.sbatch", nodes.options(run_dir), [env | {"SLURM_RESTART_COUNT": "1"}])
+    assert statuses == [0], outputs
+    assert [line["step"] for line in metrics(run_dir)] == list("012345")
+
+
+def test_only_the_requeued_job_resumes(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    note_job(tmp_path)
+    assert not is_requeued(tmp_path)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert is_requeued(tmp_path)
+    assert not is_requeued(tmp_path / "elsewhere")
+    monkeypatch.setenv("SLURM_JOB_ID", "8")  # a job that starts another run in the folder, and was preempted before
+    assert not is_requeued(tmp_path)

@@ -54,6 +54,7 @@ from halos_pl.training.rank_failure import NoteFailure, watch_trainer, watching
 from halos_pl.training.resume import KeepSettings
 from halos_pl.training.run_folder import check_run_dir, named_run_dir
 from halos_pl.training.run_log import RunCSVLogger
+from halos_pl.training.slurm import is_requeued
 from halos_pl.training.stop_at_step import AgreedSignals, StopAtStep
 
 #: Errors that a user can fix.
@@ -164,6 +165,8 @@ class HalosCLI(LightningCLI):
         if any(str(word).startswith("--trainer.default_root_dir") for word in self._words):
             rank_zero_warn(f"halos: trainer.default_root_dir has no effect: all files go to run_dir, {run_dir}")
         config.trainer.default_root_dir = str(run_dir)
+        if self.subcommand == "fit" and is_requeued(run_dir):
+            config.ckpt_path = "last"
         if self.subcommand == "fit" and getattr(rank_zero_only, "rank", 0) == 0:
             resumed = config.get("ckpt_path")
             inside = resumed and (resumed == "last" or Path(resumed).resolve().is_relative_to(run_dir.resolve()))

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.trainer.states import TrainerFn
@@ -34,6 +33,7 @@ from halos_pl.training.resume import align_logged_step
 from halos_pl.training.run_folder import move_aside
 from halos_pl.training.run_lock import RunLock
 from halos_pl.training.run_log import METRICS, RunCSVLogger
+from halos_pl.training.slurm import note_job
 from halos_pl.training.throughput import Cost, cost, matmul_speed, slow_half, step_flops, step_tokens
 from value_functions import reward_scale
 
@@ -73,13 +73,6 @@ class SaveRunConfig(SaveConfigCallback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._let_go()
 
-    def _resumes_from(self, trainer: Trainer) -> str | None:
-        """The checkpoint that the config names, or the one that Lightning finds when SLURM has requeued the job."""
-        checkpoint: str | None = self.config.get("ckpt_path")
-        if checkpoint is None and SLURMEnvironment.detect():
-            checkpoint = trainer._checkpoint_connector._hpc_resume_path
-        return checkpoint
-
     def _save(self, trainer: Trainer) -> None:
         path = Path(trainer.default_root_dir) / CONFIG
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +94,7 @@ class SaveRunConfig(SaveConfigCallback):
             check_monitors(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
         if stage == "validate" or not trainer.is_global_zero:
             return
-        folder, checkpoint = Path(trainer.default_root_dir), self._resumes_from(trainer)
+        folder, checkpoint = Path(trainer.default_root_dir), self.config.get("ckpt_path")
         self._claim(folder, TrainerFn(stage).value)  # an enum, whose text is "TrainerFn.FITTING"
         if stage != "fit":
             return
@@ -110,11 +103,12 @@ class SaveRunConfig(SaveConfigCallback):
         if new and (aside := move_aside(folder)):
             self._let_go(aside)
             self._claim(folder)
+        note_job(folder)
         if not checkpoint:
             self._save(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and self._resumes_from(trainer):
+        if trainer.is_global_zero and self.config.get("ckpt_path"):
             self._save(trainer)
 
 

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning import LightningModule, Trainer
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -21,6 +19,7 @@ from halos_pl.distributed import world_size
 from halos_pl.run_dir import LAST
 from halos_pl.training.checkpoint import LastCheckpoint
 from halos_pl.training.monitors import given_up
+from halos_pl.training.slurm import requeue
 
 
 class AgreedSignals:
@@ -36,44 +35,24 @@ class AgreedSignals:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self._requeue = False
-        self._before: Any = None
 
     @property
     def received_sigterm(self) -> bool:
         """Whether some rank has received a signal to stop. Every rank must read this equally often."""
-        number = max(stopping.received() or 0, REQUEUE * self._requeue)
+        number = stopping.received() or 0
         if world_size() > 1:
             flag = torch.tensor(number, dtype=torch.int32, device=self.trainer.strategy.root_device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             number = int(flag)
-        if number >= REQUEUE:
-            self._requeue = False
-            _SignalConnector(self.trainer)._slurm_sigusr_handler_fn(signal.SIGUSR1, None)  # type: ignore[arg-type]
-        elif number:
+        if number:
             stopping.agree(number)
-        return 0 < number < REQUEUE
+        return number > 0
 
     def register_signal_handlers(self) -> None:
-        """Under SLURM with automatic requeueing, handles its signal like Lightning, but after the step."""
-        environment = self.trainer._accelerator_connector.cluster_environment
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-
-            def requeue(*_: Any) -> None:
-                self._requeue = True
-
-            number = environment.requeue_signal or signal.SIGUSR1
-            self._before = number, signal.signal(number, requeue)
+        """Does nothing: the command handles all signals, SLURM's for requeueing included."""
 
     def teardown(self) -> None:
-        """Restores the previous handler."""
-        if self._before is not None:
-            signal.signal(*self._before)
-            self._before = None
-
-
-#: Stands for SLURM's signal; above any signal number.
-REQUEUE = 1000
+        """Does nothing."""
 
 
 class StopAtStep(Callback):
@@ -113,7 +92,10 @@ class StopAtStep(Callback):
             for child in children:
                 child.send_signal(signal.SIGTERM)
         elif trainer.state.fn == "fit":
-            self._report(trainer, self._save(trainer))
+            saved = self._save(trainer)
+            self._report(trainer, saved)
+            if saved:
+                requeue(trainer, stopping.received())
         stopping.wait_for(children)
 
     @staticmethod
