@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from model_families import GROUPED, MODELS, SIZE
-from run_halos import OBJECTIVES, binary_data, fit, metrics, pair_data, run, run_ranks, write_data
+from run_halos import OBJECTIVES, binary_data, fit, metrics, pair_data, run, run_ranks, write_data, write_jsonl
 from sharded_steps import Case, compare, loading_peaks
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -111,6 +112,19 @@ def test_hybrid_sharding(folder: Path, models: dict[str, str], data: dict[str, s
     names = ("tied, one row at a time", "pairs", "adapter", "no plan of transformers")
     found = compare({n: case(SAMPLE[n], models, data) for n in names}, folder, ranks=4, replicas=2)
     for step in found.values():
+        check(step)
+
+
+@pytest.mark.slow
+def test_a_rank_without_a_row_of_some_class(folder: Path, models: dict[str, str]) -> None:
+    cases = {}
+    for labels in ("DDDDU", "DDDDD"):  # one rank lacks an undesirable row, or both
+        path = binary_data(folder / f"{labels}.jsonl", 5)
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [row | {"label": label == "D"} for row, label in zip(rows, labels, strict=True)]
+        data = write_jsonl(path, rows)
+        cases |= {f"{labels} {name}": Case(models["llama"], data, name, micro=1) for name in ("kto", "bco")}
+    for step in compare(cases, folder).values():
         check(step)
 
 

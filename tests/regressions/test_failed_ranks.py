@@ -6,7 +6,7 @@ import time
 
 import pytest
 from kills import fail_at
-from run_halos import KILLED, binary_data, fit, run_ranks
+from run_halos import KILLED, binary_data, fit, refused, run_ranks
 from stopping import saved
 
 
@@ -33,3 +33,24 @@ def test_all_ranks_end_with_the_line_of_the_one_that_failed(tiny_folder, tmp_pat
     assert not list((tmp_path / "run").rglob("*.part*"))
     resumed = run_ranks([*words, "--ckpt_path=last"], tmp_path)
     assert [each.status for each in resumed] == [0, 0], resumed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_more_ranks_than_examples_is_one_line(tiny_folder, tmp_path, strategy):
+    data = binary_data(tmp_path / "data.jsonl", 1)
+    ended = run_ranks(fit(tiny_folder, "bco", data, tmp_path / "run"), tmp_path, strategy=strategy)
+    assert [each.status for each in ended] == [1, 1], ended
+    lines = [line for each in ended for line in each.splitlines() if line.startswith("halos: ")]
+    assert len(lines) == 1, ended
+    assert "data.jsonl" in lines[0]
+    assert "2 ranks" in lines[0]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_replicas_are_checked_before_anything_is_loaded(tiny_folder, tmp_path, capfd, no_model):
+    strategy = "{class_path: halos_pl.training.strategy.ShardedStrategy, init_args: {replicas: 3}}"
+    options = ("--trainer.devices=2", f"--trainer.strategy={strategy}")
+    line = refused(capfd, fit(tiny_folder, "bco", tmp_path / "missing.jsonl", tmp_path / "run", *options))
+    assert "replicas is 3" in line
+    assert "ranks, 2" in line
