@@ -76,7 +76,7 @@ def reported() -> Iterator[None]:
         ranks: Any = sys.modules.get("halos_pl.training.rank_failure")
         if ranks is not None and isinstance(error, ranks.PeerFailed):
             if error.prints:
-                print(f"halos: {plain(error)}; this rank ends too", file=sys.stderr)
+                print(f"halos: {plain(error)}", file=sys.stderr)
             raise SystemExit(1) from error
         if not isinstance(error, Exception) or is_unread(error):
             raise

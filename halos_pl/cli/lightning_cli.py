@@ -85,15 +85,15 @@ class HalosCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str] | None = None, *, run: bool = True) -> None:
-        self._words, self._runs = expanded(sys.argv[1:] if args is None else args), run
-        self._held = HeldLines()
-        if run:
-            self._held.hold()
-        try:
-            with watching(described) if run else nullcontext():
+        self._runs, self._held = run, HeldLines()
+        with watching(described) if run else nullcontext():
+            self._words = expanded(sys.argv[1:] if args is None else args)
+            if run:
+                self._held.hold()
+            try:
                 self._start(run)
-        finally:
-            self._held.release(write=False)
+            finally:
+                self._held.release(write=False)
 
     def _start(self, run: bool) -> None:
         super().__init__(

@@ -52,7 +52,7 @@ class PeerFailed(BaseException):
     """
 
     def __init__(self, failure: Failure, prints: bool) -> None:
-        super().__init__(str(failure))
+        super().__init__(f"{failure}; this rank ends too")
         self.failure, self.prints = failure, prints
 
 
@@ -129,7 +129,7 @@ class RankWatch:
         error = self._error
         if failure is not None and failure.rank != self.place.rank:
             if self._prints(failure):
-                self._print(str(failure))
+                self._print(str(PeerFailed(failure, prints=True)))
         elif error is not None:
             text, fixable = self._describe(error)
             if not fixable:
