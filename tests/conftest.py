@@ -57,7 +57,7 @@ def _same_path(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails where a fit, or what else needs a module's policy, loads a model."""
 
-    def load_model(spec: ModelSpec) -> None:
+    def load_model(spec: ModelSpec, sharding: object = None) -> None:
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("halos_pl.training.models.load_model", load_model)

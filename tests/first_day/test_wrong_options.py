@@ -281,7 +281,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
 
-    def load_model(spec: Any) -> None:
+    def load_model(*_: Any) -> None:
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(halos_pl.training.models, "load_model", load_model)
