@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,11 +49,16 @@ class Nodes:
             **more,
         }
 
-    def __call__(self, file: str, words: list[str], env: list[dict[str, str]]) -> tuple[list[int], list[str]]:
-        """Exit statuses and outputs."""
+    def __call__(
+        self, file: str, words: list[str], env: list[dict[str, str]], more: tuple[list[str], ...] = ([], [])
+    ) -> tuple[list[int], list[str]]:
+        """Exit statuses and outputs; ``more`` has the words of each node alone."""
         command = ["bash", str(LAUNCH / file), *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started = [subprocess.Popen(command, cwd=self.folder, env=each, **pipes) for each in env]  # type: ignore[call-overload]
+        started = [
+            subprocess.Popen([*command, *own], cwd=self.folder, env=each, **pipes)
+            for each, own in zip(env, more, strict=False)
+        ]  # type: ignore[call-overload]
         outputs = [process.communicate(timeout=240)[0] for process in started]
         return [process.returncode for process in started], outputs
 
@@ -86,6 +92,22 @@ def test_torchrun_on_two_nodes_trains_like_one_process_and_resumes(nodes, tmp_pa
     assert [line["step"] for line in two] == [line["step"] for line in one]
     for a, b in zip(one, two, strict=True):
         assert float(b["loss"]) == pytest.approx(float(a["loss"]), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_an_error_on_one_node_before_the_ranks_have_met(nodes, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    run_dir = tmp_path / "run"
+    env = [nodes.env(run_dir, NODES="2", GPUS="1", PORT=port)] * 2
+    began = time.monotonic()
+    statuses, outputs = nodes("torchrun.sh", nodes.options(run_dir), env, ([], ["--config=missing.yaml"]))
+    assert time.monotonic() - began < 120
+    assert statuses == [1, 1], outputs
+    for output in outputs:
+        [line] = halos_lines(output)
+        assert "missing.yaml" in line
 
 
 SRUN = """#!/bin/bash

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 
 import pytest
 from kills import fail_at
-from run_halos import KILLED, binary_data, fit, refused, run_ranks
+from run_halos import KILLED, ROOT, binary_data, fit, refused, run_ranks
 from stopping import saved
 
 
@@ -54,3 +57,19 @@ def test_replicas_are_checked_before_anything_is_loaded(tiny_folder, tmp_path, c
     line = refused(capfd, fit(tiny_folder, "bco", tmp_path / "missing.jsonl", tmp_path / "run", *options))
     assert "replicas is 3" in line
     assert "ranks, 2" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_the_command_has_started_dies(tiny_folder, tmp_path, rank):
+    """Lightning's own observer would kill the rest without a word."""
+    data = binary_data(tmp_path / "data.jsonl", 15)
+    words = fit(tiny_folder, "bco", data, tmp_path / "run", "--trainer.devices=2", "--trainer.strategy=ddp")
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", "halos_pl", *words, *fail_at(rank=rank, how="kill", step=1)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    ended = subprocess.run(command, env=env, cwd=tmp_path, timeout=180, check=False, **pipes)  # waits for both
+    assert ended.returncode == (KILLED if rank == 0 else 1)
+    [line] = [line for line in ended.stdout.splitlines() if line.startswith("halos: ")]
+    assert f"rank {rank}" in line
