@@ -95,6 +95,17 @@ def test_torchrun_on_two_nodes_trains_like_one_process_and_resumes(nodes, tmp_pa
 
 
 @pytest.mark.slow
+def test_torchrun_shards_with_a_replica_on_each_node(nodes, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    run_dir = tmp_path / "run"
+    env = [nodes.env(run_dir, NODES="2", GPUS="1", PORT=port, STRATEGY="fsdp2")] * 2
+    statuses, outputs = nodes("torchrun.sh", nodes.options(run_dir, "--trainer.fast_dev_run=2"), env)
+    assert statuses == [0, 0], outputs
+
+
+@pytest.mark.slow
 def test_an_error_on_one_node_before_the_ranks_have_met(nodes, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -39,6 +39,17 @@ def test_all_ranks_end_with_the_line_of_the_one_that_failed(tiny_folder, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["user", "kill"])
+def test_all_ranks_of_a_sharded_run_end(tiny_folder, tmp_path, how):
+    data = binary_data(tmp_path / "data.jsonl", 15)
+    words = fit(tiny_folder, "bco", data, tmp_path / "run", *fail_at(rank=1, how=how, step=1))
+    ended = run_ranks(words, tmp_path, strategy="fsdp2")
+    assert [each.status for each in ended] == [1, KILLED if how == "kill" else 1], ended
+    [line] = [line for each in ended for line in each.splitlines() if line.startswith("halos: ")]
+    assert "rank 1" in line
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_more_ranks_than_examples_is_one_line(tiny_folder, tmp_path, strategy):
     data = binary_data(tmp_path / "data.jsonl", 1)
