@@ -42,11 +42,13 @@ def test_all_ranks_end_with_the_line_of_the_one_that_failed(tiny_folder, tmp_pat
 @pytest.mark.parametrize("how", ["user", "kill"])
 def test_all_ranks_of_a_sharded_run_end(tiny_folder, tmp_path, how):
     data = binary_data(tmp_path / "data.jsonl", 15)
-    words = fit(tiny_folder, "bco", data, tmp_path / "run", *fail_at(rank=1, how=how, step=1))
-    ended = run_ranks(words, tmp_path, strategy="fsdp2")
+    words = fit(tiny_folder, "bco", data, tmp_path / "run", "--checkpoint.every_n_steps=1")
+    ended = run_ranks([*words, *fail_at(rank=1, how=how, step=2)], tmp_path, strategy="fsdp2")
     assert [each.status for each in ended] == [1, KILLED if how == "kill" else 1], ended
     [line] = [line for each in ended for line in each.splitlines() if line.startswith("halos: ")]
     assert "rank 1" in line
+    resumed = run_ranks([*words, "--ckpt_path=last"], tmp_path, strategy="fsdp2")
+    assert [each.status for each in resumed] == [0, 0], resumed
 
 
 @pytest.mark.slow
