@@ -21,13 +21,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import halos_pl.policy.head
 from halos_pl.batch import Labels, TokenBatch
 from halos_pl.cli.main import main
-from halos_pl.policy.architecture import base_model, layer_parts
+from halos_pl.policy.architecture import base_model
 from halos_pl.policy.head import token_logps
-from halos_pl.policy.loading import ModelError, ModelSpec, load_model
+from halos_pl.policy.loading import ModelError, ModelSpec
 from halos_pl.policy.logprobs import padded_logps
 from halos_pl.policy.memory import recomputed
 from halos_pl.policy.prefix_sharing import NAME, shared_logps
-from halos_pl.policy.scorer import Scorer
 from halos_pl.policy.self_test import sharing_fault
 
 
@@ -104,13 +103,6 @@ def test_compiled_layers_take_the_same_steps(options: tuple[str, ...], tiny_fold
     for one, other in zip(figures["false"], figures["true"], strict=True):
         for figure in ("loss", "outcome/reward", "logps/chosen"):
             assert float(other[figure]) == pytest.approx(float(one[figure]), nan_ok=True, **near), figure
-
-
-def test_a_copy_of_a_compiled_model_is_compiled(tiny_folder: Path) -> None:
-    """Else policy and reference would round differently, and rewards would not start at 0."""
-    policy = Scorer(load_model(ModelSpec(str(tiny_folder))), compiled=True)
-    for scorer in (policy, policy.copy()):
-        assert all(part._compiled_call_impl is not None for part in layer_parts(scorer.model))
 
 
 def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,13 +112,19 @@ def rotary_frequencies(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tenso
                 yield module, name, values
 
 
-def layer_parts(model: nn.Module) -> Iterator[nn.Module]:
-    """Yields the parts of each layer that contain no attention."""
-    layers = [layer for part in base_model(model).modules() if isinstance(part, nn.ModuleList) for layer in part]
-    for part in (part for layer in layers for part in layer.children()):
-        # transformers numbers its attention modules, so that each finds its part of the cache.
-        if not any(hasattr(module, "layer_idx") for module in part.modules()):
-            yield part
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """All entries of a model's module lists: its layers, and the experts within them."""
+    return [layer for part in base_model(model).modules() if isinstance(part, nn.ModuleList) for layer in part]
+
+
+def _has_attention(part: nn.Module) -> bool:
+    """Whether a part contains attention: transformers numbers it, so that each layer finds its part of the cache."""
+    return any(hasattr(module, "layer_idx") for module in part.modules())
+
+
+def layer_parts(model: nn.Module) -> list[nn.Module]:
+    """The parts of each layer that contain no attention."""
+    return [part for layer in _layers(model) for part in layer.children() if not _has_attention(part)]
 
 
 def block_names(model: nn.Module) -> list[str]:
@@ -134,6 +140,12 @@ def block_names(model: nn.Module) -> list[str]:
     outer = [name for name in blocks if not any(name.startswith(f"{other}.") for other in blocks)]
     chosen = outer or sorted(lists, key=lambda name: -len(lists[name]))[:1]
     return [f"{name}.{number}" for name in chosen for number in range(len(lists[name]))]
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """A model's blocks, from attention to feed-forward part (see :func:`block_names`)."""
+    base = base_model(model)
+    return [base.get_submodule(name) for name in block_names(model)]
 
 
 def auxiliary_losses(model: nn.Module) -> dict[str, Any]:

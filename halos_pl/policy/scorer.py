@@ -7,6 +7,7 @@ model's decoder or read the weight of its head. Sampling is the exception: ``gen
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any, Literal, get_args
 
@@ -16,13 +17,9 @@ from torch import Tensor, nn
 
 from halos_pl.batch import Routing, TokenBatch
 from halos_pl.policy import prefix_sharing
-from halos_pl.policy.architecture import (
-    attention_function,
-    base_model,
-    decoder_and_head,
-    layer_parts,
-    rotary_frequencies,
-)
+from halos_pl.policy.architecture import attention_function, base_model, decoder_and_head, rotary_frequencies
+from halos_pl.policy.compilation import compile_layers, compiles_whole
+from halos_pl.policy.liger import apply_liger, check_liger
 from halos_pl.policy.logprobs import padded_logits, padded_scores
 from halos_pl.policy.memory import recomputed
 from halos_pl.policy.routing import check_router
@@ -41,8 +38,9 @@ class Scorer(nn.Module):
         prefix_sharing: ``always`` computes each prompt once for all rows that share it, without padding. ``never``
             computes each row separately. ``auto`` shares prompts if a self-test gets the same log-probs, and logs the
             reason if not.
-        compiled: Whether to compile the parts of each layer without attention on their first call. Attention sees
-            different lengths in each step and would be recompiled every time.
+        compiled: Whether to compile the layers on their first call: on a GPU whole layers, around attention; on a CPU,
+            and in a mixture of experts, the parts without attention.
+        liger: Whether to use Liger's kernels, once the model is on a GPU (see ``halos_pl.policy.liger``).
         name: Name of the model in messages.
         sharding: How the model is sharded over the ranks; None if each rank holds all of it.
 
@@ -62,6 +60,7 @@ class Scorer(nn.Module):
         *,
         prefix_sharing: PrefixSharing = "auto",
         compiled: bool = False,
+        liger: bool = False,
         name: str = "the model",
         sharding: Sharding | None = None,
     ) -> None:
@@ -71,14 +70,17 @@ class Scorer(nn.Module):
                 f"prefix_sharing is {prefix_sharing!r}; it must be one of {', '.join(get_args(PrefixSharing))}"
             )
         self.model, self.sharding, self._name = model, sharding, name
-        self._options: dict[str, Any] = {"prefix_sharing": prefix_sharing, "compiled": compiled}
+        self._options: dict[str, Any] = {"prefix_sharing": prefix_sharing, "compiled": compiled, "liger": liger}
+        self._patched = False  # whether Liger's kernels are in place
+        self._compiled_for: str | None = None  # type of device
+        self._whole = False  # whether whole layers are compiled
         self._frequencies = [(module, key, values.clone()) for module, key, values in rotary_frequencies(model)]
         self.shares_prefixes = prefix_sharing != "never"
         self._tested: set[tuple[str, torch.dtype | None]] = set()
+        self._use_liger()
         # A reference may be loaded during a step. The self-test must not see the rounding of its autocast.
         with torch.autocast(next(model.parameters()).device.type, enabled=False):
             self._test()
-        self._compile()
 
     @property
     def _kernels(self) -> tuple[str, torch.dtype | None]:
@@ -119,16 +121,25 @@ class Scorer(nn.Module):
     #: Name of the attention function of models that share prefixes.
     attention = prefix_sharing.NAME
 
+    def _use_liger(self) -> None:
+        """Puts Liger's kernels in place as soon as the model is on a GPU."""
+        if self._options["liger"] and not self._patched and self.device.type == "cuda":
+            apply_liger(self.model)
+            self._patched = True
+
     def _compile(self) -> None:
-        for part in layer_parts(self.model) if self._options["compiled"] else ():
-            if part._compiled_call_impl is None:
-                part.compile(dynamic=True)
+        """Compiles the layers for the model's device, which may be known only after the model has been loaded."""
+        device = self.device.type
+        if self._options["compiled"] and self._compiled_for != device:
+            self._compiled_for = device
+            self._whole = compiles_whole(self.model, device)
+            compile_layers(self.model, whole=self._whole)
 
     def copy(self) -> Scorer:
         """An independent copy, compiled if this one is: compiled layers round differently."""
         assert not is_sharded(self.model), "a sharded model is loaded again instead"
-        other = deepcopy(self)  # drops what is compiled
-        other._compile()
+        other = deepcopy(self)
+        other._compiled_for = None  # the copied modules are not compiled
         return other
 
     def beside(self, model: nn.Module, name: str) -> Scorer:
@@ -168,11 +179,15 @@ class Scorer(nn.Module):
         return result
 
     def _result(self, batch: TokenBatch | None, wanted: str, hidden: Tensor | None) -> Any:
+        self._use_liger()
+        if self._options["liger"]:
+            check_liger(self.device)
         if hidden is not None:
             return run(self.model, lambda: decoder_and_head(self.model)[1](hidden).float())
         assert batch is not None
         if self._kernels not in self._tested:  # the first pass after a move to a GPU
             self._test()
+        self._compile()
         if wanted == "states":
             if not self.shares_prefixes:
                 raise ModelError(f"{self._name} does not share prompts; set model.prefix_sharing to never")
@@ -180,7 +195,8 @@ class Scorer(nn.Module):
         if wanted == "logits":
             return padded_logits(self.model, batch)[0]
         experts = check_router(self.model) if wanted == "routing" else None
-        with recomputed():
+        # Compiled layers hide their operations, and choose themselves what to keep.
+        with nullcontext() if self._whole else recomputed():
             scores: tuple[Tensor, Routing | None]
             scores = (prefix_sharing.shared_scores if self.shares_prefixes else padded_scores)(
                 self.model, batch, experts
@@ -194,17 +210,19 @@ class Scorer(nn.Module):
 
     @property
     def numerics(self) -> tuple[Any, ...]:
-        """The settings that affect log-probs: dtypes, autocast, device, precision of matrix products."""
+        """The settings that affect log-probs: dtypes, autocast, device, precision of matrix products, kernels."""
         device = self.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         dtype = next(self.model.parameters()).dtype
         gathered = (f"gathered in {gathered_dtype(self.model)}",) if is_sharded(self.model) else ()
         buffers = {module._buffers[name].dtype for module, name, _ in self._frequencies} - {dtype}  # type: ignore[union-attr]
-        return (dtype, autocast, *gathered, *buffers, device, torch.get_float32_matmul_precision())
+        kernels = ("liger",) if self._options["liger"] else ()
+        return (dtype, autocast, *gathered, *buffers, device, torch.get_float32_matmul_precision(), *kernels)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Scorer:
         """Moves and casts the model, but keeps the precision of its rotary frequencies."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._use_liger()
         for module, name, values in self._frequencies:
             buffer = module._buffers[name]
             if buffer is not None and buffer.dtype.itemsize < values.dtype.itemsize:

@@ -60,9 +60,11 @@ class ModelSpec:
         dtype: dtype of the weights. Log-probs and losses are always computed in float32.
         attn_implementation: attention function, as in transformers; null: the default of the architecture.
         gradient_checkpointing: whether to recompute activations in the backward pass: less memory, more time.
-        compile: whether to compile the normalisation and feed-forward parts of each layer with ``torch.compile``.
-            Compilation takes half a minute at the start and needs a C++ compiler (on a GPU, Triton). Worth trying on a
-            GPU; on a CPU, it did not pay off in measurements.
+        compile: whether to compile the layers with ``torch.compile``: on a GPU whole layers, around attention; on a
+            CPU the normalisation and feed-forward parts, which did not pay off in measurements. Compilation takes half
+            a minute at the start and needs a C++ compiler (on a GPU, Triton).
+        liger: whether to use Liger's kernels for normalisation, rotary positions and gated feed-forward parts, on a
+            GPU. Needs ``halos_pl[liger]``; compiled layers fuse the same operations, so choose one of the two.
         dropout: whether to keep the model's dropout. If not, every dropout probability is set to 0 (GPT-2 ships with
             0.1), so that rewards start at exactly 0.
         lora: adapter to train instead of the whole model.
@@ -76,6 +78,7 @@ class ModelSpec:
     attn_implementation: str | None = "sdpa"
     gradient_checkpointing: bool = False
     compile: bool = False
+    liger: bool = False
     dropout: bool = False
     lora: LoRASpec | None = None
     trust_remote_code: bool = False
@@ -83,6 +86,11 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if not self.path:
             raise ModelError("model.policy.path is empty; name a folder, a model on the hub, or package:NAME")
+        if self.compile and self.liger:
+            raise ModelError(
+                "model.policy.compile and model.policy.liger are both true, but they replace the same operations; set"
+                " one of them to false"
+            )
         compilers = [os.environ.get("CXX", "c++"), "g++", "clang++", "cl"]
         if self.compile and not any(map(shutil.which, compilers)):
             raise ModelError(

@@ -109,13 +109,13 @@ class Models:
                 f"halos: the policy in memory is trained with dropout ({listed}), which its reference does not have;"
                 " load it with these settings at 0 to train without"
             )
-        compiled = self.spec is not None and self.spec.compile
+        options = {} if self.spec is None else {"compiled": self.spec.compile, "liger": self.spec.liger}
         return Scorer(
             model.train(),
             prefix_sharing=self.prefix_sharing,
-            compiled=compiled,
             name="the policy",
             sharding=self.sharding,
+            **options,
         )
 
     def bind(self, policy: Scorer, *, fresh: bool, data: Any) -> None:

@@ -23,6 +23,7 @@ from halos_pl.objective.feedback import Feedback
 from halos_pl.objective.halo import Objective
 from halos_pl.objective.reference_points import ReferencePoint
 from halos_pl.objective.rewards import Reward
+from halos_pl.policy.liger import check_liger
 from halos_pl.policy.limits import warn_of_ignored_losses
 from halos_pl.policy.loading import ModelSpec
 from halos_pl.policy.memory import keep_freed_memory
@@ -163,6 +164,8 @@ class HALOModule(LightningModule):
         check_sharded(self.trainer, self.objective.needs)
         keep_out_absent(self.trainer)
         self.models.sharding = getattr(self.trainer.strategy, "sharding", None)
+        if self.models.spec and self.models.spec.liger:
+            check_liger(self.trainer.strategy.root_device)
         if stage == "fit":
             self.check_fit(self.trainer)
 

@@ -52,6 +52,7 @@ FREE = tuple(
         "attn_implementation",
         "gradient_checkpointing",
         "compile",
+        "liger",
     )
 )
 #: Settings that an evaluation cannot change, as it would measure another model. Others only change how it measures.
