@@ -18,7 +18,7 @@ from halos_pl.batch import Labels, TokenBatch
 from halos_pl.cli.main import main
 from halos_pl.policy.architecture import decoder_and_head
 from halos_pl.policy.loading import LoRASpec, ModelSpec, load_model
-from halos_pl.training.throughput import cost, matmul_speed, slow_half, step_flops, step_tokens
+from halos_pl.training.throughput import StepClock, cost, matmul_speed, slow_half, step_flops, step_tokens
 
 PROMPT, COMPLETION = 7, 5
 
@@ -109,3 +109,54 @@ def test_a_share_is_at_most_one_however_slow_the_product_was(
         shares = [float(row["of_matmul"]) for row in csv.DictReader(file)]
     assert len(shares) == 2
     assert all(0 < share <= 1 for share in shares)
+
+
+def test_a_step_on_a_gpu_is_timed_until_the_gpu_has_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events as those of a queue that is still busy: their times are known once the last one has been waited for."""
+    queue: list[Event] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+            self.done = False
+
+        def record(self, stream: object) -> None:
+            queue.append(self)
+
+        def synchronize(self) -> None:
+            for event in queue[: queue.index(self) + 1]:
+                event.done = True
+
+        def elapsed_time(self, end: Event) -> float:
+            assert self.done
+            assert end.done
+            return 250.0 * (queue.index(end) - queue.index(self))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    clock = StepClock(torch.device("cuda"))
+    clock.start()
+    assert not any(event.done for event in queue)
+    assert clock.seconds() == 0.25
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_only_logged_steps_wait_for_the_device(
+    waits: bool, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[float] = []
+
+    class Clock(StepClock):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__(device)
+            self.waits = waits
+
+        def seconds(self) -> float:
+            read.append(1.0)
+            return 0.5
+
+    monkeypatch.setattr(Clock, "_now", lambda self: 0.0)
+    monkeypatch.setattr(halos_pl.training.callbacks, "StepClock", Clock)
+    data = binary_data(tmp_path / "data.jsonl", rows=24)
+    main(fit(tiny_folder, "kto", data, tmp_path / "run", "--trainer.log_every_n_steps=3"))
+    assert len(read) == (3 if waits else 6)  # the first step, and steps 3 and 6

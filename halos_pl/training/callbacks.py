@@ -34,7 +34,7 @@ from halos_pl.training.run_folder import move_aside
 from halos_pl.training.run_lock import RunLock
 from halos_pl.training.run_log import METRICS, RunCSVLogger
 from halos_pl.training.slurm import note_job
-from halos_pl.training.throughput import Cost, cost, matmul_speed, slow_half, step_flops, step_tokens
+from halos_pl.training.throughput import Cost, StepClock, cost, matmul_speed, slow_half, step_flops, step_tokens
 from value_functions import reward_scale
 
 PREDICTIONS = "predictions.jsonl"
@@ -132,7 +132,8 @@ class RunReport(Callback):
     ``halos_pl.training.throughput``), and ``of_matmul`` is the latter as a share of the rate of a matrix product,
     measured when the fit begins. If a step is faster, the machine was busy during that measurement; from then on, the
     share is relative to the fastest step. TFLOP/s and of_matmul are per rank and exclude sampling for the reference
-    point.
+    point. A step's time includes the optimizer step. On a GPU, only steps that are logged are measured, because a
+    measurement waits for the GPU; other steps show the figures of the last one that was.
 
     The outcomes of the first and the last rows are kept for a plot. In a run's first epoch each row is measured
     before the policy is trained on it, so the plot shows rows that are new to the policy.
@@ -142,7 +143,8 @@ class RunReport(Callback):
 
     def __init__(self) -> None:
         self._began = 0.0
-        self._step_began = 0.0
+        self._clock = StepClock(torch.device("cpu"))
+        self._speed: dict[str, float] = {}
         self._cost: Cost | None = None
         self._matmul = 1.0
         self._rows_before: dict[str, int] = {}
@@ -156,6 +158,7 @@ class RunReport(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, RunCSVLogger) and trainer.is_global_zero:
                 self._warn_of_lost_lines(trainer, logger.drop_from(trainer.global_step))
+        self._clock = StepClock(pl_module.device)
         policy: Any = getattr(pl_module, "policy", None)
         if policy is not None:
             self._cost = _cost(policy)
@@ -178,27 +181,32 @@ class RunReport(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         align_logged_step(trainer)  # before other callbacks log figures of this step
-        self._step_began = time.monotonic()
+        self._clock.start()
         self._rows_before = dict(_reference_rows(pl_module))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: TokenBatch, batch_idx: int
     ) -> None:
-        seconds = time.monotonic() - self._step_began
-        ranks = trainer.world_size
-        shown = {"tokens/s": step_tokens(batch) * ranks / seconds}
-        if self._cost is not None:
-            counts = {k: n - self._rows_before[k] for k, n in _reference_rows(pl_module).items()}
-            share = counts["computed"] / max(1, sum(counts.values()))
-            flops = step_flops(self._cost, batch, reference=share) / seconds
-            self._matmul = max(self._matmul, flops)
-            shown |= {"TFLOP/s": flops / 1e12, "of_matmul": flops / self._matmul}
-        pl_module.log("rows/s", int((~batch.labels.mismatched).sum()) * ranks / seconds)
-        pl_module.log_dict(shown, prog_bar=True)
+        if not (self._clock.waits and self._speed) or trainer._logger_connector.should_update_logs:
+            self._speed = self._measured(pl_module, batch, self._clock.seconds(), trainer.world_size)
+        pl_module.log("rows/s", self._speed["rows/s"])
+        pl_module.log_dict({k: v for k, v in self._speed.items() if k != "rows/s"}, prog_bar=True)
         if "outcome" in outputs:
             rows = list(zip(outputs["outcome"].tolist(), outputs["desirable"].tolist(), strict=True))
             self._first = self._first or rows
             self._last.extend(rows)
+
+    def _measured(self, module: Any, batch: TokenBatch, seconds: float, ranks: int) -> dict[str, float]:
+        """The figures of a step that took ``seconds``."""
+        rows = len(batch) - sum(batch.host.mismatched)
+        speed = {"rows/s": rows * ranks / seconds, "tokens/s": step_tokens(batch) * ranks / seconds}
+        if self._cost is not None:
+            counts = {k: n - self._rows_before[k] for k, n in _reference_rows(module).items()}
+            share = counts["computed"] / max(1, sum(counts.values()))
+            flops = step_flops(self._cost, batch, reference=share) / seconds
+            self._matmul = max(self._matmul, flops)
+            speed |= {"TFLOP/s": flops / 1e12, "of_matmul": flops / self._matmul}
+        return speed
 
     def _write_summary(self, trainer: Trainer, pl_module: LightningModule, end: dict[str, Any]) -> float:
         """Writes ``summary.json`` and returns the duration of the fit in seconds."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -92,6 +93,43 @@ def step_flops(model: Cost, batch: TokenBatch, *, reference: float = 1.0) -> flo
     gradient += model.trained * counts[0] + model.head_trained * counts[1]
     of_mismatched = forward(tokens([i for i in range(len(batch)) if mismatched[i]], {prompt[i] for i in train}))
     return gradient + of_mismatched + reference * forward(tokens(list(range(len(batch))), set()))
+
+
+class StepClock:
+    """Measures the time of a step, with its optimizer step, on the device that computes it.
+
+    A GPU is still busy when the call of the optimizer returns. Two events in its queue give the time between them;
+    reading them waits until it has finished, so only some steps are read.
+
+    Args:
+        device: device that computes the steps.
+
+    Attributes:
+        waits: whether :meth:`seconds` waits for the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self.waits = device, device.type == "cuda"
+        self._began: Any = self._now()
+
+    def _now(self) -> Any:
+        if not self.waits:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def start(self) -> None:
+        """Marks the beginning of a step."""
+        self._began = self._now()
+
+    def seconds(self) -> float:
+        """The time since :meth:`start`, once everything queued so far has been computed."""
+        end = self._now()
+        if not self.waits:
+            return float(end - self._began)
+        end.synchronize()
+        return float(self._began.elapsed_time(end)) / 1000
 
 
 def matmul_speed(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
