@@ -4,7 +4,7 @@ TORCH := 2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: quickstart install test test-slow test-docs test-install docs docs-build check lint readme results bench bench-full clean
+.PHONY: quickstart install test test-slow test-docs test-install docs docs-build check lint readme results bench bench-full bench-gpu clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/python experiments/quickstart/run.py
@@ -54,6 +54,10 @@ bench: $(INSTALLED)
 
 bench-full: $(INSTALLED)
 	$(BIN)/python benchmarks/vs_trl.py --workloads all
+
+# On a machine with a GPU; at most 10 minutes.
+bench-gpu: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
