@@ -18,11 +18,14 @@ w         ``weight``            weight of the row, at least 0                   
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from halos_pl.common.transfer import moved
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,34 @@ class Needs:
         return Needs(**{f.name: max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
 
 
+class HostLabels(NamedTuple):
+    """Labels as Python lists: reading them never waits for a device.
+
+    Attributes:
+        desirable, mismatched: [n], as in :class:`Labels`.
+        pair: [n], as in :class:`Labels`.
+    """
+
+    desirable: list[bool]
+    mismatched: list[bool]
+    pair: list[int]
+
+    def select(self, numbers: Sequence[int]) -> HostLabels:
+        """The rows ``numbers``, with pairs renumbered."""
+        place = {row: k for k, row in enumerate(numbers)} | {-1: -1}
+        return HostLabels(
+            [self.desirable[i] for i in numbers],
+            [self.mismatched[i] for i in numbers],
+            [place.get(self.pair[i], -1) for i in numbers],
+        )
+
+
 @dataclass
 class Labels:
     """The labels of n rows. To add a column to all batches, add it here.
+
+    Labels that have been moved to a device (:meth:`to`) keep a copy on the host, which must stay equal: change labels
+    before they are moved, or make new ones.
 
     Attributes:
         desirable: BoolTensor [n].
@@ -106,16 +134,68 @@ class Labels:
         """BoolTensor [n]: the rows that carry a loss."""
         return ~self.mismatched
 
+    @property
+    def host(self) -> HostLabels:
+        """The labels on the host. Labels that were created on a device wait for it."""
+        view: HostLabels | None = self.__dict__.get("_host")  # not a field: replace() drops it
+        return view or HostLabels(self.desirable.tolist(), self.mismatched.tolist(), self.pair.tolist())
+
+    @property
+    def train_index(self) -> Tensor:
+        """LongTensor [m]: the rows that carry a loss. Unlike a mask, an index does not wait for the device."""
+        return self._index(False)
+
+    @property
+    def mismatched_index(self) -> Tensor:
+        """LongTensor [m]: the mismatched rows."""
+        return self._index(True)
+
+    @property
+    def unpaired(self) -> bool:
+        """Whether a row that carries a loss has no pair."""
+        host = self.host
+        return any(pair < 0 and not extra for pair, extra in zip(host.pair, host.mismatched, strict=True))
+
+    def _index(self, mismatched: bool) -> Tensor:
+        known: dict[bool, Tensor] = self.__dict__.get("_indices", {})
+        if mismatched not in known:
+            view: HostLabels | None = self.__dict__.get("_host")
+            if view is None:
+                return (self.mismatched == mismatched).nonzero().squeeze(1)
+            rows = [i for i, kind in enumerate(view.mismatched) if kind == mismatched]
+            (known[mismatched],) = moved([torch.tensor(rows, dtype=torch.long, device="cpu")], self.mismatched.device)
+            self.__dict__["_indices"] = known
+        return known[mismatched]
+
     def to(self, device: torch.device | str) -> Labels:
         """The same labels on ``device``."""
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return self._on(moved(self._columns(), torch.device(device)))
 
-    def select(self, index: Tensor) -> Labels:
-        """The rows ``index`` (LongTensor [m]), with pairs renumbered; -1 if a pair's other row is not among them."""
+    def _columns(self) -> list[Tensor]:
+        """All that moves to a device."""
+        return [*(getattr(self, f.name) for f in fields(self)), self.train_index, self.mismatched_index]
+
+    def _on(self, columns: list[Tensor]) -> Labels:
+        """The same labels from moved columns."""
+        *labels, train, mismatched = columns
+        other = replace(self, **{f.name: column for f, column in zip(fields(self), labels, strict=True)})
+        other.__dict__.update(_host=self.host, _indices={False: train, True: mismatched})
+        return other
+
+    def select(self, index: Tensor, numbers: Sequence[int] | None = None) -> Labels:
+        """The rows ``index`` (LongTensor [m]), with pairs renumbered; -1 if a pair's other row is not among them.
+
+        Args:
+            index: Positions of the rows, on their device.
+            numbers: The same positions on the host; without them, the new labels have no copy on the host.
+        """
         place = torch.full((len(self) + 1,), -1, dtype=torch.long, device=self.pair.device)
         place[index] = torch.arange(len(index), device=self.pair.device)
         chosen = {f.name: getattr(self, f.name)[index] for f in fields(self)}
-        return Labels(**{**chosen, "pair": place[chosen["pair"]]})  # a pair of -1 reads the last entry, which is -1
+        labels = Labels(**{**chosen, "pair": place[chosen["pair"]]})  # a pair of -1 reads the last entry, which is -1
+        if numbers is not None:
+            labels.__dict__["_host"] = self.host.select(numbers)
+        return labels
 
 
 class HostView(NamedTuple):
@@ -165,38 +245,53 @@ class TokenBatch:
         if view is None:
             masks = self.loss or [None] * len(self)
             positions = [None if mask is None else mask.nonzero().squeeze(1).tolist() for mask in masks]
-            view = HostView(self.prompt.tolist(), self.labels.mismatched.tolist(), positions)
+            view = HostView(self.prompt.tolist(), self.labels.host.mismatched, positions)
         return view
 
     @property
     def train_ids(self) -> list[str]:
         """The names of the rows that carry a loss."""
-        return [name for name, train in zip(self.row_ids, self.labels.train.tolist(), strict=False) if train]
+        return [name for name, extra in zip(self.row_ids, self.host.mismatched, strict=False) if not extra]
 
     def to(self, device: torch.device | str, **_: Any) -> TokenBatch:
-        """The same batch on ``device`` (Lightning moves batches with this)."""
-        loss = self.loss and [None if row is None else row.to(device) for row in self.loss]
-        return TokenBatch(
-            prompts=[ids.to(device) for ids in self.prompts],
-            completions=[ids.to(device) for ids in self.completions],
-            prompt=self.prompt.to(device),
-            labels=self.labels.to(device),
+        """The same batch on ``device`` (Lightning moves batches with this). All columns go to a GPU in one copy."""
+        masks, of_labels = [mask for mask in self.loss or () if mask is not None], self.labels._columns()
+        columns = iter(moved([*self.prompts, *self.completions, self.prompt, *masks, *of_labels], torch.device(device)))
+        batch = TokenBatch(
+            prompts=[next(columns) for _ in self.prompts],
+            completions=[next(columns) for _ in self.completions],
+            prompt=next(columns),
+            loss=self.loss and [None if mask is None else next(columns) for mask in self.loss],
+            labels=self.labels._on(list(columns)),
             row_ids=self.row_ids,
-            loss=loss,
         )
+        batch.__dict__["_host"] = self.host
+        return batch
 
-    def select(self, index: Tensor) -> TokenBatch:
-        """The rows ``index`` (LongTensor [m]), with prompts and pairs renumbered (see :meth:`Labels.select`)."""
-        chosen = index.tolist()
-        old_prompts, prompt = torch.unique(self.prompt[index], return_inverse=True)
-        return TokenBatch(
-            prompts=[self.prompts[i] for i in old_prompts.tolist()],
-            completions=[self.completions[i] for i in chosen],
+    def select(self, index: Tensor, numbers: Sequence[int] | None = None) -> TokenBatch:
+        """The rows ``index``, with prompts and pairs renumbered.
+
+        Args:
+            index: LongTensor [m], positions of the rows, on their device.
+            numbers: The same positions on the host; without them, this reads them from ``index``.
+        """
+        rows = index.tolist() if numbers is None else list(numbers)
+        host = self.host
+        prompts = sorted({host.prompt[i] for i in rows})
+        place = {old: new for new, old in enumerate(prompts)}
+        renumbered = [place[host.prompt[i]] for i in rows]
+        (prompt,) = moved([torch.tensor(renumbered, dtype=torch.long, device="cpu")], self.prompt.device)
+        batch = TokenBatch(
+            prompts=[self.prompts[i] for i in prompts],
+            completions=[self.completions[i] for i in rows],
             prompt=prompt,
-            labels=self.labels.select(index),
-            row_ids=[self.row_ids[i] for i in chosen] if self.row_ids else [],
-            loss=None if self.loss is None else [self.loss[i] for i in chosen],
+            labels=self.labels.select(index, rows),
+            row_ids=[self.row_ids[i] for i in rows] if self.row_ids else [],
+            loss=None if self.loss is None else [self.loss[i] for i in rows],
         )
+        mismatched = [host.mismatched[i] for i in rows]
+        batch.__dict__["_host"] = HostView(renumbered, mismatched, [host.loss[i] for i in rows])
+        return batch
 
 
 @dataclass
@@ -281,13 +376,13 @@ class LogProbBatch:
         routing = None if self.routing is None else self.routing.detach()
         return replace(self, policy_logps=self.policy_logps.detach(), routing=routing)
 
-    def select(self, index: Tensor) -> LogProbBatch:
-        """The rows ``index`` (LongTensor [m]), with pairs renumbered (see :meth:`Labels.select`)."""
+    def select(self, index: Tensor, numbers: Sequence[int] | None = None) -> LogProbBatch:
+        """The rows ``index``, with pairs renumbered (see :meth:`Labels.select`)."""
         return LogProbBatch(
             policy_logps=self.policy_logps[index],
             reference_logps=None if self.reference_logps is None else self.reference_logps[index],
             mask=self.mask[index],
-            labels=self.labels.select(index),
+            labels=self.labels.select(index, numbers),
             kl=None if self.kl is None else self.kl[index],
             routing=None if self.routing is None else self.routing.select(index),
         )

@@ -150,7 +150,7 @@ class Objective(nn.Module, ABC):
     def forward(self, rows: LogProbBatch) -> Result:
         """The loss of a whole step; ``rows`` include mismatched rows."""
         context = self.prepare(rows.detach())
-        train = rows.labels.train.nonzero().squeeze(1)
+        train = rows.labels.train_index
         return self.compute_loss(rows.select(train), context.select(train))
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from halos_pl.training.run_folder import move_aside
 from halos_pl.training.run_lock import RunLock
 from halos_pl.training.run_log import METRICS, RunCSVLogger
 from halos_pl.training.slurm import note_job
+from halos_pl.training.step_log import on_host
 from halos_pl.training.throughput import Cost, StepClock, cost, matmul_speed, slow_half, step_flops, step_tokens
 from value_functions import reward_scale
 
@@ -116,6 +117,14 @@ def _numbers(metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:
     return {k: v.item() for k, v in metrics.items() if not v.isnan()}
 
 
+#: Outcomes in nats, float [n], and labels, BoolTensor [n], of a step's rows; on the device until a plot needs them.
+_Rows = tuple[torch.Tensor, torch.Tensor]
+
+
+def _read(steps: Iterable[_Rows]) -> list[tuple[float, bool]]:
+    return [row for outcome, good in steps for row in zip(outcome.tolist(), good.tolist(), strict=True)]
+
+
 def _cost(policy: Any) -> Cost | None:
     """The cost per token; None for a model of unknown structure, which can still be trained."""
     try:
@@ -148,8 +157,8 @@ class RunReport(Callback):
         self._cost: Cost | None = None
         self._matmul = 1.0
         self._rows_before: dict[str, int] = {}
-        self._first: list[tuple[float, bool]] = []
-        self._last: deque[tuple[float, bool]] = deque(maxlen=self.ROWS_IN_PLOT)
+        self._first: _Rows | None = None
+        self._last: deque[_Rows] = deque()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.monotonic()
@@ -189,12 +198,15 @@ class RunReport(Callback):
     ) -> None:
         if not (self._clock.waits and self._speed) or trainer._logger_connector.should_update_logs:
             self._speed = self._measured(pl_module, batch, self._clock.seconds(), trainer.world_size)
-        pl_module.log("rows/s", self._speed["rows/s"])
-        pl_module.log_dict({k: v for k, v in self._speed.items() if k != "rows/s"}, prog_bar=True)
-        if "outcome" in outputs:
-            rows = list(zip(outputs["outcome"].tolist(), outputs["desirable"].tolist(), strict=True))
+        speed = on_host(self._speed)
+        pl_module.log("rows/s", speed.pop("rows/s"))
+        pl_module.log_dict(speed, prog_bar=True)
+        if "outcome" in outputs and len(outputs["outcome"]):
+            rows = outputs["outcome"], outputs["desirable"]
             self._first = self._first or rows
-            self._last.extend(rows)
+            self._last.append(rows)
+            while sum(len(outcome) for outcome, _ in self._last) - len(self._last[0][0]) >= self.ROWS_IN_PLOT:
+                self._last.popleft()
 
     def _measured(self, module: Any, batch: TokenBatch, seconds: float, ranks: int) -> dict[str, float]:
         """The figures of a step that took ``seconds``."""
@@ -207,6 +219,9 @@ class RunReport(Callback):
             self._matmul = max(self._matmul, flops)
             speed |= {"TFLOP/s": flops / 1e12, "of_matmul": flops / self._matmul}
         return speed
+
+    def _last_rows(self) -> list[tuple[float, bool]]:
+        return _read(self._last)[-self.ROWS_IN_PLOT :]
 
     def _write_summary(self, trainer: Trainer, pl_module: LightningModule, end: dict[str, Any]) -> float:
         """Writes ``summary.json`` and returns the duration of the fit in seconds."""
@@ -222,7 +237,7 @@ class RunReport(Callback):
             "digests": datamodule.digests("train") if counts else {},
             "reference_rows": _reference_rows(pl_module),
             "metrics": _numbers(trainer.callback_metrics),
-            "last_outcomes": list(self._last),
+            "last_outcomes": self._last_rows(),
             "resumed": getattr(getattr(pl_module, "record", None), "history", []),
             "by": provenance(),
         }
@@ -259,9 +274,8 @@ class RunReport(Callback):
             beta = reward_scale(halo.value_function) if halo else 1.0
             plot = plot_training(folder / METRICS, folder / "training.png", beta=beta)
             files += [plot.name] if plot else []
-        if halo is not None and self._last:
-            after = f"after: the last {len(self._last)} rows"
-            moments = {"before: the first step": self._first, after: list(self._last)}
+        if halo is not None and self._first is not None and (last := self._last_rows()):
+            moments = {"before: the first step": _read([self._first]), f"after: the last {len(last)} rows": last}
             files.append(plot_value_function(halo.value_function, moments, folder / "value_function.png").name)
         rank_zero_info(
             f"halos: {trainer.global_step} optimizer step(s) in {seconds:.0f} s ({ended}); {folder}/ contains "

@@ -13,6 +13,7 @@ from torch import Tensor
 from halos_pl.policy.sharding import local, total_norm
 from halos_pl.training.checks import check_clipping
 from halos_pl.training.non_finite import NonFiniteLossError, highest_lr, lower_lr, non_finite
+from halos_pl.training.step_log import StepFigures, on_host
 
 #: Consecutive steps after which a warning is due.
 ZERO, CLIPPED = 2, 20
@@ -22,11 +23,12 @@ SHORT = 5
 MOST = 0.99
 
 
-def mostly_cut(gradients: Iterable[Tensor], value: float) -> bool:
-    """Whether clipping by value cuts at least ``MOST`` of the nonzero entries."""
+def mostly_cut(gradients: Iterable[Tensor], value: float) -> Tensor:
+    """Whether clipping by value cuts at least ``MOST`` of the nonzero entries; a BoolTensor scalar on their device."""
     parts = list(gradients)
-    cut, nonzero = (sum(torch.count_nonzero(local(g).abs() > limit) for g in parts) for limit in (value, 0))
-    return bool(nonzero) and bool(cut >= MOST * nonzero)
+    counts = [[torch.count_nonzero(local(g).abs() > limit) for g in parts] for limit in (value, 0)]
+    cut, nonzero = (torch.stack(each).sum() for each in counts)
+    return (nonzero > 0) & (cut >= MOST * nonzero)
 
 
 class GradientWatch:
@@ -128,38 +130,49 @@ def finish_watch(module: Any, watch: GradientWatch) -> None:
 
 
 def clip_gradients(
-    module: Any, watch: GradientWatch, optimizer: Any, value: float | None, algorithm: str | None
+    module: Any, watch: GradientWatch, step: StepFigures, optimizer: Any, value: float | None, algorithm: str | None
 ) -> None:
-    """Clips by norm or value, and logs the norm before clipping as ``grad_norm``.
+    """Clips by norm or value, and logs the step's figures and, as ``grad_norm``, the norm before clipping.
+
+    It waits for the device once, where the optimizer has not stepped yet.
 
     Args:
         module: the LightningModule.
         watch: records the step.
+        step: figures of the step.
         optimizer: the optimizer whose gradients are clipped.
         value: limit of the norm or of each entry; None or 0 for no clipping.
         algorithm: ``norm``, ``value`` or None.
 
     Raises:
-        NonFiniteLossError: if the norm is not finite, so that the step would make the policy NaN.
+        NonFiniteLossError: if the loss or the norm is not finite, so that the step would make the policy NaN.
         ValueError: if the clipping value, which a callback may have set, is invalid.
     """
     check_clipping(value, algorithm)
     plugin = module.trainer.precision_plugin
     if getattr(plugin, "scaler", None) is not None:  # float16's scaler skips such steps, and knows the scale
+        step.read()
         module.clip_gradients(optimizer, value, algorithm)
         return
     parameters = [p for p in plugin.main_params(optimizer) if p.grad is not None]
     norm = total_norm([p.grad for p in parameters])
-    size = norm.item()
+    by_value = algorithm == "value"
+    cut = [mostly_cut((p.grad for p in parameters), value)] if value and by_value and parameters else []
+    size, *was_cut = step.read(norm, *cut)
     if not math.isfinite(size):
         what = f"the loss is finite, but the norm of its gradient is {size}"
         slopes = "check that the value function has a finite slope everywhere, also at u = 0: halos check"
         hint = f"{lower_lr(module)}. If that does not help, {slopes}" if module.global_step else slopes
         raise NonFiniteLossError(f"{non_finite(module, what, module.row_ids)}\n{hint}")
-    module.log("grad_norm", norm)
-    by_value = algorithm == "value"
-    cut = mostly_cut((p.grad for p in parameters), value) if value and by_value else None
-    watch.see(size, value, lr=highest_lr(optimizer), step=module.global_step, figures=module.figures, cut=cut)
+    module.log_dict(on_host({"grad_norm": size}))
+    watch.see(
+        size,
+        value,
+        lr=highest_lr(optimizer),
+        step=module.global_step,
+        figures=module.figures,
+        cut=bool(was_cut[0]) if was_cut else None,
+    )
     if by_value:
         module.clip_gradients(optimizer, value, algorithm)
     elif value:

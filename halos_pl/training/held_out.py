@@ -51,7 +51,7 @@ class HeldOut:
             suspects.add(part.row_ids, part.rows, part.result)
             loss = loss + part.result.loss
             yield part
-        wrong = torch.tensor(float(bool(suspects.names)), device=loss.device) + (~loss.isfinite()).float()
+        wrong = suspects.any + (~loss.isfinite()).float()
         if bool(sum_over_ranks(wrong) > 0):
             self.means = Means()
             self._auroc.reset()
@@ -76,7 +76,7 @@ class HeldOut:
 
     def add_kl(self, kl: Tensor, tokens: Tensor) -> None:
         """Adds KL divergences of rows, nats, float32 [m, T], over ``tokens`` tokens."""
-        figures = {"kl/sequence": (kl.sum(), kl.new_tensor(float(len(kl)))), "kl/token": (kl.sum(), tokens.float())}
+        figures = {"kl/sequence": (kl.sum(), kl.new_full((), len(kl))), "kl/token": (kl.sum(), tokens.float())}
         self.means.add(figures)
 
     def log(self, prefix: str) -> None:

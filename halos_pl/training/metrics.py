@@ -7,6 +7,7 @@ different sizes, even a rank without rows of some class, add up to the figure of
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -49,18 +50,22 @@ class Means:
             here = torch.stack([p.detach() for p in pair]).to(torch.float32 if pair[0].is_mps else torch.float64)
             self._sums[name] = self._sums[name] + here if name in self._sums else here
 
-    def compute(self, *, empty: bool = True) -> dict[str, float]:
+    def totals(self) -> Tensor:
+        """Sums and counts over all ranks, float64 [names, 2], on the device."""
+        return sum_over_ranks(torch.stack(list(self._sums.values())))
+
+    def compute(self, totals: Sequence[Sequence[float]] | None = None, *, empty: bool = True) -> dict[str, float]:
         """The means over all ranks; resets them.
 
         Args:
+            totals: :meth:`totals` on the host; by default, this reads them, which waits for the device.
             empty: whether a name with a count of 0 gives NaN; otherwise it is left out. A step without rows of a class
                 must log NaN, or Lightning would log an earlier step's value again. Loggers do not get the NaN (see
                 ``halos_pl.training.absent``).
         """
         if not self._sums:
             return {}
-        names = list(self._sums)
-        totals = sum_over_ranks(torch.stack([self._sums[name] for name in names])).tolist()
+        names, totals = list(self._sums), self.totals().tolist() if totals is None else totals
         self._sums = {}
         return {
             name: total / count if count else math.nan
@@ -82,11 +87,10 @@ def saturation(value_function: ValueFunction, perceived: Tensor) -> Tensor:
 
 
 class Suspects:
-    """Finds the rows that cause a non-finite loss."""
+    """Finds the rows that cause a non-finite loss. Reads nothing from the device until it is asked."""
 
     def __init__(self) -> None:
-        self._bad_logps: list[str] = []
-        self._bad_outcomes: list[str] = []
+        self._parts: list[tuple[list[str], Tensor]] = []
 
     def add(self, names: list[str], rows: LogProbBatch, result: Result) -> None:
         """Checks a part of a step, whose rows are called ``names``."""
@@ -97,9 +101,12 @@ class Suspects:
         if (outcomes := result.outcomes) is not None:
             for figure in (outcomes.reward, outcomes.reference_point, outcomes.outcome, outcomes.value):
                 values &= figure.isfinite()
-        finite = torch.stack([logps, values]).tolist()
-        self._bad_logps += [name for name, good in zip(names, finite[0], strict=True) if not good]
-        self._bad_outcomes += [name for name, good in zip(names, finite[1], strict=True) if not good]
+        self._parts.append((names, torch.stack([logps, values])))
+
+    @property
+    def any(self) -> Tensor | float:
+        """Whether there are such rows: 1.0 or 0.0, on the device; 0.0 without parts."""
+        return torch.stack([(~finite).any() for _, finite in self._parts]).any().float() if self._parts else 0.0
 
     @property
     def names(self) -> list[str]:
@@ -107,7 +114,11 @@ class Suspects:
 
         The former make the reference point, and thus the outcome of every row, non-finite.
         """
-        return self._bad_logps or self._bad_outcomes
+        finite = [(names, flags.tolist()) for names, flags in self._parts]
+        for kind in (0, 1):
+            if bad := [n for names, flags in finite for n, good in zip(names, flags[kind], strict=True) if not good]:
+                return bad
+        return []
 
 
 def into_unit_interval(reward: Tensor) -> Tensor:
@@ -189,7 +200,7 @@ def row_figures(rows: LogProbBatch, result: Result, halo: HALO | None) -> dict[s
     if halo is not None and result.outcomes is not None and result.estimate is not None:
         with torch.autocast(rows.mask.device.type, enabled=False):
             figures |= outcome_figures(result.outcomes, halo.value_function)
-        n = rows.mask.new_tensor(len(rows), dtype=torch.float32)
+        n = rows.mask.new_full((), len(rows), dtype=torch.float32)
         figures |= {f"outcome/z0_{name}": (value * n, n) for name, value in result.estimate.figures().items()}
         if halo.needs.mismatched and halo.needs.reference:
             figures["kl"] = figures["outcome/z0"]

@@ -44,7 +44,7 @@ from halos_pl.training.optim import LRShape, MasterWeights, check_optimizer, con
 from halos_pl.training.predictions import records_of
 from halos_pl.training.resume import Record, align_logged_step
 from halos_pl.training.settings import weights_sample
-from halos_pl.training.step_log import log_step, outcomes_of
+from halos_pl.training.step_log import StepFigures, outcomes_of
 from halos_pl.training.strategy import ShardedStrategy
 from value_functions import ValueFunction
 
@@ -129,6 +129,7 @@ class HALOModule(LightningModule):
         self._held_out, self._gradients = HeldOut(self), GradientWatch()
         self._masters, self._deferral = MasterWeights([]), Deferral()
         self._last_loss: Tensor | None = None
+        self._step: StepFigures | None = None
         self.rng_states: list[dict[str, Any]] | None = None
 
     @property
@@ -210,7 +211,7 @@ class HALOModule(LightningModule):
         self._masters.begin_pass()
         self.row_ids = batch.train_ids
         parts = self.engine.step(batch, backward=self._back_propagate, defer_sync=self._deferral)
-        log_step(self, parts)
+        self._step = StepFigures(self, parts)
         loss, self._last_loss = self._last_loss, None
         return {"loss": loss} | outcomes_of(parts)
 
@@ -274,7 +275,10 @@ class HALOModule(LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
-        clip_gradients(self, self._gradients, optimizer, gradient_clip_val, gradient_clip_algorithm)
+        """Clips, and logs the step: the first moment when the whole gradient is known, and the last to stop."""
+        assert self._step is not None
+        step, self._step = self._step, None
+        clip_gradients(self, self._gradients, step, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Takes the step, and updates a reference that follows the policy before anything is saved."""

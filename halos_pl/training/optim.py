@@ -236,12 +236,12 @@ class LostUpdates:
     def _compare(self, optimizer: Optimizer) -> None:
         if not self._before:
             return
-        with_gradient = kept = 0
+        counts = []
         for parameter, before in zip(self._parameters, self._before, strict=True):
             if parameter.grad is not None:
                 moving = self._sample(parameter.grad) != 0
-                with_gradient += int(moving.sum())
-                kept += int((moving & (self._sample(parameter) == before)).sum())
+                counts.append(torch.stack([moving.sum(), (moving & (self._sample(parameter) == before)).sum()]))
+        with_gradient, kept = torch.stack(counts).sum(dim=0).tolist() if counts else (0, 0)
         lr, full = self._height(optimizer)
         self._before, self._measured, self._done = [], True, full
         if with_gradient and kept > with_gradient * (self.NOTABLE if self._half else self.NOTABLE_IN_FLOAT32):

@@ -57,7 +57,7 @@ def cost(model: nn.Module) -> Cost:
 
 def step_tokens(batch: TokenBatch) -> int:
     """Number of tokens that a step has to process: each distinct prompt once, and every completion."""
-    prompts = [len(batch.prompts[i]) for i in set(batch.prompt.tolist())]
+    prompts = [len(batch.prompts[i]) for i in set(batch.host.prompt)]
     return sum(prompts) + sum(map(len, batch.completions))
 
 
@@ -73,7 +73,7 @@ def step_flops(model: Cost, batch: TokenBatch, *, reference: float = 1.0) -> flo
         batch: n rows.
         reference: share of the rows whose reference log-probs are computed: 0 without one, or if all are stored.
     """
-    prompt, mismatched = batch.prompt.tolist(), batch.labels.mismatched.tolist()
+    prompt, mismatched = batch.host.prompt, batch.host.mismatched
 
     def tokens(rows: list[int], without: set[int]) -> tuple[float, float, float]:
         """Tokens, tokens in the head, and pairs that attend to each other; ``without`` are prompts computed before."""

@@ -56,7 +56,7 @@ def denominator_of(rows: LogProbBatch, kind: Denominator) -> Tensor:
     counted = {
         "rows": rows.labels.train,
         "pairs": rows.labels.train & rows.labels.desirable,
-        "tokens": rows.mask[rows.labels.train],
+        "tokens": rows.mask & rows.labels.train[:, None],
     }
     return counted[kind].sum().float()
 
@@ -67,6 +67,6 @@ def require_pairs(feedback: Feedback, rows: LogProbBatch) -> None:
     Raises:
         ValueError: a row has none; names the class of ``feedback``.
     """
-    if bool(((rows.labels.pair < 0) & rows.labels.train).any()):
+    if rows.labels.unpaired:
         name = type(feedback).__name__
         raise ValueError(f"{name}: a row has no paired completion; this feedback needs data with chosen and rejected")

@@ -45,13 +45,18 @@ class Estimate:
         mean = self.value if self.mean is None else self.mean
         figures = {
             "standard_error": self.standard_error,
-            "rows": self.rows or 0.0,
+            "rows": 0.0 if self.rows is None else self.rows,
             "clamped": self.clamped,
             **self.further,
         }
         scalars = {"estimate": mean.detach().float().mean()}
         for name, figure in figures.items():
-            scalars[name] = torch.as_tensor(figure, dtype=torch.float32, device=mean.device).detach()
+            # full, not as_tensor: copying a number to a device waits for it, filling does not.
+            scalars[name] = (
+                figure.detach().to(mean.device, torch.float32)
+                if isinstance(figure, Tensor)
+                else torch.full((), figure, dtype=torch.float32, device=mean.device)
+            )
         return scalars
 
 
@@ -108,11 +113,17 @@ class MeanOverRanks:
 
     def __init__(self, values: Tensor) -> None:
         values = values.detach().float()
-        total, self.count = sum_over_ranks(torch.stack([values.sum(), values.new_tensor(float(len(values)))]))
+        self._here = len(values)
+        total, self.count = sum_over_ranks(torch.stack([values.sum(), torch.full_like(values.sum(), self._here)]))
         self.mean = total / self.count.clamp(min=1)
         squares = sum_over_ranks((values - self.mean).square().sum())
         variance = squares / (self.count - 1).clamp(min=1)
         self.standard_error = (variance / self.count.clamp(min=1)).sqrt()
+
+    @property
+    def empty(self) -> bool:
+        """Whether no rank has a value; a rank with values knows without waiting for its device."""
+        return self._here == 0 and bool(self.count == 0)
 
     def estimate(self) -> Estimate:
         """The mean as a reference point."""

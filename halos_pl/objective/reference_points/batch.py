@@ -20,7 +20,7 @@ class BatchMean(ReferencePoint):
     needs = Needs(step_rewards=True)
 
     def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
-        sample = MeanOverRanks(rewards[rows.labels.train])
+        sample = MeanOverRanks(rewards[rows.labels.train_index])
         return sample.estimate()
 
 
@@ -45,7 +45,7 @@ class BatchQuantile(ReferencePoint):
         self.quantile = float(quantile)
 
     def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
-        sample, _ = gather_over_ranks(rewards[rows.labels.train].detach().float())
+        sample, _ = gather_over_ranks(rewards[rows.labels.train_index].detach().float())
         n, q = len(sample), self.quantile
         if n == 0:
             return Estimate(rewards.new_zeros(()), rows=0.0)
@@ -53,7 +53,7 @@ class BatchQuantile(ReferencePoint):
         # Without distributional assumptions: half the distance between the quantiles one standard deviation of the
         # binomial rank below and above.
         spread = (q * (1 - q) / n) ** 0.5
-        low, high = torch.quantile(sample, sample.new_tensor([max(q - spread, 0.0), min(q + spread, 1.0)]))
+        low, high = (torch.quantile(sample, bound) for bound in (max(q - spread, 0.0), min(q + spread, 1.0)))
         return Estimate(estimate, standard_error=(high - low) / 2, rows=float(n))
 
 
@@ -76,7 +76,7 @@ class LeaveOneOut(ReferencePoint):
         count = weight.sum(dim=1)
         mean = weight @ rewards / count.clamp(min=1)
         variance = (weight * (rewards[None, :] - mean[:, None]).square()).sum(dim=1) / (count - 1).clamp(min=1)
-        train = rows.labels.train
+        train = rows.labels.train_index
         return Estimate(
             mean,
             mean=MeanOverRanks(mean[train]).mean,

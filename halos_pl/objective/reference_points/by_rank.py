@@ -7,14 +7,22 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from halos_pl.batch import LogProbBatch, Needs
-from halos_pl.distributed import gather_over_ranks
+from halos_pl.batch import Labels, LogProbBatch, Needs
+from halos_pl.common.transfer import moved
+from halos_pl.distributed import gather_over_ranks, world_size
 from halos_pl.objective.reference_points.base import Estimate, ReferencePoint
 
 
-def _by_class(desirable: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices of the desirable and of the undesirable rows among the rows of all processes."""
-    everywhere = gather_over_ranks(desirable.float())[0] > 0.5
+def _by_class(labels: Labels) -> tuple[Tensor, Tensor]:
+    """Indices of the desirable and of the undesirable rows among the rows with loss of all processes."""
+    if world_size() == 1:
+        host = labels.host
+        desirable = [good for good, extra in zip(host.desirable, host.mismatched, strict=True) if not extra]
+        places = [[i for i, good in enumerate(desirable) if good == kind] for kind in (True, False)]
+        columns = [torch.tensor(each, dtype=torch.long, device="cpu") for each in places]
+        good, bad = moved(columns, labels.desirable.device)
+        return good, bad
+    everywhere = gather_over_ranks(labels.desirable[labels.train_index].float())[0] > 0.5
     return everywhere.nonzero().squeeze(1), (~everywhere).nonzero().squeeze(1)
 
 
@@ -32,9 +40,9 @@ class RankMatched(ReferencePoint):
     needs = Needs(pairs=True, whole_step=True)
 
     def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
-        train = rows.labels.train.nonzero().squeeze(1)
+        train = rows.labels.train_index
         everyone, first = gather_over_ranks(rewards[train])
-        classes = _by_class(rows.labels.desirable[train])
+        classes = _by_class(rows.labels)
         if len(classes[0]) != len(classes[1]):
             raise ValueError(
                 f"RankMatched: the step has {len(classes[0])} desirable and {len(classes[1])} undesirable rows;"
@@ -68,8 +76,8 @@ class SortedMargins(ReferencePoint):
     violates: Mapping[str, str] = dict.fromkeys(("reference_in_range", "reference_shift_equivariant"), _MARGINS)
 
     def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
-        train = rows.labels.train.nonzero().squeeze(1)
-        if rows.reference_logps is None or bool((rows.labels.pair[train] < 0).any()):
+        train = rows.labels.train_index
+        if rows.reference_logps is None or rows.labels.unpaired:
             raise ValueError("SortedMargins needs reference log-probs and rows that all have a paired completion")
         logps = rows.reference_logps.sum(dim=1)
         margins, first = gather_over_ranks((logps - logps[rows.labels.pair])[train])
@@ -77,7 +85,7 @@ class SortedMargins(ReferencePoint):
         matched = torch.empty_like(margins)
         # A rejected row's margin is minus that of its paired completion, so the classes are sorted separately: sorted
         # together, the ranks of chosen and rejected rows could mix.
-        for places in _by_class(rows.labels.desirable[train]):
+        for places in _by_class(rows.labels):
             matched[places[everyone[places].argsort(stable=True)]] = margins[places].sort(stable=True).values
         of_rows = torch.zeros_like(rewards).index_put((train,), matched[first : first + len(train)])
         return Estimate(of_rows, rows=1.0, mean=matched)

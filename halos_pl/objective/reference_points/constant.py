@@ -27,4 +27,4 @@ class Constant(ReferencePoint):
         self.value = float(value)
 
     def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
-        return Estimate(rewards.new_tensor(self.value))
+        return Estimate(rewards.new_full((), self.value))

@@ -30,8 +30,8 @@ class TokenKL(ReferencePoint):
     def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
         if rows.kl is None:
             raise ValueError("TokenKL: the rows have no exact KL divergence (LogProbBatch.kl)")
-        sample = MeanOverRanks(rows.kl.sum(dim=1)[rows.labels.mismatched])
-        if sample.count == 0:
+        sample = MeanOverRanks(rows.kl.sum(dim=1)[rows.labels.mismatched_index])
+        if sample.empty:
             raise ValueError("TokenKL: the step has no mismatched rows (x_i, y_j) to estimate z0 from")
         return sample.estimate()
 
@@ -58,7 +58,7 @@ class SampledKL(ReferencePoint):
         self.needs = Needs(samples=max_new_tokens)
 
     def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
-        sample = MeanOverRanks(rewards[rows.labels.mismatched])
-        if sample.count == 0:
+        sample = MeanOverRanks(rewards[rows.labels.mismatched_index])
+        if sample.empty:
             raise ValueError("SampledKL: the step has no samples of the policy to estimate z0 from")
         return sample.estimate()

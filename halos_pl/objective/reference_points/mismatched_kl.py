@@ -39,8 +39,8 @@ class MismatchedKL(ReferencePoint):
         self.clamp = clamp
 
     def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
-        sample = MeanOverRanks(rewards[rows.labels.mismatched])
-        if sample.count == 0:
+        sample = MeanOverRanks(rewards[rows.labels.mismatched_index])
+        if sample.empty:
             raise ValueError("MismatchedKL: the step has no mismatched rows (x_i, y_j) to estimate z0 from")
         if not self.clamp:
             return sample.estimate()

@@ -23,9 +23,8 @@ class PairedCompletion(ReferencePoint):
     needs = Needs(pairs=True)
 
     def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
-        alone = rows.labels.pair < 0
-        if bool((alone & rows.labels.train).any()):
+        if rows.labels.unpaired:
             raise ValueError(
                 "PairedCompletion: a row has no paired completion; use data with chosen and rejected completions"
             )
-        return Estimate(torch.where(alone, 0.0, rewards[rows.labels.pair]), rows=1.0)
+        return Estimate(torch.where(rows.labels.pair < 0, 0.0, rewards[rows.labels.pair]), rows=1.0)

@@ -64,12 +64,16 @@ class RunningMean(ReferencePoint):
         of_step = self.of(rewards, rows)
         if of_step.value.dim():
             raise ValueError(f"RunningMean: {type(self.of).__name__} gives a number for each row, not one per step")
-        weight = 1 if of_step.rows is None else int(of_step.rows)  # if unknown, each step counts equally
-        if self.training and weight > 0:
-            count = self.count + weight
+        number = of_step.value.detach()
+        rows_of_step = torch.ones_like(number) * (1 if of_step.rows is None else of_step.rows)
+        # The mean is a number on the host, so this waits for the device, once. If the number of rows is unknown, each
+        # step counts equally.
+        value, weight = (torch.stack([number, rows_of_step]).tolist()) if self.training else (0.0, 0.0)
+        if weight > 0:
+            count = self.count + int(weight)
             # In the first step there is no old mean, so its weight is 0 either way.
             keep = self.count / count if self.decay is None or self.count == 0 else self.decay
-            self.mean = keep * self.mean + (1 - keep) * float(of_step.value)
+            self.mean = keep * self.mean + (1 - keep) * value
             self.count = count
         return Estimate(
             torch.full_like(of_step.value, self.mean),

@@ -31,7 +31,7 @@ class PairMargin(Reward):
 
     def forward(self, rows: LogProbBatch) -> Tensor:
         logps, alone = rows.policy_logps.sum(dim=1), rows.labels.pair < 0
-        if bool((alone & rows.labels.train).any()):
+        if rows.labels.unpaired:
             raise ValueError(
                 "PairMargin: a row has no paired completion; this reward needs data with chosen and rejected"
             )
