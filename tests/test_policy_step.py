@@ -510,9 +510,9 @@ def test_a_second_pass_repeats_the_dropout_of_the_first(rows, tiny_gpt2_folder, 
     seen: dict[tuple[int, ...], list[torch.Tensor]] = {}
     score = _Step._score
 
-    def noted(self: Any, index: torch.Tensor, **how: Any) -> Any:
+    def noted(self: Any, index: Any, **how: Any) -> Any:
         rows = score(self, index, **how)
-        seen.setdefault(tuple(index.tolist()), []).append(rows.policy_logps.detach())
+        seen.setdefault(tuple(index.numbers), []).append(rows.policy_logps.detach())
         return rows
 
     monkeypatch.setattr(_Step, "_score", noted)

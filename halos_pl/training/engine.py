@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from halos_pl.batch import LogProbBatch, Routing, TokenBatch
+from halos_pl.common.transfer import moved
 from halos_pl.distributed import world_size
 from halos_pl.objective.halo import Context, Objective, Result
 from halos_pl.policy.kl import completion_kl
@@ -26,12 +27,14 @@ class Part:
 
     Attributes:
         index: LongTensor [m], positions of its rows in ``batch``.
+        numbers: The same positions on the host.
         batch: The step's batch, including the policy's samples.
         rows: Log-probs of its rows, without gradient.
         result: Loss and outcomes, without gradient. The losses of the parts of all ranks sum to the step's loss.
     """
 
     index: Tensor
+    numbers: list[int]
     batch: TokenBatch
     rows: LogProbBatch
     result: Result
@@ -39,7 +42,26 @@ class Part:
     @property
     def row_ids(self) -> list[str]:
         """The names of its rows."""
-        return [self.batch.row_ids[i] for i in self.index.tolist()] if self.batch.row_ids else []
+        return [self.batch.row_ids[i] for i in self.numbers] if self.batch.row_ids else []
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Positions of m rows in a batch, so that neither the host nor the device waits for the other.
+
+    Attributes:
+        numbers: The positions on the host.
+        index: LongTensor [m], the same on the device.
+    """
+
+    numbers: list[int]
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, part: slice) -> _Rows:
+        return _Rows(self.numbers[part], self.index[part])
 
 
 @dataclass(frozen=True)
@@ -191,9 +213,10 @@ class StepEngine:
         """
         assert self.reference is not None
         step = _Step(self, batch, None, nullcontext)
-        train = batch.labels.train.nonzero().squeeze(1)
+        train = step.kinds()[0]
         for index in step.equal_parts(train)[0]:
-            part = batch.select(index if len(index) else train[:1])
+            chosen = index if len(index) else train[:1]
+            part = batch.select(chosen.index, chosen.numbers)
             kl = completion_kl(self.policy, self.reference, part)
             if len(index):
                 yield kl, completion_mask(part).sum()
@@ -225,8 +248,7 @@ class _Step:
     def parts(self) -> Iterator[Part]:
         """Yields each micro-batch after its backward pass."""
         needs = self.objective.needs
-        train = self.batch.labels.train.nonzero().squeeze(1)
-        mismatched = self.batch.labels.mismatched.nonzero().squeeze(1)
+        train, mismatched, everything = self.kinds()
         parts, of_mismatched = self.equal_parts(train, mismatched)
         # Must not depend on a rank's number of rows: the two branches gather over ranks in different orders.
         at_once = needs.whole_step and self.micro_batch_rows is not None
@@ -235,8 +257,8 @@ class _Step:
         draws: dict[int, _Draw] = {}
         if len(parts) == 1 and not at_once and of_mismatched and self.scorer.shares_prefixes:
             # One pass for the whole step: mismatched rows share the others' prompts and get no gradient.
-            everything = torch.arange(len(self.batch), device=self.device)
-            scored[0] = self._keep(everything, self._score(everything, gradient=self.gradient)).select(train)
+            together = self._keep(everything, self._score(everything, gradient=self.gradient))
+            scored[0] = together.select(train.index, train.numbers)
         else:
             for index in of_mismatched:
                 self._keep(index, self._score(index, gradient=False, instead=mismatched[:1]))
@@ -252,7 +274,7 @@ class _Step:
         with self._float32():
             context = self.objective.prepare(self.rows)
         if at_once:
-            yield self._whole_step(context.select(train), train, parts, draws)
+            yield self._whole_step(context.select(train.index), train, parts, draws)
             return
         for number, index in enumerate(parts):
             last = number == len(parts) - 1
@@ -268,17 +290,17 @@ class _Step:
                     self._back_propagate(rows.policy_logps.sum())
                     continue
                 with self._float32():
-                    result = self.objective.compute_loss(rows, context.select(index))
+                    result = self.objective.compute_loss(rows, context.select(index.index))
                 self._back_propagate(result.loss)
             yield self._part(index, rows, result)
 
-    def _whole_step(self, context: Context, train: Tensor, parts: list[Tensor], draws: dict[int, _Draw]) -> Part:
+    def _whole_step(self, context: Context, train: _Rows, parts: list[_Rows], draws: dict[int, _Draw]) -> Part:
         """A step whose rows are compared with each other, computed in micro-batches all the same.
 
         The loss is computed from log-probs without gradient. Its derivatives with respect to them then weight the
         passes with gradient. This is exact and costs one more forward pass.
         """
-        rows = self.rows.select(train)
+        rows = self.rows.select(train.index, train.numbers)
         leaves = replace(rows, policy_logps=rows.policy_logps.clone().requires_grad_(self.gradient))
         if rows.routing is not None:
             probability = rows.routing.probability.clone().requires_grad_(self.gradient)
@@ -291,7 +313,7 @@ class _Step:
             slopes = torch.autograd.grad(result.loss, [*scores, *parameters], allow_unused=True, materialize_grads=True)
             of_scores, of_parameters = slopes[: len(scores)], slopes[len(scores) :]
             place = torch.empty(len(self.batch), dtype=torch.long, device=self.device)
-            place[train] = torch.arange(len(train), device=self.device)
+            place[train.index] = torch.arange(len(train), device=self.device)
             for number, index in enumerate(parts):
                 last = number == len(parts) - 1
                 with self._synchronized(last):
@@ -299,7 +321,7 @@ class _Step:
                         self._score(index, gradient=True, draw=draws[number], again=True, instead=train[:1])
                     )
                     pairs = zip(scored, of_scores, strict=True)
-                    linear = torch.stack([(score * slope[place[index]]).sum() for score, slope in pairs]).sum()
+                    linear = torch.stack([(score * slope[place[index.index]]).sum() for score, slope in pairs]).sum()
                     if last:
                         for parameter, its_slope in zip(parameters, of_parameters, strict=True):
                             linear = linear + (parameter * its_slope).sum()
@@ -316,24 +338,25 @@ class _Step:
             # The ranks' losses sum to the step's loss, but their gradients are averaged.
             self.backward(loss * world_size())
 
-    def _part(self, index: Tensor, rows: LogProbBatch, result: Result) -> Part:
-        return Part(index, self.batch, rows.detach(), replace(result, loss=result.loss.detach()))
+    def _part(self, index: _Rows, rows: LogProbBatch, result: Result) -> Part:
+        detached = replace(result, loss=result.loss.detach())
+        return Part(index.index, index.numbers, self.batch, rows.detach(), detached)
 
     # -- scoring --------------------------------------------------------------------------------------
 
     def _score(
         self,
-        index: Tensor,
+        index: _Rows,
         *,
         gradient: bool,
         draw: _Draw | None = None,
         again: bool = False,
-        instead: Tensor | None = None,
+        instead: _Rows | None = None,
     ) -> LogProbBatch:
         """Log-probs of the rows ``index`` under policy and reference, padded to the width of the whole step.
 
         Args:
-            index: LongTensor [m], positions in the batch.
+            index: Positions in the batch.
             gradient: Whether the policy's log-probs get a gradient.
             draw: Random state to replay, so that dropout repeats an earlier pass.
             again: Whether an earlier pass of the step has scored these rows under the reference.
@@ -341,8 +364,8 @@ class _Step:
         """
         if not len(index):
             assert instead is not None
-            return self._score(instead, gradient=gradient, draw=draw, again=again).select(index)
-        part = self.batch.select(index)
+            return self._score(instead, gradient=gradient, draw=draw, again=again).select(index.index, index.numbers)
+        part = self.batch.select(index.index, index.numbers)
         of_reference = self.rows.reference_logps
         width = max(len(completion) for completion in part.completions)
         with _replayed(draw, self.device):
@@ -353,23 +376,23 @@ class _Step:
                 gradient=gradient,
                 kl=self.objective.needs.exact_kl,
                 routing=self.objective.needs.routing,
-                reference_logps=of_reference[index, :width] if again and of_reference is not None else None,
+                reference_logps=of_reference[index.index, :width] if again and of_reference is not None else None,
             )
         return widened(rows, self.rows.mask.shape[1])
 
-    def _keep(self, index: Tensor, rows: LogProbBatch) -> LogProbBatch:
+    def _keep(self, index: _Rows, rows: LogProbBatch) -> LogProbBatch:
         """Stores the rows' scores, which the reference point may read, and returns the rows."""
-        self.rows.policy_logps[index] = rows.policy_logps.detach()
+        self.rows.policy_logps[index.index] = rows.policy_logps.detach()
         if self.rows.reference_logps is not None and rows.reference_logps is not None:
-            self.rows.reference_logps[index] = rows.reference_logps
+            self.rows.reference_logps[index.index] = rows.reference_logps
         if self.rows.kl is not None and rows.kl is not None:
-            self.rows.kl[index] = rows.kl
+            self.rows.kl[index.index] = rows.kl
         if rows.routing is not None:
             if self.rows.routing is None:  # only now is the number of experts known
                 zeros = rows.routing.chosen.new_zeros(len(self.rows), rows.routing.chosen.shape[1])
                 self.rows.routing = Routing(zeros, zeros.clone())
-            self.rows.routing.probability[index] = rows.routing.probability.detach()
-            self.rows.routing.chosen[index] = rows.routing.chosen
+            self.rows.routing.probability[index.index] = rows.routing.probability.detach()
+            self.rows.routing.chosen[index.index] = rows.routing.chosen
         return rows
 
     def _blank(self) -> LogProbBatch:
@@ -385,7 +408,7 @@ class _Step:
             kl=zeros.clone() if self.objective.needs.exact_kl else None,
         )
 
-    def equal_parts(self, *indices: Tensor) -> list[list[Tensor]]:
+    def equal_parts(self, *indices: _Rows) -> list[list[_Rows]]:
         """The parts of each index, as many as on the other ranks if the model is sharded.
 
         Each pass is then a collective operation, so a rank with fewer parts begins with empty ones.
@@ -399,20 +422,34 @@ class _Step:
             for index, parts, number in zip(indices, split, most, strict=True)
         ]
 
-    def _split(self, index: Tensor) -> list[Tensor]:
-        """Splits ``index`` into parts of at most ``micro_batch_rows`` rows, keeping pairs and, if possible, prompts."""
-        if self.micro_batch_rows is None or len(index) <= self.micro_batch_rows:
-            return [index]
+    def kinds(self) -> tuple[_Rows, _Rows, _Rows]:
+        """The rows that carry a loss, the mismatched ones, and all."""
+        mismatched = self.batch.host.mismatched
+        numbers = range(len(mismatched))
+        groups = [i for i in numbers if not mismatched[i]], [i for i in numbers if mismatched[i]], list(numbers)
+        train, extra, everything = self._on_device(groups)
+        return train, extra, everything
+
+    def _on_device(self, groups: Iterable[list[int]]) -> list[_Rows]:
+        """Positions on the host and, after one copy, on the device."""
+        groups = list(groups)
+        columns = [torch.tensor(numbers, dtype=torch.long, device="cpu") for numbers in groups]
+        return [_Rows(numbers, index) for numbers, index in zip(groups, moved(columns, self.device), strict=True)]
+
+    def _split(self, rows: _Rows) -> list[_Rows]:
+        """Splits ``rows`` into parts of at most ``micro_batch_rows`` rows, keeping pairs and, if possible, prompts."""
+        if self.micro_batch_rows is None or len(rows) <= self.micro_batch_rows:
+            return [rows]
         units: dict[int, list[int]] = {}
-        for i, other in zip(index.tolist(), self.batch.labels.pair[index].tolist(), strict=True):
-            units.setdefault(min(i, other) if other >= 0 else i, []).append(i)
-        prompt = self.batch.prompt.tolist()
+        pair, prompt = self.batch.labels.host.pair, self.batch.host.prompt
+        for i in rows.numbers:
+            units.setdefault(min(i, pair[i]) if pair[i] >= 0 else i, []).append(i)
         parts: list[list[int]] = [[]]
         for unit in sorted(units.values(), key=lambda unit: prompt[unit[0]]):
             if parts[-1] and len(parts[-1]) + len(unit) > self.micro_batch_rows:
                 parts.append([])
             parts[-1].extend(unit)
-        return [torch.tensor(part, device=index.device) for part in parts]
+        return self._on_device(parts)
 
     def _float32(self) -> torch.autocast:
         """Disables autocast: objectives are computed in float32 whatever the precision of training."""

@@ -48,9 +48,10 @@ def scored_rows(
     with torch.set_grad_enabled(gradient):
         policy_logps, of_experts = policy(batch, wanted="routing") if routing else (policy(batch), None)
     divergence = None
-    mismatched = batch.labels.mismatched.nonzero().squeeze(1)
-    if kl and reference is not None and len(mismatched):
-        of_mismatched = completion_kl(policy, reference, batch.select(mismatched))
+    numbers = [row for row, extra in enumerate(batch.host.mismatched) if extra]
+    if kl and reference is not None and numbers:
+        mismatched = batch.labels.mismatched_index
+        of_mismatched = completion_kl(policy, reference, batch.select(mismatched, numbers))
         divergence = torch.zeros_like(policy_logps, requires_grad=False)
         divergence[mismatched, : of_mismatched.shape[1]] = of_mismatched
     return LogProbBatch(policy_logps, reference_logps, completion_mask(batch), batch.labels, divergence, of_experts)
