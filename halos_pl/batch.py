@@ -157,15 +157,17 @@ class Labels:
         return any(pair < 0 and not extra for pair, extra in zip(host.pair, host.mismatched, strict=True))
 
     def _index(self, mismatched: bool) -> Tensor:
-        known: dict[bool, Tensor] = self.__dict__.get("_indices", {})
-        if mismatched not in known:
-            view: HostLabels | None = self.__dict__.get("_host")
-            if view is None:
-                return (self.mismatched == mismatched).nonzero().squeeze(1)
-            rows = [i for i, kind in enumerate(view.mismatched) if kind == mismatched]
-            (known[mismatched],) = moved([torch.tensor(rows, dtype=torch.long, device="cpu")], self.mismatched.device)
-            self.__dict__["_indices"] = known
-        return known[mismatched]
+        if "_host" not in self.__dict__:
+            return (self.mismatched == mismatched).nonzero().squeeze(1)
+        indices: dict[bool, Tensor] = self.__dict__.setdefault("_indices", {})
+        if mismatched not in indices:
+            (indices[mismatched],) = moved([self._rows(mismatched)], self.mismatched.device)
+        return indices[mismatched]
+
+    def _rows(self, mismatched: bool) -> Tensor:
+        """LongTensor [m] on the CPU: the mismatched rows, or the others."""
+        rows = [i for i, kind in enumerate(self.host.mismatched) if kind == mismatched]
+        return torch.tensor(rows, dtype=torch.long, device="cpu")
 
     def to(self, device: torch.device | str) -> Labels:
         """The same labels on ``device``."""
@@ -173,7 +175,7 @@ class Labels:
 
     def _columns(self) -> list[Tensor]:
         """All that moves to a device."""
-        return [*(getattr(self, f.name) for f in fields(self)), self.train_index, self.mismatched_index]
+        return [*(getattr(self, f.name) for f in fields(self)), self._rows(False), self._rows(True)]
 
     def _on(self, columns: list[Tensor]) -> Labels:
         """The same labels from moved columns."""
@@ -244,7 +246,7 @@ class TokenBatch:
         view: HostView | None = self.__dict__.get("_host")  # not a field: replace() drops it
         if view is None:
             masks = self.loss or [None] * len(self)
-            positions = [None if mask is None else mask.nonzero().squeeze(1).tolist() for mask in masks]
+            positions = [None if mask is None else [k for k, y in enumerate(mask.tolist()) if y] for mask in masks]
             view = HostView(self.prompt.tolist(), self.labels.host.mismatched, positions)
         return view
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,9 +51,8 @@ def test_the_host_knows_the_rows_that_are_on_the_device(rows: list[int], known: 
     """Whatever is kept on the host equals what the tensors say."""
     whole = batch().to("cpu") if is_moved else batch()
     part = whole.select(torch.tensor(rows), rows if known else None)
-    assert [part.prompts[p].tolist() for p in part.host.prompt] == [
-        whole.prompts[whole.prompt[i]].tolist() for i in rows
-    ]
+    expected = [whole.prompts[int(whole.prompt[i])].tolist() for i in rows]
+    assert [part.prompts[p].tolist() for p in part.host.prompt] == expected
     assert part.host.prompt == part.prompt.tolist()
     labels = part.labels
     for name in ("desirable", "mismatched", "pair"):
@@ -70,3 +73,18 @@ def test_a_moved_batch_is_the_same() -> None:
         assert torch.equal(getattr(after.labels, column.name), getattr(before.labels, column.name))
     assert [m is None for m in after.loss or []] == [m is None for m in before.loss or []]
     assert after.row_ids == before.row_ids
+
+
+def test_a_step_waits_for_the_device_once_before_the_optimizer_steps() -> None:
+    """``step_on_fake_gpu.py`` fails where anything but ``tolist`` reads a value from the device."""
+    program = Path(__file__).with_name("step_on_fake_gpu.py")
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    steps = json.loads(done.stdout)
+    assert {name.split()[0] for name in steps} == {"kto", "dpo", "aot"}
+    for name, step in steps.items():
+        assert step["reads before clipping"] == 0, name
+        assert step["reads"] == 1, name
+        assert step["numbers"] == 0, name
+        assert step["copies of the batch"] == {"to": 1}, name
+        assert step["copies of the step"].keys() == {"to"}, name
