@@ -251,6 +251,14 @@ class TokenBatch:
         return view
 
     @property
+    def on_host(self) -> TokenBatch:
+        """The batch on the CPU. A batch that was created on a device waits for it."""
+        if self.prompt.device.type == "cpu":
+            return self
+        origin: TokenBatch | None = self.__dict__.get("_origin")
+        return self.to("cpu") if origin is None else origin
+
+    @property
     def train_ids(self) -> list[str]:
         """The names of the rows that carry a loss."""
         return [name for name, extra in zip(self.row_ids, self.host.mismatched, strict=False) if not extra]
@@ -268,6 +276,8 @@ class TokenBatch:
             row_ids=self.row_ids,
         )
         batch.__dict__["_host"] = self.host
+        if batch.prompt.device.type != "cpu":
+            batch.__dict__["_origin"] = self.on_host
         return batch
 
     def select(self, index: Tensor, numbers: Sequence[int] | None = None) -> TokenBatch:
@@ -293,6 +303,8 @@ class TokenBatch:
         )
         mismatched = [host.mismatched[i] for i in rows]
         batch.__dict__["_host"] = HostView(renumbered, mismatched, [host.loss[i] for i in rows])
+        if (origin := self.__dict__.get("_origin")) is not None:
+            batch.__dict__["_origin"] = origin.select(torch.tensor(rows, device="cpu"), rows)
         return batch
 
 

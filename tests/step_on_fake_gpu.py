@@ -139,6 +139,9 @@ def measured(kind: str, micro_batch_rows: int | None) -> dict[str, Any]:
         optimizer = SimpleNamespace(param_groups=[{"lr": 1.0, "params": parameters}])
         with Counted() as moving:
             there = batch.to(DEVICE)
+        part = there.select(torch.tensor([1, 3], device=DEVICE), [1, 3])
+        assert part.prompt.device == DEVICE
+        assert part.on_host.completions[1] is batch.completions[3]  # the reference store reads it
         with Counted() as counted, Waits() as waits:
             parts = engine.step(there)
             step = StepFigures(module, parts)

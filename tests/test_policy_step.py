@@ -538,7 +538,7 @@ def test_evaluation_does_not_advance_the_random_state(tiny_folder):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_half_precision_does_not_round_the_frequencies_of_positions(tiny_folder):
+def test_half_precision_does_not_round_the_frequencies_of_positions(tiny_folder, monkeypatch):
     """As with from_pretrained in that dtype, so the exported model equals the trained one."""
     model = module(tiny_folder, lr=0.0)
     kinds: list[torch.dtype] = []
@@ -548,8 +548,16 @@ def test_half_precision_does_not_round_the_frequencies_of_positions(tiny_folder)
             kinds.append(pl_module.policy.model.rotary_emb.inv_freq.dtype)
             kinds.append(next(pl_module.policy.parameters()).dtype)
 
+    loaded: list[torch.dtype] = []
+
+    def load(*arguments: Any) -> Any:
+        loaded.append(next((one := load_model(*arguments)).parameters()).dtype)
+        return one
+
+    monkeypatch.setattr("halos_pl.training.models.load_model", load)
     figures = train(model, [batch()], precision="bf16-true", callbacks=[Look()])
     assert kinds == [torch.float32, torch.bfloat16]
+    assert loaded == [torch.bfloat16]  # never as a float32 copy
     assert figures["outcome/reward"] == 0
 
 

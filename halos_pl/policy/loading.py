@@ -109,7 +109,9 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> None
 
 
 def load_model(spec: ModelSpec, sharding: Sharding | None = None) -> PreTrainedModel:
-    """The causal language model of ``spec``, on the CPU; with ``spec.lora``, a peft model around it.
+    """The causal language model of ``spec``; with ``spec.lora``, a peft model around it.
+
+    It is loaded straight onto torch's default device: within a fit, that of the Trainer.
 
     An adapter in ``spec.path`` is merged into its base. The result depends on ``spec`` and, for a new adapter, on
     torch's initial seed, but not on how many random numbers have been drawn since.

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from halos_pl.batch import TokenBatch
 from halos_pl.cache import LARGEST, REFERENCE, Use, cache_root, limit
+from halos_pl.common.transfer import moved
 from halos_pl.policy.segments import Segments
 from halos_pl.policy.sharding import most_over_ranks
 from halos_pl.policy.spec import ModelError
@@ -175,7 +176,7 @@ class StoredReference:
     @torch.no_grad()
     def logps(self, batch: TokenBatch) -> Tensor:
         """Log-probs of the completion tokens, float32 [n, T]; stored ones differ from these by rounding."""
-        names = keys(" ".join(map(str, (self.reference.fingerprint, *self._numerics()))), batch)
+        names = keys(" ".join(map(str, (self.reference.fingerprint, *self._numerics()))), batch.on_host)
         logps = self.store.get(names)
         missing = [i for i, name in enumerate(names) if name not in logps]
         self.rows_stored += len(batch) - len(missing)
@@ -183,8 +184,10 @@ class StoredReference:
             # Each pass of a sharded reference is a pass of all ranks, over all of their rows.
             missing = list(range(len(batch))) if most_over_ranks(len(missing))[0] else []
         if missing:
-            computed = self.reference.logps(batch.select(torch.tensor(missing, device=batch.prompt.device)))
+            (index,) = moved([torch.tensor(missing, device="cpu")], batch.prompt.device)
+            computed = self.reference.logps(batch.select(index, missing)).cpu()
             fresh = {names[i]: row[: len(batch.completions[i])] for i, row in zip(missing, computed, strict=True)}
             self.store.put(fresh)
             logps |= fresh
-        return pad_sequence([logps[name].to(batch.prompt.device) for name in names], batch_first=True)
+        of_rows = pad_sequence([logps[name] for name in names], batch_first=True)
+        return moved([of_rows.flatten()], batch.prompt.device)[0].view_as(of_rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from halos_pl.policy.adapters import chain
 from halos_pl.policy.architecture import base_model, has_adapter, noise_settings
 from halos_pl.policy.limits import check_length, check_vocabulary
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
@@ -73,6 +75,18 @@ class Models:
     def dtype(self) -> str:
         """Name of the dtype of the policy's weights."""
         return self.spec.dtype if self.spec else str(next(self._in_memory.parameters()).dtype).removeprefix("torch.")
+
+    def load_in(self, precision: str) -> None:
+        """Loads a float32 policy, and a reference copied from it, straight in bfloat16 if the Trainer rounds it anyway.
+
+        The numbers are the same, but no float32 copy is ever in memory. Adapters are still merged and made in float32.
+
+        Args:
+            precision: the Trainer's precision.
+        """
+        spec = self.spec
+        if spec and spec.dtype == "float32" and precision == "bf16-true" and not spec.lora and not chain(spec)[1]:
+            self.spec = replace(spec, dtype="bfloat16")
 
     @property
     def can_compare(self) -> bool:

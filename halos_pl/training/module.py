@@ -165,6 +165,7 @@ class HALOModule(LightningModule):
         check_sharded(self.trainer, self.objective.needs)
         keep_out_absent(self.trainer)
         self.models.sharding = getattr(self.trainer.strategy, "sharding", None)
+        self.models.load_in(str(self.trainer.precision))
         if self.models.spec and self.models.spec.liger:
             check_liger(self.trainer.strategy.root_device)
         if stage == "fit":
