@@ -1,7 +1,7 @@
 """Computes whole training steps on a device whose tensors have shapes but no values (see ``on_fake_gpu.py``).
 
-Reading a value raises an error, except for ``tolist``, which is counted and gives ones. Copies are counted, too: to the
-device, those of tensors and those of plain numbers.
+Reading a value raises an error, except for ``tolist``, which is counted and gives ones. So does a tensor on the device
+that is made of plain numbers, for a GPU would wait for them. Copies are counted.
 """
 
 from __future__ import annotations
@@ -31,38 +31,31 @@ from halos_pl.training.step_log import StepFigures, outcomes_of
 OBJECTIVES = Path(__file__).resolve().parents[1] / "experiments" / "objectives"
 
 
-class Waits:
-    """Counts what a step reads and writes with the host waiting.
+class Reads:
+    """Counts the calls of ``tolist`` for tensors on the device.
 
     Attributes:
-        reads: Number of calls of ``tolist`` for tensors on the device.
-        numbers: Number of tensors on the device made of plain numbers, which copies them and waits.
+        count: Their number.
     """
 
     def __init__(self) -> None:
-        self.reads = self.numbers = 0
-        self._tolist, self._tensor = FakeTensor.tolist, torch.tensor
+        self.count, self._tolist = 0, FakeTensor.tolist
 
-    def __enter__(self) -> Waits:
+    def __enter__(self) -> Reads:
         def tolist(tensor: Tensor) -> Any:
             if tensor.device.type != DEVICE.type:
                 return self._tolist(tensor)
-            self.reads += 1
+            self.count += 1
             numbers: Any = 1.0
             for size in reversed(tensor.shape):
                 numbers = [numbers] * size
             return numbers
 
-        def tensor(data: Any, *args: Any, **options: Any) -> Tensor:
-            made = self._tensor(data, *args, **options)
-            self.numbers += made.device.type == DEVICE.type
-            return made
-
-        FakeTensor.tolist, torch.tensor = tolist, tensor  # type: ignore[method-assign, assignment]
+        FakeTensor.tolist = tolist  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *error: object) -> None:
-        FakeTensor.tolist, torch.tensor = self._tolist, self._tensor  # type: ignore[method-assign]
+        FakeTensor.tolist = self._tolist  # type: ignore[method-assign]
 
 
 class Reference:
@@ -139,14 +132,14 @@ def measured(kind: str, micro_batch_rows: int | None) -> dict[str, Any]:
         optimizer = SimpleNamespace(param_groups=[{"lr": 1.0, "params": parameters}])
         with Counted() as moving:
             there = batch.to(DEVICE)
-        part = there.select(torch.tensor([1, 3], device=DEVICE), [1, 3])
+        part = there.select(torch.tensor([1, 3]).to(DEVICE), [1, 3])
         assert part.prompt.device == DEVICE
         assert part.on_host.completions[1] is batch.completions[3]  # the reference store reads it
-        with Counted() as counted, Waits() as waits:
+        with Counted() as counted, Reads() as reads:
             parts = engine.step(there)
             step = StepFigures(module, parts)
             outcomes = outcomes_of(parts)
-            before = waits.reads
+            before = reads.count
             clip_gradients(module, GradientWatch(), step, optimizer, 1.0, "norm")
             trainer: Any = SimpleNamespace(world_size=1, _logger_connector=SimpleNamespace(should_update_logs=True))
             report.on_train_batch_end(trainer, module, outcomes, there, 0)
@@ -154,8 +147,7 @@ def measured(kind: str, micro_batch_rows: int | None) -> dict[str, Any]:
     assert all(value.device.type == "cpu" for value in module.logged.values())
     return {
         "reads before clipping": before,
-        "reads": waits.reads,
-        "numbers": waits.numbers,
+        "reads": reads.count,
         "copies of the batch": moving.copies,
         "copies of the step": counted.copies,
         "parts": len(parts),

@@ -85,6 +85,5 @@ def test_a_step_waits_for_the_device_once_before_the_optimizer_steps() -> None:
     for name, step in steps.items():
         assert step["reads before clipping"] == 0, name
         assert step["reads"] == 1, name
-        assert step["numbers"] == 0, name
         assert step["copies of the batch"] == {"to": 1}, name
         assert step["copies of the step"].keys() == {"to"}, name
