@@ -11,7 +11,18 @@ from importlib.machinery import ModuleSpec
 from typing import Any
 
 #: Hypothesis is declared too, but no command may need it to start.
-MISSING = {"hypothesis", "trl", "xdist", "ruff", "mypy", "submitit", "tensorboard", "tensorboardX", "wandb"}
+MISSING = {
+    "hypothesis",
+    "trl",
+    "xdist",
+    "ruff",
+    "mypy",
+    "submitit",
+    "tensorboard",
+    "tensorboardX",
+    "wandb",
+    "liger_kernel",
+}
 
 
 class _Without:
