@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 from halos_pl.cli.parser import HalosParser
+from halos_pl.cli.words import split_words
 
 #: Module and function by command; longer names come before their prefixes.
 TOOLS = {
@@ -20,6 +21,7 @@ TOOLS = {
     "cache info": "halos_pl.cli.cache:info",
     "cache clear": "halos_pl.cli.cache:clear",
     "cache": "halos_pl.cli.cache:info",
+    "plan": "halos_pl.cli.plan:plan",
     "objectives": "halos_pl.cli.objectives:objectives",
     "new": "halos_pl.cli.new:new",
 }
@@ -51,3 +53,12 @@ def run_tool(name: str, words: list[str]) -> None:
     """Runs a command in ``TOOLS`` with the words after its name."""
     parser = tool_parser(name)
     _function(name)(**parser.instantiate(parser.parse_args(words)).as_dict())
+
+
+def run_plan(words: list[str]) -> None:
+    """Runs ``halos plan``: words that are not its own options are configs and options of ``halos fit``."""
+    function = _function("plan")
+    parameters = inspect.signature(function).parameters.values()
+    options, run = split_words(words, {p.name for p in parameters if p.kind is p.KEYWORD_ONLY})
+    parser = tool_parser("plan")
+    function(**{**parser.instantiate(parser.parse_args([*options, "[]"])).as_dict(), "run": run})

@@ -16,6 +16,7 @@ COMMANDS = {
     "generate": "Sample completions of prompts.",
     "evaluate": "Measure a run, or any model, per example.",
     "check": "Check a loss, or a part of one, against the definition of human-aware losses.",
+    "plan": "Show what a run will take: parameters, memory, tokens, the cards that it fits.",
     "objectives": "List the shipped losses with formula, needs and verdict.",
     "new": "Write a skeleton of a plug-in or a loss, with its test.",
     "data inspect": "Show a source of feedback before training on it.",

@@ -63,11 +63,13 @@ def _dispatch(words: list[str]) -> None:
 
         check.run(words[1:])
     else:
-        from halos_pl.cli.commands import run_tool, tool_of
+        from halos_pl.cli.commands import run_plan, run_tool, tool_of
         from halos_pl.cli.errors import RunError, reported
 
         with reported():
-            if tool := tool_of(words):
+            if words[0] == "plan" and not {"--help", "-h"} & {*words}:
+                run_plan(words[1:])
+            elif tool := tool_of(words):
                 run_tool(tool, words[len(tool.split()) :])
             elif words[0] == "data":
                 raise RunError("use halos data inspect SOURCE; data settings are options of fit, such as --data.train")

@@ -33,3 +33,25 @@ def at_home(word: str) -> str:
     """``--run_dir=~/x`` with the home folder, which most shells expand only in ``--run_dir ~/x``."""
     name, mark, value = word.partition("=")
     return f"{name}={os.path.expanduser(value)}" if mark and name.startswith("--") and value.startswith("~/") else word
+
+
+def split_words(words: list[str], own: set[str]) -> tuple[list[str], list[str]]:
+    """The words of ``halos plan``'s own options, and those of the run.
+
+    Args:
+        words: words after the command.
+        own: names of its own options.
+    """
+    words, options, run = list(words), [], []
+    while words:
+        word = words.pop(0)
+        name, mark, _ = word.partition("=")
+        if name.removeprefix("--") in own and word.startswith("--"):
+            options += [word] if mark or not words else [word, words.pop(0)]
+        elif word.startswith("-"):
+            run.append(word)
+            if not mark and words and not words[0].startswith("-"):
+                run.append(words.pop(0))
+        else:  # a config
+            run.append(f"--config={word}")
+    return options, run

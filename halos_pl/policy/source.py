@@ -51,6 +51,15 @@ def source_of(spec: ModelSpec, *, weights: bool = True) -> str:
     return str(_converted(Path(path), gguf_file, weights))
 
 
+def config_place(spec: ModelSpec) -> tuple[str, str | None]:
+    """The folder or hub name with the config of a model, and the name of the GGUF file that contains it, if any.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    return _resolve(spec)
+
+
 def _folder_of_package(name: str) -> Path:
     """The folder of a package. Neither it nor a parent package is imported, as that would run code."""
     top, *parts = name.split(".")

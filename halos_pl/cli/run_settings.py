@@ -1,0 +1,182 @@
+"""The settings of a run that ``halos plan`` needs, from the options of ``halos fit``. No Trainer is made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from halos_pl.cli.errors import RunError
+from halos_pl.cli.lightning_cli import HalosCLI
+from halos_pl.objective.build import PARTS
+from halos_pl.plan.cards import memory_of
+from halos_pl.plan.memory import Layout
+from halos_pl.plan.plan import assumed_rows, rows_of
+from halos_pl.plan.rows import Rows, from_data
+from halos_pl.plan.run import Settings
+from halos_pl.plan.shapes import read_shape, shape_of
+from halos_pl.policy.reference import OtherModel
+from halos_pl.policy.spec import ModelError, ModelSpec
+from halos_pl.training.checks import unsupported_strategy
+
+_DEFAULT = "kto"
+#: Maximum size of training data that are counted, and number of steps that are read.
+_MOST_BYTES, _MOST_STEPS = 50e6, 200
+
+
+class Placement(NamedTuple):
+    """The Trainer's settings of hardware and precision."""
+
+    accelerator: str
+    devices: Any
+    num_nodes: int
+    strategy: Any
+    precision: str
+
+
+class PlanCLI(HalosCLI):
+    """Parses the options of a fit and builds module and DataModule, on any machine.
+
+    Attributes:
+        placement: the Trainer's settings of hardware and precision, which this machine need not have.
+    """
+
+    placement: Placement
+
+    def before_instantiate_classes(self) -> None:
+        trainer = self.config.trainer
+        self.placement = Placement(
+            str(trainer.accelerator), trainer.devices, trainer.num_nodes, trainer.strategy, str(trainer.precision)
+        )
+        trainer.accelerator, trainer.devices, trainer.num_nodes, trainer.strategy = "cpu", 1, 1, "auto"
+        trainer.precision, trainer.logger, trainer.callbacks = None, False, None
+        if not any(self.config.model.get(part) for part in PARTS):
+            raise NoObjectiveError("no objective")
+        super().before_instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        return None
+
+
+class NoObjectiveError(RunError):
+    """The config has no objective."""
+
+
+def parsed(words: list[str]) -> tuple[PlanCLI, list[str]]:
+    """The parsed options of a fit, and what was assumed."""
+    try:
+        return PlanCLI(words, run=False), []
+    except NoObjectiveError:
+        note = f"the config has no objective; planned for {_DEFAULT}, choose another with --objective"
+        return PlanCLI([*words, f"--objective={_DEFAULT}"], run=False), [note]
+
+
+def cards_of(device: str | None, memory: float | None) -> tuple[str, float] | None:
+    """Name and bytes of the card that was asked for.
+
+    Raises:
+        PlanError: if there is no such card.
+    """
+    if device is not None:
+        return device.lower(), memory_of(device)
+    return None if memory is None else (f"{memory:g} GB", memory * 1e9)
+
+
+def settings_of(cli: PlanCLI, shape: str | None) -> Settings:
+    """The settings of a run.
+
+    Args:
+        cli: parsed options.
+        shape: file with the shape of the policy; None to look it up.
+
+    Raises:
+        ModelError: if the model is neither local nor shipped nor reachable.
+    """
+    module = cli.model
+    models, spec = module.models, module.models.spec
+    assert isinstance(spec, ModelSpec)
+    reference = models.reference_model
+    other = reference.spec if isinstance(reference, OtherModel) else None
+    return Settings(
+        policy=read_shape(shape) if shape else shape_of(spec),
+        dtype=spec.dtype,
+        precision=cli.placement.precision,
+        lora=spec.lora,
+        gradient_checkpointing=spec.gradient_checkpointing,
+        reference_model=reference,
+        other=shape_of(other) if other else None,
+        other_dtype=other.dtype if other else spec.dtype,
+        stored=models.stored,
+        needs=module.objective.needs,
+        shares_prefixes=models.prefix_sharing != "never" and spec.attn_implementation == "sdpa",
+        micro_batch_rows=module.micro_batch_rows,
+        batch_size=cli.datamodule.batch_size,
+        make_optimizer=module.make_optimizer,
+        master_weights=module.master_weights,
+    )
+
+
+def layout_of(
+    placement: Placement, *, devices: int | None, nodes: int | None, strategy: str | None, replicas: int | None
+) -> Layout:
+    """The devices that are planned for: those of the options, otherwise those of the Trainer.
+
+    Raises:
+        PlanError: if the replicas do not divide the devices.
+        RunError: if the strategy is not supported.
+    """
+    if devices is None:
+        own = placement.devices
+        devices = own if isinstance(own, int) and own > 0 else len(own) if isinstance(own, list) else 1
+        devices = int(own) if isinstance(own, str) and own.isdigit() else devices
+    cards = max(1, devices) * (nodes or placement.num_nodes)
+    settings: Any = {}
+    if strategy is None:
+        own = placement.strategy
+        strategy = own if isinstance(own, str) else str(own.get("class_path", "")).rpartition(".")[2]
+        settings = {} if isinstance(own, str) else own.get("init_args") or {}
+        strategy = {"ShardedStrategy": "fsdp2", "DDPStrategy": "ddp", "SingleDeviceStrategy": "auto"}.get(
+            strategy, strategy
+        )
+    if strategy not in ("auto", "ddp", "fsdp2") and not strategy.startswith("ddp"):
+        raise RunError(unsupported_strategy(strategy))
+    return Layout(
+        cards,
+        sharded=strategy == "fsdp2",
+        replicas=replicas or settings.get("replicas") or 1,
+        cuda=placement.accelerator != "cpu",
+        whole_reference=settings.get("reference") == "whole",
+        reshard=settings.get("reshard_after_forward") is not False,
+    )
+
+
+def rows_of_step(cli: PlanCLI, settings: Settings, length: int | None) -> tuple[Rows, str]:
+    """The rows of a step: those of small local training data, otherwise assumed ones.
+
+    Args:
+        cli: parsed options.
+        settings: settings of the run.
+        length: tokens of each row; None to count them.
+
+    Returns:
+        The rows, and a note on why they could not be counted.
+
+    Raises:
+        DataError: if the data are faulty.
+    """
+    data = cli.datamodule
+    if length is not None:
+        return assumed_rows(settings, length, "--length"), ""
+    assumed = assumed_rows(settings, data.max_length, "data.max_length, the most")
+    sources = [Path(source.path) for source in data.sources["train"]]
+    if not sources or not all(path.is_file() for path in sources):
+        return assumed, ""
+    if (size := sum(path.stat().st_size for path in sources)) > _MOST_BYTES:
+        return assumed, f"the training data have {size / 1e6:,.0f} MB and are not counted; give --length TOKENS"
+    data.sources["validation"] = []
+    data.connect(tokenizer=lambda: cli.model.tokenizer, needs=settings.needs)
+    try:
+        data.setup("fit")
+        batches, steps = from_data(data, _MOST_STEPS)
+    except ModelError as error:
+        return assumed, f"the training data are not counted, as the model has no tokenizer here: {error}"
+    return rows_of(settings, batches, steps), ""

@@ -1,0 +1,257 @@
+"""Models of the right shapes without data, and one optimizer step on them by the engine that trains."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+
+from halos_pl.batch import LogProbBatch, Needs, TokenBatch
+from halos_pl.objective.halo import Objective, Result
+from halos_pl.plan.error import PlanError
+from halos_pl.plan.live import LiveMemory, Moment
+from halos_pl.policy.adapters import with_lora
+from halos_pl.policy.architecture import adapter_off, base_model, evaluating, switch_noise_off, vocabulary_size
+from halos_pl.policy.reference import Reference
+from halos_pl.policy.scorer import Scorer
+from halos_pl.policy.spec import LoRASpec, reason
+from halos_pl.training.engine import StepEngine
+
+
+def meta_model(config: Any, *, lora: LoRASpec | None = None) -> Any:
+    """A float32 model on the meta device: its parameters have shapes, but no data.
+
+    Raises:
+        ModelError: if the adapter does not fit it.
+        PlanError: if transformers cannot build it there.
+    """
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    except Exception as error:  # each architecture raises its own
+        raise PlanError(f"a {getattr(config, 'model_type', 'model')} cannot be planned: {reason(error)}") from error
+    return model if lora is None else with_lora(model, lora)
+
+
+def with_layers(config: Any, layers: int) -> Any:
+    """The config with another number of decoder layers."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return config
+
+
+def fake_model(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype, adapter: torch.dtype) -> Any:
+    """Replaces the meta tensors of ``model`` with fake ones on the CPU.
+
+    Args:
+        model: model on the meta device.
+        mode: mode of the fake tensors.
+        dtype: dtype of its weights.
+        adapter: dtype of those of its adapter.
+    """
+    replaced: dict[int, Any] = {}
+
+    def fake(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        with mode:
+            return torch.empty(tensor.shape, dtype=dtype, device="cpu")
+
+    for path, module in model.named_modules():
+        cast = adapter if ".lora_" in path else dtype
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in replaced:
+                    replaced[id(parameter)] = nn.Parameter(fake(parameter, cast), requires_grad=parameter.requires_grad)
+                module._parameters[name] = replaced[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = fake(buffer, buffer.dtype)
+    return model
+
+
+class _FakeScorer(Scorer):
+    """A scorer of a model without data, whose log-probs cannot be tested."""
+
+    def _test(self) -> None:
+        self._tested.add(self._kernels)
+        if self.shares_prefixes:
+            base_model(self.model).set_attn_implementation(self.attention)
+
+
+class _FakeReference(Reference):
+    """log pi_ref from a second model, or from the policy with its adapter off."""
+
+    def __init__(self, policy: Scorer, model: Scorer | None) -> None:
+        self._policy, self._model = policy, model
+
+    @contextmanager
+    def scoring(self) -> Iterator[Scorer]:
+        if self._model is not None:
+            yield self._model
+            return
+        switched_off = adapter_off(self._policy.model)
+        assert switched_off is not None
+        with switched_off(), evaluating(self._policy):
+            yield self._policy
+
+
+class _SameContext:
+    def select(self, index: Tensor) -> _SameContext:
+        return self
+
+
+class _AnyLoss(Objective):
+    """A loss with the needs of another, whose own memory is negligible: it sees a number per token."""
+
+    def __init__(self, needs: Needs) -> None:
+        super().__init__()
+        self._needs = needs
+
+    @property
+    def needs(self) -> Needs:
+        return self._needs
+
+    def prepare(self, rows: LogProbBatch) -> _SameContext:
+        return _SameContext()
+
+    def compute_loss(self, rows: LogProbBatch, context: Any) -> Result:
+        return Result(rows.policy_logps.sum())
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that determines the memory of a step beside weights and optimizer.
+
+    Attributes:
+        config: config of the policy.
+        lora: adapter that is trained; None to train the whole model.
+        weights: dtype of the weights when they are used.
+        adapter: dtype of those of the adapter.
+        autocast: dtype of autocast; None without.
+        gradient_checkpointing: whether layers are recomputed in the backward pass.
+        shares_prefixes: whether rows share prompts.
+        needs: needs of the objective.
+        reference: config of the reference; None without; the policy's config also for a reference with adapter off.
+        adapter_off: whether the reference is the policy with its adapter off.
+        micro_batch_rows: as in the engine.
+    """
+
+    config: Any
+    lora: LoRASpec | None
+    weights: torch.dtype
+    adapter: torch.dtype
+    autocast: torch.dtype | None
+    gradient_checkpointing: bool
+    shares_prefixes: bool
+    needs: Needs
+    reference: Any
+    adapter_off: bool
+    micro_batch_rows: int | None
+
+
+def _step(work: Work, batch: TokenBatch, layers: int) -> list[Moment]:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def scorer(config: Any, lora: LoRASpec | None) -> Scorer:
+        whole = meta_model(with_layers(config, min(layers, layers_of(config))), lora=lora)
+        model = fake_model(whole, mode, work.weights, work.adapter)
+        switch_noise_off(model)
+        return _FakeScorer(model, prefix_sharing="auto" if work.shares_prefixes else "never")
+
+    policy = scorer(work.config, work.lora).train()
+    if work.gradient_checkpointing:
+        with warnings.catch_warnings(action="ignore"):
+            base_model(policy.model).gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+    needs, reference = replace(work.needs, samples=0, routing=False), None
+    if work.needs.reference:
+        other = None if work.adapter_off else scorer(work.reference, None).eval().requires_grad_(False)
+        reference = _FakeReference(policy, other)
+    engine = StepEngine(_AnyLoss(needs), policy, reference, work.micro_batch_rows)
+    live = LiveMemory(policy.model, vocabulary_size(policy.model), layers)
+    for parameter in reference._model.parameters() if reference and reference._model else ():
+        live.ignore(parameter)
+
+    def backward(loss: Tensor) -> None:
+        live.backward = True
+        loss.backward()
+        live.next_micro_batch()
+
+    with live, _autocast(work.autocast):
+        engine.step(batch, backward=backward)
+    return live.moments
+
+
+def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[object]:
+    return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+
+
+def layers_of(config: Any) -> int:
+    """Number of decoder layers."""
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def step_memory(work: Work, batch: TokenBatch) -> list[Moment]:
+    """The memory of one optimizer step on one device, without weights: the engine's own step, on fake tensors.
+
+    Layers of the same size need the same memory each, so a deep model is computed from two and three of its layers.
+
+    Raises:
+        PlanError: if the model cannot be run without data.
+    """
+    depth = layers_of(work.config)
+    try:
+        if depth <= 3 or not _alike(work.config, depth) or (work.reference and layers_of(work.reference) != depth):
+            return _step(work, batch, depth)
+        return _deeper(_step(work, batch, 2), _step(work, batch, 3), depth)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
+        if isinstance(error, PlanError):
+            raise
+        raise PlanError(
+            f"the memory of a {work.config.model_type} cannot be computed without its weights: {reason(error)}"
+        ) from error
+
+
+def _size(config: Any, layers: int) -> int:
+    return sum(p.numel() for p in meta_model(with_layers(config, layers)).parameters())
+
+
+def _alike(config: Any, depth: int) -> bool:
+    """Whether all layers have the same number of weights."""
+    two, three = _size(config, 2), _size(config, 3)
+    return _size(config, depth) == two + (depth - 2) * (three - two)
+
+
+def _deeper(two: list[Moment], three: list[Moment], depth: int) -> list[Moment]:
+    """The moments of ``depth`` layers from those of two and three.
+
+    In the backward pass of the last layer, the activations of all layers are in memory; in that of the first, all
+    gradients. In between, memory grows or shrinks by the same amount in each layer, so one of the two is the peak.
+    """
+    more = depth - 2
+    layer = max(m.gradients for m in three) - max(m.gradients for m in two)
+    result = []
+    for moment in two:
+        k, top = moment.micro_batch, moment.lowest > 0
+        before = _largest([m for m in two if m.micro_batch == k and (m.lowest > 0) == top])
+        # In a model of three layers, the middle one is neither.
+        after = _largest([m for m in three if m.micro_batch == k and m.lowest in ((2, 3) if top else (0,))])
+        parts = {part: size + more * (after[part] - before[part]) for part, size in moment.parts.items()}
+        gradients = moment.gradients + more * layer * (k > 0 or not top)
+        result.append(Moment(k, (depth - 1) * top, gradients, parts))
+    return result
+
+
+def _largest(moments: list[Moment]) -> dict[str, int]:
+    return max(moments, key=lambda m: m.size).parts
