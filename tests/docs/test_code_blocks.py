@@ -159,7 +159,7 @@ def test_commands_parse(folder, page):
             assert code == wanted, f"{block}: halos {' '.join(words)}\n{said}"
         elif words[0] == "check":
             load_target(str(objectives().get(words[1], words[1])), None)
-        elif words[0] in TRAINER:
+        elif words[0] in (*TRAINER, "plan"):
             if "runs/mine/config.yaml" in words:  # what a run would have left
                 words[words.index("runs/mine/config.yaml")] = BASE[1]
                 words += ["--config", "experiments/objectives/kto.yaml"]

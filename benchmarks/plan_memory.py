@@ -1,0 +1,295 @@
+"""Compares the memory that ``halos plan`` predicts with the peak of real runs on a CPU.
+
+Each case is a run of ``halos fit`` in a process of its own: a random Llama of 29 million parameters, two steps. The
+process notes its resident memory when it is about to load the model; the difference to the kernel's peak during
+training is the memory that depends on the model. ``halos fit`` makes glibc keep freed memory, some of which lies in
+fragments; the plan does not predict those, so it is compared with a run in which glibc returns freed memory, whose
+resident memory is what is in use. The other run is shown beside it. ``fsdp2`` and ``ddp`` are steps on two ranks. The
+bfloat16 cases need a CPU with instructions for it.
+
+    python benchmarks/plan_memory.py                    # all cases
+    python benchmarks/plan_memory.py kto dpo_lora       # some of them
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import io
+import json
+import logging
+import multiprocessing
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "vocab_size": 16384,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+}
+#: Runs of several ranks, by strategy.
+RANKS = ("fsdp2", "ddp")
+ROWS_OF_A_RANK = 6
+_MMAP_THRESHOLD = -3  # from malloc.h
+#: Options of each case, beside the common ones.
+CASES: dict[str, list[str]] = {
+    "kto": ["--objective=kto"],
+    "kto_micro_2": ["--objective=kto", "--model.micro_batch_rows=2"],
+    "kto_checkpointing": ["--objective=kto", "--model.policy.gradient_checkpointing=true"],
+    "kto_bf16_true": ["--objective=kto", "--trainer.precision=bf16-true"],
+    "kto_bf16_true_micro_2": ["--objective=kto", "--trainer.precision=bf16-true", "--model.micro_batch_rows=2"],
+    "kto_bf16_mixed": ["--objective=kto", "--trainer.precision=bf16-mixed"],
+    "kto_padded": ["--objective=kto", "--model.prefix_sharing=never"],
+    "kto_rmsprop": ["--objective=kto", "--model.optimizer=torch.optim.RMSprop", "--model.optimizer.init_args.lr=1e-6"],
+    "dpo": ["--objective=dpo"],
+    "dpo_micro_2": ["--objective=dpo", "--model.micro_batch_rows=2"],
+    "dpo_checkpointing_micro_2": [
+        "--objective=dpo",
+        "--model.micro_batch_rows=2",
+        "--model.policy.gradient_checkpointing=true",
+    ],
+    "kto_lora": ["--objective=kto", "--model.policy.lora.r=16"],
+    "dpo_lora": ["--objective=dpo", "--model.policy.lora.r=16"],
+    "dpo_lora_checkpointing": [
+        "--objective=dpo",
+        "--model.policy.lora.r=16",
+        "--model.policy.gradient_checkpointing=true",
+    ],
+    "sft_no_reference": ["--objective=sft"],
+}
+
+
+def common(folder: Path) -> list[str]:
+    """Options of all cases."""
+    return [
+        f"--model.policy.path={folder}",
+        f"--data.train={folder / 'rows.jsonl'}",
+        "--data.batch_size=8",
+        "--data.max_length=256",
+        "--trainer.accelerator=cpu",
+    ]
+
+
+def prepare(folder: Path, layers: int = SHAPE["num_hidden_layers"]) -> None:
+    """Writes a random model with its tokenizer, and pairs of long rows."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from halos_pl.testing import tiny_tokenizer
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": layers})).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
+        for i in range(16):
+            row = {"prompt": f"Say {i:02}. " + "why " * 60, "chosen": "yes " * 60, "rejected": "not " * 60}
+            file.write(json.dumps(row) + "\n")
+
+
+def _resident(name: str) -> int:
+    """The kernel's account of this process's memory in bytes: ``VmRSS`` now, ``VmHWM`` at the peak."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
+
+
+def measure(words: list[str], keep: bool) -> int:
+    """Runs a fit in this process: the peak of its resident memory in training, beyond that before the model is loaded.
+
+    Args:
+        words: words of the command.
+        keep: whether glibc keeps freed memory, as ``halos fit`` makes it do; otherwise it returns freed blocks of 64 kB
+            and more at once, so that resident memory is memory in use.
+    """
+    from halos_pl.cli.main import main
+    from halos_pl.training import models, module
+
+    start, peak = [], []
+    load_model, on_train_end = models.load_model, module.HALOModule.on_train_end
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        if not start:
+            start.append(_resident("VmRSS"))
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
+        return load_model(*arguments, **options)
+
+    def ended(trained: Any) -> None:
+        peak.append(_resident("VmHWM"))
+        on_train_end(trained)
+
+    models.load_model, module.HALOModule.on_train_end = noted, ended  # type: ignore[method-assign]
+    if not keep:
+        module.keep_freed_memory = lambda device: None
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 16)
+    main(words)
+    return peak[0] - start[0]
+
+
+def predict(words: list[str]) -> dict[str, Any]:
+    """The plan of the same run."""
+    from halos_pl.cli.run_settings import layout_of, parsed, settings_of
+    from halos_pl.plan.memory import Planner
+    from halos_pl.plan.plan import rows_of
+    from halos_pl.plan.rows import from_data
+
+    cli, _ = parsed(words)
+    settings = settings_of(cli, None)
+    cli.datamodule.connect(tokenizer=lambda: cli.model.tokenizer, needs=settings.needs)
+    cli.datamodule.setup("fit")
+    rows = rows_of(settings, *from_data(cli.datamodule, 100))
+    memory = Planner(settings).memory(
+        layout_of(cli.placement, devices=None, nodes=None, strategy=None, replicas=None),
+        rows,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        micro_batch_rows=settings.micro_batch_rows,
+    )
+    return {"parts": memory.parts, "total": memory.total, "moment": memory.moment}
+
+
+def _child(task: Callable[..., Any], arguments: tuple[Any, ...], results: Any) -> None:
+    with contextlib.redirect_stderr(io.StringIO()) as errors, contextlib.redirect_stdout(io.StringIO()):
+        logging.disable()
+        try:
+            results.put((True, task(*arguments)))
+        except BaseException as error:  # also SystemExit of a command
+            results.put((False, f"{error!r} {errors.getvalue()[-2000:]}"))
+
+
+def forked(task: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a task in a process of its own, which need not import anything."""
+    context = multiprocessing.get_context("fork")
+    results: Any = context.SimpleQueue()
+    process = context.Process(target=_child, args=(task, arguments, results))
+    process.start()
+    done, result = results.get()
+    process.join()
+    if not done:
+        raise RuntimeError(result)
+    return result
+
+
+def compare(name: str, folder: Path, *, kept: bool = True) -> tuple[dict[str, Any], int, int | None]:
+    """The plan of a case, and its measured bytes: in use, and with the freed memory that is kept unless not wanted."""
+    words = [*common(folder), *CASES[name]]
+    run = [
+        *("fit", *words, f"--run_dir={folder / name}", "--trainer.max_steps=2", "--trainer.enable_progress_bar=false"),
+        *("--checkpoint.every_n_steps=1000", "--trainer.enable_model_summary=false"),
+    ]
+    return forked(predict, words), forked(measure, run, False), forked(measure, run, True) if kept else None
+
+
+def _rank(rank: int, ranks: int, port: int, kind: str, folder: str, results: Any) -> None:
+    import sharding
+
+    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 16)
+    sharding.ROWS = ROWS_OF_A_RANK
+    sharding.measure_memory(rank, ranks, port, kind, folder, results)
+
+
+def compare_ranks(kind: str, ranks: int = 2) -> tuple[dict[str, Any], float]:
+    """The plan of a KTO step on several ranks, and the largest of their measured bytes in use (``sharding.py``).
+
+    Args:
+        kind: ``ddp`` or ``fsdp2``.
+        ranks: number of processes.
+    """
+    import torch
+    from sharding import COMPLETION, PROMPT, make_model
+    from transformers import AutoConfig
+
+    from halos_pl.batch import Labels, Needs, TokenBatch
+    from halos_pl.plan.memory import Layout, Planner
+    from halos_pl.plan.rows import Rows
+    from halos_pl.plan.run import Settings
+    from halos_pl.plan.shapes import Shape
+    from halos_pl.policy.reference import FrozenCopy
+
+    def make(rows: int) -> TokenBatch:
+        prompts, completions = (
+            [torch.zeros(length, dtype=torch.long) for _ in range(number)]
+            for length, number in ((PROMPT, rows), (COMPLETION, 2 * rows))
+        )
+        labels = Labels(torch.ones(2 * rows, dtype=torch.bool), mismatched=torch.arange(2 * rows) >= rows)
+        return TokenBatch(prompts, completions, torch.arange(2 * rows) % rows, labels)
+
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        make_model(folder, 512, 6)
+        config = AutoConfig.from_pretrained(folder)
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        results: Any = context.SimpleQueue()
+        arguments = [(rank, ranks, port, kind, folder, results) for rank in range(ranks)]
+        processes = [context.Process(target=_rank, args=each) for each in arguments]
+        for process in processes:
+            process.start()
+        measured = [results.get()[2] for _ in processes]
+        for process in processes:
+            process.join()
+    run = Settings(
+        policy=Shape(config, "this benchmark"),
+        dtype="float32",
+        precision="32-true",
+        lora=None,
+        gradient_checkpointing=False,
+        reference_model=FrozenCopy(),
+        other=None,
+        other_dtype="float32",
+        stored=False,
+        needs=Needs(reference=True, mismatched=True, undesirable=True),
+        shares_prefixes=True,
+        micro_batch_rows=None,
+        batch_size=ranks * ROWS_OF_A_RANK,
+        make_optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-5, fused=True),
+        master_weights=True,
+    )
+    memory = Planner(run).memory(
+        Layout(ranks, sharded=kind == "fsdp2", cuda=False),
+        Rows("this benchmark", [], None, make, alike=False),
+        gradient_checkpointing=False,
+        micro_batch_rows=None,
+    )
+    return {"parts": memory.parts, "total": memory.total, "moment": memory.moment}, max(measured) * 2**20
+
+
+def main() -> None:
+    """Prints a row per case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"default: all of {', '.join([*CASES, *RANKS])}")
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="depth of the model")
+    parser.add_argument("--only_used", action="store_true", help="skip the run that keeps freed memory")
+    chosen = parser.parse_args()
+    every = [*CASES, *RANKS]
+    if unknown := set(chosen.cases) - {*every}:
+        parser.error(f"no case is named {', '.join(sorted(unknown))}; there are {', '.join(every)}")
+    print("| case | predicted, MB | in use, MB | ratio | with kept memory, MB | predicted parts, MB |")
+    print("|---|---|---|---|---|---|")
+
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder), chosen.layers)
+        for name in chosen.cases or every:
+            kept: int | None = None
+            if name in RANKS:
+                plan, used = compare_ranks(name)
+            else:
+                plan, used, kept = compare(name, Path(folder), kept=not chosen.only_used)
+            total = plan["total"]
+            parts = ", ".join(f"{part} {size / 1e6:.0f}" for part, size in plan["parts"].items())
+            print(
+                f"| {name} | {total / 1e6:.0f} | {used / 1e6:.0f} | {total / used:.2f}"
+                f" | {f'{kept / 1e6:.0f}' if kept else ''} | {parts} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
