@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from halos_pl.cache import cache_root
 from halos_pl.common.files import remove, share
 from halos_pl.data.turns import stop_ids
 from halos_pl.policy import adapters
-from halos_pl.policy.architecture import add_eos_ids, set_noise
+from halos_pl.policy.architecture import add_eos_ids, base_model, is_adapter_weight, keeps_quantised, set_noise
 from halos_pl.policy.intact import is_finite
 from halos_pl.policy.loading import load_model, stored_dtype, stored_noise
 from halos_pl.policy.source import ADAPTER_CONFIG, source_of
@@ -54,7 +54,8 @@ def export(
 ) -> None:
     """Write a run's policy as a Hugging Face folder. The code that the run's config.yaml names is executed.
 
-    Any other model is written unchanged, with an adapter merged into its base.
+    Any other model is written unchanged, with an adapter merged into its base. An adapter that was trained on a base
+    quantized by model.policy.quantize is merged into the original base, which is not quantized.
 
     Args:
         run: folder of the run; or a Hugging Face folder, a folder with a peft adapter, a hub name, or package:NAME.
@@ -86,7 +87,12 @@ def export(
     if named.run is None and dtype is None:
         dtype = stored_dtype(named.spec)  # type: ignore[assignment]
     offloaded = _offloaded(named)
-    policy: Any = offloaded or named.load("cpu")
+    policy: Any = offloaded or named.load("cpu", quantized=adapter)
+    if keeps_quantised(base_model(policy)) and not adapter:
+        raise ValueError(
+            f"{run}: the weights in {named.spec.path} are quantized, so merging the adapter into them would round it;"
+            " export it with --adapter true"
+        )
     tokenizer = named.tokenizer()
     if dtype == "float32" and not adapter:  # before merging, so that the sum is not rounded
         policy.float()
@@ -94,10 +100,14 @@ def export(
         policy = _adapter_alone(policy, named.spec)
     elif named.spec.lora is not None:
         policy = policy.merge_and_unload()
-    if dtype is not None:
+    weights = {name: p for name, p in policy.named_parameters() if not adapter or is_adapter_weight(name)}
+    if dtype is not None and adapter:  # its base may be quantized
+        for parameter in weights.values():
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    elif dtype is not None:
         policy.to(getattr(torch, dtype))
     if offloaded is None:  # otherwise, each weight is checked when it is read
-        _check_finite(policy, run)
+        _check_finite(weights, run)
     if not adapter:
         set_noise(policy, stored_noise(named.spec))
     stops = add_eos_ids(policy, stop_ids(tokenizer))
@@ -154,8 +164,8 @@ def _dtype_of(model: nn.Module) -> str:
     return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
-def _check_finite(policy: nn.Module, run: str) -> None:
-    for name, value in policy.named_parameters():
+def _check_finite(weights: Mapping[str, nn.Parameter], run: str) -> None:
+    for name, value in weights.items():
         if not is_finite(value):
             raise NonFiniteError(run, name, value)
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from halos_pl.cache import cache_root
-from halos_pl.policy.architecture import is_adapted, without_adapter
+from halos_pl.policy.architecture import is_adapted, is_copied, without_adapter
+from halos_pl.policy.quantized_weights import dequantized, has_quantized_weights
 from halos_pl.policy.sharding import whole_shapes
 from halos_pl.policy.source import ADAPTER_CONFIG, source_of
 from halos_pl.policy.spec import LoRASpec, ModelError, ModelSpec, reason
@@ -227,27 +228,31 @@ def _resize(model: Any, weights: dict[str, Tensor], path: str) -> None:
 
 
 def tied_target(model: Any) -> str | None:
-    """The one of embedding and head that has an adapter, if the two are tied; otherwise None."""
+    """The one of embedding and head that has an adapter or a trained copy, if the two are tied; otherwise None."""
     base = model.get_base_model()
     ends = {"the embedding": base.get_input_embeddings(), "the head": base.get_output_embeddings()}
-    inner = [without_adapter(end) for end in ends.values() if end is not None]
+    inner = [getattr(without_adapter(end), "original_module", without_adapter(end)) for end in ends.values() if end]
     if len(inner) < 2 or inner[0].weight is not inner[1].weight:
         return None
-    return next((name for name, end in ends.items() if is_adapted(end)), None)
+    return next((name for name, end in ends.items() if is_adapted(end) or is_copied(end)), None)
 
 
 def with_lora(model: Any, lora: LoRASpec) -> Any:
     """Adds a new adapter to ``model``.
 
     Raises:
-        ModelError: a target module is not a layer of the model.
+        ModelError: a target module is not a layer of the model, or a module cannot be trained whole.
     """
     _check_targets(model, lora.target_modules)
+    saved = _modules_to_save(model, lora.modules_to_save or [])
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        modules_to_save=saved or None,
         task_type="CAUSAL_LM",
     )
     try:
@@ -262,11 +267,114 @@ def with_lora(model: Any, lora: LoRASpec) -> Any:
             ) from error
         raise ModelError(f"model.policy.lora: {reason(error)}") from error
     if tied := tied_target(adapted):
+        key = "modules_to_save" if saved else "target_modules"
         raise ModelError(
-            f"model.policy.lora.target_modules: the model's embedding and head are tied, so merging an adapter of"
+            f"model.policy.lora.{key}: the model's embedding and head are tied, so merging an adapter of"
             f" {tied} would change the other as well; leave out {tied}"
         )
+    _check_overlap(adapted)
+    if lora.use_dora:
+        _exact_lengths(adapted)
     return adapted
+
+
+def check_sharding(spec: ModelSpec, *, half: bool) -> None:
+    """Refuses adapters and quantized bases that cannot be sharded over ranks.
+
+    Args:
+        spec: specification of the policy.
+        half: whether weights are gathered in bfloat16.
+
+    Raises:
+        ModelError: naming the setting and the way out.
+    """
+    for name in ("use_dora", "modules_to_save"):
+        if spec.lora is not None and getattr(spec.lora, name):
+            raise ModelError(
+                f"model.policy.lora.{name} needs the whole weights of a layer, which fsdp2 spreads over the ranks; leave"
+                " it out, or choose trainer.strategy ddp"
+            )
+    quantize = spec.quantize
+    if quantize is None:
+        return
+    if (quantize.method, quantize.bits) != ("bitsandbytes", 4):
+        raise ModelError(
+            f"model.policy.quantize: weights with {quantize.bits} bits of {quantize.method} cannot be sharded by fsdp2;"
+            " choose method bitsandbytes with 4 bits, or trainer.strategy ddp"
+        )
+    if quantize.storage_dtype != spec.dtype:
+        raise ModelError(
+            f"model.policy.quantize.storage_dtype is {quantize.storage_dtype or 'uint8'}, but fsdp2 shards only weights"
+            f" of one dtype; set it to that of the other weights, {spec.dtype}"
+        )
+    if half:
+        raise ModelError(
+            "model.policy.quantize: with trainer.precision bf16-mixed, fsdp2 casts weights to bfloat16, but the quantized"
+            " ones are codes; choose trainer.precision 32-true, and model.policy.dtype and"
+            " model.policy.quantize.storage_dtype bfloat16"
+        )
+
+
+def _modules_to_save(model: nn.Module, names: list[str]) -> list[str]:
+    """The full names of the modules to train whole; peft would match any module whose name ends like one of ``names``.
+
+    Raises:
+        ModelError: there is no such module, or it has quantized weights, which cannot be trained.
+    """
+    modules = dict(model.named_modules())
+    saved = []
+    for name in names:
+        matches = [place for place in modules if place == name or place.endswith(f".{name}")]
+        if not matches:
+            parts = sorted({place.rpartition(".")[2] for place in modules if place} - set("0123456789"))
+            near = difflib.get_close_matches(name, parts) or [part for part in parts if not part.isdigit()]
+            raise ModelError(
+                f"model.policy.lora.modules_to_save: the model has no module named {name!r}; choose from"
+                f" {', '.join(near)}"
+            )
+        for place in matches:
+            if has_quantized_weights(modules[place]):
+                raise ModelError(
+                    f"model.policy.lora.modules_to_save: {place} has quantized weights, which cannot be trained; leave"
+                    " it out, and adapt its layers with target_modules"
+                )
+            if not any(True for _ in modules[place].parameters()):
+                raise ModelError(f"model.policy.lora.modules_to_save: {place} has no weights; leave it out")
+        saved += matches
+    return saved
+
+
+def _check_overlap(adapted: Any) -> None:
+    """Refuses a module that is trained whole and has an adapter at once, as the adapter would then be trained twice.
+
+    Raises:
+        ModelError: naming the module.
+    """
+    for name, module in adapted.get_base_model().named_modules():
+        inside = [part for part in module.modules() if part is not module] if is_copied(module) else []
+        if any(isinstance(part, LoraLayer) or is_copied(part) for part in inside):
+            raise ModelError(
+                f"model.policy.lora.modules_to_save: {name} contains layers that are adapted or trained as well; leave"
+                " them out of target_modules or modules_to_save"
+            )
+
+
+@torch.no_grad()
+def _exact_lengths(adapted: Any) -> None:
+    """Computes DoRA's lengths of the weight vectors in the dtype in which the forward pass computes them.
+
+    peft computes the initial ones in the dtype of the weights. In half precision the two differ, so the adapter would
+    change the model before its first step.
+    """
+    layers: list[Any] = [layer for layer in adapted.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers:
+        base = layer.get_base_layer()
+        if isinstance(base, nn.Embedding):  # its lengths are computed in the dtype of the weights
+            continue
+        for name, length in layer.lora_magnitude_vector.items():
+            values = dequantized(base) if has_quantized_weights(base) else base.weight
+            values = values.to(layer.lora_A[name].weight.dtype)
+            length.weight.data = length.get_weight_norm(values, values.new_zeros(()), layer.scaling[name])
 
 
 def _layers(model: nn.Module) -> list[str]:
@@ -356,6 +464,8 @@ def _factors(config: Any, weights: Weights) -> dict[str, tuple[Tensor, Tensor]]:
     Raises:
         ModelError: the adapter has other weights too.
     """
+    if getattr(config, "use_dora", False):
+        raise ModelError("one of them is a DoRA adapter, which also rescales the weights of its base")
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in weights.items():
         if key.endswith(".base_layer.weight"):

@@ -32,7 +32,7 @@ def text_config(model: nn.Module) -> Any:
 def decoder_and_head(model: nn.Module) -> tuple[Any, Any]:
     """The layers and the head of a causal language model, including their adapters."""
     base = base_model(model)
-    head = base.get_output_embeddings()
+    head = _active(base.get_output_embeddings())
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
     return base.base_model if decoder is None or decoder is head else decoder, head  # some call their head decoder
 
@@ -200,8 +200,31 @@ def without_adapter(layer: nn.Module) -> Any:
     return getattr(layer, "base_layer", layer)
 
 
-def layer_matrices(model: nn.Module) -> list[Tensor]:
-    """The weights of a model's linear layers, without the head.
+def is_adapter_weight(name: str) -> bool:
+    """Whether a peft model has added the parameter with this name to its base, or trains it in place of one there."""
+    return ".lora_" in name or ".modules_to_save." in name
+
+
+def name_in_base(name: str) -> str:
+    """The name of a peft model's parameter in the model without the adapter."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def is_copied(module: nn.Module) -> bool:
+    """Whether a peft model trains a copy of a module, one of its ``modules_to_save``."""
+    return hasattr(module, "original_module")
+
+
+def _active(module: Any) -> Any:
+    """The module that computes: a trained copy, or the original while the adapter is off; a plain module itself."""
+    if module is None or not is_copied(module):
+        return module
+    name = next((name for name in module.active_adapters if name in module.modules_to_save), None)
+    return module.original_module if module.disable_adapters or name is None else module.modules_to_save[name]
+
+
+def linear_layers(model: nn.Module) -> list[nn.Module]:
+    """A model's linear layers, with those of its adapter, without the head.
 
     Raises:
         TypeError: for a mixture of experts, as each token goes through only a few of them.
@@ -209,7 +232,8 @@ def layer_matrices(model: nn.Module) -> list[Tensor]:
     decoder, _ = decoder_and_head(model)
     if any(p.dim() == 3 and "expert" in name for name, p in decoder.named_parameters()):
         raise TypeError("each token goes through only a few of the model's experts")
-    return [m.weight for m in decoder.modules() if isinstance(m, (nn.Linear, Conv1D))]
+    originals = {id(part) for m in decoder.modules() if is_copied(m) for part in m.original_module.modules()}
+    return [m for m in decoder.modules() if isinstance(m, (nn.Linear, Conv1D)) and id(m) not in originals]
 
 
 def attention_width(model: nn.Module) -> int:
@@ -285,7 +309,12 @@ def quantisation(model: nn.Module) -> str | None:
 
     transformers dequantises some formats, and then removes the quantisation from the config.
     """
-    settings: Any = getattr(model.config, "quantization_config", None)
+    return quantisation_of_config(model.config)
+
+
+def quantisation_of_config(config: Any) -> str | None:
+    """The name of the method by which a config says that the weights are quantised; None if it names none."""
+    settings: Any = getattr(config, "quantization_config", None)
     if settings is None:
         return None
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from halos_pl.policy.architecture import eos_setting, keeps_quantised, quantisation
+from halos_pl.policy.quantized_weights import all_finite, quantized_layers
 from halos_pl.policy.spec import ModelError, ModelSpec
 
 #: Names in older files that are not weights: masks and frequencies, which are now computed.
@@ -52,8 +53,9 @@ def check_loaded(model: Any, info: Mapping[str, Any], spec: ModelSpec, folder: P
     if folder.is_dir():
         _check_files(folder)
     _check_stops(model, spec)
+    layers = {f"{name}.weight": layer for name, layer in quantized_layers(model)}
     for name, value in model.named_parameters():
-        if not is_finite(value):
+        if not (all_finite(layers[name]) if name in layers else is_finite(value)):
             raise ModelError(f"{spec.path}: {name} contains NaN or infinite numbers; is it from a run that diverged?")
 
 

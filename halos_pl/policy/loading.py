@@ -13,17 +13,24 @@ from jinja2 import TemplateSyntaxError
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from halos_pl.policy import adapters
-from halos_pl.policy.architecture import dtype_of_config, noise_settings, set_name, switch_noise_off
+from halos_pl.policy import adapters, quantization
+from halos_pl.policy.architecture import (
+    dtype_of_config,
+    noise_settings,
+    quantisation_of_config,
+    set_name,
+    switch_noise_off,
+)
 from halos_pl.policy.intact import check_loaded
 from halos_pl.policy.sharding import Sharding, equalize, shard
-from halos_pl.policy.source import source_of
-from halos_pl.policy.spec import LoRASpec, ModelError, ModelSpec, reason
+from halos_pl.policy.source import is_gguf, source_of
+from halos_pl.policy.spec import LoRASpec, ModelError, ModelSpec, QuantizeSpec, reason
 
 __all__ = [
     "LoRASpec",
     "ModelError",
     "ModelSpec",
+    "QuantizeSpec",
     "check_lora",
     "load_model",
     "load_tokenizer",
@@ -113,8 +120,9 @@ def load_model(spec: ModelSpec, sharding: Sharding | None = None) -> PreTrainedM
 
     It is loaded straight onto torch's default device: within a fit, that of the Trainer.
 
-    An adapter in ``spec.path`` is merged into its base. The result depends on ``spec`` and, for a new adapter, on
-    torch's initial seed, but not on how many random numbers have been drawn since.
+    An adapter in ``spec.path`` is merged into its base; with ``spec.quantize``, the base is quantized. The result
+    depends on ``spec`` and, for a new adapter, on torch's initial seed, but not on how many random numbers have been
+    drawn since.
 
     Args:
         spec: the model.
@@ -127,6 +135,9 @@ def load_model(spec: ModelSpec, sharding: Sharding | None = None) -> PreTrainedM
     if sharding is not None and sharding.stored_half:  # FSDP cannot cast a model that it has sharded
         spec = replace(spec, dtype="bfloat16")
     root, chain = adapters.chain(spec)
+    _check_quantize(spec, root)
+    if sharding is not None:
+        adapters.check_sharding(spec, half=sharding.half)
     if sharding is not None and chain:
         rank_zero_info(
             f"halos: {spec.path} is an adapter, so each rank loads the whole of {root.path} to merge it before it is"
@@ -168,7 +179,7 @@ def load_reference(spec: ModelSpec, sharding: Sharding | None = None) -> PreTrai
 
 
 def check_lora(spec: ModelSpec) -> None:
-    """Refuses an adapter that does not fit the model's configuration. Reads no weights.
+    """Refuses an adapter, or a quantization below it, that does not fit the model's configuration. Reads no weights.
 
     Raises:
         ModelError: as in :func:`load_model`, for a target module that does not exist, for example.
@@ -176,12 +187,15 @@ def check_lora(spec: ModelSpec) -> None:
     if spec.lora is None:
         return
     root, _ = adapters.chain(spec)
+    _check_quantize(spec, root)
     try:
         model = _empty(root)
     except ModelError:
         raise
     except Exception:  # some models cannot be built on the meta device
         return
+    if spec.quantize is not None:
+        quantization.check_groups(model, spec.quantize)
     adapters.with_lora(model, spec.lora)
 
 
@@ -190,6 +204,36 @@ def _empty(spec: ModelSpec) -> Any:
     config = _loaded(AutoConfig, spec, weights=False)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
+
+
+def _check_quantize(spec: ModelSpec, root: ModelSpec) -> None:
+    """Refuses to quantize a model that is already quantized, or has an adapter. Reads no weights.
+
+    Args:
+        spec: specification of the model.
+        root: specification of the model below the adapters in ``spec.path``.
+
+    Raises:
+        ModelError: naming the reason and the way out.
+    """
+    if spec.quantize is None:
+        return
+    quantization.check_package(spec.quantize)
+    if root is not spec:
+        raise ModelError(
+            f"model.policy.quantize: {spec.path} is an adapter of {root.path}, and merging it into quantized weights"
+            f" would round it away; run halos export {spec.path} FOLDER, and set model.policy.path to FOLDER"
+        )
+    if is_gguf(spec):
+        raise ModelError(
+            f"model.policy.quantize: {spec.path} is a GGUF model, whose weights are already quantized; use the original"
+            " model"
+        )
+    if method := quantisation_of_config(_stored_config(spec)):
+        raise ModelError(
+            f"model.policy.quantize: {spec.path} is already quantized ({method}); use the original model, or remove"
+            " model.policy.quantize to train an adapter on it"
+        )
 
 
 def stored_dtype(spec: ModelSpec) -> str | None:
@@ -210,7 +254,9 @@ def _stored_config(spec: ModelSpec) -> Any:
 def _load(spec: ModelSpec, sharding: Sharding | None) -> Any:
     """The model in a folder or on the hub, checked against its files."""
     spread: dict[str, Any] = {}
-    if sharding is not None and sharding.by_loader:
+    if spec.quantize is not None:  # sharded afterwards, when it is small
+        spread = quantization.loading_options(spec)
+    elif sharding is not None and sharding.by_loader:
         spread = {"distributed_config": sharding.distributed_config(_empty(spec))}
         # It warns of rules for other architectures.
         logging.getLogger("transformers.distributed.mixin").setLevel(logging.ERROR)
@@ -225,4 +271,5 @@ def _load(spec: ModelSpec, sharding: Sharding | None) -> Any:
         **spread,
     )
     check_loaded(model, info, spec, Path(source_of(spec, weights=False)))
+    quantization.prepare(model, spec)
     return model

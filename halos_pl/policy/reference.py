@@ -12,13 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from halos_pl.batch import TokenBatch
-from halos_pl.policy.architecture import adapter_off, base_model, evaluating, has_adapter
+from halos_pl.policy.architecture import (
+    adapter_off,
+    base_model,
+    evaluating,
+    has_adapter,
+    is_adapter_weight,
+    keeps_quantised,
+    name_in_base,
+)
 from halos_pl.policy.loading import ModelError, ModelSpec, load_reference, load_tokenizer
+from halos_pl.policy.quantized_weights import plain_parts, quantized_layers
 from halos_pl.policy.scorer import Scorer
 from halos_pl.policy.sharding import is_sharded, whole
 from halos_pl.policy.store import fingerprint
 
 _NAME = "the reference model"
+#: A copy would be quantized to the same weights.
+_QUANTIZED = (
+    "reference_model: FrozenCopy would be a second copy of the quantized model, and give the same log-probs as the"
+    " policy with its adapter off; choose reference_model: AdapterOff"
+)
 
 
 class Reference(ABC):
@@ -132,19 +146,20 @@ def weights_fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> s
     Leaves out the frequencies of rotary positions: they follow from the config, but may differ in the last bit between
     devices.
     """
-    kept = {_without_adapter(name) for name in model.state_dict()}
-    weights = ((name, whole(tensor).to(dtype)) for name, tensor in _base_weights(model) if name in kept)
+    kept = {name_in_base(name) for name in model.state_dict()}
+    layers = {name_in_base(f"{name}.weight"): layer for name, layer in quantized_layers(model)}
+    weights = (
+        (f"{name}{part}", value)
+        for name, tensor in _base_weights(model)
+        if name in kept
+        for part, value in (plain_parts(layers[name]) if name in layers else {"": whole(tensor).to(dtype)}).items()
+    )
     return fingerprint(weights, base_model(model).config.to_dict())
-
-
-def _without_adapter(name: str) -> str:
-    """The name of a peft model's weight in the model without the adapter."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The weights of a model without its adapter, with their names in that model."""
-    return ((_without_adapter(name), tensor) for name, tensor in _tensors(model) if ".lora_" not in name)
+    return ((name_in_base(name), tensor) for name, tensor in _tensors(model) if not is_adapter_weight(name))
 
 
 def _match(scorer: Scorer, policy: Scorer, tensors: Callable[[nn.Module], Iterator[tuple[str, Tensor]]]) -> None:
@@ -162,7 +177,8 @@ def _match(scorer: Scorer, policy: Scorer, tensors: Callable[[nn.Module], Iterat
         return
     like = dict(tensors(policy.model))
     for name, tensor in _tensors(scorer.model):
-        tensor.data = tensor.data.to(like[name])
+        if (tensor.dtype, tensor.device) != (like[name].dtype, like[name].device):
+            tensor.data = tensor.data.to(like[name])
 
 
 class FrozenCopy(ReferenceModel):
@@ -170,7 +186,13 @@ class FrozenCopy(ReferenceModel):
 
     storable = True
 
+    def check(self, spec: ModelSpec) -> None:
+        if spec.quantize is not None:
+            raise ModelError(_QUANTIZED)
+
     def bind(self, policy: Scorer, spec: ModelSpec | None, *, stored: bool = False) -> None:
+        if keeps_quantised(base_model(policy.model)):
+            raise ModelError(_QUANTIZED)
         self._policy = policy
         self._spec = spec and replace(spec, lora=None)
         self._scorer: Scorer | None = None

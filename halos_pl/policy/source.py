@@ -60,6 +60,11 @@ def config_place(spec: ModelSpec) -> tuple[str, str | None]:
     return _resolve(spec)
 
 
+def is_gguf(spec: ModelSpec) -> bool:
+    """Whether the model is read from a GGUF file."""
+    return _resolve(spec)[1] is not None
+
+
 def _folder_of_package(name: str) -> Path:
     """The folder of a package. Neither it nor a parent package is imported, as that would run code."""
     top, *parts = name.split(".")

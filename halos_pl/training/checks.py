@@ -116,6 +116,20 @@ def check_float16(trainer: Any, dtype: str) -> None:
         )
 
 
+def check_precision(precision: str, *, quantized: bool) -> None:
+    """Refuses a precision that casts all weights of a model with quantized ones, which are codes and not numbers.
+
+    Raises:
+        ValueError: naming the setting and what to choose instead.
+    """
+    if quantized and precision.endswith("-true") and precision != "32-true":
+        raise ValueError(
+            f"trainer.precision is {precision}, which casts all weights, but the policy's are quantized. Choose"
+            " trainer.precision 32-true, and model.policy.dtype bfloat16 to compute in half precision; the adapter"
+            " stays in float32"
+        )
+
+
 def check_clipping(value: float | None, algorithm: str | None) -> None:
     """Refuses values that Lightning would silently treat as no clipping; null and 0 mean no clipping.
 

@@ -27,6 +27,8 @@ from halos_pl.policy.liger import check_liger
 from halos_pl.policy.limits import warn_of_ignored_losses
 from halos_pl.policy.loading import ModelSpec
 from halos_pl.policy.memory import keep_freed_memory
+from halos_pl.policy.quantization import check_gradients
+from halos_pl.policy.quantized_weights import has_quantized_weights, quantized_layers
 from halos_pl.policy.reference import ReferenceModel
 from halos_pl.policy.routing import check_router
 from halos_pl.policy.sampling import PolicySamples
@@ -34,7 +36,13 @@ from halos_pl.policy.scorer import PrefixSharing, Scorer
 from halos_pl.policy.sharding import average_plain_gradients
 from halos_pl.training import checkpoint_contents
 from halos_pl.training.absent import keep_out_absent
-from halos_pl.training.checks import check_arguments, check_float16, check_sharded, check_trainer
+from halos_pl.training.checks import (
+    check_arguments,
+    check_float16,
+    check_precision,
+    check_sharded,
+    check_trainer,
+)
 from halos_pl.training.engine import Deferral, StepEngine
 from halos_pl.training.gradients import GradientWatch, clip_gradients, finish_watch
 from halos_pl.training.held_out import HeldOut
@@ -163,6 +171,7 @@ class HALOModule(LightningModule):
     def setup(self, stage: str) -> None:
         check_trainer(self.trainer)
         check_sharded(self.trainer, self.objective.needs)
+        check_precision(self.trainer.precision, quantized=bool(self.models.spec and self.models.spec.quantize))
         keep_out_absent(self.trainer)
         self.models.sharding = getattr(self.trainer.strategy, "sharding", None)
         self.models.load_in(str(self.trainer.precision))
@@ -188,6 +197,7 @@ class HALOModule(LightningModule):
         fresh, data = self.scorer is None, getattr(self.trainer, "datamodule", None)
         if fresh:
             self.scorer = self.models.policy()
+            check_precision(self.trainer.precision, quantized=has_quantized_weights(self.policy))
             if self.objective.needs.routing:
                 check_router(self.policy)
             self.record.start = weights_sample(self.policy)
@@ -295,6 +305,8 @@ class HALOModule(LightningModule):
 
     def on_fit_start(self) -> None:
         keep_freed_memory(self.device)
+        if self.device.type != "cpu" and self.models.sharding is None:  # tested on the CPU when it was loaded
+            check_gradients(self.policy)
 
     def on_train_start(self) -> None:
         """Restores the random state last, after everything that draws numbers during setup."""

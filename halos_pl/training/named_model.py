@@ -52,16 +52,19 @@ class NamedModel:
             use_template(tokenizer, self.chat_template, "--chat_template")
         return tokenizer
 
-    def load(self, device: str | None = None) -> nn.Module:
+    def load(self, device: str | None = None, *, quantized: bool = True) -> nn.Module:
         """The model in eval mode.
 
         Args:
             device: the device; default: a GPU if there is one.
+            quantized: whether to quantize the base of a run's policy as in training.
 
         Raises:
             ValueError: if the model or the run's checkpoint cannot be loaded.
         """
-        model: Any = load_run(self.run, self.ckpt_path).policy if self.run else load_model(self.spec)
+        model: Any = (
+            load_run(self.run, self.ckpt_path, quantized=quantized).policy if self.run else load_model(self.spec)
+        )
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()  # type: ignore[no-any-return]
 
 

@@ -21,6 +21,8 @@ import transformers
 import yaml
 from torch import Tensor, nn
 
+from halos_pl.policy.architecture import is_adapter_weight
+from halos_pl.policy.quantized_weights import plain_parts, quantized_layers
 from halos_pl.policy.sharding import whole
 from halos_pl.training.optim import Change
 
@@ -56,7 +58,7 @@ FREE = tuple(
     )
 )
 #: Settings that an evaluation cannot change, as it would measure another model. Others only change how it measures.
-MODEL = ("model.policy.lora", "model.policy.dropout")
+MODEL = ("model.policy.lora", "model.policy.quantize", "model.policy.dropout")
 #: Paths of files, which do not count as settings of a run.
 PLACES = ("run_dir", "ckpt_path", "weights_only", "config", "trainer.default_root_dir", "data.cache_dir")
 #: Settings that do not affect a run's results: two runs that differ only in these have the same weights.
@@ -229,7 +231,13 @@ def of_file(path: Path) -> Settings:
 
 def weights_sample(model: nn.Module) -> Tensor:
     """About 1024 evenly spread weights, without an adapter's: float32, on the CPU."""
-    weights = [p.detach() for name, p in model.named_parameters() if ".lora_" not in name]
+    layers = {f"{name}.weight": layer for name, layer in quantized_layers(model)}
+    weights = [
+        part.detach()
+        for name, p in model.named_parameters()
+        if not is_adapter_weight(name)
+        for part in (plain_parts(layers[name]).values() if name in layers else [p])
+    ]
     each = max(1, 1024 // max(1, len(weights)))
     samples = (whole(w).flatten()[:: max(1, w.numel() // each)][:each] for w in weights)
     return torch.cat([sample.float().cpu() for sample in samples])

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from halos_pl.batch import TokenBatch
-from halos_pl.policy.architecture import attention_width, decoder_and_head, layer_matrices
+from halos_pl.policy.architecture import attention_width, decoder_and_head, linear_layers
+from halos_pl.policy.quantized_weights import matrix_size
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,10 @@ def cost(model: nn.Module) -> Cost:
         TypeError: for a mixture of experts, where a token passes through only some of the weights.
     """
     _, head = decoder_and_head(model)
-    weights = layer_matrices(model)
+    layers = linear_layers(model)
     return Cost(
-        token=2.0 * sum(w.numel() for w in weights),
-        trained=2.0 * sum(w.numel() for w in weights if w.requires_grad),
+        token=2.0 * sum(map(matrix_size, layers)),
+        trained=2.0 * sum(matrix_size(layer) for layer in layers if layer.weight.requires_grad),
         head=2.0 * head.weight.numel(),
         head_trained=2.0 * head.weight.numel() * head.weight.requires_grad,
         pair=4.0 * attention_width(model),

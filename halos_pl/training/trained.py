@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,13 @@ def take_template(module: HALOModule, run: Path) -> None:
         use_template(module.tokenizer, (run / CHAT_TEMPLATE).read_text(encoding="utf-8"), str(run / CHAT_TEMPLATE))
 
 
-def load_run(run: str | Path, ckpt_path: str | None = None) -> HALOModule:
+def load_run(run: str | Path, ckpt_path: str | None = None, *, quantized: bool = True) -> HALOModule:
     """The module of a run with its trained policy, on the CPU.
 
     Args:
         run: the run's folder, with ``config.yaml`` and ``checkpoints/last.ckpt``.
         ckpt_path: the checkpoint: ``last`` (default), ``best`` (according to the run's ModelCheckpoint), or a path.
+        quantized: whether to quantize the policy's base if the run did; otherwise its adapter is put on the original.
 
     Raises:
         FileNotFoundError: if the config or the checkpoint is missing.
@@ -65,6 +67,8 @@ def load_run(run: str | Path, ckpt_path: str | None = None) -> HALOModule:
     path = find_checkpoint(run, ckpt_path)
     spec = module.models.spec
     assert spec is not None  # a config names no model in memory
+    if not quantized:
+        module.models.spec = replace(spec, quantize=None)
     module.scorer = module.models.policy()
     state = load_weights(module, path, run)
     dtype = trained_dtype(state)

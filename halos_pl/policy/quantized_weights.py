@@ -1,0 +1,84 @@
+"""Quantized weights as plain tensors: which layers have them, what they consist of, and their values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yields the layers whose matrix bitsandbytes or torchao has quantized, with their names."""
+    for name, module in model.named_modules():
+        if _is_quantized(module._parameters.get("weight")):
+            yield name, module
+
+
+def _is_quantized(weight: Tensor | None) -> bool:
+    return type(weight).__name__ in ("Params4bit", "Int8Params") or type(weight).__module__.startswith("torchao")
+
+
+def has_quantized_weights(module: nn.Module) -> bool:
+    """Whether a module or one inside it has quantized weights."""
+    return any(True for _ in quantized_layers(module))
+
+
+def plain_parts(layer: Any) -> dict[str, Tensor]:
+    """The tensors that a layer's quantized matrix consists of, such as codes and scales, by name."""
+    weight = layer.weight
+    if type(weight).__name__ == "Params4bit":
+        return {"": weight.data, **{f".{k}": v for k, v in weight.quant_state.as_dict(packed=True).items()}}
+    if type(weight).__name__ == "Int8Params":
+        return {"": weight.data, ".SCB": _scales(layer)}
+    return dict(_flattened(weight, ""))
+
+
+def _flattened(tensor: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The plain tensors of torchao's tensor, which may consist of others of its kind."""
+    for part in tensor.__tensor_flatten__()[0]:
+        value = getattr(tensor, part)
+        if type(value).__module__.startswith("torchao"):
+            yield from _flattened(value, f"{name}.{part}")
+        else:
+            yield f"{name}.{part}", value
+
+
+def _scales(layer: Any) -> Tensor:
+    """The scales of an 8-bit layer of bitsandbytes, which move from the weight to the layer's state when it is used."""
+    scales: Tensor = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
+    return scales
+
+
+def dequantized(layer: Any) -> Tensor:
+    """The values of a layer's quantized matrix, [out, in]."""
+    weight = layer.weight
+    if type(weight).__name__ == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        values: Tensor = dequantize_4bit(weight.data, weight.quant_state)
+    elif type(weight).__name__ == "Int8Params":
+        values = weight.data.float() * (_scales(layer).float() / 127).unsqueeze(1)
+    else:
+        values = weight.dequantize()
+    return values
+
+
+def matrix_size(layer: Any) -> int:
+    """Number of weights of a linear layer's matrix; a quantized one is stored in fewer numbers."""
+    if isinstance(layer, Conv1D):
+        return layer.weight.numel()
+    return int(layer.in_features * layer.out_features)
+
+
+def bytes_of(layer: Any) -> int:
+    """Memory of a layer's quantized matrix, with its scales."""
+    return sum(part.numel() * part.element_size() for part in plain_parts(layer).values())
+
+
+@torch.no_grad()
+def all_finite(layer: Any) -> bool:
+    """Whether the values of a layer's quantized matrix are finite."""
+    return bool(dequantized(layer).isfinite().all())

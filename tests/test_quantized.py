@@ -1,0 +1,184 @@
+"""QLoRA: an adapter on a quantized base trains as on the base's dequantized weights, and merges into the original."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_halos import binary_data, fit, metrics, pair_data
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from halos_pl.cli.main import main
+from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, QuantizeSpec, load_model
+from halos_pl.policy.logprobs import padded_logps
+from halos_pl.policy.quantized_weights import bytes_of, dequantized, matrix_size, quantized_layers
+from halos_pl.policy.reference import weights_fingerprint
+from halos_pl.policy.scorer import Scorer
+from halos_pl.policy.self_test import self_test_batch
+from halos_pl.testing import tiny_tokenizer
+from halos_pl.training.throughput import cost
+
+KINDS: dict[str, dict[str, Any]] = {
+    "nf4": {"method": "bitsandbytes", "bits": 4},
+    "fp4": {
+        "method": "bitsandbytes",
+        "bits": 4,
+        "quant_type": "fp4",
+        "double_quant": False,
+        "storage_dtype": "float32",
+    },
+    "bnb8": {"method": "bitsandbytes", "bits": 8},
+    "torchao4": {"method": "torchao", "bits": 4},
+    "torchao8": {"method": "torchao", "bits": 8},
+}
+
+
+def needs(method: str) -> None:
+    if importlib.util.find_spec(method) is None:
+        pytest.skip(f"{method} is not installed")
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> dict[str, Any]:
+    needs(KINDS[request.param]["method"])
+    return KINDS[request.param]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama of the sizes that kernels for 4 bits need."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def randomise(model: nn.Module) -> None:
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name and "magnitude" not in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draw))
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    padded_logps(model.train(), self_test_batch(model)).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def unquantized(quantized: Any, base: Path, lora: LoRASpec) -> Any:
+    """The same model in plain float32 weights that equal the dequantized ones."""
+    plain: Any = load_model(ModelSpec(str(base), lora=lora))
+    modules = dict(plain.named_modules())
+    with torch.no_grad():
+        for name, layer in quantized_layers(quantized):
+            modules[name].weight.copy_(dequantized(layer))
+        for name, parameter in plain.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.copy_(quantized.get_parameter(name))
+    return plain
+
+
+def test_gradients_are_those_of_the_dequantized_model(base: Path, kind: dict[str, Any]) -> None:
+    lora = LoRASpec(r=4, use_rslora=True)
+    model: Any = load_model(ModelSpec(str(base), lora=lora, quantize=QuantizeSpec(**kind)))
+    randomise(model)
+    plain = unquantized(model, base, lora)
+    expected = gradients(plain)
+    assert len(expected) == 28
+    batch = self_test_batch(model)
+    for _ in range(2):  # also after a pass in evaluation, which AdapterOff makes each step
+        for name, value in gradients(model).items():
+            assert float((value - expected[name]).norm()) <= 1e-4 * float(expected[name].norm()), name
+        with torch.no_grad(), model.disable_adapter(), plain.disable_adapter():
+            off, of_plain = padded_logps(model.eval(), batch), padded_logps(plain.eval(), batch)
+        assert float((off - of_plain).abs().max()) < 1e-4
+    scorer = Scorer(model)
+    assert scorer.shares_prefixes
+    with torch.no_grad():
+        assert float((scorer(batch) - padded_logps(model, batch)).abs().max()) < 1e-4
+
+
+def test_the_size_of_quantized_layers(base: Path, kind: dict[str, Any]) -> None:
+    spec = ModelSpec(str(base), lora=LoRASpec(r=4), quantize=QuantizeSpec(**kind))
+    model, plain = load_model(spec), load_model(ModelSpec(str(base), lora=LoRASpec(r=4)))
+    assert cost(model) == cost(plain)
+    bits = [8 * bytes_of(layer) / matrix_size(layer) for _, layer in quantized_layers(model)]
+    assert len(bits) == 14
+    assert max(bits) < 10.1  # with scales and their tables, which weigh most in a tiny layer
+    assert weights_fingerprint(model) == weights_fingerprint(load_model(spec)) != weights_fingerprint(plain)
+
+
+def test_a_fingerprint_contains_the_scales(base: Path, kind: dict[str, Any], tmp_path: Path) -> None:
+    """Codes alone are the same for a model whose weights are all twice as large."""
+    spec = ModelSpec(str(base), lora=LoRASpec(r=4), quantize=QuantizeSpec(**kind))
+    model = load_model(spec)
+    before = weights_fingerprint(model)
+    padded_logps(model, self_test_batch(model))
+    assert weights_fingerprint(model) == before  # bitsandbytes moves its scales in the first pass
+    larger = LlamaForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        larger.model.layers[0].mlp.up_proj.weight.mul_(2)
+    larger.save_pretrained(tmp_path / "larger")
+    other = ModelSpec(str(tmp_path / "larger"), lora=spec.lora, quantize=spec.quantize)
+    assert weights_fingerprint(load_model(other)) != before
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(base: Path, kind: dict[str, Any], tmp_path: Path, bad: float) -> None:
+    broken = LlamaForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        broken.model.layers[1].mlp.up_proj.weight[3, 4] = bad
+    broken.save_pretrained(tmp_path / "broken")
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        load_model(ModelSpec(str(tmp_path / "broken"), lora=LoRASpec(), quantize=QuantizeSpec(**kind)))
+
+
+def step(base: Path, kind: dict[str, Any], objective: str, data: Path, run: Path, *options: str) -> list[str]:
+    quantize = ", ".join(f"{name}: {value}" for name, value in kind.items()).replace("False", "false")
+    return fit(
+        base,
+        objective,
+        data,
+        run,
+        "--model.policy.lora={r: 4}",
+        f"--model.policy.quantize={{{quantize}}}",
+        "--model.warmup_ratio=0",
+        "--model.lr_schedule=constant_with_warmup",
+        "--trainer.max_steps=3",
+        *options,
+    )
+
+
+@pytest.mark.parametrize("objective", ["kto", "dpo"])
+def test_a_fit_starts_at_reward_zero_and_resumes_exactly(
+    base: Path, kind: dict[str, Any], objective: str, tmp_path: Path
+) -> None:
+    data = (binary_data if objective == "kto" else pair_data)(tmp_path / "d.jsonl")
+    main(step(base, kind, objective, data, tmp_path / "whole"))
+    logged = metrics(tmp_path / "whole")
+    rewards = {float(value) for name, value in logged[0].items() if name.startswith("rewards/")}
+    assert rewards == {0.0}, logged[0]
+    main(step(base, kind, objective, data, tmp_path / "part", "--trainer.max_steps=2"))
+    resumed = step(base, kind, objective, data, tmp_path / "part")
+    main([*resumed, "--ckpt_path=last"])
+    states = [torch.load(tmp_path / r / "checkpoints/last.ckpt", weights_only=True) for r in ("whole", "part")]
+    assert all("lora_" in name for name in states[0]["state_dict"])
+    assert all(torch.equal(value, states[1]["state_dict"][name]) for name, value in states[0]["state_dict"].items())
