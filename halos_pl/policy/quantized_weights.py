@@ -33,17 +33,16 @@ def plain_parts(layer: Any) -> dict[str, Tensor]:
         return {"": weight.data, **{f".{k}": v for k, v in weight.quant_state.as_dict(packed=True).items()}}
     if type(weight).__name__ == "Int8Params":
         return {"": weight.data, ".SCB": _scales(layer)}
-    return dict(_flattened(weight, ""))
+    return dict(flattened(weight, ""))
 
 
-def _flattened(tensor: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """The plain tensors of torchao's tensor, which may consist of others of its kind."""
+def flattened(tensor: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Yields the plain tensors that a tensor of torchao consists of, with their names; a plain tensor itself."""
+    if not type(tensor).__module__.startswith("torchao"):
+        yield name, tensor
+        return
     for part in tensor.__tensor_flatten__()[0]:
-        value = getattr(tensor, part)
-        if type(value).__module__.startswith("torchao"):
-            yield from _flattened(value, f"{name}.{part}")
-        else:
-            yield f"{name}.{part}", value
+        yield from flattened(getattr(tensor, part), f"{name}.{part}")
 
 
 def _scales(layer: Any) -> Tensor:

@@ -189,8 +189,9 @@ class HALOModule(LightningModule):
         spec = self.models.spec
         check_float16(trainer, self.models.dtype)
         lora = spec and spec.lora
+        vectors = lora is None or bool(lora.modules_to_save)
         sharded = isinstance(trainer.strategy, ShardedStrategy) and not lora and world_size() > 1
-        check_optimizer(self.make_optimizer, trainer.strategy.root_device, vectors=not lora, sharded=sharded)
+        check_optimizer(self.make_optimizer, trainer.strategy.root_device, vectors=vectors, sharded=sharded)
 
     def configure_model(self) -> None:
         """Loads policy and reference once the data have been validated."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from halos_pl.batch import TokenBatch
 from halos_pl.distributed import sum_over_ranks, world_size
+from halos_pl.policy.quantized_weights import flattened
 from halos_pl.training.checkpoint import LastCheckpoint
 from halos_pl.training.checkpoint_tree import local_of
 
@@ -135,7 +136,7 @@ def _of_all_ranks(names: list[str]) -> list[str]:
 
 def _tensors(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
     if isinstance(tree, Tensor):
-        yield name, local_of(tree)
+        yield from flattened(local_of(tree), name)
     elif isinstance(tree, Mapping):
         for key, value in tree.items():
             yield from _tensors(value, f"{name}.{key}")

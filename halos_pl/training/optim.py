@@ -144,7 +144,8 @@ def check_optimizer(
     Raises:
         ValueError: naming the setting.
     """
-    zeros = [torch.zeros(shape, device=device) for shape in ((2, 2), (2,))]
+    # Optimizers with 8-bit states keep those of small parameters in 32 bits.
+    zeros = [torch.zeros(shape, device=device) for shape in ((64, 64), (2,))]
     parameters = [nn.Parameter(as_shard(values) if sharded else values) for values in zeros]
     matrices = parameters[:1]
     optimizer = make_optimizer(make, matrices)
@@ -179,7 +180,8 @@ def check_optimizer(
                 f"model.optimizer: {type(optimizer).__name__} cannot step on weights that fsdp2 shards: {error}{hint}"
             ) from error
         if not isinstance(error, NotImplementedError):
-            raise ValueError(f"model.optimizer: {type(optimizer).__name__} cannot take a step: {error}") from error
+            why = str(error).partition("\n")[0]
+            raise ValueError(f"model.optimizer: {type(optimizer).__name__} cannot take a step: {why}") from error
     except Exception:  # other errors may be due to the zeros
         pass
 
@@ -369,6 +371,23 @@ def guard(optimizer: Optimizer, changed: Callable[[list[Change]], None]) -> None
     optimizer.register_load_state_dict_pre_hook(load)
 
 
+def run_load_hooks(optimizer: Any) -> None:
+    """Makes an optimizer that replaces torch's ``load_state_dict`` run the hooks for it; those of bitsandbytes do not.
+
+    A replacement that calls torch's method runs them twice, which changes nothing.
+    """
+    if type(optimizer).load_state_dict is Optimizer.load_state_dict:
+        return
+    load = optimizer.load_state_dict
+
+    def load_state_dict(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(optimizer, state_dict) or state_dict
+        load(state_dict, *args, **kwargs)
+
+    optimizer.load_state_dict = load_state_dict
+
+
 def _without_state(group: dict[str, Any]) -> dict[str, Any]:
     """The settings of torch's optimizers in a group of an older checkpoint, which mixes settings and state."""
     lr = group.get("initial_lr", group["lr"])
@@ -396,6 +415,7 @@ def configured_optimizer(module: Any) -> tuple[MasterWeights, dict[str, Any]]:
     optimizer = make_optimizer(module.make_optimizer, groups if count and stepped[count:] else stepped)
     guard(optimizer, module.record.add)
     masters.attach(optimizer)
+    run_load_hooks(optimizer)
     LostUpdates(optimizer, "Set model.master_weights to true")
     # Otherwise Lightning assumes that a fused optimizer unscales its gradients itself, and refuses to clip them.
     optimizer._step_supports_amp_scaling = False
