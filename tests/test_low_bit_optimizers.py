@@ -95,7 +95,7 @@ def test_a_resumed_optimizer_continues_exactly(path: str, dtype: torch.dtype) ->
 def test_a_resumed_run_of_bitsandbytes_keeps_its_own_settings() -> None:
     """Its optimizers do not run torch's hooks for loading a state."""
     kind = optimizer_class("bitsandbytes.optim.AdamW8bit")
-    optimizer, masters, _ = attached(lambda parameters: kind(parameters, lr=1e-3), weights(torch.float32))
+    optimizer, _, _ = attached(lambda parameters: kind(parameters, lr=1e-3), weights(torch.float32))
     saved = optimizer.state_dict()
     resumed, _, changes = attached(lambda parameters: kind(parameters, lr=1e-4), weights(torch.float32))
     resumed.load_state_dict(saved)

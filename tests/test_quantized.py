@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from run_halos import binary_data, fit, metrics, pair_data
+from peft import PeftModel
+from run_halos import binary_data, fit, metrics, pair_data, refused
+from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from halos_pl.cli.main import main
-from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, QuantizeSpec, load_model
+from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, QuantizeSpec, check_lora, load_model
 from halos_pl.policy.logprobs import padded_logps
 from halos_pl.policy.quantized_weights import bytes_of, dequantized, matrix_size, quantized_layers
 from halos_pl.policy.reference import weights_fingerprint
@@ -182,3 +187,127 @@ def test_a_fit_starts_at_reward_zero_and_resumes_exactly(
     states = [torch.load(tmp_path / r / "checkpoints/last.ckpt", weights_only=True) for r in ("whole", "part")]
     assert all("lora_" in name for name in states[0]["state_dict"])
     assert all(torch.equal(value, states[1]["state_dict"][name]) for name, value in states[0]["state_dict"].items())
+
+
+def test_an_export_merges_into_the_original_base(base: Path, kind: dict[str, Any], tmp_path: Path) -> None:
+    data, run = pair_data(tmp_path / "d.jsonl"), tmp_path / "run"
+    main(step(base, kind, "dpo", data, run))
+    main(["export", str(run), str(tmp_path / "merged"), "--dtype=float32"])
+    main(["export", str(run), str(tmp_path / "adapter"), "--adapter=true"])
+    merged, original = load_file(tmp_path / "merged/model.safetensors"), load_file(base / "model.safetensors")
+    adapter = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    below, scale = "base_model.model.", 32 / 4
+    changed = 0
+    for name, weight in original.items():
+        place = f"{below}{name.removesuffix('.weight')}"
+        delta = torch.zeros_like(weight)
+        if f"{place}.lora_A.weight" in adapter:
+            delta = scale * adapter[f"{place}.lora_B.weight"] @ adapter[f"{place}.lora_A.weight"]
+            changed += 1
+        assert torch.allclose(merged[name], weight + delta, rtol=0, atol=1e-7), name
+    assert changed == 14
+    assert not hasattr(LlamaForCausalLM.from_pretrained(tmp_path / "merged").config, "quantization_config")
+    loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), str(tmp_path / "adapter"))
+    ids = torch.tensor([[5, 9, 17, 33]])
+    with torch.no_grad():
+        logits = loaded(input_ids=ids).logits
+        of_merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged")(input_ids=ids).logits
+    assert torch.allclose(logits, of_merged, atol=1e-4)
+
+
+def test_a_run_on_a_quantized_base_is_measured_as_it_was_trained(base: Path, tmp_path: Path, capfd: Any) -> None:
+    needs("torchao")
+    kind, data, run = KINDS["torchao4"], pair_data(tmp_path / "d.jsonl"), tmp_path / "run"
+    words = step(base, kind, "dpo", data, run, "--model.optimizer.init_args.lr=0.05")
+    main(words)
+    main(["predict", *words[1:], f"--data.predict={data}"])
+    records = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    rewards = {label: [r["r"] for r in records if r["desirable"] is label] for label in (True, False)}
+    margin = (sum(rewards[True]) - sum(rewards[False])) / 6
+    assert abs(margin) > 0.1
+    capfd.readouterr()
+    main(["evaluate", str(run), f"--held_out={data}"])
+    measured = re.search(r"reward_margin (\S+), before training 0 ", capfd.readouterr().out)
+    assert measured
+    assert float(measured[1]) == pytest.approx(margin, rel=1e-3)
+    main(["generate", str(run), f"--prompts={data}", f"--out={tmp_path / 'g.jsonl'}", "--max_new_tokens=4"])
+    assert len((tmp_path / "g.jsonl").read_text().splitlines()) == 6
+
+
+def repacking(monkeypatch: Any) -> None:
+    """Makes bitsandbytes act as on a CPU with AVX512-BF16, where a 4-bit layer reorders its weights in evaluation."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+
+
+def test_bitsandbytes_does_not_reorder_weights_in_evaluation(base: Path, monkeypatch: Any) -> None:
+    repacking(monkeypatch)
+    spec = ModelSpec(str(base), lora=LoRASpec(r=4), quantize=QuantizeSpec("bitsandbytes"))
+    model: Any = load_model(spec)
+    randomise(model)
+    before = gradients(model)
+    with torch.no_grad(), model.disable_adapter():
+        padded_logps(model.eval(), self_test_batch(model))
+    assert all(torch.equal(value, before[name]) for name, value in gradients(model).items())
+
+
+def test_a_layer_with_wrong_gradients_is_refused(base: Path, monkeypatch: Any) -> None:
+    """A version of bitsandbytes that reorders weights whatever the switch."""
+    repacking(monkeypatch)
+    monkeypatch.setattr("halos_pl.policy.quantization._use_one_kernel", lambda layer: None)
+    with pytest.raises(ModelError, match=r"model\.layers\.0\..*evaluation"):
+        load_model(ModelSpec(str(base), lora=LoRASpec(r=4), quantize=QuantizeSpec("bitsandbytes")))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--model.policy.quantize={method: torchao, bits: 3}"], ["quantize", "3"]),
+        (["--model.policy.quantize={method: torchoa}"], ["quantize", "torchoa", "torchao"]),
+        (["--model.policy.quantize={method: torchao, quant_type: nf4}"], ["quantize.quant_type", "torchao"]),
+        (["--model.policy.quantize={method: torchao, group_size: 48}"], ["quantize.group_size", "48", "64"]),
+        (["--model.policy.lora=null"], ["model.policy.lora", "model.policy.quantize"]),
+        (["--model.policy.compile=true"], ["model.policy.compile"]),
+        (["--model.policy.gguf_file=x.gguf"], ["gguf_file"]),
+        (["--model.reference_model=FrozenCopy"], ["FrozenCopy", "AdapterOff"]),
+        (["--trainer.precision=bf16-true"], ["trainer.precision", "bf16-true"]),
+        (["--model.policy.lora={modules_to_save: [lm_hed]}"], ["modules_to_save", "lm_hed"]),
+    ],
+)
+@pytest.mark.usefixtures("no_model")
+def test_settings_that_do_not_fit_are_refused_before_anything_is_loaded(
+    base: Path, tmp_path: Path, capfd: Any, options: list[str], named: list[str]
+) -> None:
+    needs("torchao")
+    data = binary_data(tmp_path / "d.jsonl")
+    status = 2 if "bits" in options[0] or "torchoa" in options[0] else 1  # refused by the parser
+    message = refused(capfd, step(base, KINDS["torchao4"], "kto", data, tmp_path / "run", *options), status)
+    assert all(part in message for part in named), message
+
+
+def test_models_that_cannot_be_quantized(base: Path, tmp_path: Path, adapter: Any, conversions: Any) -> None:
+    needs("torchao")
+    quantize, lora = QuantizeSpec("torchao", bits=8), LoRASpec(r=4)
+    shutil.copytree(base, tmp_path / "stored")
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "stored/config.json").write_text(json.dumps(config))
+    for path, why in ((tmp_path / "stored", "gptq"), (adapter[1], "halos export"), (conversions[0].path, "GGUF")):
+        with pytest.raises(ModelError, match=rf"model\.policy\.quantize: {path}.*{why}"):
+            check_lora(ModelSpec(str(path), lora=lora, quantize=quantize))
+    with pytest.raises(ModelError, match=r"lora\.modules_to_save.*quantized"):
+        load_model(ModelSpec(str(base), lora=LoRASpec(modules_to_save=["mlp"]), quantize=quantize))
+
+
+def test_a_missing_library_is_named_with_its_extra(base: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"pip install 'halos_pl\[bitsandbytes\]'"):
+        check_lora(ModelSpec(str(base), lora=LoRASpec(), quantize=QuantizeSpec("bitsandbytes")))
+
+
+@pytest.mark.parametrize(
+    "options", [{"bits": 3}, {"group_size": 0}, {"double_quant": True}, {"outlier_threshold": 6.0}]
+)
+def test_options_of_another_quantization(options: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=f"model.policy.quantize.*{next(iter(options))}"):
+        QuantizeSpec("torchao", **options)

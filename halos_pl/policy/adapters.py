@@ -259,7 +259,7 @@ def with_lora(model: Any, lora: LoRASpec) -> Any:
         with torch.random.fork_rng(devices=[]), whole_shapes(model):
             torch.manual_seed(torch.initial_seed())
             adapted = get_peft_model(model, config)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         if part := re.match(r"Target module (\w+)", str(error)):  # the message continues with the whole module
             raise ModelError(
                 f"model.policy.lora.target_modules: {lora.target_modules!r} includes a {part[1]}, which cannot have an"
@@ -321,13 +321,13 @@ def _modules_to_save(model: nn.Module, names: list[str]) -> list[str]:
     Raises:
         ModelError: there is no such module, or it has quantized weights, which cannot be trained.
     """
-    modules = dict(model.named_modules())
+    modules = {name: module for name, module in model.named_modules() if name}
     saved = []
     for name in names:
         matches = [place for place in modules if place == name or place.endswith(f".{name}")]
         if not matches:
-            parts = sorted({place.rpartition(".")[2] for place in modules if place} - set("0123456789"))
-            near = difflib.get_close_matches(name, parts) or [part for part in parts if not part.isdigit()]
+            parts = sorted(part for part in {place.rpartition(".")[2] for place in modules} if not part.isdigit())
+            near = difflib.get_close_matches(name, parts) or parts
             raise ModelError(
                 f"model.policy.lora.modules_to_save: the model has no module named {name!r}; choose from"
                 f" {', '.join(near)}"
@@ -341,11 +341,11 @@ def _modules_to_save(model: nn.Module, names: list[str]) -> list[str]:
             if not any(True for _ in modules[place].parameters()):
                 raise ModelError(f"model.policy.lora.modules_to_save: {place} has no weights; leave it out")
         saved += matches
-    return saved
+    return list(dict.fromkeys(saved))
 
 
 def _check_overlap(adapted: Any) -> None:
-    """Refuses a module that is trained whole and has an adapter at once, as the adapter would then be trained twice.
+    """Refuses to train a module whole inside another one, where peft would copy it twice.
 
     Raises:
         ModelError: naming the module.
@@ -354,8 +354,8 @@ def _check_overlap(adapted: Any) -> None:
         inside = [part for part in module.modules() if part is not module] if is_copied(module) else []
         if any(isinstance(part, LoraLayer) or is_copied(part) for part in inside):
             raise ModelError(
-                f"model.policy.lora.modules_to_save: {name} contains layers that are adapted or trained as well; leave"
-                " them out of target_modules or modules_to_save"
+                f"model.policy.lora.modules_to_save: {name} contains other layers to be trained; name either the module"
+                " or those layers"
             )
 
 

@@ -34,7 +34,7 @@ class LoRASpec:
             2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA").
         use_dora: whether to train the length of each weight vector separately from its direction (Liu et al. 2024,
             "DoRA: Weight-Decomposed Low-Rank Adaptation"); slower.
-        modules_to_save: names of modules to train whole, beside the adapter, such as ``lm_head`` or ``norm``.
+        modules_to_save: names of modules to train whole, such as ``lm_head`` or ``norm``; their layers get no adapter.
     """
 
     r: int = 16
