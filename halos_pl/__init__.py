@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from halos_pl.policy.loading import load_model, load_tokenizer
     from halos_pl.policy.reference import AdapterOff, FixedModel, FrozenCopy, OtherModel, SyncedCopy
     from halos_pl.policy.scorer import Scorer
-    from halos_pl.policy.spec import LoRASpec, ModelSpec
+    from halos_pl.policy.spec import LoRASpec, ModelSpec, QuantizeSpec
     from halos_pl.training.engine import StepEngine
     from halos_pl.training.module import HALOModule
     from value_functions import ValueFunction
@@ -37,7 +37,7 @@ _HOMES = {
     "halos_pl.policy.loading": ("load_model", "load_tokenizer"),
     "halos_pl.policy.reference": ("AdapterOff", "FixedModel", "FrozenCopy", "OtherModel", "SyncedCopy"),
     "halos_pl.policy.scorer": ("Scorer",),
-    "halos_pl.policy.spec": ("LoRASpec", "ModelSpec"),
+    "halos_pl.policy.spec": ("LoRASpec", "ModelSpec", "QuantizeSpec"),
     "halos_pl.training.engine": ("StepEngine",),
     "halos_pl.training.module": ("HALOModule",),
     "value_functions": ("ValueFunction",),
@@ -60,6 +60,7 @@ __all__ = [
     "Needs",
     "Objective",
     "OtherModel",
+    "QuantizeSpec",
     "ReferencePoint",
     "Result",
     "Reward",

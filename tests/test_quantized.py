@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from run_halos import binary_data, fit, metrics, pair_data, refused
+from run_halos import binary_data, fit, metrics, pair_data, refused, run_ranks
 from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -311,3 +311,15 @@ def test_a_missing_library_is_named_with_its_extra(base: Path, monkeypatch: Any)
 def test_options_of_another_quantization(options: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match=f"model.policy.quantize.*{next(iter(options))}"):
         QuantizeSpec("torchao", **options)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(base: Path, kind: dict[str, Any], tmp_path: Path) -> None:
+    data = pair_data(tmp_path / "d.jsonl", 9)
+    sgd = ("--model.optimizer=torch.optim.SGD", "--model.optimizer.init_args={lr: 1.0, weight_decay: 0.0}")
+    main(step(base, kind, "dpo", data, tmp_path / "one", *sgd))
+    for ended in run_ranks(step(base, kind, "dpo", data, tmp_path / "two", *sgd), tmp_path):
+        assert ended.status == 0, ended
+    one, two = (torch.load(tmp_path / r / "checkpoints/last.ckpt", weights_only=True) for r in ("one", "two"))
+    for name, value in one["state_dict"].items():
+        assert torch.allclose(value, two["state_dict"][name], atol=1e-5), name

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, TorchAoConfig
 from transformers.pytorch_utils import Conv1D
 
 from halos_pl.policy.quantized_weights import bytes_of, dequantized, matrix_size, quantized_layers
@@ -51,6 +50,8 @@ def loading_options(spec: ModelSpec) -> dict[str, Any]:
 
 def _config(quantize: QuantizeSpec, dtype: str) -> Any:
     """transformers' configuration of a quantization."""
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
     if quantize.method == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
 

@@ -22,6 +22,7 @@ from halos_pl.policy.compilation import compile_layers, compiles_whole
 from halos_pl.policy.liger import apply_liger, check_liger
 from halos_pl.policy.logprobs import padded_logits, padded_scores
 from halos_pl.policy.memory import recomputed
+from halos_pl.policy.quantized_weights import quantized_layers
 from halos_pl.policy.routing import check_router
 from halos_pl.policy.self_test import padding_fault, sharing_fault
 from halos_pl.policy.sharding import Sharding, gathered_dtype, is_sharded, most_over_ranks, reshard, run
@@ -74,6 +75,8 @@ class Scorer(nn.Module):
         self._patched = False  # whether Liger's kernels are in place
         self._compiled_for: str | None = None  # type of device
         self._whole = False  # whether whole layers are compiled
+        # Ranks load the same frozen weights; DDP cannot send those of torchao.
+        self._ddp_params_and_buffers_to_ignore = [f"model.{layer}.weight" for layer, _ in quantized_layers(model)]
         self._frequencies = [(module, key, values.clone()) for module, key, values in rotary_frequencies(model)]
         self.shares_prefixes = prefix_sharing != "never"
         self._tested: set[tuple[str, torch.dtype | None]] = set()

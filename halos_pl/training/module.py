@@ -28,7 +28,7 @@ from halos_pl.policy.limits import warn_of_ignored_losses
 from halos_pl.policy.loading import ModelSpec
 from halos_pl.policy.memory import keep_freed_memory
 from halos_pl.policy.quantization import check_gradients
-from halos_pl.policy.quantized_weights import has_quantized_weights, quantized_layers
+from halos_pl.policy.quantized_weights import has_quantized_weights
 from halos_pl.policy.reference import ReferenceModel
 from halos_pl.policy.routing import check_router
 from halos_pl.policy.sampling import PolicySamples
@@ -199,6 +199,8 @@ class HALOModule(LightningModule):
         if fresh:
             self.scorer = self.models.policy()
             check_precision(self.trainer.precision, quantized=has_quantized_weights(self.policy))
+            frozen = self.scorer._ddp_params_and_buffers_to_ignore
+            self._ddp_params_and_buffers_to_ignore = [f"scorer.{name}" for name in frozen]
             if self.objective.needs.routing:
                 check_router(self.policy)
             self.record.start = weights_sample(self.policy)
