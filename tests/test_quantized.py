@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from run_halos import binary_data, fit, metrics, pair_data, refused, run_ranks
 from safetensors.torch import load_file
+from sharded_steps import Case, compare
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -323,3 +324,18 @@ def test_two_processes_train_as_one(base: Path, kind: dict[str, Any], tmp_path: 
     one, two = (torch.load(tmp_path / r / "checkpoints/last.ckpt", weights_only=True) for r in ("one", "two"))
     for name, value in one["state_dict"].items():
         assert torch.allclose(value, two["state_dict"][name], atol=1e-5), name
+
+
+def test_a_sharded_quantized_base_takes_the_same_step(base: Path, tmp_path: Path) -> None:
+    needs("bitsandbytes")
+    quantize = QuantizeSpec("bitsandbytes", storage_dtype="float32")
+    policy = {"lora": {"r": 4}, "quantize": quantize}
+    cases = {
+        "dpo": Case(str(base), str(pair_data(tmp_path / "p.jsonl", 9)), "dpo", policy, micro=2),
+        "kto": Case(str(base), str(binary_data(tmp_path / "r.jsonl", 13)), "kto", policy),
+    }
+    for step in compare(cases, tmp_path).values():
+        assert step["same_names"]
+        assert step["shares"]
+        assert step["first_rewards"] == 0
+        assert step["gradient"] < 1e-5 * step["size"]

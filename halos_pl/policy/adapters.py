@@ -291,8 +291,8 @@ def check_sharding(spec: ModelSpec, *, half: bool) -> None:
     for name in ("use_dora", "modules_to_save"):
         if spec.lora is not None and getattr(spec.lora, name):
             raise ModelError(
-                f"model.policy.lora.{name} needs the whole weights of a layer, which fsdp2 spreads over the ranks; leave"
-                " it out, or choose trainer.strategy ddp"
+                f"model.policy.lora.{name} needs the whole weights of a layer, which fsdp2 spreads over the ranks;"
+                " leave it out, or choose trainer.strategy ddp"
             )
     quantize = spec.quantize
     if quantize is None:
@@ -309,8 +309,8 @@ def check_sharding(spec: ModelSpec, *, half: bool) -> None:
         )
     if half:
         raise ModelError(
-            "model.policy.quantize: with trainer.precision bf16-mixed, fsdp2 casts weights to bfloat16, but the quantized"
-            " ones are codes; choose trainer.precision 32-true, and model.policy.dtype and"
+            "model.policy.quantize: with trainer.precision bf16-mixed, fsdp2 casts weights to bfloat16, but the"
+            " quantized ones are codes; choose trainer.precision 32-true, and model.policy.dtype and"
             " model.policy.quantize.storage_dtype bfloat16"
         )
 

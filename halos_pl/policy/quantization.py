@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from halos_pl.policy.quantized_weights import bytes_of, dequantized, matrix_size, quantized_layers
+from halos_pl.policy.quantized_weights import bits_of, bytes_of, dequantized, matrix_size, quantized_layers
 from halos_pl.policy.spec import ModelError, ModelSpec, QuantizeSpec
 
 #: Largest relative difference between a layer and the product with its dequantized matrix. 8-bit layers of bitsandbytes
@@ -135,7 +135,7 @@ def _use_one_kernel(layer: Any) -> None:
     """
     if hasattr(layer, "support_avx512bf16_for_cpu"):
         layer.support_avx512bf16_for_cpu = False
-    if type(layer.weight).__name__ == "Int8Params":
+    if bits_of(layer) == 8:
         layer.register_forward_pre_hook(_as_in_training)
         # It warns in each pass that float32 inputs are rounded to float16.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
@@ -181,7 +181,7 @@ def _layer_fault(layer: Any) -> str | None:
     dtype = next(
         (p.dtype for p in [layer.weight, layer.bias] if p is not None and p.is_floating_point()), torch.float32
     )
-    if type(layer.weight).__name__ == "Params4bit":
+    if bits_of(layer) == 4:
         dtype = layer.compute_dtype or torch.float32
     draw = torch.Generator().manual_seed(0)
     # Created on the CPU, even while Lightning creates tensors on a GPU by default.

@@ -9,16 +9,21 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from halos_pl.policy.sharding import whole
+
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yields the layers whose matrix bitsandbytes or torchao has quantized, with their names."""
     for name, module in model.named_modules():
-        if _is_quantized(module._parameters.get("weight")):
+        weight = module._parameters.get("weight")
+        if bits_of(module) or type(weight).__module__.startswith("torchao"):
             yield name, module
 
 
-def _is_quantized(weight: Tensor | None) -> bool:
-    return type(weight).__name__ in ("Params4bit", "Int8Params") or type(weight).__module__.startswith("torchao")
+def bits_of(layer: nn.Module) -> int:
+    """The bits of a weight in a layer of bitsandbytes, whose parameter FSDP replaces by a plain one; otherwise 0."""
+    kinds = [kind.__name__ for kind in type(layer).__mro__ if kind.__module__.startswith("bitsandbytes.")]
+    return 4 if "Linear4bit" in kinds else 8 if "Linear8bitLt" in kinds else 0
 
 
 def has_quantized_weights(module: nn.Module) -> bool:
@@ -27,13 +32,23 @@ def has_quantized_weights(module: nn.Module) -> bool:
 
 
 def plain_parts(layer: Any) -> dict[str, Tensor]:
-    """The tensors that a layer's quantized matrix consists of, such as codes and scales, by name."""
+    """The tensors that a layer's quantized matrix consists of, such as codes and scales, by name.
+
+    A collective operation for a sharded layer.
+    """
     weight = layer.weight
-    if type(weight).__name__ == "Params4bit":
-        return {"": weight.data, **{f".{k}": v for k, v in weight.quant_state.as_dict(packed=True).items()}}
-    if type(weight).__name__ == "Int8Params":
+    if bits_of(layer) == 4:
+        scales = _state(layer).as_dict(packed=True)
+        return {"": whole(weight.data), **{f".{name}": value for name, value in scales.items()}}
+    if bits_of(layer) == 8:
         return {"": weight.data, ".SCB": _scales(layer)}
     return dict(flattened(weight, ""))
+
+
+def _state(layer: Any) -> Any:
+    """The scales and sizes of a 4-bit layer of bitsandbytes, which FSDP drops from its parameter."""
+    state = getattr(layer.weight, "quant_state", None)
+    return layer.quant_state if state is None else state
 
 
 def flattened(tensor: Any, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -54,11 +69,11 @@ def _scales(layer: Any) -> Tensor:
 def dequantized(layer: Any) -> Tensor:
     """The values of a layer's quantized matrix, [out, in]."""
     weight = layer.weight
-    if type(weight).__name__ == "Params4bit":
+    if bits_of(layer) == 4:
         from bitsandbytes.functional import dequantize_4bit
 
-        values: Tensor = dequantize_4bit(weight.data, weight.quant_state)
-    elif type(weight).__name__ == "Int8Params":
+        values: Tensor = dequantize_4bit(whole(weight.data), _state(layer))
+    elif bits_of(layer) == 8:
         values = weight.data.float() * (_scales(layer).float() / 127).unsqueeze(1)
     else:
         values = weight.dequantize()

@@ -188,7 +188,7 @@ class HALOModule(LightningModule):
         """
         spec = self.models.spec
         check_float16(trainer, self.models.dtype)
-        lora = spec and spec.lora
+        lora = spec.lora if spec is not None else None
         vectors = lora is None or bool(lora.modules_to_save)
         sharded = isinstance(trainer.strategy, ShardedStrategy) and not lora and world_size() > 1
         check_optimizer(self.make_optimizer, trainer.strategy.root_device, vectors=vectors, sharded=sharded)
