@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from halos_pl.policy import adapters, quantization
 from halos_pl.policy.architecture import (
+    base_model,
     dtype_of_config,
     noise_settings,
     quantisation_of_config,
@@ -155,11 +156,13 @@ def load_model(spec: ModelSpec, sharding: Sharding | None = None) -> PreTrainedM
         set_name(model, spec.path)
     if not spec.dropout:
         switch_noise_off(model)
-    if sharding is not None:
+    if sharding is not None and spec.quantize is None:
         shard(model, sharding)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     adapted: PreTrainedModel = model if spec.lora is None else adapters.with_lora(model, spec.lora)
+    if sharding is not None and spec.quantize is not None:  # peft needs the attributes of quantized weights
+        shard(base_model(adapted), sharding, ignored=[p for p in adapted.parameters() if p.requires_grad])
     if sharding is not None:
         equalize(adapted.parameters())
     return adapted

@@ -91,15 +91,16 @@ def _run(self: nn.Module, function: Callable[[], Any]) -> Any:
     return function()
 
 
-def shard(model: nn.Module, sharding: Sharding) -> nn.Module:
+def shard(model: nn.Module, sharding: Sharding, ignored: Iterable[nn.Parameter] = ()) -> nn.Module:
     """Makes a model ready for :func:`run`; shards one that each rank holds whole.
 
     Args:
         model: a causal language model of transformers, equal on all ranks.
         sharding: how to shard it.
+        ignored: parameters that each rank keeps whole.
     """
     if not isinstance(model, FSDPModule):
-        options: Any = {"mesh": sharding.mesh(), "mp_policy": sharding.policy}
+        options: Any = {"mesh": sharding.mesh(), "mp_policy": sharding.policy, "ignored_params": set(ignored)}
         for name in block_names(model):
             fully_shard(model.get_submodule(name), reshard_after_forward=sharding.reshard, **options)
         fully_shard(model, **options)
