@@ -12,7 +12,7 @@ from run_halos import binary_data, fit, metrics
 from transformers import AutoModelForCausalLM
 
 from halos_pl.cli.main import main
-from halos_pl.policy.adapters import _factors
+from halos_pl.policy.adapter_sum import _factors
 from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, check_lora, load_model
 from halos_pl.policy.logprobs import padded_logps
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, weights_fingerprint

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from halos_pl.cli.main import main
+from halos_pl.policy.adapters import check_sharding
 from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, QuantizeSpec, check_lora, load_model
 from halos_pl.policy.logprobs import padded_logps
 from halos_pl.policy.quantized_weights import bytes_of, dequantized, matrix_size, quantized_layers
@@ -317,13 +318,32 @@ def test_options_of_another_quantization(options: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_two_processes_train_as_one(base: Path, kind: dict[str, Any], tmp_path: Path) -> None:
     data = pair_data(tmp_path / "d.jsonl", 9)
-    sgd = ("--model.optimizer=torch.optim.SGD", "--model.optimizer.init_args={lr: 1.0, weight_decay: 0.0}")
+    sgd = ("--model.optimizer=torch.optim.SGD", "--model.optimizer.init_args={lr: 0.1, fused: false}")
     main(step(base, kind, "dpo", data, tmp_path / "one", *sgd))
-    for ended in run_ranks(step(base, kind, "dpo", data, tmp_path / "two", *sgd), tmp_path):
-        assert ended.status == 0, ended
-    one, two = (torch.load(tmp_path / r / "checkpoints/last.ckpt", weights_only=True) for r in ("one", "two"))
-    for name, value in one["state_dict"].items():
-        assert torch.allclose(value, two["state_dict"][name], atol=1e-5), name
+    strategies = ["ddp", *(["fsdp2"] if kind.get("storage_dtype") == "float32" else [])]
+    for strategy in strategies:
+        for ended in run_ranks(step(base, kind, "dpo", data, tmp_path / strategy, *sgd), tmp_path, 2, strategy):
+            assert ended.status == 0, ended
+        for alone, together in zip(metrics(tmp_path / "one"), metrics(tmp_path / strategy), strict=True):
+            assert alone.keys() == together.keys()
+            assert all(float(value) == pytest.approx(float(together[k]), abs=2e-4) for k, value in alone.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"quantize": {"method": "torchao"}}, "torchao"),
+        ({"quantize": {"method": "bitsandbytes"}}, "storage_dtype is uint8.*float32"),
+        ({"quantize": {"method": "bitsandbytes", "storage_dtype": "float32"}, "half": True}, "bf16-mixed"),
+        ({"lora": {"use_dora": True}}, "use_dora"),
+        ({"lora": {"modules_to_save": ["lm_head"]}}, "modules_to_save"),
+    ],
+)
+def test_what_cannot_be_sharded(base: Path, options: dict[str, Any], named: str) -> None:
+    quantize = QuantizeSpec(**options["quantize"]) if "quantize" in options else None
+    spec = ModelSpec(str(base), lora=LoRASpec(**options.get("lora", {})), quantize=quantize)
+    with pytest.raises(ModelError, match=named):
+        check_sharding(spec, half=options.get("half", False))
 
 
 def test_a_sharded_quantized_base_takes_the_same_step(base: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from halos_pl.cache import cache_root
 from halos_pl.common.files import remove, share
 from halos_pl.data.turns import stop_ids
 from halos_pl.policy import adapters
+from halos_pl.policy.adapter_sum import combine
 from halos_pl.policy.architecture import add_eos_ids, base_model, is_adapter_weight, keeps_quantised, set_noise
 from halos_pl.policy.intact import is_finite
 from halos_pl.policy.loading import load_model, stored_dtype, stored_noise
@@ -142,7 +143,7 @@ def _adapter_alone(policy: Any, spec: ModelSpec) -> Any:
         latest = (policy.peft_config["default"], get_peft_model_state_dict(policy, save_embedding_layers=False))
         try:
             earlier = [(each.config, adapters.weights_of(each)) for each in chain]
-            policy = adapters.combine(load_model(replace(root, lora=None)), [*earlier, latest], policy)
+            policy = combine(load_model(replace(root, lora=None)), [*earlier, latest], policy)
         except ModelError as error:
             raise ValueError(
                 f"--adapter: the run started from the adapter {spec.path}, and the two cannot be written as one adapter"

@@ -23,6 +23,7 @@ from halos_pl.objective.feedback import Feedback
 from halos_pl.objective.halo import Objective
 from halos_pl.objective.reference_points import ReferencePoint
 from halos_pl.objective.rewards import Reward
+from halos_pl.policy.adapters import check_sharding
 from halos_pl.policy.liger import check_liger
 from halos_pl.policy.limits import warn_of_ignored_losses
 from halos_pl.policy.loading import ModelSpec
@@ -171,7 +172,7 @@ class HALOModule(LightningModule):
     def setup(self, stage: str) -> None:
         check_trainer(self.trainer)
         check_sharded(self.trainer, self.objective.needs)
-        check_precision(self.trainer.precision, quantized=bool(self.models.spec and self.models.spec.quantize))
+        self.check_policy_settings(self.trainer)
         keep_out_absent(self.trainer)
         self.models.sharding = getattr(self.trainer.strategy, "sharding", None)
         self.models.load_in(str(self.trainer.precision))
@@ -187,11 +188,23 @@ class HALOModule(LightningModule):
             ValueError: naming the setting.
         """
         spec = self.models.spec
+        self.check_policy_settings(trainer)
         check_float16(trainer, self.models.dtype)
         lora = spec.lora if spec is not None else None
         vectors = lora is None or bool(lora.modules_to_save)
         sharded = isinstance(trainer.strategy, ShardedStrategy) and not lora and world_size() > 1
         check_optimizer(self.make_optimizer, trainer.strategy.root_device, vectors=vectors, sharded=sharded)
+
+    def check_policy_settings(self, trainer: Any) -> None:
+        """Refuses an adapter or a quantization that does not work with the Trainer's precision or strategy.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        spec = self.models.spec
+        if spec is not None and isinstance(trainer.strategy, ShardedStrategy):
+            check_sharding(spec, half=str(trainer.precision).startswith("bf16"))
+        check_precision(trainer.precision, quantized=spec is not None and spec.quantize is not None)
 
     def configure_model(self) -> None:
         """Loads policy and reference once the data have been validated."""
