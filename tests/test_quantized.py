@@ -317,7 +317,7 @@ def test_options_of_another_quantization(options: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(base: Path, kind: dict[str, Any], tmp_path: Path) -> None:
-    data = pair_data(tmp_path / "d.jsonl", 9)
+    data = pair_data(tmp_path / "d.jsonl", 12)
     sgd = ("--model.optimizer=torch.optim.SGD", "--model.optimizer.init_args={lr: 0.1, fused: false}")
     main(step(base, kind, "dpo", data, tmp_path / "one", *sgd))
     strategies = ["ddp", *(["fsdp2"] if kind.get("storage_dtype") == "float32" else [])]
