@@ -202,9 +202,9 @@ class HALOModule(LightningModule):
             ValueError: naming the setting.
         """
         spec = self.models.spec
+        check_precision(trainer.precision, quantized=spec is not None and spec.quantize is not None)
         if spec is not None and isinstance(trainer.strategy, ShardedStrategy):
             check_sharding(spec, half=str(trainer.precision).startswith("bf16"))
-        check_precision(trainer.precision, quantized=spec is not None and spec.quantize is not None)
 
     def configure_model(self) -> None:
         """Loads policy and reference once the data have been validated."""
