@@ -74,7 +74,7 @@ def test_a_module_that_is_trained_whole_is_counted_once(tiny_folder: Path) -> No
     assert (plain.head_trained, whole.head_trained) == (0, whole.head)
 
 
-@pytest.mark.parametrize("variant", [VARIANTS["rslora"], VARIANTS["all"]], ids=["rslora", "all"])
+@pytest.mark.parametrize("variant", [pytest.param(VARIANTS["rslora"], marks=pytest.mark.slow), VARIANTS["all"]])
 def test_a_run_resumes_exactly_and_is_exported(tiny_folder: Path, tmp_path: Path, variant: dict[str, Any]) -> None:
     data = binary_data(tmp_path / "d.jsonl")
 

@@ -23,7 +23,7 @@ from halos_pl.policy.adapters import check_sharding
 from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, QuantizeSpec, check_lora, load_model
 from halos_pl.policy.logprobs import padded_logps
 from halos_pl.policy.quantized_weights import bytes_of, dequantized, matrix_size, quantized_layers
-from halos_pl.policy.reference import weights_fingerprint
+from halos_pl.policy.reference import AdapterOff, weights_fingerprint
 from halos_pl.policy.scorer import Scorer
 from halos_pl.policy.self_test import self_test_batch
 from halos_pl.testing import tiny_tokenizer
@@ -123,6 +123,25 @@ def test_gradients_are_those_of_the_dequantized_model(base: Path, kind: dict[str
         assert float((scorer(batch) - padded_logps(model, batch)).abs().max()) < 1e-4
 
 
+def test_half_precision_and_recomputation(base: Path, kind: dict[str, Any]) -> None:
+    """The first rewards are exactly 0, and recomputed activations give the same gradients."""
+    policies = []
+    for dtype, recompute in (("bfloat16", True), ("bfloat16", False), ("float32", True)):
+        quantize = QuantizeSpec(**kind | ({"storage_dtype": dtype} if "storage_dtype" in kind else {}))
+        spec = ModelSpec(
+            str(base), dtype=dtype, gradient_checkpointing=recompute, lora=LoRASpec(r=4), quantize=quantize
+        )
+        policies.append(Scorer(load_model(spec).train()))
+        reference = AdapterOff()
+        reference.bind(policies[-1], spec)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "float32"):
+            logps = policies[-1](self_test_batch(policies[-1].model))
+            assert torch.equal(logps, reference.logps(self_test_batch(policies[-1].model)))
+        logps.sum().backward()
+    one, other = ([p.grad for p in policy.parameters() if p.requires_grad] for policy in policies[:2])
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def test_the_size_of_quantized_layers(base: Path, kind: dict[str, Any]) -> None:
     spec = ModelSpec(str(base), lora=LoRASpec(r=4), quantize=QuantizeSpec(**kind))
     model, plain = load_model(spec), load_model(ModelSpec(str(base), lora=LoRASpec(r=4)))
@@ -174,7 +193,7 @@ def step(base: Path, kind: dict[str, Any], objective: str, data: Path, run: Path
     )
 
 
-@pytest.mark.parametrize("objective", ["kto", "dpo"])
+@pytest.mark.parametrize("objective", ["kto", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_a_fit_starts_at_reward_zero_and_resumes_exactly(
     base: Path, kind: dict[str, Any], objective: str, tmp_path: Path
 ) -> None:

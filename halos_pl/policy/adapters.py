@@ -292,8 +292,7 @@ def check_sharding(spec: ModelSpec, *, half: bool) -> None:
                 f"model.policy.lora.{name} needs the whole weights of a layer, which fsdp2 spreads over the ranks;"
                 " leave it out, or choose trainer.strategy ddp"
             )
-    quantize = spec.quantize
-    if quantize is None:
+    if (quantize := spec.quantize) is None:
         return
     if (quantize.method, quantize.bits) != ("bitsandbytes", 4):
         raise ModelError(
