@@ -124,3 +124,15 @@ def test_a_run_with_8_bit_states_resumes_exactly(tiny_folder: Path, tmp_path: Pa
     assert all(torch.equal(value, other["state_dict"][name]) for name, value in one["state_dict"].items())
     names = {type(v).__name__ for state in one["optimizer_states"][0]["state"].values() for v in state.values()}
     assert names & {"OptimState8bit", "dict"}
+
+
+def test_a_bare_name_means_the_class_of_torch(tiny_folder: Path, tmp_path: Path, capfd: Any) -> None:
+    class SGD(torch.optim.SGD):
+        """As in bitsandbytes, which has the names of torch's optimizers."""
+
+    words = fit(tiny_folder, "kto", binary_data(tmp_path / "d.jsonl"), tmp_path / "run", "--model.optimizer=SGD")
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--print_config"])
+    assert not ended.value.code
+    assert "class_path: torch.optim.SGD" in capfd.readouterr().out
+    del SGD

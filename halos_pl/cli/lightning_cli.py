@@ -25,6 +25,7 @@ from halos_pl.cli.checked_settings import (
     refused_trainer,
     settings_of,
 )
+from halos_pl.cli.class_names import prefer_torch
 from halos_pl.cli.configs import config_files, expanded, refuse_moved
 from halos_pl.cli.errors import RunError, described, user_errors
 from halos_pl.cli.held_lines import HeldLines
@@ -66,6 +67,8 @@ _GROUP_CLASSES: dict[str, Any] = {
     "checkpoint": LastCheckpoint,
     "progress": Progress,
 }
+
+prefer_torch()
 
 
 class TrainerParser(HalosParser, LateDefaults):
