@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import _typehints
 from run_halos import binary_data, fit
 from torch import nn
 
+from halos_pl.cli.class_names import resolve
 from halos_pl.cli.main import main
 from halos_pl.training.optim import Change, MasterWeights, check_optimizer, guard, make_optimizer, run_load_hooks
 
@@ -126,13 +128,12 @@ def test_a_run_with_8_bit_states_resumes_exactly(tiny_folder: Path, tmp_path: Pa
     assert names & {"OptimState8bit", "dict"}
 
 
-def test_a_bare_name_means_the_class_of_torch(tiny_folder: Path, tmp_path: Path, capfd: Any) -> None:
-    class SGD(torch.optim.SGD):
-        """As in bitsandbytes, which has the names of torch's optimizers."""
-
-    words = fit(tiny_folder, "kto", binary_data(tmp_path / "d.jsonl"), tmp_path / "run", "--model.optimizer=SGD")
-    with pytest.raises(SystemExit) as ended:
-        main([*words, "--print_config"])
-    assert not ended.value.code
-    assert "class_path: torch.optim.SGD" in capfd.readouterr().out
-    del SGD
+def test_a_bare_name_means_the_class_of_torch(monkeypatch: Any) -> None:
+    """bitsandbytes has optimizers with the names of torch's."""
+    paths = [f"{library}.optim.SGD" for library in ("bitsandbytes", "torch")] + ["one.Lion", "other.Lion"]
+    monkeypatch.setattr("jsonargparse._typehints.get_all_subclass_paths", lambda *args, **options: paths)
+    assert resolve(torch.optim.Optimizer, "SGD") == "torch.optim.SGD"
+    with pytest.raises(ValueError, match=r"one\.Lion, other\.Lion"):
+        resolve(torch.optim.Optimizer, "Lion")
+    importlib.import_module("halos_pl.cli.lightning_cli")
+    assert _typehints.resolve_class_path_by_name is resolve
