@@ -346,6 +346,7 @@ def test_two_processes_train_as_one(base: Path, kind: dict[str, Any], tmp_path: 
         for alone, together in zip(metrics(tmp_path / "one"), metrics(tmp_path / strategy), strict=True):
             assert alone.keys() == together.keys()
             assert all(float(value) == pytest.approx(float(together[k]), abs=2e-4) for k, value in alone.items())
+        main(["export", str(tmp_path / strategy), str(tmp_path / f"{strategy}-exported")])
 
 
 @pytest.mark.parametrize(
