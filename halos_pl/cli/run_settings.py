@@ -16,7 +16,7 @@ from halos_pl.plan.run import Settings
 from halos_pl.plan.shapes import read_shape, shape_of
 from halos_pl.policy.reference import OtherModel
 from halos_pl.policy.spec import ModelError, ModelSpec
-from halos_pl.training.checks import unsupported_strategy
+from halos_pl.training.checks import refused_strategy
 
 _DEFAULT = "kto"
 #: Maximum size of training data that are counted, and number of steps that are read.
@@ -138,7 +138,7 @@ def layout_of(
             strategy, strategy
         )
     if strategy not in ("auto", "ddp", "fsdp2") and not strategy.startswith("ddp"):
-        raise RunError(unsupported_strategy(strategy))
+        raise RunError(refused_strategy(strategy) or f"trainer.strategy {strategy} is not known; use ddp or fsdp2")
     return Layout(
         cards,
         sharded=strategy == "fsdp2",
