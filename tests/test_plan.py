@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from run_halos import ROOT, binary_data, config
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaForCausalLM
 
 from halos_pl.batch import Needs
 from halos_pl.cli.main import main
@@ -25,8 +24,10 @@ from halos_pl.plan.optimizer_state import optimizer_memory
 from halos_pl.plan.plan import assumed_rows
 from halos_pl.plan.run import Settings, parameters_of
 from halos_pl.plan.shapes import Shape, read_shape, shipped
+from halos_pl.policy.loading import load_model
+from halos_pl.policy.quantized_weights import bytes_of, quantized_layers
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, SyncedCopy
-from halos_pl.policy.spec import LoRASpec
+from halos_pl.policy.spec import LoRASpec, ModelSpec, QuantizeSpec
 
 KTO = Needs(reference=True, mismatched=True, undesirable=True)
 #: Published numbers of parameters, by size.
@@ -160,8 +161,22 @@ def test_an_adapter_is_counted_apart() -> None:
     assert parts["reference"] == 0
     assert parts["optimizer state"] == 8 * counts.adapter
     assert parts["weights"] == 2 * counts.total + 4 * counts.adapter  # peft's adapters are float32
-    quantised = Planner(replace(lora, bits=4)).lasting(Layout())
-    assert quantised["weights"] == counts.total / 2 + 4 * counts.adapter
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_base_takes_the_planned_memory(bits: Any, tmp_path: Path) -> None:
+    pytest.importorskip("torchao")
+    config = tiny(hidden_size=256, intermediate_size=640)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    lora, quantize = LoRASpec(r=4), QuantizeSpec("torchao", bits)
+    model = load_model(ModelSpec(str(tmp_path), lora=lora, quantize=quantize))
+    layers = dict(quantized_layers(model))
+    others = sum(p.numel() for name, p in model.named_parameters() if name.removesuffix(".weight") not in layers)
+    measured = sum(map(bytes_of, layers.values())) + 4 * others
+    run = settings_of(
+        policy=Shape(config, "test"), lora=lora, reference_model=AdapterOff(), bits=quantize.stored_bits(itemsize=4)
+    )
+    assert Planner(run).lasting(Layout())["weights"] == pytest.approx(measured, rel=0.03)
 
 
 def test_micro_batches_and_checkpointing_save_activations() -> None:

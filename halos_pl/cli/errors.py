@@ -67,6 +67,8 @@ def reported() -> Iterator[None]:
     for noise in NOISE:
         warnings.filterwarnings("ignore", noise)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_shown)
+    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao wherever it is installed
+        logging.getLogger(name).setLevel(logging.ERROR)
     if warnings.formatwarning is not _warning:
         _FORMAT.append(warnings.formatwarning)
         warnings.formatwarning = _warning

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from halos_pl.cli.errors import RunError
 from halos_pl.cli.lightning_cli import HalosCLI
 from halos_pl.objective.build import PARTS
@@ -112,6 +114,7 @@ def settings_of(cli: PlanCLI, shape: str | None) -> Settings:
         batch_size=cli.datamodule.batch_size,
         make_optimizer=module.make_optimizer,
         master_weights=module.master_weights,
+        bits=spec.quantize.stored_bits(getattr(torch, spec.dtype).itemsize) if spec.quantize else None,
     )
 
 

@@ -206,7 +206,7 @@ class Planner:
     def _of_sharding(self, layout: Layout, numerics: Numerics) -> dict[str, float]:
         counts, used = self.settings.parameters, numerics.used.itemsize
         gathered = counts.outside + 2 * counts.block if layout.reshard else counts.total
-        parts: dict[str, float] = {"gathered weights": used * gathered}
+        parts: dict[str, float] = {"gathered weights": (counts.bits / 8 if counts.bits else used) * gathered}
         if not self.settings.lora:  # an adapter is not sharded
             largest = max(counts.trained_block, counts.trained_outside)
             parts["reduced gradients"] = used * (counts.trained_outside + counts.trained_block) + 4 * largest

@@ -61,7 +61,7 @@ class Parameters:
         block: those of the largest decoder layer.
         outside: those outside the decoder layers: embedding, head, last norm.
         trained_block, trained_outside: the trained ones among these.
-        bits: bits per parameter in memory; None: those of the dtype. For a quantised base.
+        bits: mean bits per parameter in memory; None: those of the dtype. For a quantised base.
     """
 
     total: int
@@ -76,8 +76,14 @@ class Parameters:
     bits: float | None = None
 
 
-def parameters_of(model: nn.Module, bits: float | None = None) -> Parameters:
-    """Counts of a model on the meta device."""
+def parameters_of(model: nn.Module, bits: float | None = None, plain_bits: int = 32) -> Parameters:
+    """Counts of a model on the meta device.
+
+    Args:
+        model: the model.
+        bits: bits per weight of the layers' matrices, if they are quantised.
+        plain_bits: bits of all other parameters, if these are.
+    """
     layers: dict[int, list[nn.Parameter]] = {}
     outside: list[nn.Parameter] = []
     adapter = 0
@@ -88,8 +94,13 @@ def parameters_of(model: nn.Module, bits: float | None = None) -> Parameters:
     every = list(model.parameters())
     trained = [p for p in every if p.requires_grad]
     block = max(layers.values(), key=_count, default=[])
+    total = _count(every) - adapter
+    if bits is not None:
+        names = ((name, p) for name, p in model.named_parameters() if ".lora_" not in name and p.dim() == 2)
+        matrices = sum(p.numel() for name, p in names if any(part.isdigit() for part in name.split(".")))
+        bits = (matrices * bits + (total - matrices) * plain_bits) / total
     return Parameters(
-        total=_count(every) - adapter,
+        total=total,
         trained=_count(trained),
         adapter=adapter,
         trained_vectors=_count([p for p in trained if p.dim() < 2]),
@@ -126,7 +137,7 @@ class Settings:
         batch_size: ``data.batch_size``.
         make_optimizer: ``model.optimizer``.
         master_weights: as in ``HALOModule``.
-        bits: bits per weight of a quantised base; None without quantisation.
+        bits: bits per weight of a quantised base's matrices; None without quantisation.
     """
 
     policy: Shape
@@ -180,7 +191,7 @@ class Settings:
         Raises:
             PlanError: if they differ from the published number.
         """
-        counts = parameters_of(self.model, self.bits)
+        counts = parameters_of(self.model, self.bits, 8 * getattr(torch, self.dtype).itemsize)
         published = self.policy.parameters
         if published not in (None, counts.total):
             raise PlanError(

@@ -204,7 +204,7 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, sharded or not; the same on all ranks."""
     sharded = [g for g in gradients if isinstance(g, DTensor)]
     plain = [g for g in gradients if not isinstance(g, DTensor)]
-    norms = [whole(torch.nn.utils.get_total_norm(part)) for part in (sharded, plain) if part]
+    norms = [whole(torch.nn.utils.get_total_norm(part)) for part in (sharded, plain) if part or not gradients]
     return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
 
 

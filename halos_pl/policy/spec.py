@@ -89,6 +89,19 @@ class QuantizeSpec:
     outlier_threshold: float | None = None
     group_size: int | None = None
 
+    def stored_bits(self, itemsize: int) -> float:
+        """Bits of memory per weight of a quantized matrix, with its scales.
+
+        Args:
+            itemsize: bytes of a number in the dtype of the model.
+        """
+        if self.method == "torchao":  # a byte per weight; in a group, a scale and a zero point
+            return 8 + (8 * itemsize + 8) / (self.group_size or 32) if self.bits == 4 else 8
+        if self.bits == 8:
+            return 8
+        # A float32 scale for 64 weights; with double_quant a byte, and another float32 scale for 256 of these.
+        return 4 + (32 / 64 if self.double_quant is False else 8 / 64 + 32 / (64 * 256))
+
     def __post_init__(self) -> None:
         options = {
             ("bitsandbytes", 4): ("quant_type", "double_quant", "compute_dtype", "storage_dtype"),

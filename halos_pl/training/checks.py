@@ -14,7 +14,7 @@ from halos_pl.policy.reference import ReferenceModel
 from halos_pl.policy.scorer import PrefixSharing
 from halos_pl.policy.spec import ModelSpec
 from halos_pl.training.optim import LRShape
-from halos_pl.training.strategy import ShardedStrategy
+from halos_pl.training.strategy import ShardedStrategy, check_replicas
 
 #: Strategies that are refused: a pattern of their names and class names, and the reason with the way out.
 _REFUSED_STRATEGIES = (
@@ -61,24 +61,6 @@ def refused_strategy(name: str) -> str | None:
         if re.fullmatch(pattern, word, re.IGNORECASE):
             return f"trainer.strategy {word} is not supported: {reason}"
     return None
-
-
-def check_replicas(replicas: int, world_size: int) -> None:
-    """Refuses a number of replicas over which the ranks cannot be divided.
-
-    Args:
-        replicas: Number of groups of ranks, each of which holds one sharded copy of the models.
-        world_size: Number of ranks.
-
-    Raises:
-        ValueError: naming both numbers.
-    """
-    if replicas < 1 or world_size % replicas:
-        divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
-        raise ValueError(
-            f"trainer.strategy.init_args.replicas is {replicas}, but it must divide the number of ranks, {world_size}"
-            f" (trainer.devices times trainer.num_nodes): {', '.join(map(str, divisors))}"
-        )
 
 
 def _check_strategy(trainer: Any) -> None:

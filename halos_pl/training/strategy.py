@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from typing_extensions import override
 
 from halos_pl.policy.sharding import Sharding
 from halos_pl.training.sharded_checkpoint import FolderCheckpoints
@@ -21,6 +20,24 @@ class GatheredHalf(Precision):
     """
 
     precision: Any = "bf16-mixed"
+
+
+def check_replicas(replicas: int, world_size: int) -> None:
+    """Refuses a number of replicas over which the ranks cannot be divided.
+
+    Args:
+        replicas: Number of groups of ranks, each of which holds one sharded copy of the models.
+        world_size: Number of ranks.
+
+    Raises:
+        ValueError: naming both numbers.
+    """
+    if replicas < 1 or world_size % replicas:
+        divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        raise ValueError(
+            f"trainer.strategy.init_args.replicas is {replicas}, but it must divide the number of ranks, {world_size}"
+            f" (trainer.devices times trainer.num_nodes): {', '.join(map(str, divisors))}"
+        )
 
 
 class ShardedStrategy(FolderCheckpoints, ModelParallelStrategy):
@@ -59,14 +76,9 @@ class ShardedStrategy(FolderCheckpoints, ModelParallelStrategy):
             raise ValueError(f"trainer.strategy: reference is {reference!r}; it must be sharded or whole")
         self.replicas, self.reference, self.reshard_after_forward = replicas, reference, reshard_after_forward
 
-    @override
     def setup_environment(self) -> None:
         ranks = self._data_parallel_size = self.num_nodes * self.num_processes
-        if ranks % self.replicas:
-            raise ValueError(
-                f"trainer.strategy: {self.replicas} replicas do not divide {ranks} ranks"
-                f" ({self.num_nodes} x {self.num_processes}); choose a divisor, such as the number of nodes"
-            )
+        check_replicas(self.replicas, ranks)
         if str(self.precision_plugin.precision).startswith("16"):
             raise ValueError(
                 f"trainer.precision is {self.precision_plugin.precision}, whose loss scale fsdp2 does not support;"
@@ -77,7 +89,6 @@ class ShardedStrategy(FolderCheckpoints, ModelParallelStrategy):
         super().setup_environment()
         os.environ["LOCAL_RANK"] = str(self.local_rank)  # transformers chooses its device by it; SLURM does not set it
 
-    @override
     def _get_process_group_backend(self) -> str:
         backend = super()._get_process_group_backend()
         return "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
