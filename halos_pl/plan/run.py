@@ -18,7 +18,7 @@ from halos_pl.plan.shapes import Shape
 from halos_pl.policy.architecture import decoder_and_head
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, OtherModel, ReferenceModel, SyncedCopy
 from halos_pl.policy.spec import LoRASpec
-from halos_pl.training.optim import HALF
+from halos_pl.training.lost_updates import HALF
 from halos_pl.training.throughput import Cost, cost
 
 #: Precisions of the Trainer that change the dtype of the weights, or of their use.

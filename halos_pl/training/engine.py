@@ -3,95 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from halos_pl.batch import LogProbBatch, Routing, TokenBatch
-from halos_pl.common.transfer import moved
 from halos_pl.distributed import world_size
 from halos_pl.objective.halo import Context, Objective, Result
 from halos_pl.policy.kl import completion_kl
 from halos_pl.policy.logprobs import completion_mask
 from halos_pl.policy.scorer import Scorer, scorer_of
 from halos_pl.policy.sharding import is_sharded, most_over_ranks
+from halos_pl.training.parts import Part, Rows, on_device, split
+from halos_pl.training.replay import Draw, forked, replayed
 from halos_pl.training.scored_rows import Reference, differentiable, scored_rows, widened
-
-
-@dataclass(frozen=True)
-class Part:
-    """A finished micro-batch of a step.
-
-    Attributes:
-        index: LongTensor [m], positions of its rows in ``batch``.
-        numbers: The same positions on the host.
-        batch: The step's batch, including the policy's samples.
-        rows: Log-probs of its rows, without gradient.
-        result: Loss and outcomes, without gradient. The losses of the parts of all ranks sum to the step's loss.
-    """
-
-    index: Tensor
-    numbers: list[int]
-    batch: TokenBatch
-    rows: LogProbBatch
-    result: Result
-
-    @property
-    def row_ids(self) -> list[str]:
-        """The names of its rows."""
-        return [self.batch.row_ids[i] for i in self.numbers] if self.batch.row_ids else []
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Positions of m rows in a batch, so that neither the host nor the device waits for the other.
-
-    Attributes:
-        numbers: The positions on the host.
-        index: LongTensor [m], the same on the device.
-    """
-
-    numbers: list[int]
-    index: Tensor
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, part: slice) -> _Rows:
-        return _Rows(self.numbers[part], self.index[part])
-
-
-@dataclass(frozen=True)
-class _Draw:
-    """The random state of this process and of its GPU."""
-
-    cpu: Tensor
-    cuda: Tensor | None
-
-    @staticmethod
-    def now(device: torch.device) -> _Draw:
-        return _Draw(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
-
-
-def _forked(device: torch.device) -> AbstractContextManager[None]:
-    """Restores the random state on exit."""
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-
-
-@contextmanager
-def _replayed(draw: _Draw | None, device: torch.device) -> Iterator[None]:
-    """Replays the random numbers that followed ``draw``, so that dropout repeats; does nothing for None."""
-    if draw is None:
-        yield
-        return
-    with _forked(device):
-        torch.set_rng_state(draw.cpu)
-        if draw.cuda is not None:
-            torch.cuda.set_rng_state(draw.cuda, device)
-        yield
 
 
 class Deferral:
@@ -195,7 +123,7 @@ class StepEngine:
                 step.
         """
         if self.sampler and self.objective.needs.samples:
-            with _forked(scorer_of(self.policy).device):
+            with forked(scorer_of(self.policy).device):
                 names = hashlib.sha256(repr((batch.row_ids, moment, torch.initial_seed())).encode())
                 torch.manual_seed(int.from_bytes(names.digest()[:4]))
                 batch = self.sampler(batch)
@@ -254,7 +182,7 @@ class _Step:
         at_once = needs.whole_step and self.micro_batch_rows is not None
         scored: dict[int, LogProbBatch] = {}
         # With dropout, the second pass of a part must use the same network as the first.
-        draws: dict[int, _Draw] = {}
+        draws: dict[int, Draw] = {}
         if len(parts) == 1 and not at_once and of_mismatched and self.scorer.shares_prefixes:
             # One pass for the whole step: mismatched rows share the others' prompts and get no gradient.
             together = self._keep(everything, self._score(everything, gradient=self.gradient))
@@ -267,7 +195,7 @@ class _Step:
             # first part's loss already depends on the last part's rewards.
             alone = len(parts) == 1 and not at_once
             for number, index in enumerate(parts):
-                draws[number] = _Draw.now(self.device)
+                draws[number] = Draw.now(self.device)
                 first_pass = self._keep(index, self._score(index, gradient=self.gradient and alone, instead=train[:1]))
                 if len(parts) == 1:
                     scored[number] = first_pass
@@ -294,7 +222,7 @@ class _Step:
                 self._back_propagate(result.loss)
             yield self._part(index, rows, result)
 
-    def _whole_step(self, context: Context, train: _Rows, parts: list[_Rows], draws: dict[int, _Draw]) -> Part:
+    def _whole_step(self, context: Context, train: Rows, parts: list[Rows], draws: dict[int, Draw]) -> Part:
         """A step whose rows are compared with each other, computed in micro-batches all the same.
 
         The loss is computed from log-probs without gradient. Its derivatives with respect to them then weight the
@@ -338,7 +266,7 @@ class _Step:
             # The ranks' losses sum to the step's loss, but their gradients are averaged.
             self.backward(loss * world_size())
 
-    def _part(self, index: _Rows, rows: LogProbBatch, result: Result) -> Part:
+    def _part(self, index: Rows, rows: LogProbBatch, result: Result) -> Part:
         detached = replace(result, loss=result.loss.detach())
         return Part(index.index, index.numbers, self.batch, rows.detach(), detached)
 
@@ -346,12 +274,12 @@ class _Step:
 
     def _score(
         self,
-        index: _Rows,
+        index: Rows,
         *,
         gradient: bool,
-        draw: _Draw | None = None,
+        draw: Draw | None = None,
         again: bool = False,
-        instead: _Rows | None = None,
+        instead: Rows | None = None,
     ) -> LogProbBatch:
         """Log-probs of the rows ``index`` under policy and reference, padded to the width of the whole step.
 
@@ -368,7 +296,7 @@ class _Step:
         part = self.batch.select(index.index, index.numbers)
         of_reference = self.rows.reference_logps
         width = max(len(completion) for completion in part.completions)
-        with _replayed(draw, self.device):
+        with replayed(draw, self.device):
             rows = scored_rows(
                 self.policy,
                 self.reference,
@@ -380,7 +308,7 @@ class _Step:
             )
         return widened(rows, self.rows.mask.shape[1])
 
-    def _keep(self, index: _Rows, rows: LogProbBatch) -> LogProbBatch:
+    def _keep(self, index: Rows, rows: LogProbBatch) -> LogProbBatch:
         """Stores the rows' scores, which the reference point may read, and returns the rows."""
         self.rows.policy_logps[index.index] = rows.policy_logps.detach()
         if self.rows.reference_logps is not None and rows.reference_logps is not None:
@@ -408,48 +336,27 @@ class _Step:
             kl=zeros.clone() if self.objective.needs.exact_kl else None,
         )
 
-    def equal_parts(self, *indices: _Rows) -> list[list[_Rows]]:
+    def equal_parts(self, *indices: Rows) -> list[list[Rows]]:
         """The parts of each index, as many as on the other ranks if the model is sharded.
 
         Each pass is then a collective operation, so a rank with fewer parts begins with empty ones.
         """
-        split = [self._split(index) if len(index) else [] for index in indices]
+        parts_of = [split(index, self.batch, self.micro_batch_rows) if len(index) else [] for index in indices]
         if self.micro_batch_rows is None or not is_sharded(self.scorer.model):
-            return split
-        most = most_over_ranks(*map(len, split))
+            return parts_of
+        most = most_over_ranks(*map(len, parts_of))
         return [
             [index[:0]] * (number - len(parts)) + parts
-            for index, parts, number in zip(indices, split, most, strict=True)
+            for index, parts, number in zip(indices, parts_of, most, strict=True)
         ]
 
-    def kinds(self) -> tuple[_Rows, _Rows, _Rows]:
+    def kinds(self) -> tuple[Rows, Rows, Rows]:
         """The rows that carry a loss, the mismatched ones, and all."""
         mismatched = self.batch.host.mismatched
         numbers = range(len(mismatched))
         groups = [i for i in numbers if not mismatched[i]], [i for i in numbers if mismatched[i]], list(numbers)
-        train, extra, everything = self._on_device(groups)
+        train, extra, everything = on_device(groups, self.device)
         return train, extra, everything
-
-    def _on_device(self, groups: Iterable[list[int]]) -> list[_Rows]:
-        """Positions on the host and, after one copy, on the device."""
-        groups = list(groups)
-        columns = [torch.tensor(numbers, dtype=torch.long, device="cpu") for numbers in groups]
-        return [_Rows(numbers, index) for numbers, index in zip(groups, moved(columns, self.device), strict=True)]
-
-    def _split(self, rows: _Rows) -> list[_Rows]:
-        """Splits ``rows`` into parts of at most ``micro_batch_rows`` rows, keeping pairs and, if possible, prompts."""
-        if self.micro_batch_rows is None or len(rows) <= self.micro_batch_rows:
-            return [rows]
-        units: dict[int, list[int]] = {}
-        pair, prompt = self.batch.labels.host.pair, self.batch.host.prompt
-        for i in rows.numbers:
-            units.setdefault(min(i, pair[i]) if pair[i] >= 0 else i, []).append(i)
-        parts: list[list[int]] = [[]]
-        for unit in sorted(units.values(), key=lambda unit: prompt[unit[0]]):
-            if parts[-1] and len(parts[-1]) + len(unit) > self.micro_batch_rows:
-                parts.append([])
-            parts[-1].extend(unit)
-        return self._on_device(parts)
 
     def _float32(self) -> torch.autocast:
         """Disables autocast: objectives are computed in float32 whatever the precision of training."""

@@ -11,7 +11,6 @@ from torchmetrics.classification import BinaryAUROC
 
 from halos_pl.batch import TokenBatch
 from halos_pl.distributed import sum_over_ranks
-from halos_pl.training.engine import Part
 from halos_pl.training.metrics import (
     Losses,
     Means,
@@ -22,6 +21,7 @@ from halos_pl.training.metrics import (
     with_margin,
 )
 from halos_pl.training.non_finite import non_finite
+from halos_pl.training.parts import Part
 
 
 class HeldOut:

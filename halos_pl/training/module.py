@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -23,38 +22,27 @@ from halos_pl.objective.feedback import Feedback
 from halos_pl.objective.halo import Objective
 from halos_pl.objective.reference_points import ReferencePoint
 from halos_pl.objective.rewards import Reward
-from halos_pl.policy.adapters import check_sharding
-from halos_pl.policy.liger import check_liger
-from halos_pl.policy.limits import warn_of_ignored_losses
 from halos_pl.policy.loading import ModelSpec
 from halos_pl.policy.memory import keep_freed_memory
 from halos_pl.policy.quantization import check_gradients
-from halos_pl.policy.quantized_weights import has_quantized_weights
 from halos_pl.policy.reference import ReferenceModel
-from halos_pl.policy.routing import check_router
 from halos_pl.policy.sampling import PolicySamples
 from halos_pl.policy.scorer import PrefixSharing, Scorer
 from halos_pl.policy.sharding import average_plain_gradients
 from halos_pl.training import checkpoint_contents
 from halos_pl.training.absent import keep_out_absent
-from halos_pl.training.checks import (
-    check_arguments,
-    check_float16,
-    check_precision,
-    check_sharded,
-    check_trainer,
-)
+from halos_pl.training.checks import check_arguments, check_trainer
 from halos_pl.training.engine import Deferral, StepEngine
 from halos_pl.training.gradients import GradientWatch, clip_gradients, finish_watch
+from halos_pl.training.guards import check_fit, check_loaded, check_setup
 from halos_pl.training.held_out import HeldOut
 from halos_pl.training.models import Models, Policy
 from halos_pl.training.non_finite import check_policy
-from halos_pl.training.optim import LRShape, MasterWeights, check_optimizer, configured_optimizer
+from halos_pl.training.optim import LRShape, MasterWeights, configured_optimizer
 from halos_pl.training.predictions import records_of
 from halos_pl.training.resume import Record, align_logged_step
 from halos_pl.training.settings import weights_sample
 from halos_pl.training.step_log import StepFigures, outcomes_of
-from halos_pl.training.strategy import ShardedStrategy
 from value_functions import ValueFunction
 
 
@@ -170,55 +158,20 @@ class HALOModule(LightningModule):
         return []
 
     def setup(self, stage: str) -> None:
-        check_trainer(self.trainer)
-        check_sharded(self.trainer, self.objective.needs)
-        self.check_policy_settings(self.trainer)
+        check_setup(self, self.trainer, stage)
         keep_out_absent(self.trainer)
         self.models.sharding = getattr(self.trainer.strategy, "sharding", None)
         self.models.load_in(str(self.trainer.precision))
-        if self.models.spec and self.models.spec.liger:
-            check_liger(self.trainer.strategy.root_device)
-        if stage == "fit":
-            self.check_fit(self.trainer)
-
-    def check_fit(self, trainer: Any) -> None:
-        """Refuses settings that a model cannot be trained with, before it is loaded.
-
-        Raises:
-            ValueError: naming the setting.
-        """
-        spec = self.models.spec
-        self.check_policy_settings(trainer)
-        check_float16(trainer, self.models.dtype)
-        lora = spec.lora if spec is not None else None
-        vectors = lora is None or bool(lora.modules_to_save)
-        sharded = isinstance(trainer.strategy, ShardedStrategy) and not lora and world_size() > 1
-        check_optimizer(self.make_optimizer, trainer.strategy.root_device, vectors=vectors, sharded=sharded)
-
-    def check_policy_settings(self, trainer: Any) -> None:
-        """Refuses an adapter or a quantization that does not work with the Trainer's precision or strategy.
-
-        Raises:
-            ValueError: naming the setting.
-        """
-        spec = self.models.spec
-        check_precision(trainer.precision, quantized=spec is not None and spec.quantize is not None)
-        if spec is not None and isinstance(trainer.strategy, ShardedStrategy):
-            check_sharding(spec, half=str(trainer.precision).startswith("bf16"))
 
     def configure_model(self) -> None:
         """Loads policy and reference once the data have been validated."""
         fresh, data = self.scorer is None, getattr(self.trainer, "datamodule", None)
         if fresh:
             self.scorer = self.models.policy()
-            check_precision(self.trainer.precision, quantized=has_quantized_weights(self.policy))
             frozen = self.scorer._ddp_params_and_buffers_to_ignore
             self._ddp_params_and_buffers_to_ignore = [f"scorer.{name}" for name in frozen]
-            if self.objective.needs.routing:
-                check_router(self.policy)
+            check_loaded(self)
             self.record.start = weights_sample(self.policy)
-            if self.trainer.state.fn == TrainerFn.FITTING:
-                warn_of_ignored_losses(self.policy, router_loss=self.objective.needs.routing)
         assert self.scorer is not None
         self.models.check_rows(self.scorer, data)
         # Testing measures the KL divergence, so even a loss that needs no reference gets one.
@@ -248,7 +201,7 @@ class HALOModule(LightningModule):
         else:
             self._last_loss = loss
 
-    check_policy = check_policy
+    check_fit, check_policy = check_fit, check_policy
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         for _ in self._held_out.measured(batch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from halos_pl.training.engine import Part
+from halos_pl.training.parts import Part
 
 
 def records_of(part: Part) -> list[dict[str, Any]]:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halos_pl.training.engine import Part
 from halos_pl.training.metrics import Losses, Means, Suspects, row_figures, with_margin
 from halos_pl.training.non_finite import non_finite
+from halos_pl.training.parts import Part
 
 _IN_BAR = ("loss", "rewards/margins")
 

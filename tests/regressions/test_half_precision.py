@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader
 
 from halos_pl.policy.loading import LoRASpec
 from halos_pl.training.engine import StepEngine
+from halos_pl.training.lost_updates import LostUpdates
 from halos_pl.training.module import HALOModule
-from halos_pl.training.optim import LostUpdates, MasterWeights
+from halos_pl.training.optim import MasterWeights
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, {"lr": 5e-6, "weight_decay": 0.0, "fused": True}),
