@@ -18,7 +18,7 @@ w         ``weight``            weight of the row, at least 0                   
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -88,8 +88,7 @@ class HostLabels(NamedTuple):
 class Labels:
     """The labels of n rows. To add a column to all batches, add it here.
 
-    Labels that have been moved to a device (:meth:`to`) keep a copy on the host, which must stay equal: change labels
-    before they are moved, or make new ones.
+    Labels that have been moved to a device (:meth:`to`) keep a copy on the host until a column changes.
 
     Attributes:
         desirable: BoolTensor [n].
@@ -137,8 +136,16 @@ class Labels:
     @property
     def host(self) -> HostLabels:
         """The labels on the host. Labels that were created on a device wait for it."""
-        view: HostLabels | None = self.__dict__.get("_host")  # not a field: replace() drops it
-        return view or HostLabels(self.desirable.tolist(), self.mismatched.tolist(), self.pair.tolist())
+        return self._kept or HostLabels(self.desirable.tolist(), self.mismatched.tolist(), self.pair.tolist())
+
+    @property
+    def _kept(self) -> HostLabels | None:
+        """The copy on the host, unless a column has changed since."""
+        versions, view = self.__dict__.get("_host", (None, None))  # not a field: replace() drops it
+        return view if versions == _versions(getattr(self, f.name) for f in fields(self)) else None
+
+    def _keep(self, view: HostLabels, **indices: Any) -> None:
+        self.__dict__.update(_host=(_versions(getattr(self, f.name) for f in fields(self)), view), **indices)
 
     @property
     def train_index(self) -> Tensor:
@@ -157,7 +164,7 @@ class Labels:
         return any(pair < 0 and not extra for pair, extra in zip(host.pair, host.mismatched, strict=True))
 
     def _index(self, mismatched: bool) -> Tensor:
-        if "_host" not in self.__dict__:
+        if self._kept is None:
             return (self.mismatched == mismatched).nonzero().squeeze(1)
         indices: dict[bool, Tensor] = self.__dict__.setdefault("_indices", {})
         if mismatched not in indices:
@@ -181,7 +188,7 @@ class Labels:
         """The same labels from moved columns."""
         *labels, train, mismatched = columns
         other = replace(self, **{f.name: column for f, column in zip(fields(self), labels, strict=True)})
-        other.__dict__.update(_host=self.host, _indices={False: train, True: mismatched})
+        other._keep(self.host, _indices={False: train, True: mismatched})
         return other
 
     def select(self, index: Tensor, numbers: Sequence[int] | None = None) -> Labels:
@@ -196,8 +203,13 @@ class Labels:
         chosen = {f.name: getattr(self, f.name)[index] for f in fields(self)}
         labels = Labels(**{**chosen, "pair": place[chosen["pair"]]})  # a pair of -1 reads the last entry, which is -1
         if numbers is not None:
-            labels.__dict__["_host"] = self.host.select(numbers)
+            labels._keep(self.host.select(numbers))
         return labels
+
+
+def _versions(tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Changes whenever a tensor is replaced or changed in place; does not wait for a device."""
+    return [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
 
 
 class HostView(NamedTuple):
@@ -243,12 +255,16 @@ class TokenBatch:
     @property
     def host(self) -> HostView:
         """The batch's layout on the host. A batch that was created on a device waits for it."""
-        view: HostView | None = self.__dict__.get("_host")  # not a field: replace() drops it
-        if view is None:
+        versions, prompt, positions = self.__dict__.get("_host", (None, None, None))  # replace() drops it
+        if versions != self._versions:
             masks = self.loss or [None] * len(self)
             positions = [None if mask is None else [k for k, y in enumerate(mask.tolist()) if y] for mask in masks]
-            view = HostView(self.prompt.tolist(), self.labels.host.mismatched, positions)
-        return view
+            prompt = self.prompt.tolist()
+        return HostView(prompt, self.labels.host.mismatched, positions)
+
+    @property
+    def _versions(self) -> Any:
+        return _versions([self.prompt, *(mask for mask in self.loss or () if mask is not None)])
 
     @property
     def on_host(self) -> TokenBatch:
@@ -275,7 +291,7 @@ class TokenBatch:
             labels=self.labels._on(list(columns)),
             row_ids=self.row_ids,
         )
-        batch.__dict__["_host"] = self.host
+        batch.__dict__["_host"] = (batch._versions, self.host.prompt, self.host.loss)
         if batch.prompt.device.type != "cpu":
             batch.__dict__["_origin"] = self.on_host
         return batch
@@ -301,8 +317,7 @@ class TokenBatch:
             row_ids=[self.row_ids[i] for i in rows] if self.row_ids else [],
             loss=None if self.loss is None else [self.loss[i] for i in rows],
         )
-        mismatched = [host.mismatched[i] for i in rows]
-        batch.__dict__["_host"] = HostView(renumbered, mismatched, [host.loss[i] for i in rows])
+        batch.__dict__["_host"] = (batch._versions, renumbered, [host.loss[i] for i in rows])
         if (origin := self.__dict__.get("_origin")) is not None:
             batch.__dict__["_origin"] = origin.select(torch.tensor(rows, device="cpu"), rows)
         return batch

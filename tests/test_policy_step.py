@@ -418,7 +418,8 @@ def test_a_non_finite_gradient_stops_the_run_before_its_step(clip, tiny_folder):
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_the_gradient_norm_is_logged_before_clipping(clip, tiny_folder):
     model = module(tiny_folder, "dpo", lr=1.0)
-    model.trainer = SimpleNamespace(testing=False, state=SimpleNamespace(fn=None))  # type: ignore[assignment]
+    state = SimpleNamespace(fn=None)
+    model.trainer = SimpleNamespace(testing=False, state=state, precision="32-true")  # type: ignore[assignment]
     model.configure_model()
     before = weights(model)
     found = train(model, [batch()], gradient_clip_val=clip)["grad_norm"]

@@ -57,7 +57,7 @@ def requeue(trainer: Trainer, signum: int | None) -> None:
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     command = ["scontrol", "requeue", str(job)]
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8")
     except (OSError, subprocess.CalledProcessError) as error:
         reason = " ".join(str(getattr(error, "stderr", None) or error).split())
         rank_zero_warn(f"halos: job {job} was not requeued ({reason}); run it again to resume: {' '.join(command)}")
