@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from model_families import GROUPED, MODELS, SIZE
-from run_halos import OBJECTIVES, binary_data, fit, metrics, pair_data, run, run_ranks, write_data, write_jsonl
+from run_halos import OBJECTIVES, binary_data, fit, metrics, pair_data, refused, run, run_ranks, write_data, write_jsonl
 from sharded_steps import Case, compare, loading_peaks
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -210,6 +210,16 @@ def test_an_objective_that_samples_is_refused() -> None:
     check_sharded(trainer, Needs())
     with pytest.raises(ValueError, match="reference_point"):
         check_sharded(trainer, Needs(samples=2))
+
+
+def test_a_refused_objective_leaves_the_earlier_run_where_it_is(capfd: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.csv").write_text("step\n")
+    data = binary_data(tmp_path / "rows.jsonl")
+    words = fit(tiny_folder, "kto", data, tmp_path / "run", "--model.reference_point=SampledKL")
+    said = refused(capfd, [*words, "--trainer.strategy=fsdp2"])
+    assert "samples from the policy" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "rows.jsonl"}
 
 
 def test_options_are_checked() -> None:

@@ -133,7 +133,8 @@ def refused_trainer(error: Exception, config: Any) -> str:
     if not blamed:
         blamed = [name for name in _MACHINE if name in settings and settings[name] != _MACHINE[name]]
     here = ", ".join(name for name in AcceleratorRegistry if AcceleratorRegistry[name]["accelerator"].is_available())
-    names = {"accelerator": ["gpu", *AcceleratorRegistry], "strategy": StrategyRegistry.available_strategies()}
+    strategies = [name for name in StrategyRegistry.available_strategies() if not refused_strategy(name)]
+    names = {"accelerator": ["gpu", *AcceleratorRegistry], "strategy": strategies}
     parts = []
     for name in blamed:
         guess = near(settings[name], names.get(name, ()))

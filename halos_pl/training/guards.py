@@ -29,7 +29,6 @@ def check_setup(module: Any, trainer: Any, stage: str) -> None:
         ValueError: naming the setting.
     """
     check_trainer(trainer)
-    check_sharded(trainer, module.objective.needs)
     check_policy_settings(module, trainer)
     if module.models.spec and module.models.spec.liger:
         check_liger(trainer.strategy.root_device)
@@ -38,11 +37,12 @@ def check_setup(module: Any, trainer: Any, stage: str) -> None:
 
 
 def check_policy_settings(module: Any, trainer: Any) -> None:
-    """Refuses an adapter or a quantization that does not work with the Trainer's precision or strategy.
+    """Refuses an objective, an adapter or a quantization that does not work with the Trainer's precision or strategy.
 
     Raises:
         ValueError: naming the setting.
     """
+    check_sharded(trainer, module.objective.needs)
     spec = module.models.spec
     check_precision(trainer.precision, quantized=spec is not None and spec.quantize is not None)
     if spec is not None and isinstance(trainer.strategy, ShardedStrategy):

@@ -171,14 +171,14 @@ def check_optimizer(
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             optimizer.step(lambda: torch.zeros((), device=device))
     except RuntimeError as error:  # as with SparseAdam, whose gradients are sparse
+        why = str(error).partition("\n")[0]
         if sharded:
             fused = any(group.get("fused") for group in optimizer.param_groups)
             hint = "; set model.optimizer.init_args.fused to false" if fused else ""
             raise ValueError(
-                f"model.optimizer: {type(optimizer).__name__} cannot step on weights that fsdp2 shards: {error}{hint}"
+                f"model.optimizer: {type(optimizer).__name__} cannot step on weights that fsdp2 shards: {why}{hint}"
             ) from error
         if not isinstance(error, NotImplementedError):
-            why = str(error).partition("\n")[0]
             raise ValueError(f"model.optimizer: {type(optimizer).__name__} cannot take a step: {why}") from error
     except Exception:  # other errors may be due to the zeros
         pass

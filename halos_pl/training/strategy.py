@@ -71,9 +71,9 @@ class ShardedStrategy(FolderCheckpoints, ModelParallelStrategy):
     ) -> None:
         super().__init__(tensor_parallel_size=1, process_group_backend=process_group_backend, timeout=timeout)
         if not isinstance(replicas, int) or replicas < 1:
-            raise ValueError(f"trainer.strategy: replicas is {replicas}; it must be a whole number from 1")
+            raise ValueError(f"replicas is {replicas}; it must be a whole number from 1")
         if reference not in ("sharded", "whole"):
-            raise ValueError(f"trainer.strategy: reference is {reference!r}; it must be sharded or whole")
+            raise ValueError(f"reference is {reference!r}; it must be sharded or whole")
         self.replicas, self.reference, self.reshard_after_forward = replicas, reference, reshard_after_forward
 
     def setup_environment(self) -> None:

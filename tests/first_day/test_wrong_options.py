@@ -118,6 +118,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "trainer: {max_steps: 0}": ("trainer.max_steps is 0",),
     "trainer: {max_epochs: -1}": ("trainer.max_epochs",),
     "trainer: {strategy: ddpp}": ("trainer.strategy", "did you mean ddp?"),
+    "trainer: {strategy: fsdp3}": ("trainer.strategy", "did you mean fsdp2?"),
     "trainer: {strategy: fsdp}": ("trainer.strategy fsdp", "fsdp2"),
     "trainer: {max_epochs: -5}": ("trainer.max_epochs is -5",),
     "trainer: {max_steps: many}": ("trainer.max_steps is 'many'", "a whole number"),
