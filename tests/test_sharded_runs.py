@@ -135,6 +135,12 @@ def test_a_checkpoint_of_another_run_is_refused(finished, tmp_path, other, tiny_
 CASES: dict[str, tuple[str, ...]] = {
     "an adapter": ("dpo", "--model.policy.lora.r=2", "--model.policy.lora.dropout=0.1"),
     "a moving reference": ("tr_dpo", "--model.reference_model.init_args.every=1"),
+    "an optimizer whose state spans all parameters": (
+        "tr_dpo",
+        "--model.reference_model.init_args.every=1",
+        "--model.optimizer.class_path=torch.optim.LBFGS",
+        "--model.optimizer.init_args={lr: 0.1, max_iter: 2}",
+    ),
     "in half precision": ("tr_dpo", "--trainer.precision=bf16-mixed", "--model.reference_model.init_args.every=1"),
 }
 

@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save as distributed_save
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from halos_pl.common.files import PART, remove
 from halos_pl.distributed import rank, world_size
@@ -188,17 +188,21 @@ def _manifest(path: Path) -> Manifest:
 
 
 def _read(source: Any, entry: Entry, live: Mapping[str, Any], path: Path) -> Tensor:
-    current = at(live, entry.path)
+    current, parameter = at(live, entry.path), _parameter_of(entry.path, live)
     if entry.path[0] == "state_dict":
         if not isinstance(current, Tensor) or current.shape != entry.shape:
             return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
         tensor = current
     else:
-        tensor = _like(current if isinstance(current, Tensor) else _parameter_of(entry.path, live), entry)
+        tensor = _like(current if isinstance(current, Tensor) else parameter, entry)
     if not source.complete(entry.key, entry.shape):
         raise CheckpointError(f"{path} is damaged: parts of {'.'.join(map(str, entry.path))} are missing")
     with torch.no_grad():
         source.read(entry.key, local_of(tensor), offsets_of(tensor))
+    if tensor.dim() and isinstance(parameter, DTensor) and not isinstance(tensor, DTensor):
+        # Such as the directions of LBFGS, which span all parameters: torch does not combine plain tensors with shards.
+        mesh = parameter.device_mesh
+        return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return tensor
 
 
