@@ -14,6 +14,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from halos_pl.batch import Needs
 from halos_pl.cli.main import main
+from halos_pl.cli.run_settings import Placement, layout_of
 from halos_pl.common.yaml_files import read_yaml
 from halos_pl.plan import fake
 from halos_pl.plan.cards import CARDS, memory_of
@@ -26,7 +27,7 @@ from halos_pl.plan.run import Settings, parameters_of
 from halos_pl.plan.shapes import Shape, read_shape, shipped
 from halos_pl.policy.loading import load_model
 from halos_pl.policy.quantized_weights import bytes_of, quantized_layers
-from halos_pl.policy.reference import AdapterOff, FrozenCopy, SyncedCopy
+from halos_pl.policy.reference import AdapterOff, FrozenCopy, OtherModel, SyncedCopy
 from halos_pl.policy.spec import LoRASpec, ModelSpec, QuantizeSpec
 
 KTO = Needs(reference=True, mismatched=True, undesirable=True)
@@ -163,6 +164,55 @@ def test_an_adapter_is_counted_apart() -> None:
     assert parts["weights"] == 2 * counts.total + 4 * counts.adapter  # peft's adapters are float32
 
 
+def test_modules_that_are_trained_whole_are_counted_apart() -> None:
+    shape = Shape(tiny(), "test", settings_of().parameters.total)
+    run = settings_of(policy=shape, lora=LoRASpec(r=4, modules_to_save=["lm_head"]), reference_model=AdapterOff())
+    plain = settings_of(policy=shape, lora=LoRASpec(r=4), reference_model=AdapterOff())
+    assert run.parameters.adapter == plain.parameters.adapter + 512 * 64
+    assert run.parameters.trained == run.parameters.adapter
+
+
+def test_a_run_that_cannot_be_sharded_gets_one_card() -> None:
+    lora = LoRASpec(r=4, use_dora=True)
+    shape = Shape(tiny(vocab_size=8192), "test")
+    for why in ("", "use_dora"):
+        run = settings_of(policy=shape, lora=lora, reference_model=AdapterOff(), unsharded=why)
+        rows = assumed_rows(run, 2, "test")
+        lasting = Planner(run).lasting(Layout())
+        fit = smallest(Planner(run), rows, lasting["weights"] - 1)
+        assert fit is None or not why
+        assert why or Planner(run).lasting(Layout(4, sharded=True))["weights"] < lasting["weights"] / 2
+
+
+def test_another_model_as_reference_keeps_its_dtype() -> None:
+    other = settings_of(other=Shape(tiny(), "test"), other_dtype="bfloat16", reference_model=OtherModel(ModelSpec("x")))
+    assert Planner(other).lasting(Layout())["reference"] == 2 * other.parameters.total
+
+
+def test_the_embedding_of_a_sharded_quantised_base_is_gathered_in_full() -> None:
+    """As much as the plain model's, and layers of an eighth of their size."""
+    lora = LoRASpec(r=4)
+    plain, quantised = (
+        Planner(settings_of(lora=lora, reference_model=AdapterOff(), bits=bits)) for bits in (None, 4.0)
+    )
+    rows = assumed_rows(plain.settings, 8, "test")
+    layout = Layout(2, sharded=True)
+    of_plain, of_quantised = (
+        planner.memory(layout, rows, gradient_checkpointing=False, micro_batch_rows=None).parts["gathered weights"]
+        for planner in (plain, quantised)
+    )
+    outside = 4 * plain.settings.parameters.outside
+    assert outside + (of_plain - outside) / 8 == pytest.approx(of_quantised, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("devices", "number"), [("0,1,2,3", 4), ("2", 2), (3, 3), ([0, 5], 2), ("auto", 1), (-1, 1), ("-1", 1), ("7,", 1)]
+)
+def test_devices_are_counted_as_lightning_counts_them(devices: Any, number: int) -> None:
+    placement = Placement("gpu", devices, 1, "auto", "None")
+    assert layout_of(placement, devices=None, nodes=None, strategy=None, replicas=None).cards == number
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_quantised_base_takes_the_planned_memory(bits: Any, tmp_path: Path) -> None:
     pytest.importorskip("torchao")
@@ -272,6 +322,15 @@ def test_the_command_counts_local_data(
         (["--model.policy.path", "nobody/nothing"], "nobody/nothing"),
         (["--shape", "missing.yaml"], "missing.yaml"),
         (["--trainer.strategy", "deepspeed"], "deepspeed"),
+        (["--trainer.devices", "0"], "trainer.devices"),
+        (["--trainer.num_nodes", "0"], "trainer.num_nodes"),
+        (["--model.policy.lora.modules_to_save", "[nope]"], "halos: ModelError: model.policy.lora.modules_to_save"),
+        (["--model.policy.lora.use_dora=true", "--trainer.strategy=fsdp2", "--devices=2"], "use_dora"),
+        (["--model.policy.lora.r=2", "--model.policy.quantize.method=torchao", "--strategy=fsdp2"], "quantize"),
+        (
+            ["--model.policy.lora.r=2", "--model.policy.quantize.method=torchao", "--trainer.precision=bf16-true"],
+            "bf16-true",
+        ),
     ],
 )
 def test_wrong_words_are_one_line(

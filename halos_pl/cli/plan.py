@@ -62,6 +62,8 @@ def plan(
     cli, notes = parsed(run)
     settings = settings_of(cli, shape)
     layout = layout_of(cli.placement, devices=devices, nodes=nodes, strategy=strategy, replicas=replicas)
+    if layout.sharded and settings.unsharded:
+        raise RunError(settings.unsharded)
     rows, why = rows_of_step(cli, settings, length)
     cards = dict([card]) if card else _CARDS
     result = make_plan(settings, rows, layout, card=card, cards=cards)

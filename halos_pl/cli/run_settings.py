@@ -16,9 +16,10 @@ from halos_pl.plan.plan import assumed_rows, rows_of
 from halos_pl.plan.rows import Rows, from_data
 from halos_pl.plan.run import Settings
 from halos_pl.plan.shapes import read_shape, shape_of
+from halos_pl.policy.adapters import check_sharding
 from halos_pl.policy.reference import OtherModel
 from halos_pl.policy.spec import ModelError, ModelSpec
-from halos_pl.training.checks import refused_strategy
+from halos_pl.training.checks import check_precision, refused_strategy
 
 _DEFAULT = "kto"
 #: Maximum size of training data that are counted, and number of steps that are read.
@@ -96,6 +97,7 @@ def settings_of(cli: PlanCLI, shape: str | None) -> Settings:
     module = cli.model
     models, spec = module.models, module.models.spec
     assert isinstance(spec, ModelSpec)
+    check_precision(cli.placement.precision, quantized=spec.quantize is not None)
     reference = models.reference_model
     other = reference.spec if isinstance(reference, OtherModel) else None
     return Settings(
@@ -115,7 +117,29 @@ def settings_of(cli: PlanCLI, shape: str | None) -> Settings:
         make_optimizer=module.make_optimizer,
         master_weights=module.master_weights,
         bits=spec.quantize.stored_bits(getattr(torch, spec.dtype).itemsize) if spec.quantize else None,
+        unsharded=_unsharded(spec, cli.placement.precision),
     )
+
+
+def _unsharded(spec: ModelSpec, precision: str) -> str:
+    """Why ``fsdp2`` refuses an adapter or a quantization; empty if it does not."""
+    try:
+        check_sharding(spec, half=precision.startswith("bf16"))
+    except ModelError as error:
+        return str(error)
+    return ""
+
+
+def _number_of(devices: Any) -> int:
+    """The number of devices that Lightning takes for ``trainer.devices``; 1 where it depends on the machine."""
+    if isinstance(devices, str):
+        parts = [part.strip() for part in devices.split(",") if part.strip()]
+        if "," in devices:
+            return len(parts)
+        devices = int(devices) if devices.strip().lstrip("-").isdigit() else -1  # auto
+    if isinstance(devices, int):
+        return 1 if devices == -1 else devices
+    return len(devices)
 
 
 def layout_of(
@@ -128,10 +152,12 @@ def layout_of(
         RunError: if the strategy is not supported.
     """
     if devices is None:
-        own = placement.devices
-        devices = own if isinstance(own, int) and own > 0 else len(own) if isinstance(own, list) else 1
-        devices = int(own) if isinstance(own, str) and own.isdigit() else devices
-    cards = max(1, devices) * (nodes or placement.num_nodes)
+        devices = _number_of(placement.devices)
+    nodes = nodes or placement.num_nodes
+    for name, number, own in (("devices", devices, placement.devices), ("num_nodes", nodes, nodes)):
+        if number < 1:
+            raise RunError(f"trainer.{name} is {own}; it must be at least 1")
+    cards = devices * nodes
     settings: Any = {}
     if strategy is None:
         own = placement.strategy

@@ -22,7 +22,7 @@ from halos_pl.policy.adapters import with_lora
 from halos_pl.policy.architecture import adapter_off, base_model, evaluating, switch_noise_off, vocabulary_size
 from halos_pl.policy.reference import Reference
 from halos_pl.policy.scorer import Scorer
-from halos_pl.policy.spec import LoRASpec, reason
+from halos_pl.policy.spec import LoRASpec, ModelError, reason
 from halos_pl.training.engine import StepEngine
 
 
@@ -216,7 +216,7 @@ def step_memory(work: Work, batch: TokenBatch) -> list[Moment]:
             return _step(work, batch, depth)
         return _deeper(_step(work, batch, 2), _step(work, batch, 3), depth)
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
-        if isinstance(error, PlanError):
+        if isinstance(error, (PlanError, ModelError)):  # an adapter may not fit the model
             raise
         raise PlanError(
             f"the memory of a {work.config.model_type} cannot be computed without its weights: {reason(error)}"

@@ -32,7 +32,8 @@ def smallest(planner: Planner, rows: Rows, memory: float) -> Fit | None:
     """The layout with the fewest cards of a size that a run fits; None if it fits none of ``CARDS``.
 
     The run's own settings come first. If they do not fit, gradient checkpointing is switched on, and a micro-batch is
-    made as large as fits. Several cards share the model (``fsdp2`` with one replica), which takes the least memory.
+    made as large as fits. Several cards share the model (``fsdp2`` with one replica), which takes the least memory;
+    a run that cannot be sharded gets one card.
 
     Args:
         planner: the run.
@@ -40,7 +41,7 @@ def smallest(planner: Planner, rows: Rows, memory: float) -> Fit | None:
         memory: bytes of a card.
     """
     run = planner.settings
-    for cards in CARDS:
+    for cards in CARDS[:1] if run.unsharded else CARDS:
         if cards > run.batch_size:
             return None
         layout = Layout(cards, sharded=cards > 1)

@@ -173,7 +173,7 @@ class Planner:
         optimizer = run.optimizers[layout.cuda]
         matrices = counts.trained - counts.trained_vectors
         copy, exact = run.reference_counts
-        of_reference = numerics.used.itemsize if layout.sharded else size
+        of_reference = run.reference_itemsize(sharded=layout.sharded)
         trained = self._trained_shards(layout)
         parts = {
             "weights": counts.total * (counts.bits / 8 if counts.bits else size) / shards
@@ -206,7 +206,10 @@ class Planner:
     def _of_sharding(self, layout: Layout, numerics: Numerics) -> dict[str, float]:
         counts, used = self.settings.parameters, numerics.used.itemsize
         gathered = counts.outside + 2 * counts.block if layout.reshard else counts.total
-        parts: dict[str, float] = {"gathered weights": (counts.bits / 8 if counts.bits else used) * gathered}
+        size: float = used * gathered
+        if counts.bits:  # embedding and head are not quantized
+            size = used * counts.outside + counts.block_bits / 8 * (gathered - counts.outside)
+        parts: dict[str, float] = {"gathered weights": size}
         if not self.settings.lora:  # an adapter is not sharded
             largest = max(counts.trained_block, counts.trained_outside)
             parts["reduced gradients"] = used * (counts.trained_outside + counts.trained_block) + 4 * largest

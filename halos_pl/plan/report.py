@@ -96,6 +96,8 @@ def _reference_note(plan: Plan) -> str:
 def notes(plan: Plan) -> Iterator[str]:
     """What the plan does not cover, or assumes of the run."""
     run = plan.run
+    if run.unsharded:
+        yield f"the smallest layout is one card, as this run cannot be sharded: {run.unsharded}"
     if run.shares_prefixes:
         yield "prompts are taken to be shared between rows; a self-test decides when a run starts"
     if run.reference_is_assumed:

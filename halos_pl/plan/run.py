@@ -55,13 +55,14 @@ class Parameters:
     Attributes:
         total: all, tied ones once, without the adapter.
         trained: those with a gradient.
-        adapter: those of the adapter.
+        adapter: those of the adapter, and of modules that are trained whole beside it.
         trained_vectors: trained ones in vectors, such as weights of norms.
         largest: those of the largest trained tensor.
         block: those of the largest decoder layer.
         outside: those outside the decoder layers: embedding, head, last norm.
         trained_block, trained_outside: the trained ones among these.
         bits: mean bits per parameter in memory; None: those of the dtype. For a quantised base.
+        block_bits: mean bits per parameter of the decoder layers, for a quantised base.
     """
 
     total: int
@@ -74,6 +75,7 @@ class Parameters:
     trained_block: int
     trained_outside: int
     bits: float | None = None
+    block_bits: float = 0.0
 
 
 def parameters_of(model: nn.Module, bits: float | None = None, plain_bits: int = 32) -> Parameters:
@@ -90,14 +92,20 @@ def parameters_of(model: nn.Module, bits: float | None = None, plain_bits: int =
     for name, parameter in model.named_parameters():
         numbers = [int(part) for part in name.split(".") if part.isdigit()]
         (layers.setdefault(numbers[0], []) if numbers else outside).append(parameter)
-        adapter += parameter.numel() * (".lora_" in name)
+        adapter += parameter.numel() * (".lora_" in name or ".modules_to_save." in name)
     every = list(model.parameters())
     trained = [p for p in every if p.requires_grad]
     block = max(layers.values(), key=_count, default=[])
     total = _count(every) - adapter
+    block_bits = 0.0
     if bits is not None:
-        names = ((name, p) for name, p in model.named_parameters() if ".lora_" not in name and p.dim() == 2)
+        own = (".lora_", ".modules_to_save.")
+        names = (
+            (name, p) for name, p in model.named_parameters() if p.dim() == 2 and not any(part in name for part in own)
+        )
         matrices = sum(p.numel() for name, p in names if any(part.isdigit() for part in name.split(".")))
+        in_layers = total - _count(outside)
+        block_bits = (matrices * bits + (in_layers - matrices) * plain_bits) / in_layers
         bits = (matrices * bits + (total - matrices) * plain_bits) / total
     return Parameters(
         total=total,
@@ -110,6 +118,7 @@ def parameters_of(model: nn.Module, bits: float | None = None, plain_bits: int =
         trained_block=_count([p for p in block if p.requires_grad]),
         trained_outside=_count([p for p in outside if p.requires_grad]),
         bits=bits,
+        block_bits=block_bits,
     )
 
 
@@ -138,6 +147,7 @@ class Settings:
         make_optimizer: ``model.optimizer``.
         master_weights: as in ``HALOModule``.
         bits: bits per weight of a quantised base's matrices; None without quantisation.
+        unsharded: why ``fsdp2`` refuses the run; empty if it does not.
     """
 
     policy: Shape
@@ -156,6 +166,7 @@ class Settings:
     make_optimizer: Callable[[list[nn.Parameter]], Any]
     master_weights: bool
     bits: float | None = None
+    unsharded: str = ""
 
     def numerics(self, *, sharded: bool) -> Numerics:
         """The dtypes of the run.
@@ -231,6 +242,13 @@ class Settings:
         if isinstance(self.reference_model, SyncedCopy):  # with its adapter, if any
             return self.parameters.total + self.parameters.adapter, self.parameters.trained
         return self.parameters.total, 0
+
+    def reference_itemsize(self, *, sharded: bool) -> int:
+        """Bytes of a weight of the reference: another model is loaded in its own dtype, a copy gets the policy's."""
+        numerics = self.numerics(sharded=sharded)
+        if self.other is not None and not (sharded and self.precision.startswith("bf16")):
+            return int(getattr(torch, self.other_dtype).itemsize)
+        return (numerics.used if sharded else numerics.weights).itemsize
 
     @cached_property
     def optimizers(self) -> dict[bool, OptimizerMemory]:

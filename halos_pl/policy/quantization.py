@@ -188,7 +188,7 @@ def _layer_fault(layer: Any) -> str | None:
     x, slope = (
         torch.randn(3, n, generator=draw, device="cpu").to(matrix.device, dtype) for n in (matrix.shape[1], len(matrix))
     )
-    bias = 0.0 if layer.bias is None else layer.bias.float()
+    bias = 0.0 if layer.bias is None else layer.bias.detach().float()
 
     def pass_with_gradient() -> tuple[Tensor, Tensor]:
         inputs = x.detach().requires_grad_()
