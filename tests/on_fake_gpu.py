@@ -86,7 +86,8 @@ def without_values(batch: TokenBatch, view: HostView, mode: FakeTensorMode) -> T
         labels=replace(batch.labels, **{f.name: fake(getattr(batch.labels, f.name)) for f in fields(batch.labels)}),
         loss=[None if mask is None else fake(mask) for mask in batch.loss or [None] * len(batch)],
     )
-    vars(there)["_host"] = view
+    there.labels._keep(batch.labels.host)
+    vars(there)["_host"] = (there._versions, view.prompt, view.loss)
     return there
 
 
