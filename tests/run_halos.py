@@ -164,7 +164,7 @@ SHORTCUTS: dict[str, Any] = {
     "halos_pl.training.callbacks.matmul_speed": _matmul_speed,
     "halos_pl.training.throughput.matmul_speed": _matmul_speed,
     "halos_pl.training.callbacks.provenance": lambda: _provenance_of(os.getcwd()),
-    "halos_pl.training.checkpoint_files._sync": lambda _: None,
+    "halos_pl.training.checkpoint_files.sync": lambda _: None,
 }
 
 

@@ -34,6 +34,15 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def sync(path: Path) -> None:
+    """Flushes a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def publish(part: Path, place: Path, intact: Callable[[], bool]) -> None:
     """Renames a complete folder to ``place``, where processes on other machines may look or do the same.
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from halos_pl.common.transfer import moved
+
 # All on the CPU, even while Lightning creates tensors on a GPU by default.
 
 
@@ -29,17 +31,14 @@ def repeats(runs: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def upload(columns: Sequence[Tensor | Sequence[int]], device: torch.device) -> list[Tensor]:
-    """Copies integers to a device, all in one copy.
+    """Integers on a device, copied to a GPU all at once.
 
     Args:
         columns: Lists of integers or LongTensors [m] on the CPU, of any lengths.
         device: Device to copy to. The copy to a GPU is asynchronous, from pinned memory.
 
     Returns:
-        A LongTensor on ``device`` for each column, views of one buffer.
+        A LongTensor on ``device`` for each column.
     """
     tensors = [column if isinstance(column, Tensor) else _numbers(column) for column in columns]
-    buffer = torch.cat(tensors)
-    if device.type == "cuda":
-        buffer = buffer.pin_memory()
-    return list(buffer.to(device, non_blocking=True).split([len(column) for column in tensors]))
+    return moved(tensors, device)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from halos_pl.common.files import PART, remove
+from halos_pl.common.files import PART, remove, sync
 from halos_pl.training.checkpoint_links import keep_as, remove_checkpoint, remove_unused
 from halos_pl.training.checkpoint_reading import read_checkpoint, refuse_code
 
@@ -37,13 +37,13 @@ class CheckpointFiles(TorchCheckpointIO):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(checkpoint, beside)
-            _sync(beside)
+            sync(beside)
             if keep is not None and path.exists():
                 keep_as(path, Path(keep))
             if path.is_dir() and not path.is_symlink():
                 remove(path)
             os.replace(beside, path)
-            _sync(path.parent)
+            sync(path.parent)
             remove_unused(path.parent)
         except (OSError, RuntimeError) as error:
             raise OSError(f"{path} cannot be written: {write_reason(error, path.parent, keep)}") from error
@@ -76,14 +76,6 @@ class CheckpointFiles(TorchCheckpointIO):
             super().remove_checkpoint(path)
         else:
             remove_checkpoint(Path(path))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_reason(error: Exception, folder: Path, keep: Any = None) -> str:

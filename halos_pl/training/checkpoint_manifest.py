@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from halos_pl.common.files import sync
 from halos_pl.training.checkpoint_links import MANIFEST
-from halos_pl.training.checkpoint_shards import SUFFIX, sync
+from halos_pl.training.checkpoint_shards import SUFFIX
 from halos_pl.training.checkpoint_tree import Entry
 
 #: Everything but the large tensors, for ``torch.load(weights_only=True)``.

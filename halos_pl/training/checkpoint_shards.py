@@ -40,15 +40,6 @@ _DTYPES = {
 }
 
 
-def sync(path: Path) -> None:
-    """Flushes a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class ShardWriter(StorageWriter):
     """Writes the shards of ``torch.distributed.checkpoint.save`` to a folder, and then calls ``commit`` on rank 0.
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import save as distributed_save
 from torch.distributed.tensor import DTensor, Replicate
 
-from halos_pl.common.files import PART, remove
+from halos_pl.common.files import PART, remove, sync
 from halos_pl.distributed import rank, world_size
 from halos_pl.training.checkpoint_files import CheckpointFiles, write_reason
 from halos_pl.training.checkpoint_links import folder_for, keep_as, point, remove_unused
@@ -38,7 +38,7 @@ from halos_pl.training.checkpoint_reading import (
     read_checkpoint,
     refuse_code,
 )
-from halos_pl.training.checkpoint_shards import Shards, ShardWriter, WholeTensors, sync
+from halos_pl.training.checkpoint_shards import Shards, ShardWriter, WholeTensors
 from halos_pl.training.checkpoint_tree import Entry, at, local_of, put, split
 
 
