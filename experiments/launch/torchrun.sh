@@ -32,8 +32,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 options=(--objective "$OBJECTIVE" --run_dir "$RUN_DIR"
          --trainer.devices "$GPUS" --trainer.num_nodes "$NODES" --trainer.precision "$PRECISION")
 case $STRATEGY in
-  fsdp2) options+=(--trainer.strategy.class_path halos_pl.training.strategy.ShardedStrategy
-                   --trainer.strategy.init_args.replicas "$REPLICAS") ;;
+  fsdp2) options+=(--trainer.strategy fsdp2 --trainer.strategy.replicas "$REPLICAS") ;;
   *) options+=(--trainer.strategy "$STRATEGY") ;;
 esac
 

@@ -11,10 +11,11 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, _typehints
 
 from halos_pl.common.renamed import lacks
 from halos_pl.common.subclasses import every_subclass, subclasses
@@ -154,6 +155,18 @@ def _within_class(key: str, hint: Any, base: type, value: Any) -> Misfit | None:
     return dataclasses.replace(fault, depth=fault.depth + 2) if fault else None
 
 
+def classes_of(hint: Any) -> Iterator[type]:
+    """The imported classes that a type accepts."""
+    for part in alternatives(hint):
+        if base := class_of(part):
+            yield from subclasses(base)
+
+
+def class_named(hint: Any, name: str) -> bool:
+    """Whether a name or dotted path is that of a class that a type accepts."""
+    return any(_class_at(base, name)[0] is not None for part in alternatives(hint) if (base := class_of(part)))
+
+
 def _class_at(base: type, path: str) -> tuple[Any, str, str]:
     """The class with that name or dotted path; else None, the reason, and the name that was probably meant."""
     module, _, name = path.rpartition(".")
@@ -165,6 +178,9 @@ def _class_at(base: type, path: str) -> tuple[Any, str, str]:
         unfinished = [] if cls else [part for part in every_subclass(base) if part.__name__ == name]
         if unfinished:
             return None, f"it is abstract: it lacks {lacks(unfinished[0])}", ""
+        with suppress(ValueError):  # such as fsdp2, the name of a strategy
+            if cls is None and "." in (alias := _typehints.resolve_class_path_by_name(base, name)):
+                return _class_at(base, alias)
         return cls, "" if cls else f"no {base.__name__} has that name", near(name, by_name)
     try:
         home = importlib.import_module(module)
