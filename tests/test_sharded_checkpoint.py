@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from halos_pl.run_dir import LAST, PREVIOUS
 from halos_pl.training.checkpoint_files import CheckpointFiles
+from halos_pl.training.checkpoint_links import recover_all
 from halos_pl.training.checkpoint_reading import CheckpointError, read_checkpoint
 from halos_pl.training.checkpoint_search import find_checkpoint
 from halos_pl.training.non_finite import NonFiniteWeightsError, check_finite
@@ -298,10 +299,12 @@ def killed_at_each_call(folder: Path, options: dict[str, Any]) -> list[Any]:
                         os.kill(os.getpid(), 9)
 
             sys.addaudithook(hook)
-            run.save(place / LAST, rotate=True, **({"keep": place / PREVIOUS} if options["keep"] else {}))
+            rotated = {"rotate": True, **({"keep": place / PREVIOUS} if options["keep"] else {})}
+            run.save(place / options["name"], **(rotated if options["name"] == str(LAST) else {}))
             os._exit(0)
         ended = os.waitpid(child, 0)[1]
-        steps.append("done" if ended == 0 else (names(place), read_checkpoint(find_checkpoint(place))["global_step"]))
+        found = find_checkpoint(place, str(place / options["name"]))
+        steps.append("done" if ended == 0 else (names(place), read_checkpoint(found)["global_step"]))
     return steps
 
 
@@ -310,12 +313,28 @@ def test_a_kill_at_any_moment_leaves_the_last_good_ones(tmp_path, keep):
     run = Run()
     run.train(1).save(tmp_path / "run" / LAST, rotate=True)
     run.train(1).save(tmp_path / "run" / LAST, rotate=True, **({"keep": tmp_path / "run" / PREVIOUS} if keep else {}))
-    *steps, done = alone(killed_at_each_call, tmp_path, {"keep": keep})
+    *steps, done = alone(killed_at_each_call, tmp_path, {"keep": keep, "name": str(LAST)})
     assert done == "done"
     assert len(steps) > 8
     left = {tuple(kept.values()) for kept, _ in steps}
     assert left == ({(2, 1), (2, 2), (3, 2)} if keep else {(2,), (3,)})
     assert {last for _, last in steps} == {2, 3}
+
+
+def test_a_kill_while_a_folder_is_replaced_leaves_the_earlier_one_or_the_new_one(tmp_path):
+    """As with a ModelCheckpoint whose files have one name."""
+    run, name = Run(), "checkpoints/best.ckpt"
+    for _ in range(2):
+        run.train(1).save(tmp_path / "run" / name)
+    *steps, done = alone(killed_at_each_call, tmp_path, {"keep": False, "name": name})
+    assert done == "done"
+    assert [step for _, step in steps] == sorted(step for _, step in steps)
+    assert {step for _, step in steps} == {2, 3}
+    between = [place for place in tmp_path.glob("run.*") if list(place.rglob("*.old.part"))]
+    assert between
+    for place in between:
+        recover_all(place / "checkpoints")
+        assert [path.name for path in (place / "checkpoints").iterdir()] == ["best.ckpt"]
 
 
 # -- what is damaged is named --------------------------------------------------------------------------------------

@@ -13,10 +13,9 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from halos_pl.common.files import PART, remove
 from halos_pl.run_dir import LAST, PREVIOUS
 from halos_pl.training.checkpoint_files import CheckpointFiles
-from halos_pl.training.checkpoint_links import remove_checkpoint
+from halos_pl.training.checkpoint_links import recover_all, remove_checkpoint
 from halos_pl.training.checkpoint_reading import CheckpointError, refused_class
 
 
@@ -98,8 +97,7 @@ class LastCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir) / LAST.parent
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob(f"*{PART}"):  # by a run that was killed while writing
-                remove(left)
+            recover_all(folder)
             plugin.check_folder(folder)
         loop = trainer.fit_loop
         _after(loop.epoch_loop, lambda: None if self._epoch_ends(trainer) else self._save_if_due(trainer))

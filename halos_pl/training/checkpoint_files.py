@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from halos_pl.common.files import PART, remove, sync
-from halos_pl.training.checkpoint_links import keep_as, remove_checkpoint, remove_unused
+from halos_pl.training.checkpoint_links import keep_as, remove_checkpoint, remove_unused, set_aside
 from halos_pl.training.checkpoint_reading import read_checkpoint, refuse_code
 
 
@@ -40,10 +40,10 @@ class CheckpointFiles(TorchCheckpointIO):
             sync(beside)
             if keep is not None and path.exists():
                 keep_as(path, Path(keep))
-            if path.is_dir() and not path.is_symlink():
-                remove(path)
+            old = set_aside(path)
             os.replace(beside, path)
             sync(path.parent)
+            remove(old)
             remove_unused(path.parent)
         except (OSError, RuntimeError) as error:
             raise OSError(f"{path} cannot be written: {write_reason(error, path.parent, keep)}") from error

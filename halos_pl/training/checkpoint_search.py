@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from halos_pl.run_dir import LAST, PREVIOUS
+from halos_pl.training.checkpoint_links import recover
 from halos_pl.training.checkpoint_reading import CheckpointError, alternative, read_checkpoint
 
 
@@ -25,6 +26,7 @@ def find_checkpoint(run: Path, name: str | None = None) -> Path:
         CheckpointError: if the run does not record which checkpoint is best, or the file cannot be used.
     """
     last, previous = run / LAST, run / PREVIOUS
+    recover(last)
     if name in (None, "last"):
         if last.exists() or not previous.exists():
             return _existing(last, f"{run} is not the folder of a run that has reached a checkpoint")
@@ -63,6 +65,7 @@ def _best(run: Path) -> Path:
         # The run's folder may have been renamed since, and another run may have taken its place.
         inside = (run.joinpath(*parts[first:]) for first in range(len(parts)))
         for best in (*inside, Path(name)):
+            recover(best)
             if best.exists():
                 score = state.get("best_model_score")
                 of = f" ({float(score):.6g})" if score is not None else ""
@@ -84,6 +87,7 @@ def _why_unclear(run: Path, kept: Sequence[Mapping[str, Any]], monitored: Mappin
 
 
 def _existing(path: Path, why: str) -> Path:
+    recover(path)
     if path.is_symlink() and not path.exists():
         raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which does not exist")
     if path.exists() and not path.is_file() and not path.is_dir():

@@ -23,7 +23,15 @@ from torch.distributed.tensor import DTensor, Replicate
 from halos_pl.common.files import PART, remove, sync
 from halos_pl.distributed import rank, world_size
 from halos_pl.training.checkpoint_files import CheckpointFiles, write_reason
-from halos_pl.training.checkpoint_links import folder_for, keep_as, point, remove_unused
+from halos_pl.training.checkpoint_links import (
+    folder_for,
+    keep_as,
+    part_of,
+    point,
+    recover,
+    remove_unused,
+    replace_folder,
+)
 from halos_pl.training.checkpoint_manifest import (
     REST,
     Manifest,
@@ -71,7 +79,8 @@ def save_sharded(
     """Writes a checkpoint, whose tensors may be sharded, to a folder. All ranks must call it.
 
     The folder gets its name once it is complete and flushed to the disk, so a kill at any moment leaves the earlier
-    checkpoint or the new one. Without ``rotate``, an earlier checkpoint at ``path`` is renamed just before.
+    checkpoint or the new one. Without ``rotate``, an earlier checkpoint at ``path`` is renamed just before; after a
+    kill in between, the new one gets its name when it is looked for.
 
     Args:
         checkpoint: the checkpoint; all ranks must have the same entries, and rank 0's other values are saved.
@@ -88,7 +97,7 @@ def save_sharded(
     path = Path(path)
     rest, tensors, entries = split(checkpoint)
     step = int(checkpoint.get("global_step", 0))
-    part = path.with_name(f"{path.name}.{step}{PART}")  # another name each time, as network file systems cache names
+    part = part_of(path, step, rotate)
 
     def commit(files: dict[str, dict[str, Any]]) -> None:
         torch.save(rest, part / REST)
@@ -108,14 +117,14 @@ def save_sharded(
             sync(path.parent)
             remove_unused(path.parent)
         else:
-            old = path.with_name(f"{path.name}.{step}.old{PART}")
-            if os.path.lexists(path):
-                os.rename(path, old)
-            os.rename(part, path)
-            sync(path.parent)
-            remove(old)
+            replace_folder(part, path)
 
-    writer = ShardWriter(part, _make_empty, commit)
+    def make_empty(folder: Path) -> None:
+        recover(path)
+        remove(folder)
+        folder.mkdir(parents=True)
+
+    writer = ShardWriter(part, make_empty, commit)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -128,11 +137,6 @@ def save_sharded(
             raise cause from None
         which = f" by rank {number}" if world_size() > 1 else ""
         raise OSError(f"{path} cannot be written{which}: {write_reason(cause, path.parent, keep)}") from cause
-
-
-def _make_empty(folder: Path) -> None:
-    remove(folder)
-    folder.mkdir(parents=True)
 
 
 def _replicas(tensor: DTensor) -> int:
