@@ -62,6 +62,16 @@ def resolve():
     return parse
 
 
+def test_the_name_of_a_strategy_takes_settings(resolve):
+    """As in ``--trainer.strategy fsdp2 --trainer.strategy.replicas 2``, where Lightning's own name is a text."""
+    sharded = resolve("--trainer.strategy=fsdp2", "--trainer.strategy.replicas=2")["trainer"]["strategy"]
+    assert sharded["class_path"] == "halos_pl.training.strategy.ShardedStrategy"
+    assert (sharded["init_args"]["replicas"], sharded["init_args"]["reference"]) == (2, "sharded")
+    ddp = resolve("--trainer.strategy=ddp", "--trainer.strategy.find_unused_parameters=true")["trainer"]["strategy"]
+    assert ddp["init_args"]["find_unused_parameters"] is True
+    assert resolve("--trainer.strategy=fsdp2")["trainer"]["strategy"] == "fsdp2"
+
+
 def test_base_yaml_names_no_plug_in():
     base = yaml.safe_load((ROOT / "experiments" / "base.yaml").read_text())
     assert not {*PARTS, "reference_model", "loss_offset"} & base["model"].keys()

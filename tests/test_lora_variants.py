@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from halos_pl.cli.main import main
 from halos_pl.policy.adapter_sum import _factors
-from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, check_lora, load_model
+from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, check_files, load_model
 from halos_pl.policy.logprobs import padded_logps
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, weights_fingerprint
 from halos_pl.policy.scorer import Scorer
@@ -116,7 +116,7 @@ def test_a_run_resumes_exactly_and_is_exported(tiny_folder: Path, tmp_path: Path
 )
 def test_modules_that_cannot_be_trained_whole(tiny_folder: Path, lora: dict[str, Any], named: str) -> None:
     with pytest.raises(ModelError, match=named):
-        check_lora(ModelSpec(str(tiny_folder), lora=LoRASpec(**lora)))
+        check_files(ModelSpec(str(tiny_folder), lora=LoRASpec(**lora)))
 
 
 @pytest.mark.parametrize("name", ["lm_head", "wte"])

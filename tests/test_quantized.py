@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from halos_pl.cli.main import main
 from halos_pl.policy.adapters import check_sharding
-from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, QuantizeSpec, check_lora, load_model
+from halos_pl.policy.loading import LoRASpec, ModelError, ModelSpec, QuantizeSpec, check_files, load_model
 from halos_pl.policy.logprobs import padded_logps
 from halos_pl.policy.quantized_weights import bytes_of, dequantized, matrix_size, quantized_layers
 from halos_pl.policy.reference import AdapterOff, weights_fingerprint
@@ -315,7 +315,7 @@ def test_models_that_cannot_be_quantized(base: Path, tmp_path: Path, adapter: An
     (tmp_path / "stored/config.json").write_text(json.dumps(config))
     for path, why in ((tmp_path / "stored", "gptq"), (adapter[1], "halos export"), (conversions[0].path, "GGUF")):
         with pytest.raises(ModelError, match=rf"model\.policy\.quantize: {path}.*{why}"):
-            check_lora(ModelSpec(str(path), lora=lora, quantize=quantize))
+            check_files(ModelSpec(str(path), lora=lora, quantize=quantize))
     with pytest.raises(ModelError, match=r"lora\.modules_to_save.*quantized"):
         load_model(ModelSpec(str(base), lora=LoRASpec(modules_to_save=["mlp"]), quantize=quantize))
 
@@ -323,7 +323,7 @@ def test_models_that_cannot_be_quantized(base: Path, tmp_path: Path, adapter: An
 def test_a_missing_library_is_named_with_its_extra(base: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install 'halos_pl\[bitsandbytes\]'"):
-        check_lora(ModelSpec(str(base), lora=LoRASpec(), quantize=QuantizeSpec("bitsandbytes")))
+        check_files(ModelSpec(str(base), lora=LoRASpec(), quantize=QuantizeSpec("bitsandbytes")))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from dataclasses import is_dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from jsonargparse import Namespace
+from lightning.fabric.utilities.device_parser import _select_auto_accelerator
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import Timer
@@ -81,6 +82,20 @@ def check_settings(trainer: Any) -> None:
         raise RunError(
             "a run always keeps checkpoints/last.ckpt, to resume from; --trainer.enable_checkpointing false and"
             " --trainer.barebones true are not supported. --checkpoint.every_n_steps 1000000 writes it at the end only"
+        )
+
+
+def check_mixed_float16(trainer: Any) -> None:
+    """Refuses mixed precision in float16 on a CPU, for which Lightning would take bfloat16 instead.
+
+    Raises:
+        RunError: names the setting and the alternatives.
+    """
+    accelerator = _select_auto_accelerator() if trainer.accelerator == "auto" else trainer.accelerator
+    if str(trainer.precision) in ("16", "16-mixed") and accelerator == "cpu":
+        raise RunError(
+            f"trainer.precision is {trainer.precision}, which needs a GPU, but this run is on a CPU; choose bf16-mixed"
+            " or 32-true"
         )
 
 

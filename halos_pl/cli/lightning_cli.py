@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from halos_pl.cli.checked_settings import (
     check_length,
     check_loggers,
+    check_mixed_float16,
     check_nulls,
     check_numbers,
     check_settings,
@@ -35,7 +36,6 @@ from halos_pl.cli.refused_callbacks import refused_callback
 from halos_pl.cli.swapped_class import LateDefaults, say_swaps
 from halos_pl.common.refused_settings import naming_keys
 from halos_pl.data import FeedbackDataModule
-from halos_pl.policy.loading import check_lora
 from halos_pl.run_dir import CONFIG, LAST, PREVIOUS
 from halos_pl.training.callbacks import (
     PredictionWriter,
@@ -157,6 +157,8 @@ class HalosCLI(LightningCLI):
         config = self._config
         say_swaps(self._words, config_files(self._words), config)
         check_settings(config.trainer)
+        if self._runs:  # otherwise, the machine that will run may have a GPU
+            check_mixed_float16(config.trainer)
         for name, kind in _GROUP_CLASSES.items():
             check_nulls(kind, settings_of(config.get(name)), name)
         check_numbers({key: value for key, value in settings_of(config.model).items() if key != "optimizer"}, "model")
@@ -206,7 +208,7 @@ class HalosCLI(LightningCLI):
         """Refuses settings that cannot work with any data, before the data are read."""
         check_length(self.trainer)
         self.model.check_fit(self.trainer)
-        check_lora(self.model.models.spec)
+        self.model.models.check_files()
         check_monitors(self.trainer, self.model, self.datamodule)
         say_unused(self.trainer, self.datamodule)
 

@@ -20,6 +20,14 @@ _BUFFERS = ("inv_freq", "masked_bias", "attn.bias", "attention.bias")
 _PLAIN = {"F64", "F32", "F16", "BF16"}
 
 
+def untrainable(spec: ModelSpec, method: str) -> ModelError:
+    """The error about a model whose stored weights are quantized, where they would have to be trained."""
+    return ModelError(
+        f"{spec.path} is quantized ({method}), so its weights cannot be trained; set model.policy.lora to train an"
+        " adapter on it, use the original model, or remove quantization_config from config.json if it is not quantized"
+    )
+
+
 def check_loaded(model: Any, info: Mapping[str, Any], spec: ModelSpec, folder: Path) -> None:
     """Compares a model with the files that it was loaded from.
 
@@ -30,7 +38,7 @@ def check_loaded(model: Any, info: Mapping[str, Any], spec: ModelSpec, folder: P
         folder: folder of its files; need not exist, as for a hub name.
 
     Raises:
-        ModelError: the weights in the files do not match the model's, are quantised, or are not finite.
+        ModelError: the weights in the files do not match the model's, are quantized, or are not finite.
     """
     if mismatched := sorted(info["mismatched_keys"]):
         name, in_file, in_model = mismatched[0]
@@ -46,10 +54,7 @@ def check_loaded(model: Any, info: Mapping[str, Any], spec: ModelSpec, folder: P
     _check_unexpected(model, sorted(info["unexpected_keys"]), spec)
     method = quantisation(model)
     if method is not None and not (spec.lora and keeps_quantised(model)):
-        raise ModelError(
-            f"{spec.path} is quantised ({method}), so its weights cannot be trained; use the original model, or"
-            " remove quantization_config from config.json if it is not quantised"
-        )
+        raise untrainable(spec, method)
     if folder.is_dir():
         _check_files(folder)
     _check_stops(model, spec)

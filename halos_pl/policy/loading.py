@@ -22,7 +22,7 @@ from halos_pl.policy.architecture import (
     set_name,
     switch_noise_off,
 )
-from halos_pl.policy.intact import check_loaded
+from halos_pl.policy.intact import check_loaded, untrainable
 from halos_pl.policy.sharding import Sharding, equalize, shard
 from halos_pl.policy.source import is_gguf, source_of
 from halos_pl.policy.spec import LoRASpec, ModelError, ModelSpec, QuantizeSpec, reason
@@ -32,11 +32,12 @@ __all__ = [
     "ModelError",
     "ModelSpec",
     "QuantizeSpec",
-    "check_lora",
+    "check_files",
     "load_model",
     "load_tokenizer",
     "stored_dtype",
     "stored_noise",
+    "stored_quantisation",
 ]
 
 
@@ -181,13 +182,15 @@ def load_reference(spec: ModelSpec, sharding: Sharding | None = None) -> PreTrai
     return load_model(spec, None if sharding is not None and sharding.whole_reference else sharding)
 
 
-def check_lora(spec: ModelSpec) -> None:
-    """Refuses an adapter, or a quantization below it, that does not fit the model's configuration. Reads no weights.
+def check_files(spec: ModelSpec) -> None:
+    """Refuses a model, or an adapter or a quantization of it, by the model's configuration. Reads no weights.
 
     Raises:
         ModelError: as in :func:`load_model`, for a target module that does not exist, for example.
     """
     if spec.lora is None:
+        if method := stored_quantisation(spec):
+            raise untrainable(spec, method)
         return
     root, _ = adapters.chain(spec)
     _check_quantize(spec, root)
@@ -198,6 +201,7 @@ def check_lora(spec: ModelSpec) -> None:
     except Exception:  # some models cannot be built on the meta device
         return
     if spec.quantize is not None:
+        quantization.check_layers(model, spec)
         quantization.check_groups(model, spec.quantize)
     adapters.with_lora(model, spec.lora)
 
@@ -232,7 +236,7 @@ def _check_quantize(spec: ModelSpec, root: ModelSpec) -> None:
             f"model.policy.quantize: {spec.path} is a GGUF model, whose weights are already quantized; use the original"
             " model"
         )
-    if method := quantisation_of_config(_stored_config(spec)):
+    if method := stored_quantisation(spec):
         raise ModelError(
             f"model.policy.quantize: {spec.path} is already quantized ({method}); use the original model, or remove"
             " model.policy.quantize to train an adapter on it"
@@ -247,6 +251,14 @@ def stored_dtype(spec: ModelSpec) -> str | None:
 def stored_noise(spec: ModelSpec) -> dict[str, float]:
     """The dropout settings in the config of a model, or of an adapter's base; :func:`load_model` sets them to 0."""
     return noise_settings(_stored_config(spec))
+
+
+def stored_quantisation(spec: ModelSpec) -> str | None:
+    """The method by which a model, or an adapter's base, is stored quantized; None if it is not, or is a GGUF file."""
+    if is_gguf(spec):  # its conversion takes a while
+        return None
+    root, _ = adapters.chain(spec)
+    return None if is_gguf(root) else quantisation_of_config(_loaded(AutoConfig, root, weights=False))
 
 
 def _stored_config(spec: ModelSpec) -> Any:

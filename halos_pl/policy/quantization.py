@@ -75,6 +75,36 @@ def _config(quantize: QuantizeSpec, dtype: str) -> Any:
     )
 
 
+def check_layers(model: nn.Module, spec: ModelSpec) -> None:
+    """Refuses a model without a layer that the library quantizes: torchao leaves out those of GPT-2.
+
+    Args:
+        model: model whose weights need not be loaded.
+        spec: its specification.
+
+    Raises:
+        ModelError: naming the other method.
+    """
+    matrices = _matrices(model)
+    if spec.quantize and spec.quantize.method == "torchao" and not any(isinstance(m, nn.Linear) for m in matrices):
+        raise _unquantized(spec, len(matrices))
+
+
+def _matrices(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model with a matrix, except its head."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+
+
+def _unquantized(spec: ModelSpec, number: int) -> ModelError:
+    """The error about a model of whose matrices none is quantized."""
+    assert spec.quantize is not None
+    return ModelError(
+        f"model.policy.quantize: {spec.quantize.method} quantizes none of the {number} matrices of {spec.path}; use"
+        " the other method, or remove model.policy.quantize"
+    )
+
+
 def check_groups(model: nn.Module, quantize: QuantizeSpec) -> None:
     """Refuses a group size that does not divide the inputs of each layer.
 
@@ -109,14 +139,9 @@ def prepare(model: nn.Module, spec: ModelSpec) -> None:
             layer.register_state_dict_post_hook(_drop_scales)
     if spec.quantize is None:
         return
-    matrices = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))]
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    plain = [m for m in matrices if m is not head and not any(m is layer for layer in layers.values())]
+    plain = [m for m in _matrices(model) if not any(m is layer for layer in layers.values())]
     if not layers:
-        raise ModelError(
-            f"model.policy.quantize: {spec.quantize.method} has quantized none of the {len(plain)} matrices of"
-            f" {spec.path}; use the other method, or remove model.policy.quantize"
-        )
+        raise _unquantized(spec, len(plain))
     check_gradients(model)
     weights = sum(map(matrix_size, layers.values()))
     stored = sum(map(bytes_of, layers.values()))

@@ -21,7 +21,14 @@ from halos_pl.policy.architecture import (
     keeps_quantised,
     name_in_base,
 )
-from halos_pl.policy.loading import ModelError, ModelSpec, load_reference, load_tokenizer
+from halos_pl.policy.loading import (
+    ModelError,
+    ModelSpec,
+    check_files,
+    load_reference,
+    load_tokenizer,
+    stored_quantisation,
+)
 from halos_pl.policy.quantized_weights import plain_parts, quantized_layers
 from halos_pl.policy.scorer import Scorer
 from halos_pl.policy.sharding import is_sharded, whole
@@ -93,6 +100,14 @@ class ReferenceModel(Reference):
 
     def check(self, spec: ModelSpec) -> None:
         """Refuses policies that this reference does not work with, before anything is loaded.
+
+        Raises:
+            ModelError: names the reason and an alternative.
+        """
+        return None
+
+    def check_files(self, spec: ModelSpec) -> None:
+        """Refuses policies by their configuration, and references by their own, before weights are loaded.
 
         Raises:
             ModelError: names the reason and an alternative.
@@ -188,6 +203,10 @@ class FrozenCopy(ReferenceModel):
 
     def check(self, spec: ModelSpec) -> None:
         if spec.quantize is not None:
+            raise ModelError(_QUANTIZED)
+
+    def check_files(self, spec: ModelSpec) -> None:
+        if stored_quantisation(spec):
             raise ModelError(_QUANTIZED)
 
     def bind(self, policy: Scorer, spec: ModelSpec | None, *, stored: bool = False) -> None:
@@ -339,6 +358,9 @@ class OtherModel(ReferenceModel):
 
     def __init__(self, model: ModelSpec) -> None:
         self.spec = model
+
+    def check_files(self, spec: ModelSpec) -> None:
+        check_files(self.spec)
 
     def bind(self, policy: Scorer, spec: ModelSpec | None, *, stored: bool = False) -> None:
         if spec and load_tokenizer(spec).get_vocab() != load_tokenizer(self.spec).get_vocab():

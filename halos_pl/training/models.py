@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from halos_pl.policy.adapters import chain
 from halos_pl.policy.architecture import base_model, has_adapter, noise_settings
 from halos_pl.policy.limits import check_length, check_vocabulary
-from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
+from halos_pl.policy.loading import ModelSpec, check_files, load_model, load_tokenizer
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel
 from halos_pl.policy.scorer import PrefixSharing, Scorer
 from halos_pl.policy.sharding import Sharding
@@ -53,6 +53,7 @@ class Models:
         self._in_memory: Any = policy if self.spec is None else None
         with_adapter = bool(policy.lora) if isinstance(policy, ModelSpec) else has_adapter(policy)
         self.reference_model = reference_model or (AdapterOff() if with_adapter else FrozenCopy())
+        self._needs_reference = needs_reference
         self.bound = False
         self.sharding: Sharding | None = None
         self.reference: ReferenceModel | StoredReference | None = None
@@ -70,6 +71,17 @@ class Models:
                 " stored: it changes during the run, or has no fingerprint; set it to false, or choose FrozenCopy or"
                 " AdapterOff"
             )
+
+    def check_files(self) -> None:
+        """Refuses models by their configuration files, before any weights are read.
+
+        Raises:
+            ModelError: naming the setting.
+        """
+        if self.spec is not None:
+            check_files(self.spec)
+            if self._needs_reference:
+                self.reference_model.check_files(self.spec)
 
     @property
     def dtype(self) -> str:

@@ -104,6 +104,8 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "model: {policy: {lora: true}}": ("model.policy.lora is true", "target_modules"),
     # -- the Trainer ---------------------------------------------------------------------------------------------------
     "trainer: {precision: bf61}": ("trainer.precision", "did you mean bf16?", "bf16-mixed"),
+    "trainer: {precision: 16-mixed}": ("trainer.precision is 16-mixed", "GPU", "bf16-mixed"),
+    "trainer: {precision: 16, accelerator: auto}": ("trainer.precision is 16", "GPU", "bf16-mixed"),
     "trainer: {precision: 16-true}": ("trainer.precision is 16-true", "bf16-true"),
     "trainer: {accelerator: gpu}": ("trainer.accelerator is 'gpu'", "cpu"),
     "trainer: {accelerator: cuda, devices: 4}": ("trainer.accelerator is 'cuda'", "cpu"),
@@ -250,6 +252,10 @@ WORDS: dict[str, tuple[str, ...]] = {
     "--model.policy.path=given.yaml": ("model.policy.path", "given.yaml is a config"),
     "--config=nope.yaml": ("nope.yaml",),
     "--print_config=coments": ("coments", "it takes comments"),
+    "--trainer.strategy=fsdp2 --trainer.strategy.replicas=x": ("trainer.strategy.init_args.replicas is 'x'", "whole"),
+    "--trainer.strategy=fsdp2 --trainer.strategy.init_args.foo=0": ("init_args.foo is", "ShardedStrategy", "replicas"),
+    "--trainer.strategy.replicas=2": ("--trainer.strategy ShardedStrategy --trainer.strategy.replicas 2", "'auto'"),
+    "--trainer.strategy=fsdp2 --trainer.strategy.replicas=3": ("replicas is 3", "ranks, 1"),
     "--ckpt_path=last": ("last",),
     "--ckpt_path=nope.ckpt": ("nope.ckpt",),
 }
@@ -338,7 +344,7 @@ def test_a_wrong_option_is_told_in_a_line(
         words = [word for word in words if word.partition("=")[0].removeprefix("--") not in keys]
         words.append("--config=given.yaml")
     else:
-        words.append(given)
+        words += given.split() if given.startswith("--trainer.strategy") else [given]
     line = refused(words, capfd)
     assert all(name in line for name in (OPTIONS | WORDS)[given]), line
     assert not list((place / "run").rglob("*"))
