@@ -229,18 +229,6 @@ def test_options_are_checked() -> None:
         ShardedStrategy(reference="everywhere")  # type: ignore[arg-type]
 
 
-def test_an_optimizer_without_a_rule_for_shards_is_refused(
-    models: dict[str, str], data: dict[str, str], tmp_path: Path
-) -> None:
-    words = fit(
-        Path(models["llama"]), "kto", data["rows"], tmp_path / "run", "--model.optimizer.class_path=torch.optim.SGD"
-    )
-    ended = run_ranks(words, tmp_path, 2, "fsdp2")
-    assert [rank.status for rank in ended] == [1, 1]
-    assert not any("Traceback" in rank for rank in ended)
-    assert any("init_args.fused" in rank.strip().splitlines()[-1] for rank in ended)  # ranks say it once
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_blocks_are_the_layers(name: str) -> None:
     with torch.device("meta"):

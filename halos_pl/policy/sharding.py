@@ -194,6 +194,24 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+@contextmanager
+def meeting() -> Iterator[None]:
+    """Inside this context, tensors can be sharded, also before the ranks have met.
+
+    This process is then one of two ranks of which the other does not exist, and collective operations do nothing.
+    """
+    if dist.is_initialized():
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def as_shard(tensor: Tensor) -> Tensor:
     """A sharded tensor of which this rank has ``tensor``."""
     mesh = init_device_mesh(tensor.device.type, (dist.get_world_size(),))

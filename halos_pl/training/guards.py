@@ -6,7 +6,6 @@ from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
 
-from halos_pl.distributed import world_size
 from halos_pl.policy.adapters import check_sharding
 from halos_pl.policy.liger import check_liger
 from halos_pl.policy.limits import warn_of_ignored_losses
@@ -74,5 +73,11 @@ def check_fit(module: Any, trainer: Any) -> None:
     check_float16(trainer, module.models.dtype)
     lora = module.models.spec.lora if module.models.spec is not None else None
     vectors = lora is None or bool(lora.modules_to_save)
-    sharded = isinstance(trainer.strategy, ShardedStrategy) and not lora and world_size() > 1
-    check_optimizer(module.make_optimizer, trainer.strategy.root_device, vectors=vectors, sharded=sharded)
+    folders = isinstance(trainer.strategy, ShardedStrategy)
+    check_optimizer(
+        module.make_optimizer,
+        trainer.strategy.root_device,
+        vectors=vectors,
+        sharded=folders and not lora,
+        folders=folders,
+    )

@@ -8,7 +8,9 @@ AdamW at a learning rate of 5e-6 nearly every step is. So the optimizer steps on
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,13 +20,15 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from halos_pl.policy.sharding import as_shard
+from halos_pl.policy.sharding import as_shard, meeting
+from halos_pl.training.checkpoint_tree import split
 from halos_pl.training.lost_updates import HALF, LostUpdates
 
 #: Settings that choose an optimizer's implementation, not its result.
 _IMPLEMENTATION = {"fused", "foreach", "capturable", "differentiable"}
 #: Parts of names of settings that may change from or to 0 without changing which state the optimizer has.
 _STATELESS = ("lr", "decay", "eps", "beta")
+_ALTERNATIVES = "choose AdamW, or trainer.strategy ddp"
 #: Shapes of the learning rate after warm-up, by their names in transformers.
 LRShape = Literal["constant_with_warmup", "linear", "cosine"]
 
@@ -128,8 +132,9 @@ def check_optimizer(
     *,
     vectors: bool,
     sharded: bool = False,
+    folders: bool = False,
 ) -> None:
-    """Refuses, before a model is loaded, an optimizer that could not train it.
+    """Refuses, before data and model are loaded, an optimizer that could not train the model or be saved.
 
     The optimizer is made for a matrix and a vector of zeros, and takes a step along a gradient of 0.
 
@@ -138,23 +143,33 @@ def check_optimizer(
         device: device of the parameters.
         vectors: whether vectors are trained too, such as the weights of norms; under LoRA there are only matrices.
         sharded: whether the parameters are sharded over the ranks.
+        folders: whether checkpoints are folders, as those of fsdp2.
 
     Raises:
-        ValueError: naming the setting.
+        ValueError: naming the setting and the way out.
     """
-    # Optimizers with 8-bit states keep those of small parameters in 32 bits.
-    zeros = [torch.zeros(shape, device=device) for shape in ((64, 64), (2,))]
-    parameters = [nn.Parameter(as_shard(values) if sharded else values) for values in zeros]
-    matrices = parameters[:1]
-    optimizer = make_optimizer(make, matrices)
-    if vectors:
-        try:
-            optimizer = make(parameters)
-        except ValueError as error:  # as with Muon
-            raise ValueError(
-                f"model.optimizer: {error}. A whole model has vectors too, such as the weights of its norms; with"
-                " model.policy.lora only matrices are trained"
-            ) from error
+    with meeting() if sharded else nullcontext():
+        # Optimizers with 8-bit states keep those of small parameters in 32 bits.
+        zeros = [torch.zeros(shape, device=device) for shape in ((64, 64), (2,))]
+        parameters = [nn.Parameter(as_shard(values) if sharded else values) for values in zeros]
+        matrices = parameters[:1]
+        optimizer = make_optimizer(make, matrices)
+        if vectors:
+            try:
+                optimizer = make(parameters)
+            except ValueError as error:  # as with Muon
+                raise ValueError(
+                    f"model.optimizer: {error}. A whole model has vectors too, such as the weights of its norms; with"
+                    " model.policy.lora only matrices are trained"
+                ) from error
+        _check_groups(optimizer)
+        _try_step(optimizer, parameters, sharded)
+        if folders:
+            _check_saved(optimizer)
+
+
+def _check_groups(optimizer: Optimizer) -> None:
+    """Refuses settings that are not finite, and a missing learning rate."""
     for group in optimizer.param_groups:
         for name, value in group.items():
             numbers = value if isinstance(value, list | tuple) else [value]
@@ -165,23 +180,41 @@ def check_optimizer(
                 f"model.optimizer: {type(optimizer).__name__} has no learning rate (lr is {_shown(lr)}), but"
                 " model.lr_schedule needs one; set model.optimizer.init_args.lr to a number"
             )
+
+
+def _try_step(optimizer: Optimizer, parameters: list[nn.Parameter], sharded: bool) -> None:
+    """Refuses an optimizer that cannot take a step along a gradient of 0."""
+    device = parameters[0].device
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+        with rng, torch.compiler.set_stance("force_eager"):  # torchao would compile it for a minute
             optimizer.step(lambda: torch.zeros((), device=device))
     except RuntimeError as error:  # as with SparseAdam, whose gradients are sparse
         why = str(error).partition("\n")[0]
         if sharded:
             fused = any(group.get("fused") for group in optimizer.param_groups)
-            hint = "; set model.optimizer.init_args.fused to false" if fused else ""
+            cure = "set model.optimizer.init_args.fused to false" if fused else _ALTERNATIVES
             raise ValueError(
-                f"model.optimizer: {type(optimizer).__name__} cannot step on weights that fsdp2 shards: {why}{hint}"
+                f"model.optimizer: {type(optimizer).__name__} cannot step on weights that fsdp2 shards"
+                f" ({re.split(r'[,;.] |[.]$', why)[0]}); {cure}"
             ) from error
         if not isinstance(error, NotImplementedError):
             raise ValueError(f"model.optimizer: {type(optimizer).__name__} cannot take a step: {why}") from error
     except Exception:  # other errors may be due to the zeros
         pass
+
+
+def _check_saved(optimizer: Optimizer) -> None:
+    """Refuses an optimizer whose state a folder cannot contain, such as one of 8 bits, which torchao packs per rank."""
+    try:
+        split({"optimizer_states": [optimizer.state_dict()]})
+    except ValueError as error:
+        raise ValueError(
+            f"model.optimizer: {type(optimizer).__name__} keeps a state that the checkpoint of a sharded run cannot"
+            f" contain ({str(error).partition(', ')[0]}); {_ALTERNATIVES}"
+        ) from error
 
 
 class Schedule(LambdaLR):

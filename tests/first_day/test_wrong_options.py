@@ -83,6 +83,16 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "model: {optimizer: {class_path: transformers.Adafactor, init_args: {lr: null}}}": ("Adafactor", "lr is null"),
     "model: {optimizer: {class_path: transformers.Adafactor, init_args: {lr: 0.1}}}": ("model.optimizer", "lr"),
     "model: {optimizer: {class_path: torch.optim.SparseAdam}}": ("SparseAdam", "dense gradients"),
+    "model: {optimizer: torch.optim.Adafactor}\ntrainer: {strategy: fsdp2}": ("Adafactor", "AdamW", "ddp"),
+    "model: {optimizer: {class_path: torch.optim.SGD, init_args: {fused: true}}}\ntrainer: {strategy: fsdp2}": (
+        "SGD",
+        "init_args.fused to false",
+    ),
+    "model: {optimizer: torchao.optim.AdamW8bit}\ntrainer: {strategy: fsdp2}": ("AdamW8bit", "AdamW, or", "ddp"),
+    "model: {optimizer: torchao.optim.AdamW8bit, policy: {lora: {r: 4}}}\ntrainer: {strategy: fsdp2}": (
+        "OptimState8bit",
+        "choose AdamW",
+    ),
     "model: {optimizer: {class_path: torch.optim.Muon}}": ("Muon", "model.policy.lora"),
     "model: {optimizer: Adamw}": ("model.optimizer", "did you mean AdamW?"),
     "model: {optimizer: torch.optim.Adamw}": ("did you mean torch.optim.AdamW?",),
@@ -270,6 +280,7 @@ QUICK = (
     "model: {policy: {lora: {r: null}}}",
     "model: {optimizer: {class_path: AdamW, init_args: {lr: fast}}}",
     "model: {optimizer: {class_path: torch.optim.SparseAdam}}",
+    "model: {optimizer: torch.optim.Adafactor}\ntrainer: {strategy: fsdp2}",
     "trainer: {precision: bf61}",
     "trainer: {accelerator: gpu}",
     "trainer: {accelerator: tpu}",
@@ -345,6 +356,8 @@ def test_a_wrong_option_is_told_in_a_line(
         words.append("--config=given.yaml")
     else:
         words += given.split() if given.startswith("--trainer.strategy") else [given]
+    if "torchao" in given:
+        pytest.importorskip("torchao")
     line = refused(words, capfd)
     assert all(name in line for name in (OPTIONS | WORDS)[given]), line
     assert not list((place / "run").rglob("*"))
@@ -370,6 +383,8 @@ COMMANDS_WRONG: dict[str, tuple[str, ...]] = {
     'check Logistic --init_args {"beta":"x"}': ("beta",),
     'check Logistic --init_args {"betta":1}': ("betta",),
     "export nope out": ("nope",),
+    "export nope --folder out": ("--folder is no option", "halos export RUN FOLDER"),
+    "export nope": ("folder", "halos export RUN FOLDER"),
     "export nope out --checkpoint best": ("nope is not the folder of a run", "checkpoint best"),
     "ablate nope.yaml": ("nope.yaml",),
     "data inspect nope.jsonl": ("nope.jsonl",),
