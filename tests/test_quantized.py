@@ -306,6 +306,27 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_loaded(
     assert all(part in message for part in named), message
 
 
+@pytest.mark.usefixtures("no_model")
+def test_stored_quantized_weights_are_refused_before_anything_is_loaded(
+    base: Path, tiny_gpt2_folder: Path, tmp_path: Path, capfd: Any
+) -> None:
+    needs("torchao")
+    data, stored = binary_data(tmp_path / "d.jsonl"), tmp_path / "stored"
+    shutil.copytree(base, stored)
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (stored / "config.json").write_text(json.dumps(config))
+    lora, other = "--model.policy.lora={r: 4}", "--model.reference_model=OtherModel"
+    for model, options, named in (
+        (stored, [], [str(stored), "gptq", "model.policy.lora"]),
+        (stored, [lora, "--model.reference_model=FrozenCopy"], ["FrozenCopy", "AdapterOff"]),
+        (base, [other, f"--model.reference_model.model.path={stored}"], ["reference_model", str(stored), "gptq"]),
+        (tiny_gpt2_folder, [lora, "--model.policy.quantize.method=torchao"], ["torchao", str(tiny_gpt2_folder)]),
+    ):
+        message = refused(capfd, fit(model, "kto", data, tmp_path / "run", *options))
+        assert all(part in message for part in named), message
+
+
 def test_models_that_cannot_be_quantized(base: Path, tmp_path: Path, adapter: Any, conversions: Any) -> None:
     needs("torchao")
     quantize, lora = QuantizeSpec("torchao", bits=8), LoRASpec(r=4)

@@ -36,6 +36,10 @@ NOISE = (
 # An advertisement, and Lightning's reason for stopping, wrong after early stopping: RunReport logs the right one.
 UNSAID = r"litlogger|`Trainer\.fit` stopped: `max"
 
+# Lines that torchao's import logs where it is built for another Python or device, and on its own classes. transformers
+# and peft import it wherever it is installed.
+IMPORTING = r"Failed to load \S+\.so: Could not load this library|is an Enum subclass and is now natively supported"
+
 # Errors that a user can fix, beside RunError, OSError and ValueError.
 _ERRORS = {
     "halos_pl.training.non_finite": ("NonFiniteLossError", "NonFiniteWeightsError"),
@@ -67,8 +71,8 @@ def reported() -> Iterator[None]:
     for noise in NOISE:
         warnings.filterwarnings("ignore", noise)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_shown)
-    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao wherever it is installed
-        logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).addFilter(_not_of_import)
     if warnings.formatwarning is not _warning:
         _FORMAT.append(warnings.formatwarning)
         warnings.formatwarning = _warning
@@ -108,6 +112,11 @@ def _shown(record: logging.LogRecord) -> bool:
     """Whether to show a log line; removes control characters from paths or column names."""
     record.msg, record.args = plain(record.getMessage()), ()
     return not re.search(UNSAID, record.msg)
+
+
+def _not_of_import(record: logging.LogRecord) -> bool:
+    """Whether to show a log line: not if importing torchao always causes it."""
+    return not re.search(IMPORTING, record.getMessage())
 
 
 def _cure(error: BaseException) -> str:

@@ -35,6 +35,7 @@ class HalosParser(ArgumentParser):
         """Options with names similar to ``key``, or all of them if they are few, as in a plug-in."""
         parsers = [self, *(p for a in self._actions if isinstance(a.choices, dict) for p in a.choices.values())]
         names = {action.dest for parser in parsers for action in parser._actions} - {"help", "print_shtab"}
+        names -= {*_without_name(self)}
         names |= {*PRESET_OPTIONS} if any(map(_of_trainer, parsers)) else set()
         key = re.sub(r"\.(class_path|init_args)\b", "", key)
         if new := renamed(key, names):
@@ -70,11 +71,16 @@ class HalosParser(ArgumentParser):
         fault = cause_in(ex)
         fault = f"{fault}{hidden(fault)}" if fault else " ".join(cause(message).split())
         command = self.prog.replace(" [options]", "")
+        positionals = _without_name(self)
+        form = " ".join([command, *map(str.upper, positionals)])
         if inside := re.match(r"Subcommand '(\w+)'", message):  # a key of a config file
             command += f" {inside[1]}"
         if missing := re.match(r"the following arguments are required: (?:(\w+)\.)?(.*)", fault):
             command += f" {missing[1]}" if missing[1] in TRAINER_COMMANDS else ""
-            fault = f"{missing[2]} must be given, in a config or on the command line"
+            how = f": {form}" if positionals else ", in a config or on the command line"
+            fault = f"{missing[2]} must be given{how}"
+        elif named := [name for name in positionals if re.search(rf"^unrecognized arguments: .*--{name}\b", fault)]:
+            fault = f"{', '.join(f'--{name}' for name in named)} is no option; give the value without it: {form}"
         elif word := re.match(r"unrecognized arguments: ([^-\s]\S*)", fault):
             fault = f"{fault}; {misplaced(word[1]) or 'an option begins with --, as in --objective NAME'}"
         elif unknown := re.search(UNKNOWN_OPTION, fault):
@@ -86,6 +92,11 @@ class HalosParser(ArgumentParser):
         # Without the usage, which fills a screen and would push the error off it.
         print(f"{command}: error: {plain(fault)}", file=sys.stderr)
         raise SystemExit(2) from ex
+
+
+def _without_name(parser: ArgumentParser) -> list[str]:
+    """The arguments of a tool that are given by their place, in order."""
+    return [a.dest for a in parser._actions if not a.option_strings and not isinstance(a.choices, dict)]
 
 
 def _of_trainer(parser: ArgumentParser) -> bool:

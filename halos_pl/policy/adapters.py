@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,7 @@ def merge(model: Any, adapter: Adapter) -> Any:
 
 
 def _is_twice(weights: dict[str, Tensor], name: str) -> bool:
-    """Whether peft saved a module under two names, as for one that was both resized and fully trained."""
+    """Whether peft saved a module under two names: one that was both resized and fully trained."""
     shorter = name.replace(".modules_to_save.", ".")
     return shorter != name and name in weights and shorter in weights and torch.equal(weights[name], weights[shorter])
 
@@ -200,8 +201,7 @@ def _resize(model: Any, weights: dict[str, Tensor], path: str) -> None:
     """
     ends = {"embedding": model.get_input_embeddings(), "head": model.get_output_embeddings()}
     names = {id(module): name for name, module in model.named_modules()}
-    rows: dict[str, int] = {}
-    whole: dict[str, bool] = {}
+    rows, whole = dict[str, int](), dict[str, bool]()
     for end, module in ends.items():
         if module is None:
             continue
@@ -214,8 +214,7 @@ def _resize(model: Any, weights: dict[str, Tensor], path: str) -> None:
         rows.update((end, n) for n in sizes if n != module.weight.shape[0])
     if not rows:
         return
-    tied = len(whole) == 2 and ends["embedding"].weight is ends["head"].weight
-    most = max(rows.values())
+    tied, most = len(whole) == 2 and ends["embedding"].weight is ends["head"].weight, max(rows.values())
     if len(set(rows.values())) > 1 or not (any(whole.values()) if tied else all(whole.values())):
         raise ModelError(
             f"it was trained with a vocabulary of {most} tokens, its base has"
@@ -254,7 +253,8 @@ def with_lora(model: Any, lora: LoRASpec) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        with torch.random.fork_rng(devices=[]), whole_shapes(model):
+        with torch.random.fork_rng(devices=[]), whole_shapes(model), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings|fan_in_fan_out")  # refused; corrected
             torch.manual_seed(torch.initial_seed())
             adapted = get_peft_model(model, config)
     except (TypeError, ValueError) as error:

@@ -24,7 +24,6 @@ from halos_pl.policy.architecture import (
 from halos_pl.policy.loading import (
     ModelError,
     ModelSpec,
-    check_files,
     load_reference,
     load_tokenizer,
     stored_quantisation,
@@ -360,7 +359,11 @@ class OtherModel(ReferenceModel):
         self.spec = model
 
     def check_files(self, spec: ModelSpec) -> None:
-        check_files(self.spec)
+        if method := stored_quantisation(self.spec):
+            raise ModelError(
+                f"reference_model: {self.spec.path} is quantized ({method}), which only a policy with"
+                " model.policy.lora may be; use the original model"
+            )
 
     def bind(self, policy: Scorer, spec: ModelSpec | None, *, stored: bool = False) -> None:
         if spec and load_tokenizer(spec).get_vocab() != load_tokenizer(self.spec).get_vocab():
