@@ -122,7 +122,10 @@ def test_modules_that_cannot_be_trained_whole(tiny_folder: Path, lora: dict[str,
 
 @pytest.mark.parametrize("name", ["lm_head", "wte"])
 def test_a_tied_end_cannot_be_trained_whole(tiny_gpt2_folder: Path, name: str) -> None:
-    with warnings.catch_warnings(action="error", category=UserWarning), pytest.raises(ModelError, match=r"modules_to_save.*tied"):
+    with (
+        warnings.catch_warnings(action="error", category=UserWarning),
+        pytest.raises(ModelError, match=r"modules_to_save.*tied"),
+    ):
         load_model(ModelSpec(str(tiny_gpt2_folder), lora=LoRASpec(modules_to_save=[name])))
 
 

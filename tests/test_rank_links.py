@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from halos_pl.cli.errors import UsageError, described
 from halos_pl.training import rank_failure
 from halos_pl.training.rank_failure import PeerFailed, RankWatch
 from halos_pl.training.rank_links import Failure, Hub, Place, Spoke, links
@@ -188,6 +189,36 @@ def test_each_node_prints_one_line(failed, printed, printers):
         if (local_rank, node) != failed and watch._prints(Failure(9, *failed, "host", "", printed)):
             found.append((local_rank, node))
     assert found == printers
+
+
+def test_wrong_words_end_all_ranks_with_the_status_of_the_first(capsys):
+    """Each rank finds the fault itself; one prints it."""
+    port, ends = free_port(), []
+
+    def end(rank: int) -> None:
+        watch = RankWatch(Place(rank, rank, 0, 2, "127.0.0.1", port), described)
+        try:
+            rank_failure._watch = watch
+            error = UsageError("halos fit: error: no widget")
+            watch.end(error)
+            ends.append(error)
+        except PeerFailed as failed:
+            assert not failed.prints
+            ends.append(failed.failure)
+
+    threads = [threading.Thread(target=end, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    rank_failure._watch = None
+    [own] = [each for each in ends if isinstance(each, UsageError)]
+    [other] = [each for each in ends if isinstance(each, Failure)]
+    assert (own.code, other.status, other.text) == (2, 2, own.line)
+    assert capsys.readouterr().err == ""
+    own.print()
+    own.print()
+    assert capsys.readouterr().err.splitlines() == [own.line]
 
 
 def test_a_blocked_process_is_ended_with_one_line(monkeypatch, capsys):

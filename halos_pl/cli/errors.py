@@ -17,10 +17,45 @@ from typing import Any
 from halos_pl.cache import NoHomeError, cache_root
 from halos_pl.cli.broken_pipe import is_unread
 from halos_pl.common.messages import cause, plain
+from halos_pl.common.stopping import is_first
 
 
 class RunError(RuntimeError):
     """A command that the run's folder or settings do not allow."""
+
+
+class UsageError(SystemExit):
+    """Wrong words of a command, which ends with status 2.
+
+    Args:
+        line: The error in one line. It is printed at once, unless the ranks of a run have yet to agree on who does.
+    """
+
+    def __init__(self, line: str) -> None:
+        super().__init__(2)
+        self.line, self._printed = line, False
+        if not (_ranks() and _ranks().watched()):
+            self.print()
+
+    def print(self) -> None:
+        """Prints the line, once."""
+        if not self._printed and speaks():
+            print(self.line, file=sys.stderr)
+        self._printed = True
+
+
+def _ranks() -> Any:
+    """The module that watches the ranks of a run; None if it has not been imported."""
+    return sys.modules.get("halos_pl.training.rank_failure")
+
+
+def speaks() -> bool:
+    """Whether this process reports its error.
+
+    Ranks that know of each other have agreed. Of others, which were started by hand with the same words, the first on
+    each machine does. One that Lightning has started does, since rank 0 has got further.
+    """
+    return bool(_ranks() and _ranks().prefix()) or is_first() or "WORLD_SIZE" in os.environ
 
 
 # Warnings that other libraries address to their own developers.
@@ -56,6 +91,10 @@ def user_errors() -> tuple[type[Exception], ...]:
 
 def described(error: BaseException) -> tuple[str, bool]:
     """One line on an error, and whether a user can fix it."""
+    if isinstance(error, UsageError):
+        return error.line, True
+    if isinstance(error, SystemExit):
+        return f"ended with status {error.code}", True
     if isinstance(error, user_errors()):
         return f"{type(error).__name__}: {plain(cause(str(error)))}{_cure(error)}", True
     return f"{type(error).__name__}: {plain(str(error).strip().partition(chr(10))[0])}", False
@@ -79,16 +118,19 @@ def reported() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        ranks: Any = sys.modules.get("halos_pl.training.rank_failure")
+        ranks = _ranks()
+        if isinstance(error, UsageError):
+            error.print()
         if ranks is not None and isinstance(error, ranks.PeerFailed):
             if error.prints:
                 print(f"halos: {plain(error)}", file=sys.stderr)
-            raise SystemExit(1) from error
+            raise SystemExit(error.failure.status) from error
         if not isinstance(error, Exception) or is_unread(error):
             raise
         rank, (text, fixable) = ranks.prefix() if ranks else "", described(error)
         if fixable:
-            print(f"halos: {rank}{text}", file=sys.stderr)
+            if speaks():
+                print(f"halos: {rank}{text}", file=sys.stderr)
             raise SystemExit(1) from error
         if re.search(r"Connection (closed|reset) by peer", str(error)):  # gloo's words in a collective
             print("halos: another process of this run has ended; see its output for the reason", file=sys.stderr)

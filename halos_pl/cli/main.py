@@ -12,7 +12,7 @@ from halos_pl.cli.help_page import TRAINER_COMMANDS, help_page, unknown_command
 from halos_pl.cli.words import at_home, spelled
 from halos_pl.common.import_path import put_last
 from halos_pl.common.messages import plain
-from halos_pl.common.stopping import listening
+from halos_pl.common.stopping import is_first, listening
 
 
 def main(args: list[str] | None = None) -> None:
@@ -56,7 +56,8 @@ def _dispatch(words: list[str]) -> None:
         print(help_page(), file=sys.stdout if words else sys.stderr)
         raise SystemExit(0 if words else 2)
     elif wrong := unknown_command(words[0]):
-        print(f"halos: {plain(wrong)}", file=sys.stderr)
+        if is_first():
+            print(f"halos: {plain(wrong)}", file=sys.stderr)
         raise SystemExit(2)
     elif words[0] == "check":
         from halos_pl.cli import check

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
+from halos_pl.cli.errors import UsageError
 from halos_pl.cli.help_page import TRAINER_COMMANDS
 from halos_pl.common.messages import cause, plain
 from halos_pl.common.misplaced import misplaced
@@ -90,8 +91,7 @@ class HalosParser(ArgumentParser):
         elif "for --print_config" in fault:
             fault += "; it takes comments, skip_default, skip_null"
         # Without the usage, which fills a screen and would push the error off it.
-        print(f"{command}: error: {plain(fault)}", file=sys.stderr)
-        raise SystemExit(2) from ex
+        raise UsageError(f"{command}: error: {plain(fault)}") from ex
 
 
 def _without_name(parser: ArgumentParser) -> list[str]:

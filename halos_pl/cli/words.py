@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from halos_pl.common.stopping import is_first
+
 
 def spelled(words: list[str]) -> list[str]:
     """The words of a command, with ``--ckpt_path`` for ``--checkpoint best``, ``last`` or a file.
@@ -24,7 +26,8 @@ def spelled(words: list[str]) -> list[str]:
             respelled[i] = f"--ckpt_path{mark}{value if mark else ''}"
     count = [word.partition("=")[0] for word in respelled].count("--ckpt_path")
     if respelled != words and count > 1:
-        print("halos: --checkpoint and --ckpt_path are the same option; give only one", file=sys.stderr)
+        if is_first():
+            print("halos: --checkpoint and --ckpt_path are the same option; give only one", file=sys.stderr)
         raise SystemExit(2)
     return respelled
 

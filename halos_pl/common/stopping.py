@@ -105,14 +105,14 @@ def command_line(*more: str, without: tuple[str, ...] = ()) -> str:
     return shlex.join([*program, *words, *more])
 
 
-def _is_first() -> bool:
+def is_first() -> bool:
     """Whether this is the first rank of its machine; SLURM names ranks in its own way."""
     return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
 
 
 def say(text: str) -> None:
     """Prints a line from a signal handler, only on the first rank of a machine."""
-    if _is_first():
+    if is_first():
         with suppress(OSError):  # the terminal is gone
             os.write(2, f"\nhalos: {text}\n".encode())
 
@@ -207,7 +207,7 @@ def listening(words: list[str]) -> Iterator[None]:
         stopped_by = stopped_by or signal.SIGINT
     # A library may have replaced our exception; Lightning's own SystemExit has no code.
     if stopped_by is not None and (failed is None or at_once or not _is_fault(failed)):
-        if at_once and _is_first():
+        if at_once and is_first():
             print(f"halos: stopped by {name_of(stopped_by)}", file=sys.stderr)
         raise SystemExit(128 + stopped_by) from None
     if failed is not None:

@@ -172,11 +172,10 @@ class RankWatch:
         place, printed = self.place, True
         if isinstance(error, stopping.Stopped):
             text, printed = f"stopped by {error}", place.local_rank == 0
-        elif isinstance(error, SystemExit):
-            text = f"ended with status {error.code}"
         else:
             text = self._describe(error)[0]
-        return Failure(place.rank, place.local_rank, place.node, socket.gethostname(), text, printed)
+        status = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+        return Failure(place.rank, place.local_rank, place.node, socket.gethostname(), text, printed, status)
 
     def _prints(self, failure: Failure) -> bool:
         """Whether this rank prints another one's failure: the first on each node where that rank does not."""
@@ -200,6 +199,11 @@ class NoteFailure(Callback):
 
 _watch: RankWatch | None = None
 _rank: int | None = None  # of a run with several ranks
+
+
+def watched() -> bool:
+    """Whether the ranks of this run agree on which of them reports an error."""
+    return _watch is not None
 
 
 def prefix() -> str:

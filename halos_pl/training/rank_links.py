@@ -62,6 +62,7 @@ class Failure:
         host: Name of its machine.
         text: One line on the failure.
         printed: Whether that rank prints the line itself.
+        status: Exit status of all ranks.
     """
 
     rank: int
@@ -70,6 +71,7 @@ class Failure:
     host: str
     text: str
     printed: bool
+    status: int = 1
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}: {self.text}"

@@ -363,6 +363,24 @@ def test_a_wrong_option_is_told_in_a_line(
     assert not list((place / "run").rglob("*"))
 
 
+@pytest.mark.parametrize("word", ["--trainer.max_steps=x", "--seed_everything=-1", "--nope", "--checkpoint=last"])
+def test_the_first_rank_of_a_machine_speaks_for_all(
+    word: str, place: Path, tiny_folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the ranks have met; all end with the same status."""
+    words = [*fit(tiny_folder, "kto", place / "rows.jsonl", place / "run"), "--ckpt_path=last", word]
+    ends = []
+    for rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        ends.append((ended.value.code, len(capfd.readouterr().err.splitlines())))
+    (status, lines), silent = ends
+    assert status in (1, 2)
+    assert lines == 1
+    assert silent == (status, 0)
+
+
 COMMANDS_WRONG: dict[str, tuple[str, ...]] = {
     "fitt": ("fitt", "did you mean fit?"),
     "nope": ("nope", "fit", "ablate"),
