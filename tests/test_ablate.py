@@ -679,8 +679,11 @@ def test_a_run_whose_study_has_died_is_still_locked(tmp_path: Path) -> None:
     FileLock(lock).acquire(timeout=10)
 
 
-def test_what_two_processes_are_given_is_done_once(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study = load_study(make())
+@pytest.mark.parametrize("cluster", [None, {"cluster": "local"}])
+def test_what_two_processes_are_given_is_done_once(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: dict[str, str] | None
+) -> None:
+    study = load_study(make(**({"cluster": cluster} if cluster else {})))
     run = study.runs(tmp_path / "out")[0]
     called: list[str] = []
 

@@ -203,8 +203,7 @@ def test_wrong_words_end_all_ranks_with_the_status_of_the_first(capsys):
             watch.end(error)
             ends.append(error)
         except PeerFailed as failed:
-            assert not failed.prints
-            ends.append(failed.failure)
+            ends.append(failed)
 
     threads = [threading.Thread(target=end, args=(rank,)) for rank in (0, 1)]
     for thread in threads:
@@ -213,8 +212,9 @@ def test_wrong_words_end_all_ranks_with_the_status_of_the_first(capsys):
         thread.join(30)
     rank_failure._watch = None
     [own] = [each for each in ends if isinstance(each, UsageError)]
-    [other] = [each for each in ends if isinstance(each, Failure)]
-    assert (own.code, other.status, other.text) == (2, 2, own.line)
+    [other] = [each for each in ends if isinstance(each, PeerFailed)]
+    assert (own.code, other.failure.status, other.failure.text) == (2, 2, own.line)
+    assert not other.prints
     assert capsys.readouterr().err == ""
     own.print()
     own.print()

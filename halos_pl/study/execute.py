@@ -6,14 +6,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from halos_pl.common import stopping
+from halos_pl.common.leases import Lease
 from halos_pl.common.messages import plain
 from halos_pl.run_dir import LAST, PREVIOUS, shortfall
 from halos_pl.study import processes
@@ -85,18 +87,43 @@ def execute_run(
         Reason of the failure; None after success.
     """
     run.folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run.folder.with_name(f"{run.folder.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"halos: {plain(run.folder)}: waiting for another process that works on it", file=sys.stderr)
-        lock.acquire()
-    try:
-        why = None if run.done else _train_and_measure(run, study, os.environ if env is None else env, descriptor(lock))
+    with _alone(run, study) as lock:
+        why = None if run.done else _train_and_measure(run, study, os.environ if env is None else env, lock)
         if run.done and not keep_checkpoints:  # also those of a process that outlived an interrupted study
             for checkpoint in (LAST, PREVIOUS):
                 remove_checkpoint(run.folder / checkpoint)
         return why
+
+
+@contextmanager
+def _alone(run: Run, study: Study) -> Iterator[int | None]:
+    """Waits until no other process works on a run.
+
+    The nodes of a cluster use a lease, as their file system may have no locks. On one machine it is a lock of the file
+    system, which the run's commands inherit: one that outlives its study keeps the lock, but could not renew a lease.
+
+    Yields:
+        The file descriptor that commands must inherit, if any.
+    """
+    beside, waits = run.folder.with_name, f"halos: {plain(run.folder)}: waiting for another process that works on it"
+    if study.cluster is not None:
+        lease = Lease(beside(f"{run.folder.name}.lease"))
+        with lease.held(wait=False) as held:
+            if held:
+                yield None
+                return
+        print(waits, file=sys.stderr)
+        with lease.held():
+            yield None
+        return
+    lock = FileLock(beside(f"{run.folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(waits, file=sys.stderr)
+        lock.acquire()
+    try:
+        yield descriptor(lock)
     finally:
         lock.release()
 

@@ -9,11 +9,11 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from filelock import FileLock
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from halos_pl.common.leases import Lease
 from halos_pl.common.messages import counted, plain
 from halos_pl.run_dir import SUMMARY
 from halos_pl.study import processes
@@ -33,7 +33,7 @@ def timed_step(study: Study, out: Path, env: Mapping[str, str]) -> tuple[float, 
     folder = out / FOLDER
     log = out / f"{FOLDER}.{processes.LOG}"
     unfinished = {run.arm.name: run.arm for run in study.runs(out) if not run.done}
-    with FileLock(out / f"{FOLDER}.lock"):
+    with Lease(out / f"{FOLDER}.lease").held():
         for arm in unfinished.values():
             log.unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)  # left by a study that was stopped
