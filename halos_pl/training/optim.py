@@ -168,7 +168,7 @@ def check_optimizer(
             _check_saved(optimizer)
 
 
-def _check_groups(optimizer: Optimizer) -> None:
+def _check_groups(optimizer: Any) -> None:
     """Refuses settings that are not finite, and a missing learning rate."""
     for group in optimizer.param_groups:
         for name, value in group.items():
@@ -182,7 +182,7 @@ def _check_groups(optimizer: Optimizer) -> None:
             )
 
 
-def _try_step(optimizer: Optimizer, parameters: list[nn.Parameter], sharded: bool) -> None:
+def _try_step(optimizer: Any, parameters: list[nn.Parameter], sharded: bool) -> None:
     """Refuses an optimizer that cannot take a step along a gradient of 0."""
     device = parameters[0].device
     for parameter in parameters:
@@ -206,7 +206,7 @@ def _try_step(optimizer: Optimizer, parameters: list[nn.Parameter], sharded: boo
         pass
 
 
-def _check_saved(optimizer: Optimizer) -> None:
+def _check_saved(optimizer: Any) -> None:
     """Refuses an optimizer whose state a folder cannot contain, such as one of 8 bits, which torchao packs per rank."""
     try:
         split({"optimizer_states": [optimizer.state_dict()]})
