@@ -21,7 +21,7 @@ def plan(
     memory: float | None = None,
     devices: int | None = None,
     nodes: int | None = None,
-    strategy: Literal["auto", "ddp", "fsdp2"] | None = None,
+    strategy: str | None = None,
     replicas: int | None = None,
     shape: str | None = None,
     length: int | None = None,

@@ -143,12 +143,22 @@ def check_trainer(trainer: Any) -> None:
 
 
 def check_sharded(trainer: Any, needs: Needs) -> None:
+    """Refuses an objective that the Trainer's strategy cannot compute.
+
+    Raises:
+        ValueError: as in :func:`check_sharded_needs`.
+    """
+    if isinstance(trainer.strategy, ShardedStrategy):
+        check_sharded_needs(needs)
+
+
+def check_sharded_needs(needs: Needs) -> None:
     """Refuses an objective that fsdp2 cannot compute.
 
     Raises:
         ValueError: naming the part and what to do instead.
     """
-    if needs.samples and isinstance(trainer.strategy, ShardedStrategy):
+    if needs.samples:
         raise ValueError(
             "model.reference_point samples from the policy, which fsdp2 does not support: ranks would generate answers"
             " of different lengths, and wait for each other forever. Choose a reference point that needs no samples,"

@@ -17,7 +17,7 @@ import pytest
 from run_halos import binary_data, fit
 
 from halos_pl.cli.main import main
-from halos_pl.common.progress import counted
+from halos_pl.common.progress import counted, counting
 from halos_pl.training.progress import Progress
 
 PLUGIN = "plugins.own_log"
@@ -159,3 +159,13 @@ def test_work_without_a_terminal_is_counted_in_lines(capsys: pytest.CaptureFixtu
     assert re.findall(r"^judging: (\d)/4;", said.err, re.MULTILINE) == ["1", "2", "3"]
     list(counted("abcd", "judging"))
     assert capsys.readouterr().err == ""
+
+
+def test_work_of_unknown_length_is_counted_in_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    for max_seconds, lines in ((0.0, ["1", "2"]), (60.0, [])):
+        with counting("planning", "steps", max_seconds) as done:
+            done()
+            done()
+        out, err = capsys.readouterr()
+        assert not out
+        assert re.findall(r"^planning: (\d) steps;", err, re.MULTILINE) == lines

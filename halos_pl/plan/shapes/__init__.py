@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig
 
+from halos_pl.common.type_words import near
 from halos_pl.common.yaml_files import read_yaml
 from halos_pl.plan.error import PlanError
 from halos_pl.policy.adapters import chain
@@ -46,17 +48,30 @@ def read_shape(path: str | Path) -> Shape:
     """The shape in a YAML file: ``config``, and optionally ``names``, ``source`` and ``parameters``.
 
     Raises:
-        OSError: if the file cannot be read.
-        PlanError: if it is not a shape, naming file and key.
+        PlanError: if it cannot be read or is not a shape, naming file and key.
         YAMLFileError: if it is not YAML.
     """
-    content, lines = read_yaml(path)
+    try:
+        content, lines = read_yaml(path)
+    except OSError as error:
+        raise PlanError(
+            f"{path}: the shape cannot be read ({error.strerror}); name a YAML file with the keys of the model's"
+            " config.json under config"
+        ) from error
     if unknown := sorted(content.keys() - _KEYS):
         place = f"{path}:{lines.get((unknown[0],), 1)}"
         raise PlanError(f"{place}: a shape has no key {unknown[0]}; it has {', '.join(sorted(_KEYS))}")
     settings = content.get("config")
     if not isinstance(settings, dict) or "model_type" not in settings:
         raise PlanError(f"{path}: config must be a mapping with model_type and the other keys of config.json")
+    kind = settings["model_type"]
+    if kind not in CONFIG_MAPPING:
+        line = lines.get(("config", "model_type"), 1)
+        guess = near(kind, CONFIG_MAPPING)
+        raise PlanError(
+            f"{path}:{line}: transformers {transformers.__version__} has no model_type {kind}; "
+            + (f"did you mean {guess}?" if guess else "copy that of the model's config.json")
+        )
     try:
         config = AutoConfig.for_model(**settings)
     except Exception as error:  # each architecture checks its settings in its own way
