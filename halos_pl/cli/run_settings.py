@@ -7,19 +7,23 @@ from typing import Any, NamedTuple
 
 import torch
 
+from halos_pl.batch import Needs
 from halos_pl.cli.errors import RunError
 from halos_pl.cli.lightning_cli import HalosCLI
 from halos_pl.objective.build import PARTS
 from halos_pl.plan.cards import memory_of
+from halos_pl.plan.fake import meta_model
 from halos_pl.plan.memory import Layout
 from halos_pl.plan.plan import assumed_rows, rows_of
 from halos_pl.plan.rows import Rows, from_data
 from halos_pl.plan.run import Settings
 from halos_pl.plan.shapes import read_shape, shape_of
 from halos_pl.policy.adapters import check_sharding
+from halos_pl.policy.liger import check_liger
+from halos_pl.policy.quantization import check_groups
 from halos_pl.policy.reference import OtherModel
 from halos_pl.policy.spec import ModelError, ModelSpec
-from halos_pl.training.checks import check_precision, refused_strategy
+from halos_pl.training.checks import check_precision, check_sharded_needs, refused_strategy
 
 _DEFAULT = "kto"
 #: Maximum size of training data that are counted, and number of steps that are read.
@@ -92,16 +96,22 @@ def settings_of(cli: PlanCLI, shape: str | None) -> Settings:
         shape: file with the shape of the policy; None to look it up.
 
     Raises:
-        ModelError: if the model is neither local nor shipped nor reachable.
+        ModelError: if the model is neither local nor shipped nor reachable, or a fit refuses its settings.
+        PlanError: if the shape cannot be used.
     """
     module = cli.model
     models, spec = module.models, module.models.spec
     assert isinstance(spec, ModelSpec)
     check_precision(cli.placement.precision, quantized=spec.quantize is not None)
+    if spec.liger and cli.placement.accelerator in ("cpu", "mps"):  # otherwise a GPU is assumed
+        check_liger(torch.device(cli.placement.accelerator))
     reference = models.reference_model
     other = reference.spec if isinstance(reference, OtherModel) else None
+    policy = read_shape(shape) if shape else shape_of(spec)
+    if spec.quantize is not None:
+        check_groups(meta_model(policy.config), spec.quantize)
     return Settings(
-        policy=read_shape(shape) if shape else shape_of(spec),
+        policy=policy,
         dtype=spec.dtype,
         precision=cli.placement.precision,
         lora=spec.lora,
@@ -116,16 +126,17 @@ def settings_of(cli: PlanCLI, shape: str | None) -> Settings:
         batch_size=cli.datamodule.batch_size,
         make_optimizer=module.make_optimizer,
         master_weights=module.master_weights,
-        bits=spec.quantize.stored_bits(getattr(torch, spec.dtype).itemsize) if spec.quantize else None,
-        unsharded=_unsharded(spec, cli.placement.precision),
+        quantize=spec.quantize,
+        unsharded=_unsharded(spec, module.objective.needs, cli.placement.precision),
     )
 
 
-def _unsharded(spec: ModelSpec, precision: str) -> str:
-    """Why ``fsdp2`` refuses an adapter or a quantization; empty if it does not."""
+def _unsharded(spec: ModelSpec, needs: Needs, precision: str) -> str:
+    """Why ``fsdp2`` refuses an objective, an adapter or a quantization; empty if it does not."""
     try:
+        check_sharded_needs(needs)
         check_sharding(spec, half=precision.startswith("bf16"))
-    except ModelError as error:
+    except ValueError as error:
         return str(error)
     return ""
 
@@ -166,8 +177,10 @@ def layout_of(
         strategy = {"ShardedStrategy": "fsdp2", "DDPStrategy": "ddp", "SingleDeviceStrategy": "auto"}.get(
             strategy, strategy
         )
-    if strategy not in ("auto", "ddp", "fsdp2") and not strategy.startswith("ddp"):
-        raise RunError(refused_strategy(strategy) or f"trainer.strategy {strategy} is not known; use ddp or fsdp2")
+    if why := refused_strategy(strategy):
+        raise RunError(why)
+    if strategy not in ("auto", "fsdp2") and not strategy.startswith("ddp"):
+        raise RunError(f"trainer.strategy {strategy} is not known; use auto, ddp or fsdp2")
     return Layout(
         cards,
         sharded=strategy == "fsdp2",

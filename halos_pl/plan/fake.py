@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
@@ -18,11 +20,12 @@ from halos_pl.batch import LogProbBatch, Needs, TokenBatch
 from halos_pl.objective.halo import Objective, Result
 from halos_pl.plan.error import PlanError
 from halos_pl.plan.live import LiveMemory, Moment
+from halos_pl.policy import head
 from halos_pl.policy.adapters import with_lora
 from halos_pl.policy.architecture import adapter_off, base_model, evaluating, switch_noise_off, vocabulary_size
 from halos_pl.policy.reference import Reference
 from halos_pl.policy.scorer import Scorer
-from halos_pl.policy.spec import LoRASpec, ModelError, reason
+from halos_pl.policy.spec import LoRASpec, ModelError, QuantizeSpec, reason
 from halos_pl.training.engine import StepEngine
 
 
@@ -77,6 +80,39 @@ def fake_model(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype, adapt
             if buffer is not None:
                 module._buffers[name] = fake(buffer, buffer.dtype)
     return model
+
+
+class _AgainProduct(torch.autograd.Function):
+    """The product with a matrix that is dequantized in the forward pass and again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.clone().to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        return gradient @ weight.clone().to(gradient.dtype), None, None
+
+
+def _dequantize(model: nn.Module, *, keep: bool) -> None:
+    """Makes the linear layers of a model, without its head and adapter, copy their weight as a quantized layer does.
+
+    Args:
+        model: model with fake weights.
+        keep: whether the backward pass uses the copy of the forward pass, as with torchao, or makes another.
+    """
+
+    def kept(layer: nn.Linear, x: Tensor) -> Tensor:
+        return F.linear(x, layer.weight.clone().to(x.dtype), layer.bias)
+
+    def again(layer: nn.Linear, x: Tensor) -> Tensor:
+        return _AgainProduct.apply(x, layer.weight, layer.bias)  # type: ignore[no-any-return, no-untyped-call]
+
+    for name, layer in base_model(model).named_modules():
+        if type(layer) is nn.Linear and any(part.isdigit() for part in name.split(".")) and ".lora_" not in name:
+            layer.forward = MethodType(kept if keep else again, layer)  # type: ignore[method-assign]
 
 
 class _FakeScorer(Scorer):
@@ -134,7 +170,9 @@ class Work:
 
     Attributes:
         config: config of the policy.
+        alike: whether its decoder layers all have the same number of weights.
         lora: adapter that is trained; None to train the whole model.
+        quantize: quantization of the base; None for none.
         weights: dtype of the weights when they are used.
         adapter: dtype of those of the adapter.
         autocast: dtype of autocast; None without.
@@ -144,10 +182,13 @@ class Work:
         reference: config of the reference; None without; the policy's config also for a reference with adapter off.
         adapter_off: whether the reference is the policy with its adapter off.
         micro_batch_rows: as in the engine.
+        logits: maximum number of logits in memory at a time.
     """
 
     config: Any
+    alike: bool
     lora: LoRASpec | None
+    quantize: QuantizeSpec | None
     weights: torch.dtype
     adapter: torch.dtype
     autocast: torch.dtype | None
@@ -157,6 +198,7 @@ class Work:
     reference: Any
     adapter_off: bool
     micro_batch_rows: int | None
+    logits: int = head.LOGITS
 
 
 def _step(work: Work, batch: TokenBatch, layers: int) -> list[Moment]:
@@ -169,6 +211,8 @@ def _step(work: Work, batch: TokenBatch, layers: int) -> list[Moment]:
         return _FakeScorer(model, prefix_sharing="auto" if work.shares_prefixes else "never")
 
     policy = scorer(work.config, work.lora).train()
+    if work.quantize is not None:
+        _dequantize(policy.model, keep=work.quantize.method == "torchao")
     if work.gradient_checkpointing:
         with warnings.catch_warnings(action="ignore"):
             base_model(policy.model).gradient_checkpointing_enable(
@@ -188,13 +232,24 @@ def _step(work: Work, batch: TokenBatch, layers: int) -> list[Moment]:
         loss.backward()
         live.next_micro_batch()
 
-    with live, _autocast(work.autocast):
+    with live, _autocast(work.autocast), _logits_at_once(work.logits):
         engine.step(batch, backward=backward)
     return live.moments
 
 
 def _autocast(dtype: torch.dtype | None) -> AbstractContextManager[object]:
     return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+
+
+@contextmanager
+def _logits_at_once(number: int) -> Iterator[None]:
+    """Makes the head compute so many logits at a time, as on the device that is planned for."""
+    before = head.most_logits
+    head.most_logits = lambda device: number
+    try:
+        yield
+    finally:
+        head.most_logits = before
 
 
 def layers_of(config: Any) -> int:
@@ -212,7 +267,7 @@ def step_memory(work: Work, batch: TokenBatch) -> list[Moment]:
     """
     depth = layers_of(work.config)
     try:
-        if depth <= 3 or not _alike(work.config, depth) or (work.reference and layers_of(work.reference) != depth):
+        if depth <= 3 or not work.alike or (work.reference and layers_of(work.reference) != depth):
             return _step(work, batch, depth)
         return _deeper(_step(work, batch, 2), _step(work, batch, 3), depth)
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
@@ -221,16 +276,6 @@ def step_memory(work: Work, batch: TokenBatch) -> list[Moment]:
         raise PlanError(
             f"the memory of a {work.config.model_type} cannot be computed without its weights: {reason(error)}"
         ) from error
-
-
-def _size(config: Any, layers: int) -> int:
-    return sum(p.numel() for p in meta_model(with_layers(config, layers)).parameters())
-
-
-def _alike(config: Any, depth: int) -> bool:
-    """Whether all layers have the same number of weights."""
-    two, three = _size(config, 2), _size(config, 3)
-    return _size(config, depth) == two + (depth - 2) * (three - two)
 
 
 def _deeper(two: list[Moment], three: list[Moment], depth: int) -> list[Moment]:

@@ -57,8 +57,15 @@ def smallest(planner: Planner, rows: Rows, memory: float) -> Fit | None:
         one = 2 if run.needs.pairs else 1
         if (best := fit(True, one)) is None:
             continue
-        micro = 2 * one
-        while micro < one * math.ceil(run.batch_size / cards) and (larger := fit(True, micro)):
-            best, micro = larger, 2 * micro
+        sizes = [one]
+        while 2 * sizes[-1] < one * math.ceil(run.batch_size / cards):
+            sizes.append(2 * sizes[-1])
+        fits, too_many = 0, len(sizes)
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            if larger := fit(True, sizes[middle]):
+                best, fits = larger, middle
+            else:
+                too_many = middle
         return best
     return None

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+DEQUANTIZED = "dequantized weights"
 #: Parts of the memory that a step takes beside weights and gradients.
-PARTS = ("activations", "autocast copies", "logits", "working memory")
+PARTS = ("activations", "autocast copies", DEQUANTIZED, "logits", "working memory")
 
 
 @dataclass
@@ -97,15 +98,19 @@ class LiveMemory(TorchDispatchMode):
         self._now[part] -= size
 
     def _kind(self, function: Any, args: Any, tensor: Tensor) -> str:
-        if function is torch.ops.aten._to_copy.default and tensor.dtype != torch.float32:
-            source = self._part_of.get(id(args[0].untyped_storage()))
-            if source is not None and source[0] == "weights":
+        if function in (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default):
+            source, _ = self._part_of.get(id(args[0].untyped_storage()), ("", 0))
+            if source == DEQUANTIZED or (source == "weights" and function is torch.ops.aten.clone.default):
+                return DEQUANTIZED
+            if source == "weights" and tensor.dtype != torch.float32:
                 return "autocast copies"
         if self.vocabulary in tensor.shape:
             return "logits"
         return "activations" if torch.is_grad_enabled() and not self.backward else "working memory"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # more than half of all calls
+            return torch.device("meta") if args[0].fake_mode.in_kernel_invocation else args[0].fake_device
         out = func(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
             if not isinstance(tensor, Tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from halos_pl.batch import TokenBatch
@@ -11,6 +12,7 @@ from halos_pl.plan.fake import Work, step_memory
 from halos_pl.plan.live import PARTS, Moment
 from halos_pl.plan.rows import Rows
 from halos_pl.plan.run import Numerics, Settings
+from halos_pl.policy.head import GPU_LOGITS, LOGITS
 
 #: Steps with more than twice as many rows of equal length are computed from steps with these and twice these.
 _FEW = 3
@@ -18,6 +20,7 @@ _FEW = 3
 ESTIMATES = {
     "activations": "the engine's own step on tensors without data: what autograd keeps for the rows above",
     "autocast copies": "the same step: half-precision copies of weights, which autocast keeps from forward to backward",
+    "dequantized weights": "the same step: torchao keeps those of all layers until the backward pass, bitsandbytes one",
     "logits": "the same step: tensors of the head with the vocabulary's dimension",
     "working memory": "the same step: temporary tensors at the peak; buffers inside kernels are not counted",
     "gradients": "the same step: those that exist at the peak",
@@ -99,10 +102,11 @@ class Planner:
 
     Args:
         settings: the run.
+        computed: called after each step that was computed, for progress.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, computed: Callable[[], None] = lambda: None) -> None:
+        self.settings, self._computed = settings, computed
         self._steps: dict[tuple[object, ...], list[Moment]] = {}
 
     def memory(
@@ -119,7 +123,7 @@ class Planner:
             PlanError: if the model cannot be run without data.
         """
         numerics = self.settings.numerics(sharded=layout.sharded)
-        work = self._work(numerics, gradient_checkpointing, micro_batch_rows)
+        work = self._work(numerics, gradient_checkpointing, micro_batch_rows, GPU_LOGITS if layout.cuda else LOGITS)
         moments = self._moments(work, rows, math.ceil(self.settings.batch_size / layout.cards))
         candidates = [self._moment(layout, numerics, moment) for moment in moments]
         candidates += self._after_backward(layout, numerics, moments)
@@ -144,16 +148,22 @@ class Planner:
         return _with_rows(few, more, micro)
 
     def _step(self, work: Work, batch: TokenBatch) -> list[Moment]:
-        key = (work.weights, work.autocast, work.gradient_checkpointing, work.micro_batch_rows, *_key(batch))
+        settings = work.weights, work.autocast, work.gradient_checkpointing, work.micro_batch_rows, work.logits
+        key = (*settings, *_key(batch))
         if key not in self._steps:
             self._steps[key] = step_memory(work, batch)
+            self._computed()
         return self._steps[key]
 
-    def _work(self, numerics: Numerics, gradient_checkpointing: bool, micro_batch_rows: int | None) -> Work:
+    def _work(
+        self, numerics: Numerics, gradient_checkpointing: bool, micro_batch_rows: int | None, logits: int
+    ) -> Work:
         run = self.settings
         return Work(
             config=run.policy.config,
+            alike=run.parameters.alike,
             lora=run.lora,
+            quantize=run.quantize,
             weights=numerics.used,
             adapter=numerics.adapter,
             autocast=numerics.autocast,
@@ -163,6 +173,7 @@ class Planner:
             reference=(run.other or run.policy).config if run.has_reference else None,
             adapter_off=run.adapter_off,
             micro_batch_rows=micro_batch_rows,
+            logits=logits,
         )
 
     def lasting(self, layout: Layout) -> dict[str, int]:

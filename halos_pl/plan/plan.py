@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from halos_pl.batch import TokenBatch
+from halos_pl.common.progress import counting
 from halos_pl.plan.error import PlanError
 from halos_pl.plan.layout import Fit, smallest
 from halos_pl.plan.memory import ESTIMATES, Layout, Memory, Planner
@@ -140,13 +141,15 @@ def make_plan(
             f"{layout.cards} devices are more than the {run.batch_size} examples of a step; raise data.batch_size or"
             " use fewer devices"
         )
-    planner = Planner(run)
-    memory = planner.memory(
-        layout,
-        rows,
-        gradient_checkpointing=run.gradient_checkpointing,
-        micro_batch_rows=run.micro_batch_rows,
-    )
+    with counting("planning", "steps computed") as computed:
+        planner = Planner(run, computed)
+        memory = planner.memory(
+            layout,
+            rows,
+            gradient_checkpointing=run.gradient_checkpointing,
+            micro_batch_rows=run.micro_batch_rows,
+        )
+        fits = {name: (size, smallest(planner, rows, size)) for name, size in cards.items()}
     flops = None
     if run.cost is not None:
         share_of_reference = 0.0 if run.stored else run.reference_share
@@ -159,5 +162,5 @@ def make_plan(
         tokens=statistics.fmean(map(step_tokens, rows.batches)),
         flops=flops,
         card=card,
-        smallest={name: (size, smallest(planner, rows, size)) for name, size in cards.items()},
+        smallest=fits,
     )

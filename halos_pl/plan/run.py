@@ -17,7 +17,7 @@ from halos_pl.plan.optimizer_state import OptimizerMemory, optimizer_memory
 from halos_pl.plan.shapes import Shape
 from halos_pl.policy.architecture import decoder_and_head
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, OtherModel, ReferenceModel, SyncedCopy
-from halos_pl.policy.spec import LoRASpec
+from halos_pl.policy.spec import LoRASpec, QuantizeSpec
 from halos_pl.training.lost_updates import HALF
 from halos_pl.training.throughput import Cost, cost
 
@@ -59,6 +59,7 @@ class Parameters:
         trained_vectors: trained ones in vectors, such as weights of norms.
         largest: those of the largest trained tensor.
         block: those of the largest decoder layer.
+        alike: whether all decoder layers have the same number.
         outside: those outside the decoder layers: embedding, head, last norm.
         trained_block, trained_outside: the trained ones among these.
         bits: mean bits per parameter in memory; None: those of the dtype. For a quantised base.
@@ -71,6 +72,7 @@ class Parameters:
     trained_vectors: int
     largest: int
     block: int
+    alike: bool
     outside: int
     trained_block: int
     trained_outside: int
@@ -114,6 +116,7 @@ def parameters_of(model: nn.Module, bits: float | None = None, plain_bits: int =
         trained_vectors=_count([p for p in trained if p.dim() < 2]),
         largest=max((p.numel() for p in trained), default=0),
         block=_count(block),
+        alike=len(set(map(_count, layers.values()))) <= 1,
         outside=_count(outside),
         trained_block=_count([p for p in block if p.requires_grad]),
         trained_outside=_count([p for p in outside if p.requires_grad]),
@@ -146,7 +149,7 @@ class Settings:
         batch_size: ``data.batch_size``.
         make_optimizer: ``model.optimizer``.
         master_weights: as in ``HALOModule``.
-        bits: bits per weight of a quantised base's matrices; None without quantisation.
+        quantize: quantization of the base; None for none.
         unsharded: why ``fsdp2`` refuses the run; empty if it does not.
     """
 
@@ -165,8 +168,13 @@ class Settings:
     batch_size: int
     make_optimizer: Callable[[list[nn.Parameter]], Any]
     master_weights: bool
-    bits: float | None = None
+    quantize: QuantizeSpec | None = None
     unsharded: str = ""
+
+    @property
+    def bits(self) -> float | None:
+        """Bits per weight of a quantized base's matrices, with their scales; None without quantization."""
+        return None if self.quantize is None else self.quantize.stored_bits(getattr(torch, self.dtype).itemsize)
 
     def numerics(self, *, sharded: bool) -> Numerics:
         """The dtypes of the run.
