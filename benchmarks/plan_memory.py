@@ -20,7 +20,6 @@ import io
 import json
 import logging
 import multiprocessing
-import socket
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +39,7 @@ SHAPE: dict[str, Any] = {
 RANKS = ("fsdp2", "ddp")
 ROWS_OF_A_RANK = 6
 _MMAP_THRESHOLD = -3  # from malloc.h
+_TORCHAO = ["--model.policy.lora.r=16", "--model.policy.quantize.method=torchao"]
 #: Options of each case, beside the common ones.
 CASES: dict[str, list[str]] = {
     "kto": ["--objective=kto"],
@@ -64,6 +64,9 @@ CASES: dict[str, list[str]] = {
         "--model.policy.lora.r=16",
         "--model.policy.gradient_checkpointing=true",
     ],
+    "kto_torchao_8": ["--objective=kto", *_TORCHAO, "--model.policy.quantize.bits=8"],
+    "kto_torchao_4": ["--objective=kto", *_TORCHAO],
+    "kto_torchao_4_checkpointing": ["--objective=kto", *_TORCHAO, "--model.policy.gradient_checkpointing=true"],
     "sft_no_reference": ["--objective=sft"],
 }
 
@@ -133,7 +136,7 @@ def measure(words: list[str], keep: bool) -> int:
     return peak[0] - start[0]
 
 
-def predict(words: list[str]) -> dict[str, Any]:
+def predict(words: list[str]) -> Any:
     """The plan of the same run."""
     from halos_pl.cli.run_settings import layout_of, parsed, settings_of
     from halos_pl.plan.memory import Planner
@@ -145,13 +148,12 @@ def predict(words: list[str]) -> dict[str, Any]:
     cli.datamodule.connect(tokenizer=lambda: cli.model.tokenizer, needs=settings.needs)
     cli.datamodule.setup("fit")
     rows = rows_of(settings, *from_data(cli.datamodule, 100))
-    memory = Planner(settings).memory(
+    return Planner(settings).memory(
         layout_of(cli.placement, devices=None, nodes=None, strategy=None, replicas=None),
         rows,
         gradient_checkpointing=settings.gradient_checkpointing,
         micro_batch_rows=settings.micro_batch_rows,
     )
-    return {"parts": memory.parts, "total": memory.total, "moment": memory.moment}
 
 
 def _child(task: Callable[..., Any], arguments: tuple[Any, ...], results: Any) -> None:
@@ -176,7 +178,7 @@ def forked(task: Callable[..., Any], *arguments: Any) -> Any:
     return result
 
 
-def compare(name: str, folder: Path, *, kept: bool = True) -> tuple[dict[str, Any], int, int | None]:
+def compare(name: str, folder: Path, *, kept: bool = True) -> tuple[Any, int, int | None]:
     """The plan of a case, and its measured bytes: in use, and with the freed memory that is kept unless not wanted."""
     words = [*common(folder), *CASES[name]]
     run = [
@@ -186,79 +188,20 @@ def compare(name: str, folder: Path, *, kept: bool = True) -> tuple[dict[str, An
     return forked(predict, words), forked(measure, run, False), forked(measure, run, True) if kept else None
 
 
-def _rank(rank: int, ranks: int, port: int, kind: str, folder: str, results: Any) -> None:
-    import sharding
-
-    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 16)
-    sharding.ROWS = ROWS_OF_A_RANK
-    sharding.measure_memory(rank, ranks, port, kind, folder, results)
-
-
-def compare_ranks(kind: str, ranks: int = 2) -> tuple[dict[str, Any], float]:
+def compare_ranks(kind: str, ranks: int = 2) -> tuple[Any, float]:
     """The plan of a KTO step on several ranks, and the largest of their measured bytes in use (``sharding.py``).
 
     Args:
         kind: ``ddp`` or ``fsdp2``.
         ranks: number of processes.
     """
-    import torch
-    from sharding import COMPLETION, PROMPT, make_model
-    from transformers import AutoConfig
+    import sharding
 
-    from halos_pl.batch import Labels, Needs, TokenBatch
-    from halos_pl.plan.memory import Layout, Planner
-    from halos_pl.plan.rows import Rows
-    from halos_pl.plan.run import Settings
-    from halos_pl.plan.shapes import Shape
-    from halos_pl.policy.reference import FrozenCopy
-
-    def make(rows: int) -> TokenBatch:
-        prompts, completions = (
-            [torch.zeros(length, dtype=torch.long) for _ in range(number)]
-            for length, number in ((PROMPT, rows), (COMPLETION, 2 * rows))
-        )
-        labels = Labels(torch.ones(2 * rows, dtype=torch.bool), mismatched=torch.arange(2 * rows) >= rows)
-        return TokenBatch(prompts, completions, torch.arange(2 * rows) % rows, labels)
-
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        make_model(folder, 512, 6)
-        config = AutoConfig.from_pretrained(folder)
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        results: Any = context.SimpleQueue()
-        arguments = [(rank, ranks, port, kind, folder, results) for rank in range(ranks)]
-        processes = [context.Process(target=_rank, args=each) for each in arguments]
-        for process in processes:
-            process.start()
-        measured = [results.get()[2] for _ in processes]
-        for process in processes:
-            process.join()
-    run = Settings(
-        policy=Shape(config, "this benchmark"),
-        dtype="float32",
-        precision="32-true",
-        lora=None,
-        gradient_checkpointing=False,
-        reference_model=FrozenCopy(),
-        other=None,
-        other_dtype="float32",
-        stored=False,
-        needs=Needs(reference=True, mismatched=True, undesirable=True),
-        shares_prefixes=True,
-        micro_batch_rows=None,
-        batch_size=ranks * ROWS_OF_A_RANK,
-        make_optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-5, fused=True),
-        master_weights=True,
-    )
-    memory = Planner(run).memory(
-        Layout(ranks, sharded=kind == "fsdp2", cuda=False),
-        Rows("this benchmark", [], None, make, alike=False),
-        gradient_checkpointing=False,
-        micro_batch_rows=None,
-    )
-    return {"parts": memory.parts, "total": memory.total, "moment": memory.moment}, max(measured) * 2**20
+    with tempfile.TemporaryDirectory() as folder:
+        sharding.make_models(folder, 512, 6)
+        measured = sharding.in_ranks(sharding.measure_memory, ranks, kind, folder, ROWS_OF_A_RANK)
+        memory = sharding.planned(folder, kind, ranks, ROWS_OF_A_RANK)
+    return memory, max(step for _, _, step in measured) * 2**20
 
 
 def main() -> None:
@@ -282,8 +225,8 @@ def main() -> None:
                 plan, used = compare_ranks(name)
             else:
                 plan, used, kept = compare(name, Path(folder), kept=not chosen.only_used)
-            total = plan["total"]
-            parts = ", ".join(f"{part} {size / 1e6:.0f}" for part, size in plan["parts"].items())
+            total = plan.total
+            parts = ", ".join(f"{part} {size / 1e6:.0f}" for part, size in plan.parts.items())
             print(
                 f"| {name} | {total / 1e6:.0f} | {used / 1e6:.0f} | {total / used:.2f}"
                 f" | {f'{kept / 1e6:.0f}' if kept else ''} | {parts} |",
