@@ -1,11 +1,11 @@
 """Compares the memory that ``halos plan`` predicts with the peak of real runs on a CPU.
 
 Each case is a run of ``halos fit`` in a process of its own: a random Llama of 29 million parameters, two steps. The
-process notes its resident memory when it is about to load the model; the difference to the kernel's peak during
-training is the memory that depends on the model. ``halos fit`` makes glibc keep freed memory, some of which lies in
-fragments; the plan does not predict those, so it is compared with a run in which glibc returns freed memory, whose
-resident memory is what is in use. The other run is shown beside it. ``fsdp2`` and ``ddp`` are steps on two ranks. The
-bfloat16 cases need a CPU with instructions for it.
+process notes its resident memory when it is about to load the model, with the library that quantizes it imported; the
+difference to the kernel's peak during training is the memory that depends on the model. ``halos fit`` makes glibc keep
+freed memory, some of which lies in fragments; the plan does not predict those, so it is compared with a run in which
+glibc returns freed memory, whose resident memory is what is in use. The other run is shown beside it. ``fsdp2`` and
+``ddp`` are steps on two ranks. The bfloat16 cases need a CPU with instructions for it.
 
     python benchmarks/plan_memory.py                    # all cases
     python benchmarks/plan_memory.py kto dpo_lora       # some of them
@@ -105,7 +105,7 @@ def _resident(name: str) -> int:
 
 
 def measure(words: list[str], keep: bool) -> int:
-    """Runs a fit in this process: the peak of its resident memory in training, beyond that before the model is loaded.
+    """Runs a fit in this process: the peak of its resident memory in training, above that before the model is loaded.
 
     Args:
         words: words of the command.
@@ -113,22 +113,29 @@ def measure(words: list[str], keep: bool) -> int:
             and more at once, so that resident memory is memory in use.
     """
     from halos_pl.cli.main import main
+    from halos_pl.policy.quantization import loading_options
     from halos_pl.training import models, module
 
     start, peak = [], []
-    load_model, on_train_end = models.load_model, module.HALOModule.on_train_end
+    load_model, trained_class = models.load_model, module.HALOModule
+    on_train_start, on_train_end = trained_class.on_train_start, trained_class.on_train_end
 
-    def noted(*arguments: Any, **options: Any) -> Any:
+    def noted(spec: Any, *arguments: Any, **options: Any) -> Any:
         if not start:
+            loading_options(spec)  # imports the library
             start.append(_resident("VmRSS"))
-            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
-        return load_model(*arguments, **options)
+        return load_model(spec, *arguments, **options)
+
+    def started(trained: Any) -> None:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
+        on_train_start(trained)
 
     def ended(trained: Any) -> None:
         peak.append(_resident("VmHWM"))
         on_train_end(trained)
 
-    models.load_model, module.HALOModule.on_train_end = noted, ended  # type: ignore[method-assign]
+    models.load_model = noted
+    trained_class.on_train_start, trained_class.on_train_end = started, ended  # type: ignore[method-assign]
     if not keep:
         module.keep_freed_memory = lambda device: None
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 16)
