@@ -228,14 +228,17 @@ def make_models(folder: str, hidden: int, layers: int) -> None:
     make_model(f"{folder}/small", 64, 1)
 
 
-def print_memory(folder: str, kind: str, ranks: int, rows: int) -> None:
-    """Prints a row of the table of memory."""
+def print_memory(folder: str, kind: str, ranks: int, rows: int, size: float) -> None:
+    """Prints a row of the table of memory, beside the plan and the rank's share of a model's states.
+
+    These are weights, gradients, AdamW's two moments and the reference, each of ``size`` MiB; DDP holds all of them
+    and a buffer of the gradients' size.
+    """
     measured = in_ranks(measure_memory, ranks, kind, folder, rows)
-    plan = planned(folder, kind, ranks, rows)
-    states = ("weights", "reference", "optimizer state", "gradients", "gradient buckets")
-    of_model = sum(plan.parts.get(name, 0) for name in states) / 2**20
+    plan = planned(folder, kind, ranks, rows).total / 2**20
+    states = 6 * size if kind == "ddp" else 5 * size / ranks
     loading, step = (max(rank[i] for rank in measured) for i in (1, 2))
-    print(f"| {kind} | {ranks} | {loading:.0f} | {step:.0f} | {plan.total / 2**20:.0f} | {of_model:.0f} |", flush=True)
+    print(f"| {kind} | {ranks} | {loading:.0f} | {step:.0f} | {plan:.0f} | {states:.0f} |", flush=True)
 
 
 def print_times(folder: str, ranks: int, rows: int, pairs: int) -> None:
@@ -265,11 +268,11 @@ def main() -> None:
         tokens = sum(map(len, batch.prompts)) + sum(map(len, batch.completions))
         print(f"model of {size:.0f} MiB in float32, {tokens} tokens a rank and step, {os.cpu_count()} cores\n")
         if options.memory:
-            print("| strategy | ranks | loading, MiB | step, MiB | planned step, MiB | of it shared states, MiB |")
+            print("| strategy | ranks | loading, MiB | step, MiB | planned step, MiB | states, MiB |")
             print("|---|---|---|---|---|---|")
-            print_memory(folder, "ddp", options.ranks, options.rows)
+            print_memory(folder, "ddp", options.ranks, options.rows, size)
         for ranks in options.memory:
-            print_memory(folder, "fsdp2", ranks, options.rows)
+            print_memory(folder, "fsdp2", ranks, options.rows, size)
         if options.pairs:
             print_times(folder, options.ranks, options.rows, options.pairs)
 
