@@ -142,6 +142,19 @@ def test_half_precision_and_recomputation(base: Path, kind: dict[str, Any]) -> N
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def test_the_backward_pass_dequantizes_again(base: Path, kind: dict[str, Any]) -> None:
+    """A pass does not keep the matrices that its layers dequantize."""
+    model: Any = load_model(ModelSpec(str(base), lora=LoRASpec(r=4), quantize=QuantizeSpec(**kind)))
+    shapes = {tuple(dequantized(layer).shape) for _, layer in quantized_layers(model)}
+    shapes |= {shape[::-1] for shape in shapes}
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        padded_logps(model.train(), self_test_batch(model))
+    assert saved
+    matrices = [t for t in saved if type(t) is torch.Tensor and t.is_floating_point() and tuple(t.shape) in shapes]
+    assert not [t for t in matrices if not any(t.data_ptr() == p.data_ptr() for p in model.parameters())]
+
+
 def test_the_size_of_quantized_layers(base: Path, kind: dict[str, Any]) -> None:
     spec = ModelSpec(str(base), lora=LoRASpec(r=4), quantize=QuantizeSpec(**kind))
     model, plain = load_model(spec), load_model(ModelSpec(str(base), lora=LoRASpec(r=4)))

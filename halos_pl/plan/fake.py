@@ -96,23 +96,19 @@ class _AgainProduct(torch.autograd.Function):
         return gradient @ weight.clone().to(gradient.dtype), None, None
 
 
-def _dequantize(model: nn.Module, *, keep: bool) -> None:
+def _dequantize(model: nn.Module) -> None:
     """Makes the linear layers of a model, without its head and adapter, copy their weight as a quantized layer does.
 
     Args:
         model: model with fake weights.
-        keep: whether the backward pass uses the copy of the forward pass, as with torchao, or makes another.
     """
 
-    def kept(layer: nn.Linear, x: Tensor) -> Tensor:
-        return F.linear(x, layer.weight.clone().to(x.dtype), layer.bias)
-
-    def again(layer: nn.Linear, x: Tensor) -> Tensor:
+    def product(layer: nn.Linear, x: Tensor) -> Tensor:
         return _AgainProduct.apply(x, layer.weight, layer.bias)  # type: ignore[no-any-return, no-untyped-call]
 
     for name, layer in base_model(model).named_modules():
         if type(layer) is nn.Linear and any(part.isdigit() for part in name.split(".")) and ".lora_" not in name:
-            layer.forward = MethodType(kept if keep else again, layer)  # type: ignore[method-assign]
+            layer.forward = MethodType(product, layer)  # type: ignore[method-assign]
 
 
 class _FakeScorer(Scorer):
@@ -212,7 +208,7 @@ def _step(work: Work, batch: TokenBatch, layers: int) -> list[Moment]:
 
     policy = scorer(work.config, work.lora).train()
     if work.quantize is not None:
-        _dequantize(policy.model, keep=work.quantize.method == "torchao")
+        _dequantize(policy.model)
     if work.gradient_checkpointing:
         with warnings.catch_warnings(action="ignore"):
             base_model(policy.model).gradient_checkpointing_enable(

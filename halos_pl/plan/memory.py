@@ -20,7 +20,7 @@ _FEW = 3
 ESTIMATES = {
     "activations": "the engine's own step on tensors without data: what autograd keeps for the rows above",
     "autocast copies": "the same step: half-precision copies of weights, which autocast keeps from forward to backward",
-    "dequantized weights": "the same step: torchao keeps those of all layers until the backward pass, bitsandbytes one",
+    "dequantized weights": "the same step: a quantized layer dequantizes its matrix in each pass, one layer at a time",
     "logits": "the same step: tensors of the head with the vocabulary's dimension",
     "working memory": "the same step: temporary tensors at the peak; buffers inside kernels are not counted",
     "gradients": "the same step: those that exist at the peak",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from types import MethodType
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from halos_pl.policy.quantized_weights import bits_of, bytes_of, dequantized, matrix_size, quantized_layers
@@ -135,6 +137,8 @@ def prepare(model: nn.Module, spec: ModelSpec) -> None:
     layers = dict(quantized_layers(model))
     for layer in layers.values():
         _use_one_kernel(layer)
+        if not bits_of(layer) and isinstance(layer, nn.Linear):  # torchao's
+            layer.forward = MethodType(_forward, layer)  # type: ignore[method-assign]
         if hasattr(layer, "quant_state") or hasattr(layer, "state"):  # bitsandbytes'
             layer.register_state_dict_post_hook(_drop_scales)
     if spec.quantize is None:
@@ -150,6 +154,28 @@ def prepare(model: nn.Module, spec: ModelSpec) -> None:
         f"halos: {spec.quantize.method} has quantized {len(layers)} matrices of {spec.path} with {weights / 1e6:,.1f}"
         f" million weights to {8 * stored / weights:.1f} bits each, scales included{rest}"
     )
+
+
+class _Product(torch.autograd.Function):
+    """A layer's output, whose backward pass dequantizes the matrix anew.
+
+    torchao's own keeps the dequantized matrix of each layer for the backward pass, as much as the unquantized base.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Linear) -> Tensor:
+        ctx.layer = layer
+        return functional.linear(x, layer.weight, layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient @ dequantized(ctx.layer).to(gradient.dtype), None
+
+
+def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Product.apply(x, layer)  # type: ignore[no-any-return, no-untyped-call]
+    return functional.linear(x, layer.weight, layer.bias)
 
 
 def _use_one_kernel(layer: Any) -> None:
