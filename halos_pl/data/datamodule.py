@@ -24,7 +24,7 @@ from halos_pl.data.example import DataError
 from halos_pl.data.formats import refuse_missing
 from halos_pl.data.order import Order, StepSampler
 from halos_pl.data.prompts import TextPrompts, asked
-from halos_pl.data.report import counts_of, log_split, log_transforms
+from halos_pl.data.report import counts_of, log_merged, log_split, log_transforms
 from halos_pl.data.resume import DECIDE_ROWS, described, plain, refuse_other_data
 from halos_pl.data.source import OnBadRows
 from halos_pl.data.sources import Sources, sources_of
@@ -222,7 +222,7 @@ class FeedbackDataModule(LightningDataModule):
         self._open(splits)
         for split in splits:
             self._splits[split] = self._split(split)
-            self._steps(split)  # faults show before a model is loaded or an earlier run is moved aside
+            log_merged(split, self._steps(split)[1])  # faults show before a model is loaded, or a run moved aside
 
     def stores(self, split: str) -> list[Store]:
         """The tokenised sources of a split, after :meth:`setup`."""
@@ -325,9 +325,8 @@ class FeedbackDataModule(LightningDataModule):
                 )
             else:
                 order = Order(len(dataset), seed=seed, shuffle=False)
-                sampler = StepSampler(
-                    order, batch_size=self.eval_batch_size, world_size=world_size, same_every_epoch=True
-                )
+                # The batches of one device; a rank may have no row of one.
+                sampler = StepSampler(order, batch_size=self.eval_batch_size, same_every_epoch=True)
         except ValueError as error:
             reason = str(error) if train else str(error).replace("batch_size", "eval_batch_size")
             labels = ", ".join(source.label for source in self.sources[split])

@@ -132,15 +132,16 @@ class StepSampler(DistributedSampler[Any]):
     keep Lightning from splitting the steps over ranks.
 
     The last step of an epoch may be smaller. If it has fewer examples than there are ranks, it is merged into the step
-    before, as every rank needs a row.
+    before, as every rank needs a row to train on.
 
     Attributes:
         start: the first step to yield; the next iterator starts at 0 again.
+        merged: number of examples by which the last step is larger than ``batch_size``, so that every rank has one.
 
     Args:
         order: order of the examples.
         batch_size: examples per step over all ranks, at least ``world_size``.
-        world_size: number of ranks.
+        world_size: number of ranks that each need an example of every step; 1 if a rank may have none.
         drop_last: whether to leave out a smaller last step.
         same_every_epoch: whether to ignore ``set_epoch``, so that evaluations in all epochs see the same mismatched
             rows.
@@ -172,11 +173,13 @@ class StepSampler(DistributedSampler[Any]):
                 f"with drop_last, {size} examples do not fill one step of batch_size {batch_size}; lower batch_size."
             )
         self.order, self.same_every_epoch, self.start = order, same_every_epoch, 0
+        self.merged = 0
         self._bounds = [*range(0, size, batch_size), size]
         tail = size - self._bounds[-2]
         if tail < batch_size and drop_last:
             self._bounds.pop()
         elif tail < world_size:
+            self.merged = tail
             del self._bounds[-2]
 
     def __len__(self) -> int:

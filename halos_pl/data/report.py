@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from halos_pl.data.order import StepSampler
 from halos_pl.data.prompts import TextPrompts, convention, counted
 from halos_pl.data.source import Source
 from halos_pl.data.split import Split
@@ -46,6 +47,15 @@ def log_split(
         if source.weight != 1:
             number = round(source.weight * counts.rows)
             rank_zero_info(f"{title}: weight {source.weight:g}, about {number} rows per epoch")
+
+
+def log_merged(name: str, sampler: StepSampler) -> None:
+    """Logs whether the steps of the split ``name`` differ from those of one device."""
+    if sampler.merged:
+        rank_zero_info(
+            f"{name} data, left over at the end of an epoch: {sampler.merged} of {len(sampler.order)} examples, fewer"
+            " than there are ranks; the step before takes them, while on one device they are a step of their own"
+        )
 
 
 def counts_of(split: Split, reports: list[dict[str, Any]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from halos_pl.batch import LogProbBatch, Routing, TokenBatch
+from halos_pl.batch import Labels, LogProbBatch, Routing, TokenBatch
 from halos_pl.distributed import world_size
 from halos_pl.objective.halo import Context, Objective, Result
 from halos_pl.policy.kl import completion_kl
@@ -118,11 +118,11 @@ class StepEngine:
         The random state does not change, because a run that resumes after an evaluation does not repeat the evaluation.
 
         Args:
-            batch: This rank's share of the step.
+            batch: This rank's share of the step; it may have no rows, which gives one part without rows.
             moment: Seeds the policy's samples, together with the rows' names and torch's seed; for example, the run's
                 step.
         """
-        if self.sampler and self.objective.needs.samples:
+        if self.sampler and self.objective.needs.samples and len(batch):
             with forked(scorer_of(self.policy).device):
                 names = hashlib.sha256(repr((batch.row_ids, moment, torch.initial_seed())).encode())
                 torch.manual_seed(int.from_bytes(names.digest()[:4]))
@@ -134,20 +134,27 @@ class StepEngine:
         """Yields KL(policy || reference) at the completion tokens of rows that are not mismatched.
 
         Args:
-            batch: This rank's share of the step.
+            batch: This rank's share of the step; it may have no rows.
 
         Yields:
-            For a few rows at a time, nats, float32 [m, T], and the number of tokens with loss.
+            For a few rows at a time, or none, nats, float32 [m, T], and the number of tokens with loss.
         """
         assert self.reference is not None
         step = _Step(self, batch, None, nullcontext)
-        train = step.kinds()[0]
-        for index in step.equal_parts(train)[0]:
-            chosen = index if len(index) else train[:1]
-            part = batch.select(chosen.index, chosen.numbers)
+        instead = step.stand_ins[0]
+        for index in step.equal_parts(step.kinds[0])[0]:
+            chosen, m = index if len(index) else instead, len(index)
+            part = step.batch.select(chosen.index, chosen.numbers)
             kl = completion_kl(self.policy, self.reference, part)
-            if len(index):
-                yield kl, completion_mask(part).sum()
+            yield kl[:m], completion_mask(part)[:m].sum()
+
+
+def _stand_in(device: torch.device) -> TokenBatch:
+    """A row of one token, and a mismatched one: the passes of a rank without rows, whose results are dropped."""
+    ids = torch.zeros(1, dtype=torch.long, device="cpu")
+    mismatched = torch.tensor([False, True], device="cpu")
+    labels = Labels(desirable=torch.zeros_like(mismatched), mismatched=mismatched)
+    return TokenBatch([ids], [ids, ids], prompt=ids.repeat(2), labels=labels).to(device)
 
 
 class _Step:
@@ -157,6 +164,11 @@ class _Step:
         engine: Engine that computes the step.
         batch: Rows of the step.
         backward, defer_sync: As in :meth:`StepEngine.step`; ``backward`` is None for a step without gradient.
+
+    Attributes:
+        batch: The rows, or the stand-ins of a rank without rows.
+        kinds: The rows that carry a loss, the mismatched ones, and all.
+        stand_ins: Rows to score in place of none, for each kind.
     """
 
     def __init__(
@@ -167,16 +179,24 @@ class _Step:
         defer_sync: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self.objective, self.policy, self.reference = engine.objective, engine.policy, engine.reference
-        self.micro_batch_rows, self.batch = engine.micro_batch_rows, batch
+        self.micro_batch_rows, self.device = engine.micro_batch_rows, batch.prompt.device
         self.backward, self.defer_sync = backward, defer_sync
         self.scorer, self.gradient = scorer_of(engine.policy), backward is not None
-        self.device = batch.prompt.device
+        self.of_step, self.empty = batch, not len(batch)
+        self.batch = _stand_in(self.device) if self.empty else batch
+        mismatched = self.batch.host.mismatched
+        numbers = range(len(mismatched))
+        groups = [i for i in numbers if not mismatched[i]], [i for i in numbers if mismatched[i]], list(numbers)
+        train, extra, everything = kinds = on_device(groups, self.device)
+        self.stand_ins = train[:1], extra[:1], everything
+        self.kinds = [rows[:0] for rows in kinds] if self.empty else kinds
         self.rows = self._blank()
 
     def parts(self) -> Iterator[Part]:
         """Yields each micro-batch after its backward pass."""
         needs = self.objective.needs
-        train, mismatched, everything = self.kinds()
+        train, mismatched, everything = self.kinds
+        of_train, extra, all_kinds = self.stand_ins
         parts, of_mismatched = self.equal_parts(train, mismatched)
         # Must not depend on a rank's number of rows: the two branches gather over ranks in different orders.
         at_once = needs.whole_step and self.micro_batch_rows is not None
@@ -185,22 +205,23 @@ class _Step:
         draws: dict[int, Draw] = {}
         if len(parts) == 1 and not at_once and of_mismatched and self.scorer.shares_prefixes:
             # One pass for the whole step: mismatched rows share the others' prompts and get no gradient.
-            together = self._keep(everything, self._score(everything, gradient=self.gradient))
+            together = self._keep(everything, self._score(everything, gradient=self.gradient, instead=all_kinds))
             scored[0] = together.select(train.index, train.numbers)
         else:
             for index in of_mismatched:
-                self._keep(index, self._score(index, gradient=False, instead=mismatched[:1]))
+                self._keep(index, self._score(index, gradient=False, instead=extra))
         if not scored and (needs.step_rewards or at_once):
             # With one part, the pass with gradient also serves z0. With several, an extra pass is needed, because the
             # first part's loss already depends on the last part's rewards.
             alone = len(parts) == 1 and not at_once
             for number, index in enumerate(parts):
                 draws[number] = Draw.now(self.device)
-                first_pass = self._keep(index, self._score(index, gradient=self.gradient and alone, instead=train[:1]))
+                first_pass = self._keep(index, self._score(index, gradient=self.gradient and alone, instead=of_train))
                 if len(parts) == 1:
                     scored[number] = first_pass
         with self._float32():
-            context = self.objective.prepare(self.rows)
+            rows = self.rows.select(everything.index, everything.numbers) if self.empty else self.rows
+            context = self.objective.prepare(rows)
         if at_once:
             yield self._whole_step(context.select(train.index), train, parts, draws)
             return
@@ -212,9 +233,9 @@ class _Step:
                 else:
                     draw = draws.get(number)
                     rows = self._score(
-                        index, gradient=self.gradient, draw=draw, again=draw is not None, instead=train[:1]
+                        index, gradient=self.gradient, draw=draw, again=draw is not None, instead=of_train
                     )
-                if not len(index):
+                if not len(index) and not last:
                     self._back_propagate(rows.policy_logps.sum())
                     continue
                 with self._float32():
@@ -246,7 +267,7 @@ class _Step:
                 last = number == len(parts) - 1
                 with self._synchronized(last):
                     scored = differentiable(
-                        self._score(index, gradient=True, draw=draws[number], again=True, instead=train[:1])
+                        self._score(index, gradient=True, draw=draws[number], again=True, instead=self.stand_ins[0])
                     )
                     pairs = zip(scored, of_scores, strict=True)
                     linear = torch.stack([(score * slope[place[index.index]]).sum() for score, slope in pairs]).sum()
@@ -268,7 +289,7 @@ class _Step:
 
     def _part(self, index: Rows, rows: LogProbBatch, result: Result) -> Part:
         detached = replace(result, loss=result.loss.detach())
-        return Part(index.index, index.numbers, self.batch, rows.detach(), detached)
+        return Part(index.index, index.numbers, self.of_step, rows.detach(), detached)
 
     # -- scoring --------------------------------------------------------------------------------------
 
@@ -279,7 +300,7 @@ class _Step:
         gradient: bool,
         draw: Draw | None = None,
         again: bool = False,
-        instead: Rows | None = None,
+        instead: Rows,
     ) -> LogProbBatch:
         """Log-probs of the rows ``index`` under policy and reference, padded to the width of the whole step.
 
@@ -288,12 +309,10 @@ class _Step:
             gradient: Whether the policy's log-probs get a gradient.
             draw: Random state to replay, so that dropout repeats an earlier pass.
             again: Whether an earlier pass of the step has scored these rows under the reference.
-            instead: Row to score, and drop, if ``index`` is empty.
+            instead: Rows to score, and drop, if ``index`` is empty.
         """
-        if not len(index):
-            assert instead is not None
-            return self._score(instead, gradient=gradient, draw=draw, again=again).select(index.index, index.numbers)
-        part = self.batch.select(index.index, index.numbers)
+        chosen = index if len(index) else instead
+        part = self.batch.select(chosen.index, chosen.numbers)
         of_reference = self.rows.reference_logps
         width = max(len(completion) for completion in part.completions)
         with replayed(draw, self.device):
@@ -304,9 +323,10 @@ class _Step:
                 gradient=gradient,
                 kl=self.objective.needs.exact_kl,
                 routing=self.objective.needs.routing,
-                reference_logps=of_reference[index.index, :width] if again and of_reference is not None else None,
+                reference_logps=of_reference[chosen.index, :width] if again and of_reference is not None else None,
             )
-        return widened(rows, self.rows.mask.shape[1])
+        rows = widened(rows, self.rows.mask.shape[1])
+        return rows if len(index) else rows.select(index.index, index.numbers)
 
     def _keep(self, index: Rows, rows: LogProbBatch) -> LogProbBatch:
         """Stores the rows' scores, which the reference point may read, and returns the rows."""
@@ -339,24 +359,18 @@ class _Step:
     def equal_parts(self, *indices: Rows) -> list[list[Rows]]:
         """The parts of each index, as many as on the other ranks if the model is sharded.
 
-        Each pass is then a collective operation, so a rank with fewer parts begins with empty ones.
+        Each pass is then a collective operation, so a rank with fewer parts begins with empty ones. The first index has
+        at least one part, which is empty on a rank without rows.
         """
         parts_of = [split(index, self.batch, self.micro_batch_rows) if len(index) else [] for index in indices]
-        if self.micro_batch_rows is None or not is_sharded(self.scorer.model):
-            return parts_of
-        most = most_over_ranks(*map(len, parts_of))
-        return [
-            [index[:0]] * (number - len(parts)) + parts
-            for index, parts, number in zip(indices, parts_of, most, strict=True)
-        ]
-
-    def kinds(self) -> tuple[Rows, Rows, Rows]:
-        """The rows that carry a loss, the mismatched ones, and all."""
-        mismatched = self.batch.host.mismatched
-        numbers = range(len(mismatched))
-        groups = [i for i in numbers if not mismatched[i]], [i for i in numbers if mismatched[i]], list(numbers)
-        train, extra, everything = on_device(groups, self.device)
-        return train, extra, everything
+        # In training, every rank has rows.
+        if is_sharded(self.scorer.model) and (self.micro_batch_rows is not None or not self.gradient):
+            most = most_over_ranks(*map(len, parts_of))
+            parts_of = [
+                [index[:0]] * (number - len(parts)) + parts
+                for index, parts, number in zip(indices, parts_of, most, strict=True)
+            ]
+        return [parts_of[0] or [indices[0]], *parts_of[1:]]
 
     def _float32(self) -> torch.autocast:
         """Disables autocast: objectives are computed in float32 whatever the precision of training."""

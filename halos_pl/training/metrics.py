@@ -81,7 +81,7 @@ def saturation(value_function: ValueFunction, perceived: Tensor) -> Tensor:
     """
     # Lightning evaluates in inference mode, whose tensors have no gradient; a copy made outside it does.
     with torch.inference_mode(False), torch.enable_grad():
-        u = torch.cat([perceived.detach().clone(), torch.zeros_like(perceived[:1])]).clone().requires_grad_()
+        u = torch.cat([perceived.detach().clone(), perceived.new_zeros(1)]).clone().requires_grad_()
         (slope,) = torch.autograd.grad(value_function(u).sum(), u)
     return slope[:-1].abs() < 0.01 * slope[-1].abs()
 
@@ -201,7 +201,9 @@ def row_figures(rows: LogProbBatch, result: Result, halo: HALO | None) -> dict[s
         with torch.autocast(rows.mask.device.type, enabled=False):
             figures |= outcome_figures(result.outcomes, halo.value_function)
         n = rows.mask.new_full((), len(rows), dtype=torch.float32)
-        figures |= {f"outcome/z0_{name}": (value * n, n) for name, value in result.estimate.figures().items()}
+        # The mean of no rows is NaN, and NaN * 0 is not 0.
+        of_estimate = result.estimate.figures() if len(rows) else dict.fromkeys(result.estimate.figures(), n)
+        figures |= {f"outcome/z0_{name}": (value * n, n) for name, value in of_estimate.items()}
         if halo.needs.mismatched and halo.needs.reference:
             figures["kl"] = figures["outcome/z0"]
     return figures

@@ -294,9 +294,10 @@ def test_seed_and_epoch_are_not_added() -> None:
 
 
 def test_a_small_tail_joins_the_step_before() -> None:
-    sizes = [len(step.examples) for step in StepSampler(Order(10), batch_size=4, world_size=3)]
-    assert sizes == [4, 6]
-    assert [len(step.examples) for step in StepSampler(Order(10), batch_size=4, world_size=2)] == [4, 4, 2]
+    for world_size, sizes, merged in ((3, [4, 6], 2), (2, [4, 4, 2], 0)):
+        sampler = StepSampler(Order(10), batch_size=4, world_size=world_size)
+        assert [len(step.examples) for step in sampler] == sizes
+        assert sampler.merged == merged
 
 
 def test_evaluation_is_the_same_every_epoch() -> None:

@@ -43,7 +43,7 @@ def test_defects_1_and_2_a_row_never_meets_its_own_completion(
     """For any batch size (1, odd, a tail of one row), another one in evaluation, shuffled, over ranks."""
     path = write_jsonl(folder / "a.jsonl", binary(size))
     batch_size, size = max(batch_size, world_size), max(size, world_size)
-    options: dict[str, Any] = {"batch_size": batch_size, "eval_batch_size": max(eval_batch_size, world_size)}
+    options: dict[str, Any] = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
     for rank in range(world_size):
         data = set_up(KTO, train=path, validation=path, shuffle=shuffle, rank=rank, world_size=world_size, **options)
         train = data.train_dataloader()

@@ -875,7 +875,28 @@ def test_no_row_is_longer_than_the_data_say(tmp_path: Path, needs: Needs) -> Non
         assert needs.mismatched or max(lengths) == data.longest
 
 
-def test_the_setting_that_is_too_small_is_the_one_that_is_named(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", binary())
-    with pytest.raises(DataError, match=r"validation data .* eval_batch_size is 1"):
-        set_up(KTO, train=path, validation=path, eval_batch_size=1, world_size=2)
+@pytest.mark.parametrize(("size", "batch_size", "world_size"), [(10, 3, 2), (10, 4, 3), (5, 1, 2), (2, 4, 3)])
+def test_held_out_batches_are_those_of_one_device(tmp_path: Path, size: int, batch_size: int, world_size: int) -> None:
+    """Mismatched rows included; a rank may have no row of a batch."""
+    train = write_jsonl(tmp_path / "a.jsonl", binary())
+    path = write_jsonl(tmp_path / "b.jsonl", binary(size))
+
+    def batches(**share: int) -> list[list[str]]:
+        data = set_up(KTO, train=train, validation=path, eval_batch_size=batch_size, **share)
+        return [batch.row_ids for batch in data.val_dataloader()]
+
+    ranks = [batches(rank=rank, world_size=world_size) for rank in range(world_size)]
+    together = [sorted(name for part in parts for name in part) for parts in zip(*ranks, strict=True)]
+    assert together == [sorted(batch) for batch in batches()]
+    assert not all(all(parts) for parts in zip(*ranks, strict=True))
+
+
+@pytest.mark.parametrize(("size", "merged"), [(10, 0), (9, 1)])
+def test_a_merged_step_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture, size: int, merged: int) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", binary(size))
+    with caplog.at_level("INFO"):
+        data = set_up(KTO, train=path, validation=path, batch_size=4, world_size=2)
+        list(data.train_dataloader())
+    lines = [line for line in caplog.messages if "left over" in line]
+    assert len(lines) == merged
+    assert all(line.startswith("train data") and "1 of 9 examples" in line for line in lines)
