@@ -94,7 +94,7 @@ class RankWatch:
     # The thread.
 
     def _run(self) -> None:
-        failed_at, interrupted = 0.0, False
+        failed_at, interrupted, warned = 0.0, False, False
         while not self._closing.is_set():
             try:
                 self._links.poll(0.5)
@@ -103,6 +103,9 @@ class RankWatch:
                     self._print(f"rank {self.place.rank} cannot watch the other ranks: {error}")
                 return
             self._replace_observer()
+            if self._links.fault and not warned:
+                warned = True
+                self._print(f"rank {self.place.rank} {self._links.fault}")
             failure = self._links.failure
             if failure is None and self._error is None:
                 continue

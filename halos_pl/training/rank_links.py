@@ -25,6 +25,8 @@ from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[a
 
 #: Seconds after which a machine that no longer answers counts as lost: idle time, then three probes.
 IDLE, PROBE, PROBES = 15, 5, 3
+#: Seconds of attempts to connect to rank 0, once it listens, after which a rank reports that it cannot.
+UNREACHED = 10.0
 _DIED = "died without a message (killed, out of memory, or its machine is lost)"
 
 
@@ -156,10 +158,12 @@ class Links:
     Attributes:
         place: This rank's place.
         failure: The first failure of the run, once this rank has heard of it.
+        fault: A clause on why this rank is not connected, once it has tried for some time; otherwise empty.
     """
 
     place: Place
     failure: Failure | None = None
+    fault: str = ""
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
     def _heard(self, failure: Failure) -> Failure:
@@ -286,6 +290,7 @@ class Spoke(Links):
         self._connection: socket.socket | None = None
         self._hub = _Peer(rank=0, host=place.address)
         self._unsent: Failure | None = None
+        self._tried_since = 0.0
 
     def _connect(self) -> None:
         """Connects if rank 0 listens by now."""
@@ -297,8 +302,9 @@ class Spoke(Links):
             return
         where = json.loads(store.get("watch"))
         hello = {"token": where["token"], "rank": place.rank, "local_rank": place.local_rank, "node": place.node}
+        reasons = []
         for host in where["hosts"]:
-            with suppress(OSError):
+            try:
                 connection = _kept(socket.create_connection((host, where["port"]), 2))
                 _send(connection, {**hello, "host": socket.gethostname()})
                 if received := connection.recv(1 << 16):  # only the right program answers
@@ -310,6 +316,16 @@ class Spoke(Links):
                     self._handle(received)
                     return
                 connection.close()
+            except OSError as error:
+                reasons.append(f"{host}: {error.strerror or error}")
+        now = time.monotonic()
+        self._tried_since = self._tried_since or now
+        if now - self._tried_since >= UNREACHED:
+            self.fault = (
+                f"cannot connect to port {where['port']} of rank 0 ({', '.join(reasons) or 'no answer'}), so if another"
+                " rank fails, this one may wait until the timeout of torch.distributed, and vice versa; let the"
+                " firewall allow connections between the nodes on all ports"
+            )
 
     def poll(self, seconds: float) -> None:
         """Handles messages for up to ``seconds``."""
