@@ -23,6 +23,7 @@ from halos_pl.common import stopping
 from halos_pl.common.files import naming, part_of, whole, write
 from halos_pl.data.datamodule import FeedbackDataModule
 from halos_pl.data.template import CHAT_TEMPLATE
+from halos_pl.distributed import sum_over_ranks
 from halos_pl.objective.halo import HALO
 from halos_pl.provenance import provenance
 from halos_pl.run_dir import CONFIG, LAST, SUMMARY, shortfall
@@ -43,6 +44,15 @@ PREDICTIONS = "predictions.jsonl"
 
 def _reference_rows(module: Any) -> dict[str, int]:
     return module.models.reference_rows if hasattr(module, "models") else {}
+
+
+def _reference_rows_of_all(module: Any) -> dict[str, int]:
+    """The reference rows of all ranks, which must all call this."""
+    rows = _reference_rows(module)
+    if not rows:
+        return {}
+    totals = sum_over_ranks(torch.tensor(list(rows.values()), device=module.device))
+    return dict(zip(rows, totals.tolist(), strict=True))
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -223,7 +233,9 @@ class RunReport(Callback):
     def _last_rows(self) -> list[tuple[float, bool]]:
         return _read(self._last)[-self.ROWS_IN_PLOT :]
 
-    def _write_summary(self, trainer: Trainer, pl_module: LightningModule, end: dict[str, Any]) -> float:
+    def _write_summary(
+        self, trainer: Trainer, pl_module: LightningModule, end: dict[str, Any], reference_rows: dict[str, int]
+    ) -> float:
         """Writes ``summary.json`` and returns the duration of the fit in seconds."""
         folder = Path(trainer.default_root_dir)
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -235,7 +247,7 @@ class RunReport(Callback):
             "wall_seconds": seconds,
             "data": counts,
             "digests": datamodule.digests("train") if counts else {},
-            "reference_rows": _reference_rows(pl_module),
+            "reference_rows": reference_rows,
             "metrics": _numbers(trainer.callback_metrics),
             "last_outcomes": self._last_rows(),
             "resumed": getattr(getattr(pl_module, "record", None), "history", []),
@@ -248,11 +260,15 @@ class RunReport(Callback):
         """Writes the summary of a run that a signal has stopped."""
         number = stopping.received()
         stopped = self._began and isinstance(exception, SIGTERMException)
-        if number and stopped and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._write_summary(trainer, pl_module, record(trainer, stopping.name_of(number), finished=False))
+        if number and stopped and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rows = _reference_rows_of_all(pl_module)  # the ranks have agreed to stop
+            if trainer.is_global_zero:
+                end = record(trainer, stopping.name_of(number), finished=False)
+                self._write_summary(trainer, pl_module, end, rows)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Also called if nothing was left to train, because the run had been killed after its last step."""
+        rows = _reference_rows_of_all(pl_module)
         if not trainer.is_global_zero:
             return
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -266,7 +282,7 @@ class RunReport(Callback):
             rank_zero_info(f"halos: nothing was left to train; {folder}/ contains all {trainer.global_step} steps")
             return
         ended = why_ended(trainer)
-        seconds = self._write_summary(trainer, pl_module, record(trainer, ended, finished=True))
+        seconds = self._write_summary(trainer, pl_module, record(trainer, ended, finished=True), rows)
         files = [str(name) for name in (CONFIG, LAST, SUMMARY) if (folder / name).exists()]
         halo: HALO | None = getattr(getattr(pl_module, "objective", None), "halo", None)
         if (folder / METRICS).is_file():
