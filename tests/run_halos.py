@@ -192,53 +192,69 @@ def _target(words: list[str], out: str, folder: str, env: dict[str, str]) -> Non
 
 
 class Ended(str):
-    """What a process said; ``status`` is its exit status, negative for a signal."""
+    """The output of a process; ``status`` is its exit status, negative for a signal."""
 
     status: int
+
+    @classmethod
+    def of(cls, output: str, status: int) -> Ended:
+        """A process that has ended."""
+        ended = cls(output)
+        ended.status = status
+        return ended
+
+
+def in_processes(
+    function: Callable[..., None], arguments: Sequence[tuple[Any, ...]], timeout: float, output: Path | None = None
+) -> list[int]:
+    """Calls ``function`` with each of ``arguments`` in processes that run at the same time; their exit statuses.
+
+    Args:
+        function: function of a module.
+        arguments: the arguments of each call.
+        timeout: seconds after which the test fails and processes that still run are killed.
+        output: file to show then.
+    """
+    _start()
+    processes: list[Any] = [_CONTEXT.Process(target=function, args=each) for each in arguments]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(timeout)
+            shown = output.read_text() if output else ""
+            assert process.exitcode is not None, f"still running after {timeout} s:\n{shown}"
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.exitcode for process in processes]
 
 
 def run_all(
     runs: Sequence[list[str]], folder: Path, env: Sequence[Mapping[str, str]] = (), timeout: float = 120
 ) -> list[Ended]:
     """Runs each of ``runs`` at the same time in a process of its own, in ``folder``."""
-    _start()
-    processes: list[Any] = []
-    outs = []
-    for number, words in enumerate(runs):
-        out = folder / f"out.{len(list(folder.glob('out.*')))}"
+    first = len(list(folder.glob("out.*")))
+    outs = [folder / f"out.{first + number}" for number in range(len(runs))]
+    arguments = []
+    for number, (words, out) in enumerate(zip(runs, outs, strict=True)):
         out.touch()
-        outs.append(out)
         settings = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **(env[number] if env else {})}
-        processes.append(_CONTEXT.Process(target=_target, args=(words, str(out), str(folder), settings)))
-        processes[-1].start()
-    try:
-        for process in processes:
-            process.join(timeout)
-            assert process.exitcode is not None, f"still running after {timeout} s:\n{outs[0].read_text()}"
-    finally:
-        for process in processes:
-            process.kill()
-    ended = []
-    for process, out in zip(processes, outs, strict=True):
-        said = Ended(out.read_text())
-        said.status = process.exitcode
-        ended.append(said)
-    return ended
+        arguments.append((words, str(out), str(folder), settings))
+    statuses = in_processes(_target, arguments, timeout, outs[0])
+    return [Ended.of(out.read_text(), status) for out, status in zip(outs, statuses, strict=True)]
 
 
 def in_ranks(function: Callable[..., None], ranks: int, *arguments: Any, timeout: float = 900) -> None:
     """Calls ``function(rank, *arguments)`` in processes that run at the same time."""
-    _start()
-    processes = [_CONTEXT.Process(target=function, args=(rank, *arguments)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    try:
-        for process in processes:
-            process.join(timeout)
-            assert process.exitcode is not None, f"a rank still runs after {timeout} s"
-    finally:
-        for process in processes:
-            process.kill()
+    in_processes(function, [(rank, *arguments) for rank in range(ranks)], timeout)
+
+
+def free_port() -> int:
+    """A port of this machine that no process listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def run(words: list[str], folder: Path) -> Ended:
@@ -248,10 +264,7 @@ def run(words: list[str], folder: Path) -> Ended:
 
 def run_ranks(words: list[str], folder: Path, ranks: int = 2, strategy: str = "ddp") -> list[Ended]:
     """One run over ``ranks`` processes, as a launcher would start them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}
     env = [{**where, "LOCAL_RANK": str(rank)} for rank in range(ranks)]
     return run_all([[*words, f"--trainer.devices={ranks}", f"--trainer.strategy={strategy}"]] * ranks, folder, env)
 
@@ -300,9 +313,7 @@ def run_here(capfd: Any, words: list[str]) -> Ended:
         main(words)
     except SystemExit as ended:
         status = ended.code
-    said = Ended(capfd.readouterr().err)
-    said.status = status
-    return said
+    return Ended.of(capfd.readouterr().err, status)
 
 
 def refused(capfd: Any, words: list[str], status: int = 1) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from run_halos import in_ranks
+from run_halos import free_port, in_ranks
 
 
 @dataclass(frozen=True)
@@ -180,14 +179,8 @@ def loading_peaks(model: str, folder: Path, ranks: int) -> list[int]:
         folder: for files.
         ranks: number of ranks.
     """
-    in_ranks(_load, ranks, ranks, _free_port(), str(folder), model)
+    in_ranks(_load, ranks, ranks, free_port(), str(folder), model)
     return [int((folder / f"peak.{rank}").read_text(encoding="utf-8")) for rank in range(ranks)]
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def compare(cases: Mapping[str, Case], folder: Path, *, ranks: int = 2, replicas: int = 1) -> dict[str, dict[str, Any]]:
@@ -197,7 +190,7 @@ def compare(cases: Mapping[str, Case], folder: Path, *, ranks: int = 2, replicas
         By case, the largest difference of a ``gradient`` and the ``size`` of the largest one, the difference of the
         ``loss``, the largest reward before any step (``first_rewards``), and whether gradients have the same names.
     """
-    in_ranks(_rank, ranks, ranks, replicas, _free_port(), str(folder), dict(cases))
+    in_ranks(_rank, ranks, ranks, replicas, free_port(), str(folder), dict(cases))
     results: list[dict[str, Any]] = []
     for rank in range(ranks):
         results.append(json.loads((folder / f"steps.{rank}.json").read_text(encoding="utf-8")))

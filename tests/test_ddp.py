@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
-from run_halos import KILLED, ROOT, binary_data, fit, metrics, pair_data, run, run_ranks
+from run_halos import KILLED, ROOT, binary_data, fit, free_port, metrics, pair_data, run, run_ranks
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -126,9 +125,10 @@ def assert_same_weights(one: Path, two: Path, least: float = 1e-6) -> None:
     ],
 )
 def test_two_processes_train_as_one(both, objective, two):
-    """13 examples in steps of 5, 5 and 3, so the ranks have different numbers of rows."""
+    """13 examples in steps of 5, 5 and 3, so the ranks have different numbers of rows; a held-out batch of one pair."""
     data = both.pairs if objective_needs(objective).pairs else both.binary
-    options = ("--data.batch_size=5", f"--data.validation={both.pairs}", *SGD, "--trainer.gradient_clip_val=0.1")
+    held_out = (f"--data.validation={both.pairs}", "--data.eval_batch_size=4")
+    options = ("--data.batch_size=5", *held_out, *SGD, "--trainer.gradient_clip_val=0.1")
     one, two_ = both(objective, data, *options, two=two)
     assert_same_figures(one, two_)
     assert {"val/loss", "val/logps/chosen"} <= metrics(two_)[-1].keys()
@@ -235,29 +235,40 @@ def test_a_killed_fit_of_two_ranks_goes_on_exactly(both):
     assert all(torch.equal(x, b[name]) if isinstance(x, torch.Tensor) else x == b[name] for name, x in a.items())
 
 
-def test_prediction_and_test_by_two_ranks_cover_every_row(both):
-    run_dir = both.folder / "predicted"
-    options = (f"--data.test={both.pairs}", "--trainer.max_steps=1", "--data.eval_batch_size=5")
-    assert run(fit(both.model, "kto", both.binary, run_dir, *options), both.folder).status == 0
-    found = {}
-    for ranks in (1, 2):
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "pairs", "batch_size"),
+    [
+        ("ddp", 2, 13, 4),  # the last batch has one pair
+        pytest.param("fsdp2", 2, 13, 4, marks=pytest.mark.slow),
+        pytest.param("ddp", 3, 4, 2, marks=pytest.mark.slow),  # each batch has fewer pairs than there are ranks
+        pytest.param("fsdp2", 3, 4, 2, marks=pytest.mark.slow),
+        pytest.param("ddp", 2, 2, 1, marks=pytest.mark.slow),  # one rank never has a row
+        pytest.param("fsdp2", 2, 2, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_test_and_predict_like_one_process(both, tmp_path, strategy, ranks, pairs, batch_size):
+    run_dir, data = tmp_path / "run", pair_data(tmp_path / "held_out.jsonl", pairs)
+    options = (f"--data.test={data}", "--trainer.max_steps=1", f"--data.eval_batch_size={batch_size}")
+    options += ("--model.micro_batch_rows=2", *SGD) if strategy == "fsdp2" else SGD
+    assert run(fit(both.model, "kto", both.binary, run_dir, *options), tmp_path).status == 0
+    results = []
+    for together in (False, True):
         for command in ("test", "predict"):
             words = [command, f"--config={run_dir}/config.yaml", "--ckpt_path=last"]
-            every = run_ranks(words, both.folder) if ranks > 1 else [run(words, both.folder)]
+            every = run_ranks(words, tmp_path, ranks, strategy) if together else [run(words, tmp_path)]
             for ended in every:
                 assert ended.status == 0, ended
         predictions = [json.loads(line) for line in (run_dir / "predictions.jsonl").read_text().splitlines()]
         assert not list(run_dir.glob("predictions.jsonl.*"))
-        found[ranks] = (json.loads((run_dir / "test.json").read_text()), predictions)
-    assert found[2][0] == pytest.approx(found[1][0], rel=1e-6, abs=2e-5)
-    assert len(found[1][1]) == 2 * 13
-    names = [f"{both.pairs}:{line}#{which}" for line in range(1, 14) for which in ("chosen", "rejected")]
-    assert [p["row"] for p in found[1][1]] == names
-    assert [p["row"] for p in found[2][1]] == names  # in the order of the data
-    for a, b in zip(found[1][1], found[2][1], strict=True):
-        assert {k: v for k, v in b.items() if k != "row"} == pytest.approx(
-            {k: v for k, v in a.items() if k != "row"}, rel=1e-6, abs=2e-5
-        )
+        results.append((json.loads((run_dir / "test.json").read_text()), predictions))
+    (figures, rows), (figures_of_ranks, rows_of_ranks) = results
+    assert {"test/loss", "test/kl/token", "test/outcome/z0"} <= figures.keys()
+    assert figures_of_ranks == pytest.approx(figures, rel=1e-6, abs=2e-5)
+    names = [f"{data}:{line}#{which}" for line in range(1, pairs + 1) for which in ("chosen", "rejected")]
+    assert [row.pop("row") for row in rows] == names
+    assert [row.pop("row") for row in rows_of_ranks] == names  # in the order of the data
+    for one, other in zip(rows, rows_of_ranks, strict=True):
+        assert other == pytest.approx(one, rel=1e-6, abs=2e-5)
 
 
 @pytest.mark.slow
@@ -343,9 +354,7 @@ def test_what_works_is_not_refused(strategy):
 def test_a_plain_loop_steps_through_ddp(tmp_path, tiny_folder, objective, micro):
     """A wrapped scorer, and ranks with different numbers of micro-batches: gradients are exchanged once per step."""
     data = (pair_data if objective.startswith("dpo") else binary_data)(tmp_path / "data.jsonl", 5)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     words = [sys.executable, str(ROOT / "tests" / "ddp_loop.py"), str(tiny_folder), str(data)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
     each = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from kills import checkpoint, fail_at
-from run_halos import ROOT, binary_data, fit, metrics, run
+from run_halos import ROOT, binary_data, fit, free_port, metrics, run
 
 from halos_pl.training.slurm import is_requeued, note_job
 
@@ -75,9 +74,7 @@ def test_a_launch_file_is_valid(file):
 
 @pytest.mark.slow
 def test_torchrun_on_two_nodes_trains_like_one_process_and_resumes(nodes, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     run_dir = tmp_path / "two"
     env = [nodes.env(run_dir, NODES="2", GPUS="1", PORT=port)] * 2
     statuses, outputs = nodes("torchrun.sh", nodes.options(run_dir, *fail_at(rank=1, how="user", step=2)), env)
@@ -96,9 +93,7 @@ def test_torchrun_on_two_nodes_trains_like_one_process_and_resumes(nodes, tmp_pa
 
 @pytest.mark.slow
 def test_torchrun_shards_with_a_replica_on_each_node(nodes, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     run_dir = tmp_path / "run"
     env = [nodes.env(run_dir, NODES="2", GPUS="1", PORT=port, STRATEGY="fsdp2")] * 2
     statuses, outputs = nodes("torchrun.sh", nodes.options(run_dir), env)
@@ -108,9 +103,7 @@ def test_torchrun_shards_with_a_replica_on_each_node(nodes, tmp_path):
 
 @pytest.mark.slow
 def test_an_error_on_one_node_before_the_ranks_have_met(nodes, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     run_dir = tmp_path / "run"
     env = [nodes.env(run_dir, NODES="2", GPUS="1", PORT=port)] * 2
     began = time.monotonic()
@@ -148,9 +141,7 @@ def test_a_slurm_job_is_requeued_and_resumes(nodes, tmp_path):
     program(programs / "srun", SRUN)
     program(programs / "scontrol", f'#!/bin/bash\necho "$@" >> {tmp_path}/scontrol.log\n')
     program(programs / "halos", f'#!/bin/bash\nexec {sys.executable} -m halos_pl "$@"\n')
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     env = nodes.env(run_dir, SLURM_JOB_ID="4242", SLURM_JOB_NAME="kto", SLURM_NNODES="2", SLURM_NTASKS="2")
     env |= {
         "SLURM_NTASKS_PER_NODE": "1",

@@ -155,8 +155,10 @@ every = pytest.mark.parametrize("name", OBJECTIVES)
 def test_order_of_rows_does_not_matter(name, seed, data):
     rows = random_rows(seed, 3)
     order = torch.tensor(data.draw(st.permutations(range(len(rows)))))
+    # z0 is a float32 mean, whose last digit (6e-8 nats) depends on the order of the sum; the loss may be far smaller,
+    # as values of both signs cancel.
     assert OBJECTIVES[name]()(rows.select(order)).loss.item() == pytest.approx(
-        OBJECTIVES[name]()(rows).loss.item(), rel=1e-6
+        OBJECTIVES[name]()(rows).loss.item(), rel=1e-6, abs=1e-7
     )
 
 

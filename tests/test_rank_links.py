@@ -10,17 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from run_halos import free_port
 
 from halos_pl.cli.errors import UsageError, described
 from halos_pl.training import rank_failure
 from halos_pl.training.rank_failure import PeerFailed, RankWatch
 from halos_pl.training.rank_links import Failure, Hub, Place, Spoke, links
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def failure(rank: int, text: str) -> Failure:
