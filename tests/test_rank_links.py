@@ -13,7 +13,7 @@ import pytest
 from run_halos import free_port
 
 from halos_pl.cli.errors import UsageError, described
-from halos_pl.training import rank_failure
+from halos_pl.training import rank_failure, rank_links
 from halos_pl.training.rank_failure import PeerFailed, RankWatch
 from halos_pl.training.rank_links import Failure, Hub, Place, Spoke, links
 
@@ -241,3 +241,26 @@ def test_a_blocked_process_is_ended_with_one_line(monkeypatch, capsys):
     assert len(lines) == 1
     assert "rank 1" in lines[0]
     first._links.close()
+
+
+def test_a_rank_that_cannot_reach_rank_0_warns_once(monkeypatch, capsys):
+    """As behind a firewall: the store answers, but not the port on which rank 0 listens."""
+    monkeypatch.setattr(rank_links, "UNREACHED", 0.2)
+    port = free_port()
+    hub = Hub(Place(0, 0, 0, 2, "127.0.0.1", port))
+    hub._publish()
+    hub._listener.close()
+    watch = RankWatch(Place(1, 1, 0, 2, "127.0.0.1", port), describe)
+    wait = threading.Event()
+    for _ in range(100):
+        if watch._links.fault:
+            break
+        wait.wait(0.1)
+    wait.wait(1.2)  # two more attempts
+    watch._closing.set()
+    watch._thread.join()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("halos: rank 1 ")
+    assert "of rank 0" in lines[0]
+    assert "refused" in lines[0]
