@@ -262,11 +262,14 @@ def run(words: list[str], folder: Path) -> Ended:
     return run_all([words], folder)[0]
 
 
-def run_ranks(words: list[str], folder: Path, ranks: int = 2, strategy: str = "ddp") -> list[Ended]:
+def run_ranks(
+    words: list[str], folder: Path, ranks: int = 2, strategy: str = "ddp", env: Mapping[str, str] | None = None
+) -> list[Ended]:
     """One run over ``ranks`` processes, as a launcher would start them."""
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}
-    env = [{**where, "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    return run_all([[*words, f"--trainer.devices={ranks}", f"--trainer.strategy={strategy}"]] * ranks, folder, env)
+    of_ranks = [{**where, "LOCAL_RANK": str(rank), **(env or {})} for rank in range(ranks)]
+    words = [*words, f"--trainer.devices={ranks}", f"--trainer.strategy={strategy}"]
+    return run_all([words] * ranks, folder, of_ranks)
 
 
 def quiet_trainer(**options: Any) -> Any:

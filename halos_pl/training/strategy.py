@@ -94,6 +94,11 @@ class ShardedStrategy(FolderCheckpoints, ModelParallelStrategy):
         return "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
 
     @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Number of this rank and of all; also known before the ranks have met, as a study checks its arms then."""
+        return {"num_replicas": self.num_nodes * self.num_processes, "rank": self.global_rank}
+
+    @property
     def sharding(self) -> Sharding:
         """How models are sharded."""
         return Sharding(
