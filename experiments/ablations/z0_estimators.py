@@ -117,7 +117,7 @@ class Along(Callback):
     @staticmethod
     def _rows(module: Any, batch: TokenBatch, chosen: torch.Tensor, kl: bool = False) -> LogProbBatch:
         part = batch.select(chosen.nonzero().squeeze(1))
-        return scored_rows(module.scorer, module.reference, part, kl=kl)
+        return scored_rows(module.scorer, module.models.reference, part, kl=kl)
 
     def _sampled(self, module: Any, batch: TokenBatch) -> TokenBatch:
         rows = batch.select(batch.labels.train.nonzero().squeeze(1))
@@ -142,7 +142,7 @@ class Along(Callback):
                 with clocks["samples"]():
                     sampled = self._sampled(module, batch)
                     samples = self._rows(module, sampled, sampled.labels.mismatched)
-                kl = completion_kl(module.scorer, module.reference, sampled).sum(dim=1)
+                kl = completion_kl(module.scorer, module.models.reference, sampled).sum(dim=1)
                 oracle.append(float(kl.mean()))
                 estimators = ESTIMATORS | {"RunningMean": copy.deepcopy(self.running)}
                 for name, estimator in estimators.items():

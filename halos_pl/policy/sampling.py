@@ -25,6 +25,7 @@ from halos_pl.policy.finite import FiniteLogits
 from halos_pl.policy.kl import Scoring, completion_kl
 from halos_pl.policy.limits import check_prompts, room
 from halos_pl.policy.scorer import Scorer
+from halos_pl.policy.sharding import is_sharded
 from halos_pl.policy.spec import ModelError
 
 LEAST_TEMPERATURE = 1e-6
@@ -88,8 +89,13 @@ def sample_tokens(
         Token ids of each completion, in the order of the prompts.
 
     Raises:
-        ModelError: the logits are not finite; names the prompt.
+        ModelError: the logits are not finite (names the prompt), or the model is sharded over ranks.
     """
+    if is_sharded(model):
+        raise ModelError(
+            "fsdp2 shards the model over the ranks, which would wait for each other forever, as they sample answers of"
+            " different lengths; leave out the callback that samples, or choose trainer.strategy ddp"
+        )
     names = names or [f"prompt {i + 1}" for i in range(len(prompts))]
     # Sorted by length, so that there is little padding.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
