@@ -137,6 +137,7 @@ def test_two_processes_train_as_one(both, objective, two):
     assert_same_weights(one, two_)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, two_)]
     assert summaries[0]["data"] == summaries[1]["data"]
+    assert summaries[0]["reference_rows"] == summaries[1]["reference_rows"]
     assert summaries[0]["metrics"].keys() == summaries[1]["metrics"].keys()
 
 

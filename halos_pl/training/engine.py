@@ -314,6 +314,8 @@ class _Step:
         chosen = index if len(index) else instead
         part = self.batch.select(chosen.index, chosen.numbers)
         of_reference = self.rows.reference_logps
+        # Stand-ins need no reference, unless its passes are collective operations.
+        scored_before = again or (self.empty and not is_sharded(self.scorer.model))
         width = max(len(completion) for completion in part.completions)
         with replayed(draw, self.device):
             rows = scored_rows(
@@ -323,7 +325,9 @@ class _Step:
                 gradient=gradient,
                 kl=self.objective.needs.exact_kl,
                 routing=self.objective.needs.routing,
-                reference_logps=of_reference[chosen.index, :width] if again and of_reference is not None else None,
+                reference_logps=of_reference[chosen.index, :width]
+                if scored_before and of_reference is not None
+                else None,
             )
         rows = widened(rows, self.rows.mask.shape[1])
         return rows if len(index) else rows.select(index.index, index.numbers)
