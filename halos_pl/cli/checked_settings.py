@@ -7,18 +7,21 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import is_dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
 
+import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.device_parser import _select_auto_accelerator
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import Timer
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from halos_pl.cli.errors import RunError
 from halos_pl.common.type_words import imported, near, shown
+from halos_pl.common.wrong_value import misfit
 from halos_pl.training.checks import refused_strategy
 from halos_pl.training.log_config import missing_package
 
@@ -65,6 +68,8 @@ def check_settings(trainer: Any) -> None:
         RunError: names the setting, the reason and the alternative.
     """
     strategy = trainer.strategy
+    if isinstance(strategy, str):
+        _check_inline(strategy)
     if why := refused_strategy(strategy if isinstance(strategy, str) else strategy.class_path):
         raise RunError(why)
     if trainer.num_nodes > 1 and not LAUNCHERS & os.environ.keys():
@@ -83,6 +88,18 @@ def check_settings(trainer: Any) -> None:
             "a run always keeps checkpoints/last.ckpt, to resume from; --trainer.enable_checkpointing false and"
             " --trainer.barebones true are not supported. --checkpoint.every_n_steps 1000000 writes it at the end only"
         )
+
+
+def _check_inline(strategy: str) -> None:
+    """Refuses a class with settings that do not fit it: an option that takes names too keeps them as one text.
+
+    Raises:
+        RunError: names the setting at fault.
+    """
+    with suppress(yaml.YAMLError):
+        value = yaml.safe_load(strategy)
+        if isinstance(value, dict) and (fault := misfit("trainer.strategy", Strategy, value)):
+            raise RunError(str(fault))
 
 
 def check_mixed_float16(trainer: Any) -> None:

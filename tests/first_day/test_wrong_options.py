@@ -264,6 +264,10 @@ WORDS: dict[str, tuple[str, ...]] = {
     "--print_config=coments": ("coments", "it takes comments"),
     "--trainer.strategy=fsdp2 --trainer.strategy.replicas=x": ("trainer.strategy.init_args.replicas is 'x'", "whole"),
     "--trainer.strategy=fsdp2 --trainer.strategy.init_args.foo=0": ("init_args.foo is", "ShardedStrategy", "replicas"),
+    '--trainer.strategy={"class_path":"ShardedStrategy","init_args":{"replica":2}}': (
+        "init_args.replica is 2",
+        "did you mean replicas?",
+    ),
     "--trainer.strategy.replicas=2": ("--trainer.strategy ShardedStrategy --trainer.strategy.replicas 2", "'auto'"),
     "--trainer.strategy=fsdp2 --trainer.strategy.replicas=3": ("replicas is 3", "ranks, 1"),
     "--ckpt_path=last": ("last",),
