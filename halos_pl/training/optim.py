@@ -45,7 +45,9 @@ class Change(NamedTuple):
 
 
 def _shown(value: Any) -> str:
-    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):  # 1.0 is a whole epoch for some settings, 1 a single step
+        return f"{value:.1f}" if value.is_integer() and abs(value) < 1e6 else f"{value:g}"
+    return "null" if value is None else str(value)
 
 
 class MasterWeights:

@@ -430,6 +430,13 @@ def test_an_older_checkpoint_is_compared_with_its_config(finished, tmp_path, cap
     main(resuming(older, tmp_path / "y"))
 
 
+@pytest.mark.parametrize(
+    ("value", "told"), [(1.0, "1.0"), (1, "1"), (0.1 + 0.2, "0.3"), (2e-5, "2e-05"), (1e9, "1e+09"), (None, "null")]
+)
+def test_a_share_is_not_told_as_a_number_of_steps(value: Any, told: str) -> None:
+    assert str(Change("trainer.limit_train_batches", 6, value)) == f"trainer.limit_train_batches: 6 -> {told}"
+
+
 def test_settings_of_types_that_are_not_written_in_python_are_kept() -> None:
     """As of ``trainer.strategy {class_path: DDPStrategy}``, which has a timeout; a fit with it was refused."""
     assert described({"timeout": timedelta(minutes=30)}) == {"timeout": "0:30:00"}
