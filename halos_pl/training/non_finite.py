@@ -53,18 +53,21 @@ def non_finite(
     Args:
         module: the LightningModule.
         what: a clause that names the figure, such as "the loss is nan".
-        rows: names of the batch's rows.
+        rows: names of the batch's rows on this rank.
         suspects: names of the rows that cause it.
         diverged: whether the policy's own log-probs are not finite.
     """
     named = f"rows with a non-finite log-prob or value: {', '.join(suspects)}\n" if suspects else ""
     step, trainer = module.global_step, module.trainer
+    here = f" on rank {trainer.global_rank}" if trainer.world_size > 1 else ""
     if not module.training:
         weights = f"step {step}" if step else f"{trainer.ckpt_path or 'the policy'}"
-        return NonFiniteLossError(f"{what} with the weights of {weights}.\n{named}rows of the batch: {', '.join(rows)}")
+        return NonFiniteLossError(
+            f"{what} with the weights of {weights}.\n{named}rows of the batch{here}: {', '.join(rows)}"
+        )
     return NonFiniteLossError(
         f"{what} at optimizer step {step}, so the run stops before it takes that step.\n"
-        f"{named}rows of the step: {', '.join(rows)}\n"
+        f"{named}rows of the step{here}: {', '.join(rows)}\n"
         + last_good(trainer, step if diverged else None)
         + (f"\n{lower_lr(module)}" if diverged and step else "")
     )

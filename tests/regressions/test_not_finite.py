@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from halos_pl.policy.finite import FiniteLogits
 from halos_pl.policy.sampling import generate
 from halos_pl.policy.spec import ModelError
 from halos_pl.training.module import HALOModule
-from halos_pl.training.non_finite import NonFiniteLossError
+from halos_pl.training.non_finite import NonFiniteLossError, non_finite
 
 TOKEN = 299  # in one row of the batch below, and nowhere else
 
@@ -115,6 +116,15 @@ def test_the_figures_of_a_diverged_policy_are_an_error_of_each_command(tiny_fold
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("ranks", "named"), [(1, ": a.jsonl:3"), (2, " on rank 1: a.jsonl:3")])
+def test_rows_of_a_rank_are_not_called_those_of_the_whole_step(training: bool, ranks: int, named: str) -> None:
+    trainer = SimpleNamespace(world_size=ranks, global_rank=ranks - 1, ckpt_path=None, checkpoint_callbacks=[])
+    module = SimpleNamespace(global_step=0, training=training, trainer=trainer)
+    of = "step" if training else "batch"
+    assert f"rows of the {of}{named}" in str(non_finite(module, "the loss is nan", ["a.jsonl:3"]))
+
+
 @pytest.mark.parametrize("value", [-1.0, -1e-9, math.nan, -math.inf])
 def test_clipping_that_would_be_none_is_refused(tiny_folder, value):
     for algorithm in ("norm", "value"):
