@@ -29,7 +29,7 @@ class Fit:
 
 
 def smallest(planner: Planner, rows: Rows, memory: float) -> Fit | None:
-    """The layout with the fewest cards of a size that a run fits; None if it fits none of ``CARDS``.
+    """The layout with the fewest cards, of the numbers in ``CARDS``, that a run fits; None if it fits none.
 
     The run's own settings come first. If they do not fit, gradient checkpointing is switched on, and a micro-batch is
     made as large as fits. Several cards share the model (``fsdp2`` with one replica), which takes the least memory;
