@@ -78,8 +78,8 @@ def split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tens
         The rest of the tree, the tensors by key, each once, and the places where they belong.
 
     Raises:
-        ValueError: if a tensor is of a class of its own, such as the state of an 8-bit optimizer, or two would have the
-            same name.
+        ValueError: if a tensor is of a class of its own, such as the state of an 8-bit optimizer, or is not added up
+            over the ranks, or two would have the same name.
     """
     tensors: dict[str, Tensor] = {}
     names: dict[Any, str] = {}
@@ -88,6 +88,8 @@ def split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tens
         if path[0] not in LARGE and not isinstance(tensor, DTensor):
             continue
         key = ".".join(map(str, path))
+        if isinstance(tensor, DTensor) and any(placement.is_partial() for placement in tensor.placements):
+            raise ValueError(f"{key} is not added up over the ranks, as the checkpoint of a sharded run requires")
         part = local_of(tensor)
         if type(part) not in (Tensor, torch.nn.Parameter):
             raise ValueError(f"{key} is a {type(part).__name__}, which the checkpoint of a sharded run cannot contain")

@@ -80,4 +80,5 @@ def check_fit(module: Any, trainer: Any) -> None:
         vectors=vectors,
         sharded=folders and not lora,
         folders=folders,
+        closure=getattr(trainer.precision_plugin, "scaler", None) is None,
     )

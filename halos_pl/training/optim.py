@@ -7,6 +7,7 @@ AdamW at a learning rate of 5e-6 nearly every step is. So the optimizer steps on
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -135,6 +136,7 @@ def check_optimizer(
     vectors: bool,
     sharded: bool = False,
     folders: bool = False,
+    closure: bool = True,
 ) -> None:
     """Refuses, before data and model are loaded, an optimizer that could not train the model or be saved.
 
@@ -146,6 +148,7 @@ def check_optimizer(
         vectors: whether vectors are trained too, such as the weights of norms; under LoRA there are only matrices.
         sharded: whether the parameters are sharded over the ranks.
         folders: whether checkpoints are folders, as those of fsdp2.
+        closure: whether its step has to call a closure, as in each precision without a loss scale.
 
     Raises:
         ValueError: naming the setting and the way out.
@@ -165,7 +168,11 @@ def check_optimizer(
                     " model.policy.lora only matrices are trained"
                 ) from error
         _check_groups(optimizer)
-        _try_step(optimizer, parameters, sharded)
+        if closure:
+            _check_closure(optimizer)
+        called = _try_step(optimizer, parameters, sharded)
+        if closure and called is False:
+            raise _without_closure(optimizer, "does not call its closure")
         if folders:
             _check_saved(optimizer)
 
@@ -184,15 +191,43 @@ def _check_groups(optimizer: Any) -> None:
             )
 
 
-def _try_step(optimizer: Any, parameters: list[nn.Parameter], sharded: bool) -> None:
-    """Refuses an optimizer that cannot take a step along a gradient of 0."""
+def _check_closure(optimizer: Any) -> None:
+    """Refuses an optimizer whose step takes no closure."""
+    try:
+        inspect.signature(optimizer.step).bind(closure=None)
+    except TypeError as error:
+        raise _without_closure(optimizer, "takes no argument closure") from error
+    except ValueError:  # a function without a signature
+        pass
+
+
+def _without_closure(optimizer: Any, why: str) -> ValueError:
+    return ValueError(
+        f"model.optimizer: {type(optimizer).__name__}.step {why}, which computes the loss and the gradients of a step;"
+        " define step(self, closure=None), and call closure() before the weights are changed"
+    )
+
+
+def _try_step(optimizer: Any, parameters: list[nn.Parameter], sharded: bool) -> bool | None:
+    """Refuses an optimizer that cannot take a step along a gradient of 0.
+
+    Returns:
+        Whether it has called its closure; None if its step has failed.
+    """
     device = parameters[0].device
+    calls: list[Tensor] = []
+
+    def closure() -> Tensor:
+        calls.append(torch.zeros((), device=device))
+        return calls[-1]
+
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     try:
         rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
         with rng, torch.compiler.set_stance("force_eager"):  # torchao would compile it for a minute
-            optimizer.step(lambda: torch.zeros((), device=device))
+            optimizer.step(closure)
+        return bool(calls)
     except RuntimeError as error:  # as with SparseAdam, whose gradients are sparse
         why = str(error).partition("\n")[0]
         if sharded:
@@ -206,6 +241,7 @@ def _try_step(optimizer: Any, parameters: list[nn.Parameter], sharded: bool) -> 
             raise ValueError(f"model.optimizer: {type(optimizer).__name__} cannot take a step: {why}") from error
     except Exception:  # other errors may be due to the zeros
         pass
+    return None
 
 
 def _check_saved(optimizer: Any) -> None:
