@@ -90,10 +90,9 @@ def paper_configs() -> list[Path]:
     return sorted((ROOT / "experiments" / "paper").glob("*.yaml"))
 
 
-def test_a_deep_model_needs_what_its_layers_need() -> None:
-    """The memory computed from two and three layers is that of a run through all of them."""
-    work = fake.Work(
-        config=tiny(4),
+def work_of(config: Any) -> fake.Work:
+    return fake.Work(
+        config=config,
         alike=True,
         lora=None,
         quantize=None,
@@ -107,12 +106,28 @@ def test_a_deep_model_needs_what_its_layers_need() -> None:
         adapter_off=False,
         micro_batch_rows=1,
     )
+
+
+def test_a_deep_model_needs_what_its_layers_need() -> None:
+    """The memory computed from two and three layers is that of a run through all of them."""
+    work = work_of(tiny(4))
     batch = assumed_rows(settings_of(batch_size=2, needs=Needs()), 8, "").batches[0]
     peaks = [
         [max(m.size + factor * m.gradients for m in moments) for factor in (0, 1)]
         for moments in (fake.step_memory(work, batch), fake._step(work, batch, 4))
     ]
     assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
+
+
+def test_a_model_that_cannot_run_without_data_is_named_in_one_line(caplog: Any, capfd: Any) -> None:
+    """torch computes experts in float32, but its fake tensors refuse to; the traceback that it logs is left out."""
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "vocab_size": 512}
+    config = AutoConfig.for_model("mixtral", **sizes, num_hidden_layers=2, num_local_experts=4, num_key_value_heads=2)
+    batch = assumed_rows(settings_of(batch_size=2, needs=Needs()), 8, "").batches[0]
+    with pytest.raises(PlanError, match="the memory of a mixtral cannot be computed"):
+        fake.step_memory(work_of(config), batch)
+    assert not caplog.records
+    assert not capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

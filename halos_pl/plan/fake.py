@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -253,6 +254,18 @@ def layers_of(config: Any) -> int:
     return int(config.get_text_config().num_hidden_layers)
 
 
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keeps torch from logging the traceback of an operation that fails on fake tensors; it is an error as well."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+@_unlogged()
 def step_memory(work: Work, batch: TokenBatch) -> list[Moment]:
     """The memory of one optimizer step on one device, without weights: the engine's own step, on fake tensors.
 
