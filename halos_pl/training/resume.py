@@ -44,6 +44,8 @@ def finished_progress(fit_loop: dict[str, Any]) -> tuple[int, int]:
     Conversely, a fit that ``max_steps`` ends within an epoch closes that epoch. Such a state is rewritten to leave the
     epoch open, so that a longer fit continues with the rest of its rows.
 
+    A run of several ranks that was stopped before an epoch's first step would lose that step. Its epoch has not begun.
+
     Within an epoch, the state is rewritten to the one after a step and its validation, if any was due: Lightning would
     count the step twice if it was saved after its validation. A run that was stopped during a validation repeats that
     validation before it trains.
@@ -58,7 +60,9 @@ def finished_progress(fit_loop: dict[str, Any]) -> tuple[int, int]:
     begun = epochs["current"]["ready"]
     evaluations = fit_loop["epoch_loop.val_loop.batch_progress"]["total"]
     validating = evaluations["ready"] > evaluations["processed"]  # Lightning validates first, then trains
-    if validating or not batches["is_last_batch"]:
+    between = begun > 0 and not batches["current"]["ready"]
+    begun -= between
+    if not between and (validating or not batches["is_last_batch"]):
         for counts in (epochs["total"], epochs["current"]):
             counts["processed"] = counts["completed"] = max(counts["ready"] - 1, 0)
         if not validating:
@@ -69,7 +73,7 @@ def finished_progress(fit_loop: dict[str, Any]) -> tuple[int, int]:
         # An epoch that lacks only its last validation has no steps left.
         return max(begun - 1, 0), 0 if batches["is_last_batch"] else batches["current"]["ready"]
     for key in ("total", "current"):
-        epochs[key] = dict.fromkeys(epochs[key], epochs[key]["ready"])
+        epochs[key] = dict.fromkeys(epochs[key], epochs[key]["ready"] - between)
     steps = batches["total"]["ready"]
     batches["total"] = dict.fromkeys(batches["total"], steps)
     batches["current"] = dict.fromkeys(batches["current"], 0)
