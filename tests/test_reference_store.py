@@ -15,6 +15,7 @@ import time
 import warnings
 from contextlib import ExitStack, closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ import torch
 from filelock import SoftFileLease
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from policy_steps import batch
 from run_halos import OBJECTIVES, ROOT, binary_data, fit, full_disk, metrics, pair_data
 
 from halos_pl.batch import Labels, TokenBatch
@@ -32,7 +34,7 @@ from halos_pl.policy import reference as references
 from halos_pl.policy import segments
 from halos_pl.policy.loading import ModelError
 from halos_pl.policy.segments import SUFFIX, Segments
-from halos_pl.policy.store import ReferenceStore, fingerprint, keys
+from halos_pl.policy.store import ReferenceStore, StoredReference, fingerprint, keys
 
 STORED = "--model.reference_store=true"
 
@@ -341,6 +343,27 @@ def test_a_full_disk_does_not_end_a_run(path: Path) -> None:
     with closing(ReferenceStore(path)) as store:
         assert store.get([A, B, *names]).keys() == {A, B}
         assert store.damaged == 0
+
+
+def test_rows_of_a_sharded_reference_are_either_stored_or_computed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If another rank lacks a row, this rank computes all of its own, too."""
+    most = [0]
+    monkeypatch.setattr("halos_pl.policy.store.most_over_ranks", lambda number: [max(most[0], number)])
+    rows = batch(2)
+    reference = SimpleNamespace(fingerprint="f", rows_computed=0)
+
+    def logps(rows: Any) -> torch.Tensor:
+        reference.rows_computed += len(rows)
+        return torch.zeros(len(rows), max(map(len, rows.completions)))
+
+    reference.logps = logps
+    with closing(ReferenceStore(path)) as store:
+        stored = StoredReference(reference, store, lambda: (), sharded=True)
+        for number, of_others in enumerate((0, 0, 1)):
+            most[0] = of_others
+            stored.logps(rows)
+            assert stored.rows_stored + stored.rows_computed == (number + 1) * len(rows)
+        assert stored.rows_stored == len(rows)
 
 
 def test_it_is_refused_where_it_cannot_be_written(tmp_path: Path) -> None:

@@ -179,10 +179,10 @@ class StoredReference:
         names = keys(" ".join(map(str, (self.reference.fingerprint, *self._numerics()))), batch.on_host)
         logps = self.store.get(names)
         missing = [i for i, name in enumerate(names) if name not in logps]
-        self.rows_stored += len(batch) - len(missing)
         if self._sharded:
             # Each pass of a sharded reference is a pass of all ranks, over all of their rows.
             missing = list(range(len(batch))) if most_over_ranks(len(missing))[0] else []
+        self.rows_stored += len(batch) - len(missing)
         if missing:
             (index,) = moved([torch.tensor(missing, device="cpu")], batch.prompt.device)
             computed = self.reference.logps(batch.select(index, missing)).cpu()
