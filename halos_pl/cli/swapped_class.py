@@ -57,6 +57,10 @@ def swaps(part: Any, config: Any, where: str, key: str = "") -> Iterator[str]:
     Yields:
         One sentence per replaced class.
     """
+    if isinstance(part, dict) and isinstance(config, str):  # such as fsdp2, the name of a strategy
+        lost = [name for name in part.get("init_args", part) if name not in ("class_path", "init_args", "dict_kwargs")]
+        if lost:
+            yield f"{where}: {key} is now {config}, without the settings {', '.join(lost)}"
     if not isinstance(part, dict) or not isinstance(config, dict):
         return
     before, now = part.get("class_path"), config.get("class_path")

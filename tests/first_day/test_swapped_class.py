@@ -85,3 +85,11 @@ def test_what_becomes_of_the_settings_of_a_replaced_class_is_said() -> None:
     outer = {"class_path": "Scaled", "init_args": {"value_function": {"class_path": "Logistic", "init_args": {"b": 1}}}}
     (said,) = swaps({"v": outer}, {"v": inner}, "a.yaml")
     assert "v.value_function is now CARA instead of Logistic" in said
+
+
+@pytest.mark.parametrize(
+    "earlier", [{"class_path": "ShardedStrategy", "init_args": {"replicas": 4}}, {"replicas": None}, {"replicas": 4}]
+)
+def test_the_name_of_a_strategy_drops_settings_aloud(earlier: dict[str, Any]) -> None:
+    (line,) = swaps({"trainer": {"strategy": earlier}}, {"trainer": {"strategy": "fsdp2"}}, "config.yaml")
+    assert all(word in line for word in ("config.yaml", "trainer.strategy", "fsdp2", "replicas"))
