@@ -305,7 +305,7 @@ def pages() -> Iterator[tuple[str, str | bytes]]:
         sections = [f"# {title}\n\n{text}\n"]
         for cls in plugins(kind, module):
             plot = None
-            if kind in plots:
+            if kind in plots and not (kind is Reward and cls.needs.scalar):  # a learned reward has no curve
                 plot = f"plots/{cls.__name__}.svg"
                 yield f"reference/{plot}", plots[kind](cls)
             sections.append(entry(cls, plot))

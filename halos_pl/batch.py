@@ -45,6 +45,9 @@ class Needs:
         exact_kl: KL divergence over the whole vocabulary at each token of the mismatched rows.
         samples: Maximum number of tokens of completions that the policy samples as mismatched rows; 0 for none.
         routing: How the policy's experts share the tokens; the policy must be a mixture of experts.
+        scalar: A scalar per row, from a linear head on the policy's hidden state after the row's last token.
+        scores: Scores of all rows; rows without are refused.
+        logps: The policy's log-probs beside the scalar. Without ``scalar`` they are computed in any case.
     """
 
     reference: bool = False
@@ -57,9 +60,17 @@ class Needs:
     exact_kl: bool = False
     samples: int = 0
     routing: bool = False
+    scalar: bool = False
+    scores: bool = False
+    logps: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(**{f.name: max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
+
+    @property
+    def policy_logps(self) -> bool:
+        """Whether the policy's log-probs are computed: always, except for an objective that only reads the scalar."""
+        return self.logps or self.reference or not self.scalar
 
 
 class HostLabels(NamedTuple):
@@ -372,6 +383,9 @@ class LogProbBatch:
         kl: float32 [n, T], KL(pi_theta || pi_ref) over the whole vocabulary at each token, without gradient; None if
             not needed.
         routing: How the policy's experts share the rows' tokens; None if not needed.
+        scalar: float32 [n], the number that the policy's scalar head gives each row; None if not needed.
+        has_logps: Whether ``policy_logps`` were computed. If not, they are NaN, so that a part that reads them without
+            declaring it stops the run.
 
     Raises:
         ValueError: for a tensor of the wrong shape, since (B,) + (B, T) would broadcast to a wrong loss.
@@ -383,6 +397,8 @@ class LogProbBatch:
     labels: Labels
     kl: Tensor | None = None
     routing: Routing | None = None
+    scalar: Tensor | None = None
+    has_logps: bool = True
 
     def __post_init__(self) -> None:
         shape = tuple(self.policy_logps.shape)
@@ -396,6 +412,8 @@ class LogProbBatch:
                 raise ValueError(f"LogProbBatch.{name} has shape {tuple(value.shape)}, not {shape}")
         if self.routing is not None and len(self.routing) != shape[0]:
             raise ValueError(f"LogProbBatch.routing has {len(self.routing)} rows, but policy_logps has {shape[0]}")
+        if self.scalar is not None and tuple(self.scalar.shape) != shape[:1]:
+            raise ValueError(f"LogProbBatch.scalar has shape {tuple(self.scalar.shape)}, not {shape[:1]}")
 
     def __len__(self) -> int:
         return self.policy_logps.shape[0]
@@ -403,7 +421,8 @@ class LogProbBatch:
     def detach(self) -> LogProbBatch:
         """The same rows, detached from the policy's graph."""
         routing = None if self.routing is None else self.routing.detach()
-        return replace(self, policy_logps=self.policy_logps.detach(), routing=routing)
+        scalar = None if self.scalar is None else self.scalar.detach()
+        return replace(self, policy_logps=self.policy_logps.detach(), routing=routing, scalar=scalar)
 
     def select(self, index: Tensor, numbers: Sequence[int] | None = None) -> LogProbBatch:
         """The rows ``index``, with pairs renumbered (see :meth:`Labels.select`)."""
@@ -414,4 +433,6 @@ class LogProbBatch:
             labels=self.labels.select(index, numbers),
             kl=None if self.kl is None else self.kl[index],
             routing=None if self.routing is None else self.routing.select(index),
+            scalar=None if self.scalar is None else self.scalar[index],
+            has_logps=self.has_logps,
         )

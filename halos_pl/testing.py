@@ -68,7 +68,7 @@ def random_rows(
         scale: range of a token's log-prob, which is between ``-scale`` and 0, nats.
 
     Returns:
-        2 * pairs + mismatched rows; ``policy_logps`` requires a gradient.
+        2 * pairs + mismatched rows with scalars; ``policy_logps`` and ``scalar`` require a gradient.
     """
     generator = torch.Generator().manual_seed(seed)
     n = 2 * pairs + mismatched
@@ -85,7 +85,8 @@ def random_rows(
     group = torch.randint(0, (pairs + 1) // 2, (n,), generator=generator)
     group[place] = torch.arange(2 * pairs) // 4
     labels = Labels(desirable, pair, torch.arange(n) >= 2 * pairs, group)
-    return LogProbBatch(policy.requires_grad_(), reference, mask, labels)
+    scalar = scale * torch.randn(n, generator=torch.Generator().manual_seed(seed + 1), dtype=dtype)
+    return LogProbBatch(policy.requires_grad_(), reference, mask, labels, scalar=scalar.requires_grad_())
 
 
 def _words(draw: random.Random, longest: int) -> str:

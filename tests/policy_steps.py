@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from halos_pl.batch import Labels, TokenBatch
+from halos_pl.objective.build import load_objective
 from halos_pl.objective.feedback import Binary, Pairwise
 from halos_pl.objective.reference_points import MismatchedKL, PairedCompletion, RunningMean
 from halos_pl.objective.rewards import LogRatio
@@ -76,7 +77,11 @@ def module(
 ) -> HALOModule:
     of_policy = ("lora", "gradient_checkpointing", "dtype", "attn_implementation")
     spec = {key: options.pop(key) for key in of_policy if key in options}
-    parts = {k: v() if isinstance(v, type) else v for k, v in PARTS[objective].items()}
+    parts: dict[str, Any] = {}
+    if objective in PARTS:
+        parts = {k: v() if isinstance(v, type) else v for k, v in PARTS[objective].items()}
+    else:
+        parts["extra_terms"] = [load_objective(objective)]
     return HALOModule(
         ModelSpec(str(folder), **spec),
         reference,

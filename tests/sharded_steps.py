@@ -66,6 +66,7 @@ def _step(case: Case, sharding: Any) -> Step:
         load_objective,
     )
     from halos_pl.policy.loading import LoRASpec, load_tokenizer
+    from halos_pl.policy.scalar_head import freeze_language_head
     from halos_pl.policy.sharding import average_plain_gradients, whole
 
     torch.manual_seed(0)
@@ -73,7 +74,11 @@ def _step(case: Case, sharding: Any) -> Step:
     if lora := options.pop("lora", None):
         options["lora"] = LoRASpec(**lora)
     spec, objective = ModelSpec(case.model, **options), load_objective(case.objective)
-    scorer = Scorer(load_model(spec, sharding).train(), prefix_sharing=case.prefix_sharing, sharding=sharding)
+    model, needs = load_model(spec, sharding).train(), objective.needs
+    if not needs.policy_logps:
+        freeze_language_head(model)
+    sharing: Any = case.prefix_sharing
+    scorer = Scorer(model, prefix_sharing=sharing, sharding=sharding, scalar_head=needs.scalar)
     reference: Any = AdapterOff() if lora else FrozenCopy()
     reference.bind(scorer, spec)
     data = FeedbackDataModule(train=case.data, batch_size=5)
@@ -92,7 +97,7 @@ def _step(case: Case, sharding: Any) -> Step:
                     step = torch.distributed.tensor.distribute_tensor(step, p.device_mesh, p.placements)
                 p.add_(step)
     with autocast:
-        parts = StepEngine(objective, scorer, reference, case.micro).step(batch)
+        parts = StepEngine(objective, scorer, reference if needs.policy_logps else None, case.micro).step(batch)
     trained = {name: p for name, p in scorer.named_parameters() if p.requires_grad}
     if sharding is not None:
         average_plain_gradients(trained.values())

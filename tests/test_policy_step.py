@@ -186,8 +186,8 @@ def test_the_split_does_not_change_the_step_of_any_objective_file(name, tiny_fol
     """At the second step, when rewards are no longer 0. A plug-in that needs the whole step gets it."""
     results = {}
     for rows in (None, 2):
-        model = module(tiny_folder, micro_batch_rows=rows, lr=0.02)
-        model.objective = load_objective(ROOT / "experiments" / "objectives" / f"{name}.yaml")
+        path = ROOT / "experiments" / "objectives" / f"{name}.yaml"
+        model = module(tiny_folder, str(path), micro_batch_rows=rows, lr=0.02)
         figures = train(model, [batch(seed=1), batch(seed=2)], gradient_clip_val=1.0)
         results[rows] = (weights(model), figures)
     for parameter, value in results[None][0].items():

@@ -20,7 +20,7 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from halos_pl.batch import Labels, LogProbBatch, TokenBatch
+from halos_pl.batch import Labels, LogProbBatch, Needs, TokenBatch
 from halos_pl.cli.main import main
 from halos_pl.objective.baselines import RouterLoss
 from halos_pl.objective.build import load_objective
@@ -116,8 +116,8 @@ def test_it_equals_the_loss_of_transformers(name: str, prefix_sharing: Any, chec
     network.zero_grad()
     if checkpointed:
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    logps, routing = Scorer(network, prefix_sharing=prefix_sharing)(rows, wanted="routing")
-    step = LogProbBatch(logps, None, completion_mask(rows), rows.labels, routing=routing)
+    scores = Scorer(network, prefix_sharing=prefix_sharing)(rows, wanted="scores", needs=Needs(routing=True))
+    step = LogProbBatch(scores.logps, None, completion_mask(rows), rows.labels, routing=scores.routing)
     ours = RouterLoss(weight=0.5)(step).loss
     ours.backward()
     assert 2 * ours.item() == pytest.approx(loss.item(), rel=1e-5)

@@ -63,6 +63,7 @@ SAMPLE: dict[str, dict[str, Any]] = {
     "compared rows": {"model": "llama", "data": "pairs", "objective": "aot_unpaired", "micro": 2},
     "padded": {"model": "gpt-neox", "objective": "kto", "micro": 2, "prefix_sharing": "never"},
     "adapter": {"model": "qwen2", "objective": "kto", "policy": LORA},
+    "reward model": {"model": "llama", "data": "pairs", "objective": "bradley_terry", "micro": 2},
     "half": {"model": "llama", "objective": "kto", "half": True},
     "half, whole reference": {"model": "gpt2", "objective": "kto", "half": True, "whole_reference": True},
 }

@@ -21,9 +21,20 @@ from halos_pl.common.files import remove, share
 from halos_pl.data.turns import stop_ids
 from halos_pl.policy import adapters
 from halos_pl.policy.adapter_sum import combine
-from halos_pl.policy.architecture import add_eos_ids, base_model, is_adapter_weight, keeps_quantised, set_noise
+from halos_pl.policy.architecture import (
+    add_eos_ids,
+    base_model,
+    is_adapter_weight,
+    keeps_quantised,
+    set_noise,
+    vocabulary_size,
+)
 from halos_pl.policy.intact import is_finite
 from halos_pl.policy.loading import load_model, stored_dtype, stored_noise
+from halos_pl.policy.reward_model import padding_token
+from halos_pl.policy.scalar_head import check_classifier, save_reward_adapter, sequence_classifier
+from halos_pl.policy.scorer import Scorer
+from halos_pl.policy.self_test import self_test_batch
 from halos_pl.policy.source import ADAPTER_CONFIG, source_of
 from halos_pl.policy.spec import ModelError, ModelSpec
 from halos_pl.training.named_model import NamedModel, named_model
@@ -55,12 +66,14 @@ def export(
 ) -> None:
     """Write a run's policy as a Hugging Face folder. The code that the run's config.yaml names is executed.
 
-    Any other model is written unchanged, with an adapter merged into its base. An adapter that was trained on a base
-    quantized by model.policy.quantize is merged into the original base, which is not quantized.
+    A reward model is written as a sequence classifier with one label. Any other model is written unchanged, with an
+    adapter merged into its base. An adapter that was trained on a base quantized by model.policy.quantize is merged
+    into the original base, which is not quantized.
 
     Args:
         run: folder of the run; or a Hugging Face folder, a folder with a peft adapter, a hub name, or package:NAME.
-        folder: folder to write, which ``AutoModelForCausalLM.from_pretrained`` and ``halos generate`` can load.
+        folder: folder to write, which ``AutoModelForCausalLM.from_pretrained`` and ``halos generate`` can load; for a
+            reward model ``AutoModelForSequenceClassification.from_pretrained``.
         adapter: whether to write only the adapter of a LoRA policy instead of merging it into the model. If the run
             started from an adapter, both become one adapter of the base model.
         dtype: dtype of the weights; default: that of training (model.policy.dtype, or that of a half-precision
@@ -79,7 +92,7 @@ def export(
         raise FileExistsError(f"{out} is not empty; choose another folder, or use --overwrite true")
     if adapter and (out / "config.json").exists():
         raise FileExistsError(f"{out} contains a model, to which loaders would add the adapter; choose another folder")
-    named = named_model(run, ckpt_path)
+    named = named_model(run, ckpt_path, reward_models=True)
     if adapter and named.spec.lora is None:
         why = "trained the whole model, so there is no LoRA adapter" if named.run else "is not a run"
         raise ValueError(f"--adapter: {run} {why}")
@@ -88,13 +101,16 @@ def export(
     if named.run is None and dtype is None:
         dtype = stored_dtype(named.spec)  # type: ignore[assignment]
     offloaded = _offloaded(named)
-    policy: Any = offloaded or named.load("cpu", quantized=adapter)
+    scorer = named.load_scorer(quantized=adapter) if named.gives_scalars else None
+    policy: Any = offloaded or (named.load("cpu", quantized=adapter) if scorer is None else scorer.model.eval())
     if keeps_quantised(base_model(policy)) and not adapter:
         raise ValueError(
             f"{run}: the weights in {named.spec.path} are quantized, so merging the adapter into them would round it;"
             " export it with --adapter true"
         )
     tokenizer = named.tokenizer()
+    if scorer is not None:
+        _set_padding(policy, tokenizer, run, adapter=adapter)
     if dtype == "float32" and not adapter:  # before merging, so that the sum is not rounded
         policy.float()
     if adapter:
@@ -111,6 +127,9 @@ def export(
         _check_finite(weights, run)
     if not adapter:
         set_noise(policy, stored_noise(named.spec))
+    if scorer is not None:
+        _write_reward_model(scorer, policy, tokenizer, out, run, adapter=adapter, max_shard_size=max_shard_size)
+        return
     stops = add_eos_ids(policy, stop_ids(tokenizer))
     if adapter and stops:
         print(f"halos: the adapter's base does not stop at the ids {stops}; pass them as eos_token_id to generate")
@@ -125,9 +144,68 @@ def export(
     print(f"halos: wrote {what} of {run} to {out}{'' if adapter else f', in {written}{base}'}")
 
 
+def _set_padding(policy: Any, tokenizer: Any, run: str, *, adapter: bool) -> None:
+    """Gives the tokenizer a padding token that ends no row, since sequence classifiers skip padding at the end.
+
+    Raises:
+        ValueError: if the vocabulary has to grow, but only an adapter is written.
+    """
+    if (token := padding_token(tokenizer)) is not None:
+        tokenizer.pad_token = token
+        return
+    if adapter:
+        raise ValueError(
+            f"--adapter: the tokenizer of {run} has no padding token that ends no row, so the vocabulary has to grow;"
+            " export the merged model, without --adapter"
+        )
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    if len(tokenizer) > vocabulary_size(policy):
+        policy.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+
+
+def _write_reward_model(
+    scorer: Scorer, policy: Any, tokenizer: Any, out: Path, run: str, *, adapter: bool, max_shard_size: str
+) -> None:
+    """Writes a reward model as a sequence classifier with one label, or its adapter alone.
+
+    Args:
+        scorer: the run's policy with its head.
+        policy: the model to write: merged, or with its adapter if that is written alone.
+        tokenizer: its tokenizer, with a padding token that ends no row.
+        out: folder to write.
+        run: name of the run.
+        adapter: whether to write the adapter alone.
+        max_shard_size: largest size of a file of weights.
+
+    Raises:
+        ModelError: if transformers' classifier does not give the scalars of training.
+        NonFiniteError: if a weight of the head is not finite.
+    """
+    assert scorer.scalar_head is not None
+    _check_finite({"scalar_head.weight": scorer.scalar_head.weight}, run)
+    scorer.model = policy
+    check_classifier(scorer, self_test_batch(policy))
+    with _written(out, (*TOKENIZER, *(("adapter_*",) if adapter else WEIGHTS))) as part:
+        if adapter:
+            save_reward_adapter(policy, scorer.scalar_head.weight, part)
+        else:
+            classifier = sequence_classifier(policy, scorer.scalar_head.weight, tokenizer.pad_token_id)
+            classifier.save_pretrained(part, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(part)
+    print(
+        f"halos: wrote {'the adapter of ' if adapter else ''}the reward model of {run} to {out}"
+        f"{'' if adapter else f', in {_dtype_of(policy)}'}; rows are padded with {tokenizer.pad_token!r}"
+    )
+
+
 def _offloaded(named: NamedModel) -> Any:
     """The policy with its weights left in a folder checkpoint, if it is in one and needs no merging."""
-    if named.run is None or named.ckpt_path is None or not (checkpoint := Path(named.ckpt_path)).is_dir():
+    if (
+        named.gives_scalars
+        or named.run is None
+        or named.ckpt_path is None
+        or not (checkpoint := Path(named.ckpt_path)).is_dir()
+    ):
         return None
     return offloaded_policy(named.run, checkpoint)
 

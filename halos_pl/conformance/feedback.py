@@ -148,9 +148,10 @@ def feedback_independent_of_theta(case: FeedbackCase) -> str | None:
             if a.requires_grad:
                 return f"{labels(rows)}: the {name} has a gradient in the policy's log-probs"
             for number_, policy in enumerate(others):
-                # The exact KL divergence depends on the policy, too.
+                # The exact KL divergence and the scalars depend on the policy, too.
                 kl = None if rows.kl is None else rows.kl * number_
-                b = getattr(case.judged(replace(rows, policy_logps=policy, kl=kl)), name)
+                scalar = None if rows.scalar is None else rows.scalar * number_
+                b = getattr(case.judged(replace(rows, policy_logps=policy, kl=kl, scalar=scalar)), name)
                 if a.shape != b.shape or not bool(((a == b) | (a.isnan() & b.isnan())).all()):
                     return (
                         f"{labels(rows)}: {name} {listed(a)} with log-probs {listed(rows.policy_logps)},"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from halos_pl.conformance.feedback import FeedbackCase
 from halos_pl.conformance.reference_case import ReferencePointCase
 from halos_pl.conformance.reward import RewardCase
 from halos_pl.conformance.smallest import smallest
-from halos_pl.conformance.steps import Step
+from halos_pl.conformance.steps import Step, with_leaf
 from halos_pl.conformance.value_case import ValueFunctionCase
 from halos_pl.objective.halo import HALO, mean_of_tokens
 
@@ -201,10 +201,12 @@ class HaloCase(Case):
     def slopes(
         self, rows: LogProbBatch, copies: tuple[HALO, HALO] | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Expectation]:
-        """Loss and its gradient [n, T], of the objective and by the definition, from two copies or fresh ones."""
-        one, other = (rows.policy_logps.clone().requires_grad_() for _ in range(2))
-        batches = replace(rows, policy_logps=one), replace(rows, policy_logps=other)
-        loss, expectation = self.losses(*batches, copies or (self.fresh(), self.fresh()))
+        """Loss and its gradient, of the objective and by the definition, from two copies or fresh ones.
+
+        Gradients are with respect to log-probs, [n, T], and, if the objective needs them, scalars, [n, T + 1].
+        """
+        (one, batch), (other, same) = (with_leaf(rows, self.target.needs) for _ in range(2))
+        loss, expectation = self.losses(batch, same, copies or (self.fresh(), self.fresh()))
         right = expectation.loss
         return loss.detach().double(), gradient_of(loss, one), right.detach(), gradient_of(right, other), expectation
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from halos_pl.batch import LogProbBatch
 from halos_pl.conformance.halo_case import RELATIVE, HaloCase, gradient_of
 from halos_pl.conformance.ranks import Ranks, namespaces
-from halos_pl.conformance.steps import Step, two_ranks
+from halos_pl.conformance.steps import Step, two_ranks, with_leaf
 from halos_pl.conformance.witness import pair
 from halos_pl.objective.halo import HALO
 
@@ -25,14 +25,16 @@ def loss_split(case: HaloCase) -> str | None:
 
 
 def _untied(rows: LogProbBatch) -> LogProbBatch:
-    """The rows with all log-probs and margins made distinct, since ties are broken by order."""
+    """The rows with all log-probs, margins and scalars made distinct, since ties are broken by order."""
 
     def moved(logps: Tensor, by: float) -> Tensor:
         off = by * (1 + logps.abs().max()) * (1 + torch.arange(len(logps))).sqrt()
         return torch.cat([logps[:, :1] - off.to(logps)[:, None], logps[:, 1:]], dim=1)
 
     reference = None if rows.reference_logps is None else moved(rows.reference_logps, 0.017)
-    return replace(rows, policy_logps=moved(rows.policy_logps, 0.01), reference_logps=reference)
+    assert rows.scalar is not None
+    scalar = moved(rows.scalar[:, None], 0.013)[:, 0]
+    return replace(rows, policy_logps=moved(rows.policy_logps, 0.01), reference_logps=reference, scalar=scalar)
 
 
 def _two_ranks(case: HaloCase, step: Step) -> str | None:
@@ -42,8 +44,8 @@ def _two_ranks(case: HaloCase, step: Step) -> str | None:
         return None
 
     def outcome_and_loss(rows: LogProbBatch, copy: HALO) -> tuple[Tensor, Tensor]:
-        leaf = rows.policy_logps.clone().requires_grad_()
-        loss = copy(replace(rows, policy_logps=leaf)).loss
+        leaf, rows = with_leaf(rows, case.target.needs)
+        loss = copy(rows).loss
         return loss.detach(), gradient_of(loss, leaf)
 
     def on_rank(index: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -74,8 +76,7 @@ def _micro_batches(case: HaloCase) -> str | None:
         rows = step.rows()
         if not case.counts(rows):
             return None
-        leaf = rows.policy_logps.clone().requires_grad_()
-        batch = replace(rows, policy_logps=leaf)
+        leaf, batch = with_leaf(rows, case.target.needs)
         whole, parts = case.fresh(), case.fresh()
         loss = whole(batch).loss
         context = parts.prepare(batch.detach())

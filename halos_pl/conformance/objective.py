@@ -18,7 +18,7 @@ from halos_pl.conformance.halo_case import RELATIVE, HaloCase, gradient_of
 from halos_pl.conformance.loss_split import loss_split
 from halos_pl.conformance.reference_split import reference_split
 from halos_pl.conformance.smallest import smallest
-from halos_pl.conformance.steps import Step
+from halos_pl.conformance.steps import Step, with_leaf
 from halos_pl.conformance.value_curve import UNDESIRABLE, concave_on_gains, non_decreasing
 from halos_pl.conformance.witness import listed, pair
 from halos_pl.objective.feedback import Feedback
@@ -68,8 +68,7 @@ def sum_of_terms(objective: Sum, examples: int) -> str | None:
     def fault(step: Step) -> str | None:
         both = []
         for parts in ([duplicate(objective)], [duplicate(term) for term in objective.terms]):
-            leaf = step.rows().policy_logps.requires_grad_()
-            batch = replace(step.rows(), policy_logps=leaf)
+            leaf, batch = with_leaf(step.rows(), objective.needs)
             loss = torch.stack([part(batch).loss for part in parts]).sum()
             both.append((loss.detach().double(), gradient_of(loss, leaf)))
         (loss, slope), (right, right_slope) = both
@@ -106,19 +105,17 @@ def identity(case: HaloCase) -> str | None:
         if not case.counts(rows):
             return None
         loss, gradient, right, slope, expectation = case.slopes(rows)
-        witness = _wrong_slope(rows, gradient, slope)
+        witness = _wrong_slope(rows, case, gradient, slope)
         if witness:
             return witness
         for factor in (0.5, 2.0):
-            moved = replace(rows, policy_logps=rows.policy_logps * factor)
+            assert rows.scalar is not None
+            moved = replace(rows, policy_logps=rows.policy_logps * factor, scalar=rows.scalar * factor)
             there, right_there = case.losses(moved, moved, (case.fresh(), case.fresh()))
             change, right_change = float(there - loss), float(right_there.loss - right)
             if not abs(change - right_change) <= RELATIVE * (expectation.size + right_there.size) + 1e-9:
                 a, b = pair(change, right_change)
-                return (
-                    f"log-probs {listed(rows.policy_logps[rows.mask])} times {factor}: the loss changes by {a},"
-                    f" sum w a v by {b}"
-                )
+                return f"{_scores(rows, case)} times {factor}: the loss changes by {a}, sum w a v by {b}"
         # One copy on further steps, and in evaluation; next to one whose parts are called as often.
         copies = case.fresh(), case.fresh()
         for call in range(1, 2 if step.large else 4):
@@ -127,7 +124,7 @@ def identity(case: HaloCase) -> str | None:
                 for copy in copies:
                     copy.train(call < 3)
                 _, gradient, _, slope, _ = case.slopes(later, copies)
-                witness = _wrong_slope(later, gradient, slope)
+                witness = _wrong_slope(later, case, gradient, slope)
                 if witness:
                     return f"{witness}, on call {call}{'' if call < 3 else ' in evaluation'}"
         return None
@@ -135,7 +132,14 @@ def identity(case: HaloCase) -> str | None:
     return case.smallest(fault)
 
 
-def _wrong_slope(rows: LogProbBatch, gradient: Tensor, slope: Tensor) -> str | None:
+def _scores(rows: LogProbBatch, case: HaloCase) -> str:
+    """The policy's outputs that the objective reads, in words."""
+    if case.target.needs.scalar and rows.scalar is not None:
+        return f"scalars {listed(rows.scalar)}"
+    return f"log-probs {listed(rows.policy_logps[rows.mask])}"
+
+
+def _wrong_slope(rows: LogProbBatch, case: HaloCase, gradient: Tensor, slope: Tensor) -> str | None:
     """Where the gradient of the loss differs from that of sum w * a * v / denominator, in words; else None."""
     off = (gradient - slope).abs()
     most = RELATIVE * max(float(slope.abs().max()), float(gradient.abs().max())) + 1e-12
@@ -144,8 +148,7 @@ def _wrong_slope(rows: LogProbBatch, gradient: Tensor, slope: Tensor) -> str | N
     i, t = (~(off <= most)).nonzero()[0].tolist()
     a, b = pair(float(gradient[i, t]), float(slope[i, t]))
     kind = "a desirable" if rows.labels.desirable[i] else "an undesirable"
-    logps = f"policy {listed(rows.policy_logps[rows.mask])}"
-    return f"{logps}: slope {a} of the loss in {kind} row, {b} by w a v"
+    return f"{_scores(rows, case)}: slope {a} of the loss in {kind} row, {b} by w a v"
 
 
 @explained(

@@ -14,7 +14,7 @@ from halos_pl.conformance.clause import Clause, Law, explained
 from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.reference_case import RELATIVE, ReferencePointCase, first_difference, untied
 from halos_pl.conformance.reference_split import reference_split
-from halos_pl.conformance.steps import Step
+from halos_pl.conformance.steps import Step, with_leaf
 from halos_pl.conformance.witness import WrongShape, listed, number
 from halos_pl.objective.halo import mean_of_tokens
 from halos_pl.objective.reference_points import Estimate
@@ -175,8 +175,7 @@ def reference_detached(case: ReferencePointCase) -> str | None:
         same = case.fresh()
         for call in range(4):
             rows = step.rows()
-            policy = (rows.policy_logps * (1 + call)).requires_grad_()
-            rows = replace(rows, policy_logps=policy)
+            policy, rows = with_leaf(replace(rows, policy_logps=rows.policy_logps * (1 + call)), case.needs)
             with torch.enable_grad():
                 rewards = mean_of_tokens(duplicate(case.reward)(rows), rows.mask)
                 rewards = rewards if rewards.requires_grad else rewards.clone().requires_grad_()

@@ -48,7 +48,13 @@ def _unscored_rows(case: ReferencePointCase, step: Step) -> str | None:
         return None
     rows = step.rows()
     z0 = case.estimate(case.rewards(rows), rows)
-    blank = replace(rows, policy_logps=torch.where(rows.labels.mismatched[:, None], rows.policy_logps, 0.0))
+    assert rows.scalar is not None
+    mismatched = rows.labels.mismatched
+    blank = replace(
+        rows,
+        policy_logps=torch.where(mismatched[:, None], rows.policy_logps, 0.0),
+        scalar=torch.where(mismatched, rows.scalar, 0.0),
+    )
     other = case.estimate(case.rewards(blank), blank)
     wrong = ~((z0 - other).abs() <= RELATIVE * z0.abs().max()) & rows.labels.train
     if not bool(wrong.any()):

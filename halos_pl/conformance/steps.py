@@ -96,7 +96,13 @@ class Step:
             ),
             kl=log_probs().abs() / 10,
             routing=self._routing(mask & ~mismatched[:, None], dtype),
+            scalar=self._scalars(n, dtype),
         )
+
+    def _scalars(self, n: int, dtype: torch.dtype) -> torch.Tensor:
+        """The scalars of ``n`` rows, as far from 0 as a token's log-prob, of either sign; from a separate generator."""
+        draw = torch.Generator().manual_seed(self.seed + 3)
+        return torch.randint(-30, 31, (n,), generator=draw).to(dtype) / 10 * self.scale
 
     def _routing(self, tokens: torch.Tensor, dtype: torch.dtype) -> Routing:
         """The routing of ``tokens`` (BoolTensor [n, T]) to three experts, two per token; from a separate generator."""
@@ -115,6 +121,24 @@ class Step:
         score = torch.randint(-20, 21, desirable.shape, generator=draw).float() / 10
         missing = torch.rand(desirable.shape, generator=draw) < (0.1 if self.seed % 3 else 1.1)
         return torch.where(missing, desirable.float(), score)
+
+
+def with_leaf(rows: LogProbBatch, needs: Needs) -> tuple[torch.Tensor, LogProbBatch]:
+    """A leaf with copies of the policy's outputs that an objective reads, and the rows with these.
+
+    Args:
+        rows: n rows.
+        needs: needs of the objective.
+
+    Returns:
+        The log-probs [n, T], or, if the objective needs scalars, [n, T + 1] with the scalars in the last column.
+    """
+    if not needs.scalar:
+        leaf = rows.policy_logps.detach().clone().requires_grad_()
+        return leaf, replace(rows, policy_logps=leaf)
+    assert rows.scalar is not None
+    leaf = torch.cat([rows.policy_logps, rows.scalar[:, None]], dim=1).detach().requires_grad_()
+    return leaf, replace(rows, policy_logps=leaf[:, :-1], scalar=leaf[:, -1])
 
 
 def _copy(batch: Any) -> Any:

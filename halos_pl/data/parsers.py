@@ -70,8 +70,13 @@ PAIRS_OF_SCORES = [(name.format("chosen"), name.format("rejected")) for name in 
 
 
 def _scores(row: dict[str, Any]) -> tuple[float | None, ...]:
-    """The scores of chosen and rejected from the first names that have both: other names may use other units."""
+    """The scores of chosen and rejected from the first names that have both: other names may use other units.
+
+    Without scores, a ``margin`` (as for TRL) is the score of the chosen completion, and that of the rejected one is 0.
+    """
     filled = [sum(row.get(name) is not None for name in names) for names in PAIRS_OF_SCORES]
+    if not max(filled) and row.get("margin") is not None:
+        return score_of(row["margin"], "margin"), 0.0
     return pair_scores(row, *PAIRS_OF_SCORES[filled.index(max(filled))])
 
 

@@ -50,7 +50,7 @@ class Schema:
 # Columns that may hold the prompt; with one of them, "what both completions begin with" would be a guess.
 _PROMPTS = ("instruction", "question", "query", "input", "history", "context", "context_messages")
 _JUDGED = "label|kto_tag|finished"
-_PAIR = "|".join(name for names in PAIRS_OF_SCORES for name in names) + "|(chosen_|rejected_)?finished"
+_PAIR = "|".join(name for names in PAIRS_OF_SCORES for name in names) + "|margin|(chosen_|rejected_)?finished"
 
 SCHEMAS: dict[str, Schema] = {
     schema.name: schema

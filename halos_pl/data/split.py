@@ -108,8 +108,8 @@ class Split:
         control: control tokens for desirable (True) and undesirable rows.
 
     Raises:
-        DataError: control tokens fill ``max_length``; the objective needs pairs and a row has none; or a score does
-            not fit float32.
+        DataError: control tokens fill ``max_length``; the objective needs pairs or scores and a row has none; or a
+            score does not fit float32.
     """
 
     def __init__(
@@ -138,6 +138,11 @@ class Split:
                 f"{table.name(place)}: the objective compares the two completions of a pair, but this row has no pair;"
                 " use data with chosen and rejected, the transform Pair (data.transforms), or an objective for binary"
                 " feedback such as KTO"
+            )
+        if needs.scores and bool((lacking := np.isnan(table.score)).any()):
+            raise DataError(
+                f"{table.name(int(lacking.nonzero()[0][0]))}: the objective compares scores, but this row has none; use"
+                " data with chosen_score and rejected_score, or with a margin"
             )
         if not (needs.pairs or needs.undesirable):
             self._count(table, table.label == 0, "dropped_undesirable")

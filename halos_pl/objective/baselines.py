@@ -136,6 +136,43 @@ class KLPenalty(TokenTerm):
         return bounded_exp(-d) + d - 1
 
 
+class Centring(Objective):
+    """weight * mean over pairs of (r + r')^2: pulls the mean reward of each pair towards 0.
+
+    Preferences do not change if all rewards of a prompt shift by the same number; this term chooses that number
+    (Eisenstein et al. 2023, "Helping or herding?"; ``center_rewards_coefficient`` in TRL). A row without a
+    paired completion in its step counts as r^2, which also shrinks the reward itself.
+
+    Args:
+        weight: Factor of the term; 0.01 in the paper and in TRL's examples.
+
+    Raises:
+        ValueError: if ``weight`` is negative; when called: the rows have no scalars.
+    """
+
+    def __init__(self, *, weight: float = 0.01) -> None:
+        super().__init__()
+        if not weight >= 0:
+            raise ValueError(f"Centring: weight is {weight}; it must be at least 0")
+        self.weight = float(weight)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(scalar=True, undesirable=True)
+
+    def prepare(self, rows: LogProbBatch) -> TermContext:
+        # Each row of a pair carries half of the pair's term.
+        weight = torch.where(rows.labels.pair < 0, 1.0, 0.5) * rows.labels.train
+        return TermContext(sign=-torch.ones_like(weight), weight=weight, denominator=sum_over_ranks(weight.sum()))
+
+    def compute_loss(self, rows: LogProbBatch, context: TermContext) -> Result:
+        if rows.scalar is None:
+            raise ValueError("Centring needs a policy with a scalar head: use it with the reward ScalarHead")
+        pair = rows.labels.pair
+        both = rows.scalar + torch.where(pair < 0, 0.0, rows.scalar[pair])
+        return Result(self.weight * (context.weight * both.square()).sum() / divisor(context.denominator))
+
+
 @dataclass(frozen=True)
 class RouterContext:
     """Context of :class:`RouterLoss`.

@@ -154,6 +154,11 @@ class Objective(nn.Module, ABC):
         return self.compute_loss(rows.select(train), context.select(train))
 
 
+def _with_logps(needs: Needs, *of_parts: Needs) -> Needs:
+    """The needs together with log-probs, if one part reads the scalar and another reads log-probs."""
+    return replace(needs, logps=needs.logps or (needs.scalar and any(part.policy_logps for part in of_parts)))
+
+
 def divisor(denominator: Tensor) -> Tensor:
     """The denominator, or 1 if it is 0: a step in which no row counts has a loss of 0, not 0 / 0."""
     return torch.where(denominator == 0, torch.ones_like(denominator), denominator)
@@ -173,6 +178,7 @@ class HALO(Objective):
 
     Raises:
         TypeError: if ``reflect_undesirable`` is not a bool.
+        ValueError: if a learned reward is compared with log-probs, which have another scale.
     """
 
     def __init__(
@@ -188,6 +194,13 @@ class HALO(Objective):
         super().__init__()
         if not isinstance(reflect_undesirable, bool):
             raise TypeError(f"reflect_undesirable is {reflect_undesirable!r}; it must be True or False")
+        compared = reference_point.needs
+        if reward.needs.scalar and (compared.reference or compared.samples):
+            raise ValueError(
+                f"the reference point {type(reference_point).__name__} is about the policy's log-probs or samples, but"
+                f" the reward {type(reward).__name__} is learned: choose PairedCompletion, or a mean of rewards such as"
+                " BatchMean"
+            )
         self.reward = reward
         self.reference_point = reference_point
         self.value_function = value_function
@@ -197,7 +210,8 @@ class HALO(Objective):
 
     @property
     def needs(self) -> Needs:
-        return self.reward.needs | self.reference_point.needs | self.feedback.needs
+        needs = self.reward.needs | self.reference_point.needs | self.feedback.needs
+        return _with_logps(needs, self.reward.needs)
 
     def estimate(self, reward: Tensor, rows: LogProbBatch) -> Estimate:
         """z0 for ``reward``, nats, float [n] or [n, T].
@@ -272,7 +286,8 @@ class Sum(Objective):
 
     @property
     def needs(self) -> Needs:
-        return reduce(or_, (term.needs for term in self._objectives()))
+        each = [term.needs for term in self._objectives()]
+        return _with_logps(reduce(or_, each), *each)
 
     def prepare(self, rows: LogProbBatch) -> SumContext:
         return SumContext(tuple(term.prepare(rows) for term in self._objectives()))

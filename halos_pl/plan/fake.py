@@ -25,9 +25,11 @@ from halos_pl.policy import head
 from halos_pl.policy.adapters import with_lora
 from halos_pl.policy.architecture import adapter_off, base_model, evaluating, switch_noise_off, vocabulary_size
 from halos_pl.policy.reference import Reference
-from halos_pl.policy.scorer import Scorer
+from halos_pl.policy.scalar_head import freeze_language_head
+from halos_pl.policy.scorer import PrefixSharing, Scorer
 from halos_pl.policy.spec import LoRASpec, ModelError, QuantizeSpec, reason
 from halos_pl.training.engine import StepEngine
+from halos_pl.training.scored_rows import differentiable
 
 
 def meta_model(config: Any, *, lora: LoRASpec | None = None) -> Any:
@@ -120,6 +122,9 @@ class _FakeScorer(Scorer):
         if self.shares_prefixes:
             base_model(self.model).set_attn_implementation(self.attention)
 
+    def _test_scalar_head(self) -> None:
+        """Does nothing: its scalars have no values."""
+
 
 class _FakeReference(Reference):
     """log pi_ref from a second model, or from the policy with its adapter off."""
@@ -158,7 +163,7 @@ class _AnyLoss(Objective):
         return _SameContext()
 
     def compute_loss(self, rows: LogProbBatch, context: Any) -> Result:
-        return Result(rows.policy_logps.sum())
+        return Result(torch.stack([scores.sum() for scores in differentiable(rows)]).sum())
 
 
 @dataclass(frozen=True)
@@ -201,13 +206,19 @@ class Work:
 def _step(work: Work, batch: TokenBatch, layers: int) -> list[Moment]:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def scorer(config: Any, lora: LoRASpec | None) -> Scorer:
+    def scorer(config: Any, lora: LoRASpec | None, needs: Needs) -> Scorer:
         whole = meta_model(with_layers(config, min(layers, layers_of(config))), lora=lora)
         model = fake_model(whole, mode, work.weights, work.adapter)
         switch_noise_off(model)
-        return _FakeScorer(model, prefix_sharing="auto" if work.shares_prefixes else "never")
+        if not needs.policy_logps:
+            freeze_language_head(model)
+        sharing: PrefixSharing = "auto" if work.shares_prefixes else "never"
+        created = _FakeScorer(model, prefix_sharing=sharing, scalar_head=needs.scalar)
+        if created.scalar_head is not None:
+            fake_model(created.scalar_head, mode, torch.float32, torch.float32)
+        return created
 
-    policy = scorer(work.config, work.lora).train()
+    policy = scorer(work.config, work.lora, work.needs).train()
     if work.quantize is not None:
         _dequantize(policy.model)
     if work.gradient_checkpointing:
@@ -217,7 +228,7 @@ def _step(work: Work, batch: TokenBatch, layers: int) -> list[Moment]:
             )
     needs, reference = replace(work.needs, samples=0, routing=False), None
     if work.needs.reference:
-        other = None if work.adapter_off else scorer(work.reference, None).eval().requires_grad_(False)
+        other = None if work.adapter_off else scorer(work.reference, None, Needs()).eval().requires_grad_(False)
         reference = _FakeReference(policy, other)
     engine = StepEngine(_AnyLoss(needs), policy, reference, work.micro_batch_rows)
     live = LiveMemory(policy.model, vocabulary_size(policy.model), layers)

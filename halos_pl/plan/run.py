@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -15,8 +15,9 @@ from halos_pl.plan.error import PlanError
 from halos_pl.plan.fake import meta_model
 from halos_pl.plan.optimizer_state import OptimizerMemory, optimizer_memory
 from halos_pl.plan.shapes import Shape
-from halos_pl.policy.architecture import decoder_and_head
+from halos_pl.policy.architecture import decoder_and_head, text_config
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, OtherModel, ReferenceModel, SyncedCopy
+from halos_pl.policy.scalar_head import freeze_language_head
 from halos_pl.policy.spec import LoRASpec, QuantizeSpec
 from halos_pl.training.lost_updates import HALF
 from halos_pl.training.throughput import Cost, cost
@@ -125,6 +126,13 @@ def parameters_of(model: nn.Module, bits: float | None = None, plain_bits: int =
     )
 
 
+def _with_scalar_head(counts: Parameters, size: int) -> Parameters:
+    """The counts of a policy with a scalar head, whose ``size`` weights each rank holds whole, like an adapter's."""
+    return replace(
+        counts, trained=counts.trained + size, adapter=counts.adapter + size, largest=max(counts.largest, size)
+    )
+
+
 def _count(parameters: list[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
 
@@ -200,8 +208,11 @@ class Settings:
 
     @cached_property
     def model(self) -> Any:
-        """The policy on the meta device, in float32."""
-        return meta_model(self.policy.config, lora=self.lora)
+        """The policy on the meta device, in float32, without a scalar head."""
+        model = meta_model(self.policy.config, lora=self.lora)
+        if not self.needs.policy_logps:
+            freeze_language_head(model)
+        return model
 
     @cached_property
     def parameters(self) -> Parameters:
@@ -217,7 +228,7 @@ class Settings:
                 f"{self.policy.source}: its config has {counts.total:,} parameters, but parameters is {published:,};"
                 " correct one of them"
             )
-        return counts
+        return counts if not self.needs.scalar else _with_scalar_head(counts, text_config(self.model).hidden_size)
 
     @property
     def adapter_off(self) -> bool:
@@ -268,7 +279,7 @@ class Settings:
     def cost(self) -> Cost | None:
         """FLOP per token; None for a mixture of experts."""
         try:
-            return cost(self.model)
+            return cost(self.model, logps=self.needs.policy_logps)
         except TypeError:
             return None
 

@@ -23,6 +23,7 @@ from halos_pl.policy.architecture import (
     switch_noise_off,
 )
 from halos_pl.policy.intact import check_loaded, untrainable
+from halos_pl.policy.scalar_head import empty_classifier
 from halos_pl.policy.sharding import Sharding, equalize, shard
 from halos_pl.policy.source import is_gguf, source_of
 from halos_pl.policy.spec import LoRASpec, ModelError, ModelSpec, QuantizeSpec, reason
@@ -33,7 +34,9 @@ __all__ = [
     "ModelSpec",
     "QuantizeSpec",
     "check_files",
+    "check_reward_model",
     "load_model",
+    "load_pretrained",
     "load_tokenizer",
     "stored_dtype",
     "stored_noise",
@@ -41,7 +44,18 @@ __all__ = [
 ]
 
 
-def _loaded(loader: Any, spec: ModelSpec, *, weights: bool, **options: Any) -> Any:
+def load_pretrained(loader: Any, spec: ModelSpec, *, weights: bool, **options: Any) -> Any:
+    """The result of a loader's ``from_pretrained`` for ``spec``.
+
+    Args:
+        loader: class of transformers or peft.
+        spec: what to load, and from where.
+        weights: whether the weights will be read.
+        options: further arguments of the loader.
+
+    Raises:
+        ModelError: it cannot be loaded; says why and what to do in one line.
+    """
     source = source_of(spec, weights=weights)
     try:
         return loader.from_pretrained(
@@ -72,7 +86,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
         ModelError: it cannot be loaded.
     """
     holder = adapters.with_tokenizer(spec)
-    tokenizer: PreTrainedTokenizerBase = _loaded(AutoTokenizer, holder, weights=False)
+    tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, holder, weights=False)
     template = Path(spec.path) / "chat_template.jinja"
     if holder is not spec and template.is_file():  # the adapter's own, with the tokenizer of its base
         tokenizer.chat_template = template.read_text(encoding="utf-8")
@@ -91,7 +105,7 @@ def load_empty(spec: ModelSpec) -> PreTrainedModel | None:
     """
     if spec.lora is not None or adapters.chain(spec)[1]:
         return None
-    model: PreTrainedModel = _loaded(
+    model: PreTrainedModel = load_pretrained(
         AutoModelForCausalLM,
         spec,
         weights=True,
@@ -206,9 +220,23 @@ def check_files(spec: ModelSpec) -> None:
     adapters.with_lora(model, spec.lora)
 
 
+def check_reward_model(spec: ModelSpec) -> None:
+    """Refuses a model that transformers could not load as a reward model after training. Reads no weights.
+
+    Raises:
+        ModelError: naming the reason and the way out.
+    """
+    config = _stored_config(spec)
+    if any(str(name).endswith("ForSequenceClassification") for name in getattr(config, "architectures", None) or ()):
+        raise ModelError(
+            f"{spec.path} is a reward model already, whose head a run would replace; start from a causal language model"
+        )
+    empty_classifier(config, spec.path)
+
+
 def _empty(spec: ModelSpec) -> Any:
     """The model on the meta device, without weights."""
-    config = _loaded(AutoConfig, spec, weights=False)
+    config = load_pretrained(AutoConfig, spec, weights=False)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=spec.trust_remote_code)
 
@@ -258,12 +286,12 @@ def stored_quantisation(spec: ModelSpec) -> str | None:
     if is_gguf(spec):  # its conversion takes a while
         return None
     root, _ = adapters.chain(spec)
-    return None if is_gguf(root) else quantisation_of_config(_loaded(AutoConfig, root, weights=False))
+    return None if is_gguf(root) else quantisation_of_config(load_pretrained(AutoConfig, root, weights=False))
 
 
 def _stored_config(spec: ModelSpec) -> Any:
     root, _ = adapters.chain(spec)
-    return _loaded(AutoConfig, root, weights=False)
+    return load_pretrained(AutoConfig, root, weights=False)
 
 
 def _load(spec: ModelSpec, sharding: Sharding | None) -> Any:
@@ -275,7 +303,7 @@ def _load(spec: ModelSpec, sharding: Sharding | None) -> Any:
         spread = {"distributed_config": sharding.distributed_config(_empty(spec))}
         # It warns of rules for other architectures.
         logging.getLogger("transformers.distributed.mixin").setLevel(logging.ERROR)
-    model, info = _loaded(
+    model, info = load_pretrained(
         AutoModelForCausalLM,
         spec,
         weights=True,

@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from halos_pl.batch import Routing, TokenBatch
 from halos_pl.policy.architecture import decoder_and_head
 from halos_pl.policy.head import token_logps
+from halos_pl.policy.logprobs import Scores
 from halos_pl.policy.routing import row_routing, token_routing
 from halos_pl.policy.sharding import is_sharded, run
 from halos_pl.policy.shared_attention import Layout, SharedPrefix, choose
@@ -74,13 +75,14 @@ class _Pass:
         mismatched: Whether the rows are mismatched.
         never_empty: Whether to compute a token that no row needs if no row needs any.
         earlier: Pass whose keys and values the prompts that it has computed are taken from.
+        whole: Whether to compute the last token of each completion too, from which nothing is predicted.
 
     Attributes:
         layout: Layout of the packed sequence.
         ids: Tokens [layout.size].
         ends: Position in the packed sequence of the last token of each prompt that this pass computes.
         rows: Numbers of the rows, in the order of the packed sequence.
-        spans: For each row of the batch, (start, stop) of its prompt's tokens and of its own.
+        spans: For each row of the batch, (start, stop) of its prompt's tokens and of its own, without its last one.
     """
 
     def __init__(
@@ -91,6 +93,7 @@ class _Pass:
         mismatched: bool,
         never_empty: bool = False,
         earlier: _Pass | None = None,
+        whole: bool = False,
     ) -> None:
         self.mismatched = mismatched
         self.rows = [i for members in rows.values() for i in members]
@@ -107,9 +110,10 @@ class _Pass:
                 self.ends[p] = size - 1
             branches = {}
             for i in members:
-                branches[i] = size, size + len(batch.completions[i]) - 1  # nothing is predicted from the last token
-                pieces.append(batch.completions[i][:-1])
-                self.spans[i] = [prompt, branches[i]]
+                last = size + len(batch.completions[i]) - 1  # nothing is predicted from the last token
+                self.spans[i] = [prompt, (size, last)]
+                branches[i] = size, last + whole
+                pieces.append(batch.completions[i] if whole else batch.completions[i][:-1])
                 size = branches[i][1]
             branches = {i: (start, stop) for i, (start, stop) in branches.items() if stop > start}
             prefixes.append(SharedPrefix(p, prompt, tuple(branches.values()), tuple(branches), earlier=p in computed))
@@ -123,9 +127,9 @@ class _Pass:
         }
 
     def columns(self, batch: TokenBatch) -> list[Tensor]:
-        """LongTensors on the CPU: the end of each prompt; for each token with loss the position of the hidden state
-        that predicts it, its position among the tokens of all completions, its row and its column; then those of the
-        layout."""
+        """LongTensors on the CPU: the end of each prompt; the rows, and the position of each one's last token; for each
+        token with loss the position of the hidden state that predicts it, its position among the tokens of all
+        completions, its row and its column; then those of the layout."""
         prompt, loss = batch.host.prompt, batch.host.loss
         states, targets, rows, columns = [], [], [], []  # runs (start, length)
         offset = 0
@@ -142,10 +146,14 @@ class _Pass:
         kernels = batch.prompt.device.type != "cpu"
         of_layout = self.layout.columns() if kernels and self.layout.size else [self.layout.positions()]
         ends = torch.tensor(list(self.ends.values()), dtype=torch.long, device="cpu")
-        return [ends, ramps(states), ramps(targets), repeats(rows), ramps(columns), *of_layout]
+        members, last = (
+            torch.tensor(numbers, dtype=torch.long, device="cpu")
+            for numbers in (self.rows, [self.spans[i][1][1] for i in self.rows])
+        )
+        return [ends, members, last, ramps(states), ramps(targets), repeats(rows), ramps(columns), *of_layout]
 
 
-def _planned(batch: TokenBatch, never_empty: bool) -> list[_Pass]:
+def _planned(batch: TokenBatch, never_empty: bool, whole: bool) -> list[_Pass]:
     """The pass with gradient and the pass of mismatched rows, each if it has rows."""
     members: dict[int, list[int]] = {}
     for i, p in enumerate(batch.host.prompt):
@@ -157,7 +165,7 @@ def _planned(batch: TokenBatch, never_empty: bool) -> list[_Pass]:
         rows = {p: numbers for p, numbers in rows.items() if numbers}
         if rows:
             earlier = passes[0] if passes else None
-            passes.append(_Pass(batch, rows, mismatched=kind, never_empty=never_empty, earlier=earlier))
+            passes.append(_Pass(batch, rows, mismatched=kind, never_empty=never_empty, earlier=earlier, whole=whole))
     return passes
 
 
@@ -182,7 +190,7 @@ def _hidden(
 
 @dataclass(frozen=True)
 class States:
-    """Hidden states that predict the m completion tokens with loss.
+    """Hidden states that predict the m completion tokens with loss, and those after the last tokens of k rows.
 
     Attributes:
         hidden: Hidden states [m, size].
@@ -191,6 +199,8 @@ class States:
         mismatched: Whether the tokens belong to mismatched rows, which have no gradient.
         windows: Sliding windows that layers passed to their attention, None for a layer without one.
         routing: Routing of all n rows, zero for mismatched ones; None unless it was requested.
+        rows: LongTensor [k], positions of the rows among all n.
+        last: Hidden states [k, size] after their last tokens; None unless they were requested.
     """
 
     hidden: Tensor
@@ -199,10 +209,14 @@ class States:
     column: Tensor
     mismatched: bool
     windows: set[int | None]
-    routing: Routing | None = None
+    routing: Routing | None
+    rows: Tensor
+    last: Tensor | None
 
 
-def shared_states(model: nn.Module, batch: TokenBatch, experts: int | None = None) -> Iterator[States]:
+def shared_states(
+    model: nn.Module, batch: TokenBatch, experts: int | None = None, *, tokens: bool = True, last: bool = False
+) -> Iterator[States]:
     """Hidden states of all rows: first those with gradient, then, without any, those of mismatched rows.
 
     On a GPU nothing waits for the device: all indices are built on the host and copied once.
@@ -211,25 +225,30 @@ def shared_states(model: nn.Module, batch: TokenBatch, experts: int | None = Non
         model: Model that can share prefixes (see ``halos_pl.policy.self_test``), with its attention set to ``NAME``.
         batch: n rows.
         experts: Number of experts that a router chooses for each token; None to return no routing.
+        tokens: Whether to return the states that predict tokens; otherwise there are none (m = 0).
+        last: Whether to return the states after the last tokens.
     """
     device = batch.prompt.device
     # Without tokens on this rank, others may have some, and gather weights from it.
-    passes = _planned(batch, never_empty=is_sharded(model))
+    passes = _planned(batch, never_empty=is_sharded(model), whole=last)
     columns = [each.columns(batch) for each in passes]
     on_device = iter(upload([column for each in columns for column in each], device))
-    last: Tensor | None = None  # hidden states of the last tokens of the first pass's prompts
+    of_prompts: Tensor | None = None  # hidden states of the last tokens of the first pass's prompts
     for current, of_current in zip(passes, columns, strict=True):
-        ends, index, target, row, column, *of_layout = (next(on_device) for _ in of_current)
+        ends, members, row_ends, index, target, row, column, *of_layout = (next(on_device) for _ in of_current)
         if len(of_layout) > 1:
             current.layout.place(of_layout)
+        if not tokens:
+            index, target, row, column = (each[:0] for each in (index, target, row, column))
         current.layout.keep = current is not passes[-1]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not current.mismatched):
             hidden, of_tokens = _hidden(model, current, of_layout[0], None if current.mismatched else experts)
-            pools = [each for each in (hidden, last) if each is not None]
+            pools = [each for each in (hidden, of_prompts) if each is not None]
             pool = torch.cat(pools) if len(pools) > 1 else pools[0]
             states = pool.index_select(0, index)
+            of_rows = pool.index_select(0, row_ends) if last else None
         if current.layout.keep:
-            last = pool.detach().index_select(0, ends)
+            of_prompts = pool.detach().index_select(0, ends)
         else:
             for each in passes:  # a layer that is recomputed in the backward pass need not keep its keys again
                 each.layout.keep = False
@@ -242,43 +261,61 @@ def shared_states(model: nn.Module, batch: TokenBatch, experts: int | None = Non
             mismatched=current.mismatched,
             windows=current.layout.windows,
             routing=None if of_tokens is None else row_routing(of_tokens, current.spans),
+            rows=members,
+            last=of_rows,
         )
 
 
 def shared_scores(
-    model: nn.Module, batch: TokenBatch, experts: int | None = None, windows: set[int | None] | None = None
-) -> tuple[Tensor, Routing | None]:
-    """Log-probs of the completion tokens and the routing of the rows; mismatched rows get no gradient.
+    model: nn.Module,
+    batch: TokenBatch,
+    experts: int | None = None,
+    windows: set[int | None] | None = None,
+    *,
+    scalar_head: nn.Module | None = None,
+    logps: bool = True,
+) -> Scores:
+    """The scores of the rows; mismatched rows get no gradient.
 
     Args:
         model, batch, experts: As in :func:`shared_states`.
         windows: Set to add the layers' sliding windows to.
-
-    Returns:
-        Log-probs, float32 [n, T], 0 where a row has no token with loss; and the routing, None if it was not requested
-        or all rows are mismatched.
+        scalar_head: Head that gives each row a scalar; None for none.
+        logps: Whether to compute log-probs.
     """
-    return run(model, lambda: _shared_scores(model, batch, experts, windows))
+    return run(model, lambda: _shared_scores(model, batch, experts, windows, scalar_head, logps))
 
 
 def _shared_scores(
-    model: nn.Module, batch: TokenBatch, experts: int | None, windows: set[int | None] | None
-) -> tuple[Tensor, Routing | None]:
-    size = len(batch), max(len(c) for c in batch.completions)
+    model: nn.Module,
+    batch: TokenBatch,
+    experts: int | None,
+    windows: set[int | None] | None,
+    scalar_head: nn.Module | None,
+    with_logps: bool,
+) -> Scores:
     # The dtype is explicit because bf16-true changes the default.
-    logps = torch.zeros(size, dtype=torch.float32, device=batch.prompt.device)
+    options: Any = {"dtype": torch.float32, "device": batch.prompt.device}
+    logps = torch.zeros(len(batch), max(len(c) for c in batch.completions), **options) if with_logps else None
+    scalar = None if scalar_head is None else torch.zeros(len(batch), **options)
     head = decoder_and_head(model)[1]
     routing = None
-    for states in shared_states(model, batch, experts):
+    for states in shared_states(model, batch, experts, tokens=with_logps, last=scalar_head is not None):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not states.mismatched):
-            of_tokens = token_logps(head, states.hidden, states.targets)
+            of_tokens = token_logps(head, states.hidden, states.targets) if with_logps else None
+            of_rows = scalar_head(states.last) if scalar_head is not None else None
+        if logps is not None and of_tokens is not None:
+            logps = logps.index_put((states.row, states.column), of_tokens)
+        if scalar is not None and of_rows is not None:
+            scalar = scalar.index_put((states.rows,), of_rows)
         if windows is not None:
             windows |= states.windows
-        logps = logps.index_put((states.row, states.column), of_tokens)
         routing = routing if states.routing is None else states.routing
-    return logps, routing
+    return Scores(logps, routing, scalar)
 
 
 def shared_logps(model: nn.Module, batch: TokenBatch, windows: set[int | None] | None = None) -> Tensor:
     """Log-probs of the completion tokens, float32 [n, T] (see :func:`shared_scores`)."""
-    return shared_scores(model, batch, windows=windows)[0]
+    logps = shared_scores(model, batch, windows=windows).logps
+    assert logps is not None
+    return logps

@@ -15,16 +15,17 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from halos_pl.batch import Routing, TokenBatch
+from halos_pl.batch import Needs, TokenBatch
 from halos_pl.policy import prefix_sharing
 from halos_pl.policy.architecture import attention_function, base_model, decoder_and_head, rotary_frequencies
 from halos_pl.policy.compilation import compile_layers, compiles_whole
 from halos_pl.policy.liger import apply_liger, check_liger
-from halos_pl.policy.logprobs import padded_logits, padded_scores
+from halos_pl.policy.logprobs import Scores, padded_logits, padded_scores
 from halos_pl.policy.memory import recomputed
 from halos_pl.policy.quantized_weights import quantized_layers
 from halos_pl.policy.routing import check_router
-from halos_pl.policy.self_test import padding_fault, sharing_fault
+from halos_pl.policy.scalar_head import RewardHead, check_classifier
+from halos_pl.policy.self_test import padding_fault, self_test_batch, sharing_fault
 from halos_pl.policy.sharding import Sharding, gathered_dtype, is_sharded, most_over_ranks, reshard, run
 from halos_pl.policy.spec import ModelError
 
@@ -44,15 +45,17 @@ class Scorer(nn.Module):
         liger: Whether to use Liger's kernels, once the model is on a GPU (see ``halos_pl.policy.liger``).
         name: Name of the model in messages.
         sharding: How the model is sharded over the ranks; None if each rank holds all of it.
+        scalar_head: Whether to add a head that gives each row a scalar, as in a reward model.
 
     Attributes:
         model: The model.
+        scalar_head: The head; None without one.
         sharding: As above.
         shares_prefixes: Whether rows share prompts.
 
     Raises:
-        ModelError: if ``prefix_sharing`` is ``always`` and the model cannot share prompts, or if the model computes
-            wrong log-probs in a padded batch.
+        ModelError: if ``prefix_sharing`` is ``always`` and the model cannot share prompts, if the model computes
+            wrong log-probs in a padded batch, or if transformers could not load it as a reward model.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Scorer(nn.Module):
         liger: bool = False,
         name: str = "the model",
         sharding: Sharding | None = None,
+        scalar_head: bool = False,
     ) -> None:
         super().__init__()
         if prefix_sharing not in get_args(PrefixSharing):
@@ -71,6 +75,7 @@ class Scorer(nn.Module):
                 f"prefix_sharing is {prefix_sharing!r}; it must be one of {', '.join(get_args(PrefixSharing))}"
             )
         self.model, self.sharding, self._name = model, sharding, name
+        self.scalar_head = RewardHead(model) if scalar_head else None
         self._options: dict[str, Any] = {"prefix_sharing": prefix_sharing, "compiled": compiled, "liger": liger}
         self._patched = False  # whether Liger's kernels are in place
         self._compiled_for: str | None = None  # type of device
@@ -84,6 +89,7 @@ class Scorer(nn.Module):
         # A reference may be loaded during a step. The self-test must not see the rounding of its autocast.
         with torch.autocast(next(model.parameters()).device.type, enabled=False):
             self._test()
+            self._test_scalar_head()
 
     @property
     def _kernels(self) -> tuple[str, torch.dtype | None]:
@@ -121,6 +127,15 @@ class Scorer(nn.Module):
         if self.shares_prefixes:
             base_model(self.model).set_attn_implementation(self.attention)
 
+    def _test_scalar_head(self) -> None:
+        """Refuses, before training, a head whose model transformers could not load afterwards.
+
+        Raises:
+            ModelError: as the class.
+        """
+        if self.scalar_head is not None and not is_sharded(self.model):
+            check_classifier(self, self_test_batch(self.model))
+
     #: Name of the attention function of models that share prefixes.
     attention = prefix_sharing.NAME
 
@@ -153,35 +168,38 @@ class Scorer(nn.Module):
         self,
         batch: TokenBatch | None = None,
         *,
-        wanted: Literal["logps", "routing", "states", "logits"] = "logps",
+        wanted: Literal["logps", "scores", "states", "logits"] = "logps",
+        needs: Needs | None = None,
         hidden: Tensor | None = None,
     ) -> Any:
         """Runs the model.
 
         Args:
             batch: n rows.
-            wanted: The result: ``logps``; ``routing``, the log-probs and the routing of a mixture of experts;
-                ``states``, the hidden states of a model that shares prefixes; or ``logits``, each row separately.
+            wanted: The result: ``logps``; ``scores``, all that ``needs`` names; ``states``, the hidden states of a
+                model that shares prefixes; or ``logits``, each row separately.
+            needs: Needs of an objective, for ``scores``: log-probs, routing of a mixture of experts, scalars.
             hidden: Hidden states [m, size] from an earlier pass, in place of a batch.
 
         Returns:
             ``logps``: log-probs of the completion tokens, float32 [n, T] whatever the model's dtype, 0 where a row has
-            no token with loss; where prefixes are shared, mismatched rows have no gradient. ``routing``: a tuple of
-            these and a :class:`Routing` (None if all rows are mismatched). ``states``: a list of :class:`States`.
-            ``logits``: float32 [n, T, V]. For ``hidden``: logits float32 [m, V].
+            no token with loss; where prefixes are shared, mismatched rows have no gradient. ``scores``:
+            :class:`Scores`. ``states``: a list of :class:`States`. ``logits``: float32 [n, T, V]. For ``hidden``:
+            logits float32 [m, V].
 
         The first pass on a GPU repeats the self-test there, with the pass's autocast.
 
         Raises:
-            ModelError: if the routing is requested from a model that is not a mixture of experts, or the states from a
-                model that does not share prefixes, or if the self-test on a GPU fails as in the constructor.
+            ModelError: if the routing is requested from a model that is not a mixture of experts, scalars from one
+                without a head, or the states from one that does not share prefixes; or if the self-test on a GPU fails
+                as in the constructor.
         """
-        result = self._result(batch, wanted, hidden)
+        result = self._result(batch, wanted, hidden, needs or Needs())
         if not torch.is_grad_enabled():
             reshard(self.model)
         return result
 
-    def _result(self, batch: TokenBatch | None, wanted: str, hidden: Tensor | None) -> Any:
+    def _result(self, batch: TokenBatch | None, wanted: str, hidden: Tensor | None, needs: Needs) -> Any:
         self._use_liger()
         if self._options["liger"]:
             check_liger(self.device)
@@ -197,14 +215,31 @@ class Scorer(nn.Module):
             return run(self.model, lambda: list(prefix_sharing.shared_states(self.model, batch)))
         if wanted == "logits":
             return padded_logits(self.model, batch)[0]
-        experts = check_router(self.model) if wanted == "routing" else None
+        scores = self._scores(batch, needs)
+        return scores if wanted == "scores" else scores.logps
+
+    def _scores(self, batch: TokenBatch, needs: Needs) -> Scores:
+        if needs.scalar and self.scalar_head is None:
+            raise ModelError(f"the objective needs a scalar per row, but {self._name} has no scalar head")
+        experts = check_router(self.model) if needs.routing else None
+        score = prefix_sharing.shared_scores if self.shares_prefixes else padded_scores
         # Compiled layers hide their operations, and choose themselves what to keep.
         with nullcontext() if self._whole else recomputed():
-            scores: tuple[Tensor, Routing | None]
-            scores = (prefix_sharing.shared_scores if self.shares_prefixes else padded_scores)(
-                self.model, batch, experts
+            return score(
+                self.model,
+                batch,
+                experts,
+                scalar_head=self.scalar_head if needs.scalar else None,
+                logps=needs.policy_logps,
             )
-        return scores if wanted == "routing" else scores[0]
+
+    def scalars(self, batch: TokenBatch) -> Tensor:
+        """The scalars of n rows, float32 [n].
+
+        Raises:
+            ModelError: if there is no scalar head.
+        """
+        return self(batch, wanted="scores", needs=Needs(scalar=True)).scalar  # type: ignore[no-any-return]
 
     @property
     def device(self) -> torch.device:

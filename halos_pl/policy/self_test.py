@@ -57,7 +57,7 @@ def _equal(logps: Tensor, expected: Tensor, eps: float) -> bool:
     return bool((logps - expected).abs().max() <= most)
 
 
-def _rounding(model: nn.Module) -> float:
+def rounding(model: nn.Module) -> float:
     """The relative rounding error of a model's products: of their dtype, or of TF32 on a GPU."""
     device = next(model.parameters()).device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else gathered_dtype(model)
@@ -107,7 +107,7 @@ def sharing_fault(model: nn.Module) -> str | None:
             of_changed = prefix_sharing.shared_logps(model, changed)[1:]
     except Exception as error:
         return f"it fails on them ({type(error).__name__}: {' '.join(str(error).split())[:100]})"
-    eps, single = _rounding(model), torch.finfo(torch.float32).eps
+    eps, single = rounding(model), torch.finfo(torch.float32).eps
     if not _equal(logps, expected, eps):
         return "its log-probs change"
     # The same sums, so usually there is no difference at all.
@@ -126,7 +126,7 @@ def padding_fault(model: nn.Module) -> str | None:
         model: as in :func:`sharing_fault`.
     """
     batch = self_test_batch(model)
-    eps = _rounding(model)
+    eps = rounding(model)
     last: list[Any] = [torch.cat([c[:-1], (c[-1:] + 1) % 7]) for c in batch.completions]
     with _testing(model):
         alone, together = _one_by_one(model, batch), padded_logps(model, batch)

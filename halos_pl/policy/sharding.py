@@ -218,11 +218,17 @@ def as_shard(tensor: Tensor) -> Tensor:
     return DTensor.from_local(tensor, mesh, [Shard(0)], run_check=False)
 
 
+def by_kind(tensors: Iterable[T]) -> list[list[T]]:
+    """The sharded tensors and the others, without empty lists: torch's operations on many tensors take one kind."""
+    kinds: tuple[list[T], list[T]] = [], []
+    for tensor in tensors:
+        kinds[not isinstance(tensor, DTensor)].append(tensor)
+    return [kind for kind in kinds if kind]
+
+
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, sharded or not; the same on all ranks."""
-    sharded = [g for g in gradients if isinstance(g, DTensor)]
-    plain = [g for g in gradients if not isinstance(g, DTensor)]
-    norms = [whole(torch.nn.utils.get_total_norm(part)) for part in (sharded, plain) if part or not gradients]
+    norms = [whole(torch.nn.utils.get_total_norm(part)) for part in by_kind(gradients) or [[]]]
     return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
 
 

@@ -160,6 +160,8 @@ def _check_arm(study: Study, arm: Arm, line: CommandLine) -> tuple[Any, CheckedA
         raise StudyError(f"{place}: {error}") from error
     except Exception as error:  # of Lightning, another library or a plug-in
         raise StudyError(f"{place}: {type(error).__name__}: {error}") from error
+    if cli.model.objective.needs.scalar:
+        raise StudyError(f"{place}: it trains a reward model, which writes no answers to measure; use halos fit")
     resolved = dumped + repr(data) + "".join(map(repr, filter(None, (placed, code))))
     return cli, CheckedArm(steps, hashlib.sha256(resolved.encode()).hexdigest())
 

@@ -135,10 +135,10 @@ def _read(steps: Iterable[_Rows]) -> list[tuple[float, bool]]:
     return [row for outcome, good in steps for row in zip(outcome.tolist(), good.tolist(), strict=True)]
 
 
-def _cost(policy: Any) -> Cost | None:
+def _cost(module: Any) -> Cost | None:
     """The cost per token; None for a model of unknown structure, which can still be trained."""
     try:
-        return cost(policy)
+        return cost(module.policy, logps=module.objective.needs.policy_logps)
     except (AttributeError, TypeError) as error:
         rank_zero_info(f"halos: TFLOP/s are not logged, as the model's cost is unknown: {error}")
         return None
@@ -180,7 +180,7 @@ class RunReport(Callback):
         self._clock = StepClock(pl_module.device)
         policy: Any = getattr(pl_module, "policy", None)
         if policy is not None:
-            self._cost = _cost(policy)
+            self._cost = _cost(pl_module)
             kind = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(str(trainer.precision))
             kind = kind or next(policy.parameters()).dtype
             self._matmul = matmul_speed(pl_module.device, kind)

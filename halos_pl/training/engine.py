@@ -19,7 +19,7 @@ from halos_pl.policy.scorer import Scorer, scorer_of
 from halos_pl.policy.sharding import is_sharded, most_over_ranks
 from halos_pl.training.parts import Part, Rows, on_device, split
 from halos_pl.training.replay import Draw, forked, replayed
-from halos_pl.training.scored_rows import Reference, differentiable, scored_rows, widened
+from halos_pl.training.scored_rows import Reference, as_leaves, differentiable, scored_rows, widened
 
 
 class Deferral:
@@ -236,7 +236,7 @@ class _Step:
                         index, gradient=self.gradient, draw=draw, again=draw is not None, instead=of_train
                     )
                 if not len(index) and not last:
-                    self._back_propagate(rows.policy_logps.sum())
+                    self._back_propagate(torch.stack([scores.sum() for scores in differentiable(rows)]).sum())
                     continue
                 with self._float32():
                     result = self.objective.compute_loss(rows, context.select(index.index))
@@ -250,10 +250,7 @@ class _Step:
         passes with gradient. This is exact and costs one more forward pass.
         """
         rows = self.rows.select(train.index, train.numbers)
-        leaves = replace(rows, policy_logps=rows.policy_logps.clone().requires_grad_(self.gradient))
-        if rows.routing is not None:
-            probability = rows.routing.probability.clone().requires_grad_(self.gradient)
-            leaves.routing = replace(rows.routing, probability=probability)
+        leaves = as_leaves(rows, gradient=self.gradient)
         with self._float32():
             result = self.objective.compute_loss(leaves, context)
         if self.gradient:
@@ -323,8 +320,7 @@ class _Step:
                 self.reference,
                 part,
                 gradient=gradient,
-                kl=self.objective.needs.exact_kl,
-                routing=self.objective.needs.routing,
+                needs=self.objective.needs,
                 reference_logps=of_reference[chosen.index, :width]
                 if scored_before and of_reference is not None
                 else None,
@@ -334,7 +330,10 @@ class _Step:
 
     def _keep(self, index: Rows, rows: LogProbBatch) -> LogProbBatch:
         """Stores the rows' scores, which the reference point may read, and returns the rows."""
-        self.rows.policy_logps[index.index] = rows.policy_logps.detach()
+        if rows.has_logps:
+            self.rows.policy_logps[index.index] = rows.policy_logps.detach()
+        if self.rows.scalar is not None and rows.scalar is not None:
+            self.rows.scalar[index.index] = rows.scalar.detach()
         if self.rows.reference_logps is not None and rows.reference_logps is not None:
             self.rows.reference_logps[index.index] = rows.reference_logps
         if self.rows.kl is not None and rows.kl is not None:
@@ -352,12 +351,15 @@ class _Step:
         mask = completion_mask(self.batch)
         # The dtype is explicit because bf16-true changes the default.
         zeros = torch.zeros(mask.shape, dtype=torch.float32, device=self.device)
+        needs = self.objective.needs
         return LogProbBatch(
-            policy_logps=zeros,
+            policy_logps=zeros if needs.policy_logps else torch.full_like(zeros, torch.nan),
             reference_logps=zeros.clone() if self.reference is not None else None,
             mask=mask,
             labels=self.batch.labels,
-            kl=zeros.clone() if self.objective.needs.exact_kl else None,
+            kl=zeros.clone() if needs.exact_kl else None,
+            scalar=zeros.new_zeros(len(mask)) if needs.scalar else None,
+            has_logps=needs.policy_logps,
         )
 
     def equal_parts(self, *indices: Rows) -> list[list[Rows]]:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from halos_pl.policy.sharding import local, total_norm
+from halos_pl.policy.sharding import by_kind, local, total_norm
 from halos_pl.training.checks import check_clipping
 from halos_pl.training.non_finite import NonFiniteLossError, highest_lr, lower_lr, non_finite
 from halos_pl.training.step_log import StepFigures, on_host
@@ -173,7 +173,9 @@ def clip_gradients(
         figures=module.figures,
         cut=bool(was_cut[0]) if was_cut else None,
     )
-    if by_value:
-        module.clip_gradients(optimizer, value, algorithm)
-    elif value:
-        torch.nn.utils.clip_grads_with_norm_(parameters, float(value), norm)
+    limit = float(value or 0.0)
+    for kind in by_kind(parameters) if limit else ():
+        if by_value:
+            torch.nn.utils.clip_grad_value_(kind, limit)
+        else:
+            torch.nn.utils.clip_grads_with_norm_(kind, limit, norm)

@@ -22,6 +22,8 @@ from halos_pl.training.metrics import (
 )
 from halos_pl.training.non_finite import non_finite
 from halos_pl.training.parts import Part
+from halos_pl.training.reward_quality import RewardQuality, is_learned
+from value_functions import reward_scale
 
 
 class HeldOut:
@@ -38,6 +40,8 @@ class HeldOut:
         self._module = module
         self.means = Means()
         self._auroc = BinaryAUROC()
+        learned = is_learned(module.objective)
+        self._quality = RewardQuality(reward_scale(module.objective.halo.value_function)) if learned else None
 
     def parts(self, batch: TokenBatch) -> Iterator[Part]:
         """Yields the parts of a batch.
@@ -53,8 +57,7 @@ class HeldOut:
             yield part
         wrong = suspects.any + (~loss.isfinite()).float()
         if bool(sum_over_ranks(wrong) > 0):
-            self.means = Means()
-            self._auroc.reset()
+            self._reset()
             what = f"a held-out figure is not finite (loss {loss.item()})"
             raise non_finite(module, what, batch.train_ids, suspects.names)
 
@@ -68,6 +71,8 @@ class HeldOut:
             if reward is not None:
                 scores = into_unit_interval(reward)
                 self._auroc.update(scores, part.rows.labels.desirable.long().to(scores.device))
+                if self._quality is not None:
+                    self._quality.add(part.rows, reward)
             yield part
         # Each batch is weighted by its number of rows: summed over ranks this is loss * rows / rows.
         here = batch.labels.train.sum().float()
@@ -79,6 +84,12 @@ class HeldOut:
         figures = {"kl/sequence": (kl.sum(), kl.new_full((), len(kl))), "kl/token": (kl.sum(), tokens.float())}
         self.means.add(figures)
 
+    def _reset(self) -> None:
+        self.means = Means()
+        self._auroc.reset()
+        if self._quality is not None:
+            self._quality.reset()
+
     def log(self, prefix: str) -> None:
         """Logs the figures over all ranks, equal on each, and resets them."""
         means = with_margin(self.means.compute(empty=False))
@@ -87,5 +98,7 @@ class HeldOut:
         both = sum_over_ranks(torch.stack([(labels == 0).sum(), (labels == 1).sum()]).float().to(self._module.device))
         if bool((both > 0).all()):
             means["rewards/auroc"] = float(self._auroc.compute())
-        self._auroc.reset()
+        if self._quality is not None:
+            means |= self._quality.figures(self._module.device)
+        self._reset()
         self._module.log_dict({f"{prefix}/{name}": value for name, value in means.items()}, sync_dist=True)

@@ -94,14 +94,14 @@ class Suspects:
 
     def add(self, names: list[str], rows: LogProbBatch, result: Result) -> None:
         """Checks a part of a step, whose rows are called ``names``."""
-        logps = rows.policy_logps.detach().isfinite().all(dim=1)
+        scores = finite_scores(rows)
         if rows.reference_logps is not None:
-            logps &= rows.reference_logps.isfinite().all(dim=1)
-        values = torch.ones_like(logps)
+            scores &= rows.reference_logps.isfinite().all(dim=1)
+        values = torch.ones_like(scores)
         if (outcomes := result.outcomes) is not None:
             for figure in (outcomes.reward, outcomes.reference_point, outcomes.outcome, outcomes.value):
                 values &= figure.isfinite()
-        self._parts.append((names, torch.stack([logps, values])))
+        self._parts.append((names, torch.stack([scores, values])))
 
     @property
     def any(self) -> Tensor | float:
@@ -110,7 +110,7 @@ class Suspects:
 
     @property
     def names(self) -> list[str]:
-        """Rows whose log-probs are not finite, or, if there are none, those whose outcome or value is not.
+        """Rows whose log-probs or scalars are not finite, or, if there are none, whose outcome or value is not.
 
         The former make the reference point, and thus the outcome of every row, non-finite.
         """
@@ -119,6 +119,14 @@ class Suspects:
             if bad := [n for names, flags in finite for n, good in zip(names, flags[kind], strict=True) if not good]:
                 return bad
         return []
+
+
+def finite_scores(rows: LogProbBatch) -> Tensor:
+    """BoolTensor [n]: rows whose log-probs and scalar under the policy, as far as computed, are finite."""
+    finite = torch.ones_like(rows.labels.desirable)
+    if rows.has_logps:
+        finite &= rows.policy_logps.detach().isfinite().all(dim=1)
+    return finite if rows.scalar is None else finite & rows.scalar.detach().isfinite()
 
 
 def into_unit_interval(reward: Tensor) -> Tensor:
@@ -193,7 +201,7 @@ def row_figures(rows: LogProbBatch, result: Result, halo: HALO | None) -> dict[s
         result: the objective's result for them.
         halo: the HALO whose outcomes are logged; None for a pure baseline.
     """
-    figures = logp_figures(rows)
+    figures = logp_figures(rows) if rows.has_logps else {}
     reward = implied_reward(rows, result)
     if reward is not None:
         figures |= reward_figures(rows, reward, reward_scale(halo.value_function) if halo else 1.0)

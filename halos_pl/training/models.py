@@ -10,11 +10,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from halos_pl.batch import Needs
 from halos_pl.policy.adapters import chain
 from halos_pl.policy.architecture import base_model, has_adapter, noise_settings
 from halos_pl.policy.limits import check_length, check_vocabulary
-from halos_pl.policy.loading import ModelSpec, check_files, load_model, load_tokenizer
+from halos_pl.policy.loading import ModelSpec, check_files, check_reward_model, load_model, load_tokenizer
 from halos_pl.policy.reference import AdapterOff, FrozenCopy, NoReference, ReferenceModel
+from halos_pl.policy.scalar_head import freeze_language_head
 from halos_pl.policy.scorer import PrefixSharing, Scorer
 from halos_pl.policy.sharding import Sharding
 from halos_pl.policy.spec import ModelError
@@ -45,7 +47,7 @@ class Models:
         policy: ModelSpec | nn.Module,
         reference_model: ReferenceModel | None,
         *,
-        needs_reference: bool,
+        needs: Needs,
         prefix_sharing: PrefixSharing,
         reference_store: bool,
     ) -> None:
@@ -53,12 +55,11 @@ class Models:
         self._in_memory: Any = policy if self.spec is None else None
         with_adapter = bool(policy.lora) if isinstance(policy, ModelSpec) else has_adapter(policy)
         self.reference_model = reference_model or (AdapterOff() if with_adapter else FrozenCopy())
-        self._needs_reference = needs_reference
         self.bound = False
         self.sharding: Sharding | None = None
         self.reference: ReferenceModel | StoredReference | None = None
-        self.prefix_sharing, self.stored = prefix_sharing, reference_store
-        if self.spec and needs_reference:
+        self.prefix_sharing, self.stored, self._needs = prefix_sharing, reference_store, needs
+        if self.spec and needs.reference:
             self.reference_model.check(self.spec)
         if self.spec and prefix_sharing == "always" and self.spec.attn_implementation != "sdpa":
             raise ValueError(
@@ -80,7 +81,9 @@ class Models:
         """
         if self.spec is not None:
             check_files(self.spec)
-            if self._needs_reference:
+            if self._needs.scalar:
+                check_reward_model(self.spec)
+            if self._needs.reference:
                 self.reference_model.check_files(self.spec)
 
     @property
@@ -102,8 +105,8 @@ class Models:
 
     @property
     def can_compare(self) -> bool:
-        """Whether there is a reference."""
-        return not isinstance(self.reference_model, NoReference)
+        """Whether there are log-probs to compare with those of a reference."""
+        return self._needs.policy_logps and not isinstance(self.reference_model, NoReference)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -136,11 +139,14 @@ class Models:
                 " load it with these settings at 0 to train without"
             )
         options = {} if self.spec is None else {"compiled": self.spec.compile, "liger": self.spec.liger}
+        if not self._needs.policy_logps:
+            freeze_language_head(model)
         return Scorer(
             model.train(),
             prefix_sharing=self.prefix_sharing,
             name="the policy",
             sharding=self.sharding,
+            scalar_head=self._needs.scalar,
             **options,
         )
 

@@ -108,7 +108,7 @@ class HALOModule(LightningModule):
         self.models = Models(
             policy,
             reference_model,
-            needs_reference=self.objective.needs.reference,
+            needs=self.objective.needs,
             prefix_sharing=prefix_sharing,
             reference_store=reference_store,
         )

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback, DeviceStatsMonitor, LearningRa
 from lightning.pytorch.utilities import rank_zero_warn
 
 from halos_pl.training.ending import epoch_steps, fit_steps
+from halos_pl.training.reward_quality import OF_PAIRS, OF_ROWS, is_learned
 
 #: Figures of training steps only.
 TRAINING = ("grad_norm", "rows/s", "tokens/s", "TFLOP/s", "of_matmul")
@@ -33,7 +34,7 @@ def _figures(module: Any, split: Any) -> Iterator[str]:
     for number, term in enumerate(getattr(module.objective, "terms", ())):
         yield f"loss/{number}_{type(term).__name__}"
     rewards = module.objective.halo is not None or module.objective.needs.reference
-    for kind in ("logps", *(["rewards"] if rewards else [])):
+    for kind in (*(["logps"] if module.objective.needs.policy_logps else []), *(["rewards"] if rewards else [])):
         yield from (f"{kind}/{name}" for name, there in (("chosen", chosen), ("rejected", rejected)) if there)
     if rewards:
         yield "outcome/reward"
@@ -111,6 +112,8 @@ def check_monitors(trainer: Trainer, module: LightningModule, data: Any) -> None
     held_out = set(_figures(module, data._splits.get("validation")))
     if {"rewards/chosen", "rewards/rejected"} <= held_out:
         held_out.add("rewards/auroc")
+        if is_learned(objective):
+            held_out |= {*OF_ROWS, *(OF_PAIRS if "rewards/accuracies" in held_out else ())}
     validated = {f"val/{name}" for name in held_out}
     logged = training | (validated if not no_validation else set())
     for callback, monitor in monitored:

@@ -14,6 +14,7 @@ from halos_pl.common.yaml_files import read_yaml
 from halos_pl.data.prompts import TEXT_SETTINGS, text_settings
 from halos_pl.data.template import template_of, use_template
 from halos_pl.policy.loading import load_model, load_tokenizer, stored_dtype
+from halos_pl.policy.scorer import Scorer
 from halos_pl.policy.source import ADAPTER_CONFIG
 from halos_pl.policy.spec import ModelError, ModelSpec
 from halos_pl.run_dir import CONFIG, LAST
@@ -32,6 +33,7 @@ class NamedModel:
         ckpt_path: the file of the run's checkpoint; None for other models.
         text: the run's settings for encoding text (``TEXT_SETTINGS``), or their defaults.
         chat_template: the text of a chat template to use instead of the model's.
+        gives_scalars: whether it is the run of a reward model.
     """
 
     name: str
@@ -40,6 +42,7 @@ class NamedModel:
     ckpt_path: str | None
     text: dict[str, Any]
     chat_template: str | None = None
+    gives_scalars: bool = False
 
     def text_settings(self, **overrides: Any) -> dict[str, Any]:
         """The settings for encoding text: ``overrides`` that are not None, otherwise those of the run's training."""
@@ -67,6 +70,13 @@ class NamedModel:
         )
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()  # type: ignore[no-any-return]
 
+    def load_scorer(self, *, quantized: bool = True) -> Scorer:
+        """A run's policy with its scalar head, on the CPU; for the argument see :meth:`load`."""
+        assert self.run is not None
+        scorer = load_run(self.run, self.ckpt_path, quantized=quantized).scorer
+        assert scorer is not None
+        return scorer
+
 
 def _refuse_other_run(run: Path, checkpoint: Path) -> None:
     """Refuses a checkpoint in another run's folder, whose weights would pass for those of this one.
@@ -80,32 +90,42 @@ def _refuse_other_run(run: Path, checkpoint: Path) -> None:
         raise ModelError(f"--ckpt_path {checkpoint} is a checkpoint of the run {owner}, not of {run}; name that run")
 
 
-def named_model(name: str, ckpt_path: str | None = None, chat_template: str | None = None) -> NamedModel:
+def named_model(
+    name: str, ckpt_path: str | None = None, chat_template: str | None = None, *, reward_models: bool = False
+) -> NamedModel:
     """The model called ``name``; reads no weights.
 
     Args:
         name: a run's folder, a Hugging Face folder, a folder with a peft adapter, a hub name, or ``package:NAME``.
         ckpt_path: a run's checkpoint: ``last`` (default), ``best``, or a file.
         chat_template: a chat template to use instead of the model's, see :func:`halos_pl.data.template.template_of`.
+        reward_models: whether the run of a reward model is accepted, which gives scalars instead of text.
 
     Raises:
         CheckpointError: if the run does not record which checkpoint is best.
         DataError: if the chat template is invalid.
         FileNotFoundError: if a run lacks its config or a checkpoint.
-        ModelError: if no model has that name, or if ``ckpt_path`` comes without a run or belongs to another run.
+        ModelError: if no model has that name, if it is a reward model and these are not accepted, or if ``ckpt_path``
+            comes without a run or belongs to another run.
     """
     template = None if chat_template is None else template_of(chat_template, "--chat_template")
     folder = Path(name)
     is_model = any((folder / file).is_file() for file in ("config.json", ADAPTER_CONFIG))
     # A run's folder that was moved or copied in part still counts as one.
     if not is_model and ((folder / CONFIG).is_file() or (folder / LAST).parent.is_dir()):
-        spec = module_of_run(folder).models.spec
+        module = module_of_run(folder)
+        spec, gives_scalars = module.models.spec, module.objective.needs.scalar
+        if gives_scalars and not reward_models:
+            raise ModelError(
+                f"{name} is the run of a reward model, which writes no text: measure it with halos test, or write it"
+                f" with halos export {name} FOLDER"
+            )
         assert spec is not None  # a config names no model in memory
         checkpoint = find_checkpoint(folder, ckpt_path)  # now, as a better one may be saved before it is loaded
         if ckpt_path not in (None, "last", "best"):
             _refuse_other_run(folder, checkpoint)
         text = text_settings(read_yaml(folder / CONFIG)[0].get("data") or {})
-        return NamedModel(name, spec, folder, str(checkpoint), text, template)
+        return NamedModel(name, spec, folder, str(checkpoint), text, template, gives_scalars)
     if ckpt_path is not None:
         raise ModelError(f"{name} is not the folder of a run, so it has no checkpoint {ckpt_path}")
     others = [file for kind in ("*.gguf", f"*/{ADAPTER_CONFIG}") for file in folder.glob(kind)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -77,17 +78,19 @@ def check_policy(module: Any, batch: TokenBatch) -> None:
     """Checks on one row that the last step did not make the policy diverge; for earlier steps, the next loss shows it.
 
     Raises:
-        NonFiniteLossError: if the policy's log-probs for that row are not finite.
+        NonFiniteLossError: if the policy's log-probs or scalar for that row are not finite.
     """
     device = module.device
     cuda = [device] if device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices=cuda), module.trainer.precision_plugin.train_step_context():
-        logps = module.scorer(batch.select(torch.tensor([0], device=device)))
-    if float(sum_over_ranks((~logps.isfinite()).any().float())):
+        row = batch.select(torch.tensor([0], device=device))
+        scores = module.scorer(row, wanted="scores", needs=replace(module.objective.needs, routing=False))
+    finite = torch.stack([values.isfinite().all() for values in (scores.logps, scores.scalar) if values is not None])
+    if float(sum_over_ranks((~finite).any().float())):
         raise NonFiniteLossError(
-            f"after the last optimizer step, {module.global_step}, the policy has no finite log-probs for"
-            f" {batch.row_ids[0]}: it has diverged. Lower the learning rate (model.optimizer.init_args.lr).\n"
-            + last_good(module.trainer, module.global_step)
+            f"after the last optimizer step, {module.global_step}, the policy has no finite"
+            f" {'log-probs' if scores.scalar is None else 'scores'} for {batch.row_ids[0]}: it has diverged. Lower the"
+            " learning rate (model.optimizer.init_args.lr).\n" + last_good(module.trainer, module.global_step)
         )
 
 

@@ -408,11 +408,15 @@ def configured_optimizer(module: Any) -> tuple[MasterWeights, dict[str, Any]]:
     trained = [p for p in module.parameters() if p.requires_grad]
     masters = MasterWeights(trained if module.master_weights else [])
     stepped = masters.parameters or trained
-    # Fused optimizers take no group with sharded and other parameters; those of the objective, which come first, are
-    # never sharded.
-    count = sum(p.requires_grad for p in module.objective.parameters())
-    groups = [{"params": part} for part in (stepped[:count], stepped[count:])]
-    optimizer = make_optimizer(module.make_optimizer, groups if count and stepped[count:] else stepped)
+    # Fused optimizers take no group with sharded and other parameters; those of the objective and of the scalar head
+    # are never sharded.
+    heads = module.scorer.scalar_head.parameters() if module.scorer.scalar_head is not None else ()
+    whole = {id(p) for p in (*module.objective.parameters(), *heads)}
+    groups: list[list[Any]] = [[], []]
+    for parameter, its_copy in zip(trained, stepped, strict=True):
+        groups[id(parameter) not in whole].append(its_copy)
+    parts = [{"params": group} for group in groups if group]
+    optimizer = make_optimizer(module.make_optimizer, parts if len(parts) > 1 else stepped)
     guard(optimizer, module.record.add)
     masters.attach(optimizer)
     run_load_hooks(optimizer)

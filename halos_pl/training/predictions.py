@@ -14,8 +14,9 @@ def records_of(part: Part) -> list[dict[str, Any]]:
         "row": part.row_ids,
         "desirable": rows.labels.desirable.tolist(),
         "tokens": rows.mask.sum(dim=1).tolist(),
-        "policy_logp": rows.policy_logps.sum(dim=1).tolist(),
     }
+    if rows.has_logps:
+        columns["policy_logp"] = rows.policy_logps.sum(dim=1).tolist()
     if rows.reference_logps is not None:
         columns["reference_logp"] = rows.reference_logps.sum(dim=1).tolist()
     if outcomes is not None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halos_pl.batch import LogProbBatch, TokenBatch
+from halos_pl.batch import LogProbBatch, Needs, TokenBatch
 from halos_pl.policy.kl import Scoring, completion_kl
-from halos_pl.policy.logprobs import completion_mask
+from halos_pl.policy.logprobs import Scores, completion_mask
 from halos_pl.policy.scorer import Scorer
 
 
@@ -27,8 +28,7 @@ def scored_rows(
     batch: TokenBatch,
     *,
     gradient: bool = False,
-    kl: bool = False,
-    routing: bool = False,
+    needs: Needs | None = None,
     reference_logps: Tensor | None = None,
 ) -> LogProbBatch:
     """Scores the rows of a batch.
@@ -38,38 +38,67 @@ def scored_rows(
         reference: Source of log pi_ref; None to score under the policy only.
         batch: n rows.
         gradient: Whether the policy's log-probs get a gradient.
-        kl: Whether to compute the KL divergence over the whole vocabulary at the tokens of mismatched rows.
-        routing: Whether to return how the policy's router spreads the tokens over the experts.
+        needs: Needs of the objective beside log-probs: scalars, the routing of a mixture of experts, and the exact KL
+            divergence at the tokens of mismatched rows.
         reference_logps: Log-probs under the reference, [n, T], if they have been computed already.
     """
+    needs = needs or Needs()
     # The reference first, before the policy's activations take up memory.
     if reference is not None and reference_logps is None:
         reference_logps = reference.logps(batch)
     with torch.set_grad_enabled(gradient):
-        policy_logps, of_experts = policy(batch, wanted="routing") if routing else (policy(batch), None)
+        scores: Scores = policy(batch, wanted="scores", needs=needs)
+    mask = completion_mask(batch)
+    logps = scores.logps
+    if logps is None:
+        logps = torch.full(mask.shape, torch.nan, dtype=torch.float32, device=mask.device)
     divergence = None
     numbers = [row for row, extra in enumerate(batch.host.mismatched) if extra]
-    if kl and reference is not None and numbers:
+    if needs.exact_kl and reference is not None and numbers:
         mismatched = batch.labels.mismatched_index
         of_mismatched = completion_kl(policy, reference, batch.select(mismatched, numbers))
-        divergence = torch.zeros_like(policy_logps, requires_grad=False)
+        divergence = torch.zeros_like(logps, requires_grad=False)
         divergence[mismatched, : of_mismatched.shape[1]] = of_mismatched
-    return LogProbBatch(policy_logps, reference_logps, completion_mask(batch), batch.labels, divergence, of_experts)
+    return LogProbBatch(
+        logps,
+        reference_logps,
+        mask,
+        batch.labels,
+        divergence,
+        scores.routing,
+        scalar=scores.scalar,
+        has_logps=scores.logps is not None,
+    )
 
 
 def widened(rows: LogProbBatch, width: int) -> LogProbBatch:
     """The same rows, padded to ``width`` tokens."""
     pad = (0, width - rows.mask.shape[1])
     return LogProbBatch(
-        policy_logps=F.pad(rows.policy_logps, pad),
+        policy_logps=F.pad(rows.policy_logps, pad, value=0.0 if rows.has_logps else torch.nan),
         reference_logps=None if rows.reference_logps is None else F.pad(rows.reference_logps, pad),
         mask=F.pad(rows.mask, pad),
         labels=rows.labels,
         kl=None if rows.kl is None else F.pad(rows.kl, pad),
         routing=rows.routing,
+        scalar=rows.scalar,
+        has_logps=rows.has_logps,
     )
 
 
 def differentiable(rows: LogProbBatch) -> list[Tensor]:
-    """The policy's outputs for the rows that get a gradient: log-probs and, if any, the router's probabilities."""
-    return [rows.policy_logps] if rows.routing is None else [rows.policy_logps, rows.routing.probability]
+    """The policy's outputs for the rows that get a gradient: log-probs, the router's probabilities and scalars."""
+    outputs = [rows.policy_logps] if rows.has_logps else []
+    outputs += [] if rows.routing is None else [rows.routing.probability]
+    return outputs if rows.scalar is None else [*outputs, rows.scalar]
+
+
+def as_leaves(rows: LogProbBatch, *, gradient: bool) -> LogProbBatch:
+    """The same rows, with copies of the policy's outputs that a loss can be differentiated by."""
+
+    def leaf(values: Tensor) -> Tensor:
+        return values.detach().clone().requires_grad_(gradient)
+
+    routing = rows.routing and replace(rows.routing, probability=leaf(rows.routing.probability))
+    scalar = None if rows.scalar is None else leaf(rows.scalar)
+    return replace(rows, policy_logps=leaf(rows.policy_logps), routing=routing, scalar=scalar)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halos_pl.training.metrics import Losses, Means, Suspects, row_figures, with_margin
+from halos_pl.training.metrics import Losses, Means, Suspects, finite_scores, row_figures, with_margin
 from halos_pl.training.non_finite import non_finite
 from halos_pl.training.parts import Part
 
@@ -65,7 +65,7 @@ class StepFigures:
         suspects = Suspects()
         for part in self._parts:
             suspects.add(part.row_ids, part.rows, part.result)
-        finite = all(bool(part.rows.policy_logps.isfinite().all()) for part in self._parts)
+        finite = all(bool(finite_scores(part.rows).all()) for part in self._parts)
         return non_finite(self._module, what, self._module.row_ids, suspects.names, diverged=not finite)
 
 

@@ -39,8 +39,12 @@ class Cost:
     pair: float
 
 
-def cost(model: nn.Module) -> Cost:
+def cost(model: nn.Module, *, logps: bool = True) -> Cost:
     """The cost of ``model``, a causal language model or a peft model around one.
+
+    Args:
+        model: the model.
+        logps: whether log-probs are computed; otherwise the head costs nothing.
 
     Raises:
         TypeError: for a mixture of experts, where a token passes through only some of the weights.
@@ -50,8 +54,8 @@ def cost(model: nn.Module) -> Cost:
     return Cost(
         token=2.0 * sum(map(matrix_size, layers)),
         trained=2.0 * sum(matrix_size(layer) for layer in layers if layer.weight.requires_grad),
-        head=2.0 * head.weight.numel(),
-        head_trained=2.0 * head.weight.numel() * head.weight.requires_grad,
+        head=2.0 * head.weight.numel() * logps,
+        head_trained=2.0 * head.weight.numel() * head.weight.requires_grad * logps,
         pair=4.0 * attention_width(model),
     )
 

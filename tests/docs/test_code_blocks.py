@@ -220,7 +220,7 @@ def executed(page: str, model: Path) -> dict[str, object]:
     """The namespace after the Python blocks of a page, with ``model`` in place of the hub's."""
     space: dict[str, object] = {"__name__": "page"}
     for block in of("python"):
-        if block.page == page:
+        if block.page == page and not block.note.startswith("not run"):
             text = block.text.replace(HUB_MODEL, str(model))
             code = compile("\n" * block.line + text, str(ROOT / page), "exec")
             with redirect_stdout(StringIO()):

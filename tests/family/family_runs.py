@@ -25,8 +25,9 @@ from run_halos import EXAMPLES, ROOT, fit, metrics
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from halos_pl.batch import LogProbBatch
+from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.cli.lightning_cli import HalosCLI
+from halos_pl.conformance.steps import with_leaf
 from halos_pl.objective.build import build_objective
 from halos_pl.objective.halo import Objective
 from halos_pl.testing import random_rows
@@ -43,14 +44,18 @@ class Recorded:
     Attributes:
         names, mismatched row: of its rows, in the order of the batch.
         weights: of the policy before the step; of an adapter, merged into the model's own.
-        gradient: of each trained parameter, before clipping.
+        head: weight of the scalar head before the step, [1, size]; None without one.
+        gradient: of each trained parameter of the policy, before clipping.
+        head_gradient: of the head.
         logged: the step's line in ``metrics.csv``.
     """
 
     names: list[str]
     mismatched: list[bool]
     weights: Weights
+    head: Tensor | None = None
     gradient: Weights = field(default_factory=dict)
+    head_gradient: Tensor | None = None
     logged: dict[str, float] = field(default_factory=dict)
 
 
@@ -65,11 +70,15 @@ class Recorder(Callback):
         if hasattr(policy, "merge_and_unload"):
             policy = deepcopy(policy).merge_and_unload()
         weights = {name: weight.detach().clone() for name, weight in policy.state_dict().items()}
-        self.steps.append(Recorded(batch.row_ids, batch.labels.mismatched.tolist(), weights))
+        head = pl_module.scorer.scalar_head
+        before = None if head is None else head.weight.detach().clone()
+        self.steps.append(Recorded(batch.row_ids, batch.labels.mismatched.tolist(), weights, before))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         parameters = pl_module.policy.named_parameters()
         self.steps[-1].gradient = {name: p.grad.clone() for name, p in parameters if p.grad is not None}
+        if pl_module.scorer.scalar_head is not None:
+            self.steps[-1].head_gradient = pl_module.scorer.scalar_head.weight.grad.clone()
 
 
 def run(
@@ -140,6 +149,7 @@ class Rescorer:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.policy, self.reference = (AutoModelForCausalLM.from_pretrained(model).eval() for _ in range(2))
         self.lines: dict[str, list[dict[str, Any]]] = {}
+        self.head: Tensor = torch.zeros(1, self.policy.config.hidden_size)
 
     def text(self, name: str) -> tuple[str, str, bool]:
         """Prompt, completion and label of the row ``FILE:LINE``, with ``#chosen`` or ``#rejected`` for a pair."""
@@ -159,6 +169,11 @@ class Rescorer:
         of_all = model(everything).logits[0].double().log_softmax(-1)
         return of_all[:-1].gather(1, everything[0, 1:, None]).squeeze(1)[-len(completion) :]
 
+    def scalar(self, prompt: list[int], completion: list[int]) -> Tensor:
+        """float64, of one row alone: the head on the hidden state after its last token."""
+        hidden = self.policy.model(torch.tensor([prompt + completion])).last_hidden_state
+        return hidden[0, -1].double() @ self.head[0].double()
+
     def rows(self, objective: str, step: Recorded) -> list[tuple[str, list[int], list[int], bool]]:
         """Prompt's text and ids, completion's ids and label of each row of a step."""
         control = LOSSES[objective].control
@@ -177,10 +192,13 @@ class Rescorer:
         """Step ``number`` of a fit; the gradient of what is made of it arrives in ``self.policy``."""
         recorded = steps[number]
         self.policy.load_state_dict(recorded.weights)
+        if recorded.head is not None:
+            self.head = recorded.head.clone().requires_grad_()
         self.reference.load_state_dict(LOSSES[objective].reference([s.weights for s in steps[: number + 1]]))
         rows = self.rows(objective, recorded)
         with torch.set_grad_enabled(gradient):
             policy = [self.logps(self.policy, prompt, completion) for _, prompt, completion, _ in rows]
+            scalar = torch.stack([self.scalar(prompt, completion) for _, prompt, completion, _ in rows])
         with torch.no_grad():
             reference = [self.logps(self.reference, prompt, completion) for _, prompt, completion, _ in rows]
         places = {name: i for i, name in enumerate(recorded.names)}
@@ -199,6 +217,7 @@ class Rescorer:
             pair=torch.tensor(pair),
             mismatched=torch.tensor(recorded.mismatched),
             prompt=torch.tensor([prompts.index(text) for text in prompts]),
+            scalar=scalar,
         )
 
 
@@ -212,11 +231,16 @@ def assert_the_formulas(objective: str, steps: list[Recorded], rescorer: Rescore
         if gradient:
             rescorer.policy.zero_grad()
             value.backward()
-            whole = torch.stack([p.grad.norm() for p in rescorer.policy.parameters()]).norm()
+            expected = {name: p.grad for name, p in rescorer.policy.named_parameters() if p.grad is not None}
+            gradient_of = dict(recorded.gradient)
+            if recorded.head_gradient is not None:
+                expected["head"], gradient_of["head"] = rescorer.head.grad, recorded.head_gradient
+            assert gradient_of.keys() == expected.keys()
+            whole = torch.stack([each.norm() for each in expected.values()]).norm()
             assert whole > 1e-4, f"step {number} has nothing to learn"
-            for name, parameter in rescorer.policy.named_parameters():
-                error = (recorded.gradient[name] - parameter.grad).norm()
-                assert error <= 1e-5 * (parameter.grad.norm() + 0.1 * whole), f"step {number}: gradient of {name}"
+            for name, theirs in expected.items():
+                error = (gradient_of[name] - theirs).norm()
+                assert error <= 1e-5 * (theirs.norm() + 0.1 * whole), f"step {number}: gradient of {name}"
         seen.append(step)
     return seen
 
@@ -229,22 +253,22 @@ def rows(pairs: int = 4, mismatched: int = 2, *, seed: int = 0, tokens: int = 5,
 
 
 def as_step(rows: LogProbBatch, policy: torch.Tensor) -> Step:
-    reference = rows.reference_logps
+    reference, scalar, labels = rows.reference_logps, rows.scalar, rows.labels
     assert reference is not None
-    return Step(
-        policy, reference, rows.mask, rows.labels.desirable, rows.labels.pair, rows.labels.mismatched, rows.labels.group
-    )
+    assert scalar is not None
+    return Step(policy, reference, rows.mask, labels.desirable, labels.pair, labels.mismatched, labels.group, scalar)
 
 
 def assert_equals_formula(name: str, rows: LogProbBatch, made: Objective | None = None) -> None:
-    """Loss and its slope in every log-prob, on plain tensors, of the file's objective or of ``made``."""
-    ours, theirs = (rows.policy_logps.detach().clone().requires_grad_() for _ in range(2))
-    result = (made or objective(name))(replace(rows, policy_logps=ours))
+    """Loss and its slope in every log-prob and scalar, on plain tensors, of the file's objective or of ``made``."""
+    (ours, mine), (theirs, other) = (with_leaf(rows, Needs(scalar=True)) for _ in range(2))
+    result = (made or objective(name))(mine)
     assert result.loss.shape == ()
     result.loss.backward()
-    value = LOSSES[name].of(as_step(rows, theirs), [])
+    value = LOSSES[name].of(as_step(other, other.policy_logps), [])
     value.backward()
     assert result.loss.item() == pytest.approx(value.item(), rel=1e-6, abs=1e-7)
-    slope = ours.grad[rows.mask]  # what stands in padded places is a constant 0
-    assert torch.allclose(slope, theirs.grad[rows.mask], rtol=1e-5, atol=1e-8)
+    read = torch.cat([rows.mask, torch.ones_like(rows.mask[:, :1])], dim=1)  # what is padded is a constant 0
+    slope = ours.grad[read]
+    assert torch.allclose(slope, theirs.grad[read], rtol=1e-5, atol=1e-8)
     assert slope.abs().max() > 1e-4

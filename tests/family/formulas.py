@@ -30,6 +30,7 @@ class Step:
         pair: long [n], the row of the pair's other completion; -1 where rows are not paired.
         mismatched: bool [n], rows (x_i, y_j) of mismatched prompt and completion.
         prompt: long [n], equal for rows that answer the same prompt.
+        scalar: float64 [n], the number that a linear head gives each row.
     """
 
     policy: Tensor
@@ -39,6 +40,7 @@ class Step:
     pair: Tensor
     mismatched: Tensor
     prompt: Tensor
+    scalar: Tensor
 
     @property
     def train(self) -> Tensor:
@@ -128,6 +130,15 @@ def sigma(x: Tensor) -> Tensor:
 
 def some(of: Callable[[Step], Tensor]) -> Question:
     return lambda step: bool(of(step).any())
+
+
+# -- reward models ---------------------------------------------------------------------------------------------
+
+
+@loss("bradley_terry", uses_reference=False)
+def bradley_terry(step: Step) -> Tensor:
+    """Ouyang et al. 2022, eq. 1, for two answers of a prompt."""
+    return -logsigmoid(step.margin(step.scalar)).mean()
 
 
 # -- KTO and its arms: rows by themselves, against z0 ---------------------------------------------------------

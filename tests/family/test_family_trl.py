@@ -179,6 +179,7 @@ KTO = {
     "kto_zero_reference": "apo_zero_unpaired",
 }
 TOKENS = {"ppo_clip", "grpo"}
+REWARD_MODELS = {"bradley_terry"}  # compared in test_reward_models.py
 IN_PARTS = {"cdpo", "ipo", "slic", "orpo"}
 NOT_IN_TRL = {
     "bco",  # taken out of TRL before 1.16; its pairwise form without a shift is bco_pair
@@ -194,7 +195,7 @@ NOT_IN_TRL = {
 
 
 def test_every_file_is_compared_or_named_as_not_in_trl():
-    lists = [set(DPO), set(CPO), set(KTO), TOKENS, IN_PARTS, NOT_IN_TRL]
+    lists = [set(DPO), set(CPO), set(KTO), TOKENS, REWARD_MODELS, IN_PARTS, NOT_IN_TRL]
     assert sorted(name for names in lists for name in names) == FILES
 
 

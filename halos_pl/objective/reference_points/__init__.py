@@ -21,6 +21,7 @@ from halos_pl.objective.reference_points.exact import TokenKL as TokenKL
 from halos_pl.objective.reference_points.mismatched_kl import MismatchedKL as MismatchedKL
 from halos_pl.objective.reference_points.paired_completion import PairedCompletion as PairedCompletion
 from halos_pl.objective.reference_points.running_mean import RunningMean as RunningMean
+from halos_pl.objective.reference_points.score_margin import ScoreMargin as ScoreMargin
 from value_functions.discovery import plug_ins
 
 _PLUG_INS = plug_ins(__name__, ReferencePoint)

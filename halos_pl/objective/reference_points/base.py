@@ -72,6 +72,8 @@ class ReferencePoint(nn.Module, Declared, ABC):
             regardless of micro-batches. ``row``: computed from the row itself and the rows that stay with it (its
             paired completion; with ``needs.whole_step``, all rows), with gradient.
         per_row: whether a reference point of scope ``step`` gives each row its own number instead of one for the step.
+        within_prompt: whether an outcome r - z0 stays the same if all rewards of a prompt shift by the same number.
+            Preferences determine a learned reward only up to such shifts.
         needs: inputs that must be available when ``forward`` is called. A ``step`` reference point that does not need
             ``step_rewards`` may only read the rewards of mismatched rows.
         violates: clause to reason; see :class:`~value_functions.discovery.Declared`.
@@ -82,6 +84,7 @@ class ReferencePoint(nn.Module, Declared, ABC):
 
     scope: Literal["step", "row"] = "step"
     per_row: bool = False
+    within_prompt: bool = False
     needs: Needs = Needs()
     excused: Mapping[str, str] = MappingProxyType({})
     _statements = ("violates", "excused")

@@ -66,6 +66,7 @@ class LeaveOneOut(ReferencePoint):
     """
 
     per_row = True
+    within_prompt = True  # except for a row whose prompt has no other
     needs = Needs(step_rewards=True, groups=True)
 
     def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:

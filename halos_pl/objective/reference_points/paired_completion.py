@@ -20,6 +20,7 @@ class PairedCompletion(ReferencePoint):
     """
 
     scope = "row"
+    within_prompt = True
     needs = Needs(pairs=True)
 
     def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:

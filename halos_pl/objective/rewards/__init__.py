@@ -16,6 +16,7 @@ from halos_pl.objective.rewards.log_prob import LogProb as LogProb
 from halos_pl.objective.rewards.log_ratio import LogRatio as LogRatio
 from halos_pl.objective.rewards.log_ratio import TokenLogRatio as TokenLogRatio
 from halos_pl.objective.rewards.pair_margin import PairMargin as PairMargin
+from halos_pl.objective.rewards.scalar_head import ScalarHead as ScalarHead
 from value_functions.discovery import plug_ins
 
 _PLUG_INS = plug_ins(__name__, Reward)

@@ -1,0 +1,24 @@
+"""Whether a learned reward has to be centred."""
+
+from __future__ import annotations
+
+from halos_pl.objective.baselines import Centring
+from halos_pl.objective.halo import HALO, Objective
+
+
+def needs_centring(objective: Objective) -> str | None:
+    """Why the rewards of an objective should be centred, in one line; None if they need not be.
+
+    A reference point that compares prompts reads the part of the reward that preferences leave open.
+    """
+    if any(isinstance(module, Centring) for module in objective.modules()):
+        return None
+    for term in objective.modules():
+        if isinstance(term, HALO) and term.reward.needs.scalar and not term.reference_point.within_prompt:
+            reward, reference_point = type(term.reward).__name__, type(term.reference_point).__name__
+            return (
+                f"preferences determine the reward {reward} only up to a function of the prompt, but the reference"
+                f" point {reference_point} compares different prompts; add {{class_path: Centring}} to"
+                " model.extra_terms, or choose PairedCompletion"
+            )
+    return None
