@@ -1,0 +1,158 @@
+"""Requests to an endpoint, its replies, and errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request for completions of a conversation.
+
+    Args:
+        messages: Messages with ``role`` and ``content``.
+        max_tokens: Maximum number of tokens of a completion.
+        temperature: Temperature of the softmax; 0 takes the most likely token.
+        top_p: Total probability of the most likely tokens to sample from.
+        seed: Seed of the sampling; None leaves it to the server.
+        n: Number of completions.
+        logprobs: Whether to ask for the log-prob of each sampled token.
+        repeat: Number that tells requests of the same content apart, so that each gets a reply of its own. It is not
+            sent to the server.
+    """
+
+    messages: list[dict[str, Any]]
+    max_tokens: int
+    temperature: float
+    top_p: float = 1.0
+    seed: int | None = None
+    n: int = 1
+    logprobs: bool = False
+    repeat: int = 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One completion.
+
+    Attributes:
+        text: Its text; empty if the model wrote none.
+        finished: Whether the model ended it, rather than the limit on its length or a filter.
+        logprobs: Log-prob of each sampled token, in nats; None if the server gives none.
+    """
+
+    text: str
+    finished: bool
+    logprobs: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The completions of a request.
+
+    Attributes:
+        choices: The completions, as many as requested.
+        prompt_tokens, completion_tokens: Numbers of tokens that the server counted; None if it gives none.
+        reused: Whether the reply comes from the transcripts.
+    """
+
+    choices: list[Choice]
+    prompt_tokens: int | None
+    completion_tokens: int | None
+    reused: bool = False
+
+
+class EndpointError(OSError):
+    """A request without a usable reply, or an endpoint that cannot be used.
+
+    Args:
+        text: One line on the fault and its remedy; never contains the API key.
+        fatal: Whether every further request would fail, too.
+    """
+
+    def __init__(self, text: str, *, fatal: bool = False) -> None:
+        super().__init__(text)
+        self.fatal = fatal
+
+
+class MalformedReply(ValueError):
+    """A reply that breaks the API's format; the next attempt may do better."""
+
+
+class OtherNumber(ValueError):
+    """A reply with another number of choices than requested; the next attempt would give the same."""
+
+
+#: ``finish_reason`` of completions that the model did not end, and of those that the server broke off.
+_UNFINISHED, _ABORTED = ("length", "content_filter"), ("abort", "error", None)
+
+
+def read_reply(body: Any, number: int) -> Reply:
+    """The reply in a decoded response.
+
+    Args:
+        body: Decoded JSON.
+        number: Number of choices that was requested.
+
+    Raises:
+        MalformedReply: The response breaks the API's format.
+        OtherNumber: It has another number of choices, but at least one.
+    """
+    if not isinstance(body, Mapping):
+        raise MalformedReply("the response is not a JSON object")
+    if error := body.get("error"):
+        raise MalformedReply(f"the response is an error: {error_text(error)}")
+    choices = body.get("choices")
+    if not isinstance(choices, list) or not choices:
+        raise MalformedReply("the response has no choices")
+    if len(choices) != number:
+        raise OtherNumber(f"the response has {len(choices)} choices instead of {number}")
+    usage = body.get("usage")
+    counts = usage if isinstance(usage, Mapping) else {}
+    return Reply(
+        [_choice(each) for each in _in_order(choices)],
+        _count(counts.get("prompt_tokens")),
+        _count(counts.get("completion_tokens")),
+    )
+
+
+def error_text(error: Any) -> str:
+    """The message of an error in a response, in one line."""
+    text = error.get("message", error) if isinstance(error, Mapping) else error
+    line = " ".join(str(text).split())
+    return f"{line[:297]}..." if len(line) > 300 else line
+
+
+def _in_order(choices: list[Any]) -> list[Any]:
+    places = [each.get("index") if isinstance(each, Mapping) else None for each in choices]
+    if sorted(places, key=repr) != sorted(range(len(choices)), key=repr):
+        return choices
+    return [choices[places.index(i)] for i in range(len(choices))]
+
+
+def _choice(choice: Any) -> Choice:
+    message = choice.get("message") if isinstance(choice, Mapping) else None
+    if not isinstance(message, Mapping):
+        raise MalformedReply("a choice has no message")
+    text, reason = message.get("content"), choice.get("finish_reason")
+    if not isinstance(text, str | None):
+        raise MalformedReply("the content of a message is not text")
+    if reason in _ABORTED:
+        raise MalformedReply(f"the server broke the completion off (finish_reason: {reason})")
+    return Choice(text or "", reason not in _UNFINISHED, _logprobs(choice.get("logprobs")))
+
+
+def _logprobs(field: Any) -> list[float] | None:
+    content = field.get("content") if isinstance(field, Mapping) else None
+    if not isinstance(content, list):
+        return None
+    values: list[Any] = [each.get("logprob") if isinstance(each, Mapping) else None for each in content]
+    if not all(isinstance(value, int | float) for value in values):
+        raise MalformedReply("a token has no logprob")
+    return [float(value) for value in values]
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and value >= 0 else None
