@@ -31,7 +31,7 @@ UNEQUAL = ("rows/s", "tokens/s", "TFLOP/s", "of_matmul")
 
 # A process that has imported everything and computed nothing; each run is forked from it in milliseconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_COMMANDS = ("lightning_cli", "ablate", "check", "export", "generate", "inspect")
+_COMMANDS = ("lightning_cli", "ablate", "check", "export", "inspect")
 _CONTEXT.set_forkserver_preload(["without_extras", *(f"halos_pl.cli.{name}" for name in _COMMANDS)])
 
 

@@ -214,7 +214,7 @@ def test_help_names_every_command(capfd):
         main(["--help"])
     said = capfd.readouterr().out
     assert caught.value.code == 0
-    for command in ("fit", "validate", "test", "predict", "export", "generate"):
+    for command in ("fit", "validate", "test", "predict", "export", "sample"):
         assert command in said
 
 
@@ -629,11 +629,11 @@ def test_export_refuses_a_folder_without_a_run(tmp_path, capfd):
     assert not (tmp_path / "model").exists()
 
 
-def test_exported_models_can_be_trained_and_generate(run, data, tmp_path):
+def test_exported_models_can_be_trained_and_sampled(run, data, tmp_path):
     main(["export", str(run), str(tmp_path / "model")])
     main(fit(tmp_path / "model", "kto", data["binary"], tmp_path / "next", "--trainer.max_steps=1"))
     assert float(metrics(tmp_path / "next")[0]["loss"]) == 0.5
     (tmp_path / "prompts.txt").write_text("question 1\nquestion 2\n")
-    words = ["generate", str(tmp_path / "model"), f"--prompts={tmp_path}/prompts.txt", "--max_new_tokens=3"]
+    words = ["sample", str(tmp_path / "model"), f"--prompts={tmp_path}/prompts.txt", "--max_new_tokens=3"]
     main([*words, f"--out={tmp_path}/out.jsonl"])
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2

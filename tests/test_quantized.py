@@ -264,7 +264,7 @@ def test_a_run_on_a_quantized_base_is_measured_as_it_was_trained(base: Path, tmp
     measured = re.search(r"reward_margin (\S+), before training 0 ", capfd.readouterr().out)
     assert measured
     assert float(measured[1]) == pytest.approx(margin, rel=1e-3)
-    main(["generate", str(run), f"--prompts={data}", f"--out={tmp_path / 'g.jsonl'}", "--max_new_tokens=4"])
+    main(["sample", str(run), f"--prompts={data}", f"--out={tmp_path / 'g.jsonl'}", "--max_new_tokens=4"])
     assert len((tmp_path / "g.jsonl").read_text().splitlines()) == 6
 
 

@@ -12,7 +12,7 @@ from halos_pl.cli.words import split_words
 #: Module and function by command; longer names come before their prefixes.
 TOOLS = {
     "export": "halos_pl.cli.export:export",
-    "generate": "halos_pl.cli.generate:generate_file",
+    "sample": "halos_pl.sampling.sample:sample",
     "evaluate": "halos_pl.evaluation.evaluate:evaluate",
     "ablate status": "halos_pl.cli.ablate:status",
     "ablate report": "halos_pl.cli.ablate:report",

@@ -72,7 +72,7 @@ def export(
 
     Args:
         run: folder of the run; or a Hugging Face folder, a folder with a peft adapter, a hub name, or package:NAME.
-        folder: folder to write, which ``AutoModelForCausalLM.from_pretrained`` and ``halos generate`` can load; for a
+        folder: folder to write, which ``AutoModelForCausalLM.from_pretrained`` and ``halos sample`` can load; for a
             reward model ``AutoModelForSequenceClassification.from_pretrained``.
         adapter: whether to write only the adapter of a LoRA policy instead of merging it into the model. If the run
             started from an adapter, both become one adapter of the base model.

@@ -13,7 +13,7 @@ COMMANDS = {
     "test": "Measure a run's model on data.test, with AUROC and the KL divergence.",
     "predict": "Write log-probs, reward, outcome and value of each row of data.predict.",
     "export": "Write a run's model as a Hugging Face folder.",
-    "generate": "Sample completions of prompts.",
+    "sample": "Sample completions of prompts, here or at a server.",
     "evaluate": "Measure a run, or any model, per example.",
     "check": "Check a loss, or a part of one, against the definition of human-aware losses.",
     "plan": "Show what a run will take: parameters, memory, tokens, the cards that it fits.",

@@ -29,26 +29,50 @@ def is_terminal(stream: TextIO) -> bool:
     return True
 
 
-def counted(items: Collection[T], what: str, max_seconds: float = 30.0) -> Iterator[T]:
-    """Yields the items, with progress on standard error.
+class Progress:
+    """Progress on standard error: a bar on a terminal, otherwise a line now and then. A context manager.
 
     Args:
-        items: items to iterate over.
+        total: number of steps.
         what: description of the work, such as "sampling answers".
+        done: number of steps that were done before.
         max_seconds: seconds after which another line is printed, without a terminal.
     """
-    if is_terminal(sys.stderr):
-        yield from tqdm(items, desc=what, leave=False)
-        return
-    began = printed = time.monotonic()
-    for number, item in enumerate(items):
+
+    def __init__(self, total: int, what: str, *, done: int = 0, max_seconds: float = 30.0) -> None:
+        self._total, self._what, self._max_seconds = total, what, max_seconds
+        self._first, self._done = done, done
+        self._began = self._printed = time.monotonic()
+        self._bar = tqdm(total=total, initial=done, desc=what, leave=False) if is_terminal(sys.stderr) else None
+
+    def advance(self, number: int = 1, note: str = "") -> None:
+        """Counts steps that are done; ``note`` is shown with them."""
+        self._done += number
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(number)
+            return
         now = time.monotonic()
-        if number and now - printed >= max_seconds:
-            printed, spent = now, now - began
-            left = spent / number * (len(items) - number)
-            done = f"{what}: {number}/{len(items)}"
-            print(f"{done}; {clock(spent)} so far, {clock(left)} left", file=sys.stderr, flush=True)
-        yield item
+        if self._done < self._total and now - self._printed >= self._max_seconds:
+            self._printed, spent = now, now - self._began
+            left = spent / (self._done - self._first) * (self._total - self._done)
+            line = f"{self._what}: {self._done}/{self._total}; {clock(spent)} so far, {clock(left)} left"
+            print(f"{line}, {note}" if note else line, file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def counted(items: Collection[T], what: str, max_seconds: float = 30.0) -> Iterator[T]:
+    """Yields the items, with :class:`Progress`."""
+    with Progress(len(items), what, max_seconds=max_seconds) as progress:
+        for item in items:
+            yield item
+            progress.advance()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Files of prompts for ``halos generate`` and ``halos evaluate``."""
+"""Files of prompts for ``halos sample`` and ``halos evaluate``."""
 
 from __future__ import annotations
 
@@ -39,9 +39,20 @@ class PromptRow:
     is_text: bool
     tools: list[dict[str, Any]] | None = None
 
+    @property
+    def number(self) -> int:
+        """Its line in the file, from 1."""
+        return int(self.name.rpartition(":")[2])
+
 
 #: The column that marks sampled answers whose text, in training, gives exactly the sampled tokens.
 SAME_TOKENS = "same_tokens"
+#: Columns of sampled answers with the sum of their tokens' log-probs, and those of each token; in nats.
+LOGPROB, TOKEN_LOGPROBS = "logprob", "token_logprobs"
+#: The column with the seed of each answer.
+SEED = "seed"
+#: Columns with the line of the prompt in its file, and with the index of the answer if each has a row of its own.
+PROMPT_ROW, SAMPLE_INDEX = "prompt_row", "sample_index"
 
 #: Columns with answers to a prompt or judgements of them, which do not belong to newly sampled answers.
 ANSWERS = frozenset(
@@ -50,7 +61,7 @@ ANSWERS = frozenset(
     if "prompt" in schema.columns or schema.name == "implicit"
     for column in schema.columns
     for name in column.split("|")
-) - {"prompt"} | {"finished", SAME_TOKENS}
+) - {"prompt"} | {"finished", SAME_TOKENS, LOGPROB, TOKEN_LOGPROBS, SEED, PROMPT_ROW, SAMPLE_INDEX}
 
 
 #: Endings of compressed and tabular files, which are no prompt files.

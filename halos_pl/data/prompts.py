@@ -15,7 +15,7 @@ from halos_pl.data.example import Prompt
 TextPrompts = Literal["plain", "chat"]
 
 #: Settings of ``data:`` that decide how text becomes tokens, with their defaults. Commands that read text for a run's
-#: model (evaluate, generate) take them from the run's config.
+#: model (evaluate, sample) take them from the run's config.
 TEXT_SETTINGS: dict[str, Any] = {"special_tokens_in_text": "refuse", "text_prompts": "plain", "loss_on": "last"}
 
 

@@ -114,7 +114,7 @@ def _lack(schema: Schema, row: dict[str, Any], renamed: Mapping[str, str]) -> Ba
     if {"prompt", "completions"} <= set(row) and "scores" not in row:
         return BadRow(
             f"the row has completions but no 'scores' for them (its columns: {has}); add one score per completion, or"
-            " write one completion per row (halos generate --one_per_row true) and label each"
+            " write one completion per row (halos sample --one_per_row true) and label each"
         )
     return BadRow(
         f"the row lacks {missing} of the schema '{schema.name}' (its columns: {has}); map your names with 'columns', "

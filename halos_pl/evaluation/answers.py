@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,9 @@ from halos_pl.common.files import unique_name, write
 from halos_pl.common.leases import Lease
 from halos_pl.data.prompt_files import PromptRow
 from halos_pl.data.special import SpecialTokens
-from halos_pl.policy.architecture import base_model, has_adapter
 from halos_pl.policy.limits import check_prompts
-from halos_pl.policy.reference import weights_fingerprint
+from halos_pl.policy.reference import model_fingerprint, weights_fingerprint
 from halos_pl.policy.sampling import Sample, as_samples, encode_prompts, ends_of, generate
-from halos_pl.policy.store import fingerprint
 from halos_pl.provenance import provenance
 
 
@@ -80,11 +77,7 @@ def _key(
     sampling: dict[str, Any],
 ) -> str:
     """A hash of everything that affects the samples: weights, prompts, stop tokens, settings, code and device."""
-    if start or not has_adapter(model):
-        weights = weights_fingerprint(model)
-    else:
-        tensors = chain(model.named_parameters(), model.named_buffers())
-        weights = fingerprint(tensors, base_model(model).config.to_dict())
+    weights = weights_fingerprint(model) if start else model_fingerprint(model)
     origin, device = provenance(), next(model.parameters()).device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     code = [origin["revision"], origin["halos_pl"], origin["versions"], name, torch.get_num_threads()]

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 from transformers.pytorch_utils import Conv1D
 
 #: Config keys with the coefficients of auxiliary losses.
@@ -372,6 +373,17 @@ def plain_generation(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         inner.generation_config = settings
+
+
+def empty_cache(model: nn.Module) -> DynamicCache | None:
+    """A cache of keys and values whose rows can be repeated; None for a model that needs another kind of cache."""
+    if not base_model(model)._supports_default_dynamic_cache():
+        return None
+    cache = DynamicCache(config=text_config(model))
+    copied = all(
+        isinstance(x, DynamicLayer) and not isinstance(x, LinearAttentionCacheLayerMixin) for x in cache.layers
+    )
+    return cache if copied and cache.layers else None
 
 
 # -- name -----------------------------------------------------------------------------------------------

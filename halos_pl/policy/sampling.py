@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from halos_pl.batch import Labels, TokenBatch
@@ -20,10 +17,10 @@ from halos_pl.data.render import Tools
 from halos_pl.data.special import SpecialText, SpecialTokens
 from halos_pl.data.tokenize import encode_prompt
 from halos_pl.data.turns import stop_ids
-from halos_pl.policy.architecture import eos_ids, evaluating, plain_generation, positions, vocabulary_size
-from halos_pl.policy.finite import FiniteLogits
+from halos_pl.policy.architecture import eos_ids
+from halos_pl.policy.drawing import Decoding, draw, plan_batches
 from halos_pl.policy.kl import Scoring, completion_kl
-from halos_pl.policy.limits import check_prompts, room
+from halos_pl.policy.limits import check_prompts
 from halos_pl.policy.scorer import Scorer
 from halos_pl.policy.sharding import is_sharded
 from halos_pl.policy.spec import ModelError
@@ -59,7 +56,6 @@ def ends_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted({*eos_ids(model), *stop_ids(tokenizer)})
 
 
-@torch.no_grad()
 def sample_tokens(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -73,7 +69,7 @@ def sample_tokens(
     names: Sequence[str] | None = None,
     progress: bool = False,
 ) -> list[list[int]]:
-    """Samples one completion per prompt, using the global random state.
+    """Samples one completion per prompt, using the global random state. Equal prompts in a batch are processed once.
 
     Args:
         model: causal language model of transformers, or a peft model around one.
@@ -97,39 +93,13 @@ def sample_tokens(
             " different lengths; leave out the callback that samples, or choose trainer.strategy ddp"
         )
     names = names or [f"prompt {i + 1}" for i in range(len(prompts))]
-    # Sorted by length, so that there is little padding.
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     completions: list[list[int]] = [[] for _ in prompts]
-    # Batches share max_new_tokens, so that a completion's length does not depend on the other prompts.
-    limits = positions(model)
-    most = [room(limits, len(ids), max_new_tokens) for ids in prompts]
-    groups = [list(group) for _, group in groupby(order, key=lambda i: most[i])]
-    batches = [group[at : at + batch_size] for group in groups for at in range(0, len(group), batch_size)]
-    if pad is None or not 0 <= pad < vocabulary_size(model):
-        pad = 0  # it goes through the model, so it needs a row in the embedding
-    device = next(model.parameters()).device
-    generator: Any = model
-    options: dict[str, Any] = {"do_sample": temperature > 0}
-    if temperature > 0:
-        options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-    ends = {*eos_ids(model), *stops}  # some models have several, for a turn and for a text
-    with evaluating(model), plain_generation(model):
-        for batch in counted(batches, "sampling, in batches") if progress else batches:
-            ids = [torch.tensor(prompts[i]) for i in batch]
-            inputs = pad_sequence(ids, batch_first=True, padding_side="left").to(device)
-            mask = pad_sequence([torch.ones_like(x) for x in ids], batch_first=True, padding_side="left").to(device)
-            out = generator.generate(
-                input_ids=inputs,
-                attention_mask=mask,
-                max_new_tokens=most[batch[0]],
-                eos_token_id=sorted(ends),
-                pad_token_id=pad,
-                logits_processor=[FiniteLogits([names[i] for i in batch], inputs.shape[1], sorted(ends))],
-                **options,
-            )
-            for i, row in zip(batch, out[:, inputs.shape[1] :].tolist(), strict=True):
-                end = next((at for at, token in enumerate(row) if token in ends), None)
-                completions[i] = row if end is None else row[: end + 1]
+    batches = plan_batches(model, prompts, max_new_tokens, batch_size)
+    for batch in counted(batches, "sampling, in batches") if progress else batches:
+        decoding = Decoding(tuple(stops), pad, batch.room, temperature, top_p)
+        some, their_names = [prompts[i] for i in batch.rows], [names[i] for i in batch.rows]
+        for i, drawn in zip(batch.rows, draw(model, some, their_names, decoding), strict=True):
+            completions[i] = drawn.ids
     return completions
 
 
@@ -189,7 +159,7 @@ def check_sampling(**settings: float) -> None:
             raise DataError(f"temperature is {value}; it must be 0, or a finite number from {LEAST_TEMPERATURE}")
         if name == "seed" and not 0 <= value < MOST_SEED:
             raise DataError(f"seed is {value}; it must be from 0 to {MOST_SEED - 1}")
-        if name in ("max_new_tokens", "num_samples", "batch_size") and value < 1:
+        if name in ("max_new_tokens", "num_samples", "n", "batch_size") and value < 1:
             raise DataError(f"{name} is {value}; it must be at least 1")
 
 

@@ -1,4 +1,4 @@
-"""One way to name a model for ``generate``, ``evaluate`` and ``export``: a run, a folder, an adapter or a hub name."""
+"""One way to name a model for ``sample``, ``evaluate`` and ``export``: a run, a folder, an adapter or a hub name."""
 
 from __future__ import annotations
 

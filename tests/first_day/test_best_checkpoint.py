@@ -149,7 +149,7 @@ def read_loss(run: Path) -> float:
         ("fit --checkpoint last", "fit --ckpt_path last"),
         ("fit --checkpoint settings.yaml", "fit --checkpoint settings.yaml"),
         ("fit --checkpoint.keep 1", "fit --checkpoint.keep 1"),
-        ("generate m --prompts best", "generate m --prompts best"),
+        ("sample m --prompts best", "sample m --prompts best"),
         ("", ""),
     ],
 )

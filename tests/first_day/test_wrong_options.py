@@ -395,7 +395,7 @@ COMMANDS_WRONG: dict[str, tuple[str, ...]] = {
     "check empty": ("empty is a folder", "halos check takes"),
     "data inspect given.yaml": ("given.yaml is a config", ".jsonl"),
     "export given.yaml out": ("given.yaml is a config",),
-    "generate rows.jsonl --prompts rows.jsonl": ("rows.jsonl is a data file",),
+    "sample rows.jsonl --prompts rows.jsonl": ("rows.jsonl is a data file",),
     "ablate rows.jsonl": ("rows.jsonl:2", "is a data file"),
     "ablate empty": ("empty is a folder",),
     "test rows.jsonl": ("rows.jsonl is a data file",),
@@ -410,8 +410,8 @@ COMMANDS_WRONG: dict[str, tuple[str, ...]] = {
     "export nope out --checkpoint best": ("nope is not the folder of a run", "checkpoint best"),
     "ablate nope.yaml": ("nope.yaml",),
     "data inspect nope.jsonl": ("nope.jsonl",),
-    "generate nope --prompts rows.jsonl": ("nope",),
-    "generate --prompts rows.jsonl": ("halos generate", "model"),
+    "sample nope --prompts rows.jsonl": ("nope",),
+    "sample --prompts rows.jsonl": ("halos sample", "model"),
 }
 
 

@@ -121,7 +121,7 @@ def test_a_fit_on_an_adapter_exports_an_adapter_of_the_model_below_both(
     ):
         assert differ(logits(loaded), merged) < 1e-5
     (tmp_path / "prompts.txt").write_text("question 1\n")
-    main(["generate", "ad", "--prompts=prompts.txt", "--max_new_tokens=2"])
+    main(["sample", "ad", "--prompts=prompts.txt", "--max_new_tokens=2"])
 
 
 @pytest.mark.parametrize(

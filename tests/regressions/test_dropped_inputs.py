@@ -280,7 +280,7 @@ def test_a_tree_has_no_context(tmp_path: Path) -> None:
 
 
 def test_prompts_to_be_answered_keep_their_context(tmp_path: Path) -> None:
-    """``halos generate`` reads the same rows."""
+    """``halos sample`` reads the same rows."""
     row = {**PAIR, "system": "Be a pirate", "history": [["Hi", "Hello"]], "id": 3}
     assert read_prompts(Path(write_jsonl(tmp_path / "a.jsonl", [row]))) == [[PIRATE, *EARLIER, USER]]
     for wrong in ({"images": ["a.jpg"]}, {"prompt": "<image>Who?"}, {"prompt": "Who?", "system": "Be a pirate"}):

@@ -108,7 +108,7 @@ def test_a_full_disk_leaves_what_was_there(run: Path, tmp_path: Path, capfd: Any
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
 def test_a_full_disk_while_generating_is_named(tiny_folder: Path, tmp_path: Path, capfd: Any) -> None:
     (tmp_path / "prompts.txt").write_text("why\n")
-    words = ["generate", str(tiny_folder), f"--prompts={tmp_path}/prompts.txt", "--out=/dev/full"]
+    words = ["sample", str(tiny_folder), f"--prompts={tmp_path}/prompts.txt", "--out=/dev/full"]
     assert "'/dev/full'" in refused(capfd, [*words, "--max_new_tokens=1"])
 
 

@@ -64,7 +64,7 @@ def test_a_larger_tokenizer_may_be_used_where_no_row_has_its_tokens(
 def test_a_prompt_with_a_token_that_the_embedding_lacks(larger_folder: Path, tmp_path: Path, capfd: Any) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("question 1\n\nwhat is <tool>\n")
-    said = refused(capfd, ["generate", str(larger_folder), f"--prompts={prompts}", "--max_new_tokens=2"])
+    said = refused(capfd, ["sample", str(larger_folder), f"--prompts={prompts}", "--max_new_tokens=2"])
     assert f"{prompts}:3" in said
     assert "'<tool>' (360)" in said
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]  # nothing is begun
@@ -112,10 +112,10 @@ def test_completions_end_where_the_positions_do(short_folder: Path) -> None:
     assert max(map(len, found)) == most or 2 in found[0]
 
 
-def test_generate_beyond_the_positions(short_folder: Path, tmp_path: Path, capfd: Any) -> None:
+def test_sampling_beyond_the_positions(short_folder: Path, tmp_path: Path, capfd: Any) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": "why"}) + "\n" + json.dumps({"prompt": "xyz " * 40}) + "\n")
-    words = ["generate", str(short_folder), f"--prompts={prompts}"]
+    words = ["sample", str(short_folder), f"--prompts={prompts}"]
     said = refused(capfd, words)
     assert f"{prompts}:2" in said
     assert f"{MOST} positions" in said
@@ -136,9 +136,11 @@ def test_a_model_without_sdpa_attention(tiny_folder: Path, tmp_path: Path, capfd
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("why " * 20 + "\n")
     with pytest.warns(UserWarning, match=f"{MOST} positions"):
-        main(["generate", str(tmp_path / "neo"), f"--prompts={prompts}"])
+        main(["sample", str(tmp_path / "neo"), f"--prompts={prompts}"])
     prompts.write_text("xyz " * 40 + "\n")
-    assert f"{MOST} positions" in refused(capfd, ["generate", str(tmp_path / "neo"), f"--prompts={prompts}"])
+    assert f"{MOST} positions" in refused(
+        capfd, ["sample", str(tmp_path / "neo"), f"--prompts={prompts}", "--overwrite=true"]
+    )
     with pytest.raises(ModelError, match="attn_implementation to eager"):
         load_model(ModelSpec(str(tmp_path / "neo")))
 

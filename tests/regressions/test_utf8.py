@@ -80,7 +80,7 @@ def test_a_file_by_a_name_of_other_letters_is_read(tmp_path: Path) -> None:
 def test_what_is_generated_is_utf8(tmp_path: Path, tiny_folder: Path) -> None:
     """Prompts of other letters, read, answered and written."""
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "模型 😀 é"}])
-    words = ["generate", str(tiny_folder), "--prompts", prompts, "--out", "out.jsonl", "--max_new_tokens=2"]
+    words = ["sample", str(tiny_folder), "--prompts", prompts, "--out", "out.jsonl", "--max_new_tokens=2"]
     done = _ascii(words, tmp_path)
     assert done.returncode == 0, done.stderr.decode()
     assert json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))["prompt"] == "模型 😀 é"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import halos_pl.cli.generate
+import halos_pl.sampling.local
 import halos_pl.training.named_model
 from halos_pl.cli.main import main
 from halos_pl.common.files import whole
@@ -25,7 +25,7 @@ def prompts(tmp_path) -> Path:
 
 
 def words(model: Path, prompts: Path, *options: str) -> list[str]:
-    return ["generate", str(model), f"--prompts={prompts}", "--max_new_tokens=2", "--batch_size=1", *options]
+    return ["sample", str(model), f"--prompts={prompts}", "--max_new_tokens=2", "--batch_size=1", *options]
 
 
 def status_of(given: list[str]) -> int:
@@ -39,30 +39,31 @@ def status_of(given: list[str]) -> int:
     ("end", "status"),
     [(Stopped(signal.SIGTERM), 143), (Stopped(signal.SIGHUP), 129), (OSError(28, "No space left on device"), 1)],
 )
-def test_a_stopped_generate_leaves_its_part_under_another_name(
+def test_a_stopped_command_leaves_its_part_under_another_name_and_resumes(
     tiny_folder, prompts, tmp_path, monkeypatch, capfd, end, status
 ):
-    out, sample, calls = tmp_path / "answers.jsonl", halos_pl.cli.generate.generate, []
+    out, real, calls = tmp_path / "answers.jsonl", halos_pl.sampling.local.draw, []
     out.write_text("of before\n")
 
-    def generate(*given: Any, **options: Any) -> Any:
+    def draw(*arguments: Any) -> Any:
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) == 9:
             if isinstance(end, Stopped):
                 os.kill(os.getpid(), end.signum)
             raise end
-        return sample(*given, **options)
+        return real(*arguments)
 
-    monkeypatch.setattr(halos_pl.cli.generate, "generate", generate)
-    assert status_of(words(tiny_folder, prompts, f"--out={out}")) == status
+    monkeypatch.setattr(halos_pl.sampling.local, "draw", draw)
+    command = words(tiny_folder, prompts, f"--out={out}", "--overwrite=true")
+    assert status_of(command) == status
     part = tmp_path / "answers.jsonl.halos.part"
     assert out.read_text() == "of before\n"
     assert len(part.read_text().splitlines()) == 8
     said = capfd.readouterr().err
     assert str(part) in said
     assert "Traceback" not in said
-    monkeypatch.setattr(halos_pl.cli.generate, "generate", sample)
-    main(words(tiny_folder, prompts, f"--out={out}"))
+    main(command)
+    assert len(calls) == 9 + 4  # the four that were left
     assert [json.loads(line)["prompt"] for line in out.open()] == [f"question {i}" for i in range(12)]
     assert not part.exists()
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from halos_pl.cli.generate import generate_file
 from halos_pl.data.example import DataError, Prompt
 from halos_pl.data.prompt_files import read_prompts
 from halos_pl.data.tokenize import encode_prompt
 from halos_pl.policy.loading import LoRASpec, ModelSpec, load_model, load_tokenizer
 from halos_pl.policy.sampling import Sample, generate
+from halos_pl.sampling.sample import sample
 
 PROMPTS: list[Prompt] = [
     "Could you tell me",
@@ -57,22 +57,22 @@ def test_greedy_is_the_argmax_loop_whatever_the_batch(
     spec = ModelSpec(str(request.getfixturevalue(folder)))
     model, tokenizer = load_model(spec), load_tokenizer(spec)
     found = generate(model, tokenizer, PROMPTS, max_new_tokens=12, temperature=0, batch_size=batch_size, progress=False)
-    for prompt, (sample,) in zip(PROMPTS, found, strict=True):
+    for prompt, (one,) in zip(PROMPTS, found, strict=True):
         encoded = encode_prompt(tokenizer, prompt)
-        assert sample.prompt_ids == encoded
-        assert sample.completion_ids == greedy(model, encoded, {tokenizer.eos_token_id}, 12)
+        assert one.prompt_ids == encoded
+        assert one.completion_ids == greedy(model, encoded, {tokenizer.eos_token_id}, 12)
 
 
 def test_same_seed_same_samples_whatever_was_drawn_before(model: Any, tokenizer: Any) -> None:
-    def sample(seed: int) -> list[list[list[int]]]:
+    def drawn(seed: int) -> list[list[list[int]]]:
         return ids(generate(model, tokenizer, PROMPTS, max_new_tokens=8, num_samples=2, seed=seed, progress=False))
 
-    first = sample(3)
+    first = drawn(3)
     torch.rand(17)
     state = torch.get_rng_state()
-    assert sample(3) == first
+    assert drawn(3) == first
     assert torch.equal(torch.get_rng_state(), state)
-    assert sample(4) != first
+    assert drawn(4) != first
     assert all(a != b for a, b in first)  # the samples of one prompt are not copies
 
 
@@ -230,12 +230,12 @@ def test_file_in_file_out(tiny_folder: Path, tmp_path: Path, model: Any, tokeniz
     file.write_text("Why?\nHow many eggs?\n")
     texts: list[Prompt] = ["Why?", "How many eggs?"]
     messages: list[Prompt] = [[{"role": "user", "content": text}] for text in texts]
-    settings: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0, "num_samples": 2}
+    settings: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0, "n": 2}
     for convention, asked in (("chat", messages), ("plain", texts), (None, texts)):
-        generate_file(str(tiny_folder), prompts=str(file), text_prompts=convention, **settings)  # type: ignore[arg-type]
+        sample(str(tiny_folder), prompts=str(file), text_prompts=convention, overwrite=True, **settings)  # type: ignore[arg-type]
         written = rows(tmp_path / "p.completions.jsonl")
         assert [row["prompt"] for row in written] == asked
-        expected = generate(model, tokenizer, asked, progress=False, **settings)
+        expected = generate(model, tokenizer, asked, progress=False, num_samples=2, max_new_tokens=6, temperature=0)
         assert [row["completions"] for row in written] == [[s.raw for s in found] for found in expected]
         assert [row["finished"] for row in written] == [[s.finished for s in found] for found in expected]
 
@@ -247,17 +247,17 @@ def test_folder_of_an_adapter(adapter: tuple[Any, Path], tiny_folder: Path, tmp_
     for folder in (own, tiny_folder):
         out = tmp_path / "out.jsonl"
         settings: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0}
-        generate_file(str(folder), prompts=str(tmp_path / "p.txt"), out=str(out), **settings)
+        sample(str(folder), prompts=str(tmp_path / "p.txt"), out=str(out), overwrite=True, **settings)
         written.append(rows(out)[0]["completions"])
     expected = generate(policy, tokenizer, ["Why?"], max_new_tokens=8, temperature=0, progress=False)
     assert written[0] == [expected[0][0].raw]
     assert written[0] != written[1]
 
 
-def test_a_number_out_of_range_leaves_what_was_generated_before(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_number_out_of_range_leaves_the_earlier_file(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("Why?\n")
     (tmp_path / "p.completions.jsonl").write_text("kept\n")
-    for wrong in ({"top_p": 1.5}, {"num_samples": 0}):
+    for wrong in ({"top_p": 1.5}, {"n": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            generate_file(str(tiny_folder), prompts=str(tmp_path / "p.txt"), **wrong)  # type: ignore[arg-type]
+            sample(str(tiny_folder), prompts=str(tmp_path / "p.txt"), **wrong)  # type: ignore[arg-type]
     assert (tmp_path / "p.completions.jsonl").read_text() == "kept\n"

@@ -1,4 +1,4 @@
-"""What ``halos generate`` writes is what ``halos fit`` reads, in the format in which it was sampled."""
+"""What ``halos sample`` writes is what ``halos fit`` reads, in the format in which it was sampled."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from halos_pl.data.source import Source
 from halos_pl.data.store import open_store
 from halos_pl.data.tokenize import Encoder, Tokens, encode_prompt
 from halos_pl.data.turns import turn_markers
+from halos_pl.policy.drawing import Decoding, draw, plan_batches
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
 from halos_pl.policy.sampled_text import SampledText, sampled_texts
-from halos_pl.policy.sampling import Sample, generate
+from halos_pl.policy.sampling import Sample
 from halos_pl.testing import tiny_tokenizer
 
 MESSAGES = [{"role": "user", "content": "question 1"}]
 
 
-def generated(model: Path, rows: list[dict[str, Any]], folder: Path, *words: str) -> list[dict[str, Any]]:
+def sampled_rows(model: Path, rows: list[dict[str, Any]], folder: Path, *words: str) -> list[dict[str, Any]]:
     prompts = write_jsonl(folder / "p.jsonl", rows)
-    main(["generate", str(model), f"--prompts={prompts}", f"--out={folder}/out.jsonl", "--max_new_tokens=4", *words])
+    out = ["--overwrite=true", f"--out={folder}/out.jsonl"]
+    main(["sample", str(model), f"--prompts={prompts}", *out, "--max_new_tokens=4", *words])
     return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
 
 
@@ -35,9 +37,7 @@ def generated(model: Path, rows: list[dict[str, Any]], folder: Path, *words: str
 def test_a_label_added_is_feedback_in_the_same_format(tiny_folder: Path, tmp_path: Path, convention: str) -> None:
     """The prompt's tokens are those that were sampled from; a completion that was cut gets no end."""
     rows = [{"prompt": "question 0", "id": 7}, {"prompt": MESSAGES, "gold": {"a": [1]}}]
-    found = generated(
-        tiny_folder, rows, tmp_path, "--one_per_row=true", "--num_samples=3", f"--text_prompts={convention}"
-    )
+    found = sampled_rows(tiny_folder, rows, tmp_path, "--one_per_row=true", "--n=3", f"--text_prompts={convention}")
     assert len(found) == 6
     assert [row["id"] for row in found[:3]] == [7] * 3
     assert [row["gold"] for row in found[3:]] == [{"a": [1]}] * 3
@@ -55,7 +55,7 @@ def test_a_label_added_is_feedback_in_the_same_format(tiny_folder: Path, tmp_pat
 
 
 def test_lists_of_completions_take_scores(tiny_folder: Path, tmp_path: Path) -> None:
-    (row,) = generated(tiny_folder, [{"prompt": MESSAGES}], tmp_path, "--num_samples=2")
+    (row,) = sampled_rows(tiny_folder, [{"prompt": MESSAGES}], tmp_path, "--n=2")
     assert len(row["completions"]) == len(row["finished"]) == 2
     row["scores"] = [1.0, 0.0]
     tokenizer = load_tokenizer(ModelSpec(str(tiny_folder)))
@@ -67,15 +67,16 @@ def test_lists_of_completions_take_scores(tiny_folder: Path, tmp_path: Path) -> 
 def test_blanks_that_part_a_text_from_its_completion_are_kept(tiny_folder: Path, tmp_path: Path) -> None:
     """They are tokens of the completion like others."""
     rows = [{"prompt": f"question {i}"} for i in range(40)]
-    found = generated(tiny_folder, rows, tmp_path, "--temperature=3")
+    found = sampled_rows(tiny_folder, rows, tmp_path, "--temperature=3")
     texts = [row["completions"][0] for row in found]
     assert any(text != text.strip() for text in texts)
 
 
 def test_judgements_of_other_answers_are_not_copied(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
     """A row of feedback may give the prompt; its label is of another completion."""
-    (row,) = generated(tiny_folder, [{"prompt": MESSAGES, "completion": "a", "label": True, "id": 1}], tmp_path)
-    assert row.keys() == {"prompt", "id", "completions", "finished", "same_tokens"}
+    (row,) = sampled_rows(tiny_folder, [{"prompt": MESSAGES, "completion": "a", "label": True, "id": 1}], tmp_path)
+    answers = {"completions", "finished", "same_tokens", "seed", "logprob", "token_logprobs", "prompt_row"}
+    assert row.keys() == {"prompt", "id", *answers}
     said = next(line for line in capsys.readouterr().out.splitlines() if "not copied" in line)
     assert "completion, label" in said
 
@@ -86,16 +87,21 @@ def test_training_is_on_the_tokens_that_were_sampled_or_the_row_says_that_it_is_
 ) -> None:
     rows = [{"prompt": f"question {i}"} for i in range(40)]
     words = ["--one_per_row=true", "--temperature=5", f"--text_prompts={convention}"]
-    found = generated(tiny_folder, rows, tmp_path, *words)
+    found = sampled_rows(tiny_folder, rows, tmp_path, *words)
     said = [line for line in capsys.readouterr().out.splitlines() if "same_tokens" in line]
     model, tokenizer = (load(ModelSpec(str(tiny_folder))) for load in (load_model, load_tokenizer))
     asked = [row["prompt"] for row in found]
-    samples = [each for (each,) in generate(model, tokenizer, asked, temperature=5.0, max_new_tokens=4, progress=False)]
+    ids = [encode_prompt(tokenizer, prompt) for prompt in asked]
+    samples: dict[int, list[int]] = {}
+    for batch in plan_batches(model, ids, 4, 16):  # type: ignore[arg-type]
+        some, how = [ids[i] for i in batch.rows], Decoding((), tokenizer.pad_token_id, 4, 5.0)  # type: ignore[attr-defined]
+        names, seeds = [str(i) for i in batch.rows], [found[i]["seed"] for i in batch.rows]
+        samples |= {i: one.ids for i, one in zip(batch.rows, draw(model, some, names, how, seeds), strict=True)}  # type: ignore[arg-type]
     path = write_jsonl(tmp_path / "f.jsonl", [{**row, "label": True} for row in found])
     store = open_store(Source(path), tokenizer, tmp_path / "cache")
     trained = {store.name(i): store.completion(i).tolist() for i in range(len(store.rows))}
-    for line, (row, sample) in enumerate(zip(found, samples, strict=True), start=1):
-        assert row["same_tokens"] == (trained.get(f"{path}:{line}") == sample.completion_ids)
+    for i, row in enumerate(found):
+        assert row["same_tokens"] == (trained.get(f"{path}:{i + 1}") == samples[i])
     different = sum(not row["same_tokens"] for row in found)
     assert 0 < different < 40
     assert len(said) == 1
@@ -185,11 +191,11 @@ def test_an_answer_without_the_thoughts_that_the_prompt_opens_follows_another_pr
 
 @pytest.mark.slow
 def test_the_convention_is_said(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
-    generated(tiny_folder, [{"prompt": "a"}], tmp_path)
+    sampled_rows(tiny_folder, [{"prompt": "a"}], tmp_path)
     assert "plain text" in capsys.readouterr().out
-    generated(tiny_folder, [{"prompt": "a"}], tmp_path, "--text_prompts=chat")
+    sampled_rows(tiny_folder, [{"prompt": "a"}], tmp_path, "--text_prompts=chat")
     assert "chat template" in capsys.readouterr().out
-    generated(tiny_folder, [{"prompt": MESSAGES}], tmp_path)
+    sampled_rows(tiny_folder, [{"prompt": MESSAGES}], tmp_path)
     assert "text prompt" not in capsys.readouterr().out
 
 
@@ -200,11 +206,11 @@ def test_a_base_model_takes_a_template(tmp_path: Path, tiny_folder: Path, capfd:
     LlamaForCausalLM.from_pretrained(tiny_folder).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     with pytest.raises(SystemExit):
-        generated(folder, [{"prompt": "a"}], tmp_path, "--text_prompts=chat")
+        sampled_rows(folder, [{"prompt": "a"}], tmp_path, "--text_prompts=chat")
     assert "p.jsonl:1" in capfd.readouterr().err
-    (row,) = generated(folder, [{"prompt": "a"}], tmp_path, "--text_prompts=chat", "--chat_template=chatml")
+    (row,) = sampled_rows(folder, [{"prompt": "a"}], tmp_path, "--text_prompts=chat", "--chat_template=chatml")
     assert row["prompt"] == [{"role": "user", "content": "a"}]
-    (same,) = generated(tiny_folder, [{"prompt": "a"}], tmp_path, "--text_prompts=chat")
+    (same,) = sampled_rows(tiny_folder, [{"prompt": "a"}], tmp_path, "--text_prompts=chat")
     assert row == same  # that of the tiny model is ChatML
 
 
@@ -216,27 +222,27 @@ def test_tools_go_through_the_template(tiny_folder: Path, tmp_path: Path) -> Non
     )
     words = [f"--chat_template={tmp_path}/t.jinja", "--temperature=0"]
     with_tool = {"prompt": MESSAGES, "tools": [{"name": "oven", "parameters": {}}]}
-    (one,) = generated(tiny_folder, [with_tool], tmp_path, *words)
-    (two,) = generated(tiny_folder, [{"prompt": "oven!user: question 1\nassistant: "}], tmp_path, "--temperature=0")
-    (other,) = generated(tiny_folder, [{"prompt": MESSAGES}], tmp_path, *words)
+    (one,) = sampled_rows(tiny_folder, [with_tool], tmp_path, *words)
+    (two,) = sampled_rows(tiny_folder, [{"prompt": "oven!user: question 1\nassistant: "}], tmp_path, "--temperature=0")
+    (other,) = sampled_rows(tiny_folder, [{"prompt": MESSAGES}], tmp_path, *words)
     assert one["completions"] == two["completions"] != other["completions"]
     assert one["tools"] == with_tool["tools"]
 
 
 @pytest.mark.slow
-def test_a_run_generates_as_it_was_trained(tmp_path: Path, tiny_folder: Path) -> None:
+def test_a_run_is_sampled_as_it_was_trained(tmp_path: Path, tiny_folder: Path) -> None:
     """Without an export, and in the convention of its data."""
     words = fit(tiny_folder, "kto", binary_data(tmp_path / "d.jsonl"), tmp_path / "run", "--trainer.max_steps=1")
     main([*words, "--data.text_prompts=chat"])
-    (row,) = generated(tmp_path / "run", [{"prompt": "a"}], tmp_path)
+    (row,) = sampled_rows(tmp_path / "run", [{"prompt": "a"}], tmp_path)
     assert row["prompt"] == [{"role": "user", "content": "a"}]
     main(["export", str(tmp_path / "run"), str(tmp_path / "out")])
-    (same,) = generated(tmp_path / "out", [{"prompt": "a"}], tmp_path, "--text_prompts=chat")
+    (same,) = sampled_rows(tmp_path / "out", [{"prompt": "a"}], tmp_path, "--text_prompts=chat")
     assert row == same
 
 
 WRONG = {
-    "--num_samples=0": "num_samples",
+    "--n=0": "n is 0",
     "--max_new_tokens=0": "max_new_tokens",
     "--batch_size=-1": "batch_size",
     "--temperature=-1": "temperature",
@@ -270,7 +276,7 @@ def test_a_wrong_input_is_a_line_before_a_model_is_loaded(
     write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}])
     prompts = [] if "--prompts" in word else ["--prompts=p.jsonl"]
     with pytest.raises(SystemExit) as ended:
-        main(["generate", str(tiny_folder), *prompts, word])
+        main(["sample", str(tiny_folder), *prompts, word])
     said = [line for line in capfd.readouterr().err.splitlines() if line and not line.startswith("All options")]
     assert ended.value.code in (1, 2)
     assert len(said) == 1, said

@@ -1,0 +1,91 @@
+"""The engine ``endpoint``: a model at a server with OpenAI's chat completions API."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from halos_pl.data.example import DataError
+from halos_pl.data.prompt_files import PromptRow
+from halos_pl.endpoint.client import Endpoint
+from halos_pl.endpoint.exchange import EndpointError, Reply, Request
+from halos_pl.endpoint.settings import EndpointSettings
+from halos_pl.endpoint.usage import estimate
+from halos_pl.sampling.engine import Sampled, SamplingSettings
+
+
+class EndpointEngine:
+    """Samples at a server, one request per completion, so that each has its seed.
+
+    Args:
+        settings: The server.
+        rows: The prompts, as messages.
+        sampling: How to draw.
+        logprobs: Whether to ask for log-probs.
+        transcripts: File that keeps replies until all are there.
+
+    Raises:
+        DataError: A prompt cannot be sent; names it.
+    """
+
+    def __init__(
+        self,
+        settings: EndpointSettings,
+        rows: Sequence[PromptRow],
+        sampling: SamplingSettings,
+        *,
+        logprobs: bool,
+        transcripts: Path | None,
+    ) -> None:
+        self.rows, self.sampling, self.logprobs = rows, sampling, logprobs
+        for row in rows:
+            if row.tools:
+                raise DataError(f"{row.place}: the prompt has tools, which --engine endpoint does not send")
+            if isinstance(row.prompt, str) or row.prompt[-1]["role"] == "assistant":
+                raise DataError(
+                    f"{row.place}: a server only answers messages that end with another one than the assistant's;"
+                    " use --engine transformers to continue a text"
+                )
+        self._endpoint = Endpoint(settings, transcripts)
+
+    def load(self) -> dict[str, Any]:
+        self._endpoint.check_reachable()
+        return {}
+
+    def _requests(self, row: PromptRow) -> list[Request]:
+        how = self.sampling
+        messages = [dict(message) for message in row.prompt if isinstance(message, dict)]
+        return [
+            Request(messages, how.max_new_tokens, how.temperature, how.top_p, seed, logprobs=self.logprobs)
+            for seed in how.seeds(row)
+        ]
+
+    def sample(self, done: Collection[int]) -> Iterator[tuple[int, list[Sampled] | EndpointError]]:
+        n = self.sampling.n
+        left = [i for i in range(len(self.rows)) if i not in done]
+        requests = [request for i in left for request in self._requests(self.rows[i])]
+        print(f"halos: {estimate(requests, self._endpoint.settings)}")
+        waiting: dict[int, dict[int, Reply]] = {}
+        failed: set[int] = set()
+        for number, outcome in self._endpoint.complete(requests):
+            row, k = left[number // n], number % n
+            if isinstance(outcome, EndpointError):
+                if row not in failed:
+                    failed.add(row)
+                    yield row, outcome
+                continue
+            replies = waiting.setdefault(row, {})
+            replies[k] = outcome
+            if len(replies) == n:
+                seeds = self.sampling.seeds(self.rows[row])
+                yield row, [_sampled(replies[k], seed) for k, seed in enumerate(seeds)]
+                del waiting[row]
+
+    def summary(self) -> str:
+        return self._endpoint.usage.line(self._endpoint.settings)
+
+
+def _sampled(reply: Reply, seed: int) -> Sampled:
+    (choice,) = reply.choices
+    return Sampled(choice.text, choice.finished, seed, reply.completion_tokens, choice.logprobs, None)

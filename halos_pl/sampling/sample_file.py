@@ -1,0 +1,184 @@
+"""The file of a sampling command: written as prompts finish, resumed after a kill, and bound to its settings."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from halos_pl.common.files import naming, part_of, unique_name, whole, write
+from halos_pl.data.prompt_files import PROMPT_ROW, SAMPLE_INDEX
+from halos_pl.provenance import provenance
+from halos_pl.training.checkpoint_manifest import file_digest
+
+
+class SampleFile:
+    """A file of samples: ``TARGET.halos.part`` until it is complete, then ``TARGET``, in the order of the prompts.
+
+    ``TARGET.settings.json`` records the settings, so that no other command adds to the file or passes for it.
+
+    Args:
+        target: Final path. A pipe or a device gets all rows at the end and cannot be resumed.
+        settings: Settings by the name of their option; JSON values.
+        rows_per_prompt: Number of rows that each prompt has.
+        overwrite: Whether to replace the output of other settings.
+
+    Raises:
+        FileExistsError: There is output of another command; names the setting that differs.
+        ValueError: The incomplete file is damaged; names the line.
+    """
+
+    def __init__(
+        self, target: Path, settings: Mapping[str, Any], rows_per_prompt: int, *, overwrite: bool = False
+    ) -> None:
+        self.target, self.settings, self.rows_per_prompt = target, dict(settings), rows_per_prompt
+        self.overwrite = overwrite
+        self.part = part_of(target)
+        self.record = target.with_name(f"{target.name}.settings.json")
+        self.is_stream = self.part == target.resolve()
+        self.done: set[int] = set()  #: lines of the prompts whose rows are written
+        self.complete = False
+        self._rows: list[str] = []  # of a stream
+        self._file: IO[bytes] | None = None
+        self._check()
+
+    # -- earlier output ---------------------------------------------------------------------------------
+
+    def _earlier(self) -> dict[str, Any]:
+        with suppress(OSError, ValueError):
+            content = json.loads(self.record.read_text(encoding="utf-8"))
+            if isinstance(content, dict) and isinstance(content.get("settings"), dict):
+                return content
+        return {}
+
+    def _difference(self) -> str:
+        """The setting that differs from those of earlier output, as the end of a sentence; empty if none does."""
+        earlier = self._earlier()
+        if not earlier:
+            return "its settings are not recorded"
+        for name, value in self.settings.items():
+            before = earlier["settings"].get(name)
+            if before != value:
+                return f"{name} was {json.dumps(before)} then and is {json.dumps(value)} now"
+        return ""
+
+    def _check(self) -> None:
+        if self.is_stream:
+            return
+        difference = self._difference()
+        if self.target.exists():
+            self.complete = not difference and self._earlier().get("sha256") == file_digest(self.target)
+            if not self.complete and not self.overwrite:
+                reason = difference or "it has changed since it was written"
+                raise FileExistsError(
+                    f"{self.target} exists, and {reason}; name another file with --out, or use --overwrite true"
+                )
+        if self.part.exists() and difference and not self.overwrite:
+            raise FileExistsError(
+                f"{self.part} contains samples of another command: {difference}; repeat that command to resume it, name"
+                " another file with --out, or use --overwrite true"
+            )
+
+    # -- writing ----------------------------------------------------------------------------------------
+
+    def begin(self, identity: Mapping[str, Any]) -> None:
+        """Opens the file, with the rows of earlier attempts.
+
+        Args:
+            identity: Further settings, known once the model is loaded.
+
+        Raises:
+            FileExistsError: The earlier attempt had another model, or another process writes to the file.
+        """
+        self.settings |= identity
+        if self.is_stream:
+            return
+        self._check()
+        if self.complete:
+            return
+        self._file = self.part.open("a+b")
+        self._lock(self._file)
+        if self._difference():  # replaced, or new
+            self._file.truncate(0)
+            content = {"settings": self.settings, "by": provenance()}
+            write(self.record, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        self._resume(self._file)
+
+    def _lock(self, file: IO[bytes]) -> None:
+        try:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"another process is writing to {self.part}; wait for it, or name another --out"
+            ) from None
+        except (ImportError, OSError):  # no locks here
+            return
+
+    def _resume(self, file: IO[bytes]) -> None:
+        file.seek(0)
+        content = file.read()
+        lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+        kept = lines[: len(lines) - len(lines) % self.rows_per_prompt]
+        for number, line in enumerate(kept, start=1):
+            try:
+                self.done.add(json.loads(line)[PROMPT_ROW])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{self.part}:{number} is not a row of samples; remove the file to start over"
+                ) from error
+        size = sum(map(len, kept))
+        if size < len(content):
+            print(f"halos: {self.part}: dropped the rows that a killed command left incomplete", file=sys.stderr)
+            file.truncate(size)
+
+    def add(self, number: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes the rows of a prompt.
+
+        Args:
+            number: Line of the prompt in its file.
+            rows: Columns of each row.
+
+        Raises:
+            OSError: The file cannot be written; names it.
+        """
+        keys = [
+            {PROMPT_ROW: number} | ({SAMPLE_INDEX: k} if self.rows_per_prompt > 1 else {}) for k in range(len(rows))
+        ]
+        lines = [json.dumps(row | key, ensure_ascii=False) + "\n" for row, key in zip(rows, keys, strict=True)]
+        if self._file is None:
+            self._rows += lines
+        else:
+            with naming(self.part):
+                self._file.write("".join(lines).encode("utf-8", "surrogatepass"))
+                self._file.flush()
+        self.done.add(number)
+
+    def finish(self, **facts: Any) -> None:
+        """Writes the complete file, in the order of the prompts.
+
+        Args:
+            facts: Further facts to record with the settings.
+        """
+        lines = self._rows
+        if self._file is not None:
+            self._file.seek(0)
+            lines = self._file.read().decode("utf-8", "surrogatepass").splitlines(keepends=True)
+        lines.sort(key=lambda line: json.loads(line)[PROMPT_ROW])  # stable, so completions stay in order
+        with whole(self.target, writer="halos" if self.is_stream else unique_name()) as file:
+            file.writelines(lines)
+        if self._file is not None:
+            content = {"settings": self.settings, "by": provenance(), "sha256": file_digest(self.target), **facts}
+            write(self.record, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+            self.part.unlink()
+            self.close()
+
+    def close(self) -> None:
+        """Closes the file and ends the lock."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -1,0 +1,250 @@
+"""``halos sample``: rows are neither lost nor repeated after a kill, whatever the engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from misbehaving_server import Server, completion, serving
+from run_halos import write_jsonl
+
+import halos_pl.sampling.local as local
+from halos_pl.cli.main import main
+from halos_pl.sampling.sample_file import SampleFile
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """Prompts of several lengths, so that rows do not finish in the order of the file; line 3 is empty."""
+    lines = [f"question {i}" + " why" * (7 * i % 5) for i in range(6)]
+    path = tmp_path / "p.txt"
+    path.write_text("\n".join([*lines[:2], "", *lines[2:]]) + "\n")
+    return path
+
+
+def words(model: Path | str, prompts: Path, out: Path, *options: str) -> list[str]:
+    return ["sample", str(model), f"--prompts={prompts}", f"--out={out}", "--max_new_tokens=3", *options]
+
+
+def refused(command: list[str], capfd: Any) -> str:
+    """The one line of a command that fails."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("halos: ") and "Error" in line]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def stop_after(number: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Fails at the call after ``number`` batches; the calls that were made."""
+    calls: list[int] = []
+    real = local.draw
+
+    def draw(*arguments: Any) -> Any:
+        calls.append(len(arguments[1]))
+        if len(calls) == number + 1:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(local, "draw", draw)
+    return calls
+
+
+@pytest.mark.parametrize("one_per_row", ["false", "true"])
+def test_a_resumed_command_gives_the_file_of_an_uninterrupted_one(
+    tiny_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, one_per_row: str
+) -> None:
+    options = ["--n=3", "--batch_size=7", "--temperature=2", f"--one_per_row={one_per_row}"]
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    main(words(tiny_folder, prompts, whole, *options))
+    rows = [json.loads(line) for line in whole.read_text().splitlines()]
+    size = 3 if one_per_row == "true" else 1
+    assert [row["prompt_row"] for row in rows] == [line for line in (1, 2, 4, 5, 6, 7) for _ in range(size)]
+    seeds = [row["seed"] for row in rows]
+    assert len({*map(str, seeds)}) == len(rows)
+    for row in rows:
+        sums = [row["logprob"]] if size == 3 else row["logprob"]
+        tokens = [row["token_logprobs"]] if size == 3 else row["token_logprobs"]
+        assert sums == pytest.approx([sum(each) for each in tokens])
+    command = words(tiny_folder, prompts, out, *options)
+    calls = stop_after(2, monkeypatch)
+    with pytest.raises(SystemExit):
+        main(command)
+    part = tmp_path / "out.jsonl.halos.part"
+    assert not out.exists()
+    assert len(part.read_text().splitlines()) == 4 * size  # two prompts of three completions in a batch of seven
+    part.write_bytes(part.read_bytes()[:-5])  # as a kill may leave it
+    main(command)
+    assert out.read_bytes() == whole.read_bytes()
+    assert calls == [6, 6, 6, 6, 6]  # the second batch again, for its torn row
+    assert not part.exists()
+    capfd.readouterr()
+    main(command)
+    assert "complete" in capfd.readouterr().out
+    assert len(calls) == 5
+
+
+def test_other_settings_are_refused_and_named(
+    tiny_folder: Path,
+    tiny_gpt2_folder: Path,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Any,
+) -> None:
+    out = tmp_path / "out.jsonl"
+    stop_after(1, monkeypatch)
+    with pytest.raises(SystemExit):
+        main(words(tiny_folder, prompts, out, "--batch_size=2"))
+    monkeypatch.undo()
+    part = out.with_name("out.jsonl.halos.part")
+    before = part.read_bytes()
+    changed = ("--temperature=0.5", "--n=2", "--seed=1", "--max_new_tokens=4", "--batch_size=3", "--control=x")
+    for option in changed:
+        line = refused(words(tiny_folder, prompts, out, "--batch_size=2", option), capfd)
+        assert option.strip("-").partition("=")[0] in line
+    assert "model" in refused(words(tiny_gpt2_folder, prompts, out, "--batch_size=2"), capfd)
+    assert part.read_bytes() == before
+    main(words(tiny_folder, prompts, out, "--batch_size=2"))
+    complete = out.read_bytes()
+    assert "temperature" in refused(words(tiny_folder, prompts, out, "--batch_size=2", "--temperature=0"), capfd)
+    prompts.write_text("another\n")
+    assert "prompts" in refused(words(tiny_folder, prompts, out, "--batch_size=2"), capfd)
+    assert out.read_bytes() == complete
+    main(words(tiny_folder, prompts, out, "--batch_size=2", "--overwrite=true"))
+    assert len(out.read_text().splitlines()) == 1
+
+
+def test_a_foreign_or_changed_file_is_not_replaced(
+    tiny_folder: Path, prompts: Path, tmp_path: Path, capfd: Any
+) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text("mine\n")
+    assert str(out) in refused(words(tiny_folder, prompts, out), capfd)
+    assert out.read_text() == "mine\n"
+    main(words(tiny_folder, prompts, out, "--overwrite=true"))
+    labelled = out.read_text().replace('"finished"', '"scores": [1], "finished"')
+    out.write_text(labelled)
+    assert "changed" in refused(words(tiny_folder, prompts, out), capfd)
+    assert out.read_text() == labelled
+
+
+def test_two_processes_do_not_write_to_one_file(tmp_path: Path) -> None:
+    import multiprocessing
+
+    def take(ready: Any, leave: Any) -> None:
+        file = SampleFile(tmp_path / "out.jsonl", {"n": 1}, 1)
+        file.begin({})
+        ready.set()
+        leave.wait(60)
+
+    context = multiprocessing.get_context("fork")
+    ready, leave = context.Event(), context.Event()
+    other = context.Process(target=take, args=(ready, leave))
+    other.start()
+    try:
+        assert ready.wait(60)
+        with pytest.raises(FileExistsError, match="another process"):
+            SampleFile(tmp_path / "out.jsonl", {"n": 1}, 1).begin({})
+    finally:
+        leave.set()
+        other.join()
+
+
+def test_a_damaged_row_is_named(tmp_path: Path) -> None:
+    file = SampleFile(tmp_path / "out.jsonl", {"n": 1}, 1)
+    file.begin({})
+    file.add(1, [{"completion": "a"}])
+    file.close()
+    file.part.write_text("[]\n" + file.part.read_text())
+    with pytest.raises(ValueError, match=r"part:1 "):
+        SampleFile(tmp_path / "out.jsonl", {"n": 1}, 1).begin({})
+
+
+# -- endpoint -------------------------------------------------------------------------------------------
+
+
+def remote(server: Server, prompts: Path, out: Path, *options: str) -> list[str]:
+    where = ["--engine=endpoint", f"--endpoint.url={server.url}", "--endpoint.retries=0", "--endpoint.concurrency=1"]
+    return words("served", prompts, out, *where, *options)
+
+
+def test_a_server_fills_the_same_file(prompts: Path, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    pytest.importorskip("openai")
+    out = tmp_path / "out.jsonl"
+    logprobs = {"content": [{"logprob": -0.25}, {"logprob": -0.5}]}
+    with serving() as server:
+        server.reply = lambda body: completion(f"seed {body['seed']}", reason="length", logprobs=logprobs)
+        server.plan = [*["good"] * 5, (401, {}, None)]
+        command = remote(server, prompts, out, "--n=2", "--temperature=0.7")
+        assert "api_key_env" in refused(command, capfd)
+        assert not out.exists()
+        monkeypatch.setenv("OPENAI_API_KEY", "now-there-is-one")
+        main(command)
+        assert len(server.requests) == 5 + 1 + 7  # the fifth reply is not asked for again
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [row["prompt_row"] for row in rows] == [1, 2, 4, 5, 6, 7]
+        for row in rows:
+            assert row["prompt"][0]["role"] == "user"
+            assert row["completions"] == [f"seed {seed}" for seed in row["seed"]]
+            assert (row["finished"], row["logprob"]) == ([False, False], [-0.75, -0.75])
+            assert "same_tokens" not in row
+        body = server.requests[-1]
+        assert (body["model"], body["temperature"], body["max_tokens"], body["logprobs"]) == ("served", 0.7, 3, True)
+    record = json.loads((tmp_path / "out.jsonl.settings.json").read_text())
+    assert record["settings"]["model"] == "served"
+    assert "now-there-is-one" not in (tmp_path / "out.jsonl.settings.json").read_text() + out.read_text()
+    assert not list(tmp_path.glob("*.part")) + list(tmp_path.glob("*.transcripts.jsonl"))
+
+
+def test_prompts_that_a_server_refuses_are_named_tried_again_or_skipped(
+    prompts: Path, tmp_path: Path, capfd: Any
+) -> None:
+    pytest.importorskip("openai")
+    out = tmp_path / "out.jsonl"
+    with serving() as server:
+        server.plan = ["good", (400, {}, {"error": {"message": "too long"}})]
+        line = refused(remote(server, prompts, out), capfd)
+        assert f"{prompts}:2: " in line
+        assert "too long" in line
+        assert len(server.requests) == 6
+        server.plan = [(400, {}, {"error": {"message": "too long"}})]
+        main(remote(server, prompts, out, "--skip_failed=true"))
+        assert len(server.requests) == 7
+    assert [json.loads(line)["prompt_row"] for line in out.read_text().splitlines()] == [1, 4, 5, 6, 7]
+    assert "1 prompt" in capfd.readouterr().out
+    assert json.loads((tmp_path / "out.jsonl.settings.json").read_text())["skipped"] == [f"{prompts}:2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        (["--engine=endpoint"], "endpoint.url"),
+        (["--endpoint.url=http://x/v1"], "--engine endpoint"),
+        (["--engine=endpoint", "--endpoint.url=x"], "endpoint.url"),
+        (["--engine=endpoint", "--endpoint.url=http://x/v1", "--endpoint.model=b"], "endpoint.model"),
+        (["--engine=endpoint", "--endpoint.url=http://x/v1", "--control=c"], "control"),
+        (["--engine=endpoint", "--endpoint.url=http://x/v1", "--text_prompts=plain"], "text_prompts"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_named(
+    prompts: Path, tmp_path: Path, capfd: Any, options: list[str], word: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main(words("served", prompts, tmp_path / "out.jsonl", *options))
+    assert word in capfd.readouterr().err
+
+
+def test_prompts_that_only_a_model_here_can_continue_are_named(tmp_path: Path, capfd: Any) -> None:
+    pytest.importorskip("openai")
+    begun = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because"}]
+    tool = {"name": "f", "parameters": {}}
+    for row in ({"prompt": begun}, {"prompt": begun[:1], "tools": [tool]}):
+        path = Path(write_jsonl(tmp_path / "p.jsonl", [row]))
+        with serving() as server:
+            assert f"{path}:1: " in refused(remote(server, path, tmp_path / "out.jsonl"), capfd)
+            assert server.requests == []
