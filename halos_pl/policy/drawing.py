@@ -199,7 +199,7 @@ class SeededChoice(LogitsProcessor):
         if self._temperature:
             scaled = scores / self._temperature
             if self._warper is not None:
-                scaled = self._warper(input_ids, scaled)  # type: ignore[arg-type]
+                scaled = self._warper(input_ids, scaled)
             total = scaled.double().softmax(dim=-1).cumsum(dim=-1)
             draws = self._uniforms[:, len(self._logprobs), None].to(scores.device)
             chosen = torch.searchsorted(total, draws * total[:, -1:], right=True)  # never one of probability 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -149,7 +149,7 @@ class SampleFile:
         keys = [
             {PROMPT_ROW: number} | ({SAMPLE_INDEX: k} if self.rows_per_prompt > 1 else {}) for k in range(len(rows))
         ]
-        lines = [json.dumps(row | key, ensure_ascii=False) + "\n" for row, key in zip(rows, keys, strict=True)]
+        lines = [json.dumps({**row, **key}, ensure_ascii=False) + "\n" for row, key in zip(rows, keys, strict=True)]
         if self._file is None:
             self._rows += lines
         else:
@@ -158,19 +158,26 @@ class SampleFile:
                 self._file.flush()
         self.done.add(number)
 
-    def finish(self, **facts: Any) -> None:
-        """Writes the complete file, in the order of the prompts.
-
-        Args:
-            facts: Further facts to record with the settings.
-        """
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows that are written, in the order of the prompts."""
         lines = self._rows
         if self._file is not None:
             self._file.seek(0)
             lines = self._file.read().decode("utf-8", "surrogatepass").splitlines(keepends=True)
-        lines.sort(key=lambda line: json.loads(line)[PROMPT_ROW])  # stable, so completions stay in order
+        # Stable, so completions stay in order.
+        return sorted((json.loads(line) for line in lines), key=lambda row: row[PROMPT_ROW])  # type: ignore[no-any-return]
+
+    def finish(self, rows: Iterable[Mapping[str, Any]] | None = None, **facts: Any) -> None:
+        """Writes the complete file.
+
+        Args:
+            rows: Its rows; default: :meth:`rows`.
+            facts: Further facts to record with the settings.
+        """
         with whole(self.target, writer="halos" if self.is_stream else unique_name()) as file:
-            file.writelines(lines)
+            file.writelines(
+                json.dumps(row, ensure_ascii=False) + "\n" for row in (self.rows() if rows is None else rows)
+            )
         if self._file is not None:
             content = {"settings": self.settings, "by": provenance(), "sha256": file_digest(self.target), **facts}
             write(self.record, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

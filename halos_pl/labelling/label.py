@@ -1,0 +1,48 @@
+"""``halos label``: scores of sampled completions, as feedback that ``halos fit`` reads."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+
+def label(
+    file: str,
+    *,
+    by: str | list[str],
+    out: str | None = None,
+    form: Literal["scored", "binary", "pairs"] = "scored",
+    threshold: float | None = None,
+    pairs: Literal["best_worst", "random"] = "best_worst",
+    min_gap: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    text_prompts: Literal["plain", "chat"] = "plain",
+    overwrite: bool = False,
+) -> None:
+    """Label the completions in a file of halos sample; executes the code of a rule.
+
+    Labels are written as they are made; after a kill, the same command resumes. A file of labels is bound to the
+    content of the samples and to the rule's file or the model's weights.
+
+    Args:
+        file: JSON lines with "prompt", and "completions" or "completion".
+        by: 'rule: path/to/file.py:function', where function(answer, row) returns a number from 0 to 1; or
+            'reward: FOLDER', a sequence classifier with one label (FOLDER may be a name on the hub). For a list of
+            these, the share of their votes is the score.
+        out: JSON lines to write; default: beside the file, ending in .FORM.jsonl.
+        form: scored adds "score", or "scores" for a list of completions; binary writes a row per completion with
+            "label"; pairs writes "chosen" and "rejected".
+        threshold: score from which a completion is desirable; default: 0.5 for rules and votes. A reward model has
+            none, so binary labels of one need a threshold.
+        pairs: best_worst pairs the best completion of a prompt with the worst; random draws two of unequal score.
+        min_gap: smallest difference of scores within a pair.
+        seed: seed of the random pairs.
+        batch_size: number of completions in a pass of a reward model.
+        text_prompts: how a reward model gets prompts that are plain text: plain (unchanged) or chat (a user message).
+        overwrite: whether to replace a file from another command.
+    """
+    arguments = dict(locals())
+    # Imported here: it loads torch and transformers, for which --help should not wait.
+    from halos_pl.labelling.run import label_file
+
+    label_file(**arguments)

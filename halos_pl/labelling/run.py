@@ -1,0 +1,117 @@
+"""Fills a file with labels."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from halos_pl.common.files import check_target
+from halos_pl.common.messages import counted
+from halos_pl.common.progress import Progress
+from halos_pl.labelling.agreement import agreement_lines
+from halos_pl.labelling.groups import Group, read_groups
+from halos_pl.labelling.labellers import Labeller, named_labeller
+from halos_pl.labelling.output import OutputSettings, Scores, rows_of, share_of_votes
+from halos_pl.sampling.sample_file import SampleFile
+from halos_pl.training.checkpoint_manifest import file_digest
+
+#: Number of prompts whose labels are written at a time.
+CHUNK = 16
+
+
+def label_file(
+    file: str,
+    by: str | list[str],
+    out: str | None,
+    form: Any,
+    threshold: float | None,
+    pairs: Any,
+    min_gap: float,
+    seed: int,
+    batch_size: int,
+    text_prompts: Any,
+    overwrite: bool,
+) -> None:
+    """Labels the completions in a file; for the arguments see :func:`halos_pl.labelling.label.label`.
+
+    Raises:
+        ValueError: An argument, a row or a labeller is unusable.
+        OSError: A file cannot be read or written.
+    """
+    names = [by] if isinstance(by, str) else by
+    if not names or len({*names}) < len(names):
+        raise ValueError(f"--by {names}: name each labeller once")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    if not 0 <= min_gap < math.inf:
+        raise ValueError(f"min_gap is {min_gap}; it must be 0 or a positive number")
+    labellers = [named_labeller(name, batch_size=batch_size, text_prompts=text_prompts) for name in names]
+    thresholds = [each.threshold if threshold is None else threshold for each in labellers]
+    if form == "binary" and None in thresholds:
+        unbounded = names[thresholds.index(None)]
+        raise ValueError(f"--by {unbounded!r}: its scores have no natural zero; set --threshold, or use --form pairs")
+    path = Path(file)
+    groups = read_groups(path)
+    target = Path(out) if out else path.with_suffix(f".{form}.jsonl")
+    if target.exists() and target.samefile(path):
+        raise FileExistsError(f"--out {target} is the file of samples, which would be lost; name another file")
+    check_target(target)
+    combined = 0.5 if len(names) > 1 else thresholds[0]
+    output = OutputSettings(form, combined, pairs, min_gap, seed)
+    settings = {"file": file_digest(path), "by": names, "threshold": threshold, "text_prompts": text_prompts}
+    settings |= {name: value for name, value in vars(output).items() if name != "threshold"}
+    labels = SampleFile(target, settings, 1, overwrite=overwrite)
+    labels.begin({name: each.load() for name, each in zip(names, labellers, strict=True)})
+    if labels.complete:
+        print(f"halos: {target} is complete: it contains the labels of this command")
+        return
+    _fill(labels, groups, names, labellers)
+    by_number = {row["prompt_row"]: row["scores"] for row in labels.rows()}
+    by_labeller: list[list[Scores]] = [[by_number[group.number][name] for group in groups] for name in names]
+    counts: Counter[str] = Counter()
+    rows, scores = [], []
+    for i, group in enumerate(groups):
+        each = [of_labeller[i] for of_labeller in by_labeller]
+        votes: Scores = share_of_votes(each, thresholds, form) if len(names) > 1 else each[0]
+        if len(names) > 1 and form == "binary":
+            counts["completions skipped: equal numbers of votes"] += sum(vote == 0.5 for vote in votes)
+            votes = [None if vote == 0.5 else vote for vote in votes]
+        scores += [score for score in votes if score is not None]
+        rows += list(rows_of(group, votes, output, counts))
+    if not rows:
+        reasons = ", ".join(f"{number} {what}" for what, number in counts.items() if number)
+        labels.close()
+        raise ValueError(f"{path}: no row can be written ({reasons}); change --form, --min_gap or --by")
+    labels.finish(rows, counts=dict(counts))
+    for line in agreement_lines(names, by_labeller):
+        print(f"halos: {line}")
+    print(f"halos: score: mean {fmean(scores):.4g}, from {min(scores):.4g} to {max(scores):.4g} (n = {len(scores)})")
+    print(f"halos: {', '.join(f'{number} {what}' for what, number in counts.items() if number)}")
+    print(f"halos: {counted(len(rows), 'row')} in {target}, from {counted(len(groups), 'prompt')} of {path}")
+
+
+def _fill(labels: SampleFile, groups: list[Group], names: list[str], labellers: list[Labeller]) -> None:
+    """Scores and writes all prompts that are missing."""
+    left = [group for group in groups if group.number not in labels.done]
+    if len(left) < len(groups):
+        print(f"halos: resumes {labels.part}, which has {len(groups) - len(left)} of {counted(len(groups), 'prompt')}")
+    try:
+        with Progress(len(groups), "labelling, in prompts", done=len(groups) - len(left)) as progress:
+            for at in range(0, len(left), CHUNK):
+                some = left[at : at + CHUNK]
+                scores = {name: each.label(some) for name, each in zip(names, labellers, strict=True)}
+                for i, group in enumerate(some):
+                    labels.add(group.number, [{"scores": {name: scores[name][i] for name in names}}])
+                progress.advance(len(some))
+    except BaseException:
+        print(
+            f"halos: stopped after {len(labels.done)} of {counted(len(groups), 'prompt')}; their labels are in"
+            f" {labels.part}, and the same command resumes",
+            file=sys.stderr,
+        )
+        labels.close()
+        raise

@@ -1,0 +1,193 @@
+"""``halos label``: scores of sampled completions in the formats of ``halos fit``, bound to the samples."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_halos import write_jsonl
+
+import halos_pl.labelling.run as run
+from halos_pl.cli.main import main
+from halos_pl.data.example import Example
+from halos_pl.data.read import read
+from halos_pl.data.source import Source
+from halos_pl.labelling.agreement import agreement_lines
+from halos_pl.labelling.groups import read_groups
+from halos_pl.labelling.output import OutputSettings, rows_of, share_of_votes
+
+ROWS = [
+    {"prompt": "a?", "completions": ["x", "xxx", "xx"], "finished": [True, False, True], "seed": [1, 2, 3], "id": 7},
+    {"prompt": [{"role": "user", "content": "b?"}], "completions": ["xx", "xx"], "finished": [True, True]},
+    {"prompt": "c?", "completions": ["xxxx", "x"], "finished": [True, True]},
+]
+SINGLE = [
+    {"prompt": row["prompt"], "completion": text, "finished": finished, "prompt_row": i, "sample_index": k}
+    for i, row in enumerate(ROWS, start=1)
+    for k, (text, finished) in enumerate(zip(row["completions"], row["finished"], strict=True))  # type: ignore[call-overload]
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """With samples, and a rule for which longer is better."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "s.jsonl", ROWS)
+    write_jsonl(tmp_path / "single.jsonl", SINGLE)
+    (tmp_path / "rule.py").write_text(
+        "def longer(answer, row):\n    return len(answer) / 4\n\n"
+        "def shorter(answer, row):\n    return 1 - len(answer) / 4\n"
+    )
+    return tmp_path
+
+
+def labelled(folder: Path, *options: str, file: str = "s.jsonl", form: str = "scored") -> list[dict[str, Any]]:
+    main(
+        ["label", file, "--by=rule: rule.py:longer", f"--form={form}", "--out=out.jsonl", "--overwrite=true", *options]
+    )
+    return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+
+
+def examples(folder: Path) -> list[Example]:
+    """What a fit reads; every row must be usable."""
+    items = list(read(Source(str(folder / "out.jsonl"))))
+    assert all(isinstance(item, Example) for item in items), items
+    return items  # type: ignore[return-value]
+
+
+def refused(words: list[str], capfd: Any) -> str:
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if "Error" in line]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_scores(folder: Path) -> None:
+    rows = labelled(folder)
+    assert [row["scores"] for row in rows] == [[0.25, 0.75, 0.5], [0.5, 0.5], [1.0, 0.25]]
+    assert rows[0]["id"] == 7
+    assert rows[0]["seed"] == [1, 2, 3]
+    assert next(each.finished for each in examples(folder)) == (True, False, True)
+    rows = labelled(folder, file="single.jsonl")
+    assert [row["score"] for row in rows] == [0.25, 0.75, 0.5, 0.5, 0.5, 1.0, 0.25]
+    assert len(examples(folder)) == 7
+
+
+@pytest.mark.parametrize("file", ["s.jsonl", "single.jsonl"])
+def test_binary_labels(folder: Path, file: str, capsys: Any) -> None:
+    rows = labelled(folder, file=file, form="binary")
+    assert [row["label"] for row in rows] == [False, True, True, True, True, True, False]
+    assert [row["finished"] for row in rows] == [True, False, True, True, True, True, True]
+    assert len(examples(folder)) == 7
+    assert "5 desirable" in capsys.readouterr().out
+    assert sum(row["label"] for row in labelled(folder, "--threshold=0.7", file=file, form="binary")) == 2
+
+
+@pytest.mark.parametrize("file", ["s.jsonl", "single.jsonl"])
+def test_pairs(folder: Path, file: str, capsys: Any) -> None:
+    rows = labelled(folder, file=file, form="pairs")
+    assert [(row["chosen"], row["rejected"]) for row in rows] == [("xxx", "x"), ("xxxx", "x")]
+    assert (rows[0]["chosen_finished"], rows[0]["rejected_finished"]) == (False, True)
+    assert "equal scores" in capsys.readouterr().out
+    assert [each.scores for each in examples(folder)] == [(0.75, 0.25), (1.0, 0.25)]
+    rows = labelled(folder, "--min_gap=0.6", file=file, form="pairs")
+    assert [row["chosen"] for row in rows] == ["xxxx"]
+    drawn = [labelled(folder, "--pairs=random", f"--seed={s}", file=file, form="pairs") for s in (0, 0, 1, 2, 3, 4)]
+    assert drawn[0] == drawn[1]
+    first = {(rows[0]["chosen"], rows[0]["rejected"]) for rows in drawn}
+    assert first <= {("xxx", "x"), ("xxx", "xx"), ("xx", "x")}
+    assert len(first) > 1
+
+
+def test_labels_resume_and_are_bound_to_the_samples(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    words = ["label", "s.jsonl", "--by=rule: rule.py:longer", "--out=out.jsonl"]
+    monkeypatch.setattr(run, "CHUNK", 1)
+    source = (folder / "rule.py").read_text()
+    calls = folder / "calls"
+    counting = source.replace("    return len", "    open('calls', 'a').write('1')\n    return len", 1)
+    # Fails as long as there is a file; the rule itself stays the same.
+    (folder / "rule.py").write_text(
+        f"import os\n{counting}".replace(
+            "    open", "    assert row.text != 'c?' or not os.path.exists('stop')\n    open"
+        )
+    )
+    (folder / "stop").touch()
+    assert "s.jsonl:3" in refused(words, capfd)
+    assert calls.read_text() == "1" * 5
+    (folder / "stop").unlink()
+    main(words)
+    assert calls.read_text() == "1" * 7
+    complete = (folder / "out.jsonl").read_bytes()
+    main(words)
+    assert calls.read_text() == "1" * 7
+    for change in ("--form=binary", "--min_gap=0.1"):
+        assert change.strip("-").partition("=")[0] in refused([*words, change], capfd)
+    (folder / "rule.py").write_text(source)
+    assert "rule.py" in refused(words, capfd)
+    write_jsonl(folder / "s.jsonl", ROWS[:2])
+    assert "file" in refused(words, capfd)
+    assert (folder / "out.jsonl").read_bytes() == complete
+
+
+def test_votes_of_several(folder: Path, capsys: Any) -> None:
+    by = '--by=["rule: rule.py:longer", "rule: rule.py:shorter"]'
+    main(["label", "s.jsonl", by, "--out=out.jsonl", "--form=binary", "--overwrite=true"])
+    rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert [(row["completion"], row["label"], row["score"]) for row in rows] == [("xx", True, 1.0)] * 3
+    out = capsys.readouterr().out
+    assert "4 completions skipped" in out
+    assert "0 of 4 comparisons" in out
+
+
+def test_shares_of_votes() -> None:
+    assert share_of_votes([[0.9, 0.1, None], [0.6, 0.7, 0.2]], [0.5, 0.5], "binary") == [1.0, 0.5, 0.0]
+    shares = share_of_votes([[3.0, 1.0, 2.0], [0.3, 0.2, 0.2]], [None, None], "pairs")
+    assert shares == [1.0, 0.125, 0.375]
+    assert share_of_votes([[None, 1.0]], [None], "pairs") == [None, None]
+
+
+def test_agreement_of_labellers() -> None:
+    first, second = [[1, 2, 3], [1, 2]], [[1, 2, 3], [2, 1]]
+    (line,) = agreement_lines(["a", "b"], [first, second])
+    assert "3 of 4 comparisons (75%)" in line
+    assert "kappa" not in line  # the first always prefers the second completion, so kappa is undefined
+    (line,) = agreement_lines(["a", "b"], [[[1, 2], [2, 1], [1, 2]], [[1, 2], [2, 1], [2, 1]]])
+    assert "kappa 0.40" in line  # p_o = 2/3, p_e = 4/9
+    (line,) = agreement_lines(["a", "b"], [[[1, 1]], [[1, 2]]])
+    assert "no comparison" in line
+
+
+def test_completions_without_a_verdict_are_left_out_and_counted(folder: Path) -> None:
+    (group, *_), counts = read_groups(folder / "s.jsonl"), Counter[str]()
+    output = OutputSettings("scored", 0.5, "best_worst", 0.0, 0)
+    (row,) = rows_of(group, [None, 1.0, 2.0], output, counts)
+    assert (row["completions"], row["scores"], row["finished"]) == (["xxx", "xx"], [1.0, 2.0], [False, True])
+    assert counts["completions without a verdict"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ("s.jsonl --by nothing", "nothing"),
+        ("s.jsonl --by rule:nope.py:f", "nope.py"),
+        ("s.jsonl --by rule:rule.py:nope", "nope"),
+        ("nope.jsonl --by rule:rule.py:longer", "nope.jsonl"),
+        ("bare.jsonl --by rule:rule.py:longer", "bare.jsonl:1"),
+        ("short.jsonl --by rule:rule.py:longer", "short.jsonl:1"),
+        ("s.jsonl --by rule:rule.py:longer --out s.jsonl", "s.jsonl"),
+        ("s.jsonl --by rule:rule.py:longer --min_gap -1", "min_gap"),
+        ("s.jsonl --by rule:rule.py:longer --form pairs --min_gap 9", "min_gap"),
+        ("s.jsonl --by reward:folder --form binary", "threshold"),
+    ],
+)
+def test_a_wrong_input_is_a_line(folder: Path, capfd: Any, words: str, names: str) -> None:
+    write_jsonl(folder / "bare.jsonl", [{"prompt": "a?"}])
+    write_jsonl(folder / "short.jsonl", [{"prompt": "a?", "completions": ["x", "y"], "finished": [True]}])
+    assert names in refused(["label", *words.split()], capfd)
+    assert not list(folder.glob("s.*.jsonl"))
