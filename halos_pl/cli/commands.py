@@ -13,6 +13,7 @@ from halos_pl.cli.words import split_words
 TOOLS = {
     "export": "halos_pl.cli.export:export",
     "sample": "halos_pl.sampling.sample:sample",
+    "chat": "halos_pl.sampling.chat:chat",
     "label": "halos_pl.labelling.label:label",
     "evaluate": "halos_pl.evaluation.evaluate:evaluate",
     "ablate status": "halos_pl.cli.ablate:status",

@@ -14,6 +14,7 @@ COMMANDS = {
     "predict": "Write log-probs, reward, outcome and value of each row of data.predict.",
     "export": "Write a run's model as a Hugging Face folder.",
     "sample": "Sample completions of prompts, here or at a server.",
+    "chat": "Talk to a model in the terminal.",
     "label": "Label sampled completions by a rule or a reward model.",
     "evaluate": "Measure a run, or any model, per example.",
     "check": "Check a loss, or a part of one, against the definition of human-aware losses.",

@@ -55,6 +55,7 @@ from halos_pl.training.rank_failure import NoteFailure, watch_trainer, watching
 from halos_pl.training.resume import KeepSettings
 from halos_pl.training.run_folder import check_run_dir, named_run_dir
 from halos_pl.training.run_log import RunCSVLogger
+from halos_pl.training.sample_completions import SampleCompletions as SampleCompletions  # found by its name
 from halos_pl.training.slurm import is_requeued
 from halos_pl.training.stop_at_step import AgreedSignals, StopAtStep
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, LogitsProcessor, TopPLogitsWarper
+from transformers.generation.streamers import BaseStreamer
 
 from halos_pl.policy.architecture import (
     empty_cache,
@@ -94,6 +95,7 @@ def draw(
     names: Sequence[str],
     decoding: Decoding,
     seeds: Sequence[int] | None = None,
+    streamer: BaseStreamer | None = None,
 ) -> list[Drawn]:
     """Draws one completion per prompt in one batch. Equal prompts go through the model once.
 
@@ -103,6 +105,7 @@ def draw(
         names: Names of the prompts, for messages.
         decoding: How to draw; its ``max_new_tokens`` must fit the model's positions.
         seeds: Seed of each completion, from 0 to 2^64 - 1; None uses the global random state.
+        streamer: Gets the tokens of a single prompt as they are drawn.
 
     Raises:
         ModelError: The logits are not finite; names the prompt.
@@ -132,6 +135,7 @@ def draw(
             attention_mask=mask,
             max_new_tokens=decoding.max_new_tokens,
             logits_processor=processors,
+            streamer=streamer,
             **({} if cache is None else {"past_key_values": cache}),
             **options,
             **sampling,
