@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from misbehaving_server import completion, serving
 from run_halos import write_jsonl
 
 import halos_pl.labelling.run as run
@@ -184,6 +185,7 @@ def test_completions_without_a_verdict_are_left_out_and_counted(folder: Path) ->
         ("s.jsonl --by rule:rule.py:longer --min_gap -1", "min_gap"),
         ("s.jsonl --by rule:rule.py:longer --form pairs --min_gap 9", "min_gap"),
         ("s.jsonl --by reward:folder --form binary", "threshold"),
+        ("s.jsonl --by judge:kto", "endpoint.url"),
     ],
 )
 def test_a_wrong_input_is_a_line(folder: Path, capfd: Any, words: str, names: str) -> None:
@@ -191,3 +193,30 @@ def test_a_wrong_input_is_a_line(folder: Path, capfd: Any, words: str, names: st
     write_jsonl(folder / "short.jsonl", [{"prompt": "a?", "completions": ["x", "y"], "finished": [True]}])
     assert names in refused(["label", *words.split()], capfd)
     assert not list(folder.glob("s.*.jsonl"))
+
+
+def longest_first(body: dict[str, Any]) -> dict[str, Any]:
+    """A judge that prefers the longer answer, and abstains if an answer is `xxxx`."""
+    first, second = body["messages"][-1]["content"].split("|")
+    verdict = "?" if "xxxx" in (first, second) else "A" if len(first) > len(second) else "B"
+    return completion(f"[{verdict}]")
+
+
+def test_a_judge_compares_every_two_completions(folder: Path, capfd: Any) -> None:
+    pytest.importorskip("openai")
+    pytest.importorskip("halos_pl.judge.panel")
+    (folder / "judge.yaml").write_text(
+        "prompt: '{answer_a}|{answer_b}'\nchoices: {first: A, second: B}\nverdict: '\\[([AB])\\]'\n"
+    )
+    with serving() as server:
+        server.reply = longest_first
+        words = ["label", "s.jsonl", "--by=judge: judge.yaml", "--out=out.jsonl", f"--endpoint.url={server.url}"]
+        words += ["--endpoint.model=judge", "--endpoint.retries=0"]
+        server.plan = ["good", (400, {}, {"error": {"message": "too long"}})]
+        assert "too long" in refused(words, capfd)
+        asked = len(server.requests)
+        main(words)
+        assert len(server.requests) == asked + 1  # the others are in the transcripts
+    rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert [row["scores"] for row in rows] == [[0.0, 1.0, 0.5], [0.5, 0.5]]  # equal texts tie, and one pair has none
+    assert "2 completions without a verdict" in capfd.readouterr().out

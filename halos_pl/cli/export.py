@@ -17,6 +17,7 @@ from peft import get_peft_model_state_dict
 from torch import nn
 
 from halos_pl.cache import cache_root
+from halos_pl.cli.model_card import check_repository, push, write_card
 from halos_pl.common.files import remove, share
 from halos_pl.data.turns import stop_ids
 from halos_pl.policy import adapters
@@ -63,8 +64,9 @@ def export(
     overwrite: bool = False,
     ckpt_path: str | None = None,
     max_shard_size: str = "5GB",
+    push_to_hub: str | None = None,
 ) -> None:
-    """Write a run's policy as a Hugging Face folder. The code that the run's config.yaml names is executed.
+    """Write a run's policy as a Hugging Face folder with a model card. Executes the code that its config.yaml names.
 
     A reward model is written as a sequence classifier with one label. Any other model is written unchanged, with an
     adapter merged into its base. An adapter that was trained on a base quantized by model.policy.quantize is merged
@@ -82,7 +84,29 @@ def export(
         ckpt_path: checkpoint other than the last: best (as monitored by the run's ModelCheckpoint), or a path. Also
             spelled --checkpoint.
         max_shard_size: largest size of a file of weights, such as 500MB; a larger model is split into several files.
+        push_to_hub: repository of the hub, such as NAME/MODEL, to upload the folder to; a new one is private.
     """
+    if push_to_hub is not None:
+        check_repository(push_to_hub)
+    _write_model(run, folder, adapter, dtype, overwrite, ckpt_path, max_shard_size)
+    changed = {"adapter": adapter, "dtype": dtype, "ckpt_path": ckpt_path}
+    options = [f"--{name} {str(value).lower() if value is True else value}" for name, value in changed.items() if value]
+    names = (Path(name).name if Path(name).exists() else name for name in (run, folder))
+    write_card(run, Path(folder), " ".join(["halos export", *names, *options]))
+    if push_to_hub is not None:
+        push(Path(folder), push_to_hub)
+
+
+def _write_model(
+    run: str,
+    folder: str,
+    adapter: bool,
+    dtype: Literal["float32", "bfloat16", "float16"] | None,
+    overwrite: bool,
+    ckpt_path: str | None,
+    max_shard_size: str,
+) -> None:
+    """Writes the weights and the tokenizer; for the arguments see :func:`export`."""
     try:
         split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
     except ValueError as error:

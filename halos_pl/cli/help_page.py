@@ -15,7 +15,7 @@ COMMANDS = {
     "export": "Write a run's model as a Hugging Face folder.",
     "sample": "Sample completions of prompts, here or at a server.",
     "chat": "Talk to a model in the terminal.",
-    "label": "Label sampled completions by a rule or a reward model.",
+    "label": "Label sampled completions by a rule, a reward model or a judge.",
     "evaluate": "Measure a run, or any model, per example.",
     "check": "Check a loss, or a part of one, against the definition of human-aware losses.",
     "plan": "Show what a run will take: parameters, memory, tokens, the cards that it fits.",

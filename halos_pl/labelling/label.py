@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from halos_pl.endpoint.settings import EndpointSettings
+
 
 def label(
     file: str,
@@ -17,6 +19,7 @@ def label(
     seed: int = 0,
     batch_size: int = 16,
     text_prompts: Literal["plain", "chat"] = "plain",
+    endpoint: EndpointSettings | None = None,
     overwrite: bool = False,
 ) -> None:
     """Label the completions in a file of halos sample; executes the code of a rule.
@@ -26,19 +29,22 @@ def label(
 
     Args:
         file: JSON lines with "prompt", and "completions" or "completion".
-        by: 'rule: path/to/file.py:function', where function(answer, row) returns a number from 0 to 1; or
-            'reward: FOLDER', a sequence classifier with one label (FOLDER may be a name on the hub). For a list of
-            these, the share of their votes is the score.
+        by: 'rule: path/to/file.py:function', where function(answer, row) returns a number from 0 to 1;
+            'reward: FOLDER', a sequence classifier with one label, in a folder or on the hub; or 'judge: NAME', a
+            shipped judge or a YAML file with a rubric, at an endpoint: its grades, or a completion's mean preference
+            over the prompt's others, each two in both orders. For a list of these, the share of their votes is the
+            score.
         out: JSON lines to write; default: beside the file, ending in .FORM.jsonl.
         form: scored adds "score", or "scores" for a list of completions; binary writes a row per completion with
             "label"; pairs writes "chosen" and "rejected".
-        threshold: score from which a completion is desirable; default: 0.5 for rules and votes. A reward model has
-            none, so binary labels of one need a threshold.
+        threshold: score from which a completion is desirable; default: 0.5 for rules, comparisons and votes. Rewards
+            and grades have none, so their binary labels need a threshold.
         pairs: best_worst pairs the best completion of a prompt with the worst; random draws two of unequal score.
         min_gap: smallest difference of scores within a pair.
         seed: seed of the random pairs.
         batch_size: number of completions in a pass of a reward model.
         text_prompts: how a reward model gets prompts that are plain text: plain (unchanged) or chat (a user message).
+        endpoint: the server of a judge.
         overwrite: whether to replace a file from another command.
     """
     arguments = dict(locals())

@@ -1,12 +1,16 @@
-"""Who labels: rules of the user and reward models."""
+"""Who labels: rules of the user, reward models, and judges at an endpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Protocol
 
 from halos_pl.data.example import DataError
+from halos_pl.endpoint.client import Endpoint
+from halos_pl.endpoint.exchange import EndpointError
+from halos_pl.endpoint.settings import EndpointSettings
 from halos_pl.evaluation.judging import Row, judged_by
 from halos_pl.labelling.groups import Group, text_of
 from halos_pl.training.checkpoint_manifest import file_digest
@@ -29,7 +33,11 @@ class Labeller(Protocol):
 
         Raises:
             ValueError: A completion cannot be scored; names its place.
+            OSError: A server gives no reply.
         """
+
+    def summary(self) -> str:
+        """A line for the log, at the end; empty if there is nothing to report."""
 
 
 class RuleLabeller:
@@ -58,6 +66,9 @@ class RuleLabeller:
             ]
             for group in groups
         ]
+
+    def summary(self) -> str:
+        return ""
 
 
 class RewardLabeller:
@@ -91,16 +102,111 @@ class RewardLabeller:
             raise DataError(f"{groups[0].place} and the rows after it: {error}") from error
         return [[next(scores) for _ in group.completions] for group in groups]
 
+    def summary(self) -> str:
+        return ""
 
-def named_labeller(spec: str, *, batch_size: int, text_prompts: Any) -> Labeller:
-    """The labeller ``KIND: NAME``.
+
+class JudgeLabeller:
+    """A judge at an endpoint. One that grades single answers gives its grades; one that compares answers sees every two
+    completions of a prompt in both orders, and a completion's score is its mean preference over the others.
+
+    Args:
+        name: A shipped judge, or a YAML file with a rubric.
+        settings: The endpoint.
+        transcripts: File of its replies, which a repeated command reuses.
 
     Raises:
-        ValueError: There is no such kind, or no such rule.
+        ValueError: There is no such judge.
+        OSError: The endpoint cannot be used.
+    """
+
+    def __init__(self, name: str, settings: EndpointSettings, transcripts: Path) -> None:
+        from halos_pl.judge.named import named_judge
+        from halos_pl.judge.panel import Panel
+        from halos_pl.judge.settings import JudgeSettings
+
+        self.name, self._judge = name, named_judge(name)
+        self._endpoint = Endpoint(settings, transcripts)
+        self._panel = Panel(self._judge, self._endpoint, JudgeSettings(again=0))
+        self.threshold: float | None = 0.5 if self._judge.compares == "pair" else None
+
+    def load(self) -> dict[str, Any]:
+        self._endpoint.check_reachable()
+        identity: dict[str, Any] = {"model": self._endpoint.settings.model}
+        return identity | ({"sha256": file_digest(Path(self.name))} if Path(self.name).is_file() else {})
+
+    def label(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        return self._compared(groups) if self._judge.compares == "pair" else self._graded(groups)
+
+    def _graded(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        from halos_pl.judge.base import Answer
+
+        answers = [
+            Answer(f"{group.place} completion {i}", group.prompt, text_of(each), group.columns)
+            for group in groups
+            for i, each in enumerate(group.completions, start=1)
+        ]
+        judged = self._panel.grade(answers)
+        self._refuse(judged.errors)
+        grades = iter(judged.grades)
+        return [[next(grades) for _ in group.completions] for group in groups]
+
+    def _compared(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        from halos_pl.judge.base import Pair
+
+        places = [
+            (g, i, j) for g, group in enumerate(groups) for i, j in combinations(range(len(group.completions)), 2)
+        ]
+        texts = [[text_of(each) for each in group.completions] for group in groups]
+        judged = self._panel.compare(
+            [
+                Pair(
+                    f"{groups[g].place} completions {i + 1} and {j + 1}",
+                    groups[g].prompt,
+                    texts[g][i],
+                    texts[g][j],
+                    groups[g].columns,
+                )
+                for g, i, j in places
+            ]
+        )
+        self._refuse(judged.errors)
+        wins: list[list[list[float]]] = [[[] for _ in group.completions] for group in groups]
+        for (g, i, j), pair in zip(places, judged.pairs, strict=True):
+            if pair.preference is not None:
+                wins[g][i].append(pair.preference)
+                wins[g][j].append(1 - pair.preference)
+        return [[sum(each) / len(each) if each else None for each in group] for group in wins]
+
+    def _refuse(self, errors: Sequence[str]) -> None:
+        """Stops if requests failed, so that the same command sends them again instead of recording no verdict."""
+        if errors:
+            raise EndpointError(f"{len(errors)} requests failed; the same command sends them again: {errors[0]}")
+
+    def summary(self) -> str:
+        return self._endpoint.usage.line(self._endpoint.settings)
+
+
+def named_labeller(
+    spec: str, *, batch_size: int, text_prompts: Any, endpoint: EndpointSettings | None, transcripts: Path
+) -> Labeller:
+    """The labeller ``KIND: NAME``.
+
+    Args:
+        spec: The kind and the name.
+        batch_size, text_prompts: See :class:`RewardLabeller`.
+        endpoint, transcripts: See :class:`JudgeLabeller`.
+
+    Raises:
+        ValueError: There is no such kind, no such rule or judge, or a judge has no endpoint.
     """
     kind, _, name = (part.strip() for part in spec.partition(":"))
+    if kind == "judge" and name:
+        if endpoint is None:
+            raise ValueError(f"--by {spec!r} needs a server: set --endpoint.url and --endpoint.model")
+        return JudgeLabeller(name, endpoint, transcripts)
     if kind == "rule" and name:
         return RuleLabeller(name)
     if kind == "reward" and name:
         return RewardLabeller(name, batch_size, text_prompts)
-    raise ValueError(f"--by {spec!r}: it must be 'rule: path/to/file.py:function' or 'reward: FOLDER'")
+    raise ValueError(f"--by {spec!r}: it must be 'rule: path/to/file.py:function', 'reward: FOLDER' or 'judge: NAME'")

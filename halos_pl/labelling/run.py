@@ -12,6 +12,7 @@ from typing import Any
 from halos_pl.common.files import check_target
 from halos_pl.common.messages import counted
 from halos_pl.common.progress import Progress
+from halos_pl.endpoint.settings import EndpointSettings
 from halos_pl.labelling.agreement import agreement_lines
 from halos_pl.labelling.groups import Group, read_groups
 from halos_pl.labelling.labellers import Labeller, named_labeller
@@ -34,6 +35,7 @@ def label_file(
     seed: int,
     batch_size: int,
     text_prompts: Any,
+    endpoint: EndpointSettings | None,
     overwrite: bool,
 ) -> None:
     """Labels the completions in a file; for the arguments see :func:`halos_pl.labelling.label.label`.
@@ -49,17 +51,23 @@ def label_file(
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     if not 0 <= min_gap < math.inf:
         raise ValueError(f"min_gap is {min_gap}; it must be 0 or a positive number")
-    labellers = [named_labeller(name, batch_size=batch_size, text_prompts=text_prompts) for name in names]
-    thresholds = [each.threshold if threshold is None else threshold for each in labellers]
-    if form == "binary" and None in thresholds:
-        unbounded = names[thresholds.index(None)]
-        raise ValueError(f"--by {unbounded!r}: its scores have no natural zero; set --threshold, or use --form pairs")
     path = Path(file)
     groups = read_groups(path)
     target = Path(out) if out else path.with_suffix(f".{form}.jsonl")
     if target.exists() and target.samefile(path):
         raise FileExistsError(f"--out {target} is the file of samples, which would be lost; name another file")
     check_target(target)
+    transcripts = target.with_name(f"{target.name}.transcripts.jsonl")
+    labellers = [
+        named_labeller(
+            name, batch_size=batch_size, text_prompts=text_prompts, endpoint=endpoint, transcripts=transcripts
+        )
+        for name in names
+    ]
+    thresholds = [each.threshold if threshold is None else threshold for each in labellers]
+    if form == "binary" and None in thresholds:
+        unbounded = names[thresholds.index(None)]
+        raise ValueError(f"--by {unbounded!r}: its scores have no natural zero; set --threshold, or use --form pairs")
     combined = 0.5 if len(names) > 1 else thresholds[0]
     output = OutputSettings(form, combined, pairs, min_gap, seed)
     settings = {"file": file_digest(path), "by": names, "threshold": threshold, "text_prompts": text_prompts}
@@ -90,6 +98,8 @@ def label_file(
     for line in agreement_lines(names, by_labeller):
         print(f"halos: {line}")
     print(f"halos: score: mean {fmean(scores):.4g}, from {min(scores):.4g} to {max(scores):.4g} (n = {len(scores)})")
+    for line in filter(None, (each.summary() for each in labellers)):
+        print(f"halos: {line}")
     print(f"halos: {', '.join(f'{number} {what}' for what, number in counts.items() if number)}")
     print(f"halos: {counted(len(rows), 'row')} in {target}, from {counted(len(groups), 'prompt')} of {path}")
 
