@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCardData
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from halos_pl.cli.verdicts import formula
 from halos_pl.common.experiments import OBJECTIVES_TABLE

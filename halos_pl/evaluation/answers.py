@@ -17,8 +17,9 @@ from halos_pl.common.files import unique_name, write
 from halos_pl.common.leases import Lease
 from halos_pl.data.prompt_files import PromptRow
 from halos_pl.data.special import SpecialTokens
+from halos_pl.policy.identity import model_fingerprint
 from halos_pl.policy.limits import check_prompts
-from halos_pl.policy.reference import model_fingerprint, weights_fingerprint
+from halos_pl.policy.reference import weights_fingerprint
 from halos_pl.policy.sampling import Sample, as_samples, encode_prompts, ends_of, generate
 from halos_pl.provenance import provenance
 

@@ -87,7 +87,7 @@ class RewardLabeller:
         self._model: Any = None
 
     def load(self) -> dict[str, Any]:
-        from halos_pl.policy.reference import model_fingerprint
+        from halos_pl.policy.identity import model_fingerprint
         from halos_pl.policy.reward_model import RewardModel
 
         self._model = RewardModel.load(self.name, batch_size=self._batch_size, text_prompts=self._text_prompts)

@@ -171,14 +171,6 @@ def weights_fingerprint(model: nn.Module, dtype: torch.dtype | None = None) -> s
     return fingerprint(weights, base_model(model).config.to_dict())
 
 
-def model_fingerprint(model: nn.Module) -> str:
-    """The :func:`fingerprint` of a model with its adapter, if any."""
-    if not has_adapter(model):
-        return weights_fingerprint(model)
-    tensors = chain(model.named_parameters(), model.named_buffers())
-    return fingerprint(tensors, base_model(model).config.to_dict())
-
-
 def _base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The weights of a model without its adapter, with their names in that model."""
     return ((name_in_base(name), tensor) for name, tensor in _tensors(model) if not is_adapter_weight(name))

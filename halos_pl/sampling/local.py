@@ -11,8 +11,8 @@ from halos_pl.data.prompt_files import SAME_TOKENS, PromptRow
 from halos_pl.data.tokenize import Encoder
 from halos_pl.data.turns import stop_ids
 from halos_pl.policy.drawing import Decoding, Drawn, draw, plan_batches
+from halos_pl.policy.identity import model_fingerprint
 from halos_pl.policy.limits import check_prompts
-from halos_pl.policy.reference import model_fingerprint
 from halos_pl.policy.sampled_text import sampled_texts
 from halos_pl.policy.sampling import as_samples, encode_prompts
 from halos_pl.sampling.engine import Sampled, SamplingSettings

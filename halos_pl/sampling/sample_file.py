@@ -165,7 +165,7 @@ class SampleFile:
             self._file.seek(0)
             lines = self._file.read().decode("utf-8", "surrogatepass").splitlines(keepends=True)
         # Stable, so completions stay in order.
-        return sorted((json.loads(line) for line in lines), key=lambda row: row[PROMPT_ROW])  # type: ignore[no-any-return]
+        return sorted((json.loads(line) for line in lines), key=lambda row: row[PROMPT_ROW])
 
     def finish(self, rows: Iterable[Mapping[str, Any]] | None = None, **facts: Any) -> None:
         """Writes the complete file.

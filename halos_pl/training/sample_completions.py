@@ -142,6 +142,6 @@ class SampleCompletions(Callback):
             if callable(log_text := getattr(logger, "log_text", None)):
                 rows = [[str(record["prompt"]), record["completion"]] for record in records]
                 log_text("samples", columns=["prompt", "completion"], data=rows, step=step)
-            elif callable(add_text := getattr(logger.experiment, "add_text", None)):
+            elif callable(add_text := getattr(getattr(logger, "experiment", None), "add_text", None)):
                 for record in records:
                     add_text(f"samples/{record['prompt_row']}", record["completion"], step)
