@@ -220,3 +220,19 @@ def test_a_judge_compares_every_two_completions(folder: Path, capfd: Any) -> Non
     rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     assert [row["scores"] for row in rows] == [[0.0, 1.0, 0.5], [0.5, 0.5]]  # equal texts tie, and one pair has none
     assert "2 completions without a verdict" in capfd.readouterr().out
+
+
+def test_a_reward_model_scores(folder: Path, tiny_folder: Path) -> None:
+    reward_model = pytest.importorskip("halos_pl.policy.reward_model")
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+    config = LlamaConfig.from_pretrained(tiny_folder, num_labels=1, pad_token_id=0, initializer_range=0.5)
+    LlamaForSequenceClassification(config).save_pretrained(folder / "rm")
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder / "rm")
+    main(["label", "s.jsonl", "--by=reward: rm", "--out=out.jsonl"])
+    rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    pairs = [(row["prompt"], text) for row in ROWS for text in row["completions"]]  # type: ignore[attr-defined]
+    finished = [flag for row in ROWS for flag in row["finished"]]  # type: ignore[attr-defined]
+    expected = reward_model.RewardModel.load("rm").score(pairs, finished)
+    assert [score for row in rows for score in row["scores"]] == pytest.approx(expected, rel=1e-5)
+    assert len({round(score, 6) for score in expected}) > 2
