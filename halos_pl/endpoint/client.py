@@ -185,7 +185,8 @@ class Endpoint:
             "top_p": request.top_p,
             "seed": request.seed,
             "n": request.n if request.n > 1 else None,
-            "logprobs": True if request.logprobs else None,
+            "logprobs": True if request.logprobs or request.top_logprobs else None,
+            "top_logprobs": request.top_logprobs or None,
             **(self.settings.extra_body or {}),
         }
         messages: Any = request.messages

@@ -19,6 +19,7 @@ class Request:
         seed: Seed of the sampling; None leaves it to the server.
         n: Number of completions.
         logprobs: Whether to ask for the log-prob of each sampled token.
+        top_logprobs: Number of most likely tokens whose log-probs to ask for, at each place of the completion.
         repeat: Number that tells requests of the same content apart, so that each gets a reply of its own. It is not
             sent to the server.
     """
@@ -30,6 +31,7 @@ class Request:
     seed: int | None = None
     n: int = 1
     logprobs: bool = False
+    top_logprobs: int = 0
     repeat: int = 0
 
 
@@ -41,11 +43,13 @@ class Choice:
         text: Its text; empty if the model wrote none.
         finished: Whether the model ended it, rather than the limit on its length or a filter.
         logprobs: Log-prob of each sampled token, in nats; None if the server gives none.
+        top_logprobs: Log-prob of each of the most likely tokens at each place, in nats; None if the server gives none.
     """
 
     text: str
     finished: bool
     logprobs: list[float] | None = None
+    top_logprobs: list[dict[str, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -141,17 +145,29 @@ def _choice(choice: Any) -> Choice:
         raise MalformedReply("the content of a message is not text")
     if reason in _ABORTED:
         raise MalformedReply(f"the server broke the completion off (finish_reason: {reason})")
-    return Choice(text or "", reason not in _UNFINISHED, _logprobs(choice.get("logprobs")))
-
-
-def _logprobs(field: Any) -> list[float] | None:
+    field = choice.get("logprobs")
     content = field.get("content") if isinstance(field, Mapping) else None
     if not isinstance(content, list):
-        return None
+        return Choice(text or "", reason not in _UNFINISHED)
+    return Choice(text or "", reason not in _UNFINISHED, _logprobs(content), _top_logprobs(content))
+
+
+def _logprobs(content: list[Any]) -> list[float]:
     values: list[Any] = [each.get("logprob") if isinstance(each, Mapping) else None for each in content]
     if not all(isinstance(value, int | float) for value in values):
         raise MalformedReply("a token has no logprob")
     return [float(value) for value in values]
+
+
+def _top_logprobs(content: list[Any]) -> list[dict[str, float]] | None:
+    """The most likely tokens at each place and their log-probs; None unless the server gives some everywhere."""
+    places: list[Any] = [each.get("top_logprobs") if isinstance(each, Mapping) else None for each in content]
+    if not places or not all(places):
+        return None
+    try:
+        return [{each["token"]: float(each["logprob"]) for each in place} for place in places]
+    except (KeyError, TypeError, ValueError) as error:
+        raise MalformedReply("the most likely tokens of a place have no token or no logprob") from error
 
 
 def _count(value: Any) -> int | None:

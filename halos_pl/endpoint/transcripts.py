@@ -86,7 +86,10 @@ class Transcripts:
 
 def _reply(stored: dict[str, Any]) -> Reply:
     return Reply(
-        [Choice(each["text"], bool(each["finished"]), each["logprobs"]) for each in stored["choices"]],
+        [
+            Choice(each["text"], bool(each["finished"]), each["logprobs"], each["top_logprobs"])
+            for each in stored["choices"]
+        ],
         stored["prompt_tokens"],
         stored["completion_tokens"],
     )
