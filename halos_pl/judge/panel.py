@@ -1,0 +1,234 @@
+"""Asks a judge at an endpoint about pairs of answers, in both orders, or about single answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from halos_pl.common.messages import counted as number_of
+from halos_pl.common.progress import counted
+from halos_pl.data.example import DataError
+from halos_pl.endpoint.client import Endpoint
+from halos_pl.endpoint.exchange import EndpointError, Request
+from halos_pl.endpoint.usage import estimate
+from halos_pl.judge.base import Answer, Judge, Pair
+from halos_pl.judge.win_rates import JudgedPair
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """How a judge is asked.
+
+    Args:
+        again: Number of pairs, or of answers, that are judged a second time to measure the judge's self-consistency.
+        max_tokens: Maximum number of tokens of a reply; default: the judge's own.
+        temperature: Sampling temperature of the judge; default: the judge's own.
+        seed: Sampling seed that is sent to the endpoint; default: none.
+        logprobs: Whether to ask for log-probs if the judge reads its verdict from them. Some servers have none; the
+            verdict is then read from the text.
+        transcripts: File of all requests and replies, which later runs reuse by content; default: transcripts.jsonl in
+            the output folder.
+
+    Raises:
+        ValueError: A setting is out of range; names it.
+    """
+
+    again: int = 50
+    max_tokens: int | None = None
+    temperature: float | None = None
+    seed: int | None = None
+    logprobs: bool = True
+    transcripts: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("again", 0), ("max_tokens", 1), ("temperature", 0)):
+            value = getattr(self, name)
+            if value is not None and not least <= value < float("inf"):
+                raise ValueError(f"judging.{name} is {value}; it must be at least {least}")
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What a judge replied.
+
+    Attributes:
+        pairs: the judged pairs, in the order of the input.
+        records: for each reply its pair, order and repeat, the preference for the answer, and the text.
+        errors: the error of each request without a reply.
+    """
+
+    pairs: list[JudgedPair]
+    records: list[dict[str, Any]]
+    errors: list[str]
+
+
+@dataclass(frozen=True)
+class Grades:
+    """The grades of answers.
+
+    Attributes:
+        grades: the grade of each answer, in the order of the input; None for an abstention or a failed request.
+        again: second grades, by index of the answer.
+        records, errors: as in :class:`Verdicts`.
+    """
+
+    grades: list[float | None]
+    again: dict[int, float | None]
+    records: list[dict[str, Any]]
+    errors: list[str]
+
+
+class Comparer(Protocol):
+    """Anything that compares pairs of answers, such as :class:`Panel`."""
+
+    def compare(self, pairs: Sequence[Pair]) -> Verdicts:
+        """The verdicts on pairs."""
+        ...
+
+
+class Grader(Protocol):
+    """Anything that grades answers, such as :class:`Panel`."""
+
+    def grade(self, answers: Sequence[Answer]) -> Grades:
+        """The grades of answers."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Place of a request: index of the item, whether the other answer is first, and number of the repeat."""
+
+    item: int
+    swapped: bool
+    repeat: int
+    request: Request = field(repr=False)
+
+
+class Panel:
+    """A judge at an endpoint.
+
+    Args:
+        judge: the judge.
+        endpoint: the endpoint.
+        settings: how it is asked.
+    """
+
+    def __init__(self, judge: Judge, endpoint: Endpoint, settings: JudgeSettings | None = None) -> None:
+        self.judge, self.endpoint, self.settings = judge, endpoint, settings or JudgeSettings()
+
+    def compare(self, pairs: Sequence[Pair]) -> Verdicts:
+        """Judges each pair in both orders, and some a second time. Equal answers are a tie, without a request.
+
+        Raises:
+            DataError: naming an example, if the judge's prompt needs a column that it lacks.
+            EndpointError: if the endpoint cannot be used, or answers none of the requests.
+        """
+        self._check("pair")
+        asked = self._requests(pairs, (False, True))
+        texts, errors = self._replies(asked)
+        records, by_item = [], {}
+        for each, verdict, text in texts:
+            preference = None if verdict is None else 1 - verdict if each.swapped else verdict
+            by_item[each.item, each.swapped, each.repeat] = preference
+            order = "second" if each.swapped else "first"
+            records.append(
+                {
+                    "row": pairs[each.item].name,
+                    "answer_shown": order,
+                    "repeat": each.repeat,
+                    "preference": preference,
+                    "reply": text,
+                }
+            )
+        judged = []
+        for i, pair in enumerate(pairs):
+            if pair.answer == pair.other:
+                judged.append(JudgedPair(pair.name, 0.5, 0.5, identical=True, example=pair.example))
+                continue
+            again_first, again_second = (
+                (by_item[place],) if (place := (i, swapped, 1)) in by_item else () for swapped in (False, True)
+            )
+            failed = sum((i, swapped, 0) not in by_item for swapped in (False, True))
+            first, second = by_item.get((i, False, 0)), by_item.get((i, True, 0))
+            judged.append(
+                JudgedPair(pair.name, first, second, again_first, again_second, failed=failed, example=pair.example)
+            )
+        return Verdicts(judged, records, errors)
+
+    def grade(self, answers: Sequence[Answer]) -> Grades:
+        """Grades each answer, and some a second time.
+
+        Raises:
+            DataError, EndpointError: as :meth:`compare` does.
+        """
+        self._check("single")
+        asked = self._requests(answers, (False,))
+        texts, errors = self._replies(asked)
+        by_item = {(each.item, each.repeat): grade for each, grade, _ in texts}
+        return Grades(
+            [by_item.get((i, 0)) for i in range(len(answers))],
+            {i: grade for (i, repeat), grade in by_item.items() if repeat},
+            [
+                {"row": answers[each.item].name, "repeat": each.repeat, "grade": grade, "reply": text}
+                for each, grade, text in texts
+            ],
+            errors,
+        )
+
+    def _check(self, kind: str) -> None:
+        if self.judge.compares != kind:
+            what = {"pair": "compares two answers", "single": "grades one answer"}
+            raise DataError(f"the judge {self.judge.name} {what[self.judge.compares]}; choose one that {what[kind]}")
+
+    def _requests(self, items: Sequence[Pair] | Sequence[Answer], orders: Sequence[bool]) -> list[_Asked]:
+        """The requests about items, those of a second judgement last."""
+        different = [i for i, item in enumerate(items) if not (isinstance(item, Pair) and item.answer == item.other)]
+        number = min(self.settings.again, len(different))
+        again = [different[k * len(different) // number] for k in range(number)]
+        places = [(i, repeat) for repeat, some in enumerate((different, again)) for i in some]
+        return [
+            _Asked(i, swapped, repeat, self._request(items[i], swapped, repeat))
+            for i, repeat in places
+            for swapped in orders
+        ]
+
+    def _request(self, item: Pair | Answer, swapped: bool, repeat: int) -> Request:
+        own, judge = self.settings, self.judge
+        return Request(
+            messages=judge.messages(item, swapped),
+            max_tokens=own.max_tokens or judge.max_tokens,
+            temperature=judge.temperature if own.temperature is None else own.temperature,
+            seed=None if own.seed is None else own.seed + repeat,
+            top_logprobs=judge.top_logprobs if own.logprobs else 0,
+            repeat=repeat,
+        )
+
+    def _replies(self, asked: Sequence[_Asked]) -> tuple[list[tuple[_Asked, float | None, str]], list[str]]:
+        """The verdict and the text of each reply, in the order of the requests, and the errors of the others."""
+        requests = [each.request for each in asked]
+        if requests:
+            print(f"halos: {estimate(requests, self.endpoint.settings)}", flush=True)
+        replies: dict[int, tuple[float | None, str]] = {}
+        errors: dict[int, EndpointError] = {}
+        for number, outcome in _with_progress(self.endpoint.complete(requests), len(requests)):
+            if isinstance(outcome, EndpointError):
+                errors[number] = outcome
+            else:
+                choice = outcome.choices[0]
+                replies[number] = self.judge.verdict(choice), choice.text
+        if errors and not replies:
+            raise errors[min(errors)]
+        if errors:
+            print(
+                f"halos: {number_of(len(errors), 'request')} of {len(requests)} failed; repeat the command to send only"
+                f" these again. The first: {errors[min(errors)]}"
+            )
+        if requests:
+            print(f"halos: {self.endpoint.usage.line(self.endpoint.settings)}", flush=True)
+        return [(asked[i], *replies[i]) for i in sorted(replies)], [str(errors[i]) for i in sorted(errors)]
+
+
+def _with_progress(outcomes: Iterator[Any], number: int) -> Iterator[Any]:
+    for outcome, _ in zip(outcomes, counted(range(number), "judging"), strict=True):
+        yield outcome
