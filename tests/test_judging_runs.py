@@ -17,7 +17,8 @@ from halos_pl.endpoint.settings import EndpointSettings
 from halos_pl.endpoint.usage import Usage
 from halos_pl.judge.base import Answer, Pair
 from halos_pl.judge.named import named_judge
-from halos_pl.judge.panel import JudgeSettings, Panel
+from halos_pl.judge.panel import Panel
+from halos_pl.judge.settings import JudgeSettings
 from halos_pl.judge.simulated import SimulatedJudge
 from halos_pl.judge.win_rates import win_rate
 

@@ -43,7 +43,8 @@ class Parsers:
         """The parsed arguments."""
         from halos_pl.cli.commands import tool_parser
 
-        arguments: Mapping[str, Any] = tool_parser("evaluate").parse_args(words).as_dict()
+        parser = tool_parser("evaluate")
+        arguments: Mapping[str, Any] = parser.instantiate(parser.parse_args(words)).as_dict()
         return arguments
 
 

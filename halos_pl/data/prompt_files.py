@@ -125,6 +125,21 @@ def read_prompt_rows(
     return rows
 
 
+def prompt_row(columns: dict[str, Any], name: str, text_prompts: TextPrompts) -> PromptRow:
+    """A row that is in no file.
+
+    Args:
+        columns: its columns, among them ``prompt``.
+        name: its name, also in messages.
+        text_prompts: encoding of a plain-text prompt.
+
+    Raises:
+        DataError: the prompt is invalid; names the row.
+    """
+    example = _example({"prompt": columns["prompt"]}, name, "prompt", text_prompts)
+    return PromptRow(name, name, columns, example.prompt, isinstance(columns["prompt"], str), example.tools)
+
+
 def say_convention(rows: list[PromptRow], text_prompts: TextPrompts, tokenizer: PreTrainedTokenizerBase) -> None:
     """Prints how plain-text prompts are encoded.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,22 @@ from halos_pl.evaluation.metrics import CODE
 from halos_pl.policy.sampling import check_sampling
 
 #: Arguments that older versions lacked, and so did not record.
-LATER = ("ckpt_path", "reference", "prompt_column", "text_prompts", "chat_template")
+LATER = ("ckpt_path", "reference", "prompt_column", "text_prompts", "chat_template", "win_rate")
+#: Arguments that matter for a win rate only.
+FOR_WIN_RATES = ("against", "endpoint", "judging", "alpaca_data", "mt_bench")
 
 
 def measuring(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """A record of an evaluation: the arguments of ``evaluate``, and a digest of each file they name."""
     code = [str(arguments[key]).rpartition(":")[0] for key in CODE if arguments.get(key)]
     data = paths_of([arguments.get("prompts"), *(arguments.get("held_out") or [])])
-    recorded = {k: v for k, v in arguments.items() if k not in LATER or v is not None}
+    data += [path for key in ("alpaca_data", "mt_bench") if (path := arguments.get(key))]
+    recorded = {k: v for k, v in arguments.items() if k not in (*LATER, *FOR_WIN_RATES) or v is not None}
+    if judge := recorded.get("win_rate"):
+        data += [judge] if Path(judge).is_file() else []
+        recorded |= {k: asdict(v) for k, v in recorded.items() if is_dataclass(v) and not isinstance(v, type)}
+    else:
+        recorded = {k: v for k, v in recorded.items() if k not in FOR_WIN_RATES}
     return {"evaluate": recorded, "files": {path: digest_of(path) for path in sorted({*data, *code})}}
 
 
@@ -59,6 +68,7 @@ def check_arguments(
     beta: float,
     seed: int = 0,
     prompt_column: str | None = None,
+    win_rate: str | None = None,
     **_: Any,
 ) -> None:
     """Refuses invalid arguments of ``evaluate`` before any model is loaded.
@@ -66,7 +76,7 @@ def check_arguments(
     Raises:
         DataError: naming the argument.
     """
-    if not held_out and not prompts:
+    if not held_out and not prompts and not win_rate:
         raise DataError("nothing to measure: name --held_out data, --prompts, or both")
     if (rule or judge) and not prompts:
         raise DataError("--rule and --judge need answers: name --prompts as well")

@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 from halos_pl.common.files import write
 from halos_pl.common.messages import counted
-from halos_pl.evaluation.files import ANSWERS, BEFORE, FILE, MEASURED, ROWS
+from halos_pl.endpoint.settings import EndpointSettings
+from halos_pl.evaluation.files import ANSWERS, BEFORE, FILE, MEASURED, ROWS, VERDICTS, WIN_RATE
 from halos_pl.evaluation.metrics import COMPARING, METRICS
+from halos_pl.judge.settings import JudgeSettings
 
 
 def evaluate(
@@ -33,6 +35,12 @@ def evaluate(
     batch_size: int = 16,
     seed: int = 0,
     ckpt_path: str | None = None,
+    win_rate: str | None = None,
+    against: str | None = None,
+    endpoint: EndpointSettings | None = None,
+    judging: JudgeSettings = JudgeSettings(),  # noqa: B008
+    alpaca_data: str | None = None,
+    mt_bench: str | None = None,
     out: str | None = None,
 ) -> None:
     """Measure a model on held-out data; executes the code of rule, judge and a run's config.yaml.
@@ -64,8 +72,16 @@ def evaluate(
         batch_size: rows or answers per batch.
         seed: sampling seed.
         ckpt_path: a checkpoint of the run other than the last: best (according to its ModelCheckpoint), or a file.
-        out: folder for evaluation.json, held_out.jsonl and answers.jsonl; default: the run's folder, or one below
-            runs/evaluated for other models.
+        win_rate: a judge at an endpoint that compares or grades the answers: alpaca_eval2, mt_bench_pair,
+            mt_bench_single, kto, accurate, quality, or a YAML file with a rubric.
+        against: the answers to compare with: a column of the prompts, such as chosen, or a model; default: those of
+            the reference.
+        endpoint: server of the judge, with OpenAI's API.
+        judging: how the judge is asked.
+        alpaca_data: folder with AlpacaEval's files from the hub; without --prompts, its questions are answered.
+        mt_bench: folder with MT-bench's files; without --prompts, its questions are answered.
+        out: folder for evaluation.json, held_out.jsonl, answers.jsonl, win_rate.json and verdicts.jsonl; default: the
+            run's folder, or one below runs/evaluated for other models.
     """
     # Imported here: they load torch and transformers, for which --help should not wait.
     from halos_pl.data.example import DataError
@@ -73,13 +89,15 @@ def evaluate(
     from halos_pl.evaluation.arguments import check_arguments, measuring
     from halos_pl.evaluation.judging import judged_by
     from halos_pl.evaluation.measurement import Task, measure, output_folder, with_chat_template
+    from halos_pl.evaluation.win_rates import win_rates_of
     from halos_pl.provenance import provenance
     from halos_pl.training.named_model import named_model
 
     held_out = [held_out] if isinstance(held_out, str | dict) else held_out
     arguments = {name: value for name, value in locals().items() if name in ARGUMENTS}
     check_arguments(**arguments)
-    judging = {name: judged_by(place, name) for name, place in (("rule", rule), ("judge", judge)) if place}
+    win_rates = win_rates_of(**arguments)
+    functions = {name: judged_by(place, name) for name, place in (("rule", rule), ("judge", judge)) if place}
     if prompts:  # report faults of this file before a model is loaded
         read_prompt_rows(Path(prompts), text_prompts or "chat", prompt_column)
     named = named_model(model, ckpt_path, chat_template)
@@ -87,15 +105,24 @@ def evaluate(
     if judge and not compared and not named.run:
         raise DataError(f"--judge needs a reference to compare with, as {model} is not a run; set --reference")
     folder = output_folder(named, out)
+    connection = win_rates.connect(folder) if win_rates else None
     how = measuring(arguments) | {"by": provenance()}  # hash the files before they are read
     if folder != named.run:
         how["model"] = model
     text = named.text_settings(text_prompts=text_prompts)
     rows = read_prompt_rows(Path(prompts), text["text_prompts"], prompt_column) if prompts else []
+    opponent = None
+    if win_rates:
+        rows = rows or win_rates.rows(text["text_prompts"])
+        if win_rates.against and not win_rates.is_column(rows):
+            opponent = named_model(win_rates.against)
+        elif win_rates.compares and not win_rates.against and not compared and not named.run:
+            raise DataError(f"--win_rate {win_rate} compares two answers; name those to compare with in --against")
     if rows:
         say_convention(rows, text["text_prompts"], named.tokenizer())
-    if judge and compared and any(not isinstance(row.prompt, str) for row in rows):
-        compared = with_chat_template(compared, named)
+    if any(not isinstance(row.prompt, str) for row in rows):
+        compared = with_chat_template(compared, named) if compared and (judge or win_rates) else compared
+        opponent = with_chat_template(opponent, named) if opponent else None
     sampling = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -106,10 +133,12 @@ def evaluate(
     data = None
     if held_out:
         data = {"predict": list(held_out), "batch_size": batch_size, "max_length": max_length} | text
-    task = Task(data, beta, rows, judging, sampling)
+    task = Task(data, beta, rows, functions, sampling, win_rates, connection, opponent)
     values, before, has_reference = measure(named, compared, task, folder)
     # Files from an earlier evaluation would pass for this one's.
-    for name, is_new in ((FILE, False), (ROWS, data is not None), (ANSWERS, bool(rows))):
+    judged = win_rates is not None
+    files = ((FILE, False), (ROWS, data is not None), (ANSWERS, bool(rows)), (WIN_RATE, judged), (VERDICTS, judged))
+    for name, is_new in files:
         if not is_new:
             (folder / name).unlink(missing_ok=True)
     write(folder / MEASURED, json.dumps(how, indent=2) + "\n")

@@ -11,6 +11,9 @@ BEFORE = "before.json"  #: the same for a run's model before training
 MEASURED = "measured.json"  #: the settings and the data of the evaluation
 ROWS = "held_out.jsonl"
 ANSWERS = "answers.jsonl"
+WIN_RATE = "win_rate.json"  #: the report on a judge's verdicts
+VERDICTS = "verdicts.jsonl"  #: each reply of the judge, and how it was read
+TRANSCRIPTS = "transcripts.jsonl"  #: requests to the judge and its replies, which later evaluations reuse
 
 
 def measured_how(run: Path) -> dict[str, Any]:

@@ -16,10 +16,12 @@ from halos_pl.common.messages import plain
 from halos_pl.common.progress import counted
 from halos_pl.data import FeedbackDataModule
 from halos_pl.data.prompt_files import PromptRow
+from halos_pl.endpoint.client import Endpoint
 from halos_pl.evaluation.answers import answers
 from halos_pl.evaluation.files import ANSWERS, FILE, ROWS
 from halos_pl.evaluation.held_out import Evaluation, by_example, figures_of, of_reference, prepared, records_of
 from halos_pl.evaluation.judging import Judged, Row
+from halos_pl.evaluation.win_rates import Conversations, WinRates, column_answers
 from halos_pl.policy.sampling import Sample, kl_of_samples
 from halos_pl.training.named_model import NamedModel
 
@@ -37,6 +39,9 @@ class Task:
         rows: prompts to answer.
         judging: the rule and the judge, if any.
         sampling: sampling settings, see :func:`halos_pl.evaluation.answers.answers`.
+        win_rates: the judge at an endpoint, if any.
+        endpoint: the endpoint of that judge.
+        against: the model whose answers that judge compares with; None for a column, or for the reference.
     """
 
     data: Mapping[str, Any] | None
@@ -44,6 +49,9 @@ class Task:
     rows: Sequence[PromptRow]
     judging: Mapping[str, Judged]
     sampling: Mapping[str, Any]
+    win_rates: WinRates | None = None
+    endpoint: Endpoint | None = None
+    against: NamedModel | None = None
 
 
 @dataclass(frozen=True)
@@ -54,11 +62,18 @@ class Measured:
         records: records of the held-out rows.
         samples: its answers.
         kl: KL divergence of each answer, nats; empty without a reference.
+        later: its answers to the second questions of conversations; empty without conversations.
     """
 
     records: list[dict[str, Any]]
     samples: list[Sample]
     kl: list[float]
+    later: Sequence[Sample] = ()
+
+    @property
+    def texts(self) -> Conversations:
+        """The answers by turn."""
+        return [[sample.text for sample in turn] for turn in (self.samples, self.later) if turn]
 
 
 def output_folder(model: NamedModel, out: str | None) -> Path:
@@ -113,18 +128,17 @@ def measure(model: NamedModel, compared: NamedModel | None, task: Task, folder: 
     if model.run and other is None:
         assert module.reference is not None
         with module.reference.scoring() as first:
-            samples = _answers(first.model, module.tokenizer, task, "the model before training", start=True)
-        start = Measured(of_reference(mine.records), samples, [0.0] * len(samples))
+            before = "the model before training"
+            samples, later = _turns(first.model, module.tokenizer, task, before, start=True)
+        start = Measured(of_reference(mine.records), samples, [0.0] * len(samples), later)
     elif model.run:
         del module
         start = _measured(prepared(model, other, compare=compare, trained=False), f"{model.name} before training", task)
-    others: list[Sample] | None = None
-    if "judge" in task.judging:
-        if compared is not None and other is not None:
-            others = _answers(other, compared.tokenizer(), task, compared.name)
-        else:
-            assert start is not None
-            others = start.samples
+    reference = start
+    if compared is not None and other is not None and ("judge" in task.judging or task.win_rates):
+        reference = _answering(other, compared, task)
+    others = reference.samples if reference is not None and "judge" in task.judging else None
+    baseline = _baseline(task, reference)
     if task.data is not None:
         write(folder / ROWS, "".join(json.dumps(record) + "\n" for record in mine.records))
     lines = _lines(task.rows, mine, start, others)
@@ -141,6 +155,12 @@ def measure(model: NamedModel, compared: NamedModel | None, task: Task, folder: 
             _write(folder / ANSWERS, lines)
             metrics |= _by_prompt(columns, task.rows)
         values.append({name: figures for name, figures in metrics.items() if figures})
+    if task.win_rates is not None:
+        models = {"model": mine.texts} | ({"before training": start.texts} if start else {})
+        assert task.endpoint is not None
+        rates = task.win_rates.measure(task.endpoint, task.rows, models, baseline, _examples(task.rows), folder)
+        for metrics, rate in zip(values, rates, strict=True):
+            metrics.update({name: preferences for name, preferences in rate.items() if preferences})
     return values[0], values[1] if start else {}, compare
 
 
@@ -149,20 +169,42 @@ def _measured(module: Evaluation, name: str, task: Task) -> Measured:
     if not task.rows:
         return Measured(records, [], [])
     module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    samples = _answers(module.scorer.model, module.tokenizer, task, name)
+    samples, later = _turns(module.scorer.model, module.tokenizer, task, name)
     if module.reference is None:
-        return Measured(records, samples, [])
+        return Measured(records, samples, [], later)
     kl = kl_of_samples(module.scorer, module.reference, samples, task.sampling["batch_size"])
-    return Measured(records, samples, list(kl))
+    return Measured(records, samples, list(kl), later)
 
 
-def _answers(model: Any, tokenizer: Any, task: Task, name: str, start: bool = False) -> list[Sample]:
+def _turns(model: Any, tokenizer: Any, task: Task, name: str, start: bool = False) -> tuple[list[Sample], list[Sample]]:
+    """The answers to the prompts, and to the second questions of conversations."""
     if not task.rows:
-        return []
+        return [], []
     samples, path = answers(model, tokenizer, task.rows, start=start, **task.sampling)
     if path is not None:
         print(f"halos: the answers of {plain(name)} are cached from an earlier evaluation: {path}")
-    return samples
+    second = task.win_rates.second_turns(task.rows, [s.text for s in samples]) if task.win_rates else []
+    later = answers(model, tokenizer, second, start=start, **task.sampling)[0] if second else []
+    return samples, later
+
+
+def _answering(model: Any, named: NamedModel, task: Task) -> Measured:
+    """Another model's answers."""
+    samples, later = _turns(model, named.tokenizer(), task, named.name)
+    return Measured([], samples, [], later)
+
+
+def _baseline(task: Task, reference: Measured | None) -> Conversations | None:
+    """The answers that the judge at the endpoint compares with, by turn; None for a judge of single answers."""
+    how = task.win_rates
+    if how is None or not how.compares:
+        return None
+    if task.against is not None:
+        return _answering(task.against.load(), task.against, task).texts
+    if how.against is not None:
+        return [column_answers(task.rows, how.against)]
+    assert reference is not None
+    return reference.texts
 
 
 def _lines(
@@ -218,6 +260,11 @@ def _row(row: PromptRow, sample: Sample, other: Sample | None = None) -> Row:
 
 def _by_prompt(columns: Mapping[str, list[float]], rows: Sequence[PromptRow]) -> Values:
     """Metrics by example; a prompt that occurs twice is one example with two answers."""
-    first: dict[str, str] = {}
-    example = {row.name: first.setdefault(json.dumps(row.prompt), row.name) for row in rows}
+    example = _examples(rows)
     return {name: by_example(dict(zip(example, column, strict=True)), example) for name, column in columns.items()}
+
+
+def _examples(rows: Sequence[PromptRow]) -> dict[str, str]:
+    """The example of each row, by its name: the first row with the same prompt."""
+    first: dict[str, str] = {}
+    return {row.name: first.setdefault(json.dumps(row.prompt), row.name) for row in rows}

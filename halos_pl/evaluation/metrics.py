@@ -44,6 +44,10 @@ METRICS = {
         "share of answers that the judge prefers to those of the reference; a tie counts half",
         True,
     ),
+    "win_rate": Metric(
+        "prompts", "share of answers that the judge at the endpoint prefers, in both orders; a tie counts half", True
+    ),
+    "grade": Metric("prompts", "grade by the judge at the endpoint, on its own scale", True),
 }
 #: Metrics that compare with a reference model.
 COMPARING = ("reward_accuracy", "reward_margin", "brier", "reward_auroc", "kl_held_out", "kl")
@@ -55,3 +59,5 @@ RATIOS = frozenset({"kl", "kl_held_out", "length"})
 PER_TOKEN = frozenset(name for name, metric in METRICS.items() if metric.meaning.endswith("nats per token"))
 #: Metrics that a user's function computes, and the arguments that name it as ``file.py:function``.
 CODE = ("rule", "judge")
+#: Metrics of a judge at an endpoint, which may abstain: examples that some runs lack are left out of comparisons.
+BY_JUDGE = ("win_rate", "grade")

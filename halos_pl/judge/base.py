@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from halos_pl.data.example import DataError, Prompt
 from halos_pl.endpoint.exchange import Choice
+from halos_pl.judge.estimates import Estimate
 
 #: Messages of a request, ``[{"role": ..., "content": ...}]``.
 Messages = list[dict[str, Any]]
@@ -58,7 +59,7 @@ class Question:
 
     Attributes:
         name: name of the example.
-        turns: the user's messages, one per turn.
+        turns: the user's messages: one, or two for a conversation.
         columns: further values, such as a reference answer.
     """
 
@@ -89,6 +90,8 @@ class Judge(ABC):
         max_tokens: maximum tokens of a reply.
         temperature: sampling temperature of the judge.
         top_logprobs: number of most likely tokens whose log-probs the verdict needs; 0 for a verdict in the text.
+        scale: the lowest and the highest grade; None for comparisons.
+        baseline: the column of its questions with the answers to compare with; None if they have none.
     """
 
     name: ClassVar[str]
@@ -96,6 +99,8 @@ class Judge(ABC):
     max_tokens: int = 1024
     temperature: float = 0.0
     top_logprobs: int = 0
+    baseline: str | None = None
+    scale: tuple[float, float] | None = None
 
     @abstractmethod
     def messages(self, item: Pair | Answer, swapped: bool = False) -> Messages:
@@ -108,6 +113,17 @@ class Judge(ABC):
     @abstractmethod
     def verdict(self, choice: Choice) -> float | None:
         """The preference for the answer shown first, from 0 to 1, or the grade; None if the reply has no verdict."""
+
+    def length_controlled(
+        self, preferences: Mapping[int, float], answers: Sequence[str], baseline: Sequence[str]
+    ) -> Estimate | None:
+        """The win rate on the judge's questions without the effect of length; None for a judge that has no such figure.
+
+        Args:
+            preferences: preference for the answer, by number of the question.
+            answers, baseline: the compared answers to each question.
+        """
+        return None
 
     def questions(self) -> Sequence[Question]:
         """The questions of the judge's benchmark; none if it has none."""

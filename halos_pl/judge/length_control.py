@@ -10,7 +10,6 @@ from unittest.mock import patch
 
 from halos_pl.judge.base import JudgeError
 from halos_pl.judge.estimates import Estimate
-from halos_pl.judge.judges.alpaca_eval import BASELINE
 
 #: Verdicts on models that were asked to be brief or verbose, and the difficulty of each question.
 GAMED = "df_gamed.csv"
@@ -64,7 +63,7 @@ def length_controlled(
             "preference": 1 + preferences[i],
             "output_1": baseline[i],
             "output_2": answers[i],
-            "generator_1": BASELINE,
+            "generator_1": "baseline",
             "generator_2": "model",
             "annotator": "judge",
         }

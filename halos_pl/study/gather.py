@@ -15,6 +15,7 @@ import torch
 
 from halos_pl.conformance.check import reports
 from halos_pl.evaluation.files import measured_how
+from halos_pl.evaluation.metrics import BY_JUDGE
 from halos_pl.objective.halo import HALO
 from halos_pl.run_dir import CONFIG
 from halos_pl.study.finished import finished, summary
@@ -50,7 +51,21 @@ def gather(study: Study, out: Path) -> tuple[dict[Key, Figures], dict[Run, str]]
     values: dict[Key, Figures] = {
         (run.arm.name, run.seed): {**metrics, **by_length(held_out_records(run))} for run, metrics in measured.items()
     }
-    return values | baselines(list(measured)), faults
+    return _with_shared(values | baselines(list(measured))), faults
+
+
+def _with_shared(values: dict[Key, Figures]) -> dict[Key, Figures]:
+    """The metrics with only those examples of a judge's metrics that all runs and baselines have: it may abstain."""
+    for metric in BY_JUDGE:
+        examples = [set(figures[metric]) for figures in values.values() if metric in figures]
+        shared = set.intersection(*examples) if examples else set()
+        values = {
+            key: {**figures, metric: {name: figures[metric][name] for name in figures[metric] if name in shared}}
+            if metric in figures
+            else figures
+            for key, figures in values.items()
+        }
+    return values
 
 
 def describe(study: Study, out: Path) -> Recorded:

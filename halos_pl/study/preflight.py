@@ -24,6 +24,7 @@ from halos_pl.evaluation.arguments import check_arguments, measuring
 from halos_pl.evaluation.evaluate import ARGUMENTS
 from halos_pl.evaluation.judging import judged_by
 from halos_pl.evaluation.metrics import CODE, METRICS
+from halos_pl.evaluation.win_rates import win_rates_of
 from halos_pl.study.held_out import check_held_out
 from halos_pl.study.planned_power import assumed
 from halos_pl.study.spec import Arm, Run, Study, StudyError
@@ -214,6 +215,8 @@ def evaluate_arguments(study: Study, line: CommandLine) -> dict[str, Any]:
             arguments = line.evaluate(study.evaluation(Run(study.arms[0], 0, Path("unused")))[1:])
     except SystemExit as error:
         raise StudyError(f"{study.places['evaluate']}: evaluate: {_parser_error(printed.getvalue())}") from error
+    except ValueError as error:  # a setting of the judge's endpoint
+        raise StudyError(f"{study.places['evaluate']}: evaluate: {error}") from error
     return {name: arguments[name] for name in ARGUMENTS}
 
 
@@ -233,8 +236,12 @@ def _check_evaluation(study: Study, arguments: Mapping[str, Any]) -> int:
                 judged_by(arguments[key], key)
             except ValueError as error:
                 raise StudyError(f"{study.places[key]}: {key}: {error}") from error
+    try:
+        win_rates = win_rates_of(**arguments)
+    except ValueError as error:
+        raise StudyError(f"{study.places['win_rate']}: win_rate: {error}") from error
     if not arguments["prompts"]:
-        return 0
+        return len(win_rates.judge.questions()) if win_rates else 0
     text_prompts: TextPrompts = arguments["text_prompts"] or "chat"
     try:
         rows = read_prompt_rows(Path(arguments["prompts"]), text_prompts, arguments["prompt_column"])

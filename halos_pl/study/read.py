@@ -11,7 +11,7 @@ from halos_pl.common.experiments import PresetError, config_file, hint, objectiv
 from halos_pl.common.misplaced import misplaced, read_config
 from halos_pl.common.yaml_files import Lines, YAMLFileError
 from halos_pl.evaluation.evaluate import ARGUMENTS
-from halos_pl.evaluation.metrics import CODE, METRICS, RATIOS, SHARES
+from halos_pl.evaluation.metrics import BY_JUDGE, CODE, METRICS, RATIOS, SHARES
 from halos_pl.study.grid import OBJECTIVE, Place, grid
 from halos_pl.study.spec import BEFORE, SHORTER, Arm, Study, StudyError
 
@@ -146,7 +146,7 @@ class _Reader:
             note=self.get("note", str, ""),
             overrides=self.overrides,
             places={key: self.where(key) for key in ("evaluate", "metrics", "cluster", "power")}
-            | {key: self.where("evaluate", key) for key in (*CODE, "prompts", "held_out")},
+            | {key: self.where("evaluate", key) for key in (*CODE, "prompts", "held_out", "win_rate")},
         )
 
     def _arms(self) -> list[Arm]:
@@ -225,6 +225,7 @@ class _Reader:
             unit = METRICS[metric].unit
             needed = "prompts" if unit == "prompts" else "held_out"
             needed = metric if metric in CODE and "prompts" in evaluate else needed
+            needed = "win_rate" if metric in BY_JUDGE else needed
             if not evaluate.get(needed):
                 raise self.fault(f"metric {metric} is measured on {unit}, but evaluate has no {needed}", "metrics", i)
         return tuple(metrics)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -27,6 +27,8 @@ from halos_pl.judge.base import (
     named_in,
     values_of,
 )
+from halos_pl.judge.estimates import Estimate
+from halos_pl.judge.length_control import check_files, length_controlled
 
 BASELINE = "alpaca_eval_gpt4_baseline.json"
 #: The prompt, below the package.
@@ -58,7 +60,7 @@ class AlpacaEval2(Judge):
         files: where AlpacaEval's data are.
 
     Raises:
-        JudgeError: if the package is not installed.
+        JudgeError: if the package is not installed, or the folder lacks a file.
     """
 
     name = "alpaca_eval2"
@@ -66,11 +68,14 @@ class AlpacaEval2(Judge):
     max_tokens = 1
     temperature = 1.0
     top_logprobs = 5
+    baseline = "output"
     #: Names of the first and the second answer in the prompt.
     names = ("m", "M")
 
     def __init__(self, files: BenchmarkFiles) -> None:
         self.folder = files.alpaca_data
+        if self.folder is not None:
+            check_files(self.folder)
         template = package_file(PROMPT).read_text(encoding="utf-8")
         self.template = [{"role": role, "content": content} for role, content in _MESSAGE.findall(template)]
 
@@ -93,6 +98,11 @@ class AlpacaEval2(Judge):
             ]
         except (ValueError, KeyError, TypeError) as error:
             raise JudgeError(f"{path}: not a JSON list of objects with 'instruction' and 'output'") from error
+
+    def length_controlled(
+        self, preferences: Mapping[int, float], answers: Sequence[str], baseline: Sequence[str]
+    ) -> Estimate | None:
+        return None if self.folder is None else length_controlled(preferences, answers, baseline, self.folder)
 
     def messages(self, item: Pair | Answer, swapped: bool = False) -> Messages:
         shown = values_of(item, swapped)
