@@ -146,6 +146,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str, str]] = {
         "- reward_accuracy",
         "no held_out",
     ),
+    "a win rate without a judge": ({"metrics": ["win_rate"]}, "- win_rate", "no win_rate"),
     "a name that YAML takes for a number": ({"arms": {0.1: {}}}, "arms:", "quotes"),
     "a name that cannot be shown": ({"arms": {"a\rb": {}}}, "arms:", "'a\\rb'"),
     "a metric that is a list": ({"metrics": [["kl"]]}, "- - kl", "['kl']"),
@@ -359,6 +360,18 @@ EVALUATE_FAULTS: dict[str, tuple[dict[str, Any], list[str], str, str]] = {
         "judge: ",
         "judge(answer, other, row)",
     ),
+    "a judge of single answers that should compare": (
+        {"prompts": "prompts.txt", "win_rate": "quality", "against": "x", "endpoint": {"url": "http://x", "model": "y"}},
+        ["grade"],
+        "win_rate: ",
+        "--against",
+    ),
+    "a judge without a server": (
+        {"prompts": "prompts.txt", "win_rate": "kto"},
+        ["win_rate"],
+        "win_rate: ",
+        "endpoint.url",
+    ),
     "scores without others of their prompts": (
         {"held_out": ["scored.jsonl"]},
         ["kl_held_out"],
@@ -523,6 +536,21 @@ def test_a_run_that_cannot_be_compared_is_left_out_by_name(make: Any, tmp_path: 
     assert results.done == runs[:4]
     [found] = results.comparisons("kl").values()
     assert (found.seeds, found.scale, found.effect) == (2, "ratio", pytest.approx(10 / 7))
+
+
+def test_examples_on_which_a_judge_abstains_are_left_out_of_all_runs(make: Any, tmp_path: Path) -> None:
+    evaluate = {"prompts": "p.txt", "win_rate": "kto", "endpoint": {"url": "http://x", "model": "y"}}
+    study, out = load_study(make(metrics=["win_rate"], seeds=[0, 1], evaluate=evaluate)), tmp_path / "out"
+    shares = {"a": 1.0, "b": 0.5, "c": 0.0, "d": 0.5}
+    for run, lost in enumerate(("", "b", "", "d")):
+        values = {name: value * (run + 1) / 4 for name, value in shares.items() if name != lost}
+        _pretend(study, out, run, "win_rate", values)
+    (study.runs(out)[0].folder / "before.json").write_text(json.dumps({"win_rate": dict.fromkeys("abcd", 0.5)}))
+    results = Results(study, out)
+    assert not results.faults
+    assert results.values("win_rate", study.arms[1], [0, 1]).tolist() == [[0.5, 0], [1, 0]]
+    [compared] = results.comparisons("win_rate").values()
+    assert (compared.examples, compared.seeds) == (2, 2)
 
 
 def test_a_run_that_was_made_in_another_way_is_left_out(make: Any, tmp_path: Path) -> None:
