@@ -361,7 +361,12 @@ EVALUATE_FAULTS: dict[str, tuple[dict[str, Any], list[str], str, str]] = {
         "judge(answer, other, row)",
     ),
     "a judge of single answers that should compare": (
-        {"prompts": "prompts.txt", "win_rate": "quality", "against": "x", "endpoint": {"url": "http://x", "model": "y"}},
+        {
+            "prompts": "prompts.txt",
+            "win_rate": "quality",
+            "against": "x",
+            "endpoint": {"url": "http://x", "model": "y"},
+        },
         ["grade"],
         "win_rate: ",
         "--against",

@@ -16,6 +16,7 @@ TOOLS = {
     "chat": "halos_pl.sampling.chat:chat",
     "label": "halos_pl.labelling.label:label",
     "evaluate": "halos_pl.evaluation.evaluate:evaluate",
+    "judge agreement": "halos_pl.cli.judge:agreement",
     "ablate status": "halos_pl.cli.ablate:status",
     "ablate report": "halos_pl.cli.ablate:report",
     "ablate": "halos_pl.cli.ablate:ablate",

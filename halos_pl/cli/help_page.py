@@ -17,6 +17,7 @@ COMMANDS = {
     "chat": "Talk to a model in the terminal.",
     "label": "Label sampled completions by a rule, a reward model or a judge.",
     "evaluate": "Measure a run, or any model, per example.",
+    "judge agreement": "Measure how far a judge agrees with people.",
     "check": "Check a loss, or a part of one, against the definition of human-aware losses.",
     "plan": "Show what a run will take: parameters, memory, tokens, the cards that it fits.",
     "objectives": "List the shipped losses with formula, needs and verdict.",

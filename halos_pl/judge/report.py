@@ -38,13 +38,19 @@ def win_rate_lines(report: WinRate, name: str) -> list[str]:
         counts = f"{counted(report.wins, 'win')}, {counted(report.ties, 'tie')}, {report.losses} lost"
         counts += f"; {report.identical} with equal answers" if report.identical else ""
         lines = [f"{name}: win rate {rate.text()}, standard error {rate.error:.3f} (n = {rate.n}: {counts})"]
+    return lines + judge_lines(report, name)
+
+
+def judge_lines(report: WinRate, name: str) -> list[str]:
+    """The pairs left out, and the judge's biases, one line each."""
+    lines = []
     if report.left_out:
         causes = [f"{counted(report.abstentions, 'reply').replace('replys', 'replies')} named neither answer"]
         causes += [f"{counted(report.failures, 'request')} failed"] * bool(report.failures)
         low, high = report.bounds
         lines.append(
-            f"{name}: {counted(report.left_out, 'pair')} left out ({', '.join(causes)}); with them, the win rate is"
-            f" between {low:.3f} and {high:.3f}"
+            f"{name}: {counted(report.left_out, 'pair')} left out ({', '.join(causes)}); with them, the win rate"
+            f" would be between {low:.3f} and {high:.3f}"
         )
     if report.position_bias.n:
         parts = [f"position bias {_signed(report.position_bias)}"]

@@ -1,0 +1,113 @@
+"""``halos judge agreement``: labels of people, and what is reported of a judge beside them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from misbehaving_server import completion, serving
+from run_halos import write_jsonl
+
+from halos_pl.cli.main import main
+from halos_pl.data.example import DataError
+from halos_pl.judge.human_labels import ORDER, read_labels
+from halos_pl.judge.simulated import SimulatedJudge
+
+
+def test_labels_of_real_files_are_read(shared_data: Path) -> None:
+    folder, three = shared_data / "feedback", [f"annotator{i}" for i in (1, 2, 3)]
+    path = str(folder / "pandalm_testset_3annotators.jsonl.gz")
+    labels = read_labels(path, ["instruction", "input"], ["response1", "response2"], three, limit=60, seed=1)
+    assert (len(labels.pairs), labels.rows, [*labels.labels]) == (60, 999, three)
+    with gzip.open(path, "rt") as file:
+        rows = [json.loads(line) for line in file]
+    for pair in labels.pairs:
+        row = rows[int(pair.name.rpartition(":")[2]) - 1]
+        assert (pair.answer, pair.other) == (str(row["response1"]), str(row["response2"]))
+        assert pair.prompt == "\n\n".join(filter(None, (row["instruction"], row["input"])))
+        for name in three:
+            assert labels.labels[name][pair.name] == {1: 1, 2: -1, 0: 0}[row[name]]
+    again = read_labels(path, ["instruction"], ["response1", "response2"], three, limit=60, seed=1)
+    assert [pair.name for pair in again.pairs] == [pair.name for pair in labels.pairs]
+    hhh = read_labels(str(folder / "hhh_alignment_pairs.jsonl.gz"), ["prompt"], ["chosen", "rejected"], [])
+    assert {*hhh.labels[ORDER].values()} == {1}
+    assert len(hhh.pairs) == 221
+
+
+@pytest.mark.parametrize(
+    ("row", "arguments", "named"),
+    [
+        ({"by": 3}, {}, "'by'"),
+        ({"by": None}, {}, "'by'"),
+        ({"by": True}, {}, "'by'"),
+        ({"a": [5]}, {}, "'a'"),
+        ({}, {"prompt": ["question"]}, "'question'"),
+        ({}, {"answers": ["a"]}, "--answers"),
+        ({}, {"limit": 0}, "limit"),
+    ],
+)
+def test_wrong_labels_are_named(row: dict[str, Any], arguments: dict[str, Any], named: str, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [{"p": "Why?", "a": "1", "b": "2", "by": 1} | row])
+    given: dict[str, Any] = {"prompt": ["p"], "answers": ["a", "b"], "annotators": ["by"]}
+    with pytest.raises(DataError, match=named) as error:
+        read_labels(path, **given | arguments)
+    assert "\n" not in str(error.value)
+    assert not row or "x.jsonl:1" in str(error.value)
+
+
+def test_the_command_recovers_a_simulated_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two people who agree with the truth nine times in ten, and a judge of known accuracy and bias."""
+    pytest.importorskip("openai")
+    rng, judge = np.random.default_rng(0), SimulatedJudge(accuracy=0.85, position_bias=0.25, abstains=0.05)
+    better, rows = rng.integers(1, 3, size=120), []
+    for i, winner in enumerate(better):
+        labels = {f"by{k}": int(winner if rng.random() < 0.9 else 3 - winner) for k in (1, 2)}
+        rows.append({"q": f"Why {i}?", "one": f"one {i}", "two": f"two {i}"} | labels)
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    with serving() as server:
+
+        def reply(body: dict[str, Any]) -> dict[str, Any]:
+            text = body["messages"][-1]["content"]
+            number = int(text.split("Why ")[1].split("?")[0])
+            one_first = text.index(f"one {number}") < text.index(f"two {number}")
+            verdict = judge.verdict((better[number] == 1) == one_first, rng)
+            return completion("Hm." if verdict is None else f"Response {'A' if verdict else 'B'}")
+
+        server.reply = reply
+        at = [f"--endpoint.url={server.url}", "--endpoint.model=judge", "--judging.again=10", f"--out={tmp_path}/out"]
+        words = ["judge", "agreement", path, "--judge=kto", "--prompt=q", "--answers=one,two", "--annotators=by1,by2"]
+        main([*words, *at])
+        asked = len(server.requests)
+        main([*words, *at])
+        assert len(server.requests) == asked == 2 * 120 + 2 * 10
+    report = json.loads((tmp_path / "out" / "agreement.json").read_text())
+    bias = report["judge"]["position_bias"]
+    assert bias["low"] <= 0.25 <= bias["high"]
+    assert 0 < report["judge"]["abstentions"] < 40
+    people = {each["by"]: each for each in report["agreement"]}
+    assert {*people} == {"by1", "by2", "majority"}
+    # A person who is right nine times in ten agrees with a judge as often as 0.9 a + 0.1 (1 - a).
+    for by in ("by1", "by2"):
+        for name, a in (("accuracy", judge.agreement), ("without_position", judge.accuracy)):
+            expected = 0.9 * a + 0.1 * (1 - a)
+            assert abs(people[by][name]["value"] - expected) < 3.5 * people[by][name]["error"]
+    assert people["by1"]["kappa"]["value"] > 0.2
+    assert report["people"]["without_majority"] > 0
+    printed = capsys.readouterr().out
+    assert "majority" in printed
+    assert "Fleiss" in printed
+
+
+def _words(server: str, data: Path, out: Path) -> list[str]:
+    at = [f"--endpoint.url={server}", "--endpoint.model=x", f"--out={out}"]
+    return ["judge", "agreement", str(data), "--judge=kto", *at]
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(_words("http://localhost:1/v1", tmp_path / "none.jsonl", tmp_path / "out"))
+    assert "none.jsonl" in capsys.readouterr().err
