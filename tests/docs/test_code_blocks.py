@@ -29,6 +29,7 @@ from halos_pl.cli.help_page import COMMANDS
 from halos_pl.cli.main import main
 from halos_pl.common.experiments import objectives
 from halos_pl.conformance.target import load_target
+from halos_pl.judge.named import named_judge
 from halos_pl.study.read import load_study
 
 BLOCK = re.compile(
@@ -265,7 +266,9 @@ def test_the_documented_tests_pass(folder):
 def test_yaml_parses(folder, block):
     write_files(block.page, folder)
     content = yaml.safe_load(block.text)
-    if {"arms", "primary"} & content.keys():
+    if {"choices", "scale"} & content.keys():
+        assert named_judge(block.title).name
+    elif {"arms", "primary"} & content.keys():
         study = yaml.safe_load(titled("docs/howto/study.md", "study.yaml"))
         (folder / "block.yaml").write_text(yaml.safe_dump(study | content))
         assert load_study("block.yaml").primary == content["primary"]
