@@ -33,6 +33,9 @@ class FakeEndpoint:
     def __init__(self, replying: Replying) -> None:
         self.replying, self.usage, self.requests = replying, Usage(), list[Request]()
 
+    def unanswered(self, requests: Iterable[Request]) -> list[Request]:
+        return [*requests]
+
     def complete(self, requests: Iterable[Request]) -> Iterator[tuple[int, Reply | EndpointError]]:
         self.requests += requests
         for number, request in reversed([*enumerate(requests)]):

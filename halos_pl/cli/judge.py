@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,7 @@ def agreement(
     verdicts = panel.compare(labels.pairs)
     record = _report(labels, verdicts, f"{asked.name} by {endpoint.model}")
     settings = {"data": data, "judge": asked.name, "by": endpoint.model, "rows": labels.rows, "seed": seed}
+    settings |= {"usage": asdict(panel.endpoint.usage)}
     write(folder / REPORT, json.dumps(settings | record, indent=2) + "\n")
     lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in verdicts.records)
     write(folder / VERDICTS, "".join(lines))

@@ -101,6 +101,11 @@ class Endpoint:
             for _ in threads:
                 jobs.put(None)
 
+    def unanswered(self, requests: Iterable[Request]) -> list[Request]:
+        """The requests whose replies are not in the transcripts."""
+        model, body = self.settings.model, self.settings.extra_body
+        return [each for each in requests if self._transcripts.find(content_key(model, each, body)) is None]
+
     def check_reachable(self) -> None:
         """Connects to the server once, unless a call has done so.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ class WinRates:
                 judgements[name] = self._compared(panel, rows, turns, baseline, examples, name)
             else:
                 judgements[name] = self._graded(panel, rows, turns, examples, name)
-        self._write(judgements, folder)
+        self._write(judgements, asdict(endpoint.usage), folder)
         return [each.values for each in judgements.values()]
 
     def _compared(
@@ -206,9 +206,9 @@ class WinRates:
         question = row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
         return f"{row.name} turn 2", self.second[row.name], {**columns, "earlier": [(question, *first)]}
 
-    def _write(self, judgements: Mapping[str, Judged], folder: Path) -> None:
+    def _write(self, judgements: Mapping[str, Judged], usage: dict[str, int], folder: Path) -> None:
         against = (self.against or "the reference") if self.compares else None
-        settings = {"judge": self.judge.name, "by": self.endpoint.model, "against": against}
+        settings = {"judge": self.judge.name, "by": self.endpoint.model, "against": against, "usage": usage}
         record = settings | {name: each.record for name, each in judgements.items()}
         write(folder / WIN_RATE, json.dumps(record, indent=2) + "\n")
         lines = [{"of": name} | verdict for name, each in judgements.items() for verdict in each.verdicts]

@@ -177,7 +177,9 @@ class Panel:
         """The verdict and the text of each reply, in the order of the requests, and the errors of the others."""
         requests = [each.request for each in asked]
         if requests:
-            print(f"halos: {estimate(requests, self.endpoint.settings)}", flush=True)
+            new = self.endpoint.unanswered(requests)
+            reused = f"{len(requests) - len(new)} replies are in the transcripts; " if len(new) < len(requests) else ""
+            print(f"halos: {reused}{estimate(new, self.endpoint.settings)}", flush=True)
         replies: dict[int, tuple[float | None, str]] = {}
         errors: dict[int, EndpointError] = {}
         for number, outcome in _with_progress(self.endpoint.complete(requests), len(requests)):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from misbehaving_server import Server, completion, serving
 from run_halos import binary_data, fit, write_jsonl
@@ -93,7 +94,9 @@ def test_answers_are_compared_with_a_column_and_nothing_is_asked_twice(
     # The same again, from the transcripts alone.
     evaluate(home, server, home / "run", "--against=chosen", "--judging.again=2")
     assert len(server.requests) == asked
-    assert read(home / "run", WIN_RATE) == report
+    again = read(home / "run", WIN_RATE)
+    assert (again.pop("usage")["replies"], report.pop("usage")["replies"]) == (0, asked)
+    assert again == report
     # Without a judge, its files would pass for this evaluation's.
     main(["evaluate", str(home / "run"), f"--prompts={home}/prompts.jsonl", *SETTINGS])
     assert not (home / "run" / WIN_RATE).exists()
@@ -105,23 +108,21 @@ def test_answers_are_compared_with_a_model(home: Path, server: Server, tiny_fold
     """By default the one before training, which ties with itself."""
     evaluate(home, server, home / "run")
     assert {*read(home / "run", BEFORE)["win_rate"].values()} == {0.5}
-    evaluate(home, server, home / "run", f"--against={tiny_folder}", f"--out={home}/named")
-    assert read(home / "named", FILE)["win_rate"] == read(home / "run", FILE)["win_rate"]
-    evaluate(home, server, tiny_folder, f"--reference={home}/run", f"--out={home}/turned")
+    evaluate(home, server, tiny_folder, f"--against={home}/run", f"--out={home}/turned")
     turned = read(home / "turned", FILE)["win_rate"]
     assert turned == {name: 1 - value for name, value in read(home / "run", FILE)["win_rate"].items()}
 
 
-def test_a_run_that_was_stopped_goes_on_where_it_was(home: Path, server: Server) -> None:
-    out = f"--out={home}/stopped"
+def test_an_evaluation_that_was_stopped_resumes(home: Path, server: Server, tiny_folder: Path) -> None:
+    words = ["--against=chosen", "--judging.again=0", f"--out={home}/stopped"]
     server.plan = ["good"] * 3 + [(401, {}, {"error": {"message": "no such key"}})] * 100
     with pytest.raises(SystemExit):
-        evaluate(home, server, home / "run", "--against=chosen", out, "--endpoint.concurrency=1", "--judging.again=0")
+        evaluate(home, server, tiny_folder, *words, "--endpoint.concurrency=1")
     kept = len(lines(home / "stopped", TRANSCRIPTS))
     assert kept == 3
     assert not (home / "stopped" / FILE).exists()
     server.plan = []
-    evaluate(home, server, home / "run", "--against=chosen", out, "--judging.again=0")
+    evaluate(home, server, tiny_folder, *words)
     keys = [line["key"] for line in lines(home / "stopped", TRANSCRIPTS)]
     assert len(keys) == len({*keys})
     assert read(home / "stopped", WIN_RATE)["model"]["rate"]["n"] == 4
@@ -132,6 +133,87 @@ def test_single_answers_are_graded(home: Path, server: Server, tiny_folder: Path
     evaluate(home, server, tiny_folder, "--win_rate=quality", f"--out={home}/graded")
     assert [*read(home / "graded", FILE)["grade"].values()] == [4, 4, 7, 4, 4]
     assert read(home / "graded", WIN_RATE)["model"]["grade"]["value"] == pytest.approx(4.6)
+
+
+MT_PROMPTS = {
+    "pair-v2": "{question} {answer_a} | {answer_b}",
+    "pair-math-v1": "Gold {ref_answer_1}: {question} {answer_a} | {answer_b}",
+    "pair-v2-multi-turn": "{question_1} {answer_a_1} {question_2} {answer_a_2} | {answer_b_1} {answer_b_2}",
+    "pair-math-v1-multi-turn": "Gold {ref_answer_2}: {question_1} {question_2} {answer_a_2} | {answer_b_2}",
+    "single-v1": "{question} | {answer}",
+    "single-math-v1": "Gold {ref_answer_1}: {question} | {answer}",
+    "single-v1-multi-turn": "{question_1} {answer_1} {question_2} | {answer_2}",
+    "single-math-v1-multi-turn": "Gold {ref_answer_2}: {question_1} {answer_1} {question_2} | {answer_2}",
+}
+
+
+def test_a_benchmark_of_conversations_brings_its_questions(
+    home: Path, server: Server, tiny_folder: Path, tiny_gpt2_folder: Path
+) -> None:
+    """The second question follows the model's own answer to the first; both turns are one example."""
+    folder = home / "mt"
+    folder.mkdir()
+    prompts = [{"name": name, "system_prompt": "", "prompt_template": text} for name, text in MT_PROMPTS.items()]
+    write_jsonl(folder / "mt_bench_judge_prompts.jsonl", prompts)
+    questions = [
+        {"question_id": i, "category": category, "turns": [f"first {i}?", f"second {i}?"]}
+        for i, category in enumerate(("writing", "math"))
+    ]
+    write_jsonl(folder / "mt_bench_question.jsonl", questions)
+    gold = [{"question_id": 1, "choices": [{"turns": ["one", "two"]}]}]
+    write_jsonl(folder / "mt_bench_reference_gpt4.jsonl", gold)
+    words = [f"--mt_bench={folder}", "--text_prompts=chat", "--chat_template=chatml", "--judging.again=0"]
+    server.reply = lambda body: completion("[[8]]" if "second" in body["messages"][-1]["content"] else "[[4]]")
+    graded = [*words, "--win_rate=mt_bench_single", f"--out={home}/mt single"]
+    evaluate(home, server, tiny_folder, *graded, prompts=False)
+    names = [f"mt_bench_question.jsonl:{i}" for i in range(2)]
+    assert read(home / "mt single", FILE)["grade"] == dict.fromkeys(names, 6)
+    answers = [line["answer"] for line in lines(home / "mt single", ANSWERS)]
+    asked = [body["messages"][-1]["content"] for body in server.requests]
+    assert sum("Gold one" in text for text in asked) == sum("Gold two" in text for text in asked) == 1
+    for i, answer in enumerate(answers):
+        assert sum(f"first {i}? {answer} second {i}? |" in text for text in asked) == 1
+    server.reply = lambda body: completion("[[A]]")
+    compared = [*words, "--win_rate=mt_bench_pair", f"--against={tiny_gpt2_folder}", f"--out={home}/mt pair"]
+    evaluate(home, server, tiny_folder, *compared, prompts=False)
+    assert read(home / "mt pair", FILE)["win_rate"] == dict.fromkeys(names, 0.5)
+    assert read(home / "mt pair", WIN_RATE)["model"]["position_bias"]["value"] == 1
+    with pytest.raises(SystemExit):
+        evaluate(home, server, tiny_folder, *compared, "--text_prompts=plain", prompts=False)
+
+
+def test_alpaca_eval_brings_its_questions_and_baseline(home: Path, server: Server, tiny_folder: Path) -> None:
+    pytest.importorskip("alpaca_eval")
+    pandas = pytest.importorskip("pandas")
+    folder = home / "alpaca"
+    folder.mkdir()
+    questions = [{"instruction": f"Do {i}!", "output": "done " * (i + 1), "generator": "gpt"} for i in range(12)]
+    (folder / "alpaca_eval_gpt4_baseline.json").write_text(json.dumps(questions))
+    gamed = [
+        {"index": i, "model": m, "preference": (i % 5) / 4, "std_delta_len": d, "instruction_difficulty": i - 6.0}
+        for m, d in (("concise", -1.0), ("verbose", 1.0))
+        for i in range(12)
+    ]
+    pandas.DataFrame(gamed).assign(not_gamed_baseline=False).to_csv(folder / "df_gamed.csv", index=False)
+
+    def reply(body: dict[str, Any]) -> dict[str, Any]:
+        """The model's answer, whose place is that of the other's, is preferred on even questions."""
+        text = body["messages"][-1]["content"]
+        number = int(text.split("Do ")[1].split("!")[0])
+        baseline_first = text.index("done ") < text.index('"M"')
+        p = 0.9 if baseline_first == bool(number % 2) else 0.1
+        top = [{"token": name, "logprob": float(np.log(each))} for name, each in (("m", p), ("M", 1 - p))]
+        return completion("m", logprobs={"content": [{"token": "m", "logprob": 0.0, "top_logprobs": top}]})
+
+    server.reply = reply
+    words = ["--win_rate=alpaca_eval2", f"--alpaca_data={folder}", f"--out={home}/alpaca out"]
+    evaluate(home, server, tiny_folder, *words, "--text_prompts=plain", prompts=False)
+    values = read(home / "alpaca out", FILE)["win_rate"]
+    assert [*values.values()] == pytest.approx([0.9, 0.1] * 6)
+    report = read(home / "alpaca out", WIN_RATE)
+    assert report["against"] == "output"
+    assert report["model"]["position_bias"]["value"] == pytest.approx(0)
+    assert 0 < report["model"]["length_controlled"]["value"] < 1
 
 
 @pytest.mark.parametrize(
