@@ -48,6 +48,7 @@ def test_a_prompt_shows_both_answers_unchanged_in_either_order(swapped: bool) ->
         ("kto", " **B**\n", 0),
         ("kto", "A good answer", None),
         ("kto", "Response A is longer than Response B", None),
+        ("kto", "Either Response A or", None),
         ("kto", "Neither.", None),
         ("kto", "", None),
         ("accurate", "B is wrong.\n[[A]]", 1),

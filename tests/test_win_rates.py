@@ -156,6 +156,8 @@ def test_kappas_are_those_of_statsmodels(rows: list[tuple[int, int, int]]) -> No
         theirs = inter_rater.cohens_kappa(table)
         ours = cohens_kappa(first, second)
         assert (ours.value, ours.error) == pytest.approx((theirs.kappa, theirs.std_kappa), abs=1e-6)
+    else:
+        assert np.isnan(cohens_kappa(first, second).value)
     counts, _ = inter_rater.aggregate_raters(np.array(rows))
     if len({label for row in rows for label in row}) > 1:
         assert fleiss_kappa(rows).value == pytest.approx(inter_rater.fleiss_kappa(counts), abs=1e-9)

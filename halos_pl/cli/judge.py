@@ -73,7 +73,9 @@ def agreement(
     panel = Panel(asked, Endpoint(endpoint, transcripts), judging)
     drawn = f", drawn with seed {seed}" if len(labels.pairs) < labels.rows else ""
     print(f"halos: {len(labels.pairs)} of {labels.rows} pairs of {data}{drawn}")
+    panel.announce(labels.pairs)
     verdicts = panel.compare(labels.pairs)
+    print(f"halos: {panel.endpoint.usage.line(endpoint)}")
     record = _report(labels, verdicts, f"{asked.name} by {endpoint.model}")
     settings = {"data": data, "judge": asked.name, "by": endpoint.model, "rows": labels.rows, "seed": seed}
     settings |= {"usage": asdict(panel.endpoint.usage)}

@@ -146,33 +146,49 @@ class WinRates:
             EndpointError: if the endpoint cannot be used; replies so far are in the transcripts.
         """
         panel, judgements = Panel(self.judge, endpoint, self.settings), {}
-        for name, turns in models.items():
-            if self.compares and baseline is not None:
-                judgements[name] = self._compared(panel, rows, turns, baseline, examples, name)
-            else:
-                judgements[name] = self._graded(panel, rows, turns, examples, name)
+        if baseline is not None:
+            pairs = {name: self._pairs(rows, turns, baseline, examples) for name, turns in models.items()}
+            panel.announce(*pairs.values())
+            for name, turns in models.items():
+                judgements[name] = self._compared(panel, pairs[name], turns, baseline, name)
+        else:
+            answers = {name: self._answers(rows, turns, examples) for name, turns in models.items()}
+            panel.announce(*answers.values())
+            judgements = {name: self._graded(panel, each, name) for name, each in answers.items()}
+        print(f"halos: {endpoint.usage.line(self.endpoint)}")
         self._write(judgements, asdict(endpoint.usage), folder)
         return [each.values for each in judgements.values()]
 
-    def _compared(
+    def _pairs(
         self,
-        panel: Panel,
         rows: Sequence[PromptRow],
         turns: Conversations,
         baseline: Conversations,
         examples: Mapping[str, str],
-        model: str,
-    ) -> Judged:
+    ) -> list[Pair]:
         pairs = []
         for turn, (mine, others) in enumerate(zip(turns, baseline, strict=True)):
             for i, row in enumerate(rows):
                 name, prompt, columns = self._question(row, turn, turns[0][i], baseline[0][i])
                 pairs.append(Pair(name, prompt, mine[i], others[i], columns, examples[row.name]))
+        return pairs
+
+    def _answers(self, rows: Sequence[PromptRow], turns: Conversations, examples: Mapping[str, str]) -> list[Answer]:
+        answers = []
+        for turn, mine in enumerate(turns):
+            for i, row in enumerate(rows):
+                name, prompt, columns = self._question(row, turn, turns[0][i])
+                answers.append(Answer(name, prompt, mine[i], columns, examples[row.name]))
+        return answers
+
+    def _compared(
+        self, panel: Panel, pairs: list[Pair], turns: Conversations, baseline: Conversations, model: str
+    ) -> Judged:
         verdicts = panel.compare(pairs)
         report = win_rate_of(verdicts.pairs)
         record, lines = figures(report), win_rate_lines(report, model)
         if self.own_questions:
-            first = enumerate(verdicts.pairs[: len(rows)])
+            first = enumerate(verdicts.pairs[: len(turns[0])])
             preferences = {i: pair.preference for i, pair in first if pair.preference is not None}
             controlled = self.judge.length_controlled(preferences, turns[0], baseline[0])
             if controlled is not None:
@@ -180,19 +196,7 @@ class WinRates:
                 lines.append(f"{model}: length-controlled win rate {controlled.text()}")
         return Judged({"win_rate": report.preferences}, record, lines, verdicts.records)
 
-    def _graded(
-        self,
-        panel: Panel,
-        rows: Sequence[PromptRow],
-        turns: Conversations,
-        examples: Mapping[str, str],
-        model: str,
-    ) -> Judged:
-        answers = []
-        for turn, mine in enumerate(turns):
-            for i, row in enumerate(rows):
-                name, prompt, columns = self._question(row, turn, turns[0][i])
-                answers.append(Answer(name, prompt, mine[i], columns, examples[row.name]))
+    def _graded(self, panel: Panel, answers: list[Answer], model: str) -> Judged:
         grades, names = panel.grade(answers), [answer.example for answer in answers]
         assert self.judge.scale is not None
         record = grade_figures(grades, names, self.judge.scale)

@@ -22,7 +22,7 @@ Labels = Sequence[int]
 def cohens_kappa(first: Labels, second: Labels) -> Estimate:
     """Cohen's kappa of two raters: their agreement beyond that of independent raters with the same label frequencies.
 
-    The standard error is that of Fleiss, Cohen and Everitt (1969). It is NaN if both raters use a single label.
+    The standard error is that of Fleiss, Cohen and Everitt (1969). Kappa is NaN if a rater uses a single label.
 
     Raises:
         ValueError: if the raters did not label the same items.
@@ -31,7 +31,7 @@ def cohens_kappa(first: Labels, second: Labels) -> Estimate:
         raise ValueError(f"{len(first)} and {len(second)} labels; both raters must label the same items")
     n = len(first)
     kinds = sorted({*first, *second})
-    if n < 2 or len(kinds) < 2:
+    if n < 2 or len({*first}) < 2 or len({*second}) < 2:
         return Estimate(math.nan, math.nan, -1.0, 1.0, n)
     index = {kind: i for i, kind in enumerate(kinds)}
     shares: NDArray[np.float64] = np.zeros((len(kinds), len(kinds)))

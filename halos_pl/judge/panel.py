@@ -86,6 +86,20 @@ class Panel:
     def __init__(self, judge: Judge, endpoint: Endpoint, settings: JudgeSettings | None = None) -> None:
         self.judge, self.endpoint, self.settings = judge, endpoint, settings or JudgeSettings()
 
+    def announce(self, *several: Sequence[Pair] | Sequence[Answer]) -> None:
+        """Prints the number of requests, their tokens and the most that they cost, without replies in the transcripts.
+
+        Args:
+            several: lists of items, each of which will be judged.
+
+        Raises:
+            DataError: as :meth:`compare` does.
+        """
+        requests = [each.request for items in several for each in self._requests(items)]
+        new = self.endpoint.unanswered(requests)
+        reused = f"{len(requests) - len(new)} replies are in the transcripts; " if len(new) < len(requests) else ""
+        print(f"halos: {reused}{estimate(new, self.endpoint.settings)}", flush=True)
+
     def compare(self, pairs: Sequence[Pair]) -> Verdicts:
         """Judges each pair in both orders, and some a second time. Equal answers are a tie, without a request.
 
@@ -94,7 +108,7 @@ class Panel:
             EndpointError: if the endpoint cannot be used, or answers none of the requests.
         """
         self._check("pair")
-        asked = self._requests(pairs, (False, True))
+        asked = self._requests(pairs)
         texts, errors = self._replies(asked)
         records, by_item = [], {}
         for each, verdict, text in texts:
@@ -132,7 +146,7 @@ class Panel:
             DataError, EndpointError: as :meth:`compare` does.
         """
         self._check("single")
-        asked = self._requests(answers, (False,))
+        asked = self._requests(answers)
         texts, errors = self._replies(asked)
         by_item = {(each.item, each.repeat): grade for each, grade, _ in texts}
         return Grades(
@@ -150,8 +164,9 @@ class Panel:
             what = {"pair": "compares two answers", "single": "grades one answer"}
             raise DataError(f"the judge {self.judge.name} {what[self.judge.compares]}; choose one that {what[kind]}")
 
-    def _requests(self, items: Sequence[Pair] | Sequence[Answer], orders: Sequence[bool]) -> list[_Asked]:
-        """The requests about items, those of a second judgement last."""
+    def _requests(self, items: Sequence[Pair] | Sequence[Answer]) -> list[_Asked]:
+        """The requests about items, pairs in both orders, those of a second judgement last."""
+        orders = (False, True) if self.judge.compares == "pair" else (False,)
         different = [i for i, item in enumerate(items) if not (isinstance(item, Pair) and item.answer == item.other)]
         number = min(self.settings.again, len(different))
         again = [different[k * len(different) // number] for k in range(number)]
@@ -176,10 +191,6 @@ class Panel:
     def _replies(self, asked: Sequence[_Asked]) -> tuple[list[tuple[_Asked, float | None, str]], list[str]]:
         """The verdict and the text of each reply, in the order of the requests, and the errors of the others."""
         requests = [each.request for each in asked]
-        if requests:
-            new = self.endpoint.unanswered(requests)
-            reused = f"{len(requests) - len(new)} replies are in the transcripts; " if len(new) < len(requests) else ""
-            print(f"halos: {reused}{estimate(new, self.endpoint.settings)}", flush=True)
         replies: dict[int, tuple[float | None, str]] = {}
         errors: dict[int, EndpointError] = {}
         for number, outcome in _with_progress(self.endpoint.complete(requests), len(requests)):
@@ -195,8 +206,6 @@ class Panel:
                 f"halos: {number_of(len(errors), 'request')} of {len(requests)} failed; repeat the command to send only"
                 f" these again. The first: {errors[min(errors)]}"
             )
-        if requests:
-            print(f"halos: {self.endpoint.usage.line(self.endpoint.settings)}", flush=True)
         return [(asked[i], *replies[i]) for i in sorted(replies)], [str(errors[i]) for i in sorted(errors)]
 
 
