@@ -17,6 +17,7 @@ TOOLS = {
     "label": "halos_pl.labelling.label:label",
     "evaluate": "halos_pl.evaluation.evaluate:evaluate",
     "judge agreement": "halos_pl.cli.judge:agreement",
+    "compare": "halos_pl.evaluation.compare:compare",
     "ablate status": "halos_pl.cli.ablate:status",
     "ablate report": "halos_pl.cli.ablate:report",
     "ablate": "halos_pl.cli.ablate:ablate",

@@ -15,9 +15,14 @@ from halos_pl.data.source import Source
 from halos_pl.data.sources import sources_of
 from halos_pl.evaluation.metrics import CODE
 from halos_pl.policy.sampling import check_sampling
+from halos_pl.tasks.options import OPTIONS, task_names
+from halos_pl.tasks.raw import folder_of
 
 #: Arguments that older versions lacked, and so did not record.
-LATER = ("ckpt_path", "reference", "prompt_column", "text_prompts", "chat_template", "win_rate")
+LATER = (
+    *("ckpt_path", "reference", "prompt_column", "text_prompts", "chat_template", "win_rate"),
+    *("tasks", "suite", *OPTIONS),
+)
 #: Arguments that matter for a win rate only.
 FOR_WIN_RATES = ("against", "endpoint", "judging", "alpaca_data", "mt_bench")
 
@@ -27,13 +32,17 @@ def measuring(arguments: Mapping[str, Any]) -> dict[str, Any]:
     code = [str(arguments[key]).rpartition(":")[0] for key in CODE if arguments.get(key)]
     data = paths_of([arguments.get("prompts"), *(arguments.get("held_out") or [])])
     data += [path for key in ("alpaca_data", "mt_bench") if (path := arguments.get(key))]
-    recorded = {k: v for k, v in arguments.items() if k not in (*LATER, *FOR_WIN_RATES) or v is not None}
+    raw_files: dict[str, str] = {}
+    if (raw := folder_of(arguments.get("eval_data"))) and task_names(arguments.get("tasks"), arguments.get("suite")):
+        raw_files[str(raw)] = _digest([path for path in sorted(raw.rglob("*")) if path.is_file()])
+    added = (*LATER, *FOR_WIN_RATES)
+    recorded = {k: v for k, v in arguments.items() if k not in added or (v is not None and v is not False)}
     if judge := recorded.get("win_rate"):
         data += [judge] if Path(judge).is_file() else []
         recorded |= {k: asdict(v) for k, v in recorded.items() if is_dataclass(v) and not isinstance(v, type)}
     else:
         recorded = {k: v for k, v in recorded.items() if k not in FOR_WIN_RATES}
-    return {"evaluate": recorded, "files": {path: digest_of(path) for path in sorted({*data, *code})}}
+    return {"evaluate": recorded, "files": {path: digest_of(path) for path in sorted({*data, *code})} | raw_files}
 
 
 def paths_of(sources: Iterable[Any]) -> list[str]:
@@ -44,7 +53,10 @@ def paths_of(sources: Iterable[Any]) -> list[str]:
 def digest_of(path: str) -> str:
     """Half of the SHA-256 of a file, or of the names and digests of the files in a folder or pattern."""
     paths = [Path(source.path) for source in files_of(Source(path))]
-    files = sorted(f for p in paths for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file())
+    return _digest(sorted(f for p in paths for f in (p.rglob("*") if p.is_dir() else [p]) if f.is_file()))
+
+
+def _digest(files: list[Path]) -> str:
     digests = []
     for file in files:
         with file.open("rb") as content:
@@ -69,6 +81,8 @@ def check_arguments(
     seed: int = 0,
     prompt_column: str | None = None,
     win_rate: str | None = None,
+    tasks: str | list[str] | None = None,
+    suite: str | None = None,
     **_: Any,
 ) -> None:
     """Refuses invalid arguments of ``evaluate`` before any model is loaded.
@@ -76,8 +90,8 @@ def check_arguments(
     Raises:
         DataError: naming the argument.
     """
-    if not held_out and not prompts and not win_rate:
-        raise DataError("nothing to measure: name --held_out data, --prompts, or both")
+    if not held_out and not prompts and not win_rate and not task_names(tasks, suite):
+        raise DataError("nothing to measure: name --held_out data, --prompts, --tasks, or several of these")
     if (rule or judge) and not prompts:
         raise DataError("--rule and --judge need answers: name --prompts as well")
     if prompt_column and not prompts:

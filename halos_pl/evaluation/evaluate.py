@@ -1,9 +1,10 @@
-"""``halos evaluate``: measures a model on held-out data, example by example."""
+"""``halos evaluate``: measures a model on held-out data and benchmarks, example by example."""
 
 from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
@@ -12,8 +13,19 @@ from typing import Any, Literal
 from halos_pl.common.files import write
 from halos_pl.common.messages import counted
 from halos_pl.endpoint.settings import EndpointSettings
-from halos_pl.evaluation.files import ANSWERS, BEFORE, FILE, MEASURED, ROWS, VERDICTS, WIN_RATE
-from halos_pl.evaluation.metrics import COMPARING, METRICS
+from halos_pl.evaluation.compare import print_before_and_after
+from halos_pl.evaluation.files import (
+    ANSWERS,
+    BEFORE,
+    BENCHMARKS,
+    BENCHMARKS_BEFORE,
+    FILE,
+    MEASURED,
+    ROWS,
+    VERDICTS,
+    WIN_RATE,
+)
+from halos_pl.evaluation.metrics import COMPARING, METRICS, metric_of
 from halos_pl.judge.settings import JudgeSettings
 
 
@@ -41,9 +53,20 @@ def evaluate(
     judging: JudgeSettings = JudgeSettings(),  # noqa: B008
     alpaca_data: str | None = None,
     mt_bench: str | None = None,
+    tasks: str | list[str] | None = None,
+    suite: Literal["paper"] | None = None,
+    limit: int | Literal["paper"] | dict[str, int] | None = None,
+    num_fewshot: int | None = None,
+    max_gen_toks: int | None = None,
+    apply_chat_template: bool | None = None,
+    fewshot_as_multiturn: bool | None = None,
+    system: str | None = None,
+    include_path: str | None = None,
+    eval_data: str | None = None,
+    allow_code_execution: bool = False,
     out: str | None = None,
 ) -> None:
-    """Measure a model on held-out data; executes the code of rule, judge and a run's config.yaml.
+    """Measure a model on held-out data and benchmarks; executes the code of rule, judge and a run's config.yaml.
 
     Values are recorded by example, for paired comparisons of models. For a run, the model before training is
     measured too, with the same prompts and seeds (before.json). A run with control tokens is measured without
@@ -80,8 +103,20 @@ def evaluate(
         judging: how the judge is asked.
         alpaca_data: folder with AlpacaEval's files from the hub; without --prompts, its questions are answered.
         mt_bench: folder with MT-bench's files; without --prompts, its questions are answered.
-        out: folder for evaluation.json, held_out.jsonl, answers.jsonl, win_rate.json and verdicts.jsonl; default: the
-            run's folder, or one below runs/evaluated for other models.
+        tasks: benchmarks of EleutherAI's lm-evaluation-harness, separated by commas; needs halos_pl[eval].
+        suite: benchmarks of a paper: paper is mmlu, gsm8k_cot, humaneval and bbh_cot_fewshot, as for KTO.
+        limit: number of questions to draw from each task or group, with seed; a number by name; or paper: 200 of GSM8K
+            and 40 of each BBH task. Default: all.
+        num_fewshot: number of examples in a benchmark prompt; default: as each task sets it.
+        max_gen_toks: maximum tokens of a benchmark answer; default: as each task sets it.
+        apply_chat_template: whether benchmark prompts go through the chat template; default: as text_prompts.
+        fewshot_as_multiturn: whether benchmark examples are turns of the conversation; default: with a chat template.
+        system: system message of benchmark prompts.
+        include_path: folder with further task files.
+        eval_data: folder with the published files of benchmarks; default: HALOS_EVAL_DATA, otherwise the hub.
+        allow_code_execution: whether programs that the model writes for humaneval may run, in a sandbox.
+        out: folder for evaluation.json, held_out.jsonl, answers.jsonl, win_rate.json, verdicts.jsonl and lm-eval's
+            files; default: the run's folder, or one below runs/evaluated for other models.
     """
     # Imported here: they load torch and transformers, for which --help should not wait.
     from halos_pl.data.example import DataError
@@ -91,6 +126,7 @@ def evaluate(
     from halos_pl.evaluation.measurement import Task, measure, output_folder, with_chat_template
     from halos_pl.evaluation.win_rates import win_rates_of
     from halos_pl.provenance import provenance
+    from halos_pl.tasks.options import benchmarks_of
     from halos_pl.training.named_model import named_model
 
     held_out = [held_out] if isinstance(held_out, str | dict) else held_out
@@ -98,6 +134,7 @@ def evaluate(
     check_arguments(**arguments)
     win_rates = win_rates_of(**arguments)
     functions = {name: judged_by(place, name) for name, place in (("rule", rule), ("judge", judge)) if place}
+    benchmarks = benchmarks_of(arguments)
     if prompts:  # report faults of this file before a model is loaded
         read_prompt_rows(Path(prompts), text_prompts or "chat", prompt_column)
     named = named_model(model, ckpt_path, chat_template)
@@ -123,6 +160,12 @@ def evaluate(
     if any(not isinstance(row.prompt, str) for row in rows):
         compared = with_chat_template(compared, named) if compared and (judge or win_rates) else compared
         opponent = with_chat_template(opponent, named) if opponent else None
+    prepared = None
+    if benchmarks:
+        from halos_pl.tasks.measure import prepare
+
+        prepared = prepare(named, benchmarks, text["text_prompts"], batch_size, seed)
+        how["tasks"] = prepared.record
     sampling = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -133,14 +176,23 @@ def evaluate(
     data = None
     if held_out:
         data = {"predict": list(held_out), "batch_size": batch_size, "max_length": max_length} | text
-    task = Task(data, beta, rows, functions, sampling, win_rates, connection, opponent)
-    values, before, has_reference = measure(named, compared, task, folder)
+    values: dict[str, dict[str, float]] = {}
+    before: dict[str, dict[str, float]] = {}
+    has_reference = True
+    if data or rows:
+        task = Task(data, beta, rows, functions, sampling, win_rates, connection, opponent)
+        values, before, has_reference = measure(named, compared, task, folder)
+    if prepared:
+        scores, scores_before = prepared.measure(folder / BENCHMARKS, folder / BENCHMARKS_BEFORE)
+        values, before = values | scores, before | scores_before
     # Files from an earlier evaluation would pass for this one's.
     judged = win_rates is not None
     files = ((FILE, False), (ROWS, data is not None), (ANSWERS, bool(rows)), (WIN_RATE, judged), (VERDICTS, judged))
     for name, is_new in files:
         if not is_new:
             (folder / name).unlink(missing_ok=True)
+    for name in (BENCHMARKS, BENCHMARKS_BEFORE) if not prepared else ():
+        shutil.rmtree(folder / name, ignore_errors=True)
     write(folder / MEASURED, json.dumps(how, indent=2) + "\n")
     if named.run:
         write(folder / BEFORE, json.dumps(before) + "\n")
@@ -148,6 +200,7 @@ def evaluate(
         (folder / BEFORE).unlink(missing_ok=True)
     write(folder / FILE, json.dumps(values) + "\n")
     _print_values(values, before, data is not None, bool(rows), has_reference)
+    print_before_and_after(values, before)
 
 
 #: Arguments that identify an evaluation: all but the model and the output folder.
@@ -176,4 +229,4 @@ def _print_values(
         line = f"halos: {name} {fmean(by_example.values()):.4g}"
         if name in before:
             line += f", before training {fmean(before[name].values()):.4g}"
-        print(f"{line} (n = {counted(len(by_example), 'prompt')})")
+        print(f"{line} (n = {counted(len(by_example), metric_of(name).counted)})")

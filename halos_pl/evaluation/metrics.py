@@ -9,9 +9,9 @@ class Metric(NamedTuple):
     """A metric.
 
     Attributes:
-        unit: the held-out items that it is measured on: ``pairs``, ``rows``, ``examples`` (pairs or single rows) or
-            ``prompts``. Rows with the same prompt count as one example with their mean, since they are not
-            independent: the n of a metric is a number of prompts.
+        unit: the items that it is measured on: ``pairs``, ``rows``, ``examples`` (pairs or single rows), ``prompts``,
+            or ``questions`` of a benchmark. Rows with the same prompt count as one example with their mean, since they
+            are not independent: the n of a metric is a number of prompts.
         meaning: the quantity whose mean is reported, with its unit.
         higher_is_better: whether higher is better; None if neither direction is.
     """
@@ -19,6 +19,11 @@ class Metric(NamedTuple):
     unit: str
     meaning: str
     higher_is_better: bool | None
+
+    @property
+    def counted(self) -> str:
+        """What its n counts."""
+        return "question" if self.unit == "questions" else "prompt"
 
 
 METRICS = {
@@ -61,3 +66,13 @@ PER_TOKEN = frozenset(name for name, metric in METRICS.items() if metric.meaning
 CODE = ("rule", "judge")
 #: Metrics of a judge at an endpoint, which may abstain: examples that some runs lack are left out of comparisons.
 BY_JUDGE = ("win_rate", "grade")
+
+
+def metric_of(name: str) -> Metric:
+    """The metric called ``name``; any name outside :data:`METRICS` is a benchmark, whose questions score 0 to 1."""
+    return METRICS.get(name) or Metric("questions", f"share of {name} questions answered correctly", True)
+
+
+def is_share(name: str) -> bool:
+    """Whether a metric lies between 0 and 1."""
+    return name in SHARES or name not in METRICS

@@ -38,6 +38,7 @@ __all__ = [
     "load_model",
     "load_pretrained",
     "load_tokenizer",
+    "stored_config",
     "stored_dtype",
     "stored_noise",
     "stored_quantisation",
@@ -226,7 +227,7 @@ def check_reward_model(spec: ModelSpec) -> None:
     Raises:
         ModelError: naming the reason and the way out.
     """
-    config = _stored_config(spec)
+    config = stored_config(spec)
     if any(str(name).endswith("ForSequenceClassification") for name in getattr(config, "architectures", None) or ()):
         raise ModelError(
             f"{spec.path} is a reward model already, whose head a run would replace; start from a causal language model"
@@ -273,12 +274,12 @@ def _check_quantize(spec: ModelSpec, root: ModelSpec) -> None:
 
 def stored_dtype(spec: ModelSpec) -> str | None:
     """The dtype in the config of a model, or of an adapter's base; None if it has none."""
-    return dtype_of_config(_stored_config(spec))
+    return dtype_of_config(stored_config(spec))
 
 
 def stored_noise(spec: ModelSpec) -> dict[str, float]:
     """The dropout settings in the config of a model, or of an adapter's base; :func:`load_model` sets them to 0."""
-    return noise_settings(_stored_config(spec))
+    return noise_settings(stored_config(spec))
 
 
 def stored_quantisation(spec: ModelSpec) -> str | None:
@@ -289,7 +290,8 @@ def stored_quantisation(spec: ModelSpec) -> str | None:
     return None if is_gguf(root) else quantisation_of_config(load_pretrained(AutoConfig, root, weights=False))
 
 
-def _stored_config(spec: ModelSpec) -> Any:
+def stored_config(spec: ModelSpec) -> Any:
+    """The config of a model, or of an adapter's base. Loads no weights."""
     root, _ = adapters.chain(spec)
     return load_pretrained(AutoConfig, root, weights=False)
 

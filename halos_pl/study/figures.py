@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
-from halos_pl.evaluation.metrics import METRICS
+from halos_pl.evaluation.metrics import metric_of
 from halos_pl.study.comparison import Comparison
 from halos_pl.study.results import Results
 from halos_pl.study.spec import Arm
@@ -53,7 +53,7 @@ CURVES = {
 
 def unit_of(metric: str) -> str:
     """The unit of a metric of ``halos evaluate``."""
-    what = METRICS[metric][1]
+    what = metric_of(metric)[1]
     for unit in ("nats per token", "nats", "tokens", "share", "squared error"):
         if unit in what:
             return unit
@@ -188,7 +188,7 @@ def forest(results: Results, width: float = WIDTH) -> Figure | None:
     ticks = [label(name, round(width * 3.9) if width == WIDTH else 16) for name in names]
     at, lines = _places(ticks)
     places = dict(zip(names, at, strict=True))
-    titles = {m: "\n".join(textwrap.wrap(f"{m}: {METRICS[m][1]}", round(width * CHARACTERS))) for m in panels}
+    titles = {m: "\n".join(textwrap.wrap(f"{m}: {metric_of(m)[1]}", round(width * CHARACTERS))) for m in panels}
     rows = {metric: 1 if width == WIDTH else len(both) for metric, both in panels.items()}
     heights = []
     for metric, both in panels.items():

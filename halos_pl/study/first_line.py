@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from halos_pl.common.messages import counted
-from halos_pl.evaluation.metrics import METRICS
+from halos_pl.evaluation.metrics import metric_of
 from halos_pl.study.comparison import Comparison
 from halos_pl.study.digits import of_comparison, of_estimate, p_value
 from halos_pl.study.results import Results
@@ -14,7 +14,7 @@ from halos_pl.study.results import Results
 def first_line(results: Results) -> str:
     """One sentence on the primary metric; first of all, whether any arm is better than the model before training."""
     metric = results.primary
-    _, what, more = METRICS[metric]
+    _, what, more = metric_of(metric)
     measured = [arm for arm in results.ranked if (metric, arm.name) in results.estimates]
     done, runs, arms = len(results.done), len(results.runs), len(results.study.arms)
     if done and not measured:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from halos_pl.common.messages import counted
-from halos_pl.evaluation.metrics import METRICS
+from halos_pl.evaluation.metrics import metric_of
 from halos_pl.study.comparison import Comparison, ratio
 from halos_pl.study.digits import of_comparison, of_estimate
 from halos_pl.study.results import Results
@@ -47,7 +47,7 @@ def _group(c: Comparison) -> str:
     """The decision on this comparison, and on others like it."""
     if not c.significant:
         return c.decision if c.decision == "not significant" else c.verdict
-    more = METRICS[c.metric][2]
+    more = metric_of(c.metric)[2]
     how = "different from" if more is None else "better than" if (c.effect > c.null) == more else "worse than"
     return f"{c.verdict}, {how} {c.reference}"
 

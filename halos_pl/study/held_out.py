@@ -14,7 +14,7 @@ from halos_pl.data.sources import sources_of
 from halos_pl.data.store import fault_list, open_store
 from halos_pl.data.table import Table
 from halos_pl.data.transforms import ThresholdScores
-from halos_pl.evaluation.metrics import METRICS
+from halos_pl.evaluation.metrics import metric_of
 from halos_pl.study.spec import Study, StudyError
 
 # Rows that a metric needs, by label.
@@ -63,7 +63,7 @@ def check_held_out(study: Study, arguments: Mapping[str, Any], tokenizer: Any, d
         raise StudyError(f"{place}: it mixes pairs and single rows; a study measures one or the other")
     labels = set(table.label.tolist())
     for metric in study.metrics:
-        if METRICS[metric].unit == "pairs" and not paired.any():
+        if metric_of(metric).unit == "pairs" and not paired.any():
             raise StudyError(f"{study.places['metrics']}: {metric} needs pairs; the held-out data have none")
         for label, kind in NEEDED.get(metric, {}).items():
             if label not in labels:

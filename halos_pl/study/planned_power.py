@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from halos_pl.common.messages import counted
-from halos_pl.evaluation.metrics import RATIOS, SHARES
+from halos_pl.evaluation.metrics import RATIOS, is_share
 from halos_pl.study.comparison import ratio
 from halos_pl.study.power import FARTHEST, Noise, detectable, power
 from halos_pl.study.run_variance import Runs, run_variance
@@ -45,7 +45,7 @@ def assumed(study: Study) -> list[tuple[str, float, float, float]]:
         return [(f"from {path}", *deviations_of(path, study.primary))]
     if settings:
         return [("as stated", settings["prompt_sd"], settings["run_sd"], settings.get("sampling_sd", 0.0))]
-    if study.primary in SHARES:
+    if is_share(study.primary):
         prompts = "worst case for a share"
         return [
             (f"{prompts}; runs do not vary", WORST, 0.0, 0.0),
@@ -135,14 +135,14 @@ def power_lines(study: Study, examples: int) -> list[str]:
         size = detectable(noise, level)
         deviations = f"prompt_sd {prompt_sd:.2g}, run_sd {run_sd:.2g}"
         deviations += f", sampling_sd {sampling_sd:.2g}" if sampling_sd else ""
-        powers = [f"{power(p, noise, level):.2f} for {100 * p:.0f} points" for p in POINTS if metric in SHARES]
-        if size is None or (metric in SHARES and size > 1) or (metric in RATIOS and size > FARTHEST):
+        powers = [f"{power(p, noise, level):.2f} for {100 * p:.0f} points" for p in POINTS if is_share(metric)]
+        if size is None or (is_share(metric) and size > 1) or (metric in RATIOS and size > FARTHEST):
             powers.append("never 0.80, whatever the difference")
         elif metric in RATIOS:
             powers.append(f"0.80 for a factor of {ratio(math.exp(size))}")
         else:
             powers.append(
-                f"0.80 for {f'{100 * size:.0f} points' if metric in SHARES else f'a difference of {size:.2g}'}"
+                f"0.80 for {f'{100 * size:.0f} points' if is_share(metric) else f'a difference of {size:.2g}'}"
             )
         lines.append(f"  {deviations} ({source}): {', '.join(powers)}")
     if not study.power:

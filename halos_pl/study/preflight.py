@@ -20,16 +20,20 @@ import value_functions
 from halos_pl.data.example import DataError
 from halos_pl.data.prompt_files import read_prompt_rows
 from halos_pl.data.prompts import TextPrompts
+from halos_pl.data.template import template_of
 from halos_pl.evaluation.arguments import check_arguments, measuring
 from halos_pl.evaluation.evaluate import ARGUMENTS
 from halos_pl.evaluation.judging import judged_by
-from halos_pl.evaluation.metrics import CODE, METRICS
+from halos_pl.evaluation.metrics import CODE, metric_of
 from halos_pl.evaluation.win_rates import win_rates_of
+from halos_pl.policy.spec import ModelError
 from halos_pl.study.held_out import check_held_out
 from halos_pl.study.planned_power import assumed
 from halos_pl.study.spec import Arm, Run, Study, StudyError
+from halos_pl.tasks.options import benchmarks_of
 from halos_pl.training.ending import epoch_steps, fit_steps
 from halos_pl.training.monitors import check_monitors
+from halos_pl.training.named_model import NamedModel
 
 #: Devices that every machine has, since those of a cluster's nodes are unknown.
 PLACEMENT = {
@@ -115,8 +119,35 @@ def check(study: Study, line: CommandLine) -> Checked:
             arms[arm.name] = checked
             first = first or cli
         held_out = check_held_out(study, arguments, first.model.tokenizer, first.datamodule)
-    examples = prompts if METRICS[study.primary].unit == "prompts" else held_out
+    questions = _check_benchmarks(study, arguments, first)
+    unit = metric_of(study.primary).unit
+    examples = {"prompts": prompts, "questions": questions}.get(unit, held_out)
     return Checked(arms, examples, measuring(arguments))
+
+
+def _check_benchmarks(study: Study, arguments: Mapping[str, Any], first: Any) -> int:
+    """Loads the benchmarks and checks that the first arm's model can answer them.
+
+    Returns:
+        the number of questions of the primary metric, if it is a benchmark.
+    """
+    try:
+        benchmarks = benchmarks_of(arguments)
+        if benchmarks is None:
+            return 0
+        from halos_pl.tasks.measure import prepare
+
+        spec = first.model.models.spec
+        text_prompts = arguments["text_prompts"] or first.datamodule.text_prompts
+        named = NamedModel(spec.path, spec, None, None, {}, _template(arguments["chat_template"]))
+        prepared = prepare(named, benchmarks, text_prompts, arguments["batch_size"], arguments["seed"])
+    except (DataError, ModelError) as error:
+        raise StudyError(f"{study.places['evaluate']}: evaluate: {error}") from error
+    return prepared.questions(study.primary)
+
+
+def _template(chat_template: str | None) -> str | None:
+    return None if chat_template is None else template_of(chat_template, "--chat_template")
 
 
 @contextlib.contextmanager

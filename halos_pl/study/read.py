@@ -11,9 +11,10 @@ from halos_pl.common.experiments import PresetError, config_file, hint, objectiv
 from halos_pl.common.misplaced import misplaced, read_config
 from halos_pl.common.yaml_files import Lines, YAMLFileError
 from halos_pl.evaluation.evaluate import ARGUMENTS
-from halos_pl.evaluation.metrics import BY_JUDGE, CODE, METRICS, RATIOS, SHARES
+from halos_pl.evaluation.metrics import BY_JUDGE, CODE, METRICS, RATIOS, is_share
 from halos_pl.study.grid import OBJECTIVE, Place, grid
 from halos_pl.study.spec import BEFORE, SHORTER, Arm, Study, StudyError
+from halos_pl.tasks.options import task_names
 
 KEYS = (
     *("configs", "options", "arms", "axes", "sample", "seeds", "evaluate", "metrics", "primary", "equivalence"),
@@ -215,13 +216,20 @@ class _Reader:
 
     def _metrics(self, evaluate: Mapping[str, Any]) -> tuple[str, ...]:
         metrics = self.get("metrics", list, [])
+        tasks = evaluate.get("tasks") or []
+        if not isinstance(tasks, str) and not (isinstance(tasks, list) and all(isinstance(t, str) for t in tasks)):
+            raise self.fault(f"tasks is {tasks!r}; it takes names of benchmarks", "evaluate", "tasks")
+        benchmarks = task_names(tasks, evaluate.get("suite"))
+        choices = f"choose from {', '.join((*METRICS, *benchmarks))}; benchmarks are named in evaluate.tasks"
         if not metrics:
-            raise self.fault(f"no metrics; choose from {', '.join(METRICS)}", "metrics")
+            raise self.fault(f"no metrics; {choices}", "metrics")
         for i, metric in enumerate(metrics):
-            if not isinstance(metric, str) or metric not in METRICS:
-                raise self.fault(f"unknown metric {metric!r}; choose from {', '.join(METRICS)}", "metrics", i)
+            if not isinstance(metric, str) or (metric not in METRICS and metric.partition("/")[0] not in benchmarks):
+                raise self.fault(f"unknown metric {metric!r}; {choices}", "metrics", i)
             if metric in metrics[:i]:
                 raise self.fault(f"metric {metric} is listed twice", "metrics")
+            if metric not in METRICS:
+                continue
             unit = METRICS[metric].unit
             needed = "prompts" if unit == "prompts" else "held_out"
             needed = metric if metric in CODE and "prompts" in evaluate else needed
@@ -254,7 +262,7 @@ class _Reader:
         if value is None:
             return None
         margin = self._number(value, "equivalence", "equivalence", above=1 if primary in RATIOS else 0)
-        if primary in SHARES and margin >= 1:
+        if is_share(primary) and margin >= 1:
             raise self.fault(f"equivalence is {value!r}; {primary} is a share, so it must be below 1", "equivalence")
         return margin
 
@@ -271,7 +279,7 @@ class _Reader:
         if settings and not {"prompt_sd", "run_sd"} <= set(settings):
             raise self.fault(f"power has {', '.join(settings)}; it takes prompt_sd and run_sd together", "power")
         deviations = {key: self._number(value, f"power.{key}", "power", key) for key, value in settings.items()}
-        for key, value in deviations.items() if primary in SHARES else ():
+        for key, value in deviations.items() if is_share(primary) else ():
             if value > MOST[key]:
                 why = f"power.{key} is {value:g}; {primary} is a share, so it is at most {MOST[key]:g}"
                 raise self.fault(f"{why}: 12 points are 0.12", "power", key)

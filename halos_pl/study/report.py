@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader
 
 from halos_pl.common.files import write
 from halos_pl.common.messages import counted, plain
-from halos_pl.evaluation.metrics import METRICS, PER_TOKEN, RATIOS, SHARES
+from halos_pl.evaluation.metrics import PER_TOKEN, RATIOS, is_share, metric_of
 from halos_pl.provenance import NO_CHECKOUT
 from halos_pl.study.comparison import Comparison
 from halos_pl.study.digits import decimals, number, of_comparison, of_estimate, p_value, short
@@ -123,9 +123,9 @@ def _table(results: Results, metric: str) -> dict[str, Any]:
         rows.append(row)
     for name in results.baselines:
         values = results.of_baseline(metric, name)
-        e = None if values is None else estimate(values, share=metric in SHARES, positive=metric in RATIOS)
+        e = None if values is None else estimate(values, share=is_share(metric), positive=metric in RATIOS)
         rows.append(_row(metric, name, e, places, none=True) | {"verdict": "not trained" if e else "not measured"})
-    _, what, more = METRICS[metric]
+    _, what, more = metric_of(metric)
     wanted = "" if more is None else "; higher is better" if more else "; lower is better"
     return {
         "metric": metric,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from halos_pl.evaluation.metrics import METRICS, RATIOS, SHARES
+from halos_pl.evaluation.metrics import RATIOS, is_share, metric_of
 from halos_pl.study.comparison import Comparison
 from halos_pl.study.decisions import compare
 from halos_pl.study.gather import describe, gather
@@ -83,7 +83,7 @@ class Results:
             for arm in self.study.arms:
                 values = self.values(metric, arm, self.seeds(arm))
                 if values is not None:
-                    estimates[metric, arm.name] = estimate(values, share=metric in SHARES, positive=metric in RATIOS)
+                    estimates[metric, arm.name] = estimate(values, share=is_share(metric), positive=metric in RATIOS)
         return estimates
 
     @property
@@ -108,7 +108,7 @@ class Results:
     @cached_property
     def ranked(self) -> list[Arm]:
         """The arms by the primary metric, best first (highest first if neither is better), unmeasured ones last."""
-        more = METRICS[self.primary].higher_is_better
+        more = metric_of(self.primary).higher_is_better
 
         def place(arm: Arm) -> tuple[bool, float]:
             e = self.estimates.get((self.primary, arm.name))
@@ -135,7 +135,7 @@ class Results:
             primary=primary,
             scale="ratio" if metric in RATIOS else "difference",
             margin=self.study.equivalence if primary else None,
-            share=metric in SHARES,
+            share=is_share(metric),
         )
         return {each.arm: each for each in comparisons}
 
@@ -210,7 +210,7 @@ class Results:
         False if neither direction is better, if that model was not measured, and as long as an arm cannot be tested
         because only one of several seeds is finished.
         """
-        more = METRICS[self.primary].higher_is_better
+        more = metric_of(self.primary).higher_is_better
         comparisons = self._against_untrained(self.primary, primary=True)
         untested = [arm for arm in self._runs(self.primary, self.study.arms) if arm not in comparisons]
         untested += [c.arm for c in comparisons.values() if c.decision == "one seed so far"]

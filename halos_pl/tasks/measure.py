@@ -1,0 +1,119 @@
+"""Measures a model on benchmarks and, for a run, the model before training."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halos_pl.policy.loading import load_model
+from halos_pl.tasks.contamination import Overlap, overlaps
+from halos_pl.tasks.load import Benchmark, load, unscored
+from halos_pl.tasks.options import Benchmarks
+from halos_pl.tasks.run import Prompting, Values, check_prompts, described, line_of, run
+from halos_pl.tasks.sandbox import check_sandbox
+from halos_pl.training.named_model import NamedModel
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Benchmarks that are checked and ready to run on a model.
+
+    Attributes:
+        named: The model.
+        benchmarks: The benchmarks with their drawn questions.
+        how: How questions become prompts.
+        seed: Seed of the draw.
+        contaminated: Benchmarks whose questions the model was trained on.
+    """
+
+    named: NamedModel
+    benchmarks: Sequence[Benchmark]
+    how: Prompting
+    seed: int
+    contaminated: Sequence[Overlap]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What is measured, for ``measured.json``."""
+        names = {overlap.name: overlap for overlap in self.contaminated}
+        return {
+            each.name: described(each, self.seed)
+            | {"chat_template": self.how.chat, "fewshot_as_multiturn": self.how.multiturn}
+            | ({"not_scored": kinds} if (kinds := unscored(each)) else {})
+            | ({"trained_on": f"{names[each.name].found} questions"} if each.name in names else {})
+            for each in self.benchmarks
+        }
+
+    def questions(self, metric: str) -> int:
+        """The number of questions that a metric is measured on."""
+        name = metric.partition("/")[0]
+        return sum(
+            len(each.indices(leaf)) for each in self.benchmarks for leaf in each.drawn if name in (each.name, leaf)
+        )
+
+    def measure(self, folder: Path, before_folder: Path) -> tuple[Values, Values]:
+        """Runs the benchmarks and writes lm-eval's files.
+
+        Args:
+            folder: Folder for the files of the model.
+            before_folder: Folder for those of a run's model before training.
+
+        Returns:
+            The values of the model, and those of a run's model before training (otherwise empty), without the
+            benchmarks that the model was trained on.
+        """
+        tokenizer = self.named.tokenizer()
+        model = self.named.load()
+        values = run(model, tokenizer, self.named.name, self.benchmarks, self.how, folder)
+        before: Values = {}
+        if self.named.run:
+            device = next(model.parameters()).device
+            del model
+            gc.collect()  # the model and lm-eval's wrapper refer to each other
+            torch.cuda.empty_cache()
+            start: Any = load_model(self.named.spec)
+            name = f"{self.named.name} before training"
+            before = run(start.to(device).eval(), tokenizer, name, self.benchmarks, self.how, before_folder)
+        return self._compared(values), self._compared(before)
+
+    def _compared(self, values: Values) -> Values:
+        names = {overlap.name for overlap in self.contaminated}
+        left_out = names | {leaf for each in self.benchmarks if each.name in names for leaf in each.leaves}
+        return {name: column for name, column in values.items() if name.partition("/")[0] not in left_out}
+
+
+def prepare(named: NamedModel, benchmarks: Benchmarks, text_prompts: str, batch_size: int, seed: int) -> Prepared:
+    """Loads benchmarks, draws their questions and checks that the model can answer them. Loads no weights.
+
+    Args:
+        named: The model.
+        benchmarks: Names and options.
+        text_prompts: How the model's other text prompts are encoded, ``plain`` or ``chat``.
+        batch_size: Prompts in a batch.
+        seed: Seed of the draw.
+
+    Raises:
+        DataError: for benchmarks that cannot be loaded, prompts that are too long, or a machine without a sandbox.
+    """
+    if benchmarks.allow_code_execution:
+        check_sandbox()
+    loaded = load(benchmarks, seed)
+    chat = benchmarks.chat(text_prompts)
+    how = Prompting(chat, benchmarks.multiturn(chat), benchmarks.system, batch_size)
+    check_prompts(named, loaded, how)
+    for each in loaded:
+        print(line_of(each, seed))
+        if kinds := unscored(each):
+            kept = ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
+            print(f"halos: {each.name}: instructions not scored for lack of NLTK's punkt_tab: {kept}")
+    print(f"halos: benchmark prompts {'go through the chat template' if chat else 'are plain text'}")
+    contaminated = overlaps(named.run, loaded) if named.run else []
+    for overlap in contaminated:
+        assert named.run is not None
+        print(overlap.line(named.run))
+    return Prepared(named, loaded, how, seed, contaminated)
