@@ -1,0 +1,216 @@
+"""Benchmarks without the harness: options, draws, published files, contamination, and comparisons of evaluations."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from run_halos import refused, write_jsonl
+
+from halos_pl.data.example import DataError
+from halos_pl.tasks import raw
+from halos_pl.tasks.contamination import overlaps
+from halos_pl.tasks.load import draw
+from halos_pl.tasks.options import SUITES, Benchmarks, benchmarks_of
+
+
+@pytest.fixture(autouse=True)
+def _harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halos_pl.tasks.options.find_spec", lambda name: object())
+    monkeypatch.delenv(raw.VARIABLE, raising=False)
+
+
+def test_tasks_and_suite_are_joined() -> None:
+    assert benchmarks_of({"tasks": None}) is None
+    benchmarks = benchmarks_of({"tasks": "ifeval, gsm8k_cot", "suite": "paper", "limit": 3})
+    assert benchmarks == Benchmarks((*SUITES["paper"], "ifeval"), limit=3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"limit": 5}, "limit"),
+        ({"suite": "papers"}, "papers"),
+        ({"tasks": "mmlu", "limit": 0}, "limit is 0"),
+        ({"tasks": "mmlu", "limit": {"mmlu": -1}}, "mmlu is -1"),
+        ({"tasks": "mmlu", "num_fewshot": -1}, "num_fewshot"),
+        ({"tasks": "mmlu", "max_gen_toks": 0}, "max_gen_toks"),
+        ({"tasks": "mmlu", "apply_chat_template": True, "text_prompts": "plain"}, "text_prompts"),
+        ({"tasks": "mmlu", "fewshot_as_multiturn": True, "apply_chat_template": False}, "fewshot_as_multiturn"),
+        ({"tasks": "mmlu", "eval_data": "no/such"}, "no/such"),
+    ],
+)
+def test_useless_and_invalid_options_are_refused(arguments: dict[str, Any], named: str) -> None:
+    with pytest.raises(DataError, match=named):
+        benchmarks_of(arguments)
+
+
+def test_without_the_extra_the_command_names_it(
+    capfd: Any, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, no_model: None
+) -> None:
+    monkeypatch.setattr("halos_pl.tasks.options.find_spec", lambda name: None)
+    assert "halos_pl[eval]" in refused(capfd, ["evaluate", str(tiny_folder), "--tasks=gsm8k"])
+
+
+def test_the_chat_template_follows_the_text_prompts_unless_set() -> None:
+    benchmarks = Benchmarks(("mmlu",))
+    assert (benchmarks.chat("chat"), benchmarks.chat("plain")) == (True, False)
+    assert Benchmarks(("mmlu",), apply_chat_template=True).chat("plain")
+    assert (benchmarks.multiturn(True), benchmarks.multiturn(False)) == (True, False)
+
+
+def test_a_larger_limit_draws_the_questions_of_a_smaller_one_and_more() -> None:
+    sizes = {"a": 30, "b": 50, "c": 2}
+    few, many = draw("group", sizes, 20, 0), draw("group", sizes, 40, 0)
+    for drawn, number in ((few, 20), (many, 40)):
+        assert sum(len(each or ()) for each in drawn.values()) == number
+        assert all(each == sorted(set(each)) and each[-1] < sizes[leaf] for leaf, each in drawn.items() if each)
+    assert all(set(each or ()) <= set(many[leaf] or ()) for leaf, each in few.items())
+    assert few != draw("group", sizes, 20, 1)
+    assert draw("group", sizes, 82, 0) == dict.fromkeys(sizes), "all questions are not a draw"
+
+
+def test_every_question_is_drawn_equally_often() -> None:
+    counts = dict.fromkeys("ab", 0)
+    for seed in range(300):
+        for leaf, each in draw("group", {"a": 10, "b": 30}, 8, seed).items():
+            counts[leaf] += len(each or ())
+    assert counts["a"] / (300 * 8) == pytest.approx(0.25, abs=0.03)
+
+
+def test_the_limit_of_the_paper() -> None:
+    tasks = {f"bbh_{i}": 250 for i in range(27)}
+    assert sum(len(each or ()) for each in draw("bbh_cot_fewshot", tasks, "paper", 0).values()) == 40 * 27
+    assert len(draw("gsm8k_cot", {"gsm8k_cot": 1319}, "paper", 0)["gsm8k_cot"] or ()) == 200
+    assert draw("mmlu", {"mmlu_anatomy": 135}, "paper", 0) == {"mmlu_anatomy": None}
+
+
+# -- published files --------------------------------------------------------------------------------------------------
+
+
+def subset(folder: Path, name: str) -> str:
+    """A task file that names a subset, and a function as lm-eval's do."""
+    path = folder / "task.yaml"
+    path.write_text(f"dataset_name: {name}\nprocess_docs: !function utils.x\n")
+    return str(path)
+
+
+def test_headerless_csv_of_mmlu(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "mmlu.zip", "w") as archive:
+        for split in ("dev", "val", "test"):
+            archive.writestr(f"data/{split}/anatomy_{split}.csv", f'"Which, {split}?\nReally?",1,two,"3,0",D4,C\n')
+    splits = raw.mmlu(subset(tmp_path, "anatomy"), str(tmp_path), version=1)
+    assert set(splits) == {"dev", "validation", "test"}
+    assert splits["test"][0] == {
+        "question": "Which, test?\nReally?",
+        "subject": "anatomy",
+        "choices": ["1", "two", "3,0", "D4"],
+        "answer": 2,
+    }
+    with pytest.raises(DataError, match=r"mmlu\.zip"):
+        raw.mmlu(subset(tmp_path, "astronomy"), str(tmp_path))
+
+
+def test_other_published_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bbh").mkdir()
+    (tmp_path / "bbh" / "navigate.json").write_text(
+        json.dumps({"canary": "x", "examples": [{"input": "a", "target": "b"}]})
+    )
+    write_jsonl(tmp_path / "gsm8k_test.jsonl", [{"question": "q", "answer": "#### 1"}])
+    write_jsonl(tmp_path / "gsm8k_train500.jsonl", [{"question": "t", "answer": "#### 2"}])
+    monkeypatch.setenv(raw.VARIABLE, str(tmp_path))
+    assert raw.bbh(subset(tmp_path, "navigate"))["test"][0] == {"input": "a", "target": "b"}
+    assert [raw.gsm8k()[split][0]["question"] for split in ("test", "train")] == ["q", "t"]
+    with pytest.raises(DataError, match=r"ifeval_input_data\.jsonl.*no such file"):
+        raw.ifeval()
+    (tmp_path / "gsm8k_test.jsonl").write_text("{")
+    with pytest.raises(DataError, match=r"gsm8k_test\.jsonl"):
+        raw.gsm8k()
+
+
+# -- contamination ----------------------------------------------------------------------------------------------------
+
+
+def benchmark(*questions: str) -> Any:
+    def docs() -> Iterator[tuple[str, int, dict[str, Any]]]:
+        for i, question in enumerate(questions):
+            yield "task", i, {"question": question, "choices": ["yes", "no"]}
+
+    return SimpleNamespace(name="task", count=len(questions), docs=docs)
+
+
+def run_on(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    path = write_jsonl(folder / "train.jsonl", rows)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data": {"train": [{"path": path}]}}))
+    return folder
+
+
+def test_thirteen_words_of_a_question_in_the_training_data_are_found(tmp_path: Path) -> None:
+    words = [f"word{i}" for i in range(20)]
+    seen, unseen, short = " ".join(words), " ".join(f"other{i}" for i in range(20)), " ".join(words[:12])
+    spelled = "He said: " + ", ".join(words[3:16]).upper() + "!"
+    rows = [{"prompt": [{"role": "user", "content": short}], "completion": "no", "label": True}]
+    rows += [{"prompt": "so", "completion": spelled, "label": False}]
+    (overlap,) = overlaps(run_on(tmp_path, rows), [benchmark(unseen, seen, short)])
+    assert (overlap.name, overlap.found, overlap.questions, overlap.example) == ("task", 1, 3, "task/1")
+    assert overlap.place.endswith("train.jsonl:2")
+    assert overlaps(run_on(tmp_path, rows[:1]), [benchmark(unseen, seen, short)]) == []
+
+
+def test_what_many_questions_share_does_not_count(tmp_path: Path) -> None:
+    shared = " ".join(f"instruction{i}" for i in range(15))
+    run = run_on(tmp_path, [{"prompt": shared, "completion": "a", "label": True}])
+    assert overlaps(run, [benchmark(*(f"{shared} {i}" for i in range(30)))]) == []
+    assert overlaps(run, [benchmark(*(f"{shared} {i}" for i in range(3)))])[0].found == 3
+
+
+def test_training_data_that_are_gone_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_on(tmp_path, [{"prompt": "a", "completion": "b", "label": True}])
+    (tmp_path / "train.jsonl").unlink()
+    assert overlaps(run, [benchmark("a")]) == []
+    assert "train.jsonl" in capsys.readouterr().out
+
+
+# -- comparisons ------------------------------------------------------------------------------------------------------
+
+
+def evaluation(folder: Path, values: dict[str, dict[str, float]], **about: Any) -> Path:
+    folder.mkdir()
+    (folder / "evaluation.json").write_text(json.dumps(values))
+    (folder / "measured.json").write_text(json.dumps({"evaluate": {"temperature": 0.7}, "tasks": about}))
+    return folder
+
+
+def test_comparisons_name_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from halos_pl.evaluation.compare import compare
+
+    keys = [f"gsm8k/{i}" for i in range(40)]
+    one = evaluation(
+        tmp_path / "one",
+        {"gsm8k": dict.fromkeys(keys, 1.0), "kl": {"a": 1.0}, "gsm8k/other": {"a": 1.0}},
+        gsm8k={"num_fewshot": 8},
+        mmlu={"trained_on": "12 questions"},
+    )
+    two = evaluation(
+        tmp_path / "two", {"gsm8k": dict.fromkeys(keys[5:], 0.0), "kl": {"a": 2.0}}, gsm8k={"num_fewshot": 5}
+    )
+    compare(str(one), str(two))
+    trained, fewshot, gsm8k = capsys.readouterr().out.splitlines()
+    assert "mmlu" in trained
+    assert "12 questions" in trained
+    assert all(word in fewshot for word in ("gsm8k.num_fewshot", "8", "5"))
+    assert all(word in gsm8k for word in ("gsm8k", "n = 35", "significant", "5 examples"))
+
+
+def test_evaluations_without_a_common_question_are_refused(tmp_path: Path, capfd: Any) -> None:
+    one = evaluation(tmp_path / "one", {"gsm8k": {"a": 1.0}})
+    two = evaluation(tmp_path / "two", {"gsm8k": {"b": 1.0}})
+    assert "in common" in refused(capfd, ["compare", str(one), str(two)])
+    (two / "evaluation.json").unlink()
+    assert "evaluation.json" in refused(capfd, ["compare", str(one), str(two)])
