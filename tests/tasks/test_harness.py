@@ -1,0 +1,185 @@
+"""Benchmarks through lm-eval, on tiny models: equal to lm-eval's own command line, and kept question by question."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_halos import fit, refused, run_here, write_jsonl
+
+pytest.importorskip("lm_eval")
+
+from halos_pl.evaluation.compare import compare
+from halos_pl.tasks import ifeval
+from halos_pl.tasks.load import YAMLS, load, unscored
+from halos_pl.tasks.options import benchmarks_of
+
+DATA = Path(os.environ.get("HALOS_TEST_DATA", "no")) / "eval"
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not DATA.is_dir(), reason="HALOS_TEST_DATA names no data")]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def roomy(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with room for eight examples, and a chat template."""
+    folder = tmp_path_factory.mktemp("roomy") / "model"
+    shutil.copytree(tiny_folder, folder)
+    for name, key in (("config.json", "max_position_embeddings"), ("tokenizer_config.json", "model_max_length")):
+        settings = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(settings | {key: 6144}))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def options(**more: Any) -> list[str]:
+    settings = {"eval_data": str(DATA), "max_gen_toks": 8, "batch_size": 2} | more
+    return [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in settings.items()]
+
+
+def samples(folder: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
+    """The prompts, answers and scores in lm-eval's files, by task, question and filter."""
+    found = {}
+    for path in sorted(folder.rglob("samples_*.jsonl")):
+        task = path.stem.removeprefix("samples_").partition("_2")[0]
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            kept = ("arguments", "resps", "filtered_resps", "doc_hash", "prompt_hash", "target", *row["metrics"])
+            found[task, row["doc_id"], row["filter"]] = {name: row[name] for name in kept}
+    return found
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_every_answer_and_score_is_that_of_lm_evals_own_command(
+    capfd: Any, roomy: Path, tmp_path: Path, chat: bool
+) -> None:
+    tasks = "gsm8k_cot,mmlu_anatomy,ifeval,humaneval"
+    settings = {"tasks": tasks, "limit": 3, "allow_code_execution": True}
+    settings |= {"apply_chat_template": True, "system": "Be brief."} if chat else {}
+    ended = run_here(capfd, ["evaluate", str(roomy), f"--out={tmp_path / 'ours'}", *options(**settings)])
+    assert ended.status == 0, ended
+    ours = samples(tmp_path / "ours" / "benchmarks")
+    assert len(ours) == 3 * 5, "gsm8k_cot has two filters"
+    drawn: dict[str, list[int]] = {}
+    for task, question, _ in sorted(ours):
+        drawn.setdefault(task, []).append(question)
+    files = shutil.copytree(YAMLS, tmp_path / "tasks")
+    (files / "part.yaml").write_text(
+        "group: part_of_mmlu\ntask: [mmlu_anatomy]\ncustom_dataset: !function halos_pl.tasks.raw.mmlu\n"
+    )
+    command = [
+        *(sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "2"),
+        *("--model_args", f"pretrained={roomy},dtype=float32", "--include_path", str(files), "--log_samples"),
+        *("--tasks", "gsm8k_cot_local,part_of_mmlu,ifeval,humaneval", "--output_path", str(tmp_path / "theirs")),
+        *("--samples", json.dumps({task: sorted(set(each)) for task, each in drawn.items()})),
+        *("--gen_kwargs", "max_gen_toks=8", "--confirm_run_unsafe_code"),
+        *(["--apply_chat_template", "--system_instruction", "Be brief."] if chat else []),
+    ]
+    env = os.environ | {"HALOS_EVAL_DATA": str(DATA), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, env=env, cwd=tmp_path, capture_output=True)
+    assert samples(tmp_path / "theirs") == ours
+    scores = [
+        json.loads(path.read_text())["results"]
+        for path in (tmp_path / "ours/benchmarks/results.json", *(tmp_path / "theirs").rglob("results_*.json"))
+    ]
+    assert scores[0].keys() <= scores[1].keys()
+    for task in scores[0]:
+        assert scores[0][task] == scores[1][task]
+
+
+def test_a_run_is_compared_with_its_start_but_not_on_what_it_was_trained_on(
+    capfd: Any, roomy: Path, tmp_path: Path
+) -> None:
+    questions = [json.loads(line)["question"] for line in (DATA / "gsm8k_test.jsonl").open(encoding="utf-8")]
+    rows = [{"prompt": questions[i], "completion": f"It is {i}.", "label": i % 2 == 0} for i in range(len(questions))]
+    run = tmp_path / "run"
+    steps = ["--trainer.max_steps=2", "--data.max_length=512"]
+    ended = run_here(capfd, fit(roomy, "kto", write_jsonl(tmp_path / "train.jsonl", rows), run, *steps))
+    assert ended.status == 0, ended
+    limit = {"gsm8k_cot_zeroshot": 2, "mmlu": 6}
+    words = ["evaluate", str(run), *options(tasks="gsm8k_cot_zeroshot,mmlu", limit=limit)]
+    assert run_here(capfd, words).status == 0
+    after, before, how = (
+        json.loads((run / name).read_text()) for name in ("evaluation.json", "before.json", "measured.json")
+    )
+    assert set(after) == set(before) == {"mmlu"}
+    assert len(after["mmlu"]) == 6
+    assert after["mmlu"].keys() == before["mmlu"].keys()
+    assert how["tasks"]["gsm8k_cot_zeroshot"]["trained_on"] == "2 questions"
+    assert "trained_on" not in how["tasks"]["mmlu"]
+    assert how["tasks"]["mmlu"]["questions"] == 6
+    assert {path.name for path in run.glob("benchmarks*/results.json")} == {"results.json"}
+    assert len(list(run.glob("benchmarks*"))) == 2
+    wider = {"gsm8k_cot_zeroshot": 2, "mmlu": 9}
+    out = tmp_path / "other"
+    words = ["evaluate", str(roomy), f"--out={out}", *options(tasks="gsm8k_cot_zeroshot,mmlu", limit=wider)]
+    assert run_here(capfd, words).status == 0
+    other = json.loads((out / "evaluation.json").read_text())
+    assert after["mmlu"].keys() < other["mmlu"].keys(), "the same questions have the same names"
+    assert {name: other["mmlu"][name] for name in before["mmlu"]} == before["mmlu"]
+    compare(str(run), str(out))
+    assert "n = 6" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"tasks": "gsm8kk"}, ["gsm8kk", "gsm8k"]),
+        ({"tasks": "humaneval"}, ["humaneval", "allow_code_execution"]),
+        ({"tasks": "mbpp"}, ["mbpp", "sandbox"]),
+        ({"tasks": "hellaswag"}, ["hellaswag", "eval_data"]),
+        ({"tasks": "mmlu,mmlu_anatomy"}, ["mmlu_anatomy", "twice"]),
+        ({"tasks": "gsm8k_cot", "limit": {"gsm8k": 3}}, ["limit", "gsm8k_cot"]),
+        ({"tasks": "gsm8k_cot", "num_fewshot": 9}, ["gsm8k_cot", "num_fewshot"]),
+        ({"tasks": "gsm8k_cot", "limit": 2, "max_gen_toks": 6000}, ["gsm8k_cot", "2 of 2", "6144", "6000"]),
+        ({"tasks": "gsm8k_cot", "limit": 2, "eval_data": str(YAMLS)}, ["gsm8k"]),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_a_model_is_loaded(
+    capfd: Any, roomy: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], named: list[str]
+) -> None:
+    monkeypatch.setattr("halos_pl.training.named_model.load_model", lambda spec: pytest.fail("a model was loaded"))
+    said = refused(capfd, ["evaluate", str(roomy), *options(**settings)])
+    assert all(word in said for word in named), said
+
+
+def test_instructions_that_need_missing_data_of_nltk_are_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmarks = benchmarks_of({"tasks": "ifeval", "eval_data": str(DATA)})
+    assert benchmarks is not None
+    (benchmark,) = load(benchmarks, 0)
+    monkeypatch.setattr(ifeval, "has_punkt", lambda: False)
+    counts = unscored(benchmark)
+    assert set(counts) == set(ifeval.NEEDS_PUNKT)
+    rows = [doc for _, _, doc in benchmark.docs()]
+    answer = "First, I agree.\n\nP.S. *Well*, that is all."
+    for doc in rows:
+        names = doc["instruction_id_list"]
+        missing = [name for name in names if name in ifeval.NEEDS_PUNKT]
+        metrics = ifeval.process_results(doc, [answer])
+        assert ("prompt_level_strict_acc" in metrics) == (not missing)
+        assert len(metrics.get("inst_level_strict_acc", [])) == len(names) - len(missing)
+    assert sum(len(doc["instruction_id_list"]) for doc in rows) == 834
+    assert counts == {kind: sum(doc["instruction_id_list"].count(kind) for doc in rows) for kind in ifeval.NEEDS_PUNKT}
+
+
+def test_every_task_file_loads_all_questions() -> None:
+    benchmarks = benchmarks_of(
+        {
+            "tasks": "gsm8k,gsm8k_cot_zeroshot,gsm8k_cot_llama,mmlu,bbh_fewshot,bbh_zeroshot,bbh_cot_zeroshot,"
+            "bbh_cot_fewshot,humaneval,humaneval_instruct,ifeval",
+            "eval_data": str(DATA),
+            "allow_code_execution": True,
+        }
+    )
+    assert benchmarks is not None
+    sizes = {"gsm8k": 1319, "mmlu": 14042, "bbh": 6511, "humaneval": 164, "ifeval": 541}
+    for benchmark in load(benchmarks, 0):
+        assert benchmark.count == benchmark.total == sizes[benchmark.name.partition("_")[0]], benchmark.name
