@@ -228,7 +228,8 @@ def evaluation_metrics_page() -> str:
         lines[-1] += f"\n| `{name}` | {metric.meaning} | {metric.unit} | {better[metric.higher_is_better]} |"
     lines.append(
         "\nRows with the same prompt are not independent, so they count as one example, their mean: the n of a metric "
-        "is a number of prompts. Examples are pairs or single rows.\n"
+        "is a number of prompts. Examples are pairs or single rows.\n\nEach [benchmark](../howto/benchmarks.md) of "
+        "`--tasks` is a metric too, with the name of the task: the score of each question, from 0 to 1.\n"
     )
     return "\n".join(lines)
 

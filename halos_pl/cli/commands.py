@@ -53,9 +53,20 @@ def tool_parser(name: str) -> HalosParser:
     return parser
 
 
+def _with_values(name: str, words: list[str]) -> list[str]:
+    """The words, with ``--overwrite=true`` for an option of type bool that no value follows."""
+    parameters = inspect.signature(_function(name)).parameters.values()
+    flags = {f"--{p.name}" for p in parameters if p.annotation in ("bool", "bool | None")}
+    nexts = [*words[1:], "--"]
+    return [
+        f"{word}=true" if word in flags and after.startswith("--") else word
+        for word, after in zip(words, nexts, strict=True)
+    ]
+
+
 def run_tool(name: str, words: list[str]) -> None:
     """Runs a command in ``TOOLS`` with the words after its name."""
-    parser = tool_parser(name)
+    parser, words = tool_parser(name), _with_values(name, words)
     _function(name)(**parser.instantiate(parser.parse_args(words)).as_dict())
 
 

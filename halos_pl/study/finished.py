@@ -82,7 +82,8 @@ def _made_otherwise(runs: Iterable[Run]) -> dict[Run, str]:
     for run in runs:
         arms[run.arm.name].append(run)
         how = {key: value for key, value in measured_how(run.folder).items() if key != "by"}
-        measured[run] = {key: json.dumps(value) for key, value in _leaves(how).items()}
+        # A run that was trained on a benchmark's questions lacks that metric, which is reported as such.
+        measured[run] = {k: json.dumps(v) for k, v in _leaves(how).items() if not k.endswith(".trained_on")}
     for why, settings in [
         ("measured differently from most", measured),
         *(("trained differently from other seeds", {run: _trained_how(run) for run in arm}) for arm in arms.values()),

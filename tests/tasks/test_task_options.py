@@ -14,6 +14,10 @@ import yaml
 from run_halos import refused, write_jsonl
 
 from halos_pl.data.example import DataError
+from halos_pl.evaluation.metrics import is_share, metric_of
+from halos_pl.study.finished import finished
+from halos_pl.study.read import load_study
+from halos_pl.study.spec import StudyError
 from halos_pl.tasks import raw
 from halos_pl.tasks.contamination import overlaps
 from halos_pl.tasks.load import draw
@@ -214,3 +218,46 @@ def test_evaluations_without_a_common_question_are_refused(tmp_path: Path, capfd
     assert "in common" in refused(capfd, ["compare", str(one), str(two)])
     (two / "evaluation.json").unlink()
     assert "evaluation.json" in refused(capfd, ["compare", str(one), str(two)])
+
+
+# -- studies ----------------------------------------------------------------------------------------------------------
+
+
+def study(folder: Path, **content: Any) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump({"arms": {"a": {}, "b": {"options": {"data.batch_size": 2}}}, **content}))
+    return path
+
+
+def test_benchmarks_are_metrics_of_a_study(tmp_path: Path) -> None:
+    evaluate = {"tasks": ["gsm8k", "ifeval"], "limit": 50, "prompts": "p.txt", "rule": "rule.py:f"}
+    metrics = ["rule", "gsm8k", "ifeval/prompt_level_loose_acc,none"]
+    loaded = load_study(study(tmp_path, evaluate=evaluate, metrics=metrics, primary="gsm8k", equivalence=0.02))
+    assert loaded.metrics == tuple(metrics)
+    assert metric_of("gsm8k").higher_is_better
+    assert is_share("gsm8k")
+    assert not is_share("kl")
+
+
+def test_a_benchmark_that_is_not_evaluated_is_no_metric(tmp_path: Path) -> None:
+    for evaluate in ({"tasks": "gsm8k"}, {"suite": "paper"}):
+        with pytest.raises(StudyError, match=r"study\.yaml:\d+.*'ifeval'.*gsm8k"):
+            load_study(study(tmp_path, evaluate=evaluate, metrics=["ifeval"]))
+
+
+def test_a_run_that_was_trained_on_the_questions_is_skipped_with_that_reason(tmp_path: Path) -> None:
+    loaded = load_study(study(tmp_path, evaluate={"tasks": "gsm8k"}, metrics=["gsm8k"], seeds=[0]))
+    for run, values in zip(loaded.runs(tmp_path), ({"gsm8k": {"gsm8k/1": 1.0}}, {}), strict=True):
+        run.folder.mkdir(parents=True)
+        (run.folder / "summary.json").write_text("{}")
+        (run.folder / "evaluation.json").write_text(json.dumps(values))
+        about = {} if values else {"trained_on": "7 questions"}
+        (run.folder / "measured.json").write_text(json.dumps({"tasks": {"gsm8k": about}}))
+    kept, faults = finished(loaded, tmp_path)
+    assert [run.arm.name for run in kept] == ["a"]
+    assert [(run.arm.name, "7 questions of gsm8k" in why) for run, why in faults.items()] == [("b", True)]
+
+
+def test_a_flag_needs_no_value(capfd: Any, tiny_folder: Path, no_model: None) -> None:
+    words = ["evaluate", str(tiny_folder), "--apply_chat_template", "--tasks=mmlu", "--text_prompts=plain"]
+    assert "text_prompts plain" in refused(capfd, words)
