@@ -17,7 +17,7 @@ def programs_in_block(resps: list[list[str]], docs: list[dict[str, Any]]) -> lis
     return programs([[text.partition("```")[0] for text in texts] for texts in resps], docs)
 
 
-def pass_at_1(references: list[str], predictions: list[list[str]]) -> dict[str, float]:
+def pass_at_1(references: list[str], predictions: list[list[str]]) -> float:
     """Share of a problem's programs that pass its tests.
 
     Args:
@@ -25,4 +25,7 @@ def pass_at_1(references: list[str], predictions: list[list[str]]) -> dict[str, 
         predictions: The programs, one list.
     """
     (tests,), (candidates,) = references, predictions
-    return {"pass@1": sum(passes(f"{program}\n{tests}") for program in candidates) / len(candidates)}
+    return sum(passes(f"{program}\n{tests}") for program in candidates) / len(candidates)
+
+
+pass_at_1.__name__ = "pass@1"  # lm-eval's name of the metric

@@ -6,6 +6,7 @@ import difflib
 import logging
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 
 from halos_pl.common.messages import plain
 from halos_pl.data.example import DataError
-from halos_pl.tasks.ifeval import NEEDS_PUNKT
+from halos_pl.tasks.ifeval import not_scored, process_results
 from halos_pl.tasks.options import PAPER, PAPER_EACH, Benchmarks, Limit
 from halos_pl.tasks.raw import folder_of
 
@@ -283,11 +284,6 @@ class _Index:
 
 def unscored(benchmark: Benchmark) -> dict[str, int]:
     """Number of instructions of IFEval that are not scored, by kind; empty for other benchmarks."""
-    counts: dict[str, int] = {}
-    if benchmark.name == "ifeval":
-        from halos_pl.tasks.ifeval import not_scored
-
-        for _, _, doc in benchmark.docs():
-            for kind in not_scored(doc):
-                counts[kind] = counts.get(kind, 0) + 1
-    return {kind: counts[kind] for kind in NEEDS_PUNKT if kind in counts}
+    checked = {leaf for leaf, task in benchmark.leaves.items() if task.get_config("process_results") is process_results}
+    docs = (doc for leaf, _, doc in benchmark.docs() if leaf in checked) if checked else ()
+    return dict(Counter(kind for doc in docs for kind in not_scored(doc)))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from halos_pl.data.example import DataError
 from halos_pl.policy.loading import load_model
 from halos_pl.tasks.contamination import Overlap, overlaps
 from halos_pl.tasks.load import Benchmark, load, unscored
@@ -104,6 +105,8 @@ def prepare(named: NamedModel, benchmarks: Benchmarks, text_prompts: str, batch_
         check_sandbox()
     loaded = load(benchmarks, seed)
     chat = benchmarks.chat(text_prompts)
+    if benchmarks.fewshot_as_multiturn and not chat:
+        raise DataError("fewshot_as_multiturn needs a chat template; set apply_chat_template to true")
     how = Prompting(chat, benchmarks.multiturn(chat), benchmarks.system, batch_size)
     check_prompts(named, loaded, how)
     for each in loaded:
@@ -111,7 +114,9 @@ def prepare(named: NamedModel, benchmarks: Benchmarks, text_prompts: str, batch_
         if kinds := unscored(each):
             kept = ", ".join(f"{kind} ({count})" for kind, count in kinds.items())
             print(f"halos: {each.name}: instructions not scored for lack of NLTK's punkt_tab: {kept}")
-    print(f"halos: benchmark prompts {'go through the chat template' if chat else 'are plain text'}")
+    unused = not chat and named.tokenizer().chat_template
+    hint = "; apply_chat_template would put them into the model's chat template" if unused else ""
+    print(f"halos: benchmark prompts {'go through the chat template' if chat else f'are plain text{hint}'}")
     contaminated = overlaps(named.run, loaded) if named.run else []
     for overlap in contaminated:
         assert named.run is not None

@@ -130,7 +130,7 @@ def run(
         Values by metric and question, see :func:`values_of`.
 
     Raises:
-        DataError: if lm-eval fails.
+        DataError: if its files cannot be written.
     """
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
@@ -176,7 +176,7 @@ def _publish(place: Path, folder: Path) -> None:
         stem = path.stem.rpartition("_")[0]
         path.rename(folder / f"{stem}{path.suffix}")
     if not (folder / "results.json").is_file():  # lm-eval only logs what went wrong
-        raise DataError(f"lm-eval did not write its results below {place}")
+        raise DataError(f"lm-eval could not write its results for {folder}; is the disk full?")
 
 
 def headline(benchmark: Benchmark) -> tuple[str, str] | None:
@@ -194,7 +194,7 @@ def headline(benchmark: Benchmark) -> tuple[str, str] | None:
 
 
 def _metrics(task: Any) -> list[str]:
-    return ["pass@1" if name == "pass_at_1" else name for name in task.higher_is_better()]
+    return list(task.higher_is_better())
 
 
 def _filters(task: Any) -> list[str]:
