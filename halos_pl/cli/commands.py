@@ -26,6 +26,7 @@ TOOLS = {
     "cache clear": "halos_pl.cli.cache:clear",
     "cache": "halos_pl.cli.cache:info",
     "plan": "halos_pl.cli.plan:plan",
+    "collect": "halos_pl.collect.command:collect",
     "objectives": "halos_pl.cli.objectives:objectives",
     "new": "halos_pl.cli.new:new",
 }
@@ -43,13 +44,19 @@ def _function(name: str) -> Callable[..., None]:
 
 
 def tool_parser(name: str) -> HalosParser:
-    """The parser of a command in ``TOOLS``: parameters before the ``*`` are positional, the others are options."""
+    """The parser of a command in ``TOOLS``: parameters before the ``*`` are positional, the others are options.
+
+    An option that is true or false may be given without a value, which means true.
+    """
     tool = _function(name)
     kinds = inspect.signature(tool).parameters
     options: set[str | int] = {key for key, p in kinds.items() if p.kind is p.KEYWORD_ONLY}
     parser = HalosParser(prog=f"halos {name}", description=(tool.__doc__ or "").splitlines()[0])
     parser.add_function_arguments(tool, as_positional=True, as_group=False, skip=options)
     parser.add_function_arguments(tool, as_positional=False, as_group=False, skip=set[str | int](kinds) - options)
+    for action in parser._actions:
+        if action.default is False:
+            action.nargs, action.const = "?", True
     return parser
 
 

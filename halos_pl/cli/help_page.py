@@ -16,6 +16,7 @@ COMMANDS = {
     "sample": "Sample completions of prompts, here or at a server.",
     "chat": "Talk to a model in the terminal.",
     "label": "Label sampled completions by a rule, a reward model or a judge.",
+    "collect": "Collect human feedback on a web page.",
     "evaluate": "Measure a run, or any model, per example: held-out feedback, answers, benchmarks.",
     "compare": "Compare two evaluations example by example.",
     "judge agreement": "Measure how far a judge agrees with people.",

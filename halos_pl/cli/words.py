@@ -16,7 +16,7 @@ def spelled(words: list[str]) -> list[str]:
     Raises:
         SystemExit: if both options are given.
     """
-    always, trainer = ("export", "evaluate"), ("fit", "test", "validate", "predict")
+    always, trainer = ("export", "evaluate", "collect"), ("fit", "test", "validate", "predict")
     respelled = list(words)
     for i, word in enumerate(words):
         name, mark, value = word.partition("=")

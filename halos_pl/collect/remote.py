@@ -1,0 +1,48 @@
+"""Answers of a model at a server with OpenAI's chat completions API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from halos_pl.collect.engine import Answer, Messages
+from halos_pl.endpoint.client import Endpoint
+from halos_pl.endpoint.exchange import EndpointError, Request
+from halos_pl.endpoint.settings import EndpointSettings
+
+
+class EndpointEngine:
+    """A model at a server, which is asked for one completion per request, each with a seed of its own.
+
+    Args:
+        settings: the server.
+        sampling: ``max_new_tokens``, ``temperature`` and ``top_p``.
+
+    Raises:
+        EndpointError: the server cannot be used.
+    """
+
+    def __init__(self, settings: EndpointSettings, sampling: dict[str, Any]) -> None:
+        self._endpoint = Endpoint(settings)
+        self._endpoint.check_reachable()
+        self.workers = settings.concurrency
+        self.model = {"name": settings.model, "url": settings.url}
+        self.sampling = {"engine": "endpoint", **sampling}
+
+    def refuse(self, messages: Messages) -> None:
+        """Only the server can tell whether it reads a conversation."""
+
+    def answer(self, messages: Messages, number: int, seed: int, show: Callable[[list[str]], None]) -> list[Answer]:
+        show([""] * number)
+        how = self.sampling
+        requests = [
+            Request(messages, how["max_new_tokens"], how["temperature"], how["top_p"], seed + i) for i in range(number)
+        ]
+        answers: dict[int, Answer] = {}
+        for i, reply in self._endpoint.complete(requests):
+            if isinstance(reply, EndpointError):
+                raise reply
+            [choice] = reply.choices
+            answers[i] = Answer(choice.text, choice.finished)
+            show([answers[k].text if k in answers else "" for k in range(number)])
+        return [answers[i] for i in range(number)]
