@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import ipaddress
 import socket
@@ -149,6 +150,8 @@ def bound(host: str, port: int) -> socket.socket:
         listener.bind(address)
     except OSError as error:
         listener.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise DataError(f"--host {host} is no address of this machine") from error
         raise DataError(
             f"--port {port} of {host}: {(error.strerror or str(error)).lower()}; choose another port, or 0 for a free"
             " one"

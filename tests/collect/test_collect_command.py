@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
-import urllib.request
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +21,15 @@ import torch
 from misbehaving_server import completion, serving
 from run_halos import ROOT, refused, write_jsonl
 
+from halos_pl.collect.command import collect
 from halos_pl.collect.conversations import Conversations
 from halos_pl.collect.engine import EngineError
 from halos_pl.collect.feedback_file import FeedbackFile
 from halos_pl.collect.local import LocalEngine
 from halos_pl.collect.remote import EndpointEngine
-from halos_pl.data.example import DataError
 from halos_pl.endpoint.exchange import EndpointError
 from halos_pl.endpoint.settings import EndpointSettings
-from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
+from halos_pl.policy.loading import ModelSpec, load_model
 from halos_pl.policy.sampling import generate
 from halos_pl.testing import tiny_tokenizer
 from halos_pl.training.named_model import named_model
@@ -63,35 +67,40 @@ def test_faults_are_one_line(
     monkeypatch.setenv("EMPTY", "")
     (tmp_path / "password").write_text("short\n")
     pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    for options, status, words in (
-        ([f"--port={taken}"], 1, ["--port", str(taken), "another port"]),
-        (["--port=70000"], 1, ["--port", "65535"]),
-        (["--host=no.such.host.invalid"], 1, ["--host"]),
-        (["--host=0.0.0.0"], 1, ["0.0.0.0", "--password"]),
-        (["--host="], 1, ["--password"]),
-        (["--password=my secret words"], 1, ["env:NAME", "file:PATH"]),
-        (["--password=env:SHORT"], 1, ["env:SHORT", "8"]),
-        (["--password=env:EMPTY"], 1, ["env:EMPTY", "empty"]),
-        (["--password=file:password"], 1, ["file:password", "8"]),
-        (["--password=file:nowhere"], 1, ["nowhere"]),
-        ([f"--out={pairs}"], 1, ["pairs.jsonl:1", "--kind choices"]),
-        (["--out=no/a.jsonl"], 1, ["no/a.jsonl"]),
-        (["--out=a.txt"], 1, ["a.txt", ".jsonl"]),
-        (["--kind=choices", "--temperature=0"], 1, ["temperature"]),
-        (["--kind=stars"], 2, ["kind", "thumbs"]),
-        (["--max_new_tokens=0"], 1, ["max_new_tokens"]),
-        (["--seed=-1"], 1, ["seed"]),
-        (["--engine=endpoint"], 1, ["--endpoint.url"]),
-        (["--endpoint.url=http://127.0.0.1:1/v1"], 1, ["--engine endpoint"]),
-        (["--engine=endpoint", "--endpoint.url=http://127.0.0.1:1/v1"], 1, ["127.0.0.1:1", "no connection"]),
-        (["--readonly"], 1, ["feedback.jsonl"]),
-    ):
-        if "endpoint" in str(options) and len(options) == 2 and importlib.util.find_spec("openai") is None:
-            continue
-        line = refused(capfd, ["collect", str(tiny_folder), "--port=0", *options], status)
+    server = EndpointSettings("http://127.0.0.1:1/v1", "")
+    cases: list[tuple[dict[str, Any], list[str]]] = [
+        ({"port": taken}, ["--port", str(taken), "another port"]),
+        ({"port": 70000}, ["--port", "65535"]),
+        ({"host": "192.0.2.1"}, ["--host", "192.0.2.1", "no address of this machine"]),
+        ({"host": "0.0.0.0"}, ["0.0.0.0", "--password"]),
+        ({"host": ""}, ["--password"]),
+        ({"password": "my secret words"}, ["env:NAME", "file:PATH"]),
+        ({"password": "env:SHORT"}, ["env:SHORT", "8"]),
+        ({"password": "env:EMPTY"}, ["env:EMPTY", "empty"]),
+        ({"password": "file:password"}, ["file:password", "8"]),
+        ({"password": "file:nowhere"}, ["nowhere"]),
+        ({"out": pairs}, ["pairs.jsonl:1", "--kind choices"]),
+        ({"out": "no/a.jsonl"}, ["no/a.jsonl"]),
+        ({"out": "a.txt"}, ["a.txt", ".jsonl"]),
+        ({"kind": "choices", "temperature": 0.0}, ["temperature"]),
+        ({"max_new_tokens": 0}, ["max_new_tokens"]),
+        ({"seed": -1}, ["seed"]),
+        ({"engine": "endpoint"}, ["--endpoint.url"]),
+        ({"endpoint": server}, ["--engine endpoint"]),
+        ({"readonly": True}, ["feedback.jsonl"]),
+    ]
+    if importlib.util.find_spec("openai"):
+        cases.append(({"engine": "endpoint", "endpoint": server}, ["127.0.0.1:1", "no connection"]))
+    for options, words in cases:
+        with pytest.raises((ValueError, OSError)) as raised:
+            collect(str(tiny_folder), **{"port": 0, **options})
+        line = str(raised.value)
         assert "\n" not in line, line
         assert all(word in line for word in words), line
         assert "secret" not in line
+    assert "--port" in refused(capfd, ["collect", str(tiny_folder), f"--port={taken}"])
+    assert "thumbs" in refused(capfd, ["collect", str(tiny_folder), "--kind=stars"], status=2)
+    assert "nowhere.jsonl" in refused(capfd, ["collect", "nowhere.jsonl", "--port=0", "--readonly"])
     assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == ["pairs.jsonl"]
 
 
@@ -142,7 +151,7 @@ def test_a_local_model_shows_what_it_writes(engine: LocalEngine, monkeypatch: py
     for i, (answer, sample) in enumerate(zip(answers, samples, strict=True)):
         assert answer.text in (sample.raw, sample.text)
         texts = [each[i] for each in shown]
-        assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+        assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
         assert sample.raw.startswith(texts[-1])
     assert max(len({each[i] for each in shown}) for i in (0, 1)) > 3
 
@@ -171,8 +180,8 @@ def test_conversations_that_the_model_cannot_read(engine: LocalEngine) -> None:
         engine.refuse([{"role": "user", "content": "why " * 400}])
 
 
-def test_a_recorded_row_has_the_sampled_tokens(engine: LocalEngine, tmp_path: Path) -> None:
-    """Encoded as in training, prompt and completion are the tokens that the model read and wrote."""
+def test_a_row_tells_whether_it_has_the_sampled_tokens(engine: LocalEngine, tmp_path: Path) -> None:
+    """Encoded as in training, against the tokens that the model read and wrote."""
     from halos_pl.data.read import read
     from halos_pl.data.source import Source
     from halos_pl.data.tokenize import Encoder
@@ -196,27 +205,59 @@ def test_a_recorded_row_has_the_sampled_tokens(engine: LocalEngine, tmp_path: Pa
         [[sample]] = generate(
             engine._policy, engine.tokenizer, [row["prompt"]], seed=row["seed"], progress=False, **SAMPLING
         )
-        assert row["same_tokens"]
-        assert (tokens.prompt, tokens.completions) == (sample.prompt_ids, [sample.completion_ids])  # type: ignore[union-attr]
+        equal = (tokens.prompt, tokens.completions) == (sample.prompt_ids, [sample.completion_ids])  # type: ignore[union-attr]
+        assert row["same_tokens"] == equal
         assert len(row["model"]["weights"]) == 64
 
 
-def test_a_server_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_answers() -> None:
     pytest.importorskip("openai", reason="openai is not installed (extra: endpoint)")
-    replies = [completion("one"), completion("two"), (400, {"error": {"message": "too long"}})]
-    with serving(replies) as server:
+    with serving() as server:
+        server.plan = [completion("one"), completion("two"), (400, {}, {"error": {"message": "too long"}})]
         engine = EndpointEngine(EndpointSettings(server.url, "m", concurrency=1, retries=0), SAMPLING)
         answers = engine.answer(HELLO, 2, 7, lambda texts: None)
         assert [answer.text for answer in answers] == ["one", "two"]
-        sent = [body for body in server.bodies if "messages" in body]
-        assert [(body["seed"], body["messages"], body["max_tokens"]) for body in sent] == [(7, HELLO, 12), (8, HELLO, 12)]
+        sent = [(body["seed"], body["messages"], body["max_tokens"]) for body in server.requests]
+        assert sent == [(7, HELLO, 12), (8, HELLO, 12)]
         with pytest.raises(EndpointError, match="too long"):
-            engine.answer(HELLO, 1, 7, lambda texts: None)
+            engine.answer(HELLO, 1, 9, lambda texts: None)
 
 
-def test_data_error_is_what_the_page_shows() -> None:
-    assert issubclass(DataError, ValueError)
-
-
-def test_the_command_serves_until_it_is_stopped(tiny_folder: Path, tmp_path: Path) -> None:
-    del urllib, tiny_folder, tmp_path
+@pytest.mark.slow
+def test_the_command_serves_until_ctrl_c(tiny_folder: Path, tmp_path: Path) -> None:
+    httpx = pytest.importorskip("httpx")
+    pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra: collect)")
+    words = [sys.executable, "-m", "halos_pl", "collect", str(tiny_folder), "--out=a.jsonl", "--port=0"]
+    words += ["--max_new_tokens=16", "--host=0.0.0.0", "--password=env:PAGE"]
+    process = subprocess.Popen(
+        words,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PAGE": "correct horse", "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines: list[str] = []
+    try:
+        assert process.stdout is not None
+        while not (match := re.search(r"http://0\.0\.0\.0:(\d+)", lines[-1] if lines else "")):
+            lines.append(process.stdout.readline())
+            assert lines[-1], lines
+        with httpx.Client(base_url=f"http://127.0.0.1:{match[1]}", timeout=60) as browser:
+            assert browser.post("/enter", data={"name": "Ada", "password": "correct horse"}).status_code == 303
+            chat = browser.post("/chats", json={}).json()["id"]
+            browser.post(f"/chats/{chat}/messages", json={"text": "Hello?"}).raise_for_status()
+            for _ in range(50):  # a random model may write nothing
+                assert "event: end" in browser.get(f"/chats/{chat}/events").text
+                if browser.get(f"/chats/{chat}").json()["turns"][0]["status"] == "done":
+                    break
+                browser.post(f"/chats/{chat}/0/again", json={}).raise_for_status()
+            browser.post(f"/chats/{chat}/0/verdict", json={"value": False}).raise_for_status()
+        process.send_signal(signal.SIGINT)
+        output = "".join(lines) + process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 130, output
+    assert "correct horse" not in output
+    (row,) = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert (row["annotator"], row["label"]) == ("Ada", False)

@@ -20,7 +20,13 @@ from halos_pl.data.source import Source
 
 def row(i: int, label: bool = True, **more: Any) -> dict[str, Any]:
     prompt = [{"role": "user", "content": f"question {i}"}]
-    facts = {"annotator": "Ada", "time": "2026-01-01T00:00:00.000Z", "model": {"name": "m"}, "seed": i, "id": f"id{i:04}"}
+    facts = {
+        "annotator": "Ada",
+        "time": "2026-01-01T00:00:00.000Z",
+        "model": {"name": "m"},
+        "seed": i,
+        "id": f"id{i:04}",
+    }
     return {"prompt": prompt, "completion": f"answer {i}", "label": label, "finished": True, **facts, **more}
 
 
