@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from halos_pl.endpoint.settings import EndpointSettings
 
 if TYPE_CHECKING:
+    from halos_pl.collect.access import Access
+    from halos_pl.collect.conversations import Conversations
     from halos_pl.collect.engine import Engine
-    from halos_pl.collect.feedback_file import FeedbackFile
+    from halos_pl.collect.gallery import Gallery
 
 
 def collect(
@@ -67,8 +69,10 @@ def collect(
     """
     # Imported here: they load torch and transformers, for which --help should not wait.
     from halos_pl.collect.access import Access, password_of
+    from halos_pl.collect.conversations import Conversations
     from halos_pl.collect.feedback_file import FeedbackFile
     from halos_pl.collect.gallery import Gallery
+    from halos_pl.common.messages import counted
     from halos_pl.data.example import DataError
     from halos_pl.policy.sampling import check_sampling
 
@@ -97,8 +101,7 @@ def collect(
         path = Path(model if readonly and model.endswith(".jsonl") else out)
         if readonly:
             path.open("rb").close()
-            print(f"halos: showing {path} on {address}; Ctrl-C ends")
-            _serve(listener, access, Gallery(path), path.name)
+            _serve(listener, access, Gallery(path), path.name, f"showing {path} on {address}")
             return
         file = FeedbackFile(path, kind)
         try:
@@ -106,9 +109,13 @@ def collect(
                 answering = _endpoint_engine(model, endpoint, sampling)
             else:
                 answering = _local_engine(model, ckpt_path, chat_template, special_tokens_in_text, sampling)
-            print(f"halos: collecting {kind} into {path} ({file.rows} rows so far) on {address}; Ctrl-C ends")
-            _serve(listener, access, Gallery(path), model, engine=answering, file=file, system=system, seed=seed)
-            print(f"halos: {path} has {file.rows} rows")
+            conversations = Conversations(answering, file, system, seed)
+            greeting = f"collecting {kind} into {path} ({counted(file.rows, 'row')} so far) on {address}"
+            try:
+                _serve(listener, access, Gallery(path), model, greeting, conversations)
+            finally:
+                conversations.close()
+                print(f"halos: {path} has {counted(file.rows, 'row')}")
         finally:
             file.close()
     finally:
@@ -199,25 +206,17 @@ def _endpoint_engine(model: str, endpoint: EndpointSettings | None, sampling: di
 
 def _serve(
     listener: socket.socket,
-    access: Any,
-    gallery: Any,
+    access: Access,
+    gallery: Gallery,
     title: str,
-    *,
-    engine: Engine | None = None,
-    file: FeedbackFile | None = None,
-    system: str = "",
-    seed: int | None = None,
+    greeting: str,
+    conversations: Conversations | None = None,
 ) -> None:
     """Serves the page until a signal ends it."""
     from uvicorn import Config, Server
 
     from halos_pl.collect.app import Site, make_app
-    from halos_pl.collect.conversations import Conversations
 
-    conversations = None
-    if engine is not None:
-        assert file is not None
-        conversations = Conversations(engine, file, system, seed)
     # No log of requests; streams that are open when the server stops are cut.
     config = Config(
         make_app(Site(access, conversations, gallery, title)),
@@ -227,8 +226,6 @@ def _serve(
         timeout_graceful_shutdown=1,
         lifespan="off",
     )
-    try:
-        Server(config).run(sockets=[listener])
-    finally:
-        if conversations is not None:
-            conversations.close()
+    listener.listen(128)  # from here on a browser waits, instead of being refused
+    print(f"halos: {greeting}; Ctrl-C ends", flush=True)
+    Server(config).run(sockets=[listener])
