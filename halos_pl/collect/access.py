@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import os
 import re
 import secrets
-import threading
-import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -75,14 +74,14 @@ class Access:
     def __init__(self, password: str | None, hosts: frozenset[str] | None, cookie: str) -> None:
         self._password, self.hosts, self.cookie = password, hosts, cookie
         self._names: dict[str, str] = {}
-        self._checking = threading.Lock()
+        self._checking = asyncio.Lock()
 
     @property
     def has_password(self) -> bool:
         """Whether people must know a password."""
         return self._password is not None
 
-    def enter(self, name: str, password: str) -> str:
+    async def enter(self, name: str, password: str) -> str:
         """The new session of a person.
 
         Args:
@@ -93,9 +92,9 @@ class Access:
             DataError: the password is wrong, or the name is empty or too long; a sentence for the person.
         """
         if self._password is not None:
-            with self._checking:  # one attempt a second, however many connections there are
+            async with self._checking:  # one attempt a second, however many connections there are
                 if not hmac.compare_digest(password.encode(), self._password.encode()):
-                    time.sleep(PAUSE)
+                    await asyncio.sleep(PAUSE)
                     raise DataError("This password is wrong.")
         name = " ".join("".join(c if c.isprintable() else " " for c in name).split())
         if not name:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.util
-import ipaddress
-import socket
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,10 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from halos_pl.endpoint.settings import EndpointSettings
 
 if TYPE_CHECKING:
-    from halos_pl.collect.access import Access
-    from halos_pl.collect.conversations import Conversations
     from halos_pl.collect.engine import Engine
-    from halos_pl.collect.gallery import Gallery
 
 
 def collect(
@@ -68,61 +63,43 @@ def collect(
         ckpt_path: checkpoint of a run other than the last: best (from its ModelCheckpoint), or a file.
     """
     # Imported here: they load torch and transformers, for which --help should not wait.
-    from halos_pl.collect.access import Access, password_of
-    from halos_pl.collect.conversations import Conversations
-    from halos_pl.collect.feedback_file import FeedbackFile
-    from halos_pl.collect.gallery import Gallery
+    from halos_pl.collect.access import password_of
+    from halos_pl.collect.conversations import Conversations, opening
+    from halos_pl.collect.feedback_file import FeedbackFile, refuse_unreadable
+    from halos_pl.collect.server import access_to, bound, serve
     from halos_pl.common.messages import counted
     from halos_pl.data.example import DataError
     from halos_pl.policy.sampling import check_sampling
 
-    refuse_missing_packages()
+    _refuse_missing_packages()
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     check_sampling(**sampling, **({} if seed is None else {"seed": seed}))
     if engine == "transformers" and endpoint is not None:
         raise DataError("endpoint.url is for --engine endpoint; set that, or remove the setting")
     if kind == "choices" and temperature == 0:
         raise DataError("--kind choices needs a temperature above 0: otherwise both answers are the same")
+    hello = [*opening(system), {"role": "user", "content": "Hello"}]
+    refuse_unreadable({"prompt": hello, "completion": "Hello", "label": True})
     secret = None if password is None else password_of(password)
-    listener = bound(host, port)
-    try:
-        address, is_local = address_of(listener)
-        if not is_local and secret is None:
-            raise DataError(
-                f"--host {host} can be reached from other machines; set --password env:NAME or file:PATH, or use an"
-                " SSH tunnel to 127.0.0.1"
-            )
-        access = Access(
-            secret,
-            # A page with a password is safe under any name.
-            frozenset(("localhost", "127.0.0.1", "::1", str(listener.getsockname()[0]))) if secret is None else None,
-            f"halos_{listener.getsockname()[1]}",
-        )
-        path = Path(model if readonly and model.endswith(".jsonl") else out)
+    with closing(bound(host, port)) as listener:
+        access = access_to(listener, host, secret)
         if readonly:
-            path.open("rb").close()
-            _serve(listener, access, Gallery(path), path.name, f"showing {path} on {address}")
+            path = Path(model if model.endswith(".jsonl") else out)
+            path.open("rb").close()  # raises if it cannot be read
+            serve(listener, access, path, path.name, f"showing {path}")
             return
-        file = FeedbackFile(path, kind)
-        try:
+        path = Path(out)
+        with closing(FeedbackFile(path, kind)) as file:
             if engine == "endpoint":
                 answering = _endpoint_engine(model, endpoint, sampling)
             else:
-                answering = _local_engine(model, ckpt_path, chat_template, special_tokens_in_text, sampling)
-            conversations = Conversations(answering, file, system, seed)
-            greeting = f"collecting {kind} into {path} ({counted(file.rows, 'row')} so far) on {address}"
-            try:
-                _serve(listener, access, Gallery(path), model, greeting, conversations)
-            finally:
-                conversations.close()
-                print(f"halos: {path} has {counted(file.rows, 'row')}")
-        finally:
-            file.close()
-    finally:
-        listener.close()
+                answering = _local_engine(model, ckpt_path, chat_template, special_tokens_in_text, hello, sampling)
+            with closing(Conversations(answering, file, system, seed)) as conversations:
+                rows = counted(file.rows, "row")
+                serve(listener, access, path, model, f"collecting {kind} into {path} ({rows} so far)", conversations)
 
 
-def refuse_missing_packages() -> None:
+def _refuse_missing_packages() -> None:
     """Refuses to start without the web server.
 
     Raises:
@@ -135,61 +112,27 @@ def refuse_missing_packages() -> None:
         raise DataError(f"halos collect needs {' and '.join(missing)}; run pip install 'halos_pl[collect]'")
 
 
-def bound(host: str, port: int) -> socket.socket:
-    """A socket with this address. It refuses connections until the server listens.
-
-    Raises:
-        DataError: the address does not exist, or is in use.
-    """
-    from halos_pl.data.example import DataError
-
-    if not 0 <= port < 65536:
-        raise DataError(f"--port is {port}; it must be from 0 to 65535")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except OSError as error:
-        raise DataError(f"--host {host} is no address of this machine ({error.strerror})") from error
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        if error.errno == errno.EADDRNOTAVAIL:
-            raise DataError(f"--host {host} is no address of this machine") from error
-        raise DataError(
-            f"--port {port} of {host}: {(error.strerror or str(error)).lower()}; choose another port, or 0 for a free"
-            " one"
-        ) from error
-    return listener
-
-
-def address_of(listener: socket.socket) -> tuple[str, bool]:
-    """The URL of a socket, and whether only this machine can reach it."""
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    return f"http://{shown}:{port}", ipaddress.ip_address(host.partition("%")[0]).is_loopback
-
-
 def _local_engine(
     model: str,
     ckpt_path: str | None,
     chat_template: str | None,
     special_tokens_in_text: Any,
+    hello: list[dict[str, Any]],
     sampling: dict[str, Any],
 ) -> Engine:
     """A model in this process; faults are reported before weights are read."""
     from halos_pl.collect.local import LocalEngine
     from halos_pl.data.example import DataError
+    from halos_pl.policy.sampling import encode_prompts
     from halos_pl.training.named_model import named_model
 
     named = named_model(model, ckpt_path, chat_template)
-    if not named.tokenizer().chat_template:
+    tokenizer = named.tokenizer()
+    if not tokenizer.chat_template:
         raise DataError(f"{model} has no chat template, so it is no chat model; name one with --chat_template")
     special = named.text_settings(special_tokens_in_text=special_tokens_in_text)["special_tokens_in_text"]
-    return LocalEngine(named, sampling, special)
+    encode_prompts(tokenizer, [hello], ["--system" if len(hello) > 1 else model], "", special)
+    return LocalEngine(named, tokenizer, sampling, special)
 
 
 def _endpoint_engine(model: str, endpoint: EndpointSettings | None, sampling: dict[str, Any]) -> Engine:
@@ -202,30 +145,3 @@ def _endpoint_engine(model: str, endpoint: EndpointSettings | None, sampling: di
     if endpoint.model not in ("", model):
         raise DataError(f"endpoint.model is {endpoint.model}, but MODEL is {model}; name the model once")
     return EndpointEngine(replace(endpoint, model=model), sampling)
-
-
-def _serve(
-    listener: socket.socket,
-    access: Access,
-    gallery: Gallery,
-    title: str,
-    greeting: str,
-    conversations: Conversations | None = None,
-) -> None:
-    """Serves the page until a signal ends it."""
-    from uvicorn import Config, Server
-
-    from halos_pl.collect.app import Site, make_app
-
-    # No log of requests; streams that are open when the server stops are cut.
-    config = Config(
-        make_app(Site(access, conversations, gallery, title)),
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=1,
-        lifespan="off",
-    )
-    listener.listen(128)  # from here on a browser waits, instead of being refused
-    print(f"halos: {greeting}; Ctrl-C ends", flush=True)
-    Server(config).run(sockets=[listener])

@@ -39,6 +39,11 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def opening(system: str) -> Messages:
+    """The start of a conversation: a system message, if there is one."""
+    return [{"role": "system", "content": system}] if system else []
+
+
 @dataclass(eq=False)
 class Turn:
     """A message of the person, and the answers to it.
@@ -175,7 +180,7 @@ class Conversations:
         if len(text) > LONGEST:
             raise Refused(f"the message has {len(text)} characters; at most {LONGEST} are possible")
         with self._mutex:
-            prompt = [{"role": "system", "content": self.system}] if self.system else []
+            prompt = opening(self.system)
             if chat.turns:
                 last = chat.turns[-1]
                 answer = last.continued
@@ -185,13 +190,13 @@ class Conversations:
                     )
                 prompt = [*last.prompt, {"role": "assistant", "content": answer.text}]
             prompt = [*prompt, {"role": "user", "content": text}]
-            turns = len(chat.turns)
+            before = list(chat.turns)
         refuse_unreadable({"prompt": prompt, "completion": "x", "label": True})
         self.engine.refuse(prompt)
         with self._mutex:
-            if len(chat.turns) != turns:  # sent twice
+            if chat.turns != before:  # sent twice, or answered again meanwhile
                 raise Refused("the last message has no answer")
-            chat.turns.append(Turn(prompt, turns))
+            chat.turns.append(Turn(prompt, len(before)))
             self._enqueue(chat.turns[-1])
 
     def sample_again(self, chat: Conversation, number: int) -> None:

@@ -121,12 +121,15 @@ def _shown(line: int, raw: bytes) -> Shown:
             tuple((name, _value(value)) for name, value in row.items() if name not in _READ),
         )
     except (ValueError, TypeError, KeyError) as error:
-        return Shown(line, fault=f"line {line} cannot be shown: {error}")
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        return Shown(line, fault=f"line {line} cannot be shown: {reason}")
 
 
 def _messages(prompt: Any) -> list[tuple[str, str]]:
     if isinstance(prompt, str):
         return [("user", prompt)]
+    if not isinstance(prompt, list):
+        raise ValueError("it has no prompt")
     return [(str(message["role"]), str(message["content"])) for message in prompt] or [("user", "")]
 
 

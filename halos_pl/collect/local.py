@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from halos_pl.collect.engine import Answer, EngineError, Messages
 from halos_pl.data.example import Example
 from halos_pl.data.messages import is_blank
@@ -28,14 +30,21 @@ class LocalEngine:
 
     Args:
         named: the model, which is loaded here.
+        tokenizer: its tokenizer, with a chat template.
         sampling: ``max_new_tokens``, ``temperature`` and ``top_p`` of :func:`halos_pl.policy.sampling.generate`.
         special_tokens_in_text: treatment of special tokens spelled in a message.
     """
 
     workers = 1
 
-    def __init__(self, named: NamedModel, sampling: dict[str, Any], special_tokens_in_text: SpecialTokens) -> None:
-        self.tokenizer = named.tokenizer()
+    def __init__(
+        self,
+        named: NamedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: dict[str, Any],
+        special_tokens_in_text: SpecialTokens,
+    ) -> None:
+        self.tokenizer = tokenizer
         self._options = sampling | {"special_tokens_in_text": special_tokens_in_text}
         self._encoder = Encoder(self.tokenizer, special_tokens_in_text)
         self._policy = named.load()

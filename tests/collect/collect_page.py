@@ -81,7 +81,7 @@ def serving(site: Any) -> Iterator[str]:
     from uvicorn import Config, Server
 
     from halos_pl.collect.app import make_app
-    from halos_pl.collect.command import address_of, bound
+    from halos_pl.collect.server import address_of, bound
 
     listener = bound("127.0.0.1", 0)
     server = Server(Config(make_app(site), log_level="warning", lifespan="off", timeout_graceful_shutdown=1))

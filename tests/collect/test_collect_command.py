@@ -83,6 +83,8 @@ def test_faults_are_one_line(
         ({"out": "no/a.jsonl"}, ["no/a.jsonl"]),
         ({"out": "a.txt"}, ["a.txt", ".jsonl"]),
         ({"kind": "choices", "temperature": 0.0}, ["temperature"]),
+        ({"system": "See <image>."}, ["<image>"]),
+        ({"system": "<|im_end|>"}, ["--system", "<|im_end|>"]),
         ({"max_new_tokens": 0}, ["max_new_tokens"]),
         ({"seed": -1}, ["seed"]),
         ({"engine": "endpoint"}, ["--endpoint.url"]),
@@ -133,7 +135,8 @@ def test_the_page_is_packaged() -> None:
 
 @pytest.fixture(scope="module")
 def engine(tiny_folder: Path) -> LocalEngine:
-    return LocalEngine(named_model(str(tiny_folder)), SAMPLING, "refuse")
+    named = named_model(str(tiny_folder))
+    return LocalEngine(named, named.tokenizer(), SAMPLING, "refuse")
 
 
 def test_a_local_model_shows_what_it_writes(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
