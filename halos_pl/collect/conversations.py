@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 import traceback
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
@@ -55,7 +56,7 @@ class Turn:
         status: progress of the answers.
         texts: the answers so far, while they are being written.
         answers: the complete answers.
-        seed: seed of the answers.
+        seeds: seed of each answer.
         error: why there is no answer.
         value: the verdict; None without one.
         time: time of the verdict.
@@ -68,7 +69,7 @@ class Turn:
     status: Status = "waiting"
     texts: list[str] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
-    seed: int = 0
+    seeds: list[int] = field(default_factory=list)
     error: str = ""
     value: Value | None = None
     time: str = ""
@@ -139,13 +140,14 @@ class Conversations:
         for thread in self._threads:
             thread.start()
 
-    def close(self, timeout: float = 5.0) -> None:
-        """Stops the sampling; answers in progress are dropped."""
+    def close(self, timeout: float = 30.0) -> None:
+        """Stops the sampling, at the latest after ``timeout`` seconds; answers in progress are dropped."""
         with self._mutex:
             self.closed = True
             self._waits.notify_all()
+        end = time.monotonic() + timeout
         for thread in self._threads:
-            thread.join(timeout)
+            thread.join(max(0.0, end - time.monotonic()))
 
     # Requests -------------------------------------------------------------------------------------------
 
@@ -236,17 +238,17 @@ class Conversations:
                 raise Refused("there is no answer to judge")
             if value == turn.value:
                 return
-            time = _now()
+            clicked = _now()
             earlier = list(turn.earlier)
             if turn.value is not None:
                 earlier.append({"verdict": self._shown(turn.value), "time": turn.time})
             if value is None:
                 self.file.replace(turn.row_id, None)
             else:
-                row = self._row(chat, turn, value, time, earlier)
+                row = self._row(chat, turn, value, clicked, earlier)
                 self.file.add(row) if turn.value is None else self.file.replace(turn.row_id, row)
             with self._mutex:
-                turn.value, turn.time, turn.earlier = value, time if value is not None else "", earlier
+                turn.value, turn.time, turn.earlier = value, clicked if value is not None else "", earlier
 
     def shown(self, chat: Conversation) -> dict[str, Any]:
         """The conversation as the page needs it."""
@@ -260,27 +262,28 @@ class Conversations:
         return value if self.file.kind == "thumbs" else "AB"[int(value)]
 
     def _row(
-        self, chat: Conversation, turn: Turn, value: Value, time: str, earlier: list[dict[str, Any]]
+        self, chat: Conversation, turn: Turn, value: Value, clicked: str, earlier: list[dict[str, Any]]
     ) -> dict[str, Any]:
         if self.file.kind == "thumbs":
             [answer] = turn.answers
             judged: dict[str, Any] = {"completion": answer.text, "label": bool(value), "finished": answer.finished}
-            same = answer.same_tokens
+            same, seeds = answer.same_tokens, {"seed": turn.seeds[0]}
         else:
             chosen, rejected = turn.answers[int(value)], turn.answers[1 - int(value)]
             judged = {"chosen": chosen.text, "rejected": rejected.text}
             judged |= {"chosen_finished": chosen.finished, "rejected_finished": rejected.finished}
             judged["chosen_position"] = self._shown(value)
             same = None if chosen.same_tokens is None else bool(chosen.same_tokens and rejected.same_tokens)
+            seeds = {"chosen_seed": turn.seeds[int(value)], "rejected_seed": turn.seeds[1 - int(value)]}
         return {
             "prompt": turn.prompt,
             **judged,
             **({} if same is None else {"same_tokens": same}),
             "annotator": chat.annotator,
-            "time": time,
+            "time": clicked,
             "model": self.engine.model,
             "sampling": self.engine.sampling,
-            "seed": turn.seed,
+            **seeds,
             "chat": chat.id,
             "turn": turn.number,
             "id": turn.row_id,
@@ -311,9 +314,10 @@ class Conversations:
 
     def _enqueue(self, turn: Turn) -> None:
         if self._seed is None:
-            turn.seed = secrets.randbelow(SEEDS)
+            turn.seeds = [secrets.randbelow(SEEDS) for _ in range(self.answers_per_turn)]
         else:
-            turn.seed, self._seed = self._seed, self._seed + 1
+            turn.seeds = [self._seed + i for i in range(self.answers_per_turn)]
+            self._seed += self.answers_per_turn
         turn.row_id = secrets.token_hex(12)
         self._queue.append(turn)
         self._waits.notify()
@@ -340,7 +344,7 @@ class Conversations:
                 turn.texts = texts
 
         try:
-            answers = self.engine.answer(turn.prompt, self.answers_per_turn, turn.seed, show)
+            answers = self.engine.answer(turn.prompt, turn.seeds, show)
             if any(is_blank(answer.text) for answer in answers):
                 raise EngineError("the model gave an empty answer")
             self._refuse_unreadable(turn, answers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,13 +48,12 @@ class Engine(Protocol):
             ValueError: the model cannot answer it.
         """
 
-    def answer(self, messages: Messages, number: int, seed: int, show: Callable[[list[str]], None]) -> list[Answer]:
+    def answer(self, messages: Messages, seeds: Sequence[int], show: Callable[[list[str]], None]) -> list[Answer]:
         """Samples answers to a conversation that ends with the user.
 
         Args:
             messages: the conversation.
-            number: number of answers.
-            seed: seed of the sampling; the same arguments give the same answers.
+            seeds: seed of each answer; the same arguments give the same answers.
             show: called with the texts so far, if the engine has them. An error that it raises ends the sampling.
 
         Raises:

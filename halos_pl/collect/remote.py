@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from halos_pl.collect.engine import Answer, Messages
@@ -32,17 +32,15 @@ class EndpointEngine:
     def refuse(self, messages: Messages) -> None:
         """Only the server can tell whether it reads a conversation."""
 
-    def answer(self, messages: Messages, number: int, seed: int, show: Callable[[list[str]], None]) -> list[Answer]:
-        show([""] * number)
+    def answer(self, messages: Messages, seeds: Sequence[int], show: Callable[[list[str]], None]) -> list[Answer]:
+        show([""] * len(seeds))
         how = self.sampling
-        requests = [
-            Request(messages, how["max_new_tokens"], how["temperature"], how["top_p"], seed + i) for i in range(number)
-        ]
+        requests = [Request(messages, how["max_new_tokens"], how["temperature"], how["top_p"], seed) for seed in seeds]
         answers: dict[int, Answer] = {}
         for i, reply in self._endpoint.complete(requests):
             if isinstance(reply, EndpointError):
                 raise reply
             [choice] = reply.choices
             answers[i] = Answer(choice.text, choice.finished)
-            show([answers[k].text if k in answers else "" for k in range(number)])
-        return [answers[i] for i in range(number)]
+            show([answers[k].text if k in answers else "" for k in range(len(seeds))])
+        return [answers[i] for i in range(len(seeds))]

@@ -20,7 +20,7 @@ class FakeEngine:
     """Answers with ``answer to MESSAGE``, numbered if there are two, word by word.
 
     Attributes:
-        asked: messages and seed of each call.
+        asked: messages and seeds of each call.
         most: largest number of calls at the same time.
         gate: while it is cleared, answers stop after their first word.
         fails: raised instead of the next answer.
@@ -31,7 +31,7 @@ class FakeEngine:
         self.model: dict[str, Any] = {"name": "fake", "weights": "0123"}
         self.sampling: dict[str, Any] = {"engine": "fake", "max_new_tokens": 40, "temperature": 0.7}
         self.workers, self.pause = 1, pause
-        self.asked: list[tuple[list[dict[str, Any]], int]] = []
+        self.asked: list[tuple[list[dict[str, Any]], list[int]]] = []
         self.now = self.most = 0
         self.gate = threading.Event()
         self.gate.set()
@@ -44,9 +44,10 @@ class FakeEngine:
             raise ValueError(self.refused)
 
     def answer(
-        self, messages: list[dict[str, Any]], number: int, seed: int, show: Callable[[list[str]], None]
+        self, messages: list[dict[str, Any]], seeds: list[int], show: Callable[[list[str]], None]
     ) -> list[Answer]:
-        self.asked.append((messages, seed))
+        number = len(seeds)
+        self.asked.append((messages, seeds))
         self.now += 1
         self.most = max(self.most, self.now)
         try:

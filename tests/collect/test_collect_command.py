@@ -27,10 +27,12 @@ from halos_pl.collect.engine import EngineError
 from halos_pl.collect.feedback_file import FeedbackFile
 from halos_pl.collect.local import LocalEngine
 from halos_pl.collect.remote import EndpointEngine
+from halos_pl.data.turns import stop_ids
 from halos_pl.endpoint.exchange import EndpointError
 from halos_pl.endpoint.settings import EndpointSettings
+from halos_pl.policy.drawing import Decoding, draw
 from halos_pl.policy.loading import ModelSpec, load_model
-from halos_pl.policy.sampling import generate
+from halos_pl.policy.sampling import as_samples, encode_prompts
 from halos_pl.testing import tiny_tokenizer
 from halos_pl.training.named_model import named_model
 
@@ -139,23 +141,29 @@ def engine(tiny_folder: Path) -> LocalEngine:
     return LocalEngine(named, named.tokenizer(), SAMPLING, "refuse")
 
 
+def alone(engine: LocalEngine, messages: Any, seed: int) -> tuple[list[int], list[int]]:
+    """Prompt and completion that the model draws with this seed, without the page."""
+    [ids] = encode_prompts(engine.tokenizer, [messages], ["x"], "", "refuse")
+    decoding = Decoding(tuple(stop_ids(engine.tokenizer)), None, *SAMPLING.values())
+    return ids, draw(engine._policy, [ids], ["x"], decoding, [seed])[0].ids
+
+
 def test_a_local_model_shows_what_it_writes(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("halos_pl.collect.local.UPDATE", 0.0)
     shown: list[list[str]] = []
     state = torch.get_rng_state()
-    answers = engine.answer(HELLO, 2, 3, shown.append)
+    answers = engine.answer(HELLO, [3, 4], shown.append)
     assert torch.equal(torch.get_rng_state(), state)
-    assert answers == engine.answer(HELLO, 2, 3, lambda texts: None)
-    assert answers != engine.answer(HELLO, 2, 4, lambda texts: None)
-    samples = generate(
-        engine._policy, engine.tokenizer, [HELLO], num_samples=2, seed=3, batch_size=2, progress=False, **SAMPLING
-    )[0]
-    assert [answer.finished for answer in answers] == [sample.finished for sample in samples]
-    for i, (answer, sample) in enumerate(zip(answers, samples, strict=True)):
-        assert answer.text in (sample.raw, sample.text)
+    assert answers == engine.answer(HELLO, [3, 4], lambda texts: None)
+    assert answers[0].text != answers[1].text
+    for i, answer in enumerate(answers):
+        ids = alone(engine, HELLO, 3 + i)[1]
+        [sample] = as_samples(engine._policy, engine.tokenizer, [[]], [ids])
+        assert answer.finished == sample.finished
         texts = [each[i] for each in shown]
         assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
         assert sample.raw.startswith(texts[-1])
+        assert sample.text in answer.text
     assert max(len({each[i] for each in shown}) for i in (0, 1)) > 3
 
 
@@ -168,11 +176,11 @@ def test_a_stopped_model_can_be_asked_again(engine: LocalEngine, monkeypatch: py
         if len(calls) == 2:
             raise KeyError("stopped")
 
-    before = engine.answer(HELLO, 1, 3, lambda texts: None)
+    before = engine.answer(HELLO, [3], lambda texts: None)
     with pytest.raises(KeyError, match="stopped"):
-        engine.answer(HELLO, 1, 3, stop)
+        engine.answer(HELLO, [3], stop)
     assert len(calls) == 2
-    assert engine.answer(HELLO, 1, 3, lambda texts: None) == before
+    assert engine.answer(HELLO, [3], lambda texts: None) == before
 
 
 def test_conversations_that_the_model_cannot_read(engine: LocalEngine) -> None:
@@ -205,10 +213,8 @@ def test_a_row_tells_whether_it_has_the_sampled_tokens(engine: LocalEngine, tmp_
     examples: list[Any] = list(read(Source(str(file.path))))
     rows = [json.loads(line) for line in file.path.read_text().splitlines()]
     for tokens, row in zip(Encoder(engine.tokenizer).encode(examples), rows, strict=True):
-        [[sample]] = generate(
-            engine._policy, engine.tokenizer, [row["prompt"]], seed=row["seed"], progress=False, **SAMPLING
-        )
-        equal = (tokens.prompt, tokens.completions) == (sample.prompt_ids, [sample.completion_ids])  # type: ignore[union-attr]
+        ids, drawn = alone(engine, row["prompt"], row["seed"])
+        equal = (tokens.prompt, tokens.completions) == (ids, [drawn])  # type: ignore[union-attr]
         assert row["same_tokens"] == equal
         assert len(row["model"]["weights"]) == 64
 
@@ -218,12 +224,12 @@ def test_a_server_answers() -> None:
     with serving() as server:
         server.plan = [completion("one"), completion("two"), (400, {}, {"error": {"message": "too long"}})]
         engine = EndpointEngine(EndpointSettings(server.url, "m", concurrency=1, retries=0), SAMPLING)
-        answers = engine.answer(HELLO, 2, 7, lambda texts: None)
+        answers = engine.answer(HELLO, [7, 8], lambda texts: None)
         assert [answer.text for answer in answers] == ["one", "two"]
         sent = [(body["seed"], body["messages"], body["max_tokens"]) for body in server.requests]
         assert sent == [(7, HELLO, 12), (8, HELLO, 12)]
         with pytest.raises(EndpointError, match="too long"):
-            engine.answer(HELLO, 1, 9, lambda texts: None)
+            engine.answer(HELLO, [9], lambda texts: None)
 
 
 @pytest.mark.slow

@@ -116,8 +116,8 @@ def test_thumbs(here: Setting) -> None:
     assert here.rows() == [row]
     ada.say("More.")
     ada.until()
-    asked, seed = here.engine.asked[-1]
-    assert seed == 6
+    asked, seeds = here.engine.asked[-1]
+    assert seeds == [6]
     answer = {"role": "assistant", "content": "answer to Hello?"}
     assert asked == [*prompt, answer, {"role": "user", "content": "More."}]
     assert ada.do(0, "verdict", value=None)["recorded"] == 0  # an undo, also later
@@ -141,6 +141,7 @@ def test_choices(here: Setting) -> None:
     ada.do(0, "verdict", value=0)
     ada.do(0, "verdict", value=1)
     (row,) = here.rows()
+    assert (row["rejected_seed"], row["chosen_seed"]) == tuple(here.engine.asked[-1][1])
     assert (row["chosen"], row["rejected"]) == ("answer B to Hello?", "answer A to Hello?")
     assert (row["chosen_finished"], row["rejected_finished"], row["chosen_position"]) == (True, True, "B")
     assert [each["verdict"] for each in row["corrections"]] == ["A"]
