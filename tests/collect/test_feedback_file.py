@@ -43,20 +43,20 @@ def file(tmp_path: Path) -> Any:
 
 def test_threads_lose_nothing(file: FeedbackFile) -> None:
     def click(start: int) -> None:
-        for i in range(start, start + 20):
+        for i in range(start, start + 8):
             file.add(row(i))
             if i % 4 == 0:
                 file.replace(f"id{i:04}", row(i, False))
             elif i % 4 == 1:
                 file.replace(f"id{i:04}", None)
 
-    threads = [threading.Thread(target=click, args=(100 * k,)) for k in range(6)]
+    threads = [threading.Thread(target=click, args=(100 * k,)) for k in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     kept = {each["id"]: each["label"] for each in rows_of(file.path)}
-    expected = {f"id{100 * k + i:04}": i % 4 != 0 for k in range(6) for i in range(20) if i % 4 != 1}
+    expected = {f"id{100 * k + i:04}": i % 4 != 0 for k in range(4) for i in range(8) if i % 4 != 1}
     assert kept == expected
     assert file.rows == len(expected)
     examples = list(read(Source(str(file.path))))
