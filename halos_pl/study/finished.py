@@ -62,8 +62,8 @@ def _faults(study: Study, measured: dict[Run, Metrics]) -> dict[Run, str]:
             lost = sum(not math.isfinite(value) for value in rest[run].get(metric, {}).values())
             if lost:
                 faults[run] = f"{metric} of {lost} of {len(names)} examples is not finite"
-            elif not names and (known := trained_on(run.folder, metric)):
-                faults[run] = f"its training data contain {known} of {metric}"
+            elif not names and (count := trained_on(run.folder, metric)):
+                faults[run] = f"its training data contain {count} of {metric}"
             elif names != usual and not (names and metric in BY_JUDGE):
                 faults[run] = (
                     f"{metric} has {len(names)} examples; {len(names ^ usual)} differ from those of other runs"

@@ -31,14 +31,14 @@ class Overlap:
 
     Attributes:
         name: Name of the benchmark.
-        found: Number of its drawn questions that are in the data.
+        seen: Number of its drawn questions that are in the data.
         questions: Number of its drawn questions.
         example: One of them.
         place: File and line of that one in the data.
     """
 
     name: str
-    found: int
+    seen: int
     questions: int
     example: str
     place: str
@@ -46,7 +46,7 @@ class Overlap:
     def line(self, run: Path) -> str:
         """One line for the terminal."""
         return plain(
-            f"halos: {self.name} is not compared: the training data of {run} contain {self.found} of its"
+            f"halos: {self.name} is not compared: the training data of {run} contain {self.seen} of its"
             f" {counted(self.questions, 'question')}, such as {self.example} in {self.place}"
         )
 
@@ -96,15 +96,15 @@ def overlaps(run: Path, benchmarks: Sequence[Benchmark]) -> list[Overlap]:
     """
     train = (read_yaml(run / CONFIG)[0].get("data") or {}).get("train")
     owners = [questions_by_gram(benchmark) for benchmark in benchmarks]
-    found: list[dict[str, str]] = [{} for _ in benchmarks]
+    hits_of: list[dict[str, str]] = [{} for _ in benchmarks]
     for place, row in _training_rows(run, train):
         for gram in set(grams(texts_of(row))):
-            for of_benchmark, hits in zip(owners, found, strict=True):
+            for of_benchmark, hits in zip(owners, hits_of, strict=True):
                 for question in of_benchmark.get(gram, ()):
                     hits.setdefault(question, place)
     return [
         Overlap(benchmark.name, len(hits), benchmark.count, *next(iter(hits.items())))
-        for benchmark, hits in zip(benchmarks, found, strict=True)
+        for benchmark, hits in zip(benchmarks, hits_of, strict=True)
         if hits
     ]
 

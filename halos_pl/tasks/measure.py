@@ -46,7 +46,7 @@ class Prepared:
             each.name: described(each, self.seed)
             | {"chat_template": self.how.chat, "fewshot_as_multiturn": self.how.multiturn}
             | ({"not_scored": kinds} if (kinds := unscored(each)) else {})
-            | ({"trained_on": f"{names[each.name].found} questions"} if each.name in names else {})
+            | ({"trained_on": f"{names[each.name].seen} questions"} if each.name in names else {})
             for each in self.benchmarks
         }
 

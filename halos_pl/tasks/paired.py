@@ -58,12 +58,12 @@ class Paired:
 
     def line(self, first: str, second: str) -> str:
         """One line for the terminal."""
-        found = "no difference" if self.detectable is None else f"{self.detectable:.2g}"
+        smallest = "no difference" if self.detectable is None else f"{self.detectable:.2g}"
         corrected = f", {self.adjusted:.2g} corrected" if self.adjusted > self.p else ""
         return (
             f"{self.metric}: {first} {self.first:.3g}, {second} {self.second:.3g}, difference {self.difference:+.3g}"
             f" [{self.low:+.3g}, {self.high:+.3g}], {'significant' if self.significant else 'not significant'}"
-            f" ({self.test}, p = {self.p:.2g}{corrected}, n = {self.count}; found 80 % of the time: {found})"
+            f" ({self.test}, p = {self.p:.2g}{corrected}, n = {self.count}; found 80 % of the time: {smallest})"
         )
 
 
@@ -149,8 +149,8 @@ def mcnemar_power(effect: float, count: int, discordant: float) -> float:
     most = stats.binom.ppf(LEVEL / 2, differing, 0.5)
     most = np.where(stats.binom.cdf(most, differing, 0.5) > LEVEL / 2, most - 1, most)
     share = (1 + effect / discordant) / 2
-    found = stats.binom.cdf(most, differing, share) + stats.binom.cdf(most, differing, 1 - share)
-    return float((weight * found).sum())
+    significant = stats.binom.cdf(most, differing, share) + stats.binom.cdf(most, differing, 1 - share)
+    return float((weight * significant).sum())
 
 
 def detectable_share(count: int, discordant: float) -> float | None:

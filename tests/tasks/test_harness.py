@@ -47,14 +47,14 @@ def options(**more: Any) -> list[str]:
 
 def samples(folder: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
     """The prompts, answers and scores in lm-eval's files, by task, question and filter."""
-    found = {}
+    kept_rows = {}
     for path in sorted(folder.rglob("samples_*.jsonl")):
         task = path.stem.removeprefix("samples_").partition("_2")[0]
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             kept = ("arguments", "resps", "filtered_resps", "doc_hash", "prompt_hash", "target", *row["metrics"])
-            found[task, row["doc_id"], row["filter"]] = {name: row[name] for name in kept}
-    return found
+            kept_rows[task, row["doc_id"], row["filter"]] = {name: row[name] for name in kept}
+    return kept_rows
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -147,8 +147,8 @@ def test_what_cannot_be_measured_is_refused_before_a_model_is_loaded(
     capfd: Any, roomy: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], named: list[str]
 ) -> None:
     monkeypatch.setattr("halos_pl.training.named_model.load_model", lambda spec: pytest.fail("a model was loaded"))
-    said = refused(capfd, ["evaluate", str(roomy), *options(**settings)])
-    assert all(word in said for word in named), said
+    message = refused(capfd, ["evaluate", str(roomy), *options(**settings)])
+    assert all(word in message for word in named), message
 
 
 def test_instructions_that_need_missing_data_of_nltk_are_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:

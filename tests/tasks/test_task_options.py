@@ -162,7 +162,7 @@ def test_thirteen_words_of_a_question_in_the_training_data_are_found(tmp_path: P
     rows = [{"prompt": [{"role": "user", "content": short}], "completion": "no", "label": True}]
     rows += [{"prompt": "so", "completion": spelled, "label": False}]
     (overlap,) = overlaps(run_on(tmp_path, rows), [benchmark(unseen, seen, short)])
-    assert (overlap.name, overlap.found, overlap.questions, overlap.example) == ("task", 1, 3, "task/1")
+    assert (overlap.name, overlap.seen, overlap.questions, overlap.example) == ("task", 1, 3, "task/1")
     assert overlap.place.endswith("train.jsonl:2")
     assert overlaps(run_on(tmp_path, rows[:1]), [benchmark(unseen, seen, short)]) == []
 
@@ -171,7 +171,7 @@ def test_what_many_questions_share_does_not_count(tmp_path: Path) -> None:
     shared = " ".join(f"instruction{i}" for i in range(15))
     run = run_on(tmp_path, [{"prompt": shared, "completion": "a", "label": True}])
     assert overlaps(run, [benchmark(*(f"{shared} {i}" for i in range(30)))]) == []
-    assert overlaps(run, [benchmark(*(f"{shared} {i}" for i in range(3)))])[0].found == 3
+    assert overlaps(run, [benchmark(*(f"{shared} {i}" for i in range(3)))])[0].seen == 3
 
 
 def test_training_data_that_are_gone_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
