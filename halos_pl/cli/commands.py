@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from importlib import import_module
+from itertools import zip_longest
 
 from halos_pl.cli.parser import HalosParser
 from halos_pl.cli.words import split_words
@@ -64,10 +65,9 @@ def _with_values(name: str, words: list[str]) -> list[str]:
     """The words, with ``--overwrite=true`` for an option of type bool that no value follows."""
     parameters = inspect.signature(_function(name)).parameters.values()
     flags = {f"--{p.name}" for p in parameters if p.annotation in ("bool", "bool | None")}
-    nexts = [*words[1:], "--"]
     return [
         f"{word}=true" if word in flags and after.startswith("--") else word
-        for word, after in zip(words, nexts, strict=True)
+        for word, after in zip_longest(words, words[1:], fillvalue="--")
     ]
 
 
