@@ -229,6 +229,8 @@ def test_prompts_that_a_server_refuses_are_named_tried_again_or_skipped(
         (["--engine=endpoint", "--endpoint.url=http://x/v1", "--endpoint.model=b"], "endpoint.model"),
         (["--engine=endpoint", "--endpoint.url=http://x/v1", "--control=c"], "control"),
         (["--engine=endpoint", "--endpoint.url=http://x/v1", "--text_prompts=plain"], "text_prompts"),
+        (["--engine=endpoint", "--endpoint.url=http://x/v1", "--endpoint.api_key_env=sk-secret"], "api_key_env"),
+        (["--engine=endpoint", "--endpoint.url=http://me:secret@x/v1"], "endpoint.url"),
     ],
 )
 def test_settings_that_contradict_each_other_are_named(
@@ -236,7 +238,9 @@ def test_settings_that_contradict_each_other_are_named(
 ) -> None:
     with pytest.raises(SystemExit):
         main(words("served", prompts, tmp_path / "out.jsonl", *options))
-    assert word in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert word in said
+    assert "secret" not in said
 
 
 def test_prompts_that_only_a_model_here_can_continue_are_named(tmp_path: Path, capfd: Any) -> None:
