@@ -19,8 +19,8 @@ from halos_pl.data.tokenize import Encoder
 from halos_pl.data.turns import stop_ids
 from halos_pl.policy.architecture import positions
 from halos_pl.policy.drawing import Decoding, draw, plan_batches
+from halos_pl.policy.identity import model_fingerprint
 from halos_pl.policy.limits import check_prompts
-from halos_pl.policy.reference import model_fingerprint
 from halos_pl.policy.sampled_text import sampled_texts
 from halos_pl.policy.sampling import as_samples, encode_prompts, ends_of
 from halos_pl.training.named_model import NamedModel
