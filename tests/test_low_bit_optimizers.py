@@ -17,7 +17,8 @@ from torch import nn
 
 from halos_pl.cli.class_names import resolve
 from halos_pl.cli.main import main
-from halos_pl.training.optim import Change, MasterWeights, check_optimizer, guard, make_optimizer, run_load_hooks
+from halos_pl.training.optim import Change, MasterWeights, guard, make_optimizer, run_load_hooks
+from halos_pl.training.optimizer_checks import check_optimizer
 
 
 @pytest.fixture(autouse=True)

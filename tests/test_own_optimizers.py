@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import LBFGS, SGD, Optimizer
 
-from halos_pl.training.optim import check_optimizer
+from halos_pl.training.optimizer_checks import check_optimizer
 
 
 class WithoutClosure(SGD):

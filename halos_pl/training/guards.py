@@ -14,7 +14,7 @@ from halos_pl.policy.limits import warn_of_ignored_losses
 from halos_pl.policy.quantized_weights import has_quantized_weights
 from halos_pl.policy.routing import check_router
 from halos_pl.training.checks import check_float16, check_precision, check_sharded, check_trainer
-from halos_pl.training.optim import check_optimizer
+from halos_pl.training.optimizer_checks import check_optimizer
 from halos_pl.training.strategy import ShardedStrategy
 
 
