@@ -47,6 +47,14 @@ class Parsers:
         arguments: Mapping[str, Any] = parser.instantiate(parser.parse_args(words)).as_dict()
         return arguments
 
+    def tool(self, name: str, words: list[str]) -> Mapping[str, Any]:
+        """The arguments that a command gets."""
+        from halos_pl.cli.commands import tool_parser
+
+        parser = tool_parser(name)
+        arguments: Mapping[str, Any] = parser.instantiate(parser.parse_args(words)).as_dict()
+        return arguments
+
 
 def ablate(
     study: str, *, overrides: str | None = None, out: str | None = None, jobs: int = 1, keep_checkpoints: bool = False

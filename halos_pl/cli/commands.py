@@ -19,6 +19,7 @@ TOOLS = {
     "evaluate": "halos_pl.evaluation.evaluate:evaluate",
     "judge agreement": "halos_pl.cli.judge:agreement",
     "compare": "halos_pl.evaluation.compare:compare",
+    "rounds": "halos_pl.cli.rounds:rounds",
     "ablate status": "halos_pl.cli.ablate:status",
     "ablate report": "halos_pl.cli.ablate:report",
     "ablate": "halos_pl.cli.ablate:ablate",

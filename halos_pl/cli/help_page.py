@@ -25,6 +25,7 @@ COMMANDS = {
     "objectives": "List the shipped losses with formula, needs and verdict.",
     "new": "Write a skeleton of a plug-in or a loss, with its test.",
     "data inspect": "Show a source of feedback before training on it.",
+    "rounds": "Train online, in rounds of sampling, labelling and fitting, with a report.",
     "ablate": "Run a study: arms, seeds, measurements, report.",
     "ablate status": "Show the progress of a study.",
     "ablate report": "Recompute the report of a study, finished or not.",

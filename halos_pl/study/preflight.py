@@ -187,7 +187,7 @@ def _check_arm(study: Study, arm: Arm, line: CommandLine) -> tuple[Any, CheckedA
             dumped = cli.parser.dump(config, skip_none=False)
             code = _plugin_digests(dumped)
     except SystemExit as error:
-        raise StudyError(f"{place}: {_parser_error(printed.getvalue()) or error}") from error
+        raise StudyError(f"{place}: {parser_error(printed.getvalue()) or error}") from error
     except line.user_errors as error:
         raise StudyError(f"{place}: {error}") from error
     except Exception as error:  # of Lightning, another library or a plug-in
@@ -227,7 +227,7 @@ def _plugin_digests(config: str) -> list[str]:
     return sorted(digests)
 
 
-def _parser_error(printed: str) -> str:
+def parser_error(printed: str) -> str:
     """The error that a parser printed, without usage and hints."""
     message = printed.partition("error: ")[2] or printed
     lines = message.partition("\nAll options: ")[0].splitlines()
@@ -245,7 +245,7 @@ def evaluate_arguments(study: Study, line: CommandLine) -> dict[str, Any]:
         with contextlib.redirect_stderr(printed):
             arguments = line.evaluate(study.evaluation(Run(study.arms[0], 0, Path("unused")))[1:])
     except SystemExit as error:
-        raise StudyError(f"{study.places['evaluate']}: evaluate: {_parser_error(printed.getvalue())}") from error
+        raise StudyError(f"{study.places['evaluate']}: evaluate: {parser_error(printed.getvalue())}") from error
     except ValueError as error:  # a setting of the judge's endpoint
         raise StudyError(f"{study.places['evaluate']}: evaluate: {error}") from error
     return {name: arguments[name] for name in ARGUMENTS}

@@ -104,7 +104,7 @@ def stopping_signal(status: int) -> int | None:
 def last_words(log: Path, start: int, status: int) -> str:
     """Why a command failed, from its exit status or its output, which begins at byte ``start`` of the log."""
     if number := stopping_signal(status):
-        return f"stopped by {stopping.name_of(number)}; the next halos ablate resumes it"
+        return f"stopped by {stopping.name_of(number)}; the same command resumes it"
     if status < 0:
         return f"killed by {signal.Signals(-status).name}{' (out of memory?)' if status == -9 else ''}"
     text = log.read_bytes()[start:].decode(errors="replace")

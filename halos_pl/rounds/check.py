@@ -1,0 +1,218 @@
+"""Checks online training before its first stage: parses the command of every stage, reads the prompts; loads no model.
+
+The settings that it returns are those that may not change between the rounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from halos_pl.data.example import DataError
+from halos_pl.data.prompt_files import PromptRow, read_prompt_rows
+from halos_pl.evaluation.arguments import check_arguments, digest_of
+from halos_pl.evaluation.evaluate import ARGUMENTS
+from halos_pl.evaluation.judging import judged_by
+from halos_pl.evaluation.metrics import CODE
+from halos_pl.labelling.labellers import named_labeller
+from halos_pl.policy.sampling import check_sampling
+from halos_pl.rounds.spec import SAMPLED, Round, Rounds, RoundsError, rounds_of
+from halos_pl.study.preflight import parser_error
+from halos_pl.training.settings import aside, flat
+
+#: Settings of a fit that halos rounds sets for each round.
+_PER_ROUND = ("run_dir", "seed_everything", "data.train", "model.reference_model", "trainer.callbacks")
+
+
+class CommandLine(Protocol):
+    """The parsers of the command line, which the command passes in. Both print their errors and exit."""
+
+    @property
+    def user_errors(self) -> tuple[type[Exception], ...]:
+        """Errors that a user can fix."""
+
+    def fit(self, words: list[str]) -> Any:
+        """A LightningCLI with ``config``, ``parser``, ``trainer``, ``model`` and ``datamodule`` of ``halos fit``."""
+
+    def tool(self, name: str, words: list[str]) -> Mapping[str, Any]:
+        """The arguments of another command, by name."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The results of the check.
+
+    Attributes:
+        prompts: The prompts to sample completions of.
+        held_out: The held-out prompts, without repetitions.
+        text: Options that decide how text becomes tokens, see :meth:`halos_pl.rounds.spec.Round.words`.
+        like: Settings of the policy for a reference that is loaded from a folder, see ``words``.
+        settings: Settings that may not change, by key: plain values.
+    """
+
+    prompts: Sequence[PromptRow]
+    held_out: Sequence[PromptRow]
+    text: Mapping[str, Any]
+    like: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+
+def check(study: Rounds, line: CommandLine) -> Checked:
+    """Refuses settings, prompts and labellers that a later stage would refuse.
+
+    Raises:
+        RoundsError: Names the line of the file.
+    """
+    first = Round(study, Path("unused"), 1)
+    cli = _fit(study, first, line)
+    _check_reference(study, cli)
+    text = {name: getattr(cli.datamodule, name) for name in ("text_prompts", "chat_template", "special_tokens_in_text")}
+    spec = cli.model.models.spec
+    like = {name: getattr(spec, name) for name in ("dtype", "attn_implementation", "trust_remote_code")}
+    parsed = {}
+    for each in rounds_of(study, Path("unused")):
+        for stage in each.stages:
+            if stage != "fit":
+                words = each.words(stage, text, like)
+                parsed[stage] = _parsed(study, stage, line, words)
+    _check_arguments(study, parsed)
+    encoding = parsed["evaluate"]["text_prompts"]
+    prompts = _read(study, "prompts", encoding)
+    held_out = _read(study, "held_out_prompts", encoding)
+    _refuse_overlap(study, prompts, held_out)
+    if study.label.get("form") == "binary" and cli.model.objective.needs.pairs:
+        raise RoundsError(
+            f"{study.place('label', 'form')}: label.form is binary, but {study.objective} compares pairs; set it to"
+            " pairs"
+        )
+    return Checked(prompts, held_out, text, like, _settings(study, cli))
+
+
+@contextlib.contextmanager
+def _at(place: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Turns a refusal of a parser, or one of these errors, into a :class:`RoundsError` at a place."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    except SystemExit as error:
+        raise RoundsError(f"{place}: {parser_error(printed.getvalue()) or error}") from error
+    except errors as error:
+        raise RoundsError(f"{place}: {error}") from error
+
+
+def _fit(study: Rounds, first: Round, line: CommandLine) -> Any:
+    """The command of the first fit, with its objects built."""
+    words = first.words("fit", {}, {})[1:]
+    with _at(f"{study.place('fit')}: fit", line.user_errors):
+        cli = line.fit(words)
+        cli.before_fit()
+    return cli
+
+
+def _check_reference(study: Rounds, cli: Any) -> None:
+    model = cli.config.model
+    if study.reference and model.get("reference_model") is not None:
+        raise RoundsError(
+            f"{study.place('reference')}: reference is {study.reference}, but fit sets model.reference_model; remove"
+            " one of them"
+        )
+    if study.rounds > 1 and hasattr(type(cli.trainer.strategy), "sharding"):
+        raise RoundsError(
+            f"{study.place('fit')}: trainer.strategy fsdp2 shards the policy, which cannot start from the last round's"
+            " checkpoint; choose ddp"
+        )
+
+
+def _parsed(study: Rounds, stage: str, line: CommandLine, words: list[str]) -> Mapping[str, Any]:
+    key = "label" if stage == "score" else stage
+    with _at(f"{study.place(key)}: {key}", line.user_errors):
+        return line.tool(words[0], words[1:])
+
+
+def _check_arguments(study: Rounds, parsed: Mapping[str, Mapping[str, Any]]) -> None:
+    sample, label = parsed["sample"], parsed["label"]
+    names = ("n", "max_new_tokens", "temperature", "top_p", "seed", "batch_size")
+    with _at(f"{study.place('sample')}: sample", (ValueError,)):
+        check_sampling(**{name: sample[name] for name in names})
+    evaluate = {name: parsed["evaluate"][name] for name in ARGUMENTS}
+    with _at(f"{study.place('evaluate')}: evaluate", (ValueError,)):
+        check_arguments(**evaluate)
+    for key in (key for key in CODE if evaluate[key]):
+        with _at(study.place("label" if key == "rule" else "evaluate"), (ValueError,)):
+            judged_by(evaluate[key], key)
+    with _at(study.place("label", "by"), (ValueError, OSError)):
+        options: dict[str, Any] = {name: label[name] for name in ("batch_size", "text_prompts", "endpoint")}
+        options["transcripts"] = Path("unused")
+        labellers = [named_labeller(name, **options) for name in study.labellers]
+    unbounded = [name for name, each in zip(study.labellers, labellers, strict=True) if each.threshold is None]
+    if label["form"] == "binary" and label["threshold"] is None and unbounded:
+        raise RoundsError(
+            f"{study.place('label')}: the scores of {unbounded[0]!r} have no natural zero; set label.threshold, or"
+            " label.form: pairs"
+        )
+    if sample["n"] < 2 and label["form"] == "pairs":
+        raise RoundsError(f"{study.place('sample')}: label.form pairs needs at least two completions; raise sample.n")
+
+
+def _read(study: Rounds, key: str, text_prompts: Any) -> list[PromptRow]:
+    path: Path = getattr(study, key)
+    column = None if path.suffix == ".txt" else study.sample.get("prompt_column")
+    try:
+        return read_prompt_rows(path, text_prompts, column)
+    except DataError as error:
+        raise RoundsError(f"{study.place(key)}: {key}: {error}") from error
+
+
+def _refuse_overlap(study: Rounds, prompts: Sequence[PromptRow], held_out: Sequence[PromptRow]) -> None:
+    """Refuses held-out prompts that are trained on."""
+    trained = {json.dumps(row.prompt): row.place for row in prompts}
+    if both := [row for row in held_out if json.dumps(row.prompt) in trained]:
+        raise RoundsError(
+            f"{study.place('held_out_prompts')}: {len(both)} of {len(held_out)} held-out prompts are among the prompts,"
+            f" such as {both[0].place} ({trained[json.dumps(both[0].prompt)]}); remove them from one of the files"
+        )
+
+
+def _settings(study: Rounds, cli: Any) -> dict[str, Any]:
+    """The settings that all rounds share, as JSON values by key; files by their digest."""
+    content: dict[str, Any] = {
+        name: getattr(study, name)
+        for name in ("model", "window", "seed", "answers", "reference", "optimizer", "offline")
+    }
+    content |= {"prompts": digest_of(str(study.prompts)), "held_out_prompts": digest_of(str(study.held_out_prompts))}
+    for group in ("sample", "label", "evaluate"):
+        content |= {f"{group}.{key}": value for key, value in getattr(study, group).items()}
+    for name in study.labellers:
+        kind, _, place = (part.strip() for part in name.partition(":"))
+        file = Path(place.rpartition(":")[0] if kind == "rule" else place)
+        if file.exists():
+            content[f"label.by {name}"] = _identity(file)
+    if study.offline and study.offline != SAMPLED:
+        content["offline"] = digest_of(study.offline)
+    if study.offline:  # the offline run takes as many steps as all rounds
+        content["rounds"] = study.rounds
+    dumped = yaml.load(cli.parser.dump(cli.config, skip_none=False), Loader=yaml.CSafeLoader)
+    fit = aside(flat(dumped), wanted=False)
+    content |= {
+        f"fit: {key}": value
+        for key, value in fit.items()
+        if not any(key == name or key.startswith(f"{name}.") for name in _PER_ROUND)
+    }
+    content["fit: model.reference_model"] = fit.get("model.reference_model")
+    return json.loads(json.dumps(content, default=str))  # type: ignore[no-any-return]
+
+
+def _identity(path: Path) -> Any:
+    """A file's digest; names, sizes and times of the files in a folder, which may contain gigabytes of weights."""
+    if path.is_file():
+        return digest_of(str(path))
+    files = [each for each in sorted(path.rglob("*")) if each.is_file()]
+    return [[str(each.relative_to(path)), each.stat().st_size, each.stat().st_mtime_ns] for each in files]
