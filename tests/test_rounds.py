@@ -136,8 +136,10 @@ def test_rounds_train_on_answers_of_the_last_model_and_report(
 
     make(offline="sampled", sample={"n": 2, "max_new_tokens": 5})
     assert "sample.max_new_tokens was 4" in refused(capfd, ["rounds", "study.yaml"])
-    make(offline="sampled", fit={"objective": "kto", "options": {"data.batch_size": 4}})
-    assert "fit: model.policy.lora" in refused(capfd, ["rounds", "study.yaml"])
+    content = yaml.safe_load(Path(make(offline="sampled")).read_text())
+    content["fit"]["options"]["model.optimizer.init_args.lr"] = 2e-3
+    Path("study.yaml").write_text(yaml.safe_dump(content))
+    assert "fit: model.optimizer.init_args.lr was 0.001" in refused(capfd, ["rounds", "study.yaml"])
     make(offline="sampled", rounds=3)
     assert "rounds was 2" in refused(capfd, ["rounds", "study.yaml"])
     make(offline="sampled")

@@ -24,11 +24,11 @@ from halos_pl.evaluation.metrics import CODE
 from halos_pl.labelling.labellers import named_labeller
 from halos_pl.policy.sampling import check_sampling
 from halos_pl.rounds.spec import SAMPLED, Round, Rounds, RoundsError, rounds_of
-from halos_pl.study.preflight import parser_error
+from halos_pl.study.preflight import PLACEMENT, parser_error
 from halos_pl.training.settings import aside, flat
 
-#: Settings of a fit that halos rounds sets for each round.
-_PER_ROUND = ("run_dir", "seed_everything", "data.train", "model.reference_model", "trainer.callbacks")
+#: Settings of a fit that halos rounds sets for each round, or that depend on the machine.
+_PER_ROUND = ("run_dir", "seed_everything", "data.train", "model.reference_model", "trainer.callbacks", *PLACEMENT)
 
 
 class CommandLine(Protocol):

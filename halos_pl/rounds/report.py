@@ -151,7 +151,7 @@ def data(results: Results) -> dict[str, Any]:
     study = results.study
     differences = {metric: results.against_first(metric) for metric in results.metrics}
     offline = {metric: results.against_offline(metric) for metric in results.metrics}
-    return _finite(
+    content: dict[str, Any] = _finite(
         {
             "file": str(study.path),
             "primary": study.primary,
@@ -170,6 +170,7 @@ def data(results: Results) -> dict[str, Any]:
             "by": provenance(),
         }
     )
+    return content
 
 
 def _compared(c: Comparison) -> dict[str, Any]:
