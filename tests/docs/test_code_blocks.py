@@ -30,6 +30,7 @@ from halos_pl.cli.main import main
 from halos_pl.common.experiments import objectives
 from halos_pl.conformance.target import load_target
 from halos_pl.judge.named import named_judge
+from halos_pl.rounds.read import load_rounds
 from halos_pl.study.read import load_study
 
 BLOCK = re.compile(
@@ -266,6 +267,10 @@ def test_the_documented_tests_pass(folder):
 def test_yaml_parses(folder, block):
     write_files(block.page, folder)
     content = yaml.safe_load(block.text)
+    if "rounds" in content:
+        (folder / "block.yaml").write_text(block.text)
+        assert load_rounds("block.yaml").rounds == content["rounds"]
+        return
     if {"choices", "scale"} & content.keys():
         assert named_judge(block.title).name
     elif {"arms", "primary"} & content.keys():
