@@ -341,7 +341,7 @@ def test_an_exported_reward_model_gives_the_scalars_of_training(
     spelled = classifier(ids["input_ids"], attention_mask=ids["attention_mask"]).logits.view(-1)
     assert len(spelled) == len(texts)
     (tmp_path / "prompts.txt").write_text("a\n")
-    assert "reward model" in refused(capfd, ["generate", str(run), f"--prompts={tmp_path}/prompts.txt"])
+    assert "reward model" in refused(capfd, ["sample", str(run), f"--prompts={tmp_path}/prompts.txt"])
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tiny_folder: Path, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import math
 
 import torch
 from scipy.special import expit
-from statsmodels.stats.proportion import proportion_confint
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
@@ -83,6 +82,8 @@ def _variance(values: Tensor, prompt: Tensor) -> float:
 
 def _interval(share: float, variance: float, number: int) -> tuple[float, float]:
     """The interval of Wilson for a share with this variance; ``number`` independent items if the variance is 0."""
+    from statsmodels.stats.proportion import proportion_confint  # here: it takes a second, and few runs need it
+
     number = share * (1 - share) / variance if variance > 0 else number  # type: ignore[assignment]
     low, high = proportion_confint(share * number, number, alpha=0.05, method="wilson")
     return float(low), float(high)

@@ -13,6 +13,7 @@ import torch
 from run_halos import binary_data, fit
 from safetensors.torch import load_file
 
+from halos_pl.batch import Needs
 from halos_pl.cli.main import main
 from halos_pl.cli.words import spelled
 from halos_pl.policy.spec import ModelError, ModelSpec
@@ -171,7 +172,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, monkeypatch: pyt
     kept = checkpoint(tmp_path / "kept" / "s=1.ckpt")  # outside of any run's folder
     monkeypatch.setattr(
         "halos_pl.training.named_model.module_of_run",
-        lambda _: SimpleNamespace(models=SimpleNamespace(spec=ModelSpec("m"))),
+        lambda _: SimpleNamespace(
+            models=SimpleNamespace(spec=ModelSpec("m")), objective=SimpleNamespace(needs=Needs())
+        ),
     )
     for own in (tmp_path / "a" / "checkpoints" / "s=1.ckpt", kept):
         assert named_model(str(tmp_path / "a"), str(own)).ckpt_path == str(own)

@@ -127,7 +127,6 @@ MEANT = {
     "tool_calls": [{"name": "f"}],
     "thinking": "hm",
     "reasoning_content": "hm",
-    "margin": 0.5,
     "context_messages": EARLIER,
 }
 
