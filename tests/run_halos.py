@@ -327,6 +327,16 @@ def refused(capfd: Any, words: list[str], status: int = 1) -> str:
     return said[said.rindex("\nhalos: ") if "\nhalos: " in said else 0 :].strip()
 
 
+def one_error(words: list[str], capfd: Any) -> str:
+    """The only error line of a command in this process, which ends with status 1."""
+    ended = run_here(capfd, words)
+    assert ended.status == 1
+    lines = [line for line in ended.splitlines() if "Error" in line]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("halos: ")
+    return lines[0]
+
+
 @contextmanager
 def full_disk(size: int) -> Iterator[None]:
     """No file may grow beyond ``size`` bytes: writing fails in the middle, as on a full disk.

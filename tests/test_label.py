@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from misbehaving_server import completion, serving
-from run_halos import write_jsonl
+from run_halos import one_error, write_jsonl
 
 import halos_pl.labelling.run as run
 from halos_pl.cli.main import main
@@ -57,16 +57,6 @@ def examples(folder: Path) -> list[Example]:
     items = list(read(Source(str(folder / "out.jsonl"))))
     assert all(isinstance(item, Example) for item in items), items
     return items  # type: ignore[return-value]
-
-
-def refused(words: list[str], capfd: Any) -> str:
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main(words)
-    assert ended.value.code == 1
-    lines = [line for line in capfd.readouterr().err.splitlines() if "Error" in line]
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 def test_scores(folder: Path) -> None:
@@ -119,7 +109,7 @@ def test_labels_resume_and_are_bound_to_the_samples(folder: Path, monkeypatch: p
         )
     )
     (folder / "stop").touch()
-    assert "s.jsonl:3" in refused(words, capfd)
+    assert "s.jsonl:3" in one_error(words, capfd)
     assert calls.read_text() == "1" * 5
     (folder / "stop").unlink()
     main(words)
@@ -128,11 +118,11 @@ def test_labels_resume_and_are_bound_to_the_samples(folder: Path, monkeypatch: p
     main(words)
     assert calls.read_text() == "1" * 7
     for change in ("--form=binary", "--min_gap=0.1"):
-        assert change.strip("-").partition("=")[0] in refused([*words, change], capfd)
+        assert change.strip("-").partition("=")[0] in one_error([*words, change], capfd)
     (folder / "rule.py").write_text(source)
-    assert "rule.py" in refused(words, capfd)
+    assert "rule.py" in one_error(words, capfd)
     write_jsonl(folder / "s.jsonl", ROWS[:2])
-    assert "file" in refused(words, capfd)
+    assert "file" in one_error(words, capfd)
     assert (folder / "out.jsonl").read_bytes() == complete
 
 
@@ -191,7 +181,7 @@ def test_completions_without_a_verdict_are_left_out_and_counted(folder: Path) ->
 def test_a_wrong_input_is_a_line(folder: Path, capfd: Any, words: str, names: str) -> None:
     write_jsonl(folder / "bare.jsonl", [{"prompt": "a?"}])
     write_jsonl(folder / "short.jsonl", [{"prompt": "a?", "completions": ["x", "y"], "finished": [True]}])
-    assert names in refused(["label", *words.split()], capfd)
+    assert names in one_error(["label", *words.split()], capfd)
     assert not list(folder.glob("s.*.jsonl"))
 
 
@@ -213,7 +203,7 @@ def test_a_judge_compares_every_two_completions(folder: Path, capfd: Any) -> Non
         words = ["label", "s.jsonl", "--by=judge: judge.yaml", "--out=out.jsonl", f"--endpoint.url={server.url}"]
         words += ["--endpoint.model=judge", "--endpoint.retries=0"]
         server.plan = ["good", (400, {}, {"error": {"message": "too long"}})]
-        assert "too long" in refused(words, capfd)
+        assert "too long" in one_error(words, capfd)
         asked = len(server.requests)
         main(words)
         assert len(server.requests) == asked + 1  # the others are in the transcripts

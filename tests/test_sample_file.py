@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from misbehaving_server import Server, completion, serving
-from run_halos import write_jsonl
+from run_halos import one_error, write_jsonl
 
 import halos_pl.sampling.local as local
 from halos_pl.cli.main import main
@@ -26,17 +26,6 @@ def prompts(tmp_path: Path) -> Path:
 
 def words(model: Path | str, prompts: Path, out: Path, *options: str) -> list[str]:
     return ["sample", str(model), f"--prompts={prompts}", f"--out={out}", "--max_new_tokens=3", *options]
-
-
-def refused(command: list[str], capfd: Any) -> str:
-    """The one line of a command that fails."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main(command)
-    assert ended.value.code == 1
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("halos: ") and "Error" in line]
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 def stop_after(number: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -105,15 +94,15 @@ def test_other_settings_are_refused_and_named(
     before = part.read_bytes()
     changed = ("--temperature=0.5", "--n=2", "--seed=1", "--max_new_tokens=4", "--batch_size=3", "--control=x")
     for option in changed:
-        line = refused(words(tiny_folder, prompts, out, "--batch_size=2", option), capfd)
+        line = one_error(words(tiny_folder, prompts, out, "--batch_size=2", option), capfd)
         assert option.strip("-").partition("=")[0] in line
-    assert "model" in refused(words(tiny_gpt2_folder, prompts, out, "--batch_size=2"), capfd)
+    assert "model" in one_error(words(tiny_gpt2_folder, prompts, out, "--batch_size=2"), capfd)
     assert part.read_bytes() == before
     main(words(tiny_folder, prompts, out, "--batch_size=2"))
     complete = out.read_bytes()
-    assert "temperature" in refused(words(tiny_folder, prompts, out, "--batch_size=2", "--temperature=0"), capfd)
+    assert "temperature" in one_error(words(tiny_folder, prompts, out, "--batch_size=2", "--temperature=0"), capfd)
     prompts.write_text("another\n")
-    assert "prompts" in refused(words(tiny_folder, prompts, out, "--batch_size=2"), capfd)
+    assert "prompts" in one_error(words(tiny_folder, prompts, out, "--batch_size=2"), capfd)
     assert out.read_bytes() == complete
     main(words(tiny_folder, prompts, out, "--batch_size=2", "--overwrite=true"))
     assert len(out.read_text().splitlines()) == 1
@@ -124,12 +113,12 @@ def test_a_foreign_or_changed_file_is_not_replaced(
 ) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text("mine\n")
-    assert str(out) in refused(words(tiny_folder, prompts, out), capfd)
+    assert str(out) in one_error(words(tiny_folder, prompts, out), capfd)
     assert out.read_text() == "mine\n"
     main(words(tiny_folder, prompts, out, "--overwrite=true"))
     labelled = out.read_text().replace('"finished"', '"scores": [1], "finished"')
     out.write_text(labelled)
-    assert "changed" in refused(words(tiny_folder, prompts, out), capfd)
+    assert "changed" in one_error(words(tiny_folder, prompts, out), capfd)
     assert out.read_text() == labelled
 
 
@@ -181,7 +170,7 @@ def test_a_server_fills_the_same_file(prompts: Path, tmp_path: Path, monkeypatch
         server.reply = lambda body: completion(f"seed {body['seed']}", reason="length", logprobs=logprobs)
         server.plan = [*["good"] * 5, (401, {}, None)]
         command = remote(server, prompts, out, "--n=2", "--temperature=0.7")
-        assert "api_key_env" in refused(command, capfd)
+        assert "api_key_env" in one_error(command, capfd)
         assert not out.exists()
         monkeypatch.setenv("OPENAI_API_KEY", "now-there-is-one")
         main(command)
@@ -208,7 +197,7 @@ def test_prompts_that_a_server_refuses_are_named_tried_again_or_skipped(
     out = tmp_path / "out.jsonl"
     with serving() as server:
         server.plan = ["good", (400, {}, {"error": {"message": "too long"}})]
-        line = refused(remote(server, prompts, out), capfd)
+        line = one_error(remote(server, prompts, out), capfd)
         assert f"{prompts}:2: " in line
         assert "too long" in line
         assert len(server.requests) == 6
@@ -250,5 +239,5 @@ def test_prompts_that_only_a_model_here_can_continue_are_named(tmp_path: Path, c
     for row in ({"prompt": begun}, {"prompt": begun[:1], "tools": [tool]}):
         path = Path(write_jsonl(tmp_path / "p.jsonl", [row]))
         with serving() as server:
-            assert f"{path}:1: " in refused(remote(server, path, tmp_path / "out.jsonl"), capfd)
+            assert f"{path}:1: " in one_error(remote(server, path, tmp_path / "out.jsonl"), capfd)
             assert server.requests == []
