@@ -251,9 +251,9 @@ class FeedbackDataModule(LightningDataModule):
             control=None if self.control_tokens is None else self.control_tokens.ids(self.tokenizer),
             keep_together=together,
         )
-        log_split(
-            split, prepared, self.sources[split], self.text_prompts, has_template=bool(self.tokenizer.chat_template)
-        )
+        template = bool(self.tokenizer.chat_template)
+        unread = split == "train" and not (needs.scores or needs.groups or self.transforms)
+        log_split(split, prepared, self.sources[split], self.text_prompts, has_template=template, unread_scores=unread)
         if not len(prepared.table):
             paths = ", ".join(store.path for store in table.stores)
             raise DataError(f"{paths}: no row is left for {split}; see the counts above.")

@@ -12,7 +12,7 @@ MEDIA = "contains pictures or sound, but the model reads only text"
 TEMPLATE = "is for the chat template"
 UNREAD = "is for the chat template, which gets only messages and 'tools'; write it into the messages"
 ANSWER = "would be lost; write it into the completion"
-MARGIN = "is a margin between the answers, which no loss uses"
+MARGIN = "is a margin between two answers, but this row is not a chosen and a rejected one"
 WEIGHT = "is a weight of the row, which no loss uses"
 
 SYSTEM = r"(custom_)?sys(tem)?(_?(prompt|message|msg|instructions?|text|content))?|preamble"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from halos_pl.data.order import StepSampler
@@ -23,7 +24,13 @@ def log_transforms(name: str, reports: Sequence[Mapping[str, Any]]) -> None:
 
 
 def log_split(
-    name: str, split: Split, sources: Sequence[Source], text_prompts: TextPrompts, *, has_template: bool
+    name: str,
+    split: Split,
+    sources: Sequence[Source],
+    text_prompts: TextPrompts,
+    *,
+    has_template: bool,
+    unread_scores: bool,
 ) -> None:
     """Logs for each source how many of its rows are used, skipped and cut, and how its text is encoded.
 
@@ -33,8 +40,10 @@ def log_split(
         sources: the split's sources, in the order of its stores.
         text_prompts: how plain-text prompts are encoded.
         has_template: whether the tokenizer has a chat template.
+        unread_scores: whether neither the objective nor a transform reads scores.
     """
-    for source, store in zip(sources, split.table.stores, strict=True):
+    scored = ~np.isnan(split.table.score)
+    for number, (source, store) in enumerate(zip(sources, split.table.stores, strict=True)):
         title, counts = f"{name} data {store.path}", split.counts[store.path]
         rank_zero_info(f"{title}: {counts}")
         prompts = convention(store.text_prompts, text_prompts, has_template)
@@ -42,11 +51,13 @@ def log_split(
             rank_zero_info(f"{title}: {note}")
         if store.unused:
             rank_zero_info(f"{title}: not used: {', '.join(store.unused)}")
+        if unread_scores and bool(scored[split.table.source == number].any()):
+            rank_zero_info(f"{title}: has scores or margins, which this objective does not ask for")
         if store.fault_count:
             rank_zero_info(f"{name} data, skipped:\n{fault_list(store.causes, store.fault_count)}")
         if source.weight != 1:
-            number = round(source.weight * counts.rows)
-            rank_zero_info(f"{title}: weight {source.weight:g}, about {number} rows per epoch")
+            rows = round(source.weight * counts.rows)
+            rank_zero_info(f"{title}: weight {source.weight:g}, about {rows} rows per epoch")
 
 
 def log_merged(name: str, sampler: StepSampler) -> None:

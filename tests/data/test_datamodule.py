@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -480,6 +481,22 @@ def test_files_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "5 rows dropped: undesirable, which the objective does not use"
     )
     assert sum(" examples, " in line for line in lines) == 2  # one line per split
+
+
+@pytest.mark.parametrize(
+    ("needs", "said"), [(DPO, True), (replace(DPO, scores=True), False), (replace(KTO, groups=True), False)]
+)
+def test_scores_that_no_one_reads_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needs: Needs, said: bool
+) -> None:
+    from halos_pl.data import report
+
+    lines: list[str] = []
+    monkeypatch.setattr(report, "rank_zero_info", lines.append)
+    rows = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b", "margin": 1.0} for i in range(4)]
+    scored, plain = write_jsonl(tmp_path / "a.jsonl", rows), write_jsonl(tmp_path / "b.jsonl", pairs())
+    set_up(needs, train=[scored] if needs.scores else [scored, plain], validation=scored)
+    assert [line.partition(": ")[0] for line in lines if "has scores" in line] == [f"train data {scored}"] * said
 
 
 def test_real_data(shared_data: Path) -> None:
