@@ -111,7 +111,7 @@ def drawn(s: Setting, studies: int, rng: np.random.Generator) -> Floats:
         values = values + math.sqrt(s.sampled) * rng.normal(size=shape)
     if s.untrained:
         values[:, 0] = values[:, 0, :1]
-    return values.astype(np.float64)
+    return np.asarray(values, np.float64)
 
 
 def arms_of(s: Setting, values: Floats) -> dict[str, Runs]:

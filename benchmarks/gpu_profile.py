@@ -24,17 +24,18 @@ def head_marked() -> Iterator[None]:
     """Gives the passes of the head a name in the profile."""
     from halos_pl.policy import prefix_sharing
 
-    plain = prefix_sharing.token_logps
+    patched: Any = prefix_sharing
+    plain = patched.token_logps
 
     def marked(*args: Any) -> Any:
         with torch.profiler.record_function("halos::head"):
             return plain(*args)
 
-    prefix_sharing.token_logps = marked
+    patched.token_logps = marked
     try:
         yield
     finally:
-        prefix_sharing.token_logps = plain
+        patched.token_logps = plain
 
 
 def place_of(event: Any) -> str:

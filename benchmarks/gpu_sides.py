@@ -80,7 +80,7 @@ def model_of(shape: Shape, device: str) -> Any:
         vocab_size=shape.vocabulary,
         tie_word_embeddings=shape.tied,
         max_position_embeddings=4096,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # type: ignore[call-arg]
     )
     with torch.device(device):
         return LlamaForCausalLM(config).train()
@@ -187,6 +187,8 @@ def their_side(shape: Shape, device: str, variant: str, folder: str) -> tuple[An
             apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
     trainers = {}
     for kind in KINDS:
+        config: Any
+        make: Any
         config, make = (trl.KTOConfig, trl.KTOTrainer) if kind == "kto" else (trl.DPOConfig, trl.DPOTrainer)
         options = {"bf16": False, "gradient_checkpointing": False, "max_length": None, "beta": 0.1}
         rows = pair_rows(4) if kind == "dpo" else binary_rows(4)  # its loader is not used

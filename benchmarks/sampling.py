@@ -38,7 +38,8 @@ def sides(model: Any, prompts: list[list[int]], n: int, new: int, temperature: f
             options["num_return_sequences"] = 1
         with torch.no_grad(), plain_generation(model):
             out = model.generate(**inputs, **options, **sampling)
-        return out[:, ids.shape[1] :].tolist()
+        answers: list[list[int]] = out[:, ids.shape[1] :].tolist()
+        return answers
 
     def ours() -> list[list[int]]:
         rows = [prompt for prompt in prompts for _ in range(n)]

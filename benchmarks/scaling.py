@@ -68,7 +68,7 @@ def measure(point: Point, threads: int) -> None:
         num_hidden_layers=12,
         num_attention_heads=4,
         tie_word_embeddings=True,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # type: ignore[call-arg]
     )
     policy = Scorer(LlamaForCausalLM(config), prefix_sharing="always")
     reference = FixedModel(LlamaForCausalLM(config).requires_grad_(False), policy)

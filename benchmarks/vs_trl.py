@@ -177,6 +177,8 @@ def their_trainer(workload: Workload, folder: str) -> tuple[Any, Any]:
     reference = None if spec.lora or workload.stored else load_model(ModelSpec(spec.path))
     rows = rows_of(workload)
     kto = workload.kind == "kto"
+    config: Any
+    make: Any
     config, make = (trl.KTOConfig, trl.KTOTrainer) if kto else (trl.DPOConfig, trl.DPOTrainer)
     args = config(
         output_dir=folder,

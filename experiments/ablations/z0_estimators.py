@@ -29,7 +29,7 @@ import matplotlib
 import torch
 from lightning import Callback
 
-from halos_pl.batch import LogProbBatch, TokenBatch
+from halos_pl.batch import LogProbBatch, Needs, TokenBatch
 from halos_pl.cli.main import main as halos
 from halos_pl.objective.reference_points import (
     BatchMean,
@@ -43,7 +43,7 @@ from halos_pl.objective.reference_points import (
 from halos_pl.objective.rewards import LogRatio
 from halos_pl.policy.kl import completion_kl
 from halos_pl.policy.sampling import PolicySamples
-from halos_pl.training.engine import scored_rows
+from halos_pl.training.scored_rows import scored_rows
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -117,7 +117,7 @@ class Along(Callback):
     @staticmethod
     def _rows(module: Any, batch: TokenBatch, chosen: torch.Tensor, kl: bool = False) -> LogProbBatch:
         part = batch.select(chosen.nonzero().squeeze(1))
-        return scored_rows(module.scorer, module.models.reference, part, kl=kl)
+        return scored_rows(module.scorer, module.models.reference, part, needs=Needs(exact_kl=kl))
 
     def _sampled(self, module: Any, batch: TokenBatch) -> TokenBatch:
         rows = batch.select(batch.labels.train.nonzero().squeeze(1))

@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,9 @@ from scipy.stats import bootstrap
 
 from halos_pl.cli.export import export
 from halos_pl.policy.loading import ModelSpec, load_model, load_tokenizer
+from halos_pl.policy.reference import FixedModel
 from halos_pl.policy.sampling import Sample, generate, kl_of_samples
+from halos_pl.policy.scorer import Scorer
 
 HERE = Path(__file__).parent
 METRIC = "share of answers that are one short sentence"
@@ -80,7 +81,8 @@ def main() -> None:
     interval = bootstrap((gains,), np.mean, rng=np.random.default_rng(0)).confidence_interval
     # Summed over the vocabulary at each token, the KL varies little: every other prompt is enough.
     first_answers = [samples[0] for samples in answers["after"][::2]]
-    kl = float(np.mean(list(kl_of_samples(policy, lambda: nullcontext(reference), first_answers))))
+    scorer = Scorer(policy)
+    kl = float(np.mean(list(kl_of_samples(scorer, FixedModel(reference, scorer), first_answers))))
 
     def mean_words(moment: str) -> float:
         return float(np.mean([len(a.text.split()) for samples in answers[moment] for a in samples]))

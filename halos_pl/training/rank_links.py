@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, PrefixStore, TCPStore
 
 #: Seconds after which a machine that no longer answers counts as lost: idle time, then three probes.
 IDLE, PROBE, PROBES = 15, 5, 3
