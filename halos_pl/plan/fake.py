@@ -309,9 +309,9 @@ def _deeper(two: list[Moment], three: list[Moment], depth: int) -> list[Moment]:
     result = []
     for moment in two:
         k, top = moment.micro_batch, moment.lowest > 0
-        before = _largest([m for m in two if m.micro_batch == k and (m.lowest > 0) == top])
+        before = _largest([m for m in two if (m.micro_batch, m.lowest) == (k, moment.lowest)])
         # In a model of three layers, the middle one is neither.
-        after = _largest([m for m in three if m.micro_batch == k and m.lowest in ((2, 3) if top else (0,))])
+        after = _largest([m for m in three if (m.micro_batch, m.lowest) == (k, moment.lowest + top)])
         parts = {part: size + more * (after[part] - before[part]) for part, size in moment.parts.items()}
         gradients = moment.gradients + more * layer * (k > 0 or not top)
         result.append(Moment(k, (depth - 1) * top, gradients, parts))

@@ -13,9 +13,10 @@ import torch
 from halos_pl.data.example import DataError
 from halos_pl.policy.loading import load_model
 from halos_pl.tasks.contamination import Overlap, overlaps
+from halos_pl.tasks.kept import digest, run_once
 from halos_pl.tasks.load import Benchmark, load, unscored
 from halos_pl.tasks.options import Benchmarks
-from halos_pl.tasks.run import Prompting, Values, check_prompts, described, line_of, run
+from halos_pl.tasks.run import Prompting, Values, check_prompts, described, line_of
 from halos_pl.tasks.sandbox import check_sandbox
 from halos_pl.training.named_model import NamedModel
 
@@ -30,6 +31,7 @@ class Prepared:
         how: How questions become prompts.
         seed: Seed of the draw.
         contaminated: Benchmarks whose questions the model was trained on.
+        digest: Hash of the questions and prompts.
     """
 
     named: NamedModel
@@ -37,6 +39,7 @@ class Prepared:
     how: Prompting
     seed: int
     contaminated: Sequence[Overlap]
+    digest: str
 
     @property
     def record(self) -> dict[str, Any]:
@@ -70,7 +73,7 @@ class Prepared:
         """
         tokenizer = self.named.tokenizer()
         model = self.named.load()
-        values = run(model, tokenizer, self.named.name, self.benchmarks, self.how, folder)
+        values = self._run(model, tokenizer, self.named.name, folder)
         before: Values = {}
         if self.named.run:
             device = next(model.parameters()).device
@@ -78,9 +81,11 @@ class Prepared:
             gc.collect()  # the model and lm-eval's wrapper refer to each other
             torch.cuda.empty_cache()
             start: Any = load_model(self.named.spec)
-            name = f"{self.named.name} before training"
-            before = run(start.to(device).eval(), tokenizer, name, self.benchmarks, self.how, before_folder)
+            before = self._run(start.to(device).eval(), tokenizer, self.named.spec.path, before_folder)
         return self._compared(values), self._compared(before)
+
+    def _run(self, model: Any, tokenizer: Any, name: str, folder: Path) -> Values:
+        return run_once(model, tokenizer, name, self.benchmarks, self.how, folder, questions=self.digest)
 
     def _compared(self, values: Values) -> Values:
         names = {overlap.name for overlap in self.contaminated}
@@ -121,4 +126,4 @@ def prepare(named: NamedModel, benchmarks: Benchmarks, text_prompts: str, batch_
     for overlap in contaminated:
         assert named.run is not None
         print(overlap.line(named.run))
-    return Prepared(named, loaded, how, seed, contaminated)
+    return Prepared(named, loaded, how, seed, contaminated, digest(loaded))

@@ -164,17 +164,25 @@ def run(
         tracker.save_results_aggregated(results=results, samples=samples)
         for task in results["configs"]:
             tracker.save_results_samples(task_name=task, samples=samples[task])
-        _publish(Path(place), folder)
+        found = {path: f"{path.stem.rpartition('_')[0]}{path.suffix}" for path in sorted(Path(place).rglob("*.json*"))}
+        publish(((name, path.read_text(encoding="utf-8")) for path, name in found.items()), folder)
     return values
 
 
-def _publish(place: Path, folder: Path) -> None:
-    """Moves lm-eval's files out of its folders, with names that do not change from run to run."""
+def publish(files: Iterable[tuple[str, str]], folder: Path) -> None:
+    """Replaces a folder by lm-eval's files, with names that do not change from run to run.
+
+    Args:
+        files: Names and texts.
+        folder: The folder.
+
+    Raises:
+        DataError: there are no results among them.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for path in sorted(place.rglob("*.json*")):
-        stem = path.stem.rpartition("_")[0]
-        path.rename(folder / f"{stem}{path.suffix}")
+    for name, text in files:
+        (folder / name).write_text(text, encoding="utf-8")
     if not (folder / "results.json").is_file():  # lm-eval only logs what went wrong
         raise DataError(f"lm-eval could not write its results for {folder}; is the disk full?")
 

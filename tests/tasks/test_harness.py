@@ -96,7 +96,7 @@ def test_every_answer_and_score_is_that_of_lm_evals_own_command(
 
 
 def test_a_run_is_compared_with_its_start_but_not_on_what_it_was_trained_on(
-    capfd: Any, roomy: Path, tmp_path: Path
+    capfd: Any, roomy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     questions = [json.loads(line)["question"] for line in (DATA / "gsm8k_test.jsonl").open(encoding="utf-8")]
     rows = [{"prompt": questions[i], "completion": f"It is {i}.", "label": i % 2 == 0} for i in range(len(questions))]
@@ -127,6 +127,17 @@ def test_a_run_is_compared_with_its_start_but_not_on_what_it_was_trained_on(
     assert {name: other["mmlu"][name] for name in before["mmlu"]} == before["mmlu"]
     compare(str(run), str(out))
     assert "n = 6" in capfd.readouterr().out
+    files = {path: path.read_bytes() for path in run.glob("benchmarks*/*")}
+    for path in files:
+        path.unlink()
+    with monkeypatch.context() as patched:  # both models' answers are in the cache
+        patched.setattr("halos_pl.tasks.kept.run", lambda *_: pytest.fail("questions were answered again"))
+        words = ["evaluate", str(run), *options(tasks="gsm8k_cot_zeroshot,mmlu", limit=limit)]
+        assert run_here(capfd, words).status == 0
+        assert json.loads((run / "evaluation.json").read_text()) == after
+        assert {path: path.read_bytes() for path in files} == files
+        with pytest.raises(pytest.fail.Exception):
+            run_here(capfd, [*words, "--num_fewshot=1"])
 
 
 @pytest.mark.parametrize(
