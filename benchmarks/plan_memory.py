@@ -1,11 +1,13 @@
 """Compares the memory that ``halos plan`` predicts with the peak of real runs on a CPU.
 
 Each case is a run of ``halos fit`` in a process of its own: a random Llama of 29 million parameters, two steps. The
-process notes its resident memory when it is about to load the model, with the library that quantizes it imported; the
-difference to the kernel's peak during training is the memory that depends on the model. ``halos fit`` makes glibc keep
-freed memory, some of which lies in fragments; the plan does not predict those, so it is compared with a run in which
-glibc returns freed memory, whose resident memory is what is in use. The other run is shown beside it. ``fsdp2`` and
-``ddp`` are steps on two ranks. The bfloat16 cases need a CPU with instructions for it.
+process first does the same with a tiny model, so that all libraries are loaded, and notes its resident memory when it
+is about to load the model; the difference to the kernel's peak during training is the memory that depends on the model.
+Pages of the model's file that no tensor uses do not count: weights that were quantized are read from them, and the
+kernel may drop them. ``halos fit`` makes glibc keep freed memory, some of which lies in fragments; the plan does not
+predict those, so it is compared with a run in which glibc returns freed memory, whose resident memory is what is in
+use. The other run is shown beside it. ``fsdp2`` and ``ddp`` are steps on two ranks. The bfloat16 cases need a CPU with
+instructions for it.
 
     python benchmarks/plan_memory.py                    # all cases
     python benchmarks/plan_memory.py kto dpo_lora       # some of them
@@ -16,10 +18,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import gc
 import io
 import json
 import logging
 import multiprocessing
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +41,8 @@ SHAPE: dict[str, Any] = {
 }
 #: Runs of several ranks, by strategy.
 RANKS = ("fsdp2", "ddp")
+#: Changes to the shape for the model of the rehearsal.
+TINY = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 512}
 ROWS_OF_A_RANK = 6
 _MMAP_THRESHOLD = -3  # from malloc.h
 _TORCHAO = ["--model.policy.lora.r=16", "--model.policy.quantize.method=torchao"]
@@ -71,10 +77,15 @@ CASES: dict[str, list[str]] = {
 }
 
 
-def common(folder: Path) -> list[str]:
-    """Options of all cases."""
+def common(model: Path, folder: Path) -> list[str]:
+    """Options of all cases.
+
+    Args:
+        model: folder of the model.
+        folder: folder of the rows.
+    """
     return [
-        f"--model.policy.path={folder}",
+        f"--model.policy.path={model}",
         f"--data.train={folder / 'rows.jsonl'}",
         "--data.batch_size=8",
         "--data.max_length=256",
@@ -83,15 +94,16 @@ def common(folder: Path) -> list[str]:
 
 
 def prepare(folder: Path, layers: int = SHAPE["num_hidden_layers"]) -> None:
-    """Writes a random model with its tokenizer, and pairs of long rows."""
+    """Writes a random model and a tiny one with their tokenizer, and pairs of long rows."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from halos_pl.testing import tiny_tokenizer
 
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": layers})).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    for where, changes in ((folder, {"num_hidden_layers": layers}), (folder / "tiny", TINY)):
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(**{**SHAPE, **changes})).save_pretrained(where)
+        tiny_tokenizer().save_pretrained(where)
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
         for i in range(16):
             row = {"prompt": f"Say {i:02}. " + "why " * 60, "chosen": "yes " * 60, "rejected": "not " * 60}
@@ -104,29 +116,49 @@ def _resident(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
 
 
-def measure(words: list[str], keep: bool) -> int:
+def _unused_bytes(model: Any, folder: Path) -> int:
+    """Resident bytes of the model's mapped files beyond those of its parameters."""
+    plain = [p for p in model.parameters() if not type(p).__module__.startswith("torchao")]
+    addresses = [(p.data_ptr(), p.numel() * p.element_size()) for p in plain]
+    unused, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if mapping := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            start, end = (int(number, 16) for number in mapping.groups())
+            inside = line.endswith(".safetensors") and str(folder) in line
+        elif inside and line.startswith("Rss:"):
+            unused += int(line.split()[1]) * 1024 - sum(size for at, size in addresses if start <= at < end)
+    return max(0, unused)
+
+
+def measure(words: Callable[[Path], list[str]], folder: Path, keep: bool) -> int:
     """Runs a fit in this process: the peak of its resident memory in training, above that before the model is loaded.
 
     Args:
-        words: words of the command.
+        words: words of the command for a model's folder.
+        folder: folder of the model.
         keep: whether glibc keeps freed memory, as ``halos fit`` makes it do; otherwise it returns freed blocks of 64 kB
             and more at once, so that resident memory is memory in use.
     """
     from halos_pl.cli.main import main
-    from halos_pl.policy.quantization import loading_options
-    from halos_pl.training import models, module
+    from halos_pl.training import models as models_module
+    from halos_pl.training import module as training_module
 
-    start, peak = [], []
+    models: Any = models_module
+    module: Any = training_module
+    start: list[int] = []
+    unused: list[int] = []
+    peak: list[int] = []
     load_model, trained_class = models.load_model, module.HALOModule
     on_train_start, on_train_end = trained_class.on_train_start, trained_class.on_train_end
 
     def noted(spec: Any, *arguments: Any, **options: Any) -> Any:
         if not start:
-            loading_options(spec)  # imports the library
+            gc.collect()
             start.append(_resident("VmRSS"))
         return load_model(spec, *arguments, **options)
 
     def started(trained: Any) -> None:
+        unused.append(_unused_bytes(trained.policy, folder))
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM
         on_train_start(trained)
 
@@ -134,13 +166,14 @@ def measure(words: list[str], keep: bool) -> int:
         peak.append(_resident("VmHWM"))
         on_train_end(trained)
 
-    models.load_model = noted
-    trained_class.on_train_start, trained_class.on_train_end = started, ended  # type: ignore[method-assign]
     if not keep:
         module.keep_freed_memory = lambda device: None
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 16)
-    main(words)
-    return peak[0] - start[0]
+    main(words(folder / "tiny"))
+    models.load_model = noted
+    trained_class.on_train_start, trained_class.on_train_end = started, ended
+    main(words(folder))
+    return peak[0] - start[0] - unused[0]
 
 
 def predict(words: list[str]) -> Any:
@@ -187,12 +220,16 @@ def forked(task: Callable[..., Any], *arguments: Any) -> Any:
 
 def compare(name: str, folder: Path, *, kept: bool = True) -> tuple[Any, int, int | None]:
     """The plan of a case, and its measured bytes: in use, and with the freed memory that is kept unless not wanted."""
-    words = [*common(folder), *CASES[name]]
-    run = [
-        *("fit", *words, f"--run_dir={folder / name}", "--trainer.max_steps=2", "--trainer.enable_progress_bar=false"),
-        *("--checkpoint.every_n_steps=1000", "--trainer.enable_model_summary=false"),
-    ]
-    return forked(predict, words), forked(measure, run, False), forked(measure, run, True) if kept else None
+
+    def run(model: Path) -> list[str]:
+        return [
+            *("fit", *common(model, folder), *CASES[name], f"--run_dir={folder / 'runs' / name / model.name}"),
+            *("--trainer.max_steps=2", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
+            "--checkpoint.every_n_steps=1000",
+        ]
+
+    plan = forked(predict, [*common(folder, folder), *CASES[name]])
+    return plan, forked(measure, run, folder, False), forked(measure, run, folder, True) if kept else None
 
 
 def compare_ranks(kind: str, ranks: int = 2) -> tuple[Any, float]:

@@ -309,14 +309,13 @@ def _deeper(two: list[Moment], three: list[Moment], depth: int) -> list[Moment]:
     result = []
     for moment in two:
         k, top = moment.micro_batch, moment.lowest > 0
-        before = _largest([m for m in two if (m.micro_batch, m.lowest) == (k, moment.lowest)])
-        # In a model of three layers, the middle one is neither.
-        after = _largest([m for m in three if (m.micro_batch, m.lowest) == (k, moment.lowest + top)])
+        before = _largest(two, (k, moment.lowest, moment.phase))
+        after = _largest(three, (k, moment.lowest + top, moment.phase))  # its middle layer is neither
         parts = {part: size + more * (after[part] - before[part]) for part, size in moment.parts.items()}
         gradients = moment.gradients + more * layer * (k > 0 or not top)
-        result.append(Moment(k, (depth - 1) * top, gradients, parts))
+        result.append(Moment(k, (depth - 1) * top, moment.phase, gradients, parts))
     return result
 
 
-def _largest(moments: list[Moment]) -> dict[str, int]:
-    return max(moments, key=lambda m: m.size).parts
+def _largest(moments: list[Moment], when: tuple[object, ...]) -> dict[str, int]:
+    return max((m for m in moments if (m.micro_batch, m.lowest, m.phase) == when), key=lambda m: m.size).parts

@@ -20,17 +20,20 @@ PARTS = ("activations", "autocast copies", DEQUANTIZED, "logits", "working memor
 
 @dataclass
 class Moment:
-    """The moment of the most memory while some parameters have a gradient and the others do not.
+    """The moment of the most memory in a phase while some parameters have a gradient and the others do not.
 
     Attributes:
         micro_batch: number of the micro-batch, from 0.
         lowest: lowest decoder layer with a gradient from this micro-batch; the number of layers if none has one.
+        phase: whether this is in the backward pass, and whether autograd records: it does in a forward pass with
+            gradient, and where the backward pass recomputes a layer.
         gradients: bytes of gradients.
         parts: bytes of everything else that the step has allocated, by ``PARTS``.
     """
 
     micro_batch: int
     lowest: int
+    phase: tuple[bool, bool]
     gradients: int
     parts: dict[str, int] = field(default_factory=dict)
 
@@ -54,7 +57,7 @@ class LiveMemory(TorchDispatchMode):
         self.vocabulary, self._layers = vocabulary, layers
         self._part_of: dict[int, tuple[str, int]] = {}
         self._now: Counter[str] = Counter()
-        self._moments: dict[tuple[int, int, int], Moment] = {}
+        self._moments: dict[tuple[object, ...], Moment] = {}
         self._micro_batch, self._lowest, self.backward = 0, layers, False
         for parameter in model.parameters():
             self.ignore(parameter)
@@ -70,7 +73,7 @@ class LiveMemory(TorchDispatchMode):
 
     @property
     def moments(self) -> list[Moment]:
-        """The largest moment of each set of gradients."""
+        """The largest moment of each phase and set of gradients."""
         return list(self._moments.values())
 
     def next_micro_batch(self) -> None:
@@ -127,8 +130,7 @@ class LiveMemory(TorchDispatchMode):
 
     def _measure(self) -> None:
         gradients = self._now["gradients"]
-        moment = self._moments.setdefault(
-            (self._micro_batch, self._lowest, gradients), Moment(self._micro_batch, self._lowest, gradients)
-        )
+        when = self._micro_batch, self._lowest, (self.backward, torch.is_grad_enabled()), gradients
+        moment = self._moments.setdefault(when, Moment(*when))
         if sum(self._now.values()) - gradients > moment.size:
             moment.parts = {part: self._now[part] for part in PARTS}

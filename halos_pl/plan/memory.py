@@ -245,12 +245,12 @@ class Planner:
 
 def _with_rows(few: list[Moment], more: list[Moment], units: int) -> list[Moment]:
     """The moments of ``units`` rows from those of ``_FEW`` and of twice as many: all but logits grow evenly."""
-    before = {(m.micro_batch, m.lowest, m.gradients): m.parts for m in few}
+    before = {(m.micro_batch, m.lowest, m.phase, m.gradients): m.parts for m in few}
     times = (units - 2 * _FEW) / _FEW
     result = []
     for moment in more:
         parts = dict(moment.parts)
-        if own := before.get((moment.micro_batch, moment.lowest, moment.gradients)):
+        if own := before.get((moment.micro_batch, moment.lowest, moment.phase, moment.gradients)):
             grown = {part: size + times * (size - own[part]) for part, size in parts.items() if part != "logits"}
             parts |= {part: max(0, round(size)) for part, size in grown.items()}
         result.append(replace(moment, parts=parts))
