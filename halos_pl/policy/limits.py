@@ -63,21 +63,25 @@ def check_prompts(
         wanted: Number of tokens to add to each prompt.
 
     Raises:
-        ModelError: for a prompt with tokens beyond the model's vocabulary, or without room for a completion.
+        ModelError: for a prompt with tokens beyond the model's vocabulary, or that fills the model's positions.
     """
     check_vocabulary(model, tokenizer, zip(names, prompts, strict=True))
     places = positions(model)
-    long = [i for i, ids in enumerate(prompts) if room(places, len(ids), 1) < 1]
+    long = [i for i, ids in enumerate(prompts) if places.most and len(ids) >= places.most]
     if long:
         raise ModelError(
             f"{names[long[0]]}: the prompt has {len(prompts[long[0]])} tokens, but the model has {places.most}"
             " positions, which leaves none for a completion; shorten it"
             f"{f' ({len(long)} prompts are too long)' if long[1:] else ''}"
         )
-    if places.most and max(map(len, prompts), default=0) + wanted > places.most:
+    beyond = [i for i, ids in enumerate(prompts) if places.most and len(ids) + wanted > places.most]
+    if beyond:
+        first, more = beyond[0], f" ({len(beyond)} prompts)" if beyond[1:] else ""
         rank_zero_warn(
-            f"halos: some prompts plus max_new_tokens ({wanted}) exceed the model's {places.most} positions: "
-            + ("their completions end there" if places.hard else "it was not trained beyond them")
+            f"halos: {names[first]}: the prompt has {len(prompts[first])} tokens; with max_new_tokens ({wanted}) it"
+            f" exceeds the model's {places.most} positions: "
+            + ("its completion ends there" if places.hard else "the model was not trained beyond them")
+            + more
         )
 
 

@@ -152,6 +152,8 @@ def test_a_warning_where_positions_are_rotary(tiny_folder: Path) -> None:
     with pytest.warns(UserWarning, match="8 positions"):
         ((sample,),) = generate(model, tokenizer, ["why"], max_new_tokens=12, progress=False, seed=1)  # type: ignore[arg-type]
     assert len(sample.completion_ids) == 12 or sample.finished
+    with pytest.raises(ModelError, match=r"row 2: .* 8 positions"):
+        generate(model, tokenizer, ["why", "why " * 20], names=["row 1", "row 2"], max_new_tokens=1, progress=False)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
