@@ -40,6 +40,36 @@ def test_few_other_scores_are_tested_over_all_signs() -> None:
     assert result.p == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("count", [1, 5, 6, 8, 40])
+def test_a_difference_is_significant_only_if_its_interval_excludes_zero(count: int) -> None:
+    """For few scores of any kind, the converse holds as well: the interval is that of the test."""
+    rng = np.random.default_rng(count)
+    for highest in (1, 8):  # scores of 0 and 1, and others
+        for shift in range(5):
+            first, second = rng.integers(0, highest + 1, (2, count)) / highest
+            first = (
+                np.clip(first + shift / 4, 0, 1) if highest > 1 else np.where(rng.random(count) < shift / 4, 1, first)
+            )
+            result = paired("m", first, second)
+            excludes = result.low > 0 or result.high < 0
+            assert result.p < LEVEL or not excludes
+            assert excludes or result.p >= LEVEL or count > 13
+            assert result.low <= result.difference <= result.high
+
+
+@pytest.mark.parametrize("count", [3, 5, 6, 8, 10])
+def test_few_other_scores_find_the_detectable_difference_with_the_stated_power(count: int) -> None:
+    rng = np.random.default_rng(count)
+    one = rng.standard_normal(count)
+    detectable = paired("m", one / one.std(ddof=1), np.zeros(count)).detectable
+    if count < 6:
+        assert detectable is None, "no outcome of five questions is significant"
+        return
+    assert detectable is not None
+    found = [paired("m", row, np.zeros(count)).p < LEVEL for row in rng.normal(detectable, 1, (800, count))]
+    assert np.mean(found) == pytest.approx(POWER, abs=0.05)
+
+
 def test_many_other_scores_are_tested_as_by_t() -> None:
     rng = np.random.default_rng(0)
     first, second = rng.random(300), rng.random(300)
