@@ -26,10 +26,16 @@ LATER = (
 #: Arguments that matter for a win rate only.
 FOR_WIN_RATES = ("against", "endpoint", "judging", "alpaca_data", "mt_bench")
 
+#: Arguments that may name a file or a folder to read, besides held-out data and code.
+READ = (
+    *("prompts", "chat_template", "reference", "ckpt_path", "win_rate", "against", "alpaca_data", "mt_bench"),
+    *("include_path", "eval_data"),
+)
+
 
 def measuring(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """A record of an evaluation: the arguments of ``evaluate``, and a digest of each file they name."""
-    code = [str(arguments[key]).rpartition(":")[0] for key in CODE if arguments.get(key)]
+    code = _code_files(arguments)
     data = paths_of([arguments.get("prompts"), *(arguments.get("held_out") or [])])
     data += [path for key in ("alpaca_data", "mt_bench") if (path := arguments.get(key))]
     raw_files: dict[str, str] = {}
@@ -43,6 +49,17 @@ def measuring(arguments: Mapping[str, Any]) -> dict[str, Any]:
     else:
         recorded = {k: v for k, v in recorded.items() if k not in FOR_WIN_RATES}
     return {"evaluate": recorded, "files": {path: digest_of(path) for path in sorted({*data, *code})} | raw_files}
+
+
+def _code_files(arguments: Mapping[str, Any]) -> list[str]:
+    return [str(arguments[key]).rpartition(":")[0] for key in CODE if arguments.get(key)]
+
+
+def inputs_of(model: str, arguments: Mapping[str, Any]) -> list[str]:
+    """The files, folders and patterns that an evaluation reads, among names of other things."""
+    data = [f"{path}/*" if Path(path).is_dir() else path for path in paths_of(arguments.get("held_out") or [])]
+    named = [model, *(arguments.get(key) for key in READ)]
+    return [str(each) for each in (*data, *_code_files(arguments), *named) if each]
 
 
 def paths_of(sources: Iterable[Any]) -> list[str]:

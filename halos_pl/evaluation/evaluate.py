@@ -121,7 +121,7 @@ def evaluate(
     # Imported here: they load torch and transformers, for which --help should not wait.
     from halos_pl.data.example import DataError
     from halos_pl.data.prompt_files import read_prompt_rows, say_convention
-    from halos_pl.evaluation.arguments import check_arguments, measuring
+    from halos_pl.evaluation.arguments import check_arguments, inputs_of, measuring
     from halos_pl.evaluation.judging import judged_by
     from halos_pl.evaluation.measurement import Task, measure, output_folder, with_chat_template
     from halos_pl.evaluation.win_rates import win_rates_of
@@ -141,7 +141,7 @@ def evaluate(
     compared = named_model(reference) if reference else None
     if judge and not compared and not named.run:
         raise DataError(f"--judge needs a reference to compare with, as {model} is not a run; set --reference")
-    folder = output_folder(named, out)
+    folder = output_folder(named, out, inputs_of(model, arguments), win_rates)
     connection = win_rates.connect(folder) if win_rates else None
     how = measuring(arguments) | {"by": provenance()}  # hash the files before they are read
     if folder != named.run:
@@ -176,6 +176,8 @@ def evaluate(
     data = None
     if held_out:
         data = {"predict": list(held_out), "batch_size": batch_size, "max_length": max_length} | text
+    if not (folder / MEASURED).exists():  # marks the folder as an evaluation's, should this one be interrupted
+        write(folder / MEASURED, json.dumps(how, indent=2) + "\n")
     values: dict[str, dict[str, float]] = {}
     before: dict[str, dict[str, float]] = {}
     has_reference = True

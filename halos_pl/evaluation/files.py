@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from halos_pl.data.example import DataError
 
 FILE = "evaluation.json"
 BEFORE = "before.json"  #: the same for a run's model before training
@@ -16,6 +19,8 @@ VERDICTS = "verdicts.jsonl"  #: each reply of the judge, and how it was read
 TRANSCRIPTS = "transcripts.jsonl"  #: requests to the judge and its replies, which later evaluations reuse
 #: Folders of lm-eval's files: of the model, and of a run's model before training.
 BENCHMARKS, BENCHMARKS_BEFORE = "benchmarks", "benchmarks_before"
+#: Files and folders that an evaluation replaces, or removes if it has no such results.
+OUTPUTS = (FILE, BEFORE, MEASURED, ROWS, ANSWERS, WIN_RATE, VERDICTS, BENCHMARKS, BENCHMARKS_BEFORE)
 
 
 def trained_on(run: Path, metric: str) -> str | None:
@@ -25,7 +30,75 @@ def trained_on(run: Path, metric: str) -> str | None:
 
 
 def measured_how(run: Path) -> dict[str, Any]:
-    """How a run was measured: its ``evaluate`` arguments, digests of ``files``, and code (``by``); empty if unknown."""
+    """How a run was measured: its ``evaluate`` arguments, digests of ``files``, and code (``by``); empty if unknown.
+
+    Raises:
+        DataError: if the file is damaged; names it.
+    """
     path = run / MEASURED
-    how: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    how = read_object(path) if path.is_file() else {}
+    tasks = how.get("tasks") or {}
+    parts = {"evaluate": how.get("evaluate", {}), "files": how.get("files", {}), "tasks": tasks}
+    parts |= {f"tasks.{name}": task for name, task in tasks.items()} if isinstance(tasks, dict) else {}
+    for name, part in parts.items():
+        if not isinstance(part, dict):
+            raise DataError(f"{path} is damaged ({name} is no object); run halos evaluate again")
     return how
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in one of the files.
+
+    Raises:
+        DataError: if there is none; names the file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is damaged ({error}); run halos evaluate again") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is damaged (no object, but {type(content).__name__}); run halos evaluate again")
+    return content
+
+
+def refuse_loss(folder: Path, inputs: Iterable[str], transcripts: Path | None = None) -> None:
+    """Refuses a folder in which an evaluation would replace files that it reads, or that no evaluation wrote.
+
+    Args:
+        folder: the folder to write to.
+        inputs: what is read: files, folders or patterns.
+        transcripts: the file that replies of a judge are added to; None without one.
+
+    Raises:
+        DataError: names the file.
+    """
+    outputs = [folder / name for name in OUTPUTS]
+    written = [*outputs, transcripts] if transcripts else outputs
+    clashes = [(text, output) for text in inputs for output in written if _is_read(text, output)]
+    clashes += [(str(transcripts), output) for output in outputs if transcripts and _is_read(str(transcripts), output)]
+    for text, output in clashes:
+        raise DataError(f"{text} is an input, but {output} would be written; name another folder with --out")
+    is_earlier = _is_evaluation(folder)
+    for output in outputs:
+        is_folder = output.name in (BENCHMARKS, BENCHMARKS_BEFORE)
+        if not output.exists() or (is_folder and output.is_dir() and not any(output.iterdir())):
+            continue
+        if not is_earlier or is_folder != output.is_dir() or (is_folder and not (output / "results.json").is_file()):
+            raise DataError(
+                f"{output} would be replaced, but is from no earlier evaluation; move it, or name another folder with"
+                " --out"
+            )
+
+
+def _is_read(text: str, output: Path) -> bool:
+    """Whether a file, folder or pattern includes an output or lies in it. Patterns match outputs to come as well."""
+    read, place = Path(text).resolve(), output.resolve()
+    return read == place or place in read.parents or place.match(str(read))
+
+
+def _is_evaluation(folder: Path) -> bool:
+    """Whether an evaluation, even an unfinished one, wrote to a folder."""
+    try:
+        return "evaluate" in measured_how(folder)
+    except (DataError, OSError):
+        return False

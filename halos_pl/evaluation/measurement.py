@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from halos_pl.data import FeedbackDataModule
 from halos_pl.data.prompt_files import PromptRow
 from halos_pl.endpoint.client import Endpoint
 from halos_pl.evaluation.answers import answers
-from halos_pl.evaluation.files import ANSWERS, FILE, ROWS
+from halos_pl.evaluation.files import ANSWERS, FILE, ROWS, refuse_loss
 from halos_pl.evaluation.held_out import Evaluation, by_example, figures_of, of_reference, prepared, records_of
 from halos_pl.evaluation.judging import Judged, Row
 from halos_pl.evaluation.win_rates import Conversations, WinRates, column_answers
@@ -76,15 +76,24 @@ class Measured:
         return [[sample.text for sample in turn] for turn in (self.samples, self.later) if turn]
 
 
-def output_folder(model: NamedModel, out: str | None) -> Path:
+def output_folder(model: NamedModel, out: str | None, inputs: Iterable[str], win_rates: WinRates | None) -> Path:
     """The folder that an evaluation writes to: ``out``, a run's own, or one named after the model.
+
+    Args:
+        model: the model.
+        out: the folder that the user names.
+        inputs: files, folders and patterns that are read.
+        win_rates: the judge at an endpoint, if any; its replies are added to a file.
 
     Raises:
         OSError: if it cannot be created or written.
+        DataError: if files that are read, or that no evaluation wrote, would be lost.
     """
-    if out is None and model.run:
-        return model.run
-    folder = Path(out) if out else Path("runs/evaluated") / re.sub(r"[^\w.=-]+", "-", model.name).strip("-.")
+    folder = Path(out) if out else model.run
+    folder = folder or Path("runs/evaluated") / re.sub(r"[^\w.=-]+", "-", model.name).strip("-.")
+    refuse_loss(folder, inputs, win_rates.transcripts(folder) if win_rates else None)
+    if folder == model.run:
+        return folder
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--out {folder} is a file; name a folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,6 +148,7 @@ def measure(model: NamedModel, compared: NamedModel | None, task: Task, folder: 
         reference = _answering(other, compared, task)
     others = reference.samples if reference is not None and "judge" in task.judging else None
     baseline = _baseline(task, reference)
+    (folder / FILE).unlink(missing_ok=True)  # the values of an earlier evaluation do not belong to these rows
     if task.data is not None:
         write(folder / ROWS, "".join(json.dumps(record) + "\n" for record in mine.records))
     lines = _lines(task.rows, mine, start, others)

@@ -105,6 +105,10 @@ class WinRates:
             if row.name in self.second and not isinstance(row.prompt, str)
         ]
 
+    def transcripts(self, folder: Path) -> Path:
+        """The file for the judge's replies: in a folder, unless the settings name one."""
+        return Path(self.settings.transcripts) if self.settings.transcripts else folder / TRANSCRIPTS
+
     def connect(self, folder: Path) -> Endpoint:
         """The endpoint, with transcripts in a folder unless the settings name a file.
 
@@ -113,7 +117,7 @@ class WinRates:
                 hold all replies.
             ValueError: if the API key or the transcripts are invalid.
         """
-        path = Path(self.settings.transcripts) if self.settings.transcripts else folder / TRANSCRIPTS
+        path = self.transcripts(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
         is_new, endpoint = not path.exists(), Endpoint(self.endpoint, path)
         if is_new:

@@ -179,12 +179,13 @@ def publish(files: Iterable[tuple[str, str]], folder: Path) -> None:
     Raises:
         DataError: there are no results among them.
     """
+    contents = dict(files)
+    if "results.json" not in contents:  # lm-eval only logs what went wrong
+        raise DataError(f"lm-eval could not write its results for {folder}; is the disk full?")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for name, text in files:
+    for name, text in contents.items():
         (folder / name).write_text(text, encoding="utf-8")
-    if not (folder / "results.json").is_file():  # lm-eval only logs what went wrong
-        raise DataError(f"lm-eval could not write its results for {folder}; is the disk full?")
 
 
 def headline(benchmark: Benchmark) -> tuple[str, str] | None:
