@@ -1,7 +1,9 @@
-"""The folders of evaluations: what an evaluation may replace."""
+"""The folders of evaluations: what an evaluation may replace, and what a comparison takes from two of them."""
 
 from __future__ import annotations
 
+import json
+import random
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ import pytest
 
 from halos_pl.data.example import DataError
 from halos_pl.evaluation.arguments import inputs_of
-from halos_pl.evaluation.files import ANSWERS, BENCHMARKS, MEASURED, OUTPUTS, ROWS, VERDICTS, refuse_loss
+from halos_pl.evaluation.compare import compare, differences
+from halos_pl.evaluation.files import ANSWERS, BENCHMARKS, FILE, MEASURED, OUTPUTS, ROWS, VERDICTS, refuse_loss
 
 # What an evaluation replaces
 
@@ -67,3 +70,101 @@ def test_replies_of_a_judge_are_added_to_no_input_and_are_not_written_over(tmp_p
         with pytest.raises(DataError, match=transcripts.name):
             refuse_loss(tmp_path, [str(prompts)], transcripts)
     refuse_loss(tmp_path, [str(prompts)], tmp_path / "transcripts.jsonl")
+
+
+# What a comparison takes from two of them
+
+
+def evaluation(folder: Path, values: Any, prompts: dict[str, Any] | None = None, **measured: Any) -> str:
+    folder.mkdir()
+    (folder / FILE).write_text(json.dumps(values))
+    (folder / MEASURED).write_text(json.dumps({"evaluate": {}, "files": {}, **measured}))
+    if prompts:
+        lines = [json.dumps({"row": name, "prompt": prompt}) + "\n" for name, prompt in prompts.items()]
+        (folder / ANSWERS).write_text("".join(lines))
+    return str(folder)
+
+
+def said(capsys: pytest.CaptureFixture[str], first: str, second: str) -> list[str]:
+    compare(first, second)
+    return capsys.readouterr().out.splitlines()
+
+
+def test_answers_are_paired_by_prompt_wherever_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a text or as a user message, in files with other names and in another order."""
+    texts = [f"question {i}" for i in range(9)]
+    scores = {text: random.Random(text).random() for text in texts}
+    one = evaluation(
+        tmp_path / "one",
+        {"rule": {f"a.jsonl:{i}": scores[text] for i, text in enumerate(texts)}},
+        {f"a.jsonl:{i}": text for i, text in enumerate(texts)},
+    )
+    texts = [*reversed(texts), "another question"]
+    other = evaluation(
+        tmp_path / "other",
+        {"rule": {f"b.jsonl:{i}": scores.get(text, 0) - 0.25 for i, text in enumerate(texts)}},
+        {f"b.jsonl:{i}": [{"role": "user", "content": text}] for i, text in enumerate(texts)},
+    )
+    (line,) = said(capsys, one, other)
+    assert "difference +0.25 [+0.25, +0.25], significant" in line
+    assert "n = 9" in line
+    assert "1 examples that only one has" in line
+
+
+def test_other_prompts_or_held_out_data_in_the_same_place_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = {"evaluate": {"held_out": [{"path": "h.jsonl"}], "prompts": "p.jsonl"}}
+    values = {"rule": {"p.jsonl:1": 1.0}, "reward_accuracy": {"h.jsonl:1": 1.0}, "mmlu": {"mmlu/1:ab": 1.0}}
+    files = {"h.jsonl": "1", "p.jsonl": "1"}
+    one = evaluation(tmp_path / "one", values, {"p.jsonl:1": "a"}, **how, files=files)
+    same = evaluation(tmp_path / "same", values, **how, files=files)
+    assert [line.partition(":")[0] for line in said(capsys, one, same)] == ["rule", "reward_accuracy", "mmlu"]
+    other = evaluation(tmp_path / "other", values, {"p.jsonl:1": "b"}, **how, files=dict.fromkeys(files, "2"))
+    *_, left_out, last = said(capsys, one, other)
+    assert "reward_accuracy" in left_out
+    assert "held_out" in left_out
+    assert last.startswith("mmlu")
+    unknown = evaluation(tmp_path / "unknown", values, **how, files=dict.fromkeys(files, "2"))
+    assert "rule" in "".join(said(capsys, one, unknown)[:-1]), "without the prompts, the files decide"
+
+
+def test_settings_that_only_one_has_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"mmlu": {"mmlu/1:ab": 1.0}}
+    task = {"version": 1, "chat_template": False}
+    one = evaluation(tmp_path / "one", values, evaluate={"prompts": None, "judging": {}}, tasks={"mmlu": task})
+    two = evaluation(
+        tmp_path / "two",
+        values | {"rule": {"p.jsonl:1": 1.0}},
+        evaluate={"prompts": "p.jsonl", "system": "Hello", "num_fewshot": 0, "batch_size": 3},
+        tasks={"mmlu": task | {"not_scored": {"a": 1}}, "ifeval": {"version": 2}},
+    )
+    for first, second in ((one, two), (two, one)):
+        lines = differences(Path(first), Path(second))
+        expected = ["mmlu.not_scored", "num_fewshot", "prompts", "system"]
+        assert [line.partition(" differs: ")[0] for line in lines] == expected
+        assert all("not set in " + one in line for line in lines)
+        assert differences(Path(first), Path(first)) == []
+    assert any("only " in line and two in line and "rule" in line for line in said(capsys, one, two))
+    (Path(two) / MEASURED).unlink()
+    (line,) = differences(Path(one), Path(two))
+    assert two in line
+    assert MEASURED in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *((FILE, content) for content in ('{"rule": 5}', "[]", "{", '{"rule": {"a": NaN}}', '{"rule": {"a": "1"}}')),
+        *((MEASURED, content) for content in ("[]", '{"evaluate', '{"evaluate": 1}', '{"tasks": {"mmlu": 1}}')),
+        *((ANSWERS, content) for content in ("[]\n", "{}\n", "{\n", '{"row": "b", "prompt": "q"}\n')),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: str) -> None:
+    values = {"rule": {"a": 1.0}}
+    one = evaluation(tmp_path / "one", values, {"a": "question"})
+    two = evaluation(tmp_path / "two", values, {"a": "question"})
+    (Path(two) / name).write_text(content)
+    for folders in ((one, two), (two, one)):
+        with pytest.raises(DataError, match=str(Path(two) / name)):
+            compare(*folders)
