@@ -13,7 +13,17 @@ import pytest
 from halos_pl.data.example import DataError
 from halos_pl.evaluation.arguments import inputs_of
 from halos_pl.evaluation.compare import compare, differences
-from halos_pl.evaluation.files import ANSWERS, BENCHMARKS, FILE, MEASURED, OUTPUTS, ROWS, VERDICTS, refuse_loss
+from halos_pl.evaluation.files import (
+    ANSWERS,
+    BENCHMARKS,
+    FILE,
+    MEASURED,
+    OUTPUTS,
+    ROWS,
+    VERDICTS,
+    keep_earlier,
+    refuse_loss,
+)
 
 # What an evaluation replaces
 
@@ -35,6 +45,21 @@ def test_what_an_earlier_evaluation_wrote_is_replaced(tmp_path: Path) -> None:
     (tmp_path / BENCHMARKS / "results.json").rename(tmp_path / BENCHMARKS / "mine.py")
     with pytest.raises(DataError, match=BENCHMARKS):
         refuse_loss(tmp_path, [])
+
+
+def test_results_of_another_evaluation_are_kept(tmp_path: Path) -> None:
+    """A repetition replaces its own results."""
+    wrote = {name: (tmp_path / name) for name in (FILE, MEASURED, ANSWERS, VERDICTS)}
+    for number in (1, 2):
+        for name, path in wrote.items():
+            path.write_text(json.dumps({"evaluate": {"tasks": [number]}, "is": name}))
+        assert keep_earlier(tmp_path, {"tasks": (number,)}) is None
+        place = keep_earlier(tmp_path, {"tasks": (number,), "limit": 3})
+        assert place == tmp_path / f"evaluation.{number}"
+        assert {path.name for path in place.iterdir()} == wrote.keys()
+        assert json.loads((place / ANSWERS).read_text())["evaluate"] == {"tasks": [number]}
+        assert not any(path.exists() for path in wrote.values())
+        assert keep_earlier(tmp_path, {}) is None
 
 
 INPUTS: list[tuple[dict[str, Any], bool]] = [

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from halos_pl.common.files import write
-from halos_pl.common.messages import counted
+from halos_pl.common.messages import counted, plain
 from halos_pl.endpoint.settings import EndpointSettings
 from halos_pl.evaluation.compare import print_before_and_after
 from halos_pl.evaluation.files import (
@@ -24,6 +24,7 @@ from halos_pl.evaluation.files import (
     ROWS,
     VERDICTS,
     WIN_RATE,
+    keep_earlier,
 )
 from halos_pl.evaluation.metrics import COMPARING, METRICS, metric_of
 from halos_pl.judge.settings import JudgeSettings
@@ -176,6 +177,8 @@ def evaluate(
     data = None
     if held_out:
         data = {"predict": list(held_out), "batch_size": batch_size, "max_length": max_length} | text
+    if earlier := keep_earlier(folder, how["evaluate"]):
+        print(plain(f"halos: the results of an earlier evaluation with other settings are now in {earlier}/"))
     if not (folder / MEASURED).exists():  # marks the folder as an evaluation's, should this one be interrupted
         write(folder / MEASURED, json.dumps(how, indent=2) + "\n")
     values: dict[str, dict[str, float]] = {}

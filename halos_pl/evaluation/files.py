@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,26 @@ def refuse_loss(folder: Path, inputs: Iterable[str], transcripts: Path | None = 
                 f"{output} would be replaced, but is from no earlier evaluation; move it, or name another folder with"
                 " --out"
             )
+
+
+def keep_earlier(folder: Path, arguments: Mapping[str, Any]) -> Path | None:
+    """Moves the results of an earlier evaluation with other arguments into a folder beside them.
+
+    Args:
+        folder: the folder to write to.
+        arguments: the recorded arguments of this evaluation.
+
+    Returns:
+        the new folder ``evaluation.N``; None if there are no such results.
+    """
+    if not (folder / FILE).is_file() or measured_how(folder).get("evaluate") == json.loads(json.dumps(arguments)):
+        return None
+    place = next(each for n in count(1) if not (each := folder / f"evaluation.{n}").exists())
+    place.mkdir()
+    for name in reversed(OUTPUTS):  # FILE last, so that a move that is interrupted goes on
+        if (folder / name).exists():
+            (folder / name).replace(place / name)
+    return place
 
 
 def _is_read(text: str, output: Path) -> bool:
