@@ -18,7 +18,7 @@ from statsmodels.stats import inter_rater
 from halos_pl.judge.agreement import agreement, cohens_kappa, fleiss_kappa, majority
 from halos_pl.judge.estimates import mean_of
 from halos_pl.judge.simulated import SimulatedJudge
-from halos_pl.judge.win_rates import JudgedPair, from_alpaca_eval, win_rate
+from halos_pl.judge.win_rates import JudgedPair, WinRate, from_alpaca_eval, win_rate
 
 #: Number of models, and the precision of the figures. Two of AlpacaEval 2's 59 models are in the file twice.
 PUBLISHED = {"alpaca_eval_gpt4": (52, 1e-6), "alpaca_eval2_gpt4_turbo": (57, 1e-5)}
@@ -140,6 +140,36 @@ def test_both_orders_combine_and_neither_abstentions_nor_failures_become_ties() 
     assert report.position_bias.value == pytest.approx(1.5 / 4)
     assert report.follows_position.value == pytest.approx(2 / 4)
     assert report.consistency.value == pytest.approx((0.5 + 1) / 2)
+
+
+verdict = st.none() | st.sampled_from([0.0, 0.5, 1.0])
+several = st.lists(st.tuples(st.sampled_from("abc"), verdict, verdict), min_size=1, max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(several)
+def test_the_bounds_are_the_win_rates_with_the_pairs_left_out_lost_and_won(
+    rows: list[tuple[str, float | None, float | None]],
+) -> None:
+    """Also where several pairs share a prompt, which counts once."""
+
+    def rated(value: float | None) -> WinRate:
+        filled = [(x, y) if None not in (x, y) else (value, value) for _, x, y in rows]
+        return win_rate([JudgedPair(f"{i}", *both, example=rows[i][0]) for i, both in enumerate(filled)])
+
+    report = rated(None)
+    assert report.bounds == pytest.approx((rated(0.0).rate.value, rated(1.0).rate.value))
+    if report.rate.n:
+        assert report.bounds[0] - 1e-9 <= report.rate.value <= report.bounds[1] + 1e-9
+
+
+def test_the_agreement_of_a_judge_does_not_depend_on_pairs_of_equal_answers() -> None:
+    rng = np.random.default_rng(0)
+    truth = {f"row {i}": 1 if i % 3 else -1 for i in range(60)}
+    pairs = SimulatedJudge(accuracy=0.85, position_bias=0.4).judge(truth, rng)
+    equal = [JudgedPair(f"same {i}", 0.5, 0.5, identical=True) for i in range(60)]
+    labels = truth | {pair.name: i % 3 - 1 for i, pair in enumerate(equal)}
+    assert agreement([*pairs, *equal], labels, "x") == agreement(pairs, truth, "x")
 
 
 labels = st.lists(st.tuples(*[st.sampled_from([-1, 0, 1])] * 3), min_size=6, max_size=60)

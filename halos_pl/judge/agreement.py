@@ -107,8 +107,12 @@ class Agreement:
 
 
 def agreement(pairs: Sequence[JudgedPair], labels: Mapping[str, int], by: str) -> Agreement:
-    """A judge's agreement with a person's labels, over the pairs with verdicts in both orders and a label."""
-    judged = [pair for pair in pairs if pair.preference is not None and pair.name in labels]
+    """A judge's agreement with a person's labels, over the pairs with verdicts in both orders and a label.
+
+    Pairs of equal answers are left out, as the judge is not asked about them.
+    """
+    asked = [pair for pair in pairs if not pair.identical]
+    judged = [pair for pair in asked if pair.preference is not None and pair.name in labels]
     decided = [pair for pair in judged if labels[pair.name]]
     combined = [winner(pair.preference) for pair in judged if pair.preference is not None]
     given = [labels[pair.name] for pair in judged]

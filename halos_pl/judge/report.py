@@ -37,7 +37,9 @@ def win_rate_lines(report: WinRate, name: str) -> list[str]:
     else:
         counts = f"{counted(report.wins, 'win')}, {counted(report.ties, 'tie')}, {report.losses} lost"
         counts += f"; {report.identical} with equal answers" if report.identical else ""
-        lines = [f"{name}: win rate {rate.text()}, standard error {rate.error:.3f} (n = {rate.n}: {counts})"]
+        number = report.wins + report.ties + report.losses
+        n = f"{rate.n}" if number == rate.n else f"{counted(rate.n, 'example')} of {counted(number, 'pair')}"
+        lines = [f"{name}: win rate {rate.text()}, standard error {rate.error:.3f} (n = {n}: {counts})"]
     return lines + judge_lines(report, name)
 
 

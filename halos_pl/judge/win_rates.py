@@ -61,7 +61,7 @@ class WinRate:
         abstentions: number of replies that name neither answer, over both orders, first judgements only.
         failures: number of requests without a reply.
         left_out: number of pairs without a verdict in both orders.
-        bounds: the share of wins among all pairs if those left out were losses, and if they were wins.
+        bounds: the win rate over all examples if the pairs left out were losses, and if they were wins.
         position_bias: probability of preferring the first position minus that of the second, from -1 to 1. The quality
             of the answers cancels, as each is shown first once.
         follows_position: share of pairs whose two verdicts prefer the same position.
@@ -95,9 +95,6 @@ def win_rate(pairs: Sequence[JudgedPair]) -> WinRate:
     preferences = _means(judged)
     winners = [winner(value) for _, value in judged]
     asked = [pair for pair in pairs if not pair.identical]
-    left_out = len(pairs) - len(judged)
-    won = sum(value for _, value in judged)
-    count = max(len(pairs), 1)
     return WinRate(
         rate=mean_of(list(preferences.values())),
         wins=winners.count(1),
@@ -107,13 +104,19 @@ def win_rate(pairs: Sequence[JudgedPair]) -> WinRate:
         abstentions=sum((p.shown_first is None) + (p.shown_second is None) for p in asked)
         - sum(p.failed for p in asked),
         failures=sum(p.failed for p in asked),
-        left_out=left_out,
-        bounds=(won / count, (won + left_out) / count),
+        left_out=len(pairs) - len(judged),
+        bounds=(_rate_if(pairs, 0.0), _rate_if(pairs, 1.0)),
         position_bias=position_bias(asked),
         follows_position=follows_position(asked),
         consistency=consistency(asked),
         preferences=preferences,
     )
+
+
+def _rate_if(pairs: Sequence[JudgedPair], left_out: float) -> float:
+    """The win rate if the preference in each pair left out were ``left_out``; that itself without pairs."""
+    means = _means((pair, left_out if pair.preference is None else pair.preference) for pair in pairs)
+    return sum(means.values()) / len(means) if means else left_out
 
 
 def _means(values: Iterable[tuple[JudgedPair, float]]) -> dict[str, float]:
