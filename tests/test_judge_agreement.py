@@ -44,9 +44,15 @@ def test_labels_of_real_files_are_read(shared_data: Path) -> None:
         ({"by": 3}, {}, "'by'"),
         ({"by": None}, {}, "'by'"),
         ({"by": True}, {}, "'by'"),
+        ({"by": [1]}, {}, "'by'"),
+        ({"by": "nan"}, {}, "'by'"),
+        ({"by": 10**400}, {}, "'by'"),
         ({"a": [5]}, {}, "'a'"),
         ({}, {"prompt": ["question"]}, "'question'"),
         ({}, {"answers": ["a"]}, "--answers"),
+        ({}, {"answers": ["a", "a"]}, "--answers"),
+        ({}, {"annotators": ["by", "by"]}, "--annotators"),
+        ({}, {"prompt": ["p", ""]}, "--prompt"),
         ({}, {"limit": 0}, "limit"),
     ],
 )
@@ -57,6 +63,12 @@ def test_wrong_labels_are_named(row: dict[str, Any], arguments: dict[str, Any], 
         read_labels(path, **given | arguments)
     assert "\n" not in str(error.value)
     assert not row or "x.jsonl:1" in str(error.value)
+
+
+@pytest.mark.parametrize("label", [2, 2.0, "2", " 2", "2.0"])
+def test_a_label_may_be_a_number_or_text(label: Any, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [{"p": "Why?", "a": "1", "b": "2", "by": label}])
+    assert [*read_labels(path, ["p"], ["a", "b"], ["by"]).labels["by"].values()] == [-1]
 
 
 def test_the_command_recovers_a_simulated_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +91,7 @@ def test_the_command_recovers_a_simulated_judge(tmp_path: Path, capsys: pytest.C
 
         server.reply = reply
         at = [f"--endpoint.url={server.url}", "--endpoint.model=judge", "--judging.again=10", f"--out={tmp_path}/out"]
-        words = ["judge", "agreement", path, "--judge=kto", "--prompt=q", "--answers=one,two", "--annotators=by1,by2"]
+        words = ["judge", "agreement", path, "--judge=kto", "--prompt=q", "--answers=one, two", "--annotators=by1, by2"]
         main([*words, *at])
         asked = len(server.requests)
         main([*words, *at])

@@ -64,9 +64,8 @@ def agreement(
     if not endpoint.model:
         raise DataError("endpoint.model is empty; set it to the name of a model at the server")
     asked = named_judge(judge, BenchmarkFiles(mt_bench=Path(mt_bench) if mt_bench else None))
-    labels = read_labels(
-        data, prompt.split(","), answers.split(","), (annotators or "").split(",") if annotators else (), limit, seed
-    )
+    people = [] if annotators is None else _columns(annotators)
+    labels = read_labels(data, _columns(prompt), _columns(answers), people, limit, seed)
     folder = Path(out) if out else Path("runs/judged") / f"{Path(data).name.partition('.')[0]}-{asked.name}"
     folder.mkdir(parents=True, exist_ok=True)
     transcripts = Path(judging.transcripts) if judging.transcripts else folder / TRANSCRIPTS
@@ -85,8 +84,13 @@ def agreement(
     print(f"halos: written to {folder / REPORT}")
 
 
+def _columns(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",")]
+
+
 def _report(labels: HumanLabels, verdicts: Verdicts, name: str) -> dict[str, Any]:
     """The figures of a judge beside people, printed and for JSON."""
+    from halos_pl.common.messages import counted
     from halos_pl.judge.agreement import agreement, fleiss_kappa, majority
     from halos_pl.judge.report import figures, judge_lines
     from halos_pl.judge.win_rates import win_rate
@@ -100,6 +104,9 @@ def _report(labels: HumanLabels, verdicts: Verdicts, name: str) -> dict[str, Any
     report = win_rate(verdicts.pairs)
     for line in judge_lines(report, name):
         print(f"halos: {line}")
+    if report.identical:
+        equal = counted(report.identical, "pair")
+        print(f"halos: {name}: {equal} with equal answers, about which no judge is asked: left out below")
     for row in _table(compared):
         print(f"halos: {row}")
     record = {"judge": figures(report), "agreement": [figures(each) for each in compared]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,8 +50,8 @@ def read_labels(
         path: the file, in any format of training data.
         prompt: columns that make up the prompt, joined by empty lines; empty ones are skipped.
         answers: the columns of the two answers.
-        annotators: columns with labels: 1 or 2 for the better answer, 0 for a tie. None: the first answer is the better
-            one.
+        annotators: columns with labels: 1 or 2 for the better answer, 0 for a tie, as numbers or as text. None: the
+            first answer is the better one.
         limit: number of pairs to draw; None for all.
         seed: seed of the draw.
 
@@ -59,6 +60,9 @@ def read_labels(
     """
     if len(answers) != 2 or not prompt:
         raise DataError(f"--answers {','.join(answers)}: name two columns, and at least one in --prompt")
+    for option, given in (("prompt", prompt), ("answers", answers), ("annotators", annotators)):
+        if "" in given or len({*given}) < len(given):
+            raise DataError(f"--{option} {','.join(given)}: name different columns, separated by single commas")
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}; it must be at least 1")
     pairs: list[Pair] = []
@@ -73,10 +77,7 @@ def read_labels(
         columns = {key: value for key, value in row.items() if key not in used}
         pairs.append(Pair(name, "\n\n".join(filter(None, parts)), first, second, columns))
         for annotator in annotators:
-            value = row.get(annotator)
-            if isinstance(value, bool) or value not in WINNERS:
-                raise DataError(f"{place}: column '{annotator}' is {short(value)}; it must be 1, 2, or 0 for a tie")
-            labels[annotator][name] = WINNERS[value]
+            labels[annotator][name] = _winner(row, annotator, place)
         if not annotators:
             labels[ORDER][name] = 1
     number = len(pairs)
@@ -86,6 +87,22 @@ def read_labels(
         names = {pair.name for pair in pairs}
         labels = {by: {name: label for name, label in each.items() if name in names} for by, each in labels.items()}
     return HumanLabels(pairs, labels, number)
+
+
+def _winner(row: dict[str, Any], column: str, place: str) -> int:
+    """The winner that a column names, as a number or, as in CSV files, as text.
+
+    Raises:
+        DataError: naming the row and the column.
+    """
+    value = row.get(column)
+    try:
+        number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if number not in WINNERS:
+        raise DataError(f"{place}: column '{column}' is {short(value)}; it must be 1, 2, or 0 for a tie")
+    return WINNERS[int(number)]
 
 
 def _text(row: dict[str, Any], column: str, place: str) -> str:
