@@ -48,18 +48,36 @@ Ctrl-C stops at once."""
 
 def help_page() -> str:
     """The text that ``halos --help`` prints."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {what}" for name, what in COMMANDS.items()]
     head = ["usage: halos COMMAND [options]", "", "Align language models with human-aware losses.", "", "commands:"]
     options = ["options:", "  --help     Show this page.", "  --version  Show the version."]
-    return "\n".join([*head, *lines, "", *options, "", EPILOG])
+    return "\n".join([*head, *_lines(COMMANDS), "", *options, "", EPILOG])
 
 
-def unknown_command(word: str) -> str:
-    """The error about the first word of a command line; empty if it is a command or an option."""
-    commands = list(dict.fromkeys(name.partition(" ")[0] for name in COMMANDS))
-    if word.startswith("-") or word in commands:
+def group_page(words: list[str]) -> str:
+    """The text that ``halos WORD --help`` prints for the first word of several commands; empty for other words."""
+    group = _group(words[0])
+    if not group or words[1:] not in (["--help"], ["-h"]):
+        return ""
+    return "\n".join([f"usage: halos {words[0]} COMMAND [options]", "", "commands:", *_lines(group)])
+
+
+def unknown_command(words: list[str]) -> str:
+    """The error about the first words of a command line; empty if they are a command or an option."""
+    group = _group(words[0])
+    commands = list(group) or list(dict.fromkeys(name.partition(" ")[0] for name in COMMANDS))
+    word = " ".join(word for word in words[: 2 if group else 1] if not word.startswith("-"))
+    if not word or word in commands:
         return ""
     near = difflib.get_close_matches(word, commands, n=1)
     guess = f"; did you mean {near[0]}?" if near else ""
     return f"no command is named {word!r}{guess}; it takes one of: {', '.join(commands)}"
+
+
+def _group(word: str) -> dict[str, str]:
+    """The commands whose first word is this one; none if it is a command itself."""
+    return {} if word in COMMANDS else {name: what for name, what in COMMANDS.items() if name.startswith(f"{word} ")}
+
+
+def _lines(commands: dict[str, str]) -> list[str]:
+    width = max(map(len, commands))
+    return [f"  {name:<{width}}  {what}" for name, what in commands.items()]

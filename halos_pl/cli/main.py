@@ -8,7 +8,7 @@ import sys
 from typing import NoReturn
 
 from halos_pl.cli.broken_pipe import ending_quietly
-from halos_pl.cli.help_page import TRAINER_COMMANDS, help_page, unknown_command
+from halos_pl.cli.help_page import TRAINER_COMMANDS, group_page, help_page, unknown_command
 from halos_pl.cli.words import at_home, spelled
 from halos_pl.common.import_path import put_last
 from halos_pl.common.messages import plain
@@ -55,7 +55,10 @@ def _dispatch(words: list[str]) -> None:
     elif not words or words[0] in ("--help", "-h", "help"):
         print(help_page(), file=sys.stdout if words else sys.stderr)
         raise SystemExit(0 if words else 2)
-    elif wrong := unknown_command(words[0]):
+    elif page := group_page(words):
+        print(page)
+        raise SystemExit(0)
+    elif wrong := unknown_command(words):
         if is_first():
             print(f"halos: {plain(wrong)}", file=sys.stderr)
         raise SystemExit(2)
@@ -65,15 +68,13 @@ def _dispatch(words: list[str]) -> None:
         check.run(words[1:])
     else:
         from halos_pl.cli.commands import run_plan, run_tool, tool_of
-        from halos_pl.cli.errors import RunError, reported
+        from halos_pl.cli.errors import reported
 
         with reported():
             if words[0] == "plan" and not {"--help", "-h"} & {*words}:
                 run_plan(words[1:])
             elif tool := tool_of(words):
                 run_tool(tool, words[len(tool.split()) :])
-            elif words[0] == "data":
-                raise RunError("use halos data inspect SOURCE; data settings are options of fit, such as --data.train")
             elif words[0] in TRAINER_COMMANDS and words[1:] in (["--help"], ["-h"]):
                 from halos_pl.cli.cached_help import show_help
 

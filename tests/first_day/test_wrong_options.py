@@ -388,7 +388,10 @@ def test_the_first_rank_of_a_machine_speaks_for_all(
 COMMANDS_WRONG: dict[str, tuple[str, ...]] = {
     "fitt": ("fitt", "did you mean fit?"),
     "nope": ("nope", "fit", "ablate"),
-    "data": ("halos data inspect",),
+    "data": ("'data'", "data inspect"),
+    "judge": ("'judge'", "judge agreement"),
+    "judge --judge kto": ("'judge'", "judge agreement"),
+    "judge agrement x.jsonl": ("'judge agrement'", "did you mean judge agreement?"),
     "fit --config empty": ("--config empty", "folder"),
     "check nope.yaml": ("nope.yaml",),
     "check rows.jsonl": ("rows.jsonl is a data file", "halos check takes an objective's YAML file"),
@@ -510,6 +513,16 @@ def test_the_help_names_every_command_in_a_line(capsys: pytest.CaptureFixture[st
     for name, what in COMMANDS.items():
         assert f"  {name} " in "".join(line for line in lines if line.endswith(what))
     assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize("group", ["judge", "data"])
+def test_the_help_of_several_commands_names_each(group: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([group, "--help"])
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    below = [name for name in COMMANDS if name.startswith(f"{group} ")]
+    assert [line.split("  ")[1] for line in lines if line.startswith("  ")] == below
 
 
 def test_the_help_of_a_fit_begins_with_the_plug_ins(capsys: pytest.CaptureFixture[str]) -> None:
