@@ -177,6 +177,14 @@ def test_mt_bench_needs_its_files(tmp_path: Path) -> None:
             named_judge("mt_bench_pair", files)
 
 
+@pytest.mark.parametrize(
+    ("judge", "files"), [("kto", {"mt_bench": Path("x")}), ("quality", {"alpaca_data": Path("x")})]
+)
+def test_files_that_a_judge_does_not_read_are_refused(judge: str, files: dict[str, Path]) -> None:
+    with pytest.raises(JudgeError, match=f"--{next(iter(files))}"):
+        named_judge(judge, BenchmarkFiles(**files))
+
+
 # AlpacaEval 2.
 
 

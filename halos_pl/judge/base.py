@@ -92,6 +92,7 @@ class Judge(ABC):
         top_logprobs: number of most likely tokens whose log-probs the verdict needs; 0 for a verdict in the text.
         scale: the lowest and the highest grade; None for comparisons.
         baseline: the column of its questions with the answers to compare with; None if they have none.
+        reads: the attributes of :class:`BenchmarkFiles` that it reads.
     """
 
     name: ClassVar[str]
@@ -101,6 +102,7 @@ class Judge(ABC):
     top_logprobs: int = 0
     baseline: str | None = None
     scale: tuple[float, float] | None = None
+    reads: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def messages(self, item: Pair | Answer, swapped: bool = False) -> Messages:

@@ -38,16 +38,25 @@ def named_judge(name: str, files: BenchmarkFiles | None = None) -> Judge:
         files: folders with the files of published benchmarks.
 
     Raises:
-        JudgeError: if there is no such judge, or it lacks its files; names file and line.
+        JudgeError: if there is no such judge, it lacks its files, or it does not read those that were named; names file
+            and line.
         OSError: if the file cannot be read.
         YAMLFileError: if the file is not YAML.
     """
+    files = files or BenchmarkFiles()
+    cls = judge_classes().get(name)
+    judge = cls(files) if cls else _rubric(name)  # type: ignore[call-arg]
+    for option, folder in vars(files).items():
+        if folder is not None and option not in judge.reads:
+            raise JudgeError(f"--{option} has no effect, as the judge {name} does not read it; omit it")
+    return judge
+
+
+def _rubric(name: str) -> Judge:
     if Path(name).suffix in (".yaml", ".yml"):
         if not Path(name).is_file():
             raise JudgeError(f"{name}: no such file; a judge is a YAML file or one of {', '.join(judge_names())}")
         return read_rubric(Path(name))
-    if cls := judge_classes().get(name):
-        return cls(files or BenchmarkFiles())  # type: ignore[call-arg]
     if (_FOLDER / f"{name}.yaml").is_file():
         return read_rubric(_FOLDER / f"{name}.yaml")
     near = difflib.get_close_matches(name, judge_names(), n=1)

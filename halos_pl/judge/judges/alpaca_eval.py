@@ -69,6 +69,7 @@ class AlpacaEval2(Judge):
     temperature = 1.0
     top_logprobs = 5
     baseline = "output"
+    reads = ("alpaca_data",)
     #: Names of the first and the second answer in the prompt.
     names = ("m", "M")
 

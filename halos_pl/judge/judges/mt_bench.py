@@ -68,6 +68,7 @@ class MTBench(Judge):
     plain: str
     with_reference: str
     max_tokens = 2048
+    reads = ("mt_bench",)
 
     def __init__(self, files: BenchmarkFiles) -> None:
         if files.mt_bench is None:
