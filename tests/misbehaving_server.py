@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 #: How a request is answered: ``good``, ``hang``, ``cut``, ``malformed``, a body, or a status with headers and a body.
+#: The body ``drip`` never ends.
 Answer = str | dict[str, Any] | tuple[int, Mapping[str, str], Any]
 
 
@@ -94,10 +95,13 @@ def serving() -> Iterator[Server]:
             for name, value in headers.items():
                 self.send_header(name, value)
             self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content) + 50 * (answer == "cut")))
+            self.send_header("Content-Length", str(len(content) + 50 * (answer == "cut") + 10**6 * (body == "drip")))
             self.end_headers()
+            with suppress(OSError):
+                while body == "drip" and not server.released.wait(0.02):
+                    self.wfile.write(b" ")
             self.wfile.write(content)
-            self.close_connection = answer == "cut"
+            self.close_connection = answer == "cut" or body == "drip"
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         http.daemon_threads = True

@@ -283,6 +283,7 @@ def test_without_a_key_a_local_server_answers(server: Server, clock: FakeClock, 
         ("retries", -1),
         ("price_in", 1.0),
         ("extra_body", {"model": "x"}),
+        ("extra_body", {"max_tokens": "many"}),
     ],
 )
 def test_wrong_settings_are_named_and_secrets_not_repeated(field: str, value: Any) -> None:

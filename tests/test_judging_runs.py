@@ -22,7 +22,7 @@ from halos_pl.judge.settings import JudgeSettings
 from halos_pl.judge.simulated import SimulatedJudge
 from halos_pl.judge.win_rates import win_rate
 
-Replying = Callable[[Request], str | EndpointError]
+Replying = Callable[[Request], str | Choice | EndpointError]
 
 
 class FakeEndpoint:
@@ -39,8 +39,9 @@ class FakeEndpoint:
     def complete(self, requests: Iterable[Request]) -> Iterator[tuple[int, Reply | EndpointError]]:
         self.requests += requests
         for number, request in reversed([*enumerate(requests)]):
-            text = self.replying(request)
-            yield number, text if isinstance(text, EndpointError) else Reply([Choice(text, True)], 10, 2)
+            reply = self.replying(request)
+            choice = Choice(reply, True) if isinstance(reply, str) else reply
+            yield number, choice if isinstance(choice, EndpointError) else Reply([choice], 10, 2)
 
 
 def panel(replying: Replying, judge: str = "kto", **settings: Any) -> Panel:
@@ -90,6 +91,17 @@ def test_abstentions_and_failures_are_counted_and_no_ties() -> None:
     assert (report.rate.value, report.rate.n, report.left_out) == (1, 3, 2)
     assert (report.abstentions, report.failures, len(verdicts.errors)) == (1, 2, 2)
     assert [p.preference for p in verdicts.pairs] == [1, None, None, 1, 1]
+
+
+def test_replies_that_were_cut_off_or_empty_are_told_from_others_without_a_verdict(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    replies = iter([Choice("Respon", False), Choice("", True), Choice("Hm.", True), Choice("", False)])
+    asked = panel(lambda _: next(replies), again=0)
+    report = win_rate(asked.compare(pairs(2)).pairs)
+    assert report.abstentions == 4
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("4", "2 cut off", "1 empty"))
 
 
 def test_an_endpoint_that_answers_nothing_is_an_error() -> None:

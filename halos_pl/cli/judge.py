@@ -69,6 +69,7 @@ def agreement(
     folder = Path(out) if out else Path("runs/judged") / f"{Path(data).name.partition('.')[0]}-{asked.name}"
     folder.mkdir(parents=True, exist_ok=True)
     transcripts = Path(judging.transcripts) if judging.transcripts else folder / TRANSCRIPTS
+    transcripts.parent.mkdir(parents=True, exist_ok=True)
     panel = Panel(asked, Endpoint(endpoint, transcripts), judging)
     drawn = f", drawn with seed {seed}" if len(labels.pairs) < labels.rows else ""
     print(f"halos: {len(labels.pairs)} of {labels.rows} pairs of {data}{drawn}")

@@ -102,6 +102,24 @@ def check_target(path: Path) -> None:
         raise PermissionError(f"{path} cannot be written: no permission to write to {folder}; name another file")
 
 
+def lock(file: IO[bytes], path: Path) -> None:
+    """Locks an open file against other processes until it is closed; does nothing where files cannot be locked.
+
+    It is a POSIX lock: any other handle of this process that is closed releases it.
+
+    Raises:
+        FileExistsError: if another process holds the lock; names ``path``.
+    """
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FileExistsError(f"another process is writing to {path}; wait for it, or name another --out") from None
+    except (ImportError, OSError):  # no locks here
+        return
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Adds ``path`` to errors of the system that name no file, such as that of a full disk.

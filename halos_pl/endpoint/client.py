@@ -16,6 +16,7 @@ from halos_pl.endpoint.pace import Pace, backoff
 from halos_pl.endpoint.settings import EndpointSettings
 from halos_pl.endpoint.transcripts import Transcripts, content_key
 from halos_pl.endpoint.usage import Usage
+from halos_pl.endpoint.whole_reply import limit_time
 
 #: Seconds within which a connection must be made, and within which the first probe must be answered.
 CONNECT, PROBE = 5.0, 10.0
@@ -56,7 +57,9 @@ class Endpoint:
             api_key=key or "none",
             max_retries=0,
             timeout=openai.Timeout(settings.timeout, connect=min(CONNECT, settings.timeout)),
-            http_client=openai.DefaultHttpxClient(trust_env=False) if settings.is_local else None,
+            http_client=openai.DefaultHttpxClient(
+                trust_env=not settings.is_local, event_hooks={"response": [limit_time]}
+            ),
         )
 
     def complete(self, requests: Iterable[Request]) -> Iterator[tuple[int, Reply | EndpointError]]:
@@ -100,6 +103,11 @@ class Endpoint:
             stop.set()
             for _ in threads:
                 jobs.put(None)
+
+    @property
+    def recorded(self) -> int:
+        """Number of replies in the transcripts."""
+        return len(self._transcripts)
 
     def unanswered(self, requests: Iterable[Request]) -> list[Request]:
         """The requests whose replies are not in the transcripts."""
@@ -164,20 +172,22 @@ class Endpoint:
                 return outcome
             failure = outcome
             if failure.kind != "again":
-                return self._error(failure, fatal=failure.kind == "fatal")
+                return self._error(failure, fatal=failure.kind == "fatal", permanent=failure.kind == "request")
             if attempt == self.settings.retries:
                 break
-            seconds = backoff(attempt, self._pace.jitter())
+            seconds = max(failure.wait or 0.0, backoff(attempt, self._pace.jitter()))
+            self._pace.say(self._redact(f"{self.settings.url}: {failure.text}"), seconds)
             if failure.wait is not None:  # the other threads wait, too
-                self._pace.pause(max(failure.wait, seconds))
+                self._pace.pause(seconds)
             else:
                 self._pace.clock.sleep(seconds, stop)
         return self._error(failure, fatal=failure.unreachable, attempts=self.settings.retries + 1)
 
-    def _error(self, failure: Failure, *, fatal: bool, attempts: int = 1) -> EndpointError:
+    def _error(self, failure: Failure, *, fatal: bool, permanent: bool = False, attempts: int = 1) -> EndpointError:
         tries = f" ({attempts} attempts)" if attempts > 1 else ""
         resume = "; start the server, or set endpoint.url" if failure.unreachable else ""
-        return EndpointError(self._redact(f"{self.settings.url}: {failure.text}{tries}{resume}"), fatal=fatal)
+        text = self._redact(f"{self.settings.url}: {failure.text}{tries}{resume}")
+        return EndpointError(text, fatal=fatal, permanent=permanent)
 
     def _attempt(self, request: Request) -> Reply | Failure:
         """The reply, or why there is none.
@@ -204,7 +214,7 @@ class Endpoint:
             body = response.http_response.text
         except self._openai.APIStatusError as error:
             return self._status_failure(error)
-        except self._openai.APIConnectionError as error:
+        except (self._openai.APIConnectionError, TimeoutError) as error:
             return connection_failure(error)
         except UnicodeEncodeError:
             return Failure("the messages contain characters that are not Unicode text", "request")
@@ -218,7 +228,7 @@ class Endpoint:
             return Failure(str(error))
         except OtherNumber as error:
             return Failure(f"{error}; the server may ignore n: send one request per completion", "request")
-        except (ValueError, RecursionError):
+        except (ValueError, OverflowError, RecursionError):
             return Failure("the response is not JSON")
         return replace(reply, choices=[replace(each, text=self._redact(each.text)) for each in reply.choices])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,21 +35,35 @@ class Request:
     repeat: int = 0
 
 
+#: How far above 0 servers may round log-probs.
+ROUNDING = 1e-2
+
+
 @dataclass(frozen=True)
 class Choice:
     """One completion.
 
     Attributes:
-        text: Its text; empty if the model wrote none.
+        text: Its text; empty if the model wrote none. Halves of characters (lone surrogates), which no file could
+            hold, are replaced.
         finished: Whether the model ended it, rather than the limit on its length or a filter.
         logprobs: Log-prob of each sampled token, in nats; None if the server gives none.
         top_logprobs: Log-prob of each of the most likely tokens at each place, in nats; None if the server gives none.
+
+    Raises:
+        MalformedReply: A log-prob is no number, or above 0.
     """
 
     text: str
     finished: bool
     logprobs: list[float] | None = None
     top_logprobs: list[dict[str, float]] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", self.text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        for value in (*(self.logprobs or ()), *(v for place in self.top_logprobs or () for v in place.values())):
+            if not value <= ROUNDING:  # NaN, too
+                raise MalformedReply(f"the logprob of a token is {value:g}; it must be at most 0")
 
 
 @dataclass(frozen=True)
@@ -74,11 +88,21 @@ class EndpointError(OSError):
     Args:
         text: One line on the fault and its remedy; never contains the API key.
         fatal: Whether every further request would fail, too.
+        permanent: Whether the same request would fail again.
     """
 
-    def __init__(self, text: str, *, fatal: bool = False) -> None:
+    def __init__(self, text: str, *, fatal: bool = False, permanent: bool = False) -> None:
         super().__init__(text)
-        self.fatal = fatal
+        self.fatal, self.permanent = fatal, permanent
+
+
+def sent_again(errors: Sequence[EndpointError]) -> str:
+    """What repeating the command does for requests that failed."""
+    number = sum(error.permanent for error in errors)
+    if number == len(errors):
+        return "the same command would fail on them again"
+    hopeless = f", though {number} would fail again" if number else ""
+    return f"the same command sends only these again{hopeless}"
 
 
 class MalformedReply(ValueError):

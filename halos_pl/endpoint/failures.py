@@ -85,6 +85,6 @@ def connection_failure(error: BaseException) -> Failure:
     unreachable = bool({"ConnectError", "ConnectTimeout", "ConnectionRefusedError"} & {*names})
     if unreachable:
         return Failure("no connection to the server", unreachable=True)
-    if "APITimeoutError" in names:
+    if {"APITimeoutError", "TimeoutError"} & {*names}:
         return Failure("no answer within the timeout (endpoint.timeout)")
     return Failure("the connection broke off before the end of the response")

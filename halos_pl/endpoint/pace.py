@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import random
+import sys
 import threading
 import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from typing import Protocol
 
+from tqdm import tqdm
+
+from halos_pl.common.messages import plain
+
 #: Seconds before the first repetition, and at most before any.
 FIRST, MOST = 1.0, 60.0
 #: Longest pause in seconds to wait out if a server asks for it.
 LONGEST_PAUSE = 600.0
+#: Shortest wait in seconds that is reported.
+REPORTED = 5.0
 
 
 class Clock(Protocol):
@@ -76,6 +84,7 @@ class Pace:
     def __init__(self, clock: Clock | None = None, seed: int | None = None) -> None:
         self.clock = clock or SystemClock()
         self._random, self._lock, self._until = random.Random(seed), threading.Lock(), 0.0
+        self._reported = -math.inf  # the end of the last wait that was reported
 
     def jitter(self) -> float:
         """A number from 0 to 1."""
@@ -86,6 +95,15 @@ class Pace:
         """No request starts for so many seconds."""
         with self._lock:
             self._until = max(self._until, self.clock.now() + seconds)
+
+    def say(self, reason: str, seconds: float) -> None:
+        """Reports a wait and its reason on standard error, unless it is short or another thread's was reported."""
+        with self._lock:
+            now = self.clock.now()
+            if seconds < REPORTED or now < self._reported:
+                return
+            self._reported = now + seconds
+        tqdm.write(f"halos: {plain(reason)}; waits {seconds:.0f} s and tries again", file=sys.stderr)
 
     def wait(self, stop: threading.Event) -> None:
         """Waits for the end of a pause, and up to a second longer, so that requests do not start all at once."""

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+#: Fields of a request that limit the tokens of a completion.
+LIMITS = ("max_tokens", "max_completion_tokens")
+
 
 @dataclass(frozen=True)
 class EndpointSettings:
@@ -20,7 +23,7 @@ class EndpointSettings:
         api_key_env: Name of the environment variable with the API key; a local server needs none. The key is written
             nowhere.
         concurrency: Maximum number of requests at a time.
-        timeout: Seconds to wait for data from the server.
+        timeout: Seconds to wait for a reply to begin, and again for its end.
         retries: Maximum number of times to repeat a request that failed for a passing reason.
         price_in: Price of a million prompt tokens in USD.
         price_out: Price of a million completion tokens in USD.
@@ -68,11 +71,20 @@ class EndpointSettings:
                 raise ValueError(f"endpoint.{name} is {getattr(self, name)}; it must be a price in USD")
         if {"model", "messages", "stream", "n"} & {*(self.extra_body or {})}:
             raise ValueError("endpoint.extra_body must not set model, messages, stream or n")
+        for name in LIMITS:
+            value = (self.extra_body or {}).get(name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"endpoint.extra_body: {name} is {value!r:.40}; it must be a number of at least 1")
 
     @property
     def is_local(self) -> bool:
         """Whether the server runs on this machine, so that no proxy is needed."""
         return urlsplit(self.url).hostname in ("localhost", "127.0.0.1", "::1")
+
+    def most_tokens(self, max_tokens: int) -> int | None:
+        """The limit on the tokens of a completion, given that of a request; None if ``extra_body`` removes it."""
+        fields = {"max_tokens": max_tokens, **(self.extra_body or {})}
+        return max((fields[name] for name in LIMITS if fields.get(name) is not None), default=None)
 
     def api_key(self) -> str | None:
         """The key; None if the environment variable is unset or empty.

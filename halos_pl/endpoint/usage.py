@@ -57,13 +57,16 @@ class Usage:
 def estimate(requests: Iterable[Request], settings: EndpointSettings) -> str:
     """A line on the number of requests, about how many tokens they have, and the most that they can cost."""
     number = prompt = completion = 0
+    limited = True
     for request in requests:
         number += 1
         prompt += sum(len(str(message.get("content") or "")) for message in request.messages) // CHARACTERS
-        completion += request.n * request.max_tokens
-    tokens = f"about {prompt:,} prompt tokens and at most {completion:,} completion tokens"
-    price = _price(settings, prompt, completion).replace(", ", ", at most about ")
-    return f"{settings.model}: {counted(number, 'request')}, {tokens}{price}"
+        most = settings.most_tokens(request.max_tokens)
+        limited = limited and most is not None
+        completion += request.n * (most or 0)
+    most_text = f"at most {completion:,} completion tokens" if limited else "completion tokens without a limit"
+    price = _price(settings, prompt, completion).replace(", ", f", at {'most' if limited else 'least'} about ")
+    return f"{settings.model}: {counted(number, 'request')}, about {prompt:,} prompt tokens and {most_text}{price}"
 
 
 def _price(settings: EndpointSettings, prompt: int, completion: int) -> str:

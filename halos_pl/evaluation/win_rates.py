@@ -119,8 +119,8 @@ class WinRates:
         """
         path = self.transcripts(folder)
         path.parent.mkdir(parents=True, exist_ok=True)
-        is_new, endpoint = not path.exists(), Endpoint(self.endpoint, path)
-        if is_new:
+        endpoint = Endpoint(self.endpoint, path)
+        if not endpoint.recorded:
             endpoint.check_reachable()
         return endpoint
 
@@ -252,6 +252,8 @@ def win_rates_of(
     if endpoint is None or not endpoint.model:
         raise DataError("--win_rate needs a server: --endpoint.url http://HOST:PORT/v1 and --endpoint.model NAME")
     judge = named_judge(win_rate, BenchmarkFiles(*(Path(f) if f else None for f in (alpaca_data, mt_bench))))
+    if prompts and alpaca_data:
+        raise DataError("--alpaca_data has no effect with --prompts, which replaces its questions; omit one of them")
     if against and judge.compares == "single":
         raise DataError(f"--against has no effect, as the judge {win_rate} grades single answers; omit it")
     questions = [] if prompts else judge.questions()

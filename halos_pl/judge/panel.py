@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from halos_pl.common.messages import counted as number_of
+from halos_pl.common.messages import plain
 from halos_pl.common.progress import counted
 from halos_pl.data.example import DataError
 from halos_pl.endpoint.client import Endpoint
-from halos_pl.endpoint.exchange import EndpointError, Request
+from halos_pl.endpoint.exchange import Choice, EndpointError, Request, sent_again
 from halos_pl.endpoint.usage import estimate
 from halos_pl.judge.base import Answer, Judge, Pair
 from halos_pl.judge.settings import JudgeSettings
@@ -23,13 +24,14 @@ class Verdicts:
 
     Attributes:
         pairs: the judged pairs, in the order of the input.
-        records: for each reply its pair, order and repeat, the preference for the answer, and the text.
+        records: for each reply its pair, order and repeat, the preference for the answer, the text, and whether the
+            model ended it.
         errors: the error of each request without a reply.
     """
 
     pairs: list[JudgedPair]
     records: list[dict[str, Any]]
-    errors: list[str]
+    errors: list[EndpointError]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Grades:
     grades: list[float | None]
     again: dict[int, float | None]
     records: list[dict[str, Any]]
-    errors: list[str]
+    errors: list[EndpointError]
 
 
 class Comparer(Protocol):
@@ -72,6 +74,9 @@ class _Asked:
     swapped: bool
     repeat: int
     request: Request = field(repr=False)
+
+
+_Replied = tuple[_Asked, float | None, Choice]
 
 
 class Panel:
@@ -109,9 +114,9 @@ class Panel:
         """
         self._check("pair")
         asked = self._requests(pairs)
-        texts, errors = self._replies(asked)
+        replies, errors = self._replies(asked)
         records, by_item = [], {}
-        for each, verdict, text in texts:
+        for each, verdict, choice in replies:
             preference = None if verdict is None else 1 - verdict if each.swapped else verdict
             by_item[each.item, each.swapped, each.repeat] = preference
             order = "second" if each.swapped else "first"
@@ -121,7 +126,8 @@ class Panel:
                     "answer_shown": order,
                     "repeat": each.repeat,
                     "preference": preference,
-                    "reply": text,
+                    "reply": choice.text,
+                    "finished": choice.finished,
                 }
             )
         judged = []
@@ -147,14 +153,20 @@ class Panel:
         """
         self._check("single")
         asked = self._requests(answers)
-        texts, errors = self._replies(asked)
-        by_item = {(each.item, each.repeat): grade for each, grade, _ in texts}
+        replies, errors = self._replies(asked)
+        by_item = {(each.item, each.repeat): grade for each, grade, _ in replies}
         return Grades(
             [by_item.get((i, 0)) for i in range(len(answers))],
             {i: grade for (i, repeat), grade in by_item.items() if repeat},
             [
-                {"row": answers[each.item].name, "repeat": each.repeat, "grade": grade, "reply": text}
-                for each, grade, text in texts
+                {
+                    "row": answers[each.item].name,
+                    "repeat": each.repeat,
+                    "grade": grade,
+                    "reply": choice.text,
+                    "finished": choice.finished,
+                }
+                for each, grade, choice in replies
             ],
             errors,
         )
@@ -188,25 +200,33 @@ class Panel:
             repeat=repeat,
         )
 
-    def _replies(self, asked: Sequence[_Asked]) -> tuple[list[tuple[_Asked, float | None, str]], list[str]]:
-        """The verdict and the text of each reply, in the order of the requests, and the errors of the others."""
+    def _replies(self, asked: Sequence[_Asked]) -> tuple[list[_Replied], list[EndpointError]]:
+        """The verdict in each reply, in the order of the requests, and the errors of the others."""
         requests = [each.request for each in asked]
-        replies: dict[int, tuple[float | None, str]] = {}
+        replies: dict[int, tuple[float | None, Choice]] = {}
         errors: dict[int, EndpointError] = {}
         for number, outcome in _with_progress(self.endpoint.complete(requests), len(requests)):
             if isinstance(outcome, EndpointError):
                 errors[number] = outcome
             else:
                 choice = outcome.choices[0]
-                replies[number] = self.judge.verdict(choice), choice.text
+                replies[number] = self.judge.verdict(choice), choice
         if errors and not replies:
             raise errors[min(errors)]
         if errors:
-            print(
-                f"halos: {number_of(len(errors), 'request')} of {len(requests)} failed; repeat the command to send only"
-                f" these again. The first: {errors[min(errors)]}"
-            )
-        return [(asked[i], *replies[i]) for i in sorted(replies)], [str(errors[i]) for i in sorted(errors)]
+            failed = f"{number_of(len(errors), 'request')} of {len(requests)} failed; {sent_again([*errors.values()])}"
+            print(f"halos: {plain(f'{failed}. The first: {errors[min(errors)]}')}")
+        if line := _without_verdict([choice for verdict, choice in replies.values() if verdict is None]):
+            print(f"halos: {line}")
+        return [(asked[i], *replies[i]) for i in sorted(replies)], [errors[i] for i in sorted(errors)]
+
+
+def _without_verdict(choices: Sequence[Choice]) -> str:
+    """How many replies without a verdict were cut off or empty; empty if none was."""
+    cut = sum(not choice.finished for choice in choices)
+    empty = sum(choice.finished and not choice.text.strip() for choice in choices)
+    reasons = [f"{cut} cut off by max_tokens or a filter"] * bool(cut) + [f"{empty} empty"] * bool(empty)
+    return f"replies without a verdict: {len(choices)}, of them {' and '.join(reasons)}" if reasons else ""
 
 
 def _with_progress(outcomes: Iterator[Any], number: int) -> Iterator[Any]:

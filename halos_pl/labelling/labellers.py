@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from halos_pl.data.example import DataError
 from halos_pl.endpoint.client import Endpoint
-from halos_pl.endpoint.exchange import EndpointError
+from halos_pl.endpoint.exchange import EndpointError, sent_again
 from halos_pl.endpoint.settings import EndpointSettings
 from halos_pl.evaluation.judging import Row, judged_by
 from halos_pl.labelling.groups import Group, text_of
@@ -113,14 +113,14 @@ class JudgeLabeller:
     Args:
         name: A shipped judge, or a YAML file with a rubric.
         settings: The endpoint.
-        transcripts: File of its replies, which a repeated command reuses.
+        transcripts: File of its replies, which a repeated command reuses; None keeps none.
 
     Raises:
         ValueError: There is no such judge.
         OSError: The endpoint cannot be used.
     """
 
-    def __init__(self, name: str, settings: EndpointSettings, transcripts: Path) -> None:
+    def __init__(self, name: str, settings: EndpointSettings, transcripts: Path | None) -> None:
         from halos_pl.judge.named import named_judge
         from halos_pl.judge.panel import Panel
         from halos_pl.judge.settings import JudgeSettings
@@ -178,17 +178,17 @@ class JudgeLabeller:
                 wins[g][j].append(1 - pair.preference)
         return [[sum(each) / len(each) if each else None for each in group] for group in wins]
 
-    def _refuse(self, errors: Sequence[str]) -> None:
+    def _refuse(self, errors: Sequence[EndpointError]) -> None:
         """Stops if requests failed, so that the same command sends them again instead of recording no verdict."""
         if errors:
-            raise EndpointError(f"{len(errors)} requests failed; the same command sends them again: {errors[0]}")
+            raise EndpointError(f"{len(errors)} requests failed; {sent_again(errors)}: {errors[0]}")
 
     def summary(self) -> str:
         return self._endpoint.usage.line(self._endpoint.settings)
 
 
 def named_labeller(
-    spec: str, *, batch_size: int, text_prompts: Any, endpoint: EndpointSettings | None, transcripts: Path
+    spec: str, *, batch_size: int, text_prompts: Any, endpoint: EndpointSettings | None, transcripts: Path | None
 ) -> Labeller:
     """The labeller ``KIND: NAME``.
 

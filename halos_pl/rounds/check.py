@@ -150,8 +150,7 @@ def _check_arguments(study: Rounds, parsed: Mapping[str, Mapping[str, Any]]) -> 
             judged_by(evaluate[key], key)
     with _at(study.place("label", "by"), (ValueError, OSError)):
         options: dict[str, Any] = {name: label[name] for name in ("batch_size", "text_prompts", "endpoint")}
-        options["transcripts"] = Path("unused")
-        labellers = [named_labeller(name, **options) for name in study.labellers]
+        labellers = [named_labeller(name, **options, transcripts=None) for name in study.labellers]
     unbounded = [name for name, each in zip(study.labellers, labellers, strict=True) if each.threshold is None]
     if label["form"] == "binary" and label["threshold"] is None and unbounded:
         raise RoundsError(

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from halos_pl.common.files import naming, part_of, unique_name, whole, write
+from halos_pl.common.files import lock, naming, part_of, unique_name, whole, write
 from halos_pl.data.prompt_files import PROMPT_ROW, SAMPLE_INDEX
 from halos_pl.provenance import provenance
 from halos_pl.training.checkpoint_manifest import file_digest
@@ -100,24 +100,12 @@ class SampleFile:
         if self.complete:
             return
         self._file = self.part.open("a+b")
-        self._lock(self._file)
+        lock(self._file, self.part)
         if self._difference():  # replaced, or new
             self._file.truncate(0)
             content = {"settings": self.settings, "by": provenance()}
             write(self.record, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         self._resume(self._file)
-
-    def _lock(self, file: IO[bytes]) -> None:
-        try:
-            import fcntl
-
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileExistsError(
-                f"another process is writing to {self.part}; wait for it, or name another --out"
-            ) from None
-        except (ImportError, OSError):  # no locks here
-            return
 
     def _resume(self, file: IO[bytes]) -> None:
         file.seek(0)
