@@ -12,6 +12,7 @@ import pytest
 from halos_pl.common.yaml_files import YAMLFileError
 from halos_pl.data.example import DataError
 from halos_pl.endpoint.exchange import Choice
+from halos_pl.evaluation.arguments import measuring
 from halos_pl.judge.base import Answer, BenchmarkFiles, JudgeError, Pair
 from halos_pl.judge.named import judge_names, named_judge
 
@@ -169,6 +170,13 @@ def test_mt_bench_judges_the_second_turn_in_its_conversation(category: str, mt_b
     text = single.messages(Answer("q", question.turns[1], "mine 2", columns))[1]["content"]
     assert text.index("mine 1") < text.index("mine 2")
     assert single.verdict(said("Rating: [[5]]")) == 5
+
+
+def test_the_folder_of_mt_bench_may_hold_other_files(shared_data: Path) -> None:
+    """Those of other benchmarks, whose names would make several splits of training data."""
+    folder = str(shared_data / "eval")
+    arguments = {"win_rate": "mt_bench_pair", "mt_bench": folder}
+    assert {*measuring(arguments)["files"]} == {folder}
 
 
 def test_mt_bench_needs_its_files(tmp_path: Path) -> None:

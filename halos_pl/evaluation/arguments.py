@@ -37,10 +37,10 @@ def measuring(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """A record of an evaluation: the arguments of ``evaluate``, and a digest of each file they name."""
     code = _code_files(arguments)
     data = paths_of([arguments.get("prompts"), *(arguments.get("held_out") or [])])
-    data += [path for key in ("alpaca_data", "mt_bench") if (path := arguments.get(key))]
-    raw_files: dict[str, str] = {}
+    folders = [Path(path) for key in ("alpaca_data", "mt_bench") if (path := arguments.get(key))]
     if (raw := folder_of(arguments.get("eval_data"))) and task_names(arguments.get("tasks"), arguments.get("suite")):
-        raw_files[str(raw)] = _digest([path for path in sorted(raw.rglob("*")) if path.is_file()])
+        folders.append(raw)
+    raw_files = {str(raw): _digest(sorted(path for path in raw.rglob("*") if path.is_file())) for raw in folders}
     added = (*LATER, *FOR_WIN_RATES)
     recorded = {k: v for k, v in arguments.items() if k not in added or (v is not None and v is not False)}
     if judge := recorded.get("win_rate"):
