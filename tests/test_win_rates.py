@@ -16,7 +16,7 @@ from scipy import stats
 from statsmodels.stats import inter_rater
 
 from halos_pl.judge.agreement import agreement, cohens_kappa, fleiss_kappa, majority
-from halos_pl.judge.estimates import mean_of
+from halos_pl.judge.estimates import linear, mean_of
 from halos_pl.judge.simulated import SimulatedJudge
 from halos_pl.judge.win_rates import JudgedPair, WinRate, from_alpaca_eval, win_rate
 
@@ -50,7 +50,11 @@ def test_the_interval_of_a_share_is_that_of_wilson() -> None:
     assert (many.low, many.high) == pytest.approx((wilson.low, wilson.high), abs=1e-4)
     assert mean_of([0.0] * 20).high == pytest.approx(0.18, abs=0.02)
     assert mean_of([0.0] * 20).low == pytest.approx(0, abs=1e-12)
-    assert (mean_of([0.5] * 9).low, mean_of([]).n) == (0.5, 0)
+    assert mean_of([]).n == 0
+    for n, least, most in ((3, 0.0, 1.0), (40, -1.0, 1.0)):  # equal values count as n tosses
+        equal = [mean_of([least + share * (most - least)] * n, least, most) for share in (0.25, 0.5, 1.0)]
+        assert all(each.high - each.low > 0.5 * (most - least) / n for each in equal)
+        assert all(linear(each.value, np.zeros(n), least, most) == each for each in equal)
     for wrong in ([1.5], [float("nan")]):
         with pytest.raises(ValueError, match="0 to 1"):
             mean_of(wrong)

@@ -46,8 +46,8 @@ def mean_of(values: Sequence[float] | Values, least: float = 0.0, most: float = 
     """The mean of independent values, with the standard error s / sqrt(n), where s has n - 1 degrees of freedom.
 
     The interval is Wilson's (1927) with the quantile of t, for the effective number of items of Korn and Graubard
-    (1998): p (1 - p) / error², where p is the mean scaled to 0..1. It stays within the bounds, and has a width even if
-    all values equal a bound. It has none if all values equal one number between the bounds, such as ties only.
+    (1998): p (1 - p) / error², where p is the mean scaled to 0..1. It stays within the bounds. If all values are equal,
+    that number is n: a few equal values do not say that all are.
 
     Args:
         values: one value per item, from ``least`` to ``most``.
@@ -66,19 +66,24 @@ def mean_of(values: Sequence[float] | Values, least: float = 0.0, most: float = 
     error = float(array.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
     if n == 1:
         return Estimate(mean, math.nan, least, most, 1)
+    return Estimate(mean, error, *_wilson(mean, error, n, least, most), n)
+
+
+def _wilson(value: float, error: float, n: int, least: float, most: float) -> tuple[float, float]:
+    """The interval of :func:`mean_of`."""
     span = most - least
-    p, scaled = (mean - least) / span, error / span
-    if scaled <= 1e-12 and 0 < p < 1:
-        return Estimate(mean, error, mean, mean, n)
+    p, scaled = (value - least) / span, error / span
     many = max(p * (1 - p) / scaled**2, 1.0) if scaled > 1e-12 else float(n)
     z = float(special.stdtrit(n - 1, 1 - LEVEL / 2))
     centre, reach = p + z**2 / (2 * many), z * math.sqrt(p * (1 - p) / many + z**2 / (4 * many**2))
     low, high = (centre - reach) / (1 + z**2 / many), (centre + reach) / (1 + z**2 / many)
-    return Estimate(mean, error, least + span * max(low, 0.0), least + span * min(high, 1.0), n)
+    return least + span * max(low, 0.0), least + span * min(high, 1.0)
 
 
 def linear(value: float, influence: Values, least: float = -math.inf, most: float = math.inf) -> Estimate:
     """A smooth function of means, with its error from the influence of each item (delta method).
+
+    If no item has any influence, the interval is that of :func:`mean_of` for equal values.
 
     Args:
         value: the estimate.
@@ -89,5 +94,7 @@ def linear(value: float, influence: Values, least: float = -math.inf, most: floa
     if n < 2 or not math.isfinite(value):
         return Estimate(value, math.nan, least, most, n)
     error = float(influence.std(ddof=1)) / math.sqrt(n)
+    if error <= 1e-12 and least <= value <= most < math.inf:
+        return Estimate(value, error, *_wilson(value, error, n, least, most), n)
     reach = float(special.stdtrit(n - 1, 1 - LEVEL / 2)) * error
     return Estimate(value, error, max(value - reach, least), min(value + reach, most), n)
