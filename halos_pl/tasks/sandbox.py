@@ -4,6 +4,10 @@
 then makes all mounts read-only, hides ``/proc``, ``/dev`` and temporary folders, mounts an empty working folder in
 memory, limits time, memory, file size and open files, drops all capabilities, and forbids system calls that open
 sockets, start processes or change any of this. Linux only. A program can still read files that this user can read.
+
+Whether a program has passed is told by a token that the program cannot see. But tests run in the process of the program
+that they test, as in HumanEval's own harness: one that sets out to deceive them can, for example by objects that are
+equal to everything.
 """
 
 from __future__ import annotations
@@ -76,6 +80,10 @@ def execute(program: str, limits: Limits = Limits()) -> Outcome:
     unshare = shutil.which("unshare")
     if sys.platform != "linux" or unshare is None:
         raise NoSandboxError("code of models runs only on Linux with the command unshare (util-linux)")
+    try:
+        text = program.encode()
+    except UnicodeEncodeError as error:  # no Python program
+        return Outcome(False, type(error).__name__)
     token = secrets.token_hex(16)  # a program that ends early does not know it
     # Caps in the new user namespace last until the child drops them; it needs them to mount.
     words = [unshare, "--map-root-user", "--net", "--mount", "--pid", "--ipc", "--fork", "--kill-child", "--"]
@@ -98,7 +106,7 @@ def execute(program: str, limits: Limits = Limits()) -> Outcome:
         os.close(writer)
     with os.fdopen(reader, "rb") as reports:
         try:
-            _, errors = process.communicate(f"{token}\n{program}".encode("utf-8", "surrogateescape"), limits.wall)
+            _, errors = process.communicate(f"{token}\n".encode() + text, limits.wall)
         except subprocess.TimeoutExpired:
             return Outcome(False, "timed out")
         finally:
@@ -112,11 +120,11 @@ def execute(program: str, limits: Limits = Limits()) -> Outcome:
             f"this machine does not allow the namespaces that isolate code of models ({why[:200] or 'unshare failed'});"
             " run without --allow_code_execution and the tasks that need it, or where user namespaces are allowed"
         )
-    if token in lines:
-        return Outcome(True)
-    if len(lines) > 1:
-        return Outcome(False, lines[1])
     status = process.returncode  # of unshare: 128 + N after signal N
+    if token in lines and status == 0:
+        return Outcome(True)
+    if len(lines) > 1 and token != lines[1]:
+        return Outcome(False, lines[1])
     number = -status if status < 0 else status - 128
     return Outcome(False, f"killed by signal {number}" if number > 0 else "exited")
 

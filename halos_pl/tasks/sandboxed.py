@@ -1,8 +1,10 @@
 """The process in which :mod:`halos_pl.tasks.sandbox` runs a program; imports nothing of halos_pl.
 
 Words: the descriptor for reports, then ``limit=value``. Standard input: a token, and from the second line the program.
-Reports: ``ready`` once the isolation is complete (otherwise the reason), then the token if the program has run to its
-end, or the name of its exception.
+Reports: ``ready`` once the isolation is complete (otherwise the reason), then the name of the program's exception, or
+the token if it has run to its end. While the program runs, no Python object contains the token: it waits in the output
+buffer of a file of the C library, which is written when this process ends in the ordinary way. That happens only after
+the program has run to its end; every other way out is immediate.
 """
 
 from __future__ import annotations
@@ -128,33 +130,56 @@ def forbid_calls() -> None:
     call("seccomp", libc.prctl(PR_SET_SECCOMP, FILTER, ctypes.c_char_p(program), 0, 0))
 
 
-def main() -> None:
-    """Isolates this process, then runs the program."""
+def written_at_the_end(descriptor: int, line: bytes) -> None:
+    """Leaves a line to the C library, which writes it to the descriptor when this process ends in the ordinary way.
+
+    Raises:
+        OSError: naming the call that failed.
+    """
+    libc.fdopen.restype = ctypes.c_void_p
+    file = ctypes.c_void_p(libc.fdopen(descriptor, b"w"))
+    if not file or libc.fputs(line, file) < 0:
+        call("fdopen", -1)
+
+
+def isolate() -> int:
+    """Isolates this process, and leaves the token for its end.
+
+    Returns:
+        The descriptor for reports.
+    """
     descriptor, limits = int(sys.argv[1]), dict(word.split("=") for word in sys.argv[2:])
-    token, _, program = sys.stdin.buffer.read().partition(b"\n")
-
-    def report(line: str) -> None:
-        os.write(descriptor, f"{line}\n".encode())
-
+    token = b""
+    while not token.endswith(b"\n"):  # without a buffer, which would keep it
+        token += os.read(0, 1)
     try:
+        written_at_the_end(descriptor, token)
         disk = int(limits["disk"])
         isolate_files(disk)
         limit(int(limits["cpu"]), int(limits["memory"]), disk)
         drop_capabilities()
         forbid_calls()
     except OSError as error:
-        report(f"{error.strerror or error}")
-        raise SystemExit(1) from error
+        os.write(descriptor, f"{error.strerror or error}\n".encode())
+        os._exit(1)
+    return descriptor
+
+
+def main() -> None:
+    """Isolates this process, then runs the program; returns only if the program has run to its end."""
+    descriptor = isolate()
+    write, leave = os.write, os._exit  # the program may replace those of the module
+    program = sys.stdin.buffer.read()
     os.dup2(1, 2)
-    report("ready")
+    write(descriptor, b"ready\n")
     sys.argv = ["program"]
     try:
         exec(compile(program, "program.py", "exec"), {})
     except BaseException as error:
-        report(type(error).__name__)
-        os._exit(1)
-    report(token.decode())
-    os._exit(0)
+        try:
+            write(descriptor, f"{type(error).__name__}\n".encode())
+        finally:
+            leave(1)
 
 
 if __name__ == "__main__":

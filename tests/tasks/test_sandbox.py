@@ -27,8 +27,37 @@ def test_a_program_passes_if_it_runs_to_its_end() -> None:
     assert execute("assert 1 + 1 == 3").why == "AssertionError"
 
 
+#: Reports whatever may be a token in the frames and objects of its process, then ends.
+SEARCH = """
+import gc, os, re, sys
+places, frame = gc.get_objects(), sys._getframe()
+while frame:
+    places += [frame.f_locals, frame.f_globals]
+    frame = frame.f_back
+for token in set(re.findall("[0-9a-f]{32}", " ".join(str(place) for place in places))):
+    for descriptor in range(3, 64):
+        try:
+            os.write(descriptor, f"{token}\\n".encode())
+        except OSError:
+            pass
+os._exit(0)
+"""
+HOOK = "import sys\ndef hook(*_): raise SystemExit(0)\nsys.excepthook = hook\n"
+
+
 @pytest.mark.parametrize(
-    "program", ["import sys; sys.exit(0)", "import os; os._exit(0)", "raise KeyboardInterrupt", "1 +"]
+    "program",
+    [
+        "import sys; sys.exit(0)",
+        "import os; os._exit(0)",
+        "import os; os._exit = print; raise SystemExit(0)",
+        "raise KeyboardInterrupt",
+        "1 +",
+        "x = '\ud800'",
+        SEARCH,
+        f"{HOOK}assert False",
+        f"{HOOK}class Kind(type): __name__ = property(lambda kind: 1 / 0)\nraise Kind('E', (Exception,), {{}})",
+    ],
 )
 def test_a_program_that_ends_early_fails(program: str) -> None:
     assert not passes(program)
