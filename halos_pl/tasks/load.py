@@ -8,7 +8,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ import numpy as np
 
 from halos_pl.common.messages import plain
 from halos_pl.data.example import DataError
+from halos_pl.tasks import raw
+from halos_pl.tasks.humaneval import pass_at_1
 from halos_pl.tasks.ifeval import not_scored, process_results
 from halos_pl.tasks.options import PAPER, PAPER_EACH, Benchmarks, Limit
-from halos_pl.tasks.raw import folder_of
 
 #: The task files of this package.
 YAMLS = Path(__file__).parent / "yamls"
@@ -186,7 +187,7 @@ class _Index:
         import lm_eval.tasks
 
         self.benchmarks = benchmarks
-        self.local = folder_of(benchmarks.eval_data)
+        self.local = raw.folder_of(benchmarks.eval_data)
         self.home = Path(lm_eval.tasks.__file__).parent
         self.manager = self._manager(USUAL)
         self.names = [name for name in self.manager.all_tasks if not name.endswith(LOCAL)]
@@ -222,49 +223,59 @@ class _Index:
             near = difflib.get_close_matches(name, self.names, n=4, cutoff=0.6)
             hint = f"did you mean {' or '.join(near)}?" if near else "python -m lm_eval ls tasks lists all"
             raise DataError(f"task {plain(name)!r} does not exist; {hint}")
-        for leaf in self._leaves(name):
-            entry = self.manager.task_index[leaf]
-            if not (entry.cfg or {}).get("unsafe_code"):
-                continue
-            if YAMLS not in Path(entry.yaml_path).parents:
-                raise DataError(
-                    f"task {name} executes code of the model outside the sandbox of halos; humaneval and"
-                    " humaneval_instruct run in it"
-                )
-            if not self.benchmarks.allow_code_execution:
-                rest = ",".join(each for each in self.benchmarks.tasks if each != name)
-                raise DataError(
-                    f"task {name} executes programs that the model writes, in a sandbox: set allow_code_execution to"
-                    f" true{f', or name only --tasks {rest}' if rest else ''}"
-                )
+        for leaf in self._leaves(name):  # before data are loaded; what overrides these files is checked later
+            entry = self.manager.task_index.get(leaf)
+            if entry is not None and (entry.cfg or {}).get("unsafe_code"):
+                self._permit(name, YAMLS in Path(entry.yaml_path).parents)
+
+    def _permit(self, name: str, in_sandbox: bool) -> None:
+        """Refuses a task that executes code outside the sandbox, or without permission."""
+        if not in_sandbox:
+            raise DataError(
+                f"task {name} executes code of the model outside the sandbox of halos; humaneval and humaneval_instruct"
+                " run in it"
+            )
+        if not self.benchmarks.allow_code_execution:
+            rest = ",".join(each for each in self.benchmarks.tasks if each != name)
+            raise DataError(
+                f"task {name} executes programs that the model writes, in a sandbox: set allow_code_execution to"
+                f" true{f', or name only --tasks {rest}' if rest else ''}"
+            )
 
     def _leaves(self, name: str) -> list[str]:
-        """Names of the tasks below a task, group or tag."""
+        """Names of the tasks below a task, group or tag; those that a group itself defines are not in the index."""
         entry = self.manager.task_index.get(name)
         if entry is None:
-            return []
+            return [name]
         members: Iterable[Any] = entry.tags if entry.yaml_path is None else (entry.cfg or {}).get("task", [])
         if isinstance(members, str) or entry.kind.name in ("TASK", "PY_TASK"):
             return [name]
         names = [each if isinstance(each, str) else each.get("group") or each.get("task") for each in members]
         return [leaf for each in names for leaf in self._leaves(each)]
 
-    def _local_group(self, name: str) -> str | None:
-        """The group that reads the tasks below a name from local files, if any."""
+    def _source(self, name: str) -> str:
+        """What lm-eval is to load: the name, or a group that gives its tasks the reader of local files, if any has."""
         index, wanted = self.manager.task_index, set(self._leaves(name))
-        groups = [key for key in index if key.endswith(LOCAL) and wanted <= set(self._leaves(key))]
-        return min(groups, key=lambda group: len(self._leaves(group)), default=None) if self.local and wanted else None
+        local = (key for key in index if key.endswith(LOCAL) and wanted <= set(self._leaves(key)))
+        found = next(local, None) if self.local and wanted else None
+        if found is None:
+            return name
+        reader = getattr(raw, index[found].cfg["custom_dataset"].rpartition(".")[2])
+        group = f"{name} from local files"
+        config = {"group": group, "task": [name], "custom_dataset": reader}
+        index[group] = replace(index[found], name=group, yaml_path=None, cfg=config)
+        return group
 
     def load(self, name: str) -> tuple[Any, dict[str, Any]]:
         """lm-eval's object for a name, and its tasks by name.
 
         Raises:
-            DataError: if its data or its code cannot be loaded.
+            DataError: if its data or its code cannot be loaded, or if it executes code that is not permitted.
         """
         from lm_eval.api.group import Group
 
         try:
-            loaded = self.manager.load([self._local_group(name) or name])
+            loaded = self.manager.load([self._source(name)])
         except DataError:
             raise
         except Exception as error:  # of the hub, of a data set's builder, or of the task's own code
@@ -279,6 +290,10 @@ class _Index:
             for task in loaded["tasks"].values():
                 item.add(task)
         tasks = item.get_all_tasks() if isinstance(item, Group) else [item]
+        for task in tasks:
+            scores = {each["metric"] for each in task.get_config("metric_list") or ()}
+            if getattr(task, "UNSAFE_CODE", False) or pass_at_1 in scores:
+                self._permit(name, scores == {pass_at_1} and task.get_config("process_results") is None)
         return item, {task.task_name: task for task in tasks}
 
 

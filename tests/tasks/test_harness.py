@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from run_halos import fit, refused, run_here, write_jsonl
 
 pytest.importorskip("lm_eval")
 
+from halos_pl.data.example import DataError
 from halos_pl.evaluation.compare import compare
 from halos_pl.tasks import ifeval
 from halos_pl.tasks.load import YAMLS, load, unscored
@@ -160,6 +162,68 @@ def test_what_cannot_be_measured_is_refused_before_a_model_is_loaded(
     monkeypatch.setattr("halos_pl.training.named_model.load_model", lambda spec: pytest.fail("a model was loaded"))
     message = refused(capfd, ["evaluate", str(roomy), *options(**settings)])
     assert all(word in message for word in named), message
+
+
+OWN = """
+from datasets import Dataset
+
+def rows(**_): return {"test": Dataset.from_list([{"prompt": "def f():", "answer": "x"}] * 2)}
+def score(references, predictions): return 0.0
+"""
+OWN_TASK = """
+custom_dataset: !function own.rows
+output_type: generate_until
+test_split: test
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{answer}}"
+unsafe_code: true
+metric_list:
+  - {metric: !function own.score, aggregation: mean, higher_is_better: true}
+"""
+
+
+def indented(text: str, columns: int) -> str:
+    return text.strip().replace("\n", "\n" + " " * columns)
+
+
+@pytest.mark.parametrize(
+    ("content", "permitted"),
+    [
+        (f"task: own\n{OWN_TASK}", None),
+        (f"group: own\ntask:\n  - task: inside\n    {indented(OWN_TASK, 4)}", None),
+        (f"group: own\ntask:\n  - group: inner\n    task:\n      - task: x\n        {indented(OWN_TASK, 8)}", None),
+        (f"group: own\ntask:\n  - task: humaneval\n    {indented(OWN_TASK, 4)}", None),
+        (f"include: {YAMLS / 'humaneval.yaml'}\ntask: own\nunsafe_code: false", 164),
+        ("group: own\ntask: [humaneval_instruct]", 164),
+    ],
+)
+def test_code_of_the_model_runs_only_in_the_sandbox_and_with_permission(
+    tmp_path: Path, content: str, permitted: int | None
+) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "own.yaml").write_text(content)
+    options = {"tasks": "own", "include_path": str(tmp_path), "eval_data": str(DATA)}
+    for allow in (False, True):
+        benchmarks = benchmarks_of(options | {"allow_code_execution": allow})
+        assert benchmarks is not None
+        if allow and permitted:
+            assert load(benchmarks, 0)[0].count == permitted
+        else:
+            with pytest.raises(DataError, match=r"task own executes .*sandbox"):
+                load(benchmarks, 0)
+
+
+def test_only_the_named_subjects_are_read(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "mmlu.zip", "w") as archive:
+        for split in ("dev", "val", "test"):
+            for subject in ("anatomy", "virology"):
+                archive.writestr(f"data/{split}/{subject}_{split}.csv", "Which?,1,2,3,4,C\n" * 5)
+    (tmp_path / "own.yaml").write_text("group: own\ntask: [mmlu_anatomy, mmlu_virology]\n")
+    for name, subjects in (("mmlu_virology", ["mmlu_virology"]), ("own", ["mmlu_anatomy", "mmlu_virology"])):
+        benchmarks = benchmarks_of({"tasks": name, "include_path": str(tmp_path), "eval_data": str(tmp_path)})
+        assert benchmarks is not None
+        (benchmark,) = load(benchmarks, 0)
+        assert list(benchmark.leaves) == subjects
 
 
 def test_instructions_that_need_missing_data_of_nltk_are_not_scored(monkeypatch: pytest.MonkeyPatch) -> None:
