@@ -2,7 +2,8 @@
 
 A question is in the data if 13 consecutive words of it are (Brown et al. 2020, "Language Models are Few-Shot Learners",
 appendix C), ignoring case and punctuation. Words that more than ten questions of a benchmark share are its own
-boilerplate and do not count; questions of fewer than 13 words cannot be found.
+boilerplate and do not count; questions of fewer than 13 words cannot be found. Words that up to ten questions share
+count for each of them: which of these the data contain cannot be told from the words.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class Overlap:
     def line(self, run: Path) -> str:
         """One line for the terminal."""
         return plain(
-            f"halos: {self.name} is not compared: the training data of {run} contain {self.seen} of its"
-            f" {counted(self.questions, 'question')}, such as {self.example} in {self.place}"
+            f"halos: {self.name} is not compared: the training data of {run} contain {WORDS} consecutive words of"
+            f" {self.seen} of its {counted(self.questions, 'question')}, such as {self.example} in {self.place}"
         )
 
 

@@ -41,6 +41,35 @@ def not_scored(doc: Mapping[str, Any]) -> list[str]:
     return [] if has_punkt() else [name for name in doc["instruction_id_list"] if name in NEEDS_PUNKT]
 
 
+def fault_of(doc: Mapping[str, Any]) -> str | None:
+    """What is wrong with a row of the data set; None if its checkers can score an answer.
+
+    A checker whose arguments are missing would draw them at random.
+    """
+    names, arguments = doc.get("instruction_id_list"), doc.get("kwargs")
+    if not isinstance(names, list) or not isinstance(arguments, list) or not 0 < len(names) == len(arguments):
+        return "instruction_id_list and kwargs must be lists of the same length, of at least 1"
+    if "key" not in doc:
+        return "'key' is missing"
+    known = _checkers().instructions_registry.INSTRUCTION_DICT
+    for name, given in zip(names, arguments, strict=True):
+        if name not in known:
+            return f"instruction_id_list has {name!r}, which is no instruction of IFEval"
+        if not isinstance(given, dict):
+            return f"kwargs has {given!r:.60} for {name}; it takes an object"
+        checker, given = known[name](name), {key: value for key, value in given.items() if value is not None}
+        needed = checker.get_instruction_args_keys()
+        if missing := sorted(set(needed) - set(given)):
+            return f"kwargs has no {missing[0]} for {name}"
+        if unknown := sorted(set(given) - set(needed)):
+            return f"kwargs has {unknown[0]} for {name}, which takes {', '.join(needed) or 'nothing'}"
+        try:
+            checker.build_description(**given)
+        except Exception as error:  # of a checker, which has no class of its own for it
+            return f"kwargs for {name} are {given!r:.100}: {' '.join(str(error).split())}"
+    return None
+
+
 def process_results(doc: Mapping[str, Any], results: list[str]) -> dict[str, Any]:
     """The metrics of one answer.
 

@@ -21,6 +21,7 @@ from halos_pl.evaluation.compare import compare
 from halos_pl.tasks import ifeval
 from halos_pl.tasks.load import YAMLS, load, unscored
 from halos_pl.tasks.options import benchmarks_of
+from halos_pl.tasks.raw import ifeval as ifeval_rows
 
 DATA = Path(os.environ.get("HALOS_TEST_DATA", "no")) / "eval"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not DATA.is_dir(), reason="HALOS_TEST_DATA names no data")]
@@ -243,6 +244,26 @@ def test_instructions_that_need_missing_data_of_nltk_are_not_scored(monkeypatch:
         assert len(metrics.get("inst_level_strict_acc", [])) == len(names) - len(missing)
     assert sum(len(doc["instruction_id_list"]) for doc in rows) == 834
     assert counts == {kind: sum(doc["instruction_id_list"].count(kind) for doc in rows) for kind in ifeval.NEEDS_PUNKT}
+
+
+@pytest.mark.parametrize(
+    ("names", "arguments", "named"),
+    [
+        (["no:such"], [{}], "no:such"),
+        (["punctuation:no_comma"], [], "same length"),
+        (["length_constraints:number_words"], [{"num_words": 3}], "relation"),
+        (["length_constraints:number_words"], [{"num_words": 3, "relation": "about"}], "about"),
+        (["punctuation:no_comma"], [{"num_words": 3}], "num_words"),
+    ],
+)
+def test_an_instruction_that_cannot_be_scored_is_refused(
+    tmp_path: Path, names: list[str], arguments: list[dict[str, Any]], named: str
+) -> None:
+    good = {"key": 1, "prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    rows = [good, good | {"instruction_id_list": names, "kwargs": arguments}]
+    write_jsonl(tmp_path / "ifeval_input_data.jsonl", rows)
+    with pytest.raises(DataError, match=rf"ifeval_input_data\.jsonl:2: .*{named}"):
+        ifeval_rows(str(tmp_path))
 
 
 def test_every_task_file_loads_all_questions() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import zipfile
 from collections.abc import Iterator
@@ -136,6 +137,45 @@ def test_other_published_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "gsm8k_test.jsonl").write_text("{")
     with pytest.raises(DataError, match=r"gsm8k_test\.jsonl"):
         raw.gsm8k()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("gsm8k_test.jsonl", "", r"gsm8k_test\.jsonl has no questions"),
+        ("gsm8k_test.jsonl", '{"question": "q", "answer": "#### 1"}\n\n7\n', r"gsm8k_test\.jsonl:3: 7"),
+        ("gsm8k_test.jsonl", '{"question": "q", "answer": "#### 1"}\n{\n', r"gsm8k_test\.jsonl:2 .*JSON"),
+        ("gsm8k_test.jsonl", '{"question": "q", "answr": "#### 1"}', r"gsm8k_test\.jsonl:1: 'answer' is missing"),
+        ("gsm8k_test.jsonl", '{"question": " ", "answer": "#### 1"}', r"gsm8k_test\.jsonl:1: 'question' is ' '"),
+        ("gsm8k_test.jsonl", '{"question": "q", "answer": "1"}', r"gsm8k_test\.jsonl:1: 'answer' .*####"),
+        ("gsm8k_train.jsonl", '{"question": "q", "answer": 1}', r"gsm8k_train\.jsonl:1: 'answer' is 1"),
+        ("HumanEval.jsonl.gz", '{"prompt": "p", "test": "t"}', r"HumanEval\.jsonl\.gz:1: 'entry_point' is missing"),
+        ("bbh/task.json", "[]", r"task\.json: .*'examples'"),
+        ("bbh/task.json", '{"examples": []}', r"task\.json has no questions"),
+        ("bbh/task.json", '{"examples": ["a"]}', r"task\.json: example 1: 'a'"),
+        ("bbh/task.json", '{"examples": [{"input": "a"}]}', r"task\.json: example 1: 'target' is missing"),
+        ("mmlu.zip", "Q,1,2,3,4,A\nQ,1,2,3,4,\n", r"mmlu\.zip: data/test/task_test\.csv:2: .*''"),
+        ("mmlu.zip", "Q,1,2,3,4,BC", r"task_test\.csv:1: .*'BC'"),
+        ("mmlu.zip", "Q,1,2,,4,A", r"task_test\.csv:1: .*empty"),
+        ("mmlu.zip", "Q,1,2,3,A", r"task_test\.csv:1: 5 columns"),
+        ("mmlu.zip", "\n", r"task_test\.csv has no questions"),
+    ],
+)
+def test_a_fault_in_a_published_file_is_named_with_its_place(
+    tmp_path: Path, name: str, content: str, named: str
+) -> None:
+    (tmp_path / "bbh").mkdir()
+    write_jsonl(tmp_path / "gsm8k_test.jsonl", [{"question": "q", "answer": "#### 1"}])
+    write_jsonl(tmp_path / "gsm8k_train.jsonl", [{"question": "q", "answer": "#### 1"}])
+    path = tmp_path / name
+    if name.endswith(".zip"):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("data/test/task_test.csv", content)
+    else:
+        path.write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
+    reader = getattr(raw, Path(name).parts[0].partition(".")[0].partition("_")[0].lower())
+    with pytest.raises(DataError, match=named):
+        reader(config_source=subset(tmp_path, "task"), eval_data=str(tmp_path))
 
 
 # -- contamination ----------------------------------------------------------------------------------------------------
