@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from halos_pl.data.formats import files_of
 from halos_pl.data.source import Source
 from halos_pl.data.sources import sources_of
 from halos_pl.evaluation.metrics import CODE
+from halos_pl.judge.settings import JudgeSettings
 from halos_pl.policy.sampling import check_sampling
 from halos_pl.tasks.options import OPTIONS, task_names
 from halos_pl.tasks.raw import folder_of
@@ -31,6 +32,22 @@ READ = (
     *("prompts", "chat_template", "reference", "ckpt_path", "win_rate", "against", "alpaca_data", "mt_bench"),
     *("include_path", "eval_data"),
 )
+#: The default of an argument, and what uses another value: without any of these, it has no effect. Benchmarks draw with
+#: the seed if they have a limit.
+USERS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "rule": (None, ("prompts",)),
+    "judge": (None, ("prompts",)),
+    "prompt_column": (None, ("prompts",)),
+    "reference": (None, ("held_out", "prompts", "win_rate")),
+    "beta": (0.1, ("held_out",)),
+    "max_length": (1024, ("held_out",)),
+    "max_new_tokens": (64, ("prompts", "win_rate")),
+    "temperature": (0.7, ("prompts", "win_rate")),
+    "seed": (0, ("prompts", "win_rate", "limit")),
+    "judging": (JudgeSettings(), ("win_rate",)),
+}
+#: The argument that benchmarks have instead.
+INSTEAD = {"max_new_tokens": "max_gen_toks"}
 
 
 def measuring(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,6 +101,13 @@ def _digest(files: list[Path]) -> str:
     return digests[0][:32] if digests else "not a file here"
 
 
+def _name(name: str, given: Mapping[str, Any], default: Any) -> str:
+    """The name of an argument as it is set; for settings, that of the first one which is not the default."""
+    if not is_dataclass(default):
+        return name
+    return next(f"{name}.{f.name}" for f in fields(default) if getattr(given[name], f.name) != getattr(default, f.name))
+
+
 def check_arguments(
     *,
     held_out: Any,
@@ -100,19 +124,20 @@ def check_arguments(
     win_rate: str | None = None,
     tasks: str | list[str] | None = None,
     suite: str | None = None,
-    **_: Any,
+    **others: Any,
 ) -> None:
-    """Refuses invalid arguments of ``evaluate`` before any model is loaded.
+    """Refuses invalid arguments of ``evaluate``, and those without effect, before any model is loaded.
 
     Raises:
         DataError: naming the argument.
     """
+    given = {**locals(), **others}
     if not held_out and not prompts and not win_rate and not task_names(tasks, suite):
         raise DataError("nothing to measure: name --held_out data, --prompts, --tasks, or several of these")
-    if (rule or judge) and not prompts:
-        raise DataError("--rule and --judge need answers: name --prompts as well")
-    if prompt_column and not prompts:
-        raise DataError("--prompt_column needs --prompts, which names the file")
+    for name, (default, users) in USERS.items():
+        if given.get(name, default) != default and not any(given.get(user) for user in users):
+            instead = f"; for benchmarks, set --{INSTEAD[name]}" if name in INSTEAD else ""
+            raise DataError(f"--{_name(name, given, default)} has no effect without --{' or --'.join(users)}{instead}")
     if not max_length >= 2:
         raise DataError(f"max_length is {max_length}; it must be at least 2")
     check_sampling(max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature, seed=seed)

@@ -90,6 +90,8 @@ def load(benchmarks: Benchmarks, seed: int) -> list[Benchmark]:
         drawn = draw(name, sizes, benchmarks.limit, seed)
         loaded.append(Benchmark(name, _without(item, set(sizes) - set(drawn)), leaves, drawn))
     _check_names(loaded, benchmarks.limit)
+    if benchmarks.include_path and not any(map(index.is_included, benchmarks.tasks)):
+        raise DataError(f"include_path {benchmarks.include_path} defines none of {', '.join(benchmarks.tasks)}")
     return loaded
 
 
@@ -242,16 +244,26 @@ class _Index:
                 f" true{f', or name only --tasks {rest}' if rest else ''}"
             )
 
+    def is_included(self, name: str) -> bool:
+        """Whether the files of ``include_path`` define a name or one below it."""
+        folder = Path(self.benchmarks.include_path or "no")
+        entries = (self.manager.task_index.get(each) for each, _ in self._below(name))
+        return any(entry.yaml_path and folder in Path(entry.yaml_path).parents for entry in entries if entry)
+
     def _leaves(self, name: str) -> list[str]:
         """Names of the tasks below a task, group or tag; those that a group itself defines are not in the index."""
+        return [each for each, is_task in self._below(name) if is_task]
+
+    def _below(self, name: str) -> Iterator[tuple[str, bool]]:
+        """A name and those below it, and whether each is a task's."""
         entry = self.manager.task_index.get(name)
-        if entry is None:
-            return [name]
-        members: Iterable[Any] = entry.tags if entry.yaml_path is None else (entry.cfg or {}).get("task", [])
-        if isinstance(members, str) or entry.kind.name in ("TASK", "PY_TASK"):
-            return [name]
-        names = [each if isinstance(each, str) else each.get("group") or each.get("task") for each in members]
-        return [leaf for each in names for leaf in self._leaves(each)]
+        if entry is None or entry.kind.name in ("TASK", "PY_TASK"):
+            yield name, True
+            return
+        yield name, False
+        members: Iterable[Any] = entry.tags if entry.yaml_path is None else (entry.cfg or {}).get("task") or []
+        for each in [members] if isinstance(members, str) else members:
+            yield from self._below(each if isinstance(each, str) else each.get("group") or each.get("task"))
 
     def _source(self, name: str) -> str:
         """What lm-eval is to load: the name, or a group that gives its tasks the reader of local files, if any has."""
@@ -291,10 +303,19 @@ class _Index:
                 item.add(task)
         tasks = item.get_all_tasks() if isinstance(item, Group) else [item]
         for task in tasks:
-            scores = {each["metric"] for each in task.get_config("metric_list") or ()}
-            if getattr(task, "UNSAFE_CODE", False) or pass_at_1 in scores:
-                self._permit(name, scores == {pass_at_1} and task.get_config("process_results") is None)
+            if executes_code(task):
+                self._permit(name, _scores(task) == {pass_at_1} and task.get_config("process_results") is None)
         return item, {task.task_name: task for task in tasks}
+
+
+def executes_code(task: Any) -> bool:
+    """Whether a loaded task executes what the model writes."""
+    return getattr(task, "UNSAFE_CODE", False) or pass_at_1 in _scores(task)
+
+
+def _scores(task: Any) -> set[Any]:
+    """Names or functions of a task's metrics."""
+    return {each["metric"] for each in task.get_config("metric_list") or ()}
 
 
 def unscored(benchmark: Benchmark) -> dict[str, int]:

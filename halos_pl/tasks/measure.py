@@ -18,6 +18,7 @@ from halos_pl.tasks.load import Benchmark, load, unscored
 from halos_pl.tasks.options import Benchmarks
 from halos_pl.tasks.run import Prompting, Values, check_prompts, described, line_of
 from halos_pl.tasks.sandbox import check_sandbox
+from halos_pl.tasks.unused import without_effect
 from halos_pl.training.named_model import NamedModel
 
 
@@ -104,7 +105,8 @@ def prepare(named: NamedModel, benchmarks: Benchmarks, text_prompts: str, batch_
         seed: Seed of the draw.
 
     Raises:
-        DataError: for benchmarks that cannot be loaded, prompts that are too long, or a machine without a sandbox.
+        DataError: for benchmarks that cannot be loaded, prompts that are too long, an option that no benchmark uses, or
+            a machine without a sandbox.
     """
     if benchmarks.allow_code_execution:
         check_sandbox()
@@ -113,7 +115,9 @@ def prepare(named: NamedModel, benchmarks: Benchmarks, text_prompts: str, batch_
     if benchmarks.fewshot_as_multiturn and not chat:
         raise DataError("fewshot_as_multiturn needs a chat template; set apply_chat_template to true")
     how = Prompting(chat, benchmarks.multiturn(chat), benchmarks.system, batch_size)
+    lines = without_effect(benchmarks, loaded)
     check_prompts(named, loaded, how)
+    print("\n".join(lines), end="\n" * bool(lines))
     for each in loaded:
         print(line_of(each, seed))
         if kinds := unscored(each):

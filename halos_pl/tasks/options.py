@@ -99,6 +99,11 @@ def _check(benchmarks: Benchmarks, text_prompts: str | None) -> None:
                 if isinstance(limit, dict)
                 else f"limit is {number}; it must be at least 1"
             )
+    if limit == "paper" and not {*PAPER, *PAPER_EACH} & {*benchmarks.tasks}:
+        raise DataError(
+            f"limit paper has no effect on {', '.join(benchmarks.tasks)}, but on"
+            f" {', '.join((*PAPER, *PAPER_EACH))}; set a number"
+        )
     for name, least in (("num_fewshot", 0), ("max_gen_toks", 1)):
         value = getattr(benchmarks, name)
         if value is not None and value < least:

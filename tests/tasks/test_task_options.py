@@ -6,6 +6,7 @@ import gzip
 import json
 import zipfile
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,14 +16,19 @@ import yaml
 from run_halos import refused, write_jsonl
 
 from halos_pl.data.example import DataError
+from halos_pl.evaluation.arguments import USERS, check_arguments
+from halos_pl.evaluation.evaluate import ARGUMENTS, evaluate
 from halos_pl.evaluation.metrics import is_share, metric_of
+from halos_pl.judge.settings import JudgeSettings
 from halos_pl.study.finished import finished
 from halos_pl.study.read import load_study
 from halos_pl.study.spec import StudyError
 from halos_pl.tasks import raw
 from halos_pl.tasks.contamination import overlaps
-from halos_pl.tasks.load import draw
+from halos_pl.tasks.humaneval import pass_at_1
+from halos_pl.tasks.load import Benchmark, draw
 from halos_pl.tasks.options import SUITES, Benchmarks, benchmarks_of
+from halos_pl.tasks.unused import without_effect
 
 
 @pytest.fixture(autouse=True)
@@ -49,11 +55,61 @@ def test_tasks_and_suite_are_joined() -> None:
         ({"tasks": "mmlu", "apply_chat_template": True, "text_prompts": "plain"}, "text_prompts"),
         ({"tasks": "mmlu", "fewshot_as_multiturn": True, "apply_chat_template": False}, "fewshot_as_multiturn"),
         ({"tasks": "mmlu", "eval_data": "no/such"}, "no/such"),
+        ({"tasks": "mmlu,ifeval", "limit": "paper"}, "limit paper has no effect on mmlu, ifeval"),
     ],
 )
 def test_useless_and_invalid_options_are_refused(arguments: dict[str, Any], named: str) -> None:
     with pytest.raises(DataError, match=named):
         benchmarks_of(arguments)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"reference": "m"}, "reference .*held_out"),
+        ({"max_new_tokens": 9}, "max_new_tokens .*prompts.*max_gen_toks"),
+        ({"temperature": 0.1}, "temperature .*prompts"),
+        ({"judging": JudgeSettings(max_tokens=5)}, r"judging\.max_tokens .*win_rate"),
+        ({"beta": 0.2}, "beta .*held_out"),
+        ({"max_length": 9}, "max_length .*held_out"),
+        ({"seed": 1}, "seed .*limit"),
+        ({"rule": "f.py:f"}, "rule .*prompts"),
+    ],
+)
+def test_arguments_that_benchmarks_do_not_use_are_refused(given: dict[str, Any], named: str) -> None:
+    defaults = {name: each.default for name, each in signature(evaluate).parameters.items() if name in ARGUMENTS}
+    assert {name: default for name, (default, _) in USERS.items()}.items() <= defaults.items()
+    arguments = {**defaults, "tasks": "mmlu"}
+    check_arguments(**arguments)
+    with pytest.raises(DataError, match=named):
+        check_arguments(**arguments | given)
+
+
+def loaded(**configs: dict[str, Any]) -> list[Benchmark]:
+    """Benchmarks of one task each."""
+    tasks = {name: SimpleNamespace(get_config=config.get) for name, config in configs.items()}
+    return [Benchmark(name, task, {name: task}, {name: None}) for name, task in tasks.items()]
+
+
+@pytest.mark.parametrize("option", ["num_fewshot", "max_gen_toks"])
+def test_an_option_is_refused_if_no_task_uses_it_and_else_those_that_do_not_are_named(option: str) -> None:
+    one = {"num_fewshot": 3, "output_type": "generate_until"}
+    other = {"num_fewshot": 0, "output_type": "multiple_choice"}
+    for tasks, idle in (({"a": one}, ""), ({"a": one, "b": other}, "b"), ({"b": other, "a": one, "c": other}, "b, c")):
+        lines = without_effect(Benchmarks(tuple(tasks), **{option: 3}), loaded(**tasks))
+        assert [line.partition(" on ")[2] for line in lines] == [idle] * bool(idle)
+    with pytest.raises(DataError, match=f"{option} .* b, c"):
+        without_effect(Benchmarks(("b", "c"), **{option: 3}), loaded(b=other, c=other))
+    assert without_effect(Benchmarks(("b",), num_fewshot=0), loaded(b=other)) == []
+
+
+@pytest.mark.parametrize("option", ["allow_code_execution", "fewshot_as_multiturn", "eval_data"])
+def test_an_option_that_no_task_uses_is_refused(option: str) -> None:
+    one = {"num_fewshot": 3, "custom_dataset": raw.humaneval, "metric_list": [{"metric": pass_at_1}]}
+    options: dict[str, Any] = {option: "folder" if option == "eval_data" else True}
+    with pytest.raises(DataError, match=option):
+        without_effect(Benchmarks(("b",), **options), loaded(b={"num_fewshot": 0}))
+    assert without_effect(Benchmarks(("a", "b"), **options), loaded(a=one, b={"num_fewshot": 0})) == []
 
 
 def test_without_the_extra_the_command_names_it(
@@ -280,9 +336,9 @@ def test_benchmarks_are_metrics_of_a_study(tmp_path: Path) -> None:
 
 
 def test_a_benchmark_that_is_not_evaluated_is_no_metric(tmp_path: Path) -> None:
-    for evaluate in ({"tasks": "gsm8k"}, {"suite": "paper"}):
+    for measured in ({"tasks": "gsm8k"}, {"suite": "paper"}):
         with pytest.raises(StudyError, match=r"study\.yaml:\d+.*'ifeval'.*gsm8k"):
-            load_study(study(tmp_path, evaluate=evaluate, metrics=["ifeval"]))
+            load_study(study(tmp_path, evaluate=measured, metrics=["ifeval"]))
 
 
 def test_a_run_that_was_trained_on_the_questions_is_skipped_with_that_reason(tmp_path: Path) -> None:
