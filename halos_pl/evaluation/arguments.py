@@ -137,7 +137,8 @@ def check_arguments(
     for name, (default, users) in USERS.items():
         if given.get(name, default) != default and not any(given.get(user) for user in users):
             instead = f"; for benchmarks, set --{INSTEAD[name]}" if name in INSTEAD else ""
-            raise DataError(f"--{_name(name, given, default)} has no effect without --{' or --'.join(users)}{instead}")
+            needed = " or ".join(filter(None, (", ".join(f"--{user}" for user in users[:-1]), f"--{users[-1]}")))
+            raise DataError(f"--{_name(name, given, default)} has no effect without {needed}{instead}")
     if not max_length >= 2:
         raise DataError(f"max_length is {max_length}; it must be at least 2")
     check_sampling(max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature, seed=seed)

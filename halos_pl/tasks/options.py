@@ -101,7 +101,7 @@ def _check(benchmarks: Benchmarks, text_prompts: str | None) -> None:
             )
     if limit == "paper" and not {*PAPER, *PAPER_EACH} & {*benchmarks.tasks}:
         raise DataError(
-            f"limit paper has no effect on {', '.join(benchmarks.tasks)}, but on"
+            f"limit paper has no effect on {', '.join(benchmarks.tasks)}, only on"
             f" {', '.join((*PAPER, *PAPER_EACH))}; set a number"
         )
     for name, least in (("num_fewshot", 0), ("max_gen_toks", 1)):

@@ -224,7 +224,8 @@ def test_only_the_named_subjects_are_read(tmp_path: Path) -> None:
                 archive.writestr(f"data/{split}/{subject}_{split}.csv", "Which?,1,2,3,4,C\n" * 5)
     (tmp_path / "own.yaml").write_text("group: own\ntask: [mmlu_anatomy, mmlu_virology]\n")
     for name, subjects in (("mmlu_virology", ["mmlu_virology"]), ("own", ["mmlu_anatomy", "mmlu_virology"])):
-        benchmarks = benchmarks_of({"tasks": name, "include_path": str(tmp_path), "eval_data": str(tmp_path)})
+        own = {"include_path": str(tmp_path)} if name == "own" else {}
+        benchmarks = benchmarks_of({"tasks": name, "eval_data": str(tmp_path), **own})
         assert benchmarks is not None
         (benchmark,) = load(benchmarks, 0)
         assert list(benchmark.leaves) == subjects
