@@ -42,7 +42,7 @@ def gsm8k(eval_data: str | None = None, **_: Any) -> Splits:
     train = sorted(folder.glob("gsm8k_train*.jsonl"))
     if not train:
         raise DataError(f"{folder} has no file gsm8k_train*.jsonl")
-    return _splits(test=_solved(folder / "gsm8k_test.jsonl"), train=_solved(train[0]))
+    return _splits(folder, test=_solved(folder / "gsm8k_test.jsonl"), train=_solved(train[0]))
 
 
 def _solved(path: Path) -> list[dict[str, Any]]:
@@ -70,7 +70,7 @@ def mmlu(config_source: str, eval_data: str | None = None, **_: Any) -> Splits:
         raise
     except (OSError, zipfile.BadZipFile, csv.Error, KeyError, ValueError) as error:
         raise _unreadable(path, error) from error
-    return _splits(**splits)
+    return _splits(path, **splits)
 
 
 def _choice(place: str, line: list[str], subject: str) -> dict[str, Any]:
@@ -95,26 +95,27 @@ def bbh(config_source: str, eval_data: str | None = None, **_: Any) -> Splits:
     if not isinstance(examples, list):
         raise DataError(f"{path}: no list of 'examples'")
     rows = ((f"{path}: example {i}", row) for i, row in enumerate(examples, 1))
-    return _splits(test=_some(path, (_checked(place, row, "input", "target") for place, row in rows)))
+    return _splits(path, test=_some(path, (_checked(place, row, "input", "target") for place, row in rows)))
 
 
 def humaneval(eval_data: str | None = None, **_: Any) -> Splits:
     """HumanEval from ``HumanEval.jsonl.gz``, or from the hub."""
     if folder_of(eval_data) is None:
         return _hub("openai/openai_humaneval")
-    rows = _lines(_local(eval_data) / "HumanEval.jsonl.gz", "prompt", "test", "entry_point")
-    return _splits(test=[row for _, row in rows])
+    path = _local(eval_data) / "HumanEval.jsonl.gz"
+    return _splits(path, test=[row for _, row in _lines(path, "prompt", "test", "entry_point")])
 
 
 def ifeval(eval_data: str | None = None, **_: Any) -> Splits:
     """IFEval from ``ifeval_input_data.jsonl``, or from the hub; its only split is called train."""
     if folder_of(eval_data) is None:
         return _hub("google/IFEval")
-    rows = _lines(_local(eval_data) / "ifeval_input_data.jsonl", "prompt")
+    path = _local(eval_data) / "ifeval_input_data.jsonl"
+    rows = _lines(path, "prompt")
     for place, row in rows:
         if fault := fault_of(row):
             raise DataError(f"{place}: {fault}")
-    return _splits(train=[row for _, row in rows])
+    return _splits(path, train=[row for _, row in rows])
 
 
 def _local(eval_data: str | None) -> Path:
@@ -183,10 +184,13 @@ def _unreadable(path: Path, error: Exception) -> DataError:
     return DataError(f"{path} cannot be read as a benchmark: {why}")
 
 
-def _splits(**splits: Iterable[dict[str, Any]]) -> Splits:
+def _splits(path: Path, **splits: Iterable[dict[str, Any]]) -> Splits:
     from datasets import Dataset
 
-    return {name: Dataset.from_list(list(rows)) for name, rows in splits.items()}
+    try:
+        return {name: Dataset.from_list(list(rows)) for name, rows in splits.items()}
+    except (ValueError, TypeError) as error:  # a column of several types
+        raise _unreadable(path, error) from error
 
 
 def _hub(name: str) -> Splits:

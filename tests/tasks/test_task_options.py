@@ -206,6 +206,11 @@ def test_other_published_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("gsm8k_test.jsonl", '{"question": "q", "answer": "1"}', r"gsm8k_test\.jsonl:1: 'answer' .*####"),
         ("gsm8k_train.jsonl", '{"question": "q", "answer": 1}', r"gsm8k_train\.jsonl:1: 'answer' is 1"),
         ("HumanEval.jsonl.gz", '{"prompt": "p", "test": "t"}', r"HumanEval\.jsonl\.gz:1: 'entry_point' is missing"),
+        (
+            "bbh/task.json",
+            json.dumps({"examples": [{"input": "a", "target": "b", "x": x} for x in (1, "y")]}),
+            r"task\.json",
+        ),
         ("bbh/task.json", "[]", r"task\.json: .*'examples'"),
         ("bbh/task.json", '{"examples": []}', r"task\.json has no questions"),
         ("bbh/task.json", '{"examples": ["a"]}', r"task\.json: example 1: 'a'"),
