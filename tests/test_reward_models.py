@@ -331,7 +331,10 @@ def test_an_exported_reward_model_gives_the_scalars_of_training(
     texts = [(row["prompt"], row["chosen"]) for row in rows]
     for adapter in ("false", "true") if kind == "adapter" else ("false",):
         main(["export", str(run), str(tmp_path / adapter), f"--adapter={adapter}"])
+        RewardModel.check(str(tmp_path / adapter))
+        capfd.readouterr()
         model = RewardModel.load(str(tmp_path / adapter), device="cpu", batch_size=3)
+        assert "MISSING" not in "".join(capfd.readouterr())
         assert model.score(texts) == pytest.approx(expected, abs=1e-5)
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "false")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "false")
@@ -397,8 +400,9 @@ def test_margins_of_the_data_reach_the_loss(tiny_folder: Path) -> None:
 
 
 def test_other_models_are_refused_as_reward_models(tiny_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"score\.weight"):
-        RewardModel.load(str(tiny_folder), device="cpu")
+    for load in (RewardModel.check, RewardModel.load):
+        with pytest.raises(ModelError, match=r"score\.weight"):
+            load(str(tiny_folder))
     AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=2).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="2 labels"):
@@ -429,6 +433,13 @@ def test_an_encoder_scores_pairs_of_texts(tmp_path: Path) -> None:
     ):
         alone = bert(**fast(prompt, answer, return_tensors="pt")).logits.item()
         assert reward == pytest.approx(alone, abs=1e-5)
+    short = RewardModel.load(str(tmp_path), device="cpu", max_length=6)  # three special tokens
+    whole = short.score([("so", "no never")])
+    assert short.score([("how how so", "no never")]) == pytest.approx(whole, abs=1e-6)
+    assert short.truncated == 1
+    assert short.cut([("so", "no"), ("how how so", "no never")]) == ["row 2"]
+    with pytest.raises(ValueError, match="row 1"):
+        short.score([("how", "no never yes")])
 
 
 def test_a_plan_counts_the_head(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

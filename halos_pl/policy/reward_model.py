@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import AutoPeftModelForSequenceClassification
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from halos_pl.common.progress import counted
 from halos_pl.data.ends import prefix_ids
@@ -31,7 +34,7 @@ class RewardModel:
 
     Prompts and completions become tokens as in training: messages by the chat template, text unchanged, with the token
     at which a model stops. Encoders such as BERT and DeBERTa read prompt and completion as a pair of texts. A row that
-    is too long loses the beginning of its prompt.
+    is too long loses the beginning of its prompt; a completion that does not fit by itself is refused.
 
     Args:
         model: Sequence classifier of transformers, or a peft model around one.
@@ -97,8 +100,14 @@ class RewardModel:
         is_adapter = (folder / ADAPTER_CONFIG).is_file()
         loader: Any = AutoPeftModelForSequenceClassification if is_adapter else AutoModelForSequenceClassification
         extra: dict[str, Any] = {"num_labels": 1} if is_adapter else {"output_loading_info": True}
-        result = load_pretrained(loader, spec, weights=True, dtype=dtype or "auto", **extra)
-        tokenizer = load_tokenizer(spec)
+        extra |= {"device_map": "meta"} if str(device) == "meta" else {}
+        try:
+            # transformers reports a missing head, which is refused below; an adapter's head is not in its base.
+            with _only_errors():
+                result = load_pretrained(loader, spec, weights=True, dtype=dtype or "auto", **extra)
+            tokenizer = load_tokenizer(spec)
+        except ModelError as error:
+            raise ModelError(str(error).removeprefix("model.policy.path: ")) from error
         model, info = (result, {}) if is_adapter else result
         if missing := sorted(info.get("missing_keys", ())):
             raise ModelError(
@@ -109,8 +118,42 @@ class RewardModel:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return cls(model.to(device), tokenizer, name=name, **options)
 
+    @classmethod
+    def check(cls, name: str) -> None:
+        """Refuses what :meth:`load` refuses, without reading weights.
+
+        Raises:
+            ModelError: as :meth:`load` does.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft copies an adapter into tensors without content
+            cls.load(name, device="meta")
+
+    def cut(
+        self,
+        rows: Sequence[tuple[Prompt, Prompt]],
+        finished: Sequence[bool] | None = None,
+        names: Sequence[str] | None = None,
+    ) -> list[str]:
+        """The names of rows whose prompts would lose their beginning; the model does not run.
+
+        Args:
+            rows, finished, names: As for :meth:`score`.
+
+        Raises:
+            ValueError: naming the first row that cannot be encoded, or whose completion is too long.
+        """
+        names = names or _numbered(rows)
+        encoded = self._encoded(rows, finished or [True] * len(rows), names)
+        return [name for name, row in zip(names, encoded, strict=True) if row.cut]
+
     def score(
-        self, rows: Sequence[tuple[Prompt, Prompt]], finished: Sequence[bool] | None = None, *, progress: bool = False
+        self,
+        rows: Sequence[tuple[Prompt, Prompt]],
+        finished: Sequence[bool] | None = None,
+        names: Sequence[str] | None = None,
+        *,
+        progress: bool = False,
     ) -> list[float]:
         """The reward of each row.
 
@@ -118,73 +161,122 @@ class RewardModel:
             rows: Prompts, as text or messages, and completions.
             finished: Whether each completion is complete, so that it ends with the token at which the model stops;
                 default: all are.
+            names: The name of each row in errors; default: ``row 1`` and so on.
             progress: Whether to show the progress.
 
         Raises:
-            ValueError: naming the first row, counted from 1, that cannot be encoded, or whose reward is not finite.
+            ValueError: naming the first row that cannot be encoded, whose completion is too long, or whose reward is
+                not finite.
         """
-        encoded = list(self._encoded(rows, finished or [True] * len(rows)))
-        order = sorted(range(len(rows)), key=lambda i: -len(encoded[i][0]))  # the longest first, should memory be short
+        names = names or _numbered(rows)
+        encoded = list(self._encoded(rows, finished or [True] * len(rows), names))
+        self.truncated += sum(row.cut for row in encoded)
+        order = sorted(
+            range(len(rows)), key=lambda i: -len(encoded[i].ids)
+        )  # the longest first, should memory be short
         batches = [order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size)]
         rewards = [0.0] * len(rows)
         for batch in counted(batches, "scoring") if progress else batches:
             for i, reward in zip(batch, self._rewards([encoded[i] for i in batch]).tolist(), strict=True):
                 rewards[i] = reward
-        for number, reward in enumerate(rewards, start=1):
+        for row, reward in zip(names, rewards, strict=True):
             if not abs(reward) < float("inf"):
-                raise ValueError(f"row {number}: the reward that {self.name} gives it is {reward}")
+                raise ValueError(f"{row}: the reward that {self.name} gives it is {reward}")
         return rewards
 
     def _encoded(
-        self, rows: Sequence[tuple[Prompt, Prompt]], finished: Sequence[bool]
-    ) -> Iterator[tuple[list[int], list[int]]]:
-        """Token ids and token types of each row."""
+        self, rows: Sequence[tuple[Prompt, Prompt]], finished: Sequence[bool], names: Sequence[str]
+    ) -> Iterator[_Tokens]:
         if self.tokenizer.cls_token_id is not None and self.tokenizer.sep_token_id is not None:
-            yield from self._pairs(rows)
+            yield from self._pairs(rows, names)
             return
         examples = [
             Example(asked(prompt, self.text_prompts), (completion,), (), "", finished=(whole,))
             for (prompt, completion), whole in zip(rows, finished, strict=True)
         ]
         prefix = prefix_ids(self.tokenizer)
-        for number, tokens in enumerate(Encoder(self.tokenizer, self._special).encode(examples), start=1):
+        encoded = Encoder(self.tokenizer, self._special).encode(examples)
+        for name, tokens in zip(names, encoded, strict=True):
             if isinstance(tokens, ValueError):
-                raise ValueError(f"row {number}: {tokens}") from tokens
+                raise ValueError(f"{name}: {tokens}") from tokens
             prompt, completion = tokens.prompt, tokens.completions[0]
-            if self.max_length and len(prompt) + len(completion) > self.max_length:
-                self.truncated += 1
+            cut = not self._fits(len(prompt) + len(completion))
+            if cut:
                 kept = prefix if prompt[: len(prefix)] == prefix else []
-                room = self.max_length - len(completion) - len(kept)
-                prompt = [*kept, *prompt[-room:]] if room > 0 else prompt[-1:]
-                completion = completion[: self.max_length - len(prompt)]
-            yield prompt + completion, []
+                room = self._room(name, len(completion) + len(kept))
+                prompt = [*kept, *prompt[-room:]]
+            yield _Tokens(prompt + completion, [], cut)
 
-    def _pairs(self, rows: Sequence[tuple[Prompt, Prompt]]) -> Iterator[tuple[list[int], list[int]]]:
-        """Token ids of rows as pairs of texts, for an encoder."""
-        for number, (prompt, completion) in enumerate(rows, start=1):
-            texts = [_text(part, f"row {number}", self.name) for part in (prompt, completion)]
+    def _pairs(self, rows: Sequence[tuple[Prompt, Prompt]], names: Sequence[str]) -> Iterator[_Tokens]:
+        """Rows as pairs of texts, for an encoder."""
+        for name, (prompt, completion) in zip(names, rows, strict=True):
+            texts = [_text(part, name, self.name) for part in (prompt, completion)]
             tokens: Any = self.tokenizer(*texts, verbose=False)
-            if self.max_length and len(tokens["input_ids"]) > self.max_length:
-                self.truncated += 1
-                tokens = self.tokenizer(*texts, truncation="longest_first", max_length=self.max_length)
-            yield list(tokens["input_ids"]), list(tokens.get("token_type_ids") or [])
+            cut = not self._fits(len(tokens["input_ids"]))
+            if cut:
+                of_prompt = len(self.tokenizer(texts[0], add_special_tokens=False, verbose=False)["input_ids"])
+                self._room(name, len(tokens["input_ids"]) - of_prompt)
+                side, self.tokenizer.truncation_side = self.tokenizer.truncation_side, "left"
+                tokens = self.tokenizer(*texts, truncation="only_first", max_length=self.max_length)
+                self.tokenizer.truncation_side = side
+            yield _Tokens(list(tokens["input_ids"]), list(tokens.get("token_type_ids") or []), cut)
+
+    def _fits(self, length: int) -> bool:
+        return not self.max_length or length <= self.max_length
+
+    def _room(self, name: str, length: int) -> int:
+        """Number of tokens left for the prompt beside ``length`` others.
+
+        Raises:
+            ValueError: none are left.
+        """
+        assert self.max_length
+        if length >= self.max_length:
+            raise ValueError(
+                f"{name}: the completion has about {length} tokens, but {self.name} reads {self.max_length} with the"
+                " prompt; shorten or remove it"
+            )
+        return self.max_length - length
 
     @torch.no_grad()
-    def _rewards(self, rows: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+    def _rewards(self, rows: Sequence[_Tokens]) -> Tensor:
         device = next(self.model.parameters()).device
 
         def padded(lists: Sequence[Sequence[int]], value: int) -> Tensor:
             tensors = [torch.tensor(each, dtype=torch.long, device=device) for each in lists]
             return pad_sequence(tensors, batch_first=True, padding_value=value)
 
-        ids = [row for row, _ in rows]
+        ids = [row.ids for row in rows]
         inputs = {
             "input_ids": padded(ids, self._pad or 0),
             "attention_mask": padded([[1] * len(row) for row in ids], 0),
         }
-        if rows[0][1]:
-            inputs["token_type_ids"] = padded([types for _, types in rows], 0)
+        if rows[0].types:
+            inputs["token_type_ids"] = padded([row.types for row in rows], 0)
         return self.model(**inputs).logits.float().view(-1)  # type: ignore[no-any-return]
+
+
+class _Tokens(NamedTuple):
+    """Token ids and token types of a row, and whether its prompt was cut."""
+
+    ids: list[int]
+    types: list[int]
+    cut: bool
+
+
+def _numbered(rows: Sequence[Any]) -> list[str]:
+    return [f"row {number}" for number in range(1, len(rows) + 1)]
+
+
+@contextmanager
+def _only_errors() -> Iterator[None]:
+    """Keeps transformers from logging less than errors."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def _text(part: Prompt, row: str, name: str) -> str:
