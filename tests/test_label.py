@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from halos_pl.data.read import read
 from halos_pl.data.source import Source
 from halos_pl.labelling.agreement import agreement_lines
 from halos_pl.labelling.groups import read_groups
+from halos_pl.labelling.options import thresholds_of
 from halos_pl.labelling.output import OutputSettings, rows_of, share_of_votes
 
 ROWS = [
@@ -117,7 +119,7 @@ def test_labels_resume_and_are_bound_to_the_samples(folder: Path, monkeypatch: p
     complete = (folder / "out.jsonl").read_bytes()
     main(words)
     assert calls.read_text() == "1" * 7
-    for change in ("--form=binary", "--min_gap=0.1"):
+    for change in ("--form=binary", "--form=pairs"):
         assert change.strip("-").partition("=")[0] in one_error([*words, change], capfd)
     (folder / "rule.py").write_text(source)
     assert "rule.py" in one_error(words, capfd)
@@ -136,11 +138,76 @@ def test_votes_of_several(folder: Path, capsys: Any) -> None:
     assert "0 of 4 comparisons" in out
 
 
+def test_every_row_has_its_own_columns(folder: Path, capsys: Any) -> None:
+    """Also where rows share a prompt: in the rule, in the output, and in a judge's prompt; pairs leave them out."""
+    rows = [{"prompt": "p", "answer": a, "completion": c, "id": 1} for a, c in (("4", "4"), ("7", "7"), ("9", "5"))]
+    write_jsonl(folder / "gold.jsonl", rows)
+    (folder / "gold.py").write_text("def exact(answer, row):\n    return answer == row['answer']\n")
+    main(["label", "gold.jsonl", "--by=rule: gold.py:exact", "--form=binary", "--out=out.jsonl"])
+    written = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert [row["label"] for row in written] == [True, True, False]
+    assert [{key: row[key] for key in rows[0]} for row in written] == rows
+    main(["label", "gold.jsonl", "--by=rule: gold.py:exact", "--form=pairs", "--out=pairs.jsonl"])
+    (pair,) = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    assert pair["id"] == 1
+    assert "answer" not in pair
+    assert "answer" in capsys.readouterr().out
+
+
+def test_labels_replace_earlier_ones(folder: Path, capsys: Any) -> None:
+    labelled(folder)
+    (folder / "out.jsonl").rename(folder / "scored.jsonl")
+    rows = labelled(folder, file="scored.jsonl", form="binary")
+    assert all("scores" not in row and row["score"] == len(row["completion"]) / 4 for row in rows)
+    assert "column scores" in capsys.readouterr().out
+
+
+class Fixed:
+    """A labeller with these bounds."""
+
+    def __init__(self, threshold: float | None, scale: tuple[float, float] | None) -> None:
+        self.threshold, self.scale = threshold, scale
+
+
+RULE, REWARD, GRADE = Fixed(0.5, (0.0, 1.0)), Fixed(None, None), Fixed(None, (1.0, 10.0))
+
+
+@pytest.mark.parametrize(
+    ("labellers", "threshold", "expected"),
+    [
+        ([RULE, RULE], None, [0.5, 0.5]),
+        ([RULE, RULE], 0.7, [0.7, 0.7]),
+        ([RULE, REWARD], 2.0, [0.5, 2.0]),
+        ([GRADE, RULE, REWARD], [5.0, -2.0], [5.0, 0.5, -2.0]),
+        ([GRADE, REWARD], 5.0, "list"),
+        ([GRADE, REWARD], [5.0, 1.0, 2.0], "list"),
+        ([RULE, REWARD], None, "natural zero"),
+        ([GRADE, RULE], 11.0, "at most 10"),
+        ([GRADE], 1.0, "above 1"),
+        ([RULE], float("nan"), "at most 1"),
+        ([REWARD], float("inf"), "finite"),
+    ],
+)
+def test_a_threshold_is_for_scores_without_a_natural_zero(labellers: Any, threshold: Any, expected: Any) -> None:
+    names = [f"labeller {i}" for i in range(len(labellers))]
+    if isinstance(expected, list):
+        assert thresholds_of(names, labellers, threshold) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            thresholds_of(names, labellers, threshold)
+
+
+def test_a_rule_that_fails_at_once_leaves_nothing(folder: Path, capfd: Any) -> None:
+    (folder / "fails.py").write_text("def f(answer, row):\n    raise ValueError\n")
+    assert "s.jsonl:1" in one_error(["label", "s.jsonl", "--by=rule: fails.py:f", "--out=out.jsonl"], capfd)
+    main(["label", "s.jsonl", "--by=rule: rule.py:longer", "--out=out.jsonl"])
+
+
 def test_shares_of_votes() -> None:
-    assert share_of_votes([[0.9, 0.1, None], [0.6, 0.7, 0.2]], [0.5, 0.5], "binary") == [1.0, 0.5, 0.0]
-    shares = share_of_votes([[3.0, 1.0, 2.0], [0.3, 0.2, 0.2]], [None, None], "pairs")
+    assert share_of_votes([[0.9, 0.1, None], [0.6, 0.7, 0.2]], [0.5, 0.5]) == [1.0, 0.5, 0.0]
+    shares = share_of_votes([[3.0, 1.0, 2.0], [0.3, 0.2, 0.2]], [])
     assert shares == [1.0, 0.125, 0.375]
-    assert share_of_votes([[None, 1.0]], [None], "pairs") == [None, None]
+    assert share_of_votes([[None, 1.0]], []) == [None, None]
 
 
 def test_agreement_of_labellers() -> None:
@@ -172,7 +239,24 @@ def test_completions_without_a_verdict_are_left_out_and_counted(folder: Path) ->
         ("bare.jsonl --by rule:rule.py:longer", "bare.jsonl:1"),
         ("short.jsonl --by rule:rule.py:longer", "short.jsonl:1"),
         ("s.jsonl --by rule:rule.py:longer --out s.jsonl", "s.jsonl"),
-        ("s.jsonl --by rule:rule.py:longer --min_gap -1", "min_gap"),
+        ("s.jsonl --by []", "empty"),
+        ("s.jsonl --by rule:rule.py:longer --form pairs --min_gap -1", "min_gap"),
+        ("s.jsonl --by rule:rule.py:longer --min_gap 0", "min_gap"),
+        ("s.jsonl --by rule:rule.py:longer --pairs best_worst", "pairs"),
+        ("s.jsonl --by rule:rule.py:longer --form pairs --seed 0", "seed"),
+        ("s.jsonl --by rule:rule.py:longer --form pairs --threshold 0.5", "threshold"),
+        ("s.jsonl --by rule:rule.py:longer --batch_size 16", "batch_size"),
+        ("s.jsonl --by rule:rule.py:longer --text_prompts plain", "text_prompts"),
+        ("s.jsonl --by rule:rule.py:longer --endpoint.url http://localhost:9/v1 --endpoint.model x", "endpoint"),
+        ("s.jsonl --by rule:rule.py:longer --form binary --threshold 7", "7"),
+        ("s.jsonl --by reward:/none", "halos: ModelError: /none"),
+        (
+            "s.jsonl --by judge:mt_bench_single --endpoint.url http://localhost:9/v1 --endpoint.model x",
+            "halos evaluate",
+        ),
+        ("empty.jsonl --by rule:rule.py:longer", "empty.jsonl:1"),
+        ("message.jsonl --by rule:rule.py:longer", "message.jsonl:1: completion 1, message 1"),
+        ("both.jsonl --by rule:rule.py:longer", "both.jsonl:1"),
         ("s.jsonl --by rule:rule.py:longer --form pairs --min_gap 9", "min_gap"),
         ("s.jsonl --by reward:folder --form binary", "threshold"),
         ("s.jsonl --by judge:kto", "endpoint.url"),
@@ -180,6 +264,9 @@ def test_completions_without_a_verdict_are_left_out_and_counted(folder: Path) ->
 )
 def test_a_wrong_input_is_a_line(folder: Path, capfd: Any, words: str, names: str) -> None:
     write_jsonl(folder / "bare.jsonl", [{"prompt": "a?"}])
+    write_jsonl(folder / "empty.jsonl", [{"prompt": "a?", "completion": []}])
+    write_jsonl(folder / "message.jsonl", [{"prompt": "a?", "completions": [["x"], "y"]}])
+    write_jsonl(folder / "both.jsonl", [{"prompt": "a?", "completions": ["x"], "completion": "y"}])
     write_jsonl(folder / "short.jsonl", [{"prompt": "a?", "completions": ["x", "y"], "finished": [True]}])
     assert names in one_error(["label", *words.split()], capfd)
     assert not list(folder.glob("s.*.jsonl"))
@@ -209,10 +296,27 @@ def test_a_judge_compares_every_two_completions(folder: Path, capfd: Any) -> Non
         assert len(server.requests) == asked + 1  # the others are in the transcripts
     rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     assert [row["scores"] for row in rows] == [[0.0, 1.0, 0.5], [0.5, 0.5]]  # equal texts tie, and one pair has none
-    assert "2 completions without a verdict" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "2 completions without a verdict" in out
+    assert "7 replies are in the transcripts; judge: 1 request" in out
 
 
-def test_a_reward_model_scores(folder: Path, tiny_folder: Path) -> None:
+def test_a_column_that_a_judge_lacks_is_found_before_the_first_request(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    pytest.importorskip("openai")
+    monkeypatch.setattr(run, "CHUNK", 1)
+    write_jsonl(
+        folder / "gold.jsonl", [{"prompt": "a", "completion": "b", "gold": "c"}, {"prompt": "d", "completion": "e"}]
+    )
+    (folder / "grade.yaml").write_text("prompt: '{answer} {gold}'\nscale: [1, 10]\n")
+    with serving() as server:
+        words = ["label", "gold.jsonl", "--by=judge: grade.yaml", f"--endpoint.url={server.url}", "--endpoint.model=x"]
+        assert "gold.jsonl:2" in one_error(words, capfd)
+        assert not server.requests
+
+
+def test_a_reward_model_scores(folder: Path, tiny_folder: Path, capfd: Any) -> None:
     reward_model = pytest.importorskip("halos_pl.policy.reward_model")
     from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
@@ -226,3 +330,12 @@ def test_a_reward_model_scores(folder: Path, tiny_folder: Path) -> None:
     expected = reward_model.RewardModel.load("rm").score(pairs, finished)
     assert [score for row in rows for score in row["scores"]] == pytest.approx(expected, rel=1e-5)
     assert len({round(score, 6) for score in expected}) > 2
+    most = LlamaConfig.from_pretrained(tiny_folder).max_position_embeddings
+    long = {"prompt": "a " * most, "completion": "b"}
+    write_jsonl(folder / "long.jsonl", [{"prompt": "a", "completion": "b"}, long])
+    capfd.readouterr()
+    main(["label", "long.jsonl", "--by=reward: rm", "--out=long_out.jsonl"])
+    assert re.search(r"1 of 2 .*long\.jsonl:2", capfd.readouterr().out)
+    write_jsonl(folder / "long.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "b " * most}])
+    assert "long.jsonl:2" in one_error(["label", "long.jsonl", "--by=reward: rm", "--out=long_out_2.jsonl"], capfd)
+    assert not list(folder.glob("long_out_2*.part"))

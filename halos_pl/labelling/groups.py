@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from halos_pl.data.example import DataError, Prompt
+from halos_pl.data.messages import prompt_like
 from halos_pl.data.prompt_files import (
     LOGPROB,
     PROMPT_ROW,
@@ -17,9 +18,12 @@ from halos_pl.data.prompt_files import (
     TOKEN_LOGPROBS,
     read_prompt_rows,
 )
+from halos_pl.data.values import BadRow
 
 #: Columns that describe a completion rather than its prompt; lists if the completions of a prompt are in one row.
-_PER_COMPLETION = ("finished", SAME_TOKENS, SEED, LOGPROB, TOKEN_LOGPROBS)
+_LISTED = ("finished", SAME_TOKENS, SEED, LOGPROB, TOKEN_LOGPROBS)
+#: The same where each completion has a row.
+PER_COMPLETION = (*_LISTED, SAMPLE_INDEX)
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,14 @@ class Completion:
     """A completion to label.
 
     Attributes:
+        place: ``PATH:LINE`` of its row.
         text: The completion: text or messages.
         finished: Whether the model ended it; true if the file does not tell.
-        columns: Columns that describe it.
+        columns: Columns that describe it: its own, and those that differ between the rows of the prompt.
     """
 
-    text: Any
+    place: str
+    text: Prompt
     finished: bool
     columns: dict[str, Any]
 
@@ -45,7 +51,7 @@ class Group:
         place: ``PATH:LINE`` of the first of its rows.
         number: That line, from 1.
         prompt: Text or messages.
-        columns: The other columns of the prompt.
+        columns: The other columns of the prompt: in files with a row per completion, those that agree in all of them.
         in_one_row: Whether the completions are a list in one row.
         completions: The completions.
     """
@@ -64,42 +70,62 @@ def read_groups(path: Path) -> list[Group]:
     Rows with one completion each are grouped by their prompt's line, or by the prompt itself.
 
     Raises:
-        DataError: A row has no prompt or no completion; names file and line.
+        DataError: A row has no prompt, no completion, or an invalid one; names file and line.
     """
     groups: dict[str, Group] = {}
     for row in read_prompt_rows(path):
         columns = dict(row.columns)
         columns.pop("prompt")
+        if {"completion", "completions"} <= columns.keys():
+            raise DataError(f"{row.place}: the row has 'completion' and 'completions'; remove one of them")
         if isinstance(listed := columns.pop("completions", None), list) and listed:
             values: dict[str, list[Any]] = {}
-            for name in [name for name in _PER_COMPLETION if name in columns]:
+            for name in [name for name in _LISTED if name in columns]:
                 values[name] = columns.pop(name)
                 if not isinstance(values[name], list) or len(values[name]) != len(listed):
                     raise DataError(f"{row.place}: column '{name}' must be a list with a value for each completion")
             group = Group(row.place, row.number, row.prompt, columns, True)
             for i, text in enumerate(listed):
-                group.completions.append(_completion(row.place, text, {name: v[i] for name, v in values.items()}))
+                own = {name: each[i] for name, each in values.items()}
+                group.completions.append(_completion(row.place, f"completion {i + 1}", text, own))
             groups[f"{row.number}"] = group
         elif "completion" in columns:
             text = columns.pop("completion")
-            own = {name: columns.pop(name) for name in (*_PER_COMPLETION, SAMPLE_INDEX) if name in columns}
-            key = json.dumps([columns.get(PROMPT_ROW), row.prompt])
-            group = groups.setdefault(key, Group(row.place, row.number, row.prompt, columns, False))
-            group.completions.append(_completion(row.place, text, own))
+            key = json.dumps([columns.get(PROMPT_ROW), row.prompt, row.tools])
+            group = groups.setdefault(key, Group(row.place, row.number, row.prompt, {}, False))
+            group.completions.append(_completion(row.place, "the completion", text, columns))
         else:
             raise DataError(f"{row.place}: the row has no 'completions' or 'completion' to label")
+    for group in groups.values():
+        if not group.in_one_row:
+            _take_shared(group)
     return list(groups.values())
 
 
-def _completion(place: str, text: Any, columns: dict[str, Any]) -> Completion:
-    if not isinstance(text, str | list):
-        raise DataError(f"{place}: a completion is {str(text)[:40]!r}; it must be text or a message list")
+def _take_shared(group: Group) -> None:
+    """Moves the columns that agree in all rows of a prompt from its completions to the prompt."""
+    rows = [each.columns for each in group.completions]
+    for name in [name for name in rows[0] if name not in PER_COMPLETION]:
+        # As JSON, since True == 1.
+        if all(name in row for row in rows) and len({json.dumps(row[name]) for row in rows}) == 1:
+            group.columns[name] = rows[0][name]
+            for row in rows:
+                del row[name]
+
+
+def _completion(place: str, what: str, text: Any, columns: dict[str, Any]) -> Completion:
+    try:
+        text = prompt_like(text, "completion")
+    except BadRow as bad:
+        raise DataError(f"{place}: {what}{bad.within} {bad.reason}") from bad
+    if not text and isinstance(text, list):
+        raise DataError(f"{place}: {what} is an empty list; it must be text or a list of messages")
     finished = columns.get("finished", True)
     if not isinstance(finished, bool):
         raise DataError(f"{place}: finished is {str(finished)[:40]!r}; it must be true or false")
-    return Completion(text, finished, columns)
+    return Completion(place, text, finished, columns)
 
 
 def text_of(completion: Completion) -> str:
     """The completion as text; of messages, the content of the last one."""
-    return completion.text if isinstance(completion.text, str) else str(completion.text[-1].get("content") or "")
+    return completion.text if isinstance(completion.text, str) else str(completion.text[-1]["content"])

@@ -13,12 +13,12 @@ def label(
     by: str | list[str],
     out: str | None = None,
     form: Literal["scored", "binary", "pairs"] = "scored",
-    threshold: float | None = None,
-    pairs: Literal["best_worst", "random"] = "best_worst",
-    min_gap: float = 0.0,
-    seed: int = 0,
-    batch_size: int = 16,
-    text_prompts: Literal["plain", "chat"] = "plain",
+    threshold: float | list[float] | None = None,
+    pairs: Literal["best_worst", "random"] | None = None,
+    min_gap: float | None = None,
+    seed: int | None = None,
+    batch_size: int | None = None,
+    text_prompts: Literal["plain", "chat"] | None = None,
     endpoint: EndpointSettings | None = None,
     overwrite: bool = False,
 ) -> None:
@@ -37,13 +37,16 @@ def label(
         out: JSON lines to write; default: beside the file, ending in .FORM.jsonl.
         form: scored adds "score", or "scores" for a list of completions; binary writes a row per completion with
             "label"; pairs writes "chosen" and "rejected".
-        threshold: score from which a completion is desirable; default: 0.5 for rules, comparisons and votes. Rewards
-            and grades have none, so their binary labels need a threshold.
-        pairs: best_worst pairs the best completion of a prompt with the worst; random draws two of unequal score.
-        min_gap: smallest difference of scores within a pair.
-        seed: seed of the random pairs.
-        batch_size: number of completions in a pass of a reward model.
-        text_prompts: how a reward model gets prompts that are plain text: plain (unchanged) or chat (a user message).
+        threshold: score from which a completion is desirable, for --form binary. Rewards and grades need one, and in
+            a vote it is theirs alone: rules and comparisons vote from 0.5 on. Several of them need a list with a number
+            for each, in the order of --by. Without any of them, it replaces the 0.5.
+        pairs: best_worst (default) pairs the best completion of a prompt with the worst; random draws two of unequal
+            score.
+        min_gap: smallest difference of scores within a pair; default: 0.
+        seed: seed of the random pairs; default: 0.
+        batch_size: number of completions in a pass of a reward model; default: 16.
+        text_prompts: how a reward model gets prompts that are plain text: plain (default), which leaves them unchanged,
+            or chat, as a user message.
         endpoint: the server of a judge.
         overwrite: whether to replace a file from another command.
     """

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from halos_pl.data.example import DataError
+from halos_pl.common.messages import counted
+from halos_pl.data.example import Prompt
 from halos_pl.endpoint.client import Endpoint
 from halos_pl.endpoint.exchange import EndpointError, sent_again
 from halos_pl.endpoint.settings import EndpointSettings
@@ -15,18 +16,38 @@ from halos_pl.evaluation.judging import Row, judged_by
 from halos_pl.labelling.groups import Group, text_of
 from halos_pl.training.checkpoint_manifest import file_digest
 
+if TYPE_CHECKING:
+    from halos_pl.judge.base import Answer, Pair
+
 
 class Labeller(Protocol):
     """Scores the completions of prompts; higher is better.
 
     Attributes:
         threshold: The score from which a completion is desirable; None if the scores have no natural zero.
+        scale: The lowest and the highest score; None if they are unknown.
     """
 
     threshold: float | None
+    scale: tuple[float, float] | None
+
+    def check(self) -> None:
+        """Refuses what :meth:`load` would refuse, without reading weights.
+
+        Raises:
+            ValueError: The labeller cannot be used.
+            OSError: A server gives no reply.
+        """
 
     def load(self) -> dict[str, Any]:
         """Loads what is needed, and returns the labeller's identity: labels of another one are not resumed."""
+
+    def announce(self, groups: Sequence[Group]) -> None:
+        """Says what it costs to label these prompts, or what is cut; before the first of them is labelled.
+
+        Raises:
+            ValueError: A completion cannot be scored; names its place.
+        """
 
     def label(self, groups: Sequence[Group]) -> list[list[float | None]]:
         """The score of each completion of each prompt; None for one without a verdict.
@@ -51,17 +72,24 @@ class RuleLabeller:
     """
 
     threshold: float | None = 0.5
+    scale: tuple[float, float] | None = (0.0, 1.0)
 
     def __init__(self, place: str) -> None:
         self._rule, self._file = judged_by(place, "rule"), Path(place.rpartition(":")[0])
 
+    def check(self) -> None:
+        return
+
     def load(self) -> dict[str, Any]:
         return {"sha256": file_digest(self._file)}
+
+    def announce(self, groups: Sequence[Group]) -> None:
+        return
 
     def label(self, groups: Sequence[Group]) -> list[list[float | None]]:
         return [
             [
-                self._rule(Row(group.columns, group.prompt, group.place, each.finished), text_of(each))
+                self._rule(Row(group.columns | each.columns, group.prompt, each.place, each.finished), text_of(each))
                 for each in group.completions
             ]
             for group in groups
@@ -81,10 +109,16 @@ class RewardLabeller:
     """
 
     threshold: float | None = None
+    scale: tuple[float, float] | None = None
 
     def __init__(self, name: str, batch_size: int, text_prompts: Any) -> None:
         self.name, self._batch_size, self._text_prompts = name, batch_size, text_prompts
         self._model: Any = None
+
+    def check(self) -> None:
+        from halos_pl.policy.reward_model import RewardModel
+
+        RewardModel.check(self.name)
 
     def load(self) -> dict[str, Any]:
         from halos_pl.policy.identity import model_fingerprint
@@ -93,17 +127,28 @@ class RewardLabeller:
         self._model = RewardModel.load(self.name, batch_size=self._batch_size, text_prompts=self._text_prompts)
         return {"model": model_fingerprint(self._model.model)}
 
+    def announce(self, groups: Sequence[Group]) -> None:
+        rows, finished, names = _rows(groups)
+        if cut := self._model.cut(rows, finished, names):
+            print(
+                f"halos: {self.name} reads {self._model.max_length} tokens: {len(cut)} of"
+                f" {counted(len(rows), 'completion')} are longer with their prompts, which lose their beginning; the"
+                f" first is {cut[0]}"
+            )
+
     def label(self, groups: Sequence[Group]) -> list[list[float | None]]:
-        flat = [(group, each) for group in groups for each in group.completions]
-        rows = [(group.prompt, each.text) for group, each in flat]
-        try:
-            scores = iter(self._model.score(rows, [each.finished for _, each in flat]))
-        except ValueError as error:
-            raise DataError(f"{groups[0].place} and the rows after it: {error}") from error
+        scores = iter(self._model.score(*_rows(groups)))
         return [[next(scores) for _ in group.completions] for group in groups]
 
     def summary(self) -> str:
         return ""
+
+
+def _rows(groups: Sequence[Group]) -> tuple[list[tuple[Prompt, Prompt]], list[bool], list[str]]:
+    """Prompts and completions of groups, whether each is finished, and their names."""
+    flat = [(group, i, each) for group in groups for i, each in enumerate(group.completions, start=1)]
+    names = [f"{each.place} completion {i}" if group.in_one_row else each.place for group, i, each in flat]
+    return [(group.prompt, each.text) for group, _, each in flat], [each.finished for *_, each in flat], names
 
 
 class JudgeLabeller:
@@ -121,55 +166,76 @@ class JudgeLabeller:
     """
 
     def __init__(self, name: str, settings: EndpointSettings, transcripts: Path | None) -> None:
-        from halos_pl.judge.named import named_judge
+        from halos_pl.judge.base import JudgeError
+        from halos_pl.judge.named import judge_classes, named_judge
         from halos_pl.judge.panel import Panel
         from halos_pl.judge.settings import JudgeSettings
 
-        self.name, self._judge = name, named_judge(name)
+        try:
+            self.name, self._judge = name, named_judge(name)
+        except JudgeError as error:
+            if name not in judge_classes():
+                raise
+            raise JudgeError(
+                f"judge {name}: it needs the files of its benchmark, which halos label does not take; use halos"
+                f" evaluate --win_rate {name}, or a rubric in a YAML file"
+            ) from error
         self._endpoint = Endpoint(settings, transcripts)
         self._panel = Panel(self._judge, self._endpoint, JudgeSettings(again=0))
-        self.threshold: float | None = 0.5 if self._judge.compares == "pair" else None
+        pairwise = self._judge.compares == "pair"
+        self.threshold: float | None = 0.5 if pairwise else None
+        self.scale: tuple[float, float] | None = (0.0, 1.0) if pairwise else self._judge.scale
+
+    def check(self) -> None:
+        self._endpoint.check_reachable()
 
     def load(self) -> dict[str, Any]:
-        self._endpoint.check_reachable()
+        self.check()
         identity: dict[str, Any] = {"model": self._endpoint.settings.model}
         return identity | ({"sha256": file_digest(Path(self.name))} if Path(self.name).is_file() else {})
+
+    def announce(self, groups: Sequence[Group]) -> None:
+        self._panel.announce(self._pairs(groups) if self._judge.compares == "pair" else self._answers(groups))
 
     def label(self, groups: Sequence[Group]) -> list[list[float | None]]:
         return self._compared(groups) if self._judge.compares == "pair" else self._graded(groups)
 
-    def _graded(self, groups: Sequence[Group]) -> list[list[float | None]]:
+    def _answers(self, groups: Sequence[Group]) -> list[Answer]:
         from halos_pl.judge.base import Answer
 
-        answers = [
-            Answer(f"{group.place} completion {i}", group.prompt, text_of(each), group.columns)
+        return [
+            Answer(f"{each.place} completion {i}", group.prompt, text_of(each), group.columns | each.columns)
             for group in groups
             for i, each in enumerate(group.completions, start=1)
         ]
-        judged = self._panel.grade(answers)
+
+    def _pairs(self, groups: Sequence[Group]) -> list[Pair]:
+        """Every two completions of each prompt. Columns in which their rows differ belong to neither question."""
+        from halos_pl.judge.base import Pair
+
+        return [
+            Pair(
+                f"{group.place} completions {i + 1} and {j + 1}",
+                group.prompt,
+                text_of(group.completions[i]),
+                text_of(group.completions[j]),
+                group.columns,
+            )
+            for group in groups
+            for i, j in combinations(range(len(group.completions)), 2)
+        ]
+
+    def _graded(self, groups: Sequence[Group]) -> list[list[float | None]]:
+        judged = self._panel.grade(self._answers(groups))
         self._refuse(judged.errors)
         grades = iter(judged.grades)
         return [[next(grades) for _ in group.completions] for group in groups]
 
     def _compared(self, groups: Sequence[Group]) -> list[list[float | None]]:
-        from halos_pl.judge.base import Pair
-
         places = [
             (g, i, j) for g, group in enumerate(groups) for i, j in combinations(range(len(group.completions)), 2)
         ]
-        texts = [[text_of(each) for each in group.completions] for group in groups]
-        judged = self._panel.compare(
-            [
-                Pair(
-                    f"{groups[g].place} completions {i + 1} and {j + 1}",
-                    groups[g].prompt,
-                    texts[g][i],
-                    texts[g][j],
-                    groups[g].columns,
-                )
-                for g, i, j in places
-            ]
-        )
+        judged = self._panel.compare(self._pairs(groups))
         self._refuse(judged.errors)
         wins: list[list[list[float]]] = [[[] for _ in group.completions] for group in groups]
         for (g, i, j), pair in zip(places, judged.pairs, strict=True):
@@ -188,13 +254,13 @@ class JudgeLabeller:
 
 
 def named_labeller(
-    spec: str, *, batch_size: int, text_prompts: Any, endpoint: EndpointSettings | None, transcripts: Path | None
+    spec: str, *, batch_size: int | None, text_prompts: Any, endpoint: EndpointSettings | None, transcripts: Path | None
 ) -> Labeller:
     """The labeller ``KIND: NAME``.
 
     Args:
         spec: The kind and the name.
-        batch_size, text_prompts: See :class:`RewardLabeller`.
+        batch_size, text_prompts: See :class:`RewardLabeller`; default: 16, and ``plain``.
         endpoint, transcripts: See :class:`JudgeLabeller`.
 
     Raises:
@@ -208,5 +274,5 @@ def named_labeller(
     if kind == "rule" and name:
         return RuleLabeller(name)
     if kind == "reward" and name:
-        return RewardLabeller(name, batch_size, text_prompts)
+        return RewardLabeller(name, 16 if batch_size is None else batch_size, text_prompts or "plain")
     raise ValueError(f"--by {spec!r}: it must be 'rule: path/to/file.py:function', 'reward: FOLDER' or 'judge: NAME'")

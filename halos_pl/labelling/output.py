@@ -5,14 +5,22 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
+from itertools import chain, combinations, zip_longest
 from typing import Any, Literal
 
-from halos_pl.labelling.groups import Group
+from halos_pl.data.parsers import PAIRS_OF_SCORES
+from halos_pl.data.prompt_files import ANSWERS, PROMPT_ROW
+from halos_pl.labelling.groups import PER_COMPLETION, Group
 
 #: The scores of a group by one labeller.
 Scores = Sequence[float | None]
+
+#: Columns of earlier labels, which rows with new ones leave out.
+_EARLIER = (ANSWERS - {*PER_COMPLETION, PROMPT_ROW}) | {
+    *("margin", "chosen_finished", "rejected_finished"),
+    *(name for names in PAIRS_OF_SCORES for name in names),
+}
 
 
 @dataclass(frozen=True)
@@ -28,28 +36,26 @@ class OutputSettings:
     """
 
     form: Literal["scored", "binary", "pairs"]
-    threshold: float | None
+    threshold: float
     pairs: Literal["best_worst", "random"]
     min_gap: float
     seed: int
 
 
-def share_of_votes(by_labeller: Sequence[Scores], thresholds: Sequence[float | None], form: str) -> list[float | None]:
+def share_of_votes(by_labeller: Sequence[Scores], thresholds: Sequence[float]) -> list[float | None]:
     """The scores of several labellers as one, from 0 to 1.
 
-    For binary labels, it is the share of labellers for which a completion is desirable; otherwise, the share of
-    comparisons with the prompt's other completions that it wins, over all labellers; a tie is half a win.
+    With thresholds, for binary labels, it is the share of labellers for which a completion is desirable; otherwise, the
+    share of comparisons with the prompt's other completions that it wins, over all labellers; a tie is half a win.
 
     Args:
         by_labeller: Scores of a prompt's completions, by labeller.
-        thresholds: The score from which a completion is desirable, by labeller.
-        form: ``scored``, ``binary`` or ``pairs``.
+        thresholds: The score from which a completion is desirable, by labeller; empty to compare completions.
     """
     number = len(by_labeller[0])
     votes: list[list[float]] = [[] for _ in range(number)]
-    for scores, threshold in zip(by_labeller, thresholds, strict=True):
-        if form == "binary":
-            assert threshold is not None  # checked before any work
+    for scores, threshold in zip_longest(by_labeller, thresholds):
+        if threshold is not None:
             for i, score in enumerate(scores):
                 votes[i] += [] if score is None else [float(score >= threshold)]
             continue
@@ -71,6 +77,7 @@ def rows_of(group: Group, scores: Scores, settings: OutputSettings, counts: Coun
         settings: The rows to write.
         counts: Counts of rows by kind, which are added to.
     """
+    group = _without_earlier(group, counts)
     valid = [(each, score) for each, score in zip(group.completions, scores, strict=True) if score is not None]
     counts["completions without a verdict"] += len(scores) - len(valid)
     shared = group.columns | {"prompt": group.prompt}
@@ -82,6 +89,8 @@ def rows_of(group: Group, scores: Scores, settings: OutputSettings, counts: Coun
         (first, high), (second, low) = pair
         chosen, rejected = group.completions[first], group.completions[second]
         counts["pairs"] += 1
+        for name in sorted({*chosen.columns, *rejected.columns} - {*PER_COMPLETION}):
+            counts[f"pairs without column {name}, in which the rows of the prompt differ"] += 1
         yield shared | {
             "chosen": chosen.text,
             "rejected": rejected.text,
@@ -91,7 +100,6 @@ def rows_of(group: Group, scores: Scores, settings: OutputSettings, counts: Coun
             "rejected_finished": rejected.finished,
         }
     elif settings.form == "binary":
-        assert settings.threshold is not None
         for each, score in valid:
             label = score >= settings.threshold
             counts["desirable" if label else "undesirable"] += 1
@@ -107,6 +115,16 @@ def rows_of(group: Group, scores: Scores, settings: OutputSettings, counts: Coun
         counts["scores"] += len(valid)
         for each, score in valid:
             yield shared | each.columns | {"completion": each.text, "score": score}
+
+
+def _without_earlier(group: Group, counts: Counter[str]) -> Group:
+    """The group without the columns of earlier labels, which are counted."""
+    columns = [group.columns, *(each.columns for each in group.completions)]
+    for name in sorted(_EARLIER.intersection(chain.from_iterable(columns))):
+        counts[f"prompts whose earlier column {name} is left out"] += 1
+    kept = [{name: value for name, value in some.items() if name not in _EARLIER} for some in columns]
+    completions = [replace(each, columns=own) for each, own in zip(group.completions, kept[1:], strict=True)]
+    return replace(group, columns=kept[0], completions=completions)
 
 
 def _pair(

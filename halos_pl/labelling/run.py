@@ -16,6 +16,7 @@ from halos_pl.endpoint.settings import EndpointSettings
 from halos_pl.labelling.agreement import agreement_lines
 from halos_pl.labelling.groups import Group, read_groups
 from halos_pl.labelling.labellers import Labeller, named_labeller
+from halos_pl.labelling.options import refuse_unused, thresholds_of
 from halos_pl.labelling.output import OutputSettings, Scores, rows_of, share_of_votes
 from halos_pl.sampling.sample_file import SampleFile
 from halos_pl.training.checkpoint_manifest import file_digest
@@ -29,11 +30,11 @@ def label_file(
     by: str | list[str],
     out: str | None,
     form: Any,
-    threshold: float | None,
+    threshold: float | list[float] | None,
     pairs: Any,
-    min_gap: float,
-    seed: int,
-    batch_size: int,
+    min_gap: float | None,
+    seed: int | None,
+    batch_size: int | None,
     text_prompts: Any,
     endpoint: EndpointSettings | None,
     overwrite: bool,
@@ -44,12 +45,18 @@ def label_file(
         ValueError: An argument, a row or a labeller is unusable.
         OSError: A file cannot be read or written.
     """
+    options: dict[str, Any] = dict(locals())
     names = [by] if isinstance(by, str) else by
-    if not names or len({*names}) < len(names):
+    if not names:
+        raise ValueError(
+            "--by is an empty list; name a labeller: 'rule: FILE:FUNCTION', 'reward: FOLDER', 'judge: NAME'"
+        )
+    if len({*names}) < len(names):
         raise ValueError(f"--by {names}: name each labeller once")
-    if batch_size < 1:
+    refuse_unused(options, names)
+    if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    if not 0 <= min_gap < math.inf:
+    if min_gap is not None and not 0 <= min_gap < math.inf:
         raise ValueError(f"min_gap is {min_gap}; it must be 0 or a positive number")
     path = Path(file)
     groups = read_groups(path)
@@ -64,13 +71,10 @@ def label_file(
         )
         for name in names
     ]
-    thresholds = [each.threshold if threshold is None else threshold for each in labellers]
-    if form == "binary" and None in thresholds:
-        unbounded = names[thresholds.index(None)]
-        raise ValueError(f"--by {unbounded!r}: its scores have no natural zero; set --threshold, or use --form pairs")
-    combined = 0.5 if len(names) > 1 else thresholds[0]
-    output = OutputSettings(form, combined, pairs, min_gap, seed)
-    settings = {"file": file_digest(path), "by": names, "threshold": threshold, "text_prompts": text_prompts}
+    thresholds = thresholds_of(names, labellers, threshold) if form == "binary" else []
+    combined = thresholds[0] if len(thresholds) == 1 else 0.5
+    output = OutputSettings(form, combined, pairs or "best_worst", min_gap or 0.0, seed or 0)
+    settings = {"file": file_digest(path), "by": names, "threshold": threshold, "text_prompts": text_prompts or "plain"}
     settings |= {name: value for name, value in vars(output).items() if name != "threshold"}
     labels = SampleFile(target, settings, 1, overwrite=overwrite)
     labels.begin({name: each.load() for name, each in zip(names, labellers, strict=True)})
@@ -84,7 +88,7 @@ def label_file(
     rows, scores = [], []
     for i, group in enumerate(groups):
         each = [of_labeller[i] for of_labeller in by_labeller]
-        votes: Scores = share_of_votes(each, thresholds, form) if len(names) > 1 else each[0]
+        votes: Scores = share_of_votes(each, thresholds) if len(names) > 1 else each[0]
         if len(names) > 1 and form == "binary":
             counts["completions skipped: equal numbers of votes"] += sum(vote == 0.5 for vote in votes)
             votes = [None if vote == 0.5 else vote for vote in votes]
@@ -111,6 +115,8 @@ def _fill(labels: SampleFile, groups: list[Group], names: list[str], labellers: 
         print(f"halos: resumes {labels.part}, which has {len(groups) - len(left)} of {counted(len(groups), 'prompt')}")
     try:
         with Progress(len(groups), "labelling, in prompts", done=len(groups) - len(left)) as progress:
+            for labeller in labellers:
+                labeller.announce(left)
             for at in range(0, len(left), CHUNK):
                 some = left[at : at + CHUNK]
                 scores = {name: each.label(some) for name, each in zip(names, labellers, strict=True)}
@@ -118,6 +124,10 @@ def _fill(labels: SampleFile, groups: list[Group], names: list[str], labellers: 
                     labels.add(group.number, [{"scores": {name: scores[name][i] for name in names}}])
                 progress.advance(len(some))
     except BaseException:
+        if not labels.done and not labels.is_stream:  # an empty file would only keep other commands out
+            labels.part.unlink(missing_ok=True)
+            labels.close()
+            raise
         print(
             f"halos: stopped after {len(labels.done)} of {counted(len(groups), 'prompt')}; their labels are in"
             f" {labels.part}, and the same command resumes",
