@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from run_halos import ROOT, refused
+from run_halos import ROOT, refused, write_jsonl
 
 from halos_pl.cli.main import main
 from halos_pl.rounds.diversity import distinct
@@ -90,10 +92,14 @@ def rows(path: str) -> list[dict[str, Any]]:
 
 
 def test_rounds_train_on_answers_of_the_last_model_and_report(
-    make: Any, here: list[list[str]], capfd: pytest.CaptureFixture[str]
+    make: Any, tiny_folder: Path, here: list[list[str]], capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Also: the second call repeats nothing, a lost record of a stage repeats that stage alone, changes are refused."""
-    make(offline="sampled")
+    shutil.copytree(tiny_folder, "model")
+    make = functools.partial(make, offline="sampled", model="model")
+    make()
+    with open("held_out.txt", "a") as file:
+        file.write("another question 0\n")
     main(["rounds", "study.yaml"])
     stages = ["sample", "label", "fit", "evaluate"]
     assert [words[0] for words in here] == stages * 3
@@ -102,6 +108,7 @@ def test_rounds_train_on_answers_of_the_last_model_and_report(
     assert "[1/12] round 1, sample" in printed
     assert "[12/12] offline, evaluate" in printed
     assert "used again" in printed  # 8 prompts of 6
+    assert "1 repeated prompt" in printed
 
     out = Path("runs/study")
     used = [row["prompt"] for number in (1, 2) for row in rows(f"runs/study/round-{number}/prompts.jsonl")]
@@ -134,16 +141,20 @@ def test_rounds_train_on_answers_of_the_last_model_and_report(
     main(["rounds", "study.yaml"])
     assert [words[:2] for words in here] == [["evaluate", "runs/study/offline/run"]]
 
-    make(offline="sampled", sample={"n": 2, "max_new_tokens": 5})
+    make(sample={"n": 2, "max_new_tokens": 5})
     assert "sample.max_new_tokens was 4" in refused(capfd, ["rounds", "study.yaml"])
-    content = yaml.safe_load(Path(make(offline="sampled")).read_text())
+    content = yaml.safe_load(Path(make()).read_text())
     content["fit"]["options"]["model.optimizer.init_args.lr"] = 2e-3
     Path("study.yaml").write_text(yaml.safe_dump(content))
     assert "fit: model.optimizer.lr was 0.001" in refused(capfd, ["rounds", "study.yaml"])
-    make(offline="sampled", rounds=3)
+    make(rounds=3)
     assert "rounds was 2" in refused(capfd, ["rounds", "study.yaml"])
-    make(offline="sampled")
-    with (out / "round-1/labels.jsonl").open("a") as file:
+    make()
+    config = Path("model/config.json")
+    config.write_text(config.read_text() + " ")
+    assert "the content of model was" in refused(capfd, ["rounds", "study.yaml"])
+    shutil.copy(tiny_folder / "config.json", config)
+    with (out / "round-1/labels.jsonl").open("a") as file:  # the restored model is accepted
         file.write("\n")
     assert "round-1/labels.jsonl" in refused(capfd, ["rounds", "study.yaml"])
 
@@ -243,7 +254,14 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "range": ({"sample": {"n": 2, "temperature": -1}}, "temperature"),
     "too few for pairs": ({"sample": {"n": 1}, "label": {"by": "rule: rule.py:short", "form": "pairs"}}, "sample.n"),
     "form of labels": ({"fit": {"objective": "dpo"}}, "label.form"),
+    "option without effect": ({"label": {"by": "rule: rule.py:short", "threshold": 0.3}}, "threshold"),
+    "reward model": ({"label": {"by": "reward: /none"}}, "/none"),
+    "server": (
+        {"label": {"by": "judge: kto", "endpoint": {"url": "http://127.0.0.1:1/v1", "model": "x"}}},
+        "no connection",
+    ),
     "objective": ({"fit": {"objective": "kt0"}}, "kt0"),
+    "objective without text": ({"fit": {"objective": "bradley_terry"}}, "reward model"),
     "option of fit": ({"fit": {"objective": "kto", "options": {"model.lr": 1}}}, "lr"),
     "run's folder": ({"fit": {"objective": "kto", "options": {"run_dir": "x"}}}, "run_dir"),
     "reference": ({"fit": {"objective": "humanline_kto"}}, "model.reference_model"),
@@ -252,7 +270,10 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 #: Faults that only the parsers of other commands find; those take a second each.
-PARSED = ("rule", "prompts", "range", "too few for pairs", "form of labels", "objective", "option of fit", "labeller")
+PARSED = (
+    *("rule", "prompts", "range", "too few for pairs", "form of labels", "objective", "option of fit", "labeller"),
+    *("option without effect", "reward model", "server", "objective without text"),
+)
 
 
 @pytest.mark.parametrize(
@@ -266,6 +287,15 @@ def test_faults_are_refused_with_their_line(
     assert message.startswith("halos: RoundsError: study.yaml:")
     assert named in message
     assert not Path("runs").exists()
+
+
+def test_a_held_out_prompt_with_two_gold_answers_is_refused(
+    make: Any, no_model: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_jsonl(Path("gold.jsonl"), [{"prompt": "a", "answer": answer} for answer in ("b", "c")])
+    message = refused(capfd, ["rounds", make(held_out_prompts="gold.jsonl")])
+    assert "gold.jsonl:2" in message
+    assert "gold.jsonl:1" in message
 
 
 def test_a_foreign_folder_is_refused(make: Any, capfd: pytest.CaptureFixture[str]) -> None:

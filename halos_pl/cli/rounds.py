@@ -32,8 +32,10 @@ def rounds(study: str, *, out: str | None = None, keep_checkpoints: bool = False
 
     spec = load_rounds(study)
     folder = Path(out) if out else Path("runs") / spec.path.stem
-    checked = check(spec, Parsers())
+    checked = check(spec, Parsers(), folder)
     claim(spec, folder, checked.settings)
+    for note in checked.notes:
+        print(plain(f"halos: {note}"))
     try:
         execute(spec, folder, checked, keep_checkpoints=keep_checkpoints)
     except (KeyboardInterrupt, Stopped):

@@ -1,4 +1,5 @@
-"""Checks online training before its first stage: parses the command of every stage, reads the prompts; loads no model.
+"""Checks online training before its first stage: parses the command of every stage, reads the prompts and the
+configurations of the models, and asks for the judge's server; reads no weights.
 
 The settings that it returns are those that may not change between the rounds.
 """
@@ -15,15 +16,19 @@ from typing import Any, Protocol
 
 import yaml
 
+from halos_pl.common.messages import counted
 from halos_pl.data.example import DataError
 from halos_pl.data.prompt_files import PromptRow, read_prompt_rows
 from halos_pl.evaluation.arguments import check_arguments, digest_of
 from halos_pl.evaluation.evaluate import ARGUMENTS
 from halos_pl.evaluation.judging import judged_by
 from halos_pl.evaluation.metrics import CODE
-from halos_pl.labelling.labellers import named_labeller
+from halos_pl.labelling.labellers import Labeller, named_labeller
+from halos_pl.labelling.options import refuse_unused, thresholds_of
 from halos_pl.policy.sampling import check_sampling
+from halos_pl.rounds import identity
 from halos_pl.rounds.spec import SAMPLED, Round, Rounds, RoundsError, rounds_of
+from halos_pl.rounds.state import finished
 from halos_pl.study.preflight import PLACEMENT, parser_error
 from halos_pl.training.settings import aside, flat
 
@@ -55,6 +60,7 @@ class Checked:
         text: Options that decide how text becomes tokens, see :meth:`halos_pl.rounds.spec.Round.words`.
         like: Settings of the policy for a reference that is loaded from a folder, see ``words``.
         settings: Settings that may not change, by key: plain values.
+        notes: Lines for the user.
     """
 
     prompts: Sequence[PromptRow]
@@ -62,37 +68,59 @@ class Checked:
     text: Mapping[str, Any]
     like: Mapping[str, Any]
     settings: Mapping[str, Any]
+    notes: Sequence[str]
 
 
-def check(study: Rounds, line: CommandLine) -> Checked:
+def check(study: Rounds, line: CommandLine, out: Path) -> Checked:
     """Refuses settings, prompts and labellers that a later stage would refuse.
+
+    Args:
+        study: The settings.
+        line: The parsers.
+        out: Folder of all rounds. Without a stage that is left to label, reward models and servers are not checked.
 
     Raises:
         RoundsError: Names the line of the file.
     """
-    first = Round(study, Path("unused"), 1)
+    first = Round(study, out, 1)
     cli = _fit(study, first, line)
     _check_reference(study, cli)
+    if cli.model.objective.needs.scalar:
+        raise RoundsError(
+            f"{study.place('fit', 'objective')}: {study.objective} trains a reward model, which writes no answers;"
+            " choose an objective for a language model, or train it with halos fit"
+        )
     text = {name: getattr(cli.datamodule, name) for name in ("text_prompts", "chat_template", "special_tokens_in_text")}
     spec = cli.model.models.spec
     like = {name: getattr(spec, name) for name in ("dtype", "attn_implementation", "trust_remote_code")}
     parsed = {}
-    for each in rounds_of(study, Path("unused")):
+    for each in rounds_of(study, out):
         for stage in each.stages:
             if stage != "fit":
                 words = each.words(stage, text, like)
                 parsed[stage] = _parsed(study, stage, line, words)
-    _check_arguments(study, parsed)
+    labellers = _check_arguments(study, parsed)
     encoding = parsed["evaluate"]["text_prompts"]
     prompts = _read(study, "prompts", encoding)
-    held_out = _read(study, "held_out_prompts", encoding)
+    repeated = _read(study, "held_out_prompts", encoding)
+    held_out = _without_repetitions(study, repeated)
     _refuse_overlap(study, prompts, held_out)
     if study.label.get("form") == "binary" and cli.model.objective.needs.pairs:
         raise RoundsError(
             f"{study.place('label', 'form')}: label.form is binary, but {study.objective} compares pairs; set it to"
             " pairs"
         )
-    return Checked(prompts, held_out, text, like, _settings(study, cli))
+    if any({"label", "score"} & ({*each.stages} - finished(each).keys()) for each in rounds_of(study, out)):
+        with _at(study.place("label", "by"), (ValueError, OSError)):
+            for labeller in labellers:
+                labeller.check()
+    notes = []
+    if len(held_out) < len(repeated):
+        number = counted(len(repeated) - len(held_out), "repeated prompt")
+        notes.append(f"{study.held_out_prompts}: {number} left out, so that every held-out prompt counts once")
+    if unused := [f"sample.{name}" for name in ("top_p", "control") if name in study.sample]:
+        notes.append(f"{' and '.join(unused)} set how completions are sampled, but not the held-out answers")
+    return Checked(prompts, held_out, text, like, _settings(study, cli), notes)
 
 
 @contextlib.contextmanager
@@ -137,7 +165,8 @@ def _parsed(study: Rounds, stage: str, line: CommandLine, words: list[str]) -> M
         return line.tool(words[0], words[1:])
 
 
-def _check_arguments(study: Rounds, parsed: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_arguments(study: Rounds, parsed: Mapping[str, Mapping[str, Any]]) -> list[Labeller]:
+    """Checks the arguments of all stages but ``fit``; returns the labellers."""
     sample, label = parsed["sample"], parsed["label"]
     names = ("n", "max_new_tokens", "temperature", "top_p", "seed", "batch_size")
     with _at(f"{study.place('sample')}: sample", (ValueError,)):
@@ -151,14 +180,13 @@ def _check_arguments(study: Rounds, parsed: Mapping[str, Mapping[str, Any]]) -> 
     with _at(study.place("label", "by"), (ValueError, OSError)):
         options: dict[str, Any] = {name: label[name] for name in ("batch_size", "text_prompts", "endpoint")}
         labellers = [named_labeller(name, **options, transcripts=None) for name in study.labellers]
-    unbounded = [name for name, each in zip(study.labellers, labellers, strict=True) if each.threshold is None]
-    if label["form"] == "binary" and label["threshold"] is None and unbounded:
-        raise RoundsError(
-            f"{study.place('label')}: the scores of {unbounded[0]!r} have no natural zero; set label.threshold, or"
-            " label.form: pairs"
-        )
+    with _at(f"{study.place('label')}: label", (ValueError,)):
+        refuse_unused(label, study.labellers)
+        if label["form"] == "binary":
+            thresholds_of(study.labellers, labellers, label["threshold"])
     if sample["n"] < 2 and label["form"] == "pairs":
         raise RoundsError(f"{study.place('sample')}: label.form pairs needs at least two completions; raise sample.n")
+    return labellers
 
 
 def _read(study: Rounds, key: str, text_prompts: Any) -> list[PromptRow]:
@@ -168,6 +196,23 @@ def _read(study: Rounds, key: str, text_prompts: Any) -> list[PromptRow]:
         return read_prompt_rows(path, text_prompts, column)
     except DataError as error:
         raise RoundsError(f"{study.place(key)}: {key}: {error}") from error
+
+
+def _without_repetitions(study: Rounds, rows: Sequence[PromptRow]) -> list[PromptRow]:
+    """The rows without repeated ones, as all prompts get the same number of answers.
+
+    Raises:
+        RoundsError: Rows with the same prompt differ in other columns.
+    """
+    first: dict[str, PromptRow] = {}
+    for row in rows:
+        before = first.setdefault(json.dumps(row.prompt), row)
+        if before.columns != row.columns:
+            raise RoundsError(
+                f"{study.place('held_out_prompts')}: {row.place} repeats the prompt of {before.place} with other"
+                " columns; remove one of them, as every held-out prompt counts once"
+            )
+    return list(first.values())
 
 
 def _refuse_overlap(study: Rounds, prompts: Sequence[PromptRow], held_out: Sequence[PromptRow]) -> None:
@@ -189,11 +234,12 @@ def _settings(study: Rounds, cli: Any) -> dict[str, Any]:
     content |= {"prompts": digest_of(str(study.prompts)), "held_out_prompts": digest_of(str(study.held_out_prompts))}
     for group in ("sample", "label", "evaluate"):
         content |= {f"{group}.{key}": value for key, value in getattr(study, group).items()}
-    for name in study.labellers:
-        kind, _, place = (part.strip() for part in name.partition(":"))
-        file = Path(place.rpartition(":")[0] if kind == "rule" else place)
-        if file.exists():
-            content[f"label.by {name}"] = _identity(file)
+    content["the content of model"] = identity.of_model(cli.model.models.spec)
+    content |= {f"the content of label.by {name}": identity.of_labeller(name) for name in study.labellers}
+    if judge := study.evaluate.get("judge"):
+        content["the content of evaluate.judge"] = identity.of_file(judge.rpartition(":")[0])
+    if win_rate := study.evaluate.get("win_rate"):
+        content["the content of evaluate.win_rate"] = identity.of_file(win_rate)
     if study.offline and study.offline != SAMPLED:
         content["offline"] = digest_of(study.offline)
     if study.offline:  # the offline run takes as many steps as all rounds
@@ -207,11 +253,3 @@ def _settings(study: Rounds, cli: Any) -> dict[str, Any]:
     }
     content["fit: model.reference_model"] = fit.get("model.reference_model")
     return json.loads(json.dumps(content, default=str))  # type: ignore[no-any-return]
-
-
-def _identity(path: Path) -> Any:
-    """A file's digest; names, sizes and times of the files in a folder, which may contain gigabytes of weights."""
-    if path.is_file():
-        return digest_of(str(path))
-    files = [each for each in sorted(path.rglob("*")) if each.is_file()]
-    return [[str(each.relative_to(path)), each.stat().st_size, each.stat().st_mtime_ns] for each in files]

@@ -15,7 +15,7 @@ SAMPLED = "sampled"
 #: Name of the model before the first round, in the report.
 FIRST = "first model"
 #: Options of ``halos label`` for other forms than scores.
-_OF_FORMS = ("threshold", "pairs", "min_gap")
+_OF_FORMS = ("threshold", "pairs", "min_gap", "seed")
 #: Folder of the offline run, and its name in the report.
 OFFLINE = "offline"
 
@@ -197,7 +197,8 @@ class Round:
             options |= {"prompt_column": study.column(study.prompts), "out": str(self.samples)}
             return ["sample", model, *words_of(options)]
         if stage == "label":
-            options = {**study.label, "seed": study.label.get("seed", self.seed), "out": str(self.labels)}
+            drawn = {"seed": self.seed} if study.label.get("pairs") == "random" else {}
+            options = {**drawn, **study.label, "out": str(self.labels)}
             return ["label", str(self.samples), *words_of(options)]
         if stage == "fit":
             return self._fit(like, steps)
