@@ -33,6 +33,7 @@ from halos_pl.data.meanings import (
     reason,
 )
 from halos_pl.data.messages import ROLES, Messages, messages_of, prompt_of
+from halos_pl.data.parsers import idle_scores
 from halos_pl.data.prompts import TextPrompts, asked
 from halos_pl.data.schemas import SCHEMAS, Schema
 from halos_pl.data.source import Source
@@ -137,7 +138,7 @@ class Columns:
             if has_value(value) and _counts(value, why):
                 raise BadRow(why, name, ignorable=name)
             self._note(name, value)
-        for name in kinds.unused:
+        for name in (*kinds.unused, *sorted(idle_scores(row, kinds.read))):
             self._note(name, row[name])
         self._check_values(row, kinds.read)
         for name in (*kinds.system, *kinds.parts):

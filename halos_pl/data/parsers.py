@@ -7,7 +7,7 @@ mistakes are faults.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -69,15 +69,32 @@ _OF = ("score_{}", "{}_score", "rating_{}", "{}_rating", "{}-score", "{}-rating"
 PAIRS_OF_SCORES = [(name.format("chosen"), name.format("rejected")) for name in _OF]
 
 
+_SCORES = {name for names in PAIRS_OF_SCORES for name in names} | {"margin"}
+
+
+def _score_columns(row: dict[str, Any]) -> tuple[str, ...]:
+    """The first names that score both completions: other names may use other units. ``margin`` if none score any."""
+    filled = [sum(row.get(name) is not None for name in names) for names in PAIRS_OF_SCORES]
+    if not max(filled) and row.get("margin") is not None:
+        return ("margin",)
+    return PAIRS_OF_SCORES[filled.index(max(filled))]
+
+
+def idle_scores(row: dict[str, Any], columns: Iterable[str]) -> set[str]:
+    """Those of the columns that score a pair but give way to others."""
+    names = _SCORES.intersection(columns)
+    return names.difference(_score_columns(row)) if len(names) > 2 else set()
+
+
 def _scores(row: dict[str, Any]) -> tuple[float | None, ...]:
-    """The scores of chosen and rejected from the first names that have both: other names may use other units.
+    """The scores of chosen and rejected.
 
     Without scores, a ``margin`` (as for TRL) is the score of the chosen completion, and that of the rejected one is 0.
     """
-    filled = [sum(row.get(name) is not None for name in names) for names in PAIRS_OF_SCORES]
-    if not max(filled) and row.get("margin") is not None:
+    columns = _score_columns(row)
+    if len(columns) == 1:
         return score_of(row["margin"], "margin"), 0.0
-    return pair_scores(row, *PAIRS_OF_SCORES[filled.index(max(filled))])
+    return pair_scores(row, *columns)
 
 
 _OWN_COLUMN = "put the prompt into a column 'prompt'"

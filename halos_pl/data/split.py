@@ -59,6 +59,7 @@ class FileCounts:
         dropped_too_long: rows whose completion does not fit (``truncate_completions: false``).
         dropped_without_loss: rows whose tokens that carry the loss all lie beyond ``max_length``.
         dropped_undesirable: undesirable rows, if the objective uses only desirable ones.
+        negative_margins: pairs whose chosen completion has the lower score, if the objective compares the scores.
     """
 
     examples: int = 0
@@ -74,6 +75,7 @@ class FileCounts:
     dropped_too_long: int = 0
     dropped_without_loss: int = 0
     dropped_undesirable: int = 0
+    negative_margins: int = 0
 
     def __str__(self) -> str:
         text = f"{self.examples} examples, {self.rows} rows ({self.desirable} desirable, "
@@ -86,6 +88,7 @@ class FileCounts:
             (self.dropped_too_long, "rows dropped: completion too long"),
             (self.dropped_without_loss, "rows dropped: the turn that carries the loss lies beyond max_length"),
             (self.dropped_undesirable, "rows dropped: undesirable, which the objective does not use"),
+            (self.negative_margins, "pairs with a negative margin: the chosen completion may lose by that much"),
         )
         return "; ".join([text, *(f"{number} {what}" for number, what in notes if number)])
 
@@ -166,6 +169,8 @@ class Split:
         self.prompt_length = np.minimum(table.prompt_length, room + 1 - longest)
         whole = needs.groups or keep_together == "prompts"
         together: Together | None = "prompts" if whole else "pairs" if needs.pairs else keep_together
+        if needs.pairs and needs.scores:
+            self._count(table, (table.label == 1) & (table.score < table.score[table.pair]), "negative_margins")
         self._count(table, table.label == 1, "desirable")
         self._count(table, table.label == 0, "undesirable")
         self._count(table, table.label >= 0, "rows")

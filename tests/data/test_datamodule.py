@@ -24,6 +24,7 @@ from halos_pl.data.batches import StepDataset, TokenizedRow
 from halos_pl.data.order import Step
 from halos_pl.data.split import ControlTokens
 from halos_pl.data.transforms import FlipLabels, OnePerPrompt, Pair, ThresholdScores
+from halos_pl.objective.reference_points import ScoreMargin
 from halos_pl.testing import tiny_tokenizer
 
 
@@ -114,6 +115,17 @@ def test_pairs_with_pairs_stay_together(tmp_path: Path) -> None:
         assert batch.row_ids[0].removesuffix("#chosen") == batch.row_ids[1].removesuffix("#rejected")
     assert sizes == [8, 8, 4]
     assert data.counts()["train"][path]["pairs"] == 10
+
+
+def test_negative_margins_and_margins_beside_scores_are_counted(tmp_path: Path) -> None:
+    rows = pairs(3)
+    rows[0] |= {"chosen_score": 2, "rejected_score": 1, "margin": 3.0}
+    rows[1] |= {"chosen_score": 0.1, "rejected_score": 0.9}
+    rows[2] |= {"margin": -5}
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    counts = {needs: set_up(needs, train=path).counts()["train"][path] for needs in (DPO, ScoreMargin.needs | DPO)}
+    assert [each["negative_margins"] for each in counts.values()] == [0, 2]
+    assert all(each["unused"] == ["margin"] for each in counts.values())
 
 
 def test_binary_data_do_not_suit_an_objective_with_pairs(tmp_path: Path) -> None:

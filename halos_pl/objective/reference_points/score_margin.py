@@ -18,7 +18,8 @@ class ScoreMargin(PairedCompletion):
     The margin is ``scale`` times the difference between the row's score and that of its paired completion, so the
     chosen completion has to win by more where people preferred it more strongly (Touvron et al. 2023, "Llama 2",
     section 3.2.2, for reward models). With a log-ratio as reward, this is the loss of Amini et al. 2024 ("DPO with an
-    offset"). Data with a ``margin`` column, as for TRL, give that margin.
+    offset"). Data with a ``margin`` column, as for TRL, give that margin, unless they have scores too. A negative
+    margin lets the chosen completion lose; the counts of the data tell how many pairs have one.
 
     Args:
         scale: Nats per unit of the scores.
