@@ -22,6 +22,12 @@ MISSING = {
     "tensorboardX",
     "wandb",
     "liger_kernel",
+    "lm_eval",
+    "alpaca_eval",
+    "openai",
+    "starlette",
+    "uvicorn",
+    "playwright",
 }
 
 
