@@ -85,7 +85,7 @@ def _without_template(*arguments: Any) -> Any:
 
 
 def sampling_fit(folder: Path, tmp_path: Path, run: str, *options: str) -> list[str]:
-    (tmp_path / "p.txt").write_text("question 1\n\nquestion 2 why\n")
+    (tmp_path / "p.txt").write_text("question 1\n\nquestion 2\u2028why\n")
     callback = ["--trainer.callbacks+=SampleCompletions", f"--trainer.callbacks.prompts={tmp_path}/p.txt"]
     callback += ["--trainer.callbacks.every_n_steps=2", "--trainer.callbacks.max_new_tokens=3"]
     data = binary_data(tmp_path / "d.jsonl")
@@ -94,7 +94,7 @@ def sampling_fit(folder: Path, tmp_path: Path, run: str, *options: str) -> list[
 
 def test_a_run_samples_fixed_prompts(tiny_folder: Path, tmp_path: Path) -> None:
     main(sampling_fit(tiny_folder, tmp_path, "run"))
-    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_bytes().splitlines()]
     assert [(row["step"], row["prompt_row"]) for row in rows] == [(s, line) for s in (0, 2, 3) for line in (1, 3)]
     tokenizer = load_tokenizer(ModelSpec(str(tiny_folder)))
     import torch
@@ -108,6 +108,11 @@ def test_a_run_samples_fixed_prompts(tiny_folder: Path, tmp_path: Path) -> None:
     main(without[: next(i for i, word in enumerate(without) if "callbacks" in word)])
     losses = [[row["loss"] for row in metrics(tmp_path / run)] for run in ("plain", "run")]
     assert losses[0] == losses[1]  # sampling changes nothing
+    longer = ["--trainer.max_steps=4", "--trainer.max_epochs=2", "--ckpt_path=last"]
+    main([*sampling_fit(tiny_folder, tmp_path, "run"), *longer])
+    resumed = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_bytes().splitlines()]
+    assert resumed[:6] == rows
+    assert [row["step"] for row in resumed[6:]] == [4, 4]
 
 
 def test_the_callback_is_refused_where_it_cannot_work(tiny_folder: Path, tmp_path: Path, capfd: Any) -> None:

@@ -10,6 +10,7 @@ import pytest
 from misbehaving_server import Server, completion, serving
 from run_halos import one_error, write_jsonl
 
+import halos_pl.common.files as files
 import halos_pl.sampling.local as local
 from halos_pl.cli.main import main
 from halos_pl.sampling.sample_file import SampleFile
@@ -152,6 +153,62 @@ def test_a_damaged_row_is_named(tmp_path: Path) -> None:
     file.part.write_text("[]\n" + file.part.read_text())
     with pytest.raises(ValueError, match=r"part:1 "):
         SampleFile(tmp_path / "out.jsonl", {"n": 1}, 1).begin({})
+
+
+def written(out: Path, rows: dict[int, dict[str, Any]]) -> SampleFile:
+    """The file of a command that writes ``rows``, and resumes what is there."""
+    file = SampleFile(out, {"n": 1}, 1)
+    file.begin({"model": "m"})
+    if not file.complete:
+        for number in rows.keys() - file.done:
+            file.add(number, [rows[number]])
+        file.finish()
+    return file
+
+
+@pytest.mark.parametrize("text", ["a\u2028b", "a\u2029b", "a\u0085b", "a\x1c\x0b\rb", "half of \ud83d", "\u00e9"])
+def test_any_text_survives_a_kill_and_the_end(tmp_path: Path, text: str) -> None:
+    out = tmp_path / "out.jsonl"
+    file = SampleFile(out, {"n": 1}, 1)
+    file.begin({"model": "m"})
+    file.add(2, [{"completion": text}])
+    file.close()
+    written(out, {1: {"completion": text}, 2: {"completion": "not drawn again"}})
+    assert [json.loads(line) for line in out.read_bytes().splitlines()] == [
+        {"completion": text, "prompt_row": number} for number in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("at", range(3))  # the record at the beginning, that at the end, and the file
+def test_a_kill_at_any_step_leaves_the_rest_to_the_same_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, replaced: bool
+) -> None:
+    rows = {number: {"completion": str(number)} for number in (1, 2)}
+    written(tmp_path / "whole.jsonl", rows)
+    out, calls, real = tmp_path / "out.jsonl", [], files.os.replace
+
+    def replace(*paths: Any) -> None:
+        calls.append(paths)
+        if len(calls) > at + replaced:
+            raise KeyboardInterrupt
+        real(*paths)
+        if len(calls) == at + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        written(out, rows)
+    monkeypatch.undo()
+    written(out, rows)
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not list(tmp_path.glob("*.part"))
+    assert written(out, rows).complete
+
+
+def test_a_command_that_wrote_no_row_does_not_block_another(tmp_path: Path) -> None:
+    SampleFile(tmp_path / "out.jsonl", {"n": 1}, 1).begin({})
+    SampleFile(tmp_path / "out.jsonl", {"n": 2}, 1).begin({})
 
 
 # -- endpoint -------------------------------------------------------------------------------------------

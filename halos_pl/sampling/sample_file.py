@@ -41,7 +41,7 @@ class SampleFile:
         self.is_stream = self.part == target.resolve()
         self.done: set[int] = set()  #: lines of the prompts whose rows are written
         self.complete = False
-        self._rows: list[str] = []  # of a stream
+        self._rows: list[bytes] = []  # of a stream
         self._file: IO[bytes] | None = None
         self._check()
 
@@ -70,13 +70,15 @@ class SampleFile:
             return
         difference = self._difference()
         if self.target.exists():
-            self.complete = not difference and self._earlier().get("sha256") == file_digest(self.target)
-            if not self.complete and not self.overwrite:
+            earlier, digest = self._earlier(), file_digest(self.target)
+            self.complete = not difference and earlier.get("sha256") == digest
+            expected = not difference and digest in (earlier.get("sha256"), earlier.get("replaces"))
+            if not expected and not self.overwrite:
                 reason = difference or "it has changed since it was written"
                 raise FileExistsError(
                     f"{self.target} exists, and {reason}; name another file with --out, or use --overwrite true"
                 )
-        if self.part.exists() and difference and not self.overwrite:
+        if difference and not self.overwrite and self.part.exists() and self.part.stat().st_size:
             raise FileExistsError(
                 f"{self.part} contains samples of another command: {difference}; repeat that command to resume it, name"
                 " another file with --out, or use --overwrite true"
@@ -98,19 +100,20 @@ class SampleFile:
             return
         self._check()
         if self.complete:
+            self.part.unlink(missing_ok=True)  # left by a kill at the very end
             return
         self._file = self.part.open("a+b")
         lock(self._file, self.part)
         if self._difference():  # replaced, or new
             self._file.truncate(0)
             content = {"settings": self.settings, "by": provenance()}
-            write(self.record, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+            write(self.record, _json(content, 2).decode())
         self._resume(self._file)
 
     def _resume(self, file: IO[bytes]) -> None:
         file.seek(0)
         content = file.read()
-        lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+        lines = content[: content.rfind(b"\n") + 1].split(b"\n")[:-1]
         kept = lines[: len(lines) - len(lines) % self.rows_per_prompt]
         for number, line in enumerate(kept, start=1):
             try:
@@ -119,7 +122,7 @@ class SampleFile:
                 raise ValueError(
                     f"{self.part}:{number} is not a row of samples; remove the file to start over"
                 ) from error
-        size = sum(map(len, kept))
+        size = sum(len(line) + 1 for line in kept)
         if size < len(content):
             print(f"halos: {self.part}: dropped the rows that a killed command left incomplete", file=sys.stderr)
             file.truncate(size)
@@ -137,12 +140,12 @@ class SampleFile:
         keys = [
             {PROMPT_ROW: number} | ({SAMPLE_INDEX: k} if self.rows_per_prompt > 1 else {}) for k in range(len(rows))
         ]
-        lines = [json.dumps({**row, **key}, ensure_ascii=False) + "\n" for row, key in zip(rows, keys, strict=True)]
+        lines = [_json({**row, **key}) for row, key in zip(rows, keys, strict=True)]
         if self._file is None:
             self._rows += lines
         else:
             with naming(self.part):
-                self._file.write("".join(lines).encode("utf-8", "surrogatepass"))
+                self._file.write(b"".join(lines))
                 self._file.flush()
         self.done.add(number)
 
@@ -151,7 +154,7 @@ class SampleFile:
         lines = self._rows
         if self._file is not None:
             self._file.seek(0)
-            lines = self._file.read().decode("utf-8", "surrogatepass").splitlines(keepends=True)
+            lines = self._file.readlines()
         # Stable, so completions stay in order.
         return sorted((json.loads(line) for line in lines), key=lambda row: row[PROMPT_ROW])
 
@@ -162,14 +165,17 @@ class SampleFile:
             rows: Its rows; default: :meth:`rows`.
             facts: Further facts to record with the settings.
         """
+        by = provenance()
         with whole(self.target, writer="halos" if self.is_stream else unique_name()) as file:
-            file.writelines(
-                json.dumps(row, ensure_ascii=False) + "\n" for row in (self.rows() if rows is None else rows)
-            )
+            file.writelines(_json(row).decode() for row in (self.rows() if rows is None else rows))
+            if self._file is not None:  # recorded first, so that a kill in between leaves the rest to the same command
+                file.flush()
+                digest = file_digest(Path(file.name))
+                replaces = file_digest(self.target) if self.target.exists() else None
+                content = {"settings": self.settings, "by": by, "sha256": digest, "replaces": replaces}
+                write(self.record, _json(content | facts, 2).decode())
         if self._file is not None:
-            content = {"settings": self.settings, "by": provenance(), "sha256": file_digest(self.target), **facts}
-            write(self.record, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-            self.part.unlink()
+            self.part.unlink(missing_ok=True)
             self.close()
 
     def close(self) -> None:
@@ -177,3 +183,11 @@ class SampleFile:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _json(value: Mapping[str, Any], indent: int | None = None) -> bytes:
+    """One JSON object with a line end."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half a surrogate pair: only an escape spells it
+        return json.dumps(value, indent=indent).encode() + b"\n"

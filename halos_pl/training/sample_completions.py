@@ -83,10 +83,10 @@ class SampleCompletions(Callback):
         path = Path(trainer.default_root_dir) / SAMPLES
         kept = []
         if path.exists():  # of a run that resumes here; later steps will be repeated
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]
+            content = path.read_bytes()
+            whole = content[: content.rfind(b"\n") + 1].decode().split("\n")[:-1]
             kept = [line for line in whole if json.loads(line)["step"] <= trainer.global_step]
-            write(path, "".join(kept))
+            write(path, "".join(f"{line}\n" for line in kept))
         self._last_step = json.loads(kept[-1])["step"] if kept else None
         self._sample(trainer, module)
 

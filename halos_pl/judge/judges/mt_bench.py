@@ -44,7 +44,7 @@ def read_lines(path: Path, key: str) -> list[dict[str, Any]]:
             f"{path}: no such file; --mt_bench takes a folder with {PROMPTS}, {QUESTIONS} and {REFERENCES}"
         )
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):  # the text may contain U+2028
         try:
             row = json.loads(line)
             row[key]
