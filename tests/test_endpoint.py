@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import socket
 import threading
 import time
@@ -84,6 +85,67 @@ def test_extra_fields_replace_and_remove_others(server: Server, clock: FakeClock
     asked(server, clock, [request()], extra_body={"max_tokens": None, "max_completion_tokens": 9})
     assert "max_tokens" not in server.requests[0]
     assert server.requests[0]["max_completion_tokens"] == 9
+
+
+def message(**fields: Any) -> dict[str, Any]:
+    body = completion(None)
+    body["choices"][0]["message"] |= fields
+    return body
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        completion(None, reason="tool_calls"),
+        message(tool_calls=[{"function": {"name": "f", "arguments": "{}"}}]),
+        message(refusal="I will not."),
+        completion("half?", reason="a new reason"),
+        completion("half?", reason=""),
+    ],
+    ids=str,
+)
+def test_a_reply_that_is_no_completion_is_refused_without_repeating(
+    server: Server, clock: FakeClock, body: dict[str, Any]
+) -> None:
+    server.plan = [body]
+    (error,) = asked(server, clock, [request()])
+    assert isinstance(error, EndpointError)
+    assert not error.fatal
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("reason", "finished"),
+    [("stop", True), ("eos", True), ("length", False), ("model_length", False), ("content_filter", False)],
+)
+def test_the_reason_tells_whether_the_model_ended(
+    server: Server, clock: FakeClock, reason: str, finished: bool
+) -> None:
+    server.plan = [completion("text", reason=reason)]
+    (reply,) = asked(server, clock, [request()])
+    assert isinstance(reply, Reply)
+    assert reply.choices[0].finished == finished
+
+
+@pytest.mark.parametrize("value", [True, "-1", None, -math.inf, math.nan])
+def test_a_token_without_a_log_prob_is_a_malformed_reply(server: Server, clock: FakeClock, value: Any) -> None:
+    server.plan = [completion("m", logprobs={"content": [{"token": "m", "logprob": value}]})]
+    (error,) = asked(server, clock, [request(logprobs=True)], retries=0)
+    assert isinstance(error, EndpointError)
+
+
+def test_a_text_with_log_probs_of_no_token_has_none(server: Server, clock: FakeClock) -> None:
+    server.plan = [completion("text", logprobs={"content": []})]
+    (reply,) = asked(server, clock, [request(logprobs=True)])
+    assert isinstance(reply, Reply)
+    assert reply.choices[0].logprobs is None
+
+
+def test_another_server_is_named_and_not_asked(server: Server, clock: FakeClock) -> None:
+    server.plan = [(302, {"Location": "http://elsewhere.invalid/v1"}, None)]
+    with pytest.raises(EndpointError, match="elsewhere") as caught:
+        asked(server, clock, [request()])
+    assert caught.value.fatal
 
 
 ABORTED = completion("half", reason="abort")

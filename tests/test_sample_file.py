@@ -214,6 +214,10 @@ def test_a_command_that_wrote_no_row_does_not_block_another(tmp_path: Path) -> N
 # -- endpoint -------------------------------------------------------------------------------------------
 
 
+#: The server of these tests gives no log-probs unless told to.
+LESS = ["--logprobs=false"]
+
+
 def remote(server: Server, prompts: Path, out: Path, *options: str) -> list[str]:
     where = ["--engine=endpoint", f"--endpoint.url={server.url}", "--endpoint.retries=0", "--endpoint.concurrency=1"]
     return words("served", prompts, out, *where, *options)
@@ -254,16 +258,43 @@ def test_prompts_that_a_server_refuses_are_named_tried_again_or_skipped(
     out = tmp_path / "out.jsonl"
     with serving() as server:
         server.plan = ["good", (400, {}, {"error": {"message": "too long"}})]
-        line = one_error(remote(server, prompts, out), capfd)
+        line = one_error(remote(server, prompts, out, *LESS), capfd)
         assert f"{prompts}:2: " in line
         assert "too long" in line
         assert len(server.requests) == 6
         server.plan = [(400, {}, {"error": {"message": "too long"}})]
-        main(remote(server, prompts, out, "--skip_failed=true"))
+        main(remote(server, prompts, out, "--skip_failed=true", *LESS))
         assert len(server.requests) == 7
     assert [json.loads(line)["prompt_row"] for line in out.read_text().splitlines()] == [1, 4, 5, 6, 7]
     assert "1 prompt" in capfd.readouterr().out
     assert json.loads((tmp_path / "out.jsonl.settings.json").read_text())["skipped"] == [f"{prompts}:2"]
+    skipped = out.read_bytes()
+    with serving() as server:
+        main(remote(server, prompts, out, "--skip_failed=true", *LESS))
+        assert not server.requests  # the same command
+        server.plan = [(400, {}, {"error": {"message": "too long"}})]
+        assert "too long" in one_error(remote(server, prompts, out, *LESS), capfd)
+        assert out.read_bytes() == skipped
+        main(remote(server, prompts, out, *LESS))
+        assert len(server.requests) == 2  # that prompt alone
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["prompt_row"] for row in rows] == [1, 2, 4, 5, 6, 7]
+    assert [json.dumps(row, ensure_ascii=False) for row in rows if row["prompt_row"] != 2] == skipped.decode().split(
+        "\n"
+    )[:-1]
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_server_without_log_probs_is_refused_at_once(prompts: Path, tmp_path: Path, capfd: Any) -> None:
+    pytest.importorskip("openai")
+    out = tmp_path / "out.jsonl"
+    with serving() as server:
+        assert "--logprobs" in one_error(remote(server, prompts, out), capfd)
+        assert len(server.requests) <= 2
+        main(remote(server, prompts, out, *LESS, '--endpoint.extra_body={"seed": null}'))
+        assert "seed" not in server.requests[-1]
+    for line in out.read_text().splitlines():  # no seed was sent
+        assert not {"seed", "logprob", "token_logprobs"} & {*json.loads(line)}
 
 
 @pytest.mark.parametrize(
@@ -271,6 +302,10 @@ def test_prompts_that_a_server_refuses_are_named_tried_again_or_skipped(
     [
         (["--engine=endpoint"], "endpoint.url"),
         (["--endpoint.url=http://x/v1"], "--engine endpoint"),
+        (["--endpoint.concurrency=3"], "endpoint.url"),
+        (["--skip_failed=true"], "skip_failed"),
+        (["--engine=endpoint", "--endpoint.url=http://x/v1", "--batch_size=4"], "batch_size"),
+        (["--engine=endpoint", "--endpoint.url=http://x/v1", '--endpoint.extra_body={"seed": 5}'], "seed"),
         (["--engine=endpoint", "--endpoint.url=x"], "endpoint.url"),
         (["--engine=endpoint", "--endpoint.url=http://x/v1", "--endpoint.model=b"], "endpoint.model"),
         (["--engine=endpoint", "--endpoint.url=http://x/v1", "--control=c"], "control"),

@@ -73,7 +73,7 @@ def collect(
 
     _refuse_missing_packages()
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    check_sampling(**sampling, **({} if seed is None else {"seed": seed}))
+    check_sampling(**sampling, seed=seed)
     if engine == "transformers" and endpoint is not None:
         raise DataError("endpoint.url is for --engine endpoint; set that, or remove the setting")
     if kind == "choices" and temperature == 0:

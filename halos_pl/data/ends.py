@@ -82,7 +82,7 @@ def refuse_end_inside(ends: Sequence[str], eos: str, completion: Prompt) -> None
                 name = "the EOS token" if end == eos else "the token that ends a turn,"
                 raise ValueError(
                     f"The completion spells {name} {end} before its end; remove it, or the row, or set"
-                    " data.special_tokens_in_text to split, which encodes it as plain text."
+                    " special_tokens_in_text to split, which encodes it as plain text."
                 )
 
 

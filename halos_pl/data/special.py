@@ -107,7 +107,7 @@ class SpecialText:
                 around = part[max(0, at - 15) : at + len(spelled) + 15]
                 raise ValueError(
                     f"{name}{where} spells {spelled} (at {around!r}), which marks turns: the text would forge a turn;"
-                    " remove it, or set data.special_tokens_in_text to split (encodes it as plain text) or allow."
+                    " remove it, or set special_tokens_in_text to split (encodes it as plain text) or allow."
                 )
 
     def hold(self, text: Prompt) -> Prompt:
@@ -137,7 +137,7 @@ class SpecialText:
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise ValueError(
-                "data.special_tokens_in_text: split needs a tokenizer of the tokenizers library (a 'fast' one), not a"
+                "special_tokens_in_text: split needs a tokenizer of the tokenizers library (a 'fast' one), not a"
                 f" {type(self.tokenizer).__name__}; use refuse or allow."
             )
         state: dict[str, Any] = json.loads(backend.to_str())
@@ -159,6 +159,6 @@ class SpecialText:
         renamed = Tokenizer.from_str(json.dumps(state))
         if wrong := [t for t in self.tokens if renamed.token_to_id(named(t)) != backend.token_to_id(t)]:
             raise ValueError(
-                f"data.special_tokens_in_text: split cannot hide {wrong[0]} from this tokenizer; use refuse or allow"
+                f"special_tokens_in_text: split cannot hide {wrong[0]} from this tokenizer; use refuse or allow"
             )
         return renamed

@@ -10,7 +10,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from halos_pl.endpoint.exchange import EndpointError, MalformedReply, OtherNumber, Reply, Request, read_reply
+from halos_pl.endpoint.exchange import EndpointError, MalformedReply, Reply, Request, UnusableReply, read_reply
 from halos_pl.endpoint.failures import Failure, connection_failure, redactor, status_failure
 from halos_pl.endpoint.pace import Pace, backoff
 from halos_pl.endpoint.settings import EndpointSettings
@@ -58,7 +58,7 @@ class Endpoint:
             max_retries=0,
             timeout=openai.Timeout(settings.timeout, connect=min(CONNECT, settings.timeout)),
             http_client=openai.DefaultHttpxClient(
-                trust_env=not settings.is_local, event_hooks={"response": [limit_time]}
+                trust_env=not settings.is_local, follow_redirects=False, event_hooks={"response": [limit_time]}
             ),
         )
 
@@ -226,8 +226,8 @@ class Endpoint:
             reply = read_reply(json.loads(body), number)
         except MalformedReply as error:
             return Failure(str(error))
-        except OtherNumber as error:
-            return Failure(f"{error}; the server may ignore n: send one request per completion", "request")
+        except UnusableReply as error:
+            return Failure(str(error), "request")
         except (ValueError, OverflowError, RecursionError):
             return Failure("the response is not JSON")
         return replace(reply, choices=[replace(each, text=self._redact(each.text)) for each in reply.choices])

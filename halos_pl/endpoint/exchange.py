@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,12 +110,15 @@ class MalformedReply(ValueError):
     """A reply that breaks the API's format; the next attempt may do better."""
 
 
-class OtherNumber(ValueError):
-    """A reply with another number of choices than requested; the next attempt would give the same."""
+class UnusableReply(ValueError):
+    """A reply that cannot be used; the next attempt would give the same."""
 
 
-#: ``finish_reason`` of completions that the model did not end, and of those that the server broke off.
-_UNFINISHED, _ABORTED = ("length", "content_filter"), ("abort", "error", None)
+#: ``finish_reason`` of completions that the model ended, in the words of several servers.
+_FINISHED = ("stop", "eos", "eos_token", "stop_sequence", "end_turn")
+#: That of completions that it did not end, and of those that the server broke off.
+_UNFINISHED = ("length", "max_tokens", "model_length", "content_filter")
+_ABORTED = ("abort", "error", "insufficient_system_resource", None)
 
 
 def read_reply(body: Any, number: int) -> Reply:
@@ -126,7 +130,7 @@ def read_reply(body: Any, number: int) -> Reply:
 
     Raises:
         MalformedReply: The response breaks the API's format.
-        OtherNumber: It has another number of choices, but at least one.
+        UnusableReply: It has another number of choices, but at least one, or one that is no text.
     """
     if not isinstance(body, Mapping):
         raise MalformedReply("the response is not a JSON object")
@@ -136,7 +140,8 @@ def read_reply(body: Any, number: int) -> Reply:
     if not isinstance(choices, list) or not choices:
         raise MalformedReply("the response has no choices")
     if len(choices) != number:
-        raise OtherNumber(f"the response has {len(choices)} choices instead of {number}")
+        hint = "; the server may ignore n: send one request per completion" if number > 1 else ""
+        raise UnusableReply(f"the response has {len(choices)} choices instead of {number}{hint}")
     usage = body.get("usage")
     counts = usage if isinstance(usage, Mapping) else {}
     return Reply(
@@ -169,17 +174,23 @@ def _choice(choice: Any) -> Choice:
         raise MalformedReply("the content of a message is not text")
     if reason in _ABORTED:
         raise MalformedReply(f"the server broke the completion off (finish_reason: {reason})")
+    if message.get("tool_calls") or reason in ("tool_calls", "function_call"):
+        raise UnusableReply("the model called a tool, which is no completion; start the server without tools")
+    if text is None and (refusal := message.get("refusal")):
+        raise UnusableReply(f"the model refused to answer: {error_text(refusal)}")
+    if reason not in _FINISHED + _UNFINISHED:
+        raise UnusableReply(f"finish_reason {reason!r:.40} does not tell whether the model ended the completion")
     field = choice.get("logprobs")
     content = field.get("content") if isinstance(field, Mapping) else None
-    if not isinstance(content, list):
-        return Choice(text or "", reason not in _UNFINISHED)
-    return Choice(text or "", reason not in _UNFINISHED, _logprobs(content), _top_logprobs(content))
+    if not isinstance(content, list) or not content:
+        return Choice(text or "", reason in _FINISHED)
+    return Choice(text or "", reason in _FINISHED, _logprobs(content), _top_logprobs(content))
 
 
 def _logprobs(content: list[Any]) -> list[float]:
     values: list[Any] = [each.get("logprob") if isinstance(each, Mapping) else None for each in content]
-    if not all(isinstance(value, int | float) for value in values):
-        raise MalformedReply("a token has no logprob")
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) and -math.inf < v < math.inf for v in values):
+        raise MalformedReply("a token has no finite log-prob")
     return [float(value) for value in values]
 
 

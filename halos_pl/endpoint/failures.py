@@ -70,6 +70,9 @@ def status_failure(status: int, headers: Any, body: Any, settings: EndpointSetti
         if wait is not None and wait > LONGEST_PAUSE:
             return Failure(f"the server asks to wait {wait:.0f} s; run the command again later; {reason}", "fatal")
         return Failure(reason, wait=wait)
+    if 300 <= status < 400 and (place := " ".join(str(headers.get("location") or "").split())):
+        text = f"status {status}: the server redirects to {place:.300}; set endpoint.url to the API there"
+        return Failure(text, "fatal")
     if status < 400 or status in (405, 410, 501):
         return Failure(f"the server does not offer chat completions; {reason}", "fatal")
     return Failure(reason, "request")

@@ -33,7 +33,7 @@ class EndpointSettings:
         ValueError: A setting is invalid; names it.
     """
 
-    url: str
+    url: str = ""
     model: str = ""
     api_key_env: str = "OPENAI_API_KEY"
     concurrency: int = 8

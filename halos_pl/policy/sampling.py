@@ -143,16 +143,18 @@ class PolicySamples:
         )
 
 
-def check_sampling(**settings: float) -> None:
+def check_sampling(**settings: float | None) -> None:
     """Refuses settings of :func:`generate` that are outside their ranges.
 
     Args:
-        settings: the settings by name; any of them may be omitted.
+        settings: the settings by name; any of them may be omitted, or None for its default.
 
     Raises:
         DataError: names the setting and its range.
     """
     for name, value in settings.items():
+        if value is None:
+            continue
         if name == "top_p" and not 0 < value <= 1:
             raise DataError(f"top_p is {value}; it must be above 0 and at most 1")
         if name == "temperature" and not (value == 0 or LEAST_TEMPERATURE <= value < math.inf):

@@ -45,7 +45,7 @@ class Sampled:
     Attributes:
         text: Its text, without the token that ended it.
         finished: Whether the model ended it.
-        seed: Its seed.
+        seed: Its seed; None if a server draws it.
         tokens: Number of its tokens; None if unknown.
         logprobs: Log-prob of each token in nats, at temperature 1; None if the engine gives none.
         same_tokens: Whether training on the text gives the sampled tokens; None if unknown.
@@ -53,7 +53,7 @@ class Sampled:
 
     text: str
     finished: bool
-    seed: int
+    seed: int | None
     tokens: int | None
     logprobs: list[float] | None
     same_tokens: bool | None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,46 @@ from halos_pl.endpoint.exchange import EndpointError, Reply, Request
 from halos_pl.endpoint.settings import EndpointSettings
 from halos_pl.endpoint.usage import estimate
 from halos_pl.sampling.engine import Sampled, SamplingSettings
+
+#: Fields of a request that options set.
+_SET = {"max_tokens": "max_new_tokens", **{name: name for name in ("temperature", "top_p", "seed", "logprobs")}}
+
+
+def named_server(
+    model: str,
+    engine: str,
+    endpoint: EndpointSettings | None,
+    local: Mapping[str, Any],
+    remote: Mapping[str, Any] | None = None,
+) -> EndpointSettings | None:
+    """The server to sample at; None for a model in this process.
+
+    Args:
+        model: Name of the model.
+        engine: ``transformers`` or ``endpoint``.
+        endpoint: Settings of the server, if there are any.
+        local: Options for a model in this process alone, by name; false unless given.
+        remote: Options for a server alone.
+
+    Raises:
+        DataError: An option has no effect, or contradicts another one.
+    """
+    if engine == "transformers":
+        if used := [name for name, value in (remote or {}).items() if value]:
+            raise DataError(f"--{used[0]} has no effect on a model in this process; use --engine endpoint, or omit it")
+        if endpoint is not None:
+            raise DataError("--endpoint.url is only used with --engine endpoint; set that, or remove it")
+        return None
+    if endpoint is None:
+        raise DataError("--engine endpoint needs --endpoint.url, the base URL of a server")
+    if endpoint.model not in ("", model):
+        raise DataError(f"the model is {model}, but --endpoint.model is {endpoint.model}; omit the latter")
+    if used := [name for name, value in local.items() if value]:
+        raise DataError(f"--{used[0]} has no effect on a server; use --engine transformers, or omit it")
+    for field, option in _SET.items():
+        if (endpoint.extra_body or {}).get(field) is not None:
+            raise DataError(f"endpoint.extra_body sets {field}; set --{option} instead (null removes the field)")
+    return replace(endpoint, model=model)
 
 
 class EndpointEngine:
@@ -67,9 +108,20 @@ class EndpointEngine:
         requests = [request for i in left for request in self._requests(self.rows[i])]
         print(f"halos: {estimate(requests, self._endpoint.settings)}")
         waiting: dict[int, dict[int, Reply]] = {}
+        given = False
         failed: set[int] = set()
         for number, outcome in self._endpoint.complete(requests):
             row, k = left[number // n], number % n
+            if self.logprobs and isinstance(outcome, Reply):
+                lacking = any(choice.logprobs is None for choice in outcome.choices)
+                if lacking and not given:  # the others would cost, and fail
+                    raise EndpointError(
+                        f"{self.rows[row].place}: the reply has no log-probs; if the server gives none, set --logprobs"
+                        " false",
+                        fatal=True,
+                    )
+                given = True
+                outcome = EndpointError("the reply has no log-probs") if lacking else outcome
             if isinstance(outcome, EndpointError):
                 if row not in failed:
                     failed.add(row)
@@ -78,14 +130,15 @@ class EndpointEngine:
             replies = waiting.setdefault(row, {})
             replies[k] = outcome
             if len(replies) == n:
+                sent = "seed" not in (self._endpoint.settings.extra_body or {})
                 seeds = self.sampling.seeds(self.rows[row])
-                yield row, [_sampled(replies[k], seed) for k, seed in enumerate(seeds)]
+                yield row, [_sampled(replies[k], seed if sent else None) for k, seed in enumerate(seeds)]
                 del waiting[row]
 
     def summary(self) -> str:
         return self._endpoint.usage.line(self._endpoint.settings)
 
 
-def _sampled(reply: Reply, seed: int) -> Sampled:
+def _sampled(reply: Reply, seed: int | None) -> Sampled:
     (choice,) = reply.choices
     return Sampled(choice.text, choice.finished, seed, reply.completion_tokens, choice.logprobs, None)

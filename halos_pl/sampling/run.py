@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,10 +28,13 @@ from halos_pl.endpoint.settings import EndpointSettings
 from halos_pl.policy.sampling import check_sampling
 from halos_pl.sampling.engine import Engine, Sampled, SamplingSettings
 from halos_pl.sampling.local import TransformersEngine
-from halos_pl.sampling.remote import EndpointEngine
+from halos_pl.sampling.remote import EndpointEngine, named_server
 from halos_pl.sampling.sample_file import SampleFile
 from halos_pl.training.checkpoint_manifest import file_digest
 from halos_pl.training.named_model import named_model
+
+#: Number of completions in a batch.
+BATCH_SIZE = 16
 
 
 def sample_file(
@@ -51,7 +53,7 @@ def sample_file(
     top_p: float,
     one_per_row: bool,
     logprobs: bool,
-    batch_size: int,
+    batch_size: int | None,
     seed: int,
     control: str,
     special_tokens_in_text: SpecialTokens | None,
@@ -73,8 +75,10 @@ def sample_file(
         "special_tokens_in_text": special_tokens_in_text,
         "ckpt_path": ckpt_path,
         "text_prompts": None if text_prompts == "chat" else text_prompts,
+        "batch_size": batch_size,
     }
-    server = _server(model, engine, endpoint, local)
+    server = named_server(model, engine, endpoint, local, {"skip_failed": skip_failed})
+    batch_size = batch_size or BATCH_SIZE
     path = Path(prompts)
     read_prompt_rows(path, text_prompts or "chat", prompt_column)  # to fail before the model is loaded
     target = Path(out) if out else path.with_suffix(".completions.jsonl")
@@ -94,7 +98,7 @@ def sample_file(
     else:
         settings |= {"model": server.model, "endpoint.extra_body": server.extra_body}
         rows = read_prompt_rows(path, "chat", prompt_column)
-    file = SampleFile(target, settings, n if one_per_row else 1, overwrite=overwrite)
+    file = SampleFile(target, settings, n if one_per_row else 1, overwrite=overwrite, may_lack=skip_failed)
     how: dict[str, Any] = {"control": control, "batch_size": batch_size, "together": not one_per_row}
     replies = target.with_name(f"{target.name}.transcripts.jsonl")
     source: Engine
@@ -106,7 +110,10 @@ def sample_file(
         )
     file.begin(source.load())
     if file.complete:
-        print(f"halos: {target} is complete: it contains the completions of this command")
+        replies.unlink(missing_ok=True)
+        without = f", without {counted(len(file.skipped), 'prompt')} that failed" if file.skipped else ""
+        anew = "; --overwrite true replaces only the file of another command" if overwrite else ""
+        print(f"halos: {target} is complete: it contains the completions of this command{without}{anew}")
         return
     stale = sorted({name for row in rows for name in row.columns.keys() & ANSWERS})
     if stale:
@@ -118,27 +125,6 @@ def sample_file(
         print(f"halos: {line}")
     without = f", without {counted(len(skipped), 'prompt')} that failed" if skipped else ""
     print(f"halos: completions of {counted(len(rows) - len(skipped), 'prompt')} are in {target}{without}")
-
-
-def _server(
-    model: str, engine: str, endpoint: EndpointSettings | None, local: Mapping[str, Any]
-) -> EndpointSettings | None:
-    """The server to sample at; None for a model in this process.
-
-    Raises:
-        ValueError: The settings contradict each other.
-    """
-    if engine == "transformers":
-        if endpoint is not None:
-            raise ValueError("--endpoint.url is only used with --engine endpoint; set that, or remove it")
-        return None
-    if endpoint is None:
-        raise ValueError("--engine endpoint needs --endpoint.url, the base URL of a server")
-    if endpoint.model not in ("", model):
-        raise ValueError(f"the model is {model}, but --endpoint.model is {endpoint.model}; omit the latter")
-    if used := [name for name, value in local.items() if value]:
-        raise ValueError(f"--{used[0]} has no effect on a server; use --engine transformers, or omit it")
-    return replace(endpoint, model=model)
 
 
 def _fill(
@@ -182,7 +168,7 @@ def _fill(
     if failed and not skip_failed:
         file.close()
         place, error = next(iter(failed.items()))
-        hint = "; if the server gives no log-probs, set --logprobs false" if "logprob" in str(error) else ""
+        hint = "; if the server gives none, set --logprobs false" if "log-prob" in str(error) else ""
         raise EndpointError(
             f"{place}: {error}{hint} ({counted(len(failed), 'prompt')} failed); the same command tries again, and"
             " --skip_failed true leaves them out"
@@ -198,7 +184,9 @@ def _columns(row: PromptRow, samples: list[Sampled], one_per_row: bool, logprobs
     kept = {name: value for name, value in row.columns.items() if name not in ANSWERS} | {"prompt": row.prompt}
     values = []
     for each in samples:
-        value: dict[str, Any] = {"finished": each.finished, SEED: each.seed}
+        value: dict[str, Any] = {"finished": each.finished}
+        if each.seed is not None:
+            value[SEED] = each.seed
         if each.same_tokens is not None:
             value[SAME_TOKENS] = each.same_tokens
         if logprobs and each.logprobs is not None:

@@ -23,7 +23,7 @@ def sample(
     top_p: float = 1.0,
     one_per_row: bool = False,
     logprobs: bool = True,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     seed: int = 0,
     control: str = "",
     special_tokens_in_text: Literal["refuse", "split", "allow"] | None = None,
@@ -61,14 +61,14 @@ def sample(
         one_per_row: whether to write one row per completion, with "completion" and single values; halos fit reads such
             rows once "label" or "score" is added.
         logprobs: whether to write log-probs; --engine endpoint asks the server for them.
-        batch_size: number of completions sampled at a time by --engine transformers.
+        batch_size: number of completions sampled at a time by --engine transformers; default: 16.
         seed: seed of the sampling. Each completion has its own, derived from this one, the prompt's line and its index.
         control: text between every prompt and its completion; "<|good|>" for a model trained with csft.yaml.
         special_tokens_in_text: treatment of special tokens spelled in a message: refuse those that forge a turn, split
             them into plain text, or allow them; default: as the run was trained, else refuse.
         ckpt_path: checkpoint of a run other than the last: best (from its ModelCheckpoint), or a file.
         skip_failed: whether to leave out prompts for which a server gives no usable reply.
-        overwrite: whether to replace a file from another command.
+        overwrite: whether to replace a file from another command; a complete file of this one stays.
     """
     arguments = dict(locals())
     # Imported here: it loads torch and transformers, for which --help should not wait.

@@ -25,6 +25,7 @@ class SampleFile:
         settings: Settings by the name of their option; JSON values.
         rows_per_prompt: Number of rows that each prompt has.
         overwrite: Whether to replace the output of other settings.
+        may_lack: Whether a file from which prompts were skipped is complete. Otherwise it is completed.
 
     Raises:
         FileExistsError: There is output of another command; names the setting that differs.
@@ -32,15 +33,22 @@ class SampleFile:
     """
 
     def __init__(
-        self, target: Path, settings: Mapping[str, Any], rows_per_prompt: int, *, overwrite: bool = False
+        self,
+        target: Path,
+        settings: Mapping[str, Any],
+        rows_per_prompt: int,
+        *,
+        overwrite: bool = False,
+        may_lack: bool = False,
     ) -> None:
         self.target, self.settings, self.rows_per_prompt = target, dict(settings), rows_per_prompt
-        self.overwrite = overwrite
+        self.overwrite, self.may_lack = overwrite, may_lack
         self.part = part_of(target)
         self.record = target.with_name(f"{target.name}.settings.json")
         self.is_stream = self.part == target.resolve()
         self.done: set[int] = set()  #: lines of the prompts whose rows are written
-        self.complete = False
+        self.skipped: list[str] = []  #: places of the prompts that a complete file lacks
+        self.complete = self._is_own = False
         self._rows: list[bytes] = []  # of a stream
         self._file: IO[bytes] | None = None
         self._check()
@@ -71,9 +79,11 @@ class SampleFile:
         difference = self._difference()
         if self.target.exists():
             earlier, digest = self._earlier(), file_digest(self.target)
-            self.complete = not difference and earlier.get("sha256") == digest
-            expected = not difference and digest in (earlier.get("sha256"), earlier.get("replaces"))
-            if not expected and not self.overwrite:
+            self._is_own = not difference and digest == earlier.get("sha256")
+            self.skipped = earlier.get("skipped", []) if self._is_own else []
+            self.complete = self._is_own and (self.may_lack or not self.skipped)
+            is_older = not difference and digest == earlier.get("replaces")
+            if not self._is_own and not is_older and not self.overwrite:
                 reason = difference or "it has changed since it was written"
                 raise FileExistsError(
                     f"{self.target} exists, and {reason}; name another file with --out, or use --overwrite true"
@@ -109,6 +119,14 @@ class SampleFile:
             content = {"settings": self.settings, "by": provenance()}
             write(self.record, _json(content, 2).decode())
         self._resume(self._file)
+        if self._is_own:  # some prompts were skipped
+            lines = self.target.read_bytes().split(b"\n")[:-1]
+            numbers = [json.loads(line)[PROMPT_ROW] for line in lines]
+            left = [line + b"\n" for line, number in zip(lines, numbers, strict=True) if number not in self.done]
+            with naming(self.part):
+                self._file.write(b"".join(left))
+                self._file.flush()
+            self.done |= {*numbers}
 
     def _resume(self, file: IO[bytes]) -> None:
         file.seek(0)

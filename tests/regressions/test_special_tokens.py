@@ -62,7 +62,7 @@ def test_a_text_that_forges_a_turn_is_refused(prompt: Any, completion: Any, wher
     if "role" in where:
         assert isinstance(encode("split", prompt, completion), ValueError)
     else:
-        assert "data.special_tokens_in_text" in str(found)
+        assert "special_tokens_in_text" in str(found)
         assert not isinstance(encode("split", prompt, completion), ValueError)
         assert not isinstance(encode("allow", prompt, completion), ValueError)
 
