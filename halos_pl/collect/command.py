@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -66,16 +65,22 @@ def collect(
     from halos_pl.collect.access import password_of
     from halos_pl.collect.conversations import Conversations, opening
     from halos_pl.collect.feedback_file import FeedbackFile, refuse_unreadable
+    from halos_pl.collect.remote import EndpointEngine
     from halos_pl.collect.server import access_to, bound, serve
     from halos_pl.common.messages import counted
     from halos_pl.data.example import DataError
     from halos_pl.policy.sampling import check_sampling
+    from halos_pl.sampling.remote import named_server
 
     _refuse_missing_packages()
+    local = {"chat_template": chat_template, "special_tokens_in_text": special_tokens_in_text, "ckpt_path": ckpt_path}
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     check_sampling(**sampling, seed=seed)
-    if engine == "transformers" and endpoint is not None:
-        raise DataError("endpoint.url is for --engine endpoint; set that, or remove the setting")
+    if readonly:
+        changed = {"system": system, "seed": seed, "endpoint": endpoint, "engine": engine != "transformers"} | local
+        if unused := [name for name, value in changed.items() if value not in ("", None, False)]:
+            raise DataError(f"--{unused[0]} has no effect with --readonly true, which loads no model; omit it")
+    server = named_server(model, engine, endpoint, local)
     if kind == "choices" and temperature == 0:
         raise DataError("--kind choices needs a temperature above 0: otherwise both answers are the same")
     hello = [*opening(system), {"role": "user", "content": "Hello"}]
@@ -90,8 +95,8 @@ def collect(
             return
         path = Path(out)
         with closing(FeedbackFile(path, kind)) as file:
-            if engine == "endpoint":
-                answering = _endpoint_engine(model, endpoint, sampling)
+            if server:
+                answering: Engine = EndpointEngine(server, sampling)
             else:
                 answering = _local_engine(model, ckpt_path, chat_template, special_tokens_in_text, hello, sampling)
             with closing(Conversations(answering, file, system, seed)) as conversations:
@@ -133,15 +138,3 @@ def _local_engine(
     special = named.text_settings(special_tokens_in_text=special_tokens_in_text)["special_tokens_in_text"]
     encode_prompts(tokenizer, [hello], ["--system" if len(hello) > 1 else model], "", special)
     return LocalEngine(named, tokenizer, sampling, special)
-
-
-def _endpoint_engine(model: str, endpoint: EndpointSettings | None, sampling: dict[str, Any]) -> Engine:
-    """A model at a server, once the server has answered."""
-    from halos_pl.collect.remote import EndpointEngine
-    from halos_pl.data.example import DataError
-
-    if endpoint is None:
-        raise DataError("--engine endpoint needs --endpoint.url URL")
-    if endpoint.model not in ("", model):
-        raise DataError(f"endpoint.model is {endpoint.model}, but MODEL is {model}; name the model once")
-    return EndpointEngine(replace(endpoint, model=model), sampling)

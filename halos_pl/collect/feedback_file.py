@@ -102,7 +102,9 @@ class FeedbackFile:
             except NotImplementedError:
                 print(f"halos: {path} is not protected from other writers: its file system has no locks")
         try:
-            self.rows = _checked_rows(path, kind) if path.exists() and path.stat().st_size else 0
+            self._seen: tuple[int, ...] | None = None
+            self.rows = 0
+            self._follow()
         except BaseException:
             self._lock.release()
             raise
@@ -115,11 +117,12 @@ class FeedbackFile:
         """Appends a row and waits until it is on the disk.
 
         Raises:
-            DataError: ``halos fit`` could not read the row.
+            DataError: ``halos fit`` could not read the row, or the file has changed and has rows of another kind.
             OSError: the row could not be written; the file is unchanged.
         """
         refuse_unreadable(row)
         with self._mutex, naming(self.path):
+            self._follow()
             self._append(_line(row))
             self.rows += 1
 
@@ -129,12 +132,13 @@ class FeedbackFile:
         The other lines are unchanged, edits by other programs included. If the row has gone, ``row`` is appended.
 
         Raises:
-            DataError: ``halos fit`` could not read the row.
+            DataError: ``halos fit`` could not read the row, or the file has changed and has rows of another kind.
             OSError: the file could not be written; it is unchanged.
         """
         if row is not None:
             refuse_unreadable(row)
         with self._mutex, naming(self.path):
+            self._follow()
             lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
             at = next((i for i, line in enumerate(lines) if _has_id(line, row_id)), None)
             if at is None:
@@ -145,6 +149,18 @@ class FeedbackFile:
             lines[at : at + 1] = [] if row is None else [_line(row).removesuffix(b"\n")]
             self._rewrite(b"\n".join(lines))
             self.rows -= row is None
+
+    def _follow(self) -> None:
+        """Checks and counts the rows again if another program has changed, replaced or removed the file."""
+        if (state := self._state()) != self._seen:
+            self.rows = _checked_rows(self.path, self.kind) if state and self.path.stat().st_size else 0
+            self._seen = state
+
+    def _state(self) -> tuple[int, ...] | None:
+        if not self.path.exists():
+            return None
+        found = self.path.stat()
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
     def _append(self, line: bytes) -> None:
         is_new = not self.path.exists()
@@ -166,6 +182,7 @@ class FeedbackFile:
             os.close(file)
         if is_new:
             sync(self.path.parent)
+        self._seen = self._state()
 
     def _rewrite(self, content: bytes) -> None:
         part = part_of(self.path, "collect")
@@ -178,6 +195,7 @@ class FeedbackFile:
             part.unlink(missing_ok=True)
             raise
         sync(self.path.parent)
+        self._seen = self._state()
 
 
 def _line(row: dict[str, Any]) -> bytes:

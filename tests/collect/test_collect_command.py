@@ -91,6 +91,8 @@ def test_faults_are_one_line(
         ({"seed": -1}, ["seed"]),
         ({"engine": "endpoint"}, ["--endpoint.url"]),
         ({"endpoint": server}, ["--engine endpoint"]),
+        ({"engine": "endpoint", "endpoint": server, "ckpt_path": "best"}, ["--ckpt_path"]),
+        ({"readonly": True, "system": "Be brief."}, ["--system"]),
         ({"readonly": True}, ["feedback.jsonl"]),
     ]
     if importlib.util.find_spec("openai"):

@@ -41,6 +41,26 @@ def file(tmp_path: Path) -> Any:
     file.close()
 
 
+def test_the_number_of_rows_is_that_of_the_file_whoever_changes_it(file: FeedbackFile) -> None:
+    for i in range(3):
+        file.add(row(i))
+    file.path.rename(file.path.with_name("moved.jsonl"))
+    file.add(row(3))
+    assert file.rows == len(rows_of(file.path)) == 1
+    write_jsonl(file.path, [row(i) for i in range(5)])  # in place
+    file.replace("id0002", None)
+    assert file.rows == len(rows_of(file.path)) == 4
+
+
+def test_a_file_of_another_kind_that_takes_its_place_is_left_alone(file: FeedbackFile) -> None:
+    file.add(row(1))
+    write_jsonl(file.path, [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    other = file.path.read_bytes()
+    with pytest.raises(DataError, match="--kind choices"):
+        file.add(row(2))
+    assert file.path.read_bytes() == other
+
+
 def test_threads_lose_nothing(file: FeedbackFile) -> None:
     def click(start: int) -> None:
         for i in range(start, start + 8):
