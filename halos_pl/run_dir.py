@@ -8,6 +8,7 @@ from typing import Any
 
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
+TEST = "test.json"  #: figures of ``halos test``, and the step of the checkpoint
 LAST = Path("checkpoints") / "last.ckpt"
 PREVIOUS = LAST.with_name("previous.ckpt")
 

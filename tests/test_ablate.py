@@ -505,7 +505,7 @@ def test_runs_say_how_they_were_measured(make: Any, here: list[str], tmp_path: P
     assert said["evaluate"].items() >= measured.items()
     assert said["files"].keys() == {measured["prompts"]}
     trained = json.loads((kept.parent / "summary.json").read_text())
-    assert trained["by"] == said["by"]
+    assert (trained["by"], trained["steps"]) == (said["by"], said["step"])
     for known in (trained["digests"], said["files"]):
         for path, digest in known.items():
             assert f"{path}, sha256 " in (out / "report.md").read_text()

@@ -399,6 +399,7 @@ def test_evaluation_uses_the_checkpoint_of_the_run(run, data, capfd):
     wanted = json.loads((run / "test.json").read_text())
     main(["test", *words])
     assert json.loads((run / "test.json").read_text()) == wanted
+    assert wanted["step"] == json.loads((run / "summary.json").read_text())["steps"]
     assert abs(wanted["test/rewards/chosen"]) > 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ def run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("card")
     data = binary_data(folder / "feedback.jsonl")
     main(fit(tiny_folder, "kto", data, folder / "run", "--trainer.max_steps=1", "--model.policy.lora.r=2"))
-    (folder / "run" / "test.json").write_text('{"test/auroc": 0.625}')
+    (folder / "run" / "test.json").write_text('{"step": 1, "test/auroc": 0.625}')
+    (folder / "run" / "measured.json").write_text('{"step": 1}')
     (folder / "run" / "evaluation.json").write_text('{"rule": {"a": 1.0, "b": 0.5}}')
     return folder / "run"
 
@@ -43,6 +45,23 @@ def test_the_card_tells_base_objective_verdict_data_and_figures(run: Path, tiny_
     assert "| test/auroc | 0.625 | halos test |" in body
     assert "| rule | 0.75 (n = 2) | halos evaluate |" in body
     assert "halos export run mine\n" in body
+
+
+@pytest.mark.parametrize("measured", [{"step": 2}, {"step": 1, "model": "other"}, {}])
+def test_figures_of_other_weights_are_left_out_and_said(
+    run: Path, tmp_path: Path, measured: dict[str, Any], capfd: Any
+) -> None:
+    def figures(folder: Path, step: int) -> list[str]:
+        return model_card.model_card(str(folder), "out", "halos export", step).partition("## Figures")[2].split("\n")
+
+    whole = figures(run, 1)
+    other = tmp_path / "run"
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("checkpoints"))
+    (other / "measured.json").write_text(json.dumps(measured))
+    capfd.readouterr()
+    assert figures(other, 1) == [line for line in whole if "halos evaluate" not in line]
+    assert "halos evaluate" in capfd.readouterr().out
+    assert "Figures" not in model_card.model_card(str(run), "out", "halos export", 3)  # such as that of another epoch
 
 
 def test_a_card_of_another_author_stays(run: Path, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from halos_pl.policy.scorer import Scorer
 from halos_pl.policy.self_test import self_test_batch
 from halos_pl.policy.source import ADAPTER_CONFIG, source_of
 from halos_pl.policy.spec import ModelError, ModelSpec
+from halos_pl.training.checkpoint_reading import step_of
 from halos_pl.training.named_model import NamedModel, named_model
 from halos_pl.training.offloaded import NonFiniteError, offloaded_policy
 
@@ -88,11 +89,12 @@ def export(
     """
     if push_to_hub is not None:
         check_repository(push_to_hub)
-    _write_model(run, folder, adapter, dtype, overwrite, ckpt_path, max_shard_size)
+    checkpoint = _write_model(run, folder, adapter, dtype, overwrite, ckpt_path, max_shard_size)
+    step = step_of(Path(checkpoint)) if checkpoint else None
     changed = {"adapter": adapter, "dtype": dtype, "ckpt_path": ckpt_path}
     options = [f"--{name} {str(value).lower() if value is True else value}" for name, value in changed.items() if value]
     names = (Path(name).name if Path(name).exists() else name for name in (run, folder))
-    write_card(run, Path(folder), " ".join(["halos export", *names, *options]))
+    write_card(run, Path(folder), " ".join(["halos export", *names, *options]), step)
     if push_to_hub is not None:
         push(Path(folder), push_to_hub)
 
@@ -105,8 +107,8 @@ def _write_model(
     overwrite: bool,
     ckpt_path: str | None,
     max_shard_size: str,
-) -> None:
-    """Writes the weights and the tokenizer; for the arguments see :func:`export`."""
+) -> str | None:
+    """Writes the weights and the tokenizer, and returns the run's checkpoint; for the arguments see :func:`export`."""
     try:
         split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
     except ValueError as error:
@@ -153,7 +155,7 @@ def _write_model(
         set_noise(policy, stored_noise(named.spec))
     if scorer is not None:
         _write_reward_model(scorer, policy, tokenizer, out, run, adapter=adapter, max_shard_size=max_shard_size)
-        return
+        return named.ckpt_path
     stops = add_eos_ids(policy, stop_ids(tokenizer))
     if adapter and stops:
         print(f"halos: the adapter's base does not stop at the ids {stops}; pass them as eos_token_id to generate")
@@ -166,6 +168,7 @@ def _write_model(
     base = f" (its base is in {stored}; choose with --dtype)" if dtype is None and stored != written else ""
     what = "the adapter" if adapter else "the model"
     print(f"halos: wrote {what} of {run} to {out}{'' if adapter else f', in {written}{base}'}")
+    return named.ckpt_path
 
 
 def _set_padding(policy: Any, tokenizer: Any, run: str, *, adapter: bool) -> None:

@@ -17,8 +17,9 @@ from halos_pl.cli.verdicts import formula
 from halos_pl.common.experiments import OBJECTIVES_TABLE
 from halos_pl.common.files import write
 from halos_pl.common.yaml_files import read_yaml
+from halos_pl.evaluation.files import FILE, MEASURED
 from halos_pl.provenance import own_revision
-from halos_pl.run_dir import CONFIG, SUMMARY, shortfall
+from halos_pl.run_dir import CONFIG, SUMMARY, TEST, shortfall
 
 CARD = "README.md"
 #: Marks a card that a later export may replace.
@@ -26,28 +27,30 @@ _MARK = "<!-- Written by halos export. -->"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def write_card(run: str, folder: Path, command: str) -> None:
+def write_card(run: str, folder: Path, command: str, step: int | None = None) -> None:
     """Writes the model card ``README.md``, unless the folder has one of another author.
 
     Args:
         run: Name of the exported model; a run's folder for most of the content.
         folder: Folder of the export.
         command: Command line of the export.
+        step: Optimizer step of the exported checkpoint, for a run.
     """
     path = folder / CARD
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
         print(f"halos: kept {path}, which halos export has not written")
         return
-    write(path, model_card(run, folder.resolve().name, command))
+    write(path, model_card(run, folder.resolve().name, command, step))
 
 
-def model_card(run: str, title: str, command: str) -> str:
+def model_card(run: str, title: str, command: str, step: int | None = None) -> str:
     """The text of a model card: base, objective with its verdict, data with their hashes, figures and commands.
 
     Args:
         run: Name of the exported model.
         title: Title of the card.
         command: Command line of the export.
+        step: Optimizer step of the exported checkpoint, for a run. Figures of other steps are left out.
     """
     home = Path(run)
     is_run = (home / CONFIG).is_file() and not (home / "config.json").is_file()
@@ -59,7 +62,7 @@ def model_card(run: str, title: str, command: str) -> str:
     lines = ["---", data.to_yaml(), "---", _MARK, "", f"# {title}", "", f"- Base model: {name}"]
     if is_run:
         lines += _objective(config, home)
-        lines += _training(home)
+        lines += _training(home, step)
     commands = ["halos fit --config config.yaml  # the run's file"] * is_run + [command]
     lines += ["", "## Commands", "", "```bash", *commands, "```", "", f"Made with halos_pl {own_revision()}."]
     return "\n".join(lines) + "\n"
@@ -84,31 +87,41 @@ def _objective(config: Mapping[str, Any], run: Path) -> list[str]:
     return [*lines, f"- Trained: a LoRA adapter of rank {lora['r']}" if lora else "- Trained: all weights"]
 
 
-def _training(run: Path) -> list[str]:
+def _training(run: Path, step: int | None) -> list[str]:
     """The lines on data and figures, from the files in a run's folder."""
     summary = _json(run / SUMMARY)
     lines = []
     if reason := shortfall(run):
         lines.append(f"- Training: not finished; {reason}")
-    if "steps" in summary:
-        lines.append(f"- Optimizer steps: {summary['steps']}")
+    total = summary.get("steps")
+    if step is not None:
+        lines.append(f"- Optimizer steps: {step}" + (f" of the run's {total}" if total not in (None, step) else ""))
     if summary.get("digests"):
         lines += ["", "## Training data", "", "| source | hash of its content |", "|---|---|"]
         lines += [f"| {Path(str(name)).name} | `{digest}` |" for name, digest in summary["digests"].items()]
-    figures = list(_figures(run, summary))
+    figures = list(_figures(run, summary, step))
     if figures:
         lines += ["", "## Figures", "", "| figure | value | source |", "|---|---|---|", *figures]
     return lines
 
 
-def _figures(run: Path, summary: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in (summary.get("metrics") or {}).items():
-        yield f"| {name} | {value:.4g} | last step |"
-    for name, value in _json(run / "test.json").items():
-        yield f"| {name} | {value:.4g} | halos test |"
-    for name, values in _json(run / "evaluation.json").items():
-        if isinstance(values, dict) and values:
-            yield f"| {name} | {fmean(values.values()):.4g} (n = {len(values)}) | halos evaluate |"
+def _figures(run: Path, summary: Mapping[str, Any], step: int | None) -> Iterator[str]:
+    """The rows of figures of ``step``. Prints which figures of other weights are left out."""
+    tested, how = _json(run / TEST), _json(run / MEASURED)
+    tested_at, evaluated_at = tested.pop("step", None), None if "model" in how else how.get("step")
+    evaluated = {name: values for name, values in _json(run / FILE).items() if isinstance(values, dict) and values}
+    means = {name: f"{fmean(each.values()):.4g} (n = {len(each)})" for name, each in evaluated.items()}
+    trained = summary.get("metrics") or {}
+    for source, at, figures in (
+        ("last step", summary.get("steps"), {name: f"{value:.4g}" for name, value in trained.items()}),
+        ("halos test", tested_at, {name: f"{value:.4g}" for name, value in tested.items()}),
+        ("halos evaluate", evaluated_at, means),
+    ):
+        if at == step:
+            yield from (f"| {name} | {value} | {source} |" for name, value in figures.items())
+        elif figures:
+            of = "an unknown step" if at is None else f"step {at}"
+            print(f"halos: the model card leaves out the figures of {source}: they are of {of}, not of step {step}")
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -128,6 +128,7 @@ def evaluate(
     from halos_pl.evaluation.win_rates import win_rates_of
     from halos_pl.provenance import provenance
     from halos_pl.tasks.options import benchmarks_of
+    from halos_pl.training.checkpoint_reading import step_of
     from halos_pl.training.named_model import named_model
 
     held_out = [held_out] if isinstance(held_out, str | dict) else held_out
@@ -145,6 +146,8 @@ def evaluate(
     folder = output_folder(named, out, inputs_of(model, arguments), win_rates)
     connection = win_rates.connect(folder) if win_rates else None
     how = measuring(arguments) | {"by": provenance()}  # hash the files before they are read
+    if named.ckpt_path:
+        how["step"] = step_of(Path(named.ckpt_path))
     if folder != named.run:
         how["model"] = model
     text = named.text_settings(text_prompts=text_prompts)

@@ -31,7 +31,9 @@ def trained_on(run: Path, metric: str) -> str | None:
 
 
 def measured_how(run: Path) -> dict[str, Any]:
-    """How a run was measured: its ``evaluate`` arguments, digests of ``files``, and code (``by``); empty if unknown.
+    """How a run was measured; empty if unknown.
+
+    Its ``evaluate`` arguments, digests of ``files``, the ``step`` of its checkpoint, and code (``by``).
 
     Raises:
         DataError: if the file is damaged; names it.

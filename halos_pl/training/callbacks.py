@@ -26,7 +26,8 @@ from halos_pl.data.template import CHAT_TEMPLATE
 from halos_pl.distributed import sum_over_ranks
 from halos_pl.objective.halo import HALO
 from halos_pl.provenance import provenance
-from halos_pl.run_dir import CONFIG, LAST, SUMMARY, shortfall
+from halos_pl.run_dir import CONFIG, LAST, SUMMARY, TEST, shortfall
+from halos_pl.training.checkpoint_reading import step_of
 from halos_pl.training.ending import record, why_ended
 from halos_pl.training.monitors import check_interval, check_monitors
 from halos_pl.training.plots import plot_training, plot_value_function
@@ -303,9 +304,10 @@ class RunReport(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            path = Path(trainer.default_root_dir) / "test.json"
+            path = Path(trainer.default_root_dir) / TEST
             path.parent.mkdir(parents=True, exist_ok=True)
-            write(path, json.dumps(_numbers(trainer.callback_metrics), indent=2) + "\n")
+            step = {"step": step_of(Path(trainer.ckpt_path))} if trainer.ckpt_path else {}
+            write(path, json.dumps(step | _numbers(trainer.callback_metrics), indent=2) + "\n")
             rank_zero_info(f"halos: held-out metrics are in {path}")
 
 

@@ -129,6 +129,11 @@ def read_checkpoint(
     return checkpoint
 
 
+def step_of(path: Path) -> int:
+    """The number of optimizer steps after which a checkpoint was saved; for the errors see :func:`read_checkpoint`."""
+    return int(read_checkpoint(path, mmap=True)["global_step"])
+
+
 def check_checkpoint(path: Path, *, resume: bool, alone: bool) -> None:
     """Refuses a checkpoint that cannot be used, before data and model are loaded.
 
