@@ -304,6 +304,7 @@ def test_a_server_without_log_probs_is_refused_at_once(prompts: Path, tmp_path: 
         (["--endpoint.url=http://x/v1"], "--engine endpoint"),
         (["--endpoint.concurrency=3"], "endpoint.url"),
         (["--skip_failed=true"], "skip_failed"),
+        (["--n=2", "--temperature=0"], "temperature"),
         (["--engine=endpoint", "--endpoint.url=http://x/v1", "--batch_size=4"], "batch_size"),
         (["--engine=endpoint", "--endpoint.url=http://x/v1", '--endpoint.extra_body={"seed": 5}'], "seed"),
         (["--engine=endpoint", "--endpoint.url=x"], "endpoint.url"),

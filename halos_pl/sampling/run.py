@@ -11,6 +11,7 @@ from typing import Any, Literal
 from halos_pl.common.files import check_target
 from halos_pl.common.messages import counted, plain
 from halos_pl.common.progress import Progress
+from halos_pl.data.example import DataError
 from halos_pl.data.prompt_files import (
     ANSWERS,
     LOGPROB,
@@ -69,6 +70,8 @@ def sample_file(
     """
     sampling = SamplingSettings(n, max_new_tokens, temperature, top_p, seed)
     check_sampling(batch_size=batch_size, **vars(sampling))
+    if n > 1 and temperature == 0:
+        raise DataError(f"n is {n} with temperature 0, which gives equal completions; raise it, or set n to 1")
     local = {
         "chat_template": chat_template,
         "control": control,
