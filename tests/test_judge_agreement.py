@@ -125,3 +125,21 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         main(_words("http://localhost:1/v1", tmp_path / "none.jsonl", tmp_path / "out"))
     assert "none.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kept", "at"), [({"verdicts.jsonl": ""}, 0), ({"agreement.json": "{}", "verdicts.jsonl": ""}, 0), ({}, 1)]
+)
+def test_files_of_others_and_the_data_are_not_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kept: dict[str, str], at: int
+) -> None:
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "b"}]
+    data = tmp_path / ("data.jsonl", "verdicts.jsonl")[at]
+    write_jsonl(data, rows)
+    for name, text in kept.items():
+        (tmp_path / name).write_text(text)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(SystemExit):
+        main(_words("http://localhost:1/v1", data, tmp_path))
+    assert "would be replaced" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -67,6 +67,7 @@ def agreement(
     people = [] if annotators is None else _columns(annotators)
     labels = read_labels(data, _columns(prompt), _columns(answers), people, limit, seed)
     folder = Path(out) if out else Path("runs/judged") / f"{Path(data).name.partition('.')[0]}-{asked.name}"
+    _check_outputs(folder, Path(data))
     folder.mkdir(parents=True, exist_ok=True)
     transcripts = Path(judging.transcripts) if judging.transcripts else folder / TRANSCRIPTS
     transcripts.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +84,25 @@ def agreement(
     lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in verdicts.records)
     write(folder / VERDICTS, "".join(lines))
     print(f"halos: written to {folder / REPORT}")
+
+
+def _check_outputs(folder: Path, data: Path) -> None:
+    """Refuses to replace the data, or files that no earlier call wrote.
+
+    Raises:
+        DataError: Names the file.
+    """
+    from halos_pl.data.example import DataError
+    from halos_pl.evaluation.files import read_object
+
+    outputs = [each for each in (folder / REPORT, folder / VERDICTS) if each.exists()]
+    for path in outputs:
+        if data.exists() and path.samefile(data):
+            raise DataError(f"{path} contains the data and would be replaced; name another folder with --out")
+    if outputs and not (outputs[0].name == REPORT and "agreement" in read_object(outputs[0])):
+        raise DataError(
+            f"{outputs[0]} would be replaced, but is from no earlier call; move it, or name another folder with --out"
+        )
 
 
 def _columns(names: str) -> list[str]:
