@@ -130,11 +130,12 @@ def _unused_bytes(model: Any, folder: Path) -> int:
     return max(0, unused)
 
 
-def measure(words: Callable[[Path], list[str]], folder: Path, keep: bool) -> int:
+def measure(rehearsal: list[str], words: list[str], folder: Path, keep: bool) -> int:
     """Runs a fit in this process: the peak of its resident memory in training, above that before the model is loaded.
 
     Args:
-        words: words of the command for a model's folder.
+        rehearsal: words of the command for the tiny model.
+        words: words of the command.
         folder: folder of the model.
         keep: whether glibc keeps freed memory, as ``halos fit`` makes it do; otherwise it returns freed blocks of 64 kB
             and more at once, so that resident memory is memory in use.
@@ -169,10 +170,10 @@ def measure(words: Callable[[Path], list[str]], folder: Path, keep: bool) -> int
     if not keep:
         module.keep_freed_memory = lambda device: None
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 16)
-    main(words(folder / "tiny"))
+    main(rehearsal)
     models.load_model = noted
     trained_class.on_train_start, trained_class.on_train_end = started, ended
-    main(words(folder))
+    main(words)
     return peak[0] - start[0] - unused[0]
 
 
@@ -205,9 +206,16 @@ def _child(task: Callable[..., Any], arguments: tuple[Any, ...], results: Any) -
             results.put((False, f"{error!r} {errors.getvalue()[-2000:]}"))
 
 
-def forked(task: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a task in a process of its own, which need not import anything."""
-    context = multiprocessing.get_context("fork")
+def apart(task: Callable[..., Any], *arguments: Any, start: str = "spawn") -> Any:
+    """The result of a task in a process of its own.
+
+    Args:
+        task: function of this module.
+        arguments: its arguments.
+        start: ``fork`` if the process need not import anything; ``spawn`` if memory that this process has freed must
+            not count.
+    """
+    context: Any = multiprocessing.get_context(start)
     results: Any = context.SimpleQueue()
     process = context.Process(target=_child, args=(task, arguments, results))
     process.start()
@@ -228,8 +236,12 @@ def compare(name: str, folder: Path, *, kept: bool = True) -> tuple[Any, int, in
             "--checkpoint.every_n_steps=1000",
         ]
 
-    plan = forked(predict, [*common(folder, folder), *CASES[name]])
-    return plan, forked(measure, run, folder, False), forked(measure, run, folder, True) if kept else None
+    plan = apart(predict, [*common(folder, folder), *CASES[name]], start="fork")
+    measured = [
+        apart(measure, run(folder / "tiny"), run(folder), folder, keep)
+        for keep in ((False, True) if kept else (False,))
+    ]
+    return plan, measured[0], measured[1] if kept else None
 
 
 def compare_ranks(kind: str, ranks: int = 2) -> tuple[Any, float]:
