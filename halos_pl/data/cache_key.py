@@ -26,7 +26,8 @@ def code_version() -> str:
     return digest.hexdigest()
 
 
-def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """All that affects the token ids of a text: JSON values."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     # A template may write any special token, and transformers renders it.
@@ -60,5 +61,5 @@ def store_key(source: Source, tokenizer: PreTrainedTokenizerBase, *how: str) -> 
         content = content_hash(path)
     else:
         content = hub_version(source)
-    parts = [settings, content, code_version(), _tokenizer_state(tokenizer), *how]
+    parts = [settings, content, code_version(), tokenizer_state(tokenizer), *how]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]

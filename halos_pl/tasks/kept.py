@@ -15,6 +15,7 @@ from torch import nn
 from halos_pl.cache import ANSWERS, Use, cache_root, make_room
 from halos_pl.common.files import unique_name, write
 from halos_pl.common.leases import Lease
+from halos_pl.data.cache_key import tokenizer_state
 from halos_pl.policy.identity import model_fingerprint
 from halos_pl.provenance import provenance
 from halos_pl.tasks.load import Benchmark
@@ -71,11 +72,11 @@ def digest(benchmarks: Iterable[Benchmark]) -> str:
 
 
 def _key(model: nn.Module, tokenizer: Any, how: Prompting, questions: str) -> str:
-    """A hash of all that affects the results: weights, questions, settings, code and device."""
+    """A hash of all that affects the results: weights, tokenizer, questions, settings, code and device."""
     origin, device = provenance(), next(model.parameters()).device
     on = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     code = [origin["halos_pl"], origin["versions"], version("lm_eval"), on, torch.get_num_threads()]
-    settings = [tokenizer.chat_template, how.options, how.batch_size, code]
+    settings = [tokenizer_state(tokenizer), how.options, how.batch_size, code]
     return _hash([model_fingerprint(model), questions, settings])[:32]
 
 
