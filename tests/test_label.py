@@ -135,6 +135,7 @@ def test_votes_of_several(folder: Path, capsys: Any) -> None:
     assert [(row["completion"], row["label"], row["score"]) for row in rows] == [("xx", True, 1.0)] * 3
     out = capsys.readouterr().out
     assert "4 completions skipped" in out
+    assert "without a verdict" not in out  # they are counted once
     assert "0 of 4 comparisons" in out
 
 
@@ -221,12 +222,22 @@ def test_agreement_of_labellers() -> None:
     assert "no comparison" in line
 
 
-def test_completions_without_a_verdict_are_left_out_and_counted(folder: Path) -> None:
+def test_completions_without_a_verdict_are_left_out(folder: Path) -> None:
     (group, *_), counts = read_groups(folder / "s.jsonl"), Counter[str]()
     output = OutputSettings("scored", 0.5, "best_worst", 0.0, 0)
     (row,) = rows_of(group, [None, 1.0, 2.0], output, counts)
     assert (row["completions"], row["scores"], row["finished"]) == (["xxx", "xx"], [1.0, 2.0], [False, True])
-    assert counts["completions without a verdict"] == 1
+
+
+def test_a_gap_is_that_of_the_decimals(folder: Path) -> None:
+    """Two scores in whole tenths are a pair exactly if they would be in whole numbers."""
+    group = read_groups(folder / "s.jsonl")[2]
+    for gap in range(1, 10):
+        output = OutputSettings("pairs", 0.5, "best_worst", gap / 10, 0)
+        for low in range(-5, 10):
+            for high in (low + gap - 1, low + gap):
+                pairs = list(rows_of(group, [high / 10, low / 10], output, Counter()))
+                assert len(pairs) == (high - low == gap), (high, low, gap)
 
 
 @pytest.mark.parametrize(
@@ -299,6 +310,10 @@ def test_a_judge_compares_every_two_completions(folder: Path, capfd: Any) -> Non
     out = capfd.readouterr().out
     assert "2 completions without a verdict" in out
     assert "7 replies are in the transcripts; judge: 1 request" in out
+    hot = '--endpoint.extra_body={"top_k": 1}'
+    with serving() as server:
+        assert "top_k" in one_error([*words, f"--endpoint.url={server.url}", hot], capfd)
+        assert not server.requests
 
 
 def test_a_column_that_a_judge_lacks_is_found_before_the_first_request(

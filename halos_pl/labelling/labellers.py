@@ -191,7 +191,8 @@ class JudgeLabeller:
 
     def load(self) -> dict[str, Any]:
         self.check()
-        identity: dict[str, Any] = {"model": self._endpoint.settings.model}
+        settings = self._endpoint.settings
+        identity: dict[str, Any] = {"model": settings.model, "extra_body": settings.extra_body or {}}
         return identity | ({"sha256": file_digest(Path(self.name))} if Path(self.name).is_file() else {})
 
     def announce(self, groups: Sequence[Group]) -> None:

@@ -13,6 +13,9 @@ from halos_pl.data.parsers import PAIRS_OF_SCORES
 from halos_pl.data.prompt_files import ANSWERS, PROMPT_ROW
 from halos_pl.labelling.groups import PER_COMPLETION, Group
 
+#: Rounding error of the difference of two scores, relative to the larger one: 0.3 - 0.2 is a gap of 0.1.
+_ROUNDING = 1e-12
+
 #: The scores of a group by one labeller.
 Scores = Sequence[float | None]
 
@@ -79,7 +82,6 @@ def rows_of(group: Group, scores: Scores, settings: OutputSettings, counts: Coun
     """
     group = _without_earlier(group, counts)
     valid = [(each, score) for each, score in zip(group.completions, scores, strict=True) if score is not None]
-    counts["completions without a verdict"] += len(scores) - len(valid)
     shared = group.columns | {"prompt": group.prompt}
     if settings.form == "pairs":
         pair = _pair(group, [(i, score) for i, score in enumerate(scores) if score is not None], settings)
@@ -141,7 +143,11 @@ def _pair(
     candidates = [(a, b) for a, b in candidates if a[1] > b[1] and texts[a[0]] != texts[b[0]]]
     if not candidates:
         return "equal scores"
-    candidates = [(a, b) for a, b in candidates if a[1] - b[1] >= settings.min_gap]
+    candidates = [
+        ((i, high), (j, low))
+        for (i, high), (j, low) in candidates
+        if high - low >= settings.min_gap - _ROUNDING * max(abs(high), abs(low))
+    ]
     if not candidates:
         return f"a gap below {settings.min_gap:g}"
     return random.Random(f"{settings.seed} {group.number}").choice(candidates)

@@ -89,6 +89,7 @@ def label_file(
     for i, group in enumerate(groups):
         each = [of_labeller[i] for of_labeller in by_labeller]
         votes: Scores = share_of_votes(each, thresholds) if len(names) > 1 else each[0]
+        counts["completions without a verdict"] += sum(vote is None for vote in votes)
         if len(names) > 1 and form == "binary":
             counts["completions skipped: equal numbers of votes"] += sum(vote == 0.5 for vote in votes)
             votes = [None if vote == 0.5 else vote for vote in votes]
