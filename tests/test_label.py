@@ -123,6 +123,12 @@ def test_labels_resume_and_are_bound_to_the_samples(folder: Path, monkeypatch: p
         assert change.strip("-").partition("=")[0] in one_error([*words, change], capfd)
     (folder / "rule.py").write_text(source)
     assert "rule.py" in one_error(words, capfd)
+    (folder / "rule.py").write_text(source + "\n\nimport helper\n")
+    (folder / "helper.py").touch()
+    main([*words, "--overwrite=true"])
+    complete = (folder / "out.jsonl").read_bytes()
+    (folder / "helper.py").write_text("CHANGED = True\n")
+    assert "rule.py" in one_error(words, capfd)
     write_jsonl(folder / "s.jsonl", ROWS[:2])
     assert "file" in one_error(words, capfd)
     assert (folder / "out.jsonl").read_bytes() == complete

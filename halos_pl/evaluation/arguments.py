@@ -9,6 +9,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from halos_pl.common.local_imports import with_imports
 from halos_pl.data.example import DataError
 from halos_pl.data.formats import files_of
 from halos_pl.data.source import Source
@@ -51,8 +52,8 @@ INSTEAD = {"max_new_tokens": "max_gen_toks"}
 
 
 def measuring(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of an evaluation: the arguments of ``evaluate``, and a digest of each file they name."""
-    code = _code_files(arguments)
+    """A record of an evaluation: the arguments of ``evaluate``, and a digest of each file they name or import."""
+    code = [str(file) for path in map(Path, _code_files(arguments)) if path.is_file() for file in with_imports(path)]
     data = paths_of([arguments.get("prompts"), *(arguments.get("held_out") or [])])
     folders = [Path(path) for key in ("alpaca_data", "mt_bench") if (path := arguments.get(key))]
     if (raw := folder_of(arguments.get("eval_data"))) and task_names(arguments.get("tasks"), arguments.get("suite")):

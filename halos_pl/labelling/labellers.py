@@ -7,6 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from halos_pl.common.local_imports import code_digest
 from halos_pl.common.messages import counted
 from halos_pl.data.example import Prompt
 from halos_pl.endpoint.client import Endpoint
@@ -81,7 +82,7 @@ class RuleLabeller:
         return
 
     def load(self) -> dict[str, Any]:
-        return {"sha256": file_digest(self._file)}
+        return {"sha256": code_digest(self._file)}
 
     def announce(self, groups: Sequence[Group]) -> None:
         return
