@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 #: How a request is answered: ``good``, ``hang``, ``cut``, ``malformed``, a body, or a status with headers and a body.
-#: The body ``drip`` never ends.
+#: ``headers`` and the body ``drip`` never end.
 Answer = str | dict[str, Any] | tuple[int, Mapping[str, str], Any]
 
 
@@ -87,6 +87,13 @@ def serving() -> Iterator[Server]:
         def send(self, answer: Answer) -> None:
             if answer == "hang":
                 server.released.wait(30)
+                self.close_connection = True
+                return
+            if answer == "headers":
+                with suppress(OSError):
+                    self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+                    while not server.released.wait(0.02):
+                        self.wfile.write(b"X-More: 1\r\n")
                 self.close_connection = True
                 return
             status, headers, body = answer if isinstance(answer, tuple) else (200, {}, answer)

@@ -70,7 +70,7 @@ def test_half_a_character_does_not_stop_a_file_from_being_written(server: Server
     assert Choice("ä \U0001f600", True).text == "ä \U0001f600"
 
 
-@pytest.mark.parametrize("answer", ["drip", (500, {}, "drip")], ids=str)
+@pytest.mark.parametrize("answer", ["drip", "headers", (500, {}, "drip")], ids=str)
 def test_a_reply_that_never_ends_is_given_up(server: Server, answer: Answer) -> None:
     server.plan = [answer]
     outcome = asked(server, timeout=0.3, retries=0)

@@ -14,9 +14,9 @@ from halos_pl.endpoint.exchange import EndpointError, MalformedReply, Reply, Req
 from halos_pl.endpoint.failures import Failure, connection_failure, redactor, status_failure
 from halos_pl.endpoint.pace import Pace, backoff
 from halos_pl.endpoint.settings import EndpointSettings
+from halos_pl.endpoint.time_limit import within
 from halos_pl.endpoint.transcripts import Transcripts, content_key
 from halos_pl.endpoint.usage import Usage
-from halos_pl.endpoint.whole_reply import limit_time
 
 #: Seconds within which a connection must be made, and within which the first probe must be answered.
 CONNECT, PROBE = 5.0, 10.0
@@ -52,14 +52,13 @@ class Endpoint:
         self._openai, self._redact = openai, redactor(key)
         self._transcripts = Transcripts(transcripts, self._redact)
         self._pace, self._reached = pace or Pace(), False
-        self._client = openai.OpenAI(
+        self._client = openai.AsyncOpenAI(
             base_url=settings.url,
             api_key=key or "none",
             max_retries=0,
-            timeout=openai.Timeout(settings.timeout, connect=min(CONNECT, settings.timeout)),
-            http_client=openai.DefaultHttpxClient(
-                trust_env=not settings.is_local, follow_redirects=False, event_hooks={"response": [limit_time]}
-            ),
+            # Half, so that an absent server is told from a slow one, which settings.timeout limits as a whole.
+            timeout=openai.Timeout(None, connect=min(CONNECT, settings.timeout / 2)),
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=not settings.is_local, follow_redirects=False),
         )
 
     def complete(self, requests: Iterable[Request]) -> Iterator[tuple[int, Reply | EndpointError]]:
@@ -124,7 +123,7 @@ class Endpoint:
             return
         failure = None
         try:
-            self._client.with_options(timeout=self._openai.Timeout(PROBE, connect=CONNECT)).models.list()
+            within(PROBE, self._client.with_options(timeout=self._openai.Timeout(PROBE, connect=CONNECT)).models.list())
         except self._openai.APIStatusError as error:
             if error.status_code in (401, 403):  # others may not list models, or are still loading one
                 failure = self._status_failure(error)
@@ -206,11 +205,12 @@ class Endpoint:
         }
         messages: Any = request.messages
         try:
-            response = self._client.chat.completions.with_raw_response.create(
+            create = self._client.chat.completions.with_raw_response.create(
                 model=self.settings.model,
                 messages=messages,
                 extra_body={name: value for name, value in fields.items() if value is not None},
             )
+            response = within(self.settings.timeout, create)
             body = response.http_response.text
         except self._openai.APIStatusError as error:
             return self._status_failure(error)

@@ -23,7 +23,7 @@ class EndpointSettings:
         api_key_env: Name of the environment variable with the API key; a local server needs none. The key is written
             nowhere.
         concurrency: Maximum number of requests at a time.
-        timeout: Seconds to wait for a reply to begin, and again for its end.
+        timeout: Seconds from a request to the end of its reply.
         retries: Maximum number of times to repeat a request that failed for a passing reason.
         price_in: Price of a million prompt tokens in USD.
         price_out: Price of a million completion tokens in USD.
