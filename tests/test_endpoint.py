@@ -99,6 +99,8 @@ def message(**fields: Any) -> dict[str, Any]:
         completion(None, reason="tool_calls"),
         message(tool_calls=[{"function": {"name": "f", "arguments": "{}"}}]),
         message(refusal="I will not."),
+        message(reasoning_content="First, I"),
+        message(reasoning="First, I", content="\n"),
         completion("half?", reason="a new reason"),
         completion("half?", reason=""),
     ],
@@ -127,7 +129,7 @@ def test_the_reason_tells_whether_the_model_ended(
     assert reply.choices[0].finished == finished
 
 
-@pytest.mark.parametrize("value", [True, "-1", None, -math.inf, math.nan])
+@pytest.mark.parametrize("value", [True, "-1", None, -math.inf, math.nan, -1.7e308])
 def test_a_token_without_a_log_prob_is_a_malformed_reply(server: Server, clock: FakeClock, value: Any) -> None:
     server.plan = [completion("m", logprobs={"content": [{"token": "m", "logprob": value}]})]
     (error,) = asked(server, clock, [request(logprobs=True)], retries=0)
@@ -139,6 +141,18 @@ def test_a_text_with_log_probs_of_no_token_has_none(server: Server, clock: FakeC
     (reply,) = asked(server, clock, [request(logprobs=True)])
     assert isinstance(reply, Reply)
     assert reply.choices[0].logprobs is None
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_the_log_probs_of_reasoning_are_not_those_of_the_text(server: Server, clock: FakeClock, field: str) -> None:
+    logprobs = {"content": [{"token": t, "logprob": -1, "top_logprobs": [{"token": t, "logprob": -1}]} for t in "ab"]}
+    body = completion("b", logprobs=logprobs)
+    body["choices"][0]["message"][field] = "a"
+    server.plan = [body]
+    (reply,) = asked(server, clock, [request(logprobs=True)])
+    assert isinstance(reply, Reply)
+    (choice,) = reply.choices
+    assert (choice.text, choice.logprobs, choice.top_logprobs) == ("b", None, None)
 
 
 def test_another_server_is_named_and_not_asked(server: Server, clock: FakeClock) -> None:

@@ -51,6 +51,14 @@ def test_a_log_prob_that_is_none_is_never_recorded(server: Server, tmp_path: Pat
     assert not (tmp_path / "t.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("count", [-1, 1.5, True, "9", None, 10**400])
+def test_an_impossible_number_of_tokens_is_no_count(server: Server, count: Any) -> None:
+    server.plan = [completion("m") | {"usage": {"prompt_tokens": count, "completion_tokens": count}}]
+    outcome = asked(server)
+    assert isinstance(outcome, Reply)
+    assert outcome.prompt_tokens is outcome.completion_tokens is None
+
+
 def test_a_recorded_log_prob_that_is_none_is_named(tmp_path: Path) -> None:
     Transcripts(tmp_path / "t.jsonl").find("k")
     stored = {"choices": [{"text": "m", "finished": True, "logprobs": [math.nan], "top_logprobs": None}]}

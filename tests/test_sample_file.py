@@ -297,6 +297,26 @@ def test_a_server_without_log_probs_is_refused_at_once(prompts: Path, tmp_path: 
         assert not {"seed", "logprob", "token_logprobs"} & {*json.loads(line)}
 
 
+@pytest.mark.parametrize("given", [None, {"content": []}, {"content": None}], ids=str)
+def test_an_empty_completion_has_no_log_probs(prompts: Path, tmp_path: Path, capfd: Any, given: Any) -> None:
+    """Also if it is the first, but only if the model ended it; and the command says how many there are."""
+    pytest.importorskip("openai")
+    out = tmp_path / "out.jsonl"
+    whole = completion("two tokens", logprobs={"content": [{"logprob": -0.25}, {"logprob": -0.5}]})
+    with serving() as server:
+        server.reply = lambda body: whole
+        server.plan = [completion("", logprobs=given), "good", completion(None, logprobs=given)]
+        main(remote(server, prompts, out))
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [row["completions"] for row in rows] == [[""], ["two tokens"], [""], *[["two tokens"]] * 3]
+        assert [row["token_logprobs"][0] for row in rows] == [[], [-0.25, -0.5], [], *[[-0.25, -0.5]] * 3]
+        assert "empty completions: 2 of 6" in capfd.readouterr().out
+        server.plan = [completion("", reason="length", logprobs=given)]
+        assert "--logprobs" in one_error(remote(server, prompts, out, "--seed=1", "--overwrite=true"), capfd)
+        server.plan = [completion("", logprobs=given), completion("some", logprobs=given)]
+        assert "--logprobs" in one_error(remote(server, prompts, out, "--seed=2", "--overwrite=true"), capfd)
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [

@@ -36,8 +36,10 @@ class Request:
     repeat: int = 0
 
 
-#: How far above 0 servers may round log-probs.
-ROUNDING = 1e-2
+#: How far above 0 servers may round log-probs, and the least log-prob: the least number in float32.
+ROUNDING, LEAST = 1e-2, -3.4028235e38
+#: Above any number of tokens of a request.
+MOST_TOKENS = 2**31
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class Reply:
 
     Attributes:
         choices: The completions, as many as requested.
-        prompt_tokens, completion_tokens: Numbers of tokens that the server counted; None if it gives none.
+        prompt_tokens, completion_tokens: Numbers of tokens that the server counted; None if it gives none that is
+            possible.
         reused: Whether the reply comes from the transcripts.
     """
 
@@ -165,6 +168,10 @@ def _in_order(choices: list[Any]) -> list[Any]:
     return [choices[places.index(i)] for i in range(len(choices))]
 
 
+#: Fields of a message in which servers put the reasoning that precedes its content.
+_REASONING = ("reasoning_content", "reasoning")
+
+
 def _choice(choice: Any) -> Choice:
     message = choice.get("message") if isinstance(choice, Mapping) else None
     if not isinstance(message, Mapping):
@@ -180,17 +187,23 @@ def _choice(choice: Any) -> Choice:
         raise UnusableReply(f"the model refused to answer: {error_text(refusal)}")
     if reason not in _FINISHED + _UNFINISHED:
         raise UnusableReply(f"finish_reason {reason!r:.40} does not tell whether the model ended the completion")
+    reasons = any(message.get(name) for name in _REASONING)
+    if reasons and not (text or "").strip() and reason in _FINISHED:
+        raise UnusableReply(
+            "the reply has reasoning but no content; if the model does not reason, start the server without a reasoning"
+            " parser"
+        )
     field = choice.get("logprobs")
     content = field.get("content") if isinstance(field, Mapping) else None
-    if not isinstance(content, list) or not content:
+    if not isinstance(content, list) or not content or reasons:  # log-probs include those of the reasoning
         return Choice(text or "", reason in _FINISHED)
     return Choice(text or "", reason in _FINISHED, _logprobs(content), _top_logprobs(content))
 
 
 def _logprobs(content: list[Any]) -> list[float]:
     values: list[Any] = [each.get("logprob") if isinstance(each, Mapping) else None for each in content]
-    if not all(isinstance(v, int | float) and not isinstance(v, bool) and -math.inf < v < math.inf for v in values):
-        raise MalformedReply("a token has no finite log-prob")
+    if not all(isinstance(v, int | float) and not isinstance(v, bool) and LEAST <= v < math.inf for v in values):
+        raise MalformedReply(f"a token has no log-prob from {LEAST:.1e} to 0")
     return [float(value) for value in values]
 
 
@@ -206,4 +219,4 @@ def _top_logprobs(content: list[Any]) -> list[dict[str, float]] | None:
 
 
 def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and value >= 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST_TOKENS else None

@@ -10,7 +10,7 @@ from typing import Any
 from halos_pl.data.example import DataError
 from halos_pl.data.prompt_files import PromptRow
 from halos_pl.endpoint.client import Endpoint
-from halos_pl.endpoint.exchange import EndpointError, Reply, Request
+from halos_pl.endpoint.exchange import Choice, EndpointError, Reply, Request
 from halos_pl.endpoint.settings import EndpointSettings
 from halos_pl.endpoint.usage import estimate
 from halos_pl.sampling.engine import Sampled, SamplingSettings
@@ -113,14 +113,14 @@ class EndpointEngine:
         for number, outcome in self._endpoint.complete(requests):
             row, k = left[number // n], number % n
             if self.logprobs and isinstance(outcome, Reply):
-                lacking = any(choice.logprobs is None for choice in outcome.choices)
+                lacking = any(_logprobs(choice) is None for choice in outcome.choices)
                 if lacking and not given:  # the others would cost, and fail
                     raise EndpointError(
                         f"{self.rows[row].place}: the reply has no log-probs; if the server gives none, set --logprobs"
                         " false",
                         fatal=True,
                     )
-                given = True
+                given = given or any(choice.logprobs for choice in outcome.choices)
                 outcome = EndpointError("the reply has no log-probs") if lacking else outcome
             if isinstance(outcome, EndpointError):
                 if row not in failed:
@@ -141,4 +141,9 @@ class EndpointEngine:
 
 def _sampled(reply: Reply, seed: int | None) -> Sampled:
     (choice,) = reply.choices
-    return Sampled(choice.text, choice.finished, seed, reply.completion_tokens, choice.logprobs, None)
+    return Sampled(choice.text, choice.finished, seed, reply.completion_tokens, _logprobs(choice), None)
+
+
+def _logprobs(choice: Choice) -> list[float] | None:
+    """The log-probs of a completion. One that the model ended at once has none, and servers give no list for it."""
+    return [] if choice.logprobs is None and choice.finished and not choice.text else choice.logprobs

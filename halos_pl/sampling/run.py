@@ -12,6 +12,7 @@ from halos_pl.common.files import check_target
 from halos_pl.common.messages import counted, plain
 from halos_pl.common.progress import Progress
 from halos_pl.data.example import DataError
+from halos_pl.data.messages import is_blank
 from halos_pl.data.prompt_files import (
     ANSWERS,
     LOGPROB,
@@ -122,10 +123,13 @@ def sample_file(
     if stale:
         print(f"halos: columns of {plain(path)} that belong to other answers are not copied: {', '.join(stale)}")
     skipped = _fill(file, source, rows, sampling, one_per_row, logprobs, skip_failed)
+    texts = [text for row in file.rows() for text in (row.get("completions") or [row["completion"]])]
     file.finish(model=model, skipped=skipped)
     replies.unlink(missing_ok=True)
     if line := source.summary():
         print(f"halos: {line}")
+    if blank := sum(map(is_blank, texts)):
+        print(f"halos: empty completions: {blank} of {len(texts)}")
     without = f", without {counted(len(skipped), 'prompt')} that failed" if skipped else ""
     print(f"halos: completions of {counted(len(rows) - len(skipped), 'prompt')} are in {target}{without}")
 
