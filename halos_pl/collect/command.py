@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 def collect(
     model: str,
     *,
-    out: str = "feedback.jsonl",
-    kind: Literal["thumbs", "choices"] = "thumbs",
+    out: str | None = None,
+    kind: Literal["thumbs", "choices"] | None = None,
     readonly: bool = False,
     host: str = "127.0.0.1",
     port: int = 7860,
     password: str | None = None,
     system: str = "",
-    max_new_tokens: int = 512,
-    temperature: float = 0.7,
-    top_p: float = 1.0,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
     seed: int | None = None,
     engine: Literal["transformers", "endpoint"] = "transformers",
     endpoint: EndpointSettings | None = None,
@@ -40,18 +40,18 @@ def collect(
     Args:
         model: the folder of a run, a Hugging Face folder, a folder with a peft adapter, a hub name, or package:NAME;
             for --engine endpoint, the name of the model at the server; with --readonly, the file to show.
-        out: JSON lines that halos fit reads; new rows are appended.
-        kind: thumbs (an answer is good or bad: prompt, completion, label) or choices (one of two answers is better:
-            prompt, chosen, rejected).
+        out: JSON lines that halos fit reads; new rows are appended; default: feedback.jsonl.
+        kind: thumbs (default; an answer is good or bad: prompt, completion, label) or choices (one of two answers is
+            better: prompt, chosen, rejected).
         readonly: whether to show collected feedback instead; no model is loaded.
         host: address to listen on. Other machines reach the page only under an address other than localhost.
         port: port to listen on; 0 takes a free one.
         password: env:NAME or file:PATH, the environment variable or file with a password of at least 8 characters;
             required for addresses other than localhost.
         system: system message of every conversation.
-        max_new_tokens: maximum length of an answer, in tokens.
-        temperature: sampling temperature; 0 takes the most likely token.
-        top_p: total probability of the most likely tokens to sample from.
+        max_new_tokens: maximum length of an answer, in tokens; default: 512.
+        temperature: sampling temperature; 0 takes the most likely token; default: 0.7.
+        top_p: total probability of the most likely tokens to sample from; default: 1.
         seed: seed of the first answer, the next ones count up; default: a random seed for each answer.
         engine: transformers runs the model in this process; endpoint sends requests to a server.
         endpoint: the server of --engine endpoint, with OpenAI's chat completions API.
@@ -74,14 +74,22 @@ def collect(
 
     _refuse_missing_packages()
     local = {"chat_template": chat_template, "special_tokens_in_text": special_tokens_in_text, "ckpt_path": ckpt_path}
-    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    check_sampling(**sampling, seed=seed)
+    sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     if readonly:
-        changed = {"system": system, "seed": seed, "endpoint": endpoint, "engine": engine != "transformers"} | local
-        if unused := [name for name, value in changed.items() if value not in ("", None, False)]:
-            raise DataError(f"--{unused[0]} has no effect with --readonly true, which loads no model; omit it")
+        given = {"out": out, "kind": kind, "system": system, "seed": seed, "endpoint": endpoint, **sampling, **local}
+        given["engine"] = None if engine == "transformers" else engine
+        if unused := [name for name, value in given.items() if value not in ("", None)]:
+            raise DataError(
+                f"--{unused[0]} has no effect with --readonly true, which only shows MODEL, a file; omit it"
+            )
+    for name, default in (("max_new_tokens", 512), ("temperature", 0.7), ("top_p", 1.0)):
+        sampling[name] = default if sampling[name] is None else sampling[name]
+    check_sampling(**sampling, seed=seed)
     server = named_server(model, engine, endpoint, local)
-    if kind == "choices" and temperature == 0:
+    if seed is not None and server and "seed" in (server.extra_body or {}):
+        raise DataError("--seed has no effect, as endpoint.extra_body removes it; omit one of them")
+    kind = kind or "thumbs"
+    if kind == "choices" and sampling["temperature"] == 0:
         raise DataError("--kind choices needs a temperature above 0: otherwise both answers are the same")
     hello = [*opening(system), {"role": "user", "content": "Hello"}]
     refuse_unreadable({"prompt": hello, "completion": "Hello", "label": True})
@@ -89,11 +97,13 @@ def collect(
     with closing(bound(host, port)) as listener:
         access = access_to(listener, host, secret)
         if readonly:
-            path = Path(model if model.endswith(".jsonl") else out)
+            path = Path(model)
+            if path.is_dir():
+                raise DataError(f"{model} is a folder; --readonly true shows a file that halos collect has written")
             path.open("rb").close()  # raises if it cannot be read
             serve(listener, access, path, path.name, f"showing {path}")
             return
-        path = Path(out)
+        path = Path(out or "feedback.jsonl")
         with closing(FeedbackFile(path, kind)) as file:
             if server:
                 answering: Engine = EndpointEngine(server, sampling)

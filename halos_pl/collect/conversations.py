@@ -283,7 +283,7 @@ class Conversations:
             "time": clicked,
             "model": self.engine.model,
             "sampling": self.engine.sampling,
-            **seeds,
+            **(seeds if self.engine.seeded else {}),
             "chat": chat.id,
             "turn": turn.number,
             "id": turn.row_id,

@@ -35,11 +35,13 @@ class Engine(Protocol):
         model: identity of the model, recorded with each answer.
         sampling: settings of the sampling, recorded with each answer.
         workers: number of threads that may call :meth:`answer` at the same time.
+        seeded: whether answers are drawn with the seeds given.
     """
 
     model: dict[str, Any]
     sampling: dict[str, Any]
     workers: int
+    seeded: bool
 
     def refuse(self, messages: Messages) -> None:
         """Checks a conversation before the model is asked.

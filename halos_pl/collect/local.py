@@ -39,7 +39,7 @@ class LocalEngine:
         special_tokens_in_text: treatment of special tokens spelled in a message.
     """
 
-    workers = 1
+    workers, seeded = 1, True
 
     def __init__(
         self,

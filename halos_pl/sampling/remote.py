@@ -15,8 +15,8 @@ from halos_pl.endpoint.settings import EndpointSettings
 from halos_pl.endpoint.usage import estimate
 from halos_pl.sampling.engine import Sampled, SamplingSettings
 
-#: Fields of a request that options set.
-_SET = {"max_tokens": "max_new_tokens", **{name: name for name in ("temperature", "top_p", "seed", "logprobs")}}
+#: Fields of a request that options set, and these options.
+SET = {"max_tokens": "max_new_tokens", **{name: name for name in ("temperature", "top_p", "seed", "logprobs")}}
 
 
 def named_server(
@@ -50,7 +50,7 @@ def named_server(
         raise DataError(f"the model is {model}, but --endpoint.model is {endpoint.model}; omit the latter")
     if used := [name for name, value in local.items() if value]:
         raise DataError(f"--{used[0]} has no effect on a server; use --engine transformers, or omit it")
-    for field, option in _SET.items():
+    for field, option in SET.items():
         if (endpoint.extra_body or {}).get(field) is not None:
             raise DataError(f"endpoint.extra_body sets {field}; set --{option} instead (null removes the field)")
     return replace(endpoint, model=model)

@@ -30,7 +30,7 @@ class FakeEngine:
     def __init__(self, pause: float = 0.0) -> None:
         self.model: dict[str, Any] = {"name": "fake", "weights": "0123"}
         self.sampling: dict[str, Any] = {"engine": "fake", "max_new_tokens": 40, "temperature": 0.7}
-        self.workers, self.pause = 1, pause
+        self.workers, self.seeded, self.pause = 1, True, pause
         self.asked: list[tuple[list[dict[str, Any]], list[int]]] = []
         self.now = self.most = 0
         self.gate = threading.Event()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -93,10 +94,16 @@ def test_faults_are_one_line(
         ({"endpoint": server}, ["--engine endpoint"]),
         ({"engine": "endpoint", "endpoint": server, "ckpt_path": "best"}, ["--ckpt_path"]),
         ({"readonly": True, "system": "Be brief."}, ["--system"]),
-        ({"readonly": True}, ["feedback.jsonl"]),
+        ({"readonly": True}, [str(tiny_folder), "folder"]),
+        *[
+            ({"readonly": True, name: value}, [f"--{name}"])
+            for name, value in {"out": pairs, "kind": "choices", "max_new_tokens": 3, "temperature": 0.0}.items()
+        ],
     ]
     if importlib.util.find_spec("openai"):
         cases.append(({"engine": "endpoint", "endpoint": server}, ["127.0.0.1:1", "no connection"]))
+    unseeded = replace(server, extra_body={"seed": None})
+    cases.append(({"engine": "endpoint", "endpoint": unseeded, "seed": 0}, ["--seed", "extra_body"]))
     for options, words in cases:
         with pytest.raises((ValueError, OSError)) as raised:
             collect(str(tiny_folder), **{"port": 0, **options})
@@ -106,7 +113,9 @@ def test_faults_are_one_line(
         assert "secret" not in line
     assert "--port" in refused(capfd, ["collect", str(tiny_folder), f"--port={taken}"])
     assert "thumbs" in refused(capfd, ["collect", str(tiny_folder), "--kind=stars"], status=2)
-    assert "nowhere.jsonl" in refused(capfd, ["collect", "nowhere.jsonl", "--port=0", "--readonly"])
+    (tmp_path / "feedback.jsonl").touch()  # never shown in place of the file that is named
+    assert "nowhere.ndjson" in refused(capfd, ["collect", "nowhere.ndjson", "--port=0", "--readonly"])
+    (tmp_path / "feedback.jsonl").unlink()
     assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == ["pairs.jsonl"]
 
 
@@ -232,6 +241,28 @@ def test_a_server_answers() -> None:
         assert sent == [(7, HELLO, 12), (8, HELLO, 12)]
         with pytest.raises(EndpointError, match="too long"):
             engine.answer(HELLO, [9], lambda texts: None)
+
+
+def test_the_recorded_settings_are_those_of_the_request(tmp_path: Path) -> None:
+    pytest.importorskip("openai", reason="openai is not installed (extra: endpoint)")
+    extra = {"top_k": 5, "seed": None, "max_tokens": None, "max_completion_tokens": 9}
+    with serving() as server:
+        engine = EndpointEngine(EndpointSettings(server.url, "m", retries=0, extra_body=extra), SAMPLING)
+        conversations = Conversations(engine, FeedbackFile(tmp_path / "a.jsonl", "thumbs"), seed=None)
+        chat = conversations.new("session", "Ada")
+        conversations.say(chat, "Hello?")
+        while chat.turns[0].status != "done":
+            assert chat.turns[0].status in ("waiting", "writing"), chat.turns[0].error
+            threading.Event().wait(0.005)
+        conversations.judge(chat, 0, True)
+        conversations.close()
+        conversations.file.close()
+    row, (sent,) = json.loads((tmp_path / "a.jsonl").read_text()), server.requests
+    assert "seed" not in row
+    assert row["sampling"].pop("engine") == "endpoint"
+    assert row["sampling"].pop("extra_body") == extra
+    assert row["sampling"] == {name: sent[name] for name in ("temperature", "top_p")}
+    assert "max_tokens" not in sent
 
 
 @pytest.mark.slow
