@@ -93,7 +93,8 @@ def make_app(site: Site) -> Starlette:
 
 
 def _page(templates: Environment, site: Site, template: str, status: int = 200, /, **values: Any) -> Response:
-    return HTMLResponse(templates.get_template(template).render(site=site, **values), status)
+    text = templates.get_template(template).render(site=site, **values)
+    return HTMLResponse(text.encode("utf-8", "replace"), status)  # a row may contain half a surrogate pair
 
 
 async def _static(request: Request) -> Response:

@@ -207,6 +207,6 @@ def _has_id(line: bytes, row_id: str) -> bool:
         return False
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return isinstance(row, dict) and row.get("id") == row_id

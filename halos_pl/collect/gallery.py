@@ -120,6 +120,8 @@ def _shown(line: int, raw: bytes) -> Shown:
             str(row.get("time") or ""),
             tuple((name, _value(value)) for name, value in row.items() if name not in _READ),
         )
+    except RecursionError:
+        return Shown(line, fault=f"line {line} cannot be shown: it is nested too deeply")
     except (ValueError, TypeError, KeyError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         return Shown(line, fault=f"line {line} cannot be shown: {reason}")

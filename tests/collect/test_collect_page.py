@@ -335,6 +335,19 @@ def test_the_gallery_shows_the_newest_rows_first(here: Setting) -> None:
     assert browser.post("/chats", json={}).status_code == 404  # only looking
 
 
+@pytest.mark.parametrize(
+    "line", ["[" * 200_000, '{"prompt": ' + "[" * 200_000, "9" * 5000, "\udcff", '{"a": "\\ud800"}']
+)
+def test_a_line_that_cannot_be_shown_leaves_the_others(here: Setting, line: str) -> None:
+    write_jsonl(here.path, [*rows(2), {"prompt": "half \ud800", "completion": "answer 7;", "label": True}])
+    with here.path.open("ab") as file:
+        file.write(line.encode("utf-8", "surrogateescape") + b"\n")
+    page = gallery(here).get("/")
+    assert page.status_code == 200
+    assert "line 4 cannot be shown" in page.text
+    assert re.findall(r"answer (\d+);", page.text) == ["7", "1", "0"]
+
+
 def test_the_gallery_with_a_password(here: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("halos_pl.collect.access.PAUSE", 0.0)
     write_jsonl(here.path, rows(1))
