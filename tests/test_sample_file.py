@@ -206,6 +206,27 @@ def test_a_kill_at_any_step_leaves_the_rest_to_the_same_command(
     assert written(out, rows).complete
 
 
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("rows", [(0, 0), (0, 1, 2, 3, 0, 1), (1, 0), (0, 2)], ids=str)
+def test_rows_that_are_repeated_or_moved_are_named(tmp_path: Path, size: int, rows: tuple[int, ...]) -> None:
+    file = SampleFile(tmp_path / "out.jsonl", {}, size)
+    file.begin({})
+    for number in (1, 2, 3, 4)[: 4 // size]:
+        file.add(number, [{"completion": str(k)} for k in range(size)])
+    file.close()
+    lines = file.part.read_bytes().splitlines(keepends=True)
+    changed = b"".join(lines[i] for i in rows)
+    file.part.write_bytes(changed)
+    again = SampleFile(tmp_path / "out.jsonl", {}, size)
+    if size == 1 and len({*rows}) == len(rows):  # any order is that of some command
+        again.begin({})
+        assert again.done == {i + 1 for i in rows}
+    else:
+        with pytest.raises(ValueError, match=r"\.part:\d"):
+            again.begin({})
+        assert file.part.read_bytes() == changed
+
+
 def test_a_command_that_wrote_no_row_does_not_block_another(tmp_path: Path) -> None:
     SampleFile(tmp_path / "out.jsonl", {"n": 1}, 1).begin({})
     SampleFile(tmp_path / "out.jsonl", {"n": 2}, 1).begin({})

@@ -133,13 +133,25 @@ class SampleFile:
         content = file.read()
         lines = content[: content.rfind(b"\n") + 1].split(b"\n")[:-1]
         kept = lines[: len(lines) - len(lines) % self.rows_per_prompt]
-        for number, line in enumerate(kept, start=1):
+        before = None
+        for at, line in enumerate(kept):
+            index = at % self.rows_per_prompt
             try:
-                self.done.add(json.loads(line)[PROMPT_ROW])
-            except (ValueError, KeyError, TypeError) as error:
+                row = json.loads(line)
+                number = row[PROMPT_ROW]
+                fits = number == before if index else number not in self.done
+                fits = fits and (self.rows_per_prompt == 1 or row[SAMPLE_INDEX] == index)
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(
-                    f"{self.part}:{number} is not a row of samples; remove the file to start over"
+                    f"{self.part}:{at + 1} is not a row of samples; remove the file to start over"
                 ) from error
+            if not fits:
+                raise ValueError(
+                    f"{self.part}:{at + 1}: a row of prompt {number} is repeated, missing or moved; remove the file to"
+                    " start over"
+                )
+            self.done.add(number)
+            before = number
         size = sum(len(line) + 1 for line in kept)
         if size < len(content):
             print(f"halos: {self.part}: dropped the rows that a killed command left incomplete", file=sys.stderr)
