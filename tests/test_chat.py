@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_halos import binary_data, fit, metrics
+from run_halos import binary_data, fit, metrics, one_error
 from transformers import AutoModelForCausalLM
 
 import halos_pl.sampling.conversation as conversation
@@ -19,7 +19,7 @@ from halos_pl.policy.loading import ModelSpec, load_tokenizer
 
 
 def talk(folder: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch, *options: str) -> list[list[int]]:
-    """The prompts that the model is given for these lines of the user."""
+    """The prompts that the model is given for these lines of the user; without any, for those of ``sys.stdin``."""
     prompts: list[list[int]] = []
     real, typed = conversation.draw, iter(lines)
 
@@ -34,7 +34,8 @@ def talk(folder: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch, *optio
             raise EOFError from None
 
     monkeypatch.setattr(conversation, "draw", draw)
-    monkeypatch.setattr("builtins.input", read)
+    if lines:
+        monkeypatch.setattr("builtins.input", read)
     main(["chat", str(folder), "--max_new_tokens=4", *options])
     return prompts
 
@@ -57,6 +58,20 @@ def test_a_conversation_keeps_its_history(tiny_folder: Path, monkeypatch: pytest
 
     answer = model.generate(torch.tensor([prompts[0]]), max_new_tokens=4, do_sample=False)[0, len(prompts[0]) :]
     assert plain(tokenizer.decode(answer, skip_special_tokens=True)) in out  # without control characters
+
+
+def test_a_line_in_another_encoding_is_ignored(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    (tmp_path / "typed").write_bytes(b"Hi\n\xff\xfe no\n/system \xe9\nAnd?\n")
+    for errors in ("strict", "surrogateescape"):  # depends on the locale
+        with (tmp_path / "typed").open(encoding="utf-8", errors=errors) as typed:
+            monkeypatch.setattr("sys.stdin", typed)
+            prompts = talk(tiny_folder, [], monkeypatch, "--temperature=0")
+        assert len(prompts) == 2
+        tokenizer = load_tokenizer(ModelSpec(str(tiny_folder)))
+        assert tokenizer.decode(prompts[1]).startswith(tokenizer.decode(prompts[0]))
+    assert "--system" in one_error(["chat", str(tiny_folder), "--system=\udcff"], capfd)
 
 
 def test_a_model_without_a_template_is_refused(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Any
 
 from rich.console import Console
@@ -30,6 +32,15 @@ class _Printer(TextStreamer):
         self._console.out(plain(text), end="\n" if stream_end else "", highlight=False)
 
 
+def _is_text(text: str) -> bool:
+    """Whether UTF-8 can encode it: bytes of another encoding became surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def talk(
     model: str,
     system: str,
@@ -47,12 +58,16 @@ def talk(
         ValueError: A setting is invalid, or the model cannot be loaded or has no chat template.
     """
     check_sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    if not _is_text(system):
+        raise DataError("--system is not UTF-8 text; encode it as UTF-8")
     named = named_model(model, ckpt_path, chat_template)
     tokenizer = named.tokenizer()
     if not tokenizer.chat_template:
         raise DataError(f"{model} has no chat template; name one with --chat_template, such as chatml")
     special = named.text_settings(special_tokens_in_text=special_tokens_in_text)["special_tokens_in_text"]
     policy = named.load()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # so that a line with other bytes is refused, not the input
     console = Console()
     console.print(f"halos: {HELP}", highlight=False, markup=False)
 
@@ -75,6 +90,9 @@ def talk(
             text = console.input("[bold]> [/bold]").strip()
         except EOFError:
             return
+        if not _is_text(text):
+            console.print("halos: this line is not UTF-8 text, so it is ignored", highlight=False, markup=False)
+            continue
         command, _, rest = text.partition(" ")
         if command == "/exit":
             return
