@@ -168,6 +168,7 @@ def test_training_mode_is_put_back_also_after_an_error(model: Any, tokenizer: An
         {"temperature": float("nan")},
         {"top_p": 0.0},
         {"top_p": 1.1},
+        {"top_p": 0.5, "temperature": 0.0},
         {"max_new_tokens": 0},
         {"num_samples": 0},
         {"batch_size": 0},

@@ -163,6 +163,9 @@ def check_sampling(**settings: float | None) -> None:
             raise DataError(f"seed is {value}; it must be from 0 to {MOST_SEED - 1}")
         if name in ("max_new_tokens", "num_samples", "n", "batch_size") and value < 1:
             raise DataError(f"{name} is {value}; it must be at least 1")
+    top_p = settings.get("top_p")
+    if settings.get("temperature") == 0 and top_p not in (None, 1):
+        raise DataError(f"top_p is {top_p}, which has no effect at temperature 0; raise the temperature, or omit top_p")
 
 
 def encode_prompts(
