@@ -23,6 +23,12 @@ from halos_pl.study.markdown import markdown
 REPORT, DATA, PLOT = "report.md", "report.json", "rounds.png"
 #: Width of the plot in inches.
 WIDTH = 7.5
+#: Said of scores that compare two answers.
+RELATIVE = (
+    "A score compares an answer with the first model's to the same prompt, so the first model has a score in each round"
+    " but none of its own. A difference from it is that of the two scores of a round; one between two models is that of"
+    " their differences from the first model."
+)
 
 
 def write_report(results: Results) -> Path:
@@ -77,8 +83,8 @@ def first_line(results: Results) -> str:
 def text(results: Results) -> str:
     """The report as Markdown."""
     study = results.study
-    first = results.estimate(FIRST, study.primary) if results.online else None
-    prompts = f"{first.examples} held-out prompts, {counted(study.answers, 'answer')} to each" if first else ""
+    mean = results.estimate(results.online[-1], study.primary) if results.online else None
+    prompts = f"{mean.examples} held-out prompts, {counted(study.answers, 'answer')} to each" if mean else ""
     lines = [f"# Rounds of {markdown(study.path.stem)}", "", *([markdown(study.note), ""] if study.note else [])]
     lines += [markdown(first_line(results)), ""]
     if not results.online:
@@ -103,6 +109,8 @@ def text(results: Results) -> str:
         lines += [*_table(["metric", "difference", "verdict"], [_row(c) for c in offline]), ""]
     lines += ["## Metrics", "", *(f"- {name}: {meaning_of(name).meaning}" for name in results.metrics), ""]
     lines += ["A difference of length and KL is a ratio if both means are positive. KL is from the first model.", ""]
+    if results.relative:
+        lines += [RELATIVE, ""]
     lines += ["## Training", "", *_training(results), ""]
     reference = study.reference or "as configured"
     lines += [f"Reference: {reference}. Optimizer's state: {study.optimizer}. Objective: {study.objective}.", ""]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import numpy as np
 from halos_pl.evaluation.files import BEFORE, FILE
 from halos_pl.evaluation.held_out import by_example
 from halos_pl.evaluation.metrics import METRICS, RATIOS, SHARES, Metric
+from halos_pl.judge.named import named_judge
 from halos_pl.rounds.diversity import distinct
 from halos_pl.rounds.execute import steps_of
 from halos_pl.rounds.spec import FIRST, OFFLINE, Round, Rounds, rounds_of
@@ -59,14 +62,28 @@ class Results:
         return [each for each in rounds_of(self.study, self.out) if set(each.stages) <= finished(each).keys()]
 
     @cached_property
+    def relative(self) -> bool:
+        """Whether the score of an answer depends on the answer beside it: it is a vote, or a judge compares the two."""
+        kind, _, name = (part.strip() for part in self.study.labellers[0].partition(":"))
+        return len(self.study.labellers) > 1 or (kind == "judge" and named_judge(name).compares == "pair")
+
+    @cached_property
+    def _measured(self) -> dict[str, tuple[Values, Values]]:
+        """The values of each model, and those of the first model beside it."""
+        return {each.name: _measured(each) for each in self.rounds}
+
+    @cached_property
     def values(self) -> dict[str, Values]:
-        """Values by model, metric and example; the first model is that before the first round."""
-        values: dict[str, Values] = {}
-        for each in self.rounds:
-            mine, first = _measured(each)
-            values.setdefault(FIRST, first)
-            values[each.name] = mine
-        return values
+        """Values by model, metric and example.
+
+        The first model, before the first round, has its mean over all rounds, in which it is measured anew. It has no
+        score if that depends on the answer beside it.
+        """
+        firsts = [first for _, first in self._measured.values()]
+        mean = {metric: _mean([first.get(metric, {}) for first in firsts]) for metric in dict.fromkeys(chain(*firsts))}
+        if self.relative:
+            mean.pop("score", None)
+        return ({FIRST: mean} if firsts else {}) | {name: mine for name, (mine, _) in self._measured.items()}
 
     @cached_property
     def metrics(self) -> list[str]:
@@ -78,7 +95,7 @@ class Results:
     def share(self, metric: str) -> bool:
         """Whether a metric lies between 0 and 1."""
         if metric == "score":
-            return len(self.study.labellers) > 1  # a share of votes
+            return self.relative
         return metric in SHARES or metric == "distinct_2"
 
     def estimate(self, model: str, metric: str) -> Estimate | None:
@@ -86,15 +103,20 @@ class Results:
         by_prompt = self.values[model].get(metric)
         return estimate(list(by_prompt.values()), share=self.share(metric)) if by_prompt else None
 
-    def compared(self, metric: str, models: Iterable[str], reference: str) -> dict[str, Comparison]:
-        """Models against a reference, paired by prompt; only the primary metric gets a decision."""
-        arms = {name: self.values[name][metric] for name in (reference, *models) if metric in self.values.get(name, {})}
-        if reference not in arms or len(arms) < 2:
+    def _compared(
+        self, metric: str, arms: Mapping[str, Mapping[str, float]], reference: str | Mapping[str, str], *, share: bool
+    ) -> dict[str, Comparison]:
+        """Arms against their references, paired by prompt; only the primary metric gets a decision.
+
+        Args:
+            metric: Name of the metric.
+            arms: Values by arm and example, references included.
+            reference, share: See :func:`halos_pl.study.decisions.compare`.
+        """
+        common = set.intersection(*(set(each) for each in arms.values())) if arms else set()
+        if not common:
             return {}
-        common = set.intersection(*(set(each) for each in arms.values()))
-        examples = [example for example in arms[reference] if example in common]
-        if not examples:
-            return {}
+        examples = [example for example in next(iter(arms.values())) if example in common]
         # No model has several seeds, so that every test is one over prompts, for these runs.
         runs = {name: Runs(np.array([[each[e] for e in examples]]), ()) for name, each in arms.items()}
         ratios = metric in RATIOS and all(np.mean(each.values) > 0 for each in runs.values())
@@ -105,7 +127,7 @@ class Results:
             planned=1,
             primary=metric == self.study.primary,
             scale="ratio" if ratios else "difference",
-            share=self.share(metric),
+            share=share,
         )
         return {each.arm: each for each in comparisons}
 
@@ -115,13 +137,26 @@ class Results:
         return [each.name for each in self.rounds if each.number]
 
     def against_first(self, metric: str) -> dict[str, Comparison]:
-        """Each round, and the offline run, against the first model."""
-        return self.compared(metric, [name for name in self.values if name != FIRST], FIRST)
+        """Each round, and the offline run, against the first model as measured beside it."""
+        arms: dict[str, Mapping[str, float]] = {}
+        beside = {}
+        for name, both in self._measured.items():
+            if all(metric in values for values in both):
+                beside[name] = f"{FIRST}, beside {name}"
+                arms[name], arms[beside[name]] = (values[metric] for values in both)
+        return self._compared(metric, arms, beside, share=self.share(metric))
 
     def against_offline(self, metric: str) -> Comparison | None:
-        """The last round against the offline run."""
+        """The last round against the offline run; by their leads on the first model if the score depends on it."""
         last = self.online[-1] if len(self.online) == self.study.rounds else ""
-        return self.compared(metric, [last], OFFLINE).get(last)
+        arms = {name: self.values[name][metric] for name in (last, OFFLINE) if metric in self.values.get(name, {})}
+        if len(arms) < 2:
+            return None
+        if leads := metric == "score" and self.relative:
+            for name in arms:
+                mine, first = (values[metric] for values in self._measured[name])
+                arms[name] = {example: value - first[example] for example, value in mine.items()}
+        return self._compared(metric, arms, OFFLINE, share=self.share(metric) and not leads).get(last)
 
     def facts(self, each: Round) -> dict[str, Any]:
         """How a round was trained: counts of its feedback, optimizer steps, and seconds by stage."""
@@ -131,6 +166,12 @@ class Results:
             counts = json.loads(settings.read_text(encoding="utf-8")).get("counts", {})
             facts["feedback"] = {name: number for name, number in counts.items() if number}
         return facts | {"seconds": {stage: recorded["seconds"] for stage, recorded in finished(each).items()}}
+
+
+def _mean(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each example over the measurements that have it."""
+    examples = dict.fromkeys(chain(*values))
+    return {name: fmean(each[name] for each in values if name in each) for name in examples}
 
 
 def _measured(each: Round) -> tuple[Values, Values]:

@@ -140,7 +140,7 @@ def corrected(p: Sequence[float], family: int, *, step_down: bool) -> list[float
 def compare(
     metric: str,
     arms: Mapping[str, Runs],
-    reference: str,
+    reference: str | Mapping[str, str],
     *,
     planned: int,
     family: int = 0,
@@ -149,12 +149,12 @@ def compare(
     margin: float | None = None,
     share: bool = False,
 ) -> list[Comparison]:
-    """Compares each arm with the reference arm on one metric.
+    """Compares each arm with its reference arm on one metric.
 
     Args:
         metric: name of the metric.
-        arms: runs by arm, the reference included, on the same examples in the same order.
-        reference: name of the arm that the others are compared with.
+        arms: runs by arm, references included, on the same examples in the same order.
+        reference: name of the arm that the others are compared with; or, by arm to compare, that of its own reference.
         planned: number of seeds of the study.
         family: number of comparisons that the study will make on this metric, those of unfinished arms included.
         primary: whether to make decisions; otherwise there are only estimates and intervals.
@@ -175,13 +175,12 @@ def compare(
             arms = {name: each for name, each in logs.items() if each is not None}
             margin = None if margin is None else math.log(margin)
     variance = run_variance(arms)
-    base = arms[reference].seeds
-    pairs = {
-        name: runs
-        for name, runs in arms.items()
-        if name != reference and (not runs.seeds or not base or set(runs.seeds) & set(base))
-    }
-    tests = {name: _Test(runs, arms[reference], name, reference, variance) for name, runs in pairs.items()}
+    others = {name: reference for name in arms if name != reference} if isinstance(reference, str) else reference
+    tests = {}
+    for name, other in others.items():
+        arm, base = arms[name], arms[other]
+        if not arm.seeds or not base.seeds or set(arm.seeds) & set(base.seeds):
+            tests[name] = _Test(arm, base, name, other, variance)
     if not tests:
         return []
     family = max(family, len(tests))
@@ -207,7 +206,7 @@ def compare(
             Comparison(
                 metric=metric,
                 arm=name,
-                reference=reference,
+                reference=others[name],
                 scale=scale,
                 effect=float(back(test.value)),
                 low=max(float(back(test.low)), -1.0 if share else -math.inf),
