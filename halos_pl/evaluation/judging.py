@@ -32,7 +32,7 @@ RETURNS = {
 
 
 class Row(dict[str, Any]):
-    """A row of the prompts file: its columns, such as a gold answer, with ``row["column"]``.
+    """A row of the prompts file: its columns, such as a gold answer, with ``row["column"]``; always has ``prompt``.
 
     Attributes:
         text: the prompt as text; for messages, the content of the last one.
@@ -45,7 +45,7 @@ class Row(dict[str, Any]):
     def __init__(
         self, columns: Mapping[str, Any], prompt: Prompt, place: str, finished: bool, other_finished: bool | None = None
     ) -> None:
-        super().__init__(deepcopy(dict(columns)))  # the function may change it
+        super().__init__(deepcopy({"prompt": prompt, **columns}))  # the function may change it
         self.messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else deepcopy(prompt)
         self.text: str = self.messages[-1]["content"]
         self.place, self.finished, self.other_finished = place, finished, other_finished
