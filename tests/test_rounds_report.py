@@ -12,6 +12,9 @@ import pytest
 import yaml
 from run_halos import write_jsonl
 
+from halos_pl.data.prompt_files import ANSWERS
+from halos_pl.labelling.groups import read_groups
+from halos_pl.rounds.execute import write_compared
 from halos_pl.rounds.read import load_rounds
 from halos_pl.rounds.report import data, text
 from halos_pl.rounds.results import Results
@@ -31,20 +34,30 @@ GRADES: dict[str, Scores] = {
 }
 
 
-def finished_rounds(folder: Path, by: Any, scores: Mapping[str, Scores]) -> Results:
-    """Two rounds and an offline run with these scores, all of whose stages are finished."""
+def finished_rounds(
+    folder: Path, by: Any, scores: Mapping[str, Scores], columns: Mapping[str, Any] | None = None
+) -> Results:
+    """Two rounds and an offline run with these scores, all of whose stages are finished.
+
+    Args:
+        folder: Folder of all rounds.
+        by: The labellers.
+        scores: Scores by round.
+        columns: Further columns of the held-out prompts.
+    """
     Path("data.jsonl").write_text("{}\n")
     study = {"model": "m", "prompts": "p", "held_out_prompts": "h", "rounds": 2, "window": 1, "label": {"by": by}}
     Path("study.yaml").write_text(yaml.safe_dump({**study, "fit": {"objective": "kto"}, "offline": "data.jsonl"}))
     results = Results(load_rounds("study.yaml"), folder)
     for each in rounds_of(results.study, folder):
         each.run.mkdir(parents=True)
-        (each.folder / "stages.json").write_text(json.dumps(dict.fromkeys(each.stages, {"seconds": 1})))
+        (each.folder / "stages.json").write_text(json.dumps({stage: {"seconds": 1} for stage in each.stages}))
         (each.run / "summary.json").write_text('{"steps": 1}')
         names = [f"h:{i}" for i in range(len(scores[each.name]))]
         for file in ("evaluation.json", "before.json"):
             (each.run / file).write_text(json.dumps({"length": dict.fromkeys(names, 2.0)}))
-        answers = [{"row": name, "prompt": name, "answer": "a", "before": {"answer": "b"}} for name in names]
+        mine, first = ({"answer": text, "finished": True} for text in ("a", "b"))
+        answers = [{"row": name, "prompt": name, "columns": columns or {}, **mine, "before": first} for name in names]
         write_jsonl(each.run / "answers.jsonl", answers)
         rows = [{"held_out_row": name, "scores": both} for name, both in zip(names, scores[each.name], strict=True)]
         write_jsonl(each.scores, rows)
@@ -77,3 +90,13 @@ def test_each_round_is_compared_with_the_scores_beside_its_own(
 
     other = finished_rounds(tmp_path / "other", by, {**scores, "round 1": [(0.5, 0.5)] * 4})
     assert data(other)["against_first"]["score"]["round 2"]["effect"] == pytest.approx(effects["round 2"])
+
+
+def test_held_out_prompts_may_have_columns_of_other_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = dict.fromkeys([*ANSWERS, "instruction", "messages", "answer"], 1)
+    each = finished_rounds(tmp_path / "out", "reward: model", GRADES, other).rounds[0]
+    write_compared(each)
+    groups = read_groups(each.compared)
+    assert [[completion.text for completion in group.completions] for group in groups] == [["b", "a"]] * 4
+    assert all(group.columns == {"answer": 1, "held_out_row": group.prompt} for group in groups)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from halos_pl.data.columns import prompt_in_context
 from halos_pl.data.example import DataError, Example, Prompt, short
 from halos_pl.data.formats import irregular
 from halos_pl.data.prompts import TextPrompts, convention
-from halos_pl.data.schemas import SCHEMAS
+from halos_pl.data.schemas import SCHEMAS, of_other_schemas
 from halos_pl.data.source import Source
 from halos_pl.data.values import BadRow
 
@@ -62,6 +62,37 @@ ANSWERS = frozenset(
     for column in schema.columns
     for name in column.split("|")
 ) - {"prompt"} | {"finished", SAME_TOKENS, LOGPROB, TOKEN_LOGPROBS, SEED, PROMPT_ROW, SAMPLE_INDEX}
+
+#: Schemas of sampled answers once they are labelled.
+_LABELLED = ("unpaired", "paired", "scored", "scored_lists")
+
+
+def kept_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a prompt's row that go with new answers to it.
+
+    Left out are ``prompt``, columns of other answers, and those with which ``halos fit`` would take labelled rows for
+    another format.
+    """
+    kept = {name: value for name, value in columns.items() if name not in ANSWERS and name != "prompt"}
+    other = of_other_schemas(kept, _LABELLED)
+    return {name: value for name, value in kept.items() if name not in other}
+
+
+def left_out(rows: Sequence[PromptRow], prompt_column: str | None) -> str:
+    """The columns that new answers leave out, and why; empty if there are none.
+
+    Args:
+        rows: the prompts.
+        prompt_column: see :func:`read_prompt_rows`.
+    """
+    lost = {name for row in rows for name in row.columns.keys() - kept_columns(row.columns).keys() - {"prompt"}}
+    replaced = {"prompt"} if prompt_column and any("prompt" in row.columns for row in rows) else set[str]()
+    reasons = (
+        ("they belong to other answers", lost & ANSWERS),
+        ("halos fit would take the rows for another format", lost - ANSWERS),
+        (f"it gets the prompts of {prompt_column}", replaced if prompt_column != "prompt" else ()),
+    )
+    return "; ".join(f"{', '.join(sorted(names))} ({why})" for why, names in reasons if names)
 
 
 #: Endings of compressed and tabular files, which are no prompt files.

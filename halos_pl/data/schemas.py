@@ -102,6 +102,22 @@ def _fitting(columns: frozenset[str]) -> tuple[Schema, ...]:
     return tuple(s for s in fitting if not any(set(s.columns) < set(other.columns) for other in fitting))
 
 
+def of_other_schemas(columns: Iterable[str], names: Iterable[str]) -> set[str]:
+    """The columns because of which rows of some schemas would also fit others.
+
+    Args:
+        columns: columns that such rows have besides those of their schema.
+        names: names of the schemas.
+    """
+    columns, found = frozenset(columns), set[str]()
+    for schema in (SCHEMAS[name] for name in names):
+        own = {column.partition("|")[0] for column in schema.columns}
+        for other in _fitting(columns | own):
+            if other is not schema:
+                found |= {name for column in other.columns for name in column.split("|")} & columns - own
+    return found
+
+
 def _filled(row: dict[str, Any]) -> frozenset[str]:
     return frozenset(column for column, value in row.items() if value is not None)
 

@@ -18,7 +18,7 @@ import yaml
 
 from halos_pl.common.messages import counted
 from halos_pl.data.example import DataError
-from halos_pl.data.prompt_files import PromptRow, read_prompt_rows
+from halos_pl.data.prompt_files import PromptRow, left_out, read_prompt_rows
 from halos_pl.evaluation.arguments import check_arguments, digest_of
 from halos_pl.evaluation.evaluate import ARGUMENTS
 from halos_pl.evaluation.judging import judged_by
@@ -118,6 +118,10 @@ def check(study: Rounds, line: CommandLine, out: Path) -> Checked:
     if len(held_out) < len(repeated):
         number = counted(len(repeated) - len(held_out), "repeated prompt")
         notes.append(f"{study.held_out_prompts}: {number} left out, so that every held-out prompt counts once")
+    read = [(study.prompts, prompts), *([] if study.rule else [(study.held_out_prompts, held_out)])]
+    for path, rows in read:
+        if names := left_out(rows, study.column(path)):
+            notes.append(f"columns of {path} that the labellers do not see: {names}")
     if unused := [f"sample.{name}" for name in ("top_p", "control") if name in study.sample]:
         notes.append(f"{' and '.join(unused)} set how completions are sampled, but not the held-out answers")
     return Checked(prompts, held_out, text, like, _settings(study, cli), notes)

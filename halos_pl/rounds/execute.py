@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from halos_pl.common.files import write
 from halos_pl.common.messages import counted, plain
+from halos_pl.data.prompt_files import kept_columns
 from halos_pl.rounds.check import Checked
 from halos_pl.rounds.spec import Round, Rounds, RoundsError, held_out, rounds_of
 from halos_pl.rounds.state import ROW, answers_of, check_outputs, finished, record
@@ -95,7 +96,7 @@ class _Engine:
 
     def _stage(self, each: Round, stage: str) -> None:
         if stage == "score":
-            self._write_compared(each)
+            write_compared(each)
         steps = None
         if stage == "fit" and not each.number:
             steps = sum(steps_of(other) for other in self.rounds if other.number)
@@ -110,23 +111,24 @@ class _Engine:
             why = processes.last_words(log, start, status)
             raise RoundsError(f"{each.name}: {stage}: {why} (log: {log}); the same command resumes there")
 
-    def _write_compared(self, each: Round) -> None:
-        """Writes the held-out answers of the first model and of this one as two completions of each prompt."""
-        lines = []
-        for answer in answers_of(each):
-            both = answer["before"], answer
-            row = {"prompt": answer["prompt"], "completions": [one["answer"] for one in both]}
-            row["finished"] = [one["finished"] for one in both]
-            row[ROW] = answer["row"]
-            lines.append(json.dumps({**answer.get("columns", {}), **row}, ensure_ascii=False) + "\n")
-        write(each.compared, "".join(lines))
-
     def _remove_checkpoints(self, each: Round) -> None:
         """Removes the checkpoints and the exported model of a round, which later ones no longer need."""
         for checkpoint in (LAST, PREVIOUS):
             remove_checkpoint(each.run / checkpoint)
         if each.model.is_dir():
             shutil.rmtree(each.model)
+
+
+def write_compared(each: Round) -> None:
+    """Writes the held-out answers of the first model and of this one as two completions of each prompt."""
+    lines = []
+    for answer in answers_of(each):
+        both = answer["before"], answer
+        row = {"prompt": answer["prompt"], "completions": [one["answer"] for one in both]}
+        row["finished"] = [one["finished"] for one in both]
+        row[ROW] = answer["row"]
+        lines.append(json.dumps({**kept_columns(answer.get("columns", {})), **row}, ensure_ascii=False) + "\n")
+    write(each.compared, "".join(lines))
 
 
 def steps_of(each: Round) -> int:

@@ -14,12 +14,13 @@ from halos_pl.common.progress import Progress
 from halos_pl.data.example import DataError
 from halos_pl.data.messages import is_blank
 from halos_pl.data.prompt_files import (
-    ANSWERS,
     LOGPROB,
     SAME_TOKENS,
     SEED,
     TOKEN_LOGPROBS,
     PromptRow,
+    kept_columns,
+    left_out,
     read_prompt_rows,
     say_convention,
 )
@@ -119,9 +120,8 @@ def sample_file(
         anew = "; --overwrite true replaces only the file of another command" if overwrite else ""
         print(f"halos: {target} is complete: it contains the completions of this command{without}{anew}")
         return
-    stale = sorted({name for row in rows for name in row.columns.keys() & ANSWERS})
-    if stale:
-        print(f"halos: columns of {plain(path)} that belong to other answers are not copied: {', '.join(stale)}")
+    if names := left_out(rows, prompt_column):
+        print(plain(f"halos: columns of {path} that are not copied: {names}"))
     skipped = _fill(file, source, rows, sampling, one_per_row, logprobs, skip_failed)
     texts = [text for row in file.rows() for text in (row.get("completions") or [row["completion"]])]
     file.finish(model=model, skipped=skipped)
@@ -188,7 +188,7 @@ def _fill(
 
 def _columns(row: PromptRow, samples: list[Sampled], one_per_row: bool, logprobs: bool) -> list[dict[str, Any]]:
     """The rows of a prompt."""
-    kept = {name: value for name, value in row.columns.items() if name not in ANSWERS} | {"prompt": row.prompt}
+    kept = kept_columns(row.columns) | {"prompt": row.prompt}
     values = []
     for each in samples:
         value: dict[str, Any] = {"finished": each.finished}

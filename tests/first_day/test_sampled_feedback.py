@@ -13,6 +13,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from halos_pl.cli.main import main
 from halos_pl.data.example import Example
+from halos_pl.data.prompt_files import kept_columns
+from halos_pl.data.schemas import SCHEMAS, Schema, find
 from halos_pl.data.source import Source
 from halos_pl.data.store import open_store
 from halos_pl.data.tokenize import Encoder, Tokens, encode_prompt
@@ -79,6 +81,25 @@ def test_judgements_of_other_answers_are_not_copied(tiny_folder: Path, tmp_path:
     assert row.keys() == {"prompt", "id", *answers}
     said = next(line for line in capsys.readouterr().out.splitlines() if "not copied" in line)
     assert "completion, label" in said
+
+
+@pytest.mark.parametrize("of", SCHEMAS.values(), ids=SCHEMAS)
+@pytest.mark.parametrize("form", ["unpaired", "paired", "scored", "scored_lists"])
+def test_labelled_answers_to_the_prompts_of_any_feedback_fit_one_schema(form: str, of: Schema) -> None:
+    prompt = {name: 1 for column in of.columns for name in column.split("|")} | {"answer": 1}
+    kept = kept_columns(prompt)
+    assert "answer" in kept
+    assert find(kept | {column.partition("|")[0]: 1 for column in SCHEMAS[form].columns}, {}) is SCHEMAS[form]
+
+
+def test_the_prompt_column_may_have_the_name_of_another_format(tiny_folder: Path, tmp_path: Path, capsys: Any) -> None:
+    prompts = [{"instruction": "say a", "prompt": "other", "id": 1}]
+    (row,) = sampled_rows(tiny_folder, prompts, tmp_path, "--prompt_column=instruction")
+    assert row["prompt"] == "say a"
+    assert "instruction" not in row
+    said = next(line for line in capsys.readouterr().out.splitlines() if "not copied" in line)
+    assert "instruction (" in said
+    assert "prompt (" in said
 
 
 @pytest.mark.parametrize("convention", ["plain", "chat"])
