@@ -27,13 +27,15 @@ from halos_pl.labelling.labellers import Labeller, named_labeller
 from halos_pl.labelling.options import refuse_unused, thresholds_of
 from halos_pl.policy.sampling import check_sampling
 from halos_pl.rounds import identity
-from halos_pl.rounds.spec import SAMPLED, Round, Rounds, RoundsError, rounds_of
+from halos_pl.rounds.spec import SAMPLED, TEXT, Round, Rounds, RoundsError, rounds_of
 from halos_pl.rounds.state import finished
 from halos_pl.study.preflight import PLACEMENT, parser_error
 from halos_pl.training.settings import aside, flat
 
 #: Settings of a fit that halos rounds sets for each round, or that depend on the machine.
 _PER_ROUND = ("run_dir", "seed_everything", "data.train", "model.reference_model", "trainer.callbacks", *PLACEMENT)
+#: Settings of a server that decide how requests reach it, but not what it answers.
+_CONNECTION = ("url", "api_key_env", "concurrency", "timeout", "retries", "price_in", "price_out")
 
 
 class CommandLine(Protocol):
@@ -90,7 +92,7 @@ def check(study: Rounds, line: CommandLine, out: Path) -> Checked:
             f"{study.place('fit', 'objective')}: {study.objective} trains a reward model, which writes no answers;"
             " choose an objective for a language model, or train it with halos fit"
         )
-    text = {name: getattr(cli.datamodule, name) for name in ("text_prompts", "chat_template", "special_tokens_in_text")}
+    text = {name: getattr(cli.datamodule, name) for name in TEXT}
     spec = cli.model.models.spec
     like = {name: getattr(spec, name) for name in ("dtype", "attn_implementation", "trust_remote_code")}
     parsed = {}
@@ -229,6 +231,16 @@ def _refuse_overlap(study: Rounds, prompts: Sequence[PromptRow], held_out: Seque
         )
 
 
+def options_of(study: Rounds) -> dict[str, Any]:
+    """The options of all stages but ``fit`` by dotted key, without those that decide how requests reach a server."""
+    options: dict[str, Any] = {}
+    for group in ("sample", "label", "evaluate"):
+        connection = [f"{group}.endpoint.{name}" for name in _CONNECTION]
+        flattened = flat(getattr(study, group), group)
+        options |= {key: value for key, value in flattened.items() if key not in (group, *connection)}
+    return options
+
+
 def _settings(study: Rounds, cli: Any) -> dict[str, Any]:
     """The settings that all rounds share, as JSON values by key; files by their digest."""
     content: dict[str, Any] = {
@@ -236,8 +248,7 @@ def _settings(study: Rounds, cli: Any) -> dict[str, Any]:
         for name in ("model", "window", "seed", "answers", "reference", "optimizer", "offline")
     }
     content |= {"prompts": digest_of(str(study.prompts)), "held_out_prompts": digest_of(str(study.held_out_prompts))}
-    for group in ("sample", "label", "evaluate"):
-        content |= {f"{group}.{key}": value for key, value in getattr(study, group).items()}
+    content |= options_of(study)
     content["the content of model"] = identity.of_model(cli.model.models.spec)
     content |= {f"the content of label.by {name}": identity.of_labeller(name) for name in study.labellers}
     if judge := study.evaluate.get("judge"):

@@ -17,7 +17,7 @@ from halos_pl.common.messages import counted, plain
 from halos_pl.data.prompt_files import kept_columns
 from halos_pl.rounds.check import Checked
 from halos_pl.rounds.spec import Round, Rounds, RoundsError, held_out, rounds_of
-from halos_pl.rounds.state import ROW, answers_of, check_outputs, finished, record
+from halos_pl.rounds.state import ROW, answers_of, bind, check_outputs, finished, record
 from halos_pl.rounds.windows import window, wraps, write_prompts
 from halos_pl.run_dir import LAST, PREVIOUS, SUMMARY, shortfall
 from halos_pl.study import processes
@@ -38,7 +38,7 @@ def execute(
         tell: Called with each line of progress.
 
     Raises:
-        RoundsError: A stage fails; names it and its log.
+        RoundsError: A stage fails; names it and its log. Or another process has begun one with other settings.
     """
     lock = FileLock(out / "rounds.lock")
     try:
@@ -47,6 +47,7 @@ def execute(
         print(f"halos: {plain(out)}: waiting for another process that works on it", file=sys.stderr)
         lock.acquire()
     try:
+        bind(study, out, checked.settings)
         processes.children.may_start()
         _Engine(study, out, checked, descriptor(lock), tell).run(keep_checkpoints)
     finally:

@@ -16,6 +16,8 @@ SAMPLED = "sampled"
 FIRST = "first model"
 #: Options of ``halos label`` for other forms than scores.
 _OF_FORMS = ("threshold", "pairs", "min_gap", "seed")
+#: Settings of the data of a fit that decide how text becomes tokens, in every stage.
+TEXT = ("text_prompts", "chat_template", "special_tokens_in_text")
 #: Folder of the offline run, and its name in the report.
 OFFLINE = "offline"
 
@@ -185,8 +187,7 @@ class Round:
 
         Args:
             stage: Name of the stage.
-            text: How prompts become tokens, as in training: ``text_prompts``, ``chat_template`` and
-                ``special_tokens_in_text``.
+            text: How prompts become tokens, as in training: the settings :data:`TEXT`.
             like: Settings of the policy that a reference loaded from a folder has too, such as its dtype.
             steps: Number of optimizer steps of the offline run.
         """
