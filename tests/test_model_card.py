@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ def test_figures_of_other_weights_are_left_out_and_said(
     run: Path, tmp_path: Path, measured: dict[str, Any], capfd: Any
 ) -> None:
     def figures(folder: Path, step: int) -> list[str]:
-        return model_card.model_card(str(folder), "out", "halos export", step).partition("## Figures")[2].split("\n")
+        return model_card.model_card(str(folder), "out", ["halos"], step).partition("## Figures")[2].split("\n")
 
     whole = figures(run, 1)
     other = tmp_path / "run"
@@ -61,7 +63,32 @@ def test_figures_of_other_weights_are_left_out_and_said(
     capfd.readouterr()
     assert figures(other, 1) == [line for line in whole if "halos evaluate" not in line]
     assert "halos evaluate" in capfd.readouterr().out
-    assert "Figures" not in model_card.model_card(str(run), "out", "halos export", 3)  # such as that of another epoch
+    assert "Figures" not in model_card.model_card(str(run), "out", ["halos"], 3)  # such as that of another epoch
+
+
+def test_the_command_can_be_repeated_and_names_do_not_break_the_card(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "a run"
+    shutil.copytree(run, other)
+    summary = json.loads((run / "summary.json").read_text())
+    name = "f|b `x`.jsonl"
+    (other / "summary.json").write_text(json.dumps({**summary, "digests": {f"/data/{name}": "0"}}))
+    out = tmp_path / "my out"
+    main(["export", str(other), str(out), "--max_shard_size=1MB", "--dtype=bfloat16"])
+    text = (out / "README.md").read_text()
+    command = next(line for line in text.splitlines() if line.startswith("halos export"))
+    assert shlex.split(command)[2:4] == ["a run", "my out"]
+    assert {"--max_shard_size 1MB", "--dtype bfloat16"} <= {f"{a} {b}" for a, b in pairwise(shlex.split(command))}
+    (row,) = (line for line in text.splitlines() if line.endswith("| `0` |"))
+    assert row.replace("\\|", "").count("|") == 3
+
+
+def test_an_adapter_has_a_card_and_keeps_that_of_another_author(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    main(["export", str(run), str(out), "--adapter=true"])
+    assert "Written by halos export" in (out / "README.md").read_text()
+    (out / "README.md").write_text("mine")
+    main(["export", str(run), str(out), "--adapter=true", "--overwrite=true"])
+    assert (out / "README.md").read_text() == "mine"
 
 
 def test_a_card_of_another_author_stays(run: Path, tmp_path: Path) -> None:
@@ -78,7 +105,7 @@ def test_a_card_of_another_author_stays(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_of_the_hub_is_named_as_the_base() -> None:
-    front = model_card.model_card("org/name", "out", "halos export org/name out").split("---\n")[1]
+    front = model_card.model_card("org/name", "out", ["halos"]).split("---\n")[1]
     assert yaml.safe_load(front)["base_model"] == "org/name"
 
 

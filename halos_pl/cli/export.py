@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 import warnings
@@ -17,7 +18,7 @@ from peft import get_peft_model_state_dict
 from torch import nn
 
 from halos_pl.cache import cache_root
-from halos_pl.cli.model_card import check_repository, push, write_card
+from halos_pl.cli.model_card import CARD, check_repository, push, write_card
 from halos_pl.common.files import remove, share
 from halos_pl.data.turns import stop_ids
 from halos_pl.policy import adapters
@@ -91,10 +92,13 @@ def export(
         check_repository(push_to_hub)
     checkpoint = _write_model(run, folder, adapter, dtype, overwrite, ckpt_path, max_shard_size)
     step = step_of(Path(checkpoint)) if checkpoint else None
-    changed = {"adapter": adapter, "dtype": dtype, "ckpt_path": ckpt_path}
-    options = [f"--{name} {str(value).lower() if value is True else value}" for name, value in changed.items() if value]
-    names = (Path(name).name if Path(name).exists() else name for name in (run, folder))
-    write_card(run, Path(folder), " ".join(["halos export", *names, *options]), step)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(export).parameters.items()}
+    words = ["halos", "export", run, folder]
+    options = {"adapter": adapter, "dtype": dtype, "ckpt_path": ckpt_path, "max_shard_size": max_shard_size}
+    for name, value in options.items():
+        if value != defaults[name]:
+            words += [f"--{name}", str(value).lower() if value is True else str(value)]
+    write_card(run, Path(folder), words, step)
     if push_to_hub is not None:
         push(Path(folder), push_to_hub)
 
@@ -297,6 +301,7 @@ def _written(out: Path, stale: Sequence[str]) -> Iterator[Path]:
         except Exception as error:  # safetensors and tokenizers raise their own errors on a full disk
             reason = " ".join(str(error).split()) or type(error).__name__
             raise OSError(f"{out} could not be written ({reason}); the folder is unchanged") from error
+        (part / CARD).unlink(missing_ok=True)  # peft's empty template
         share(part)
         for file in {file for pattern in stale for file in out.glob(pattern)}:
             remove(file)

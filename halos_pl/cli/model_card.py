@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +21,7 @@ from halos_pl.common.yaml_files import read_yaml
 from halos_pl.evaluation.files import FILE, MEASURED
 from halos_pl.provenance import own_revision
 from halos_pl.run_dir import CONFIG, SUMMARY, TEST, shortfall
+from halos_pl.study.markdown import fence, markdown
 
 CARD = "README.md"
 #: Marks a card that a later export may replace.
@@ -27,13 +29,13 @@ _MARK = "<!-- Written by halos export. -->"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def write_card(run: str, folder: Path, command: str, step: int | None = None) -> None:
+def write_card(run: str, folder: Path, command: Sequence[str], step: int | None = None) -> None:
     """Writes the model card ``README.md``, unless the folder has one of another author.
 
     Args:
         run: Name of the exported model; a run's folder for most of the content.
         folder: Folder of the export.
-        command: Command line of the export.
+        command: Words of the command line of the export.
         step: Optimizer step of the exported checkpoint, for a run.
     """
     path = folder / CARD
@@ -43,13 +45,13 @@ def write_card(run: str, folder: Path, command: str, step: int | None = None) ->
     write(path, model_card(run, folder.resolve().name, command, step))
 
 
-def model_card(run: str, title: str, command: str, step: int | None = None) -> str:
+def model_card(run: str, title: str, command: Sequence[str], step: int | None = None) -> str:
     """The text of a model card: base, objective with its verdict, data with their hashes, figures and commands.
 
     Args:
         run: Name of the exported model.
         title: Title of the card.
-        command: Command line of the export.
+        command: Words of the command line of the export.
         step: Optimizer step of the exported checkpoint, for a run. Figures of other steps are left out.
     """
     home = Path(run)
@@ -59,12 +61,14 @@ def model_card(run: str, title: str, command: str, step: int | None = None) -> s
     on_hub = _HUB_NAME.fullmatch(base) is not None and not Path(base).exists()
     data = ModelCardData(base_model=base if on_hub else None, library_name="transformers", tags=["halos_pl"])
     name = base if on_hub or base.startswith("package:") else Path(base).name  # paths of this machine tell nothing
-    lines = ["---", data.to_yaml(), "---", _MARK, "", f"# {title}", "", f"- Base model: {name}"]
+    lines = ["---", data.to_yaml(), "---", _MARK, "", f"# {markdown(title)}", "", f"- Base model: {markdown(name)}"]
     if is_run:
         lines += _objective(config, home)
         lines += _training(home, step)
-    commands = ["halos fit --config config.yaml  # the run's file"] * is_run + [command]
-    lines += ["", "## Commands", "", "```bash", *commands, "```", "", f"Made with halos_pl {own_revision()}."]
+    joined = shlex.join(Path(word).resolve().name if Path(word).exists() else word for word in command)
+    commands = ["halos fit --config config.yaml  # the run's file"] * is_run + [joined]
+    marks = fence(joined)
+    lines += ["", "## Commands", "", f"{marks}bash", *commands, marks, "", f"Made with halos_pl {own_revision()}."]
     return "\n".join(lines) + "\n"
 
 
@@ -98,7 +102,7 @@ def _training(run: Path, step: int | None) -> list[str]:
         lines.append(f"- Optimizer steps: {step}" + (f" of the run's {total}" if total not in (None, step) else ""))
     if summary.get("digests"):
         lines += ["", "## Training data", "", "| source | hash of its content |", "|---|---|"]
-        lines += [f"| {Path(str(name)).name} | `{digest}` |" for name, digest in summary["digests"].items()]
+        lines += [f"| {markdown(Path(str(name)).name)} | `{digest}` |" for name, digest in summary["digests"].items()]
     figures = list(_figures(run, summary, step))
     if figures:
         lines += ["", "## Figures", "", "| figure | value | source |", "|---|---|---|", *figures]
@@ -118,7 +122,7 @@ def _figures(run: Path, summary: Mapping[str, Any], step: int | None) -> Iterato
         ("halos evaluate", evaluated_at, means),
     ):
         if at == step:
-            yield from (f"| {name} | {value} | {source} |" for name, value in figures.items())
+            yield from (f"| {markdown(name)} | {value} | {source} |" for name, value in figures.items())
         elif figures:
             of = "an unknown step" if at is None else f"step {at}"
             print(f"halos: the model card leaves out the figures of {source}: they are of {of}, not of step {step}")
