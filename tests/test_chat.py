@@ -16,6 +16,7 @@ from halos_pl.cli.main import main
 from halos_pl.common.messages import plain
 from halos_pl.data.tokenize import encode_prompt
 from halos_pl.policy.loading import ModelSpec, load_tokenizer
+from halos_pl.training.sample_completions import _earlier
 
 
 def talk(folder: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch, *options: str) -> list[list[int]]:
@@ -130,14 +131,36 @@ def test_a_run_samples_fixed_prompts(tiny_folder: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in resumed[6:]] == [4, 4]
 
 
+@pytest.mark.parametrize("cut", [1, 20, "row"])
+@pytest.mark.parametrize("step", [2, 3])
+def test_samples_that_a_kill_cut_are_sampled_again(step: int, cut: Any, tmp_path: Path, capsys: Any) -> None:
+    """Wherever it cut them, the step at which the run resumes lacks no prompt, and earlier ones stay."""
+    lines = [json.dumps({"step": at, "prompt_row": row}) for at in (0, 2, 3) for row in (1, 3)]
+    content = "".join(f"{line}\n" for line in lines[: (0, 2, 3).index(step) * 2 + 2])
+    path = tmp_path / "samples.jsonl"
+    path.write_text(content)
+    assert _earlier(path, step, [1, 3])[1] is None
+    path.write_text(content[: -(len(lines[-1]) + 1 if cut == "row" else cut)])
+    kept, lost = _earlier(path, step, [1, 3])
+    assert lost == step
+    assert [line for _, line in kept] == lines[: (0, 2, 3).index(step) * 2]
+    assert f"step {step} " in capsys.readouterr().out
+    kept, lost = _earlier(path, step - 1, [1, 3])  # later steps are repeated in any case
+    assert lost is None
+    path.write_text("{}\n" + content)
+    with pytest.raises(ValueError, match=r"samples\.jsonl:1 "):
+        _earlier(path, step, [1, 3])
+
+
 def test_the_callback_is_refused_where_it_cannot_work(tiny_folder: Path, tmp_path: Path, capfd: Any) -> None:
     words = sampling_fit(tiny_folder, tmp_path, "run")
     for change, name in (
         ("--trainer.callbacks.every_n_steps=0", "every_n_steps"),
         ("--trainer.callbacks.prompts=nope.txt", "nope.txt"),
         ("--trainer.callbacks.max_new_tokens=0", "max_new_tokens"),
+        (words[-4:], "more than once"),
     ):
         with pytest.raises(SystemExit):
-            main([*words, change])
+            main([*words, *([change] if isinstance(change, str) else change)])
         assert name in capfd.readouterr().err
     assert not (tmp_path / "run").exists()

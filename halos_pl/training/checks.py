@@ -14,6 +14,7 @@ from halos_pl.policy.reference import ReferenceModel
 from halos_pl.policy.scorer import PrefixSharing
 from halos_pl.policy.spec import ModelSpec
 from halos_pl.training.optim import LRShape
+from halos_pl.training.sample_completions import SAMPLES, SampleCompletions
 from halos_pl.training.strategy import ShardedStrategy, check_replicas
 
 #: Strategies that are refused: a pattern of their names and class names, and the reason with the way out.
@@ -140,6 +141,11 @@ def check_trainer(trainer: Any) -> None:
         )
     check_clipping(trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
     _check_strategy(trainer)
+    if sum(isinstance(callback, SampleCompletions) for callback in trainer.callbacks) > 1:
+        raise ValueError(
+            f"trainer.callbacks has SampleCompletions more than once, and all would write {SAMPLES}; keep one, with all"
+            " prompts in one file"
+        )
 
 
 def check_sharded(trainer: Any, needs: Needs) -> None:

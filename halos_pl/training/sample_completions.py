@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +82,12 @@ class SampleCompletions(Callback):
         names = [row.place for row in self._rows]
         check_prompts(module.policy, module.tokenizer, self._encoded, names, self.max_new_tokens)
         path = Path(trainer.default_root_dir) / SAMPLES
-        kept = []
+        lost: int | None = None
         if path.exists():  # of a run that resumes here; later steps will be repeated
-            content = path.read_bytes()
-            whole = content[: content.rfind(b"\n") + 1].decode().split("\n")[:-1]
-            kept = [line for line in whole if json.loads(line)["step"] <= trainer.global_step]
-            write(path, "".join(f"{line}\n" for line in kept))
-        self._last_step = json.loads(kept[-1])["step"] if kept else None
-        self._sample(trainer, module)
+            kept, lost = _earlier(path, trainer.global_step, [row.number for row in self._rows])
+            write(path, "".join(f"{line}\n" for _, line in kept))
+            self._last_step = kept[-1][0] if kept else None
+        self._sample(trainer, module, now=lost == trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -98,12 +97,12 @@ class SampleCompletions(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._sample(trainer, pl_module, last=True)
+            self._sample(trainer, pl_module, now=True)
 
-    def _sample(self, trainer: Trainer, module: Any, last: bool = False) -> None:
-        """Samples and writes, if the step is due and not written yet."""
+    def _sample(self, trainer: Trainer, module: Any, now: bool = False) -> None:
+        """Samples and writes, if the step is due (or it must be ``now``) and not written yet."""
         step = trainer.global_step
-        if step == self._last_step or (step % self.every_n_steps and not last):
+        if step == self._last_step or (step % self.every_n_steps and not now):
             return
         drawn = self._drawn(module)
         samples = as_samples(module.policy, module.tokenizer, self._encoded, [each.ids for each in drawn])
@@ -145,3 +144,37 @@ class SampleCompletions(Callback):
             elif callable(add_text := getattr(getattr(logger, "experiment", None), "add_text", None)):
                 for record in records:
                     add_text(f"samples/{record['prompt_row']}", record["completion"], step)
+
+
+def _earlier(path: Path, step: int, prompts: Sequence[int]) -> tuple[list[tuple[int, str]], int | None]:
+    """The samples of an earlier attempt, up to a step.
+
+    Args:
+        path: The file.
+        step: The step at which the run resumes.
+        prompts: The rows of the prompts. If the last step does not have all of them, a kill cut it, and it is left out.
+
+    Returns:
+        The step and the line of each sample, and the step that was left out.
+
+    Raises:
+        ValueError: A line is no sample; names it.
+    """
+    kept: list[tuple[int, str]] = []
+    last: list[int] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            text = line.decode()
+            sample = json.loads(text)
+            at, prompt = int(sample["step"]), sample["prompt_row"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number} is no sample; remove the line, or the file") from error
+        if at <= step:
+            last = [*last, prompt] if kept and kept[-1][0] == at else [prompt]
+            kept.append((at, text))
+    if not kept or last == [*prompts]:
+        return kept, None
+    lost = kept[-1][0]
+    then = "sampled again" if lost == step else "left out"
+    print(f"halos: {path}: the samples of step {lost} are not those of all prompts, and are {then}")
+    return [each for each in kept if each[0] != lost], lost
