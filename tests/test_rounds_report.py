@@ -55,7 +55,8 @@ def finished_rounds(
         (each.run / "summary.json").write_text('{"steps": 1}')
         names = [f"h:{i}" for i in range(len(scores[each.name]))]
         for file in ("evaluation.json", "before.json"):
-            (each.run / file).write_text(json.dumps({"length": dict.fromkeys(names, 2.0)}))
+            metrics = {"length": 2.0, "win_rate": 0.5, "gsm8k": 1.0}
+            (each.run / file).write_text(json.dumps({metric: dict.fromkeys(names, v) for metric, v in metrics.items()}))
         mine, first = ({"answer": text, "finished": True} for text in ("a", "b"))
         answers = [{"row": name, "prompt": name, "columns": columns or {}, **mine, "before": first} for name in names]
         write_jsonl(each.run / "answers.jsonl", answers)
@@ -87,6 +88,7 @@ def test_each_round_is_compared_with_the_scores_beside_its_own(
     assert means.pop(FIRST, None) == (1.5 if scores is GRADES else None)
     assert means == pytest.approx({name: fmean(this for _, this in each) for name, each in scores.items()})
     assert "over 4 held-out prompts" in text(results)
+    assert {"length", "win_rate", "gsm8k"} <= report["means"]["round 1"].keys()  # whatever evaluate measures
 
     other = finished_rounds(tmp_path / "other", by, {**scores, "round 1": [(0.5, 0.5)] * 4})
     assert data(other)["against_first"]["score"]["round 2"]["effect"] == pytest.approx(effects["round 2"])

@@ -16,7 +16,7 @@ import numpy as np
 
 from halos_pl.evaluation.files import BEFORE, FILE
 from halos_pl.evaluation.held_out import by_example
-from halos_pl.evaluation.metrics import METRICS, RATIOS, SHARES, Metric
+from halos_pl.evaluation.metrics import RATIOS, Metric, is_share, metric_of
 from halos_pl.judge.named import named_judge
 from halos_pl.rounds.diversity import distinct
 from halos_pl.rounds.execute import steps_of
@@ -32,7 +32,7 @@ MORE = {
     "score": Metric("prompts", "mean score of answers by the labellers", True),
     "distinct_2": Metric("prompts", "share of distinct bigrams of words in the answers to a prompt", None),
 }
-#: Order of the metrics in the report; the primary one comes first.
+#: Order of the metrics in the report; the primary one comes first, and those of judges and benchmarks last.
 ORDER = ("rule", "score", "judge", "kl", "length", "finished", "distinct_2")
 
 #: Values by metric and example.
@@ -41,7 +41,7 @@ Values = dict[str, dict[str, float]]
 
 def meaning_of(metric: str) -> Metric:
     """Unit, meaning and direction of a metric."""
-    return MORE[metric] if metric in MORE else METRICS[metric]
+    return MORE[metric] if metric in MORE else metric_of(metric)
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,12 @@ class Results:
     def metrics(self) -> list[str]:
         """The metrics of the report, the primary one first."""
         measured = {metric for values in self.values.values() for metric in values}
-        ordered = [metric for metric in ORDER if metric in measured]
+        ordered = [*(metric for metric in ORDER if metric in measured), *sorted(measured - {*ORDER})]
         return sorted(ordered, key=lambda metric: metric != self.study.primary)
 
     def share(self, metric: str) -> bool:
         """Whether a metric lies between 0 and 1."""
-        if metric == "score":
-            return self.relative
-        return metric in SHARES or metric == "distinct_2"
+        return self.relative if metric == "score" else is_share(metric)
 
     def estimate(self, model: str, metric: str) -> Estimate | None:
         """The mean of a metric with its interval over prompts; None if it was not measured."""
