@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from halos_pl.rounds.check import options_of
+from halos_pl.rounds.identity import of_labeller
 from halos_pl.rounds.read import load_rounds
 from halos_pl.rounds.spec import Round, Rounds, RoundsError
 from halos_pl.rounds.state import bind, claim
@@ -80,3 +81,16 @@ def test_the_way_to_a_server_may_change(tmp_path: Path) -> None:
         changed = options_of(study_of(tmp_path, label=label))
         (name,) = {name for name in options if options[name] != changed.get(name)}
         assert name.startswith(f"label.endpoint.{key}")
+
+
+def test_a_rule_is_identified_with_the_files_that_it_imports(tmp_path: Path) -> None:
+    (tmp_path / "rule.py").write_text("import helper\n")
+    (tmp_path / "helper.py").write_text("a = 1\n")
+    (tmp_path / "other.py").write_text("a = 1\n")
+    name = f"rule: {tmp_path / 'rule.py'}:f"
+    before = of_labeller(name)
+    (tmp_path / "other.py").write_text("a = 2\n")
+    assert of_labeller(name) == before
+    (tmp_path / "helper.py").write_text("a = 2\n")
+    assert of_labeller(name) not in (before, None)
+    assert of_labeller(f"rule: {tmp_path / 'none.py'}:f") is None

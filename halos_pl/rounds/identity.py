@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
+from halos_pl.common.local_imports import code_digest
 from halos_pl.evaluation.arguments import digest_of
 from halos_pl.policy.adapters import chain
 from halos_pl.policy.loading import stored_config
@@ -46,7 +47,10 @@ def of_labeller(name: str) -> str | None:
             return of_model(ModelSpec(place))
         except ModelError:  # its own check says why
             return None
-    return of_file(place.rpartition(":")[0] if kind == "rule" else place)
+    if kind == "rule":
+        file = Path(place.rpartition(":")[0])
+        return code_digest(file) if file.is_file() else None
+    return of_file(place)
 
 
 def of_file(path: str) -> str | None:
