@@ -227,8 +227,10 @@ def evaluation_metrics_page() -> str:
     for name, metric in METRICS.items():
         lines[-1] += f"\n| `{name}` | {metric.meaning} | {metric.unit} | {better[metric.higher_is_better]} |"
     lines.append(
-        "\nRows with the same prompt are not independent, so they count as one example, their mean: the n of a metric "
-        "is a number of prompts. Examples are pairs or single rows.\n\nEach [benchmark](../howto/benchmarks.md) of "
+        "\nRows with the same prompt are not independent, so they count as one example: the n of a metric is a number "
+        "of prompts. A metric of prompts is a mean over prompts, and a repeated prompt has the mean of its answers; a "
+        "metric of held-out data is a mean over pairs or rows. Examples are pairs or single rows.\n\nEach "
+        "[benchmark](../howto/benchmarks.md) of "
         "`--tasks` is a metric too, with the name of the task: the score of each question, from 0 to 1.\n"
     )
     return "\n".join(lines)

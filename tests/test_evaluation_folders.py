@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from halos_pl.data.example import DataError
+from halos_pl.data.prompt_files import PromptRow
 from halos_pl.evaluation.arguments import inputs_of
 from halos_pl.evaluation.compare import compare, differences
 from halos_pl.evaluation.files import (
@@ -24,6 +25,7 @@ from halos_pl.evaluation.files import (
     keep_earlier,
     refuse_loss,
 )
+from halos_pl.evaluation.measurement import _by_prompt
 
 # What an evaluation replaces
 
@@ -134,6 +136,23 @@ def test_answers_are_paired_by_prompt_wherever_it_is(tmp_path: Path, capsys: pyt
     assert "difference +0.25 [+0.25, +0.25], significant" in line
     assert "n = 9" in line
     assert "1 examples that only one has" in line
+
+
+def test_the_value_of_a_prompt_does_not_depend_on_other_prompts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that repeats a prompt agrees with one that does not on the prompts that both have."""
+    folders = []
+    for texts in (["duck"] * 8 + [f"q {i}" for i in range(8)], [f"q {i}" for i in range(8)]):
+        name = f"{len(texts)}.jsonl"
+        rows = [PromptRow(f"{name}:{i}", f"{name}:{i}", {}, text, True) for i, text in enumerate(texts, start=1)]
+        values = _by_prompt({"rule": [float(text == "duck") for text in texts]}, rows)
+        folders.append(evaluation(tmp_path / f"{len(texts)}", values, {row.name: row.prompt for row in rows}))
+    assert sorted(values["rule"].values()) == [0.0] * 8
+    (line,) = said(capsys, *folders)
+    assert "difference +0 [" in line
+    assert "not significant" in line
+    assert "n = 8" in line
 
 
 def test_other_prompts_or_held_out_data_in_the_same_place_are_not_compared(

@@ -87,6 +87,8 @@ def _matched(folders: list[Path], *scores: Values) -> Sequence[Values]:
 
     A question of a benchmark is named by its content, other examples by file and line.
     """
+    from halos_pl.evaluation.held_out import mean_by_example
+
     matched: list[dict[str, Mapping[str, float]]] = [dict(each) for each in scores]
     how = [measured_how(folder) for folder in folders]
     prompts = [_prompts(folder) for folder in folders]
@@ -99,7 +101,7 @@ def _matched(folders: list[Path], *scores: Values) -> Sequence[Values]:
                         raise DataError(
                             f"{folder / ANSWERS} has no row {lost[0]}, unlike {FILE}; run halos evaluate again"
                         )
-                    values[name] = {prompt[example]: value for example, value in values[name].items()}
+                    values[name] = mean_by_example(values[name], prompt)
         elif names and len({json.dumps(_digests(each, key)) for each in how}) > 1:
             listed, (one, other) = ", ".join(names), folders
             print(plain(f"halos: {listed}: not compared, as the {key} files of {one} and {other} have other digests"))

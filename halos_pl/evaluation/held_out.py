@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -187,22 +188,33 @@ def _examples(records: list[dict[str, Any]]) -> dict[str, str]:
     return {r["row"]: first.setdefault(r["prompt"], r["row"]) for r in records}
 
 
+def mean_by_example(values: Mapping[str, float], example: Mapping[str, str]) -> dict[str, float]:
+    """The mean value of each example's rows. It does not depend on other examples, so evaluations of other files, or of
+    a part of them, can be compared by it."""
+    return {name: sum(each) / len(each) for name, each in _grouped(values, example).items()}
+
+
 def by_example(values: dict[str, float], example: dict[str, str]) -> dict[str, float]:
     """Turns values of rows into values of examples with the same mean, as the rows of a prompt are not independent.
 
     Each is the mean plus the example's contribution to its error as a ratio of two sums (Cochran 1977, section 6.3), so
-    that the number of rows per example does not count as variation of the metric.
+    that the number of rows per example does not count as variation of the metric. It depends on all rows, so models can
+    be compared by it only if the same rows were measured.
     """
-    if not values:
-        return {}
-    grouped: dict[str, list[float]] = defaultdict(list)
-    for row, value in values.items():
-        grouped[example[row]].append(value)
-    if len({len(each) for each in grouped.values()}) == 1:  # plain means, without rounding
-        return {name: sum(each) / len(each) for name, each in grouped.items()}
+    grouped = _grouped(values, example)
+    if len({len(each) for each in grouped.values()}) <= 1:  # plain means, without rounding
+        return mean_by_example(values, example)
     mean = sum(values.values()) / len(values)
     share = len(grouped) / len(values)
     return {name: mean + share * (sum(each) - len(each) * mean) for name, each in grouped.items()}
+
+
+def _grouped(values: Mapping[str, float], example: Mapping[str, str]) -> dict[str, list[float]]:
+    """The values of each example's rows."""
+    grouped: dict[str, list[float]] = defaultdict(list)
+    for row, value in values.items():
+        grouped[example[row]].append(value)
+    return grouped
 
 
 def _auroc_shares(high: dict[str, float], low: dict[str, float]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from halos_pl.data.prompt_files import PromptRow
 from halos_pl.endpoint.client import Endpoint
 from halos_pl.evaluation.answers import answers
 from halos_pl.evaluation.files import ANSWERS, FILE, ROWS, refuse_loss
-from halos_pl.evaluation.held_out import Evaluation, by_example, figures_of, of_reference, prepared, records_of
+from halos_pl.evaluation.held_out import Evaluation, figures_of, mean_by_example, of_reference, prepared, records_of
 from halos_pl.evaluation.judging import Judged, Row
 from halos_pl.evaluation.win_rates import Conversations, WinRates, column_answers
 from halos_pl.policy.sampling import Sample, kl_of_samples
@@ -271,7 +271,7 @@ def _row(row: PromptRow, sample: Sample, other: Sample | None = None) -> Row:
 def _by_prompt(columns: Mapping[str, list[float]], rows: Sequence[PromptRow]) -> Values:
     """Metrics by example; a prompt that occurs twice is one example with two answers."""
     example = _examples(rows)
-    return {name: by_example(dict(zip(example, column, strict=True)), example) for name, column in columns.items()}
+    return {name: mean_by_example(dict(zip(example, column, strict=True)), example) for name, column in columns.items()}
 
 
 def _examples(rows: Sequence[PromptRow]) -> dict[str, str]:

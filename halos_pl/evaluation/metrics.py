@@ -10,8 +10,8 @@ class Metric(NamedTuple):
 
     Attributes:
         unit: the items that it is measured on: ``pairs``, ``rows``, ``examples`` (pairs or single rows), ``prompts``,
-            or ``questions`` of a benchmark. Rows with the same prompt count as one example with their mean, since they
-            are not independent: the n of a metric is a number of prompts.
+            or ``questions`` of a benchmark. Rows with the same prompt count as one example, since they are not
+            independent: the n of a metric is a number of prompts.
         meaning: the quantity whose mean is reported, with its unit.
         higher_is_better: whether higher is better; None if neither direction is.
     """

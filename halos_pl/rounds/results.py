@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from halos_pl.evaluation.files import BEFORE, FILE
-from halos_pl.evaluation.held_out import by_example
+from halos_pl.evaluation.held_out import mean_by_example
 from halos_pl.evaluation.metrics import RATIOS, Metric, is_share, metric_of
 from halos_pl.judge.named import named_judge
 from halos_pl.rounds.diversity import distinct
@@ -189,7 +189,7 @@ def _measured(each: Round) -> tuple[Values, Values]:
     first["distinct_2"] = {name: distinct(both[1]) for name, both in texts.items()}
     if each.scores.is_file():
         before, after = _scores(each)
-        mine["score"], first["score"] = by_example(after, example), by_example(before, example)
+        mine["score"], first["score"] = mean_by_example(after, example), mean_by_example(before, example)
     return mine, first
 
 
