@@ -87,6 +87,34 @@ def test_a_rubric_of_ones_own_takes_columns_of_the_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("verdict", "replies"),
+    [
+        ("scale: [-5, 5]", {"-3": -3, "[[-3]]": -3, "Grade: [[-3]]": -3, "**-3.**": -3, ".5": 0.5, "-.5": -0.5}),
+        (
+            "scale: [-5, 5]",
+            {"+3": 3, "(3)": 3, "\u22123": None, "\u2013 3": None, "- 3": None, "...5": None, "[[+2]]": 2},
+        ),
+        (
+            "scale: [0, 10]",
+            {"-1": None, "[[-1]]": None, ".5": 0.5, "[[.5]]": 0.5, "7.5.": 7.5, "3/10": None, "11": None},
+        ),
+        ("choices: {first: '1', second: '-1', tie: '0'}", {"1": 1, "-1": 0, "[[-1]]": 0, "*-1*.": 0, "0.": 0.5}),
+        ("choices: {first: '1', second: '-1', tie: '0'}", {"- 1": None, "\u22121": None, "--1": None, "0.1": None}),
+        ("choices: {first: '1', second: '2'}", {"-1": None, ".2": None, "(2)": 0, "1.": 1}),
+        ("choices: {first: '>', second: '>>', tie: '='}", {">": 1, ">>": 0, "'='": 0.5, "> >": None, ">=": None}),
+        ("choices: {first: A, second: A+}", {"A": 1, "A+": 0, "A+.": 0, "A++": None, "A-": None}),
+    ],
+)
+def test_signs_and_words_of_a_verdict_are_not_taken_for_punctuation(
+    verdict: str, replies: dict[str, float | None], tmp_path: Path
+) -> None:
+    places = "{answer}" if "scale" in verdict else "{answer_a} {answer_b}"
+    (tmp_path / "mine.yaml").write_text(f"prompt: '{places}'\n{verdict}\n")
+    judge = named_judge(str(tmp_path / "mine.yaml"))
+    assert {reply: judge.verdict(said(reply)) for reply in replies} == replies
+
+
+@pytest.mark.parametrize(
     ("text", "line", "key"),
     [
         (RUBRIC + "scal: [1, 2]\n", 3, "scal"),

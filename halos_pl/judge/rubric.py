@@ -14,6 +14,9 @@ from halos_pl.judge.base import Answer, Judge, JudgeError, Messages, Pair, fille
 
 _KEYS = ("prompt", "system", "choices", "scale", "verdict", "max_tokens", "temperature", "note")
 _CHOICES = ("first", "second", "tie")
+_NUMBER = r"[-+]?(?:\d+(?:\.\d+)?|(?<!\.)\.\d+)"
+#: Signs of numbers, and dashes that may stand for one.
+_SIGN = "[-+\u2010-\u2015\u2212\ufe63\uff0b\uff0d]"
 
 
 @dataclass
@@ -141,9 +144,17 @@ class _Reader:
         return float(scale[0]), float(scale[1])
 
     def _pattern(self, choices: dict[str, str] | None) -> re.Pattern[str]:
-        """The pattern of the verdict; by default the word in double square brackets, or as the whole reply."""
-        words = "|".join(map(re.escape, choices.values())) if choices else r"\d+(?:\.\d+)?"
-        text = self.content.get("verdict", rf"\[\[\s*({words})\s*\]\]|\A\W*({words})\W*\Z")
+        """The pattern of the verdict; by default the word in double square brackets, or as the whole reply.
+
+        Punctuation around a whole reply is skipped, but not the sign or the decimal point of a number, nor any that the
+        choices contain: with choices 1 and -1, the reply -1 is not the word 1.
+        """
+        words = "|".join(map(re.escape, choices.values())) if choices else _NUMBER
+        own = "".join(sorted({*re.sub(r"[\w\s]", "", "".join(choices.values()))})) if choices else ""
+        kept = [rf"{_SIGN}\s*[\d.]", r"\.\d"]
+        kept += [f"[{re.escape(own)}]"] * bool(own) + [_SIGN] * bool(re.search(_SIGN, own))
+        around = rf"(?:(?!{'|'.join(kept)})\W)*"
+        text = self.content.get("verdict", rf"\[\[\s*({words})\s*\]\]|\A{around}({words}){around}\Z")
         try:
             pattern = re.compile(text)
         except (re.error, TypeError) as error:
