@@ -20,6 +20,8 @@ from statsmodels.stats.power import TTestPower
 
 LEVEL, POWER = 0.05, 0.8
 RESAMPLES = 9999
+#: Differences up to this share of the largest score are rounding.
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,11 @@ class Paired:
         count: Number of questions.
         first, second: Mean of each model.
         low, high: 95% interval of ``first - second``; without bounds if the permutation test has too few questions to
-            find any difference. It contains 0 unless p is below the level.
+            find any difference. It contains 0 unless p is below the level, and then it does not.
         p: Two-sided p.
         adjusted: p after Holm's correction for all metrics compared together.
         detectable: The smallest difference that the test finds with a probability of 80 %, at the level of a single
-            test; None if it finds none.
+            test; None if it finds none, NaN if that is unknown, as the differences of other scores are all equal.
         test: ``McNemar`` or ``permutation``.
     """
 
@@ -60,7 +62,7 @@ class Paired:
 
     def line(self, first: str, second: str) -> str:
         """One line for the terminal."""
-        smallest = "no difference" if self.detectable is None else f"{self.detectable:.2g}"
+        smallest = "no difference" if self.detectable is None else f"{self.detectable:.2g}".replace("nan", "unknown")
         corrected = f", {self.adjusted:.2g} corrected" if self.adjusted > self.p else ""
         return (
             f"{self.metric}: {first} {self.first:.3g}, {second} {self.second:.3g}, difference {self.difference:+.3g}"
@@ -118,11 +120,15 @@ def paired(
     if one.shape != other.shape or one.ndim != 1 or not one.size or not np.isfinite([one, other]).all():
         raise ValueError(f"{metric}: {one.shape} and {other.shape} values; expected two equal columns of finite ones")
     binary = bool(np.isin([one, other], (0, 1)).all())
+    other = np.where(np.abs(one - other) <= ROUNDING * np.abs([one, other]).max(), one, other)
     low, high, p, detectable = (_binary if binary else _other)(one - other, seed)
-    if p >= LEVEL:  # the test is stricter than the interval, which is approximate
-        low, high = min(low, 0.0), max(high, 0.0)
+    means = float(one.mean()), float(other.mean())
+    inside = [means[0] - means[1]]
+    if p >= LEVEL:  # McNemar's test is stricter than its interval, which is approximate
+        inside.append(0.0)
+    low, high = min(low, *inside), max(high, *inside)
     test: Literal["McNemar", "permutation"] = "McNemar" if binary else "permutation"
-    return Paired(metric, len(one), float(one.mean()), float(other.mean()), low, high, p, p, detectable, test)
+    return Paired(metric, len(one), *means, low, high, p, p, detectable, test)
 
 
 def _binary(difference: NDArray[np.float64], _: int) -> tuple[float, float, float, float | None]:
@@ -169,19 +175,20 @@ def detectable_share(count: int, discordant: float) -> float | None:
 def _other(difference: NDArray[np.float64], seed: int) -> tuple[float, float, float, float | None]:
     """Interval, p of the permutation test, and the detectable difference if differences are normal.
 
-    The interval contains the differences that the test over all signs does not reject (Hartigan 1969); with many
-    questions, it is that of t, which also gives the detectable difference.
+    The interval contains the differences that the test does not reject, with the same signs (Hartigan 1969). The
+    detectable difference of many questions is that of the t test.
     """
-    n, mean = len(difference), float(difference.mean())
-    spread = float(difference.std(ddof=1)) if n > 1 else 0.0
-    p = _permutation(difference, seed)
+    n = len(difference)
+    low, high, p = _tested(difference, seed)
     if _has_few_signs(n):
-        low, high = _bounds(difference[None])
-        smallest = _detectable_of_few(n)
-        return float(low[0]), float(high[0]), p, None if math.isinf(smallest) else smallest * spread
-    reach = float(stats.t.isf(LEVEL / 2, n - 1)) * spread / math.sqrt(n)
-    effect = TTestPower().solve_power(nobs=n, alpha=LEVEL, power=POWER)
-    return mean - reach, mean + reach, p, float(np.squeeze(effect)) * spread
+        effect = _detectable_of_few(n)
+    else:
+        effect = float(np.squeeze(TTestPower().solve_power(nobs=n, alpha=LEVEL, power=POWER)))
+    if math.isinf(effect):
+        return low, high, p, None
+    spread = float(difference.std(ddof=1))
+    varies = spread > ROUNDING * float(np.abs(difference).max())
+    return low, high, p, effect * spread if varies else math.nan
 
 
 def _has_few_signs(n: int) -> bool:
@@ -189,49 +196,66 @@ def _has_few_signs(n: int) -> bool:
     return bool(2**n <= RESAMPLES)
 
 
-def _signs(n: int) -> NDArray[np.float64]:
-    """All signs of n differences, [2**n, n]; first those that change none."""
-    return np.where((np.arange(2**n)[:, None] >> np.arange(n)) & 1, -1.0, 1.0)
+def _all_flips(n: int) -> NDArray[np.float64]:
+    """All choices of signs for n differences, [2**n, n]: 1 for a difference that is flipped, otherwise 0."""
+    return ((np.arange(2**n)[:, None] >> np.arange(n)) & 1).astype(np.float64)
 
 
-def _bounds(differences: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The smallest and the largest mean that the test over all signs does not reject.
+def _ends(flips: NDArray[np.float64], differences: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
+    """The ends of the means m for which flipping signs of ``differences - m`` makes their sum no smaller.
 
-    The test rejects a mean m if fewer than half of LEVEL of all subsets, the empty one included, have a mean that is
-    not above m (or not below it).
+    They are the means of the flipped differences and of the others; there are no bounds if all are flipped, or none.
 
     Args:
+        flips: [k, n], 1 for a difference that is flipped, otherwise 0.
         differences: [studies, n].
+
+    Returns:
+        The lower and the upper ends, [studies, k].
+    """
+    flipped, total = flips.sum(axis=1), differences.sum(axis=1, keepdims=True)
+    sums, kept = differences @ flips.T, flips.shape[1] - flipped
+    with np.errstate(invalid="ignore", divide="ignore"):
+        one, other = sums / flipped, (total - sums) / kept
+    unbounded = (flipped == 0) | (kept == 0)
+    return np.where(unbounded, -np.inf, np.minimum(one, other)), np.where(unbounded, np.inf, np.maximum(one, other))
+
+
+def _bounds(low: NDArray[np.float64], high: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The smallest and the largest mean that the test does not reject, between at least a share LEVEL of ends.
+
+    Args:
+        low, high: Ends by choice of signs, [studies, k]; the mean of the differences lies between all of them.
 
     Returns:
         Both, [studies]; infinite if it rejects none.
     """
-    studies, n = differences.shape
-    rank = math.ceil(2**n * LEVEL / 2) - 2
-    if rank < 0:
-        return np.full(studies, -np.inf), np.full(studies, np.inf)
-    subsets = _signs(n)[1:] < 0
-    means = np.partition(differences @ (subsets / subsets.sum(axis=1, keepdims=True)).T, (rank, -1 - rank))
-    return means[:, rank], means[:, -1 - rank]
+    rank = max(math.ceil(low.shape[1] * LEVEL) - 1, 0)
+    return np.partition(low, rank)[:, rank], np.partition(high, -1 - rank)[:, -1 - rank]
 
 
 @functools.cache
 def _detectable_of_few(n: int) -> float:
     """The smallest normal effect, in standard deviations, that the test over all signs finds in 80 % of 2000 simulated
     studies of n differences; infinite if it finds none."""
-    rng = np.random.default_rng(0)
-    low = np.concatenate([_bounds(rng.standard_normal((200, n)))[0] for _ in range(10)])
+    rng, flips = np.random.default_rng(0), _all_flips(n)
+    low = np.concatenate([_bounds(*_ends(flips, rng.standard_normal((200, n))))[0] for _ in range(10)])
     return float(np.quantile(-low, POWER)) if np.isfinite(low).all() else math.inf
 
 
-def _permutation(difference: NDArray[np.float64], seed: int) -> float:
-    """Two-sided p of the mean under random signs; over all signs if they are few."""
+def _tested(difference: NDArray[np.float64], seed: int) -> tuple[float, float, float]:
+    """The interval of the mean, and its two-sided p, under random signs; under all signs if they are few."""
     n = len(difference)
-    size = abs(difference.sum()) * (1 - 1e-12)  # equal sums may be rounded differently
     if _has_few_signs(n):
-        return float((np.abs(_signs(n) @ difference) >= size).mean())
-    rng, beyond, batch = np.random.default_rng(seed), 0, max(1, 4_000_000 // n)
-    for start in range(0, RESAMPLES, batch):
-        signs = 1 - 2.0 * rng.integers(0, 2, (min(batch, RESAMPLES - start), n), dtype=np.int8)
-        beyond += int((np.abs(signs @ difference) >= size).sum())
-    return (1 + beyond) / (1 + RESAMPLES)
+        ends = [_ends(_all_flips(n), difference[None])]
+    else:
+        rng, batch = np.random.default_rng(seed), max(1, 4_000_000 // n)
+        ends = [_ends(np.zeros((1, n)), difference[None])]  # the signs as they are
+        for start in range(0, RESAMPLES, batch):
+            flips = rng.integers(0, 2, (min(batch, RESAMPLES - start), n), dtype=np.int8).astype(np.float64)
+            ends.append(_ends(flips, difference[None]))
+    lows, highs = (np.concatenate(each, axis=1) for each in zip(*ends, strict=True))
+    rounding = ROUNDING * float(np.abs(difference).max())  # equal sums may be rounded differently
+    p = float(((lows <= rounding) & (highs >= -rounding)).mean())
+    low, high = _bounds(lows, highs)
+    return float(low[0]), float(high[0]), p

@@ -40,9 +40,8 @@ def test_few_other_scores_are_tested_over_all_signs() -> None:
     assert result.p == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("count", [1, 5, 6, 8, 40])
-def test_a_difference_is_significant_only_if_its_interval_excludes_zero(count: int) -> None:
-    """For few scores of any kind, the converse holds as well: the interval is that of the test."""
+@pytest.mark.parametrize("count", [1, 5, 6, 8, 13, 14, 40])
+def test_a_difference_is_significant_exactly_if_its_interval_excludes_zero(count: int) -> None:
     rng = np.random.default_rng(count)
     for highest in (1, 8):  # scores of 0 and 1, and others
         for shift in range(5):
@@ -51,10 +50,32 @@ def test_a_difference_is_significant_only_if_its_interval_excludes_zero(count: i
                 np.clip(first + shift / 4, 0, 1) if highest > 1 else np.where(rng.random(count) < shift / 4, 1, first)
             )
             result = paired("m", first, second)
-            excludes = result.low > 0 or result.high < 0
-            assert result.p < LEVEL or not excludes
-            assert excludes or result.p >= LEVEL or count > 13
+            assert (result.low > 0 or result.high < 0) == (result.p < LEVEL)
             assert result.low <= result.difference <= result.high
+
+
+@pytest.mark.parametrize("count", [8, 16, 30])
+def test_skewed_and_sparse_differences_have_the_interval_of_their_test(count: int) -> None:
+    rng = np.random.default_rng(count)
+    for first in ([1.0] + [0.05] * (count - 1), rng.standard_cauchy(count) + 1, rng.lognormal(size=count) - 0.5):
+        for zeros in (0, 3, count // 2):
+            one = np.where(np.arange(count) < count - zeros, first, 0.0)
+            result = paired("m", one, np.zeros(count))
+            assert (result.low > 0 or result.high < 0) == (result.p < LEVEL)
+            assert result.low <= result.difference <= result.high
+            turned, moved = paired("m", np.zeros(count), one), paired("m", one + 2, np.zeros(count))
+            assert (turned.low, turned.high, turned.p) == pytest.approx((-result.high, -result.low, result.p))
+            assert (moved.low, moved.high) == pytest.approx((result.low + 2, result.high + 2))
+
+
+@pytest.mark.parametrize("count", [4, 8, 20])
+def test_rounding_is_no_difference_and_equal_differences_tell_nothing_about_power(count: int) -> None:
+    rounded = paired("m", [0.1 + 0.2] * count, [0.3] * count)
+    assert (rounded.p, rounded.difference) == (1, 0)
+    for first in (0.3, 0.4):
+        result = paired("m", [first] * count, [0.3] * count)
+        assert result.detectable is None if count < 6 else np.isnan(result.detectable)
+        assert result.line("A", "B").endswith("no difference)" if count < 6 else "unknown)")
 
 
 @pytest.mark.parametrize("count", [3, 5, 6, 8, 10])
@@ -76,7 +97,7 @@ def test_many_other_scores_are_tested_as_by_t() -> None:
     result = paired("m", first, second)
     assert result.p == pytest.approx(stats.ttest_rel(first, second).pvalue, abs=0.02)
     interval = stats.ttest_rel(first, second).confidence_interval()
-    assert (result.low, result.high) == pytest.approx((interval.low, interval.high))
+    assert (result.low, result.high) == pytest.approx((interval.low, interval.high), abs=0.004)
 
 
 @pytest.mark.parametrize(("count", "effect", "discordant"), [(50, 0.2, 0.3), (200, 0.05, 0.1), (200, 0.0, 0.2)])
