@@ -489,6 +489,13 @@ def drawn(seed: int, prompts: int = 60, slope: float = 0.5) -> tuple[Tensor, Ten
     return reward, desirable, torch.arange(2 * n) ^ 1, (torch.arange(n) // 2).repeat_interleave(2)
 
 
+def wilson(share: float, number: float) -> tuple[float, float]:
+    z = 1.959964
+    centre = (share + z * z / (2 * number)) / (1 + z * z / number)
+    half = z / (1 + z * z / number) * math.sqrt(share * (1 - share) / number + z * z / (4 * number**2))
+    return centre - half, centre + half
+
+
 def test_intervals_of_accuracy_and_auroc_are_those_of_the_evaluation() -> None:
     """The variance is that of the values by example in ``halos evaluate``."""
     from halos_pl.evaluation.held_out import _auroc_shares
@@ -502,11 +509,25 @@ def test_intervals_of_accuracy_and_auroc_are_those_of_the_evaluation() -> None:
     for values, ends in ((wins, "accuracies"), (_auroc_shares(good, bad), "auroc")):
         each = torch.tensor(list(by_example(values, example_of).values()), dtype=torch.float64)
         share, error = float(each.mean()), float(each.std() / math.sqrt(len(each)))
-        number, z = share * (1 - share) / error**2, 1.959964
-        centre = (share + z * z / (2 * number)) / (1 + z * z / number)
-        half = z / (1 + z * z / number) * math.sqrt(share * (1 - share) / number + z * z / (4 * number**2))
         low, high = figures[f"rewards/{ends}_low"], figures[f"rewards/{ends}_high"]
-        assert (low, high) == pytest.approx((centre - half, centre + half), abs=1e-6)
+        assert (low, high) == pytest.approx(wilson(share, share * (1 - share) / error**2), abs=1e-6)
+
+
+def test_prompts_that_do_not_vary_leave_intervals_of_their_number() -> None:
+    """Six pairs each, two of them ranked right: a single prompt, or equal ones, have no variance but for rounding."""
+    margin = torch.tensor([1.1, 0.3, -0.7, -0.9, -0.1, -1.3])
+    widths = []
+    for prompts in (1, 5):
+        reward = torch.stack([margin, torch.zeros(6)], dim=1).flatten().repeat(prompts)
+        rows = torch.arange(12 * prompts)
+        figures = quality(reward, rows % 2 == 0, rows ^ 1, rows // 12)
+        low, slope, high = (figures[f"rewards/calibration_slope{end}"] for end in ("_low", "", "_high"))
+        for name in ("accuracies", "auroc"):
+            ends = figures[f"rewards/{name}_low"], figures[f"rewards/{name}_high"]
+            assert ends == pytest.approx(wilson(1 / 3, prompts), abs=1e-6)
+        assert low < slope < high
+        widths.append(high - low)
+    assert widths[0] / widths[1] == pytest.approx(math.sqrt(5))
 
 
 def test_the_calibration_slope_is_covered_and_the_error_vanishes_where_it_is_1() -> None:

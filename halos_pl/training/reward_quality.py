@@ -74,10 +74,11 @@ class RewardQuality:
 
 
 def _variance(values: Tensor, prompt: Tensor) -> float:
-    """Variance of the mean of ``values`` [n], whose deviations are summed by prompt."""
+    """Variance of the mean of ``values`` [n], whose deviations are summed by prompt; 0 if it is only rounding."""
     sums = torch.zeros(int(prompt.max()) + 1, dtype=torch.float64).index_add(0, prompt, values - values.mean())
     number = len(prompt.unique())
-    return float(sums.square().sum()) / len(values) ** 2 * number / max(number - 1, 1)
+    variance = float(sums.square().sum()) / len(values) ** 2 * number / max(number - 1, 1)
+    return variance if variance > 1e-24 * float(values.square().mean()) else 0.0
 
 
 def _interval(share: float, variance: float, number: int) -> tuple[float, float]:
@@ -105,7 +106,7 @@ def _calibration_slope(margin: Tensor, prompt: Tensor) -> list[float]:
     """The factor by which margins should be multiplied to be log-odds, with its interval (Cox 1958).
 
     It maximizes the likelihood of the preferences. It has no finite value, and the list is empty, if all pairs are
-    ranked right, or all wrong.
+    ranked right, or all wrong. If the prompts do not vary, the interval is that of the likelihood with one pair each.
     """
     if bool((margin >= 0).all()) or bool((margin <= 0).all()):
         return []
@@ -118,8 +119,9 @@ def _calibration_slope(margin: Tensor, prompt: Tensor) -> list[float]:
             break
     wrong = torch.from_numpy(expit(-slope * values))
     unit = torch.from_numpy(values)
-    curvature = float((wrong * (1 - wrong) * unit.square()).mean())
-    error = math.sqrt(_variance(wrong * unit, prompt)) / max(curvature, 1e-300)
+    curvature = max(float((wrong * (1 - wrong) * unit.square()).mean()), 1e-300)
+    variance = _variance(wrong * unit, prompt) or curvature / len(prompt.unique())
+    error = math.sqrt(variance) / curvature
     return [(slope + z * error) / float(margin.abs().mean()) for z in (0.0, -_Z, _Z)]
 
 
