@@ -122,11 +122,11 @@ class RewardLabeller:
         RewardModel.check(self.name)
 
     def load(self) -> dict[str, Any]:
-        from halos_pl.policy.identity import model_fingerprint
+        from halos_pl.policy.identity import identity
         from halos_pl.policy.reward_model import RewardModel
 
         self._model = RewardModel.load(self.name, batch_size=self._batch_size, text_prompts=self._text_prompts)
-        return {"model": model_fingerprint(self._model.model)}
+        return identity(self._model.model, self._model.tokenizer)
 
     def announce(self, groups: Sequence[Group]) -> None:
         rows, finished, names = _rows(groups)

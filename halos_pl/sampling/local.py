@@ -11,7 +11,7 @@ from halos_pl.data.prompt_files import SAME_TOKENS, PromptRow
 from halos_pl.data.tokenize import Encoder
 from halos_pl.data.turns import stop_ids
 from halos_pl.policy.drawing import Decoding, Drawn, draw, plan_batches
-from halos_pl.policy.identity import model_fingerprint
+from halos_pl.policy.identity import identity
 from halos_pl.policy.limits import check_prompts
 from halos_pl.policy.sampled_text import sampled_texts
 from halos_pl.policy.sampling import as_samples, encode_prompts
@@ -61,7 +61,7 @@ class TransformersEngine:
     def load(self) -> dict[str, Any]:
         self._model = self.named.load()
         check_prompts(self._model, self.tokenizer, self._encoded, self._names, self.sampling.max_new_tokens)
-        return {"model": model_fingerprint(self._model)}
+        return identity(self._model, self.tokenizer)
 
     def sample(self, done: Collection[int]) -> Iterator[tuple[int, list[Sampled]]]:
         model, n = self._model, self.sampling.n
