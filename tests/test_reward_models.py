@@ -216,6 +216,7 @@ def test_reference_points_that_compare_prompts_are_warned_of() -> None:
     assert "Zero" in warning
     assert "Centring" in warning
     assert needs_centring(Sum([thumbs(Zero()), Centring()])) is None
+    assert needs_centring(Sum([thumbs(Zero()), Centring(weight=0.0)])) == warning, "it has no effect"
 
 
 # -- TRL ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal
@@ -147,13 +148,13 @@ class Centring(Objective):
         weight: Factor of the term; 0.01 in the paper and in TRL's examples.
 
     Raises:
-        ValueError: if ``weight`` is negative; when called: the rows have no scalars.
+        ValueError: if ``weight`` is negative or not finite; when called: the rows have no scalars.
     """
 
     def __init__(self, *, weight: float = 0.01) -> None:
         super().__init__()
-        if not weight >= 0:
-            raise ValueError(f"Centring: weight is {weight}; it must be at least 0")
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"Centring: weight is {weight}; it must be 0 or a positive number")
         self.weight = float(weight)
 
     @property

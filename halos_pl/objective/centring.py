@@ -11,7 +11,7 @@ def needs_centring(objective: Objective) -> str | None:
 
     A reference point that compares prompts reads the part of the reward that preferences leave open.
     """
-    if any(isinstance(module, Centring) for module in objective.modules()):
+    if any(isinstance(module, Centring) and module.weight > 0 for module in objective.modules()):
         return None
     for term in objective.modules():
         if isinstance(term, HALO) and term.reward.needs.scalar and not term.reference_point.within_prompt:
@@ -19,6 +19,6 @@ def needs_centring(objective: Objective) -> str | None:
             return (
                 f"preferences determine the reward {reward} only up to a function of the prompt, but the reference"
                 f" point {reference_point} compares different prompts; add {{class_path: Centring}} to"
-                " model.extra_terms, or choose PairedCompletion"
+                " model.extra_terms, with a weight above 0, or choose PairedCompletion"
             )
     return None
