@@ -126,6 +126,7 @@ def evaluate(
     from halos_pl.evaluation.judging import judged_by
     from halos_pl.evaluation.measurement import Task, measure, output_folder, with_chat_template
     from halos_pl.evaluation.win_rates import win_rates_of
+    from halos_pl.policy.spec import ModelError
     from halos_pl.provenance import provenance
     from halos_pl.tasks.options import benchmarks_of
     from halos_pl.training.checkpoint_reading import step_of
@@ -156,7 +157,11 @@ def evaluate(
     if win_rates:
         rows = rows or win_rates.rows(text["text_prompts"])
         if win_rates.against and not win_rates.is_column(rows):
-            opponent = named_model(win_rates.against)
+            try:
+                opponent = named_model(win_rates.against)
+            except ModelError as error:
+                columns = ", ".join(sorted(rows[0].columns))
+                raise DataError(f"{error}; it is no column of the prompts either: {columns} (--against)") from error
         elif win_rates.compares and not win_rates.against and not compared and not named.run:
             raise DataError(f"--win_rate {win_rate} compares two answers; name those to compare with in --against")
     if rows:
@@ -234,7 +239,9 @@ def _print_values(
         lacking = dict.fromkeys(needs[METRICS[name].unit == "pairs"] for name in missing)
         print(f"halos: skipped, as the held-out data lack {' and '.join(lacking)}: {', '.join(missing)}")
     for name, by_example in values.items():
-        line = f"halos: {name} {fmean(by_example.values()):.4g}"
+        line, number = f"halos: {name} {fmean(by_example.values()):.4g}", len(by_example)
         if name in before:
+            if len(before[name]) != number:  # a judge may abstain
+                line, number = f"{line} (n = {number})", len(before[name])
             line += f", before training {fmean(before[name].values()):.4g}"
-        print(f"{line} (n = {counted(len(by_example), metric_of(name).counted)})")
+        print(f"{line} (n = {counted(number, metric_of(name).counted)})")
