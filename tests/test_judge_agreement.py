@@ -14,6 +14,8 @@ from run_halos import write_jsonl
 
 from halos_pl.cli.main import main
 from halos_pl.data.example import DataError
+from halos_pl.data.prompt_files import prompt_row
+from halos_pl.evaluation.win_rates import column_answers
 from halos_pl.judge.human_labels import ORDER, read_labels
 from halos_pl.judge.simulated import SimulatedJudge
 
@@ -69,6 +71,20 @@ def test_wrong_labels_are_named(row: dict[str, Any], arguments: dict[str, Any], 
 def test_a_label_may_be_a_number_or_text(label: Any, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "x.jsonl", [{"p": "Why?", "a": "1", "b": "2", "by": label}])
     assert [*read_labels(path, ["p"], ["a", "b"], ["by"]).labels["by"].values()] == [-1]
+
+
+def test_answers_of_messages_are_shown_as_an_evaluation_shows_them(tmp_path: Path) -> None:
+    """Their content alone; and rows of the same prompt are one example."""
+    asked = [{"role": "user", "content": "Why?"}]
+    row = {"p": asked, "a": [*asked, {"role": "assistant", "content": "No"}], "b": "Yes"}
+    path = write_jsonl(tmp_path / "x.jsonl", [row, {**row, "a": "Maybe"}, {**row, "p": "How?"}])
+    pairs = read_labels(path, ["p"], ["a", "b"], []).pairs
+    assert [(pair.prompt, pair.answer, pair.other) for pair in pairs[:2]] == [
+        ("Why?", "No", "Yes"),
+        ("Why?", "Maybe", "Yes"),
+    ]
+    assert [pair.example for pair in pairs] == [pairs[0].name, pairs[0].name, pairs[2].name]
+    assert column_answers([prompt_row({"prompt": "Why?", **row}, "x:1", "chat")], "a") == [pairs[0].answer]
 
 
 def test_the_command_recovers_a_simulated_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -197,6 +197,22 @@ def test_kappas_are_those_of_statsmodels(rows: list[tuple[int, int, int]]) -> No
         assert fleiss_kappa(rows).value == pytest.approx(inter_rater.fleiss_kappa(counts), abs=1e-9)
 
 
+def test_repeated_rows_of_a_prompt_say_no_more_than_one() -> None:
+    rng = np.random.default_rng(0)
+    shown, truth = rng.choice([0.0, 0.5, 1.0], (40, 2)), rng.integers(-1, 2, 40)
+    votes = [[int(v) for v in np.where(rng.random(3) < 0.6, label, rng.integers(-1, 2, 3))] for label in truth]
+
+    def figures(times: int) -> list[tuple[float, ...]]:
+        pairs = [JudgedPair(f"{i}.{k}", *shown[i], example=f"{i}") for i in range(40) for k in range(times)]
+        report = agreement(pairs, {pair.name: int(truth[int(pair.example)]) for pair in pairs}, "x")
+        kappa = fleiss_kappa([votes[int(pair.example)] for pair in pairs], [pair.example for pair in pairs])
+        found = (report.accuracy, report.without_position, report.same_label, report.kappa, kappa)
+        return [(each.value, each.error, each.low, each.high, each.n) for each in found]
+
+    for once, thrice in zip(figures(1), figures(3), strict=True):
+        assert thrice == pytest.approx(once)
+
+
 def test_the_interval_of_fleiss_kappa_holds_the_truth() -> None:
     """Three raters that copy a common label with probability 0.7 and otherwise draw one."""
     rng = np.random.default_rng(0)

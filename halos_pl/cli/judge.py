@@ -132,7 +132,7 @@ def _report(labels: HumanLabels, verdicts: Verdicts, name: str) -> dict[str, Any
         print(f"halos: {row}")
     record = {"judge": figures(report), "agreement": [figures(each) for each in compared]}
     if len(labels.labels) > 1:
-        kappa = fleiss_kappa(people)
+        kappa = fleiss_kappa(people, [pair.example for pair in labels.pairs])
         print(f"halos: people among themselves: Fleiss' kappa {kappa.text(2)} (n = {kappa.n})")
         record["people"] = {"fleiss_kappa": figures(kappa), "without_majority": len(names) - len(by["majority"])}
     return record
@@ -144,7 +144,7 @@ def _table(compared: list[Agreement]) -> list[str]:
     def shown(e: Estimate) -> str:
         return e.text(2) if e.n and e.value == e.value else "unknown"
 
-    head = ("people", "pairs", "accuracy (chance 0.5)", "without position", "same label", "Cohen's kappa (chance 0)")
+    head = ("people", "prompts", "accuracy (chance 0.5)", "without position", "same label", "Cohen's kappa (chance 0)")
     rows = [
         (a.by, f"{a.same_label.n}", shown(a.accuracy), shown(a.without_position), shown(a.same_label), shown(a.kappa))
         for a in compared

@@ -15,7 +15,7 @@ from halos_pl.data.prompts import TextPrompts
 from halos_pl.endpoint.client import Endpoint
 from halos_pl.endpoint.settings import EndpointSettings
 from halos_pl.evaluation.files import TRANSCRIPTS, VERDICTS, WIN_RATE
-from halos_pl.judge.base import Answer, BenchmarkFiles, Judge, Pair
+from halos_pl.judge.base import Answer, BenchmarkFiles, Judge, Pair, answer_of
 from halos_pl.judge.named import named_judge
 from halos_pl.judge.panel import Panel
 from halos_pl.judge.report import figures, grade_figures, grade_line, grades_by_example, win_rate_lines
@@ -272,9 +272,7 @@ def column_answers(rows: Sequence[PromptRow], column: str) -> list[str]:
     """
     answers = []
     for row in rows:
-        value = row.columns[column]
-        if isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant":
-            value = value[-1].get("content")
+        value = answer_of(row.columns[column])
         if not isinstance(value, str):
             raise DataError(f"{row.place}: column '{column}' contains no answer; it takes a text or messages")
         answers.append(value)

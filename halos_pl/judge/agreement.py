@@ -7,52 +7,65 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from halos_pl.judge.estimates import Estimate, linear, mean_of
-from halos_pl.judge.win_rates import JudgedPair, winner
+from halos_pl.judge.win_rates import JudgedPair, means_of, winner
 
 Labels = Sequence[int]
 
 
-def cohens_kappa(first: Labels, second: Labels) -> Estimate:
+def _summed(values: NDArray[np.float64], examples: Sequence[str]) -> NDArray[np.float64]:
+    """Sums of values [n] or [n, k] by example."""
+    kinds, place = np.unique(np.array(examples), return_inverse=True)
+    sums = np.zeros((len(kinds), *values.shape[1:]))
+    np.add.at(sums, place, values)
+    return sums
+
+
+def cohens_kappa(first: Labels, second: Labels, examples: Sequence[str] | None = None) -> Estimate:
     """Cohen's kappa of two raters: their agreement beyond that of independent raters with the same label frequencies.
 
-    The standard error is that of Fleiss, Cohen and Everitt (1969). Kappa is NaN if a rater uses a single label.
+    The standard error is that of Fleiss, Cohen and Everitt (1969), with deviations summed by example. Kappa is NaN if a
+    rater uses a single label.
+
+    Args:
+        first, second: [items] the labels.
+        examples: [items] the example of each item; items of an example are not independent. Default: all are.
 
     Raises:
         ValueError: if the raters did not label the same items.
     """
     if len(first) != len(second):
         raise ValueError(f"{len(first)} and {len(second)} labels; both raters must label the same items")
-    n = len(first)
-    kinds = sorted({*first, *second})
-    if n < 2 or len({*first}) < 2 or len({*second}) < 2:
-        return Estimate(math.nan, math.nan, -1.0, 1.0, n)
-    index = {kind: i for i, kind in enumerate(kinds)}
-    shares: NDArray[np.float64] = np.zeros((len(kinds), len(kinds)))
-    for a, b in zip(first, second, strict=True):
-        shares[index[a], index[b]] += 1 / n
-    rows, columns = shares.sum(axis=1), shares.sum(axis=0)
-    agreed, expected = float(np.trace(shares)), float(rows @ columns)
+    n, examples = len(first), examples or [str(i) for i in range(len(first))]
+    number = len({*examples})
+    if number < 2 or len({*first}) < 2 or len({*second}) < 2:
+        return Estimate(math.nan, math.nan, -1.0, 1.0, number)
+    a, b = np.array(first), np.array(second)
+    kinds = np.unique([a, b])
+    # By item, the share of each rater's labels that equal the label of the other one.
+    of_first = np.array([(a == kind).mean() for kind in kinds])[np.searchsorted(kinds, b)]
+    of_second = np.array([(b == kind).mean() for kind in kinds])[np.searchsorted(kinds, a)]
+    equal = (a == b).astype(np.float64)
+    agreed, expected = float(equal.mean()), float(of_first.mean())
     kappa = (agreed - expected) / (1 - expected)
-    diagonal = np.diag(shares) * (1 - (rows + columns) * (1 - kappa)) ** 2
-    crossed = shares * (columns[:, None] + rows[None, :]) ** 2
-    others = (1 - kappa) ** 2 * (crossed.sum() - np.trace(crossed))
-    variance = diagonal.sum() + others - (kappa - expected * (1 - kappa)) ** 2
-    error = math.sqrt(max(float(variance), 0.0) / n) / (1 - expected)
-    return Estimate(kappa, error, max(kappa - 1.96 * error, -1.0), min(kappa + 1.96 * error, 1.0), n)
+    influence = (equal - agreed - (1 - kappa) * (of_first + of_second - 2 * expected)) / (1 - expected)
+    error = math.sqrt(float((_summed(influence, examples) ** 2).sum())) / n
+    return Estimate(kappa, error, max(kappa - 1.96 * error, -1.0), min(kappa + 1.96 * error, 1.0), number)
 
 
-def fleiss_kappa(ratings: Sequence[Labels]) -> Estimate:
-    """Fleiss' kappa of several raters (1971), with a jackknife interval over items.
+def fleiss_kappa(ratings: Sequence[Labels], examples: Sequence[str] | None = None) -> Estimate:
+    """Fleiss' kappa of several raters (1971), with a jackknife interval over examples.
 
     Args:
         ratings: [items, raters] the labels of each item, from the same number of raters each.
+        examples: as for :func:`cohens_kappa`.
 
     Raises:
         ValueError: if the items have different numbers of labels, or fewer than two.
@@ -61,22 +74,27 @@ def fleiss_kappa(ratings: Sequence[Labels]) -> Estimate:
     if len(sizes) > 1 or min(sizes, default=2) < 2:
         raise ValueError(f"items with {sorted(sizes)} labels; each item needs the same number, at least 2")
     kinds = sorted({label for labels in ratings for label in labels})
-    n = len(ratings)
-    if n < 3 or len(kinds) < 2:
-        return Estimate(math.nan, math.nan, -1.0, 1.0, n)
+    n, examples = len(ratings), examples or [str(i) for i in range(len(ratings))]
+    number = len({*examples})
+    if number < 3 or len(kinds) < 2:
+        return Estimate(math.nan, math.nan, -1.0, 1.0, number)
     raters = sizes.pop()
     counts = np.array([[labels.count(kind) for kind in kinds] for labels in map(list, ratings)], dtype=np.float64)
     agreed = (counts * (counts - 1)).sum(axis=1) / (raters * (raters - 1))
 
-    def kappa(total_agreed: NDArray[np.float64], totals: NDArray[np.float64], items: int) -> NDArray[np.float64]:
-        expected = ((totals / (items * raters)) ** 2).sum(axis=-1)
+    def kappa(total_agreed: Any, totals: NDArray[np.float64], items: Any) -> NDArray[np.float64]:
+        expected = ((totals / (np.asarray(items)[..., None] * raters)) ** 2).sum(axis=-1)
         value: NDArray[np.float64] = (total_agreed / items - expected) / (1 - expected)
         return value
 
     with np.errstate(invalid="ignore", divide="ignore"):
         value = float(kappa(agreed.sum(), counts.sum(axis=0), n))
-        without = kappa(agreed.sum() - agreed, counts.sum(axis=0) - counts, n - 1)
-    return linear(value, (n - 1) * (without.mean() - without), -1.0, 1.0)
+        without = kappa(
+            agreed.sum() - _summed(agreed, examples),
+            counts.sum(axis=0) - _summed(counts, examples),
+            n - _summed(np.ones(n), examples),
+        )
+    return linear(value, (number - 1) * (without.mean() - without), -1.0, 1.0)
 
 
 def majority(labels: Labels) -> int | None:
@@ -109,6 +127,8 @@ class Agreement:
 def agreement(pairs: Sequence[JudgedPair], labels: Mapping[str, int], by: str) -> Agreement:
     """A judge's agreement with a person's labels, over the pairs with verdicts in both orders and a label.
 
+    Pairs of the same example are not independent: shares are means over examples, and kappa's error is one over them.
+
     Pairs of equal answers are left out, as the judge is not asked about them.
     """
     asked = [pair for pair in pairs if not pair.identical]
@@ -118,11 +138,20 @@ def agreement(pairs: Sequence[JudgedPair], labels: Mapping[str, int], by: str) -
     given = [labels[pair.name] for pair in judged]
     return Agreement(
         by=by,
-        accuracy=mean_of([_agreed(pair, labels) for pair in decided]),
+        accuracy=_mean((pair, _agreed(pair, labels)) for pair in decided),
         without_position=_without_position(decided, labels),
-        same_label=mean_of([float(a == b) for a, b in zip(combined, given, strict=True)]),
-        kappa=cohens_kappa(combined, given),
+        same_label=_mean((pair, float(a == b)) for pair, a, b in zip(judged, combined, given, strict=True)),
+        kappa=cohens_kappa(combined, given, _examples(judged)),
     )
+
+
+def _mean(values: Iterable[tuple[JudgedPair, float]]) -> Estimate:
+    """The mean over examples."""
+    return mean_of(list(means_of(values).values()))
+
+
+def _examples(pairs: Sequence[JudgedPair]) -> list[str]:
+    return [pair.example or pair.name for pair in pairs]
 
 
 def _agreed(pair: JudgedPair, labels: Mapping[str, int]) -> float:
@@ -136,11 +165,13 @@ def _without_position(pairs: Sequence[JudgedPair], labels: Mapping[str, int]) ->
     agreed = np.array([_agreed(pair, labels) for pair in pairs])
     both = [(p.shown_first, p.shown_second) for p in pairs]
     biases = np.array([first - second for first, second in both if first is not None and second is not None])
-    if len(agreed) < 2:
-        return Estimate(math.nan, math.nan, 0.0, 1.0, len(agreed))
+    examples = _examples(pairs)
+    number = len({*examples})
+    if number < 2:
+        return Estimate(math.nan, math.nan, 0.0, 1.0, number)
     bias, above = float(biases.mean()), float(agreed.mean()) - 0.5
     rest = 1 - abs(bias)
     if rest < 1e-9:  # every verdict follows the position
-        return Estimate(math.nan, math.nan, 0.0, 1.0, len(agreed))
+        return Estimate(math.nan, math.nan, 0.0, 1.0, number)
     influence = (agreed - agreed.mean()) / rest + above * np.sign(bias) * (biases - bias) / rest**2
-    return linear(0.5 + above / rest, influence, 0.0, 1.0)
+    return linear(0.5 + above / rest, _summed(influence, examples) * number / len(pairs), 0.0, 1.0)

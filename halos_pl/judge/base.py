@@ -164,6 +164,13 @@ def text_of(prompt: Prompt) -> str:
     return "\n\n".join(f"{message['role'].capitalize()}: {message.get('content') or ''}" for message in prompt)
 
 
+def answer_of(value: Any) -> Any:
+    """The answer in a column: of a conversation that ends with one, its content; any other value as it is."""
+    if isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant":
+        return value[-1].get("content")
+    return value
+
+
 def values_of(item: Pair | Answer, swapped: bool) -> dict[str, Any]:
     """The values for a prompt: the row's columns, ``question``, and ``answer_a`` and ``answer_b``, or ``answer``."""
     values = {**item.columns, "question": text_of(item.prompt)}

@@ -12,7 +12,7 @@ from typing import Any
 from halos_pl.data.example import DataError, Fault, short
 from halos_pl.data.formats import rows
 from halos_pl.data.source import Source
-from halos_pl.judge.base import Pair, text_of
+from halos_pl.judge.base import Pair, answer_of, text_of
 
 #: The winner by what a person wrote: the number of the answer, or 0 for a tie.
 WINNERS = {0: 0, 1: 1, 2: -1}
@@ -67,15 +67,16 @@ def read_labels(
         raise DataError(f"limit is {limit}; it must be at least 1")
     pairs: list[Pair] = []
     labels: dict[str, dict[str, int]] = {name: {} for name in annotators or (ORDER,)}
+    example: dict[str, str] = {}  # the first row with a prompt
     for line, row in rows(Source(path)):
         if isinstance(row, Fault):
             raise DataError(str(row))
         place, name = f"{path}:{line}", f"{Path(path).name}:{line}"
-        parts = [_text(row, column, place) for column in prompt]
-        first, second = (_text(row, column, place) for column in answers)
+        question = "\n\n".join(filter(None, (_text(row.get(column), row, column, place) for column in prompt)))
+        first, second = (_text(answer_of(row.get(column)), row, column, place) for column in answers)
         used = {*prompt, *answers, *annotators}
         columns = {key: value for key, value in row.items() if key not in used}
-        pairs.append(Pair(name, "\n\n".join(filter(None, parts)), first, second, columns))
+        pairs.append(Pair(name, question, first, second, columns, example.setdefault(question, name)))
         for annotator in annotators:
             labels[annotator][name] = _winner(row, annotator, place)
         if not annotators:
@@ -105,13 +106,12 @@ def _winner(row: dict[str, Any], column: str, place: str) -> int:
     return WINNERS[int(number)]
 
 
-def _text(row: dict[str, Any], column: str, place: str) -> str:
-    """A column as text: numbers and truth values, too, as in files whose answers were parsed; of messages, all of them.
+def _text(value: Any, row: dict[str, Any], column: str, place: str) -> str:
+    """A column's value as text: numbers and truth values, too, as in files whose answers were parsed; of messages, all.
 
     Raises:
         DataError: naming the row and the column.
     """
-    value = row.get(column)
     if isinstance(value, list) and all(isinstance(each, dict) and "role" in each for each in value):
         return text_of(value)
     if not isinstance(value, str | int | float):

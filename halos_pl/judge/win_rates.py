@@ -92,7 +92,7 @@ def winner(preference: float) -> int:
 def win_rate(pairs: Sequence[JudgedPair]) -> WinRate:
     """The win rate of judged pairs, with ties counted half."""
     judged = [(pair, pair.preference) for pair in pairs if pair.preference is not None]
-    preferences = _means(judged)
+    preferences = means_of(judged)
     winners = [winner(value) for _, value in judged]
     asked = [pair for pair in pairs if not pair.identical]
     return WinRate(
@@ -115,11 +115,11 @@ def win_rate(pairs: Sequence[JudgedPair]) -> WinRate:
 
 def _rate_if(pairs: Sequence[JudgedPair], left_out: float) -> float:
     """The win rate if the preference in each pair left out were ``left_out``; that itself without pairs."""
-    means = _means((pair, left_out if pair.preference is None else pair.preference) for pair in pairs)
+    means = means_of((pair, left_out if pair.preference is None else pair.preference) for pair in pairs)
     return sum(means.values()) / len(means) if means else left_out
 
 
-def _means(values: Iterable[tuple[JudgedPair, float]]) -> dict[str, float]:
+def means_of(values: Iterable[tuple[JudgedPair, float]]) -> dict[str, float]:
     """The mean value of each example."""
     by_example: dict[str, list[float]] = defaultdict(list)
     for pair, value in values:
@@ -138,13 +138,13 @@ def _both(pairs: Iterable[JudgedPair]) -> list[tuple[JudgedPair, float, float]]:
 
 def position_bias(pairs: Iterable[JudgedPair]) -> Estimate:
     """Probability of preferring the first position minus that of the second, over pairs judged in both orders."""
-    return mean_of(list(_means((pair, first - second) for pair, first, second in _both(pairs)).values()), -1.0, 1.0)
+    return mean_of(list(means_of((pair, first - second) for pair, first, second in _both(pairs)).values()), -1.0, 1.0)
 
 
 def follows_position(pairs: Iterable[JudgedPair]) -> Estimate:
     """Share of pairs whose two verdicts prefer the same position, over pairs without a tie in either order."""
     winners = [(pair, winner(first), winner(second)) for pair, first, second in _both(pairs)]
-    shares = _means((pair, float(first != second)) for pair, first, second in winners if first and second)
+    shares = means_of((pair, float(first != second)) for pair, first, second in winners if first and second)
     return mean_of(list(shares.values()))
 
 
@@ -157,7 +157,7 @@ def consistency(pairs: Iterable[JudgedPair]) -> Estimate:
         for again in repeats
         if first is not None and again is not None
     ]
-    return mean_of(list(_means(equal).values()))
+    return mean_of(list(means_of(equal).values()))
 
 
 def from_alpaca_eval(preference: float) -> float:
