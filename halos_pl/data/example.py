@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,12 @@ def short(value: Any) -> str:
     """A value for a message, in at most 60 printable characters."""
     text = _shorten.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def listed(columns: Iterable[str]) -> str:
+    """Names of columns for a message; of more than eight, the first."""
+    names = [*columns]
+    return ", ".join(map(short, names[:8])) + ", …" * (len(names) > 8)
 
 
 class DataError(ValueError):

@@ -156,6 +156,7 @@ def evaluate(
     opponent = None
     if win_rates:
         rows = rows or win_rates.rows(text["text_prompts"])
+        win_rates.check(rows)
         if win_rates.against and not win_rates.is_column(rows):
             try:
                 opponent = named_model(win_rates.against)

@@ -97,6 +97,17 @@ class WinRates:
                 raise DataError(f"--against {self.against} has no answers to the second questions; name a model")
         return any(have)
 
+    def check(self, rows: Sequence[PromptRow]) -> None:
+        """Refuses rows without a column that the judge's prompt needs.
+
+        Raises:
+            DataError: naming the row and the column.
+        """
+        for row in rows:
+            name, prompt, columns = self._question(row, 0)
+            item = Pair(name, prompt, "", "", columns) if self.compares else Answer(name, prompt, "", columns)
+            self.judge.messages(item)
+
     def second_turns(self, rows: Sequence[PromptRow], answers: Sequence[str]) -> list[PromptRow]:
         """The second turns of conversations, after a model's answers to the first ones."""
         return [

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from halos_pl.data.example import DataError, Prompt
+from halos_pl.data.example import DataError, Prompt, listed
 from halos_pl.endpoint.exchange import Choice
 from halos_pl.judge.estimates import Estimate
 
@@ -135,16 +135,25 @@ class Judge(ABC):
 _PLACE = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
-def filled(template: str, values: Mapping[str, Any], name: str) -> str:
+def filled(template: str, values: Mapping[str, Any], name: str, place: str) -> str:
     """The template with each ``{key}`` replaced by its value; text in the values is not replaced again.
 
+    Args:
+        template: a prompt of the judge.
+        values: the values by key.
+        name: name of the example, for errors.
+        place: file of the template, for errors.
+
     Raises:
-        DataError: naming the example and the key, if a value is missing.
+        DataError: naming the example, the file and the key, if a value is missing.
     """
 
     def value(match: re.Match[str]) -> str:
-        if match[1] not in values or values[match[1]] is None:
-            raise DataError(f"{name}: the judge's prompt needs the column '{match[1]}'; add it, or change the prompt")
+        if values.get(match[1]) is None:
+            why = "is null" if match[1] in values else f"is not there (there are {listed(values)})"
+            raise DataError(
+                f"{name}: the prompt in {place} needs the column '{match[1]}', which {why}; add it or change the prompt"
+            )
         return str(values[match[1]])
 
     return _PLACE.sub(value, template)

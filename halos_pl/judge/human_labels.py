@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halos_pl.data.example import DataError, Fault, short
+from halos_pl.data.example import DataError, Fault, listed, short
 from halos_pl.data.formats import rows
 from halos_pl.data.source import Source
 from halos_pl.judge.base import Pair, answer_of, text_of
@@ -71,6 +71,8 @@ def read_labels(
     for line, row in rows(Source(path)):
         if isinstance(row, Fault):
             raise DataError(str(row))
+        if lacking := [column for column in (*prompt, *answers, *annotators) if column not in row]:
+            raise DataError(f"{path}:{line}: there is no column '{lacking[0]}'; the columns are {listed(row)}")
         place, name = f"{path}:{line}", f"{Path(path).name}:{line}"
         question = "\n\n".join(filter(None, (_text(row.get(column), row, column, place) for column in prompt)))
         first, second = (_text(answer_of(row.get(column)), row, column, place) for column in answers)
@@ -115,6 +117,5 @@ def _text(value: Any, row: dict[str, Any], column: str, place: str) -> str:
     if isinstance(value, list) and all(isinstance(each, dict) and "role" in each for each in value):
         return text_of(value)
     if not isinstance(value, str | int | float):
-        has = ", ".join(map(short, list(row)[:8]))
-        raise DataError(f"{place}: column '{column}' contains {short(value)}, no text or messages (columns: {has})")
+        raise DataError(f"{place}: column '{column}' contains {short(value)}, no text or messages")
     return str(value)

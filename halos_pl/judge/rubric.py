@@ -30,12 +30,14 @@ class Rubric(Judge):
         choices: the words of a comparison's verdict by their meaning: first, second and, optionally, tie.
         scale: the lowest and the highest grade.
         pattern: regular expression whose first group that matches is the verdict.
+        place: the file.
         system: the system message; None for none.
     """
 
     name: str  # type: ignore[misc]
     prompt: str
     pattern: re.Pattern[str]
+    place: str
     choices: dict[str, str] | None = None
     scale: tuple[float, float] | None = None
     system: str | None = None
@@ -49,8 +51,12 @@ class Rubric(Judge):
 
     def messages(self, item: Pair | Answer, swapped: bool = False) -> Messages:
         values = values_of(item, swapped)
-        system = [{"role": "system", "content": filled(self.system, values, item.name)}] if self.system else []
-        return [*system, {"role": "user", "content": filled(self.prompt, values, item.name)}]
+        templates = {"system": self.system, "user": self.prompt}
+        return [
+            {"role": role, "content": filled(text, values, item.name, self.place)}
+            for role, text in templates.items()
+            if text
+        ]
 
     def verdict(self, choice: Choice) -> float | None:
         word = named_in(choice.text, self.pattern)
@@ -113,6 +119,7 @@ class _Reader:
             choices=choices,
             scale=scale,
             pattern=self._pattern(choices),
+            place=str(self.path),
             max_tokens=int(self._number("max_tokens", 1024, least=1)),
             temperature=self._number("temperature", 0.0, least=0),
         )

@@ -32,6 +32,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     rows = [{"prompt": f"question {i}", "gold": i, "chosen": f"answer {i}"} for i in range(5)]
     write_jsonl(home / "prompts.jsonl", rows)
     (home / "rubric.yaml").write_text(RUBRIC)
+    (home / "other.yaml").write_text(RUBRIC.replace("{gold}", "{silver}"))
     return home
 
 
@@ -227,13 +228,14 @@ def test_alpaca_eval_brings_its_questions_and_baseline(home: Path, server: Serve
         (["--endpoint.url=localhost"], "endpoint.url"),
         (["--endpoint.model="], "endpoint.model"),
         (["--against=gold"], "gold"),
+        (["--against=chosen", "--win_rate=HOME/other.yaml"], "other.yaml needs the column 'silver'"),
     ],
 )
 def test_wrong_arguments_are_named_before_anything_is_sampled(
     words: list[str], named: str, home: Path, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        evaluate(home, server, home / "run", *words, f"--out={home}/wrong")
+        evaluate(home, server, home / "run", *(w.replace("HOME", str(home)) for w in words), f"--out={home}/wrong")
     assert ended.value.code
     error = capsys.readouterr().err.strip().splitlines()
     assert named in error[-1]

@@ -108,7 +108,10 @@ class AlpacaEval2(Judge):
     def messages(self, item: Pair | Answer, swapped: bool = False) -> Messages:
         shown = values_of(item, swapped)
         values = {"instruction": shown["question"], "output_1": shown["answer_a"], "output_2": shown["answer_b"]}
-        return [{**message, "content": filled(message["content"], values, item.name)} for message in self.template]
+        return [
+            {**message, "content": filled(message["content"], values, item.name, PROMPT.name)}
+            for message in self.template
+        ]
 
     def verdict(self, choice: Choice) -> float | None:
         top = choice.top_logprobs[0] if choice.top_logprobs else None

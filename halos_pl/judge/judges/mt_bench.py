@@ -114,7 +114,10 @@ class MTBench(Judge):
         template = self.prompts[prompt]
         return [
             {"role": "system", "content": template["system_prompt"]},
-            {"role": "user", "content": filled(template["prompt_template"], values, item.name)},
+            {
+                "role": "user",
+                "content": filled(template["prompt_template"], values, item.name, str(self.folder / PROMPTS)),
+            },
         ]
 
 
