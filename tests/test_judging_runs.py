@@ -159,6 +159,56 @@ def test_log_probs_of_the_names_come_from_the_server(tmp_path: Path) -> None:
         assert len(server.requests) == 4 * running
 
 
+@pytest.fixture
+def alpaca(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """AlpacaEval's judge with another prompt, so that its package is not needed."""
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("<|im_start|>user\n{instruction} m: {output_1} M: {output_2}\n<|im_end|>")
+    monkeypatch.setattr("halos_pl.judge.judges.alpaca_eval.package_file", lambda path: prompt)
+    return "alpaca_eval2"
+
+
+#: What a server says of its tokens: nothing, not the most likely ones, only one of them, and in another spelling.
+NONE: dict[str, Any] = {}
+WITHOUT: dict[str, Any] = {"logprobs": {"content": [{"token": "m", "logprob": -0.5}]}}
+
+
+def top(*names: str) -> dict[str, Any]:
+    most = [{"token": name, "logprob": -0.7} for name in names]
+    return {"logprobs": {"content": [{"token": names[0], "logprob": -0.7, "top_logprobs": most}]}}
+
+
+@pytest.mark.parametrize("fields", [NONE, WITHOUT, top("m"), top(" m", " M")])
+def test_a_verdict_is_not_read_from_the_text_where_log_probs_were_asked_for(
+    fields: dict[str, Any], alpaca: str, tmp_path: Path
+) -> None:
+    """A server that has them later is asked again."""
+    pytest.importorskip("openai")
+    path = tmp_path / "transcripts.jsonl"
+    with serving() as server:
+        server.reply = lambda body: completion("m", **fields)
+
+        def judged(logprobs: bool) -> list[float | None]:
+            endpoint = Endpoint(EndpointSettings(server.url, "gpt", concurrency=1), path)
+            settings = JudgeSettings(again=0, logprobs=logprobs)
+            found = Panel(named_judge(alpaca), endpoint, settings).compare(pairs(3)).pairs
+            return [pair.preference for pair in found]
+
+        with pytest.raises(EndpointError, match=r"judging\.logprobs false"):
+            judged(logprobs=True)
+        assert judged(logprobs=False) == [0.5] * 3
+        if fields != top(" m", " M"):  # these are log-probs, if of no use
+            server.reply = lambda body: completion("m", **top("m", "M"))
+            assert judged(logprobs=True) == [0.5] * 3
+
+
+def test_a_few_replies_without_log_probs_are_failures_and_no_verdicts(alpaca: str) -> None:
+    good = Choice("m", True, [-0.1], [{"m": -0.1, "M": -2.5}])
+    replies = iter([good, Choice("m", True), Choice("", True), good])
+    report = win_rate(panel(lambda _: next(replies), alpaca, again=0).compare(pairs(2)).pairs)
+    assert (report.failures, report.abstentions, report.left_out) == (1, 1, 2)
+
+
 @pytest.mark.parametrize("settings", [{"again": -1}, {"max_tokens": 0}, {"temperature": -0.1}])
 def test_wrong_settings_are_named(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):

@@ -10,7 +10,15 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from halos_pl.endpoint.exchange import EndpointError, MalformedReply, Reply, Request, UnusableReply, read_reply
+from halos_pl.endpoint.exchange import (
+    EndpointError,
+    MalformedReply,
+    Reply,
+    Request,
+    UnusableReply,
+    lacks_logprobs,
+    read_reply,
+)
 from halos_pl.endpoint.failures import Failure, connection_failure, redactor, status_failure
 from halos_pl.endpoint.pace import Pace, backoff
 from halos_pl.endpoint.settings import EndpointSettings
@@ -153,7 +161,8 @@ class Endpoint:
             outcome: Reply | BaseException
             try:
                 outcome = self._ask(request, stop)
-                if isinstance(outcome, Reply):
+                # A reply without the log-probs that were asked for is not kept: the server may give them later.
+                if isinstance(outcome, Reply) and not lacks_logprobs(request, outcome):
                     outcome = self._transcripts.add(key, self.settings.model, request, outcome)
             except BaseException as error:  # raised again where the outcomes are read
                 outcome = error

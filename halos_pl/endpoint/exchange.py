@@ -86,6 +86,19 @@ class Reply:
     reused: bool = False
 
 
+def lacks_logprobs(request: Request, reply: Reply) -> bool:
+    """Whether a completion comes without the log-probs that were asked for, as from servers that give none.
+
+    One most likely token instead of several is none: it does not tell how likely the others are.
+    """
+
+    def lacking(choice: Choice) -> bool:
+        fewest = min(map(len, choice.top_logprobs or ()), default=0)
+        return (request.logprobs and choice.logprobs is None) or fewest < min(request.top_logprobs, 2)
+
+    return any(choice.text and lacking(choice) for choice in reply.choices)
+
+
 class EndpointError(OSError):
     """A request without a usable reply, or an endpoint that cannot be used.
 

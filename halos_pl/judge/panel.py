@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from halos_pl.common.messages import counted as number_of
 from halos_pl.common.messages import plain
 from halos_pl.common.progress import counted
-from halos_pl.data.example import DataError
+from halos_pl.data.example import DataError, short
 from halos_pl.endpoint.client import Endpoint
-from halos_pl.endpoint.exchange import Choice, EndpointError, Request, sent_again
+from halos_pl.endpoint.exchange import Choice, EndpointError, Reply, Request, lacks_logprobs, sent_again
 from halos_pl.endpoint.usage import estimate
 from halos_pl.judge.base import Answer, Judge, Pair
 from halos_pl.judge.settings import JudgeSettings
@@ -205,7 +205,7 @@ class Panel:
         requests = [each.request for each in asked]
         replies: dict[int, tuple[float | None, Choice]] = {}
         errors: dict[int, EndpointError] = {}
-        for number, outcome in _with_progress(self.endpoint.complete(requests), len(requests)):
+        for number, outcome in _with_progress(self._outcomes(requests), len(requests)):
             if isinstance(outcome, EndpointError):
                 errors[number] = outcome
             else:
@@ -219,6 +219,36 @@ class Panel:
         if line := _without_verdict([choice for verdict, choice in replies.values() if verdict is None]):
             print(f"halos: {line}")
         return [(asked[i], *replies[i]) for i in sorted(replies)], [errors[i] for i in sorted(errors)]
+
+    def _outcomes(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply | EndpointError]]:
+        """The number and the outcome of each request; an error for a reply that lacks log-probs which it needs.
+
+        Raises:
+            EndpointError: if the first reply has no log-probs: the others would cost, and fail.
+        """
+        given = False
+        for number, outcome in self.endpoint.complete(requests):
+            checked = outcome if isinstance(outcome, EndpointError) else self._checked(requests[number], outcome)
+            if isinstance(checked, EndpointError) and checked.fatal and not given:
+                raise checked
+            given = given or isinstance(checked, Reply)
+            yield number, checked
+
+    def _checked(self, request: Request, reply: Reply) -> Reply | EndpointError:
+        """A reply with log-probs only if they were asked for; an error if its verdict needs some that it lacks."""
+        choice = reply.choices[0]
+        text = replace(choice, top_logprobs=None)
+        if not request.top_logprobs:  # some servers give them anyway
+            return replace(reply, choices=[text])
+        none = lacks_logprobs(request, reply)
+        if not none and (self.judge.verdict(choice) is not None or self.judge.verdict(text) is None):
+            return reply
+        what = "has no log-probs" if none else f"is {short(choice.text)}, whose log-prob it lacks"
+        why = (
+            f"the reply {what}, and {self.judge.name} reads its verdict from log-probs; use a server with them, or"
+            " (halos evaluate, halos judge) set --judging.logprobs false"
+        )
+        return EndpointError(why, fatal=none, permanent=not none)
 
 
 def _without_verdict(choices: Sequence[Choice]) -> str:

@@ -14,8 +14,8 @@ class JudgeSettings:
         max_tokens: Maximum number of tokens of a reply; default: the judge's own.
         temperature: Sampling temperature of the judge; default: the judge's own.
         seed: Sampling seed that is sent to the endpoint; default: none.
-        logprobs: Whether to ask for log-probs if the judge reads its verdict from them. Some servers have none; the
-            verdict is then read from the text.
+        logprobs: Whether to ask for log-probs if the judge reads its verdict from them. With false, for servers that
+            have none, the verdict is read from the text.
         transcripts: File of all requests and replies, which later runs reuse by content; default: transcripts.jsonl in
             the output folder.
 
