@@ -135,7 +135,7 @@ def test_answers_are_paired_by_prompt_wherever_it_is(tmp_path: Path, capsys: pyt
     (line,) = said(capsys, one, other)
     assert "difference +0.25 [+0.25, +0.25], significant" in line
     assert "n = 9" in line
-    assert "1 examples that only one has" in line
+    assert "1 example that only one has" in line
 
 
 def test_the_value_of_a_prompt_does_not_depend_on_other_prompts(

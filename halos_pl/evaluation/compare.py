@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from halos_pl.common.messages import plain
+from halos_pl.common.messages import counted, plain
 from halos_pl.data.example import DataError
 from halos_pl.evaluation.files import ANSWERS, FILE, MEASURED, measured_how, read_object
 from halos_pl.evaluation.metrics import METRICS, metric_of
@@ -58,7 +58,8 @@ def compare(first: str, second: str) -> None:
         raise DataError(f"{first} and {second} have no example in common on any metric that has a better direction")
     for each in results:
         lost = len(one[each.metric].keys() ^ other[each.metric].keys())
-        print(plain(each.line(first, second)) + (f"; {lost} examples that only one has are left out" if lost else ""))
+        left_out = f"; left out: {counted(lost, 'example')} that only one has" if lost else ""
+        print(plain(each.line(first, second)) + left_out)
 
 
 def _scores(folder: Path) -> Values:

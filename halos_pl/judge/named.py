@@ -60,5 +60,5 @@ def _rubric(name: str) -> Judge:
     if (_FOLDER / f"{name}.yaml").is_file():
         return read_rubric(_FOLDER / f"{name}.yaml")
     near = difflib.get_close_matches(name, judge_names(), n=1)
-    guess = f"did you mean {near[0]}? " if near else ""
-    raise JudgeError(f"no judge is called {name!r}; {guess}There are {', '.join(judge_names())}, and YAML files")
+    guess = f"did you mean {near[0]}?" if near else f"there are {', '.join(judge_names())}, and YAML files"
+    raise JudgeError(f"no judge is called {name!r}; {guess}")

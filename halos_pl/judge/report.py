@@ -13,7 +13,7 @@ from halos_pl.judge.panel import Grades
 from halos_pl.judge.win_rates import WinRate
 
 #: Causes of a missing grade.
-LOST = {"abstentions": "replies that name none", "failures": "failed requests"}
+LOST = {"abstentions": "replies that name none, or several", "failures": "failed requests"}
 
 
 def figures(report: Any) -> dict[str, Any]:
@@ -39,7 +39,8 @@ def win_rate_lines(report: WinRate, name: str) -> list[str]:
         counts += f"; {report.identical} with equal answers" if report.identical else ""
         number = report.wins + report.ties + report.losses
         n = f"{rate.n}" if number == rate.n else f"{counted(rate.n, 'example')} of {counted(number, 'pair')}"
-        lines = [f"{name}: win rate {rate.text()}, standard error {rate.error:.3f} (n = {n}: {counts})"]
+        error = "unknown" if math.isnan(rate.error) else f"{rate.error:.3f}"
+        lines = [f"{name}: win rate {rate.text()}, standard error {error} (n = {n}: {counts})"]
     return lines + judge_lines(report, name)
 
 
@@ -47,7 +48,7 @@ def judge_lines(report: WinRate, name: str) -> list[str]:
     """The pairs left out, and the judge's biases, one line each."""
     lines = []
     if report.left_out:
-        causes = [f"{counted(report.abstentions, 'reply').replace('replys', 'replies')} named neither answer"]
+        causes = [f"{counted(report.abstentions, 'reply').replace('replys', 'replies')} named neither answer, or both"]
         causes += [f"{counted(report.failures, 'request')} failed"] * bool(report.failures)
         low, high = report.bounds
         lines.append(
