@@ -6,6 +6,7 @@ import inspect
 import json
 import shutil
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -119,7 +120,15 @@ def evaluate(
         out: folder for evaluation.json, held_out.jsonl, answers.jsonl, win_rate.json, verdicts.jsonl and lm-eval's
             files; default: the run's folder, or one below runs/evaluated for other models.
     """
-    # Imported here: they load torch and transformers, for which --help should not wait.
+    from halos_pl.tasks.names import check_names
+    from halos_pl.tasks.options import benchmarks_of
+
+    held_out = [held_out] if isinstance(held_out, str | dict) else held_out
+    arguments = {name: value for name, value in locals().items() if name in ARGUMENTS}
+    benchmarks = benchmarks_of(arguments)
+    if benchmarks and not include_path:
+        check_names(benchmarks.tasks)
+    # Imported here: they load torch and transformers, for which --help and the checks above should not wait.
     from halos_pl.data.example import DataError
     from halos_pl.data.prompt_files import read_prompt_rows, say_convention
     from halos_pl.evaluation.arguments import check_arguments, inputs_of, measuring
@@ -128,16 +137,12 @@ def evaluate(
     from halos_pl.evaluation.win_rates import win_rates_of
     from halos_pl.policy.spec import ModelError
     from halos_pl.provenance import provenance
-    from halos_pl.tasks.options import benchmarks_of
     from halos_pl.training.checkpoint_reading import step_of
     from halos_pl.training.named_model import named_model
 
-    held_out = [held_out] if isinstance(held_out, str | dict) else held_out
-    arguments = {name: value for name, value in locals().items() if name in ARGUMENTS}
     check_arguments(**arguments)
     win_rates = win_rates_of(**arguments)
     functions = {name: judged_by(place, name) for name, place in (("rule", rule), ("judge", judge)) if place}
-    benchmarks = benchmarks_of(arguments)
     if prompts:  # report faults of this file before a model is loaded
         read_prompt_rows(Path(prompts), text_prompts or "chat", prompt_column)
     named = named_model(model, ckpt_path, chat_template)
@@ -176,6 +181,7 @@ def evaluate(
 
         prepared = prepare(named, benchmarks, text["text_prompts"], batch_size, seed)
         how["tasks"] = prepared.record
+        how["by"]["versions"]["lm_eval"] = version("lm_eval")
     sampling = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,

@@ -3,7 +3,8 @@
 A question is in the data if 13 consecutive words of it are (Brown et al. 2020, "Language Models are Few-Shot Learners",
 appendix C), ignoring case and punctuation. Words that more than ten questions of a benchmark share are its own
 boilerplate and do not count; questions of fewer than 13 words cannot be found. Words that up to ten questions share
-count for each of them: which of these the data contain cannot be told from the words.
+count for each of them: which of these the data contain cannot be told from the words. All questions are
+looked for, not only those that a limit drew: whether a benchmark is compared does not depend on the draw.
 """
 
 from __future__ import annotations
@@ -32,23 +33,28 @@ class Overlap:
 
     Attributes:
         name: Name of the benchmark.
-        seen: Number of its drawn questions that are in the data.
-        questions: Number of its drawn questions.
-        example: One of them.
+        seen: Number of its questions that are in the data.
+        questions: Number of its questions.
+        drawn_seen: Number of its drawn questions that are in the data.
+        drawn: Number of its drawn questions.
+        example: One of those in the data.
         place: File and line of that one in the data.
     """
 
     name: str
     seen: int
     questions: int
+    drawn_seen: int
+    drawn: int
     example: str
     place: str
 
     def line(self, run: Path) -> str:
         """One line for the terminal."""
+        part = f"; {self.drawn_seen} of them among the {self.drawn} drawn" if self.drawn < self.questions else ""
         return plain(
             f"halos: {self.name} is not compared: the training data of {run} contain {WORDS} consecutive words of"
-            f" {self.seen} of its {counted(self.questions, 'question')}, such as {self.example} in {self.place}"
+            f" {self.seen} of its {counted(self.questions, 'question')}, such as {self.example} in {self.place}{part}"
         )
 
 
@@ -73,24 +79,27 @@ def texts_of(value: Any) -> Iterator[str]:
 
 
 def questions_by_gram(benchmark: Benchmark) -> dict[int, tuple[str, ...]]:
-    """The drawn questions that contain each 13 consecutive words, without boilerplate."""
+    """The questions that contain each 13 consecutive words, without boilerplate."""
     owners: dict[int, tuple[str, ...]] = {}
-    for leaf, index, doc in benchmark.docs():
+    for leaf, index, doc in benchmark.all_docs():
+        alone = (f"{leaf}/{index}",)
         for gram in set(grams(texts_of(doc))):
             names = owners.get(gram, ())
             if len(names) <= BOILERPLATE:
-                owners[gram] = (*names, f"{leaf}/{index}")
-    return {gram: names for gram, names in owners.items() if len(names) <= BOILERPLATE}
+                owners[gram] = names + alone if names else alone
+    for gram in [gram for gram, names in owners.items() if len(names) > BOILERPLATE]:
+        del owners[gram]
+    return owners
 
 
 def overlaps(run: Path, benchmarks: Sequence[Benchmark]) -> list[Overlap]:
     """The benchmarks whose questions are in a run's training data.
 
-    The data are read as the run's config names them, row by row; memory grows with the questions only.
+    The data are read once, as the run's config names them, row by row; memory grows with the questions only.
 
     Args:
         run: Folder of the run.
-        benchmarks: Benchmarks with their drawn questions.
+        benchmarks: Benchmarks with their questions.
 
     Raises:
         DataError: if the data cannot be read any more.
@@ -103,11 +112,15 @@ def overlaps(run: Path, benchmarks: Sequence[Benchmark]) -> list[Overlap]:
             for of_benchmark, hits in zip(owners, hits_of, strict=True):
                 for question in of_benchmark.get(gram, ()):
                     hits.setdefault(question, place)
-    return [
-        Overlap(benchmark.name, len(hits), benchmark.count, *next(iter(hits.items())))
-        for benchmark, hits in zip(benchmarks, hits_of, strict=True)
-        if hits
-    ]
+    return [_overlap(*each) for each in zip(benchmarks, hits_of, strict=True) if each[1]]
+
+
+def _overlap(benchmark: Benchmark, hits: Mapping[str, str]) -> Overlap:
+    """The questions that were found, by their places in the data."""
+    drawn = {f"{leaf}/{index}" for leaf in benchmark.drawn for index in benchmark.indices(leaf)}
+    example = next((name for name in hits if name in drawn), next(iter(hits)))
+    both = len(drawn.intersection(hits))
+    return Overlap(benchmark.name, len(hits), benchmark.total, both, len(drawn), example, hits[example])
 
 
 def _training_rows(run: Path, train: Any) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
-import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,19 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from halos_pl.common.messages import plain
 from halos_pl.data.example import DataError
 from halos_pl.tasks import raw
 from halos_pl.tasks.humaneval import pass_at_1
 from halos_pl.tasks.ifeval import not_scored, process_results
+from halos_pl.tasks.names import LOCAL, USUAL, YAMLS, folders, home, no_such_task
 from halos_pl.tasks.options import PAPER, PAPER_EACH, Benchmarks, Limit
-
-#: The task files of this package.
-YAMLS = Path(__file__).parent / "yamls"
-#: Ending of the names of groups whose tasks read local files.
-LOCAL = "_local"
-#: Folders of lm-eval that contain the tasks those groups refer to; an index of all its folders takes 20 s.
-USUAL = ("gsm8k", "mmlu", "bbh")
 
 
 @dataclass(frozen=True)
@@ -59,6 +50,12 @@ class Benchmark:
         """Indices of a task's drawn questions."""
         drawn = self.drawn[leaf]
         return list(range(len(self.leaves[leaf].eval_docs))) if drawn is None else drawn
+
+    def all_docs(self) -> Iterator[tuple[str, int, dict[str, Any]]]:
+        """Task, index and row of each question, drawn or not."""
+        for leaf, task in self.leaves.items():
+            for index, row in enumerate(task.eval_docs):
+                yield leaf, index, row
 
     def docs(self) -> Iterator[tuple[str, int, dict[str, Any]]]:
         """Task, index and row of each drawn question."""
@@ -164,53 +161,32 @@ def _check_names(loaded: Iterable[Benchmark], limit: Limit) -> None:
         raise DataError(f"limit names {unknown[0]}, which is not among the tasks {', '.join(sorted(names))}")
 
 
-#: A name in a task file: of a task, group or tag, or of one in a list.
-_NAME = re.compile(
-    r"""^["']?(?:task|group|tag)["']?:\s*["']?([\w.:-]+)["']?\s*$|^\s*-\s*["']?([\w.:-]+)["']?\s*$""", re.M
-)
-
-
-def _folders(home: Path) -> dict[str, str]:
-    """The folder of lm-eval in which the name of a task, group or tag occurs; a search is faster than an index."""
-    folders: dict[str, str] = {}
-    for path in sorted(home.rglob("*.yaml")):
-        for name, member in _NAME.findall(path.read_text(encoding="utf-8", errors="replace")):
-            if name:
-                folders[name] = path.relative_to(home).parts[0]
-            else:
-                folders.setdefault(member, path.relative_to(home).parts[0])
-    return folders
-
-
 class _Index:
     """The tasks that exist: those of this package, of lm-eval and of ``include_path``."""
 
     def __init__(self, benchmarks: Benchmarks) -> None:
-        import lm_eval.tasks
-
         self.benchmarks = benchmarks
         self.local = raw.folder_of(benchmarks.eval_data)
-        self.home = Path(lm_eval.tasks.__file__).parent
         self.manager = self._manager(USUAL)
         self.names = [name for name in self.manager.all_tasks if not name.endswith(LOCAL)]
         others = [name for name in benchmarks.tasks if self._entry(name) is None]
         if others:
-            folders = _folders(self.home)
-            self.names = sorted({*self.names, *folders})
-            if all(name in folders for name in others):
-                self.manager = self._manager((*USUAL, *(folders[name] for name in others)))
+            places = folders()
+            self.names = sorted({*self.names, *places})
+            if all(name in places for name in others):
+                self.manager = self._manager((*USUAL, *(places[name] for name in others)))
                 kinds = [entry.kind.name for name in others if (entry := self._entry(name))]
                 if len(kinds) < len(others) or {*kinds} - {"TASK", "PY_TASK"}:  # a group may refer to other folders
                     self.manager = self._manager(None)
 
-    def _manager(self, folders: tuple[str, ...] | None) -> Any:
+    def _manager(self, some: tuple[str, ...] | None) -> Any:
         """lm-eval's index of some of its folders, or of all, with this package's."""
         import lm_eval.tasks
 
-        paths = [self.home / name for name in dict.fromkeys(folders or ())]
+        paths = [home() / name for name in dict.fromkeys(some or ())]
         paths += [YAMLS, *([Path(self.benchmarks.include_path)] if self.benchmarks.include_path else [])]
         metadata = {"eval_data": str(self.local)} if self.local else {}
-        return lm_eval.tasks.TaskManager(include_path=paths, include_defaults=folders is None, metadata=metadata)
+        return lm_eval.tasks.TaskManager(include_path=paths, include_defaults=some is None, metadata=metadata)
 
     def _entry(self, name: str) -> Any:
         return None if name.endswith(LOCAL) else self.manager.task_index.get(name)
@@ -222,9 +198,7 @@ class _Index:
             DataError: naming similar tasks, or the way out.
         """
         if self._entry(name) is None:
-            near = difflib.get_close_matches(name, self.names, n=4, cutoff=0.6)
-            hint = f"did you mean {' or '.join(near)}?" if near else "python -m lm_eval ls tasks lists all"
-            raise DataError(f"task {plain(name)!r} does not exist; {hint}")
+            raise no_such_task(name, self.names)
         for leaf in self._leaves(name):  # before data are loaded; what overrides these files is checked later
             entry = self.manager.task_index.get(leaf)
             if entry is not None and (entry.cfg or {}).get("unsafe_code"):

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from halos_pl.data.example import DataError
 from halos_pl.policy.loading import load_model
 from halos_pl.tasks.contamination import Overlap, overlaps
 from halos_pl.tasks.kept import digest, run_once
 from halos_pl.tasks.load import Benchmark, load, unscored
-from halos_pl.tasks.options import Benchmarks
+from halos_pl.tasks.options import Benchmarks, check_chat
 from halos_pl.tasks.run import Prompting, Values, check_prompts, described, line_of
 from halos_pl.tasks.sandbox import check_sandbox
 from halos_pl.tasks.unused import without_effect
@@ -108,12 +107,12 @@ def prepare(named: NamedModel, benchmarks: Benchmarks, text_prompts: str, batch_
         DataError: for benchmarks that cannot be loaded, prompts that are too long, an option that no benchmark uses, or
             a machine without a sandbox.
     """
+    chat = benchmarks.chat(text_prompts)
+    if not chat:
+        check_chat(benchmarks)
     if benchmarks.allow_code_execution:
         check_sandbox()
     loaded = load(benchmarks, seed)
-    chat = benchmarks.chat(text_prompts)
-    if benchmarks.fewshot_as_multiturn and not chat:
-        raise DataError("fewshot_as_multiturn needs a chat template; set apply_chat_template to true")
     how = Prompting(chat, benchmarks.multiturn(chat), benchmarks.system, batch_size)
     lines = without_effect(benchmarks, loaded)
     check_prompts(named, loaded, how)

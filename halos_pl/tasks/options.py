@@ -29,7 +29,7 @@ class Benchmarks:
         max_gen_toks: Maximum tokens of an answer; None: as each task sets it.
         apply_chat_template: Whether prompts go through the chat template; None: if text prompts do in training.
         fewshot_as_multiturn: Whether examples are turns of the conversation; None: with a chat template.
-        system: System message.
+        system: System message; needs a chat template.
         include_path: Folder with further task files.
         eval_data: Folder with the published files of benchmarks; None: HALOS_EVAL_DATA, otherwise the hub.
         allow_code_execution: Whether programs of the model may run, in the sandbox.
@@ -59,15 +59,17 @@ class Benchmarks:
         return chat if self.fewshot_as_multiturn is None else self.fewshot_as_multiturn
 
 
+#: Options that need prompts in a chat template.
+NEED_CHAT = ("fewshot_as_multiturn", "system")
 #: Options that belong to benchmarks alone; meaningless without tasks.
 OPTIONS = tuple(field.name for field in fields(Benchmarks) if field.name != "tasks")
 
 
 def task_names(tasks: str | list[str] | None, suite: str | None) -> tuple[str, ...]:
-    """The names in ``tasks``, which may be separated by commas, and those of the suite."""
+    """The names of the suite, and those in ``tasks``, which may be separated by commas."""
     words = tasks.split(",") if isinstance(tasks, str) else tasks or []
     names = [name.strip() for word in words for name in word.split(",") if name.strip()]
-    return tuple(dict.fromkeys([*SUITES.get(suite or "", ()), *names]))
+    return (*SUITES.get(suite or "", ()), *names)
 
 
 def benchmarks_of(arguments: Mapping[str, Any]) -> Benchmarks | None:
@@ -85,9 +87,29 @@ def benchmarks_of(arguments: Mapping[str, Any]) -> Benchmarks | None:
         if useless := [name for name, value in options.items() if value not in (None, False)]:
             raise DataError(f"{useless[0]} needs benchmarks: name --tasks or --suite as well")
         return None
+    if twice := [name for name in names if names.count(name) > 1]:
+        in_suite = suite is not None and twice[0] in SUITES[suite]
+        raise DataError(
+            f"tasks lists {twice[0]}, which is in suite {suite}; leave it out"
+            if in_suite
+            else f"tasks lists {twice[0]} twice; name it once"
+        )
     benchmarks = Benchmarks(names, **options | {"allow_code_execution": bool(options["allow_code_execution"])})
     _check(benchmarks, arguments.get("text_prompts"))
     return benchmarks
+
+
+def check_chat(benchmarks: Benchmarks) -> None:
+    """Refuses options of prompts in a chat template, for prompts that are plain text.
+
+    lm-eval would put a system message directly before the first word of the prompt.
+
+    Raises:
+        DataError: naming the option.
+    """
+    for name in NEED_CHAT:
+        if getattr(benchmarks, name):
+            raise DataError(f"{name} needs a chat template; set apply_chat_template to true")
 
 
 def _check(benchmarks: Benchmarks, text_prompts: str | None) -> None:
@@ -112,8 +134,8 @@ def _check(benchmarks: Benchmarks, text_prompts: str | None) -> None:
         raise DataError(
             f"apply_chat_template {str(chat).lower()} and text_prompts {text_prompts} contradict each other; set one"
         )
-    if benchmarks.fewshot_as_multiturn and (chat is False or text_prompts == "plain"):
-        raise DataError("fewshot_as_multiturn needs a chat template; set apply_chat_template to true")
+    if chat is False or text_prompts == "plain":
+        check_chat(benchmarks)
     for name in ("include_path", "eval_data"):
         folder = getattr(benchmarks, name)
         if folder is not None and not Path(folder).is_dir():

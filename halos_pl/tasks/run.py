@@ -82,7 +82,8 @@ def _check_length(lm: Any, benchmark: Benchmark, leaf: str, task: Any, how: Prom
         with patch("lm_eval.api.task.tqdm", lambda items, **_: items):
             task.build_all_requests(samples=benchmark.drawn[leaf], **options)
     except AssertionError as error:  # more examples than there are
-        raise DataError(f"{leaf}: {' '.join(str(error).split())}; lower num_fewshot") from error
+        why = " ".join(str(error).split()).removeprefix("Error: ").rstrip(".")
+        raise DataError(f"{leaf}: {why}; lower num_fewshot") from error
     long, most, room = 0, 0, 0
     for request in task.instances:
         if request.request_type == "generate_until":

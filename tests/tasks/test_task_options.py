@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import zipfile
-from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +38,7 @@ def _harness(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tasks_and_suite_are_joined() -> None:
     assert benchmarks_of({"tasks": None}) is None
-    benchmarks = benchmarks_of({"tasks": "ifeval, gsm8k_cot", "suite": "paper", "limit": 3})
+    benchmarks = benchmarks_of({"tasks": "ifeval", "suite": "paper", "limit": 3})
     assert benchmarks == Benchmarks((*SUITES["paper"], "ifeval"), limit=3)
 
 
@@ -54,6 +53,10 @@ def test_tasks_and_suite_are_joined() -> None:
         ({"tasks": "mmlu", "max_gen_toks": 0}, "max_gen_toks"),
         ({"tasks": "mmlu", "apply_chat_template": True, "text_prompts": "plain"}, "text_prompts"),
         ({"tasks": "mmlu", "fewshot_as_multiturn": True, "apply_chat_template": False}, "fewshot_as_multiturn"),
+        ({"tasks": "mmlu", "system": "Be brief.", "apply_chat_template": False}, "system"),
+        ({"tasks": "mmlu", "system": "Be brief.", "text_prompts": "plain"}, "system"),
+        ({"tasks": "mmlu,ifeval, mmlu"}, "mmlu twice"),
+        ({"tasks": "ifeval,mmlu", "suite": "paper"}, "mmlu.* suite paper"),
         ({"tasks": "mmlu", "eval_data": "no/such"}, "no/such"),
         ({"tasks": "mmlu,ifeval", "limit": "paper"}, "limit paper has no effect on mmlu, ifeval"),
     ],
@@ -242,12 +245,10 @@ def test_a_fault_in_a_published_file_is_named_with_its_place(
 # -- contamination ----------------------------------------------------------------------------------------------------
 
 
-def benchmark(*questions: str) -> Any:
-    def docs() -> Iterator[tuple[str, int, dict[str, Any]]]:
-        for i, question in enumerate(questions):
-            yield "task", i, {"question": question, "choices": ["yes", "no"]}
-
-    return SimpleNamespace(name="task", count=len(questions), docs=docs)
+def benchmark(*questions: str, drawn: list[int] | None = None) -> Benchmark:
+    rows = [{"question": question, "choices": ["yes", "no"]} for question in questions]
+    task = SimpleNamespace(eval_docs=rows)
+    return Benchmark("task", task, {"task": task}, {"task": drawn})
 
 
 def run_on(folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -266,6 +267,19 @@ def test_thirteen_words_of_a_question_in_the_training_data_are_found(tmp_path: P
     assert (overlap.name, overlap.seen, overlap.questions, overlap.example) == ("task", 1, 3, "task/1")
     assert overlap.place.endswith("train.jsonl:2")
     assert overlaps(run_on(tmp_path, rows[:1]), [benchmark(unseen, seen, short)]) == []
+
+
+@pytest.mark.parametrize(("drawn", "among"), [(None, 2), ([0], 0), ([1, 2], 1), ([1, 3], 2)])
+def test_whether_a_benchmark_was_trained_on_does_not_depend_on_the_draw(
+    tmp_path: Path, drawn: list[int] | None, among: int
+) -> None:
+    questions = [" ".join(f"word{k}of{i}" for k in range(15)) for i in range(4)]
+    rows = [{"prompt": questions[i], "completion": "a", "label": True} for i in (1, 3)]
+    run = run_on(tmp_path, rows)
+    (overlap,) = overlaps(run, [benchmark(*questions, drawn=drawn)])
+    assert (overlap.seen, overlap.questions) == (2, 4)
+    assert (overlap.drawn_seen, overlap.drawn) == (among, len(drawn or questions))
+    assert ("drawn" in overlap.line(run)) is (drawn is not None)
 
 
 def test_what_many_questions_share_does_not_count(tmp_path: Path) -> None:
