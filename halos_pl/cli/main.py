@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from halos_pl.cli.broken_pipe import ending_quietly
 from halos_pl.cli.help_page import TRAINER_COMMANDS, group_page, help_page, unknown_command
-from halos_pl.cli.words import at_home, spelled
+from halos_pl.cli.words import at_home, refuse_repeated_keys, spelled
 from halos_pl.common.import_path import put_last
 from halos_pl.common.messages import plain
 from halos_pl.common.stopping import is_first, listening
@@ -71,6 +71,7 @@ def _dispatch(words: list[str]) -> None:
         from halos_pl.cli.errors import reported
 
         with reported():
+            refuse_repeated_keys(words)
             if words[0] == "plan" and not {"--help", "-h"} & {*words}:
                 run_plan(words[1:])
             elif tool := tool_of(words):

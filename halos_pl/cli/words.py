@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from halos_pl.common.messages import plain
 from halos_pl.common.stopping import is_first
 
 
@@ -30,6 +31,26 @@ def spelled(words: list[str]) -> list[str]:
             print("halos: --checkpoint and --ckpt_path are the same option; give only one", file=sys.stderr)
         raise SystemExit(2)
     return respelled
+
+
+def refuse_repeated_keys(words: list[str]) -> None:
+    """Refuses a mapping in a word, such as ``--limit={mmlu: 5, mmlu: 6}``, that has a key twice.
+
+    Raises:
+        UsageError: naming the option and the key.
+    """
+    option = ""
+    for word in words:
+        name, mark, value = word.partition("=") if word.startswith("-") else (option, "=", word)
+        option = name
+        if not mark or not value.lstrip().startswith(("{", "[")):
+            continue
+        from halos_pl.common.yaml_files import repeated_key  # these take time that --help should not
+
+        if key := repeated_key(value):
+            from halos_pl.cli.errors import UsageError
+
+            raise UsageError(f"halos {words[0]}: error: {plain(f'{name} has the key {key} twice; remove one')}")
 
 
 def at_home(word: str) -> str:

@@ -63,6 +63,19 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], Lines]:
     return content, lines
 
 
+def repeated_key(text: str) -> str | None:
+    """The first key that a mapping in a text has twice, of which YAML would keep the last value; None if there is none.
+
+    A text that is not YAML has none.
+    """
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+        places = [place for place, _ in _places(root)] if root is not None else []
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
+    return next((".".join(place) for i, place in enumerate(places) if place in places[:i]), None)
+
+
 def _kind(content: Any) -> str:
     return "a list" if isinstance(content, list) else f"only {content!r:.60}"
 

@@ -20,7 +20,7 @@ import halos_pl.training.models
 from halos_pl.cli.commands import TOOLS
 from halos_pl.cli.help_page import COMMANDS
 from halos_pl.cli.main import main
-from halos_pl.cli.words import at_home
+from halos_pl.cli.words import at_home, refuse_repeated_keys
 from halos_pl.common.wrong_value import misfit
 from halos_pl.data import FeedbackDataModule
 from halos_pl.objective.build import build_objective
@@ -427,6 +427,18 @@ QUICK_COMMANDS = ("fitt", "nope", "check rows.jsonl")
 def test_a_wrong_command_is_told_in_a_line(command: str, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     line = refused(command.split(), capfd)
     assert all(name in line for name in COMMANDS_WRONG[command]), line
+
+
+@pytest.mark.parametrize("words", [["--limit={a: 2, b: 1, a: 3}"], ["--limit", '[{"b": {"a": 2, "a": 3}}]']])
+def test_a_key_that_a_word_has_twice_is_named(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    line = refused(["evaluate", "model", *words], capfd)
+    assert "--limit" in line
+    assert re.search(r"\ba twice", line), line
+
+
+@pytest.mark.parametrize("words", [["--a={b: 1, c: {b: 2}}"], ["--a=[{b: 1}, {b: 2}]"], ["--text={b: [}"], ["{b", "x"]])
+def test_words_without_such_a_key_pass(words: list[str]) -> None:
+    refuse_repeated_keys(["evaluate", *words])
 
 
 def test_the_home_folder_is_found_where_no_shell_looks_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
