@@ -169,6 +169,39 @@ def test_labels_replace_earlier_ones(folder: Path, capsys: Any) -> None:
     assert "column scores" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("form", ["scored", "binary", "pairs"])
+@pytest.mark.parametrize("one_per_row", [False, True])
+def test_empty_completions_change_nothing_but_their_count(
+    folder: Path, form: str, one_per_row: bool, capsys: Any
+) -> None:
+    """A fit reads the rows, which are those of a file without them; lists that describe completions stay aligned."""
+    file = "single.jsonl" if one_per_row else "s.jsonl"
+    expected = labelled(folder, file=file, form=form)
+    more: list[dict[str, Any]]
+    if one_per_row:
+        first, second = SINGLE[:2]
+        more = [first | {"completion": ""}, *SINGLE, second | {"completion": " \n"}]
+        more.append(first | {"completion": "", "prompt": "d?", "prompt_row": 4})
+    else:
+        empty = {"completions": "", "finished": True, "seed": 4}
+        more = [{key: [empty[key], *value] if key in empty else value for key, value in row.items()} for row in ROWS]
+    write_jsonl(folder / "empty.jsonl", more)
+    capsys.readouterr()
+    assert labelled(folder, file="empty.jsonl", form=form) == expected
+    assert examples(folder)
+    assert "3 empty completions" in capsys.readouterr().out
+
+
+def test_empty_completions_are_kept_on_request(folder: Path, capfd: Any) -> None:
+    write_jsonl(
+        folder / "empty.jsonl", [{"prompt": "a?", "completions": ["", "x"]}, {"prompt": "b?", "completion": ""}]
+    )
+    rows = labelled(folder, "--keep_empty=true", file="empty.jsonl")
+    assert [row.get("scores", row.get("score")) for row in rows] == [[0.0, 0.25], 0.0]
+    write_jsonl(folder / "empty.jsonl", [{"prompt": "a?", "completions": ["", " "]}])
+    assert "empty.jsonl" in one_error(["label", "empty.jsonl", "--by=rule: rule.py:longer"], capfd)
+
+
 class Fixed:
     """A labeller with these bounds."""
 

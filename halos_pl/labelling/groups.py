@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from halos_pl.data.example import DataError, Prompt
-from halos_pl.data.messages import prompt_like
+from halos_pl.data.messages import is_blank, prompt_like
 from halos_pl.data.prompt_files import (
     LOGPROB,
     PROMPT_ROW,
@@ -32,12 +33,14 @@ class Completion:
 
     Attributes:
         place: ``PATH:LINE`` of its row.
+        number: Its number among the prompt's completions, from 1.
         text: The completion: text or messages.
         finished: Whether the model ended it; true if the file does not tell.
         columns: Columns that describe it: its own, and those that differ between the rows of the prompt.
     """
 
     place: str
+    number: int
     text: Prompt
     finished: bool
     columns: dict[str, Any]
@@ -87,19 +90,28 @@ def read_groups(path: Path) -> list[Group]:
             group = Group(row.place, row.number, row.prompt, columns, True)
             for i, text in enumerate(listed):
                 own = {name: each[i] for name, each in values.items()}
-                group.completions.append(_completion(row.place, f"completion {i + 1}", text, own))
+                group.completions.append(_completion(row.place, i + 1, f"completion {i + 1}", text, own))
             groups[f"{row.number}"] = group
         elif "completion" in columns:
             text = columns.pop("completion")
             key = json.dumps([columns.get(PROMPT_ROW), row.prompt, row.tools])
             group = groups.setdefault(key, Group(row.place, row.number, row.prompt, {}, False))
-            group.completions.append(_completion(row.place, "the completion", text, columns))
+            number = len(group.completions) + 1
+            group.completions.append(_completion(row.place, number, "the completion", text, columns))
         else:
             raise DataError(f"{row.place}: the row has no 'completions' or 'completion' to label")
     for group in groups.values():
         if not group.in_one_row:
             _take_shared(group)
     return list(groups.values())
+
+
+def without_empty(groups: Sequence[Group]) -> list[Group]:
+    """The groups without empty completions, which ``halos fit`` refuses, and without prompts that have no other."""
+    kept = [
+        replace(group, completions=[each for each in group.completions if not is_blank(each.text)]) for group in groups
+    ]
+    return [group for group in kept if group.completions]
 
 
 def _take_shared(group: Group) -> None:
@@ -113,7 +125,7 @@ def _take_shared(group: Group) -> None:
                 del row[name]
 
 
-def _completion(place: str, what: str, text: Any, columns: dict[str, Any]) -> Completion:
+def _completion(place: str, number: int, what: str, text: Any, columns: dict[str, Any]) -> Completion:
     try:
         text = prompt_like(text, "completion")
     except BadRow as bad:
@@ -123,7 +135,7 @@ def _completion(place: str, what: str, text: Any, columns: dict[str, Any]) -> Co
     finished = columns.get("finished", True)
     if not isinstance(finished, bool):
         raise DataError(f"{place}: finished is {str(finished)[:40]!r}; it must be true or false")
-    return Completion(place, text, finished, columns)
+    return Completion(place, number, text, finished, columns)
 
 
 def text_of(completion: Completion) -> str:

@@ -20,6 +20,7 @@ def label(
     batch_size: int | None = None,
     text_prompts: Literal["plain", "chat"] | None = None,
     endpoint: EndpointSettings | None = None,
+    keep_empty: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Label the completions in a file of halos sample; executes the code of a rule.
@@ -48,6 +49,7 @@ def label(
         text_prompts: how a reward model gets prompts that are plain text: plain (default), which leaves them unchanged,
             or chat, as a user message.
         endpoint: the server of a judge.
+        keep_empty: whether to label empty completions too, which halos fit refuses; by default they are left out.
         overwrite: whether to replace a file from another command.
     """
     arguments = dict(locals())

@@ -147,9 +147,9 @@ class RewardLabeller:
 
 def _rows(groups: Sequence[Group]) -> tuple[list[tuple[Prompt, Prompt]], list[bool], list[str]]:
     """Prompts and completions of groups, whether each is finished, and their names."""
-    flat = [(group, i, each) for group in groups for i, each in enumerate(group.completions, start=1)]
-    names = [f"{each.place} completion {i}" if group.in_one_row else each.place for group, i, each in flat]
-    return [(group.prompt, each.text) for group, _, each in flat], [each.finished for *_, each in flat], names
+    flat = [(group, each) for group in groups for each in group.completions]
+    names = [f"{each.place} completion {each.number}" if group.in_one_row else each.place for group, each in flat]
+    return [(group.prompt, each.text) for group, each in flat], [each.finished for _, each in flat], names
 
 
 class JudgeLabeller:
@@ -206,9 +206,9 @@ class JudgeLabeller:
         from halos_pl.judge.base import Answer
 
         return [
-            Answer(f"{each.place} completion {i}", group.prompt, text_of(each), group.columns | each.columns)
+            Answer(f"{each.place} completion {each.number}", group.prompt, text_of(each), group.columns | each.columns)
             for group in groups
-            for i, each in enumerate(group.completions, start=1)
+            for each in group.completions
         ]
 
     def _pairs(self, groups: Sequence[Group]) -> list[Pair]:
@@ -217,14 +217,14 @@ class JudgeLabeller:
 
         return [
             Pair(
-                f"{group.place} completions {i + 1} and {j + 1}",
+                f"{group.place} completions {first.number} and {second.number}",
                 group.prompt,
-                text_of(group.completions[i]),
-                text_of(group.completions[j]),
+                text_of(first),
+                text_of(second),
                 group.columns,
             )
             for group in groups
-            for i, j in combinations(range(len(group.completions)), 2)
+            for first, second in combinations(group.completions, 2)
         ]
 
     def _graded(self, groups: Sequence[Group]) -> list[list[float | None]]:

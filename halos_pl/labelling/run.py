@@ -14,7 +14,7 @@ from halos_pl.common.messages import counted
 from halos_pl.common.progress import Progress
 from halos_pl.endpoint.settings import EndpointSettings
 from halos_pl.labelling.agreement import agreement_lines
-from halos_pl.labelling.groups import Group, read_groups
+from halos_pl.labelling.groups import Group, read_groups, without_empty
 from halos_pl.labelling.labellers import Labeller, named_labeller
 from halos_pl.labelling.options import refuse_unused, thresholds_of
 from halos_pl.labelling.output import OutputSettings, Scores, rows_of, share_of_votes
@@ -37,6 +37,7 @@ def label_file(
     batch_size: int | None,
     text_prompts: Any,
     endpoint: EndpointSettings | None,
+    keep_empty: bool,
     overwrite: bool,
 ) -> None:
     """Labels the completions in a file; for the arguments see :func:`halos_pl.labelling.label.label`.
@@ -59,7 +60,10 @@ def label_file(
     if min_gap is not None and not 0 <= min_gap < math.inf:
         raise ValueError(f"min_gap is {min_gap}; it must be 0 or a positive number")
     path = Path(file)
-    groups = read_groups(path)
+    all_groups = read_groups(path)
+    groups = all_groups if keep_empty else without_empty(all_groups)
+    if not groups:
+        raise ValueError(f"{path}: all completions are empty, so there is nothing to label")
     target = Path(out) if out else path.with_suffix(f".{form}.jsonl")
     if target.exists() and target.samefile(path):
         raise FileExistsError(f"--out {target} is the file of samples, which would be lost; name another file")
@@ -75,6 +79,7 @@ def label_file(
     combined = thresholds[0] if len(thresholds) == 1 else 0.5
     output = OutputSettings(form, combined, pairs or "best_worst", min_gap or 0.0, seed or 0)
     settings = {"file": file_digest(path), "by": names, "threshold": threshold, "text_prompts": text_prompts or "plain"}
+    settings |= {"keep_empty": keep_empty}
     settings |= {name: value for name, value in vars(output).items() if name != "threshold"}
     labels = SampleFile(target, settings, 1, overwrite=overwrite)
     labels.begin({name: each.load() for name, each in zip(names, labellers, strict=True)})
@@ -84,7 +89,8 @@ def label_file(
     _fill(labels, groups, names, labellers)
     by_number = {row["prompt_row"]: row["scores"] for row in labels.rows()}
     by_labeller: list[list[Scores]] = [[by_number[group.number][name] for group in groups] for name in names]
-    counts: Counter[str] = Counter()
+    number, labelled = (sum(len(group.completions) for group in some) for some in (all_groups, groups))
+    counts = Counter({"empty completions left out": number - labelled})
     rows, scores = [], []
     for i, group in enumerate(groups):
         each = [of_labeller[i] for of_labeller in by_labeller]

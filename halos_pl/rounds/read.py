@@ -24,7 +24,7 @@ _HERE = "halos rounds sets it"
 SET = {
     "sample": {"engine": "the policy is sampled in this process", "endpoint": "the policy is sampled in this process"}
     | dict.fromkeys(("prompts", "out", "seed", "overwrite", "one_per_row", "ckpt_path", "skip_failed"), _HERE),
-    "label": dict.fromkeys(("file", "out", "overwrite"), _HERE),
+    "label": dict.fromkeys(("file", "out", "keep_empty", "overwrite"), _HERE),
     "evaluate": {"rule": "name the rule in label.by", "reference": "answers are compared with the first model's"}
     | dict.fromkeys(("prompts", "prompt_column", "ckpt_path", "held_out"), _HERE),
     "options": PER_RUN

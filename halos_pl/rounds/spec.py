@@ -212,7 +212,8 @@ class Round:
             return ["evaluate", str(self.run), *words_of({**options, **study.evaluate})]
         if stage == "score":
             options = {key: value for key, value in study.label.items() if key not in _OF_FORMS}
-            options |= {"form": "scored", "out": str(self.scores), "overwrite": True}
+            # Of held-out answers, empty ones count too.
+            options |= {"form": "scored", "out": str(self.scores), "keep_empty": True, "overwrite": True}
             return ["label", str(self.compared), *words_of(options)]
         return ["export", str(self.run), str(self.model), "--overwrite=true"]
 
