@@ -252,6 +252,8 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "prompts": ({"prompts": "none.txt"}, "none.txt"),
     "held-out prompts": ({"held_out_prompts": "prompts.txt"}, "6 of 6"),
     "range": ({"sample": {"n": 2, "temperature": -1}}, "temperature"),
+    "equal samples": ({"sample": {"n": 2, "temperature": 0}}, "study.yaml:6: sample: n is 2"),
+    "no model": ({"model": "./none"}, "study.yaml:1: model: ./none"),
     "too few for pairs": ({"sample": {"n": 1}, "label": {"by": "rule: rule.py:short", "form": "pairs"}}, "sample.n"),
     "form of labels": ({"fit": {"objective": "dpo"}}, "label.form"),
     "option without effect": ({"label": {"by": "rule: rule.py:short", "threshold": 0.3}}, "threshold"),
@@ -271,7 +273,18 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 
 #: Faults that only the parsers of other commands find; those take a second each.
 PARSED = (
-    *("rule", "prompts", "range", "too few for pairs", "form of labels", "objective", "option of fit", "labeller"),
+    *(
+        "rule",
+        "prompts",
+        "range",
+        "equal samples",
+        "no model",
+        "too few for pairs",
+        "form of labels",
+        "objective",
+        "option of fit",
+        "labeller",
+    ),
     *("option without effect", "reward model", "server", "objective without text"),
 )
 

@@ -10,7 +10,7 @@ import contextlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,10 +25,12 @@ from halos_pl.evaluation.judging import judged_by
 from halos_pl.evaluation.metrics import CODE
 from halos_pl.labelling.labellers import Labeller, named_labeller
 from halos_pl.labelling.options import refuse_unused, thresholds_of
-from halos_pl.policy.sampling import check_sampling
+from halos_pl.policy.loading import load_tokenizer, stored_config
+from halos_pl.policy.spec import ModelError
 from halos_pl.rounds import identity
 from halos_pl.rounds.spec import SAMPLED, TEXT, Round, Rounds, RoundsError, rounds_of
 from halos_pl.rounds.state import finished
+from halos_pl.sampling.engine import SamplingSettings
 from halos_pl.study.preflight import PLACEMENT, parser_error
 from halos_pl.training.settings import aside, flat
 
@@ -139,7 +141,7 @@ def _at(place: str, errors: tuple[type[Exception], ...]) -> Iterator[None]:
     except SystemExit as error:
         raise RoundsError(f"{place}: {parser_error(printed.getvalue()) or error}") from error
     except errors as error:
-        raise RoundsError(f"{place}: {error}") from error
+        raise RoundsError(f"{place}: {str(error).removeprefix('model.policy.path: ')}") from error
 
 
 def _fit(study: Rounds, first: Round, line: CommandLine) -> Any:
@@ -147,6 +149,10 @@ def _fit(study: Rounds, first: Round, line: CommandLine) -> Any:
     words = first.words("fit", {}, {})[1:]
     with _at(f"{study.place('fit')}: fit", line.user_errors):
         cli = line.fit(words)
+    with _at(f"{study.place('model')}: model", (ModelError,)):
+        stored_config(cli.model.models.spec)
+        load_tokenizer(cli.model.models.spec)
+    with _at(f"{study.place('fit')}: fit", line.user_errors):
         cli.before_fit()
     return cli
 
@@ -174,9 +180,9 @@ def _parsed(study: Rounds, stage: str, line: CommandLine, words: list[str]) -> M
 def _check_arguments(study: Rounds, parsed: Mapping[str, Mapping[str, Any]]) -> list[Labeller]:
     """Checks the arguments of all stages but ``fit``; returns the labellers."""
     sample, label = parsed["sample"], parsed["label"]
-    names = ("n", "max_new_tokens", "temperature", "top_p", "seed", "batch_size")
     with _at(f"{study.place('sample')}: sample", (ValueError,)):
-        check_sampling(**{name: sample[name] for name in names})
+        drawn = SamplingSettings(**{each.name: sample[each.name] for each in fields(SamplingSettings)})
+        drawn.check(sample["batch_size"])
     evaluate = {name: parsed["evaluate"][name] for name in ARGUMENTS}
     with _at(f"{study.place('evaluate')}: evaluate", (ValueError,)):
         check_arguments(**evaluate)

@@ -7,8 +7,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from halos_pl.data.example import DataError
 from halos_pl.data.prompt_files import PromptRow
 from halos_pl.endpoint.exchange import EndpointError
+from halos_pl.policy.sampling import check_sampling
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,16 @@ class SamplingSettings:
     temperature: float
     top_p: float
     seed: int
+
+    def check(self, batch_size: int | None = None) -> None:
+        """Refuses values that are outside their ranges, or with which all completions of a prompt are equal.
+
+        Raises:
+            DataError: Names the setting.
+        """
+        check_sampling(batch_size=batch_size, **vars(self))
+        if self.n > 1 and self.temperature == 0:
+            raise DataError(f"n is {self.n} with temperature 0, which gives equal completions; raise it, or set n to 1")
 
     def seeds(self, row: PromptRow) -> list[int]:
         """The seed of each completion of a prompt, below 2^31; a function of ``seed``, the prompt's line and its index.

@@ -11,7 +11,6 @@ from typing import Any, Literal
 from halos_pl.common.files import check_target
 from halos_pl.common.messages import counted, plain
 from halos_pl.common.progress import Progress
-from halos_pl.data.example import DataError
 from halos_pl.data.messages import is_blank
 from halos_pl.data.prompt_files import (
     LOGPROB,
@@ -28,7 +27,6 @@ from halos_pl.data.prompts import TextPrompts
 from halos_pl.data.special import SpecialTokens
 from halos_pl.endpoint.exchange import EndpointError
 from halos_pl.endpoint.settings import EndpointSettings
-from halos_pl.policy.sampling import check_sampling
 from halos_pl.sampling.engine import Engine, Sampled, SamplingSettings
 from halos_pl.sampling.local import TransformersEngine
 from halos_pl.sampling.remote import EndpointEngine, named_server
@@ -71,9 +69,7 @@ def sample_file(
         OSError: A file or the server cannot be used.
     """
     sampling = SamplingSettings(n, max_new_tokens, temperature, top_p, seed)
-    check_sampling(batch_size=batch_size, **vars(sampling))
-    if n > 1 and temperature == 0:
-        raise DataError(f"n is {n} with temperature 0, which gives equal completions; raise it, or set n to 1")
+    sampling.check(batch_size)
     local = {
         "chat_template": chat_template,
         "control": control,
