@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from halos_pl.cli.main import main
 from halos_pl.common.messages import plain
 from halos_pl.data.tokenize import encode_prompt
 from halos_pl.policy.loading import ModelSpec, load_tokenizer
-from halos_pl.training.sample_completions import _earlier
+from halos_pl.training.sample_completions import SampleCompletions, _earlier
 
 
 def talk(folder: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch, *options: str) -> list[list[int]]:
@@ -164,3 +165,6 @@ def test_the_callback_is_refused_where_it_cannot_work(tiny_folder: Path, tmp_pat
             main([*words, *([change] if isinstance(change, str) else change)])
         assert name in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
+    reward_model: Any = SimpleNamespace(objective=SimpleNamespace(needs=SimpleNamespace(scalar=True)))
+    with pytest.raises(ValueError, match="reward model"):
+        SampleCompletions(f"{tmp_path}/p.txt").setup(SimpleNamespace(), reward_model, "fit")  # type: ignore[arg-type]

@@ -63,6 +63,11 @@ class SampleCompletions(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        if pl_module.objective.needs.scalar:  # type: ignore[union-attr]
+            raise ValueError(
+                "trainer.callbacks: SampleCompletions cannot sample from a reward model, which writes no text;"
+                " remove it"
+            )
         if isinstance(trainer.strategy, ShardedStrategy):
             raise ValueError(
                 "trainer.callbacks: SampleCompletions cannot sample under fsdp2, where no rank has the whole model;"
