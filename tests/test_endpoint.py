@@ -341,6 +341,14 @@ def test_a_key_is_sent_and_otherwise_appears_nowhere(
     assert not [text for text in seen if KEY in text]
 
 
+def test_a_variable_that_is_named_must_have_a_key(monkeypatch: Any) -> None:
+    for value in (None, " "):
+        monkeypatch.delenv("MY_KEY", raising=False) if value is None else monkeypatch.setenv("MY_KEY", value)
+        with pytest.raises(ValueError, match=r"endpoint\.api_key_env") as caught:
+            EndpointSettings("http://host/v1", "m", api_key_env="MY_KEY").api_key()
+        assert "MY_KEY" not in str(caught.value)
+
+
 def test_without_a_key_a_local_server_answers(server: Server, clock: FakeClock, monkeypatch: Any) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert texts(asked(server, clock, [request()])) == ["echo: Why?"]

@@ -20,8 +20,8 @@ class EndpointSettings:
     Args:
         url: Base URL of the API, such as http://localhost:8000/v1.
         model: Name of the model at the server.
-        api_key_env: Name of the environment variable with the API key; a local server needs none. The key is written
-            nowhere.
+        api_key_env: Name of the environment variable with the API key; only the default one may be unset, as a local
+            server needs none. The key is written nowhere.
         concurrency: Maximum number of requests at a time.
         timeout: Seconds from a request to the end of its reply.
         retries: Maximum number of times to repeat a request that failed for a passing reason.
@@ -87,12 +87,17 @@ class EndpointSettings:
         return max((fields[name] for name in LIMITS if fields.get(name) is not None), default=None)
 
     def api_key(self) -> str | None:
-        """The key; None if the environment variable is unset or empty.
+        """The key; None if the default environment variable is unset or empty.
 
         Raises:
-            ValueError: The key cannot be sent; does not repeat it.
+            ValueError: Another variable is unset or empty, or the key cannot be sent; does not repeat it.
         """
         key = os.environ.get(self.api_key_env, "").strip()
+        if not key and self.api_key_env != type(self).api_key_env:  # may be the key, so it is not repeated
+            raise ValueError(
+                "the environment variable that endpoint.api_key_env names is not set, or empty; set it to the key, or"
+                " omit endpoint.api_key_env if the server needs none"
+            )
         if not re.fullmatch(r"[!-~]*", key):
             raise ValueError(f"the key in ${self.api_key_env} contains spaces or characters that are not ASCII")
         return key or None
