@@ -65,6 +65,7 @@ def collect(
     from halos_pl.collect.access import password_of
     from halos_pl.collect.conversations import Conversations, opening
     from halos_pl.collect.feedback_file import FeedbackFile, refuse_unreadable
+    from halos_pl.collect.gallery import check_shown
     from halos_pl.collect.remote import EndpointEngine
     from halos_pl.collect.server import access_to, bound, serve
     from halos_pl.common.messages import counted
@@ -100,7 +101,7 @@ def collect(
             path = Path(model)
             if path.is_dir():
                 raise DataError(f"{model} is a folder; --readonly true shows a file that halos collect has written")
-            path.open("rb").close()  # raises if it cannot be read
+            check_shown(path)
             serve(listener, access, path, path.name, f"showing {path}")
             return
         path = Path(out or "feedback.jsonl")

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halos_pl.data.example import DataError
+
 #: Rows of a page.
 SIZE = 20
 
@@ -103,6 +105,24 @@ class Gallery:
                 self._lines.append((line, start, len(raw)))
             start += len(raw)
         self._state = state
+
+
+def check_shown(path: Path) -> None:
+    """Refuses a file that cannot be read, or whose first row is not feedback that a page shows.
+
+    Raises:
+        DataError: names the file, and the line at fault.
+    """
+    try:
+        with path.open("rb") as file:
+            first = next(((line, raw) for line, raw in enumerate(file, start=1) if raw.strip()), None)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}; name a file of halos collect") from error
+    if first and (fault := _shown(*first).fault):
+        raise DataError(
+            f"{path}: {fault}; --readonly true shows rows of halos collect: prompt with completion and label, or with"
+            " chosen and rejected"
+        )
 
 
 def _shown(line: int, raw: bytes) -> Shown:

@@ -116,6 +116,10 @@ def test_faults_are_one_line(
     (tmp_path / "feedback.jsonl").touch()  # never shown in place of the file that is named
     assert "nowhere.ndjson" in refused(capfd, ["collect", "nowhere.ndjson", "--port=0", "--readonly"])
     (tmp_path / "feedback.jsonl").unlink()
+    (tmp_path / "scored").mkdir()
+    scored = tmp_path / "scored" / "rows.jsonl"
+    scored.write_text('\n{"prompt": "a", "completions": ["b"], "scores": [1]}\n')
+    assert "rows.jsonl: line 2" in refused(capfd, ["collect", str(scored), "--port=0", "--readonly"])
     assert sorted(path.name for path in tmp_path.glob("*.jsonl")) == ["pairs.jsonl"]
 
 
