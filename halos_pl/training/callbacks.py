@@ -29,7 +29,7 @@ from halos_pl.provenance import provenance
 from halos_pl.run_dir import CONFIG, LAST, SUMMARY, TEST, shortfall
 from halos_pl.training.checkpoint_reading import step_of
 from halos_pl.training.ending import record, why_ended
-from halos_pl.training.monitors import check_interval, check_monitors
+from halos_pl.training.monitors import check_interval, check_monitors, say_no_validation
 from halos_pl.training.plots import plot_training, plot_value_function
 from halos_pl.training.resume import align_logged_step
 from halos_pl.training.run_folder import move_aside
@@ -103,6 +103,7 @@ class SaveRunConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             check_interval(trainer, trainer.datamodule)  # type: ignore[attr-defined]
+            say_no_validation(trainer, trainer.datamodule)  # type: ignore[attr-defined]
             check_monitors(trainer, pl_module, trainer.datamodule)  # type: ignore[attr-defined]
         if stage == "validate" or not trainer.is_global_zero:
             return

@@ -88,6 +88,14 @@ def check_interval(trainer: Trainer, data: Any) -> None:
         )
 
 
+def say_no_validation(trainer: Trainer, data: Any) -> None:
+    """Warns if a fit ends before it has validated once; the data must be set up."""
+    if data.sources["validation"] and trainer.limit_val_batches and (why := _why_no_validation(trainer, data)):
+        rank_zero_warn(
+            f"halos: data.validation is never used: {why}; lower trainer.val_check_interval, or train for longer"
+        )
+
+
 def _foreign(callback: Callback) -> bool:
     return not type(callback).__module__.startswith(("lightning.", "pytorch_lightning.", "halos_pl."))
 

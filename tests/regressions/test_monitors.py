@@ -112,6 +112,9 @@ def test_a_callback_of_the_users_own_may_log_what_is_monitored(tiny_folder, file
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
 
 
-def test_an_interval_of_validation_without_data_is_said(tiny_folder, files, tmp_path, recwarn):
-    main([*fit(tiny_folder, "kto", files["binary"], tmp_path / "run", STEPS), "--trainer.val_check_interval=2"])
-    assert any("val_check_interval" in str(w.message) and "data.validation" in str(w.message) for w in recwarn)
+@pytest.mark.parametrize(
+    ("option", "named"), [("--trainer.val_check_interval=2", "val_check_interval"), (VALIDATES, "step 3")]
+)
+def test_validation_that_never_runs_is_said(tiny_folder, files, tmp_path, recwarn, option, named):
+    main([*fit(tiny_folder, "kto", files["binary"], tmp_path / "run", STEPS), option.format(**files)])
+    assert any(named in str(w.message) and "data.validation" in str(w.message) for w in recwarn)
