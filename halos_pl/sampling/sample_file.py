@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -70,7 +71,7 @@ class SampleFile:
         for name, value in self.settings.items():
             before = earlier["settings"].get(name)
             if before != value:
-                return f"{name} was {json.dumps(before)} then and is {json.dumps(value)} now"
+                return _changed(name, before, value)
         return ""
 
     def _check(self) -> None:
@@ -213,6 +214,21 @@ class SampleFile:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _changed(name: str, before: Any, now: Any) -> str:
+    """How a setting has changed, as the end of a sentence; hashes, which tell a user nothing, are not shown."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        key = next(key for key in [*before, *now] if before.get(key) != now.get(key))
+        before, now = before.get(key), now.get(key)
+        name = name if _is_hash(now) else f"{key} of {name}"
+    if _is_hash(before) and _is_hash(now):
+        return f"the content of {name} has changed since then"
+    return f"{name} was {json.dumps(before)} then and is {json.dumps(now)} now"
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{16,}", value) is not None
 
 
 def _json(value: Mapping[str, Any], indent: int | None = None) -> bytes:
