@@ -122,15 +122,16 @@ def test_labels_resume_and_are_bound_to_the_samples(folder: Path, monkeypatch: p
     for change in ("--form=binary", "--form=pairs"):
         assert change.strip("-").partition("=")[0] in one_error([*words, change], capfd)
     (folder / "rule.py").write_text(source)
-    assert "rule.py" in one_error(words, capfd)
+    changed = "the content of {} has changed"
+    assert changed.format("rule: rule.py:longer") in one_error(words, capfd)
     (folder / "rule.py").write_text(source + "\n\nimport helper\n")
     (folder / "helper.py").touch()
     main([*words, "--overwrite=true"])
     complete = (folder / "out.jsonl").read_bytes()
     (folder / "helper.py").write_text("CHANGED = True\n")
-    assert "rule.py" in one_error(words, capfd)
+    assert changed.format("rule: rule.py:longer") in one_error(words, capfd)
     write_jsonl(folder / "s.jsonl", ROWS[:2])
-    assert "file" in one_error(words, capfd)
+    assert changed.format("file") in one_error(words, capfd)
     assert (folder / "out.jsonl").read_bytes() == complete
 
 
@@ -339,9 +340,17 @@ def test_a_judge_compares_every_two_completions(folder: Path, capfd: Any) -> Non
         server.reply = longest_first
         words = ["label", "s.jsonl", "--by=judge: judge.yaml", "--out=out.jsonl", f"--endpoint.url={server.url}"]
         words += ["--endpoint.model=judge", "--endpoint.retries=0"]
-        server.plan = ["good", (400, {}, {"error": {"message": "too long"}})]
-        assert "too long" in one_error(words, capfd)
+        rejected = (400, {}, {"error": {"message": "too long"}})
+        server.plan = ["good", rejected]
+        message = one_error(words, capfd)
+        assert re.search(r"s\.jsonl:\d completions \d and \d: ", message)
+        assert "too long" in message
+        assert "--skip_failed" in message
         asked = len(server.requests)
+        server.plan = [rejected]
+        main([*words[:3], "--out=skipped.jsonl", *words[4:], "--skip_failed=true"])
+        assert "1 request of 8 failed" in capfd.readouterr().out
+        asked, server.plan = len(server.requests), []
         main(words)
         assert len(server.requests) == asked + 1  # the others are in the transcripts
     rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
@@ -353,6 +362,20 @@ def test_a_judge_compares_every_two_completions(folder: Path, capfd: Any) -> Non
     with serving() as server:
         assert "top_k" in one_error([*words, f"--endpoint.url={server.url}", hot], capfd)
         assert not server.requests
+
+
+def test_a_judge_that_follows_the_position_is_noticed(folder: Path, capfd: Any) -> None:
+    pytest.importorskip("openai")
+    (folder / "judge.yaml").write_text(
+        "prompt: '{answer_a}|{answer_b}'\nchoices: {first: A, second: B}\nverdict: '\\[([AB])\\]'\n"
+    )
+    with serving() as server:
+        server.reply = lambda body: completion("[A]")
+        words = ["label", "s.jsonl", "--by=judge: judge.yaml", f"--endpoint.url={server.url}", "--endpoint.model=judge"]
+        main(words)
+    out = capfd.readouterr().out
+    assert "position bias +1.00" in out
+    assert "1.00" in out.partition("position bias")[2].partition("of pairs won by the same position")[0]
 
 
 def test_a_column_that_a_judge_lacks_is_found_before_the_first_request(

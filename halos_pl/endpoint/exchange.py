@@ -112,6 +112,10 @@ class EndpointError(OSError):
         super().__init__(text)
         self.fatal, self.permanent = fatal, permanent
 
+    def at(self, place: str) -> EndpointError:
+        """The same error, which names the place of the request."""
+        return EndpointError(f"{place}: {self}", fatal=self.fatal, permanent=self.permanent)
+
 
 def sent_again(errors: Sequence[EndpointError]) -> str:
     """What repeating the command does for requests that failed."""

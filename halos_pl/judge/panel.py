@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from halos_pl.common.messages import counted as number_of
 from halos_pl.common.messages import plain
@@ -86,10 +86,19 @@ class Panel:
         judge: the judge.
         endpoint: the endpoint.
         settings: how it is asked.
+        on_failure: what a call does if some requests fail: ``raise`` the first error, ``skip`` them and say so, or skip
+            them unless ``all`` fail.
     """
 
-    def __init__(self, judge: Judge, endpoint: Endpoint, settings: JudgeSettings | None = None) -> None:
+    def __init__(
+        self,
+        judge: Judge,
+        endpoint: Endpoint,
+        settings: JudgeSettings | None = None,
+        on_failure: Literal["raise", "skip", "all"] = "all",
+    ) -> None:
         self.judge, self.endpoint, self.settings = judge, endpoint, settings or JudgeSettings()
+        self.on_failure = on_failure
 
     def announce(self, *several: Sequence[Pair] | Sequence[Answer]) -> None:
         """Prints the number of requests, their tokens and the most that they cost, without replies in the transcripts.
@@ -110,11 +119,12 @@ class Panel:
 
         Raises:
             DataError: naming an example, if the judge's prompt needs a column that it lacks.
-            EndpointError: if the endpoint cannot be used, or answers none of the requests.
+            EndpointError: if the endpoint cannot be used, or requests fail that ``on_failure`` does not skip; names the
+                example.
         """
         self._check("pair")
         asked = self._requests(pairs)
-        replies, errors = self._replies(asked)
+        replies, errors = self._replies(asked, [pair.name for pair in pairs])
         records, by_item = [], {}
         for each, verdict, choice in replies:
             preference = None if verdict is None else 1 - verdict if each.swapped else verdict
@@ -153,7 +163,7 @@ class Panel:
         """
         self._check("single")
         asked = self._requests(answers)
-        replies, errors = self._replies(asked)
+        replies, errors = self._replies(asked, [answer.name for answer in answers])
         by_item = {(each.item, each.repeat): grade for each, grade, _ in replies}
         return Grades(
             [by_item.get((i, 0)) for i in range(len(answers))],
@@ -200,22 +210,23 @@ class Panel:
             repeat=repeat,
         )
 
-    def _replies(self, asked: Sequence[_Asked]) -> tuple[list[_Replied], list[EndpointError]]:
+    def _replies(self, asked: Sequence[_Asked], names: Sequence[str]) -> tuple[list[_Replied], list[EndpointError]]:
         """The verdict in each reply, in the order of the requests, and the errors of the others."""
         requests = [each.request for each in asked]
         replies: dict[int, tuple[float | None, Choice]] = {}
         errors: dict[int, EndpointError] = {}
         for number, outcome in _with_progress(self._outcomes(requests), len(requests)):
             if isinstance(outcome, EndpointError):
-                errors[number] = outcome
+                errors[number] = outcome.at(names[asked[number].item])
             else:
                 choice = outcome.choices[0]
                 replies[number] = self.judge.verdict(choice), choice
-        if errors and not replies:
-            raise errors[min(errors)]
         if errors:
             failed = f"{number_of(len(errors), 'request')} of {len(requests)} failed; {sent_again([*errors.values()])}"
-            print(f"halos: {plain(f'{failed}. The first: {errors[min(errors)]}')}")
+            first = errors[min(errors)]
+            if self.on_failure == "raise" or (self.on_failure == "all" and not replies):
+                raise EndpointError(f"{first} ({failed})", fatal=first.fatal, permanent=first.permanent)
+            print(f"halos: {plain(f'{failed}. The first: {first}')}")
         if line := _without_verdict([choice for verdict, choice in replies.values() if verdict is None]):
             print(f"halos: {line}")
         return [(asked[i], *replies[i]) for i in sorted(replies)], [errors[i] for i in sorted(errors)]

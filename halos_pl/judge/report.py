@@ -10,7 +10,7 @@ from typing import Any
 from halos_pl.common.messages import counted
 from halos_pl.judge.estimates import Estimate, mean_of
 from halos_pl.judge.panel import Grades
-from halos_pl.judge.win_rates import WinRate
+from halos_pl.judge.win_rates import JudgedPair, WinRate, follows_position, position_bias
 
 #: Causes of a missing grade.
 LOST = {"abstentions": "replies that name none, or several", "failures": "failed requests"}
@@ -56,13 +56,26 @@ def judge_lines(report: WinRate, name: str) -> list[str]:
             f" would be between {low:.3f} and {high:.3f}"
         )
     if report.position_bias.n:
-        parts = [f"position bias {_signed(report.position_bias)}"]
-        if report.follows_position.n:
-            parts.append(f"{report.follows_position.text(2)} of pairs won by the same position in both orders")
+        parts = [_position(report.position_bias, report.follows_position)]
         if report.consistency.n:
             parts.append(f"same winner when asked again {report.consistency.text(2)}")
         lines.append(f"{name}: judge: {'; '.join(parts)}")
     return lines
+
+
+def _position(bias: Estimate, follows: Estimate) -> str:
+    won = f"; {follows.text(2)} of pairs won by the same position in both orders" if follows.n else ""
+    return f"position bias {_signed(bias)}{won}"
+
+
+def position_line(pairs: Sequence[JudgedPair]) -> str:
+    """The judge's preference for a position, over pairs that it has compared in both orders; empty without any."""
+    bias = position_bias(pairs)
+    return (
+        f"{counted(bias.n, 'prompt')} compared in both orders: {_position(bias, follows_position(pairs))}"
+        if bias.n
+        else ""
+    )
 
 
 def _signed(e: Estimate) -> str:

@@ -20,6 +20,7 @@ def label(
     batch_size: int | None = None,
     text_prompts: Literal["plain", "chat"] | None = None,
     endpoint: EndpointSettings | None = None,
+    skip_failed: bool = False,
     keep_empty: bool = False,
     overwrite: bool = False,
 ) -> None:
@@ -49,6 +50,8 @@ def label(
         text_prompts: how a reward model gets prompts that are plain text: plain (default), which leaves them unchanged,
             or chat, as a user message.
         endpoint: the server of a judge.
+        skip_failed: whether completions get no verdict if a judge's server gives no usable reply about them; by
+            default, the command stops there.
         keep_empty: whether to label empty completions too, which halos fit refuses; by default they are left out.
         overwrite: whether to replace a file from another command.
     """

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from halos_pl.common.local_imports import code_digest
 from halos_pl.common.messages import counted
 from halos_pl.data.example import Prompt
 from halos_pl.endpoint.client import Endpoint
-from halos_pl.endpoint.exchange import EndpointError, sent_again
+from halos_pl.endpoint.exchange import EndpointError
 from halos_pl.endpoint.settings import EndpointSettings
 from halos_pl.evaluation.judging import Row, judged_by
 from halos_pl.labelling.groups import Group, text_of
@@ -19,6 +20,7 @@ from halos_pl.training.checkpoint_manifest import file_digest
 
 if TYPE_CHECKING:
     from halos_pl.judge.base import Answer, Pair
+    from halos_pl.judge.win_rates import JudgedPair
 
 
 class Labeller(Protocol):
@@ -160,13 +162,16 @@ class JudgeLabeller:
         name: A shipped judge, or a YAML file with a rubric.
         settings: The endpoint.
         transcripts: File of its replies, which a repeated command reuses; None keeps none.
+        skip_failed: Whether completions get no verdict if the server rejects a request about them, instead of an error.
 
     Raises:
         ValueError: There is no such judge.
         OSError: The endpoint cannot be used.
     """
 
-    def __init__(self, name: str, settings: EndpointSettings, transcripts: Path | None) -> None:
+    def __init__(
+        self, name: str, settings: EndpointSettings, transcripts: Path | None, skip_failed: bool = False
+    ) -> None:
         from halos_pl.judge.base import JudgeError
         from halos_pl.judge.named import judge_classes, named_judge
         from halos_pl.judge.panel import Panel
@@ -182,7 +187,9 @@ class JudgeLabeller:
                 f" evaluate --win_rate {name}, or a rubric in a YAML file"
             ) from error
         self._endpoint = Endpoint(settings, transcripts)
-        self._panel = Panel(self._judge, self._endpoint, JudgeSettings(again=0))
+        on_failure: Literal["skip", "raise"] = "skip" if skip_failed else "raise"
+        self._panel = Panel(self._judge, self._endpoint, JudgeSettings(again=0), on_failure)
+        self._judged: list[JudgedPair] = []
         pairwise = self._judge.compares == "pair"
         self.threshold: float | None = 0.5 if pairwise else None
         self.scale: tuple[float, float] | None = (0.0, 1.0) if pairwise else self._judge.scale
@@ -222,48 +229,63 @@ class JudgeLabeller:
                 text_of(first),
                 text_of(second),
                 group.columns,
+                example=group.place,
             )
             for group in groups
             for first, second in combinations(group.completions, 2)
         ]
 
     def _graded(self, groups: Sequence[Group]) -> list[list[float | None]]:
-        judged = self._panel.grade(self._answers(groups))
-        self._refuse(judged.errors)
-        grades = iter(judged.grades)
+        with self._advising():
+            grades = iter(self._panel.grade(self._answers(groups)).grades)
         return [[next(grades) for _ in group.completions] for group in groups]
 
     def _compared(self, groups: Sequence[Group]) -> list[list[float | None]]:
         places = [
             (g, i, j) for g, group in enumerate(groups) for i, j in combinations(range(len(group.completions)), 2)
         ]
-        judged = self._panel.compare(self._pairs(groups))
-        self._refuse(judged.errors)
+        with self._advising():
+            judged = self._panel.compare(self._pairs(groups)).pairs
+        self._judged += judged
         wins: list[list[list[float]]] = [[[] for _ in group.completions] for group in groups]
-        for (g, i, j), pair in zip(places, judged.pairs, strict=True):
+        for (g, i, j), pair in zip(places, judged, strict=True):
             if pair.preference is not None:
                 wins[g][i].append(pair.preference)
                 wins[g][j].append(1 - pair.preference)
         return [[sum(each) / len(each) if each else None for each in group] for group in wins]
 
-    def _refuse(self, errors: Sequence[EndpointError]) -> None:
-        """Stops if requests failed, so that the same command sends them again instead of recording no verdict."""
-        if errors:
-            raise EndpointError(f"{len(errors)} requests failed; {sent_again(errors)}: {errors[0]}")
+    @contextmanager
+    def _advising(self) -> Iterator[None]:
+        """Adds to an error of some requests how to leave them out."""
+        try:
+            yield
+        except EndpointError as error:
+            if error.fatal:
+                raise
+            raise EndpointError(f"{error}; --skip_failed true leaves these completions without a verdict") from error
 
     def summary(self) -> str:
-        return self._endpoint.usage.line(self._endpoint.settings)
+        from halos_pl.judge.report import position_line
+
+        lines = [self._endpoint.usage.line(self._endpoint.settings), position_line(self._judged)]
+        return "\nhalos: ".join(filter(None, lines))
 
 
 def named_labeller(
-    spec: str, *, batch_size: int | None, text_prompts: Any, endpoint: EndpointSettings | None, transcripts: Path | None
+    spec: str,
+    *,
+    batch_size: int | None,
+    text_prompts: Any,
+    endpoint: EndpointSettings | None,
+    transcripts: Path | None,
+    skip_failed: bool = False,
 ) -> Labeller:
     """The labeller ``KIND: NAME``.
 
     Args:
         spec: The kind and the name.
         batch_size, text_prompts: See :class:`RewardLabeller`; default: 16, and ``plain``.
-        endpoint, transcripts: See :class:`JudgeLabeller`.
+        endpoint, transcripts, skip_failed: See :class:`JudgeLabeller`.
 
     Raises:
         ValueError: There is no such kind, no such rule or judge, or a judge has no endpoint.
@@ -272,7 +294,7 @@ def named_labeller(
     if kind == "judge" and name:
         if endpoint is None:
             raise ValueError(f"--by {spec!r} needs a server: set --endpoint.url and --endpoint.model")
-        return JudgeLabeller(name, endpoint, transcripts)
+        return JudgeLabeller(name, endpoint, transcripts, skip_failed)
     if kind == "rule" and name:
         return RuleLabeller(name)
     if kind == "reward" and name:

@@ -29,9 +29,10 @@ def refuse_unused(options: Mapping[str, Any], names: Sequence[str]) -> None:
         "batch_size": ("reward" in kinds, "a reward model"),
         "text_prompts": ("reward" in kinds, "a reward model"),
         "endpoint": ("judge" in kinds, "a judge"),
+        "skip_failed": ("judge" in kinds, "a judge"),
     }
     for name, (used, by) in uses.items():
-        if options[name] is not None and not used:
+        if options[name] is not None and options[name] is not False and not used:
             raise ValueError(f"{name} is set, but only {by} uses it; remove it")
 
 

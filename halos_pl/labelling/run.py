@@ -37,6 +37,7 @@ def label_file(
     batch_size: int | None,
     text_prompts: Any,
     endpoint: EndpointSettings | None,
+    skip_failed: bool,
     keep_empty: bool,
     overwrite: bool,
 ) -> None:
@@ -71,7 +72,12 @@ def label_file(
     transcripts = target.with_name(f"{target.name}.transcripts.jsonl")
     labellers = [
         named_labeller(
-            name, batch_size=batch_size, text_prompts=text_prompts, endpoint=endpoint, transcripts=transcripts
+            name,
+            batch_size=batch_size,
+            text_prompts=text_prompts,
+            endpoint=endpoint,
+            transcripts=transcripts,
+            skip_failed=skip_failed,
         )
         for name in names
     ]
