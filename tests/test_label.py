@@ -14,6 +14,7 @@ from run_halos import one_error, write_jsonl
 
 import halos_pl.labelling.run as run
 from halos_pl.cli.main import main
+from halos_pl.common.messages import listed
 from halos_pl.data.example import Example
 from halos_pl.data.read import read
 from halos_pl.data.source import Source
@@ -240,8 +241,19 @@ def test_a_threshold_is_for_scores_without_a_natural_zero(labellers: Any, thresh
 
 def test_a_rule_that_fails_at_once_leaves_nothing(folder: Path, capfd: Any) -> None:
     (folder / "fails.py").write_text("def f(answer, row):\n    raise ValueError\n")
+    before = {*folder.iterdir()}
     assert "s.jsonl:1" in one_error(["label", "s.jsonl", "--by=rule: fails.py:f", "--out=out.jsonl"], capfd)
+    no_pair = ["label", "s.jsonl", "--by=rule: rule.py:longer", "--form=pairs", "--min_gap=1", "--out=out.jsonl"]
+    assert "no row" in one_error(no_pair, capfd)
+    assert {*folder.iterdir()} - before <= {folder / "__pycache__"}
     main(["label", "s.jsonl", "--by=rule: rule.py:longer", "--out=out.jsonl"])
+
+
+def test_counts_agree_with_their_nouns() -> None:
+    counts = {"empty completions left out": 1, "pairs": 0, "prompts whose column scores is left out": 1, "desirable": 1}
+    expected = "1 empty completion left out, 1 prompt whose column scores is left out, 1 desirable"
+    assert listed(counts) == expected
+    assert listed(dict.fromkeys(counts, 2)) == ", ".join(f"2 {what}" for what in counts)
 
 
 def test_shares_of_votes() -> None:

@@ -27,7 +27,7 @@ from halos_pl.evaluation.held_out import by_example
 from halos_pl.objective import reference_points
 from halos_pl.objective.baselines import NLL, Centring
 from halos_pl.objective.build import load_objective
-from halos_pl.objective.centring import needs_centring
+from halos_pl.objective.centring import needs_centring, senseless_clamp
 from halos_pl.objective.feedback import Binary, Pairwise
 from halos_pl.objective.halo import HALO, Objective, Sum
 from halos_pl.objective.reference_points import BatchMean, PairedCompletion, RankMatched, ScoreMargin, TokenKL, Zero
@@ -211,6 +211,9 @@ def test_outcomes_within_a_prompt_ignore_a_shift_of_the_prompt(name: str) -> Non
 def test_reference_points_that_compare_prompts_are_warned_of() -> None:
     assert needs_centring(load_objective("bradley_terry")) is None
     assert needs_centring(load_objective("bco")) is None
+    for objective in (load_objective("kto"), thumbs(Zero()), thumbs(reference_points.MismatchedKL(clamp=False))):
+        assert senseless_clamp(objective) is None
+    assert "clamp" in str(senseless_clamp(thumbs(reference_points.MismatchedKL())))
     warning = needs_centring(thumbs(Zero()))
     assert warning
     assert "Zero" in warning

@@ -145,9 +145,10 @@ def reported() -> Iterator[None]:
 _FORMAT: list[Callable[..., str]] = []  # the formatter that was replaced
 
 
-def _warning(*args: Any, **kwargs: Any) -> str:
-    """The text of a warning, without control characters from paths or column names."""
-    return plain(_FORMAT[-1](*args, **kwargs))
+def _warning(message: Any, *args: Any, **kwargs: Any) -> str:
+    """The text of a warning, without control characters from paths or column names; ours without a line of code."""
+    text = str(message)
+    return plain(f"{text}\n" if text.startswith("halos:") else _FORMAT[-1](message, *args, **kwargs))
 
 
 def _shown(record: logging.LogRecord) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 # They make a terminal change colours, links, the clipboard or the reading direction.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -78,6 +78,12 @@ def cause(message: str) -> str:
     quotes = "a text" in kinds and re.fullmatch(r"[-+.\w]+", value)
     hint = "; put it in quotes if it is a name" if quotes else ""
     return f"{name} is {value}; it takes {', '.join(kinds[:-1])}{' or ' if kinds[1:] else ''}{kinds[-1]}{hint}"
+
+
+def listed(counts: Mapping[str, int]) -> str:
+    """``1 pair, 2 prompts skipped``, from numbers other than 0 by what they count: a plural with words after it."""
+    singular = {what: re.sub(r"(?<=\w)s(?= |$)", "", what, count=1) for what in counts}
+    return ", ".join(f"{number} {singular[what] if number == 1 else what}" for what, number in counts.items() if number)
 
 
 def counted(number: int, what: str) -> str:

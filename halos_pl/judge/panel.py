@@ -111,7 +111,8 @@ class Panel:
         """
         requests = [each.request for items in several for each in self._requests(items)]
         new = self.endpoint.unanswered(requests)
-        reused = f"{len(requests) - len(new)} replies are in the transcripts; " if len(new) < len(requests) else ""
+        number = len(requests) - len(new)
+        reused = f"{number} {'reply is' if number == 1 else 'replies are'} in the transcripts; " if number else ""
         print(f"halos: {reused}{estimate(new, self.endpoint.settings)}", flush=True)
 
     def compare(self, pairs: Sequence[Pair]) -> Verdicts:

@@ -135,8 +135,8 @@ class RewardLabeller:
         if cut := self._model.cut(rows, finished, names):
             print(
                 f"halos: {self.name} reads {self._model.max_length} tokens: {len(cut)} of"
-                f" {counted(len(rows), 'completion')} are longer with their prompts, which lose their beginning; the"
-                f" first is {cut[0]}"
+                f" {counted(len(rows), 'completion')} did not fit with the prompt, which loses its beginning; the first"
+                f" is {cut[0]}"
             )
 
     def label(self, groups: Sequence[Group]) -> list[list[float | None]]:

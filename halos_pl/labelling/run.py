@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from halos_pl.common.files import check_target
-from halos_pl.common.messages import counted
+from halos_pl.common.messages import counted, listed
 from halos_pl.common.progress import Progress
 from halos_pl.endpoint.settings import EndpointSettings
 from halos_pl.labelling.agreement import agreement_lines
@@ -108,16 +108,15 @@ def label_file(
         scores += [score for score in votes if score is not None]
         rows += list(rows_of(group, votes, output, counts))
     if not rows:
-        reasons = ", ".join(f"{number} {what}" for what, number in counts.items() if number)
-        labels.close()
-        raise ValueError(f"{path}: no row can be written ({reasons}); change --form, --min_gap or --by")
+        labels.discard()
+        raise ValueError(f"{path}: no row can be written ({listed(counts)}); change --form, --min_gap or --by")
     labels.finish(rows, counts=dict(counts))
     for line in agreement_lines(names, by_labeller):
         print(f"halos: {line}")
     print(f"halos: score: mean {fmean(scores):.4g}, from {min(scores):.4g} to {max(scores):.4g} (n = {len(scores)})")
     for line in filter(None, (each.summary() for each in labellers)):
         print(f"halos: {line}")
-    print(f"halos: {', '.join(f'{number} {what}' for what, number in counts.items() if number)}")
+    print(f"halos: {listed(counts)}")
     print(f"halos: {counted(len(rows), 'row')} in {target}, from {counted(len(groups), 'prompt')} of {path}")
 
 
@@ -137,9 +136,8 @@ def _fill(labels: SampleFile, groups: list[Group], names: list[str], labellers: 
                     labels.add(group.number, [{"scores": {name: scores[name][i] for name in names}}])
                 progress.advance(len(some))
     except BaseException:
-        if not labels.done and not labels.is_stream:  # an empty file would only keep other commands out
-            labels.part.unlink(missing_ok=True)
-            labels.close()
+        if not labels.done:  # an empty file would only keep other commands out
+            labels.discard()
             raise
         print(
             f"halos: stopped after {len(labels.done)} of {counted(len(groups), 'prompt')}; their labels are in"

@@ -6,6 +6,18 @@ from halos_pl.objective.baselines import Centring
 from halos_pl.objective.halo import HALO, Objective
 
 
+def senseless_clamp(objective: Objective) -> str | None:
+    """Why a reference point should not be clamped at 0, in one line; None if it is not, or may be.
+
+    Only the log-ratio of policy and reference has a mean that estimates a KL divergence, which is never negative.
+    """
+    for term in objective.modules():
+        if isinstance(term, HALO) and term.reward.needs.scalar and getattr(term.reference_point, "clamp", False):
+            name, reward = type(term.reference_point).__name__, type(term.reward).__name__
+            return f"{name} clamps its mean at 0, but the mean of {reward} may be negative; set its clamp to false"
+    return None
+
+
 def needs_centring(objective: Objective) -> str | None:
     """Why the rewards of an objective should be centred, in one line; None if they need not be.
 

@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from halos_pl.common.files import write
-from halos_pl.common.messages import counted
+from halos_pl.common.messages import counted, listed
 from halos_pl.provenance import provenance
 from halos_pl.rounds.results import Results, meaning_of
 from halos_pl.rounds.spec import FIRST, OFFLINE
@@ -148,7 +148,7 @@ def _training(results: Results) -> list[str]:
     rows = []
     for each in results.rounds:
         facts = results.facts(each)
-        feedback = ", ".join(f"{number} {name}" for name, number in facts.get("feedback", {}).items())
+        feedback = listed(facts.get("feedback", {}))
         seconds = ", ".join(f"{stage} {value:.0f}" for stage, value in facts["seconds"].items())
         rows.append([each.name, feedback or str(each.labels), str(facts["steps"]), str(facts["seed"]), seconds])
     return _table(["model", "feedback", "steps", "seed", "seconds"], rows)

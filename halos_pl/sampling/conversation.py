@@ -100,6 +100,8 @@ def talk(
             history = []
             if command == "/system":
                 first = [{"role": "system", "content": rest.strip()}] if rest.strip() else []
+            about = "" if command == "/reset" else "; the system message is set" if first else "; no system message"
+            console.print(f"halos: a new conversation begins{about}", highlight=False, markup=False)
         elif command.startswith("/"):
             console.print(HELP, highlight=False, markup=False)
         elif text:

@@ -209,6 +209,14 @@ class SampleFile:
             self.part.unlink(missing_ok=True)
             self.close()
 
+    def discard(self) -> None:
+        """Closes the file and removes it, as its rows are of no use, and its settings unless there is an older file."""
+        if not self.is_stream:
+            self.part.unlink(missing_ok=True)
+            if not self.target.exists():
+                self.record.unlink(missing_ok=True)
+        self.close()
+
     def close(self) -> None:
         """Closes the file and ends the lock."""
         if self._file is not None:

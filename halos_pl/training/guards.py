@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from halos_pl.objective.centring import needs_centring
+from halos_pl.objective.centring import needs_centring, senseless_clamp
 from halos_pl.policy.adapters import check_sharding
 from halos_pl.policy.liger import check_liger
 from halos_pl.policy.limits import warn_of_ignored_losses
@@ -73,7 +73,7 @@ def check_fit(module: Any, trainer: Any) -> None:
     """
     check_policy_settings(module, trainer)
     check_float16(trainer, module.models.dtype)
-    if why := needs_centring(module.objective):
+    for why in filter(None, (needs_centring(module.objective), senseless_clamp(module.objective))):
         rank_zero_warn(f"halos: {why}")
     lora = module.models.spec.lora if module.models.spec is not None else None
     vectors = lora is None or bool(lora.modules_to_save)
