@@ -66,7 +66,9 @@ def model_card(run: str, title: str, command: Sequence[str], step: int | None = 
         lines += _objective(config, home)
         lines += _training(home, step)
     joined = shlex.join(Path(word).resolve().name if Path(word).exists() else word for word in command)
-    commands = ["halos fit --config config.yaml  # the run's file"] * is_run + [joined]
+    commands = [
+        "halos fit --config config.yaml  # the file in the run's folder, which this folder does not contain"
+    ] * is_run + [joined]
     marks = fence(joined)
     lines += ["", "## Commands", "", f"{marks}bash", *commands, marks, "", f"Made with halos_pl {own_revision()}."]
     return "\n".join(lines) + "\n"
