@@ -213,6 +213,22 @@ def test_repeated_rows_of_a_prompt_say_no_more_than_one() -> None:
         assert thrice == pytest.approx(once)
 
 
+@pytest.mark.parametrize("wrong", [1, 2, 7])
+def test_verdicts_that_follow_the_position_say_nothing_about_the_rest(wrong: int) -> None:
+    """All other verdicts are wrong: the interval is Wilson's for their number, up to the quantile of Student's t."""
+
+    def high(followers: int) -> float:
+        pairs = [JudgedPair(f"f{i}", 1.0, 0.0) for i in range(followers)]
+        pairs += [JudgedPair(f"w{i}", 0.0, 0.0) for i in range(wrong)]
+        found = agreement(pairs, {pair.name: 1 for pair in pairs}, "x").without_position
+        assert (found.value, found.low) == pytest.approx((0, 0), abs=1e-12)
+        return found.high
+
+    z = stats.norm.isf(0.025)
+    assert high(10_000) == pytest.approx(z**2 / (wrong + z**2), rel=1e-3)
+    assert high(20) >= high(1000) >= high(10_000)
+
+
 def test_the_interval_of_fleiss_kappa_holds_the_truth() -> None:
     """Three raters that copy a common label with probability 0.7 and otherwise draw one."""
     rng = np.random.default_rng(0)

@@ -174,4 +174,5 @@ def _without_position(pairs: Sequence[JudgedPair], labels: Mapping[str, int]) ->
     if rest < 1e-9:  # every verdict follows the position
         return Estimate(math.nan, math.nan, 0.0, 1.0, number)
     influence = (agreed - agreed.mean()) / rest + above * np.sign(bias) * (biases - bias) / rest**2
-    return linear(0.5 + above / rest, _summed(influence, examples) * number / len(pairs), 0.0, 1.0)
+    effect = _summed(influence, examples) * number / len(pairs)
+    return linear(0.5 + above / rest, effect, 0.0, 1.0, informative=rest * number)

@@ -69,32 +69,41 @@ def mean_of(values: Sequence[float] | Values, least: float = 0.0, most: float = 
     return Estimate(mean, error, *_wilson(mean, error, n, least, most), n)
 
 
-def _wilson(value: float, error: float, n: int, least: float, most: float) -> tuple[float, float]:
+def _wilson(
+    value: float, error: float, n: int, least: float, most: float, informative: float | None = None
+) -> tuple[float, float]:
     """The interval of :func:`mean_of`."""
     span = most - least
     p, scaled = (value - least) / span, error / span
-    many = max(p * (1 - p) / scaled**2, 1.0) if scaled > 1e-12 else float(n)
+    many = max(p * (1 - p) / scaled**2, 1.0) if scaled > 1e-12 else float(informative or n)
     z = float(special.stdtrit(n - 1, 1 - LEVEL / 2))
     centre, reach = p + z**2 / (2 * many), z * math.sqrt(p * (1 - p) / many + z**2 / (4 * many**2))
     low, high = (centre - reach) / (1 + z**2 / many), (centre + reach) / (1 + z**2 / many)
     return least + span * max(low, 0.0), least + span * min(high, 1.0)
 
 
-def linear(value: float, influence: Values, least: float = -math.inf, most: float = math.inf) -> Estimate:
+def linear(
+    value: float,
+    influence: Values,
+    least: float = -math.inf,
+    most: float = math.inf,
+    informative: float | None = None,
+) -> Estimate:
     """A smooth function of means, with its error from the influence of each item (delta method).
 
-    If no item has any influence, the interval is that of :func:`mean_of` for equal values.
+    If no item has any influence, the interval is that of :func:`mean_of` for equal values of the informative items.
 
     Args:
         value: the estimate.
         influence: [n] first-order effect of each item on n times the estimate; its mean is 0.
         least, most: bounds of the interval.
+        informative: number of items that say something about the value; default: all n.
     """
     n = len(influence)
     if n < 2 or not math.isfinite(value):
         return Estimate(value, math.nan, least, most, n)
     error = float(influence.std(ddof=1)) / math.sqrt(n)
     if error <= 1e-12 and least <= value <= most < math.inf:
-        return Estimate(value, error, *_wilson(value, error, n, least, most), n)
+        return Estimate(value, error, *_wilson(value, error, n, least, most, informative), n)
     reach = float(special.stdtrit(n - 1, 1 - LEVEL / 2)) * error
     return Estimate(value, error, max(value - reach, least), min(value + reach, most), n)
