@@ -286,6 +286,7 @@ def test_the_command_starts_its_second_process_itself(both, tmp_path):
 
 def trainer_of(strategy: Any, world_size: int = 1) -> Any:
     return SimpleNamespace(
+        callbacks=[],
         strategy=strategy,
         world_size=world_size,
         accumulate_grad_batches=1,
