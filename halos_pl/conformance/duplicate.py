@@ -14,37 +14,55 @@ T = TypeVar("T", bound=nn.Module)
 _UNCHANGED = frozenset((int, float, complex, str, bytes, bool, type(None), type(lambda: None), type(len), Needs))
 
 
-def _copy(value: Any) -> Any:
+def _copy(value: Any, copies: dict[int, Any]) -> Any:
+    """A copy of ``value``; ``copies`` maps the ids of objects to their copies, as in :func:`copy.deepcopy`."""
     kind = type(value)
     if kind in _UNCHANGED or isinstance(value, type):
         return value
-    if kind in (dict, OrderedDict):
-        return kind((key, _copy(item)) for key, item in value.items()) if value else kind()
-    if kind in (list, tuple, set):
-        return kind(map(_copy, value))
+    if id(value) in copies:
+        return copies[id(value)]
     if isinstance(value, nn.Module):
-        return duplicate(value)
-    if isinstance(value, nn.Parameter):
-        return nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
-    if isinstance(value, Tensor):
-        return value.detach().clone().requires_grad_(value.requires_grad and value.is_leaf)
-    try:
-        return deepcopy(value)
-    except TypeError:  # locks, files, generators: a value that cannot be copied is shared
-        return value
+        return _of_module(value, copies)
+    if kind is OrderedDict and not value:  # hooks, of which a module has many, most of them empty
+        return kind()
+    copy: Any
+    if kind in (dict, OrderedDict):
+        copy = copies[id(value)] = kind()
+        copy.update((key, _copy(item, copies)) for key, item in value.items())
+    elif kind is list:
+        copy = copies[id(value)] = []
+        copy.extend(_copy(item, copies) for item in value)
+    elif kind in (tuple, set):
+        copy = kind(_copy(item, copies) for item in value)
+    elif isinstance(value, nn.Parameter):
+        copy = nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)
+    elif isinstance(value, Tensor):
+        copy = value.detach().clone().requires_grad_(value.requires_grad and value.is_leaf)
+    else:
+        try:
+            copy = deepcopy(value, copies)
+        except (TypeError, RuntimeError):  # locks, files, generators, inner tensors: what cannot be copied is shared
+            return value
+    copies[id(value)] = copy
+    return copy
+
+
+def _of_module(module: nn.Module, copies: dict[int, Any]) -> Any:
+    copy = copies[id(module)] = module.__class__.__new__(module.__class__)
+    state = copy.__dict__
+    state.update(module.__dict__)
+    for name, value in module.__dict__.items():
+        if type(value) not in _UNCHANGED:
+            state[name] = _copy(value, copies)
+    state["training"] = True
+    return copy
 
 
 def duplicate(module: T) -> T:
     """A copy of ``module`` that shares no state with it, in training mode.
 
-    Like ``copy.deepcopy``, but ten times as fast (a check makes thousands of copies), and tensors may have a graph. Two
-    attributes that are one object become two.
+    Like ``copy.deepcopy``, but ten times as fast (a check makes thousands of copies), and tensors may have a graph.
+    What is one object in the module, including the module itself, is one in the copy.
     """
-    copy: T = module.__class__.__new__(module.__class__)
-    state = copy.__dict__
-    state.update(module.__dict__)
-    for name, value in module.__dict__.items():
-        if type(value) not in _UNCHANGED:
-            state[name] = _copy(value)
-    state["training"] = True
+    copy: T = _of_module(module, {})
     return copy

@@ -1,0 +1,263 @@
+"""States in which a part must be the same function, and parameters that an optimizer may reach.
+
+A part is called in many states during training: in validation, without gradient, hours later, after a checkpoint was
+loaded. Its result must be the same in each. A clause of any kind of part uses them so::
+
+    expected = call(case.fresh())                        # in training, on the CPU, with gradient
+    for state in STATES:                                 # modes, default dtypes, autocast, clocks
+        part = case.fresh()
+        with state.entered(part):
+            result = call(part)                          # compare; state.gradient says whether it can have a gradient
+        call(part)                                       # compare again: the state must leave nothing behind
+    for words, part in copies(case.target):              # a deep copy, and one with the weights of a state_dict
+        call(part)                                       # compare
+    for words, part in pushed(case.target):              # each learnable parameter far up and far down
+        call(part)                                       # nothing to compare with: the clause must hold as before
+    witness = on_another_device(case.fresh(), lambda part: call_with_inputs_on(part, "meta"))
+
+``state.rounds`` marks the state (autocast) in which a matrix product may be rounded to bfloat16.
+"""
+
+from __future__ import annotations
+
+import datetime
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from datetime import date as true_date
+from datetime import datetime as true_datetime
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from halos_pl.conformance.duplicate import duplicate
+
+T = TypeVar("T", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class State:
+    """A state in which a part may be called.
+
+    Attributes:
+        name: the state, in words that complete "the value is ...".
+        entered: context of the state for a part; leaving it restores what was before.
+        gradient: whether results have a gradient in it.
+        rounds: whether matrix products may be rounded to bfloat16 in it.
+    """
+
+    name: str
+    entered: Callable[[nn.Module], AbstractContextManager[Any]]
+    gradient: bool = True
+    rounds: bool = False
+
+
+@contextmanager
+def _in_evaluation(part: nn.Module) -> Iterator[None]:
+    part.eval()
+    try:
+        yield
+    finally:
+        part.train()
+
+
+@contextmanager
+def _in_validation(part: nn.Module) -> Iterator[None]:
+    """As Lightning validates: in evaluation mode and inference mode."""
+    with _in_evaluation(part), torch.inference_mode():
+        yield
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _moved_clocks(seconds: float) -> dict[int, Any]:
+    """What replaces each function and class that tells the time, by its id."""
+    shift = datetime.timedelta(seconds=seconds)
+
+    class Date(true_date):
+        @classmethod
+        def today(cls) -> Any:
+            return (true_datetime.now() + shift).date()
+
+    class Datetime(true_datetime):
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> Any:
+            return true_datetime.now(tz) + shift
+
+        @classmethod
+        def utcnow(cls) -> Any:
+            return true_datetime.now(datetime.UTC).replace(tzinfo=None) + shift
+
+        @classmethod
+        def today(cls) -> Any:
+            return true_datetime.now() + shift
+
+    now = time.time
+    moved: dict[int, Any] = {id(true_date): Date, id(true_datetime): Datetime}
+    for name in ("time", "monotonic", "perf_counter", "process_time", "thread_time"):
+        for original, unit in ((getattr(time, name), 1), (getattr(time, f"{name}_ns"), 10**9)):
+            moved[id(original)] = lambda original=original, unit=unit: original() + type(unit)(seconds * unit)
+    for name in ("localtime", "gmtime", "ctime"):
+        original = getattr(time, name)
+        moved[id(original)] = lambda at=None, original=original: original(now() + seconds if at is None else at)
+    return moved
+
+
+@contextmanager
+def _later(part: nn.Module, seconds: float) -> Iterator[None]:
+    """Moves the clocks of ``time`` and ``datetime``, also where the modules of ``part`` have imported them by name."""
+    classes = {cls for module in part.modules() for cls in type(module).__mro__}
+    names = {"time", "datetime", *(cls.__module__ for cls in classes if not cls.__module__.startswith("torch"))}
+    moved, before = _moved_clocks(seconds), []
+    for name in names & sys.modules.keys():
+        space = vars(sys.modules[name])
+        before += [(space, key, value) for key, value in space.items() if id(value) in moved]
+    try:
+        for space, key, value in before:
+            space[key] = moved[id(value)]
+        yield
+    finally:
+        for space, key, value in before:
+            space[key] = value
+
+
+_HOUR, _DAY = 3600, 86400
+_TIMES = {
+    "half a second": 0.5,
+    "a second": 1,
+    "two minutes": 121,
+    **{f"{n} hours": n * _HOUR + 7 for n in (2, 6, 12, 18)},
+    **{f"{n} days": n * _DAY + 61 for n in (1, 2, 3, 4, 5, 6, 30, 91, 182, 365, 3650)},
+}
+CLOCKS = tuple(State(f"{words} later", partial(_later, seconds=seconds)) for words, seconds in _TIMES.items())
+STATES = (
+    State("in evaluation", _in_evaluation),
+    State("without gradient", lambda part: torch.no_grad(), gradient=False),
+    State("in inference mode", lambda part: torch.inference_mode(), gradient=False),
+    State("in validation (evaluation and inference mode)", _in_validation, gradient=False),
+    State("in autocast to bfloat16", lambda part: torch.autocast("cpu", torch.bfloat16), rounds=True),
+    State("with bfloat16 as the default dtype", lambda part: _default_dtype(torch.bfloat16)),
+    State("with float64 as the default dtype", lambda part: _default_dtype(torch.float64)),
+    *CLOCKS,
+)
+
+
+def copies(part: T) -> Iterator[tuple[str, T]]:
+    """A deep copy, and a copy whose parameters and buffers have moved and that has loaded the state_dict of the part.
+
+    Parts that hold what cannot be copied, such as a lock, have no deep copy.
+
+    Yields:
+        words that complete "the value is ...", and the part in training mode.
+    """
+    try:
+        deep = deepcopy(part).train()
+    except (TypeError, RuntimeError):
+        deep = None
+    if deep is not None:
+        yield "of a deep copy", deep
+    reloaded, saved = duplicate(part), duplicate(part).state_dict()
+    with torch.no_grad():
+        for tensor in reloaded.state_dict().values():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                tensor.add_(1)
+    reloaded.load_state_dict(saved)
+    yield "of a copy that has loaded its state_dict", reloaded
+
+
+def _at(name: str, parameter: Tensor) -> str:
+    return f"{name} = {float(parameter):.4g}" if parameter.numel() == 1 else f"{name} moved"
+
+
+def pushed(part: T, *, draws: int = 2, most: int = 40) -> Iterator[tuple[str, T]]:
+    """Copies whose learnable parameters an optimizer has moved: each one far both ways, and all of them at random.
+
+    A parameter p of any shape moves by 1 + 2|p| and by 8 + 8|p|, up and down, as a whole; then, if it has several
+    elements or the part several parameters, every element by a random share of the larger distance.
+
+    Args:
+        part: the part; it stays as it is.
+        draws: number of random moves.
+        most: maximum number of moves of single parameters; of a larger number, evenly spaced ones.
+
+    Yields:
+        words that complete "with ...", and the copy in training mode. Nothing for a part without learnable parameters.
+    """
+    names = [name for name, parameter in part.named_parameters() if parameter.requires_grad and parameter.numel()]
+    moves = [(name, sign, *far) for name in names for sign in (-1, 1) for far in ((1, 2), (8, 8))]
+    for name, sign, least, share in moves[:: -(-len(moves) // most) or 1]:
+        copy = duplicate(part)
+        parameter = dict(copy.named_parameters())[name]
+        with torch.no_grad():
+            parameter.add_(sign * (least + share * parameter.abs()))
+        yield f"{_at(name, parameter)}, which an optimizer may reach", copy
+    if sum(parameter.numel() for parameter in part.parameters() if parameter.requires_grad) < 2:
+        return
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(draws):
+        copy = duplicate(part)
+        with torch.no_grad():
+            for free in (p for p in copy.parameters() if p.requires_grad):
+                free.add_((2 * torch.rand(free.shape, generator=draw) - 1).to(free) * 8 * (1 + free.abs()))
+        yield "all learnable parameters moved, as an optimizer may move them", copy
+
+
+class _Devices(TorchDispatchMode):
+    """Notes the first operation that mixes tensors of the meta device with tensors on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.mixed: str | None = None
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: skipping it means importing it, which takes as long as a check."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        flat = [
+            x for arg in (*args, *(kwargs or {}).values()) for x in (arg if isinstance(arg, list | tuple) else [arg])
+        ]
+        tensors = [x for x in flat if isinstance(x, Tensor) and (x.dim() or x.is_meta)]  # numbers go to any device
+        indexes_by_host = name.startswith("index") and tensors and tensors[0].is_meta
+        if len({x.is_meta for x in tensors}) > 1 and name.rstrip("_") != "copy" and not indexes_by_host:
+            shape = next(tuple(x.shape) for x in tensors if not x.is_meta)
+            self.mixed = self.mixed or f"{name} mixes it with a tensor of shape {shape} on the CPU"
+        return func(*args, **(kwargs or {}))
+
+
+def on_another_device(part: nn.Module, call: Callable[[nn.Module], Any]) -> str | None:
+    """Calls ``part`` on the meta device, which has shapes and no data, as a stand-in for any other device.
+
+    Args:
+        part: a copy; its parameters and buffers are moved.
+        call: calls the part with inputs on the meta device and returns a tensor.
+
+    Returns:
+        What would fail or stay behind on another device; None if nothing does, or if the part needs data to run.
+    """
+    devices = _Devices()
+    try:
+        moved = part.to("meta")
+        with devices:
+            result = call(moved)
+    except (Exception, SystemExit):  # also whatever reads numbers, which a meta tensor does not have
+        return devices.mixed
+    if devices.mixed is None and isinstance(result, Tensor) and not result.is_meta:
+        return "the result is on the CPU"
+    return devices.mixed
