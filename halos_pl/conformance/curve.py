@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
@@ -11,13 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halos_pl.conformance.rounding import Function, values_per_outcome
+
 EPS = torch.finfo(torch.float64).eps
-EDGE, FAR = 100.0, 1e4
+# The grid is dense up to EDGE nats and has steps of 0.1 nats up to FAR. Beyond, up to the END, it is logarithmic: it finds
+# faults that do not end soon after they began.
+EDGE, FAR, END = 100.0, 1e4, 1e8
 CELLS = 500_000
+# Number of values that one call of v may compute on the way, so that v may look up thousands of knots in little memory.
+VALUES_AT_ONCE = 1 << 24
 # ``F.softplus`` jumps by 2e-9 where it becomes linear, which its users cannot help: a jump by this share of the range
 # of v is allowed there.
 JUMP = 3e-8
-Function = Callable[[Tensor], Tensor]
 
 
 class WrongShapeError(ValueError):
@@ -42,6 +46,20 @@ def cotangents(like: Tensor) -> Tensor:
     every, n = _cotangents(), like.numel()
     every = every if n <= len(every) else every.repeat(1 + n // len(every))
     return every[:n].view(like.shape).to(like.dtype)
+
+
+def rows_at_once(v: Function) -> int:
+    """How many outcomes v may be handed in one call: for as many, all its intermediate results fit into 128 MB."""
+    return max(1, int(VALUES_AT_ONCE / values_per_outcome(v)))
+
+
+def in_pieces(v: Function, u: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`value_and_slope` of a long [n], in several calls if intermediate results would be too large."""
+    rows = rows_at_once(v) if len(u) > 4096 else len(u)
+    if len(u) <= rows:
+        return value_and_slope(v, u)
+    pieces = [value_and_slope(v, piece) for piece in u.split(rows)]
+    return torch.cat([value for value, _ in pieces]), torch.cat([slope for _, slope in pieces])
 
 
 def value_and_slope(v: Function, u: Tensor, view: Function | None = None) -> tuple[Tensor, Tensor]:
@@ -89,17 +107,20 @@ class Curve:
         u: nats, float64 [n], ascending.
         value, slope: v(u) and v'(u), float64 [n].
         seams: nats, float64 [2, k]: between which two points ``F.softplus`` becomes linear.
+        sums: float64 [2, m]: at some points, ascending (nats), the size of what v rounds there on the way (utility);
+            see :func:`~halos_pl.conformance.rounding.sums`.
     """
 
     u: Tensor
     value: Tensor
     slope: Tensor
     seams: Tensor
+    sums: Tensor
 
     @classmethod
-    def of(cls, v: Function, u: Tensor, seams: Tensor) -> Curve:
+    def of(cls, v: Function, u: Tensor, seams: Tensor, sums: Tensor) -> Curve:
         """v at the points ``u``."""
-        return cls(u, *value_and_slope(v, u), seams)
+        return cls(u, *in_pieces(v, u), seams, sums)
 
     def with_points(self, other: Curve) -> Curve:
         """The curve with further points, in any order."""
@@ -130,7 +151,7 @@ class Curve:
 
     @cached_property
     def noise(self) -> Noise:
-        """Rounding of float64, relative to the size of v at each point; at its seams also the jump of ``F.softplus``.
+        """Rounding of float64, relative to the size of v and of what it adds up; at seams also the jump of softplus.
 
         A jump is a fault however small it is, so nothing is allowed for it but what rounding explains: of v, and of
         the slopes that an increment is compared with.
@@ -143,7 +164,9 @@ class Curve:
         size = torch.maximum(size, near.max() if len(near) else size.new_zeros(()))
         gap = self.u.diff()
         gap = torch.maximum(F.pad(gap, (1, 0)), F.pad(gap, (0, 1)))
-        value = 64 * EPS * size + 1e-7 * self.slope.abs() * gap
+        place = torch.searchsorted(self.sums[0].contiguous(), self.u).clamp(max=self.sums.shape[1] - 1)
+        sums = torch.maximum(self.sums[1][place], self.sums[1][(place - 1).clamp(min=0)])
+        value = 64 * EPS * size + 8 * EPS * sums + 1e-7 * self.slope.abs() * gap
         if self.seams.numel():
             reach = JUMP * _outward((self.value - at_zero).abs(), self.u)
             first = torch.searchsorted(self.u, self.seams[0].contiguous())
@@ -151,27 +174,27 @@ class Curve:
             steps = torch.zeros(len(self.u) + 1, dtype=torch.long)
             steps.index_add_(0, first, torch.ones_like(first)).index_add_(0, beyond, -torch.ones_like(beyond))
             value = value + reach * (steps.cumsum(0)[:-1] > 0)
-        return Noise(value, 64 * EPS * steepest)
+        return Noise(value, 64 * EPS * steepest + 8 * EPS * sums / self.u.abs().clamp(min=1))
 
     def reflected(self) -> Curve:
         """-v(-u): how v acts on a reflected row."""
-        return Curve(-self.u.flip(0), -self.value.flip(0), self.slope.flip(0), -self.seams.flip(0))
+        sums = torch.stack([-self.sums[0].flip(0), self.sums[1].flip(0)])
+        return Curve(-self.u.flip(0), -self.value.flip(0), self.slope.flip(0), -self.seams.flip(0), sums)
 
 
 def grid(cells: int = CELLS) -> Tensor:
-    """Outcomes in nats, ascending: dense on [-100, 100], by orders of magnitude near 0 and up to 1e4."""
-    side = (
-        torch.cat(
-            [
-                torch.logspace(-12, -3, 2000, dtype=torch.float64),
-                # A step that is not a round number, so that no periodic fault hides between the points.
-                torch.arange(1, cells // 2 + 1, dtype=torch.float64) * (EDGE / (cells // 2) * 0.99999871),
-                torch.logspace(2, 4, 20000, dtype=torch.float64),
-            ]
-        )
-        .sort()
-        .values
-    )
+    """Outcomes in nats, ascending, for both signs.
+
+    With the default number of cells in steps of 4e-4 up to 100 and of 0.1 up to 10,000; by orders of magnitude near 0
+    and, 5,000 each, up to 10^8.
+    """
+    half = cells // 2
+    step = 0.1 * CELLS / cells
+    # Steps that are not round numbers, so that no periodic fault hides between the points.
+    near = torch.arange(1, half + 1, dtype=torch.float64) * (EDGE / half * 0.99999871)
+    far = torch.arange(EDGE, FAR, step * 0.9999871, dtype=torch.float64)
+    orders = [torch.logspace(*ends, dtype=torch.float64) for ends in ((-12, -3, 2000), (4, 8, 20000))]
+    side = torch.cat([orders[0], near, far, orders[1]]).sort().values
     return torch.cat([-side.flip(0), side.new_zeros(1), side])
 
 

@@ -180,7 +180,7 @@ def copies(part: T) -> Iterator[tuple[str, T]]:
 
 
 def _at(name: str, parameter: Tensor) -> str:
-    return f"{name} = {float(parameter):.4g}" if parameter.numel() == 1 else f"{name} moved"
+    return f"{name} = {float(parameter.detach()):.4g}" if parameter.numel() == 1 else f"{name} moved"
 
 
 def pushed(part: T, *, draws: int = 2, most: int = 40) -> Iterator[tuple[str, T]]:

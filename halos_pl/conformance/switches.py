@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from halos_pl.conformance.curve import Function
+from halos_pl.conformance.rounding import Function
 
 _COMPARISONS = {"gt", "lt", "ge", "le", "eq", "ne"}
 _BOUNDS = {"clamp", "clamp_min", "clamp_max", "hardtanh", "relu", "threshold", "leaky_relu", "elu", "celu"}
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "convolution", "linear"}
 _STEPS = {"sign", "sgn", "floor", "ceil", "round", "trunc"}
 
 
@@ -20,8 +21,10 @@ class Switches(TorchDispatchMode):
 
     Attributes:
         states: a float64 [count] for each such operation, in the order of the calls.
+        operations: number of operations with a result in floating point.
+        products: whether one of them multiplies matrices.
         seams: places in ``states`` of ``F.softplus``, which becomes linear with a jump.
-        unknown_seams: whether there is one of another shape.
+        unknown_seams: whether there is one of several numbers per element. One of fewer is that of a parameter.
     """
 
     def __init__(self, count: int) -> None:
@@ -31,6 +34,7 @@ class Switches(TorchDispatchMode):
         self.seams: list[int] = []
         self.unknown_seams = False
         self.operations = 0
+        self.products = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -44,13 +48,14 @@ class Switches(TorchDispatchMode):
         name = name.rstrip("_")
         if isinstance(out, Tensor) and out.is_floating_point():
             self.operations += 1
+        self.products |= name in _PRODUCTS
         operand = before if before is not None else (args[0] if args else None)
         if name == "softplus" and isinstance(operand, Tensor):
             beta, threshold = (float(x) for x in (*args[1:], *(1, 20)[len(args) - 1 :]))
             if operand.numel() == self.count:
                 self.seams.append(len(self.states))
                 self.states.append((operand * beta > threshold).detach().flatten().double())
-            self.unknown_seams |= operand.numel() != self.count
+            self.unknown_seams |= operand.numel() != self.count and operand.numel() % self.count == 0
         if isinstance(out, Tensor) and out.numel() == self.count and isinstance(operand, Tensor):
             state = None
             if name in _COMPARISONS:
@@ -84,43 +89,61 @@ def operations(v: Function) -> int:
     return mode.operations
 
 
-def breakpoints(v: Function, u: Tensor) -> tuple[Tensor, Tensor]:
+def multiplies_matrices(v: Function) -> bool:
+    """Whether v multiplies matrices, which autocast rounds."""
+    mode = Switches(-1)
+    with torch.no_grad(), mode:
+        v(torch.tensor([0.5, -0.5]))
+    return mode.products
+
+
+def breakpoints(v: Function, u: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Points on either side of each place where the code inside v switches branches.
 
     Args:
         v: a value function.
         u: nats, float64 [n], ascending.
+        rows: number of outcomes in a call of v.
 
     Returns:
         nats, float64 [m]: for each place the two sides, found by bisection; and those of them, float64 [2, k], where
         ``F.softplus`` becomes linear.
     """
-    events, places, first, last = [], [], [], []
-    mode = switches(v, u)
-    for number, state in enumerate(mode.states):
-        change = (state[1:] != state[:-1]).nonzero().squeeze(1)
-        change = change[:: max(1, len(change) // 200)]
-        events.append(torch.full_like(change, number))
-        places.append(change)
-        first.append(state[change])
-        last.append(state[change + 1])
+    # For each place: the number of the operation that switches, its place in u, and its state before and after.
+    found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    mode = switches(v, u[: rows + 1])
+    for start in range(0, len(u) - 1, rows):
+        piece = u[start : start + rows + 1]  # with one point of the next piece, so that no place is missed
+        for number, state in enumerate((switches(v, piece) if start else mode).states):
+            change = (state[1:] != state[:-1]).nonzero().squeeze(1)
+            change = change[:: max(1, len(change) // 200)]
+            found.append((torch.full_like(change, number), start + change, state[change], state[change + 1]))
     everywhere = u.new_tensor([[-torch.inf], [torch.inf]])
-    if not events or sum(map(len, events)) == 0:
+    event, place, before, after = (torch.cat(parts) for parts in zip(*found, strict=True)) if found else (u[:0],) * 4
+    if not len(event):
         return u.new_empty(0), everywhere if mode.unknown_seams else everywhere[:, :0]
     # Twice: for the end of the left branch and for the start of the right one; a third may lie between them.
-    event, place = torch.cat(events).repeat(2), torch.cat(places).repeat(2)
-    start, end = torch.cat(first).repeat(2), torch.cat(last).repeat(2)
+    event, place, start_state, end_state = (part.repeat(2) for part in (event, place, before, after))
     leaving = torch.arange(len(event)) < len(event) // 2
     low, high = u[place], u[place + 1]
-    rows = torch.arange(len(event))
     for _ in range(60):
         middle = (low + high) / 2
-        states = switches(v, middle).states
-        if len(states) != len(events):
+        way = _states_of(v, middle, event, rows)
+        if way is None:
             break
-        way = torch.stack(states)[event, rows]
-        left = torch.where(leaving, way == start, way != end)
+        left = torch.where(leaving, way == start_state, way != end_state)
         low, high = torch.where(left, middle, low), torch.where(left, high, middle)
     seam = torch.isin(event, torch.tensor(mode.seams))
     seams = everywhere if mode.unknown_seams else torch.stack([low[seam], high[seam]])
     return torch.cat([low, high]), seams
+
+
+def _states_of(v: Function, u: Tensor, event: Tensor, rows: int) -> Tensor | None:
+    """The state at each point of the operation of that number; None if v runs other operations than before."""
+    states = []
+    for piece, numbers in zip(u.split(rows), event.split(rows), strict=True):
+        of_piece = switches(v, piece).states
+        if len(of_piece) <= int(numbers.max()):
+            return None
+        states.append(torch.stack(of_piece)[numbers, torch.arange(len(numbers))])
+    return torch.cat(states)

@@ -1,4 +1,4 @@
-"""Clauses on a value function's calls: shape, elementwise, deterministic, no change in place."""
+"""Clauses on a value function's calls: shape, elementwise, no change in place."""
 
 from __future__ import annotations
 
@@ -6,14 +6,37 @@ import torch
 from torch import Tensor
 
 from halos_pl.conformance.clause import explained
-from halos_pl.conformance.curve import FAR, Function, value_and_slope
-from halos_pl.conformance.value_case import DTYPES, ValueFunctionCase, varied_outcomes
-from halos_pl.conformance.witness import WrongShape, number, pair
+from halos_pl.conformance.curve import FAR, value_and_slope
+from halos_pl.conformance.rounding import Function
+from halos_pl.conformance.states import on_another_device
+from halos_pl.conformance.value_case import ValueFunctionCase, varied_outcomes
+from halos_pl.conformance.value_states import difference_of
+from halos_pl.conformance.witness import WrongShape, number
 
 # Outcomes are those of rows, [n], or of tokens, [n, T]. The most obvious ones come first.
 SHAPES = ((3,), (2, 3), (1,), (1, 1), (5, 1), (0,), (2, 1, 3))
 # Every small batch, and sizes around the powers of two at which code splits batches.
 SIZES = (*range(1, 301), *(2**k + d for k in range(9, 15) for d in (-1, 0, 1)), 1000, 20001)
+# Rows and tokens of a batch: many of either, never of both.
+ROWS_AND_TOKENS = (
+    *((rows, 2**k + d) for rows, k in ((1, 13), (2, 12), (3, 11), (7, 10), (2, 9)) for d in (-1, 0)),
+    *((1, 2**k + 1) for k in range(9, 13)),
+    *((2**k + d, tokens) for k, tokens in ((12, 1), (11, 5), (10, 3), (9, 11)) for d in (-1, 0)),
+    (113, 127),
+    (64, 300),
+)
+
+
+def drawn_sizes(count: int) -> list[tuple[int, int]]:
+    """Rows (1 to 4,096) and tokens (1 to 8,192) of random batches of at most 2^16 tokens; the same on every call."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = []
+    for share, of_rows in torch.rand(count, 2, generator=draw, dtype=torch.float64).tolist():
+        rows = int(4096**of_rows)
+        sizes.append((rows, max(1, int(min(8192, 2**16 / rows) ** share))))
+    return sizes
+
+
 # Inputs of a value function other than [12, 10] outcomes: other shapes, and views with strides.
 VIEWS: dict[str, Function] = {
     "of shape (12, 10)": lambda u: u,
@@ -34,11 +57,14 @@ VIEWS: dict[str, Function] = {
             return torch.sigmoid(u).mean()
         """,
     cure="""Work elementwise: no sum, mean, squeeze or reshape. Make constants with u.new_tensor(...), so that they
-    keep the dtype of u.""",
+    have the dtype and device of u; keep tensors with register_buffer, so that they move with v.""",
 )
 def shape(case: ValueFunctionCase) -> str | None:
-    """v returns a value for each outcome: a tensor of the shape and dtype of u."""
-    for dtype in DTYPES:
+    """v returns a value for each outcome: a tensor of the shape, dtype and device of u.
+
+    On another device (``meta`` stands in for it), v may use no tensor of its own that stays on the CPU.
+    """
+    for dtype in case.dtypes:
         for size in SHAPES:
             u = torch.linspace(-2, 2, max(1, torch.Size(size).numel()), dtype=torch.float64)
             u = u[: torch.Size(size).numel()].reshape(size).to(dtype)
@@ -49,7 +75,8 @@ def shape(case: ValueFunctionCase) -> str | None:
                 return WrongShape(f"u of shape {tuple(u.shape)}, v(u) of shape {tuple(value.shape)}")
             if value.dtype != u.dtype:
                 return f"u in {str(dtype)[6:]}, v(u) in {str(value.dtype)[6:]}"
-    return None
+    mixed = on_another_device(case.fresh(), lambda v: v(torch.empty(3, 5, device="meta")))
+    return mixed and f"u on another device than the CPU: {mixed}"
 
 
 def _alone(case: ValueFunctionCase, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,25 +84,6 @@ def _alone(case: ValueFunctionCase, u: Tensor) -> tuple[Tensor, Tensor]:
     v = case.fresh()
     parts = [value_and_slope(v, row) for row in u[:, None]]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-
-
-def _difference(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], u: Tensor) -> str | None:
-    """Where two results for the same outcomes differ by more than the order of operations explains; else None."""
-    if torch.equal(one[0], other[0]) and torch.equal(one[1], other[1]):  # almost every call
-        return None
-    eps = torch.finfo(u.dtype).eps
-    value = 256 * eps * (one[0].abs() + (u * one[1]).abs()).double()
-    # Slopes may cancel inside v, so they only have to agree in half of their digits.
-    slope = eps**0.5 * (one[1].abs().double() + one[1][one[1].isfinite()].abs().double().sum() / max(len(u), 1))
-    for name, a, b, most in (("v", one[0], other[0], value), ("v'", one[1], other[1], slope)):
-        wrong = ~((a - b).abs() <= most + torch.finfo(torch.float32).tiny)
-        wrong &= (a != b) & ~(a.isnan() & b.isnan())
-        if bool(wrong.any()):
-            at = int(wrong.nonzero()[0])
-            return f"{name}({number(float(u[at]))}) = {{}}, {{}} as row {at + 1} of {len(u)}".format(
-                *pair(float(a[at]), float(b[at]))
-            )
-    return None
 
 
 @explained(
@@ -89,22 +97,31 @@ def _difference(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], u: Ten
 def elementwise(case: ValueFunctionCase) -> str | None:
     """The value of an outcome depends on that outcome alone, not on the other rows, the batch size or the position."""
     base = torch.cat([torch.zeros(1, dtype=torch.float64), varied_outcomes(63)])
-    for number_, dtype in enumerate(DTYPES[:2]):
+    for number_, dtype in enumerate((torch.float64, torch.float32)):
         base = base.to(dtype)
         alone = _alone(case, base)
 
         def compare(index: Tensor, view: Function, batch: str = "") -> str | None:
             u, expected = view(base[index]), (view(alone[0][index]), view(alone[1][index]))  # noqa: B023
             u, *both = (x.flatten() for x in (u, *expected, *value_and_slope(case.fresh(), base[index], view)))  # noqa: B023
-            difference = _difference((both[0], both[1]), (both[2], both[3]), u)
+            difference = difference_of((both[0], both[1]), (both[2], both[3]), u)
             return difference and f"{difference}{batch}; the first is its value in a batch of one"
 
         for n in SIZES[number_::2]:  # half of the sizes in each dtype
+            if n > case.largest_batch:
+                continue
             if difference := compare((torch.arange(n) * (1 + n % 4) + n) % len(base), lambda u: u):
                 return difference
         # All equal, as at the start of every run, where every outcome is 0.
         for n, at in ((2, 0), (9, 0), (64, 0), (9, 5)):
             if difference := compare(torch.full((n,), at), lambda u: u, " that are all alike"):
+                return difference
+        drawn = drawn_sizes(240 if case.thorough else 24)
+        for rows, tokens in (*ROWS_AND_TOKENS[number_::2], *drawn[number_::2]):
+            if rows * tokens > case.largest_batch:
+                continue
+            index = (torch.arange(rows * tokens) * (1 + tokens % 4) + rows).view(rows, tokens) % len(base)
+            if difference := compare(index, lambda u: u, f", of shape ({rows}, {tokens})"):
                 return difference
         for name, view in VIEWS.items():
             if difference := compare(torch.arange(120).view(12, 10) % len(base), view, f", {name}"):
@@ -112,49 +129,8 @@ def elementwise(case: ValueFunctionCase) -> str | None:
     # The grid is the largest batch of all.
     curve = case.curve
     few = curve.part(torch.arange(7, len(curve.u), len(curve.u) // 48))
-    difference = _difference(_alone(case, few.u), (few.value, few.slope), few.u)
+    difference = difference_of(_alone(case, few.u), (few.value, few.slope), few.u)
     return difference and f"{difference}; the second is its value in a batch of {case.cells}"
-
-
-@explained(
-    example="""
-        def forward(self, u):
-            return torch.sigmoid(u + 0.01 * torch.randn_like(u))
-        """,
-    cure="""Remove random draws, counters, running statistics, and branches on self.training or
-    torch.is_grad_enabled().""",
-)
-def deterministic(case: ValueFunctionCase) -> str | None:
-    """The same outcome has the same value on every call, in training and evaluation, with and without gradient."""
-    for n, count in ((1, 120), (64, 14), (257, 4)):
-        u, other = varied_outcomes(n), varied_outcomes(n) * 0.7 + 0.3
-        first = value_and_slope(case.fresh(), u)
-        v = case.fresh()
-
-        def compare(when: str, gradient: bool = True) -> str | None:
-            if gradient:
-                again = value_and_slope(v, u)  # noqa: B023
-            else:
-                with torch.no_grad():
-                    again = v(u.clone()), first[1]  # noqa: B023
-            difference = _difference(first, again, u)  # noqa: B023
-            return difference and f"{difference}; the second is {when}"
-
-        for call in range(1, count + 1):
-            if difference := compare(f"on call {call}"):
-                return difference
-        for training, where in ((False, "in evaluation"), (True, "in training")):
-            v.train(training)
-            difference = (
-                compare(where)
-                or compare(f"{where} without gradient", gradient=False)
-                or compare(f"{where} after a call without gradient")
-            )
-            if difference:
-                return difference
-        if difference := _difference(value_and_slope(case.fresh(), other), value_and_slope(v, other), other):
-            return f"{difference}; the second is after calls with other outcomes"
-    return None
 
 
 @explained(
@@ -167,7 +143,7 @@ def deterministic(case: ValueFunctionCase) -> str | None:
 )
 def no_in_place_change(case: ValueFunctionCase) -> str | None:
     """v does not change its input: the objective needs u afterwards."""
-    for dtype in DTYPES:
+    for dtype in case.dtypes:
         far = torch.tensor([0.0, 1e-9, -1e-9, FAR, -FAR])
         batches = [torch.cat([varied_outcomes(n), far]) for n in (1, 115, 595)]
         whole_batches: list[tuple[Function, Tensor]] = [(lambda u: u, batches[0]), (lambda u: u, batches[2])]

@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from halos_pl.conformance.clause import Case, Law
-from halos_pl.conformance.curve import CELLS, FAR, Curve, grid, value_and_slope
+from halos_pl.conformance.curve import CELLS, EDGE, FAR, Curve, grid, in_pieces, rows_at_once
 from halos_pl.conformance.duplicate import duplicate
+from halos_pl.conformance.rounding import sums, values_per_outcome
 from halos_pl.conformance.search import survey
+from halos_pl.conformance.states import pushed
 from value_functions import ValueFunction
 
+# The curve may take 10^8 numbers, in and between the operations of v; a cell is never wider than 0.004 nats.
+_VALUES_OF_THE_GRID, _FEWEST_CELLS = 10**8, 50_000
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
@@ -46,16 +50,45 @@ class ValueFunctionCase(Case):
     def __init__(self, value_function: ValueFunction, laws: tuple[Law, ...], *, thorough: bool = False) -> None:
         super().__init__(value_function, laws)
         self.target = value_function
-        self.cells = CELLS * (4 if thorough else 1)
+        self.thorough = thorough
 
     def fresh(self) -> ValueFunction:
         """A copy in training mode that has not been called."""
         return duplicate(self.target)
 
     @cached_property
+    def cells(self) -> int:
+        """Number of cells in the dense part of the grid: fewer if v computes many numbers for each outcome."""
+        affordable = int(_VALUES_OF_THE_GRID / values_per_outcome(self.fresh()))
+        return min(CELLS * (4 if self.thorough else 1), max(affordable, _FEWEST_CELLS))
+
+    @cached_property
+    def largest_batch(self) -> int:
+        """How many outcomes are handed over in one call at most."""
+        return rows_at_once(self.fresh())
+
+    @cached_property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """The dtypes in which v must work. Losses are in float32, so its operations need not exist in bfloat16."""
+        try:
+            self.fresh()(torch.tensor([0.5, -0.5], dtype=torch.bfloat16))
+        except (RuntimeError, TypeError) as error:
+            if "bfloat16" in str(error).lower():
+                return DTYPES[:-1]
+        except Exception:  # whatever else goes wrong, some clause reports it
+            pass
+        return DTYPES
+
+    @cached_property
     def curve(self) -> Curve:
-        """v in float64 over |u| <= 1e4."""
+        """v in float64 over |u| <= 1e8."""
         return survey(self.fresh(), self.cells)
+
+    @cached_property
+    def pushed(self) -> list[tuple[str, ValueFunction, Curve]]:
+        """v after an optimizer has moved its parameters: the move in words, v, and its curve on a coarser grid."""
+        moved = pushed(self.target, draws=20 if self.thorough else 2)
+        return [(words, v, survey(duplicate(v), min(self.cells, 20_000), most=100)) for words, v in moved]
 
     @cached_property
     def reflected(self) -> Curve:
@@ -63,7 +96,7 @@ class ValueFunctionCase(Case):
         return self.curve.reflected()
 
     @cached_property
-    def _grid_points(self) -> Tensor:
+    def grid_points(self) -> Tensor:
         """Outcomes for the other dtypes: round and odd ones, near 0 and far out."""
         size = torch.cat(
             [
@@ -77,25 +110,27 @@ class ValueFunctionCase(Case):
 
     @cached_property
     def samples(self) -> dict[torch.dtype, Sample]:
-        """v in each dtype and exactly: at every bfloat16 number; in float32 also at every fourth grid point."""
+        """v in each dtype and exactly: at every bfloat16 number; in float32 also at much of the grid."""
         steps = torch.arange(2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
         positive = steps[(steps >= 0) & (steps <= FAR)]
+        dense = grid(self.cells)
         outcomes = {
-            torch.float64: self._grid_points,
-            torch.float32: torch.cat([self._grid_points, grid(self.cells)[::4]]).float(),
+            torch.float64: self.grid_points,
+            torch.float32: torch.cat([self.grid_points, dense[dense.abs() <= EDGE][::4]]).float(),
             torch.bfloat16: torch.cat([positive, -positive]),
         }
         return {
-            dtype: Sample(u, *value_and_slope(self.fresh(), u), *value_and_slope(self.fresh(), u.double()))
+            dtype: Sample(u, *in_pieces(self.fresh(), u), *in_pieces(self.fresh(), u.double()))
             for dtype, u in outcomes.items()
+            if dtype in self.dtypes
         }
 
     @cached_property
     def single_precision(self) -> str | None:
         """A witness that v rounds its input to float32, so that anything finer is noise; else None."""
-        u = self._grid_points
-        value, slope = value_and_slope(self.fresh(), u)
-        rounded = value_and_slope(self.fresh(), u.float().double())[0]
+        u = self.grid_points
+        value, slope = in_pieces(self.fresh(), u)
+        rounded = in_pieces(self.fresh(), u.float().double())[0]
         # Outcomes at which a different u must have a different value.
         telling = (u.abs() > 0.1) & (u.abs() < 10) & (slope.abs() > 1e-3) & (u != u.float().double())
         alike = telling & (value == rounded)
@@ -108,13 +143,17 @@ class ValueFunctionCase(Case):
         )
 
     def size_around(self, v: ValueFunction, u: Tensor) -> Tensor:
-        """The largest |v| and |u v'| near each outcome and its opposite: the size of what v rounds, float64 [n].
+        """The size of what v rounds: the largest |v| and |u v'| near each outcome and its opposite, and what v adds up.
 
         Within 1 nat and within half of the outcome. The opposite counts because v may cancel there what it adds up
         here.
+
+        Returns:
+            utility, float64 [n].
         """
         near = torch.cat([u + d for d in (-1.0, -0.3, 0.0, 0.3, 1.0)] + [u * f for f in (0.5, 0.8, 1.25, 1.5)])
         near = torch.cat([near, -near]).clamp(-FAR, FAR)
-        value, slope = value_and_slope(v, near)
+        value, slope = in_pieces(v, near)
         size = (value.abs() + (near * slope).abs()).nan_to_num(posinf=0.0)
-        return size.view(len(near) // max(1, len(u)), len(u)).max(dim=0).values
+        size = size.view(len(near) // max(1, len(u)), len(u)).max(dim=0).values
+        return torch.maximum(size, sums(v, u) / 8)

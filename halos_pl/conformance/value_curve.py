@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from halos_pl.conformance.clause import explained
-from halos_pl.conformance.curve import EPS, Function
+from halos_pl.conformance.curve import EPS, Curve
+from halos_pl.conformance.rounding import Function
 from halos_pl.conformance.search import bends_up, falls
 from halos_pl.conformance.value_case import ValueFunctionCase
 from halos_pl.conformance.witness import number, pair
+from value_functions import ValueFunction
 
 
 @explained(
@@ -19,13 +22,16 @@ from halos_pl.conformance.witness import number, pair
         def forward(self, u):
             return torch.sin(u)
         """,
-    cure="""Check the sign of each term and of each parameter that may be negative. Where v would fall, let it saturate
+    cure="""Check the sign of each term and of each parameter that may be negative; F.softplus(raw) keeps a learnable
+    factor positive. Where v would fall, let it saturate
     instead, with clamp, sigmoid or tanh.""",
 )
 def non_decreasing(case: ValueFunctionCase) -> str | None:
-    """A better outcome is never valued less than a worse one: v'(u) >= 0 everywhere, and v never jumps down."""
-    place = falls(case.curve)
-    return place and _fall_in_numbers(_values(case), *place, "v")
+    """A better outcome is never valued less than a worse one: v'(u) >= 0 everywhere, and v never jumps down.
+
+    Also after an optimizer has moved the learnable parameters: each of them far up and far down.
+    """
+    return _first(case, lambda curve, v: (place := falls(curve)) and _fall_in_numbers(_values(v), *place, "v"))
 
 
 @explained(
@@ -37,9 +43,11 @@ def non_decreasing(case: ValueFunctionCase) -> str | None:
     straight line. A kink may only bend down.""",
 )
 def concave_on_gains(case: ValueFunctionCase) -> str | None:
-    """Each further gain counts for less: on u > 0 the slope of v never grows, and v never jumps."""
-    place = bends_up(case.curve)
-    return place and _bend_in_numbers(_values(case), *place, "v")
+    """Each further gain counts for less: on u > 0 the slope of v never grows, and v never jumps.
+
+    Also after an optimizer has moved the learnable parameters: each of them far up and far down.
+    """
+    return _first(case, lambda curve, v: (place := bends_up(curve)) and _bend_in_numbers(_values(v), *place, "v"))
 
 
 @explained(
@@ -55,8 +63,12 @@ def undesirable_non_decreasing(case: ValueFunctionCase) -> str | None:
 
     Required of an objective that reflects; for a value function alone it is only reported.
     """
-    place = falls(case.reflected)
-    return place and _fall_in_numbers(_reflected_values(case), *place, "v~") + _MIRROR
+
+    def witness(curve: Curve, v: ValueFunction) -> str | None:
+        place = falls(curve.reflected())
+        return place and _fall_in_numbers(_reflected_values(v), *place, "v~") + _MIRROR
+
+    return _first(case, witness)
 
 
 @explained(
@@ -72,8 +84,12 @@ def undesirable_concave_on_gains(case: ValueFunctionCase) -> str | None:
 
     Required of an objective that reflects; for a value function alone it is only reported.
     """
-    place = bends_up(case.reflected)
-    return place and _bend_in_numbers(_reflected_values(case), *place, "v~") + _MIRROR
+
+    def witness(curve: Curve, v: ValueFunction) -> str | None:
+        place = bends_up(curve.reflected())
+        return place and _bend_in_numbers(_reflected_values(v), *place, "v~") + _MIRROR
+
+    return _first(case, witness)
 
 
 # For a value function alone these are only reported.
@@ -81,13 +97,19 @@ UNDESIRABLE = (undesirable_non_decreasing, undesirable_concave_on_gains)
 _MIRROR = ", where v~(u) = -v(-u)"
 
 
-def _values(case: ValueFunctionCase) -> Function:
-    v = case.fresh()
+def _first(case: ValueFunctionCase, witness: Callable[[Curve, ValueFunction], str | None]) -> str | None:
+    """The witness of v as it is; else of v with some learnable parameter moved, if there is one."""
+    if found := witness(case.curve, case.fresh()):
+        return found
+    found_moved = ((witness(curve, v), words) for words, v, curve in case.pushed)
+    return next((f"{found}, with {words}" for found, words in found_moved if found), None)
+
+
+def _values(v: ValueFunction) -> Function:
     return torch.no_grad()(lambda u: v(u.clone()))
 
 
-def _reflected_values(case: ValueFunctionCase) -> Function:
-    v = case.fresh()
+def _reflected_values(v: ValueFunction) -> Function:
     return torch.no_grad()(lambda u: -v(-u))
 
 

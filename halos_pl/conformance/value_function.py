@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from halos_pl.conformance.clause import Clause, Law
-from halos_pl.conformance.value_calls import deterministic, elementwise, no_in_place_change, shape
+from halos_pl.conformance.value_calls import elementwise, no_in_place_change, shape
 from halos_pl.conformance.value_case import ValueFunctionCase
 from halos_pl.conformance.value_curve import (
     UNDESIRABLE,
@@ -15,6 +15,7 @@ from halos_pl.conformance.value_curve import (
     undesirable_non_decreasing,
 )
 from halos_pl.conformance.value_numbers import finite, gradient, precision
+from halos_pl.conformance.value_states import deterministic
 from halos_pl.conformance.witness import Raised
 
 CLAUSES: tuple[Law, ...] = (

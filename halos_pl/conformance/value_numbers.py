@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from halos_pl.conformance.clause import explained
-from halos_pl.conformance.curve import EDGE, EPS, FAR, LARGEST_COTANGENT, value_and_slope
+from halos_pl.conformance.curve import EDGE, EPS, FAR, LARGEST_COTANGENT, Curve, in_pieces, value_and_slope
 from halos_pl.conformance.switches import operations
-from halos_pl.conformance.value_case import DTYPES, ValueFunctionCase, varied_outcomes
+from halos_pl.conformance.value_case import ValueFunctionCase, varied_outcomes
 from halos_pl.conformance.witness import number, pair
 from value_functions import ValueFunction
 
@@ -23,7 +23,7 @@ from value_functions import ValueFunction
     NaN.""",
 )
 def finite(case: ValueFunctionCase) -> str | None:
-    """Values and gradients are finite numbers for every |u| up to 10,000 nats."""
+    """Values and gradients are finite numbers for every |u| up to 10,000 nats, whatever the learnable parameters."""
     # In the other dtypes, only where the exact number fits into the dtype.
     for dtype, sample in case.samples.items():
         most = 0.99 * torch.finfo(dtype).max
@@ -37,14 +37,20 @@ def finite(case: ValueFunctionCase) -> str | None:
                 at = int(bad[sample.u[bad].double().abs().argmin()])
                 shown = "" if dtype == torch.float64 else f", exactly {number(float(exact[at]))}"
                 return f"{name}({number(float(sample.u[at]))}) = {float(computed[at])} in {str(dtype)[6:]}{shown}"
-    bad = (~(case.curve.value.isfinite() & case.curve.slope.isfinite())).nonzero().squeeze(1)
-    if len(bad):
-        at = int(bad[0])
-        return (
-            f"at u = {float(case.curve.u[at])!r}: v = {float(case.curve.value[at])},"
-            f" v' = {float(case.curve.slope[at])} in float64"
-        )
+    if witness := _not_finite(case.curve):
+        return witness
+    for words, _, curve in case.pushed:
+        if witness := _not_finite(curve):
+            return f"{witness}, with {words}"
     return _beyond_domain(case)
+
+
+def _not_finite(curve: Curve) -> str | None:
+    bad = (~(curve.value.isfinite() & curve.slope.isfinite()) & (curve.u.abs() <= FAR)).nonzero().squeeze(1)
+    if not len(bad):
+        return None
+    at = int(bad[0])
+    return f"at u = {float(curve.u[at])!r}: v = {float(curve.value[at])}, v' = {float(curve.slope[at])} in float64"
 
 
 def _beyond_domain(case: ValueFunctionCase) -> str | None:
@@ -57,7 +63,7 @@ def _beyond_domain(case: ValueFunctionCase) -> str | None:
         if edge is None or abs(edge) >= FAR:  # None and infinity are no bounds
             continue
         u = edge + (far - edge) * torch.logspace(-6, 0, 4001, dtype=torch.float64)
-        slope = value_and_slope(case.fresh(), u)[1]
+        slope = in_pieces(case.fresh(), u)[1]
         off = (slope - slope[0]).abs() > 1e-6 * slope[0].abs()
         if bool(off.any()):
             at = int(off.nonzero()[0])
@@ -75,14 +81,17 @@ def _beyond_domain(case: ValueFunctionCase) -> str | None:
     another dtype, and constants that depend on the dtype. If v rounds to float32 inside, the report says so.""",
 )
 def precision(case: ValueFunctionCase) -> str | None:
-    """In float32 and bfloat16 the values and slopes agree with those in float64 up to rounding."""
+    """In float32 and bfloat16 the values and slopes agree with those in float64 up to rounding.
+
+    In bfloat16 only where all operations of v exist in it: objectives are computed in float32.
+    """
     # Values for |u| <= 1e4, slopes for |u| <= 100. The textbook bound: each of v's k operations rounds once, as if u
     # were off by k roundings and the value by k roundings of its size. Slopes may cancel on the way, so they may be off
     # by k roundings of the steepest slope.
     if case.single_precision:
         return case.single_precision
     count = operations(case.fresh()) + 2
-    for dtype in DTYPES[1:]:
+    for dtype in case.dtypes[1:]:
         sample, eps, v = case.samples[dtype], torch.finfo(dtype).eps, case.fresh()
         tiny = torch.finfo(torch.float32).tiny
         fits = (sample.exact_value.abs() < 0.99 * torch.finfo(dtype).max) & (sample.u.double().abs() > 1e-20)
@@ -113,7 +122,7 @@ def precision(case: ValueFunctionCase) -> str | None:
 def _around(v: ValueFunction, u: Tensor, relative: float, which: int) -> tuple[Tensor, Tensor]:
     """Lowest and highest value (0) or slope (1) in float64, as far around each outcome as rounding may move it."""
     shares = (-1, -0.6, -0.3, -0.1, 0, 0.1, 0.3, 0.6, 1)
-    around = torch.stack([value_and_slope(v, u * (1 + relative * t))[which] for t in shares])
+    around = torch.stack([in_pieces(v, u * (1 + relative * t))[which] for t in shares])
     return around.min(dim=0).values, around.max(dim=0).values
 
 
@@ -132,25 +141,57 @@ def _most_doubtful(ratio: Tensor, most: int = 20_000) -> Tensor:
     the two slopes: sqrt(|u|), for example, has an infinite slope at 0, and NaN under autograd.""",
 )
 def gradient(case: ValueFunctionCase) -> str | None:
-    """Autograd's slope agrees with finite differences of the values, also at u = 0, where every run starts."""
-    return _gradient_at_zero(case) or _gradient_elsewhere(case)
+    """Autograd's slope agrees with finite differences of the values, also at u = 0, where every run starts.
+
+    Whatever is handed back is passed on: cotangents of 1e-8 to 1e4 and 0, alike or mixed, in float64 and float32.
+    """
+    for words, v, curve in (("", case.fresh(), case.curve), *case.pushed):
+        if witness := _gradient_at_zero(case, v) or _gradient_elsewhere(case, v, curve.finite()):
+            return f"{witness}, with {words}" if words else witness
+    return _cotangents_passed_on(case)
 
 
-def _gradient_at_zero(case: ValueFunctionCase) -> str | None:
+def _cotangents_passed_on(case: ValueFunctionCase) -> str | None:
+    """The gradient is the slope times what is handed back, for cotangents of every size."""
+    sizes = torch.tensor([0.0, *(10.0**k for k in range(-8, 5))], dtype=torch.float64)
+    for dtype in (torch.float64, torch.float32):
+        u = torch.cat([varied_outcomes(24), torch.zeros(4)]).to(dtype)
+        slope, eps = value_and_slope(case.fresh(), u)[1], torch.finfo(dtype).eps
+        signs = 1 - 2 * (torch.arange(len(u)) % 3 % 2).to(dtype)
+        mixed = sizes[torch.arange(len(u)) * 5 % len(sizes)].to(dtype)
+        for back in (*(signs * float(size) for size in sizes), mixed, signs * mixed.flip(0)):
+            leaf = u.clone().requires_grad_()
+            value = case.fresh()(leaf.clone())
+            if not value.requires_grad:
+                break
+            (handed,) = torch.autograd.grad((value * back).sum(), leaf)
+            exact = slope.double() * back.double()
+            size = (slope.abs().double() + float(slope.abs().nan_to_num(posinf=0).max())) * back.abs().double()
+            off = (handed.double() - exact).abs() > eps**0.5 * size + torch.finfo(torch.float32).tiny
+            off |= ~handed.isfinite() & slope.isfinite()
+            if bool(off.any()):
+                at = int(off.nonzero()[0])
+                return (
+                    f"at u = {float(u[at]):.6g} the gradient of v is {float(handed[at]):.6g} for a cotangent of"
+                    f" {float(back[at]):.6g} in {str(dtype)[6:]}, not {float(exact[at]):.6g}"
+                )
+    return None
+
+
+def _gradient_at_zero(case: ValueFunctionCase, v: ValueFunction) -> str | None:
     """Checks u = 0. At a kink, the slope may be anything between the slopes on the left and on the right."""
-    u, v = torch.zeros(2, dtype=torch.float64), case.fresh()  # two, since a batch of one has a cotangent of 1
+    u = torch.zeros(2, dtype=torch.float64)  # two, since a batch of one has a cotangent of 1
     value, slope = value_and_slope(v, u)
     if not bool(value.isfinite().all() and slope.isfinite().all()):
         return None  # another clause reports it
     around, witness = float(case.size_around(v, u)[0]), None
     for exponent in range(2, 13):
         step = 10.0**-exponent
-        with torch.no_grad():
-            sides = (v(u + step) - value) / step, (value - v(u - step)) / step
-        right, left = (float(side[0]) for side in sides)
+        sides = tuple(float(side[0]) for side in _slopes_beside(v, u, value, torch.full_like(u, step)))
+        right, left = sides[:2]
         most, rounding = max(abs(left), abs(right)), 64 * EPS * around / step
         slack = 1e-5 * most + rounding
-        inside = (slope >= min(left, right) - slack) & (slope <= max(left, right) + slack)
+        inside = (slope >= min(sides) - slack) & (slope <= max(sides) + slack)
         if bool(inside.all()) and rounding <= 1e-2 * most:
             return None
         if not bool(inside.all()) and (witness is None or exponent == 6):
@@ -159,9 +200,18 @@ def _gradient_at_zero(case: ValueFunctionCase) -> str | None:
     return witness
 
 
-def _gradient_elsewhere(case: ValueFunctionCase) -> str | None:
-    curve = case.curve.finite()
-    inside = curve.u.abs() <= 100
+def _slopes_beside(v: ValueFunction, u: Tensor, value: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Slopes by finite differences: right and left of each outcome, and a step further, in case v jumps at the outcome.
+
+    At a jump the first two tell of the jump, and the others of the slope on either side.
+    """
+    with torch.no_grad():
+        after, before, far_after, far_before = (v(u + k * step) for k in (1, -1, 2, -2))
+    return (after - value) / step, (value - before) / step, (far_after - after) / step, (before - far_before) / step
+
+
+def _gradient_elsewhere(case: ValueFunctionCase, v: ValueFunction, curve: Curve) -> str | None:
+    inside = curve.u.abs() <= FAR
     slack, curve = curve.noise.value[inside], curve.part(inside)
     h, rise = curve.u.diff(), curve.value.diff()
     off = (rise - h * (curve.slope[1:] + curve.slope[:-1]) / 2).abs() - h * curve.slope.diff().abs()
@@ -171,18 +221,16 @@ def _gradient_elsewhere(case: ValueFunctionCase) -> str | None:
     far = torch.logspace(-6, 4, 300, dtype=torch.float64) * 1.0173
     u = torch.cat([curve.u[doubt] + 0.3819 * h[doubt], varied_outcomes(1000) * 1.0091, far, -far])
     u = u[u != 0]
-    v = case.fresh()
-    value, slope = value_and_slope(v, u)
+    value, slope = in_pieces(v, u)
     wrong = value.isfinite() & slope.isfinite()
     shown, around = slope, case.size_around(v, u)
     for size in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7):
         step = size * u.abs()
-        with torch.no_grad():
-            right, left = (v(u + step) - value) / step, (value - v(u - step)) / step
+        sides = torch.stack(_slopes_beside(v, u, value, step))
         rounding = 64 * EPS * around / step
-        center = (right + left) / 2
+        center = (sides[0] + sides[1]) / 2
         slack = 1e-5 * torch.maximum(slope.abs(), center.abs()) + rounding
-        between = (slope >= torch.minimum(left, right) - slack) & (slope <= torch.maximum(left, right) + slack)
+        between = (slope >= sides.amin(0) - slack) & (slope <= sides.amax(0) + slack)
         shown = torch.where(wrong & (rounding < 1e-3 * (slope - center).abs()), center, shown)
         wrong &= ~between
     if not bool(wrong.any()):

@@ -1,0 +1,165 @@
+"""The clause that v is the same function at any time: in every mode, after any calls, at any hour, as a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from halos_pl.conformance.clause import explained
+from halos_pl.conformance.curve import value_and_slope
+from halos_pl.conformance.states import STATES, State, copies
+from halos_pl.conformance.switches import multiplies_matrices
+from halos_pl.conformance.value_case import ValueFunctionCase, varied_outcomes
+from halos_pl.conformance.witness import number, pair
+from value_functions import ValueFunction
+
+# A run of this many steps calls v as often.
+MANY_CALLS = 5000
+
+
+def difference_of(
+    one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], u: Tensor, eps: float | None = None
+) -> str | None:
+    """Where two results for the same outcomes differ by more than the order of operations explains; else None.
+
+    Args:
+        one: values and slopes, [n].
+        other: likewise, as they should be the same.
+        u: the outcomes, nats, [n].
+        eps: relative rounding error of one operation; default: that of the dtype of ``u``.
+    """
+    if torch.equal(one[0], other[0]) and torch.equal(one[1], other[1]):  # almost every call
+        return None
+    eps = eps or torch.finfo(u.dtype).eps
+    value = 256 * eps * (one[0].abs() + (u * one[1]).abs()).double()
+    # Slopes may cancel inside v, so they only have to agree in half of their digits.
+    slope = eps**0.5 * (one[1].abs().double() + one[1][one[1].isfinite()].abs().double().sum() / max(len(u), 1))
+    for name, a, b, most in (("v", one[0], other[0], value), ("v'", one[1], other[1], slope)):
+        wrong = ~((a - b).abs() <= most + torch.finfo(torch.float32).tiny)
+        wrong &= (a != b) & ~(a.isnan() & b.isnan())
+        if bool(wrong.any()):
+            at = int(wrong.nonzero()[0])
+            return f"{name}({number(float(u[at]))}) = {{}}, {{}} as row {at + 1} of {len(u)}".format(
+                *pair(float(a[at]), float(b[at]))
+            )
+    return None
+
+
+@explained(
+    example="""
+        def forward(self, u):
+            return torch.sigmoid(u + 0.01 * torch.randn_like(u))
+        """,
+    cure="""Remove random draws, counters, caches, running statistics, and branches on self.training, the clock,
+    torch.is_grad_enabled(), torch.is_autocast_enabled() or the default dtype.""",
+)
+def deterministic(case: ValueFunctionCase) -> str | None:
+    """The same outcome has the same value on every call.
+
+    In training, evaluation, inference mode and autocast, with and without gradient, with another default dtype, later,
+    after 5,000 calls, after calls with similar outcomes, in a deep copy and in a copy that has loaded its state_dict.
+    """
+    for dtype in (torch.float64, torch.float32):
+        for witness in (_on_each_call, _in_each_state, _of_copies, _after_similar_outcomes):
+            if found := witness(case, dtype):
+                return found if dtype == torch.float64 else f"{found}, in float32"
+    return _after_many_calls(case)
+
+
+def _result(v: ValueFunction, u: Tensor, expected: tuple[Tensor, Tensor], gradient: bool) -> tuple[Tensor, Tensor]:
+    """Value and slope; without gradient the slope that is expected."""
+    return value_and_slope(v, u) if gradient else (v(u.clone()).detach().clone(), expected[1])
+
+
+def _on_each_call(case: ValueFunctionCase, dtype: torch.dtype) -> str | None:
+    """Calls one copy again and again: with one batch, then with another, with a large one, and with the first again."""
+    for n, count in ((1, 120), (64, 14), (257, 4)):
+        u, other = varied_outcomes(n).to(dtype), (varied_outcomes(n) * 0.7 + 0.3).to(dtype)
+        large = varied_outcomes(min(5003, case.largest_batch)).to(dtype)
+        first, v = value_and_slope(case.fresh(), u), case.fresh()
+        for call in range(1, count + 1):
+            if difference := difference_of(first, value_and_slope(v, u), u):
+                return f"{difference}; the second is on call {call}"
+        for batch, words in ((other, "other outcomes"), (large, "other outcomes"), (u, f"{len(large)} outcomes")):
+            if difference := difference_of(value_and_slope(case.fresh(), batch), value_and_slope(v, batch), batch):
+                return f"{difference}; the second is after calls with {words}"
+    return None
+
+
+def _in_each_state(case: ValueFunctionCase, dtype: torch.dtype) -> str | None:
+    """Calls a copy in each state, at once and after a call in training, and then in training."""
+    u = varied_outcomes(64).to(dtype)
+    expected = value_and_slope(case.fresh(), u)
+    for trained in (False, True):
+        for state in STATES:
+            v = case.fresh()
+            if trained:
+                value_and_slope(v, u)
+            with state.entered(v):
+                result = _result(v, u, expected, state.gradient)
+            if difference := difference_of(expected, result, u, _rounding(case, state)):
+                return f"{difference}; the second is {state.name}"
+            if difference := difference_of(expected, value_and_slope(v, u), u):
+                return f"{difference}; the second is in training, after a call {state.name}"
+    return None
+
+
+def _rounding(case: ValueFunctionCase, state: State) -> float | None:
+    """The rounding error of one operation in the state, if it is another than outside of it."""
+    return torch.finfo(torch.bfloat16).eps if state.rounds and multiplies_matrices(case.fresh()) else None
+
+
+def _of_copies(case: ValueFunctionCase, dtype: torch.dtype) -> str | None:
+    u = varied_outcomes(64).to(dtype)
+    expected = value_and_slope(case.fresh(), u)
+    for words, v in copies(case.fresh()):
+        if difference := difference_of(expected, value_and_slope(v, u), u):
+            return f"{difference}; the second is {words}"
+    return None
+
+
+def _similar(u: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Batches that a cache may take for ``u``: in some respect they are the same."""
+    yield "in another order", u.flip(0)
+    yield "in another order", torch.cat([u[:1], u[1:-1].flip(0), u[-1:]])
+    yield "in another order", u.sort().values
+    yield "with the opposite sign", -u
+    yield "of which one is another", torch.cat([u[:7], u[7:8] + 0.25, u[8:]])
+    yield "with the same sum", torch.cat([u[:5], u[5:6] + 0.5, u[6:7] - 0.5, u[7:]])
+    yield "that differ by a millionth", u * (1 + 1e-6)
+    yield "with the same largest and smallest", torch.where((u == u.max()) | (u == u.min()), u, 0.5 * u)
+
+
+def _after_similar_outcomes(case: ValueFunctionCase, dtype: torch.dtype) -> str | None:
+    """A cache whose key misses something returns the values of an earlier batch."""
+    u = varied_outcomes(64).to(dtype)
+    for words, other in _similar(u):
+        expected, v = value_and_slope(case.fresh(), other), case.fresh()
+        value_and_slope(v, u)
+        if difference := difference_of(expected, value_and_slope(v, other), other):
+            return f"{difference}; the second is after a call with outcomes {words}"
+    # The same tensor with other contents, as a buffer that is filled anew has the same address.
+    expected, v, buffer = value_and_slope(case.fresh(), -0.7 * u), case.fresh(), u.clone()
+    with torch.no_grad():
+        v(buffer)
+        buffer.copy_(-0.7 * u)
+        result = v(buffer).clone()
+    difference = difference_of(expected, (result, expected[1]), buffer)
+    return difference and f"{difference}; the second is after a call with other outcomes in the same memory"
+
+
+def _after_many_calls(case: ValueFunctionCase) -> str | None:
+    """Calls one copy as often as a long run does; every value is compared, and at the end the slope."""
+    few, many = torch.tensor([0.7, -1.3]), varied_outcomes(64).float()
+    expected, v = value_and_slope(case.fresh(), many), case.fresh()
+    leaf = few.clone().requires_grad_()
+    value = torch.stack([v(leaf * 1).detach() for _ in range(MANY_CALLS)])
+    slope = torch.zeros_like(few)
+    at = int((value != value[0]).any(1).to(torch.int8).argmax())
+    if difference := difference_of((value[0], slope), (value[at], slope), few):
+        return f"{difference}; the second is on call {at + 1}"
+    if difference := difference_of(expected, value_and_slope(v, many), many):
+        return f"{difference}; the second is after {MANY_CALLS} calls"
+    return None
