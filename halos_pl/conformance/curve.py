@@ -13,7 +13,7 @@ from torch import Tensor
 from halos_pl.conformance.rounding import Function, values_per_outcome
 
 EPS = torch.finfo(torch.float64).eps
-# The grid is dense up to EDGE nats and has steps of 0.1 nats up to FAR. Beyond, up to the END, it is logarithmic: it finds
+# The grid is dense up to EDGE nats, has steps of 0.1 nats up to FAR and is logarithmic up to END, where it only finds
 # faults that do not end soon after they began.
 EDGE, FAR, END = 100.0, 1e4, 1e8
 CELLS = 500_000

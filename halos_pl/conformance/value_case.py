@@ -11,7 +11,7 @@ from torch import Tensor
 from halos_pl.conformance.clause import Case, Law
 from halos_pl.conformance.curve import CELLS, EDGE, FAR, Curve, grid, in_pieces, rows_at_once
 from halos_pl.conformance.duplicate import duplicate
-from halos_pl.conformance.rounding import sums, values_per_outcome
+from halos_pl.conformance.rounding import values_per_outcome
 from halos_pl.conformance.search import survey
 from halos_pl.conformance.states import pushed
 from value_functions import ValueFunction
@@ -143,7 +143,7 @@ class ValueFunctionCase(Case):
         )
 
     def size_around(self, v: ValueFunction, u: Tensor) -> Tensor:
-        """The size of what v rounds: the largest |v| and |u v'| near each outcome and its opposite, and what v adds up.
+        """The size of what v rounds: the largest |v| and |u v'| near each outcome and its opposite.
 
         Within 1 nat and within half of the outcome. The opposite counts because v may cancel there what it adds up
         here.
@@ -156,4 +156,4 @@ class ValueFunctionCase(Case):
         value, slope = in_pieces(v, near)
         size = (value.abs() + (near * slope).abs()).nan_to_num(posinf=0.0)
         size = size.view(len(near) // max(1, len(u)), len(u)).max(dim=0).values
-        return torch.maximum(size, sums(v, u) / 8)
+        return size

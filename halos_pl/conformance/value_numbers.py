@@ -7,6 +7,7 @@ from torch import Tensor
 
 from halos_pl.conformance.clause import explained
 from halos_pl.conformance.curve import EDGE, EPS, FAR, LARGEST_COTANGENT, Curve, in_pieces, value_and_slope
+from halos_pl.conformance.rounding import sums
 from halos_pl.conformance.switches import operations
 from halos_pl.conformance.value_case import ValueFunctionCase, varied_outcomes
 from halos_pl.conformance.witness import number, pair
@@ -184,7 +185,7 @@ def _gradient_at_zero(case: ValueFunctionCase, v: ValueFunction) -> str | None:
     value, slope = value_and_slope(v, u)
     if not bool(value.isfinite().all() and slope.isfinite().all()):
         return None  # another clause reports it
-    around, witness = float(case.size_around(v, u)[0]), None
+    around, witness = float(_rounded(case, v, u)[0]), None
     for exponent in range(2, 13):
         step = 10.0**-exponent
         sides = tuple(float(side[0]) for side in _slopes_beside(v, u, value, torch.full_like(u, step)))
@@ -198,6 +199,11 @@ def _gradient_at_zero(case: ValueFunctionCase, v: ValueFunction) -> str | None:
             wrong = float(slope[~inside][0])
             witness = f"v'(0) = {wrong:.6g} by autograd, {left:.6g} on its left and {right:.6g} on its right"
     return witness
+
+
+def _rounded(case: ValueFunctionCase, v: ValueFunction, u: Tensor) -> Tensor:
+    """The size of what v rounds at each outcome, and of what it adds up there, utility, float64 [n]."""
+    return torch.maximum(case.size_around(v, u), sums(v, u) / 8)
 
 
 def _slopes_beside(v: ValueFunction, u: Tensor, value: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -223,7 +229,7 @@ def _gradient_elsewhere(case: ValueFunctionCase, v: ValueFunction, curve: Curve)
     u = u[u != 0]
     value, slope = in_pieces(v, u)
     wrong = value.isfinite() & slope.isfinite()
-    shown, around = slope, case.size_around(v, u)
+    shown, around = slope, _rounded(case, v, u)
     for size in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7):
         step = size * u.abs()
         sides = torch.stack(_slopes_beside(v, u, value, step))

@@ -65,7 +65,7 @@ class Network(ValueFunction):
 
     def forward(self, u: Tensor) -> Tensor:
         wide = u if u.dtype == torch.float64 else u.float()
-        x = wide[..., None] * self.slopes.to(wide) + self.places.to(wide)
+        x = wide[..., None] * F.softplus(self.slopes).to(wide) + self.places.to(wide)
         return -F.softplus(-x).sum(-1).to(u.dtype)
 
 
