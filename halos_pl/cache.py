@@ -65,6 +65,15 @@ def limit_setting() -> str:
     return os.environ.get("HALOS_CACHE_LIMIT", "").strip() or DEFAULT_LIMIT
 
 
+def size_of(text: str) -> float | None:
+    """The bytes of a size such as ``50GB`` or ``500 MB``; None if the text is none."""
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)", text.strip(), re.IGNORECASE)
+    if not size:
+        return None
+    unit = size[2].upper().replace("I", "")
+    return float(size[1]) * _UNITS[unit if unit.endswith("B") or not unit else f"{unit}B"]
+
+
 def limit() -> float:
     """The size limit in bytes; infinite without a limit.
 
@@ -74,17 +83,16 @@ def limit() -> float:
     setting = limit_setting()
     if setting.lower() == "none":
         return float("inf")
-    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMGT]?i?B?)", setting, re.IGNORECASE)
-    if not size or (size[2] == "%" and float(size[1]) > 100):
+    size, share = size_of(setting), re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", setting)
+    if size is not None:
+        return size
+    if share is None or float(share[1]) > 100:
         raise CacheLimitError(
             f"HALOS_CACHE_LIMIT is {setting!r}; it must be a size (50GB), a share of the disk (20%) or none"
         )
-    if size[2] != "%":
-        unit = size[2].upper().replace("I", "")
-        return float(size[1]) * _UNITS[unit if unit.endswith("B") or not unit else f"{unit}B"]
     place = cache_root().absolute()
     existing = next(folder for folder in (place, *place.parents) if folder.is_dir())
-    return float(size[1]) / 100 * shutil.disk_usage(existing).total
+    return float(share[1]) / 100 * shutil.disk_usage(existing).total
 
 
 def size_text(size: float) -> str:

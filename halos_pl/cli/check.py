@@ -3,37 +3,75 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
 
+from halos_pl.cache import size_of
 from halos_pl.cli.verdicts import verdicts
 from halos_pl.common.experiments import PresetError, config_file, objectives
 from halos_pl.common.messages import cause, plain
 from halos_pl.common.own_plugins import OwnPluginError, import_own
 from halos_pl.conformance.check import reports
+from halos_pl.conformance.child import Child
 from halos_pl.conformance.explain import explain, listed
 from halos_pl.conformance.report import TITLES, Definition, Report
-from halos_pl.conformance.target import KINDS, TargetError, load_target, objective_of, one_line
+from halos_pl.conformance.target import KINDS, TargetError, UncheckableError, load_target
 
+TIMEOUT, MEMORY = 60.0, "4GB"
 START, END = "<!-- halos check --all: this table is generated -->\n", "<!-- end of the table -->\n"
 
 
-def family(files: Iterable[Path], *, thorough: bool = False) -> Iterator[tuple[str, dict[Definition, Report]]]:
-    """Name and reports under both definitions of each objective file.
+def _answer(question: dict[str, Any]) -> dict[str, Any]:
+    """Runs in the child process: the reports on a target under both definitions, as plain data."""
+    target, init_args, thorough = (question[key] for key in ("target", "init_args", "thorough"))
+    both = reports(load_target(_named(target), init_args), thorough=thorough, shared=_shared)
+    return {definition: asdict(report) for definition, report in both.items()}
+
+
+# Parts that the child has checked, so that equal parts of several losses are checked once.
+_shared: dict[Any, Any] = {}
+
+
+def _reports(child: Child, target: str, init_args: str | None, thorough: bool) -> dict[Definition, Report]:
+    """The reports of the child on a target.
 
     Raises:
-        TargetError: if a file is not an objective.
+        TargetError: it could not be checked.
     """
-    shared: dict[Any, Any] = {}
+    try:
+        answer = child.ask({"target": target, "init_args": init_args, "thorough": thorough})
+    except UncheckableError as error:
+        raise TargetError(f"{target} could not be checked: {error}") from error
+    both = {definition: Report.from_data(data) for definition, data in answer.items()}
+    if unusable := next((report.unusable for report in both.values() if report.unusable), None):
+        raise TargetError(f"{target} could not be checked: {unusable}")
+    return both
+
+
+def family(
+    files: Iterable[Path], child: Child, *, thorough: bool = False
+) -> Iterator[tuple[str, dict[Definition, Report]]]:
+    """Name and reports under both definitions of each objective file, checked in ``child``.
+
+    Raises:
+        TargetError: after all others, if a file is not an objective, or could not be checked.
+    """
+    wrong = []
     for path in files:
-        yield path.stem, reports(objective_of(path), thorough=thorough, shared=shared)
+        try:
+            both = _reports(child, str(path), None, thorough)
+        except TargetError as error:
+            wrong.append(str(error))
+        else:
+            yield path.stem, both
+    if wrong:
+        raise TargetError("; ".join(wrong))
 
 
 def family_table(checked: Iterable[tuple[str, dict[Definition, Report]]]) -> Iterator[str]:
@@ -57,18 +95,16 @@ def _write(table: list[str], path: Path) -> None:
     path.write_text(before + start + "".join(f"{line}\n" for line in table) + end + after, encoding="utf-8")
 
 
-def _check_all(as_json: bool, thorough: bool, targets: Sequence[Path]) -> None:
+def _check_all(child: Child, as_json: bool, thorough: bool, targets: Sequence[Path]) -> None:
     checked: dict[str, dict[Definition, Report]] = {}
 
     def each() -> Iterator[tuple[str, dict[Definition, Report]]]:
-        for name, both in family(objectives().values(), thorough=thorough):
+        for name, both in family(objectives().values(), child, thorough=thorough):
             checked[name] = both
             yield name, both
 
     if as_json:
-        with contextlib.redirect_stdout(sys.stderr):
-            flat = [report.to_json() for _, both in each() for report in both.values()]
-        print(json.dumps(flat, indent=2))
+        print(json.dumps([report.to_json() for _, both in each() for report in both.values()], indent=2))
         return
     lines = []
     for line in family_table(each()):
@@ -92,23 +128,32 @@ def _named(target: str) -> str:
     return target
 
 
-def _check_one(target: str, definition: Definition, as_json: bool, init_args: str | None, thorough: bool) -> Report:
-    # The target's own output is not part of the report.
-    with contextlib.redirect_stdout(sys.stderr):
-        try:
-            report = reports(load_target(_named(target), init_args), thorough=thorough)[definition]
-        except SystemExit as error:
-            raise TargetError(f"{target} cannot be checked: it ends the process with {one_line(error)}") from error
-    report = replace(report, target=target)
-    if report.unusable:
-        raise TargetError(f"{target} cannot be checked: {report.unusable}")
-    if as_json:
+def _check_one(child: Child, options: argparse.Namespace) -> Report:
+    report = _reports(child, options.target, options.init_args, options.thorough)[options.definition]
+    report = replace(report, target=options.target)
+    if options.json:
         print(json.dumps(report.to_json(), indent=2))
     else:  # piped output is not wrapped
         Console(width=None if sys.stdout.isatty() else 1000).print(report)
         if failed := [clause.clause for clause in report.clauses if clause.status == "failed" and clause.required]:
             print(f"\nhalos check --explain {failed[0]} shows what the clause means and how to fix it")
     return report
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds
+
+
+def _size(text: str) -> float:
+    if not (size := size_of(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size, such as 4GB or 500MB")
+    return size
 
 
 def run(words: list[str]) -> None:
@@ -121,7 +166,7 @@ def run(words: list[str]) -> None:
         prog="halos check",
         description="Check a loss, or a part of one, against the definition of human-aware losses.",
         epilog="Exit status: 0 for a HALO, or a plug-in that passes its clauses; 1 otherwise; 2 if the target could not"
-        " be checked. The code of the target is executed.",
+        " be checked. The code of the target is executed, in a process of its own.",
     )
     parser.add_argument(
         "target",
@@ -147,7 +192,16 @@ def run(words: list[str]) -> None:
         const="",
         help="explain a clause, with an example that fails it and the fix; without a name, list the clauses",
     )
-    parser.add_argument("--thorough", action="store_true", help="search longer, up to 30 s per target")
+    parser.add_argument("--thorough", action="store_true", help="repeat draws and search a denser grid")
+    parser.add_argument(
+        "--timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        help=f"time that each target may take; default: {TIMEOUT:g}, with --thorough ten times as long",
+    )
+    parser.add_argument(
+        "--memory", metavar="SIZE", type=_size, default=MEMORY, help=f"memory that a check may take; default: {MEMORY}"
+    )
     options = parser.parse_args(words)
     if options.explain is not None:
         if options.all or options.target is not None:
@@ -160,11 +214,13 @@ def run(words: list[str]) -> None:
         return
     if options.all == (options.target is not None):
         parser.error("give one target, --all or --explain")
+    timeout = options.timeout or TIMEOUT * (10 if options.thorough else 1)
     try:
-        if options.all:
-            _check_all(options.json, options.thorough, options.write)
-            return
-        report = _check_one(options.target, options.definition, options.json, options.init_args, options.thorough)
+        with Child(_answer, timeout=timeout, memory=options.memory) as child:
+            if options.all:
+                _check_all(child, options.json, options.thorough, options.write)
+                return
+            report = _check_one(child, options)
     except TargetError as error:
         print(f"halos check: {plain(cause(str(error)))}", file=sys.stderr)
         raise SystemExit(2) from error

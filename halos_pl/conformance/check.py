@@ -18,7 +18,7 @@ from halos_pl.conformance.objective import halo_shaped
 from halos_pl.conformance.reference_case import ReferencePointCase
 from halos_pl.conformance.report import CheckFailed, ClauseResult, Definition, Report
 from halos_pl.conformance.reward import RewardCase
-from halos_pl.conformance.target import Target, as_target
+from halos_pl.conformance.target import Target, as_target, refuse_wrong_needs
 from halos_pl.conformance.value_case import ValueFunctionCase
 from halos_pl.conformance.witness import Raised, WrongShape
 from halos_pl.objective.halo import Objective
@@ -84,7 +84,12 @@ def _checks_of_objective(target: Objective, examples: int, thorough: bool, share
 def checks_of(
     target: Target, examples: int = 60, thorough: bool = False, shared: dict[Any, Any] | None = None
 ) -> Checks:
-    """The checks of ``target``; see :func:`reports` for the arguments."""
+    """The checks of ``target``; see :func:`reports` for the arguments.
+
+    Raises:
+        TargetError: it declares something in a wrong way.
+    """
+    refuse_wrong_needs(target)
     name = type(target).__name__
     if isinstance(target, Objective):
         return _checks_of_objective(target, examples, thorough, shared)
@@ -158,6 +163,7 @@ def reports(
 
     Raises:
         ValueError: see :func:`check_halo`.
+        TargetError: the target declares something in a wrong way, or runs out of memory.
     """
     start = time.perf_counter()
     expected = expected_failures or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -87,6 +88,11 @@ class Report:
             "verdict": self.verdict,
             "clauses": [{key: row[key] for key in keys} for row in rows],
         }
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Report:
+        """The report whose fields are ``data``, from :func:`dataclasses.asdict`."""
+        return cls(**{**data, "clauses": [ClauseResult(**row) for row in data["clauses"]]})
 
     @property
     def heading(self) -> str:

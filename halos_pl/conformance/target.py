@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
+from halos_pl.batch import Needs
 from halos_pl.common.experiments import hint, objectives
 from halos_pl.common.messages import cause
 from halos_pl.common.misplaced import misplaced
@@ -39,9 +40,14 @@ class TargetError(ValueError):
     """The target cannot be checked; the message says why in one line."""
 
 
+class UncheckableError(TargetError):
+    """The code of the target gives no answer: it takes too long or too much memory, or ends its process."""
+
+
 def one_line(error: BaseException) -> str:
     """An exception from foreign code as ``Class: message``, in at most 300 characters."""
-    return " ".join(f"{type(error).__name__}: {cause_in(error) or cause(str(error))}".split())[:300]
+    text = f"{type(error).__name__}: {cause_in(error) or cause(str(error))}"
+    return " ".join(text.split())[:300].removesuffix(":")
 
 
 def _imported() -> list[type]:
@@ -198,6 +204,20 @@ def as_target(target: object) -> Target:
             f"{type(target).__name__} object is not an instance of {kinds}, nor the name of one: {ACCEPTED}"
         )
     return target
+
+
+def refuse_wrong_needs(target: Target) -> None:
+    """Raises a TargetError if ``needs`` of the target, or of a part of it, is no ``Needs``."""
+    for part in target.modules():
+        try:
+            needs = getattr(part, "needs", None) if isinstance(part, KINDS) else None
+        except Exception:  # an objective's follow from its parts, which are in turn here
+            continue
+        if needs is not None and not isinstance(needs, Needs):
+            raise TargetError(
+                f"{type(part).__name__}.needs is a {type(needs).__name__}; it must be Needs(...), such as"
+                " Needs(reference=True)"
+            )
 
 
 def required_arguments(cls: type) -> list[str]:

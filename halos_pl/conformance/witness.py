@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from halos_pl.batch import LogProbBatch
+from halos_pl.conformance.target import UncheckableError
 
 
 class WrongShape(str):
@@ -20,7 +21,17 @@ class Raised(str):
 
     @classmethod
     def by(cls, error: BaseException) -> Raised:
-        """The error in one line."""
+        """The error in one line.
+
+        Raises:
+            UncheckableError: the memory is used up.
+        """
+        if isinstance(error, UncheckableError):
+            raise error
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise UncheckableError(
+                f"it runs out of memory: {' '.join(str(error).split())[-200:]}".rstrip(": ")
+            ) from error
         return cls(f"raises {type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
