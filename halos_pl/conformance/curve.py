@@ -193,8 +193,9 @@ def grid(cells: int = CELLS) -> Tensor:
     # Steps that are not round numbers, so that no periodic fault hides between the points.
     near = torch.arange(1, half + 1, dtype=torch.float64) * (EDGE / half * 0.99999871)
     far = torch.arange(EDGE, FAR, step * 0.9999871, dtype=torch.float64)
-    orders = [torch.logspace(*ends, dtype=torch.float64) for ends in ((-12, -3, 2000), (4, 8, 20000))]
-    side = torch.cat([orders[0], near, far, orders[1]]).sort().values
+    tiny = torch.logspace(-12, -3, 2000, dtype=torch.float64)
+    huge = torch.logspace(4, 8, max(2000, 20000 * cells // CELLS), dtype=torch.float64)
+    side = torch.cat([tiny, near, far, huge]).sort().values
     return torch.cat([-side.flip(0), side.new_zeros(1), side])
 
 

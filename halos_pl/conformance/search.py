@@ -36,7 +36,7 @@ def survey(v: Function, cells: int = CELLS, most: int = 400) -> Curve:
     u = grid(cells)
     rows = rows_at_once(v)
     edges, seams = breakpoints(v, u, rows)
-    some = u[:: max(1, cells // 20_000)]
+    some = u[:: max(1, len(u) // 10_000)]
     rounded = torch.stack([some, torch.cat([sums(v, piece) for piece in some.split(max(1, rows // 2))])])
     curve = Curve.of(v, u, seams, rounded)
 

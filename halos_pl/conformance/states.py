@@ -135,15 +135,17 @@ def _later(part: nn.Module, seconds: float) -> Iterator[None]:
             space[key] = value
 
 
-_HOUR, _DAY = 3600, 86400
-_TIMES = {
-    "half a second": 0.5,
-    "a second": 1,
-    "two minutes": 121,
-    **{f"{n} hours": n * _HOUR + 7 for n in (2, 6, 12, 18)},
-    **{f"{n} days": n * _DAY + 61 for n in (1, 2, 3, 4, 5, 6, 30, 91, 182, 365, 3650)},
+# Seconds by unit; odd multiples too, for what changes to and fro.
+_LATER = {
+    "s": (1, (0.5, 1, 61, 301)),
+    "h": (3600, (1, 3, 6, 12, 18)),
+    "d": (86_400, (1, 2, 3, 4, 5, 6, 30, 91, 365, 3650)),
 }
-CLOCKS = tuple(State(f"{words} later", partial(_later, seconds=seconds)) for words, seconds in _TIMES.items())
+CLOCKS = tuple(
+    State(f"{n:g} {unit} later", partial(_later, seconds=n * seconds + 1e-3))
+    for unit, (seconds, numbers) in _LATER.items()
+    for n in numbers
+)
 STATES = (
     State("in evaluation", _in_evaluation),
     State("without gradient", lambda part: torch.no_grad(), gradient=False),

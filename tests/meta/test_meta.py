@@ -8,6 +8,7 @@ three of the correct functions; the other functions, and 19 more seeds of whatev
 from __future__ import annotations
 
 from collections import Counter
+from random import Random
 from typing import Any
 
 import objective_mutants
@@ -15,8 +16,10 @@ import part_mutants
 import pytest
 import torch
 import value_mutants
+import value_state_mutants
 from mutant import CLAUSES, Mutant, draws
 from sound_parts import SOUND_PARTS, LoggingSum
+from sound_values import SOUND_VALUES
 from unusual_values import UNUSUAL, unusual
 
 from halos_pl.batch import Needs
@@ -31,12 +34,13 @@ from halos_pl.objective.reference_points import MismatchedKL
 from halos_pl.objective.rewards import LogRatio
 from value_functions import Identity, KahnemanTversky, Logistic
 
-MUTANTS = [*value_mutants.MUTANTS, *part_mutants.MUTANTS, *objective_mutants.MUTANTS]
+MUTANTS = [*value_mutants.MUTANTS, *value_state_mutants.MUTANTS, *part_mutants.MUTANTS, *objective_mutants.MUTANTS]
 EVERY_CLAUSE = [clause for clauses in CLAUSES.values() for clause in clauses]
 SEEDS = range(1, 20)
 
 every_unusual = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if i % 3 else ()) for i, name in enumerate(UNUSUAL)]
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if i % 3 else ()) for i, name in enumerate([*UNUSUAL, *SOUND_VALUES])],
 )
 
 
@@ -55,7 +59,8 @@ def assert_caught(mutant: Mutant, seed: int) -> str:
 
 
 def assert_passes(name: str, seed: int) -> None:
-    report = check_halo(unusual(name, seed), on_fail="report")
+    value_function = SOUND_VALUES[name](Random(f"{name} {seed}")) if name in SOUND_VALUES else unusual(name, seed)
+    report = check_halo(value_function, on_fail="report")
     # The v~ of undesirable rows is reported for a bare value function, and these may well be concave on losses.
     wrong = [clause for clause in report.failed if not clause.startswith("undesirable_")]
     assert not wrong, f"seed {seed}: {name} was rejected\n{report}"
@@ -89,7 +94,7 @@ def test_a_mutant_is_caught_at_other_places_and_sizes(mutant):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in UNUSUAL if draws(UNUSUAL[name])])
+@pytest.mark.parametrize("name", [name for name, make in (UNUSUAL | SOUND_VALUES).items() if draws(make)])
 def test_a_correct_function_passes_at_other_places_and_scales(name):
     for seed in SEEDS:
         assert_passes(name, seed)
