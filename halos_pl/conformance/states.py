@@ -75,6 +75,18 @@ def _in_validation(part: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def _in_autocast(part: nn.Module) -> Iterator[None]:
+    """As in mixed precision on a CPU or GPU: code may ask about either, also where there is no GPU."""
+    gpu = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            yield
+    finally:
+        torch.set_autocast_enabled("cuda", gpu)
+
+
+@contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -151,7 +163,7 @@ STATES = (
     State("without gradient", lambda part: torch.no_grad(), gradient=False),
     State("in inference mode", lambda part: torch.inference_mode(), gradient=False),
     State("in validation (evaluation and inference mode)", _in_validation, gradient=False),
-    State("in autocast to bfloat16", lambda part: torch.autocast("cpu", torch.bfloat16), rounds=True),
+    State("in autocast to bfloat16", _in_autocast, rounds=True),
     State("with bfloat16 as the default dtype", lambda part: _default_dtype(torch.bfloat16)),
     State("with float64 as the default dtype", lambda part: _default_dtype(torch.float64)),
     *CLOCKS,

@@ -24,7 +24,7 @@ class Switches(TorchDispatchMode):
         operations: number of operations with a result in floating point.
         products: whether one of them multiplies matrices.
         seams: places in ``states`` of ``F.softplus``, which becomes linear with a jump.
-        unknown_seams: whether there is one of several numbers per element. One of fewer is that of a parameter.
+        unknown_seams: whether there is one of many numbers per element. One of fewer is that of a parameter.
     """
 
     def __init__(self, count: int) -> None:
@@ -41,6 +41,13 @@ class Switches(TorchDispatchMode):
         """False: skipping it means importing it, which takes as long as a check."""
         return False
 
+    def _columns(self, operand: Tensor) -> list[Tensor]:
+        """The numbers of each element, if there are few: one, or those of a small network."""
+        if operand.numel() == self.count:
+            return [operand.flatten()]
+        few = operand.shape[:1] == (self.count,) and operand.numel() <= 64 * self.count
+        return list(operand.reshape(self.count, -1).T) if few else []
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         before = args[0].clone() if name.endswith("_") and args and isinstance(args[0], Tensor) else None
@@ -52,10 +59,11 @@ class Switches(TorchDispatchMode):
         operand = before if before is not None else (args[0] if args else None)
         if name == "softplus" and isinstance(operand, Tensor):
             beta, threshold = (float(x) for x in (*args[1:], *(1, 20)[len(args) - 1 :]))
-            if operand.numel() == self.count:
+            columns = self._columns(operand)
+            for column in columns:
                 self.seams.append(len(self.states))
-                self.states.append((operand * beta > threshold).detach().flatten().double())
-            self.unknown_seams |= operand.numel() != self.count and operand.numel() % self.count == 0
+                self.states.append((column * beta > threshold).detach().double())
+            self.unknown_seams |= not columns and operand.numel() % self.count == 0
         if isinstance(out, Tensor) and out.numel() == self.count and isinstance(operand, Tensor):
             state = None
             if name in _COMPARISONS:

@@ -14,7 +14,7 @@ from halos_pl.conformance.value_states import difference_of
 from halos_pl.conformance.witness import WrongShape, number
 
 # Outcomes are those of rows, [n], or of tokens, [n, T]. The most obvious ones come first.
-SHAPES = ((3,), (2, 3), (1,), (1, 1), (5, 1), (0,), (2, 1, 3))
+SHAPES = ((3,), (2, 3), (1,), (1, 1), (5, 1), (0,), (0, 4), (4, 0), (2, 1, 3))
 # Every small batch, and sizes around the powers of two at which code splits batches.
 SIZES = (*range(1, 301), *(2**k + d for k in range(9, 15) for d in (-1, 0, 1)), 1000, 20001)
 # Rows and tokens of a batch: many of either, never of both.
@@ -23,6 +23,8 @@ ROWS_AND_TOKENS = (
     *((1, 2**k + 1) for k in range(9, 13)),
     *((2**k + d, tokens) for k, tokens in ((12, 1), (11, 5), (10, 3), (9, 11)) for d in (-1, 0)),
     (113, 127),
+    (127, 8191),
+    (4095, 255),
     (64, 300),
 )
 

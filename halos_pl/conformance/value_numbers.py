@@ -95,7 +95,9 @@ def precision(case: ValueFunctionCase) -> str | None:
     for dtype in case.dtypes[1:]:
         sample, eps, v = case.samples[dtype], torch.finfo(dtype).eps, case.fresh()
         tiny = torch.finfo(torch.float32).tiny
-        fits = (sample.exact_value.abs() < 0.99 * torch.finfo(dtype).max) & (sample.u.double().abs() > 1e-20)
+        fits = (sample.exact_value.abs() < 0.99 * torch.finfo(dtype).max) & (
+            (sample.u.double().abs() > 1e-20) | (sample.u == 0)
+        )
         value, slope, u = sample.value.double(), sample.slope.double(), sample.u.double()
         # A rough bound clears most values; the others are compared with all that rounding can explain.
         rough = count * eps * (sample.exact_value.abs() + (u * sample.exact_slope).abs()) + tiny

@@ -305,7 +305,40 @@ class _ByNumPy(torch.autograd.Function):
         return g * (ctx.saved_tensors[0] <= 3)
 
 
+class KeepsItsFirstScale(ValueFunction):
+    """What it computed from its parameter at the first call stays after an optimizer step."""
+
+    def __init__(self, raw: float) -> None:
+        super().__init__()
+        self.raw, self.scale = nn.Parameter(torch.tensor(raw)), None
+
+    def forward(self, u: Tensor) -> Tensor:
+        if self.scale is None:
+            self.scale = F.softplus(self.raw).detach()
+        return torch.tanh(self.scale.to(u.dtype) * u)
+
+
+def no_slope_at_zero_in_float32(rng: Random) -> ValueFunction:
+    scale = rng.uniform(0.1, 1)
+
+    def v(u: Tensor) -> Tensor:
+        value = torch.sigmoid(scale * u)
+        return value if u.dtype == torch.float64 else torch.where(u == 0, value.detach(), value)
+
+    return Value(v)
+
+
 MUTANTS = [
+    Mutant("keeps its first scale", ("deterministic",), lambda rng: KeepsItsFirstScale(rng.uniform(-2, 2))),
+    Mutant(
+        "lower at -0", ("deterministic",), lambda rng: Value(lambda u: torch.tanh(u) - 0.01 * torch.signbit(u).to(u))
+    ),
+    Mutant("no slope at 0 in float32", ("precision",), no_slope_at_zero_in_float32),
+    Mutant(
+        "another function of long and wide batches",
+        ("elementwise",),
+        lambda rng: Value(lambda u: other(u, u.dim() == 2 and u.numel() > 10**5, 0.1)),
+    ),
     Mutant("in inference mode", ("deterministic",), sometimes(lambda rng: torch.is_inference_mode_enabled)),
     Mutant("in autocast", ("deterministic",), sometimes(lambda rng: lambda: torch.is_autocast_enabled("cpu"))),
     *(
