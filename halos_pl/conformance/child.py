@@ -71,7 +71,7 @@ class Child:
         return answer["answer"]
 
     def _start(self) -> Connection:
-        for stream in (sys.stdout, sys.stderr):
+        for stream in filter(None, (sys.stdout, sys.stderr)):
             stream.flush()  # else the child would write it again
         ours, theirs = _CONTEXT.Pipe()
         arguments = (theirs, ours, self.work, self.timeout, self.memory)
