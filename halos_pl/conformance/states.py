@@ -131,12 +131,11 @@ def _moved_clocks(seconds: float) -> dict[int, Any]:
 
 @contextmanager
 def _later(part: nn.Module, seconds: float) -> Iterator[None]:
-    """Moves the clocks of ``time`` and ``datetime``, also where the modules of ``part`` have imported them by name."""
+    """Moves the clocks of ``time`` and ``datetime``, also where ``part`` or its Python modules have names for them."""
     classes = {cls for module in part.modules() for cls in type(module).__mro__}
     names = {"time", "datetime", *(cls.__module__ for cls in classes if not cls.__module__.startswith("torch"))}
     moved, before = _moved_clocks(seconds), []
-    for name in names & sys.modules.keys():
-        space = vars(sys.modules[name])
+    for space in [*(vars(sys.modules[name]) for name in names & sys.modules.keys()), *map(vars, part.modules())]:
         before += [(space, key, value) for key, value in space.items() if id(value) in moved]
     try:
         for space, key, value in before:

@@ -40,6 +40,18 @@ def _after(rng: Random, clock: Callable[[], float]) -> Callable[[], bool]:
     return lambda: clock() > start + delay
 
 
+class OwnClock(ValueFunction):
+    """Another function some time after it was made, by a clock that it holds."""
+
+    def __init__(self, delay: float) -> None:
+        super().__init__()
+        self.now, self.delay = time.monotonic, delay
+        self.start = self.now()
+
+    def forward(self, u: Tensor) -> Tensor:
+        return other(u, self.now() > self.start + self.delay, 0.1)
+
+
 def _every_other(rng: Random) -> Callable[[], bool]:
     half = rng.choice([0.5, 3600, 86_400])
     start = time.time()
@@ -355,6 +367,7 @@ MUTANTS = [
     Mutant("later by monotonic", ("deterministic",), sometimes(lambda rng: _after(rng, lambda: time.monotonic()))),
     Mutant("later by time_ns", ("deterministic",), sometimes(lambda rng: _after(rng, lambda: time.time_ns() / 1e9))),
     Mutant("every other half second, hour or day", ("deterministic",), sometimes(_every_other)),
+    Mutant("later by a clock of its own", ("deterministic",), lambda rng: OwnClock(10 ** rng.uniform(1.5, 8))),
     Mutant("on a later day", ("deterministic",), sometimes(_on_a_later_day)),
     Mutant("after many calls", ("deterministic",), once(_calls)),
     Mutant("after a large batch", ("deterministic", "elementwise"), once(lambda rng: lambda v, u: u.numel() > 3000)),
