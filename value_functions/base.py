@@ -20,7 +20,7 @@ class ValueFunction(nn.Module, Declared, ABC):
     Nothing enforces that: other value functions are worth studying too, and declare it in ``violates``.
 
     Attributes:
-        beta: factor by which outcomes are multiplied first (1 / nats), a number or a learnable parameter; optional.
+        beta: factor by which outcomes are multiplied first (1 / nats), a number or a learnable tensor; optional.
             ``rewards/*`` are logged as beta * r, the scale used by other libraries.
         violates: clause to reason; see :class:`~value_functions.discovery.Declared`.
     """

@@ -170,7 +170,7 @@ def _cotangents_passed_on(case: ValueFunctionCase) -> str | None:
             (handed,) = torch.autograd.grad((value * back).sum(), leaf)
             exact = slope.double() * back.double()
             size = (slope.abs().double() + float(slope.abs().nan_to_num(posinf=0).max())) * back.abs().double()
-            off = (handed.double() - exact).abs() > eps**0.5 * size + torch.finfo(torch.float32).tiny
+            off = (handed.double() - exact).abs() > max(1e-6, eps**0.5) * size + torch.finfo(torch.float32).tiny
             off |= ~handed.isfinite() & slope.isfinite()
             if bool(off.any()):
                 at = int(off.nonzero()[0])
