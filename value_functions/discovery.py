@@ -38,11 +38,8 @@ class Declared:
     """
 
     violates: Mapping[str, str] = MappingProxyType({})
-    _statements: tuple[str, ...] = ("violates",)
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "forward" in vars(cls):
-            for statement in cls._statements:
-                if statement not in vars(cls):
-                    setattr(cls, statement, MappingProxyType({}))
+        if "forward" in vars(cls) and "violates" not in vars(cls):
+            cls.violates = MappingProxyType({})

@@ -99,7 +99,7 @@ def checks_of(
     if isinstance(target, Reward):
         return Checks(name, list(reward.clauses(RewardCase(target, examples=examples))), _verdict_of_part)
     if isinstance(target, ReferencePoint):
-        z0 = ReferencePointCase(target, reference_point.CLAUSES, reference_point.EXCUSABLE, examples=examples)
+        z0 = ReferencePointCase(target, reference_point.CLAUSES, examples=examples)
 
         def verdict(failed: list[str]) -> str:
             return "degenerate reference" if not failed and z0.constant is not None else _verdict_of_part(failed)

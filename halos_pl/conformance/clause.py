@@ -104,7 +104,7 @@ class Case:
     def __init__(self, target: Any, laws: tuple[Law, ...]) -> None:
         self.laws = laws
         self.plug_in = target
-        self.violates = reasons(target, "violates", laws)
+        self.violates = reasons(target, laws)
         self._witnesses: dict[str, str | None] = {}
 
     def witness(self, law: Law) -> str | None:
@@ -129,20 +129,19 @@ class Case:
             return self.violates[name]
         cls = type(self.plug_in)
         for base in cls.__mro__[1:]:
-            for attribute in ("excused", "violates"):
-                declared = vars(base).get(attribute)
-                if isinstance(declared, Mapping) and name in declared:
-                    return (
-                        f"{base.__name__}.{attribute} is about the forward of {base.__name__}; {cls.__name__}"
-                        f" overrides it and may state a reason in {cls.__name__}.{attribute}"
-                    )
+            declared = vars(base).get("violates")
+            if isinstance(declared, Mapping) and name in declared:
+                return (
+                    f"{base.__name__}.violates is about the forward of {base.__name__}; {cls.__name__}"
+                    f" overrides it and may state a reason in {cls.__name__}.violates"
+                )
         return None
 
 
-def reasons(target: Any, attribute: str, laws: tuple[Law, ...]) -> dict[str, str]:
-    """The reasons by clause that a plug-in declares in ``violates`` or ``excused``."""
-    declared = getattr(target, attribute, {})
-    name = f"{type(target).__name__}.{attribute}"
+def reasons(target: Any, laws: tuple[Law, ...]) -> dict[str, str]:
+    """The reasons by clause that a plug-in declares in ``violates``."""
+    declared = getattr(target, "violates", {})
+    name = f"{type(target).__name__}.violates"
     if not isinstance(declared, Mapping) or not all(isinstance(why, str) and why.strip() for why in declared.values()):
         raise TargetError(f"{name} is {declared!r}; it takes a reason for each clause, {{clause: reason}}")
     clauses = [law.__name__ for law in laws]

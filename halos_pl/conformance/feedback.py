@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halos_pl.batch import LogProbBatch
+from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.conformance.clause import Case, Clause, Law, explained
 from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.ranks import Ranks, namespaces
 from halos_pl.conformance.reward import padded
 from halos_pl.conformance.smallest import smallest
-from halos_pl.conformance.steps import Step, two_ranks
+from halos_pl.conformance.steps import Step, asked, padded, renumbered, shares, unscored
 from halos_pl.conformance.witness import WrongShape, changed, copied, listed, number, pair
 from halos_pl.objective.feedback import Feedback, Judgement
 
@@ -38,12 +38,14 @@ class FeedbackCase(Case):
 
     Args:
         feedback: the target; copies of it are called.
+        needs: needs of the objective, which decide what the rows provide; default: those of the feedback.
         examples: number of steps on which each clause is tried.
     """
 
-    def __init__(self, feedback: Feedback, *, examples: int = 60) -> None:
+    def __init__(self, feedback: Feedback, *, needs: Needs | None = None, examples: int = 60) -> None:
         super().__init__(feedback, CLAUSES)
         self.target = feedback
+        self.needs = needs or feedback.needs
         self.examples = examples
         self._judged: dict[Step, list[tuple[str, LogProbBatch, Judgement]]] = {}
 
@@ -54,18 +56,22 @@ class FeedbackCase(Case):
     def judgements(self, step: Step) -> list[tuple[str, LogProbBatch, Judgement]]:
         """Judgements of a fresh copy, of one copy on further steps of that kind, and of that copy in evaluation."""
         if step not in self._judged:
-            rows = step.rows()
+            rows = self.rows(step)
             judgements = [("", rows, self.judged(rows))]
             same = duplicate(self.target)
             for call in range(1 if step.large else 4):
-                later = step.later(call).rows()
+                later = self.rows(step.later(call))
                 judgements.append((f", on call {call + 1}", later, Judgement(*same(later))))
             self._judged[step] = [*judgements, (", in evaluation", rows, Judgement(*same.eval()(rows)))]
         return self._judged[step]
 
     def smallest(self, fault: Callable[[Step], str | None], examples: int | None = None) -> str | None:
         """The witness of the smallest faulty step, else None."""
-        return smallest(fault, self.target.needs, mismatched=True, examples=examples or self.examples)
+        return smallest(fault, self.needs, mismatched=True, examples=examples or self.examples)
+
+    def rows(self, step: Step) -> LogProbBatch:
+        """The rows of a step as in training: float32, with what the feedback's objective asks for."""
+        return asked(step.rows(torch.float32), self.needs)
 
 
 @explained(
@@ -98,10 +104,13 @@ def feedback_sign(case: FeedbackCase) -> str | None:
             return Judgement(sign, torch.ones(len(rows)), rows.labels.train.sum().float())
         """,
     cure="""Multiply weights by rows.labels.train, which is False for mismatched rows. A row that pulls the other way
-    has the other sign, not a negative weight.""",
+    has the other sign, not a negative weight. Declare needs = Needs(undesirable=True) if undesirable rows count.""",
 )
 def feedback_weight(case: FeedbackCase) -> str | None:
-    """Weights are at least 0, exactly 0 for mismatched rows, and above 0 for some row of some step."""
+    """Weights are at least 0, exactly 0 for mismatched rows, and above 0 for some row of some step.
+
+    If `needs` names neither `undesirable` nor `pairs`, undesirable rows have weight 0, since training drops them.
+    """
     counted = False
 
     def fault(step: Step) -> str | None:
@@ -115,6 +124,8 @@ def feedback_weight(case: FeedbackCase) -> str | None:
                 kind = labels(rows.select(torch.tensor([i]))).removeprefix("rows ")
                 shown = f"{labels(rows)}: weights {listed(weight)}"
                 return f"{shown}, {number(float(weight[i]))} of a row {kind} of {rows.mask[i].sum()} tokens{when}"
+            if not (case.needs.undesirable or case.needs.pairs) and bool((weight[~rows.labels.desirable] != 0).any()):
+                return f"{labels(rows)}: weights {listed(weight)}, but `needs` does not name `undesirable`"
             counted |= bool((weight > 0).any())
         return None
 
@@ -129,25 +140,26 @@ def feedback_weight(case: FeedbackCase) -> str | None:
             weight = rows.policy_logps.detach().sum(dim=1).exp() * rows.labels.train
             return Judgement(sign, weight, rows.labels.train.sum().float())
         """,
-    cure="""Use labels, scores, masks and reference_logps only; .detach() removes the gradient, not the dependence.
-    Anything that depends on the policy belongs in the value function.""",
+    cure="""Use labels, scores and masks only, or reference_logps with needs = Needs(reference=True, step_rewards=True);
+    .detach() removes the gradient, not the dependence. Anything that depends on the policy belongs in the value
+    function.""",
 )
 def feedback_independent_of_theta(case: FeedbackCase) -> str | None:
     """Sign, weight and denominator do not depend on the policy, and carry no gradient."""
 
     def fault(step: Step) -> str | None:
-        rows = step.rows()
+        rows, reference = case.rows(step), step.rows(torch.float32).reference_logps
+        assert reference is not None
         leaf = rows.policy_logps.clone().requires_grad_()
-        before = copied(rows)
+        kept = copied(rows)
         one = case.judged(replace(rows, policy_logps=leaf))
-        if witness := changed(before, replace(rows, policy_logps=leaf)):
-            return f"{labels(before)}: {witness}"
-        assert rows.reference_logps is not None
-        others = [rows.policy_logps * 0.5, rows.reference_logps, torch.zeros_like(rows.policy_logps)]
+        if witness := changed(kept, replace(rows, policy_logps=leaf)):
+            return f"{labels(kept)}: {witness}"
+        others = [rows.policy_logps * 0.5, reference, torch.zeros_like(rows.policy_logps)]
         for name, a in one._asdict().items():
             if a.requires_grad:
                 return f"{labels(rows)}: the {name} has a gradient in the policy's log-probs"
-            for number_, policy in enumerate(others):
+            for number_, policy in enumerate(others[: 1 if step.huge else None]):
                 # The exact KL divergence and the scalars depend on the policy, too.
                 kl = None if rows.kl is None else rows.kl * number_
                 scalar = None if rows.scalar is None else rows.scalar * number_
@@ -157,6 +169,10 @@ def feedback_independent_of_theta(case: FeedbackCase) -> str | None:
                         f"{labels(rows)}: {name} {listed(a)} with log-probs {listed(rows.policy_logps)},"
                         f" {listed(b)} with {listed(policy)}"
                     )
+        if not case.needs.step_rewards and (
+            witness := _differs(one, before := case.judged(unscored(rows)), torch.arange(len(rows)), before.denominator)
+        ):
+            return f"{labels(rows)}: {witness} before their log-probs are computed (needs step_rewards)"
         return None
 
     return case.smallest(fault, case.examples // 2)
@@ -175,12 +191,12 @@ def feedback_deterministic(case: FeedbackCase) -> str | None:
     """The same rows get the same judgement on every call, in training and in evaluation."""
 
     def fault(step: Step) -> str | None:
-        rows = step.rows()
+        rows = case.rows(step)
         place = torch.arange(len(rows))
         first, same = case.judged(rows), duplicate(case.target)
-        for call in range(1, 6):
+        for call in range(1, 2 if step.huge else 6):
             same.train(call % 4 > 0)
-            again = Judgement(*same(step.later(call).rows() if call == 3 else rows))
+            again = Judgement(*same(case.rows(step.later(call)) if call == 3 else rows))
             if call != 3 and (witness := _differs(first, again, place, again.denominator)):
                 return f"{labels(rows)}: {witness} on call {call}{'' if same.training else ', in evaluation'}"
         return None
@@ -199,19 +215,21 @@ def feedback_deterministic(case: FeedbackCase) -> str | None:
     halos_pl.distributed.sum_over_ranks.""",
 )
 def feedback_split(case: FeedbackCase) -> str | None:
-    """A row gets the same judgement in any order, with any padding and on any rank.
+    """A row gets the same judgement in any order, with any padding, any numbers of prompts and on any rank.
 
     The ranks' denominators add up to that of the step.
     """
     witness = case.smallest(partial(_other_layouts, case), max(10, case.examples // 2))
-    return witness or case.smallest(partial(_two_ranks, case), max(10, case.examples // 4))
+    return witness or case.smallest(partial(_ranks, case), max(10, case.examples // 4))
 
 
 def _differs(whole: Judgement, other: Judgement, index: Tensor, denominator: Tensor) -> str | None:
     """Where the judgement of the rows ``index``, or the denominator, differs, in words; else None."""
+    counts = whole.weight[index] > RELATIVE * whole.weight.abs().max()  # others have no sign to speak of
     for name in ("sign", "weight"):
         one, two = getattr(whole, name)[index], getattr(other, name)
-        wrong = (~((one - two).abs() <= RELATIVE * one.abs().max())).nonzero()
+        wrong = ~((one - two).abs() <= RELATIVE * one.abs().max())
+        wrong = (wrong & counts if name == "sign" else wrong).nonzero()
         if len(wrong):
             a, b = pair(float(one[wrong[0]]), float(two[wrong[0]]))
             return f"{name} {a} of row {int(index[wrong[0]]) + 1}, {b}"
@@ -221,7 +239,7 @@ def _differs(whole: Judgement, other: Judgement, index: Tensor, denominator: Ten
 
 
 def _other_layouts(case: FeedbackCase, step: Step) -> str | None:
-    rows = step.rows()
+    rows = case.rows(step)
     whole = case.judged(rows)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(step.seed))
     place = torch.arange(len(rows))
@@ -229,25 +247,28 @@ def _other_layouts(case: FeedbackCase, step: Step) -> str | None:
         (place.flip(0), rows.select(place.flip(0)), "in the opposite order"),
         (order, rows.select(order), f"in the order {[i + 1 for i in order.tolist()][:12]}"),
         (place, padded(rows, 3), "with three more columns of padding"),
-    ):
+        (place, padded(rows, 70), "with seventy more columns of padding"),
+        (place, renumbered(rows), "with other numbers of the prompts"),
+    )[: 1 if step.huge else None]:
         judged = case.judged(layout)
         if witness := _differs(whole, judged, index, judged.denominator):
             return f"{labels(rows)}: {witness} {where}"
     return None
 
 
-def _two_ranks(case: FeedbackCase, step: Step) -> str | None:
-    rows = step.rows()
-    parts = two_ranks(rows, case.target.needs, step.seed)
-    if not parts:
-        return None
+def _ranks(case: FeedbackCase, step: Step) -> str | None:
+    rows = case.rows(step)
     whole = case.judged(rows)
-    jobs: list[Callable[[], Any]] = [lambda index=index: case.judged(rows.select(index)) for index in parts]  # type: ignore[misc]
-    judged = Ranks().run(jobs, namespaces(case.target))
-    summed = torch.stack([part.denominator for part in judged]).sum()
-    for index, part in zip(parts, judged, strict=True):
-        if witness := _differs(whole, part, index, summed):
-            return f"{labels(rows)}: {witness} on ranks of {len(parts[0])} and {len(parts[1])} rows"
+    for count in (3,) if step.huge else (2, 3):
+        parts = shares(rows, case.needs, step.seed, count)
+        if not parts:
+            return None
+        jobs: list[Callable[[], Any]] = [lambda index=index: case.judged(rows.select(index)) for index in parts]  # type: ignore[misc]
+        judged = Ranks(count).run(jobs, namespaces(case.target))
+        summed = torch.stack([part.denominator for part in judged]).sum()
+        for index, part in zip(parts, judged, strict=True):
+            if witness := _differs(whole, part, index, summed):
+                return f"{labels(rows)}: {witness} on ranks of {' and '.join(str(len(i)) for i in parts)} rows"
     return None
 
 
@@ -265,7 +286,6 @@ def feedback_finite(case: FeedbackCase) -> str | None:
     """Signs, weights and denominator are finite, and the denominator is a scalar, above 0 if any row counts."""
 
     def fault(step: Step) -> str | None:
-        step = replace(step, alone=case.target.needs.groups)
         for when, rows, (sign, weight, denominator) in case.judgements(step):
             if not isinstance(denominator, Tensor) or denominator.dim() != 0:
                 return f"{labels(rows)}: the denominator {denominator} is not a scalar{when}"

@@ -19,7 +19,7 @@ from halos_pl.conformance.feedback import FeedbackCase
 from halos_pl.conformance.reference_case import ReferencePointCase
 from halos_pl.conformance.reward import RewardCase
 from halos_pl.conformance.smallest import smallest
-from halos_pl.conformance.steps import Step, with_leaf
+from halos_pl.conformance.steps import Step, gradient_of, with_leaf
 from halos_pl.conformance.value_case import ValueFunctionCase
 from halos_pl.objective.halo import HALO, mean_of_tokens
 
@@ -34,12 +34,6 @@ def _state(part: object) -> object:
         return pickle.dumps(part)
     except Exception:  # such as a lambda, which equals only itself
         return id(part)
-
-
-def gradient_of(loss: Tensor, leaf: Tensor) -> Tensor:
-    """The gradient of the loss with respect to ``leaf``; zeros if there is none."""
-    gradient = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
-    return torch.zeros_like(leaf) if gradient is None else gradient
 
 
 @dataclass(frozen=True)
@@ -97,7 +91,6 @@ class HaloCase(Case):
             lambda: ReferencePointCase(
                 z0,
                 reference_point.CLAUSES,
-                reference_point.EXCUSABLE,
                 reward=r,
                 needs=objective.needs,
                 examples=examples,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from halos_pl.batch import LogProbBatch
-from halos_pl.conformance.halo_case import RELATIVE, HaloCase, gradient_of
+from halos_pl.conformance.halo_case import RELATIVE, HaloCase
 from halos_pl.conformance.ranks import Ranks, namespaces
-from halos_pl.conformance.steps import Step, two_ranks, with_leaf
+from halos_pl.conformance.steps import Step, gradient_of, shares, with_leaf
 from halos_pl.conformance.witness import pair
 from halos_pl.objective.halo import HALO
 
@@ -39,7 +39,7 @@ def _untied(rows: LogProbBatch) -> LogProbBatch:
 
 def _two_ranks(case: HaloCase, step: Step) -> str | None:
     rows = _untied(step.rows())
-    parts = two_ranks(rows, case.target.needs, step.seed)
+    parts = shares(rows, case.target.needs, step.seed, 2)
     if not parts or not case.counts(rows):
         return None
 

@@ -14,11 +14,11 @@ from halos_pl.batch import LogProbBatch
 from halos_pl.conformance import feedback, reference_point, reward, value_function
 from halos_pl.conformance.clause import Clause, Law, explained
 from halos_pl.conformance.duplicate import duplicate
-from halos_pl.conformance.halo_case import RELATIVE, HaloCase, gradient_of
+from halos_pl.conformance.halo_case import RELATIVE, HaloCase
 from halos_pl.conformance.loss_split import loss_split
 from halos_pl.conformance.reference_split import reference_split
 from halos_pl.conformance.smallest import smallest
-from halos_pl.conformance.steps import Step, with_leaf
+from halos_pl.conformance.steps import Step, gradient_of, with_leaf
 from halos_pl.conformance.value_curve import UNDESIRABLE, concave_on_gains, non_decreasing
 from halos_pl.conformance.witness import listed, pair
 from halos_pl.objective.feedback import Feedback

@@ -36,7 +36,7 @@ def namespaces(module: nn.Module) -> list[dict[str, Any]]:
 
 
 class Ranks:
-    """Two ranks as two threads of this process, which meet at each collective operation.
+    """Ranks as threads of this process, which meet at each collective operation.
 
     They replace torch.distributed itself while they run, so that it does not matter whether a plug-in calls it
     directly or through ``halos_pl.distributed``. A real process group would take seconds to start.
@@ -47,9 +47,16 @@ class Ranks:
         self.barrier = threading.Barrier(count)
         self.slots: list[Any] = [None] * count
         self.local = threading.local()
+        self.done = False
 
     def exchange(self, value: Any) -> list[Any]:
-        """The values of all ranks, in rank order."""
+        """The values of all ranks, in rank order.
+
+        Raises:
+            threading.BrokenBarrierError: another rank makes no further call.
+        """
+        if self.done:
+            raise threading.BrokenBarrierError
         self.slots[self.local.rank] = value
         self.barrier.wait(timeout=5)
         everything = list(self.slots)
@@ -136,14 +143,18 @@ class Ranks:
             Exception: whatever a job raised.
         """
         results: list[Any] = [None] * self.count
-        errors: list[Exception] = []
+        errors: list[BaseException] = []
+        self.done = False
 
         def work(rank: int) -> None:
             self.local.rank = rank
             try:
                 results[rank] = jobs[rank]()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 errors.append(error)
+                self.barrier.abort()
+            self.done = True  # who calls from now on, or waits already, would wait for ever
+            if self.barrier.n_waiting:
                 self.barrier.abort()
 
         with self.in_place_of_torch(namespaces):

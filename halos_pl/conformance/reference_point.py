@@ -14,10 +14,10 @@ from halos_pl.conformance.clause import Clause, Law, explained
 from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.reference_case import RELATIVE, ReferencePointCase, first_difference, untied
 from halos_pl.conformance.reference_split import reference_split
-from halos_pl.conformance.steps import Step, with_leaf
-from halos_pl.conformance.witness import WrongShape, listed, number
+from halos_pl.conformance.steps import Step, gradient_of, with_leaf
+from halos_pl.conformance.witness import WrongShape, listed, number, pair
 from halos_pl.objective.halo import mean_of_tokens
-from halos_pl.objective.reference_points import Estimate
+from halos_pl.objective.reference_points import Estimate, ReferencePoint
 
 
 @explained(
@@ -27,13 +27,15 @@ from halos_pl.objective.reference_points import Estimate
         def forward(self, rewards, rows):
             return Estimate(2 * MeanOverRanks(rewards[rows.labels.train]).mean)
         """,
-    cure="""Average rewards with weights of at least 0 that sum to 1, without factor or offset. A clamp such as KTO's
-    max(0, z0) fails by design: state that reason in `excused` of your class.""",
+    cure="""Average rewards with weights of at least 0 that sum to 1, without factor or offset, over the rows of this
+    step. A clamp from below at 0 is allowed where r is a log-ratio: policy and reference both sum to 1, so z0 = 0 is a
+    mean of rewards. An exact KL divergence belongs to a reward in nats per completion.""",
 )
 def reference_in_range(case: ReferencePointCase) -> str | None:
-    """z0 is a mean of rewards, E_Q[r]: between the smallest and the largest reward that it depends on.
+    """z0 is a mean of rewards of this step, E_Q[r]: between the smallest and the largest reward that it depends on.
 
-    It must not always be the row's own reward.
+    It must not always be the row's own reward. An exact KL divergence is an expected reward. 0 is a mean of rewards if
+    all observed ones are negative and the reward is a log-ratio, since policy and reference both sum to 1.
     """
     compared = False
 
@@ -41,54 +43,87 @@ def reference_in_range(case: ReferencePointCase) -> str | None:
         nonlocal compared
         rows = case.rows(step)
         drawn = case.rewards(rows)
-        if int(rows.labels.train.sum()) > 1:
+        if int(rows.labels.train.sum()) > 1 and not step.huge:
             off = (case.estimate(drawn, rows) - drawn).abs()[rows.labels.train]
             compared |= bool((off > RELATIVE * drawn.abs().max()).any())
+        expected = case.expected(rows)
+        same = case.fresh()
+        seen = [expected]
+        if step.huge:
+            return _outside(case, case.estimate(drawn, rows), torch.cat([drawn.double(), expected]), rows)
         after = drawn.clone()
         with torch.no_grad():
-            case.fresh()(after, rows)
+            case.fresh()(after, case.shown(rows))
         if not torch.equal(after, drawn):
             return f"rewards {listed(drawn)} are {listed(after)} after the call: changed in place"
-        everyone = torch.ones(len(rows), len(rows), dtype=torch.bool)
-        depends = everyone if step.large else case.reads(drawn, rows)
-        depends[~depends.any(dim=1)] = True
-        same = case.fresh()
-        seen: list[Tensor] = []
-        # Close together, away from 0, far out, all the same: an estimate that is off by a little is out of range.
-        for rewards in (
-            drawn,
-            0.1 * drawn + 5,
-            0.1 * drawn - 5,
-            torch.full_like(drawn, 1.5),
-            torch.full_like(drawn, 7e3),
-            torch.full_like(drawn, -7e3),
-        ):
-            witness = _outside(case.estimate(rewards, rows), rewards, rows, depends)
+        depends = None if step.large else case.reads(drawn, rows)
+        for rewards in (drawn, *_levels(drawn, rows)):
+            numbers = torch.cat([rewards.double(), expected])
+            witness = _outside(case, case.estimate(rewards, rows), numbers, rows, depends)
             if witness:
                 return witness
-            seen.append(rewards)
-            witness = _outside(case.estimate(rewards, rows, same), torch.cat(seen), rows)
+            seen.append(rewards.double())
+            witness = _outside(case, case.estimate(rewards, rows, same), torch.cat(seen), rows)
             if witness:
-                return f"{witness}, on call {len(seen)}"
-        witness = _outside(case.estimate(drawn, rows, same.eval()), torch.cat(seen), rows)
-        return witness and f"{witness}, in evaluation after {len(seen)} calls"
+                return f"{witness}, on call {len(seen) - 1}"
+        if _moves(case, case.fresh(), rows) and not _moves(case, same, rows):
+            return f"z0 no longer depends on the rewards of the step after {len(seen) - 1} calls"
+        witness = _outside(case, case.estimate(drawn, rows, same.eval()), torch.cat(seen), rows)
+        return witness and f"{witness}, in evaluation after {len(seen) - 1} calls"
 
-    witness = case.constant_witness() or case.smallest(fault, examples=max(10, case.examples // 8))
+    witness = case.constant_witness() or case.smallest(fault, examples=max(12, case.examples // 8))
     return witness or (None if compared else "z0 is each row's own reward, so that every outcome is 0")
 
 
-def _outside(z0: Tensor, rewards: Tensor, rows: LogProbBatch, depends: Tensor | None = None) -> str | None:
-    """A row with a loss whose z0 is outside the range of ``rewards``, or of those it ``depends`` on (bool [n, n])."""
-    slack = RELATIVE * (rewards.abs().max() + 1e-30)
-    low, high = rewards.min(), rewards.max()
-    if depends is not None:
-        low = torch.where(depends, rewards, torch.inf).min(dim=1).values
-        high = torch.where(depends, rewards, -torch.inf).max(dim=1).values
-    wrong = (~((low - slack <= z0) & (z0 <= high + slack)) & rows.labels.train).nonzero()
-    if not len(wrong):
+def _levels(drawn: Tensor, rows: LogProbBatch) -> Iterator[Tensor]:
+    """Rewards close together, away from 0, all the same, far out, and one far from all others."""
+    yield torch.full_like(drawn, 1.5)
+    one = torch.where(torch.arange(len(rows)) == len(rows) // 2, -50.0, 1.0).to(drawn)
+    yield one
+    yield -one
+    yield 0.1 * drawn + 5
+    yield 0.1 * drawn - 5
+    yield torch.full_like(drawn, 7e3)
+    yield torch.full_like(drawn, -7e3)
+
+
+def _moves(case: ReferencePointCase, copy: ReferencePoint, rows: LogProbBatch) -> bool:
+    """Whether z0 of the next step depends on the rewards of that step."""
+    one, other = (
+        case.estimate(torch.full((len(rows),), level, dtype=rows.policy_logps.dtype), rows, duplicate(copy))
+        for level in (100.0, 300.0)
+    )
+    return bool((one != other)[rows.labels.train].any())
+
+
+def _outside(
+    case: ReferencePointCase, z0: Tensor, numbers: Tensor, rows: LogProbBatch, depends: Tensor | None = None
+) -> str | None:
+    """A row with a loss whose z0 is outside the range of ``numbers``, or of those it ``depends`` on; in words, or None.
+
+    Args:
+        case, z0, rows: n estimates for the rows.
+        numbers: float64 [m], rewards and expected rewards; NaN for none.
+        depends: bool [n, m]; None for all.
+    """
+    known = ~numbers.isnan()
+    slack = RELATIVE * (numbers[known].abs().max() + 1e-30)
+    if depends is None:
+        low, high = numbers[known].aminmax()
+    else:
+        depends = depends & known
+        depends = torch.where(depends.any(dim=1, keepdim=True), depends, known)
+        low = torch.where(depends, numbers, torch.inf).min(dim=1).values
+        high = torch.where(depends, numbers, -torch.inf).max(dim=1).values
+    wrong = ~((low - slack <= z0) & (z0 <= high + slack)) & rows.labels.train
+    at_zero = wrong & (z0 == 0) & (high < 0)
+    if bool(at_zero.any()) and case.attains_zero:
+        case.clamped = True
+        wrong &= ~at_zero
+    if not bool(wrong.any()):
         return None
-    i = int(wrong[0])
-    return f"rewards {listed(rewards if depends is None else rewards[depends[i]])}, z0 = {number(float(z0[i]))}"
+    i = int(wrong.nonzero()[0])
+    return f"rewards {listed(numbers[known if depends is None else depends[i]])}, z0 = {number(float(z0[i]))}"
 
 
 @explained(
@@ -102,28 +137,57 @@ def _outside(z0: Tensor, rewards: Tensor, rows: LogProbBatch, depends: Tensor | 
     function. A running mean must start from the first estimate, not from 0.""",
 )
 def reference_shift_equivariant(case: ReferencePointCase) -> str | None:
-    """If all rewards rise by c nats, z0 rises by c nats, so that outcomes stay the same."""
+    """If all rewards rise by c nats, z0 rises by c nats, so that outcomes stay the same.
+
+    Where the reward is a log-ratio, a z0 that would be negative may be 0.
+    """
 
     def fault(step: Step) -> str | None:
         rows = case.rows(step)
         rewards = untied(case.rewards(rows))
-        for c in (1.0, -3.5, 10.0):
+        base = 2 * float(rewards.abs().max()) + 1
+        for c in (1.0,) if step.huge else (1.0, 10.0, 3.5 - base, -base, -2 * base):
             before, after = case.fresh(), case.fresh()
-            for later in (0.0, 0.7, -0.4, 0.2):
-                scaled = rewards * (1 + later)
-                if later == 0.2:
+            low, high = torch.inf, -torch.inf
+            for call, share in enumerate((1.0, 1.7, 0.6, 1.2)[: 1 if step.huge else None]):
+                if call == 3:
                     before.eval()
                     after.eval()
-                a, b = case.estimate(scaled, rows, before), case.estimate(scaled + c, rows, after)
-                wrong = ~((b - a - c).abs() <= RELATIVE * (scaled.abs().max() + abs(c))) & rows.labels.train
+                scaled = rewards * share
+                low, high = (
+                    f(bound, float((scaled + base + c).aminmax()[k]))
+                    for k, (f, bound) in enumerate(((min, low), (max, high)))
+                )
+                a = case.estimate(scaled + base, case.raised(rows, base), before)
+                b = case.estimate(scaled + base + c, case.raised(rows, base + c), after)
+                most = RELATIVE * (scaled.abs().max() + base + abs(c))
+                wrong = ~((b - a - c).abs() <= most) & rows.labels.train
+                if bool(wrong.any()) and case.attains_zero:
+                    wrong &= ~_clamped(a + c, b, low, high, first=call == 0, most=float(most))
+                    case.clamped = True
                 if bool(wrong.any()):
                     i = int(wrong.nonzero()[0])
-                    return (
-                        f"rewards {listed(scaled)}: z0 = {number(float(a[i]))}; all {c:+g}: z0 = {number(float(b[i]))}"
-                    )
+                    x, y = number(float(a[i])), number(float(b[i]))
+                    return f"rewards {listed(scaled + base)}: z0 = {x}; all {c:+g}: z0 = {y}"
         return None
 
-    return case.constant_witness() or case.smallest(fault, max(10, case.examples // 3))
+    return case.constant_witness() or case.smallest(fault, max(12, case.examples // 3))
+
+
+def _clamped(free: Tensor, z0: Tensor, low: float, high: float, *, first: bool, most: float) -> Tensor:
+    """Whether z0 is what a clamp from below at 0 makes of the estimate ``free``, BoolTensor [n].
+
+    Args:
+        free, z0: float64 [n], the estimate without and with the clamp.
+        low, high: the smallest and the largest reward of all calls so far.
+        first: whether this is the first call. A mean over calls, some of them clamped, is only bounded.
+        most: allowed difference, nats.
+    """
+    if first:
+        return (z0 - free.clamp(min=0)).abs() <= most
+    if high <= 0:
+        return z0 == 0
+    return (low < 0) & (free - most <= z0) & (z0 <= high + most)
 
 
 @explained(
@@ -144,7 +208,8 @@ def reference_permutation_equivariant(case: ReferencePointCase) -> str | None:
         rewards = untied(case.rewards(rows))
         z0 = case.estimates(rewards, rows)
         orders = [torch.arange(len(rows)).flip(0)]
-        orders.append(torch.randperm(len(rows), generator=torch.Generator().manual_seed(step.seed)))
+        if not step.huge:
+            orders.append(torch.randperm(len(rows), generator=torch.Generator().manual_seed(step.seed)))
         for order in orders:
             permuted = rows.select(order)
             wrong = first_difference(z0[:, order], case.estimates(rewards[order], permuted), rewards, permuted)
@@ -164,22 +229,26 @@ def reference_permutation_equivariant(case: ReferencePointCase) -> str | None:
         """,
     cure="""Detach the values that you average, as in rewards.detach(). In training, the rewards have no gradient, but
     rows.policy_logps may have one; the clause gives both a gradient. MeanOverRanks and sum_over_ranks detach by
-    themselves. If z0 is meant to carry a gradient, as in DPO, compute it per row: scope = "row".""",
+    themselves. If z0 is meant to carry a gradient, as in DPO, compute it per row: scope = "row", and detach nothing. A
+    number for each row without gradient has scope = "step" and per_row = True.""",
 )
 def reference_detached(case: ReferencePointCase) -> str | None:
-    """A reference point of scope "step" passes no gradient to the rewards or the policy."""
+    """A reference point of scope "step" passes no gradient to the rewards or the policy, one of scope "row" all of it.
+
+    The gradient of scope "row" is that of z0 as a function of the rewards, by finite differences.
+    """
     if case.target.scope != "step":
-        return None
+        return case.smallest(partial(_other_slope, case), max(12, case.examples // 3))
 
     def fault(step: Step) -> str | None:
         same = case.fresh()
-        for call in range(4):
-            rows = step.rows()
+        for call in range(1 if step.huge else 4):
+            rows = case.rows(step)
             policy, rows = with_leaf(replace(rows, policy_logps=rows.policy_logps * (1 + call)), case.needs)
             with torch.enable_grad():
                 rewards = mean_of_tokens(duplicate(case.reward)(rows), rows.mask)
                 rewards = rewards if rewards.requires_grad else rewards.clone().requires_grad_()
-                z0 = same.train(call < 3)(rewards, rows).value
+                z0 = same.train(call < 3)(rewards, case.shown(rows)).value
                 if not z0.requires_grad:
                     continue
                 into = torch.autograd.grad(z0.sum(), [rewards, policy], allow_unused=True)
@@ -189,7 +258,39 @@ def reference_detached(case: ReferencePointCase) -> str | None:
                     return f"{shown}, on call {call + 1}" if call else shown
         return None
 
-    return case.smallest(fault, max(10, case.examples // 2))
+    return case.smallest(fault, max(12, case.examples // 2))
+
+
+def _other_slope(case: ReferencePointCase, step: Step) -> str | None:
+    """Where autograd's gradient of z0 in the rewards, or directly in the log-probs, is not that of its values."""
+    rows = case.rows(step)
+    draw = torch.Generator().manual_seed(step.seed)
+    for dtype in (torch.float64, torch.float32):
+        policy, batch = with_leaf(replace(rows, policy_logps=rows.policy_logps.to(dtype)), case.needs)
+        rewards = untied(case.rewards(rows)).to(dtype).requires_grad_()
+        z0 = case.fresh()(rewards, case.shown(batch)).value.expand(len(rows))[rows.labels.train]
+        weights = torch.rand(z0.shape, generator=draw, dtype=torch.float64) + 0.5
+        total = (weights * z0).sum()
+        for what, leaf in (("rewards", rewards), ("policy's log-probs", policy)):
+            way = torch.rand(leaf.shape, generator=draw, dtype=torch.float64) + 0.5
+            slope = float((gradient_of(total, leaf).double() * way).sum()) if z0.requires_grad else 0.0
+            h = 1e-7 * (1 + float(rewards.detach().abs().max()))
+
+            def moved(by: float, leaf: Tensor = leaf, way: Tensor = way, batch: LogProbBatch = batch) -> float:
+                at = (leaf.detach().double() + by * way) if leaf is rewards else rewards.detach().double()
+                there = batch.detach()
+                if leaf is not rewards:
+                    there = replace(there, policy_logps=(leaf.detach().double() + by * way)[:, : rows.mask.shape[1]])
+                return float((weights * case.estimate(at, there)[rows.labels.train]).sum())
+
+            right = (moved(h) - moved(-h)) / (2 * h)
+            if not abs(slope - right) <= 1e-3 * float(weights.sum() + abs(right)):
+                a, b = pair(slope, right)
+                in_dtype = f" of {str(dtype)[6:]}" if dtype == torch.float32 else ""
+                return (
+                    f"rewards {listed(rewards)}: slope {a} of z0 in the {what}{in_dtype} by autograd, {b} by its values"
+                )
+    return None
 
 
 @explained(
@@ -203,14 +304,18 @@ def reference_detached(case: ReferencePointCase) -> str | None:
     torch.logsumexp does not overflow.""",
 )
 def reference_finite(case: ReferencePointCase) -> str | None:
-    """z0 is an Estimate of a finite number for every row, from a step of one row to rewards of 10,000 nats."""
+    """z0 is an Estimate of a finite number for every row, from a step of one row to rewards of 10,000 nats.
+
+    In float32, as in training.
+    """
 
     def fault(step: Step) -> str | None:
-        rows = case.rows(replace(step, alone=case.needs.groups))
+        rows = case.rows(step, torch.float32)
         drawn = case.rewards(rows)
-        size = drawn.abs().max() + 1e-9
-        for rewards in (drawn, -drawn, drawn / size * 1e4, torch.zeros_like(drawn), drawn * 0 - 1e4):
-            estimate = case.fresh()(rewards.clone(), rows)
+        far = 1e4 * drawn / (drawn.abs().max() + 1e-9)
+        flat = [torch.full_like(drawn, level) for level in (0.0, -1e4, 1e4)]
+        for rewards in [far] if step.huge else [drawn, far, -far, *flat]:
+            estimate = case.fresh()(rewards.clone(), case.shown(rows))
             if not isinstance(estimate, Estimate):
                 return WrongShape(f"it returns a {type(estimate).__name__}, not an Estimate")
             shape = estimate.value.shape
@@ -234,9 +339,22 @@ CLAUSES: tuple[Law, ...] = (
     reference_split,
     reference_finite,
 )
-# Clauses that an estimate of E_Q[r] may fail for a stated reason; see ``ReferencePoint.excused``.
-EXCUSABLE: tuple[Law, ...] = (reference_in_range, reference_shift_equivariant)
-CONSTANT = "a degenerate reference: z0 averages no rewards"
+# Clauses on the rewards that z0 averages; a constant averages none.
+ON_REWARDS: tuple[Law, ...] = (reference_in_range, reference_shift_equivariant)
+_CLAMPED = (
+    "z0 is clamped from below at 0, a mean of rewards too: policy and reference both sum to 1, so some completion has"
+    " r >= 0 and some r <= 0"
+)
+
+
+def constant(case: ReferencePointCase) -> str | None:
+    """The reason why the clauses on rewards do not apply to a constant z0, else None."""
+    if case.constant is None:
+        return None
+    at_start = (
+        "" if case.constant == 0 else "; where policy = reference, every reward is 0, and no mean of rewards is not"
+    )
+    return f"a degenerate reference: z0 averages no rewards{at_start}"
 
 
 def clauses(case: ReferencePointCase) -> Iterator[Clause]:
@@ -244,7 +362,10 @@ def clauses(case: ReferencePointCase) -> Iterator[Clause]:
 
     def excused(law: Law) -> str | None:
         # A constant reference point gets a verdict that covers these clauses.
-        return case.excused.get(law.__name__) or (CONSTANT if law in EXCUSABLE and case.constant is not None else None)
+        return constant(case) if law in ON_REWARDS else None
+
+    def note(law: Law) -> str | None:
+        return _CLAMPED if law in ON_REWARDS and case.clamped and case.witness(law) is None else case.note(law)
 
     for law in case.laws:
-        yield case.clause(law, excused=partial(excused, law))
+        yield case.clause(law, excused=partial(excused, law), note=partial(note, law))

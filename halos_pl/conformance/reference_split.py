@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from halos_pl.conformance.clause import explained
 from halos_pl.conformance.ranks import Ranks, namespaces
 from halos_pl.conformance.reference_case import RELATIVE, ReferencePointCase, first_difference, untied
-from halos_pl.conformance.steps import Step, two_ranks
+from halos_pl.conformance.steps import Step, padded, renumbered, shares, unscored
 from halos_pl.conformance.witness import listed, pair
 
 
@@ -30,15 +29,16 @@ from halos_pl.conformance.witness import listed, pair
     of the step, whole_step=True where these carry a gradient.""",
 )
 def reference_split(case: ReferencePointCase) -> str | None:
-    """z0 is the same on two ranks as on one, and in micro-batches as in one batch.
+    """z0 is the same on two or three ranks as on one, in micro-batches as in one batch, and with any padding.
 
-    It reads only the rows that `needs` names. In an objective, the losses of the parts also sum to the loss of the
-    step.
+    It reads only the rows that `needs` names, and no number of a prompt. In an objective, the losses of the parts also
+    sum to the loss of the step.
     """
     return (
         case.smallest(partial(_unscored_rows, case))
         or case.smallest(partial(_micro_batches, case), max(10, case.examples // 2))
-        or case.smallest(partial(_two_ranks, case), max(10, case.examples // 6))
+        or case.smallest(partial(_layouts, case), max(10, case.examples // 4))
+        or case.smallest(partial(_ranks, case), max(10, case.examples // 6))
     )
 
 
@@ -46,15 +46,9 @@ def _unscored_rows(case: ReferencePointCase, step: Step) -> str | None:
     needs = case.target.needs
     if case.target.scope != "step" or needs.step_rewards or needs.whole_step:
         return None
-    rows = step.rows()
+    rows = case.rows(step)
     z0 = case.estimate(case.rewards(rows), rows)
-    assert rows.scalar is not None
-    mismatched = rows.labels.mismatched
-    blank = replace(
-        rows,
-        policy_logps=torch.where(mismatched[:, None], rows.policy_logps, 0.0),
-        scalar=torch.where(mismatched, rows.scalar, 0.0),
-    )
+    blank = unscored(rows)
     other = case.estimate(case.rewards(blank), blank)
     wrong = ~((z0 - other).abs() <= RELATIVE * z0.abs().max()) & rows.labels.train
     if not bool(wrong.any()):
@@ -79,20 +73,36 @@ def _micro_batches(case: ReferencePointCase, step: Step) -> str | None:
     return None
 
 
-def _two_ranks(case: ReferencePointCase, step: Step) -> str | None:
+def _layouts(case: ReferencePointCase, step: Step) -> str | None:
     rows = case.rows(step)
     rewards = untied(case.rewards(rows))
     z0 = case.estimates(rewards, rows)
-    parts = two_ranks(rows, case.needs, step.seed)
-    if not parts:
-        return None
-    jobs: list[Callable[[], Tensor]] = [
-        lambda index=index: case.estimates(rewards[index], rows.select(index))  # type: ignore[misc]
-        for index in parts
-    ]
-    for index, part in zip(parts, Ranks().run(jobs, namespaces(case.target)), strict=True):
-        wrong = first_difference(z0[:, index], part, rewards, rows.select(index))
+    for layout, where in (
+        (padded(rows, 1), "with one more column of padding"),
+        (padded(rows, 90), "with ninety more columns of padding"),
+        (renumbered(rows), "with other numbers of the prompts"),
+    )[: 1 if step.huge else None]:
+        wrong = first_difference(z0, case.estimates(rewards, layout), rewards, rows)
         if wrong:
-            a, b = wrong
-            return f"rewards {listed(rewards)}: z0 = {a}; on ranks of {len(parts[0])} and {len(parts[1])} rows: {b}"
+            return f"rewards {listed(rewards)}: z0 = {wrong[0]}; {where}: {wrong[1]}"
+    return None
+
+
+def _ranks(case: ReferencePointCase, step: Step) -> str | None:
+    rows = case.rows(step)
+    rewards = untied(case.rewards(rows))
+    z0 = case.estimates(rewards, rows)
+    for count in (3,) if step.huge else (2, 3):
+        parts = shares(rows, case.needs, step.seed, count)
+        if not parts:
+            return None
+        jobs: list[Callable[[], Tensor]] = [
+            lambda index=index: case.estimates(rewards[index], rows.select(index))  # type: ignore[misc]
+            for index in parts
+        ]
+        for index, part in zip(parts, Ranks(count).run(jobs, namespaces(case.target)), strict=True):
+            wrong = first_difference(z0[:, index], part, rewards, rows.select(index))
+            if wrong:
+                sizes = " and ".join(str(len(i)) for i in parts)
+                return f"rewards {listed(rewards)}: z0 = {wrong[0]}; on ranks of {sizes} rows: {wrong[1]}"
     return None

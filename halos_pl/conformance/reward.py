@@ -1,32 +1,21 @@
-"""The clauses of a reward: r = l(y) * log[pi_theta / pi_ref] with l > 0, a function of its row, without padding."""
+"""The clauses of a reward: r = l(y) * log[pi_theta / pi_ref] with l > 0, a function of (x, y) alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from halos_pl.batch import LogProbBatch
+from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.conformance.clause import Case, Clause, Law, explained
 from halos_pl.conformance.duplicate import duplicate
+from halos_pl.conformance.single_precision import off_in_single_precision
 from halos_pl.conformance.smallest import smallest
-from halos_pl.conformance.steps import Step, kept_together
+from halos_pl.conformance.steps import Step, asked, kept_together, padded, renumbered
 from halos_pl.conformance.witness import WrongShape, changed, copied, listed, number, pair
 from halos_pl.objective.rewards import Reward
-
-
-def padded(rows: LogProbBatch, columns: int) -> LogProbBatch:
-    """The same rows in a wider batch: every [n, T] field gets columns of zeros (False in the mask)."""
-    wide: dict[str, Any] = {
-        f.name: F.pad(value, (0, columns))
-        for f in fields(rows)
-        if isinstance(value := getattr(rows, f.name), Tensor) and value.dim() == 2
-    }
-    return replace(rows, **wide)
 
 
 class RewardCase(Case):
@@ -34,17 +23,23 @@ class RewardCase(Case):
 
     Args:
         reward: the target; copies of it are called.
+        needs: needs of the objective, which decide what the rows provide; default: those of the reward.
         examples: number of steps on which each clause is tried.
     """
 
-    def __init__(self, reward: Reward, *, examples: int = 60) -> None:
+    def __init__(self, reward: Reward, *, needs: Needs | None = None, examples: int = 60) -> None:
         super().__init__(reward, CLAUSES)
         self.target = reward
+        self.needs = needs or reward.needs
         self.examples = examples
 
     def smallest(self, fault: Callable[[Step], str | None], examples: int | None = None) -> str | None:
         """The witness of the smallest faulty step, else None."""
-        return smallest(fault, self.target.needs, examples=examples or self.examples)
+        return smallest(fault, self.needs, examples=examples or self.examples)
+
+    def rows(self, step: Step, dtype: torch.dtype = torch.float64) -> LogProbBatch:
+        """The rows of a step, with what the reward's objective asks for."""
+        return asked(step.rows(dtype), self.needs)
 
     def fresh(self) -> Reward:
         """A copy that has not been called."""
@@ -61,12 +56,14 @@ class RewardCase(Case):
     cure="Sum over tokens with sum(dim=1), without keepdim or squeeze, and do not cast.",
 )
 def reward_shape(case: RewardCase) -> str | None:
-    """The reward is one number for each row, [n], or one for each token, [n, T], in the dtype of the log-probs."""
+    """The reward is one number for each row, [n], or one for each token, [n, T], in the dtype of the log-probs.
+
+    In float32, as in training, values and slopes are those in float64 up to rounding.
+    """
 
     def fault(step: Step) -> str | None:
-        exact: Tensor | None = None
         for dtype in (torch.float64, torch.float32):
-            rows = padded(step.rows(dtype), 2)
+            rows = padded(case.rows(step, dtype), 2)
             n, width = rows.policy_logps.shape
             r = case.fresh()(rows)
             if not isinstance(r, Tensor) or tuple(r.shape) not in ((n,), (n, width)) or n == width:
@@ -76,13 +73,7 @@ def reward_shape(case: RewardCase) -> str | None:
                 return WrongShape(f"{n} rows of {width} tokens, reward of shape {shape}")
             if r.dtype != dtype:
                 return f"log-probs in {str(dtype)[6:]}, reward in {str(r.dtype)[6:]}"
-            r = torch.where(rows.mask, r, 0.0) if r.dim() == 2 else r
-            exact = r.detach() if exact is None else exact
-            if not bool(((r - exact).abs() <= 1e-3 * (exact.abs() + exact.abs().max())).all()):
-                i = int((r - exact).abs().nan_to_num(nan=torch.inf).argmax())
-                a, b = pair(float(exact.flatten()[i]), float(r.flatten()[i]))
-                return f"reward {a} in float64, {b} in float32"
-        return None
+        return off_in_single_precision(case.fresh, case.rows(step, torch.float32), case.needs)
 
     return case.smallest(fault)
 
@@ -99,16 +90,15 @@ def reward_zero_at_reference(case: RewardCase) -> str | None:
     """Where the policy equals the reference model, the reward is 0. ICML 2024 only; arXiv v1 allows any reward."""
 
     def fault(step: Step) -> str | None:
-        rows = step.rows()
-        assert rows.reference_logps is not None
-        r = case.fresh()(replace(rows, policy_logps=rows.reference_logps.clone()))
+        rows, reference = case.rows(step), step.rows().reference_logps
+        assert reference is not None
+        r = case.fresh()(replace(rows, policy_logps=reference.clone()))
         r = torch.where(rows.mask, r, 0.0) if r.dim() == 2 else r
-        floor = 1e-9 * (1 + rows.reference_logps.abs().sum())
-        wrong = (~(r.abs() <= floor)).nonzero()
+        wrong = (~(r.abs() <= 1e-9 * (1 + reference.abs().sum()))).nonzero()
         if not len(wrong):
             return None
         row = int(wrong[0, 0])
-        logps = rows.reference_logps[row][rows.mask[row]]
+        logps = reference[row][rows.mask[row]]
         return f"policy = reference = {listed(logps)}, reward {number(float(r[tuple(wrong[0].tolist())]))}"
 
     return case.smallest(fault)
@@ -131,9 +121,9 @@ def reward_linear(case: RewardCase) -> str | None:
     """
 
     def fault(step: Step) -> str | None:
-        rows = step.rows()
+        rows = case.rows(step)
         n = len(rows)
-        policies = [step.rows().policy_logps]
+        policies = [rows.policy_logps.clone()]
         for seed in (1, 2):
             other = torch.Generator().manual_seed(step.seed + seed)
             drawn = -torch.rand(rows.mask.shape, generator=other, dtype=torch.float64) * 3 * step.scale
@@ -164,7 +154,8 @@ def reward_linear(case: RewardCase) -> str | None:
             if bool(wrong.any()):
                 i = int(wrong.nonzero()[0])
                 logps = f"policy {listed(policy[i][rows.mask[i]])}"
-                logps += f", reference {listed(rows.reference_logps[i][rows.mask[i]])}"  # type: ignore[index]
+                if rows.reference_logps is not None:
+                    logps += f", reference {listed(rows.reference_logps[i][rows.mask[i]])}"
                 if bool(uneven[i].any()):
                     return f"{logps}: slopes {listed(slope[i][rows.mask[i]])} of the reward in the tokens differ"
                 if not scale[i] > 1e-12:
@@ -192,26 +183,39 @@ def reward_linear(case: RewardCase) -> str | None:
 
         def forward(self, rows):
             ratio = (rows.policy_logps - rows.reference_logps).sum(dim=1)
-            return ratio / len(rows)
+            return ratio * torch.where(rows.labels.desirable, 1.0, 2.0)
         """,
-    cure="""Remove statistics of the batch, counters and branches on self.training. Comparing rows is the job of the
-    reference point; weighting them is the job of the feedback.""",
+    cure="""Read the row's own log-probs and mask only. Remove labels, scores, statistics of the batch, counters and
+    branches on self.training. Comparing rows is the job of the reference point; weighting them is the job of the
+    feedback.""",
 )
 def reward_of_its_row(case: RewardCase) -> str | None:
-    """The reward of a row depends on that row alone: not on other rows, on earlier calls, or on evaluation mode."""
+    """The reward is a function of (x, y): rows with the same tokens and log-probs have the same reward.
+
+    It does not depend on labels, scores, pairs or mismatches, on other rows, on earlier calls, or on evaluation mode.
+    """
 
     def fault(step: Step) -> str | None:
-        rows = step.rows()
+        rows = case.rows(step)
         r = _per_row(case.fresh(), rows)
-        units = kept_together(rows, case.target.needs)
-        for chosen in (units[0], units[-1], [i for unit in units[::2] for i in unit]):
-            index = torch.tensor(chosen)
+        for other, where in _relabelled(rows, case.needs):
+            witness = _differs(r, _per_row(case.fresh(), other))
+            if witness:
+                return f"{witness} {where}"
+        for kept, other in _among_others(rows):
+            witness = _differs(r[kept], _per_row(case.fresh(), other)[kept])
+            if witness:
+                return f"{witness} if other rows have other log-probs"
+        units = [] if step.huge else kept_together(rows, case.needs)
+        chosen = [units[0], units[-1], [i for unit in units[::2] for i in unit]] if units else []
+        for some in (*chosen, list(range(len(rows)))[::-1]):
+            index = torch.tensor(some)
             witness = _differs(r[index], _per_row(case.fresh(), rows.select(index)))
             if witness:
-                return f"{witness} among {len(chosen)} of the {len(rows)} rows alone"
+                return f"{witness} among {len(some)} of the {len(rows)} rows alone, or in another order"
         same = case.fresh()
         for call in range(1 if step.large else 4):
-            later = step.later(call).rows()
+            later = case.rows(step.later(call))
             before = copied(later)
             witness = _differs(_per_row(case.fresh(), copied(later)), _per_row(same, later))
             if witness:
@@ -224,6 +228,31 @@ def reward_of_its_row(case: RewardCase) -> str | None:
     return case.smallest(fault, case.examples // 2)
 
 
+def _relabelled(rows: LogProbBatch, needs: Needs) -> Iterator[tuple[LogProbBatch, str]]:
+    """The rows with other labels but the same tokens and log-probs, and the difference in words."""
+    labels = rows.labels
+    others: list[tuple[dict[str, Tensor], str]] = [
+        ({"desirable": ~labels.desirable}, "with the other label"),
+        ({"score": 1000.0 - 3 * labels.score}, "with another score"),
+        ({"mismatched": torch.ones_like(labels.mismatched)}, "if it is mismatched"),
+        ({"group": renumbered(rows).labels.group}, "whose prompt has another number"),
+    ]
+    if not needs.pairs:
+        others.append(({"pair": torch.full_like(labels.pair, -1)}, "without its pair"))
+        others.append(({"mismatched": torch.zeros_like(labels.mismatched)}, "if it is not mismatched"))
+    for columns, where in others:
+        yield replace(rows, labels=replace(labels, **columns)), where
+
+
+def _among_others(rows: LogProbBatch) -> Iterator[tuple[Tensor, LogProbBatch]]:
+    """Some rows (BoolTensor [n]), and a batch in which all others have the log-probs and lengths of their neighbours."""
+    neighbour = torch.arange(len(rows)).roll(1)
+    for kept in (rows.labels.desirable, ~rows.labels.desirable, torch.arange(len(rows)) % 2 == 0):
+        contents = rows.select(torch.where(kept, torch.arange(len(rows)), neighbour))
+        policy = torch.where(kept[:, None], contents.policy_logps, 1.5 * contents.policy_logps)
+        yield kept, replace(contents, policy_logps=policy, labels=rows.labels)
+
+
 def _per_row(reward: Reward, rows: LogProbBatch) -> Tensor:
     """Rewards [n], those of tokens summed."""
     r = reward(rows).detach()
@@ -232,6 +261,8 @@ def _per_row(reward: Reward, rows: LogProbBatch) -> Tensor:
 
 def _differs(one: Tensor, other: Tensor) -> str | None:
     """Where the rewards of a row differ, in words; else None."""
+    if not len(one):
+        return None
     wrong = ~((one - other).abs() <= 1e-9 * (1e-9 + one.abs().max())) & ~(one.isnan() & other.isnan())
     if not bool(wrong.any()):
         return None
@@ -253,7 +284,7 @@ def reward_padding(case: RewardCase) -> str | None:
     """More padding does not change the reward, and a reward per token is finite on padding."""
 
     def fault(step: Step) -> str | None:
-        rows = step.rows()
+        rows = case.rows(step)
         r = case.fresh()(rows)
         for columns in (1, 4, 60):
             wide = case.fresh()(padded(rows, columns))

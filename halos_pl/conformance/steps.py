@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from itertools import pairwise
+from random import Random
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 
 from halos_pl.batch import Labels, LogProbBatch, Needs, Routing
 
 Classes = Literal["mixed", "desirable", "undesirable"]
+Rewards = Literal["varied", "skewed", "equal"]
+Scores = Literal["near", "far", "tied"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,10 @@ class Step:
         paired: whether rows come as pairs of a desirable and an undesirable one.
         classes: labels of rows that are not paired.
         grouped: whether every prompt has two rows or more.
-        alone: whether to drop one row of the last prompt, if grouped and not paired; this often leaves a single one.
+        of_prompt: pairs (or, if grouped, twos of rows; else rows) that answer the same prompt.
+        alone: whether the last row is the only one of its prompt, unless rows are paired.
+        rewards: log-ratios that vary, that are 0 in all rows but a far one, or that are the same in all rows.
+        scores: within 2 of 0, up to 1,000 away, or 0 in most rows. Some are missing, in every third step all.
     """
 
     seed: int = 0
@@ -38,12 +46,20 @@ class Step:
     paired: bool = False
     classes: Classes = "mixed"
     grouped: bool = False
+    of_prompt: int = 1
     alone: bool = False
+    rewards: Rewards = "varied"
+    scores: Scores = "near"
 
     @property
     def large(self) -> bool:
         """Whether the step is larger than the drawn ones, so that checking row by row would take long."""
         return self.units > 6 or self.tokens > 5
+
+    @property
+    def huge(self) -> bool:
+        """Whether every call takes long, so that a clause should make only a few."""
+        return self.units * (1 + self.paired) > 1000
 
     def later(self, call: int) -> Step:
         """Another step of the same kind and size, for the ``call``-th call after this step."""
@@ -60,7 +76,6 @@ class Step:
     def _rows(self, dtype: torch.dtype) -> LogProbBatch:
         draw = torch.Generator().manual_seed(self.seed)
         train = self.units * (2 if self.paired or self.grouped else 1)
-        train -= self.alone and self.grouped and not self.paired
         n, width = train + self.mismatched, self.tokens
         place = torch.randperm(n, generator=draw)
         mask = torch.arange(width) < torch.randint(1, width + 1, (n, 1), generator=draw)
@@ -74,10 +89,11 @@ class Step:
             desirable[trained] = self.classes == "desirable"
         mismatched = torch.ones(n, dtype=torch.bool)
         mismatched[trained] = False
-        # One or two pairs (or rows) per prompt; with groups, a single row only if `alone`.
         prompt = torch.empty(n, dtype=torch.long)
         each = torch.arange(train) // 2 if self.paired or self.grouped else torch.arange(train)
-        prompt[trained] = each // (1 + self.seed % 2)
+        prompt[trained] = each // self.of_prompt
+        if self.alone and not self.paired:
+            prompt[trained[-1]] = train
         prompt[place[train:]] = prompt[trained[torch.arange(self.mismatched) % train]]
 
         def log_probs() -> torch.Tensor:
@@ -87,14 +103,23 @@ class Step:
 
         policy, reference = log_probs(), log_probs()
         alike = torch.rand(n, width, generator=draw) < 0.1
+        policy = torch.where(alike, reference, policy)
+        if self.rewards == "skewed":
+            far = (torch.arange(n) == place[self.seed % n])[:, None]
+            low, other = (policy, reference) if self.seed % 4 < 2 else (reference, policy)
+            low, other = torch.where(far, 10 * low, other), other
+            policy, reference = (low, other) if self.seed % 4 < 2 else (other, low)
+        elif self.rewards == "equal":  # all of it in the first token, so that the length does not matter
+            policy, reference = torch.zeros_like(policy), torch.zeros_like(policy)
+            policy[:, 0], reference[:, 0] = -self.scale * (self.seed % 5), -2 * self.scale
         return LogProbBatch(
-            policy_logps=torch.where(alike, reference, policy),
+            policy_logps=policy,
             reference_logps=reference,
             mask=mask,
             labels=Labels(
                 desirable=desirable, pair=pair, mismatched=mismatched, group=prompt, score=self._scores(desirable)
             ),
-            kl=log_probs().abs() / 10,
+            kl=log_probs().abs() / 10 * mismatched[:, None],
             routing=self._routing(mask & ~mismatched[:, None], dtype),
             scalar=self._scalars(n, dtype),
         )
@@ -102,7 +127,10 @@ class Step:
     def _scalars(self, n: int, dtype: torch.dtype) -> torch.Tensor:
         """The scalars of ``n`` rows, as far from 0 as a token's log-prob, of either sign; from a separate generator."""
         draw = torch.Generator().manual_seed(self.seed + 3)
-        return torch.randint(-30, 31, (n,), generator=draw).to(dtype) / 10 * self.scale
+        scalars = torch.randint(-30, 31, (n,), generator=draw).to(dtype) / 10 * self.scale
+        if self.rewards == "skewed":
+            scalars[1:] = 0.0
+        return scalars if self.rewards != "equal" else torch.full_like(scalars, self.scale)
 
     def _routing(self, tokens: torch.Tensor, dtype: torch.dtype) -> Routing:
         """The routing of ``tokens`` (BoolTensor [n, T]) to three experts, two per token; from a separate generator."""
@@ -119,6 +147,10 @@ class Step:
         """
         draw = torch.Generator().manual_seed(self.seed + 1)
         score = torch.randint(-20, 21, desirable.shape, generator=draw).float() / 10
+        if self.scores == "far":
+            score *= 500
+        elif self.scores == "tied":
+            score = torch.where(score.abs() < 1.5, 0.0, score)
         missing = torch.rand(desirable.shape, generator=draw) < (0.1 if self.seed % 3 else 1.1)
         return torch.where(missing, desirable.float(), score)
 
@@ -141,6 +173,12 @@ def with_leaf(rows: LogProbBatch, needs: Needs) -> tuple[torch.Tensor, LogProbBa
     return leaf, replace(rows, policy_logps=leaf[:, :-1], scalar=leaf[:, -1])
 
 
+def gradient_of(loss: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+    """The gradient of a scalar with respect to ``leaf``; zeros if there is none."""
+    gradient = torch.autograd.grad(loss, leaf, allow_unused=True)[0] if loss.requires_grad else None
+    return torch.zeros_like(leaf) if gradient is None else gradient
+
+
 def _copy(batch: Any) -> Any:
     """A dataclass with copies of its tensors, without checking their shapes again."""
     copy = object.__new__(type(batch))
@@ -148,6 +186,47 @@ def _copy(batch: Any) -> Any:
         {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in batch.__dict__.items()}
     )
     return copy
+
+
+def asked(rows: LogProbBatch, needs: Needs) -> LogProbBatch:
+    """The rows as training provides them: what ``needs`` does not name is None, and log-probs are NaN."""
+    return replace(
+        rows,
+        policy_logps=rows.policy_logps if needs.policy_logps else torch.full_like(rows.policy_logps, torch.nan),
+        has_logps=needs.policy_logps,
+        reference_logps=rows.reference_logps if needs.reference else None,
+        kl=rows.kl if needs.exact_kl else None,
+        routing=rows.routing if needs.routing else None,
+        scalar=rows.scalar if needs.scalar else None,
+    )
+
+
+def unscored(rows: LogProbBatch) -> LogProbBatch:
+    """The rows as they are before those with a loss have been scored: log-probs and scalars are 0 in these."""
+    mismatched = rows.labels.mismatched
+    return replace(
+        rows,
+        policy_logps=torch.where(mismatched[:, None], rows.policy_logps, 0.0),
+        reference_logps=None
+        if rows.reference_logps is None
+        else torch.where(mismatched[:, None], rows.reference_logps, 0.0),
+        scalar=None if rows.scalar is None else torch.where(mismatched, rows.scalar, 0.0),
+    )
+
+
+def padded(rows: LogProbBatch, columns: int) -> LogProbBatch:
+    """The same rows in a wider batch: every [n, T] field gets columns of zeros (False in the mask)."""
+    wide: dict[str, Any] = {
+        f.name: F.pad(value, (0, columns))
+        for f in fields(rows)
+        if isinstance(value := getattr(rows, f.name), torch.Tensor) and value.dim() == 2
+    }
+    return replace(rows, **wide)
+
+
+def renumbered(rows: LogProbBatch) -> LogProbBatch:
+    """The same rows with other, larger numbers for their prompts, in the opposite order."""
+    return replace(rows, labels=replace(rows.labels, group=10_007 - 7 * rows.labels.group))
 
 
 # Simplest values first: Hypothesis shrinks towards them.
@@ -159,6 +238,10 @@ CHOICES: dict[str, Sequence[Any]] = {
     "paired": (False, True),
     "classes": ("mixed", "desirable", "undesirable"),
     "grouped": (False, True),
+    "of_prompt": (1, 2, 6),
+    "alone": (False, True),
+    "rewards": ("varied", "varied", "skewed", "equal"),
+    "scores": ("near", "far", "tied"),
     "seed": range(2**31),
 }
 
@@ -175,23 +258,37 @@ def fitted_to(step: Step, needs: Needs, mismatched: bool | None) -> Step:
     )
 
 
+# Each is large in one way: many rows, prompts with many rows, far log-ratios, long completions. Odd numbers of rows
+# show what only works in even ones. No step has more than 2**20 tokens.
+LARGE = (
+    Step(units=300, tokens=1),
+    Step(units=65, tokens=20, of_prompt=33, scores="far"),
+    Step(units=40, tokens=2, scale=10.0, classes="undesirable"),
+    Step(units=33, tokens=3, of_prompt=32, alone=True, classes="desirable"),
+    Step(units=6, tokens=130, scale=100.0),
+    Step(units=4, tokens=1100),
+    Step(units=2, tokens=8192),
+    Step(units=129, tokens=2, rewards="skewed", of_prompt=6),
+    Step(units=4096, tokens=1, rewards="skewed"),
+)
+
+
 def large_steps(needs: Needs | None = None, *, mismatched: bool | None = None) -> tuple[Step, ...]:
     """A few steps with many rows, many prompts, long completions or far log-ratios; see ``steps`` for the arguments."""
     needs = needs or Needs()
     wanted = needs.mismatched or needs.samples > 0 or needs.exact_kl
     allowed = (not needs.pairs) if mismatched is None else mismatched
-    sizes = [(300, 1, 1.0), (70, 20, 1.0), (40, 2, 10.0), (6, 130, 100.0), (4, 1100, 1.0)]
+    together = needs.pairs or needs.groups
     return tuple(
-        Step(
+        replace(
+            step,
             seed=number,
-            units=rows // 2 if needs.pairs or needs.groups else rows,
-            mismatched=(1 + rows // 4) * (wanted or allowed),
-            tokens=tokens,
-            scale=scale,
+            units=max(1, step.units // 2) if together else step.units,
+            mismatched=(1 + min(step.units, 300) // 4) * (wanted or allowed),
             paired=needs.pairs,
             grouped=needs.groups,
         )
-        for number, (rows, tokens, scale) in enumerate(sizes)
+        for number, step in enumerate(LARGE)
     )
 
 
@@ -206,11 +303,15 @@ def kept_together(rows: LogProbBatch, needs: Needs) -> list[list[int]]:
     return list(units.values())
 
 
-def two_ranks(rows: LogProbBatch, needs: Needs, seed: int) -> list[torch.Tensor]:
-    """Indices of the step's rows on each of two ranks; empty if one rank would have no row with a loss."""
+def shares(rows: LogProbBatch, needs: Needs, seed: int, ranks: int) -> list[torch.Tensor]:
+    """Indices of the step's rows on each of ``ranks``, unequal numbers of them.
+
+    Empty if a rank would have no row with a loss.
+    """
     units = kept_together(rows, needs)
-    if len(units) < 2:
+    if len(units) < ranks:
         return []
-    cut = 1 + seed % (len(units) - 1)
-    parts = [torch.tensor([i for unit in half for i in unit]) for half in (units[:cut], units[cut:])]
+    draw = Random(seed)
+    cuts = [0, *sorted(draw.sample(range(1, len(units)), ranks - 1)), len(units)]
+    parts = [torch.tensor([i for unit in units[a:b] for i in unit]) for a, b in pairwise(cuts)]
     return parts if all(bool(rows.labels.train[index].any()) for index in parts) else []

@@ -42,9 +42,10 @@ class GroupAdvantage(Feedback):
             rows.labels.group[:, None] == rows.labels.group[None, :]
         ).float() * kept  # [n, n], columns of mismatched rows are 0
         count = same.sum(dim=1).clamp(min=1)
-        mean = same @ score / count
-        std = (same * (score[None, :] - mean[:, None]).square()).sum(dim=1).div(count).sqrt()
-        advantage = (score - mean) / (std + 0.01) * kept
+        # Differences first: of equal scores, they are exactly 0.
+        above = (same * (score[:, None] - score[None, :])).sum(dim=1) / count
+        std = (same * (score[None, :] - (score - above)[:, None]).square()).sum(dim=1).div(count).sqrt()
+        advantage = above / (std + 0.01) * kept
         side = {"positive": advantage > 0, "negative": advantage < 0, None: rows.labels.train}[self.only]
         return Judgement(
             sign=torch.where(advantage < 0, torch.ones_like(kept), -torch.ones_like(kept)),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -77,17 +76,12 @@ class ReferencePoint(nn.Module, Declared, ABC):
         needs: inputs that must be available when ``forward`` is called. A ``step`` reference point that does not need
             ``step_rewards`` may only read the rewards of mismatched rows.
         violates: clause to reason; see :class:`~value_functions.discovery.Declared`.
-        excused: clause to reason, for ``reference_in_range`` and ``reference_shift_equivariant`` if the estimate is by
-            design not a mean of the given rewards. Reports show these failures as ``expected``, with the reason,
-            and they do not count against a loss. A subclass that defines ``forward`` inherits none.
     """
 
     scope: Literal["step", "row"] = "step"
     per_row: bool = False
     within_prompt: bool = False
     needs: Needs = Needs()
-    excused: Mapping[str, str] = MappingProxyType({})
-    _statements = ("violates", "excused")
 
     @abstractmethod
     def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:

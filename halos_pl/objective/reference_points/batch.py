@@ -61,8 +61,8 @@ class LeaveOneOut(ReferencePoint):
     """z0 = mean reward of the *other* rows of the same prompt, no gradient.
 
     The baseline of RLOO (Kool et al. 2019; Ahmadian et al. 2024, section 3.3), with completions from the data in
-    place of samples: Q(Y' | x) is uniform over the prompt's other completions. A row whose prompt has no other row
-    gets z0 = 0; ``clamped`` is the share of such rows.
+    place of samples: Q(Y' | x) is uniform over the prompt's other completions. A row whose prompt has no other row is
+    compared with the mean reward of the step, as by ``BatchMean``; ``alone`` is the share of such rows.
     """
 
     per_row = True
@@ -75,13 +75,14 @@ class LeaveOneOut(ReferencePoint):
         rewards = rewards.detach()
         weight = other.to(rewards)
         count = weight.sum(dim=1)
-        mean = weight @ rewards / count.clamp(min=1)
-        variance = (weight * (rewards[None, :] - mean[:, None]).square()).sum(dim=1) / (count - 1).clamp(min=1)
         train = rows.labels.train_index
+        alone = count == 0
+        mean = torch.where(alone, MeanOverRanks(rewards[train]).mean, weight @ rewards / count.clamp(min=1))
+        variance = (weight * (rewards[None, :] - mean[:, None]).square()).sum(dim=1) / (count - 1).clamp(min=1)
         return Estimate(
             mean,
             mean=MeanOverRanks(mean[train]).mean,
             standard_error=MeanOverRanks((variance / count.clamp(min=1)).sqrt()[train]).mean,
             rows=MeanOverRanks(count[train]).mean,
-            clamped=MeanOverRanks((count == 0)[train]).mean,
+            further={"alone": MeanOverRanks(alone[train]).mean},
         )

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
 from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.objective.reference_points.base import Estimate, MeanOverRanks, ReferencePoint
-
-_EXACT = "the KL divergence is summed over the vocabulary instead of averaging the rewards"
 
 
 class TokenKL(ReferencePoint):
@@ -17,15 +13,16 @@ class TokenKL(ReferencePoint):
 
     Exact given each prefix, and never negative. Its variance is lower than that of ``MismatchedKL``, where one sampled
     token stands for the whole vocabulary. The prefixes come from mismatched completions, not from samples of the
-    policy, so it estimates a KL divergence other than the definition's, but of the same order. No gradient. Costs one
-    more forward pass of each model over the mismatched rows.
+    policy, so it estimates a KL divergence other than the definition's, but of the same order. It is the expected
+    reward of tokens drawn from the policy only for ``LogRatio`` summed over tokens: for a reward per token it is as many
+    times too large as there are tokens. No gradient. Costs one more forward pass of each model over the mismatched
+    rows.
 
     Raises:
         ValueError: when called: the step has no mismatched row.
     """
 
     needs = Needs(reference=True, mismatched=True, exact_kl=True)
-    excused: Mapping[str, str] = dict.fromkeys(("reference_in_range", "reference_shift_equivariant"), _EXACT)
 
     def forward(self, rewards: Tensor, rows: LogProbBatch) -> Estimate:
         if rows.kl is None:

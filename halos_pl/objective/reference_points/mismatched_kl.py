@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -10,15 +9,14 @@ from torch import Tensor
 from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.objective.reference_points.base import Estimate, MeanOverRanks, ReferencePoint
 
-_CLAMP = "as in the paper: no KL divergence is negative, so a negative estimate becomes 0 (Ethayarajh et al. 2024, 4.1)"
-
 
 class MismatchedKL(ReferencePoint):
     """z0 = max(0, mean reward of mismatched rows (x_i, y_j)), no gradient.
 
     The estimator of KTO (Ethayarajh et al., ICML 2024, section 4.1): rewards of completions of *other* prompts
     stand in for E_{y' ~ pi_theta}[r(x, y')] = KL(pi_theta || pi_ref). It is biased, but needs no sampling.
-    The mean is over all ranks of the step.
+    The mean is over all ranks of the step. The clamp keeps z0 a mean of rewards: policy and reference both sum to 1, so
+    some completion has a log-ratio of at least 0 and some one of at most 0.
 
     Off-policy completions often have a negative mean log-ratio; the clamp then sets z0 to 0, sometimes for
     whole runs. ``outcome/z0_clamped`` shows how often.
@@ -32,7 +30,6 @@ class MismatchedKL(ReferencePoint):
     """
 
     needs = Needs(mismatched=True)
-    excused: Mapping[str, str] = dict.fromkeys(("reference_in_range", "reference_shift_equivariant"), _CLAMP)
 
     def __init__(self, *, clamp: bool = True) -> None:
         super().__init__()

@@ -45,11 +45,6 @@ class RunningMean(ReferencePoint):
         self.count = 0
 
     @property
-    def excused(self) -> Mapping[str, str]:  # type: ignore[override]
-        """The clauses that the averaged estimate is excused from."""
-        return self.of.excused
-
-    @property
     def violates(self) -> Mapping[str, str]:  # type: ignore[override]
         """The clauses that the averaged estimate violates."""
         return self.of.violates
