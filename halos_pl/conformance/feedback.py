@@ -8,15 +8,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halos_pl.batch import LogProbBatch, Needs
-from halos_pl.conformance.clause import Case, Clause, Law, explained
+from halos_pl.conformance.clause import Clause, Law, explained
 from halos_pl.conformance.duplicate import duplicate
+from halos_pl.conformance.later import PartCase
 from halos_pl.conformance.ranks import Ranks, namespaces
-from halos_pl.conformance.reward import padded
 from halos_pl.conformance.smallest import smallest
-from halos_pl.conformance.steps import Step, asked, padded, renumbered, shares, unscored
+from halos_pl.conformance.steps import Step, asked, fitted_to, padded, renumbered, shares, unscored
 from halos_pl.conformance.witness import WrongShape, changed, copied, listed, number, pair
 from halos_pl.objective.feedback import Feedback, Judgement
 
@@ -33,7 +33,7 @@ def labels(rows: LogProbBatch) -> str:
     return f"rows {' '.join(names[:12])}{' ...' if len(names) > 12 else ''}"
 
 
-class FeedbackCase(Case):
+class FeedbackCase(PartCase):
     """One feedback under check.
 
     Args:
@@ -68,6 +68,19 @@ class FeedbackCase(Case):
     def smallest(self, fault: Callable[[Step], str | None], examples: int | None = None) -> str | None:
         """The witness of the smallest faulty step, else None."""
         return smallest(fault, self.needs, mismatched=True, examples=examples or self.examples)
+
+    @property
+    def small(self) -> LogProbBatch:
+        """Rows of a small step."""
+        return self.rows(fitted_to(Step(units=3, mismatched=1, tokens=2, seed=1), self.needs, True))
+
+    def called(self, part: nn.Module, rows: LogProbBatch) -> Tensor:
+        """Signs, weights and denominator in one tensor [2n + 1]."""
+        return torch.cat([figures.flatten() for figures in part(rows)])
+
+    def of(self, part: Feedback, examples: int) -> FeedbackCase:  # type: ignore[override]
+        """The same case of another feedback."""
+        return FeedbackCase(part, needs=self.needs, examples=examples)
 
     def rows(self, step: Step) -> LogProbBatch:
         """The rows of a step as in training: float32, with what the feedback's objective asks for."""
@@ -188,7 +201,7 @@ def feedback_independent_of_theta(case: FeedbackCase) -> str | None:
     a transform of the data (data.transforms).""",
 )
 def feedback_deterministic(case: FeedbackCase) -> str | None:
-    """The same rows get the same judgement on every call, in training and in evaluation."""
+    """The same rows get the same judgement on every call, in training and in evaluation, in every mode and dtype."""
 
     def fault(step: Step) -> str | None:
         rows = case.rows(step)
@@ -201,7 +214,8 @@ def feedback_deterministic(case: FeedbackCase) -> str | None:
                 return f"{labels(rows)}: {witness} on call {call}{'' if same.training else ', in evaluation'}"
         return None
 
-    return case.smallest(fault, max(10, case.examples // 4))
+    witness = case.smallest(fault, max(12, case.examples // 4))
+    return witness or ((elsewhere := case.changes()) and f"sign, weight or denominator {elsewhere}")
 
 
 @explained(
@@ -297,7 +311,7 @@ def feedback_finite(case: FeedbackCase) -> str | None:
                 return f"{labels(rows)}: denominator {float(denominator):g}{when}"
         return None
 
-    return case.smallest(fault)
+    return case.smallest(fault) or case.device()
 
 
 CLAUSES: tuple[Law, ...] = (

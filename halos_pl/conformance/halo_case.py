@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from halos_pl.conformance import reference_point, value_function
 from halos_pl.conformance.clause import Case, Law
 from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.feedback import FeedbackCase
+from halos_pl.conformance.later import state_of
 from halos_pl.conformance.reference_case import ReferencePointCase
 from halos_pl.conformance.reward import RewardCase
 from halos_pl.conformance.smallest import smallest
@@ -26,14 +26,6 @@ from halos_pl.objective.halo import HALO, mean_of_tokens
 T = TypeVar("T")
 # Float32 inside the loss is no fault.
 RELATIVE = 1e-5
-
-
-def _state(part: object) -> object:
-    """A key that is equal for two parts if and only if they have the same class and equal contents."""
-    try:
-        return pickle.dumps(part)
-    except Exception:  # such as a lambda, which equals only itself
-        return id(part)
 
 
 @dataclass(frozen=True)
@@ -79,7 +71,7 @@ class HaloCase(Case):
 
         def shared_case(make: Callable[[], T], *parts: object) -> T:
             # An id is unique only while the part lives, so the entry keeps the part.
-            key = (examples, thorough, *map(_state, parts))
+            key = (examples, thorough, *map(state_of, parts))
             return cases.setdefault(key, (make(), parts))[0]  # type: ignore[no-any-return]
 
         v, r, z0, f = objective.value_function, objective.reward, objective.reference_point, objective.feedback

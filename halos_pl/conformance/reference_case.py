@@ -7,13 +7,14 @@ from dataclasses import replace
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halos_pl.batch import LogProbBatch, Needs
-from halos_pl.conformance.clause import Case, Law
+from halos_pl.conformance.clause import Law
 from halos_pl.conformance.duplicate import duplicate
+from halos_pl.conformance.later import PartCase
 from halos_pl.conformance.smallest import smallest
-from halos_pl.conformance.steps import Step, asked, gradient_of, kept_together, with_leaf
+from halos_pl.conformance.steps import Step, asked, fitted_to, gradient_of, kept_together, with_leaf
 from halos_pl.conformance.witness import pair
 from halos_pl.objective.halo import mean_of_tokens
 from halos_pl.objective.reference_points import Estimate, ReferencePoint
@@ -23,7 +24,7 @@ from halos_pl.objective.rewards import LogRatio, Reward
 RELATIVE = 256 * torch.finfo(torch.float32).eps
 
 
-class ReferencePointCase(Case):
+class ReferencePointCase(PartCase):
     """One reference point under check.
 
     Args:
@@ -51,7 +52,7 @@ class ReferencePointCase(Case):
         self.target = reference_point
         self.reward = reward or LogRatio()
         self.needs = needs or (self.reward.needs | reference_point.needs)
-        self._shown = needs or reference_point.needs
+        self._asked, self._shown = needs, needs or reference_point.needs
         self.examples = examples
         self.clamped = False
 
@@ -62,6 +63,26 @@ class ReferencePointCase(Case):
     def fresh(self) -> ReferencePoint:
         """A copy in training mode that has not been called."""
         return duplicate(self.target)
+
+    @property
+    def small(self) -> LogProbBatch:
+        """Rows of a small step, in float32."""
+        step = Step(units=3, tokens=3, seed=1, grouped=self.needs.groups)
+        return self.shown(self.rows(fitted_to(step, self.needs, None), torch.float32))
+
+    def called(self, part: nn.Module, rows: LogProbBatch) -> Tensor:
+        """z0 of each row, [n]; rewards of 1 to 2 nats."""
+        rewards = torch.linspace(1, 2, len(rows), dtype=rows.policy_logps.dtype, device=rows.policy_logps.device)
+        value: Tensor = part(rewards, rows).value
+        return value.expand(len(rows))
+
+    def with_history(self, law: Law) -> bool:
+        """A mean over steps remembers the rewards of other steps, which those of a clause need not include."""
+        return law.__name__ not in ("reference_in_range", "reference_shift_equivariant")
+
+    def of(self, part: ReferencePoint, examples: int) -> ReferencePointCase:  # type: ignore[override]
+        """The same case of another reference point."""
+        return ReferencePointCase(part, self.laws, reward=self.reward, needs=self._asked, examples=examples)
 
     def rows(self, step: Step, dtype: torch.dtype | None = None) -> LogProbBatch:
         """The rows that the reference point is called with; default: in float32, as in training, for every other step.
@@ -112,13 +133,10 @@ class ReferencePointCase(Case):
         """The rows without what the reference point has not asked for."""
         return asked(rows, self._shown)
 
-    def estimates(self, rewards: Tensor, rows: LogProbBatch) -> Tensor:
-        """z0 of each row on the first two calls of one copy, and in evaluation after them, [3, n].
-
-        For more than a thousand rows, only on the first call, [1, n].
-        """
+    def estimates(self, rewards: Tensor, rows: LogProbBatch, *, once: bool = False) -> Tensor:
+        """z0 of each row on the first two calls of one copy, and in evaluation after them, [3, n]; or once, [1, n]."""
         copy = self.fresh()
-        if len(rows) > 1000:
+        if once:
             return self.estimate(rewards, rows, copy)[None]
         in_training = [self.estimate(rewards, rows, copy), self.estimate(1.7 * rewards - 0.4, rows, copy)]
         return torch.stack([*in_training, self.estimate(0.3 * rewards + 1, rows, copy.eval())])

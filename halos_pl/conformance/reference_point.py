@@ -12,6 +12,7 @@ from torch import Tensor
 from halos_pl.batch import LogProbBatch
 from halos_pl.conformance.clause import Clause, Law, explained
 from halos_pl.conformance.duplicate import duplicate
+from halos_pl.conformance.later import CALLS
 from halos_pl.conformance.reference_case import RELATIVE, ReferencePointCase, first_difference, untied
 from halos_pl.conformance.reference_split import reference_split
 from halos_pl.conformance.steps import Step, gradient_of, with_leaf
@@ -72,7 +73,12 @@ def reference_in_range(case: ReferencePointCase) -> str | None:
         return witness and f"{witness}, in evaluation after {len(seen) - 1} calls"
 
     witness = case.constant_witness() or case.smallest(fault, examples=max(12, case.examples // 8))
-    return witness or (None if compared else "z0 is each row's own reward, so that every outcome is 0")
+    if witness is None and not compared:
+        return "z0 is each row's own reward, so that every outcome is 0"
+    worn = case.worn[1]
+    if witness is None and _moves(case, case.fresh(), case.small) and not _moves(case, worn, case.small):  # type: ignore[arg-type]
+        return f"z0 no longer depends on the rewards of the step after {CALLS:,} calls"
+    return witness
 
 
 def _levels(drawn: Tensor, rows: LogProbBatch) -> Iterator[Tensor]:
@@ -206,13 +212,15 @@ def reference_permutation_equivariant(case: ReferencePointCase) -> str | None:
     def fault(step: Step) -> str | None:
         rows = case.rows(step)
         rewards = untied(case.rewards(rows))
-        z0 = case.estimates(rewards, rows)
+        z0 = case.estimates(rewards, rows, once=step.huge)
         orders = [torch.arange(len(rows)).flip(0)]
         if not step.huge:
             orders.append(torch.randperm(len(rows), generator=torch.Generator().manual_seed(step.seed)))
         for order in orders:
             permuted = rows.select(order)
-            wrong = first_difference(z0[:, order], case.estimates(rewards[order], permuted), rewards, permuted)
+            wrong = first_difference(
+                z0[:, order], case.estimates(rewards[order], permuted, once=step.huge), rewards, permuted
+            )
             if wrong:
                 return f"rewards {listed(rewards)}: z0 = {wrong[0]}; in the order {order.tolist()[:12]}: {wrong[1]}"
         return None
@@ -263,34 +271,43 @@ def reference_detached(case: ReferencePointCase) -> str | None:
 
 def _other_slope(case: ReferencePointCase, step: Step) -> str | None:
     """Where autograd's gradient of z0 in the rewards, or directly in the log-probs, is not that of its values."""
-    rows = case.rows(step)
     draw = torch.Generator().manual_seed(step.seed)
     for dtype in (torch.float64, torch.float32):
-        policy, batch = with_leaf(replace(rows, policy_logps=rows.policy_logps.to(dtype)), case.needs)
-        rewards = untied(case.rewards(rows)).to(dtype).requires_grad_()
+        rows = case.rows(step, dtype)
+        policy, batch = with_leaf(rows, case.needs)
+        rewards = untied(case.rewards(rows)).requires_grad_()
         z0 = case.fresh()(rewards, case.shown(batch)).value.expand(len(rows))[rows.labels.train]
         weights = torch.rand(z0.shape, generator=draw, dtype=torch.float64) + 0.5
-        total = (weights * z0).sum()
-        for what, leaf in (("rewards", rewards), ("policy's log-probs", policy)):
-            way = torch.rand(leaf.shape, generator=draw, dtype=torch.float64) + 0.5
-            slope = float((gradient_of(total, leaf).double() * way).sum()) if z0.requires_grad else 0.0
-            h = 1e-7 * (1 + float(rewards.detach().abs().max()))
-
-            def moved(by: float, leaf: Tensor = leaf, way: Tensor = way, batch: LogProbBatch = batch) -> float:
-                at = (leaf.detach().double() + by * way) if leaf is rewards else rewards.detach().double()
-                there = batch.detach()
-                if leaf is not rewards:
-                    there = replace(there, policy_logps=(leaf.detach().double() + by * way)[:, : rows.mask.shape[1]])
-                return float((weights * case.estimate(at, there)[rows.labels.train]).sum())
-
-            right = (moved(h) - moved(-h)) / (2 * h)
+        ways = [torch.rand(leaf.shape, generator=draw, dtype=torch.float64) for leaf in (rewards, policy)]
+        h = 1e-7 * (1 + float(rewards.detach().abs().max()))
+        for k, (what, leaf) in enumerate((("rewards", rewards), ("policy's log-probs", policy))):
+            slope = float((gradient_of((weights * z0).sum(), leaf).double() * ways[k]).sum())
+            right = _rise(case, rows, rewards.detach(), weights, [ways[0], None] if k == 0 else [None, ways[1]], h)
             if not abs(slope - right) <= 1e-3 * float(weights.sum() + abs(right)):
                 a, b = pair(slope, right)
-                in_dtype = f" of {str(dtype)[6:]}" if dtype == torch.float32 else ""
-                return (
-                    f"rewards {listed(rewards)}: slope {a} of z0 in the {what}{in_dtype} by autograd, {b} by its values"
-                )
+                by = "by autograd in float32" if dtype == torch.float32 else "by autograd"
+                return f"rewards {listed(rewards)}: slope {a} of z0 in the {what} {by}, {b} by its values"
     return None
+
+
+def _rise(
+    case: ReferencePointCase,
+    rows: LogProbBatch,
+    rewards: Tensor,
+    weights: Tensor,
+    ways: list[Tensor | None],
+    h: float,
+) -> float:
+    """The slope of the weighted sum of z0 if rewards, and the policy's outputs, move in the given directions."""
+    ends = []
+    for by in (h, -h):
+        on_way, outputs = ways
+        there = with_leaf(rows, case.needs)[1].detach()
+        if outputs is not None:
+            there = replace(there, policy_logps=there.policy_logps + by * outputs[:, : rows.mask.shape[1]])
+        z0 = case.estimate(rewards.double() if on_way is None else rewards.double() + by * on_way, there)
+        ends.append(float((weights * z0[rows.labels.train]).sum()))
+    return (ends[0] - ends[1]) / (2 * h)
 
 
 @explained(
@@ -321,14 +338,14 @@ def reference_finite(case: ReferencePointCase) -> str | None:
             shape = estimate.value.shape
             if tuple(shape) not in ((), (len(rows),)):
                 return WrongShape(f"{len(rows)} rows, z0 of shape {tuple(shape)}")
-            z0 = case.estimates(rewards, rows)
+            z0 = case.estimates(rewards, rows, once=step.huge)
             if not bool(z0[:, rows.labels.train].isfinite().all()):
                 call = int((~z0[:, rows.labels.train].isfinite()).any(dim=1).nonzero()[0])
                 when = ("", ", on call 2", ", in evaluation after 2 calls")[call]
                 return f"rewards {listed(rewards)}: z0 = {listed(z0[call])}{when}"
         return None
 
-    return case.smallest(fault, max(10, case.examples // 4))
+    return case.smallest(fault, max(12, case.examples // 4)) or case.device()
 
 
 CLAUSES: tuple[Law, ...] = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from halos_pl.conformance.clause import explained
@@ -29,7 +28,7 @@ from halos_pl.conformance.witness import listed, pair
     of the step, whole_step=True where these carry a gradient.""",
 )
 def reference_split(case: ReferencePointCase) -> str | None:
-    """z0 is the same on two or three ranks as on one, in micro-batches as in one batch, and with any padding.
+    """z0 is the same on two or three ranks as on one, in micro-batches as in one batch, with any padding, in any mode.
 
     It reads only the rows that `needs` names, and no number of a prompt. In an objective, the losses of the parts also
     sum to the loss of the step.
@@ -39,6 +38,7 @@ def reference_split(case: ReferencePointCase) -> str | None:
         or case.smallest(partial(_micro_batches, case), max(10, case.examples // 2))
         or case.smallest(partial(_layouts, case), max(10, case.examples // 4))
         or case.smallest(partial(_ranks, case), max(10, case.examples // 6))
+        or ((elsewhere := case.changes()) and f"z0 = {elsewhere}")
     )
 
 
@@ -63,9 +63,9 @@ def _micro_batches(case: ReferencePointCase, step: Step) -> str | None:
         return None
     rows = case.rows(step)
     rewards = case.rewards(rows)
-    z0 = case.estimates(rewards, rows)
+    z0 = case.estimates(rewards, rows, once=step.huge)
     for index in case.parts(rows):
-        part = case.estimates(rewards[index], rows.select(index))
+        part = case.estimates(rewards[index], rows.select(index), once=step.huge)
         wrong = first_difference(z0[:, index], part, rewards, rows.select(index))
         if wrong:
             shown = f"rewards {listed(rewards)}: z0 = {wrong[0]} of one of rows {listed(index + 1)}"
@@ -76,13 +76,13 @@ def _micro_batches(case: ReferencePointCase, step: Step) -> str | None:
 def _layouts(case: ReferencePointCase, step: Step) -> str | None:
     rows = case.rows(step)
     rewards = untied(case.rewards(rows))
-    z0 = case.estimates(rewards, rows)
+    z0 = case.estimates(rewards, rows, once=step.huge)
     for layout, where in (
         (padded(rows, 1), "with one more column of padding"),
         (padded(rows, 90), "with ninety more columns of padding"),
         (renumbered(rows), "with other numbers of the prompts"),
     )[: 1 if step.huge else None]:
-        wrong = first_difference(z0, case.estimates(rewards, layout), rewards, rows)
+        wrong = first_difference(z0, case.estimates(rewards, layout, once=step.huge), rewards, rows)
         if wrong:
             return f"rewards {listed(rewards)}: z0 = {wrong[0]}; {where}: {wrong[1]}"
     return None
@@ -91,13 +91,13 @@ def _layouts(case: ReferencePointCase, step: Step) -> str | None:
 def _ranks(case: ReferencePointCase, step: Step) -> str | None:
     rows = case.rows(step)
     rewards = untied(case.rewards(rows))
-    z0 = case.estimates(rewards, rows)
+    z0 = case.estimates(rewards, rows, once=step.huge)
     for count in (3,) if step.huge else (2, 3):
         parts = shares(rows, case.needs, step.seed, count)
         if not parts:
             return None
         jobs: list[Callable[[], Tensor]] = [
-            lambda index=index: case.estimates(rewards[index], rows.select(index))  # type: ignore[misc]
+            lambda index=index: case.estimates(rewards[index], rows.select(index), once=step.huge)  # type: ignore[misc]
             for index in parts
         ]
         for index, part in zip(parts, Ranks(count).run(jobs, namespaces(case.target)), strict=True):

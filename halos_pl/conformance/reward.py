@@ -6,19 +6,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halos_pl.batch import LogProbBatch, Needs
-from halos_pl.conformance.clause import Case, Clause, Law, explained
+from halos_pl.conformance.clause import Clause, Law, explained
 from halos_pl.conformance.duplicate import duplicate
+from halos_pl.conformance.later import PartCase
 from halos_pl.conformance.single_precision import off_in_single_precision
 from halos_pl.conformance.smallest import smallest
-from halos_pl.conformance.steps import Step, asked, kept_together, padded, renumbered
+from halos_pl.conformance.steps import Step, asked, fitted_to, kept_together, padded, renumbered
 from halos_pl.conformance.witness import WrongShape, changed, copied, listed, number, pair
 from halos_pl.objective.rewards import Reward
 
 
-class RewardCase(Case):
+class RewardCase(PartCase):
     """One reward under check.
 
     Args:
@@ -44,6 +45,20 @@ class RewardCase(Case):
     def fresh(self) -> Reward:
         """A copy that has not been called."""
         return duplicate(self.target)
+
+    @property
+    def small(self) -> LogProbBatch:
+        """Rows of a small step, in float32."""
+        return self.rows(fitted_to(Step(units=2, tokens=3, seed=1), self.needs, None), torch.float32)
+
+    def called(self, part: nn.Module, rows: LogProbBatch) -> Tensor:
+        """Rewards [n], those of tokens summed."""
+        r: Tensor = part(rows)
+        return torch.where(rows.mask, r, 0.0).sum(dim=1) if r.dim() == 2 else r
+
+    def of(self, part: Reward, examples: int) -> RewardCase:  # type: ignore[override]
+        """The same case of another reward."""
+        return RewardCase(part, needs=self.needs, examples=examples)
 
 
 @explained(
@@ -75,7 +90,7 @@ def reward_shape(case: RewardCase) -> str | None:
                 return f"log-probs in {str(dtype)[6:]}, reward in {str(r.dtype)[6:]}"
         return off_in_single_precision(case.fresh, case.rows(step, torch.float32), case.needs)
 
-    return case.smallest(fault)
+    return case.smallest(fault) or case.device()
 
 
 @explained(
@@ -197,35 +212,36 @@ def reward_of_its_row(case: RewardCase) -> str | None:
 
     def fault(step: Step) -> str | None:
         rows = case.rows(step)
-        r = _per_row(case.fresh(), rows)
+        r = case.called(case.fresh(), rows)
         for other, where in _relabelled(rows, case.needs):
-            witness = _differs(r, _per_row(case.fresh(), other))
+            witness = _differs(r, case.called(case.fresh(), other))
             if witness:
                 return f"{witness} {where}"
         for kept, other in _among_others(rows):
-            witness = _differs(r[kept], _per_row(case.fresh(), other)[kept])
+            witness = _differs(r[kept], case.called(case.fresh(), other)[kept])
             if witness:
                 return f"{witness} if other rows have other log-probs"
         units = [] if step.huge else kept_together(rows, case.needs)
         chosen = [units[0], units[-1], [i for unit in units[::2] for i in unit]] if units else []
         for some in (*chosen, list(range(len(rows)))[::-1]):
             index = torch.tensor(some)
-            witness = _differs(r[index], _per_row(case.fresh(), rows.select(index)))
+            witness = _differs(r[index], case.called(case.fresh(), rows.select(index)))
             if witness:
                 return f"{witness} among {len(some)} of the {len(rows)} rows alone, or in another order"
         same = case.fresh()
         for call in range(1 if step.large else 4):
             later = case.rows(step.later(call))
             before = copied(later)
-            witness = _differs(_per_row(case.fresh(), copied(later)), _per_row(same, later))
+            witness = _differs(case.called(case.fresh(), copied(later)), case.called(same, later))
             if witness:
                 return f"{witness} on call {call + 1}"
-            if changed(before, later):
-                return changed(before, later)
-        witness = _differs(r, _per_row(same.eval(), rows))
+            if witness := changed(before, later):
+                return witness
+        witness = _differs(r, case.called(same.eval(), rows))
         return witness and f"{witness} in evaluation, after other calls"
 
-    return case.smallest(fault, case.examples // 2)
+    witness = case.smallest(fault, max(12, case.examples // 2))
+    return witness or ((elsewhere := case.changes()) and f"reward {elsewhere}")
 
 
 def _relabelled(rows: LogProbBatch, needs: Needs) -> Iterator[tuple[LogProbBatch, str]]:
@@ -245,18 +261,12 @@ def _relabelled(rows: LogProbBatch, needs: Needs) -> Iterator[tuple[LogProbBatch
 
 
 def _among_others(rows: LogProbBatch) -> Iterator[tuple[Tensor, LogProbBatch]]:
-    """Some rows (BoolTensor [n]), and a batch in which all others have the log-probs and lengths of their neighbours."""
+    """Some rows (BoolTensor [n]), and a batch in which the others have log-probs and lengths of their neighbours."""
     neighbour = torch.arange(len(rows)).roll(1)
     for kept in (rows.labels.desirable, ~rows.labels.desirable, torch.arange(len(rows)) % 2 == 0):
         contents = rows.select(torch.where(kept, torch.arange(len(rows)), neighbour))
         policy = torch.where(kept[:, None], contents.policy_logps, 1.5 * contents.policy_logps)
         yield kept, replace(contents, policy_logps=policy, labels=rows.labels)
-
-
-def _per_row(reward: Reward, rows: LogProbBatch) -> Tensor:
-    """Rewards [n], those of tokens summed."""
-    r = reward(rows).detach()
-    return torch.where(rows.mask, r, 0.0).sum(dim=1) if r.dim() == 2 else r
 
 
 def _differs(one: Tensor, other: Tensor) -> str | None:

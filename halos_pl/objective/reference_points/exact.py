@@ -13,10 +13,9 @@ class TokenKL(ReferencePoint):
 
     Exact given each prefix, and never negative. Its variance is lower than that of ``MismatchedKL``, where one sampled
     token stands for the whole vocabulary. The prefixes come from mismatched completions, not from samples of the
-    policy, so it estimates a KL divergence other than the definition's, but of the same order. It is the expected
-    reward of tokens drawn from the policy only for ``LogRatio`` summed over tokens: for a reward per token it is as many
-    times too large as there are tokens. No gradient. Costs one more forward pass of each model over the mismatched
-    rows.
+    policy, so it estimates a KL divergence other than the definition's, but of the same order. It is an expected reward
+    only for ``LogRatio`` summed over tokens; compared with a reward per token, it is too large by the number of tokens.
+    No gradient. Costs one more forward pass of each model over the mismatched rows.
 
     Raises:
         ValueError: when called: the step has no mismatched row.

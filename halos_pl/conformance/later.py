@@ -1,0 +1,141 @@
+"""A part later in training: after many calls, and with learnable parameters that an optimizer has moved."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from dataclasses import fields
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from halos_pl.batch import LogProbBatch
+from halos_pl.conformance.clause import Case, Clause, Law
+from halos_pl.conformance.duplicate import duplicate
+from halos_pl.conformance.states import STATES, copies, on_another_device, pushed
+from halos_pl.conformance.witness import pair
+
+CALLS = 5000
+_WORN = f"after {CALLS:,} calls"
+# Steps on which a clause is tried for a part as it is later.
+_EXAMPLES = 12
+_ROUNDED = 2e-2  # of a matrix product in bfloat16
+
+
+def state_of(part: object) -> object:
+    """A key that is equal for two parts if and only if they have the same class and equal contents."""
+    try:
+        return pickle.dumps(part)
+    except Exception:  # such as a lambda, which equals only itself
+        return id(part)
+
+
+class PartCase(Case):
+    """One part of a loss under check, now and later in training.
+
+    A kind of part defines ``called`` and ``of``.
+    """
+
+    target: Any
+
+    def called(self, part: nn.Module, rows: LogProbBatch) -> Tensor:
+        """What a part returns for the rows, as one tensor."""
+        raise NotImplementedError
+
+    def of(self, part: nn.Module, examples: int) -> PartCase:
+        """The same case of another part of the kind."""
+        raise NotImplementedError
+
+    @property
+    def small(self) -> LogProbBatch:
+        """Rows of a small step."""
+        raise NotImplementedError
+
+    def alike(self, first: Tensor, later: Tensor) -> bool:
+        """Whether a later result for the same rows is right, given the first one."""
+        return torch.equal(first, later) or torch.allclose(later.double(), first.double(), rtol=1e-5, atol=0.0)
+
+    def with_history(self, law: Law) -> bool:
+        """Whether the clause must also hold after many calls with other rows than those of the clause."""
+        return True
+
+    @cached_property
+    def worn(self) -> tuple[str | None, nn.Module]:
+        """The part after many calls with the same rows, and the witness of a call that gave another result."""
+        part, rows = duplicate(self.target), self.small
+        with torch.no_grad():
+            first = self.called(part, rows)
+            for call in range(2, CALLS + 1):
+                result = self.called(part, rows)
+                if not self.alike(first, result):
+                    return f"{_off(first, result)} on call {call}", part
+        return None, part
+
+    @cached_property
+    def later(self) -> list[tuple[str, PartCase]]:
+        """Cases of the part with other parameters, and after many calls if these have changed it."""
+        cases = [(f"with {words}", self.of(part, _EXAMPLES)) for words, part in pushed(self.target)]
+        witness, worn = self.worn
+        if witness is None and state_of(worn) != state_of(duplicate(self.target)):
+            cases.append((_WORN, self.of(worn, _EXAMPLES)))
+        return cases
+
+    def now_and_later(self, law: Law) -> str | None:
+        """The witness of a clause for the part as it is, else as it may be later in training."""
+        if (witness := self.witness(law)) is not None:
+            return witness
+        later = [(words, case) for words, case in self.later if words != _WORN or self.with_history(law)]
+        found = ((words, case.witness(law)) for words, case in later)
+        return next((f"{witness}, {words}" for words, witness in found if witness is not None), None)
+
+    def clause(self, law: Law, **details: Any) -> Clause:
+        return super().clause(law, **({"check": lambda: self.now_and_later(law)} | details))
+
+    def changes(self) -> str | None:
+        """Where the part returns something else after many calls, in another state of training, or as a copy."""
+        rows = self.small
+        first = self.called(duplicate(self.target), rows).detach()
+        for when, result, slack in self._elsewhere(rows):
+            if result.shape != first.shape or not bool(
+                ((result.double() - first.double()).abs() <= slack * (1e-9 + first.double().abs().max())).all()
+            ):
+                return f"{_off(first, result)} {when}"
+        return self.worn[0]
+
+    def _elsewhere(self, rows: LogProbBatch) -> Iterator[tuple[str, Tensor, float]]:
+        """What the part returns in another state, the state in words, and the relative difference that it may cause."""
+        for state in STATES:
+            part = duplicate(self.target)
+            self.called(part, rows)  # a running mean has a value in evaluation only after a step
+            with state.entered(part):
+                result = self.called(part, rows).detach().clone()
+            yield state.name, result, _ROUNDED if state.rounds else 1e-5
+        for words, part in copies(self.target):
+            yield words, self.called(part, rows).detach(), 1e-5
+
+    def device(self) -> str | None:
+        """What of the part would stay behind on another device, in words; else None."""
+        rows = _on_meta(self.small)
+        witness = on_another_device(duplicate(self.target), lambda part: self.called(part, rows))
+        return witness and f"on another device, {witness}"
+
+
+def _off(first: Tensor, later: Tensor) -> str:
+    if first.shape != later.shape:
+        return f"shape {tuple(first.shape)}, {tuple(later.shape)}"
+    place = int((first.double() - later.double()).abs().nan_to_num(nan=torch.inf).argmax())
+    return "{}, {}".format(*pair(float(first.flatten()[place]), float(later.flatten()[place])))
+
+
+def _on_meta(batch: Any) -> Any:
+    """A batch of tensors, and of such batches, on the meta device; without the checks of its class, which read data."""
+    moved = object.__new__(type(batch))
+    for f in fields(batch):
+        value = getattr(batch, f.name)
+        setattr(moved, f.name, value.to("meta") if isinstance(value, Tensor) else value)
+    for name in ("labels", "routing"):
+        if getattr(batch, name, None) is not None:
+            setattr(moved, name, _on_meta(getattr(batch, name)))
+    return moved
