@@ -8,18 +8,18 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from halos_pl.batch import LogProbBatch
+from halos_pl.batch import LogProbBatch, Needs
 from halos_pl.conformance import reference_point, value_function
-from halos_pl.conformance.clause import Case, Law
+from halos_pl.conformance.clause import Law
 from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.feedback import FeedbackCase
-from halos_pl.conformance.later import state_of
+from halos_pl.conformance.later import CALLS, PartCase, state_of
 from halos_pl.conformance.reference_case import ReferencePointCase
 from halos_pl.conformance.reward import RewardCase
 from halos_pl.conformance.smallest import smallest
-from halos_pl.conformance.steps import Step, gradient_of, with_leaf
+from halos_pl.conformance.steps import Step, asked, fitted_to, gradient_of, unscored, with_leaf
 from halos_pl.conformance.value_case import ValueFunctionCase
 from halos_pl.objective.halo import HALO, mean_of_tokens
 
@@ -44,7 +44,7 @@ class Expectation:
     weight: Tensor
 
 
-class HaloCase(Case):
+class HaloCase(PartCase):
     """One HALO under check, apart from its parts, which have their own cases.
 
     Args:
@@ -66,7 +66,8 @@ class HaloCase(Case):
     ) -> None:
         super().__init__(objective, laws)
         self.target = objective
-        self.examples = examples
+        self.needs = objective.needs
+        self.examples, self.thorough = examples, thorough
         cases = {} if shared is None else shared
 
         def shared_case(make: Callable[[], T], *parts: object) -> T:
@@ -78,25 +79,73 @@ class HaloCase(Case):
         self.value_function: ValueFunctionCase = shared_case(
             lambda: ValueFunctionCase(v, value_function.CLAUSES, thorough=thorough), v
         )
-        self.reward: RewardCase = shared_case(lambda: RewardCase(r, examples=examples), r)
+        given = provided(self.needs)
+        of_reward = r.needs | given
+        self.reward: RewardCase = shared_case(lambda: RewardCase(r, needs=of_reward, examples=examples), r, of_reward)
         self.reference_point: ReferencePointCase = shared_case(
             lambda: ReferencePointCase(
                 z0,
                 reference_point.CLAUSES,
                 reward=r,
-                needs=objective.needs,
+                needs=self.needs,
                 examples=examples,
             ),
             z0,
             r,
-            objective.needs,
+            self.needs,
         )
-        self.feedback: FeedbackCase = shared_case(lambda: FeedbackCase(f, examples=examples), f)
+        of_feedback = f.needs | given | Needs(undesirable=self.needs.undesirable, step_rewards=self.needs.step_rewards)
+        self.feedback: FeedbackCase = shared_case(
+            lambda: FeedbackCase(f, needs=of_feedback, examples=examples), f, of_feedback
+        )
 
     def smallest(self, fault: Callable[[Step], str | None]) -> str | None:
         """The witness of the smallest faulty step, else None."""
         # A sixth of the examples: each costs several backward passes.
-        return smallest(fault, self.target.needs, examples=max(10, self.examples // 6))
+        return smallest(fault, self.needs, examples=max(10, self.examples // 6))
+
+    def rows(self, step: Step, dtype: torch.dtype = torch.float64) -> LogProbBatch:
+        """The rows of a step, with what the objective asks for."""
+        return asked(step.rows(dtype), self.needs)
+
+    steps = CALLS // 2  # each calls prepare and compute_loss
+
+    @property
+    def small(self) -> LogProbBatch:
+        """Rows of a small step, in float32."""
+        return self.rows(fitted_to(Step(units=3, tokens=2, seed=1), self.needs, None), torch.float32)
+
+    def called(self, part: nn.Module, rows: LogProbBatch) -> Tensor:
+        """The loss of a step, as training computes it; scalar."""
+        return self.loss(part, rows)  # type: ignore[arg-type]
+
+    def of(self, part: HALO, examples: int) -> HaloCase:  # type: ignore[override]
+        """The same case of another objective."""
+        return HaloCase(part, self.laws, examples=examples, thorough=self.thorough)
+
+    def loss(self, objective: HALO, rows: LogProbBatch, parts: list[Tensor] | None = None) -> Tensor:
+        """The loss of a step as training computes it: ``prepare``, then ``compute_loss`` for each micro-batch.
+
+        Args:
+            objective: the copy to call.
+            rows: all rows of the step.
+            parts: positions of the rows of each micro-batch; default: all rows that carry a loss at once. With several,
+                rows are scored before ``prepare`` only if the objective asks for that.
+        """
+        early = parts is None or self.needs.step_rewards or self.needs.whole_step
+        context = objective.prepare((rows if early else unscored(rows)).detach())
+        each = parts or [rows.labels.train_index]
+        losses = [objective.compute_loss(rows.select(index), context.select(index)).loss for index in each]
+        return torch.stack(losses).sum()
+
+    def micro_batches(self, rows: LogProbBatch) -> list[Tensor]:
+        """Positions of the rows of each micro-batch; one that has them all if the objective compares the whole step."""
+        train = rows.labels.train_index
+        return (
+            [train]
+            if self.needs.whole_step
+            else [train[unit] for unit in self.reference_point.parts(rows.select(train))]
+        )
 
     def fresh(self) -> HALO:
         """A copy in training mode that has not been called."""
@@ -108,13 +157,15 @@ class HaloCase(Case):
         seen: dict[int, set[float]] = {-1: set(), 1: set()}
 
         def look(step: Step) -> None:
-            sign, weight, _ = self.feedback.judged(step.rows())
+            if step.huge:
+                return
+            sign, weight, _ = self.feedback.judged(self.feedback.rows(step))
             for s, w in zip(sign.tolist(), weight.tolist(), strict=True):
                 if w > 0 and s in seen:
                     seen[int(s)].add(round(w, 6))
 
         try:
-            smallest(look, self.feedback.target.needs, mismatched=True, examples=self.examples)
+            self.feedback.smallest(look)
         except Exception:  # the feedback's own clauses report it
             return seen
         return seen
@@ -132,7 +183,30 @@ class HaloCase(Case):
     @property
     def acts_reflected(self) -> bool:
         """Whether v~ is applied to rows that count."""
-        return self.reflects and bool(self.weights[1])
+        return self.reflects and bool(self.weights[1]) and not self.mirrors
+
+    @cached_property
+    def mirrors(self) -> bool:
+        """Whether reflecting a row is the same as weighting the other row of its pair, so that nothing is reflected.
+
+        -u of an undesirable row is u of its pair's desirable row if each is the other's reference point. The losses
+        are compared, with the weights of both rows on the desirable one.
+        """
+        if not (self.reflects and self.needs.pairs):
+            return False
+
+        def fault(step: Step) -> str | None:
+            rows = self.rows(step)
+            if step.huge or not self.counts(rows):
+                return None
+            (one, here), (other, there) = (with_leaf(rows, self.needs) for _ in range(2))
+            right, mirrored = self.expectation(here), self.expectation(there, mirrored=True)
+            losses = right.loss.detach(), mirrored.loss.detach()
+            off = (gradient_of(right.loss, one) - gradient_of(mirrored.loss, other)).abs().max()
+            alike = abs(float(losses[0] - losses[1])) <= RELATIVE * right.size and off <= RELATIVE * right.size
+            return None if alike else "the losses differ"
+
+        return self.smallest(fault) is None
 
     @cached_property
     def two_sided(self) -> bool:
@@ -149,8 +223,11 @@ class HaloCase(Case):
         off = (near.slope[inside] - mirror.slope[place]).abs()[exact & (u != 0)]
         return bool((off > 1e-9 * near.slope.abs().max()).any())
 
-    def expectation(self, rows: LogProbBatch, parts: HALO | None = None) -> Expectation:
-        """The sum of w * a * v over ``rows``, which include mismatched ones, by ``parts`` or a fresh copy."""
+    def expectation(self, rows: LogProbBatch, parts: HALO | None = None, *, mirrored: bool = False) -> Expectation:
+        """The sum of w * a * v over ``rows``, which include mismatched ones, by ``parts`` or a fresh copy.
+
+        With ``mirrored``, the desirable row of each pair carries the weight of both.
+        """
         parts = parts or self.fresh()
         detached = rows.detach()
         sign, weight, denominator = parts.feedback(detached)
@@ -167,6 +244,10 @@ class HaloCase(Case):
         else:
             z0 = parts.reference_point(mean_of_tokens(reward, train_rows.mask), train_rows).value
         sign, weight = sign[train], weight[train]
+        if mirrored:
+            both = weight + weight[train_rows.labels.pair]
+            weight = torch.where(train_rows.labels.desirable, both, 0.0)
+            sign = -torch.ones_like(sign)
         a, w = sign, weight
         if reward.dim() == 2:
             a, w = a[:, None].expand_as(reward), w[:, None] * train_rows.mask
@@ -181,7 +262,7 @@ class HaloCase(Case):
     def losses(self, rows: LogProbBatch, same: LogProbBatch, copies: tuple[HALO, HALO]) -> tuple[Tensor, Expectation]:
         """The loss of ``rows`` by the first copy, and that of ``same`` by the definition and the second copy."""
         judging, parts = copies
-        return judging(rows).loss, self.expectation(same, parts)
+        return self.loss(judging, rows), self.expectation(same, parts)
 
     def slopes(
         self, rows: LogProbBatch, copies: tuple[HALO, HALO] | None = None
@@ -190,7 +271,7 @@ class HaloCase(Case):
 
         Gradients are with respect to log-probs, [n, T], and, if the objective needs them, scalars, [n, T + 1].
         """
-        (one, batch), (other, same) = (with_leaf(rows, self.target.needs) for _ in range(2))
+        (one, batch), (other, same) = (with_leaf(rows, self.needs) for _ in range(2))
         loss, expectation = self.losses(batch, same, copies or (self.fresh(), self.fresh()))
         right = expectation.loss
         return loss.detach().double(), gradient_of(loss, one), right.detach(), gradient_of(right, other), expectation
@@ -198,3 +279,14 @@ class HaloCase(Case):
     def counts(self, rows: LogProbBatch) -> bool:
         """Whether any row of the step carries weight, so that the denominator is not 0."""
         return float(self.feedback.judged(rows).denominator) > 0
+
+
+def provided(needs: Needs) -> Needs:
+    """The needs that decide which fields of the rows are there."""
+    return Needs(
+        reference=needs.reference,
+        exact_kl=needs.exact_kl,
+        routing=needs.routing,
+        scalar=needs.scalar,
+        logps=needs.logps,
+    )

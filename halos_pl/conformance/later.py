@@ -1,4 +1,4 @@
-"""A part later in training: after many calls, and with learnable parameters that an optimizer has moved."""
+"""A part of a loss, or a loss, later in training: after many calls, and with learnable parameters that moved."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from halos_pl.batch import LogProbBatch
+from halos_pl.batch import LogProbBatch, Routing
 from halos_pl.conformance.clause import Case, Clause, Law
 from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.states import STATES, copies, on_another_device, pushed
@@ -35,10 +35,15 @@ def state_of(part: object) -> object:
 class PartCase(Case):
     """One part of a loss under check, now and later in training.
 
-    A kind of part defines ``called`` and ``of``.
+    A kind of part defines ``called``, ``small`` and ``of``.
+
+    Attributes:
+        target: the part.
+        steps: number of calls after which the part is checked again.
     """
 
     target: Any
+    steps = CALLS
 
     def called(self, part: nn.Module, rows: LogProbBatch) -> Tensor:
         """What a part returns for the rows, as one tensor."""
@@ -67,7 +72,7 @@ class PartCase(Case):
         part, rows = duplicate(self.target), self.small
         with torch.no_grad():
             first = self.called(part, rows)
-            for call in range(2, CALLS + 1):
+            for call in range(2, self.steps + 1):
                 result = self.called(part, rows)
                 if not self.alike(first, result):
                     return f"{_off(first, result)} on call {call}", part
@@ -129,13 +134,12 @@ def _off(first: Tensor, later: Tensor) -> str:
     return "{}, {}".format(*pair(float(first.flatten()[place]), float(later.flatten()[place])))
 
 
-def _on_meta(batch: Any) -> Any:
-    """A batch of tensors, and of such batches, on the meta device; without the checks of its class, which read data."""
-    moved = object.__new__(type(batch))
-    for f in fields(batch):
-        value = getattr(batch, f.name)
+def _on_meta(rows: LogProbBatch) -> LogProbBatch:
+    """The rows on the meta device; without the checks of their class, which would read data."""
+    moved: LogProbBatch = object.__new__(type(rows))
+    for f in fields(rows):
+        value = getattr(rows, f.name)
         setattr(moved, f.name, value.to("meta") if isinstance(value, Tensor) else value)
-    for name in ("labels", "routing"):
-        if getattr(batch, name, None) is not None:
-            setattr(moved, name, _on_meta(getattr(batch, name)))
+    moved.labels = rows.labels.to("meta")
+    moved.routing = rows.routing and Routing(rows.routing.probability.to("meta"), rows.routing.chosen.to("meta"))
     return moved

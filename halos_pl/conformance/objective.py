@@ -18,7 +18,7 @@ from halos_pl.conformance.halo_case import RELATIVE, HaloCase
 from halos_pl.conformance.loss_split import loss_split
 from halos_pl.conformance.reference_split import reference_split
 from halos_pl.conformance.smallest import smallest
-from halos_pl.conformance.steps import Step, gradient_of, with_leaf
+from halos_pl.conformance.steps import Step, asked, gradient_of, with_leaf
 from halos_pl.conformance.value_curve import UNDESIRABLE, concave_on_gains, non_decreasing
 from halos_pl.conformance.witness import listed, pair
 from halos_pl.objective.feedback import Feedback
@@ -68,7 +68,7 @@ def sum_of_terms(objective: Sum, examples: int) -> str | None:
     def fault(step: Step) -> str | None:
         both = []
         for parts in ([duplicate(objective)], [duplicate(term) for term in objective.terms]):
-            leaf, batch = with_leaf(step.rows(), objective.needs)
+            leaf, batch = with_leaf(asked(step.rows(), objective.needs), objective.needs)
             loss = torch.stack([part(batch).loss for part in parts]).sum()
             both.append((loss.detach().double(), gradient_of(loss, leaf)))
         (loss, slope), (right, right_slope) = both
@@ -97,29 +97,39 @@ def sum_of_terms(objective: Sum, examples: int) -> str | None:
 def identity(case: HaloCase) -> str | None:
     """The loss is the sum of w * a * v(r - z0) over the rows, divided by the denominator, up to a constant.
 
-    Changes of the loss and gradients are compared. A loss that does not consist of the four parts fails too.
+    Changes of the loss and gradients are compared, as training computes them: with prepare and compute_loss. A loss
+    that does not consist of the four parts fails too.
     """
 
     def fault(step: Step) -> str | None:
-        rows = step.rows()
+        rows = case.rows(step)
         if not case.counts(rows):
             return None
         loss, gradient, right, slope, expectation = case.slopes(rows)
         witness = _wrong_slope(rows, case, gradient, slope)
-        if witness:
+        if witness or step.huge:
             return witness
+        with torch.no_grad():
+            at_once = float(case.fresh()(rows).loss)
+        if not abs(at_once - float(loss)) <= RELATIVE * expectation.size + 1e-9:
+            return "loss {} by compute_loss, which training calls, {} by forward".format(*pair(float(loss), at_once))
         for factor in (0.5, 2.0):
-            assert rows.scalar is not None
-            moved = replace(rows, policy_logps=rows.policy_logps * factor, scalar=rows.scalar * factor)
+            scalar = None if rows.scalar is None else rows.scalar * factor
+            moved = replace(rows, policy_logps=rows.policy_logps * factor, scalar=scalar)
             there, right_there = case.losses(moved, moved, (case.fresh(), case.fresh()))
             change, right_change = float(there - loss), float(right_there.loss - right)
             if not abs(change - right_change) <= RELATIVE * (expectation.size + right_there.size) + 1e-9:
                 a, b = pair(change, right_change)
                 return f"{_scores(rows, case)} times {factor}: the loss changes by {a}, sum w a v by {b}"
+        # As in training, in float32.
+        single = case.rows(step, torch.float32)
+        _, gradient, _, slope, _ = case.slopes(single)
+        if witness := _wrong_slope(single, case, gradient, slope):
+            return f"{witness}, in float32"
         # One copy on further steps, and in evaluation; next to one whose parts are called as often.
         copies = case.fresh(), case.fresh()
         for call in range(1, 2 if step.large else 4):
-            later = step.later(call).rows() if call < 3 else rows
+            later = case.rows(step.later(call)) if call < 3 else rows
             if case.counts(later):
                 for copy in copies:
                     copy.train(call < 3)
@@ -129,7 +139,8 @@ def identity(case: HaloCase) -> str | None:
                     return f"{witness}, on call {call}{'' if call < 3 else ' in evaluation'}"
         return None
 
-    return case.smallest(fault)
+    witness = case.smallest(fault)
+    return witness or ((elsewhere := case.changes()) and f"loss {elsewhere}") or case.device()
 
 
 def _scores(rows: LogProbBatch, case: HaloCase) -> str:
@@ -168,7 +179,7 @@ def one_value_function(case: HaloCase) -> str | None:
         return None
 
     def fault(step: Step) -> str | None:
-        rows = step.rows()
+        rows = case.rows(step)
         if not case.counts(rows):
             return None
         _, gradient, _, slope, expectation = case.slopes(rows)
