@@ -119,6 +119,12 @@ class HaloCase(PartCase):
         """The loss of a step, as training computes it; scalar."""
         return self.loss(part, rows)  # type: ignore[arg-type]
 
+    def repeated(self, rows: LogProbBatch) -> Callable[[nn.Module], Tensor]:
+        """The loss of the same step, with its rows selected once."""
+        index = rows.labels.train_index
+        of_step, judged = rows.detach(), rows.select(index)
+        return lambda part: part.compute_loss(judged, part.prepare(of_step).select(index)).loss
+
     def of(self, part: HALO, examples: int) -> HaloCase:  # type: ignore[override]
         """The same case of another objective."""
         return HaloCase(part, self.laws, examples=examples, thorough=self.thorough)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import cached_property
 from typing import Any
@@ -58,6 +58,10 @@ class PartCase(Case):
         """Rows of a small step."""
         raise NotImplementedError
 
+    def repeated(self, rows: LogProbBatch) -> Callable[[nn.Module], Tensor]:
+        """``called`` for the same rows, many times."""
+        return lambda part: self.called(part, rows)
+
     def alike(self, first: Tensor, later: Tensor) -> bool:
         """Whether a later result for the same rows is right, given the first one."""
         return torch.equal(first, later) or torch.allclose(later.double(), first.double(), rtol=1e-5, atol=0.0)
@@ -69,11 +73,11 @@ class PartCase(Case):
     @cached_property
     def worn(self) -> tuple[str | None, nn.Module]:
         """The part after many calls with the same rows, and the witness of a call that gave another result."""
-        part, rows = duplicate(self.target), self.small
+        part, call_of = duplicate(self.target), self.repeated(self.small)
         with torch.no_grad():
-            first = self.called(part, rows)
+            first = call_of(part)
             for call in range(2, self.steps + 1):
-                result = self.called(part, rows)
+                result = call_of(part)
                 if not self.alike(first, result):
                     return f"{_off(first, result)} on call {call}", part
         return None, part
