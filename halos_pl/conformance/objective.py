@@ -16,7 +16,10 @@ from halos_pl.conformance.clause import Clause, Law, explained
 from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.halo_case import RELATIVE, HaloCase
 from halos_pl.conformance.loss_split import loss_split
+from halos_pl.conformance.reference_point import reference_in_range
 from halos_pl.conformance.reference_split import reference_split
+from halos_pl.conformance.reward import reward_of_its_row
+from halos_pl.conformance.sees_more import joined, sees_more
 from halos_pl.conformance.smallest import smallest
 from halos_pl.conformance.steps import Step, asked, gradient_of, with_leaf
 from halos_pl.conformance.value_curve import UNDESIRABLE, concave_on_gains, non_decreasing
@@ -202,6 +205,9 @@ def one_value_function(case: HaloCase) -> str | None:
 
 CLAUSES: tuple[Law, ...] = (identity, one_value_function)
 _NO_WEIGHT = "reported only: it acts on no row with a weight above 0"
+_MIRRORS = (
+    "reported only: the loss equals the one with the weights of a pair on its desirable row, where nothing is reflected"
+)
 
 
 def clauses(case: HaloCase) -> Iterator[Clause]:
@@ -214,13 +220,15 @@ def clauses(case: HaloCase) -> Iterator[Clause]:
             acts = case.acts_reflected
         elif law in (non_decreasing, concave_on_gains):
             acts = case.acts_on_desirable
-        return None if acts else _NO_WEIGHT
+        return None if acts else _MIRRORS if law in UNDESIRABLE and case.mirrors else _NO_WEIGHT
 
     for clause in value_function.clauses(case.value_function, not_required=idle):
         if case.reflects or clause.name not in {law.__name__ for law in UNDESIRABLE}:
             yield clause
     yield from reward.clauses(case.reward)
     for clause in reference_point.clauses(case.reference_point):
+        if clause.name == reference_in_range.__name__:
+            clause = replace(clause, note=lambda note=clause.note: joined(note(), sees_more(case)))  # type: ignore[misc]
         if clause.name == reference_split.__name__:
             clause = replace(clause, check=lambda check=clause.check: check() or case.witness(loss_split))  # type: ignore[misc]
         yield clause
@@ -253,4 +261,7 @@ def verdict(case: HaloCase, failed: list[str]) -> str:
 
 def halo_shaped(failed: list[str]) -> str:
     """The verdict on an objective with the parts of a HALO that fails some clauses."""
-    return f"halo-shaped: fails {', '.join(failed)}"
+    other = [name for name in failed if name != reward_of_its_row.__name__]
+    faults = ["reward is not a function of (x, y)"] if len(other) < len(failed) else []
+    faults += [f"fails {', '.join(other)}"] if other else []
+    return f"halo-shaped: {'; '.join(faults)}"

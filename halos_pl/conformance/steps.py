@@ -59,7 +59,7 @@ class Step:
     @property
     def huge(self) -> bool:
         """Whether every call takes long, so that a clause should make only a few."""
-        return self.units * (1 + self.paired) > 1000
+        return self.units > 500
 
     def later(self, call: int) -> Step:
         """Another step of the same kind and size, for the ``call``-th call after this step."""
@@ -279,11 +279,12 @@ def large_steps(needs: Needs | None = None, *, mismatched: bool | None = None) -
     wanted = needs.mismatched or needs.samples > 0 or needs.exact_kl
     allowed = (not needs.pairs) if mismatched is None else mismatched
     together = needs.pairs or needs.groups
+    most = 512 if needs.groups else 4096  # rows of a prompt are compared pairwise, which takes memory
     return tuple(
         replace(
             step,
             seed=number,
-            units=max(1, step.units // 2) if together else step.units,
+            units=min(most, max(1, step.units // 2) if together else step.units),
             mismatched=(1 + min(step.units, 300) // 4) * (wanted or allowed),
             paired=needs.pairs,
             grouped=needs.groups,

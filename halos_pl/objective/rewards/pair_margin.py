@@ -27,6 +27,7 @@ class PairMargin(Reward):
     violates: Mapping[str, str] = {
         "reward_zero_at_reference": "it has no reference model",
         "reward_linear": "it depends on the paired completion as well",
+        "reward_of_its_row": "it depends on the paired completion as well",
     }
 
     def forward(self, rows: LogProbBatch) -> Tensor:
