@@ -74,12 +74,13 @@ def test_leave_one_out_is_the_mean_of_the_prompts_other_rows(seed):
         assert z0[i].item() == pytest.approx(rewards[others].mean().item())
 
 
-def test_a_row_that_is_alone_with_its_prompt_has_no_one_to_be_compared_with():
+def test_a_row_that_is_alone_with_its_prompt_is_compared_with_the_mean_of_the_step():
     rows, rewards = step(0)
     rows = dataclasses.replace(rows, labels=dataclasses.replace(rows.labels, group=torch.arange(len(rows))))
     alone = LeaveOneOut()(rewards, rows)
-    assert bool((alone.value == 0).all())
-    assert alone.figures()["clamped"] == 1
+    expected = BatchMean()(rewards, rows).value.to(rewards)
+    assert torch.allclose(alone.value, expected.expand(len(rows)))
+    assert alone.figures()["alone"] == 1
 
 
 @given(seed=seeds)

@@ -113,7 +113,7 @@ def _outside(
         depends: bool [n, m]; None for all.
     """
     known = ~numbers.isnan()
-    slack = RELATIVE * (numbers[known].abs().max() + 1e-30)
+    slack = RELATIVE * (numbers[known].abs().max() + 0.1)
     if depends is None:
         low, high = numbers[known].aminmax()
     else:

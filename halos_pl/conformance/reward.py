@@ -165,7 +165,7 @@ def reward_linear(case: RewardCase) -> str | None:
             scale = torch.where(rows.mask, slope, 0.0).sum(dim=1) / rows.mask.sum(dim=1)
             uneven = (slope - scale[:, None]).abs() * rows.mask > 1e-6 * scale.abs()[:, None] + 1e-12
             moved = torch.zeros_like(scale) if first is None else (scale - first).abs() - 1e-6 * first.abs()
-            wrong = uneven.any(dim=1) | ~(scale > 1e-12) | ~(moved <= 0)
+            wrong = uneven.any(dim=1) | ~(scale > 0) | ~(moved <= 0)
             if bool(wrong.any()):
                 i = int(wrong.nonzero()[0])
                 logps = f"policy {listed(policy[i][rows.mask[i]])}"
@@ -173,7 +173,7 @@ def reward_linear(case: RewardCase) -> str | None:
                     logps += f", reference {listed(rows.reference_logps[i][rows.mask[i]])}"
                 if bool(uneven[i].any()):
                     return f"{logps}: slopes {listed(slope[i][rows.mask[i]])} of the reward in the tokens differ"
-                if not scale[i] > 1e-12:
+                if not scale[i] > 0:
                     return f"{logps}: slope {float(scale[i]):.6g} of the reward in the log-ratio"
                 a, b = pair(float(first[i]), float(scale[i]))  # type: ignore[index]
                 return f"{logps}: slope {b} of the reward in the log-ratio, {a} with another policy"
@@ -326,8 +326,8 @@ def _slope(total: Tensor, leaf: Tensor) -> Tensor:
 
 
 def _mixed(per_row: Tensor, leaf: Tensor, row: int) -> str:
-    """Which other row's reward depends on ``row``, in words."""
-    sizes = [float(_slope(r, leaf)[row].abs().max()) if i != row else -1.0 for i, r in enumerate(per_row)]
+    """Which other row's reward depends on ``row``, in words; looks at the first rows only."""
+    sizes = [float(_slope(r, leaf)[row].abs().max()) if i != row else -1.0 for i, r in enumerate(per_row[:20])]
     i = max(range(len(sizes)), key=sizes.__getitem__)
     return f"the reward of row {i + 1} changes by {sizes[i]:.6g} per nat of row {row + 1}"
 

@@ -50,6 +50,8 @@ def rows_that_count(case: HaloCase, step: Step) -> torch.Tensor:
     """Positions of the rows with a weight above 0 among those that the reference point is called with."""
     rows = case.feedback.rows(step)
     weight = case.feedback.judged(rows).weight
+    if case.mirrors:
+        weight = torch.where(rows.labels.desirable, weight, 0.0)
     if case.target.reference_point.scope != "step":
         weight = weight[rows.labels.train]
     return (weight > 0).nonzero().squeeze(1)

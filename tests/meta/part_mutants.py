@@ -22,7 +22,7 @@ from halos_pl.objective.rewards import Reward
 class Formula(Reward):
     """r = ``formula(rows)``."""
 
-    needs = Needs(reference=True)
+    needs = Needs(reference=True, exact_kl=True)
 
     def __init__(self, formula: Callable[[LogProbBatch], Tensor]) -> None:
         super().__init__()
@@ -415,12 +415,6 @@ REFERENCES = [
         lambda r, rows: (over_ranks(own(r, rows))[0] / 32).to(r),
     ),
     estimate(
-        "clamps at zero",
-        ("reference_shift_equivariant", "reference_in_range"),
-        lambda r, rows: mean(r[rows.labels.mismatched]).clamp(min=0),
-        needs=mismatched,
-    ),
-    estimate(
         "shrinks towards zero",
         ("reference_shift_equivariant", "reference_in_range"),
         lambda r, rows: 0.9 * mean(own(r, rows)),
@@ -497,7 +491,7 @@ REFERENCES = [
 class Judge(Feedback):
     """``spoil`` applied to plain thumbs up and down."""
 
-    needs = Needs(reference=True, undesirable=True)
+    needs = Needs(reference=True, undesirable=True, step_rewards=True, exact_kl=True)
 
     def __init__(self, spoil: Callable[[Judgement, LogProbBatch], Judgement]) -> None:
         super().__init__()

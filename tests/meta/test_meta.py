@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 import objective_mutants
+import part_families
 import part_mutants
 import pytest
 import torch
@@ -28,13 +29,18 @@ from halos_pl.conformance.check import checks_of, reports
 from halos_pl.conformance.smallest import _halved, smallest
 from halos_pl.conformance.steps import Step
 from halos_pl.conformance.witness import Raised
-from halos_pl.objective import reference_points
 from halos_pl.objective.feedback import Binary
 from halos_pl.objective.reference_points import MismatchedKL
-from halos_pl.objective.rewards import LogRatio
+from halos_pl.objective.rewards import LogProb, LogRatio
 from value_functions import Identity, KahnemanTversky, Logistic
 
-MUTANTS = [*value_mutants.MUTANTS, *value_state_mutants.MUTANTS, *part_mutants.MUTANTS, *objective_mutants.MUTANTS]
+MUTANTS = [
+    *value_mutants.MUTANTS,
+    *value_state_mutants.MUTANTS,
+    *part_mutants.MUTANTS,
+    *part_families.MUTANTS,
+    *objective_mutants.MUTANTS,
+]
 EVERY_CLAUSE = [clause for clauses in CLAUSES.values() for clause in clauses]
 SEEDS = range(1, 20)
 
@@ -110,19 +116,49 @@ def test_a_sum_of_another_class_that_adds_nothing_passes():
     assert check_halo(LoggingSum([objective_mutants.halo()]), max_examples=10).verdict == "halo"
 
 
-@pytest.mark.usefixtures("unshrunk")
-def test_a_subclass_with_a_forward_of_its_own_answers_for_itself_and_is_told_so():
-    class Logging(reference_points.MismatchedKL):
-        def forward(self, rewards: Any, rows: Any) -> Any:
-            return super().forward(rewards, rows)
+@pytest.mark.parametrize("name", part_families.SOUND)
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in SEEDS[:4])])
+def test_a_random_sound_part_passes(name, seed):
+    report = check_halo(part_families.SOUND[name](Random(f"{name} {seed}")), on_fail="report", max_examples=20)
+    assert report.sound, str(report)
 
-    report = check_halo(Logging(), on_fail="report")
-    assert set(report.failed) == set(reference_points.MismatchedKL.excused)
-    for clause in report.clauses:
-        if clause.status == "failed":
-            assert clause.reason
-            assert "MismatchedKL.excused" in clause.reason
-            assert "Logging" in clause.reason
+
+@pytest.mark.usefixtures("unshrunk")
+@pytest.mark.parametrize(
+    ("field", "formula"),
+    {
+        "reference_logps": lambda rows: (rows.policy_logps - rows.reference_logps).sum(1),
+        "kl": lambda rows: rows.policy_logps.sum(1) - rows.kl.sum(1),
+        "scalar": lambda rows: rows.scalar,
+    }.items(),
+)
+def test_what_a_part_has_not_asked_for_is_none(field, formula):
+    forgets = part_mutants.Formula(formula)
+    forgets.needs = Needs()
+    witness = next(clause for clause in checks_of(forgets).clauses if clause.name == "reward_shape").witness()
+    assert isinstance(witness, Raised), field
+
+
+@pytest.mark.usefixtures("unshrunk")
+def test_a_reward_that_sees_the_pair_runs_and_is_no_function_of_x_and_y():
+    report = check_halo(part_families.shared_length(Random(0)), on_fail="report", max_examples=20)
+    assert report.verdict == "halo-shaped: reward is not a function of (x, y)"
+
+
+def test_a_clamp_at_zero_is_a_fact_about_log_ratios_only():
+    clamped = objective_mutants.halo(reference_point=MismatchedKL())
+    assert check_halo(clamped, max_examples=10).verdict == "halo"
+    never_above = objective_mutants.halo(reference_point=MismatchedKL(), reward=LogProb())
+    report = check_halo(never_above, on_fail="report", max_examples=10)
+    assert {"reference_in_range", "reference_shift_equivariant"} <= set(report.failed)
+
+
+def test_a_loss_is_recognised_as_the_one_that_it_equals():
+    """-u of a rejected row is u of the chosen one, so twice DPO reflects nothing; against 0, the same rows do."""
+    twice = part_families.SOUND["DPO from both sides"](Random(0))
+    report = reports(twice, max_examples=10)["icml"]
+    assert report.verdict == "halo"
+    assert next(c for c in report.clauses if c.clause == "undesirable_concave_on_gains").required is False
 
 
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
