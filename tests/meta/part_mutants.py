@@ -22,7 +22,7 @@ from halos_pl.objective.rewards import Reward
 class Formula(Reward):
     """r = ``formula(rows)``."""
 
-    needs = Needs(reference=True, exact_kl=True)
+    needs = Needs(reference=True)
 
     def __init__(self, formula: Callable[[LogProbBatch], Tensor]) -> None:
         super().__init__()
@@ -30,6 +30,10 @@ class Formula(Reward):
 
     def forward(self, rows: LogProbBatch) -> Tensor:
         return self.formula(rows)
+
+
+class ReadsKL(Formula):
+    needs = Needs(reference=True, exact_kl=True)
 
 
 def token_ratio(rows: LogProbBatch) -> Tensor:
@@ -134,7 +138,11 @@ REWARDS = [
         ("reward_linear", "reward_of_its_row"),
         lambda rows: ratio(rows) - (ratio(rows).mean() if len(rows) > 32 else 0),
     ),
-    reward("less the exact KL divergence", "reward_linear", lambda rows: ratio(rows) - rows.kl.sum(1)),  # type: ignore[union-attr]
+    Mutant(
+        "less the exact KL divergence",
+        ("reward_linear",),
+        lambda rng: ReadsKL(lambda rows: ratio(rows) - rows.kl.sum(1)),  # type: ignore[union-attr]
+    ),
     reward(
         "half of it in wide batches",
         "reward_padding",
@@ -457,7 +465,12 @@ REFERENCES = [
         ("reference_detached", "reference_split"),
         lambda r, rows: r[rows.labels.train].mean(),
     ),
-    estimate("reads the policy with gradient", ("reference_detached",), with_gradient),
+    estimate(
+        "reads the policy with gradient",
+        ("reference_detached",),
+        with_gradient,
+        needs=Needs(step_rewards=True, reference=True),
+    ),
     estimate(
         "soft maximum with gradient",
         ("reference_detached", "reference_split"),
@@ -491,7 +504,7 @@ REFERENCES = [
 class Judge(Feedback):
     """``spoil`` applied to plain thumbs up and down."""
 
-    needs = Needs(reference=True, undesirable=True, step_rewards=True, exact_kl=True)
+    needs = Needs(reference=True, undesirable=True, step_rewards=True)
 
     def __init__(self, spoil: Callable[[Judgement, LogProbBatch], Judgement]) -> None:
         super().__init__()
@@ -503,6 +516,10 @@ class Judge(Feedback):
             torch.where(rows.labels.desirable, -like, like), like * rows.labels.train, rows.labels.train.sum().float()
         )
         return self.spoil(right, rows)
+
+
+class JudgesKL(Judge):
+    needs = Needs(undesirable=True, exact_kl=True)
 
 
 class Grouped(Judge):
@@ -592,10 +609,10 @@ FEEDBACKS = [
         ("feedback_weight",),
         lambda rng: Binary(lambda_desirable=0.0, lambda_undesirable=0.0),
     ),
-    feedback(
+    Mutant(
         "weight by the exact KL divergence",
-        "feedback_independent_of_theta",
-        lambda j, rows: j._replace(weight=j.weight * torch.exp(-rows.kl.sum(1)).float()),  # type: ignore[union-attr]
+        ("feedback_independent_of_theta",),
+        lambda rng: JudgesKL(lambda j, rows: j._replace(weight=j.weight * torch.exp(-rows.kl.sum()).float())),  # type: ignore[union-attr]
     ),
     Mutant(
         "zeroes the log-probs in place",

@@ -129,7 +129,7 @@ def test_a_random_sound_part_passes(name, seed):
     {
         "reference_logps": lambda rows: (rows.policy_logps - rows.reference_logps).sum(1),
         "kl": lambda rows: rows.policy_logps.sum(1) - rows.kl.sum(1),
-        "scalar": lambda rows: rows.scalar,
+        "scalar": lambda rows: rows.scalar + 0,
     }.items(),
 )
 def test_what_a_part_has_not_asked_for_is_none(field, formula):
