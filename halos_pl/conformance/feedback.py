@@ -42,6 +42,8 @@ class FeedbackCase(PartCase):
         examples: number of steps on which each clause is tried.
     """
 
+    target: Feedback
+
     def __init__(self, feedback: Feedback, *, needs: Needs | None = None, examples: int = 60) -> None:
         super().__init__(feedback, CLAUSES)
         self.target = feedback

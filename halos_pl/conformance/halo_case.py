@@ -55,6 +55,8 @@ class HaloCase(PartCase):
         shared: cases of parts that other terms or objectives share; their clauses run once.
     """
 
+    target: HALO
+
     def __init__(
         self,
         objective: HALO,

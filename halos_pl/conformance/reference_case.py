@@ -39,6 +39,8 @@ class ReferencePointCase(PartCase):
         clamped: whether an estimate was 0 because it was clamped from below.
     """
 
+    target: ReferencePoint
+
     def __init__(
         self,
         reference_point: ReferencePoint,

@@ -28,6 +28,8 @@ class RewardCase(PartCase):
         examples: number of steps on which each clause is tried.
     """
 
+    target: Reward
+
     def __init__(self, reward: Reward, *, needs: Needs | None = None, examples: int = 60) -> None:
         super().__init__(reward, CLAUSES)
         self.target = reward
