@@ -121,7 +121,7 @@ class HaloCase(PartCase):
         """The loss of a step, as training computes it; scalar."""
         return self.loss(part, rows)  # type: ignore[arg-type]
 
-    def repeated(self, rows: LogProbBatch) -> Callable[[nn.Module], Tensor]:
+    def repeated(self, rows: LogProbBatch) -> Callable[[Any], Tensor]:
         """The loss of the same step, with its rows selected once."""
         index = rows.labels.train_index
         of_step, judged = rows.detach(), rows.select(index)

@@ -58,7 +58,7 @@ class PartCase(Case):
         """Rows of a small step."""
         raise NotImplementedError
 
-    def repeated(self, rows: LogProbBatch) -> Callable[[nn.Module], Tensor]:
+    def repeated(self, rows: LogProbBatch) -> Callable[[Any], Tensor]:
         """``called`` for the same rows, many times."""
         return lambda part: self.called(part, rows)
 
