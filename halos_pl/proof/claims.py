@@ -1,0 +1,340 @@
+"""The claims about v and how each is decided: signs of derivatives on pieces, jumps at seams, witnesses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Literal
+
+from flint import arb, fmpq_mpoly
+
+from halos_pl.proof.field import TOLERANCE, Element, Field, TooLargeError
+from halos_pl.proof.interval import Interval, ball
+from halos_pl.proof.pieces import Bound, Piece, Seam, Splitter, UndecidedError, between, evaluate, span
+from halos_pl.proof.point import ordered, value_at
+from halos_pl.proof.program import Node
+from halos_pl.proof.signs import Box, UndefinedError
+
+Status = Literal["proved", "disproved", "undecided"]
+MOST_CELLS = 400
+SECONDS = 2.0
+_SHARE = Fraction(1, 2**40)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A property of v.
+
+    Attributes:
+        name: the clause of ``halos check`` that it proves.
+        order: of the derivative whose sign it is about.
+        sign: the sign that the derivative must have, or 0.
+        side: 1 for gains only, -1 for losses only, 0 for all outcomes.
+    """
+
+    name: str
+    order: int
+    sign: int
+    side: int
+
+
+# -v(-u) never falls iff v never does, and is concave on gains iff v is convex on losses.
+CLAIMS = (
+    Claim("non_decreasing", 1, 1, 0),
+    Claim("concave_on_gains", 2, -1, 1),
+    Claim("undesirable_concave_on_gains", 2, 1, -1),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A part of a piece on which a derivative has its sign."""
+
+    low: Bound
+    high: Bound
+
+
+@dataclass
+class Decision:
+    """Whether a claim holds.
+
+    Attributes:
+        status: proved, disproved or undecided.
+        reason: why it is undecided.
+        points: outcomes that disprove it, ascending.
+        values: v there, enclosed.
+        parameters: values of the parameters that the points are for.
+        cells: by piece, the cells on which the sign was found.
+        notes: jumps within the tolerance.
+    """
+
+    claim: Claim
+    status: Status
+    reason: str = ""
+    points: list[Fraction] = field(default_factory=list)
+    values: list[arb] = field(default_factory=list)
+    parameters: dict[str, Fraction] = field(default_factory=dict)
+    cells: dict[int, list[Cell]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class Prover:
+    """Decides the claims about one expression.
+
+    Args:
+        nodes: the expression of v.
+        parameters: ranges of its parameters.
+        samples: values of the parameters at which to look for witnesses.
+
+    Raises:
+        UndecidedError: v cannot be split into pieces.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        parameters: Mapping[str, Interval],
+        samples: Sequence[Mapping[str, Fraction]] = ({},),
+    ) -> None:
+        self.nodes, self.parameters, self.samples = nodes, parameters, samples
+        functions = sum(name not in ("u", "parameter", "constant", "add", "mul", "div") for name, *_ in nodes)
+        self.field = Field(list(parameters), 8 + len(parameters) + 3 * functions)
+        self.splitter = Splitter(nodes, self.field, parameters)
+        self.deadline = time.process_time() + SECONDS
+        try:
+            self.pieces, self.seams = self.splitter.pieces()
+        except TooLargeError as error:
+            raise UndecidedError(f"{error}") from error
+
+    def decide(self, claim: Claim) -> Decision:
+        """Proves or disproves a claim, or says what stops it."""
+        decision = Decision(claim, "proved")
+        try:
+            for number, piece in enumerate(self.pieces):
+                if claim.side > 0 and piece.high is not None and piece.high <= 0:
+                    continue
+                if claim.side < 0 and piece.low is not None and piece.low >= 0:
+                    continue
+                decision.cells[number] = list(self._cells(claim, piece, decision))
+            for seam in self.seams:
+                self._across(claim, seam, decision)
+        except (UndecidedError, TooLargeError, UndefinedError, ZeroDivisionError) as error:
+            decision.status, decision.reason = "undecided", str(error)
+        except _Disproved as found:
+            decision.status = "disproved"
+            decision.points, decision.values, decision.parameters = found.points, found.values, found.parameters
+        return decision
+
+    def _cells(self, claim: Claim, piece: Piece, decision: Decision) -> Iterator[Cell]:
+        """Cells that cover a piece, on each of which the derivative has its sign."""
+        target = piece.expression.derivative
+        if claim.order == 2:
+            target = target.derivative
+        todo, count, reason = [(piece.low, piece.high)], 0, ""
+        while todo:
+            low, high = todo.pop()
+            count += 1
+            box = piece.box(self.field, self.parameters, low, high)
+            sign: int | None = None
+            try:
+                box.require_defined(piece.expression)
+                sign, _ = box.sign(target)
+                reason = f"the sign of {_short(target)} is not found"
+                if sign in (0, claim.sign):
+                    yield Cell(low, high)
+                    continue
+            except UndefinedError as error:
+                reason = str(error)
+            middle = between(low, high)
+            if sign == -claim.sign or count % 8 == 1:
+                self._witness(claim, middle, low, high)
+            if count > MOST_CELLS or time.process_time() > self.deadline or _narrow(low, high):
+                self._witness(claim, middle, low, high)
+                raise UndecidedError(f"{span(low, high)}: {reason}")
+            todo += [(middle, high), (low, middle)]
+
+    # -- seams ------------------------------------------------------------------------------------------------
+
+    def _sides(self, seam: Seam) -> tuple[list[Piece], list[Piece]]:
+        """The pieces that may end at a seam, and those that may begin there."""
+        if seam.low is not None:
+            return [p for p in self.pieces if p.high == seam.high], [p for p in self.pieces if p.low == seam.low]
+        rises = self.splitter.roots[seam.key][1]
+        left = [p for p in self.pieces if p.signs.get(seam.key) == -rises]
+        return left, [p for p in self.pieces if p.signs.get(seam.key) == rises]
+
+    def _across(self, claim: Claim, seam: Seam, decision: Decision) -> None:
+        """v does not jump against the claim at a seam, nor does its slope."""
+        place = Interval.of(seam.low, seam.high) if seam.low is not None and seam.high is not None else None
+        box = Box(self.field, place or Interval.of(0, 0), self.parameters)
+        where = place or box.range(seam.root or self.field.zero)
+        if (claim.side > 0 and where.high <= 0) or (claim.side < 0 and where.low >= 0):
+            return
+        for left in (sides := self._sides(seam))[0]:
+            for right in sides[1]:
+                if not self._adjacent(left, right, seam, box):
+                    continue
+                before, after = (self._limit(p.expression, seam, box) for p in (left, right))
+                self._step(claim, before, after, 0 if claim.order == 2 else 1, seam, box, decision)
+                if seam.root is not None:
+                    at = self._value_at(seam, left, box)
+                    self._step(claim, before, at, 0 if claim.order == 2 else 1, seam, box, decision)
+                    self._step(claim, at, after, 0 if claim.order == 2 else 1, seam, box, decision)
+                if claim.order == 2:
+                    slopes = [self._limit(p.expression.derivative, seam, box) for p in (left, right)]
+                    self._step(claim, slopes[0], slopes[1], claim.sign, seam, box, decision)
+
+    def _adjacent(self, left: Piece, right: Piece, seam: Seam, box: Box) -> bool:
+        """Whether two pieces can meet at a seam: no other difference has opposite signs on them."""
+        for key in left.signs.keys() & right.signs.keys() - {seam.key}:
+            if left.signs[key] != right.signs[key]:
+                if seam.root is None or key not in self.splitter.roots:
+                    return False
+                apart = box.sign(self.splitter.roots[key][0] - seam.root)
+                if apart[0] != 0:
+                    return False
+        if seam.root is None or seam.low is not None:
+            return True
+        where = box.range(seam.root)
+        return all(
+            (p.low is None or ball(p.low) <= where.high) and (p.high is None or ball(p.high) >= where.low)
+            for p in (left, right)
+        )
+
+    def _limit(self, element: Element, seam: Seam, box: Box) -> Element:
+        """An expression at a seam: in the parameters, or of u itself where the seam is only known to be in ``box``."""
+        at = element if seam.root is None else self.field.substituted(element, seam.root, {})
+        try:
+            box.range(at)
+        except UndefinedError as error:
+            raise UndecidedError(f"{seam.label}: {error}") from error
+        return at
+
+    def _value_at(self, seam: Seam, piece: Piece, box: Box) -> Element:
+        assert seam.root is not None
+
+        def sign(difference: Element) -> int:
+            if difference.is_zero:
+                return 0
+            found, strict = box.sign(difference)
+            if found is None or not strict:
+                raise UndecidedError(f"{seam.label}: the branch that v takes there is not found")
+            return found
+
+        return evaluate(self.nodes, self.field, seam.root, sign)
+
+    def _step(
+        self, claim: Claim, before: Element, after: Element, allowed: int, seam: Seam, box: Box, decision: Decision
+    ) -> None:
+        """``after - before`` is 0, or has the ``allowed`` sign if that is not 0, within the tolerance."""
+        left, right = before.numerator * after.denominator, after.numerator * before.denominator
+        kept, jump = difference(self.field, left, right, box)
+        if kept is None:
+            if jump is not None:
+                note = f"{seam.label}: a jump of {float(jump):.1e}, within the tolerance"
+                decision.notes += [note] if note not in decision.notes else []
+            return
+        bottom = Element(self.field, before.denominator * after.denominator, self.field.ctx.constant(1))
+        sign = box.sign(Element(self.field, kept, self.field.ctx.constant(1)))[0]
+        denominator = box.sign(bottom)[0]
+        if sign is not None and denominator and (sign == 0 or sign * denominator == allowed):
+            return
+        place = seam.low if seam.low is not None else None
+        if place is not None:
+            self._witness(claim, place, None, None)
+        raise UndecidedError(f"{seam.label}: v or its slope jumps")
+
+    # -- witnesses --------------------------------------------------------------------------------------------
+
+    def _witness(self, claim: Claim, place: Fraction, low: Bound, high: Bound) -> None:
+        """Raises _Disproved if points near ``place`` contradict the claim."""
+        for parameters in self.samples:
+            for k in range(0, 44, 2):
+                width = max(abs(place), Fraction(1, 2**20)) / 2**k
+                for points in _candidates(claim, place, width):
+                    if claim.side * points[0] < 0 or claim.side * points[-1] < 0 or 0 in points[:: claim.order]:
+                        if claim.side:
+                            continue
+                    try:
+                        values = [value_at(self.nodes, u, parameters) for u in points]
+                    except (ValueError, ZeroDivisionError):
+                        continue
+                    if claim.order == 1:
+                        wrong = ordered(values[0], values[1], _SHARE)
+                    elif claim.sign < 0:
+                        wrong = ordered((values[0] + values[2]) / 2, values[1], _SHARE)
+                    else:
+                        wrong = ordered(values[1], (values[0] + values[2]) / 2, _SHARE)
+                    if wrong:
+                        raise _Disproved(points, values, dict(parameters))
+
+
+class _Disproved(Exception):  # noqa: N818
+    def __init__(self, points: list[Fraction], values: list[arb], parameters: dict[str, Fraction]) -> None:
+        super().__init__()
+        self.points, self.values, self.parameters = points, values, parameters
+
+
+def _candidates(claim: Claim, place: Fraction, width: Fraction) -> Iterator[list[Fraction]]:
+    if claim.order == 1:
+        yield [place - width, place + width]
+        yield [place - width, place]
+        yield [place, place + width]
+        return
+    for middle in (place, place - width / 4, place + width / 4):
+        yield [middle - width, middle, middle + width]
+
+
+def _narrow(low: Bound, high: Bound) -> bool:
+    return low is not None and high is not None and high - low < max(abs(low), abs(high)) / 2**40
+
+
+def _short(element: Element) -> str:
+    text = str(element)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def difference(
+    field: Field, before: fmpq_mpoly, after: fmpq_mpoly, box: Box
+) -> tuple[fmpq_mpoly | None, arb | None]:
+    """``after - before`` without coefficients that agree to within the tolerance, constants such as exp(40) evaluated.
+
+    Returns:
+        What is left, None if nothing is; and the largest coefficient that was dropped, if any.
+    """
+    exact = after - before
+    if exact.is_zero():
+        return None, None
+    used = {i for polynomial in (before, after) for i, degree in enumerate(polynomial.degrees()) if degree > 0}
+    constant = {i for i in used if not field.base_of(i) or box[i].point is not None}
+    sides: list[dict[tuple[int, ...], arb]] = []
+    for polynomial in (before, after):
+        grouped: dict[tuple[int, ...], arb] = {}
+        for exponents, coefficient in polynomial.terms():
+            value = arb(coefficient)
+            for i in constant:
+                if exponents[i]:
+                    value *= box[i].low.union(box[i].high) ** int(exponents[i])
+            key = tuple(0 if i in constant else int(e) for i, e in enumerate(exponents))
+            grouped[key] = grouped.get(key, arb(0)) + value
+        sides.append(grouped)
+    dropped: arb | None = None
+    kept = set()
+    for key in sides[0].keys() | sides[1].keys():
+        a, b = sides[0].get(key, arb(0)), sides[1].get(key, arb(0))
+        if abs(a - b) <= arb(TOLERANCE) * (abs(a) + abs(b)):
+            dropped = (b - a).mid() if dropped is None or abs(b - a) > abs(dropped) else dropped
+        else:
+            kept.add(key)
+    if not kept:
+        return None, dropped
+    left = {
+        exponents: coefficient
+        for exponents, coefficient in exact.terms()
+        if tuple(0 if i in constant else int(e) for i, e in enumerate(exponents)) in kept
+    }
+    return field.ctx.from_dict(left), dropped
+
+

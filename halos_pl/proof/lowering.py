@@ -1,0 +1,392 @@
+"""Each operation of torch as an expression of real numbers, element by element."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halos_pl.proof.program import CHOICES, Program
+
+HALF = Fraction(1, 2)
+# From here on torch replaces softplus by its asymptote, an error of 2e-9 at most; the proof is about softplus itself.
+SOFTPLUS_THRESHOLD = 20.0
+
+
+class NoRuleError(ValueError):
+    """There is no rule for an operation; the message names it."""
+
+
+class Algebra:
+    """Compound expressions of a program."""
+
+    def __init__(self, program: Program) -> None:
+        self.p = program
+
+    def c(self, value: Any) -> int:
+        return self.p.constant(value)
+
+    def f(self, name: str, x: int) -> int:
+        return self.p.node(name, x)
+
+    def times(self, factor: Any, x: int) -> int:
+        return self.p.mul(self.c(factor), x)
+
+    def tanh(self, x: int) -> int:
+        return self.p.add(self.times(2, self.f("sigmoid", self.times(2, x))), self.c(-1))
+
+    def log1p(self, x: int) -> int:
+        return self.f("log", self.p.add(self.c(1), x))
+
+    def expm1(self, x: int) -> int:
+        return self.p.add(self.exp(x), self.c(-1))
+
+    def exp(self, x: int) -> int:
+        return self.c(1) if self.p.value(x) == 0 else self.f("exp", x)
+
+    def log_sigmoid(self, x: int) -> int:
+        return self.p.negative(self.f("softplus", self.p.negative(x)))
+
+    def root(self, x: int) -> int:
+        return self.p.pow(x, self.c(HALF))
+
+    def square(self, x: int) -> int:
+        return self.p.mul(x, x)
+
+    def ndtr(self, x: int) -> int:
+        return self.times(HALF, self.p.add(self.c(1), self.f("erf", self.p.div(x, self.root(self.c(2))))))
+
+    def gelu(self, x: int, approximate: str = "none") -> int:
+        if approximate == "none":
+            return self.p.mul(x, self.ndtr(x))
+        cubic = self.p.add(x, self.times(Fraction("0.044715"), self.p.mul(x, self.square(x))))
+        inner = self.p.div(self.times(2, cubic), self.root(self.times(HALF, self.c(math.pi))))
+        return self.p.mul(x, self.f("sigmoid", self.times(HALF * 2, inner)))
+
+    def asinh(self, x: int) -> int:
+        return self.f("log", self.p.add(x, self.root(self.p.add(self.c(1), self.square(x)))))
+
+    def cosh(self, x: int, sign: int = 1) -> int:
+        return self.times(HALF, self.p.add(self.exp(x), self.times(sign, self.exp(self.p.negative(x)))))
+
+    def atanh(self, x: int) -> int:
+        ratio = self.p.div(self.p.add(self.c(1), x), self.p.sub(self.c(1), x))
+        return self.times(HALF, self.f("log", ratio))
+
+    def asin(self, x: int) -> int:
+        return self.f("atan", self.p.div(x, self.root(self.p.sub(self.c(1), self.square(x)))))
+
+    def least(self, a: int, b: int) -> int:
+        return self.p.choose("less", self.p.sub(a, b), a, b)
+
+    def greatest(self, a: int, b: int) -> int:
+        return self.p.choose("less", self.p.sub(a, b), b, a)
+
+    def abs(self, x: int) -> int:
+        return self.p.choose("less", x, self.p.negative(x), x)
+
+    def clamp(self, x: int, low: int | None = None, high: int | None = None) -> int:
+        x = x if low is None else self.greatest(x, low)
+        return x if high is None else self.least(x, high)
+
+    def softplus(self, x: int, beta: int, threshold: float) -> int:
+        scaled = self.p.mul(beta, x)
+        smooth = self.p.div(self.f("softplus", scaled), beta)
+        if threshold >= SOFTPLUS_THRESHOLD:
+            return smooth
+        return self.p.choose("at_most", self.p.sub(scaled, self.c(threshold)), smooth, x)
+
+    def logaddexp(self, a: int, b: int) -> int:
+        return self.p.add(b, self.f("softplus", self.p.sub(a, b)))
+
+    def elu(self, x: int, alpha: int, scale: int, input_scale: int) -> int:
+        below = self.p.mul(alpha, self.expm1(self.p.mul(input_scale, x)))
+        return self.p.mul(scale, self.p.choose("at_most", x, below, x))
+
+    def relu6(self, x: int) -> int:
+        return self.clamp(x, self.c(0), self.c(6))
+
+    def truth(self, x: int) -> int:
+        return self.p.choose("equal", x, self.c(0), self.c(1))
+
+    def where(self, condition: int, a: int, b: int) -> int:
+        name, *operands = self.p.nodes[condition]
+        if name in CHOICES and [self.p.value(int(x)) for x in operands[1:]] == [1, 0]:
+            return self.p.choose(name, int(operands[0]), a, b)
+        return self.p.choose("equal", condition, b, a)
+
+    def compare(self, name: str, a: int, b: int) -> int:
+        relation, swapped, negated = {
+            "lt": ("less", False, False),
+            "le": ("at_most", False, False),
+            "gt": ("less", True, False),
+            "ge": ("at_most", True, False),
+            "eq": ("equal", False, False),
+            "ne": ("equal", False, True),
+        }[name]
+        d = self.p.sub(b, a) if swapped else self.p.sub(a, b)
+        yes, no = (0, 1) if negated else (1, 0)
+        return self.p.choose(relation, d, self.c(yes), self.c(no))
+
+    def sign(self, x: int) -> int:
+        return self.p.choose("less", x, self.c(-1), self.p.choose("equal", x, self.c(0), self.c(1)))
+
+    def total(self, xs: list[int]) -> int:
+        return self.p.add(*xs)
+
+    def product(self, xs: list[int]) -> int:
+        result = self.c(1)
+        for x in xs:
+            result = self.p.mul(result, x)
+        return result
+
+    def extreme(self, xs: list[int], pick: Callable[[int, int], int]) -> int:
+        result = xs[0]
+        for x in xs[1:]:
+            result = pick(result, x)
+        return result
+
+
+def truth(program: Program, ids: Tensor) -> Tensor:
+    """1 where a number is not 0, else 0."""
+    return _each(Algebra(program).truth, ids)
+
+
+def _each(rule: Callable[..., int], *ids: Any) -> Tensor:
+    """``rule`` for each element of the operands, which are broadcast."""
+    same = torch.broadcast_tensors(*ids)
+    columns = [x.reshape(-1).tolist() for x in same]
+    return torch.tensor([rule(*row) for row in zip(*columns, strict=True)], dtype=torch.int64).view(same[0].shape)
+
+
+def _elementwise(a: Algebra) -> dict[str, Callable[..., int]]:
+    """Rules that take the nodes of their tensor operands; numbers become constants."""
+    p = a.p
+    one = a.c(1)
+    return {
+        "add": lambda x, y, alpha=one: p.add(x, p.mul(alpha, y)),
+        "sub": lambda x, y, alpha=one: p.sub(x, p.mul(alpha, y)),
+        "rsub": lambda x, y, alpha=one: p.sub(y, p.mul(alpha, x)),
+        "mul": p.mul,
+        "div": p.div,
+        "true_divide": p.div,
+        "neg": p.negative,
+        "reciprocal": lambda x: p.div(one, x),
+        "square": a.square,
+        "pow": p.pow,
+        "sqrt": a.root,
+        "rsqrt": lambda x: p.div(one, a.root(x)),
+        "exp": a.exp,
+        "exp2": lambda x: p.pow(a.c(2), x),
+        "expm1": a.expm1,
+        "special_expm1": a.expm1,
+        "log": lambda x: a.f("log", x),
+        "log2": lambda x: p.div(a.f("log", x), a.f("log", a.c(2))),
+        "log10": lambda x: p.div(a.f("log", x), a.f("log", a.c(10))),
+        "log1p": a.log1p,
+        "sigmoid": lambda x: a.f("sigmoid", x),
+        "log_sigmoid_forward": a.log_sigmoid,
+        "tanh": a.tanh,
+        "atan": lambda x: a.f("atan", x),
+        "asin": a.asin,
+        "acos": lambda x: p.sub(a.times(HALF, a.c(math.pi)), a.asin(x)),
+        "erf": lambda x: a.f("erf", x),
+        "erfc": lambda x: p.sub(one, a.f("erf", x)),
+        "special_ndtr": a.ndtr,
+        "sin": lambda x: a.f("sin", x),
+        "cos": lambda x: a.f("cos", x),
+        "asinh": a.asinh,
+        "atanh": a.atanh,
+        "sinh": lambda x: a.cosh(x, -1),
+        "cosh": a.cosh,
+        "logit": lambda x: a.f("log", p.div(x, p.sub(one, x))),
+        "abs": a.abs,
+        "sign": a.sign,
+        "sgn": a.sign,
+        "relu": lambda x: a.clamp(x, a.c(0)),
+        "relu6": a.relu6,
+        "leaky_relu": lambda x, slope=a.c(Fraction("0.01")): p.choose("less", x, p.mul(slope, x), x),
+        "elu": lambda x, alpha=one, scale=one, input_scale=one: a.elu(x, alpha, scale, input_scale),
+        "celu": lambda x, alpha=one: a.elu(x, alpha, one, p.div(one, alpha)),
+        "silu": lambda x: p.mul(x, a.f("sigmoid", x)),
+        "mish": lambda x: p.mul(x, a.tanh(a.f("softplus", x))),
+        "hardsigmoid": lambda x: p.div(a.relu6(p.add(x, a.c(3))), a.c(6)),
+        "hardswish": lambda x: p.mul(x, p.div(a.relu6(p.add(x, a.c(3))), a.c(6))),
+        "hardtanh": lambda x, low=a.c(-1), high=one: a.clamp(x, low, high),
+        "threshold": lambda x, threshold, value: p.choose("at_most", p.sub(x, threshold), value, x),
+        "minimum": a.least,
+        "fmin": a.least,
+        "maximum": a.greatest,
+        "fmax": a.greatest,
+        "where": a.where,
+        "masked_fill": lambda x, mask, value: a.where(mask, value, x),
+        "logaddexp": a.logaddexp,
+        "addcmul": lambda x, y, z, value=one: p.add(x, p.mul(value, p.mul(y, z))),
+        "addcdiv": lambda x, y, z, value=one: p.add(x, p.mul(value, p.div(y, z))),
+        "lerp": lambda x, y, weight: p.add(x, p.mul(weight, p.sub(y, x))),
+        "hypot": lambda x, y: a.root(p.add(a.square(x), a.square(y))),
+        "xlogy": lambda x, y: p.mul(x, a.f("log", y)),
+        "special_xlog1py": lambda x, y: p.mul(x, a.log1p(y)),
+        "heaviside": lambda x, y: p.choose("less", x, a.c(0), p.choose("equal", x, y, one)),
+        "logical_and": lambda x, y: p.mul(a.truth(x), a.truth(y)),
+        "bitwise_and": lambda x, y: p.mul(a.truth(x), a.truth(y)),
+        "logical_or": lambda x, y: a.greatest(a.truth(x), a.truth(y)),
+        "bitwise_or": lambda x, y: a.greatest(a.truth(x), a.truth(y)),
+        "logical_not": lambda x: p.sub(one, a.truth(x)),
+        "bitwise_not": lambda x: p.sub(one, a.truth(x)),
+        "isnan": lambda x: a.c(0),
+        "isinf": lambda x: a.c(0),
+        "isfinite": lambda x: one,
+    }
+
+
+def _reduced(rule: Callable[[list[int]], int], ids: Tensor, dims: Any, keep: bool) -> Tensor:
+    """``rule`` for the elements along some dimensions."""
+    dims = list(range(ids.dim())) if dims in (None, []) else [dims] if isinstance(dims, int) else list(dims)
+    dims = [d % ids.dim() for d in dims] if ids.dim() else []
+    kept = [d for d in range(ids.dim()) if d not in dims]
+    moved = ids.permute(*kept, *dims).reshape([ids.shape[d] for d in kept] + [-1])
+    rows = moved.reshape(-1, moved.shape[-1]).tolist()
+    shape = [1 if d in dims else ids.shape[d] for d in range(ids.dim())] if keep else [ids.shape[d] for d in kept]
+    return torch.tensor([rule(row) for row in rows], dtype=torch.int64).view(shape)
+
+
+def _reduction(a: Algebra, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    ids, dims = args[0], kwargs.get("dim", args[1] if len(args) > 1 else None)
+    keep = bool(kwargs.get("keepdim", args[2] if len(args) > 2 else False))
+    if name == "cumsum":
+        return torch.stack(
+            [_reduced(a.total, ids.narrow(dims, 0, i + 1), dims, False) for i in range(ids.shape[dims])], dims
+        )
+    rules: dict[str, Callable[[list[int]], int]] = {
+        "sum": a.total,
+        "mean": lambda xs: a.times(Fraction(1, len(xs)), a.total(xs)),
+        "prod": a.product,
+        "amax": lambda xs: a.extreme(xs, a.greatest),
+        "amin": lambda xs: a.extreme(xs, a.least),
+        "max": lambda xs: a.extreme(xs, a.greatest),
+        "min": lambda xs: a.extreme(xs, a.least),
+        "any": lambda xs: a.extreme([a.truth(x) for x in xs], a.greatest),
+        "all": lambda xs: a.product([a.truth(x) for x in xs]),
+        "logsumexp": lambda xs: a.extreme(xs, a.logaddexp),
+    }
+    result = _reduced(rules[name], ids, dims, keep)
+    return (result,) if name in ("max", "min") and dims is not None else result
+
+
+def _bucket(a: Algebra, name: str, args: list[Any], kwargs: dict[str, Any]) -> Tensor:
+    """The number of boundaries below (``right``: or at) each element."""
+    if name == "searchsorted":
+        knots, ids = args[0], args[1]
+        right = kwargs.get("side") == "right" or kwargs.get("right", args[3] if len(args) > 3 else False)
+    else:
+        ids, knots = args[0], args[1]
+        right = kwargs.get("right", args[3] if len(args) > 3 else False)
+    if knots.dim() != 1:
+        raise NoRuleError(f"{name} with one row of boundaries for each outcome")
+    relation = "le" if right else "lt"
+    return _each(lambda x: a.total([a.compare(relation, k, x) for k in knots.tolist()]), ids)
+
+
+def _indexed(a: Algebra, name: str, args: list[Any]) -> Tensor:
+    """Entries of a table at indices that may depend on u."""
+    if name == "index":
+        table, indices = args[0], args[1]
+        if len(indices) != 1 or table.dim() != 1:
+            raise NoRuleError("index of more than one dimension")
+        index = indices[0]
+    elif name == "take":
+        table, index = args[0].reshape(-1), args[1]
+    elif name == "gather":
+        table, dim, index = args[0], args[1], args[2]
+        if dim % table.dim() != table.dim() - 1:
+            raise NoRuleError("gather along another dimension than the last")
+        if table.dim() > 1:
+            rows = [
+                _each(lambda i, row=row: a.p.node("lookup", i, *row), ids)
+                for row, ids in zip(
+                    table.reshape(-1, table.shape[-1]).tolist(), index.reshape(-1, index.shape[-1]), strict=True
+                )
+            ]
+            return torch.stack(rows).view(index.shape)
+    else:
+        table, index = args[0], args[2]
+    entries = table.tolist()
+    if table.dim() != 1:
+        raise NoRuleError(f"{name} of a table with more than one dimension")
+
+    def entry(i: int) -> int:
+        at = a.p.value(i)
+        return a.p.node("lookup", i, *entries) if at is None else int(entries[int(at)])
+
+    return _each(entry, index)
+
+
+def _matrix(a: Algebra, name: str, args: list[Any]) -> Tensor:
+    added = args.pop(0) if name == "addmm" else None
+    x, y = args[0], args[1]
+    left = x[None] if x.dim() == 1 else x
+    right = y[:, None] if y.dim() == 1 else y
+    rows = [[a.total([a.p.mul(i, j) for i, j in zip(row, column, strict=True)]) for column in right.t().tolist()]
+            for row in left.tolist()]  # fmt: skip
+    out = torch.tensor(rows, dtype=torch.int64)
+    out = out[:, 0] if y.dim() == 1 else out
+    out = out[0] if x.dim() == 1 else out
+    return out if added is None else _each(a.p.add, added, out)
+
+
+def lower(program: Program, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """The nodes of an operation's result.
+
+    Args:
+        program: receives the nodes.
+        name: the operation's name in ``torch.ops.aten``.
+        args, kwargs: its arguments, with int64 tensors of nodes in the place of tensors.
+
+    Raises:
+        NoRuleError: the operation has no rule.
+    """
+    a = Algebra(program)
+
+    def node(x: Any) -> Tensor:
+        return x if isinstance(x, Tensor) else torch.tensor(program.constant(x), dtype=torch.int64)
+
+    kwargs = {key: value for key, value in kwargs.items() if key not in ("dtype", "layout", "device", "pin_memory")}
+    if name in ("sum", "mean", "prod", "amax", "amin", "any", "all", "logsumexp", "cumsum", "max", "min"):
+        return _reduction(a, name, args, kwargs)
+    if name in ("bucketize", "searchsorted"):
+        return _bucket(a, name, args, kwargs)
+    if name in ("index", "gather", "index_select", "take", "embedding"):
+        return _indexed(a, name, [args[0], 0, args[1]] if name == "embedding" else args)
+    if name in ("mm", "mv", "dot", "addmm"):
+        return _matrix(a, name, args)
+    if name in ("clamp", "clamp_min", "clamp_max"):
+        bounds = {"low": None, "high": None}
+        values = [*args[1:], *kwargs.values()] if name != "clamp" else []
+        if name == "clamp":
+            bounds = dict(zip(("low", "high"), [*args[1:], None, None], strict=False)) | {
+                {"min": "low", "max": "high"}[key]: value for key, value in kwargs.items()
+            }
+        else:
+            bounds["low" if name == "clamp_min" else "high"] = values[0]
+        kept = {k: b for k, b in bounds.items() if b is not None and not (isinstance(b, float) and math.isinf(b))}
+        return _each(lambda x, *bs: a.clamp(x, **dict(zip(kept, bs, strict=True))), args[0], *map(node, kept.values()))
+    if name == "softplus":
+        beta, threshold = [*args[1:], *(1, 20)[len(args) - 1 :]]
+        return _each(lambda x, b: a.softplus(x, b, float(threshold)), args[0], node(beta))
+    if name == "gelu":
+        return _each(lambda x: a.gelu(x, kwargs.get("approximate", "none")), args[0])
+    if name in ("lt", "le", "gt", "ge", "eq", "ne"):
+        return _each(lambda x, y: a.compare(name, x, y), node(args[0]), node(args[1]))
+    rule = _elementwise(a).get(name)
+    if rule is None or (name == "div" and kwargs.pop("rounding_mode", None)):
+        raise NoRuleError(f"no rule for {name}")
+    keys = list(kwargs)
+    tensors = [node(x) for x in args] + [node(kwargs[key]) for key in keys]
+    count = len(args)
+    result = _each(lambda *xs: rule(*xs[:count], **dict(zip(keys, xs[count:], strict=True))), *tensors)
+    return (result,) if name == "log_sigmoid_forward" else result
