@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
 from value_functions.discovery import Declared
+from value_functions.ranges import Range
 
 
 class ValueFunction(nn.Module, Declared, ABC):
@@ -22,10 +25,23 @@ class ValueFunction(nn.Module, Declared, ABC):
     Attributes:
         beta: factor by which outcomes are multiplied first (1 / nats), a number or a learnable tensor; optional.
             ``rewards/*`` are logged as beta * r, the scale used by other libraries.
+        ranges: hyper-parameter to the values that it may take; see :meth:`accepted`. ``halos prove`` proves claims for
+            all of them.
         violates: clause to reason; see :class:`~value_functions.discovery.Declared`.
     """
 
     beta: float | Tensor  # no default: torch refuses a parameter whose name is taken
+    ranges: Mapping[str, Range] = MappingProxyType({})
+
+    def accepted(self, name: str, value: float) -> float:
+        """The value of a hyper-parameter, as a float.
+
+        Raises:
+            ValueError: it is outside its range in ``ranges``.
+        """
+        if value not in self.ranges[name]:
+            raise ValueError(f"{type(self).__name__}: {name} is {value}; it must be {self.ranges[name].demand}")
+        return float(value)
 
     @abstractmethod
     def forward(self, u: Tensor) -> Tensor:

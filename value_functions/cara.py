@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from value_functions.base import ValueFunction
 from value_functions.bounded import bounded_exp
+from value_functions.ranges import POSITIVE, Range
 
 
 class CARA(ValueFunction):
@@ -22,11 +25,11 @@ class CARA(ValueFunction):
         ValueError: beta is not above 0.
     """
 
+    ranges: Mapping[str, Range] = {"beta": POSITIVE}
+
     def __init__(self, *, beta: float = 0.1) -> None:
         super().__init__()
-        if not beta > 0:
-            raise ValueError(f"CARA: beta is {beta}; it must be above 0 (0 would be Identity)")
-        self.beta = float(beta)
+        self.beta = self.accepted("beta", beta)
 
     def forward(self, u: Tensor) -> Tensor:
         x = -self.beta * u

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from value_functions.base import ValueFunction
 from value_functions.bounded import bounded_exp
+from value_functions.ranges import ANY, POSITIVE, Range
 
 
 class DiscoPOP(ValueFunction):
@@ -23,9 +24,10 @@ class DiscoPOP(ValueFunction):
         tau: width of the transition between the two, in units of x; above 0.
 
     Raises:
-        ValueError: tau is not above 0.
+        ValueError: tau is not above 0, or a number is not finite.
     """
 
+    ranges: Mapping[str, Range] = {"beta": ANY, "tau": POSITIVE}
     violates: Mapping[str, str] = {
         "non_decreasing": "it falls around u = 0, in the transition from the logistic to the exponential",
         "concave_on_gains": "it rises again after that dip",
@@ -33,10 +35,7 @@ class DiscoPOP(ValueFunction):
 
     def __init__(self, *, beta: float = 0.1, tau: float = 0.05) -> None:
         super().__init__()
-        if not tau > 0:
-            raise ValueError(f"DiscoPOP: tau is {tau}; it must be above 0")
-        self.beta = float(beta)
-        self.tau = float(tau)
+        self.beta, self.tau = self.accepted("beta", beta), self.accepted("tau", tau)
 
     def forward(self, u: Tensor) -> Tensor:
         x = self.beta * u

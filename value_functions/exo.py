@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from value_functions.base import ValueFunction
+from value_functions.ranges import ANY, Range
 
 
 class ExoPair(ValueFunction):
@@ -26,6 +27,7 @@ class ExoPair(ValueFunction):
         ValueError: epsilon is outside its range; at 0 the divergence would be infinite.
     """
 
+    ranges: Mapping[str, Range] = {"beta": ANY, "label_smoothing": Range(0, 0.5)}
     violates: Mapping[str, str] = {
         "non_decreasing": "it peaks where sigmoid(beta u) = 1 - epsilon",
         "concave_on_gains": "it levels off towards log(1 - epsilon) beyond its peak",
@@ -33,10 +35,8 @@ class ExoPair(ValueFunction):
 
     def __init__(self, *, beta: float = 0.1, label_smoothing: float = 1e-3) -> None:
         super().__init__()
-        if not 0 < label_smoothing < 0.5:
-            raise ValueError(f"ExoPair: label_smoothing is {label_smoothing}; it must be in (0, 0.5)")
-        self.beta = float(beta)
-        self.label_smoothing = float(label_smoothing)
+        self.beta = self.accepted("beta", beta)
+        self.label_smoothing = self.accepted("label_smoothing", label_smoothing)
 
     def forward(self, u: Tensor) -> Tensor:
         x = self.beta * u

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from value_functions.base import ValueFunction
+from value_functions.ranges import ANY, POSITIVE, Range
 
 
 class Hinge(ValueFunction):
@@ -18,15 +21,14 @@ class Hinge(ValueFunction):
         margin: value of beta * u beyond which the function is constant.
 
     Raises:
-        ValueError: beta is not above 0.
+        ValueError: beta is not above 0, or a number is not finite.
     """
+
+    ranges: Mapping[str, Range] = {"beta": POSITIVE, "margin": ANY}
 
     def __init__(self, *, beta: float = 0.1, margin: float = 1.0) -> None:
         super().__init__()
-        if not beta > 0:
-            raise ValueError(f"Hinge: beta is {beta}; it must be above 0")
-        self.beta = float(beta)
-        self.margin = float(margin)
+        self.beta, self.margin = self.accepted("beta", beta), self.accepted("margin", margin)
 
     def forward(self, u: Tensor) -> Tensor:
         return (self.beta * u - self.margin).clamp(max=0)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from value_functions.base import ValueFunction
+from value_functions.ranges import POSITIVE, Range
 
 
 class KahnemanTversky(ValueFunction):
@@ -29,6 +32,14 @@ class KahnemanTversky(ValueFunction):
         ValueError: a parameter is outside its range.
     """
 
+    ranges: Mapping[str, Range] = {
+        "alpha": Range(0, 1, with_high=True),
+        "loss_curvature": Range(0, 1, with_high=True),
+        "loss_aversion": POSITIVE,
+        "beta": POSITIVE,
+        "eps": POSITIVE,
+    }
+
     def __init__(
         self,
         *,
@@ -39,17 +50,10 @@ class KahnemanTversky(ValueFunction):
         eps: float = 1e-3,
     ) -> None:
         super().__init__()
-        for name, curvature in (("alpha", alpha), ("loss_curvature", loss_curvature)):
-            if not 0 < curvature <= 1:
-                raise ValueError(f"KahnemanTversky: {name} is {curvature}; it must be in (0, 1]")
-        for name, positive in (("loss_aversion", loss_aversion), ("beta", beta), ("eps", eps)):
-            if not positive > 0:
-                raise ValueError(f"KahnemanTversky: {name} is {positive}; it must be above 0")
-        self.alpha = float(alpha)
-        self.loss_curvature = float(loss_curvature)
-        self.loss_aversion = float(loss_aversion)
-        self.beta = float(beta)
-        self.eps = float(eps)
+        self.alpha = self.accepted("alpha", alpha)
+        self.loss_curvature = self.accepted("loss_curvature", loss_curvature)
+        self.loss_aversion = self.accepted("loss_aversion", loss_aversion)
+        self.beta, self.eps = self.accepted("beta", beta), self.accepted("eps", eps)
 
     def _power(self, size: Tensor, curvature: float) -> Tensor:
         at_zero: float = self.eps**curvature

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from value_functions.base import ValueFunction
+from value_functions.ranges import POSITIVE, Range
 
 
 class Logistic(ValueFunction):
@@ -21,11 +24,11 @@ class Logistic(ValueFunction):
         ValueError: beta is not above 0.
     """
 
+    ranges: Mapping[str, Range] = {"beta": POSITIVE}
+
     def __init__(self, *, beta: float = 0.1) -> None:
         super().__init__()
-        if not beta > 0:
-            raise ValueError(f"Logistic: beta is {beta}; it must be above 0")
-        self.beta = float(beta)
+        self.beta = self.accepted("beta", beta)
 
     def forward(self, u: Tensor) -> Tensor:
         return torch.sigmoid(self.beta * u)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from value_functions.base import ValueFunction
+from value_functions.ranges import POSITIVE, Range
 
 
 class Quadratic(ValueFunction):
@@ -22,13 +23,12 @@ class Quadratic(ValueFunction):
         ValueError: beta is not above 0.
     """
 
+    ranges: Mapping[str, Range] = {"beta": POSITIVE}
     violates: Mapping[str, str] = {"non_decreasing": "it falls beyond its target 1 / (2 beta)"}
 
     def __init__(self, *, beta: float = 0.1) -> None:
         super().__init__()
-        if not beta > 0:
-            raise ValueError(f"Quadratic: beta is {beta}; it must be above 0")
-        self.beta = float(beta)
+        self.beta = self.accepted("beta", beta)
 
     def forward(self, u: Tensor) -> Tensor:
         return -(u - 1 / (2 * self.beta)).square()

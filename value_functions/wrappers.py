@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from value_functions.base import ValueFunction, reward_scale
+from value_functions.ranges import ANY, NOT_NEGATIVE, NOT_POSITIVE, POSITIVE, Range
 
 
 class Scaled(ValueFunction):
@@ -21,11 +23,12 @@ class Scaled(ValueFunction):
         ValueError: the factor is not above 0.
     """
 
+    ranges: Mapping[str, Range] = {"by": POSITIVE}
+
     def __init__(self, value_function: ValueFunction, *, by: float) -> None:
         super().__init__()
-        if not by > 0:
-            raise ValueError(f"Scaled: by is {by}; it must be above 0")
-        self.value_function, self.by, self.beta = value_function, float(by), reward_scale(value_function)
+        self.value_function, self.beta = value_function, reward_scale(value_function)
+        self.by = self.accepted("by", by)
 
     def forward(self, u: Tensor) -> Tensor:
         value: Tensor = self.value_function(u)
@@ -41,11 +44,17 @@ class Shifted(ValueFunction):
     Args:
         value_function: v.
         by: margin, nats. SimPO's target margin gamma corresponds to by = gamma / beta.
+
+    Raises:
+        ValueError: the margin is not finite.
     """
+
+    ranges: Mapping[str, Range] = {"by": ANY}
 
     def __init__(self, value_function: ValueFunction, *, by: float) -> None:
         super().__init__()
-        self.value_function, self.by, self.beta = value_function, float(by), reward_scale(value_function)
+        self.value_function, self.beta = value_function, reward_scale(value_function)
+        self.by = self.accepted("by", by)
 
     def forward(self, u: Tensor) -> Tensor:
         value: Tensor = self.value_function(u - self.by)
@@ -66,12 +75,12 @@ class LossAverse(ValueFunction):
         ValueError: lambda is not above 0.
     """
 
+    ranges: Mapping[str, Range] = {"loss_aversion": POSITIVE}
+
     def __init__(self, value_function: ValueFunction, *, loss_aversion: float) -> None:
         super().__init__()
-        if not loss_aversion > 0:
-            raise ValueError(f"LossAverse: loss_aversion is {loss_aversion}; it must be above 0")
-        self.value_function, self.loss_aversion = value_function, float(loss_aversion)
-        self.beta = reward_scale(value_function)
+        self.value_function, self.beta = value_function, reward_scale(value_function)
+        self.loss_aversion = self.accepted("loss_aversion", loss_aversion)
 
     def forward(self, u: Tensor) -> Tensor:
         value = self.value_function(u)
@@ -92,6 +101,8 @@ class Clipped(ValueFunction):
     Raises:
         ValueError: the bounds do not enclose 0.
     """
+
+    ranges: Mapping[str, Range] = {"low": NOT_POSITIVE, "high": NOT_NEGATIVE}
 
     def __init__(self, value_function: ValueFunction, *, low: float | None = None, high: float | None = None) -> None:
         super().__init__()
@@ -119,14 +130,14 @@ class Mixture(ValueFunction):
         ValueError: there are no v_k, the number of weights differs, or a weight is negative.
     """
 
+    ranges: Mapping[str, Range] = {"weights": NOT_NEGATIVE}
+
     def __init__(self, value_functions: list[ValueFunction], *, weights: list[float]) -> None:
         super().__init__()
         if not value_functions or len(weights) != len(value_functions):
             raise ValueError(f"Mixture: there are {len(value_functions)} value functions and {len(weights)} weights")
-        if not all(weight >= 0 for weight in weights):
-            raise ValueError(f"Mixture: the weights are {weights}; each must be at least 0")
         self.value_functions = nn.ModuleList(value_functions)
-        self.weights = [float(weight) for weight in weights]
+        self.weights = [self.accepted("weights", weight) for weight in weights]
         self.beta = reward_scale(value_functions[0])
 
     def forward(self, u: Tensor) -> Tensor:

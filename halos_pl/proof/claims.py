@@ -12,9 +12,9 @@ from flint import arb, fmpq_mpoly
 
 from halos_pl.proof.field import TOLERANCE, Element, Field, TooLargeError
 from halos_pl.proof.interval import Interval, ball
-from halos_pl.proof.pieces import Bound, Piece, Seam, Splitter, UndecidedError, between, evaluate, span
+from halos_pl.proof.pieces import Bound, Piece, Seam, Splitter, Undecided, UndecidedError, between, evaluate, span
 from halos_pl.proof.point import ordered, value_at
-from halos_pl.proof.program import Node
+from halos_pl.proof.program import CHOICES, Node
 from halos_pl.proof.signs import Box, UndefinedError
 
 Status = Literal["proved", "disproved", "undecided"]
@@ -99,9 +99,11 @@ class Prover:
         samples: Sequence[Mapping[str, Fraction]] = ({},),
     ) -> None:
         self.nodes, self.parameters, self.samples = nodes, parameters, samples
-        functions = sum(name not in ("u", "parameter", "constant", "add", "mul", "div") for name, *_ in nodes)
+        plain = {"u", "parameter", "constant", "add", "mul", "div", "lookup", *CHOICES}
+        functions = sum(name not in plain for name, *_ in nodes)
         self.field = Field(list(parameters), 8 + len(parameters) + 3 * functions)
         self.splitter = Splitter(nodes, self.field, parameters)
+        self._no_equalities = all(name != "equal" for name, *_ in nodes)
         self.deadline = time.process_time() + SECONDS
         try:
             self.pieces, self.seams = self.splitter.pieces()
@@ -142,7 +144,7 @@ class Prover:
                 box.require_defined(piece.expression)
                 sign, _ = box.sign(target)
                 reason = f"the sign of {_short(target)} is not found"
-                if sign in (0, claim.sign):
+                if sign in (0, claim.sign) or (sign is None and self._from_an_end(target, claim.sign, low, high, box)):
                     yield Cell(low, high)
                     continue
             except UndefinedError as error:
@@ -154,6 +156,15 @@ class Prover:
                 self._witness(claim, middle, low, high)
                 raise UndecidedError(f"{span(low, high)}: {reason}")
             todo += [(middle, high), (low, middle)]
+
+    def _from_an_end(self, target: Element, wanted: int, low: Bound, high: Bound, box: Box) -> bool:
+        """Whether the derivative has its sign at one end of a cell, and moves away from 0 from there."""
+        slope = box.sign(target.derivative)[0]
+        end = low if slope == wanted else high
+        if slope is None or end is None:
+            return False
+        at = self.field.substituted(target, self.field.constant(end), {})
+        return Box(self.field, Interval.of(end, end), self.parameters).sign(at)[0] in (0, wanted)
 
     # -- seams ------------------------------------------------------------------------------------------------
 
@@ -188,6 +199,10 @@ class Prover:
 
     def _adjacent(self, left: Piece, right: Piece, seam: Seam, box: Box) -> bool:
         """Whether two pieces can meet at a seam: no other difference has opposite signs on them."""
+        if seam.root is not None and any(
+            not self._reaches(piece, key, sign, seam.root, box) for piece in (left, right) for key, sign in piece.signs.items() if key != seam.key
+        ):
+            return False
         for key in left.signs.keys() & right.signs.keys() - {seam.key}:
             if left.signs[key] != right.signs[key]:
                 if seam.root is None or key not in self.splitter.roots:
@@ -203,6 +218,14 @@ class Prover:
             for p in (left, right)
         )
 
+    def _reaches(self, piece: Piece, key: str, sign: int, root: Element, box: Box) -> bool:
+        """Whether a seam may be on the piece's side of another root, which depends on parameters."""
+        if key not in self.splitter.roots:
+            return True
+        other, rises = self.splitter.roots[key]
+        beyond, strict = box.sign(root - other)
+        return not (strict and beyond == (-1 if sign == rises else 1))
+
     def _limit(self, element: Element, seam: Seam, box: Box) -> Element:
         """An expression at a seam: in the parameters, or of u itself where the seam is only known to be in ``box``."""
         at = element if seam.root is None else self.field.substituted(element, seam.root, {})
@@ -216,14 +239,20 @@ class Prover:
         assert seam.root is not None
 
         def sign(difference: Element) -> int:
-            if difference.is_zero:
-                return 0
+            value = difference.rational
+            if value is not None:
+                return (value > 0) - (value < 0)
             found, strict = box.sign(difference)
             if found is None or not strict:
-                raise UndecidedError(f"{seam.label}: the branch that v takes there is not found")
+                raise Undecided(difference, found)
             return found
 
-        return evaluate(self.nodes, self.field, seam.root, sign)
+        try:
+            return evaluate(self.nodes, self.field, seam.root, sign)
+        except Undecided as choice:
+            if self._no_equalities:
+                return self._limit(piece.expression, seam, box)
+            raise UndecidedError(f"{seam.label}: the branch that v takes there is not found") from choice
 
     def _step(
         self, claim: Claim, before: Element, after: Element, allowed: int, seam: Seam, box: Box, decision: Decision
@@ -310,6 +339,7 @@ def difference(
     used = {i for polynomial in (before, after) for i, degree in enumerate(polynomial.degrees()) if degree > 0}
     constant = {i for i in used if not field.base_of(i) or box[i].point is not None}
     sides: list[dict[tuple[int, ...], arb]] = []
+    sizes: dict[tuple[int, ...], arb] = {}
     for polynomial in (before, after):
         grouped: dict[tuple[int, ...], arb] = {}
         for exponents, coefficient in polynomial.terms():
@@ -319,12 +349,13 @@ def difference(
                     value *= box[i].low.union(box[i].high) ** int(exponents[i])
             key = tuple(0 if i in constant else int(e) for i, e in enumerate(exponents))
             grouped[key] = grouped.get(key, arb(0)) + value
+            sizes[key] = sizes.get(key, arb(0)) + abs(value)
         sides.append(grouped)
     dropped: arb | None = None
     kept = set()
     for key in sides[0].keys() | sides[1].keys():
         a, b = sides[0].get(key, arb(0)), sides[1].get(key, arb(0))
-        if abs(a - b) <= arb(TOLERANCE) * (abs(a) + abs(b)):
+        if abs(a - b) <= arb(TOLERANCE) * sizes[key]:
             dropped = (b - a).mid() if dropped is None or abs(b - a) > abs(dropped) else dropped
         else:
             kept.add(key)

@@ -7,7 +7,7 @@ to lowest terms and factored exactly. Factors have signs that hold far out, wher
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -75,6 +75,16 @@ class Element:
     def depends_on(self) -> frozenset[int]:
         """Indices of u and of parameters in it, at any depth."""
         return frozenset().union(*(self.field.base_of(i) for i in self.variables))
+
+    @cached_property
+    def rational_root(self) -> tuple[Fraction, int] | None:
+        """Where it vanishes and whether it rises there (1) or falls (-1), if it is a u + b with rational a and b."""
+        if self.variables != {0} or not self.denominator.is_one() or self.numerator.degrees()[0] != 1:
+            return None
+        a = self.numerator.derivative(0)
+        b = fmpq((self.numerator - a * self.field.generators[0]).leading_coefficient() or 0)
+        root = -b / fmpq(a.leading_coefficient())
+        return Fraction(int(root.p), int(root.q)), (1 if a.leading_coefficient() > 0 else -1)
 
     def __add__(self, other: Element) -> Element:
         return self.field.total([self, other])
@@ -258,8 +268,12 @@ class Field:
             return self.zero
         if kind == "log" and g.denominator.is_one() and (i := self._sole("exp", g)) is not None:
             return self.kernels[i].argument
-        if kind in ("sin", "atan", "erf") and g.is_zero:
+        if g.is_zero and kind in ("sin", "atan", "erf"):
             return self.zero
+        if g.is_zero and kind in ("sigmoid", "cos"):
+            return self.one if kind == "cos" else self.constant(Fraction(1, 2))
+        if kind == "log" and (i := self._one_and_exp(g)) is not None:
+            return self.apply("softplus", self.kernels[i].argument)
         if negative and kind in ("sin", "atan", "erf"):
             return -self.apply(kind, -g)
         if negative and kind == "cos":
@@ -274,6 +288,10 @@ class Field:
         """The index of the kernel that g is, if it is one of that kind."""
         indices = [i for i in g.variables if i in self.kernels and self.kernels[i].kind == kind]
         return indices[0] if len(indices) == 1 and g.numerator == self.generators[indices[0]] else None
+
+    def _one_and_exp(self, g: Element) -> int | None:
+        """The kernel exp(h), if g is 1 + exp(h)."""
+        return self._sole("exp", g - self.one) if g.denominator.is_one() and len(g.numerator) == 2 else None
 
     def _exp(self, g: Element) -> Element:
         """exp(g): e^(k log h) = h^k, e^(k softplus(h)) = (1 - sigmoid(h))^-k, and e^(k h) = (e^h)^k."""
@@ -318,6 +336,9 @@ class Field:
                 return self._exp(exponent * self.apply("log", g))
             return self.variable(self.kernel("power", g, exponent))
         if p.denominator <= LARGEST_ROOT:
+            whole = _exact_root(g.rational, p.denominator)
+            if whole is not None:
+                return self.constant(whole).power(p.numerator)
             root = self.kernel("power", g, Fraction(1, p.denominator))
             self._roots[root] = p.denominator
             return self.variable(root).power(p.numerator)
@@ -381,16 +402,25 @@ class Field:
                         memo[index] = self.apply(kernel.kind, g)
             return memo[index]
 
-        def composed(polynomial: fmpq_mpoly) -> Element:
-            parts = []
-            for exponents, coefficient in polynomial.terms():
-                part = Element(self, self.ctx.constant(coefficient), self.ctx.constant(1))
-                for i, exponent in enumerate(exponents):
-                    if exponent:
-                        part = part * replaced(i).power(int(exponent))
-                parts.append(part)
-            return self.total(parts)
+        used = sorted(element.variables)
+        values = {i: replaced(i) for i in used}
+        return self.composed(element.numerator, values) / self.composed(element.denominator, values)
 
-        return composed(element.numerator) / composed(element.denominator)
+    def composed(self, polynomial: fmpq_mpoly, values: Mapping[int, Element]) -> Element:
+        """A polynomial with expressions in the place of some variables."""
+        parts = []
+        for exponents, coefficient in polynomial.terms():
+            part = Element(self, self.ctx.constant(coefficient), self.ctx.constant(1))
+            for i, exponent in enumerate(exponents):
+                if exponent:
+                    part = part * values.get(i, self.variable(i)).power(int(exponent))
+            parts.append(part)
+        return self.total(parts)
 
 
+def _exact_root(value: Fraction | None, q: int) -> Fraction | None:
+    """The q-th root of a rational, if it is one."""
+    if value is None or value <= 0:
+        return None
+    root = Fraction(round(value.numerator ** (1 / q)), round(value.denominator ** (1 / q)))
+    return root if root**q == value else None

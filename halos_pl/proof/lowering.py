@@ -272,7 +272,7 @@ def _reduction(a: Algebra, name: str, args: list[Any], kwargs: dict[str, Any]) -
         "min": lambda xs: a.extreme(xs, a.least),
         "any": lambda xs: a.extreme([a.truth(x) for x in xs], a.greatest),
         "all": lambda xs: a.product([a.truth(x) for x in xs]),
-        "logsumexp": lambda xs: a.extreme(xs, a.logaddexp),
+        "logsumexp": lambda xs: a.logaddexp(*xs) if len(xs) == 2 else a.f("log", a.total([a.exp(x) for x in xs])),
     }
     result = _reduced(rules[name], ids, dims, keep)
     return (result,) if name in ("max", "min") and dims is not None else result

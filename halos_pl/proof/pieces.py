@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import partial
 
 from flint import arb
 
@@ -23,11 +24,16 @@ class UndecidedError(ValueError):
 
 
 class Undecided(Exception):  # noqa: N818
-    """A choice depends on where u is in the cell: there v switches branches."""
+    """A choice depends on where u is in the cell: there v switches branches.
 
-    def __init__(self, difference: Element) -> None:
+    Args:
+        difference: what is compared with 0.
+        loose: its sign, if it is 0 or of that sign everywhere.
+    """
+
+    def __init__(self, difference: Element, loose: int | None = None) -> None:
         super().__init__()
-        self.difference = difference
+        self.difference, self.loose = difference, loose
 
 
 @dataclass(frozen=True)
@@ -93,9 +99,24 @@ def monic(element: Element) -> tuple[Element, int]:
     return Element(element.field, element.numerator / leading, one), (1 if leading > 0 else -1)
 
 
-def evaluate(nodes: Sequence[Node], field: Field, u: Element, sign: Callable[[Element], int]) -> Element:
-    """v as one expression, with each choice made by the sign of its difference. Unused branches are not computed."""
-    values: dict[int, Element] = {}
+def evaluate(
+    nodes: Sequence[Node],
+    field: Field,
+    u: Element,
+    sign: Callable[[Element], int],
+    known: dict[int, Element] | None = None,
+) -> Element:
+    """v as one expression, with each choice made by the sign of its difference. Unused branches are not computed.
+
+    Args:
+        nodes: the expression of v.
+        field: receives the kernels.
+        u: what stands for u.
+        sign: the sign of a difference.
+        known: values of nodes that contain no choice; more are added.
+    """
+    known = {} if known is None else known
+    values: dict[int, Element] = dict(known)
     done: dict[int, int] = {}  # choice to the branch taken
     todo = [len(nodes) - 1]
     while todo:
@@ -110,15 +131,32 @@ def evaluate(nodes: Sequence[Node], field: Field, u: Element, sign: Callable[[El
                 todo.append(wanted[0])
                 continue
             if index not in done:
-                done[index] = _branch(name, values[wanted[0]], wanted[1:], sign)
+                try:
+                    done[index] = _branch(name, values[wanted[0]], wanted[1:], sign)
+                except Undecided as choice:
+                    missing = [x for x in wanted if x not in values]
+                    if choice.loose is None or (not missing and not _continuous([values[x] for x in wanted])):
+                        raise
+                    if missing:
+                        todo += missing
+                        continue
+                    done[index] = wanted[1 if choice.loose < 0 else 2]
             wanted = [done[index]]
         missing = [x for x in wanted if x not in values]
         if missing:
             todo += missing
             continue
         values[index] = _computed(name, operands, [values[x] for x in wanted], field, u)
+        if name not in (*CHOICES, "lookup") and all(x in known for x in wanted):
+            known[index] = values[index]
         todo.pop()
     return values[len(nodes) - 1]
+
+
+def _continuous(choice: list[Element]) -> bool:
+    """Whether a choice is a minimum or maximum, whose branches agree where its difference is 0."""
+    d, a, b = choice
+    return (a - b - d).is_zero or (a - b + d).is_zero
 
 
 def _branch(name: str, condition: Element, branches: list[int], sign: Callable[[Element], int]) -> int:
@@ -171,14 +209,15 @@ class Splitter:
         Raises:
             UndecidedError: a switching point cannot be found, or there are too many.
         """
-        zero = Fraction(0)
+        zero, known = Fraction(0), dict[int, Element]()
         todo, pieces = [Piece(zero, None), Piece(None, zero)], []
         seams = {"0": Seam(zero, zero, self.field.zero, "")}
         while todo:
             piece = todo.pop()
             box = piece.box(self.field, self.parameters)
             try:
-                value = evaluate(self.nodes, self.field, self.field.u, lambda d, p=piece, b=box: self._sign(d, p, b))
+                sign = partial(self._sign, piece=piece, box=box)
+                value = evaluate(self.nodes, self.field, self.field.u, sign, known)
                 pieces.append(replace(piece, value=value))
             except Undecided as choice:
                 parts, found = self._split(piece, box, choice.difference)
@@ -197,6 +236,13 @@ class Splitter:
         value = difference.rational
         if value is not None:
             return (value > 0) - (value < 0)
+        if difference.rational_root is not None:
+            root, rises = difference.rational_root
+            if piece.low is not None and root <= piece.low:
+                return rises
+            if piece.high is not None and root >= piece.high:
+                return -rises
+            raise Undecided(difference)
         top, flipped = monic(difference)
         if top.key in piece.signs:
             bottom, strict = box.sign(Element(self.field, difference.denominator, self.field.one.numerator))
@@ -207,7 +253,7 @@ class Splitter:
             return sign
         side = self._side(top, piece, box)
         if side is None:
-            raise Undecided(difference)
+            raise Undecided(difference, None if 0 in difference.depends_on else sign)
         bottom, _ = box.sign(Element(self.field, difference.denominator, self.field.one.numerator))
         return side * flipped * (bottom or 1)
 

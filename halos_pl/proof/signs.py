@@ -104,6 +104,7 @@ _RANGES: dict[str, Callable[[Interval], Interval]] = {
     "exp": lambda x: _monotone(lambda y: y.exp(), x, ZERO, INF),
     "sigmoid": lambda x: _monotone(_sigmoid, x, ZERO, ONE),
     "softplus": lambda x: _monotone(_softplus, x, ZERO, INF),
+    "softminus": lambda x: _monotone(_softplus, -x, ZERO, INF),  # softplus(-x)
     "log": _log,
     "atan": lambda x: _monotone(_atan, x, (-_half_pi()).lower(), _half_pi().upper(), reaches=True),
     "erf": lambda x: _monotone(lambda y: y.erf(), x, -ONE, ONE),
@@ -241,7 +242,7 @@ class Box:
             if None not in [s for s, _ in signs] and len({s for s, _ in signs}) == 1:
                 found = signs[0][0], any(strict for _, strict in signs)
         if found[0] is None or not found[1]:
-            found = self._by_conjugate(factor) or found
+            found = self._by_conjugate(factor) or self._turned(factor) or found
         if squared:
             return 1, found[1] and found[0] is not None
         return found
@@ -264,6 +265,16 @@ class Box:
             larger, strict = self.sign(squares)
             if larger is not None and larger != 0:
                 return (sign_a if larger > 0 else sign_b), strict
+        return None
+
+    def _turned(self, factor: fmpq_mpoly) -> tuple[int | None, bool] | None:
+        """The sign where softplus(g) is written as g + softplus(-g), for g above 0, which is near g."""
+        field = self.field
+        for i in [i for i, degree in enumerate(factor.degrees()) if degree > 0 and i in field.kernels]:
+            g = field.kernels[i].argument
+            if field.kernels[i].kind == "softplus" and g.denominator.is_one() and self.range(g).low >= 0:
+                small = field.variable(field.kernel("softminus", g))
+                return self.sign(field.composed(factor, {i: small + g}))
         return None
 
     def require_defined(self, element: Element) -> None:

@@ -1,0 +1,215 @@
+"""Proves that a value function never falls and is concave on gains, for all of its parameters where that holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from flint import arb
+from torch import nn
+
+from halos_pl.proof.claims import CLAIMS, Claim, Decision, Prover, Status
+from halos_pl.proof.interval import INF, NEGATIVE_INF, REALS, Interval
+from halos_pl.proof.pieces import UndecidedError
+from halos_pl.proof.program import Node, rational
+from halos_pl.proof.trace import Symbol, UntraceableError, trace
+
+# Values at which learnable parameters are tried for a witness, beside their own.
+_TRIED = (Fraction(-1), Fraction(1), Fraction(-3), Fraction(3))
+Unknowns = dict[str, tuple[Symbol, Interval]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is known about one claim.
+
+    Attributes:
+        claim: the claim.
+        status: proved, disproved or undecided.
+        scope: the parameters that it is about, such as ``for every beta in (0, inf)``; empty if there are none.
+        reason: why it is undecided, or disproved; or why it is not proved for more parameters.
+        notes: jumps within the tolerance.
+        decision: the proof or the witness; None if v could not be recorded.
+        prover: what it is about.
+    """
+
+    claim: Claim
+    status: Status
+    scope: str = ""
+    reason: str = ""
+    notes: tuple[str, ...] = ()
+    decision: Decision | None = None
+    prover: Prover | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, [self.status, self.scope])) + (f": {self.reason}" if self.reason else "")
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What is known about all claims.
+
+    Attributes:
+        name: of the value function.
+        outcomes: by the name of the claim.
+        seconds: CPU time.
+    """
+
+    name: str
+    outcomes: Mapping[str, Outcome]
+    seconds: float
+
+    @property
+    def proved(self) -> bool:
+        """Whether v has the shape that the definition of a HALO asks for."""
+        return all(self.outcomes[claim.name].status == "proved" for claim in CLAIMS[:2])
+
+
+def _unknowns(v: nn.Module) -> tuple[Unknowns, Unknowns]:
+    """The learnable parameters of v, over all reals, and its hyper-parameters, over their ranges."""
+    learnable: Unknowns = {}
+    hyper: Unknowns = {}
+    for path, module in v.named_modules():
+        prefix = f"{path}." if path else ""
+        for name, _ in module.named_parameters(recurse=False):
+            learnable[prefix + name] = (Symbol(module, name), REALS)
+        for name, limits in getattr(module, "ranges", {}).items():
+            value = vars(module).get(name)
+            interval = Interval.of(
+                NEGATIVE_INF if limits.low == float("-inf") else rational(limits.low),
+                INF if limits.high == float("inf") else rational(limits.high),
+                not limits.with_low,
+                not limits.with_high,
+            )
+            for index, each in enumerate(value if isinstance(value, list) else [value]):
+                if isinstance(each, float) and abs(each) < float("inf"):
+                    place = index if isinstance(value, list) else None
+                    label = f"{prefix}{name}" + ("" if place is None else f"[{place}]")
+                    hyper[label] = (Symbol(module, name, place), interval)
+    return learnable, hyper
+
+
+def _entries(unknowns: Unknowns) -> dict[str, tuple[Interval, Fraction]]:
+    """The scalars of the unknowns: their ranges and values."""
+    out = {}
+    for name, (symbol, interval) in unknowns.items():
+        if isinstance(symbol.value, float):
+            out[name] = (interval, rational(symbol.value))
+            continue
+        for i, value in enumerate(symbol.value.detach().double().reshape(-1).tolist()):
+            out[name if symbol.value.dim() == 0 else f"{name}[{i}]"] = (interval, rational(value))
+    return out
+
+
+def _scope(entries: Mapping[str, tuple[Interval, Fraction]], graph: tuple[Node, ...]) -> str:
+    used = {str(operands[0]) for name, *operands in graph if name == "parameter"}
+    texts = []
+    for name, (x, _) in entries.items():
+        if name in used:
+            left, right = "(" if x.above_low or not x.low.is_finite() else "[", ")" if x.below_high or not x.high.is_finite() else "]"
+            texts.append(f"{name} in {left}{float(x.low):g}, {float(x.high):g}{right}")
+    return f"for every {', '.join(texts)}" if texts else ""
+
+
+def _recorded(v: nn.Module, learnable: Unknowns, hyper: Unknowns) -> tuple[tuple[Node, ...], Unknowns]:
+    """The expression of v with as many unknowns as its code allows."""
+    try:
+        return trace(v, {name: symbol for name, (symbol, _) in (learnable | hyper).items()}), learnable | hyper
+    except UntraceableError:
+        kept = dict(learnable)
+        graph = trace(v, {name: symbol for name, (symbol, _) in kept.items()})
+    for name, unknown in hyper.items():
+        try:
+            graph = trace(v, {key: symbol for key, (symbol, _) in kept.items()} | {name: unknown[0]})
+            kept[name] = unknown
+        except UntraceableError:
+            continue  # its value is used by Python's own functions
+    return graph, kept
+
+
+def prove(v: nn.Module) -> Proof:
+    """Decides each claim about v, first for its hyper-parameters as they are, then for all that it accepts.
+
+    Learnable parameters are always taken over all reals, since training may move them anywhere.
+
+    Args:
+        v: a value function. Its code is executed; its mode and parameters are as before afterwards.
+    """
+    start = time.process_time()
+    learnable, hyper = _unknowns(v)
+    try:
+        plain = trace(v, {name: symbol for name, (symbol, _) in learnable.items()})
+        outcomes = _decided(plain, _entries(learnable))
+        if hyper and any(outcome.status == "proved" for outcome in outcomes.values()):
+            graph, unknowns = _recorded(v, learnable, hyper)
+            if len(unknowns) > len(learnable):
+                outcomes = _widened(outcomes, _decided(graph, _entries(unknowns)))
+    except UntraceableError as error:
+        outcomes = {claim.name: Outcome(claim, "undecided", reason=str(error)) for claim in CLAIMS}
+    return Proof(type(v).__name__, outcomes, time.process_time() - start)
+
+
+def _samples(entries: Mapping[str, tuple[Interval, Fraction]]) -> list[dict[str, Fraction]]:
+    own = {name: value for name, (_, value) in entries.items()}
+    samples = [own]
+    for other in _TRIED:
+        samples.append({name: other if x is REALS else own[name] for name, (x, _) in entries.items()})
+        samples += [{**own, name: other} for name, (x, _) in entries.items() if x is REALS and len(entries) > 1]
+    return samples if any(x is REALS for x, _ in entries.values()) else [own]
+
+
+def _decided(graph: tuple[Node, ...], entries: Mapping[str, tuple[Interval, Fraction]]) -> dict[str, Outcome]:
+    ranges = {name: interval for name, (interval, _) in entries.items()}
+    scope = _scope(entries, graph)
+    try:
+        prover = Prover(graph, ranges, _samples(entries))
+    except (UndecidedError, ValueError, ZeroDivisionError) as error:
+        return {claim.name: Outcome(claim, "undecided", scope, str(error)) for claim in CLAIMS}
+    outcomes = {}
+    for claim in CLAIMS:
+        decision = prover.decide(claim)
+        if decision.status == "disproved":
+            at = ", ".join(f"{name} = {float(value):g}" for name, value in decision.parameters.items())
+            scope_here, reason = (f"for {at}" if at else ""), witness(claim, decision)
+        else:
+            scope_here, reason = scope, decision.reason
+        outcomes[claim.name] = Outcome(
+            claim, decision.status, scope_here, reason, tuple(decision.notes), decision, prover
+        )
+    return outcomes
+
+
+def _widened(outcomes: Mapping[str, Outcome], wider: Mapping[str, Outcome]) -> dict[str, Outcome]:
+    """The claims for all hyper-parameters where those are proved, else for the hyper-parameters as they are."""
+    merged = {}
+    for name, outcome in outcomes.items():
+        other = wider[name]
+        if outcome.status != "proved" or other.status == "proved":
+            merged[name] = outcome if outcome.status != "proved" else other
+        else:
+            as_is = " ".join(filter(None, [outcome.scope, "and the given hyper-parameters" if outcome.scope else "for the given hyper-parameters"]))
+            merged[name] = Outcome(
+                outcome.claim, "proved", as_is, f"{other}", outcome.notes, outcome.decision, outcome.prover
+            )
+    return merged
+
+
+def witness(claim: Claim, decision: Decision) -> str:
+    """The disproof in numbers."""
+    texts = [f"v({_number(u)}) = {_digits(value)}" for u, value in zip(decision.points, decision.values, strict=True)]
+    if claim.order == 1:
+        return f"{texts[0]} > {texts[1]}"
+    middle = (decision.values[0] + decision.values[2]) / 2
+    a, b, c = map(_number, decision.points)
+    sign = "<" if claim.sign < 0 else ">"
+    return f"{texts[1]} {sign} {_digits(middle)} = (v({a}) + v({c})) / 2"
+
+
+def _number(u: Fraction) -> str:
+    return f"{float(u):.17g}" if Fraction(f"{float(u):.17g}") == u else str(u)
+
+
+def _digits(value: arb) -> str:
+    return str(value.str(20, radius=False))
