@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from flint import arb
@@ -33,6 +33,7 @@ class Outcome:
         notes: jumps within the tolerance.
         decision: the proof or the witness; None if v could not be recorded.
         prover: what it is about.
+        narrower: the proof for the hyper-parameters as they are, if this one is for all.
     """
 
     claim: Claim
@@ -42,6 +43,7 @@ class Outcome:
     notes: tuple[str, ...] = ()
     decision: Decision | None = None
     prover: Prover | None = field(default=None, repr=False)
+    narrower: Outcome | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return " ".join(filter(None, [self.status, self.scope])) + (f": {self.reason}" if self.reason else "")
@@ -187,7 +189,7 @@ def _widened(outcomes: Mapping[str, Outcome], wider: Mapping[str, Outcome]) -> d
     for name, outcome in outcomes.items():
         other = wider[name]
         if outcome.status != "proved" or other.status == "proved":
-            merged[name] = outcome if outcome.status != "proved" else other
+            merged[name] = outcome if outcome.status != "proved" else replace(other, narrower=outcome)
         else:
             as_is = " ".join(filter(None, [outcome.scope, "and the given hyper-parameters" if outcome.scope else "for the given hyper-parameters"]))
             merged[name] = Outcome(
