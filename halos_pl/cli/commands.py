@@ -27,6 +27,8 @@ TOOLS = {
     "cache info": "halos_pl.cli.cache:info",
     "cache clear": "halos_pl.cli.cache:clear",
     "cache": "halos_pl.cli.cache:info",
+    "prove": "halos_pl.cli.prove:prove",
+    "verify": "halos_pl.cli.verify:verify",
     "plan": "halos_pl.cli.plan:plan",
     "collect": "halos_pl.collect.command:collect",
     "objectives": "halos_pl.cli.objectives:objectives",

@@ -21,6 +21,8 @@ COMMANDS = {
     "compare": "Compare two evaluations example by example.",
     "judge agreement": "Measure how far a judge agrees with people.",
     "check": "Check a loss, or a part of one, against the definition of human-aware losses.",
+    "prove": "Prove that a value function never falls and is concave on gains, on the whole real line.",
+    "verify": "Check a certificate of halos prove, without the prover.",
     "plan": "Show what a run will take: parameters, memory, tokens, the cards that it fits.",
     "objectives": "List the shipped losses with formula, needs and verdict.",
     "new": "Write a skeleton of a plug-in or a loss, with its test.",

@@ -54,9 +54,14 @@ def _merged(prover: Prover, decision: Decision) -> list[tuple[Piece, list[tuple[
     """The pieces in ascending order with their cells; neighbours at 0 with the same expression are one."""
     if prover.splitter.roots:
         raise NotCertifiableError("v switches branches where parameters decide")
-    numbers = sorted(range(len(prover.pieces)), key=lambda i: (prover.pieces[i].low is not None, prover.pieces[i].low or 0))
+    numbers = sorted(
+        range(len(prover.pieces)), key=lambda i: (prover.pieces[i].low is not None, prover.pieces[i].low or 0)
+    )
     return [
-        (prover.pieces[i], sorted(((c.low, c.high) for c in decision.cells.get(i, [])), key=lambda c: (c[0] is not None, c[0] or 0)))
+        (
+            prover.pieces[i],
+            sorted(((c.low, c.high) for c in decision.cells.get(i, [])), key=lambda c: (c[0] is not None, c[0] or 0)),
+        )
         for i in numbers
     ]
 
@@ -192,7 +197,15 @@ def _certified(outcomes: list[Outcome], graphs: list[dict[str, Any]]) -> dict[st
 
 def source_hash(v: nn.Module) -> str:
     """SHA-256 of the code of the classes of v and of all functions within it."""
-    classes = sorted({cls for module in v.modules() for cls in type(module).__mro__ if not cls.__module__.startswith(("torch", "builtins"))}, key=lambda cls: cls.__qualname__)
+    classes = sorted(
+        {
+            cls
+            for module in v.modules()
+            for cls in type(module).__mro__
+            if not cls.__module__.startswith(("torch", "builtins"))
+        },
+        key=lambda cls: cls.__qualname__,
+    )
     digest = hashlib.sha256()
     for cls in classes:
         try:

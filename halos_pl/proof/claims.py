@@ -155,7 +155,15 @@ class Prover:
             if count > MOST_CELLS or time.process_time() > self.deadline or _narrow(low, high):
                 self._witness(claim, middle, low, high)
                 raise UndecidedError(f"{span(low, high)}: {reason}")
+            self._require_smooth(piece, middle)
             todo += [(middle, high), (low, middle)]
+
+    def _require_smooth(self, piece: Piece, u: Fraction) -> None:
+        """Where two cells meet, v has to be defined as well: 1 / u rises on either side of 0, but not across."""
+        try:
+            Box(self.field, Interval.of(u, u), self.parameters).require_defined(piece.expression)
+        except UndefinedError as error:
+            raise UndecidedError(f"u = {float(u):.6g}: {error}") from error
 
     def _from_an_end(self, target: Element, wanted: int, low: Bound, high: Bound, box: Box) -> bool:
         """Whether the derivative has its sign at one end of a cell, and moves away from 0 from there."""
@@ -200,7 +208,10 @@ class Prover:
     def _adjacent(self, left: Piece, right: Piece, seam: Seam, box: Box) -> bool:
         """Whether two pieces can meet at a seam: no other difference has opposite signs on them."""
         if seam.root is not None and any(
-            not self._reaches(piece, key, sign, seam.root, box) for piece in (left, right) for key, sign in piece.signs.items() if key != seam.key
+            not self._reaches(piece, key, sign, seam.root, box)
+            for piece in (left, right)
+            for key, sign in piece.signs.items()
+            if key != seam.key
         ):
             return False
         for key in left.signs.keys() & right.signs.keys() - {seam.key}:
@@ -325,9 +336,7 @@ def _short(element: Element) -> str:
     return text if len(text) < 80 else text[:77] + "..."
 
 
-def difference(
-    field: Field, before: fmpq_mpoly, after: fmpq_mpoly, box: Box
-) -> tuple[fmpq_mpoly | None, arb | None]:
+def difference(field: Field, before: fmpq_mpoly, after: fmpq_mpoly, box: Box) -> tuple[fmpq_mpoly | None, arb | None]:
     """``after - before`` without coefficients that agree to within the tolerance, constants such as exp(40) evaluated.
 
     Returns:
@@ -367,5 +376,3 @@ def difference(
         if tuple(0 if i in constant else int(e) for i, e in enumerate(exponents)) in kept
     }
     return field.ctx.from_dict(left), dropped
-
-

@@ -335,6 +335,8 @@ class Field:
             if 0 in exponent.depends_on:
                 return self._exp(exponent * self.apply("log", g))
             return self.variable(self.kernel("power", g, exponent))
+        if p < 0:
+            return self.one / self.raised(g, -exponent)
         if p.denominator <= LARGEST_ROOT:
             whole = _exact_root(g.rational, p.denominator)
             if whole is not None:

@@ -98,9 +98,7 @@ class Interval:
         least_inverse = ZERO if not other.high.is_finite() else (1 / other.high)
         largest_inverse = INF if other.low == 0 else (1 / other.low)
         corners = [
-            ZERO if a == 0 or b == 0 else a * b
-            for a in (self.low, self.high)
-            for b in (least_inverse, largest_inverse)
+            ZERO if a == 0 or b == 0 else a * b for a in (self.low, self.high) for b in (least_inverse, largest_inverse)
         ]
         low, high = corners[0], corners[0]
         for corner in corners[1:]:
@@ -187,7 +185,9 @@ def polynomial_range(polynomial: fmpq_mpoly, box: Mapping[int, Interval]) -> Int
             terms = _expanded(terms, place, _bernstein(x, degree))
         elif x.low.is_finite() or x.high.is_finite():
             terms = _expanded(terms, place, _tail(x, degree))
-    terms = {index: coefficient if isinstance(coefficient, arb) else arb(coefficient) for index, coefficient in terms.items()}
+    terms = {
+        index: coefficient if isinstance(coefficient, arb) else arb(coefficient) for index, coefficient in terms.items()
+    }
     return _enclosed(terms, [box[i] for i in free], [degrees[i] for i in free], bounded)
 
 

@@ -110,7 +110,10 @@ def _scope(entries: Mapping[str, tuple[Interval, Fraction]], graph: tuple[Node, 
     texts = []
     for name, (x, _) in entries.items():
         if name in used:
-            left, right = "(" if x.above_low or not x.low.is_finite() else "[", ")" if x.below_high or not x.high.is_finite() else "]"
+            left, right = (
+                "(" if x.above_low or not x.low.is_finite() else "[",
+                ")" if x.below_high or not x.high.is_finite() else "]",
+            )
             texts.append(f"{name} in {left}{float(x.low):g}, {float(x.high):g}{right}")
     return f"for every {', '.join(texts)}" if texts else ""
 
@@ -191,7 +194,15 @@ def _widened(outcomes: Mapping[str, Outcome], wider: Mapping[str, Outcome]) -> d
         if outcome.status != "proved" or other.status == "proved":
             merged[name] = outcome if outcome.status != "proved" else replace(other, narrower=outcome)
         else:
-            as_is = " ".join(filter(None, [outcome.scope, "and the given hyper-parameters" if outcome.scope else "for the given hyper-parameters"]))
+            as_is = " ".join(
+                filter(
+                    None,
+                    [
+                        outcome.scope,
+                        "and the given hyper-parameters" if outcome.scope else "for the given hyper-parameters",
+                    ],
+                )
+            )
             merged[name] = Outcome(
                 outcome.claim, "proved", as_is, f"{other}", outcome.notes, outcome.decision, outcome.prover
             )

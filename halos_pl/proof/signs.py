@@ -194,9 +194,7 @@ class Box:
         low, high = ZERO, ZERO
         for each in ranges:
             low, high = low + each.low, high + each.high
-        return Interval.of(
-            low, high, any(r.above_low for r in ranges), any(r.below_high for r in ranges)
-        )
+        return Interval.of(low, high, any(r.above_low for r in ranges), any(r.below_high for r in ranges))
 
     def sign(self, element: Element) -> tuple[int | None, bool]:
         """1, -1, 0 (identically) or None (unknown), and whether it is strict: never 0.
@@ -284,5 +282,3 @@ class Box:
             if i in self.field.kernels:
                 self[i]
                 self.require_defined(self.field.kernels[i].argument)
-
-

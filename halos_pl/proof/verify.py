@@ -8,23 +8,26 @@ v is the function that was recorded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
-from math import comb, isfinite, prod
+from itertools import pairwise
+from math import prod
 from typing import Any
 
-from flint import Ordering, arb, ctx, fmpq, fmpq_mpoly_ctx
+from flint import Ordering, arb, arb_poly, ctx, fmpq, fmpq_mpoly_ctx, fmpq_poly
 
-Poly, Quotient, Span = Any, tuple[Any, Any], tuple[Any, Any, bool, bool]  # a span: its ends, and whether it is open there
+Quotient = tuple[Any, Any]  # of polynomials
 INF, ZERO, TOLERANCE, PRECISION, POINTS, AGREEMENT = arb("inf"), arb(0), arb(2) ** -40, 160, 10_000, 1e-8
 CLAIMS = {"non_decreasing": (1, 1, 0), "concave_on_gains": (2, -1, 1), "undesirable_concave_on_gains": (2, 1, -1)}
-FUNCTIONS: dict[str, tuple[Callable[[arb], arb], Any, Any]] = {  # rising functions and their limits
-    "exp": (lambda x: x.exp(), ZERO, INF),
-    "sigmoid": (lambda x: 1 / (1 + (-x).exp()), ZERO, arb(1)),
-    "softplus": (lambda x: x.exp().log1p() if x < 0 else x + (-x).exp().log1p(), ZERO, INF),
-    "log": (lambda x: x.log(), -INF, INF),
-    "atan": (lambda x: x.atan(), arb(-2), arb(2)),
-    "erf": (lambda x: x.erf(), arb(-1), arb(1)),
+FUNCTIONS: dict[str, tuple[Callable[[arb, Any], arb], Any, Any]] = {  # rising functions and their limits
+    "exp": (lambda x, p: x.exp(), ZERO, INF),
+    "sigmoid": (lambda x, p: 1 / (1 + (-x).exp()), ZERO, arb(1)),
+    "softplus": (lambda x, p: x.exp().log1p() if x < 0 else x + (-x).exp().log1p(), ZERO, INF),
+    "log": (lambda x, p: x.log(), -INF, INF),
+    "atan": (lambda x, p: x.atan(), arb(-2), arb(2)),
+    "erf": (lambda x, p: x.erf(), arb(-1), arb(1)),
+    "power": (lambda x, p: x**p, ZERO, INF),
+    "pi": (lambda x, p: arb.pi(), ZERO, INF),
 }
 
 
@@ -37,14 +40,19 @@ def number(text: str | None, otherwise: Any = None) -> Any:
     return otherwise if text is None else fmpq(*Fraction(text).as_integer_ratio())
 
 
+def span(p: dict[str, Any]) -> tuple[Any, Any]:
+    """The ends of a range; infinite ones are null."""
+    return number(p["low"], -INF), number(p["high"], INF)
+
+
 def corners(a: Sequence[Any], b: Sequence[Any]) -> list[arb]:
-    """The ends of a product of two spans, where 0 times infinity is 0."""
+    """The ends of a product of two ranges, where 0 times infinity is 0."""
     ends = [ZERO if x == 0 or y == 0 else arb(x) * y for x in a[:2] for y in b[:2]]
     return [-greatest([-x for x in ends]), greatest(ends)]
 
 
 def greatest(ends: Sequence[arb]) -> arb:
-    """An upper bound of the largest of some numbers."""
+    """An upper bound of some numbers."""
     top = ends[0]
     for x in ends:
         top = top.max(x)
@@ -56,21 +64,27 @@ class Chain:
 
     def __init__(self, graph: dict[str, Any]) -> None:
         self.ctx = fmpq_mpoly_ctx.get([f"x{i}" for i in range(40 + 6 * len(graph["kernels"]))], Ordering.lex)
-        self.x, self.one, self.zero = self.ctx.gens(), self.ctx.constant(1), (self.ctx.constant(0), self.ctx.constant(1))
+        self.x, self.one, self.zero = (
+            self.ctx.gens(),
+            self.ctx.constant(1),
+            (self.ctx.constant(0), self.ctx.constant(1)),
+        )
         self.kernels: dict[int, tuple[str, Quotient, Any]] = {}
         self.index: dict[str, int] = {}
-        self.next, self.parameters = 1 + len(graph["parameters"]), list(graph["parameters"].values())
+        self.sparse: dict[int, list[tuple[arb, list[tuple[int, int]]]]] = {}
+        self.parameters = {1 + i: p for i, p in enumerate(graph["parameters"].values())}
         for k in graph["kernels"]:
             self.kernel(k["kind"], self.read(k["argument"]), number(k["exponent"]))
-        self.pieces = [(number(p["low"], -INF), number(p["high"], INF), self.read(p["value"])) for p in graph["pieces"]]
+        self.pieces = [(*span(piece), self.read(piece["value"])) for piece in graph["pieces"]]
 
     def read(self, data: Sequence[list[Any]]) -> Quotient:
-        if any(int(i) >= self.next for terms in data for _, powers in terms for i in powers):
+        known = {str(i) for i in (0, *self.parameters, *self.kernels)}
+        if any(not known >= powers.keys() for terms in data for _, powers in terms):
             raise RefusedError("an expression uses a function that is not defined before it")
         n, d = ({tuple(e.get(str(i), 0) for i in range(len(self.x))): number(c) for c, e in terms} for terms in data)
         return self.ratio(self.ctx.from_dict(n), self.ctx.from_dict(d))
 
-    def ratio(self, n: Poly, d: Poly) -> Quotient:
+    def ratio(self, n: Any, d: Any) -> Quotient:
         if d.is_zero() or max(len(n), len(d)) > 5000:
             raise RefusedError("a division by 0, or an expression of thousands of terms")
         for i, (kind, _, p) in self.kernels.items():
@@ -81,12 +95,13 @@ class Chain:
         n, d = n / common, d / common
         return n / d.leading_coefficient(), d / d.leading_coefficient()
 
-    def reduced(self, p: Poly, i: int) -> Quotient:
+    def reduced(self, p: Any, i: int) -> Quotient:
         """The polynomial with g in the place of (g^(1/q))^q."""
         total, (_, g, root) = self.zero, self.kernels[i]
         for e, c in p.terms():
             whole, rest = divmod(int(e[i]), int(root.q))
-            total = self.add(total, (self.ctx.from_dict({(*e[:i], rest, *e[i + 1 :]): c}) * g[0] ** whole, g[1] ** whole))
+            one = self.ctx.from_dict({(*e[:i], rest, *e[i + 1 :]): c})
+            total = self.add(total, (one * g[0] ** whole, g[1] ** whole))
         return total
 
     def add(self, *terms: Quotient) -> Quotient:
@@ -95,76 +110,75 @@ class Chain:
             n, d = n * b + a * d, d * b
         return self.ratio(n, d)
 
-    def mul(self, *factors: Quotient) -> Quotient:
-        n, d = self.one, self.one
-        for a, b in factors:
-            n, d = n * a, d * b
-        return self.ratio(n, d)
+    def mul(self, a: Quotient, b: Quotient) -> Quotient:
+        return self.ratio(a[0] * b[0], a[1] * b[1])
 
-    def kernel(self, kind: str, g: Quotient, p: Any = None) -> Quotient:
-        if (key := f"{kind} {g} {p}") not in self.index:
-            self.index[key], self.kernels[self.next], self.next = self.next, (kind, g, p), self.next + 1
-        return self.x[self.index[key]], self.one
+    def kernel(self, kind: str, g: Quotient, p: Any = None) -> Any:
+        i = self.index.setdefault(f"{kind} {g} {p}", 1 + len(self.parameters) + len(self.kernels))
+        self.kernels.setdefault(i, (kind, g, p))
+        return self.x[i]
 
     def slope(self, i: int) -> Quotient:
         """d/du of a variable."""
         if i not in self.kernels:
             return (self.one if i == 0 else self.zero[0]), self.one
-        (kind, g, p), (x, one) = self.kernels[i], (self.x[i], self.one)
-        if (inner := self.derivative(g))[0].is_zero():
+        (kind, g, p), x, inner = self.kernels[i], self.x[i], self.derivative(self.kernels[i][1])
+        if inner[0].is_zero():
             return inner
         n2, d2 = self.mul(g, g)
         outer: dict[str, Callable[[], Quotient]] = {
-            "exp": lambda: (x, one),
-            "sigmoid": lambda: (x * (1 - x), one),
-            "softplus": lambda: self.kernel("sigmoid", g),
+            "exp": lambda: (x, self.one),
+            "sigmoid": lambda: (x * (1 - x), self.one),
+            "softplus": lambda: (self.kernel("sigmoid", g), self.one),
             "log": lambda: (g[1], g[0]),
             "atan": lambda: (d2, n2 + d2),
-            "erf": lambda: (2 * self.kernel("exp", (-n2, d2))[0], self.kernel("power", self.kernel("pi", self.zero), fmpq(1, 2))[0]),
-            "sin": lambda: self.kernel("cos", g),
-            "cos": lambda: (-self.kernel("sin", g)[0], one),
+            "erf": lambda: (2 * self.kernel("exp", (-n2, d2)), self.kernel("power", (self.kernel("pi", self.zero), self.one), fmpq(1, 2))),
             "power": lambda: (p * x * g[1], g[0]),
         }  # fmt: skip
         return self.mul(outer[kind](), inner)
 
     def derivative(self, a: Quotient) -> Quotient:
-        n, d = a
-        used = [i for i in range(self.next) if n.degrees()[i] > 0 or d.degrees()[i] > 0]
-        partial = [(n.derivative(i) * d - n * d.derivative(i), d * d) for i in used]
-        return self.add(self.zero, *(self.mul(each, self.slope(i)) for each, i in zip(partial, used, strict=True)))
+        (n, d), total = a, self.zero
+        for i in [i for i, k in enumerate((n * d).degrees()) if k > 0]:
+            total = self.add(total, self.mul((n.derivative(i) * d - n * d.derivative(i), d * d), self.slope(i)))
+        return total
+
+    def at(self, a: Quotient, known: dict[int, arb]) -> arb:
+        """The value where u and the parameters are ``known``, to which the values of kernels are added."""
+        ends = []
+        for p in a:
+            if id(p) not in self.sparse:
+                self.sparse[id(p)] = [(arb(c), [(i, int(k)) for i, k in enumerate(e) if k]) for e, c in p.terms()]
+            ends.append(ZERO)
+            for c, powers in self.sparse[id(p)]:
+                for i, k in powers:
+                    if i not in known:
+                        kind, g, exponent = self.kernels[i]
+                        known[i] = FUNCTIONS[kind][0](self.at(g, known), exponent)
+                    c = c * known[i] ** k
+                ends[-1] += c
+        return ends[0] / ends[1]
 
 
 class Cell:
-    """Ranges and signs where u and the parameters are in spans."""
+    """Ranges and signs where u and the parameters are in ranges: the two ends, and whether each is excluded."""
 
-    def __init__(self, chain: Chain, low: Any, high: Any, at_values: bool = False) -> None:
+    def __init__(self, chain: Chain, low: Any, high: Any) -> None:
         self.chain, self.known = chain, {0: (low, high, True, True)}
-        for i, p in enumerate(chain.parameters):
-            ends = (number(p["value"]),) * 2 if at_values else (number(p["low"], -INF), number(p["high"], INF))
-            self.known[1 + i] = (*ends, p["above_low"], p["below_high"])
+        self.known |= {i: (*span(p), p["above_low"], p["below_high"]) for i, p in chain.parameters.items()}
 
-    def __getitem__(self, i: int) -> Span:
+    def __getitem__(self, i: int) -> tuple[Any, Any, bool, bool]:
         if i not in self.known:
-            self.known[i] = self.of_kernel(*self.chain.kernels[i])
-        return self.known[i]
-
-    def of_kernel(self, kind: str, g: Quotient, p: Any) -> Span:
-        if kind in ("pi", "sin", "cos"):
-            return (arb.pi(), arb.pi(), False, False) if kind == "pi" else (arb(-1), arb(1), False, False)
-        low, high = self.range(g)
-        if kind == "softminus":
-            kind, low, high = "softplus", -high, -low
-        if kind in ("log", "power") and not low > 0:
-            low = ZERO
-            if self.sign(g) != (1, True):
+            (kind, g, p), one = self.chain.kernels[i], self.chain.one
+            (f, least, most), (low, high) = FUNCTIONS[kind], self.range(g)
+            undefined = kind in ("log", "power") and not low > 0  # at its lower end, at most
+            if undefined and self.sign(g) != (1, True) or p is not None and p < 0:
                 raise RefusedError(f"the argument of {kind} may be 0 or below")
-        f, least, most = FUNCTIONS.get(kind, (lambda x: x**p, ZERO, INF))
-        turned = kind == "power" and p < 0
-        first, last = (most, least) if turned else (least, most)
-        a, b = f(low) if low.is_finite() and (low > 0 or kind not in ("log", "power")) else first, f(high) if high.is_finite() else last
-        a, b = (b, a) if turned else (a, b)
-        a, b = least if not a > least else a.lower(), most if not b < most else b.upper()
-        return a, b, bool(a == least), bool(b == most)
+            a = f(low, p) if low.is_finite() and not undefined else least
+            b = f(high, p) if high.is_finite() else most
+            a, b = a.lower() if a > least else least, b.upper() if b < most else most
+            self.known[i] = a, b, bool(a == least), bool(b == most)
+        return self.known[i]
 
     def range(self, a: Quotient, sizes: bool = False) -> list[arb]:
         """Encloses a quotient, monomial by monomial; ``sizes``: the sum of the absolute values of its monomials."""
@@ -195,113 +209,98 @@ class Cell:
             result *= 1 if c > 0 else -1
             for factor, times in factors:
                 one, never = self.of_factor(factor)
-                if one is None and (times % 2 or p is a[1]):
+                if one is None and times % 2:
                     return None, False
                 result, strict = result * (one if one and times % 2 else 1), strict and never
         return result, strict
 
-    def of_factor(self, p: Poly) -> tuple[int | None, bool]:
+    def of_factor(self, p: Any) -> tuple[int | None, bool]:
         found, one = self.of_terms(p), self.chain.one
-        for i in [i for i, degree in enumerate(p.degrees()) if degree > 0 and i in self.chain.kernels and not found[1]]:
-            kind, g, q = self.chain.kernels[i]
-            b = p.derivative(i)
-            rest = p - b * self.chain.x[i]
-            if kind == "softplus" and g[1] == one and self.range(g)[0] >= 0:  # softplus(g) = g + softplus(-g)
-                turned = self.chain.kernel("softminus", g)[0] + g[0]
-                values = [turned if j == i else x for j, x in enumerate(self.chain.x)]
-                return self.sign((p.compose(*values, ctx=self.chain.ctx), one))
-            if kind == "power" and q == fmpq(1, 2) and p.degrees()[i] == 1:  # rest + b sqrt(g)
-                first, second = self.sign((rest, one)), self.sign((b, one))
-                larger = self.sign(self.chain.add((rest * rest, one), (-b * b * g[0], g[1])))
+        for i in [i for i, k in enumerate(p.degrees()) if k == 1 and i in self.chain.kernels and not found[1]]:
+            (kind, g, q), b = self.chain.kernels[i], p.derivative(i)
+            if kind == "power" and q == fmpq(1, 2):  # a + b sqrt(g), by a^2 - b^2 g
+                a = p - b * self.chain.x[i]
+                first, second = self.sign((a, one)), self.sign((b, one))
+                larger = self.sign(self.chain.add((a * a, one), (-b * b * g[0], g[1])))
                 if first[0] and second[0] and (first[0] == second[0] or larger[0]):
-                    return (first[0], first[1]) if first[0] == second[0] else (first[0] if larger[0] == 1 else second[0], larger[1])
+                    return first if first[0] == second[0] else ((first if larger[0] == 1 else second)[0], larger[1])
         return found
 
-    def of_terms(self, p: Poly) -> tuple[int | None, bool]:
-        """The sign of all coefficients after each variable is written in t > 0: low + t, high - t or a mean of both."""
+    def of_terms(self, p: Any) -> tuple[int | None, bool]:
+        """The sign of all coefficients after each variable is written in t > 0, and whether the sum is never 0."""
         used = [i for i, degree in enumerate(p.degrees()) if degree > 0]
         terms: dict[tuple[int, ...], Any] = {tuple(int(e[i]) for i in used): c for e, c in p.terms()}
-        always = {}
+        ends = []
         for place, i in enumerate(used):
-            (low, high, above, below), n, new = self[i], p.degrees()[i], {}
-            left, right = arb(low).is_finite(), arb(high).is_finite()
-            always[place] = (above or n == 0, below) if left and right else (above if left else below, True)
-
-            def row(k: int, j: int, n: int = n, low: Any = low, high: Any = high, left: bool = left, right: bool = right) -> Any:
-                if left and right:  # x = (low + high t) / (1 + t)
-                    hs = range(max(0, j - n + k), min(j, k) + 1)
-                    return sum((comb(k, h) * comb(n - k, j - h) * low ** (k - h) * high**h for h in hs), fmpq(0))
-                end, way = (low, 1) if left else (high, -1) if right else (fmpq(0), 1)
-                return comb(k, j) * end ** (k - j) * way**j if j <= k else fmpq(0)
-
+            (low, high, above, below), n, new = self[i], p.degrees()[i], dict[tuple[int, ...], Any]()
+            left, right = abs(arb(low)) < INF, abs(arb(high)) < INF
+            x = [low, high] if left and right else [low, 1] if left else [high, -1] if right else [0, 1]
+            poly = arb_poly if any(isinstance(c, arb) for c in x) else fmpq_poly
+            y = poly([1, 1]) if left and right else poly([1])  # x = (low + high t) / (1 + t), low + t, high - t or t
+            rows = [list((poly(x) ** k * y ** (n - k)).coeffs()) for k in range(n + 1)]
             for e, c in terms.items():
-                for j in range(n + 1):
-                    if (factor := row(e[place], j)) != 0:
+                for j, factor in enumerate(rows[e[place]]):
+                    if factor != 0:
                         key = (*e[:place], j, *e[place + 1 :])
                         new[key] = new.get(key, fmpq(0)) + c * factor
-            if len(new) > 5000 or not (left or right) and any(e[place] % 2 for e in new):
+            if len(new) > 5000 or (not (left or right) and any(e[place] % 2 for e in new)):
                 return None, False
+            ends.append((above, below) if left and right else (above if left else below, True))
             terms = new
-        full = len(terms) == prod(p.degrees()[i] + 1 for i in used) and all(arb(c) > 0 or arb(c) < 0 for c in terms.values())
-        signs, strict = set[int | None](), full
+        signs, strict = set[int | None](), False
         for e, c in terms.items():
-            c = arb(c)
-            signs |= {1 if c >= 0 else -1 if c <= 0 else None} - ({1, -1} if c == 0 else set())
-            sure = all((k == 0 or always[i][0]) and (k == p.degrees()[used[i]] or always[i][1]) for i, k in enumerate(e))
-            strict |= sure and bool(c > 0 or c < 0)
+            sign, sure = 1 if arb(c) > 0 else -1 if arb(c) < 0 else None, bool(arb(c) > 0 or arb(c) < 0)
+            signs |= set() if c == 0 else {sign or (1 if arb(c) >= 0 else -1 if arb(c) <= 0 else None)}
+            strict |= sure and all(
+                (k == 0 or a) and (k == p.degrees()[i] or b) for k, i, (a, b) in zip(e, used, ends, strict=True)
+            )
+        strict |= len(terms) == prod(p.degrees()[i] + 1 for i in used) and not any(
+            arb(c).contains(0) for c in terms.values()
+        )
         return (signs.pop(), strict) if len(signs) == 1 and None not in signs else (None, False)
 
 
-def _pieces(chain: Chain, side: int) -> Iterator[tuple[int, Any, Any, Quotient]]:
-    """The part of each piece on gains (1), on losses (-1) or everywhere (0)."""
-    for i, (low, high, value) in enumerate(chain.pieces):
-        low, high = (fmpq(0) if side > 0 and low < 0 else low), (fmpq(0) if side < 0 and high > 0 else high)
-        if low < high:
-            yield i, low, high, value
+def covers(parts: Sequence[tuple[Any, Any]], low: Any, high: Any, overlap: bool = False) -> bool:
+    """Whether intervals in ascending order cover one; ``overlap``: they may reach into their neighbours."""
+    met = all(a[1] == b[0] or (overlap and a[0] < b[0] < a[1] < b[1]) for a, b in pairwise(parts))
+    return bool(parts) and parts[0][0] == low and parts[-1][1] == high and met and all(a < b for a, b in parts)
 
 
 def check(graph: dict[str, Any], claim: dict[str, Any]) -> None:
     """Raises RefusedError unless the cells and seams of the chain prove the claim."""
     chain, (order, wanted, side) = Chain(graph), CLAIMS[claim["claim"]]
-    ends = [(low, high) for low, high, _ in chain.pieces]
-    if not (ends and ends[0][0] == -INF and ends[-1][1] == INF and all(a[0] < b[0] <= a[1] < b[1] for a, b in zip(ends, ends[1:], strict=False))):
+    if not covers([(low, high) for low, high, _ in chain.pieces], -INF, INF, overlap=True):
         raise RefusedError("the pieces do not cover the real line")
-    for i, low, high, value in _pieces(chain, side):
+    for i, (low, high, value) in enumerate(chain.pieces):
+        low, high = fmpq(0) if side > 0 and low < 0 else low, fmpq(0) if side < 0 and high > 0 else high
         cells = [(number(a, -INF), number(b, INF)) for a, b in claim["cells"].get(str(i), [])]
-        if not cells or (cells[0][0], cells[-1][1]) != (low, high) or any(a[1] != b[0] for a, b in zip(cells, cells[1:], strict=False)):
+        if low < high and not covers(cells, low, high):
             raise RefusedError(f"the cells of piece {i} do not cover it")
         target = chain.derivative(value) if order == 1 else chain.derivative(chain.derivative(value))
-        for a, b in cells:
-            cell, start = Cell(chain, a, b), Cell(chain, a, a)
-            cell.range(value)
-            if a != low:
-                start.range(value)  # v is smooth where two cells meet
+        for a, b in cells if low < high else []:
+            for x in [(a, b)] if a == low else [(a, b), (a, a)]:  # v is smooth on a cell, and where two meet
+                Cell(chain, *x).range(value)
+            cell = Cell(chain, a, b)
             if cell.sign(target)[0] not in (0, wanted):
-                slope = cell.sign(chain.derivative(target))[0]
-                end = a if slope == wanted else b
-                if slope is None or not abs(arb(end)) < INF or not _at_least(chain, target, end, wanted):
-                    raise RefusedError(f"piece {i}: the derivative may have the wrong sign in ({a}, {b})")
-    for left, right in zip(chain.pieces, chain.pieces[1:], strict=False):
-        if not (side and left[1] == right[0] == 0) and not (side > 0 and left[1] <= 0) and not (side < 0 and right[0] >= 0):
-            _step(chain, left[2], right[2], right[0], left[1], 0 if side else 1)
+                slope = cell.sign(chain.derivative(target))[
+                    0
+                ]  # from an end where the sign is right it moves away from 0
+                step(chain, chain.zero, target, *[a if slope == wanted else b] * 2, wanted if slope else 2)
+    for (_, high, left), (low, _, right) in pairwise(chain.pieces):
+        if not (side and high == low == 0) and not (side > 0 and high <= 0) and not (side < 0 and low >= 0):
+            step(chain, left, right, low, high, 0 if side else 1)
             if side:
-                _step(chain, chain.derivative(left[2]), chain.derivative(right[2]), right[0], left[1], wanted)
+                step(chain, chain.derivative(left), chain.derivative(right), low, high, wanted)
 
 
-def _at_least(chain: Chain, a: Quotient, u: Any, wanted: int) -> bool:
-    """Whether the quotient has the wanted sign at u, or is 0 there to within the tolerance."""
-    cell = Cell(chain, u, u)
-    (low, high), size = cell.range(a), cell.range(a, sizes=True)[1]
-    return bool((low if wanted > 0 else -high) >= -TOLERANCE * size)
-
-
-def _step(chain: Chain, left: Quotient, right: Quotient, low: Any, high: Any, allowed: int) -> None:
-    """Raises RefusedError if there is a jump at a seam that the claim does not allow."""
-    cell = Cell(chain, low, high)
-    a, b = cell.range(left), cell.range(right)
-    size = TOLERANCE * (cell.range(left, sizes=True)[1] + cell.range(right, sizes=True)[1])
-    if left != right and not ((allowed > 0 or b[1] - a[0] <= size) and (allowed < 0 or b[0] - a[1] >= -size)):
-        raise RefusedError(f"v or its slope jumps at {float(arb(low)):g}")
+def step(chain: Chain, left: Quotient, right: Quotient, low: Any, high: Any, allowed: int) -> None:
+    """Raises RefusedError if ``right - left`` is neither 0 nor of the allowed sign, within the tolerance."""
+    if left != right:
+        cell = Cell(chain, low, high)
+        a, b = cell.range(left), cell.range(right)
+        size = TOLERANCE * (cell.range(left, sizes=True)[1] + cell.range(right, sizes=True)[1])
+        if allowed == 2 or not ((allowed > 0 or b[1] - a[0] <= size) and (allowed < 0 or b[0] - a[1] >= -size)):
+            raise RefusedError(f"a value, slope or curvature has the wrong sign, or a jump, at or near {low}")
 
 
 def compare(graph: dict[str, Any], v: Callable[[list[float]], list[float]]) -> None:
@@ -309,21 +308,19 @@ def compare(graph: dict[str, Any], v: Callable[[list[float]], list[float]]) -> N
     chain = Chain(graph)
     seams = {float(arb(end)) for low, high, _ in chain.pieces for end in (low, high) if abs(arb(end)) < INF} | {0.0}
     points = {s + w * 10.0**k for s in seams for w in (-1, 0, 1, 3) for k in range(-9, 1)}
-    points |= {s * 10 ** (8 * i / POINTS - 4) for i in range(POINTS) for s in (-1, 1)}
-    us, largest = sorted(points, key=abs), 0.0
-    for u, found in zip(us, v(us), strict=True):
-        exact, ranges = number(str(Fraction(u))), list[arb]()
+    us = sorted(points | {s * 10 ** (16 * i / POINTS - 4) for i in range(POINTS // 2) for s in (-1, 1)}, key=abs)
+    parameters, expected = {i: arb(number(p["value"])) for i, p in chain.parameters.items()}, []
+    for u in us:
+        exact = number(str(Fraction(u)))
         near = abs(exact) / 10**9  # within rounding of a seam, either side
-        for low, high, value in chain.pieces:
-            if low - near <= exact <= high + near:
-                ranges += Cell(chain, exact, exact, at_values=True).range(value)
-        if ranges and isfinite(found):
-            a, b = -float(greatest([-x for x in ranges])), float(greatest(ranges))
-            largest = max(largest, abs(a), abs(b))
-            if not a - AGREEMENT * largest <= found <= b + AGREEMENT * largest:
-                raise RefusedError(f"v({u:.17g}) is {found:.17g}; the certificate is about another function, which is {a:.17g} there")
-        elif not ranges or abs(u) < 700:
-            raise RefusedError(f"v({u:.17g}) is {found}; it cannot be compared with the certificate")
+        values = [x for low, high, x in chain.pieces if low - near <= exact <= high + near]
+        expected.append([chain.at(value, parameters | {0: arb(exact)}) for value in values])
+    largest = max(float(abs(x)) for u, found in zip(us, expected, strict=True) if abs(u) <= 1 for x in found)
+    for u, found, value in zip(us, expected, v(us), strict=True):
+        low, high = -float(greatest([-x for x in found])), float(greatest(found))
+        largest = max(largest, abs(low), abs(high))
+        if not low - AGREEMENT * largest <= value <= high + AGREEMENT * largest:
+            raise RefusedError(f"v({u:.17g}) is {value:.17g}, and {low:.17g} in the certificate of another function")
 
 
 def verify(certificate: dict[str, Any], v: Callable[[list[float]], list[float]], source: str) -> list[str]:
