@@ -79,7 +79,7 @@ def family_table(checked: Iterable[tuple[str, dict[Definition, Report]]]) -> Ite
     yield f"| loss | {' | '.join(TITLES.values())} |"
     yield f"|{'---|' * (1 + len(TITLES))}"
     for name, by_definition in checked:
-        yield f"| {name} | {' | '.join(by_definition[definition].verdict for definition in TITLES)} |"
+        yield f"| {name} | {' | '.join(by_definition[definition].shown_verdict for definition in TITLES)} |"
 
 
 def _write(table: list[str], path: Path) -> None:

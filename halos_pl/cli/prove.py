@@ -49,7 +49,7 @@ def report(proof: Proof) -> list[str]:
     return lines
 
 
-def prove(target: str, /, *, init_args: str | None = None, certificate: Path | None = None) -> None:
+def prove(target: str, *, init_args: str | None = None, certificate: Path | None = None) -> None:
     """Prove that a value function never falls and is concave on gains, on the whole real line.
 
     The proof is about the real function that the code computes, with constants read as decimals: not about rounding,

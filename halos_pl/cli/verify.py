@@ -9,7 +9,7 @@ from pathlib import Path
 from halos_pl.cli.errors import UsageError
 
 
-def verify(certificate: Path, /) -> None:
+def verify(certificate: Path) -> None:
     """Check a certificate of halos prove, by a program that shares no code with the prover.
 
     The code of the function that the certificate names is executed. Exit status: 0 if every claim that the certificate

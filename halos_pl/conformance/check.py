@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from halos_pl.conformance import feedback, objective, reference_point, reward, value_function
+from halos_pl.conformance import feedback, objective, proofs, reference_point, reward, value_function
 from halos_pl.conformance.clause import Clause
 from halos_pl.conformance.feedback import FeedbackCase
 from halos_pl.conformance.halo_case import HaloCase
@@ -178,6 +178,11 @@ def reports(
         raise ValueError(f"expected_failures: {checks.name} has no clause {unknown[0]!r}; it has {', '.join(names)}")
     with _one_thread():
         witnesses = [clause.witness() for clause in checks.clauses]
+        known = {} if _unusable(witnesses) else proofs.outcomes(target)
+        witnesses = [
+            witness or proofs.disproof(known, clause.name)
+            for clause, witness in zip(checks.clauses, witnesses, strict=True)
+        ]
         results = [
             (clause, *_result(clause, witness, expected))
             for clause, witness in zip(checks.clauses, witnesses, strict=True)
@@ -188,7 +193,8 @@ def reports(
             applicable = [
                 (row, counts) for clause, row, counts in results if definition == "icml" or not clause.icml_only
             ]
-            rows[definition] = [row for row, _ in applicable]
+            proved = {name: str(outcome) for name, outcome in known.items()}
+            rows[definition] = [replace(row, proof=proved.get(row.clause)) for row, _ in applicable]
             verdicts[definition] = checks.verdict([row.clause for row, counts in applicable if counts])
     seconds, unusable = time.perf_counter() - start, _unusable(witnesses)
     return {

@@ -27,6 +27,8 @@ class ClauseResult:
         witness: the smallest counterexample found, in numbers; else None.
         reason: a remark, such as why the failure was expected.
         required: whether a failure counts against the target; false for a clause that is only reported.
+        proof: for a clause on the shape of v, what ``halos prove`` says: ``proved``, ``disproved`` or ``undecided``, for
+            which parameters, and why.
     """
 
     clause: str
@@ -34,6 +36,7 @@ class ClauseResult:
     witness: str | None = None
     reason: str | None = None
     required: bool = field(default=True, repr=False)
+    proof: str | None = None
 
     @property
     def shown(self) -> str:
@@ -42,8 +45,14 @@ class ClauseResult:
 
     @property
     def details(self) -> str:
-        """Witness and reason."""
-        return "; ".join(text for text in (self.witness, self.reason) if text)
+        """Witness, reason and, where it says more, the proof."""
+        proof = self.proof if self.proof not in (None, "proved") and self.status == "passed" else None
+        return "; ".join(text for text in (self.witness, self.reason, proof) if text)
+
+    @property
+    def proved(self) -> str:
+        """The first word of the proof."""
+        return (self.proof or "").split(" ")[0].rstrip(":")
 
 
 @dataclass(frozen=True)
@@ -78,14 +87,22 @@ class Report:
         """Whether the verdict is ``halo``, one-sided or two-sided; then ``halos check`` exits with status 0."""
         return self.verdict in ("halo", "halo (two-sided)")
 
+    @property
+    def shown_verdict(self) -> str:
+        """The verdict, and whether the shape of v is not only searched but proved."""
+        proofs = [clause.proved for clause in self.clauses if clause.proof is not None and clause.required]
+        if not (self.sound and proofs and set(proofs) == {"proved"}):
+            return self.verdict
+        return "halo (v proved)" if self.verdict == "halo" else "halo (two-sided, v proved)"
+
     def to_json(self) -> dict[str, Any]:
         """Plain data: target, definition, verdict and clauses."""
         rows = [asdict(clause) for clause in self.clauses]
-        keys = ("clause", "status", "witness", "reason")
+        keys = ("clause", "status", "witness", "reason", "proof")
         return {
             "target": self.target,
             "definition": self.definition,
-            "verdict": self.verdict,
+            "verdict": self.shown_verdict,
             "clauses": [{key: row[key] for key in keys} for row in rows],
         }
 
@@ -101,18 +118,21 @@ class Report:
 
     def __str__(self) -> str:
         width = max([len(clause.clause) for clause in self.clauses], default=0)
-        lines = [f"{clause.clause:<{width}}  {clause.shown:<8}  {clause.details}".rstrip() for clause in self.clauses]
-        return "\n".join([self.heading, "", *lines, "", f"verdict: {self.verdict}"])
+        lines = [
+            f"{clause.clause:<{width}}  {clause.shown:<8}  {clause.proved:<9}  {clause.details}".rstrip()
+            for clause in self.clauses
+        ]
+        return "\n".join([self.heading, "", *lines, "", f"verdict: {self.shown_verdict}"])
 
     def __rich__(self) -> Group:
         table = Table(box=None, padding=(0, 2, 0, 0))
-        for title in ("clause", "status", "smallest counterexample, and reason"):
-            table.add_column(title, no_wrap=title in ("clause", "status"))
+        for title in ("clause", "status", "proof", "smallest counterexample, and reason"):
+            table.add_column(title, no_wrap=title in ("clause", "status", "proof"))
         colours = {"passed": "green", "failed": "red", "expected": "yellow"}
         for clause in self.clauses:
             colour = colours[clause.status] if clause.required else "yellow"
-            table.add_row(Text(clause.clause), Text(clause.shown, colour), Text(plain(clause.details)))
-        verdict = Text.assemble("verdict: ", (self.verdict, "bold green" if self.sound else "bold red"))
+            table.add_row(Text(clause.clause), Text(clause.shown, colour), Text(clause.proved), Text(plain(clause.details)))
+        verdict = Text.assemble("verdict: ", (self.shown_verdict, "bold green" if self.sound else "bold red"))
         return Group(Text(plain(self.heading)), "", table, "", verdict)
 
 
