@@ -101,7 +101,7 @@ class Prover:
         self.nodes, self.parameters, self.samples = nodes, parameters, samples
         plain = {"u", "parameter", "constant", "add", "mul", "div", "lookup", *CHOICES}
         functions = sum(name not in plain for name, *_ in nodes)
-        self.field = Field(list(parameters), 8 + len(parameters) + 3 * functions)
+        self.field = Field(list(parameters), 12 + len(parameters) + 5 * functions)
         self.splitter = Splitter(nodes, self.field, parameters)
         self._no_equalities = all(name != "equal" for name, *_ in nodes)
         self.deadline = time.process_time() + SECONDS
@@ -131,9 +131,8 @@ class Prover:
 
     def _cells(self, claim: Claim, piece: Piece, decision: Decision) -> Iterator[Cell]:
         """Cells that cover a piece, on each of which the derivative has its sign."""
-        target = piece.expression.derivative
-        if claim.order == 2:
-            target = target.derivative
+        target = _differentiated(piece.expression, claim.order)
+        parts = [_differentiated(part, claim.order) for part in piece.expression.addends]
         todo, count, reason = [(piece.low, piece.high)], 0, ""
         while todo:
             low, high = todo.pop()
@@ -143,6 +142,8 @@ class Prover:
             try:
                 box.require_defined(piece.expression)
                 sign, _ = box.sign(target)
+                if sign is None and {box.sign(part)[0] for part in parts} <= {0, claim.sign}:
+                    sign = claim.sign
                 reason = f"the sign of {_short(target)} is not found"
                 if sign in (0, claim.sign) or (sign is None and self._from_an_end(target, claim.sign, low, high, box)):
                     yield Cell(low, high)
@@ -294,9 +295,8 @@ class Prover:
             for k in range(0, 44, 2):
                 width = max(abs(place), Fraction(1, 2**20)) / 2**k
                 for points in _candidates(claim, place, width):
-                    if claim.side * points[0] < 0 or claim.side * points[-1] < 0 or 0 in points[:: claim.order]:
-                        if claim.side:
-                            continue
+                    if claim.side and min(claim.side * points[0], claim.side * points[-1]) <= 0:
+                        continue
                     try:
                         values = [value_at(self.nodes, u, parameters) for u in points]
                     except (ValueError, ZeroDivisionError):
@@ -311,7 +311,7 @@ class Prover:
                         raise _Disproved(points, values, dict(parameters))
 
 
-class _Disproved(Exception):  # noqa: N818
+class _Disproved(Exception):
     def __init__(self, points: list[Fraction], values: list[arb], parameters: dict[str, Fraction]) -> None:
         super().__init__()
         self.points, self.values, self.parameters = points, values, parameters
@@ -325,6 +325,10 @@ def _candidates(claim: Claim, place: Fraction, width: Fraction) -> Iterator[list
         return
     for middle in (place, place - width / 4, place + width / 4):
         yield [middle - width, middle, middle + width]
+
+
+def _differentiated(element: Element, order: int) -> Element:
+    return element.derivative if order == 1 else element.derivative.derivative
 
 
 def _narrow(low: Bound, high: Bound) -> bool:

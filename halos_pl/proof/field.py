@@ -1,7 +1,7 @@
 """Exact expressions of u: quotients of polynomials in u, the parameters and kernels such as exp(g) and log(g).
 
-The derivative of a kernel is such a quotient again (Liouville's elementary extensions), so v' and v'' are found, brought
-to lowest terms and factored exactly. Factors have signs that hold far out, where v' and v'' themselves tend to 0.
+The derivative of a kernel is such a quotient again (Liouville's elementary extensions), so v' and v'' are found,
+brought to lowest terms and factored exactly. Factors have signs that hold far out, where v' and v'' themselves tend to 0.
 """
 
 from __future__ import annotations
@@ -120,6 +120,16 @@ class Element:
                 partial = n.derivative(i) * d - n * d.derivative(i)
                 total = total + field.quotient(partial, d * d) * slope
         return total
+
+    @cached_property
+    def addends(self) -> list[Element]:
+        """Expressions whose sum this is, by the kernels in its numerator."""
+        groups: dict[frozenset[int], dict[tuple[int, ...], Any]] = {}
+        for exponents, coefficient in self.numerator.terms():
+            used = frozenset(i for i, e in enumerate(exponents) if e and i in self.field.kernels)
+            groups.setdefault(used, {})[exponents] = coefficient
+        parts = [self.field.ctx.from_dict(terms) for terms in groups.values()]
+        return [self.field.quotient(part, self.denominator) for part in parts]
 
     def __str__(self) -> str:
         text = str(self.numerator) if self.denominator.is_one() else f"({self.numerator})/({self.denominator})"

@@ -84,6 +84,8 @@ class Interval:
         width, middle = self.high - self.low, self.low.union(self.high)
         if self.exact_low is not None and self.exact_low == self.exact_high:
             return middle
+        if self.above_low or self.below_high:  # that an end is not reached may matter more than its digits
+            return None
         return middle if width <= abs(self.low) * arb(2) ** -60 else None
 
     def __neg__(self) -> Interval:
@@ -216,7 +218,7 @@ def _enclosed(
                 open_ &= power == 0 or (reached and not two_sided)
         if infinite:
             sure_low, sure_high = (coefficient.lower(), coefficient.upper()) if even else (NEGATIVE_INF, INF)
-            if even or not coefficient == 0:
+            if even or coefficient != 0:
                 lowest_tail, highest_tail = least(lowest_tail, sure_low), greatest(highest_tail, sure_high)
         rises |= open_ and bool(coefficient > 0)
         falls |= open_ and bool(coefficient < 0)

@@ -166,7 +166,7 @@ def _each(rule: Callable[..., int], *ids: Any) -> Tensor:
 def _elementwise(a: Algebra) -> dict[str, Callable[..., int]]:
     """Rules that take the nodes of their tensor operands; numbers become constants."""
     p = a.p
-    one = a.c(1)
+    one, minus, hundredth = a.c(1), a.c(-1), a.c(Fraction("0.01"))
     return {
         "add": lambda x, y, alpha=one: p.add(x, p.mul(alpha, y)),
         "sub": lambda x, y, alpha=one: p.sub(x, p.mul(alpha, y)),
@@ -209,14 +209,14 @@ def _elementwise(a: Algebra) -> dict[str, Callable[..., int]]:
         "sgn": a.sign,
         "relu": lambda x: a.clamp(x, a.c(0)),
         "relu6": a.relu6,
-        "leaky_relu": lambda x, slope=a.c(Fraction("0.01")): p.choose("less", x, p.mul(slope, x), x),
+        "leaky_relu": lambda x, slope=hundredth: p.choose("less", x, p.mul(slope, x), x),
         "elu": lambda x, alpha=one, scale=one, input_scale=one: a.elu(x, alpha, scale, input_scale),
         "celu": lambda x, alpha=one: a.elu(x, alpha, one, p.div(one, alpha)),
         "silu": lambda x: p.mul(x, a.f("sigmoid", x)),
         "mish": lambda x: p.mul(x, a.tanh(a.f("softplus", x))),
         "hardsigmoid": lambda x: p.div(a.relu6(p.add(x, a.c(3))), a.c(6)),
         "hardswish": lambda x: p.mul(x, p.div(a.relu6(p.add(x, a.c(3))), a.c(6))),
-        "hardtanh": lambda x, low=a.c(-1), high=one: a.clamp(x, low, high),
+        "hardtanh": lambda x, low=minus, high=one: a.clamp(x, low, high),
         "threshold": lambda x, threshold, value: p.choose("at_most", p.sub(x, threshold), value, x),
         "minimum": a.least,
         "fmin": a.least,
@@ -258,7 +258,7 @@ def _reduced(rule: Callable[[list[int]], int], ids: Tensor, dims: Any, keep: boo
 def _reduction(a: Algebra, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
     ids, dims = args[0], kwargs.get("dim", args[1] if len(args) > 1 else None)
     keep = bool(kwargs.get("keepdim", args[2] if len(args) > 2 else False))
-    if name == "cumsum":
+    if name == "cumsum" and isinstance(dims, int):
         return torch.stack(
             [_reduced(a.total, ids.narrow(dims, 0, i + 1), dims, False) for i in range(ids.shape[dims])], dims
         )
@@ -365,18 +365,14 @@ def lower(program: Program, name: str, args: list[Any], kwargs: dict[str, Any]) 
     if name in ("mm", "mv", "dot", "addmm"):
         return _matrix(a, name, args)
     if name in ("clamp", "clamp_min", "clamp_max"):
-        bounds = {"low": None, "high": None}
-        values = [*args[1:], *kwargs.values()] if name != "clamp" else []
-        if name == "clamp":
-            bounds = dict(zip(("low", "high"), [*args[1:], None, None], strict=False)) | {
-                {"min": "low", "max": "high"}[key]: value for key, value in kwargs.items()
-            }
-        else:
-            bounds["low" if name == "clamp_min" else "high"] = values[0]
+        keys = {"clamp": ["low", "high"], "clamp_min": ["low"], "clamp_max": ["high"]}[name]
+        bounds = dict(zip(keys, args[1:], strict=False)) | {
+            {"min": "low", "max": "high"}[key]: value for key, value in kwargs.items()
+        }
         kept = {k: b for k, b in bounds.items() if b is not None and not (isinstance(b, float) and math.isinf(b))}
         return _each(lambda x, *bs: a.clamp(x, **dict(zip(kept, bs, strict=True))), args[0], *map(node, kept.values()))
     if name == "softplus":
-        beta, threshold = [*args[1:], *(1, 20)[len(args) - 1 :]]
+        beta, threshold = (*args[1:], *(1, 20)[len(args) - 1 :])
         return _each(lambda x, b: a.softplus(x, b, float(threshold)), args[0], node(beta))
     if name == "gelu":
         return _each(lambda x: a.gelu(x, kwargs.get("approximate", "none")), args[0])

@@ -23,7 +23,7 @@ class UndecidedError(ValueError):
     """The proof cannot be completed; the message says where and why."""
 
 
-class Undecided(Exception):  # noqa: N818
+class Undecided(Exception):
     """A choice depends on where u is in the cell: there v switches branches.
 
     Args:
@@ -342,11 +342,19 @@ class Splitter:
                 if self._at(top, low) == slope or self._at(top, high) == -slope:
                     first = first or (slope if self._at(top, low) == slope else -slope)  # it moves away from 0
                     continue
+                end = low if self._vanishes(top, low) else high if self._vanishes(top, high) else None
+                if end is not None:  # it is 0 at an end, and nowhere inside
+                    first = first or (slope if end is low else -slope)
+                    continue
                 place = self._bisected(top, low, high, slope)
-                if place is None:
+                if place is not None:
+                    first = first or -slope
+                    places.append(place)
+                elif depth > 30:
                     raise UndecidedError(f"{piece}: {top} may vanish near an end of {span(low, high)}")
-                first = first or -slope
-                places.append(place)
+                else:
+                    middle = between(low, high)
+                    todo += [(middle, high, depth + 1), (low, middle, depth + 1)]
             elif depth > 30:
                 raise UndecidedError(f"{piece}: {top} may vanish more than once near u in {span(low, high)}")
             else:
@@ -376,6 +384,9 @@ class Splitter:
             a, b = (a, middle) if sign == slope else (middle, b)
         return a, b
 
+    def _vanishes(self, top: Element, u: Bound) -> bool:
+        return u is not None and self.field.substituted(top, self.field.constant(u), {}).is_zero
+
     def _at(self, top: Element, u: Fraction | None) -> int | None:
         if u is None:
             return None
@@ -385,12 +396,10 @@ class Splitter:
 
 def between(low: Bound, high: Bound) -> Fraction:
     """A place inside a cell at which to split it; twice as far out where the cell is infinite."""
-    if low is None and high is None:
-        return Fraction(0)
-    if high is None:
-        return max(Fraction(1), 2 * low) if low >= 0 else min(Fraction(0), low / 2)  # type: ignore[operator]
     if low is None:
-        return -between(-high, None)
+        return Fraction(0) if high is None else -between(-high, None)
+    if high is None:
+        return max(Fraction(1), 2 * low) if low >= 0 else low / 2
     if low > 0 and high > 16 * low:  # many orders of magnitude
         return low * 4
     return -between(-high, -low) if high < 0 and low < 16 * high else (low + high) / 2

@@ -94,7 +94,8 @@ def _power(x: Number, exponent: Number) -> Number:
     if isinstance(exponent, fmpq) and exponent.q == 1:
         if isinstance(x, fmpq) and x == 0 and exponent < 0:
             raise ValueError("v divides by 0")
-        return x ** int(exponent.p)
+        whole: Number = x ** int(exponent.p)
+        return whole
     if isinstance(x, fmpq) and x == 0:
         return fmpq(0)
     base, power = (y if isinstance(y, arb) else arb(y) for y in (x, exponent))

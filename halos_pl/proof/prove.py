@@ -215,7 +215,7 @@ def witness(claim: Claim, decision: Decision) -> str:
     if claim.order == 1:
         return f"{texts[0]} > {texts[1]}"
     middle = (decision.values[0] + decision.values[2]) / 2
-    a, b, c = map(_number, decision.points)
+    a, c = _number(decision.points[0]), _number(decision.points[2])
     sign = "<" if claim.sign < 0 else ">"
     return f"{texts[1]} {sign} {_digits(middle)} = (v({a}) + v({c})) / 2"
 

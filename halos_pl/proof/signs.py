@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 
-from flint import arb, fmpq_mpoly
+from flint import arb, fmpq, fmpq_mpoly
 
 from halos_pl.proof.field import Element, Field
 from halos_pl.proof.interval import INF, NEGATIVE_INF, ONE, ZERO, Interval, polynomial_range
@@ -76,10 +76,11 @@ def _power(x: Interval, exponent: Interval) -> Interval:
         return ONE if a == 1 else INF if above else ZERO
 
     corners = [corner(a, p) for a in (x.low, x.high) for p in (exponent.low, exponent.high)]
-    if any(c is None for c in corners):
+    known = [c for c in corners if c is not None]
+    if len(known) < len(corners):
         return Interval(ZERO, INF, True, False)
-    low = high = corners[0]
-    for c in corners[1:]:
+    low = high = known[0]
+    for c in known[1:]:
         low, high = low.min(c), high.max(c)
     return Interval.of(low, high, bool(low == 0), False)
 
@@ -115,10 +116,10 @@ _RANGES: dict[str, Callable[[Interval], Interval]] = {
 
 def _independent(polynomial: fmpq_mpoly) -> list[fmpq_mpoly]:
     """Parts of a sum that share no variable; the constant term is in the first of them."""
-    parts: list[tuple[set[int], dict[tuple[int, ...], object]]] = []
-    constant: dict[tuple[int, ...], object] = {}
+    parts: list[tuple[set[int], dict[tuple[int, ...], fmpq]]] = []
+    constant: dict[tuple[int, ...], fmpq] = {}
     for exponents, coefficient in polynomial.terms():
-        used, terms = {i for i, e in enumerate(exponents) if e}, {exponents: coefficient}
+        used, terms = {i for i, e in enumerate(exponents) if e}, {exponents: fmpq(coefficient)}
         if not used:
             constant = terms
             continue

@@ -144,11 +144,11 @@ def _own_backwards_refused() -> Iterator[None]:
             raise refused(f"{cls.__name__} is an autograd Function with a backward of its own")
         return apply.__get__(None, cls)(*args, **kwargs)
 
-    torch.autograd.Function.apply = classmethod(guarded)
+    torch.autograd.Function.apply = classmethod(guarded)  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        torch.autograd.Function.apply = apply
+        torch.autograd.Function.apply = apply  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -206,7 +206,9 @@ class Symbol:
             setattr(self.module, self.name, self.before)
 
 
-def _traced(v: Callable[[Tensor], Tensor], u: Tensor, parameters: Mapping[str, Symbol], moved: bool) -> list[Any]:
+def _traced(
+    v: Callable[[Tensor], Tensor], u: Tensor, parameters: Mapping[str, Symbol], moved: bool
+) -> list[tuple[Node, ...]]:
     """The graph of each row."""
     with _values(parameters, moved) as placed, _own_backwards_refused():
         recorder = _Recorder()
@@ -228,7 +230,7 @@ def _traced(v: Callable[[Tensor], Tensor], u: Tensor, parameters: Mapping[str, S
         with torch.utils._python_dispatch._disable_current_modes():
             ids = recorder.nodes_of(out)
     try:
-        return [program.of_row(int(output), row) for row, output in enumerate(ids)]
+        return [program.of_row(int(output), row) for row, output in enumerate(ids.tolist())]
     except ValueError as error:
         raise UntraceableError(f"cannot be traced: {error}") from error
 
@@ -256,7 +258,8 @@ def trace(v: nn.Module, parameters: Mapping[str, Symbol]) -> tuple[Node, ...]:
     ]
     if parameters:
         ways.append(("for other parameters", first, True, True, True))
-    mode, graph = v.training, None
+    modes = {module: module.training for module in v.modules()}
+    graph: tuple[Node, ...] | None = None
     try:
         for how, u, moved, training, gradients in ways:
             v.train(training)
@@ -266,6 +269,7 @@ def trace(v: nn.Module, parameters: Mapping[str, Symbol]) -> tuple[Node, ...]:
             if any(row != graph for row in rows):
                 raise UntraceableError(f"cannot be traced: v is another function {how or 'for each row'}")
     finally:
-        v.train(mode)
+        for module, training in modes.items():
+            module.training = training
     assert graph is not None
     return graph
