@@ -155,14 +155,13 @@ def _own_backwards_refused() -> Iterator[None]:
 def _values(parameters: Mapping[str, Symbol], moved: bool) -> Iterator[dict[str, Tensor]]:
     """Puts a tensor in the place of each parameter; ``moved``: of another value, which must not change the graph."""
     placed = {}
-    with torch.no_grad():
-        try:
-            for name, symbol in parameters.items():
-                placed[name] = symbol.place(0.25 if moved else 0.0)
-            yield placed
-        finally:
-            for symbol in parameters.values():
-                symbol.restore()
+    try:
+        for name, symbol in parameters.items():
+            placed[name] = symbol.place(0.25 if moved else 0.0)
+        yield placed
+    finally:
+        for symbol in parameters.values():
+            symbol.restore()
 
 
 class Symbol:
@@ -187,7 +186,7 @@ class Symbol:
         """Replaces the number by a float64 tensor, moved by ``shift`` of itself; returns it."""
         if isinstance(self.before, nn.Parameter):
             self.saved = self.before.detach().clone()
-            self.before.mul_(1 + shift).add_(shift / 4)
+            self.before.data.mul_(1 + shift).add_(shift / 4)
             return self.before
         tensor = torch.tensor(self.value * (1 + shift), dtype=torch.float64)
         if self.index is None:
@@ -201,7 +200,7 @@ class Symbol:
         """Puts the number back."""
         if isinstance(self.before, nn.Parameter):
             if hasattr(self, "saved"):
-                self.before.copy_(self.saved)
+                self.before.data.copy_(self.saved)
         else:
             setattr(self.module, self.name, self.before)
 

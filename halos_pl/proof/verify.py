@@ -1,15 +1,15 @@
 """Checks a certificate of ``halos prove`` with python-flint alone; nothing of the prover is used or trusted.
 
-In it, v is a chain of pieces: quotients of polynomials in u, the parameters and kernels such as exp(g). Derivatives are
-formed anew, their signs on each cell follow from those of their irreducible factors, and neighbours are compared at the
-seams. Then v itself is compared with the chain at thousands of points. What is left to trust: that between those points,
-v is the function that was recorded.
+In it, v is a chain of quotients of polynomials in u, the parameters and kernels such as exp(g). Their derivatives have the
+signs of their irreducible factors. Then v is compared with the chain at thousands of points: what is left to trust is
+that between those points, v is the function that was recorded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from functools import reduce
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -53,10 +53,7 @@ def corners(a: Sequence[Any], b: Sequence[Any]) -> list[arb]:
 
 def greatest(ends: Sequence[arb]) -> arb:
     """An upper bound of some numbers."""
-    top = ends[0]
-    for x in ends:
-        top = top.max(x)
-    return top.upper() if top.is_finite() else top
+    return reduce(arb.max, ends).upper()
 
 
 class Chain:
@@ -64,11 +61,8 @@ class Chain:
 
     def __init__(self, graph: dict[str, Any]) -> None:
         self.ctx = fmpq_mpoly_ctx.get([f"x{i}" for i in range(40 + 6 * len(graph["kernels"]))], Ordering.lex)
-        self.x, self.one, self.zero = (
-            self.ctx.gens(),
-            self.ctx.constant(1),
-            (self.ctx.constant(0), self.ctx.constant(1)),
-        )
+        self.x, self.one = self.ctx.gens(), self.ctx.constant(1)
+        self.zero = 0 * self.one, self.one
         self.kernels: dict[int, tuple[str, Quotient, Any]] = {}
         self.index: dict[str, int] = {}
         self.sparse: dict[int, list[tuple[arb, list[tuple[int, int]]]]] = {}
@@ -100,15 +94,12 @@ class Chain:
         total, (_, g, root) = self.zero, self.kernels[i]
         for e, c in p.terms():
             whole, rest = divmod(int(e[i]), int(root.q))
-            one = self.ctx.from_dict({(*e[:i], rest, *e[i + 1 :]): c})
-            total = self.add(total, (one * g[0] ** whole, g[1] ** whole))
+            monomial = self.ctx.from_dict({(*e[:i], rest, *e[i + 1 :]): c})
+            total = self.add(total, (monomial * g[0] ** whole, g[1] ** whole))
         return total
 
-    def add(self, *terms: Quotient) -> Quotient:
-        n, d = self.zero
-        for a, b in terms:
-            n, d = n * b + a * d, d * b
-        return self.ratio(n, d)
+    def add(self, a: Quotient, b: Quotient) -> Quotient:
+        return self.ratio(a[0] * b[1] + b[0] * a[1], a[1] * b[1])
 
     def mul(self, a: Quotient, b: Quotient) -> Quotient:
         return self.ratio(a[0] * b[0], a[1] * b[1])
@@ -145,18 +136,18 @@ class Chain:
 
     def at(self, a: Quotient, known: dict[int, arb]) -> arb:
         """The value where u and the parameters are ``known``, to which the values of kernels are added."""
-        ends = []
-        for p in a:
+        ends = [ZERO, ZERO]
+        for place, p in enumerate(a):
             if id(p) not in self.sparse:
                 self.sparse[id(p)] = [(arb(c), [(i, int(k)) for i, k in enumerate(e) if k]) for e, c in p.terms()]
-            ends.append(ZERO)
             for c, powers in self.sparse[id(p)]:
                 for i, k in powers:
                     if i not in known:
-                        kind, g, exponent = self.kernels[i]
-                        known[i] = FUNCTIONS[kind][0](self.at(g, known), exponent)
+                        known[i] = FUNCTIONS[self.kernels[i][0]][0](
+                            self.at(self.kernels[i][1], known), self.kernels[i][2]
+                        )
                     c = c * known[i] ** k
-                ends[-1] += c
+                ends[place] += c
         return ends[0] / ends[1]
 
 
@@ -169,10 +160,10 @@ class Cell:
 
     def __getitem__(self, i: int) -> tuple[Any, Any, bool, bool]:
         if i not in self.known:
-            (kind, g, p), one = self.chain.kernels[i], self.chain.one
+            kind, g, p = self.chain.kernels[i]
             (f, least, most), (low, high) = FUNCTIONS[kind], self.range(g)
             undefined = kind in ("log", "power") and not low > 0  # at its lower end, at most
-            if undefined and self.sign(g) != (1, True) or p is not None and p < 0:
+            if (undefined and self.sign(g) != (1, True)) or (p is not None and p < 0):
                 raise RefusedError(f"the argument of {kind} may be 0 or below")
             a = f(low, p) if low.is_finite() and not undefined else least
             b = f(high, p) if high.is_finite() else most
@@ -247,17 +238,14 @@ class Cell:
                 return None, False
             ends.append((above, below) if left and right else (above if left else below, True))
             terms = new
-        signs, strict = set[int | None](), False
-        for e, c in terms.items():
-            sign, sure = 1 if arb(c) > 0 else -1 if arb(c) < 0 else None, bool(arb(c) > 0 or arb(c) < 0)
-            signs |= set() if c == 0 else {sign or (1 if arb(c) >= 0 else -1 if arb(c) <= 0 else None)}
-            strict |= sure and all(
-                (k == 0 or a) and (k == p.degrees()[i] or b) for k, i, (a, b) in zip(e, used, ends, strict=True)
-            )
-        strict |= len(terms) == prod(p.degrees()[i] + 1 for i in used) and not any(
-            arb(c).contains(0) for c in terms.values()
-        )
-        return (signs.pop(), strict) if len(signs) == 1 and None not in signs else (None, False)
+        nonzero = [e for e, c in terms.items() if not arb(c).contains(0)]
+        if any(e not in nonzero and c != 0 for e, c in terms.items()):
+            return None, False
+        degrees, signs = [p.degrees()[i] for i in used], {1 if arb(terms[e]) > 0 else -1 for e in nonzero}
+        strict = len(nonzero) == prod(n + 1 for n in degrees)
+        for e in nonzero:
+            strict |= all((k == 0 or a) and (k == n or b) for k, n, (a, b) in zip(e, degrees, ends, strict=True))
+        return (signs.pop(), strict) if len(signs) == 1 else (None, False)
 
 
 def covers(parts: Sequence[tuple[Any, Any]], low: Any, high: Any, overlap: bool = False) -> bool:
@@ -282,10 +270,9 @@ def check(graph: dict[str, Any], claim: dict[str, Any]) -> None:
                 Cell(chain, *x).range(value)
             cell = Cell(chain, a, b)
             if cell.sign(target)[0] not in (0, wanted):
-                slope = cell.sign(chain.derivative(target))[
-                    0
-                ]  # from an end where the sign is right it moves away from 0
-                step(chain, chain.zero, target, *[a if slope == wanted else b] * 2, wanted if slope else 2)
+                slope = cell.sign(chain.derivative(target))[0]
+                end = a if slope == wanted else b  # from here, where the sign is right, it moves away from 0
+                step(chain, chain.zero, target, end, end, wanted if slope and abs(arb(end)) < INF else 2)
     for (_, high, left), (low, _, right) in pairwise(chain.pieces):
         if not (side and high == low == 0) and not (side > 0 and high <= 0) and not (side < 0 and low >= 0):
             step(chain, left, right, low, high, 0 if side else 1)
@@ -295,11 +282,12 @@ def check(graph: dict[str, Any], claim: dict[str, Any]) -> None:
 
 def step(chain: Chain, left: Quotient, right: Quotient, low: Any, high: Any, allowed: int) -> None:
     """Raises RefusedError if ``right - left`` is neither 0 nor of the allowed sign, within the tolerance."""
-    if left != right:
-        cell = Cell(chain, low, high)
+    cell = Cell(chain, low, high)
+    if allowed == 2 or cell.sign(chain.add(right, (-left[0], left[1])))[0] not in (0, allowed):
         a, b = cell.range(left), cell.range(right)
         size = TOLERANCE * (cell.range(left, sizes=True)[1] + cell.range(right, sizes=True)[1])
-        if allowed == 2 or not ((allowed > 0 or b[1] - a[0] <= size) and (allowed < 0 or b[0] - a[1] >= -size)):
+        fits = (allowed == 1 or b[1] - a[0] <= size) and (allowed == -1 or b[0] - a[1] >= -size)
+        if allowed == 2 or not size < INF or not fits:
             raise RefusedError(f"a value, slope or curvature has the wrong sign, or a jump, at or near {low}")
 
 
@@ -326,13 +314,8 @@ def compare(graph: dict[str, Any], v: Callable[[list[float]], list[float]]) -> N
 def verify(certificate: dict[str, Any], v: Callable[[list[float]], list[float]], source: str) -> list[str]:
     """The proved claims of a certificate, after all that it says has been checked.
 
-    Args:
-        certificate: the parsed JSON.
-        v: the function that it names, at float64 outcomes in nats.
-        source: SHA-256 of that function's code.
-
-    Raises:
-        RefusedError: the certificate does not prove what it claims about v.
+    ``certificate`` is the parsed JSON, ``v`` the function that it names, at float64 outcomes in nats, and ``source`` the
+    SHA-256 of its code. Raises RefusedError unless it proves what it claims about v.
     """
     ctx.prec, proved = PRECISION, [claim for claim in certificate["claims"] if claim["status"] == "proved"]
     if certificate["source"] != source:

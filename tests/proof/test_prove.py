@@ -1,0 +1,368 @@
+"""What is proved, disproved and left open; certificates, and their checker."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mpmath
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, Phase, given, settings
+from torch import Tensor, nn
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+from compositions import Case, Composed, faulty, sound
+from make_parts import example, library
+
+import value_functions
+from halos_pl.proof import verify
+from halos_pl.proof.certificate import certificate
+from halos_pl.proof.claims import CLAIMS
+from halos_pl.proof.prove import Proof, prove
+from value_functions import (
+    CARA,
+    Clipped,
+    Hinge,
+    Identity,
+    KahnemanTversky,
+    Logistic,
+    LogSigmoid,
+    LossAverse,
+    Mixture,
+    Scaled,
+    Shifted,
+    Tanh,
+    ValueFunction,
+)
+
+SHIPPED = library(value_functions.__name__)
+DESIRABLE = ("non_decreasing", "concave_on_gains")
+
+
+def statuses(v: nn.Module) -> dict[str, str]:
+    return {name: outcome.status for name, outcome in prove(v).outcomes.items()}
+
+
+def values_of(v: nn.Module) -> Callable[[list[float]], list[float]]:
+    return lambda us: v(torch.tensor(us, dtype=torch.float64)).tolist()
+
+
+def certified(v: nn.Module, proof: Proof | None = None) -> dict[str, Any]:
+    data = certificate(proof or prove(v), type(v).__name__, None, "code")
+    return json.loads(json.dumps(data))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_function_is_decided_as_it_declares(name):
+    v = example(SHIPPED[name])
+    proof = prove(v)
+    assert proof.seconds < 2
+    for claim in DESIRABLE:
+        expected = "disproved" if claim in v.violates else "proved"
+        assert proof.outcomes[claim].status == expected, str(proof.outcomes[claim])
+
+
+@pytest.mark.parametrize(
+    "v",
+    [
+        Logistic(),
+        LogSigmoid(),
+        Tanh(),
+        Identity(),
+        CARA(),
+        KahnemanTversky(),
+        Hinge(),
+        Scaled(Tanh(), by=2.0),
+        Shifted(LogSigmoid(), by=5.0),
+        LossAverse(Logistic(), loss_aversion=2.25),
+        Clipped(Logistic(), low=-1.0, high=3.0),
+        Mixture([Logistic(), Tanh()], weights=[0.5, 2.0]),
+    ],
+    ids=lambda v: type(v).__name__,
+)
+def test_hyper_parameters_are_proved_over_their_whole_range(v):
+    proof = prove(v)
+    for claim in DESIRABLE:
+        scope = proof.outcomes[claim].scope
+        assert proof.outcomes[claim].status == "proved"
+        assert all(name in scope for name in v.ranges if math.isfinite(getattr(v, name) if name != "weights" else 1.0))
+        assert "given" not in scope
+
+
+class Learnable(ValueFunction):
+    """sigmoid(link(raw) u)."""
+
+    def __init__(self, link: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.link, self.raw = link, nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, u: Tensor) -> Tensor:
+        return torch.sigmoid(self.link(self.raw).to(u.dtype) * u)
+
+
+@pytest.mark.parametrize("link", [F.softplus, torch.exp, torch.square])
+def test_a_learnable_parameter_may_move_anywhere(link):
+    v = Learnable(link)
+    before = v.raw.detach().clone()
+    assert prove(v).outcomes["non_decreasing"].status == "proved"
+    assert "raw in (-inf, inf)" in prove(v).outcomes["non_decreasing"].scope
+    assert torch.equal(v.raw, before)
+    assert v.raw.requires_grad
+
+
+def test_a_free_learnable_scale_is_disproved_at_a_value_that_training_may_reach():
+    outcome = prove(Learnable(lambda raw: raw)).outcomes["non_decreasing"]
+    assert outcome.status == "disproved"
+    assert outcome.decision is not None
+    assert outcome.decision.parameters["raw"] < 0
+
+
+SOUND: dict[str, Callable[[Tensor], Tensor]] = {
+    "algebraic": lambda u: u / torch.sqrt(1 + u * u),
+    "smooth hinge": lambda u: 0.5 * (u - torch.sqrt(u * u + 1)),
+    "Gudermannian": lambda u: 2 * torch.atan(torch.tanh(0.05 * u)),
+    "constant relative risk aversion": lambda u: torch.where(
+        u >= 0, ((1 + 0.1 * u.clamp(min=0)) ** 0.5 - 1) / 0.5, 0.1 * u
+    ),
+    "log log": lambda u: torch.where(u >= 0, torch.log1p(torch.log1p(u.clamp(min=0))), u),
+    "parabola with a flat top": lambda u: -(1 - 0.1 * u).clamp(min=0).square(),
+    "Gompertz": lambda u: torch.exp(-torch.exp((-0.1 * u).clamp(max=30))),
+    "normal distribution by tanh": lambda u: 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3))),
+    "normal distribution": lambda u: torch.special.ndtr(0.1 * u),
+    "Weibull": lambda u: 1 - torch.exp(-((F.relu(u) + 1e-3) ** 0.8 - 1e-3**0.8)),
+    "three softplus": lambda u: -(F.softplus(-u) + 0.5 * F.softplus(3 - 0.2 * u) + 2 * F.softplus(-10 - 0.05 * u)),
+    "smooth root": lambda u: torch.where(u >= 0, (u.clamp(min=0) + 1e-2).sqrt() - 0.1, 5 * u),
+    "Padé": lambda u: torch.where(u.abs() < 3, u * (27 + u * u) / (27 + 9 * u * u), torch.sign(u)),
+    "decimals that cancel": lambda u: 3 * u.clamp(max=0) + sum(w * u.clamp(-20, 0) for w in (0.1, 0.2, -0.3)),
+    "slopes that sum to 0": lambda u: u.clamp(max=3) + sum(w * u for w in (0.1, 0.2, -0.3)),
+    "logsumexp": lambda u: -torch.logsumexp(torch.stack([-0.1 * u, -0.3 * u - 1, 0 * u - 2]), 0),
+    "knots": lambda u: torch.minimum(u[..., None], torch.linspace(0, 90, 10, dtype=u.dtype)).sum(-1) / 10,
+    "jumps at 0": lambda u: 0.1 * u + (u > 0).to(u) + (u >= 0).to(u),
+    "lower of two curves": lambda u: torch.minimum(torch.tanh(u), 0.3 + 0.1 * torch.tanh(u / 10)),
+    "in float64": lambda u: torch.tanh(0.1 * u.double()).to(u.dtype),
+}
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_sound_functions_are_proved_and_the_checker_agrees(name):
+    v = Composed(SOUND[name])
+    proof = prove(v)
+    assert {claim: str(proof.outcomes[claim]) for claim in DESIRABLE} == dict.fromkeys(DESIRABLE, "proved")
+    assert {*DESIRABLE} <= {*verify.verify(certified(v, proof), values_of(v), "code")}
+
+
+FAULTY: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "falls beyond 12,000": (lambda u: u.clamp(max=12000.0) - 1e-3 * F.relu(u - 12000.0), "non_decreasing"),
+    "jumps down by 3e-6": (lambda u: u - 3e-6 * (u > 60).to(u), "non_decreasing"),
+    "falls on a hundredth of a nat": (lambda u: torch.tanh(u / 50) - (u - 37.3).clamp(0, 0.01), "non_decreasing"),
+    "swish": (lambda u: F.silu(u), "non_decreasing"),
+    "gelu": (lambda u: F.gelu(u), "non_decreasing"),
+    "clipped ratio": (lambda u: torch.exp(u.clamp(max=0.2)), "concave_on_gains"),
+    "softplus": (lambda u: F.softplus(u), "concave_on_gains"),
+    "bends the wrong way": (lambda u: 0.1 * u + 1e-3 * F.relu(u - 7.7), "concave_on_gains"),
+    "logistic with a margin": (lambda u: torch.sigmoid(u - 5), "concave_on_gains"),
+    "pole": (lambda u: -1 / (u - 3), "non_decreasing"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_faulty_functions_are_never_proved_and_their_witnesses_hold_in_float64(name):
+    formula, claim = FAULTY[name]
+    outcome = prove(Composed(formula)).outcomes[claim]
+    assert outcome.status != "proved"
+    if outcome.status == "disproved" and outcome.decision is not None:
+        points = torch.tensor([float(u) for u in outcome.decision.points], dtype=torch.float64)
+        values = formula(points)
+        found = torch.tensor([float(x) for x in outcome.decision.values], dtype=torch.float64)
+        torch.testing.assert_close(values, found, rtol=1e-9, atol=1e-9)
+    else:
+        assert name == "pole"
+
+
+class PrivateBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor) -> Tensor:
+        return torch.sigmoid(u)
+
+
+class Counting(ValueFunction):
+    """Another function after its third call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, u: Tensor) -> Tensor:
+        self.calls += 1
+        return u if self.calls < 3 else 2 * u
+
+
+def _looks(u: Tensor) -> Tensor:
+    return torch.sigmoid(u) if u.max() < 3 else u
+
+
+@pytest.mark.parametrize(
+    ("v", "words"),
+    [
+        (Composed(_looks), ("test_prove.py:", "value of a tensor")),
+        (Composed(lambda u: torch.tensor(u.detach().numpy() ** 2)), ("another function",)),
+        (Composed(lambda u: PrivateBackward.apply(u)), ("test_prove.py:", "backward of its own")),
+        (Composed(lambda u: u + 0.1 * torch.rand_like(u)), ("test_prove.py:", "random")),
+        (Composed(lambda u: F.dropout(u, 0.5)), ("random",)),
+        (Composed(lambda u: u - u.mean()), ("rows influence each other",)),
+        (Composed(lambda u: u if torch.is_grad_enabled() else 2 * u), ("another function without gradients",)),
+        (Counting(), ("another function",)),
+        (Composed(lambda u: torch.special.i0(u)), ("test_prove.py:", "no rule for i0")),
+        (Composed(lambda u: torch.sigmoid(u).sum()), ("shape",)),
+    ],
+)
+def test_what_cannot_be_recorded_is_undecided_and_says_where(v, words):
+    for outcome in prove(v).outcomes.values():
+        assert outcome.status == "undecided"
+        assert all(word in outcome.reason for word in words), outcome.reason
+
+
+def tampered(data: dict[str, Any], change: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    other = copy.deepcopy(data)
+    change(other)
+    return other
+
+
+def _first_cells(data: dict[str, Any]) -> dict[str, Any]:
+    return next(claim["cells"] for claim in data["claims"] if claim["status"] == "proved")
+
+
+def test_a_changed_certificate_is_refused():
+    v = KahnemanTversky()
+    data = certified(v)
+    assert {*verify.verify(data, values_of(v), "code")} == {claim.name for claim in CLAIMS}
+    changes: dict[str, Callable[[dict[str, Any]], None]] = {
+        "a coefficient": lambda d: d["graphs"][0]["pieces"][1]["value"][0][0].__setitem__(0, "17/16"),
+        "an exponent": lambda d: d["graphs"][0]["kernels"][0].__setitem__("exponent", "21/20"),
+        "a piece less": lambda d: d["graphs"][0]["pieces"].pop(),
+        "a piece that ends early": lambda d: d["graphs"][0]["pieces"][0].__setitem__("high", "-1"),
+        "a cell less": lambda d: _first_cells(d).pop("0"),
+        "a cell that ends early": lambda d: _first_cells(d)["1"][-1].__setitem__(1, "1000"),
+    }
+    for what, change in changes.items():
+        with pytest.raises((verify.RefusedError, KeyError)):
+            verify.verify(tampered(data, change), values_of(v), "code")
+            pytest.fail(what)
+
+
+def test_a_certificate_of_another_function_or_of_changed_code_is_refused():
+    data = certified(Logistic())
+    for other in (Tanh(), Logistic(beta=0.1001), Shifted(Logistic(), by=1e-3)):
+        with pytest.raises(verify.RefusedError, match="another function"):
+            verify.verify(data, values_of(other), "code")
+    with pytest.raises(verify.RefusedError, match="has changed"):
+        verify.verify(data, values_of(Logistic()), "other code")
+
+
+def test_a_false_claim_is_refused_even_if_the_function_is_right():
+    v = LogSigmoid()
+    data = certified(v)
+    claim = next(claim for claim in data["claims"] if claim["claim"] == "non_decreasing")
+    false = claim | {"claim": "undesirable_concave_on_gains"}
+    with pytest.raises(verify.RefusedError):
+        verify.check(data["graphs"][claim["graph"]], false)
+
+
+def test_the_checker_is_small_and_uses_nothing_of_the_prover():
+    text = Path(verify.__file__).read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 300
+    imported = {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
+    assert imported <= {"__future__", "collections.abc", "fractions", "itertools", "math", "typing", "flint"}
+
+
+def test_interval_arithmetic_of_another_library_confirms_the_signs():
+    """mpmath's iv encloses the slope and curvature of the chain, read from the certificate, at random cells."""
+    data = certified(Mixture([Logistic(), Tanh()], weights=[0.5, 2.0]))
+    graph = data["graphs"][data["claims"][0]["graph"]]
+    names = ["u", *graph["parameters"]]
+    functions = {
+        "sigmoid": lambda x: 1 / (1 + mpmath.iv.exp(-x)),
+        "exp": mpmath.iv.exp,
+    }
+    given_values = {name: mpmath.iv.mpf(eval(f"1.0*{p['value']}")) for name, p in graph["parameters"].items()}
+
+    def at(u: Any) -> Any:
+        known = {"0": u} | {str(1 + i): given_values[name] for i, name in enumerate(names[1:])}
+
+        def of(data: Any) -> Any:
+            top, bottom = (sum((_product(c, e, known) for c, e in terms), mpmath.iv.mpf(0)) for terms in data)
+            return top / bottom
+
+        for i, kernel in enumerate(graph["kernels"]):
+            known[str(len(names) + i)] = functions[kernel["kind"]](of(kernel["argument"]))
+        piece = next(p for p in graph["pieces"] if (p["low"] is None) == (u.b <= 0))
+        return of(piece["value"])
+
+    for u in (-40.0, -3.0, 0.5, 2.0, 60.0):
+        low, middle, high = (at(mpmath.iv.mpf(u + d)) for d in (-0.25, 0.0, 0.25))
+        assert (high - low).a > 0
+        if u > 0:
+            assert (2 * middle - low - high).a > 0
+
+
+def _product(coefficient: str, exponents: dict[str, int], known: dict[str, Any]) -> Any:
+    top, _, bottom = coefficient.partition("/")
+    value = mpmath.iv.mpf(int(top)) / int(bottom or 1)
+    for name, exponent in exponents.items():
+        value *= known[name] ** exponent
+    return value
+
+
+def _holds(case: Case, claim: str) -> None:
+    status = statuses(Composed(case.v))[claim]
+    assert not (claim in case.fails and status == "proved"), case.text
+    assert not (not case.fails and status == "disproved"), case.text
+
+
+def _law(examples: int) -> Any:
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@_law(15)
+@given(sound())
+def test_sound_compositions_are_not_disproved(case):
+    for claim in DESIRABLE:
+        _holds(case, claim)
+
+
+@_law(15)
+@given(faulty())
+def test_faulty_compositions_are_not_proved(case):
+    for claim in case.fails:
+        _holds(case, claim)
+
+
+@pytest.mark.slow
+@_law(2500)
+@given(sound())
+def test_2500_sound_compositions(case):
+    for claim in DESIRABLE:
+        _holds(case, claim)
+
+
+@pytest.mark.slow
+@_law(2500)
+@given(faulty())
+def test_2500_faulty_compositions(case):
+    for claim in case.fails:
+        _holds(case, claim)
