@@ -103,7 +103,7 @@ def test_the_verdict_tables_match_the_code():
 def test_the_table_lists_every_objective_and_agrees_with_a_sample(sample):
     recorded = table()
     assert list(recorded) == sorted(path.stem for path in OBJECTIVES.glob("*.yaml"))
-    computed = {name: {definition: report.verdict for definition, report in of.items()} for name, of in sample.items()}
+    computed = {name: {definition: report.shown_verdict for definition, report in of.items()} for name, of in sample.items()}
     assert computed == {name: recorded[name] for name in SAMPLE}
 
 
@@ -126,7 +126,7 @@ def test_the_header_of_a_file_states_its_verdict():
     for name, recorded in table().items():
         lines = (OBJECTIVES / f"{name}.yaml").read_text().splitlines()
         header = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
-        kind = recorded["icml"].partition(":")[0]
+        kind = recorded["icml"].partition(":")[0].replace(" (v proved)", "").replace(", v proved", "")
         if not re.search(words[kind], header) and "The loss is that of kto.yaml" not in header:
             wrong[name] = (kind, header)
     assert not wrong

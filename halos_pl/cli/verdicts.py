@@ -28,7 +28,7 @@ def _row(name: str, reports: Mapping[Definition, Report]) -> dict[str, Any]:
         "name": name,
         "formula": formula(read_yaml(path)[0]["model"]),
         "needs": [field.name for field in fields(needs) if getattr(needs, field.name)],
-        "verdict": {definition: report.verdict for definition, report in reports.items()},
+        "verdict": {definition: report.shown_verdict for definition, report in reports.items()},
     }
 
 

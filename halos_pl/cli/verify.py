@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from halos_pl.cli.errors import UsageError
 
@@ -53,4 +54,16 @@ def verify(certificate: Path) -> None:
         raise UsageError(f"halos verify: {certificate} contains no proof")
     for claim in data["claims"]:
         if claim["claim"] in claims:
-            print(f"{claim['claim']}: proved {claim['scope']}".rstrip())
+            print(f"{claim['claim']}: proved{_scope(data['graphs'][claim['graph']]['parameters'])}")
+
+
+def _scope(parameters: dict[str, dict[str, Any]]) -> str:
+    """The parameters that a proof holds for, from the ranges that the checker used."""
+    texts = []
+    for name, p in parameters.items():
+        left, right = (
+            "(" if p["above_low"] or p["low"] is None else "[",
+            ")" if p["below_high"] or p["high"] is None else "]",
+        )
+        texts.append(f"{name} in {left}{p['low'] or '-inf'}, {p['high'] or 'inf'}{right}")
+    return f" for every {', '.join(texts)}" if texts else ""

@@ -131,7 +131,9 @@ class Report:
         colours = {"passed": "green", "failed": "red", "expected": "yellow"}
         for clause in self.clauses:
             colour = colours[clause.status] if clause.required else "yellow"
-            table.add_row(Text(clause.clause), Text(clause.shown, colour), Text(clause.proved), Text(plain(clause.details)))
+            table.add_row(
+                Text(clause.clause), Text(clause.shown, colour), Text(clause.proved), Text(plain(clause.details))
+            )
         verdict = Text.assemble("verdict: ", (self.shown_verdict, "bold green" if self.sound else "bold red"))
         return Group(Text(plain(self.heading)), "", table, "", verdict)
 
