@@ -103,7 +103,9 @@ def test_the_verdict_tables_match_the_code():
 def test_the_table_lists_every_objective_and_agrees_with_a_sample(sample):
     recorded = table()
     assert list(recorded) == sorted(path.stem for path in OBJECTIVES.glob("*.yaml"))
-    computed = {name: {definition: report.shown_verdict for definition, report in of.items()} for name, of in sample.items()}
+    computed = {
+        name: {definition: report.shown_verdict for definition, report in of.items()} for name, of in sample.items()
+    }
     assert computed == {name: recorded[name] for name in SAMPLE}
 
 

@@ -22,6 +22,7 @@ def verify(certificate: Path) -> None:
     import torch
 
     from halos_pl.cli.prove import value_function_of
+    from halos_pl.proof.agreement import compare
     from halos_pl.proof.certificate import FORMAT, source_hash
     from halos_pl.proof.verify import RefusedError
     from halos_pl.proof.verify import verify as verified
@@ -43,7 +44,9 @@ def verify(certificate: Path) -> None:
         return found
 
     try:
-        claims = verified(data, values, source_hash(v))
+        claims = verified(data, source_hash(v))
+        for graph in {claim["graph"] for claim in claims}:
+            compare(data["graphs"][graph], values)
     except RefusedError as error:
         print(f"halos verify: {certificate} is refused: {error}", file=sys.stderr)
         raise SystemExit(1) from error
@@ -52,9 +55,8 @@ def verify(certificate: Path) -> None:
         raise SystemExit(1) from error
     if not claims:
         raise UsageError(f"halos verify: {certificate} contains no proof")
-    for claim in data["claims"]:
-        if claim["claim"] in claims:
-            print(f"{claim['claim']}: proved{_scope(data['graphs'][claim['graph']]['parameters'])}")
+    for claim in claims:
+        print(f"{claim['claim']}: proved{_scope(data['graphs'][claim['graph']]['parameters'])}")
 
 
 def _scope(parameters: dict[str, dict[str, Any]]) -> str:

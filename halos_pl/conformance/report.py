@@ -27,8 +27,8 @@ class ClauseResult:
         witness: the smallest counterexample found, in numbers; else None.
         reason: a remark, such as why the failure was expected.
         required: whether a failure counts against the target; false for a clause that is only reported.
-        proof: for a clause on the shape of v, what ``halos prove`` says: ``proved``, ``disproved`` or ``undecided``, for
-            which parameters, and why.
+        proof: for a clause on the shape of v, what ``halos prove`` says: ``proved``, ``disproved`` or ``undecided``,
+            for which parameters, and why.
     """
 
     clause: str

@@ -1,7 +1,7 @@
 """Exact expressions of u: quotients of polynomials in u, the parameters and kernels such as exp(g) and log(g).
 
 The derivative of a kernel is such a quotient again (Liouville's elementary extensions), so v' and v'' are found,
-brought to lowest terms and factored exactly. Factors have signs that hold far out, where v' and v'' themselves tend to 0.
+brought to lowest terms and factored exactly. Factors have signs that hold far out, where v' and v'' tend to 0.
 """
 
 from __future__ import annotations

@@ -372,7 +372,7 @@ def lower(program: Program, name: str, args: list[Any], kwargs: dict[str, Any]) 
         kept = {k: b for k, b in bounds.items() if b is not None and not (isinstance(b, float) and math.isinf(b))}
         return _each(lambda x, *bs: a.clamp(x, **dict(zip(kept, bs, strict=True))), args[0], *map(node, kept.values()))
     if name == "softplus":
-        beta, threshold = (*args[1:], *(1, 20)[len(args) - 1 :])
+        beta, threshold = list(args[1:]) + [1, 20][len(args) - 1 :]
         return _each(lambda x, b: a.softplus(x, b, float(threshold)), args[0], node(beta))
     if name == "gelu":
         return _each(lambda x: a.gelu(x, kwargs.get("approximate", "none")), args[0])

@@ -87,7 +87,8 @@ def _computed(name: str, xs: list[Number]) -> Number:
     if name == "pow":
         return _power(xs[0], xs[1])
     x = xs[0] if isinstance(xs[0], arb) else arb(xs[0])
-    return _FUNCTIONS[name](x)
+    result: Number = _FUNCTIONS[name](x)
+    return result
 
 
 def _power(x: Number, exponent: Number) -> Number:
@@ -96,7 +97,7 @@ def _power(x: Number, exponent: Number) -> Number:
             raise ValueError("v divides by 0")
         whole: Number = x ** int(exponent.p)
         return whole
-    if isinstance(x, fmpq) and x == 0:
+    if isinstance(x, fmpq) and x == 0 and exponent > 0:
         return fmpq(0)
     base, power = (y if isinstance(y, arb) else arb(y) for y in (x, exponent))
     return (power * base.log()).exp() if not base > 0 else base**power

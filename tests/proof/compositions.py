@@ -124,14 +124,18 @@ def faulty(draw: st.DrawFn) -> Case:
     kind = draw(st.sampled_from(["jumps down", "jumps up", "bends", "falls beyond", "falls from there on"]))
     if kind == "jumps down":
         drop = size * (1 + abs(float(base.v(torch.tensor(place, dtype=torch.float64)))))
-        return Case(f"{base.text}, jump -{drop} at {place}", lambda u: base.v(u) - drop * (u > place), ("non_decreasing", "concave_on_gains"))  # fmt: skip
+        both = ("non_decreasing", "concave_on_gains")
+        return Case(f"{base.text}, jump -{drop} at {place}", lambda u: base.v(u) - drop * (u > place), both)
     if kind == "jumps up":
-        return Case(f"{base.text}, jump {size} at {place}", lambda u: base.v(u) + size * (u > place), ("concave_on_gains",))  # fmt: skip
+        text = f"{base.text}, jump {size} at {place}"
+        return Case(text, lambda u: base.v(u) + size * (u > place), ("concave_on_gains",))
     if kind == "bends":  # a smooth base, so that no kink of its own outweighs it
-        base = draw(atoms(("sigmoid", "tanh", "arctan", "erf", "asinh", "log sigmoid")))
-        return Case(f"{base.text}, bend {size} at {place}", lambda u: base.v(u) + size * F.relu(u - place), ("concave_on_gains",))  # fmt: skip
-    base = draw(sound(atoms(BOUNDED)).filter(lambda case: "linear" not in case.text))
+        smooth = draw(atoms(("sigmoid", "tanh", "arctan", "erf", "asinh", "log sigmoid")))
+        text = f"{smooth.text}, bend {size} at {place}"
+        return Case(text, lambda u: smooth.v(u) + size * F.relu(u - place), ("concave_on_gains",))
     if kind == "falls beyond":
-        base = draw(atoms(BOUNDED))
-        return Case(f"{base.text} falls beyond {place}", lambda u: base.v(u) - size * F.relu(u - place), ("non_decreasing",))  # fmt: skip
-    return Case(f"{base.text} to {place}, then falls", lambda u: base.v(u.clamp(max=place)) - size * F.relu(u - place), ("non_decreasing",))  # fmt: skip
+        bounded = draw(atoms(BOUNDED))
+        text = f"{bounded.text} falls beyond {place}"
+        return Case(text, lambda u: bounded.v(u) - size * F.relu(u - place), ("non_decreasing",))
+    text = f"{base.text} to {place}, then falls"
+    return Case(text, lambda u: base.v(u.clamp(max=place)) - size * F.relu(u - place), ("non_decreasing",))
