@@ -284,7 +284,16 @@ def test_the_checker_is_small_and_uses_nothing_of_the_prover():
     text = Path(verify.__file__).read_text(encoding="utf-8")
     assert len(text.splitlines()) < 300
     imported = {node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
-    assert imported == {"__future__", "collections.abc", "fractions", "itertools", "math", "typing", "flint"}
+    assert imported == {
+        "__future__",
+        "collections.abc",
+        "fractions",
+        "functools",
+        "itertools",
+        "math",
+        "typing",
+        "flint",
+    }
 
 
 def test_interval_arithmetic_of_another_library_confirms_the_signs():
