@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -14,7 +15,7 @@ from halos_pl.proof.interval import INF, NEGATIVE_INF, Interval, ball
 from halos_pl.proof.program import CHOICES, Node
 from halos_pl.proof.signs import Box, UndefinedError
 
-MOST_PIECES = 600
+MOST_PIECES, SECONDS = 600, 10.0
 Bound = Fraction | None  # None: infinite
 _BITS = 100  # accuracy of a switching point that is no rational number
 
@@ -209,6 +210,7 @@ class Splitter:
         Raises:
             UndecidedError: a switching point cannot be found, or there are too many.
         """
+        deadline = time.process_time() + SECONDS
         zero, known = Fraction(0), dict[int, Element]()
         todo, pieces = [Piece(zero, None), Piece(None, zero)], []
         seams = {"0": Seam(zero, zero, self.field.zero, "")}
@@ -227,8 +229,8 @@ class Splitter:
                 raise UndecidedError(f"{piece}: {error}") from error
             except ZeroDivisionError as error:
                 raise UndecidedError(f"{piece}: {error}") from error
-            if len(pieces) + len(todo) > MOST_PIECES:
-                raise UndecidedError(f"v has more than {MOST_PIECES} pieces")
+            if len(pieces) + len(todo) > MOST_PIECES or time.process_time() > deadline:
+                raise UndecidedError(f"v has more than {MOST_PIECES} pieces, or takes more than {SECONDS:g} s to split")
         return pieces, list(seams.values())
 
     def _sign(self, difference: Element, piece: Piece, box: Box) -> int:
