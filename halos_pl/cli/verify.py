@@ -68,4 +68,4 @@ def _scope(parameters: dict[str, dict[str, Any]]) -> str:
             ")" if p["below_high"] or p["high"] is None else "]",
         )
         texts.append(f"{name} in {left}{p['low'] or '-inf'}, {p['high'] or 'inf'}{right}")
-    return f" for every {', '.join(texts)}" if texts else ""
+    return f" for every {', '.join(texts)}" if texts else " for the hyper-parameters as given"
