@@ -143,8 +143,8 @@ def test_verdicts_use_these_words_only():
 def test_verdicts_on_well_known_losses():
     verdicts = table()
     for name in ("kto", "dpo", "hinge"):
-        assert verdicts[name]["icml"] == "halo"
-    assert verdicts["kto_kahneman_tversky"]["icml"] == "halo (two-sided)"
+        assert verdicts[name]["icml"] == "halo (v proved)"
+    assert verdicts["kto_kahneman_tversky"]["icml"] == "halo (two-sided, v proved)"
     assert verdicts["kto_zero_reference"]["icml"] == "degenerate reference"
     assert verdicts["sft"]["icml"] == verdicts["unlikelihood"]["icml"] == "not a halo"
     assert verdicts["bco"]["icml"] == "halo-shaped: fails undesirable_concave_on_gains"
@@ -513,17 +513,17 @@ def halos_check(capfd: Any, *words: object) -> tuple[int, str, str]:
 def test_sound_and_unsound_classes_outside_the_repository(own_file, capfd):
     code, out, _ = halos_check(capfd, f"{own_file}:Softsign")
     assert code == 0
-    assert "verdict: halo\n" in out
+    assert "verdict: halo (v proved)\n" in out
     code, out, _ = halos_check(capfd, f"{own_file}:Dented")
     assert code == 1
-    assert re.search(r"non_decreasing +failed +v\(40\S*\) = \S+ > v\(40\S*\) = ", out)
+    assert re.search(r"non_decreasing +failed +(disproved|undecided) +v\(40\S*\) = \S+ > v\(40\S*\) = ", out)
     assert "verdict: halo-shaped: fails non_decreasing" in out
 
 
 def test_objectives_by_name_and_path_and_classes_with_arguments(capfd):
     code, out, _ = halos_check(capfd, OBJECTIVES / "dpo.yaml")
     assert code == 0
-    assert "verdict: halo\n" in out
+    assert "verdict: halo (v proved)\n" in out
     assert halos_check(capfd, "LogProb")[0] == 1
     assert halos_check(capfd, "LogProb", "--definition", "v1")[0] == 0
     assert halos_check(capfd, "Logistic")[0] == 0
@@ -536,9 +536,9 @@ def test_json_is_plain_data(own_file, capfd):
     code, out, _ = halos_check(capfd, f"{own_file}:Dented", "--json", "--definition=v1")
     assert code == 1
     found = json.loads(out)
-    assert list(found) == ["target", "definition", "verdict", "clauses"]
+    assert list(found) == ["target", "definition", "verdict", "proved", "clauses"]
     assert (found["target"], found["definition"]) == (f"{own_file}:Dented", "v1")
-    assert all(list(row) == ["clause", "status", "witness", "reason"] for row in found["clauses"])
+    assert all(list(row) == ["clause", "status", "witness", "reason", "proof"] for row in found["clauses"])
     assert {row["status"] for row in found["clauses"]} <= {"passed", "failed", "expected"}
 
 

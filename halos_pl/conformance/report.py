@@ -96,13 +96,14 @@ class Report:
         return "halo (v proved)" if self.verdict == "halo" else "halo (two-sided, v proved)"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: target, definition, verdict and clauses."""
+        """Plain data: target, definition, verdict, whether the shape of v is proved, and clauses."""
         rows = [asdict(clause) for clause in self.clauses]
         keys = ("clause", "status", "witness", "reason", "proof")
         return {
             "target": self.target,
             "definition": self.definition,
-            "verdict": self.shown_verdict,
+            "verdict": self.verdict,
+            "proved": self.shown_verdict != self.verdict,
             "clauses": [{key: row[key] for key in keys} for row in rows],
         }
 
