@@ -152,7 +152,7 @@ def test_verdicts_on_well_known_losses():
     # Any parameterised reward is one under arXiv v1.
     for name in ("simpo", "dpo_forward_kl", "humanline_kto"):
         assert verdicts[name]["icml"].startswith("halo-shaped: fails reward_")
-        assert verdicts[name]["v1"] == "halo"
+        assert verdicts[name]["v1"] == "halo (v proved)"
 
 
 def test_the_clamp_of_kto_passes_with_its_reason(sample):

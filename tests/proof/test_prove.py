@@ -351,7 +351,7 @@ def _law(examples: int) -> Any:
     )
 
 
-@_law(15)
+@_law(5)
 @given(sound())
 def test_sound_compositions_are_not_disproved(case):
     for claim in DESIRABLE:
