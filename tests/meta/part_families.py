@@ -49,7 +49,7 @@ class Late(Formula):
         return self.formula(rows) if self.calls >= self.call else ratio(rows)
 
 
-class Scaled(Formula):
+class ScaledReward(Formula):
     """The log-ratio times a function of a learnable number."""
 
     def __init__(self, raw: float, scale: Callable[[Tensor], Tensor]) -> None:
@@ -121,8 +121,10 @@ REWARDS = [
         ("reward_of_its_row",),
         lambda rng: Late(lambda rows: 0.9 * ratio(rows), rng.randint(100, 4900)),
     ),
-    Mutant("a learnable factor", ("reward_linear",), lambda rng: Scaled(rng.uniform(0.1, 3), lambda raw: raw)),
-    Mutant("a learnable factor in a tanh", ("reward_linear",), lambda rng: Scaled(rng.uniform(0.1, 2), torch.tanh)),
+    Mutant("a learnable factor", ("reward_linear",), lambda rng: ScaledReward(rng.uniform(0.1, 3), lambda raw: raw)),
+    Mutant(
+        "a learnable factor in a tanh", ("reward_linear",), lambda rng: ScaledReward(rng.uniform(0.1, 2), torch.tanh)
+    ),
     Mutant(
         "reads a few thousand tokens",
         ("reward_linear",),
@@ -472,8 +474,8 @@ def _clamped_median(rewards: Tensor, rows: LogProbBatch) -> Tensor:
 
 
 SOUND: dict[str, Callable[[Random], nn.Module]] = {
-    "a learnable length factor": lambda rng: Scaled(rng.uniform(-2, 2), F.softplus),
-    "a learnable factor e^raw": lambda rng: Scaled(rng.uniform(-1, 1), torch.exp),
+    "a learnable length factor": lambda rng: ScaledReward(rng.uniform(-2, 2), F.softplus),
+    "a learnable factor e^raw": lambda rng: ScaledReward(rng.uniform(-1, 1), torch.exp),
     "a power of the length": lambda rng: Formula(
         lambda rows, p=rng.uniform(0.1, 1): ratio(rows) / rows.mask.sum(1).to(rows.policy_logps) ** p
     ),
