@@ -191,6 +191,17 @@ def test_a_reading_is_part_of_the_loss():
     assert verdict(alone) == "halo"
 
 
+@pytest.mark.parametrize("v", [LogSigmoid(), value_functions.KahnemanTversky(), Logistic()])
+def test_in_v1_an_undesirable_row_is_valued_as_by_the_other_reading_in_icml(v):
+    """v1 maps each row's value to its loss, so the reward of an undesirable row is -r: -v(-u) is v, and +v(u) is v~."""
+    of = {
+        reflect: reports(kto(value_function=v, reflect_undesirable=reflect), max_examples=10)
+        for reflect in (False, True)
+    }
+    for reflect in (False, True):
+        assert of[reflect]["v1"].verdict == of[not reflect]["icml"].verdict
+
+
 # -- plug-ins alone -----------------------------------------------------------------------------------------
 
 

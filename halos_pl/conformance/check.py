@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -37,15 +38,15 @@ class Checks:
     Attributes:
         name: name of the target.
         clauses: its clauses, in the order of the definition.
-        verdict: function from the names of the failed clauses to the verdict on the target.
+        verdict: function from the names of the failed clauses and the definition to the verdict on the target.
     """
 
     name: str
     clauses: list[Clause]
-    verdict: Callable[[list[str]], str]
+    verdict: Callable[[list[str], Definition], str]
 
 
-def _verdict_of_part(failed: list[str]) -> str:
+def _verdict_of_part(failed: list[str], definition: Definition) -> str:
     return halo_shaped(failed) if failed else "halo"
 
 
@@ -54,7 +55,7 @@ def _checks_of_objective(target: Objective, examples: int, thorough: bool, share
     halos = [(name, term) for name, term in parts if objective.is_halo(term)]
     if not halos:
         witness = f"{type(target).__name__} does not consist of a reward, reference point, value function and feedback"
-        return Checks(type(target).__name__, [Clause("identity", lambda: witness)], lambda failed: "not a halo")
+        return Checks(type(target).__name__, [Clause("identity", lambda: witness)], lambda *_: "not a halo")
     examples = max(1, examples // len(halos))  # divided among the terms, so that a sum takes no longer
     shared = {} if shared is None else shared
     cases = [
@@ -76,9 +77,9 @@ def _checks_of_objective(target: Objective, examples: int, thorough: bool, share
 
         clauses[at] = replace(clauses[at], check=identity)
     if len(parts) == 1:
-        return Checks(type(halos[0][1]).__name__, clauses, lambda failed: objective.verdict(cases[0], failed))
+        return Checks(type(halos[0][1]).__name__, clauses, partial(objective.verdict, cases[0]))
     name = " + ".join(type(term).__name__ for _, term in parts)
-    return Checks(name, clauses, lambda failed: "composite")
+    return Checks(name, clauses, lambda *_: "composite")
 
 
 def checks_of(
@@ -101,8 +102,9 @@ def checks_of(
     if isinstance(target, ReferencePoint):
         z0 = ReferencePointCase(target, reference_point.CLAUSES, examples=examples)
 
-        def verdict(failed: list[str]) -> str:
-            return "degenerate reference" if not failed and z0.constant is not None else _verdict_of_part(failed)
+        def verdict(failed: list[str], definition: Definition) -> str:
+            degenerate = not failed and z0.constant is not None
+            return "degenerate reference" if degenerate else _verdict_of_part(failed, definition)
 
         return Checks(name, list(reference_point.clauses(z0)), verdict)
     return Checks(name, list(feedback.clauses(FeedbackCase(target, examples=examples))), _verdict_of_part)
@@ -110,7 +112,7 @@ def checks_of(
 
 def clauses(target: Target, definition: Definition = "icml") -> Iterator[Clause]:
     """The clauses of ``target`` under ``definition``, before they run."""
-    return (clause for clause in checks_of(target).clauses if definition == "icml" or not clause.icml_only)
+    return (clause for clause in checks_of(target).clauses if definition in clause.definitions)
 
 
 @contextmanager
@@ -134,13 +136,15 @@ def _unusable(witnesses: list[str | None]) -> str | None:
     return raised[0] if len(raised) == len(witnesses) else None
 
 
-def _result(clause: Clause, witness: str | None, expected_failures: Mapping[str, str]) -> tuple[ClauseResult, bool]:
-    """The row of one clause, and whether its failure counts against the target."""
+def _result(
+    clause: Clause, witness: str | None, definition: Definition, expected_failures: Mapping[str, str]
+) -> tuple[ClauseResult, bool]:
+    """The row of one clause under a definition, and whether its failure counts against the target."""
     if witness is None:
         return ClauseResult(clause.name, "passed", reason=clause.note()), False
     if excused := clause.excused():
         return ClauseResult(clause.name, "expected", witness, excused), False
-    unneeded = clause.not_required()
+    unneeded = clause.not_required(definition)
     row = ClauseResult(clause.name, "failed", witness, unneeded or clause.note(), required=unneeded is None)
     if clause.name in expected_failures:
         row = replace(row, status="expected", reason=expected_failures[clause.name])
@@ -183,19 +187,17 @@ def reports(
             witness or proofs.disproof(known, clause.name)
             for clause, witness in zip(checks.clauses, witnesses, strict=True)
         ]
-        results = [
-            (clause, *_result(clause, witness, expected))
-            for clause, witness in zip(checks.clauses, witnesses, strict=True)
-        ]
         verdicts: dict[Definition, str] = {}
         rows: dict[Definition, list[ClauseResult]] = {}
         for definition in get_args(Definition):
             applicable = [
-                (row, counts) for clause, row, counts in results if definition == "icml" or not clause.icml_only
+                _result(clause, witness, definition, expected)
+                for clause, witness in zip(checks.clauses, witnesses, strict=True)
+                if definition in clause.definitions
             ]
             proved = {name: str(outcome) for name, outcome in known.items()}
             rows[definition] = [replace(row, proof=proved.get(row.clause)) for row, _ in applicable]
-            verdicts[definition] = checks.verdict([row.clause for row, counts in applicable if counts])
+            verdicts[definition] = checks.verdict([row.clause for row, counts in applicable if counts], definition)
     seconds, unusable = time.perf_counter() - start, _unusable(witnesses)
     return {
         definition: Report(checks.name, definition, verdicts[definition], rows[definition], seconds, unusable)

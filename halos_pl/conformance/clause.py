@@ -11,8 +11,9 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
+from halos_pl.conformance.report import Definition
 from halos_pl.conformance.target import TargetError
 from halos_pl.conformance.witness import Raised
 
@@ -53,6 +54,10 @@ def _nothing() -> str | None:
     return None
 
 
+def _always_required(definition: Definition) -> str | None:
+    return None
+
+
 def witness_of(check: Callable[[], str | None]) -> str | None:
     """The witness of a check; an exception or exit of the code under check is a witness too."""
     try:
@@ -68,17 +73,18 @@ class Clause:
     Attributes:
         name: name of the clause, after the term's name if an objective sums several.
         check: runs the clause: ``None`` if the clause holds, else a witness.
-        icml_only: whether only the ICML definition has the clause, and arXiv v1 does not.
+        definitions: versions of the definition that have the clause.
         excused: called after a failure; returns the reason why it is expected, else ``None``.
-        not_required: called after a failure; returns the reason why it does not count, else ``None``.
+        not_required: called after a failure with a version of the definition; returns the reason why the failure does
+            not count, else ``None``.
         note: called after all checks; returns a remark for the report, else ``None``.
     """
 
     name: str
     check: Callable[[], str | None]
-    icml_only: bool = False
+    definitions: tuple[Definition, ...] = get_args(Definition)
     excused: Callable[[], str | None] = _nothing
-    not_required: Callable[[], str | None] = _nothing
+    not_required: Callable[[Definition], str | None] = _always_required
     note: Callable[[], str | None] = _nothing
 
     def witness(self) -> str | None:

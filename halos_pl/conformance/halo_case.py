@@ -17,6 +17,7 @@ from halos_pl.conformance.duplicate import duplicate
 from halos_pl.conformance.feedback import FeedbackCase
 from halos_pl.conformance.later import CALLS, PartCase, state_of
 from halos_pl.conformance.reference_case import ReferencePointCase
+from halos_pl.conformance.report import Definition
 from halos_pl.conformance.reward import RewardCase
 from halos_pl.conformance.smallest import smallest
 from halos_pl.conformance.steps import Step, asked, fitted_to, gradient_of, unscored, with_leaf
@@ -174,24 +175,30 @@ class HaloCase(PartCase):
 
         try:
             self.feedback.smallest(look)
-        except Exception:  # the feedback's own clauses report it
+        except (Exception, SystemExit):  # the feedback's own clauses report it
             return seen
         return seen
 
     @property
     def reflects(self) -> bool:
-        """Whether undesirable rows are valued by v~(u) = -v(-u)."""
+        """Whether the loss of an undesirable row is -v(-u) and not +v(u)."""
         return self.target.reflect_undesirable
 
-    @property
-    def acts_on_desirable(self) -> bool:
-        """Whether v itself is applied to rows that count."""
-        return not self.reflects or bool(self.weights[-1]) or not self.weights[1]
+    def mirrored(self, definition: Definition) -> bool:
+        """Whether undesirable rows are valued by v~(u) = -v(-u) under a version of the definition.
 
-    @property
-    def acts_reflected(self) -> bool:
+        ICML has a sign a for each row. In v1, each row's loss is a negative affine map of its value, so an undesirable
+        row has the reward -r: -v(-u) is then the value v of that row, and +v(u) is its value v~.
+        """
+        return self.reflects == (definition == "icml")
+
+    def acts_itself(self, definition: Definition) -> bool:
+        """Whether v itself is applied to rows that count."""
+        return not self.mirrored(definition) or bool(self.weights[-1]) or not self.weights[1]
+
+    def acts_mirrored(self, definition: Definition) -> bool:
         """Whether v~ is applied to rows that count."""
-        return self.reflects and bool(self.weights[1]) and not self.mirrors
+        return self.mirrored(definition) and bool(self.weights[1]) and not self.mirrors
 
     @cached_property
     def mirrors(self) -> bool:
@@ -216,11 +223,13 @@ class HaloCase(PartCase):
 
         return self.smallest(fault) is None
 
+    def two_sided(self, definition: Definition) -> bool:
+        """Whether both classes count, and v acts on one and v~ on the other, which is another function."""
+        return self.acts_mirrored(definition) and bool(self.weights[-1]) and self.is_asymmetric
+
     @cached_property
-    def two_sided(self) -> bool:
-        """Whether both classes count and v and v~ differ by more than a constant: v' is not symmetric."""
-        if not (self.acts_reflected and self.weights[-1]):
-            return False
+    def is_asymmetric(self) -> bool:
+        """Whether v and v~ differ by more than a constant: v' is not symmetric."""
         curve = self.value_function.curve.finite()
         near = curve.part(curve.u.abs() <= 100)
         mirror = self.value_function.reflected.finite()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TypeGuard
+from typing import TypeGuard, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from halos_pl.conformance.halo_case import RELATIVE, HaloCase
 from halos_pl.conformance.loss_split import loss_split
 from halos_pl.conformance.reference_point import reference_in_range
 from halos_pl.conformance.reference_split import reference_split
+from halos_pl.conformance.report import Definition
 from halos_pl.conformance.reward import reward_of_its_row
 from halos_pl.conformance.sees_more import joined, sees_more
 from halos_pl.conformance.smallest import smallest
@@ -213,18 +214,20 @@ _MIRRORS = (
 def clauses(case: HaloCase) -> Iterator[Clause]:
     """The clauses of a HALO: those of its parts as they act in it, and those of its loss."""
 
-    def idle(law: Law) -> str | None:
+    def idle(law: Law, definition: Definition) -> str | None:
         """Why v does not matter to this objective, else None."""
         acts = True
         if law in UNDESIRABLE:
-            acts = case.acts_reflected
+            acts = case.acts_mirrored(definition)
         elif law in (non_decreasing, concave_on_gains):
-            acts = case.acts_on_desirable
+            acts = case.acts_itself(definition)
         return None if acts else _MIRRORS if law in UNDESIRABLE and case.mirrors else _NO_WEIGHT
 
     for clause in value_function.clauses(case.value_function, not_required=idle):
-        if case.reflects or clause.name not in {law.__name__ for law in UNDESIRABLE}:
+        if clause.name not in {law.__name__ for law in UNDESIRABLE}:
             yield clause
+        elif case.reflects or case.weights[1]:
+            yield replace(clause, definitions=tuple(d for d in get_args(Definition) if case.mirrored(d)))
     yield from reward.clauses(case.reward)
     for clause in reference_point.clauses(case.reference_point):
         if clause.name == reference_in_range.__name__:
@@ -246,7 +249,7 @@ def _weights(case: HaloCase) -> str | None:
     return f"rows have weights {by}: judged on the data with these weights"
 
 
-def verdict(case: HaloCase, failed: list[str]) -> str:
+def verdict(case: HaloCase, failed: list[str], definition: Definition) -> str:
     """The verdict on a HALO that fails the clauses ``failed``."""
     reflected = [name for name in failed if name in {law.__name__ for law in UNDESIRABLE}]
     constant = case.reference_point.constant is not None
@@ -256,7 +259,7 @@ def verdict(case: HaloCase, failed: list[str]) -> str:
         return halo_shaped(failed)
     if constant:
         return "degenerate reference"
-    return "halo (two-sided)" if case.two_sided else "halo"
+    return "halo (two-sided)" if case.two_sided(definition) else "halo"
 
 
 def halo_shaped(failed: list[str]) -> str:

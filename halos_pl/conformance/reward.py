@@ -342,4 +342,5 @@ ICML_ONLY = (reward_zero_at_reference, reward_linear)
 def clauses(case: RewardCase) -> Iterator[Clause]:
     """The clauses of a reward."""
     for law in case.laws:
-        yield case.clause(law, icml_only=law in ICML_ONLY)
+        clause = case.clause(law)
+        yield replace(clause, definitions=("icml",)) if law in ICML_ONLY else clause

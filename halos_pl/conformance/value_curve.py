@@ -61,7 +61,8 @@ def concave_on_gains(case: ValueFunctionCase) -> str | None:
 def undesirable_non_decreasing(case: ValueFunctionCase) -> str | None:
     """With `reflect_undesirable: true`, undesirable rows are valued by -v(-u), which must not fall either.
 
-    Required of an objective that reflects; for a value function alone it is only reported.
+    Required of an objective that reflects (under arXiv v1: of one that does not); for a value function alone it is only
+    reported.
     """
 
     def witness(curve: Curve, v: ValueFunction) -> str | None:
@@ -82,7 +83,8 @@ def undesirable_non_decreasing(case: ValueFunctionCase) -> str | None:
 def undesirable_concave_on_gains(case: ValueFunctionCase) -> str | None:
     """With `reflect_undesirable: true`, the slope of -v(-u) must not grow on u > 0: v must be convex on losses.
 
-    Required of an objective that reflects; for a value function alone it is only reported.
+    Required of an objective that reflects (under arXiv v1: of one that does not); for a value function alone it is only
+    reported.
     """
 
     def witness(curve: Curve, v: ValueFunction) -> str | None:
