@@ -319,6 +319,20 @@ def run_here(capfd: Any, words: list[str]) -> Ended:
     return Ended.of(capfd.readouterr().err, status)
 
 
+def halos_check(capfd: Any, *words: object) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of ``halos check WORDS``."""
+    from halos_pl.cli.main import main
+
+    capfd.readouterr()
+    code = 0
+    try:
+        main(["check", *map(str, words)])
+    except SystemExit as stopped:
+        code = int(stopped.code or 0)
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
 def refused(capfd: Any, words: list[str], status: int = 1) -> str:
     """What a command in this process says, from its last line for the user on; it ends with ``status``."""
     said = run_here(capfd, words)

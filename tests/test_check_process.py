@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import yaml
-from run_halos import ROOT
+from run_halos import ROOT, halos_check
 
-from halos_pl.cli.main import main
 from halos_pl.conformance import check_halo
 from halos_pl.conformance.child import Child
 from halos_pl.conformance.target import TargetError, UncheckableError
@@ -62,17 +61,6 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path.parent / "loops.py").write_text("while True:\n    pass\n")
     (path.parent / "generator.py").write_text("raise GeneratorExit\n")
     return path
-
-
-def halos_check(capfd: Any, *words: object) -> tuple[int, str, str]:
-    capfd.readouterr()
-    code = 0
-    try:
-        main(["check", *map(str, words)])
-    except SystemExit as stopped:
-        code = int(stopped.code or 0)
-    out, err = capfd.readouterr()
-    return code, out, err
 
 
 @pytest.mark.parametrize(

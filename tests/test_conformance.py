@@ -23,12 +23,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from make_parts import PACKAGES, example, library
-from run_halos import ROOT
+from run_halos import ROOT, halos_check
 
 import value_functions
 from halos_pl.batch import Needs
 from halos_pl.cli.check import END, START, _answer, family, family_table
-from halos_pl.cli.main import main
 from halos_pl.cli.verdicts import verdicts
 from halos_pl.common.experiments import OBJECTIVES_TABLE, objectives
 from halos_pl.conformance import CheckFailed, Report, check_halo, parametrize_with_checks, strategies
@@ -507,18 +506,6 @@ def own_file(tmp_path):
         )
     )
     return file
-
-
-def halos_check(capfd: Any, *words: object) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of ``halos check WORDS``."""
-    capfd.readouterr()
-    code = 0
-    try:
-        main(["check", *map(str, words)])
-    except SystemExit as stopped:
-        code = int(stopped.code or 0)
-    out, err = capfd.readouterr()
-    return code, out, err
 
 
 def test_sound_and_unsound_classes_outside_the_repository(own_file, capfd):

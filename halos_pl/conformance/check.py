@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -187,15 +187,17 @@ def reports(
             witness or proofs.disproof(known, clause.name)
             for clause, witness in zip(checks.clauses, witnesses, strict=True)
         ]
+        # A remark may take several calls of the target, and is the same under both definitions.
+        bound = [replace(clause, note=cache(clause.note)) for clause in checks.clauses]
+        proved = {name: str(outcome) for name, outcome in known.items()}
         verdicts: dict[Definition, str] = {}
         rows: dict[Definition, list[ClauseResult]] = {}
         for definition in get_args(Definition):
             applicable = [
                 _result(clause, witness, definition, expected)
-                for clause, witness in zip(checks.clauses, witnesses, strict=True)
+                for clause, witness in zip(bound, witnesses, strict=True)
                 if definition in clause.definitions
             ]
-            proved = {name: str(outcome) for name, outcome in known.items()}
             rows[definition] = [replace(row, proof=proved.get(row.clause)) for row, _ in applicable]
             verdicts[definition] = checks.verdict([row.clause for row, counts in applicable if counts], definition)
     seconds, unusable = time.perf_counter() - start, _unusable(witnesses)

@@ -23,8 +23,7 @@ from value_functions import ValueFunction
             return torch.sin(u)
         """,
     cure="""Check the sign of each term and of each parameter that may be negative; F.softplus(raw) keeps a learnable
-    factor positive. Where v would fall, let it saturate
-    instead, with clamp, sigmoid or tanh.""",
+    factor positive. Where v would fall, let it saturate instead, with clamp, sigmoid or tanh.""",
 )
 def non_decreasing(case: ValueFunctionCase) -> str | None:
     """A better outcome is never valued less than a worse one: v'(u) >= 0 everywhere, and v never jumps down.
