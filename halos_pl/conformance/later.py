@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from halos_pl.batch import LogProbBatch, Routing
+from halos_pl.batch import Labels, LogProbBatch, Routing
 from halos_pl.conformance.clause import Case, Clause, Law
+from halos_pl.conformance.devices import DEVICE, on_another_device
 from halos_pl.conformance.duplicate import duplicate
-from halos_pl.conformance.states import STATES, copies, on_another_device, pushed
+from halos_pl.conformance.states import STATES, copies, pushed
 from halos_pl.conformance.witness import pair
 
 CALLS = 5000
@@ -126,8 +127,8 @@ class PartCase(Case):
 
     def device(self) -> str | None:
         """What of the part would stay behind on another device, in words; else None."""
-        rows = _on_meta(self.small)
-        witness = on_another_device(duplicate(self.target), lambda part: self.called(part, rows))
+        rows = self.small
+        witness = on_another_device(duplicate(self.target), lambda part: self.called(part, _moved(rows)))
         return witness and f"on another device, {witness}"
 
 
@@ -138,12 +139,10 @@ def _off(first: Tensor, later: Tensor) -> str:
     return "{}, {}".format(*pair(float(first.flatten()[place]), float(later.flatten()[place])))
 
 
-def _on_meta(rows: LogProbBatch) -> LogProbBatch:
-    """The rows on the meta device; without the checks of their class, which would read data."""
-    moved: LogProbBatch = object.__new__(type(rows))
-    for f in fields(rows):
-        value = getattr(rows, f.name)
-        setattr(moved, f.name, value.to("meta") if isinstance(value, Tensor) else value)
-    moved.labels = rows.labels.to("meta")
-    moved.routing = rows.routing and Routing(rows.routing.probability.to("meta"), rows.routing.chosen.to("meta"))
-    return moved
+def _moved(rows: LogProbBatch) -> LogProbBatch:
+    """The rows on the other device."""
+    moved: dict[str, Any] = {
+        name: value.to(DEVICE) for name, value in vars(rows).items() if isinstance(value, Tensor | Labels)
+    }
+    routing = rows.routing and Routing(rows.routing.probability.to(DEVICE), rows.routing.chosen.to(DEVICE))
+    return replace(rows, **moved, routing=routing)

@@ -13,8 +13,6 @@ loaded. Its result must be the same in each. A clause of any kind of part uses t
         call(part)                                       # compare
     for words, part in pushed(case.target):              # each learnable parameter far up and far down
         call(part)                                       # nothing to compare with: the clause must hold as before
-    witness = on_another_device(case.fresh(), lambda part: call_with_inputs_on(part, "meta"))
-
 ``state.rounds`` marks the state (autocast) in which a matrix product may be rounded to bfloat16.
 """
 
@@ -23,7 +21,7 @@ from __future__ import annotations
 import datetime
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -34,7 +32,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from halos_pl.conformance.duplicate import duplicate
 
@@ -227,82 +224,3 @@ def pushed(part: T, *, draws: int = 2, most: int = 40) -> Iterator[tuple[str, T]
             for free in (p for p in copy.parameters() if p.requires_grad):
                 free.add_((2 * torch.rand(free.shape, generator=draw) - 1).to(free) * 8 * (1 + free.abs()))
         yield "all learnable parameters moved, as an optimizer may move them", copy
-
-
-def _tensors(args: Any) -> list[Tensor]:
-    flat = [x for arg in args for x in (arg if isinstance(arg, list | tuple) else [arg])]
-    return [x for x in flat if isinstance(x, Tensor)]
-
-
-class _Devices(TorchDispatchMode):
-    """Notes the first operation that mixes tensors that would be on another device with some that would stay.
-
-    Args:
-        moved: the tensors on the CPU that would be on another device, beside all those on the meta device.
-    """
-
-    def __init__(self, moved: Iterable[Tensor] = ()) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.mixed: str | None = None
-        self.moved = {id(x): x for x in moved}
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """False: skipping it means importing it, which takes as long as a check."""
-        return False
-
-    def moves(self, x: Any) -> bool:
-        """Whether a tensor would be on the other device."""
-        return isinstance(x, Tensor) and (x.is_meta or id(x) in self.moved)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        tensors = [x for x in _tensors((*args, *(kwargs or {}).values())) if x.dim() or self.moves(x)]
-        stay = [x for x in tensors if not self.moves(x)]  # without numbers, which go to any device
-        indexes_by_host = name.startswith("index") and tensors and self.moves(tensors[0])
-        if 0 < len(stay) < len(tensors) and name.rstrip("_") != "copy" and not indexes_by_host:
-            self.mixed = self.mixed or f"{name} mixes it with a tensor of shape {tuple(stay[0].shape)} on the CPU"
-        out = func(*args, **(kwargs or {}))
-        if len(stay) < len(tensors):
-            self.moved |= {id(x): x for x in _tensors([out]) if not x.is_meta}
-        return out
-
-
-def has_own_tensors(part: T, call: Callable[[T], Any], inputs: Iterable[Tensor]) -> bool:
-    """Whether a call mixes its inputs with tensors that are neither parameters nor buffers, or returns such a tensor.
-
-    Only then can :func:`on_another_device` find anything, which takes a second at its first call: torch loads its
-    compiler for the meta device.
-
-    Args:
-        part: a copy; it is called on the CPU.
-        call: calls the part with ``inputs`` and returns a tensor.
-        inputs: all tensors among the inputs.
-    """
-    devices = _Devices([*inputs, *part.parameters(), *part.buffers()])
-    with torch.no_grad(), devices:
-        result = call(part)
-    return devices.mixed is not None or not devices.moves(result)
-
-
-def on_another_device(part: nn.Module, call: Callable[[nn.Module], Any]) -> str | None:
-    """Calls ``part`` on the meta device, which has shapes and no data, as a stand-in for any other device.
-
-    Args:
-        part: a copy; its parameters and buffers are moved.
-        call: calls the part with inputs on the meta device and returns a tensor.
-
-    Returns:
-        What would fail or stay behind on another device; None if nothing does, or if the part needs data to run.
-    """
-    devices = _Devices()
-    try:
-        moved = part.to("meta")
-        with devices:
-            result = call(moved)
-    except (Exception, SystemExit) as error:  # also whatever reads numbers, which a meta tensor does not have
-        numpy = "device type tensor to numpy" in str(error)
-        return "it is handed to NumPy, which takes tensors on the CPU" if numpy else devices.mixed
-    if devices.mixed is None and isinstance(result, Tensor) and not result.is_meta:
-        return "the result is on the CPU"
-    return devices.mixed
