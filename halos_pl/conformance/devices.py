@@ -89,7 +89,7 @@ class _Devices(TorchDispatchMode):
         out = func(*tree_map(_here, args), **tree_map(_here, kwargs))
         if name.endswith("_") or "out" in kwargs:
             return kwargs.get("out", args[0])
-        goes = bool(elsewhere) if to is None else torch.device(to).type == DEVICE
+        goes = bool(elsewhere) if to is None else torch.device(to).type == DEVICE.type
         return tree_map(_there, out) if goes else out
 
 
