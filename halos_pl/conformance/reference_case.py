@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,11 @@ class ReferencePointCase(PartCase):
         rewards = torch.linspace(1, 2, len(rows), dtype=rows.policy_logps.dtype, device=rows.policy_logps.device)
         value: Tensor = part(rewards, rows).value
         return value.expand(len(rows))
+
+    def repeated(self, rows: LogProbBatch) -> Callable[[Any], Tensor]:
+        """z0 for the same rewards and rows, which are made once."""
+        rewards = torch.linspace(1, 2, len(rows), dtype=rows.policy_logps.dtype)
+        return lambda part: part(rewards, rows).value
 
     def with_history(self, law: Law) -> bool:
         """A mean over steps remembers the rewards of other steps, which those of a clause need not include."""

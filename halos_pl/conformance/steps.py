@@ -296,8 +296,9 @@ def large_steps(needs: Needs | None = None, *, mismatched: bool | None = None) -
 def kept_together(rows: LogProbBatch, needs: Needs) -> list[list[int]]:
     """Indices of rows that no split of a step separates: pairs, and whole prompts if needed."""
     units: dict[tuple[str, int], list[int]] = {}
-    for i, (pair, group) in enumerate(zip(rows.labels.pair.tolist(), rows.labels.group.tolist(), strict=True)):
-        if needs.groups and not rows.labels.mismatched[i]:
+    columns = (rows.labels.pair.tolist(), rows.labels.group.tolist(), rows.labels.mismatched.tolist())
+    for i, (pair, group, mismatched) in enumerate(zip(*columns, strict=True)):
+        if needs.groups and not mismatched:
             units.setdefault(("group", group), []).append(i)
         else:
             units.setdefault(("row", min(i, pair) if pair >= 0 else i), []).append(i)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,7 @@ from halos_pl.conformance.value_case import ValueFunctionCase, varied_outcomes
 from halos_pl.conformance.value_states import difference_of
 from halos_pl.conformance.witness import WrongShape, number
 
+T = TypeVar("T")
 # Outcomes are those of rows, [n], or of tokens, [n, T]. The most obvious ones come first.
 SHAPES = ((3,), (2, 3), (1,), (1, 1), (5, 1), (0,), (0, 4), (4, 0), (2, 1, 3))
 # Every small batch, and sizes around the powers of two at which code splits batches.
@@ -89,6 +93,12 @@ def _alone(case: ValueFunctionCase, u: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
+def _within(case: ValueFunctionCase, sizes: Sequence[T], outcomes: Callable[[T], int]) -> Sequence[T]:
+    """The sizes that v can be handed in one call; every second or third, say, if all would take too long."""
+    small = [size for size in sizes if outcomes(size) <= case.largest_batch]
+    return small[:: 1 + 2 * sum(map(outcomes, small)) // max(1, case.affordable)]
+
+
 @explained(
     example="""
         def forward(self, u):
@@ -110,9 +120,8 @@ def elementwise(case: ValueFunctionCase) -> str | None:
             difference = difference_of((both[0], both[1]), (both[2], both[3]), u)
             return difference and f"{difference}{batch}; the first is its value in a batch of one"
 
-        for n in SIZES[number_::2]:  # half of the sizes in each dtype
-            if n > case.largest_batch:
-                continue
+        # Half of the sizes in each dtype.
+        for n in _within(case, SIZES[number_::2], lambda n: n):
             if difference := compare((torch.arange(n) * (1 + n % 4) + n) % len(base), lambda u: u):
                 return difference
         # All equal, as at the start of every run, where every outcome is 0.
@@ -120,9 +129,8 @@ def elementwise(case: ValueFunctionCase) -> str | None:
             if difference := compare(torch.full((n,), at), lambda u: u, " that are all alike"):
                 return difference
         drawn = drawn_sizes(240 if case.thorough else 24)
-        for rows, tokens in (*ROWS_AND_TOKENS[number_::2], *drawn[number_::2]):
-            if rows * tokens > case.largest_batch:
-                continue
+        wide = (*ROWS_AND_TOKENS[number_::2], *drawn[number_::2])
+        for rows, tokens in _within(case, wide, lambda size: size[0] * size[1]):
             index = (torch.arange(rows * tokens) * (1 + tokens % 4) + rows).view(rows, tokens) % len(base)
             if difference := compare(index, lambda u: u, f", of shape ({rows}, {tokens})"):
                 return difference

@@ -16,8 +16,8 @@ from halos_pl.conformance.search import survey
 from halos_pl.conformance.states import pushed
 from value_functions import ValueFunction
 
-# The curve may take 10^8 numbers, in and between the operations of v; a cell is never wider than 0.004 nats.
-_VALUES_OF_THE_GRID, _FEWEST_CELLS = 10**8, 50_000
+# Each clause may compute about 10^8 numbers, in and between the operations of v; a cell is never wider than 0.004 nats.
+_VALUES_OF_A_CLAUSE, _FEWEST_CELLS = 10**8, 50_000
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
@@ -57,10 +57,14 @@ class ValueFunctionCase(Case):
         return duplicate(self.target)
 
     @cached_property
+    def affordable(self) -> int:
+        """How many outcomes a clause may try: fewer if v computes many numbers for each."""
+        return int(_VALUES_OF_A_CLAUSE / values_per_outcome(self.fresh()))
+
+    @cached_property
     def cells(self) -> int:
-        """Number of cells in the dense part of the grid: fewer if v computes many numbers for each outcome."""
-        affordable = int(_VALUES_OF_THE_GRID / values_per_outcome(self.fresh()))
-        return min(CELLS * (4 if self.thorough else 1), max(affordable, _FEWEST_CELLS))
+        """Number of cells in the dense part of the grid."""
+        return min(CELLS * (4 if self.thorough else 1), max(self.affordable, _FEWEST_CELLS))
 
     @cached_property
     def largest_batch(self) -> int:
