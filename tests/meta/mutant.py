@@ -1,10 +1,11 @@
-"""What a mutant is: a plug-in or objective with one planted mistake, and the clauses that have to notice."""
+"""What the suite is tested with: mutants, which have one planted mistake each, and sound plug-ins and objectives."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -46,6 +47,34 @@ CLAUSES = {
 }
 
 
+# What a check may overlook, or hold against a sound target.
+STATE = "state and time"
+SIZES = "sizes"
+VALUES = "values and gradients"
+INPUTS = "functions of (x, y) only"
+TRAINING = "what training calls"
+EXCUSES = "excuses"
+FALSE_ALARMS = "false alarms"
+PROCESS = "the process"
+KINDS = (STATE, SIZES, VALUES, INPUTS, TRAINING, EXCUSES, FALSE_ALARMS, PROCESS)
+
+# The kind of most mistakes that a clause is meant for; VALUES for the clauses that are not listed.
+KIND_OF = {
+    "elementwise": INPUTS,
+    "deterministic": STATE,
+    "reward_of_its_row": INPUTS,
+    "reward_padding": SIZES,
+    "reference_permutation_equivariant": INPUTS,
+    "reference_split": SIZES,
+    "feedback_independent_of_theta": INPUTS,
+    "feedback_deterministic": STATE,
+    "feedback_split": SIZES,
+    "identity": TRAINING,
+    "one_value_function": TRAINING,
+    "process": PROCESS,
+}
+
+
 @dataclass(frozen=True)
 class Mutant:
     """One mistake.
@@ -54,11 +83,16 @@ class Mutant:
         name: what was done wrong.
         clauses: the report must have failed at least one of these; the first is the one the mutant is meant for.
         make: builds the mutant; the generator draws its place, size and scale.
+        kind: the kind of mistake, if it is not that of the first clause.
     """
 
     name: str
     clauses: tuple[str, ...]
     make: Callable[[Random], nn.Module]
+    kind: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", self.kind or KIND_OF.get(self.clauses[0], VALUES))
 
     def __call__(self, seed: int) -> nn.Module:
         """The mutant of that seed: other mutants of the same seed have other places and sizes."""
@@ -68,6 +102,21 @@ class Mutant:
     def drawn(self) -> bool:
         """Whether it draws anything, so that those of other seeds are others."""
         return draws(self.make)
+
+
+class Sound(NamedTuple):
+    """A sound target that a check of the given kind might refuse.
+
+    Attributes:
+        kind: what a careless check would hold against it.
+        make: as that of a mutant, or without argument.
+    """
+
+    kind: str
+    make: Callable[..., nn.Module]
+
+    def __call__(self, *rng: Random) -> nn.Module:
+        return self.make(*rng)
 
 
 class Value(ValueFunction):

@@ -8,7 +8,7 @@ from random import Random
 from typing import Any
 
 import torch
-from mutant import Mutant, Value
+from mutant import SIZES, STATE, Mutant, Value
 from part_mutants import MUTANTS as PARTS
 from part_mutants import EstimatedBy, mean, own
 from torch import Tensor
@@ -57,9 +57,11 @@ class Spoiled(HALO):
         return dataclasses.replace(result, loss=type(self).spoil(result.loss, rows, context, result))
 
 
-def spoiled(name: str, change: Callable[[Tensor, LogProbBatch, TermContext, Result], Tensor], **parts: Any) -> Mutant:
-    kind = type("Spoiled", (Spoiled,), {"spoil": staticmethod(change)})
-    return Mutant(name, ("identity",), lambda rng: halo(kind, **{k: part() for k, part in parts.items()}))
+def spoiled(
+    name: str, change: Callable[[Tensor, LogProbBatch, TermContext, Result], Tensor], kind: str = "", **parts: Any
+) -> Mutant:
+    spoiler = type("Spoiled", (Spoiled,), {"spoil": staticmethod(change)})
+    return Mutant(name, ("identity",), lambda rng: halo(spoiler, **{k: part() for k, part in parts.items()}), kind)
 
 
 class OwnDenominator(HALO):
@@ -207,13 +209,19 @@ MUTANTS = [
     spoiled(
         "adds a penalty in large steps",
         lambda loss, rows, c, r: loss - 0.1 * (len(rows) > 32) * rows.policy_logps.mean(),
+        kind=SIZES,
     ),
-    spoiled("adds a penalty on late tokens", lambda loss, rows, c, r: loss - 0.1 * rows.policy_logps[:, 8:].sum()),
+    spoiled(
+        "adds a penalty on late tokens",
+        lambda loss, rows, c, r: loss - 0.1 * rows.policy_logps[:, 8:].sum(),
+        kind=SIZES,
+    ),
     *(
         Mutant(
             f"adds a penalty {when}",
             ("identity",),
             lambda rng, later=later: halo(type("Later", (LaterPenalty,), {"in_evaluation": later})),
+            STATE,
         )
         for when, later in (("from the second step on", False), ("in evaluation", True))
     ),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from mutant import Mutant
+from mutant import EXCUSES, INPUTS, SIZES, STATE, VALUES, Mutant, Sound
 from part_mutants import EstimatedBy, Formula, mean, own, ratio, token_ratio
 from torch import Tensor, nn
 
@@ -120,15 +120,25 @@ REWARDS = [
         "another reward after many calls",
         ("reward_of_its_row",),
         lambda rng: Late(lambda rows: 0.9 * ratio(rows), rng.randint(100, 4900)),
+        kind=STATE,
     ),
-    Mutant("a learnable factor", ("reward_linear",), lambda rng: ScaledReward(rng.uniform(0.1, 3), lambda raw: raw)),
     Mutant(
-        "a learnable factor in a tanh", ("reward_linear",), lambda rng: ScaledReward(rng.uniform(0.1, 2), torch.tanh)
+        "a learnable factor",
+        ("reward_linear",),
+        lambda rng: ScaledReward(rng.uniform(0.1, 3), lambda raw: raw),
+        kind=STATE,
+    ),
+    Mutant(
+        "a learnable factor in a tanh",
+        ("reward_linear",),
+        lambda rng: ScaledReward(rng.uniform(0.1, 2), torch.tanh),
+        kind=STATE,
     ),
     Mutant(
         "reads a few thousand tokens",
         ("reward_linear",),
         lambda rng: Formula(lambda rows, size=rng.randint(1100, 8000): token_ratio(rows)[:, :size].sum(1)),
+        kind=SIZES,
     ),
     Mutant(
         "centred in steps of many rows",
@@ -136,11 +146,13 @@ REWARDS = [
         lambda rng: Formula(
             lambda rows, size=rng.randint(300, 4000): ratio(rows) - (ratio(rows).mean() if len(rows) > size else 0)
         ),
+        kind=SIZES,
     ),
     Mutant(
         "another reward in inference mode",
         ("reward_of_its_row",),
         lambda rng: Formula(lambda rows: ratio(rows) * (0.5 if torch.is_inference_mode_enabled() else 1)),
+        kind=STATE,
     ),
     Mutant(
         "another reward by the clock",
@@ -150,6 +162,7 @@ REWARDS = [
                 ratio(rows) * (0.5 if time.time() > start + 3600 * hours else 1)
             )
         ),
+        kind=STATE,
     ),
 ]
 
@@ -256,8 +269,8 @@ class LearnableMargin(MismatchedKL):
 
 IN_RANGE = ("reference_in_range", "reference_shift_equivariant")
 REFERENCES = [
-    Mutant("adds to the clamp by __call__", IN_RANGE, lambda rng: PlusHook(rng.choice([0.1, 1.0, -2.0]))),
-    Mutant("adds to the clamp by a hook", IN_RANGE, hooked),
+    Mutant("adds to the clamp by __call__", IN_RANGE, lambda rng: PlusHook(rng.choice([0.1, 1.0, -2.0])), kind=EXCUSES),
+    Mutant("adds to the clamp by a hook", IN_RANGE, hooked, kind=EXCUSES),
     Mutant(
         "clamps elsewhere",
         IN_RANGE,
@@ -265,6 +278,7 @@ REFERENCES = [
             lambda r, rows, at=rng.choice([-3.0, 0.2, 5.0]): mean(r[rows.labels.mismatched]).clamp(min=at),
             needs=Needs(mismatched=True),
         ),
+        kind=EXCUSES,
     ),
     Mutant(
         "clamps from above",
@@ -272,6 +286,7 @@ REFERENCES = [
         lambda rng: EstimatedBy(
             lambda r, rows: mean(r[rows.labels.mismatched]).clamp(max=0), needs=Needs(mismatched=True)
         ),
+        kind=EXCUSES,
     ),
     Mutant(
         "overflows in float32",
@@ -281,17 +296,20 @@ REFERENCES = [
     Mutant("weights by padding", ("reference_split",), lambda rng: EstimatedBy(by_padding)),
     Mutant("weights by the prompt's number", ("reference_split",), lambda rng: EstimatedBy(by_prompt)),
     Mutant("two ranks only", ("reference_split",), lambda rng: EstimatedBy(first_ranks)),
-    Mutant("frozen at the first step", ("reference_in_range",), lambda rng: Frozen(1)),
-    Mutant("frozen later", ("reference_in_range",), lambda rng: Frozen(rng.randint(2, 4000))),
+    Mutant("frozen at the first step", ("reference_in_range",), lambda rng: Frozen(1), kind=STATE),
+    Mutant("frozen later", ("reference_in_range",), lambda rng: Frozen(rng.randint(2, 4000)), kind=STATE),
     Mutant(
-        "adds some of the spread", IN_RANGE, lambda rng: EstimatedBy(with_spread(rng.choice([-0.7, 0.2, 0.5, 1.0])))
+        "adds some of the spread",
+        IN_RANGE,
+        lambda rng: EstimatedBy(with_spread(rng.choice([-0.7, 0.2, 0.5, 1.0]))),
+        kind=SIZES,
     ),
     Mutant(
         "a share of the gradient",
         ("reference_detached",),
         lambda rng: share_of_gradient(rng.choice([0.0, 0.5, 0.9, 1.5])),
     ),
-    Mutant("a learnable margin", IN_RANGE, lambda rng: LearnableMargin()),
+    Mutant("a learnable margin", IN_RANGE, lambda rng: LearnableMargin(), kind=STATE),
 ]
 
 
@@ -332,11 +350,13 @@ FEEDBACKS = [
         "negative for far scores",
         ("feedback_weight",),
         lambda rng: Weighs(lambda rows, k, slope=rng.choice([-0.3, -0.01, 0.005, 0.4]): 1 + slope * rows.labels.score),
+        kind=SIZES,
     ),
     Mutant(
         "negative for large prompts",
         ("feedback_weight",),
         lambda rng: Weighs(lambda rows, k, size=rng.choice([4, 6, 12, 30, 60]): 1 - of_prompt(rows) / size),
+        kind=SIZES,
     ),
     Mutant(
         "a curriculum in stages",
@@ -351,6 +371,7 @@ FEEDBACKS = [
         "does not ask for undesirable rows",
         ("feedback_weight",),
         lambda rng: Weighs(lambda rows, k: torch.ones(len(rows)), Needs(groups=True)),
+        kind=INPUTS,
     ),
     Mutant(
         "weights by the clock",
@@ -361,7 +382,7 @@ FEEDBACKS = [
             )
         ),
     ),
-    Mutant("a learnable weight", ("feedback_weight",), lambda rng: LearnableWeight(lambda raw: raw)),
+    Mutant("a learnable weight", ("feedback_weight",), lambda rng: LearnableWeight(lambda raw: raw), kind=STATE),
     Mutant(
         "reads reference log-probs before they are computed",
         ("feedback_independent_of_theta",),
@@ -448,9 +469,9 @@ OBJECTIVES = [
         ("identity",),
         lambda rng: kto(OnlyInTraining, **_WHOLE, reflect_undesirable=False),
     ),
-    Mutant("rounds in float32", ("identity",), lambda rng: kto(Rounds)),
-    Mutant("a term after many steps", ("identity",), penalty_from),
-    Mutant("a KL of the completion next to a reward of the token", ("reference_in_range",), token_kl),
+    Mutant("rounds in float32", ("identity",), lambda rng: kto(Rounds), kind=VALUES),
+    Mutant("a term after many steps", ("identity",), penalty_from, kind=STATE),
+    Mutant("a KL of the completion next to a reward of the token", ("reference_in_range",), token_kl, kind=EXCUSES),
 ]
 
 MUTANTS = [*REWARDS, *REFERENCES, *FEEDBACKS, *OBJECTIVES]
@@ -474,15 +495,18 @@ def _clamped_median(rewards: Tensor, rows: LogProbBatch) -> Tensor:
 
 
 SOUND: dict[str, Callable[[Random], nn.Module]] = {
-    "a learnable length factor": lambda rng: ScaledReward(rng.uniform(-2, 2), F.softplus),
-    "a learnable factor e^raw": lambda rng: ScaledReward(rng.uniform(-1, 1), torch.exp),
-    "a power of the length": lambda rng: Formula(
-        lambda rows, p=rng.uniform(0.1, 1): ratio(rows) / rows.mask.sum(1).to(rows.policy_logps) ** p
+    "a learnable length factor": Sound(STATE, lambda rng: ScaledReward(rng.uniform(-2, 2), F.softplus)),
+    "a learnable factor e^raw": Sound(STATE, lambda rng: ScaledReward(rng.uniform(-1, 1), torch.exp)),
+    "a power of the length": Sound(
+        SIZES,
+        lambda rng: Formula(
+            lambda rows, p=rng.uniform(0.1, 1): ratio(rows) / rows.mask.sum(1).to(rows.policy_logps) ** p
+        ),
     ),
-    "a stable soft maximum": lambda rng: SoftMaximum(rng.choice([3.0, 30.0]), stable=True),
-    "a clamped median": lambda rng: EstimatedBy(_clamped_median, needs=Needs(mismatched=True)),
-    "a running mean of clamped estimates": lambda rng: RunningMean(
-        of=MismatchedKL(), decay=rng.choice([None, 0.5, 0.9])
+    "a stable soft maximum": Sound(VALUES, lambda rng: SoftMaximum(rng.choice([3.0, 30.0]), stable=True)),
+    "a clamped median": Sound(EXCUSES, lambda rng: EstimatedBy(_clamped_median, needs=Needs(mismatched=True))),
+    "a running mean of clamped estimates": Sound(
+        EXCUSES, lambda rng: RunningMean(of=MismatchedKL(), decay=rng.choice([None, 0.5, 0.9]))
     ),
     "a weighted mean of the pair": lambda rng: EstimatedBy(
         lambda r, rows, w=rng.uniform(0.1, 0.9): (
@@ -491,13 +515,15 @@ SOUND: dict[str, Callable[[Random], nn.Module]] = {
         scope="row",
         needs=Needs(pairs=True),
     ),
-    "feedback that counts its calls": lambda rng: Counting(),
-    "weights that fall with the score": lambda rng: Weighs(
-        lambda rows, k, s=rng.uniform(0.1, 2): torch.sigmoid(-s * rows.labels.score)
+    "feedback that counts its calls": Sound(STATE, lambda rng: Counting()),
+    "weights that fall with the score": Sound(
+        SIZES, lambda rng: Weighs(lambda rows, k, s=rng.uniform(0.1, 2): torch.sigmoid(-s * rows.labels.score))
     ),
-    "weights by the size of the prompt": lambda rng: Weighs(lambda rows, k: 1 / of_prompt(rows).clamp(min=1)),
-    "a learnable weight above 0": lambda rng: LearnableWeight(F.softplus),
-    "TokenKL of a sum": lambda rng: kto(reference_point=TokenKL()),
+    "weights by the size of the prompt": Sound(
+        SIZES, lambda rng: Weighs(lambda rows, k: 1 / of_prompt(rows).clamp(min=1))
+    ),
+    "a learnable weight above 0": Sound(STATE, lambda rng: LearnableWeight(F.softplus)),
+    "TokenKL of a sum": Sound(EXCUSES, lambda rng: kto(reference_point=TokenKL())),
     "DPO from both sides": lambda rng: kto(
         reference_point=PairedCompletion(), value_function=LogSigmoid(), feedback=Binary(denominator="pairs")
     ),

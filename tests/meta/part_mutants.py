@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 import torch
-from mutant import Mutant
+from mutant import INPUTS, SIZES, STATE, Mutant
 from torch import Tensor
 
 from halos_pl.batch import LogProbBatch, Needs
@@ -47,19 +47,23 @@ def ratio(rows: LogProbBatch) -> Tensor:
     return token_ratio(rows).sum(dim=1)
 
 
-def reward(name: str, clauses: tuple[str, ...] | str, formula: Callable[[LogProbBatch], Tensor]) -> Mutant:
+def reward(
+    name: str, clauses: tuple[str, ...] | str, formula: Callable[[LogProbBatch], Tensor], kind: str = ""
+) -> Mutant:
     clauses = (clauses,) if isinstance(clauses, str) else clauses
-    return Mutant(name, clauses, lambda rng: Formula(formula))
+    return Mutant(name, clauses, lambda rng: Formula(formula), kind)
 
 
-def scaled(name: str, clause: str, formula: Callable[[LogProbBatch, Any], Tensor], *sizes: float) -> Mutant:
+def scaled(
+    name: str, clause: str, formula: Callable[[LogProbBatch, Any], Tensor], *sizes: float, kind: str = ""
+) -> Mutant:
     """As ``reward`` with a number that is drawn from ``sizes``."""
 
     def make(rng: Random) -> Reward:
         size = rng.choice(sizes)
         return Formula(lambda rows: formula(rows, size))
 
-    return Mutant(name, (clause,), make)
+    return Mutant(name, (clause,), make, kind)
 
 
 def by_nonzero_ratio(rows: LogProbBatch) -> Tensor:
@@ -112,8 +116,9 @@ REWARDS = [
         "another reward on a later call",
         ("reward_of_its_row", "reward_linear"),
         lambda rng: Counted(rng.randint(2, 4)),
+        kind=STATE,
     ),
-    Mutant("another reward in evaluation", ("reward_of_its_row",), lambda rng: ClampedInEval()),
+    Mutant("another reward in evaluation", ("reward_of_its_row",), lambda rng: ClampedInEval(), kind=STATE),
     reward(
         "clamps only in float32",
         "reward_shape",
@@ -126,17 +131,20 @@ REWARDS = [
         8,
         64,
         512,
+        kind=SIZES,
     ),
     reward(
         "negative factor for long completions",
         "reward_linear",
         lambda rows: ratio(rows) * (1 - rows.mask.sum(1).to(rows.policy_logps) / 20),
+        kind=SIZES,
     ),
     scaled("clamps far rewards", "reward_linear", lambda rows, size: ratio(rows).clamp(-size, size), 500.0, 1000.0),
     reward(
         "centred in large steps",
         ("reward_linear", "reward_of_its_row"),
         lambda rows: ratio(rows) - (ratio(rows).mean() if len(rows) > 32 else 0),
+        kind=SIZES,
     ),
     Mutant(
         "less the exact KL divergence",
@@ -168,6 +176,7 @@ REWARDS = [
         "bonus for desirable rows",
         "reward_zero_at_reference",
         lambda rows: ratio(rows) + 0.1 * rows.labels.desirable.float(),
+        kind=INPUTS,
     ),
     reward("wrong sign", "reward_linear", lambda rows: -ratio(rows)),
     reward("squared", "reward_linear", lambda rows: ratio(rows).square()),
@@ -202,7 +211,12 @@ REWARDS = [
         "reward_linear",
         lambda rows: ratio(rows) / (ratio(rows).detach().abs().mean() + 1e-6),
     ),
-    reward("negative factor for short completions", "reward_linear", lambda rows: ratio(rows) * (rows.mask.sum(1) - 2)),
+    reward(
+        "negative factor for short completions",
+        "reward_linear",
+        lambda rows: ratio(rows) * (rows.mask.sum(1) - 2),
+        kind=SIZES,
+    ),
     reward("only the first two tokens", "reward_linear", lambda rows: token_ratio(rows)[:, :2].sum(dim=1)),
     reward("fully detached", "reward_linear", lambda rows: ratio(rows).detach()),
     reward("divides by the padded length", "reward_padding", lambda rows: token_ratio(rows).mean(dim=1)),
@@ -258,10 +272,14 @@ def own(rewards: Tensor, rows: LogProbBatch) -> Tensor:
 
 
 def estimate(
-    name: str, clauses: tuple[str, ...] | str, formula: Callable[[Tensor, LogProbBatch], Tensor], **kwargs
+    name: str,
+    clauses: tuple[str, ...] | str,
+    formula: Callable[[Tensor, LogProbBatch], Tensor],
+    kind: str = "",
+    **kwargs,
 ) -> Mutant:
     clauses = (clauses,) if isinstance(clauses, str) else clauses
-    return Mutant(name, clauses, lambda rng: EstimatedBy(formula, **kwargs))
+    return Mutant(name, clauses, lambda rng: EstimatedBy(formula, **kwargs), kind)
 
 
 def mean_of_rank_means(rewards: Tensor, rows: LogProbBatch) -> Tensor:
@@ -360,7 +378,7 @@ class LeakyAverage(ReferencePoint):
 def later(
     name: str, clauses: tuple[str, ...], formula: Callable[[Tensor, LogProbBatch], Tensor], call: int = 2
 ) -> Mutant:
-    return Mutant(name, clauses, lambda rng: Later(formula, call))
+    return Mutant(name, clauses, lambda rng: Later(formula, call), STATE)
 
 
 def halves_in_place(rewards: Tensor, rows: LogProbBatch) -> Tensor:
@@ -379,7 +397,7 @@ REFERENCES = [
     later("drifts on later calls", IN_RANGE, lambda r, rows: mean(own(r, rows)) + 0.5),
     later("another number in evaluation", IN_RANGE, lambda r, rows: r.new_tensor(3.0), call=0),
     later("gradient on later calls", ("reference_detached",), lambda r, rows: r[rows.labels.train].mean()),
-    Mutant("detaches only its first estimate", ("reference_detached",), lambda rng: LeakyAverage()),
+    Mutant("detaches only its first estimate", ("reference_detached",), lambda rng: LeakyAverage(), kind=STATE),
     later("nan on later calls", ("reference_finite", *IN_RANGE), lambda r, rows: mean(own(r, rows)) * torch.nan),
     later(
         "the first row in evaluation",
@@ -388,17 +406,21 @@ REFERENCES = [
         call=0,
     ),
     later("this rank's mean on later calls", ("reference_split",), lambda r, rows: own(r, rows).mean()),
-    estimate("offset in large steps", IN_RANGE, lambda r, rows: mean(own(r, rows)) + 100.0 * (len(rows) > 32)),
+    estimate(
+        "offset in large steps", IN_RANGE, lambda r, rows: mean(own(r, rows)) + 100.0 * (len(rows) > 32), kind=SIZES
+    ),
     estimate(
         "counts at most 64 rows",
         IN_RANGE,
         lambda r, rows: (over_ranks(own(r, rows))[0] / over_ranks(own(r, rows))[1].clamp(max=64)).to(r),
+        kind=SIZES,
     ),
     estimate("clamps far estimates", IN_RANGE, lambda r, rows: mean(own(r, rows)).clamp(-5000, 5000)),
     estimate(
         "gradient in large steps",
         ("reference_detached",),
         lambda r, rows: mean(own(r, rows)) if len(rows) <= 20 else r[rows.labels.train].mean(),
+        kind=SIZES,
     ),
     estimate("halves the rewards in place", IN_RANGE, halves_in_place),
     estimate(
@@ -441,6 +463,7 @@ REFERENCES = [
         "running mean that starts at zero",
         ("reference_shift_equivariant", "reference_in_range"),
         lambda rng: FromZero(),
+        kind=STATE,
     ),
     estimate(
         "count one too high",
@@ -487,7 +510,7 @@ REFERENCES = [
         "mismatched rows and other rows alike", "reference_split", lambda r, rows: mean(r.detach()), needs=mismatched
     ),
     estimate("exponential mean that overflows", "reference_finite", exponential_mean),
-    estimate("n - 1 of a single row", "reference_finite", standardised),
+    estimate("n - 1 of a single row", "reference_finite", standardised, kind=SIZES),
     estimate("each row's own reward", "reference_in_range", lambda r, rows: r.detach().clone()),
     estimate("weights by inverse squares, 0 / 0 where all are alike", "reference_finite", inverse_squares),
     estimate(
@@ -495,6 +518,7 @@ REFERENCES = [
         "reference_finite",
         others_of_the_prompt,
         needs=Needs(step_rewards=True, groups=True),
+        kind=SIZES,
     ),
 ]
 
@@ -534,10 +558,10 @@ def of_its_prompt(rows: LogProbBatch) -> Tensor:
 
 
 def feedback(
-    name: str, clauses: tuple[str, ...] | str, spoil: Callable[[Judgement, LogProbBatch], Judgement]
+    name: str, clauses: tuple[str, ...] | str, spoil: Callable[[Judgement, LogProbBatch], Judgement], kind: str = ""
 ) -> Mutant:
     clauses = (clauses,) if isinstance(clauses, str) else clauses
-    return Mutant(name, clauses, lambda rng: Judge(spoil))
+    return Mutant(name, clauses, lambda rng: Judge(spoil), kind)
 
 
 def negative_class(desirable: bool) -> Callable[[Random], Feedback]:
@@ -590,20 +614,31 @@ def flipped_where(rows: Callable[[LogProbBatch], Tensor | bool]) -> Callable[[Ju
 
 
 FEEDBACKS = [
-    Mutant("sign 0 on later calls", ("feedback_sign",), lambda rng: LaterJudge(lambda j: j._replace(sign=0 * j.sign))),
+    Mutant(
+        "sign 0 on later calls",
+        ("feedback_sign",),
+        lambda rng: LaterJudge(lambda j: j._replace(sign=0 * j.sign)),
+        kind=STATE,
+    ),
     Mutant(
         "negative weight on later calls",
         ("feedback_weight",),
         lambda rng: LaterJudge(lambda j: j._replace(weight=-j.weight)),
+        kind=STATE,
     ),
     Mutant(
         "negative weight in evaluation",
         ("feedback_weight",),
         lambda rng: LaterJudge(lambda j: j._replace(weight=-j.weight), in_evaluation=True),
+        kind=STATE,
     ),
-    feedback("negative for long completions", "feedback_weight", flipped_where(lambda r: r.mask.sum(1) > 6)),
-    feedback("negative for later prompts", "feedback_weight", flipped_where(lambda r: r.labels.group >= 16)),
-    feedback("negative in large steps", "feedback_weight", flipped_where(lambda r: len(r) > 32)),
+    feedback(
+        "negative for long completions", "feedback_weight", flipped_where(lambda r: r.mask.sum(1) > 6), kind=SIZES
+    ),
+    feedback(
+        "negative for later prompts", "feedback_weight", flipped_where(lambda r: r.labels.group >= 16), kind=SIZES
+    ),
+    feedback("negative in large steps", "feedback_weight", flipped_where(lambda r: len(r) > 32), kind=SIZES),
     Mutant(
         "no row weighs anything",
         ("feedback_weight",),
@@ -625,7 +660,10 @@ FEEDBACKS = [
         lambda rng: InPlace(lambda rows: rows.labels.desirable.logical_not_()),
     ),
     feedback(
-        "a denominator for small steps", "feedback_finite", lambda j, rows: j._replace(denominator=64 - j.denominator)
+        "a denominator for small steps",
+        "feedback_finite",
+        lambda j, rows: j._replace(denominator=64 - j.denominator),
+        kind=SIZES,
     ),
     feedback(
         "labels 0 and 1 as signs", "feedback_sign", lambda j, rows: j._replace(sign=1 - rows.labels.desirable.float())
@@ -690,23 +728,27 @@ FEEDBACKS = [
         "divides by the desirable rows only",
         "feedback_finite",
         lambda j, rows: j._replace(denominator=(rows.labels.desirable & rows.labels.train).sum().float()),
+        kind=SIZES,
     ),
     feedback(
         "divides by the pairs where there are none",
         "feedback_finite",
         lambda j, rows: j._replace(denominator=((rows.labels.pair >= 0) & rows.labels.train).sum().float() / 2),
+        kind=SIZES,
     ),
-    feedback("n - 1", "feedback_finite", lambda j, rows: j._replace(denominator=j.denominator - 1)),
+    feedback("n - 1", "feedback_finite", lambda j, rows: j._replace(denominator=j.denominator - 1), kind=SIZES),
     feedback("negative denominator", "feedback_finite", lambda j, rows: j._replace(denominator=-j.denominator)),
     feedback(
         "weights by the share of the class, 0 / 0",
         ("feedback_finite", "feedback_weight"),
         lambda j, rows: j._replace(weight=j.weight / (rows.labels.desirable & rows.labels.train).sum() * j.weight),
+        kind=SIZES,
     ),
     Mutant(
         "n - 1 of a prompt with one row",
         ("feedback_finite", "feedback_weight"),
         lambda rng: Grouped(lambda j, rows: j._replace(weight=j.weight / (of_its_prompt(rows) - 1))),
+        kind=SIZES,
     ),
     Mutant(
         "turns its signs round on every other call",

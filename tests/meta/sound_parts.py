@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from mutant import EXCUSES, SIZES, STATE, Sound
 from part_mutants import EstimatedBy, Formula, Judge, mean, own, token_ratio
 from torch import Tensor, nn
 from torch.distributed import all_reduce as reduce_everywhere
@@ -170,24 +171,24 @@ def _balanced(judgement: Judgement, rows: LogProbBatch) -> Judgement:
 
 
 SOUND_PARTS: dict[str, Callable[[], nn.Module]] = {
-    "learnable beta": LearnableBeta,
-    "learnable beta of shape (1,)": lambda: LearnableBeta((1,)),
+    "learnable beta": Sound(STATE, LearnableBeta),
+    "learnable beta of shape (1,)": Sound(STATE, lambda: LearnableBeta((1,))),
     "a lock": Locked,
     "a domain without an upper bound": BoundedBelow,
-    "a network of softplus functions": Network,
+    "a network of softplus functions": Sound(STATE, Network),
     "a backward of its own": OwnBackward,
     "reward, tokens by length": lambda: Formula(lambda rows: token_ratio(rows) / rows.mask.sum(1, keepdim=True)),
-    "all_reduce by a name of its own": lambda: MeanBy(_all_reduced),
-    "all_reduce that is waited for": lambda: MeanBy(_waited_for),
-    "all_gather_into_tensor": lambda: MeanBy(_gathered),
-    "reduce and broadcast": lambda: MeanBy(_reduced_and_broadcast),
-    "an average in a buffer": AverageInABuffer,
+    "all_reduce by a name of its own": Sound(SIZES, lambda: MeanBy(_all_reduced)),
+    "all_reduce that is waited for": Sound(SIZES, lambda: MeanBy(_waited_for)),
+    "all_gather_into_tensor": Sound(SIZES, lambda: MeanBy(_gathered)),
+    "reduce and broadcast": Sound(SIZES, lambda: MeanBy(_reduced_and_broadcast)),
+    "an average in a buffer": Sound(STATE, AverageInABuffer),
     "mean of the pair": lambda: EstimatedBy(
         lambda r, rows: (r + torch.where(rows.labels.pair < 0, r, r[rows.labels.pair])) / 2,
         scope="row",
         needs=Needs(pairs=True),
     ),
-    "a subclass of MismatchedKL with its forward": NamedKL,
-    "weights by the share of the class on all ranks": lambda: Judge(_balanced),
+    "a subclass of MismatchedKL with its forward": Sound(EXCUSES, NamedKL),
+    "weights by the share of the class on all ranks": Sound(SIZES, lambda: Judge(_balanced)),
     "weights by length": lambda: Judge(lambda j, rows: j._replace(weight=j.weight / rows.mask.sum(1))),
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mutant import Value
+from mutant import STATE, Sound, Value
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -177,20 +177,22 @@ SOUND_VALUES: dict[str, Callable[[Random], ValueFunction]] = {
     "no kernel for bfloat16": lambda rng: Value(NotInBfloat16.apply),
     "holds itself": lambda rng: KnowsItself(rng.uniform(0.2, 1)),
     "60 knots": lambda rng: Knots(60),
-    "learnable: softplus": learnable(lambda u, p: F.logsigmoid(F.softplus(p) * u), -3, 3),
-    "learnable: exponential": learnable(lambda u, p: torch.tanh(p.exp() * u), -3, 1),
-    "learnable: square": learnable(lambda u, p: torch.arctan(p.square() * u), 0.1, 2),
-    "learnable: mixture": learnable(lambda u, p: torch.lerp(torch.tanh(u), 0.1 * u, torch.sigmoid(p)), -2, 2),
-    "learnable: power": learnable(_power, -2, 2),
-    "learnable: place of a kink": learnable(lambda u, p: torch.minimum(u, p.expand_as(u)), -3, 20),
-    "learnable spline": lambda rng: Spline(rng.randint(2, 12), rng.uniform(-1, 1)),
+    "learnable: softplus": Sound(STATE, learnable(lambda u, p: F.logsigmoid(F.softplus(p) * u), -3, 3)),
+    "learnable: exponential": Sound(STATE, learnable(lambda u, p: torch.tanh(p.exp() * u), -3, 1)),
+    "learnable: square": Sound(STATE, learnable(lambda u, p: torch.arctan(p.square() * u), 0.1, 2)),
+    "learnable: mixture": Sound(
+        STATE, learnable(lambda u, p: torch.lerp(torch.tanh(u), 0.1 * u, torch.sigmoid(p)), -2, 2)
+    ),
+    "learnable: power": Sound(STATE, learnable(_power, -2, 2)),
+    "learnable: place of a kink": Sound(STATE, learnable(lambda u, p: torch.minimum(u, p.expand_as(u)), -3, 20)),
+    "learnable spline": Sound(STATE, lambda rng: Spline(rng.randint(2, 12), rng.uniform(-1, 1))),
     "matrix products": lambda rng: Product(),
     "a checkpoint that computes again": lambda rng: Value(
         lambda u: checkpoint(lambda x: torch.tanh(0.1 * x), u, use_reentrant=False)
     ),
-    "a parametrised scale": parametrised,
-    "watched": lambda rng: Watched(),
-    "keeps constants": lambda rng: KeepsConstants(rng.uniform(0.1, 2)),
+    "a parametrised scale": Sound(STATE, parametrised),
+    "watched": Sound(STATE, lambda rng: Watched()),
+    "keeps constants": Sound(STATE, lambda rng: KeepsConstants(rng.uniform(0.1, 2))),
     "constants on the device of u": lambda rng: Value(
         lambda u: torch.minimum(u[..., None], torch.linspace(0, 50, 9, dtype=u.dtype, device=u.device)).mean(-1)
     ),

@@ -8,6 +8,7 @@ three of the correct functions; the other functions, and 19 more seeds of whatev
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from random import Random
 from typing import Any
 
@@ -16,15 +17,12 @@ import part_families
 import part_mutants
 import pytest
 import torch
-import value_mutants
-import value_state_mutants
+from members import MUTANTS, PARTS, VALUES, report_on, unshrunk, witness_against
 from mutant import CLAUSES, Mutant, draws
-from sound_parts import SOUND_PARTS, LoggingSum
-from sound_values import SOUND_VALUES
-from unusual_values import UNUSUAL, unusual
+from unusual_values import UNUSUAL
 
 from halos_pl.batch import Needs
-from halos_pl.conformance import CheckFailed, check_halo, strategies
+from halos_pl.conformance import CheckFailed, check_halo
 from halos_pl.conformance.check import checks_of, reports
 from halos_pl.conformance.smallest import _halved, smallest
 from halos_pl.conformance.steps import Step
@@ -34,42 +32,31 @@ from halos_pl.objective.reference_points import MismatchedKL
 from halos_pl.objective.rewards import LogProb, LogRatio
 from value_functions import Identity, KahnemanTversky, Logistic
 
-MUTANTS = [
-    *value_mutants.MUTANTS,
-    *value_state_mutants.MUTANTS,
-    *part_mutants.MUTANTS,
-    *part_families.MUTANTS,
-    *objective_mutants.MUTANTS,
-]
 EVERY_CLAUSE = [clause for clauses in CLAUSES.values() for clause in clauses]
 SEEDS = range(1, 20)
 
 every_unusual = pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow if i % 3 else ()) for i, name in enumerate([*UNUSUAL, *SOUND_VALUES])],
+    [pytest.param(name, marks=pytest.mark.slow if i % 3 else ()) for i, name in enumerate(VALUES)],
 )
 
 
-@pytest.fixture
-def unshrunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any witness will do; the search for the smallest, which has a test below, took half the time."""
-    monkeypatch.setattr(strategies, "shrunk", lambda fault, first, needs, **_: first)
+@pytest.fixture(name="unshrunk")
+def _unshrunk() -> Iterator[None]:
+    with unshrunk():
+        yield
 
 
 def assert_caught(mutant: Mutant, seed: int) -> str:
-    """Runs the clauses that the mutant is meant for; the witness of the first that fails."""
-    for clause in checks_of(mutant(seed)).clauses:
-        if clause.name in mutant.clauses and (witness := clause.witness()) and clause.excused() is None:
-            return witness
-    pytest.fail(f"seed {seed}: {mutant.name} has escaped")
+    """The witness against the mutant."""
+    witness = witness_against(mutant, seed)
+    assert witness is not None, f"seed {seed}: {mutant.name} has escaped"
+    return witness
 
 
-def assert_passes(name: str, seed: int) -> None:
-    value_function = SOUND_VALUES[name](Random(f"{name} {seed}")) if name in SOUND_VALUES else unusual(name, seed)
-    report = check_halo(value_function, on_fail="report")
-    # The v~ of undesirable rows is reported for a bare value function, and these may well be concave on losses.
-    wrong = [clause for clause in report.failed if not clause.startswith("undesirable_")]
-    assert not wrong, f"seed {seed}: {name} was rejected\n{report}"
+def assert_passes(name: str, seed: int, examples: int = 60) -> None:
+    report = report_on(name, seed, examples)
+    assert report.sound, f"seed {seed}: {name} was rejected\n{report}"
 
 
 @pytest.mark.usefixtures("unshrunk")
@@ -100,27 +87,22 @@ def test_a_mutant_is_caught_at_other_places_and_sizes(mutant):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, make in (UNUSUAL | SOUND_VALUES).items() if draws(make)])
+@pytest.mark.parametrize("name", [name for name, make in VALUES.items() if draws(make)])
 def test_a_correct_function_passes_at_other_places_and_scales(name):
     for seed in SEEDS:
         assert_passes(name, seed)
 
 
-@pytest.mark.parametrize("name", SOUND_PARTS)
-def test_what_is_written_otherwise_passes(name):
-    report = check_halo(SOUND_PARTS[name](), on_fail="report", max_examples=30)
-    assert report.sound, str(report)
+@pytest.mark.parametrize("name", PARTS)
+def test_a_sound_part_passes(name):
+    assert_passes(name, 0, examples=20)
 
 
-def test_a_sum_of_another_class_that_adds_nothing_passes():
-    assert check_halo(LoggingSum([objective_mutants.halo()]), max_examples=10).verdict == "halo"
-
-
-@pytest.mark.parametrize("name", part_families.SOUND)
-@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in SEEDS[:4])])
-def test_a_random_sound_part_passes(name, seed):
-    report = check_halo(part_families.SOUND[name](Random(f"{name} {seed}")), on_fail="report", max_examples=20)
-    assert report.sound, str(report)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, make in PARTS.items() if draws(make)])
+def test_a_sound_part_passes_with_other_numbers(name):
+    for seed in SEEDS[:4]:
+        assert_passes(name, seed, examples=20)
 
 
 @pytest.mark.usefixtures("unshrunk")

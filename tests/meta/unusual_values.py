@@ -12,7 +12,6 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
-from mutant import Value
 from torch import Tensor
 
 Make = Callable[[Random], Callable[[Tensor], Tensor]]
@@ -125,8 +124,3 @@ UNUSUAL: dict[str, Make] = {
     "staircase on losses": staircase_on_losses,
     "ripples far out on losses": with_scale(ripples_far_out, 3.0, 20.0),
 }
-
-
-def unusual(name: str, seed: int) -> Value:
-    """The function of that name and seed."""
-    return Value(UNUSUAL[name](Random(f"{name} {seed}")))

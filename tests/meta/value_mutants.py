@@ -11,7 +11,7 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
-from mutant import Mutant, Value
+from mutant import SIZES, Mutant, Value
 from torch import Tensor, nn
 
 from value_functions import Logistic, LogSigmoid, ValueFunction
@@ -608,10 +608,10 @@ MUTANTS = [
         {"misreads strided views": misreads_views, "another function where all are alike": other_where_all_are_alike},
     ),
     *_all(("elementwise", "gradient"), {"leaks a gradient to the neighbour": leaks_a_gradient}),
-    Mutant("another function for whole chunks", ("elementwise",), whole_chunks),
-    Mutant("another function for one batch size", ("elementwise",), one_size),
-    Mutant("another function in large batches", ("elementwise",), only_in_large_batches),
-    Mutant("processes chunks and drops the rest", ("elementwise",), chunk_without_the_rest),
+    Mutant("another function for whole chunks", ("elementwise",), whole_chunks, kind=SIZES),
+    Mutant("another function for one batch size", ("elementwise",), one_size, kind=SIZES),
+    Mutant("another function in large batches", ("elementwise",), only_in_large_batches, kind=SIZES),
+    Mutant("processes chunks and drops the rest", ("elementwise",), chunk_without_the_rest, kind=SIZES),
     Mutant("another function on the second call", ("deterministic",), lambda rng: OnLaterCalls(2, 0.01)),
     Mutant("another function on the third call", ("deterministic",), lambda rng: OnLaterCalls(3, 0.1)),
     Mutant("running scale", ("deterministic",), lambda rng: RunningScale()),

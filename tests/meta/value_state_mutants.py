@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mutant import Mutant, Value
+from mutant import SIZES, STATE, Mutant, Value
 from torch import Tensor, nn
 
 from value_functions import ValueFunction
@@ -350,6 +350,7 @@ MUTANTS = [
         "another function of long and wide batches",
         ("elementwise",),
         lambda rng: Value(lambda u: other(u, u.dim() == 2 and u.numel() > 10**5, 0.1)),
+        kind=SIZES,
     ),
     Mutant("in inference mode", ("deterministic",), sometimes(lambda rng: torch.is_inference_mode_enabled)),
     Mutant("in autocast", ("deterministic",), sometimes(lambda rng: lambda: torch.is_autocast_enabled("cpu"))),
@@ -381,9 +382,9 @@ MUTANTS = [
         ("deterministic",),
         lambda rng: LosesItsScaleInACheckpoint(rng.uniform(0.1, 0.9)),
     ),
-    Mutant("nothing beyond a token", ("elementwise",), beyond_a_token),
-    Mutant("half beyond a row", ("elementwise",), beyond_a_row),
-    Mutant("another function of long completions", ("elementwise",), long_completions),
+    Mutant("nothing beyond a token", ("elementwise",), beyond_a_token, kind=SIZES),
+    Mutant("half beyond a row", ("elementwise",), beyond_a_row, kind=SIZES),
+    Mutant("another function of long completions", ("elementwise",), long_completions, kind=SIZES),
     Mutant("drops small cotangents", ("gradient",), handed_back(_drop)),
     Mutant("clips large cotangents", ("gradient", "elementwise"), handed_back(_clip)),
     Mutant("rounds cotangents", ("gradient",), handed_back(_round)),
@@ -394,12 +395,13 @@ MUTANTS = [
         ("gradient", "elementwise"),
         handed_back(lambda rng: lambda g: g / g.abs().max().clamp(min=1)),
     ),
-    Mutant("free beta", ("non_decreasing",), learnable(lambda u, p: torch.sigmoid(p * u), 0.01, 3)),
-    Mutant("free loss aversion", ("non_decreasing",), learnable(loss_aversion, 0.5, 3)),
+    Mutant("free beta", ("non_decreasing",), learnable(lambda u, p: torch.sigmoid(p * u), 0.01, 3), kind=STATE),
+    Mutant("free loss aversion", ("non_decreasing",), learnable(loss_aversion, 0.5, 3), kind=STATE),
     Mutant(
         "free share of a mixture",
         ("non_decreasing",),
         learnable(lambda u, p: p * torch.sigmoid(u) + (1 - p) * torch.tanh(0.1 * u), 0.1, 0.9),
+        kind=STATE,
     ),
     Mutant(
         "free vector of betas",
@@ -407,28 +409,32 @@ MUTANTS = [
         lambda rng: Learnable(
             lambda u, p: torch.tanh(u[..., None] * p).sum(-1), [rng.uniform(0.1, 1) for _ in range(4)]
         ),
+        kind=STATE,
     ),
     Mutant(
         "free slopes between knots",
         ("concave_on_gains", "non_decreasing"),
         lambda rng: Learnable(knots, sorted((rng.uniform(0.1, 1) for _ in range(4)), reverse=True)),
+        kind=STATE,
     ),
     Mutant(
         "positive slopes in any order",
         ("concave_on_gains",),
         lambda rng: Learnable(lambda u, p: knots(u, F.softplus(p)), [0.9, 0.7, 0.5, 0.3]),
+        kind=STATE,
     ),
     Mutant(
         "free power",
         ("concave_on_gains", "finite", "non_decreasing"),
         learnable(lambda u, p: torch.where(u >= 0, (u.clamp(min=0) + 1e-3) ** p, u), 0.5, 0.95),
+        kind=STATE,
     ),
-    Mutant("logarithm of a free parameter", ("finite",), learnable(lambda u, p: u + p.log(), 0.5, 2)),
+    Mutant("logarithm of a free parameter", ("finite",), learnable(lambda u, p: u + p.log(), 0.5, 2), kind=STATE),
     Mutant("jumps down behind a softplus of a parameter", ("non_decreasing",), jumps_behind_a_softplus),
     Mutant("falls beyond 10,000", ("non_decreasing",), falls_far_out),
     Mutant("falls for a nat between 1,000 and 10,000", ("non_decreasing",), falls_for_a_nat),
     Mutant("convex beyond 10,000", ("concave_on_gains",), convex_beyond),
-    Mutant("knots that stay on the CPU", ("shape",), lambda rng: PlainKnots(rng.randint(2, 20))),
-    Mutant("knots made on the CPU", ("shape",), knots_made_in_forward),
-    Mutant("by NumPy", ("shape",), lambda rng: Value(_ByNumPy.apply)),
+    Mutant("knots that stay on the CPU", ("shape",), lambda rng: PlainKnots(rng.randint(2, 20)), kind=STATE),
+    Mutant("knots made on the CPU", ("shape",), knots_made_in_forward, kind=STATE),
+    Mutant("by NumPy", ("shape",), lambda rng: Value(_ByNumPy.apply), kind=STATE),
 ]
