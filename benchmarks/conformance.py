@@ -240,7 +240,11 @@ def main(words: list[str] | None = None) -> None:
         except TargetError as error:
             print(f"conformance.py: {error}", file=sys.stderr)
             raise SystemExit(2) from error
-        checked = [check(target, child) for target in targets]
+        checked = []
+        for target in targets:
+            checked.append(one := check(target, child))
+            if not one.right:
+                print(f"{'missed' if target.faulty else 'refused'}: {target.name}: {one.said}", file=sys.stderr)
     print(*table(checked), sep="\n")
     if options.details:
         print("", *details(checked), sep="\n")

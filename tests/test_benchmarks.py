@@ -19,6 +19,7 @@ from halos_pl.testing import tiny_tokenizer
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import balance
+import conformance
 import guards
 import scaling
 import vs_trl
@@ -65,6 +66,59 @@ def test_scaling_measures_a_point(capsys: pytest.CaptureFixture[str]) -> None:
     measured = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert measured["seconds"] > 0
     assert measured["embedding_gradient_megabytes"] == 64 * 256 * 4 / 1e6
+
+
+CORPUS = """
+import os
+import torch
+from value_functions import ValueFunction
+
+class _Scaled(ValueFunction):
+    def forward(self, u): return torch.tanh(self.scale * u)
+
+class Rises(_Scaled):
+    scale = 0.1
+
+class Falls(_Scaled):
+    CLAUSE = "non_decreasing (everywhere)"
+    scale = -0.1
+
+class Hidden(_Scaled):
+    CLAUSE, KIND = "non_decreasing", "state and time"
+    scale = 0.1
+
+class Leaves(ValueFunction):
+    CLAUSE = "process"
+    def forward(self, u): os._exit(0)
+
+def made(): return Falls()
+made.CLAUSE = "non_decreasing"
+"""
+
+
+def test_caught_and_passed_are_counted_by_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "corpus.py").write_text(CORPUS)
+    with pytest.raises(SystemExit) as left:
+        conformance.main([str(tmp_path / "corpus.py")])
+    assert left.value.code == 1  # for Hidden, which is not faulty at all
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    counts = {row[0]: row[1:] for row in rows}
+    assert counts["values and gradients"][:2] == ["2 / 2", "–"]
+    assert counts["state and time"] == ["0 / 1", "–", "corpus.Hidden"]
+    assert counts["false alarms"][:2] == ["–", "1 / 1"]
+    assert counts["the process"][:2] == ["1 / 1", "–"]
+    assert counts["all"][:2] == ["3 / 4", "1 / 1"]
+
+
+@pytest.mark.parametrize("text", ["raise ValueError(3)", "x = 1", "from value_functions import Logistic as L"])
+def test_a_file_without_targets_is_refused_in_one_line(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "corpus.py").write_text(text)
+    with pytest.raises(SystemExit) as left:
+        conformance.main([str(tmp_path / "corpus.py")])
+    assert left.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("place", guards.GUARDS.values())

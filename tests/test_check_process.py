@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -20,44 +21,12 @@ from halos_pl.conformance.child import Child
 from halos_pl.conformance.target import TargetError, UncheckableError
 from halos_pl.objective.rewards import LogRatio
 
-BODIES = {
-    "Leaves": "os._exit(0)",
-    "Loops": "while True: pass",
-    "Sleeps": "time.sleep(1e5)",
-    "IsKilled": "os.kill(os.getpid(), signal.SIGKILL)",
-    "Terminates": "os.kill(os.getpid(), signal.SIGTERM)",
-    "Closes": "os.closerange(3, 256)",
-    "Generator": "raise GeneratorExit",
-    "Interrupts": "raise KeyboardInterrupt",
-    "Large": "torch.ones(10**9, dtype=torch.float64)",
-    "LargeForLarge": "u.numel() > 64 and torch.ones(10**9, dtype=torch.float64)",
-    "LeavesLater": "self.calls > 100 and os._exit(1)",
-    "LeavesAChild": "self.calls or subprocess.Popen(['sleep', '987']); os._exit(0)",
-    "Prints": "self.calls or print('in Python')",
-    "Writes": "self.calls or os.write(1, b'to the descriptor')",
-    "Runs": "self.calls or subprocess.run(['echo', 'in a process of its own'])",
-    "Forks": "self.calls or os.fork()",
-}
-
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with a value function for each body."""
-    text = "import os, signal, subprocess, time\nimport torch\nfrom value_functions import ValueFunction\n\n"
-    for name, body in BODIES.items():
-        text += textwrap.dedent(
-            f"""
-            class {name}(ValueFunction):
-                calls = 0
-
-                def forward(self, u):
-                    {body}
-                    type(self).calls += 1
-                    return torch.tanh(u)
-            """
-        )
-    path: Path = tmp_path_factory.mktemp("targets") / "targets.py"
-    path.write_text(text)
+    """The targets of tests/meta, beside files that give no answer on import."""
+    path = tmp_path_factory.mktemp("targets") / "targets.py"
+    shutil.copy(ROOT / "tests" / "meta" / "process_targets.py", path)
     (path.parent / "loops.py").write_text("while True:\n    pass\n")
     (path.parent / "generator.py").write_text("raise GeneratorExit\n")
     return path

@@ -17,8 +17,8 @@ import part_families
 import part_mutants
 import pytest
 import torch
-from members import MUTANTS, PARTS, VALUES, report_on, unshrunk, witness_against
-from mutant import CLAUSES, Mutant, draws
+from members import MUTANTS, PARTS, SOUND, VALUES, kind_of, report_on, unshrunk, witness_against
+from mutant import CLAUSES, KIND_OF, KINDS, PROCESS, Mutant, draws
 from unusual_values import UNUSUAL
 
 from halos_pl.batch import Needs
@@ -151,7 +151,7 @@ def test_a_check_has_gradients_whatever_the_caller_has_switched_off(without):
         assert "gradient" in report.failed
 
 
-SOUND = {
+MADE_OF = {
     "reward, per token": lambda: LogRatio(length_normalised=True),
     "mismatched KL without clamp": lambda: MismatchedKL(clamp=False),
     "binary": lambda: Binary(lambda_undesirable=0.0),
@@ -170,11 +170,11 @@ def shared() -> dict[Any, Any]:
     return {}
 
 
-@pytest.mark.parametrize("name", SOUND)
+@pytest.mark.parametrize("name", MADE_OF)
 def test_what_the_mutants_were_made_of_passes(name, shared):
     """Otherwise a mutant would be caught for what it has in common with the sound part. Of the library's parts
     themselves this is shown in tests/test_conformance.py."""
-    report = reports(SOUND[name](), max_examples=15, shared=shared)["icml"]
+    report = reports(MADE_OF[name](), max_examples=15, shared=shared)["icml"]
     assert not report.failed, str(report)
 
 
@@ -194,6 +194,13 @@ def test_every_clause_has_at_least_two_mutants():
     assert {clause for mutant in MUTANTS for clause in mutant.clauses} <= set(EVERY_CLAUSE)
     assert len({m.name for m in MUTANTS}) >= 45
     assert len(UNUSUAL) >= 20
+
+
+def test_every_target_has_a_kind_and_every_kind_has_targets():
+    kinds = [m.kind for m in MUTANTS] + [kind_of(make) for make in SOUND.values()]
+    assert {*kinds, PROCESS} == set(KINDS)  # the targets of process_targets.py are classes in a file
+    assert len(SOUND) == len(VALUES) + len(PARTS)
+    assert set(KIND_OF) <= {*EVERY_CLAUSE, "process"}
 
 
 def test_the_clauses_are_those_that_the_suite_reports():
