@@ -121,7 +121,7 @@ class PartCase(Case):
             self.called(part, rows)  # a running mean has a value in evaluation only after a step
             with state.entered(part):
                 result = self.called(part, rows).detach().clone()
-            yield state.name, result, _ROUNDED if state.rounds else 1e-5
+            yield state.name, result, _ROUNDED if state.rounds else max(1e-5, state.constants)
         for words, part in copies(self.target):
             yield words, self.called(part, rows).detach(), 1e-5
 

@@ -18,6 +18,9 @@ from halos_pl.conformance.steps import Step, asked, fitted_to, kept_together, pa
 from halos_pl.conformance.witness import WrongShape, changed, copied, listed, number, pair
 from halos_pl.objective.rewards import Reward
 
+# A factor may be computed in float32, such as mask.sum(1) ** 0.7, also where log-probs are float64.
+RELATIVE = 16 * torch.finfo(torch.float32).eps
+
 
 class RewardCase(PartCase):
     """One reward under check.
@@ -275,7 +278,8 @@ def _differs(one: Tensor, other: Tensor) -> str | None:
     """Where the rewards of a row differ, in words; else None."""
     if not len(one):
         return None
-    wrong = ~((one - other).abs() <= 1e-9 * (1e-9 + one.abs().max())) & ~(one.isnan() & other.isnan())
+    most = RELATIVE * one.abs() + 1e-9 * (1e-9 + one.abs().max())
+    wrong = ~((one - other).abs() <= most) & ~(one.isnan() & other.isnan())
     if not bool(wrong.any()):
         return None
     i = int(wrong.nonzero()[0])

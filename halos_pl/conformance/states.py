@@ -47,12 +47,14 @@ class State:
         entered: context of the state for a part; leaving it restores what was before.
         gradient: whether results have a gradient in it.
         rounds: whether matrix products may be rounded to bfloat16 in it.
+        constants: relative rounding error of constants, which have the default dtype: ``torch.where(rows, 1.0, 0.7)``.
     """
 
     name: str
     entered: Callable[[nn.Module], AbstractContextManager[Any]]
     gradient: bool = True
     rounds: bool = False
+    constants: float = 0.0
 
 
 @contextmanager
@@ -84,7 +86,7 @@ def _in_autocast(part: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def _default_dtype(dtype: torch.dtype, part: nn.Module) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -160,8 +162,10 @@ STATES = (
     State("in inference mode", lambda part: torch.inference_mode(), gradient=False),
     State("in validation (evaluation and inference mode)", _in_validation, gradient=False),
     State("in autocast to bfloat16", _in_autocast, rounds=True),
-    State("with bfloat16 as the default dtype", lambda part: _default_dtype(torch.bfloat16)),
-    State("with float64 as the default dtype", lambda part: _default_dtype(torch.float64)),
+    *(
+        State(f"with {name} as the default dtype", partial(_default_dtype, getattr(torch, name)), constants=error)
+        for name, error in (("bfloat16", torch.finfo(torch.bfloat16).eps), ("float64", torch.finfo(torch.float32).eps))
+    ),
     *CLOCKS,
 )
 

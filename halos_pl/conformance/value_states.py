@@ -20,7 +20,11 @@ MANY_CALLS = 5000
 
 
 def difference_of(
-    one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], u: Tensor, eps: float | None = None
+    one: tuple[Tensor, Tensor],
+    other: tuple[Tensor, Tensor],
+    u: Tensor,
+    eps: float | None = None,
+    constants: float = 0.0,
 ) -> str | None:
     """Where two results for the same outcomes differ by more than the order of operations explains; else None.
 
@@ -29,13 +33,15 @@ def difference_of(
         other: likewise, as they should be the same.
         u: the outcomes, nats, [n].
         eps: relative rounding error of one operation; default: that of the dtype of ``u``.
+        constants: relative rounding error of factors inside v.
     """
     if torch.equal(one[0], other[0]) and torch.equal(one[1], other[1]):  # almost every call
         return None
     eps = eps or torch.finfo(u.dtype).eps
-    value = 256 * eps * (one[0].abs() + (u * one[1]).abs()).double()
+    value = max(256 * eps, constants) * (one[0].abs() + (u * one[1]).abs()).double()
     # Slopes may cancel inside v, so they only have to agree in half of their digits.
-    slope = eps**0.5 * (one[1].abs().double() + one[1][one[1].isfinite()].abs().double().sum() / max(len(u), 1))
+    mean = one[1][one[1].isfinite()].abs().double().sum() / max(len(u), 1)
+    slope = max(eps, constants) ** 0.5 * (one[1].abs().double() + mean)
     for name, a, b, most in (("v", one[0], other[0], value), ("v'", one[1], other[1], slope)):
         wrong = ~((a - b).abs() <= most + torch.finfo(torch.float32).tiny)
         wrong &= (a != b) & ~(a.isnan() & b.isnan())
@@ -110,7 +116,7 @@ def _in_each_state(case: ValueFunctionCase, dtype: torch.dtype) -> str | None:
                 value_and_slope(v, u)
             with state.entered(v):
                 result = _result(v, u, expected, state.gradient)
-            if difference := difference_of(expected, result, u, _rounding(case, state)):
+            if difference := difference_of(expected, result, u, _rounding(case, state), state.constants):
                 return f"{difference}; the second is {state.name}"
             if result[0].is_inference() and not trained:
                 continue  # what v keeps from inference mode has no gradient, and training comes before validation

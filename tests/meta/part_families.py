@@ -155,6 +155,16 @@ REWARDS = [
         kind=STATE,
     ),
     Mutant(
+        "another reward with another default dtype",
+        ("reward_of_its_row",),
+        lambda rng: Formula(
+            lambda rows, dtype=rng.choice([torch.bfloat16, torch.float64]), c=rng.choice([0.5, 0.98, 1.02]): (
+                ratio(rows) * (c if torch.get_default_dtype() == dtype else 1)
+            )
+        ),
+        kind=STATE,
+    ),
+    Mutant(
         "another reward by the clock",
         ("reward_of_its_row",),
         lambda rng: Formula(
@@ -502,6 +512,20 @@ SOUND: dict[str, Callable[[Random], nn.Module]] = {
         lambda rng: Formula(
             lambda rows, p=rng.uniform(0.1, 1): ratio(rows) / rows.mask.sum(1).to(rows.policy_logps) ** p
         ),
+    ),
+    "a power of the length, in float32": Sound(
+        VALUES,
+        lambda rng: Formula(lambda rows, p=rng.uniform(0.1, 1): ratio(rows) / rows.mask.sum(1) ** p),
+    ),
+    "a factor of the default dtype": Sound(
+        STATE, lambda rng: Formula(lambda rows, c=rng.uniform(0.1, 2): ratio(rows) * torch.tensor(c))
+    ),
+    "weights of the default dtype": Sound(
+        STATE,
+        lambda rng: Weighs(lambda rows, k, c=rng.uniform(0.1, 2): torch.where(rows.labels.desirable, 1.0, c)),
+    ),
+    "a reciprocal of integers": Sound(
+        STATE, lambda rng: Weighs(lambda rows, k, c=rng.randint(2, 9): 1 / (of_prompt(rows) + c))
     ),
     "a stable soft maximum": Sound(VALUES, lambda rng: SoftMaximum(rng.choice([3.0, 30.0]), stable=True)),
     "a clamped median": Sound(EXCUSES, lambda rng: EstimatedBy(_clamped_median, needs=Needs(mismatched=True))),

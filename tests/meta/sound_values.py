@@ -51,6 +51,11 @@ def jumps_on_losses(rng: Random) -> ValueFunction:
     return Value(lambda u: torch.tanh(0.1 * u) + sum(0.5 * (u > p).to(u) + 0.5 * (u >= p).to(u) for p in places))
 
 
+def default_dtype(rng: Random) -> ValueFunction:
+    scale = rng.uniform(0.05, 2)
+    return Value(lambda u: torch.tanh(torch.tensor(scale) * u))
+
+
 class NotInBfloat16(torch.autograd.Function):
     """sigmoid, as an operation without a kernel for bfloat16."""
 
@@ -193,6 +198,7 @@ SOUND_VALUES: dict[str, Callable[[Random], ValueFunction]] = {
     "a parametrised scale": Sound(STATE, parametrised),
     "watched": Sound(STATE, lambda rng: Watched()),
     "keeps constants": Sound(STATE, lambda rng: KeepsConstants(rng.uniform(0.1, 2))),
+    "a scale of the default dtype": Sound(STATE, default_dtype),
     "constants on the device of u": lambda rng: Value(
         lambda u: torch.minimum(u[..., None], torch.linspace(0, 50, 9, dtype=u.dtype, device=u.device)).mean(-1)
     ),
