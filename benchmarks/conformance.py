@@ -118,7 +118,7 @@ def _listed(path: Path, name: str | None) -> list[Any]:
             raise UncheckableError(one_line(error)) from error
         return _outcome(target)
     found = [
-        [name, _kind(path, name, thing), getattr(thing, "CLAUSE", None)]
+        [name, _kind(path, name, thing), _clause(thing)]
         for name, thing in vars(module).items()
         if not name.startswith("_") and _is_target(thing, module.__name__)
     ]
@@ -135,14 +135,17 @@ def _is_target(thing: Any, module: str) -> bool:
     return isinstance(thing, KINDS)
 
 
+def _clause(thing: Any) -> str | None:
+    """The clause that a faulty target should fail, the first word of its attribute; None for a sound target."""
+    text = getattr(thing, "CLAUSE", None)
+    return None if text is None else (re.findall(r"\w+", str(text)) or [""])[0]
+
+
 def _kind(path: Path, name: str, thing: Any) -> str:
     mutant = meta("mutant")
-    clause = getattr(thing, "CLAUSE", None)
-    kind: str = (
-        getattr(thing, "KIND", None)
-        or (mutant.FALSE_ALARMS if clause is None else mutant.KIND_OF.get(*(re.findall(r"\w+", clause)[:1] or [""])))
-        or mutant.VALUES
-    )
+    clause = _clause(thing)
+    of_clause = mutant.FALSE_ALARMS if clause is None else mutant.KIND_OF.get(clause, mutant.VALUES)
+    kind: str = getattr(thing, "KIND", of_clause)
     if kind not in mutant.KINDS:
         raise TargetError(f"{path}: {name}.KIND is {kind!r}; choose one of {', '.join(mutant.KINDS)}")
     return kind

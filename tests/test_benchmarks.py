@@ -88,7 +88,7 @@ class Hidden(_Scaled):
     scale = 0.1
 
 class Leaves(ValueFunction):
-    CLAUSE = "process"
+    CLAUSE = "process (os._exit)"
     def forward(self, u): os._exit(0)
 
 def made(): return Falls()
