@@ -82,6 +82,8 @@ class Step:
         desirable = torch.rand(n, generator=draw) < 0.5
         pair = torch.full((n,), -1)
         trained = place[:train]
+        if width > 1000:  # at least one row is as long as the step says
+            mask[trained[0]] = True
         if self.paired:
             pair[trained[0::2]], pair[trained[1::2]] = trained[1::2], trained[0::2]
             desirable[trained[0::2]], desirable[trained[1::2]] = True, False
