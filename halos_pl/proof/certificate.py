@@ -15,7 +15,7 @@ from torch import nn
 
 from halos_pl.proof import verify
 from halos_pl.proof.claims import Claim, Decision, Prover
-from halos_pl.proof.field import Element
+from halos_pl.proof.element import Element
 from halos_pl.proof.interval import PRECISION, Interval
 from halos_pl.proof.pieces import Bound, Piece
 from halos_pl.proof.prove import Outcome, Proof

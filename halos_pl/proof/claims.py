@@ -10,7 +10,8 @@ from typing import Literal
 
 from flint import arb, fmpq_mpoly
 
-from halos_pl.proof.field import TOLERANCE, Element, Field, TooLargeError
+from halos_pl.proof.element import TOLERANCE, Element, TooLargeError
+from halos_pl.proof.field import Field
 from halos_pl.proof.interval import Interval, ball
 from halos_pl.proof.pieces import Bound, Piece, Seam, Splitter, Undecided, UndecidedError, between, evaluate, span
 from halos_pl.proof.point import ordered, value_at

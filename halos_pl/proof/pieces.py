@@ -10,7 +10,8 @@ from functools import partial
 
 from flint import arb
 
-from halos_pl.proof.field import Element, Field
+from halos_pl.proof.element import Element
+from halos_pl.proof.field import Field
 from halos_pl.proof.interval import INF, NEGATIVE_INF, Interval, ball
 from halos_pl.proof.program import CHOICES, Node
 from halos_pl.proof.signs import Box, UndefinedError

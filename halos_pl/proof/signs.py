@@ -7,7 +7,8 @@ from fractions import Fraction
 
 from flint import arb, fmpq, fmpq_mpoly
 
-from halos_pl.proof.field import Element, Field
+from halos_pl.proof.element import Element
+from halos_pl.proof.field import Field
 from halos_pl.proof.interval import INF, NEGATIVE_INF, ONE, ZERO, Interval, polynomial_range
 
 Function = Callable[[arb], arb]
